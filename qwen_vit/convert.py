@@ -1,0 +1,176 @@
+"""Published tensors -> the model's parameters: renamed, permuted, concatenated, padded, folded.
+
+Nothing is lost on the way: every published weight lands in one place, except the patch embedding,
+which is stored once as published (for float rows) and once folded for uint8 pixels.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qwen_vit.config import ImageConfig, VisionConfig
+from qwen_vit.errors import ArgumentError, CheckpointError
+
+__all__ = [
+    "check_finite",
+    "convert",
+    "padded_mlp_size",
+    "padded_pixel_size",
+    "pixel_weight_exponent",
+    "rotary_permutation",
+]
+
+# Published name -> the model's, for what is copied as it is.
+RENAMES = (
+    ("merger.ln_q.weight", "merger.norm.weight"),
+    ("merger.mlp.0.weight", "merger.fc1.weight"),
+    ("merger.mlp.0.bias", "merger.fc1.bias"),
+    ("merger.mlp.2.weight", "merger.fc2.weight"),
+    ("merger.mlp.2.bias", "merger.fc2.bias"),
+)
+PATCH_WEIGHT = "patch_embed.proj.weight"
+COPIED_IN_BLOCKS = (
+    "norm1.weight",
+    "attn.proj.weight",
+    "attn.proj.bias",
+    "norm2.weight",
+)
+
+MLP_MULTIPLE = 128  # one tile of the products; 3420 alone, not aligned to 16 bytes, costs 3.5x
+PIXEL_MULTIPLE = 64
+PIXEL_ZERO = 128  # uint8 pixels enter as pixel - 128, so that fp16 holds every one exactly
+
+
+def pixel_weight_exponent(dtype: torch.dtype) -> int:
+    """Return e, where pixel_weight is stored times 2**e: 10 for bfloat16, 0 for float32.
+
+    With bfloat16 the folded weights are float16, which has 3 more bits but a smaller range: the
+    factor keeps weights of about 1e-4 out of its subnormal numbers.
+
+    >>> pixel_weight_exponent(torch.bfloat16)
+    10
+    """
+    exponents = {torch.bfloat16: 10, torch.float32: 0}
+    if dtype == torch.float16:
+        raise ArgumentError(
+            "dtype float16 is refused: the published weights overflow it in the last block; "
+            "use bfloat16 or float32"
+        )
+    if dtype not in exponents:
+        raise ArgumentError(f"dtype is {dtype}, expected torch.bfloat16 or torch.float32")
+    return exponents[dtype]
+
+
+def padded_mlp_size(config: VisionConfig) -> int:
+    """Return I', the MLP size with zero padding: a multiple of 128."""
+    return _round_up(config.intermediate_size, MLP_MULTIPLE)
+
+
+def padded_pixel_size(config: VisionConfig) -> int:
+    """Return K, the values of one patch in one frame, with zero padding: a multiple of 64."""
+    return _round_up(config.in_channels * config.patch_px**2, PIXEL_MULTIPLE)
+
+
+def rotary_permutation(head_dim: int) -> Tensor:
+    """Return the order that puts the rotary pair (j, j + D/2) of a head at (2j, 2j + 1).
+
+    >>> rotary_permutation(6).tolist()
+    [0, 3, 1, 4, 2, 5]
+    """
+    return torch.arange(head_dim).view(2, head_dim // 2).T.flatten()
+
+
+def convert(
+    tensors: Mapping[str, Tensor],
+    config: VisionConfig,
+    image_config: ImageConfig,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Return the state of model.VisionTower, in bfloat16 or float32, from published tensors.
+
+    Each tensor is read once. Raises CheckpointError for NaN or infinite weights, by name.
+    """
+    exponent = pixel_weight_exponent(dtype)
+
+    def read(name: str) -> Tensor:
+        # A copy, since the source may be a map of a file that is gone tomorrow.
+        return check_finite(tensors[name], name).to(dtype, copy=True)
+
+    state = {ours: read(published) for published, ours in RENAMES}
+    state |= _patch_embedding(
+        check_finite(tensors[PATCH_WEIGHT], PATCH_WEIGHT),
+        image_config,
+        dtype,
+        exponent,
+        padded_pixel_size(config),
+    )
+    I_padded = padded_mlp_size(config)
+    for i in range(config.depth):
+        block = f"blocks.{i}."
+        for name in COPIED_IN_BLOCKS:
+            state[block + name] = read(block + name)
+        for part in ("weight", "bias"):
+            qkv = f"{block}attn.qkv.{part}"
+            state[qkv] = _permute_rotary(read(qkv), config)
+            # [gate, zeros, up, zeros]: silu(0) * 0 is 0, so the padding is exact
+            state[f"{block}mlp.gate_up.{part}"] = torch.cat(
+                [
+                    _pad(read(f"{block}mlp.{half}_proj.{part}"), 0, I_padded)
+                    for half in ("gate", "up")
+                ]
+            )
+        state[f"{block}mlp.down.weight"] = _pad(read(f"{block}mlp.down_proj.weight"), 1, I_padded)
+        state[f"{block}mlp.down.bias"] = read(f"{block}mlp.down_proj.bias")
+    return state
+
+
+def check_finite(tensor: Tensor, name: str) -> Tensor:
+    """Return the tensor, or raise CheckpointError with its name and its NaN and infinite values."""
+    if not tensor.isfinite().all():
+        raise CheckpointError(
+            f"{name} holds {int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} "
+            f"infinite values of {tensor.numel()}, expected finite weights; delete the file and "
+            "download it again (qwen-vit download MODEL)"
+        )
+    return tensor
+
+
+def _patch_embedding(
+    weight: Tensor, image_config: ImageConfig, dtype: torch.dtype, exponent: int, K: int
+) -> dict[str, Tensor]:
+    w = weight.double()  # (C, 3, frames, patch_px, patch_px)
+    mean = torch.tensor(image_config.image_mean, dtype=torch.float64).view(3, 1, 1, 1)
+    std = torch.tensor(image_config.image_std, dtype=torch.float64).view(3, 1, 1, 1)
+    # w * (pixel / 255 - mean) / std, split at pixel = 128, both frames being the same image
+    folded = (w / (255 * std)).sum(2).flatten(1) * 2.0**exponent  # (C, 3 * patch_px * patch_px)
+    pixel_weight = _pad(folded, 1, K).to(torch.float32 if exponent == 0 else torch.float16)
+    pixel_bias = (w * ((PIXEL_ZERO / 255 - mean) / std)).flatten(1).sum(1).float()  # (C,)
+    for name, tensor in (("weights", pixel_weight), ("biases", pixel_bias)):
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{PATCH_WEIGHT} reaches {weight.abs().max().item():g}: its folded {name} "
+                f"overflow {tensor.dtype}; use dtype float32, or download the checkpoint again"
+            )
+    return {
+        "patch_embed.weight": weight.flatten(1).to(dtype, copy=True),
+        "patch_embed.pixel_weight": pixel_weight,
+        "patch_embed.pixel_bias": pixel_bias,
+    }
+
+
+def _permute_rotary(qkv: Tensor, config: VisionConfig) -> Tensor:
+    D = config.head_dim
+    rows = torch.arange(len(qkv)).view(3, config.num_heads, D)  # q, k, v
+    rows[:2] = rows[:2, :, rotary_permutation(D)]
+    return qkv[rows.flatten()]
+
+
+def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
+    missing = list(tensor.shape)
+    missing[dim] = size - missing[dim]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,122 @@
+"""JSON read strictly, and small words for saying what was wrong with it."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from qwen_vit.errors import CheckpointError
+
+__all__ = [
+    "check_integer",
+    "child_object",
+    "is_integer",
+    "is_number",
+    "parse_json",
+    "read_json",
+    "show",
+]
+
+MAX_JSON_BYTES = 64 * 2**20  # the index of the largest published model is under 1 MB
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a small JSON file that holds one object; CheckpointError names the path."""
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a file; give a folder that holds one")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{path} is {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}; "
+                "download it again"
+            )
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); check its permissions"
+        ) from error
+    return parse_json(raw, source=str(path))
+
+
+def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
+    """Parse one JSON object strictly: UTF-8, no duplicate keys, no NaN or Infinity.
+
+    >>> parse_json(b'{"depth": 4}', source="config.json")
+    {'depth': 4}
+    """
+
+    def refuse_constant(name: str) -> None:
+        raise CheckpointError(f"{source}: holds {name}, which is not JSON; correct that value")
+
+    def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise CheckpointError(
+                    f"{source}: the key {show(key)} is there twice, expected once; "
+                    "download the file again"
+                )
+            result[key] = value
+        return result
+
+    try:
+        text = raw.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
+    except CheckpointError:
+        raise
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{source}: not UTF-8 at byte {error.start} of {len(raw)}; download the file again"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        # ValueError is also Python's answer to an integer of more than 4,300 digits.
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise CheckpointError(
+            f"{source}: not JSON ({reason}; {len(raw)} bytes); download the file again"
+        ) from None
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{source}: the JSON is {show(value)}, expected an object; download the file again"
+        )
+    return value
+
+
+def child_object(config: Mapping[str, Any], key: str, source: str) -> tuple[Mapping[str, Any], str]:
+    """Return the object under `key`, and what to call it in messages."""
+    value = config[key]
+    if not isinstance(value, Mapping):
+        raise CheckpointError(
+            f"{source}: {key} is {show(value)}, expected an object; download the file again"
+        )
+    return value, f"{source}, {key}"
+
+
+def check_integer(value: object, name: str, largest: int) -> None:
+    """Raise CheckpointError unless `value` is an integer from 1 to `largest`."""
+    if not is_integer(value):
+        raise CheckpointError(f"{name} is {show(value)}, expected an integer")
+    if not 1 <= value <= largest:
+        raise CheckpointError(f"{name} is {show(value)}, expected 1 to {largest}")
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Tell whether this is an integer: True and 1.0 are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Tell whether this is an integer or a finite float, at most 1e12 in size."""
+    return (isinstance(value, float) or is_integer(value)) and -1e12 <= value <= 1e12
+
+
+def show(value: object) -> str:
+    """Return a value as text that fits on a line.
+
+    >>> show([0] * 100)
+    '[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,...'
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
