@@ -1,0 +1,211 @@
+"""RGB pixels -> patches in grid order, equal to transformers' Qwen2VLImageProcessorPil.
+
+Source: transformers, models/qwen2_vl/image_processing_pil_qwen2_vl.py.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from numpy.typing import NDArray
+from PIL import Image
+
+from qwen_vit.config import Grid, ImageConfig
+from qwen_vit.errors import ArgumentError, ImageError
+
+__all__ = ["Patches", "patchify", "resize_image", "smart_resize"]
+
+MAX_RATIO = 200
+CHANNELS = 3
+PUBLISHED_PATCH_VALUES = CHANNELS * 14 * 14  # in one frame: the width of an empty set
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Patches:
+    """The uint8 patches of any number of images, in grid order.
+
+    >>> config = ImageConfig.from_json({})
+    >>> patches = patchify(np.zeros((56, 84, 3), np.uint8), config)
+    >>> patches.pixels.shape, patches.grids
+    (torch.Size([24, 588]), (Grid(t=1, h=4, w=6),))
+
+    `pixels` is (N, 588): channel, row, column of one frame; a still image's two equal frames are
+    stored once. Grid order: merge units in raster order, the 4 patches of each together.
+    Raises ImageError with code "patches" where pixels and grids disagree.
+    """
+
+    pixels: torch.Tensor
+    grids: tuple[Grid, ...]
+
+    def __post_init__(self) -> None:
+        if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 2:
+            raise ImageError(
+                f"pixels are {self.pixels.dtype} of shape {tuple(self.pixels.shape)}, expected "
+                "uint8 of shape (patches, values); build them with patchify",
+                code="patches",
+            )
+        promised = sum(grid.n_patches for grid in self.grids)
+        if len(self.pixels) != promised:
+            raise ImageError(
+                f"pixels hold {len(self.pixels)} patches and the grids {promised}, expected the "
+                "same number; keep each image's pixels and grid together",
+                code="patches",
+            )
+
+    @classmethod
+    def cat(cls, parts: Iterable[Self]) -> Self:
+        """Join the patches of several images, in their order; of none, an empty (0, 588).
+
+        Raises ImageError with code "patches" where patch sizes differ.
+        """
+        parts = list(parts)
+        if not parts:
+            return cls(torch.empty(0, PUBLISHED_PATCH_VALUES, dtype=torch.uint8), ())
+        widths = sorted({part.pixels.shape[1] for part in parts})
+        if len(widths) > 1:
+            raise ImageError(
+                f"patches of {widths} values cannot be joined, expected one width; "
+                "build all of them with the same ImageConfig",
+                code="patches",
+            )
+        return cls(
+            torch.cat([part.pixels for part in parts]),
+            tuple(grid for part in parts for grid in part.grids),
+        )
+
+    def to_rows(self, config: ImageConfig) -> torch.Tensor:
+        """The processor's normalised `pixel_values`: float32 (N, 1176), on the pixels' device.
+
+        Each row holds channel, frame, row, column. Raises ImageError with code "patches" where
+        the configuration's patch size is another.
+        """
+        expected = CHANNELS * config.patch_px**2
+        if self.pixels.shape[1] != expected:
+            raise ImageError(
+                f"patches hold {self.pixels.shape[1]} values, the configuration's hold {expected}; "
+                "use the ImageConfig that built them",
+                code="patches",
+            )
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=self.pixels.device)[:, None]
+            for values in (config.image_mean, config.image_std)
+        )
+        values = rearrange(self.pixels, "n (c p) -> n c p", c=CHANNELS).float()
+        values = (values / 255 - mean) / std
+        return repeat(values, "n c p -> n (c frames p)", frames=config.temporal_patch_size)
+
+
+def smart_resize(
+    height: int,
+    width: int,
+    *,
+    factor: int,
+    min_pixels: int,
+    max_pixels: int,
+    name: str = "the image",
+) -> tuple[int, int]:
+    """The size that an image is resized to: multiples of `factor` that keep its shape roughly.
+
+    >>> smart_resize(100, 200, factor=28, min_pixels=3136, max_pixels=1003520)
+    (112, 196)
+
+    Sides in pixels. Rounds half to even, as Python does; then shrinks (floor) to at most
+    `max_pixels`, or grows (ceil) to at least `min_pixels`. A thin image may stay above
+    `max_pixels`, because no side falls below `factor`. Raises ImageError with code "zero-side" or
+    "ratio", which say `name`, and ArgumentError for limits that no size can meet.
+    """
+    _check_sides(height, width, name)
+    _check_limits(factor, min_pixels, max_pixels)
+    rows, columns = round(height / factor), round(width / factor)
+    pixels = rows * columns * factor**2
+    if pixels > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows = max(1, math.floor(height / shrink / factor))
+        columns = max(1, math.floor(width / shrink / factor))
+    elif pixels < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * grow / factor)
+        columns = math.ceil(width * grow / factor)
+    return rows * factor, columns * factor
+
+
+def resize_image(
+    rgb: NDArray[np.uint8], config: ImageConfig, *, name: str = "the image"
+) -> NDArray[np.uint8]:
+    """Resize to smart_resize's size: Pillow's bicubic filter, on uint8.
+
+    `rgb` is (height, width, 3) and comes back as it is where the size already fits. Raises
+    ImageError as smart_resize does, and with code "patches" for another dtype or shape.
+    """
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != CHANNELS:
+        raise ImageError(
+            f"{name} is {rgb.dtype} of shape {rgb.shape}, expected uint8 of shape (height, width, "
+            "3); pass it through load_image",
+            code="patches",
+        )
+    height, width, _ = rgb.shape
+    new_height, new_width = smart_resize(
+        height,
+        width,
+        factor=config.patch_px * config.merge_size,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+        name=name,
+    )
+    if (new_height, new_width) == (height, width):
+        return rgb
+    resized = Image.fromarray(rgb).resize((new_width, new_height), Image.Resampling.BICUBIC)
+    return np.asarray(resized)
+
+
+def patchify(rgb: NDArray[np.uint8], config: ImageConfig, *, name: str = "the image") -> Patches:
+    """Resize an RGB image and cut it into patches, in grid order.
+
+    `rgb` is uint8 (height, width, 3); `name` is what messages say. Raises as resize_image does.
+    """
+    rgb = resize_image(rgb, config, name=name)
+    pixels = rearrange(
+        rgb,
+        "(h mh ph) (w mw pw) c -> (h w mh mw) (c ph pw)",
+        mh=config.merge_size,
+        mw=config.merge_size,
+        ph=config.patch_px,
+        pw=config.patch_px,
+    )
+    height, width, _ = rgb.shape
+    grid = Grid(1, height // config.patch_px, width // config.patch_px)
+    return Patches(torch.from_numpy(np.ascontiguousarray(pixels)), (grid,))
+
+
+def _check_sides(height: int, width: int, name: str) -> None:
+    size = f"{name} is {width}x{height} (width x height)"
+    if min(height, width) < 1:
+        raise ImageError(
+            f"{size}, expected sides of at least 1 pixel; leave it out", code="zero-side"
+        )
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_RATIO:
+        raise ImageError(
+            f"{size}: ratio {ratio:.6g} exceeds {MAX_RATIO}; crop or pad it", code="ratio"
+        )
+
+
+def _check_limits(factor: int, min_pixels: int, max_pixels: int) -> None:
+    if factor < 1 or min_pixels < 1:
+        raise ArgumentError(
+            f"factor is {factor} and min_pixels {min_pixels}, expected whole numbers above 0"
+        )
+    if max_pixels < factor**2:
+        raise ArgumentError(
+            f"max_pixels is {max_pixels}, too small for one token of {factor}x{factor} pixels; "
+            f"raise it to at least {factor**2}"
+        )
+    if min_pixels > max_pixels:
+        raise ArgumentError(
+            f"min_pixels {min_pixels} exceeds max_pixels {max_pixels}; "
+            "lower the one or raise the other"
+        )
