@@ -1,0 +1,230 @@
+"""The oracle, Hugging Face's tower and the golden files agree; and a mistake would show."""
+
+import sys
+from dataclasses import replace
+from functools import cache
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from goldens import (
+    RELATIVE_TOLERANCE,
+    TINY_FOLDER,
+    Golden,
+    assert_stages_close,
+    fp32_budget,
+    golden_names,
+    load_golden,
+    sha256,
+)
+from huggingface import hf_tower, hf_trace
+from oracle import (
+    Faults,
+    Trace,
+    read_checkpoint,
+    relative_error,
+    rms_norm_reference_casts,
+    rms_norm_wrong_casts,
+    vision_oracle,
+)
+
+BITE = 5  # a fault must miss the tolerance by this factor
+NAMES = ("clip_3x6x10", "mixed", "photograph_22x16", "photograph_6x10", "smallest_2x2")
+
+
+@cache
+def tiny() -> tuple[dict[str, torch.Tensor], SimpleNamespace]:
+    return read_checkpoint(TINY_FOLDER)
+
+
+@cache
+def golden(name: str) -> Golden:
+    return load_golden(name)
+
+
+def oracle_trace(name: str, faults: Faults | None = None) -> Trace:
+    tensors, config = tiny()
+    rows, grids = golden(name).rows, golden(name).grids
+    return vision_oracle(tensors, config, rows, grids, faults=faults or Faults())
+
+
+def random_checkpoint(seed: int, **changes: object) -> tuple[dict[str, torch.Tensor], object]:
+    """Random float32 tensors for another architecture than weights/tiny."""
+    config = SimpleNamespace(**{**vars(tiny()[1]), **changes})
+    generator = torch.Generator().manual_seed(seed)
+    hidden, mlp, out = config.hidden_size, config.intermediate_size, config.out_hidden_size
+    tensors = {"patch_embed.proj.weight": torch.randn(hidden, 3, 2, 14, 14, generator=generator)}
+    tensors["patch_embed.proj.weight"] /= 34.3  # sqrt(1176)
+
+    def dense(name: str, outputs: int, inputs: int) -> None:
+        tensors[f"{name}.weight"] = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+        tensors[f"{name}.bias"] = torch.randn(outputs, generator=generator) / 2
+
+    for i in range(config.depth):
+        for norm in ("norm1", "norm2"):
+            tensors[f"blocks.{i}.{norm}.weight"] = torch.rand(hidden, generator=generator) + 0.5
+        dense(f"blocks.{i}.attn.qkv", 3 * hidden, hidden)
+        dense(f"blocks.{i}.attn.proj", hidden, hidden)
+        dense(f"blocks.{i}.mlp.gate_proj", mlp, hidden)
+        dense(f"blocks.{i}.mlp.up_proj", mlp, hidden)
+        dense(f"blocks.{i}.mlp.down_proj", hidden, mlp)
+    tensors["merger.ln_q.weight"] = torch.rand(hidden, generator=generator) + 0.5
+    dense("merger.mlp.0", 4 * hidden, 4 * hidden)
+    dense("merger.mlp.2", out, 4 * hidden)
+    return tensors, config
+
+
+def random_grids(seed: int, patches: int = 700) -> list[tuple[int, int, int]]:
+    """Grids whose merged sides are 1 to 13: 0, 1, 2 and 3 mod 4, until `patches` are there."""
+    generator = torch.Generator().manual_seed(seed)
+    grids: list[tuple[int, int, int]] = []
+    while sum(t * h * w for t, h, w in grids) < patches:
+        t = int(torch.randint(1, 4, (), generator=generator))
+        h, w = (2 * torch.randint(1, 14, (2,), generator=generator)).tolist()
+        grids.append((t, h, w))
+    return grids
+
+
+def test_the_goldens_that_are_tested_are_those_in_the_folder() -> None:
+    assert tuple(golden_names()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_golden_was_made_of_the_weights_in_the_project(name: str) -> None:
+    recorded = golden(name).facts["weights_sha256"]
+    assert recorded == {file: sha256(TINY_FOLDER / file) for file in recorded}
+    pixels = golden(name).pixels.numpy().tobytes()
+    assert golden(name).facts["pixels_sha256"] == sha256(pixels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_oracle_agrees_with_every_golden(name: str) -> None:
+    # no allowance for Hugging Face's own error: on these grids it must itself be within 1e-5
+    assert_stages_close(oracle_trace(name), golden(name), RELATIVE_TOLERANCE)
+
+
+@pytest.mark.parametrize("fault", Faults.names())
+def test_each_planted_fault_breaks_a_golden(fault: str) -> None:
+    """Seen at the merger, the one stage that every user meets, whatever hid it before."""
+    factors = {}
+    for name in NAMES:
+        faulty, then = oracle_trace(name, Faults(**{fault: True})), golden(name).trace["merger"]
+        budget = fp32_budget(then, oracle_trace_of_merger(name))
+        factors[name] = relative_error(faulty["merger"], then) / budget
+    print(fault, {name: f"{factor:.0f}" for name, factor in factors.items()})
+    assert max(factors.values()) >= BITE
+
+
+@cache
+def oracle_trace_of_merger(name: str) -> torch.Tensor:
+    return oracle_trace(name)["merger"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_oracle_agrees_with_transformers_on_random_grids(seed: int) -> None:
+    tensors, config = tiny()
+    grids = random_grids(seed)
+    rows = torch.randn(
+        sum(t * h * w for t, h, w in grids), 1176, generator=torch.Generator().manual_seed(seed)
+    )
+    theirs = hf_trace(hf_tower(tensors, config), rows, grids)
+    print(grids)
+    assert_stages_close(vision_oracle(tensors, config, rows, grids), theirs, RELATIVE_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"depth": 2, "window_px": 56, "fullatt_block_indexes": (0,)}, id="window56"),
+        pytest.param({"depth": 2, "num_heads": 5, "fullatt_block_indexes": ()}, id="no-full"),
+        pytest.param(
+            {"depth": 2, "hidden_size": 96, "num_heads": 1, "fullatt_block_indexes": (0, 1)},
+            id="all-full",
+        ),
+        pytest.param({"depth": 2, "rope_theta": 500.0}, id="theta500"),
+    ],
+)
+def test_the_oracle_agrees_with_transformers_on_another_architecture(
+    changes: dict[str, object],
+) -> None:
+    tensors, config = random_checkpoint(7, **changes)
+    grids = [(1, 6, 18), (2, 10, 4), (1, 2, 2)]
+    rows = torch.randn(192, 1176, generator=torch.Generator().manual_seed(0))
+    theirs = hf_trace(hf_tower(tensors, config), rows, grids)
+    assert_stages_close(vision_oracle(tensors, config, rows, grids), theirs, RELATIVE_TOLERANCE)
+
+
+def test_the_float32_oracle_is_nearer_to_the_truth_than_the_budget() -> None:
+    tensors, config = tiny()
+    case = golden("mixed")
+    single = vision_oracle(tensors, config, case.rows, case.grids, dtype=torch.float32)
+    assert_stages_close(single, oracle_trace("mixed"), RELATIVE_TOLERANCE)
+
+
+def test_rotary_frequencies_of_the_bf16_reference_stay_float32() -> None:
+    """A cast of the whole module also rounds its inv_freq buffer: a worse reference than real."""
+    tower = hf_tower(*tiny(), dtype=torch.bfloat16)
+    assert tower.rotary_pos_emb.inv_freq.dtype == torch.float32
+    assert {p.dtype for p in tower.parameters()} == {torch.bfloat16}
+
+
+def norm_case() -> tuple[torch.Tensor, torch.Tensor]:
+    weight = tiny()[0]["blocks.0.norm1.weight"]
+    x = torch.randn(256, len(weight), generator=torch.Generator().manual_seed(0))
+    return x.to(torch.bfloat16), weight
+
+
+def test_rms_norm_in_bf16_rounds_before_the_weight_as_hugging_face_does() -> None:
+    x, weight = norm_case()
+    theirs = hf_tower(*tiny(), dtype=torch.bfloat16).blocks[0].norm1(x)
+    assert torch.equal(rms_norm_reference_casts(x, weight), theirs)
+
+
+def test_rms_norm_with_the_wrong_cast_order_shows_in_bf16() -> None:
+    """float32 cannot see the order; in bf16 a sixth or more of the values move by one rounding."""
+    x, weight = norm_case()
+    theirs = hf_tower(*tiny(), dtype=torch.bfloat16).blocks[0].norm1(x)
+    moved = (rms_norm_wrong_casts(x, weight) != theirs).float().mean()
+    print(f"{moved:.1%} of the values moved")
+    assert moved > 1 / 6
+
+
+@cache
+def make_golden() -> ModuleType:
+    path = str(TINY_FOLDER.parent.parent / "tools" / "make_golden")
+    spec = spec_from_loader("make_golden", SourceFileLoader("make_golden", path))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules["make_golden"] = module  # dataclasses look their own module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("moved", ["golden", "now", "neither"])
+def test_a_drift_shows_whichever_side_moved(moved: str) -> None:
+    """Once, a golden that was off by 3e-5 excused itself: its own error set the budget."""
+    case, oracle = golden("smallest_2x2"), oracle_trace("smallest_2x2")
+    off = {**case.trace, "block.4": case.trace["block.4"] * (1 + 3e-5)}
+    then = replace(case, trace=off) if moved == "golden" else case
+    now = off if moved == "now" else case.trace
+    assert make_golden().stage_drift(now, then, oracle) == (moved == "neither")
+
+
+def test_a_wrong_reference_sets_no_budget() -> None:
+    then, oracle = golden("mixed").trace["merger"], oracle_trace_of_merger("mixed")
+    assert fp32_budget(then, oracle) == RELATIVE_TOLERANCE
+    assert fp32_budget(then * (1 + 2e-5), oracle) == pytest.approx(4e-5, rel=0.1)
+    with pytest.raises(AssertionError, match="not the same model"):
+        fp32_budget(then.flip(0), oracle)
+
+
+def test_a_stage_beyond_its_tolerance_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    right = {"patch_embed": torch.ones(2, 3), "merger": torch.ones(2, 3)}
+    assert_stages_close(right, right)
+    assert "merger        0.00e+00 of 1.0e-05" in capsys.readouterr().out
+    for wrong in (1.0 + 2e-5, float("nan")):
+        with pytest.raises(AssertionError, match=r"merger .* of 1.0e-05"):
+            assert_stages_close({**right, "merger": torch.full((2, 3), wrong)}, right)
