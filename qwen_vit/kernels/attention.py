@@ -1,0 +1,462 @@
+"""The one attention: a variable-length Triton flash attention with 2D RoPE in registers.
+
+One kernel, two regimes. In a *window* every key fits one tile, so Q and K are rotated while they
+load and the softmax needs no running maximum. Over a whole *frame* the keys are many tiles: Q is
+rotated while it loads and stays in registers; K is rotated once beforehand, because rotating it
+inside the key loop would repeat that work for every query tile (and on Hopper makes the assembler
+serialise the matrix instructions).
+
+The kernel reads Q, K and V in place from the fused QKV projection. The head dim is cut into a main
+part, a power of two, and a tail (80 = 64 + 16), so that no multiply-add is spent on padding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from qwen_vit.errors import ArgumentError
+from qwen_vit.kernels.interpret import interpreted
+from qwen_vit.layout import Segments, Tiling, tile_table
+
+__all__ = ["RotaryTable", "attention", "fused_rope_varlen_attention", "tiling"]
+
+LOG2_E = 1.4426950408889634  # exp(x) == exp2(x * LOG2_E), and the GPU has exp2
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryTable:
+    """Cosines and sines, and how a token finds its own.
+
+    Axial: (positions, R / 2) per axis; pair j of a token reads row `index[token, 0]` for the first
+    R / 2 pairs (the patch row) and `index[token, 1]` for the others (the patch column).
+    Per token: (N, R), with `index` None.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    index: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """One reviewed row: the shape of a tile, and how the compiler schedules it."""
+
+    q_rows: int
+    k_rows: int
+    num_warps: int
+    num_stages: int
+
+
+# (regime, bits per element) -> tile. Measured on an H200; see tools/NOTES.md.
+TILES = {
+    ("window", 16): Tiles(q_rows=64, k_rows=64, num_warps=4, num_stages=1),
+    ("window", 32): Tiles(q_rows=64, k_rows=64, num_warps=4, num_stages=1),
+    ("frame", 16): Tiles(q_rows=64, k_rows=64, num_warps=4, num_stages=3),
+    ("frame", 32): Tiles(q_rows=32, k_rows=32, num_warps=4, num_stages=1),
+}
+INTERPRETED_ROWS = 1024  # a program costs milliseconds in the interpreter, whatever its tile holds
+ROTATION_ROWS = 64
+
+
+@triton.jit
+def _angles(
+    table, axis_index, o_row, m_row, o_pair,
+    R: tl.constexpr, AXIAL: tl.constexpr, PAIR_MASK: tl.constexpr,
+):  # fmt: skip
+    """Entries of a cosine or sine table for rows `o_row` and rotary pairs `o_pair`."""
+    m_tile = m_row[:, None]
+    if PAIR_MASK:
+        m_tile = m_tile & (o_pair < R)[None, :]
+    if AXIAL:
+        A: tl.constexpr = R // 2
+        p_axis = axis_index + o_row[:, None] * 2 + (o_pair // A)[None, :]
+        o_angle = tl.load(p_axis, mask=m_tile, other=0) * A + (o_pair % A)[None, :]
+    else:
+        o_angle = o_row[:, None] * R + o_pair[None, :]
+    return tl.load(table + o_angle, mask=m_tile, other=0.0)
+
+
+@triton.jit
+def _rotated_tile(
+    base, o_row, m_row, cos, sin, axis_index,
+    D_BEGIN: tl.constexpr, D_BLOCK: tl.constexpr, BM: tl.constexpr, ROW_STRIDE: tl.constexpr,
+    D: tl.constexpr, AXIAL: tl.constexpr, ADJACENT: tl.constexpr,
+):  # fmt: skip
+    """Dims D_BEGIN to D_BEGIN + D_BLOCK of rows `o_row`, rotated, in fp32: [BM, D_BLOCK]."""
+    R: tl.constexpr = D // 2
+    DIM_MASK: tl.constexpr = D_BEGIN + D_BLOCK > D
+    o_dim = D_BEGIN + tl.arange(0, D_BLOCK)
+    m_tile = m_row[:, None]
+    if DIM_MASK:
+        m_tile = m_tile & (o_dim < D)[None, :]
+    p_row = base + o_row[:, None] * ROW_STRIDE
+    x = tl.load(p_row + o_dim[None, :], mask=m_tile, other=0.0).to(tl.float32)
+    if ADJACENT:  # pair j is dims (2j, 2j + 1): both are in this thread's registers
+        o_pair = D_BEGIN // 2 + tl.arange(0, D_BLOCK // 2)
+        c = _angles(cos, axis_index, o_row, m_row, o_pair, R, AXIAL, DIM_MASK)
+        s = _angles(sin, axis_index, o_row, m_row, o_pair, R, AXIAL, DIM_MASK)
+        first, second = tl.split(tl.reshape(x, (BM, D_BLOCK // 2, 2)))
+        rotated = tl.join(first * c - second * s, second * c + first * s)
+        x = tl.reshape(rotated, (BM, D_BLOCK))
+    else:  # rotate-half: pair j is dims (j, j + R)
+        partner = tl.load(p_row + ((o_dim + R) % D)[None, :], mask=m_tile, other=0.0)
+        c = _angles(cos, axis_index, o_row, m_row, o_dim % R, R, AXIAL, False)
+        s = _angles(sin, axis_index, o_row, m_row, o_dim % R, R, AXIAL, False)
+        x = x * c + partner.to(tl.float32) * tl.where((o_dim < R)[None, :], -s, s)
+    return x
+
+
+@triton.jit
+def _rotate_keys(
+    qkv, k_rotated, cos, sin, axis_index, n_rows,
+    H: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+    AXIAL: tl.constexpr, ADJACENT: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """K of every row and head, rotated and rounded once: (N, H, D)."""
+    i_tile = tl.program_id(0).to(tl.int64)
+    i_head = i_tile % H
+    o_row = i_tile // H * BN + tl.arange(0, BN)
+    m_row = o_row < n_rows
+    o_dim = tl.arange(0, D_PADDED)
+    k = _rotated_tile(
+        qkv + (H + i_head) * D, o_row, m_row, cos, sin, axis_index,
+        0, D_PADDED, BN, 3 * H * D, D, AXIAL, ADJACENT,
+    )  # fmt: skip
+    p_k = k_rotated + (o_row[:, None] * H + i_head) * D + o_dim[None, :]
+    m_k = m_row[:, None] & (o_dim < D)[None, :]
+    tl.store(p_k, k.to(k_rotated.dtype.element_ty), mask=m_k)
+
+
+@triton.jit
+def _attend_to_keys(
+    q0, q1, m, l, acc0, acc1, o_q, k_begin, k_end,
+    qkv, k_rotated, cos, sin, axis_index, segment_of_row, i_head,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    K_ROTATED: tl.constexpr, AXIAL: tl.constexpr, ADJACENT: tl.constexpr,
+    MASK_ROWS: tl.constexpr, MASK_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: scores, running softmax, weighted values."""
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    ROW_STRIDE: tl.constexpr = 3 * H * D
+    DIM_MASK: tl.constexpr = D0 + D1 != D
+    o_d0 = tl.arange(0, D0)
+    o_k = k_begin + tl.arange(0, BN)
+    m_k = o_k < k_end
+    # V first, so that every tile of this step has its own shared memory. Where a tail follows its
+    # main part into the same place, ptxas 12.8 builds a wrong address for it (tools/NOTES.md).
+    p_v = qkv + (2 * H + i_head) * D + o_k[:, None] * ROW_STRIDE
+    if MASK_ROWS:
+        v0 = tl.load(p_v + o_d0[None, :], mask=m_k[:, None], other=0.0)
+    else:
+        v0 = tl.load(p_v + o_d0[None, :])
+    if D1 > 0:
+        o_d1 = D0 + tl.arange(0, D1)
+        if MASK_ROWS or DIM_MASK:
+            v1 = tl.load(p_v + o_d1[None, :], mask=m_k[:, None] & (o_d1 < D)[None, :], other=0.0)
+        else:
+            v1 = tl.load(p_v + o_d1[None, :])
+
+    if K_ROTATED:
+        p_k = k_rotated + i_head * D + o_k[:, None] * (H * D)
+        if MASK_ROWS:
+            k0 = tl.load(p_k + o_d0[None, :], mask=m_k[:, None], other=0.0)
+        else:
+            k0 = tl.load(p_k + o_d0[None, :])
+    else:
+        k0 = _rotated_tile(
+            qkv + (H + i_head) * D, o_k, m_k, cos, sin, axis_index,
+            0, D0, BN, ROW_STRIDE, D, AXIAL, ADJACENT,
+        ).to(dtype)  # fmt: skip
+    s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)  # [BM, BN]
+    if D1 > 0:
+        o_d1 = D0 + tl.arange(0, D1)
+        m_k1 = m_k[:, None] & (o_d1 < D)[None, :]
+        if K_ROTATED:
+            if MASK_ROWS or DIM_MASK:
+                k1 = tl.load(p_k + o_d1[None, :], mask=m_k1, other=0.0)
+            else:
+                k1 = tl.load(p_k + o_d1[None, :])
+        else:
+            k1 = _rotated_tile(
+                qkv + (H + i_head) * D, o_k, m_k, cos, sin, axis_index,
+                D0, D1, BN, ROW_STRIDE, D, AXIAL, ADJACENT,
+            ).to(dtype)  # fmt: skip
+        s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+
+    if MASK_SEGMENTS:
+        seg_q = tl.load(segment_of_row + o_q, mask=o_q >= 0, other=-1)
+        seg_k = tl.load(segment_of_row + o_k, mask=m_k, other=-2)
+        s = tl.where(seg_q[:, None] == seg_k[None, :], s, -float("inf"))
+    elif MASK_ROWS:
+        s = tl.where(m_k[None, :], s, -float("inf"))
+
+    m_new = tl.maximum(m, tl.reduce(s, 1, tl.standard._elementwise_max))
+    m_safe = m_new
+    if MASK_SEGMENTS:  # a row may meet no key of its own in this tile: exp2(-inf - -inf) is NaN
+        m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+    p = tl.exp2(s - m_safe[:, None])
+    rescale = tl.exp2(m - m_safe)
+    l = l * rescale + tl.reduce(p, 1, tl.standard._sum_combine)
+    p = p.to(dtype)
+    acc0 = tl.dot(p, v0, acc0 * rescale[:, None], input_precision=PRECISION)
+    if D1 > 0:
+        acc1 = tl.dot(p, v1, acc1 * rescale[:, None], input_precision=PRECISION)
+    return m_new, l, acc0, acc1
+
+
+@triton.jit
+def _rope_varlen_attention(
+    qkv, k_rotated, cos, sin, axis_index, segment_of_row, tiles, out, scale_log2e,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    K_ROTATED: tl.constexpr, ONE_KEY_TILE: tl.constexpr, AXIAL: tl.constexpr,
+    ADJACENT: tl.constexpr, MASK_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """softmax(rope(Q) rope(K)^T * scale) V for one query tile of one head.
+
+    qkv (N, 3, H, D); k_rotated (N, H, D), read if K_ROTATED; tiles (T, 4); out (N, H, D). One
+    program per (tile, head), head fastest: neighbours share cache lines of a row.
+    """
+    i_program = tl.program_id(0).to(tl.int64)
+    i_head = i_program % H
+    p_tile = tiles + i_program // H * 4
+    q_begin = tl.load(p_tile).to(tl.int64)
+    q_end = tl.load(p_tile + 1).to(tl.int64)
+    k_begin = tl.load(p_tile + 2).to(tl.int64)
+    k_end = tl.load(p_tile + 3).to(tl.int64)
+    if q_begin >= q_end:  # a spare tile
+        return
+
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    o_q = q_begin + tl.arange(0, BM)
+    m_q = o_q < q_end
+    o_d0 = tl.arange(0, D0)
+    o_d1 = D0 + tl.arange(0, D1 if D1 > 0 else 16)
+
+    # Q, rotated and scaled in fp32, then rounded once: [BM, D0] and [BM, D1]
+    p_q = qkv + i_head * D
+    q0 = _rotated_tile(
+        p_q, o_q, m_q, cos, sin, axis_index, 0, D0, BM, 3 * H * D, D, AXIAL, ADJACENT
+    )
+    q0 = (q0 * scale_log2e).to(dtype)
+    q1 = q0
+    if D1 > 0:
+        q1 = _rotated_tile(
+            p_q, o_q, m_q, cos, sin, axis_index, D0, D1, BM, 3 * H * D, D, AXIAL, ADJACENT
+        )
+        q1 = (q1 * scale_log2e).to(dtype)
+
+    m = tl.full([BM], -float("inf"), tl.float32)
+    l = tl.full([BM], 0.0, tl.float32)
+    acc0 = tl.full([BM, D0], 0.0, tl.float32)
+    acc1 = tl.full([BM, D1 if D1 > 0 else 16], 0.0, tl.float32)
+    if MASK_SEGMENTS:
+        o_owner = tl.where(m_q, o_q, -1)
+    else:
+        o_owner = o_q
+
+    k_last = k_begin
+    if not ONE_KEY_TILE:
+        k_last = k_begin + (k_end - k_begin - 1) // BN * BN
+        for k_tile in range(k_begin, k_last, BN):  # whole tiles need no mask
+            m, l, acc0, acc1 = _attend_to_keys(
+                q0, q1, m, l, acc0, acc1, o_owner, k_tile, k_end,
+                qkv, k_rotated, cos, sin, axis_index, segment_of_row, i_head,
+                H, D, D0, D1, K_ROTATED, AXIAL, ADJACENT, False, MASK_SEGMENTS, PRECISION, BN,
+            )  # fmt: skip
+    m, l, acc0, acc1 = _attend_to_keys(
+        q0, q1, m, l, acc0, acc1, o_owner, k_last, k_end,
+        qkv, k_rotated, cos, sin, axis_index, segment_of_row, i_head,
+        H, D, D0, D1, K_ROTATED, AXIAL, ADJACENT, True, MASK_SEGMENTS, PRECISION, BN,
+    )  # fmt: skip
+
+    p_out = out + (o_q[:, None] * H + i_head) * D
+    if MASK_SEGMENTS:  # the rows past q_end own no key
+        l = tl.where(m_q, l, 1.0)
+    scale = 1.0 / l
+    tl.store(p_out + o_d0[None, :], (acc0 * scale[:, None]).to(dtype), mask=m_q[:, None])
+    if D1 > 0:
+        m_out = m_q[:, None] & (o_d1 < D)[None, :]
+        tl.store(p_out + o_d1[None, :], (acc1 * scale[:, None]).to(dtype), mask=m_out)
+
+
+def tiling(device: torch.device, dtype: torch.dtype, regime: str) -> Tiling:
+    """How layouts for this device must cut segments of a regime, `window` or `frame`."""
+    if device.type == "cpu":
+        return Tiling(rows=INTERPRETED_ROWS, packs=True)
+    return Tiling(rows=TILES[regime, dtype.itemsize * 8].q_rows, packs=False)
+
+
+def regime_of(segment_rows: int) -> str:
+    """`window` where every segment fits one key tile, else `frame`.
+
+    Decided by the configuration, never by the data: a switch by length would let an image's bits
+    depend on its neighbours.
+    """
+    return "window" if segment_rows <= TILES["window", 16].k_rows else "frame"
+
+
+def attention(
+    qkv: torch.Tensor,
+    rotary: RotaryTable,
+    segments: Segments,
+    *,
+    regime: str,
+    adjacent_pairs: bool,
+) -> torch.Tensor:
+    """Attention within segments, RoPE applied to Q and K on the way: (N, 3, H, D) -> (N, H, D).
+
+    `adjacent_pairs` says that rotary pair j of Q and K lies at dims (2j, 2j + 1) instead of
+    (j, j + D / 2). Rows that no tile covers are left unwritten.
+    """
+    N, _, H, D = qkv.shape
+    out = torch.empty((N, H, D), dtype=qkv.dtype, device=qkv.device)
+    if N == 0:
+        return out
+    d_main = 1 << (D.bit_length() - 1)
+    d_tail = 0 if d_main == D else max(16, triton.next_power_of_2(D - d_main))
+    on_cpu = qkv.device.type == "cpu"
+    if on_cpu:
+        longest = int((segments.tiles[:, 1::2] - segments.tiles[:, ::2]).max())
+        rows = min(INTERPRETED_ROWS, max(16, triton.next_power_of_2(longest)))
+        tiles = Tiles(rows, rows, num_warps=1, num_stages=1)
+    else:
+        tiles = TILES[regime, qkv.dtype.itemsize * 8]
+    rotate_keys_first = regime == "frame" and not on_cpu
+
+    index = rotary.cos if rotary.index is None else rotary.index
+    shared = {"AXIAL": rotary.index is not None, "ADJACENT": adjacent_pairs}
+    k_rotated = qkv
+    if rotate_keys_first:
+        k_rotated = torch.empty_like(out)
+        _launch(_rotate_keys, qkv.device)(
+            (triton.cdiv(N, ROTATION_ROWS) * H,),
+            qkv, k_rotated, rotary.cos, rotary.sin, index, N,
+            H=H, D=D, D_PADDED=triton.next_power_of_2(D), BN=ROTATION_ROWS, **shared,
+        )  # fmt: skip
+    _launch(_rope_varlen_attention, qkv.device)(
+        (segments.tiles.shape[0] * H,),
+        qkv, k_rotated, rotary.cos, rotary.sin, index,
+        segments.segment_of_row, segments.tiles, out, D**-0.5 * LOG2_E,
+        H=H, D=D, D0=d_main, D1=d_tail,
+        K_ROTATED=rotate_keys_first, ONE_KEY_TILE=regime == "window" and not on_cpu,
+        MASK_SEGMENTS=on_cpu, PRECISION="ieee", BM=tiles.q_rows, BN=tiles.k_rows,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **shared,
+    )  # fmt: skip
+    return out
+
+
+@cache
+def _interpreted(kernel: Any) -> Callable[..., None]:
+    return interpreted(kernel)
+
+
+def _launch(kernel: Any, device: torch.device) -> Callable[..., None]:
+    """The kernel's launcher: compiled on its tensors' own GPU, or interpreted on a CPU."""
+    if device.type == "cpu":
+        return _interpreted(kernel)
+
+    def run(grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+        with torch.cuda.device(device):
+            kernel[grid](*args, **kwargs)
+
+    return run
+
+
+def fused_rope_varlen_attention(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """Attention within consecutive segments, with rotary embedding applied to Q and K on the way.
+
+    >>> qkv = torch.randn(10, 3, 2, 80)
+    >>> angles = torch.rand(10, 40)
+    >>> cu_seqlens = torch.tensor([0, 4, 10], dtype=torch.int32)
+    >>> fused_rope_varlen_attention(qkv, angles.cos(), angles.sin(), cu_seqlens).shape
+    torch.Size([10, 2, 80])
+
+    Shapes: `qkv` (N, 3, H, D), the fused projection's output, read in place; `cos` and `sin`
+    (N, D / 2) float32, where pair j rotates dims (j, j + D / 2); `cu_seqlens` (S + 1,) int32 or
+    int64, from 0 to N; returns (N, H, D) in qkv's dtype. The softmax scale is D ** -0.5.
+
+    bfloat16 and float32 (IEEE, never TF32) on a GPU; float32 on a CPU, in Triton's interpreter. On
+    a GPU nothing waits for the host: `cu_seqlens` is never read back, so its values are not
+    checked there. Rows beyond its last value are left unwritten.
+
+    Raises ArgumentError for shapes, dtypes or devices that do not fit together.
+    """
+    _check_arguments(qkv, cos, sin, cu_seqlens)
+    cut = tiling(qkv.device, qkv.dtype, "frame")
+    empty = cu_seqlens.new_empty(0, dtype=torch.int32)
+    if qkv.device.type == "cpu":
+        lengths = cu_seqlens.diff().to(torch.int32)
+        owners = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
+        tiles = torch.from_numpy(tile_table(lengths.numpy(), cut))
+        segments = Segments(cu_seqlens, tiles, owners)
+    else:
+        segments = Segments(cu_seqlens, _tile_table_on_device(cu_seqlens, len(qkv), cut), empty)
+    rotary = RotaryTable(cos.contiguous(), sin.contiguous())
+    return attention(qkv.contiguous(), rotary, segments, regime="frame", adjacent_pairs=False)
+
+
+def _tile_table_on_device(cu_seqlens: torch.Tensor, n_rows: int, cut: Tiling) -> torch.Tensor:
+    """`layout.tile_table`, without learning its length: the tiles left over are empty."""
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    tiles_before = ((ends - starts + cut.rows - 1) // cut.rows).cumsum(0)
+    capacity = n_rows // cut.rows + len(starts)
+    tile = torch.arange(capacity, device=cu_seqlens.device)
+    segment = torch.searchsorted(tiles_before, tile, right=True)
+    is_spare = segment == len(starts)
+    segment = segment.clamp(max=len(starts) - 1)
+    index_in_segment = tile - torch.where(segment > 0, tiles_before[segment - 1], 0)
+    q_start = starts[segment] + index_in_segment * cut.rows
+    q_end = torch.minimum(q_start + cut.rows, ends[segment])
+    table = torch.stack([q_start, q_end, starts[segment], ends[segment]], dim=1)
+    return table.masked_fill(is_spare[:, None], 0).to(torch.int32)
+
+
+def _check_arguments(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor
+) -> None:
+    if qkv.dim() != 4 or qkv.shape[1] != 3 or qkv.shape[3] % 2 or qkv.shape[2] == 0:
+        raise ArgumentError(
+            f"qkv has shape {tuple(qkv.shape)}, expected (N, 3, heads, head_dim) with an even "
+            "head_dim; reshape the fused projection's output"
+        )
+    N, _, _, D = qkv.shape
+    supported = (torch.float32,) if qkv.device.type == "cpu" else (torch.float32, torch.bfloat16)
+    if qkv.dtype not in supported:
+        raise ArgumentError(
+            f"qkv is {qkv.dtype} on {qkv.device}, expected "
+            f"{' or '.join(map(str, supported))}; convert it first"
+        )
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.shape != (N, D // 2) or table.dtype != torch.float32:
+            raise ArgumentError(
+                f"{name} is {table.dtype} of shape {tuple(table.shape)}, expected torch.float32 "
+                f"of shape {(N, D // 2)}: one angle per rotary pair"
+            )
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ArgumentError(
+            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, expected int32 "
+            "or int64 of shape (segments + 1,)"
+        )
+    if len(cu_seqlens) < 2:
+        raise ArgumentError("cu_seqlens has no segment, expected at least [0, N]")
+    for name, tensor in (("cos", cos), ("sin", sin), ("cu_seqlens", cu_seqlens)):
+        if tensor.device != qkv.device:
+            raise ArgumentError(
+                f"{name} is on {tensor.device} and qkv on {qkv.device}; move it to {qkv.device}"
+            )
+    if qkv.device.type == "cpu":
+        steps = cu_seqlens.diff()
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) > N or bool((steps < 0).any()):
+            raise ArgumentError(
+                f"cu_seqlens runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}, expected "
+                f"non-decreasing values from 0 to {N}, the rows of qkv"
+            )

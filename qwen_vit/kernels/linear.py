@@ -1,0 +1,206 @@
+"""Linear layers with their neighbours in the epilogue, and the RMSNorm.
+
+On a GPU every product is one Triton kernel whose accumulation order over K is fixed: each output
+row depends on its own input row alone, whatever the batch and whatever the tile, so an image's
+embedding has the same bits alone and in any company. On a CPU the same functions are PyTorch's.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+__all__ = ["linear", "rms_norm"]
+
+
+@dataclass(frozen=True, slots=True)
+class GemmTile:
+    """One reviewed row: rows x columns x depth of a tile, and how the compiler schedules it."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# (capability major, bits, epilogue) -> (rows from which it is used, tile), largest first.
+HOPPER = 9
+GEMM_TILES: dict[tuple[int, int, str], tuple[tuple[int, GemmTile], ...]] = {
+    (HOPPER, 16, "plain"): (
+        (4096, GemmTile(128, 256, 64, 8, 3)),
+        (0, GemmTile(128, 128, 64, 4, 4)),
+    ),
+    (HOPPER, 16, "swiglu"): (
+        (4096, GemmTile(128, 128, 64, 8, 3)),
+        (0, GemmTile(128, 64, 64, 4, 4)),
+    ),
+}
+FALLBACK_TILES = {
+    16: GemmTile(128, 64, 32, 4, 3),
+    32: GemmTile(64, 64, 32, 4, 2),
+}
+GROUPED_ROW_TILES = 8  # tiles of this many row blocks run together and share weights in L2
+
+
+@triton.jit
+def _gemm(
+    x, weight, bias, residual, out, M, N, out_scale,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EPILOGUE: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """out (M, N) = epilogue(x (M, K) @ weight (N, K)^T * out_scale + bias) + residual.
+
+    All but `bias` are tensor descriptors, which cut tiles at the edges. With the SwiGLU, weight
+    holds N gate rows, then N up rows, and both products share the tile of x.
+    """
+    i_program = tl.program_id(0)
+    n_row_tiles = tl.cdiv(M, BM)
+    n_column_tiles = tl.cdiv(N, BN)
+    group_size = GROUP * n_column_tiles
+    first_row_tile = i_program // group_size * GROUP
+    group_rows = min(n_row_tiles - first_row_tile, GROUP)
+    i_m = (first_row_tile + i_program % group_size % group_rows) * BM
+    i_n = i_program % group_size // group_rows * BN
+
+    acc = tl.zeros([BM, BN], tl.float32)
+    if EPILOGUE == "swiglu":
+        acc_up = tl.zeros([BM, BN], tl.float32)
+        for i_k in range(0, K, BK):
+            b_x = x.load([i_m, i_k])  # [BM, BK]
+            b_gate = weight.load([i_n, i_k])  # [BN, BK]
+            b_up = weight.load([N + i_n, i_k])
+            acc = tl.dot(b_x, b_gate.T, acc, input_precision=PRECISION)
+            acc_up = tl.dot(b_x, b_up.T, acc_up, input_precision=PRECISION)
+    else:
+        for i_k in range(0, K, BK):
+            b_x = x.load([i_m, i_k])
+            b_weight = weight.load([i_n, i_k])
+            acc = tl.dot(b_x, b_weight.T, acc, input_precision=PRECISION)
+
+    o_n = i_n + tl.arange(0, BN)
+    acc = acc * out_scale
+    if HAS_BIAS:
+        acc += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+    if EPILOGUE == "swiglu":
+        acc_up += tl.load(bias + N + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+        acc = acc / (1.0 + tl.exp(-acc)) * acc_up
+    if EPILOGUE == "gelu":
+        acc = acc * 0.5 * (1.0 + tl.erf(acc * 0.7071067811865476))  # exact, never the tanh form
+    if HAS_RESIDUAL:
+        acc += residual.load([i_m, i_n]).to(tl.float32)
+    out.store([i_m, i_n], acc.to(out.dtype))
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+    epilogue: str = "plain",
+    out_scale: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`epilogue(x @ weight.T * out_scale + bias) + residual`, rounded once: (M, K) -> (M, N).
+
+    Epilogues: `plain`; `gelu`, the exact one; `swiglu`, where weight (2N, K) holds gate rows, then
+    up rows, and the result is silu(gate) * up.
+    """
+    out_dtype = out_dtype or x.dtype
+    if x.device.type == "cpu":
+        return _linear_on_cpu(x, weight, bias, residual, epilogue, out_scale, out_dtype)
+    M, K = x.shape
+    N = weight.shape[0] // 2 if epilogue == "swiglu" else weight.shape[0]
+    out = torch.empty((M, N), dtype=out_dtype, device=x.device)
+    if M == 0:
+        return out
+    tile = _gemm_tile(x, M, epilogue)
+    out_block = [tile.rows, tile.columns]
+    grid = (triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)
+    with torch.cuda.device(x.device):
+        _gemm[grid](
+            TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
+            TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
+            bias,
+            None if residual is None else TensorDescriptor.from_tensor(residual, out_block),
+            TensorDescriptor.from_tensor(out, out_block),
+            M, N, out_scale, K=K,
+            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, EPILOGUE=epilogue,
+            PRECISION="ieee", BM=tile.rows, BN=tile.columns, BK=tile.depth,
+            GROUP=GROUPED_ROW_TILES, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return out
+
+
+def _linear_on_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    epilogue: str,
+    out_scale: float,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    y = F.linear(x, weight) * out_scale if out_scale != 1.0 else F.linear(x, weight, bias)
+    if out_scale != 1.0 and bias is not None:
+        y = y + bias
+    if epilogue == "swiglu":
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    elif epilogue == "gelu":
+        y = F.gelu(y)
+    if residual is not None:
+        y = y + residual
+    return y.to(out_dtype)
+
+
+def _gemm_tile(x: torch.Tensor, n_rows: int, epilogue: str) -> GemmTile:
+    """The tile for this GPU and size. A size may choose: tiles agree bit for bit (tested)."""
+    bits = x.dtype.itemsize * 8
+    key = (_capability(x.device)[0], bits, "swiglu" if epilogue == "swiglu" else "plain")
+    for least_rows, tile in GEMM_TILES.get(key, ()):
+        if n_rows >= least_rows:
+            return tile
+    return FALLBACK_TILES[bits]
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@triton.jit
+def _rms_norm(x, weight, out, C: tl.constexpr, C_PADDED: tl.constexpr, EPS: tl.constexpr):
+    """One row: statistics in fp32, the cast to the input's dtype, then the weight."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o_c = tl.arange(0, C_PADDED)
+    m_c = o_c < C
+    b_x = tl.load(x + i_row * C + o_c, mask=m_c, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(b_x * b_x, 0) / C + EPS)
+    b_x = (b_x * scale).to(out.dtype.element_ty)
+    b_weight = tl.load(weight + o_c, mask=m_c, other=0.0)
+    tl.store(out + i_row * C + o_c, b_x * b_weight, mask=m_c)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / rms(x)` cast to x's dtype, then times `weight`: (N, C) -> (N, C).
+
+    The cast comes before the weight, as in transformers' Qwen2_5_VLRMSNorm; in bf16 that shows.
+    """
+    if x.device.type == "cpu":
+        x32 = x.float()
+        return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    N, C = x.shape
+    out = torch.empty_like(x)
+    if N:
+        with torch.cuda.device(x.device):
+            _rms_norm[(N,)](
+                x, weight, out, C=C, C_PADDED=triton.next_power_of_2(C), EPS=eps, num_warps=4
+            )
+    return out

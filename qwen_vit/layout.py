@@ -1,0 +1,292 @@
+"""Where every patch goes: token orders, attention segments, positions and kernel tiles.
+
+A layout is computed once, on the host, from integers alone (the grids, never pixels or weights),
+and holds every index that depends on the data. The model only executes it, so one code path serves
+a single image, any mix of images, several frames, and a fixed token budget.
+
+Three token orders, and the names that carry them:
+
+    raster  patches row by row
+    grid    the patches of a merge unit (2 x 2) together; units row by row: what processors emit
+    window  merge units grouped by attention window: what the blocks compute on
+
+Source: transformers' `get_vision_window_index` and `get_vision_cu_seqlens`, which pad the unit grid
+to whole windows, permute, and drop the padding. Sorting the units by window gives the same order
+without padding anything.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qwen_vit.config import Grid, VisionConfig
+from qwen_vit.errors import ImageError
+
+__all__ = ["FILLER_ROWS", "Layout", "Segments", "Tiling", "check_grids", "tile_table"]
+
+Integers = npt.NDArray[np.int32]
+
+FILLER_ROWS = 64  # rows that only fill a token budget attend among themselves, this many at a time
+MAX_ROWS = 2**31 - 1  # rows are indexed in int32; the kernels widen to int64 before they multiply
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a kernel cuts segments into tiles.
+
+    `rows` is the most query rows of one tile. `packs` lets one tile hold several whole segments,
+    told apart by a mask: Triton's interpreter wants few and large programs, a GPU small and many.
+    """
+
+    rows: int
+    packs: bool
+
+
+class _Frame(NamedTuple):
+    """One frame of a grid, in its own window order."""
+
+    unit_order: Integers  # [h * w / 4] grid-order merge unit at each window-order place
+    window_rows: Integers  # [windows] patches in each window
+    row_and_column: Integers  # [h * w, 2] of each patch, in window order
+
+
+@lru_cache(maxsize=4096)
+def _frame(h: int, w: int, merge: int, window_units: int) -> _Frame:
+    unit_h, unit_w = h // merge, w // merge
+    unit_row, unit_column = np.divmod(np.arange(unit_h * unit_w, dtype=np.int32), unit_w)
+    windows_per_row = -(-unit_w // window_units)
+    window = unit_row // window_units * windows_per_row + unit_column // window_units
+    unit_order = np.argsort(window, kind="stable").astype(np.int32)
+    inner_row, inner_column = np.divmod(np.arange(merge * merge, dtype=np.int32), merge)
+    row = unit_row[unit_order, None] * merge + inner_row
+    column = unit_column[unit_order, None] * merge + inner_column
+    return _Frame(
+        unit_order,
+        np.bincount(window).astype(np.int32) * (merge * merge),
+        np.stack([row.ravel(), column.ravel()], axis=1),
+    )
+
+
+def check_grids(grids: Iterable[Grid], config: VisionConfig) -> None:
+    """Refuse a grid that no image can have.
+
+    Raises ImageError (code `grid`) when a side is not positive or not a multiple of the merge size.
+    """
+    merge = config.spatial_merge_size
+    for index, grid in enumerate(grids):
+        if min(grid.t, grid.h, grid.w) < 1:
+            problem = "every number must be at least 1"
+        elif grid.h % merge or grid.w % merge:
+            problem = f"height and width must be multiples of {merge} patches"
+        else:
+            continue
+        raise ImageError(
+            f"grid_thw[{index}] is ({grid.t}, {grid.h}, {grid.w}): {problem}; "
+            "pass the grid that the processor returned with these pixels",
+            code="grid",
+        )
+
+
+def tile_table(lengths: Integers, tiling: Tiling) -> Integers:
+    """Cut consecutive segments into kernel tiles: rows of (q_start, q_end, k_start, k_end).
+
+    >>> tile_table(np.array([100, 40], np.int32), Tiling(rows=64, packs=False))
+    array([[  0,  64,   0, 100],
+           [ 64, 100,   0, 100],
+           [100, 140, 100, 140]], dtype=int32)
+
+    Tiles with the longest key range come first, so that a GPU does not end on them.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    starts = ends - lengths
+    if tiling.packs:
+        return _packed_tiles(starts, ends, tiling.rows)
+    counts = -(-lengths // tiling.rows)
+    segment = np.repeat(np.arange(len(lengths)), counts)
+    index_in_segment = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    q_start = starts[segment] + index_in_segment * tiling.rows
+    q_end = np.minimum(q_start + tiling.rows, ends[segment])
+    table = np.stack([q_start, q_end, starts[segment], ends[segment]], axis=1)
+    return table[np.argsort(-lengths[segment], kind="stable")].astype(np.int32)
+
+
+def _packed_tiles(
+    starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], rows: int
+) -> Integers:
+    table: list[tuple[int, int, int, int]] = []
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        if table and end - table[-1][0] <= rows and table[-1][:2] == table[-1][2:]:
+            table[-1] = (table[-1][0], end, table[-1][2], end)
+        else:
+            table.extend(
+                (q_start, min(q_start + rows, end), start, end)
+                for q_start in range(start, end, rows)
+            )
+    return np.array(table, dtype=np.int32).reshape(-1, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Runs of consecutive rows that attend among themselves, and the tiles that cover them."""
+
+    cu_seqlens: torch.Tensor  # (S + 1,) int32: segment s is rows cu_seqlens[s] : cu_seqlens[s + 1]
+    tiles: torch.Tensor  # (tiles, 4) int32: q_start, q_end, k_start, k_end
+    segment_of_row: torch.Tensor  # (rows,) int32, empty unless tiles hold several segments
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Every data-dependent index of one forward pass; integers only, in one tensor per meaning.
+
+    >>> config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
+    >>> layout = Layout.from_grids([Grid(1, 6, 10)], config)
+    >>> layout.n_patches, layout.windows.cu_seqlens.tolist()
+    (60, [0, 48, 60])
+
+    Shapes: N patches, `n_rows` >= N rows after filling up to a token budget, M merged tokens.
+    """
+
+    grids: tuple[Grid, ...]
+    n_patches: int  # N
+    n_rows: int
+    grid_index: torch.Tensor  # (n_rows,) int32: the grid-order patch of each window-order row
+    positions: torch.Tensor  # (n_rows, 2) int32: patch row and column of each window-order row
+    merged_order: torch.Tensor  # (M,) int32: the window-order unit of each row-major merged token
+    raster_order: torch.Tensor  # (N,) int32: the window-order row of each raster-order patch
+    windows: Segments  # what a window block attends within
+    frames: Segments  # what a full-attention block attends within: one frame, never a whole clip
+
+    @classmethod
+    def from_grids(
+        cls,
+        grids: Sequence[Grid],
+        config: VisionConfig,
+        *,
+        window_tiling: Tiling = Tiling(rows=64, packs=False),
+        frame_tiling: Tiling = Tiling(rows=128, packs=False),
+        n_rows: int | None = None,
+    ) -> "Layout":
+        """Lay out images, one after the other, and fill up to `n_rows` rows when that is given.
+
+        Raises ImageError (code `grid`) for a grid that no image can have, or too many patches.
+        """
+        check_grids(grids, config)
+        merge, unit = config.spatial_merge_size, config.merge_unit
+        frame_sizes = [(grid.h, grid.w) for grid in grids for _ in range(grid.t)]
+        parts = [_frame(h, w, merge, config.window_units) for h, w in frame_sizes]
+
+        frame_rows = np.array([h * w for h, w in frame_sizes], dtype=np.int64)
+        n_patches = int(frame_rows.sum())
+        total = n_patches if n_rows is None else n_rows
+        if total > MAX_ROWS:
+            raise ImageError(
+                f"{total} patches in one call, expected at most {MAX_ROWS}; split the batch",
+                code="too-many-patches",
+            )
+        if total < n_patches or (total - n_patches) % unit:
+            raise ImageError(
+                f"{n_patches} patches do not fit a budget of {total} rows in steps of {unit}",
+                code="too-many-patches",
+            )
+        filler = total - n_patches
+        filler_rows = np.full(-(-filler // FILLER_ROWS), FILLER_ROWS, dtype=np.int32)
+        if filler % FILLER_ROWS:
+            filler_rows[-1] = filler % FILLER_ROWS
+
+        unit_starts = np.repeat(
+            (np.cumsum(frame_rows) - frame_rows) // unit, frame_rows // unit
+        ).astype(np.int32)
+        unit_order = _concatenate([part.unit_order for part in parts]) + unit_starts
+        merged_order = np.empty_like(unit_order)
+        merged_order[unit_order] = np.arange(len(unit_order), dtype=np.int32)
+
+        positions = np.zeros((total, 2), dtype=np.int32)
+        positions[:n_patches] = _concatenate([part.row_and_column for part in parts], width=2)
+        grid_index = np.zeros(total, dtype=np.int32)  # a filler row repeats the first patch
+        grid_index[:n_patches] = (
+            unit_order[:, None] * unit + np.arange(unit, dtype=np.int32)
+        ).ravel()
+
+        widths = np.array([w for _, w in frame_sizes], dtype=np.int64)
+        raster = (
+            np.repeat(np.cumsum(frame_rows) - frame_rows, frame_rows)
+            + positions[:n_patches, 0] * np.repeat(widths, frame_rows)
+            + positions[:n_patches, 1]
+        )
+        raster_order = np.empty(n_patches, dtype=np.int32)
+        raster_order[raster] = np.arange(n_patches, dtype=np.int32)
+
+        window_rows = _concatenate([part.window_rows for part in parts])
+        return cls(
+            grids=tuple(grids),
+            n_patches=n_patches,
+            n_rows=total,
+            grid_index=torch.from_numpy(grid_index),
+            positions=torch.from_numpy(positions),
+            merged_order=torch.from_numpy(merged_order),
+            raster_order=torch.from_numpy(raster_order),
+            windows=_segments(np.concatenate([window_rows, filler_rows]), window_tiling),
+            frames=_segments(
+                np.concatenate([frame_rows.astype(np.int32), filler_rows]), frame_tiling
+            ),
+        )
+
+    @property
+    def n_positions(self) -> int:
+        """One more than the largest row or column: the height of the rotary tables needed."""
+        return max((max(grid.h, grid.w) for grid in self.grids), default=1)
+
+    def to(self, device: torch.device) -> "Layout":
+        """The same layout on another device, moved in one copy.
+
+        The host buffer is pinned on the way to a GPU, so that the copy does not wait for it.
+        """
+        tensors = self._tensors()
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        if device.type == "cuda":
+            flat = flat.pin_memory()
+        moved = flat.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+        return self._with_tensors(
+            [new.view(old.shape) for new, old in zip(moved, tensors, strict=True)]
+        )
+
+    def _tensors(self) -> list[torch.Tensor]:
+        orders = [self.grid_index, self.positions, self.merged_order, self.raster_order]
+        segments = [
+            tensor
+            for part in (self.windows, self.frames)
+            for tensor in (part.cu_seqlens, part.tiles, part.segment_of_row)
+        ]
+        return orders + segments
+
+    def _with_tensors(self, tensors: list[torch.Tensor]) -> "Layout":
+        return replace(
+            self,
+            grid_index=tensors[0],
+            positions=tensors[1],
+            merged_order=tensors[2],
+            raster_order=tensors[3],
+            windows=Segments(*tensors[4:7]),
+            frames=Segments(*tensors[7:10]),
+        )
+
+
+def _concatenate(arrays: list[Integers], width: int | None = None) -> Integers:
+    empty = np.zeros((0,) if width is None else (0, width), dtype=np.int32)
+    return np.concatenate([empty, *arrays])
+
+
+def _segments(lengths: Integers, tiling: Tiling) -> Segments:
+    cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    segment_of_row = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    return Segments(
+        torch.from_numpy(cu_seqlens),
+        torch.from_numpy(tile_table(lengths, tiling)),
+        torch.from_numpy(segment_of_row if tiling.packs else segment_of_row[:0]),
+    )

@@ -1,0 +1,98 @@
+"""Compile the package's kernels for Hopper on any machine, and read the assembler's report."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+HOPPER = GPUTarget("cuda", 90, 32)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    registers: int
+    spill_bytes: int
+    serialised_wgmma: bool  # ptxas' C7515: every matrix instruction waits for the one before
+    wgmma_shapes: frozenset[str]
+    shared_bytes: int
+    corrupt_descriptors: int
+
+
+def compile_for_hopper(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], **options: int
+) -> Compiled:
+    """`signature` types the run-time arguments; pointers and sizes are taken as multiples of 16."""
+    names = kernel.arg_names
+    full = {name: "constexpr" if name in constants else signature[name] for name in names}
+    attrs = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if full[name].startswith("*")
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature=full,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=attrs,
+    )
+    compiled = triton.compile(source, target=HOPPER, options=options)
+    ptx = compiled.asm["ptx"]
+    return Compiled(
+        **_assemble(ptx),
+        wgmma_shapes=frozenset(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)", ptx)),
+        shared_bytes=compiled.metadata.shared,
+    )
+
+
+def _assemble(ptx: str) -> dict[str, Any]:
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        report = subprocess.run(
+            [ptxas, "-v", "-arch=sm_90a", source, "-o", Path(folder, "kernel.cubin")],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+        sass = subprocess.run(
+            [ptxas.with_name("nvdisasm"), "-c", Path(folder, "kernel.cubin")],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
+    return {
+        "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
+        "spill_bytes": sum(map(int, spills)),
+        "serialised_wgmma": "C7515" in report or "serializ" in report,
+        "corrupt_descriptors": count_corrupt_descriptors(sass),
+    }
+
+
+def count_corrupt_descriptors(sass: str) -> int:
+    """64-bit uniform additions whose high word adds the low word's register.
+
+    ptxas 12.8, which Triton 3.6 and 3.7 bundle, sometimes builds a matrix descriptor that way: the
+    address leaks into the strides, and the product reads whatever lies there. Seen as a wrong tail
+    of 16 dims, or an illegal address.
+    """
+    low = re.compile(r"UIADD3 UR\d+, (UP\d+), (UR\d+), 0x[0-9a-f]+, URZ")
+    high = re.compile(r"UIADD3\.X UR\d+, (UR\d+), -?0x[0-9a-f]+, URZ, (UP\d+), !UPT")
+    written = re.compile(r"\*/ +(?:@!?U?P\d+ +)?[A-Z0-9_.]+ (UR\d+),")
+    low_register: dict[str, str] = {}  # carry predicate -> register of the low word's addition
+    corrupt = 0
+    for line in sass.splitlines():
+        if found := high.search(line):
+            corrupt += low_register.get(found[2]) == found[1]
+        if target := written.search(line):
+            low_register = {p: r for p, r in low_register.items() if r != target[1]}
+        if found := low.search(line):
+            low_register[found[1]] = found[2]
+    return corrupt
