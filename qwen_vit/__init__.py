@@ -1,0 +1,32 @@
+"""Images to the embeddings that Qwen2.5-VL's language model sees, and nothing else."""
+
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import (
+    ArgumentError,
+    CheckpointError,
+    ExportError,
+    HubError,
+    ImageError,
+    QwenVitError,
+)
+from qwen_vit.features import ImageFeatures, load_features, write_features
+from qwen_vit.image import ImageLimits
+from qwen_vit.kernels.attention import fused_rope_varlen_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "ExportError",
+    "HubError",
+    "ImageError",
+    "ImageFeatures",
+    "ImageLimits",
+    "QwenVitError",
+    "VisionEncoder",
+    "__version__",
+    "fused_rope_varlen_attention",
+    "load_features",
+    "write_features",
+]

@@ -1,0 +1,400 @@
+"""`VisionEncoder`: images in, the embeddings that the language model sees out."""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from qwen_vit.checkpoint import (
+    Checkpoint,
+    config_hash,
+    convert,
+    load_checkpoint,
+    pixel_weight_exponent,
+    weights_hash,
+)
+from qwen_vit.config import Grid, ImageConfig, VisionConfig
+from qwen_vit.errors import ArgumentError, CheckpointError, ImageError
+from qwen_vit.features import ImageFeatures
+from qwen_vit.hub import Source, find_checkpoint
+from qwen_vit.image import ImageLimits, ImageSource, load_image
+from qwen_vit.kernels.attention import tiling
+from qwen_vit.layout import Layout
+from qwen_vit.model import Output, VisionTower
+from qwen_vit.patches import Patches, patchify
+
+__all__ = ["VisionEncoder"]
+
+logger = logging.getLogger("qwen_vit")
+
+OnError = Literal["raise", "skip"]
+
+# Patches in one forward pass. More gain nothing on a GPU; an image may be larger on its own.
+TOKEN_BUDGET = {"cuda": 32_768, "cpu": 4_096}
+LEAST_CAPABILITY = (8, 0)
+
+
+class _Loaded(NamedTuple):
+    """One image on its way: its patches, or what went wrong."""
+
+    features: ImageFeatures
+    patches: Patches | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VisionEncoder:
+    """The vision encoder of Qwen2.5-VL, without the language model.
+
+    >>> encoder = VisionEncoder.from_pretrained("tiny")
+    >>> [features] = encoder.encode(["tests/images/rocket.jpg"])
+    >>> features.embeds.shape, features.grid_thw
+    (torch.Size([345, 192]), (1, 30, 46))
+
+    Build one with `from_pretrained`. Source: "Qwen2.5-VL Technical Report" (arXiv:2502.13923).
+    """
+
+    tower: VisionTower
+    checkpoint: Checkpoint
+    image_config: ImageConfig
+    source: Source
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Self:
+        """Load a checkpoint: a Hub repository, a local folder, or the packaged "tiny".
+
+        >>> VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=50_176).dtype
+        torch.float32
+
+        `device="auto"` is CUDA where there is one, else the CPU, where the same Triton kernel runs
+        in Triton's interpreter: right, and slow. `dtype="auto"` is bfloat16 on a GPU and float32
+        on a CPU; float32 on a GPU is IEEE, never TF32. `min_pixels` and `max_pixels` bound
+        height x width after resizing and replace the checkpoint's own.
+
+        Raises HubError, CheckpointError or ArgumentError, each with what to do.
+        """
+        chosen_device = _choose_device(device)
+        chosen_dtype = _choose_dtype(dtype, chosen_device)
+        source = find_checkpoint(
+            model,
+            revision=revision,
+            token=token,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            local_files_only=local_files_only,
+        )
+        checkpoint = load_checkpoint(source.folder)
+        image_config = _with_limits(checkpoint.image_config, min_pixels, max_pixels)
+        with torch.device("meta"):
+            tower = VisionTower(checkpoint.config, chosen_dtype)
+        state = convert(checkpoint.tensors, checkpoint.config, image_config, chosen_dtype)
+        tower.load_state_dict(
+            {name: tensor.to(chosen_device) for name, tensor in state.items()},
+            strict=True,
+            assign=True,
+        )
+        return cls(tower, checkpoint, image_config, source, chosen_device, chosen_dtype)
+
+    @property
+    def config(self) -> VisionConfig:
+        """The tower's architecture."""
+        return self.checkpoint.config
+
+    def encode(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        on_error: OnError = "raise",
+        output: Output = "merged",
+        limits: ImageLimits | None = None,
+    ) -> list[ImageFeatures]:
+        """Encode images: paths, bytes, PIL images, arrays or tensors, in any mix and size.
+
+        >>> encoder = VisionEncoder.from_pretrained("tiny")
+        >>> encoder.encode([np.zeros((56, 84, 3), np.uint8)])[0].embeds.shape
+        torch.Size([6, 192])
+
+        Returns one ImageFeatures per image, in order: `embeds` (n_tokens, out_hidden_size),
+        row-major over merged cells of 28 x 28 pixels. With `output="patch"`, un-merged:
+        (n_patches, hidden_size), row-major over patches of 14 x 14 pixels.
+
+        Raises ImageError for the first image that cannot be encoded; with `on_error="skip"` that
+        image's features carry the error instead, and the others go on.
+        """
+        return list(self.encode_iter(images, on_error=on_error, output=output, limits=limits))
+
+    def encode_iter(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        on_error: OnError = "raise",
+        output: Output = "merged",
+        limits: ImageLimits | None = None,
+    ) -> Iterator[ImageFeatures]:
+        """As `encode`, one after the other and in order, holding one batch at a time.
+
+        >>> encoder = VisionEncoder.from_pretrained("tiny")
+        >>> for features in encoder.encode_iter(["tests/images/chelsea.png"]):
+        ...     print(features.grid_thw)
+        (1, 22, 32)
+        """
+        if isinstance(images, (str, bytes, os.PathLike, Tensor)) or hasattr(images, "convert"):
+            raise ArgumentError(
+                f"images is one {type(images).__name__}, expected a list of images; "
+                "pass [image] instead"
+            )
+        if on_error not in ("raise", "skip"):
+            raise ArgumentError(f"on_error is {on_error!r}, expected 'raise' or 'skip'")
+        if output not in ("merged", "patch"):
+            raise ArgumentError(f"output is {output!r}, expected 'merged' or 'patch'")
+        batch: list[_Loaded] = []
+        n_patches = 0
+        for index, image in enumerate(images):
+            loaded = self._load(image, index, on_error, limits or ImageLimits())
+            added = 0 if loaded.patches is None else len(loaded.patches.pixels)
+            if n_patches and n_patches + added > TOKEN_BUDGET[self.device.type]:
+                yield from self._encode_batch(batch, output, on_error)
+                batch, n_patches = [], 0
+            batch.append(loaded)
+            n_patches += added
+        yield from self._encode_batch(batch, output, on_error)
+
+    def encode_patches(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """Encode what Hugging Face's processor returns, as its vision encoder does.
+
+        >>> encoder = VisionEncoder.from_pretrained("tiny")
+        >>> encoder.encode_patches(torch.zeros(24, 1176), torch.tensor([[1, 4, 6]])).shape
+        torch.Size([6, 192])
+
+        Shapes: `pixel_values` (N, 1176) float, normalised, in the processor's order; `grid_thw`
+        (images, 3) integers in patches, several frames allowed; returns (M, out_hidden_size).
+
+        Raises ImageError (codes `patches`, `grid`) where the two disagree, before any kernel runs.
+        """
+        grids = _grids(grid_thw)
+        expected = (sum(grid.n_patches for grid in grids), self.config.patch_dim)
+        if tuple(pixel_values.shape) != expected or not pixel_values.is_floating_point():
+            raise ImageError(
+                f"pixel_values is {pixel_values.dtype} of shape {tuple(pixel_values.shape)}, but "
+                f"grid_thw promises floating-point rows of shape {expected}; pass both as one "
+                "call of the processor returned them",
+                code="patches",
+            )
+        return self._forward(pixel_values, grids, "merged")
+
+    def metadata(self) -> dict[str, Any]:
+        """What a feature file records about its origin: model, hashes, versions, image policy."""
+        return {
+            "model": self.source.name,
+            "commit": self.source.commit,
+            "weights_sha256": weights_hash(self.checkpoint.tensors),
+            "config_sha256": config_hash(self.config, self.image_config),
+            "versions": {name: _version(name) for name in ("qwen-vit", "torch", "triton")},
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "image_policy": {
+                **self.image_config.to_json(),
+                "resample": "Pillow bicubic on uint8",
+                "orientation": "EXIF applied",
+                "alpha": "composited on white",
+            },
+        }
+
+    def _load(
+        self, image: ImageSource, index: int, on_error: OnError, limits: ImageLimits
+    ) -> _Loaded:
+        is_path = isinstance(image, (str, os.PathLike))
+        name = os.fsdecode(image) if is_path else f"image {index}"  # type: ignore[arg-type]
+        try:
+            rgb = load_image(image, name=name, limits=limits)
+            patches = patchify(rgb.pixels, self.image_config, name=name)
+        except ImageError as error:
+            if on_error == "raise":
+                raise
+            return _Loaded(ImageFeatures(name, None, None, error=error), None)
+        [grid] = patches.grids
+        size = (rgb.height, rgb.width)
+        return _Loaded(
+            ImageFeatures(name, None, (grid.t, grid.h, grid.w), size, rgb.notes), patches
+        )
+
+    def _encode_batch(
+        self, batch: list[_Loaded], output: Output, on_error: OnError
+    ) -> Iterator[ImageFeatures]:
+        parts = [loaded.patches for loaded in batch if loaded.patches is not None]
+        embeds = iter(self._encode_parts(parts, output, on_error))
+        for features, patches in batch:
+            if patches is None:
+                yield features
+                continue
+            result = next(embeds)
+            if isinstance(result, ImageError):
+                yield replace(features, grid_thw=None, error=result)
+            else:
+                yield replace(features, embeds=result)
+
+    def _encode_parts(
+        self, parts: Sequence[Patches], output: Output, on_error: OnError
+    ) -> list[Tensor | ImageError]:
+        """Each image's embeddings; a batch that does not fit the GPU's memory is halved."""
+        if not parts:
+            return []
+        patches = Patches.cat(parts)
+        unit = 1 if output == "patch" else self.config.merge_unit
+        rows = [len(part.pixels) // unit for part in parts]
+        try:
+            embeds = self._forward(patches.pixels, patches.grids, output)
+            # each image gets its own memory: keeping one must not keep its whole batch
+            return [part.clone() for part in embeds.split(rows)]
+        except torch.cuda.OutOfMemoryError as error:
+            if len(parts) == 1:
+                message = (
+                    f"an image of {len(patches.pixels)} patches does not fit the memory of "
+                    f"{self.device}; lower max_pixels, or free memory there"
+                )
+                if on_error == "raise":
+                    raise ImageError(message, code="out-of-memory") from error
+                return [ImageError(message, code="out-of-memory")]
+        half = len(parts) // 2
+        logger.warning("out of memory on %s: a batch of %d is halved", self.device, len(parts))
+        return [
+            *self._encode_parts(parts[:half], output, on_error),
+            *self._encode_parts(parts[half:], output, on_error),
+        ]
+
+    def _forward(self, patches: Tensor, grids: tuple[Grid, ...], output: Output) -> Tensor:
+        layout = _layout(grids, self.config, self.device, self.dtype)
+        if self.device.type == "cuda" and patches.device.type == "cpu":
+            patches = patches.pin_memory()
+        with torch.no_grad():
+            return self.tower(  # type: ignore[no-any-return]
+                patches.to(self.device, non_blocking=True), layout, output
+            )
+
+
+@lru_cache(maxsize=256)
+def _layout(
+    grids: tuple[Grid, ...], config: VisionConfig, device: torch.device, dtype: torch.dtype
+) -> Layout:
+    return Layout.from_grids(
+        grids,
+        config,
+        window_tiling=tiling(device, dtype, "window"),
+        frame_tiling=tiling(device, dtype, "frame"),
+    ).to(device)
+
+
+def _grids(grid_thw: Tensor) -> tuple[Grid, ...]:
+    if (
+        not isinstance(grid_thw, Tensor)
+        or grid_thw.dim() != 2
+        or grid_thw.shape[1] != 3
+        or grid_thw.is_floating_point()
+        or grid_thw.dtype == torch.bool
+    ):
+        what = (
+            f"{grid_thw.dtype} of shape {tuple(grid_thw.shape)}"
+            if isinstance(grid_thw, Tensor)
+            else f"a {type(grid_thw).__name__}"
+        )
+        raise ImageError(
+            f"grid_thw is {what}, expected an integer tensor of shape (images, 3) with frames, "
+            "height and width in patches",
+            code="grid",
+        )
+    return tuple(Grid(*row) for row in grid_thw.tolist())
+
+
+def _choose_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        if not torch.cuda.is_available():
+            _say_once(
+                "no CUDA GPU: computing on the CPU in float32, with the attention kernel in "
+                "Triton's interpreter (right, and slow)"
+            )
+            return torch.device("cpu")
+        device = "cuda"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ArgumentError(
+            f"device is {device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:1'"
+        ) from None
+    if chosen.type == "cpu":
+        return chosen
+    if chosen.type != "cuda":
+        raise ArgumentError(f"device is {device!r}, expected an NVIDIA GPU ('cuda') or 'cpu'")
+    if not torch.cuda.is_available():
+        raise ArgumentError(
+            f"device is {device!r}, but torch {torch.__version__} sees no CUDA GPU; install an "
+            "NVIDIA driver and a CUDA build of torch, or use device='cpu'"
+        )
+    if (chosen.index or 0) >= torch.cuda.device_count():
+        raise ArgumentError(
+            f"device is {device!r}, but there are {torch.cuda.device_count()} GPUs; count from 0"
+        )
+    capability = torch.cuda.get_device_capability(chosen)
+    if capability < LEAST_CAPABILITY:
+        raise ArgumentError(
+            f"{torch.cuda.get_device_name(chosen)} has compute capability "
+            f"{capability[0]}.{capability[1]}, expected 8.0 (Ampere) or newer; use device='cpu'"
+        )
+    index = torch.cuda.current_device() if chosen.index is None else chosen.index
+    return torch.device("cuda", index)
+
+
+def _choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(chosen, torch.dtype):
+        raise ArgumentError(f"dtype is {dtype!r}, expected 'auto', 'bfloat16' or 'float32'")
+    pixel_weight_exponent(chosen)  # refuses float16 and every other type, with the reason
+    if device.type == "cpu" and chosen != torch.float32:
+        raise ArgumentError(
+            f"dtype is {chosen} on a CPU, expected float32: Triton's interpreter multiplies "
+            "bfloat16 wrongly; use dtype='float32', or a GPU"
+        )
+    return chosen
+
+
+def _with_limits(
+    image_config: ImageConfig, min_pixels: int | None, max_pixels: int | None
+) -> ImageConfig:
+    try:
+        return replace(
+            image_config,
+            min_pixels=image_config.min_pixels if min_pixels is None else min_pixels,
+            max_pixels=image_config.max_pixels if max_pixels is None else max_pixels,
+        )
+    except CheckpointError as error:
+        raise ArgumentError(f"{error}; pass other min_pixels or max_pixels") from None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@lru_cache
+def _say_once(message: str) -> None:
+    logger.warning(message)

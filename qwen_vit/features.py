@@ -1,0 +1,207 @@
+"""What an image becomes, and the file that holds it for a downstream language model.
+
+A feature file is one safetensors file: `image_embeds` (T, D), `image_grid_thw` (N, 3) int64 and
+`image_token_offsets` (N + 1,) int64, so that image i owns rows offsets[i] : offsets[i + 1]. Its
+metadata is a single key that holds sorted JSON, because safetensors writes several keys in random
+order and the same features must give the same bytes.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qwen_vit.errors import CheckpointError, ExportError, ImageError
+from qwen_vit.safetensors_header import read_header
+from qwen_vit.strict_json import parse_json
+
+__all__ = ["SCHEMA_VERSION", "FeatureFile", "ImageFeatures", "load_features", "write_features"]
+
+SCHEMA_VERSION = 1
+METADATA_KEY = "qwen_vit"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageFeatures:
+    """One image's embeddings, or the error that it met.
+
+    `embeds` is (n_tokens, out_hidden_size), row-major over the merged cells, on the encoder's
+    device and in its dtype; (n_patches, hidden_size), row-major over patches, for output="patch".
+    `grid_thw` is (t, h, w) in patches. Both are None where `error` is set. `size_px` is the
+    original (height, width), and `notes` is what the image policy did.
+    """
+
+    id: str
+    embeds: Tensor | None
+    grid_thw: tuple[int, int, int] | None
+    size_px: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
+    error: ImageError | None = None
+
+
+def write_features(
+    path: str | Path, features: Sequence[ImageFeatures], metadata: Mapping[str, Any]
+) -> Path:
+    """Write a feature file whole or not at all; images with an error are left out.
+
+    `metadata` is what `VisionEncoder.metadata()` gives. The bytes depend on the arguments alone.
+    Raises ExportError for two images of one id, values that are not finite, nothing to write, or a
+    folder that cannot be written.
+    """
+    path = Path(path)
+    good = [feature for feature in features if feature.embeds is not None]
+    if not good:
+        raise ExportError(f"{path} would hold no image: every one of {len(features)} failed")
+    ids = [feature.id for feature in good]
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise ExportError(f"{path}: two images have the id {twice!r}; give each one its own")
+    embeds = [feature.embeds.cpu() for feature in good if feature.embeds is not None]
+    broken = [name for name, e in zip(ids, embeds, strict=True) if not e.isfinite().all()]
+    if broken:
+        raise ExportError(
+            f"{path}: the embeddings of {broken[0]!r} ({len(broken)} of {len(ids)} images) hold "
+            "NaN or infinity; check the checkpoint with `qwen-vit info`, and try float32"
+        )
+    lengths = torch.tensor([len(e) for e in embeds], dtype=torch.int64)
+    tensors = {
+        "image_embeds": torch.cat(embeds),
+        "image_grid_thw": torch.tensor([f.grid_thw for f in good], dtype=torch.int64),
+        "image_token_offsets": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+    }
+    facts = {**metadata, "schema_version": SCHEMA_VERSION, "ids": ids}
+    _write_atomically(path, tensors, {METADATA_KEY: json.dumps(facts, sort_keys=True)})
+    return path
+
+
+def _write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ExportError(
+            f"{path} could not be written ({error}); check the folder, its permissions and the "
+            "space on its disk"
+        ) from None
+
+
+class FeatureFile:
+    """A feature file, opened lazily: an image's rows are read when it is asked for.
+
+    >>> features = load_features("features.safetensors")
+    >>> features["cats/one.jpg"].embeds.shape, features[0].grid_thw
+    (torch.Size([256, 3584]), (1, 32, 32))
+
+    Indexed by position or by id; iterates over ImageFeatures.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata = _read_metadata(path)
+        self.ids: list[str] = self.metadata["ids"]
+        self._file = safe_open(path, framework="pt", device="cpu")
+        self.image_grid_thw: Tensor = self._file.get_tensor("image_grid_thw")
+        self._offsets: list[int] = self._file.get_tensor("image_token_offsets").tolist()
+        self._index = {name: index for index, name in enumerate(self.ids)}
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, key: int | str) -> ImageFeatures:
+        index = self._position(key)
+        rows = slice(self._offsets[index], self._offsets[index + 1])
+        t, h, w = self.image_grid_thw[index].tolist()
+        embeds = self._file.get_slice("image_embeds")[rows]
+        return ImageFeatures(self.ids[index], embeds, (t, h, w))
+
+    def __iter__(self) -> Iterator[ImageFeatures]:
+        return (self[index] for index in range(len(self)))
+
+    def _position(self, key: int | str) -> int:
+        if isinstance(key, str):
+            if key not in self._index:
+                raise KeyError(f"{key!r} is not in {self.path}, which holds {len(self)} images")
+            return self._index[key]
+        if not -len(self) <= key < len(self):
+            raise IndexError(f"image {key} of {self.path}, which holds {len(self)}")
+        return key % len(self)
+
+    def _check(self) -> None:
+        rows = self._file.get_slice("image_embeds").get_shape()[0]
+        offsets, n_images = self._offsets, len(self.ids)
+        rising = all(a <= b for a, b in pairwise(offsets))
+        if len(self.image_grid_thw) != n_images or len(offsets) != n_images + 1:
+            problem = f"{n_images} ids, {len(self.image_grid_thw)} grids, {len(offsets)} offsets"
+        elif offsets[0] != 0 or offsets[-1] != rows or not rising:
+            problem = f"offsets from {offsets[0]} to {offsets[-1]} over {rows} rows"
+        else:
+            return
+        raise ExportError(f"{self.path} disagrees with itself ({problem}); write it again")
+
+
+def load_features(path: str | Path) -> FeatureFile:
+    """Open a feature file that `qwen-vit encode` or `write_features` wrote.
+
+    >>> load_features("no-such-file.safetensors")
+    Traceback (most recent call last):
+    qwen_vit.errors.ExportError: no-such-file.safetensors is not a file, expected a feature file \
+written by `qwen-vit encode`
+
+    Raises ExportError, naming the file, for one that is missing, torn or of another schema.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ExportError(
+            f"{path} is not a file, expected a feature file written by `qwen-vit encode`"
+        )
+    try:
+        return FeatureFile(path)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{path} could not be read ({error}); write it again") from None
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    try:
+        tensors = read_header(path)
+    except CheckpointError:
+        raise ExportError(
+            f"{path} ({path.stat().st_size} bytes) is torn, or no safetensors file, expected a "
+            "feature file; write it again with `qwen-vit encode`"
+        ) from None
+    missing = {"image_embeds", "image_grid_thw", "image_token_offsets"} - set(tensors)
+    with safe_open(path, framework="pt", device="cpu") as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
+    if missing or text is None:
+        raise ExportError(
+            f"{path} is a safetensors file but no feature file: expected image_embeds, "
+            "image_grid_thw, image_token_offsets and the metadata of `qwen-vit encode`"
+        )
+    try:
+        metadata = parse_json(text.encode(), source=str(path))
+    except CheckpointError as error:
+        raise ExportError(str(error)) from None
+    version = metadata.get("schema_version")
+    if version != SCHEMA_VERSION or not isinstance(metadata.get("ids"), list):
+        raise ExportError(
+            f"{path} has feature schema {version!r}, expected {SCHEMA_VERSION}; read it with the "
+            "version of qwen_vit that wrote it"
+        )
+    return metadata

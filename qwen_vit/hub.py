@@ -1,0 +1,156 @@
+"""Find a checkpoint: the packaged one, a local folder, or a repository on the Hugging Face Hub.
+
+The only file that imports huggingface_hub.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from qwen_vit.errors import HubError
+from qwen_vit.strict_json import read_json
+
+__all__ = ["Source", "find_checkpoint", "packaged_weights"]
+
+PACKAGED = ("tiny",)
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+COMMIT_IN_CACHE = re.compile(r"/snapshots/([0-9a-f]{40})(/|$)")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SETTINGS = ("preprocessor_config.json", "processor_config.json")
+LANDMARK = "patch_embed.proj.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a checkpoint lies, and what it is called. `commit` is None for a local folder."""
+
+    folder: Path
+    name: str
+    commit: str | None = None
+
+
+def find_checkpoint(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Source:
+    """Find `model`: the packaged "tiny", a local folder, or a repository on the Hub.
+
+    >>> find_checkpoint("tiny").name
+    'tiny'
+
+    From the Hub come the config files and the shards that hold vision tensors, into the usual
+    cache; `revision`, `token`, `cache_dir` and `local_files_only` mean what they mean in
+    huggingface_hub. Raises HubError with the cause and what to do.
+    """
+    name = os.fspath(model)
+    if Path(name).is_dir():
+        return Source(Path(name), name)
+    if name in PACKAGED:
+        return Source(packaged_weights() / name, name)
+    if not REPOSITORY.fullmatch(name) or name.startswith((".", "/")):
+        raise HubError(
+            f"{name!r} is neither a folder nor a Hub repository, expected a local folder, "
+            "'organisation/repository', or 'tiny'"
+        )
+    try:
+        return _download(name, revision, token, cache_dir, local_files_only)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise _explain(error, name, revision, local_files_only) from error
+
+
+def packaged_weights() -> Path:
+    """`weights/` inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "weights"
+    return inside if inside.is_dir() else package.parent / "weights"
+
+
+def _download(
+    repo: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+) -> Source:
+    def fetch(file: str, commit: str | None) -> Path:
+        return Path(
+            hf_hub_download(
+                repo,
+                file,
+                revision=commit,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        )
+
+    config = fetch("config.json", revision)
+    found = COMMIT_IN_CACHE.search(str(config))
+    commit = found[1] if found else revision  # the other files must come from the same commit
+    for file in SETTINGS:
+        try:
+            fetch(file, commit)
+        except EntryNotFoundError:
+            continue
+    try:
+        index = fetch(INDEX, commit)
+    except EntryNotFoundError:
+        fetch(WEIGHTS, commit)
+    else:
+        for shard in _vision_shards(index):
+            fetch(shard, commit)
+    return Source(config.parent, repo, commit)
+
+
+def _vision_shards(index: Path) -> list[str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise HubError(f"{index} has no weight_map, expected one; delete it and download it again")
+    landmarks = [name for name in weight_map if name.endswith(LANDMARK)]
+    if not landmarks:
+        raise HubError(
+            f"{index} names no {LANDMARK}, expected a Qwen2.5-VL vision tower; choose a repository "
+            "that holds one"
+        )
+    prefix = landmarks[0].removesuffix(LANDMARK)
+    return sorted({shard for name, shard in weight_map.items() if name.startswith(prefix)})
+
+
+def _explain(error: Exception, repo: str, revision: str | None, local_files_only: bool) -> HubError:
+    at = f"{repo} at {revision}" if revision else repo
+    if isinstance(error, GatedRepoError):
+        cause = "is gated; accept its licence on its page, then log in with `hf auth login`"
+    elif isinstance(error, RevisionNotFoundError):
+        cause = "has no such revision; look at its branches and commits"
+    elif isinstance(error, RepositoryNotFoundError):
+        cause = "was not found, or is private; check the name, or log in with `hf auth login`"
+    elif isinstance(error, LocalEntryNotFoundError):
+        cause = (
+            "is not in the local cache, and the network was not asked; leave out local_files_only"
+            if local_files_only
+            else "could not be reached and is not in the local cache; check the network, or "
+            "HF_HUB_OFFLINE, or pass a local folder"
+        )
+    elif isinstance(error, EntryNotFoundError):
+        cause = (
+            "has no config.json or no safetensors weights; no pickle (.bin, .pt) is ever opened, "
+            "choose a repository with safetensors"
+        )
+    else:
+        cause = f"could not be fetched ({type(error).__name__}: {error}); try again"
+    return HubError(f"{at} {cause}")

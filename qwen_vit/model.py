@@ -1,0 +1,206 @@
+"""The vision tower of Qwen2.5-VL, to be read from top to bottom.
+
+    patch embedding -> window order -> blocks -> patch merger -> row-major order
+
+Two kinds of block differ only in what a patch attends to: its window of 8 x 8 patches, or its whole
+frame (`fullatt_block_indexes`). Every index that depends on the data comes from the layout, so the
+forward pass has no loop over images, no branch on values and no wait for the host.
+
+Sources: "Qwen2.5-VL Technical Report" (arXiv:2502.13923), section 2.1; transformers'
+models/qwen2_5_vl/modeling_qwen2_5_vl.py.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qwen_vit.config import RMS_NORM_EPS, VisionConfig
+from qwen_vit.convert import (
+    PIXEL_ZERO,
+    padded_mlp_size,
+    padded_pixel_size,
+    pixel_weight_exponent,
+)
+from qwen_vit.kernels.attention import RotaryTable, attention, regime_of
+from qwen_vit.kernels.linear import linear, rms_norm
+from qwen_vit.kernels.pixels import gather_pixels
+from qwen_vit.layout import Layout, Segments
+
+__all__ = ["Output", "VisionTower"]
+
+Output = Literal["merged", "patch"]
+
+ROTARY_POSITIONS = 4096  # rows of the angle table; the largest published image needs 3,620
+
+
+def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """A weight and a bias; what follows the product is named by the caller and fused into it."""
+
+    def __init__(self, n_in: int, n_out: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = _parameter(n_out, n_in, dtype=dtype)
+        self.bias = _parameter(n_out, dtype=dtype)
+
+    def forward(
+        self, x: Tensor, *, epilogue: str = "plain", residual: Tensor | None = None
+    ) -> Tensor:
+        return linear(x, self.weight, self.bias, epilogue=epilogue, residual=residual)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = _parameter(size, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, RMS_NORM_EPS)
+
+
+class PatchEmbed(nn.Module):
+    """A patch's pixels -> C values: a convolution whose kernel is its stride, so a product."""
+
+    def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        C, P = config.hidden_size, config.patch_dim
+        self.weight = _parameter(C, P, dtype=dtype)
+        # the same for uint8 pixels of a still image: both frames summed, mean and std folded in
+        operand_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
+        self.pixel_weight = _parameter(C, padded_pixel_size(config), dtype=operand_dtype)
+        self.pixel_bias = _parameter(C, dtype=torch.float32)
+        self.pixel_scale = 2.0 ** -pixel_weight_exponent(dtype)
+
+    def forward(self, patches: Tensor, grid_index: Tensor) -> Tensor:
+        """uint8 pixels or float rows in grid order -> (rows, C) in window order."""
+        if patches.dtype != torch.uint8:
+            return linear(patches[grid_index].to(self.weight.dtype), self.weight)
+        pixels = gather_pixels(
+            patches, grid_index, zero=PIXEL_ZERO, width=self.pixel_weight.shape[1],
+            dtype=self.pixel_weight.dtype,
+        )  # fmt: skip
+        return linear(
+            pixels, self.pixel_weight, self.pixel_bias,
+            out_scale=self.pixel_scale, out_dtype=self.weight.dtype,
+        )  # fmt: skip
+
+
+class Attention(nn.Module):
+    def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.n_heads = config.num_heads
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, dtype)
+        self.proj = Linear(config.hidden_size, config.hidden_size, dtype)
+
+    def forward(
+        self, x: Tensor, rotary: RotaryTable, segments: Segments, regime: str, residual: Tensor
+    ) -> Tensor:
+        N, C = x.shape
+        qkv = self.qkv(x).view(N, 3, self.n_heads, C // self.n_heads)
+        # the loader has put each rotary pair of Q and K side by side
+        out = attention(qkv, rotary, segments, regime=regime, adjacent_pairs=True)
+        return self.proj(out.view(N, C), residual=residual)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)); the loader has padded I with zeros, which changes nothing."""
+
+    def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        C, I = config.hidden_size, padded_mlp_size(config)  # noqa: E741
+        self.gate_up = Linear(C, 2 * I, dtype)
+        self.down = Linear(I, C, dtype)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.down(self.gate_up(x, epilogue="swiglu"), residual=residual)
+
+
+class Block(nn.Module):
+    def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size, dtype)
+        self.attn = Attention(config, dtype)
+        self.norm2 = RMSNorm(config.hidden_size, dtype)
+        self.mlp = MLP(config, dtype)
+
+    def forward(self, x: Tensor, rotary: RotaryTable, segments: Segments, regime: str) -> Tensor:
+        x = self.attn(self.norm1(x), rotary, segments, regime, residual=x)
+        return self.mlp(self.norm2(x), residual=x)
+
+
+class PatchMerger(nn.Module):
+    """The 4 patches of a merge unit, normalised and side by side -> one merged token."""
+
+    def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        merged = config.hidden_size * config.merge_unit
+        self.norm = RMSNorm(config.hidden_size, dtype)
+        self.fc1 = Linear(merged, merged, dtype)
+        self.fc2 = Linear(merged, config.out_hidden_size, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        merged = self.norm(x).view(-1, self.fc1.weight.shape[1])
+        return self.fc2(self.fc1(merged, epilogue="gelu"))
+
+
+class VisionTower(nn.Module):
+    """Patches and their layout -> one embedding per merged token.
+
+    >>> tower = VisionTower(config, torch.float32)
+    >>> tower.load_state_dict(state, strict=True, assign=True)
+    >>> tower(patches.pixels, layout).shape
+    torch.Size([256, 3584])
+
+    Built without weights: construct it on the meta device and assign what `checkpoint.convert`
+    gives.
+    """
+
+    def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config, dtype)
+        self.blocks = nn.ModuleList([Block(config, dtype) for _ in range(config.depth)])
+        self.merger = PatchMerger(config, dtype)
+        self.window_regime = regime_of((config.window_px // config.patch_px) ** 2)
+        self._angles: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, patches: Tensor, layout: Layout, output: Output = "merged") -> Tensor:
+        """`patches` in grid order, (N, P / 2) uint8 or (N, P) float -> (M, O), or (N, C) un-merged.
+
+        The rows of the result are in raster order of their cells, image after image.
+        """
+        cos, sin = self._rotary_angles(layout.n_positions)
+        rotary = RotaryTable(cos, sin, layout.positions)
+
+        # to window order: merge units move, their 4 patches stay together
+        x = self.patch_embed(patches, layout.grid_index)  # (rows, C)
+
+        for index, block in enumerate(self.blocks):
+            if index in self.config.fullatt_block_indexes:
+                x = block(x, rotary, layout.frames, "frame")
+            else:
+                x = block(x, rotary, layout.windows, self.window_regime)
+
+        if output == "patch":
+            return x[layout.raster_order]
+        # back to row-major: each merged cell fetches the window-order unit that it became
+        return self.merger(x)[layout.merged_order]  # (M, O)
+
+    def _rotary_angles(self, n_positions: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of every (position, frequency) of one axis: (positions, R / 2) float32.
+
+        Computed in float64 and rounded once, whatever the tower's dtype: angles kept in bf16 are
+        wrong by up to 0.4 in their cosine at position 256.
+        """
+        device = self.patch_embed.weight.device
+        if self._angles is None or len(self._angles[0]) < n_positions:
+            config = self.config
+            frequencies = torch.arange(0, config.rotary_pairs, 2, dtype=torch.float64)
+            inverse = config.rope_theta ** -(frequencies / config.rotary_pairs)
+            size = max(ROTARY_POSITIONS, n_positions)
+            angles = torch.outer(torch.arange(size, dtype=torch.float64), inverse)
+            self._angles = (angles.cos().float().to(device), angles.sin().float().to(device))
+        return self._angles
