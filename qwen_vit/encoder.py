@@ -22,6 +22,7 @@ from qwen_vit.checkpoint import (
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError, ImageError
 from qwen_vit.features import ImageFeatures
+from qwen_vit.graphs import GraphRunner, budget_for
 from qwen_vit.hub import Source, find_checkpoint
 from qwen_vit.image import ImageLimits, ImageSource, load_image
 from qwen_vit.kernels.attention import tiling
@@ -65,6 +66,7 @@ class VisionEncoder:
     source: Source
     device: torch.device
     dtype: torch.dtype
+    graphs: GraphRunner | None
 
     @classmethod
     def from_pretrained(
@@ -79,6 +81,7 @@ class VisionEncoder:
         local_files_only: bool = False,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        cuda_graphs: bool = True,
     ) -> Self:
         """Load a checkpoint: a Hub repository, a local folder, or the packaged "tiny".
 
@@ -88,7 +91,8 @@ class VisionEncoder:
         `device="auto"` is CUDA where there is one, else the CPU, where the same Triton kernel runs
         in Triton's interpreter: right, and slow. `dtype="auto"` is bfloat16 on a GPU and float32
         on a CPU; float32 on a GPU is IEEE, never TF32. `min_pixels` and `max_pixels` bound
-        height x width after resizing and replace the checkpoint's own.
+        height x width after resizing and replace the checkpoint's own. `cuda_graphs=False` launches
+        every kernel by itself: slower for small batches, the same bits.
 
         Raises HubError, CheckpointError or ArgumentError, each with what to do.
         """
@@ -111,7 +115,9 @@ class VisionEncoder:
             strict=True,
             assign=True,
         )
-        return cls(tower, checkpoint, image_config, source, chosen_device, chosen_dtype)
+        use_graphs = cuda_graphs and chosen_device.type == "cuda"
+        graphs = GraphRunner(tower, chosen_device) if use_graphs else None
+        return cls(tower, checkpoint, image_config, source, chosen_device, chosen_dtype, graphs)
 
     @property
     def config(self) -> VisionConfig:
@@ -128,6 +134,7 @@ class VisionEncoder:
     ) -> list[ImageFeatures]:
         """Encode images: paths, bytes, PIL images, arrays or tensors, in any mix and size.
 
+        >>> import numpy as np
         >>> encoder = VisionEncoder.from_pretrained("tiny")
         >>> encoder.encode([np.zeros((56, 84, 3), np.uint8)])[0].embeds.shape
         torch.Size([6, 192])
@@ -280,25 +287,40 @@ class VisionEncoder:
         ]
 
     def _forward(self, patches: Tensor, grids: tuple[Grid, ...], output: Output) -> Tensor:
-        layout = _layout(grids, self.config, self.device, self.dtype)
         if self.device.type == "cuda" and patches.device.type == "cpu":
             patches = patches.pin_memory()
+        by_graph = self.graphs is not None and patches.dtype == torch.uint8 and output == "merged"
+        budget = budget_for(len(patches)) if by_graph else None
+        layout = _layout(
+            grids, self.config, self.tower.window_regime, self.device, self.dtype, budget
+        )
+        if self.graphs is not None and budget is not None:
+            merged = self.graphs.run(patches, layout)
+            if merged is not None:
+                return merged
         with torch.no_grad():
             return self.tower(  # type: ignore[no-any-return]
-                patches.to(self.device, non_blocking=True), layout, output
+                patches.to(self.device, non_blocking=True), layout.to(self.device), output
             )
 
 
 @lru_cache(maxsize=256)
 def _layout(
-    grids: tuple[Grid, ...], config: VisionConfig, device: torch.device, dtype: torch.dtype
+    grids: tuple[Grid, ...],
+    config: VisionConfig,
+    window_regime: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    n_rows: int | None,
 ) -> Layout:
+    """On the host; computed from integers, so that repeated sizes cost nothing."""
     return Layout.from_grids(
         grids,
         config,
-        window_tiling=tiling(device, dtype, "window"),
+        window_tiling=tiling(device, dtype, window_regime),
         frame_tiling=tiling(device, dtype, "frame"),
-    ).to(device)
+        n_rows=n_rows,
+    )
 
 
 def _grids(grid_thw: Tensor) -> tuple[Grid, ...]:

@@ -1,22 +1,13 @@
 """Find a checkpoint: the packaged one, a local folder, or a repository on the Hugging Face Hub.
 
-The only file that imports huggingface_hub.
+The only file that imports huggingface_hub, and only when the Hub is asked: that import reads
+environment variables, which importing this package does not.
 """
 
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from qwen_vit.errors import HubError
 from qwen_vit.strict_json import read_json
@@ -67,6 +58,8 @@ def find_checkpoint(
             f"{name!r} is neither a folder nor a Hub repository, expected a local folder, "
             "'organisation/repository', or 'tiny'"
         )
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
     try:
         return _download(name, revision, token, cache_dir, local_files_only)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -87,6 +80,9 @@ def _download(
     cache_dir: str | Path | None,
     local_files_only: bool,
 ) -> Source:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
     def fetch(file: str, commit: str | None) -> Path:
         return Path(
             hf_hub_download(
@@ -132,6 +128,14 @@ def _vision_shards(index: Path) -> list[str]:
 
 
 def _explain(error: Exception, repo: str, revision: str | None, local_files_only: bool) -> HubError:
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     at = f"{repo} at {revision}" if revision else repo
     if isinstance(error, GatedRepoError):
         cause = "is gated; accept its licence on its page, then log in with `hf auth login`"

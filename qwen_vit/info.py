@@ -15,6 +15,7 @@ __all__ = ["describe"]
 def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Name, licence, architecture, parameters, stored types and hashes; and an image's tokens.
 
+    >>> from qwen_vit.hub import find_checkpoint
     >>> describe(find_checkpoint("tiny"))["tensors"]
     66
 

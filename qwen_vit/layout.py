@@ -246,16 +246,28 @@ class Layout:
 
         The host buffer is pinned on the way to a GPU, so that the copy does not wait for it.
         """
-        tensors = self._tensors()
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        flat = torch.cat([tensor.reshape(-1) for tensor in self.tensors()])
         if device.type == "cuda":
             flat = flat.pin_memory()
-        moved = flat.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
-        return self._with_tensors(
-            [new.view(old.shape) for new, old in zip(moved, tensors, strict=True)]
+        return self.viewing(flat.to(device, non_blocking=True))
+
+    def viewing(self, flat: torch.Tensor) -> "Layout":
+        """The same layout, its tensors views of one buffer that holds `tensors()` in order."""
+        old = self.tensors()
+        parts = flat.split([tensor.numel() for tensor in old])
+        new = [part.view(tensor.shape) for part, tensor in zip(parts, old, strict=True)]
+        return replace(
+            self,
+            grid_index=new[0],
+            positions=new[1],
+            merged_order=new[2],
+            raster_order=new[3],
+            windows=Segments(*new[4:7]),
+            frames=Segments(*new[7:10]),
         )
 
-    def _tensors(self) -> list[torch.Tensor]:
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor of the layout, in a fixed order."""
         orders = [self.grid_index, self.positions, self.merged_order, self.raster_order]
         segments = [
             tensor
@@ -263,17 +275,6 @@ class Layout:
             for tensor in (part.cu_seqlens, part.tiles, part.segment_of_row)
         ]
         return orders + segments
-
-    def _with_tensors(self, tensors: list[torch.Tensor]) -> "Layout":
-        return replace(
-            self,
-            grid_index=tensors[0],
-            positions=tensors[1],
-            merged_order=tensors[2],
-            raster_order=tensors[3],
-            windows=Segments(*tensors[4:7]),
-            frames=Segments(*tensors[7:10]),
-        )
 
 
 def _concatenate(arrays: list[Integers], width: int | None = None) -> Integers:

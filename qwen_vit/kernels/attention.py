@@ -56,7 +56,7 @@ class Tiles:
 TILES = {
     ("window", 16): Tiles(q_rows=64, k_rows=64, num_warps=4, num_stages=1),
     ("window", 32): Tiles(q_rows=64, k_rows=64, num_warps=4, num_stages=1),
-    ("frame", 16): Tiles(q_rows=64, k_rows=64, num_warps=4, num_stages=3),
+    ("frame", 16): Tiles(q_rows=128, k_rows=64, num_warps=4, num_stages=3),
     ("frame", 32): Tiles(q_rows=32, k_rows=32, num_warps=4, num_stages=1),
 }
 INTERPRETED_ROWS = 1024  # a program costs milliseconds in the interpreter, whatever its tile holds
@@ -65,49 +65,60 @@ ROTATION_ROWS = 64
 
 @triton.jit
 def _angles(
-    table, axis_index, o_row, m_row, o_pair,
-    R: tl.constexpr, AXIAL: tl.constexpr, PAIR_MASK: tl.constexpr,
+    cos, sin, axis_index, row_begin, m_row,
+    D_BEGIN: tl.constexpr, D_BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    AXIAL: tl.constexpr, ADJACENT: tl.constexpr,
 ):  # fmt: skip
-    """Entries of a cosine or sine table for rows `o_row` and rotary pairs `o_pair`."""
+    """Cosines and sines for ROWS rows from `row_begin`, as `_rotated_tile` multiplies them."""
+    R: tl.constexpr = D // 2
+    o_row = tl.arange(0, ROWS)
+    if ADJACENT:  # [ROWS, D_BLOCK / 2]: one angle for both dims of a pair
+        o_pair = D_BEGIN // 2 + tl.arange(0, D_BLOCK // 2)
+        m_pair = o_pair < R
+    else:  # [ROWS, D_BLOCK]
+        o_dim = D_BEGIN + tl.arange(0, D_BLOCK)
+        o_pair = o_dim % R
+        m_pair = o_dim < D
     m_tile = m_row[:, None]
-    if PAIR_MASK:
-        m_tile = m_tile & (o_pair < R)[None, :]
+    if D_BEGIN + D_BLOCK > D:
+        m_tile = m_tile & m_pair[None, :]
     if AXIAL:
         A: tl.constexpr = R // 2
-        p_axis = axis_index + o_row[:, None] * 2 + (o_pair // A)[None, :]
+        p_axis = axis_index + row_begin * 2 + o_row[:, None] * 2 + (o_pair // A)[None, :]
         o_angle = tl.load(p_axis, mask=m_tile, other=0) * A + (o_pair % A)[None, :]
     else:
+        cos += row_begin * R
+        sin += row_begin * R
         o_angle = o_row[:, None] * R + o_pair[None, :]
-    return tl.load(table + o_angle, mask=m_tile, other=0.0)
+    c = tl.load(cos + o_angle, mask=m_tile, other=0.0)
+    s = tl.load(sin + o_angle, mask=m_tile, other=0.0)
+    if not ADJACENT:
+        s = tl.where((o_dim < R)[None, :], -s, s)
+    return c, s
 
 
 @triton.jit
 def _rotated_tile(
-    base, o_row, m_row, cos, sin, axis_index,
-    D_BEGIN: tl.constexpr, D_BLOCK: tl.constexpr, BM: tl.constexpr, ROW_STRIDE: tl.constexpr,
-    D: tl.constexpr, AXIAL: tl.constexpr, ADJACENT: tl.constexpr,
+    base, m_row, c, s,
+    D_BEGIN: tl.constexpr, D_BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    ROW_STRIDE: tl.constexpr, ADJACENT: tl.constexpr,
 ):  # fmt: skip
-    """Dims D_BEGIN to D_BEGIN + D_BLOCK of rows `o_row`, rotated, in fp32: [BM, D_BLOCK]."""
-    R: tl.constexpr = D // 2
-    DIM_MASK: tl.constexpr = D_BEGIN + D_BLOCK > D
+    """Dims D_BEGIN to D_BEGIN + D_BLOCK of the rows at `base`, rotated, in fp32."""
+    o_row = tl.arange(0, ROWS)
     o_dim = D_BEGIN + tl.arange(0, D_BLOCK)
     m_tile = m_row[:, None]
-    if DIM_MASK:
+    if D_BEGIN + D_BLOCK > D:
         m_tile = m_tile & (o_dim < D)[None, :]
     p_row = base + o_row[:, None] * ROW_STRIDE
     x = tl.load(p_row + o_dim[None, :], mask=m_tile, other=0.0).to(tl.float32)
     if ADJACENT:  # pair j is dims (2j, 2j + 1): both are in this thread's registers
-        o_pair = D_BEGIN // 2 + tl.arange(0, D_BLOCK // 2)
-        c = _angles(cos, axis_index, o_row, m_row, o_pair, R, AXIAL, DIM_MASK)
-        s = _angles(sin, axis_index, o_row, m_row, o_pair, R, AXIAL, DIM_MASK)
-        first, second = tl.split(tl.reshape(x, (BM, D_BLOCK // 2, 2)))
+        first, second = tl.split(tl.reshape(x, (ROWS, D_BLOCK // 2, 2)))
         rotated = tl.join(first * c - second * s, second * c + first * s)
-        x = tl.reshape(rotated, (BM, D_BLOCK))
+        x = tl.reshape(rotated, (ROWS, D_BLOCK))
     else:  # rotate-half: pair j is dims (j, j + R)
-        partner = tl.load(p_row + ((o_dim + R) % D)[None, :], mask=m_tile, other=0.0)
-        c = _angles(cos, axis_index, o_row, m_row, o_dim % R, R, AXIAL, False)
-        s = _angles(sin, axis_index, o_row, m_row, o_dim % R, R, AXIAL, False)
-        x = x * c + partner.to(tl.float32) * tl.where((o_dim < R)[None, :], -s, s)
+        o_partner = (o_dim + D // 2) % D
+        partner = tl.load(p_row + o_partner[None, :], mask=m_tile, other=0.0)
+        x = x * c + partner.to(tl.float32) * s
     return x
 
 
@@ -118,80 +129,84 @@ def _rotate_keys(
     AXIAL: tl.constexpr, ADJACENT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """K of every row and head, rotated and rounded once: (N, H, D)."""
-    i_tile = tl.program_id(0).to(tl.int64)
-    i_head = i_tile % H
-    o_row = i_tile // H * BN + tl.arange(0, BN)
-    m_row = o_row < n_rows
+    i_head = tl.program_id(0) % H
+    row_begin = (tl.program_id(0) // H * BN).to(tl.int64)
+    o_row = tl.arange(0, BN)
+    m_row = o_row < n_rows - row_begin
     o_dim = tl.arange(0, D_PADDED)
-    k = _rotated_tile(
-        qkv + (H + i_head) * D, o_row, m_row, cos, sin, axis_index,
-        0, D_PADDED, BN, 3 * H * D, D, AXIAL, ADJACENT,
+    c, s = _angles(
+        cos, sin, axis_index, row_begin, m_row, 0, D_PADDED, D, BN, AXIAL, ADJACENT
     )  # fmt: skip
-    p_k = k_rotated + (o_row[:, None] * H + i_head) * D + o_dim[None, :]
+    base = qkv + row_begin * (3 * H * D) + (H + i_head) * D
+    k = _rotated_tile(base, m_row, c, s, 0, D_PADDED, D, BN, 3 * H * D, ADJACENT)
+    p_k = k_rotated + row_begin * (H * D) + (o_row[:, None] * H + i_head) * D + o_dim[None, :]
     m_k = m_row[:, None] & (o_dim < D)[None, :]
     tl.store(p_k, k.to(k_rotated.dtype.element_ty), mask=m_k)
 
 
 @triton.jit
 def _attend_to_keys(
-    q0, q1, m, l, acc0, acc1, o_q, k_begin, k_end,
+    q0, q1, m, l, acc0, acc1, c0, s0, c1, s1, seg_q, k_begin, k_end,
     qkv, k_rotated, cos, sin, axis_index, segment_of_row, i_head,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    K_ROTATED: tl.constexpr, AXIAL: tl.constexpr, ADJACENT: tl.constexpr,
-    MASK_ROWS: tl.constexpr, MASK_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr,
+    K_ROTATED: tl.constexpr, ONE_KEY_TILE: tl.constexpr, AXIAL: tl.constexpr,
+    ADJACENT: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_SEGMENTS: tl.constexpr,
+    PRECISION: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: scores, running softmax, weighted values."""
     dtype: tl.constexpr = qkv.dtype.element_ty
     ROW_STRIDE: tl.constexpr = 3 * H * D
-    DIM_MASK: tl.constexpr = D0 + D1 != D
+    DIM_MASK: tl.constexpr = D0 + D1 > D
+    o_k = tl.arange(0, BN)
     o_d0 = tl.arange(0, D0)
-    o_k = k_begin + tl.arange(0, BN)
-    m_k = o_k < k_end
+    m_k = o_k < k_end - k_begin
+    k_base = qkv + k_begin * ROW_STRIDE + (H + i_head) * D
     # V first, so that every tile of this step has its own shared memory. Where a tail follows its
     # main part into the same place, ptxas 12.8 builds a wrong address for it (tools/NOTES.md).
-    p_v = qkv + (2 * H + i_head) * D + o_k[:, None] * ROW_STRIDE
+    p_v = k_base + H * D + o_k[:, None] * ROW_STRIDE
     if MASK_ROWS:
         v0 = tl.load(p_v + o_d0[None, :], mask=m_k[:, None], other=0.0)
     else:
         v0 = tl.load(p_v + o_d0[None, :])
     if D1 > 0:
         o_d1 = D0 + tl.arange(0, D1)
+        m_k1 = m_k[:, None] & (o_d1 < D)[None, :]
         if MASK_ROWS or DIM_MASK:
-            v1 = tl.load(p_v + o_d1[None, :], mask=m_k[:, None] & (o_d1 < D)[None, :], other=0.0)
+            v1 = tl.load(p_v + o_d1[None, :], mask=m_k1, other=0.0)
         else:
             v1 = tl.load(p_v + o_d1[None, :])
 
     if K_ROTATED:
-        p_k = k_rotated + i_head * D + o_k[:, None] * (H * D)
+        p_k = k_rotated + k_begin * (H * D) + i_head * D + o_k[:, None] * (H * D)
         if MASK_ROWS:
             k0 = tl.load(p_k + o_d0[None, :], mask=m_k[:, None], other=0.0)
         else:
             k0 = tl.load(p_k + o_d0[None, :])
     else:
-        k0 = _rotated_tile(
-            qkv + (H + i_head) * D, o_k, m_k, cos, sin, axis_index,
-            0, D0, BN, ROW_STRIDE, D, AXIAL, ADJACENT,
-        ).to(dtype)  # fmt: skip
+        if not ONE_KEY_TILE:  # in a window, the keys are the query rows: their angles are here
+            c0, s0 = _angles(
+                cos, sin, axis_index, k_begin, m_k, 0, D0, D, BN, AXIAL, ADJACENT
+            )  # fmt: skip
+        k0 = _rotated_tile(k_base, m_k, c0, s0, 0, D0, D, BN, ROW_STRIDE, ADJACENT).to(dtype)
     s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)  # [BM, BN]
     if D1 > 0:
-        o_d1 = D0 + tl.arange(0, D1)
-        m_k1 = m_k[:, None] & (o_d1 < D)[None, :]
         if K_ROTATED:
             if MASK_ROWS or DIM_MASK:
                 k1 = tl.load(p_k + o_d1[None, :], mask=m_k1, other=0.0)
             else:
                 k1 = tl.load(p_k + o_d1[None, :])
         else:
+            if not ONE_KEY_TILE:
+                c1, s1 = _angles(
+                    cos, sin, axis_index, k_begin, m_k, D0, D1, D, BN, AXIAL, ADJACENT
+                )  # fmt: skip
             k1 = _rotated_tile(
-                qkv + (H + i_head) * D, o_k, m_k, cos, sin, axis_index,
-                D0, D1, BN, ROW_STRIDE, D, AXIAL, ADJACENT,
+                k_base, m_k, c1, s1, D0, D1, D, BN, ROW_STRIDE, ADJACENT
             ).to(dtype)  # fmt: skip
         s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
 
     if MASK_SEGMENTS:
-        seg_q = tl.load(segment_of_row + o_q, mask=o_q >= 0, other=-1)
-        seg_k = tl.load(segment_of_row + o_k, mask=m_k, other=-2)
+        seg_k = tl.load(segment_of_row + k_begin + o_k, mask=m_k, other=-2)
         s = tl.where(seg_q[:, None] == seg_k[None, :], s, -float("inf"))
     elif MASK_ROWS:
         s = tl.where(m_k[None, :], s, -float("inf"))
@@ -221,11 +236,11 @@ def _rope_varlen_attention(
     """softmax(rope(Q) rope(K)^T * scale) V for one query tile of one head.
 
     qkv (N, 3, H, D); k_rotated (N, H, D), read if K_ROTATED; tiles (T, 4); out (N, H, D). One
-    program per (tile, head), head fastest: neighbours share cache lines of a row.
+    program per (tile, head), head fastest: neighbours share cache lines of a row. Rows are counted
+    in int64 up to the start of a tile, and in int32 inside it.
     """
-    i_program = tl.program_id(0).to(tl.int64)
-    i_head = i_program % H
-    p_tile = tiles + i_program // H * 4
+    i_head = tl.program_id(0) % H
+    p_tile = tiles + (tl.program_id(0) // H).to(tl.int64) * 4
     q_begin = tl.load(p_tile).to(tl.int64)
     q_end = tl.load(p_tile + 1).to(tl.int64)
     k_begin = tl.load(p_tile + 2).to(tl.int64)
@@ -234,56 +249,56 @@ def _rope_varlen_attention(
         return
 
     dtype: tl.constexpr = qkv.dtype.element_ty
-    o_q = q_begin + tl.arange(0, BM)
-    m_q = o_q < q_end
-    o_d0 = tl.arange(0, D0)
-    o_d1 = D0 + tl.arange(0, D1 if D1 > 0 else 16)
+    ROW_STRIDE: tl.constexpr = 3 * H * D
+    o_q = tl.arange(0, BM)
+    m_q = o_q < q_end - q_begin
 
     # Q, rotated and scaled in fp32, then rounded once: [BM, D0] and [BM, D1]
-    p_q = qkv + i_head * D
-    q0 = _rotated_tile(
-        p_q, o_q, m_q, cos, sin, axis_index, 0, D0, BM, 3 * H * D, D, AXIAL, ADJACENT
-    )
+    q_base = qkv + q_begin * ROW_STRIDE + i_head * D
+    c0, s0 = _angles(cos, sin, axis_index, q_begin, m_q, 0, D0, D, BM, AXIAL, ADJACENT)
+    q0 = _rotated_tile(q_base, m_q, c0, s0, 0, D0, D, BM, ROW_STRIDE, ADJACENT)
     q0 = (q0 * scale_log2e).to(dtype)
-    q1 = q0
+    q1, c1, s1 = q0, c0, s0
     if D1 > 0:
-        q1 = _rotated_tile(
-            p_q, o_q, m_q, cos, sin, axis_index, D0, D1, BM, 3 * H * D, D, AXIAL, ADJACENT
-        )
+        c1, s1 = _angles(cos, sin, axis_index, q_begin, m_q, D0, D1, D, BM, AXIAL, ADJACENT)
+        q1 = _rotated_tile(q_base, m_q, c1, s1, D0, D1, D, BM, ROW_STRIDE, ADJACENT)
         q1 = (q1 * scale_log2e).to(dtype)
 
     m = tl.full([BM], -float("inf"), tl.float32)
     l = tl.full([BM], 0.0, tl.float32)
     acc0 = tl.full([BM, D0], 0.0, tl.float32)
     acc1 = tl.full([BM, D1 if D1 > 0 else 16], 0.0, tl.float32)
+    seg_q = o_q
     if MASK_SEGMENTS:
-        o_owner = tl.where(m_q, o_q, -1)
-    else:
-        o_owner = o_q
+        seg_q = tl.load(segment_of_row + q_begin + o_q, mask=m_q, other=-1)
 
     k_last = k_begin
     if not ONE_KEY_TILE:
         k_last = k_begin + (k_end - k_begin - 1) // BN * BN
         for k_tile in range(k_begin, k_last, BN):  # whole tiles need no mask
             m, l, acc0, acc1 = _attend_to_keys(
-                q0, q1, m, l, acc0, acc1, o_owner, k_tile, k_end,
+                q0, q1, m, l, acc0, acc1, c0, s0, c1, s1, seg_q, k_tile, k_end,
                 qkv, k_rotated, cos, sin, axis_index, segment_of_row, i_head,
-                H, D, D0, D1, K_ROTATED, AXIAL, ADJACENT, False, MASK_SEGMENTS, PRECISION, BN,
+                H, D, D0, D1, K_ROTATED, ONE_KEY_TILE, AXIAL, ADJACENT, False, MASK_SEGMENTS,
+                PRECISION, BN,
             )  # fmt: skip
     m, l, acc0, acc1 = _attend_to_keys(
-        q0, q1, m, l, acc0, acc1, o_owner, k_last, k_end,
+        q0, q1, m, l, acc0, acc1, c0, s0, c1, s1, seg_q, k_last, k_end,
         qkv, k_rotated, cos, sin, axis_index, segment_of_row, i_head,
-        H, D, D0, D1, K_ROTATED, AXIAL, ADJACENT, True, MASK_SEGMENTS, PRECISION, BN,
+        H, D, D0, D1, K_ROTATED, ONE_KEY_TILE, AXIAL, ADJACENT, True, MASK_SEGMENTS,
+        PRECISION, BN,
     )  # fmt: skip
 
-    p_out = out + (o_q[:, None] * H + i_head) * D
     if MASK_SEGMENTS:  # the rows past q_end own no key
         l = tl.where(m_q, l, 1.0)
-    scale = 1.0 / l
-    tl.store(p_out + o_d0[None, :], (acc0 * scale[:, None]).to(dtype), mask=m_q[:, None])
+    scale = (1.0 / l)[:, None]
+    o_d0 = tl.arange(0, D0)
+    p_out = out + q_begin * (H * D) + (o_q[:, None] * H + i_head) * D
+    tl.store(p_out + o_d0[None, :], (acc0 * scale).to(dtype), mask=m_q[:, None])
     if D1 > 0:
+        o_d1 = D0 + tl.arange(0, D1)
         m_out = m_q[:, None] & (o_d1 < D)[None, :]
-        tl.store(p_out + o_d1[None, :], (acc1 * scale[:, None]).to(dtype), mask=m_out)
+        tl.store(p_out + o_d1[None, :], (acc1 * scale).to(dtype), mask=m_out)
 
 
 def tiling(device: torch.device, dtype: torch.dtype, regime: str) -> Tiling:

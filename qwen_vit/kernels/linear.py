@@ -28,17 +28,22 @@ class GemmTile:
     num_stages: int
 
 
-# (capability major, bits, epilogue) -> (rows from which it is used, tile), largest first.
 HOPPER = 9
-GEMM_TILES: dict[tuple[int, int, str], tuple[tuple[int, GemmTile], ...]] = {
-    (HOPPER, 16, "plain"): (
-        (4096, GemmTile(128, 256, 64, 8, 3)),
-        (0, GemmTile(128, 128, 64, 4, 4)),
-    ),
-    (HOPPER, 16, "swiglu"): (
-        (4096, GemmTile(128, 128, 64, 8, 3)),
-        (0, GemmTile(128, 64, 64, 4, 4)),
-    ),
+SMALL = GemmTile(64, 128, 64, 4, 3)  # 3 programs fit one multiprocessor
+SQUARE = GemmTile(128, 128, 64, 4, 3)  # 2 fit: one stores while the other multiplies
+DEEP = GemmTile(128, 128, 64, 4, 4)
+WIDE = GemmTile(128, 256, 64, 8, 3)
+
+# What follows was measured on an H200 at 1,024 to 32,768 patches (tools/NOTES.md). A layer of the
+# tower is told by its weight: N > 2048 is wide, K > 2048 is deep. Each entry holds from how many
+# rows on a tile is used. Rows may choose, because all tiles agree bit for bit (tested).
+# (epilogue, wide, deep) -> ((least rows, tile), ...)
+HOPPER_TILES: dict[tuple[str, bool, bool], tuple[tuple[int, GemmTile], ...]] = {
+    ("plain", True, False): ((0, SQUARE),),  # qkv
+    ("plain", False, False): ((0, SQUARE), (1536, SMALL), (6144, SQUARE)),  # proj, patch embedding
+    ("plain", False, True): ((0, SQUARE), (1536, SMALL), (3072, DEEP), (6144, WIDE)),  # down
+    ("plain", True, True): ((0, SMALL), (768, DEEP), (1536, WIDE)),  # merger, a row per 4 patches
+    ("swiglu", True, False): ((0, GemmTile(128, 64, 64, 4, 3)),),  # gate and up
 }
 FALLBACK_TILES = {
     16: GemmTile(128, 64, 32, 4, 3),
@@ -120,7 +125,7 @@ def linear(
     out = torch.empty((M, N), dtype=out_dtype, device=x.device)
     if M == 0:
         return out
-    tile = _gemm_tile(x, M, epilogue)
+    tile = _gemm_tile(x, weight, epilogue)
     out_block = [tile.rows, tile.columns]
     grid = (triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)
     with torch.cuda.device(x.device):
@@ -160,14 +165,13 @@ def _linear_on_cpu(
     return y.to(out_dtype)
 
 
-def _gemm_tile(x: torch.Tensor, n_rows: int, epilogue: str) -> GemmTile:
-    """The tile for this GPU and size. A size may choose: tiles agree bit for bit (tested)."""
+def _gemm_tile(x: torch.Tensor, weight: torch.Tensor, epilogue: str) -> GemmTile:
     bits = x.dtype.itemsize * 8
-    key = (_capability(x.device)[0], bits, "swiglu" if epilogue == "swiglu" else "plain")
-    for least_rows, tile in GEMM_TILES.get(key, ()):
-        if n_rows >= least_rows:
-            return tile
-    return FALLBACK_TILES[bits]
+    N, K = weight.shape
+    kind = ("swiglu" if epilogue == "swiglu" else "plain", N > 2048, K > 2048)
+    if _capability(x.device)[0] != HOPPER or bits != 16 or kind not in HOPPER_TILES:
+        return FALLBACK_TILES[bits]
+    return next(tile for least_rows, tile in reversed(HOPPER_TILES[kind]) if len(x) >= least_rows)
 
 
 @cache

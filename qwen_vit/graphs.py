@@ -1,0 +1,125 @@
+"""CUDA graphs per token budget: one replay instead of some 230 launches.
+
+A graph is recorded for a number of rows, not for a shape of image. Its indices live in one buffer
+that every call fills before the replay, its spare rows attend among themselves, and its spare tiles
+are empty: so one graph serves every mix of images that fits its budget. The model knows nothing of
+this. An image's embedding has the same bits as without graphs, because no row depends on another
+image's rows, nor on how many there are.
+"""
+
+import threading
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_vit.layout import Layout
+from qwen_vit.model import ROTARY_POSITIONS, VisionTower
+
+__all__ = ["GraphRunner", "budget_for"]
+
+LARGEST_BUDGET = 32_768  # patches; above it the launches are a small share of the time
+LEAST_STEP = 256  # patches
+# A graph has room for twice the windows, and twice the frame tiles, that whole ones would need;
+# a mix of smaller pieces runs without a graph.
+ROWS_PER_WINDOW_TILE = 32
+ROWS_PER_FRAME_TILE = 64
+
+
+def budget_for(n_patches: int) -> int | None:
+    """The rows of the graph that serves this many patches, or None where none does.
+
+    >>> budget_for(1000), budget_for(4097), budget_for(9216), budget_for(40_000)
+    (1024, 4352, 9216, None)
+    """
+    if not 0 < n_patches <= LARGEST_BUDGET:
+        return None
+    # steps of a 16th of the power of two below, so 6 % spare at most above 4,096
+    step = max(LEAST_STEP, 1 << max(0, (n_patches - 1).bit_length() - 5))
+    return -(-n_patches // step) * step
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Recorded:
+    graph: torch.cuda.CUDAGraph
+    pixels: Tensor  # (rows, P / 2) uint8
+    indices: Tensor  # every integer of the layout, one after the other
+    merged: Tensor  # (rows / 4, O)
+
+
+class GraphRunner:
+    """Runs a tower by graph where one fits; every graph of a tower shares one memory pool."""
+
+    def __init__(self, tower: VisionTower, device: torch.device) -> None:
+        self._tower = tower
+        self._device = device
+        self._recorded: dict[int, _Recorded] = {}
+        self._pool: Any = None  # torch's handle of it
+        self._lock = threading.Lock()
+
+    def run(self, pixels: Tensor, layout: Layout) -> Tensor | None:
+        """The merged tokens (M, O) of uint8 `pixels` (N, P / 2), or None if no graph fits.
+
+        `layout` lies on the host and was filled up to `budget_for(N)` rows. Nothing waits for the
+        GPU, except the first call of a budget, which records.
+        """
+        static = _with_room(layout)
+        if static is None:
+            return None
+        indices = torch.cat([tensor.reshape(-1) for tensor in static.tensors()]).pin_memory()
+        with self._lock, torch.cuda.device(self._device), torch.no_grad():
+            recorded = self._recorded.get(layout.n_rows)
+            if recorded is None:
+                recorded = self._record(static, indices, pixels.shape[1])
+                self._recorded[layout.n_rows] = recorded
+            recorded.pixels[: len(pixels)].copy_(pixels, non_blocking=True)
+            recorded.indices.copy_(indices, non_blocking=True)
+            recorded.graph.replay()
+            # the next replay overwrites it: the caller gets its own
+            return recorded.merged[: len(layout.merged_order)].clone()
+
+    def _record(self, static: Layout, indices: Tensor, width: int) -> _Recorded:
+        pixels = torch.zeros((static.n_rows, width), dtype=torch.uint8, device=self._device)
+        on_device = indices.to(self._device)
+        layout = static.viewing(on_device)
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            self._tower(pixels, layout)  # compiles what is not compiled yet
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            merged = self._tower(pixels, layout)
+        self._pool = graph.pool()
+        return _Recorded(graph, pixels, on_device, merged)
+
+
+def _with_room(layout: Layout) -> Layout | None:
+    """The layout with every tensor at the size that its budget's graph has; None if one is larger.
+
+    Spare tiles are rows of zeros; spare merged tokens fetch the first one and are never read.
+    """
+    rows = layout.n_rows
+    window_tiles = _filled(layout.windows.tiles, rows // ROWS_PER_WINDOW_TILE)
+    frame_tiles = _filled(layout.frames.tiles, rows // ROWS_PER_FRAME_TILE)
+    merged_order = _filled(layout.merged_order, rows // 4)
+    if window_tiles is None or frame_tiles is None or merged_order is None:
+        return None
+    if layout.n_positions > ROTARY_POSITIONS:
+        return None
+    none = layout.merged_order[:0]
+    return replace(
+        layout,
+        merged_order=merged_order,
+        raster_order=none,
+        windows=replace(layout.windows, cu_seqlens=none, tiles=window_tiles),
+        frames=replace(layout.frames, cu_seqlens=none, tiles=frame_tiles),
+    )
+
+
+def _filled(tensor: Tensor, length: int) -> Tensor | None:
+    if len(tensor) > length:
+        return None
+    missing = (length - len(tensor), *tensor.shape[1:])
+    return torch.cat([tensor, tensor.new_zeros(missing)])

@@ -1,0 +1,188 @@
+"""The built wheel is whole, and works where there is no checkout; the pins fit what we declare."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+PHOTOGRAPH = ROOT / "tests" / "images" / "chelsea.png"
+IMPORT_NAMES = {"pillow": "PIL"}  # where it is not the name with underscores
+
+
+def run(command: list[str], folder: Path, **environment: str) -> str:
+    """The command's output, run in `folder`; with what it said on stderr where it fails."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    run([*build, str(ROOT)], folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the installed wheel and nothing else."""
+    folder = tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-compile"]
+    run([*pip, "--target", str(folder), str(wheel)], folder)
+    return folder
+
+
+def test_the_wheel_holds_the_package_its_licence_and_its_weights(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (info,) = {name.partition("/")[0] for name in names if ".dist-info/" in name}
+        licence = archive.read(f"{info}/licenses/LICENSE")
+        packed = archive.read("qwen_vit/weights/tiny/model.safetensors")
+    assert licence == (ROOT / "LICENSE").read_bytes()
+    assert packed == (ROOT / "weights/tiny/model.safetensors").read_bytes()
+    package = ROOT / "qwen_vit"
+    sources = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
+    weights = {str(Path("qwen_vit") / path.relative_to(ROOT)) for path in weight_files()}
+    there = {name for name in names if not name.startswith(info)}
+    assert there == sources | weights | {"qwen_vit/py.typed"}
+
+
+def weight_files() -> list[Path]:
+    return [path for path in (ROOT / "weights").rglob("*") if path.is_file()]
+
+
+def test_the_wheel_declares_what_it_needs(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = Parser().parsestr(archive.read(name).decode())
+    assert metadata["Name"] == "qwen-vit"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    needed = {each.name: str(each.specifier) for each in requirements if each.marker is None}
+    assert needed["torch"] == ">=2.11"
+    assert needed["triton"] == ">=3.6"
+    assert needed["pillow"] == ">=13.0"
+    assert "transformers" not in needed
+
+
+def test_everything_the_package_imports_is_declared() -> None:
+    """An undeclared one works wherever something else happens to bring it."""
+    imported = set()
+    for path in (ROOT / "qwen_vit").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(str(node.module).partition(".")[0])
+    lines = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["hf"]
+    names = [Requirement(line).name for line in lines]
+    declared = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
+    assert imported - set(sys.stdlib_module_names) - {"qwen_vit"} <= declared
+
+
+# `opened` shows that nothing was read from the checkout but the photograph.
+ENCODE = """
+import json, sys
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+from qwen_vit import VisionEncoder
+import qwen_vit
+features = VisionEncoder.from_pretrained("tiny", device="cpu").encode([sys.argv[1]])[0]
+print(json.dumps({
+    "file": qwen_vit.__file__, "opened": opened, "shape": list(features.embeds.shape),
+    "grid": [int(n) for n in features.grid_thw], "finite": bool(features.embeds.isfinite().all()),
+}))
+"""
+
+
+def test_the_installed_wheel_encodes_a_photograph_outside_the_checkout(
+    installed: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", ENCODE, str(PHOTOGRAPH)]
+    seen = json.loads(run(command, tmp_path, PYTHONPATH=str(installed)))
+    assert Path(seen["file"]).is_relative_to(installed)
+    # 451x300 px become 448x308: each side rounded to 28 px, a token for each 28x28 px
+    assert seen["grid"] == [1, 22, 32]
+    assert seen["shape"] == [11 * 16, 192]
+    assert seen["finite"]
+    ours = [path for path in map(Path, seen["opened"]) if path.is_relative_to(ROOT)]
+    environment = Path(sys.prefix)
+    assert {path for path in ours if not path.is_relative_to(environment)} == {PHOTOGRAPH}
+    assert str(installed / "qwen_vit/weights/tiny/config.json") in seen["opened"]
+
+
+@pytest.mark.parametrize("command", ["module", "script"])
+def test_the_installed_command_knows_the_weights_it_came_with(
+    installed: Path, tmp_path: Path, command: str
+) -> None:
+    start = {
+        "module": [sys.executable, "-m", "qwen_vit"],
+        "script": [sys.executable, str(installed / "bin" / "qwen-vit")],
+    }[command]
+    output = run([*start, "info", "tiny", "--json"], tmp_path, PYTHONPATH=str(installed))
+    assert "192" in json.dumps(json.loads(output))  # out_hidden_size
+
+
+def test_every_pin_satisfies_what_is_declared() -> None:
+    pins = constraints()
+    extras = PROJECT["optional-dependencies"]
+    for line in PROJECT["dependencies"] + extras["hf"] + extras["dev"]:
+        requirement = Requirement(line)
+        if requirement.name != PROJECT["name"]:
+            (pin,) = pins[canonicalize_name(requirement.name)].specifier
+            assert requirement.specifier.contains(pin.version), line
+
+
+def test_the_pins_fit_a_machine_with_a_gpu_and_one_without() -> None:
+    """A local version such as 2.13.0+cpu, or a CUDA package, would suit one of them only."""
+    for name, requirement in constraints().items():
+        (pin,) = requirement.specifier
+        assert (pin.operator, "+" in pin.version) == ("==", False), name
+        assert not name.startswith(("nvidia-", "cuda-")), name
+
+
+def constraints() -> dict[str, Requirement]:
+    lines = (ROOT / "tools" / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(pin.name): pin for pin in pins}
+
+
+def test_ruff_reads_every_python_script_without_an_extension() -> None:
+    listed = {path for path in PYPROJECT["tool"]["ruff"]["extend-include"] if "/" in path}
+    scripts = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tools").iterdir()
+        if path.is_file() and "python" in path.read_text().partition("\n")[0]
+    }
+    assert {path for path in scripts if not path.endswith(".py")} == listed
+
+
+def test_the_published_checkpoints_are_described_alike() -> None:
+    checkpoints = tomllib.loads((ROOT / "weights/published.toml").read_text())["checkpoint"]
+    fields = {"repo", "licence", "out_hidden_size", "intermediate_size", "tensors"}
+    assert [set(each) for each in checkpoints] == [fields] * 4
+    sizes = {each["repo"].split("-")[-2]: each["out_hidden_size"] for each in checkpoints}
+    assert sizes == {"3B": 2048, "7B": 3584, "32B": 5120, "72B": 8192}

@@ -1,0 +1,142 @@
+"""The package's own tower for tests: built, laid out, and traced under the oracle's stage names."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import Trace, relative_error
+from torch import Tensor, nn
+
+from qwen_vit.checkpoint import load_checkpoint
+from qwen_vit.config import Grid, ImageConfig, VisionConfig
+from qwen_vit.convert import convert
+from qwen_vit.kernels.attention import regime_of, tiling
+from qwen_vit.layout import Layout
+from qwen_vit.model import VisionTower
+
+CPU = torch.device("cpu")
+
+
+def gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that needs an NVIDIA GPU: `-m gpu` selects it, and without one it is skipped."""
+    no_gpu = not torch.cuda.is_available()
+    return pytest.mark.gpu(pytest.mark.skipif(no_gpu, reason="needs an NVIDIA GPU")(test))
+
+
+def as_grids(grids: Iterable[Any]) -> tuple[Grid, ...]:
+    return tuple(grid if isinstance(grid, Grid) else Grid(*map(int, grid)) for grid in grids)
+
+
+def build_tower(
+    folder_or_tensors: Path | str | Mapping[str, Tensor],
+    config: VisionConfig | None = None,
+    image_config: ImageConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = CPU,
+) -> VisionTower:
+    """The tower of a folder, or of tensors under their bare names; nothing is random."""
+    if isinstance(folder_or_tensors, Mapping):
+        tensors = folder_or_tensors
+        image_config = image_config or ImageConfig.from_json({})
+    else:
+        checkpoint = load_checkpoint(folder_or_tensors)
+        tensors = checkpoint.tensors
+        config, image_config = checkpoint.config, checkpoint.image_config
+    assert config is not None
+    state = convert(tensors, config, image_config, dtype)
+    with torch.device("meta"):
+        tower = VisionTower(config, dtype)
+    tower.load_state_dict(state, strict=True, assign=True)
+    return tower.to(device).eval()
+
+
+def layout_for(
+    grids: Iterable[Any],
+    config: VisionConfig,
+    device: torch.device | str = CPU,
+    dtype: torch.dtype = torch.float32,
+    n_rows: int | None = None,
+) -> Layout:
+    """The layout with the tiles that the kernels of this device want, on this device."""
+    device = torch.device(device)
+    window_regime = regime_of((config.window_px // config.patch_px) ** 2)
+    return Layout.from_grids(
+        as_grids(grids),
+        config,
+        window_tiling=tiling(device, dtype, window_regime),
+        frame_tiling=tiling(device, dtype, "frame"),
+        n_rows=n_rows,
+    ).to(device)
+
+
+@torch.no_grad()
+def tower_trace(
+    tower: VisionTower,
+    patches: Tensor,
+    grids: Iterable[Any],
+    *,
+    n_rows: int | None = None,
+    layout: Layout | None = None,
+) -> Trace:
+    """Run the tower and return its stages as the oracle does, without the filler rows.
+
+    "patch_embed" (N, C) in grid order; "block.0".. (N, C) in window order; "merger" row-major.
+    """
+    weight = tower.patch_embed.weight
+    if layout is None:
+        layout = layout_for(grids, tower.config, weight.device, weight.dtype, n_rows)
+    trace: Trace = {}
+
+    def record(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            trace[name] = output[: layout.n_patches].clone()
+
+        return hook
+
+    stages: dict[str, nn.Module] = {"patch_embed": tower.patch_embed}
+    stages |= {f"block.{i}": block for i, block in enumerate(tower.blocks)}
+    hooks = [module.register_forward_hook(record(name)) for name, module in stages.items()]
+    try:
+        merged = tower(patches.to(weight.device), layout)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    in_grid_order = torch.empty_like(trace["patch_embed"])
+    in_grid_order[layout.grid_index[: layout.n_patches].long()] = trace["patch_embed"]
+    return trace | {"patch_embed": in_grid_order, "merger": merged}
+
+
+def per_image(merged: Tensor, grids: Iterable[Any], merge_unit: int = 4) -> tuple[Tensor, ...]:
+    """A batch's merged tokens, image by image."""
+    return merged.split([grid.n_tokens(merge_unit) for grid in as_grids(grids)])
+
+
+def assert_no_worse_than(
+    ours: Tensor, stock: Tensor, oracle: Tensor, *, factor: float, floor: float = 0.0
+) -> None:
+    """Our relative error against the oracle is at most `factor` times that of a stock path.
+
+    `floor` is an error that is always allowed: where the stock path is exact by luck, no factor
+    would leave room for one rounding. Prints the figures, green or red.
+    """
+    our_error, stock_error = relative_error(ours, oracle), relative_error(stock, oracle)
+    allowed = max(factor * stock_error, floor)
+    line = f"ours {our_error:.2e}, stock {stock_error:.2e}, allowed {allowed:.2e}"
+    print(line)
+    if not our_error <= allowed:
+        raise AssertionError(line)
+
+
+def random_rows(n: int, seed: int, width: int = 1176) -> Tensor:
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+
+
+def random_pixels(n: int, seed: int, width: int = 588) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, width), generator=generator, dtype=torch.uint8)
+
+
+def n_patches(grids: Sequence[Any]) -> int:
+    return sum(grid.n_patches for grid in as_grids(grids))
