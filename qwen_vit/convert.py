@@ -101,7 +101,6 @@ def convert(
     state |= _patch_embedding(
         check_finite(tensors[PATCH_WEIGHT], PATCH_WEIGHT),
         image_config,
-        dtype,
         exponent,
         padded_pixel_size(config),
     )
@@ -137,7 +136,7 @@ def check_finite(tensor: Tensor, name: str) -> Tensor:
 
 
 def _patch_embedding(
-    weight: Tensor, image_config: ImageConfig, dtype: torch.dtype, exponent: int, K: int
+    weight: Tensor, image_config: ImageConfig, exponent: int, K: int
 ) -> dict[str, Tensor]:
     w = weight.double()  # (C, 3, frames, patch_px, patch_px)
     mean = torch.tensor(image_config.image_mean, dtype=torch.float64).view(3, 1, 1, 1)
@@ -145,15 +144,20 @@ def _patch_embedding(
     # w * (pixel / 255 - mean) / std, split at pixel = 128, both frames being the same image
     folded = (w / (255 * std)).sum(2).flatten(1) * 2.0**exponent  # (C, 3 * patch_px * patch_px)
     pixel_weight = _pad(folded, 1, K).to(torch.float32 if exponent == 0 else torch.float16)
+    row_weight = (w * 2.0**exponent).flatten(1).to(pixel_weight.dtype)  # bfloat16 fits exactly
     pixel_bias = (w * ((PIXEL_ZERO / 255 - mean) / std)).flatten(1).sum(1).float()  # (C,)
-    for name, tensor in (("weights", pixel_weight), ("biases", pixel_bias)):
+    for name, tensor in (
+        ("weights", row_weight),
+        ("folded weights", pixel_weight),
+        ("folded biases", pixel_bias),
+    ):
         if not tensor.isfinite().all():
             raise CheckpointError(
-                f"{PATCH_WEIGHT} reaches {weight.abs().max().item():g}: its folded {name} "
+                f"{PATCH_WEIGHT} reaches {weight.abs().max().item():g}: its {name} "
                 f"overflow {tensor.dtype}; use dtype float32, or download the checkpoint again"
             )
     return {
-        "patch_embed.weight": weight.flatten(1).to(dtype, copy=True),
+        "patch_embed.weight": row_weight,
         "patch_embed.pixel_weight": pixel_weight,
         "patch_embed.pixel_bias": pixel_bias,
     }

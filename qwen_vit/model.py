@@ -67,24 +67,27 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
         C, P = config.hidden_size, config.patch_dim
-        self.weight = _parameter(C, P, dtype=dtype)
-        # the same for uint8 pixels of a still image: both frames summed, mean and std folded in
+        self.out_dtype = dtype
+        # float16 operands have 3 bits more than bfloat16; the power of two keeps them in its range
         operand_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
+        self.scale = 2.0 ** -pixel_weight_exponent(dtype)
+        self.weight = _parameter(C, P, dtype=operand_dtype)
+        # the same for uint8 pixels of a still image: both frames summed, mean and std folded in
         self.pixel_weight = _parameter(C, padded_pixel_size(config), dtype=operand_dtype)
         self.pixel_bias = _parameter(C, dtype=torch.float32)
-        self.pixel_scale = 2.0 ** -pixel_weight_exponent(dtype)
 
     def forward(self, patches: Tensor, grid_index: Tensor) -> Tensor:
         """uint8 pixels or float rows in grid order -> (rows, C) in window order."""
         if patches.dtype != torch.uint8:
-            return linear(patches[grid_index].to(self.weight.dtype), self.weight)
+            rows = patches[grid_index].to(self.weight.dtype)
+            return linear(rows, self.weight, out_scale=self.scale, out_dtype=self.out_dtype)
         pixels = gather_pixels(
             patches, grid_index, zero=PIXEL_ZERO, width=self.pixel_weight.shape[1],
             dtype=self.pixel_weight.dtype,
         )  # fmt: skip
         return linear(
             pixels, self.pixel_weight, self.pixel_bias,
-            out_scale=self.pixel_scale, out_dtype=self.weight.dtype,
+            out_scale=self.scale, out_dtype=self.out_dtype,
         )  # fmt: skip
 
 

@@ -525,14 +525,17 @@ def test_uint8_pixels_give_what_published_float_rows_give(dtype):
     bound += state["patch_embed.pixel_bias"].double().abs() * 2.0**-24 + 1e-12
     print(f"{dtype}: largest error {(found - truth).abs().max():.2e}, bound {bound.max():.2e}")
     assert ((found - truth).abs() <= bound).all()
-    assert torch.equal(
-        state["patch_embed.weight"].float(), tensors["patch_embed.proj.weight"].float().flatten(1)
-    )
+    row_weight = state["patch_embed.weight"].float() * 2.0 ** -pixel_weight_exponent(dtype)
+    assert torch.equal(row_weight, tensors["patch_embed.proj.weight"].float().flatten(1))
 
 
 def test_the_state_has_the_types_that_the_model_expects():
     state = convert(random_tensors(SMALL), SMALL, IMAGE_CONFIG, torch.bfloat16)
-    others = {"patch_embed.pixel_weight": torch.float16, "patch_embed.pixel_bias": torch.float32}
+    others = {
+        "patch_embed.weight": torch.float16,
+        "patch_embed.pixel_weight": torch.float16,
+        "patch_embed.pixel_bias": torch.float32,
+    }
     for name, tensor in state.items():
         assert tensor.dtype == others.get(name, torch.bfloat16), name
         assert tensor.is_contiguous(), name
