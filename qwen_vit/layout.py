@@ -177,11 +177,7 @@ class Layout:
         """
         check_grids(grids, config)
         merge, unit = config.spatial_merge_size, config.merge_unit
-        frame_sizes = [(grid.h, grid.w) for grid in grids for _ in range(grid.t)]
-        parts = [_frame(h, w, merge, config.window_units) for h, w in frame_sizes]
-
-        frame_rows = np.array([h * w for h, w in frame_sizes], dtype=np.int64)
-        n_patches = int(frame_rows.sum())
+        n_patches = sum(grid.n_patches for grid in grids)
         total = n_patches if n_rows is None else n_rows
         if total > MAX_ROWS:
             raise ImageError(
@@ -193,6 +189,9 @@ class Layout:
                 f"{n_patches} patches do not fit a budget of {total} rows in steps of {unit}",
                 code="too-many-patches",
             )
+        frame_sizes = [(grid.h, grid.w) for grid in grids for _ in range(grid.t)]
+        frame_rows = np.array([h * w for h, w in frame_sizes], dtype=np.int64)
+        parts = [_frame(h, w, merge, config.window_units) for h, w in frame_sizes]
         filler = total - n_patches
         filler_rows = np.full(-(-filler // FILLER_ROWS), FILLER_ROWS, dtype=np.int32)
         if filler % FILLER_ROWS:

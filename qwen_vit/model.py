@@ -23,7 +23,7 @@ from qwen_vit.convert import (
     pixel_weight_exponent,
 )
 from qwen_vit.kernels.attention import RotaryTable, attention, regime_of
-from qwen_vit.kernels.linear import linear, rms_norm
+from qwen_vit.kernels.linear import add_rms_norm, linear, rms_norm
 from qwen_vit.kernels.pixels import gather_pixels
 from qwen_vit.layout import Layout, Segments
 
@@ -46,19 +46,21 @@ class Linear(nn.Module):
         self.weight = _parameter(n_out, n_in, dtype=dtype)
         self.bias = _parameter(n_out, dtype=dtype)
 
-    def forward(
-        self, x: Tensor, *, epilogue: str = "plain", residual: Tensor | None = None
-    ) -> Tensor:
-        return linear(x, self.weight, self.bias, epilogue=epilogue, residual=residual)
+    def forward(self, x: Tensor, epilogue: str = "plain") -> Tensor:
+        return linear(x, self.weight, self.bias, epilogue=epilogue)
 
 
 class RMSNorm(nn.Module):
+    """Adds what the layer before it has found to the residual stream x, and normalises the sum."""
+
     def __init__(self, size: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = _parameter(size, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, RMS_NORM_EPS)
+    def forward(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        if update is None:
+            return x, rms_norm(x, self.weight, RMS_NORM_EPS)
+        return add_rms_norm(x, update, self.weight, RMS_NORM_EPS)
 
 
 class PatchEmbed(nn.Module):
@@ -98,14 +100,12 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, dtype)
         self.proj = Linear(config.hidden_size, config.hidden_size, dtype)
 
-    def forward(
-        self, x: Tensor, rotary: RotaryTable, segments: Segments, regime: str, residual: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryTable, segments: Segments, regime: str) -> Tensor:
         N, C = x.shape
         qkv = self.qkv(x).view(N, 3, self.n_heads, C // self.n_heads)
         # the loader has put each rotary pair of Q and K side by side
         out = attention(qkv, rotary, segments, regime=regime, adjacent_pairs=True)
-        return self.proj(out.view(N, C), residual=residual)
+        return self.proj(out.view(N, C))
 
 
 class MLP(nn.Module):
@@ -117,8 +117,8 @@ class MLP(nn.Module):
         self.gate_up = Linear(C, 2 * I, dtype)
         self.down = Linear(I, C, dtype)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.down(self.gate_up(x, epilogue="swiglu"), residual=residual)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.gate_up(x, epilogue="swiglu"))
 
 
 class Block(nn.Module):
@@ -129,9 +129,12 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(config.hidden_size, dtype)
         self.mlp = MLP(config, dtype)
 
-    def forward(self, x: Tensor, rotary: RotaryTable, segments: Segments, regime: str) -> Tensor:
-        x = self.attn(self.norm1(x), rotary, segments, regime, residual=x)
-        return self.mlp(self.norm2(x), residual=x)
+    def forward(
+        self, x: Tensor, update: Tensor | None, rotary: RotaryTable, segments: Segments, regime: str
+    ) -> tuple[Tensor, Tensor]:
+        x, normed = self.norm1(x, update)
+        x, normed = self.norm2(x, self.attn(normed, rotary, segments, regime))
+        return x, self.mlp(normed)
 
 
 class PatchMerger(nn.Module):
@@ -144,8 +147,9 @@ class PatchMerger(nn.Module):
         self.fc1 = Linear(merged, merged, dtype)
         self.fc2 = Linear(merged, config.out_hidden_size, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        merged = self.norm(x).view(-1, self.fc1.weight.shape[1])
+    def forward(self, x: Tensor, update: Tensor | None) -> Tensor:
+        _, normed = self.norm(x, update)
+        merged = normed.view(-1, self.fc1.weight.shape[1])
         return self.fc2(self.fc1(merged, epilogue="gelu"))
 
 
@@ -180,17 +184,18 @@ class VisionTower(nn.Module):
 
         # to window order: merge units move, their 4 patches stay together
         x = self.patch_embed(patches, layout.grid_index)  # (rows, C)
+        update = None  # what the last layer found and the next norm adds to x
 
         for index, block in enumerate(self.blocks):
             if index in self.config.fullatt_block_indexes:
-                x = block(x, rotary, layout.frames, "frame")
+                x, update = block(x, update, rotary, layout.frames, "frame")
             else:
-                x = block(x, rotary, layout.windows, self.window_regime)
+                x, update = block(x, update, rotary, layout.windows, self.window_regime)
 
         if output == "patch":
-            return x[layout.raster_order]
+            return (x + update)[layout.raster_order]
         # back to row-major: each merged cell fetches the window-order unit that it became
-        return self.merger(x)[layout.merged_order]  # (M, O)
+        return self.merger(x, update)[layout.merged_order]  # (M, O)
 
     def _rotary_angles(self, n_positions: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every (position, frequency) of one axis: (positions, R / 2) float32.

@@ -1,6 +1,7 @@
 """The oracle, Hugging Face's tower and the golden files agree; and a mistake would show."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from importlib.machinery import SourceFileLoader
@@ -29,6 +30,12 @@ from oracle import (
     rms_norm_wrong_casts,
     vision_oracle,
 )
+from towers import build_tower, layout_for, tower_trace
+
+from qwen_vit import convert, layout, model
+from qwen_vit.kernels import attention, linear
+from qwen_vit.layout import Layout, Segments
+from qwen_vit.model import VisionTower
 
 BITE = 5  # a fault must miss the tolerance by this factor
 NAMES = ("clip_3x6x10", "mixed", "photograph_22x16", "photograph_6x10", "smallest_2x2")
@@ -228,3 +235,155 @@ def test_a_stage_beyond_its_tolerance_is_refused(capsys: pytest.CaptureFixture[s
     for wrong in (1.0 + 2e-5, float("nan")):
         with pytest.raises(AssertionError, match=r"merger .* of 1.0e-05"):
             assert_stages_close({**right, "merger": torch.full((2, 3), wrong)}, right)
+
+
+# The package's own tower ------------------------------------------------------------------------
+
+STILLS = ("photograph_22x16", "photograph_6x10", "smallest_2x2")  # their two frames are equal
+
+
+@cache
+def own_tower() -> VisionTower:
+    return build_tower(TINY_FOLDER)
+
+
+@cache
+def budgets(name: str) -> dict[str, float]:
+    oracle = oracle_trace(name)
+    return {stage: fp32_budget(then, oracle[stage]) for stage, then in golden(name).trace.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_tower_agrees_with_every_golden(name: str) -> None:
+    case = golden(name)
+    trace = tower_trace(own_tower(), case.rows, case.grids)
+    assert_stages_close(trace, case, budgets(name))
+
+
+@pytest.mark.parametrize("name", STILLS)
+def test_our_tower_agrees_with_every_golden_from_uint8_pixels(name: str) -> None:
+    case = golden(name)
+    trace = tower_trace(own_tower(), case.pixels, case.grids)
+    assert_stages_close(trace, case, budgets(name))
+
+
+def other_segments(lengths: list[int]) -> Segments:
+    """Segments of other lengths over the same rows, for the interpreter."""
+    tiling = attention.tiling(torch.device("cpu"), torch.float32, "frame")
+    return layout._segments(torch.tensor(lengths, dtype=torch.int32).numpy(), tiling)
+
+
+def in_grid_order(right: Layout) -> Layout:
+    """Windows cut from grid order, each patch with its own position."""
+    back = right.grid_index.long().argsort()
+    units = torch.arange(len(right.merged_order), dtype=torch.int32)
+    return replace(
+        right,
+        grid_index=right.grid_index[back],
+        positions=right.positions[back],
+        merged_order=units,
+    )
+
+
+def frames_merged(right: Layout) -> Layout:
+    lengths = [grid.n_patches for grid in right.grids]
+    return replace(right, frames=other_segments(lengths))
+
+
+def images_merged(right: Layout) -> Layout:
+    return replace(right, frames=other_segments([right.n_patches]))
+
+
+def boundaries_late(right: Layout) -> Layout:
+    lengths = right.windows.cu_seqlens.diff().tolist()
+    if len(lengths) > 1:
+        lengths = [lengths[0] + 1, *lengths[1:-1], lengths[-1] - 1]
+    return replace(right, windows=other_segments(lengths))
+
+
+def inverse_order_skipped(right: Layout) -> Layout:
+    return replace(right, merged_order=torch.arange(len(right.merged_order)))
+
+
+LAYOUT_FAULTS: dict[str, Callable[[Layout], Layout]] = {
+    "row and column swapped": lambda right: replace(right, positions=right.positions.flip(1)),
+    "positions within the window": lambda right: replace(right, positions=right.positions % 8),
+    "window order skipped": in_grid_order,
+    "inverse order skipped": inverse_order_skipped,
+    "inverse order not inverted": lambda right: replace(
+        right, merged_order=right.merged_order.long().argsort()
+    ),
+    "frames merged": frames_merged,
+    "images merged": images_merged,
+    "window boundaries late": boundaries_late,
+    "full blocks as window blocks": lambda right: replace(right, frames=right.windows),
+    "window blocks as full blocks": lambda right: replace(right, windows=right.frames),
+}
+
+
+def largest_factor(tower: VisionTower, change: Callable[[Layout], Layout] = lambda x: x) -> float:
+    """How many times its budget the merger is off, at the golden that sees most."""
+    factors = {}
+    for name in ("smallest_2x2", "clip_3x6x10", "mixed"):
+        case = golden(name)
+        wrong = change(layout_for(case.grids, tower.config))
+        trace = tower_trace(tower, case.rows, case.grids, layout=wrong)
+        error = relative_error(trace["merger"], case.trace["merger"])
+        factors[name] = error / budgets(name)["merger"]
+    print({name: f"{factor:.1f}" for name, factor in factors.items()})
+    return max(factors.values())
+
+
+def test_without_a_fault_no_golden_breaks() -> None:
+    assert largest_factor(own_tower()) <= 1
+
+
+@pytest.mark.parametrize("fault", LAYOUT_FAULTS)
+def test_a_fault_in_our_layout_breaks_a_golden(fault: str) -> None:
+    assert largest_factor(own_tower(), LAYOUT_FAULTS[fault]) >= BITE
+
+
+BIASES = ("attn.qkv.bias", "attn.proj.bias", "mlp.gate_up.bias", "mlp.down.bias")
+PARAMETERS = (*(f"blocks.4.{bias}" for bias in BIASES), "merger.fc1.bias", "merger.fc2.bias")
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_bias_dropped_from_our_tower_breaks_a_golden(name: str) -> None:
+    tower = build_tower(TINY_FOLDER)
+    tower.get_parameter(name).data.zero_()
+    assert largest_factor(tower) >= BITE
+
+
+def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def norm_without_eps(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return linear.rms_norm(x, weight, 0.0)
+
+
+# (where, name, replacement), each in force while a tower is built and run
+CODE_FAULTS = {
+    "tanh GELU": (linear.F, "gelu", tanh_gelu),
+    "no eps": (model, "rms_norm", norm_without_eps),
+    "natural exponent for base 2": (attention, "LOG2_E", 1.0),
+    "rotary pairs not permuted": (convert, "rotary_permutation", torch.arange),
+}
+
+
+@pytest.mark.parametrize("fault", CODE_FAULTS)
+def test_a_fault_in_our_code_breaks_a_golden(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*CODE_FAULTS[fault])
+    assert largest_factor(build_tower(TINY_FOLDER)) >= BITE
+
+
+@pytest.mark.parametrize("fault", ["cos and sin swapped", "angles in bf16", "one angle off"])
+def test_a_fault_in_our_angles_breaks_a_golden(fault: str) -> None:
+    tower = build_tower(TINY_FOLDER)
+    cos, sin = tower._rotary_angles(1)
+    tower._angles = {
+        "cos and sin swapped": (sin, cos),
+        "angles in bf16": (cos.bfloat16().float(), sin.bfloat16().float()),
+        "one angle off": (cos.roll(1, dims=0), sin.roll(1, dims=1)),
+    }[fault]
+    assert largest_factor(tower) >= BITE

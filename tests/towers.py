@@ -89,8 +89,10 @@ def tower_trace(
         layout = layout_for(grids, tower.config, weight.device, weight.dtype, n_rows)
     trace: Trace = {}
 
-    def record(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor | tuple[Tensor, Tensor]) -> None:
+            if isinstance(output, tuple):  # a block: the residual stream, and what to add to it
+                output = output[0] + output[1]
             trace[name] = output[: layout.n_patches].clone()
 
         return hook

@@ -55,7 +55,7 @@ class Tiles:
 # (regime, bits per element) -> tile. Measured on an H200; see tools/NOTES.md.
 TILES = {
     ("window", 16): Tiles(q_rows=64, k_rows=64, num_warps=4, num_stages=1),
-    ("window", 32): Tiles(q_rows=64, k_rows=64, num_warps=4, num_stages=1),
+    ("window", 32): Tiles(q_rows=64, k_rows=64, num_warps=8, num_stages=1),
     ("frame", 16): Tiles(q_rows=128, k_rows=64, num_warps=4, num_stages=3),
     ("frame", 32): Tiles(q_rows=32, k_rows=32, num_warps=4, num_stages=1),
 }
@@ -332,7 +332,7 @@ def attention(
     """
     N, _, H, D = qkv.shape
     out = torch.empty((N, H, D), dtype=qkv.dtype, device=qkv.device)
-    if N == 0:
+    if N == 0 or len(segments.tiles) == 0:
         return out
     d_main = 1 << (D.bit_length() - 1)
     d_tail = 0 if d_main == D else max(16, triton.next_power_of_2(D - d_main))

@@ -1,8 +1,10 @@
-"""Linear layers with their neighbours in the epilogue, and the RMSNorm.
+"""Linear layers with what follows them in the epilogue, and the RMSNorm with the sum before it.
 
-On a GPU every product is one Triton kernel whose accumulation order over K is fixed: each output
-row depends on its own input row alone, whatever the batch and whatever the tile, so an image's
-embedding has the same bits alone and in any company. On a CPU the same functions are PyTorch's.
+On a GPU a product is one Triton kernel whose accumulation order over K is fixed: each output row
+depends on its own input row alone, whatever the batch and whatever the tile, so an image's
+embedding has the same bits alone and in any company. The plain products of the published shapes
+are cuBLAS's on Hopper, from the number of rows on at which it gives the very same bits (tested at
+every token budget). On a CPU the same functions are PyTorch's.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["linear", "rms_norm"]
+__all__ = ["add_rms_norm", "linear", "rms_norm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +49,26 @@ HOPPER_TILES: dict[tuple[str, bool, bool], tuple[tuple[int, GemmTile], ...]] = {
 }
 FALLBACK_TILES = {
     16: GemmTile(128, 64, 32, 4, 3),
-    32: GemmTile(64, 64, 32, 4, 2),
+    32: GemmTile(64, 64, 32, 8, 2),
 }
+# (K, N) of the published plain products, where cuBLAS was compared with `_gemm` bit for bit, and the
+# rows from which it was: with fewer it may cut K into parts that are summed apart.
+CUBLAS_SHAPES = frozenset(
+    [(1280, 3840), (1280, 1280), (3456, 1280)]  # qkv, proj, down
+    + [(5120, out) for out in (2048, 3584, 5120, 8192)]  # the merger's last
+)
+CUBLAS_LEAST_ROWS = 256
 GROUPED_ROW_TILES = 8  # tiles of this many row blocks run together and share weights in L2
 
 
 @triton.jit
 def _gemm(
-    x, weight, bias, residual, out, M, N, out_scale,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EPILOGUE: tl.constexpr,
+    x, weight, bias, out, M, N, out_scale,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out (M, N) = epilogue(x (M, K) @ weight (N, K)^T * out_scale + bias) + residual.
+    """out (M, N) = epilogue(x (M, K) @ weight (N, K)^T * out_scale + bias).
 
     All but `bias` are tensor descriptors, which cut tiles at the edges. With the SwiGLU, weight
     holds N gate rows, then N up rows, and both products share the tile of x.
@@ -93,12 +102,12 @@ def _gemm(
     if HAS_BIAS:
         acc += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
     if EPILOGUE == "swiglu":
-        acc_up += tl.load(bias + N + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+        acc_up = acc_up * out_scale
+        if HAS_BIAS:
+            acc_up += tl.load(bias + N + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
     if EPILOGUE == "gelu":
         acc = acc * 0.5 * (1.0 + tl.erf(acc * 0.7071067811865476))  # exact, never the tanh form
-    if HAS_RESIDUAL:
-        acc += residual.load([i_m, i_n]).to(tl.float32)
     out.store([i_m, i_n], acc.to(out.dtype))
 
 
@@ -107,20 +116,22 @@ def linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    residual: torch.Tensor | None = None,
     epilogue: str = "plain",
     out_scale: float = 1.0,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """`epilogue(x @ weight.T * out_scale + bias) + residual`, rounded once: (M, K) -> (M, N).
+    """`epilogue(x @ weight.T * out_scale + bias)`, rounded once: (M, K) -> (M, N).
 
     Epilogues: `plain`; `gelu`, the exact one; `swiglu`, where weight (2N, K) holds gate rows, then
     up rows, and the result is silu(gate) * up.
     """
     out_dtype = out_dtype or x.dtype
     if x.device.type == "cpu":
-        return _linear_on_cpu(x, weight, bias, residual, epilogue, out_scale, out_dtype)
+        return _linear_on_cpu(x, weight, bias, epilogue, out_scale, out_dtype)
     M, K = x.shape
+    is_plain = epilogue == "plain" and out_scale == 1.0 and out_dtype == x.dtype
+    if is_plain and _is_equal_in_cublas(x, weight):
+        return F.linear(x, weight, bias)
     N = weight.shape[0] // 2 if epilogue == "swiglu" else weight.shape[0]
     out = torch.empty((M, N), dtype=out_dtype, device=x.device)
     if M == 0:
@@ -133,10 +144,9 @@ def linear(
             TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
             TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
             bias,
-            None if residual is None else TensorDescriptor.from_tensor(residual, out_block),
             TensorDescriptor.from_tensor(out, out_block),
             M, N, out_scale, K=K,
-            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, EPILOGUE=epilogue,
+            HAS_BIAS=bias is not None, EPILOGUE=epilogue,
             PRECISION="ieee", BM=tile.rows, BN=tile.columns, BK=tile.depth,
             GROUP=GROUPED_ROW_TILES, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -147,7 +157,6 @@ def _linear_on_cpu(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     epilogue: str,
     out_scale: float,
     out_dtype: torch.dtype,
@@ -160,8 +169,6 @@ def _linear_on_cpu(
         y = F.silu(gate) * up
     elif epilogue == "gelu":
         y = F.gelu(y)
-    if residual is not None:
-        y = y + residual
     return y.to(out_dtype)
 
 
@@ -174,18 +181,36 @@ def _gemm_tile(x: torch.Tensor, weight: torch.Tensor, epilogue: str) -> GemmTile
     return next(tile for least_rows, tile in reversed(HOPPER_TILES[kind]) if len(x) >= least_rows)
 
 
+def _is_equal_in_cublas(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    N, K = weight.shape
+    return (
+        x.dtype == torch.bfloat16
+        and len(x) >= CUBLAS_LEAST_ROWS
+        and (K, N) in CUBLAS_SHAPES
+        and _capability(x.device)[0] == HOPPER
+    )
+
+
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
 @triton.jit
-def _rms_norm(x, weight, out, C: tl.constexpr, C_PADDED: tl.constexpr, EPS: tl.constexpr):
-    """One row: statistics in fp32, the cast to the input's dtype, then the weight."""
+def _rms_norm(
+    x, update, weight, x_out, out,
+    HAS_UPDATE: tl.constexpr, C: tl.constexpr, C_PADDED: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """One row: the sum, rounded; statistics in fp32; the cast to the input's dtype; the weight."""
     i_row = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, C_PADDED)
     m_c = o_c < C
     b_x = tl.load(x + i_row * C + o_c, mask=m_c, other=0.0).to(tl.float32)
+    if HAS_UPDATE:
+        b_x += tl.load(update + i_row * C + o_c, mask=m_c, other=0.0).to(tl.float32)
+        b_sum = b_x.to(out.dtype.element_ty)
+        tl.store(x_out + i_row * C + o_c, b_sum, mask=m_c)
+        b_x = b_sum.to(tl.float32)
     scale = tl.rsqrt(tl.sum(b_x * b_x, 0) / C + EPS)
     b_x = (b_x * scale).to(out.dtype.element_ty)
     b_weight = tl.load(weight + o_c, mask=m_c, other=0.0)
@@ -200,11 +225,29 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if x.device.type == "cpu":
         x32 = x.float()
         return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return _launch_rms_norm(x, None, weight, eps)[1]
+
+
+def add_rms_norm(
+    x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x + update`, rounded, and its `rms_norm`, in one pass: (N, C), (N, C) -> (N, C), (N, C)."""
+    if x.device.type == "cpu":
+        x = x + update
+        return x, rms_norm(x, weight, eps)
+    return _launch_rms_norm(x, update, weight, eps)
+
+
+def _launch_rms_norm(
+    x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     N, C = x.shape
+    x_out = x if update is None else torch.empty_like(x)
     out = torch.empty_like(x)
     if N:
         with torch.cuda.device(x.device):
             _rms_norm[(N,)](
-                x, weight, out, C=C, C_PADDED=triton.next_power_of_2(C), EPS=eps, num_warps=4
-            )
-    return out
+                x, update, weight, x_out, out, HAS_UPDATE=update is not None,
+                C=C, C_PADDED=triton.next_power_of_2(C), EPS=eps, num_warps=4,
+            )  # fmt: skip
+    return x_out, out

@@ -1,0 +1,502 @@
+"""The attention kernel against a float64 oracle: interpreted on the CPU, compiled on a GPU."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+from oracle import relative_error
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from towers import CPU, assert_no_worse_than, gpu
+
+from qwen_vit import layout as layout_module
+from qwen_vit.convert import rotary_permutation
+from qwen_vit.errors import ArgumentError
+from qwen_vit.kernels import attention as kernels
+from qwen_vit.kernels.attention import RotaryTable, attention, fused_rope_varlen_attention
+from qwen_vit.layout import Segments, Tiling, tile_table
+
+# a tile that owns no key must make no NaN, not even one that is thrown away
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+
+HEAD_DIMS = (8, 40, 64, 72, 80, 96, 128)
+LENGTHS = {
+    "one-row": [1],
+    "63": [63],
+    "65": [65],
+    "111": [111],
+    "1024": [1024],
+    "1025": [1025],
+    "windows": [64, 64, 32, 16, 64, 8, 4],
+    "tiny-segments": [1, 2, 3, 4, 5, 4, 3, 2, 1] * 9,
+    "one-long": [5, 1200, 7],
+    "long-then-tiny": [1500, *[4] * 30],
+}
+# Sums of float32 products in another order than PyTorch's. On tiny segments PyTorch's error is a
+# single rounding, 6e-8: the floor leaves room for a few.
+FP32_FACTOR, FP32_FLOOR = 3.0, 3e-7
+
+
+def attention_oracle(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`fused_rope_varlen_attention` in float64, from the mathematics; rows in no segment are 0."""
+    q, k, v = qkv.double().unbind(1)  # (N, H, D)
+    c, s = cos.double()[:, None], sin.double()[:, None]
+
+    def rotate(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * c - b * s, b * c + a * s), dim=-1)
+
+    q, k, out = rotate(q), rotate(k), torch.zeros_like(v)
+    edges = cu_seqlens.tolist()
+    for start, end in itertools.pairwise(edges):
+        qs, ks, vs = (x[start:end].transpose(0, 1) for x in (q, k, v))  # (H, length, D)
+        weights = (qs @ ks.mT * qkv.shape[-1] ** -0.5).softmax(-1)
+        out[start:end] = (weights @ vs).transpose(0, 1)
+    return out
+
+
+def stock_attention(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """What Hugging Face computes: RoPE in fp32, cast back, PyTorch's attention per segment."""
+    q, k, v = qkv.unbind(1)
+    c, s = cos.repeat(1, 2)[:, None], sin.repeat(1, 2)[:, None]
+
+    def rotate(x: Tensor) -> Tensor:
+        a, b = x.float().chunk(2, dim=-1)
+        return (x.float() * c + torch.cat((-b, a), dim=-1) * s).to(x.dtype)
+
+    q, k, out = rotate(q), rotate(k), torch.zeros_like(v)
+    edges = cu_seqlens.tolist()
+    for start, end in itertools.pairwise(edges):
+        qs, ks, vs = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+        out[start:end] = scaled_dot_product_attention(qs, ks, vs)[0].transpose(0, 1)
+    return out
+
+
+def offsets(lengths: Sequence[int], device: torch.device = CPU) -> Tensor:
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
+
+
+def random_case(
+    lengths: Sequence[int],
+    head_dim: int,
+    n_heads: int,
+    *,
+    seed: int = 0,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(qkv, cos, sin, cu_seqlens), Q and K large enough that the softmax is peaked."""
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(sum(lengths), 3, n_heads, head_dim, generator=generator) * 1.5
+    angles = torch.rand(sum(lengths), head_dim // 2, generator=generator) * 100
+    return (
+        qkv.to(device, dtype),
+        angles.cos().to(device),
+        angles.sin().to(device),
+        offsets(lengths, device),
+    )
+
+
+def segments_of(lengths: Sequence[int], tiling: Tiling, device: torch.device = CPU) -> Segments:
+    segments = layout_module._segments(np.array(lengths, np.int32), tiling)
+    return Segments(*(getattr(segments, name).to(device) for name in Segments.__slots__))
+
+
+def adjacent(qkv: Tensor) -> Tensor:
+    """The same qkv with rotary pair j of Q and K at dims (2j, 2j + 1), as the loader puts it."""
+    qkv = qkv.clone()
+    qkv[:, :2] = qkv[:, :2, :, rotary_permutation(qkv.shape[-1]).to(qkv.device)]
+    return qkv
+
+
+def tower_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int], regime: str = "frame"
+) -> Tensor:
+    """The call that the tower makes: pairs side by side, tiles from a layout."""
+    segments = segments_of(lengths, kernels.tiling(qkv.device, qkv.dtype, regime), qkv.device)
+    rotary = RotaryTable(cos, sin)
+    return attention(adjacent(qkv), rotary, segments, regime=regime, adjacent_pairs=True)
+
+
+def compiled_attention_interpreted(
+    qkv: Tensor,
+    rotary: RotaryTable,
+    lengths: Sequence[int],
+    regime: str,
+    adjacent_pairs: bool,
+    rows: int = 64,
+) -> Tensor:
+    """The configuration that GPUs run, step by step in the interpreter: no mask over segments,
+    and K rotated beforehand or one key tile. Rows that nothing writes are NaN."""
+    N, _, H, D = qkv.shape
+    segments = segments_of(lengths, Tiling(rows, packs=False))
+    d_main = 1 << (D.bit_length() - 1)
+    d_tail = 0 if d_main == D else max(16, triton.next_power_of_2(D - d_main))
+    index = rotary.cos if rotary.index is None else rotary.index
+    shared = {"AXIAL": rotary.index is not None, "ADJACENT": adjacent_pairs}
+    out = torch.full((N, H, D), float("nan"))
+    k_rotated = torch.full((N, H, D), float("nan"))
+    if regime == "frame":
+        kernels._interpreted(kernels._rotate_keys)(
+            (triton.cdiv(N, 64) * H,),
+            qkv, k_rotated, rotary.cos, rotary.sin, index, N,
+            H=H, D=D, D_PADDED=triton.next_power_of_2(D), BN=64, **shared,
+        )  # fmt: skip
+    kernels._interpreted(kernels._rope_varlen_attention)(
+        (len(segments.tiles) * H,),
+        qkv, k_rotated, rotary.cos, rotary.sin, index,
+        segments.segment_of_row, segments.tiles, out, D**-0.5 * kernels.LOG2_E,
+        H=H, D=D, D0=d_main, D1=d_tail,
+        K_ROTATED=regime == "frame", ONE_KEY_TILE=regime == "window",
+        MASK_SEGMENTS=False, PRECISION="ieee", BM=rows, BN=rows, **shared,
+    )  # fmt: skip
+    return out
+
+
+def axial_tables(n: int, head_dim: int, seed: int = 0) -> tuple[RotaryTable, Tensor, Tensor]:
+    """Random places in small tables, and the per-token angles that they mean: row, then column."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, 50, (n, 2), generator=generator, dtype=torch.int32)
+    frequencies = 10000.0 ** -torch.linspace(0, 1, head_dim // 4)
+    table = torch.arange(50)[:, None] * frequencies
+    per_token = torch.cat((table[index[:, 0].long()], table[index[:, 1].long()]), dim=1)
+    return RotaryTable(table.cos(), table.sin(), index), per_token.cos(), per_token.sin()
+
+
+def nan_filled(*args: Any, **kwargs: Any) -> Tensor:
+    return torch.zeros(*args, **kwargs).fill_(float("nan"))
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_the_kernel_is_as_exact_as_pytorch(head_dim: int, name: str) -> None:
+    n_heads = 1 + (HEAD_DIMS.index(head_dim) + len(name)) % 3
+    case = random_case(LENGTHS[name], head_dim, n_heads)
+    ours, stock = fused_rope_varlen_attention(*case), stock_attention(*case)
+    assert_no_worse_than(ours, stock, attention_oracle(*case), factor=FP32_FACTOR, floor=FP32_FLOOR)
+
+
+@pytest.mark.parametrize("n_heads", [1, 2, 3, 4, 5])
+def test_every_head_count_works(n_heads: int) -> None:
+    case = random_case([33, 7, 64], 16, n_heads)
+    assert relative_error(fused_rope_varlen_attention(*case), attention_oracle(*case)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["windows", "one-long", "tiny-segments"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_adjacent_pairs_give_what_halves_give(head_dim: int, name: str) -> None:
+    qkv, cos, sin, cu_seqlens = random_case(LENGTHS[name], head_dim, 1)
+    ours = tower_attention(qkv, cos, sin, LENGTHS[name])
+    oracle = attention_oracle(qkv, cos, sin, cu_seqlens)
+    stock = stock_attention(qkv, cos, sin, cu_seqlens)
+    assert_no_worse_than(ours, stock, oracle, factor=FP32_FACTOR, floor=FP32_FLOOR)
+
+
+@pytest.mark.parametrize("adjacent_pairs", [True, False])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_axial_tables_mean_the_row_then_the_column(head_dim: int, adjacent_pairs: bool) -> None:
+    lengths = [70, 3, 40]
+    qkv, _, _, cu_seqlens = random_case(lengths, head_dim, 2)
+    tables, cos, sin = axial_tables(len(qkv), head_dim)
+    segments = segments_of(lengths, kernels.tiling(CPU, qkv.dtype, "frame"))
+    ours = attention(
+        adjacent(qkv) if adjacent_pairs else qkv,
+        tables,
+        segments,
+        regime="frame",
+        adjacent_pairs=adjacent_pairs,
+    )
+    assert relative_error(ours, attention_oracle(qkv, cos, sin, cu_seqlens)) < 1e-6
+
+
+@pytest.mark.parametrize("adjacent_pairs", [True, False])
+@pytest.mark.parametrize("regime", ["window", "frame"])
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 80, 128])
+def test_the_configuration_that_gpus_run_is_right(
+    head_dim: int, regime: str, adjacent_pairs: bool
+) -> None:
+    """The key loop, its peeled last tile and the rotated K exist only there."""
+    lengths = [64, 12, 4, 36, 64] if regime == "window" else [150, 4, 33, 64, 128, 1, 65]
+    qkv, _, _, cu_seqlens = random_case(lengths, head_dim, 2)
+    tables, cos, sin = axial_tables(len(qkv), head_dim)
+    x = adjacent(qkv) if adjacent_pairs else qkv
+    ours = compiled_attention_interpreted(x, tables, lengths, regime, adjacent_pairs)
+    oracle = attention_oracle(qkv, cos, sin, cu_seqlens)
+    stock = stock_attention(qkv, cos, sin, cu_seqlens)
+    assert_no_worse_than(ours, stock, oracle, factor=FP32_FACTOR, floor=FP32_FLOOR)
+
+
+@pytest.mark.parametrize("rows", [16, 32, 128])
+def test_the_size_of_a_tile_changes_no_result(rows: int) -> None:
+    lengths = [150, 4, 33]
+    qkv, cos, sin, cu_seqlens = random_case(lengths, 80, 1)
+    ours = compiled_attention_interpreted(qkv, RotaryTable(cos, sin), lengths, "frame", False, rows)
+    assert relative_error(ours, attention_oracle(qkv, cos, sin, cu_seqlens)) < 1e-6
+
+
+@pytest.mark.parametrize("lengths", [[5, 64, 1100, 3], [1, 1, 1], [1024], [70]])
+def test_every_row_of_a_segment_is_written_and_no_other(
+    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qkv, cos, sin, cu_seqlens = random_case([*lengths, 37], 40, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels.torch, "empty", nan_filled)
+        out = fused_rope_varlen_attention(qkv, cos, sin, cu_seqlens[:-1])
+    assert out[: sum(lengths)].isfinite().all()
+    assert out[sum(lengths) :].isnan().all()  # documented: rows beyond the last offset
+
+
+@pytest.mark.parametrize("perturbed", [0, 2, 5])
+def test_perturbing_one_segment_leaves_the_others_unchanged(perturbed: int) -> None:
+    lengths = [64, 3, 1100, 64, 17, 64]
+    qkv, cos, sin, cu_seqlens = random_case(lengths, 80, 2)
+    before = fused_rope_varlen_attention(qkv, cos, sin, cu_seqlens)
+    start, end = cu_seqlens[perturbed : perturbed + 2].tolist()
+    qkv[start:end] = qkv[start:end] * 3 + 1
+    after = fused_rope_varlen_attention(qkv, cos, sin, cu_seqlens)
+    changed = (before != after).flatten(1).all(1)
+    assert changed[start:end].all()
+    unchanged = (before == after).flatten(1).all(1)
+    assert unchanged[:start].all()
+    assert unchanged[end:].all()
+
+
+def test_equal_keys_give_the_mean_of_the_values() -> None:
+    qkv, cos, sin, cu_seqlens = random_case([63, 1100], 80, 2)
+    qkv[:, 1] = 0.0  # rotation leaves zero keys equal
+    out = fused_rope_varlen_attention(qkv, cos, sin, cu_seqlens)
+    means = torch.cat([v.mean(0, keepdim=True).expand_as(v) for v in qkv[:, 2].split([63, 1100])])
+    assert relative_error(out, means) < 1e-5  # a mean of 1,100 values of 1.5 is near 0
+
+
+@pytest.mark.parametrize("length", [63, 1100])
+def test_scores_of_ten_thousand_do_not_overflow(length: int) -> None:
+    case = random_case([length, 5], 80, 2)
+    case[0][:, :2] *= 40
+    q, k, _ = case[0].unbind(1)
+    assert (torch.einsum("qhd,khd->hqk", q, k).abs().max() * 80**-0.5) > 1e4
+    ours, stock = fused_rope_varlen_attention(*case), stock_attention(*case)
+    oracle = attention_oracle(*case)
+    assert_no_worse_than(ours, stock, oracle, factor=FP32_FACTOR, floor=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_scores_that_are_all_huge_or_all_tiny_give_a_softmax(sign: float) -> None:
+    """Without the maximum taken off, 2**score is infinite or zero everywhere."""
+    qkv, _, _, cu_seqlens = random_case([70, 9], 64, 1)
+    qkv[:, 0], qkv[:, 1] = 30.0, sign * 30.0
+    cos, sin = torch.ones(79, 32), torch.zeros(79, 32)
+    out = fused_rope_varlen_attention(qkv, cos, sin, cu_seqlens)
+    assert relative_error(out, attention_oracle(qkv, cos, sin, cu_seqlens)) < 1e-5
+
+
+def test_segments_with_identical_tokens_give_identical_results() -> None:
+    """Attention over the copies together would give the same softmax average; not with one copy
+    changed, so the middle one differs."""
+    qkv, cos, sin, _ = random_case([50], 80, 2)
+    other, *_ = random_case([50], 80, 2, seed=1)
+    batch = torch.cat([qkv, other, qkv])
+    out = fused_rope_varlen_attention(
+        batch, cos.repeat(3, 1), sin.repeat(3, 1), offsets([50, 50, 50])
+    )
+    alone = fused_rope_varlen_attention(qkv, cos, sin, offsets([50]))
+    assert relative_error(out[:50], alone) < 1e-6
+    assert relative_error(out[100:], alone) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_empty_segments_and_both_offset_types_are_taken(dtype: torch.dtype) -> None:
+    qkv, cos, sin, _ = random_case([10, 60], 40, 1)
+    plain = fused_rope_varlen_attention(qkv, cos, sin, offsets([10, 60]))
+    with_empty = torch.tensor([0, 0, 10, 10, 10, 70, 70], dtype=dtype)
+    assert torch.equal(fused_rope_varlen_attention(qkv, cos, sin, with_empty), plain)
+
+
+def test_no_rows_give_no_rows() -> None:
+    empty = torch.empty(0, 3, 2, 80)
+    angles = torch.empty(0, 40)
+    out = fused_rope_varlen_attention(empty, angles, angles, torch.tensor([0, 0]))
+    assert out.shape == (0, 2, 80)
+
+
+def test_rows_without_any_segment_are_taken() -> None:
+    """Once, the largest of no tiles was asked for: RuntimeError instead of unwritten rows."""
+    qkv, cos, sin, _ = random_case([10], 40, 1)
+    out = fused_rope_varlen_attention(qkv, cos, sin, torch.tensor([0, 0], dtype=torch.int32))
+    assert out.shape == (10, 1, 40)
+
+
+def test_inputs_that_are_views_are_read_right() -> None:
+    qkv, cos, sin, cu_seqlens = random_case([33, 20], 40, 2)
+    strided = torch.stack([qkv, qkv * 0], dim=-1)[..., 0]
+    assert not strided.is_contiguous()
+    wide = torch.cat([cos, sin], dim=1)
+    out = fused_rope_varlen_attention(strided, wide[:, :20], wide[:, 20:], cu_seqlens)
+    assert torch.equal(out, fused_rope_varlen_attention(qkv, cos, sin, cu_seqlens))
+
+
+ARGUMENTS = ("qkv", "cos", "sin", "cu_seqlens")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("qkv", torch.zeros(10, 3, 160), r"qkv has shape \(10, 3, 160\), expected \(N, 3, heads"),
+        ("qkv", torch.zeros(10, 2, 2, 80), r"qkv has shape \(10, 2, 2, 80\)"),
+        ("qkv", torch.zeros(10, 3, 2, 81), "even head_dim; reshape"),
+        ("qkv", torch.zeros(10, 3, 0, 80), r"qkv has shape \(10, 3, 0, 80\)"),
+        ("qkv", torch.zeros(10, 3, 2, 80).bfloat16(), "bfloat16 on cpu, expected torch.float32"),
+        ("qkv", torch.zeros(10, 3, 2, 80).half(), "float16 on cpu, expected torch.float32"),
+        ("qkv", torch.zeros(10, 3, 2, 80).double(), "float64 on cpu, expected torch.float32"),
+        ("cos", torch.zeros(10, 80), r"cos is .*\(10, 80\), expected torch.float32 .*\(10, 40\)"),
+        ("sin", torch.zeros(9, 40), r"sin is .*\(9, 40\), expected .*\(10, 40\)"),
+        ("cos", torch.zeros(10, 40).bfloat16(), "cos is torch.bfloat16 .* expected torch.float32"),
+        ("cu_seqlens", torch.tensor([0.0, 10.0]), "cu_seqlens is torch.float32"),
+        ("cu_seqlens", torch.tensor([[0, 10]]), r"cu_seqlens is .*\(1, 2\)"),
+        ("cu_seqlens", torch.tensor([0]), r"no segment, expected at least \[0, N\]"),
+        ("cu_seqlens", torch.tensor([0, 11]), "from 0 to 11, expected .* 0 to 10"),
+        ("cu_seqlens", torch.tensor([1, 10]), "from 1 to 10, expected .* 0 to 10"),
+        ("cu_seqlens", torch.tensor([0, 7, 5, 10]), "non-decreasing"),
+        ("cos", torch.zeros(10, 40, device="meta"), "cos is on meta and qkv on cpu; move it"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(name: str, value: Tensor, message: str) -> None:
+    good = dict(zip(ARGUMENTS, random_case([10], 80, 2), strict=True))
+    with pytest.raises(ArgumentError, match=message):
+        fused_rope_varlen_attention(**(good | {name: value}))
+
+
+@pytest.mark.parametrize("rows", [32, 64, 128])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_the_tile_table_made_on_the_device_equals_the_hosts(name: str, rows: int) -> None:
+    assert_device_table_equals_hosts(LENGTHS[name], rows, CPU)
+
+
+@pytest.mark.parametrize("lengths", [[0, 0, 64, 0, 129, 0], [0], [128, 128]])
+def test_the_tile_table_made_on_the_device_knows_empty_segments(lengths: list[int]) -> None:
+    assert_device_table_equals_hosts(lengths, 64, CPU)
+
+
+def assert_device_table_equals_hosts(
+    lengths: Sequence[int], rows: int, device: torch.device
+) -> None:
+    """The same tiles: the host's begin with the longest segment, spare ones of a device are 0."""
+    cut = Tiling(rows, packs=False)
+    table = kernels._tile_table_on_device(offsets(lengths, device), sum(lengths), cut).cpu()
+    used = table[table[:, 1] > table[:, 0]]
+    assert torch.equal(table[len(used) :], torch.zeros_like(table[len(used) :]))
+    hosts = tile_table(np.array(lengths, np.int32), cut)
+    assert sorted(used.tolist()) == sorted(hosts.tolist())
+
+
+# On a GPU ---------------------------------------------------------------------------------------
+
+CUDA = torch.device("cuda")
+GPU_LENGTHS = {
+    **LENGTHS,
+    "frame-1024": [1024],
+    "frames": [2310, 4096, 60],
+    "many-windows": [64] * 300 + [32, 16, 4] * 20,
+}
+WINDOW_NAMES = ("one-row", "63", "windows", "tiny-segments", "many-windows")
+GPU_CASES = [("frame", name) for name in GPU_LENGTHS] + [("window", name) for name in WINDOW_NAMES]
+
+
+@gpu
+@pytest.mark.parametrize(("regime", "name"), GPU_CASES)
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 128])
+def test_bf16_on_a_gpu_is_as_exact_as_pytorch(head_dim: int, regime: str, name: str) -> None:
+    lengths = GPU_LENGTHS[name]
+    case = random_case(lengths, head_dim, 4, device=CUDA, dtype=torch.bfloat16)
+    oracle, stock = attention_oracle(*case), stock_attention(*case)
+    results = {"tower": tower_attention(*case[:3], lengths, regime)}
+    if regime == "frame":
+        results["public"] = fused_rope_varlen_attention(*case)
+    rounding = oracle.abs().max().item() * 2.0**-8  # one rounding of the largest value
+    for who, ours in results.items():
+        our_errors, their_errors = (ours - oracle).abs(), (stock - oracle).abs()
+        largest = (our_errors.max().item(), their_errors.max().item())
+        mean = (our_errors.mean().item(), their_errors.mean().item())
+        print(f"{who}: largest {largest[0]:.2e} of {largest[1]:.2e}, mean {mean[0] / mean[1]:.3f}")
+        assert largest[0] <= max(1.25 * largest[1], rounding)
+        assert mean[0] <= 1.05 * mean[1]
+
+
+@gpu
+@pytest.mark.parametrize(("regime", "name"), GPU_CASES)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_fp32_on_a_gpu_is_ieee(head_dim: int, regime: str, name: str) -> None:
+    """TF32 would be off by 1e-3."""
+    lengths = GPU_LENGTHS[name]
+    case = random_case(lengths, head_dim, 2, device=CUDA)
+    oracle = attention_oracle(*case)
+    assert relative_error(tower_attention(*case[:3], lengths, regime), oracle) < 2e-6
+    assert relative_error(fused_rope_varlen_attention(*case), oracle) < 2e-6
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("regime", ["window", "frame"])
+def test_a_segment_on_a_gpu_has_the_same_bits_alone_and_in_a_batch(
+    regime: str, dtype: torch.dtype
+) -> None:
+    lengths = [64, 12, 4, 64, 36, 64] if regime == "window" else [1024, 60, 4, 777, 65]
+    qkv, cos, sin, cu_seqlens = random_case(lengths, 80, 3, device=CUDA, dtype=dtype)
+    batch = tower_attention(qkv, cos, sin, lengths, regime)
+    for i, length in enumerate(lengths):
+        rows = slice(*cu_seqlens[i : i + 2].tolist())
+        alone = tower_attention(qkv[rows], cos[rows], sin[rows], [length], regime)
+        assert torch.equal(alone, batch[rows])
+
+
+@gpu
+@pytest.mark.parametrize("regime", ["window", "frame"])
+def test_a_hundred_runs_on_a_gpu_give_the_same_bits(regime: str) -> None:
+    lengths = [64, 12, 60] * 50 if regime == "window" else [1024, 60, 777]
+    case = random_case(lengths, 80, 16, device=CUDA, dtype=torch.bfloat16)
+    first = tower_attention(*case[:3], lengths, regime)
+    for _ in range(100):
+        assert torch.equal(tower_attention(*case[:3], lengths, regime), first)
+
+
+@gpu
+@pytest.mark.parametrize("name", GPU_LENGTHS)
+def test_the_tile_table_made_on_a_gpu_equals_the_hosts(name: str) -> None:
+    for rows in (32, 64, 128):
+        assert_device_table_equals_hosts(GPU_LENGTHS[name], rows, CUDA)
+
+
+@gpu
+@pytest.mark.parametrize("regime", ["window", "frame"])
+def test_rows_beyond_the_reach_of_int32_offsets_are_right(regime: str) -> None:
+    """At the published sizes an int32 element offset overflows at row 559,240."""
+    n_windows = 8_800
+    lengths = [64] * n_windows if regime == "window" else [6_400] * (n_windows // 100)
+    n = sum(lengths)
+    qkv = torch.randn(n, 3, 16, 80, device=CUDA, dtype=torch.bfloat16)
+    assert qkv.numel() > 2**31
+    angles = torch.rand(n, 40, device=CUDA)
+    cos, sin = angles.cos(), angles.sin()
+    segments = segments_of(lengths, kernels.tiling(CUDA, qkv.dtype, regime), CUDA)
+    rotary = RotaryTable(cos, sin)
+    batch = attention(qkv, rotary, segments, regime=regime, adjacent_pairs=True)
+    last = slice(n - lengths[-1], n)
+    alone = attention(
+        qkv[last].clone(),
+        RotaryTable(cos[last].clone(), sin[last].clone()),
+        segments_of(lengths[-1:], kernels.tiling(CUDA, qkv.dtype, regime), CUDA),
+        regime=regime,
+        adjacent_pairs=True,
+    )
+    assert torch.equal(batch[last], alone)
+
+
+@gpu
+def test_a_gpu_refuses_float16() -> None:
+    case = random_case([10], 80, 2, device=CUDA, dtype=torch.float16)
+    with pytest.raises(ArgumentError, match=r"float16 on cuda:0, expected torch.float32 or torch"):
+        fused_rope_varlen_attention(*case)

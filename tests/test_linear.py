@@ -1,0 +1,389 @@
+"""Products with their epilogues, the RMSNorm and the pixel gather, against float64."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import relative_error, rms_norm_wrong_casts
+from torch import Tensor
+from torch.nn import functional as F
+from towers import CPU, gpu, random_pixels
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+
+from qwen_vit.convert import PIXEL_ZERO
+from qwen_vit.graphs import budget_for
+from qwen_vit.kernels import linear as kernels
+from qwen_vit.kernels.linear import linear, rms_norm
+from qwen_vit.kernels.pixels import gather_pixels
+
+EPILOGUES = ("plain", "gelu", "swiglu")
+# float32: a sum of K products is off by about sqrt(K) roundings of 6e-8, 2e-6 at K = 1,280.
+# bfloat16: one rounding of the result is 1.7e-3 in the mean (2^-9 uniformly over a binade).
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2.0e-3}
+
+
+def linear_oracle(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    epilogue: str = "plain",
+    out_scale: float = 1.0,
+) -> Tensor:
+    """`linear` in float64; the exact GELU is 0.5 y (1 + erf(y / sqrt 2))."""
+    y = x.double() @ weight.double().T * out_scale
+    if bias is not None:
+        y = y + bias.double()
+    if epilogue == "gelu":
+        y = 0.5 * y * (1 + torch.erf(y * 0.5**0.5))
+    if epilogue == "swiglu":
+        gate, up = y.chunk(2, dim=-1)
+        y = gate / (1 + torch.exp(-gate)) * up
+    return y
+
+
+def random_case(
+    M: int,
+    K: int,
+    N: int,
+    epilogue: str = "plain",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, weight, bias), with results of the order of 1."""
+    generator = torch.Generator().manual_seed(seed)
+    n_out = 2 * N if epilogue == "swiglu" else N
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+    return normal(M, K), normal(n_out, K, scale=K**-0.5), normal(n_out)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("M", [1, 7, 65])
+def test_a_product_on_the_cpu_equals_float64(M: int, epilogue: str, with_bias: bool) -> None:
+    x, weight, bias = random_case(M, 96, 40, epilogue)
+    ours = linear(x, weight, bias if with_bias else None, epilogue=epilogue)
+    oracle = linear_oracle(x, weight, bias if with_bias else None, epilogue=epilogue)
+    assert ours.dtype == torch.float32
+    assert relative_error(ours, oracle) < BOUNDS[torch.float32]
+
+
+def test_the_scale_comes_before_the_bias_and_the_epilogue() -> None:
+    x, weight, bias = random_case(9, 64, 40)
+    options = {"epilogue": "gelu", "out_scale": 2.0**-3}
+    ours = linear(x, weight, bias, **options)
+    assert relative_error(ours, linear_oracle(x, weight, bias, **options)) < 1e-6
+
+
+def test_the_gelu_is_the_exact_one() -> None:
+    """The tanh form is off by 5e-4 at most, 2e-4 here: far beyond the bound."""
+    x, weight, bias = random_case(64, 96, 40)
+    tanh = F.gelu(linear_oracle(x, weight, bias), approximate="tanh")
+    exact = linear_oracle(x, weight, bias, epilogue="gelu")
+    assert relative_error(tanh, exact) > 50 * BOUNDS[torch.float32]
+    assert relative_error(linear(x, weight, bias, epilogue="gelu"), exact) < 1e-6
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_no_rows_give_no_rows(epilogue: str) -> None:
+    x, weight, bias = random_case(0, 96, 40, epilogue)
+    assert linear(x, weight, bias, epilogue=epilogue).shape == (0, 40)
+
+
+def norm_case(dtype: torch.dtype, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scales = 10.0 ** torch.linspace(-4, 3, 256)[:, None]  # where eps decides, to large activations
+    x = torch.randn(256, 160, generator=generator) * scales
+    weight = torch.rand(160, generator=generator) * 2 - 0.5
+    return x.to(device, dtype), weight.to(device, dtype)
+
+
+def their_norm(x: Tensor, weight: Tensor) -> Tensor:
+    norm = Qwen2_5_VLRMSNorm(len(weight), eps=1e-6)
+    norm.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return norm(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_on_the_cpu_has_the_bits_of_transformers(dtype: torch.dtype) -> None:
+    x, weight = norm_case(dtype)
+    ours = rms_norm(x, weight, 1e-6)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, their_norm(x, weight))
+
+
+def test_the_norms_cast_order_shows_in_bf16() -> None:
+    x, weight = norm_case(torch.bfloat16)
+    moved = (rms_norm(x, weight, 1e-6) != rms_norm_wrong_casts(x, weight)).float().mean()
+    assert moved > 1 / 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gathered_pixels_are_centred_and_exact(dtype: torch.dtype) -> None:
+    assert_gathered_pixels_are_exact(CPU, dtype)
+
+
+def assert_gathered_pixels_are_exact(device: torch.device, dtype: torch.dtype) -> None:
+    pixels = random_pixels(67, 0)
+    pixels[0, :256] = torch.arange(256, dtype=torch.uint8)  # every value there is
+    index = torch.randint(0, 67, (101,), dtype=torch.int32)
+    index[0] = 0
+    out = gather_pixels(
+        pixels.to(device), index.to(device), zero=PIXEL_ZERO, width=640, dtype=dtype
+    ).cpu()
+    assert (out.shape, out.dtype) == ((101, 640), dtype)
+    assert torch.equal(out[:, :588].double(), pixels[index.long()].double() - 128)
+    assert not out[:, 588:].any()
+
+
+# The compiled kernels' own source, run by Triton's interpreter in a process of its own: it must be
+# turned on before triton is imported, and these kernels use more than the two-way ones may.
+INTERPRETED = """
+import json, sys
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+from qwen_vit.kernels import linear as kernels, pixels
+import test_linear as t
+
+def gemm(M, K, N, epilogue, with_bias, rows, columns, depth, group, scale):
+    x, weight, bias = t.random_case(M, K, N, epilogue)
+    out = torch.full((M, N), float("nan"))
+    block = [rows, columns]
+    descriptor = TensorDescriptor.from_tensor
+    row_tiles, column_tiles = -(-M // rows), -(-N // columns)
+    kernels._gemm[(row_tiles * column_tiles,)](
+        descriptor(x, [rows, depth]), descriptor(weight, [columns, depth]), bias,
+        descriptor(out, block), M, N, scale, K=K, HAS_BIAS=with_bias, EPILOGUE=epilogue,
+        PRECISION="ieee", BM=rows, BN=columns, BK=depth, GROUP=group,
+    )
+    oracle = t.linear_oracle(
+        x, weight, bias if with_bias else None, epilogue=epilogue, out_scale=scale,
+    )
+    return t.relative_error(out, oracle)
+
+def norm():
+    x, weight = t.norm_case(torch.float32)
+    update = torch.randn_like(x)
+    errors = []
+    for added in (None, update):
+        out, x_out = torch.empty_like(x), torch.empty_like(x)
+        kernels._rms_norm[(len(x),)](
+            x, added, weight, x_out, out, HAS_UPDATE=added is not None, C=160, C_PADDED=256,
+            EPS=1e-6,
+        )
+        total = x if added is None else x + added
+        errors.append(t.relative_error(out, t.their_norm(total, weight)))
+        if added is not None:
+            errors.append(t.relative_error(x_out, total))
+    return max(errors)
+
+def gather():
+    data, index = t.random_pixels(20, 0), torch.randint(0, 20, (37,), dtype=torch.int32)
+    out = torch.full((37, 640), float("nan"))
+    pixels._gather_pixels[(-(-37 // 8),)](
+        data, index, out, 37, P=588, P_OUT=640, P_BLOCK=1024, ZERO=128, BM=8
+    )
+    expected = torch.nn.functional.pad(data[index.long()].float() - 128, (0, 52))
+    return float((out - expected).abs().max())
+
+cases = json.loads(sys.argv[1])
+print(json.dumps([norm(), gather(), *(gemm(*case) for case in cases)]))
+"""
+# M, K, N, epilogue, bias; rows, columns and depth of a tile, row tiles of a group; scale
+INTERPRETED_CASES = [
+    (33, 96, 48, "plain", True, 16, 32, 32, 8, 0.5),
+    (33, 64, 48, "plain", False, 16, 16, 64, 2, 1.0),  # three row tiles in groups of two
+    (150, 64, 80, "plain", True, 16, 16, 32, 4, 1.0),
+    (1, 64, 48, "gelu", True, 16, 16, 32, 8, 1.0),
+    (70, 80, 48, "gelu", True, 32, 32, 32, 1, 0.5),  # K ends inside a tile
+    (33, 96, 64, "swiglu", True, 16, 32, 32, 8, 1.0),
+    (50, 64, 64, "swiglu", False, 32, 16, 64, 2, 1.0),
+    (50, 64, 64, "swiglu", True, 32, 16, 64, 2, 0.5),
+]
+
+
+@cache
+def interpreted_errors() -> tuple[float, ...]:
+    """Errors of the norm, of the gather, and of each case's product."""
+    tests = Path(__file__).parent
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, json.dumps(INTERPRETED_CASES)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return tuple(json.loads(done.stdout))
+
+
+def test_the_compiled_norm_and_gather_are_right_in_the_interpreter() -> None:
+    norm_error, gather_error, *_ = interpreted_errors()
+    assert norm_error < 2e-7  # an own rounding of the scale
+    assert gather_error == 0.0
+
+
+@pytest.mark.parametrize("case", range(len(INTERPRETED_CASES)))
+def test_the_compiled_product_is_right_in_the_interpreter(case: int) -> None:
+    """Tile order, edges, SwiGLU halves, epilogues, scale: all of a product but the compiler."""
+    error = interpreted_errors()[2 + case]
+    print(INTERPRETED_CASES[case], f"{error:.1e}")
+    assert error < BOUNDS[torch.float32]
+
+
+# On a GPU ---------------------------------------------------------------------------------------
+
+CUDA = torch.device("cuda")
+# (K, N, epilogue) of the published tower's products, 7B: pixels, qkv, proj, gate and up,
+# down, the merger's two.
+PUBLISHED_PRODUCTS = {
+    "rows": (1176, 1280, "plain"),
+    "pixels": (640, 1280, "plain"),
+    "qkv": (1280, 3840, "plain"),
+    "proj": (1280, 1280, "plain"),
+    "gate-up": (1280, 3456, "swiglu"),
+    "down": (3456, 1280, "plain"),
+    "fc1": (5120, 5120, "gelu"),
+    "fc2": (5120, 3584, "plain"),
+}
+ROW_COUNTS = (1, 4, 63, 65, 129, 767, 768, 1535, 1537, 3073, 5000, 6145)
+
+
+def tiles_for(dtype: torch.dtype, epilogue: str) -> list[kernels.GemmTile]:
+    """Every tile that a product of this kind can meet on any GPU, the fallback included."""
+    bits, kind = dtype.itemsize * 8, "swiglu" if epilogue == "swiglu" else "plain"
+    tiles = {
+        tile
+        for (its_kind, *_), rows in kernels.HOPPER_TILES.items()
+        for _, tile in rows
+        if its_kind == kind and bits == 16
+    }
+    return [*sorted(tiles, key=str), kernels.FALLBACK_TILES[bits]]
+
+
+def product(name: str, M: int, dtype: torch.dtype, seed: int = 0) -> tuple[Any, dict[str, Any]]:
+    K, N, epilogue = PUBLISHED_PRODUCTS[name]
+    x, weight, bias = random_case(M, K, N, epilogue, dtype=dtype, device=CUDA, seed=seed)
+    return (x, weight, None if name == "rows" else bias), {"epilogue": epilogue}
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("M", ROW_COUNTS)
+@pytest.mark.parametrize("name", PUBLISHED_PRODUCTS)
+def test_a_product_on_a_gpu_equals_float64(name: str, M: int, dtype: torch.dtype) -> None:
+    arguments, options = product(name, M, dtype)
+    ours, oracle = linear(*arguments, **options), linear_oracle(*arguments, **options)
+    assert ours.dtype == dtype
+    assert relative_error(ours, oracle) < BOUNDS[dtype]
+
+
+@gpu
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize(("K", "N"), [(16, 24), (40, 8), (160, 480), (72, 136)])
+def test_a_small_product_on_a_gpu_equals_float64(K: int, N: int, epilogue: str) -> None:
+    """Smaller than any tile, and edges in every direction."""
+    for dtype in (torch.bfloat16, torch.float32):
+        case = random_case(37, K, N, epilogue, dtype=dtype, device=CUDA)
+        ours, oracle = linear(*case, epilogue=epilogue), linear_oracle(*case, epilogue=epilogue)
+        assert relative_error(ours, oracle) < BOUNDS[dtype]
+
+
+@gpu
+def test_the_product_of_pixels_on_a_gpu_takes_fp16_and_gives_bf16() -> None:
+    x, weight, _ = random_case(1000, 640, 1280, dtype=torch.float16, device=CUDA)
+    bias = torch.randn(1280, device=CUDA)
+    options = {"out_scale": 2.0**-10}
+    ours = linear(x, weight, bias, out_dtype=torch.bfloat16, **options)
+    assert ours.dtype == torch.bfloat16
+    assert relative_error(ours, linear_oracle(x, weight, bias, **options)) < 2e-3
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", PUBLISHED_PRODUCTS)
+def test_all_tiles_agree_bit_for_bit(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tile may be chosen by the number of rows only because of this."""
+    arguments, options = product(name, 1000, dtype)
+    results = []
+    monkeypatch.setattr(kernels, "_is_equal_in_cublas", lambda *_: False)
+    for tile in tiles_for(dtype, options["epilogue"]):
+        monkeypatch.setattr(kernels, "_gemm_tile", lambda *_, tile=tile: tile)
+        results.append(linear(*arguments, **options))
+    assert len(results) >= (2 if dtype == torch.bfloat16 else 1)
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+@gpu
+@pytest.mark.parametrize("shape", sorted(kernels.CUBLAS_SHAPES))
+def test_cublas_gives_the_bits_of_our_own_product_at_every_token_budget(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why the number of rows may choose between the two: it cannot be seen in the result."""
+    K, N = shape
+    budgets = sorted({budget_for(n) or 0 for n in range(1, 32_769, 64)})
+    per_budget = [b // 4 for b in budgets] if K == 5120 else budgets  # the merger has fewer rows
+    odd = [257, 1000, 1380, 3404, 5001, 9999, 20_000]
+    for M in [m for m in per_budget + odd if m >= kernels.CUBLAS_LEAST_ROWS]:
+        x, weight, bias = random_case(8, K, N, dtype=torch.bfloat16, device=CUDA, seed=M)
+        x = torch.randn(M, K, device=CUDA, dtype=torch.bfloat16)
+        monkeypatch.setattr(kernels, "_is_equal_in_cublas", lambda *_: False)
+        own = linear(x, weight, bias)
+        monkeypatch.undo()
+        assert torch.equal(linear(x, weight, bias), own), M
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", PUBLISHED_PRODUCTS)
+def test_a_row_on_a_gpu_has_the_same_bits_alone_and_in_any_batch(
+    name: str, dtype: torch.dtype
+) -> None:
+    (x, weight, bias), options = product(name, 7000, dtype)
+    batch = linear(x, weight, bias, **options)
+    for start, count in (
+        (0, 1),
+        (6999, 1),
+        (17, 4),
+        (100, 63),
+        (500, 769),
+        (1000, 1537),
+        (0, 4096),
+    ):
+        rows = slice(start, start + count)
+        part = linear(x[rows].clone(), weight, bias, **options)
+        assert torch.equal(part, batch[rows])
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_norm_on_a_gpu_rounds_as_transformers_does(dtype: torch.dtype) -> None:
+    """The scale may differ by a rounding in fp32, so in bf16 few values land on another side."""
+    x, weight = norm_case(dtype, CUDA)
+    ours, theirs = rms_norm(x, weight, 1e-6), their_norm(x, weight)
+    assert relative_error(ours, theirs) < (2e-7 if dtype == torch.float32 else 2e-4)
+    assert (ours != theirs).float().mean() < (1 if dtype == torch.float32 else 1e-2)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gathered_pixels_on_a_gpu_are_centred_and_exact(dtype: torch.dtype) -> None:
+    assert_gathered_pixels_are_exact(CUDA, dtype)
