@@ -6,6 +6,7 @@ skipped; 2 usage, configuration or output error; 130 interrupted.
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import click
 from tqdm import tqdm
 
+from qwen_vit import __version__
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ExportError, ImageError, QwenVitError
 from qwen_vit.features import ImageFeatures, write_features
@@ -41,7 +43,7 @@ def model_options(command: Command) -> Command:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="qwen-vit")
+@click.version_option(__version__, prog_name="qwen-vit")
 def cli() -> None:
     """Images to the embeddings that Qwen2.5-VL's language model sees.
 
@@ -86,7 +88,7 @@ def encode(
         click.echo(json.dumps(_encode_report(features, milliseconds, out, encoder), indent=2))
     else:
         click.echo(_table(features, milliseconds))
-        click.echo(f"wrote {out} ({out.stat().st_size:,} bytes)")
+        click.echo(f"wrote {_shown(str(out))} ({out.stat().st_size:,} bytes)")
     if any(feature.error for feature in features):
         sys.exit(EXIT_SKIPPED)
 
@@ -108,13 +110,20 @@ def info(model: str, image: str | None, as_json: bool, **finding: Any) -> None:
 
 
 def _check_output(out: Path, overwrite: bool, images: Sequence[str]) -> None:
-    if out.exists() and not overwrite:
-        raise ExportError(f"{out} exists; pass --overwrite to replace it, or another --out")
+    """Before any work: what would make its result impossible to write."""
+    if out.is_dir():
+        raise ExportError(f"{out} is a folder, expected a file to write; pass another --out")
     if not out.absolute().parent.is_dir():
         raise ExportError(f"{out.parent} is not a folder, expected one; create it first")
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise ExportError(f"{out.parent} cannot be written to; check its permissions")
+    if out.exists() and not overwrite:
+        raise ExportError(f"{out} exists; pass --overwrite to replace it, or another --out")
     if len(set(images)) < len(images):
         twice = next(image for image in images if images.count(image) > 1)
-        raise ExportError(f"{twice} is given twice, expected each image once; leave one out")
+        raise ExportError(
+            f"{_shown(twice)} is given twice, expected each image once; leave one out"
+        )
 
 
 def _encode_one_by_one(
@@ -126,7 +135,13 @@ def _encode_one_by_one(
         start = time.perf_counter()
         [result] = encoder.encode([image], on_error=on_error)  # type: ignore[arg-type]
         if result.embeds is not None and not result.embeds.isfinite().all():
-            error = ImageError(f"{image}: the embeddings hold NaN or infinity", code="not-finite")
+            error = ImageError(
+                f"{_shown(image)}: its embeddings hold NaN or infinity; check the checkpoint with "
+                "`qwen-vit info`, and try --dtype float32",
+                code="not-finite",
+            )
+            if on_error == "raise":
+                raise error
             result = ImageFeatures(image, None, None, result.size_px, error=error)
         milliseconds.append(1000 * (time.perf_counter() - start))
         features.append(result)
@@ -139,13 +154,13 @@ def _table(features: Sequence[ImageFeatures], milliseconds: Sequence[float]) -> 
     rows = [("file", "size", "grid (t, h, w)", "tokens", "width", "ms")]
     for feature, duration in zip(features, milliseconds, strict=True):
         if feature.embeds is None or feature.size_px is None:
-            rows.append((feature.id, "-", f"skipped: {_code(feature)}", "-", "-", "-"))
+            rows.append((_shown(feature.id), "-", f"skipped: {_code(feature)}", "-", "-", "-"))
             continue
         height, width = feature.size_px
         tokens, embedding_width = feature.embeds.shape
         rows.append(
             (
-                feature.id, f"{width} x {height}", str(feature.grid_thw), str(tokens),
+                _shown(feature.id), f"{width} x {height}", str(feature.grid_thw), str(tokens),
                 str(embedding_width), f"{duration:.0f}",
             )
         )  # fmt: skip
@@ -187,6 +202,11 @@ def _encode_report(
             for feature, duration in zip(features, milliseconds, strict=True)
         ],
     }
+
+
+def _shown(name: str) -> str:
+    """A file name on one line of any terminal: odd ones escaped, as in the error messages."""
+    return name if name.isprintable() else ascii(name)
 
 
 def _code(feature: ImageFeatures) -> str:

@@ -8,7 +8,9 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from qwen_vit.checkpoint import (
@@ -38,7 +40,10 @@ OnError = Literal["raise", "skip"]
 
 # Patches in one forward pass. More gain nothing on a GPU; an image may be larger on its own.
 TOKEN_BUDGET = {"cuda": 32_768, "cpu": 4_096}
+IMAGES_IN_A_BATCH = 1_024  # so that a long run of images that fail is reported, too
 LEAST_CAPABILITY = (8, 0)
+# Each of these is one image; iterating over it would give its characters, bytes or rows.
+ONE_IMAGE = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray, Tensor)
 
 
 class _Loaded(NamedTuple):
@@ -163,7 +168,7 @@ class VisionEncoder:
         ...     print(features.grid_thw)
         (1, 22, 32)
         """
-        if isinstance(images, (str, bytes, os.PathLike, Tensor)) or hasattr(images, "convert"):
+        if isinstance(images, ONE_IMAGE):
             raise ArgumentError(
                 f"images is one {type(images).__name__}, expected a list of images; "
                 "pass [image] instead"
@@ -177,7 +182,8 @@ class VisionEncoder:
         for index, image in enumerate(images):
             loaded = self._load(image, index, on_error, limits or ImageLimits())
             added = 0 if loaded.patches is None else len(loaded.patches.pixels)
-            if n_patches and n_patches + added > TOKEN_BUDGET[self.device.type]:
+            is_full = n_patches + added > TOKEN_BUDGET[self.device.type]
+            if batch and (is_full or len(batch) == IMAGES_IN_A_BATCH):
                 yield from self._encode_batch(batch, output, on_error)
                 batch, n_patches = [], 0
             batch.append(loaded)
@@ -198,6 +204,12 @@ class VisionEncoder:
         """
         grids = _grids(grid_thw)
         expected = (sum(grid.n_patches for grid in grids), self.config.patch_dim)
+        if not isinstance(pixel_values, Tensor):
+            raise ImageError(
+                f"pixel_values is a {type(pixel_values).__name__}, expected a torch tensor; ask "
+                'the processor for return_tensors="pt"',
+                code="patches",
+            )
         if tuple(pixel_values.shape) != expected or not pixel_values.is_floating_point():
             raise ImageError(
                 f"pixel_values is {pixel_values.dtype} of shape {tuple(pixel_values.shape)}, but "
@@ -235,7 +247,9 @@ class VisionEncoder:
         except ImageError as error:
             if on_error == "raise":
                 raise
-            return _Loaded(ImageFeatures(name, None, None, error=error), None)
+            # without its traceback, whose frames hold the file's bytes
+            plain = ImageError(str(error), code=error.code)
+            return _Loaded(ImageFeatures(name, None, None, error=plain), None)
         [grid] = patches.grids
         size = (rgb.height, rgb.width)
         return _Loaded(
@@ -245,7 +259,7 @@ class VisionEncoder:
     def _encode_batch(
         self, batch: list[_Loaded], output: Output, on_error: OnError
     ) -> Iterator[ImageFeatures]:
-        parts = [loaded.patches for loaded in batch if loaded.patches is not None]
+        parts = [(features.id, patches) for features, patches in batch if patches is not None]
         embeds = iter(self._encode_parts(parts, output, on_error))
         for features, patches in batch:
             if patches is None:
@@ -258,14 +272,14 @@ class VisionEncoder:
                 yield replace(features, embeds=result)
 
     def _encode_parts(
-        self, parts: Sequence[Patches], output: Output, on_error: OnError
+        self, parts: Sequence[tuple[str, Patches]], output: Output, on_error: OnError
     ) -> list[Tensor | ImageError]:
-        """Each image's embeddings; a batch that does not fit the GPU's memory is halved."""
+        """Each named image's embeddings; a batch too large for the GPU's memory is halved."""
         if not parts:
             return []
-        patches = Patches.cat(parts)
+        patches = Patches.cat(part for _, part in parts)
         unit = 1 if output == "patch" else self.config.merge_unit
-        rows = [len(part.pixels) // unit for part in parts]
+        rows = [len(part.pixels) // unit for _, part in parts]
         try:
             embeds = self._forward(patches.pixels, patches.grids, output)
             # each image gets its own memory: keeping one must not keep its whole batch
@@ -273,8 +287,8 @@ class VisionEncoder:
         except torch.cuda.OutOfMemoryError as error:
             if len(parts) == 1:
                 message = (
-                    f"an image of {len(patches.pixels)} patches does not fit the memory of "
-                    f"{self.device}; lower max_pixels, or free memory there"
+                    f"{parts[0][0]} has {len(patches.pixels)} patches, which do not fit the memory "
+                    f"of {self.device}; lower max_pixels, or free memory there"
                 )
                 if on_error == "raise":
                     raise ImageError(message, code="out-of-memory") from error
@@ -355,7 +369,7 @@ def _choose_device(device: str | torch.device) -> torch.device:
         device = "cuda"
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ArgumentError(
             f"device is {device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:1'"
         ) from None

@@ -8,7 +8,9 @@ order and the same features must give the same bytes.
 
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,12 +23,13 @@ from torch import Tensor
 
 from qwen_vit.errors import CheckpointError, ExportError, ImageError
 from qwen_vit.safetensors_header import read_header
-from qwen_vit.strict_json import parse_json
+from qwen_vit.strict_json import parse_json, show
 
 __all__ = ["SCHEMA_VERSION", "FeatureFile", "ImageFeatures", "load_features", "write_features"]
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "qwen_vit"
+INTEGERS = ("image_grid_thw", "image_token_offsets")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +68,12 @@ def write_features(
         twice = next(name for name in ids if ids.count(name) > 1)
         raise ExportError(f"{path}: two images have the id {twice!r}; give each one its own")
     embeds = [feature.embeds.cpu() for feature in good if feature.embeds is not None]
+    widths = sorted({tuple(e.shape[1:]) for e in embeds})
+    if len(widths) > 1:
+        raise ExportError(
+            f"{path}: embeddings of the shapes {', '.join(f'(n, {w[0]})' for w in widths)} do not "
+            "go into one file; write one file for each model and output"
+        )
     broken = [name for name, e in zip(ids, embeds, strict=True) if not e.isfinite().all()]
     if broken:
         raise ExportError(
@@ -78,14 +87,23 @@ def write_features(
         "image_token_offsets": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
     }
     facts = {**metadata, "schema_version": SCHEMA_VERSION, "ids": ids}
-    _write_atomically(path, tensors, {METADATA_KEY: json.dumps(facts, sort_keys=True)})
+    try:
+        text = json.dumps(facts, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ExportError(
+            f"{path}: its metadata cannot be JSON ({error}); pass VisionEncoder.metadata()"
+        ) from None
+    _write_atomically(path, tensors, {METADATA_KEY: text})
     return path
 
 
 def _write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".qwen-vit-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
+        temporary.touch()  # the user's own permissions: safetensors' are for the owner alone
+        mode = temporary.stat().st_mode & 0o777
         save_file(tensors, temporary, metadata=metadata)
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -95,11 +113,14 @@ def _write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         finally:
             os.close(folder)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
         raise ExportError(
-            f"{path} could not be written ({error}); check the folder, its permissions and the "
+            f"{path} could not be written ({reason}); check the folder, its permissions and the "
             "space on its disk"
         ) from None
+    finally:  # whatever stopped it, an interrupt too
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 class FeatureFile:
@@ -146,15 +167,13 @@ class FeatureFile:
 
     def _check(self) -> None:
         rows = self._file.get_slice("image_embeds").get_shape()[0]
-        offsets, n_images = self._offsets, len(self.ids)
+        offsets = self._offsets
         rising = all(a <= b for a, b in pairwise(offsets))
-        if len(self.image_grid_thw) != n_images or len(offsets) != n_images + 1:
-            problem = f"{n_images} ids, {len(self.image_grid_thw)} grids, {len(offsets)} offsets"
-        elif offsets[0] != 0 or offsets[-1] != rows or not rising:
-            problem = f"offsets from {offsets[0]} to {offsets[-1]} over {rows} rows"
-        else:
-            return
-        raise ExportError(f"{self.path} disagrees with itself ({problem}); write it again")
+        if offsets[0] != 0 or offsets[-1] != rows or not rising:
+            raise ExportError(
+                f"{self.path} disagrees with itself (offsets from {offsets[0]} to {offsets[-1]} "
+                f"over {rows} rows); write it again"
+            )
 
 
 def load_features(path: str | Path) -> FeatureFile:
@@ -186,7 +205,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
             f"{path} ({path.stat().st_size} bytes) is torn, or no safetensors file, expected a "
             "feature file; write it again with `qwen-vit encode`"
         ) from None
-    missing = {"image_embeds", "image_grid_thw", "image_token_offsets"} - set(tensors)
+    missing = {"image_embeds", *INTEGERS} - set(tensors)
     with safe_open(path, framework="pt", device="cpu") as file:
         text = (file.metadata() or {}).get(METADATA_KEY)
     if missing or text is None:
@@ -198,10 +217,21 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         metadata = parse_json(text.encode(), source=str(path))
     except CheckpointError as error:
         raise ExportError(str(error)) from None
-    version = metadata.get("schema_version")
-    if version != SCHEMA_VERSION or not isinstance(metadata.get("ids"), list):
+    version, ids = metadata.get("schema_version"), metadata.get("ids")
+    if version != SCHEMA_VERSION:
         raise ExportError(
             f"{path} has feature schema {version!r}, expected {SCHEMA_VERSION}; read it with the "
             "version of qwen_vit that wrote it"
         )
-    return metadata
+    if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
+        raise ExportError(f"{path}: its ids are {show(ids)}, expected names; write it again")
+    found = {name: (tensors[name].dtype, tensors[name].shape) for name in INTEGERS}
+    expected = {"image_grid_thw": (len(ids), 3), "image_token_offsets": (len(ids) + 1,)}
+    if len(set(ids)) < len(ids) or len(tensors["image_embeds"].shape) != 2:
+        problem = f"{len(ids)} ids, {len(set(ids))} of them different; image_embeds of shape "
+        problem += str(tensors["image_embeds"].shape)
+    elif found != {name: ("I64", shape) for name, shape in expected.items()}:
+        problem = f"{len(ids)} ids; {found}"
+    else:
+        return metadata
+    raise ExportError(f"{path} disagrees with itself ({problem}); write it again")

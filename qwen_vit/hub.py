@@ -4,12 +4,13 @@ The only file that imports huggingface_hub, and only when the Hub is asked: that
 environment variables, which importing this package does not.
 """
 
+import errno
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_vit.errors import HubError
+from qwen_vit.errors import HubError, QwenVitError
 from qwen_vit.strict_json import read_json
 
 __all__ = ["Source", "find_checkpoint", "packaged_weights"]
@@ -48,8 +49,8 @@ def find_checkpoint(
     cache; `revision`, `token`, `cache_dir` and `local_files_only` mean what they mean in
     huggingface_hub. Raises HubError with the cause and what to do.
     """
-    name = os.fspath(model)
-    if Path(name).is_dir():
+    name = os.fsdecode(model)
+    if name and Path(name).is_dir():
         return Source(Path(name), name)
     if name in PACKAGED:
         return Source(packaged_weights() / name, name)
@@ -58,11 +59,11 @@ def find_checkpoint(
             f"{name!r} is neither a folder nor a Hub repository, expected a local folder, "
             "'organisation/repository', or 'tiny'"
         )
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
         return _download(name, revision, token, cache_dir, local_files_only)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except QwenVitError:
+        raise
+    except Exception as error:  # each version of the client has its own transport errors
         raise _explain(error, name, revision, local_files_only) from error
 
 
@@ -80,8 +81,8 @@ def _download(
     cache_dir: str | Path | None,
     local_files_only: bool,
 ) -> Source:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def fetch(file: str, commit: str | None) -> Path:
         return Path(
@@ -98,11 +99,19 @@ def _download(
     config = fetch("config.json", revision)
     found = COMMIT_IN_CACHE.search(str(config))
     commit = found[1] if found else revision  # the other files must come from the same commit
+    found_settings, unknown = False, None
     for file in SETTINGS:
         try:
             fetch(file, commit)
+            found_settings = True
+        except LocalEntryNotFoundError as error:
+            # the cache also remembers which files a repository does not have
+            if try_to_load_from_cache(repo, file, cache_dir=cache_dir, revision=commit) is None:
+                unknown = error
         except EntryNotFoundError:
             continue
+    if unknown is not None and not found_settings:
+        raise unknown  # going on would silently resize to other limits
     try:
         index = fetch(INDEX, commit)
     except EntryNotFoundError:
@@ -124,7 +133,14 @@ def _vision_shards(index: Path) -> list[str]:
             "that holds one"
         )
     prefix = landmarks[0].removesuffix(LANDMARK)
-    return sorted({shard for name, shard in weight_map.items() if name.startswith(prefix)})
+    shards = [shard for name, shard in weight_map.items() if name.startswith(prefix)]
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise HubError(
+                f"{index} names the shard {shard!r}, expected the plain name of a file; "
+                "do not use this repository"
+            )
+    return sorted(set(shards))
 
 
 def _explain(error: Exception, repo: str, revision: str | None, local_files_only: bool) -> HubError:
@@ -137,12 +153,21 @@ def _explain(error: Exception, repo: str, revision: str | None, local_files_only
     )
 
     at = f"{repo} at {revision}" if revision else repo
+    reply = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    status = getattr(reply, "status_code", None)
     if isinstance(error, GatedRepoError):
         cause = "is gated; accept its licence on its page, then log in with `hf auth login`"
     elif isinstance(error, RevisionNotFoundError):
         cause = "has no such revision; look at its branches and commits"
     elif isinstance(error, RepositoryNotFoundError):
         cause = "was not found, or is private; check the name, or log in with `hf auth login`"
+    elif status in (401, 403):
+        cause = (
+            f"was refused (HTTP {status}); log in with `hf auth login`, with a token that may read "
+            f"https://huggingface.co/{repo}"
+        )
+    elif status is not None and status >= 500:
+        cause = f"is not served at the moment (HTTP {status}); try again later"
     elif isinstance(error, LocalEntryNotFoundError):
         cause = (
             "is not in the local cache, and the network was not asked; leave out local_files_only"
@@ -155,6 +180,9 @@ def _explain(error: Exception, repo: str, revision: str | None, local_files_only
             "has no config.json or no safetensors weights; no pickle (.bin, .pt) is ever opened, "
             "choose a repository with safetensors"
         )
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        cause = "does not fit on the disk; make space, or pass another cache_dir"
     else:
-        cause = f"could not be fetched ({type(error).__name__}: {error}); try again"
+        reason = str(error).partition("\n")[0]
+        cause = f"could not be fetched ({type(error).__name__}: {reason}); try again"
     return HubError(f"{at} {cause}")

@@ -82,7 +82,10 @@ def patch_pixels(rgb: np.ndarray) -> tuple[Tensor, GridTuple]:
     patches = rearrange(
         np.ascontiguousarray(rgb),
         "(h mh ph) (w mw pw) c -> (h w mh mw) (c ph pw)",
-        **{"mh": MERGE, "mw": MERGE, "ph": PATCH_PX, "pw": PATCH_PX},
+        mh=MERGE,
+        mw=MERGE,
+        ph=PATCH_PX,
+        pw=PATCH_PX,
     )
     return torch.from_numpy(patches.copy()), (1, height // PATCH_PX, width // PATCH_PX)
 

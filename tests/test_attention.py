@@ -407,23 +407,30 @@ GPU_CASES = [("frame", name) for name in GPU_LENGTHS] + [("window", name) for na
 
 
 @gpu
-@pytest.mark.parametrize(("regime", "name"), GPU_CASES)
+@pytest.mark.parametrize("regime", ["frame", "window"])
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 128])
-def test_bf16_on_a_gpu_is_as_exact_as_pytorch(head_dim: int, regime: str, name: str) -> None:
-    lengths = GPU_LENGTHS[name]
-    case = random_case(lengths, head_dim, 4, device=CUDA, dtype=torch.bfloat16)
-    oracle, stock = attention_oracle(*case), stock_attention(*case)
-    results = {"tower": tower_attention(*case[:3], lengths, regime)}
-    if regime == "frame":
+def test_bf16_on_a_gpu_is_as_exact_as_pytorch(head_dim: int, regime: str) -> None:
+    """Largest error at most 1.25 times, mean at most 1.05 times PyTorch's, over all the lengths.
+
+    The largest of one layout is a single draw: it is compared over all of them together.
+    """
+    errors: dict[str, list[Tensor]] = {"tower": [], "stock": [], "public": []}
+    for name in (name for its_regime, name in GPU_CASES if its_regime == regime):
+        lengths = GPU_LENGTHS[name]
+        case = random_case(lengths, head_dim, 4, device=CUDA, dtype=torch.bfloat16)
+        oracle = attention_oracle(*case)
+        results = {"stock": stock_attention(*case)}
+        results["tower"] = tower_attention(*case[:3], lengths, regime)
         results["public"] = fused_rope_varlen_attention(*case)
-    rounding = oracle.abs().max().item() * 2.0**-8  # one rounding of the largest value
-    for who, ours in results.items():
-        our_errors, their_errors = (ours - oracle).abs(), (stock - oracle).abs()
-        largest = (our_errors.max().item(), their_errors.max().item())
-        mean = (our_errors.mean().item(), their_errors.mean().item())
-        print(f"{who}: largest {largest[0]:.2e} of {largest[1]:.2e}, mean {mean[0] / mean[1]:.3f}")
-        assert largest[0] <= max(1.25 * largest[1], rounding)
-        assert mean[0] <= 1.05 * mean[1]
+        for who, result in results.items():
+            errors[who].append((result - oracle).abs().flatten())
+    pooled = {who: torch.cat(parts) for who, parts in errors.items()}
+    largest = {who: values.max().item() for who, values in pooled.items()}
+    mean = {who: values.mean().item() for who, values in pooled.items()}
+    for who in ("tower", "public"):
+        print(who, f"{largest[who] / largest['stock']:.3f} {mean[who] / mean['stock']:.3f}")
+        assert largest[who] <= 1.25 * largest["stock"]
+        assert mean[who] <= 1.05 * mean["stock"]
 
 
 @gpu

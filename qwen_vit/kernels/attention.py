@@ -337,8 +337,11 @@ def attention(
     d_main = 1 << (D.bit_length() - 1)
     d_tail = 0 if d_main == D else max(16, triton.next_power_of_2(D - d_main))
     on_cpu = qkv.device.type == "cpu"
+    keys_are_queries = regime == "window"
     if on_cpu:
-        longest = int((segments.tiles[:, 1::2] - segments.tiles[:, ::2]).max())
+        ranges = segments.tiles.view(-1, 2, 2)  # begin and end of the query rows, and of the keys
+        keys_are_queries = torch.equal(ranges[:, 0], ranges[:, 1])
+        longest = int(ranges.diff(dim=2).max())
         rows = min(INTERPRETED_ROWS, max(16, triton.next_power_of_2(longest)))
         tiles = Tiles(rows, rows, num_warps=1, num_stages=1)
     else:
@@ -360,7 +363,7 @@ def attention(
         qkv, k_rotated, rotary.cos, rotary.sin, index,
         segments.segment_of_row, segments.tiles, out, D**-0.5 * LOG2_E,
         H=H, D=D, D0=d_main, D1=d_tail,
-        K_ROTATED=rotate_keys_first, ONE_KEY_TILE=regime == "window" and not on_cpu,
+        K_ROTATED=rotate_keys_first, ONE_KEY_TILE=keys_are_queries,
         MASK_SEGMENTS=on_cpu, PRECISION="ieee", BM=tiles.q_rows, BN=tiles.k_rows,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **shared,
     )  # fmt: skip

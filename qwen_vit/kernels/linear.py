@@ -51,8 +51,8 @@ FALLBACK_TILES = {
     16: GemmTile(128, 64, 32, 4, 3),
     32: GemmTile(64, 64, 32, 8, 2),
 }
-# (K, N) of the published plain products, where cuBLAS was compared with `_gemm` bit for bit, and the
-# rows from which it was: with fewer it may cut K into parts that are summed apart.
+# (K, N) of the published plain products, where cuBLAS was compared with `_gemm` bit for bit, and
+# the rows from which it was: with fewer it may cut K into parts that are summed apart.
 CUBLAS_SHAPES = frozenset(
     [(1280, 3840), (1280, 1280), (3456, 1280)]  # qkv, proj, down
     + [(5120, out) for out in (2048, 3584, 5120, 8192)]  # the merger's last

@@ -20,8 +20,8 @@ def _gather_pixels(
     source = tl.load(index + o_row, mask=m_row, other=0).to(tl.int64)
     o_p = tl.arange(0, P_BLOCK)
     m_in = m_row[:, None] & (o_p < P)[None, :]
-    b = tl.load(pixels + source[:, None] * P + o_p[None, :], mask=m_in, other=ZERO)
-    b = (b.to(tl.float32) - ZERO).to(out.dtype.element_ty)
+    b = tl.load(pixels + source[:, None] * P + o_p[None, :], mask=m_in).to(tl.float32)
+    b = tl.where(m_in, b - ZERO, 0.0).to(out.dtype.element_ty)
     m_out = m_row[:, None] & (o_p < P_OUT)[None, :]
     tl.store(out + o_row[:, None] * P_OUT + o_p[None, :], b, mask=m_out)
 

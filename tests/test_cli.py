@@ -1,0 +1,378 @@
+"""The commands as they are typed: data on stdout, the rest on stderr, and exit codes that hold."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import SMALL, write_checkpoint
+from PIL import Image
+
+from qwen_vit import __version__
+from qwen_vit import cli as cli_module
+from qwen_vit import features as features_module
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.features import load_features
+
+ROOT = Path(__file__).resolve().parent.parent
+CHELSEA = ROOT / "tests" / "images" / "chelsea.png"
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`qwen-vit ARGUMENTS` in this process."""
+
+    def command(*arguments: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["qwen-vit", *map(str, arguments)])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            cli_module.main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return Done(0 if code is None else code, captured.out, captured.err)
+
+    return command
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with two small images and a broken one."""
+    for name, width in (("a.png", 56), ("b.jpg", 84)):
+        values = np.random.default_rng(width).integers(0, 256, (56, width, 3), np.uint8)
+        Image.fromarray(values).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+TO_FILE = ("--model", "tiny", "--device", "cpu", "--out", "f.safetensors")
+
+
+def process(
+    *arguments: str | bytes, folder: Path, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "qwen_vit", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+
+
+# In a process of its own
+
+
+def test_the_module_encodes_in_a_process_of_its_own(folder: Path) -> None:
+    """Names as bytes that are no text, a dash in front, and a terminal that knows ASCII alone."""
+    names = [b"caf\xe9\xff.png", b"-dash.png", "猫\n.png".encode()]
+    for name in names:
+        shutil.copy("a.png", name)
+    options = [each.encode() for each in TO_FILE]
+    done = process("encode", *options, "--", *names, folder=folder, PYTHONUTF8="1")
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+    lines = done.stdout.decode().splitlines()  # strictly: no odd bytes
+    assert len(lines) == 2 + 3 + 1
+    assert load_features("f.safetensors").ids == [os.fsdecode(name) for name in names]
+
+
+def test_json_goes_to_stdout_and_everything_else_to_stderr(folder: Path) -> None:
+    done = process(
+        "encode", "a.png", "broken.png", "b.jpg", "--model", "tiny", "--out", "f", "--json",
+        folder=folder,
+    )  # fmt: skip
+    assert done.returncode == 1
+    report = json.loads(done.stdout)
+    assert [image["id"] for image in report["images"]] == ["a.png", "broken.png", "b.jpg"]
+    assert b"skipped: broken.png" in done.stderr
+    if not torch.cuda.is_available():
+        assert done.stderr.count(b"no CUDA GPU") == 1
+
+
+# encode
+
+
+def test_encode_prints_a_row_for_each_image_and_writes_the_file(folder: Path, run: Any) -> None:
+    done = run("encode", "a.png", "b.jpg", *TO_FILE)
+    assert done.code == 0
+    head, rule, *rows, last = done.out.splitlines()
+    assert re.split(r"\s{2,}", head.strip()) == [
+        "file", "size", "grid (t, h, w)", "tokens", "width", "ms",
+    ]  # fmt: skip
+    assert set(rule) == {"-", " "}
+    cells = [re.split(r"\s{2,}", row.strip()) for row in rows]
+    assert [row[:5] for row in cells] == [
+        ["a.png", "56 x 56", "(1, 4, 4)", "4", "192"],
+        ["b.jpg", "84 x 56", "(1, 4, 6)", "6", "192"],
+    ]
+    assert all(row[5].isdigit() for row in cells)
+    assert len({len(line) for line in (head, rule, *rows)}) == 1  # aligned
+    size = os.stat("f.safetensors").st_size
+    assert last == f"wrote f.safetensors ({size:,} bytes)"
+
+
+def test_the_file_holds_what_encode_returns(folder: Path, run: Any) -> None:
+    assert run("encode", "a.png", "b.jpg", *TO_FILE).code == 0
+    written = load_features("f.safetensors")
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    for there, name in zip(written, ["a.png", "b.jpg"], strict=True):
+        [expected] = encoder.encode([name])
+        assert there.id == name
+        assert there.grid_thw == expected.grid_thw
+        assert there.embeds is not None
+        assert expected.embeds is not None
+        assert torch.equal(there.embeds, expected.embeds)
+    assert written.metadata["model"] == "tiny"
+
+
+def test_a_broken_image_is_skipped_and_ends_with_1(folder: Path, run: Any) -> None:
+    done = run("encode", "a.png", "broken.png", "gone.png", "b.jpg", *TO_FILE)
+    assert done.code == 1
+    assert "skipped: broken.png" in done.err
+    assert "skipped: gone.png does not exist" in done.err
+    assert "skipped: truncated" in done.out
+    assert "skipped: missing" in done.out
+    assert load_features("f.safetensors").ids == ["a.png", "b.jpg"]
+
+
+def test_the_json_report_has_each_image_or_its_error(folder: Path, run: Any) -> None:
+    done = run("encode", "a.png", "broken.png", *TO_FILE, "--json", "--max-pixels", "50000")
+    assert done.code == 1
+    report = json.loads(done.out)
+    assert (report["model"], report["device"], report["dtype"]) == ("tiny", "cpu", "float32")
+    assert report["out"] == "f.safetensors"
+    good, bad = report["images"]
+    assert (good["size_px"], good["grid_thw"], good["tokens"]) == ([56, 56], [1, 4, 4], 4)
+    assert good["width"] == 192
+    assert good["error"] is None
+    assert good["ms"] > 0
+    assert bad["tokens"] is None
+    assert bad["error"]["code"] == "truncated"
+    assert bad["error"]["message"].startswith("broken.png")
+
+
+def test_on_error_raise_stops_at_the_first_broken_image_and_writes_nothing(
+    folder: Path, run: Any
+) -> None:
+    done = run("encode", "a.png", "broken.png", *TO_FILE, "--on-error", "raise")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.splitlines()[-1].startswith("error: broken.png")
+    assert not Path("f.safetensors").exists()
+
+
+def test_when_every_image_fails_nothing_is_written(folder: Path, run: Any) -> None:
+    done = run("encode", "broken.png", *TO_FILE)
+    assert (done.code, done.out) == (2, "")
+    assert "skipped: broken.png" in done.err
+    assert "would hold no image" in done.err
+    assert not Path("f.safetensors").exists()
+
+
+@pytest.mark.parametrize("on_error", ["skip", "raise"])
+def test_embeddings_that_are_not_finite_are_never_written(
+    folder: Path, run: Any, on_error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = VisionEncoder._forward
+
+    def poisoned(self: Any, patches: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        result = forward(self, patches, *arguments)
+        return result * float("nan") if len(patches) == 24 else result  # b.jpg
+
+    monkeypatch.setattr(VisionEncoder, "_forward", poisoned)
+    done = run("encode", "a.png", "b.jpg", *TO_FILE, "--on-error", on_error)
+    assert done.code == {"skip": 1, "raise": 2}[on_error]
+    assert "b.jpg: its embeddings hold NaN or infinity" in done.err
+    if on_error == "skip":
+        assert "skipped: not-finite" in done.out
+        assert load_features("f.safetensors").ids == ["a.png"]
+    else:
+        assert not Path("f.safetensors").exists()
+
+
+def no_model(*_: Any, **__: Any) -> None:
+    raise AssertionError("refused only after the model was loaded")
+
+
+REFUSED = {
+    "exists": (("a.png", "--out", "old.safetensors"), ("old.safetensors exists", "--overwrite")),
+    "no folder": (("a.png", "--out", "no/f.safetensors"), ("no is not a folder", "create it")),
+    "folder is a file": (("a.png", "--out", "a.png/f"), ("a.png is not a folder",)),
+    "is a folder": (("a.png", "--out", "sub", "--overwrite"), ("sub is a folder", "another --out")),
+    "twice": (("a.png", "b.jpg", "a.png", "--out", "f"), ("a.png is given twice", "leave one")),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_what_could_not_be_written_is_refused_before_any_work(
+    folder: Path, run: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("old.safetensors").write_text("old")
+    Path("sub").mkdir()
+    monkeypatch.setattr(VisionEncoder, "from_pretrained", no_model)
+    arguments, words = REFUSED[fault]
+    done = run("encode", *arguments, "--model", "tiny")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+    for word in words:
+        assert word in done.err
+    assert Path("old.safetensors").read_text() == "old"
+
+
+def test_a_folder_without_write_permission_is_refused_before_any_work(
+    folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VisionEncoder, "from_pretrained", no_model)
+    monkeypatch.setattr(cli_module.os, "access", lambda path, mode: mode != os.W_OK)
+    done = run("encode", "a.png", "--model", "tiny", "--out", "f.safetensors")
+    assert done.code == 2
+    assert "cannot be written to; check its permissions" in done.err
+
+
+def test_a_disk_that_fails_at_the_end_is_an_error_of_one_line(
+    folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(features_module, "save_file", full)
+    before = sorted(os.listdir())
+    done = run("encode", "a.png", *TO_FILE)
+    assert (done.code, done.out) == (2, "")
+    assert "error: f.safetensors could not be written (No space left on device)" in done.err
+    assert sorted(os.listdir()) == before
+
+
+def test_overwrite_replaces_the_file(folder: Path, run: Any) -> None:
+    Path("f.safetensors").write_text("old")
+    assert run("encode", "a.png", *TO_FILE, "--overwrite").code == 0
+    assert load_features("f.safetensors").ids == ["a.png"]
+
+
+BAD_USAGE = {
+    "no images": (("encode", "--model", "tiny", "--out", "f"), "Missing argument 'IMAGES...'"),
+    "no model": (("encode", "a.png", "--out", "f"), "Missing option '--model'"),
+    "no out": (("encode", "a.png", "--model", "tiny"), "Missing option '--out'"),
+    "unknown option": (("info", "tiny", "--colour"), "No such option"),
+    "no number": (("encode", "a.png", *TO_FILE, "--max-pixels", "many"), "--max-pixels"),
+    "other choice": (("encode", "a.png", *TO_FILE, "--on-error", "stop"), "--on-error"),
+    "no command": (("tiny",), "No such command 'tiny'"),
+    "unknown model": (("encode", "a.png", "--model", "tinny", "--out", "f"), "'tinny' is neither"),
+    "float16": (("encode", "a.png", *TO_FILE, "--dtype", "float16"), "float16 is refused"),
+    "device": (("encode", "a.png", *TO_FILE, "--device", "tpu"), "device is 'tpu'"),
+    "limits": (("encode", "a.png", *TO_FILE, "--max-pixels", "9"), "pass other min_pixels"),
+    "info without": (("info",), "Missing argument 'MODEL'"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_USAGE)
+def test_bad_usage_ends_with_2_and_says_why(folder: Path, run: Any, fault: str) -> None:
+    arguments, words = BAD_USAGE[fault]
+    done = run(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert words in done.err
+    assert "Traceback" not in done.err
+
+
+def test_an_interrupt_ends_with_130_and_leaves_no_file(
+    folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    encode = VisionEncoder.encode
+
+    def interrupted(self: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return encode(self, *arguments, **options)
+
+    monkeypatch.setattr(VisionEncoder, "encode", interrupted)
+    before = sorted(os.listdir())
+    done = run("encode", "a.png", "b.jpg", *TO_FILE)
+    assert (done.code, done.out) == (130, "")
+    assert "interrupted" in done.err
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["encode", "--help"], ["info", "-h"]])
+def test_help_shows_examples_that_parse(run: Any, arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert (done.code, done.err) == (0, "")
+    examples = [line.split() for line in done.out.splitlines() if line.startswith("  qwen-vit ")]
+    assert len(examples) == 2
+    for _, name, *rest in examples:
+        command = cli_module.cli.commands[name]
+        context = command.make_context(name, rest)  # raises for an option that is not there
+        assert context.params["model"]
+
+
+def test_version_is_the_packages(run: Any) -> None:
+    done = run("--version")
+    assert (done.code, done.out) == (0, f"qwen-vit, version {__version__}\n")
+
+
+# info
+
+
+def test_info_describes_tiny(run: Any) -> None:
+    done = run("info", "tiny", "--json")
+    assert (done.code, done.err) == (0, "")
+    facts = json.loads(done.out)
+    assert (facts["model"], facts["licence"], facts["tensors"]) == ("tiny", "Apache-2.0", 66)
+    assert "model.safetensors" in facts["files"]
+    assert facts["vision_config"]["out_hidden_size"] == 192
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    assert facts["weights_sha256"] == encoder.metadata()["weights_sha256"]
+    assert facts["config_sha256"] == encoder.metadata()["config_sha256"]
+    assert facts["parameters"] == sum(t.numel() for t in encoder.checkpoint.tensors.values())
+
+    listed = run("info", "tiny")
+    lines = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in listed.out.splitlines()
+                 if re.search(r"\S\s{2,}\S", line))  # fmt: skip
+    assert lines["licence"] == "Apache-2.0"
+    assert lines["out_hidden_size"] == "192"
+
+
+def test_info_counts_the_tokens_that_encode_gives(folder: Path, run: Any) -> None:
+    done = run("info", "tiny", "--image", CHELSEA, "--json")
+    image = json.loads(done.out)["image"]
+    assert image["size_px"] == "451 x 300"
+    assert (image["grid_thw"], image["patches"], image["tokens"]) == ("(1, 22, 32)", 704, 176)
+    assert image["format"] == "PNG"
+    encoded = run("encode", CHELSEA, *TO_FILE, "--json")
+    assert json.loads(encoded.out)["images"][0]["tokens"] == 176
+
+
+def test_info_on_a_broken_image_or_checkpoint_ends_with_2(folder: Path, run: Any) -> None:
+    done = run("info", "tiny", "--image", "broken.png")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: broken.png")
+    write_checkpoint(folder / "model", SMALL)
+    weights = folder / "model" / "model.safetensors"
+    assert run("info", "model").code == 0
+    weights.write_bytes(weights.read_bytes()[:-100])
+    torn = run("info", "model")
+    assert (torn.code, torn.out) == (2, "")
+    assert "error: " in torn.err
+    assert "model/model.safetensors" in torn.err
+    assert "Traceback" not in torn.err

@@ -1,0 +1,273 @@
+"""CUDA graphs per token budget: the same bits as without them, for every mix that fits one.
+
+What a graph gets is planned on the host, and that part is tested without a GPU.
+"""
+
+import random
+from dataclasses import fields
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from goldens import TINY_FOLDER
+from hypothesis import given
+from hypothesis import strategies as st
+from towers import as_grids, build_tower, gpu, layout_for, n_patches, per_image, random_pixels
+
+from qwen_vit import encoder as encoder_module
+from qwen_vit.checkpoint import load_checkpoint
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.graphs import (
+    LARGEST_BUDGET,
+    ROWS_PER_FRAME_TILE,
+    ROWS_PER_WINDOW_TILE,
+    GraphRunner,
+    _with_room,
+    budget_for,
+)
+from qwen_vit.kernels.attention import tiling
+from qwen_vit.layout import Layout
+from qwen_vit.model import ROTARY_POSITIONS
+
+GridTuple = tuple[int, int, int]
+CUDA = torch.device("cuda", 0)
+
+# Budgets
+
+
+@given(st.integers(1, LARGEST_BUDGET))
+def test_a_budget_covers_its_patches_with_little_to_spare(n: int) -> None:
+    budget = budget_for(n)
+    assert budget is not None
+    assert n <= budget <= LARGEST_BUDGET
+    assert budget % 256 == 0  # whole merge units and filler windows
+    assert budget - n < 256 or (budget - n) / n <= 0.0625
+    assert budget_for(budget) == budget
+
+
+def test_budgets_rise_and_are_few() -> None:
+    budgets = [budget_for(n) for n in range(1, LARGEST_BUDGET + 1)]
+    assert budgets == sorted(budgets, key=lambda budget: budget or 0)
+    assert len(set(budgets)) <= 16 + 3 * 16  # each costs a recording, and memory
+    assert budgets[-1] == LARGEST_BUDGET
+
+
+@pytest.mark.parametrize("n", [0, -4, LARGEST_BUDGET + 1, 10**9])
+def test_no_budget_serves_nothing_or_too_much(n: int) -> None:
+    assert budget_for(n) is None
+
+
+# The layout that a graph is given
+
+
+@cache
+def config() -> object:
+    return load_checkpoint(TINY_FOLDER).config
+
+
+def gpu_layout(grids: list[GridTuple]) -> Layout:
+    """As the encoder plans it for a GPU, on the host."""
+    return Layout.from_grids(
+        as_grids(grids),
+        config(),  # type: ignore[arg-type]
+        window_tiling=tiling(CUDA, torch.bfloat16, "window"),
+        frame_tiling=tiling(CUDA, torch.bfloat16, "frame"),
+        n_rows=budget_for(n_patches(grids)),
+    )
+
+
+MIXES: list[list[GridTuple]] = [
+    [(1, 32, 32)],
+    [(1, 16, 64)],
+    [(1, 30, 34)],
+    [(1, 16, 16), (1, 12, 22), (1, 20, 24)],
+    [(4, 16, 16)],
+    [(1, 2, 512)],
+    [(1, 22, 32), (1, 10, 14), (1, 6, 6)],
+]
+
+
+def test_layouts_of_one_budget_have_one_shape_whatever_the_mix() -> None:
+    shapes = set()
+    for grids in MIXES:
+        static = _with_room(gpu_layout(grids))
+        if static is not None:
+            assert static.n_rows == 1024
+            shapes.add(tuple(tuple(tensor.shape) for tensor in static.tensors()))
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("grids", MIXES, ids=str)
+def test_room_is_added_after_what_is_there_and_holds_nothing(grids: list[GridTuple]) -> None:
+    layout = gpu_layout(grids)
+    static = _with_room(layout)
+    if static is None:
+        tiles = (len(layout.windows.tiles), len(layout.frames.tiles))
+        print(tiles)
+        assert tiles[0] > 1024 // ROWS_PER_WINDOW_TILE or tiles[1] > 1024 // ROWS_PER_FRAME_TILE
+        return
+    for before, after in (
+        (layout.windows.tiles, static.windows.tiles),
+        (layout.frames.tiles, static.frames.tiles),
+        (layout.merged_order, static.merged_order),
+    ):
+        assert torch.equal(after[: len(before)], before)
+        assert not after[len(before) :].any()
+    assert len(static.merged_order) == static.n_rows // 4
+    assert torch.equal(static.grid_index, layout.grid_index)
+    assert torch.equal(static.positions, layout.positions)
+
+
+def test_a_mix_of_crumbs_does_not_fit_a_graph() -> None:
+    crumbs = [(1, 2, 2)] * 256  # 256 windows where 1,024 rows have room for 32
+    assert budget_for(1024) == 1024
+    assert _with_room(gpu_layout(crumbs)) is None
+
+
+def test_a_position_beyond_the_angle_table_does_not_fit_a_graph() -> None:
+    """The table would be made anew and larger, and the graph would read the old one."""
+    assert _with_room(gpu_layout([(1, 4, ROTARY_POSITIONS)])) is not None
+    assert _with_room(gpu_layout([(1, 4, ROTARY_POSITIONS + 2)])) is None
+
+
+def test_a_static_layout_comes_back_whole_from_one_buffer() -> None:
+    """What the graph reads is a view of the one buffer that each call fills."""
+    first, second = (_with_room(gpu_layout(grids)) for grids in ([(1, 32, 32)], [(1, 30, 34)]))
+    assert first is not None
+    assert second is not None
+    buffer = torch.cat([tensor.reshape(-1) for tensor in first.tensors()])
+    view = first.viewing(buffer)
+    buffer.copy_(torch.cat([tensor.reshape(-1) for tensor in second.tensors()]))
+    for name, seen, expected in zip(
+        [field.name for field in fields(Layout)][3:] * 2,
+        view.tensors(),
+        second.tensors(),
+        strict=False,
+    ):
+        assert torch.equal(seen, expected), name
+
+
+# On a GPU
+
+
+def random_mix(generator: random.Random, patches: int) -> list[GridTuple]:
+    grids: list[GridTuple] = []
+    while n_patches(grids) < patches:
+        h, w = (2 * generator.randint(2, 20) for _ in range(2))
+        grids.append((generator.choice((1, 1, 1, 2)), h, w))
+    return grids
+
+
+@cache
+def encoders() -> tuple[VisionEncoder, VisionEncoder]:
+    """By graph, and kernel by kernel."""
+    by_graph = VisionEncoder.from_pretrained("tiny", device="cuda")
+    return by_graph, VisionEncoder.from_pretrained("tiny", device="cuda", cuda_graphs=False)
+
+
+def forward(encoder: VisionEncoder, pixels: torch.Tensor, grids: list[GridTuple]) -> torch.Tensor:
+    return encoder._forward(pixels, as_grids(grids), "merged")
+
+
+@gpu
+def test_a_graph_gives_the_bits_of_its_kernels_for_every_mix() -> None:
+    by_graph, eager = encoders()
+    generator = random.Random(0)
+    for round_number in range(100):
+        grids = random_mix(generator, generator.choice((50, 500, 2000, 5000)))
+        pixels = random_pixels(n_patches(grids), round_number)
+        ours = forward(by_graph, pixels, grids)
+        assert torch.equal(ours, forward(eager, pixels, grids)), grids
+        assert ours.isfinite().all()
+    assert by_graph.graphs is not None
+    assert by_graph.graphs._recorded  # graphs were used
+
+
+@gpu
+def test_two_mixes_of_one_budget_and_one_size_do_not_share_a_layout() -> None:
+    """A replay keyed on the token count alone would attend within the other mix's windows."""
+    by_graph, eager = encoders()
+    pixels = random_pixels(1024, 0)
+    mixes: list[list[GridTuple]] = [
+        [(1, 32, 32)],
+        [(1, 16, 64)],
+        [(4, 16, 16)],
+        [(1, 16, 32), (1, 32, 16)],
+    ]
+    results = [forward(by_graph, pixels, grids) for grids in (*mixes, mixes[0])]
+    assert torch.equal(results[0], results[-1])  # and the first again, after the others
+    for grids, ours in zip(mixes, results, strict=False):
+        assert torch.equal(ours, forward(eager, pixels, grids)), grids
+    for i in range(len(mixes)):
+        for j in range(i):
+            assert not torch.equal(results[i], results[j])
+
+
+@gpu
+def test_an_image_has_the_same_bits_alone_and_in_a_thousand_batches() -> None:
+    by_graph, _ = encoders()
+    generator = random.Random(1)
+    sizes = [(2 * generator.randint(2, 16), 2 * generator.randint(2, 16)) for _ in range(40)]
+    images = [((1, h, w), random_pixels(h * w, seed)) for seed, (h, w) in enumerate(sizes)]
+    alone = [forward(by_graph, pixels, [grid]) for grid, pixels in images]
+    for _ in range(1000):
+        chosen = generator.sample(range(len(images)), generator.randint(2, 6))
+        grids = [images[i][0] for i in chosen]
+        together = forward(by_graph, torch.cat([images[i][1] for i in chosen]), grids)
+        for i, part in zip(chosen, per_image(together, grids), strict=True):
+            assert torch.equal(part, alone[i]), (grids, images[i][0])
+
+
+@gpu
+def test_a_mix_that_fits_no_graph_runs_without_one() -> None:
+    by_graph, eager = encoders()
+    crumbs: list[GridTuple] = [(1, 2, 2)] * 256
+    pixels = random_pixels(1024, 2)
+    runner = GraphRunner(by_graph.tower, by_graph.device)
+    layout = encoder_module._layout(
+        as_grids(crumbs), by_graph.config, by_graph.tower.window_regime, by_graph.device,
+        by_graph.dtype, budget_for(1024),
+    )  # fmt: skip
+    assert runner.run(pixels.pin_memory(), layout) is None
+    assert not runner._recorded
+    assert torch.equal(forward(by_graph, pixels, crumbs), forward(eager, pixels, crumbs))
+
+
+@gpu
+def test_what_a_call_returned_is_not_overwritten_by_the_next() -> None:
+    by_graph, _ = encoders()
+    first = forward(by_graph, random_pixels(1024, 3), [(1, 32, 32)])
+    kept = first.clone()
+    forward(by_graph, random_pixels(1024, 4), [(1, 32, 32)])
+    torch.cuda.synchronize()
+    assert torch.equal(first, kept)
+
+
+@gpu
+def test_graphs_serve_encode_and_leave_the_patch_output_alone() -> None:
+    by_graph, eager = encoders()
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((224, 336), (448, 140))]
+    for output in ("merged", "patch"):
+        for ours, other in zip(
+            by_graph.encode(images, output=output),  # type: ignore[arg-type]
+            eager.encode(images, output=output),  # type: ignore[arg-type]
+            strict=True,
+        ):
+            assert ours.embeds is not None
+            assert other.embeds is not None
+            assert torch.equal(ours.embeds, other.embeds)
+
+
+@gpu
+def test_a_graphs_result_is_the_towers_own() -> None:
+    """Against the plain tower in float32, so that both ways cannot be wrong together."""
+    by_graph, _ = encoders()
+    exact = build_tower(TINY_FOLDER, device=CUDA)
+    grids: list[GridTuple] = [(1, 22, 32), (1, 10, 14)]
+    pixels = random_pixels(n_patches(grids), 5)
+    with torch.no_grad():
+        expected = exact(pixels.to(CUDA), layout_for(grids, exact.config, CUDA))
+    ours = forward(by_graph, pixels, grids).float()
+    assert (ours - expected).norm() / expected.norm() < 0.05  # bf16, five peaked blocks

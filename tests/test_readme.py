@@ -1,0 +1,153 @@
+"""What the README shows is what happens: its commands run, its files exist.
+
+Python blocks run one after the other in one namespace, at the checkout's top. Of the shell blocks,
+each `qwen-vit` line runs in a copy of what it reads; with a model of the Hub, or marked with a
+trailing comment `# GPU`, its arguments are only parsed. Other commands must exist.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_vit import cli as cli_module
+from qwen_vit.hub import REPOSITORY
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+TEXT = README.read_text("utf-8") if README.is_file() else ""
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PYTHON = [body for language, body in FENCE.findall(TEXT) if language in ("python", "py")]
+SHELL = [body for language, body in FENCE.findall(TEXT) if language in ("bash", "sh", "console")]
+KNOWN = ("cd", "git", "pip", "python", "python3", "source", "export", "CUDA_VISIBLE_DEVICES=0")
+
+TREE_FOLDERS = ("qwen_vit", "tests", "tools", "weights")
+
+
+def commands(blocks: list[str]) -> list[str]:
+    """The lines of shell blocks, continued ones joined, without prompts and comments."""
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    plain = (line.strip().removeprefix("$ ") for line in lines)
+    return [line for line in plain if line and not line.startswith("#")]
+
+
+COMMANDS = commands(SHELL)
+OURS = re.compile(r"(\.venv/bin/)?(qwen-vit|python -m qwen_vit)\b")
+QWEN_VIT = [OURS.sub("qwen-vit", line, count=1) for line in COMMANDS if OURS.match(line)]
+
+
+def only_parsed(line: str) -> bool:
+    words = shlex.split(line, comments=True)
+    from_hub = any(REPOSITORY.fullmatch(word) and not (ROOT / word).exists() for word in words)
+    return from_hub or line.endswith("# GPU")
+
+
+def words_of(line: str) -> list[str]:
+    """The arguments, with file patterns expanded as a shell does, from the checkout's top."""
+    expanded = []
+    for word in shlex.split(line, comments=True)[1:]:
+        found = (
+            sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(word)) if "*" in word else []
+        )
+        expanded += found or [word]
+    return expanded
+
+
+def test_there_is_a_readme_with_commands_and_python() -> None:
+    assert TEXT, "README.md is missing"
+    assert PYTHON
+    assert "./tools/demo" in COMMANDS
+    assert "./tools/test" in COMMANDS
+
+
+def test_the_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a copy of the checkout's data, so that files which it writes do not stay."""
+    copy_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    for number, block in enumerate(PYTHON):
+        code = (
+            re.sub(r"^(>>>|\.\.\.) ?", "", block, flags=re.MULTILINE) if ">>>" in block else block
+        )
+        exec(compile(code, f"README.md, Python block {number}", "exec"), namespace)
+
+
+def copy_data(folder: Path) -> None:
+    shutil.copytree(ROOT / "tests" / "images", folder / "tests" / "images")
+    shutil.copytree(ROOT / "weights", folder / "weights")
+
+
+@pytest.mark.parametrize("line", QWEN_VIT)
+def test_a_command_of_the_readme_works(
+    line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = words_of(line)
+    if only_parsed(line):
+        command = cli_module.cli.commands[arguments[0]]
+        command.make_context(arguments[0], arguments[1:])
+        return
+    copy_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["qwen-vit", *arguments])
+    code: Any = 0
+    try:
+        cli_module.main()
+    except SystemExit as stop:
+        code = stop.code
+    assert not code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_program_of_the_readme_exists(line: str) -> None:
+    program = shlex.split(line, comments=True)[0]
+    if program.startswith(("./", "tools/")):
+        path = ROOT / program
+        assert path.is_file(), f"{program} is not there"
+        assert os.access(path, os.X_OK), f"{program} cannot be run"
+    else:
+        assert program.removeprefix(".venv/bin/") in (*KNOWN, "qwen-vit"), f"unknown: {line}"
+
+
+def tree_paths() -> list[str]:
+    """The paths of the block that draws the file tree, whatever it is drawn with.
+
+    An indented name lies in the folder above it; a name ends at two spaces or a dash.
+    """
+    found: list[str] = []
+    for language, body in FENCE.findall(TEXT):
+        if language in ("", "text") and any(f"{folder}/" in body for folder in TREE_FOLDERS):
+            folders: list[tuple[int, str]] = []
+            for line in body.splitlines():
+                match = re.match(r"([\s│├└─|`+-]*)([\w.*-]+(?:/[\w.*-]+)*/?)", line)
+                if match is None:
+                    continue
+                depth, name = len(match[1]), match[2]
+                names = [name, *re.findall(r"^, ([\w.-]+)", line[match.end() :])]
+                folders = [(at, folder) for at, folder in folders if at < depth]
+                above = folders[-1][1] if folders else ""
+                found += [above + each for each in names]
+                if name.endswith("/"):
+                    folders.append((depth, above + name))
+    return found
+
+
+def test_what_the_file_tree_names_is_there() -> None:
+    paths = tree_paths()
+    assert paths, "README.md draws no file tree"
+    missing = [path for path in paths if not list(ROOT.glob(path.rstrip("/")))]
+    assert missing == []
+
+
+def test_the_file_tree_names_every_module() -> None:
+    modules = {f"qwen_vit/{path.name}" for path in (ROOT / "qwen_vit").glob("*.py")}
+    assert sorted(modules - set(tree_paths()) - {"qwen_vit/__main__.py"}) == []
+
+
+def test_links_of_the_readme_that_stay_here_lead_somewhere() -> None:
+    targets = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", TEXT)
+    assert [target for target in targets if not (ROOT / target).exists()] == []
