@@ -21,7 +21,7 @@ from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ExportError, ImageError, QwenVitError
 from qwen_vit.features import ImageFeatures, write_features
 from qwen_vit.hub import find_checkpoint
-from qwen_vit.info import describe
+from qwen_vit.info import describe, licence_of
 
 __all__ = ["main"]
 
@@ -91,6 +91,29 @@ def encode(
         click.echo(f"wrote {_shown(str(out))} ({out.stat().st_size:,} bytes)")
     if any(feature.error for feature in features):
         sys.exit(EXIT_SKIPPED)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@model_options
+def download(model: str, as_json: bool, **finding: Any) -> None:
+    """Fetch what MODEL needs here, into the Hub's cache: configs, and shards with vision tensors.
+
+    \b
+    qwen-vit download Qwen/Qwen2.5-VL-7B-Instruct
+    qwen-vit download Qwen/Qwen2.5-VL-7B-Instruct --revision main --json
+
+    Afterwards the checkpoint works offline (--local-files-only).
+    """
+    source = find_checkpoint(model, **finding)
+    facts = {
+        "model": source.name,
+        "commit": source.commit,
+        "licence": licence_of(source.name),
+        "folder": str(source.folder),
+    }
+    click.echo(json.dumps(facts, indent=2) if as_json else _listing(facts))
 
 
 @cli.command()

@@ -9,7 +9,7 @@ from qwen_vit.hub import Source, packaged_weights
 from qwen_vit.image import load_image
 from qwen_vit.patches import patchify
 
-__all__ = ["describe"]
+__all__ = ["describe", "licence_of"]
 
 
 def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dic
     facts: dict[str, Any] = {
         "model": source.name,
         "commit": source.commit,
-        "licence": _licence(source.name),
+        "licence": licence_of(source.name),
         "folder": str(source.folder),
         "files": ", ".join(path.name for path in checkpoint.files),
         "tensors": len(expected_tensors(config)),
@@ -54,7 +54,12 @@ def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dic
     return facts
 
 
-def _licence(model: str) -> str:
+def licence_of(model: str) -> str:
+    """The licence of a checkpoint that this package knows by name.
+
+    >>> licence_of("Qwen/Qwen2.5-VL-7B-Instruct")
+    'Apache-2.0'
+    """
     if model == "tiny":
         return "Apache-2.0"
     with open(packaged_weights() / "published.toml", "rb") as file:
