@@ -70,6 +70,12 @@ class Checkpoint:
     prefix: str
     dtypes: tuple[str, ...]
 
+    def weights_sha256(self) -> str:
+        """`weights_hash` of the tensors, computed once."""
+        if isinstance(self.tensors, _LazyTensors):
+            return self.tensors.sha256()
+        return weights_hash(self.tensors)
+
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
     """Open a local checkpoint: config.json, the image settings and safetensors weights.
@@ -170,7 +176,14 @@ class _LazyTensors(Mapping[str, Tensor]):
 
     def __init__(self, sources: Mapping[str, tuple[StoredTensor, ...]]) -> None:
         self._sources = sources
-        self._open_files: dict[Path, Any] = {}
+        # maps, so what was opened stays whatever becomes of it; and each file's size in bytes
+        self._open_files: dict[Path, tuple[Any, int]] = {}
+        self._sha256: str | None = None
+
+    def sha256(self) -> str:
+        if self._sha256 is None:
+            self._sha256 = weights_hash(self)
+        return self._sha256
 
     def __getitem__(self, name: str) -> Tensor:
         parts = [self._read(source) for source in self._sources[name]]
@@ -185,14 +198,15 @@ class _LazyTensors(Mapping[str, Tensor]):
     def _read(self, source: StoredTensor) -> Tensor:
         try:
             if source.path not in self._open_files:
-                self._open_files[source.path] = safe_open(source.path, framework="pt", device="cpu")
-            tensor: Tensor = self._open_files[source.path].get_tensor(source.name)
+                file = safe_open(source.path, framework="pt", device="cpu")
+                self._open_files[source.path] = (file, source.path.stat().st_size)
+            file, file_bytes = self._open_files[source.path]
+            tensor: Tensor = file.get_tensor(source.name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{source.path} changed or became unreadable while it was read ({error}); "
                 "check the disk, and download the file again"
             ) from None
-        file_bytes = source.path.stat().st_size
         return check_finite(tensor, f"{source.path} ({file_bytes} bytes): {source.name}")
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -166,6 +167,8 @@ def _encode_one_by_one(
             if on_error == "raise":
                 raise error
             result = ImageFeatures(image, None, None, result.size_px, error=error)
+        if result.embeds is not None:
+            result = replace(result, embeds=result.embeds.cpu())  # the GPU's memory is for encoding
         milliseconds.append(1000 * (time.perf_counter() - start))
         features.append(result)
         if result.error is not None:
@@ -264,4 +267,7 @@ def main() -> None:
         sys.exit(EXIT_ERROR)
     except QwenVitError as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_ERROR)
+    except Exception:  # Python's own exit code would be 1: finished, with inputs skipped
+        logging.getLogger("qwen_vit").exception("error: this should not happen; please report it")
         sys.exit(EXIT_ERROR)

@@ -19,15 +19,15 @@ from qwen_vit.checkpoint import (
     convert,
     load_checkpoint,
     pixel_weight_exponent,
-    weights_hash,
 )
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError, ImageError
 from qwen_vit.features import ImageFeatures
-from qwen_vit.graphs import GraphRunner, budget_for
+from qwen_vit.graphs import LEAST_STEP, GraphRunner, budget_for
 from qwen_vit.hub import Source, find_checkpoint
 from qwen_vit.image import ImageLimits, ImageSource, load_image
-from qwen_vit.kernels.attention import tiling
+from qwen_vit.image import Layout as ArrayLayout
+from qwen_vit.kernels.attention import LEAST_HEAD_DIM, tiling
 from qwen_vit.layout import Layout
 from qwen_vit.model import Output, VisionTower
 from qwen_vit.patches import Patches, patchify
@@ -97,7 +97,8 @@ class VisionEncoder:
         in Triton's interpreter: right, and slow. `dtype="auto"` is bfloat16 on a GPU and float32
         on a CPU; float32 on a GPU is IEEE, never TF32. `min_pixels` and `max_pixels` bound
         height x width after resizing and replace the checkpoint's own. `cuda_graphs=False` launches
-        every kernel by itself: slower for small batches, the same bits.
+        every kernel by itself: slower for small batches, the same bits. Graphs serve `encode` with
+        merged output; `encode_patches` and `output="patch"` launch every kernel by themselves.
 
         Raises HubError, CheckpointError or ArgumentError, each with what to do.
         """
@@ -112,9 +113,11 @@ class VisionEncoder:
         )
         checkpoint = load_checkpoint(source.folder)
         image_config = _with_limits(checkpoint.image_config, min_pixels, max_pixels)
+        _check_head_dim(checkpoint.config, chosen_device)
         with torch.device("meta"):
             tower = VisionTower(checkpoint.config, chosen_dtype)
-        state = convert(checkpoint.tensors, checkpoint.config, image_config, chosen_dtype)
+        with torch.device("cpu"):  # whatever the caller's default device is
+            state = convert(checkpoint.tensors, checkpoint.config, image_config, chosen_dtype)
         tower.load_state_dict(
             {name: tensor.to(chosen_device) for name, tensor in state.items()},
             strict=True,
@@ -135,6 +138,7 @@ class VisionEncoder:
         *,
         on_error: OnError = "raise",
         output: Output = "merged",
+        layout: ArrayLayout = "auto",
         limits: ImageLimits | None = None,
     ) -> list[ImageFeatures]:
         """Encode images: paths, bytes, PIL images, arrays or tensors, in any mix and size.
@@ -146,12 +150,15 @@ class VisionEncoder:
 
         Returns one ImageFeatures per image, in order: `embeds` (n_tokens, out_hidden_size),
         row-major over merged cells of 28 x 28 pixels. With `output="patch"`, un-merged:
-        (n_patches, hidden_size), row-major over patches of 14 x 14 pixels.
+        (n_patches, hidden_size), row-major over patches of 14 x 14 pixels. `layout` is "HWC" or
+        "CHW" where an array's shape leaves its channel axis open.
 
         Raises ImageError for the first image that cannot be encoded; with `on_error="skip"` that
         image's features carry the error instead, and the others go on.
         """
-        return list(self.encode_iter(images, on_error=on_error, output=output, limits=limits))
+        return list(
+            self.encode_iter(images, on_error=on_error, output=output, layout=layout, limits=limits)
+        )
 
     def encode_iter(
         self,
@@ -159,6 +166,7 @@ class VisionEncoder:
         *,
         on_error: OnError = "raise",
         output: Output = "merged",
+        layout: ArrayLayout = "auto",
         limits: ImageLimits | None = None,
     ) -> Iterator[ImageFeatures]:
         """As `encode`, one after the other and in order, holding one batch at a time.
@@ -180,7 +188,7 @@ class VisionEncoder:
         batch: list[_Loaded] = []
         n_patches = 0
         for index, image in enumerate(images):
-            loaded = self._load(image, index, on_error, limits or ImageLimits())
+            loaded = self._load(image, index, on_error, layout, limits or ImageLimits())
             added = 0 if loaded.patches is None else len(loaded.patches.pixels)
             is_full = n_patches + added > TOKEN_BUDGET[self.device.type]
             if batch and (is_full or len(batch) == IMAGES_IN_A_BATCH):
@@ -224,7 +232,7 @@ class VisionEncoder:
         return {
             "model": self.source.name,
             "commit": self.source.commit,
-            "weights_sha256": weights_hash(self.checkpoint.tensors),
+            "weights_sha256": self.checkpoint.weights_sha256(),
             "config_sha256": config_hash(self.config, self.image_config),
             "versions": {name: _version(name) for name in ("qwen-vit", "torch", "triton")},
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -237,12 +245,17 @@ class VisionEncoder:
         }
 
     def _load(
-        self, image: ImageSource, index: int, on_error: OnError, limits: ImageLimits
+        self,
+        image: ImageSource,
+        index: int,
+        on_error: OnError,
+        layout: ArrayLayout,
+        limits: ImageLimits,
     ) -> _Loaded:
         is_path = isinstance(image, (str, os.PathLike))
         name = os.fsdecode(image) if is_path else f"image {index}"  # type: ignore[arg-type]
         try:
-            rgb = load_image(image, name=name, limits=limits)
+            rgb = load_image(image, name=name, layout=layout, limits=limits)
             patches = patchify(rgb.pixels, self.image_config, name=name)
         except ImageError as error:
             if on_error == "raise":
@@ -301,9 +314,15 @@ class VisionEncoder:
         ]
 
     def _forward(self, patches: Tensor, grids: tuple[Grid, ...], output: Output) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):  # the precision is ours to choose
+            return self._run(patches, grids, output)
+
+    def _run(self, patches: Tensor, grids: tuple[Grid, ...], output: Output) -> Tensor:
         if self.device.type == "cuda" and patches.device.type == "cpu":
             patches = patches.pin_memory()
-        by_graph = self.graphs is not None and patches.dtype == torch.uint8 and output == "merged"
+        is_for_graphs = patches.dtype == torch.uint8 and output == "merged"
+        is_whole_units = LEAST_STEP % self.config.merge_unit == 0
+        by_graph = self.graphs is not None and is_for_graphs and is_whole_units
         budget = budget_for(len(patches)) if by_graph else None
         layout = _layout(
             grids, self.config, self.tower.window_regime, self.device, self.dtype, budget
@@ -318,7 +337,7 @@ class VisionEncoder:
             )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _layout(
     grids: tuple[Grid, ...],
     config: VisionConfig,
@@ -409,6 +428,14 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
             "bfloat16 wrongly; use dtype='float32', or a GPU"
         )
     return chosen
+
+
+def _check_head_dim(config: VisionConfig, device: torch.device) -> None:
+    if device.type == "cuda" and config.head_dim < LEAST_HEAD_DIM:
+        raise CheckpointError(
+            f"head_dim is {config.head_dim}, expected at least {LEAST_HEAD_DIM} on a GPU, whose "
+            "matrix instructions take no fewer; use device='cpu'"
+        )
 
 
 def _with_limits(

@@ -17,7 +17,7 @@ from torch import Tensor
 from qwen_vit.layout import Layout
 from qwen_vit.model import ROTARY_POSITIONS, VisionTower
 
-__all__ = ["GraphRunner", "budget_for"]
+__all__ = ["LEAST_STEP", "GraphRunner", "budget_for"]
 
 LARGEST_BUDGET = 32_768  # patches; above it the launches are a small share of the time
 LEAST_STEP = 256  # patches
@@ -45,7 +45,8 @@ class _Recorded:
     graph: torch.cuda.CUDAGraph
     pixels: Tensor  # (rows, P / 2) uint8
     indices: Tensor  # every integer of the layout, one after the other
-    merged: Tensor  # (rows / 4, O)
+    angles: Any  # the rotary tables that the graph reads, kept while it may
+    merged: Tensor  # (rows / merge unit, O)
 
 
 class GraphRunner:
@@ -56,6 +57,9 @@ class GraphRunner:
         self._device = device
         self._recorded: dict[int, _Recorded] = {}
         self._pool: Any = None  # torch's handle of it
+        # one stream for every recording: the pool's memory is shared within a stream only
+        self._stream = torch.cuda.Stream(device)
+        self._done = torch.cuda.Event()  # after a replay and the copy of what it gave
         self._lock = threading.Lock()
 
     def run(self, pixels: Tensor, layout: Layout) -> Tensor | None:
@@ -67,32 +71,39 @@ class GraphRunner:
         static = _with_room(layout)
         if static is None:
             return None
-        indices = torch.cat([tensor.reshape(-1) for tensor in static.tensors()]).pin_memory()
+        indices = static.flat().pin_memory()
         with self._lock, torch.cuda.device(self._device), torch.no_grad():
             recorded = self._recorded.get(layout.n_rows)
             if recorded is None:
-                recorded = self._record(static, indices, pixels.shape[1])
+                with torch.inference_mode(False), torch.no_grad():  # what is kept, outlives it
+                    recorded = self._record(static, indices, pixels.shape[1])
                 self._recorded[layout.n_rows] = recorded
+            # the lock orders threads, this orders their streams
+            torch.cuda.current_stream().wait_event(self._done)
             recorded.pixels[: len(pixels)].copy_(pixels, non_blocking=True)
             recorded.indices.copy_(indices, non_blocking=True)
             recorded.graph.replay()
             # the next replay overwrites it: the caller gets its own
-            return recorded.merged[: len(layout.merged_order)].clone()
+            merged = recorded.merged[: len(layout.merged_order)].clone()
+            self._done.record()
+            return merged
 
     def _record(self, static: Layout, indices: Tensor, width: int) -> _Recorded:
         pixels = torch.zeros((static.n_rows, width), dtype=torch.uint8, device=self._device)
         on_device = indices.to(self._device)
         layout = static.viewing(on_device)
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
             self._tower(pixels, layout)  # compiles what is not compiled yet
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        # thread_local: what other threads do meanwhile is none of this recording's business
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             merged = self._tower(pixels, layout)
         self._pool = graph.pool()
-        return _Recorded(graph, pixels, on_device, merged)
+        return _Recorded(graph, pixels, on_device, self._tower.angles, merged)
 
 
 def _with_room(layout: Layout) -> Layout | None:
@@ -100,10 +111,10 @@ def _with_room(layout: Layout) -> Layout | None:
 
     Spare tiles are rows of zeros; spare merged tokens fetch the first one and are never read.
     """
-    rows = layout.n_rows
+    rows, unit = layout.n_rows, layout.n_patches // len(layout.merged_order)
     window_tiles = _filled(layout.windows.tiles, rows // ROWS_PER_WINDOW_TILE)
     frame_tiles = _filled(layout.frames.tiles, rows // ROWS_PER_FRAME_TILE)
-    merged_order = _filled(layout.merged_order, rows // 4)
+    merged_order = _filled(layout.merged_order, rows // unit)
     if window_tiles is None or frame_tiles is None or merged_order is None:
         return None
     if layout.n_positions > ROTARY_POSITIONS:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qwen_vit.errors import HubError, QwenVitError
 from qwen_vit.strict_json import read_json
+from qwen_vit.weight_files import is_plain_basename
 
 __all__ = ["Source", "find_checkpoint", "packaged_weights"]
 
@@ -135,7 +136,7 @@ def _vision_shards(index: Path) -> list[str]:
     prefix = landmarks[0].removesuffix(LANDMARK)
     shards = [shard for name, shard in weight_map.items() if name.startswith(prefix)]
     for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or not is_plain_basename(shard):
             raise HubError(
                 f"{index} names the shard {shard!r}, expected the plain name of a file; "
                 "do not use this repository"

@@ -1,10 +1,11 @@
 """What a checkpoint is, told without building the model."""
 
+import math
 import os
 import tomllib
 from typing import Any
 
-from qwen_vit.checkpoint import config_hash, expected_tensors, load_checkpoint, weights_hash
+from qwen_vit.checkpoint import config_hash, expected_tensors, load_checkpoint
 from qwen_vit.hub import Source, packaged_weights
 from qwen_vit.image import load_image
 from qwen_vit.patches import patchify
@@ -24,17 +25,17 @@ def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dic
     """
     checkpoint = load_checkpoint(source.folder)
     config, image_config = checkpoint.config, checkpoint.image_config
-    shapes = [tensor.numel() for tensor in checkpoint.tensors.values()]
+    expected = expected_tensors(config)
     facts: dict[str, Any] = {
         "model": source.name,
         "commit": source.commit,
         "licence": licence_of(source.name),
         "folder": str(source.folder),
         "files": ", ".join(path.name for path in checkpoint.files),
-        "tensors": len(expected_tensors(config)),
-        "parameters": sum(shapes),
+        "tensors": len(expected),
+        "parameters": sum(math.prod(shape) for shape in expected.values()),
         "stored_dtype": ", ".join(checkpoint.dtypes),
-        "weights_sha256": weights_hash(checkpoint.tensors),
+        "weights_sha256": checkpoint.weights_sha256(),
         "config_sha256": config_hash(config, image_config),
         "vision_config": config.to_json(),
         "image_config": image_config.to_json(),

@@ -32,6 +32,7 @@ __all__ = ["FILLER_ROWS", "Layout", "Segments", "Tiling", "check_grids", "tile_t
 Integers = npt.NDArray[np.int32]
 
 FILLER_ROWS = 64  # rows that only fill a token budget attend among themselves, this many at a time
+ALIGNED_INTEGERS = 4  # 16 bytes of int32
 MAX_ROWS = 2**31 - 1  # rows are indexed in int32; the kernels widen to int64 before they multiply
 
 
@@ -55,7 +56,7 @@ class _Frame(NamedTuple):
     row_and_column: Integers  # [h * w, 2] of each patch, in window order
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _frame(h: int, w: int, merge: int, window_units: int) -> _Frame:
     unit_h, unit_w = h // merge, w // merge
     unit_row, unit_column = np.divmod(np.arange(unit_h * unit_w, dtype=np.int32), unit_w)
@@ -245,16 +246,31 @@ class Layout:
 
         The host buffer is pinned on the way to a GPU, so that the copy does not wait for it.
         """
-        flat = torch.cat([tensor.reshape(-1) for tensor in self.tensors()])
+        flat = self.flat()
         if device.type == "cuda":
             flat = flat.pin_memory()
         return self.viewing(flat.to(device, non_blocking=True))
 
+    def flat(self) -> torch.Tensor:
+        """Every tensor in one buffer, each beginning at a multiple of 16 bytes.
+
+        Triton compiles a kernel anew for a pointer that does not.
+        """
+        padded = [
+            torch.nn.functional.pad(tensor.reshape(-1), (0, -tensor.numel() % ALIGNED_INTEGERS))
+            for tensor in self.tensors()
+        ]
+        return torch.cat(padded)
+
     def viewing(self, flat: torch.Tensor) -> "Layout":
-        """The same layout, its tensors views of one buffer that holds `tensors()` in order."""
+        """The same layout, its tensors views of a buffer that is laid out as `flat()`."""
         old = self.tensors()
-        parts = flat.split([tensor.numel() for tensor in old])
-        new = [part.view(tensor.shape) for part, tensor in zip(parts, old, strict=True)]
+        lengths = [tensor.numel() for tensor in old]
+        parts = flat.split([length + -length % ALIGNED_INTEGERS for length in lengths])
+        new = [
+            part[: tensor.numel()].view(tensor.shape)
+            for part, tensor in zip(parts, old, strict=True)
+        ]
         return replace(
             self,
             grid_index=new[0],

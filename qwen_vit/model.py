@@ -172,7 +172,7 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList([Block(config, dtype) for _ in range(config.depth)])
         self.merger = PatchMerger(config, dtype)
         self.window_regime = regime_of((config.window_px // config.patch_px) ** 2)
-        self._angles: tuple[Tensor, Tensor] | None = None
+        self.angles: tuple[Tensor, Tensor] | None = None  # of every position so far
 
     def forward(self, patches: Tensor, layout: Layout, output: Output = "merged") -> Tensor:
         """`patches` in grid order, (N, P / 2) uint8 or (N, P) float -> (M, O), or (N, C) un-merged.
@@ -203,12 +203,13 @@ class VisionTower(nn.Module):
         Computed in float64 and rounded once, whatever the tower's dtype: angles kept in bf16 are
         wrong by up to 0.4 in their cosine at position 256.
         """
-        device = self.patch_embed.weight.device
-        if self._angles is None or len(self._angles[0]) < n_positions:
-            config = self.config
-            frequencies = torch.arange(0, config.rotary_pairs, 2, dtype=torch.float64)
-            inverse = config.rope_theta ** -(frequencies / config.rotary_pairs)
+        if self.angles is None or len(self.angles[0]) < n_positions:
+            config, device = self.config, self.patch_embed.weight.device
             size = max(ROTARY_POSITIONS, n_positions)
-            angles = torch.outer(torch.arange(size, dtype=torch.float64), inverse)
-            self._angles = (angles.cos().float().to(device), angles.sin().float().to(device))
-        return self._angles
+            # plain tensors, whatever mode or default device the caller is in
+            with torch.inference_mode(False), torch.device("cpu"):
+                frequencies = torch.arange(0, config.rotary_pairs, 2, dtype=torch.float64)
+                inverse = config.rope_theta ** -(frequencies / config.rotary_pairs)
+                angles = torch.outer(torch.arange(size, dtype=torch.float64), inverse)
+                self.angles = (angles.cos().float().to(device), angles.sin().float().to(device))
+        return self.angles

@@ -8,7 +8,7 @@ from qwen_vit.errors import CheckpointError
 from qwen_vit.safetensors_header import TensorInfo, read_header
 from qwen_vit.strict_json import read_json, show
 
-__all__ = ["StoredTensor", "find_tensors"]
+__all__ = ["StoredTensor", "find_tensors", "is_plain_basename"]
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PREFERRED_FILES = ("model.safetensors", "model" + INDEX_SUFFIX, "vision.safetensors")
@@ -121,7 +121,7 @@ def _read_index(path: Path) -> dict[str, str]:
             f"{path}: weight_map is {show(weight_map)}, expected an object; download it again"
         )
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_plain_basename(shard):
+        if not isinstance(shard, str) or not is_plain_basename(shard):
             raise CheckpointError(
                 f"{path}: {show(name)} is said to be in {show(shard)}, expected the plain name of "
                 "a .safetensors file in the same folder; do not use this checkpoint, or correct "
@@ -130,7 +130,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _is_plain_basename(name: str) -> bool:
+def is_plain_basename(name: str) -> bool:
     return (
         name.endswith(".safetensors")
         and not any(character in name for character in "/\\:\0")

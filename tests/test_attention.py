@@ -347,7 +347,7 @@ ARGUMENTS = ("qkv", "cos", "sin", "cu_seqlens")
     [
         ("qkv", torch.zeros(10, 3, 160), r"qkv has shape \(10, 3, 160\), expected \(N, 3, heads"),
         ("qkv", torch.zeros(10, 2, 2, 80), r"qkv has shape \(10, 2, 2, 80\)"),
-        ("qkv", torch.zeros(10, 3, 2, 81), "even head_dim; reshape"),
+        ("qkv", torch.zeros(10, 3, 2, 81), "even head_dim of at least 2; reshape"),
         ("qkv", torch.zeros(10, 3, 0, 80), r"qkv has shape \(10, 3, 0, 80\)"),
         ("qkv", torch.zeros(10, 3, 2, 80).bfloat16(), "bfloat16 on cpu, expected torch.float32"),
         ("qkv", torch.zeros(10, 3, 2, 80).half(), "float16 on cpu, expected torch.float32"),

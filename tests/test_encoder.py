@@ -23,6 +23,7 @@ from torch import Tensor
 from towers import random_rows
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from qwen_vit import checkpoint as checkpoint_module
 from qwen_vit import encoder as encoder_module
 from qwen_vit import patches as patches_module
 from qwen_vit.checkpoint import load_checkpoint
@@ -627,3 +628,37 @@ def test_a_name_that_is_given_comes_back_as_the_id(tmp_path: Path) -> None:
     assert features.id == str(odd)
     assert os.fsencode(features.id).endswith(b"caf\xe9\n.png")
     assert load_image(odd).name == features.id
+
+
+def test_autocast_around_a_call_changes_nothing() -> None:
+    """Autocast once reached into the products: 6e-3 off, silently."""
+    rows, grid_thw = torch.randn(24, 1176), torch.tensor([[1, 4, 6]])
+    plain = tiny().encode_patches(rows, grid_thw)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tiny().encode_patches(rows, grid_thw), plain)
+
+
+def test_a_default_device_of_the_caller_changes_nothing() -> None:
+    torch.set_default_device("meta")
+    try:
+        encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+        [features] = encoder.encode([np.zeros((56, 84, 3), np.uint8)])
+    finally:
+        torch.set_default_device(None)
+    assert features.embeds is not None
+    assert features.embeds.device.type == "cpu"
+
+
+def test_the_layout_of_an_ambiguous_array_can_be_given() -> None:
+    array = np.zeros((3, 40, 3), np.uint8)
+    with pytest.raises(ImageError, match="layout="):
+        tiny().encode([array])
+    [features] = tiny().encode([array], layout="CHW")
+    assert features.size_px == (40, 3)
+
+
+def test_the_recorded_hash_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    first = encoder.metadata()["weights_sha256"]
+    monkeypatch.setattr(checkpoint_module, "weights_hash", None)
+    assert encoder.metadata()["weights_sha256"] == first

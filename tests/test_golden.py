@@ -381,7 +381,7 @@ def test_a_fault_in_our_code_breaks_a_golden(fault: str, monkeypatch: pytest.Mon
 def test_a_fault_in_our_angles_breaks_a_golden(fault: str) -> None:
     tower = build_tower(TINY_FOLDER)
     cos, sin = tower._rotary_angles(1)
-    tower._angles = {
+    tower.angles = {
         "cos and sin swapped": (sin, cos),
         "angles in bf16": (cos.bfloat16().float(), sin.bfloat16().float()),
         "one angle off": (cos.roll(1, dims=0), sin.roll(1, dims=1)),

@@ -61,6 +61,7 @@ TILES = {
 }
 INTERPRETED_ROWS = 1024  # a program costs milliseconds in the interpreter, whatever its tile holds
 ROTATION_ROWS = 64
+LEAST_HEAD_DIM = 16  # of a GPU's matrix instructions
 
 
 @triton.jit
@@ -404,7 +405,7 @@ def fused_rope_varlen_attention(
 
     bfloat16 and float32 (IEEE, never TF32) on a GPU; float32 on a CPU, in Triton's interpreter. On
     a GPU nothing waits for the host: `cu_seqlens` is never read back, so its values are not
-    checked there. Rows beyond its last value are left unwritten.
+    checked there. Rows beyond its last value are left unwritten. Forward only: no gradient.
 
     Raises ArgumentError for shapes, dtypes or devices that do not fit together.
     """
@@ -441,10 +442,12 @@ def _tile_table_on_device(cu_seqlens: torch.Tensor, n_rows: int, cut: Tiling) ->
 def _check_arguments(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> None:
-    if qkv.dim() != 4 or qkv.shape[1] != 3 or qkv.shape[3] % 2 or qkv.shape[2] == 0:
+    least = 2 if qkv.device.type == "cpu" else LEAST_HEAD_DIM
+    is_fused = qkv.dim() == 4 and qkv.shape[1] == 3 and qkv.shape[2] > 0
+    if not is_fused or qkv.shape[3] % 2 or qkv.shape[3] < least:
         raise ArgumentError(
             f"qkv has shape {tuple(qkv.shape)}, expected (N, 3, heads, head_dim) with an even "
-            "head_dim; reshape the fused projection's output"
+            f"head_dim of at least {least}; reshape the fused projection's output"
         )
     N, _, _, D = qkv.shape
     supported = (torch.float32,) if qkv.device.type == "cpu" else (torch.float32, torch.bfloat16)

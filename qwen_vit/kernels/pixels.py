@@ -36,7 +36,7 @@ def gather_pixels(
     """
     n_rows, P = len(index), pixels.shape[1]
     if pixels.device.type == "cpu":
-        out = torch.zeros((n_rows, width), dtype=dtype)
+        out = torch.zeros((n_rows, width), dtype=dtype, device=pixels.device)
         out[:, :P] = pixels[index.long()].to(dtype) - zero
         return out
     out = torch.empty((n_rows, width), dtype=dtype, device=pixels.device)
