@@ -10,9 +10,7 @@ import io
 import os
 import re
 import stat
-import struct
 import threading
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from PIL import (
 )
 
 from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.image_completeness import ends_early, is_filled_up, promised_bytes
 
 __all__ = ["CODES", "ImageLimits", "ImageSource", "Layout", "RgbImage", "load_image"]
 
@@ -120,19 +119,6 @@ ORIENTATIONS = {  # EXIF tag 274 -> what makes the picture upright
 ORIENTATION_TAG = 274
 
 WHITE = (255, 255, 255)
-
-# PNG: samples per pixel by colour type; (first column, first row, step, step) of Adam7's passes.
-PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-PNG_ONE_PASS = ((0, 0, 1, 1),)
-PNG_ADAM7 = (
-    (0, 0, 8, 8),
-    (4, 0, 8, 8),
-    (0, 4, 4, 8),
-    (2, 0, 4, 4),
-    (0, 2, 2, 4),
-    (1, 0, 2, 2),
-    (0, 1, 1, 2),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,13 +286,13 @@ def _from_bytes(data: bytes, name: str, limits: ImageLimits) -> RgbImage:
     file_format = _identify(data, name)
     reader = _Reader(data)
     with _decoding(data, file_format, name, header=reader):
-        if file_format in ("WEBP", "TIFF") and _promised_bytes(data, file_format) > len(data):
+        if file_format in ("WEBP", "TIFF") and promised_bytes(data, file_format) > len(data):
             raise EOFError  # before Pillow warns about what it misses
         image = DECODERS[file_format](reader, "")
     deep, early_notes = _is_deep(image), _tiff_notes(image)
     with _decoding(data, file_format, name):
         _load(image, name, limits)
-        if _is_filled_up(data, file_format, image):
+        if is_filled_up(data, file_format, image):
             raise EOFError
     pixels, notes = _to_rgb(image, name, deep)
     return RgbImage(pixels, file_format, name, (*early_notes, *notes, *_frame_notes(image)))
@@ -374,7 +360,7 @@ def _decoding(
             isinstance(error, EOFError)
             or "truncat" in text.lower()
             or (header is not None and header.ran_out)
-            or (data is not None and _ends_early(data, file_format))
+            or (data is not None and ends_early(data, file_format))
         ):
             size = "" if data is None else f" after {len(data)} bytes"
             raise _error(
@@ -444,90 +430,6 @@ def _prepare_tiff(image: TiffImagePlugin.TiffImageFile, name: str, limits: Image
         image.im = Image.new(image.mode, (width, height)).im
 
 
-def _ends_early(data: bytes, file_format: str) -> bool:
-    """Whether the file promises more bytes than it has."""
-    try:
-        return _promised_bytes(data, file_format) > len(data)
-    except struct.error:  # not even the promise is complete
-        return True
-
-
-def _promised_bytes(data: bytes, file_format: str) -> int:
-    """The least length that the headers of a container imply; 0 where they say nothing."""
-    if file_format == "WEBP":
-        return int(8 + struct.unpack_from("<I", data, 4)[0])
-    if file_format == "TIFF":
-        order = "<" if data[:2] == b"II" else ">"
-        is_big = data[2:4] in (b"+\0", b"\0+")
-        start = int(
-            struct.unpack_from(order + ("Q" if is_big else "I"), data, 8 if is_big else 4)[0]
-        )
-        entry_bytes, count_format = (20, "Q") if is_big else (12, "H")
-        if start + struct.calcsize(order + count_format) > len(data):
-            return start + 2
-        count = int(struct.unpack_from(order + count_format, data, start)[0])
-        return start + count * entry_bytes
-    if file_format == "AVIF":
-        at = 0
-        while at < len(data):
-            size = int(struct.unpack_from(">I", data, at)[0])
-            if size == 1:
-                size = int(struct.unpack_from(">Q", data, at + 8)[0])
-            if size < 8:  # 0 means: up to the end
-                return 0
-            at += size
-        return at
-    return 0
-
-
-def _is_filled_up(data: bytes, file_format: str, image: Image.Image) -> bool:
-    """Whether the decoder made up pixels that the file does not hold, which two formats allow."""
-    if file_format == "PNG":
-        return _png_misses_rows(data)
-    if file_format == "JPEG":
-        return _jpeg_misses_blocks(data, image)
-    return False
-
-
-def _png_misses_rows(data: bytes) -> bool:
-    """Whether the compressed stream is complete and yet shorter than the picture."""
-    width, height, depth, colour, _, _, interlace = struct.unpack_from(">IIBBBBB", data, 16)
-    bits = depth * PNG_SAMPLES[colour]
-    missing = 0
-    for x, y, x_step, y_step in PNG_ADAM7 if interlace else PNG_ONE_PASS:
-        columns, rows = -(-(width - x) // x_step), -(-(height - y) // y_step)
-        if columns > 0 and rows > 0:
-            missing += rows * (1 + (columns * bits + 7) // 8)
-    inflater, at, piece = zlib.decompressobj(), 8, 2**20
-    while missing > 0 and at + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        chunk = data[at + 8 : at + 8 + length]
-        while kind == b"IDAT" and missing > 0:
-            out = inflater.decompress(chunk, piece)
-            missing -= len(out)
-            chunk = inflater.unconsumed_tail
-            if len(out) < piece:  # all of the chunk is used
-                break
-        at += 12 + length
-    return missing > 0
-
-
-def _jpeg_misses_blocks(data: bytes, image: Image.Image) -> bool:
-    """Whether libjpeg filled missing blocks with mid-grey, which it does without an error.
-
-    Only a picture that ends in exactly that grey is suspect. It is decoded once more with noise
-    before its end marker: a complete picture ignores it, a cut one shows it.
-    """
-    last = image.getpixel((image.width - 1, image.height - 1))
-    if last not in (128, (128, 128, 128), (127,) * 4, (128,) * 4):
-        return False
-    end = data.rfind(b"\xff\xd9")
-    noise = bytes(range(1, 255)) * 16
-    again = JpegImagePlugin.JpegImageFile(io.BytesIO(data[:end] + noise + data[end:]), "")
-    again.load()
-    return again.tobytes() != image.tobytes()
-
-
 def _frame_notes(image: Image.Image) -> tuple[str, ...]:
     """Counted last: counting moves through the file. A damaged later frame does not matter."""
     try:
@@ -551,7 +453,7 @@ def _from_pil(image: Image.Image, name: str, limits: ImageLimits) -> RgbImage:
         data = _lazy_bytes(image, limits)
         with _decoding(data, file_format, name):
             _load(image, name, limits)
-            if data is not None and _is_filled_up(data, file_format, image):
+            if data is not None and is_filled_up(data, file_format, image):
                 raise EOFError
     pixels, notes = _to_rgb(image, name, deep)
     return RgbImage(pixels, "PIL", name, (*early_notes, *notes))
