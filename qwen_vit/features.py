@@ -7,6 +7,7 @@ order and the same features must give the same bytes.
 """
 
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,13 +81,19 @@ def write_features(
             f"{path}: the embeddings of {broken[0]!r} ({len(broken)} of {len(ids)} images) hold "
             "NaN or infinity; check the checkpoint with `qwen-vit info`, and try float32"
         )
+    patches_per_row = _patches_per_row(path, good)
     lengths = torch.tensor([len(e) for e in embeds], dtype=torch.int64)
     tensors = {
         "image_embeds": torch.cat(embeds),
         "image_grid_thw": torch.tensor([f.grid_thw for f in good], dtype=torch.int64),
         "image_token_offsets": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
     }
-    facts = {**metadata, "schema_version": SCHEMA_VERSION, "ids": ids}
+    facts = {
+        **metadata,
+        "schema_version": SCHEMA_VERSION,
+        "ids": ids,
+        "patches_per_row": patches_per_row,
+    }
     try:
         text = json.dumps(facts, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -121,6 +128,27 @@ def _write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     finally:  # whatever stopped it, an interrupt too
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _patches_per_row(path: Path, features: Sequence[ImageFeatures]) -> int:
+    """4 for merged tokens, 1 for patches: the same for every image, as its grid has it."""
+    found: dict[int, str] = {}
+    for feature in features:
+        n_rows = 0 if feature.embeds is None else len(feature.embeds)
+        n_patches = math.prod(feature.grid_thw or (0,))
+        if n_rows == 0 or n_patches % n_rows:
+            raise ExportError(
+                f"{path}: {feature.id!r} has {n_rows} rows for a grid of {feature.grid_thw}, which "
+                "is not a whole number of patches each; write what `encode` returned"
+            )
+        found.setdefault(n_patches // n_rows, feature.id)
+    if len(found) > 1:
+        (first, one), (second, other), *_ = found.items()
+        raise ExportError(
+            f"{path}: {one!r} has {first} patches per row and {other!r} has {second}, expected the "
+            'same; write merged and output="patch" features to files of their own'
+        )
+    return next(iter(found))
 
 
 class FeatureFile:

@@ -373,3 +373,19 @@ def test_an_image_is_read_only_when_it_is_asked_for(
     assert slices == []
     assert read["b"].grid_thw == (1, 2, 4)
     assert slices == ["image_embeds"]
+
+
+def test_merged_and_patch_features_do_not_share_a_file(tmp_path: Path) -> None:
+    merged = ImageFeatures("a.jpg", torch.zeros(4, 8), (1, 4, 4))
+    patch = ImageFeatures("b.jpg", torch.zeros(16, 8), (1, 4, 4))
+    with pytest.raises(ExportError, match=r"4 patches per row and .b\.jpg. has 1"):
+        write_features(tmp_path / "f.safetensors", [merged, patch], {})
+    for features, expected in ((merged, 4), (patch, 1)):
+        path = write_features(tmp_path / f"{expected}.safetensors", [features], {})
+        assert load_features(path).metadata["patches_per_row"] == expected
+
+
+def test_rows_that_do_not_fit_their_grid_are_refused(tmp_path: Path) -> None:
+    wrong = ImageFeatures("a.jpg", torch.zeros(5, 8), (1, 4, 4))
+    with pytest.raises(ExportError, match=r".a\.jpg. has 5 rows for a grid of"):
+        write_features(tmp_path / "f.safetensors", [wrong], {})
