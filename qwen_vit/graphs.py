@@ -90,7 +90,7 @@ class GraphRunner:
 
     def _record(self, static: Layout, indices: Tensor, width: int) -> _Recorded:
         pixels = torch.zeros((static.n_rows, width), dtype=torch.uint8, device=self._device)
-        on_device = indices.to(self._device)
+        on_device = indices.to(self._device, copy=True)
         layout = static.viewing(on_device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
