@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from qwen_vit.strict_json import read_json
 from qwen_vit.weight_files import StoredTensor, find_tensors
 
 __all__ = [
+    "LANDMARK",
     "Checkpoint",
     "config_hash",
     "convert",
@@ -33,6 +34,7 @@ __all__ = [
     "padded_mlp_size",
     "padded_pixel_size",
     "pixel_weight_exponent",
+    "tower_prefixes",
     "weights_hash",
 ]
 
@@ -222,12 +224,21 @@ def _read_image_config(folder: Path) -> tuple[ImageConfig, Path | None]:
     return ImageConfig.from_json({}), None
 
 
-def _find_prefix(names: set[str], folder: Path) -> str:
-    prefixes = sorted(
+def tower_prefixes(names: Iterable[str]) -> list[str]:
+    """Return what stands before each vision tower's tensors, sorted; one for a usual checkpoint.
+
+    >>> tower_prefixes(["visual.patch_embed.proj.weight", "model.norm.weight"])
+    ['visual.']
+    """
+    return sorted(
         name.removesuffix(LANDMARK)
         for name in names
         if name == LANDMARK or name.endswith(f".{LANDMARK}")
     )
+
+
+def _find_prefix(names: set[str], folder: Path) -> str:
+    prefixes = tower_prefixes(names)
     if len(prefixes) > 1:
         raise CheckpointError(
             f"{folder} holds {len(prefixes)} vision towers, under {', '.join(prefixes[:5])}; "

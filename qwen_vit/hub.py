@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_vit.checkpoint import LANDMARK, tower_prefixes
 from qwen_vit.errors import HubError, QwenVitError
 from qwen_vit.strict_json import read_json
 from qwen_vit.weight_files import is_plain_basename
@@ -21,7 +22,6 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT_IN_CACHE = re.compile(r"/snapshots/([0-9a-f]{40})(/|$)")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SETTINGS = ("preprocessor_config.json", "processor_config.json")
-LANDMARK = "patch_embed.proj.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +127,13 @@ def _vision_shards(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise HubError(f"{index} has no weight_map, expected one; delete it and download it again")
-    landmarks = [name for name in weight_map if name.endswith(LANDMARK)]
-    if not landmarks:
+    prefixes = tower_prefixes(weight_map)
+    if not prefixes:
         raise HubError(
             f"{index} names no {LANDMARK}, expected a Qwen2.5-VL vision tower; choose a repository "
             "that holds one"
         )
-    prefix = landmarks[0].removesuffix(LANDMARK)
-    shards = [shard for name, shard in weight_map.items() if name.startswith(prefix)]
+    shards = [shard for name, shard in weight_map.items() if name.startswith(prefixes[0])]
     for shard in shards:
         if not isinstance(shard, str) or not is_plain_basename(shard):
             raise HubError(
