@@ -9,7 +9,8 @@ from qwen_vit.errors import (
     ImageError,
     QwenVitError,
 )
-from qwen_vit.features import ImageFeatures, load_features, write_features
+from qwen_vit.feature_files import load_features
+from qwen_vit.features import ImageFeatures, write_features
 from qwen_vit.image import ImageLimits
 from qwen_vit.kernels.attention import fused_rope_varlen_attention
 

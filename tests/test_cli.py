@@ -20,7 +20,7 @@ from qwen_vit import __version__
 from qwen_vit import cli as cli_module
 from qwen_vit import features as features_module
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.features import load_features
+from qwen_vit.feature_files import load_features
 
 ROOT = Path(__file__).resolve().parent.parent
 CHELSEA = ROOT / "tests" / "images" / "chelsea.png"
