@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from oracle import Trace, pixel_rows, relative_error
+from oracle import pixel_rows
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from qwen_vit import differences
+from qwen_vit.differences import LARGEST_FP32_ERROR, RELATIVE_TOLERANCE, relative_error
+from qwen_vit.oracle import Trace
 
 TESTS = Path(__file__).resolve().parent
 GOLDEN_FOLDER = TESTS / "golden"
@@ -30,8 +34,6 @@ PATCH_PX, MERGE = 14, 2
 FACTOR_PX = PATCH_PX * MERGE
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-RELATIVE_TOLERANCE = 1e-5  # 100 float32 roundings; two honest fp32 towers are 1e-6 apart here
-LARGEST_FP32_ERROR = 1e-4  # twice what 32 blocks of peaked attention were seen to reach
 
 GridTuple = tuple[int, int, int]
 
@@ -108,7 +110,7 @@ def photograph(path: Path) -> np.ndarray:
 
 
 def fp32_budget(reference: Tensor, oracle: Tensor) -> float:
-    """How far an fp32 tower may be from Hugging Face's: 1e-5, or twice its own fp32 error.
+    """How far an fp32 tower may be from Hugging Face's, by the numbers policy.
 
     An error beyond any rounding means that the reference is wrong, and must not excuse others.
     """
@@ -118,7 +120,7 @@ def fp32_budget(reference: Tensor, oracle: Tensor) -> float:
             f"the reference is {error:.1e} from the float64 oracle, expected at most "
             f"{LARGEST_FP32_ERROR:.0e}: it is not the same model on the same input"
         )
-    return max(RELATIVE_TOLERANCE, 2 * error)
+    return differences.fp32_budget(error)
 
 
 def assert_stages_close(

@@ -48,7 +48,7 @@ PLANTED = (
     ("encoder.py", "from huggingface_hub import HfApi", "imports huggingface_hub, which only hub"),
     ("features.py", "import transformers", "imports transformers at module level"),
     ("features.py", "if 1:\n    import torchvision", "imports torchvision at module level"),
-    ("image.py", "def f():\n    import transformers", "imports transformers, which only compare"),
+    ("image.py", "def f():\n    import transformers", "imports transformers, which only features"),
     ("image.py", "import importlib\nimportlib.import_module('triton')", "imports triton, which"),
     ("image.py", "import pickle", "imports pickle"),
     ("checkpoint.py", "import torch\ntorch.load('x')", "torch.load"),

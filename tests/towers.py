@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Trace, relative_error
-from torch import Tensor, nn
+from torch import Tensor
 
+from qwen_vit import trace
 from qwen_vit.checkpoint import load_checkpoint
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.convert import convert
-from qwen_vit.kernels.attention import regime_of, tiling
+from qwen_vit.differences import relative_error
 from qwen_vit.layout import Layout
 from qwen_vit.model import VisionTower
+from qwen_vit.oracle import Trace
 
 CPU = torch.device("cpu")
 
@@ -59,19 +60,10 @@ def layout_for(
     dtype: torch.dtype = torch.float32,
     n_rows: int | None = None,
 ) -> Layout:
-    """The layout with the tiles that the kernels of this device want, on this device."""
-    device = torch.device(device)
-    window_regime = regime_of((config.window_px // config.patch_px) ** 2)
-    return Layout.from_grids(
-        as_grids(grids),
-        config,
-        window_tiling=tiling(device, dtype, window_regime),
-        frame_tiling=tiling(device, dtype, "frame"),
-        n_rows=n_rows,
-    ).to(device)
+    """`qwen_vit.trace.layout_for`, with defaults for a CPU and grids of any kind."""
+    return trace.layout_for(as_grids(grids), config, torch.device(device), dtype, n_rows)
 
 
-@torch.no_grad()
 def tower_trace(
     tower: VisionTower,
     patches: Tensor,
@@ -80,34 +72,11 @@ def tower_trace(
     n_rows: int | None = None,
     layout: Layout | None = None,
 ) -> Trace:
-    """Run the tower and return its stages as the oracle does, without the filler rows.
-
-    "patch_embed" (N, C) in grid order; "block.0".. (N, C) in window order; "merger" row-major.
-    """
+    """Run the tower and return its stages as the oracle does, without the filler rows."""
     weight = tower.patch_embed.weight
     if layout is None:
         layout = layout_for(grids, tower.config, weight.device, weight.dtype, n_rows)
-    trace: Trace = {}
-
-    def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor | tuple[Tensor, Tensor]) -> None:
-            if isinstance(output, tuple):  # a block: the residual stream, and what to add to it
-                output = output[0] + output[1]
-            trace[name] = output[: layout.n_patches].clone()
-
-        return hook
-
-    stages: dict[str, nn.Module] = {"patch_embed": tower.patch_embed}
-    stages |= {f"block.{i}": block for i, block in enumerate(tower.blocks)}
-    hooks = [module.register_forward_hook(record(name)) for name, module in stages.items()]
-    try:
-        merged = tower(patches.to(weight.device), layout)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    in_grid_order = torch.empty_like(trace["patch_embed"])
-    in_grid_order[layout.grid_index[: layout.n_patches].long()] = trace["patch_embed"]
-    return trace | {"patch_embed": in_grid_order, "merger": merged}
+    return trace.trace_tower(tower, patches, layout)
 
 
 def per_image(merged: Tensor, grids: Iterable[Any], merge_unit: int = 4) -> tuple[Tensor, ...]:

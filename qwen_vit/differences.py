@@ -1,0 +1,149 @@
+"""How far apart two results are, and how far apart they may be.
+
+The numbers policy, in one place. No tolerance is chosen to pass: each follows from the distance of
+Hugging Face's own result from a float64 oracle, and is printed beside what was measured.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from qwen_vit.errors import ArgumentError
+
+__all__ = ["Difference", "Verdict", "fp32_budget", "judge", "relative_error"]
+
+RELATIVE_TOLERANCE = 1e-5  # 100 float32 roundings; two honest float32 towers are about 1e-6 apart
+LARGEST_FP32_ERROR = 1e-4  # twice what 32 blocks of peaked attention were seen to reach
+LARGEST_BF16_RATIO = 1.01
+LARGEST_GOLDEN_DRIFT = 1.01  # the same tensors and the same oracle: all that may differ is rounding
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||, Frobenius, in float64; NaN anywhere gives infinity.
+
+    >>> relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0]))
+    0.2
+    """
+    if a.shape != b.shape:
+        raise ArgumentError(
+            f"the results have shapes {tuple(a.shape)} and {tuple(b.shape)}, expected the same; "
+            "compare results of one input"
+        )
+    b = b.double()
+    distance, norm = float((a.to(b) - b).norm()), float(b.norm())
+    if distance == 0:
+        return 0.0
+    error = distance / norm if norm else float("inf")
+    return error if error == error else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One result against another, (rows, values) each; cosines are per row, that is per token."""
+
+    relative: float
+    largest: float  # absolute
+    worst_cosine: float
+    mean_cosine: float
+
+    @classmethod
+    def between(cls, a: Tensor, b: Tensor) -> Self:
+        """Measure `a` against `b`, in float64.
+
+        >>> Difference.between(torch.eye(2), torch.eye(2))
+        Difference(relative=0.0, largest=0.0, worst_cosine=1.0, mean_cosine=1.0)
+        """
+        relative = relative_error(a, b)
+        a, b = a.double(), b.to(a.device).double()
+        norms = a.norm(dim=1) * b.norm(dim=1)
+        # a row of zeros points nowhere: two of them agree, one and another do not
+        is_zero = norms == 0
+        cosines = torch.where(
+            is_zero, (a == b).all(1).double(), (a * b).sum(1) / norms.masked_fill(is_zero, 1)
+        )
+        cosines = cosines.nan_to_num(-1.0).clamp(-1, 1)
+        largest = float((a - b).abs().amax()) if a.numel() else 0.0
+        return cls(
+            relative,
+            largest if largest == largest else float("inf"),
+            float(cosines.min()) if len(cosines) else 1.0,
+            float(cosines.mean()) if len(cosines) else 1.0,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was measured at a stage beside what is allowed; `problem` is empty where it holds."""
+
+    measured: float
+    allowed: float
+    problem: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether the numbers policy is kept."""
+        return not self.problem
+
+
+def fp32_budget(reference_error: float) -> float:
+    """How far from Hugging Face's a float32 stage may be: 1e-5, or twice its own error if larger.
+
+    >>> fp32_budget(1e-6), fp32_budget(2e-5)
+    (1e-05, 4e-05)
+    """
+    return max(RELATIVE_TOLERANCE, 2 * reference_error)
+
+
+def judge(
+    dtype: torch.dtype,
+    *,
+    apart: float,
+    ours: float,
+    theirs: float,
+    recorded: float | None = None,
+) -> Verdict:
+    """Apply the numbers policy to one stage.
+
+    >>> judge(torch.float32, apart=2e-6, ours=1e-6, theirs=1e-6).holds
+    True
+    >>> judge(torch.bfloat16, apart=3e-3, ours=2.2e-3, theirs=2.0e-3).problem
+    'ours is 1.1 times as far from float64 as Hugging Face, allowed 1.01'
+
+    `apart` is our relative distance from Hugging Face's result; `ours` and `theirs` are the two
+    distances from the float64 oracle; `recorded` is theirs as a golden file states it. In float32
+    `apart` is bounded, in bfloat16 the ratio of ours and theirs. A reference that is too far from
+    the truth is never a yardstick: in float32 beyond 1e-4, in bfloat16 as far as zeros would be,
+    and a golden one farther than it was when it was made.
+    """
+    is_fp32 = dtype == torch.float32
+    own_error = theirs if recorded is None else recorded
+    if is_fp32:
+        measured, allowed = apart, fp32_budget(own_error)
+        problem = f"{measured:.2g} from Hugging Face, allowed {allowed:.2g}"
+    else:
+        measured, allowed = _ratio(ours, own_error), LARGEST_BF16_RATIO
+        problem = (
+            f"ours is {measured:.3g} times as far from float64 as Hugging Face, allowed {allowed:g}"
+        )
+    if measured <= allowed:
+        problem = ""
+    limit = LARGEST_FP32_ERROR if is_fp32 else 1.0
+    if not theirs <= limit:
+        problem = (
+            f"Hugging Face is {theirs:.2g} from the float64 oracle of these weights, expected at "
+            f"most {limit:g}: not the same model, or not the same input"
+        )
+    elif recorded is not None and not theirs <= LARGEST_GOLDEN_DRIFT * recorded:
+        problem = (
+            f"the golden is {theirs:.3g} from the float64 oracle of these weights, and was "
+            f"{recorded:.3g} from that of its own: other weights"
+        )
+    return Verdict(measured, allowed, problem)
+
+
+def _ratio(ours: float, theirs: float) -> float:
+    if theirs:
+        return ours / theirs
+    return 1.0 if ours == 0 else float("inf")
