@@ -4,6 +4,7 @@ from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import (
     ArgumentError,
     CheckpointError,
+    ComparisonError,
     ExportError,
     HubError,
     ImageError,
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "CheckpointError",
+    "ComparisonError",
     "ExportError",
     "HubError",
     "ImageError",

@@ -3,6 +3,7 @@
 __all__ = [
     "ArgumentError",
     "CheckpointError",
+    "ComparisonError",
     "ExportError",
     "HubError",
     "ImageError",
@@ -35,6 +36,10 @@ class ArgumentError(QwenVitError, ValueError):
 
 class CheckpointError(QwenVitError, ValueError):
     """A checkpoint's weights or configuration are missing, damaged or of another model."""
+
+
+class ComparisonError(QwenVitError):
+    """Two results cannot be compared: a golden file is damaged, or of another model or setting."""
 
 
 class HubError(QwenVitError):

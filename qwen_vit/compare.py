@@ -1,0 +1,484 @@
+"""Do we agree with Hugging Face on a checkpoint and some images, and who is nearer to the truth?
+
+For every image: the processors' pixels, then the tower stage by stage, ours against Hugging Face's
+and both against a float64 oracle. Hugging Face runs here, or a golden file says what it computed.
+One image at a time; of each tower its stages are held in its own dtype, of the oracle one stage.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from qwen_vit.config import Grid, ImageConfig
+from qwen_vit.differences import RELATIVE_TOLERANCE, Difference, Verdict, judge, relative_error
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import ComparisonError, ImageError
+from qwen_vit.golden import Case, Golden, write_golden
+from qwen_vit.image import load_image
+from qwen_vit.layout import Layout
+from qwen_vit.oracle import Oracle, Trace
+from qwen_vit.patches import Patches, patchify
+from qwen_vit.reference import (
+    PROCESSORS,
+    Attention,
+    Processed,
+    Processor,
+    check_transformers,
+    hf_tower,
+    hf_trace,
+    package_versions,
+    process,
+)
+from qwen_vit.trace import layout_for, trace_tower
+
+__all__ = [
+    "Comparison",
+    "ImageComparison",
+    "Maps",
+    "Preprocessing",
+    "Stage",
+    "compare",
+    "compare_with_golden",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """Our pixels against one of Hugging Face's processors.
+
+    `values_differ` counts pixel values that are another grey level, of `values`; `largest_levels`
+    is how far apart they are at most, of 255. Both are None where the grids already differ.
+    """
+
+    processor: str
+    grid_thw: tuple[int, int, int]  # theirs
+    same_grid: bool
+    values: int
+    values_differ: int | None
+    largest_levels: int | None
+    relative: float | None  # of the normalised values
+
+    @property
+    def holds(self) -> bool:
+        """Same grid, and normalised values within 1e-5: one grey level off would be more."""
+        return self.same_grid and (self.relative or 0.0) <= RELATIVE_TOLERANCE
+
+    @property
+    def is_judged(self) -> bool:
+        """The torchvision processor resizes in another way: reported, never a failure of ours."""
+        return self.processor == "pillow"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage: ours against Hugging Face's, both against float64, and what the policy says."""
+
+    name: str
+    difference: Difference
+    ours: float  # relative error against float64
+    theirs: float
+    verdict: Verdict
+
+    @property
+    def ratio(self) -> float:
+        """Our error over theirs: below 1, ours is nearer to the truth."""
+        if self.theirs:
+            return self.ours / self.theirs
+        return 1.0 if self.ours == 0 else float("inf")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Maps:
+    """What a report draws: the picture that the tower saw, and some stages in raster order."""
+
+    rgb: Tensor  # (height, width, 3) uint8
+    stages: dict[str, tuple[Tensor, Tensor]]  # ours and theirs: (rows, columns, values)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageComparison:
+    """Everything about one image."""
+
+    id: str
+    sha256: str
+    size_px: tuple[int, int]  # height, width
+    grid: Grid
+    tower_input: str  # what our tower was given
+    preprocessing: tuple[Preprocessing, ...]
+    stages: tuple[Stage, ...]
+    maps: Maps | None
+
+    @property
+    def problems(self) -> list[str]:
+        """What breaks the policy, in the order in which it is computed."""
+        pixels = [
+            f"preprocessing ({part.processor}): {_pixel_problem(part)}"
+            for part in self.preprocessing
+            if part.is_judged and not part.holds
+        ]
+        return pixels + [
+            f"{stage.name}: {stage.verdict.problem}"
+            for stage in self.stages
+            if not stage.verdict.holds
+        ]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """The outcome for all images; `holds` is what the exit code says."""
+
+    facts: dict[str, Any]  # model, device, dtype, attention, processor, versions, golden, weights
+    images: tuple[ImageComparison, ...]
+    skipped: tuple[tuple[str, ImageError], ...]
+
+    @property
+    def holds(self) -> bool:
+        """Every stage of every image keeps the numbers policy, and none was skipped."""
+        return not self.skipped and not any(image.problems for image in self.images)
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole comparison as JSON values; what is not finite becomes null."""
+        document = {
+            **self.facts,
+            "agrees": self.holds,
+            "images": [
+                {
+                    "id": image.id,
+                    "sha256": image.sha256,
+                    "size_px": image.size_px,
+                    "grid_thw": (image.grid.t, image.grid.h, image.grid.w),
+                    "tower_input": image.tower_input,
+                    "preprocessing": [
+                        {**asdict(part), "holds": part.holds, "judged": part.is_judged}
+                        for part in image.preprocessing
+                    ],
+                    "stages": [
+                        {
+                            "stage": stage.name,
+                            **asdict(stage.difference),
+                            "ours_against_float64": stage.ours,
+                            "theirs_against_float64": stage.theirs,
+                            "ratio": stage.ratio,
+                            **asdict(stage.verdict),
+                            "holds": stage.verdict.holds,
+                        }
+                        for stage in image.stages
+                    ],
+                    "problems": image.problems,
+                }
+                for image in self.images
+            ],
+            "skipped": [
+                {"id": name, "code": error.code, "message": str(error)}
+                for name, error in self.skipped
+            ],
+        }
+        return _finite(document)  # type: ignore[no-any-return]
+
+
+def compare(
+    encoder: VisionEncoder,
+    images: Sequence[str | os.PathLike[str]],
+    *,
+    attention: Attention = "sdpa",
+    processor: Processor = "pillow",
+    save_golden: Path | None = None,
+    keep_maps: bool = False,
+) -> Comparison:
+    """Run Hugging Face's tower and ours on images, stage by stage.
+
+    >>> from qwen_vit import VisionEncoder
+    >>> encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=50_176)
+    >>> compare(encoder, ["tests/images/chelsea.png"]).holds
+    True
+
+    `processor` makes the pixels that both towers are compared on; every other one that is installed
+    is reported, too. `save_golden` writes what Hugging Face computed. `keep_maps` keeps what a
+    report draws. An image that cannot be read is skipped and reported. Raises ArgumentError without
+    a transformers that can be used, or where the attention is not installed.
+    """
+    check_transformers()
+    config = encoder.config
+    theirs = hf_tower(encoder.checkpoint.tensors, config, encoder.dtype, encoder.device, attention)
+    kept: list[Case] = []
+
+    def case_of(name: str) -> tuple[Case, list[Preprocessing], Patches]:
+        rgb = load_image(name)
+        patches = patchify(rgb.pixels, encoder.image_config, name=name)
+        found = {
+            each: process(rgb.pixels, encoder.image_config, each)
+            for each in PROCESSORS
+            if each in (processor, "pillow") or "torchvision" in package_versions()
+        }
+        pixels = [
+            _compare_pixels(each, patches, done, encoder.image_config)
+            for each, done in found.items()
+        ]
+        rows, grid = found[processor]
+        case = Case(
+            name, _sha256(name), (rgb.height, rgb.width), rows, grid,
+            hf_trace(theirs, rows, [grid]),
+        )  # fmt: skip
+        return case, pixels, patches
+
+    def results() -> Iterator[ImageComparison | tuple[str, ImageError]]:
+        for name in map(os.fsdecode, images):
+            try:
+                case, pixels, patches = case_of(name)
+                result = _compare_case(encoder, case, pixels, patches, keep_maps)
+            except ImageError as error:
+                yield name, error
+                continue
+            except torch.cuda.OutOfMemoryError:
+                yield name, _out_of_memory(name, encoder)
+                continue
+            if save_golden is not None:
+                kept.append(_measured(case, result))
+            yield result
+
+    done = _collected(results())
+    reference = {
+        "attention": attention,
+        "processor": processor,
+        "versions": package_versions(),
+        "device": _device_name(encoder.device),
+    }
+    if save_golden is not None:
+        if not kept:
+            raise ComparisonError(
+                f"{save_golden} would hold no image: every one of {len(images)} failed"
+            )
+        write_golden(save_golden, encoder, kept, reference)
+    facts = {**_facts_of(encoder), "reference": reference, "golden": None}
+    return Comparison(facts, *done)
+
+
+def compare_with_golden(
+    encoder: VisionEncoder,
+    golden: Golden,
+    images: Sequence[str | os.PathLike[str]] = (),
+    *,
+    processor: Processor = "pillow",
+    keep_maps: bool = False,
+) -> Comparison:
+    """Compare our tower with what a golden file says of Hugging Face's; transformers is not needed.
+
+    With `images`, those alone, our own pixels included: each must be one of the golden's, by its
+    sha256. Without, every image of the golden, from its pixel values. Other weights than the
+    golden's are compared nevertheless, and named. Raises ComparisonError for a golden of another
+    configuration, dtype or processor, or an image that it does not hold.
+    """
+    golden.check_fits(encoder, processor)
+    chosen = _chosen(golden, images)
+
+    def results() -> Iterator[ImageComparison | tuple[str, ImageError]]:
+        for index, name in chosen:
+            case = golden.case(index)
+            try:
+                pixels, patches = [], None
+                if name is not None:
+                    rgb = load_image(name)
+                    patches = patchify(rgb.pixels, encoder.image_config, name=name)
+                    done = Processed(case.pixel_values, case.grid)
+                    pixels = [_compare_pixels(processor, patches, done, encoder.image_config)]
+                yield _compare_case(encoder, case, pixels, patches, keep_maps)
+            except ImageError as error:
+                yield case.id, error
+            except torch.cuda.OutOfMemoryError:
+                yield case.id, _out_of_memory(case.id, encoder)
+
+    done = _collected(results())
+    facts = {
+        **_facts_of(encoder),
+        "reference": {
+            key: golden.facts[key] for key in ("attention", "processor", "versions", "device")
+        },
+        "golden": {
+            "path": str(golden.path),
+            **{key: golden.facts[key] for key in ("model", "commit", "weights_sha256")},
+            "changed_weights": golden.changed_weights(encoder),
+        },
+    }
+    return Comparison(facts, *done)
+
+
+def _compare_case(
+    encoder: VisionEncoder,
+    case: Case,
+    pixels: Sequence[Preprocessing],
+    patches: Patches | None,
+    keep_maps: bool,
+) -> ImageComparison:
+    """Our tower on the case's input, every stage measured as the oracle reaches it."""
+    from_pixels = patches is not None and any(
+        part.processor == "pillow" and part.holds for part in pixels
+    )
+    rows = case.pixel_values.to(encoder.device)
+    given = patches.pixels if patches is not None and from_pixels else rows
+    layout = layout_for([case.grid], encoder.config, encoder.device, encoder.dtype)
+    ours = trace_tower(encoder.tower, given, layout)
+    theirs = {name: values.to(encoder.device) for name, values in case.trace.items()}
+    oracle = Oracle(encoder.checkpoint.tensors, encoder.config, device=encoder.device)
+    stages = []
+    for name, truth in oracle.stages(rows, [case.grid]):
+        difference = Difference.between(ours[name], theirs[name])
+        our_error, their_error = (
+            relative_error(ours[name], truth),
+            relative_error(theirs[name], truth),
+        )
+        verdict = judge(
+            encoder.dtype,
+            apart=difference.relative,
+            ours=our_error,
+            theirs=their_error,
+            recorded=None if case.errors is None else case.errors[name],
+        )
+        stages.append(Stage(name, difference, our_error, their_error, verdict))
+    maps = _maps(encoder, case, ours, theirs, layout) if keep_maps else None
+    return ImageComparison(
+        case.id, case.sha256, case.size_px, case.grid,
+        "uint8 pixels" if from_pixels else "pixel values of the processor",
+        tuple(pixels), tuple(stages), maps,
+    )  # fmt: skip
+
+
+def _compare_pixels(
+    processor: str, patches: Patches, theirs: Processed, config: ImageConfig
+) -> Preprocessing:
+    [grid] = patches.grids
+    grid_thw = (theirs.grid.t, theirs.grid.h, theirs.grid.w)
+    if grid != theirs.grid:
+        return Preprocessing(
+            processor, grid_thw, False, theirs.pixel_values.numel(), None, None, None
+        )
+    ours = patches.to_rows(config)
+    std = torch.tensor(config.image_std).repeat_interleave(ours.shape[1] // 3)
+    levels = ((ours - theirs.pixel_values).abs() * std * 255).round()
+    return Preprocessing(
+        processor,
+        grid_thw,
+        True,
+        ours.numel(),
+        int(levels.count_nonzero()),
+        int(levels.max()),
+        relative_error(ours, theirs.pixel_values),
+    )
+
+
+def _pixel_problem(part: Preprocessing) -> str:
+    if not part.same_grid:
+        return f"its grid is {part.grid_thw}, ours is another"
+    return (
+        f"{part.values_differ} of {part.values} values are another grey level, up to "
+        f"{part.largest_levels} of 255; {part.relative:.2g} apart, allowed {RELATIVE_TOLERANCE:g}"
+    )
+
+
+def _maps(encoder: VisionEncoder, case: Case, ours: Trace, theirs: Trace, layout: Layout) -> Maps:
+    """Four stages in raster order, and the picture as the processor's pixel values have it."""
+    config, image_config = encoder.config, encoder.image_config
+    h, w, merge = case.grid.h, case.grid.w, config.spatial_merge_size
+    raster, index = layout.raster_order.long(), layout.grid_index.long()
+    full = min(config.fullatt_block_indexes, default=0)
+    shown = dict.fromkeys(("patch_embed", f"block.{full}", f"block.{config.depth - 1}", "merger"))
+
+    def as_map(name: str, values: Tensor) -> Tensor:
+        if name == "merger":
+            return values.view(h // merge, w // merge, -1).cpu()
+        return (values[index] if name == "patch_embed" else values)[raster].view(h, w, -1).cpu()
+
+    mean, std = (torch.tensor(x) for x in (image_config.image_mean, image_config.image_std))
+    picture = rearrange(
+        case.pixel_values,
+        "(h w mh mw) (c frames ph pw) -> frames (h mh ph) (w mw pw) c",
+        h=h // merge, w=w // merge, mh=merge, mw=merge, c=3,
+        ph=config.patch_px, pw=config.patch_px,
+    )[0]  # fmt: skip
+    rgb = ((picture * std + mean) * 255).round().clamp(0, 255).byte()
+    return Maps(
+        rgb, {name: (as_map(name, ours[name]), as_map(name, theirs[name])) for name in shown}
+    )
+
+
+def _measured(case: Case, result: ImageComparison) -> Case:
+    """The case with its errors, on the host, as a golden file keeps it."""
+    trace = {name: values.cpu() for name, values in case.trace.items()}
+    errors = {stage.name: stage.theirs for stage in result.stages}
+    return Case(
+        case.id, case.sha256, case.size_px, case.pixel_values.cpu(), case.grid, trace, errors
+    )
+
+
+def _chosen(
+    golden: Golden, images: Sequence[str | os.PathLike[str]]
+) -> list[tuple[int, str | None]]:
+    """The golden's cases to compare, and the image file of each where one was given."""
+    if not images:
+        return [(index, None) for index in range(len(golden))]
+    chosen: list[tuple[int, str | None]] = []
+    for name in map(os.fsdecode, images):
+        load_image(name)  # its errors are better than those of reading the bytes
+        index = golden.index_of(_sha256(name))
+        if index is None:
+            known = ", ".join(image["id"] for image in golden.facts["images"])
+            raise ComparisonError(
+                f"{name} is not one of the images of {golden.path} ({known}): its sha256 is "
+                f"{_sha256(name)[:16]}...; pass one of those, or none to compare them all"
+            )
+        chosen.append((index, name))
+    return chosen
+
+
+def _collected(
+    results: Iterator[ImageComparison | tuple[str, ImageError]],
+) -> tuple[tuple[ImageComparison, ...], tuple[tuple[str, ImageError], ...]]:
+    found = list(results)
+    good = tuple(each for each in found if isinstance(each, ImageComparison))
+    return good, tuple(each for each in found if not isinstance(each, ImageComparison))
+
+
+def _facts_of(encoder: VisionEncoder) -> dict[str, Any]:
+    metadata = encoder.metadata()
+    return {
+        **{key: metadata[key] for key in ("model", "commit", "weights_sha256", "dtype")},
+        "device": _device_name(encoder.device),
+        "versions": metadata["versions"],
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _sha256(name: str) -> str:
+    try:
+        with open(name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ImageError(f"{name} cannot be read ({error.strerror})", code="unreadable") from None
+
+
+def _out_of_memory(name: str, encoder: VisionEncoder) -> ImageError:
+    return ImageError(
+        f"{name}: two towers and a float64 oracle do not fit the memory of {encoder.device}; lower "
+        "--max-pixels, or free memory there",
+        code="out-of-memory",
+    )
+
+
+def _finite(value: Any) -> Any:
+    """JSON has neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    if isinstance(value, float) and not -float("inf") < value < float("inf"):
+        return None
+    return value
