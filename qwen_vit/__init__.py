@@ -1,5 +1,6 @@
 """Images to the embeddings that Qwen2.5-VL's language model sees, and nothing else."""
 
+from qwen_vit.downstream import as_hf_tower, expand_placeholders
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import (
     ArgumentError,
@@ -29,6 +30,8 @@ __all__ = [
     "QwenVitError",
     "VisionEncoder",
     "__version__",
+    "as_hf_tower",
+    "expand_placeholders",
     "fused_rope_varlen_attention",
     "load_features",
     "write_features",

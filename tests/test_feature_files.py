@@ -1,18 +1,23 @@
 """Feature files are read lazily, by position or by id, and every damage is named."""
 
 import json
+import os
+import pickle
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_features import METADATA, features_of
+from test_features import METADATA, ODD_IDS, features_of
 
+from qwen_vit import feature_files
 from qwen_vit.errors import ExportError
-from qwen_vit.feature_files import load_features
+from qwen_vit.feature_files import FailedImage, FeatureFolder, load_features
 from qwen_vit.features import METADATA_KEY, write_features
 
 
@@ -72,9 +77,11 @@ def test_what_is_no_safetensors_file_is_refused(path: Path, content: bytes) -> N
     assert "expected a feature file" in refused(path)
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "none", tmp_path):
-        assert "is not a file, expected a feature file" in refused(path)
+def test_what_is_not_there_or_no_file_is_refused(tmp_path: Path) -> None:
+    assert "is not there, expected a feature file of `qwen-vit encode`" in refused(tmp_path / "x")
+    assert "is a folder without export.json" in refused(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no regular file" in refused(tmp_path / "pipe")
 
 
 def test_other_safetensors_files_are_no_feature_files(path: Path) -> None:
@@ -159,3 +166,329 @@ def test_an_image_is_read_only_when_it_is_asked_for(
     assert slices == []
     assert read["b"].grid_thw == (1, 2, 4)
     assert slices == ["image_embeds"]
+
+
+def test_what_is_written_to_the_rows_stays_in_memory(path: Path) -> None:
+    write_features(path, features_of("a", "b"), METADATA)
+    before = path.read_bytes()
+    rows = load_features(path)["b"].embeds
+    assert rows is not None
+    rows.zero_()
+    assert path.read_bytes() == before
+
+
+# Choices
+
+
+def test_slices_and_lists_choose_images_in_their_order(path: Path) -> None:
+    write_features(path, features_of(*"abcdef"), METADATA)
+    features = load_features(path)
+    for key, expected in (
+        (slice(2, 5), "cde"),
+        (slice(None, None, -2), "fdb"),
+        (slice(4, 100), "ef"),
+        (slice(3, 3), ""),
+        ([5, 0, -1], "faf"),
+        (["d", "a"], "da"),
+    ):
+        chosen = features[key]
+        assert list(chosen.ids) == list(expected)
+        assert len(chosen) == len(expected)
+        assert [image.id for image in chosen] == list(expected)
+        assert [image.grid_thw for image in chosen] == [features[n].grid_thw for n in expected]
+    assert features[1:5][1:3].ids == ["c", "d"]
+    assert features[1:5]["d"].grid_thw == features["d"].grid_thw
+    assert features[1:5][["e", "b"]][0].id == "e"
+    assert features[1:5].metadata is features.metadata
+
+
+def test_a_choice_refuses_what_is_not_there(path: Path) -> None:
+    write_features(path, features_of(*"abc"), METADATA)
+    features = load_features(path)
+    with pytest.raises(KeyError, match="'z' is not in"):
+        features[["a", "z"]]
+    with pytest.raises(IndexError, match="image 3 of"):
+        features[[0, 3]]
+    with pytest.raises(KeyError, match=r"'c' is not in a choice of .*features.safetensors"):
+        features[:2]["c"]
+    with pytest.raises(IndexError, match=r"image 2 of a choice of .*which holds 2"):
+        features[:2][2]
+
+
+# Folders
+
+
+SETTINGS = {"model": "tiny", "dtype": "float32", "output": "merged"}
+
+
+@dataclass
+class Folder:
+    """An export of seven images in shards of three; c and all of the second shard failed."""
+
+    path: Path
+    names: tuple[str, ...] = tuple("abcdefg")
+    failed: tuple[str, ...] = tuple("cdef")
+    size: int = 3
+
+    @property
+    def good(self) -> list[str]:
+        return [name for name in self.names if name not in self.failed]
+
+    def shard(self, index: int) -> Path:
+        return self.path / f"shard-{index:08}.safetensors"
+
+    def write(self) -> Self:
+        description = {**SETTINGS, "schema_version": 1, "shard_size": self.size}
+        description["n_images"] = len(self.names)
+        self.path.mkdir(exist_ok=True)
+        (self.path / "export.json").write_text(json.dumps(description))
+        lines = [json.dumps({"id": name, "source": f"/data/{name}"}) for name in self.names]
+        (self.path / "listing.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        everything = dict(zip(self.names, features_of(*self.names), strict=True))
+        for index, start in enumerate(range(0, len(self.names), self.size)):
+            names = self.names[start : start + self.size]
+            images = [everything[name] for name in names if name not in self.failed]
+            embeds = [image.embeds for image in images if image.embeds is not None]
+            facts = {
+                **description,
+                "ids": [image.id for image in images],
+                "patches_per_row": 4,
+                "images": [{"size_px": [28, 56], "notes": ["EXIF"], "sha256": "0"} for _ in images],
+                "errors": [
+                    {"id": name, "stage": "decode", "code": "truncated", "message": f"{name} ends"}
+                    for name in names
+                    if name in self.failed
+                ],
+            }
+            offsets = [0, *accumulate(len(rows) for rows in embeds)]
+            tensors = {
+                "image_embeds": torch.cat([torch.zeros(0, 6), *embeds]),
+                "image_grid_thw": torch.tensor(
+                    [image.grid_thw for image in images], dtype=torch.int64
+                ).reshape(-1, 3),
+                "image_token_offsets": torch.tensor(offsets),
+            }
+            save_file(tensors, self.shard(index), metadata={METADATA_KEY: json.dumps(facts)})
+        return self
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "export").write()
+
+
+def test_a_folder_holds_the_good_images_in_the_listings_order(folder: Folder) -> None:
+    features = load_features(folder.path)
+    assert isinstance(features, FeatureFolder)
+    assert features.is_complete
+    assert len(features) == 3
+    assert features.ids == [image.id for image in features] == ["a", "b", "g"]
+    assert features.metadata["output"] == "merged"
+    written = dict(zip(folder.names, features_of(*folder.names), strict=True))
+    for key in ("a", "b", "g", 0, 1, 2, -1, -3):
+        image = features[key]
+        assert image.id == (key if isinstance(key, str) else features.ids[key])
+        assert image.grid_thw == written[image.id].grid_thw
+        assert torch.equal(image.embeds, written[image.id].embeds)
+        assert (image.size_px, image.notes) == ((28, 56), ("EXIF",))
+    assert [image.id for image in features[::-1]] == ["g", "b", "a"]
+    assert features[["g", "a"]].ids == ["g", "a"]
+
+
+def test_failed_images_are_listed_with_their_reasons(folder: Folder) -> None:
+    features = load_features(folder.path)
+    assert [each.id for each in features.errors] == ["c", "d", "e", "f"]
+    assert features.errors[0] == FailedImage("c", "decode", "truncated", "c ends")
+    with pytest.raises(KeyError, match=r"'c' has no features in .*00000.*: truncated: c ends"):
+        features["c"]
+    with pytest.raises(KeyError, match=r"'z' is not in .*export, which lists 7 images"):
+        features["z"]
+    for index in (3, -4):
+        with pytest.raises(IndexError, match=rf"image {index} of .*export, which holds 3"):
+            features[index]
+
+
+def test_a_folder_in_progress_is_read_as_far_as_it_goes(
+    folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Parts of an export need not come in order: here the last shard came first."""
+    folder.shard(0).rename(folder.path / "later")
+    folder.shard(1).unlink()
+    features = load_features(folder.path)
+    assert not features.is_complete
+    assert "export is not complete: 1 of 3 shards are there" in caplog.text
+    assert features.ids == [image.id for image in features] == ["g"]
+    assert features[0].id == features["g"].id == "g"
+    assert list(features.errors) == []
+    missing = r"shard-00000000.safetensors is not there \(1 of 3 shards are\); .*`qwen-vit export`"
+    with pytest.raises(ExportError, match=missing):
+        features["a"]
+    (folder.path / "later").rename(folder.shard(0))
+    assert len(features) == 1  # as it was found; opened again, it has grown
+    assert len(load_features(folder.path)) == 3
+
+
+def test_a_folder_without_shards_is_empty(folder: Folder) -> None:
+    for index in range(3):
+        folder.shard(index).unlink()
+    features = load_features(folder.path)
+    assert (len(features), list(features), features.is_complete) == (0, [], False)
+
+
+def test_a_shard_that_goes_missing_is_named(folder: Folder) -> None:
+    features = load_features(folder.path)
+    folder.shard(2).unlink()
+    for use in (len, list, lambda f: f["g"], lambda f: f.errors, lambda f: f.ids):
+        with pytest.raises(ExportError, match=r"shard-00000002.safetensors is not there .* again"):
+            use(features)
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -1])
+def test_a_torn_shard_is_named_with_how_to_resume(folder: Folder, length: int) -> None:
+    whole = folder.shard(2).read_bytes()
+    folder.shard(2).write_bytes(whole[:length])
+    features = load_features(folder.path)
+    assert features["a"].id == "a"  # the others are read
+    for use in (len, list, lambda f: f["g"], lambda f: f.errors):
+        words = r"shard-00000002.safetensors \(\d+ bytes\) is torn.*run the same `qwen-vit export`"
+        with pytest.raises(ExportError, match=words):
+            use(features)
+
+
+def edited(folder: Folder, index: int, **changes: Any) -> None:
+    """A shard whose facts were changed."""
+    file = load_features(folder.shard(index))
+    text = json.dumps(file.metadata | changes)
+    save_file(load_file(folder.shard(index)), folder.shard(index), metadata={METADATA_KEY: text})
+
+
+STRANGE = {
+    "another listing": {"ids": ["a", "x"]},
+    "another order": {"ids": ["b", "a"]},
+    "an image too few": {"errors": []},
+    "another model": {"model": "large"},
+    "another shard size": {"shard_size": 4},
+    "another schema": {"schema_version": 2},
+    "errors no list": {"errors": 3},
+    "errors no dicts": {"errors": ["c"]},
+    "errors without a reason": {"errors": [{"id": "c"}]},
+    "errors of numbers": {"errors": [{"id": 1, "stage": 1, "code": 1, "message": 1}]},
+    "images no list": {"images": 3},
+    "images too few": {"images": [{"size_px": [1, 2], "notes": []}]},
+    "images without sizes": {"images": [{"notes": []}, {"notes": []}]},
+    "images of text": {"images": 2 * [{"size_px": "ab", "notes": []}]},
+}
+
+
+@pytest.mark.parametrize("change", STRANGE)
+def test_a_shard_of_another_export_is_refused(folder: Folder, change: str) -> None:
+    edited(folder, 0, **STRANGE[change])
+    features = load_features(folder.path)
+    with pytest.raises(ExportError, match=r"shard-00000000\.safetensors") as caught:
+        features["a"]
+    assert change == "another schema" or "`qwen-vit export`" in str(caught.value)
+
+
+def test_shards_that_changed_places_are_refused(folder: Folder) -> None:
+    folder.shard(0).replace(folder.shard(2))
+    features = load_features(folder.path)
+    with pytest.raises(ExportError, match=r"of another export.* lines 7 to 7 of listing\.jsonl"):
+        features["g"]
+
+
+def rewrite(name: str, change: Callable[[str], str]) -> Callable[[Path], Any]:
+    return lambda path: (path / name).write_text(change((path / name).read_text()))
+
+
+DAMAGED = {
+    "no settings": (lambda path: (path / "export.json").unlink(), "without export.json"),
+    "settings cut": (rewrite("export.json", lambda text: text[:9]), "export.json: not JSON"),
+    "settings a list": (rewrite("export.json", lambda _: "[]"), "expected an object; export into"),
+    "a newer schema": (
+        rewrite(
+            "export.json", lambda text: text.replace('"schema_version": 1', '"schema_version": 9')
+        ),
+        "schema 9, expected 1",
+    ),
+    "no size": (
+        rewrite("export.json", lambda text: text.replace("shard_size", "x")),
+        "shard_size is",
+    ),
+    "size 0": (
+        rewrite("export.json", lambda text: text.replace('"shard_size": 3', '"shard_size": 0')),
+        "shard_size is 0, expected 1 to",
+    ),
+    "another count": (
+        rewrite("export.json", lambda text: text.replace('"n_images": 7', '"n_images": 8')),
+        "7 lines with 7 different ids, expected 8",
+    ),
+    "no listing": (lambda path: (path / "listing.jsonl").unlink(), "No such file"),
+    "listing cut": (rewrite("listing.jsonl", lambda text: text[:-5]), "damaged in line 7"),
+    "a line less": (rewrite("listing.jsonl", lambda text: text[: 2 * len(text) // 7]), "2 lines"),
+    "ids twice": (rewrite("listing.jsonl", lambda text: text.replace('"b"', '"a"')), "6 different"),
+    "ids no names": (
+        rewrite("listing.jsonl", lambda text: text.replace('"b"', "2")),
+        "6 different",
+    ),
+    "lines no objects": (rewrite("listing.jsonl", lambda _: "[]\n"), "damaged in line 1"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_folder_is_refused_with_the_files_name(folder: Folder, damage: str) -> None:
+    break_it, words = DAMAGED[damage]
+    break_it(folder.path)
+    assert words in refused(folder.path)
+
+
+def test_odd_names_come_back_as_they_were(tmp_path: Path) -> None:
+    names = tuple(name for name in ODD_IDS.values())
+    folder = Folder(tmp_path / "export", names, failed=names[:1], size=2).write()
+    features = load_features(folder.path)
+    assert features.ids == list(names[1:])
+    assert [features[name].id for name in names[1:]] == list(names[1:])
+    assert features.errors[0].id == names[0]
+
+
+def test_few_shards_are_mapped_at_a_time_and_no_file_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = tuple(f"{i}" for i in range(200))
+    monkeypatch.setattr(feature_files, "SHARDS_OPEN", 4)
+    features = load_features(Folder(tmp_path / "export", names, failed=(), size=1).write().path)
+    files, most = len(os.listdir("/proc/self/fd")), 0
+    for index in [*range(200), *range(199, -1, -1)]:
+        assert features[index].id == features[names[index]].id == names[index]
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        mapped = {line.split()[-1] for line in lines if "/export/" in line}
+        most = max(most, len(mapped))
+        assert len(os.listdir("/proc/self/fd")) == files
+    assert 1 <= most <= 5  # those that are kept, and one on its way
+
+
+def test_an_image_is_found_by_its_id_in_one_shard_alone(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And counting the images reads no more than the headers."""
+    opened: list[str] = []
+    real = feature_files.FeatureFile.__init__
+
+    def spy(self: Any, path: Path, remedy: str = "") -> None:
+        opened.append(path.name)
+        real(self, path, remedy)
+
+    monkeypatch.setattr(feature_files.FeatureFile, "__init__", spy)
+    features = load_features(folder.path)
+    assert len(features) == 3
+    assert opened == []
+    assert features["g"].id == features[2].id == "g"
+    assert opened == [folder.shard(2).name]
+
+
+def test_files_folders_and_choices_travel_to_other_processes(folder: Folder) -> None:
+    """As a data loader's workers need it."""
+    features = load_features(folder.path)
+    for each in (features, features[1:], features[["g", "a"]], load_features(folder.shard(0))):
+        other = pickle.loads(pickle.dumps(each))
+        assert list(other.ids) == list(each.ids)
+        assert torch.equal(other[0].embeds, each[0].embeds)

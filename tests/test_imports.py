@@ -46,9 +46,9 @@ PLANTED = (
     ("helpers.py", "", "helpers has no place"),
     ("model.py", "import triton.language as tl", "imports triton, which only kernels may"),
     ("encoder.py", "from huggingface_hub import HfApi", "imports huggingface_hub, which only hub"),
-    ("features.py", "import transformers", "imports transformers at module level"),
-    ("features.py", "if 1:\n    import torchvision", "imports torchvision at module level"),
-    ("image.py", "def f():\n    import transformers", "imports transformers, which only features"),
+    ("downstream.py", "import transformers", "imports transformers at module level"),
+    ("downstream.py", "if 1:\n    import torchvision", "imports torchvision at module level"),
+    ("image.py", "def f():\n    import transformers", "imports transformers, which only"),
     ("image.py", "import importlib\nimportlib.import_module('triton')", "imports triton, which"),
     ("image.py", "import pickle", "imports pickle"),
     ("checkpoint.py", "import torch\ntorch.load('x')", "torch.load"),
@@ -83,7 +83,7 @@ def test_a_planted_violation_is_found_with_its_line(
 
 def test_what_is_allowed_is_not_reported(copy: Path) -> None:
     before = check_imports(copy).stdout
-    with (copy / "features.py").open("a") as file:
+    with (copy / "downstream.py").open("a") as file:
         file.write('\n\ndef f():\n    import transformers\n    """assert, pickle, flash_attn."""\n')
     assert check_imports(copy).stdout == before
 

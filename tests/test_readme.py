@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from consumers import install_stand_ins
 
 from qwen_vit import cli as cli_module
 from qwen_vit.hub import REPOSITORY
@@ -66,9 +67,14 @@ def test_there_is_a_readme_with_commands_and_python() -> None:
 
 
 def test_the_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In a copy of the checkout's data, so that files which it writes do not stay."""
+    """In a copy of the checkout's data, so that files which it writes do not stay.
+
+    Language models are stand-ins: a small random one of transformers, and engines of vLLM and
+    SGLang that check what they are given.
+    """
     copy_data(tmp_path)
     monkeypatch.chdir(tmp_path)
+    install_stand_ins(monkeypatch)
     namespace: dict[str, Any] = {"__name__": "readme"}
     for number, block in enumerate(PYTHON):
         code = (
