@@ -8,25 +8,33 @@ order and the same features must give the same bytes. `feature_files` reads it.
 
 import json
 import math
-import os
-import threading
+import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from tempfile import SpooledTemporaryFile
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from qwen_vit.atomic_file import atomic_file, cannot_write
 from qwen_vit.errors import ExportError, ImageError
 
-__all__ = ["METADATA_KEY", "SCHEMA_VERSION", "ImageFeatures", "write_features"]
+__all__ = ["METADATA_KEY", "SCHEMA_VERSION", "FeatureSpool", "ImageFeatures", "write_features"]
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "qwen_vit"
+STORED_AS = {  # safetensors' own names
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+SPOOL_BYTES = 2**28  # rows of one file that wait in memory
+COPY_BYTES = 2**24
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,53 +85,84 @@ def write_features(
             f"{path}: the embeddings of {broken[0]!r} ({len(broken)} of {len(ids)} images) hold "
             "NaN or infinity; check the checkpoint with `qwen-vit info`, and try float32"
         )
-    patches_per_row = _patches_per_row(path, good)
-    lengths = torch.tensor([len(e) for e in embeds], dtype=torch.int64)
-    tensors = {
-        "image_embeds": torch.cat(embeds),
-        "image_grid_thw": torch.tensor([f.grid_thw for f in good], dtype=torch.int64),
-        "image_token_offsets": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
-    }
-    facts = {
-        **metadata,
-        "schema_version": SCHEMA_VERSION,
-        "ids": ids,
-        "patches_per_row": patches_per_row,
-    }
-    try:
-        text = json.dumps(facts, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ExportError(
-            f"{path}: its metadata cannot be JSON ({error}); pass VisionEncoder.metadata()"
-        ) from None
-    _write_atomically(path, tensors, {METADATA_KEY: text})
+    facts = {**metadata, "patches_per_row": _patches_per_row(path, good)}
+    with FeatureSpool(path, widths[0][0], embeds[0].dtype) as spool:
+        for name, rows, feature in zip(ids, embeds, good, strict=True):
+            spool.add(name, rows, feature.grid_thw or (0, 0, 0))
+        spool.save(facts)
     return path
 
 
-def _write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_name(f".qwen-vit-{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        temporary.touch()  # the user's own permissions: safetensors' are for the owner alone
-        mode = temporary.stat().st_mode & 0o777
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.chmod(mode)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
+class FeatureSpool:
+    """Rows on their way into one feature file: in memory while they are few, then on its disk.
+
+    The file's header comes first and knows all lengths, so rows wait here until `save`. What waits
+    on the disk has no name: a process that is killed leaves nothing of it. The bytes of the file
+    depend on what is added, its order, and the facts alone.
+    """
+
+    def __init__(self, path: Path, width: int, dtype: torch.dtype) -> None:
+        self.path, self.width, self.dtype = path, width, dtype
+        self.ids: list[str] = []
+        self._grids: list[tuple[int, int, int]] = []
+        self._lengths: list[int] = []
+        self._rows = SpooledTemporaryFile(  # noqa: SIM115 - closed by __exit__
+            max_size=SPOOL_BYTES, dir=str(path.parent)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._rows.close()
+
+    def add(self, name: str, embeds: Tensor, grid: tuple[int, int, int]) -> None:
+        """Append one image: its rows (n, width), stored in the spool's dtype, and its grid."""
+        rows = embeds.detach().to("cpu", self.dtype).contiguous()
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ExportError(
-            f"{path} could not be written ({reason}); check the folder, its permissions and the "
-            "space on its disk"
-        ) from None
-    finally:  # whatever stopped it, an interrupt too
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            self._rows.write(_bytes_of(rows))
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        self.ids.append(name)
+        self._grids.append(grid)
+        self._lengths.append(len(rows))
+
+    def save(self, facts: Mapping[str, Any]) -> None:
+        """Write the file whole or not at all; `facts` are JSON values for its metadata."""
+        facts = {**facts, "schema_version": SCHEMA_VERSION, "ids": self.ids}
+        try:
+            text = json.dumps(facts, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ExportError(
+                f"{self.path}: its metadata cannot be JSON ({error}); pass VisionEncoder.metadata()"
+            ) from None
+        grids = torch.tensor(self._grids, dtype=torch.int64).reshape(-1, 3)
+        offsets = torch.tensor([0, *accumulate(self._lengths)], dtype=torch.int64)
+        header: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
+        position = 0
+        for name, dtype, shape in (  # in the order in which safetensors itself would write them
+            ("image_grid_thw", torch.int64, grids.shape),
+            ("image_token_offsets", torch.int64, offsets.shape),
+            ("image_embeds", self.dtype, (sum(self._lengths), self.width)),
+        ):
+            end = position + math.prod(shape) * dtype.itemsize
+            header[name] = {
+                "dtype": STORED_AS[dtype], "shape": list(shape), "data_offsets": [position, end],
+            }  # fmt: skip
+            position = end
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)  # so that the tensors are aligned
+        with atomic_file(self.path) as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            file.write(_bytes_of(grids))
+            file.write(_bytes_of(offsets))
+            self._rows.seek(0)
+            shutil.copyfileobj(self._rows, file, COPY_BYTES)
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """The memory of a contiguous tensor on the CPU; numpy has no bfloat16."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def _patches_per_row(path: Path, features: Sequence[ImageFeatures]) -> int:

@@ -34,7 +34,17 @@ from PIL import (
 from qwen_vit.errors import ArgumentError, ImageError
 from qwen_vit.image_completeness import ends_early, is_filled_up, promised_bytes
 
-__all__ = ["CODES", "ImageLimits", "ImageSource", "Layout", "RgbImage", "load_image"]
+__all__ = [
+    "ADDRESS",
+    "CODES",
+    "DECODERS",
+    "ImageLimits",
+    "ImageSource",
+    "Layout",
+    "RgbImage",
+    "load_image",
+    "read_image_file",
+]
 
 CODES = {
     "array-channels": "the channel axis holds neither 1, 3 nor 4 values",
@@ -190,7 +200,7 @@ def load_image(
     if isinstance(source, str | os.PathLike):
         path = os.fsdecode(source)
         name = path if name is None else name
-        return _from_bytes(_read(path, name, limits), name, limits)
+        return _from_bytes(read_image_file(path, name, limits), name, limits)
     if isinstance(source, bytes | bytearray | memoryview):
         name = "image bytes" if name is None else name
         size = source.nbytes if isinstance(source, memoryview) else len(source)
@@ -226,7 +236,8 @@ def _error(code: str, name: str, text: str) -> ImageError:
 # Files
 
 
-def _read(path: str, name: str, limits: ImageLimits) -> bytes:
+def read_image_file(path: str, name: str, limits: ImageLimits) -> bytes:
+    """A file's bytes as they are, or an ImageError; what is no regular file is never opened."""
     if ADDRESS.match(path):
         raise _error("url", name[:80], "is an address, not a file; download it first")
     try:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwen_vit import atomic_file as atomic_file_module
 from qwen_vit import features as features_module
 from qwen_vit.errors import ExportError, ImageError
 from qwen_vit.feature_files import load_features
@@ -170,13 +171,13 @@ class FaultError(Exception):
 
 
 def half_then(error: BaseException) -> Callable[..., None]:
-    """A save_file that writes half a file, and then fails."""
+    """Copying that stops in the middle of a file."""
 
-    def save(tensors: Any, name: Any, metadata: Any) -> None:
-        Path(name).write_bytes(b"half")
+    def copy(source: Any, file: Any, length: int) -> None:
+        file.write(b"half")
         raise error
 
-    return save
+    return copy
 
 
 FAULTS = [
@@ -198,9 +199,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
         raise error
 
     if step == "save":
-        monkeypatch.setattr(features_module, "save_file", half_then(error))
+        monkeypatch.setattr(features_module.shutil, "copyfileobj", half_then(error))
     else:
-        monkeypatch.setattr(features_module.os, step, fail)
+        monkeypatch.setattr(atomic_file_module.os, step, fail)
     expected = ExportError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected) as caught:
         write_features(path, features_of("new"), METADATA)

@@ -1,0 +1,144 @@
+"""How large an export will be, and how long it will take, from the images' headers."""
+
+import io
+import math
+import os
+import stat
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from PIL import Image
+from tqdm import tqdm
+
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import ImageError
+from qwen_vit.export_plan import ExportOptions, Plan, RowForm, target_size
+from qwen_vit.image import DECODERS, ImageLimits
+from qwen_vit.listing import Item, find_items, read_item
+
+__all__ = ["Estimate", "estimate_export", "estimate_plan"]
+
+SAMPLE = 1_000  # images, for a plan
+IMAGES_TIMED = 8
+BYTES_BESIDE_ROWS = 500  # an image's ids, hashes and sizes in its shard's header
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What an export will take, from the images' headers.
+
+    `seconds` is None where no image could be timed; `unreadable` images have no header that can be
+    read. A number that is counted on a sample is marked by `is_sample`.
+    """
+
+    images: int
+    unreadable: int
+    rows: int
+    bytes: int
+    seconds: float | None
+    is_sample: bool = False
+
+
+def estimate_export(
+    encoder: VisionEncoder,
+    inputs: Sequence[str],
+    options: ExportOptions | None = None,
+    *,
+    show_progress: bool = False,
+) -> Estimate:
+    """Count images, rows and bytes from every image's header, and time a few; nothing is written.
+
+    >>> encoder = VisionEncoder.from_pretrained("tiny")
+    >>> estimate_export(encoder, ["tests/images/rocket.jpg"]).rows
+    345
+    """
+    options = options or ExportOptions()
+    number, count = options.part
+    items = (
+        item
+        for index, item in enumerate(find_items(inputs))
+        if index // options.shard_size % count == number - 1
+    )
+    bar = tqdm(items, unit="image", file=sys.stderr, disable=not show_progress)
+    return _estimate(encoder, bar, options)
+
+
+def estimate_plan(encoder: VisionEncoder, plan: Plan) -> Estimate:
+    """The same for a plan, from a sample of its images."""
+    sample = plan.listing.spread(SAMPLE)
+    found = _estimate(encoder, sample, plan.options)
+    scale = plan.n_images / len(sample)
+    return Estimate(
+        plan.n_images,
+        round(found.unreadable * scale),
+        round(found.rows * scale),
+        round(found.bytes * scale),
+        None if found.seconds is None else found.seconds * scale,
+        is_sample=scale > 1,
+    )
+
+
+def _estimate(encoder: VisionEncoder, items: Iterable[Item], options: ExportOptions) -> Estimate:
+    config, form = encoder.image_config, RowForm.of(encoder, options)
+    images = unreadable = rows = patches = 0
+    timed: list[Item] = []
+    for item in items:
+        images += 1
+        size = _size_in_header(item, options.limits)
+        if size is None:
+            unreadable += 1
+            continue
+        try:
+            height, width = target_size(*size, config, item.id)
+        except ImageError:  # a ratio above 200
+            unreadable += 1
+            continue
+        n = height * width // config.patch_px**2
+        patches += n
+        rows += form.count(n)
+        if images & (images - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...: from the front to the end
+            timed.append(item)
+    return Estimate(
+        images,
+        unreadable,
+        rows,
+        rows * form.width * form.dtype.itemsize + images * BYTES_BESIDE_ROWS,
+        _seconds(encoder, timed, patches),
+    )
+
+
+def _seconds(encoder: VisionEncoder, timed: Sequence[Item], patches: int) -> float | None:
+    """What all patches take, judged by a few images, after one that warms up."""
+    sources = [item.source for item in timed if item.offset is None][-IMAGES_TIMED:]
+    if not sources:
+        return None
+    encoder.encode(sources[:1], on_error="skip")
+    start = time.monotonic()
+    done = encoder.encode(sources, on_error="skip")
+    seconds = time.monotonic() - start
+    encoded = sum(math.prod(each.grid_thw) for each in done if each.grid_thw is not None)
+    return round(seconds * patches / encoded, 3) if encoded else None
+
+
+def _size_in_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
+    """Height and width as the file's header has them, turned or not: the tokens are the same."""
+    try:
+        with ExitStack() as stack:
+            file: BinaryIO
+            if item.offset is None and item.error is None:
+                if not stat.S_ISREG(os.stat(item.source).st_mode):
+                    return None
+                file = stack.enter_context(open(item.source, "rb"))
+            else:
+                file = io.BytesIO(read_item(item, limits))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # what a decoder would say of a doubtful header
+            image = stack.enter_context(Image.open(file, formats=tuple(DECODERS)))
+            return image.height, image.width
+    except Exception:  # noqa: BLE001 - plug-ins raise anything; encoding it says what is wrong
+        return None

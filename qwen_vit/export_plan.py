@@ -1,0 +1,314 @@
+"""The plan of an export: its options, its frozen listing, and the folder that it goes to."""
+
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+
+from qwen_vit.atomic_file import TEMPORARY_SUFFIX, atomic_file, cannot_write
+from qwen_vit.config import ImageConfig
+from qwen_vit.encoder import OnError, VisionEncoder
+from qwen_vit.errors import ArgumentError, CheckpointError, ExportError
+from qwen_vit.feature_files import shard_name
+from qwen_vit.features import SCHEMA_VERSION
+from qwen_vit.folder_lock import LOCK_NAME, hold_folder, hold_moment
+from qwen_vit.image import ImageLimits
+from qwen_vit.listing import Listing, find_items, read_listing, shown
+from qwen_vit.patches import smart_resize
+from qwen_vit.strict_json import read_json
+
+__all__ = [
+    "LISTING",
+    "SETTINGS",
+    "ExportOptions",
+    "Plan",
+    "RowForm",
+    "check_folder",
+    "open_export",
+    "target_size",
+]
+
+logger = logging.getLogger("qwen_vit")
+
+Output = Literal["merged", "patch", "mean"]
+STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SETTINGS, LISTING = "export.json", "listing.jsonl"
+# Another name for the same weights is the same model: their hashes are compared.
+NAMES_ALONE = {"model", "commit"}
+LEFTOVER = re.compile(r"\.+(?:shard-(\d{8})\.|listing-(\d+)-of-(\d+)\b|export\.|manifest\.).*\.tmp")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """How images are exported.
+
+    >>> ExportOptions(output="mean", part=(2, 8)).shard_size
+    512
+
+    `output`: "merged" rows are what the language model takes, "patch" rows un-merged patches, and
+    "mean" is one row per image, the mean of its merged ones (in float32). `dtype` is how they are
+    stored, None as they were computed. `part` (I, N) takes every N-th shard, starting with the
+    I-th. `max_failures` in a row stop an export: something else is broken then (0: never).
+    Raises ArgumentError for a value that makes no sense.
+    """
+
+    output: Output = "merged"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    shard_size: int = 512
+    on_error: OnError = "skip"
+    part: tuple[int, int] = (1, 1)
+    max_failures: int = 200
+    limits: ImageLimits = field(default_factory=ImageLimits)
+
+    def __post_init__(self) -> None:
+        number, count = self.part
+        for is_right, name, expected in (
+            (self.output in ("merged", "patch", "mean"), "output", "'merged', 'patch' or 'mean'"),
+            (self.dtype in (None, *STORAGE), "dtype", f"None, {' or '.join(map(repr, STORAGE))}"),
+            (self.shard_size >= 1, "shard_size", "at least 1 image"),
+            (self.on_error in ("skip", "raise"), "on_error", "'skip' or 'raise'"),
+            (1 <= number <= count, "part", "(I, N) with I from 1 to N"),
+            (self.max_failures >= 0, "max_failures", "0 (never stop) or more"),
+        ):
+            if not is_right:
+                raise ArgumentError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+
+@dataclass(frozen=True, slots=True)
+class RowForm:
+    """What one row of the features is: its width, its type, and the patches that it stands for.
+
+    `patches_per_row` is None where an image has one row, however many patches.
+    """
+
+    width: int
+    dtype: torch.dtype
+    patches_per_row: int | None
+
+    @classmethod
+    def of(cls, encoder: VisionEncoder, options: ExportOptions) -> Self:
+        """The form that an encoder's features take under these options."""
+        config = encoder.config
+        dtype = encoder.dtype if options.dtype is None else STORAGE[options.dtype]
+        if options.output == "patch":
+            return cls(config.hidden_size, dtype, 1)
+        per_row = None if options.output == "mean" else config.merge_unit
+        return cls(config.out_hidden_size, dtype, per_row)
+
+    def count(self, n_patches: int) -> int:
+        """The rows of an image."""
+        return 1 if self.patches_per_row is None else n_patches // self.patches_per_row
+
+
+def target_size(height: int, width: int, config: ImageConfig, name: str) -> tuple[int, int]:
+    """The size in pixels at which an image is encoded; ImageError, which says `name`, for none."""
+    return smart_resize(
+        height,
+        width,
+        factor=config.patch_px * config.merge_size,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+        name=shown(name),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An export that is under way: all that a worker needs, besides the encoder, to make a shard.
+
+    `settings` are those of export.json, which every shard repeats in its metadata.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    listing: Listing
+    options: ExportOptions
+
+    @property
+    def shards(self) -> range:
+        """The shards of this part."""
+        number, count = self.options.part
+        return range(number - 1, len(self.listing.starts), count)
+
+    @property
+    def n_images(self) -> int:
+        """The images of this part."""
+        return sum(map(self.listing.shard_length, self.shards))
+
+    def path(self, shard: int) -> Path:
+        """Where a shard lies."""
+        return self.folder / shard_name(shard)
+
+
+@contextmanager
+def open_export(
+    encoder: VisionEncoder, inputs: Sequence[str], folder: Path, options: ExportOptions
+) -> Iterator[Plan]:
+    """Begin an export, or take one up again: the folder is held while the block runs.
+
+    Raises ExportError, before any image is read, for a folder that is not an export's, that
+    somebody else is writing, or that has other settings or images, which are named.
+    """
+    check_folder(folder)
+    with hold_folder(folder, options.part):
+        listing = _list(inputs, folder, options)
+        with hold_moment(folder):
+            settings = _settle(folder, _settings(encoder, listing, options), listing)
+        plan = Plan(folder, settings, replace(listing, path=folder / LISTING), options)
+        _clear_away(plan)
+        yield plan
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder, or raise ExportError for one that holds something else than an export."""
+    if not folder.absolute().parent.is_dir():
+        raise ExportError(f"{folder.parent} is not a folder, expected one; create it first")
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{folder} is a file, expected a folder to write; pass another --out")
+    try:
+        folder.mkdir(exist_ok=True)
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    strange = [n for n in names if not LOCK_NAME.fullmatch(n) and not LEFTOVER.fullmatch(n)]
+    if strange and SETTINGS not in names:
+        raise ExportError(
+            f"{folder} holds {shown(strange[0])} (one of {len(strange)} names) and no {SETTINGS}, "
+            "expected an export or an empty folder; pass another --out"
+        )
+    if not os.access(folder, os.W_OK):
+        raise ExportError(f"{folder} cannot be written to; check its permissions")
+
+
+def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listing:
+    """Freeze the listing under a name of this part's own."""
+    number, count = options.part
+    left_out: Counter[str] = Counter()
+    path = folder / f".listing-{number}-of-{count}{TEMPORARY_SUFFIX}"
+    listing = Listing.freeze(path, find_items(inputs, left_out), options.shard_size)
+    if left_out:
+        named = ", ".join(f"{n} {shown(s) or 'without one'}" for s, n in left_out.most_common(5))
+        logger.warning(
+            "left out: %d files that have no image's suffix (%s)", left_out.total(), named
+        )
+    if listing.n_images == 0:
+        path.unlink()
+        raise ExportError(
+            f"no image was found in {', '.join(map(shown, inputs))}; files in folders and tars "
+            "need an image's suffix, such as .jpg"
+        )
+    return listing
+
+
+def _settings(encoder: VisionEncoder, listing: Listing, options: ExportOptions) -> dict[str, Any]:
+    metadata = encoder.metadata()
+    settings = {
+        **metadata,
+        "versions": {**metadata["versions"], "pillow": version("pillow")},
+        "schema_version": SCHEMA_VERSION,
+        "computed_in": metadata["dtype"],
+        "device": encoder.device.type,
+        "dtype": options.dtype or metadata["dtype"],
+        "output": options.output,
+        "shard_size": options.shard_size,
+        "limits": asdict(options.limits),
+        "n_images": listing.n_images,
+        "listing_sha256": listing.sha256,
+    }
+    return json.loads(json.dumps(settings))  # type: ignore[no-any-return]  # lists, not tuples
+
+
+def _settle(folder: Path, settings: dict[str, Any], listing: Listing) -> dict[str, Any]:
+    """Write the settings and the listing, or check that they are those already there."""
+    path = folder / SETTINGS
+    if path.exists():
+        settings = _same_settings(path, settings, listing)
+    else:
+        with atomic_file(path) as file:
+            file.write(json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n")
+    try:
+        os.replace(listing.path, folder / LISTING)  # which has the same bytes, if it is there
+    except OSError as error:
+        raise cannot_write(folder / LISTING, error) from None
+    return settings
+
+
+def _same_settings(path: Path, settings: dict[str, Any], listing: Listing) -> dict[str, Any]:
+    try:
+        stored = read_json(path)
+    except CheckpointError as error:
+        raise ExportError(f"{str(error).rpartition(';')[0]}; pass another --out") from None
+    before, now = _flat(stored), _flat(settings)
+    names = {name for name in {*before, *now} if before.get(name) != now.get(name)}
+    names -= NAMES_ALONE
+    if not names:
+        return stored
+    if len(names) > 1:
+        names.discard("config_sha256")  # what it stands for is told by itself
+    differences = []
+    if "listing_sha256" in names:
+        names -= {"listing_sha256", "n_images"}
+        differences.append(_listing_difference(path.with_name(LISTING), listing))
+    differences += [
+        f"{name} was {before.get(name, 'not there')}, is {now.get(name, 'not there')} now"
+        for name in sorted(names)
+    ]
+    listing.path.unlink(missing_ok=True)
+    raise ExportError(
+        f"{path.parent} holds an export that differs: {'; '.join(differences)}. Give what it was "
+        "begun with, or pass another --out"
+    )
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{above}{name}.")
+        else:
+            flat[above + name] = value
+    return flat
+
+
+def _listing_difference(before: Path, listing: Listing) -> str:
+    try:
+        old = {item.id: item for item in read_listing(before)}
+    except (OSError, ValueError, KeyError):
+        return f"its images cannot be told, because {before.name} is damaged"
+    new = {item.id: item for item in read_listing(listing.path)}
+    gone, added = [i for i in old if i not in new], [i for i in new if i not in old]
+    moved = [i for i in new if i in old and new[i] != old[i]]
+    told = [
+        f"{len(names)} {what}, first {shown(names[0])}"
+        for names, what in ((gone, "missing"), (added, "new"), (moved, "in another place"))
+        if names
+    ]
+    return f"its images: {'; '.join(told) or 'in another order'}"
+
+
+def _clear_away(plan: Plan) -> None:
+    """What killed runs left of the shards of this part, and of the files that one may write."""
+    shards, part = plan.shards, plan.options.part
+    with hold_moment(plan.folder):
+        for name in os.listdir(plan.folder):
+            match = LEFTOVER.fullmatch(name)
+            if match is None:
+                continue
+            shard, number, count = (None if text is None else int(text) for text in match.groups())
+            is_ours = (
+                shard in shards if shard is not None
+                else (number, count) == part if number is not None
+                else True
+            )  # fmt: skip
+            if is_ours or part == (1, 1):
+                with suppress(OSError):
+                    (plan.folder / name).unlink(missing_ok=True)

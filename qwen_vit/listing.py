@@ -1,0 +1,438 @@
+"""Inputs -> the images to export: in one order, each with an id and a place to read it from.
+
+Files, folders, patterns, lists of paths and tars become a listing, one JSON object a line, which an
+export freezes in its folder: `{"id": ..., "source": ...}`, for an image inside a tar with `offset`
+and `size` in bytes, so that it can be read again without searching for it.
+"""
+
+import errno
+import glob
+import hashlib
+import json
+import os
+import stat
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, Self, TypeGuard
+
+from qwen_vit.atomic_file import atomic_file
+from qwen_vit.errors import CheckpointError, ExportError, ImageError
+from qwen_vit.image import ADDRESS, ImageLimits, read_image_file
+from qwen_vit.strict_json import is_integer, parse_json, show
+
+__all__ = ["Item", "Listing", "check_inputs", "find_items", "read_item", "read_listing", "shown"]
+
+# What is taken from a folder or a tar, by its name. Those after AVIF cannot be decoded
+# here: they are listed all the same, so that such images are reported, not passed over.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".ico", ".pnm", ".tga"),
+)
+LIST_SUFFIXES = (".txt", ".lst")
+JSON_SUFFIX = ".jsonl"
+TAR_SUFFIX = ".tar"
+COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+TAR_BLOCK = 512
+END_OF_TAR = bytes(TAR_BLOCK)
+DAMAGED_TAR = (tarfile.TarError, ValueError, EOFError, OverflowError, MemoryError)  # its own, too
+
+# A network disk that has a bad moment; anything else will not be better the next time.
+TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN)
+PAUSES_S = (0.1, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image of a listing: its id, and the file that holds it.
+
+    `source` is an absolute path; inside a tar, the image's bytes are `size` from `offset` on.
+    `error` is the (code, message) of what was found wrong while listing.
+    """
+
+    id: str
+    source: str
+    offset: int | None = None
+    size: int | None = None
+    error: tuple[str, str] | None = None
+
+    def to_json(self) -> str:
+        """One line; names that are no Unicode keep their bytes as escaped surrogates."""
+        facts: dict[str, Any] = {"id": self.id, "source": self.source}
+        if self.offset is not None:
+            facts |= {"offset": self.offset, "size": self.size}
+        if self.error is not None:
+            facts["error"] = self.error
+        return json.dumps(facts)
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        error = facts.get("error")
+        return cls(
+            facts["id"],
+            facts["source"],
+            facts.get("offset"),
+            facts.get("size"),
+            None if error is None else (error[0], error[1]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A frozen listing: its file, how many images it names, and where each shard's lines begin."""
+
+    path: Path
+    n_images: int
+    sha256: str
+    shard_size: int
+    starts: tuple[int, ...]  # bytes
+
+    @classmethod
+    def freeze(cls, path: Path, items: Iterable[Item], shard_size: int) -> Self:
+        """Write the file whole or not at all. Raises ExportError where two images share an id."""
+        digest, starts, position, count = hashlib.sha256(), [], 0, 0
+        ids: set[str] = set()
+        with atomic_file(path) as file:
+            for count, item in enumerate(_without_os_errors(items), start=1):
+                if item.id in ids:
+                    raise ExportError(
+                        f"two images would have the id {shown(item.id)}, the second is "
+                        f"{shown(item.source)}; export the folder that holds both, or give a "
+                        '.jsonl list with an "id" for each'
+                    )
+                ids.add(item.id)
+                if (count - 1) % shard_size == 0:
+                    starts.append(position)
+                line = item.to_json().encode() + b"\n"
+                digest.update(line)
+                position += file.write(line)
+        return cls(path, count, digest.hexdigest(), shard_size, tuple(starts))
+
+    def shard(self, index: int) -> list[Item]:
+        """The images of one shard."""
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[index])
+            lines = (file.readline() for _ in range(self.shard_size))
+            return [Item.from_json(json.loads(line)) for line in lines if line]
+
+    def shard_length(self, index: int) -> int:
+        """How many images a shard has: the last one may have fewer."""
+        return min(self.shard_size, self.n_images - index * self.shard_size)
+
+    def spread(self, count: int) -> list[Item]:
+        """At most `count` images, evenly spread over the listing."""
+        step = max(1, -(-self.n_images // count))
+        with open(self.path, "rb") as file:
+            lines = islice(file, 0, None, step)
+            return [Item.from_json(json.loads(line)) for line in lines]
+
+
+def read_listing(path: Path) -> Iterator[Item]:
+    """The images of a frozen listing, in order."""
+    with open(path, "rb") as file:
+        for line in file:
+            yield Item.from_json(json.loads(line))
+
+
+def find_items(inputs: Sequence[str], left_out: Counter[str] | None = None) -> Iterator[Item]:
+    """The images of files, folders, patterns, lists and tars, in the order given.
+
+    >>> [item.id for item in find_items(["tests/images/*.png", "tests/images/rocket.jpg"])]
+    ['tests/images/astronaut.png', 'tests/images/chelsea.png', 'tests/images/rocket.jpg']
+
+    A file's id is the path as it was given; in a folder, the path below it; in a tar, the tar's
+    name and the member's; in a list (.txt: a path a line; .jsonl: objects with "path" or "source",
+    and "id"), what it says, with paths counted from the list's folder. Folders are searched to
+    every depth, through links, in the order of their names' bytes; what has no image's suffix there
+    is left out, and counted by suffix in `left_out`.
+
+    Raises ExportError for an input that is not there, an address, and a list that cannot be read.
+    What is found broken below, such as a folder that may not be read, becomes an item with `error`.
+    """
+    left_out = Counter() if left_out is None else left_out
+    for given in inputs:
+        if ADDRESS.match(given):
+            raise ExportError(f"{shown(given)} is an address; download what is there first")
+        if os.path.lexists(given) or not glob.has_magic(given):
+            yield from _from_path(given, left_out, may_be_list=True)
+            continue
+        matches = sorted(glob.glob(given, recursive=True, include_hidden=True), key=os.fsencode)
+        if not matches:
+            raise ExportError(f"no file matches {shown(given)}; check the pattern")
+        for match in matches:
+            if "**" not in given or not os.path.isdir(match):  # what is in it matches by itself
+                yield from _from_path(match, left_out, may_be_list=False)
+
+
+def check_inputs(inputs: Sequence[str]) -> None:
+    """Raise ExportError for an input that is not there; looks no farther than its first image."""
+    for given in inputs:
+        next(find_items([given]), None)
+
+
+def _from_path(path: str, left_out: Counter[str], *, may_be_list: bool) -> Iterator[Item]:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if may_be_list:  # it was given by name: a slip of the fingers, rather than a lost image
+            raise ExportError(
+                f"{shown(path)} cannot be exported ({error.strerror}); check the path"
+            ) from None
+        mode = stat.S_IFREG
+    name, source = str(Path(path)), str(Path(path).absolute())
+    lower = path.lower()
+    if stat.S_ISDIR(mode):
+        yield from _from_folder(source, left_out)
+    elif not stat.S_ISREG(mode):
+        yield Item(name, source)  # reading it says what it is, without opening it
+    elif lower.endswith((TAR_SUFFIX, *COMPRESSED_TARS)):
+        yield from _from_tar(source, os.path.basename(source), left_out)
+    elif may_be_list and lower.endswith(JSON_SUFFIX):
+        yield from _from_json_list(source)
+    elif may_be_list and lower.endswith(LIST_SUFFIXES):
+        yield from _from_text_list(source)
+    else:
+        yield Item(name, source)
+
+
+# Folders
+
+
+def _from_folder(folder: str, left_out: Counter[str]) -> Iterator[Item]:
+    """Depth first, without recursion; a folder that a link leads back into is not entered again."""
+    above = [_identity(folder)]
+    stack = [_entries(folder, "")]
+    while stack:
+        item = next(stack[-1], None)
+        if item is None:
+            stack.pop()
+            above.pop()
+            continue
+        path, name = item.source, item.id
+        identity = None if item.error else _identity(path)
+        lower = name.lower()
+        if item.error is not None:
+            yield item
+        elif identity is not None:
+            if identity not in above:
+                above.append(identity)
+                stack.append(_entries(path, name + "/"))
+        elif lower.endswith((TAR_SUFFIX, *COMPRESSED_TARS)):
+            yield from _from_tar(path, name, left_out)
+        elif _suffix(name) in IMAGE_SUFFIXES:
+            yield item
+        else:
+            left_out[_suffix(name)] += 1
+
+
+def _entries(folder: str, below: str) -> Iterator[Item]:
+    try:
+        names = sorted(os.listdir(folder), key=os.fsencode)
+    except OSError as error:
+        name = below.rstrip("/") or "."
+        message = f"{shown(name)} cannot be listed: {error.strerror}; check its permissions"
+        return iter([Item(name, folder, error=("unreadable", message))])
+    return (Item(below + name, os.path.join(folder, name)) for name in names)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """What is the same for a folder and every link to it; None for what is no folder."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISDIR(status.st_mode) else None
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+# Tars
+
+
+def _from_tar(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
+    """The images in a tar, without reading them; what is wrong with it is an item of its own."""
+
+    def broken(code: str, text: str) -> Item:
+        return Item(name, path, error=(code, f"{shown(name)} {text}"))
+
+    if name.lower().endswith(COMPRESSED_TARS):
+        yield broken("format", "is a compressed tar, in which no image can be found again; unpack")
+        return
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block
+            yield broken("not-a-file", "is no regular file, expected a tar; copy its content")
+            return
+        with open(path, "rb") as file:
+            yield from _members(file, path, name, left_out)
+    except OSError as error:
+        yield broken("unreadable", f"cannot be read: {error.strerror}; check its permissions")
+    except DAMAGED_TAR as error:
+        yield broken("truncated", f"is a damaged tar ({error}); fetch it again")
+
+
+def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # or it would keep every one
+            if member.isdir():
+                continue
+            if _suffix(member.name) not in IMAGE_SUFFIXES:
+                left_out[_suffix(member.name)] += 1
+                continue
+            inside = f"{name}/{member.name}"
+            if member.isreg() and not member.issparse():
+                yield Item(inside, path, member.offset_data, member.size)
+            else:
+                message = f"{shown(inside)} is no plain file in its tar, such as a link; unpack it"
+                yield Item(inside, path, error=("not-a-file", message))
+        # tarfile takes anything that is no header for the end: without an end mark, it is cut
+        file.seek(tar.offset)
+        if file.read(TAR_BLOCK) != END_OF_TAR:
+            raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
+
+
+# Lists
+
+
+def _from_text_list(path: str) -> Iterator[Item]:
+    for _, line in _lines(path):
+        yield _listed(path, os.fsdecode(line), os.fsdecode(line))
+
+
+def _from_json_list(path: str) -> Iterator[Item]:
+    for number, line in _lines(path):
+        where = f"{shown(path)}, line {number}"
+        try:
+            facts = parse_json(line, source=where)
+        except CheckpointError as error:
+            raise ExportError(f"{str(error).rpartition(';')[0]}; correct that line") from None
+        source = facts.get("path", facts.get("source"))
+        name = facts.get("id", source)
+        if not (_is_name(source) and _is_name(name)):
+            raise ExportError(
+                f"{where}: id is {show(facts.get('id'))} and path {show(source)}, expected text in "
+                'quotes, as in {"id": "cat", "path": "images/cat.jpg"}; correct that line'
+            )
+        offset, size = facts.get("offset"), facts.get("size")
+        if offset is not None and not (
+            is_integer(offset) and is_integer(size) and offset >= 0 and size >= 0
+        ):
+            raise ExportError(
+                f"{where}: offset is {show(offset)} and size {show(size)}, expected bytes in a "
+                "tar; correct that line"
+            )
+        yield _listed(path, name, source, offset, size)
+
+
+def _is_name(value: object) -> TypeGuard[str]:
+    """Whether this is text, or the bytes of a file name that Python holds as text."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """The lines that hold something, numbered from 1."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line.rstrip(b"\r\n")
+    except OSError as error:
+        raise ExportError(
+            f"{shown(path)} cannot be read ({error.strerror}); check its permissions"
+        ) from None
+
+
+def _listed(
+    path: str, name: str, source: str, offset: int | None = None, size: int | None = None
+) -> Item:
+    if not ADDRESS.match(source):  # which is reported when it is read
+        source = str(Path(path).parent / source)
+    return Item(name, source, offset, size)
+
+
+def _without_os_errors(items: Iterable[Item]) -> Iterator[Item]:
+    """An OSError of the inputs must not pass for one of the file that is being written."""
+    try:
+        yield from items
+    except OSError as error:
+        raise ExportError(
+            f"{shown(str(error.filename))} cannot be listed ({error.strerror}); check its disk"
+        ) from None
+
+
+# Reading
+
+
+def read_item(item: Item, limits: ImageLimits) -> bytes:
+    """An image's bytes; a disk that has a bad moment is asked again, twice.
+
+    Raises ImageError, which names the id, for what cannot be read.
+    """
+    if item.error is not None:
+        code, message = item.error
+        raise ImageError(message, code=code)
+    for pause_s in PAUSES_S:
+        try:
+            return _read(item, limits)
+        except ImageError as error:
+            cause = error.__context__
+            if not isinstance(cause, OSError) or cause.errno not in TRANSIENT:
+                raise
+        time.sleep(pause_s)
+    return _read(item, limits)
+
+
+def _read(item: Item, limits: ImageLimits) -> bytes:
+    if item.offset is None or item.size is None:
+        return read_image_file(item.source, item.id, limits)
+    return _read_member(item, item.offset, item.size, limits)
+
+
+def _read_member(item: Item, offset: int, size: int, limits: ImageLimits) -> bytes:
+    name = shown(item.id)
+    if size > limits.max_file_bytes:
+        raise ImageError(
+            f"{name} has {size} bytes, at most {limits.max_file_bytes} are read; make it smaller",
+            code="file-too-large",
+        )
+    tar = shown(item.source)
+    try:
+        if not stat.S_ISREG(os.stat(item.source).st_mode):
+            raise ImageError(f"{tar}, which held {name}, is no regular file", code="not-a-file")
+        with open(item.source, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+    except FileNotFoundError:
+        raise ImageError(
+            f"{tar}, which held {name}, does not exist; put it back", code="missing"
+        ) from None
+    except OSError as error:
+        raise ImageError(
+            f"{tar}, which holds {name}, cannot be read: {error.strerror}; check its permissions",
+            code="unreadable",
+        ) from None
+    if len(data) < size:
+        raise ImageError(
+            f"{name} is cut: its tar ends after {len(data)} of {size} bytes; fetch the tar again",
+            code="truncated",
+        )
+    return data
+
+
+def shown(name: str) -> str:
+    """A name on one line of any terminal, odd ones escaped and long ones shortened."""
+    text = name if name.isprintable() else ascii(name)
+    return text if len(text) <= 400 else f"{text[:200]}...{text[-100:]}"

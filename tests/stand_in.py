@@ -1,0 +1,101 @@
+"""An encoder that costs nothing, for tests of what surrounds it, and a command that uses it.
+
+    python tests/stand_in.py JOURNAL export INPUT... --out DIR    as `qwen-vit export --model ...`
+
+Its rows are a plain function of the pixels, so that the same image gives the same bytes anywhere.
+JOURNAL grows by one byte for each image that it encodes, whatever happens to the process then.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from qwen_vit import cli, export  # noqa: E402
+from qwen_vit.config import ImageConfig  # noqa: E402
+from qwen_vit.errors import ImageError  # noqa: E402
+from qwen_vit.features import ImageFeatures  # noqa: E402
+from qwen_vit.patches import patchify  # noqa: E402
+
+WIDTH = 16
+POISON, TOO_LARGE = 7, 9  # images of this value alone give NaN, or do not fit the memory
+BATCH = 32
+
+
+class StandIn:
+    """What the export asks of a VisionEncoder."""
+
+    config = SimpleNamespace(hidden_size=WIDTH, out_hidden_size=WIDTH, merge_unit=4)
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self, journal: Path | None = None, **settings: Any) -> None:
+        self.image_config = ImageConfig.from_json(settings)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        self.journal = None if journal is None else os.open(journal, flags)
+        self.encoded = 0
+
+    def metadata(self) -> dict[str, Any]:
+        return {
+            "model": "stand-in",
+            "commit": None,
+            "weights_sha256": "0" * 64,
+            "config_sha256": "1" * 64,
+            "versions": {"torch": torch.__version__},
+            "dtype": "float32",
+            "image_policy": self.image_config.to_json(),
+        }
+
+    def encode_iter(self, images: Iterable[Any], **options: Any) -> Iterator[ImageFeatures]:
+        """In batches, as the real one: it reads ahead of what it yields."""
+        batch: list[np.ndarray] = []
+        for image in images:
+            batch.append(image)
+            if len(batch) == BATCH:
+                yield from self._encode(batch, options["output"])
+                batch = []
+        yield from self._encode(batch, options["output"])
+
+    def encode(self, images: Iterable[Any], **options: Any) -> list[ImageFeatures]:
+        """Paths, as the dry run gives them."""
+        return [ImageFeatures(str(each), torch.zeros(1, WIDTH), (1, 2, 2)) for each in images]
+
+    def _encode(self, batch: list[np.ndarray], output: str) -> Iterator[ImageFeatures]:
+        for pixels in batch:
+            name = f"image {self.encoded}"
+            self.encoded += 1
+            if self.journal is not None:
+                os.write(self.journal, b".")
+            patches = patchify(pixels, self.image_config)
+            [grid] = patches.grids
+            rows = patches.pixels[:, :WIDTH].float()
+            if output == "merged":
+                rows = rows.reshape(-1, 4, WIDTH).mean(dim=1)
+            if (pixels == POISON).all():
+                rows[0, 0] = float("nan")
+            if (pixels == TOO_LARGE).all():
+                message = f"{name} has {len(rows)} patches, which do not fit the memory of cpu"
+                error = ImageError(message, code="out-of-memory")
+                yield ImageFeatures(name, None, None, error=error)
+            else:
+                yield ImageFeatures(name, rows, (grid.t, grid.h, grid.w))
+
+
+def main() -> None:
+    journal = Path(sys.argv.pop(1))
+    loader = SimpleNamespace(from_pretrained=lambda *_, **__: StandIn(journal))
+    export.VisionEncoder = loader  # type: ignore[misc,assignment]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
