@@ -254,7 +254,7 @@ def test_a_disk_that_fails_at_the_end_is_an_error_of_one_line(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(features_module, "save_file", full)
+    monkeypatch.setattr(features_module.shutil, "copyfileobj", full)
     before = sorted(os.listdir())
     done = run("encode", "a.png", *TO_FILE)
     assert (done.code, done.out) == (2, "")
