@@ -7,7 +7,8 @@ One image at a time; of each tower its stages are held in its own dtype, of the 
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
+from tqdm import tqdm
 
 from qwen_vit.config import Grid, ImageConfig
 from qwen_vit.differences import RELATIVE_TOLERANCE, Difference, Verdict, judge, relative_error
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ComparisonError, ImageError
-from qwen_vit.golden import Case, Golden, write_golden
+from qwen_vit.errors import ArgumentError, ComparisonError, ImageError
+from qwen_vit.golden import Case, Golden, load_golden, write_golden
 from qwen_vit.image import load_image
 from qwen_vit.layout import Layout
 from qwen_vit.oracle import Oracle, Trace
@@ -45,6 +47,7 @@ __all__ = [
     "Preprocessing",
     "Stage",
     "compare",
+    "compare_checkpoint",
     "compare_with_golden",
 ]
 
@@ -183,6 +186,49 @@ class Comparison:
         return _finite(document)  # type: ignore[no-any-return]
 
 
+def compare_checkpoint(
+    images: Sequence[str | os.PathLike[str]],
+    *,
+    model: str | os.PathLike[str],
+    golden: Path | None = None,
+    save_golden: Path | None = None,
+    attention: Attention | None = None,
+    processor: Processor = "pillow",
+    keep_maps: bool = False,
+    show_progress: bool = False,
+    **loading: Any,
+) -> Comparison:
+    """Load a checkpoint and compare it, with a golden file or with Hugging Face: the command.
+
+    `loading` goes to `VisionEncoder.from_pretrained`. What can be refused is refused before the
+    weights are read. Raises as `compare` and `compare_with_golden` do.
+    """
+    if golden is not None and save_golden is not None:
+        raise ArgumentError(
+            "--golden compares with a file and --save-golden writes one, expected one of them; "
+            "leave the other out"
+        )
+    if not images and golden is None:
+        raise ArgumentError(
+            "there are no images, expected at least one; only --golden brings its own"
+        )
+    found = None if golden is None else load_golden(golden)
+    if found is None:
+        check_transformers()
+    encoder = VisionEncoder.from_pretrained(model, cuda_graphs=False, **loading)
+    if found is not None:
+        return compare_with_golden(
+            encoder, found, images,
+            attention=attention, processor=processor, keep_maps=keep_maps,
+            show_progress=show_progress,
+        )  # fmt: skip
+    return compare(
+        encoder, images,
+        attention=attention or "sdpa", processor=processor, save_golden=save_golden,
+        keep_maps=keep_maps, show_progress=show_progress,
+    )  # fmt: skip
+
+
 def compare(
     encoder: VisionEncoder,
     images: Sequence[str | os.PathLike[str]],
@@ -191,6 +237,7 @@ def compare(
     processor: Processor = "pillow",
     save_golden: Path | None = None,
     keep_maps: bool = False,
+    show_progress: bool = False,
 ) -> Comparison:
     """Run Hugging Face's tower and ours on images, stage by stage.
 
@@ -228,11 +275,11 @@ def compare(
         )  # fmt: skip
         return case, pixels, patches
 
-    def results() -> Iterator[ImageComparison | tuple[str, ImageError]]:
+    def results() -> Iterator[Outcome]:
         for name in map(os.fsdecode, images):
             try:
                 case, pixels, patches = case_of(name)
-                result = _compare_case(encoder, case, pixels, patches, keep_maps)
+                result = _compare_case(encoder, case, pixels, patches, processor, keep_maps)
             except ImageError as error:
                 yield name, error
                 continue
@@ -243,7 +290,7 @@ def compare(
                 kept.append(_measured(case, result))
             yield result
 
-    done = _collected(results())
+    done = _collected(_shown(results(), len(images), show_progress))
     reference = {
         "attention": attention,
         "processor": processor,
@@ -265,20 +312,23 @@ def compare_with_golden(
     golden: Golden,
     images: Sequence[str | os.PathLike[str]] = (),
     *,
+    attention: Attention | None = None,
     processor: Processor = "pillow",
     keep_maps: bool = False,
+    show_progress: bool = False,
 ) -> Comparison:
     """Compare our tower with what a golden file says of Hugging Face's; transformers is not needed.
 
     With `images`, those alone, our own pixels included: each must be one of the golden's, by its
     sha256. Without, every image of the golden, from its pixel values. Other weights than the
     golden's are compared nevertheless, and named. Raises ComparisonError for a golden of another
-    configuration, dtype or processor, or an image that it does not hold.
+    configuration, dtype or processor (or attention, where one is asked for), or an image that it
+    does not hold.
     """
-    golden.check_fits(encoder, processor)
+    golden.check_fits(encoder, processor=processor, attention=attention)
     chosen = _chosen(golden, images)
 
-    def results() -> Iterator[ImageComparison | tuple[str, ImageError]]:
+    def results() -> Iterator[Outcome]:
         for index, name in chosen:
             case = golden.case(index)
             try:
@@ -288,13 +338,13 @@ def compare_with_golden(
                     patches = patchify(rgb.pixels, encoder.image_config, name=name)
                     done = Processed(case.pixel_values, case.grid)
                     pixels = [_compare_pixels(processor, patches, done, encoder.image_config)]
-                yield _compare_case(encoder, case, pixels, patches, keep_maps)
+                yield _compare_case(encoder, case, pixels, patches, processor, keep_maps)
             except ImageError as error:
                 yield case.id, error
             except torch.cuda.OutOfMemoryError:
                 yield case.id, _out_of_memory(case.id, encoder)
 
-    done = _collected(results())
+    done = _collected(_shown(results(), len(chosen), show_progress))
     facts = {
         **_facts_of(encoder),
         "reference": {
@@ -314,14 +364,14 @@ def _compare_case(
     case: Case,
     pixels: Sequence[Preprocessing],
     patches: Patches | None,
+    processor: str,
     keep_maps: bool,
 ) -> ImageComparison:
     """Our tower on the case's input, every stage measured as the oracle reaches it."""
-    from_pixels = patches is not None and any(
-        part.processor == "pillow" and part.holds for part in pixels
-    )
     rows = case.pixel_values.to(encoder.device)
-    given = patches.pixels if patches is not None and from_pixels else rows
+    # our own pixels only where they are the very ones that Hugging Face's tower was given
+    same = any(part.processor == processor and part.holds for part in pixels)
+    given = patches.pixels if patches is not None and same else rows
     layout = layout_for([case.grid], encoder.config, encoder.device, encoder.dtype)
     ours = trace_tower(encoder.tower, given, layout)
     theirs = {name: values.to(encoder.device) for name, values in case.trace.items()}
@@ -344,7 +394,7 @@ def _compare_case(
     maps = _maps(encoder, case, ours, theirs, layout) if keep_maps else None
     return ImageComparison(
         case.id, case.sha256, case.size_px, case.grid,
-        "uint8 pixels" if from_pixels else "pixel values of the processor",
+        "the pixel values of the processor" if given is rows else "uint8 pixels",
         tuple(pixels), tuple(stages), maps,
     )  # fmt: skip
 
@@ -436,8 +486,15 @@ def _chosen(
     return chosen
 
 
+Outcome = ImageComparison | tuple[str, ImageError]
+
+
+def _shown(results: Iterator[Outcome], total: int, show_progress: bool) -> Iterable[Outcome]:
+    return tqdm(results, total=total, unit="image", file=sys.stderr, disable=not show_progress)
+
+
 def _collected(
-    results: Iterator[ImageComparison | tuple[str, ImageError]],
+    results: Iterable[Outcome],
 ) -> tuple[tuple[ImageComparison, ...], tuple[tuple[str, ImageError], ...]]:
     found = list(results)
     good = tuple(each for each in found if isinstance(each, ImageComparison))
@@ -450,6 +507,7 @@ def _facts_of(encoder: VisionEncoder) -> dict[str, Any]:
         **{key: metadata[key] for key in ("model", "commit", "weights_sha256", "dtype")},
         "device": _device_name(encoder.device),
         "versions": metadata["versions"],
+        "vision_config": encoder.config.to_json(),
     }
 
 

@@ -93,31 +93,31 @@ class Golden:
             image["errors"],
         )
 
-    def check_fits(self, encoder: VisionEncoder, processor: str) -> None:
+    def check_fits(
+        self, encoder: VisionEncoder, *, processor: str, attention: str | None = None
+    ) -> None:
         """Raise ComparisonError, naming what differs, for another config, dtype or processor."""
-        ours = {
-            "dtype": _dtype_name(encoder.dtype),
-            "processor": processor,
-            **_flat("vision_config", encoder.config.to_json()),
-            **_flat("image_config", encoder.image_config.to_json()),
-        }
-        theirs = {
-            "dtype": self.facts["dtype"],
-            "processor": self.facts["processor"],
-            **_flat("vision_config", self.facts["vision_config"]),
-            **_flat("image_config", self.facts["image_config"]),
-        }
-        for name in ours:
-            if ours[name] != theirs.get(name):
-                remedy = {"dtype": "--dtype", "processor": "--processor"}.get(name)
+        here: dict[str, Any] = {"dtype": _dtype_name(encoder.dtype), "processor": processor}
+        if attention is not None:
+            here["attention"] = attention
+        there = {name: self.facts[name] for name in here}
+        for part, config in (
+            ("vision_config", encoder.config.to_json()),
+            ("image_config", encoder.image_config.to_json()),
+        ):
+            here |= {f"{part}.{key}": value for key, value in config.items()}
+            there |= {f"{part}.{key}": value for key, value in self.facts[part].items()}
+        for name in sorted(here.keys() | there.keys()):
+            if here.get(name) != there.get(name):
+                is_option = name in ("attention", "dtype", "processor")
+                remedy = (
+                    f"pass --{name} {there[name]}"
+                    if is_option
+                    else "compare with a golden of this model and these settings"
+                )
                 raise ComparisonError(
-                    f"{self.path}: {name} is {theirs.get(name)!r} in the golden and "
-                    f"{ours[name]!r} here, expected the same; "
-                    + (
-                        f"pass {remedy} {theirs.get(name)}"
-                        if remedy
-                        else "compare with a golden of this model and these settings"
-                    )
+                    f"{self.path}: {name} is {there.get(name)!r} in the golden and "
+                    f"{here.get(name)!r} here, expected the same; {remedy}"
                 )
 
     def changed_weights(self, encoder: VisionEncoder) -> tuple[str, ...]:
@@ -241,10 +241,6 @@ def _content_hash(facts: Mapping[str, Any], tensors_sha256: str) -> str:
     stated = {key: value for key, value in facts.items() if key != "content_sha256"}
     text = json.dumps(stated, sort_keys=True) + tensors_sha256
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _flat(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{name}.{key}": value for key, value in values.items()}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

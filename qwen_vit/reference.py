@@ -73,6 +73,24 @@ def check_transformers() -> None:
     )
 
 
+@contextmanager
+def _importing() -> Iterator[None]:
+    """transformers imports torchvision where it is, and one of another torch breaks both."""
+    try:
+        yield
+    except (AttributeError, ImportError, RuntimeError) as error:
+        found = " and ".join(
+            f"{name} {number}"
+            for name, number in package_versions().items()
+            if name.startswith("t")
+        )
+        reason = str(error).strip().rpartition("\n")[2]
+        raise ArgumentError(
+            f"transformers cannot be imported ({reason}) with {found}; install versions that "
+            "belong together, or compare with a golden file (--golden FILE)"
+        ) from error
+
+
 def process(rgb: NDArray[np.uint8], config: ImageConfig, processor: Processor) -> Processed:
     """Run one of Hugging Face's processors on an RGB image (height, width, 3).
 
@@ -88,19 +106,20 @@ def process(rgb: NDArray[np.uint8], config: ImageConfig, processor: Processor) -
         "temporal_patch_size": config.temporal_patch_size,
         "merge_size": config.merge_size,
     }
-    if processor == "pillow":
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-            Qwen2VLImageProcessorPil as ImageProcessor,
+    if processor == "torchvision" and "torchvision" not in package_versions():
+        raise ArgumentError(
+            "torchvision is not installed, expected for the torchvision processor; install the "
+            "one that belongs to your torch, or pass --processor pillow"
         )
-    else:
-        if "torchvision" not in package_versions():
-            raise ArgumentError(
-                "torchvision is not installed, expected for the torchvision processor; install "
-                "the one that belongs to your torch, or pass --processor pillow"
+    with _importing():
+        if processor == "pillow":
+            from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+                Qwen2VLImageProcessorPil as ImageProcessor,
             )
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import (
-            Qwen2VLImageProcessor as ImageProcessor,
-        )
+        else:
+            from transformers.models.qwen2_vl.image_processing_qwen2_vl import (
+                Qwen2VLImageProcessor as ImageProcessor,
+            )
     try:
         done: Any = ImageProcessor(**settings)(images=[rgb], return_tensors="pt")
     except ValueError as error:
@@ -143,10 +162,10 @@ def hf_tower(
     module would not leave them. Raises ArgumentError for an attention that is not installed.
     """
     check_transformers()
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-        Qwen2_5_VisionTransformerPretrainedModel,
-    )
-
+    with _importing():
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+            Qwen2_5_VisionTransformerPretrainedModel,
+        )
     theirs = hf_config(config)
     theirs._attn_implementation = attention
     try:

@@ -149,7 +149,7 @@ def test_the_installed_command_knows_the_weights_it_came_with(
 def test_every_pin_satisfies_what_is_declared() -> None:
     pins = constraints()
     extras = PROJECT["optional-dependencies"]
-    for line in PROJECT["dependencies"] + extras["hf"] + extras["dev"]:
+    for line in PROJECT["dependencies"] + extras["hf"] + extras["report"] + extras["dev"]:
         requirement = Requirement(line)
         if requirement.name != PROJECT["name"]:
             (pin,) = pins[canonicalize_name(requirement.name)].specifier
