@@ -22,14 +22,16 @@ from qwen_vit.convert import (
 )
 from qwen_vit.errors import CheckpointError
 from qwen_vit.strict_json import read_json
-from qwen_vit.weight_files import StoredTensor, find_tensors
+from qwen_vit.weight_files import Elsewhere, StoredTensor, find_tensors
 
 __all__ = [
     "LANDMARK",
     "Checkpoint",
+    "Tower",
     "config_hash",
     "convert",
     "expected_tensors",
+    "find_tower",
     "load_checkpoint",
     "padded_mlp_size",
     "padded_pixel_size",
@@ -55,6 +57,24 @@ QUANTISED = re.compile(
     r"\.(weight_scale|weight_scale_inv|weight_zero_point|weight_packed|weight_shape|input_scale"
     r"|scales|qweight|qzeros|g_idx|SCB|weight_format|weight\.(absmax|quant_map|quant_state).*)$"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """Where a vision tower lies: its configs, and which stored tensors make up each published one.
+
+    `settings` are the config files that were read, `prefix` is what stands before the names.
+    """
+
+    config: VisionConfig
+    image_config: ImageConfig
+    settings: tuple[Path, ...]
+    sources: Mapping[str, tuple[StoredTensor, ...]]
+    prefix: str
+
+    def stored(self) -> list[StoredTensor]:
+        """Every stored tensor, once: 390 at depth 32, or 518 where q, k and v lie apart."""
+        return [tensor for parts in self.sources.values() for tensor in parts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +110,24 @@ and safetensors weights
     The headers are checked at once (names, shapes, types), the values when they are converted.
     Raises CheckpointError, naming the file, for whatever is missing, damaged or of another model.
     """
-    folder = Path(folder)
+    tower = find_tower(Path(folder))
+    stored = tower.stored()
+    return Checkpoint(
+        config=tower.config,
+        image_config=tower.image_config,
+        tensors=_LazyTensors(tower.sources),
+        files=(*tower.settings, *sorted({tensor.path for tensor in stored})),
+        prefix=tower.prefix,
+        dtypes=tuple(sorted({tensor.info.dtype for tensor in stored})),
+    )
+
+
+def find_tower(folder: Path, elsewhere: Elsewhere | None = None) -> Tower:
+    """Find the vision tower in a folder and check names, shapes and types against config.json.
+
+    Weight files that are still on the Hub may be given as `elsewhere`: of them, only the headers
+    are asked for. Raises CheckpointError as load_checkpoint does.
+    """
     prefix = ""
 
     def tower_names(names: set[str]) -> set[str]:
@@ -98,7 +135,7 @@ and safetensors weights
         prefix = _find_prefix(names, folder)
         return {name for name in names if name.startswith(prefix)}
 
-    stored = find_tensors(folder, tower_names)
+    stored = find_tensors(folder, tower_names, elsewhere)
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise CheckpointError(
@@ -110,16 +147,8 @@ and safetensors weights
     check_consistent(config, image_config, source=str(image_path or f"{folder} (default settings)"))
     bare = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
     sources = _check_strictly(bare, config, folder)
-    weights = {tensor.path for tensor in bare.values()}
-    settings = [config_path] if image_path is None else [config_path, image_path]
-    return Checkpoint(
-        config=config,
-        image_config=image_config,
-        tensors=_LazyTensors(sources),
-        files=(*settings, *sorted(weights)),
-        prefix=prefix,
-        dtypes=tuple(sorted({tensor.info.dtype for tensor in bare.values()})),
-    )
+    settings = (config_path,) if image_path is None else (config_path, image_path)
+    return Tower(config, image_config, settings, sources, prefix)
 
 
 def expected_tensors(config: VisionConfig) -> dict[str, tuple[int, ...]]:

@@ -7,10 +7,15 @@ skipped; 2 usage, configuration or output error; 130 interrupted.
 import json
 import logging
 import os
+import re
+import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,15 +23,25 @@ import click
 from tqdm import tqdm
 
 from qwen_vit import __version__
+from qwen_vit.compare import compare_checkpoint
+from qwen_vit.comparison_text import as_text
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ExportError, ImageError, QwenVitError
+from qwen_vit.export import ExportReport, export_features, load_encoder
+from qwen_vit.export_estimate import Estimate, estimate_export
+from qwen_vit.export_plan import ExportOptions, check_folder
 from qwen_vit.features import ImageFeatures, write_features
+from qwen_vit.hub import download as fetch
 from qwen_vit.hub import find_checkpoint
-from qwen_vit.info import describe, licence_of
+from qwen_vit.info import describe, report
+from qwen_vit.listing import check_inputs
+from qwen_vit.reference import ATTENTIONS, PROCESSORS
+from qwen_vit.report import check_report, write_report
 
 __all__ = ["main"]
 
 EXIT_SKIPPED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+ASK_ABOVE_BYTES = 100 * 10**9
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -95,41 +110,160 @@ def encode(
 
 
 @cli.command()
-@click.argument("model")
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=str))
+@click.option("--model", required=True, help="Hub repository, local folder, or 'tiny'.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder to write, or resume."
+)
+@click.option(
+    "--output", type=click.Choice(["merged", "patch", "mean"]), default="merged",
+    show_default=True, help="What a language model takes; un-merged; one row per image.",
+)  # fmt: skip
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]),
+    help="How features are stored; a GPU computes in it, too.  [default: as computed]",
+)  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="cuda, cuda:1 or cpu.")
+@click.option("--min-pixels", type=int, help="Smallest height x width after resizing.")
+@click.option("--max-pixels", type=int, help="Largest height x width after resizing.")
+@click.option("--shard-size", type=int, default=512, show_default=True, help="Images in a file.")
+@click.option(
+    "--part", default="1/1", metavar="I/N", callback=lambda _, __, text: _part(text),
+    help="Only every N-th shard, from the I-th on: N processes share one folder.",
+)  # fmt: skip
+@click.option("--on-error", type=click.Choice(["skip", "raise"]), default="skip", show_default=True)
+@click.option(
+    "--max-failures", type=int, default=200, show_default=True,
+    help="Stop after so many failures in a row; 0: never.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Count images, rows, bytes and hours; write none.")
+@click.option("--yes", is_flag=True, help="Do not ask before writing more than 100 GB.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @model_options
-def download(model: str, as_json: bool, **finding: Any) -> None:
-    """Fetch what MODEL needs here, into the Hub's cache: configs, and shards with vision tensors.
+def export(
+    inputs: tuple[str, ...], model: str, out: Path, device: str, dry_run: bool, yes: bool,
+    as_json: bool, output: Any, dtype: Any, shard_size: int, part: tuple[int, int], on_error: Any,
+    max_failures: int, **loading: Any,
+) -> None:  # fmt: skip
+    """Export the images of INPUTS into a folder of shards; run again, it goes on where it stopped.
+
+    \b
+    qwen-vit export photos/ --model tiny --out features --dry-run
+    qwen-vit export tars/ --model Qwen/Qwen2.5-VL-7B-Instruct --out features --part 2/8
+
+    INPUTS are images, folders (searched to every depth), quoted patterns, tars, and lists: .txt
+    with a path a line, .jsonl with an "id" and a "path" each. Read the folder with
+    qwen_vit.load_features; its manifest says what became of each image. Images that cannot be
+    encoded are reported and skipped (exit code 1).
+    """
+    options = ExportOptions(output, dtype, shard_size, on_error, part, max_failures)
+    check_inputs(inputs)
+    is_terminal = sys.stderr.isatty()
+    if dry_run:
+        encoder = load_encoder(model, options, device=device, **loading)
+        estimate = estimate_export(encoder, inputs, options, show_progress=is_terminal)
+        click.echo(json.dumps(asdict(estimate), indent=2) if as_json else _estimated(estimate))
+        return
+    check_folder(out)
+    with _sigterm_interrupts():
+        done = export_features(
+            load_encoder(model, options, device=device, **loading),
+            inputs,
+            out,
+            options,
+            confirm=None if yes else partial(_ask_if_large, folder=out),
+            show_progress=is_terminal,
+        )
+    click.echo(json.dumps(done.to_json(), indent=2) if as_json else _exported(done))
+    if done.failed:
+        sys.exit(EXIT_SKIPPED)
+
+
+@cli.command()
+@click.argument("images", nargs=-1, type=click.Path(path_type=str))
+@click.option("--model", required=True, help="Hub repository, local folder, or 'tiny'.")
+@click.option(
+    "--golden", type=click.Path(path_type=Path), help="Compare with this file, not transformers."
+)
+@click.option(
+    "--save-golden", type=click.Path(path_type=Path), help="Also write what Hugging Face computed."
+)
+@click.option("--report", type=click.Path(path_type=Path), help="Folder for a page with pictures.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing golden file or report.")
+@click.option("--attention", type=click.Choice(ATTENTIONS), help="Hugging Face's; default: sdpa.")
+@click.option(
+    "--processor", type=click.Choice(PROCESSORS), default="pillow", show_default=True,
+    help="Whose pixels both towers get.",
+)  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="cuda, cuda:1 or cpu.")
+@click.option("--dtype", default="auto", show_default=True, help="bfloat16 or float32.")
+@click.option("--min-pixels", type=int, help="Smallest height x width after resizing.")
+@click.option("--max-pixels", type=int, help="Largest height x width after resizing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@model_options
+def compare(
+    images: tuple[str, ...], save_golden: Path | None, report: Path | None, overwrite: bool,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Compare with Hugging Face's encoder on IMAGES, stage by stage, and both with float64.
+
+    \b
+    qwen-vit compare photo.jpg --model tiny --report page
+    qwen-vit compare --model Qwen/Qwen2.5-VL-7B-Instruct --golden 7b.safetensors
+
+    Exit code 0 if every stage keeps the numbers policy, 1 if one does not or an image was skipped.
+    transformers computes the reference; a golden file, which --save-golden writes, stands in for it
+    (then IMAGES may be left out). --report needs the extra: pip install 'qwen-vit[report]'.
+    """
+    if save_golden is not None:
+        _check_output(save_golden, overwrite, images)
+    if report is not None:
+        check_report(report, overwrite=overwrite)
+    comparison = compare_checkpoint(
+        images, save_golden=save_golden, keep_maps=report is not None,
+        show_progress=sys.stderr.isatty(), **options,
+    )  # fmt: skip
+    if report is not None:
+        click.echo(f"wrote {_shown(str(write_report(report, comparison)))}", err=True)
+    shown = json.dumps(comparison.to_json(), indent=2) if as_json else as_text(comparison)
+    click.echo(shown)
+    if not comparison.holds:
+        sys.exit(EXIT_SKIPPED)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--full", is_flag=True, help="Take whole shards, checked against the Hub's sha256.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@model_options
+def download(model: str, full: bool, as_json: bool, **finding: Any) -> None:
+    """Fetch the vision tower of MODEL and its configs, once: afterwards it works offline.
 
     \b
     qwen-vit download Qwen/Qwen2.5-VL-7B-Instruct
     qwen-vit download Qwen/Qwen2.5-VL-7B-Instruct --revision main --json
 
-    Afterwards the checkpoint works offline (--local-files-only).
+    Only the bytes of the vision tensors are fetched, into the Hub's cache; saved_bytes are those of
+    the checkpoint's weights that stay where they are.
     """
-    source = find_checkpoint(model, **finding)
-    facts = {
-        "model": source.name,
-        "commit": source.commit,
-        "licence": licence_of(source.name),
-        "folder": str(source.folder),
-    }
+    facts = report(fetch(model, full=full, **finding))
     click.echo(json.dumps(facts, indent=2) if as_json else _listing(facts))
 
 
 @cli.command()
 @click.argument("model")
 @click.option("--image", type=click.Path(), help="Also count this image's tokens.")
+@click.option("--verify", is_flag=True, help="Hash every file again, and compare.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @model_options
-def info(model: str, image: str | None, as_json: bool, **finding: Any) -> None:
+def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: Any) -> None:
     """Describe the checkpoint MODEL: architecture, licence, parameters, hashes, token counts.
 
     \b
     qwen-vit info tiny
     qwen-vit info Qwen/Qwen2.5-VL-7B-Instruct --image photo.jpg --json
     """
-    facts = describe(find_checkpoint(model, **finding), image)
+    facts = describe(find_checkpoint(model, **finding), image, verify=verify)
     click.echo(json.dumps(facts, indent=2) if as_json else _listing(facts))
 
 
@@ -174,6 +308,64 @@ def _encode_one_by_one(
         if result.error is not None:
             click.echo(f"skipped: {result.error}", err=True)
     return features, milliseconds
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if match is None:
+        raise click.BadParameter(f"--part is {text!r}, expected I/N such as 2/8")
+    return int(match[1]), int(match[2])
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """What a scheduler sends ends an export as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _ask_if_large(estimate: Estimate, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if estimate.bytes <= min(ASK_ABOVE_BYTES, free):
+        return
+    text = (
+        f"{_shown(str(folder))} will take about {estimate.bytes / 1e9:,.3g} GB; its disk has "
+        f"{free / 1e9:,.3g} GB free"
+    )
+    if not sys.stdin.isatty():
+        raise ExportError(f"{text}; pass --yes to go on without asking, or give fewer images")
+    click.confirm(f"{text}. Go on?", abort=True, err=True)
+
+
+def _estimated(estimate: Estimate) -> str:
+    hours = "unknown" if estimate.seconds is None else f"{estimate.seconds / 3600:,.2f} hours"
+    return _listing(
+        {
+            "images": f"{estimate.images:,}, {estimate.unreadable:,} without a readable header",
+            "rows": f"{estimate.rows:,}",
+            "on the disk": f"{estimate.bytes / 1e9:,.3f} GB",
+            "time": f"{hours}, judged by a few images",
+        }
+    )
+
+
+def _exported(done: ExportReport) -> str:
+    lines = [
+        f"exported {done.exported:,} of {done.images:,} images ({done.resumed:,} were there): "
+        f"{done.rows:,} rows, {done.bytes / 1e6:,.1f} MB, {done.seconds:,.1f} s",
+        f"wrote {_shown(str(done.manifest))}",
+    ]
+    if done.failed:
+        reasons = ", ".join(f"{count:,} {code}" for code, count in done.failed.items())
+        lines.insert(1, f"skipped {sum(done.failed.values()):,}: {reasons}")
+    return "\n".join(lines)
 
 
 def _table(features: Sequence[ImageFeatures], milliseconds: Sequence[float]) -> str:
@@ -246,7 +438,7 @@ def _listing(facts: dict[str, Any]) -> str:
             lines.append((name, ""))
             lines.extend((f"  {key}", str(item)) for key, item in value.items())
         else:
-            lines.append((name, str(value)))
+            lines.append((name, f"{value:,}" if name.endswith("_bytes") and value else str(value)))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in lines)
 

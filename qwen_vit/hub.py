@@ -1,26 +1,41 @@
 """Find a checkpoint: the packaged one, a local folder, or a repository on the Hugging Face Hub.
 
-The only file that imports huggingface_hub, and only when the Hub is asked: that import reads
-environment variables, which importing this package does not.
+Of a repository come its config files and its vision tensors alone: from shards in the Hub's cache,
+else as ranges of the shards' bytes, else from whole shards. What was fetched is kept, complete and
+by commit, and needs no network afterwards.
 """
 
-import errno
+import logging
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_vit.checkpoint import LANDMARK, tower_prefixes
-from qwen_vit.errors import HubError, QwenVitError
-from qwen_vit.strict_json import read_json
-from qwen_vit.weight_files import is_plain_basename
+from qwen_vit import store
+from qwen_vit.checkpoint import LANDMARK, find_tower, tower_prefixes
+from qwen_vit.config import VisionConfig
+from qwen_vit.errors import CheckpointError, HubError, QwenVitError
+from qwen_vit.hub_client import NotCachedError, Repository, explain
+from qwen_vit.ranges import RangesRefusedError, TransferError
+from qwen_vit.strict_json import is_integer, read_json
+from qwen_vit.vision_file import Shards, write_tower
+from qwen_vit.weight_files import (
+    ADAPTER_CONFIG,
+    INDEX_FILE,
+    INDEX_SUFFIX,
+    VISION_FILE,
+    WEIGHTS_FILE,
+    choose_weights,
+    read_index,
+)
 
-__all__ = ["Source", "find_checkpoint", "packaged_weights"]
+__all__ = ["Download", "Source", "download", "find_checkpoint", "packaged_weights"]
+
+logger = logging.getLogger("qwen_vit")
 
 PACKAGED = ("tiny",)
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-COMMIT_IN_CACHE = re.compile(r"/snapshots/([0-9a-f]{40})(/|$)")
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -31,6 +46,22 @@ class Source:
     folder: Path
     name: str
     commit: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """What a download did, in bytes: fetched over the network now, kept on the disk, saved.
+
+    `kept_bytes` are of weights. `saved_bytes` are those of the checkpoint's weights that are not
+    needed here; None where the Hub does not say how large the whole is. `licence` is what the model
+    card says, where it was read.
+    """
+
+    source: Source
+    fetched_bytes: int = 0
+    kept_bytes: int | None = None
+    saved_bytes: int | None = None
+    licence: str | None = None
 
 
 def find_checkpoint(
@@ -46,26 +77,55 @@ def find_checkpoint(
     >>> find_checkpoint("tiny").name
     'tiny'
 
-    From the Hub come the config files and the shards that hold vision tensors, into the usual
-    cache; `revision`, `token`, `cache_dir` and `local_files_only` mean what they mean in
-    huggingface_hub. Raises HubError with the cause and what to do.
+    From the Hub come the config files and the vision tensors, once; `revision`, `token`,
+    `cache_dir` and `local_files_only` mean what they mean in huggingface_hub. Raises HubError or
+    CheckpointError with the cause and what to do.
+    """
+    return download(
+        model,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    ).source
+
+
+def download(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    full: bool = False,
+) -> Download:
+    """As `find_checkpoint`, with a report of the bytes.
+
+    >>> download("tiny").fetched_bytes
+    0
+
+    A range has no checksum of its own. `full` takes the shards that hold vision tensors whole, and
+    compares them with the Hub's sha256.
     """
     name = os.fsdecode(model)
     if name and Path(name).is_dir():
-        return Source(Path(name), name)
+        return Download(Source(Path(name), name))
     if name in PACKAGED:
-        return Source(packaged_weights() / name, name)
+        return Download(Source(packaged_weights() / name, name))
     if not REPOSITORY.fullmatch(name) or name.startswith((".", "/")):
         raise HubError(
             f"{name!r} is neither a folder nor a Hub repository, expected a local folder, "
             "'organisation/repository', or 'tiny'"
         )
+    repository = Repository(name, revision, token, cache_dir, local_files_only)
     try:
-        return _download(name, revision, token, cache_dir, local_files_only)
+        return _download(repository, full)
+    except NotCachedError as error:
+        raise HubError(str(error)) from error
     except QwenVitError:
         raise
     except Exception as error:  # each version of the client has its own transport errors
-        raise _explain(error, name, revision, local_files_only) from error
+        raise explain(error, repository) from error
 
 
 def packaged_weights() -> Path:
@@ -75,114 +135,152 @@ def packaged_weights() -> Path:
     return inside if inside.is_dir() else package.parent / "weights"
 
 
-def _download(
-    repo: str,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool,
-) -> Source:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    def fetch(file: str, commit: str | None) -> Path:
-        return Path(
-            hf_hub_download(
-                repo,
-                file,
-                revision=commit,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-            )
-        )
-
-    config = fetch("config.json", revision)
-    found = COMMIT_IN_CACHE.search(str(config))
-    commit = found[1] if found else revision  # the other files must come from the same commit
-    found_settings, unknown = False, None
-    for file in SETTINGS:
-        try:
-            fetch(file, commit)
-            found_settings = True
-        except LocalEntryNotFoundError as error:
-            # the cache also remembers which files a repository does not have
-            if try_to_load_from_cache(repo, file, cache_dir=cache_dir, revision=commit) is None:
-                unknown = error
-        except EntryNotFoundError:
-            continue
-    if unknown is not None and not found_settings:
-        raise unknown  # going on would silently resize to other limits
+def _download(repository: Repository, full: bool) -> Download:
+    if not full and (kept := _kept(repository)) is not None:
+        return kept  # a pinned commit needs no request
+    snapshot = _resolve(repository)
+    if not full and (kept := _kept(repository)) is not None:
+        return kept
+    VisionConfig.from_json(snapshot / "config.json")  # refuses other models before any weights
+    _fetch_settings(repository)
+    index, names = _find_weights(repository)
+    if full:
+        return _whole(repository, index, [repository.whole(name) for name in names])
+    cached = {name: path for name in names if (path := repository.cached(name)) is not None}
+    if len(cached) == len(names):
+        return _whole(repository, index, list(cached.values()))
+    if repository.is_offline():
+        raise repository.not_cached()
+    local = {name: path for name, path in cached.items() if repository.is_sound(name, path)}
+    shards = Shards(local, set(names) - set(local), repository.open_range, repository.label)
     try:
-        index = fetch(INDEX, commit)
-    except EntryNotFoundError:
-        fetch(WEIGHTS, commit)
-    else:
-        for shard in _vision_shards(index):
-            fetch(shard, commit)
-    return Source(config.parent, repo, commit)
+        with store.one_at_a_time(_folder(repository)):
+            # another process may have done it meanwhile
+            return _kept(repository) or _vision_alone(repository, snapshot, index, shards)
+    except (RangesRefusedError, TransferError) as error:
+        if isinstance(error, TransferError) and error.cause is not None:
+            raise error.cause from None  # the server's answer: a whole shard would get the same
+        logger.warning(
+            "%s: its vision tensors cannot be had alone (%s); taking whole files instead: %s",
+            repository.label, error, ", ".join(names),
+        )  # fmt: skip
+        return _whole(repository, index, [repository.whole(name) for name in names])
 
 
-def _vision_shards(index: Path) -> list[str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise HubError(f"{index} has no weight_map, expected one; delete it and download it again")
-    prefixes = tower_prefixes(weight_map)
+def _folder(repository: Repository) -> Path:
+    return store.folder_of(repository.cache(), repository.name, repository.commit or "")
+
+
+def _kept(repository: Repository) -> Download | None:
+    """What an earlier download left in our own folder, if its sizes and its header hold."""
+    if repository.commit is None:
+        return None
+    folder = _folder(repository)
+    try:
+        manifest = store.find(folder)
+        if manifest is None:
+            return None
+        if (manifest.repo, manifest.commit) != (repository.name, repository.commit):
+            raise CheckpointError(
+                f"{folder} holds {manifest.repo} at {manifest.commit}, expected {repository.name} "
+                f"at {repository.commit}; delete it"
+            )
+    except CheckpointError as error:
+        if repository.is_offline():
+            raise
+        logger.warning("%s; doing so now", error)
+        store.discard(folder)
+        return None
+    source = Source(folder, repository.name, repository.commit)
+    kept, whole = manifest.files[VISION_FILE]["bytes"], manifest.whole_bytes
+    saved = None if whole is None else max(0, whole - kept)
+    return Download(source, repository.fetched_bytes, kept, saved, manifest.licence)
+
+
+def _resolve(repository: Repository) -> Path:
+    """Fetch config.json and return its folder, or say what a repository without one holds."""
+    config = repository.resolve("config.json")
+    if config is None:
+        _choose(repository, repository.names() or [WEIGHTS_FILE])
+        raise HubError(
+            f"{repository.label} has no config.json, expected a Qwen2.5-VL checkpoint; "
+            "choose a repository that holds one"
+        )
+    return config.parent
+
+
+def _fetch_settings(repository: Repository) -> None:
+    found, unknown = False, None
+    for name in SETTINGS:
+        try:
+            found |= repository.file(name) is not None
+        except NotCachedError as error:
+            unknown = error
+    if unknown is not None and not found:
+        raise unknown  # going on would silently resize to other limits
+
+
+def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
+    """The index, if there is one, and the names of the files that hold vision tensors."""
+    try:
+        index = repository.file(INDEX_FILE)
+    except NotCachedError:
+        if repository.cached(WEIGHTS_FILE) is None:
+            raise
+        return None, [WEIGHTS_FILE]
+    if index is None:
+        if repository.cached(WEIGHTS_FILE) is not None or repository.is_offline():
+            return None, [WEIGHTS_FILE]
+        # a mirror that lists no files may have this one
+        weights = _choose(repository, repository.names() or [WEIGHTS_FILE])
+        if not weights.endswith(INDEX_SUFFIX):
+            return None, [weights]
+        index = repository.file(weights)
+        if index is None:
+            raise HubError(f"{repository.label} lists {weights}, but does not have it; try again")
+    shard_of = read_index(index)
+    prefixes = tower_prefixes(shard_of)
     if not prefixes:
         raise HubError(
             f"{index} names no {LANDMARK}, expected a Qwen2.5-VL vision tower; choose a repository "
             "that holds one"
         )
-    shards = [shard for name, shard in weight_map.items() if name.startswith(prefixes[0])]
-    for shard in shards:
-        if not isinstance(shard, str) or not is_plain_basename(shard):
-            raise HubError(
-                f"{index} names the shard {shard!r}, expected the plain name of a file; "
-                "do not use this repository"
-            )
-    return sorted(set(shards))
+    return index, sorted({file for name, file in shard_of.items() if name.startswith(prefixes[0])})
 
 
-def _explain(error: Exception, repo: str, revision: str | None, local_files_only: bool) -> HubError:
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
+def _choose(repository: Repository, names: Iterable[str]) -> str:
+    return choose_weights(names, repository.label, lambda: repository.file(ADAPTER_CONFIG))
+
+
+def _whole(repository: Repository, index: Path | None, files: list[Path]) -> Download:
+    kept = sum(path.stat().st_size for path in files)
+    whole = kept if index is None else _total_bytes(index)
+    saved = None if whole is None else max(0, whole - kept)
+    source = Source(files[0].parent, repository.name, repository.commit)
+    return Download(source, repository.fetched_bytes, kept, saved)
+
+
+def _vision_alone(
+    repository: Repository, snapshot: Path, index: Path | None, shards: Shards
+) -> Download:
+    tower = find_tower(snapshot, shards.elsewhere())  # refuses bad headers before any data
+    manifest = store.Manifest(
+        repo=repository.name,
+        commit=repository.commit or "",
+        shards=shards.origins(),
+        whole_bytes=sum(shards.file_bytes.values()) if index is None else _total_bytes(index),
+        licence=repository.licence(),
     )
+    folder = _folder(repository)
+    with store.fill(folder, manifest) as temporary:
+        write_tower(tower, shards, temporary, repository.label)
+    kept = _kept(repository)
+    if kept is None:
+        raise HubError(f"{folder} was removed while it was written; try again")
+    return kept
 
-    at = f"{repo} at {revision}" if revision else repo
-    reply = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-    status = getattr(reply, "status_code", None)
-    if isinstance(error, GatedRepoError):
-        cause = "is gated; accept its licence on its page, then log in with `hf auth login`"
-    elif isinstance(error, RevisionNotFoundError):
-        cause = "has no such revision; look at its branches and commits"
-    elif isinstance(error, RepositoryNotFoundError):
-        cause = "was not found, or is private; check the name, or log in with `hf auth login`"
-    elif status in (401, 403):
-        cause = (
-            f"was refused (HTTP {status}); log in with `hf auth login`, with a token that may read "
-            f"https://huggingface.co/{repo}"
-        )
-    elif status is not None and status >= 500:
-        cause = f"is not served at the moment (HTTP {status}); try again later"
-    elif isinstance(error, LocalEntryNotFoundError):
-        cause = (
-            "is not in the local cache, and the network was not asked; leave out local_files_only"
-            if local_files_only
-            else "could not be reached and is not in the local cache; check the network, or "
-            "HF_HUB_OFFLINE, or pass a local folder"
-        )
-    elif isinstance(error, EntryNotFoundError):
-        cause = (
-            "has no config.json or no safetensors weights; no pickle (.bin, .pt) is ever opened, "
-            "choose a repository with safetensors"
-        )
-    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        cause = "does not fit on the disk; make space, or pass another cache_dir"
-    else:
-        reason = str(error).partition("\n")[0]
-        cause = f"could not be fetched ({type(error).__name__}: {reason}); try again"
-    return HubError(f"{at} {cause}")
+
+def _total_bytes(index: Path) -> int | None:
+    metadata = read_json(index).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return int(total) if is_integer(total) or isinstance(total, float) else None

@@ -5,23 +5,30 @@ import os
 import tomllib
 from typing import Any
 
+from qwen_vit import store
 from qwen_vit.checkpoint import config_hash, expected_tensors, load_checkpoint
-from qwen_vit.hub import Source, packaged_weights
+from qwen_vit.hub import Download, Source, packaged_weights
 from qwen_vit.image import load_image
 from qwen_vit.patches import patchify
 
-__all__ = ["describe", "licence_of"]
+__all__ = ["describe", "licence_of", "report"]
+
+UNVERIFIED = "unverified"  # in published.toml: not found anywhere
+UNKNOWN_LICENCE = "unknown: see the model's own page"
 
 
-def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+def describe(
+    source: Source, image: str | os.PathLike[str] | None = None, *, verify: bool = False
+) -> dict[str, Any]:
     """Name, licence, architecture, parameters, stored types and hashes; and an image's tokens.
 
     >>> from qwen_vit.hub import find_checkpoint
     >>> describe(find_checkpoint("tiny"))["tensors"]
     66
 
-    The values are those of a JSON document. Raises CheckpointError for a damaged checkpoint, and
-    ImageError for an image that cannot be encoded.
+    The values are those of a JSON document. `verify` hashes every file again and compares with
+    what was recorded when it was written, or with the Hub's name for it. Raises CheckpointError for
+    a damaged checkpoint, and ImageError for an image that cannot be encoded.
     """
     checkpoint = load_checkpoint(source.folder)
     config, image_config = checkpoint.config, checkpoint.image_config
@@ -29,7 +36,7 @@ def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dic
     facts: dict[str, Any] = {
         "model": source.name,
         "commit": source.commit,
-        "licence": licence_of(source.name),
+        "licence": _licence(source, store.recorded_licence(source.folder)),
         "folder": str(source.folder),
         "files": ", ".join(path.name for path in checkpoint.files),
         "tensors": len(expected),
@@ -40,6 +47,10 @@ def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dic
         "vision_config": config.to_json(),
         "image_config": image_config.to_json(),
     }
+    if verify:
+        facts["verified"] = store.check(source.folder) or (
+            "no hash is recorded for this folder; every weight was read and is finite"
+        )
     if image is not None:
         rgb = load_image(image)
         [grid] = patchify(rgb.pixels, image_config, name=rgb.name).grids
@@ -55,6 +66,29 @@ def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dic
     return facts
 
 
+def report(done: Download) -> dict[str, Any]:
+    """What a download did, as a JSON document.
+
+    >>> from qwen_vit.hub import download
+    >>> report(download("tiny"))["fetched_bytes"]
+    0
+    """
+    return {
+        "model": done.source.name,
+        "commit": done.source.commit,
+        "licence": _licence(done.source, done.licence),
+        "folder": str(done.source.folder),
+        "fetched_bytes": done.fetched_bytes,
+        "kept_bytes": done.kept_bytes,
+        "saved_bytes": done.saved_bytes,
+    }
+
+
+def _licence(source: Source, on_card: str | None) -> str:
+    known = licence_of(source.name)
+    return on_card if on_card is not None and known == UNKNOWN_LICENCE else known
+
+
 def licence_of(model: str) -> str:
     """The licence of a checkpoint that this package knows by name.
 
@@ -67,5 +101,5 @@ def licence_of(model: str) -> str:
         table = tomllib.load(file)
     for entry in table.get("checkpoint", []):
         if entry["repo"] == model:
-            return str(entry["licence"])
-    return "unknown: see the model's own page"
+            return str(entry["licence"]) if entry["licence"] != UNVERIFIED else UNKNOWN_LICENCE
+    return UNKNOWN_LICENCE

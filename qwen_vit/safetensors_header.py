@@ -5,7 +5,9 @@ must cover the rest without an overlap or a hole. The safetensors library lets s
 pass, and its errors never name the file; these name it, its size and the way out.
 """
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,20 @@ from typing import Any
 from qwen_vit.errors import CheckpointError
 from qwen_vit.strict_json import is_integer, parse_json, show
 
-__all__ = ["LENGTH_BYTES", "TensorInfo", "header_length", "parse_header", "read_header"]
+__all__ = [
+    "DTYPE_BYTES",
+    "LENGTH_BYTES",
+    "MAX_HEADER_BYTES",
+    "START_BYTES",
+    "TensorInfo",
+    "build_header",
+    "header_length",
+    "parse_header",
+    "read_header",
+]
 
 LENGTH_BYTES = 8
+START_BYTES = 64  # enough to tell a header's length, or what a file is that has none
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 FETCH_AGAIN = "delete it and download it again (qwen-vit download MODEL)"
 
@@ -55,7 +68,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             )
         size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(64)
+            start = file.read(START_BYTES)
             length = header_length(start, file_bytes=size, source=str(path))
             file.seek(LENGTH_BYTES)
             raw = file.read(length)
@@ -105,6 +118,21 @@ def parse_header(raw: bytes, *, file_bytes: int, source: str) -> dict[str, Tenso
     tensors = {name: _parse_entry(name, entry, named) for name, entry in header.items()}
     _check_tiling(tensors, file_bytes - LENGTH_BYTES - len(raw), named)
     return tensors
+
+
+def build_header(tensors: Mapping[str, TensorInfo]) -> bytes:
+    """Return the start of a file that holds these tensors: the length and the JSON header.
+
+    >>> build_header({"a": TensorInfo("F32", (2,), 0, 8)})[8:].decode()
+    '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}  '
+    """
+    entries = {
+        name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": (info.start, info.end)}
+        for name, info in tensors.items()
+    }
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # so that the data begin aligned
+    return len(header).to_bytes(LENGTH_BYTES, "little") + header
 
 
 def _parse_entry(name: str, entry: Any, named: str) -> TensorInfo:

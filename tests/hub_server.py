@@ -1,97 +1,317 @@
-"""A minimal Hugging Face Hub on the loopback interface: enough for hf_hub_download, and no more."""
+"""A stand-in for the Hugging Face Hub on the loopback interface, with faults on demand.
+
+A real HTTP server that real client code talks to: resolve (HEAD, GET, ranges), the model API, and a
+second server, of another port, that large files may be redirected to as the Hub does. What was
+asked and sent is recorded. One class describes every fault.
+"""
 
 import hashlib
+import json
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RESOLVE = re.compile(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)")
+API = re.compile(r"/api/models/([\w.-]+/[\w.-]+)(?:/revision/([^/]+))?")
+LARGE = ".safetensors"  # what the Hub keeps in LFS, names by its sha256 and serves from elsewhere
+CHUNK = 65_536
+
+
+@dataclass
+class Fault:
+    """What happens to requests for `file` (a pattern over "org/repo/file"; "api" for the listing).
+
+    It begins after `skip` such requests and ends after `times` more (None: never). `method` and
+    `ranges` (True: only requests of a range) narrow it down. What happens, any of:
+
+    status, code, retry_after   this HTTP status, X-Error-Code and Retry-After instead of the file
+    cut                         the connection closes after this share of the body
+    drip                        a pause of this many seconds before each 64 KiB
+    flip                        one bit of this byte of the file is wrong, however it is read
+    ignore_range                the whole file, 200, whatever range was asked for
+    wrong_total                 the file's size is said to be larger by this
+    shift                       another range is sent than was asked for, and said so
+    encoding                    the body is said to be encoded like this
+    then                        called with the Hub before the answer: to move a branch, say
+    """
+
+    file: str = "*"
+    skip: int = 0
+    times: int | None = None
+    method: str | None = None
+    ranges: bool | None = None
+    status: int | None = None
+    code: str = ""
+    retry_after: str = ""
+    cut: float | None = None
+    drip: float = 0.0
+    flip: int | None = None
+    ignore_range: bool = False
+    wrong_total: int = 0
+    shift: int = 0
+    encoding: str = ""
+    then: "Callable[[Hub], None] | None" = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request and its answer. `sent` counts the body's bytes; `cdn` is the second server."""
+
+    method: str
+    file: str
+    revision: str
+    range: tuple[int, int] | None
+    status: int
+    sent: int
+    cdn: bool
+    authorization: str | None
 
 
 @dataclass
 class Hub:
-    """What the server holds, and what it was asked for; tests change the one and read the other.
+    """What the servers hold, do wrong and were asked; tests change the first and read the last.
 
-    `status` answers every request of a repository with (HTTP status, X-Error-Code or "").
+    `branches` maps "org/repo@main" to a commit; `commits` maps "org/repo@COMMIT" to a folder.
     """
 
-    repos: dict[str, Path]
-    status: dict[str, tuple[int, str]] = field(default_factory=dict)
-    cut_short: set[str] = field(default_factory=set)  # "repo/file": it breaks half-way
-    fetched: list[str] = field(default_factory=list)  # files that were downloaded
+    commits: dict[str, Path]
+    branches: dict[str, str]
+    faults: list[Fault] = field(default_factory=list)
+    token: str | None = None  # when set, every repository wants it
+    redirects: bool = False  # large files come from the second server
+    licence: str = "apache-2.0"
+    requests: list[Request] = field(default_factory=list)
     endpoint: str = ""
+    cdn: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    closing: threading.Event = field(default_factory=threading.Event)
+
+    def folder(self, repo: str, revision: str) -> tuple[Path, str] | None:
+        commit = self.branches.get(f"{repo}@{revision}", revision)
+        folder = self.commits.get(f"{repo}@{commit}")
+        return None if folder is None else (folder, commit)
+
+    def has(self, repo: str) -> bool:
+        return any(name.startswith(f"{repo}@") for name in self.commits)
+
+    def fault(self, file: str, method: str, is_range: bool) -> Fault:
+        """The first fault that is due for this request, or one that does nothing."""
+        with self.lock:
+            for fault in self.faults:
+                if (
+                    not fnmatch(file, fault.file)
+                    or fault.method not in (None, method)
+                    or fault.ranges not in (None, is_range)
+                ):
+                    continue
+                if fault.skip > 0:
+                    fault.skip -= 1
+                elif fault.times is None or fault.times > 0:
+                    if fault.times is not None:
+                        fault.times -= 1
+                    return fault
+        return Fault()
+
+    def fetched(self) -> list[str]:
+        """The files whose bytes were sent, each once, sorted."""
+        return sorted({r.file for r in self.requests if r.method == "GET" and r.sent and r.file})
+
+    def sent_bytes(self) -> int:
+        """Of all bodies, whatever they were for."""
+        return sum(request.sent for request in self.requests)
+
+
+@lru_cache(maxsize=1024)
+def _digests(path: Path, size: int, mtime: int) -> tuple[str, str]:
+    content = path.read_bytes()
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return hashlib.sha256(content).hexdigest(), git
+
+
+def etag_of(path: Path) -> str:
+    """What the Hub calls a file by: the sha256 of a large one, git's sha1 of a small one."""
+    status = path.stat()
+    sha256, git = _digests(path, status.st_size, status.st_mtime_ns)
+    return sha256 if path.name.endswith(LARGE) else git
 
 
 class _Handler(BaseHTTPRequestHandler):
     hub: ClassVar[Hub]
+    is_cdn: ClassVar[bool]
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
-        self._answer(body=False)
+        self._answer()
 
     def do_GET(self) -> None:
-        self._answer(body=True)
+        self._answer()
 
-    def _answer(self, *, body: bool) -> None:
-        match = RESOLVE.fullmatch(self.path.partition("?")[0])
-        if match is None:
+    def _answer(self) -> None:
+        self.file, self.revision, self.sent, self.code = "", "", 0, 0
+        self.range = self._asked_range()
+        try:
+            self._route(self.path.partition("?")[0])
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True  # the client was killed, or has seen enough
+        finally:
+            request = Request(
+                self.command, self.file, self.revision, self.range, self.code, self.sent,
+                self.is_cdn, self.headers.get("Authorization"),
+            )  # fmt: skip
+            with self.hub.lock:
+                self.hub.requests.append(request)
+
+    def _asked_range(self) -> tuple[int, int] | None:
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if found:
+            return int(found[1]), int(found[2]) + 1
+        found = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        return (int(found[1]), 2**63) if found else None
+
+    def _route(self, path: str) -> None:
+        resolve, api = RESOLVE.fullmatch(path), API.fullmatch(path)
+        if resolve is not None:
+            repo, self.revision, self.file = resolve.groups()
+        elif api is not None:
+            repo, self.revision = api[1], api[2] or "main"
+        else:
             return self._refuse(404, "")
-        repo, revision, file = match.groups()
-        if repo in self.hub.status:
-            return self._refuse(*self.hub.status[repo])
-        if repo not in self.hub.repos:
+        named = f"{repo}/{self.file}" if resolve else f"{repo}/api"
+        fault = self.hub.fault(named, self.command, self.range is not None)
+        if fault.then is not None:
+            fault.then(self.hub)
+        if fault.status is not None:
+            return self._refuse(fault.status, fault.code, fault.retry_after)
+        if not self.hub.has(repo):
             return self._refuse(404, "RepoNotFound")
-        if revision not in ("main", COMMIT):
+        is_known = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+        if self.hub.token is not None and not self.is_cdn and not is_known:
+            return self._refuse(401, "GatedRepo")
+        found = self.hub.folder(repo, self.revision)
+        if found is None:
             return self._refuse(404, "RevisionNotFound")
-        path = self.hub.repos[repo] / file
-        if not path.is_file():
-            return self._refuse(404, "EntryNotFound")
-        content = path.read_bytes()
-        self.send_response(200)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if not body:
-            return None
-        if f"{repo}/{file}" in self.hub.cut_short:
-            self.wfile.write(content[: len(content) // 2])
-            self.close_connection = True
-            return None
-        self.hub.fetched.append(file)
-        self.wfile.write(content)
-        return None
+        folder, commit = found
+        if api is not None:
+            return self._list(repo, folder, commit)
+        file = folder / self.file
+        if not file.is_file():
+            return self._refuse(404, "EntryNotFound", commit=commit)
+        if self.hub.redirects and file.name.endswith(LARGE) and not self.is_cdn:
+            return self._redirect(file, repo, commit)
+        return self._send(file, commit, fault)
 
-    def _refuse(self, status: int, code: str) -> None:
+    def _list(self, repo: str, folder: Path, commit: str) -> None:
+        names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        document: dict[str, Any] = {"id": repo, "modelId": repo, "sha": commit}
+        document |= {"siblings": [{"rfilename": name} for name in names], "tags": []}
+        document |= {"cardData": {"license": self.hub.licence}}
+        body = json.dumps(document).encode()
+        self._start(200, {"Content-Type": "application/json", "Content-Length": len(body)})
+        self._write(body)
+
+    def _redirect(self, file: Path, repo: str, commit: str) -> None:
+        self._start(
+            302,
+            {
+                "Location": f"{self.hub.cdn}/{repo}/resolve/{commit}/{self.file}?signature=1",
+                "X-Repo-Commit": commit,
+                "X-Linked-Etag": f'"{etag_of(file)}"',
+                "X-Linked-Size": file.stat().st_size,
+                "Content-Length": 0,
+            },
+        )
+
+    def _send(self, file: Path, commit: str, fault: Fault) -> None:
+        size = file.stat().st_size
+        headers: dict[str, Any] = {"ETag": f'"{etag_of(file)}"', "X-Repo-Commit": commit}
+        if fault.encoding:
+            headers["Content-Encoding"] = fault.encoding
+        status, start, end = 200, 0, size
+        if self.range is not None and not fault.ignore_range:
+            status = 206
+            start, end = self.range[0] + fault.shift, min(self.range[1] + fault.shift, size)
+            if start >= end:
+                self._refuse(416, "")
+                return
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{size + fault.wrong_total}"
+        with file.open("rb") as opened:
+            opened.seek(start)
+            body = bytearray(opened.read(end - start))
+        if fault.flip is not None and start <= fault.flip % size < end:
+            body[fault.flip % size - start] ^= 2
+        headers["Content-Length"] = len(body) + (fault.wrong_total if status == 200 else 0)
+        self._start(status, headers)
+        if fault.cut is not None:
+            self.close_connection = True
+            self._write(body[: int(len(body) * fault.cut)], fault.drip)
+        else:
+            self._write(body, fault.drip)
+            self.close_connection = self.close_connection or fault.wrong_total != 0
+
+    def _start(self, status: int, headers: dict[str, Any]) -> None:
+        self.code = status
         self.send_response(status)
-        self.send_header("X-Repo-Commit", COMMIT)
-        if code:
-            self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
+        for name, value in headers.items():
+            self.send_header(name, str(value))
         self.end_headers()
+
+    def _write(self, body: bytes | bytearray, drip: float = 0.0) -> None:
+        if self.command == "HEAD":
+            return
+        for at in range(0, len(body), CHUNK):
+            if drip and self.hub.closing.wait(drip):
+                return
+            part = body[at : at + CHUNK]
+            self.wfile.write(part)
+            self.sent += len(part)
+
+    def _refuse(
+        self, status: int, code: str, retry_after: str = "", *, commit: str = COMMIT
+    ) -> None:
+        headers: dict[str, Any] = {"X-Repo-Commit": commit, "Content-Length": 0}
+        if code:
+            headers["X-Error-Code"] = code
+        if retry_after:
+            headers["Retry-After"] = retry_after
+        self._start(status, headers)
 
     def log_message(self, format: str, *args: object) -> None:
         """Stay silent."""
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that were killed are expected."""
+
+
 @contextmanager
 def serving(repos: dict[str, Path]) -> Iterator[Hub]:
     """A hub that runs while the block does; afterwards nothing listens at its endpoint."""
-    hub = Hub(repos)
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    hub = Hub(
+        commits={f"{repo}@{COMMIT}": folder for repo, folder in repos.items()},
+        branches={f"{repo}@main": COMMIT for repo in repos},
+    )
+    with ExitStack() as stack:
+        addresses = []
+        for is_cdn in (False, True):
+            handler = type("Handler", (_Handler,), {"hub": hub, "is_cdn": is_cdn})
+            server = stack.enter_context(_Server(("127.0.0.1", 0), handler))
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(server.shutdown)
+            addresses.append(f"http://127.0.0.1:{server.server_address[1]}")
+        stack.callback(hub.closing.set)
+        hub.endpoint, hub.cdn = addresses
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

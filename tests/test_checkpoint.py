@@ -258,8 +258,10 @@ def test_weights_that_are_not_finite_are_counted_and_their_file_named(tmp_path, 
 def test_folders_without_weights_say_what_they_hold(tmp_path):
     assert "nothing is not a folder, expected one with" in refusal(tmp_path / "nothing")
     assert "has no weights (it holds nothing), expected model.safetensors" in refusal(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    assert "(it holds notes.txt)" in refusal(tmp_path)
     (tmp_path / "a.gguf").touch()
-    assert "(it holds a.gguf)" in refusal(tmp_path)
+    assert "no safetensors weights, only GGUF (a.gguf)" in refusal(tmp_path)
     assert "a.gguf is not a folder" in refusal(tmp_path / "a.gguf")
 
 

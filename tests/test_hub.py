@@ -1,210 +1,698 @@
-"""Checkpoints from the Hub: only what is needed is fetched, and each failure says what to do.
+"""Checkpoints from the Hub: the vision tower alone, checked, and each failure says what to do.
 
-huggingface_hub reads its endpoint when it is imported, so every session is a process of its own,
-whose environment points at the stand-in of hub_server.py and at an empty cache.
+Real client code talks to the stand-in of hub_server.py, from processes of its own.
 """
 
 import json
-import os
-import subprocess
+import shutil
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import SMALL, random_tensors, write_checkpoint
-from hub_server import COMMIT, serving
-from safetensors.torch import save_file
+from checkpoints import SMALL, WIDE, random_tensors, write_checkpoint, write_weights
+from hub_server import COMMIT, Fault, Hub, etag_of, serving
+from hub_session import Session, session
+from safetensors.torch import load_file, save_file
 
-from qwen_vit.errors import HubError
+from qwen_vit import store
+from qwen_vit.checkpoint import load_checkpoint
+from qwen_vit.errors import CheckpointError, HubError
 from qwen_vit.hub import find_checkpoint, packaged_weights
 
-ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = "preprocessor_config.json"
-
-# Each argument is one call, in JSON: {"model": ..., keyword arguments}; "encode" uses it, too.
-SESSION = """
-import json, sys, time
-time.sleep = lambda seconds: None  # the client waits between its attempts
-from qwen_vit import QwenVitError, VisionEncoder
-from qwen_vit.hub import find_checkpoint
-for call in map(json.loads, sys.argv[1:]):
-    encode = call.pop("encode", False)
-    try:
-        if encode:
-            import numpy
-            encoder = VisionEncoder.from_pretrained(**call, device="cpu")
-            source = encoder.source
-            [features] = encoder.encode([numpy.zeros((28, 56, 3), numpy.uint8)])
-            values = features.embeds.flatten().tolist()
-        else:
-            source, values = find_checkpoint(**call), None
-        print(json.dumps({"commit": source.commit, "name": source.name, "values": values,
-                          "files": sorted(path.name for path in source.folder.iterdir())}))
-    except QwenVitError as error:
-        print(json.dumps({"kind": type(error).__name__, "message": str(error)}))
-"""
+INDEX = "model.safetensors.index.json"
+OURS = ["config.json", "manifest.json", SETTINGS, "vision.safetensors"]
+MOVED = "f" * 40
 
 
-def session(home: Path, endpoint: str, *calls: dict[str, Any]) -> list[Any]:
-    """What the calls gave, in a process that knows no other hub, cache or token."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
-    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SESSION, *map(json.dumps, calls)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with serving({}) as running:
+        yield running
 
 
-def write_mixed_shards(folder: Path) -> None:
-    """Three shards: vision and language, language alone, vision alone; and a README."""
-    write_checkpoint(folder, SMALL)
+@pytest.fixture(scope="module")
+def worker(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    with session(tmp_path_factory.mktemp("home"), hub.endpoint) as running:
+        yield running
+
+
+@pytest.fixture
+def repo(hub: Hub, tmp_path: Path) -> Iterator[Path]:
+    """The folder of org/tiny, which each test fills; nothing is wrong with the hub yet."""
+    folder = tmp_path / "repo"
+    serve(hub, "org/tiny", folder)
+    yield folder
+    hub.faults.clear()
+    hub.requests.clear()
+    hub.token, hub.redirects = None, False
+
+
+def serve(hub: Hub, name: str, folder: Path, commit: str = COMMIT) -> None:
+    hub.commits[f"{name}@{commit}"] = folder
+    hub.branches[f"{name}@main"] = commit
+
+
+@pytest.fixture
+def call(tmp_path: Path) -> dict[str, Any]:
+    """The arguments of a call, with a cache of its own."""
+    return {"model": "org/tiny", "cache_dir": tmp_path / "cache"}
+
+
+def own_folder(call: dict[str, Any], commit: str = COMMIT) -> Path:
+    return store.folder_of(Path(call["cache_dir"]), call["model"], commit)
+
+
+def hash_of(folder: Path) -> str:
+    return load_checkpoint(folder).weights_sha256()
+
+
+def write_sharded(folder: Path, *, language: int = 9) -> int:
+    """Ten shards, three of them with vision tensors, and `language` times as many other bytes.
+
+    Returns the bytes of the vision tensors.
+    """
+    write_checkpoint(folder, WIDE)
     (folder / "model.safetensors").unlink()
-    (folder / "README.md").write_text("never fetched")
-    vision = {f"visual.{name}": tensor for name, tensor in random_tensors(SMALL).items()}
+    vision = {f"visual.{name}": tensor for name, tensor in random_tensors(WIDE).items()}
     names = sorted(vision)
-    language = {f"model.layers.{i}.weight": torch.ones(2, 2) for i in range(2)}
-    parts = [
-        {name: vision[name] for name in names[::2]} | {"model.layers.0.weight": torch.ones(2, 2)},
-        {"model.layers.1.weight": language["model.layers.1.weight"]},
-        {name: vision[name] for name in names[1::2]},
+    vision_bytes = sum(tensor.nbytes for tensor in vision.values())
+    weight_map, total = {}, 0
+    for i in range(10):
+        part = {name: vision[name] for name in names[i::3]} if i < 3 else {}
+        rows = language * vision_bytes // 10 // 2 // 512
+        part |= {f"model.layers.{i}.weight": torch.full((rows, 512), 1.0).bfloat16()}
+        file = f"model-{i + 1:05}-of-00010.safetensors"
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+        total += sum(tensor.nbytes for tensor in part.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index))
+    return vision_bytes
+
+
+# What is fetched
+
+
+def test_only_the_vision_tensors_cross_the_wire_and_serve_ever_after(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    vision_bytes = write_sharded(repo)
+    first = worker("load", **call, part_bytes=200_000)
+    sent = hub.sent_bytes()
+    headers = sum(r.sent for r in hub.requests if r.range and r.range[0] < 64 + 8_000)
+    print(f"{sent} bytes were sent for {vision_bytes} bytes of vision tensors")
+    assert vision_bytes < sent <= 1.01 * vision_bytes + headers
+    assert abs(first["fetched_bytes"] - sent) < 2_000  # the listing is not counted
+    assert first["saved_bytes"] == pytest.approx(9 * vision_bytes, rel=0.01)
+    assert (first["commit"], first["licence"]) == (COMMIT, "apache-2.0")
+    assert first["files"] == OURS
+    assert (first["weights"], first["folder"]) == (hash_of(repo), str(own_folder(call)))
+    spans = [r for r in hub.requests if r.range and r.sent > 50_000]
+    assert len(spans) > 10  # parts of 200,000 bytes, several at a time
+
+    hub.requests.clear()
+    again = worker("load", **call)
+    assert hub.fetched() == []  # one HEAD tells whether the branch moved
+    hub.requests.clear()
+    pinned = worker("load", **call, revision=COMMIT)
+    offline = worker("load", **call, local_files_only=True)
+    assert hub.requests == []
+    for later in (again, pinned, offline):
+        assert later == {**first, "fetched_bytes": 0}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    "prefix", ["visual.", "model.visual.", "thinker.visual.", "", "base_model.model.visual."]
+)
+def test_every_key_layout_arrives_as_it_is_locally(
+    worker: Session, repo: Path, call: dict[str, Any], prefix: str, shards: int
+) -> None:
+    write_checkpoint(repo, SMALL, prefix=prefix, shards=shards, dtype=torch.float32)
+    loaded = worker("load", **call)
+    assert loaded.get("weights") == hash_of(repo), loaded
+    assert loaded["files"] == OURS
+
+
+def test_types_of_different_width_stay_aligned(
+    worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    write_checkpoint(repo, replace(SMALL, out_hidden_size=8))
+    tensors = load_file(repo / "model.safetensors")
+    for name in list(tensors)[::3]:
+        tensors[name] = tensors[name].float()
+    write_weights(repo, tensors)
+    assert worker("load", **call)["weights"] == hash_of(repo)
+
+
+def test_a_single_file_of_another_name_is_found_in_the_listing(
+    worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    write_checkpoint(repo, SMALL)
+    (repo / "model.safetensors").rename(repo / "tower.safetensors")
+    assert worker("load", **call)["weights"] == hash_of(repo)
+
+
+def test_a_mirror_without_a_listing_will_do(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    write_checkpoint(repo, SMALL)
+    hub.faults = [Fault("*/api", status=404)]
+    loaded = worker("load", **call)
+    assert loaded["weights"] == hash_of(repo)
+    assert loaded["licence"].startswith("unknown")
+
+
+def test_a_shard_in_the_cache_is_used_and_only_the_others_are_fetched(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    write_checkpoint(repo, SMALL, shards=3)
+    shards = sorted(path.name for path in repo.glob("*.safetensors"))
+    cached = {"repo_id": "org/tiny", "filename": shards[0], "cache_dir": call["cache_dir"]}
+    path = Path(worker("whole", **cached)["path"])
+    hub.requests.clear()
+    loaded = worker("load", **call)
+    assert loaded["weights"] == hash_of(repo)
+    assert [name for name in hub.fetched() if name in shards] == shards[1:]
+    assert loaded["files"] == OURS
+    # damaged in the meantime: it is hashed before it is used
+    shutil.rmtree(own_folder(call))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.resolve().write_bytes(content)
+    hub.requests.clear()
+    loaded = worker("load", **call)
+    assert loaded["weights"] == hash_of(repo)
+    assert [name for name in hub.fetched() if name in shards] == shards
+    assert any("is damaged" in line for line in loaded["log"])
+
+
+def test_a_whole_checkpoint_in_the_cache_is_used_as_it_lies(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    write_checkpoint(repo, SMALL, shards=2)
+    for path in repo.iterdir():
+        cached = {"repo_id": "org/tiny", "filename": path.name, "cache_dir": call["cache_dir"]}
+        worker("whole", **cached)
+    hub.requests.clear()
+    loaded = worker("load", **call)
+    assert (loaded["weights"], loaded["fetched_bytes"]) == (hash_of(repo), 0)
+    assert "snapshots" in loaded["folder"]
+    assert hub.fetched() == []
+    assert not own_folder(call).exists()
+
+
+def test_full_takes_whole_shards_and_checks_their_sha256(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    write_sharded(repo, language=1)
+    command = ["download", "org/tiny", "--full", "--json", "--cache-dir", str(call["cache_dir"])]
+    done = worker("command", arguments=command)
+    facts = json.loads(done["out"])
+    vision_shards = sorted(path.name for path in repo.glob("*.safetensors"))[:3]
+    assert [name for name in hub.fetched() if name.endswith(".safetensors")] == vision_shards
+    assert facts["kept_bytes"] == sum((repo / name).stat().st_size for name in vision_shards)
+    assert 0 < facts["saved_bytes"] < facts["fetched_bytes"]
+    assert "snapshots" in facts["folder"]
+    # once one of them is damaged in the cache, the same command mends it
+    path = Path(facts["folder"], vision_shards[1]).resolve()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    verify = ["info", "org/tiny", "--verify", "--cache-dir", str(call["cache_dir"])]
+    damaged = worker("command", arguments=verify)
+    assert damaged["code"] == 2
+    assert f"{vision_shards[1]} (" in damaged["err"]
+    assert "is damaged" in damaged["err"]
+    assert worker("command", arguments=command)["code"] == 0
+    checked = worker("command", arguments=[*verify, "--json"])
+    assert json.loads(checked["out"])["verified"][vision_shards[1]] == "the Hub's sha256"
+    assert json.loads(checked["out"])["verified"]["config.json"] == "the Hub's git sha1"
+
+
+def test_large_files_come_from_the_second_host_which_never_sees_the_token(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    write_checkpoint(repo, SMALL, shards=2)
+    hub.redirects, hub.token = True, "hf_secret"
+    refused = worker("load", **call, token="hf_wrong")
+    assert "org/tiny is gated" in refused["message"]
+    loaded = worker("load", **call, token="hf_secret")
+    assert loaded["weights"] == hash_of(repo)
+    elsewhere = [request for request in hub.requests if request.cdn]
+    assert {request.status for request in elsewhere} == {206}
+    assert {request.authorization for request in elsewhere} == {None}
+
+
+def test_a_branch_that_moves_meanwhile_gives_one_commit_and_later_the_next(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any], tmp_path: Path
+) -> None:
+    write_checkpoint(repo, SMALL, shards=2)
+    write_checkpoint(tmp_path / "next", SMALL, shards=2, seed=1)
+    hub.faults = [
+        Fault(f"*/{SETTINGS}", then=lambda hub: serve(hub, "org/tiny", tmp_path / "next", MOVED))
     ]
-    weight_map = {}
-    for number, part in enumerate(parts, start=1):
-        shard = f"model-{number:05}-of-00003.safetensors"
-        save_file(part, folder / shard)
-        weight_map |= dict.fromkeys(part, shard)
-    index = {"weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    first = worker("load", **call)
+    second = worker("load", **call)
+    assert (first["commit"], first["weights"]) == (COMMIT, hash_of(repo))
+    assert (second["commit"], second["weights"]) == (MOVED, hash_of(tmp_path / "next"))
+    del hub.commits[f"org/tiny@{COMMIT}"]  # even when it is gone from the Hub
+    pinned = worker("load", **call, revision=COMMIT)
+    assert pinned["weights"] == first["weights"]
 
 
-FETCHED = [
-    "config.json",
-    "model-00001-of-00003.safetensors",
-    "model-00003-of-00003.safetensors",
-    "model.safetensors.index.json",
-    SETTINGS,
-]
+# Faults that pass
 
 
-def test_only_vision_shards_are_fetched_and_serve_offline_afterwards(tmp_path: Path) -> None:
-    write_mixed_shards(tmp_path / "repo")
-    call = {"model": "org/tiny", "encode": True}
-    with serving({"org/tiny": tmp_path / "repo"}) as hub:
-        local_call = {**call, "model": str(tmp_path / "repo")}
-        online, again, local = session(tmp_path / "home", hub.endpoint, call, call, local_call)
-        assert sorted(hub.fetched) == FETCHED  # and nothing of it twice
-    assert (online["name"], online["commit"], online["files"]) == ("org/tiny", COMMIT, FETCHED)
-    assert (local["values"], local["commit"]) == (online["values"], None)
-    # the server is gone
-    kept, offline, fresh, away = session(
-        tmp_path / "home",
-        hub.endpoint,
-        {**call, "local_files_only": True},
-        {**call, "revision": COMMIT},
-        {"model": "org/tiny", "cache_dir": str(tmp_path / "empty"), "local_files_only": True},
-        {"model": "org/tiny", "cache_dir": str(tmp_path / "empty")},
-    )
-    for other in (again, kept, offline):
-        assert other == online
-    assert fresh["kind"] == away["kind"] == "HubError"
-    assert "is not in the local cache" in fresh["message"]
-    assert "leave out local_files_only" in fresh["message"]
-    assert "could not be reached" in away["message"]
-    assert "HF_HUB_OFFLINE" in away["message"]
+PASSING = {
+    "cut-in-the-header": Fault("*-1-of*", ranges=True, times=1, cut=0.3),
+    "cut-again-and-again": Fault("*.safetensors", ranges=True, times=5, cut=0.5),
+    "cut-at-once": Fault("*.safetensors", ranges=True, times=3, cut=0.0),
+    "500": Fault("*.safetensors", times=3, status=500),
+    "503": Fault("*.safetensors", times=3, status=503),
+    "429": Fault("*.safetensors", times=2, status=429, retry_after="7"),
+    "too-slow": Fault("*-00002-*", skip=2, times=1, drip=3.0),
+    "slow-drip": Fault("*.safetensors", times=8, drip=0.05),
+    "small-files-500": Fault("*.json", times=1, status=500),
+    "small-file-cut": Fault("*/config.json", method="GET", times=1, cut=0.5),
+}
 
 
-def broken_repos(folder: Path) -> dict[str, Path]:
-    """One repository for each failure, by the failure's name."""
-    repos = {f"org/{name}": folder / name for name in ("whole", "no-weights", "no-config", "cut")}
-    for path in repos.values():
-        write_checkpoint(path, SMALL)
-    (folder / "no-weights" / "model.safetensors").rename(folder / "no-weights" / "model.bin")
-    (folder / "no-config" / "config.json").unlink()
-    indexes = {
-        "text-only": {"weight_map": {"model.norm.weight": "a.safetensors"}},
-        "escaping": {"weight_map": {"visual.patch_embed.proj.weight": "../a.safetensors"}},
-        "no-map": {"metadata": {}},
-    }
-    for name, index in indexes.items():
-        write_checkpoint(folder / name, SMALL)
-        (folder / name / "model.safetensors.index.json").write_text(json.dumps(index))
-        repos[f"org/{name}"] = folder / name
-    return repos
+@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
+def test_a_fault_that_passes_is_waited_out(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any], fault: Fault
+) -> None:
+    write_checkpoint(repo, SMALL, shards=2)
+    hub.faults = [replace(fault)]
+    loaded = worker("load", **call)
+    assert loaded.get("weights") == hash_of(repo), loaded
+    assert loaded["files"] == OURS
+    if fault.retry_after:
+        assert 8.0 in loaded["waits"]  # a second more than asked for
 
 
-# what is asked for, and words of the cause and of the remedy
-FAILURES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-    ({"model": "org/gated"}, ("org/gated is gated", "accept its licence", "hf auth login")),
-    ({"model": "org/absent"}, ("org/absent was not found", "check the name", "hf auth login")),
-    ({"model": "org/private"}, ("org/private was not found, or is private", "hf auth login")),
-    ({"model": "org/forbidden"}, ("org/forbidden", "HTTP 403", "hf auth login")),
-    ({"model": "org/down"}, ("org/down", "HTTP 503", "try again later")),
-    (
-        {"model": "org/whole", "revision": "v9"},
-        ("org/whole at v9 has no such revision", "branches"),
+NO_RANGES = {
+    "ignores-ranges": Fault("*.safetensors", ranges=True, ignore_range=True),
+    "no-method": Fault("*.safetensors", ranges=True, status=405),
+    "other-range": Fault("*.safetensors", ranges=True, skip=4, shift=1),
+    "encoded": Fault("*.safetensors", ranges=True, encoding="gzip"),
+    "size-changes": Fault("*.safetensors", ranges=True, skip=5, times=1, wrong_total=7),
+    "always-cut": Fault("*.safetensors", ranges=True, cut=0.0),
+}
+
+
+@pytest.mark.parametrize("fault", NO_RANGES.values(), ids=NO_RANGES)
+def test_where_ranges_fail_whole_shards_come_and_the_user_is_told(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any], fault: Fault
+) -> None:
+    write_checkpoint(repo, SMALL, shards=2)
+    hub.faults = [replace(fault)]
+    loaded = worker("load", **call)
+    assert loaded.get("weights") == hash_of(repo), loaded
+    assert "snapshots" in loaded["folder"]
+    assert any("taking whole files instead: model-00001" in line for line in loaded["log"])
+    assert not own_folder(call).exists()
+    assert list(own_folder(call).parent.glob(".*")) == []  # nothing half-filled is left
+
+
+def test_wrong_bytes_of_a_whole_shard_are_found_and_fetched_once_more(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    write_checkpoint(repo, SMALL, shards=2)
+    damaged = Fault("*-00002-*", flip=-5, ranges=False, method="GET", times=1)
+    hub.faults = [damaged, replace(NO_RANGES["ignores-ranges"])]
+    loaded = worker("load", **call)
+    assert loaded["weights"] == hash_of(repo)
+    shutil.rmtree(call["cache_dir"])
+    hub.faults = [replace(damaged, times=None), replace(NO_RANGES["ignores-ranges"])]
+    refused = worker("load", **call)
+    assert refused["kind"] == "HubError"
+    assert "model-00002-of-00002.safetensors arrived damaged twice" in refused["message"]
+    assert list(Path(call["cache_dir"]).glob("**/model-00002*")) == []  # not kept either
+
+
+# Faults that stay: what is asked for, what is wrong, and words of the cause and of the remedy
+
+
+FAILURES: dict[str, tuple[dict[str, Any], Fault | None, tuple[str, ...]]] = {
+    "gated": (
+        {},
+        Fault(status=403, code="GatedRepo"),
+        ("org/tiny is gated", "accept its licence", "hf auth login"),
     ),
-    ({"model": "org/no-weights"}, ("no safetensors weights", "no pickle", "choose a repository")),
-    ({"model": "org/no-config"}, ("org/no-config has no config.json", "choose a repository")),
-    ({"model": "org/text-only"}, ("names no patch_embed.proj.weight", "choose a repository")),
-    ({"model": "org/escaping"}, ("'../a.safetensors'", "plain name", "do not use")),
-    ({"model": "org/no-map"}, ("has no weight_map", "download it again")),
-    ({"model": "org/cut"}, ("org/cut could not be fetched", "try again")),
-    ({"model": "org/bad--name"}, ("org/bad--name could not be fetched", "HFValidationError")),
-]
+    "absent": ({"model": "org/absent"}, None, ("org/absent was not found", "check the name")),
+    "private": (
+        {},
+        Fault(status=401, code="RepoNotFound"),
+        ("org/tiny was not found, or is private", "hf auth login"),
+    ),
+    "forbidden": ({}, Fault(status=403), ("org/tiny", "HTTP 403", "hf auth login")),
+    "forbidden-shards": (
+        {},
+        Fault("*.safetensors", status=403),
+        ("org/tiny was refused", "HTTP 403"),
+    ),
+    "down": ({}, Fault(status=503), ("org/tiny", "HTTP 503", "try again later")),
+    "shards-down": ({}, Fault("*.safetensors", status=500), ("HTTP 500", "try again later")),
+    "too-often": (
+        {},
+        Fault("*.safetensors", status=429),
+        ("asked for too often", "HTTP 429", "wait five minutes"),
+    ),
+    "revision": ({"revision": "v9"}, None, ("org/tiny at v9 has no such revision", "branches")),
+    "commit": ({"revision": "a" * 40}, None, ("has no such revision", "commits")),
+    "shard-absent": ({}, Fault("*.safetensors", status=404, code="EntryNotFound"), ("has no",)),
+    "config-cut": (
+        {},
+        Fault("*/config.json", method="GET", cut=0.5),
+        ("org/tiny could not be fetched", "try again"),
+    ),
+    "name": (
+        {"model": "org/bad--name"},
+        None,
+        ("org/bad--name could not be fetched", "HFValidationError"),
+    ),
+}
 
 
-def test_each_failure_of_the_hub_has_its_cause_and_its_remedy(tmp_path: Path) -> None:
-    with serving(broken_repos(tmp_path)) as hub:
-        hub.status = {
-            "org/gated": (403, "GatedRepo"),
-            "org/private": (401, "RepoNotFound"),
-            "org/forbidden": (403, ""),
-            "org/down": (503, ""),
-        }
-        hub.cut_short = {"org/cut/config.json"}
-        results = session(tmp_path / "home", hub.endpoint, *(call for call, _ in FAILURES))
-    assert not list(tmp_path.glob("home/hub/models--org--cut/snapshots/*/*"))  # no half file
-    for (call, words), result in zip(FAILURES, results, strict=True):
-        print(result)
-        assert result.get("kind") == "HubError", (call, result)
-        assert "\n" not in result["message"]
-        for word in words:
-            assert word in result["message"], (word, result["message"])
+@pytest.mark.parametrize(("change", "fault", "words"), FAILURES.values(), ids=FAILURES)
+def test_each_failure_of_the_hub_has_its_cause_and_its_remedy(
+    hub: Hub,
+    worker: Session,
+    repo: Path,
+    call: dict[str, Any],
+    change: dict[str, Any],
+    fault: Fault | None,
+    words: tuple[str, ...],
+) -> None:
+    write_checkpoint(repo, SMALL, shards=2)
+    hub.faults = [] if fault is None else [replace(fault)]
+    refused = worker("load", **{**call, **change})
+    assert refused.get("kind") == "HubError", refused
+    assert "\n" not in refused["message"]
+    for word in words:
+        assert word in refused["message"]
+    assert not own_folder(call).exists()
+    assert list(own_folder(call).parent.glob(".*")) == []
+    hub.faults.clear()
+    if change == {}:  # nothing of the failure stays
+        assert worker("load", **call).get("weights") == hash_of(repo)
 
 
-def test_offline_without_image_settings_is_refused_rather_than_guessed(tmp_path: Path) -> None:
+# Repositories that are refused by name, before any weight is fetched
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def edit_index(folder: Path, **changes: Any) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    names = load_file(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")} | changes
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def edit_tensors(folder: Path, **added: torch.Tensor) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    added = {f"visual.{name.replace('__', '.')}": tensor for name, tensor in added.items()}
+    write_weights(folder, tensors | added)
+
+
+def make_lora(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    base = {"base_model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct"}
+    (folder / "adapter_config.json").write_text(json.dumps(base))
+
+
+def rename_weights(name: str) -> Callable[[Path], None]:
+    def rename(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / name)
+
+    return rename
+
+
+EIGHT_BITS = torch.zeros(96, 32).to(torch.float8_e4m3fn)
+REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "lora": (make_lora, ("LoRA adapter for 'Qwen/Qwen2.5-VL-7B-Instruct'", "merge it")),
+    "pickles": (rename_weights("model.bin"), ("only model.bin: no pickle is ever opened",)),
+    "gguf": (rename_weights("a.gguf"), ("only GGUF (a.gguf)", "use the safetensors checkpoint")),
+    "no-weights": (rename_weights("notes.txt"), ("has no weights", "expected model.safetensors")),
+    "no-config": (
+        lambda folder: (folder / "config.json").unlink(),
+        ("org/tiny has no config.json", "choose a repository"),
+    ),
+    "qwen2-vl": (
+        lambda folder: edit_config(folder, model_type="qwen2_vl"),
+        ("this is Qwen2-VL", "Qwen2VLForConditionalGeneration runs this model"),
+    ),
+    "qwen3-vl": (
+        lambda folder: edit_config(folder, model_type="qwen3_vl"),
+        ("this is Qwen3-VL", "Qwen3VLForConditionalGeneration runs this model"),
+    ),
+    "unknown": (
+        lambda folder: edit_config(folder, model_type="llava"),
+        ("model_type is 'llava', expected one of qwen2_5_vl",),
+    ),
+    "remote-code": (
+        lambda folder: edit_config(folder, auto_map={"AutoModel": "modeling.Model"}),
+        ("auto_map asks for remote code, and remote code is never imported",),
+    ),
+    "qwen2-vl-tower": (
+        lambda folder: edit_tensors(folder, blocks__0__mlp__fc1__weight=torch.zeros(4)),
+        ("holds the vision tower of Qwen2-VL",),
+    ),
+    "qwen3-vl-tower": (
+        lambda folder: edit_tensors(folder, pos_embed__weight=torch.zeros(4)),
+        ("holds the vision tower of Qwen3-VL",),
+    ),
+    "fp8": (
+        lambda folder: edit_tensors(folder, blocks__0__attn__qkv__weight=EIGHT_BITS),
+        ("is F8_E4M3", "use a checkpoint that leaves the vision tower unquantised"),
+    ),
+    "awq": (
+        lambda folder: edit_tensors(folder, blocks__0__attn__qkv__qweight=torch.zeros(4)),
+        ("quantised or of another type (blocks.0.attn.qkv.qweight",),
+    ),
+    "missing": (
+        lambda folder: edit_config(folder, vision_config=replace(SMALL, depth=4).to_json()),
+        ("12 of 54 vision tensors are missing", "use the config.json that belongs"),
+    ),
+    "shape": (
+        lambda folder: edit_tensors(folder, merger__ln_q__weight=torch.zeros(31)),
+        ("has the shape [31], expected [32]",),
+    ),
+    "text-only": (
+        lambda folder: edit_index(folder, weight_map={"model.norm.weight": "a.safetensors"}),
+        ("names no patch_embed.proj.weight", "choose a repository"),
+    ),
+    "escaping": (
+        lambda folder: edit_index(folder, weight_map={"visual.a": "../a.safetensors"}),
+        ("'../a.safetensors'", "expected the plain name", "do not use this checkpoint"),
+    ),
+    "no-map": (lambda folder: edit_index(folder, weight_map=[]), ("weight_map is []",)),
+    "page": (lambda folder: (folder / INDEX).write_text("<html>"), ("not JSON", INDEX)),
+    "lfs-pointer": (
+        lambda folder: (folder / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+        ),
+        ("org/tiny: model.safetensors (63 bytes) is a git-lfs pointer",),
+    ),
+    "huge-header": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 4_000),
+        ("says that its header has", "it is damaged"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "words"), REFUSALS.values(), ids=REFUSALS)
+def test_what_cannot_be_used_is_refused_before_any_weight_is_fetched(
+    hub: Hub,
+    worker: Session,
+    repo: Path,
+    call: dict[str, Any],
+    edit: Callable[[Path], object],
+    words: tuple[str, ...],
+) -> None:
+    write_checkpoint(repo, SMALL)
+    edit(repo)
+    refused = worker("load", **call)
+    assert "message" in refused, refused
+    for word in words:
+        assert word in refused["message"]
+    weights = [r for r in hub.requests if r.method == "GET" and r.file.endswith(".safetensors")]
+    assert sum(request.sent for request in weights) < 8_000  # a header at most
+    assert not own_folder(call).exists()
+
+
+# What is kept
+
+
+def test_damage_of_what_is_kept_is_found_and_mended(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    write_checkpoint(repo, SMALL)
+    worker("find", **call)
+    folder = own_folder(call)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    header_end = 8 + int.from_bytes(whole["vision.safetensors"][:8], "little")
+    damage: list[tuple[str, Callable[[bytes], bytes]]] = [
+        ("vision.safetensors", lambda content: content[:-1]),
+        ("vision.safetensors", lambda content: content + b"\0"),
+        ("vision.safetensors", lambda content: flipped(content, 1)),
+        ("vision.safetensors", lambda content: flipped(content, header_end // 2)),
+        ("vision.safetensors", lambda content: flipped(content, header_end - 1)),
+        ("config.json", lambda content: content + b" "),
+        ("manifest.json", lambda content: flipped(content, len(content) // 2)),
+        ("manifest.json", lambda content: b""),
+    ]
+    for name, change in damage:
+        (folder / name).write_bytes(change(whole[name]))
+        offline = worker("load", **call, revision=COMMIT, local_files_only=True)
+        assert offline.get("kind") == "CheckpointError", (name, offline)
+        assert str(folder / name) in offline["message"]
+        assert f"delete {folder}, and download it again" in offline["message"]
+        mended = worker("load", **call, revision=COMMIT)
+        assert mended.get("weights") == hash_of(repo), mended
+        assert (folder / name).read_bytes() == whole[name]
+    for name in whole:  # inside the data only the hash can tell
+        if name == "manifest.json":
+            continue
+        (folder / name).write_bytes(flipped(whole[name], len(whole[name]) - 3))
+        arguments = ["info", "org/tiny", "--verify", "--cache-dir", str(call["cache_dir"])]
+        found = worker("command", arguments=[*arguments, "--revision", COMMIT])
+        assert found["code"] == 2
+        assert str(folder / name) in found["err"]
+        (folder / name).write_bytes(whole[name])
+    good = worker("command", arguments=[*arguments, "--json"])
+    assert set(json.loads(good["out"])["verified"]) == set(OURS) - {"manifest.json"}
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    changed = bytearray(content)
+    changed[at] ^= 1
+    return bytes(changed)
+
+
+def test_nan_on_the_wire_is_not_kept(worker: Session, repo: Path, call: dict[str, Any]) -> None:
+    write_checkpoint(repo, SMALL)
+    edit_tensors(repo, merger__ln_q__weight=torch.full((32,), float("nan")).bfloat16())
+    refused = worker("load", **call)
+    assert refused["kind"] == "CheckpointError"
+    assert "org/tiny" in refused["message"]
+    assert "holds 32 NaN" in refused["message"]
+    assert list(own_folder(call).parent.glob("[!.]*[!k]")) == []
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(
+    worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    write_checkpoint(repo, SMALL)
+    parent = own_folder(call).parent
+    space = store._process_space()
+    dead = parent / f".{COMMIT}.{space}-4194305.abc"  # above the largest process id
+    alive, foreign = parent / f".{COMMIT}.{space}-1.abc", parent / f".{COMMIT}.0123abcd-1.abc"
+    for path in (dead, alive, foreign):
+        path.mkdir(parents=True)
+    worker("find", **call)
+    assert (dead.exists(), alive.exists(), foreign.exists()) == (False, True, True)
+
+
+def test_a_pinned_commit_needs_no_hub_cache_beside_our_folder(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    write_checkpoint(repo, SMALL)
+    first = worker("load", **call)
+    for name in ("snapshots", "blobs", "refs"):
+        shutil.rmtree(own_folder(call).parent.parent / name)
+    hub.requests.clear()
+    again = worker("load", **call, revision=COMMIT)
+    assert again["weights"] == first["weights"]
+    assert hub.requests == []
+
+
+# Offline
+
+
+def test_offline_without_image_settings_is_refused_rather_than_guessed(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
     """Once, settings that could not be fetched counted as absent: images were resized to other
     limits than the checkpoint's, with no word about it."""
-    repos = broken_repos(tmp_path)
-    (tmp_path / "cut" / SETTINGS).unlink()  # a repository that has none
-    (tmp_path / "no-map" / "model.safetensors.index.json").write_text("<html>")
-    whole, bare, page = ({"model": f"org/{name}"} for name in ("whole", "cut", "no-map"))
-    offline = {"local_files_only": True}
-    with serving(repos) as hub:
-        calls = (whole, bare, {**bare, **offline}, page)
-        with_settings, online, cached, odd = session(tmp_path / "home", hub.endpoint, *calls)
-    assert SETTINGS in with_settings["files"]
-    assert cached == online  # the cache remembers that the repository has none
-    assert SETTINGS not in online["files"]
-    assert odd["kind"] == "CheckpointError"
-    assert "model.safetensors.index.json: not JSON" in odd["message"]
-    # another program filled the cache, and did not ask for the image settings
-    [link] = tmp_path.glob(f"home/hub/models--org--whole/snapshots/*/{SETTINGS}")
-    link.unlink()
-    [refused] = session(tmp_path / "home", hub.endpoint, {**whole, **offline})
+    write_checkpoint(repo, SMALL)
+    cached = {"repo_id": "org/tiny", "cache_dir": call["cache_dir"]}
+    for name in ("config.json", "model.safetensors"):  # as another program may have
+        worker("whole", **cached, filename=name)
+    refused = worker("load", **call, local_files_only=True)
     assert refused["kind"] == "HubError", refused
-    assert "not in the local cache" in refused["message"]
+    assert "is not in the local cache" in refused["message"]
+    assert "leave out local_files_only" in refused["message"]
+    (repo / SETTINGS).unlink()
+    online = worker("load", **call)
+    kept = worker("load", **call, local_files_only=True)
+    assert "weights" in online
+    assert kept == online  # the cache remembers that the repository has none
+
+
+def test_the_environment_means_what_it_means_to_huggingface_hub(
+    hub: Hub, repo: Path, tmp_path: Path
+) -> None:
+    write_checkpoint(repo, SMALL)
+    home, cache = tmp_path / "home", tmp_path / "elsewhere"
+    plain = {"model": "org/tiny"}
+    with session(home, hub.endpoint) as worker:
+        online = worker("load", **plain)
+        assert online["folder"].startswith(str(home / "hub"))
+        absent = worker("load", model="org/other", local_files_only=True)
+    with session(home, hub.endpoint, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(cache)) as worker:
+        hub.requests.clear()
+        unknown = worker("load", **plain)
+        offline = worker("load", **plain, cache_dir=home / "hub")
+        pinned = worker("load", **plain, cache_dir=home / "hub", revision=COMMIT)
+        assert hub.requests == []
+    assert absent["kind"] == unknown["kind"] == "HubError"
+    assert "HF_HUB_OFFLINE" in unknown["message"]
+    for later in (offline, pinned):
+        assert later["weights"] == online["weights"]
+    with session(home, "http://127.0.0.1:9", HF_HUB_CACHE=str(cache)) as worker:  # nobody listens
+        away = worker("load", **plain)
+        kept = worker("load", **plain, cache_dir=home / "hub")
+    assert "could not be reached and is not in the local cache" in away["message"]
+    assert kept["weights"] == online["weights"]
+
+
+# The command line
+
+
+def test_the_command_reports_and_shows_progress_only_on_a_terminal(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    write_sharded(repo, language=1)
+    arguments = ["download", "org/tiny", "--cache-dir", str(call["cache_dir"])]
+    watched = worker("command", arguments=arguments, terminal=True)
+    assert "B/s" in watched["err"]
+    assert "100%" in watched["err"]
+    lines = dict(line.split(None, 1) for line in watched["out"].splitlines())
+    assert lines["commit"] == COMMIT
+    assert lines["licence"] == "apache-2.0"
+    assert lines["folder"] == str(own_folder(call))
+    assert int(lines["fetched_bytes"].replace(",", "")) > 1_000_000
+    assert int(lines["saved_bytes"].replace(",", "")) > 1_000_000
+    shutil.rmtree(call["cache_dir"])
+    silent = worker("command", arguments=[*arguments, "--json"])
+    assert silent["err"] == ""
+    assert json.loads(silent["out"])["fetched_bytes"] > 1_000_000
+
+
+# Without the Hub
 
 
 @pytest.mark.parametrize(
@@ -224,3 +712,16 @@ def test_tiny_and_a_local_folder_need_no_hub(tmp_path: Path, monkeypatch: Any) -
     assert find_checkpoint("tiny").folder == packaged_weights() / "tiny"
     found = find_checkpoint(tmp_path)
     assert (found.folder, found.name, found.commit) == (tmp_path, str(tmp_path), None)
+
+
+def test_a_folder_of_ours_is_a_local_checkpoint_too(
+    worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    write_checkpoint(repo, SMALL)
+    folder = Path(worker("find", **call)["folder"])
+    assert hash_of(folder) == hash_of(repo)
+    assert set(store.check(folder) or {}) == set(OURS) - {"manifest.json"}
+    (folder / SETTINGS).unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        store.check(folder)
+    assert etag_of(repo / "config.json") == etag_of(folder / "config.json")

@@ -1,0 +1,174 @@
+"""Pieces of remote files -> places in one local file: merged, in parallel, tried again.
+
+Nothing here knows HTTP: a piece comes from a function that opens a range of a named file.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+__all__ = [
+    "Opened",
+    "Opener",
+    "Piece",
+    "RangesRefusedError",
+    "TransferError",
+    "fetch",
+    "merge",
+    "read",
+]
+
+logger = logging.getLogger("qwen_vit")
+
+PART_BYTES = 64 * 2**20  # of one request
+CONNECTIONS = 8
+ATTEMPTS = 6  # in a row that bring nothing
+LONGEST_WAIT_S = 300.0  # in which the Hub counts requests
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A range that was opened: its bytes in chunks, and the size of the whole file."""
+
+    chunks: Iterable[bytes]
+    file_bytes: int
+
+
+# (file, first byte, byte after the last) -> that range, cut off at the end of the file
+Opener = Callable[[str, int, int], AbstractContextManager[Opened]]
+
+
+class RangesRefusedError(Exception):
+    """The server does not give ranges of this file, or gives other bytes than were asked for."""
+
+
+class TransferError(Exception):
+    """A transfer broke off, and may be tried again after `wait_s`.
+
+    `cause` is set where a server's answer is the reason, not the way to it.
+    """
+
+    def __init__(
+        self, message: str, *, wait_s: float | None = None, cause: Exception | None = None
+    ) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+        self.cause = cause
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes `start` to `end` of `file`, and the place `to` where they go."""
+
+    file: str
+    start: int
+    end: int
+    to: int
+
+
+def merge(pieces: Iterable[Piece]) -> list[Piece]:
+    """Join pieces that follow one another both where they come from and where they go.
+
+    >>> merge([Piece("a", 0, 4, 100), Piece("a", 4, 6, 104), Piece("a", 8, 9, 106)])
+    [Piece(file='a', start=0, end=6, to=100), Piece(file='a', start=8, end=9, to=106)]
+    """
+    merged: list[Piece] = []
+    for piece in pieces:
+        last = merged[-1] if merged else None
+        if (
+            last is not None
+            and (last.file, last.end) == (piece.file, piece.start)
+            and last.to + last.end - last.start == piece.to
+        ):
+            merged[-1] = replace(last, end=piece.end)
+        elif piece.end > piece.start:
+            merged.append(piece)
+    return merged
+
+
+def read(open_range: Opener, file: str, start: int, end: int) -> tuple[bytes, int]:
+    """Return one small range, less what lies beyond the file's end, and the file's size."""
+    received = bytearray(end - start)
+
+    def keep(chunk: bytes, place: int) -> None:
+        received[place : place + len(chunk)] = chunk
+
+    file_bytes = _fetch_piece(Piece(file, start, end, 0), open_range, keep, threading.Event())
+    return bytes(received[: max(0, file_bytes - start)]), file_bytes
+
+
+def fetch(
+    pieces: Iterable[Piece],
+    open_range: Opener,
+    descriptor: int,
+    progress: Callable[[int], object],
+) -> None:
+    """Write each piece to its place in an open file; several at a time.
+
+    Raises RangesRefusedError or TransferError for the first piece that cannot be had, once the
+    others have stopped.
+    """
+    stop, counting = threading.Event(), threading.Lock()
+
+    def write(chunk: bytes, place: int) -> None:
+        view = memoryview(chunk)
+        while view:
+            written = os.pwrite(descriptor, view, place)
+            view, place = view[written:], place + written
+        with counting:
+            progress(len(chunk))
+
+    with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="qwen-vit-download") as pool:
+        parts = [
+            pool.submit(_fetch_piece, part, open_range, write, stop)
+            for piece in merge(pieces)
+            for part in _cut(piece)
+        ]
+        try:
+            done, _ = wait(parts, return_when=FIRST_EXCEPTION)
+            for part in done:
+                part.result()
+        finally:  # also when the user interrupts: no thread goes on for a whole part
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _cut(piece: Piece) -> Iterator[Piece]:
+    for start in range(piece.start, piece.end, PART_BYTES):
+        end = min(start + PART_BYTES, piece.end)
+        yield Piece(piece.file, start, end, piece.to + start - piece.start)
+
+
+def _fetch_piece(
+    piece: Piece, open_range: Opener, write: Callable[[bytes, int], None], stop: threading.Event
+) -> int:
+    """Fetch a piece, going on after each break where it stopped; return the file's size."""
+    position, end, failures = piece.start, piece.end, 0
+    while position < end and not stop.is_set():
+        try:
+            with open_range(piece.file, position, end) as opened:
+                end = min(end, opened.file_bytes)
+                for chunk in opened.chunks:
+                    if stop.is_set():
+                        break
+                    if position + len(chunk) > end:
+                        raise RangesRefusedError("more bytes came than were asked for")
+                    write(chunk, piece.to + position - piece.start)
+                    position += len(chunk)
+                    failures = 0
+            if position < end and not stop.is_set():
+                raise TransferError(f"the connection closed {end - position} bytes early")
+        except TransferError as error:
+            failures += 1
+            if failures == ATTEMPTS:
+                raise
+            pause = 2.0 ** (failures - 1) if error.wait_s is None else error.wait_s
+            pause = min(pause, LONGEST_WAIT_S)
+            logger.warning("%s: %s; trying again in %.0f s", piece.file, error, pause)
+            time.sleep(pause)
+    return opened.file_bytes
