@@ -176,6 +176,7 @@ def _kept(repository: Repository) -> Download | None:
     if repository.commit is None:
         return None
     folder = _folder(repository)
+    store.remove_abandoned(folder)
     try:
         manifest = store.find(folder)
         if manifest is None:

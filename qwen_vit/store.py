@@ -28,11 +28,15 @@ from qwen_vit.weight_files import VISION_FILE
 __all__ = [
     "Manifest",
     "check",
+    "check_digest",
     "discard",
     "fill",
     "find",
     "folder_of",
+    "hub_digest",
     "one_at_a_time",
+    "recorded_licence",
+    "remove_abandoned",
     "repository_folder",
 ]
 
@@ -180,7 +184,6 @@ def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
     Where another process was first, its folder stays and this one goes.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder.parent)
     temporary = folder.with_name(f".{folder.name}.{_owner()}.{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
@@ -189,6 +192,19 @@ def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
         _rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what processes left beside `folder` that were killed: here, or elsewhere a day ago."""
+    for path in folder.parent.glob(".*.*-*.*"):
+        space, _, process = path.name.split(".")[2].rpartition("-")
+        try:
+            is_dead = space == _process_space() and not Path("/proc", process).exists()
+            is_old = time.time() - path.stat().st_mtime > ABANDONED_S
+        except OSError:
+            continue
+        if is_dead or is_old:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def discard(folder: Path) -> None:
@@ -298,16 +314,3 @@ def _process_space() -> str:
         return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]
     except OSError:
         return "unknown"
-
-
-def _remove_abandoned(parent: Path) -> None:
-    """What processes left that were killed, or that are gone for a day on other machines."""
-    for path in parent.glob(".*.*-*.*"):
-        space, _, process = path.name.split(".")[2].rpartition("-")
-        try:
-            is_dead = space == _process_space() and not Path("/proc", process).exists()
-            is_old = time.time() - path.stat().st_mtime > ABANDONED_S
-        except OSError:
-            continue
-        if is_dead or is_old:
-            shutil.rmtree(path, ignore_errors=True)

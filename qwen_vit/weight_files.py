@@ -27,6 +27,7 @@ WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model" + INDEX_SUFFIX
 VISION_FILE = "vision.safetensors"  # a tower alone, as it is kept after a download
 PREFERRED_FILES = (WEIGHTS_FILE, INDEX_FILE, VISION_FILE)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LONGEST_NAME_BYTES = 255
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", ADAPTER_CONFIG)
 
@@ -198,6 +199,8 @@ def is_plain_basename(name: str) -> bool:
         name.endswith(".safetensors")
         and not any(character in name for character in "/\\:\0")
         and not name.startswith(".")
+        and len(name.encode("utf-8", "replace")) <= LONGEST_NAME_BYTES
+        and name.isprintable()  # no half of a surrogate pair, which no file system takes
     )
 
 

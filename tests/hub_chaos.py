@@ -465,7 +465,7 @@ def _mutated(
     return {"slowest_s": round(slowest, 3), **counted(times, found)}
 
 
-def hub_versions(folder: Path) -> dict[str, Any]:
+def hub_versions(folder: Path, seed: int = 0) -> dict[str, Any]:
     """The tests of the Hub on the oldest and on the newest huggingface_hub that is allowed.
 
     Each lies in a folder of its own, with what it needs, and is found before what is installed.

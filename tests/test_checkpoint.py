@@ -23,6 +23,7 @@ from qwen_vit.checkpoint import (
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.convert import rotary_permutation
 from qwen_vit.errors import ArgumentError, CheckpointError
+from qwen_vit.strict_json import show
 
 IMAGE_CONFIG = ImageConfig.from_json({})
 QKV = "blocks.0.attn.qkv.weight"
@@ -324,7 +325,8 @@ def test_a_missing_shard_is_named_with_its_index(tmp_path):
 @pytest.mark.parametrize(
     "shard",
     ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..\\x.safetensors",
-     "C:x.safetensors", "", "..", ".safetensors", "x.bin", "x\0.safetensors", 3, None],
+     "C:x.safetensors", "", "..", ".safetensors", "x.bin", "x\0.safetensors", 3, None,
+     "\ud800.safetensors", "x" * 250 + ".safetensors"],
 )  # fmt: skip
 def test_an_index_may_only_name_plain_basenames(tmp_path, shard):
     write_checkpoint(tmp_path, SMALL, shards=2)
@@ -333,7 +335,7 @@ def test_an_index_may_only_name_plain_basenames(tmp_path, shard):
     index["weight_map"]["visual.patch_embed.proj.weight"] = shard
     path.write_text(json.dumps(index))
     message = refusal(tmp_path)
-    assert f"{path}: 'visual.patch_embed.proj.weight' is said to be in {shard!r}" in message
+    assert f"{path}: 'visual.patch_embed.proj.weight' is said to be in {show(shard)}" in message
     assert "expected the plain name of a .safetensors file" in message
 
 
