@@ -11,6 +11,8 @@ from qwen_vit.errors import (
     ImageError,
     QwenVitError,
 )
+from qwen_vit.export import export_features
+from qwen_vit.export_plan import ExportOptions
 from qwen_vit.feature_files import load_features
 from qwen_vit.features import ImageFeatures, write_features
 from qwen_vit.image import ImageLimits
@@ -23,6 +25,7 @@ __all__ = [
     "CheckpointError",
     "ComparisonError",
     "ExportError",
+    "ExportOptions",
     "HubError",
     "ImageError",
     "ImageFeatures",
@@ -32,6 +35,7 @@ __all__ = [
     "__version__",
     "as_hf_tower",
     "expand_placeholders",
+    "export_features",
     "fused_rope_varlen_attention",
     "load_features",
     "write_features",

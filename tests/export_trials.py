@@ -14,10 +14,11 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +146,18 @@ class Exports:
         self.encoded_before = self.journal.stat().st_size
 
 
-def kills(folder: Path, *, kills: int, images: int, seed: int = 0) -> dict[str, Any]:
+def on_an_export(trial: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A trial of an export that is there, as one that makes it of some images in a folder."""
+    return lambda folder, *, images, **counts: trial(Exports(folder, images), **counts)
+
+
+def kills(exports: Exports, *, kills: int, seed: int = 0) -> dict[str, Any]:
     """kill -9 at random moments."""
-    exports = Exports(folder, images)
     done = kill_harness.kill_again_and_again(
         exports.command,
         kills=kills,
         longest_s=exports.seconds,
-        log=folder / "log",
+        log=exports.folder / "log",
         seed=seed,
         after_kill=lambda _: exports.after_interruption(),
         after_end=exports.after_end,
@@ -160,7 +165,7 @@ def kills(folder: Path, *, kills: int, images: int, seed: int = 0) -> dict[str, 
     return {
         "kills": done.landed,
         "completed": done.completed,
-        "images": images,
+        "images": exports.images,
         "images_per_shard": SHARD_IMAGES,
         "most_images_done_twice_by_one_kill": exports.most_redone,
         "unbroken_s": round(exports.seconds, 2),
@@ -180,9 +185,9 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-def full_disks(folder: Path, *, disks: int, images: int, seed: int = 0) -> dict[str, Any]:
+def full_disks(exports: Exports, *, disks: int, seed: int = 0) -> dict[str, Any]:
     """A disk that is full at random sizes, then larger: the same command goes on."""
-    exports = Exports(folder, images)
+    folder, whole = exports.folder, exports.out
     size = sum(path.stat().st_size for path in (folder / "unbroken").iterdir())
     page, sizes, begin = os.sysconf("SC_PAGE_SIZE"), random.Random(seed), time.monotonic()
     refusals: Counter[str] = Counter()
@@ -197,16 +202,18 @@ def full_disks(folder: Path, *, disks: int, images: int, seed: int = 0) -> dict[
             assert last.startswith("error: "), result.errors
             assert "No space left on device" in last, last
             assert "Traceback" not in result.errors
-            refusals[Path(last.split(" could not")[0].removeprefix("error: ")).name] += 1
+            name = Path(last.split(" could not")[0].removeprefix("error: ")).name
+            refusals["a shard" if name.startswith("shard-") else name] += 1
             exports.after_interruption()
             resize(disk, 2 * size + 100 * page)
             exports.after_end(exports.run())
+    exports.out = whole
     return {
         "disks": disks,
-        "images": images,
+        "images": exports.images,
         "images_per_shard": SHARD_IMAGES,
         "most_images_done_twice": exports.most_redone,
-        "full_while_writing": len(refusals),
+        "full_while_writing": dict(refusals.most_common()),
         "seconds": round(time.monotonic() - begin, 1),
     }
 
@@ -216,7 +223,7 @@ def resize(disk: Path, size: int) -> None:
 
 
 def flat_memory(folder: Path, *, images: int, first: int) -> dict[str, Any]:
-    """Resident memory and open files of an export, sampled shard by shard."""
+    """Resident memory and open files of an export, sampled as it works."""
     inputs, out = folder / "images", folder / "out"
     write_images(inputs, images)
     process = kill_harness.start(stand_in(folder / "journal", inputs, "--out", out), folder / "log")
@@ -341,13 +348,13 @@ def hostile(folder: Path, *, bad: int, good: int, seed: int = 0) -> dict[str, An
     }
 
 
-def interrupts(folder: Path, *, times: int, images: int, seed: int = 0) -> dict[str, Any]:
+def interrupts(exports: Exports, *, times: int, seed: int = 0) -> dict[str, Any]:
     """SIGINT and SIGTERM in turn, at random moments of the work: exit code 130 within 5 s."""
-    exports, moments, waits = Exports(folder, images), random.Random(seed), []
+    folder, moments, waits = exports.folder, random.Random(seed), []
     while len(waits) < times:
         number = signal.SIGTERM if len(waits) % 2 else signal.SIGINT
         process = kill_harness.start(exports.command(), folder / "log")
-        wanted = exports.encoded_before + moments.randint(1, images // 3)
+        wanted = exports.encoded_before + moments.randint(1, exports.images // 3)
         while process.poll() is None and journal_bytes(exports.journal) < wanted:
             time.sleep(0.002)
         begin = time.monotonic()
@@ -366,7 +373,17 @@ def interrupts(folder: Path, *, times: int, images: int, seed: int = 0) -> dict[
     assert max(waits) < 5, waits
     return {
         "interrupts": times,
-        "images": images,
+        "images": exports.images,
         "longest_wait_s": round(max(waits), 2),
         "most_images_done_twice": exports.most_redone,
     }
+
+
+def may_mount() -> bool:
+    """Whether a small disk can be had here."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with small_disk(Path(folder, "disk"), 2**20):
+                return True
+        except (OSError, subprocess.CalledProcessError):
+            return False

@@ -57,8 +57,8 @@ class StandIn:
 
     def encode_iter(self, images: Iterable[Any], **options: Any) -> Iterator[ImageFeatures]:
         """In batches, as the real one: it reads ahead of what it yields."""
-        batch: list[np.ndarray] = []
-        for image in images:
+        batch: list[tuple[int, np.ndarray]] = []
+        for image in enumerate(images):
             batch.append(image)
             if len(batch) == BATCH:
                 yield from self._encode(batch, options["output"])
@@ -69,9 +69,9 @@ class StandIn:
         """Paths, as the dry run gives them."""
         return [ImageFeatures(str(each), torch.zeros(1, WIDTH), (1, 2, 2)) for each in images]
 
-    def _encode(self, batch: list[np.ndarray], output: str) -> Iterator[ImageFeatures]:
-        for pixels in batch:
-            name = f"image {self.encoded}"
+    def _encode(self, batch: list[tuple[int, np.ndarray]], output: str) -> Iterator[ImageFeatures]:
+        for number, pixels in batch:
+            name = f"image {number}"
             self.encoded += 1
             if self.journal is not None:
                 os.write(self.journal, b".")

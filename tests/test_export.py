@@ -1,0 +1,870 @@
+"""An export loses nothing, doubles nothing, and says why: shards, resuming, locks, the command."""
+
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import export_trials
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from export_trials import tiny_png, write_hostile
+from PIL import Image
+from stand_in import WIDTH, StandIn
+
+from qwen_vit import cli as cli_module
+from qwen_vit import export as export_module
+from qwen_vit import manifest as manifest_module
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import ArgumentError, ExportError, ImageError
+from qwen_vit.export import Breaker, ExportReport, export_features, export_shard, make_manifest
+from qwen_vit.export_estimate import estimate_export, estimate_plan
+from qwen_vit.export_plan import ExportOptions, open_export
+from qwen_vit.feature_files import load_features
+from qwen_vit.features import ImageFeatures, write_features
+from qwen_vit.folder_lock import hold_folder, hold_moment
+
+SMALL = ExportOptions(shard_size=4)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with ten good images and a broken one, the eleventh."""
+    monkeypatch.chdir(tmp_path)
+    Path("p").mkdir()
+    for number in range(10):
+        Path(f"p/{number}.png").write_bytes(tiny_png(number))
+    Path("p/x.png").write_bytes(tiny_png(1)[:50])
+    return tmp_path
+
+
+def export(
+    *inputs: str, out: str = "out", encoder: Any = None, options: ExportOptions = SMALL, **more: Any
+) -> ExportReport:
+    return export_features(encoder or StandIn(), inputs or ("p",), out, options, **more)
+
+
+def plan_of(out: str = "out", encoder: Any = None, options: ExportOptions = SMALL) -> Any:
+    return open_export(encoder or StandIn(), ["p"], Path(out), options)
+
+
+def files(folder: str = "out") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def shards(folder: str = "out") -> dict[str, bytes]:
+    return {name: data for name, data in files(folder).items() if name.endswith("safetensors")}
+
+
+# What is written
+
+
+def test_an_export_holds_the_images_in_order_and_the_failed_ones_with_their_reason(
+    here: Path,
+) -> None:
+    done = export()
+    assert (done.images, done.exported, done.failed, done.resumed) == (11, 10, {"truncated": 1}, 0)
+    assert set(files()) == {
+        "export.json", "listing.jsonl", "manifest.parquet",
+        *(f"shard-0000000{index}.safetensors" for index in range(3)),
+    }  # fmt: skip
+    features = load_features("out")
+    assert features.is_complete
+    assert features.ids == [f"{number}.png" for number in range(10)]
+    [error] = features.errors
+    assert (error.id, error.stage, error.code) == ("x.png", "decode", "truncated")
+    assert error.message.startswith("x.png is a truncated PNG")
+    description = json.loads(Path("out/export.json").read_text())
+    assert (description["n_images"], description["shard_size"]) == (11, 4)
+    assert (description["output"], description["dtype"], description["device"]) == (
+        "merged", "float32", "cpu",
+    )  # fmt: skip
+    assert list(description) == sorted(description)
+
+
+@pytest.mark.parametrize("output", ["merged", "patch", "mean"])
+def test_the_rows_are_those_of_encode(here: Path, output: Any) -> None:
+    sizes = ((56, 84), (84, 56), (28, 28))
+    for index, size in enumerate(sizes):
+        values = np.random.default_rng(index).integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(values).save(f"p/{index}.png")
+    names = [f"p/{index}.png" for index in range(len(sizes))]
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    export(*names, encoder=encoder, options=ExportOptions(output, shard_size=4))
+    features = load_features("out")
+    kind: Any = "patch" if output == "patch" else "merged"
+    for there, expected in zip(features, encoder.encode(names, output=kind), strict=True):
+        assert expected.embeds is not None
+        rows = expected.embeds
+        if output == "mean":
+            rows = rows.mean(dim=0, keepdim=True)
+        assert there.embeds is not None
+        assert torch.equal(there.embeds, rows)
+        assert (there.id, there.grid_thw) == (expected.id, expected.grid_thw)
+    per_row = {"merged": 4, "patch": 1, "mean": None}[output]
+    [shard] = shards()
+    assert load_features(f"out/{shard}").metadata["patches_per_row"] == per_row
+    assert load_features("out").metadata["output"] == output
+
+
+def test_bfloat16_is_stored_rounded_once(here: Path) -> None:
+    export(out="full")
+    export(options=replace(SMALL, dtype="bfloat16"))
+    for there, full in zip(load_features("out"), load_features("full"), strict=True):
+        assert there.embeds is not None
+        assert full.embeds is not None
+        assert there.embeds.dtype == torch.bfloat16
+        assert torch.equal(there.embeds, full.embeds.bfloat16())
+    metadata = load_features("out").metadata
+    assert (metadata["dtype"], metadata["computed_in"]) == ("bfloat16", "float32")
+
+
+def test_a_shard_has_the_bytes_that_safetensors_writes(here: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    export()
+    for name, data in shards().items():
+        with safe_open(f"out/{name}", framework="pt") as file:
+            metadata = file.metadata()
+        save_file(load_file(f"out/{name}"), "again", metadata=metadata)
+        assert Path("again").read_bytes() == data
+
+
+def test_rows_that_wait_on_the_disk_give_the_same_file(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(out="in-memory")
+    monkeypatch.setattr("qwen_vit.features.SPOOL_BYTES", 100)
+    export()
+    assert shards() == shards("in-memory")
+
+
+def test_a_shard_of_failures_alone_is_whole(here: Path) -> None:
+    for number in range(4, 8):
+        Path(f"p/{number}.png").write_bytes(b"")
+    assert export().failed == {"empty-file": 4, "truncated": 1}
+    file = load_features("out/shard-00000001.safetensors")
+    assert (len(file), len(file.errors)) == (0, 4)
+    assert export(encoder=NeverAsked()).resumed == 11
+    assert len(load_features("out")) == 6
+
+
+class NeverAsked(StandIn):
+    def encode_iter(self, images: Any, **options: Any) -> Any:
+        raise AssertionError("an image was encoded again")
+
+
+def test_batches_never_cross_a_shard(here: Path) -> None:
+    sizes = []
+
+    class Counting(StandIn):
+        def encode_iter(self, images: Any, **options: Any) -> Any:
+            images = list(images)
+            sizes.append(len(images))
+            return super().encode_iter(images, **options)
+
+    export(encoder=Counting())
+    assert sizes == [4, 4, 2]
+
+
+# Failures
+
+
+def test_every_kind_of_harm_has_its_row_and_the_good_ones_are_exported(tmp_path: Path) -> None:
+    figures = export_trials.hostile(tmp_path, bad=30, good=60)
+    assert sum(figures["by_code"].values()) == 30
+
+
+def harm(name: str, kind: str) -> None:
+    path = Path("p", name)
+    path.unlink(missing_ok=True)
+    write_hostile(path, kind)
+
+
+@pytest.mark.parametrize("kind", export_trials.HOSTILE)
+def test_a_hostile_image_is_reported_under_its_id(here: Path, kind: str) -> None:
+    harm("5.png", kind)
+    done = export()
+    assert done.failed == {export_trials.HOSTILE[kind]: 1} | (
+        {"truncated": 1} if kind != "cut" else {"truncated": 2}
+    )
+    error = load_features("out").errors[0]
+    assert error.id == "5.png"
+    assert "5.png" in error.message
+    assert "image " not in error.message.partition("5.png")[0]
+    assert not any(torch.isnan(each.embeds).any() for each in load_features("out"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("output", ["merged", "patch", "mean"])
+def test_nan_is_never_written(here: Path, output: Any, dtype: Any) -> None:
+    harm("5.png", "nan")
+    done = export(options=ExportOptions(output, dtype, shard_size=4))
+    assert done.failed["not-finite"] == 1
+    assert all(each.embeds.isfinite().all() for each in load_features("out"))
+
+
+def test_an_image_that_does_not_fit_the_memory_is_a_row(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harm("3.png", "memory")
+    real = export_module.load_image
+
+    def load(data: bytes, **options: Any) -> Any:
+        if options["name"] == "6.png":
+            raise MemoryError
+        return real(data, **options)
+
+    monkeypatch.setattr(export_module, "load_image", load)
+    assert export().failed == {"out-of-memory": 1, "memory": 1, "truncated": 1}
+    errors = {error.id: error for error in load_features("out").errors}
+    assert errors["3.png"].message.startswith("3.png has ")
+    assert errors["3.png"].stage == "encode"
+    assert errors["6.png"].message.startswith("6.png does not fit into memory")
+
+
+def test_on_error_raise_stops_at_the_first_failure_and_keeps_what_is_whole(here: Path) -> None:
+    harm("6.png", "nan")
+    with pytest.raises(ImageError, match=r"6.png: its embeddings hold NaN") as caught:
+        export(options=replace(SMALL, on_error="raise"))
+    assert caught.value.code == "not-finite"
+    assert list(shards()) == ["shard-00000000.safetensors"]
+    Path("p/x.png").unlink()
+    harm("6.png", "cut")
+    Path("p/6.png").write_bytes(tiny_png(6))
+    Path("p/x.png").write_bytes(tiny_png(1))
+    assert export(options=replace(SMALL, on_error="raise")).exported == 11
+
+
+@pytest.mark.parametrize("kind", ["gone", "nan", "memory"])
+def test_many_failures_in_a_row_stop_an_export(here: Path, kind: str) -> None:
+    """A disk that is gone, a broken model: nobody wants a million rows that say so."""
+    for number in range(3, 9):
+        harm(f"{number}.png", kind)
+    limited = replace(SMALL, max_failures=6)
+    with pytest.raises(ExportError, match=r"stopped, because 6 images in a row failed, .*8.png"):
+        export(options=limited)
+    assert list(shards()) == ["shard-00000000.safetensors", "shard-00000001.safetensors"]
+    Path("p/9.png").write_bytes(tiny_png(9))
+    assert export(options=replace(SMALL, max_failures=0)).exported == 4
+    assert load_features("out").is_complete
+
+
+def test_failures_that_are_not_in_a_row_do_not_stop_an_export(here: Path) -> None:
+    for number in (0, 2, 4, 6, 8):
+        harm(f"{number}.png", "empty" if number % 4 else "nan")
+    assert export(options=replace(SMALL, max_failures=2)).exported == 5
+
+
+def test_a_breaker_counts_what_is_read_and_what_is_done() -> None:
+    breaker = Breaker(3)
+    error = ImageError("x is gone")
+    for each in (error, error, None, error, error):
+        breaker.count_read(each)
+        breaker.count_done(each)
+    with pytest.raises(ExportError, match=r"3 images in a row failed, the last one so: x is gone"):
+        breaker.count_read(error)
+    Breaker(0).count_done(error)
+
+
+# Resuming
+
+
+def test_what_is_whole_is_not_done_again(here: Path) -> None:
+    export()
+    before = files()
+    done = export(encoder=NeverAsked())
+    assert (done.resumed, done.exported, done.failed) == (11, 10, {"truncated": 1})
+    assert files() == before
+
+
+def torn(data: bytes) -> bytes | None:
+    return data[:-7]
+
+
+HARMS: dict[str, Callable[[bytes], bytes | None]] = {
+    "gone": lambda data: None,
+    "torn": torn,
+    "empty": lambda data: b"",
+    "longer": lambda data: data + b"x",
+    "no safetensors": lambda data: b"<html>" * 100,
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_shard_that_is_not_whole_is_made_again_and_no_other(
+    here: Path, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    export()
+    before = files()
+    path = Path("out/shard-00000001.safetensors")
+    data = HARMS[harm](path.read_bytes())
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+    encoder = StandIn()
+    done = export(encoder=encoder)
+    assert (encoder.encoded, done.resumed, done.exported) == (4, 7, 10)
+    assert files() == before
+    assert ("it is made again" in caplog.text) == (data is not None)
+
+
+def test_a_shard_of_another_export_is_not_overwritten(here: Path) -> None:
+    export()
+    path = Path("out/shard-00000001.safetensors")
+    write_features(path, [ImageFeatures("a", torch.ones(1, WIDTH), (1, 2, 2))], {})
+    foreign = path.read_bytes()
+    with pytest.raises(ExportError, match=r"shard-00000001.* is of another export.*move it away"):
+        export()
+    assert path.read_bytes() == foreign
+    path.write_bytes(Path("out/shard-00000000.safetensors").read_bytes())
+    with pytest.raises(ExportError, match="is of another export"):
+        export()
+
+
+DIFFERENT: dict[str, tuple[Any, ExportOptions, str]] = {
+    "model": (StandIn(), SMALL, "weights_sha256 was 0000"),
+    "policy": (StandIn(max_pixels=50176), SMALL, "image_policy.max_pixels was "),
+    "output": (StandIn(), replace(SMALL, output="mean"), "output was merged, is mean now"),
+    "dtype": (StandIn(), replace(SMALL, dtype="bfloat16"), "dtype was float32, is bfloat16 now"),
+    "shard size": (StandIn(), replace(SMALL, shard_size=5), "shard_size was 4, is 5 now"),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_other_settings_are_refused_with_the_difference(here: Path, what: str) -> None:
+    export()
+    before = files()
+    encoder, options, words = DIFFERENT[what]
+    if what == "model":
+        metadata = {**encoder.metadata(), "weights_sha256": "2" * 64}
+        encoder.metadata = lambda: metadata
+    with pytest.raises(ExportError, match="holds an export that differs") as caught:
+        export(encoder=encoder, options=options)
+    assert words in str(caught.value)
+    assert "another --out" in str(caught.value)
+    assert files() == before
+
+
+def test_other_images_are_refused_and_counted(here: Path) -> None:
+    export()
+    before = files()
+    Path("p/0.png").unlink()
+    Path("p/y.png").write_bytes(b"")
+    Path("p/z.png").write_bytes(b"")
+    with pytest.raises(ExportError, match=r"its images: 1 missing, first 0.png; 2 new, first y.p"):
+        export()
+    os.rename("p", "q")
+    Path("q/0.png").write_bytes(b"")
+    for name in ("y", "z"):
+        Path(f"q/{name}.png").unlink()
+    with pytest.raises(ExportError, match=r"its images: 11 in another place, first 0.png"):
+        export("q")
+    names = sorted(os.listdir("q"), reverse=True)
+    Path("l.jsonl").write_text("\n".join(json.dumps({"id": n, "path": f"p/{n}"}) for n in names))
+    with pytest.raises(ExportError, match="its images: in another order"):
+        export("l.jsonl")
+    assert files() == before
+
+
+def test_another_name_for_the_same_weights_is_the_same_export(here: Path) -> None:
+    export(out="whole")
+    export()
+    Path("out/shard-00000001.safetensors").unlink()
+    encoder = StandIn()
+    metadata = {**encoder.metadata(), "model": "/elsewhere/model", "commit": "f" * 40}
+    encoder.metadata = lambda: metadata  # type: ignore[method-assign]
+    export(encoder=encoder)
+    assert files() == files("whole")
+
+
+def test_a_folder_of_other_things_is_refused_and_left_alone(here: Path) -> None:
+    Path("out").mkdir()
+    Path("out/notes.txt").write_text("mine")
+    for given, words in (
+        ("out", "holds notes.txt .* and no export.json"),
+        ("p/x.png", "is a file, expected a folder"),
+        ("no/out", "no is not a folder, expected one; create it"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            export(out=given)
+    assert files() == {"notes.txt": b"mine"}
+
+
+def test_a_damaged_description_is_refused(here: Path) -> None:
+    export()
+    Path("out/export.json").write_text("{")
+    with pytest.raises(ExportError, match=r"export.json: not JSON.*another --out"):
+        export()
+
+
+def test_nothing_to_export_is_an_error(here: Path) -> None:
+    Path("empty").mkdir()
+    with pytest.raises(ExportError, match=r"no image was found in empty; .* suffix"):
+        export("empty")
+    assert files() == {}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_export_that_is_stopped_leaves_whole_shards_and_no_lock(
+    here: Path, error: type[BaseException]
+) -> None:
+    class Stopping(StandIn):
+        def encode_iter(self, images: Any, **options: Any) -> Any:
+            for features in super().encode_iter(images, **options):
+                if self.encoded > 4:
+                    raise error
+                yield features
+
+    export(out="whole")
+    with pytest.raises(error):
+        export(encoder=Stopping())
+    assert set(files()) == {"export.json", "listing.jsonl", "shard-00000000.safetensors"}
+    assert export().resumed == 4
+    assert files() == files("whole")
+
+
+def test_what_killed_runs_left_is_cleared_away(here: Path) -> None:
+    export()
+    before = files()
+    for name in (
+        ".shard-00000002.safetensors.0123456789abcdef.tmp",
+        ".listing-1-of-1.tmp",
+        "..listing-1-of-1.tmp.0123456789abcdef.tmp",
+        ".export.json.0123456789abcdef.tmp",
+        ".manifest.parquet.0123456789abcdef.tmp",
+    ):
+        Path("out", name).write_bytes(b"half")
+    export()
+    assert files() == before
+
+
+def test_a_part_leaves_alone_what_another_part_is_writing(here: Path) -> None:
+    Path("out").mkdir()
+    own, other = (f".shard-0000000{i}.safetensors.0123456789abcdef.tmp" for i in (1, 0))
+    export(options=replace(SMALL, part=(2, 2)))
+    for name in (own, other):
+        Path("out", name).write_bytes(b"half")
+    export(options=replace(SMALL, part=(2, 2)))
+    assert other in files()
+    assert own not in files()
+
+
+# Parts and locks
+
+
+def test_parts_together_are_the_whole(here: Path) -> None:
+    export(out="whole")
+    first = export(options=replace(SMALL, part=(1, 2)))
+    assert (first.images, first.exported, len(shards())) == (7, 6, 2)
+    assert not load_features("out").is_complete
+    second = export(options=replace(SMALL, part=(2, 2)))
+    assert (second.images, second.exported) == (4, 4)
+    assert files() == files("whole")
+    assert export(options=replace(SMALL, part=(9, 9))).images == 0
+
+
+def test_a_worker_makes_a_shard_from_the_plan_alone(here: Path) -> None:
+    export(out="whole")
+    with plan_of() as plan:
+        sent = pickle.loads(pickle.dumps(plan))
+        rows = export_shard(StandIn(), sent, 1)
+        assert [(row.index, row.id, row.row_begin, row.row_end) for row in rows] == [
+            (4, "4.png", 0, 4), (5, "5.png", 4, 8), (6, "6.png", 8, 12), (7, "7.png", 12, 16),
+        ]  # fmt: skip
+        assert export_shard(NeverAsked(), sent, 1) == rows
+        for shard in (2, 0):  # in any order
+            export_shard(StandIn(), sent, shard)
+        make_manifest(plan)
+    assert files() == files("whole")
+
+
+def test_a_second_writer_is_refused_and_told_who_the_first_is(here: Path) -> None:
+    with plan_of(), pytest.raises(ExportError) as caught:
+        export()
+    owner = f"is being written by process {os.getpid()} on {socket.gethostname()} (since 20"
+    assert owner in str(caught.value)
+    assert export().exported == 10
+
+
+PARTS = [
+    ((1, 1), (1, 2), False),
+    ((1, 2), (1, 1), False),
+    ((1, 2), (1, 2), False),
+    ((1, 2), (2, 2), True),
+    ((1, 2), (2, 3), False),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "fits"), PARTS)
+def test_parts_of_one_count_may_run_together_and_nothing_else(
+    tmp_path: Path, first: tuple[int, int], second: tuple[int, int], fits: bool
+) -> None:
+    with hold_folder(tmp_path, first):
+        if fits:
+            with hold_folder(tmp_path, second), hold_moment(tmp_path):
+                pass
+        else:
+            with (
+                pytest.raises(ExportError, match="is being written by"),
+                hold_folder(tmp_path, second),
+            ):
+                pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def die_holding(folder: Path) -> None:
+    with hold_folder(folder):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_lock_whose_owner_was_killed_is_taken_over(tmp_path: Path) -> None:
+    """The kernel drops it with the process; the name that is left on this host means nothing."""
+    fork = multiprocessing.get_context("fork")
+    owner = fork.Process(target=die_holding, args=(tmp_path,))
+    owner.start()
+    owner.join(60)
+    assert owner.exitcode == -signal.SIGKILL
+    left = json.loads((tmp_path / "lock").read_text())
+    assert left["host"] == socket.gethostname()
+    with hold_folder(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_that_another_host_left_is_respected_and_the_way_out_is_told(
+    tmp_path: Path,
+) -> None:
+    owner = {"host": "node-17", "pid": 4, "since": "2026-01-01T00:00:00+00:00"}
+    (tmp_path / "lock").write_text(json.dumps(owner))
+    for part in ((1, 1), (1, 2)):
+        with pytest.raises(ExportError) as caught, hold_folder(tmp_path, part):
+            pass
+        assert "was being written by process 4 on node-17 (since 2026" in str(caught.value)
+        assert f"delete {tmp_path}/lock" in str(caught.value)
+    (tmp_path / "lock").unlink()
+    with hold_folder(tmp_path):
+        pass
+
+
+def test_a_disk_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with hold_folder(tmp_path):
+        pass
+    assert "cannot be locked (Function not implemented)" in caplog.text
+
+
+def hold_often(folder: Path, count: int, wrong: Any) -> None:
+    inside = folder / "inside"
+    for _ in range(count):
+        with hold_moment(folder):
+            try:
+                inside.touch(exist_ok=False)
+            except FileExistsError:
+                wrong.value += 1
+            inside.unlink(missing_ok=True)
+
+
+def test_moments_never_overlap(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("fork")
+    wrong = spawn.Value("i", 0)
+    workers = [spawn.Process(target=hold_often, args=(tmp_path, 40, wrong)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert wrong.value == 0
+
+
+# The manifest
+
+
+def test_the_manifest_has_a_row_for_every_image(here: Path) -> None:
+    Image.fromarray(np.zeros((56, 140, 3), np.uint8)).save("p/2.png")
+    export()
+    rows = pq.read_table("out/manifest.parquet").to_pylist()
+    assert [row["id"] for row in rows] == [*(f"{n}.png" for n in range(10)), "x.png"]
+    assert [row["index"] for row in rows] == list(range(11))
+    expected = {
+        "status": "ok", "shard": "shard-00000000.safetensors", "row_begin": 8, "row_end": 18,
+        "tokens": 10, "grid_t": 1, "grid_h": 4, "grid_w": 10, "height": 56, "width": 140,
+        "source": str(here / "p/2.png"), "error_code": None, "id_bytes": None,
+    }  # fmt: skip
+    assert {name: rows[2][name] for name in expected} == expected
+    assert rows[3]["row_begin"] == 18
+    assert (
+        rows[2]["sha256"] == export_trials.hashlib.sha256(Path("p/2.png").read_bytes()).hexdigest()
+    )
+    bad = rows[-1]
+    assert (bad["status"], bad["error_stage"], bad["error_code"], bad["tokens"]) == (
+        "error", "decode", "truncated", None,
+    )  # fmt: skip
+    assert bad["error_message"].startswith("x.png is")
+
+
+def test_rows_of_the_manifest_are_the_rows_of_the_shard(here: Path) -> None:
+    export()
+    features = load_features("out")
+    for row in pq.read_table("out/manifest.parquet").to_pylist():
+        if row["status"] == "ok":
+            shard = load_features(f"out/{row['shard']}")
+            rows = shard._file.get_tensor("image_embeds")[row["row_begin"] : row["row_end"]]
+            assert torch.equal(rows, features[row["id"]].embeds)
+
+
+def test_names_that_are_no_unicode_are_whole_in_the_manifest(here: Path) -> None:
+    name = b"caf\xe9\n.png"
+    with open(b"p/" + name, "wb") as file:
+        file.write(tiny_png(1))
+    export()
+    [row] = [r for r in pq.read_table("out/manifest.parquet").to_pylist() if r["id_bytes"]]
+    assert row["id_bytes"] == name
+    assert row["id"] == "caf\\udce9\n.png"
+    assert load_features("out")[os.fsdecode(name)].embeds is not None
+
+
+def test_without_pyarrow_the_manifest_is_json_lines(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export()
+    parquet = pq.read_table("out/manifest.parquet").to_pylist()
+    monkeypatch.setattr(manifest_module, "load_arrow", lambda: False)
+    assert export().manifest.name == "manifest.jsonl"
+    lines = [json.loads(line) for line in Path("out/manifest.jsonl").read_text().splitlines()]
+    assert [{**line, "id_bytes": None} for line in lines] == parquet
+    assert not Path("out/manifest.parquet").exists()  # it would go stale
+
+
+# How large
+
+
+@pytest.mark.parametrize("output", ["merged", "patch", "mean"])
+def test_the_estimate_is_what_the_export_takes(here: Path, output: Any) -> None:
+    Image.fromarray(np.zeros((60, 170, 3), np.uint8)).save("p/2.jpg")
+    Path("p/y.png").write_bytes(b"no image")
+    options = ExportOptions(output, shard_size=4)
+    estimate = estimate_export(StandIn(), ["p"], options)
+    assert not Path("out").exists()
+    done = export(options=options)
+    # the cut image has a header; that it is cut is found when it is decoded
+    assert (estimate.images, estimate.unreadable) == (13, 1)
+    one = {"merged": 4, "patch": 16, "mean": 1}[output]
+    assert estimate.rows == done.rows + one
+    assert estimate.seconds is not None
+    assert abs(estimate.bytes - done.bytes) < 5_000
+    parts = [
+        estimate_export(StandIn(), ["p"], replace(options, part=(i, 3))).rows for i in (1, 2, 3)
+    ]
+    assert sum(parts) == estimate.rows
+
+
+def test_a_sample_stands_for_the_whole(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen_vit.export_estimate.SAMPLE", 5)
+    Path("p/x.png").unlink()
+    with plan_of() as plan:
+        estimate = estimate_plan(StandIn(), plan)
+    assert (estimate.images, estimate.rows, estimate.is_sample) == (10, 40, True)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"output": "token"}, {"dtype": "float16"}, {"shard_size": 0}, {"on_error": "stop"},
+        {"part": (0, 2)}, {"part": (3, 2)}, {"max_failures": -1},
+    ],
+)  # fmt: skip
+def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+    [name] = wrong
+    with pytest.raises(ArgumentError, match=f"{name} is .*, expected"):
+        ExportOptions(**wrong)
+
+
+# The command
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`qwen-vit export ARGUMENTS` in this process, with the stand-in encoder."""
+    loader = SimpleNamespace(from_pretrained=lambda *_, **__: StandIn())
+    monkeypatch.setattr(export_module, "VisionEncoder", loader)
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        words = ["qwen-vit", "export", *arguments, "--model", "m"]
+        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
+        code: Any = 0
+        try:
+            cli_module.main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code or 0, captured.out, captured.err
+
+    return command
+
+
+def test_the_command_exports_and_tells_what_was_skipped(here: Path, run: Any) -> None:
+    code, out, err = run("p", "--out", "out")
+    assert code == 1
+    assert "exported 10 of 11 images (0 were there): 40 rows" in out
+    assert "skipped 1: 1 truncated" in out
+    assert "wrote out/manifest.parquet" in out
+    assert err.startswith("skipped: x.png is a truncated PNG")
+    assert len(err.splitlines()) == 1  # no bar where there is no terminal
+    Path("p/x.png").write_bytes(tiny_png(3))
+    assert run("p", "--out", "fresh")[0] == 0
+
+
+def test_its_json_is_one_document(here: Path, run: Any) -> None:
+    code, out, _ = run("p", "--out", "out", "--json", "--output", "mean", "--dtype", "bfloat16")
+    report = json.loads(out)
+    assert code == 1
+    assert (report["images"], report["exported"], report["failed"]) == (11, 10, {"truncated": 1})
+    assert report["manifest"] == "out/manifest.parquet"
+
+
+def test_a_dry_run_writes_nothing(here: Path, run: Any) -> None:
+    code, out, err = run("p", "--out", "out", "--dry-run", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["images"] == 11
+    assert "images" in run("p", "--out", "out", "--dry-run")[1]
+    assert sorted(os.listdir()) == ["p"]
+
+
+def test_a_large_export_is_not_begun_without_a_yes(
+    here: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_module, "ASK_ABOVE_BYTES", 1_000)
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115 - no terminal
+    code, out, err = run("p", "--out", "out")
+    assert (code, out) == (2, "")
+    assert "out will take about" in err
+    assert "pass --yes" in err
+    assert shards() == {}
+    assert run("p", "--out", "out")[0] == 2  # still not begun
+    assert run("p", "--out", "out", "--yes")[0] == 1
+    assert run("p", "--out", "out")[0] == 1  # what is under way goes on
+
+
+def test_twenty_failures_are_told_and_the_rest_counted(here: Path, run: Any) -> None:
+    for number in range(30):
+        Path(f"p/z{number}.png").write_bytes(b"")
+    _, out, err = run("p", "--out", "out")
+    assert "skipped 31: 30 empty-file, 1 truncated" in out
+    assert len(err.splitlines()) == 21
+    assert err.splitlines()[-1] == "skipped: more than 20; the manifest has them"
+
+
+BAD_USAGE = {
+    "no inputs": ([], "Missing argument"),
+    "part": (["p", "--part", "3"], "expected I/N"),
+    "part range": (["p", "--part", "3/2"], "part is (3, 2), expected"),
+    "shard size": (["p", "--shard-size", "0"], "shard_size is 0"),
+    "missing": (["gone"], "gone cannot be exported"),
+    "address": (["https://x/y.jpg"], "is an address"),
+    "foreign folder": (["p", "--out", "p"], "holds 0.png"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_USAGE)
+def test_bad_usage_ends_with_2_before_the_model_is_loaded(
+    here: Path, run: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_model(*_: Any, **__: Any) -> None:
+        raise AssertionError("refused only after the model was loaded")
+
+    monkeypatch.setattr(export_module, "VisionEncoder", SimpleNamespace(from_pretrained=no_model))
+    arguments, words = BAD_USAGE[fault]
+    code, out, err = run(*arguments, *([] if "--out" in arguments else ["--out", "out"]))
+    assert (code, out) == (2, "")
+    assert words in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("device", "stored", "computed"),
+    [("cpu", "bfloat16", "auto"), ("cuda", "bfloat16", "bfloat16"), ("cuda", None, "auto")],
+)
+def test_a_gpu_computes_in_the_type_that_is_stored(
+    monkeypatch: pytest.MonkeyPatch, device: str, stored: Any, computed: str
+) -> None:
+    asked: dict[str, Any] = {}
+    loader = SimpleNamespace(from_pretrained=lambda model, **options: asked.update(options))
+    monkeypatch.setattr(export_module, "VisionEncoder", loader)
+    export_module.load_encoder("m", ExportOptions(dtype=stored), device=device, max_pixels=5)
+    assert asked == {"device": device, "dtype": computed, "max_pixels": 5}
+
+
+# A few of what tools/soak does by the hundred, with the command in processes of its own
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> export_trials.Exports:
+    return export_trials.Exports(tmp_path_factory.mktemp("exports"), 600)
+
+
+def test_kills_lose_and_double_nothing(exports: export_trials.Exports) -> None:
+    assert export_trials.kills(exports, kills=4)["kills"] == 4
+
+
+def test_interrupts_end_with_130_and_leave_what_is_whole(exports: export_trials.Exports) -> None:
+    assert export_trials.interrupts(exports, times=2)["longest_wait_s"] < 5
+
+
+@pytest.mark.skipif(not export_trials.may_mount(), reason="needs the right to mount")
+def test_a_full_disk_stops_with_2_and_the_rest_follows_when_there_is_room(
+    exports: export_trials.Exports,
+) -> None:
+    export_trials.full_disks(exports, disks=1)
+
+
+def test_memory_and_open_files_stay_flat(tmp_path: Path) -> None:
+    export_trials.flat_memory(tmp_path, images=2_000, first=500)
+
+
+def test_a_disk_that_fills_up_is_an_error_and_whole_shards_stay(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a disk of its own: the third write of a shard is refused."""
+    export(out="whole")
+    written = 0
+    real = export_module.FeatureSpool.add
+
+    def add(self: Any, *arguments: Any) -> None:
+        nonlocal written
+        written += 1
+        if written == 7:
+            self._rows.write = full
+        real(self, *arguments)
+
+    def full(data: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_module.FeatureSpool, "add", add)
+    with pytest.raises(ExportError, match=r"shard-00000001.* could not be written \(No space left"):
+        export()
+    assert set(files()) == {"export.json", "listing.jsonl", "shard-00000000.safetensors"}
+    monkeypatch.undo()
+    os.chdir(here)
+    export()
+    assert files() == files("whole")
