@@ -96,8 +96,9 @@ def to_vllm_chat_part(features: Iterable[ImageFeatures]) -> list[dict[str, Any]]
     >>> [(part["type"], sorted(part["image_embeds"])) for part in parts]
     [('image_embeds', ['image_embeds', 'image_grid_thw'])]
 
-    Each tensor, (n, D) and (3,), is what `torch.save` writes, in base64. Several images in one
-    request need vLLM 0.13 or newer. Source: vLLM's docs/features/multimodal_inputs.md.
+    Each tensor, (n, D) and (3,), is what `torch.save` writes, in base64. A request may have several
+    such parts since vLLM's pull request 29988 (December 2025). Source: vLLM's
+    docs/features/multimodal_inputs.md.
     """
     embeds, grids = _rows_and_grids(features)
     return [

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -41,6 +41,8 @@ from qwen_vit.downstream import (
     to_vllm_chat_part,
 )
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
+from qwen_vit.export import export_features
+from qwen_vit.export_plan import ExportOptions
 from qwen_vit.feature_files import Features, load_features
 from qwen_vit.features import ImageFeatures, write_features
 
@@ -54,7 +56,7 @@ NEW_TOKENS = 16
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, a prompt with five images, its answer from pixels, and our features from a file."""
+    """A model, a prompt with five images, its answer from pixels, and our exported features."""
 
     model: Any
     encoder: VisionEncoder
@@ -95,7 +97,10 @@ def greedy(model: Any, **arguments: Any) -> list[int]:
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """transformers writes its model; the encoder reads the tower from that folder."""
+    """transformers writes its model; the encoder reads the tower from that folder, and exports.
+
+    The five images fill three shards, and a sixth one is broken.
+    """
     folder = tmp_path_factory.mktemp("model")
     vision = replace(SMALL, hidden_size=32, out_hidden_size=48)
     model = small_model(vision, image_token_id=IMAGE_TOKEN)
@@ -105,15 +110,16 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     encoder = VisionEncoder.from_pretrained(folder)
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in SIZES]
-    paths = [folder / f"{i}.png" for i in range(len(SIZES))]
-    for path, image in zip(paths, images, strict=True):
-        Image.fromarray(image).save(path)
-    made = encoder.encode(paths)
-    named = [replace(each, id=Path(each.id).name) for each in made]
-    file = write_features(folder / "features.safetensors", named, encoder.metadata())
-    features = load_features(file)
+    (folder / "images").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / "images" / f"{i}.png")
+    (folder / "images" / "1 broken.png").write_bytes(b"no image")
+    exported = folder / "export"
+    export_features(encoder, [str(folder / "images")], exported, ExportOptions(shard_size=2))
+    features = load_features(exported)
+    assert features.ids == [f"{i}.png" for i in range(len(SIZES))]
     prompt = "Which " + " or ".join(ONE_IMAGE for _ in SIZES) + "?<|im_end|>"
-    text = expand_placeholders(prompt, features.image_grid_thw)
+    text = expand_placeholders(prompt, [each.grid_thw for each in features])
     ids = small_tokenizer(IMAGE_TOKEN)(text, return_tensors="pt").input_ids
     pixels = dict(processor(images, return_tensors="pt"))
     pixels["mm_token_type_ids"] = (ids == IMAGE_TOKEN).long()
@@ -325,7 +331,7 @@ def test_a_transformers_that_takes_no_features_is_named(
 def test_the_tower_goes_back_one_version_more(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(downstream, "version", OtherVersion("5.17.0"))
+    monkeypatch.setattr(downstream, "version", OtherVersion("5.17"))
     assert as_hf_tower(setting.encoder).dtype == torch.float32
     monkeypatch.setattr(downstream, "version", OtherVersion("5.16.1"))
     with pytest.raises(ArgumentError, match=r"as_hf_tower needs .* 5\.17 .* 5\.16\.1 is"):
@@ -446,6 +452,48 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other)
+
+
+# Exports
+
+
+def exported(setting: Setting, tmp_path: Path, **options: Any) -> Features:
+    images = str(Path(setting.features.metadata["model"]) / "images")
+    export_features(setting.encoder, [images], tmp_path / "export", ExportOptions(**options))
+    return load_features(tmp_path / "export")
+
+
+@pytest.mark.parametrize("output", ["mean", "patch"])
+def test_an_export_of_other_outputs_is_read_but_no_language_model_gets_it(
+    setting: Setting, tmp_path: Path, output: Literal["mean", "patch"]
+) -> None:
+    features = exported(setting, tmp_path, output=output)
+    rows = [len(image.embeds) for image in features if image.embeds is not None]
+    patches = setting.pixels["image_grid_thw"].prod(-1).tolist()
+    assert rows == (5 * [1] if output == "mean" else patches)
+    for adapter in ADAPTERS:
+        with pytest.raises(ExportError, match=r'output="merged", neither "patch" nor "mean"'):
+            getattr(features, adapter.__name__)()
+
+
+def test_an_export_in_bfloat16_stays_in_it(setting: Setting, tmp_path: Path) -> None:
+    features = exported(setting, tmp_path, dtype="bfloat16")
+    rounded = [replace(each, embeds=each.embeds.bfloat16()) for each in setting.features]
+    assert same(features.to_vllm(), to_vllm(rounded))
+
+
+def test_the_command_that_an_error_names_mends_a_torn_export(
+    setting: Setting, tmp_path: Path
+) -> None:
+    features = exported(setting, tmp_path, shard_size=2)
+    shard = tmp_path / "export" / "shard-00000001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(ExportError, match="run the same `qwen-vit export` command again"):
+        list(load_features(tmp_path / "export"))
+    again = exported(setting, tmp_path, shard_size=2)
+    assert shard.read_bytes() == whole
+    assert same(again.to_vllm(), features.to_vllm())
 
 
 # Placeholders

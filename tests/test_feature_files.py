@@ -5,19 +5,18 @@ import os
 import pickle
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
+from reading_trials import Folder, many_shards
 from safetensors.torch import load_file, save_file
 from test_features import METADATA, ODD_IDS, features_of
 
 from qwen_vit import feature_files
 from qwen_vit.errors import ExportError
-from qwen_vit.feature_files import FailedImage, FeatureFolder, load_features
+from qwen_vit.feature_files import SHARDS_OPEN, FailedImage, FeatureFolder, load_features
 from qwen_vit.features import METADATA_KEY, write_features
 
 
@@ -218,60 +217,6 @@ def test_a_choice_refuses_what_is_not_there(path: Path) -> None:
 # Folders
 
 
-SETTINGS = {"model": "tiny", "dtype": "float32", "output": "merged"}
-
-
-@dataclass
-class Folder:
-    """An export of seven images in shards of three; c and all of the second shard failed."""
-
-    path: Path
-    names: tuple[str, ...] = tuple("abcdefg")
-    failed: tuple[str, ...] = tuple("cdef")
-    size: int = 3
-
-    @property
-    def good(self) -> list[str]:
-        return [name for name in self.names if name not in self.failed]
-
-    def shard(self, index: int) -> Path:
-        return self.path / f"shard-{index:08}.safetensors"
-
-    def write(self) -> Self:
-        description = {**SETTINGS, "schema_version": 1, "shard_size": self.size}
-        description["n_images"] = len(self.names)
-        self.path.mkdir(exist_ok=True)
-        (self.path / "export.json").write_text(json.dumps(description))
-        lines = [json.dumps({"id": name, "source": f"/data/{name}"}) for name in self.names]
-        (self.path / "listing.jsonl").write_text("".join(f"{line}\n" for line in lines))
-        everything = dict(zip(self.names, features_of(*self.names), strict=True))
-        for index, start in enumerate(range(0, len(self.names), self.size)):
-            names = self.names[start : start + self.size]
-            images = [everything[name] for name in names if name not in self.failed]
-            embeds = [image.embeds for image in images if image.embeds is not None]
-            facts = {
-                **description,
-                "ids": [image.id for image in images],
-                "patches_per_row": 4,
-                "images": [{"size_px": [28, 56], "notes": ["EXIF"], "sha256": "0"} for _ in images],
-                "errors": [
-                    {"id": name, "stage": "decode", "code": "truncated", "message": f"{name} ends"}
-                    for name in names
-                    if name in self.failed
-                ],
-            }
-            offsets = [0, *accumulate(len(rows) for rows in embeds)]
-            tensors = {
-                "image_embeds": torch.cat([torch.zeros(0, 6), *embeds]),
-                "image_grid_thw": torch.tensor(
-                    [image.grid_thw for image in images], dtype=torch.int64
-                ).reshape(-1, 3),
-                "image_token_offsets": torch.tensor(offsets),
-            }
-            save_file(tensors, self.shard(index), metadata={METADATA_KEY: json.dumps(facts)})
-        return self
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path / "export").write()
@@ -284,13 +229,14 @@ def test_a_folder_holds_the_good_images_in_the_listings_order(folder: Folder) ->
     assert len(features) == 3
     assert features.ids == [image.id for image in features] == ["a", "b", "g"]
     assert features.metadata["output"] == "merged"
-    written = dict(zip(folder.names, features_of(*folder.names), strict=True))
+    written = folder.images
     for key in ("a", "b", "g", 0, 1, 2, -1, -3):
         image = features[key]
         assert image.id == (key if isinstance(key, str) else features.ids[key])
         assert image.grid_thw == written[image.id].grid_thw
         assert torch.equal(image.embeds, written[image.id].embeds)
-        assert (image.size_px, image.notes) == ((28, 56), ("EXIF",))
+        assert image.size_px == (28, 1 if image.id == "b" else 0)
+        assert image.notes == ("EXIF",)
     assert [image.id for image in features[::-1]] == ["g", "b", "a"]
     assert features[["g", "a"]].ids == ["g", "a"]
 
@@ -366,13 +312,16 @@ STRANGE = {
     "another listing": {"ids": ["a", "x"]},
     "another order": {"ids": ["b", "a"]},
     "an image too few": {"errors": []},
+    "an error too many": {
+        "errors": [{"id": name, "stage": "", "code": "", "message": ""} for name in "cx"]
+    },
     "another model": {"model": "large"},
     "another shard size": {"shard_size": 4},
     "another schema": {"schema_version": 2},
     "errors no list": {"errors": 3},
     "errors no dicts": {"errors": ["c"]},
     "errors without a reason": {"errors": [{"id": "c"}]},
-    "errors of numbers": {"errors": [{"id": 1, "stage": 1, "code": 1, "message": 1}]},
+    "errors of numbers": {"errors": [{"id": "c", "stage": "", "code": 1, "message": ""}]},
     "images no list": {"images": 3},
     "images too few": {"images": [{"size_px": [1, 2], "notes": []}]},
     "images without sizes": {"images": [{"notes": []}, {"notes": []}]},
@@ -450,20 +399,9 @@ def test_odd_names_come_back_as_they_were(tmp_path: Path) -> None:
     assert features.errors[0].id == names[0]
 
 
-def test_few_shards_are_mapped_at_a_time_and_no_file_stays_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = tuple(f"{i}" for i in range(200))
-    monkeypatch.setattr(feature_files, "SHARDS_OPEN", 4)
-    features = load_features(Folder(tmp_path / "export", names, failed=(), size=1).write().path)
-    files, most = len(os.listdir("/proc/self/fd")), 0
-    for index in [*range(200), *range(199, -1, -1)]:
-        assert features[index].id == features[names[index]].id == names[index]
-        lines = Path("/proc/self/maps").read_text().splitlines()
-        mapped = {line.split()[-1] for line in lines if "/export/" in line}
-        most = max(most, len(mapped))
-        assert len(os.listdir("/proc/self/fd")) == files
-    assert 1 <= most <= 5  # those that are kept, and one on its way
+def test_few_shards_are_mapped_at_a_time_and_no_file_stays_open(tmp_path: Path) -> None:
+    figures = many_shards(tmp_path, shards=200)
+    assert 1 <= figures["mapped_most"] <= SHARDS_OPEN + 1
 
 
 def test_an_image_is_found_by_its_id_in_one_shard_alone(
