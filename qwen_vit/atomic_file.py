@@ -1,5 +1,6 @@
 """Files that appear under their name whole and flushed to the disk, or not at all."""
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -52,9 +53,12 @@ def cannot_write(path: Path, error: OSError) -> ExportError:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The new name, too, outlives a power cut."""
+    """The new name, too, outlives a power cut, where the file system can promise that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)

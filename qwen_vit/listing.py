@@ -208,45 +208,51 @@ def _from_folder(folder: str, left_out: Counter[str]) -> Iterator[Item]:
     above = [_identity(folder)]
     stack = [_entries(folder, "")]
     while stack:
-        item = next(stack[-1], None)
+        item, is_folder = next(stack[-1], (None, False))
         if item is None:
             stack.pop()
             above.pop()
-            continue
-        path, name = item.source, item.id
-        identity = None if item.error else _identity(path)
-        lower = name.lower()
-        if item.error is not None:
+        elif item.error is not None:
             yield item
-        elif identity is not None:
+        elif is_folder:
+            identity = _identity(item.source)
             if identity not in above:
                 above.append(identity)
-                stack.append(_entries(path, name + "/"))
-        elif lower.endswith((TAR_SUFFIX, *COMPRESSED_TARS)):
-            yield from _from_tar(path, name, left_out)
-        elif _suffix(name) in IMAGE_SUFFIXES:
+                stack.append(_entries(item.source, item.id + "/"))
+        elif item.id.lower().endswith((TAR_SUFFIX, *COMPRESSED_TARS)):
+            yield from _from_tar(item.source, item.id, left_out)
+        elif _suffix(item.id) in IMAGE_SUFFIXES:
             yield item
         else:
-            left_out[_suffix(name)] += 1
+            left_out[_suffix(item.id)] += 1
 
 
-def _entries(folder: str, below: str) -> Iterator[Item]:
+def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:
+    """What a folder holds, and which of it are folders; asks the disk about links alone."""
     try:
-        names = sorted(os.listdir(folder), key=os.fsencode)
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
     except OSError as error:
         name = below.rstrip("/") or "."
         message = f"{shown(name)} cannot be listed: {error.strerror}; check its permissions"
-        return iter([Item(name, folder, error=("unreadable", message))])
-    return (Item(below + name, os.path.join(folder, name)) for name in names)
+        return iter([(Item(name, folder, error=("unreadable", message)), False)])
+    return ((Item(below + entry.name, entry.path), _is_folder(entry)) for entry in entries)
 
 
-def _identity(path: str) -> tuple[int, int] | None:
-    """What is the same for a folder and every link to it; None for what is no folder."""
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        status = os.stat(path)
+        return entry.is_dir()
+    except OSError:  # a link to itself, say: reading it will tell
+        return False
+
+
+def _identity(folder: str) -> tuple[int, int] | None:
+    """What is the same for a folder and every link to it."""
+    try:
+        status = os.stat(folder)
     except OSError:
         return None
-    return (status.st_dev, status.st_ino) if stat.S_ISDIR(status.st_mode) else None
+    return status.st_dev, status.st_ino
 
 
 def _suffix(name: str) -> str:

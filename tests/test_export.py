@@ -766,6 +766,20 @@ def test_a_large_export_is_not_begun_without_a_yes(
     assert run("p", "--out", "out")[0] == 1  # what is under way goes on
 
 
+def test_a_terminal_is_shown_the_speed_and_what_is_skipped(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(show_progress=True)
+    last = capsys.readouterr().err.rstrip().splitlines()[-1]
+    assert "100%" in last
+    assert "11/11" in last
+    assert "image/s" in last
+    for word in ("tokens/s", " MB", "1 skipped"):
+        assert word in last
+    export(show_progress=True)
+    assert "11/11" in capsys.readouterr().err
+
+
 def test_twenty_failures_are_told_and_the_rest_counted(here: Path, run: Any) -> None:
     for number in range(30):
         Path(f"p/z{number}.png").write_bytes(b"")

@@ -117,14 +117,14 @@ def test_a_folder_that_may_not_be_read_is_an_item_of_its_own(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     touch("p/a/1.jpg", "p/b/2.jpg")
-    real = os.listdir
+    real = os.scandir
 
-    def refuse(path: Any) -> list[str]:
+    def refuse(path: Any) -> Any:
         if str(path).endswith("/a"):
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return real(path)
 
-    monkeypatch.setattr(os, "listdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     bad, good = find_items(["p"])
     assert (bad.id, good.id) == ("a", "b/2.jpg")
     with pytest.raises(ImageError, match="a cannot be listed: Permission denied") as caught:
