@@ -1,0 +1,216 @@
+"""The page of `qwen-vit compare --report`: whole in itself, safe, drawn of what was measured."""
+
+import base64
+import re
+from dataclasses import replace
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from goldens import IMAGE_FOLDER
+from PIL import Image
+
+from qwen_vit import VisionEncoder, report
+from qwen_vit.compare import Comparison, Maps, compare
+from qwen_vit.errors import ArgumentError, ExportError, ImageError
+from qwen_vit.patches import resize_image
+
+CHELSEA = str(IMAGE_FOLDER / "chelsea.png")
+
+
+@cache
+def encoder() -> VisionEncoder:
+    return VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=30_000)
+
+
+@cache
+def comparison() -> Comparison:
+    return compare(encoder(), [CHELSEA], keep_maps=True)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report.write_report(tmp_path_factory.mktemp("reports") / "page", comparison())
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes, the text, and whether tags are closed as they were opened."""
+
+    VOID = ("meta", "img", "br", "link")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.open = "", list[str]()
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_needs_nothing_but_itself(page: Path) -> None:
+    tags = Tags(page.read_text("utf-8"))
+    assert tags.open == []
+    assert {tag for tag, _ in tags.found} & {"script", "link", "iframe", "object"} == set()
+    addresses = [
+        value for _, attributes in tags.found for name, value in attributes.items()
+        if name in ("src", "href", "srcset", "action", "data")
+    ]  # fmt: skip
+    assert len(addresses) == 3
+    assert all(str(address).startswith("data:image/png;base64,") for address in addresses)
+    assert "url(" not in page.read_text("utf-8")
+    assert all(attributes["alt"] for tag, attributes in tags.found if tag == "img")
+
+
+def test_the_pictures_lie_beside_the_page_and_inside_it(page: Path) -> None:
+    files = sorted(page.parent.glob("*.png"))
+    assert [file.name for file in files] == [
+        f"01-chelsea-{what}.png" for what in ("drift", "features", "windows")
+    ]
+    inside = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page.read_text("utf-8"))
+    assert {base64.b64decode(text) for text in inside} == {file.read_bytes() for file in files}
+    for file in files:
+        with Image.open(file) as image:
+            image.load()
+            assert min(image.size) > 300
+
+
+def test_the_page_says_what_the_table_says(page: Path) -> None:
+    text = " ".join(Tags(page.read_text("utf-8")).text.split())
+    [image] = comparison().images
+    for stage in image.stages:
+        assert (
+            f"{stage.name} {stage.difference.relative:.2e} {stage.difference.largest:.2e}" in text
+        )
+    assert "agrees: 1 of 1 images" in text
+    assert "differs" not in text
+
+
+def test_the_same_comparison_gives_the_same_page(page: Path, tmp_path: Path) -> None:
+    again = report.write_report(tmp_path / "page", comparison())
+    assert again.read_bytes() == page.read_bytes()
+
+
+def test_a_difference_and_a_skipped_image_are_shown(tmp_path: Path) -> None:
+    [image] = comparison().images
+    [*before, last] = image.stages
+    verdict = replace(last.verdict, problem="0.5 from Hugging Face, allowed 1e-05")
+    stages = (*before, replace(last, verdict=verdict))
+    skipped = (("torn.png", ImageError("torn.png is truncated", code="truncated")),)
+    wrong = replace(comparison(), images=(replace(image, stages=stages),), skipped=skipped)
+    tags = Tags(report.write_report(tmp_path / "page", wrong).read_text("utf-8"))
+    text = " ".join(tags.text.split())
+    assert "skipped: torn.png is truncated" in text
+    assert "merger: 0.5 from Hugging Face, allowed 1e-05" in text
+    badges = [attributes["class"] for tag, attributes in tags.found if tag == "span"]
+    assert badges.count("badge bad") == 2
+
+
+@pytest.mark.parametrize(
+    "name", ['<img src=x onerror="a()">.png', "../../up.png", "a\udcff猫\n.png"]
+)
+def test_an_odd_file_name_is_text_on_the_page_and_no_path(tmp_path: Path, name: str) -> None:
+    odd = replace(comparison(), images=(replace(comparison().images[0], id=name),))
+    page = report.write_report(tmp_path / "page", odd)
+    tags = Tags(page.read_text("utf-8"))
+    assert [tag for tag, _ in tags.found].count("img") == 3
+    assert not any("onerror" in attributes for _, attributes in tags.found)
+    assert {path.parent for path in tmp_path.rglob("*.png")} == {tmp_path / "page"}
+    assert all(path.name.isascii() for path in page.parent.iterdir())
+
+
+def test_the_picture_is_what_the_tower_saw() -> None:
+    """Pixels from the processor's rows: back in their places, in the first frame."""
+    maps = comparison().images[0].maps
+    assert maps is not None
+    with Image.open(CHELSEA) as image:
+        rgb = resize_image(np.asarray(image.convert("RGB")), encoder().image_config)
+    assert np.array_equal(maps.rgb.numpy(), rgb)
+
+
+def test_feature_maps_lie_as_the_patches_do() -> None:
+    """A patch's own brightness is in its embedding: the map must follow the picture, not an order
+    that the tower computes in."""
+    maps = comparison().images[0].maps
+    assert maps is not None
+    patches = maps.rgb.double().unfold(0, 14, 14).unfold(1, 14, 14).flatten(2)  # (h, w, 588)
+    for stage in ("patch_embed", "block.1", "block.4"):
+        ours, theirs = maps.stages[stage]
+        assert torch.allclose(ours, theirs, atol=1e-4)
+        values = ours.double().flatten(0, 1)
+        values = torch.cat([values - values.mean(0), torch.ones(len(values), 1)], 1)[:, ::4]
+        brightness = patches.mean(-1).flatten()
+        fit = values @ torch.linalg.lstsq(values, brightness[:, None]).solution
+        explained = 1 - float((fit[:, 0] - brightness).var() / brightness.var())
+        shuffled = brightness[torch.randperm(len(brightness))]
+        fit = values @ torch.linalg.lstsq(values, shuffled[:, None]).solution
+        by_chance = 1 - float((fit[:, 0] - shuffled).var() / shuffled.var())
+        print(f"{stage}: {explained:.2f}, by chance {by_chance:.2f}")
+        assert explained > by_chance + 0.2
+
+
+def test_both_maps_are_seen_along_the_same_axes() -> None:
+    """Axes of their own would hide a rotation of all features."""
+    theirs = torch.randn(6, 8, 40, generator=torch.Generator().manual_seed(0))
+    basis = report._Basis.of(theirs)
+    assert np.array_equal(basis.colours(theirs), basis.colours(theirs.clone()))
+    rotation = torch.linalg.qr(torch.randn(40, 40))[0]
+    assert np.abs(basis.colours(theirs @ rotation) - basis.colours(theirs)).mean() > 0.1
+    assert basis.colours(torch.full((6, 8, 40), float("nan"))).shape == (6, 8, 3)
+    assert report._Basis.of(torch.randn(1, 1, 40)).colours(torch.randn(1, 1, 40)).shape == (1, 1, 3)
+
+
+def test_the_error_map_shows_the_token_that_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+
+    def keep(size: Any, draw: Any, *arguments: Any) -> bytes:
+        from matplotlib.figure import Figure
+
+        figure = Figure()
+        draw(figure, *arguments)
+        drawn.append(figure)
+        return b""
+
+    monkeypatch.setattr(report, "_drawn", keep)
+    theirs = torch.ones(5, 7, 40) + torch.arange(40)
+    ours = theirs.clone()
+    ours[3, 2] *= 1.5
+    report._feature_picture(Maps(torch.zeros(1, 1, 3), {"merger": (ours, theirs)}), comparison())
+    shown = drawn[0].axes[2].images[0].get_array()
+    assert np.unravel_index(shown.argmax(), shown.shape) == (3, 2)
+    assert shown.max() == pytest.approx(0.5)
+    assert np.count_nonzero(shown) == 1
+
+
+def test_an_existing_page_stays_unless_asked(page: Path) -> None:
+    with pytest.raises(ExportError, match="exists; pass --overwrite"):
+        report.check_report(page.parent, overwrite=False)
+    report.check_report(page.parent, overwrite=True)
+
+
+def test_without_the_extra_the_package_to_install_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(report, "find_spec", lambda name: None if name == "matplotlib" else name)
+    with pytest.raises(ArgumentError, match=r"needs matplotlib, .*'qwen-vit\[report\]'"):
+        report.check_report(tmp_path / "page", overwrite=False)
+
+
+def test_a_comparison_without_maps_is_refused(tmp_path: Path) -> None:
+    without = replace(comparison(), images=(replace(comparison().images[0], maps=None),))
+    with pytest.raises(ArgumentError, match="keep_maps"):
+        report.write_report(tmp_path / "page", without)
+    assert not (tmp_path / "page").exists()

@@ -1,0 +1,121 @@
+"""tools/trust: a sample of it holds, and each of its checks sees what it is there to see."""
+
+import json
+import subprocess
+import sys
+from functools import cache, partial
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen_vit.layout import Layout
+
+TOOL = Path(__file__).resolve().parent.parent / "tools" / "trust"
+CPU = torch.device("cpu")
+
+
+@cache
+def trust() -> ModuleType:
+    spec = spec_from_loader("trust", SourceFileLoader("trust", str(TOOL)))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules["trust"] = module  # dataclasses look their own module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_fiftieth_of_the_trust_suite_holds(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    done = subprocess.run(
+        [sys.executable, str(TOOL), "--device", "cpu", "--fraction", "0.02", "--seed", "1",
+         "--ledger", str(ledger), "--commit", "abc"],
+        capture_output=True, text=True, check=False, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    row = json.loads(ledger.read_text())
+    assert (row["what"], row["commit"], row["good"]) == ("trust", "abc", True)
+    assert row["rows"]["random layouts, small tower, fp32"]["runs"] == 200
+    assert len(row["rows"]) == 5
+    assert all(check["failures"] == 0 < check["runs"] for check in row["rows"].values())
+
+
+def test_a_layout_out_of_order_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout_for = trust().layout_for
+
+    def swapped(*arguments: Any) -> Layout:
+        layout: Layout = layout_for(*arguments)
+        layout.positions[[0, -1]] = layout.positions[[-1, 0]]
+        return layout
+
+    monkeypatch.setattr(trust(), "layout_for", swapped)
+    tally = trust().layouts(3, 0, CPU)
+    assert (tally.runs, len(tally.failures)) == (3, 3)
+    assert "orders or segments differ" in tally.failures[0]
+
+
+def nudged(trace: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    return {**trace, "merger": trace["merger"] * factor}
+
+
+@pytest.mark.parametrize(
+    ("check", "factor"),
+    [
+        ("layouts", 1 + 3e-5), ("layouts", float("nan")), ("configs", 1 + 3e-5),
+        ("adversarial", 1 + 3e-5),
+    ],
+)  # fmt: skip
+def test_values_out_of_bounds_fail(
+    monkeypatch: pytest.MonkeyPatch, check: str, factor: float
+) -> None:
+    trace_of = trust().trace_of
+    monkeypatch.setattr(trust(), "trace_of", lambda *a, **k: nudged(trace_of(*a, **k), factor))
+    run = getattr(trust(), check)
+    if check != "layouts":
+        run = partial(run, dtype=torch.float32)
+    tally = run(1, 0, CPU)
+    assert (tally.runs, len(tally.failures)) == (1, 1)
+    assert "merger" in tally.failures[0]
+
+
+def test_a_fault_that_is_not_found_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trust(), "with_fault", lambda encoder, *_: encoder)
+    tally = trust().planted(2, 0, CPU)
+    assert len(tally.failures) == 2
+    assert "found in nothing" in tally.failures[0]
+
+
+def test_a_check_that_dies_fails_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dies(*_: Any) -> None:
+        raise RuntimeError("no such thing")
+
+    good = trust().Tally("relative", "1", runs=1)
+    rows = [trust().Check("one", "cpu", 1, dies), trust().Check("two", "cpu", 1, lambda *_: good)]
+    monkeypatch.setattr(trust(), "checks", lambda: rows)
+    with pytest.raises(SystemExit) as stop:
+        trust().main.main(["--device", "cpu"], standalone_mode=False)
+    assert stop.value.code == 1
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["rows"]["one"]["examples"] == ["died: RuntimeError: no such thing"]
+    assert (line["rows"]["two"]["failures"], line["good"]) == (0, False)
+
+
+def test_the_unpublished_architectures_take_every_value_of_every_axis() -> None:
+    found = list(trust().unpublished(400, 0))
+    assert {config.num_heads for config in found} == set(range(1, 21))
+    assert {config.head_dim for config in found} == {64, 72, 80, 96, 128}
+    assert {config.window_px for config in found} == {56, 84, 112, 140, 168, 196, 224}
+    mixes = {
+        tuple(i in config.fullatt_block_indexes for i in range(config.depth)) for config in found
+    }
+    assert len(mixes) == 2 + 4 + 8
+    assert {config.intermediate_size % 2 for config in found} == {0, 1}
