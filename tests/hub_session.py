@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,14 +102,16 @@ class Session:
 
 
 @contextmanager
-def session(home: Path, endpoint: str, **variables: str) -> Iterator[Session]:
-    """A worker that knows no other hub, cache or token."""
+def session(
+    home: Path, endpoint: str, *, start: Sequence[str] = (), **variables: str
+) -> Iterator[Session]:
+    """A worker that knows no other hub, cache or token; `start` is a command that starts it."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "OMP_NUM_THREADS": "1", **variables}
     with subprocess.Popen(
-        [sys.executable, "-c", WORKER],
+        [*start, sys.executable, "-c", WORKER],
         cwd=ROOT,
         env=environment,
         stdin=subprocess.PIPE,

@@ -5,6 +5,7 @@ Real client code talks to the stand-in of hub_server.py, from processes of its o
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -440,6 +441,21 @@ def rename_weights(name: str) -> Callable[[Path], None]:
     return rename
 
 
+def edit_header(folder: Path, old: bytes, new: bytes) -> None:
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].rstrip()
+    assert old in header
+    header = header.replace(old, new, 1).ljust(length)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+
+
+def cut_file(folder: Path, size: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+
+
 EIGHT_BITS = torch.zeros(96, 32).to(torch.float8_e4m3fn)
 REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "lora": (make_lora, ("LoRA adapter for 'Qwen/Qwen2.5-VL-7B-Instruct'", "merge it")),
@@ -505,6 +521,17 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
             "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         ),
         ("org/tiny: model.safetensors (63 bytes) is a git-lfs pointer",),
+    ),
+    "empty": (lambda folder: cut_file(folder, 0), ("(0 bytes)", "is empty")),
+    "cut-in-the-header": (lambda folder: cut_file(folder, 1_000), ("larger than the file",)),
+    "truncated": (lambda folder: cut_file(folder, 60_000), ("is truncated", "are missing")),
+    "duplicate-keys": (
+        lambda folder: edit_header(folder, b"visual.blocks.0.norm1", b"visual.blocks.0.norm2"),
+        ("the key 'visual.blocks.0.norm2.weight' is there twice",),
+    ),
+    "overlap": (
+        lambda folder: edit_header(folder, b'"data_offsets":[0,', b'"data_offsets":[2,'),
+        ("but its shape",),
     ),
     "huge-header": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 4_000),
@@ -667,6 +694,28 @@ def test_the_environment_means_what_it_means_to_huggingface_hub(
         kept = worker("load", **plain, cache_dir=home / "hub")
     assert "could not be reached and is not in the local cache" in away["message"]
     assert kept["weights"] == online["weights"]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(hub: Hub, repo: Path, tmp_path: Path) -> None:
+    """A file system of 1 MB of its own, in a namespace of its own."""
+    mount = 'mount -t tmpfs -o size=1m none "$0" && exec "$@"'
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    private = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*private, mount, disk, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    write_checkpoint(repo, WIDE)
+    with session(disk, hub.endpoint, start=[*private, mount, str(disk)]) as worker:
+        refused = worker("load", model="org/tiny")
+        assert refused["kind"] == "HubError"
+        assert (
+            f"org/tiny does not fit on the disk ({disk / 'hub'}); make space" in refused["message"]
+        )
+        sent = [r for r in hub.requests if r.range and r.sent > 10_000]
+        assert sent == []  # the space is taken before anything is fetched
+        write_checkpoint(repo, SMALL)
+        serve(hub, "org/tiny", repo, MOVED)
+        assert worker("load", model="org/tiny").get("weights") == hash_of(repo)
 
 
 # The command line

@@ -1,0 +1,132 @@
+"""Pieces of files are merged, cut, fetched side by side and put where they belong."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_vit import ranges
+from qwen_vit.ranges import Opened, Piece, RangesRefusedError, TransferError, fetch, merge, read
+
+FILES = {"a": os.urandom(5_000), "b": os.urandom(3_000)}
+
+
+class Source:
+    """Opens ranges of FILES in small chunks; each of `breaks` ends one after that many bytes."""
+
+    def __init__(self, breaks: list[int] | None = None) -> None:
+        self.breaks = breaks or []
+        self.opened: list[tuple[str, int, int]] = []
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def open(self, name: str, start: int, end: int) -> Iterator[Opened]:
+        with self.lock:
+            self.opened.append((name, start, end))
+            stop = self.breaks.pop() if self.breaks else None
+        yield Opened(self._chunks(FILES[name][start:end], stop), len(FILES[name]))
+
+    def _chunks(self, content: bytes, stop: int | None) -> Iterator[bytes]:
+        for at in range(0, len(content), 100):
+            if stop is not None and at >= stop:
+                raise TransferError("cut")
+            yield content[at : at + 100]
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    waited: list[float] = []
+    monkeypatch.setattr(ranges.time, "sleep", waited.append)
+    monkeypatch.setattr(ranges, "PART_BYTES", 1_000)
+    return waited
+
+
+@st.composite
+def arrangements(draw: st.DrawFn) -> list[tuple[str, int, int]]:
+    """Spans of the two files, in any order, which are put one after the other."""
+    spans = []
+    for _ in range(draw(st.integers(1, 12))):
+        name = draw(st.sampled_from(sorted(FILES)))
+        start = draw(st.integers(0, len(FILES[name])))
+        spans.append((name, start, draw(st.integers(start, len(FILES[name])))))
+        if draw(st.booleans()):  # and what follows it
+            name, _, end = spans[-1]
+            spans.append((name, end, draw(st.integers(end, len(FILES[name])))))
+    return spans
+
+
+@settings(max_examples=60, deadline=None)
+@given(arrangements(), st.lists(st.integers(0, 900), max_size=8))
+def test_every_byte_arrives_where_it_belongs_through_any_breaks(
+    spans: list[tuple[str, int, int]], breaks: list[int]
+) -> None:
+    pieces, expected = [], b""
+    for name, start, end in spans:
+        pieces.append(Piece(name, start, end, len(expected)))
+        expected += FILES[name][start:end]
+    arrived: list[int] = []
+    with TemporaryDirectory() as folder, Path(folder, "file").open("wb+") as file:
+        ranges.ATTEMPTS, before = 10, ranges.ATTEMPTS
+        try:
+            fetch(pieces, Source(breaks).open, file.fileno(), arrived.append)
+        finally:
+            ranges.ATTEMPTS = before
+        file.seek(0)
+        assert file.read() == expected
+    assert sum(arrived) == len(expected)
+
+
+def test_neighbours_become_one_request_and_others_do_not() -> None:
+    pieces = [Piece("a", 0, 4, 9), Piece("a", 4, 6, 13), Piece("a", 6, 6, 15), Piece("b", 6, 8, 15)]
+    assert merge(pieces) == [Piece("a", 0, 6, 9), Piece("b", 6, 8, 15)]
+    elsewhere = [Piece("a", 0, 4, 0), Piece("a", 4, 6, 5)]
+    assert merge(elsewhere) == elsewhere
+
+
+def test_a_break_goes_on_where_it_stopped_and_waits_longer_each_time(waits: list[float]) -> None:
+    source = Source(breaks=[0, 0, 0, 300])
+    content, size = read(source.open, "a", 100, 900)
+    assert (content, size) == (FILES["a"][100:900], 5_000)
+    assert source.opened == [("a", 100, 900), *[("a", 400, 900)] * 4]
+    assert waits == [1.0, 2.0, 4.0, 8.0]
+
+
+def test_breaks_that_bring_nothing_end_it_after_six(waits: list[float]) -> None:
+    source = Source(breaks=[0] * 9)
+    with pytest.raises(TransferError, match="cut"):
+        read(source.open, "a", 0, 10)
+    assert len(source.opened) == 6
+    assert sum(waits) == 31.0
+
+
+def test_a_range_beyond_the_end_is_cut_off_there() -> None:
+    assert read(Source().open, "b", 2_990, 3_050) == (FILES["b"][2_990:], 3_000)
+
+
+def test_the_first_refusal_stops_the_others(tmp_path: Path) -> None:
+    class Refusing(Source):
+        @contextmanager
+        def open(self, name: str, start: int, end: int) -> Iterator[Opened]:
+            if start == 2_000:
+                raise RangesRefusedError("no")
+            with super().open(name, start, end) as opened:
+                yield opened
+
+    with (tmp_path / "file").open("wb") as file, pytest.raises(RangesRefusedError):
+        fetch([Piece("a", 0, 5_000, 0)], Refusing().open, file.fileno(), lambda _: None)
+    assert [t for t in threading.enumerate() if t.name.startswith("qwen-vit-download")] == []
+
+
+def test_more_bytes_than_asked_for_are_refused() -> None:
+    @contextmanager
+    def generous(name: str, start: int, end: int) -> Iterator[Opened]:
+        yield Opened([b"x" * (end - start + 1)], 5_000)
+
+    with pytest.raises(RangesRefusedError, match="more bytes"):
+        read(generous, "a", 0, 10)
