@@ -148,11 +148,12 @@ def _fetch_piece(
     piece: Piece, open_range: Opener, write: Callable[[bytes, int], None], stop: threading.Event
 ) -> int:
     """Fetch a piece, going on after each break where it stopped; return the file's size."""
-    position, end, failures = piece.start, piece.end, 0
+    position, end, failures, file_bytes = piece.start, piece.end, 0, 0
     while position < end and not stop.is_set():
         try:
             with open_range(piece.file, position, end) as opened:
-                end = min(end, opened.file_bytes)
+                file_bytes = opened.file_bytes
+                end = min(end, file_bytes)
                 for chunk in opened.chunks:
                     if stop.is_set():
                         break
@@ -171,4 +172,4 @@ def _fetch_piece(
             pause = min(pause, LONGEST_WAIT_S)
             logger.warning("%s: %s; trying again in %.0f s", piece.file, error, pause)
             time.sleep(pause)
-    return opened.file_bytes
+    return file_bytes

@@ -62,8 +62,10 @@ class Shards:
             source = str(self.local.get(name, f"{self._label}: {name}"))
             length = header_length(start, file_bytes=file_bytes, source=source)
             data_start = LENGTH_BYTES + length
-            rest, _ = ranges.read(self.open_range, name, len(start), data_start)
-            raw = (start + rest)[LENGTH_BYTES:data_start]
+            if data_start > len(start):
+                rest, _ = ranges.read(self.open_range, name, len(start), data_start)
+                start += rest
+            raw = start[LENGTH_BYTES:data_start]
             self._headers[name] = parse_header(raw, file_bytes=file_bytes, source=source)
             self._data_starts[name] = data_start
             self.file_bytes[name] = file_bytes

@@ -219,9 +219,9 @@ def kill_at_random(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
             chaos.check_good(cache)
             folder = store.folder_of(cache, REPO, COMMIT).parent
             assert list(folder.glob(".*")) == [], "what killed processes left was not removed"
-            shutil.rmtree(cache)
+            shutil.rmtree(cache, ignore_errors=True)
     chaos.check_good(cache)
-    shutil.rmtree(cache)
+    shutil.rmtree(cache, ignore_errors=True)
     return counted(times, found)
 
 
@@ -248,7 +248,7 @@ def crowd(chaos: Chaos, times: int, processes: int = 16, seed: int = 0) -> dict[
         if quiet and not no_locks:
             spans = sum(r.sent for r in chaos.hub.requests if r.file.endswith(".safetensors"))
             most = max(most, spans / cache_bytes(cache))
-        shutil.rmtree(cache)
+        shutil.rmtree(cache, ignore_errors=True)
     figures = {"processes": processes, "most_bytes_with_locks": round(most, 2)}
     return {**figures, **counted(times, found)}
 
@@ -302,7 +302,7 @@ def storm(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
         found[kind or "good"] += 1
         check_names(cache, chaos.truth)
         chaos.check_good(cache)
-        shutil.rmtree(cache)
+        shutil.rmtree(cache, ignore_errors=True)
     chaos.hub.redirects = False
     return counted(times, found)
 
@@ -320,7 +320,7 @@ def wrong_headers(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
         code, kind, result = chaos.download(cache)
         assert code == 3 or (code, result) == (0, chaos.truth), (chaos.hub.faults, kind, result)
         found["no effect" if code == 0 else "found"] += 1
-        shutil.rmtree(cache)
+        shutil.rmtree(cache, ignore_errors=True)
     chaos.hub.faults = []
     return counted(times, found)
 

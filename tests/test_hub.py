@@ -300,7 +300,7 @@ def test_a_fault_that_passes_is_waited_out(
 NO_RANGES = {
     "ignores-ranges": Fault("*.safetensors", ranges=True, ignore_range=True),
     "no-method": Fault("*.safetensors", ranges=True, status=405),
-    "other-range": Fault("*.safetensors", ranges=True, skip=4, shift=1),
+    "other-range": Fault("*.safetensors", ranges=True, skip=4, shift=-8),
     "encoded": Fault("*.safetensors", ranges=True, encoding="gzip"),
     "size-changes": Fault("*.safetensors", ranges=True, skip=5, times=1, wrong_total=7),
     "always-cut": Fault("*.safetensors", ranges=True, cut=0.0),
@@ -521,6 +521,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
             "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         ),
         ("org/tiny: model.safetensors (63 bytes) is a git-lfs pointer",),
+    ),
+    "nothing-inside": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"{}"),
+        ("holds no vision tower: none of its 0 tensors",),
     ),
     "empty": (lambda folder: cut_file(folder, 0), ("(0 bytes)", "is empty")),
     "cut-in-the-header": (lambda folder: cut_file(folder, 1_000), ("larger than the file",)),
