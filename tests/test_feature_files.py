@@ -372,14 +372,14 @@ DAMAGED = {
         "7 lines with 7 different ids, expected 8",
     ),
     "no listing": (lambda path: (path / "listing.jsonl").unlink(), "No such file"),
-    "listing cut": (rewrite("listing.jsonl", lambda text: text[:-5]), "damaged in line 7"),
+    "listing cut": (rewrite("listing.jsonl", lambda text: text[:-5]), "damaged in lines 1 to 7"),
     "a line less": (rewrite("listing.jsonl", lambda text: text[: 2 * len(text) // 7]), "2 lines"),
     "ids twice": (rewrite("listing.jsonl", lambda text: text.replace('"b"', '"a"')), "6 different"),
     "ids no names": (
         rewrite("listing.jsonl", lambda text: text.replace('"b"', "2")),
         "6 different",
     ),
-    "lines no objects": (rewrite("listing.jsonl", lambda _: "[]\n"), "damaged in line 1"),
+    "lines no objects": (rewrite("listing.jsonl", lambda _: "[]\n"), "damaged in lines 1 to 1"),
 }
 
 
