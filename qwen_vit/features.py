@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qwen_vit.atomic_file import atomic_file, cannot_write
 from qwen_vit.errors import ExportError, ImageError
+from qwen_vit.safetensors_header import MAX_HEADER_BYTES
 
 __all__ = ["METADATA_KEY", "SCHEMA_VERSION", "FeatureSpool", "ImageFeatures", "write_features"]
 
@@ -152,6 +153,11 @@ class FeatureSpool:
             position = end
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)  # so that the tensors are aligned
+        if len(raw) > MAX_HEADER_BYTES:
+            raise ExportError(
+                f"{self.path} would have a header of {len(raw)} bytes, of which safetensors reads "
+                f"at most {MAX_HEADER_BYTES}; put fewer images into a file"
+            )
         with atomic_file(self.path) as file:
             file.write(len(raw).to_bytes(8, "little") + raw)
             file.write(_bytes_of(grids))

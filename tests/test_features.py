@@ -163,6 +163,16 @@ def test_what_would_be_no_good_file_is_refused_and_nothing_is_touched(
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_header_that_no_reader_takes_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features_module, "MAX_HEADER_BYTES", 1_000)
+    write_features(path, features_of("a"), METADATA)
+    with pytest.raises(ExportError, match=r"would have a header of \d+ bytes.*fewer images"):
+        write_features(path, features_of("n" * 1_000), METADATA)
+    assert load_features(path).ids == ["a"]
+
+
 # Atomic
 
 

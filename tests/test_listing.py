@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tarfile
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,18 @@ def test_the_images_of_a_tar_are_found_and_read_again(here: Path) -> None:
     assert [read_item(item, LIMITS) for item in items] == [b"one", b"second", b"3"]
     assert {item.source for item in items} == {str(here / "t.tar")}
     assert left_out == {".json": 1}
+
+
+def test_listing_a_large_tar_takes_no_memory(here: Path) -> None:
+    """tarfile keeps every member that it passes, 1 kB each."""
+    write_tar("t.tar", {f"{number}.jpg": b"" for number in range(2_000)})
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in find_items(["t.tar"])) == 2_000
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 500_000
 
 
 def test_the_tars_of_a_folder_are_named_by_their_path_in_it(here: Path) -> None:
