@@ -147,11 +147,14 @@ def _download(repository: Repository, full: bool) -> Download:
     if full:
         return _whole(repository, index, [repository.whole(name) for name in names])
     cached = {name: path for name in names if (path := repository.cached(name)) is not None}
-    if len(cached) == len(names):
-        return _whole(repository, index, list(cached.values()))
     if repository.is_offline():
-        raise repository.not_cached()
+        if len(cached) < len(names):
+            raise repository.not_cached()
+        for name, path in cached.items():
+            repository.check(name, path)
     local = {name: path for name, path in cached.items() if repository.is_sound(name, path)}
+    if len(local) == len(names):
+        return _whole(repository, index, list(local.values()))
     shards = Shards(local, set(names) - set(local), repository.open_range, repository.label)
     try:
         with store.one_at_a_time(_folder(repository)):

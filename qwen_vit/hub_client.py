@@ -123,29 +123,42 @@ class Repository:
 
     def whole(self, name: str) -> Path:
         """A whole file in the Hub's cache, checked against the Hub's hash; fetched if need be."""
-        for again in (False, True):
-            path = self._fetch(name, self.commit, force=again)
-            if self.is_sound(name, path):
+        for _ in range(2):
+            path = self._fetch(name, self.commit)
+            if self.is_sound(name, path, once=False):
                 return path
-        path.resolve().unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+            # at once, so that nobody takes it for good should the next attempt fail
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         raise HubError(
             f"{self.label}: {name} arrived damaged twice (its sha256 is not the Hub's); "
             "check the network and any proxy, and try again"
         )
 
-    def is_sound(self, name: str, path: Path) -> bool:
-        """Hash a cached file and compare with what the Hub says, where it says anything."""
-        digest = store.hub_digest(path) or self._remote_digest(name)
-        if digest is None or len(digest) not in (40, 64):
-            logger.warning("%s: the Hub gives no checksum of it", path)
-            return True
+    def is_sound(self, name: str, path: Path, *, once: bool = True) -> bool:
+        """As `check`; what is wrong is logged."""
         try:
-            store.check_digest(path, digest)
+            self.check(name, path, once=once)
         except CheckpointError as error:
             logger.warning("%s", error)
             return False
         return True
+
+    def check(self, name: str, path: Path, *, once: bool = True) -> None:
+        """Hash a cached file and compare with what the Hub says, where it says anything.
+
+        huggingface_hub checks sizes alone. What was found good is remembered, and not hashed again
+        while it stays as it is, unless `once` is False. Raises CheckpointError for a difference.
+        """
+        digest = store.hub_digest(path) or self._remote_digest(name)
+        if digest is None or len(digest) not in (40, 64):
+            logger.warning("%s: the Hub gives no checksum of it", path)
+            return
+        folder = store.repository_folder(self.cache(), self.name)
+        if once and store.was_checked(folder, path, digest):
+            return
+        store.check_digest(path, digest)
+        store.remember_check(folder, path, digest)
 
     def names(self) -> list[str] | None:
         """The names of all files; None where the Hub, or its mirror, does not list them."""
@@ -199,7 +212,7 @@ class Repository:
         except EntryNotFoundError:
             return None
 
-    def _fetch(self, name: str, revision: str | None, *, force: bool = False) -> Path:
+    def _fetch(self, name: str, revision: str | None) -> Path:
         from huggingface_hub import hf_hub_download
 
         snapshots = store.repository_folder(self.cache(), self.name) / "snapshots"
@@ -212,10 +225,9 @@ class Repository:
                 token=self._token,
                 cache_dir=self._cache_dir,
                 local_files_only=self.local_files_only,
-                force_download=force,
             )
         )
-        if force or path.resolve() not in present:
+        if path.resolve() not in present:
             self.fetched_bytes += path.stat().st_size
         return path
 

@@ -36,8 +36,10 @@ __all__ = [
     "hub_digest",
     "one_at_a_time",
     "recorded_licence",
+    "remember_check",
     "remove_abandoned",
     "repository_folder",
+    "was_checked",
 ]
 
 logger = logging.getLogger("qwen_vit")
@@ -156,6 +158,24 @@ def check_digest(path: Path, digest: str) -> str:
     content = path.read_bytes()
     _compare(path, hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), digest)
     return "the Hub's git sha1"
+
+
+def was_checked(repository: Path, path: Path, digest: str) -> bool:
+    """Whether a whole file in the Hub's cache had this digest, as it is now, before."""
+    return _mark(repository, path, digest).exists()
+
+
+def remember_check(repository: Path, path: Path, digest: str) -> None:
+    """Remember it, where the cache can be written."""
+    mark = _mark(repository, path, digest)
+    with suppress(OSError):
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def _mark(repository: Path, path: Path, digest: str) -> Path:
+    status = path.stat()
+    return repository / "qwen_vit" / "checked" / f"{digest}-{status.st_size}-{status.st_mtime_ns}"
 
 
 @contextmanager

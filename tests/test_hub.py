@@ -226,7 +226,7 @@ def test_full_takes_whole_shards_and_checks_their_sha256(
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     verify = ["info", "org/tiny", "--verify", "--cache-dir", str(call["cache_dir"])]
-    damaged = worker("command", arguments=verify)
+    damaged = worker("command", arguments=[*verify, "--local-files-only"])
     assert damaged["code"] == 2
     assert f"{vision_shards[1]} (" in damaged["err"]
     assert "is damaged" in damaged["err"]
@@ -337,6 +337,37 @@ def test_wrong_bytes_of_a_whole_shard_are_found_and_fetched_once_more(
     assert list(Path(call["cache_dir"]).glob("**/model-00002*")) == []  # not kept either
 
 
+def test_a_damaged_shard_does_not_stay_when_the_second_attempt_fails(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    """Once it did, under its final name, and the next call used it unchecked."""
+    write_checkpoint(repo, SMALL, shards=2)
+    shard = "*-00002-*"
+    hub.faults = [
+        replace(NO_RANGES["ignores-ranges"]),
+        Fault(shard, flip=-5, ranges=False, method="GET", times=1),
+        Fault(shard, skip=1, status=403),
+    ]
+    assert worker("load", **call)["kind"] == "HubError"
+    assert list(Path(call["cache_dir"]).glob("**/model-00002*")) == []
+
+
+def test_a_shard_that_another_program_left_damaged_is_not_used(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    write_checkpoint(repo, SMALL, shards=2)
+    hub.faults = [Fault("*-00002-*", flip=-5, ranges=False, method="GET")]
+    for path in repo.iterdir():
+        cached = {"repo_id": "org/tiny", "filename": path.name, "cache_dir": call["cache_dir"]}
+        worker("whole", **cached)  # its client compares sizes alone
+    offline = worker("load", **call, local_files_only=True)
+    assert "model-00002-of-00002.safetensors (" in offline["message"]
+    assert "is damaged" in offline["message"]
+    loaded = worker("load", **call)
+    assert loaded["weights"] == hash_of(repo)
+    assert loaded["files"] == OURS
+
+
 # Faults that stay: what is asked for, what is wrong, and words of the cause and of the remedy
 
 
@@ -398,6 +429,8 @@ def test_each_failure_of_the_hub_has_its_cause_and_its_remedy(
     assert "\n" not in refused["message"]
     for word in words:
         assert word in refused["message"]
+    if fault is not None and fault.status == 403:
+        assert refused["waits"] == []  # asking again would not help
     assert not own_folder(call).exists()
     assert list(own_folder(call).parent.glob(".*")) == []
     hub.faults.clear()
