@@ -107,6 +107,13 @@ class Features(ABC):
     def __iter__(self) -> Iterator[ImageFeatures]:
         return (self[index] for index in range(len(self)))
 
+    def __contains__(self, name: object) -> bool:
+        """Whether an image of this id is there."""
+        try:
+            return isinstance(name, str) and self._find(name) is not None
+        except KeyError:
+            return False
+
     def to_hf(
         self, input_ids: Tensor | None = None, *, image_token_id: int = downstream.IMAGE_TOKEN_ID
     ) -> dict[str, Any]:
@@ -298,6 +305,11 @@ class FeatureFolder(Features):
 
     def __iter__(self) -> Iterator[ImageFeatures]:
         return (features for index in self._present for features in self._shard(index))
+
+    def __contains__(self, name: object) -> bool:
+        line = self._line.get(name) if isinstance(name, str) else None
+        is_present = line is not None and line // self._shard_size in self._present
+        return is_present and super().__contains__(name)
 
     def _find(self, key: int | str) -> tuple[int, int]:
         if isinstance(key, str):

@@ -239,6 +239,9 @@ def test_a_folder_holds_the_good_images_in_the_listings_order(folder: Folder) ->
         assert image.notes == ("EXIF",)
     assert [image.id for image in features[::-1]] == ["g", "b", "a"]
     assert features[["g", "a"]].ids == ["g", "a"]
+    shard = load_features(folder.shard(0))
+    for some, expected in ((features, "abg"), (features[:2], "ab"), (shard, "ab")):
+        assert [name for name in [*folder.names, "z", 0] if name in some] == list(expected)
 
 
 def test_failed_images_are_listed_with_their_reasons(folder: Folder) -> None:
@@ -266,6 +269,7 @@ def test_a_folder_in_progress_is_read_as_far_as_it_goes(
     assert features.ids == [image.id for image in features] == ["g"]
     assert features[0].id == features["g"].id == "g"
     assert list(features.errors) == []
+    assert [name for name in folder.names if name in features] == ["g"]
     missing = r"shard-00000000.safetensors is not there \(1 of 3 shards are\); .*`qwen-vit export`"
     with pytest.raises(ExportError, match=missing):
         features["a"]
