@@ -262,6 +262,21 @@ def test_many_failures_in_a_row_stop_an_export(here: Path, kind: str) -> None:
     assert load_features("out").is_complete
 
 
+def test_a_disk_that_is_gone_is_not_asked_for_the_rest_of_the_shard(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def gone(item: Any, limits: Any) -> bytes:
+        asked.append(item.id)
+        raise ImageError(f"{item.id} does not exist", code="missing")
+
+    monkeypatch.setattr(export_module, "read_item", gone)
+    with pytest.raises(ExportError, match="3 images in a row failed"):
+        export(options=ExportOptions(max_failures=3))
+    assert asked == ["0.png", "1.png", "2.png"]
+
+
 def test_failures_that_are_not_in_a_row_do_not_stop_an_export(here: Path) -> None:
     for number in (0, 2, 4, 6, 8):
         harm(f"{number}.png", "empty" if number % 4 else "nan")

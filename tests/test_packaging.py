@@ -97,7 +97,8 @@ def test_everything_the_package_imports_is_declared() -> None:
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 imported.add(str(node.module).partition(".")[0])
-    lines = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["hf"]
+    extras = PROJECT["optional-dependencies"]
+    lines = PROJECT["dependencies"] + extras["arrow"] + extras["hf"] + extras["report"]
     names = [Requirement(line).name for line in lines]
     declared = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
     assert imported - set(sys.stdlib_module_names) - {"qwen_vit"} <= declared
@@ -149,7 +150,7 @@ def test_the_installed_command_knows_the_weights_it_came_with(
 def test_every_pin_satisfies_what_is_declared() -> None:
     pins = constraints()
     extras = PROJECT["optional-dependencies"]
-    for line in PROJECT["dependencies"] + extras["hf"] + extras["report"] + extras["dev"]:
+    for line in PROJECT["dependencies"] + [line for each in extras.values() for line in each]:
         requirement = Requirement(line)
         if requirement.name != PROJECT["name"]:
             (pin,) = pins[canonicalize_name(requirement.name)].specifier
