@@ -103,7 +103,8 @@ class Repository:
         known = try_to_load_from_cache(self.name, name, cache_dir=self._cache_dir, revision=at)
         if isinstance(known, str):
             return Path(known)
-        if known is not None:  # the cache also remembers which files a repository does not have
+        # the cache also remembers which files a repository does not have
+        if known is not None and not self._is_listed(name):
             return None
         return self._fetch_if_there(name, at)
 
@@ -210,7 +211,23 @@ class Repository:
         except LocalEntryNotFoundError as error:
             raise NotCachedError(str(explain(error, self))) from error
         except EntryNotFoundError:
+            self.names()
+            if self._listing is None or self._is_listed(name):
+                self._forget_absence(name)  # one wrong answer must not last
+            if self._is_listed(name):
+                raise HubError(
+                    f"{self.label} lists {name}, but answers that it has none; try again"
+                ) from None
             return None
+
+    def _is_listed(self, name: str) -> bool:
+        """Whether the listing names it, where it was asked for already."""
+        return self._listing is not None and name in (self.names() or ())
+
+    def _forget_absence(self, name: str) -> None:
+        folder = store.repository_folder(self.cache(), self.name) / ".no_exist"
+        for path in folder.glob(f"*/{name}"):
+            path.unlink(missing_ok=True)
 
     def _fetch(self, name: str, revision: str | None) -> Path:
         from huggingface_hub import hf_hub_download

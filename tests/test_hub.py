@@ -438,6 +438,27 @@ def test_each_failure_of_the_hub_has_its_cause_and_its_remedy(
         assert worker("load", **call).get("weights") == hash_of(repo)
 
 
+def test_one_wrong_answer_that_a_file_is_not_there_does_not_last(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+) -> None:
+    """The Hub's cache remembers such an answer, and once that made a sharded checkpoint unreadable
+    until the cache was cleared; settings would have been left out in silence."""
+    write_checkpoint(repo, SMALL, shards=2)
+    for name in (SETTINGS, INDEX):
+        for listing in (True, False):
+            hub.faults = [Fault(f"*/{name}", status=404, code="EntryNotFound", times=1)]
+            hub.faults += [] if listing else [Fault("*/api", status=500)]
+            refused = worker("load", **call)
+            if listing:
+                assert f"lists {name}, but answers that it has none" in refused["message"]
+            hub.faults.clear()
+            shutil.rmtree(own_folder(call), ignore_errors=True)
+            loaded = worker("load", **call)
+            assert loaded.get("weights") == hash_of(repo), loaded
+            assert loaded["files"] == OURS
+            shutil.rmtree(call["cache_dir"])
+
+
 # Repositories that are refused by name, before any weight is fetched
 
 
