@@ -46,7 +46,7 @@ def verdict_lines(comparison: Comparison) -> list[str]:
         changed = golden["changed_weights"]
         lines.append(
             f"other weights than the golden's ({comparison.facts['weights_sha256'][:16]} here, "
-            f"{golden['weights_sha256'][:16]} there): {len(changed)} tensors, "
+            f"{golden['weights_sha256'][:16]} there): {_count(len(changed), 'tensor')}, "
             f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
         )
     lines += [f"skipped: {error}" for _, error in comparison.skipped]
@@ -60,8 +60,9 @@ def verdict_lines(comparison: Comparison) -> list[str]:
         worst, image = max(stages, key=lambda s: s[0].verdict.measured / s[0].verdict.allowed)
         unit = "" if comparison.facts["dtype"] == "float32" else " times Hugging Face's error"
         lines.append(
-            f"agrees: {len(agreeing)} of {len(comparison.images) + len(comparison.skipped)} "
-            f"images, {len(stages)} stages; the worst is {worst.verdict.measured:.2g}{unit}, "
+            f"agrees: {len(agreeing)} of "
+            f"{_count(len(comparison.images) + len(comparison.skipped), 'image')}, "
+            f"{_count(len(stages), 'stage')}; the worst is {worst.verdict.measured:.2g}{unit}, "
             f"allowed {worst.verdict.allowed:.2g} ({worst.name} of {_shown(image.id)})"
         )
     return lines
@@ -112,6 +113,10 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
             cells[-1] = row[-1]
         lines.append("  " + "  ".join([name.ljust(widths[0]), *cells]).rstrip())
     return lines
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _shown(name: str) -> str:

@@ -130,15 +130,15 @@ def judge(
     if measured <= allowed:
         problem = ""
     limit = LARGEST_FP32_ERROR if is_fp32 else 1.0
-    if not theirs <= limit:
+    if recorded is not None and not theirs <= LARGEST_GOLDEN_DRIFT * recorded:
         problem = (
-            f"Hugging Face is {theirs:.2g} from the float64 oracle of these weights, expected at "
-            f"most {limit:g}: not the same model, or not the same input"
+            f"the golden is {theirs:.2g} from the float64 oracle of the weights here, and was "
+            f"{recorded:.2g} from that of its own: other weights"
         )
-    elif recorded is not None and not theirs <= LARGEST_GOLDEN_DRIFT * recorded:
+    elif not own_error <= limit:
         problem = (
-            f"the golden is {theirs:.3g} from the float64 oracle of these weights, and was "
-            f"{recorded:.3g} from that of its own: other weights"
+            f"Hugging Face is {own_error:.2g} from the float64 oracle of these weights, expected "
+            f"at most {limit:g}: not the same model, or not the same input"
         )
     return Verdict(measured, allowed, problem)
 

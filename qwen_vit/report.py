@@ -121,7 +121,7 @@ def _pictures(
             f"{number:02}-{stem}-windows.png",
             "What the tower sees",
             f"{image.grid.w} x {image.grid.h} patches of {patch_px} px in {rows * columns} windows "
-            f"of {window_px} px; tinted ones are cut by the edge. Full-attention blocks see all.",
+            f"of {window_px} px; striped ones are cut by the edge. Full-attention blocks see all.",
             _drawn((5.2, shape(1.2, 12.0)), _windows, maps, window_px),
         ),
         Picture(
@@ -164,8 +164,13 @@ def _windows(figure: Any, maps: Maps, window_px: int) -> None:
         for left in range(0, width, window_px):
             h, w = min(window_px, height - top), min(window_px, width - left)
             is_cut = h < window_px or w < window_px
-            tint = {"facecolor": OURS, "alpha": 0.35} if is_cut else {"facecolor": "none"}
-            axes.add_patch(Rectangle((left - 0.5, top - 0.5), w, h, linewidth=0, **tint))
+            if is_cut:  # blue, and striped where the picture itself is blue
+                axes.add_patch(
+                    Rectangle(
+                        (left - 0.5, top - 0.5), w, h,
+                        facecolor=OURS + "4d", edgecolor="#ffffff66", hatch="///", linewidth=0,
+                    )
+                )  # fmt: skip
             for colour, line in (("#00000080", 2.2), ("#ffffff", 0.9)):
                 axes.add_patch(
                     Rectangle(

@@ -98,7 +98,7 @@ def test_the_table_names_every_stage_and_ends_with_the_verdict(run: Any) -> None
         line.split()[0] for line in lines if re.match(r"  (patch|block|merger)", line)
     ] == STAGES
     assert re.fullmatch(
-        r"agrees: 1 of 1 images, 7 stages; the worst is .*/chelsea\.png\)", lines[-1]
+        r"agrees: 1 of 1 image, 7 stages; the worst is .*/chelsea\.png\)", lines[-1]
     )
 
 
@@ -468,7 +468,7 @@ def test_a_fault_in_one_tensor_of_a_checkpoint_is_found_and_its_stage_named(
     assert code == 1
     here, there = (VisionEncoder.from_pretrained(tmp_path / "tiny", device="cpu"), encoder())
     hashes = [each.checkpoint.weights_sha256()[:16] for each in (here, there)]
-    assert f"({hashes[0]} here, {hashes[1]} there): 1 tensors, {tensor}" in last[0]
+    assert f"({hashes[0]} here, {hashes[1]} there): 1 tensor, {tensor}" in last[0]
     assert last[1].startswith(f"differs: {CHELSEA}: first at {planted.stage}: ")
 
 

@@ -95,7 +95,7 @@ def test_the_page_says_what_the_table_says(page: Path) -> None:
         assert (
             f"{stage.name} {stage.difference.relative:.2e} {stage.difference.largest:.2e}" in text
         )
-    assert "agrees: 1 of 1 images" in text
+    assert "agrees: 1 of 1 image, 7 stages" in text
     assert "differs" not in text
 
 
