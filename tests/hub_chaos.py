@@ -206,28 +206,29 @@ def kill_at_random(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
     """Kill a download at random moments; what is under a final name is whole, and it goes on."""
     rng = random.Random(seed)
     found: Counter[str] = Counter()
-    cache, seconds = chaos.folder / "killed", 1.0
+    cache = chaos.folder / "killed"
     while (kills := found["kills"]) < times:
         chaos.hub.faults = [SLOW if kills % 3 else replace(SLOW, ignore_range=True)]
-        pid, begin = chaos.nursery.start(cache), time.monotonic()
+        if kills % 10 == 0:  # how long one takes now
+            begin = time.monotonic()
+            assert chaos.download(chaos.folder / "alone")[::2] == (0, chaos.truth)
+            seconds = time.monotonic() - begin
+            shutil.rmtree(chaos.folder / "alone")
+        pid = chaos.nursery.start(cache)
         time.sleep(rng.uniform(0, seconds))
         with suppress(ProcessLookupError):  # it was quicker
             os.kill(pid, signal.SIGKILL)
         code, kind, result = chaos.nursery.wait(pid)
         assert code in (0, -signal.SIGKILL), (code, kind, result)
-        if code == 0:
-            seconds = time.monotonic() - begin  # how long one takes now
-            found["ended before the kill"] += 1
-        else:
-            found["kills"] += 1
+        found["kills" if code else "ended before the kill"] += 1
         found[check_names(cache, chaos.truth)] += 1
         if code == 0 or found["kills"] % 20 == 0:
             chaos.check_good(cache)
             folder = store.folder_of(cache, REPO, COMMIT).parent
             assert list(folder.glob(".*")) == [], "what killed processes left was not removed"
-            shutil.rmtree(cache, ignore_errors=True)
+            shutil.rmtree(cache)
     chaos.check_good(cache)
-    shutil.rmtree(cache, ignore_errors=True)
+    shutil.rmtree(cache)
     return counted(times, found)
 
 
