@@ -8,6 +8,8 @@ import pickle
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from stand_in import WIDTH, StandIn
 
 from qwen_vit import cli as cli_module
 from qwen_vit import export as export_module
+from qwen_vit import folder_lock as folder_lock_module
 from qwen_vit import manifest as manifest_module
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
@@ -344,9 +347,11 @@ def test_a_shard_of_another_export_is_not_overwritten(here: Path) -> None:
     with pytest.raises(ExportError, match=r"shard-00000001.* is of another export.*move it away"):
         export()
     assert path.read_bytes() == foreign
-    path.write_bytes(Path("out/shard-00000000.safetensors").read_bytes())
-    with pytest.raises(ExportError, match="is of another export"):
-        export()
+    export(out="others", options=replace(SMALL, output="mean"))
+    for other in ("out/shard-00000000.safetensors", "others/shard-00000001.safetensors"):
+        path.write_bytes(Path(other).read_bytes())
+        with pytest.raises(ExportError, match="is of another export"):
+            export()
 
 
 DIFFERENT: dict[str, tuple[Any, ExportOptions, str]] = {
@@ -632,6 +637,32 @@ def test_the_manifest_has_a_row_for_every_image(here: Path) -> None:
         "error", "decode", "truncated", None,
     )  # fmt: skip
     assert bad["error_message"].startswith("x.png is")
+
+
+def test_parts_that_end_together_write_the_manifest_one_after_the_other(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the slower one could overwrite a complete manifest with what it saw before."""
+    is_waiting, may_go_on = threading.Event(), threading.Event()
+
+    def wait(seconds: float) -> None:
+        is_waiting.set()
+        may_go_on.wait(60)
+
+    with plan_of(options=replace(SMALL, part=(1, 2))) as plan:
+        export_shard(StandIn(), plan, 0)
+        monkeypatch.setattr(
+            folder_lock_module, "time", SimpleNamespace(sleep=wait, monotonic=time.monotonic)
+        )
+        ending = threading.Thread(target=make_manifest, args=(plan,))
+        with hold_moment(plan.folder):
+            ending.start()
+            assert is_waiting.wait(60)
+            assert "manifest.parquet" not in files()
+            export_shard(StandIn(), plan, 1)
+        may_go_on.set()
+        ending.join(60)
+    assert pq.read_table("out/manifest.parquet").num_rows == 8
 
 
 def test_rows_of_the_manifest_are_the_rows_of_the_shard(here: Path) -> None:
