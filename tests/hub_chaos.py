@@ -184,12 +184,12 @@ def check_names(cache: Path, truth: str, *, lies_and_kills: bool = False) -> str
     shard its name before we can hash it: with `lies_and_kills`, one may be damaged, and must not be
     used.
     """
-    folder = store.folder_of(cache, REPO, COMMIT)
-    kept = store.find(folder)
-    if kept is not None:
+    kept = whole = 0
+    for folder in store.folder_of(cache, REPO, COMMIT).parent.glob("?" * 40):
+        assert store.find(folder) is not None
         store.check(folder)
         assert load_checkpoint(folder).weights_sha256() == truth, folder
-    whole = 0
+        kept += 1
     for path in cache.glob("models--*/snapshots/*/*"):
         digest = store.hub_digest(path)
         assert digest is not None, path
@@ -199,7 +199,7 @@ def check_names(cache: Path, truth: str, *, lies_and_kills: bool = False) -> str
             if not lies_and_kills:
                 raise
         whole += path.suffix == ".safetensors"
-    return f"{'kept' if kept is not None else 'absent'}, {whole} whole shards"
+    return f"{'kept' if kept else 'absent'}, {whole} whole shards"
 
 
 def kill_at_random(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
@@ -256,6 +256,7 @@ def crowd(chaos: Chaos, times: int, processes: int = 16, seed: int = 0) -> dict[
             spans = sum(r.sent for r in chaos.hub.requests if r.file.endswith(".safetensors"))
             most = max(most, spans / cache_bytes(cache))
         chaos.check_good(cache)
+        chaos.hub.branches[f"{REPO}@main"] = COMMIT
         shutil.rmtree(cache, ignore_errors=True)
     figures = {"processes": processes, "most_bytes_with_locks": round(most, 2)}
     return {**figures, **counted(times, found)}
@@ -270,6 +271,13 @@ def counted(times: int, found: Counter[str]) -> dict[str, Any]:
 def cache_bytes(cache: Path) -> int:
     path = store.folder_of(cache, REPO, COMMIT) / "vision.safetensors"
     return path.stat().st_size if path.is_file() else 0
+
+
+def move_branch(hub: Hub) -> None:
+    """A new commit with the same files, while somebody downloads the last one."""
+    commit = f"{len(hub.commits):040x}"
+    hub.commits[f"{REPO}@{commit}"] = hub.commits[f"{REPO}@{COMMIT}"]
+    hub.branches[f"{REPO}@main"] = commit
 
 
 def random_faults(rng: random.Random, most: int = 6) -> list[Fault]:
@@ -287,6 +295,7 @@ def random_faults(rng: random.Random, most: int = 6) -> list[Fault]:
         lambda: Fault(shards, ranges=True, shift=rng.choice((1, 8))),
         lambda: Fault(shards, encoding="gzip", ranges=True),
         lambda: Fault(drip=0.02),
+        lambda: Fault(then=move_branch),
         lambda: Fault(shards, flip=rng.randrange(10**6), ranges=False, method="GET"),
     ]
     chosen = [
@@ -310,6 +319,7 @@ def storm(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
         found[kind or "good"] += 1
         check_names(cache, chaos.truth)
         chaos.check_good(cache)
+        chaos.hub.branches[f"{REPO}@main"] = COMMIT
         shutil.rmtree(cache, ignore_errors=True)
     chaos.hub.redirects = False
     return counted(times, found)
