@@ -42,6 +42,7 @@ logger = logging.getLogger("qwen_vit")
 Output = Literal["merged", "patch", "mean"]
 STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SETTINGS, LISTING = "export.json", "listing.jsonl"
+SUFFIXES_TOLD = 5
 # Another name for the same weights is the same model: their hashes are compared.
 NAMES_ALONE = {"model", "commit"}
 LEFTOVER = re.compile(r"\.+(?:shard-(\d{8})\.|listing-(\d+)-of-(\d+)\b|export\.|manifest\.).*\.tmp")
@@ -196,10 +197,10 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
     path = folder / f".listing-{number}-of-{count}{TEMPORARY_SUFFIX}"
     listing = Listing.freeze(path, find_items(inputs, left_out), options.shard_size)
     if left_out:
-        named = ", ".join(f"{n} {shown(s) or 'without one'}" for s, n in left_out.most_common(5))
-        logger.warning(
-            "left out: %d files that have no image's suffix (%s)", left_out.total(), named
-        )
+        kinds = left_out.most_common(SUFFIXES_TOLD)
+        named = ", ".join(f"{count} {shown(suffix) or 'without any'}" for suffix, count in kinds)
+        more = ", ..." if len(left_out) > len(kinds) else ""
+        logger.warning("left out, for want of an image's suffix: %s%s", named, more)
     if listing.n_images == 0:
         path.unlink()
         raise ExportError(

@@ -826,6 +826,15 @@ def test_a_terminal_is_shown_the_speed_and_what_is_skipped(
     assert "11/11" in capsys.readouterr().err
 
 
+def test_what_is_no_image_by_its_name_is_counted(here: Path, run: Any) -> None:
+    for name in ("a.txt", "b.txt", "README", *(f"c.{i}" for i in range(9))):
+        Path("p", name).write_text("")
+    _, _, err = run("p", "--out", "out")
+    assert err.splitlines()[0] == (
+        "left out, for want of an image's suffix: 2 .txt, 1 without any, 1 .0, 1 .1, 1 .2, ..."
+    )
+
+
 def test_twenty_failures_are_told_and_the_rest_counted(here: Path, run: Any) -> None:
     for number in range(30):
         Path(f"p/z{number}.png").write_bytes(b"")
