@@ -1,5 +1,6 @@
 """An export loses nothing, doubles nothing, and says why: shards, resuming, locks, the command."""
 
+import fcntl
 import json
 import logging
 import multiprocessing
@@ -588,6 +589,24 @@ def test_a_disk_without_locks_is_warned_of(
     with hold_folder(tmp_path):
         pass
     assert "cannot be locked (Function not implemented)" in caplog.text
+
+
+def test_a_lock_file_that_its_owner_takes_away_in_between_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened, then unlinked by its owner, then locked: the next one would lock another file."""
+    real, gone = fcntl.flock, []
+
+    def flock(descriptor: int, kind: int) -> None:
+        if not gone:
+            gone.append((tmp_path / "lock").unlink())
+        real(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with hold_folder(tmp_path):
+        with pytest.raises(ExportError, match="is being written"), hold_folder(tmp_path):
+            pass
+        assert (tmp_path / "lock").exists()
 
 
 def hold_often(folder: Path, count: int, wrong: Any) -> None:
