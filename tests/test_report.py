@@ -193,6 +193,9 @@ def test_the_error_map_shows_the_token_that_is_off(monkeypatch: pytest.MonkeyPat
     assert np.unravel_index(shown.argmax(), shown.shape) == (3, 2)
     assert shown.max() == pytest.approx(0.5)
     assert np.count_nonzero(shown) == 1
+    basis = report._Basis.of(theirs)  # one, for both
+    for axes, values in zip(drawn[0].axes, (ours, theirs), strict=False):
+        assert np.array_equal(axes.images[0].get_array(), basis.colours(values))
 
 
 def test_an_existing_page_stays_unless_asked(page: Path) -> None:
