@@ -97,16 +97,13 @@ class Repository:
 
         Raises NotCachedError where that cannot be told.
         """
-        from huggingface_hub import try_to_load_from_cache
-
-        at = self.commit or self._revision
-        known = try_to_load_from_cache(self.name, name, cache_dir=self._cache_dir, revision=at)
-        if isinstance(known, str):
-            return Path(known)
+        known = self._look_up(name)
+        if isinstance(known, Path):
+            return known
         # the cache also remembers which files a repository does not have
         if known is not None and not self._is_listed(name):
             return None
-        return self._fetch_if_there(name, at)
+        return self._fetch_if_there(name, self.commit or self._revision)
 
     def not_cached(self) -> NotCachedError:
         """What to raise for weights that are not here, where the network is ruled out."""
@@ -116,11 +113,19 @@ class Repository:
 
     def cached(self, name: str) -> Path | None:
         """A file that lies in the Hub's cache, or None."""
+        known = self._look_up(name)
+        return known if isinstance(known, Path) else None
+
+    def _look_up(self, name: str) -> Any:
+        """Its path in the cache, None, or a mark that there is no such file at this commit."""
         from huggingface_hub import try_to_load_from_cache
 
         at = self.commit or self._revision
         known = try_to_load_from_cache(self.name, name, cache_dir=self._cache_dir, revision=at)
-        return Path(known) if isinstance(known, str) else None
+        if not isinstance(known, str):
+            return known
+        found = COMMIT_IN_CACHE.search(known)
+        return Path(known) if found and self.commit in (None, found[1]) else None
 
     def whole(self, name: str) -> Path:
         """A whole file in the Hub's cache, checked against the Hub's hash; fetched if need be."""

@@ -189,7 +189,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.then is not None:
             fault.then(self.hub)
         if fault.status is not None:
-            return self._refuse(fault.status, fault.code, fault.retry_after)
+            found = self.hub.folder(repo, self.revision)
+            commit = COMMIT if found is None else found[1]
+            return self._refuse(fault.status, fault.code, fault.retry_after, commit=commit)
         if not self.hub.has(repo):
             return self._refuse(404, "RepoNotFound")
         is_known = self.headers.get("Authorization") == f"Bearer {self.hub.token}"

@@ -267,6 +267,24 @@ def test_a_branch_that_moves_meanwhile_gives_one_commit_and_later_the_next(
     assert pinned["weights"] == first["weights"]
 
 
+def test_a_wrong_ref_in_the_cache_does_not_mix_two_commits(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any], tmp_path: Path
+) -> None:
+    """The Hub's client follows a ref that is called like a commit; one wrong answer writes it."""
+    write_checkpoint(repo, SMALL, shards=2)
+    write_checkpoint(tmp_path / "next", SMALL, shards=2, seed=1)
+    serve(hub, "org/tiny", tmp_path / "next", MOVED)
+    for path in repo.iterdir():
+        for commit in (COMMIT, MOVED):
+            worker("whole", repo_id="org/tiny", filename=path.name, revision=commit,
+                   cache_dir=call["cache_dir"])  # fmt: skip
+    refs = own_folder(call).parent.parent / "refs"
+    refs.mkdir(exist_ok=True)
+    (refs / MOVED).write_text(COMMIT)
+    loaded = worker("load", **call, revision=MOVED)
+    assert loaded.get("weights") == hash_of(tmp_path / "next"), loaded
+
+
 # Faults that pass
 
 
