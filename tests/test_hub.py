@@ -143,7 +143,7 @@ def test_every_key_layout_arrives_as_it_is_locally(
 def test_types_of_different_width_stay_aligned(
     worker: Session, repo: Path, call: dict[str, Any]
 ) -> None:
-    write_checkpoint(repo, replace(SMALL, out_hidden_size=8))
+    write_checkpoint(repo, replace(SMALL, intermediate_size=13))  # biases of 26 bytes
     tensors = load_file(repo / "model.safetensors")
     for name in list(tensors)[::3]:
         tensors[name] = tensors[name].float()

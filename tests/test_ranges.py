@@ -105,6 +105,25 @@ def test_breaks_that_bring_nothing_end_it_after_six(waits: list[float]) -> None:
     assert sum(waits) == 31.0
 
 
+def test_breaks_that_bring_something_never_end_it(waits: list[float]) -> None:
+    content, _ = read(Source(breaks=[100] * 20).open, "a", 0, 3_000)
+    assert content == FILES["a"][:3_000]
+    assert waits == [1.0] * 20
+
+
+def test_a_source_that_ends_early_without_a_word_is_a_break() -> None:
+    asked: list[int] = []
+
+    @contextmanager
+    def short(name: str, start: int, end: int) -> Iterator[Opened]:
+        asked.append(start)
+        yield Opened([] if start else [b"x" * 4], 5_000)
+
+    with pytest.raises(TransferError, match="closed 6 bytes early"):
+        read(short, "a", 0, 10)
+    assert asked == [0, *[4] * 5]
+
+
 def test_a_range_beyond_the_end_is_cut_off_there() -> None:
     assert read(Source().open, "b", 2_990, 3_050) == (FILES["b"][2_990:], 3_000)
 
