@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
@@ -87,7 +88,8 @@ def write_features(
             "NaN or infinity; check the checkpoint with `qwen-vit info`, and try float32"
         )
     facts = {**metadata, "patches_per_row": _patches_per_row(path, good)}
-    with FeatureSpool(path, widths[0][0], embeds[0].dtype) as spool:
+    dtype = reduce(torch.promote_types, (e.dtype for e in embeds))
+    with FeatureSpool(path, widths[0][0], dtype) as spool:
         for name, rows, feature in zip(ids, embeds, good, strict=True):
             spool.add(name, rows, feature.grid_thw or (0, 0, 0))
         spool.save(facts)

@@ -41,7 +41,13 @@ def start(command: Sequence[str], log: Path, **environment: str) -> subprocess.P
             stderr=errors,
             env={**os.environ, **environment},
             start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )
+
+
+def _heed_interrupts() -> None:
+    """A shell's background job ignores Ctrl-C, and so would every process that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end_group(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGKILL) -> int:

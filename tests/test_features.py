@@ -57,6 +57,16 @@ def test_what_is_written_is_read_back(path: Path, dtype: torch.dtype) -> None:
         assert torch.equal(there.embeds, then.embeds)
 
 
+def test_features_of_two_types_are_stored_in_the_wider_one(path: Path) -> None:
+    narrow, wide = features_of("a", dtype=torch.bfloat16), features_of("b")
+    write_features(path, [*narrow, *wide], METADATA)
+    for there, then in zip(load_features(path), [*narrow, *wide], strict=True):
+        assert there.embeds is not None
+        assert then.embeds is not None
+        assert there.embeds.dtype == torch.float32
+        assert torch.equal(there.embeds, then.embeds.float())
+
+
 def test_the_file_has_the_three_documented_tensors(path: Path) -> None:
     written = features_of("a", "b", "c")
     write_features(path, [written[0], failed("x"), *written[1:]], METADATA)
