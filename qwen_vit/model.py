@@ -23,7 +23,14 @@ from qwen_vit.convert import (
     pixel_weight_exponent,
 )
 from qwen_vit.kernels.attention import RotaryTable, attention, regime_of
-from qwen_vit.kernels.linear import add_rms_norm, linear, rms_norm
+from qwen_vit.kernels.linear import (
+    ResidualStream,
+    linear,
+    linear_added,
+    normed_linear,
+    rms_norm,
+    with_squares,
+)
 from qwen_vit.kernels.pixels import gather_pixels
 from qwen_vit.layout import Layout, Segments
 
@@ -50,17 +57,18 @@ class Linear(nn.Module):
         return linear(x, self.weight, self.bias, epilogue=epilogue)
 
 
-class RMSNorm(nn.Module):
-    """Adds what the layer before it has found to the residual stream x, and normalises the sum."""
+class NormedLinear(Linear):
+    """RMSNorm, then a product: the loader has folded the norm's weight into the product's."""
 
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = _parameter(size, dtype=dtype)
+    def forward(self, x: ResidualStream, epilogue: str = "plain") -> Tensor:  # type: ignore[override]
+        return normed_linear(x, self.weight, self.bias, eps=RMS_NORM_EPS, epilogue=epilogue)
 
-    def forward(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
-        if update is None:
-            return x, rms_norm(x, self.weight, RMS_NORM_EPS)
-        return add_rms_norm(x, update, self.weight, RMS_NORM_EPS)
+
+class AddedLinear(Linear):
+    """A product whose result is added to the residual stream."""
+
+    def forward(self, x: Tensor, stream: ResidualStream) -> ResidualStream:  # type: ignore[override]
+        return linear_added(stream, x, self.weight, self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -94,47 +102,50 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
+    """x + proj(attention(qkv(norm(x))))."""
+
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.n_heads = config.num_heads
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, dtype)
-        self.proj = Linear(config.hidden_size, config.hidden_size, dtype)
+        self.qkv = NormedLinear(config.hidden_size, 3 * config.hidden_size, dtype)
+        self.proj = AddedLinear(config.hidden_size, config.hidden_size, dtype)
 
-    def forward(self, x: Tensor, rotary: RotaryTable, segments: Segments, regime: str) -> Tensor:
-        N, C = x.shape
+    def forward(
+        self, x: ResidualStream, rotary: RotaryTable, segments: Segments, regime: str
+    ) -> ResidualStream:
+        N, C = x.values.shape
         qkv = self.qkv(x).view(N, 3, self.n_heads, C // self.n_heads)
         # the loader has put each rotary pair of Q and K side by side
         out = attention(qkv, rotary, segments, regime=regime, adjacent_pairs=True)
-        return self.proj(out.view(N, C))
+        return self.proj(out.view(N, C), x)
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)); the loader has padded I with zeros, which changes nothing."""
+    """x + down(silu(gate(norm(x))) * up(norm(x))).
+
+    The loader has padded I with zeros, which changes nothing, and laid gate and up side by side.
+    """
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
         C, I = config.hidden_size, padded_mlp_size(config)  # noqa: E741
-        self.gate_up = Linear(C, 2 * I, dtype)
-        self.down = Linear(I, C, dtype)
+        self.gate_up = NormedLinear(C, 2 * I, dtype)
+        self.down = AddedLinear(I, C, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.gate_up(x, epilogue="swiglu"))
+    def forward(self, x: ResidualStream) -> ResidualStream:
+        return self.down(self.gate_up(x, epilogue="swiglu"), x)
 
 
 class Block(nn.Module):
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(config.hidden_size, dtype)
         self.attn = Attention(config, dtype)
-        self.norm2 = RMSNorm(config.hidden_size, dtype)
         self.mlp = MLP(config, dtype)
 
     def forward(
-        self, x: Tensor, update: Tensor | None, rotary: RotaryTable, segments: Segments, regime: str
-    ) -> tuple[Tensor, Tensor]:
-        x, normed = self.norm1(x, update)
-        x, normed = self.norm2(x, self.attn(normed, rotary, segments, regime))
-        return x, self.mlp(normed)
+        self, x: ResidualStream, rotary: RotaryTable, segments: Segments, regime: str
+    ) -> ResidualStream:
+        return self.mlp(self.attn(x, rotary, segments, regime))
 
 
 class PatchMerger(nn.Module):
@@ -143,12 +154,13 @@ class PatchMerger(nn.Module):
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
         merged = config.hidden_size * config.merge_unit
-        self.norm = RMSNorm(config.hidden_size, dtype)
+        self.norm_weight = _parameter(config.hidden_size, dtype=dtype)
         self.fc1 = Linear(merged, merged, dtype)
         self.fc2 = Linear(merged, config.out_hidden_size, dtype)
 
-    def forward(self, x: Tensor, update: Tensor | None) -> Tensor:
-        _, normed = self.norm(x, update)
+    def forward(self, x: Tensor) -> Tensor:
+        # each of the 4 has a scale of its own, so this norm is no row scale of the product
+        normed = rms_norm(x, self.norm_weight, RMS_NORM_EPS)
         merged = normed.view(-1, self.fc1.weight.shape[1])
         return self.fc2(self.fc1(merged, epilogue="gelu"))
 
@@ -183,19 +195,18 @@ class VisionTower(nn.Module):
         rotary = RotaryTable(cos, sin, layout.positions)
 
         # to window order: merge units move, their 4 patches stay together
-        x = self.patch_embed(patches, layout.grid_index)  # (rows, C)
-        update = None  # what the last layer found and the next norm adds to x
+        x = with_squares(self.patch_embed(patches, layout.grid_index))  # (rows, C)
 
         for index, block in enumerate(self.blocks):
             if index in self.config.fullatt_block_indexes:
-                x, update = block(x, update, rotary, layout.frames, "frame")
+                x = block(x, rotary, layout.frames, "frame")
             else:
-                x, update = block(x, update, rotary, layout.windows, self.window_regime)
+                x = block(x, rotary, layout.windows, self.window_regime)
 
         if output == "patch":
-            return (x + update)[layout.raster_order]
+            return x.values[layout.raster_order]
         # back to row-major: each merged cell fetches the window-order unit that it became
-        return self.merger(x, update)[layout.merged_order]  # (M, O)
+        return self.merger(x.values)[layout.merged_order]  # (M, O)
 
     def _rotary_angles(self, n_positions: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every (position, frequency) of one axis: (positions, R / 2) float32.

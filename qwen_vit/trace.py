@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qwen_vit.config import Grid, VisionConfig
 from qwen_vit.kernels.attention import regime_of, tiling
+from qwen_vit.kernels.linear import ResidualStream
 from qwen_vit.layout import Layout
 from qwen_vit.model import VisionTower
 from qwen_vit.oracle import Trace
@@ -63,8 +64,8 @@ def trace_tower(tower: VisionTower, patches: Tensor, layout: Layout) -> Trace:
     trace: Trace = {}
 
     def keep(name: str, output: Any) -> None:
-        if isinstance(output, tuple):  # a block: the residual stream, and what to add to it
-            output = output[0] + output[1]
+        if isinstance(output, ResidualStream):  # what a block returns
+            output = output.values
         trace[name] = output[: layout.n_patches].clone()
 
     with record_stages(tower, keep):

@@ -10,6 +10,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -35,7 +37,8 @@ def compile_for_hopper(
         for index, name in enumerate(names)
         if full[name].startswith("*")
     }
-    source = ASTSource(
+    source_type = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_type(
         fn=kernel,
         signature=full,
         constexprs={(names.index(name),): value for name, value in constants.items()},
@@ -48,6 +51,12 @@ def compile_for_hopper(
         wgmma_shapes=frozenset(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)", ptx)),
         shared_bytes=compiled.metadata.shared,
     )
+
+
+def tma_block(block: list[int]) -> str:
+    """The type of a bfloat16 descriptor of a Gluon kernel, as `hopper.descriptor` makes it."""
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    return f"tensordesc<bf16{block},{layout!r}>"
 
 
 def _assemble(ptx: str) -> dict[str, Any]:

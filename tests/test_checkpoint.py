@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -435,10 +436,25 @@ def test_a_file_cut_between_opening_and_reading_is_named(tmp_path):
 # Conversion
 
 
+NORM_OF_A_BLOCK = re.compile(r"blocks\.\d+\.norm[12]\.weight")
+
+
+def gate_and_up(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo the loader's turns of 8 rows."""
+    gate, up = gate_up.view(-1, 2, 8, *gate_up.shape[1:]).unbind(1)
+    return gate.flatten(0, 1), up.flatten(0, 1)
+
+
 def marked_tensors(config: VisionConfig) -> tuple[dict[str, torch.Tensor], int]:
-    """Return tensors whose every element is another whole number from 1 up, exact in float32."""
+    """Return tensors whose every element is another whole number from 1 up, exact in float32.
+
+    The norms of the blocks are 1: they are folded into the weights that follow.
+    """
     tensors, start = {}, 1
     for name, shape in expected_tensors(config).items():
+        if NORM_OF_A_BLOCK.search(name):
+            tensors[name] = torch.ones(shape)
+            continue
         count = torch.Size(shape).numel()
         tensors[name] = torch.arange(start, start + count, dtype=torch.float32).view(shape)
         start += count
@@ -461,9 +477,13 @@ def test_padding_lies_behind_gate_behind_up_and_behind_down():
     state = convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
     I, I_padded = 12, padded_mlp_size(SMALL)  # noqa: E741
     assert I_padded == 128
-    gate, up = state["blocks.0.mlp.gate_up.weight"].split(I_padded)
-    assert torch.equal(gate[:I], tensors["blocks.0.mlp.gate_proj.weight"])
-    assert torch.equal(up[:I], tensors["blocks.0.mlp.up_proj.weight"])
+    gate, up = gate_and_up(state["blocks.0.mlp.gate_up.weight"])
+    gain = tensors["blocks.0.norm2.weight"]
+    assert torch.equal(gate[:I], tensors["blocks.0.mlp.gate_proj.weight"] * gain)
+    assert torch.equal(up[:I], tensors["blocks.0.mlp.up_proj.weight"] * gain)
+    gate_bias, up_bias = gate_and_up(state["blocks.0.mlp.gate_up.bias"])
+    assert torch.equal(gate_bias[:I], tensors["blocks.0.mlp.gate_proj.bias"])
+    assert torch.equal(up_bias[:I], tensors["blocks.0.mlp.up_proj.bias"])
     down = state["blocks.0.mlp.down.weight"]
     assert torch.equal(down[:, :I], tensors["blocks.0.mlp.down_proj.weight"])
     assert not gate[I:].any()
@@ -473,8 +493,36 @@ def test_padding_lies_behind_gate_behind_up_and_behind_down():
     assert padded_mlp_size(replace(SMALL, intermediate_size=3420)) == 3456
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_of_a_blocks_norms_are_multiplied_in_with_one_rounding(dtype):
+    """W (g x) = (W g) x, so the norm that is left has no weight of its own."""
+    tensors = random_tensors(SMALL, dtype=torch.bfloat16)
+    tensors |= {
+        name: torch.rand(32, generator=torch.Generator().manual_seed(3)).bfloat16() * 4 - 1
+        for name in tensors
+        if NORM_OF_A_BLOCK.search(name)
+    }
+    state = convert(tensors, SMALL, IMAGE_CONFIG, dtype)
+    values = state["blocks.1.attn.qkv.weight"][2 * 32 :]  # V's rows keep their places
+    expected = tensors["blocks.1.attn.qkv.weight"][2 * 32 :].double()
+    assert torch.equal(values, (expected * tensors["blocks.1.norm1.weight"].double()).to(dtype))
+    gate, _ = gate_and_up(state["blocks.1.mlp.gate_up.weight"])
+    expected = tensors["blocks.1.mlp.gate_proj.weight"].double()
+    expected = (expected * tensors["blocks.1.norm2.weight"].double()).to(dtype)
+    assert torch.equal(gate[: len(expected)], expected)
+
+
+def test_weights_that_overflow_with_their_norm_are_named():
+    tensors = random_tensors(SMALL, dtype=torch.float32)
+    tensors["blocks.0.norm1.weight"] = torch.full((32,), 1e30)
+    tensors[QKV] = torch.full_like(tensors[QKV], 1e30)
+    with pytest.raises(CheckpointError, match=r"attn\.qkv\.weight times .*norm1\.weight holds"):
+        convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
+
+
 def test_the_permutation_makes_rotary_pairs_adjacent_and_keeps_attention_scores():
     tensors = random_tensors(WIDE, dtype=torch.float32)
+    tensors["blocks.0.norm1.weight"] = torch.ones(WIDE.hidden_size)
     state = convert(tensors, WIDE, IMAGE_CONFIG, torch.float32)
     H, D = WIDE.num_heads, WIDE.head_dim
     assert sorted(rotary_permutation(D).tolist()) == list(range(D))
@@ -548,13 +596,12 @@ def test_the_state_has_the_types_that_the_model_expects():
     assert set(float_state) == set(state)
     in_block = {name.removeprefix("blocks.0.") for name in state if name.startswith("blocks.0.")}
     assert in_block == {
-        "norm1.weight", "norm2.weight", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight",
-        "attn.proj.bias", "mlp.gate_up.weight", "mlp.gate_up.bias", "mlp.down.weight",
-        "mlp.down.bias",
+        "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
+        "mlp.gate_up.weight", "mlp.gate_up.bias", "mlp.down.weight", "mlp.down.bias",
     }  # fmt: skip
     assert {name for name in state if not name.startswith("blocks.")} == {
         "patch_embed.weight", "patch_embed.pixel_weight", "patch_embed.pixel_bias",
-        "merger.norm.weight", "merger.fc1.weight", "merger.fc1.bias", "merger.fc2.weight",
+        "merger.norm_weight", "merger.fc1.weight", "merger.fc1.bias", "merger.fc2.weight",
         "merger.fc2.bias",
     }  # fmt: skip
 

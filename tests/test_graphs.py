@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from towers import as_grids, build_tower, gpu, layout_for, n_patches, per_image, random_pixels
 
 from qwen_vit import encoder as encoder_module
-from qwen_vit.checkpoint import load_checkpoint
+from qwen_vit.checkpoint import expected_tensors, load_checkpoint
+from qwen_vit.config import VisionConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.graphs import (
     LARGEST_BUDGET,
@@ -271,3 +272,35 @@ def test_a_graphs_result_is_the_towers_own() -> None:
         expected = exact(pixels.to(CUDA), layout_for(grids, exact.config, CUDA))
     ours = forward(by_graph, pixels, grids).float()
     assert (ours - expected).norm() / expected.norm() < 0.05  # bf16, five peaked blocks
+
+
+@gpu
+def test_the_first_answer_of_every_recording_is_right() -> None:
+    """cuBLAS in a graph gave a wrong first replay to every encoder of a process but the first.
+
+    Its scratch memory was whatever the process had left there, which fresh memory, all zeros, hid;
+    the replays after it were right. No product is cuBLAS's since.
+    """
+    config = VisionConfig.from_json(
+        {"model_type": "qwen2_5_vl", "out_hidden_size": 3584, "depth": 2}
+        | {"fullatt_block_indexes": [1]}
+    )
+    shapes = expected_tensors(config)
+    tensors = {name: torch.randn(shape) * 0.02 for name, shape in shapes.items()}
+    tower = build_tower(tensors, config, dtype=torch.bfloat16, device=CUDA)
+    grids: list[GridTuple] = [(1, 96, 96)]
+    pixels = random_pixels(n_patches(grids), 0).to(CUDA)
+    layout = layout_for(grids, config, CUDA, torch.bfloat16)
+    planned = layout_for(grids, config, CUDA, torch.bfloat16, budget_for(len(pixels)))
+    on_host = planned.to(torch.device("cpu"))
+    with torch.no_grad():
+        expected = tower(pixels, layout)
+    kept = []  # so that each recording finds memory that another one has used
+    for _ in range(4):
+        runner = GraphRunner(tower, CUDA)
+        answers = [runner.run(pixels, on_host) for _ in range(2)]
+        with torch.no_grad():
+            kept.append((runner, [tower(pixels, layout) for _ in range(4)]))
+        for answer in answers:
+            assert answer is not None
+            assert torch.equal(answer, expected)

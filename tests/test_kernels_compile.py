@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import triton
-from sm90 import Compiled, compile_for_hopper, count_corrupt_descriptors
+from sm90 import Compiled, compile_for_hopper, count_corrupt_descriptors, tma_block
 
-from qwen_vit.kernels import attention, linear, pixels
+from qwen_vit.kernels import attention, attention_hopper, linear, linear_hopper, pixels
 
 HEADS = 16
 HEAD_DIMS = (64, 72, 80, 96, 128)
@@ -98,30 +98,23 @@ def test_the_rotation_of_keys_hardly_spills(bits: int, adjacent: bool) -> None:
 
 # Bytes that a bf16 product may spill: the erf of the GELU, once per tile, outside the loop. fp32 is
 # for exactness: there ptxas may spill.
-SPILLS = {"plain": 0, "swiglu": 0, "gelu": 128}
-
-
-# (kind, wide, deep), as in the tile table -> the epilogues that the tower's layers of it have
-MET = {
-    ("plain", True, False): ("plain",),
-    ("plain", False, False): ("plain",),
-    ("plain", False, True): ("plain",),
-    ("plain", True, True): ("plain", "gelu"),
-    ("swiglu", True, False): ("swiglu",),
-}
+SPILLS = {"gelu": 128}
+# What the plain kernel meets: on Hopper the patch embedding (narrow) and the merger (wide), and in
+# its fallback tiles everything.
+MET = {True: ("plain", "gelu"), False: ("plain",)}
 
 
 def gemm_cases() -> list[Any]:
-    """(bits, epilogue, tile): Hopper's own tiles with all they meet, the fallback's two kernels."""
+    """(bits, epilogue, tile): Hopper's own tiles with all they meet, the fallback's with all."""
     cases = {
         (16, epilogue, tile)
-        for kind, rows in linear.HOPPER_TILES.items()
+        for is_wide, rows in linear.HOPPER_TILES.items()
         for _, tile in rows
-        for epilogue in MET[kind]
+        for epilogue in MET[is_wide]
     } | {
         (bits, epilogue, tile)
         for bits, tile in linear.FALLBACK_TILES.items()
-        for epilogue in ("plain", "swiglu")
+        for epilogue in ("plain", "normed", "swiglu", "residual")
     }
     named = {
         f"{TYPES[bits]}-{epilogue}-{tile.rows}x{tile.columns}x{tile.depth}-{tile.num_stages}": case
@@ -136,20 +129,26 @@ def compile_gemm(
 ) -> Compiled:
     dtype = TYPES[bits]
     operand = operand or dtype
-    out_block = f"tensordesc<{dtype}[{tile.rows},{tile.columns}]>"
+    n_out = tile.columns // 2 if epilogue == "swiglu" else tile.columns
+    out_block = f"tensordesc<{dtype}[{tile.rows},{n_out}]>"
     signature = {
         "x": f"tensordesc<{operand}[{tile.rows},{tile.depth}]>",
         "weight": f"tensordesc<{operand}[{tile.columns},{tile.depth}]>",
         "bias": "*fp32" if operand == "fp16" else f"*{dtype}",
+        "residual": out_block,
+        "squares": "*fp32",
         "out": out_block,
+        "squares_out": "*fp32",
         "M": "i32",
         "N": "i32",
         "out_scale": "fp32",
+        "eps": "fp32",
     }
     constants = {
         "K": 5120 if epilogue == "gelu" else 1280,
         "HAS_BIAS": True,
-        "EPILOGUE": epilogue,
+        "EPILOGUE": "plain" if epilogue == "normed" else epilogue,
+        "SQUARES": 20 if epilogue in ("normed", "swiglu") else 0,
         "PRECISION": "ieee",
         "BM": tile.rows,
         "BN": tile.columns,
@@ -175,11 +174,94 @@ def test_a_product_compiles_to_sound_code(bits: int, epilogue: str, tile: linear
     if bits == 32:
         assert compiled.wgmma_shapes == set()
     else:
-        assert compiled.spill_bytes <= SPILLS[epilogue]
+        assert compiled.spill_bytes <= SPILLS.get(epilogue, 0)
         assert compiled.wgmma_shapes == {f"m64n{tile.columns}k16"}
 
 
-PIXEL_TILES = sorted({tile for _, tile in linear.HOPPER_TILES["plain", False, False]}, key=str)
+# (epilogue, K, chunks of sums of squares) of the published products on Hopper
+HOPPER_PRODUCTS = {
+    ("plain", False): (1280, 10),
+    ("plain", True): (5120, 0),
+    ("swiglu", False): (1280, 10),
+    ("residual", False): (1280, 0),
+    ("residual", True): (3456, 0),
+}
+HOPPER_CASES = sorted(
+    {(kind, tile) for kind, rows in linear_hopper.TILES.items() for _, tile in rows}, key=str
+)
+REGISTERS = 65_536  # of a multiprocessor, which runs one program of these kernels
+
+
+@pytest.mark.parametrize(("kind", "tile"), HOPPER_CASES)
+def test_a_specialised_product_compiles_to_sound_code(
+    kind: tuple[str, bool], tile: linear_hopper.Tile
+) -> None:
+    (epilogue, _), (K, chunks) = kind, HOPPER_PRODUCTS[kind]
+    rows = tile.rows // tile.num_groups
+    out = tma_block([rows, tile.columns // 2 if epilogue == "swiglu" else tile.columns])
+    signature = {
+        "x": tma_block([rows, linear_hopper.BK]),
+        "weight": tma_block([tile.columns, linear_hopper.BK]),
+        "out": out,
+        "residual": out,
+        "bias": "*bf16",
+        "squares": "*fp32",
+        "squares_out": "*fp32",
+        "eps": "fp32",
+        "M": "i32",
+        "n_row_tiles": "i32",
+        "n_column_tiles": "i32",
+    }
+    constants = {
+        "K": K,
+        "BM": tile.rows,
+        "BN": tile.columns,
+        "STAGES": tile.num_stages,
+        "GROUPS": tile.num_groups,
+        "GROUP": linear_hopper.GROUPED_ROW_TILES,
+        "EPILOGUE": epilogue,
+        "SQUARES": chunks,
+        "FIRST": linear_hopper.FIRST_STEPS,
+    }
+    compiled = compile_for_hopper(
+        linear_hopper._product, signature, constants, num_warps=4, launch_pdl=True
+    )
+    print(compiled)
+    assert (compiled.corrupt_descriptors, compiled.spill_bytes) == (0, 0)
+    assert not compiled.serialised_wgmma
+    assert compiled.wgmma_shapes == {f"m64n{tile.columns}k16"}
+    assert compiled.shared_bytes <= SHARED_MEMORY
+    # the warpgroups that multiply, and one for the producer
+    assert compiled.registers * 128 * (tile.num_groups + 1) <= REGISTERS
+
+
+def test_the_specialised_attention_compiles_to_sound_code() -> None:
+    kernel = attention_hopper
+    main, tail = (tma_block([kernel.K_ROWS, width]) for width in (kernel.MAIN, kernel.TAIL))
+    signature = {
+        **dict.fromkeys(("tiles", "axis_index"), "*i32"),
+        **dict.fromkeys(("qkv", "out"), "*bf16"),
+        **dict.fromkeys(("cos", "sin"), "*fp32"),
+        "k0": main,
+        "k1": tail,
+        "v0": main,
+        "v1": tail,
+        "n_tiles": "i32",
+        "scale_log2e": "fp32",
+    }
+    constants = {"H": HEADS, "D": 80, "D0": kernel.MAIN, "D1": kernel.TAIL, "BN": kernel.K_ROWS}
+    constants |= {"STAGES": kernel.NUM_STAGES, "ROWS": kernel.Q_ROWS // 2}
+    compiled = compile_for_hopper(kernel._frame_attention, signature, constants, num_warps=4)
+    print(compiled)
+    assert (compiled.corrupt_descriptors, compiled.spill_bytes) == (0, 0)
+    assert not compiled.serialised_wgmma
+    # Q K^T, then P V in its two parts: no multiplication is spent on padding
+    assert compiled.wgmma_shapes == {"m64n128k16", "m64n64k16", "m64n16k16"}
+    assert compiled.shared_bytes <= SHARED_MEMORY
+    assert compiled.registers * 128 * 3 <= REGISTERS
+
+
+PIXEL_TILES = sorted({tile for _, tile in linear.HOPPER_TILES[False]}, key=str)
 
 
 @pytest.mark.parametrize("tile", PIXEL_TILES)
@@ -196,8 +278,14 @@ def test_the_small_kernels_compile_without_spills(bits: int) -> None:
     pointer = f"*{TYPES[bits]}"
     norm = compile_for_hopper(
         linear._rms_norm,
-        dict.fromkeys(("x", "update", "weight", "x_out", "out"), pointer),
-        {"HAS_UPDATE": True, "C": 1280, "C_PADDED": 2048, "EPS": 1e-6},
+        dict.fromkeys(("x", "weight", "out"), pointer),
+        {"C": 1280, "C_PADDED": 2048, "EPS": 1e-6},
+        num_warps=4,
+    )
+    squares = compile_for_hopper(
+        linear._row_squares,
+        {"x": pointer, "squares": "*fp32", "n_rows": "i32"},
+        {"C": 1280, "C_PADDED": 2048, "BM": linear.SQUARED_ROWS},
         num_warps=4,
     )
     operand = "*fp16" if bits == 16 else "*fp32"
@@ -207,7 +295,7 @@ def test_the_small_kernels_compile_without_spills(bits: int) -> None:
         {"P": 588, "P_OUT": 640, "P_BLOCK": 1024, "ZERO": 128, "BM": pixels.GATHERED_ROWS},
         num_warps=4,
     )
-    assert (norm.spill_bytes, gather.spill_bytes) == (0, 0)
+    assert (norm.spill_bytes, squares.spill_bytes, gather.spill_bytes) == (0, 0, 0)
 
 
 # Two 64-bit additions as nvdisasm prints them: the low words, then the high words with the carry.

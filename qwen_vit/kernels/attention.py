@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from qwen_vit.errors import ArgumentError
+from qwen_vit.kernels import attention_hopper
 from qwen_vit.kernels.interpret import interpreted
 from qwen_vit.layout import Segments, Tiling, tile_table
 
@@ -359,6 +360,12 @@ def attention(
             qkv, k_rotated, rotary.cos, rotary.sin, index, N,
             H=H, D=D, D_PADDED=triton.next_power_of_2(D), BN=ROTATION_ROWS, **shared,
         )  # fmt: skip
+        if attention_hopper.serves(qkv, rotary.index is not None, adjacent_pairs):
+            attention_hopper.frame_attention(
+                qkv, k_rotated, rotary.cos, rotary.sin, index, segments.tiles, out,
+                D**-0.5 * LOG2_E,
+            )  # fmt: skip
+            return out
     _launch(_rope_varlen_attention, qkv.device)(
         (segments.tiles.shape[0] * H,),
         qkv, k_rotated, rotary.cos, rotary.sin, index,

@@ -1,10 +1,13 @@
-"""Linear layers with what follows them in the epilogue, and the RMSNorm with the sum before it.
+"""Linear layers with what surrounds them fused in: norm, bias, SwiGLU, GELU, residual sum.
 
-On a GPU a product is one Triton kernel whose accumulation order over K is fixed: each output row
-depends on its own input row alone, whatever the batch and whatever the tile, so an image's
-embedding has the same bits alone and in any company. The plain products of the published shapes
-are cuBLAS's on Hopper, from the number of rows on at which it gives the very same bits (tested at
-every token budget). On a CPU the same functions are PyTorch's.
+The residual stream travels as its values and, for each row, the sums of their squares by chunk of
+columns. So an RMSNorm needs no pass of its own: its weight is folded into the product that follows
+when the weights are loaded, and its row scale is applied to that product's result; the product that
+adds to the stream leaves the new sums behind.
+
+On a GPU each output row depends on its own input row alone, in one order of summation over K
+whatever the tile, so an image's embedding has the same bits alone and in any company. On Hopper the
+tower's large products are `linear_hopper`'s. On a CPU the same functions are PyTorch's.
 """
 
 from dataclasses import dataclass
@@ -16,7 +19,20 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["add_rms_norm", "linear", "rms_norm"]
+from qwen_vit.kernels import linear_hopper
+
+__all__ = ["ResidualStream", "linear", "linear_added", "normed_linear", "rms_norm", "with_squares"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualStream:
+    """Rows between two layers: `values` (N, C), and `squares` (chunks, N) float32.
+
+    The sum of `squares` over its first axis is the sum of a row's squared values.
+    """
+
+    values: torch.Tensor
+    squares: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,42 +52,34 @@ SQUARE = GemmTile(128, 128, 64, 4, 3)  # 2 fit: one stores while the other multi
 DEEP = GemmTile(128, 128, 64, 4, 4)
 WIDE = GemmTile(128, 256, 64, 8, 3)
 
-# What follows was measured on an H200 at 1,024 to 32,768 patches (tools/NOTES.md). A layer of the
-# tower is told by its weight: N > 2048 is wide, K > 2048 is deep. Each entry holds from how many
-# rows on a tile is used. Rows may choose, because all tiles agree bit for bit (tested).
-# (epilogue, wide, deep) -> ((least rows, tile), ...)
-HOPPER_TILES: dict[tuple[str, bool, bool], tuple[tuple[int, GemmTile], ...]] = {
-    ("plain", True, False): ((0, SQUARE),),  # qkv
-    ("plain", False, False): ((0, SQUARE), (1536, SMALL), (6144, SQUARE)),  # proj, patch embedding
-    ("plain", False, True): ((0, SQUARE), (1536, SMALL), (3072, DEEP), (6144, WIDE)),  # down
-    ("plain", True, True): ((0, SMALL), (768, DEEP), (1536, WIDE)),  # merger, a row per 4 patches
-    ("swiglu", True, False): ((0, GemmTile(128, 64, 64, 4, 3)),),  # gate and up
+# The products that `linear_hopper` does not take, measured on an H200 (tools/NOTES.md). N > 2048 is
+# wide: the merger's first, with a row per 4 patches; narrow: the patch embedding. Each entry holds
+# from how many rows on a tile is used. Rows may choose: all tiles agree bit for bit (tested).
+HOPPER_TILES: dict[bool, tuple[tuple[int, GemmTile], ...]] = {
+    True: ((0, SMALL), (768, DEEP), (1536, WIDE)),
+    False: ((0, SQUARE), (1536, SMALL), (6144, SQUARE)),
 }
 FALLBACK_TILES = {
     16: GemmTile(128, 64, 32, 4, 3),
     32: GemmTile(64, 64, 32, 8, 2),
 }
-# (K, N) of the published plain products, where cuBLAS was compared with `_gemm` bit for bit, and
-# the rows from which it was: with fewer it may cut K into parts that are summed apart.
-CUBLAS_SHAPES = frozenset(
-    [(1280, 3840), (1280, 1280), (3456, 1280)]  # qkv, proj, down
-    + [(5120, out) for out in (2048, 3584, 5120, 8192)]  # the merger's last
-)
-CUBLAS_LEAST_ROWS = 256
 GROUPED_ROW_TILES = 8  # tiles of this many row blocks run together and share weights in L2
+SQUARED_ROWS = 4  # rows of one program that sums squares
 
 
 @triton.jit
 def _gemm(
-    x, weight, bias, out, M, N, out_scale,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr,
+    x, weight, bias, residual, squares, out, squares_out, M, N, out_scale, eps,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, SQUARES: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out (M, N) = epilogue(x (M, K) @ weight (N, K)^T * out_scale + bias).
+    """out (M, N) = epilogue(x (M, K) @ weight (N, K)^T * scale + bias).
 
-    All but `bias` are tensor descriptors, which cut tiles at the edges. With the SwiGLU, weight
-    holds N gate rows, then N up rows, and both products share the tile of x.
+    `x`, `weight`, `residual` and `out` are tensor descriptors, which cut tiles at the edges. The
+    scale is `out_scale`, or with SQUARES chunks of sums of squares a row's 1 / rms. The SwiGLU
+    takes columns in turns of 8, gate and up, and `out` is half as wide. With a residual, `out` is
+    their sum, and `squares_out` (N / BN, M) the sums of its squares.
     """
     i_program = tl.program_id(0)
     n_row_tiles = tl.cdiv(M, BM)
@@ -83,32 +91,38 @@ def _gemm(
     i_n = i_program % group_size // group_rows * BN
 
     acc = tl.zeros([BM, BN], tl.float32)
-    if EPILOGUE == "swiglu":
-        acc_up = tl.zeros([BM, BN], tl.float32)
-        for i_k in range(0, K, BK):
-            b_x = x.load([i_m, i_k])  # [BM, BK]
-            b_gate = weight.load([i_n, i_k])  # [BN, BK]
-            b_up = weight.load([N + i_n, i_k])
-            acc = tl.dot(b_x, b_gate.T, acc, input_precision=PRECISION)
-            acc_up = tl.dot(b_x, b_up.T, acc_up, input_precision=PRECISION)
-    else:
-        for i_k in range(0, K, BK):
-            b_x = x.load([i_m, i_k])
-            b_weight = weight.load([i_n, i_k])
-            acc = tl.dot(b_x, b_weight.T, acc, input_precision=PRECISION)
+    for i_k in range(0, K, BK):
+        b_x = x.load([i_m, i_k])  # [BM, BK]
+        b_weight = weight.load([i_n, i_k])  # [BN, BK]
+        acc = tl.dot(b_x, b_weight.T, acc, input_precision=PRECISION)
 
+    o_m = i_m + tl.arange(0, BM)
     o_n = i_n + tl.arange(0, BN)
-    acc = acc * out_scale
+    if SQUARES > 0:
+        total = tl.load(squares + o_m, mask=o_m < M, other=0.0)
+        for chunk in range(1, SQUARES):
+            total += tl.load(squares + chunk * M + o_m, mask=o_m < M, other=0.0)
+        acc = acc * tl.rsqrt(total / K + eps)[:, None]
+    else:
+        acc = acc * out_scale
     if HAS_BIAS:
         acc += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
-    if EPILOGUE == "swiglu":
-        acc_up = acc_up * out_scale
-        if HAS_BIAS:
-            acc_up += tl.load(bias + N + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
-        acc = acc / (1.0 + tl.exp(-acc)) * acc_up
     if EPILOGUE == "gelu":
         acc = acc * 0.5 * (1.0 + tl.erf(acc * 0.7071067811865476))  # exact, never the tanh form
-    out.store([i_m, i_n], acc.to(out.dtype))
+    if EPILOGUE == "swiglu":
+        pairs = tl.permute(tl.reshape(acc, (BM, BN // 16, 2, 8)), (0, 1, 3, 2))
+        gate, up = tl.split(pairs)
+        y = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (BM, BN // 2))
+        out.store([i_m, i_n // 2], y.to(out.dtype))
+    else:
+        if EPILOGUE == "residual":
+            acc += residual.load([i_m, i_n]).to(tl.float32)
+        y = acc.to(out.dtype)
+        out.store([i_m, i_n], y)
+        if EPILOGUE == "residual":  # of what was stored: rounded; 0 beyond the edges
+            rounded = tl.where((o_n < N)[None, :], y.to(tl.float32), 0.0)
+            p_squares = squares_out + i_n // BN * M + o_m
+            tl.store(p_squares, tl.sum(rounded * rounded, 1), mask=o_m < M)
 
 
 def linear(
@@ -122,73 +136,105 @@ def linear(
 ) -> torch.Tensor:
     """`epilogue(x @ weight.T * out_scale + bias)`, rounded once: (M, K) -> (M, N).
 
-    Epilogues: `plain`; `gelu`, the exact one; `swiglu`, where weight (2N, K) holds gate rows, then
-    up rows, and the result is silu(gate) * up.
+    Epilogues: `plain`, and `gelu`, the exact one.
     """
     out_dtype = out_dtype or x.dtype
     if x.device.type == "cpu":
-        return _linear_on_cpu(x, weight, bias, epilogue, out_scale, out_dtype)
-    M, K = x.shape
+        y = F.linear(x, weight) * out_scale if out_scale != 1.0 else F.linear(x, weight, bias)
+        if out_scale != 1.0 and bias is not None:
+            y = y + bias
+        return (F.gelu(y) if epilogue == "gelu" else y).to(out_dtype)
     is_plain = epilogue == "plain" and out_scale == 1.0 and out_dtype == x.dtype
-    if is_plain and _is_equal_in_cublas(x, weight):
-        return F.linear(x, weight, bias)
-    N = weight.shape[0] // 2 if epilogue == "swiglu" else weight.shape[0]
-    out = torch.empty((M, N), dtype=out_dtype, device=x.device)
-    if M == 0:
-        return out
-    tile = _gemm_tile(x, weight, epilogue)
-    out_block = [tile.rows, tile.columns]
-    grid = (triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)
-    with torch.cuda.device(x.device):
-        _gemm[grid](
-            TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
-            TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
-            bias,
-            TensorDescriptor.from_tensor(out, out_block),
-            M, N, out_scale, K=K,
-            HAS_BIAS=bias is not None, EPILOGUE=epilogue,
-            PRECISION="ieee", BM=tile.rows, BN=tile.columns, BK=tile.depth,
-            GROUP=GROUPED_ROW_TILES, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-    return out
+    if is_plain and bias is not None and linear_hopper.serves(x, weight):
+        return linear_hopper.product(x, weight, bias, epilogue=epilogue)[0]
+    return _launch_gemm(
+        x, weight, bias, epilogue=epilogue, out_scale=out_scale, out_dtype=out_dtype
+    )[0]
 
 
-def _linear_on_cpu(
+def normed_linear(
+    stream: ResidualStream,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    eps: float,
+    epilogue: str = "plain",
+) -> torch.Tensor:
+    """`epilogue(rms_norm(stream) @ weight.T + bias)`, the norm's weight being in `weight` already.
+
+    Epilogues: `plain`, (N, C) -> (N, O); `swiglu`, silu(gate) * up, where `weight` (2 I, C) holds 8
+    rows of the gate and 8 of up in turns, (N, C) -> (N, I).
+    """
+    x = stream.values
+    if x.device.type == "cpu":
+        C = x.shape[1]
+        row_scale = torch.rsqrt(stream.squares.sum(0).unsqueeze(1) / C + eps)
+        y = (F.linear(x, weight) * row_scale + bias.float()).to(x.dtype)
+        if epilogue == "swiglu":
+            gate, up = y.unflatten(1, (-1, 2, 8)).unbind(2)
+            y = (F.silu(gate) * up).flatten(1)
+        return y
+    run = linear_hopper.product if linear_hopper.serves(x, weight) else _launch_gemm
+    return run(x, weight, bias, epilogue=epilogue, squares=stream.squares, eps=eps)[0]
+
+
+def linear_added(
+    stream: ResidualStream, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> ResidualStream:
+    """`stream + x @ weight.T + bias`, rounded once, with its sums of squares."""
+    if x.device.type == "cpu":
+        return with_squares(stream.values + F.linear(x, weight, bias))
+    run = linear_hopper.product if linear_hopper.serves(x, weight) else _launch_gemm
+    return ResidualStream(*run(x, weight, bias, epilogue="residual", residual=stream.values))
+
+
+def _launch_gemm(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    *,
     epilogue: str,
-    out_scale: float,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    y = F.linear(x, weight) * out_scale if out_scale != 1.0 else F.linear(x, weight, bias)
-    if out_scale != 1.0 and bias is not None:
-        y = y + bias
-    if epilogue == "swiglu":
-        gate, up = y.chunk(2, dim=-1)
-        y = F.silu(gate) * up
-    elif epilogue == "gelu":
-        y = F.gelu(y)
-    return y.to(out_dtype)
+    squares: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    eps: float = 0.0,
+    out_scale: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product, and for `residual` its sums of squares."""
+    M, K = x.shape
+    N = weight.shape[0]
+    tile = _gemm_tile(x, weight)
+    n_out = N // 2 if epilogue == "swiglu" else N
+    out = torch.empty((M, n_out), dtype=out_dtype or x.dtype, device=x.device)
+    squares_out = out
+    if epilogue == "residual":
+        chunks = triton.cdiv(N, tile.columns)
+        squares_out = torch.empty((chunks, M), dtype=torch.float32, device=x.device)
+    if M == 0:
+        return out, squares_out
+    out_block = [tile.rows, tile.columns // 2 if epilogue == "swiglu" else tile.columns]
+    out_descriptor = residual_descriptor = TensorDescriptor.from_tensor(out, out_block)
+    if residual is not None:
+        residual_descriptor = TensorDescriptor.from_tensor(residual, out_block)
+    with torch.cuda.device(x.device):
+        _gemm[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
+            TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
+            TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]), bias,
+            residual_descriptor, squares, out_descriptor, squares_out, M, N, out_scale, eps, K=K,
+            HAS_BIAS=bias is not None, EPILOGUE=epilogue,
+            SQUARES=0 if squares is None else len(squares), PRECISION="ieee", BM=tile.rows,
+            BN=tile.columns, BK=tile.depth, GROUP=GROUPED_ROW_TILES, num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )  # fmt: skip
+    return out, squares_out
 
 
-def _gemm_tile(x: torch.Tensor, weight: torch.Tensor, epilogue: str) -> GemmTile:
+def _gemm_tile(x: torch.Tensor, weight: torch.Tensor) -> GemmTile:
     bits = x.dtype.itemsize * 8
-    N, K = weight.shape
-    kind = ("swiglu" if epilogue == "swiglu" else "plain", N > 2048, K > 2048)
-    if _capability(x.device)[0] != HOPPER or bits != 16 or kind not in HOPPER_TILES:
+    if _capability(x.device)[0] != HOPPER or bits != 16:
         return FALLBACK_TILES[bits]
-    return next(tile for least_rows, tile in reversed(HOPPER_TILES[kind]) if len(x) >= least_rows)
-
-
-def _is_equal_in_cublas(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    N, K = weight.shape
-    return (
-        x.dtype == torch.bfloat16
-        and len(x) >= CUBLAS_LEAST_ROWS
-        and (K, N) in CUBLAS_SHAPES
-        and _capability(x.device)[0] == HOPPER
-    )
+    tiles = HOPPER_TILES[weight.shape[0] > 2048]
+    return next(tile for least_rows, tile in reversed(tiles) if len(x) >= least_rows)
 
 
 @cache
@@ -197,20 +243,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @triton.jit
-def _rms_norm(
-    x, update, weight, x_out, out,
-    HAS_UPDATE: tl.constexpr, C: tl.constexpr, C_PADDED: tl.constexpr, EPS: tl.constexpr,
-):  # fmt: skip
-    """One row: the sum, rounded; statistics in fp32; the cast to the input's dtype; the weight."""
+def _rms_norm(x, weight, out, C: tl.constexpr, C_PADDED: tl.constexpr, EPS: tl.constexpr):
+    """One row: statistics in fp32; the cast to the input's dtype; then the weight."""
     i_row = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, C_PADDED)
     m_c = o_c < C
     b_x = tl.load(x + i_row * C + o_c, mask=m_c, other=0.0).to(tl.float32)
-    if HAS_UPDATE:
-        b_x += tl.load(update + i_row * C + o_c, mask=m_c, other=0.0).to(tl.float32)
-        b_sum = b_x.to(out.dtype.element_ty)
-        tl.store(x_out + i_row * C + o_c, b_sum, mask=m_c)
-        b_x = b_sum.to(tl.float32)
     scale = tl.rsqrt(tl.sum(b_x * b_x, 0) / C + EPS)
     b_x = (b_x * scale).to(out.dtype.element_ty)
     b_weight = tl.load(weight + o_c, mask=m_c, other=0.0)
@@ -225,29 +263,36 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if x.device.type == "cpu":
         x32 = x.float()
         return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-    return _launch_rms_norm(x, None, weight, eps)[1]
-
-
-def add_rms_norm(
-    x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x + update`, rounded, and its `rms_norm`, in one pass: (N, C), (N, C) -> (N, C), (N, C)."""
-    if x.device.type == "cpu":
-        x = x + update
-        return x, rms_norm(x, weight, eps)
-    return _launch_rms_norm(x, update, weight, eps)
-
-
-def _launch_rms_norm(
-    x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
     N, C = x.shape
-    x_out = x if update is None else torch.empty_like(x)
     out = torch.empty_like(x)
     if N:
         with torch.cuda.device(x.device):
             _rms_norm[(N,)](
-                x, update, weight, x_out, out, HAS_UPDATE=update is not None,
-                C=C, C_PADDED=triton.next_power_of_2(C), EPS=eps, num_warps=4,
-            )  # fmt: skip
-    return x_out, out
+                x, weight, out, C=C, C_PADDED=triton.next_power_of_2(C), EPS=eps, num_warps=4
+            )
+    return out
+
+
+@triton.jit
+def _row_squares(x, squares, n_rows, C: tl.constexpr, C_PADDED: tl.constexpr, BM: tl.constexpr):
+    """The sum of squares of each row, as one chunk."""
+    o_row = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_c = tl.arange(0, C_PADDED)
+    m_x = (o_row < n_rows)[:, None] & (o_c < C)[None, :]
+    b_x = tl.load(x + o_row[:, None].to(tl.int64) * C + o_c[None, :], mask=m_x, other=0.0)
+    b_x = b_x.to(tl.float32)
+    tl.store(squares + o_row, tl.sum(b_x * b_x, 1), mask=o_row < n_rows)
+
+
+def with_squares(x: torch.Tensor) -> ResidualStream:
+    """Rows that no product has added to yet, as a residual stream: (N, C)."""
+    N, C = x.shape
+    if x.device.type == "cpu":
+        return ResidualStream(x, x.float().square().sum(1).unsqueeze(0))
+    squares = torch.empty((1, N), dtype=torch.float32, device=x.device)
+    if N:
+        with torch.cuda.device(x.device):
+            _row_squares[(triton.cdiv(N, SQUARED_ROWS),)](
+                x, squares, N, C=C, C_PADDED=triton.next_power_of_2(C), BM=SQUARED_ROWS, num_warps=4
+            )
+    return ResidualStream(x, squares)

@@ -1,0 +1,296 @@
+"""The frame regime of the attention on Hopper: the same kernel, its warps specialised.
+
+`attention._rope_varlen_attention` as three roles of one program: a producer warp fetches tiles of K
+(rotated beforehand) and V into a ring of shared memory, and each of two warpgroups attends for 64
+query rows. A warpgroup multiplies Q with the next tile's keys before it needs them, so that its
+softmax runs while the tensor cores still weigh the values of the tile before; and the other
+warpgroup fills what gaps remain. Q is rotated in registers while it loads, as there.
+
+Written in Gluon, Triton's lower level, because that overlap cannot be said in Triton. It serves
+head dim 80, which every published tower has, in bf16; anything else takes the Triton kernel.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from qwen_vit.kernels.hopper import IS_KNOWN_GLUON, descriptor, is_hopper
+
+__all__ = ["Q_ROWS", "frame_attention", "serves"]
+
+Q_ROWS = 128  # of a tile: 64 for each of two warpgroups
+K_ROWS = 128
+NUM_STAGES = 3
+MAIN, TAIL = 64, 16  # head dim 80 in parts that a matrix instruction takes whole
+
+
+@gluon.jit
+def _tile_of_program(tiles, n_tiles):
+    """(head, first and last query row, first and last key row); a spare tile has no rows."""
+    i_program = gl.program_id(0)
+    p_tile = tiles + (i_program % n_tiles).to(gl.int64) * 4
+    return (
+        i_program // n_tiles, gl.load(p_tile), gl.load(p_tile + 1), gl.load(p_tile + 2),
+        gl.load(p_tile + 3),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _fetch(
+    tiles, n_tiles, operands, rings, barriers,
+    H: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: K, then V, of one tile of keys after the other."""
+    k0, k1, v0, v1 = operands
+    k0_ring, k1_ring, v0_ring, v1_ring = rings
+    k_ready, k_empty, v_ready, v_empty = barriers
+    i_head, _, _, k_begin, k_end = _tile_of_program(tiles, n_tiles)
+    k_column = i_head * D
+    v_column = (2 * H + i_head) * D
+    for i in range(gl.cdiv(k_end - k_begin, BN)):
+        stage = i % STAGES
+        phase = (i // STAGES & 1) ^ 1
+        row = k_begin + i * BN
+        mbarrier.wait(k_empty.index(stage), phase)
+        mbarrier.expect(k_ready.index(stage), BN * D * 2)
+        tma.async_copy_global_to_shared(
+            k0, [row, k_column], k_ready.index(stage), k0_ring.index(stage)
+        )
+        tma.async_copy_global_to_shared(
+            k1, [row, k_column + D0], k_ready.index(stage), k1_ring.index(stage)
+        )
+        mbarrier.wait(v_empty.index(stage), phase)
+        mbarrier.expect(v_ready.index(stage), BN * D * 2)
+        tma.async_copy_global_to_shared(
+            v0, [row, v_column], v_ready.index(stage), v0_ring.index(stage)
+        )
+        tma.async_copy_global_to_shared(
+            v1, [row, v_column + D0], v_ready.index(stage), v1_ring.index(stage)
+        )
+
+
+@gluon.jit
+def _rotated_queries(
+    qkv, cos, sin, axis_index, row_begin, n_rows, column, scale,
+    D_BEGIN: gl.constexpr, D_BLOCK: gl.constexpr, D: gl.constexpr, ROW_STRIDE: gl.constexpr,
+    ROWS: gl.constexpr,
+):  # fmt: skip
+    """Dims D_BEGIN to D_BEGIN + D_BLOCK of ROWS rows, rotated and scaled in fp32, rounded once."""
+    A: gl.constexpr = D // 4  # angles of one axis
+    LANES: gl.constexpr = D_BLOCK // 8  # that share a row: 8 dims, 4 pairs, for each
+    DIMS: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    PAIRS: gl.constexpr = gl.BlockedLayout([1, 4], [32 // LANES, LANES], [4, 1], [1, 0])
+    o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DIMS))
+    o_dim = gl.arange(0, D_BLOCK, layout=gl.SliceLayout(0, DIMS))
+    p_row = qkv + (row_begin + o_row[:, None].to(gl.int64)) * ROW_STRIDE + column + D_BEGIN
+    x = gl.load(p_row + o_dim[None, :], mask=o_row[:, None] < n_rows, other=0.0).to(gl.float32)
+
+    o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, PAIRS))
+    o_pair = D_BEGIN // 2 + gl.arange(0, D_BLOCK // 2, layout=gl.SliceLayout(0, PAIRS))
+    m_pair = (o_row[:, None] < n_rows) & (o_pair[None, :] < 2 * A)
+    p_axis = axis_index + (row_begin + o_row[:, None].to(gl.int64)) * 2 + (o_pair // A)[None, :]
+    o_angle = gl.load(p_axis, mask=m_pair, other=0) * A + (o_pair % A)[None, :]
+    c = gl.load(cos + o_angle, mask=m_pair, other=0.0)
+    s = gl.load(sin + o_angle, mask=m_pair, other=0.0)
+
+    first, second = x.reshape((ROWS, D_BLOCK // 2, 2)).split()
+    first = gl.convert_layout(first, PAIRS)
+    second = gl.convert_layout(second, PAIRS)
+    rotated = gl.join(first * c - second * s, second * c + first * s).reshape((ROWS, D_BLOCK))
+    return (rotated * scale).to(qkv.dtype.element_ty)
+
+
+@gluon.jit
+def _attend(
+    tiles, n_tiles, qkv, cos, sin, axis_index, out, scale_log2e, q0_tiles, q1_tiles, rings,
+    barriers, H: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, I_GROUP: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: softmax(rope(Q) rope(K)^T * scale) V for its 64 query rows."""
+    k0_ring, k1_ring, v0_ring, v1_ring = rings
+    k_ready, k_empty, v_ready, v_empty = barriers
+    dtype: gl.constexpr = qkv.dtype.element_ty
+    # accumulators of the scores, and of the output's main part and tail; P as their left operand
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    O0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D0, 16])
+    O1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
+    P0: gl.constexpr = gl.DotOperandLayout(0, O0, 2)
+    P1: gl.constexpr = gl.DotOperandLayout(0, O1, 2)
+    i_head, q_begin, q_end, k_begin, k_end = _tile_of_program(tiles, n_tiles)
+    row_begin = (q_begin + I_GROUP * ROWS).to(gl.int64)
+    n_rows = q_end - q_begin - I_GROUP * ROWS
+    n_key_tiles = gl.cdiv(k_end - k_begin, BN)
+    if n_key_tiles > 0:
+        q0 = q0_tiles.index(I_GROUP)
+        q1 = q1_tiles.index(I_GROUP)
+        q0.store(
+            _rotated_queries(
+                qkv, cos, sin, axis_index, row_begin, n_rows, i_head * D, scale_log2e, 0, D0, D,
+                3 * H * D, ROWS,
+            )
+        )  # fmt: skip
+        q1.store(
+            _rotated_queries(
+                qkv, cos, sin, axis_index, row_begin, n_rows, i_head * D, scale_log2e, D0, D1, D,
+                3 * H * D, ROWS,
+            )
+        )  # fmt: skip
+        fence_async_shared()
+        o_k = gl.arange(0, BN, layout=gl.SliceLayout(0, S))
+        zeros = gl.zeros([ROWS, BN], gl.float32, S)
+        acc0 = gl.zeros([ROWS, D0], gl.float32, O0)
+        acc1 = gl.zeros([ROWS, D1], gl.float32, O1)
+
+        mbarrier.wait(k_ready.index(0), 0)
+        s = warpgroup_mma(q0, k0_ring.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma(q1, k1_ring.index(0).permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
+        mbarrier.arrive(k_empty.index(0), count=1)
+        if n_key_tiles == 1:
+            s = gl.where(o_k[None, :] < k_end - k_begin, s, -float("inf"))
+        m = gl.max(s, 1)
+        p = gl.exp2(s - m[:, None])
+        l = gl.sum(p, 1)
+        p = p.to(dtype)
+
+        for i in range(1, n_key_tiles):
+            stage = i % STAGES
+            stage_before = (i - 1) % STAGES
+            # scores of this tile, then the values of the one before: both under way at once
+            mbarrier.wait(k_ready.index(stage), i // STAGES & 1)
+            s = warpgroup_mma(
+                q0, k0_ring.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
+            )
+            s = warpgroup_mma(q1, k1_ring.index(stage).permute((1, 0)), s, is_async=True)
+            mbarrier.wait(v_ready.index(stage_before), (i - 1) // STAGES & 1)
+            p0 = gl.convert_layout(p, P0)
+            p1 = gl.convert_layout(p, P1)
+            acc0 = warpgroup_mma(p0, v0_ring.index(stage_before), acc0, is_async=True)
+            acc1 = warpgroup_mma(p1, v1_ring.index(stage_before), acc1, is_async=True)
+            s = warpgroup_mma_wait(num_outstanding=2, deps=(s,))
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            if i == n_key_tiles - 1:
+                s = gl.where(o_k[None, :] < k_end - k_begin - i * BN, s, -float("inf"))
+            m_new = gl.maximum(m, gl.max(s, 1))
+            p_new = gl.exp2(s - m_new[:, None])
+            rescale = gl.exp2(m - m_new)
+            l = l * rescale + gl.sum(p_new, 1)
+            m = m_new
+            # P too: its registers are read until then, and must not hold anything new before
+            acc0, acc1, p0, p1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc0, acc1, p0, p1))
+            mbarrier.arrive(v_empty.index(stage_before), count=1)
+            acc0 = acc0 * gl.convert_layout(rescale, gl.SliceLayout(1, O0))[:, None]
+            acc1 = acc1 * gl.convert_layout(rescale, gl.SliceLayout(1, O1))[:, None]
+            p = p_new.to(dtype)
+
+        stage = (n_key_tiles - 1) % STAGES
+        mbarrier.wait(v_ready.index(stage), (n_key_tiles - 1) // STAGES & 1)
+        n_last = k_end - k_begin - (n_key_tiles - 1) * BN
+        v0 = v0_ring.index(stage)
+        v1 = v1_ring.index(stage)
+        if n_last < BN:
+            # rows of a neighbour: their weight is 0, but 0 * NaN is NaN. Both warpgroups write the
+            # same values, so neither need wait for the other.
+            V0: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+            V1: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
+            m_v0 = gl.arange(0, BN, layout=gl.SliceLayout(1, V0))[:, None] < n_last
+            m_v1 = gl.arange(0, BN, layout=gl.SliceLayout(1, V1))[:, None] < n_last
+            v0.store(gl.where(m_v0, v0.load(V0), 0.0))
+            v1.store(gl.where(m_v1, v1.load(V1), 0.0))
+            fence_async_shared()
+        p0 = gl.convert_layout(p, P0)
+        p1 = gl.convert_layout(p, P1)
+        acc0 = warpgroup_mma(p0, v0, acc0, is_async=True)
+        acc1 = warpgroup_mma(p1, v1, acc1, is_async=True)
+        acc0, acc1, p0, p1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc0, acc1, p0, p1))
+
+        p_out = out + row_begin * (H * D) + i_head * D
+        scale0 = gl.convert_layout(1.0 / l, gl.SliceLayout(1, O0))
+        scale1 = gl.convert_layout(1.0 / l, gl.SliceLayout(1, O1))
+        o_row0 = gl.arange(0, ROWS, layout=gl.SliceLayout(1, O0))[:, None]
+        o_row1 = gl.arange(0, ROWS, layout=gl.SliceLayout(1, O1))[:, None]
+        o_dim0 = gl.arange(0, D0, layout=gl.SliceLayout(0, O0))[None, :]
+        o_dim1 = D0 + gl.arange(0, D1, layout=gl.SliceLayout(0, O1))[None, :]
+        y0 = (acc0 * scale0[:, None]).to(dtype)
+        y1 = (acc1 * scale1[:, None]).to(dtype)
+        gl.store(p_out + o_row0 * (H * D) + o_dim0, y0, mask=o_row0 < n_rows)
+        gl.store(p_out + o_row1 * (H * D) + o_dim1, y1, mask=o_row1 < n_rows)
+
+
+@gluon.jit
+def _frame_attention(
+    tiles, n_tiles, qkv, cos, sin, axis_index, k0, k1, v0, v1, out, scale_log2e,
+    H: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """One query tile of one head; tiles of a head run side by side and share its keys in L2."""
+    dtype: gl.constexpr = qkv.dtype.element_ty
+    Q0: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D0], dtype)
+    Q1: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D1], dtype)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q0_tiles = gl.allocate_shared_memory(dtype, [2, ROWS, D0], Q0)
+    q1_tiles = gl.allocate_shared_memory(dtype, [2, ROWS, D1], Q1)
+    k0_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D0], k0.layout)
+    k1_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D1], k1.layout)
+    v0_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D0], v0.layout)
+    v1_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D1], v1.layout)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_ready.index(stage), count=1)
+        mbarrier.init(v_empty.index(stage), count=2)
+    rings = (k0_ring, k1_ring, v0_ring, v1_ring)
+    barriers = (k_ready, k_empty, v_ready, v_empty)
+    operands = (k0, k1, v0, v1)
+    gl.warp_specialize([
+        (_attend, (tiles, n_tiles, qkv, cos, sin, axis_index, out, scale_log2e, q0_tiles, q1_tiles,
+                   rings, barriers, H, D, D0, D1, BN, STAGES, ROWS, 0)),
+        (_attend, (tiles, n_tiles, qkv, cos, sin, axis_index, out, scale_log2e, q0_tiles, q1_tiles,
+                   rings, barriers, H, D, D0, D1, BN, STAGES, ROWS, 1)),
+        (_fetch, (tiles, n_tiles, operands, rings, barriers, H, D, D0, BN, STAGES)),
+    ], [4, 1], [232, 40])  # fmt: skip
+
+
+def serves(qkv: torch.Tensor, is_axial: bool, adjacent_pairs: bool) -> bool:
+    """Whether `frame_attention` takes this one: the tower's own call, in bf16, on Hopper."""
+    return (
+        IS_KNOWN_GLUON
+        and qkv.dtype == torch.bfloat16
+        and qkv.shape[3] == MAIN + TAIL
+        and is_axial
+        and adjacent_pairs
+        and is_hopper(qkv.device)
+    )
+
+
+def frame_attention(
+    qkv: torch.Tensor,
+    k_rotated: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    axis_index: torch.Tensor,
+    tiles: torch.Tensor,
+    out: torch.Tensor,
+    scale_log2e: float,
+) -> None:
+    """Fill `out` (N, H, D): `attention`'s frame regime, K rotated beforehand."""
+    N, _, H, D = qkv.shape
+    keys, values = k_rotated.view(N, H * D), qkv.view(N, 3 * H * D)
+    with torch.cuda.device(qkv.device):
+        _frame_attention[(len(tiles) * H,)](
+            tiles, len(tiles), qkv, cos, sin, axis_index, descriptor(keys, [K_ROWS, MAIN]),
+            descriptor(keys, [K_ROWS, TAIL]), descriptor(values, [K_ROWS, MAIN]),
+            descriptor(values, [K_ROWS, TAIL]), out, scale_log2e, H=H, D=D, D0=MAIN, D1=TAIL,
+            BN=K_ROWS, STAGES=NUM_STAGES, ROWS=Q_ROWS // 2, num_warps=4,
+        )  # fmt: skip

@@ -1,0 +1,30 @@
+"""What the kernels for Hopper share: who may use them, and how they see a tensor."""
+
+from functools import cache
+
+import torch
+import triton
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+__all__ = ["IS_KNOWN_GLUON", "descriptor", "is_hopper", "multiprocessors"]
+
+# Gluon may change from one Triton to the next; with another one the plain kernels serve Hopper too.
+IS_KNOWN_GLUON = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device has Hopper's own instructions, which newer ones lack."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def descriptor(rows: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    """A bfloat16 matrix, fetched and stored in blocks by the tensor memory accelerator."""
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    return TensorDescriptor.from_tensor(rows, block, layout)

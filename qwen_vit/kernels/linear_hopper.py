@@ -1,0 +1,316 @@
+"""The tower's large products on Hopper: warp-specialised, with all that follows fused in.
+
+A producer warp fetches tiles of x and of the weight into a ring of shared memory; two or three
+warpgroups multiply them, each its own rows, and while one stores its tile another multiplies. The
+grid is one program per multiprocessor, and each walks over its tiles. Before the kernel that comes
+first has ended, the producer already fetches its first weights (programmatic dependent launch).
+
+Written in Gluon, Triton's lower level, because the overlap is what matters here. The sums run over
+K in the order of `linear._gemm`, so both give the same bits; this one is used where it is supported
+and the other everywhere else.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from qwen_vit.kernels.hopper import IS_KNOWN_GLUON, descriptor, is_hopper, multiprocessors
+
+__all__ = ["SQUARES_COLUMNS", "product", "serves"]
+
+SQUARES_COLUMNS = 128  # sums of squares are kept by chunk of this many columns, whatever the tile
+BK = 64  # columns of x and of the weight that a stage holds: one swizzled line of 128 bytes
+FIRST_STEPS = 4  # of a tile, while which the last tile's result is still on its way out
+GROUPED_ROW_TILES = 8  # tiles of this many row blocks run together and share weights in L2
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One reviewed row: rows x columns of a tile, stages of the ring, warpgroups that multiply."""
+
+    rows: int
+    columns: int
+    num_stages: int
+    num_groups: int
+
+
+WIDE = Tile(128, 256, 3, 2)
+WIDE_SWIGLU = Tile(128, 256, 4, 2)  # its result is half as wide, which leaves room for a stage
+TALL = Tile(192, 128, 4, 3)
+SQUARE = Tile(128, 128, 6, 2)
+
+# Measured on an H200 at 1,024 to 32,768 patches (tools/NOTES.md). (epilogue, K > 2048) -> from how
+# many rows on a tile is used. Rows may choose, because all tiles agree bit for bit (tested).
+TILES: dict[tuple[str, bool], tuple[tuple[int, Tile], ...]] = {
+    ("plain", False): ((0, WIDE), (1536, TALL), (16384, WIDE)),  # qkv
+    ("plain", True): ((0, SQUARE), (1536, WIDE)),  # the merger's last, with a row per 4 patches
+    ("swiglu", False): (
+        *((0, WIDE_SWIGLU), (1536, TALL), (3072, WIDE_SWIGLU), (6144, TALL)),
+        (12288, WIDE_SWIGLU),
+    ),
+    ("residual", False): ((0, SQUARE), (1536, TALL), (16384, SQUARE)),  # proj
+    ("residual", True): ((0, SQUARE), (1536, TALL), (6144, WIDE)),  # down
+}
+
+
+@gluon.jit
+def _row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP: gl.constexpr):
+    group_size = GROUP * n_column_tiles
+    first_row_tile = i_tile // group_size * GROUP
+    group_rows = min(n_row_tiles - first_row_tile, GROUP)
+    return first_row_tile + i_tile % group_size % group_rows, i_tile % group_size // group_rows
+
+
+@gluon.jit
+def _fetch(
+    operands, rings, barriers, sizes, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr, GROUPS: gl.constexpr, GROUP: gl.constexpr, EPILOGUE: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: stages of x and of the weight, and each tile's residual rows."""
+    x, weight, residual = operands
+    x_ring, weight_ring, results = rings
+    empty, ready, result_is_free, residual_is_there = barriers
+    _, n_row_tiles, n_column_tiles = sizes
+    BK: gl.constexpr = x.block_type.shape[1]
+    ROWS: gl.constexpr = BM // GROUPS
+    n_tiles = n_row_tiles * n_column_tiles
+    # weights do not depend on the kernel before: the first ring of them is on its way already
+    i_m, i_n = _row_and_column_tile(gl.program_id(0), n_row_tiles, n_column_tiles, GROUP)
+    for early in gl.static_range(STAGES):
+        mbarrier.expect(ready.index(early), (BM + BN) * BK * 2)
+        tma.async_copy_global_to_shared(
+            weight, [i_n * BN, early * BK], ready.index(early), weight_ring.index(early)
+        )
+    gdc_wait()
+    step = 0
+    turn = 0
+    for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
+        i_m, i_n = _row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP)
+        for i_k in range(0, K, BK):
+            stage = step % STAGES
+            bar = ready.index(stage)
+            if step >= STAGES:
+                mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+                mbarrier.expect(bar, (BM + BN) * BK * 2)
+                tma.async_copy_global_to_shared(
+                    weight, [i_n * BN, i_k], bar, weight_ring.index(stage)
+                )
+            for group in gl.static_range(GROUPS):
+                tma.async_copy_global_to_shared(
+                    x, [i_m * BM + group * ROWS, i_k], bar, x_ring.index(stage * GROUPS + group)
+                )
+            step += 1
+        if EPILOGUE == "residual":
+            mbarrier.wait(result_is_free.index(0), turn & 1)
+            mbarrier.expect(residual_is_there.index(0), BM * BN * 2)
+            for group in gl.static_range(GROUPS):
+                tma.async_copy_global_to_shared(
+                    residual, [i_m * BM + group * ROWS, i_n * BN], residual_is_there.index(0),
+                    results.index(group),
+                )  # fmt: skip
+        turn += 1
+
+
+@gluon.jit
+def _accumulate(
+    acc, step, n_steps, x_ring, weight_ring, empty, ready,
+    I_GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """acc += x @ weight^T over `n_steps` stages of the ring, freeing each when it has been read."""
+    for i in range(n_steps):
+        stage = step % STAGES
+        mbarrier.wait(ready.index(stage), step // STAGES & 1)
+        b_x = x_ring.index(stage * GROUPS + I_GROUP)
+        acc = warpgroup_mma(b_x, weight_ring.index(stage).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))  # the step before has been read
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=i > 0)
+        step += 1
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+    return acc, step
+
+
+@gluon.jit
+def _multiply(
+    bias, squares, eps, out, squares_out, rings, barriers, sizes, K: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    GROUP: gl.constexpr, EPILOGUE: gl.constexpr, SQUARES: gl.constexpr, FIRST: gl.constexpr,
+    I_GROUP: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: its rows of every tile, and what follows the product."""
+    x_ring, weight_ring, results = rings
+    empty, ready, result_is_free, residual_is_there = barriers
+    M, n_row_tiles, n_column_tiles = sizes
+    ROWS: gl.constexpr = BM // GROUPS
+    STEPS: gl.constexpr = K // x_ring.shape[2]
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16]
+    )
+    o_m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
+    o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))
+    gdc_wait()
+    gdc_launch_dependents()
+    step = 0
+    turn = 0
+    for i_tile in range(gl.program_id(0), n_row_tiles * n_column_tiles, gl.num_programs(0)):
+        i_m, i_n = _row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP)
+        i_row = i_m * BM + I_GROUP * ROWS
+        row = i_row + o_m
+        if SQUARES > 0:  # the chunks of a row in one order, whatever the tile
+            total = gl.load(squares + row, mask=row < M, other=0.0)
+            for chunk in gl.static_range(1, SQUARES):
+                total += gl.load(squares + chunk * M + row, mask=row < M, other=0.0)
+            row_scale = gl.rsqrt(total / K + eps)
+
+        acc = gl.zeros([ROWS, BN], gl.float32, MMA)
+        acc, step = _accumulate(
+            acc, step, FIRST, x_ring, weight_ring, empty, ready, I_GROUP, GROUPS, STAGES
+        )
+        tma.store_wait(0)  # the last tile's result has left
+        if EPILOGUE == "residual":
+            mbarrier.arrive(result_is_free.index(0), count=1)
+        acc, step = _accumulate(
+            acc, step, STEPS - FIRST, x_ring, weight_ring, empty, ready, I_GROUP, GROUPS, STAGES
+        )
+
+        if SQUARES > 0:
+            acc = acc * row_scale[:, None]
+        acc = acc + gl.load(bias + i_n * BN + o_n).to(gl.float32)[None, :]
+        i_column = i_n * BN
+        if EPILOGUE == "swiglu":  # 8 columns of the gate, 8 of up: a thread holds both of a pair
+            pairs = acc.reshape((ROWS, BN // 16, 2, 8)).permute((0, 1, 3, 2))
+            gate, up = pairs.split()
+            acc = (gate / (1.0 + gl.exp(-gate)) * up).reshape((ROWS, BN // 2))
+            i_column = i_n * (BN // 2)
+        if EPILOGUE == "residual":
+            mbarrier.wait(residual_is_there.index(0), turn & 1)
+            acc = acc + results.index(I_GROUP).load(MMA).to(gl.float32)
+        result = acc.to(out.dtype)
+        results.index(I_GROUP).store(result)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out, [i_row, i_column], results.index(I_GROUP))
+
+        if EPILOGUE == "residual":  # of what was stored: rounded
+            squared = result.to(gl.float32)
+            squared = squared * squared
+            if BN == 256:
+                left, right = squared.reshape((ROWS, 2, 128)).permute((0, 2, 1)).split()
+                left = gl.convert_layout(gl.sum(left, 1), gl.SliceLayout(1, MMA))
+                right = gl.convert_layout(gl.sum(right, 1), gl.SliceLayout(1, MMA))
+                gl.store(squares_out + (2 * i_n) * M + row, left, mask=row < M)
+                gl.store(squares_out + (2 * i_n + 1) * M + row, right, mask=row < M)
+            else:
+                gl.store(squares_out + i_n * M + row, gl.sum(squared, 1), mask=row < M)
+        turn += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _product(
+    x, weight, bias, residual, squares, out, squares_out, eps, M, n_row_tiles, n_column_tiles,
+    K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, EPILOGUE: gl.constexpr, SQUARES: gl.constexpr,
+    FIRST: gl.constexpr,
+):  # fmt: skip
+    """out (M, N) = epilogue(row scale * x (M, K) @ weight (N, K)^T + bias), as `linear._gemm`."""
+    BK: gl.constexpr = x.block_type.shape[1]
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * GROUPS, BM // GROUPS, BK], x.layout)
+    weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, BN, BK], weight.layout)
+    results = gl.allocate_shared_memory(out.dtype, [GROUPS] + out.block_type.shape, out.layout)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    result_is_free = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
+    residual_is_there = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(empty.index(stage), count=GROUPS)
+        mbarrier.init(ready.index(stage), count=1)
+    mbarrier.init(result_is_free.index(0), count=GROUPS)
+    mbarrier.init(residual_is_there.index(0), count=1)
+    rings = (x_ring, weight_ring, results)
+    barriers = (empty, ready, result_is_free, residual_is_there)
+    sizes = (M, n_row_tiles, n_column_tiles)
+    operands = (x, weight, residual)
+    if GROUPS == 2:
+        gl.warp_specialize([
+            (_multiply, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM, BN,
+                         STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 0)),
+            (_multiply, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM, BN,
+                         STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 1)),
+            (_fetch, (operands, rings, barriers, sizes, K, BM, BN, STAGES, GROUPS, GROUP,
+                      EPILOGUE)),
+        ], [4, 1], [232, 40])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_multiply, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM, BN,
+                         STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 0)),
+            (_multiply, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM, BN,
+                         STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 1)),
+            (_multiply, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM, BN,
+                         STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 2)),
+            (_fetch, (operands, rings, barriers, sizes, K, BM, BN, STAGES, GROUPS, GROUP,
+                      EPILOGUE)),
+        ], [4, 4, 1], [160, 160, 32])  # fmt: skip
+
+
+def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `product` takes this one: bf16 on Hopper, and whole tiles along N and K."""
+    N, K = weight.shape
+    return (
+        IS_KNOWN_GLUON
+        and x.dtype == torch.bfloat16
+        and N % 256 == 0
+        and K % BK == 0
+        and (FIRST_STEPS + SQUARE.num_stages) * BK <= K
+        and is_hopper(x.device)
+    )
+
+
+def product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    epilogue: str,
+    squares: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear`'s product on Hopper: the result, and for `residual` its sums of squares."""
+    M, K = x.shape
+    N = weight.shape[0]
+    rows = TILES[epilogue, K > 2048]
+    tile = next(tile for least_rows, tile in reversed(rows) if least_rows <= M)
+    out = torch.empty((M, N // 2 if epilogue == "swiglu" else N), dtype=x.dtype, device=x.device)
+    squares_out = out
+    if epilogue == "residual":
+        chunks = N // SQUARES_COLUMNS
+        squares_out = torch.empty((chunks, M), dtype=torch.float32, device=x.device)
+    if M == 0:
+        return out, squares_out
+    n_row_tiles, n_column_tiles = -(-M // tile.rows), N // tile.columns
+    x_block = [tile.rows // tile.num_groups, BK]
+    weight_block = [tile.columns, BK]
+    out_block = [x_block[0], tile.columns // 2 if epilogue == "swiglu" else tile.columns]
+    out_descriptor = descriptor(out, out_block)
+    with torch.cuda.device(x.device):
+        _product[(min(n_row_tiles * n_column_tiles, multiprocessors(x.device)),)](
+            descriptor(x, x_block), descriptor(weight, weight_block), bias,
+            out_descriptor if residual is None else descriptor(residual, out_block),
+            out if squares is None else squares, out_descriptor, squares_out, eps, M,
+            n_row_tiles, n_column_tiles, K=K, BM=tile.rows, BN=tile.columns,
+            STAGES=tile.num_stages, GROUPS=tile.num_groups, GROUP=GROUPED_ROW_TILES,
+            EPILOGUE=epilogue, SQUARES=0 if squares is None else len(squares),
+            FIRST=FIRST_STEPS, num_warps=4, launch_pdl=True,
+        )  # fmt: skip
+    return out, squares_out
