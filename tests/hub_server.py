@@ -32,7 +32,7 @@ class Fault:
     It begins after `skip` such requests and ends after `times` more (None: never). `method` and
     `ranges` (True: only requests of a range) narrow it down. What happens, any of:
 
-    status, code, retry_after   this HTTP status, X-Error-Code and Retry-After instead of the file
+    status, code, headers       this HTTP status, X-Error-Code and more, instead of the file
     cut                         the connection closes after this share of the body
     drip                        a pause of this many seconds before each 64 KiB
     flip                        one bit of this byte of the file is wrong, however it is read
@@ -50,7 +50,7 @@ class Fault:
     ranges: bool | None = None
     status: int | None = None
     code: str = ""
-    retry_after: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
     cut: float | None = None
     drip: float = 0.0
     flip: int | None = None
@@ -191,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.status is not None:
             found = self.hub.folder(repo, self.revision)
             commit = COMMIT if found is None else found[1]
-            return self._refuse(fault.status, fault.code, fault.retry_after, commit=commit)
+            return self._refuse(fault.status, fault.code, fault.headers, commit=commit)
         if not self.hub.has(repo):
             return self._refuse(404, "RepoNotFound")
         is_known = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
@@ -276,13 +276,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.sent += len(part)
 
     def _refuse(
-        self, status: int, code: str, retry_after: str = "", *, commit: str = COMMIT
+        self, status: int, code: str, more: dict[str, str] | None = None, *, commit: str = COMMIT
     ) -> None:
-        headers: dict[str, Any] = {"X-Repo-Commit": commit, "Content-Length": 0}
+        headers: dict[str, Any] = {"X-Repo-Commit": commit, "Content-Length": 0, **(more or {})}
         if code:
             headers["X-Error-Code"] = code
-        if retry_after:
-            headers["Retry-After"] = retry_after
         self._start(status, headers)
 
     def log_message(self, format: str, *args: object) -> None:

@@ -294,7 +294,10 @@ PASSING = {
     "cut-at-once": Fault("*.safetensors", ranges=True, times=3, cut=0.0),
     "500": Fault("*.safetensors", times=3, status=500),
     "503": Fault("*.safetensors", times=3, status=503),
-    "429": Fault("*.safetensors", times=2, status=429, retry_after="7"),
+    "429-retry-after": Fault("*.safetensors", times=2, status=429, headers={"Retry-After": "7"}),
+    "429-rate-limit": Fault(
+        "*.safetensors", times=2, status=429, headers={"RateLimit": '"api";r=0;t=7'}
+    ),
     "too-slow": Fault("*-00002-*", skip=2, times=1, drip=3.0),
     "slow-drip": Fault("*.safetensors", times=8, drip=0.05),
     "small-files-500": Fault("*.json", times=1, status=500),
@@ -311,7 +314,7 @@ def test_a_fault_that_passes_is_waited_out(
     loaded = worker("load", **call)
     assert loaded.get("weights") == hash_of(repo), loaded
     assert loaded["files"] == OURS
-    if fault.retry_after:
+    if fault.status == 429:
         assert 8.0 in loaded["waits"]  # a second more than asked for
 
 
@@ -634,6 +637,18 @@ def test_what_cannot_be_used_is_refused_before_any_weight_is_fetched(
     weights = [r for r in hub.requests if r.method == "GET" and r.file.endswith(".safetensors")]
     assert sum(request.sent for request in weights) < 8_000  # a header at most
     assert not own_folder(call).exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model_type": "qwen2_vl"}, {"model_type": "llava"}, {"auto_map": {"a": "b.c"}}]
+)
+def test_another_model_is_refused_before_any_weight_file_is_asked_for(
+    hub: Hub, worker: Session, repo: Path, call: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    write_checkpoint(repo, SMALL)
+    edit_config(repo, **changes)
+    assert worker("load", **call)["kind"] == "CheckpointError"
+    assert hub.fetched() == ["config.json"]
 
 
 # What is kept
