@@ -314,7 +314,9 @@ def test_an_interrupt_ends_with_130_and_leaves_no_file(
     assert sorted(os.listdir()) == before
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["encode", "--help"], ["info", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["-h"], ["encode", "--help"], ["info", "-h"], ["compare", "-h"]]
+)
 def test_help_shows_examples_that_parse(run: Any, arguments: list[str]) -> None:
     done = run(*arguments)
     assert (done.code, done.err) == (0, "")

@@ -1,5 +1,6 @@
 """`qwen-vit compare`: agreement is found, and so is every planted difference, by stage and name."""
 
+import itertools
 import json
 import math
 import os
@@ -211,6 +212,27 @@ def test_an_image_that_cannot_be_read_is_skipped_and_ends_with_1(run: Any, tmp_p
     ]
     code, out, _ = run(torn, *SMALL)
     assert (code, "skipped: " in out, "agrees" in out) == (1, True, False)
+
+
+def test_an_image_too_large_for_the_gpus_memory_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, golden: Golden
+) -> None:
+    trace_tower, calls = compare_module.trace_tower, itertools.count()
+
+    def full(*arguments: Any) -> Any:
+        if next(calls) % 2 == 0:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return trace_tower(*arguments)
+
+    monkeypatch.setattr(compare_module, "trace_tower", full)
+    for done in (
+        compare(encoder(), [ROCKET, CHELSEA]),
+        compare_with_golden(encoder(), golden, [ROCKET, CHELSEA]),
+    ):
+        [(name, error)] = done.skipped
+        assert (name, error.code, done.holds) == (str(ROCKET), "out-of-memory", False)
+        assert "lower --max-pixels" in str(error)
+        assert [image.id for image in done.images] == [str(CHELSEA)]
 
 
 def test_values_that_are_not_finite_differ_and_stay_json(
