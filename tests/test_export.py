@@ -908,7 +908,7 @@ def test_a_gpu_computes_in_the_type_that_is_stored(
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> export_trials.Exports:
-    return export_trials.Exports(tmp_path_factory.mktemp("exports"), 600)
+    return export_trials.Exports(tmp_path_factory.mktemp("exports"), 300)
 
 
 def test_kills_lose_and_double_nothing(exports: export_trials.Exports) -> None:
@@ -927,7 +927,7 @@ def test_a_full_disk_stops_with_2_and_the_rest_follows_when_there_is_room(
 
 
 def test_memory_and_open_files_stay_flat(tmp_path: Path) -> None:
-    export_trials.flat_memory(tmp_path, images=2_000, first=500)
+    export_trials.flat_memory(tmp_path, images=1_500, first=500)
 
 
 def test_a_disk_that_fills_up_is_an_error_and_whole_shards_stay(
