@@ -162,6 +162,11 @@ def hf_tower(
     module would not leave them. Raises ArgumentError for an attention that is not installed.
     """
     check_transformers()
+    if "flash" in attention and dtype == torch.float32:
+        raise ArgumentError(
+            f"--attention {attention} takes no float32, which this run is in; pass "
+            "--dtype bfloat16 on a GPU, or use sdpa or eager"
+        )
     with _importing():
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
             Qwen2_5_VisionTransformerPretrainedModel,

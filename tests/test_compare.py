@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,15 @@ def test_without_a_transformers_to_use_the_range_and_the_find_are_named(
     assert "--golden FILE" in err
 
 
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="FlashAttention is installed")
+def test_an_attention_that_is_not_installed_is_refused_with_the_others() -> None:
+    checkpoint = encoder().checkpoint
+    with pytest.raises(ArgumentError, match=r"refuses --attention flash_attention_2 .* sdpa or"):
+        reference.hf_tower(
+            checkpoint.tensors, checkpoint.config, torch.bfloat16, attention="flash_attention_2"
+        )
+
+
 def test_a_transformers_that_does_not_import_is_named_with_its_versions(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +309,7 @@ BAD_USAGE = {
     "no golden": ((*SMALL, "--golden", "none"), "none is not a file, expected a golden file"),
     "golden is a folder": ((*SMALL, "--golden", "."), "expected a golden file"),
     "folder for a golden": ((CHELSEA, *SMALL, "--save-golden", "."), ". is a folder"),
-    "attention": ((CHELSEA, *SMALL, "--attention", "flash_attention_2"), "use sdpa or eager"),
+    "attention": ((CHELSEA, *SMALL, "--attention", "flash_attention_2"), "takes no float32"),
     "unknown attention": ((CHELSEA, *SMALL, "--attention", "fast"), "'fast' is not one of"),
     "torchvision": ((CHELSEA, *SMALL, "--processor", "torchvision"), "pass --processor pillow"),
     "report is a file": ((CHELSEA, *SMALL, "--report", CHELSEA), "is a file, expected a folder"),
@@ -314,8 +324,6 @@ def test_bad_usage_ends_with_2_before_any_work(
 ) -> None:
     if fault == "torchvision" and "torchvision" in reference.package_versions():
         pytest.skip("torchvision is installed")
-    if fault == "attention" and torch.cuda.is_available():
-        pytest.skip("FlashAttention may be installed")
     monkeypatch.chdir(tmp_path)
     arguments, words = BAD_USAGE[fault]
     code, out, err = run(*arguments)
