@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -25,6 +25,7 @@ __all__ = ["Estimate", "estimate_export", "estimate_plan"]
 
 SAMPLE = 1_000  # images, for a plan
 IMAGES_TIMED = 8
+SLOW_S = 5.0  # an image that takes so long is judged by alone
 BYTES_BESIDE_ROWS = 500  # an image's ids, hashes and sizes in its shard's header
 
 
@@ -32,7 +33,7 @@ BYTES_BESIDE_ROWS = 500  # an image's ids, hashes and sizes in its shard's heade
 class Estimate:
     """What an export will take, from the images' headers.
 
-    `seconds` is None where no image could be timed; `unreadable` images have no header that can be
+    `seconds` is None where no image was timed; `unreadable` images have no header that can be
     read. A number that is counted on a sample is marked by `is_sample`.
     """
 
@@ -69,21 +70,23 @@ def estimate_export(
 
 
 def estimate_plan(encoder: VisionEncoder, plan: Plan) -> Estimate:
-    """The same for a plan, from a sample of its images."""
+    """The same for a plan, from a sample of its images, without the time."""
     sample = plan.listing.spread(SAMPLE)
-    found = _estimate(encoder, sample, plan.options)
+    found = _estimate(encoder, sample, plan.options, is_timed=False)
     scale = plan.n_images / len(sample)
     return Estimate(
         plan.n_images,
         round(found.unreadable * scale),
         round(found.rows * scale),
         round(found.bytes * scale),
-        None if found.seconds is None else found.seconds * scale,
+        None,
         is_sample=scale > 1,
     )
 
 
-def _estimate(encoder: VisionEncoder, items: Iterable[Item], options: ExportOptions) -> Estimate:
+def _estimate(
+    encoder: VisionEncoder, items: Iterable[Item], options: ExportOptions, *, is_timed: bool = True
+) -> Estimate:
     config, form = encoder.image_config, RowForm.of(encoder, options)
     images = unreadable = rows = patches = 0
     timed: list[Item] = []
@@ -108,19 +111,24 @@ def _estimate(encoder: VisionEncoder, items: Iterable[Item], options: ExportOpti
         unreadable,
         rows,
         rows * form.width * form.dtype.itemsize + images * BYTES_BESIDE_ROWS,
-        _seconds(encoder, timed, patches),
+        _seconds(encoder, timed, patches, options.limits) if is_timed else None,
     )
 
 
-def _seconds(encoder: VisionEncoder, timed: Sequence[Item], patches: int) -> float | None:
-    """What all patches take, judged by a few images, after one that warms up."""
-    sources = [item.source for item in timed if item.offset is None][-IMAGES_TIMED:]
-    if not sources:
-        return None
-    encoder.encode(sources[:1], on_error="skip")
-    start = time.monotonic()
-    done = encoder.encode(sources, on_error="skip")
-    seconds = time.monotonic() - start
+def _seconds(
+    encoder: VisionEncoder, timed: Sequence[Item], patches: int, limits: ImageLimits
+) -> float | None:
+    """What all patches take, judged by a few images, after one that warms up if it is quick."""
+    images: list[bytes] = []
+    for item in timed[-IMAGES_TIMED:]:
+        with suppress(ImageError):
+            images.append(read_item(item, limits))
+    for chosen in (images[:1], images):
+        start = time.monotonic()
+        done = encoder.encode(chosen, on_error="skip")
+        seconds = time.monotonic() - start
+        if seconds > SLOW_S:
+            break
     encoded = sum(math.prod(each.grid_thw) for each in done if each.grid_thw is not None)
     return round(seconds * patches / encoded, 3) if encoded else None
 

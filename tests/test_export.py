@@ -9,6 +9,7 @@ import pickle
 import signal
 import socket
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from stand_in import WIDTH, StandIn
 
 from qwen_vit import cli as cli_module
 from qwen_vit import export as export_module
+from qwen_vit import export_estimate as estimate_module
 from qwen_vit import folder_lock as folder_lock_module
 from qwen_vit import manifest as manifest_module
 from qwen_vit.encoder import VisionEncoder
@@ -746,6 +748,31 @@ def test_a_sample_stands_for_the_whole(here: Path, monkeypatch: pytest.MonkeyPat
     with plan_of() as plan:
         estimate = estimate_plan(StandIn(), plan)
     assert (estimate.images, estimate.rows, estimate.is_sample) == (10, 40, True)
+    assert estimate.seconds is None
+
+
+def test_the_time_is_that_of_a_few_images_for_all_patches(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tar, too; a first image that takes long is enough."""
+    with tarfile.open("t.tar", "w") as tar:
+        tar.add("p")
+    clock, asked = [0.0], []
+
+    class Timed(StandIn):
+        def encode(self, images: Any, **options: Any) -> Any:
+            asked.append(len(images))
+            clock[0] += 2.0 * len(images)
+            return [ImageFeatures("a", torch.zeros(4, WIDTH), (1, 4, 4)) for _ in images]
+
+    monkeypatch.setattr(estimate_module.time, "monotonic", lambda: clock[0])
+    for given in ("p", "t.tar"):
+        assert estimate_export(Timed(), [given]).seconds == 22.0  # 11 images of 16 patches
+    assert asked == [1, 4] * 2
+    asked.clear()
+    monkeypatch.setattr(estimate_module, "SLOW_S", 1.0)
+    assert estimate_export(Timed(), ["p"]).seconds == 22.0
+    assert asked == [1]
 
 
 # Options
