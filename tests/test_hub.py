@@ -23,6 +23,7 @@ from qwen_vit import store
 from qwen_vit.checkpoint import load_checkpoint
 from qwen_vit.errors import CheckpointError, HubError
 from qwen_vit.hub import find_checkpoint, packaged_weights
+from qwen_vit.safetensors_header import read_header
 
 SETTINGS = "preprocessor_config.json"
 INDEX = "model.safetensors.index.json"
@@ -149,6 +150,10 @@ def test_types_of_different_width_stay_aligned(
         tensors[name] = tensors[name].float()
     write_weights(repo, tensors)
     assert worker("load", **call)["weights"] == hash_of(repo)
+    path = own_folder(call) / "vision.safetensors"
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+    offsets = {(info.dtype, info.start % 4) for info in read_header(path).values()}
+    assert offsets == {("F32", 0), ("BF16", 0), ("BF16", 2)}
 
 
 def test_a_single_file_of_another_name_is_found_in_the_listing(
