@@ -23,6 +23,8 @@ import click
 from tqdm import tqdm
 
 from qwen_vit import __version__
+from qwen_vit.benchmark import WORKLOADS, speed_report, speed_table
+from qwen_vit.benchmark import bench as measure_speed
 from qwen_vit.compare import compare_checkpoint
 from qwen_vit.comparison_text import as_text
 from qwen_vit.encoder import VisionEncoder
@@ -265,6 +267,36 @@ def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: 
     """
     facts = describe(find_checkpoint(model, **finding), image, verify=verify)
     click.echo(json.dumps(facts, indent=2) if as_json else _listing(facts))
+
+
+@cli.command()
+@click.option("--model", required=True, help="Hub repository, local folder, or 'tiny'.")
+@click.option(
+    "--workload",
+    "workloads",
+    multiple=True,
+    type=click.Choice(tuple(WORKLOADS)),
+    help="Instead of all of them.",
+)
+@click.option("--device", default="auto", show_default=True, help="cuda or cuda:1.")
+@click.option("--dtype", default="auto", show_default=True, help="bfloat16 or float32.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@model_options
+def bench(model: str, workloads: tuple[str, ...], as_json: bool, **loading: Any) -> None:
+    """Time the tower on this GPU: random pixels, GPU time, beside the floor that the chip allows.
+
+    \b
+    qwen-vit bench --model Qwen/Qwen2.5-VL-7B-Instruct
+    qwen-vit bench --model tiny --workload "1 x 448^2" --json
+
+    The floor is all operations at the rate of a large matrix product in the same run.
+    """
+    encoder = VisionEncoder.from_pretrained(model, **loading)
+    rows = measure_speed(encoder, workloads or tuple(WORKLOADS))
+    if as_json:
+        click.echo(json.dumps(speed_report(encoder, rows), indent=2))
+    else:
+        click.echo(speed_table(rows))
 
 
 def _check_output(out: Path, overwrite: bool, images: Sequence[str]) -> None:

@@ -100,8 +100,8 @@ def convert(
         return check_finite(tensors[name], name).to(dtype, copy=True)
 
     def read_folded(name: str, norm: str) -> Tensor:
-        # W (g * x) = (W g) x: exact but for one rounding of the weight
-        weight, gain = (check_finite(tensors[n], n).double() for n in (name, norm))
+        # W (g * x) = (W g) x, and the product of two bfloat16 numbers is exact in float32
+        weight, gain = (check_finite(tensors[n], n).float() for n in (name, norm))
         return check_finite((weight * gain).to(dtype), f"{name} times {norm}")
 
     state = {ours: read(published) for published, ours in RENAMES}

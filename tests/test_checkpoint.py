@@ -505,7 +505,8 @@ def test_the_weights_of_a_blocks_norms_are_multiplied_in_with_one_rounding(dtype
     state = convert(tensors, SMALL, IMAGE_CONFIG, dtype)
     values = state["blocks.1.attn.qkv.weight"][2 * 32 :]  # V's rows keep their places
     expected = tensors["blocks.1.attn.qkv.weight"][2 * 32 :].double()
-    assert torch.equal(values, (expected * tensors["blocks.1.norm1.weight"].double()).to(dtype))
+    expected = (expected * tensors["blocks.1.norm1.weight"].double()).to(dtype)
+    assert torch.equal(values, expected)
     gate, _ = gate_and_up(state["blocks.1.mlp.gate_up.weight"])
     expected = tensors["blocks.1.mlp.gate_proj.weight"].double()
     expected = (expected * tensors["blocks.1.norm2.weight"].double()).to(dtype)
