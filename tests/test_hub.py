@@ -16,7 +16,7 @@ import pytest
 import torch
 from checkpoints import SMALL, WIDE, random_tensors, write_checkpoint, write_weights
 from hub_server import COMMIT, Fault, Hub, etag_of, serving
-from hub_session import Session, session
+from hub_worker import Worker, running_worker
 from safetensors.torch import load_file, save_file
 
 from qwen_vit import store
@@ -38,8 +38,8 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="module")
-def worker(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    with session(tmp_path_factory.mktemp("home"), hub.endpoint) as running:
+def worker(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    with running_worker(tmp_path_factory.mktemp("home"), hub.endpoint) as running:
         yield running
 
 
@@ -101,7 +101,7 @@ def write_sharded(folder: Path, *, language: int = 9) -> int:
 
 
 def test_only_the_vision_tensors_cross_the_wire_and_serve_ever_after(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     vision_bytes = write_sharded(repo)
     first = worker("load", **call, part_bytes=200_000)
@@ -133,7 +133,7 @@ def test_only_the_vision_tensors_cross_the_wire_and_serve_ever_after(
     "prefix", ["visual.", "model.visual.", "thinker.visual.", "", "base_model.model.visual."]
 )
 def test_every_key_layout_arrives_as_it_is_locally(
-    worker: Session, repo: Path, call: dict[str, Any], prefix: str, shards: int
+    worker: Worker, repo: Path, call: dict[str, Any], prefix: str, shards: int
 ) -> None:
     write_checkpoint(repo, SMALL, prefix=prefix, shards=shards, dtype=torch.float32)
     loaded = worker("load", **call)
@@ -142,7 +142,7 @@ def test_every_key_layout_arrives_as_it_is_locally(
 
 
 def test_types_of_different_width_stay_aligned(
-    worker: Session, repo: Path, call: dict[str, Any]
+    worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, replace(SMALL, intermediate_size=13))  # biases of 26 bytes
     tensors = load_file(repo / "model.safetensors")
@@ -157,7 +157,7 @@ def test_types_of_different_width_stay_aligned(
 
 
 def test_a_single_file_of_another_name_is_found_in_the_listing(
-    worker: Session, repo: Path, call: dict[str, Any]
+    worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL)
     (repo / "model.safetensors").rename(repo / "tower.safetensors")
@@ -165,7 +165,7 @@ def test_a_single_file_of_another_name_is_found_in_the_listing(
 
 
 def test_a_mirror_without_a_listing_will_do(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL)
     hub.faults = [Fault("*/api", status=404)]
@@ -175,7 +175,7 @@ def test_a_mirror_without_a_listing_will_do(
 
 
 def test_a_shard_in_the_cache_is_used_and_only_the_others_are_fetched(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL, shards=3)
     shards = sorted(path.name for path in repo.glob("*.safetensors"))
@@ -199,7 +199,7 @@ def test_a_shard_in_the_cache_is_used_and_only_the_others_are_fetched(
 
 
 def test_a_whole_checkpoint_in_the_cache_is_used_as_it_lies(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL, shards=2)
     for path in repo.iterdir():
@@ -214,7 +214,7 @@ def test_a_whole_checkpoint_in_the_cache_is_used_as_it_lies(
 
 
 def test_full_takes_whole_shards_and_checks_their_sha256(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_sharded(repo, language=1)
     command = ["download", "org/tiny", "--full", "--json", "--cache-dir", str(call["cache_dir"])]
@@ -242,7 +242,7 @@ def test_full_takes_whole_shards_and_checks_their_sha256(
 
 
 def test_large_files_come_from_the_second_host_which_never_sees_the_token(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL, shards=2)
     hub.redirects, hub.token = True, "hf_secret"
@@ -256,7 +256,7 @@ def test_large_files_come_from_the_second_host_which_never_sees_the_token(
 
 
 def test_a_branch_that_moves_meanwhile_gives_one_commit_and_later_the_next(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any], tmp_path: Path
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any], tmp_path: Path
 ) -> None:
     write_checkpoint(repo, SMALL, shards=2)
     write_checkpoint(tmp_path / "next", SMALL, shards=2, seed=1)
@@ -273,7 +273,7 @@ def test_a_branch_that_moves_meanwhile_gives_one_commit_and_later_the_next(
 
 
 def test_a_wrong_ref_in_the_cache_does_not_mix_two_commits(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any], tmp_path: Path
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any], tmp_path: Path
 ) -> None:
     """The Hub's client follows a ref that is called like a commit; one wrong answer writes it."""
     write_checkpoint(repo, SMALL, shards=2)
@@ -312,7 +312,7 @@ PASSING = {
 
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
 def test_a_fault_that_passes_is_waited_out(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any], fault: Fault
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any], fault: Fault
 ) -> None:
     write_checkpoint(repo, SMALL, shards=2)
     hub.faults = [replace(fault)]
@@ -335,7 +335,7 @@ NO_RANGES = {
 
 @pytest.mark.parametrize("fault", NO_RANGES.values(), ids=NO_RANGES)
 def test_where_ranges_fail_whole_shards_come_and_the_user_is_told(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any], fault: Fault
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any], fault: Fault
 ) -> None:
     write_checkpoint(repo, SMALL, shards=2)
     hub.faults = [replace(fault)]
@@ -348,7 +348,7 @@ def test_where_ranges_fail_whole_shards_come_and_the_user_is_told(
 
 
 def test_wrong_bytes_of_a_whole_shard_are_found_and_fetched_once_more(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL, shards=2)
     damaged = Fault("*-00002-*", flip=-5, ranges=False, method="GET", times=1)
@@ -364,7 +364,7 @@ def test_wrong_bytes_of_a_whole_shard_are_found_and_fetched_once_more(
 
 
 def test_a_damaged_shard_does_not_stay_when_the_second_attempt_fails(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     """Once it did, under its final name, and the next call used it unchecked."""
     write_checkpoint(repo, SMALL, shards=2)
@@ -379,7 +379,7 @@ def test_a_damaged_shard_does_not_stay_when_the_second_attempt_fails(
 
 
 def test_a_shard_that_another_program_left_damaged_is_not_used(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL, shards=2)
     hub.faults = [Fault("*-00002-*", flip=-5, ranges=False, method="GET")]
@@ -441,7 +441,7 @@ FAILURES: dict[str, tuple[dict[str, Any], Fault | None, tuple[str, ...]]] = {
 @pytest.mark.parametrize(("change", "fault", "words"), FAILURES.values(), ids=FAILURES)
 def test_each_failure_of_the_hub_has_its_cause_and_its_remedy(
     hub: Hub,
-    worker: Session,
+    worker: Worker,
     repo: Path,
     call: dict[str, Any],
     change: dict[str, Any],
@@ -465,7 +465,7 @@ def test_each_failure_of_the_hub_has_its_cause_and_its_remedy(
 
 
 def test_one_wrong_answer_that_a_file_is_not_there_does_not_last(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     """The Hub's cache remembers such an answer, and once that made a sharded checkpoint unreadable
     until the cache was cleared; settings would have been left out in silence."""
@@ -627,7 +627,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 @pytest.mark.parametrize(("edit", "words"), REFUSALS.values(), ids=REFUSALS)
 def test_what_cannot_be_used_is_refused_before_any_weight_is_fetched(
     hub: Hub,
-    worker: Session,
+    worker: Worker,
     repo: Path,
     call: dict[str, Any],
     edit: Callable[[Path], object],
@@ -648,7 +648,7 @@ def test_what_cannot_be_used_is_refused_before_any_weight_is_fetched(
     "changes", [{"model_type": "qwen2_vl"}, {"model_type": "llava"}, {"auto_map": {"a": "b.c"}}]
 )
 def test_another_model_is_refused_before_any_weight_file_is_asked_for(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any], changes: dict[str, Any]
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL)
     edit_config(repo, **changes)
@@ -660,7 +660,7 @@ def test_another_model_is_refused_before_any_weight_file_is_asked_for(
 
 
 def test_damage_of_what_is_kept_is_found_and_mended(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL)
     worker("find", **call)
@@ -705,7 +705,7 @@ def flipped(content: bytes, at: int) -> bytes:
     return bytes(changed)
 
 
-def test_nan_on_the_wire_is_not_kept(worker: Session, repo: Path, call: dict[str, Any]) -> None:
+def test_nan_on_the_wire_is_not_kept(worker: Worker, repo: Path, call: dict[str, Any]) -> None:
     write_checkpoint(repo, SMALL)
     edit_tensors(repo, merger__ln_q__weight=torch.full((32,), float("nan")).bfloat16())
     refused = worker("load", **call)
@@ -716,7 +716,7 @@ def test_nan_on_the_wire_is_not_kept(worker: Session, repo: Path, call: dict[str
 
 
 def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(
-    worker: Session, repo: Path, call: dict[str, Any]
+    worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL)
     parent = own_folder(call).parent
@@ -730,7 +730,7 @@ def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(
 
 
 def test_a_pinned_commit_needs_no_hub_cache_beside_our_folder(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL)
     first = worker("load", **call)
@@ -746,7 +746,7 @@ def test_a_pinned_commit_needs_no_hub_cache_beside_our_folder(
 
 
 def test_offline_without_image_settings_is_refused_rather_than_guessed(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     """Once, settings that could not be fetched counted as absent: images were resized to other
     limits than the checkpoint's, with no word about it."""
@@ -771,11 +771,11 @@ def test_the_environment_means_what_it_means_to_huggingface_hub(
     write_checkpoint(repo, SMALL)
     home, cache = tmp_path / "home", tmp_path / "elsewhere"
     plain = {"model": "org/tiny"}
-    with session(home, hub.endpoint) as worker:
+    with running_worker(home, hub.endpoint) as worker:
         online = worker("load", **plain)
         assert online["folder"].startswith(str(home / "hub"))
         absent = worker("load", model="org/other", local_files_only=True)
-    with session(home, hub.endpoint, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(cache)) as worker:
+    with running_worker(home, hub.endpoint, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(cache)) as worker:
         hub.requests.clear()
         unknown = worker("load", **plain)
         offline = worker("load", **plain, cache_dir=home / "hub")
@@ -785,7 +785,9 @@ def test_the_environment_means_what_it_means_to_huggingface_hub(
     assert "HF_HUB_OFFLINE" in unknown["message"]
     for later in (offline, pinned):
         assert later["weights"] == online["weights"]
-    with session(home, "http://127.0.0.1:9", HF_HUB_CACHE=str(cache)) as worker:  # nobody listens
+    with running_worker(
+        home, "http://127.0.0.1:9", HF_HUB_CACHE=str(cache)
+    ) as worker:  # nobody listens
         away = worker("load", **plain)
         kept = worker("load", **plain, cache_dir=home / "hub")
     assert "could not be reached and is not in the local cache" in away["message"]
@@ -801,7 +803,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(hub: Hub, repo: Path, tmp_path:
     if subprocess.run([*private, mount, disk, "true"], capture_output=True, check=False).returncode:
         pytest.skip("file systems cannot be mounted here")
     write_checkpoint(repo, WIDE)
-    with session(disk, hub.endpoint, start=[*private, mount, str(disk)]) as worker:
+    with running_worker(disk, hub.endpoint, start=[*private, mount, str(disk)]) as worker:
         refused = worker("load", model="org/tiny")
         assert refused["kind"] == "HubError"
         assert (
@@ -818,7 +820,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(hub: Hub, repo: Path, tmp_path:
 
 
 def test_the_command_reports_and_shows_progress_only_on_a_terminal(
-    hub: Hub, worker: Session, repo: Path, call: dict[str, Any]
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_sharded(repo, language=1)
     arguments = ["download", "org/tiny", "--cache-dir", str(call["cache_dir"])]
@@ -860,7 +862,7 @@ def test_tiny_and_a_local_folder_need_no_hub(tmp_path: Path, monkeypatch: Any) -
 
 
 def test_a_folder_of_ours_is_a_local_checkpoint_too(
-    worker: Session, repo: Path, call: dict[str, Any]
+    worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL)
     folder = Path(worker("find", **call)["folder"])

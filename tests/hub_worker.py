@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 # Reads a call in JSON from each line: {"do": ..., keyword arguments}; writes its result.
-WORKER = """
+SCRIPT = """
 import contextlib, importlib, io, json, logging, sys, time
 import huggingface_hub
 from qwen_vit import QwenVitError, cli, ranges
@@ -71,7 +71,7 @@ for line in sys.stdin:
 """
 
 
-class Session:
+class Worker:
     """A running worker."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
@@ -102,16 +102,16 @@ class Session:
 
 
 @contextmanager
-def session(
+def running_worker(
     home: Path, endpoint: str, *, start: Sequence[str] = (), **variables: str
-) -> Iterator[Session]:
+) -> Iterator[Worker]:
     """A worker that knows no other hub, cache or token; `start` is a command that starts it."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "OMP_NUM_THREADS": "1", **variables}
     with subprocess.Popen(
-        [*start, sys.executable, "-c", WORKER],
+        [*start, sys.executable, "-c", SCRIPT],
         cwd=ROOT,
         env=environment,
         stdin=subprocess.PIPE,
@@ -120,6 +120,6 @@ def session(
         text=True,
     ) as process:
         try:
-            yield Session(process)
+            yield Worker(process)
         finally:
             process.kill()
