@@ -278,8 +278,8 @@ def test_a_graphs_result_is_the_towers_own() -> None:
 def test_the_first_answer_of_every_recording_is_right() -> None:
     """cuBLAS in a graph gave a wrong first replay to every encoder of a process but the first.
 
-    The replays after it were right, and in a fresh process, whose memory is all zeros, the first one,
-    too. No product is cuBLAS's since.
+    The replays after it were right, and in a fresh process, whose memory is all zeros, so was the
+    first. No product is cuBLAS's since.
     """
     config = VisionConfig.from_json(
         {"model_type": "qwen2_5_vl", "out_hidden_size": 3584, "depth": 2}
