@@ -16,6 +16,7 @@ from torch import Tensor
 from qwen_vit.config import Grid, VisionConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, CheckpointError
+from qwen_vit.finite import all_finite
 from qwen_vit.graphs import LARGEST_BUDGET, GraphRunner, budget_for
 from qwen_vit.layout import Layout
 from qwen_vit.model import VisionTower
@@ -220,7 +221,7 @@ def bench(encoder: VisionEncoder, workloads: Iterable[str] = tuple(WORKLOADS)) -
             pixels = random_pixels(batch, encoder.config, encoder.device)
             by_graph, eager = timed.by_graph(pixels, batch), timed.eager(pixels, batch)
             merged = by_graph()
-            if not torch.equal(merged, eager()) or not merged.isfinite().all():
+            if not torch.equal(merged, eager()) or not all_finite(merged):
                 raise CheckpointError(
                     f"{name}: its embeddings are not finite, or differ with and without graphs; "
                     "check the checkpoint with `qwen-vit compare`: no speed is given"

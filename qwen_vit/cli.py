@@ -33,6 +33,7 @@ from qwen_vit.export import ExportReport, export_features, load_encoder
 from qwen_vit.export_estimate import Estimate, estimate_export
 from qwen_vit.export_plan import ExportOptions, check_folder
 from qwen_vit.features import ImageFeatures, write_features
+from qwen_vit.finite import all_finite
 from qwen_vit.hub import download as fetch
 from qwen_vit.hub import find_checkpoint
 from qwen_vit.info import describe, report
@@ -324,7 +325,7 @@ def _encode_one_by_one(
     for image in tqdm(images, unit="image", file=sys.stderr, disable=not sys.stderr.isatty()):
         start = time.perf_counter()
         [result] = encoder.encode([image], on_error=on_error)  # type: ignore[arg-type]
-        if result.embeds is not None and not result.embeds.isfinite().all():
+        if result.embeds is not None and not all_finite(result.embeds):
             error = ImageError(
                 f"{_shown(image)}: its embeddings hold NaN or infinity; check the checkpoint with "
                 "`qwen-vit info`, and try --dtype float32",

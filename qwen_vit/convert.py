@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError
+from qwen_vit.finite import all_finite
 
 __all__ = [
     "check_finite",
@@ -134,7 +135,7 @@ def convert(
 
 def check_finite(tensor: Tensor, name: str) -> Tensor:
     """Return the tensor, or raise CheckpointError with its name and its NaN and infinite values."""
-    if not tensor.isfinite().all():
+    if not all_finite(tensor):
         raise CheckpointError(
             f"{name} holds {int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} "
             f"infinite values of {tensor.numel()}, expected finite weights; delete the file and "
@@ -159,7 +160,7 @@ def _patch_embedding(
         ("folded weights", pixel_weight),
         ("folded biases", pixel_bias),
     ):
-        if not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise CheckpointError(
                 f"{PATCH_WEIGHT} reaches {weight.abs().max().item():g}: its {name} "
                 f"overflow {tensor.dtype}; use dtype float32, or download the checkpoint again"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qwen_vit.config import VisionConfig
 from qwen_vit.errors import ArgumentError, ExportError
 from qwen_vit.features import ImageFeatures
+from qwen_vit.finite import all_finite
 
 __all__ = [
     "as_hf_tower",
@@ -232,7 +233,7 @@ def _merged_rows(image: ImageFeatures) -> Tensor:
             f"merged rows for its grid of {image.grid_thw}; a language model takes "
             'output="merged", neither "patch" nor "mean": encode or export again with it'
         )
-    if not image.embeds.is_floating_point() or not image.embeds.isfinite().all():
+    if not image.embeds.is_floating_point() or not all_finite(image.embeds):
         raise ExportError(
             f"{image.id!r} has features of {image.embeds.dtype} with NaN, infinity or integers, "
             "expected finite floating-point numbers; encode or export it again"

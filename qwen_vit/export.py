@@ -39,6 +39,7 @@ from qwen_vit.export_plan import (
 )
 from qwen_vit.feature_files import FeatureFile, load_features
 from qwen_vit.features import FeatureSpool, ImageFeatures
+from qwen_vit.finite import all_finite
 from qwen_vit.folder_lock import hold_moment
 from qwen_vit.image import ImageLimits, load_image
 from qwen_vit.listing import Item, read_item, shown
@@ -243,7 +244,7 @@ def _finish(image: _Image, embeds: Tensor, form: RowForm) -> Tensor | None:
     if form.patches_per_row is None:
         embeds = embeds.float().mean(dim=0, keepdim=True)
     stored = embeds.to("cpu", form.dtype)
-    if stored.isfinite().all():
+    if all_finite(stored):
         return stored
     image.error = ImageError(
         f"{shown(image.item.id)}: its embeddings hold NaN or infinity; check the checkpoint with "

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qwen_vit.atomic_file import atomic_file, cannot_write
 from qwen_vit.errors import ExportError, ImageError
+from qwen_vit.finite import all_finite
 from qwen_vit.safetensors_header import MAX_HEADER_BYTES
 
 __all__ = ["METADATA_KEY", "SCHEMA_VERSION", "FeatureSpool", "ImageFeatures", "write_features"]
@@ -81,7 +82,7 @@ def write_features(
             f"{path}: embeddings of the shapes {', '.join(f'(n, {w[0]})' for w in widths)} do not "
             "go into one file; write one file for each model and output"
         )
-    broken = [name for name, e in zip(ids, embeds, strict=True) if not e.isfinite().all()]
+    broken = [name for name, e in zip(ids, embeds, strict=True) if not all_finite(e)]
     if broken:
         raise ExportError(
             f"{path}: the embeddings of {broken[0]!r} ({len(broken)} of {len(ids)} images) hold "
