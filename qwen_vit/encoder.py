@@ -2,9 +2,11 @@
 
 import logging
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple, Self
 
@@ -25,12 +27,13 @@ from qwen_vit.errors import ArgumentError, CheckpointError, ImageError
 from qwen_vit.features import ImageFeatures
 from qwen_vit.graphs import LEAST_STEP, GraphRunner, budget_for
 from qwen_vit.hub import Source, find_checkpoint
-from qwen_vit.image import ImageLimits, ImageSource, load_image
+from qwen_vit.image import ImageLimits, ImageSource, RgbImage, load_image
 from qwen_vit.image import Layout as ArrayLayout
 from qwen_vit.kernels.attention import LEAST_HEAD_DIM, tiling
 from qwen_vit.layout import Layout
 from qwen_vit.model import Output, VisionTower
 from qwen_vit.patches import Patches, patchify
+from qwen_vit.pipeline import Job, pack, thread_count, work_ahead
 
 __all__ = ["VisionEncoder"]
 
@@ -40,10 +43,24 @@ OnError = Literal["raise", "skip"]
 
 # Patches in one forward pass. More gain nothing on a GPU; an image may be larger on its own.
 TOKEN_BUDGET = {"cuda": 32_768, "cpu": 4_096}
-IMAGES_IN_A_BATCH = 1_024  # so that a long run of images that fail is reported, too
+# Batches that are packed together. On a CPU one, as it comes: there an image's bits may depend on
+# its company, and the same images shall give the same ones.
+WINDOW = {"cuda": 4, "cpu": 1}
+BATCHES_AHEAD = 2  # of the GPU: what is sent ahead waits in pinned memory
+IMAGES_IN_A_WINDOW = 1_024  # so that a long run of images that fail is reported, too
 LEAST_CAPABILITY = (8, 0)
 # Each of these is one image; iterating over it would give its characters, bytes or rows.
-ONE_IMAGE = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray, Tensor)
+ONE_IMAGE = (
+    str,
+    os.PathLike,
+    bytes,
+    bytearray,
+    memoryview,
+    Image.Image,
+    np.ndarray,
+    Tensor,
+    Patches,
+)
 
 
 class _Loaded(NamedTuple):
@@ -51,6 +68,14 @@ class _Loaded(NamedTuple):
 
     features: ImageFeatures
     patches: Patches | None
+
+    @property
+    def n_patches(self) -> int:
+        return 0 if self.patches is None else len(self.patches.pixels)
+
+    @property
+    def n_bytes(self) -> int:
+        return 0 if self.patches is None else self.patches.pixels.nbytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,12 +159,13 @@ class VisionEncoder:
 
     def encode(
         self,
-        images: Iterable[ImageSource],
+        images: Iterable[ImageSource | Patches],
         *,
         on_error: OnError = "raise",
         output: Output = "merged",
         layout: ArrayLayout = "auto",
         limits: ImageLimits | None = None,
+        decode_threads: int | None = None,
     ) -> list[ImageFeatures]:
         """Encode images: paths, bytes, PIL images, arrays or tensors, in any mix and size.
 
@@ -151,30 +177,39 @@ class VisionEncoder:
         Returns one ImageFeatures per image, in order: `embeds` (n_tokens, out_hidden_size),
         row-major over merged cells of 28 x 28 pixels. With `output="patch"`, un-merged:
         (n_patches, hidden_size), row-major over patches of 14 x 14 pixels. `layout` is "HWC" or
-        "CHW" where an array's shape leaves its channel axis open.
+        "CHW" where an array's shape leaves its channel axis open. `decode_threads` read, decode and
+        resize ahead of the encoder: one for each core, at most 16, if not given; the embeddings do
+        not depend on it.
 
         Raises ImageError for the first image that cannot be encoded; with `on_error="skip"` that
         image's features carry the error instead, and the others go on.
         """
         return list(
-            self.encode_iter(images, on_error=on_error, output=output, layout=layout, limits=limits)
-        )
+            self.encode_iter(
+                images, on_error=on_error, output=output, layout=layout, limits=limits,
+                decode_threads=decode_threads,
+            )
+        )  # fmt: skip
 
     def encode_iter(
         self,
-        images: Iterable[ImageSource],
+        images: Iterable[ImageSource | Patches],
         *,
         on_error: OnError = "raise",
         output: Output = "merged",
         layout: ArrayLayout = "auto",
         limits: ImageLimits | None = None,
+        decode_threads: int | None = None,
     ) -> Iterator[ImageFeatures]:
-        """As `encode`, one after the other and in order, holding one batch at a time.
+        """As `encode`, one after the other and in order, in memory that stays flat.
 
         >>> encoder = VisionEncoder.from_pretrained("tiny")
         >>> for features in encoder.encode_iter(["tests/images/chelsea.png"]):
         ...     print(features.grid_thw)
         (1, 22, 32)
+
+        `images` is iterated in the caller's thread, ahead of what comes out. On a GPU, where an
+        image's bits do not depend on its batch, images are grouped by size.
         """
         if isinstance(images, ONE_IMAGE):
             raise ArgumentError(
@@ -185,18 +220,12 @@ class VisionEncoder:
             raise ArgumentError(f"on_error is {on_error!r}, expected 'raise' or 'skip'")
         if output not in ("merged", "patch"):
             raise ArgumentError(f"output is {output!r}, expected 'merged' or 'patch'")
-        batch: list[_Loaded] = []
-        n_patches = 0
-        for index, image in enumerate(images):
-            loaded = self._load(image, index, on_error, layout, limits or ImageLimits())
-            added = 0 if loaded.patches is None else len(loaded.patches.pixels)
-            is_full = n_patches + added > TOKEN_BUDGET[self.device.type]
-            if batch and (is_full or len(batch) == IMAGES_IN_A_BATCH):
-                yield from self._encode_batch(batch, output, on_error)
-                batch, n_patches = [], 0
-            batch.append(loaded)
-            n_patches += added
-        yield from self._encode_batch(batch, output, on_error)
+        threads = thread_count(decode_threads)
+        jobs = self._jobs(images, on_error, layout, limits or ImageLimits(), threads > 1)
+        pace = _Pace(self.device)
+        with closing(work_ahead(jobs, threads=threads)) as loaded:
+            for window in self._windows(loaded):
+                yield from self._encode_window(window, output, on_error, pace)
 
     def encode_patches(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """Encode what Hugging Face's processor returns, as its vision encoder does.
@@ -244,18 +273,45 @@ class VisionEncoder:
             },
         }
 
+    def _jobs(
+        self,
+        images: Iterable[ImageSource | Patches],
+        on_error: OnError,
+        layout: ArrayLayout,
+        limits: ImageLimits,
+        is_ahead: bool,
+    ) -> Iterator[Job[_Loaded]]:
+        for index, image in enumerate(images):
+            is_path = isinstance(image, (str, os.PathLike))
+            name = os.fsdecode(image) if is_path else f"image {index}"  # type: ignore[arg-type]
+            if isinstance(image, Patches):
+                yield Job(partial(_prepared, image, name))
+                continue
+            source: ImageSource | RgbImage | ImageError = image
+            if is_ahead and not isinstance(image, (str, os.PathLike, bytes)):
+                # the caller may change it, once the next one is asked for
+                try:
+                    source = load_image(image, name=name, layout=layout, limits=limits)
+                except ImageError as error:
+                    source = error
+            load = partial(self._load, source, name, on_error, layout, limits)
+            yield Job(load, _bytes_of(source))
+
     def _load(
         self,
-        image: ImageSource,
-        index: int,
+        source: ImageSource | RgbImage | ImageError,
+        name: str,
         on_error: OnError,
         layout: ArrayLayout,
         limits: ImageLimits,
     ) -> _Loaded:
-        is_path = isinstance(image, (str, os.PathLike))
-        name = os.fsdecode(image) if is_path else f"image {index}"  # type: ignore[arg-type]
         try:
-            rgb = load_image(image, name=name, layout=layout, limits=limits)
+            if isinstance(source, ImageError):
+                raise source
+            if isinstance(source, RgbImage):
+                rgb = source
+            else:
+                rgb = load_image(source, name=name, layout=layout, limits=limits)
             patches = patchify(rgb.pixels, self.image_config, name=name)
         except ImageError as error:
             if on_error == "raise":
@@ -263,26 +319,49 @@ class VisionEncoder:
             # without its traceback, whose frames hold the file's bytes
             plain = ImageError(str(error), code=error.code)
             return _Loaded(ImageFeatures(name, None, None, error=plain), None)
-        [grid] = patches.grids
+        features, _ = _prepared(patches, name)
         size = (rgb.height, rgb.width)
-        return _Loaded(
-            ImageFeatures(name, None, (grid.t, grid.h, grid.w), size, rgb.notes), patches
-        )
+        return _Loaded(replace(features, size_px=size, notes=rgb.notes), patches)
 
-    def _encode_batch(
-        self, batch: list[_Loaded], output: Output, on_error: OnError
+    def _windows(self, loaded: Iterable[_Loaded]) -> Iterator[list[_Loaded]]:
+        """The images in order, as many at a time as are packed together."""
+        budget = WINDOW[self.device.type] * TOKEN_BUDGET[self.device.type]
+        window: list[_Loaded] = []
+        n_patches = 0
+        for each in loaded:
+            is_full = n_patches + each.n_patches > budget or len(window) == IMAGES_IN_A_WINDOW
+            if window and is_full:
+                yield window
+                window, n_patches = [], 0
+            window.append(each)
+            n_patches += each.n_patches
+        yield window
+
+    def _encode_window(
+        self, window: list[_Loaded], output: Output, on_error: OnError, pace: "_Pace"
     ) -> Iterator[ImageFeatures]:
-        parts = [(features.id, patches) for features, patches in batch if patches is not None]
-        embeds = iter(self._encode_parts(parts, output, on_error))
-        for features, patches in batch:
-            if patches is None:
-                yield features
-                continue
-            result = next(embeds)
+        results: dict[int, Tensor | ImageError] = {}
+        for batch in self._batches(window):
+            parts = _parts(window[index] for index in batch)
+            results.update(zip(batch, self._encode_parts(parts, output, on_error), strict=True))
+            del parts
+            pace.step()
+        plain = [features for features, _ in window]
+        window.clear()  # nobody needs the pixels while the results are taken
+        for index, features in enumerate(plain):
+            result = results.pop(index, None)
             if isinstance(result, ImageError):
                 yield replace(features, grid_thw=None, error=result)
             else:
-                yield replace(features, embeds=result)
+                yield features if result is None else replace(features, embeds=result)
+
+    def _batches(self, window: Sequence[_Loaded]) -> list[list[int]]:
+        """Places in the window of the images for each pass; those that failed are in none."""
+        good = [index for index, loaded in enumerate(window) if loaded.patches is not None]
+        if self.device.type == "cpu":
+            return [good] if good else []
+        batches = pack([window[index].n_patches for index in good], TOKEN_BUDGET[self.device.type])
+        return [[good[place] for place in batch] for batch in batches]
 
     def _encode_parts(
         self, parts: Sequence[tuple[str, Patches]], output: Output, on_error: OnError
@@ -335,6 +414,47 @@ class VisionEncoder:
             return self.tower(  # type: ignore[no-any-return]
                 patches.to(self.device, non_blocking=True), layout.to(self.device), output
             )
+
+
+class _Pace:
+    """Keeps the host a few batches ahead of a GPU, and no more."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._events: deque[torch.cuda.Event] = deque()
+
+    def step(self) -> None:
+        """After each batch: wait for the one that is BATCHES_AHEAD before it."""
+        if self._device.type != "cuda":
+            return
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self._device))
+        self._events.append(event)
+        if len(self._events) > BATCHES_AHEAD:
+            self._events.popleft().synchronize()
+
+
+def _prepared(patches: Patches, name: str) -> _Loaded:
+    """One image that `patchify` has prepared."""
+    if len(patches.grids) != 1:
+        raise ImageError(
+            f"{name} is the patches of {len(patches.grids)} images, expected those of one; "
+            "pass each image's patches by themselves",
+            code="patches",
+        )
+    [grid] = patches.grids
+    return _Loaded(ImageFeatures(name, None, (grid.t, grid.h, grid.w)), patches)
+
+
+def _parts(loaded: Iterable[_Loaded]) -> list[tuple[str, Patches]]:
+    return [(features.id, patches) for features, patches in loaded if patches is not None]
+
+
+def _bytes_of(source: ImageSource | RgbImage | ImageError) -> int:
+    """What waits in memory until it is loaded."""
+    if isinstance(source, RgbImage):
+        return source.pixels.nbytes
+    return len(source) if isinstance(source, bytes) else 0
 
 
 @lru_cache(maxsize=32)

@@ -32,6 +32,7 @@ from qwen_vit.errors import ArgumentError, CheckpointError, HubError, ImageError
 from qwen_vit.image import ImageLimits, load_image
 from qwen_vit.model import VisionTower
 from qwen_vit.patches import Patches, patchify
+from qwen_vit.pipeline import AHEAD_JOBS
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "tests" / "images"
@@ -319,7 +320,7 @@ def test_encode_iter_takes_images_one_batch_at_a_time(monkeypatch: pytest.Monkey
             taken += 1
             yield picture(84, 112, seed)
 
-    results = small().encode_iter(source())
+    results = small().encode_iter(source(), decode_threads=1)
     assert taken == 0
     for index, features in enumerate(results):
         assert embeds_of(features).shape == (12, 192)
@@ -356,7 +357,7 @@ def test_a_long_run_of_images_that_fail_is_reported_as_it_goes() -> None:
 
     results = small().encode_iter(source(), on_error="skip")
     assert next(results).error is not None
-    assert taken <= encoder_module.IMAGES_IN_A_BATCH + 1
+    assert taken <= encoder_module.IMAGES_IN_A_WINDOW + AHEAD_JOBS + 1
 
 
 def test_an_image_larger_than_the_budget_is_encoded_on_its_own(

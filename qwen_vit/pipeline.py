@@ -1,0 +1,255 @@
+"""Threads around the encoder: images are loaded ahead of it, features are written behind it.
+
+What either side holds is bounded, so memory stays flat; order and errors stay with their image.
+"""
+
+import os
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Condition
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+from qwen_vit.errors import ArgumentError
+
+__all__ = ["Behind", "Clock", "Job", "pack", "thread_count", "work_ahead"]
+
+MOST_THREADS = 16  # feed one H200 at every size of image
+AHEAD_BYTES = 2**27  # about seven full batches of a GPU
+AHEAD_JOBS = 1_024
+
+
+class _Weighs(Protocol):
+    @property
+    def n_bytes(self) -> int: ...
+
+
+Result = TypeVar("Result", bound=_Weighs)
+Value = TypeVar("Value")
+
+
+def thread_count(wanted: int | None) -> int:
+    """How many threads load images: as many as wanted, else one for each core, at most 16.
+
+    >>> thread_count(3)
+    3
+    """
+    if wanted is None:
+        return min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise ArgumentError(f"decode_threads is {wanted!r}, expected a whole number above 0")
+    return wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Job(Generic[Result]):
+    """What to do, and the bytes that wait until it is done."""
+
+    run: Callable[[], Result]
+    n_bytes: int = 0
+
+
+def work_ahead(
+    jobs: Iterable[Job[Result]],
+    *,
+    threads: int,
+    max_bytes: int = AHEAD_BYTES,
+    max_jobs: int = AHEAD_JOBS,
+) -> Generator[Result, None, None]:
+    """The results of jobs, in order, which threads work out ahead of whoever asks for them.
+
+    `jobs` is iterated in the caller's thread. At most `max_jobs` are under way; no job begins while
+    results of `max_bytes` wait to be taken, except the one that is asked for. An exception of a
+    job, or of `jobs` itself, is raised in its place, after the results before it. Closing the
+    generator ends the threads: what has begun is finished, what has not is dropped. With one thread
+    all is done in the caller's, and nothing ahead.
+    """
+    if threads == 1:
+        for job in jobs:
+            yield job.run()
+        return
+    room: _Room[Result] = _Room(max_bytes)
+    pending: deque[Future[Result]] = deque()
+    source: Iterator[Job[Result]] | None = iter(jobs)
+    pool = ThreadPoolExecutor(threads, "qwen-vit-load")
+    try:
+        while True:
+            # two for each one given: a source that is slow must not hold up the first results
+            limit = min(max_jobs, 2 * (threads + room.given))
+            while source is not None and len(pending) < limit and room.has_some():
+                try:
+                    job = next(source)
+                except StopIteration:
+                    source = None
+                except Exception as error:  # noqa: BLE001 - raised below, in its turn
+                    source = None
+                    pending.append(Future())
+                    pending[-1].set_exception(error)
+                else:
+                    room.expect(job)
+                    index = room.given + len(pending)
+                    pending.append(pool.submit(room.run, job, index))
+            if not pending:
+                return
+            result = pending.popleft().result()
+            room.give(result)
+            yield result
+    finally:
+        room.close()
+        pool.shutdown(cancel_futures=True)
+
+
+class _Room(Generic[Result]):
+    """How much is under way, and who may go on."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.given = 0  # results; the next one is asked for, or will be
+        self._most = max_bytes
+        self._waiting = self._done = 0  # bytes of jobs that have not ended, of results not taken
+        self._closed = False
+        self._changed = Condition()
+
+    def has_some(self) -> bool:
+        with self._changed:
+            return self._waiting + self._done < self._most
+
+    def expect(self, job: Job[Result]) -> None:
+        with self._changed:
+            self._waiting += job.n_bytes
+
+    def run(self, job: Job[Result], index: int) -> Result:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closed or index == self.given or self._done < self._most
+            )
+            if self._closed:
+                raise CancelledError
+        n_bytes = 0
+        try:
+            result = job.run()
+            n_bytes = result.n_bytes
+            return result
+        finally:
+            with self._changed:
+                self._waiting -= job.n_bytes
+                self._done += n_bytes
+
+    def give(self, result: Result) -> None:
+        with self._changed:
+            self._done -= result.n_bytes
+            self.given += 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class Behind:
+    """One thread that does jobs in their order, behind its caller.
+
+    Whoever gives it more than `max_bytes` waits. A job's exception is raised by a later `do`, or at
+    the end of the block, and no job after it is begun; where the block itself raises, what was
+    given is still done.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._most = max_bytes
+        self._bytes = 0
+        self._undone: deque[tuple[Future[Any], int]] = deque()
+        self._failed = False
+        self._pool = ThreadPoolExecutor(1, "qwen-vit-write")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            while kind is None and self._undone:
+                self._take()
+        finally:
+            self._pool.shutdown()
+
+    def do(self, job: Callable[[], Value], n_bytes: int = 0) -> Future[Value]:
+        """Have a job done, which holds so many bytes until then."""
+        while self._undone and (self._undone[0][0].done() or self._bytes + n_bytes > self._most):
+            self._take()
+        future = self._pool.submit(self._run, job)
+        self._undone.append((future, n_bytes))
+        self._bytes += n_bytes
+        return future
+
+    def _run(self, job: Callable[[], Value]) -> Value:
+        if self._failed:
+            raise CancelledError
+        try:
+            return job()
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _take(self) -> None:
+        future, n_bytes = self._undone.popleft()
+        self._bytes -= n_bytes
+        future.result()
+
+
+class Clock:
+    """How long one thread is in each stage; an inner stage's time is not the outer one's.
+
+    >>> clock = Clock("rest")
+    >>> with clock.stage("write"):
+    ...     pass
+    >>> sorted(clock.seconds())
+    ['rest', 'write']
+    """
+
+    def __init__(self, stage: str) -> None:
+        self._now, self._since = stage, time.perf_counter()
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """The block is of this stage."""
+        before = self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def seconds(self) -> dict[str, float]:
+        """What each stage took so far."""
+        self._switch(self._now)
+        return dict(self._seconds)
+
+    def _switch(self, name: str) -> str:
+        before, now = self._now, time.perf_counter()
+        self._seconds[before] += now - self._since
+        self._now, self._since = name, now
+        return before
+
+
+def pack(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Group sizes, by their indices, into batches of at most `budget`: largest first, first fit.
+
+    >>> pack([3, 7, 5, 4, 12], 10)
+    [[4], [1, 0], [2, 3]]
+
+    What is larger than the budget is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        size = sizes[index]
+        place = next((at for at, left in enumerate(room) if size <= left), None)
+        if place is None:
+            batches.append([index])
+            room.append(budget - size)
+        else:
+            batches[place].append(index)
+            room[place] -= size
+    return batches

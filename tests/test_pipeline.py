@@ -1,0 +1,399 @@
+"""Threads load ahead and write behind: in order, in bounded memory, errors in their place."""
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from qwen_vit import encoder as encoder_module
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.pipeline import Behind, Clock, Job, pack, thread_count, work_ahead
+
+IMAGES = Path(__file__).resolve().parent / "images"
+
+
+class Sized(NamedTuple):
+    value: int
+    n_bytes: int = 1
+
+
+def load_threads() -> int:
+    return sum(thread.name.startswith("qwen-vit") for thread in threading.enumerate())
+
+
+def squares(count: int) -> Iterator[Job[Sized]]:
+    for number in range(count):
+        yield Job(partial(Sized, number * number))
+
+
+# Ahead
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_results_come_in_order_whatever_thread_ends_first(threads: int) -> None:
+    def job(number: int) -> Sized:
+        time.sleep((number * 7 % 5) / 2_000)
+        return Sized(number)
+
+    jobs = (Job(partial(job, number)) for number in range(200))
+    assert [each.value for each in work_ahead(jobs, threads=threads)] == list(range(200))
+    assert load_threads() == 0
+
+
+def test_an_exception_is_raised_after_the_results_before_it() -> None:
+    def job(number: int) -> Sized:
+        if number in (20, 3):
+            raise ImageError(f"{number} is broken")
+        return Sized(number)
+
+    results = work_ahead((Job(partial(job, number)) for number in range(30)), threads=4)
+    assert [next(results).value for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ImageError, match="3 is broken"):
+        next(results)
+    assert load_threads() == 0
+
+
+def test_an_exception_of_the_source_is_raised_after_the_results_before_it() -> None:
+    def source() -> Iterator[Job[Sized]]:
+        yield from squares(3)
+        raise RuntimeError("no more")
+
+    results = work_ahead(source(), threads=4)
+    assert [next(results).value for _ in range(3)] == [0, 1, 4]
+    with pytest.raises(RuntimeError, match="no more"):
+        next(results)
+
+
+def test_an_interrupt_while_the_source_is_asked_goes_through_at_once() -> None:
+    def source() -> Iterator[Job[Sized]]:
+        yield from squares(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(work_ahead(source(), threads=4))
+    assert load_threads() == 0
+
+
+def test_closing_drops_what_has_not_begun() -> None:
+    begun, may_end = [], threading.Event()
+
+    def job(number: int) -> Sized:
+        begun.append(number)
+        if number:
+            may_end.wait(30)
+        return Sized(number)
+
+    results = work_ahead((Job(partial(job, n)) for n in range(1000)), threads=2)
+    assert next(results).value == 0
+    threading.Timer(0.05, may_end.set).start()
+    results.close()
+    assert load_threads() == 0
+    assert len(begun) <= 6
+
+
+def test_what_waits_is_bounded_in_bytes() -> None:
+    """Results of 10 bytes, of which 50 may wait: each thread may add one that it had begun."""
+    taken = waiting = most = 0
+    changing = threading.Lock()
+
+    def job(number: int) -> Sized:
+        nonlocal waiting, most
+        with changing:
+            waiting += 10
+            most = max(most, waiting)
+        return Sized(number, 10)
+
+    jobs = (Job(partial(job, number)) for number in range(300))
+    for each in work_ahead(jobs, threads=3, max_bytes=50):
+        assert each.value == taken
+        taken += 1
+        with changing:
+            waiting -= 10
+    assert taken == 300
+    assert most <= 50 + 3 * 10 + 10
+
+
+def test_one_result_larger_than_the_bound_passes() -> None:
+    jobs = (Job(partial(Sized, number, 1_000), 1_000) for number in range(20))
+    assert len(list(work_ahead(jobs, threads=4, max_bytes=10))) == 20
+
+
+@given(
+    sizes=st.lists(st.integers(0, 100), max_size=60),
+    threads=st.integers(2, 4),
+    max_bytes=st.integers(1, 150),
+    max_jobs=st.integers(1, 20),
+)
+def test_no_bound_ever_blocks_for_good(
+    sizes: list[int], threads: int, max_bytes: int, max_jobs: int
+) -> None:
+    jobs = (Job(partial(Sized, number, size), size) for number, size in enumerate(sizes))
+    results = work_ahead(jobs, threads=threads, max_bytes=max_bytes, max_jobs=max_jobs)
+    assert [each.value for each in results] == list(range(len(sizes)))
+
+
+def test_the_source_is_asked_in_the_callers_thread_and_not_without_end() -> None:
+    asked: list[threading.Thread] = []
+
+    def source() -> Iterator[Job[Sized]]:
+        while True:
+            asked.append(threading.current_thread())
+            yield Job(partial(Sized, 0))
+
+    results = work_ahead(source(), threads=3, max_jobs=40)
+    assert asked == []
+    for count in range(1, 100):
+        next(results)
+        assert len(asked) <= count + 40
+    assert set(asked) == {threading.current_thread()}
+    results.close()
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True])
+def test_a_number_of_threads_that_makes_no_sense_is_refused(wrong: Any) -> None:
+    with pytest.raises(ArgumentError, match="decode_threads is"):
+        thread_count(wrong)
+
+
+# Behind
+
+
+def test_jobs_behind_are_done_in_order_and_all_of_them() -> None:
+    done: list[int] = []
+    with Behind(3) as writer:
+        futures = [writer.do(partial(done.append, number), 1) for number in range(100)]
+    assert done == list(range(100))
+    assert all(future.done() for future in futures)
+    assert load_threads() == 0
+
+
+def test_the_caller_waits_while_too_much_is_undone() -> None:
+    undone = most = 0
+    changing = threading.Lock()
+
+    def job() -> None:
+        nonlocal undone
+        time.sleep(0.001)
+        with changing:
+            undone -= 10
+
+    with Behind(50) as writer:
+        for _ in range(50):
+            writer.do(job, 10)
+            with changing:
+                undone += 10
+                most = max(most, undone)
+    assert most <= 60
+
+
+def test_an_exception_behind_reaches_the_caller_and_nothing_is_begun_after_it() -> None:
+    done: list[int] = []
+
+    def fail() -> None:
+        raise OSError("disk full")
+
+    def give() -> None:
+        with Behind(1000) as writer:
+            writer.do(partial(done.append, 1))
+            failing = writer.do(fail)
+            later = writer.do(partial(done.append, 2))
+            assert isinstance(later.exception(30), CancelledError)
+            assert failing.done()
+            for _ in range(3):
+                writer.do(partial(done.append, 3))
+
+    with pytest.raises(OSError, match="disk full"):
+        give()
+    assert done == [1]
+
+
+def test_what_was_given_is_done_although_the_block_raises() -> None:
+    done: list[int] = []
+
+    def stop() -> None:
+        with Behind(10) as writer:
+            for number in range(5):
+                writer.do(partial(done.append, number))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    assert done == list(range(5))
+
+
+def test_a_clock_counts_every_moment_once() -> None:
+    clock, begin = Clock("rest"), time.perf_counter()
+    with clock.stage("outer"):
+        time.sleep(0.01)
+        with clock.stage("inner"):
+            time.sleep(0.02)
+    seconds = clock.seconds()
+    assert seconds["inner"] >= 0.02
+    assert 0.01 <= seconds["outer"] < 0.02 + seconds["rest"] + 0.01
+    assert abs(sum(seconds.values()) - (time.perf_counter() - begin)) < 0.01
+
+
+# Packing
+
+
+@given(st.lists(st.integers(1, 120), max_size=80), st.integers(1, 100))
+def test_every_image_is_in_one_batch_and_batches_keep_the_budget(
+    sizes: list[int], budget: int
+) -> None:
+    batches = pack(sizes, budget)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(sizes)))
+    for batch in batches:
+        assert len(batch) == 1 or sum(sizes[index] for index in batch) <= budget
+        assert [sizes[i] for i in batch] == sorted((sizes[i] for i in batch), reverse=True)
+    full = [sum(sizes[index] for index in batch) for batch in batches]
+    # first fit leaves at most one batch that is half empty
+    assert sum(2 * size <= budget for size in full) <= 1
+
+
+# The encoder
+
+
+def encoder() -> VisionEncoder:
+    return VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=50_176)
+
+
+def mixed(count: int) -> list[Any]:
+    """Arrays, PIL images, encoded bytes and paths of many sizes; every sixth is broken."""
+    images: list[Any] = []
+    for seed in range(count):
+        random = np.random.default_rng(seed)
+        shape = (*random.integers(28, 140, 2), 3)
+        pixels = random.integers(0, 256, shape, np.uint8)
+        jpeg = (IMAGES / "rocket.jpg").read_bytes()
+        images.append(
+            [pixels, Image.fromarray(pixels), jpeg[: 3000 * (seed + 1)], IMAGES / "chelsea.png",
+             torch.from_numpy(pixels), b"no image"][seed % 6]
+        )  # fmt: skip
+    return images
+
+
+def test_the_features_do_not_depend_on_the_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(encoder_module.TOKEN_BUDGET, "cpu", 300)
+    simple = encoder().encode(mixed(18), on_error="skip", decode_threads=1)
+    assert sum(each.error is not None for each in simple) >= 3
+    ahead = encoder().encode(mixed(18), on_error="skip", decode_threads=4)
+    for one, other in zip(simple, ahead, strict=True):
+        assert (one.id, one.grid_thw, one.size_px, one.notes) == (
+            other.id, other.grid_thw, other.size_px, other.notes,
+        )  # fmt: skip
+        assert str(one.error) == str(other.error)
+        if one.embeds is not None:
+            assert other.embeds is not None
+            assert torch.equal(one.embeds, other.embeds)
+
+
+def test_an_array_that_its_owner_uses_again_is_encoded_as_it_was() -> None:
+    def frames() -> Iterator[np.ndarray]:
+        buffer = np.empty((56, 56, 3), np.uint8)
+        for value in range(6):
+            buffer[:] = 40 * value
+            yield buffer
+
+    whole = encoder()
+    single = [whole.encode([np.full((56, 56, 3), 40 * v, np.uint8)])[0].embeds for v in range(6)]
+    together = whole.encode_iter(frames(), decode_threads=3)
+    for features, expected in zip(together, single, strict=True):
+        assert features.embeds is not None
+        assert expected is not None
+        assert (features.embeds - expected).abs().max() < 1e-4
+    assert not torch.allclose(single[0], single[1], atol=1e-2)  # type: ignore[arg-type]
+
+
+def test_the_first_image_that_fails_is_the_one_that_is_raised(tmp_path: Path) -> None:
+    (tmp_path / "late.png").write_bytes(b"")
+    images = [IMAGES / "rocket.jpg", b"first", tmp_path / "late.png", np.zeros((2, 2, 5))]
+    for threads in (1, 4):
+        with pytest.raises(ImageError, match="image 1 is not an image"):
+            encoder().encode(images, decode_threads=threads)
+    with pytest.raises(ImageError, match=r"image 0 has shape|image 0 "):
+        encoder().encode(images[::-1], decode_threads=4)
+    assert load_threads() == 0
+
+
+def test_a_stream_that_is_left_ends_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(encoder_module.TOKEN_BUDGET, "cpu", 100)
+    results = encoder().encode_iter([IMAGES / "chelsea.png"] * 50, decode_threads=2)
+    next(results)
+    assert load_threads() == 2
+    results.close()  # type: ignore[attr-defined]
+    assert load_threads() == 0
+    for _ in encoder().encode_iter([IMAGES / "chelsea.png"] * 50, decode_threads=2):
+        break
+    gc.collect()
+    assert load_threads() == 0
+
+
+def test_patches_of_two_images_are_no_image() -> None:
+    from qwen_vit.patches import Patches, patchify
+
+    whole = encoder()
+    one = patchify(np.zeros((56, 56, 3), np.uint8), whole.image_config)
+    [features] = whole.encode([one])
+    assert features.grid_thw == (1, 4, 4)
+    with pytest.raises(ImageError, match="patches of 2 images"):
+        whole.encode([Patches.cat([one, one])])
+
+
+def test_images_are_packed_largest_first_and_come_back_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a GPU does, where an image's bits do not depend on its batch."""
+    whole = encoder()
+    monkeypatch.setattr(encoder_module, "TOKEN_BUDGET", {"cpu": 100})
+    monkeypatch.setattr(encoder_module, "WINDOW", {"cpu": 3})
+    monkeypatch.setattr(
+        VisionEncoder, "_batches", lambda _, window: pack([each.n_patches for each in window], 100)
+    )
+    sizes = [(56, 56), (112, 112), (28, 56), (84, 84), (56, 84), (112, 84), (28, 28)]
+    images = [np.full((*size, 3), 30 * n, np.uint8) for n, size in enumerate(sizes)]
+    batches: list[list[int]] = []
+    real = VisionEncoder._forward
+
+    def forward(self: VisionEncoder, patches: Any, grids: Any, output: Any) -> Any:
+        batches.append([grid.n_patches for grid in grids])
+        return real(self, patches, grids, output)
+
+    monkeypatch.setattr(VisionEncoder, "_forward", forward)
+    together = whole.encode(images)
+    assert batches == [[64, 36], [48, 24, 24], [16, 16]]
+    for features, image in zip(together, images, strict=True):
+        [alone] = whole.encode([image])
+        assert features.grid_thw == alone.grid_thw
+        assert alone.embeds is not None
+        assert features.embeds is not None
+        assert (alone.embeds - features.embeds).abs().max() < 1e-4
+
+
+@pytest.mark.gpu
+def test_packed_on_a_gpu_an_image_has_the_bits_that_it_has_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = VisionEncoder.from_pretrained("tiny", device="cuda", max_pixels=200_704)
+    monkeypatch.setitem(encoder_module.TOKEN_BUDGET, "cuda", 2_048)
+    images = mixed(60)
+    together = whole.encode(images, on_error="skip", decode_threads=8)
+    for features, image in zip(together, images, strict=True):
+        [alone] = whole.encode([image], on_error="skip", decode_threads=1)
+        assert (features.error is None) == (alone.error is None)
+        if features.embeds is not None:
+            assert alone.embeds is not None
+            assert torch.equal(features.embeds, alone.embeds)
