@@ -1,9 +1,15 @@
 """The Triton kernels: the only folder that imports triton."""
 
 try:
-    import triton as _triton  # noqa: F401
+    import triton as _triton
 except ImportError as error:
     raise ImportError(
         "qwen_vit needs Triton, on a CPU too, and Triton has wheels for Linux only (WSL works): "
         "pip install 'triton>=3.6'"
     ) from error
+
+__all__ = ["IS_KNOWN_GLUON"]
+
+# Whether Triton's lower level is one that the kernels for Hopper were tested with. It may change
+# from one Triton to the next; an unknown one is not even imported, and the plain kernels serve.
+IS_KNOWN_GLUON = _triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])

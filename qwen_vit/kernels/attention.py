@@ -20,9 +20,12 @@ import triton
 import triton.language as tl
 
 from qwen_vit.errors import ArgumentError
-from qwen_vit.kernels import attention_hopper
+from qwen_vit.kernels import IS_KNOWN_GLUON
 from qwen_vit.kernels.interpret import interpreted
 from qwen_vit.layout import Segments, Tiling, tile_table
+
+if IS_KNOWN_GLUON:
+    from qwen_vit.kernels import attention_hopper
 
 __all__ = ["RotaryTable", "attention", "fused_rope_varlen_attention", "tiling"]
 
@@ -360,7 +363,8 @@ def attention(
             qkv, k_rotated, rotary.cos, rotary.sin, index, N,
             H=H, D=D, D_PADDED=triton.next_power_of_2(D), BN=ROTATION_ROWS, **shared,
         )  # fmt: skip
-        if attention_hopper.serves(qkv, rotary.index is not None, adjacent_pairs):
+        is_axial = rotary.index is not None
+        if IS_KNOWN_GLUON and attention_hopper.serves(qkv, is_axial, adjacent_pairs):
             attention_hopper.frame_attention(
                 qkv, k_rotated, rotary.cos, rotary.sin, index, segments.tiles, out,
                 D**-0.5 * LOG2_E,

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from qwen_vit.kernels.hopper import IS_KNOWN_GLUON, descriptor, is_hopper
+from qwen_vit.kernels.hopper import descriptor, is_hopper
 
 __all__ = ["Q_ROWS", "frame_attention", "serves"]
 
@@ -265,8 +265,7 @@ def _frame_attention(
 def serves(qkv: torch.Tensor, is_axial: bool, adjacent_pairs: bool) -> bool:
     """Whether `frame_attention` takes this one: the tower's own call, in bf16, on Hopper."""
     return (
-        IS_KNOWN_GLUON
-        and qkv.dtype == torch.bfloat16
+        qkv.dtype == torch.bfloat16
         and qkv.shape[3] == MAIN + TAIL
         and is_axial
         and adjacent_pairs

@@ -1,16 +1,12 @@
-"""What the kernels for Hopper share: who may use them, and how they see a tensor."""
+"""What the kernels for Hopper share: where they run, and how they see a tensor."""
 
 from functools import cache
 
 import torch
-import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = ["IS_KNOWN_GLUON", "descriptor", "is_hopper", "multiprocessors"]
-
-# Gluon may change from one Triton to the next; with another one the plain kernels serve Hopper too.
-IS_KNOWN_GLUON = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
+__all__ = ["descriptor", "is_hopper", "multiprocessors"]
 
 
 @cache

@@ -19,7 +19,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qwen_vit.kernels import linear_hopper
+from qwen_vit.kernels import IS_KNOWN_GLUON
+
+if IS_KNOWN_GLUON:
+    from qwen_vit.kernels import linear_hopper
 
 __all__ = ["ResidualStream", "linear", "linear_added", "normed_linear", "rms_norm", "with_squares"]
 
@@ -145,7 +148,7 @@ def linear(
             y = y + bias
         return (F.gelu(y) if epilogue == "gelu" else y).to(out_dtype)
     is_plain = epilogue == "plain" and out_scale == 1.0 and out_dtype == x.dtype
-    if is_plain and bias is not None and linear_hopper.serves(x, weight):
+    if is_plain and bias is not None and _is_for_hopper(x, weight):
         return linear_hopper.product(x, weight, bias, epilogue=epilogue)[0]
     return _launch_gemm(
         x, weight, bias, epilogue=epilogue, out_scale=out_scale, out_dtype=out_dtype
@@ -174,7 +177,7 @@ def normed_linear(
             gate, up = y.unflatten(1, (-1, 2, 8)).unbind(2)
             y = (F.silu(gate) * up).flatten(1)
         return y
-    run = linear_hopper.product if linear_hopper.serves(x, weight) else _launch_gemm
+    run = linear_hopper.product if _is_for_hopper(x, weight) else _launch_gemm
     return run(x, weight, bias, epilogue=epilogue, squares=stream.squares, eps=eps)[0]
 
 
@@ -184,8 +187,12 @@ def linear_added(
     """`stream + x @ weight.T + bias`, rounded once, with its sums of squares."""
     if x.device.type == "cpu":
         return with_squares(stream.values + F.linear(x, weight, bias))
-    run = linear_hopper.product if linear_hopper.serves(x, weight) else _launch_gemm
+    run = linear_hopper.product if _is_for_hopper(x, weight) else _launch_gemm
     return ResidualStream(*run(x, weight, bias, epilogue="residual", residual=stream.values))
+
+
+def _is_for_hopper(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return IS_KNOWN_GLUON and linear_hopper.serves(x, weight)
 
 
 def _launch_gemm(

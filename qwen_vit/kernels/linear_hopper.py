@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwen_vit.kernels.hopper import IS_KNOWN_GLUON, descriptor, is_hopper, multiprocessors
+from qwen_vit.kernels.hopper import descriptor, is_hopper, multiprocessors
 
 __all__ = ["SQUARES_COLUMNS", "product", "serves"]
 
@@ -267,8 +267,7 @@ def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `product` takes this one: bf16 on Hopper, and whole tiles along N and K."""
     N, K = weight.shape
     return (
-        IS_KNOWN_GLUON
-        and x.dtype == torch.bfloat16
+        x.dtype == torch.bfloat16
         and N % 256 == 0
         and K % BK == 0
         and (FIRST_STEPS + SQUARE.num_stages) * BK <= K
