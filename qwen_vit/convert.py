@@ -92,7 +92,7 @@ def convert(
 ) -> dict[str, Tensor]:
     """Return the state of model.VisionTower, in bfloat16 or float32, from published tensors.
 
-    Each tensor is read when its turn comes. Raises CheckpointError for NaN or infinite weights, by name.
+    Each is read when its turn comes. Raises CheckpointError for NaN or infinite weights, by name.
     """
     exponent = pixel_weight_exponent(dtype)
 
