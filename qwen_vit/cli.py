@@ -139,6 +139,10 @@ def encode(
     "--max-failures", type=int, default=200, show_default=True,
     help="Stop after so many failures in a row; 0: never.",
 )  # fmt: skip
+@click.option(
+    "--decode-threads", type=int, help="Read, decode and resize.  [default: cores, at most 16]"
+)
+@click.option("--profile", is_flag=True, help="Say what the export waited for.")
 @click.option("--dry-run", is_flag=True, help="Count images, rows, bytes and hours; write none.")
 @click.option("--yes", is_flag=True, help="Do not ask before writing more than 100 GB.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -146,7 +150,7 @@ def encode(
 def export(
     inputs: tuple[str, ...], model: str, out: Path, device: str, dry_run: bool, yes: bool,
     as_json: bool, output: Any, dtype: Any, shard_size: int, part: tuple[int, int], on_error: Any,
-    max_failures: int, **loading: Any,
+    max_failures: int, decode_threads: int | None, profile: bool, **loading: Any,
 ) -> None:  # fmt: skip
     """Export the images of INPUTS into a folder of shards; run again, it goes on where it stopped.
 
@@ -176,8 +180,10 @@ def export(
             options,
             confirm=None if yes else partial(_ask_if_large, folder=out),
             show_progress=is_terminal,
+            decode_threads=decode_threads,
         )
-    click.echo(json.dumps(done.to_json(), indent=2) if as_json else _exported(done))
+    shown = _exported(done) + (f"\n{_waits(done)}" if profile else "")
+    click.echo(json.dumps(done.to_json(), indent=2) if as_json else shown)
     if done.failed:
         sys.exit(EXIT_SKIPPED)
 
@@ -399,6 +405,12 @@ def _exported(done: ExportReport) -> str:
         reasons = ", ".join(f"{count:,} {code}" for code, count in done.failed.items())
         lines.insert(1, f"skipped {sum(done.failed.values()):,}: {reasons}")
     return "\n".join(lines)
+
+
+def _waits(done: ExportReport) -> str:
+    total = sum(done.waits.values()) or 1.0
+    shares = (f"{stage} {seconds / total:.0%}" for stage, seconds in done.waits.items())
+    return f"waited for: {', '.join(shares)}"
 
 
 def _table(features: Sequence[ImageFeatures], milliseconds: Sequence[float]) -> str:

@@ -11,15 +11,17 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -35,7 +37,6 @@ from qwen_vit.export_plan import (
     Plan,
     RowForm,
     open_export,
-    target_size,
 )
 from qwen_vit.feature_files import FeatureFile, load_features
 from qwen_vit.features import FeatureSpool, ImageFeatures
@@ -44,12 +45,18 @@ from qwen_vit.folder_lock import hold_moment
 from qwen_vit.image import ImageLimits, load_image
 from qwen_vit.listing import Item, read_item, shown
 from qwen_vit.manifest import ManifestRow, load_arrow, shard_rows, write_manifest
+from qwen_vit.patches import Patches, patchify
+from qwen_vit.pipeline import Behind, Clock, Job, thread_count, work_ahead
 
 __all__ = [
     "Breaker",
+    "DoneShard",
     "ExportReport",
+    "Progress",
+    "Tally",
     "export_features",
     "export_shard",
+    "export_shards",
     "load_encoder",
     "make_manifest",
     "whole_shard",
@@ -58,6 +65,9 @@ __all__ = [
 logger = logging.getLogger("qwen_vit")
 
 FAILURES_TOLD = 20
+BEHIND_BYTES = 2**29  # features that wait to be written
+ROW_BYTES = 1_000  # of the manifest, in memory, or more
+STAGES = READ, ENCODE, COPY, WRITE, REST = "read and decode", "encode", "copy back", "write", "rest"
 
 
 @dataclass(slots=True)
@@ -94,69 +104,221 @@ class _Image:
     size_px: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = ()
     grid_thw: tuple[int, int, int] = (0, 0, 0)
-    embeds: Tensor | None = None
+    patches: Patches | None = None  # from its file to the encoder
     stage: str = "read"
     error: ImageError | None = None
 
+    @property
+    def n_bytes(self) -> int:
+        return 0 if self.patches is None else self.patches.pixels.nbytes
 
-def export_shard(
+
+class _Begin(NamedTuple):
+    """Comes before a shard's images; `rows` if it is there, and then no image comes."""
+
+    shard: int
+    n_images: int
+    rows: list[ManifestRow] | None
+
+    @property
+    def n_bytes(self) -> int:
+        return ROW_BYTES * len(self.rows or ())
+
+
+class DoneShard(NamedTuple):
+    """A whole shard and its rows of the manifest; not `is_new`, if it was there before."""
+
+    shard: int
+    rows: list[ManifestRow]
+    is_new: bool
+
+
+def export_shard(encoder: VisionEncoder, plan: Plan, shard: int, **more: Any) -> list[ManifestRow]:
+    """Make one shard, unless it is there, and return its rows; `more` as for `export_shards`.
+
+    Nothing but the encoder, the plan and the shard's number goes in, and nothing but the shard is
+    written, so any worker may do it.
+    """
+    [done] = export_shards(encoder, plan, [shard], **more)
+    return done.rows
+
+
+def export_shards(
     encoder: VisionEncoder,
     plan: Plan,
-    shard: int,
+    shards: Iterable[int],
     *,
     breaker: Breaker | None = None,
     on_image: Callable[[ImageFeatures], None] = lambda features: None,
-) -> list[ManifestRow]:
-    """Make one shard, unless it is there, and return its rows of the manifest.
+    decode_threads: int | None = None,
+    clock: Clock | None = None,
+) -> Iterator[DoneShard]:
+    """Make shards, one after the other, and give each when it is on the disk.
 
-    Nothing but the encoder, the plan and the shard's number goes in, and nothing but the shard is
-    written, so any worker may do it. Batches never cross a shard. `on_image` sees each image when
-    it is done. Raises ExportError where the shard cannot be written, or `breaker` stops it.
+    Threads load images ahead, the next shard's too, and one writes behind; batches never cross a
+    shard, so its bytes do not depend on this. At most two shards are unfinished at a time: one that
+    is encoded, and the one before it that is written. `on_image` sees each image when it is done,
+    in the thread that writes. Raises ExportError where a shard cannot be written, or `breaker`
+    stops it; the first ImageError with on_error="raise".
     """
-    rows = whole_shard(plan, shard)
-    if rows is not None:
-        return rows
-    items = plan.listing.shard(shard)
-    breaker = breaker or Breaker(plan.options.max_failures)
-    facts: list[dict[str, Any]] = []
-    errors: list[dict[str, Any]] = []
+    breaker, clock = breaker or Breaker(plan.options.max_failures), clock or Clock(REST)
     form = RowForm.of(encoder, plan.options)
-    with FeatureSpool(plan.path(shard), form.width, form.dtype) as spool:
-        for image in _encode(encoder, items, plan.options, breaker):
-            embeds = None if image.embeds is None else _finish(image, image.embeds, form)
-            if embeds is not None:
-                spool.add(image.item.id, embeds, image.grid_thw)
-                facts.append(
-                    {
-                        "sha256": image.sha256, "size_px": image.size_px, "notes": image.notes,
-                        "source": image.item.source,
-                    }
-                )  # fmt: skip
-            elif image.error is not None:
-                errors.append(
-                    {
-                        "id": image.item.id, "stage": image.stage, "code": image.error.code,
-                        "message": str(image.error),
-                    }
-                )  # fmt: skip
-                if plan.options.on_error == "raise":
-                    raise image.error
-            breaker.count_done(image.error)
-            on_image(ImageFeatures(image.item.id, embeds, image.grid_thw, error=image.error))
-        spool.save(
+    jobs = _jobs(encoder.image_config, plan, shards)
+    unfinished: deque[_Shard] = deque()
+    saving: deque[Future[list[ManifestRow]]] = deque()
+
+    def finish() -> Iterator[DoneShard]:
+        while saving:
+            with _behind(unfinished[0], clock):
+                rows = writer.wait(saving.popleft())
+            yield DoneShard(unfinished.popleft().number, rows, is_new=True)
+
+    try:
+        with (
+            closing(work_ahead(jobs, threads=thread_count(decode_threads))) as loaded,
+            Behind(BEHIND_BYTES) as writer,
+        ):
+            for begin in loaded:
+                if not isinstance(begin, _Begin):
+                    raise TypeError(f"{type(begin).__name__} between shards")
+                if begin.rows is not None:
+                    yield from finish()
+                    yield DoneShard(begin.shard, begin.rows, is_new=False)
+                    continue
+                shard = _Shard(plan, begin.shard, form, breaker, on_image)
+                unfinished.append(shard)
+                images = islice(loaded, begin.n_images)
+                for image, embeds in _encode(encoder, images, plan.options, breaker, clock):
+                    with clock.stage(COPY):
+                        rows = None if embeds is None else _Rows.send(embeds, form)
+                    with _behind(shard, clock):
+                        n_bytes = 0 if rows is None else rows.values.nbytes
+                        writer.do(partial(shard.add, image, rows), n_bytes)
+                yield from finish()
+                saving.append(writer.do(shard.save))
+            yield from finish()
+    finally:
+        for shard in unfinished:
+            shard.close()
+
+
+def _jobs(config: ImageConfig, plan: Plan, shards: Iterable[int]) -> Iterator[Job[_Begin | _Image]]:
+    for shard in shards:
+        rows = whole_shard(plan, shard)
+        items = plan.listing.shard(shard) if rows is None else []
+        yield Job(partial(_Begin, shard, len(items), rows))
+        for item in items:
+            yield Job(partial(_load, item, config, plan.options.limits))
+
+
+@contextmanager
+def _behind(shard: "_Shard", clock: Clock) -> Iterator[None]:
+    """Waiting for the thread that writes; which may itself wait for what the GPU has not sent."""
+    before = shard.waited_s
+    with clock.stage(WRITE):
+        yield
+    clock.move(shard.waited_s - before, WRITE, COPY)
+
+
+class _Rows(NamedTuple):
+    """An image's features on their way to the CPU: there, once the GPU has done what it has to."""
+
+    values: Tensor
+    arrival: torch.cuda.Event | None
+
+    @classmethod
+    def send(cls, embeds: Tensor, form: RowForm) -> Self:
+        """Begin to copy what is stored of an image's embeddings."""
+        if form.patches_per_row is None:
+            embeds = embeds.float().mean(dim=0, keepdim=True)
+        stored = embeds.to(form.dtype)
+        if not stored.is_cuda:
+            return cls(stored, None)
+        values = torch.empty_like(stored, device="cpu", pin_memory=True)
+        values.copy_(stored, non_blocking=True)
+        arrival = torch.cuda.Event(blocking=True)
+        arrival.record(torch.cuda.current_stream(stored.device))
+        return cls(values, arrival)
+
+
+class _Shard:
+    """A shard's file as it grows, in the thread that writes."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        number: int,
+        form: RowForm,
+        breaker: Breaker,
+        on_image: Callable[[ImageFeatures], None],
+    ) -> None:
+        self.number = number
+        self.waited_s = 0.0  # for the GPU
+        self._plan, self._form, self._breaker, self._on_image = plan, form, breaker, on_image
+        self._facts: list[dict[str, Any]] = []
+        self._errors: list[dict[str, Any]] = []
+        self._spool = FeatureSpool(plan.path(number), form.width, form.dtype)
+
+    def add(self, image: _Image, rows: _Rows | None) -> None:
+        """The next image: its rows, or its error."""
+        embeds = None if rows is None else self._arrived(image, rows)
+        if embeds is not None:
+            self._spool.add(image.item.id, embeds, image.grid_thw)
+            self._facts.append(
+                {
+                    "sha256": image.sha256, "size_px": image.size_px, "notes": image.notes,
+                    "source": image.item.source,
+                }
+            )  # fmt: skip
+        elif image.error is not None:
+            self._errors.append(
+                {
+                    "id": image.item.id, "stage": image.stage, "code": image.error.code,
+                    "message": str(image.error),
+                }
+            )  # fmt: skip
+            if self._plan.options.on_error == "raise":
+                raise image.error
+        self._breaker.count_done(image.error)
+        self._on_image(ImageFeatures(image.item.id, embeds, image.grid_thw, error=image.error))
+
+    def save(self) -> list[ManifestRow]:
+        """Write the file, read it again, and give its rows of the manifest."""
+        self._spool.save(
             {
-                **plan.settings,
-                "errors": errors,
-                "images": facts,
-                "patches_per_row": form.patches_per_row,
+                **self._plan.settings,
+                "errors": self._errors,
+                "images": self._facts,
+                "patches_per_row": self._form.patches_per_row,
             }
         )
-    rows = whole_shard(plan, shard)
-    if rows is None:
-        raise ExportError(
-            f"{plan.path(shard)} is gone, or damaged, right after it was written; check its disk"
+        self.close()
+        rows = whole_shard(self._plan, self.number)
+        if rows is None:
+            raise ExportError(
+                f"{self._plan.path(self.number)} is gone, or damaged, right after it was written; "
+                "check its disk"
+            )
+        return rows
+
+    def close(self) -> None:
+        """Give back what holds the rows."""
+        self._spool.__exit__()
+
+    def _arrived(self, image: _Image, rows: _Rows) -> Tensor | None:
+        """An image's rows on the CPU; None, and its error, if they are not finite."""
+        if rows.arrival is not None:
+            begin = time.perf_counter()
+            rows.arrival.synchronize()
+            self.waited_s += time.perf_counter() - begin
+        if all_finite(rows.values):
+            return rows.values
+        image.error = ImageError(
+            f"{shown(image.item.id)}: its embeddings hold NaN or infinity; check the checkpoint "
+            "with `qwen-vit info`, and try --dtype float32",
+            code="not-finite",
         )
-    return rows
+        return None
 
 
 def whole_shard(plan: Plan, shard: int) -> list[ManifestRow] | None:
@@ -188,37 +350,54 @@ def whole_shard(plan: Plan, shard: int) -> list[ManifestRow] | None:
 
 
 def _encode(
-    encoder: VisionEncoder, items: Sequence[Item], options: ExportOptions, breaker: Breaker
-) -> Iterator[_Image]:
-    """Every image in order, with its embeddings or its error; one batch at a time."""
+    encoder: VisionEncoder,
+    images: Iterator[_Begin | _Image],
+    options: ExportOptions,
+    breaker: Breaker,
+    clock: Clock,
+) -> Iterator[tuple[_Image, Tensor | None]]:
+    """Every image in order, with its embeddings or its error."""
     under_way: deque[_Image] = deque()
 
-    def pixels() -> Iterator[NDArray[np.uint8]]:
-        for item in items:
-            image = _Image(item)
+    def patches() -> Iterator[Patches]:
+        while True:
+            with clock.stage(READ):
+                image = next(images, None)
+            if not isinstance(image, _Image):
+                return
             under_way.append(image)
-            rgb = _load(image, encoder.image_config, options.limits)
             breaker.count_read(image.error)
-            if rgb is not None:
-                yield rgb
+            if image.patches is not None:
+                prepared, image.patches = image.patches, None
+                yield prepared
 
     output: Literal["patch", "merged"] = "patch" if options.output == "patch" else "merged"
-    encoded = encoder.encode_iter(pixels(), on_error="skip", output=output, layout="HWC")
-    for number, features in enumerate(encoded):
+    encoded = encoder.encode_iter(patches(), on_error="skip", output=output, decode_threads=1)
+    for number, features in enumerate(_timed(encoded, clock)):
         while under_way[0].error is not None:
-            yield under_way.popleft()
+            yield under_way.popleft(), None
         image = under_way.popleft()
-        image.embeds, image.grid_thw = features.embeds, features.grid_thw or (0, 0, 0)
-        if features.error is not None:  # the encoder was given pixels, which have no name
+        image.grid_thw = features.grid_thw or (0, 0, 0)
+        if features.error is not None:  # the encoder was given patches, which have no name
             message = str(features.error).replace(f"image {number} ", f"{shown(image.item.id)} ", 1)
             image.error = ImageError(message, code=features.error.code)
-        yield image
-    yield from under_way
+        yield image, features.embeds
+    for image in under_way:
+        yield image, None
 
 
-def _load(image: _Image, config: ImageConfig, limits: ImageLimits) -> NDArray[np.uint8] | None:
-    """An image's pixels, or None and its error."""
-    item = image.item
+def _timed(encoded: Iterator[ImageFeatures], clock: Clock) -> Iterator[ImageFeatures]:
+    while True:
+        with clock.stage(ENCODE):
+            features = next(encoded, None)
+        if features is None:
+            return
+        yield features
+
+
+def _load(item: Item, config: ImageConfig, limits: ImageLimits) -> _Image:
+    """An image with its patches, or its error."""
+    image = _Image(item)
     try:
         image.stage = "read" if item.error is None else "list"
         data = read_item(item, limits)
@@ -226,32 +405,15 @@ def _load(image: _Image, config: ImageConfig, limits: ImageLimits) -> NDArray[np
         image.stage = "decode"
         rgb = load_image(data, name=item.id, limits=limits)
         image.size_px, image.notes = (rgb.height, rgb.width), rgb.notes
-        target_size(rgb.height, rgb.width, config, item.id)  # refuses it under its name
+        image.patches = patchify(rgb.pixels, config, name=shown(item.id))
+        image.stage = "encode"
     except ImageError as error:
         # without its traceback, whose frames hold the file's bytes
         image.error = ImageError(str(error), code=error.code)
-        return None
     except MemoryError:
         message = f"{shown(item.id)} does not fit into memory; free some, or leave it out"
         image.error = ImageError(message, code="memory")
-        return None
-    image.stage = "encode"
-    return rgb.pixels
-
-
-def _finish(image: _Image, embeds: Tensor, form: RowForm) -> Tensor | None:
-    """What is stored of an image's embeddings, on the CPU; None, and its error, if not finite."""
-    if form.patches_per_row is None:
-        embeds = embeds.float().mean(dim=0, keepdim=True)
-    stored = embeds.to("cpu", form.dtype)
-    if all_finite(stored):
-        return stored
-    image.error = ImageError(
-        f"{shown(image.item.id)}: its embeddings hold NaN or infinity; check the checkpoint with "
-        "`qwen-vit info`, and try --dtype float32",
-        code="not-finite",
-    )
-    return None
+    return image
 
 
 # All of it
@@ -262,7 +424,8 @@ class ExportReport:
     """What an export did: the images of its part, whoever exported them, and this run's share.
 
     `failed` counts images by the code of their error; `resumed` those that were there already.
-    `bytes` are those of the part's shards.
+    `bytes` are those of the part's shards. `waits` is how many seconds of this run went to waiting
+    for each of its stages.
     """
 
     folder: Path
@@ -274,6 +437,7 @@ class ExportReport:
     rows: int
     bytes: int
     seconds: float
+    waits: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The same for a JSON document."""
@@ -288,6 +452,7 @@ def export_features(
     *,
     confirm: Callable[[Estimate], None] | None = None,
     show_progress: bool = False,
+    decode_threads: int | None = None,
 ) -> ExportReport:
     """Export the images of files, folders, patterns, lists and tars into a folder of shards.
 
@@ -300,31 +465,50 @@ def export_features(
     for a folder, inputs or settings that do not fit, and a disk that is full; the first ImageError
     with on_error="raise".
     """
-    options, start = options or ExportOptions(), time.monotonic()
-    exported = n_rows = n_bytes = resumed = 0
-    failed: Counter[str] = Counter()
+    options, tally = options or ExportOptions(), Tally()
     load_arrow()
+    clock = Clock(REST)
     with open_export(encoder, inputs, Path(folder), options) as plan:
         if confirm is not None and not any(plan.path(shard).exists() for shard in plan.shards):
             confirm(estimate_plan(encoder, plan))
-        breaker = Breaker(options.max_failures)
-        with _Progress(plan, show_progress) as progress:
-            for shard in plan.shards:
-                before = progress.done
-                rows = export_shard(encoder, plan, shard, breaker=breaker, on_image=progress.count)
-                if progress.done == before:
-                    progress.skip(len(rows))
-                    resumed += len(rows)
-                good = [row for row in rows if row.status == "ok"]
-                failed.update(row.error_code or "" for row in rows if row.status != "ok")
-                exported += len(good)
-                n_rows += sum(row.tokens or 0 for row in good)
-                n_bytes += plan.path(shard).stat().st_size
-        manifest = make_manifest(plan)
-    return ExportReport(
-        plan.folder, manifest, plan.n_images, exported, dict(failed.most_common()), resumed, n_rows,
-        n_bytes, round(time.monotonic() - start, 3),
-    )  # fmt: skip
+        with Progress(plan, show_progress) as progress:
+            for done in export_shards(
+                encoder, plan, plan.shards, on_image=progress.count, decode_threads=decode_threads,
+                clock=clock,
+            ):  # fmt: skip
+                if not done.is_new:
+                    progress.skip(len(done.rows))
+                tally.count(plan, done)
+        return tally.report(plan, make_manifest(plan), clock.seconds())
+
+
+@dataclass(slots=True)
+class Tally:
+    """What an export has done so far."""
+
+    exported: int = 0
+    resumed: int = 0
+    rows: int = 0
+    bytes: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    start: float = field(default_factory=time.monotonic)
+
+    def count(self, plan: Plan, done: DoneShard) -> None:
+        """One more whole shard."""
+        good = [row for row in done.rows if row.status == "ok"]
+        self.failed.update(row.error_code or "" for row in done.rows if row.status != "ok")
+        self.resumed += 0 if done.is_new else len(done.rows)
+        self.exported += len(good)
+        self.rows += sum(row.tokens or 0 for row in good)
+        self.bytes += plan.path(done.shard).stat().st_size
+
+    def report(self, plan: Plan, manifest: Path, waits: dict[str, float]) -> ExportReport:
+        """All of it."""
+        return ExportReport(
+            plan.folder, manifest, plan.n_images, self.exported, dict(self.failed.most_common()),
+            self.resumed, self.rows, self.bytes, round(time.monotonic() - self.start, 3),
+            {stage: round(waits.get(stage, 0.0), 3) for stage in STAGES},
+        )  # fmt: skip
 
 
 def load_encoder(
@@ -343,7 +527,7 @@ def make_manifest(plan: Plan) -> Path:
         return write_manifest(plan.folder, (rows for rows in shards if rows is not None))
 
 
-class _Progress:
+class Progress:
     """A bar on a terminal; the first failures are told in either case."""
 
     def __init__(self, plan: Plan, is_shown: bool) -> None:

@@ -183,6 +183,12 @@ class Behind:
         self._bytes += n_bytes
         return future
 
+    def wait(self, future: Future[Value]) -> Value:
+        """What a job gives; or the exception of the one before it that kept it from being done."""
+        while self._undone and not (future.done() and future.exception() is None):
+            self._take()
+        return future.result()
+
     def _run(self, job: Callable[[], Value]) -> Value:
         if self._failed:
             raise CancelledError
@@ -220,6 +226,12 @@ class Clock:
             yield
         finally:
             self._switch(before)
+
+    def move(self, seconds: float, of: str, to: str) -> None:
+        """Count some of a stage's time as another's."""
+        seconds = min(seconds, self._seconds[of])
+        self._seconds[of] -= seconds
+        self._seconds[to] += seconds
 
     def seconds(self) -> dict[str, float]:
         """What each stage took so far."""

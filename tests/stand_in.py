@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +23,7 @@ from qwen_vit import cli, export  # noqa: E402
 from qwen_vit.config import ImageConfig  # noqa: E402
 from qwen_vit.errors import ImageError  # noqa: E402
 from qwen_vit.features import ImageFeatures  # noqa: E402
-from qwen_vit.patches import patchify  # noqa: E402
+from qwen_vit.patches import Patches  # noqa: E402
 
 WIDTH = 16
 POISON, TOO_LARGE = 7, 9  # images of this value alone give NaN, or do not fit the memory
@@ -57,7 +56,7 @@ class StandIn:
 
     def encode_iter(self, images: Iterable[Any], **options: Any) -> Iterator[ImageFeatures]:
         """In batches, as the real one: it reads ahead of what it yields."""
-        batch: list[tuple[int, np.ndarray]] = []
+        batch: list[tuple[int, Patches]] = []
         for image in enumerate(images):
             batch.append(image)
             if len(batch) == BATCH:
@@ -69,20 +68,19 @@ class StandIn:
         """Paths, as the dry run gives them."""
         return [ImageFeatures(str(each), torch.zeros(1, WIDTH), (1, 2, 2)) for each in images]
 
-    def _encode(self, batch: list[tuple[int, np.ndarray]], output: str) -> Iterator[ImageFeatures]:
-        for number, pixels in batch:
+    def _encode(self, batch: list[tuple[int, Patches]], output: str) -> Iterator[ImageFeatures]:
+        for number, patches in batch:
             name = f"image {number}"
             self.encoded += 1
             if self.journal is not None:
                 os.write(self.journal, b".")
-            patches = patchify(pixels, self.image_config)
             [grid] = patches.grids
             rows = patches.pixels[:, :WIDTH].float()
             if output == "merged":
                 rows = rows.reshape(-1, 4, WIDTH).mean(dim=1)
-            if (pixels == POISON).all():
+            if (patches.pixels == POISON).all():
                 rows[0, 0] = float("nan")
-            if (pixels == TOO_LARGE).all():
+            if (patches.pixels == TOO_LARGE).all():
                 message = f"{name} has {len(rows)} patches, which do not fit the memory of cpu"
                 error = ImageError(message, code="out-of-memory")
                 yield ImageFeatures(name, None, None, error=error)

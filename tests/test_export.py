@@ -277,10 +277,16 @@ def test_a_disk_that_is_gone_is_not_asked_for_the_rest_of_the_shard(
         asked.append(item.id)
         raise ImageError(f"{item.id} does not exist", code="missing")
 
+    for number in range(100):
+        Path(f"p/{number:03}.png").touch()
     monkeypatch.setattr(export_module, "read_item", gone)
+    with pytest.raises(ExportError, match=r"3 images in a row failed, the last one so: 001.png"):
+        export(options=ExportOptions(max_failures=3), decode_threads=2)
+    assert len(asked) < 20  # what threads had begun ahead
+    asked.clear()
     with pytest.raises(ExportError, match="3 images in a row failed"):
-        export(options=ExportOptions(max_failures=3))
-    assert asked == ["0.png", "1.png", "2.png"]
+        export(options=ExportOptions(max_failures=3), decode_threads=1)
+    assert asked == ["0.png", "000.png", "001.png"]
 
 
 def test_failures_that_are_not_in_a_row_do_not_stop_an_export(here: Path) -> None:

@@ -12,13 +12,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from export_trials import tiny_png
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from stand_in import StandIn
 
 from qwen_vit import encoder as encoder_module
+from qwen_vit import export as export_module
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.errors import ArgumentError, ExportError, ImageError
+from qwen_vit.export import export_features
+from qwen_vit.export_plan import ExportOptions
+from qwen_vit.features import FeatureSpool
 from qwen_vit.pipeline import Behind, Clock, Job, pack, thread_count, work_ahead
 
 IMAGES = Path(__file__).resolve().parent / "images"
@@ -260,6 +266,127 @@ def test_every_image_is_in_one_batch_and_batches_keep_the_budget(
     full = [sum(sizes[index] for index in batch) for batch in batches]
     # first fit leaves at most one batch that is half empty
     assert sum(2 * size <= budget for size in full) <= 1
+
+
+# The export
+
+
+def write_images(folder: Path, count: int) -> None:
+    folder.mkdir()
+    for number, image in enumerate(mixed(count)):
+        path = folder / f"{number:03}.img.png"
+        if isinstance(image, bytes):
+            path.write_bytes(image)
+        elif isinstance(image, Path):
+            path.write_bytes(image.read_bytes())
+        else:
+            pixels = np.asarray(image)
+            Image.fromarray(pixels).save(path)
+
+
+def test_an_export_has_the_same_bytes_with_any_number_of_threads(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 14)
+    options = ExportOptions(shard_size=3)
+    found = []
+    for threads in (1, 2, 5):
+        out = tmp_path / str(threads)
+        done = export_features(
+            encoder(), [str(tmp_path / "images")], out, options, decode_threads=threads
+        )
+        assert done.images == 14
+        assert sum(done.failed.values()) >= 2
+        found.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert len(found[0]) == 5 + 3
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+
+
+def stand_in_export(folder: Path, encoder: Any, shards: int, **more: Any) -> Any:
+    """4 images a shard."""
+    (folder / "p").mkdir()
+    for number in range(4 * shards):
+        (folder / f"p/{number:03}.png").write_bytes(tiny_png(number))
+    options = ExportOptions(shard_size=4)
+    return export_features(encoder, [str(folder / "p")], folder / "out", options, **more)
+
+
+def test_the_next_shards_images_are_loaded_while_one_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = threading.Event()  # an image of the second shard
+    real = export_module.load_image
+
+    def load_image(data: Any, *, name: str, **more: Any) -> Any:
+        if name == "005.png":
+            loaded.set()
+        return real(data, name=name, **more)
+
+    class Waiting(StandIn):
+        def encode_iter(self, images: Any, **options: Any) -> Any:
+            for features in super().encode_iter(images, **options):
+                assert loaded.wait(30)
+                yield features
+
+    monkeypatch.setattr(export_module, "load_image", load_image)
+    assert stand_in_export(tmp_path, Waiting(), 3, decode_threads=2).exported == 12
+
+
+def test_one_shard_is_encoded_while_one_is_written_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that what stops an export costs two shards at most."""
+    encoded = threading.Event()  # an image of the second shard, while the first is being saved
+    most = 0
+    real = FeatureSpool.save
+    whole = StandIn()
+
+    def save(self: FeatureSpool, facts: Any) -> None:
+        nonlocal most
+        if self.path.name.endswith("0.safetensors"):
+            assert encoded.wait(30)
+            time.sleep(0.2)  # time enough to go too far
+            most = whole.encoded
+        real(self, facts)
+
+    class Telling(StandIn):
+        def encode_iter(self, images: Any, **options: Any) -> Any:
+            for features in whole.encode_iter(images, **options):
+                if whole.encoded > 4:
+                    encoded.set()
+                yield features
+
+    monkeypatch.setattr(FeatureSpool, "save", save)
+    monkeypatch.setattr(export_module, "BEHIND_BYTES", 10**9)
+    assert stand_in_export(tmp_path, Telling(), 5).exported == 20
+    assert 4 < most <= 8
+
+
+def test_a_disk_that_fails_stops_the_encoder_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(self: FeatureSpool, facts: Any) -> None:
+        raise ExportError("the disk is gone")
+
+    whole = StandIn()
+    monkeypatch.setattr(FeatureSpool, "save", save)
+    with pytest.raises(ExportError, match="the disk is gone"):
+        stand_in_export(tmp_path, whole, 50)
+    assert whole.encoded <= 8
+    assert load_threads() == 0
+
+
+def test_an_export_says_what_it_waited_for(tmp_path: Path) -> None:
+    class Slow(StandIn):
+        def encode_iter(self, images: Any, **options: Any) -> Any:
+            for features in super().encode_iter(images, **options):
+                time.sleep(0.02)
+                yield features
+
+    done = stand_in_export(tmp_path, Slow(), 4)
+    assert list(done.waits) == ["read and decode", "encode", "copy back", "write", "rest"]
+    assert max(done.waits, key=lambda stage: done.waits[stage]) == "encode"
+    assert done.waits["encode"] >= 16 * 0.02
+    assert sum(done.waits.values()) <= done.seconds + 0.01
 
 
 # The encoder
