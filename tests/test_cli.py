@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,29 @@ def test_an_interrupt_ends_with_130_and_leaves_no_file(
     assert (done.code, done.out) == (130, "")
     assert "interrupted" in done.err
     assert sorted(os.listdir()) == before
+
+
+INTERRUPTED_TORCH = """
+import os, signal
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_an_interrupt_while_torch_is_imported_ends_with_130(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(INTERRUPTED_TORCH)  # as Ctrl-C does, in the middle of it
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["qwen-vit"].partition(":")
+    installed = f"import sys; from {module} import {function}; sys.exit({function}())"  # pip's
+    for command in (["-m", "qwen_vit", "--help"], ["-c", installed, "--help"]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize(

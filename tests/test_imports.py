@@ -121,6 +121,7 @@ sys.addaudithook(lambda name, _: events.append(name) if name.startswith(WATCHED)
 before, there = state(), set(sys.modules)
 with warnings.catch_warnings(record=True) as caught:
     import qwen_vit
+    from qwen_vit import *  # each name's own module, too
 print(json.dumps({
     "before": before, "after": state(), "events": events, "file": qwen_vit.__file__,
     "warnings": [str(warning.message) for warning in caught],
