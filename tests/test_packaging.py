@@ -179,11 +179,3 @@ def test_ruff_reads_every_python_script_without_an_extension() -> None:
         if path.is_file() and "python" in path.read_text().partition("\n")[0]
     }
     assert {path for path in scripts if not path.endswith(".py")} == listed
-
-
-def test_the_published_checkpoints_are_described_alike() -> None:
-    checkpoints = tomllib.loads((ROOT / "weights/published.toml").read_text())["checkpoint"]
-    fields = {"repo", "licence", "out_hidden_size", "intermediate_size", "tensors"}
-    assert [set(each) for each in checkpoints] == [fields] * 4
-    sizes = {each["repo"].split("-")[-2]: each["out_hidden_size"] for each in checkpoints}
-    assert sizes == {"3B": 2048, "7B": 3584, "32B": 5120, "72B": 8192}

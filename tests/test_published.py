@@ -47,6 +47,8 @@ def stored_shapes(entry: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def test_the_official_checkpoints_are_listed_once() -> None:
     repos = [entry["repo"] for entry in PUBLISHED]
     assert repos[:4] == OFFICIAL
+    widths = [entry["vision"]["out_hidden_size"] for entry in PUBLISHED[:4]]
+    assert widths == [2048, 3584, 5120, 8192]
     assert len(set(repos)) == len(repos)
 
 
