@@ -6,7 +6,6 @@ Nothing here knows HTTP: a piece comes from a function that opens a range of a n
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
@@ -171,5 +170,10 @@ def _fetch_piece(
             pause = 2.0 ** (failures - 1) if error.wait_s is None else error.wait_s
             pause = min(pause, LONGEST_WAIT_S)
             logger.warning("%s: %s; trying again in %.0f s", piece.file, error, pause)
-            time.sleep(pause)
+            _rest(pause, stop)
     return file_bytes
+
+
+def _rest(seconds: float, stop: threading.Event) -> None:
+    """Between two attempts; nobody waits for it to end once the others have stopped."""
+    stop.wait(seconds)

@@ -47,6 +47,7 @@ import huggingface_hub, huggingface_hub.file_download, huggingface_hub.hf_api
 
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.01))
+ranges._rest = lambda seconds, stop: time.sleep(seconds)
 ranges.PART_BYTES = 300_000
 
 def child(call):

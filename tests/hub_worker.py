@@ -36,7 +36,8 @@ class Terminal(io.StringIO):
 
 logging.getLogger("qwen_vit").addHandler(Collect())
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-time.sleep = waits.append  # between attempts, ours and the client's
+time.sleep = waits.append  # between the client's attempts
+ranges._rest = lambda seconds, stop: waits.append(seconds)  # and ours
 
 def run(do, **call):
     if "part_bytes" in call:

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from qwen_vit import ranges
 from qwen_vit.ranges import Opened, Piece, RangesRefusedError, TransferError, fetch, merge, read
 
+REST = ranges._rest
 FILES = {"a": os.urandom(5_000), "b": os.urandom(3_000)}
 
 
@@ -42,7 +44,7 @@ class Source:
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waited: list[float] = []
-    monkeypatch.setattr(ranges.time, "sleep", waited.append)
+    monkeypatch.setattr(ranges, "_rest", lambda seconds, _: waited.append(seconds))
     monkeypatch.setattr(ranges, "PART_BYTES", 1_000)
     return waited
 
@@ -140,6 +142,28 @@ def test_the_first_refusal_stops_the_others(tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as file, pytest.raises(RangesRefusedError):
         fetch([Piece("a", 0, 5_000, 0)], Refusing().open, file.fileno(), lambda _: None)
     assert [t for t in threading.enumerate() if t.name.startswith("qwen-vit-download")] == []
+
+
+def test_the_end_is_not_put_off_by_a_part_that_rests_before_its_next_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "_rest", REST)
+    monkeypatch.setattr(ranges, "LONGEST_WAIT_S", 20.0)
+    has_failed = threading.Event()
+
+    @contextmanager
+    def busy(name: str, start: int, end: int) -> Iterator[Opened]:
+        if start == 0:
+            has_failed.set()
+            raise TransferError("HTTP 429", wait_s=300.0)
+        has_failed.wait()
+        raise RangesRefusedError("no")
+        yield
+
+    begin = time.monotonic()
+    with (tmp_path / "file").open("wb") as file, pytest.raises(RangesRefusedError):
+        fetch([Piece("a", 0, 2_000, 0)], busy, file.fileno(), lambda _: None)
+    assert time.monotonic() - begin < 10
 
 
 def test_more_bytes_than_asked_for_are_refused() -> None:
