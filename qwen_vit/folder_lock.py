@@ -1,8 +1,8 @@
 """One writer for each part of a folder: locks that name their owner and die with it.
 
 The kernel holds them (flock), so that a process which is killed leaves nothing locked. Not every
-network disk shows one host's locks to another: there the name that the owner left in the file
-decides.
+network disk shows one host's locks to another, and some know none: there the name that the owner
+left in the file decides, and goes with the lock.
 """
 
 import fcntl
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,23 @@ def _hold(path: Path, kind: int, patience_s: float = PATIENCE_S) -> Iterator[Non
         time.sleep(POLL_S)
     try:
         yield
-    finally:  # unlinked while it is held, so that nobody takes the lock of a file that is gone
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        _let_go(descriptor, kind, path)
+
+
+def _let_go(descriptor: int, kind: int, path: Path) -> None:
+    """Unlinked while it is held, so that nobody takes the lock of a file that is gone."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_last = True
+    except BlockingIOError:
+        is_last = False
+    except OSError:  # no locks here: our name must go, or every other host respects it
+        is_last = kind == fcntl.LOCK_EX
+    with suppress(OSError):
+        if is_last:
             path.unlink(missing_ok=True)
-        os.close(descriptor)
+    os.close(descriptor)
 
 
 def _acquire(path: Path, kind: int) -> int:
@@ -119,11 +132,14 @@ def _lock(descriptor: int, kind: int, path: Path) -> None:
             "and run this again"
         ) from None
     except OSError as error:  # some network disks know no locks
-        logger.warning(
-            "%s cannot be locked (%s): see to it that nothing else writes there",
-            path.parent,
-            error.strerror,
-        )
+        _warn_once(path.parent, str(error.strerror))
+
+
+@lru_cache
+def _warn_once(folder: Path, reason: str) -> None:
+    logger.warning(
+        "%s cannot be locked (%s): see to it that nothing else writes there", folder, reason
+    )
 
 
 def _is_file_of(descriptor: int, path: Path) -> bool:
@@ -138,7 +154,7 @@ def _sign(descriptor: int, kind: int, path: Path) -> None:
     before = _read_owner(descriptor)
     host = socket.gethostname()
     if before and before.get("host") != host:
-        raise ExportError(
+        raise _HeldError(
             f"{path.parent} was being written by {_owner(descriptor)}, and this host ({host}) "
             f"cannot see whether it still is; if that export has ended, delete {path}"
         )

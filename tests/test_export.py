@@ -587,16 +587,42 @@ def test_a_lock_that_another_host_left_is_respected_and_the_way_out_is_told(
         pass
 
 
-def test_a_disk_without_locks_is_warned_of(
+def refuse_lock(*_: Any) -> None:
+    raise OSError(38, "Function not implemented")
+
+
+def test_a_disk_without_locks_is_warned_of_once_and_names_alone_decide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*_: Any) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr("fcntl.flock", refuse)
+    """A name that outlived its lock kept every other host out, for ever."""
+    monkeypatch.setattr("fcntl.flock", refuse_lock)
+    for host in ("node-1", "node-2"):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        for part in ((1, 2), (1, 1)):
+            with hold_folder(tmp_path, part), hold_moment(tmp_path):
+                pass
+    assert caplog.text.count("cannot be locked (Function not implemented)") == 1
     with hold_folder(tmp_path):
-        pass
-    assert "cannot be locked (Function not implemented)" in caplog.text
+        monkeypatch.setattr("socket.gethostname", lambda: "node-3")
+        with pytest.raises(ExportError, match=r"was being written by .* on node-2"):
+            hold_folder(tmp_path).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_moment_of_another_host_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts that begin together on many hosts, where one does not see another's locks."""
+    name = tmp_path / "lock-moment"
+    name.write_text(json.dumps({"host": "node-17", "pid": 4, "since": "2026-01-01"}))
+    pauses = iter([lambda: None, name.unlink])
+    monkeypatch.setattr(
+        folder_lock_module,
+        "time",
+        SimpleNamespace(sleep=lambda _: next(pauses)(), monotonic=time.monotonic),
+    )
+    with hold_moment(tmp_path):
+        assert next(pauses, None) is None
 
 
 def test_a_lock_file_that_its_owner_takes_away_in_between_is_no_lock(
