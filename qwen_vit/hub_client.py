@@ -58,7 +58,8 @@ class Repository:
         self.fetched_bytes = 0
         self._revision = revision
         self._token = token
-        self._cache_dir = cache_dir
+        # not every function of the client takes "~" for the home folder
+        self._cache_dir = Path(cache_dir).expanduser() if cache_dir else None
         self._counting = threading.Lock()
         self._sizes: dict[str, int] = {}
         self._listing: Any = None
@@ -73,7 +74,7 @@ class Repository:
         """The Hub's cache: `cache_dir`, or what HF_HUB_CACHE and HF_HOME say."""
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        return Path(self._cache_dir or HF_HUB_CACHE).expanduser()
+        return Path(self._cache_dir or HF_HUB_CACHE)
 
     def resolve(self, name: str) -> Path | None:
         """Fetch a file and learn the commit from where it lies; None where there is no such file.
@@ -167,9 +168,12 @@ class Repository:
         store.remember_check(folder, path, digest)
 
     def names(self) -> list[str] | None:
-        """The names of all files; None where the Hub, or its mirror, does not list them."""
+        """The files beside config.json; None where the Hub, or its mirror, does not list them."""
         siblings = getattr(self._info(), "siblings", None)
-        return None if siblings is None else [sibling.rfilename for sibling in siblings]
+        if siblings is None:
+            return None
+        names = [sibling.rfilename for sibling in siblings]
+        return [name for name in names if "/" not in name]  # folders hold other models, or parts
 
     def licence(self) -> str | None:
         """What the model card says; None where that cannot be had."""

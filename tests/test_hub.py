@@ -164,6 +164,33 @@ def test_a_single_file_of_another_name_is_found_in_the_listing(
     assert worker("load", **call)["weights"] == hash_of(repo)
 
 
+def test_weights_in_a_folder_of_the_repository_are_not_its_own(
+    worker: Worker, repo: Path, call: dict[str, Any]
+) -> None:
+    write_checkpoint(repo, SMALL)
+    (repo / "model.safetensors").rename(repo / "tower.safetensors")
+    (repo / "checkpoint-500").mkdir()
+    shutil.copyfile(repo / "tower.safetensors", repo / "checkpoint-500" / "model-a.safetensors")
+    assert worker("load", **call)["weights"] == hash_of(repo)
+    shutil.rmtree(call["cache_dir"])
+    (repo / "tower.safetensors").unlink()
+    refused = worker("load", **call)
+    assert "org/tiny has no weights (it holds config.json" in refused["message"]
+
+
+def test_a_cache_in_the_home_folder_is_the_same_for_each_function_of_the_client(
+    hub: Hub, repo: Path, tmp_path: Path
+) -> None:
+    write_checkpoint(repo, SMALL)
+    call = {"repo_id": "org/tiny", "filename": "model.safetensors"}
+    with running_worker(tmp_path / "hf", hub.endpoint, HOME=str(tmp_path)) as worker:
+        worker("whole", **call, cache_dir=tmp_path / "mine")
+        hub.requests.clear()
+        loaded = worker("load", model="org/tiny", cache_dir="~/mine")
+    assert loaded["weights"] == hash_of(repo)
+    assert "model.safetensors" not in hub.fetched()
+
+
 def test_a_mirror_without_a_listing_will_do(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
