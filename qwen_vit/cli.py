@@ -27,6 +27,7 @@ from qwen_vit.benchmark import WORKLOADS, speed_report, speed_table
 from qwen_vit.benchmark import bench as measure_speed
 from qwen_vit.compare import compare_checkpoint
 from qwen_vit.comparison_text import as_text
+from qwen_vit.distributed import export_on_ray
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ExportError, ImageError, QwenVitError
 from qwen_vit.export import ExportReport, export_features, load_encoder
@@ -142,6 +143,10 @@ def encode(
 @click.option(
     "--decode-threads", type=int, help="Read, decode and resize.  [default: cores, at most 16]"
 )
+@click.option(
+    "--ray", "address", is_flag=False, flag_value="", metavar="[ADDRESS]",
+    help="On every GPU, or CPU, of a Ray cluster; this machine's without an address.",
+)  # fmt: skip
 @click.option("--profile", is_flag=True, help="Say what the export waited for.")
 @click.option("--dry-run", is_flag=True, help="Count images, rows, bytes and hours; write none.")
 @click.option("--yes", is_flag=True, help="Do not ask before writing more than 100 GB.")
@@ -150,13 +155,15 @@ def encode(
 def export(
     inputs: tuple[str, ...], model: str, out: Path, device: str, dry_run: bool, yes: bool,
     as_json: bool, output: Any, dtype: Any, shard_size: int, part: tuple[int, int], on_error: Any,
-    max_failures: int, decode_threads: int | None, profile: bool, **loading: Any,
+    max_failures: int, decode_threads: int | None, address: str | None, profile: bool,
+    **loading: Any,
 ) -> None:  # fmt: skip
     """Export the images of INPUTS into a folder of shards; run again, it goes on where it stopped.
 
     \b
     qwen-vit export photos/ --model tiny --out features --dry-run
     qwen-vit export tars/ --model Qwen/Qwen2.5-VL-7B-Instruct --out features --part 2/8
+    qwen-vit export tars/ --model Qwen/Qwen2.5-VL-7B-Instruct --out features --ray
 
     INPUTS are images, folders (searched to every depth), quoted patterns, tars, and lists: .txt
     with a path a line, .jsonl with an "id" and a "path" each. Read the folder with
@@ -172,16 +179,20 @@ def export(
         click.echo(json.dumps(asdict(estimate), indent=2) if as_json else _estimated(estimate))
         return
     check_folder(out)
+    running: dict[str, Any] = {
+        "confirm": None if yes else partial(_ask_if_large, folder=out),
+        "show_progress": is_terminal,
+        "decode_threads": decode_threads,
+    }
     with _sigterm_interrupts():
-        done = export_features(
-            load_encoder(model, options, device=device, **loading),
-            inputs,
-            out,
-            options,
-            confirm=None if yes else partial(_ask_if_large, folder=out),
-            show_progress=is_terminal,
-            decode_threads=decode_threads,
-        )
+        if address is None:
+            encoder = load_encoder(model, options, device=device, **loading)
+            done = export_features(encoder, inputs, out, options, **running)
+        else:
+            done = export_on_ray(
+                model, inputs, out, options, address=address or None, device=device, **running,
+                **loading,
+            )  # fmt: skip
     shown = _exported(done) + (f"\n{_waits(done)}" if profile else "")
     click.echo(json.dumps(done.to_json(), indent=2) if as_json else shown)
     if done.failed:

@@ -534,7 +534,7 @@ class Progress:
         self.bar = tqdm(
             total=plan.n_images, unit="image", file=sys.stderr, disable=not is_shown, smoothing=0
         )
-        self.done = self.tokens = self.bytes = self.failed = 0
+        self.tokens = self.bytes = self.failed = 0
         self.start = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -544,13 +544,23 @@ class Progress:
         self.bar.close()
 
     def count(self, features: ImageFeatures) -> None:
-        self.done += 1
-        if features.embeds is not None:
-            self.tokens += len(features.embeds)
-            self.bytes += features.embeds.nbytes
+        """One more image, in this process."""
+        if features.embeds is None:
+            self._count(0, 0, str(features.error))
         else:
+            self._count(len(features.embeds), features.embeds.nbytes)
+
+    def count_shard(self, rows: Sequence[ManifestRow], n_bytes: int) -> None:
+        """One more shard, from elsewhere."""
+        for row in rows:
+            self._count(row.tokens or 0, n_bytes // len(rows), row.error_message)
+
+    def _count(self, tokens: int, n_bytes: int, error: str | None = None) -> None:
+        self.tokens += tokens
+        self.bytes += n_bytes
+        if error is not None:
             self.failed += 1
-            self._tell(f"skipped: {features.error}")
+            self._tell(f"skipped: {error}")
         if not self.bar.disable:
             rate = self.tokens / max(time.monotonic() - self.start, 1e-9)
             self.bar.set_postfix_str(

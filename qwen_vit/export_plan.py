@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 
@@ -29,10 +29,12 @@ from qwen_vit.strict_json import read_json
 __all__ = [
     "LISTING",
     "SETTINGS",
+    "Described",
     "ExportOptions",
     "Plan",
     "RowForm",
     "check_folder",
+    "clear_away",
     "open_export",
     "target_size",
 ]
@@ -45,6 +47,7 @@ SETTINGS, LISTING = "export.json", "listing.jsonl"
 SUFFIXES_TOLD = 5
 # Another name for the same weights is the same model: their hashes are compared.
 NAMES_ALONE = {"model", "commit"}
+SHARD = re.compile(r"shard-\d+\.safetensors")
 LEFTOVER = re.compile(r"\.+(?:shard-(\d{8})\.|listing-(\d+)-of-(\d+)\b|export\.|manifest\.).*\.tmp")
 
 
@@ -150,9 +153,20 @@ class Plan:
         return self.folder / shard_name(shard)
 
 
+class Described(Protocol):
+    """What an export records of an encoder, wherever that is."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def metadata(self) -> dict[str, Any]:
+        """As `VisionEncoder.metadata`."""
+
+
 @contextmanager
 def open_export(
-    encoder: VisionEncoder, inputs: Sequence[str], folder: Path, options: ExportOptions
+    encoder: Described, inputs: Sequence[str], folder: Path, options: ExportOptions
 ) -> Iterator[Plan]:
     """Begin an export, or take one up again: the folder is held while the block runs.
 
@@ -163,19 +177,26 @@ def open_export(
     with hold_folder(folder, options.part):
         listing = _list(inputs, folder, options)
         with hold_moment(folder):
-            settings = _settle(folder, _settings(encoder, listing, options), listing)
+            settings = _settle(folder, _settings(encoder, listing, options), listing, options.part)
         plan = Plan(folder, settings, replace(listing, path=folder / LISTING), options)
-        _clear_away(plan)
+        clear_away(plan)
         yield plan
 
 
 def check_folder(folder: Path) -> None:
     """Make the folder, or raise ExportError for one that holds something else than an export."""
-    if not folder.absolute().parent.is_dir():
-        raise ExportError(f"{folder.parent} is not a folder, expected one; create it first")
-    if folder.exists() and not folder.is_dir():
-        raise ExportError(f"{folder} is a file, expected a folder to write; pass another --out")
     try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ExportError(
+            f"{shown(str(folder))} is not UTF-8, expected a path that safetensors can open; pass "
+            "another --out"
+        ) from None
+    try:
+        if not folder.absolute().parent.is_dir():
+            raise ExportError(f"{folder.parent} is not a folder, expected one; create it first")
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise ExportError(f"{folder} is not a folder, expected one; pass another --out")
         folder.mkdir(exist_ok=True)
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -210,7 +231,7 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
     return listing
 
 
-def _settings(encoder: VisionEncoder, listing: Listing, options: ExportOptions) -> dict[str, Any]:
+def _settings(encoder: Described, listing: Listing, options: ExportOptions) -> dict[str, Any]:
     metadata = encoder.metadata()
     settings = {
         **metadata,
@@ -228,11 +249,16 @@ def _settings(encoder: VisionEncoder, listing: Listing, options: ExportOptions) 
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]  # lists, not tuples
 
 
-def _settle(folder: Path, settings: dict[str, Any], listing: Listing) -> dict[str, Any]:
+def _settle(
+    folder: Path, settings: dict[str, Any], listing: Listing, part: tuple[int, int]
+) -> dict[str, Any]:
     """Write the settings and the listing, or check that they are those already there."""
     path = folder / SETTINGS
-    if path.exists():
-        settings = _same_settings(path, settings, listing)
+    stored = _read_settings(path) if path.exists() else None
+    # what was refused for its size, say, leaves nothing to differ from; other parts may be at work
+    is_unbegun = part == (1, 1) and "listing_sha256" in (stored or ()) and not _has_shards(folder)
+    if stored is not None and not is_unbegun:
+        settings = _same_settings(path, stored, settings, listing)
     else:
         with atomic_file(path) as file:
             file.write(json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n")
@@ -243,11 +269,20 @@ def _settle(folder: Path, settings: dict[str, Any], listing: Listing) -> dict[st
     return settings
 
 
-def _same_settings(path: Path, settings: dict[str, Any], listing: Listing) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        stored = read_json(path)
+        return read_json(path)
     except CheckpointError as error:
         raise ExportError(f"{str(error).rpartition(';')[0]}; pass another --out") from None
+
+
+def _has_shards(folder: Path) -> bool:
+    return any(SHARD.fullmatch(name) for name in os.listdir(folder))
+
+
+def _same_settings(
+    path: Path, stored: dict[str, Any], settings: dict[str, Any], listing: Listing
+) -> dict[str, Any]:
     before, now = _flat(stored), _flat(settings)
     names = {name for name in {*before, *now} if before.get(name) != now.get(name)}
     names -= NAMES_ALONE
@@ -296,8 +331,8 @@ def _listing_difference(before: Path, listing: Listing) -> str:
     return f"its images: {'; '.join(told) or 'in another order'}"
 
 
-def _clear_away(plan: Plan) -> None:
-    """What killed runs left of the shards of this part, and of the files that one may write."""
+def clear_away(plan: Plan) -> None:
+    """Remove what killed runs left of this part's shards, and of the files that one may write."""
     shards, part = plan.shards, plan.options.part
     with hold_moment(plan.folder):
         for name in os.listdir(plan.folder):

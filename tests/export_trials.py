@@ -7,6 +7,7 @@ import contextlib
 import gc
 import hashlib
 import io
+import logging
 import os
 import random
 import shutil
@@ -15,19 +16,25 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import kill_harness
 import numpy as np
 from PIL import Image
-from stand_in import POISON, TOO_LARGE
+from stand_in import HELD, POISON, TOO_LARGE, StandIn, load_held
 
+from qwen_vit import distributed
 from qwen_vit.errors import ExportError
+from qwen_vit.export import export_features
+from qwen_vit.export_plan import ExportOptions
 from qwen_vit.feature_files import FeatureFile, load_features
 
 TESTS = Path(__file__).resolve().parent
@@ -386,6 +393,74 @@ def interrupts(exports: Exports, *, times: int, seed: int = 0) -> dict[str, Any]
         "longest_wait_s": round(max(waits), 2),
         "most_images_done_twice": exports.most_redone,
     }
+
+
+def cluster_kills(folder: Path, *, kills: int, images: int, seed: int = 0) -> dict[str, Any]:
+    """A Ray cluster of three nodes: one is killed in mid-run, and workers so many times."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    write_images(folder / "images", images)
+    (folder / "workers").mkdir()
+    (folder / "hold").touch()
+    # the last image waits until every kill has landed
+    Image.fromarray(np.full((28, 28, 3), HELD, np.uint8)).save(folder / "images" / "z.png")
+    inputs, options = [str(folder / "images")], ExportOptions(shard_size=SHARD_IMAGES)
+    single = export_features(StandIn(), inputs, folder / "single", options)
+    logger = logging.getLogger("ray")
+    logger.setLevel(logging.ERROR)
+    with mock.patch.dict(os.environ, PYTHONPATH=f"{TESTS}:{TESTS.parent}"):  # for its workers
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        doomed, _ = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
+    killer = threading.Thread(target=kill_workers, args=(folder, cluster, doomed, kills, seed))
+    begin = time.monotonic()
+    try:
+        with mock.patch.object(distributed, "load_encoder", partial(load_held, held=folder)):
+            killer.start()
+            done = distributed.export_on_ray(
+                "stand-in", inputs, folder / "out", options, address=cluster.address
+            )
+    finally:
+        (folder / "hold").unlink(missing_ok=True)
+        killer.join()
+        ray.shutdown()
+        cluster.shutdown()
+    assert digests(folder / "out") == digests(folder / "single")
+    names = {path.name for path in (folder / "out").iterdir()}
+    assert names == {path.name for path in (folder / "single").iterdir()}, names
+    assert (done.exported, done.failed, done.rows) == (
+        single.exported, single.failed, single.rows,
+    )  # fmt: skip
+    features = load_features(folder / "out")
+    assert len(features) + len(features.errors) == images + 1
+    started = len(list((folder / "workers").iterdir()))
+    assert started >= 3 + kills, started
+    return {
+        "nodes": 3,
+        "nodes_killed": 1,
+        "workers_killed": kills,
+        "workers_started": started,
+        "images": images + 1,
+        "images_per_shard": SHARD_IMAGES,
+        "images_encoded_again": journal_bytes(folder / "journal") - single.exported,
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+
+
+def kill_workers(folder: Path, cluster: Any, node: Any, kills: int, seed: int) -> None:
+    """When the first shard is there, a node; then workers, at random moments; then all may end."""
+    moments, killed = random.Random(seed), set[str]()
+    while not shards_of(folder / "out") and (folder / "hold").exists():
+        time.sleep(0.02)
+    cluster.remove_node(node)
+    while len(killed) < kills and (folder / "hold").exists():
+        time.sleep(moments.uniform(0, 0.5))
+        alive = sorted(set(os.listdir(folder / "workers")) - killed)
+        pid = moments.choice(alive)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+            killed.add(pid)
+    (folder / "hold").unlink(missing_ok=True)
 
 
 def may_mount() -> bool:

@@ -8,6 +8,7 @@ JOURNAL grows by one byte for each image that it encodes, whatever happens to th
 
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from qwen_vit.patches import Patches  # noqa: E402
 
 WIDTH = 16
 POISON, TOO_LARGE = 7, 9  # images of this value alone give NaN, or do not fit the memory
+HELD = 5  # an image of this value alone waits until a file is gone
 BATCH = 32
 
 
@@ -86,6 +88,27 @@ class StandIn:
                 yield ImageFeatures(name, None, None, error=error)
             else:
                 yield ImageFeatures(name, rows, (grid.t, grid.h, grid.w))
+
+
+class Held(StandIn):
+    """One that takes its time: a worker of a cluster, to be killed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "journal")
+        self.hold = folder / "hold"
+        (folder / "workers" / str(os.getpid())).touch()
+
+    def _encode(self, batch: list[tuple[int, Patches]], output: str) -> Iterator[ImageFeatures]:
+        for number, patches in batch:
+            while (patches.pixels == HELD).all() and self.hold.exists():
+                time.sleep(0.01)
+            time.sleep(0.005)
+            yield from super()._encode([(number, patches)], output)
+
+
+def load_held(*_: Any, held: Path, **__: Any) -> Held:
+    """In place of export.load_encoder."""
+    return Held(held)
 
 
 def main() -> None:

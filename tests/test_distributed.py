@@ -1,0 +1,113 @@
+"""A Ray cluster gives what one process gives, whatever dies: real nodes, real kills."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import export_trials
+import pytest
+import torch
+from export_trials import TESTS, digests, tiny_png
+
+from qwen_vit import cli
+from qwen_vit.distributed import _plain_errors, export_on_ray
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import ArgumentError, ExportError, ImageError
+from qwen_vit.export import export_features
+from qwen_vit.export_plan import ExportOptions
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'qwen-vit[ray]'")
+
+SMALL = ExportOptions(shard_size=2)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """One node of one CPU, for where nothing is killed."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{TESTS}:{TESTS.parent}")  # for its workers
+        context = ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield context.address_info["address"]
+    ray.shutdown()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Five good images and a broken one."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.png").write_bytes(tiny_png(number))
+    (folder / "x.png").write_bytes(tiny_png(1)[:50])
+    return folder
+
+
+def test_a_node_and_workers_that_are_killed_lose_and_double_nothing(tmp_path: Path) -> None:
+    figures = export_trials.cluster_kills(tmp_path, kills=1, images=300)
+    print(figures)
+    assert figures["workers_started"] >= 4
+
+
+def test_workers_give_the_bytes_of_one_process_and_resume(
+    cluster: str, tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The command, with the real encoder; a shard that is there is not made again."""
+    out = tmp_path / "out"
+    torch.set_num_threads(1)
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    export_features(encoder, [str(images)], tmp_path / "single", SMALL)
+    words = ["export", str(images), "--model", "tiny", "--out", str(out), "--shard-size", "2"]
+    monkeypatch.setattr(sys, "argv", ["qwen-vit", *words, "--json", "--ray"])
+    for resumed in (0, 4):
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        report = json.loads(capsys.readouterr().out)
+        assert ended.value.code == 1  # one image is broken
+        assert (report["exported"], report["failed"], report["resumed"]) == (
+            5, {"truncated": 1}, resumed,
+        )  # fmt: skip
+        assert report["waits"]["encode"] > 0
+        assert digests(out) == digests(tmp_path / "single")
+        assert not list(out.glob(".*"))
+        (out / "shard-00000001.safetensors").unlink()
+
+
+def test_a_workers_error_is_the_users_own_and_the_folder_is_given_back(
+    cluster: str, images: Path, tmp_path: Path
+) -> None:
+    options = ExportOptions(on_error="raise")
+    with pytest.raises(ImageError, match=r"x.png is a truncated PNG") as caught:
+        export_on_ray("tiny", [str(images)], tmp_path / "out", options)
+    assert "ray" not in str(caught.value)
+    assert not (tmp_path / "out" / "lock").exists()
+
+
+def test_a_worker_that_dies_too_often_is_told_with_what_to_do() -> None:
+    words = r"died 26 times at one shard, .* run the same command"
+    with pytest.raises(ExportError, match=words), _plain_errors():
+        raise ray.exceptions.RayActorError
+
+
+def test_without_ray_one_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ExportError, match=r"pip install 'qwen-vit\[ray\]'"):
+        export_on_ray("tiny", ["x"], "out")
+
+
+def test_a_cluster_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ExportError, match=r"no Ray cluster answers at photos/ .*--ray last"):
+        export_on_ray("tiny", ["x"], "out", address="photos/")
+
+
+def test_a_device_of_one_machine_is_no_device_of_a_cluster(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"device is 'cuda:1', expected .* with Ray"):
+        export_on_ray("tiny", ["x"], tmp_path / "out", device="cuda:1")
