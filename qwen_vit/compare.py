@@ -299,8 +299,9 @@ def compare(
     }
     if save_golden is not None:
         if not kept:
+            reasons = "; ".join(str(error) for _, error in done[1][:3])
             raise ComparisonError(
-                f"{save_golden} would hold no image: every one of {len(images)} failed"
+                f"{save_golden} would hold no image: every one of {len(images)} failed ({reasons})"
             )
         write_golden(save_golden, encoder, kept, reference)
     facts = {**_facts_of(encoder), "reference": reference, "golden": None}

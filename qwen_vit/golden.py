@@ -35,6 +35,10 @@ __all__ = ["SCHEMA_VERSION", "Case", "Golden", "load_golden", "write_golden"]
 SCHEMA_VERSION = 1
 METADATA_KEY = "qwen_vit_golden"
 FINGERPRINT_DIGITS = 16
+OPTIONS = {  # settings that the command line can change
+    **{name: f"--{name}" for name in ("attention", "dtype", "processor")},
+    **{f"image_config.{side}_pixels": f"--{side}-pixels" for side in ("min", "max")},
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,10 +113,9 @@ class Golden:
             there |= {f"{part}.{key}": value for key, value in self.facts[part].items()}
         for name in sorted(here.keys() | there.keys()):
             if here.get(name) != there.get(name):
-                is_option = name in ("attention", "dtype", "processor")
                 remedy = (
-                    f"pass --{name} {there[name]}"
-                    if is_option
+                    f"pass {OPTIONS[name]} {there[name]}"
+                    if name in OPTIONS
                     else "compare with a golden of this model and these settings"
                 )
                 raise ComparisonError(

@@ -213,6 +213,9 @@ def test_an_image_that_cannot_be_read_is_skipped_and_ends_with_1(run: Any, tmp_p
     ]
     code, out, _ = run(torn, *SMALL)
     assert (code, "skipped: " in out, "agrees" in out) == (1, True, False)
+    code, out, err = run(torn, *SMALL, "--save-golden", tmp_path / "golden.safetensors")
+    assert (code, out, list(tmp_path.iterdir())) == (2, "", [torn])
+    assert f"would hold no image: every one of 1 failed ({torn} is a truncated PNG" in err
 
 
 def test_an_image_too_large_for_the_gpus_memory_is_skipped(
@@ -406,6 +409,8 @@ def test_another_setting_than_the_goldens_is_refused_by_name(
     code, out, err = run(*SMALL, *arguments, "--golden", golden.path)
     assert (code, out) == (2, "")
     assert words in err
+    kept = {"max_pixels": 30_000, "processor": "pillow", "attention": "sdpa"}[setting]
+    assert f"pass {arguments[0]} {kept}" in err
 
 
 def test_another_dtype_or_architecture_is_refused_by_name(golden: Golden) -> None:
