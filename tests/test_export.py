@@ -422,10 +422,14 @@ def test_another_name_for_the_same_weights_is_the_same_export(here: Path) -> Non
 def test_a_folder_of_other_things_is_refused_and_left_alone(here: Path) -> None:
     Path("out").mkdir()
     Path("out/notes.txt").write_text("mine")
+    Path("dangling").symlink_to("nowhere")
     for given, words in (
         ("out", "holds notes.txt .* and no export.json"),
-        ("p/x.png", "is a file, expected a folder"),
+        ("p/x.png", "p/x.png is not a folder, expected one; pass another"),
+        ("dangling", "dangling is not a folder, expected one; pass another"),
         ("no/out", "no is not a folder, expected one; create it"),
+        ("n" * 300 + "/out", "File name too long|is not a folder"),
+        ("caf\udce9", r"caf\\udce9' is not UTF-8, expected a path that safetensors can open"),
     ):
         with pytest.raises(ExportError, match=words):
             export(out=given)
@@ -437,6 +441,32 @@ def test_a_damaged_description_is_refused(here: Path) -> None:
     Path("out/export.json").write_text("{")
     with pytest.raises(ExportError, match=r"export.json: not JSON.*another --out"):
         export()
+
+
+def test_what_was_settled_before_the_first_shard_may_be_changed(here: Path) -> None:
+    """Who is told that an export is too large gives fewer images, or another output."""
+
+    def too_large(estimate: Any) -> None:
+        raise ExportError("too large")
+
+    for count in (1, 2):
+        with pytest.raises(ExportError, match="too large"):
+            export(options=replace(SMALL, part=(1, count)), confirm=too_large)
+        assert shards() == {}
+    with pytest.raises(ExportError, match="output was merged, is mean now"):  # others may be at it
+        export(options=replace(SMALL, output="mean", part=(1, 2)))
+    assert export("p/0.png", options=replace(SMALL, output="mean")).rows == 1
+    assert load_features("out").ids == ["p/0.png"]
+    with pytest.raises(ExportError, match="output was mean, is merged now"):
+        export("p/0.png")
+
+
+def test_a_file_of_that_name_that_is_not_ours_is_left_alone(here: Path) -> None:
+    Path("out").mkdir()
+    Path("out/export.json").write_text('{"theme": "dark"}')
+    with pytest.raises(ExportError, match="holds an export that differs"):
+        export()
+    assert files() == {"export.json": b'{"theme": "dark"}'}
 
 
 def test_nothing_to_export_is_an_error(here: Path) -> None:
