@@ -502,6 +502,7 @@ def _listing(facts: dict[str, Any]) -> str:
 def main() -> None:
     """Run the command line; turn this package's errors into one line and an exit code."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its own
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Abort:

@@ -315,6 +315,24 @@ def test_an_interrupt_ends_with_130_and_leaves_no_file(
     assert sorted(os.listdir()) == before
 
 
+WARNED = """
+import logging, sys
+import huggingface_hub.utils.logging
+from qwen_vit import cli
+sys.argv = ["qwen-vit", "--version"]
+cli.main()
+for name in ("huggingface_hub.utils", "qwen_vit", "another"):
+    logging.getLogger(name).warning(name)
+"""
+
+
+def test_every_library_warns_once() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WARNED], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (0, "huggingface_hub.utils\nqwen_vit\nanother\n")
+
+
 INTERRUPTED_TORCH = """
 import os, signal
 os.kill(os.getpid(), signal.SIGINT)
