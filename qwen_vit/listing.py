@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeGuard
@@ -262,6 +263,10 @@ def _suffix(name: str) -> str:
 # Tars
 
 
+class _GoesOnError(Exception):
+    """A tar's end mark is not the end of its file."""
+
+
 def _from_tar(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
     """The images in a tar, without reading them; what is wrong with it is an item of its own."""
 
@@ -269,7 +274,7 @@ def _from_tar(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
         return Item(name, path, error=(code, f"{shown(name)} {text}"))
 
     if name.lower().endswith(COMPRESSED_TARS):
-        yield broken("format", "is a compressed tar, in which no image can be found again; unpack")
+        yield broken("format", "is a compressed tar, in which no image can be found again; unpack it")
         return
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block
@@ -279,6 +284,8 @@ def _from_tar(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
             yield from _members(file, path, name, left_out)
     except OSError as error:
         yield broken("unreadable", f"cannot be read: {error.strerror}; check its permissions")
+    except _GoesOnError:
+        yield broken("damaged", "goes on after its end, where nothing is exported; unpack it")
     except DAMAGED_TAR as error:
         yield broken("truncated", f"is a damaged tar ({error}); fetch it again")
 
@@ -302,6 +309,8 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
         file.seek(tar.offset)
         if file.read(TAR_BLOCK) != END_OF_TAR:
             raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
+        if any(map(any, iter(partial(file.read, TAR_BLOCK), b""))):  # two that were joined, say
+            raise _GoesOnError
 
 
 # Lists
@@ -440,5 +449,5 @@ def _read_member(item: Item, offset: int, size: int, limits: ImageLimits) -> byt
 
 def shown(name: str) -> str:
     """A name on one line of any terminal, odd ones escaped and long ones shortened."""
-    text = name if name.isprintable() else ascii(name)
+    text = name if name and name.isprintable() else ascii(name)
     return text if len(text) <= 400 else f"{text[:200]}...{text[-100:]}"

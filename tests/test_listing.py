@@ -100,6 +100,7 @@ def test_links_are_followed_and_loops_end(here: Path) -> None:
     ("given", "words"),
     [
         ("gone.jpg", "cannot be exported (No such file"),
+        ("", "'' cannot be exported (No such file"),
         ("gone/*.jpg", "no file matches"),
         ("https://example.org/a.jpg", "is an address"),
         ("hf://datasets/a.jpg", "is an address"),
@@ -259,6 +260,19 @@ def test_what_is_wrong_with_a_tar_is_an_item_and_the_images_before_it_count(here
             assert caught.value.code == "truncated"
     Path("t.tar").write_bytes(whole[:1024] + b"rubbish" * 200)
     assert [item.error is None for item in find_items(["t.tar"])] == [True, False]
+
+
+def test_a_tar_that_goes_on_after_its_end_is_reported(here: Path) -> None:
+    """Two tars joined by `cat`: the images of the second were passed over in silence."""
+    write_tar("t.tar", {"1.jpg": b"one"})
+    write_tar("u.tar", {"2.jpg": b"two"})
+    Path("t.tar").write_bytes(Path("t.tar").read_bytes() + Path("u.tar").read_bytes())
+    image, rest = find_items(["t.tar"])
+    assert (image.id, read_item(image, LIMITS)) == ("t.tar/1.jpg", b"one")
+    assert rest.error == (
+        "damaged",
+        "t.tar goes on after its end, where nothing is exported; unpack it",
+    )
 
 
 @pytest.mark.parametrize(
