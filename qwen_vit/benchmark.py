@@ -28,6 +28,7 @@ __all__ = [
     "Measured",
     "TimedTower",
     "bench",
+    "check_device",
     "copy_rate",
     "in_batches",
     "median_ms",
@@ -196,6 +197,12 @@ class Measured:
         return 1000 * self.images / self.ms
 
 
+def check_device(device: str) -> None:
+    """Raise ArgumentError where there is nothing to time: before any weights are fetched."""
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        raise ArgumentError("a benchmark on the CPU would time Triton's interpreter; use a GPU")
+
+
 def bench(encoder: VisionEncoder, workloads: Iterable[str] = tuple(WORKLOADS)) -> list[Measured]:
     """Time an encoder's tower on random pixels: no decoding, no copies, GPU time.
 
@@ -206,8 +213,7 @@ def bench(encoder: VisionEncoder, workloads: Iterable[str] = tuple(WORKLOADS)) -
     Checks first that graphs and single kernels give the same bits, and finite ones; raises
     CheckpointError where they do not, ArgumentError without a GPU or for an unknown workload.
     """
-    if encoder.device.type != "cuda":
-        raise ArgumentError("a benchmark on the CPU would time Triton's interpreter; use a GPU")
+    check_device(encoder.device.type)
     timed = TimedTower(encoder.tower, encoder.device, encoder.dtype)
     rate = product_rate(encoder.device)
     rows = []

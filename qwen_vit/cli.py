@@ -1,7 +1,7 @@
 """The `qwen-vit` command: each body parses, calls one function and prints.
 
 Data goes to stdout, progress and logs to stderr. Exit codes: 0 all good; 1 finished, with inputs
-skipped; 2 usage, configuration or output error; 130 interrupted.
+skipped or a comparison that fails; 2 usage, configuration or output error; 130 interrupted.
 """
 
 import json
@@ -23,7 +23,7 @@ import click
 from tqdm import tqdm
 
 from qwen_vit import __version__
-from qwen_vit.benchmark import WORKLOADS, speed_report, speed_table
+from qwen_vit.benchmark import WORKLOADS, check_device, speed_report, speed_table
 from qwen_vit.benchmark import bench as measure_speed
 from qwen_vit.compare import compare_checkpoint
 from qwen_vit.comparison_text import as_text
@@ -309,6 +309,7 @@ def bench(model: str, workloads: tuple[str, ...], as_json: bool, **loading: Any)
 
     The floor is all operations at the rate of a large matrix product in the same run.
     """
+    check_device(loading["device"])
     encoder = VisionEncoder.from_pretrained(model, **loading)
     rows = measure_speed(encoder, workloads or tuple(WORKLOADS))
     if as_json:

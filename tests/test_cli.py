@@ -281,6 +281,10 @@ BAD_USAGE = {
     "float16": (("encode", "a.png", *TO_FILE, "--dtype", "float16"), "float16 is refused"),
     "device": (("encode", "a.png", *TO_FILE, "--device", "tpu"), "device is 'tpu'"),
     "limits": (("encode", "a.png", *TO_FILE, "--max-pixels", "9"), "pass other min_pixels"),
+    "bench on a CPU": (  # before any weights are looked for
+        ("bench", "--model", "no-such/model", "--local-files-only", "--device", "cpu"),
+        "use a GPU",
+    ),
     "info without": (("info",), "Missing argument 'MODEL'"),
 }
 
