@@ -366,15 +366,18 @@ def load_features(path: str | Path) -> FeatureFile | FeatureFolder:
     Raises ExportError, naming the file, for one that is missing, torn or of another schema.
     """
     path = Path(path)
-    if path.is_dir():
-        return FeatureFolder(path)
-    if not path.is_file():
+    try:
+        if path.is_dir():
+            return FeatureFolder(path)
+        if path.is_file():
+            return _open_file(path, WRITE_AGAIN)
         what = "is no regular file" if path.exists() else "is not there"
-        raise ExportError(
-            f"{path} {what}, expected a feature file of `qwen-vit encode` or a folder of "
-            "`qwen-vit export`"
-        )
-    return _open_file(path, WRITE_AGAIN)
+    except OSError as error:
+        raise _cannot_read(path, error) from None
+    raise ExportError(
+        f"{path} {what}, expected a feature file of `qwen-vit encode` or a folder of "
+        "`qwen-vit export`"
+    )
 
 
 def open_shard(path: Path) -> FeatureFile:
@@ -387,6 +390,10 @@ def _open_file(path: Path, remedy: str) -> FeatureFile:
         return FeatureFile(path, remedy)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{path} could not be read ({error}); {remedy}") from None
+
+
+def _cannot_read(path: Path, error: OSError) -> ExportError:
+    return ExportError(f"{path} cannot be read ({error.strerror}); check its permissions and disk")
 
 
 def _without_remedy(error: CheckpointError, remedy: str) -> str:
@@ -474,7 +481,9 @@ def _read_listing(path: Path, n_images: int) -> list[str]:
 def _read_metadata(path: Path, remedy: str) -> dict[str, Any]:
     try:
         tensors = read_header(path)
-    except CheckpointError:
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            raise _cannot_read(path, error.__cause__) from None
         raise ExportError(
             f"{path} ({path.stat().st_size} bytes) is torn, or no safetensors file, expected a "
             f"feature file; {remedy}"

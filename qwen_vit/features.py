@@ -36,6 +36,7 @@ STORED_AS = {  # safetensors' own names
     torch.float64: "F64",
     torch.int64: "I64",
 }
+FLOATS = set(STORED_AS) - {torch.int64}
 SPOOL_BYTES = 2**28  # rows of one file that wait in memory
 COPY_BYTES = 2**24
 
@@ -64,8 +65,8 @@ def write_features(
     """Write a feature file whole or not at all; images with an error are left out.
 
     `metadata` is what `VisionEncoder.metadata()` gives. The bytes depend on the arguments alone.
-    Raises ExportError for two images of one id, values that are not finite, nothing to write, or a
-    folder that cannot be written.
+    Raises ExportError for two images of one id, embeddings that are no rows of finite numbers,
+    nothing to write, or a folder that cannot be written.
     """
     path = Path(path)
     good = [feature for feature in features if feature.embeds is not None]
@@ -75,7 +76,7 @@ def write_features(
     if len(set(ids)) < len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
         raise ExportError(f"{path}: two images have the id {twice!r}; give each one its own")
-    embeds = [feature.embeds.cpu() for feature in good if feature.embeds is not None]
+    embeds = [_rows(path, f.id, f.embeds) for f in good if f.embeds is not None]
     widths = sorted({tuple(e.shape[1:]) for e in embeds})
     if len(widths) > 1:
         raise ExportError(
@@ -174,13 +175,24 @@ def _bytes_of(tensor: Tensor) -> Any:
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
+def _rows(path: Path, name: str, embeds: Tensor) -> Tensor:
+    """An image's rows on the CPU, or ExportError for what no feature file can hold."""
+    if embeds.dim() != 2 or embeds.dtype not in FLOATS:
+        raise ExportError(
+            f"{path}: the embeddings of {name!r} are {embeds.dtype} of the shape "
+            f"{tuple(embeds.shape)}, expected floating-point rows (n, width); write what `encode` "
+            "returned"
+        )
+    return embeds.cpu()
+
+
 def _patches_per_row(path: Path, features: Sequence[ImageFeatures]) -> int:
     """4 for merged tokens, 1 for patches: the same for every image, as its grid has it."""
     found: dict[int, str] = {}
     for feature in features:
         n_rows = 0 if feature.embeds is None else len(feature.embeds)
         n_patches = math.prod(feature.grid_thw or (0,))
-        if n_rows == 0 or n_patches % n_rows:
+        if n_rows == 0 or n_patches == 0 or n_patches % n_rows:
             raise ExportError(
                 f"{path}: {feature.id!r} has {n_rows} rows for a grid of {feature.grid_thw}, which "
                 "is not a whole number of patches each; write what `encode` returned"

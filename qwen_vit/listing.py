@@ -274,7 +274,9 @@ def _from_tar(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
         return Item(name, path, error=(code, f"{shown(name)} {text}"))
 
     if name.lower().endswith(COMPRESSED_TARS):
-        yield broken("format", "is a compressed tar, in which no image can be found again; unpack it")
+        yield broken(
+            "format", "is a compressed tar, in which no image can be found again; unpack it"
+        )
         return
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block

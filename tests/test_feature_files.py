@@ -1,5 +1,6 @@
 """Feature files are read lazily, by position or by id, and every damage is named."""
 
+import errno
 import json
 import os
 import pickle
@@ -81,6 +82,21 @@ def test_what_is_not_there_or_no_file_is_refused(tmp_path: Path) -> None:
     assert "is a folder without export.json" in refused(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     assert "is no regular file" in refused(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(("where", "call"), [(Path, "is_dir"), (os, "scandir"), (Path, "open")])
+def test_what_may_not_be_read_is_not_called_torn(
+    folder: Folder, path: Path, where: Any, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_features(path, features_of("a"), METADATA)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, call, refuse)
+        message = refused(path if call == "open" else folder.path)
+    assert "cannot be read (Permission denied); check its permissions" in message
 
 
 def test_other_safetensors_files_are_no_feature_files(path: Path) -> None:

@@ -153,6 +153,26 @@ REFUSED = {
         METADATA,
         ("(n, 4), (n, 6)", "one file for each"),
     ),
+    "one axis": (
+        [ImageFeatures("bad", torch.ones(4), (1, 2, 2))],
+        METADATA,
+        ("'bad' are torch.float32 of the shape (4,)", "expected floating-point rows (n, width)"),
+    ),
+    "three axes": (
+        [ImageFeatures("bad", torch.ones(1, 1, 4), (1, 2, 2))],
+        METADATA,
+        ("of the shape (1, 1, 4)",),
+    ),
+    "integers": (
+        [*features_of("a"), ImageFeatures("bad", torch.ones(1, 6, dtype=torch.int32), (1, 2, 2))],
+        METADATA,
+        ("'bad' are torch.int32",),
+    ),
+    "no grid": (
+        [ImageFeatures("bad", torch.ones(1, 6), None)],
+        METADATA,
+        ("'bad' has 1 rows for a grid of None",),
+    ),
     "NaN in the metadata": (features_of("a"), {"x": float("nan")}, ("cannot be JSON",)),
     "no JSON": (features_of("a"), {"x": object}, ("cannot be JSON", "metadata()")),
 }
