@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwen_vit import store
@@ -145,7 +145,9 @@ def _download(repository: Repository, full: bool) -> Download:
     _fetch_settings(repository)
     index, names = _find_weights(repository)
     if full:
-        return _whole(repository, index, [repository.whole(name) for name in names])
+        done = _whole(repository, index, [repository.whole(name) for name in names])
+        store.discard(_folder(repository))  # ranges from before: what was checked serves from now
+        return replace(done, licence=repository.licence())
     cached = {name: path for name in names if (path := repository.cached(name)) is not None}
     if repository.is_offline():
         if len(cached) < len(names):

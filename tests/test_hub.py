@@ -268,6 +268,19 @@ def test_full_takes_whole_shards_and_checks_their_sha256(
     assert json.loads(checked["out"])["verified"]["config.json"] == "the Hub's git sha1"
 
 
+def test_once_whole_shards_were_checked_they_serve_instead_of_earlier_ranges(
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
+) -> None:
+    write_checkpoint(repo, SMALL, shards=3)
+    assert worker("load", **call)["folder"] == str(own_folder(call))
+    checked = worker("load", **call, full=True)
+    assert checked["licence"] == "apache-2.0"
+    hub.requests.clear()
+    pinned = worker("load", **call, revision=COMMIT)
+    assert (pinned["weights"], hub.requests) == (hash_of(repo), [])
+    assert pinned["folder"] == checked["folder"] != str(own_folder(call))
+
+
 def test_large_files_come_from_the_second_host_which_never_sees_the_token(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
