@@ -39,6 +39,7 @@ from qwen_vit.hub import download as fetch
 from qwen_vit.hub import find_checkpoint
 from qwen_vit.info import describe, report
 from qwen_vit.listing import check_inputs
+from qwen_vit.listing import shown as _shown
 from qwen_vit.reference import ATTENTIONS, PROCESSORS
 from qwen_vit.report import check_report, write_report
 
@@ -396,15 +397,21 @@ def _ask_if_large(estimate: Estimate, folder: Path) -> None:
 
 
 def _estimated(estimate: Estimate) -> str:
-    hours = "unknown" if estimate.seconds is None else f"{estimate.seconds / 3600:,.2f} hours"
+    seconds, n_bytes = estimate.seconds, estimate.bytes
+    time_ = "unknown" if seconds is None else f"{_duration(seconds)}, judged by a few images"
+    size = f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.1f} MB"
     return _listing(
         {
             "images": f"{estimate.images:,}, {estimate.unreadable:,} without a readable header",
             "rows": f"{estimate.rows:,}",
-            "on the disk": f"{estimate.bytes / 1e9:,.3f} GB",
-            "time": f"{hours}, judged by a few images",
+            "on the disk": size,
+            "time": time_,
         }
     )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:,.1f} s" if seconds < 600 else f"{seconds / 3600:,.1f} hours"
 
 
 def _exported(done: ExportReport) -> str:
@@ -477,11 +484,6 @@ def _encode_report(
             for feature, duration in zip(features, milliseconds, strict=True)
         ],
     }
-
-
-def _shown(name: str) -> str:
-    """A file name on one line of any terminal: odd ones escaped, as in the error messages."""
-    return name if name.isprintable() else ascii(name)
 
 
 def _code(feature: ImageFeatures) -> str:

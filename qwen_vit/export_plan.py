@@ -219,7 +219,9 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
     listing = Listing.freeze(path, find_items(inputs, left_out), options.shard_size)
     if left_out:
         kinds = left_out.most_common(SUFFIXES_TOLD)
-        named = ", ".join(f"{count} {shown(suffix) or 'without any'}" for suffix, count in kinds)
+        named = ", ".join(
+            f"{count} {shown(suffix) if suffix else 'without any'}" for suffix, count in kinds
+        )
         more = ", ..." if len(left_out) > len(kinds) else ""
         logger.warning("left out, for want of an image's suffix: %s%s", named, more)
     if listing.n_images == 0:

@@ -94,7 +94,7 @@ def write_manifest(folder: Path, shards: Iterable[Sequence[ManifestRow]]) -> Pat
     """Write the rows of `shards`, one shard after the other: Parquet where pyarrow is installed.
 
     Parquet holds Unicode alone: an id or source that is none stands there with its odd bytes
-    escaped, and whole in `id_bytes`. JSON lines need no such thing.
+    escaped, the id also whole in `id_bytes`. JSON lines, and the listing, need no such thing.
     """
     has_arrow = load_arrow()
     name, other = (PARQUET, JSON_LINES) if has_arrow else (JSON_LINES, PARQUET)

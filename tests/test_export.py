@@ -35,7 +35,7 @@ from qwen_vit import manifest as manifest_module
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.export import Breaker, ExportReport, export_features, export_shard, make_manifest
-from qwen_vit.export_estimate import estimate_export, estimate_plan
+from qwen_vit.export_estimate import Estimate, estimate_export, estimate_plan
 from qwen_vit.export_plan import ExportOptions, open_export
 from qwen_vit.feature_files import load_features
 from qwen_vit.features import ImageFeatures, write_features
@@ -901,8 +901,24 @@ def test_a_dry_run_writes_nothing(here: Path, run: Any) -> None:
     code, out, err = run("p", "--out", "out", "--dry-run", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["images"] == 11
-    assert "images" in run("p", "--out", "out", "--dry-run")[1]
+    _, out, _ = run("p", "--out", "out", "--dry-run")
+    assert out.startswith("images       11, 0 without a readable header\n")
     assert sorted(os.listdir()) == ["p"]
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "seconds", "words"),
+    [
+        (88_944, 0.488, ("0.1 MB", "0.5 s, judged by a few images")),
+        (16_500_000_000_000, 25_200.0, ("16,500.0 GB", "7.0 hours, judged by a few images")),
+        (0, None, ("0.0 MB", "unknown")),
+    ],
+)
+def test_an_estimate_is_told_in_units_of_its_size(
+    n_bytes: int, seconds: float | None, words: tuple[str, str]
+) -> None:
+    text = cli_module._estimated(Estimate(1, 0, 1, n_bytes, seconds))
+    assert tuple(line.split("  ")[-1].strip() for line in text.splitlines()[2:]) == words
 
 
 def test_a_large_export_is_not_begun_without_a_yes(
