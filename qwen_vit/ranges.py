@@ -122,12 +122,13 @@ def fetch(
         with counting:
             progress(len(chunk))
 
+    def fetch_part(part: Piece) -> None:
+        file_bytes = _fetch_piece(part, open_range, write, stop)
+        if file_bytes < part.end and not stop.is_set():  # what is not there would stay zeros
+            raise RangesRefusedError(f"{part.file} ends after {file_bytes} bytes")
+
     with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="qwen-vit-download") as pool:
-        parts = [
-            pool.submit(_fetch_piece, part, open_range, write, stop)
-            for piece in merge(pieces)
-            for part in _cut(piece)
-        ]
+        parts = [pool.submit(fetch_part, part) for piece in merge(pieces) for part in _cut(piece)]
         try:
             done, _ = wait(parts, return_when=FIRST_EXCEPTION)
             for part in done:

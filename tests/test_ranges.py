@@ -130,6 +130,11 @@ def test_a_range_beyond_the_end_is_cut_off_there() -> None:
     assert read(Source().open, "b", 2_990, 3_050) == (FILES["b"][2_990:], 3_000)
 
 
+def test_a_file_that_ends_before_a_piece_does_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file, pytest.raises(RangesRefusedError, match="3000 by"):
+        fetch([Piece("b", 2_990, 3_050, 0)], Source().open, file.fileno(), lambda _: None)
+
+
 def test_the_first_refusal_stops_the_others(tmp_path: Path) -> None:
     class Refusing(Source):
         @contextmanager
