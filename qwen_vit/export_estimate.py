@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from PIL import Image
@@ -26,6 +26,7 @@ __all__ = ["Estimate", "estimate_export", "estimate_plan"]
 SAMPLE = 1_000  # images, for a plan
 IMAGES_TIMED = 8
 SLOW_S = 5.0  # an image that takes so long is judged by alone
+HEAD_BYTES = 2**16  # of an image in a tar; most formats tell the size there
 BYTES_BESIDE_ROWS = 500  # an image's ids, hashes and sizes in its shard's header
 
 
@@ -135,6 +136,14 @@ def _seconds(
 
 def _size_in_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
     """Height and width as the file's header has them, turned or not: the tokens are the same."""
+    if item.size is not None and item.size > HEAD_BYTES:  # in a tar, of which little is read
+        size = _opened(replace(item, size=HEAD_BYTES), limits)
+        if size is not None:
+            return size
+    return _opened(item, limits)
+
+
+def _opened(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
     try:
         with ExitStack() as stack:
             file: BinaryIO

@@ -40,6 +40,8 @@ from qwen_vit.export_plan import ExportOptions, open_export
 from qwen_vit.feature_files import load_features
 from qwen_vit.features import ImageFeatures, write_features
 from qwen_vit.folder_lock import hold_folder, hold_moment
+from qwen_vit.image import ImageLimits
+from qwen_vit.listing import find_items
 
 SMALL = ExportOptions(shard_size=4)
 
@@ -904,6 +906,33 @@ def test_a_dry_run_writes_nothing(here: Path, run: Any) -> None:
     _, out, _ = run("p", "--out", "out", "--dry-run")
     assert out.startswith("images       11, 0 without a readable header\n")
     assert sorted(os.listdir()) == ["p"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "is_whole"),
+    [("png", False), ("jpg", False), ("bmp", False), ("tif", False), ("webp", True)],
+)
+def test_of_a_large_image_in_a_tar_the_head_is_read(
+    here: Path, suffix: str, is_whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run read all of every tar. Where the head does not tell the size, the rest does."""
+    values = np.random.default_rng(0).integers(0, 256, (400, 420, 3), np.uint8)
+    Image.fromarray(values).save(f"p/large.{suffix}", **({"lossless": True} if is_whole else {}))
+    length = Path(f"p/large.{suffix}").stat().st_size
+    assert length > estimate_module.HEAD_BYTES
+    with tarfile.open("t.tar", "w") as tar:
+        tar.add(f"p/large.{suffix}")
+    sizes: list[Any] = []
+    real = estimate_module.read_item
+
+    def read(item: Any, limits: Any) -> bytes:
+        sizes.append(item.size)
+        return real(item, limits)
+
+    monkeypatch.setattr(estimate_module, "read_item", read)
+    [item] = find_items(["t.tar"])
+    assert estimate_module._size_in_header(item, ImageLimits()) == (400, 420)
+    assert sizes == [estimate_module.HEAD_BYTES, *([length] if is_whole else [])]
 
 
 @pytest.mark.parametrize(
