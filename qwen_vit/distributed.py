@@ -7,9 +7,10 @@ its bytes follow from the plan, whoever makes it and however often.
 
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,7 +165,7 @@ class _Worker:
 
 
 class _Workers:
-    """As many workers as the cluster has GPUs, or CPUs."""
+    """As many workers as the cluster has GPUs, or CPUs, but no more than there are shards."""
 
     def __init__(
         self, load: Callable[[], VisionEncoder], device: str, decode_threads: int | None
@@ -177,16 +178,16 @@ class _Workers:
             raise ArgumentError("device is 'cuda', but the Ray cluster has no GPU; use 'cpu'")
         # an interpreted encoder cannot run in two threads, nor does it wait for its images
         self._at_a_time = SHARDS_AT_A_TIME if n_gpus else 1
-        actor = ray.remote(_Worker).options(
+        self._actor = ray.remote(_Worker).options(
             num_cpus=1,
             num_gpus=1 if n_gpus else 0,
             max_concurrency=self._at_a_time,
             max_restarts=-1,
             max_task_retries=DEATHS,
         )
-        threads = decode_threads if n_gpus else decode_threads or 1
-        count = n_gpus or max(1, int(resources.get("CPU", 1)))
-        self._actors = [actor.remote(load, threads) for _ in range(count)]
+        self._arguments = load, decode_threads if n_gpus else decode_threads or 1
+        self._most = n_gpus or max(1, int(resources.get("CPU", 1)))
+        self._actors = [self._actor.remote(*self._arguments)]
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """What one worker answers."""
@@ -203,6 +204,8 @@ class _Workers:
         from ray.util import ActorPool
 
         sent = ray.put(plan)
+        while len(self._actors) < min(self._most, len(shards)):
+            self._actors.append(self._actor.remote(*self._arguments))
         pool = ActorPool([actor for actor in self._actors for _ in range(self._at_a_time)])
         for shard in shards:
             pool.submit(lambda actor, shard: actor.export.remote(sent, shard), shard)
@@ -238,7 +241,8 @@ def _cluster(address: str | None) -> Iterator[None]:
             "`ray start --head`, and write --ray=ADDRESS, or --ray last"
         ) from None
     try:
-        yield
+        with redirect_stdout(sys.stderr):  # Ray prints warnings where our data goes
+            yield
     finally:
         ray.shutdown()
 

@@ -449,17 +449,20 @@ def cluster_kills(folder: Path, *, kills: int, images: int, seed: int = 0) -> di
 
 def kill_workers(folder: Path, cluster: Any, node: Any, kills: int, seed: int) -> None:
     """When the first shard is there, a node; then workers, at random moments; then all may end."""
-    moments, killed = random.Random(seed), set[str]()
+    moments, killed, gone = random.Random(seed), set[str](), set[str]()
     while not shards_of(folder / "out") and (folder / "hold").exists():
         time.sleep(0.02)
     cluster.remove_node(node)
     while len(killed) < kills and (folder / "hold").exists():
-        time.sleep(moments.uniform(0, 0.5))
-        alive = sorted(set(os.listdir(folder / "workers")) - killed)
-        pid = moments.choice(alive)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
-            killed.add(pid)
+        time.sleep(moments.uniform(0, 1))
+        for pid in set(os.listdir(folder / "workers")) - killed - gone:
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+            except ProcessLookupError:  # with its node, or because it had nothing left to do
+                gone.add(pid)
+            else:
+                killed.add(pid)
+                break
     (folder / "hold").unlink(missing_ok=True)
 
 

@@ -29,7 +29,7 @@ def cluster() -> Iterator[str]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{TESTS}:{TESTS.parent}")  # for its workers
-        context = ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+        context = ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield context.address_info["address"]
     ray.shutdown()
 

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from stand_in import StandIn
+from towers import gpu
 
 from qwen_vit import encoder as encoder_module
 from qwen_vit import export as export_module
@@ -510,7 +511,7 @@ def test_images_are_packed_largest_first_and_come_back_in_order(
         assert (alone.embeds - features.embeds).abs().max() < 1e-4
 
 
-@pytest.mark.gpu
+@gpu
 def test_packed_on_a_gpu_an_image_has_the_bits_that_it_has_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

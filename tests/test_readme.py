@@ -100,6 +100,7 @@ def test_a_command_of_the_readme_works(
     copy_data(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["qwen-vit", *arguments])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for processes that it starts
     code: Any = 0
     try:
         cli_module.main()
