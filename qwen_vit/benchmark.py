@@ -19,8 +19,7 @@ from qwen_vit.errors import ArgumentError, CheckpointError
 from qwen_vit.finite import all_finite
 from qwen_vit.graphs import LARGEST_BUDGET, GraphRunner, budget_for
 from qwen_vit.layout import Layout
-from qwen_vit.model import VisionTower
-from qwen_vit.trace import layout_for
+from qwen_vit.model import VisionTower, plan_layout
 
 __all__ = [
     "STREAM",
@@ -148,10 +147,10 @@ class TimedTower:
         self.graphs = GraphRunner(tower, device)
 
     def layout(self, grids: Sequence[Grid], n_rows: int | None = None) -> Layout:
-        return layout_for(grids, self.tower.config, self.device, self.dtype, n_rows)
+        return plan_layout(grids, self.tower.config, self.device, self.dtype, n_rows)
 
     def eager(self, pixels: Tensor, grids: Sequence[Grid]) -> Callable[[], Tensor]:
-        layout = self.layout(grids)
+        layout = self.layout(grids).to(self.device)
 
         def run() -> Tensor:
             with torch.no_grad():
@@ -160,7 +159,7 @@ class TimedTower:
         return run
 
     def by_graph(self, pixels: Tensor, grids: Sequence[Grid]) -> Callable[[], Tensor]:
-        layout = self.layout(grids, budget_for(len(pixels))).to(torch.device("cpu"))
+        layout = self.layout(grids, budget_for(len(pixels)))
         eager = self.eager(pixels, grids)
 
         def run() -> Tensor:

@@ -29,9 +29,8 @@ from qwen_vit.graphs import LEAST_STEP, GraphRunner, budget_for
 from qwen_vit.hub import Source, find_checkpoint
 from qwen_vit.image import ImageLimits, ImageSource, RgbImage, load_image
 from qwen_vit.image import Layout as ArrayLayout
-from qwen_vit.kernels.attention import LEAST_HEAD_DIM, tiling
-from qwen_vit.layout import Layout
-from qwen_vit.model import Output, VisionTower
+from qwen_vit.kernels.attention import LEAST_HEAD_DIM
+from qwen_vit.model import Output, VisionTower, plan_layout
 from qwen_vit.patches import Patches, patchify
 from qwen_vit.pipeline import Job, pack, thread_count, work_ahead
 
@@ -403,9 +402,7 @@ class VisionEncoder:
         is_whole_units = LEAST_STEP % self.config.merge_unit == 0
         by_graph = self.graphs is not None and is_for_graphs and is_whole_units
         budget = budget_for(len(patches)) if by_graph else None
-        layout = _layout(
-            grids, self.config, self.tower.window_regime, self.device, self.dtype, budget
-        )
+        layout = _layout(grids, self.config, self.device, self.dtype, budget)
         if self.graphs is not None and budget is not None:
             merged = self.graphs.run(patches, layout)
             if merged is not None:
@@ -457,23 +454,8 @@ def _bytes_of(source: ImageSource | RgbImage | ImageError) -> int:
     return len(source) if isinstance(source, bytes) else 0
 
 
-@lru_cache(maxsize=32)
-def _layout(
-    grids: tuple[Grid, ...],
-    config: VisionConfig,
-    window_regime: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    n_rows: int | None,
-) -> Layout:
-    """On the host; computed from integers, so that repeated sizes cost nothing."""
-    return Layout.from_grids(
-        grids,
-        config,
-        window_tiling=tiling(device, dtype, window_regime),
-        frame_tiling=tiling(device, dtype, "frame"),
-        n_rows=n_rows,
-    )
+# computed from integers, so that repeated sizes cost nothing
+_layout = lru_cache(maxsize=32)(plan_layout)
 
 
 def _grids(grid_thw: Tensor) -> tuple[Grid, ...]:

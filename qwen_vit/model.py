@@ -10,19 +10,20 @@ Sources: "Qwen2.5-VL Technical Report" (arXiv:2502.13923), section 2.1; transfor
 models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from qwen_vit.config import RMS_NORM_EPS, VisionConfig
+from qwen_vit.config import RMS_NORM_EPS, Grid, VisionConfig
 from qwen_vit.convert import (
     PIXEL_ZERO,
     padded_mlp_size,
     padded_pixel_size,
     pixel_weight_exponent,
 )
-from qwen_vit.kernels.attention import RotaryTable, attention, regime_of
+from qwen_vit.kernels.attention import RotaryTable, attention, regime_of, tiling
 from qwen_vit.kernels.linear import (
     ResidualStream,
     linear,
@@ -34,11 +35,36 @@ from qwen_vit.kernels.linear import (
 from qwen_vit.kernels.pixels import gather_pixels
 from qwen_vit.layout import Layout, Segments
 
-__all__ = ["Output", "VisionTower"]
+__all__ = ["Output", "VisionTower", "plan_layout"]
 
 Output = Literal["merged", "patch"]
 
 ROTARY_POSITIONS = 4096  # rows of the angle table; the largest published image needs 3,620
+
+
+def plan_layout(
+    grids: Sequence[Grid],
+    config: VisionConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    n_rows: int | None = None,
+) -> Layout:
+    """The layout, on the host, with the tiles that the kernels of this device want.
+
+    >>> layout = plan_layout([Grid(1, 32, 32)], config, torch.device("cpu"), torch.float32)
+    >>> tower(patches.pixels, layout.to(device))
+    """
+    return Layout.from_grids(
+        grids,
+        config,
+        window_tiling=tiling(device, dtype, _window_regime(config)),
+        frame_tiling=tiling(device, dtype, "frame"),
+        n_rows=n_rows,
+    )
+
+
+def _window_regime(config: VisionConfig) -> str:
+    return regime_of((config.window_px // config.patch_px) ** 2)
 
 
 def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -183,7 +209,7 @@ class VisionTower(nn.Module):
         self.patch_embed = PatchEmbed(config, dtype)
         self.blocks = nn.ModuleList([Block(config, dtype) for _ in range(config.depth)])
         self.merger = PatchMerger(config, dtype)
-        self.window_regime = regime_of((config.window_px // config.patch_px) ** 2)
+        self.window_regime = _window_regime(config)
         self.angles: tuple[Tensor, Tensor] | None = None  # of every position so far
 
     def forward(self, patches: Tensor, layout: Layout, output: Output = "merged") -> Tensor:

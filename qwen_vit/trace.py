@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vit.config import Grid, VisionConfig
-from qwen_vit.kernels.attention import regime_of, tiling
 from qwen_vit.kernels.linear import ResidualStream
 from qwen_vit.layout import Layout
-from qwen_vit.model import VisionTower
+from qwen_vit.model import VisionTower, plan_layout
 from qwen_vit.oracle import Trace
 
-__all__ = ["host_layout", "layout_for", "record_stages", "stage_names", "trace_tower"]
+__all__ = ["layout_for", "record_stages", "stage_names", "trace_tower"]
 
 
 def stage_names(depth: int) -> tuple[str, ...]:
@@ -26,24 +25,6 @@ def stage_names(depth: int) -> tuple[str, ...]:
     return ("patch_embed", *(f"block.{i}" for i in range(depth)), "merger")
 
 
-def host_layout(
-    grids: Sequence[Grid],
-    config: VisionConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    n_rows: int | None = None,
-) -> Layout:
-    """The layout with the tiles that the kernels of this device want, still on the host."""
-    window_regime = regime_of((config.window_px // config.patch_px) ** 2)
-    return Layout.from_grids(
-        grids,
-        config,
-        window_tiling=tiling(device, dtype, window_regime),
-        frame_tiling=tiling(device, dtype, "frame"),
-        n_rows=n_rows,
-    )
-
-
 def layout_for(
     grids: Sequence[Grid],
     config: VisionConfig,
@@ -51,8 +32,8 @@ def layout_for(
     dtype: torch.dtype,
     n_rows: int | None = None,
 ) -> Layout:
-    """`host_layout`, moved to the device."""
-    return host_layout(grids, config, device, dtype, n_rows).to(device)
+    """`plan_layout`, moved to the device."""
+    return plan_layout(grids, config, device, dtype, n_rows).to(device)
 
 
 @torch.no_grad()

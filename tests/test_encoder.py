@@ -609,7 +609,7 @@ def test_without_triton_the_import_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('no wheel for this')")
     done = subprocess.run(
-        [sys.executable, "-c", "import qwen_vit"],
+        [sys.executable, "-c", "from qwen_vit import VisionEncoder"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,

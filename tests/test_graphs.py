@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from towers import as_grids, build_tower, gpu, layout_for, n_patches, per_image, random_pixels
 
-from qwen_vit import encoder as encoder_module
 from qwen_vit.checkpoint import expected_tensors, load_checkpoint
 from qwen_vit.config import VisionConfig
 from qwen_vit.encoder import VisionEncoder
@@ -29,7 +28,7 @@ from qwen_vit.graphs import (
 )
 from qwen_vit.kernels.attention import tiling
 from qwen_vit.layout import Layout
-from qwen_vit.model import ROTARY_POSITIONS
+from qwen_vit.model import ROTARY_POSITIONS, plan_layout
 
 GridTuple = tuple[int, int, int]
 CUDA = torch.device("cuda", 0)
@@ -226,10 +225,9 @@ def test_a_mix_that_fits_no_graph_runs_without_one() -> None:
     crumbs: list[GridTuple] = [(1, 2, 2)] * 256
     pixels = random_pixels(1024, 2)
     runner = GraphRunner(by_graph.tower, by_graph.device)
-    layout = encoder_module._layout(
-        as_grids(crumbs), by_graph.config, by_graph.tower.window_regime, by_graph.device,
-        by_graph.dtype, budget_for(1024),
-    )  # fmt: skip
+    layout = plan_layout(
+        as_grids(crumbs), by_graph.config, by_graph.device, by_graph.dtype, budget_for(1024)
+    )
     assert runner.run(pixels.pin_memory(), layout) is None
     assert not runner._recorded
     assert torch.equal(forward(by_graph, pixels, crumbs), forward(eager, pixels, crumbs))
