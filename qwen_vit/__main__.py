@@ -4,14 +4,17 @@ import sys
 
 __all__ = ["main"]
 
-EXIT_INTERRUPTED = 130
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
 def main() -> None:
     """Run the command line; Ctrl-C while torch is imported ends it as any other one does."""
     try:
-        from qwen_vit.cli import main as run
-
+        try:
+            from qwen_vit.cli import main as run
+        except ImportError as error:  # says what is missing, and what to install
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(EXIT_ERROR)
         run()
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -605,11 +605,18 @@ def test_metadata_names_model_hashes_versions_and_policy() -> None:
     assert facts == VisionEncoder.from_pretrained(TINY_FOLDER).metadata() | {"model": "tiny"}
 
 
-def test_without_triton_the_import_says_what_to_install(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"),
+    [(["-c", "from qwen_vit import VisionEncoder"], 1), (["-m", "qwen_vit", "info", "tiny"], 2)],
+    ids=["python", "command"],
+)
+def test_without_triton_the_import_says_what_to_install(
+    tmp_path: Path, arguments: list[str], exit_code: int
+) -> None:
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('no wheel for this')")
     done = subprocess.run(
-        [sys.executable, "-c", "from qwen_vit import VisionEncoder"],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
@@ -617,8 +624,9 @@ def test_without_triton_the_import_says_what_to_install(tmp_path: Path) -> None:
         check=False,
         timeout=120,
     )
-    assert done.returncode == 1
-    assert "ImportError: qwen_vit needs Triton" in done.stderr
+    assert done.returncode == exit_code
+    assert ("Traceback" in done.stderr) == (exit_code == 1)
+    assert "rror: qwen_vit needs Triton" in done.stderr
     assert "pip install 'triton>=3.6'" in done.stderr
 
 
