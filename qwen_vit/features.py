@@ -37,8 +37,8 @@ STORED_AS = {  # safetensors' own names
     torch.int64: "I64",
 }
 FLOATS = set(STORED_AS) - {torch.int64}
-SPOOL_BYTES = 2**28  # rows of one file that wait in memory
-COPY_BYTES = 2**24
+SPOOL_BYTES = 2**24  # rows of one file that wait in memory
+COPY_BYTES = 2**18  # fits a cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
