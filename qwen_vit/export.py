@@ -234,7 +234,7 @@ class _Rows(NamedTuple):
         stored = embeds.to(form.dtype)
         if not stored.is_cuda:
             return cls(stored, None)
-        values = torch.empty_like(stored, device="cpu", pin_memory=True)
+        values = torch.empty(stored.shape, dtype=stored.dtype, device="cpu", pin_memory=True)
         values.copy_(stored, non_blocking=True)
         arrival = torch.cuda.Event(blocking=True)
         arrival.record(torch.cuda.current_stream(stored.device))
