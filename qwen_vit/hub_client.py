@@ -9,6 +9,7 @@ import errno
 import logging
 import re
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ NO_RANGES = (405, 416, 501)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 LISTING_TIMEOUT_S = 10.0
+LINK_ATTEMPTS, LINK_PAUSE_S = 5, 0.02
 
 
 class NotCachedError(HubError):
@@ -239,23 +241,39 @@ class Repository:
             path.unlink(missing_ok=True)
 
     def _fetch(self, name: str, revision: str | None) -> Path:
-        from huggingface_hub import hf_hub_download
-
         snapshots = store.repository_folder(self.cache(), self.name) / "snapshots"
         present = {path.resolve() for path in snapshots.glob(f"*/{name}")}
-        path = Path(
-            hf_hub_download(
-                self.name,
-                name,
-                revision=revision,
-                token=self._token,
-                cache_dir=self._cache_dir,
-                local_files_only=self.local_files_only,
-            )
-        )
+        path, n_bytes = self._fetch_settled(name, revision)
         if path.resolve() not in present:
-            self.fetched_bytes += path.stat().st_size
+            self.fetched_bytes += n_bytes
         return path
+
+    def _fetch_settled(self, name: str, revision: str | None) -> tuple[Path, int]:
+        """A link that another process has just made is made anew, and gone for that moment."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        attempt = 0
+        while True:
+            try:
+                path = Path(
+                    hf_hub_download(
+                        self.name,
+                        name,
+                        revision=revision,
+                        token=self._token,
+                        cache_dir=self._cache_dir,
+                        local_files_only=self.local_files_only,
+                    )
+                )
+                return path, path.stat().st_size
+            except EntryNotFoundError:  # an answer, though it is a FileNotFoundError, too
+                raise
+            except FileNotFoundError:
+                attempt += 1
+                if attempt == LINK_ATTEMPTS:
+                    raise
+                time.sleep(LINK_PAUSE_S * 2**attempt)
 
     def _remote_digest(self, name: str) -> str | None:
         """Where links do not work, the cache does not keep the Hub's name for a file."""

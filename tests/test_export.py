@@ -1082,11 +1082,10 @@ def test_a_disk_that_fills_up_is_an_error_and_whole_shards_stay(
     def full(data: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module.FeatureSpool, "add", add)
-    with pytest.raises(ExportError, match=r"shard-00000001.* could not be written \(No space left"):
-        export()
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module.FeatureSpool, "add", add)
+        with pytest.raises(ExportError, match=r"shard-00000001.* could not be written \(No space"):
+            export()
     assert set(files()) == {"export.json", "listing.jsonl", "shard-00000000.safetensors"}
-    monkeypatch.undo()
-    os.chdir(here)
     export()
     assert files() == files("whole")

@@ -23,6 +23,7 @@ from qwen_vit import store
 from qwen_vit.checkpoint import load_checkpoint
 from qwen_vit.errors import CheckpointError, HubError
 from qwen_vit.hub import find_checkpoint, packaged_weights
+from qwen_vit.hub_client import Repository
 from qwen_vit.safetensors_header import read_header
 
 SETTINGS = "preprocessor_config.json"
@@ -912,3 +913,35 @@ def test_a_folder_of_ours_is_a_local_checkpoint_too(
     with pytest.raises(CheckpointError, match="is missing"):
         store.check(folder)
     assert etag_of(repo / "config.json") == etag_of(folder / "config.json")
+
+
+def test_a_link_that_another_process_makes_anew_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen processes at once: the client removes a link and makes it again, in every one."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    (tmp_path / "config.json").write_text("{}")
+    answers: list[Exception | None] = []
+
+    def in_between(repo: str, name: str, **options: Any) -> str:
+        error = answers.pop(0)
+        if error is not None:
+            raise error
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", in_between)
+    repository = Repository("org/tiny", COMMIT, None, tmp_path / "cache", False)
+    gone = FileNotFoundError(2, "No such file or directory")
+    answers[:] = [gone, gone, None]
+    assert repository._fetch("config.json", COMMIT) == tmp_path / "config.json"
+    assert (repository.fetched_bytes, answers) == (2, [])
+    answers[:] = [gone] * 5
+    with pytest.raises(FileNotFoundError):
+        repository._fetch("config.json", COMMIT)
+    assert answers == []
+    answers[:] = [LocalEntryNotFoundError("not in the cache"), None]
+    with pytest.raises(LocalEntryNotFoundError):  # an answer is not asked for again
+        repository._fetch("config.json", COMMIT)
+    assert answers == [None]
