@@ -235,6 +235,11 @@ def test_a_specialised_product_compiles_to_sound_code(
     assert compiled.registers * 128 * (tile.num_groups + 1) <= REGISTERS
 
 
+def test_both_kernels_of_the_frame_regime_take_the_same_plan() -> None:
+    """The layout cuts query tiles before it is known which of the two will run."""
+    assert attention.TILES["frame", 16].q_rows == attention_hopper.Q_ROWS
+
+
 def test_the_specialised_attention_compiles_to_sound_code() -> None:
     kernel = attention_hopper
     main, tail = (tma_block([kernel.K_ROWS, width]) for width in (kernel.MAIN, kernel.TAIL))
