@@ -329,11 +329,14 @@ def attention(
     *,
     regime: str,
     adjacent_pairs: bool,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """Attention within segments, RoPE applied to Q and K on the way: (N, 3, H, D) -> (N, H, D).
 
     `adjacent_pairs` says that rotary pair j of Q and K lies at dims (2j, 2j + 1) instead of
-    (j, j + D / 2). Rows that no tile covers are left unwritten.
+    (j, j + D / 2). Rows that no tile covers are left unwritten. `tiles`, for those who measure and
+    test on a GPU, is the Triton kernel with another row than the reviewed one; `segments` must be
+    cut for it.
     """
     N, _, H, D = qkv.shape
     out = torch.empty((N, H, D), dtype=qkv.dtype, device=qkv.device)
@@ -348,23 +351,18 @@ def attention(
         keys_are_queries = torch.equal(ranges[:, 0], ranges[:, 1])
         longest = int(ranges.diff(dim=2).max())
         rows = min(INTERPRETED_ROWS, max(16, triton.next_power_of_2(longest)))
-        tiles = Tiles(rows, rows, num_warps=1, num_stages=1)
+        used = Tiles(rows, rows, num_warps=1, num_stages=1)
     else:
-        tiles = TILES[regime, qkv.dtype.itemsize * 8]
+        used = tiles or TILES[regime, qkv.dtype.itemsize * 8]
     rotate_keys_first = regime == "frame" and not on_cpu
 
+    is_axial = rotary.index is not None
     index = rotary.cos if rotary.index is None else rotary.index
-    shared = {"AXIAL": rotary.index is not None, "ADJACENT": adjacent_pairs}
     k_rotated = qkv
     if rotate_keys_first:
-        k_rotated = torch.empty_like(out)
-        _launch(_rotate_keys, qkv.device)(
-            (triton.cdiv(N, ROTATION_ROWS) * H,),
-            qkv, k_rotated, rotary.cos, rotary.sin, index, N,
-            H=H, D=D, D_PADDED=triton.next_power_of_2(D), BN=ROTATION_ROWS, **shared,
-        )  # fmt: skip
-        is_axial = rotary.index is not None
-        if IS_KNOWN_GLUON and attention_hopper.serves(qkv, is_axial, adjacent_pairs):
+        k_rotated = rotated_keys(qkv, rotary, adjacent_pairs=adjacent_pairs)
+        is_for_hopper = IS_KNOWN_GLUON and tiles is None
+        if is_for_hopper and attention_hopper.serves(qkv, is_axial, adjacent_pairs):
             attention_hopper.frame_attention(
                 qkv, k_rotated, rotary.cos, rotary.sin, index, segments.tiles, out,
                 D**-0.5 * LOG2_E,
@@ -375,11 +373,25 @@ def attention(
         qkv, k_rotated, rotary.cos, rotary.sin, index,
         segments.segment_of_row, segments.tiles, out, D**-0.5 * LOG2_E,
         H=H, D=D, D0=d_main, D1=d_tail,
-        K_ROTATED=rotate_keys_first, ONE_KEY_TILE=keys_are_queries,
-        MASK_SEGMENTS=on_cpu, PRECISION="ieee", BM=tiles.q_rows, BN=tiles.k_rows,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **shared,
+        K_ROTATED=rotate_keys_first, ONE_KEY_TILE=keys_are_queries, AXIAL=is_axial,
+        ADJACENT=adjacent_pairs, MASK_SEGMENTS=on_cpu, PRECISION="ieee", BM=used.q_rows,
+        BN=used.k_rows, num_warps=used.num_warps, num_stages=used.num_stages,
     )  # fmt: skip
     return out
+
+
+def rotated_keys(qkv: torch.Tensor, rotary: RotaryTable, *, adjacent_pairs: bool) -> torch.Tensor:
+    """K of every row, rotated and rounded once: (N, 3, H, D) -> (N, H, D)."""
+    N, _, H, D = qkv.shape
+    k_rotated = torch.empty((N, H, D), dtype=qkv.dtype, device=qkv.device)
+    index = rotary.cos if rotary.index is None else rotary.index
+    _launch(_rotate_keys, qkv.device)(
+        (triton.cdiv(N, ROTATION_ROWS) * H,),
+        qkv, k_rotated, rotary.cos, rotary.sin, index, N,
+        H=H, D=D, D_PADDED=triton.next_power_of_2(D), AXIAL=rotary.index is not None,
+        ADJACENT=adjacent_pairs, BN=ROTATION_ROWS,
+    )  # fmt: skip
+    return k_rotated
 
 
 @cache

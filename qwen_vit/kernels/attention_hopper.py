@@ -282,14 +282,19 @@ def frame_attention(
     tiles: torch.Tensor,
     out: torch.Tensor,
     scale_log2e: float,
+    k_rows: int = K_ROWS,
+    num_stages: int = NUM_STAGES,
 ) -> None:
-    """Fill `out` (N, H, D): `attention`'s frame regime, K rotated beforehand."""
+    """Fill `out` (N, H, D): `attention`'s frame regime, K rotated beforehand.
+
+    Other `k_rows` and `num_stages` than the reviewed ones are for those who measure and test.
+    """
     N, _, H, D = qkv.shape
     keys, values = k_rotated.view(N, H * D), qkv.view(N, 3 * H * D)
     with torch.cuda.device(qkv.device):
         _frame_attention[(len(tiles) * H,)](
-            tiles, len(tiles), qkv, cos, sin, axis_index, descriptor(keys, [K_ROWS, MAIN]),
-            descriptor(keys, [K_ROWS, TAIL]), descriptor(values, [K_ROWS, MAIN]),
-            descriptor(values, [K_ROWS, TAIL]), out, scale_log2e, H=H, D=D, D0=MAIN, D1=TAIL,
-            BN=K_ROWS, STAGES=NUM_STAGES, ROWS=Q_ROWS // 2, num_warps=4,
+            tiles, len(tiles), qkv, cos, sin, axis_index, descriptor(keys, [k_rows, MAIN]),
+            descriptor(keys, [k_rows, TAIL]), descriptor(values, [k_rows, MAIN]),
+            descriptor(values, [k_rows, TAIL]), out, scale_log2e, H=H, D=D, D0=MAIN, D1=TAIL,
+            BN=k_rows, STAGES=num_stages, ROWS=Q_ROWS // 2, num_warps=4,
         )  # fmt: skip
