@@ -10,10 +10,51 @@ from typing import BinaryIO
 
 from qwen_vit.errors import ExportError
 
-__all__ = ["TEMPORARY_SUFFIX", "atomic_file", "cannot_write"]
+__all__ = ["TEMPORARY_SUFFIX", "AtomicFile", "atomic_file", "cannot_write"]
 
 TEMPORARY_SUFFIX = ".tmp"
 NAME_CHARACTERS = 40  # of the file's own name: with the rest well below a name's 255 bytes
+
+
+class AtomicFile:
+    """A file that grows under a hidden name beside `path`, and takes its place when committed.
+
+    >>> growing = AtomicFile(Path("notes.txt"))  # doctest: +SKIP
+    >>> growing.file.write(b"whole or absent")  # doctest: +SKIP
+    >>> growing.commit()  # doctest: +SKIP
+
+    The hidden name starts with the file's own, and ends in TEMPORARY_SUFFIX: only a process that
+    was killed leaves one. Raises ExportError where the system refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(
+            f".{path.name[:NAME_CHARACTERS]}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+        )
+        try:
+            self.file: BinaryIO = open(self._temporary, "x+b")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise cannot_write(path, error) from None
+
+    def commit(self) -> None:
+        """Flush the file to the disk and give it its name."""
+        try:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            os.replace(self._temporary, self.path)
+            _sync_folder(self.path.parent)
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Leave nothing, unless it was committed; harmless when called again."""
+        with suppress(OSError):
+            self.file.close()
+        with suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -23,25 +64,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     >>> with atomic_file(Path("notes.txt")) as file:  # doctest: +SKIP
     ...     file.write(b"whole or absent")
 
-    It is written beside `path` under a hidden name that starts with the file's own, and ends in
-    TEMPORARY_SUFFIX: only a process that was killed leaves one. Raises ExportError where the system
-    refuses. The block should write and do nothing else: its OSErrors are taken for the file's.
+    As AtomicFile; the block should write and do nothing else: its OSErrors are taken for the
+    file's.
     """
-    temporary = path.with_name(
-        f".{path.name[:NAME_CHARACTERS]}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
-    )
+    growing = AtomicFile(path)
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        yield growing.file
+        growing.commit()
     except OSError as error:
         raise cannot_write(path, error) from None
     finally:  # whatever stopped it, an interrupt too
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        growing.discard()
 
 
 def cannot_write(path: Path, error: OSError) -> ExportError:

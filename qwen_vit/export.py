@@ -6,13 +6,13 @@ each of its images, or its error. So what is missing is what remains to be done,
 be made by any worker, at any time, in any order.
 """
 
+import json
 import logging
 import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -39,8 +39,8 @@ from qwen_vit.export_plan import (
     open_export,
 )
 from qwen_vit.feature_files import FeatureFile, load_features
-from qwen_vit.features import FeatureSpool, ImageFeatures
-from qwen_vit.finite import all_finite
+from qwen_vit.features import FeatureWriter, ImageFeatures
+from qwen_vit.finite import extremes
 from qwen_vit.folder_lock import hold_moment
 from qwen_vit.image import ImageLimits, load_image
 from qwen_vit.listing import Item, read_item, shown
@@ -66,6 +66,7 @@ logger = logging.getLogger("qwen_vit")
 
 FAILURES_TOLD = 20
 BEHIND_BYTES = 2**29  # features that wait to be written
+IMAGE_HEAD_BYTES = 320  # of a shard's head, besides names: grid, offset, hash, size, notes
 ROW_BYTES = 1_000  # of the manifest, in memory, or more
 STAGES = READ, ENCODE, COPY, WRITE, REST = "read and decode", "encode", "copy back", "write", "rest"
 
@@ -156,50 +157,35 @@ def export_shards(
     """Make shards, one after the other, and give each when it is on the disk.
 
     Threads load images ahead, the next shard's too, and one writes behind; batches never cross a
-    shard, so its bytes do not depend on this. At most two shards are unfinished at a time: one that
-    is encoded, and the one before it that is written. `on_image` sees each image when it is done,
-    in the thread that writes. Raises ExportError where a shard cannot be written, or `breaker`
-    stops it; the first ImageError with on_error="raise".
+    shard, so its bytes do not depend on this, and none is encoded before the one before it is
+    whole. `on_image` sees each image when it is done, in the thread that writes. Raises ExportError
+    where a shard cannot be written, or `breaker` stops it; the first ImageError with
+    on_error="raise".
     """
     breaker, clock = breaker or Breaker(plan.options.max_failures), clock or Clock(REST)
     form = RowForm.of(encoder, plan.options)
     jobs = _jobs(encoder.image_config, plan, shards)
-    unfinished: deque[_Shard] = deque()
-    saving: deque[Future[list[ManifestRow]]] = deque()
-
-    def finish() -> Iterator[DoneShard]:
-        while saving:
-            with _behind(unfinished[0], clock):
-                rows = writer.wait(saving.popleft())
-            yield DoneShard(unfinished.popleft().number, rows, is_new=True)
-
-    try:
-        with (
-            closing(work_ahead(jobs, threads=thread_count(decode_threads))) as loaded,
-            Behind(BEHIND_BYTES) as writer,
-        ):
-            for begin in loaded:
-                if not isinstance(begin, _Begin):
-                    raise TypeError(f"{type(begin).__name__} between shards")
-                if begin.rows is not None:
-                    yield from finish()
-                    yield DoneShard(begin.shard, begin.rows, is_new=False)
-                    continue
-                shard = _Shard(plan, begin.shard, form, breaker, on_image)
-                unfinished.append(shard)
-                images = islice(loaded, begin.n_images)
+    with closing(work_ahead(jobs, threads=thread_count(decode_threads))) as loaded:
+        for begin in loaded:
+            if not isinstance(begin, _Begin):
+                raise TypeError(f"{type(begin).__name__} between shards")
+            if begin.rows is not None:
+                yield DoneShard(begin.shard, begin.rows, is_new=False)
+                continue
+            images = islice(loaded, begin.n_images)
+            with (
+                _Shard(plan, begin.shard, form, breaker, on_image) as shard,
+                Behind(BEHIND_BYTES) as writer,
+            ):
                 for image, embeds in _encode(encoder, images, plan.options, breaker, clock):
                     with clock.stage(COPY):
                         rows = None if embeds is None else _Rows.send(embeds, form)
                     with _behind(shard, clock):
-                        n_bytes = 0 if rows is None else rows.values.nbytes
+                        n_bytes = 0 if rows is None else rows.n_bytes
                         writer.do(partial(shard.add, image, rows), n_bytes)
-                yield from finish()
-                saving.append(writer.do(shard.save))
-            yield from finish()
-    finally:
-        for shard in unfinished:
-            shard.close()
+                with _behind(shard, clock):
+                    saved = writer.wait(writer.do(shard.save))
+            yield DoneShard(begin.shard, saved, is_new=True)
 
 
 def _jobs(config: ImageConfig, plan: Plan, shards: Iterable[int]) -> Iterator[Job[_Begin | _Image]]:
@@ -220,11 +206,22 @@ def _behind(shard: "_Shard", clock: Clock) -> Iterator[None]:
     clock.move(shard.waited_s - before, WRITE, COPY)
 
 
+def _head_room(items: Sequence[Item], settings: Mapping[str, Any]) -> int:
+    """The bytes to leave for a shard's head; what it follows from is known before any image is."""
+    texts = [json.dumps([item.id, item.source, item.id]) for item in items]
+    return len(json.dumps(settings)) + sum(map(len, texts)) + IMAGE_HEAD_BYTES * (len(items) + 1)
+
+
 class _Rows(NamedTuple):
     """An image's features on their way to the CPU: there, once the GPU has done what it has to."""
 
     values: Tensor
+    extremes: Tensor  # the least and the largest of them, NaN if one is
     arrival: torch.cuda.Event | None
+
+    @property
+    def n_bytes(self) -> int:
+        return self.values.nbytes
 
     @classmethod
     def send(cls, embeds: Tensor, form: RowForm) -> Self:
@@ -232,13 +229,18 @@ class _Rows(NamedTuple):
         if form.patches_per_row is None:
             embeds = embeds.float().mean(dim=0, keepdim=True)
         stored = embeds.to(form.dtype)
+        bounds = extremes(stored)
         if not stored.is_cuda:
-            return cls(stored, None)
-        values = torch.empty(stored.shape, dtype=stored.dtype, device="cpu", pin_memory=True)
-        values.copy_(stored, non_blocking=True)
+            return cls(stored, bounds, None)
+        values, bounds = _to_pinned(stored), _to_pinned(bounds)
         arrival = torch.cuda.Event(blocking=True)
         arrival.record(torch.cuda.current_stream(stored.device))
-        return cls(values, arrival)
+        return cls(values, bounds, arrival)
+
+
+def _to_pinned(tensor: Tensor) -> Tensor:
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
 
 
 class _Shard:
@@ -257,13 +259,20 @@ class _Shard:
         self._plan, self._form, self._breaker, self._on_image = plan, form, breaker, on_image
         self._facts: list[dict[str, Any]] = []
         self._errors: list[dict[str, Any]] = []
-        self._spool = FeatureSpool(plan.path(number), form.width, form.dtype)
+        room = _head_room(plan.listing.shard(number), plan.settings)
+        self._writer = FeatureWriter(plan.path(number), form.width, form.dtype, room)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.__exit__()
 
     def add(self, image: _Image, rows: _Rows | None) -> None:
         """The next image: its rows, or its error."""
         embeds = None if rows is None else self._arrived(image, rows)
         if embeds is not None:
-            self._spool.add(image.item.id, embeds, image.grid_thw)
+            self._writer.add(image.item.id, embeds, image.grid_thw)
             self._facts.append(
                 {
                     "sha256": image.sha256, "size_px": image.size_px, "notes": image.notes,
@@ -284,7 +293,7 @@ class _Shard:
 
     def save(self) -> list[ManifestRow]:
         """Write the file, read it again, and give its rows of the manifest."""
-        self._spool.save(
+        self._writer.save(
             {
                 **self._plan.settings,
                 "errors": self._errors,
@@ -292,7 +301,6 @@ class _Shard:
                 "patches_per_row": self._form.patches_per_row,
             }
         )
-        self.close()
         rows = whole_shard(self._plan, self.number)
         if rows is None:
             raise ExportError(
@@ -301,17 +309,13 @@ class _Shard:
             )
         return rows
 
-    def close(self) -> None:
-        """Give back what holds the rows."""
-        self._spool.__exit__()
-
     def _arrived(self, image: _Image, rows: _Rows) -> Tensor | None:
         """An image's rows on the CPU; None, and its error, if they are not finite."""
         if rows.arrival is not None:
             begin = time.perf_counter()
             rows.arrival.synchronize()
             self.waited_s += time.perf_counter() - begin
-        if all_finite(rows.values):
+        if bool(rows.extremes.isfinite().all()):
             return rows.values
         image.error = ImageError(
             f"{shown(image.item.id)}: its embeddings hold NaN or infinity; check the checkpoint "

@@ -8,24 +8,24 @@ order and the same features must give the same bytes. `feature_files` reads it.
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
 from pathlib import Path
-from tempfile import SpooledTemporaryFile
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from qwen_vit.atomic_file import atomic_file, cannot_write
+from qwen_vit.atomic_file import AtomicFile, atomic_file, cannot_write
 from qwen_vit.errors import ExportError, ImageError
 from qwen_vit.finite import all_finite
 from qwen_vit.safetensors_header import MAX_HEADER_BYTES
 
-__all__ = ["METADATA_KEY", "SCHEMA_VERSION", "FeatureSpool", "ImageFeatures", "write_features"]
+__all__ = ["METADATA_KEY", "SCHEMA_VERSION", "FeatureWriter", "ImageFeatures", "write_features"]
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "qwen_vit"
@@ -37,7 +37,7 @@ STORED_AS = {  # safetensors' own names
     torch.int64: "I64",
 }
 FLOATS = set(STORED_AS) - {torch.int64}
-SPOOL_BYTES = 2**24  # rows of one file that wait in memory
+FLUSH_BYTES = 2**25  # of rows, written before the disk is told to begin
 COPY_BYTES = 2**18  # fits a cache
 
 
@@ -91,41 +91,47 @@ def write_features(
         )
     facts = {**metadata, "patches_per_row": _patches_per_row(path, good)}
     dtype = reduce(torch.promote_types, (e.dtype for e in embeds))
-    with FeatureSpool(path, widths[0][0], dtype) as spool:
-        for name, rows, feature in zip(ids, embeds, good, strict=True):
-            spool.add(name, rows, feature.grid_thw or (0, 0, 0))
-        spool.save(facts)
+    grids = [feature.grid_thw or (0, 0, 0) for feature in good]
+    head = _head(path, ids, grids, list(map(len, embeds)), widths[0][0], dtype, facts)
+    with atomic_file(path) as file:
+        file.write(head)
+        for rows in embeds:
+            file.write(_bytes_of(rows.to(dtype).contiguous()))
     return path
 
 
-class FeatureSpool:
-    """Rows on their way into one feature file: in memory while they are few, then on its disk.
+class FeatureWriter:
+    """A feature file as it grows: its rows are written as they come, and its head at the end.
 
-    The file's header comes first and knows all lengths, so rows wait here until `save`. What waits
-    on the disk has no name: a process that is killed leaves nothing of it. The bytes of the file
-    depend on what is added, its order, and the facts alone.
+    The head knows all lengths, so room is left for it: `head_bytes`, from which the file's bytes
+    follow, too. A head that needs more has the rows copied behind it. Whole under its name, or not
+    there: what is not saved is discarded when the block ends. Raises ExportError where the system
+    refuses to write.
     """
 
-    def __init__(self, path: Path, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, width: int, dtype: torch.dtype, head_bytes: int) -> None:
         self.path, self.width, self.dtype = path, width, dtype
         self.ids: list[str] = []
         self._grids: list[tuple[int, int, int]] = []
         self._lengths: list[int] = []
-        self._rows = SpooledTemporaryFile(  # noqa: SIM115 - closed by __exit__
-            max_size=SPOOL_BYTES, dir=str(path.parent)
-        )
+        self._head_bytes = min(head_bytes + -head_bytes % 8, MAX_HEADER_BYTES)
+        self._end = self._told = self._head_bytes  # of the rows; and what the system was told of
+        self._growing = AtomicFile(path)
+        self._growing.file.seek(self._end)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._rows.close()
+        self._growing.discard()
 
     def add(self, name: str, embeds: Tensor, grid: tuple[int, int, int]) -> None:
-        """Append one image: its rows (n, width), stored in the spool's dtype, and its grid."""
+        """Append one image: its rows (n, width), stored in the file's dtype, and its grid."""
         rows = embeds.detach().to("cpu", self.dtype).contiguous()
         try:
-            self._rows.write(_bytes_of(rows))
+            self._end += self._growing.file.write(_bytes_of(rows))
+            if self._end - self._told >= FLUSH_BYTES:
+                self._begin_flush()
         except OSError as error:
             raise cannot_write(self.path, error) from None
         self.ids.append(name)
@@ -133,41 +139,74 @@ class FeatureSpool:
         self._lengths.append(len(rows))
 
     def save(self, facts: Mapping[str, Any]) -> None:
-        """Write the file whole or not at all; `facts` are JSON values for its metadata."""
-        facts = {**facts, "schema_version": SCHEMA_VERSION, "ids": self.ids}
+        """Write the head, and give the file its name; `facts` are JSON values for its metadata."""
+        head = _head(
+            self.path, self.ids, self._grids, self._lengths, self.width, self.dtype, facts,
+            at_least=self._head_bytes,
+        )  # fmt: skip
+        if len(head) > self._head_bytes:
+            self._copy_behind(head)
+            return
         try:
-            text = json.dumps(facts, sort_keys=True, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ExportError(
-                f"{self.path}: its metadata cannot be JSON ({error}); pass VisionEncoder.metadata()"
-            ) from None
-        grids = torch.tensor(self._grids, dtype=torch.int64).reshape(-1, 3)
-        offsets = torch.tensor([0, *accumulate(self._lengths)], dtype=torch.int64)
-        header: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
-        position = 0
-        for name, dtype, shape in (  # in the order in which safetensors itself would write them
-            ("image_grid_thw", torch.int64, grids.shape),
-            ("image_token_offsets", torch.int64, offsets.shape),
-            ("image_embeds", self.dtype, (sum(self._lengths), self.width)),
-        ):
-            end = position + math.prod(shape) * dtype.itemsize
-            header[name] = {
-                "dtype": STORED_AS[dtype], "shape": list(shape), "data_offsets": [position, end],
-            }  # fmt: skip
-            position = end
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)  # so that the tensors are aligned
-        if len(raw) > MAX_HEADER_BYTES:
-            raise ExportError(
-                f"{self.path} would have a header of {len(raw)} bytes, of which safetensors reads "
-                f"at most {MAX_HEADER_BYTES}; put fewer images into a file"
-            )
+            self._growing.file.seek(0)
+            self._growing.file.write(head)
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        self._growing.commit()
+
+    def _copy_behind(self, head: bytes) -> None:
+        self._growing.file.seek(self._head_bytes)
         with atomic_file(self.path) as file:
-            file.write(len(raw).to_bytes(8, "little") + raw)
-            file.write(_bytes_of(grids))
-            file.write(_bytes_of(offsets))
-            self._rows.seek(0)
-            shutil.copyfileobj(self._rows, file, COPY_BYTES)
+            file.write(head)
+            shutil.copyfileobj(self._growing.file, file, COPY_BYTES)
+        self._growing.discard()
+
+    def _begin_flush(self) -> None:
+        """Have the disk begin with what is there, so that little is left to wait for at the end."""
+        if hasattr(os, "posix_fadvise"):  # Linux then starts to write, and does not wait
+            length = self._end - self._told
+            os.posix_fadvise(
+                self._growing.file.fileno(), self._told, length, os.POSIX_FADV_DONTNEED
+            )
+        self._told = self._end
+
+
+def _head(
+    path: Path, ids: Sequence[str], grids: Sequence[tuple[int, int, int]], lengths: Sequence[int],
+    width: int, dtype: torch.dtype, facts: Mapping[str, Any], *, at_least: int = 0,
+) -> bytes:  # fmt: skip
+    """All of a feature file that comes before its rows; spaces fill it up to `at_least` bytes."""
+    facts = {**facts, "schema_version": SCHEMA_VERSION, "ids": ids}
+    try:
+        text = json.dumps(facts, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ExportError(
+            f"{path}: its metadata cannot be JSON ({error}); pass VisionEncoder.metadata()"
+        ) from None
+    grid_rows = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
+    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
+    position = 0
+    for name, stored, shape in (  # in the order in which safetensors itself would write them
+        ("image_grid_thw", torch.int64, grid_rows.shape),
+        ("image_token_offsets", torch.int64, offsets.shape),
+        ("image_embeds", dtype, (sum(lengths), width)),
+    ):
+        end = position + math.prod(shape) * stored.itemsize
+        header[name] = {
+            "dtype": STORED_AS[stored], "shape": list(shape), "data_offsets": [position, end],
+        }  # fmt: skip
+        position = end
+    integers = bytes(_bytes_of(grid_rows)) + bytes(_bytes_of(offsets))
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # so that the tensors are aligned
+    if len(raw) > MAX_HEADER_BYTES:
+        raise ExportError(
+            f"{path} would have a header of {len(raw)} bytes, of which safetensors reads "
+            f"at most {MAX_HEADER_BYTES}; put fewer images into a file"
+        )
+    raw = raw.ljust(at_least - 8 - len(integers))
+    return len(raw).to_bytes(8, "little") + raw + integers
 
 
 def _bytes_of(tensor: Tensor) -> Any:

@@ -210,14 +210,16 @@ class FaultError(Exception):
     """Stands for what the package does not expect."""
 
 
-def half_then(error: BaseException) -> Callable[..., None]:
-    """Copying that stops in the middle of a file."""
+def half_then(error: BaseException) -> Callable[[torch.Tensor], Any]:
+    """A head, and then an error where rows should come."""
+    real, calls = features_module._bytes_of, iter((False, False, True))
 
-    def copy(source: Any, file: Any, length: int) -> None:
-        file.write(b"half")
-        raise error
+    def bytes_of(tensor: torch.Tensor) -> Any:
+        if next(calls):
+            raise error
+        return real(tensor)
 
-    return copy
+    return bytes_of
 
 
 FAULTS = [
@@ -239,7 +241,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
         raise error
 
     if step == "save":
-        monkeypatch.setattr(features_module.shutil, "copyfileobj", half_then(error))
+        monkeypatch.setattr(features_module, "_bytes_of", half_then(error))
     else:
         monkeypatch.setattr(atomic_file_module.os, step, fail)
     expected = ExportError if isinstance(error, OSError) else type(error)

@@ -25,7 +25,7 @@ from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.export import export_features
 from qwen_vit.export_plan import ExportOptions
-from qwen_vit.features import FeatureSpool
+from qwen_vit.features import FeatureWriter
 from qwen_vit.pipeline import Behind, Clock, Job, pack, thread_count, work_ahead
 
 IMAGES = Path(__file__).resolve().parent / "images"
@@ -332,44 +332,38 @@ def test_the_next_shards_images_are_loaded_while_one_is_encoded(
     assert stand_in_export(tmp_path, Waiting(), 3, decode_threads=2).exported == 12
 
 
-def test_one_shard_is_encoded_while_one_is_written_and_no_more(
+def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that what stops an export costs two shards at most."""
-    encoded = threading.Event()  # an image of the second shard, while the first is being saved
-    most = 0
-    real = FeatureSpool.save
-    whole = StandIn()
+    """So that a kill costs the open shard at most; the next one's images are loaded meanwhile."""
+    real, whole = FeatureWriter.save, StandIn()
+    loaded = threading.Event()
+    encoded, load_image = [], export_module.load_image
 
-    def save(self: FeatureSpool, facts: Any) -> None:
-        nonlocal most
-        if self.path.name.endswith("0.safetensors"):
-            assert encoded.wait(30)
-            time.sleep(0.2)  # time enough to go too far
-            most = whole.encoded
+    def counted(*arguments: Any, **options: Any) -> Any:
+        if options["name"].endswith("5.png"):  # of the second shard
+            loaded.set()
+        return load_image(*arguments, **options)
+
+    def save(self: FeatureWriter, facts: Any) -> None:
+        assert loaded.wait(30)
+        encoded.append(whole.encoded)
         real(self, facts)
 
-    class Telling(StandIn):
-        def encode_iter(self, images: Any, **options: Any) -> Any:
-            for features in whole.encode_iter(images, **options):
-                if whole.encoded > 4:
-                    encoded.set()
-                yield features
-
-    monkeypatch.setattr(FeatureSpool, "save", save)
-    monkeypatch.setattr(export_module, "BEHIND_BYTES", 10**9)
-    assert stand_in_export(tmp_path, Telling(), 5).exported == 20
-    assert 4 < most <= 8
+    monkeypatch.setattr(FeatureWriter, "save", save)
+    monkeypatch.setattr(export_module, "load_image", counted)
+    assert stand_in_export(tmp_path, whole, 3, decode_threads=2).exported == 12
+    assert encoded == [4, 8, 12]
 
 
 def test_a_disk_that_fails_stops_the_encoder_soon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save(self: FeatureSpool, facts: Any) -> None:
+    def save(self: FeatureWriter, facts: Any) -> None:
         raise ExportError("the disk is gone")
 
     whole = StandIn()
-    monkeypatch.setattr(FeatureSpool, "save", save)
+    monkeypatch.setattr(FeatureWriter, "save", save)
     with pytest.raises(ExportError, match="the disk is gone"):
         stand_in_export(tmp_path, whole, 50)
     assert whole.encoded <= 8
