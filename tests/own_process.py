@@ -1,0 +1,80 @@
+"""Calls in processes of their own, several at a time, which may raise, die or hang."""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+# The server imports the program once, without touching a GPU; each call is forked from it.
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a call returned, or why there is nothing."""
+
+    value: Any
+    problem: str | None
+
+
+def _send(connection: Connection, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        outcome = Outcome(call(*arguments), None)
+    except BaseException as error:  # noqa: BLE001 whatever it was, the caller is told
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        outcome = Outcome(None, f"{type(error).__name__}: {first_line[:160]}")
+    connection.send(outcome)
+    connection.close()
+
+
+def outcomes(
+    call: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    *,
+    at_once: int,
+    seconds: float,
+) -> Iterator[tuple[int, Outcome]]:
+    """(index, outcome) of `call(*arguments[index])`, as they finish, each within `seconds`."""
+    waiting = list(enumerate(arguments))[::-1]
+    running: dict[Connection, tuple[int, ForkServerProcess, float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                index, these = waiting.pop()
+                ours, theirs = CONTEXT.Pipe(duplex=False)
+                process = CONTEXT.Process(target=_send, args=(theirs, call, these), daemon=True)
+                process.start()
+                theirs.close()  # so that a dead process ends the pipe
+                running[ours] = (index, process, time.monotonic() + seconds)
+            first = min(deadline for _, _, deadline in running.values())
+            ready = wait(list(running), timeout=max(0.0, first - time.monotonic()))
+            late = [c for c, (_, _, end) in running.items() if end <= time.monotonic()]
+            for connection in {*ready, *late}:
+                index, process, _ = running.pop(connection)  # type: ignore[index]
+                yield index, _received(connection, process, connection in ready, seconds)  # type: ignore[arg-type]
+    finally:
+        for connection, (_, process, _) in running.items():
+            process.kill()
+            process.join()
+            connection.close()
+
+
+def _received(
+    connection: Connection, process: ForkServerProcess, is_ready: bool, seconds: float
+) -> Outcome:
+    try:
+        if not is_ready:
+            return Outcome(None, f"not finished after {seconds:g} s")
+        outcome: Outcome = connection.recv()
+        return outcome
+    except EOFError:
+        process.join()
+        return Outcome(None, f"died with exit code {process.exitcode}")
+    finally:
+        connection.close()
+        if not is_ready:
+            process.kill()
+        process.join()

@@ -1,0 +1,116 @@
+"""tools/tune: what it would try, how it chooses, and one small sweep on a GPU."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from towers import gpu
+
+from qwen_vit.kernels.linear_hopper import Tile
+
+TUNE = Path(__file__).parent.parent / "tools" / "tune"
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, TUNE, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tune() -> dict[str, Any]:
+    return runpy.run_path(str(TUNE))
+
+
+def test_every_table_is_swept(tune: dict[str, Any]) -> None:
+    from qwen_vit.kernels import attention, linear, linear_hopper
+
+    expected = {f"linear_hopper.TILES[{key}]" for key in linear_hopper.TILES}
+    expected |= {f"linear.HOPPER_TILES[{key}]" for key in linear.HOPPER_TILES}
+    expected |= {f"linear.FALLBACK_TILES[{bits}]" for bits in linear.FALLBACK_TILES}
+    expected |= {f'attention.TILES["{regime}", {bits}]' for regime, bits in attention.TILES}
+    expected |= {"attention_hopper.K_ROWS, NUM_STAGES"}
+    assert {kernel.table for kernel in tune["KERNELS"].values()} == expected
+
+
+def test_the_list_names_candidates_and_present_rows_without_a_gpu() -> None:
+    [down] = json.loads(run("--list", "--json", "--only", "down", "--rows", "9216,1024"))
+    assert down["table"] == "linear_hopper.TILES[('residual', True)]"
+    assert list(down["present"]) == ["1024", "9216"]
+    assert len(down["candidates"]) == len({str(each) for each in down["candidates"]}) > 4
+    assert all(present in down["candidates"] for present in down["present"].values())
+    assert "gate-up" in run("--list")
+
+
+def test_a_sweep_without_a_gpu_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, TUNE, "--only", "window"],
+        capture_output=True, text=True, check=False, env={"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "needs an NVIDIA GPU: torch sees none; try --list" in done.stderr
+
+
+WIDE, SQUARE, TALL = Tile(128, 256, 3, 2), Tile(128, 128, 6, 2), Tile(192, 128, 4, 3)
+
+
+def test_limits_lie_between_sizes_and_small_gains_change_nothing(tune: dict[str, Any]) -> None:
+    kernel = tune["KERNELS"]["down"]  # SQUARE, from 1,536 TALL, from 6,144 WIDE
+    measured = {
+        1024: {SQUARE: 10.0, TALL: 9.9, WIDE: 12.0},  # 1 %: stays
+        4096: {SQUARE: 30.0, TALL: 30.0, WIDE: 25.0},
+        9216: {SQUARE: 80.0, TALL: 90.0, WIDE: 70.0},
+    }
+    assert tune["proposed"](kernel, measured, 0.02) == {0: SQUARE, 2048: WIDE}
+    assert tune["proposed"](kernel, measured, 0.0) == {0: TALL, 2048: WIDE}
+    merger = tune["KERNELS"]["merger-2"]  # a row for 4 patches
+    assert tune["proposed"](merger, measured, 0.02) == {0: SQUARE, 512: WIDE}
+
+
+def test_a_table_of_one_row_takes_the_best_of_all_sizes_together(tune: dict[str, Any]) -> None:
+    kernel = tune["KERNELS"]["frame"]
+    present, other, third = kernel.present(1), *kernel.candidates[:2]
+    measured = {
+        1024: {present: 10.0, other: 12.0, third: 9.0},
+        9216: {present: 100.0, other: 70.0},  # where the third did not run, it is none
+    }
+    assert tune["proposed"](kernel, measured, 0.02) == {0: other}
+    measured[1024][other] = 15.0
+    assert tune["proposed"](kernel, measured, 0.02) == {0: present}
+
+
+def test_what_was_swept_becomes_rows_to_paste(
+    tune: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = tune["sweep"].__globals__
+    times = {1024: {SQUARE: 10.0, WIDE: 8.0}, 9216: {SQUARE: 80.0, WIDE: 70.0}}
+    problems = {"OutOfResources": 2}
+    monkeypatch.setitem(
+        inside, "sound", lambda *_: ({SQUARE: [True] * 2, WIDE: [True] * 2}, problems)
+    )
+    monkeypatch.setitem(inside, "timed", lambda kernel, tiles, n: times[n])
+    swept = tune["sweep"](tune["KERNELS"]["down"], (1024, 9216), 1, 1.0, 0.02)
+    text = tune["as_table"]([json.loads(json.dumps(swept))])
+    assert "down" in text
+    assert "+25.0%" in text
+    assert "2 skipped: OutOfResources" in text
+    assert text.endswith(
+        "linear_hopper.TILES[('residual', True)]  # down\n"
+        "    (0, Tile(rows=128, columns=256, num_stages=3, num_groups=2))"
+    )
+
+
+@gpu
+def test_a_small_sweep_on_a_gpu_times_every_sound_candidate() -> None:
+    document = json.loads(run("--only", "window", "--rows", "256", "--json"))
+    [window] = document["kernels"]
+    [row] = window["rows"]
+    assert row["same_bits"] in (True, False)
+    assert 0 < row["best_us"] <= row["present_us"] < 1000
+    assert len(row["all_us"]) + sum(window["skipped"].values()) == 6
