@@ -1,0 +1,63 @@
+"""Memory that tells who wrote beside it, and what was never written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+GUARD_BYTES = 4096  # before and after; a multiple of what tensor maps must be aligned to
+FILL = 0xFF  # in every byte: a NaN in each floating type
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    whole: Tensor  # uint8: guard, the tensor's own bytes, guard
+    own: Tensor
+    guard: int
+
+
+class GuardedMemory(TorchFunctionMode):
+    """`torch.empty` and `torch.empty_like` give NaN, between guards of `guard` bytes.
+
+    >>> with GuardedMemory() as memory:
+    ...     out = torch.empty(3)
+    >>> out[:2] = 1.0
+    >>> memory.unwritten(), memory.overruns()
+    (1, 0)
+
+    With `guard=0` the memory is filled alone: its bounds are its own, for a tool that watches them.
+    """
+
+    def __init__(self, guard: int = GUARD_BYTES) -> None:
+        super().__init__()
+        self.guard = guard
+        self.buffers: list[_Buffer] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        plain = func(*args, **(kwargs or {}))
+        if func not in (torch.empty, torch.empty_like) or not plain.is_floating_point():
+            return plain
+        n_bytes = plain.numel() * plain.element_size()
+        size = n_bytes + 2 * self.guard
+        whole = torch.full((size,), FILL, dtype=torch.uint8, device=plain.device)
+        own = whole[self.guard : self.guard + n_bytes].view(plain.dtype).view(plain.shape)
+        self.buffers.append(_Buffer(whole, own, self.guard))
+        return own
+
+    def unwritten(self) -> int:
+        """How many values are NaN still, or again."""
+        return sum(int(buffer.own.isnan().sum()) for buffer in self.buffers)
+
+    def overruns(self) -> int:
+        """How many bytes of guards were written to."""
+        return sum(
+            int((part != FILL).sum())
+            for buffer in self.buffers
+            if buffer.guard
+            for part in (buffer.whole[: buffer.guard], buffer.whole[-buffer.guard :])
+        )

@@ -1,0 +1,51 @@
+"""The guards of `guarded.py` see what is written beside a tensor, and what is not written."""
+
+import pytest
+import torch
+from guarded import GuardedMemory
+from test_attention import axial_tables, random_case, segments_of
+from towers import CPU
+
+from qwen_vit.kernels import attention as kernels
+from qwen_vit.kernels.attention import attention
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_value_that_nobody_writes_is_counted(dtype: torch.dtype) -> None:
+    with GuardedMemory() as memory:
+        first = torch.empty((3, 5), dtype=dtype)
+        second = torch.empty_like(first)
+        indices = torch.empty(4, dtype=torch.int32)
+    assert memory.unwritten() == 30
+    first.zero_()
+    second[1] = 1
+    assert memory.unwritten() == 10
+    assert memory.overruns() == 0
+    assert len(memory.buffers) == 2, indices
+
+
+@pytest.mark.parametrize("offset", [-1, 15])
+def test_one_value_beside_a_tensor_is_seen(offset: int) -> None:
+    with GuardedMemory() as memory:
+        out = torch.empty((3, 5))
+    beside = out.as_strided((1,), (1,), out.storage_offset() + offset)
+    beside.fill_(1.0)
+    assert memory.overruns() == 4
+
+
+def test_without_guards_the_memory_ends_where_the_tensor_does() -> None:
+    with GuardedMemory(guard=0) as memory:
+        out = torch.empty((3, 5))
+    assert out.untyped_storage().nbytes() == 60
+    assert (memory.unwritten(), memory.overruns()) == (15, 0)
+
+
+def test_the_attention_writes_all_of_its_result_and_nothing_else() -> None:
+    lengths = [64, 12, 4]
+    qkv, *_ = random_case(lengths, 80, 2)
+    tables, _, _ = axial_tables(80, 80)
+    segments = segments_of(lengths, kernels.tiling(CPU, qkv.dtype, "window"))
+    with GuardedMemory() as memory:
+        attention(qkv, tables, segments, regime="window", adjacent_pairs=True)
+    assert len(memory.buffers) == 1
+    assert (memory.unwritten(), memory.overruns()) == (0, 0)

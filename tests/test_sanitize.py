@@ -1,0 +1,75 @@
+"""tools/sanitize, with a stand-in for compute-sanitizer: what it says is what is reported."""
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOOL = Path(__file__).parent.parent / "tools" / "sanitize"
+WATCHES = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do
+    [[ $1 == --log-file ]] && log=$2
+    shift 2
+done
+cat >"$log" <<'END'
+{said}
+END
+{then}
+"""
+CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors"
+ERRORS = """========= COMPUTE-SANITIZER
+========= Invalid __global__ write of size 2 bytes
+=========     at _gemm+0x70 in linear.py:120
+=========     by thread (5,0,0) in block (3,0,0)
+=========     Address 0x7f2a is out of bounds
+========= Invalid __global__ write of size 2 bytes
+=========     at 0x90 in _gemm
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at _rms_norm(float *)+0x10
+========= ERROR SUMMARY: 3 errors"""
+REFUSED = "========= COMPUTE-SANITIZER\n========= Error: Device not supported."
+
+
+@pytest.fixture(scope="module")
+def watched() -> Callable[..., dict[str, Any]]:
+    return runpy.run_path(str(TOOL))["watched"]  # type: ignore[no-any-return]
+
+
+def sanitizer(folder: Path, said: str, then: str = 'exec "$@"') -> str:
+    path = folder / "compute-sanitizer"
+    path.write_text(WATCHES.format(said=said, then=then))
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_clean_run_counts_its_layouts(watched: Any, tmp_path: Path) -> None:
+    row = watched("memcheck", sanitizer(tmp_path, CLEAN), 1, 60, "cpu", tmp_path / "logs")
+    assert (row["problems"], row["errors"], row["exit_code"]) == ([], 0, 0)
+    assert (row["attentions"], row["towers"]) == (1, 1)
+    assert "ERROR SUMMARY" in (tmp_path / "logs" / "memcheck.log").read_text()
+
+
+def test_errors_are_counted_by_kind_and_kernel(watched: Any, tmp_path: Path) -> None:
+    row = watched("memcheck", sanitizer(tmp_path, ERRORS, "exit 86"), 1, 60, "cpu", None)
+    assert row["errors"] == 3
+    assert row["problems"][1:] == [
+        "Invalid __global__ write of size 2 bytes, in _gemm: 2",
+        "Uninitialized __global__ memory read of size 4 bytes, in _rms_norm: 1",
+    ]
+
+
+def test_a_sanitizer_that_refuses_or_is_not_there_is_no_success(
+    watched: Any, tmp_path: Path
+) -> None:
+    row = watched("synccheck", sanitizer(tmp_path, REFUSED, "exit 1"), 1, 60, "cpu", None)
+    assert "no summary by the tool" in row["problems"][1]
+    assert "Device not supported" in row["problems"][1]
+    missing = watched("synccheck", None, 1, 60, "cpu", None)
+    assert missing["problems"] == ["compute-sanitizer is not on this machine"]
+
+
+def test_layouts_that_the_time_did_not_allow_are_missing(watched: Any, tmp_path: Path) -> None:
+    row = watched("initcheck", sanitizer(tmp_path, CLEAN), 2, 0, "cpu", None)
+    assert row["problems"] == ["0 of 2 layouts in time"]
