@@ -1,0 +1,84 @@
+"""Batches beyond 2^31 values and 65,535 windows have the bits of their halves."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import pytest
+import torch
+from checkpoints import random_tensors
+from test_attention import random_case
+from torch import Tensor
+from towers import build_tower, gpu
+
+from qwen_vit.config import Grid, VisionConfig
+from qwen_vit.kernels.attention import fused_rope_varlen_attention
+from qwen_vit.model import VisionTower, plan_layout
+
+CUDA = torch.device("cuda")
+INT32_VALUES = 2**31  # how far an offset of 32 bits reaches
+GRID_LIMIT = 65_535  # programs along the second and third axis of a launch
+# One window and one full block of the published widths.
+CONFIG = VisionConfig.from_json(
+    {"model_type": "qwen2_5_vl", "out_hidden_size": 3584, "depth": 2, "fullatt_block_indexes": [1]}
+)
+
+
+@cache
+def published_width(dtype: torch.dtype) -> VisionTower:
+    return build_tower(random_tensors(CONFIG), CONFIG, dtype=dtype, device=CUDA)
+
+
+def embeddings(tower: VisionTower, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
+    weight = tower.blocks[0].attn.qkv.weight
+    layout = plan_layout(grids, tower.config, weight.device, weight.dtype)
+    with torch.no_grad():
+        return tower(pixels, layout.to(weight.device))
+
+
+def assert_equals_its_halves(tower: VisionTower, grid: Grid, count: int) -> None:
+    device = tower.blocks[0].attn.qkv.weight.device
+    shape = (count * grid.n_patches, 588)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    whole = embeddings(tower, pixels, [grid] * count)
+    assert whole.isfinite().all()
+    images = count // 2
+    for part, n, values in zip(
+        pixels.split([images * grid.n_patches, (count - images) * grid.n_patches]),
+        (images, count - images),
+        whole.split([images * grid.n_patches // 4, (count - images) * grid.n_patches // 4]),
+        strict=True,
+    ):
+        assert torch.equal(embeddings(tower, part.clone(), [grid] * n), values)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_batch_whose_projection_has_more_than_2_to_the_31_values(dtype: torch.dtype) -> None:
+    grid, count = Grid(1, 64, 64), 140
+    assert count * grid.n_patches * 3 * CONFIG.hidden_size > INT32_VALUES
+    assert_equals_its_halves(published_width(dtype), grid, count)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_batch_of_more_windows_and_frames_than_a_launch_has_rows(dtype: torch.dtype) -> None:
+    count = 70_000
+    assert count > GRID_LIMIT >= count // 2
+    assert_equals_its_halves(published_width(dtype), Grid(1, 2, 2), count)
+
+
+@gpu
+def test_the_kernel_alone_beyond_both_limits() -> None:
+    count, length, heads, head_dim = 70_000, 8, 16, 80
+    N = count * length
+    qkv = torch.randn(N, 3, heads, head_dim, device=CUDA, dtype=torch.bfloat16)
+    assert qkv.numel() > INT32_VALUES
+    assert count > GRID_LIMIT
+    _, cos, sin, edges = random_case([length] * count, head_dim, 0, device=CUDA)
+    whole = fused_rope_varlen_attention(qkv, cos, sin, edges)
+    middle = count // 2
+    for segments in (slice(0, middle), slice(middle, count)):
+        rows = slice(segments.start * length, segments.stop * length)
+        part = edges[segments.start : segments.stop + 1] - edges[segments.start]
+        arguments = (qkv[rows].clone(), cos[rows].clone(), sin[rows].clone(), part)
+        assert torch.equal(fused_rope_varlen_attention(*arguments), whole[rows])
