@@ -227,7 +227,7 @@ def load_image(
 
 def _error(code: str, name: str, text: str) -> ImageError:
     """The error of one row of CODES; an odd name is escaped, so that a message is one line."""
-    shown = name if name.isprintable() else ascii(name)
+    shown = name if name and name.isprintable() and name == name.strip() else ascii(name)
     if len(shown) > 400:
         shown = f"{shown[:200]}...{shown[-100:]}"
     return ImageError(f"{shown} {text}", code=code)

@@ -5,11 +5,13 @@ export freezes in its folder: `{"id": ..., "source": ...}`, for an image inside 
 and `size` in bytes, so that it can be read again without searching for it.
 """
 
+import codecs
 import errno
 import glob
 import hashlib
 import json
 import os
+import re
 import stat
 import tarfile
 import time
@@ -39,6 +41,9 @@ JSON_SUFFIX = ".jsonl"
 TAR_SUFFIX = ".tar"
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 TAR_BLOCK = 512
+LARGEST_FILE = 2**63 - 1  # bytes
+DEEP = re.compile(r"(?:^|(?<=/))\*\*(?:/+|$)")  # in a pattern: any number of folders
+ALL_BELOW = re.compile(r"(?:^|/)\*\*(?:/+\*{1,2})*/*$")  # what is in a match is one by itself
 END_OF_TAR = bytes(TAR_BLOCK)
 DAMAGED_TAR = (tarfile.TarError, ValueError, EOFError, OverflowError, MemoryError)  # its own, too
 
@@ -101,8 +106,9 @@ class Listing:
         with atomic_file(path) as file:
             for count, item in enumerate(_without_os_errors(items), start=1):
                 if item.id in ids:
+                    where = "the second is" if item.offset is None else "the second is in"
                     raise ExportError(
-                        f"two images would have the id {shown(item.id)}, the second is "
+                        f"two images would have the id {shown(item.id)}, {where} "
                         f"{shown(item.source)}; export the folder that holds both, or give a "
                         '.jsonl list with an "id" for each'
                     )
@@ -118,8 +124,8 @@ class Listing:
         """The images of one shard."""
         with open(self.path, "rb") as file:
             file.seek(self.starts[index])
-            lines = (file.readline() for _ in range(self.shard_size))
-            return [Item.from_json(json.loads(line)) for line in lines if line]
+            lines = islice(file, self.shard_length(index))
+            return [Item.from_json(json.loads(line)) for line in lines]
 
     def shard_length(self, index: int) -> int:
         """How many images a shard has: the last one may have fewer."""
@@ -150,7 +156,8 @@ def find_items(inputs: Sequence[str], left_out: Counter[str] | None = None) -> I
     name and the member's; in a list (.txt: a path a line; .jsonl: objects with "path" or "source",
     and "id"), what it says, with paths counted from the list's folder. Folders are searched to
     every depth, through links, in the order of their names' bytes; what has no image's suffix there
-    is left out, and counted by suffix in `left_out`.
+    is left out, and counted by suffix in `left_out`. Neither folders nor `**` in a pattern go
+    through a link that leads back to where it lies.
 
     Raises ExportError for an input that is not there, an address, and a list that cannot be read.
     What is found broken below, such as a folder that may not be read, becomes an item with `error`.
@@ -162,12 +169,14 @@ def find_items(inputs: Sequence[str], left_out: Counter[str] | None = None) -> I
         if os.path.lexists(given) or not glob.has_magic(given):
             yield from _from_path(given, left_out, may_be_list=True)
             continue
-        matches = sorted(glob.glob(given, recursive=True, include_hidden=True), key=os.fsencode)
-        if not matches:
+        unreadable: dict[str, Item] = {}
+        matches = sorted(set(_matches(given, unreadable)), key=os.fsencode)
+        if not matches and not unreadable:
             raise ExportError(f"no file matches {shown(given)}; check the pattern")
         for match in matches:
-            if "**" not in given or not os.path.isdir(match):  # what is in it matches by itself
+            if not (ALL_BELOW.search(given) and os.path.isdir(match)):
                 yield from _from_path(match, left_out, may_be_list=False)
+        yield from unreadable.values()
 
 
 def check_inputs(inputs: Sequence[str]) -> None:
@@ -199,6 +208,38 @@ def _from_path(path: str, left_out: Counter[str], *, may_be_list: bool) -> Itera
         yield from _from_text_list(source)
     else:
         yield Item(name, source)
+
+
+# Patterns
+
+
+def _matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
+    """As `glob` finds them, hidden ones too; but `**` enters no folder that leads back to itself.
+
+    Folders below a `**` that cannot be listed are put into `unreadable`, by their paths.
+    """
+    deep = DEEP.search(pattern)
+    if deep is None:
+        yield from glob.iglob(pattern, include_hidden=True)
+        return
+    before, after = pattern[: deep.start()], pattern[deep.end() :]
+    for start in glob.iglob(before, include_hidden=True) if before else [""]:
+        folders = [(start, frozenset[tuple[int, int] | None]())]
+        while folders:
+            folder, above = folders.pop()
+            identity = _identity(folder or ".")
+            if identity in above:
+                continue
+            if after:
+                yield from _matches(glob.escape(folder) + after, unreadable)
+            for item, is_folder in _entries(folder or ".", folder):
+                if item.error is not None:
+                    unreadable[folder] = item
+                    continue
+                if not after:
+                    yield item.id
+                if is_folder:
+                    folders.append((item.id + "/", above | {identity}))
 
 
 # Folders
@@ -339,7 +380,10 @@ def _from_json_list(path: str) -> Iterator[Item]:
             )
         offset, size = facts.get("offset"), facts.get("size")
         if offset is not None and not (
-            is_integer(offset) and is_integer(size) and offset >= 0 and size >= 0
+            is_integer(offset)
+            and is_integer(size)
+            and min(offset, size) >= 0
+            and offset + size <= LARGEST_FILE
         ):
             raise ExportError(
                 f"{where}: offset is {show(offset)} and size {show(size)}, expected bytes in a "
@@ -349,8 +393,8 @@ def _from_json_list(path: str) -> Iterator[Item]:
 
 
 def _is_name(value: object) -> TypeGuard[str]:
-    """Whether this is text, or the bytes of a file name that Python holds as text."""
-    if not isinstance(value, str):
+    """Whether this is some text, or the bytes of a file name that Python holds as text."""
+    if not isinstance(value, str) or not value:
         return False
     try:
         value.encode("utf-8", "surrogateescape")
@@ -360,10 +404,14 @@ def _is_name(value: object) -> TypeGuard[str]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that hold something, numbered from 1."""
+    """The lines that hold something, numbered from 1; a byte order mark in front is no part."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
+                if number == 1:
+                    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                        raise ExportError(f"{shown(path)} is UTF-16, expected UTF-8; save it so")
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield number, line.rstrip(b"\r\n")
     except OSError as error:
@@ -451,5 +499,5 @@ def _read_member(item: Item, offset: int, size: int, limits: ImageLimits) -> byt
 
 def shown(name: str) -> str:
     """A name on one line of any terminal, odd ones escaped and long ones shortened."""
-    text = name if name and name.isprintable() else ascii(name)
+    text = name if name and name.isprintable() and name == name.strip() else ascii(name)
     return text if len(text) <= 400 else f"{text[:200]}...{text[-100:]}"

@@ -1,6 +1,7 @@
 """Inputs become one listing: in one order, ids without loss, and everything amiss has a name."""
 
 import errno
+import glob
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import tarfile
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -96,6 +98,66 @@ def test_links_are_followed_and_loops_end(here: Path) -> None:
     assert ids("p") == ["gone.jpg", "loop.jpg", "to-real/a.jpg", "to-real/deep/b.jpg"]
 
 
+def test_a_pattern_of_any_depth_ends_where_links_lead_back(here: Path) -> None:
+    """Python's own glob goes round and round: three links took it longer than anyone waits."""
+    touch("p/a/1.jpg", "p/a/b/2.jpg", "other/3.jpg", "p/a/b/[x]/4.jpg")
+    for name, target in {"up": "..", "self": ".", "again": "../a", "out": "../../other"}.items():
+        (here / "p/a" / name).symlink_to(target)
+    real = ["p/a/1.jpg", "p/a/b/2.jpg", "p/a/b/[x]/4.jpg"]
+    assert ids("p/**/*.jpg") == sorted([*real, "p/a/out/3.jpg"])
+    assert ids("p/**/b/**/*.jpg") == real[1:]
+    assert ids("p/**/[[]x]/*") == real[2:]
+    assert ids("**/3.jpg") == ["other/3.jpg", "p/a/out/3.jpg"]
+    assert ids(str(here / "**" / "2.jpg")) == [str(here / "p/a/b/2.jpg")]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    names=st.sets(st.lists(st.sampled_from(["a", ".b", "[c]", "d.e"]), min_size=1, max_size=4)
+                  .map("/".join), min_size=1, max_size=8),
+    pattern=st.lists(st.sampled_from(["**", "*", "a", ".*", "[[]c]", "?.*"]), min_size=1,
+                     max_size=4).map("/".join),
+)  # fmt: skip
+def test_patterns_find_what_pythons_glob_finds(names: set[str], pattern: str) -> None:
+    with TemporaryDirectory() as folder:
+        root = Path(folder)
+        for name in names:
+            (root / name).mkdir(parents=True, exist_ok=True)
+            (root / name / "f").touch()
+        pattern = f"{folder}/{pattern}"
+        found = set(listing_module._matches(pattern, {}))
+        theirs = glob.glob(pattern, recursive=True, include_hidden=True)
+    assert found == {name for name in theirs if name != f"{folder}/"}
+
+
+def test_folders_that_a_pattern_names_are_exported_with_what_is_in_them(here: Path) -> None:
+    """They were passed over without a word wherever the pattern had a `**`."""
+    touch("p/x/train/1.jpg", "p/x/train/deep/2.jpg", "p/x/test/3.jpg")
+    assert ids("p/**/train") == ["1.jpg", "deep/2.jpg"]
+    assert ids("p/**/tr*") == ["1.jpg", "deep/2.jpg"]
+    assert ids("p/**") == ids("p/**/*") == [f"p/x/{n}" for n in ("test/3.jpg", "train/1.jpg",
+                                                                 "train/deep/2.jpg")]  # fmt: skip
+
+
+def test_a_folder_that_a_pattern_cannot_look_into_is_an_item(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch("p/a.jpg", "p/no/b.jpg")
+    real = os.scandir
+
+    def refused(path: str) -> Any:
+        if os.fspath(path).rstrip("/").endswith("no"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(listing_module.os, "scandir", refused)
+    good, bad = find_items(["p/**/*.jpg"])
+    assert (good.id, good.error) == ("p/a.jpg", None)
+    assert bad.error == (
+        "unreadable", "p/no cannot be listed: Permission denied; check its permissions"
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -173,6 +235,16 @@ def test_a_text_list_names_paths_beside_it(here: Path) -> None:
         assert caught.value.code == code
 
 
+@pytest.mark.parametrize("name", ["l.txt", "l.jsonl"])
+def test_a_list_may_begin_with_a_byte_order_mark_and_is_utf8(here: Path, name: str) -> None:
+    text = "a.jpg\r\nb.jpg\r\n" if name == "l.txt" else '{"path": "a.jpg"}\r\n{"path": "b.jpg"}'
+    Path(name).write_bytes(text.encode("utf-8-sig"))
+    assert ids(name) == ["a.jpg", "b.jpg"]
+    Path(name).write_bytes(text.encode("utf-16"))
+    with pytest.raises(ExportError, match=f"{name} is UTF-16, expected UTF-8"):
+        ids(name)
+
+
 def test_a_json_list_has_ids_and_paths(here: Path) -> None:
     lines = [{"id": "cat", "path": "a.jpg", "caption": "x"}, {"source": "/b.jpg"}]
     Path("l.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -200,6 +272,9 @@ def test_a_frozen_listing_is_a_list_again(here: Path) -> None:
         ('{"id": "\\ud800", "path": "a"}', "expected text"),
         ('{"path": "a", "offset": -1, "size": 2}', "offset is -1"),
         ('{"path": "a", "offset": 1}', "size None"),
+        ('{"path": "a", "offset": 9223372036854775807, "size": 1}', "offset is 922337203685477580"),
+        ('{"id": "", "path": "a"}', "id is ''"),
+        ('{"path": ""}', "path ''"),
     ],
 )
 def test_a_bad_line_of_a_list_is_named(here: Path, line: str, words: str) -> None:
@@ -369,6 +444,7 @@ def test_a_shards_images_are_found_by_its_number(here: Path) -> None:
     assert (listing.n_images, len(listing.starts)) == (10, 3)
     assert listing.spread(100) == items
     assert listing.spread(3) == [items[0], items[4], items[8]]
+    assert Listing.freeze(here / "l", items, 10**20).shard(0) == items
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> list[str]:
