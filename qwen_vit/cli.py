@@ -1,7 +1,8 @@
 """The `qwen-vit` command: each body parses, calls one function and prints.
 
 Data goes to stdout, progress and logs to stderr. Exit codes: 0 all good; 1 finished, with inputs
-skipped or a comparison that fails; 2 usage, configuration or output error; 130 interrupted.
+skipped or a comparison that fails; 2 usage, configuration or output error, or a question answered
+with no; 130 interrupted.
 """
 
 import json
@@ -10,10 +11,11 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ import click
 from tqdm import tqdm
 
 from qwen_vit import __version__
+from qwen_vit.atomic_file import cannot_write
 from qwen_vit.benchmark import WORKLOADS, check_device, speed_report, speed_table
 from qwen_vit.benchmark import bench as measure_speed
 from qwen_vit.compare import compare_checkpoint
@@ -106,10 +109,10 @@ def encode(
     features, milliseconds = _encode_one_by_one(encoder, images, on_error)
     write_features(out, features, encoder.metadata())
     if as_json:
-        click.echo(json.dumps(_encode_report(features, milliseconds, out, encoder), indent=2))
+        _print(json.dumps(_encode_report(features, milliseconds, out, encoder), indent=2))
     else:
-        click.echo(_table(features, milliseconds))
-        click.echo(f"wrote {_shown(str(out))} ({out.stat().st_size:,} bytes)")
+        _print(_table(features, milliseconds))
+        _print(f"wrote {_shown(str(out))} ({out.stat().st_size:,} bytes)")
     if any(feature.error for feature in features):
         sys.exit(EXIT_SKIPPED)
 
@@ -142,8 +145,9 @@ def encode(
     help="Stop after so many failures in a row; 0: never.",
 )  # fmt: skip
 @click.option(
-    "--decode-threads", type=int, help="Read, decode and resize.  [default: cores, at most 16]"
-)
+    "--decode-threads", type=click.IntRange(min=1),
+    help="Read, decode and resize.  [default: cores, at most 16]",
+)  # fmt: skip
 @click.option(
     "--ray", "address", is_flag=False, flag_value="", metavar="[ADDRESS]",
     help="On every GPU, or CPU, of a Ray cluster; this machine's without an address.",
@@ -173,13 +177,13 @@ def export(
     """
     options = ExportOptions(output, dtype, shard_size, on_error, part, max_failures)
     check_inputs(inputs)
+    check_folder(out, make=not dry_run)
     is_terminal = sys.stderr.isatty()
     if dry_run:
         encoder = load_encoder(model, options, device=device, **loading)
-        estimate = estimate_export(encoder, inputs, options, show_progress=is_terminal)
-        click.echo(json.dumps(asdict(estimate), indent=2) if as_json else _estimated(estimate))
+        estimate = estimate_export(encoder, inputs, options, folder=out, show_progress=is_terminal)
+        _print(json.dumps(asdict(estimate), indent=2) if as_json else _estimated(estimate))
         return
-    check_folder(out)
     running: dict[str, Any] = {
         "confirm": None if yes else partial(_ask_if_large, folder=out),
         "show_progress": is_terminal,
@@ -195,7 +199,7 @@ def export(
                 **loading,
             )  # fmt: skip
     shown = _exported(done) + (f"\n{_waits(done)}" if profile else "")
-    click.echo(json.dumps(done.to_json(), indent=2) if as_json else shown)
+    _print(json.dumps(done.to_json(), indent=2) if as_json else shown)
     if done.failed:
         sys.exit(EXIT_SKIPPED)
 
@@ -237,17 +241,18 @@ def compare(
     (then IMAGES may be left out). --report needs the extra: pip install 'qwen-vit[report]'.
     """
     if save_golden is not None:
-        _check_output(save_golden, overwrite, images)
+        _check_output(save_golden, overwrite, images, "--save-golden")
     if report is not None:
         check_report(report, overwrite=overwrite)
     comparison = compare_checkpoint(
         images, save_golden=save_golden, keep_maps=report is not None,
         show_progress=sys.stderr.isatty(), **options,
     )  # fmt: skip
-    if report is not None:
-        click.echo(f"wrote {_shown(str(write_report(report, comparison)))}", err=True)
-    shown = json.dumps(comparison.to_json(), indent=2) if as_json else as_text(comparison)
-    click.echo(shown)
+    _print(json.dumps(comparison.to_json(), indent=2) if as_json else as_text(comparison))
+    if report is not None and comparison.images:
+        _tell(f"wrote {_shown(str(write_report(report, comparison)))}")
+    elif report is not None:
+        _tell(f"wrote nothing to {_shown(str(report))}: no image was compared")
     if not comparison.holds:
         sys.exit(EXIT_SKIPPED)
 
@@ -268,7 +273,7 @@ def download(model: str, full: bool, as_json: bool, **finding: Any) -> None:
     the checkpoint's weights that stay where they are.
     """
     facts = report(fetch(model, full=full, **finding))
-    click.echo(json.dumps(facts, indent=2) if as_json else _listing(facts))
+    _print(json.dumps(facts, indent=2) if as_json else _listing(facts))
 
 
 @cli.command()
@@ -285,7 +290,7 @@ def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: 
     qwen-vit info Qwen/Qwen2.5-VL-7B-Instruct --image photo.jpg --json
     """
     facts = describe(find_checkpoint(model, **finding), image, verify=verify)
-    click.echo(json.dumps(facts, indent=2) if as_json else _listing(facts))
+    _print(json.dumps(facts, indent=2) if as_json else _listing(facts))
 
 
 @cli.command()
@@ -314,26 +319,66 @@ def bench(model: str, workloads: tuple[str, ...], as_json: bool, **loading: Any)
     encoder = VisionEncoder.from_pretrained(model, **loading)
     rows = measure_speed(encoder, workloads or tuple(WORKLOADS))
     if as_json:
-        click.echo(json.dumps(speed_report(encoder, rows), indent=2))
+        _print(json.dumps(speed_report(encoder, rows), indent=2))
     else:
-        click.echo(speed_table(rows))
+        _print(speed_table(rows))
 
 
-def _check_output(out: Path, overwrite: bool, images: Sequence[str]) -> None:
-    """Before any work: what would make its result impossible to write."""
-    if out.is_dir():
-        raise ExportError(f"{out} is a folder, expected a file to write; pass another --out")
-    if not out.absolute().parent.is_dir():
+def _print(text: str) -> None:
+    """Data for stdout; a reader that has seen enough of it, such as `head`, changes nothing."""
+    try:
+        click.echo(text)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to come
+        if not isinstance(error, BrokenPipeError):
+            raise ExportError(
+                f"standard output could not be written ({error.strerror}); check where it goes"
+            ) from None
+
+
+def _tell(text: str) -> None:
+    """A line for stderr, which is no reason to stop where it cannot be written."""
+    with suppress(OSError):
+        click.echo(text, err=True)
+
+
+def _check_output(out: Path, overwrite: bool, images: Sequence[str], option: str = "--out") -> None:
+    """Before any work: what would make its result impossible to write, or cost something else."""
+    try:
+        there, parent = _status(out), _status(out.absolute().parent)
+    except OSError as error:
+        raise cannot_write(out, error) from None
+    if there is not None and stat.S_ISDIR(there.st_mode):
+        raise ExportError(f"{out} is a folder, expected a file to write; pass another {option}")
+    if parent is None or not stat.S_ISDIR(parent.st_mode):
         raise ExportError(f"{out.parent} is not a folder, expected one; create it first")
     if not os.access(out.absolute().parent, os.W_OK):
         raise ExportError(f"{out.parent} cannot be written to; check its permissions")
-    if out.exists() and not overwrite:
-        raise ExportError(f"{out} exists; pass --overwrite to replace it, or another --out")
+    if there is not None and not stat.S_ISREG(there.st_mode):
+        raise ExportError(f"{out} is a device or the like, expected a file; pass another {option}")
+    if there is not None and not overwrite:
+        raise ExportError(f"{out} exists; pass --overwrite to replace it, or another {option}")
+    if there is not None and any(_is_same(image, there) for image in images):
+        raise ExportError(f"{out} is one of the images; pass another {option}")
     if len(set(images)) < len(images):
         twice = next(image for image in images if images.count(image) > 1)
         raise ExportError(
             f"{_shown(twice)} is given twice, expected each image once; leave one out"
         )
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _is_same(image: str, there: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(image), there)
+    except OSError:  # which reading it will tell
+        return False
 
 
 def _encode_one_by_one(
@@ -358,7 +403,7 @@ def _encode_one_by_one(
         milliseconds.append(1000 * (time.perf_counter() - start))
         features.append(result)
         if result.error is not None:
-            click.echo(f"skipped: {result.error}", err=True)
+            _tell(f"skipped: {result.error}")
     return features, milliseconds
 
 
@@ -393,7 +438,11 @@ def _ask_if_large(estimate: Estimate, folder: Path) -> None:
     )
     if not sys.stdin.isatty():
         raise ExportError(f"{text}; pass --yes to go on without asking, or give fewer images")
-    click.confirm(f"{text}. Go on?", abort=True, err=True)
+    if not click.confirm(f"{text}. Go on?", err=True):
+        raise ExportError(
+            "nothing was exported, as you wished; fewer images, --max-pixels, --output mean or "
+            "--dtype bfloat16 make it smaller"
+        )
 
 
 def _estimated(estimate: Estimate) -> str:
@@ -502,23 +551,29 @@ def _listing(facts: dict[str, Any]) -> str:
     return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in lines)
 
 
+def _on_one_line(text: str) -> str:
+    """Odd characters escaped: names may hold what moves a terminal's cursor."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def main() -> None:
     """Run the command line; turn this package's errors into one line and an exit code."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its own
     try:
         cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        click.echo("interrupted", err=True)
-        sys.exit(EXIT_INTERRUPTED)
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _tell("interrupted")
         sys.exit(EXIT_INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(EXIT_ERROR)
     except QwenVitError as error:
-        click.echo(f"error: {error}", err=True)
+        _tell(f"error: {_on_one_line(str(error))}")
+        sys.exit(EXIT_ERROR)
+    except OSError as error:  # where it was not foreseen that the system may refuse
+        where = f"{error.filename} cannot be used: " if error.filename else ""
+        _tell(f"error: {_on_one_line(where + (error.strerror or str(error)))}; check the system")
         sys.exit(EXIT_ERROR)
     except Exception:  # Python's own exit code would be 1: finished, with inputs skipped
         logging.getLogger("qwen_vit").exception("error: this should not happen; please report it")

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image
@@ -17,9 +18,9 @@ from tqdm import tqdm
 
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ImageError
-from qwen_vit.export_plan import ExportOptions, Plan, RowForm, target_size
+from qwen_vit.export_plan import ExportOptions, Plan, RowForm, rehearse_export, target_size
 from qwen_vit.image import DECODERS, ImageLimits
-from qwen_vit.listing import Item, find_items, read_item
+from qwen_vit.listing import Item, read_item
 
 __all__ = ["Estimate", "estimate_export", "estimate_plan"]
 
@@ -51,6 +52,7 @@ def estimate_export(
     inputs: Sequence[str],
     options: ExportOptions | None = None,
     *,
+    folder: Path | None = None,
     show_progress: bool = False,
 ) -> Estimate:
     """Count images, rows and bytes from every image's header, and time a few; nothing is written.
@@ -58,16 +60,17 @@ def estimate_export(
     >>> encoder = VisionEncoder.from_pretrained("tiny")
     >>> estimate_export(encoder, ["tests/images/rocket.jpg"]).rows
     345
+
+    Raises ExportError for inputs that an export would refuse, and for `folder`, if it is given, as
+    the one that would be written.
     """
     options = options or ExportOptions()
-    number, count = options.part
-    items = (
-        item
-        for index, item in enumerate(find_items(inputs))
-        if index // options.shard_size % count == number - 1
-    )
-    bar = tqdm(items, unit="image", file=sys.stderr, disable=not show_progress)
-    return _estimate(encoder, bar, options)
+    with rehearse_export(encoder, inputs, folder, options) as plan:
+        items = (item for shard in plan.shards for item in plan.listing.shard(shard))
+        bar = tqdm(
+            items, total=plan.n_images, unit="image", file=sys.stderr, disable=not show_progress
+        )
+        return _estimate(encoder, bar, options)
 
 
 def estimate_plan(encoder: VisionEncoder, plan: Plan) -> Estimate:

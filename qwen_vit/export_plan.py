@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -36,6 +37,7 @@ __all__ = [
     "check_folder",
     "clear_away",
     "open_export",
+    "rehearse_export",
     "target_size",
 ]
 
@@ -183,7 +185,26 @@ def open_export(
         yield plan
 
 
-def check_folder(folder: Path) -> None:
+@contextmanager
+def rehearse_export(
+    encoder: Described, inputs: Sequence[str], folder: Path | None, options: ExportOptions
+) -> Iterator[Plan]:
+    """The plan of an export that is not begun; nothing stays of it when the block ends.
+
+    Raises what `open_export` would of the inputs and, unless it is None, of the folder.
+    """
+    if folder is not None:
+        check_folder(folder, make=False)
+    with TemporaryDirectory(prefix="qwen-vit-") as temporary:
+        listing = _list(inputs, Path(temporary), options)
+        settings: Mapping[str, Any] = {}
+        if folder is not None and (folder / SETTINGS).exists():
+            settings = _settings(encoder, listing, options)
+            settings = _settled(folder, settings, listing, options.part) or settings
+        yield Plan(Path(temporary), settings, listing, options)
+
+
+def check_folder(folder: Path, *, make: bool = True) -> None:
     """Make the folder, or raise ExportError for one that holds something else than an export."""
     try:
         str(folder).encode()
@@ -197,8 +218,9 @@ def check_folder(folder: Path) -> None:
             raise ExportError(f"{folder.parent} is not a folder, expected one; create it first")
         if os.path.lexists(folder) and not folder.is_dir():
             raise ExportError(f"{folder} is not a folder, expected one; pass another --out")
-        folder.mkdir(exist_ok=True)
-        names = sorted(os.listdir(folder))
+        if make:
+            folder.mkdir(exist_ok=True)
+        names = sorted(os.listdir(folder)) if folder.exists() else []
     except OSError as error:
         raise cannot_write(folder, error) from None
     strange = [n for n in names if not LOCK_NAME.fullmatch(n) and not LEFTOVER.fullmatch(n)]
@@ -207,8 +229,9 @@ def check_folder(folder: Path) -> None:
             f"{folder} holds {shown(strange[0])} (one of {len(strange)} names) and no {SETTINGS}, "
             "expected an export or an empty folder; pass another --out"
         )
-    if not os.access(folder, os.W_OK):
-        raise ExportError(f"{folder} cannot be written to; check its permissions")
+    written = folder if folder.exists() else folder.absolute().parent
+    if not os.access(written, os.W_OK):
+        raise ExportError(f"{written} cannot be written to; check its permissions")
 
 
 def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listing:
@@ -255,20 +278,29 @@ def _settle(
     folder: Path, settings: dict[str, Any], listing: Listing, part: tuple[int, int]
 ) -> dict[str, Any]:
     """Write the settings and the listing, or check that they are those already there."""
-    path = folder / SETTINGS
-    stored = _read_settings(path) if path.exists() else None
-    # what was refused for its size, say, leaves nothing to differ from; other parts may be at work
-    is_unbegun = part == (1, 1) and "listing_sha256" in (stored or ()) and not _has_shards(folder)
-    if stored is not None and not is_unbegun:
-        settings = _same_settings(path, stored, settings, listing)
-    else:
-        with atomic_file(path) as file:
+    settled = _settled(folder, settings, listing, part)
+    if settled is None:
+        with atomic_file(folder / SETTINGS) as file:
             file.write(json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n")
     try:
         os.replace(listing.path, folder / LISTING)  # which has the same bytes, if it is there
     except OSError as error:
         raise cannot_write(folder / LISTING, error) from None
-    return settings
+    return settled or settings
+
+
+def _settled(
+    folder: Path, settings: dict[str, Any], listing: Listing, part: tuple[int, int]
+) -> dict[str, Any] | None:
+    """The settings that this export was begun with, if it was; ExportError if they are others."""
+    path = folder / SETTINGS
+    if not path.exists():
+        return None
+    stored = _read_settings(path)
+    # what was refused for its size, say, leaves nothing to differ from; other parts may be at work
+    if part == (1, 1) and "listing_sha256" in stored and not _has_shards(folder):
+        return None
+    return _same_settings(path, stored, settings, listing)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from checkpoints import SMALL, write_checkpoint
 from PIL import Image
 
 from qwen_vit import __version__
+from qwen_vit import atomic_file as atomic_file_module
 from qwen_vit import cli as cli_module
-from qwen_vit import features as features_module
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.feature_files import load_features
 
@@ -107,6 +107,40 @@ def test_json_goes_to_stdout_and_everything_else_to_stderr(folder: Path) -> None
     assert b"skipped: broken.png" in done.stderr
     if not torch.cuda.is_available():
         assert done.stderr.count(b"no CUDA GPU") == 1
+
+
+def piped(command: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
+    """A line of the shell in which `qwen-vit` is a process of this checkout."""
+    shell = f'qwen-vit() {{ "{sys.executable}" -m qwen_vit "$@"; }}; {command}'
+    return subprocess.run(
+        ["bash", "-c", shell],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_a_reader_that_has_seen_enough_changes_nothing(folder: Path) -> None:
+    """`| head -0` ended in 1: finished, with images skipped."""
+    done = piped("qwen-vit info tiny | exec 0<&-; echo ${PIPESTATUS[0]}", folder)
+    assert (done.stdout, done.stderr) == (b"0\n", b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_cannot_be_written_is_an_error_and_logs_are_no_reason_to_stop(
+    folder: Path,
+) -> None:
+    done = piped("qwen-vit info tiny >/dev/full", folder)
+    assert done.returncode == 2
+    assert done.stderr == (
+        b"error: standard output could not be written (No space left on device); check where it "
+        b"goes\n"
+    )
+    line = "qwen-vit encode a.png broken.png --model tiny --device cpu --out f.safetensors"
+    done = piped(f"{line} 2>/dev/full", folder)
+    assert (done.returncode, done.stdout.count(b"wrote f.safetensors")) == (1, 1)
 
 
 # encode
@@ -219,6 +253,10 @@ REFUSED = {
     "folder is a file": (("a.png", "--out", "a.png/f"), ("a.png is not a folder",)),
     "is a folder": (("a.png", "--out", "sub", "--overwrite"), ("sub is a folder", "another --out")),
     "twice": (("a.png", "b.jpg", "a.png", "--out", "f"), ("a.png is given twice", "leave one")),
+    "long name": (("a.png", "--out", "f" * 300), ("could not be written (File name too long)",)),
+    "long folder": (("a.png", "--out", "f" * 300 + "/f"), ("(File name too long)",)),
+    "a device": (("a.png", "--out", "device", "--overwrite"), ("device is a device", "--out")),
+    "an image": (("b.jpg", "./a.png", "--out", "a.png", "--overwrite"), ("one of the images",)),
 }
 
 
@@ -226,8 +264,10 @@ REFUSED = {
 def test_what_could_not_be_written_is_refused_before_any_work(
     folder: Path, run: Any, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """--overwrite put a file in the place of /dev/null, and of an image that was to be encoded."""
     Path("old.safetensors").write_text("old")
     Path("sub").mkdir()
+    os.mkfifo("device")
     monkeypatch.setattr(VisionEncoder, "from_pretrained", no_model)
     arguments, words = REFUSED[fault]
     done = run("encode", *arguments, "--model", "tiny")
@@ -237,6 +277,7 @@ def test_what_could_not_be_written_is_refused_before_any_work(
     for word in words:
         assert word in done.err
     assert Path("old.safetensors").read_text() == "old"
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_folder_without_write_permission_is_refused_before_any_work(
@@ -255,7 +296,7 @@ def test_a_disk_that_fails_at_the_end_is_an_error_of_one_line(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(features_module.shutil, "copyfileobj", full)
+    monkeypatch.setattr(atomic_file_module.os, "fsync", full)
     before = sorted(os.listdir())
     done = run("encode", "a.png", *TO_FILE)
     assert (done.code, done.out) == (2, "")
@@ -286,6 +327,8 @@ BAD_USAGE = {
         "use a GPU",
     ),
     "info without": (("info",), "Missing argument 'MODEL'"),
+    "odd name": (("info", "tiny", "--image", "\x1b[31mred\n"), r"'\x1b[31mred\n' does not exist"),
+    "no name": (("info", "tiny", "--image", ""), "'' does not exist"),
 }
 
 
@@ -296,6 +339,20 @@ def test_bad_usage_ends_with_2_and_says_why(folder: Path, run: Any, fault: str) 
     assert (done.code, done.out) == (2, "")
     assert words in done.err
     assert "Traceback" not in done.err
+
+
+def test_what_the_system_refuses_unforeseen_is_one_line(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", "odd\n\x1b[31mname")
+
+    monkeypatch.setattr(cli_module, "find_checkpoint", refused)
+    done = run("info", "tiny")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        "error: odd\\n\\x1b[31mname cannot be used: Permission denied; check the system\n"
+    )
 
 
 def test_an_interrupt_ends_with_130_and_leaves_no_file(

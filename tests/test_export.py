@@ -1,6 +1,7 @@
 """An export loses nothing, doubles nothing, and says why: shards, resuming, locks, the command."""
 
 import fcntl
+import io
 import json
 import logging
 import multiprocessing
@@ -924,6 +925,30 @@ def test_a_dry_run_writes_nothing(here: Path, run: Any) -> None:
     assert sorted(os.listdir()) == ["p"]
 
 
+def test_a_dry_run_refuses_what_the_export_would(here: Path, run: Any) -> None:
+    """It counted images of one id, of an empty list, and for a folder that was not an export's."""
+    Path("file").touch()
+    Path("list.txt").touch()
+    assert run("p", "--out", "out")[0] == 1
+    begun = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    for arguments, words in (
+        (("p", "--out", "file"), "file is not a folder"),
+        (("p", "--out", "no/out"), "no is not a folder"),
+        (("p", "--out", "p"), "no export.json"),
+        (("p", "--out", "o" * 300), "File name too long"),
+        (("p/0.png", "--out", "out"), "holds an export that differs: its images: "),
+        (("p", "--out", "out", "--output", "mean"), "output was merged, is mean now"),
+        (("p/0.png", "p/0.png", "--out", "fresh"), "two images would have the id p/0.png"),
+        (("list.txt", "--out", "fresh"), "no image was found"),
+    ):
+        code, out, err = run(*arguments, "--dry-run")
+        assert (code, out) == (2, "")
+        assert words in err
+    assert run("p", "--out", "out", "--dry-run")[0] == 0
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == begun
+    assert sorted(os.listdir()) == ["file", "list.txt", "out", "p"]
+
+
 @pytest.mark.parametrize(
     ("suffix", "is_whole"),
     [("png", False), ("jpg", False), ("bmp", False), ("tif", False), ("webp", True)],
@@ -981,6 +1006,25 @@ def test_a_large_export_is_not_begun_without_a_yes(
     assert run("p", "--out", "out")[0] == 1  # what is under way goes on
 
 
+def test_who_answers_no_is_told_that_nothing_was_exported(
+    here: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was called interrupted, with 130."""
+    monkeypatch.setattr(cli_module, "ASK_ABOVE_BYTES", 1_000)
+    for answer, code, words in (
+        ("n\n", 2, "error: nothing was exported, as you wished; fewer images"),
+        ("", 130, "interrupted"),  # Ctrl-D
+    ):
+        stdin = io.StringIO(answer)
+        stdin.isatty = lambda: True  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, "stdin", stdin)
+        done = run("p", "--out", "out")
+        assert (done[0], done[1]) == (code, "")
+        assert "Go on? [y/N]" in done[2]
+        assert words in done[2].splitlines()[-1]
+        assert shards() == {}
+
+
 def test_a_terminal_is_shown_the_speed_and_what_is_skipped(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1018,6 +1062,7 @@ BAD_USAGE = {
     "part": (["p", "--part", "3"], "expected I/N"),
     "part range": (["p", "--part", "3/2"], "part is (3, 2), expected"),
     "shard size": (["p", "--shard-size", "0"], "shard_size is 0"),
+    "threads": (["p", "--decode-threads", "0"], "Invalid value for '--decode-threads'"),
     "missing": (["gone"], "gone cannot be exported"),
     "address": (["https://x/y.jpg"], "is an address"),
     "foreign folder": (["p", "--out", "p"], "holds 0.png"),
