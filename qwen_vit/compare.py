@@ -5,11 +5,11 @@ and both against a float64 oracle. Hugging Face runs here, or a golden file says
 One image at a time; of each tower its stages are held in its own dtype, of the oracle one stage.
 """
 
-import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from qwen_vit.differences import RELATIVE_TOLERANCE, Difference, Verdict, judge,
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ComparisonError, ImageError
 from qwen_vit.golden import Case, Golden, load_golden, write_golden
-from qwen_vit.image import load_image
+from qwen_vit.image import ImageLimits, RgbImage, load_image, read_image_file
 from qwen_vit.layout import Layout
 from qwen_vit.oracle import Oracle, Trace
 from qwen_vit.patches import Patches, patchify
@@ -257,7 +257,7 @@ def compare(
     kept: list[Case] = []
 
     def case_of(name: str) -> tuple[Case, list[Preprocessing], Patches]:
-        rgb = load_image(name)
+        rgb, digest = _read(name)
         patches = patchify(rgb.pixels, encoder.image_config, name=name)
         found = {
             each: process(rgb.pixels, encoder.image_config, each)
@@ -270,7 +270,7 @@ def compare(
         ]
         rows, grid = found[processor]
         case = Case(
-            name, _sha256(name), (rgb.height, rgb.width), rows, grid,
+            name, digest, (rgb.height, rgb.width), rows, grid,
             hf_trace(theirs, rows, [grid]),
         )  # fmt: skip
         return case, pixels, patches
@@ -324,13 +324,16 @@ def compare_with_golden(
     sha256. Without, every image of the golden, from its pixel values. Other weights than the
     golden's are compared nevertheless, and named. Raises ComparisonError for a golden of another
     configuration, dtype or processor (or attention, where one is asked for), or an image that it
-    does not hold.
+    does not hold; one that cannot be read is skipped and reported.
     """
     golden.check_fits(encoder, processor=processor, attention=attention)
     chosen = _chosen(golden, images)
 
     def results() -> Iterator[Outcome]:
         for index, name in chosen:
+            if isinstance(index, ImageError):
+                yield str(name), index
+                continue
             case = golden.case(index)
             try:
                 pixels, patches = [], None
@@ -469,19 +472,23 @@ def _measured(case: Case, result: ImageComparison) -> Case:
 
 def _chosen(
     golden: Golden, images: Sequence[str | os.PathLike[str]]
-) -> list[tuple[int, str | None]]:
+) -> list[tuple[int | ImageError, str | None]]:
     """The golden's cases to compare, and the image file of each where one was given."""
     if not images:
         return [(index, None) for index in range(len(golden))]
-    chosen: list[tuple[int, str | None]] = []
+    chosen: list[tuple[int | ImageError, str | None]] = []
     for name in map(os.fsdecode, images):
-        load_image(name)  # its errors are better than those of reading the bytes
-        index = golden.index_of(_sha256(name))
+        try:
+            _, digest = _read(name)
+        except ImageError as error:
+            chosen.append((error, name))
+            continue
+        index = golden.index_of(digest)
         if index is None:
             known = ", ".join(image["id"] for image in golden.facts["images"])
             raise ComparisonError(
                 f"{name} is not one of the images of {golden.path} ({known}): its sha256 is "
-                f"{_sha256(name)[:16]}...; pass one of those, or none to compare them all"
+                f"{digest[:16]}...; pass one of those, or none to compare them all"
             )
         chosen.append((index, name))
     return chosen
@@ -516,12 +523,10 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _sha256(name: str) -> str:
-    try:
-        with open(name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ImageError(f"{name} cannot be read ({error.strerror})", code="unreadable") from None
+def _read(name: str) -> tuple[RgbImage, str]:
+    """An image, and the sha256 of the very bytes that it was decoded from."""
+    data = read_image_file(name, name, ImageLimits())
+    return load_image(data, name=name), sha256(data).hexdigest()
 
 
 def _out_of_memory(name: str, encoder: VisionEncoder) -> ImageError:

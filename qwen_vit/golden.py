@@ -188,11 +188,19 @@ file written by `qwen-vit compare --save-golden`
 
     Raises ComparisonError, naming the file, where it is missing, torn, edited or of another schema.
     """
-    if not path.is_file():
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise FileNotFoundError
+    except FileNotFoundError:
         raise ComparisonError(
             f"{path} is not a file, expected a golden file written by "
             "`qwen-vit compare --save-golden`"
-        )
+        ) from None
+    except OSError as error:
+        raise ComparisonError(
+            f"{path} cannot be read ({error.strerror}); check its permissions"
+        ) from None
     try:
         names = read_header(path)
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -217,8 +225,7 @@ file written by `qwen-vit compare --save-golden`
                 )
     except (CheckpointError, OSError, SafetensorError) as error:
         raise ComparisonError(
-            f"{path} ({path.stat().st_size} bytes) is torn, or no safetensors file ({error}); "
-            "get it again"
+            f"{path} ({size} bytes) is torn, or no safetensors file ({error}); get it again"
         ) from None
     return Golden(path, facts)
 

@@ -6,6 +6,7 @@ are imported only when a page is asked for. Names of files go through Jinja2's e
 
 import base64
 import io
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen_vit.atomic_file import atomic_file
+from qwen_vit.atomic_file import atomic_file, cannot_write
 from qwen_vit.compare import Comparison, ImageComparison, Maps
 from qwen_vit.comparison_text import reference_line, verdict_lines
 from qwen_vit.errors import ArgumentError, ExportError
@@ -58,12 +59,18 @@ def check_report(folder: Path, *, overwrite: bool) -> None:
         raise ArgumentError(
             f"--report needs {' and '.join(missing)}, not installed; pip install 'qwen-vit[report]'"
         )
-    if folder.exists() and not folder.is_dir():
-        raise ExportError(f"{folder} is a file, expected a folder for the report; pass another")
-    if not folder.absolute().parent.is_dir():
-        raise ExportError(f"{folder.parent} is not a folder, expected one; create it first")
-    if (folder / PAGE).exists() and not overwrite:
-        raise ExportError(f"{folder / PAGE} exists; pass --overwrite to replace it")
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ExportError(f"{folder} is a file, expected a folder for the report; pass another")
+        if not folder.absolute().parent.is_dir():
+            raise ExportError(f"{folder.parent} is not a folder, expected one; create it first")
+        if (folder / PAGE).exists() and not overwrite:
+            raise ExportError(f"{folder / PAGE} exists; pass --overwrite to replace it")
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    written = folder if folder.exists() else folder.absolute().parent
+    if not os.access(written, os.W_OK):
+        raise ExportError(f"{written} cannot be written to; check its permissions")
 
 
 def write_report(folder: Path, comparison: Comparison) -> Path:
@@ -92,9 +99,7 @@ def write_report(folder: Path, comparison: Comparison) -> Path:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise ExportError(
-            f"{folder} cannot be made ({error.strerror}); check its permissions"
-        ) from None
+        raise cannot_write(folder, error) from None
     for _, pictures in sections:
         for picture in pictures:
             with atomic_file(folder / picture.file) as file:

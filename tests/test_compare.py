@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qwen_vit import VisionEncoder, reference
+from qwen_vit import atomic_file as atomic_file_module
 from qwen_vit import cli as cli_module
 from qwen_vit import compare as compare_module
 from qwen_vit.compare import compare, compare_with_golden
@@ -316,6 +317,11 @@ BAD_USAGE = {
     "unknown attention": ((CHELSEA, *SMALL, "--attention", "fast"), "'fast' is not one of"),
     "torchvision": ((CHELSEA, *SMALL, "--processor", "torchvision"), "pass --processor pillow"),
     "report is a file": ((CHELSEA, *SMALL, "--report", CHELSEA), "is a file, expected a folder"),
+    "report of a long name": ((CHELSEA, *SMALL, "--report", "r" * 300), "File name too long"),
+    "saved golden is a folder": (
+        (CHELSEA, *SMALL, "--save-golden", "."),
+        "pass another --save-golden",
+    ),
     "report in no folder": ((CHELSEA, *SMALL, "--report", "no/page"), "no is not a folder"),
     "same image twice": ((CHELSEA, CHELSEA, *SMALL, "--save-golden", "g"), "is given twice"),
 }
@@ -392,6 +398,42 @@ def test_an_image_that_the_golden_does_not_hold_is_refused(run: Any, golden: Gol
     assert re.search(
         rf"{other} is not one of the images of .* \(.*chelsea.png, .*rocket.jpg\)", err
     )
+
+
+def test_an_image_that_cannot_be_read_is_skipped_beside_a_golden_too(
+    run: Any, golden: Golden, tmp_path: Path
+) -> None:
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(CHELSEA.read_bytes()[:5000])
+    code, out, _ = run(torn, CHELSEA, *SMALL, "--golden", golden.path, "--json")
+    document = json.loads(out)
+    assert (code, [image["id"] for image in document["images"]]) == (1, [str(CHELSEA)])
+    assert [each["code"] for each in document["skipped"]] == ["truncated"]
+
+
+def test_a_golden_that_the_system_refuses_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ComparisonError, match=r"cannot be read \(File name too long\)"):
+        load_golden(tmp_path / ("g" * 300))
+
+
+def test_without_an_image_no_page_is_written(run: Any, tmp_path: Path) -> None:
+    code, out, err = run(tmp_path / "gone.png", *SMALL, "--report", tmp_path / "page")
+    assert (code, "gone.png does not exist" in out) == (1, True)
+    assert f"wrote nothing to {tmp_path / 'page'}: no image was compared" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_figures_are_printed_even_where_their_page_cannot_be_written(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic_file_module.os, "fsync", full)
+    code, out, err = run(CHELSEA, *SMALL, "--report", tmp_path / "page")
+    assert code == 2
+    assert out.splitlines()[-1].startswith("agrees: 1 of 1 image")
+    assert "could not be written (No space left on device)" in err
 
 
 OTHERWISE = {
