@@ -165,6 +165,7 @@ def export_shards(
     breaker, clock = breaker or Breaker(plan.options.max_failures), clock or Clock(REST)
     form = RowForm.of(encoder, plan.options)
     jobs = _jobs(encoder.image_config, plan, shards)
+    copies = torch.cuda.Stream(encoder.device) if encoder.device.type == "cuda" else None
     with closing(work_ahead(jobs, threads=thread_count(decode_threads))) as loaded:
         for begin in loaded:
             if not isinstance(begin, _Begin):
@@ -179,7 +180,7 @@ def export_shards(
             ):
                 for image, embeds in _encode(encoder, images, plan.options, breaker, clock):
                     with clock.stage(COPY):
-                        rows = None if embeds is None else _Rows.send(embeds, form)
+                        rows = None if embeds is None else _Rows.send(embeds, form, copies)
                     with _behind(shard, clock):
                         n_bytes = 0 if rows is None else rows.n_bytes
                         writer.do(partial(shard.add, image, rows), n_bytes)
@@ -224,18 +225,22 @@ class _Rows(NamedTuple):
         return self.values.nbytes
 
     @classmethod
-    def send(cls, embeds: Tensor, form: RowForm) -> Self:
-        """Begin to copy what is stored of an image's embeddings."""
+    def send(cls, embeds: Tensor, form: RowForm, copies: torch.cuda.Stream | None) -> Self:
+        """Begin to copy what is stored of an image's embeddings, on a stream beside the encoder."""
         if form.patches_per_row is None:
             embeds = embeds.float().mean(dim=0, keepdim=True)
         stored = embeds.to(form.dtype)
         bounds = extremes(stored)
-        if not stored.is_cuda:
+        if copies is None:
             return cls(stored, bounds, None)
-        values, bounds = _to_pinned(stored), _to_pinned(bounds)
-        arrival = torch.cuda.Event(blocking=True)
-        arrival.record(torch.cuda.current_stream(stored.device))
-        return cls(values, bounds, arrival)
+        copies.wait_stream(torch.cuda.current_stream(stored.device))
+        with torch.cuda.stream(copies):
+            values, on_host = _to_pinned(stored), _to_pinned(bounds)
+            for copied in (stored, bounds):
+                copied.record_stream(copies)
+            arrival = torch.cuda.Event(blocking=True)
+            arrival.record(copies)
+        return cls(values, on_host, arrival)
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:

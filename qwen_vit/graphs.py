@@ -66,44 +66,56 @@ class GraphRunner:
         """The merged tokens (M, O) of uint8 `pixels` (N, P / 2), or None if no graph fits.
 
         `layout` lies on the host and was filled up to `budget_for(N)` rows. Nothing waits for the
-        GPU, except the first call of a budget, which records.
+        GPU; the first call of a budget records its graph.
         """
         static = _with_room(layout)
         if static is None:
             return None
         indices = static.flat().pin_memory()
         with self._lock, torch.cuda.device(self._device), torch.no_grad():
+            current = torch.cuda.current_stream()
+            current.wait_event(self._done)  # the lock orders threads, this orders their streams
             recorded = self._recorded.get(layout.n_rows)
             if recorded is None:
                 with torch.inference_mode(False), torch.no_grad():  # what is kept, outlives it
-                    recorded = self._record(static, indices, pixels.shape[1])
+                    recorded, merged = self._record(static, indices, pixels)
                 self._recorded[layout.n_rows] = recorded
-            # the lock orders threads, this orders their streams
-            torch.cuda.current_stream().wait_event(self._done)
-            recorded.pixels[: len(pixels)].copy_(pixels, non_blocking=True)
-            recorded.indices.copy_(indices, non_blocking=True)
-            recorded.graph.replay()
+            else:
+                recorded.pixels[: len(pixels)].copy_(pixels, non_blocking=True)
+                recorded.indices.copy_(indices, non_blocking=True)
+                recorded.graph.replay()
+                merged = recorded.merged
             # the next replay overwrites it: the caller gets its own
-            merged = recorded.merged[: len(layout.merged_order)].clone()
+            merged = merged[: len(layout.merged_order)].clone()
             self._done.record()
             return merged
 
-    def _record(self, static: Layout, indices: Tensor, width: int) -> _Recorded:
-        pixels = torch.zeros((static.n_rows, width), dtype=torch.uint8, device=self._device)
-        on_device = indices.to(self._device, copy=True)
+    def _record(self, static: Layout, indices: Tensor, pixels: Tensor) -> tuple[_Recorded, Tensor]:
+        """A graph, and the tower's answer without it: which compiles what is not compiled yet.
+
+        While the GPU works at that answer, the host records.
+        """
+        filled = torch.zeros(
+            (static.n_rows, pixels.shape[1]), dtype=torch.uint8, device=self._device
+        )
+        filled[: len(pixels)].copy_(pixels, non_blocking=True)
+        on_device = indices.to(self._device, copy=True, non_blocking=True)
         layout = static.viewing(on_device)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            self._tower(pixels, layout)  # compiles what is not compiled yet
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do meanwhile is none of this recording's business
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            merged = self._tower(pixels, layout)
+            answer = self._tower(filled, layout)
+            # Not torch.cuda.graph, which waits for the GPU and empties the allocator's cache.
+            # thread_local: what other threads do meanwhile is none of this recording's business
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                merged = self._tower(filled, layout)
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._stream)
+        answer.record_stream(current)
         self._pool = graph.pool()
-        return _Recorded(graph, pixels, on_device, self._tower.angles, merged)
+        return _Recorded(graph, filled, on_device, self._tower.angles, merged), answer
 
 
 def _with_room(layout: Layout) -> Layout | None:

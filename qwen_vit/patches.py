@@ -57,10 +57,11 @@ class Patches:
             )
 
     @classmethod
-    def cat(cls, parts: Iterable[Self]) -> Self:
+    def cat(cls, parts: Iterable[Self], *, pin_memory: bool = False) -> Self:
         """Join the patches of several images, in their order; of none, an empty (0, 588).
 
-        Raises ImageError with code "patches" where patch sizes differ.
+        `pin_memory` has those of the CPU join in memory that a GPU can fetch by itself. Raises
+        ImageError with code "patches" where patch sizes differ.
         """
         parts = list(parts)
         if not parts:
@@ -72,10 +73,15 @@ class Patches:
                 "build all of them with the same ImageConfig",
                 code="patches",
             )
-        return cls(
-            torch.cat([part.pixels for part in parts]),
-            tuple(grid for part in parts for grid in part.grids),
-        )
+        pixels = [part.pixels for part in parts]
+        grids = tuple(grid for part in parts for grid in part.grids)
+        if not pin_memory or any(each.device.type != "cpu" for each in pixels):
+            return cls(torch.cat(pixels), grids)
+        rows = sum(map(len, pixels))
+        joined = torch.empty((rows, widths[0]), dtype=pixels[0].dtype, pin_memory=True)
+        # by this thread alone: torch's many would wait for cores on which images are decoded
+        np.concatenate([each.numpy() for each in pixels], out=joined.numpy())
+        return cls(joined, grids)
 
     def to_rows(self, config: ImageConfig) -> torch.Tensor:
         """The processor's normalised `pixel_values`: float32 (N, 1176), on the pixels' device.

@@ -17,7 +17,7 @@ from qwen_vit.errors import ArgumentError
 
 __all__ = ["Behind", "Clock", "Job", "pack", "thread_count", "work_ahead"]
 
-MOST_THREADS = 16  # feed one H200 at every size of image
+MOST_THREADS = 16
 AHEAD_BYTES = 2**27  # about seven full batches of a GPU
 AHEAD_JOBS = 1_024
 
@@ -32,13 +32,16 @@ Value = TypeVar("Value")
 
 
 def thread_count(wanted: int | None) -> int:
-    """How many threads load images: as many as wanted, else one for each core, at most 16.
+    """How many threads load images: as many as wanted, else one for two cores, 2 to 16.
 
     >>> thread_count(3)
     3
+
+    With one for each core the thread that keeps the GPU busy waits for its turn in Python.
     """
     if wanted is None:
-        return min(MOST_THREADS, len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0))
+        return min(MOST_THREADS, max(2, cores // 2), cores)
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
         raise ArgumentError(f"decode_threads is {wanted!r}, expected a whole number above 0")
     return wanted
