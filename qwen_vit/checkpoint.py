@@ -14,7 +14,6 @@ from torch import Tensor
 
 from qwen_vit.config import ImageConfig, VisionConfig, check_consistent
 from qwen_vit.convert import (
-    check_finite,
     convert,
     padded_mlp_size,
     padded_pixel_size,
@@ -82,7 +81,8 @@ class Checkpoint:
     """What `load_checkpoint` found in a folder; the tensors are read when they are asked for.
 
     `tensors` maps the 390 published names without prefix, such as "blocks.0.attn.qkv.weight", to
-    CPU tensors as stored. `files` are all files that were read, `prefix` is what was cut off.
+    CPU tensors as stored, NaN and all: `convert` refuses those. `files` are all files that were
+    read, `prefix` is what was cut off.
     """
 
     config: VisionConfig
@@ -97,6 +97,12 @@ class Checkpoint:
         if isinstance(self.tensors, _LazyTensors):
             return self.tensors.sha256()
         return weights_hash(self.tensors)
+
+    def place(self, name: str) -> str:
+        """Where a tensor lies, for messages: its file, the file's size, its name there."""
+        if isinstance(self.tensors, _LazyTensors):
+            return self.tensors.place(name)
+        return name
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
@@ -216,6 +222,12 @@ class _LazyTensors(Mapping[str, Tensor]):
             self._sha256 = weights_hash(self)
         return self._sha256
 
+    def place(self, name: str) -> str:
+        return " with ".join(
+            f"{source.path} ({self._open(source)[1]} bytes): {source.name}"
+            for source in self._sources[name]
+        )
+
     def __getitem__(self, name: str) -> Tensor:
         parts = [self._read(source) for source in self._sources[name]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -228,17 +240,19 @@ class _LazyTensors(Mapping[str, Tensor]):
 
     def _read(self, source: StoredTensor) -> Tensor:
         try:
-            if source.path not in self._open_files:
-                file = safe_open(source.path, framework="pt", device="cpu")
-                self._open_files[source.path] = (file, source.path.stat().st_size)
-            file, file_bytes = self._open_files[source.path]
-            tensor: Tensor = file.get_tensor(source.name)
+            tensor: Tensor = self._open(source)[0].get_tensor(source.name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{source.path} changed or became unreadable while it was read ({error}); "
                 "check the disk, and download the file again"
             ) from None
-        return check_finite(tensor, f"{source.path} ({file_bytes} bytes): {source.name}")
+        return tensor
+
+    def _open(self, source: StoredTensor) -> tuple[Any, int]:
+        if source.path not in self._open_files:
+            file = safe_open(source.path, framework="pt", device="cpu")
+            self._open_files[source.path] = (file, source.path.stat().st_size)
+        return self._open_files[source.path]
 
 
 def _read_image_config(folder: Path) -> tuple[ImageConfig, Path | None]:

@@ -5,14 +5,17 @@ norms are multiplied into the products that follow them; the patch embedding is 
 published (for float rows) and once folded for uint8 pixels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError
-from qwen_vit.finite import all_finite
+from qwen_vit.finite import all_finite, extremes
+from qwen_vit.staging import to_device
 
 __all__ = [
     "check_finite",
@@ -22,6 +25,8 @@ __all__ = [
     "pixel_weight_exponent",
     "rotary_permutation",
 ]
+
+CPU = torch.device("cpu")
 
 # Published name -> the model's, for what is copied as it is.
 RENAMES = (
@@ -89,48 +94,88 @@ def convert(
     config: VisionConfig,
     image_config: ImageConfig,
     dtype: torch.dtype,
+    device: torch.device = CPU,
+    *,
+    place: Callable[[str], str] = str,
 ) -> dict[str, Tensor]:
-    """Return the state of model.VisionTower, in bfloat16 or float32, from published tensors.
+    """Return the state of model.VisionTower, in bfloat16 or float32, from published CPU tensors.
 
-    Each is read when its turn comes. Raises CheckpointError for NaN or infinite weights, by name.
+    Each is read when its turn comes and made into the model's on `device`; only the patch
+    embedding, small and in float64, is made on the CPU. The bits do not depend on the device.
+    Raises CheckpointError for NaN or infinite weights, by name, or by what `place` makes of it.
     """
     exponent = pixel_weight_exponent(dtype)
+    recipes = list(_recipes(config, dtype, device))
+    sources = [name for recipe in recipes for name in recipe.sources]
+    arriving = to_device((tensors[name] for name in sources), device)
+    state = {
+        recipe.target: recipe.make(*islice(arriving, len(recipe.sources))) for recipe in recipes
+    }
+    patch_weight = check_finite(tensors[PATCH_WEIGHT], place(PATCH_WEIGHT))
+    patch = _patch_embedding(patch_weight, image_config, exponent, padded_pixel_size(config))
+    # A product with NaN or infinity is not finite either, so the results tell of the sources.
+    limits = torch.stack([extremes(tensor) for tensor in state.values()])
+    are_finite = limits.isfinite().all(1).tolist()  # waits for the device, once
+    for recipe, is_finite in zip(recipes, are_finite, strict=True):
+        if not is_finite:
+            for name in recipe.sources:
+                check_finite(tensors[name], place(name))
+            check_finite(state[recipe.target], f"{' with '.join(recipe.sources)} in {dtype}")
+    return state | {name: tensor.to(device) for name, tensor in patch.items()}
 
-    def read(name: str) -> Tensor:
-        # A copy, since the source may be a map of a file that is gone tomorrow.
-        return check_finite(tensors[name], name).to(dtype, copy=True)
 
-    def read_folded(name: str, norm: str) -> Tensor:
-        # W (g * x) = (W g) x, and the product of two bfloat16 numbers is exact in float32
-        weight, gain = (check_finite(tensors[n], n).float() for n in (name, norm))
-        return check_finite((weight * gain).to(dtype), f"{name} times {norm}")
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """What one of the model's tensors is made of, by published names, and how."""
 
-    state = {ours: read(published) for published, ours in RENAMES}
-    state |= _patch_embedding(
-        check_finite(tensors[PATCH_WEIGHT], PATCH_WEIGHT),
-        image_config,
-        exponent,
-        padded_pixel_size(config),
-    )
+    target: str
+    sources: tuple[str, ...]
+    make: Callable[..., Tensor]
+
+
+def _recipes(config: VisionConfig, dtype: torch.dtype, device: torch.device) -> Iterator[_Recipe]:
+    """All but the patch embedding, in the order in which published tensors are read, each once."""
     I_padded = padded_mlp_size(config)
+    order = _rotary_order(config).to(device)
+
+    def same(tensor: Tensor) -> Tensor:
+        # A copy, since the source may be a map of a file that is gone tomorrow.
+        return tensor.to(dtype, copy=True)
+
+    def folded(weight: Tensor, gain: Tensor) -> Tensor:
+        # W (g * x) = (W g) x, and the product of two bfloat16 numbers is exact in float32
+        return (weight.float() * gain.float()).to(dtype)
+
+    def qkv_weight(weight: Tensor, gain: Tensor) -> Tensor:
+        return folded(weight, gain)[order]
+
+    def qkv_bias(bias: Tensor) -> Tensor:
+        return bias.to(dtype)[order]
+
+    def gate_up_weight(gate: Tensor, up: Tensor, gain: Tensor) -> Tensor:
+        return _take_turns(*(_pad(folded(half, gain), 0, I_padded) for half in (gate, up)))
+
+    def gate_up_bias(gate: Tensor, up: Tensor) -> Tensor:
+        return _take_turns(*(_pad(half.to(dtype), 0, I_padded) for half in (gate, up)))
+
+    def down_weight(down: Tensor) -> Tensor:
+        return _pad(down.to(dtype), 1, I_padded)
+
+    for published, ours in RENAMES:
+        yield _Recipe(ours, (published,), same)
     for i in range(config.depth):
         block = f"blocks.{i}."
-        for published, ours in RENAMES_IN_BLOCKS:
-            state[block + ours] = read(block + published)
-        down = read(f"{block}mlp.down_proj.weight")
-        state[f"{block}mlp.down.weight"] = _pad(down, 1, I_padded)
-        qkv, gate_up = f"{block}attn.qkv", f"{block}mlp.gate_up"
-        halves = [f"{block}mlp.{half}_proj" for half in ("gate", "up")]
         norm1, norm2 = f"{block}norm1.weight", f"{block}norm2.weight"
-        state[f"{qkv}.weight"] = _permute_rotary(read_folded(f"{qkv}.weight", norm1), config)
-        state[f"{qkv}.bias"] = _permute_rotary(read(f"{qkv}.bias"), config)
-        state[f"{gate_up}.weight"] = _take_turns(
-            *(_pad(read_folded(f"{half}.weight", norm2), 0, I_padded) for half in halves)
-        )
-        state[f"{gate_up}.bias"] = _take_turns(
-            *(_pad(read(f"{half}.bias"), 0, I_padded) for half in halves)
-        )
-    return state
+        qkv, gate_up, down = f"{block}attn.qkv", f"{block}mlp.gate_up", f"{block}mlp.down"
+        gate, up = f"{block}mlp.gate_proj", f"{block}mlp.up_proj"
+        for published, ours in RENAMES_IN_BLOCKS:
+            yield _Recipe(block + ours, (block + published,), same)
+        yield _Recipe(f"{qkv}.weight", (f"{qkv}.weight", norm1), qkv_weight)
+        yield _Recipe(f"{qkv}.bias", (f"{qkv}.bias",), qkv_bias)
+        sources = (f"{gate}.weight", f"{up}.weight", norm2)
+        yield _Recipe(f"{gate_up}.weight", sources, gate_up_weight)
+        yield _Recipe(f"{gate_up}.bias", (f"{gate}.bias", f"{up}.bias"), gate_up_bias)
+        yield _Recipe(f"{down}.weight", (f"{down}_proj.weight",), down_weight)
 
 
 def check_finite(tensor: Tensor, name: str) -> Tensor:
@@ -172,11 +217,12 @@ def _patch_embedding(
     }
 
 
-def _permute_rotary(qkv: Tensor, config: VisionConfig) -> Tensor:
+def _rotary_order(config: VisionConfig) -> Tensor:
+    """The rows of q, k and v as the model wants them: of q and k, pairs side by side."""
     D = config.head_dim
-    rows = torch.arange(len(qkv)).view(3, config.num_heads, D)  # q, k, v
+    rows = torch.arange(3 * config.hidden_size).view(3, config.num_heads, D)
     rows[:2] = rows[:2, :, rotary_permutation(D)]
-    return qkv[rows.flatten()]
+    return rows.flatten()
 
 
 def _take_turns(gate: Tensor, up: Tensor) -> Tensor:

@@ -141,12 +141,11 @@ class VisionEncoder:
         with torch.device("meta"):
             tower = VisionTower(checkpoint.config, chosen_dtype)
         with torch.device("cpu"):  # whatever the caller's default device is
-            state = convert(checkpoint.tensors, checkpoint.config, image_config, chosen_dtype)
-        tower.load_state_dict(
-            {name: tensor.to(chosen_device) for name, tensor in state.items()},
-            strict=True,
-            assign=True,
-        )
+            state = convert(
+                checkpoint.tensors, checkpoint.config, image_config, chosen_dtype, chosen_device,
+                place=checkpoint.place,
+            )  # fmt: skip
+        tower.load_state_dict(state, strict=True, assign=True)
         use_graphs = cuda_graphs and chosen_device.type == "cuda"
         graphs = GraphRunner(tower, chosen_device) if use_graphs else None
         return cls(tower, checkpoint, image_config, source, chosen_device, chosen_dtype, graphs)

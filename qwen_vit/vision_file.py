@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from qwen_vit import ranges
 from qwen_vit.checkpoint import Tower, load_checkpoint
+from qwen_vit.convert import check_finite
 from qwen_vit.errors import CheckpointError
 from qwen_vit.ranges import Opened, Opener, Piece
 from qwen_vit.safetensors_header import (
@@ -144,9 +145,9 @@ def _reserve(descriptor: int, size: int) -> None:
 
 def _prove(folder: Path, label: str) -> None:
     try:
-        tensors = load_checkpoint(folder).tensors
-        for name in tensors:
-            tensors[name]  # reading it checks its values
+        checkpoint = load_checkpoint(folder)
+        for name, tensor in checkpoint.tensors.items():
+            check_finite(tensor, checkpoint.place(name))
     except CheckpointError as error:
         message = str(error).replace(str(folder), label)
         raise CheckpointError(f"what was fetched is damaged: {message}") from None

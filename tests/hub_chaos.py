@@ -27,6 +27,7 @@ from packaging.requirements import Requirement
 
 from qwen_vit import store
 from qwen_vit.checkpoint import load_checkpoint
+from qwen_vit.convert import check_finite
 from qwen_vit.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -466,9 +467,9 @@ def _mutated(
         (folder / name).write_bytes(content)
         begin = time.perf_counter()
         try:
-            tensors = load_checkpoint(folder).tensors
-            for tensor in tensors:
-                tensors[tensor]
+            checkpoint = load_checkpoint(folder)
+            for published, tensor in checkpoint.tensors.items():
+                check_finite(tensor, checkpoint.place(published))
             found["read"] += 1
         except CheckpointError as error:
             message = str(error)

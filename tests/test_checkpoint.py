@@ -28,6 +28,7 @@ from qwen_vit.strict_json import show
 
 IMAGE_CONFIG = ImageConfig.from_json({})
 QKV = "blocks.0.attn.qkv.weight"
+NORM_OF_A_BLOCK = re.compile(r"blocks\.\d+\.norm[12]\.weight")
 
 
 def refusal(folder) -> str:
@@ -246,12 +247,38 @@ def test_weights_that_are_not_finite_are_counted_and_their_file_named(tmp_path, 
     write_weights(tmp_path, tensors, shards=shards)
     checkpoint = load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        convert(checkpoint.tensors, checkpoint.config, checkpoint.image_config, torch.float32)
+        convert(
+            checkpoint.tensors, SMALL, IMAGE_CONFIG, torch.float32, place=checkpoint.place
+        )  # fmt: skip
     assert ".safetensors (" in str(caught.value)
     assert f" bytes): {QKV} holds 3 NaN and 1 infinite values of 3072" in str(caught.value)
     assert "download it again" in str(caught.value)
     with pytest.raises(CheckpointError, match=f"^{QKV} holds 3 NaN and 1 infinite"):
         convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_one_value_that_is_not_finite_is_found_in_every_tensor(value, dtype):
+    """Only what the tensors became is looked at, so none may lose it on the way: not in a product
+    with a norm's weight of zero, not in another type, not in a sum."""
+    for name, tensor in random_tensors(SMALL).items():
+        tensors = random_tensors(SMALL)
+        for norm in filter(NORM_OF_A_BLOCK.fullmatch, tensors):
+            tensors[norm] = torch.zeros_like(tensors[norm])
+        tensors[name].view(-1)[tensor.numel() // 2] = float(value)
+        counts = "1 NaN and 0" if value == "nan" else "0 NaN and 1"
+        words = f"^{re.escape(name)} holds {counts} infinite values of {tensor.numel()}, expected"
+        with pytest.raises(CheckpointError, match=words):
+            convert(tensors, SMALL, IMAGE_CONFIG, dtype)
+
+
+def test_the_place_of_a_tensor_in_three_parts_names_each(tmp_path):
+    write_checkpoint(tmp_path, SMALL, prefix="thinker.visual.")
+    size = (tmp_path / "model.safetensors").stat().st_size
+    place = load_checkpoint(tmp_path).place(QKV)
+    file = f"{tmp_path}/model.safetensors ({size} bytes): thinker.visual.blocks.0.attn"
+    assert place == " with ".join(f"{file}.{letter}.weight" for letter in "qkv")
 
 
 # What is refused: folders and files
@@ -436,9 +463,6 @@ def test_a_file_cut_between_opening_and_reading_is_named(tmp_path):
 # Conversion
 
 
-NORM_OF_A_BLOCK = re.compile(r"blocks\.\d+\.norm[12]\.weight")
-
-
 def gate_and_up(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Undo the loader's turns of 8 rows."""
     gate, up = gate_up.view(-1, 2, 8, *gate_up.shape[1:]).unbind(1)
@@ -517,8 +541,16 @@ def test_weights_that_overflow_with_their_norm_are_named():
     tensors = random_tensors(SMALL, dtype=torch.float32)
     tensors["blocks.0.norm1.weight"] = torch.full((32,), 1e30)
     tensors[QKV] = torch.full_like(tensors[QKV], 1e30)
-    with pytest.raises(CheckpointError, match=r"attn\.qkv\.weight times .*norm1\.weight holds"):
+    with pytest.raises(CheckpointError, match=r"qkv\.weight with .*norm1\.weight in .*32 holds"):
         convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
+
+
+def test_weights_that_overflow_in_bfloat16_are_named():
+    tensors = random_tensors(SMALL, dtype=torch.float32)
+    tensors["merger.mlp.2.bias"][3] = torch.finfo(torch.float32).max
+    with pytest.raises(CheckpointError, match=r"^merger\.mlp\.2\.bias in torch\.bfloat16 holds 0 "):
+        convert(tensors, SMALL, IMAGE_CONFIG, torch.bfloat16)
+    convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
 
 
 def test_the_permutation_makes_rotary_pairs_adjacent_and_keeps_attention_scores():

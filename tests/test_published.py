@@ -124,11 +124,13 @@ def test_the_names_map_one_to_one_onto_the_model(
 
     monkeypatch.setattr(_LazyTensors, "_read", read)
     monkeypatch.setattr(convert_module, "check_finite", lambda tensor, name: tensor)
-    monkeypatch.setattr(Tensor, "isfinite", lambda tensor: torch.ones(1, device="cpu").bool())
-    with torch.device("meta"):
+    monkeypatch.setattr(Tensor, "isfinite", lambda tensor: torch.ones(tensor.shape, device="cpu"))
+    meta = torch.device("meta")
+    with meta:
         model = VisionTower(config, torch.bfloat16)
         with watch:
-            state = convert(_LazyTensors(tower.sources), config, image_config, torch.bfloat16)
+            tensors = _LazyTensors(tower.sources)
+            state = convert(tensors, config, image_config, torch.bfloat16, meta)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert {name: tensor.shape for name, tensor in state.items()} == expected
     model.load_state_dict(state, strict=True, assign=True)

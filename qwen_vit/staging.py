@@ -1,0 +1,111 @@
+"""Tensors on their way to a GPU: read ahead by threads, through a fixed amount of pinned memory.
+
+A tensor that is a map of a file is read at the rate of one thread's page faults when it is copied
+as it is, and the GPU waits meanwhile. Here the tensors are one stream of bytes, cut into pieces;
+threads copy the next pieces into pinned slots while the GPU fetches those before.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["to_device"]
+
+PIECE_BYTES = 4 * 2**20
+MOST_THREADS = 8
+SLOTS_PER_THREAD = 2  # one is filled while another is fetched
+
+
+class _Span(NamedTuple):
+    """Bytes of one tensor, here and there; `whole` is the tensor there if these are its last."""
+
+    source: Any  # uint8 array
+    target: Tensor  # uint8, of the same length
+    whole: Tensor | None
+
+
+def to_device(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The tensors of a CPU, on a GPU, in order and on its current stream; elsewhere as they are.
+
+    >>> [tensor.item() for tensor in to_device([torch.ones(())], torch.device("cpu"))]
+    [1.0]
+
+    They are asked for ahead of what comes out, by at most 64 MiB.
+    """
+    if device.type != "cuda":
+        return iter(tensors)
+    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    return _through_slots(tensors, device, threads, PIECE_BYTES)
+
+
+def _through_slots(
+    tensors: Iterable[Tensor], device: torch.device, threads: int, piece_bytes: int
+) -> Iterator[Tensor]:
+    n_slots = SLOTS_PER_THREAD * threads
+    on_gpu = device.type == "cuda"
+    slots = torch.empty(n_slots, piece_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+    memory = slots.numpy()
+    fetched: list[torch.cuda.Event | None] = [None] * n_slots
+
+    def fill(slot: int, spans: list[_Span]) -> None:
+        if (event := fetched[slot]) is not None:
+            with torch.cuda.device(spans[0].target.device):  # or the first GPU is woken, too
+                event.synchronize()
+        at = 0
+        for source, _, _ in spans:
+            # NumPy: one thread, and the interpreter is free meanwhile
+            np.copyto(memory[slot, at : at + len(source)], source)
+            at += len(source)
+
+    def land(slot: int, spans: list[_Span], filled: Future[None]) -> Iterator[Tensor]:
+        filled.result()
+        at = 0
+        for _, target, _ in spans:
+            target.copy_(slots[slot, at : at + len(target)], non_blocking=True)
+            at += len(target)
+        if on_gpu:
+            fetched[slot] = torch.cuda.current_stream(device).record_event()
+        yield from (span.whole for span in spans if span.whole is not None)
+
+    with ThreadPoolExecutor(threads, "qwen_vit-load") as pool:
+        under_way: deque[tuple[int, list[_Span], Future[None]]] = deque()
+        for number, spans in enumerate(_pieces(tensors, device, piece_bytes)):
+            if len(under_way) == n_slots:
+                yield from land(*under_way.popleft())
+            slot = number % n_slots
+            under_way.append((slot, spans, pool.submit(fill, slot, spans)))
+        while under_way:
+            yield from land(*under_way.popleft())
+
+
+def _pieces(
+    tensors: Iterable[Tensor], device: torch.device, piece_bytes: int
+) -> Iterator[list[_Span]]:
+    """All bytes in order, as many at a time as fit a slot: of one large tensor, or many small."""
+    spans, room = [], piece_bytes
+    for tensor in tensors:
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        source = _bytes_of(tensor.contiguous()).numpy()
+        target = _bytes_of(whole)
+        begin, is_last = 0, False
+        while not is_last:
+            end = min(begin + room, len(source))
+            is_last = end == len(source)
+            spans.append(_Span(source[begin:end], target[begin:end], whole if is_last else None))
+            room -= end - begin
+            begin = end
+            if room == 0:
+                yield spans
+                spans, room = [], piece_bytes
+    if spans:
+        yield spans
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)

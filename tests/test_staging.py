@@ -1,0 +1,130 @@
+"""Tensors reach another device whole and in order, and not far ahead of what comes out."""
+
+import random
+import threading
+
+import pytest
+import torch
+from checkpoints import WIDE, random_tensors, write_checkpoint
+from towers import CPU, gpu
+
+from qwen_vit.checkpoint import load_checkpoint
+from qwen_vit.config import ImageConfig
+from qwen_vit.convert import convert
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import CheckpointError
+from qwen_vit.staging import _through_slots, to_device
+
+TYPES = (torch.bfloat16, torch.float32, torch.float16, torch.uint8, torch.int64)
+CUDA = torch.device("cuda", 0)
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+DEVICES = [CPU, pytest.param(CUDA, marks=[pytest.mark.gpu, NO_GPU])]
+
+
+def mixed_tensors(seed: int, n: int = 40) -> list[torch.Tensor]:
+    """Of 0 to 200 elements and of several types; some are views."""
+    chance = random.Random(seed)
+    tensors = []
+    for _ in range(n):
+        rows, columns = chance.choice([0, 1, 1, 2, 7, 20]), chance.choice([1, 3, 10])
+        tensor = torch.tensor([chance.randrange(200) for _ in range(rows * columns)])
+        tensor = tensor.view(rows, columns).to(chance.choice(TYPES))
+        tensors.append(tensor.T if chance.random() < 0.3 else tensor)
+    return [*tensors, torch.tensor(3.0)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("threads", "piece_bytes"), [(1, 1), (1, 64), (3, 7), (2, 100), (2, 4096)])
+def test_every_tensor_arrives_whole_and_in_order(device, threads, piece_bytes):
+    for seed in range(5):
+        tensors = mixed_tensors(seed)
+        arrived = list(_through_slots(tensors, device, threads, piece_bytes))
+        assert len(arrived) == len(tensors)
+        for there, here in zip(arrived, tensors, strict=True):
+            assert (there.device, there.dtype, there.shape) == (device, here.dtype, here.shape)
+            assert there.is_contiguous()
+            assert torch.equal(there.cpu(), here)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_arrived_stays_when_its_slot_is_used_again(device):
+    tensors = [torch.full((50,), float(i)) for i in range(60)]
+    arrived = list(_through_slots(tensors, device, 2, 40))
+    assert [set(tensor.tolist()) for tensor in arrived] == [{float(i)} for i in range(60)]
+
+
+def test_tensors_are_asked_for_ahead_by_the_slots_and_no_more():
+    asked = []
+
+    def ask():
+        for i in range(100):
+            asked.append(i)
+            yield torch.zeros(25)  # a piece each
+
+    arriving = _through_slots(ask(), CPU, 3, 100)
+    ahead = [len(asked) - i - 1 for i, _ in enumerate(arriving)]
+    # 3 threads with 2 slots each, and the one that waits for a slot
+    assert ahead[:90] == [6] * 90
+
+
+def test_an_error_of_the_source_comes_out_and_the_threads_end():
+    def ask():
+        yield torch.zeros(10)
+        raise CheckpointError("gone")
+
+    before = threading.active_count()
+    with pytest.raises(CheckpointError, match="gone"):
+        list(_through_slots(ask(), CPU, 2, 8))
+    arriving = _through_slots([torch.zeros(10)] * 50, CPU, 2, 8)
+    next(arriving)
+    assert threading.active_count() > before
+    arriving.close()
+    assert threading.active_count() == before
+
+
+def test_on_a_cpu_tensors_stay_what_they_are():
+    tensors = mixed_tensors(0)
+    assert all(a is b for a, b in zip(to_device(tensors, CPU), tensors, strict=True))
+
+
+@gpu
+@pytest.mark.parametrize("prefix", ["visual.", "thinker.visual."])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gpu_makes_the_same_bits_of_a_checkpoint_as_a_cpu(tmp_path, prefix, stored, dtype):
+    write_checkpoint(tmp_path, WIDE, prefix=prefix, dtype=stored)
+    tensors = load_checkpoint(tmp_path).tensors
+    here, there = (
+        convert(tensors, WIDE, ImageConfig.from_json({}), dtype, device) for device in (CPU, CUDA)
+    )
+    assert list(here) == list(there)
+    for name, tensor in there.items():
+        assert (tensor.device, tensor.dtype) == (CUDA, here[name].dtype), name
+        bits, expected = (t.contiguous().view(torch.uint8) for t in (tensor.cpu(), here[name]))
+        assert torch.equal(bits, expected), name
+    encoder = VisionEncoder.from_pretrained(tmp_path, device="cuda", dtype=dtype)
+    for name, tensor in encoder.tower.state_dict().items():
+        assert torch.equal(tensor.cpu(), here[name]), name
+
+
+@gpu
+def test_a_gpu_finds_weights_that_are_not_finite(tmp_path):
+    for name in ("blocks.1.norm2.weight", "merger.mlp.0.weight", "patch_embed.proj.weight"):
+        tensors = random_tensors(WIDE)
+        tensors[name].view(-1)[7] = float("nan")
+        with pytest.raises(CheckpointError, match=f"^{name} holds 1 NaN and 0 infinite"):
+            convert(tensors, WIDE, ImageConfig.from_json({}), torch.bfloat16, CUDA)
+
+
+@gpu
+def test_a_load_on_another_stream_is_ordered_on_it():
+    """70 MB, so that every slot is used again, on a stream that has other work to do."""
+    tensors = [torch.randint(0, 255, (1_000_003,), dtype=torch.uint8) for _ in range(70)]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        busy = torch.randn(8192, 8192, device=CUDA)
+        for _ in range(20):
+            busy = busy @ busy
+        sums = [tensor.sum(dtype=torch.int64) for tensor in to_device(tensors, CUDA)]
+    stream.synchronize()
+    assert [s.item() for s in sums] == [t.sum(dtype=torch.int64).item() for t in tensors]
