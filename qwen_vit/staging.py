@@ -49,7 +49,7 @@ def _through_slots(
 ) -> Iterator[Tensor]:
     n_slots = SLOTS_PER_THREAD * threads
     on_gpu = device.type == "cuda"
-    slots = torch.empty(n_slots, piece_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+    slots = torch.empty(n_slots, piece_bytes, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
     memory = slots.numpy()
     fetched: list[torch.cuda.Event | None] = [None] * n_slots
 
