@@ -176,7 +176,7 @@ class VisionEncoder:
         row-major over merged cells of 28 x 28 pixels. With `output="patch"`, un-merged:
         (n_patches, hidden_size), row-major over patches of 14 x 14 pixels. `layout` is "HWC" or
         "CHW" where an array's shape leaves its channel axis open. `decode_threads` read, decode and
-        resize ahead of the encoder: one for each core, at most 16, if not given; the embeddings do
+        resize ahead of the encoder: one for two cores, 2 to 16, if not given; the embeddings do
         not depend on it.
 
         Raises ImageError for the first image that cannot be encoded; with `on_error="skip"` that
@@ -367,7 +367,7 @@ class VisionEncoder:
         """Each named image's embeddings; a batch too large for the GPU's memory is halved."""
         if not parts:
             return []
-        patches = Patches.cat(part for _, part in parts)
+        patches = Patches.cat((part for _, part in parts), pin_memory=self.device.type == "cuda")
         unit = 1 if output == "patch" else self.config.merge_unit
         rows = [len(part.pixels) // unit for _, part in parts]
         try:
@@ -396,7 +396,7 @@ class VisionEncoder:
 
     def _run(self, patches: Tensor, grids: tuple[Grid, ...], output: Output) -> Tensor:
         if self.device.type == "cuda" and patches.device.type == "cpu":
-            patches = patches.pin_memory()
+            patches = patches.pin_memory()  # itself, where it is pinned already
         is_for_graphs = patches.dtype == torch.uint8 and output == "merged"
         is_whole_units = LEAST_STEP % self.config.merge_unit == 0
         by_graph = self.graphs is not None and is_for_graphs and is_whole_units
