@@ -6,18 +6,23 @@ same run: GPUs of one kind differ, and slow down when hot, so ratios travel and 
 
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from qwen_vit.config import Grid, VisionConfig
+from qwen_vit.convert import padded_mlp_size, padded_pixel_size
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, CheckpointError
 from qwen_vit.finite import all_finite
 from qwen_vit.graphs import LARGEST_BUDGET, GraphRunner, budget_for
+from qwen_vit.kernels.attention import RotaryTable, attention
+from qwen_vit.kernels.linear import with_squares
 from qwen_vit.layout import Layout
 from qwen_vit.model import VisionTower, plan_layout
 
@@ -25,16 +30,21 @@ __all__ = [
     "STREAM",
     "WORKLOADS",
     "Measured",
+    "StageWork",
     "TimedTower",
     "bench",
     "check_device",
     "copy_rate",
+    "graph_of",
     "in_batches",
+    "launches",
     "median_ms",
     "product_rate",
     "random_pixels",
     "speed_report",
     "speed_table",
+    "stage_runs",
+    "stage_work",
     "tower_flops",
 ]
 
@@ -103,18 +113,63 @@ def tower_flops(config: VisionConfig, grids: Sequence[Grid]) -> int:
     >>> tower_flops(config, [Grid(1, 32, 32)])
     1346937815040
     """
+    return sum(work.flops for work in stage_work(config, grids).values())
+
+
+@dataclass(frozen=True, slots=True)
+class StageWork:
+    """What one stage must compute and move, in all of its blocks together."""
+
+    flops: int  # 2 per multiply-add of the published shapes
+    bytes: int  # weights and rows read and written once, in 16 bits
+    count: int  # blocks that have it
+
+    def floor_ms(self, product_rate: float, copy_rate: float) -> float:
+        """Whichever takes longer at the rates that the chip reached."""
+        return 1e3 * max(self.flops / product_rate, self.bytes / copy_rate)
+
+
+def stage_work(config: VisionConfig, grids: Sequence[Grid]) -> dict[str, StageWork]:
+    """Every stage of the tower, in order, for still images of uint8 pixels.
+
+    >>> config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
+    >>> list(stage_work(config, [Grid(1, 32, 32)]))
+    ['patches', 'qkv', 'window', 'frame', 'proj', 'gate-up', 'down', 'merger']
+    """
     C, I, O = config.hidden_size, config.intermediate_size, config.out_hidden_size  # noqa: E741
     N = sum(grid.n_patches for grid in grids)
-    merged = C * config.merge_unit
+    M, merged = N // config.merge_unit, C * config.merge_unit
     n_full = len(config.fullatt_block_indexes)
-    products = 2 * N * (config.patch_dim * C + config.depth * (4 * C * C + 3 * C * I))
-    merger = 2 * N // config.merge_unit * (merged * merged + merged * O)
-    frames = 4 * C * sum(grid.t * (grid.h * grid.w) ** 2 for grid in grids)
-    window = config.window_px // config.patch_px
-    windows = (
-        4 * C * sum(grid.t * _squared(grid.h, window) * _squared(grid.w, window) for grid in grids)
-    )
-    return products + merger + n_full * frames + (config.depth - n_full) * windows
+    n_window = config.depth - n_full
+    side = config.window_px // config.patch_px
+    frames = sum(grid.t * (grid.h * grid.w) ** 2 for grid in grids)
+    windows = sum(grid.t * _squared(grid.h, side) * _squared(grid.w, side) for grid in grids)
+    padded, pixels = padded_mlp_size(config), padded_pixel_size(config)
+
+    def product(n_in: int, n_out: int, moved: int, count: int = config.depth) -> StageWork:
+        return StageWork(2 * N * n_in * n_out * count, 2 * moved * count, count)
+
+    return {
+        # pixels of one byte; gathered; then the product: rows written and read again for their sums
+        "patches": StageWork(
+            2 * N * config.patch_dim * C,
+            N * pixels + 2 * (2 * N * pixels + pixels * C + 2 * N * C),
+            1,
+        ),
+        "qkv": product(C, 3 * C, N * C + 3 * C * C + 3 * N * C),
+        "window": StageWork(4 * C * windows * n_window, 2 * 4 * N * C * n_window, n_window),
+        # K is rotated beforehand: read, written, and read again in place of it
+        "frame": StageWork(4 * C * frames * n_full, 2 * 6 * N * C * n_full, n_full),
+        "proj": product(C, C, 3 * N * C + C * C),
+        "gate-up": product(C, 2 * I, N * C + 2 * C * padded + N * padded),
+        "down": product(I, C, N * padded + padded * C + 2 * N * C),
+        # the norm reads and writes its rows; both products theirs; the last gather, too
+        "merger": StageWork(
+            2 * M * (merged * merged + merged * O),
+            2 * (5 * N * C + merged * (merged + O) + 3 * M * O),
+            1,
+        ),
+    }
 
 
 def _squared(length: int, window: int) -> int:
@@ -167,6 +222,76 @@ class TimedTower:
             return eager() if merged is None else merged
 
         return run
+
+
+def graph_of(run: Callable[[], Any]) -> Callable[[], None]:
+    """Replays a CUDA graph of what `run` launches, its memory kept: no launch takes host time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # compiles what is not compiled yet
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph.replay
+
+
+def stage_runs(tower: VisionTower, pixels: Tensor, layout: Layout) -> dict[str, Callable[[], Any]]:
+    """For each stage, a call that runs it in all of its blocks, with each block's own weights.
+
+    What a stage reads is one block's, over and over; `layout` lies on the tower's device.
+    """
+    blocks: list[Any] = list(tower.blocks)
+    full = [blocks[i] for i in sorted(tower.config.fullatt_block_indexes)]
+    windowed = [block for block in blocks if block not in full]
+    with torch.no_grad():
+        rotary = RotaryTable(*tower._rotary_angles(layout.n_positions), layout.positions)
+        embedded = with_squares(tower.patch_embed(pixels, layout.grid_index))
+        stream = blocks[0](embedded, rotary, layout.windows, tower.window_regime)
+        N, C = stream.values.shape
+        qkv = blocks[0].attn.qkv(stream).view(N, 3, tower.config.num_heads, -1)
+        hidden = blocks[0].mlp.gate_up(stream, epilogue="swiglu")
+
+    def attend(segments: Any, regime: str) -> Tensor:
+        return attention(qkv, rotary, segments, regime=regime, adjacent_pairs=True)
+
+    out = attend(layout.windows, tower.window_regime).view(N, C)
+
+    def each(blocks: Iterable[Any], run: Callable[[Any], Any]) -> Callable[[], None]:
+        def run_all() -> None:
+            with torch.no_grad():
+                for block in blocks:
+                    run(block)
+
+        return run_all
+
+    return {
+        "patches": each(
+            [tower.patch_embed], lambda embed: with_squares(embed(pixels, layout.grid_index))
+        ),
+        "qkv": each(blocks, lambda block: block.attn.qkv(stream)),
+        "window": each(windowed, lambda _: attend(layout.windows, tower.window_regime)),
+        "frame": each(full, lambda _: attend(layout.frames, "frame")),
+        "proj": each(blocks, lambda block: block.attn.proj(out, stream)),
+        "gate-up": each(blocks, lambda block: block.mlp.gate_up(stream, epilogue="swiglu")),
+        "down": each(blocks, lambda block: block.mlp.down(hidden, stream)),
+        "merger": each([tower.merger], lambda last: last(stream.values)[layout.merged_order]),
+    }
+
+
+def launches(run: Callable[[], Any]) -> Counter[str]:
+    """What one call starts on the GPU, by name: kernels, and copies and fills as `Mem...`.
+
+    Empty where the driver lets nobody look (some virtual machines).
+    """
+    run()
+    torch.cuda.synchronize()
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities) as seen:
+        run()
+        torch.cuda.synchronize()
+    return Counter(event.name for event in seen.events() or () if event.device_type.name == "CUDA")
 
 
 def random_pixels(grids: Sequence[Grid], config: VisionConfig, device: torch.device) -> Tensor:

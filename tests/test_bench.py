@@ -1,0 +1,157 @@
+"""What tools/bench counts, prints and draws; its times need a GPU, its arithmetic does not."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from goldens import TINY_FOLDER
+from PIL import Image
+from towers import CPU, build_tower, gpu, random_pixels
+
+from qwen_vit.benchmark import (
+    WORKLOADS,
+    TimedTower,
+    graph_of,
+    in_batches,
+    launches,
+    stage_runs,
+    stage_work,
+    tower_flops,
+)
+from qwen_vit.config import Grid, VisionConfig
+from qwen_vit.model import plan_layout
+
+SHAPE = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
+GRIDS = [Grid(1, 18, 10), Grid(1, 4, 6)]
+
+
+@pytest.fixture(scope="module")
+def bench() -> dict[str, Any]:
+    return runpy.run_path(str(Path(__file__).parent.parent / "tools" / "bench"))
+
+
+def test_the_operations_of_one_image_are_what_its_layers_multiply() -> None:
+    """Counted by hand for 32 x 32 patches: 16 windows of 64, one frame of 1,024."""
+    C, I, N = 1280, 3420, 1024  # noqa: E741
+    work = stage_work(SHAPE, WORKLOADS["1 x 448^2"])
+    assert work["qkv"].flops == 2 * N * C * 3 * C * 32
+    assert work["gate-up"].flops == 2 * work["down"].flops == 2 * N * C * 2 * I * 32
+    assert work["window"].flops == 28 * 16 * 4 * C * 64**2
+    assert work["frame"].flops == 4 * 4 * C * N**2
+    assert work["merger"].flops == 2 * 256 * (5120 * 5120 + 5120 * 3584)
+    assert tower_flops(SHAPE, WORKLOADS["1 x 448^2"]) == sum(w.flops for w in work.values())
+
+
+def test_a_window_block_moves_what_it_reads_and_writes_once() -> None:
+    """The byte floor of one layer at 9,216 patches: 94 MB, 22 us at 4.25 TB/s."""
+    work = stage_work(SHAPE, WORKLOADS["1 x 1344^2"])["window"]
+    assert work.bytes / work.count == 9216 * 1280 * 4 * 2
+    assert work.floor_ms(1e18, 4.25e12) / work.count == pytest.approx(0.0222, rel=0.01)
+    assert work.floor_ms(1.0, 4.25e12) == 1e3 * work.flops  # where the products take longer
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_batches_hold_every_image_in_its_order(name: str) -> None:
+    batches = in_batches(WORKLOADS[name])
+    assert tuple(grid for batch in batches for grid in batch) == WORKLOADS[name]
+
+
+def test_the_stages_are_those_of_the_tower_each_in_all_of_its_blocks() -> None:
+    tower = build_tower(TINY_FOLDER)
+    n = sum(grid.n_patches for grid in GRIDS)
+    layout = plan_layout(GRIDS, tower.config, CPU, torch.float32)
+    runs = stage_runs(tower, random_pixels(n, 0), layout)
+    work = stage_work(tower.config, GRIDS)
+    assert list(runs) == list(work)
+    assert work["window"].count + work["frame"].count == work["qkv"].count == tower.config.depth
+    called: list[str] = []
+    for name, module in tower.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.append(name.split(".")[-1]))
+    modules = {"qkv": "qkv", "proj": "proj", "gate-up": "gate_up", "down": "down"}
+    for stage, module in (modules | {"patches": "patch_embed", "merger": "merger"}).items():
+        called.clear()
+        runs[stage]()
+        assert called.count(module) == work[stage].count
+    for stage in ("window", "frame"):
+        runs[stage]()
+
+
+def made_up() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    rows = {
+        name: {
+            "floor_ms": 2.0 * (i + 1), "ours_ms": 3.0 * (i + 1), "peak_mb": 2000.0,
+            "HF sdpa_ms": 30.0 * (i + 1), "HF sdpa_peak_mb": 3000.0,
+            "HF FA2 varlen_ms": 9.0 * (i + 1), "HF FA2 varlen_peak_mb": 2500.0,
+        }
+        for i, name in enumerate(WORKLOADS)
+    }  # fmt: skip
+    kernel = {
+        name: {
+            "RoPE": 10.0 * 3**i, "window FA2": 20.0 * 3**i, "window ours": 15.0 * 3**i,
+            "window TFLOP/s": 100.0, "frame FA2": 40.0 * 3**i, "frame ours": 25.0 * 3**i,
+            "frame TFLOP/s": 400.0,
+        }
+        for i, name in enumerate(list(WORKLOADS)[:5])
+    }  # fmt: skip
+    return rows, kernel
+
+
+def test_both_tables_give_times_speedups_and_their_average(bench: dict[str, Any]) -> None:
+    rows, kernel = made_up()
+    tower = bench["tower_text"](rows)
+    assert "1 x 448^2        3.00     2.00     1.50           30.0    10.0x" in tower
+    assert "average speedup against HF FA2 varlen: 3.0x" in tower
+    assert "1 x 448^2                 2000           3000           2500" in tower
+    attention = bench["attention_text"](kernel)
+    assert "1 x 448^2         0.0300   0.0150     2.0x      100" in attention
+    assert attention.count("average speedup: 2.0x") == 2
+    alone = bench["tower_text"]({"1 x 448^2": {"floor_ms": 2, "ours_ms": 3, "peak_mb": 9}})
+    assert "HF" not in alone
+
+
+def test_stages_and_starts_have_their_tables(bench: dict[str, Any]) -> None:
+    row = {"ms": 1.0, "floor_ms": 0.5, "blocks": 32, "mb": 100.0, "tflops": 600.0, "tb_per_s": 0.1}
+    text = bench["stages_text"]({"1 x 448^2": {"qkv": row, "down": row}})
+    assert "qkv            32    1.000    50%    0.500     2.00      600      100   0.10" in text
+    assert "sum                  2.000" in text
+    started = {"cold": {"imports": 3.0, "second": 30.0}, "warm": {"imports": 2.0, "second": 6.0}}
+    assert "warm                       2.00             6.00" in bench["starts_text"](started)
+
+
+@pytest.mark.parametrize("part", ["both", "tower", "attention"])
+def test_the_chart_is_drawn(bench: dict[str, Any], tmp_path: Path, part: str) -> None:
+    rows, kernel = made_up()
+    path = tmp_path / "charts" / "speed.png"
+    bench["draw"](
+        {} if part == "attention" else rows, {} if part == "tower" else kernel, "made up", path
+    )
+    with Image.open(path) as image:
+        assert image.width == 1350
+
+
+def test_a_start_is_timed_from_before_the_process(bench: dict[str, Any], tmp_path: Path) -> None:
+    done = bench["start_once"](TINY_FOLDER, "cpu", tmp_path)
+    times = list(done.values())
+    assert list(done) == ["python", "imports", "load", "first embedding", "second"]
+    assert times == sorted(times)
+    assert times[0] > 0
+    with pytest.raises(bench["click"].ClickException, match="a first embedding failed"):
+        bench["start_once"](tmp_path / "nothing", "cpu", tmp_path)
+
+
+@gpu
+def test_stages_run_in_graphs_and_launches_are_seen() -> None:
+    device = torch.device("cuda", 0)
+    tower = build_tower(TINY_FOLDER, dtype=torch.bfloat16, device=device)
+    timed = TimedTower(tower, device, torch.bfloat16)
+    pixels = random_pixels(sum(grid.n_patches for grid in GRIDS), 0).to(device)
+    for run in stage_runs(tower, pixels, timed.layout(GRIDS).to(device)).values():
+        graph_of(run)()
+    torch.cuda.synchronize()
+    seen = launches(timed.eager(pixels, GRIDS))
+    if not seen:
+        pytest.skip("this machine's driver shows no launches")
+    assert seen["_rope_varlen_attention"] >= stage_work(tower.config, GRIDS)["window"].count
+    assert sum(seen.values()) > 5 * tower.config.depth
