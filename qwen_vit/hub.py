@@ -15,7 +15,7 @@ from pathlib import Path
 from qwen_vit import store
 from qwen_vit.checkpoint import LANDMARK, find_tower, tower_prefixes
 from qwen_vit.config import VisionConfig
-from qwen_vit.errors import CheckpointError, HubError, QwenVitError
+from qwen_vit.errors import ArgumentError, CheckpointError, HubError, QwenVitError
 from qwen_vit.hub_client import NotCachedError, Repository, explain
 from qwen_vit.ranges import RangesRefusedError, TransferError
 from qwen_vit.strict_json import is_integer, read_json
@@ -78,8 +78,8 @@ def find_checkpoint(
     'tiny'
 
     From the Hub come the config files and the vision tensors, once; `revision`, `token`,
-    `cache_dir` and `local_files_only` mean what they mean in huggingface_hub. Raises HubError or
-    CheckpointError with the cause and what to do.
+    `cache_dir` and `local_files_only` mean what they mean in huggingface_hub. Raises HubError,
+    CheckpointError or, for a `revision` of what is here, ArgumentError, each with what to do.
     """
     return download(
         model,
@@ -108,7 +108,14 @@ def download(
     compares them with the Hub's sha256.
     """
     name = os.fsdecode(model)
-    if name and Path(name).is_dir():
+    is_folder = bool(name) and Path(name).is_dir()
+    if revision is not None and (is_folder or name in PACKAGED):
+        what = "a local folder" if is_folder else "a checkpoint of this package"
+        raise ArgumentError(
+            f"revision is {revision!r}, but {name} is {what}, of which there is one version; leave "
+            "revision out, or name a repository on the Hub (a folder of its name hides it)"
+        )
+    if is_folder:
         return Download(Source(Path(name), name))
     if name in PACKAGED:
         return Download(Source(packaged_weights() / name, name))
@@ -227,15 +234,15 @@ def _fetch_settings(repository: Repository) -> None:
 
 
 def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
-    """The index, if there is one, and the names of the files that hold vision tensors."""
-    try:
-        index = repository.file(INDEX_FILE)
-    except NotCachedError:
-        if repository.cached(WEIGHTS_FILE) is None:
-            raise
+    """The index, if there is one, and the names of the files that hold vision tensors.
+
+    Of a single file and an index the file is taken, as in a folder, and as transformers does.
+    """
+    if repository.cached(WEIGHTS_FILE) is not None:
         return None, [WEIGHTS_FILE]
+    index = repository.file(INDEX_FILE)
     if index is None:
-        if repository.cached(WEIGHTS_FILE) is not None or repository.is_offline():
+        if repository.is_offline():
             return None, [WEIGHTS_FILE]
         # a mirror that lists no files may have this one
         weights = _choose(repository, repository.names() or [WEIGHTS_FILE])
@@ -251,7 +258,11 @@ def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
             f"{index} names no {LANDMARK}, expected a Qwen2.5-VL vision tower; choose a repository "
             "that holds one"
         )
-    return index, sorted({file for name, file in shard_of.items() if name.startswith(prefixes[0])})
+    names = sorted({file for name, file in shard_of.items() if name.startswith(prefixes[0])})
+    are_cached = all(repository.cached(name) is not None for name in names)
+    if not are_cached and WEIGHTS_FILE in (repository.names() or ()):
+        return None, [WEIGHTS_FILE]
+    return index, names
 
 
 def _choose(repository: Repository, names: Iterable[str]) -> str:

@@ -47,6 +47,7 @@ logger = logging.getLogger("qwen_vit")
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 ABANDONED_S = 24 * 3600.0  # a half-filled folder of a machine that cannot be asked
+UNKNOWN_SPACE = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,15 +216,18 @@ def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what processes left beside `folder` that were killed: here, or elsewhere a day ago."""
+    """Remove what processes left beside `folder` that were killed here, or wrote elsewhere and then
+    for a day no more."""
     for path in folder.parent.glob(".*.*-*.*"):
         space, _, process = path.name.split(".")[2].rpartition("-")
         try:
-            is_dead = space == _process_space() and not Path("/proc", process).exists()
-            is_old = time.time() - path.stat().st_mtime > ABANDONED_S
-        except OSError:
+            if space == _process_space() != UNKNOWN_SPACE:
+                is_abandoned = not _is_alive(int(process))
+            else:
+                is_abandoned = time.time() - _last_change(path) > ABANDONED_S
+        except (OSError, OverflowError, ValueError):  # gone meanwhile, or not ours
             continue
-        if is_dead or is_old:
+        if is_abandoned:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -322,6 +326,21 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _last_change(folder: Path) -> float:
+    """When something was last written in it: a download writes all the time."""
+    return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+
+
 def _owner() -> str:
     """This process, by a name that no other process on any machine has while it lives."""
     return f"{_process_space()}-{os.getpid()}"
@@ -333,4 +352,4 @@ def _process_space() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]
     except OSError:
-        return "unknown"
+        return UNKNOWN_SPACE

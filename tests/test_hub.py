@@ -4,9 +4,11 @@ Real client code talks to the stand-in of hub_server.py, from processes of its o
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen_vit import store
 from qwen_vit.checkpoint import load_checkpoint
-from qwen_vit.errors import CheckpointError, HubError
+from qwen_vit.errors import ArgumentError, CheckpointError, HubError
 from qwen_vit.hub import find_checkpoint, packaged_weights
 from qwen_vit.hub_client import Repository
 from qwen_vit.safetensors_header import read_header
@@ -155,6 +157,24 @@ def test_types_of_different_width_stay_aligned(
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
     offsets = {(info.dtype, info.start % 4) for info in read_header(path).values()}
     assert offsets == {("F32", 0), ("BF16", 0), ("BF16", 2)}
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_of_a_single_file_and_an_index_the_file_is_taken_as_in_a_folder(
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any], full: bool
+) -> None:
+    write_checkpoint(repo, SMALL, shards=2, seed=1)
+    write_checkpoint(repo, SMALL)
+    found = worker("load", **call, full=full)
+    assert found["weights"] == hash_of(repo)
+    assert [name for name in hub.fetched() if name.endswith(".safetensors")] == [
+        "model.safetensors"
+    ]
+    for name in ("model.safetensors", INDEX):  # whatever else of it another program has cached
+        cached = {"repo_id": "org/tiny", "filename": name, "cache_dir": call["cache_dir"]}
+        worker("whole", **cached)
+    shutil.rmtree(own_folder(call), ignore_errors=True)
+    assert worker("load", **call, local_files_only=True)["weights"] == hash_of(repo)
 
 
 def test_a_single_file_of_another_name_is_found_in_the_listing(
@@ -759,15 +779,39 @@ def test_nan_on_the_wire_is_not_kept(worker: Worker, repo: Path, call: dict[str,
 def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(
     worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
+    """Once, a download that took longer than a day was removed under the hands of its process."""
     write_checkpoint(repo, SMALL)
     parent = own_folder(call).parent
-    space = store._process_space()
-    dead = parent / f".{COMMIT}.{space}-4194305.abc"  # above the largest process id
-    alive, foreign = parent / f".{COMMIT}.{space}-1.abc", parent / f".{COMMIT}.0123abcd-1.abc"
-    for path in (dead, alive, foreign):
+    here, elsewhere = f".{COMMIT}.{store._process_space()}", f".{COMMIT}.0123abcd"
+    dead = parent / f"{here}-4194305.abc"  # above the largest process id
+    alive, unknown = parent / f"{here}-1.abc", parent / f".{COMMIT}.unknown-4194305.abc"
+    foreign, writing, silent = (parent / f"{elsewhere}-{process}.abc" for process in (1, 2, 3))
+    no_process = parent / f"{here}-{9**99}.abc"
+    for path in (dead, alive, unknown, foreign, writing, silent, no_process):
         path.mkdir(parents=True)
+        (path / "vision.safetensors").touch()
+    two_days_ago = time.time() - 2 * 24 * 3600
+    for path in (alive, silent, silent / "vision.safetensors", writing):  # its file is new
+        os.utime(path, (two_days_ago, two_days_ago))
     worker("find", **call)
-    assert (dead.exists(), alive.exists(), foreign.exists()) == (False, True, True)
+    assert not dead.exists()
+    assert not silent.exists()
+    for path in (alive, unknown, foreign, writing, no_process):
+        assert path.exists(), path
+
+
+def test_where_processes_cannot_be_told_apart_age_alone_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_process_space", lambda: "unknown")
+    folder = tmp_path / COMMIT
+    another = tmp_path / f".{COMMIT}.unknown-4194305.abc"
+    another.mkdir()
+    store.remove_abandoned(folder)
+    assert another.exists()
+    os.utime(another, (0, 0))
+    store.remove_abandoned(folder)
+    assert not another.exists()
 
 
 def test_a_pinned_commit_needs_no_hub_cache_beside_our_folder(
@@ -781,6 +825,17 @@ def test_a_pinned_commit_needs_no_hub_cache_beside_our_folder(
     again = worker("load", **call, revision=COMMIT)
     assert again["weights"] == first["weights"]
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("model", ["tiny", "folder"])
+def test_a_revision_of_what_is_here_is_refused(tmp_path: Path, model: str) -> None:
+    name = str(tmp_path) if model == "folder" else model
+    with pytest.raises(
+        ArgumentError, match=r"revision is 'v2', but .*; leave revision out"
+    ) as caught:
+        find_checkpoint(name, revision="v2")
+    assert name in str(caught.value)
+    assert find_checkpoint(name, token="x", local_files_only=True).name == name
 
 
 # Offline
