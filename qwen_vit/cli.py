@@ -50,6 +50,7 @@ __all__ = ["main"]
 
 EXIT_SKIPPED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 ASK_ABOVE_BYTES = 100 * 10**9
+NAME = click.Path(readable=False, path_type=str)  # what cannot be read is skipped like any other
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -78,7 +79,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=str))
+@click.argument("images", nargs=-1, required=True, type=NAME)
 @click.option("--model", required=True, help="Hub repository, local folder, or 'tiny'.")
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Feature file to write."
@@ -118,7 +119,7 @@ def encode(
 
 
 @cli.command()
-@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=str))
+@click.argument("inputs", nargs=-1, required=True, type=NAME)
 @click.option("--model", required=True, help="Hub repository, local folder, or 'tiny'.")
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Folder to write, or resume."
@@ -146,7 +147,7 @@ def encode(
 )  # fmt: skip
 @click.option(
     "--decode-threads", type=click.IntRange(min=1),
-    help="Read, decode and resize.  [default: cores, at most 16]",
+    help="Read, decode and resize.  [default: half the cores, 2 to 16]",
 )  # fmt: skip
 @click.option(
     "--ray", "address", is_flag=False, flag_value="", metavar="[ADDRESS]",
@@ -205,7 +206,7 @@ def export(
 
 
 @cli.command()
-@click.argument("images", nargs=-1, type=click.Path(path_type=str))
+@click.argument("images", nargs=-1, type=NAME)
 @click.option("--model", required=True, help="Hub repository, local folder, or 'tiny'.")
 @click.option(
     "--golden", type=click.Path(path_type=Path), help="Compare with this file, not transformers."
@@ -278,7 +279,7 @@ def download(model: str, full: bool, as_json: bool, **finding: Any) -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option("--image", type=click.Path(), help="Also count this image's tokens.")
+@click.option("--image", type=NAME, help="Also count this image's tokens.")
 @click.option("--verify", is_flag=True, help="Hash every file again, and compare.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @model_options

@@ -189,6 +189,27 @@ def test_a_broken_image_is_skipped_and_ends_with_1(folder: Path, run: Any) -> No
     assert load_features("f.safetensors").ids == ["a.png", "b.jpg"]
 
 
+def test_an_image_that_may_not_be_read_is_skipped_like_any_other(
+    folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name was refused as bad usage, and the good images with it."""
+    real, access = open, os.access
+
+    def refused(path: Any, *arguments: Any, **options: Any) -> Any:
+        if path == "b.jpg":
+            raise PermissionError(13, "Permission denied")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", refused)
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: access(path, mode) and (path, mode) != ("b.jpg", os.R_OK)
+    )
+    done = run("encode", "a.png", "b.jpg", *TO_FILE)
+    assert done.code == 1
+    assert "skipped: b.jpg cannot be read: Permission denied" in done.err
+    assert load_features("f.safetensors").ids == ["a.png"]
+
+
 def test_the_json_report_has_each_image_or_its_error(folder: Path, run: Any) -> None:
     done = run("encode", "a.png", "broken.png", *TO_FILE, "--json", "--max-pixels", "50000")
     assert done.code == 1
