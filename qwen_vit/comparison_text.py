@@ -1,11 +1,12 @@
 """A comparison as tables for people."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from qwen_vit.compare import Comparison, ImageComparison, Preprocessing
 
-__all__ = ["as_text", "reference_line", "verdict_lines"]
+__all__ = ["as_text", "nearer_line", "reference_line", "verdict_lines"]
 
 STAGE_HEAD = (
     "stage", "ours - HF", "largest", "worst cos", "mean cos", "ours - f64", "HF - f64", "ratio",
@@ -24,7 +25,8 @@ def as_text(comparison: Comparison) -> str:
     ]
     for image in comparison.images:
         lines += ["", *_image_lines(image)]
-    return "\n".join([*lines, "", *verdict_lines(comparison)])
+    nearer = nearer_line(comparison)
+    return "\n".join([*lines, "", *([nearer] if nearer else []), *verdict_lines(comparison)])
 
 
 def reference_line(facts: dict[str, Any]) -> str:
@@ -35,6 +37,25 @@ def reference_line(facts: dict[str, Any]) -> str:
     return (
         f"{where} on {reference['device']} with {reference['attention']} attention, the "
         f"{reference['processor']} processor, {versions}"
+    )
+
+
+def nearer_line(comparison: Comparison) -> str:
+    """Who is nearer to the truth; nothing where no error is a number."""
+    stages = [stage for image in comparison.images for stage in image.stages]
+    ours, theirs = (
+        sum(stage.ours < stage.theirs for stage in stages),
+        sum(stage.theirs < stage.ours for stage in stages),
+    )
+    ratios = sorted(image.stages[-1].ratio for image in comparison.images)
+    if not ratios or not all(map(math.isfinite, ratios)):
+        return ""
+    who, count = ("ours", ours) if ours >= theirs else ("Hugging Face", theirs)
+    least, most = f"{ratios[0]:.2f}", f"{ratios[-1]:.2f}"
+    return (
+        f"nearer to float64: {who}, at {count} of {_count(len(stages), 'stage')}; in the merged "
+        f"tokens our error is {least if least == most else f'{least} to {most}'} times Hugging "
+        "Face's"
     )
 
 
@@ -58,7 +79,8 @@ def verdict_lines(comparison: Comparison) -> list[str]:
     if agreeing:
         stages = [(stage, image) for image in agreeing for stage in image.stages]
         worst, image = max(stages, key=lambda s: s[0].verdict.measured / s[0].verdict.allowed)
-        unit = "" if comparison.facts["dtype"] == "float32" else " times Hugging Face's error"
+        is_fp32 = comparison.facts["dtype"] == "float32"
+        unit = " relative" if is_fp32 else " times Hugging Face's error"
         lines.append(
             f"agrees: {len(agreeing)} of "
             f"{_count(len(comparison.images) + len(comparison.skipped), 'image')}, "

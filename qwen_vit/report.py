@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qwen_vit.atomic_file import atomic_file, cannot_write
 from qwen_vit.compare import Comparison, ImageComparison, Maps
-from qwen_vit.comparison_text import reference_line, verdict_lines
+from qwen_vit.comparison_text import nearer_line, reference_line, verdict_lines
 from qwen_vit.errors import ArgumentError, ExportError
 
 __all__ = ["check_report", "write_report"]
@@ -93,6 +93,7 @@ def write_report(folder: Path, comparison: Comparison) -> Path:
         facts=comparison.facts,
         reference=reference_line(comparison.facts),
         verdicts=verdict_lines(comparison),
+        nearer=nearer_line(comparison),
         sections=sections,
         is_fp32=comparison.facts["dtype"] == "float32",
     )
@@ -132,14 +133,16 @@ def _pictures(
         Picture(
             f"{number:02}-{stem}-drift.png",
             "Drift over depth",
-            "Relative error at each stage. Shaded: blocks with full attention.",
-            _drawn((5.6, shape(3.3, 5.2)), _drift, image, comparison),
+            "Relative error, |a - b| / |b|, at each stage, on a logarithmic scale. Shaded: blocks "
+            "with full attention.",
+            _drawn((4.9, shape(3.0, 4.7)), _drift, image, comparison),
         ),
         Picture(
             f"{number:02}-{stem}-features.png",
             "Feature maps",
             "The first three principal components as red, green and blue. The axes are those of "
-            "Hugging Face's features, the same for both. Right: each token's relative error.",
+            "Hugging Face's features, the same for both. Right: each token's relative error, ours "
+            "from Hugging Face's; each stage has a scale of its own.",
             _feature_picture(maps, comparison),
         ),
     ]

@@ -27,8 +27,8 @@ from qwen_vit import VisionEncoder, reference
 from qwen_vit import atomic_file as atomic_file_module
 from qwen_vit import cli as cli_module
 from qwen_vit import compare as compare_module
-from qwen_vit.compare import compare, compare_with_golden
-from qwen_vit.comparison_text import as_text
+from qwen_vit.compare import Comparison, compare, compare_with_golden
+from qwen_vit.comparison_text import as_text, nearer_line
 from qwen_vit.differences import Difference, fp32_budget, judge, relative_error
 from qwen_vit.errors import ArgumentError, ComparisonError
 from qwen_vit.golden import METADATA_KEY, Golden, load_golden
@@ -103,6 +103,24 @@ def test_the_table_names_every_stage_and_ends_with_the_verdict(run: Any) -> None
     assert re.fullmatch(
         r"agrees: 1 of 1 image, 7 stages; the worst is .*/chelsea\.png\)", lines[-1]
     )
+
+
+def test_who_is_nearer_to_the_truth_is_said_in_words() -> None:
+    [image] = compare(encoder(), [CHELSEA]).images
+
+    def line(*pairs: tuple[float, float]) -> str:
+        """For images of one stage, with these errors of ours and of Hugging Face's."""
+        stages = [replace(image.stages[-1], ours=ours, theirs=theirs) for ours, theirs in pairs]
+        images = tuple(replace(image, stages=(stage,)) for stage in stages)
+        return nearer_line(Comparison({}, images, ()))
+
+    assert line((1e-7, 2e-7), (3e-7, 4e-7), (2e-7, 1e-7)) == (
+        "nearer to float64: ours, at 2 of 3 stages; in the merged tokens our error is 0.50 to 2.00 "
+        "times Hugging Face's"
+    )
+    assert line((2e-7, 1e-7)).startswith("nearer to float64: Hugging Face, at 1 of 1 stage; ")
+    assert "our error is 2.00 times" in line((2e-7, 1e-7))
+    assert line() == line((math.nan, 1e-7)) == ""
 
 
 def test_three_photographs_and_their_page_take_less_than_a_minute(tmp_path: Path) -> None:

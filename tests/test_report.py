@@ -96,6 +96,7 @@ def test_the_page_says_what_the_table_says(page: Path) -> None:
             f"{stage.name} {stage.difference.relative:.2e} {stage.difference.largest:.2e}" in text
         )
     assert "agrees: 1 of 1 image, 7 stages" in text
+    assert "nearer to float64: ours, at 7 of 7 stages" in text
     assert "differs" not in text
 
 
