@@ -108,14 +108,15 @@ def convert(
     recipes = list(_recipes(config, dtype, device))
     sources = [name for recipe in recipes for name in recipe.sources]
     arriving = to_device((tensors[name] for name in sources), device)
-    state = {
-        recipe.target: recipe.make(*islice(arriving, len(recipe.sources))) for recipe in recipes
-    }
+    state, limits = {}, []
+    for recipe in recipes:
+        made = recipe.make(*islice(arriving, len(recipe.sources)))
+        state[recipe.target] = made
+        # a product with NaN or infinity is not finite either, so it tells of its sources
+        limits.append(extremes(made))
     patch_weight = check_finite(tensors[PATCH_WEIGHT], place(PATCH_WEIGHT))
     patch = _patch_embedding(patch_weight, image_config, exponent, padded_pixel_size(config))
-    # A product with NaN or infinity is not finite either, so the results tell of the sources.
-    limits = torch.stack([extremes(tensor) for tensor in state.values()])
-    are_finite = limits.isfinite().all(1).tolist()  # waits for the device, once
+    are_finite = torch.stack(limits).isfinite().all(1).tolist()  # waits for the device, once
     for recipe, is_finite in zip(recipes, are_finite, strict=True):
         if not is_finite:
             for name in recipe.sources:
