@@ -14,6 +14,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 HOPPER = GPUTarget("cuda", 90, 32)
+REGISTERS, SHARED_MEMORY, MOST_WARPS = 65_536, 233_472, 64  # of a multiprocessor
+SHARED_BYTES_OF_THE_SYSTEM = 1024  # in each program
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,15 @@ class Compiled:
     wgmma_shapes: frozenset[str]
     shared_bytes: int
     corrupt_descriptors: int
+
+    def programs_that_fit(self, num_warps: int) -> int:
+        """How many run on one multiprocessor at a time: by registers, shared memory and warps."""
+        registers = -(-self.registers // 8) * 8 * 32 * num_warps
+        return min(
+            REGISTERS // registers,
+            SHARED_MEMORY // (self.shared_bytes + SHARED_BYTES_OF_THE_SYSTEM),
+            MOST_WARPS // num_warps,
+        )
 
 
 def compile_for_hopper(

@@ -1,11 +1,12 @@
 """What the compiler makes of every shipped tile on Hopper, seen on any machine."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import triton
-from sm90 import Compiled, compile_for_hopper, count_corrupt_descriptors, tma_block
+from sm90 import REGISTERS, Compiled, compile_for_hopper, count_corrupt_descriptors, tma_block
 
 from qwen_vit.kernels import attention, attention_hopper, linear, linear_hopper, pixels
 
@@ -56,6 +57,9 @@ def compile_attention(head_dim: int, bits: int, use_name: str) -> Compiled:
 # and spill parts of Q, outside the key loop: 8 to 15 % faster all the same (tools/NOTES.md).
 ATTENTION_SPILLS = {"window": 0, "frame": 128}
 
+# Programs of head dim 80 that share a multiprocessor, which each row was chosen for.
+ATTENTION_PROGRAMS = {("window", 16): 5, ("window", 32): 1, ("frame", 16): 2, ("frame", 32): 2}
+
 # float32 has no matrix instruction to go wrong, and takes the compiler seconds per case
 ATTENTION_CASES = [(head_dim, 16) for head_dim in HEAD_DIMS] + [(80, 32)]
 
@@ -67,6 +71,10 @@ def test_attention_compiles_to_sound_code(head_dim: int, bits: int, use: str) ->
     print(compiled)
     assert compiled.corrupt_descriptors == 0
     assert compiled.shared_bytes <= SHARED_MEMORY
+    if head_dim == 80:
+        row = USES[use]["regime"], bits
+        programs = compiled.programs_that_fit(attention.TILES[row].num_warps)
+        assert programs >= ATTENTION_PROGRAMS[row]
     if bits == 16 and head_dim <= 80:  # the tiles were chosen for 80, which published towers have
         assert not compiled.serialised_wgmma
         assert compiled.spill_bytes <= ATTENTION_SPILLS[USES[use]["regime"]]
@@ -99,6 +107,8 @@ def test_the_rotation_of_keys_hardly_spills(bits: int, adjacent: bool) -> None:
 # Bytes that a bf16 product may spill: the erf of the GELU, once per tile, outside the loop. fp32 is
 # for exactness: there ptxas may spill.
 SPILLS = {"gelu": 128}
+# Programs that share a multiprocessor, which a tile was chosen for; one where it is not named.
+GEMM_PROGRAMS = {linear.SMALL: 3, linear.SQUARE: 2, linear.FALLBACK_TILES[16]: 3}
 # What the plain kernel meets: on Hopper the patch embedding (narrow) and the merger (wide), and in
 # its fallback tiles everything.
 MET = {True: ("plain", "gelu"), False: ("plain",)}
@@ -114,7 +124,7 @@ def gemm_cases() -> list[Any]:
     } | {
         (bits, epilogue, tile)
         for bits, tile in linear.FALLBACK_TILES.items()
-        for epilogue in ("plain", "normed", "swiglu", "residual")
+        for epilogue in ("plain", "gelu", "normed", "swiglu", "residual")
     }
     named = {
         f"{TYPES[bits]}-{epilogue}-{tile.rows}x{tile.columns}x{tile.depth}-{tile.num_stages}": case
@@ -125,7 +135,12 @@ def gemm_cases() -> list[Any]:
 
 
 def compile_gemm(
-    bits: int, epilogue: str, tile: linear.GemmTile, operand: str | None = None
+    bits: int,
+    epilogue: str,
+    tile: linear.GemmTile,
+    operand: str | None = None,
+    n_in: int | None = None,
+    has_bias: bool = True,
 ) -> Compiled:
     dtype = TYPES[bits]
     operand = operand or dtype
@@ -145,8 +160,8 @@ def compile_gemm(
         "eps": "fp32",
     }
     constants = {
-        "K": 5120 if epilogue == "gelu" else 1280,
-        "HAS_BIAS": True,
+        "K": n_in or (5120 if epilogue == "gelu" else 1280),
+        "HAS_BIAS": has_bias,
         "EPILOGUE": "plain" if epilogue == "normed" else epilogue,
         "SQUARES": 20 if epilogue in ("normed", "swiglu") else 0,
         "PRECISION": "ieee",
@@ -171,6 +186,7 @@ def test_a_product_compiles_to_sound_code(bits: int, epilogue: str, tile: linear
     assert compiled.corrupt_descriptors == 0
     assert not compiled.serialised_wgmma
     assert compiled.shared_bytes <= SHARED_MEMORY
+    assert compiled.programs_that_fit(tile.num_warps) >= GEMM_PROGRAMS.get(tile, 1)
     if bits == 32:
         assert compiled.wgmma_shapes == set()
     else:
@@ -189,7 +205,6 @@ HOPPER_PRODUCTS = {
 HOPPER_CASES = sorted(
     {(kind, tile) for kind, rows in linear_hopper.TILES.items() for _, tile in rows}, key=str
 )
-REGISTERS = 65_536  # of a multiprocessor, which runs one program of these kernels
 
 
 @pytest.mark.parametrize(("kind", "tile"), HOPPER_CASES)
@@ -231,7 +246,7 @@ def test_a_specialised_product_compiles_to_sound_code(
     assert not compiled.serialised_wgmma
     assert compiled.wgmma_shapes == {f"m64n{tile.columns}k16"}
     assert compiled.shared_bytes <= SHARED_MEMORY
-    # the warpgroups that multiply, and one for the producer
+    # the warpgroups that multiply, and one for the producer: one program for each multiprocessor
     assert compiled.registers * 128 * (tile.num_groups + 1) <= REGISTERS
 
 
@@ -266,16 +281,43 @@ def test_the_specialised_attention_compiles_to_sound_code() -> None:
     assert compiled.registers * 128 * 3 <= REGISTERS
 
 
-PIXEL_TILES = sorted({tile for _, tile in linear.HOPPER_TILES[False]}, key=str)
+PIXEL_TILES = sorted(
+    {tile for _, tile in linear.HOPPER_TILES[False]} | {linear.FALLBACK_TILES[16]}, key=str
+)
 
 
+# uint8 pixels of one frame, padded; and both frames as float rows, whose weight has no bias
+@pytest.mark.parametrize(("n_in", "has_bias"), [(640, True), (1176, False)])
 @pytest.mark.parametrize("tile", PIXEL_TILES)
 def test_the_product_of_pixels_and_fp16_weights_compiles_to_sound_code(
-    tile: linear.GemmTile,
+    tile: linear.GemmTile, n_in: int, has_bias: bool
 ) -> None:
-    compiled = compile_gemm(16, "plain", tile, operand="fp16")
+    compiled = compile_gemm(16, "plain", tile, operand="fp16", n_in=n_in, has_bias=has_bias)
     assert (compiled.corrupt_descriptors, compiled.spill_bytes) == (0, 0)
+    assert not compiled.serialised_wgmma
     assert compiled.wgmma_shapes == {f"m64n{tile.columns}k16"}
+    assert compiled.programs_that_fit(tile.num_warps) >= GEMM_PROGRAMS[tile]
+
+
+def test_every_row_of_every_table_is_compiled() -> None:
+    """A row that is added to a table gets its checks without anybody's thinking of it."""
+    checked = {case.values[2] for case in gemm_cases()} | set(PIXEL_TILES)
+    tables = [*linear.HOPPER_TILES.values(), linear.FALLBACK_TILES.items()]
+    assert {tile for rows in tables for _, tile in rows} == checked
+    on_hopper = {(kind, tile) for kind, rows in linear_hopper.TILES.items() for _, tile in rows}
+    assert on_hopper == set(HOPPER_CASES)
+    assert set(linear_hopper.TILES) == set(HOPPER_PRODUCTS)
+    compiled = {(USES[use]["regime"], bits) for use in USES for _, bits in ATTENTION_CASES}
+    assert compiled == set(attention.TILES) == set(ATTENTION_PROGRAMS)
+
+
+def test_programs_that_fit_are_bound_by_the_scarcest() -> None:
+    """H100's tuning guide: 64 K registers, 228 KB of shared memory, 64 warps."""
+    compiled = Compiled(64, 0, False, frozenset(), 1000, 0)
+    assert compiled.programs_that_fit(4) == 8  # 8 x 128 threads x 64 registers
+    assert replace(compiled, registers=16).programs_that_fit(4) == 16
+    assert replace(compiled, shared_bytes=100_000).programs_that_fit(4) == 2
+    assert replace(compiled, registers=129).programs_that_fit(8) == 1  # allotted in eights: 136
 
 
 @pytest.mark.parametrize("bits", TYPES)
