@@ -121,7 +121,11 @@ def process(rgb: NDArray[np.uint8], config: ImageConfig, processor: Processor) -
                 Qwen2VLImageProcessor as ImageProcessor,
             )
     try:
-        done: Any = ImageProcessor(**settings)(images=[rgb], return_tensors="pt")
+        done: Any = ImageProcessor(**settings)(
+            images=[rgb],
+            input_data_format="channels_last",  # which it would guess, wrong for 1, 3 or 4 rows
+            return_tensors="pt",
+        )
     except ValueError as error:
         raise ImageError(f"Hugging Face's processor refuses the image ({error})") from None
     [grid] = done["image_grid_thw"].tolist()

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from goldens import IMAGE_FOLDER, PHOTOGRAPHS, TINY_FOLDER
@@ -32,6 +33,7 @@ from qwen_vit.comparison_text import as_text, nearer_line
 from qwen_vit.differences import Difference, fp32_budget, judge, relative_error
 from qwen_vit.errors import ArgumentError, ComparisonError
 from qwen_vit.golden import METADATA_KEY, Golden, load_golden
+from qwen_vit.patches import patchify
 from qwen_vit.reference import Processed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,6 +208,16 @@ def test_processors_are_named_apart_and_only_the_pillow_one_is_judged(
     assert done.holds == holds
     if not holds:
         assert image.problems[0].startswith("preprocessing (pillow): 392 of ")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_an_image_of_a_few_rows_is_compared_as_what_it_is(rows: int) -> None:
+    """transformers took its rows for channels, and another grid for a mistake of ours."""
+    rgb = np.random.default_rng(rows).integers(0, 256, (rows, 5, 3), np.uint8)
+    config = encoder().image_config
+    theirs = reference.process(rgb, config, "pillow")
+    part = compare_module._compare_pixels("pillow", patchify(rgb, config), theirs, config)
+    assert (part.same_grid, part.values_differ) == (True, 0)
 
 
 def test_another_grid_is_reported_before_any_value(monkeypatch: pytest.MonkeyPatch) -> None:
