@@ -371,3 +371,21 @@ def test_a_corrupt_descriptor_is_found_and_sound_ones_are_not() -> None:
     assert count_corrupt_descriptors(SOUND + CORRUPT + SOUND + CORRUPT) == 2
     for sound in (SOUND, OVERWRITTEN, ANOTHER_CARRY):
         assert count_corrupt_descriptors(sound) == 0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "counts"),
+    [
+        (attention._rotate_keys, {"n_rows"}),
+        (attention_hopper._frame_attention, {"n_tiles"}),
+        (linear._gemm, {"M"}),
+        (linear._row_squares, {"n_rows"}),
+        (linear_hopper._product, {"M", "n_row_tiles"}),
+        (pixels._gather_pixels, {"n_rows"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_one_binary_serves_every_number_of_rows(kernel: Any, counts: set[str]) -> None:
+    """Triton compiles anew where a count is 1, or a multiple of 16, unless it is told not to."""
+    of_images = {each.name for each in kernel.params if each.do_not_specialize}
+    assert of_images == counts

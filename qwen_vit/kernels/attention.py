@@ -127,7 +127,7 @@ def _rotated_tile(
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _rotate_keys(
     qkv, k_rotated, cos, sin, axis_index, n_rows,
     H: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,

@@ -224,7 +224,7 @@ def _attend(
         gl.store(p_out + o_row1 * (H * D) + o_dim1, y1, mask=o_row1 < n_rows)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["n_tiles"])
 def _frame_attention(
     tiles, n_tiles, qkv, cos, sin, axis_index, k0, k1, v0, v1, out, scale_log2e,
     H: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, BN: gl.constexpr,

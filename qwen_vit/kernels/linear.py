@@ -70,7 +70,8 @@ GROUPED_ROW_TILES = 8  # tiles of this many row blocks run together and share we
 SQUARED_ROWS = 4  # rows of one program that sums squares
 
 
-@triton.jit
+# one binary for every number of rows: others would be compiled in the middle of a user's work
+@triton.jit(do_not_specialize=["M"])
 def _gemm(
     x, weight, bias, residual, squares, out, squares_out, M, N, out_scale, eps,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, SQUARES: tl.constexpr,
@@ -284,7 +285,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _row_squares(x, squares, n_rows, C: tl.constexpr, C_PADDED: tl.constexpr, BM: tl.constexpr):
     """The sum of squares of each row, as one chunk."""
     o_row = tl.program_id(0) * BM + tl.arange(0, BM)

@@ -215,7 +215,7 @@ def _multiply(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "n_row_tiles"])
 def _product(
     x, weight, bias, residual, squares, out, squares_out, eps, M, n_row_tiles, n_column_tiles,
     K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,

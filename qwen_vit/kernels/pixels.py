@@ -9,7 +9,7 @@ __all__ = ["gather_pixels"]
 GATHERED_ROWS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _gather_pixels(
     pixels, index, out, n_rows,
     P: tl.constexpr, P_OUT: tl.constexpr, P_BLOCK: tl.constexpr, ZERO: tl.constexpr,
