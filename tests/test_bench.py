@@ -1,5 +1,6 @@
 """What tools/bench counts, prints and draws; its times need a GPU, its arithmetic does not."""
 
+import itertools
 import runpy
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ import pytest
 import torch
 from goldens import TINY_FOLDER
 from PIL import Image
+from rope_apart import tower_apart
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from towers import CPU, build_tower, gpu, random_pixels
 
 from qwen_vit.benchmark import (
@@ -21,6 +25,7 @@ from qwen_vit.benchmark import (
     tower_flops,
 )
 from qwen_vit.config import Grid, VisionConfig
+from qwen_vit.differences import RELATIVE_TOLERANCE, relative_error
 from qwen_vit.model import plan_layout
 
 SHAPE = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
@@ -78,12 +83,32 @@ def test_the_stages_are_those_of_the_tower_each_in_all_of_its_blocks() -> None:
         runs[stage]()
 
 
+def stock_varlen(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int) -> Tensor:
+    """In PyTorch, segment by segment; `longest` must hold, as FlashAttention-2 trusts it."""
+    assert longest >= int(edges.diff().max())
+    parts = [
+        scaled_dot_product_attention(*(x[start:end].transpose(0, 1)[None] for x in (q, k, v)))
+        for start, end in itertools.pairwise(edges.tolist())
+    ]
+    return torch.cat([part[0].transpose(0, 1) for part in parts])
+
+
+def test_with_rope_apart_the_tower_is_the_same() -> None:
+    tower = build_tower(TINY_FOLDER)
+    n = sum(grid.n_patches for grid in GRIDS)
+    layout = plan_layout(GRIDS, tower.config, CPU, torch.float32)
+    pixels = random_pixels(n, 0)
+    apart = tower_apart(tower, stock_varlen, 180)
+    assert relative_error(apart(pixels, layout), tower(pixels, layout)) < RELATIVE_TOLERANCE
+
+
 def made_up() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     rows = {
         name: {
             "floor_ms": 2.0 * (i + 1), "ours_ms": 3.0 * (i + 1), "peak_mb": 2000.0,
             "HF sdpa_ms": 30.0 * (i + 1), "HF sdpa_peak_mb": 3000.0,
             "HF FA2 varlen_ms": 9.0 * (i + 1), "HF FA2 varlen_peak_mb": 2500.0,
+            "RoPE + FA2_ms": 4.5 * (i + 1),
         }
         for i, name in enumerate(WORKLOADS)
     }  # fmt: skip
@@ -155,3 +180,17 @@ def test_stages_run_in_graphs_and_launches_are_seen() -> None:
         pytest.skip("this machine's driver shows no launches")
     assert seen["_rope_varlen_attention"] >= stage_work(tower.config, GRIDS)["window"].count
     assert sum(seen.values()) > 5 * tower.config.depth
+
+
+@gpu
+def test_the_peer_with_rope_apart_computes_the_same_on_a_gpu(bench: dict[str, Any]) -> None:
+    device = torch.device("cuda", 0)
+    tower = build_tower(TINY_FOLDER, dtype=torch.bfloat16, device=device)
+    timed = TimedTower(tower, device, torch.bfloat16)
+    pixels = random_pixels(sum(grid.n_patches for grid in GRIDS), 0).to(device)
+    apart = tower_apart(tower, bench["flash_attention_2"], 180)
+    theirs = TimedTower(apart, device, torch.bfloat16).eager(pixels, GRIDS)()
+    # bf16, five peaked blocks: a wrong rotation is off by 1
+    assert relative_error(theirs, timed.eager(pixels, GRIDS)()) < 0.05
+    bench["Apart"](timed).on(pixels, GRIDS)()
+    torch.cuda.synchronize()
