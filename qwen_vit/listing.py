@@ -40,6 +40,7 @@ LIST_SUFFIXES = (".txt", ".lst")
 JSON_SUFFIX = ".jsonl"
 TAR_SUFFIX = ".tar"
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # files begin so
 TAR_BLOCK = 512
 LARGEST_FILE = 2**63 - 1  # bytes
 DEEP = re.compile(r"(?:^|(?<=/))\*\*(?:/+|$)")  # in a pattern: any number of folders
@@ -314,10 +315,10 @@ def _from_tar(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
     def broken(code: str, text: str) -> Item:
         return Item(name, path, error=(code, f"{shown(name)} {text}"))
 
+    text = "is a compressed tar, in which no image can be found again; unpack it"
+    compressed = broken("format", text)
     if name.lower().endswith(COMPRESSED_TARS):
-        yield broken(
-            "format", "is a compressed tar, in which no image can be found again; unpack it"
-        )
+        yield compressed
         return
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block
@@ -330,7 +331,18 @@ def _from_tar(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
     except _GoesOnError:
         yield broken("damaged", "goes on after its end, where nothing is exported; unpack it")
     except DAMAGED_TAR as error:
+        if _begins_with(path, COMPRESSED):
+            yield compressed
+            return
         yield broken("truncated", f"is a damaged tar ({error}); fetch it again")
+
+
+def _begins_with(path: str, starts: tuple[bytes, ...]) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(max(map(len, starts))).startswith(starts)
+    except OSError:
+        return False
 
 
 def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:

@@ -357,6 +357,8 @@ def test_a_tar_that_goes_on_after_its_end_is_reported(here: Path) -> None:
         ("a.tar", b"<html>" * 200, "truncated"),
         ("a.tar.gz", b"\x1f\x8b", "format"),
         ("a.tgz", b"\x1f\x8b", "format"),
+        ("a.tar", b"\x1f\x8b\x08" + bytes(600), "format"),  # compressed all the same
+        ("a.tar", b"BZh9" + bytes(600), "format"),
     ],
 )
 def test_what_is_no_plain_tar_is_an_item(here: Path, name: str, content: bytes, code: str) -> None:
