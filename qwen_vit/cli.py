@@ -338,15 +338,20 @@ def _print(text: str) -> None:
 
 
 def _tell(text: str) -> None:
-    """A line for stderr, which is no reason to stop where it cannot be written."""
-    with suppress(OSError):
+    """A line for stderr, above a bar; no reason to stop where it cannot be written."""
+    with suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
         click.echo(text, err=True)
 
 
 def _check_output(out: Path, overwrite: bool, images: Sequence[str], option: str = "--out") -> None:
     """Before any work: what would make its result impossible to write, or cost something else."""
     try:
+        str(out).encode()
         there, parent = _status(out), _status(out.absolute().parent)
+    except UnicodeEncodeError:
+        raise ExportError(
+            f"{out} is not UTF-8, expected a path that safetensors can open; pass another {option}"
+        ) from None
     except OSError as error:
         raise cannot_write(out, error) from None
     if there is not None and stat.S_ISDIR(there.st_mode):
@@ -559,6 +564,9 @@ def _on_one_line(text: str) -> str:
 
 def main() -> None:
     """Run the command line; turn this package's errors into one line and an exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed, as by `2>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its own
     try:

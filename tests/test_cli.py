@@ -1,11 +1,15 @@
 """The commands as they are typed: data on stdout, the rest on stderr, and exit codes that hold."""
 
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +126,28 @@ def piped(command: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
     )
 
 
+def in_a_terminal(command: str, folder: Path) -> str:
+    """What a terminal is sent by a line of the shell."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    shell = f'qwen-vit() {{ "{sys.executable}" -m qwen_vit "$@"; }}; {command}'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(
+        ["bash", "-c", shell], cwd=folder, env=environment, stdin=theirs, stdout=theirs,
+        stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    sent = b""
+    try:
+        while piece := os.read(ours, 65536):
+            sent += piece
+    except OSError:  # how a terminal says that nobody is left to write to it
+        pass
+    os.close(ours)
+    child.wait(60)
+    return sent.decode()
+
+
 def test_a_reader_that_has_seen_enough_changes_nothing(folder: Path) -> None:
     """`| head -0` ended in 1: finished, with images skipped."""
     done = piped("qwen-vit info tiny | exec 0<&-; echo ${PIPESTATUS[0]}", folder)
@@ -141,6 +167,21 @@ def test_output_that_cannot_be_written_is_an_error_and_logs_are_no_reason_to_sto
     line = "qwen-vit encode a.png broken.png --model tiny --device cpu --out f.safetensors"
     done = piped(f"{line} 2>/dev/full", folder)
     assert (done.returncode, done.stdout.count(b"wrote f.safetensors")) == (1, 1)
+
+
+def test_a_closed_stderr_is_as_good_as_any(folder: Path) -> None:
+    """Nothing was encoded, and nothing could say why."""
+    line = "qwen-vit encode a.png broken.png --model tiny --device cpu --out f"
+    done = piped(f"{line} 2>&-", folder)
+    assert (done.returncode, done.stdout.count(b"wrote f")) == (1, 1)
+    assert load_features("f").ids == ["a.png"]
+
+
+def test_what_is_skipped_stands_on_a_line_of_its_own_above_the_bar(folder: Path) -> None:
+    line = "qwen-vit encode a.png broken.png b.jpg --model tiny --device cpu --out f"
+    done = in_a_terminal(line, folder)
+    assert "3/3" in done
+    assert re.search(r"(^|[\r\n])\s*skipped: broken\.png is a truncated PNG[^|]*\n", done)
 
 
 # encode
@@ -276,6 +317,7 @@ REFUSED = {
     "twice": (("a.png", "b.jpg", "a.png", "--out", "f"), ("a.png is given twice", "leave one")),
     "long name": (("a.png", "--out", "f" * 300), ("could not be written (File name too long)",)),
     "long folder": (("a.png", "--out", "f" * 300 + "/f"), ("(File name too long)",)),
+    "not UTF-8": (("a.png", "--out", "caf\udce9.st"), ("is not UTF-8", "safetensors can open")),
     "a device": (("a.png", "--out", "device", "--overwrite"), ("device is a device", "--out")),
     "an image": (("b.jpg", "./a.png", "--out", "a.png", "--overwrite"), ("one of the images",)),
 }
