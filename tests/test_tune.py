@@ -57,6 +57,17 @@ def test_a_sweep_without_a_gpu_says_so() -> None:
     assert "needs an NVIDIA GPU: torch sees none; try --list" in done.stderr
 
 
+def test_what_candidates_are_forked_from_has_not_touched_a_gpu() -> None:
+    """CUDA cannot be used in a process that was forked after a look for GPUs."""
+    program = """
+import runpy, sys, torch
+def looked(*_): raise SystemExit("looked for a GPU")
+torch._C._cuda_getDeviceCount = torch.cuda.is_available = torch.cuda.device_count = looked
+runpy.run_path(sys.argv[1])
+"""
+    subprocess.run([sys.executable, "-c", program, TUNE], check=True)
+
+
 WIDE, SQUARE, TALL = Tile(128, 256, 3, 2), Tile(128, 128, 6, 2), Tile(192, 128, 4, 3)
 
 
