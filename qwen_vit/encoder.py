@@ -367,7 +367,8 @@ class VisionEncoder:
         """Each named image's embeddings; a batch too large for the GPU's memory is halved."""
         if not parts:
             return []
-        patches = Patches.cat((part for _, part in parts), pin_memory=self.device.type == "cuda")
+        pinned_rows = TOKEN_BUDGET["cuda"] if self.device.type == "cuda" else 0
+        patches = Patches.cat((part for _, part in parts), pinned_rows=pinned_rows)
         unit = 1 if output == "patch" else self.config.merge_unit
         rows = [len(part.pixels) // unit for _, part in parts]
         try:

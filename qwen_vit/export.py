@@ -46,6 +46,7 @@ from qwen_vit.image import ImageLimits, load_image
 from qwen_vit.listing import Item, read_item, shown
 from qwen_vit.manifest import ManifestRow, load_arrow, shard_rows, write_manifest
 from qwen_vit.patches import Patches, patchify
+from qwen_vit.pinned_ring import PinnedRing
 from qwen_vit.pipeline import Behind, Clock, Job, thread_count, work_ahead
 
 __all__ = [
@@ -158,14 +159,14 @@ def export_shards(
 
     Threads load images ahead, the next shard's too, and one writes behind; batches never cross a
     shard, so its bytes do not depend on this, and none is encoded before the one before it is
-    whole. `on_image` sees each image when it is done, in the thread that writes. Raises ExportError
-    where a shard cannot be written, or `breaker` stops it; the first ImageError with
-    on_error="raise".
+    whole. `on_image` sees each image when it is done, in the thread that writes; its rows are gone
+    afterwards. Raises ExportError where a shard cannot be written, or `breaker` stops it; the first
+    ImageError with on_error="raise".
     """
     breaker, clock = breaker or Breaker(plan.options.max_failures), clock or Clock(REST)
     form = RowForm.of(encoder, plan.options)
     jobs = _jobs(encoder.image_config, plan, shards)
-    copies = torch.cuda.Stream(encoder.device) if encoder.device.type == "cuda" else None
+    sender = _Sender(encoder.device, form)
     with closing(work_ahead(jobs, threads=thread_count(decode_threads))) as loaded:
         for begin in loaded:
             if not isinstance(begin, _Begin):
@@ -180,7 +181,7 @@ def export_shards(
             ):
                 for image, embeds in _encode(encoder, images, plan.options, breaker, clock):
                     with clock.stage(COPY):
-                        rows = None if embeds is None else _Rows.send(embeds, form, copies)
+                        rows = None if embeds is None else sender.send(embeds)
                     with _behind(shard, clock):
                         n_bytes = 0 if rows is None else rows.n_bytes
                         writer.do(partial(shard.add, image, rows), n_bytes)
@@ -219,33 +220,47 @@ class _Rows(NamedTuple):
     values: Tensor
     extremes: Tensor  # the least and the largest of them, NaN if one is
     arrival: torch.cuda.Event | None
+    release: Callable[[], None]  # when nobody reads them any more
 
     @property
     def n_bytes(self) -> int:
         return self.values.nbytes
 
-    @classmethod
-    def send(cls, embeds: Tensor, form: RowForm, copies: torch.cuda.Stream | None) -> Self:
-        """Begin to copy what is stored of an image's embeddings, on a stream beside the encoder."""
-        if form.patches_per_row is None:
+
+class _Sender:
+    """Copies what is stored of embeddings to the CPU, on a stream beside the encoder's."""
+
+    def __init__(self, device: torch.device, form: RowForm) -> None:
+        self._form = form
+        self._ring: PinnedRing | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._ring = PinnedRing(_pinned((BEHIND_BYTES,), torch.uint8))
+
+    def send(self, embeds: Tensor) -> _Rows:
+        """Begin to copy an image's rows; they are released in the order in which they are sent."""
+        if self._form.patches_per_row is None:
             embeds = embeds.float().mean(dim=0, keepdim=True)
-        stored = embeds.to(form.dtype)
+        stored = embeds.to(self._form.dtype)
         bounds = extremes(stored)
-        if copies is None:
-            return cls(stored, bounds, None)
-        copies.wait_stream(torch.cuda.current_stream(stored.device))
-        with torch.cuda.stream(copies):
-            values, on_host = _to_pinned(stored), _to_pinned(bounds)
-            for copied in (stored, bounds):
-                copied.record_stream(copies)
+        if self._ring is None:
+            return _Rows(stored, bounds, None, lambda: None)
+        place, release = self._ring.take(stored.nbytes), self._ring.give_back
+        if place is None:
+            place, release = _pinned((stored.nbytes,), torch.uint8), lambda: None
+        values, on_host = place.view(stored.dtype).view(stored.shape), _pinned((2,), bounds.dtype)
+        self._stream.wait_stream(torch.cuda.current_stream(stored.device))
+        with torch.cuda.stream(self._stream):
+            for there, here in ((stored, values), (bounds, on_host)):
+                here.copy_(there, non_blocking=True)
+                there.record_stream(self._stream)
             arrival = torch.cuda.Event(blocking=True)
-            arrival.record(copies)
-        return cls(values, on_host, arrival)
+            arrival.record(self._stream)
+        return _Rows(values, on_host, arrival, release)
 
 
-def _to_pinned(tensor: Tensor) -> Tensor:
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
 
 
 class _Shard:
@@ -295,6 +310,8 @@ class _Shard:
                 raise image.error
         self._breaker.count_done(image.error)
         self._on_image(ImageFeatures(image.item.id, embeds, image.grid_thw, error=image.error))
+        if rows is not None:
+            rows.release()
 
     def save(self) -> list[ManifestRow]:
         """Write the file, read it again, and give its rows of the manifest."""

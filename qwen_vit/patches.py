@@ -57,11 +57,12 @@ class Patches:
             )
 
     @classmethod
-    def cat(cls, parts: Iterable[Self], *, pin_memory: bool = False) -> Self:
+    def cat(cls, parts: Iterable[Self], *, pinned_rows: int = 0) -> Self:
         """Join the patches of several images, in their order; of none, an empty (0, 588).
 
-        `pin_memory` has those of the CPU join in memory that a GPU can fetch by itself. Raises
-        ImageError with code "patches" where patch sizes differ.
+        With `pinned_rows` those of the CPU are joined in memory that a GPU can fetch by itself, of
+        that many rows at least: so one size of it serves every batch. Raises ImageError with code
+        "patches" where patch sizes differ.
         """
         parts = list(parts)
         if not parts:
@@ -75,10 +76,11 @@ class Patches:
             )
         pixels = [part.pixels for part in parts]
         grids = tuple(grid for part in parts for grid in part.grids)
-        if not pin_memory or any(each.device.type != "cpu" for each in pixels):
+        if not pinned_rows or any(each.device.type != "cpu" for each in pixels):
             return cls(torch.cat(pixels), grids)
         rows = sum(map(len, pixels))
-        joined = torch.empty((rows, widths[0]), dtype=pixels[0].dtype, pin_memory=True)
+        size = (max(rows, pinned_rows), widths[0])
+        joined = torch.empty(size, dtype=pixels[0].dtype, device="cpu", pin_memory=True)[:rows]
         # by this thread alone: torch's many would wait for cores on which images are decoded
         np.concatenate([each.numpy() for each in pixels], out=joined.numpy())
         return cls(joined, grids)

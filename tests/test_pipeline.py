@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from functools import partial
@@ -26,6 +27,7 @@ from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.export import export_features
 from qwen_vit.export_plan import ExportOptions
 from qwen_vit.features import FeatureWriter
+from qwen_vit.pinned_ring import ALIGNED_BYTES, PinnedRing
 from qwen_vit.pipeline import Behind, Clock, Job, pack, thread_count, work_ahead
 
 IMAGES = Path(__file__).resolve().parent / "images"
@@ -382,6 +384,37 @@ def test_an_export_says_what_it_waited_for(tmp_path: Path) -> None:
     assert max(done.waits, key=lambda stage: done.waits[stage]) == "encode"
     assert done.waits["encode"] >= 16 * 0.02
     assert sum(done.waits.values()) <= done.seconds + 0.01
+
+
+# Results on their way from the GPU
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=60))
+def test_places_of_the_ring_never_overlap(steps: list[tuple[int, int]]) -> None:
+    """Each step takes some bytes, and gives back a few of the oldest places."""
+    memory = torch.zeros(16 * ALIGNED_BYTES, dtype=torch.uint8)
+    ring, live = PinnedRing(memory), deque[tuple[int, torch.Tensor]]()
+    for number, (size, given_back) in enumerate(steps, 1):
+        place = ring.take(size * ALIGNED_BYTES // 4)
+        if place is not None:
+            place.fill_(number)
+            live.append((number, place))
+        else:
+            assert live or size * ALIGNED_BYTES // 4 > len(memory)
+        assert all((each == value).all() for value, each in live)
+        for _ in range(min(given_back, len(live))):
+            live.popleft()
+            ring.give_back()
+
+
+def test_the_ring_is_used_to_its_end_and_again() -> None:
+    ring = PinnedRing(torch.zeros(4 * ALIGNED_BYTES, dtype=torch.uint8))
+    taken = [ring.take(ALIGNED_BYTES) for _ in range(5)]
+    assert [place is None for place in taken] == [False] * 4 + [True]
+    for _ in range(50):
+        ring.give_back()
+        assert ring.take(ALIGNED_BYTES - 1) is not None
+        assert ring.take(1) is None
 
 
 # The encoder
