@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
+from operator import index
 from typing import Any, Protocol
 
 import torch
@@ -137,7 +138,7 @@ def expand_placeholders(
     `grids` are (t, h, w) in patches, in the prompt's order: rows of an `image_grid_thw`, or the
     `grid_thw` of features. Raises ArgumentError where the counts differ or a grid is none.
     """
-    counts = [_n_tokens(tuple(map(int, grid)), merge_size) for grid in grids]
+    counts = [_n_tokens(_whole_numbers(grid), merge_size) for grid in grids]
     found = text.count(IMAGE_PAD)
     if found != len(counts):
         raise ArgumentError(
@@ -239,6 +240,16 @@ def _merged_rows(image: ImageFeatures) -> Tensor:
             "expected finite floating-point numbers; encode or export it again"
         )
     return image.embeds
+
+
+def _whole_numbers(grid: Iterable[int]) -> tuple[int, ...]:
+    try:
+        return tuple(map(index, grid))
+    except TypeError:  # 4.7 is no 4
+        raise ArgumentError(
+            f"a grid is {grid!r}, expected whole numbers of frames, height and width in patches; "
+            "pass what came with the features"
+        ) from None
 
 
 def _n_tokens(grid: tuple[int, ...], merge_size: int) -> int:

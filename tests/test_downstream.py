@@ -527,6 +527,8 @@ def test_placeholders_are_those_of_transformers_processor(
         ("<|image_pad|>", [], "has 1 <|image_pad|> for 0 images"),
         ("<|image_pad|>" * 4, [(1, 4, 4)], "has 4 .* write one per image, not yet expanded"),
         ("<|image_pad|>", [(1, 4, 5)], "a grid is (1, 4, 5)"),
+        ("<|image_pad|>", [(1, 4.7, 4)], "a grid is (1, 4.7, 4), expected whole numbers"),
+        ("<|image_pad|>", [None], "a grid is None, expected whole numbers"),
         ("<|image_pad|>", [(4, 4)], "a grid is (4, 4)"),
         ("<|image_pad|>", [(1, 0, 4)], "a grid is (1, 0, 4)"),
         ("<|image_pad|>", [(0, 4, 4)], "a grid is (0, 4, 4)"),
