@@ -224,8 +224,9 @@ file written by `qwen-vit compare --save-golden`
                     "states; get it again, or make it again"
                 )
     except (CheckpointError, OSError, SafetensorError) as error:
+        reason = str(error).rpartition("; ")[0] or str(error)  # its next step is a checkpoint's
         raise ComparisonError(
-            f"{path} ({size} bytes) is torn, or no safetensors file ({error}); get it again"
+            f"{path} ({size} bytes) is torn, or no safetensors file ({reason}); get it again"
         ) from None
     return Golden(path, facts)
 

@@ -537,6 +537,8 @@ def test_a_torn_golden_is_refused(golden: Golden, tmp_path: Path, kept: int) -> 
     torn.write_bytes(golden.path.read_bytes()[:kept])
     with pytest.raises(ComparisonError, match=r"torn \(\d+ bytes\) is torn, or no safetensors"):
         load_golden(torn)
+    with pytest.raises(ComparisonError, match=r"^[^;]*; get it again$"):  # and no checkpoint
+        load_golden(torn)
 
 
 def test_another_safetensors_file_is_no_golden() -> None:
