@@ -492,6 +492,7 @@ def export_features(
     with on_error="raise".
     """
     options, tally = options or ExportOptions(), Tally()
+    thread_count(decode_threads)  # refuses what makes no sense, before anything is made
     load_arrow()
     clock = Clock(REST)
     with open_export(encoder, inputs, Path(folder), options) as plan:

@@ -176,6 +176,12 @@ def test_a_number_of_threads_that_makes_no_sense_is_refused(wrong: Any) -> None:
         thread_count(wrong)
 
 
+def test_such_a_number_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="decode_threads is 0"):
+        stand_in_export(tmp_path, StandIn(), 2, decode_threads=0)
+    assert not (tmp_path / "out").exists()
+
+
 # Behind
 
 
