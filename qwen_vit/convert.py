@@ -47,6 +47,7 @@ RENAMES_IN_BLOCKS = (
 MLP_MULTIPLE = 128  # one tile of the products; 3420 alone, not aligned to 16 bytes, costs 3.5x
 GATE_UP_TURN = 8  # rows of the gate, then of up: a matrix instruction's thread holds both of a pair
 PIXEL_MULTIPLE = 64
+ROWS_FOLDED_AT_ONCE = 64  # of the patch embedding
 PIXEL_ZERO = 128  # uint8 pixels enter as pixel - 128, so that fp16 holds every one exactly
 
 
@@ -193,14 +194,21 @@ def check_finite(tensor: Tensor, name: str) -> Tensor:
 def _patch_embedding(
     weight: Tensor, image_config: ImageConfig, exponent: int, K: int
 ) -> dict[str, Tensor]:
-    w = weight.double()  # (C, 3, frames, patch_px, patch_px)
     mean = torch.tensor(image_config.image_mean, dtype=torch.float64).view(3, 1, 1, 1)
     std = torch.tensor(image_config.image_std, dtype=torch.float64).view(3, 1, 1, 1)
-    # w * (pixel / 255 - mean) / std, split at pixel = 128, both frames being the same image
-    folded = (w / (255 * std)).sum(2).flatten(1) * 2.0**exponent  # (C, 3 * patch_px * patch_px)
-    pixel_weight = _pad(folded, 1, K).to(torch.float32 if exponent == 0 else torch.float16)
-    row_weight = (w * 2.0**exponent).flatten(1).to(pixel_weight.dtype)  # bfloat16 fits exactly
-    pixel_bias = (w * ((PIXEL_ZERO / 255 - mean) / std)).flatten(1).sum(1).float()  # (C,)
+    stored = torch.float32 if exponent == 0 else torch.float16
+
+    def fold(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        w = rows.double()  # (rows, 3, frames, patch_px, patch_px)
+        # w * (pixel / 255 - mean) / std, split at pixel = 128, both frames being the same image
+        folded = (w / (255 * std)).sum(2).flatten(1) * 2.0**exponent
+        bias = (w * ((PIXEL_ZERO / 255 - mean) / std)).flatten(1).sum(1)
+        row_weight = (w * 2.0**exponent).flatten(1)  # bfloat16 fits float16 exactly
+        return row_weight.to(stored), _pad(folded, 1, K).to(stored), bias.float()
+
+    # few rows at a time: four times its bytes in float64, and that some times over
+    parts = zip(*map(fold, weight.split(ROWS_FOLDED_AT_ONCE)), strict=True)
+    row_weight, pixel_weight, pixel_bias = (torch.cat(part) for part in parts)
     for name, tensor in (
         ("weights", row_weight),
         ("folded weights", pixel_weight),

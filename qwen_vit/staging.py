@@ -17,7 +17,7 @@ from torch import Tensor
 
 __all__ = ["to_device"]
 
-PIECE_BYTES = 4 * 2**20
+PIECE_BYTES = 2 * 2**20
 MOST_THREADS = 8
 SLOTS_PER_THREAD = 2  # one is filled while another is fetched
 
@@ -36,7 +36,7 @@ def to_device(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tenso
     >>> [tensor.item() for tensor in to_device([torch.ones(())], torch.device("cpu"))]
     [1.0]
 
-    They are asked for ahead of what comes out, by at most 64 MiB.
+    They are asked for ahead of what comes out, by at most 32 MiB.
     """
     if device.type != "cuda":
         return iter(tensors)
