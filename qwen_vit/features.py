@@ -127,6 +127,11 @@ class FeatureWriter:
 
     def add(self, name: str, embeds: Tensor, grid: tuple[int, int, int]) -> None:
         """Append one image: its rows (n, width), stored in the file's dtype, and its grid."""
+        if embeds.shape[1:] != (self.width,):
+            raise ExportError(
+                f"{self.path}: the embeddings of {name!r} have the shape {tuple(embeds.shape)}, "
+                f"expected (n, {self.width}); write one file for each model and output"
+            )
         rows = embeds.detach().to("cpu", self.dtype).contiguous()
         try:
             self._end += self._growing.file.write(_bytes_of(rows))
@@ -155,9 +160,9 @@ class FeatureWriter:
         self._growing.commit()
 
     def _copy_behind(self, head: bytes) -> None:
-        self._growing.file.seek(self._head_bytes)
         with atomic_file(self.path) as file:
             file.write(head)
+            self._growing.file.seek(self._head_bytes)  # which writes what is still in a buffer
             shutil.copyfileobj(self._growing.file, file, COPY_BYTES)
         self._growing.discard()
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from qwen_vit import atomic_file as atomic_file_module
 from qwen_vit import features as features_module
 from qwen_vit.errors import ExportError, ImageError
 from qwen_vit.feature_files import load_features
-from qwen_vit.features import ImageFeatures, write_features
+from qwen_vit.features import FeatureWriter, ImageFeatures, write_features
 
 METADATA = {"model": "tiny", "commit": None, "dtype": "float32"}
 
@@ -254,6 +255,41 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
         assert "disk" in str(caught.value)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def small_writer(path: Path, head_bytes: int = 4096) -> FeatureWriter:
+    return FeatureWriter(path, 6, torch.float32, head_bytes)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 7), (6,), (1, 2, 6), ()])
+def test_rows_of_another_width_do_not_go_into_a_growing_file(
+    path: Path, shape: tuple[int, ...]
+) -> None:
+    """They were written, and the file's own header then promised other bytes."""
+    with small_writer(path) as writer:
+        writer.add("a", torch.ones(1, 6), (1, 2, 2))
+        with pytest.raises(ExportError, match=r"'b' have the shape \(.*expected \(n, 6\)"):
+            writer.add("b", torch.ones(shape), (1, 2, 2))
+        writer.add("c", torch.ones(2, 6), (1, 2, 4))
+        writer.save(METADATA)
+    assert load_features(path).ids == ["a", "c"]
+
+
+@pytest.mark.parametrize("head_bytes", [8, 4096])
+def test_a_disk_that_fills_up_at_the_head_is_named(
+    path: Path, head_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows may still be in a buffer then, which seeking writes."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with small_writer(path, head_bytes) as writer:
+        writer.add("a", torch.ones(1, 6), (1, 2, 2))
+        monkeypatch.setattr(writer._growing, "file", Mock(wraps=writer._growing.file, seek=full))
+        with pytest.raises(ExportError, match=r"features.safetensors could not be .*No space"):
+            writer.save(METADATA)
+    assert list(path.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("where", ["missing/f.safetensors", "file/f.safetensors", "n" * 256])
