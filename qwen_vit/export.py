@@ -210,8 +210,9 @@ def _behind(shard: "_Shard", clock: Clock) -> Iterator[None]:
 
 def _head_room(items: Sequence[Item], settings: Mapping[str, Any]) -> int:
     """The bytes to leave for a shard's head; what it follows from is known before any image is."""
-    texts = [json.dumps([item.id, item.source, item.id]) for item in items]
-    return len(json.dumps(settings)) + sum(map(len, texts)) + IMAGE_HEAD_BYTES * (len(items) + 1)
+    names = [name for item in items for name in (item.id, item.source)]
+    text = json.dumps({**settings, "ids": names})
+    return len(json.dumps(text)) + IMAGE_HEAD_BYTES * (len(items) + 1)  # JSON within JSON
 
 
 class _Rows(NamedTuple):

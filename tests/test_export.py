@@ -176,6 +176,23 @@ def test_a_head_larger_than_its_room_has_the_rows_behind_it(
     assert all(sizes[0][name] < sizes[1][name] for name in sizes[1])
 
 
+@pytest.mark.parametrize("shard_size", [1, 20])
+def test_the_room_for_a_head_serves_names_that_json_escapes(
+    here: Path, monkeypatch: pytest.MonkeyPatch, shard_size: int
+) -> None:
+    """The head is JSON within JSON: a quote takes four bytes there."""
+    rows, names = Path("p/0.png").read_bytes(), ('"', "\\", "\n", "é", "写")
+    for name in names:
+        Path("p", 60 * name + ".png").write_bytes(rows)
+
+    def copied(*_: Any) -> None:
+        raise AssertionError("rows were written twice")
+
+    monkeypatch.setattr(export_module.FeatureWriter, "_copy_behind", copied)
+    assert export(options=replace(SMALL, shard_size=shard_size)).exported == 10 + len(names)
+    assert {60 * name + ".png" for name in names} < set(load_features("out").ids)
+
+
 def test_a_shard_of_failures_alone_is_whole(here: Path) -> None:
     for number in range(4, 8):
         Path(f"p/{number}.png").write_bytes(b"")
