@@ -7,6 +7,7 @@ this. An image's embedding has the same bits as without graphs, because no row d
 image's rows, nor on how many there are.
 """
 
+import logging
 import threading
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ from qwen_vit.layout import Layout
 from qwen_vit.model import ROTARY_POSITIONS, VisionTower
 
 __all__ = ["LEAST_STEP", "GraphRunner", "budget_for"]
+
+logger = logging.getLogger("qwen_vit")
 
 LARGEST_BUDGET = 32_768  # patches; above it the launches are a small share of the time
 LEAST_STEP = 256  # patches
@@ -79,7 +82,13 @@ class GraphRunner:
             if recorded is None:
                 with torch.inference_mode(False), torch.no_grad():  # what is kept, outlives it
                     recorded, merged = self._record(static, indices, pixels)
-                self._recorded[layout.n_rows] = recorded
+                if recorded is None:
+                    logger.warning(
+                        "out of memory on %s: no graph of %d patches", self._device, layout.n_rows
+                    )
+                    torch.cuda.empty_cache()  # which nobody can while one is recorded
+                else:
+                    self._recorded[layout.n_rows] = recorded
             else:
                 recorded.pixels[: len(pixels)].copy_(pixels, non_blocking=True)
                 recorded.indices.copy_(indices, non_blocking=True)
@@ -90,10 +99,13 @@ class GraphRunner:
             self._done.record()
             return merged
 
-    def _record(self, static: Layout, indices: Tensor, pixels: Tensor) -> tuple[_Recorded, Tensor]:
+    def _record(
+        self, static: Layout, indices: Tensor, pixels: Tensor
+    ) -> tuple[_Recorded | None, Tensor]:
         """A graph, and the tower's answer without it: which compiles what is not compiled yet.
 
-        While the GPU works at that answer, the host records.
+        While the GPU works at that answer, the host records; no graph, if that takes more memory
+        than there is.
         """
         filled = torch.zeros(
             (static.n_rows, pixels.shape[1]), dtype=torch.uint8, device=self._device
@@ -103,19 +115,30 @@ class GraphRunner:
         layout = static.viewing(on_device)
         current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            answer = self._tower(filled, layout)
-            # Not torch.cuda.graph, which waits for the GPU and empties the allocator's cache.
-            # thread_local: what other threads do meanwhile is none of this recording's business
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                merged = self._tower(filled, layout)
-            finally:
-                graph.capture_end()
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                answer = self._tower(filled, layout)
+                merged = self._capture(graph, filled, layout)
+        finally:  # after an error, too: others get this memory then, and the GPU may still read it
+            current.wait_stream(self._stream)
         answer.record_stream(current)
+        if merged is None:
+            return None, answer
         self._pool = graph.pool()
         return _Recorded(graph, filled, on_device, self._tower.angles, merged), answer
+
+    def _capture(
+        self, graph: torch.cuda.CUDAGraph, pixels: Tensor, layout: Layout
+    ) -> Tensor | None:
+        # Not torch.cuda.graph, which waits for the GPU and empties the allocator's cache.
+        # thread_local: what other threads do meanwhile is none of this recording's business
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            return self._tower(pixels, layout)  # type: ignore[no-any-return]
+        except torch.cuda.OutOfMemoryError:  # though there was enough for the answer
+            return None
+        finally:
+            graph.capture_end()
 
 
 def _with_room(layout: Layout) -> Layout | None:

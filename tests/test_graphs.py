@@ -4,8 +4,11 @@ What a graph gets is planned on the host, and that part is tested without a GPU.
 """
 
 import random
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import cache
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -148,6 +151,83 @@ def test_a_static_layout_comes_back_whole_from_one_buffer() -> None:
         assert torch.equal(seen, expected), name
 
 
+# A recording that fails
+
+
+class Faulty:
+    """A tower that fails while it is recorded, or before."""
+
+    def __init__(self, tower: Any, error: BaseException, fails_at: int) -> None:
+        self.tower, self.error, self.fails_at, self.calls = tower, error, fails_at, 0
+        self.angles = None
+
+    def __call__(self, pixels: torch.Tensor, layout: Layout) -> torch.Tensor:
+        self.calls += 1
+        answer: torch.Tensor = self.tower(pixels, layout)
+        if self.calls == self.fails_at:
+            raise self.error
+        return answer
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the runner does with a GPU, done by nobody: the names of the calls."""
+    did: list[str] = []
+    cuda = Mock()
+    cuda.OutOfMemoryError = torch.cuda.OutOfMemoryError
+    cuda.device = cuda.stream = lambda _: nullcontext()
+    cuda.empty_cache = lambda: did.append("empty_cache")
+    cuda.current_stream().wait_stream = lambda _: did.append("wait_stream")
+    cuda.CUDAGraph().capture_begin = lambda **_: did.append("capture_begin")
+    cuda.CUDAGraph().capture_end = lambda: did.append("capture_end")
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, _: None)
+    return did
+
+
+def answer_of(pixels: torch.Tensor, layout: Layout) -> torch.Tensor:
+    return pixels[: len(layout.merged_order), :3].float()
+
+
+OUT_OF_MEMORY = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def test_a_recording_that_runs_out_of_memory_costs_the_graph_alone(no_gpu: list[str]) -> None:
+    """The allocator gives nothing back meanwhile; batches were halved, and images left out."""
+    layout, pixels = gpu_layout([(1, 16, 16)]), random_pixels(256, 0)
+    runner = GraphRunner(Faulty(answer_of, OUT_OF_MEMORY, 2), torch.device("cpu"))  # type: ignore[arg-type]
+    for is_recorded in (False, True):
+        answer = runner.run(pixels, layout)
+        assert answer is not None
+        assert torch.equal(answer, pixels[:64, :3].float())
+        assert list(runner._recorded) == ([256] if is_recorded else [])
+    recording = ["capture_begin", "capture_end", "wait_stream"]
+    assert no_gpu == [*recording, "empty_cache", *recording]
+
+
+@pytest.mark.parametrize(
+    ("error", "fails_at", "did"),
+    [
+        (OUT_OF_MEMORY, 1, []),
+        (KeyboardInterrupt(), 1, []),
+        (KeyboardInterrupt(), 2, ["capture_begin", "capture_end"]),
+    ],
+    ids=["memory", "interrupt", "interrupt while recording"],
+)
+def test_whatever_stops_a_recording_its_end_is_waited_for(
+    no_gpu: list[str], error: BaseException, fails_at: int, did: list[str]
+) -> None:
+    """Its inputs go back to the allocator, and the GPU may still read them."""
+    layout, pixels = gpu_layout([(1, 16, 16)]), random_pixels(256, 0)
+    runner = GraphRunner(Faulty(answer_of, error, fails_at), torch.device("cpu"))  # type: ignore[arg-type]
+    with pytest.raises(type(error)):
+        runner.run(pixels, layout)
+    assert no_gpu == [*did, "wait_stream"]
+    assert not runner._recorded
+    assert runner.run(pixels, layout) is not None
+
+
 # On a GPU
 
 
@@ -270,6 +350,23 @@ def test_a_graphs_result_is_the_towers_own() -> None:
         expected = exact(pixels.to(CUDA), layout_for(grids, exact.config, CUDA))
     ours = forward(by_graph, pixels, grids).float()
     assert (ours - expected).norm() / expected.norm() < 0.05  # bf16, five peaked blocks
+
+
+@gpu
+def test_after_a_recording_without_memory_the_next_one_succeeds() -> None:
+    by_graph, eager = encoders()
+    grids: list[GridTuple] = [(1, 32, 32)]
+    pixels = random_pixels(n_patches(grids), 6)
+    expected = forward(eager, pixels, grids)
+    layout = plan_layout(
+        as_grids(grids), by_graph.config, by_graph.device, by_graph.dtype, budget_for(1024)
+    )
+    runner = GraphRunner(Faulty(by_graph.tower, OUT_OF_MEMORY, 2), CUDA)  # type: ignore[arg-type]
+    for n_recorded in (0, 1, 1):
+        answer = runner.run(pixels.pin_memory(), layout)
+        assert answer is not None
+        assert torch.equal(answer, expected)
+        assert len(runner._recorded) == n_recorded
 
 
 @gpu
