@@ -66,7 +66,8 @@ __all__ = [
 logger = logging.getLogger("qwen_vit")
 
 FAILURES_TOLD = 20
-BEHIND_BYTES = 2**29  # features that wait to be written
+RING_BYTES = 2**29  # pinned, for features on their way
+BEHIND_BYTES = RING_BYTES // 4 * 3  # of them that wait to be written; one more finds room beside
 IMAGE_HEAD_BYTES = 320  # of a shard's head, besides names: grid, offset, hash, size, notes
 ROW_BYTES = 1_000  # of the manifest, in memory, or more
 STAGES = READ, ENCODE, COPY, WRITE, REST = "read and decode", "encode", "copy back", "write", "rest"
@@ -236,7 +237,7 @@ class _Sender:
         self._ring: PinnedRing | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
-            self._ring = PinnedRing(_pinned((BEHIND_BYTES,), torch.uint8))
+            self._ring = PinnedRing(_pinned((RING_BYTES,), torch.uint8))
 
     def send(self, embeds: Tensor) -> _Rows:
         """Begin to copy an image's rows; they are released in the order in which they are sent."""

@@ -423,6 +423,19 @@ def test_the_ring_is_used_to_its_end_and_again() -> None:
         assert ring.take(1) is None
 
 
+@given(st.lists(st.integers(1, 2**26 // ALIGNED_BYTES), min_size=20, max_size=60))
+def test_behind_a_slow_disk_the_ring_has_room_for_one_more_image(sizes: list[int]) -> None:
+    """Else memory is pinned beside it, of every size that was ever asked for."""
+    ring = PinnedRing(torch.empty(export_module.RING_BYTES, dtype=torch.uint8))
+    waiting = deque[int]()
+    for size in (each * ALIGNED_BYTES for each in sizes):
+        assert ring.take(size) is not None
+        while waiting and sum(waiting) + size > export_module.BEHIND_BYTES:  # as `Behind` waits
+            waiting.popleft()
+            ring.give_back()
+        waiting.append(size)
+
+
 # The encoder
 
 
