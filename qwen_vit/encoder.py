@@ -372,9 +372,12 @@ class VisionEncoder:
         unit = 1 if output == "patch" else self.config.merge_unit
         rows = [len(part.pixels) // unit for _, part in parts]
         try:
-            embeds = self._forward(patches.pixels, patches.grids, output)
-            # each image gets its own memory: keeping one must not keep its whole batch
-            return [part.clone() for part in embeds.split(rows)]
+            # each image gets its own memory: keeping one must not keep its whole batch (which has
+            # no name here, so that the memory is free when halves are tried)
+            return [
+                part.clone()
+                for part in self._forward(patches.pixels, patches.grids, output).split(rows)
+            ]
         except torch.cuda.OutOfMemoryError as error:
             if len(parts) == 1:
                 message = (
@@ -428,7 +431,8 @@ class _Pace:
         event.record(torch.cuda.current_stream(self._device))
         self._events.append(event)
         if len(self._events) > BATCHES_AHEAD:
-            self._events.popleft().synchronize()
+            with torch.cuda.device(self._device):  # or the first GPU is woken, too
+                self._events.popleft().synchronize()
 
 
 def _prepared(patches: Patches, name: str) -> _Loaded:

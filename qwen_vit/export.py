@@ -337,7 +337,8 @@ class _Shard:
         """An image's rows on the CPU; None, and its error, if they are not finite."""
         if rows.arrival is not None:
             begin = time.perf_counter()
-            rows.arrival.synchronize()
+            with torch.cuda.device(rows.arrival.device):  # or the first GPU is woken, too
+                rows.arrival.synchronize()
             self.waited_s += time.perf_counter() - begin
         if bool(rows.extremes.isfinite().all()):
             return rows.values

@@ -73,7 +73,7 @@ def _through_slots(
             fetched[slot] = torch.cuda.current_stream(device).record_event()
         yield from (span.whole for span in spans if span.whole is not None)
 
-    with ThreadPoolExecutor(threads, "qwen_vit-load") as pool:
+    with ThreadPoolExecutor(threads, "qwen-vit-load") as pool:
         under_way: deque[tuple[int, list[_Span], Future[None]]] = deque()
         for number, spans in enumerate(_pieces(tensors, device, piece_bytes)):
             if len(under_way) == n_slots:

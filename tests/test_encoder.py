@@ -402,6 +402,32 @@ def test_a_batch_out_of_memory_is_halved_to_the_same_values(
         assert relative_error(embeds_of(ours), embeds_of(other)) < 1e-6
 
 
+def test_nothing_of_a_batch_is_kept_while_its_halves_are_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its result fitted the GPU's memory, and a second copy of it did not."""
+    results: list[weakref.ref[Tensor]] = []
+    kept: list[bool] = []
+    forward = VisionEncoder._forward
+
+    def watched(self: VisionEncoder, *arguments: Any) -> Tensor:
+        kept.extend(result() is not None for result in results)
+        result = forward(self, *arguments)
+        results.append(weakref.ref(result))
+        return result
+
+    def clone(self: Tensor) -> Tensor:
+        if len(results) == 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return self.contiguous()
+
+    monkeypatch.setattr(VisionEncoder, "_forward", watched)
+    whole = small()
+    monkeypatch.setattr(Tensor, "clone", clone)
+    assert len(whole.encode([picture(56, 56, seed) for seed in range(2)])) == 2
+    assert kept[:1] == [False]
+
+
 def test_one_image_out_of_memory_is_named_and_skipped_or_raised(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
