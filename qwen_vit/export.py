@@ -203,10 +203,12 @@ def _jobs(config: ImageConfig, plan: Plan, shards: Iterable[int]) -> Iterator[Jo
 @contextmanager
 def _behind(shard: "_Shard", clock: Clock) -> Iterator[None]:
     """Waiting for the thread that writes; which may itself wait for what the GPU has not sent."""
-    before = shard.waited_s
+    before, begin = shard.waited_s, time.perf_counter()
     with clock.stage(WRITE):
         yield
-    clock.move(shard.waited_s - before, WRITE, COPY)
+    # it may have waited since long before we did
+    waited_s = min(shard.waited_s - before, time.perf_counter() - begin)
+    clock.move(waited_s, WRITE, COPY)
 
 
 def _head_room(items: Sequence[Item], settings: Mapping[str, Any]) -> int:

@@ -9,6 +9,7 @@ from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -390,6 +391,21 @@ def test_an_export_says_what_it_waited_for(tmp_path: Path) -> None:
     assert max(done.waits, key=lambda stage: done.waits[stage]) == "encode"
     assert done.waits["encode"] >= 16 * 0.02
     assert sum(done.waits.values()) <= done.seconds + 0.01
+
+
+def test_no_more_of_a_wait_is_the_gpus_than_was_waited() -> None:
+    """The thread that writes waits for the GPU while nobody waits for it, too."""
+    clock, shard = Clock("rest"), Mock(waited_s=0.0)
+    with clock.stage("write"):
+        time.sleep(0.05)
+    with export_module._behind(shard, clock):
+        shard.waited_s += 80.0  # of which the end alone is seen here
+    with export_module._behind(shard, clock):
+        time.sleep(0.02)
+        shard.waited_s += 0.01
+    seconds = clock.seconds()
+    assert seconds["write"] >= 0.05
+    assert seconds["copy back"] >= 0.01
 
 
 # Results on their way from the GPU
