@@ -3,7 +3,7 @@
 from collections import deque
 from threading import Lock
 
-from torch import Tensor
+import torch
 
 __all__ = ["PinnedRing"]
 
@@ -21,12 +21,12 @@ class PinnedRing:
     images of many sizes grew by hundreds of megabytes. One thread takes, another may give back.
     """
 
-    def __init__(self, memory: Tensor) -> None:
+    def __init__(self, memory: torch.Tensor) -> None:
         self._memory = memory
         self._taken: deque[tuple[int, int]] = deque()  # begin and end of each place, oldest first
         self._lock = Lock()
 
-    def take(self, n_bytes: int) -> Tensor | None:
+    def take(self, n_bytes: int) -> torch.Tensor | None:
         """So many bytes, or None where they do not fit now."""
         size = n_bytes + -n_bytes % ALIGNED_BYTES
         with self._lock:

@@ -334,9 +334,9 @@ def test_encode_iter_holds_no_image_it_has_encoded(monkeypatch: pytest.MonkeyPat
     watched = patches_module.Patches.cat
     largest = 0
 
-    def counting(parts: Any) -> Patches:
+    def counting(parts: Any, **options: Any) -> Patches:
         nonlocal largest
-        joined = watched(parts)
+        joined = watched(parts, **options)
         alive.add(joined.pixels)
         largest = max(largest, len(alive))
         return joined
