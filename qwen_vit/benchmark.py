@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from qwen_vit.config import Grid, VisionConfig
 from qwen_vit.convert import padded_mlp_size, padded_pixel_size
@@ -287,6 +286,8 @@ def launches(run: Callable[[], Any]) -> Counter[str]:
     """
     run()
     torch.cuda.synchronize()
+    from torch.profiler import ProfilerActivity, profile  # slow to import, and rarely wanted
+
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with profile(activities=activities) as seen:
         run()

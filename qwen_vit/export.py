@@ -167,7 +167,7 @@ def export_shards(
     breaker, clock = breaker or Breaker(plan.options.max_failures), clock or Clock(REST)
     form = RowForm.of(encoder, plan.options)
     jobs = _jobs(encoder.image_config, plan, shards)
-    sender = _Sender(encoder.device, form)
+    sender: _Sender | None = None  # made when a shard is missing: it takes memory
     with closing(work_ahead(jobs, threads=thread_count(decode_threads))) as loaded:
         for begin in loaded:
             if not isinstance(begin, _Begin):
@@ -175,6 +175,7 @@ def export_shards(
             if begin.rows is not None:
                 yield DoneShard(begin.shard, begin.rows, is_new=False)
                 continue
+            sender = sender or _Sender(encoder.device, form)
             images = islice(loaded, begin.n_images)
             with (
                 _Shard(plan, begin.shard, form, breaker, on_image) as shard,
@@ -290,7 +291,7 @@ class _Shard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._writer.__exit__()
+        self._writer.discard()
 
     def add(self, image: _Image, rows: _Rows | None) -> None:
         """The next image: its rows, or its error."""

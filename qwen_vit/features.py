@@ -123,6 +123,10 @@ class FeatureWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.discard()
+
+    def discard(self) -> None:
+        """Leave nothing of a file that was not saved; harmless when it was."""
         self._growing.discard()
 
     def add(self, name: str, embeds: Tensor, grid: tuple[int, int, int]) -> None:

@@ -240,13 +240,15 @@ class VisionTower(nn.Module):
         Computed in float64 and rounded once, whatever the tower's dtype: angles kept in bf16 are
         wrong by up to 0.4 in their cosine at position 256.
         """
-        if self.angles is None or len(self.angles[0]) < n_positions:
+        angles = self.angles
+        if angles is None or len(angles[0]) < n_positions:
             config, device = self.config, self.patch_embed.weight.device
             size = max(ROTARY_POSITIONS, n_positions)
             # plain tensors, whatever mode or default device the caller is in
             with torch.inference_mode(False), torch.device("cpu"):
                 frequencies = torch.arange(0, config.rotary_pairs, 2, dtype=torch.float64)
                 inverse = config.rope_theta ** -(frequencies / config.rotary_pairs)
-                angles = torch.outer(torch.arange(size, dtype=torch.float64), inverse)
-                self.angles = (angles.cos().float().to(device), angles.sin().float().to(device))
-        return self.angles
+                phases = torch.outer(torch.arange(size, dtype=torch.float64), inverse)
+                angles = (phases.cos().float().to(device), phases.sin().float().to(device))
+            self.angles = angles
+        return angles  # not the attribute: another thread may put a shorter table there
