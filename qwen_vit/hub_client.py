@@ -8,12 +8,15 @@ and 2 share; their HTTP clients differ, and are used in what they have in common
 import errno
 import logging
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from qwen_vit import store
 from qwen_vit.errors import CheckpointError, HubError
@@ -23,6 +26,7 @@ __all__ = ["NotCachedError", "Repository", "explain"]
 
 logger = logging.getLogger("qwen_vit")
 
+PROXIES = {"http", "https", "all"}
 COMMIT = re.compile(r"[0-9a-f]{40}")
 COMMIT_IN_CACHE = re.compile(r"/snapshots/([0-9a-f]{40})(/|$)")
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
@@ -65,6 +69,7 @@ class Repository:
         self._counting = threading.Lock()
         self._sizes: dict[str, int] = {}
         self._listing: Any = None
+        self._found_address: bool | None = None
 
     def is_offline(self) -> bool:
         """Whether the caller, or HF_HUB_OFFLINE, has ruled out the network."""
@@ -263,7 +268,7 @@ class Repository:
                         revision=revision,
                         token=self._token,
                         cache_dir=self._cache_dir,
-                        local_files_only=self.local_files_only,
+                        local_files_only=self.local_files_only or not self._has_address(),
                     )
                 )
                 return path, path.stat().st_size
@@ -274,6 +279,20 @@ class Repository:
                 if attempt == LINK_ATTEMPTS:
                     raise
                 time.sleep(LINK_PAUSE_S * 2**attempt)
+
+    def _has_address(self) -> bool:
+        """Whether the Hub's name is known here: without a network the client tries for 25 s."""
+        if self._found_address is None and not self.is_offline():
+            from huggingface_hub.constants import ENDPOINT
+
+            try:
+                if not PROXIES & getproxies().keys():  # which look names up by themselves
+                    socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)
+                self._found_address = True
+            except OSError as error:
+                logger.info("%s has no address here (%s)", ENDPOINT, error)
+                self._found_address = False
+        return self._found_address is not False
 
     def _remote_digest(self, name: str) -> str | None:
         """Where links do not work, the cache does not keep the Hub's name for a file."""

@@ -890,6 +890,21 @@ def test_the_environment_means_what_it_means_to_huggingface_hub(
     assert kept["weights"] == online["weights"]
 
 
+def test_without_a_network_nothing_is_tried_again_and_again(
+    hub: Hub, repo: Path, tmp_path: Path
+) -> None:
+    write_checkpoint(repo, SMALL)
+    home, nowhere = tmp_path / "home", "http://hub.invalid"  # a name that nobody may register
+    with running_worker(home, hub.endpoint) as worker:
+        online = worker("load", model="org/tiny")
+    with running_worker(home, nowhere) as worker:
+        away = worker("load", model="org/other")
+        kept = worker("load", model="org/tiny")
+    assert "could not be reached and is not in the local cache" in away["message"]
+    assert kept["weights"] == online["weights"]
+    assert away["waits"] == kept["waits"] == []  # between attempts: 25 s in all
+
+
 def test_a_full_disk_is_named_and_leaves_nothing(hub: Hub, repo: Path, tmp_path: Path) -> None:
     """A file system of 1 MB of its own, in a namespace of its own."""
     mount = 'mount -t tmpfs -o size=1m none "$0" && exec "$@"'
