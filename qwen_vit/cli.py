@@ -546,13 +546,14 @@ def _code(feature: ImageFeatures) -> str:
 
 
 def _listing(facts: dict[str, Any]) -> str:
+    """A line for each fact that there is; those of a dictionary below its name."""
     lines: list[tuple[str, str]] = []
     for name, value in facts.items():
         if isinstance(value, dict):
-            lines.append((name, ""))
-            lines.extend((f"  {key}", str(item)) for key, item in value.items())
-        else:
-            lines.append((name, f"{value:,}" if name.endswith("_bytes") and value else str(value)))
+            there = {key: item for key, item in value.items() if item not in (None, "")}
+            lines += [(name, ""), *((f"  {key}", str(item)) for key, item in there.items())]
+        elif value not in (None, ""):
+            lines.append((name, f"{value:,}" if name.endswith("_bytes") else str(value)))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in lines)
 

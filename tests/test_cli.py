@@ -520,6 +520,8 @@ def test_info_describes_tiny(run: Any) -> None:
                  if re.search(r"\S\s{2,}\S", line))  # fmt: skip
     assert lines["licence"] == "Apache-2.0"
     assert lines["out_hidden_size"] == "192"
+    assert "commit" not in lines  # a folder has none
+    assert "None" not in listed.out
 
 
 def test_info_counts_the_tokens_that_encode_gives(folder: Path, run: Any) -> None:
