@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import click
 from tqdm import tqdm
@@ -330,11 +330,16 @@ def _print(text: str) -> None:
     try:
         click.echo(text)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to come
+        _to_nowhere(sys.stdout)
         if not isinstance(error, BrokenPipeError):
             raise ExportError(
                 f"standard output could not be written ({error.strerror}); check where it goes"
             ) from None
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    """For what a stream that failed still holds: Python would end in 120 because of it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _tell(text: str) -> None:
@@ -588,3 +593,8 @@ def main() -> None:
     except Exception:  # Python's own exit code would be 1: finished, with inputs skipped
         logging.getLogger("qwen_vit").exception("error: this should not happen; please report it")
         sys.exit(EXIT_ERROR)
+    finally:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            _to_nowhere(sys.stderr)

@@ -67,10 +67,13 @@ def child(call):
         print(json.dumps(["crash", traceback.format_exc()]), flush=True)
         os._exit(4)
 
+talking = threading.Lock()  # nobody forks while a thread holds stdout's own lock
+
 for line in sys.stdin:
     call = json.loads(line)
     reading, writing = os.pipe()
-    pid = os.fork()
+    with talking:
+        pid = os.fork()
     if pid == 0:
         os.dup2(writing, 1)
         child(call)
@@ -82,11 +85,13 @@ for line in sys.stdin:
         _, status = os.waitpid(pid, 0)
         said = json.loads(said) if said.endswith("\\n") else ["", ""]
         code = os.waitstatus_to_exitcode(status)
-        sys.stdout.write(json.dumps([pid, "end", code, *said]) + "\\n")
-        sys.stdout.flush()
+        with talking:
+            sys.stdout.write(json.dumps([pid, "end", code, *said]) + "\\n")
+            sys.stdout.flush()
 
-    sys.stdout.write(json.dumps([pid, "start", 0, "", ""]) + "\\n")
-    sys.stdout.flush()
+    with talking:
+        sys.stdout.write(json.dumps([pid, "start", 0, "", ""]) + "\\n")
+        sys.stdout.flush()
     threading.Thread(target=watch).start()
 """
 
