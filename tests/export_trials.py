@@ -29,6 +29,7 @@ from unittest import mock
 import kill_harness
 import numpy as np
 from PIL import Image
+from process_memory import memory_mb, open_files
 from stand_in import HELD, POISON, TOO_LARGE, StandIn, load_held
 
 from qwen_vit import distributed
@@ -242,7 +243,8 @@ def flat_memory(folder: Path, *, images: int, first: int) -> dict[str, Any]:
     while process.poll() is None:
         done = journal_bytes(folder / "journal")
         with contextlib.suppress(OSError, ValueError):
-            samples.append((done, own_mb(process.pid), open_files(process.pid)))
+            own_mb, _ = memory_mb(process.pid)
+            samples.append((done, own_mb, open_files(process.pid)))
         time.sleep(0.05)
     assert process.returncode == 1, (folder / "log").read_text()
     working = [sample for sample in samples if sample[0] >= first]
@@ -266,21 +268,6 @@ def flat_memory(folder: Path, *, images: int, first: int) -> dict[str, Any]:
 
 def journal_bytes(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def resident_mb(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def own_mb(pid: int) -> float:
-    """Resident, and no page of a file."""
-    _, resident, shared, *_ = map(int, Path(f"/proc/{pid}/statm").read_text().split())
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def open_files(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 # kind of harm -> the code that the ledger must have for it
