@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from process_memory import memory_mb, open_files
 from safetensors.torch import save_file
 from test_features import features_of
 
@@ -118,6 +119,5 @@ def watch(path: Path) -> tuple[int, int, float]:
     """This process: its open files, the shards that it has mapped, its resident MB."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     mapped = {line.split()[-1] for line in lines if line.endswith(".safetensors")}
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
     here = sum(1 for name in mapped if name.startswith(str(path)))
-    return len(os.listdir("/proc/self/fd")), here, pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return open_files(os.getpid()), here, sum(memory_mb(os.getpid()))
