@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qwen_vit.kernels import IS_KNOWN_GLUON
+from qwen_vit.kernels.swiglu import swiglu
 
 if IS_KNOWN_GLUON:
     from qwen_vit.kernels import linear_hopper
@@ -116,7 +117,7 @@ def _gemm(
     if EPILOGUE == "swiglu":
         pairs = tl.permute(tl.reshape(acc, (BM, BN // 16, 2, 8)), (0, 1, 3, 2))
         gate, up = tl.split(pairs)
-        y = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (BM, BN // 2))
+        y = tl.reshape(swiglu(gate, up), (BM, BN // 2))
         out.store([i_m, i_n // 2], y.to(out.dtype))
     else:
         if EPILOGUE == "residual":

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qwen_vit.kernels.hopper import descriptor, is_hopper, multiprocessors
+from qwen_vit.kernels.swiglu import swiglu
 
 __all__ = ["SQUARES_COLUMNS", "product", "serves"]
 
@@ -156,8 +157,13 @@ def _multiply(
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16]
     )
-    o_m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
-    o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))
+    MMA_ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
+    MMA_COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
+    # of the threads' own: in MMA's, each would hold a copy of a quarter of the columns meanwhile
+    EARLY_ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    EARLY_COLUMNS: gl.constexpr = gl.BlockedLayout([BN // 128], [32], [4], [0])
+    o_row = gl.arange(0, ROWS, layout=EARLY_ROWS)
+    o_column = gl.arange(0, BN, layout=EARLY_COLUMNS)
     gdc_wait()
     gdc_launch_dependents()
     step = 0
@@ -165,32 +171,43 @@ def _multiply(
     for i_tile in range(gl.program_id(0), n_row_tiles * n_column_tiles, gl.num_programs(0)):
         i_m, i_n = _row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP)
         i_row = i_m * BM + I_GROUP * ROWS
-        row = i_row + o_m
-        if SQUARES > 0:  # the chunks of a row in one order, whatever the tile
-            total = gl.load(squares + row, mask=row < M, other=0.0)
-            for chunk in gl.static_range(1, SQUARES):
-                total += gl.load(squares + chunk * M + row, mask=row < M, other=0.0)
-            row_scale = gl.rsqrt(total / K + eps)
+        # what the epilogue needs arrives while the product runs
+        b_bias = gl.load(bias + i_n * BN + o_column)
+        parts = gl.tuple(())
+        if SQUARES > 0:
+            for chunk in gl.static_range(SQUARES):
+                p_squares = squares + chunk * M + i_row + o_row
+                parts = parts + (gl.load(p_squares, mask=i_row + o_row < M, other=0.0),)
 
         acc = gl.zeros([ROWS, BN], gl.float32, MMA)
-        acc, step = _accumulate(
-            acc, step, FIRST, x_ring, weight_ring, empty, ready, I_GROUP, GROUPS, STAGES
-        )
-        tma.store_wait(0)  # the last tile's result has left
         if EPILOGUE == "residual":
+            acc, step = _accumulate(
+                acc, step, FIRST, x_ring, weight_ring, empty, ready, I_GROUP, GROUPS, STAGES
+            )
+            tma.store_wait(0)  # the last tile's result has left: there is room for the residual
             mbarrier.arrive(result_is_free.index(0), count=1)
-        acc, step = _accumulate(
-            acc, step, STEPS - FIRST, x_ring, weight_ring, empty, ready, I_GROUP, GROUPS, STAGES
-        )
+            acc, step = _accumulate(
+                acc, step, STEPS - FIRST, x_ring, weight_ring, empty, ready, I_GROUP, GROUPS,
+                STAGES,
+            )  # fmt: skip
+        else:
+            acc, step = _accumulate(
+                acc, step, STEPS, x_ring, weight_ring, empty, ready, I_GROUP, GROUPS, STAGES
+            )
+            tma.store_wait(0)
 
-        if SQUARES > 0:
+        if SQUARES > 0:  # the chunks of a row in one order, whatever the tile
+            total = parts[0]
+            for chunk in gl.static_range(1, SQUARES):
+                total += parts[chunk]
+            row_scale = gl.convert_layout(gl.rsqrt(total / K + eps), MMA_ROWS)
             acc = acc * row_scale[:, None]
-        acc = acc + gl.load(bias + i_n * BN + o_n).to(gl.float32)[None, :]
+        acc = acc + gl.convert_layout(b_bias, MMA_COLUMNS).to(gl.float32)[None, :]
         i_column = i_n * BN
         if EPILOGUE == "swiglu":  # 8 columns of the gate, 8 of up: a thread holds both of a pair
             pairs = acc.reshape((ROWS, BN // 16, 2, 8)).permute((0, 1, 3, 2))
             gate, up = pairs.split()
-            acc = (gate / (1.0 + gl.exp(-gate)) * up).reshape((ROWS, BN // 2))
+            acc = swiglu(gate, up).reshape((ROWS, BN // 2))
             i_column = i_n * (BN // 2)
         if EPILOGUE == "residual":
             mbarrier.wait(residual_is_there.index(0), turn & 1)
@@ -201,12 +218,13 @@ def _multiply(
         tma.async_copy_shared_to_global(out, [i_row, i_column], results.index(I_GROUP))
 
         if EPILOGUE == "residual":  # of what was stored: rounded
+            row = i_row + gl.arange(0, ROWS, layout=MMA_ROWS)
             squared = result.to(gl.float32)
             squared = squared * squared
             if BN == 256:
                 left, right = squared.reshape((ROWS, 2, 128)).permute((0, 2, 1)).split()
-                left = gl.convert_layout(gl.sum(left, 1), gl.SliceLayout(1, MMA))
-                right = gl.convert_layout(gl.sum(right, 1), gl.SliceLayout(1, MMA))
+                left = gl.convert_layout(gl.sum(left, 1), MMA_ROWS)
+                right = gl.convert_layout(gl.sum(right, 1), MMA_ROWS)
                 gl.store(squares_out + (2 * i_n) * M + row, left, mask=row < M)
                 gl.store(squares_out + (2 * i_n + 1) * M + row, right, mask=row < M)
             else:
