@@ -159,12 +159,12 @@ def _attend(
         p = gl.exp2(s - m[:, None])
         l = gl.sum(p, 1)
         p = p.to(dtype)
+        mbarrier.wait(k_ready.index(1 % STAGES), 1 // STAGES, pred=n_key_tiles > 1)
 
         for i in range(1, n_key_tiles):
             stage = i % STAGES
             stage_before = (i - 1) % STAGES
             # scores of this tile, then the values of the one before: both under way at once
-            mbarrier.wait(k_ready.index(stage), i // STAGES & 1)
             s = warpgroup_mma(
                 q0, k0_ring.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
             )
@@ -183,6 +183,10 @@ def _attend(
             rescale = gl.exp2(m - m_new)
             l = l * rescale + gl.sum(p_new, 1)
             m = m_new
+            # A wait here keeps the assembler from moving the next one up, before the softmax.
+            mbarrier.wait(
+                k_ready.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < n_key_tiles
+            )
             # P too: its registers are read until then, and must not hold anything new before
             acc0, acc1, p0, p1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc0, acc1, p0, p1))
             mbarrier.arrive(v_empty.index(stage_before), count=1)
