@@ -17,8 +17,8 @@ from torch import Tensor
 
 __all__ = ["to_device"]
 
-PIECE_BYTES = 2 * 2**20
-MOST_THREADS = 8
+PIECE_BYTES = 4 * 2**20
+MOST_THREADS = 4
 SLOTS_PER_THREAD = 2  # one is filled while another is fetched
 
 
