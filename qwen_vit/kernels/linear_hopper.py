@@ -46,8 +46,9 @@ class Tile:
 
 
 WIDE = Tile(128, 256, 3, 2)
-WIDE_SWIGLU = Tile(128, 256, 4, 2)  # its result is half as wide, which leaves room for a stage
+WIDE_SWIGLU = Tile(128, 256, 4, 2)  # results are half as wide, which leaves room for a stage
 TALL = Tile(192, 128, 4, 3)
+TALL_SWIGLU = Tile(192, 128, 5, 3)
 SQUARE = Tile(128, 128, 6, 2)
 
 # Measured on an H200 at 1,024 to 32,768 patches (tools/NOTES.md). (epilogue, K > 2048) -> from how
@@ -55,12 +56,9 @@ SQUARE = Tile(128, 128, 6, 2)
 TILES: dict[tuple[str, bool], tuple[tuple[int, Tile], ...]] = {
     ("plain", False): ((0, WIDE), (1536, TALL), (16384, WIDE)),  # qkv
     ("plain", True): ((0, SQUARE), (1536, WIDE)),  # the merger's last, with a row per 4 patches
-    ("swiglu", False): (
-        *((0, WIDE_SWIGLU), (1536, TALL), (3072, WIDE_SWIGLU), (6144, TALL)),
-        (12288, WIDE_SWIGLU),
-    ),
-    ("residual", False): ((0, SQUARE), (1536, TALL), (16384, SQUARE)),  # proj
-    ("residual", True): ((0, SQUARE), (1536, TALL), (6144, WIDE)),  # down
+    ("swiglu", False): ((0, WIDE_SWIGLU), (1536, TALL_SWIGLU), (12288, WIDE_SWIGLU)),
+    ("residual", False): ((0, SQUARE), (1536, TALL), (3072, SQUARE)),  # proj
+    ("residual", True): ((0, SQUARE), (1536, TALL), (3072, SQUARE), (6144, WIDE)),  # down
 }
 
 
