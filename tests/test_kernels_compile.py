@@ -250,9 +250,32 @@ def test_a_specialised_product_compiles_to_sound_code(
     assert compiled.registers * 128 * (tile.num_groups + 1) <= REGISTERS
 
 
-def test_both_kernels_of_the_frame_regime_take_the_same_plan() -> None:
+def test_both_kernels_of_a_regime_take_the_same_plan() -> None:
     """The layout cuts query tiles before it is known which of the two will run."""
     assert attention.TILES["frame", 16].q_rows == attention_hopper.Q_ROWS
+    assert attention.TILES["window", 16].q_rows == attention_hopper.W_ROWS
+
+
+def test_the_attention_in_windows_on_hopper_compiles_to_sound_code() -> None:
+    kernel = attention_hopper
+    rows0, rows1 = (tma_block([kernel.W_ROWS, width]) for width in (kernel.MAIN, kernel.TAIL))
+    signature = {
+        **dict.fromkeys(("tiles", "axis_index"), "*i32"),
+        **dict.fromkeys(("cos", "sin"), "*fp32"),
+        "out": "*bf16",
+        "rows0": rows0,
+        "rows1": rows1,
+        "scale_log2e": "fp32",
+    }
+    constants = {"H": HEADS, "D": 80, "D0": kernel.MAIN, "D1": kernel.TAIL, "ROWS": kernel.W_ROWS}
+    compiled = compile_for_hopper(
+        kernel._window_attention, signature, constants, num_warps=4, launch_pdl=True
+    )
+    print(compiled)
+    assert (compiled.corrupt_descriptors, compiled.spill_bytes) == (0, 0)
+    assert not compiled.serialised_wgmma
+    assert compiled.wgmma_shapes == {"m64n64k16", "m64n16k16"}
+    assert compiled.programs_that_fit(4) >= 5
 
 
 def test_the_specialised_attention_compiles_to_sound_code() -> None:
@@ -271,7 +294,9 @@ def test_the_specialised_attention_compiles_to_sound_code() -> None:
     }
     constants = {"H": HEADS, "D": 80, "D0": kernel.MAIN, "D1": kernel.TAIL, "BN": kernel.K_ROWS}
     constants |= {"STAGES": kernel.NUM_STAGES, "ROWS": kernel.Q_ROWS // 2}
-    compiled = compile_for_hopper(kernel._frame_attention, signature, constants, num_warps=4)
+    compiled = compile_for_hopper(
+        kernel._frame_attention, signature, constants, num_warps=4, launch_pdl=True
+    )
     print(compiled)
     assert (compiled.corrupt_descriptors, compiled.spill_bytes) == (0, 0)
     assert not compiled.serialised_wgmma
@@ -378,6 +403,7 @@ def test_a_corrupt_descriptor_is_found_and_sound_ones_are_not() -> None:
     [
         (attention._rotate_keys, {"n_rows"}),
         (attention_hopper._frame_attention, {"n_tiles"}),
+        (attention_hopper._window_attention, set()),
         (linear._gemm, {"M"}),
         (linear._row_squares, {"n_rows"}),
         (linear_hopper._product, {"M", "n_row_tiles"}),

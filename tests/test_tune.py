@@ -50,7 +50,7 @@ def test_the_list_names_candidates_and_present_rows_without_a_gpu() -> None:
 
 def test_a_sweep_without_a_gpu_says_so() -> None:
     done = subprocess.run(
-        [sys.executable, TUNE, "--only", "window"],
+        [sys.executable, TUNE, "--only", "window-triton"],
         capture_output=True, text=True, check=False, env={"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 1

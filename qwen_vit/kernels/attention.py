@@ -361,13 +361,14 @@ def attention(
     k_rotated = qkv
     if rotate_keys_first:
         k_rotated = rotated_keys(qkv, rotary, adjacent_pairs=adjacent_pairs)
-        is_for_hopper = IS_KNOWN_GLUON and tiles is None
-        if is_for_hopper and attention_hopper.serves(qkv, is_axial, adjacent_pairs):
-            attention_hopper.frame_attention(
-                qkv, k_rotated, rotary.cos, rotary.sin, index, segments.tiles, out,
-                D**-0.5 * LOG2_E,
-            )  # fmt: skip
-            return out
+    is_for_hopper = IS_KNOWN_GLUON and tiles is None and not on_cpu
+    if is_for_hopper and attention_hopper.serves(qkv, is_axial, adjacent_pairs):
+        tables = rotary.cos, rotary.sin, index, segments.tiles
+        if regime == "window":
+            attention_hopper.window_attention(qkv, *tables, out, D**-0.5 * LOG2_E)
+        else:
+            attention_hopper.frame_attention(qkv, k_rotated, *tables, out, D**-0.5 * LOG2_E)
+        return out
     _launch(_rope_varlen_attention, qkv.device)(
         (segments.tiles.shape[0] * H,),
         qkv, k_rotated, rotary.cos, rotary.sin, index,
