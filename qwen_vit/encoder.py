@@ -121,8 +121,8 @@ class VisionEncoder:
         in Triton's interpreter: right, and slow. `dtype="auto"` is bfloat16 on a GPU and float32
         on a CPU; float32 on a GPU is IEEE, never TF32. `min_pixels` and `max_pixels` bound
         height x width after resizing and replace the checkpoint's own. `cuda_graphs=False` launches
-        every kernel by itself: slower for small batches, the same bits. Graphs serve `encode` with
-        merged output; `encode_patches` and `output="patch"` launch every kernel by themselves.
+        every kernel by itself: slower for small batches, the same bits. Graphs serve merged output;
+        `output="patch"` launches every kernel by itself.
 
         Raises HubError, CheckpointError or ArgumentError, each with what to do.
         """
@@ -401,9 +401,8 @@ class VisionEncoder:
     def _run(self, patches: Tensor, grids: tuple[Grid, ...], output: Output) -> Tensor:
         if self.device.type == "cuda" and patches.device.type == "cpu":
             patches = patches.pin_memory()  # itself, where it is pinned already
-        is_for_graphs = patches.dtype == torch.uint8 and output == "merged"
         is_whole_units = LEAST_STEP % self.config.merge_unit == 0
-        by_graph = self.graphs is not None and is_for_graphs and is_whole_units
+        by_graph = self.graphs is not None and output == "merged" and is_whole_units
         budget = budget_for(len(patches)) if by_graph else None
         layout = _layout(grids, self.config, self.device, self.dtype, budget)
         if self.graphs is not None and budget is not None:

@@ -46,7 +46,7 @@ def budget_for(n_patches: int) -> int | None:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Recorded:
     graph: torch.cuda.CUDAGraph
-    pixels: Tensor  # (rows, P / 2) uint8
+    patches: Tensor  # (rows, P / 2) uint8 or (rows, P): the first rows of what all graphs read
     indices: Tensor  # every integer of the layout, one after the other
     angles: Any  # the rotary tables that the graph reads, kept while it may
     merged: Tensor  # (rows / merge unit, O)
@@ -58,15 +58,17 @@ class GraphRunner:
     def __init__(self, tower: VisionTower, device: torch.device) -> None:
         self._tower = tower
         self._device = device
-        self._recorded: dict[int, _Recorded] = {}
+        self._recorded: dict[tuple[int, torch.dtype], _Recorded] = {}
+        # every graph reads the first rows of one buffer: one replay runs at a time
+        self._patches: dict[torch.dtype, Tensor] = {}
         self._pool: Any = None  # torch's handle of it
         # one stream for every recording: the pool's memory is shared within a stream only
         self._stream = torch.cuda.Stream(device)
         self._done = torch.cuda.Event()  # after a replay and the copy of what it gave
         self._lock = threading.Lock()
 
-    def run(self, pixels: Tensor, layout: Layout) -> Tensor | None:
-        """The merged tokens (M, O) of uint8 `pixels` (N, P / 2), or None if no graph fits.
+    def run(self, patches: Tensor, layout: Layout) -> Tensor | None:
+        """The merged tokens (M, O) of `patches` as the tower takes them, or None if no graph fits.
 
         `layout` lies on the host and was filled up to `budget_for(N)` rows. Nothing waits for the
         GPU; the first call of a budget records its graph.
@@ -78,19 +80,20 @@ class GraphRunner:
         with self._lock, torch.cuda.device(self._device), torch.no_grad():
             current = torch.cuda.current_stream()
             current.wait_event(self._done)  # the lock orders threads, this orders their streams
-            recorded = self._recorded.get(layout.n_rows)
+            kind = layout.n_rows, patches.dtype
+            recorded = self._recorded.get(kind)
             if recorded is None:
                 with torch.inference_mode(False), torch.no_grad():  # what is kept, outlives it
-                    recorded, merged = self._record(static, indices, pixels)
+                    recorded, merged = self._record(static, indices, patches)
                 if recorded is None:
                     logger.warning(
                         "out of memory on %s: no graph of %d patches", self._device, layout.n_rows
                     )
                     torch.cuda.empty_cache()  # which nobody can while one is recorded
                 else:
-                    self._recorded[layout.n_rows] = recorded
+                    self._recorded[kind] = recorded
             else:
-                recorded.pixels[: len(pixels)].copy_(pixels, non_blocking=True)
+                recorded.patches[: len(patches)].copy_(patches, non_blocking=True)
                 recorded.indices.copy_(indices, non_blocking=True)
                 recorded.graph.replay()
                 merged = recorded.merged
@@ -100,17 +103,18 @@ class GraphRunner:
             return merged
 
     def _record(
-        self, static: Layout, indices: Tensor, pixels: Tensor
+        self, static: Layout, indices: Tensor, patches: Tensor
     ) -> tuple[_Recorded | None, Tensor]:
         """A graph, and the tower's answer without it: which compiles what is not compiled yet.
 
         While the GPU works at that answer, the host records; no graph, if that takes more memory
         than there is.
         """
-        filled = torch.zeros(
-            (static.n_rows, pixels.shape[1]), dtype=torch.uint8, device=self._device
-        )
-        filled[: len(pixels)].copy_(pixels, non_blocking=True)
+        if patches.dtype not in self._patches:
+            shape = (LARGEST_BUDGET, patches.shape[1])
+            self._patches[patches.dtype] = patches.new_zeros(shape, device=self._device)
+        filled = self._patches[patches.dtype][: static.n_rows]
+        filled[: len(patches)].copy_(patches, non_blocking=True)
         on_device = indices.to(self._device, copy=True, non_blocking=True)
         layout = static.viewing(on_device)
         current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()

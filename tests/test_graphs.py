@@ -201,7 +201,7 @@ def test_a_recording_that_runs_out_of_memory_costs_the_graph_alone(no_gpu: list[
         answer = runner.run(pixels, layout)
         assert answer is not None
         assert torch.equal(answer, pixels[:64, :3].float())
-        assert list(runner._recorded) == ([256] if is_recorded else [])
+        assert list(runner._recorded) == ([(256, torch.uint8)] if is_recorded else [])
     recording = ["capture_begin", "capture_end", "wait_stream"]
     assert no_gpu == [*recording, "empty_cache", *recording]
 
@@ -337,6 +337,33 @@ def test_graphs_serve_encode_and_leave_the_patch_output_alone() -> None:
             assert ours.embeds is not None
             assert other.embeds is not None
             assert torch.equal(ours.embeds, other.embeds)
+
+
+@gpu
+def test_graphs_serve_rows_that_another_processor_prepared() -> None:
+    by_graph, eager = encoders()
+    generator = random.Random(2)
+    for seed in range(20):
+        grids = random_mix(generator, generator.choice((50, 500, 2000)))
+        rows = torch.randn(n_patches(grids), 1176, generator=torch.manual_seed(seed))
+        grid_thw = torch.tensor(grids)
+        ours = by_graph.encode_patches(rows, grid_thw)
+        assert torch.equal(ours, eager.encode_patches(rows, grid_thw)), grids
+        assert torch.equal(ours, by_graph.encode_patches(rows.cuda(), grid_thw)), grids
+    assert by_graph.graphs is not None
+    assert torch.float32 in {dtype for _, dtype in by_graph.graphs._recorded}
+
+
+@gpu
+def test_what_the_spare_rows_of_a_graph_hold_reaches_no_image() -> None:
+    """They are what an earlier call left there."""
+    by_graph, eager = encoders()
+    grids = torch.tensor([[1, 16, 18]])
+    rows = torch.randn(288, 1176)
+    expected = eager.encode_patches(rows, grids)
+    poison = torch.full((480, 1176), float("nan"))
+    by_graph.encode_patches(poison, torch.tensor([[1, 20, 24]]))
+    assert torch.equal(by_graph.encode_patches(rows, grids), expected)
 
 
 @gpu
