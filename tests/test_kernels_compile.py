@@ -268,9 +268,7 @@ def test_the_attention_in_windows_on_hopper_compiles_to_sound_code() -> None:
         "scale_log2e": "fp32",
     }
     constants = {"H": HEADS, "D": 80, "D0": kernel.MAIN, "D1": kernel.TAIL, "ROWS": kernel.W_ROWS}
-    compiled = compile_for_hopper(
-        kernel._window_attention, signature, constants, num_warps=4, launch_pdl=True
-    )
+    compiled = compile_for_hopper(kernel._window_attention, signature, constants, num_warps=4)
     print(compiled)
     assert (compiled.corrupt_descriptors, compiled.spill_bytes) == (0, 0)
     assert not compiled.serialised_wgmma
@@ -294,9 +292,7 @@ def test_the_specialised_attention_compiles_to_sound_code() -> None:
     }
     constants = {"H": HEADS, "D": 80, "D0": kernel.MAIN, "D1": kernel.TAIL, "BN": kernel.K_ROWS}
     constants |= {"STAGES": kernel.NUM_STAGES, "ROWS": kernel.Q_ROWS // 2}
-    compiled = compile_for_hopper(
-        kernel._frame_attention, signature, constants, num_warps=4, launch_pdl=True
-    )
+    compiled = compile_for_hopper(kernel._frame_attention, signature, constants, num_warps=4)
     print(compiled)
     assert (compiled.corrupt_descriptors, compiled.spill_bytes) == (0, 0)
     assert not compiled.serialised_wgmma

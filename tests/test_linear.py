@@ -391,6 +391,9 @@ def test_the_product_of_pixels_on_a_gpu_takes_fp16_and_gives_bf16() -> None:
     assert relative_error(ours, linear_oracle(x, weight, bias, **options)) < 2e-3
 
 
+SHARED_BYTES = 229_376  # of a program on Hopper, but for what barriers and exchanges take
+
+
 @gpu
 @pytest.mark.parametrize("M", [1000, 6400])  # one tile for each multiprocessor, and several
 @pytest.mark.parametrize("name", PUBLISHED_PRODUCTS)
@@ -405,8 +408,10 @@ def test_all_tiles_agree_bit_for_bit(name: str, M: int, monkeypatch: pytest.Monk
     results = []
     for rows in linear_hopper.TILES.values():
         for _, tile in rows:
-            if (tile.num_stages == 3) == (product.epilogue == "swiglu") and tile.columns == 256:
-                continue  # a stage too many or too few for what it stores
+            stages = tile.num_stages * (tile.rows + tile.columns) * linear_hopper.BK * 2
+            stored = tile.rows * tile.columns * (1 if product.epilogue == "swiglu" else 2)
+            if stages + stored > SHARED_BYTES:
+                continue  # made for a result of half the width
             everywhere = dict.fromkeys(linear_hopper.TILES, ((0, tile),))
             monkeypatch.setattr(linear_hopper, "TILES", everywhere)
             results.append(product.run())

@@ -119,7 +119,7 @@ def test_what_was_swept_becomes_rows_to_paste(
 
 @gpu
 def test_a_small_sweep_on_a_gpu_times_every_sound_candidate() -> None:
-    document = json.loads(run("--only", "window", "--rows", "256", "--json"))
+    document = json.loads(run("--only", "window-triton", "--rows", "256", "--json"))
     [window] = document["kernels"]
     [row] = window["rows"]
     assert row["same_bits"] in (True, False)
