@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 TOOL = Path(__file__).parent.parent / "tools" / "sanitize"
 WATCHES = """#!/usr/bin/env bash
@@ -73,3 +74,16 @@ def test_a_sanitizer_that_refuses_or_is_not_there_is_no_success(
 def test_layouts_that_the_time_did_not_allow_are_missing(watched: Any, tmp_path: Path) -> None:
     row = watched("initcheck", sanitizer(tmp_path, CLEAN), 2, 0, "cpu", None)
     assert row["problems"] == ["0 of 2 layouts in time"]
+
+
+def test_initcheck_meets_zeros_where_the_tma_writes_and_nowhere_else() -> None:
+    """It counted 814,916 reads of a product's result as of memory that nobody wrote."""
+    from qwen_vit.kernels import attention, linear
+
+    with runpy.run_path(str(TOOL))["zeros_under_tma_stores"]():
+        assert torch.equal(
+            linear.torch.empty((2, 3), dtype=torch.bfloat16), torch.zeros(2, 3).bfloat16()
+        )
+        assert linear.torch.float32 is torch.float32
+        assert attention.torch is torch
+    assert linear.torch is torch
