@@ -26,6 +26,7 @@ class Compiled:
     wgmma_shapes: frozenset[str]
     shared_bytes: int
     corrupt_descriptors: int
+    unfenced_reads: int
 
     def programs_that_fit(self, num_warps: int) -> int:
         """How many run on one multiprocessor at a time: by registers, shared memory and warps."""
@@ -93,7 +94,37 @@ def _assemble(ptx: str) -> dict[str, Any]:
         "spill_bytes": sum(map(int, spills)),
         "serialised_wgmma": "C7515" in report or "serializ" in report,
         "corrupt_descriptors": count_corrupt_descriptors(sass),
+        "unfenced_reads": count_unfenced_reads(sass),
     }
+
+
+def count_unfenced_reads(sass: str) -> int:
+    """Matrix instructions and bulk stores where a store to shared memory may not have arrived.
+
+    They read through another path than the store took: the thread that stored must have fenced,
+    and only then may all have met at a barrier. Counted in the order of the code, for stores of 16
+    bytes, whatever their address.
+    """
+    order = re.compile(
+        r"\*/ +(?:@!?U?P\w+ +)?"
+        r"(STS\.128|STSM[.\w]*\.4|FENCE\.VIEW\.ASYNC|BAR\.SYNC|HGMMA|UTMASTG|EXIT)\b"
+    )
+    state, unfenced = "shown", 0
+    for line in sass.splitlines():
+        if (found := order.search(line)) is None:
+            continue
+        what = found[1]
+        if what.startswith("STS"):
+            state = "stored"
+        elif what.startswith("FENCE"):
+            state = "fenced" if state == "stored" else state
+        elif what.startswith("BAR"):
+            state = "shown" if state == "fenced" else state
+        elif what == "EXIT":
+            state = "shown"
+        elif state != "shown":
+            unfenced += 1
+    return unfenced
 
 
 def count_corrupt_descriptors(sass: str) -> int:

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import triton
-from sm90 import REGISTERS, Compiled, compile_for_hopper, count_corrupt_descriptors, tma_block
+from sm90 import (
+    REGISTERS,
+    Compiled,
+    compile_for_hopper,
+    count_corrupt_descriptors,
+    count_unfenced_reads,
+    tma_block,
+)
 
 from qwen_vit.kernels import attention, attention_hopper, linear, linear_hopper, pixels
 
@@ -243,6 +250,7 @@ def test_a_specialised_product_compiles_to_sound_code(
     )
     print(compiled)
     assert (compiled.corrupt_descriptors, compiled.spill_bytes) == (0, 0)
+    assert compiled.unfenced_reads == 0
     assert not compiled.serialised_wgmma
     assert compiled.wgmma_shapes == {f"m64n{tile.columns}k16"}
     assert compiled.shared_bytes <= SHARED_MEMORY
@@ -271,6 +279,7 @@ def test_the_attention_in_windows_on_hopper_compiles_to_sound_code() -> None:
     compiled = compile_for_hopper(kernel._window_attention, signature, constants, num_warps=4)
     print(compiled)
     assert (compiled.corrupt_descriptors, compiled.spill_bytes) == (0, 0)
+    assert compiled.unfenced_reads == 0
     assert not compiled.serialised_wgmma
     assert compiled.wgmma_shapes == {"m64n64k16", "m64n16k16"}
     assert compiled.programs_that_fit(4) >= 5
@@ -295,6 +304,7 @@ def test_the_specialised_attention_compiles_to_sound_code() -> None:
     compiled = compile_for_hopper(kernel._frame_attention, signature, constants, num_warps=4)
     print(compiled)
     assert (compiled.corrupt_descriptors, compiled.spill_bytes) == (0, 0)
+    assert compiled.unfenced_reads == 0
     assert not compiled.serialised_wgmma
     # Q K^T, then P V in its two parts: no multiplication is spent on padding
     assert compiled.wgmma_shapes == {"m64n128k16", "m64n64k16", "m64n16k16"}
@@ -334,7 +344,7 @@ def test_every_row_of_every_table_is_compiled() -> None:
 
 def test_programs_that_fit_are_bound_by_the_scarcest() -> None:
     """H100's tuning guide: 64 K registers, 228 KB of shared memory, 64 warps."""
-    compiled = Compiled(64, 0, False, frozenset(), 1000, 0)
+    compiled = Compiled(64, 0, False, frozenset(), 1000, 0, 0)
     assert compiled.programs_that_fit(4) == 8  # 8 x 128 threads x 64 registers
     assert replace(compiled, registers=16).programs_that_fit(4) == 16
     assert replace(compiled, shared_bytes=100_000).programs_that_fit(4) == 2
@@ -384,6 +394,22 @@ ANOTHER_CARRY = """
         /*0460*/                   UIADD3 UR24, UP0, UR4, 0x80, URZ ;
         /*0470*/                   UIADD3.X UR25, UR4, 0x40000040, URZ, UP1, !UPT ;
 """
+
+
+STORED_THEN_READ = """
+        /*0010*/                   STS.128 [R3+UR8], R44 ;
+        /*0020*/                   {} ;
+        /*0030*/                   {} ;
+        /*0040*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR28], RZ, !UPT ;
+"""
+FENCE, BARRIER = "FENCE.VIEW.ASYNC.S", "BAR.SYNC.DEFER_BLOCKING 0x0"
+
+
+def test_a_matrix_instruction_after_a_store_wants_a_fence_and_then_a_barrier() -> None:
+    """The other way round, a batch of 573,440 patches differed from its halves in a few rows."""
+    assert count_unfenced_reads(STORED_THEN_READ.format(FENCE, BARRIER)) == 0
+    assert count_unfenced_reads(STORED_THEN_READ.format(BARRIER, FENCE)) == 1
+    assert count_unfenced_reads(STORED_THEN_READ.format(BARRIER, BARRIER)) == 1
 
 
 def test_a_corrupt_descriptor_is_found_and_sound_ones_are_not() -> None:

@@ -17,14 +17,13 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from qwen_vit.kernels.hopper import descriptor, is_hopper
+from qwen_vit.kernels.hopper import descriptor, is_hopper, show_to_tensor_cores
 
 __all__ = ["Q_ROWS", "W_ROWS", "frame_attention", "serves", "window_attention"]
 
@@ -181,7 +180,7 @@ def _attend(
                 3 * H * D, ROWS,
             )
         )  # fmt: skip
-        fence_async_shared()
+        show_to_tensor_cores()
         o_k = gl.arange(0, BN, layout=gl.SliceLayout(0, S))
         zeros = gl.zeros([ROWS, BN], gl.float32, S)
         acc0 = gl.zeros([ROWS, D0], gl.float32, O0)
@@ -245,7 +244,7 @@ def _attend(
             # both warpgroups write the same values, so neither need wait for the other
             _clear_rows(v0, n_last, D0, BN)
             _clear_rows(v1, n_last, D1, BN)
-            fence_async_shared()
+            show_to_tensor_cores()
         p0 = gl.convert_layout(p, P0)
         p1 = gl.convert_layout(p, P1)
         acc0 = warpgroup_mma(p0, v0, acc0, is_async=True)
@@ -360,7 +359,7 @@ def _window_attention(
         mbarrier.wait(ready.index(1), 0)
         k0.store(_rotated(k0.load(DIMS0), c0, s0, D0, ROWS).to(dtype))
         k1.store(_rotated(k1.load(DIMS1), c1, s1, D1, ROWS).to(dtype))
-        fence_async_shared()
+        show_to_tensor_cores()
 
         zeros = gl.zeros([ROWS, ROWS], gl.float32, S)
         s = warpgroup_mma(q0, k0.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -376,7 +375,7 @@ def _window_attention(
         if n_rows < ROWS:
             _clear_rows(v0, n_rows, D0, ROWS)
             _clear_rows(v1, n_rows, D1, ROWS)
-            fence_async_shared()
+            show_to_tensor_cores()
         p0 = gl.convert_layout(p, gl.DotOperandLayout(0, O0, 2))
         p1 = gl.convert_layout(p, gl.DotOperandLayout(0, O1, 2))
         acc0 = gl.zeros([ROWS, D0], gl.float32, O0)

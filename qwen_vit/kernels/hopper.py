@@ -3,10 +3,13 @@
 from functools import cache
 
 import torch
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language import debug_barrier
 
-__all__ = ["descriptor", "is_hopper", "multiprocessors"]
+__all__ = ["descriptor", "is_hopper", "multiprocessors", "show_to_tensor_cores"]
 
 
 @cache
@@ -24,3 +27,14 @@ def descriptor(rows: torch.Tensor, block: list[int]) -> TensorDescriptor:
     """A bfloat16 matrix, fetched and stored in blocks by the tensor memory accelerator."""
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
     return TensorDescriptor.from_tensor(rows, block, layout)
+
+
+@gluon.jit
+def show_to_tensor_cores():
+    """What these threads have stored in shared memory is what matrix instructions read from now on.
+
+    Each thread fences its own stores, and only then do all wait for each other. The barriers that
+    the compiler adds by itself may come before the fence, where they promise nothing.
+    """
+    fence_async_shared()
+    debug_barrier()
