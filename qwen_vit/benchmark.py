@@ -114,7 +114,9 @@ def product_rate(device: torch.device) -> float:
 def beside_product(
     run: Callable[[], Any], device: torch.device, seconds: float = 2.0
 ) -> tuple[float, float]:
-    """(the median GPU milliseconds of `run`, the product's rate), in turns of the same length."""
+    """(the median GPU milliseconds of `run`, the product's rate), in turns of about
+    the same length, one product at the least.
+    """
     product = _product(device)
     run_once, product_once = (median_ms(each, 1, 1) for each in (run, product))
     products = max(1, round(run_once / product_once))

@@ -314,7 +314,7 @@ def bench(model: str, workloads: tuple[str, ...], as_json: bool, **loading: Any)
     qwen-vit bench --model Qwen/Qwen2.5-VL-7B-Instruct
     qwen-vit bench --model tiny --workload "1 x 448^2" --json
 
-    The floor is all operations at the rate of a large matrix product in the same run.
+    The floor is all operations at the rate of a large matrix product in turns with it.
     """
     check_device(loading["device"])
     encoder = VisionEncoder.from_pretrained(model, **loading)

@@ -1,4 +1,4 @@
-"""CUDA graphs per token budget: one replay instead of some 230 launches.
+"""CUDA graphs per token budget: one replay instead of some 170 launches.
 
 A graph is recorded for a number of rows, not for a shape of image. Its indices live in one buffer
 that every call fills before the replay, its spare rows attend among themselves, and its spare tiles
@@ -80,6 +80,8 @@ class GraphRunner:
         with self._lock, torch.cuda.device(self._device), torch.no_grad():
             current = torch.cuda.current_stream()
             current.wait_event(self._done)  # the lock orders threads, this orders their streams
+            if not self._has_room_for(patches):
+                return None
             kind = layout.n_rows, patches.dtype
             recorded = self._recorded.get(kind)
             if recorded is None:
@@ -102,6 +104,17 @@ class GraphRunner:
             self._done.record()
             return merged
 
+    def _has_room_for(self, patches: Tensor) -> bool:
+        """Whether the buffer that all graphs of a dtype read is there, or could be made."""
+        if patches.dtype not in self._patches:
+            shape = (LARGEST_BUDGET, patches.shape[1])
+            try:
+                self._patches[patches.dtype] = patches.new_zeros(shape, device=self._device)
+            except torch.cuda.OutOfMemoryError:
+                logger.warning("out of memory on %s: no graphs of %s", self._device, patches.dtype)
+                return False
+        return True
+
     def _record(
         self, static: Layout, indices: Tensor, patches: Tensor
     ) -> tuple[_Recorded | None, Tensor]:
@@ -110,9 +123,6 @@ class GraphRunner:
         While the GPU works at that answer, the host records; no graph, if that takes more memory
         than there is.
         """
-        if patches.dtype not in self._patches:
-            shape = (LARGEST_BUDGET, patches.shape[1])
-            self._patches[patches.dtype] = patches.new_zeros(shape, device=self._device)
         filled = self._patches[patches.dtype][: static.n_rows]
         filled[: len(patches)].copy_(patches, non_blocking=True)
         on_device = indices.to(self._device, copy=True, non_blocking=True)
@@ -125,6 +135,7 @@ class GraphRunner:
                 merged = self._capture(graph, filled, layout)
         finally:  # after an error, too: others get this memory then, and the GPU may still read it
             current.wait_stream(self._stream)
+            self._done.record()  # the next call writes the patches that this one may still read
         answer.record_stream(current)
         if merged is None:
             return None, answer

@@ -34,7 +34,7 @@ def show_to_tensor_cores():
     """What these threads have stored in shared memory is what matrix instructions read from now on.
 
     Each thread fences its own stores, and only then do all wait for each other. The barriers that
-    the compiler adds by itself may come before the fence, where they promise nothing.
+    the compiler adds by itself may come before the fence.
     """
     fence_async_shared()
     debug_barrier()

@@ -31,7 +31,7 @@ __all__ = ["SQUARES_COLUMNS", "product", "serves"]
 
 SQUARES_COLUMNS = 128  # sums of squares are kept by chunk of this many columns, whatever the tile
 BK = 64  # columns of x and of the weight that a stage holds: one swizzled line of 128 bytes
-FIRST_STEPS = 4  # of a tile, while which the last tile's result is still on its way out
+FIRST_STEPS = 4  # of a tile with a residual, while which the last result is still on its way out
 GROUPED_ROW_TILES = 8  # tiles of this many row blocks run together and share weights in L2
 
 
