@@ -477,6 +477,51 @@ def test_the_tile_table_made_on_a_gpu_equals_the_hosts(name: str) -> None:
         assert_device_table_equals_hosts(GPU_LENGTHS[name], rows, CUDA)
 
 
+def on_gpu(tables: RotaryTable, rows: slice = slice(None)) -> RotaryTable:
+    assert tables.index is not None
+    return RotaryTable(tables.cos.to(CUDA), tables.sin.to(CUDA), tables.index[rows].to(CUDA))
+
+
+@gpu
+@pytest.mark.parametrize(("regime", "lengths"), [("window", [12, 64, 36]), ("frame", [60, 700, 9])])
+@pytest.mark.parametrize("poisoned", [0, 1, 2])
+def test_a_neighbour_of_nan_reaches_no_other_segment_of_the_tower(
+    regime: str, lengths: list[int], poisoned: int
+) -> None:
+    """Tiles reach beyond their segment, and 0 * NaN is NaN. With axial tables, as in the tower."""
+    qkv = torch.randn(sum(lengths), 3, 16, 80, device=CUDA, dtype=torch.bfloat16)
+    tables, _, _ = axial_tables(len(qkv), 80)
+    edges = [0, *itertools.accumulate(lengths)]
+    qkv[edges[poisoned] : edges[poisoned + 1]] = float("nan")
+    cut = kernels.tiling(CUDA, qkv.dtype, regime)
+    batch = attention(
+        qkv, on_gpu(tables), segments_of(lengths, cut, CUDA), regime=regime, adjacent_pairs=True
+    )
+    for i, length in enumerate(lengths):
+        if i == poisoned:
+            continue
+        rows = slice(edges[i], edges[i + 1])
+        alone = attention(
+            qkv[rows].clone(), on_gpu(tables, rows), segments_of([length], cut, CUDA),
+            regime=regime, adjacent_pairs=True,
+        )  # fmt: skip
+        assert torch.equal(batch[rows], alone)
+        assert alone.isfinite().all()
+
+
+@gpu
+def test_both_kernels_of_the_window_regime_give_the_same_bits() -> None:
+    lengths = GPU_LENGTHS["many-windows"]
+    qkv = torch.randn(sum(lengths), 3, 16, 80, device=CUDA, dtype=torch.bfloat16)
+    rotary = on_gpu(axial_tables(len(qkv), 80)[0])
+    segments = segments_of(lengths, kernels.tiling(CUDA, qkv.dtype, "window"), CUDA)
+    own, triton = (
+        attention(qkv, rotary, segments, regime="window", adjacent_pairs=True, tiles=tiles)
+        for tiles in (None, kernels.TILES["window", 16])
+    )
+    assert torch.equal(own, triton)
+
+
 @gpu
 @pytest.mark.parametrize("regime", ["window", "frame"])
 def test_rows_beyond_the_reach_of_int32_offsets_are_right(regime: str) -> None:
@@ -486,15 +531,14 @@ def test_rows_beyond_the_reach_of_int32_offsets_are_right(regime: str) -> None:
     n = sum(lengths)
     qkv = torch.randn(n, 3, 16, 80, device=CUDA, dtype=torch.bfloat16)
     assert qkv.numel() > 2**31
-    angles = torch.rand(n, 40, device=CUDA)
-    cos, sin = angles.cos(), angles.sin()
+    tables, _, _ = axial_tables(n, 80)  # as in the tower: Hopper's own kernels take no others
+    rotary = on_gpu(tables)
     segments = segments_of(lengths, kernels.tiling(CUDA, qkv.dtype, regime), CUDA)
-    rotary = RotaryTable(cos, sin)
     batch = attention(qkv, rotary, segments, regime=regime, adjacent_pairs=True)
     last = slice(n - lengths[-1], n)
     alone = attention(
         qkv[last].clone(),
-        RotaryTable(cos[last].clone(), sin[last].clone()),
+        on_gpu(tables, last),
         segments_of(lengths[-1:], kernels.tiling(CUDA, qkv.dtype, regime), CUDA),
         regime=regime,
         adjacent_pairs=True,
