@@ -27,6 +27,7 @@ class Compiled:
     shared_bytes: int
     corrupt_descriptors: int
     unfenced_reads: int
+    barriers_left: int
 
     def programs_that_fit(self, num_warps: int) -> int:
         """How many run on one multiprocessor at a time: by registers, shared memory and warps."""
@@ -95,7 +96,34 @@ def _assemble(ptx: str) -> dict[str, Any]:
         "serialised_wgmma": "C7515" in report or "serializ" in report,
         "corrupt_descriptors": count_corrupt_descriptors(sass),
         "unfenced_reads": count_unfenced_reads(sass),
+        "barriers_left": count_barriers_left(ptx),
     }
+
+
+def count_barriers_left(ptx: str) -> int:
+    """Barriers that are made and whose array is not ended: their memory may be another's meanwhile.
+
+    A product once kept its bias where two barriers had been that it never used. When another
+    process had its turn on the GPU, the hardware wrote those back: a few columns became NaN.
+    """
+    step = re.compile(
+        r"add\.s32\s+(?P<sum>%r\d+), %r\d+, (?P<bytes>\d+);"
+        r"|mbarrier\.(?P<what>init|inval)\.shared(?:::cta)?\.b64 \[(?P<at>%r\d+)\]"
+    )
+    offset: dict[str, int] = {}  # of a register: from where shared memory begins
+    made, kept = set[int](), set[int]()
+    for found in step.finditer(ptx):
+        if found["sum"]:
+            offset[found["sum"]] = int(found["bytes"])
+        else:
+            (made if found["what"] == "init" else kept).add(offset.get(found["at"], 0))
+    left = 0
+    for place in sorted(made - kept):
+        if place - 8 in kept:  # an array's next
+            kept.add(place)
+        else:
+            left += 1
+    return left
 
 
 def count_unfenced_reads(sass: str) -> int:

@@ -80,7 +80,7 @@ def test_limits_lie_between_sizes_and_small_gains_change_nothing(tune: dict[str,
     }
     assert tune["proposed"](kernel, measured, 0.02) == {0: SQUARE, 2048: WIDE}
     assert tune["proposed"](kernel, measured, 0.0) == {0: TALL, 2048: WIDE}
-    merger = tune["KERNELS"]["merger-2"]  # a row for 4 patches
+    merger = tune["KERNELS"]["merger-1"]  # SQUARE at these sizes; a row for 4 patches
     assert tune["proposed"](merger, measured, 0.02) == {0: SQUARE, 512: WIDE}
 
 

@@ -9,6 +9,9 @@ warpgroups attends for 64 query rows, Q being rotated in registers while it load
 multiplies Q with the next tile's keys before it needs them, and the two take turns: one's softmax
 runs while the tensor cores work for the other.
 
+Both are launched before the kernel ahead has ended (programmatic dependent launch), and wait for it
+before they read what it writes.
+
 Written in Gluon, Triton's lower level, because that overlap cannot be said in Triton. It serves
 head dim 80, which every published tower has, in bf16; anything else takes the Triton kernel.
 """
@@ -22,8 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwen_vit.kernels.hopper import descriptor, is_hopper, show_to_tensor_cores
+from qwen_vit.kernels.hopper import descriptor, is_hopper, keep_until_here, show_to_tensor_cores
 
 __all__ = ["Q_ROWS", "W_ROWS", "frame_attention", "serves", "window_attention"]
 
@@ -57,6 +61,7 @@ def _fetch(
     i_head, _, _, k_begin, k_end = _tile_of_program(tiles, n_tiles)
     k_column = i_head * D
     v_column = (2 * H + i_head) * D
+    gdc_wait()
     for i in range(gl.cdiv(k_end - k_begin, BN)):
         stage = i % STAGES
         phase = (i // STAGES & 1) ^ 1
@@ -165,6 +170,8 @@ def _attend(
     row_begin = (q_begin + I_GROUP * ROWS).to(gl.int64)
     n_rows = q_end - q_begin - I_GROUP * ROWS
     n_key_tiles = gl.cdiv(k_end - k_begin, BN)
+    gdc_wait()
+    gdc_launch_dependents()
     if n_key_tiles > 0:
         q0 = q0_tiles.index(I_GROUP)
         q1 = q1_tiles.index(I_GROUP)
@@ -303,6 +310,7 @@ def _frame_attention(
                    rings, barriers, H, D, D0, D1, BN, STAGES, ROWS, 1)),
         (_fetch, (tiles, n_tiles, operands, rings, barriers, H, D, D0, BN, STAGES)),
     ], [4, 1], [232, 40])  # fmt: skip
+    keep_until_here(barriers)
 
 
 @gluon.jit
@@ -342,6 +350,11 @@ def _window_attention(
     n_rows = gl.load(p_tile + 1) - q_begin
     row_begin = q_begin.to(gl.int64)
     if n_rows > 0:  # else a spare tile
+        # Only Q, K and V are of the kernel that runs before; tiles and angles are older.
+        c0, s0 = _angles(cos, sin, axis_index, row_begin, n_rows, 0, D0, D, ROWS)
+        c1, s1 = _angles(cos, sin, axis_index, row_begin, n_rows, D0, D1, D, ROWS)
+        gdc_wait()
+        gdc_launch_dependents()
         for i in gl.static_range(3):
             mbarrier.expect(ready.index(i), ROWS * D * 2)
             column = (i * H + i_head) * D
@@ -349,8 +362,6 @@ def _window_attention(
             tma.async_copy_global_to_shared(
                 rows1, [q_begin, column + D0], ready.index(i), tail.index(i)
             )
-        c0, s0 = _angles(cos, sin, axis_index, row_begin, n_rows, 0, D0, D, ROWS)
-        c1, s1 = _angles(cos, sin, axis_index, row_begin, n_rows, D0, D1, D, ROWS)
         q0, k0, v0 = main.index(0), main.index(1), main.index(2)
         q1, k1, v1 = tail.index(0), tail.index(1), tail.index(2)
         mbarrier.wait(ready.index(0), 0)
@@ -390,6 +401,7 @@ def _window_attention(
         p_out = out + row_begin * (H * D) + i_head * D
         _store_rows(p_out, q0.load(DIMS0), n_rows, D0, H * D, ROWS)
         _store_rows(p_out + D0, q1.load(DIMS1), n_rows, D1, H * D, ROWS)
+    keep_until_here((ready,))
 
 
 def serves(qkv: torch.Tensor, is_axial: bool, adjacent_pairs: bool) -> bool:
@@ -426,7 +438,7 @@ def frame_attention(
             tiles, len(tiles), qkv, cos, sin, axis_index, descriptor(keys, [k_rows, MAIN]),
             descriptor(keys, [k_rows, TAIL]), descriptor(values, [k_rows, MAIN]),
             descriptor(values, [k_rows, TAIL]), out, scale_log2e, H=H, D=D, D0=MAIN, D1=TAIL,
-            BN=k_rows, STAGES=num_stages, ROWS=Q_ROWS // 2, num_warps=4,
+            BN=k_rows, STAGES=num_stages, ROWS=Q_ROWS // 2, num_warps=4, launch_pdl=True,
         )  # fmt: skip
 
 
@@ -446,4 +458,5 @@ def window_attention(
         _window_attention[(len(tiles) * H,)](
             tiles, descriptor(rows, [W_ROWS, MAIN]), descriptor(rows, [W_ROWS, TAIL]), cos, sin,
             axis_index, out, scale_log2e, H=H, D=D, D0=MAIN, D1=TAIL, ROWS=W_ROWS, num_warps=4,
+            launch_pdl=True,
         )  # fmt: skip

@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qwen_vit.kernels import IS_KNOWN_GLUON
-from qwen_vit.kernels.swiglu import swiglu
+from qwen_vit.kernels.activations import gelu, swiglu
 
 if IS_KNOWN_GLUON:
     from qwen_vit.kernels import linear_hopper
@@ -113,7 +113,7 @@ def _gemm(
     if HAS_BIAS:
         acc += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
     if EPILOGUE == "gelu":
-        acc = acc * 0.5 * (1.0 + tl.erf(acc * 0.7071067811865476))  # exact, never the tanh form
+        acc = gelu(acc)
     if EPILOGUE == "swiglu":
         pairs = tl.permute(tl.reshape(acc, (BM, BN // 16, 2, 8)), (0, 1, 3, 2))
         gate, up = tl.split(pairs)
@@ -149,8 +149,8 @@ def linear(
         if out_scale != 1.0 and bias is not None:
             y = y + bias
         return (F.gelu(y) if epilogue == "gelu" else y).to(out_dtype)
-    is_plain = epilogue == "plain" and out_scale == 1.0 and out_dtype == x.dtype
-    if is_plain and bias is not None and _is_for_hopper(x, weight):
+    is_unscaled = out_scale == 1.0 and out_dtype == x.dtype
+    if is_unscaled and bias is not None and _is_for_hopper(x, weight):
         return linear_hopper.product(x, weight, bias, epilogue=epilogue)[0]
     return _launch_gemm(
         x, weight, bias, epilogue=epilogue, out_scale=out_scale, out_dtype=out_dtype

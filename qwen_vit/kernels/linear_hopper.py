@@ -24,8 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwen_vit.kernels.hopper import descriptor, is_hopper, multiprocessors
-from qwen_vit.kernels.swiglu import swiglu
+from qwen_vit.kernels.activations import gelu, swiglu
+from qwen_vit.kernels.hopper import descriptor, is_hopper, keep_until_here, multiprocessors
 
 __all__ = ["SQUARES_COLUMNS", "product", "serves"]
 
@@ -50,12 +50,15 @@ WIDE_SWIGLU = Tile(128, 256, 4, 2)  # results are half as wide, which leaves roo
 TALL = Tile(192, 128, 4, 3)
 TALL_SWIGLU = Tile(192, 128, 5, 3)
 SQUARE = Tile(128, 128, 6, 2)
+NARROW = Tile(128, 64, 7, 2)
 
 # Measured on an H200 at 1,024 to 32,768 patches (tools/NOTES.md). (epilogue, K > 2048) -> from how
 # many rows on a tile is used. Rows may choose, because all tiles agree bit for bit (tested).
 TILES: dict[tuple[str, bool], tuple[tuple[int, Tile], ...]] = {
     ("plain", False): ((0, WIDE), (1536, TALL), (16384, WIDE)),  # qkv
-    ("plain", True): ((0, SQUARE), (1536, WIDE)),  # the merger's last, with a row per 4 patches
+    # the merger's, with a row per 4 patches
+    ("gelu", True): ((0, SQUARE), (512, TALL), (768, SQUARE)),
+    ("plain", True): ((0, NARROW), (512, TALL), (768, WIDE)),
     ("swiglu", False): ((0, WIDE_SWIGLU), (1536, TALL_SWIGLU), (12288, WIDE_SWIGLU)),
     ("residual", False): ((0, SQUARE), (1536, TALL), (3072, SQUARE)),  # proj
     ("residual", True): ((0, SQUARE), (1536, TALL), (3072, SQUARE), (6144, WIDE)),  # down
@@ -159,7 +162,7 @@ def _multiply(
     MMA_COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
     # of the threads' own: in MMA's, each would hold a copy of a quarter of the columns meanwhile
     EARLY_ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    EARLY_COLUMNS: gl.constexpr = gl.BlockedLayout([BN // 128], [32], [4], [0])
+    EARLY_COLUMNS: gl.constexpr = gl.BlockedLayout([max(1, BN // 128)], [32], [4], [0])
     o_row = gl.arange(0, ROWS, layout=EARLY_ROWS)
     o_column = gl.arange(0, BN, layout=EARLY_COLUMNS)
     gdc_wait()
@@ -202,6 +205,8 @@ def _multiply(
             acc = acc * row_scale[:, None]
         acc = acc + gl.convert_layout(b_bias, MMA_COLUMNS).to(gl.float32)[None, :]
         i_column = i_n * BN
+        if EPILOGUE == "gelu":
+            acc = gelu(acc)
         if EPILOGUE == "swiglu":  # 8 columns of the gate, 8 of up: a thread holds both of a pair
             pairs = acc.reshape((ROWS, BN // 16, 2, 8)).permute((0, 1, 3, 2))
             gate, up = pairs.split()
@@ -277,6 +282,7 @@ def _product(
             (_fetch, (operands, rings, barriers, sizes, K, BM, BN, STAGES, GROUPS, GROUP,
                       EPILOGUE)),
         ], [4, 4, 1], [160, 160, 32])  # fmt: skip
+    keep_until_here(barriers)
 
 
 def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -335,6 +341,6 @@ def product(
 
 
 def _tile(epilogue: str, K: int, M: int) -> Tile:
-    # a tower wider than the published ones has depths that were not measured
-    rows = TILES.get((epilogue, K > 2048), TILES[epilogue, False])
+    # a tower of another width than the published ones has depths that were not measured
+    rows = TILES.get((epilogue, K > 2048)) or TILES[epilogue, K <= 2048]
     return next(tile for least_rows, tile in reversed(rows) if least_rows <= M)

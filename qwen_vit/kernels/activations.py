@@ -1,11 +1,12 @@
-"""SwiGLU's arithmetic in float32, the same in both kernels that end with it, so bits agree."""
+"""What follows a product, in float32: the same in both kernels that end with it, so bits agree."""
 
 import triton
 import triton.language as tl
 
-__all__ = ["swiglu"]
+__all__ = ["gelu", "swiglu"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+ROOT_OF_HALF = tl.constexpr(0.7071067811865476)
 
 
 @triton.jit
@@ -16,3 +17,9 @@ def swiglu(gate, up):
     """
     root = tl.rsqrt(1.0 + tl.exp2(gate * -LOG2_E))
     return gate * (root * root) * up
+
+
+@triton.jit
+def gelu(x):
+    """The exact one, by erf, never the tanh form."""
+    return x * 0.5 * (1.0 + tl.erf(x * ROOT_OF_HALF))
