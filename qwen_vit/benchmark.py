@@ -380,42 +380,42 @@ def bench(encoder: VisionEncoder, workloads: Iterable[str] = tuple(WORKLOADS)) -
     CheckpointError where they do not, ArgumentError without a GPU or for an unknown workload.
     """
     check_device(encoder.device.type)
-    timed = TimedTower(encoder.tower, encoder.device, encoder.dtype)
-    rows = []
-    for name in workloads:
-        if name not in WORKLOADS:
-            raise ArgumentError(f"{name!r} is no workload, expected one of {', '.join(WORKLOADS)}")
-        grids = WORKLOADS[name]
-        torch.cuda.reset_peak_memory_stats(encoder.device)
-        runs = []
-        for batch in in_batches(grids):
-            pixels = random_pixels(batch, encoder.config, encoder.device)
-            by_graph, eager = timed.by_graph(pixels, batch), timed.eager(pixels, batch)
-            merged = by_graph()
-            if not torch.equal(merged, eager()) or not all_finite(merged):
-                raise CheckpointError(
-                    f"{name}: its embeddings are not finite, or differ with and without graphs; "
-                    "check the checkpoint with `qwen-vit compare`: no speed is given"
-                )
-            runs.append(by_graph)
+    with torch.cuda.device(encoder.device):  # events are recorded on the current one
+        timed = TimedTower(encoder.tower, encoder.device, encoder.dtype)
+        return [_measured(timed, name) for name in workloads]
 
-        def run_all(runs: Sequence[Callable[[], Tensor]] = tuple(runs)) -> None:
-            for run in runs:
-                run()
 
-        peak_mb = torch.cuda.max_memory_allocated(encoder.device) / 1e6
-        ms, rate = beside_product(run_all, encoder.device)
-        rows.append(
-            Measured(
-                workload=name,
-                images=len(grids),
-                patches=sum(grid.n_patches for grid in grids),
-                ms=ms,
-                floor_ms=tower_flops(encoder.config, grids) / rate * 1e3,
-                peak_mb=peak_mb,
+def _measured(timed: TimedTower, name: str) -> Measured:
+    if name not in WORKLOADS:
+        raise ArgumentError(f"{name!r} is no workload, expected one of {', '.join(WORKLOADS)}")
+    grids, config = WORKLOADS[name], timed.tower.config
+    torch.cuda.reset_peak_memory_stats()
+    runs = []
+    for batch in in_batches(grids):
+        pixels = random_pixels(batch, config, timed.device)
+        by_graph, eager = timed.by_graph(pixels, batch), timed.eager(pixels, batch)
+        merged = by_graph()
+        if not torch.equal(merged, eager()) or not all_finite(merged):
+            raise CheckpointError(
+                f"{name}: its embeddings are not finite, or differ with and without graphs; "
+                "check the checkpoint with `qwen-vit compare`: no speed is given"
             )
-        )
-    return rows
+        runs.append(by_graph)
+
+    def run_all() -> None:
+        for run in runs:
+            run()
+
+    peak_mb = torch.cuda.max_memory_allocated() / 1e6
+    ms, rate = beside_product(run_all, timed.device)
+    return Measured(
+        workload=name,
+        images=len(grids),
+        patches=sum(grid.n_patches for grid in grids),
+        ms=ms,
+        floor_ms=tower_flops(config, grids) / rate * 1e3,
+        peak_mb=peak_mb,
+    )
 
 
 def speed_table(rows: Sequence[Measured]) -> str:

@@ -82,27 +82,32 @@ class GraphRunner:
             current.wait_event(self._done)  # the lock orders threads, this orders their streams
             if not self._has_room_for(patches):
                 return None
-            kind = layout.n_rows, patches.dtype
-            recorded = self._recorded.get(kind)
-            if recorded is None:
-                with torch.inference_mode(False), torch.no_grad():  # what is kept, outlives it
-                    recorded, merged = self._record(static, indices, patches)
-                if recorded is None:
-                    logger.warning(
-                        "out of memory on %s: no graph of %d patches", self._device, layout.n_rows
-                    )
-                    torch.cuda.empty_cache()  # which nobody can while one is recorded
-                else:
-                    self._recorded[kind] = recorded
-            else:
-                recorded.patches[: len(patches)].copy_(patches, non_blocking=True)
-                recorded.indices.copy_(indices, non_blocking=True)
-                recorded.graph.replay()
-                merged = recorded.merged
-            # the next replay overwrites it: the caller gets its own
-            merged = merged[: len(layout.merged_order)].clone()
-            self._done.record()
-            return merged
+            try:
+                merged = self._merged(static, indices, patches)
+                # the next replay overwrites it: the caller gets its own
+                return merged[: len(layout.merged_order)].clone()
+            finally:  # after an error, too: the next call writes what this one may still read
+                self._done.record()
+
+    def _merged(self, static: Layout, indices: Tensor, patches: Tensor) -> Tensor:
+        """What a replay gives, in memory that the next one writes; or what a recording saw."""
+        kind = static.n_rows, patches.dtype
+        recorded = self._recorded.get(kind)
+        if recorded is not None:
+            recorded.patches[: len(patches)].copy_(patches, non_blocking=True)
+            recorded.indices.copy_(indices, non_blocking=True)
+            recorded.graph.replay()
+            return recorded.merged
+        with torch.inference_mode(False), torch.no_grad():  # what is kept, outlives it
+            recorded, answer = self._record(static, indices, patches)
+        if recorded is None:
+            logger.warning(
+                "out of memory on %s: no graph of %d patches", self._device, static.n_rows
+            )
+            torch.cuda.empty_cache()  # which nobody can while one is recorded
+        else:
+            self._recorded[kind] = recorded
+        return answer
 
     def _has_room_for(self, patches: Tensor) -> bool:
         """Whether the buffer that all graphs of a dtype read is there, or could be made."""
@@ -135,7 +140,6 @@ class GraphRunner:
                 merged = self._capture(graph, filled, layout)
         finally:  # after an error, too: others get this memory then, and the GPU may still read it
             current.wait_stream(self._stream)
-            self._done.record()  # the next call writes the patches that this one may still read
         answer.record_stream(current)
         if merged is None:
             return None, answer

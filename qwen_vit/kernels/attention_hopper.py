@@ -211,6 +211,7 @@ def _attend(
             stage_before = (i - 1) % STAGES
             # scores of this tile, then the values of the one before: both under way at once, and
             # in turns with the other warpgroup, whose softmax runs meanwhile
+            # (the second waits for the first to have had its turn; the first begins without)
             mbarrier.wait(turns.index(I_GROUP), (i - 1 & 1) ^ (1 - I_GROUP))
             s = warpgroup_mma(
                 q0, k0_ring.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
