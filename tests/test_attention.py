@@ -17,6 +17,7 @@ from qwen_vit import layout as layout_module
 from qwen_vit.convert import rotary_permutation
 from qwen_vit.errors import ArgumentError
 from qwen_vit.kernels import attention as kernels
+from qwen_vit.kernels import attention_hopper
 from qwen_vit.kernels.attention import RotaryTable, attention, fused_rope_varlen_attention
 from qwen_vit.layout import Segments, Tiling, tile_table
 
@@ -116,9 +117,13 @@ def adjacent(qkv: Tensor) -> Tensor:
 def tower_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int], regime: str = "frame"
 ) -> Tensor:
-    """The call that the tower makes: pairs side by side, tiles from a layout."""
+    """The call that the tower makes: pairs side by side, tiles from a layout, angles by axis.
+
+    Without the last, Hopper's own kernels would not take it. Each row has two places of its own.
+    """
     segments = segments_of(lengths, kernels.tiling(qkv.device, qkv.dtype, regime), qkv.device)
-    rotary = RotaryTable(cos, sin)
+    places = torch.arange(2 * len(cos), dtype=torch.int32, device=cos.device).view(-1, 2)
+    rotary = RotaryTable(cos.reshape(2 * len(cos), -1), sin.reshape(2 * len(sin), -1), places)
     return attention(adjacent(qkv), rotary, segments, regime=regime, adjacent_pairs=True)
 
 
@@ -407,6 +412,22 @@ GPU_CASES = [("frame", name) for name in GPU_LENGTHS] + [("window", name) for na
 
 
 @gpu
+@pytest.mark.parametrize("regime", ["window", "frame"])
+def test_the_towers_call_reaches_hoppers_own_kernel(
+    regime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once these tests asked for angles in another form, and met the Triton kernel alone."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("not a Hopper")
+    met, name = [], f"{regime}_attention"
+    own = getattr(attention_hopper, name)
+    monkeypatch.setattr(attention_hopper, name, lambda *given: (met.append(1), own(*given)))
+    case = random_case([64, 12], 80, 16, device=CUDA, dtype=torch.bfloat16)
+    tower_attention(*case[:3], [64, 12], regime)
+    assert met
+
+
+@gpu
 @pytest.mark.parametrize("regime", ["frame", "window"])
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 128])
 def test_bf16_on_a_gpu_is_as_exact_as_pytorch(head_dim: int, regime: str) -> None:
@@ -531,7 +552,7 @@ def test_rows_beyond_the_reach_of_int32_offsets_are_right(regime: str) -> None:
     n = sum(lengths)
     qkv = torch.randn(n, 3, 16, 80, device=CUDA, dtype=torch.bfloat16)
     assert qkv.numel() > 2**31
-    tables, _, _ = axial_tables(n, 80)  # as in the tower: Hopper's own kernels take no others
+    tables, _, _ = axial_tables(n, 80)
     rotary = on_gpu(tables)
     segments = segments_of(lengths, kernels.tiling(CUDA, qkv.dtype, regime), CUDA)
     batch = attention(qkv, rotary, segments, regime=regime, adjacent_pairs=True)
