@@ -124,6 +124,32 @@ def made_up() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]
     return rows, kernel
 
 
+def test_a_compiled_peer_is_given_its_layout_and_has_one_graph(bench: dict[str, Any]) -> None:
+    """Without, torch cuts it into seven, and the host waits in between."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as theirs
+
+    def same_length(_: Any, q: Tensor, *__: Any, **___: Any) -> tuple[Tensor, None]:
+        return q.transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register("test_flash_attention_2", same_length)
+    config = theirs.Qwen2_5_VLVisionConfig(
+        depth=2, hidden_size=64, intermediate_size=96, num_heads=2, out_hidden_size=64,
+        fullatt_block_indexes=[1],
+    )  # fmt: skip
+    tower = theirs.Qwen2_5_VisionTransformerPretrainedModel(config).eval()
+    tower.config._attn_implementation = "test_flash_attention_2"
+    grid_thw, rows = torch.tensor([[1, 8, 12], [1, 10, 4]]), torch.randn(136, 1176)
+    layout = bench["their_layout"](grid_thw, tower.config)
+    counter = CompileCounterWithBackend("eager")
+    with torch.no_grad():
+        plain = tower(rows, grid_thw=grid_thw).pooler_output
+        given = torch.compile(tower, backend=counter)(rows, grid_thw=grid_thw, **layout)
+    assert torch.equal(given.pooler_output, plain)
+    assert counter.frame_count == 1
+
+
 def test_both_tables_give_times_speedups_and_their_average(bench: dict[str, Any]) -> None:
     rows, kernel = made_up()
     tower = bench["tower_text"](rows)

@@ -413,6 +413,8 @@ def test_all_tiles_agree_bit_for_bit(name: str, M: int, monkeypatch: pytest.Monk
             stored = tile.rows * tile.columns * (1 if product.epilogue == "swiglu" else 2)
             if stages + stored > SHARED_BYTES:
                 continue  # made for a result of half the width
+            if product.epilogue == "residual" and tile.columns < linear_hopper.SQUARES_COLUMNS:
+                continue  # narrower than what its sums of squares are kept by
             everywhere = dict.fromkeys(linear_hopper.TILES, ((0, tile),))
             monkeypatch.setattr(linear_hopper, "TILES", everywhere)
             results.append(product.run())
