@@ -27,7 +27,8 @@ class Compiled:
     shared_bytes: int
     corrupt_descriptors: int
     unfenced_reads: int
-    barriers_left: int
+    barrier_arrays: int  # held to the end
+    barriers_left: int  # held by nobody
 
     def programs_that_fit(self, num_warps: int) -> int:
         """How many run on one multiprocessor at a time: by registers, shared memory and warps."""
@@ -96,13 +97,15 @@ def _assemble(ptx: str) -> dict[str, Any]:
         "serialised_wgmma": "C7515" in report or "serializ" in report,
         "corrupt_descriptors": count_corrupt_descriptors(sass),
         "unfenced_reads": count_unfenced_reads(sass),
-        "barriers_left": count_barriers_left(ptx),
+        **dict(zip(("barrier_arrays", "barriers_left"), count_barriers(ptx), strict=True)),
     }
 
 
-def count_barriers_left(ptx: str) -> int:
-    """Barriers that are made and whose array is not ended: their memory may be another's meanwhile.
+def count_barriers(ptx: str) -> tuple[int, int]:
+    """(arrays of barriers that a kernel holds to its end, barriers that are made and not held).
 
+    The memory of those may be another's meanwhile. An array is held by ending its first barrier;
+    where two arrays touch, the second would pass for the rest of the first: so count them, too.
     A product once kept its bias where two barriers had been that it never used. When another
     process had its turn on the GPU, the hardware wrote those back: a few columns became NaN.
     """
@@ -117,13 +120,13 @@ def count_barriers_left(ptx: str) -> int:
             offset[found["sum"]] = int(found["bytes"])
         else:
             (made if found["what"] == "init" else kept).add(offset.get(found["at"], 0))
-    left = 0
+    arrays, left = len(kept), 0
     for place in sorted(made - kept):
         if place - 8 in kept:  # an array's next
             kept.add(place)
         else:
             left += 1
-    return left
+    return arrays, left
 
 
 def count_unfenced_reads(sass: str) -> int:

@@ -10,7 +10,7 @@ from sm90 import (
     REGISTERS,
     Compiled,
     compile_for_hopper,
-    count_barriers_left,
+    count_barriers,
     count_corrupt_descriptors,
     count_unfenced_reads,
     tma_block,
@@ -252,7 +252,7 @@ def test_a_specialised_product_compiles_to_sound_code(
     )
     print(compiled)
     assert (compiled.corrupt_descriptors, compiled.spill_bytes) == (0, 0)
-    assert (compiled.unfenced_reads, compiled.barriers_left) == (0, 0)
+    assert (compiled.unfenced_reads, compiled.barriers_left, compiled.barrier_arrays) == (0, 0, 4)
     assert not compiled.serialised_wgmma
     assert compiled.wgmma_shapes == {f"m64n{tile.columns}k16"}
     assert compiled.shared_bytes <= SHARED_MEMORY
@@ -281,7 +281,7 @@ def test_the_attention_in_windows_on_hopper_compiles_to_sound_code() -> None:
     compiled = compile_for_hopper(kernel._window_attention, signature, constants, num_warps=4)
     print(compiled)
     assert (compiled.corrupt_descriptors, compiled.spill_bytes) == (0, 0)
-    assert (compiled.unfenced_reads, compiled.barriers_left) == (0, 0)
+    assert (compiled.unfenced_reads, compiled.barriers_left, compiled.barrier_arrays) == (0, 0, 1)
     assert not compiled.serialised_wgmma
     assert compiled.wgmma_shapes == {"m64n64k16", "m64n16k16"}
     assert compiled.programs_that_fit(4) >= 5
@@ -306,7 +306,7 @@ def test_the_specialised_attention_compiles_to_sound_code() -> None:
     compiled = compile_for_hopper(kernel._frame_attention, signature, constants, num_warps=4)
     print(compiled)
     assert (compiled.corrupt_descriptors, compiled.spill_bytes) == (0, 0)
-    assert (compiled.unfenced_reads, compiled.barriers_left) == (0, 0)
+    assert (compiled.unfenced_reads, compiled.barriers_left, compiled.barrier_arrays) == (0, 0, 5)
     assert not compiled.serialised_wgmma
     # Q K^T, then P V in its two parts: no multiplication is spent on padding
     assert compiled.wgmma_shapes == {"m64n128k16", "m64n64k16", "m64n16k16"}
@@ -346,7 +346,7 @@ def test_every_row_of_every_table_is_compiled() -> None:
 
 def test_programs_that_fit_are_bound_by_the_scarcest() -> None:
     """H100's tuning guide: 64 K registers, 228 KB of shared memory, 64 warps."""
-    compiled = Compiled(64, 0, False, frozenset(), 1000, 0, 0, 0)
+    compiled = Compiled(64, 0, False, frozenset(), 1000, 0, 0, 0, 0)
     assert compiled.programs_that_fit(4) == 8  # 8 x 128 threads x 64 registers
     assert replace(compiled, registers=16).programs_that_fit(4) == 16
     assert replace(compiled, shared_bytes=100_000).programs_that_fit(4) == 2
@@ -414,24 +414,26 @@ def test_a_matrix_instruction_after_a_store_wants_a_fence_and_then_a_barrier() -
     assert count_unfenced_reads(STORED_THEN_READ.format(BARRIER, BARRIER)) == 1
 
 
-ARRAYS_OF_BARRIERS = """
+TWO_ARRAYS_OF_BARRIERS = """
 	add.s32 	%r1, %r9, 1024;
 	mbarrier.init.shared::cta.b64 [%r1], 2;
 	add.s32 	%r2, %r9, 1032;
 	mbarrier.init.shared::cta.b64 [%r2], 2;
 	add.s32 	%r3, %r9, 1048;
 	mbarrier.init.shared::cta.b64 [%r3], 1;
-	add.s32 	%r3, %r3, 8;
-	mbarrier.inval.shared::cta.b64 [{}];
 """
+END = "	mbarrier.inval.shared::cta.b64 [{}];\n"
 
 
 def test_a_barrier_that_nothing_holds_to_the_end_is_found() -> None:
     """A bias lay where two of them were, and became NaN when processes took turns on the GPU."""
-    assert count_barriers_left(ARRAYS_OF_BARRIERS.format("%r1")) == 1
-    assert count_barriers_left(ARRAYS_OF_BARRIERS.format("%r2")) == 2
-    both = ARRAYS_OF_BARRIERS.replace("%r3, %r3, 8", "%r3, %r9, 1048") + ARRAYS_OF_BARRIERS[-44:]
-    assert count_barriers_left(both.format("%r1", "%r3")) == 0
+    assert count_barriers(TWO_ARRAYS_OF_BARRIERS) == (0, 3)
+    assert count_barriers(TWO_ARRAYS_OF_BARRIERS + END.format("%r1")) == (1, 1)
+    assert count_barriers(TWO_ARRAYS_OF_BARRIERS + END.format("%r2")) == (1, 2)
+    held = TWO_ARRAYS_OF_BARRIERS + END.format("%r1") + END.format("%r3")
+    assert count_barriers(held) == (2, 0)
+    used_again = TWO_ARRAYS_OF_BARRIERS + "	add.s32 	%r3, %r7, 8;\n"  # for something else
+    assert count_barriers(used_again + END.format("%r1")) == (1, 1)
 
 
 def test_a_corrupt_descriptor_is_found_and_sound_ones_are_not() -> None:

@@ -4,18 +4,16 @@ import time
 
 import torch
 from own_process import outcomes
+from test_large_batches import embeddings, published_width
 from towers import gpu
+
+from qwen_vit.config import Grid
 
 PROCESSES, SECONDS, IMAGES = 3, 5.0, 64
 
 
 def repeats() -> tuple[int, int]:
     """(batches encoded after the first one, those of them with other bits)."""
-    # here, in the process of its own: these modules ask for a GPU, and whoever has cannot be forked
-    from test_large_batches import embeddings, published_width
-
-    from qwen_vit.config import Grid
-
     # large: a kernel must take longer than a process' turn
     grids = [Grid(1, 64, 64)] * IMAGES
     n_patches = sum(grid.n_patches for grid in grids)

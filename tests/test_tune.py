@@ -39,6 +39,13 @@ def test_every_table_is_swept(tune: dict[str, Any]) -> None:
     assert {kernel.table for kernel in tune["KERNELS"].values()} == expected
 
 
+def test_each_kind_of_gpu_sweeps_the_kernels_that_it_runs(tune: dict[str, Any]) -> None:
+    other = [kernel.name for kernel in tune["chosen"]([], False)]
+    assert other == ["window-triton", "frame-triton", "products-triton"]
+    hopper = {kernel.name for kernel in tune["chosen"]([], True)}
+    assert hopper == {*tune["PRODUCTS"], "frame"}
+
+
 def test_the_list_names_candidates_and_present_rows_without_a_gpu() -> None:
     [down] = json.loads(run("--list", "--json", "--only", "down", "--rows", "9216,1024"))
     assert down["table"] == "linear_hopper.TILES[('residual', True)]"

@@ -9,8 +9,8 @@ warpgroups attends for 64 query rows, Q being rotated in registers while it load
 multiplies Q with the next tile's keys before it needs them, and the two take turns: one's softmax
 runs while the tensor cores work for the other.
 
-Both are launched before the kernel ahead has ended (programmatic dependent launch), and wait for it
-before they read what it writes.
+Both may be launched before the kernel ahead has ended and let the next one in before they have
+(programmatic dependent launch); each waits for the one ahead before it reads what that writes.
 
 Written in Gluon, Triton's lower level, because that overlap cannot be said in Triton. It serves
 head dim 80, which every published tower has, in bf16; anything else takes the Triton kernel.
@@ -452,7 +452,11 @@ def window_attention(
     out: torch.Tensor,
     scale_log2e: float,
 ) -> None:
-    """Fill `out` (N, H, D): `attention`'s window regime, for segments of at most W_ROWS rows."""
+    """Fill `out` (N, H, D): `attention`'s window regime, for segments of at most W_ROWS rows.
+
+    The kernel launched just before may have written `qkv`, but none of the other arguments: those
+    are read before it has ended. At least one tile must have rows.
+    """
     N, _, H, D = qkv.shape
     rows = qkv.view(N, 3 * H * D)
     with torch.cuda.device(qkv.device):

@@ -50,10 +50,10 @@ def show_to_tensor_cores():
 def keep_until_here(barriers):
     """The last word of a kernel: until then, nothing else lies where these arrays of barriers do.
 
-    The compiler gives memory away after its last use, and of a barrier that a variant of a kernel
-    never waits for that is its making. But the hardware takes it for a barrier until the program
-    ends, and writes it back when another process has had its turn on the GPU. One barrier of each
-    array holds all of it; to end every one costs 1 % of a small image's time.
+    The compiler gives memory away after its last use; for a barrier that a variant of a kernel
+    never waits for, that is where it is made. The hardware still has a barrier there until it is
+    ended or the program is, and writes it back when another process has had its turn on the GPU.
+    Ending one barrier of each array here holds the array; ending all costs 1 % of a small image.
     """
     for i in gl.static_range(len(barriers)):
         mbarrier.invalidate(barriers[i].index(0))

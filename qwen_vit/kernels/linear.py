@@ -57,7 +57,7 @@ DEEP = GemmTile(128, 128, 64, 4, 4)
 WIDE = GemmTile(128, 256, 64, 8, 3)
 
 # The products that `linear_hopper` does not take, measured on an H200 (tools/NOTES.md). N > 2048 is
-# wide: the merger's first, with a row per 4 patches; narrow: the patch embedding. Each entry holds
+# wide, with a Triton whose Gluon is not known; narrow: the patch embedding. Each entry holds
 # from how many rows on a tile is used. Rows may choose: all tiles agree bit for bit (tested).
 HOPPER_TILES: dict[bool, tuple[tuple[int, GemmTile], ...]] = {
     True: ((0, SMALL), (768, DEEP), (1536, WIDE)),

@@ -31,7 +31,7 @@ __all__ = ["SQUARES_COLUMNS", "product", "serves"]
 
 SQUARES_COLUMNS = 128  # sums of squares are kept by chunk of this many columns, whatever the tile
 BK = 64  # columns of x and of the weight that a stage holds: one swizzled line of 128 bytes
-FIRST_STEPS = 4  # of a tile with a residual, while which the last result is still on its way out
+FIRST_STEPS = 4  # of a tile with a residual, during which the last result is still on its way out
 GROUPED_ROW_TILES = 8  # tiles of this many row blocks run together and share weights in L2
 
 
@@ -310,6 +310,7 @@ def product(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear`'s product on Hopper: the result, and for `residual` its sums of squares.
 
+    The kernel launched just before must not have written `weight`, which is read meanwhile.
     `tile` instead of the table's own is for those who measure and test.
     """
     M, K = x.shape
