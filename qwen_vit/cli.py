@@ -476,13 +476,14 @@ def _duration(seconds: float) -> str:
 
 def _exported(done: ExportReport) -> str:
     lines = [
-        f"exported {done.exported:,} of {done.images:,} images ({done.resumed:,} were there): "
+        f"exported {done.exported:,} of {done.images:,} images ({done.resumed:,} tried before): "
         f"{done.rows:,} rows, {done.bytes / 1e6:,.1f} MB, {done.seconds:,.1f} s",
         f"wrote {_shown(str(done.manifest))}",
     ]
     if done.failed:
         reasons = ", ".join(f"{count:,} {code}" for code, count in done.failed.items())
-        lines.insert(1, f"skipped {sum(done.failed.values()):,}: {reasons}")
+        again = "; to try them again, delete their shards" if done.resumed else ""
+        lines.insert(1, f"skipped {sum(done.failed.values()):,}: {reasons}{again}")
     return "\n".join(lines)
 
 
@@ -555,12 +556,21 @@ def _listing(facts: dict[str, Any]) -> str:
     lines: list[tuple[str, str]] = []
     for name, value in facts.items():
         if isinstance(value, dict):
-            there = {key: item for key, item in value.items() if item not in (None, "")}
-            lines += [(name, ""), *((f"  {key}", str(item)) for key, item in there.items())]
-        elif value not in (None, ""):
-            lines.append((name, f"{value:,}" if name.endswith("_bytes") else str(value)))
+            there = {key: item for key, item in value.items() if item not in (None, "", [])}
+            lines += [(name, ""), *((f"  {key}", _said(key, each)) for key, each in there.items())]
+        elif value not in (None, "", []):
+            lines.append((name, _said(name, value)))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in lines)
+
+
+def _said(name: str, value: Any) -> str:
+    if name == "size_px":
+        height, width = value
+        return f"{width} x {height}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if name.endswith("_bytes") else str(value)
 
 
 def _on_one_line(text: str) -> str:

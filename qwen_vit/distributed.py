@@ -7,6 +7,7 @@ its bytes follow from the plan, whoever makes it and however often.
 
 import logging
 import os
+import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -43,13 +44,14 @@ __all__ = ["export_on_ray"]
 
 logger = logging.getLogger("qwen_vit")
 
+KNOCK_S = 10.0  # how long a cluster's address may take to answer
 DEATHS = 25  # of workers at one shard: then it is the shard that kills them
 SHARDS_AT_A_TIME = 2  # of a GPU: one is encoded while the other one's images are read, or written
 
 
 def export_on_ray(
     model: str | os.PathLike[str],
-    inputs: Sequence[str],
+    inputs: Sequence[str | os.PathLike[str]],
     folder: str | os.PathLike[str],
     options: ExportOptions | None = None,
     *,
@@ -234,8 +236,9 @@ def _cluster(address: str | None) -> Iterator[None]:
         yield
         return
     try:
+        _knock(address or os.environ.get("RAY_ADDRESS"))
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ExportError(
             f"no Ray cluster answers at {address or 'RAY_ADDRESS'} ({error}); start one with "
             "`ray start --head`, and write --ray=ADDRESS, or --ray last"
@@ -245,6 +248,13 @@ def _cluster(address: str | None) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Raise OSError where nobody listens at HOST:PORT: Ray itself would ask again for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 @contextmanager

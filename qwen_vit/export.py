@@ -478,7 +478,7 @@ class ExportReport:
 
 def export_features(
     encoder: VisionEncoder,
-    inputs: Sequence[str],
+    inputs: Sequence[str | os.PathLike[str]],
     folder: str | os.PathLike[str],
     options: ExportOptions | None = None,
     *,

@@ -168,16 +168,18 @@ class Described(Protocol):
 
 @contextmanager
 def open_export(
-    encoder: Described, inputs: Sequence[str], folder: Path, options: ExportOptions
-) -> Iterator[Plan]:
+    encoder: Described, inputs: Sequence[str | os.PathLike[str]], folder: Path,
+    options: ExportOptions,
+) -> Iterator[Plan]:  # fmt: skip
     """Begin an export, or take one up again: the folder is held while the block runs.
 
     Raises ExportError, before any image is read, for a folder that is not an export's, that
     somebody else is writing, or that has other settings or images, which are named.
     """
+    paths = _paths(inputs)
     check_folder(folder)
     with hold_folder(folder, options.part):
-        listing = _list(inputs, folder, options)
+        listing = _list(paths, folder, options)
         with hold_moment(folder):
             settings = _settle(folder, _settings(encoder, listing, options), listing, options.part)
         plan = Plan(folder, settings, replace(listing, path=folder / LISTING), options)
@@ -185,18 +187,33 @@ def open_export(
         yield plan
 
 
+def _paths(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
+    if isinstance(inputs, str | bytes | os.PathLike):
+        raise ArgumentError(
+            f"inputs is one {type(inputs).__name__}, expected a list of paths; pass [inputs]"
+        )
+    for each in inputs:
+        if not isinstance(each, str | os.PathLike) or isinstance(os.fspath(each), bytes):
+            raise ArgumentError(f"inputs holds {each!r}, expected paths; pass os.fsdecode(...)")
+    if not inputs:
+        raise ArgumentError("inputs is empty, expected files, folders, patterns, lists or tars")
+    return [os.fspath(each) for each in inputs]
+
+
 @contextmanager
 def rehearse_export(
-    encoder: Described, inputs: Sequence[str], folder: Path | None, options: ExportOptions
-) -> Iterator[Plan]:
+    encoder: Described, inputs: Sequence[str | os.PathLike[str]], folder: Path | None,
+    options: ExportOptions,
+) -> Iterator[Plan]:  # fmt: skip
     """The plan of an export that is not begun; nothing stays of it when the block ends.
 
     Raises what `open_export` would of the inputs and, unless it is None, of the folder.
     """
+    paths = _paths(inputs)
     if folder is not None:
         check_folder(folder, make=False)
     with TemporaryDirectory(prefix="qwen-vit-") as temporary:
-        listing = _list(inputs, Path(temporary), options)
+        listing = _list(paths, Path(temporary), options)
         settings: Mapping[str, Any] = {}
         if folder is not None and (folder / SETTINGS).exists():
             settings = _settings(encoder, listing, options)

@@ -38,7 +38,7 @@ def describe(
         "commit": source.commit,
         "licence": _licence(source, store.recorded_licence(source.folder)),
         "folder": str(source.folder),
-        "files": ", ".join(path.name for path in checkpoint.files),
+        "files": [path.name for path in checkpoint.files],
         "tensors": len(expected),
         "parameters": sum(math.prod(shape) for shape in expected.values()),
         "stored_dtype": ", ".join(checkpoint.dtypes),
@@ -56,10 +56,10 @@ def describe(
         [grid] = patchify(rgb.pixels, image_config, name=rgb.name).grids
         facts["image"] = {
             "id": rgb.name,
-            "size_px": f"{rgb.width} x {rgb.height}",
+            "size_px": [rgb.height, rgb.width],
             "format": rgb.format,
-            "notes": ", ".join(rgb.notes),
-            "grid_thw": f"({grid.t}, {grid.h}, {grid.w})",
+            "notes": list(rgb.notes),
+            "grid_thw": [grid.t, grid.h, grid.w],
             "patches": grid.n_patches,
             "tokens": grid.n_tokens(config.merge_unit),
         }

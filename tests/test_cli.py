@@ -527,8 +527,8 @@ def test_info_describes_tiny(run: Any) -> None:
 def test_info_counts_the_tokens_that_encode_gives(folder: Path, run: Any) -> None:
     done = run("info", "tiny", "--image", CHELSEA, "--json")
     image = json.loads(done.out)["image"]
-    assert image["size_px"] == "451 x 300"
-    assert (image["grid_thw"], image["patches"], image["tokens"]) == ("(1, 22, 32)", 704, 176)
+    assert image["size_px"] == [300, 451]
+    assert (image["grid_thw"], image["patches"], image["tokens"]) == ([1, 22, 32], 704, 176)
     assert image["format"] == "PNG"
     encoded = run("encode", CHELSEA, *TO_FILE, "--json")
     assert json.loads(encoded.out)["images"][0]["tokens"] == 176

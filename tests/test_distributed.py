@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +107,19 @@ def test_a_cluster_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(ExportError, match=r"no Ray cluster answers at photos/ .*--ray last"):
         export_on_ray("tiny", ["x"], "out", address="photos/")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "nowhere.invalid:{}"])
+def test_an_address_where_nobody_listens_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    """Ray itself asks for minutes, and ends the process then."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = address.format(free.getsockname()[1])
+    with pytest.raises(ExportError, match=f"no Ray cluster answers at {place} .*ray start --head"):
+        export_on_ray("tiny", ["x"], "out", address=place)
 
 
 def test_a_device_of_one_machine_is_no_device_of_a_cluster(tmp_path: Path) -> None:

@@ -65,6 +65,29 @@ def export(
     return export_features(encoder or StandIn(), inputs or ("p",), out, options, **more)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ("p", "inputs is one str, expected a list"),
+        (b"p", "inputs is one bytes, expected a list"),
+        (Path("p"), "inputs is one .*Path, expected a list"),
+        ([b"p"], "inputs holds b'p', expected paths"),
+        ([7], "inputs holds 7, expected paths"),
+        ([], "inputs is empty"),
+    ],
+)
+def test_inputs_that_are_no_list_of_paths_are_refused_before_a_folder_is_made(
+    here: Path, inputs: Any, words: str
+) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        export_features(StandIn(), inputs, "out")
+    assert not Path("out").exists()
+
+
+def test_paths_may_be_path_objects(here: Path) -> None:
+    assert export_features(StandIn(), [Path("p")], "out", SMALL).exported == 10
+
+
 def plan_of(out: str = "out", encoder: Any = None, options: ExportOptions = SMALL) -> Any:
     return open_export(encoder or StandIn(), ["p"], Path(out), options)
 
@@ -916,7 +939,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_the_command_exports_and_tells_what_was_skipped(here: Path, run: Any) -> None:
     code, out, err = run("p", "--out", "out")
     assert code == 1
-    assert "exported 10 of 11 images (0 were there): 40 rows" in out
+    assert "exported 10 of 11 images (0 tried before): 40 rows" in out
     assert "skipped 1: 1 truncated" in out
     assert "wrote out/manifest.parquet" in out
     assert err.startswith("skipped: x.png is a truncated PNG")

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import click
 import pytest
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ def trust() -> ModuleType:
     sys.modules["trust"] = module  # dataclasses look their own module up
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_check_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(click.UsageError, match=r"no check on cpu has 'nosuch' .*photographs, fp32"):
+        trust().main.main(["--device=cpu", "--only=nosuch"], standalone_mode=False)
 
 
 def test_a_fiftieth_of_the_trust_suite_holds(tmp_path: Path) -> None:
