@@ -238,7 +238,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     try:
         _knock(address or os.environ.get("RAY_ADDRESS"))
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:  # a port may be no port
         raise ExportError(
             f"no Ray cluster answers at {address or 'RAY_ADDRESS'} ({error}); start one with "
             "`ray start --head`, and write --ray=ADDRESS, or --ray last"

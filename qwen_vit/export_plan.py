@@ -192,12 +192,16 @@ def _paths(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
         raise ArgumentError(
             f"inputs is one {type(inputs).__name__}, expected a list of paths; pass [inputs]"
         )
+    paths: list[str] = []
     for each in inputs:
         if not isinstance(each, str | os.PathLike) or isinstance(os.fspath(each), bytes):
-            raise ArgumentError(f"inputs holds {each!r}, expected paths; pass os.fsdecode(...)")
-    if not inputs:
+            raise ArgumentError(
+                f"inputs holds {each!r}, expected paths as str or Path; pass os.fsdecode of bytes"
+            )
+        paths.append(os.fspath(each))
+    if not paths:
         raise ArgumentError("inputs is empty, expected files, folders, patterns, lists or tars")
-    return [os.fspath(each) for each in inputs]
+    return paths
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def test_a_cluster_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) ->
         export_on_ray("tiny", ["x"], "out", address="photos/")
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "nowhere.invalid:{}"])
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "127.0.0.1:{}9999"])
 def test_an_address_where_nobody_listens_is_told_at_once(
     monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:

@@ -85,7 +85,7 @@ def test_inputs_that_are_no_list_of_paths_are_refused_before_a_folder_is_made(
 
 
 def test_paths_may_be_path_objects(here: Path) -> None:
-    assert export_features(StandIn(), [Path("p")], "out", SMALL).exported == 10
+    assert export_features(StandIn(), iter([Path("p")]), "out", SMALL).exported == 10
 
 
 def plan_of(out: str = "out", encoder: Any = None, options: ExportOptions = SMALL) -> Any:
