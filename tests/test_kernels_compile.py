@@ -408,7 +408,7 @@ FENCE, BARRIER = "FENCE.VIEW.ASYNC.S", "BAR.SYNC.DEFER_BLOCKING 0x0"
 
 
 def test_a_matrix_instruction_after_a_store_wants_a_fence_and_then_a_barrier() -> None:
-    """The window kernel had them the other way round when a large batch came out wrong once."""
+    """The window kernel once had them the other way round."""
     assert count_unfenced_reads(STORED_THEN_READ.format(FENCE, BARRIER)) == 0
     assert count_unfenced_reads(STORED_THEN_READ.format(BARRIER, FENCE)) == 1
     assert count_unfenced_reads(STORED_THEN_READ.format(BARRIER, BARRIER)) == 1
