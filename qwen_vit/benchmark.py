@@ -7,6 +7,7 @@ product by a sixth: side by side both meet the same clock, so ratios travel and 
 
 import random
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ __all__ = [
     "Measured",
     "StageWork",
     "TimedTower",
+    "after_a_rest",
     "bench",
     "beside_product",
     "check_device",
@@ -52,6 +54,8 @@ __all__ = [
 
 WARM_UPS, REPEATS = 3, 11
 PRODUCT_SIDE = 8192
+REST_S = 1.0
+RESTED_MS = 30.0  # before heat slows a GPU down
 COPIED_BYTES = 2**32
 
 
@@ -133,6 +137,23 @@ def beside_product(
     run_ms: float = statistics.median(begin.elapsed_time(middle) for begin, middle, _ in events)
     product_ms = statistics.median(middle.elapsed_time(end) for _, middle, end in events)
     return run_ms, 2 * PRODUCT_SIDE**3 * products / (product_ms * 1e-3)
+
+
+def after_a_rest(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """(the median GPU milliseconds of `run`, the product's rate), each by itself and for as long,
+    on a GPU that has rested: the clock of one image now and then.
+    """
+    product = _product(device)
+    run_once, product_once = (median_ms(each, 1, 1) for each in (run, product))
+    length_ms = max(RESTED_MS, run_once)
+
+    def rested_ms(each: Callable[[], Any], once_ms: float) -> float:
+        torch.cuda.synchronize(device)
+        time.sleep(REST_S)
+        return median_ms(each, round(length_ms / once_ms), 1)
+
+    run_ms = rested_ms(run, run_once)
+    return run_ms, 2 * PRODUCT_SIDE**3 / (rested_ms(product, product_once) * 1e-3)
 
 
 def copy_rate(device: torch.device) -> float:
