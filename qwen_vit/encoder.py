@@ -404,11 +404,12 @@ class VisionEncoder:
         is_whole_units = LEAST_STEP % self.config.merge_unit == 0
         by_graph = self.graphs is not None and output == "merged" and is_whole_units
         budget = budget_for(len(patches)) if by_graph else None
-        layout = _layout(grids, self.config, self.device, self.dtype, budget)
         if self.graphs is not None and budget is not None:
-            merged = self.graphs.run(patches, layout)
+            filled_up = _layout(grids, self.config, self.device, self.dtype, budget)
+            merged = self.graphs.run(patches, filled_up)
             if merged is not None:
                 return merged
+        layout = _layout(grids, self.config, self.device, self.dtype)
         with torch.no_grad():
             return self.tower(  # type: ignore[no-any-return]
                 patches.to(self.device, non_blocking=True), layout.to(self.device), output

@@ -24,10 +24,7 @@ logger = logging.getLogger("qwen_vit")
 
 LARGEST_BUDGET = 32_768  # patches; above it the launches are a small share of the time
 LEAST_STEP = 256  # patches
-# A graph has room for twice the windows, and twice the frame tiles, that whole ones would need;
-# a mix of smaller pieces runs without a graph.
-ROWS_PER_WINDOW_TILE = 32
-ROWS_PER_FRAME_TILE = 64
+ROOM = 2  # times the tiles that whole windows and frames need; smaller pieces run without a graph
 
 
 def budget_for(n_patches: int) -> int | None:
@@ -77,7 +74,12 @@ class GraphRunner:
         if static is None:
             return None
         indices = static.flat().pin_memory()
-        with self._lock, torch.cuda.device(self._device), torch.no_grad():
+        with (
+            self._lock,
+            torch.cuda.device(self._device),
+            torch.inference_mode(False),  # what is kept here outlives the caller's mode
+            torch.no_grad(),
+        ):
             current = torch.cuda.current_stream()
             current.wait_event(self._done)  # the lock orders threads, this orders their streams
             if not self._has_room_for(patches):
@@ -98,8 +100,7 @@ class GraphRunner:
             recorded.indices.copy_(indices, non_blocking=True)
             recorded.graph.replay()
             return recorded.merged
-        with torch.inference_mode(False), torch.no_grad():  # what is kept, outlives it
-            recorded, answer = self._record(static, indices, patches)
+        recorded, answer = self._record(static, indices, patches)
         if recorded is None:
             logger.warning(
                 "out of memory on %s: no graph of %d patches", self._device, static.n_rows
@@ -166,8 +167,8 @@ def _with_room(layout: Layout) -> Layout | None:
     Spare tiles are rows of zeros; spare merged tokens fetch the first one and are never read.
     """
     rows, unit = layout.n_rows, layout.n_patches // len(layout.merged_order)
-    window_tiles = _filled(layout.windows.tiles, rows // ROWS_PER_WINDOW_TILE)
-    frame_tiles = _filled(layout.frames.tiles, rows // ROWS_PER_FRAME_TILE)
+    window_tiles = _filled(layout.windows.tiles, ROOM * rows // layout.window_tiling.rows)
+    frame_tiles = _filled(layout.frames.tiles, ROOM * rows // layout.frame_tiling.rows)
     merged_order = _filled(layout.merged_order, rows // unit)
     if window_tiles is None or frame_tiles is None or merged_order is None:
         return None

@@ -155,6 +155,8 @@ class Layout:
     grids: tuple[Grid, ...]
     n_patches: int  # N
     n_rows: int
+    window_tiling: Tiling
+    frame_tiling: Tiling
     grid_index: torch.Tensor  # (n_rows,) int32: the grid-order patch of each window-order row
     positions: torch.Tensor  # (n_rows, 2) int32: patch row and column of each window-order row
     merged_order: torch.Tensor  # (M,) int32: the window-order unit of each row-major merged token
@@ -226,6 +228,8 @@ class Layout:
             grids=tuple(grids),
             n_patches=n_patches,
             n_rows=total,
+            window_tiling=window_tiling,
+            frame_tiling=frame_tiling,
             grid_index=torch.from_numpy(grid_index),
             positions=torch.from_numpy(positions),
             merged_order=torch.from_numpy(merged_order),

@@ -23,8 +23,7 @@ from qwen_vit.config import VisionConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.graphs import (
     LARGEST_BUDGET,
-    ROWS_PER_FRAME_TILE,
-    ROWS_PER_WINDOW_TILE,
+    ROOM,
     GraphRunner,
     _with_room,
     budget_for,
@@ -69,13 +68,13 @@ def config() -> object:
     return load_checkpoint(TINY_FOLDER).config
 
 
-def gpu_layout(grids: list[GridTuple]) -> Layout:
+def gpu_layout(grids: list[GridTuple], dtype: torch.dtype = torch.bfloat16) -> Layout:
     """As the encoder plans it for a GPU, on the host."""
     return Layout.from_grids(
         as_grids(grids),
         config(),  # type: ignore[arg-type]
-        window_tiling=tiling(CUDA, torch.bfloat16, "window"),
-        frame_tiling=tiling(CUDA, torch.bfloat16, "frame"),
+        window_tiling=tiling(CUDA, dtype, "window"),
+        frame_tiling=tiling(CUDA, dtype, "frame"),
         n_rows=budget_for(n_patches(grids)),
     )
 
@@ -108,7 +107,8 @@ def test_room_is_added_after_what_is_there_and_holds_nothing(grids: list[GridTup
     if static is None:
         tiles = (len(layout.windows.tiles), len(layout.frames.tiles))
         print(tiles)
-        assert tiles[0] > 1024 // ROWS_PER_WINDOW_TILE or tiles[1] > 1024 // ROWS_PER_FRAME_TILE
+        rows = layout.window_tiling.rows, layout.frame_tiling.rows
+        assert tiles[0] > ROOM * 1024 // rows[0] or tiles[1] > ROOM * 1024 // rows[1]
         return
     for before, after in (
         (layout.windows.tiles, static.windows.tiles),
@@ -120,6 +120,17 @@ def test_room_is_added_after_what_is_there_and_holds_nothing(grids: list[GridTup
     assert len(static.merged_order) == static.n_rows // 4
     assert torch.equal(static.grid_index, layout.grid_index)
     assert torch.equal(static.positions, layout.positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_images_of_a_common_size_fit_their_graph(dtype: torch.dtype) -> None:
+    """In float32 none did: its frame tiles are smaller, and room was for a number of bfloat16's."""
+    generator = random.Random(0)
+    for _ in range(200):
+        sizes = [[2 * generator.randint(8, 48) for _ in range(2)] for _ in range(4)]
+        grids = [(1, h, w) for h, w in sizes[: generator.randint(1, 4)]]
+        if budget_for(n_patches(grids)) is not None:
+            assert _with_room(gpu_layout(grids, dtype)) is not None, grids
 
 
 def test_a_mix_of_crumbs_does_not_fit_a_graph() -> None:
@@ -143,7 +154,7 @@ def test_a_static_layout_comes_back_whole_from_one_buffer() -> None:
     view = first.viewing(buffer)
     buffer.copy_(torch.cat([tensor.reshape(-1) for tensor in second.tensors()]))
     for name, seen, expected in zip(
-        [field.name for field in fields(Layout)][3:] * 2,
+        [field.name for field in fields(Layout)][5:] * 2,
         view.tensors(),
         second.tensors(),
         strict=False,
@@ -206,6 +217,19 @@ def test_a_recording_that_runs_out_of_memory_costs_the_graph_alone(no_gpu: list[
     assert no_gpu == [*recording, "empty_cache", *recording]
 
 
+def test_a_graph_made_in_inference_mode_serves_everybody(no_gpu: list[str]) -> None:
+    """The buffer of all graphs was an inference tensor then, which nobody could fill again."""
+    layout, pixels = gpu_layout([(1, 16, 16)]), random_pixels(256, 0)
+    never = Faulty(answer_of, OUT_OF_MEMORY, 0)
+    runner = GraphRunner(never, torch.device("cpu"))  # type: ignore[arg-type]
+    for is_inference in (True, True, False, True):
+        with torch.inference_mode(is_inference):
+            answer = runner.run(pixels, layout)
+        assert answer is not None
+        assert not answer.is_inference()
+        assert torch.equal(answer, pixels[:64, :3].float())
+
+
 @pytest.mark.parametrize(
     ("error", "fails_at", "did"),
     [
@@ -262,6 +286,35 @@ def test_a_graph_gives_the_bits_of_its_kernels_for_every_mix() -> None:
         assert ours.isfinite().all()
     assert by_graph.graphs is not None
     assert by_graph.graphs._recorded  # graphs were used
+
+
+@gpu
+def test_graphs_serve_float32() -> None:
+    by_graph = VisionEncoder.from_pretrained("tiny", device="cuda", dtype="float32")
+    eager = VisionEncoder.from_pretrained(
+        "tiny", device="cuda", dtype="float32", cuda_graphs=False
+    )
+    generator = random.Random(3)
+    for round_number in range(20):
+        grids = random_mix(generator, generator.choice((50, 500, 2000)))
+        pixels = random_pixels(n_patches(grids), round_number)
+        assert torch.equal(forward(by_graph, pixels, grids), forward(eager, pixels, grids)), grids
+    assert by_graph.graphs is not None
+    assert by_graph.graphs._recorded
+
+
+@gpu
+def test_a_callers_pinned_rows_are_free_when_the_call_returns() -> None:
+    """A loader fills the same pinned memory again, while the GPU may still read it."""
+    by_graph, eager = encoders()
+    grid_thw = torch.tensor([[1, 128, 128]])
+    rows = torch.randn(128 * 128, 1176)
+    expected = eager.encode_patches(rows, grid_thw)
+    for encoder in (by_graph, eager):
+        pinned = rows.pin_memory()
+        ours = encoder.encode_patches(pinned, grid_thw)
+        pinned.fill_(float("nan"))
+        assert torch.equal(ours, expected)
 
 
 @gpu
