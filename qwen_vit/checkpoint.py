@@ -13,12 +13,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen_vit.config import ImageConfig, VisionConfig, check_consistent
-from qwen_vit.convert import (
-    convert,
-    padded_mlp_size,
-    padded_pixel_size,
-    pixel_weight_exponent,
-)
 from qwen_vit.errors import CheckpointError
 from qwen_vit.strict_json import read_json
 from qwen_vit.weight_files import Elsewhere, StoredTensor, find_tensors
@@ -28,13 +22,9 @@ __all__ = [
     "Checkpoint",
     "Tower",
     "config_hash",
-    "convert",
     "expected_tensors",
     "find_tower",
     "load_checkpoint",
-    "padded_mlp_size",
-    "padded_pixel_size",
-    "pixel_weight_exponent",
     "tower_prefixes",
     "weights_hash",
 ]

@@ -191,6 +191,10 @@ def as_hf_tower(encoder: PatchEncoder) -> nn.Module:
     videos. Forward only, no gradients; `last_hidden_state`, which nothing there reads, is None.
     Needs transformers 5.17 or newer.
     """
+    if not callable(getattr(encoder, "encode_patches", None)):
+        raise ArgumentError(
+            f"encoder is {encoder!r}, expected a VisionEncoder; make one with from_pretrained"
+        )
     _require_transformers((5, 17), "as_hf_tower")
     return _HFTower(encoder)
 
@@ -221,7 +225,8 @@ def _rows_and_grids(features: Iterable[ImageFeatures]) -> tuple[list[Tensor], Te
             f"{one!r} has rows of {first[0]} {first[1]} and {other!r} of {second[0]} {second[1]}, "
             "expected the same; take features of one model and data type"
         )
-    return embeds, torch.tensor([image.grid_thw for image in images], dtype=torch.int64)
+    grids = [image.grid_thw for image in images]
+    return embeds, torch.tensor(grids, dtype=torch.int64, device="cpu")
 
 
 def _merged_rows(image: ImageFeatures) -> Tensor:

@@ -8,28 +8,23 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from qwen_vit.checkpoint import (
-    Checkpoint,
-    config_hash,
-    convert,
-    load_checkpoint,
-    pixel_weight_exponent,
-)
+from qwen_vit.checkpoint import Checkpoint, config_hash, load_checkpoint
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
+from qwen_vit.convert import convert, pixel_weight_exponent
 from qwen_vit.errors import ArgumentError, CheckpointError, ImageError
 from qwen_vit.features import ImageFeatures
-from qwen_vit.graphs import LEAST_STEP, GraphRunner, budget_for
+from qwen_vit.graphs import LARGEST_BUDGET, LEAST_STEP, GraphRunner, budget_for
 from qwen_vit.hub import Source, find_checkpoint
-from qwen_vit.image import ImageLimits, ImageSource, RgbImage, load_image
-from qwen_vit.image import Layout as ArrayLayout
-from qwen_vit.kernels.attention import LEAST_HEAD_DIM
+from qwen_vit.image import ArrayLayout, ImageLimits, ImageSource, RgbImage, load_image
+from qwen_vit.kernels.attention import LEAST_HEAD_DIM, MOST_HEAD_DIM
+from qwen_vit.layout import check_grids
 from qwen_vit.model import Output, VisionTower, plan_layout
 from qwen_vit.patches import Patches, patchify
 from qwen_vit.pipeline import Job, pack, thread_count, work_ahead
@@ -39,9 +34,11 @@ __all__ = ["VisionEncoder"]
 logger = logging.getLogger("qwen_vit")
 
 OnError = Literal["raise", "skip"]
+# What waits to be loaded: what the caller gave, or an array as it was when it was given.
+_Source: TypeAlias = ImageSource | Patches | RgbImage | ImageError
 
 # Patches in one forward pass. More gain nothing on a GPU; an image may be larger on its own.
-TOKEN_BUDGET = {"cuda": 32_768, "cpu": 4_096}
+TOKEN_BUDGET = {"cuda": LARGEST_BUDGET, "cpu": 4_096}
 # Batches that are packed together. On a CPU one, as it comes: there an image's bits may depend on
 # its company, and the same images shall give the same ones.
 WINDOW = {"cuda": 4, "cpu": 1}
@@ -175,9 +172,10 @@ class VisionEncoder:
         Returns one ImageFeatures per image, in order: `embeds` (n_tokens, out_hidden_size),
         row-major over merged cells of 28 x 28 pixels. With `output="patch"`, un-merged:
         (n_patches, hidden_size), row-major over patches of 14 x 14 pixels. `layout` is "HWC" or
-        "CHW" where an array's shape leaves its channel axis open. `decode_threads` read, decode and
-        resize ahead of the encoder: one for two cores, 2 to 16, if not given; the embeddings do
-        not depend on it.
+        "CHW" where an array's shape leaves its channel axis open. `limits` bounds what is decoded:
+        ImageLimits() if not given. `decode_threads` read, decode and resize ahead of the encoder:
+        one for two cores, 2 to 16, if not given; the embeddings do not depend on it. An image's
+        `id` is its path; of others, "image 0", "image 1" ... by their place.
 
         Raises ImageError for the first image that cannot be encoded; with `on_error="skip"` that
         image's features carry the error instead, and the others go on.
@@ -207,19 +205,35 @@ class VisionEncoder:
         (1, 22, 32)
 
         `images` is iterated in the caller's thread, ahead of what comes out. On a GPU, where an
-        image's bits do not depend on its batch, images are grouped by size.
+        image's bits do not depend on its batch, images are grouped by size. Raises ArgumentError
+        at once for an option that makes no sense.
         """
         if isinstance(images, ONE_IMAGE):
             raise ArgumentError(
                 f"images is one {type(images).__name__}, expected a list of images; "
                 "pass [image] instead"
             )
-        if on_error not in ("raise", "skip"):
-            raise ArgumentError(f"on_error is {on_error!r}, expected 'raise' or 'skip'")
-        if output not in ("merged", "patch"):
-            raise ArgumentError(f"output is {output!r}, expected 'merged' or 'patch'")
+        try:
+            images = iter(images)
+        except TypeError:
+            raise ArgumentError(f"images is {images!r}, expected a list of images") from None
+        limits = ImageLimits() if limits is None else limits
+        for name, value, is_right, expected in (
+            ("on_error", on_error, on_error in get_args(OnError), "'raise' or 'skip'"),
+            ("output", output, output in get_args(Output), "'merged' or 'patch'"),
+            ("layout", layout, layout in get_args(ArrayLayout), "'auto', 'HWC' or 'CHW'"),
+            ("limits", limits, isinstance(limits, ImageLimits), "ImageLimits or None"),
+        ):
+            if not is_right:
+                raise ArgumentError(f"{name} is {value!r}, expected {expected}")
         threads = thread_count(decode_threads)
-        jobs = self._jobs(images, on_error, layout, limits or ImageLimits(), threads > 1)
+        return self._encode_jobs(
+            self._jobs(images, on_error, layout, limits, threads > 1), output, on_error, threads
+        )
+
+    def _encode_jobs(
+        self, jobs: Iterator[Job[_Loaded]], output: Output, on_error: OnError, threads: int
+    ) -> Iterator[ImageFeatures]:
         pace = _Pace(self.device)
         with closing(work_ahead(jobs, threads=threads)) as loaded:
             for window in self._windows(loaded):
@@ -252,6 +266,9 @@ class VisionEncoder:
                 "call of the processor returned them",
                 code="patches",
             )
+        if self.device.type == "cuda" and pixel_values.is_pinned():
+            # a loader may fill it again when this returns, and the GPU reads it later: a copy
+            pixel_values = torch.empty_like(pixel_values, pin_memory=True).copy_(pixel_values)
         return self._forward(pixel_values, grids, "merged")
 
     def metadata(self) -> dict[str, Any]:
@@ -282,11 +299,8 @@ class VisionEncoder:
         for index, image in enumerate(images):
             is_path = isinstance(image, (str, os.PathLike))
             name = os.fsdecode(image) if is_path else f"image {index}"  # type: ignore[arg-type]
-            if isinstance(image, Patches):
-                yield Job(partial(_prepared, image, name))
-                continue
-            source: ImageSource | RgbImage | ImageError = image
-            if is_ahead and not isinstance(image, (str, os.PathLike, bytes)):
+            source: _Source = image
+            if is_ahead and not isinstance(image, (str, os.PathLike, bytes, Patches)):
                 # the caller may change it, once the next one is asked for
                 try:
                     source = load_image(image, name=name, layout=layout, limits=limits)
@@ -297,7 +311,7 @@ class VisionEncoder:
 
     def _load(
         self,
-        source: ImageSource | RgbImage | ImageError,
+        source: _Source,
         name: str,
         on_error: OnError,
         layout: ArrayLayout,
@@ -306,6 +320,8 @@ class VisionEncoder:
         try:
             if isinstance(source, ImageError):
                 raise source
+            if isinstance(source, Patches):
+                return self._given(source, name)
             if isinstance(source, RgbImage):
                 rgb = source
             else:
@@ -317,9 +333,27 @@ class VisionEncoder:
             # without its traceback, whose frames hold the file's bytes
             plain = ImageError(str(error), code=error.code)
             return _Loaded(ImageFeatures(name, None, None, error=plain), None)
-        features, _ = _prepared(patches, name)
-        size = (rgb.height, rgb.width)
-        return _Loaded(replace(features, size_px=size, notes=rgb.notes), patches)
+        features = ImageFeatures(name, None, _thw(patches), (rgb.height, rgb.width), rgb.notes)
+        return _Loaded(features, patches)
+
+    def _given(self, patches: Patches, name: str) -> _Loaded:
+        """One image that the caller has patchified."""
+        if len(patches.grids) != 1:
+            raise ImageError(
+                f"{name} is the patches of {len(patches.grids)} images, expected those of one; "
+                "pass each image's patches by themselves",
+                code="patches",
+            )
+        values = patches.pixels.shape[1]
+        expected = self.config.patch_dim // self.config.temporal_patch_size  # of one frame
+        if values != expected:
+            raise ImageError(
+                f"{name} has patches of {values} values, expected {expected}; build them with this "
+                "encoder's image_config",
+                code="patches",
+            )
+        check_grids(patches.grids, self.config, f"{name}, grids")
+        return _Loaded(ImageFeatures(name, None, _thw(patches)), patches)
 
     def _windows(self, loaded: Iterable[_Loaded]) -> Iterator[list[_Loaded]]:
         """The images in order, as many at a time as are packed together."""
@@ -435,23 +469,16 @@ class _Pace:
                 self._events.popleft().synchronize()
 
 
-def _prepared(patches: Patches, name: str) -> _Loaded:
-    """One image that `patchify` has prepared."""
-    if len(patches.grids) != 1:
-        raise ImageError(
-            f"{name} is the patches of {len(patches.grids)} images, expected those of one; "
-            "pass each image's patches by themselves",
-            code="patches",
-        )
+def _thw(patches: Patches) -> tuple[int, int, int]:
     [grid] = patches.grids
-    return _Loaded(ImageFeatures(name, None, (grid.t, grid.h, grid.w)), patches)
+    return grid.t, grid.h, grid.w
 
 
 def _parts(loaded: Iterable[_Loaded]) -> list[tuple[str, Patches]]:
     return [(features.id, patches) for features, patches in loaded if patches is not None]
 
 
-def _bytes_of(source: ImageSource | RgbImage | ImageError) -> int:
+def _bytes_of(source: _Source) -> int:
     """What waits in memory until it is loaded."""
     if isinstance(source, RgbImage):
         return source.pixels.nbytes
@@ -537,10 +564,10 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def _check_head_dim(config: VisionConfig, device: torch.device) -> None:
-    if device.type == "cuda" and config.head_dim < LEAST_HEAD_DIM:
+    if device.type == "cuda" and not LEAST_HEAD_DIM <= config.head_dim <= MOST_HEAD_DIM:
         raise CheckpointError(
-            f"head_dim is {config.head_dim}, expected at least {LEAST_HEAD_DIM} on a GPU, whose "
-            "matrix instructions take no fewer; use device='cpu'"
+            f"head_dim is {config.head_dim}, expected {LEAST_HEAD_DIM} to {MOST_HEAD_DIM} on a "
+            "GPU, for its matrix instructions and shared memory; use device='cpu'"
         )
 
 

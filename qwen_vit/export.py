@@ -28,7 +28,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ExportError, ImageError
+from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.export_estimate import Estimate, estimate_plan
 from qwen_vit.export_plan import (
     LISTING,
@@ -497,6 +497,12 @@ def export_features(
     for a folder, inputs or settings that do not fit, and a disk that is full; the first ImageError
     with on_error="raise".
     """
+    if not hasattr(encoder, "image_config"):
+        raise ArgumentError(
+            f"encoder is {encoder!r}, expected a VisionEncoder; make one with from_pretrained"
+        )
+    if not isinstance(options, ExportOptions | None):
+        raise ArgumentError(f"options is {options!r}, expected ExportOptions or None")
     options, tally = options or ExportOptions(), Tally()
     thread_count(decode_threads)  # refuses what makes no sense, before anything is made
     load_arrow()

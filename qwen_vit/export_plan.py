@@ -25,7 +25,7 @@ from qwen_vit.folder_lock import LOCK_NAME, hold_folder, hold_moment
 from qwen_vit.image import ImageLimits
 from qwen_vit.listing import Listing, find_items, read_listing, shown
 from qwen_vit.patches import smart_resize
-from qwen_vit.strict_json import read_json
+from qwen_vit.strict_json import is_integer, read_json
 
 __all__ = [
     "LISTING",
@@ -76,14 +76,25 @@ class ExportOptions:
     limits: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:
-        number, count = self.part
+        is_part = (
+            isinstance(self.part, tuple) and len(self.part) == 2 and all(map(is_integer, self.part))
+        )
         for is_right, name, expected in (
             (self.output in ("merged", "patch", "mean"), "output", "'merged', 'patch' or 'mean'"),
             (self.dtype in (None, *STORAGE), "dtype", f"None, {' or '.join(map(repr, STORAGE))}"),
-            (self.shard_size >= 1, "shard_size", "at least 1 image"),
+            (
+                is_integer(self.shard_size) and self.shard_size >= 1,
+                "shard_size",
+                "at least 1 image",
+            ),
             (self.on_error in ("skip", "raise"), "on_error", "'skip' or 'raise'"),
-            (1 <= number <= count, "part", "(I, N) with I from 1 to N"),
-            (self.max_failures >= 0, "max_failures", "0 (never stop) or more"),
+            (is_part and 1 <= self.part[0] <= self.part[1], "part", "(I, N) with I from 1 to N"),
+            (
+                is_integer(self.max_failures) and self.max_failures >= 0,
+                "max_failures",
+                "0 (never stop) or more",
+            ),
+            (isinstance(self.limits, ImageLimits), "limits", "ImageLimits"),
         ):
             if not is_right:
                 raise ArgumentError(f"{name} is {getattr(self, name)!r}, expected {expected}")

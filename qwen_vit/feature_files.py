@@ -18,11 +18,12 @@ from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, overload
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen_vit import downstream
-from qwen_vit.errors import CheckpointError, ExportError
+from qwen_vit.errors import ArgumentError, CheckpointError, ExportError
 from qwen_vit.features import METADATA_KEY, SCHEMA_VERSION, ImageFeatures
 from qwen_vit.safetensors_header import read_header
 from qwen_vit.strict_json import check_integer, is_integer, parse_json, read_json, show
@@ -223,7 +224,8 @@ class FeatureFile(Features):
     def _read(self, place: int) -> ImageFeatures:
         rows = slice(self._offsets[place], self._offsets[place + 1])
         t, h, w = self.image_grid_thw[place].tolist()
-        embeds = self._file.get_slice("image_embeds")[rows]
+        with torch.device("cpu"):  # whatever the caller's default device is
+            embeds = self._file.get_slice("image_embeds")[rows]
         size_px, notes = self._facts[place] if self._facts else (None, ())
         return ImageFeatures(self._ids[place], embeds, (t, h, w), size_px, notes)
 
@@ -365,6 +367,8 @@ def load_features(path: str | Path) -> FeatureFile | FeatureFolder:
 
     Raises ExportError, naming the file, for one that is missing, torn or of another schema.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ArgumentError(f"path is a {type(path).__name__}, expected that of a file or folder")
     path = Path(path)
     try:
         if path.is_dir():

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qwen_vit.atomic_file import AtomicFile, atomic_file, cannot_write
-from qwen_vit.errors import ExportError, ImageError
+from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.finite import all_finite
 from qwen_vit.safetensors_header import MAX_HEADER_BYTES
 
@@ -60,15 +60,38 @@ class ImageFeatures:
 
 
 def write_features(
-    path: str | Path, features: Sequence[ImageFeatures], metadata: Mapping[str, Any]
+    path: str | Path, features: Iterable[ImageFeatures], metadata: Mapping[str, Any]
 ) -> Path:
     """Write a feature file whole or not at all; images with an error are left out.
+
+    >>> import tempfile
+    >>> from qwen_vit import VisionEncoder, load_features
+    >>> encoder = VisionEncoder.from_pretrained("tiny")
+    >>> encoded = encoder.encode(["tests/images/chelsea.png"])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = write_features(folder + "/cat.safetensors", encoded, encoder.metadata())
+    ...     load_features(path)["tests/images/chelsea.png"].grid_thw
+    (1, 22, 32)
 
     `metadata` is what `VisionEncoder.metadata()` gives. The bytes depend on the arguments alone.
     Raises ExportError for two images of one id, embeddings that are no rows of finite numbers,
     nothing to write, or a folder that cannot be written.
     """
     path = Path(path)
+    if isinstance(features, ImageFeatures) or not isinstance(features, Iterable):
+        raise ArgumentError(
+            f"features is one {type(features).__name__}, expected a list of ImageFeatures, as "
+            "`encode` returns them"
+        )
+    features = list(features)
+    for feature in features:
+        if not isinstance(feature, ImageFeatures):
+            raise ArgumentError(
+                f"features holds a {type(feature).__name__}, expected ImageFeatures, as `encode` "
+                "returns them"
+            )
+    if not isinstance(metadata, Mapping):
+        raise ArgumentError(f"metadata is {metadata!r}, expected what encoder.metadata() gives")
     good = [feature for feature in features if feature.embeds is not None]
     if not good:
         raise ExportError(f"{path} would hold no image: every one of {len(features)} failed")
@@ -192,8 +215,8 @@ def _head(
         raise ExportError(
             f"{path}: its metadata cannot be JSON ({error}); pass VisionEncoder.metadata()"
         ) from None
-    grid_rows = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
-    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
+    grid_rows = torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(-1, 3)
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device="cpu")
     header: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
     position = 0
     for name, stored, shape in (  # in the order in which safetensors itself would write them

@@ -18,7 +18,7 @@ from torch import Tensor
 from qwen_vit.layout import Layout
 from qwen_vit.model import ROTARY_POSITIONS, VisionTower
 
-__all__ = ["LEAST_STEP", "GraphRunner", "budget_for"]
+__all__ = ["LARGEST_BUDGET", "LEAST_STEP", "GraphRunner", "budget_for"]
 
 logger = logging.getLogger("qwen_vit")
 

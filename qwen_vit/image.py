@@ -38,9 +38,9 @@ __all__ = [
     "ADDRESS",
     "CODES",
     "DECODERS",
+    "ArrayLayout",
     "ImageLimits",
     "ImageSource",
-    "Layout",
     "RgbImage",
     "load_image",
     "read_image_file",
@@ -84,7 +84,7 @@ ImageSource: TypeAlias = (
     | NDArray[Any]
     | torch.Tensor
 )
-Layout: TypeAlias = Literal["auto", "HWC", "CHW"]
+ArrayLayout: TypeAlias = Literal["auto", "HWC", "CHW"]
 
 # The plug-ins are called directly: Image.open would apply its process-wide pixel limit and warn.
 # JpegImageFile rather than its factory, so that a multi-picture file is its first picture.
@@ -180,7 +180,7 @@ def load_image(
     source: ImageSource,
     *,
     name: str | None = None,
-    layout: Layout = "auto",
+    layout: ArrayLayout = "auto",
     limits: ImageLimits = ImageLimits(),
 ) -> RgbImage:
     """Turn a path, encoded bytes, a PIL image, an array or a tensor into RGB pixels.
@@ -592,7 +592,7 @@ def _tensor_to_array(tensor: torch.Tensor, name: str) -> NDArray[Any]:
 
 
 def _from_array(
-    array: NDArray[Any], kind: str, name: str, layout: Layout, limits: ImageLimits
+    array: NDArray[Any], kind: str, name: str, layout: ArrayLayout, limits: ImageLimits
 ) -> RgbImage:
     array = _channels_last(array, name, layout)
     height, width, channels = array.shape
@@ -611,7 +611,7 @@ def _from_array(
     return RgbImage(np.array(array, np.uint8, order="C"), kind, name, tuple(notes))
 
 
-def _channels_last(array: NDArray[Any], name: str, layout: Layout) -> NDArray[Any]:
+def _channels_last(array: NDArray[Any], name: str, layout: ArrayLayout) -> NDArray[Any]:
     shape = array.shape
     if array.ndim == 2:
         return array[:, :, None]

@@ -73,8 +73,8 @@ def _frame(h: int, w: int, merge: int, window_units: int) -> _Frame:
     )
 
 
-def check_grids(grids: Iterable[Grid], config: VisionConfig) -> None:
-    """Refuse a grid that no image can have.
+def check_grids(grids: Iterable[Grid], config: VisionConfig, name: str = "grid_thw") -> None:
+    """Refuse a grid that no image can have; `name` is what messages call them.
 
     Raises ImageError (code `grid`) when a side is not positive or not a multiple of the merge size.
     """
@@ -87,7 +87,7 @@ def check_grids(grids: Iterable[Grid], config: VisionConfig) -> None:
         else:
             continue
         raise ImageError(
-            f"grid_thw[{index}] is ({grid.t}, {grid.h}, {grid.w}): {problem}; "
+            f"{name}[{index}] is ({grid.t}, {grid.h}, {grid.w}): {problem}; "
             "pass the grid that the processor returned with these pixels",
             code="grid",
         )

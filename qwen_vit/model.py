@@ -51,8 +51,10 @@ def plan_layout(
 ) -> Layout:
     """The layout, on the host, with the tiles that the kernels of this device want.
 
+    >>> config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
     >>> layout = plan_layout([Grid(1, 32, 32)], config, torch.device("cpu"), torch.float32)
-    >>> tower(patches.pixels, layout.to(device))
+    >>> layout.n_patches, len(layout.merged_order)
+    (1024, 256)
     """
     return Layout.from_grids(
         grids,
@@ -194,13 +196,13 @@ class PatchMerger(nn.Module):
 class VisionTower(nn.Module):
     """Patches and their layout -> one embedding per merged token.
 
-    >>> tower = VisionTower(config, torch.float32)
-    >>> tower.load_state_dict(state, strict=True, assign=True)
-    >>> tower(patches.pixels, layout).shape
-    torch.Size([256, 3584])
+    >>> from qwen_vit import VisionEncoder
+    >>> encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    >>> layout = plan_layout([Grid(1, 4, 6)], encoder.config, encoder.device, encoder.dtype)
+    >>> encoder.tower(torch.zeros(24, 588, dtype=torch.uint8), layout).shape
+    torch.Size([6, 192])
 
-    Built without weights: construct it on the meta device and assign what `checkpoint.convert`
-    gives.
+    Built without weights: construct it on the meta device and assign what `convert.convert` gives.
     """
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:

@@ -352,7 +352,10 @@ ARGUMENTS = ("qkv", "cos", "sin", "cu_seqlens")
     [
         ("qkv", torch.zeros(10, 3, 160), r"qkv has shape \(10, 3, 160\), expected \(N, 3, heads"),
         ("qkv", torch.zeros(10, 2, 2, 80), r"qkv has shape \(10, 2, 2, 80\)"),
-        ("qkv", torch.zeros(10, 3, 2, 81), "even head_dim of at least 2; reshape"),
+        ("qkv", torch.zeros(10, 3, 2, 81), "even head_dim from 2 to 256; reshape"),
+        ("qkv", torch.zeros(10, 3, 2, 512), "even head_dim from 2 to 256; reshape"),
+        ("qkv", np.zeros((10, 3, 2, 80)), "qkv is a ndarray, expected a torch tensor"),
+        ("qkv", torch.zeros(10, 3, 2, 80, device="meta"), "qkv is on meta, expected a CUDA GPU"),
         ("qkv", torch.zeros(10, 3, 0, 80), r"qkv has shape \(10, 3, 0, 80\)"),
         ("qkv", torch.zeros(10, 3, 2, 80).bfloat16(), "bfloat16 on cpu, expected torch.float32"),
         ("qkv", torch.zeros(10, 3, 2, 80).half(), "float16 on cpu, expected torch.float32"),
@@ -360,6 +363,7 @@ ARGUMENTS = ("qkv", "cos", "sin", "cu_seqlens")
         ("cos", torch.zeros(10, 80), r"cos is .*\(10, 80\), expected torch.float32 .*\(10, 40\)"),
         ("sin", torch.zeros(9, 40), r"sin is .*\(9, 40\), expected .*\(10, 40\)"),
         ("cos", torch.zeros(10, 40).bfloat16(), "cos is torch.bfloat16 .* expected torch.float32"),
+        ("cu_seqlens", [0, 10], "cu_seqlens is a list, expected a torch tensor"),
         ("cu_seqlens", torch.tensor([0.0, 10.0]), "cu_seqlens is torch.float32"),
         ("cu_seqlens", torch.tensor([[0, 10]]), r"cu_seqlens is .*\(1, 2\)"),
         ("cu_seqlens", torch.tensor([0]), r"no segment, expected at least \[0, N\]"),
@@ -369,7 +373,7 @@ ARGUMENTS = ("qkv", "cos", "sin", "cu_seqlens")
         ("cos", torch.zeros(10, 40, device="meta"), "cos is on meta and qkv on cpu; move it"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(name: str, value: Tensor, message: str) -> None:
+def test_arguments_that_do_not_fit_are_refused(name: str, value: object, message: str) -> None:
     good = dict(zip(ARGUMENTS, random_case([10], 80, 2), strict=True))
     with pytest.raises(ArgumentError, match=message):
         fused_rope_varlen_attention(**(good | {name: value}))
@@ -384,6 +388,15 @@ def test_the_tile_table_made_on_the_device_equals_the_hosts(name: str, rows: int
 @pytest.mark.parametrize("lengths", [[0, 0, 64, 0, 129, 0], [0], [128, 128]])
 def test_the_tile_table_made_on_the_device_knows_empty_segments(lengths: list[int]) -> None:
     assert_device_table_equals_hosts(lengths, 64, CPU)
+
+
+def test_edges_beyond_the_rows_lead_nowhere_on_a_gpu() -> None:
+    """Their values are never read back, and a tile past the last row would be written there."""
+    for wrong in ([0, 200], [0, 1 << 30, 7], [-5, 100], [50, 0, 100], [0, 90, 300, 100]):
+        table = kernels._tile_table_on_device(torch.tensor(wrong), 100, Tiling(32, packs=False))
+        used = table[table[:, 1] > table[:, 0]]
+        assert used.min() >= 0
+        assert used.max() <= 100
 
 
 def assert_device_table_equals_hosts(

@@ -13,16 +13,18 @@ from safetensors.torch import load_file, save_file
 
 from qwen_vit.checkpoint import (
     config_hash,
-    convert,
     expected_tensors,
     load_checkpoint,
-    padded_mlp_size,
-    padded_pixel_size,
-    pixel_weight_exponent,
     weights_hash,
 )
 from qwen_vit.config import ImageConfig, VisionConfig
-from qwen_vit.convert import rotary_permutation
+from qwen_vit.convert import (
+    convert,
+    padded_mlp_size,
+    padded_pixel_size,
+    pixel_weight_exponent,
+    rotary_permutation,
+)
 from qwen_vit.errors import ArgumentError, CheckpointError
 from qwen_vit.strict_json import show
 

@@ -29,7 +29,10 @@ from qwen_vit import patches as patches_module
 from qwen_vit.checkpoint import load_checkpoint
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, CheckpointError, HubError, ImageError, QwenVitError
+from qwen_vit.feature_files import load_features
+from qwen_vit.features import write_features
 from qwen_vit.image import ImageLimits, load_image
+from qwen_vit.kernels.attention import fused_rope_varlen_attention
 from qwen_vit.model import VisionTower
 from qwen_vit.patches import Patches, patchify
 from qwen_vit.pipeline import AHEAD_JOBS
@@ -228,7 +231,15 @@ def test_unknown_options_are_refused() -> None:
     with pytest.raises(ArgumentError, match="on_error is 'ignore', expected 'raise' or 'skip'"):
         tiny().encode([], on_error="ignore")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="output is 'pooled', expected 'merged' or 'patch'"):
-        tiny().encode([], output="pooled")  # type: ignore[arg-type]
+        tiny().encode_iter([], output="pooled")  # type: ignore[arg-type]  # before the first next()
+    with pytest.raises(ArgumentError, match="layout is 'xx', expected 'auto', 'HWC' or 'CHW'"):
+        tiny().encode([], layout="xx")  # type: ignore[arg-type]
+    for limits in (0, 5):
+        with pytest.raises(ArgumentError, match=f"limits is {limits}, expected ImageLimits"):
+            tiny().encode([], limits=limits)  # type: ignore[arg-type]
+    for images in (None, 5):
+        with pytest.raises(ArgumentError, match=f"images is {images}, expected a list of images"):
+            tiny().encode(images)  # type: ignore[arg-type]
 
 
 # Images that cannot be encoded
@@ -673,15 +684,23 @@ def test_autocast_around_a_call_changes_nothing() -> None:
         assert torch.equal(tiny().encode_patches(rows, grid_thw), plain)
 
 
-def test_a_default_device_of_the_caller_changes_nothing() -> None:
+def test_a_default_device_of_the_caller_changes_nothing(tmp_path: Path) -> None:
+    qkv, angles = torch.randn(10, 3, 2, 80), torch.rand(10, 40)
+    cu_seqlens = torch.tensor([0, 4, 10], dtype=torch.int32)
     torch.set_default_device("meta")
     try:
         encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
         [features] = encoder.encode([np.zeros((56, 84, 3), np.uint8)])
+        path = write_features(tmp_path / "f.safetensors", [features], encoder.metadata())
+        stored = load_features(path)
+        taken = stored.to_vllm()["image"]
+        found = [features.embeds, stored[0].embeds, stored.image_grid_thw, *taken.values()]
+        found.append(fused_rope_varlen_attention(qkv, angles.cos(), angles.sin(), cu_seqlens))
     finally:
         torch.set_default_device(None)
-    assert features.embeds is not None
-    assert features.embeds.device.type == "cpu"
+    for tensor in found:
+        assert tensor is not None
+        assert tensor.device.type == "cpu"
 
 
 def test_the_layout_of_an_ambiguous_array_can_be_given() -> None:

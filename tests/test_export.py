@@ -903,13 +903,25 @@ def test_the_time_is_that_of_a_few_images_for_all_patches(
     "wrong",
     [
         {"output": "token"}, {"dtype": "float16"}, {"shard_size": 0}, {"on_error": "stop"},
-        {"part": (0, 2)}, {"part": (3, 2)}, {"max_failures": -1},
+        {"part": (0, 2)}, {"part": (3, 2)}, {"part": 5}, {"part": "12"}, {"part": [1, 1]},
+        {"part": (1, 2, 3)}, {"part": (1.0, 1.0)}, {"max_failures": -1}, {"max_failures": "x"},
+        {"shard_size": 1.5}, {"shard_size": "5"}, {"shard_size": True}, {"limits": 5},
+        {"limits": None},
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     [name] = wrong
     with pytest.raises(ArgumentError, match=f"{name} is .*, expected"):
         ExportOptions(**wrong)
+
+
+def test_what_is_no_encoder_and_no_options_is_refused(here: Path) -> None:
+    with pytest.raises(ArgumentError, match="encoder is 'tiny', expected a VisionEncoder"):
+        export_features("tiny", ["p"], "out")  # type: ignore[arg-type]
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    with pytest.raises(ArgumentError, match=r"options is \{'output': 'mean'\}, expected Export"):
+        export_features(encoder, ["p"], "out", {"output": "mean"})  # type: ignore[arg-type]
+    assert not Path("out").exists()
 
 
 # The command

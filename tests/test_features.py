@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from qwen_vit import atomic_file as atomic_file_module
 from qwen_vit import features as features_module
-from qwen_vit.errors import ExportError, ImageError
+from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.feature_files import load_features
 from qwen_vit.features import FeatureWriter, ImageFeatures, write_features
 
@@ -327,3 +327,30 @@ def test_rows_that_do_not_fit_their_grid_are_refused(tmp_path: Path) -> None:
     wrong = ImageFeatures("a.jpg", torch.zeros(5, 8), (1, 4, 4))
     with pytest.raises(ExportError, match=r".a\.jpg. has 5 rows for a grid of"):
         write_features(tmp_path / "f.safetensors", [wrong], {})
+
+
+@pytest.mark.parametrize(
+    ("features", "metadata", "message"),
+    [
+        (ImageFeatures("a", torch.zeros(1, 4), (1, 2, 2)), {}, "features is one ImageFeatures, ex"),
+        (None, {}, "features is one NoneType, expected a list of ImageFeatures"),
+        ([torch.zeros(1, 4)], {}, "features holds a Tensor, expected ImageFeatures"),
+        ([ImageFeatures("a", torch.zeros(1, 4), (1, 2, 2))], None, "metadata is None, expected"),
+    ],
+)
+def test_what_are_no_features_is_refused(
+    tmp_path: Path, features: Any, metadata: Any, message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        write_features(tmp_path / "a.safetensors", features, metadata)
+    assert not list(tmp_path.iterdir())
+
+
+def test_features_may_come_from_a_stream(tmp_path: Path) -> None:
+    stream = (ImageFeatures(name, torch.ones(1, 4), (1, 2, 2)) for name in "ab")
+    assert len(load_features(write_features(tmp_path / "a.safetensors", stream, METADATA))) == 2
+    failed = (ImageFeatures(name, None, None) for name in "ab")
+    with pytest.raises(ExportError, match="every one of 2 failed"):
+        write_features(tmp_path / "b.safetensors", failed, METADATA)
+    with pytest.raises(ArgumentError, match="path is a NoneType"):
+        load_features(None)  # type: ignore[arg-type]

@@ -291,9 +291,7 @@ def test_a_graph_gives_the_bits_of_its_kernels_for_every_mix() -> None:
 @gpu
 def test_graphs_serve_float32() -> None:
     by_graph = VisionEncoder.from_pretrained("tiny", device="cuda", dtype="float32")
-    eager = VisionEncoder.from_pretrained(
-        "tiny", device="cuda", dtype="float32", cuda_graphs=False
-    )
+    eager = VisionEncoder.from_pretrained("tiny", device="cuda", dtype="float32", cuda_graphs=False)
     generator = random.Random(3)
     for round_number in range(20):
         grids = random_mix(generator, generator.choice((50, 500, 2000)))

@@ -1,6 +1,7 @@
 """Threads load ahead and write behind: in order, in bounded memory, errors in their place."""
 
 import gc
+import re
 import threading
 import time
 from collections import deque
@@ -541,6 +542,30 @@ def test_patches_of_two_images_are_no_image() -> None:
     assert features.grid_thw == (1, 4, 4)
     with pytest.raises(ImageError, match="patches of 2 images"):
         whole.encode([Patches.cat([one, one])])
+
+
+def test_patches_that_are_not_this_encoders_fail_alone() -> None:
+    """Narrower ones were filled up with zeros and encoded; the others cost the whole batch."""
+    from qwen_vit.config import Grid
+    from qwen_vit.patches import Patches, patchify
+
+    whole = encoder()
+    good = patchify(np.zeros((56, 56, 3), np.uint8), whole.image_config)
+    bad = {
+        "image 1 has patches of 192 values, expected 588": (192, Grid(1, 4, 4)),
+        "image 2 has patches of 1176 values, expected 588": (1176, Grid(1, 4, 4)),
+        r"image 3, grids\[0\] is \(1, 3, 5\): height and width": (588, Grid(1, 3, 5)),
+    }
+    patches = [
+        Patches(torch.zeros(grid.n_patches, values, dtype=torch.uint8), (grid,))
+        for values, grid in bad.values()
+    ]
+    results = whole.encode([good, *patches, Patches.cat([good, good]), good], on_error="skip")
+    assert [result.embeds is not None for result in results] == [True, *[False] * 4, True]
+    for message, result in zip([*bad, "image 4 is the patches of 2"], results[1:5], strict=True):
+        assert re.match(message, str(result.error))
+    with pytest.raises(ImageError, match="image 0 has patches of 192 values"):
+        whole.encode([patches[0]])
 
 
 def test_images_are_packed_largest_first_and_come_back_in_order(

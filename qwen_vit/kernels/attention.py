@@ -66,6 +66,7 @@ TILES = {
 INTERPRETED_ROWS = 1024  # a program costs milliseconds in the interpreter, whatever its tile holds
 ROTATION_ROWS = 64
 LEAST_HEAD_DIM = 16  # of a GPU's matrix instructions
+MOST_HEAD_DIM = 256  # whose tiles fit a multiprocessor's shared memory
 
 
 @triton.jit
@@ -428,8 +429,9 @@ def fused_rope_varlen_attention(
     int64, from 0 to N; returns (N, H, D) in qkv's dtype. The softmax scale is D ** -0.5.
 
     bfloat16 and float32 (IEEE, never TF32) on a GPU; float32 on a CPU, in Triton's interpreter. On
-    a GPU nothing waits for the host: `cu_seqlens` is never read back, so its values are not
-    checked there. Rows beyond its last value are left unwritten. Forward only: no gradient.
+    a GPU nothing waits for the host: `cu_seqlens` is never read back, so wrong values give wrong
+    results there and no error. Rows beyond its last value are left unwritten. Head dims up to 256.
+    Forward only: no gradient.
 
     Raises ArgumentError for shapes, dtypes or devices that do not fit together.
     """
@@ -438,7 +440,8 @@ def fused_rope_varlen_attention(
     empty = cu_seqlens.new_empty(0, dtype=torch.int32)
     if qkv.device.type == "cpu":
         lengths = cu_seqlens.diff().to(torch.int32)
-        owners = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
+        owners = torch.arange(len(lengths), dtype=torch.int32, device="cpu")
+        owners = owners.repeat_interleave(lengths)
         tiles = torch.from_numpy(tile_table(lengths.numpy(), cut))
         segments = Segments(cu_seqlens, tiles, owners)
     else:
@@ -449,6 +452,7 @@ def fused_rope_varlen_attention(
 
 def _tile_table_on_device(cu_seqlens: torch.Tensor, n_rows: int, cut: Tiling) -> torch.Tensor:
     """`layout.tile_table`, without learning its length: the tiles left over are empty."""
+    cu_seqlens = cu_seqlens.clamp(0, n_rows)  # wrong ones must not lead out of qkv
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     tiles_before = ((ends - starts + cut.rows - 1) // cut.rows).cumsum(0)
     capacity = n_rows // cut.rows + len(starts)
@@ -466,12 +470,18 @@ def _tile_table_on_device(cu_seqlens: torch.Tensor, n_rows: int, cut: Tiling) ->
 def _check_arguments(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> None:
+    given = {"qkv": qkv, "cos": cos, "sin": sin, "cu_seqlens": cu_seqlens}
+    for name, value in given.items():
+        if not isinstance(value, torch.Tensor):
+            raise ArgumentError(f"{name} is a {type(value).__name__}, expected a torch tensor")
+    if qkv.device.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"qkv is on {qkv.device}, expected a CUDA GPU or the CPU; move it")
     least = 2 if qkv.device.type == "cpu" else LEAST_HEAD_DIM
     is_fused = qkv.dim() == 4 and qkv.shape[1] == 3 and qkv.shape[2] > 0
-    if not is_fused or qkv.shape[3] % 2 or qkv.shape[3] < least:
+    if not is_fused or qkv.shape[3] % 2 or not least <= qkv.shape[3] <= MOST_HEAD_DIM:
         raise ArgumentError(
             f"qkv has shape {tuple(qkv.shape)}, expected (N, 3, heads, head_dim) with an even "
-            f"head_dim of at least {least}; reshape the fused projection's output"
+            f"head_dim from {least} to {MOST_HEAD_DIM}; reshape the fused projection's output"
         )
     N, _, _, D = qkv.shape
     supported = (torch.float32,) if qkv.device.type == "cpu" else (torch.float32, torch.bfloat16)
