@@ -36,7 +36,6 @@ from qwen_vit.image_completeness import ends_early, is_filled_up, promised_bytes
 
 __all__ = [
     "ADDRESS",
-    "CODES",
     "DECODERS",
     "ArrayLayout",
     "ImageLimits",
@@ -45,33 +44,6 @@ __all__ = [
     "load_image",
     "read_image_file",
 ]
-
-CODES = {
-    "array-channels": "the channel axis holds neither 1, 3 nor 4 values",
-    "array-dtype": "neither uint8 nor floating point",
-    "array-layout": "the channel axis cannot be told: layout= decides",
-    "array-not-finite": "NaN or infinity among the values",
-    "array-range": "a floating-point value outside [0, 1]",
-    "array-shape": "not one image: neither 2 nor 3 axes",
-    "damaged": "the decoder refuses the content",
-    "directory": "the path is a directory",
-    "empty-file": "0 bytes",
-    "file-too-large": "more bytes than ImageLimits.max_file_bytes",
-    "format": "an image, but of a format outside the allow-list",
-    "memory": "not enough memory to decode it",
-    "missing": "no such file, or it vanished",
-    "mode": "a pixel type without a known white level",
-    "not-a-file": "a FIFO, socket or device: never opened",
-    "not-an-image": "text, a web page, a git-lfs pointer or unknown bytes",
-    "patches": "pixels and grids that do not belong together (patches.py)",
-    "ratio": "one side is over 200 times the other (patches.py)",
-    "source-type": "not a path, bytes, PIL image, array or tensor",
-    "too-many-pixels": "more pixels than ImageLimits.max_pixels, by its header",
-    "truncated": "the content ends early; it is never filled up",
-    "unreadable": "the system refuses to read it; a retry may help",
-    "url": "an address: nothing is downloaded here",
-    "zero-side": "a side of 0 pixels",
-}
 
 ImageSource: TypeAlias = (
     str
@@ -193,7 +165,7 @@ def load_image(
     (H, W), or with a channel axis of 1, 3 or 4 that `layout` places ("auto" refuses to guess).
     A PIL image counts with the frame it stands on; beyond Pillow's lazy loading it is unchanged.
     `name` is what messages say. Safe to call from many threads. Raises ImageError, whose `code`
-    is a key of CODES, and ArgumentError for an unknown `layout`.
+    is a key of errors.IMAGE_CODES, and ArgumentError for an unknown `layout`.
     """
     if layout not in ("auto", "HWC", "CHW"):
         raise ArgumentError(f'layout is {layout!r}, expected "auto", "HWC" or "CHW"')
@@ -226,7 +198,7 @@ def load_image(
 
 
 def _error(code: str, name: str, text: str) -> ImageError:
-    """The error of one row of CODES; an odd name is escaped, so that a message is one line."""
+    """The error of one of IMAGE_CODES; an odd name is escaped, so that a message is one line."""
     shown = name if name and name.isprintable() and name == name.strip() else ascii(name)
     if len(shown) > 400:
         shown = f"{shown[:200]}...{shown[-100:]}"

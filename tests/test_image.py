@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile
 
-from qwen_vit.errors import ArgumentError, ImageError
-from qwen_vit.image import CODES, ImageLimits, RgbImage, load_image
+import qwen_vit
+from qwen_vit.errors import IMAGE_CODES, ArgumentError, ImageError
+from qwen_vit.image import ImageLimits, RgbImage, load_image
 
 IMAGES = Path(__file__).parent / "images"
 FORMATS = {
@@ -56,7 +57,7 @@ def refusal(code: str, source: Any, **options: Any) -> str:
             load_image(source, **options)
     message = str(caught.value)
     assert caught.value.code == code, message
-    assert code in CODES
+    assert code in IMAGE_CODES
     assert not re.search(r"0x[0-9a-f]{6}", message)
     assert "\n" not in message
     return message
@@ -83,7 +84,13 @@ def with_png_chunk(data: bytes, kind: bytes, content: bytes) -> bytes:
 
 def test_every_code_of_the_table_is_tested() -> None:
     tests = "".join(path.read_text("utf-8") for path in Path(__file__).parent.glob("test_*.py"))
-    assert [code for code in CODES if f'"{code}"' not in tests] == []
+    assert [code for code in IMAGE_CODES if f'"{code}"' not in tests] == []
+
+
+def test_every_code_of_the_package_is_in_the_table() -> None:
+    package = Path(qwen_vit.__file__).parent
+    sources = "".join(path.read_text("utf-8") for path in package.glob("*.py"))
+    assert set(re.findall(r'code="([^"]+)"', sources)) <= set(IMAGE_CODES)
 
 
 # One policy for every source
@@ -505,7 +512,7 @@ def test_arbitrary_damage_is_an_image_or_an_image_error(
     except ImageError as error:
         outcome = error
     if isinstance(outcome, ImageError):
-        assert outcome.code in CODES
+        assert outcome.code in IMAGE_CODES
         assert "object at" not in str(outcome)
     else:
         assert isinstance(outcome, RgbImage)

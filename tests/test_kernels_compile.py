@@ -112,14 +112,14 @@ def test_the_rotation_of_keys_hardly_spills(bits: int, adjacent: bool) -> None:
     assert compiled.spill_bytes <= (0 if bits == 16 else 40)
 
 
-# Bytes that a bf16 product may spill: the erf of the GELU, once per tile, outside the loop. fp32 is
-# for exactness: there ptxas may spill.
-SPILLS = {"gelu": 128}
+# Bytes that a bf16 product may spill, once per tile, outside the loop: the erf of the GELU, and the
+# residual beside a whole tile. fp32 is for exactness: there ptxas may spill.
+SPILLS = {"gelu": 128, "residual": 32}
 # Programs that share a multiprocessor, which a tile was chosen for; one where it is not named.
 GEMM_PROGRAMS = {linear.SMALL: 3, linear.SQUARE: 2, linear.FALLBACK_TILES[16]: 3}
 # What the plain kernel meets: on Hopper the patch embedding (narrow), where Gluon is not known the
-# merger (wide), too, and in its fallback tiles everything.
-MET = {True: ("plain", "gelu"), False: ("plain",)}
+# others, too, and in its fallback tiles everything.
+MET = {True: ("plain", "gelu", "normed", "swiglu"), False: ("plain", "residual")}
 
 
 def gemm_cases() -> list[Any]:

@@ -293,6 +293,19 @@ def test_the_compiled_product_is_right_in_the_interpreter(case: int) -> None:
     assert error < BOUNDS[torch.float32]
 
 
+@pytest.mark.parametrize("N", [1280, 2176, 5120])
+def test_sums_of_squares_are_by_one_chunk_whatever_the_rows(
+    N: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another chunk they round another way: an image's bits would hang on its batch."""
+    monkeypatch.setattr(kernels, "_capability", lambda _: (9, 0))
+    weight = torch.empty(N, 1280, dtype=torch.bfloat16, device="meta")
+    rows = [
+        torch.empty(M, 1280, dtype=torch.bfloat16, device="meta") for M in (1, 1024, 1536, 8192)
+    ]
+    assert {kernels._gemm_tile(x, weight, "residual").columns for x in rows} == {128}
+
+
 def test_every_product_for_hopper_has_a_tile_whatever_its_depth_and_rows() -> None:
     """A tower wider than the published ones met a depth that the table does not name."""
     for epilogue in ("plain", "gelu", "swiglu", "residual"):

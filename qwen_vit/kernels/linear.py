@@ -56,9 +56,11 @@ SQUARE = GemmTile(128, 128, 64, 4, 3)  # 2 fit: one stores while the other multi
 DEEP = GemmTile(128, 128, 64, 4, 4)
 WIDE = GemmTile(128, 256, 64, 8, 3)
 
-# The products that `linear_hopper` does not take, measured on an H200 (tools/NOTES.md). N > 2048 is
-# wide, with a Triton whose Gluon is not known; narrow: the patch embedding. Each entry holds
-# from how many rows on a tile is used. Rows may choose: all tiles agree bit for bit (tested).
+# The products that `linear_hopper` does not take: the patch embedding (narrow), and with a Triton
+# whose Gluon is not known all others (wide: N > 2048). Measured on an H200 with the patch embedding
+# and the merger (tools/NOTES.md). Each entry holds from how many rows on a tile is used. Rows may
+# choose: all tiles agree bit for bit (tested), and sums of squares are by 128 columns in all narrow
+# ones, which therefore serve every product that leaves such sums.
 HOPPER_TILES: dict[bool, tuple[tuple[int, GemmTile], ...]] = {
     True: ((0, SMALL), (768, DEEP), (1536, WIDE)),
     False: ((0, SQUARE), (1536, SMALL), (6144, SQUARE)),
@@ -216,7 +218,7 @@ def _launch_gemm(
     """
     M, K = x.shape
     N = weight.shape[0]
-    tile = tile or _gemm_tile(x, weight)
+    tile = tile or _gemm_tile(x, weight, epilogue)
     n_out = N // 2 if epilogue == "swiglu" else N
     out = torch.empty((M, n_out), dtype=out_dtype or x.dtype, device=x.device)
     squares_out = out
@@ -242,11 +244,11 @@ def _launch_gemm(
     return out, squares_out
 
 
-def _gemm_tile(x: torch.Tensor, weight: torch.Tensor) -> GemmTile:
+def _gemm_tile(x: torch.Tensor, weight: torch.Tensor, epilogue: str) -> GemmTile:
     bits = x.dtype.itemsize * 8
     if _capability(x.device)[0] != HOPPER or bits != 16:
         return FALLBACK_TILES[bits]
-    tiles = HOPPER_TILES[weight.shape[0] > 2048]
+    tiles = HOPPER_TILES[weight.shape[0] > 2048 and epilogue != "residual"]
     return next(tile for least_rows, tile in reversed(tiles) if len(x) >= least_rows)
 
 
