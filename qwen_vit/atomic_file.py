@@ -13,6 +13,7 @@ from qwen_vit.errors import ExportError
 __all__ = ["TEMPORARY_SUFFIX", "AtomicFile", "atomic_file", "cannot_write"]
 
 TEMPORARY_SUFFIX = ".tmp"
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # FAT, say
 NAME_CHARACTERS = 40  # of the file's own name: with the rest well below a name's 255 bytes
 
 
@@ -24,11 +25,17 @@ class AtomicFile:
     >>> growing.commit()  # doctest: +SKIP
 
     The hidden name starts with the file's own, and ends in TEMPORARY_SUFFIX: only a process that
-    was killed leaves one. Raises ExportError where the system refuses.
+    was killed leaves one. With `overwrite=False` it takes no other file's place. Raises ExportError
+    for a symbolic link, which it would take the place of, and where the system refuses.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, overwrite: bool = True) -> None:
+        if os.path.islink(path):  # /dev/stdout is one
+            raise ExportError(
+                f"{path} is a symbolic link, expected a file; pass the path that it leads to"
+            )
         self.path = path
+        self._overwrite = overwrite
         self._temporary = path.with_name(
             f".{path.name[:NAME_CHARACTERS]}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
         )
@@ -42,12 +49,28 @@ class AtomicFile:
         try:
             self.file.flush()
             os.fsync(self.file.fileno())
-            os.replace(self._temporary, self.path)
+            self._take_its_name()
             _sync_folder(self.path.parent)
         except OSError as error:
             raise cannot_write(self.path, error) from None
         finally:
             self.discard()
+
+    def _take_its_name(self) -> None:
+        if self._overwrite:
+            os.replace(self._temporary, self.path)
+            return
+        try:
+            os.link(self._temporary, self.path)  # which a rename would not refuse
+        except FileExistsError:
+            raise ExportError(
+                f"{self.path} was written by somebody else meanwhile; pass another path, or allow "
+                "it to be overwritten"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            os.replace(self._temporary, self.path)
 
     def discard(self) -> None:
         """Leave nothing, unless it was committed; harmless when called again."""
@@ -58,7 +81,7 @@ class AtomicFile:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     """Open a file for writing that takes the place of `path` when the block ends well.
 
     >>> with atomic_file(Path("notes.txt")) as file:  # doctest: +SKIP
@@ -67,7 +90,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     As AtomicFile; the block should write and do nothing else: its OSErrors are taken for the
     file's.
     """
-    growing = AtomicFile(path)
+    growing = AtomicFile(path, overwrite=overwrite)
     try:
         yield growing.file
         growing.commit()

@@ -104,11 +104,12 @@ def encode(
 
     The file holds image_embeds, image_grid_thw and image_token_offsets; read it with
     qwen_vit.load_features. An image that cannot be encoded is reported and skipped (exit code 1).
+    It is written at the end, whole: for many images, `qwen-vit export` keeps what is done.
     """
     _check_output(out, overwrite, images)
     encoder = VisionEncoder.from_pretrained(model, **loading)
     features, milliseconds = _encode_one_by_one(encoder, images, on_error)
-    write_features(out, features, encoder.metadata())
+    write_features(out, features, encoder.metadata(), overwrite=overwrite)
     if as_json:
         _print(json.dumps(_encode_report(features, milliseconds, out, encoder), indent=2))
     else:
@@ -135,14 +136,17 @@ def encode(
 @click.option("--device", default="auto", show_default=True, help="cuda, cuda:1 or cpu.")
 @click.option("--min-pixels", type=int, help="Smallest height x width after resizing.")
 @click.option("--max-pixels", type=int, help="Largest height x width after resizing.")
-@click.option("--shard-size", type=int, default=512, show_default=True, help="Images in a file.")
+@click.option(
+    "--shard-size", type=click.IntRange(min=1), default=512, show_default=True,
+    help="Images in a file.",
+)  # fmt: skip
 @click.option(
     "--part", default="1/1", metavar="I/N", callback=lambda _, __, text: _part(text),
     help="Only every N-th shard, from the I-th on: N processes share one folder.",
 )  # fmt: skip
 @click.option("--on-error", type=click.Choice(["skip", "raise"]), default="skip", show_default=True)
 @click.option(
-    "--max-failures", type=int, default=200, show_default=True,
+    "--max-failures", type=click.IntRange(min=0), default=200, show_default=True,
     help="Stop after so many failures in a row; 0: never.",
 )  # fmt: skip
 @click.option(
@@ -178,7 +182,7 @@ def export(
     """
     options = ExportOptions(output, dtype, shard_size, on_error, part, max_failures)
     check_inputs(inputs)
-    check_folder(out, make=not dry_run)
+    check_folder(out, make=False)
     is_terminal = sys.stderr.isatty()
     if dry_run:
         encoder = load_encoder(model, options, device=device, **loading)
@@ -187,10 +191,10 @@ def export(
         return
     running: dict[str, Any] = {
         "confirm": None if yes else partial(_ask_if_large, folder=out),
-        "show_progress": is_terminal,
+        "show_progress": True,
         "decode_threads": decode_threads,
     }
-    with _sigterm_interrupts():
+    with _sigterm_interrupts(), _way_on_told():
         if address is None:
             encoder = load_encoder(model, options, device=device, **loading)
             done = export_features(encoder, inputs, out, options, **running)
@@ -359,6 +363,8 @@ def _check_output(out: Path, overwrite: bool, images: Sequence[str], option: str
         ) from None
     except OSError as error:
         raise cannot_write(out, error) from None
+    if out.is_symlink():  # whose place the result would take: /dev/stdout's, say
+        raise ExportError(f"{out} is a symbolic link, expected a file; pass what it leads to")
     if there is not None and stat.S_ISDIR(there.st_mode):
         raise ExportError(f"{out} is a folder, expected a file to write; pass another {option}")
     if parent is None or not stat.S_ISDIR(parent.st_mode):
@@ -420,8 +426,8 @@ def _encode_one_by_one(
 
 def _part(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
-    if match is None:
-        raise click.BadParameter(f"--part is {text!r}, expected I/N such as 2/8")
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise click.BadParameter(f"--part is {text!r}, expected I/N such as 2/8, I from 1 to N")
     return int(match[1]), int(match[2])
 
 
@@ -437,6 +443,16 @@ def _sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _way_on_told() -> Iterator[None]:
+    """What becomes of an export that is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _tell("finished shards are kept; run the same command again to go on")
+        raise
 
 
 def _ask_if_large(estimate: Estimate, folder: Path) -> None:
@@ -475,8 +491,10 @@ def _duration(seconds: float) -> str:
 
 
 def _exported(done: ExportReport) -> str:
+    nothing = "nothing was left to do: " if done.resumed == done.images else ""
     lines = [
-        f"exported {done.exported:,} of {done.images:,} images ({done.resumed:,} tried before): "
+        f"{nothing}exported {done.exported:,} of {done.images:,} images "
+        f"({done.resumed:,} tried before): "
         f"{done.rows:,} rows, {done.bytes / 1e6:,.1f} MB, {done.seconds:,.1f} s",
         f"wrote {_shown(str(done.manifest))}",
     ]

@@ -7,6 +7,7 @@ its bytes follow from the plan, whoever makes it and however often.
 
 import logging
 import os
+import signal
 import socket
 import sys
 from collections import Counter
@@ -15,7 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Lock, current_thread, main_thread
 from typing import Any
 
 import torch
@@ -85,18 +86,21 @@ def export_on_ray(
             if confirm is not None and not any(plan.path(shard).exists() for shard in plan.shards):
                 confirm(workers.ask("estimate", plan))
             breaker = Breaker(options.max_failures)
-            with Progress(plan, show_progress) as progress:
-                for done in _shards(workers, plan, waits):
-                    size = _size(plan, done.shard)
-                    if done.is_new:
-                        progress.count_shard(done.rows, size)
-                    else:
-                        progress.skip(len(done.rows))
-                    tally.count(plan, done)
-                    for row in done.rows if done.is_new else ():
-                        is_good = row.status == "ok"
-                        breaker.count_done(None if is_good else ImageError(str(row.error_message)))
-            clear_away(plan)  # what dead workers left
+            try:
+                with Progress(plan, show_progress) as progress:
+                    for done in _shards(workers, plan, waits):
+                        size = _size(plan, done.shard)
+                        if done.is_new:
+                            progress.count_shard(done.rows, size)
+                        else:
+                            progress.skip(len(done.rows))
+                        tally.count(plan, done)
+                        for row in done.rows if done.is_new else ():
+                            failure = None if row.status == "ok" else str(row.error_message)
+                            breaker.count_done(None if failure is None else ImageError(failure))
+            finally:  # interrupted, too
+                workers.end()
+                clear_away(plan)  # what dead workers left
             return tally.report(plan, make_manifest(plan), waits)
 
 
@@ -222,6 +226,13 @@ class _Workers:
                 if idle[actor] == self._at_a_time:
                     ray.kill(actor)
 
+    def end(self) -> None:
+        """At once; one that has ended already is no matter."""
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)  # type: ignore[arg-type]
+
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
@@ -237,7 +248,8 @@ def _cluster(address: str | None) -> Iterator[None]:
         return
     try:
         _knock(address or os.environ.get("RAY_ADDRESS"))
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        with _handlers_kept():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, OverflowError, ValueError, RuntimeError) as error:  # a port may be no port
         raise ExportError(
             f"no Ray cluster answers at {address or 'RAY_ADDRESS'} ({error}); start one with "
@@ -248,6 +260,19 @@ def _cluster(address: str | None) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Ray takes signals for itself, and would end the process without a word."""
+    is_main = current_thread() is main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _knock(address: str | None) -> None:

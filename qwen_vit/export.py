@@ -38,7 +38,7 @@ from qwen_vit.export_plan import (
     RowForm,
     open_export,
 )
-from qwen_vit.feature_files import FeatureFile, load_features
+from qwen_vit.feature_files import open_shard
 from qwen_vit.features import FeatureWriter, ImageFeatures
 from qwen_vit.finite import extremes
 from qwen_vit.folder_lock import hold_moment
@@ -65,6 +65,7 @@ __all__ = [
 
 logger = logging.getLogger("qwen_vit")
 
+LINE_EVERY_S = 60.0
 FAILURES_TOLD = 20
 RING_BYTES = 2**29  # pinned, for features on their way
 BEHIND_BYTES = RING_BYTES // 4 * 3  # of them that wait to be written; one more finds room beside
@@ -362,12 +363,13 @@ def whole_shard(plan: Plan, shard: int) -> list[ManifestRow] | None:
     path = plan.path(shard)
     if not path.exists():
         return None
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder, expected a feature file; move it away")
     try:
-        file = load_features(path)
-        if not isinstance(file, FeatureFile):
-            raise ExportError(f"{path} is a folder, expected a feature file; move it away")
+        file = open_shard(path)
     except ExportError as error:
-        logger.warning("%s: it is made again", str(error).rpartition(";")[0])
+        fact, _, remedy = str(error).rpartition(";")
+        logger.warning("%s: it is made again", fact or remedy)
         return None
     items = plan.listing.shard(shard)
     failed = {error.id for error in file.errors}
@@ -566,13 +568,26 @@ def make_manifest(plan: Plan) -> Path:
         return write_manifest(plan.folder, (rows for rows in shards if rows is not None))
 
 
+class _Lines:
+    """Whole lines in a log, where a terminal has one line that is written again and again."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        """Each line has been."""
+
+
 class Progress:
-    """A bar on a terminal; the first failures are told in either case."""
+    """A bar on a terminal, a line a minute in a log; the first failures are told in either case."""
 
     def __init__(self, plan: Plan, is_shown: bool) -> None:
-        self.bar = tqdm(
-            total=plan.n_images, unit="image", file=sys.stderr, disable=not is_shown, smoothing=0
-        )
+        how: dict[str, Any] = {"file": sys.stderr}
+        if not sys.stderr.isatty():
+            pause = {"mininterval": LINE_EVERY_S, "maxinterval": LINE_EVERY_S}
+            how = {"file": _Lines(), "delay": LINE_EVERY_S, **pause}
+        self.bar = tqdm(total=plan.n_images, unit="image", disable=not is_shown, smoothing=0, **how)
         self.tokens = self.bytes = self.failed = 0
         self.start = time.monotonic()
 

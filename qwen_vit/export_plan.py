@@ -188,14 +188,24 @@ def open_export(
     somebody else is writing, or that has other settings or images, which are named.
     """
     paths = _paths(inputs)
+    is_new = not os.path.exists(folder)
     check_folder(folder)
-    with hold_folder(folder, options.part):
-        listing = _list(paths, folder, options)
-        with hold_moment(folder):
-            settings = _settle(folder, _settings(encoder, listing, options), listing, options.part)
-        plan = Plan(folder, settings, replace(listing, path=folder / LISTING), options)
-        clear_away(plan)
-        yield plan
+    try:
+        with hold_folder(folder, options.part):
+            listing = _list(paths, folder, options)
+            try:
+                with hold_moment(folder):
+                    facts = _settings(encoder, listing, options)
+                    settings = _settle(folder, facts, listing, options.part)
+            finally:  # where it has not taken its place
+                listing.path.unlink(missing_ok=True)
+            plan = Plan(folder, settings, replace(listing, path=folder / LISTING), options)
+            clear_away(plan)
+            yield plan
+    finally:
+        if is_new:  # and empty: nothing came of it
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _paths(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
@@ -364,10 +374,10 @@ def _same_settings(
         f"{name} was {before.get(name, 'not there')}, is {now.get(name, 'not there')} now"
         for name in sorted(names)
     ]
-    listing.path.unlink(missing_ok=True)
     raise ExportError(
         f"{path.parent} holds an export that differs: {'; '.join(differences)}. Give what it was "
-        "begun with, or pass another --out"
+        f"begun with (its images are in {path.with_name(LISTING)}, which can be the input), or "
+        "pass another --out"
     )
 
 

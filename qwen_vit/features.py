@@ -60,7 +60,11 @@ class ImageFeatures:
 
 
 def write_features(
-    path: str | Path, features: Iterable[ImageFeatures], metadata: Mapping[str, Any]
+    path: str | Path,
+    features: Iterable[ImageFeatures],
+    metadata: Mapping[str, Any],
+    *,
+    overwrite: bool = True,
 ) -> Path:
     """Write a feature file whole or not at all; images with an error are left out.
 
@@ -74,8 +78,9 @@ def write_features(
     (1, 22, 32)
 
     `metadata` is what `VisionEncoder.metadata()` gives. The bytes depend on the arguments alone.
-    Raises ExportError for two images of one id, embeddings that are no rows of finite numbers,
-    nothing to write, or a folder that cannot be written.
+    Raises ExportError for a file that exists where `overwrite` is False, two images of one id,
+    embeddings that are no rows of finite numbers, nothing to write, or a folder that cannot be
+    written.
     """
     path = Path(path)
     if isinstance(features, ImageFeatures) or not isinstance(features, Iterable):
@@ -116,7 +121,7 @@ def write_features(
     dtype = reduce(torch.promote_types, (e.dtype for e in embeds))
     grids = [feature.grid_thw or (0, 0, 0) for feature in good]
     head = _head(path, ids, grids, list(map(len, embeds)), widths[0][0], dtype, facts)
-    with atomic_file(path) as file:
+    with atomic_file(path, overwrite=overwrite) as file:
         file.write(head)
         for rows in embeds:
             file.write(_bytes_of(rows.to(dtype).contiguous()))

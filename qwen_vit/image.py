@@ -215,7 +215,9 @@ def read_image_file(path: str, name: str, limits: ImageLimits) -> bytes:
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
-            raise _error("directory", name, "is a directory; give the image files in it")
+            raise _error(
+                "directory", name, "is a directory; give its files, or `qwen-vit export` it"
+            )
         if not stat.S_ISREG(status.st_mode):  # a FIFO would block, a device might not end
             raise _error(
                 "not-a-file",
@@ -244,7 +246,7 @@ def _check_file_bytes(size: int, name: str, limits: ImageLimits) -> None:
             "file-too-large",
             name,
             f"has {size} bytes, at most {limits.max_file_bytes} are read; "
-            "make it smaller or raise ImageLimits.max_file_bytes",
+            "make it smaller, or raise ImageLimits.max_file_bytes in Python",
         )
 
 
@@ -258,7 +260,7 @@ def _check_pixels(width: int, height: int, name: str, limits: ImageLimits) -> No
             "too-many-pixels",
             name,
             f"is {width}x{height} = {width * height} pixels, at most {limits.max_pixels} are "
-            "decoded; make it smaller or raise ImageLimits.max_pixels",
+            "decoded; make it smaller, or raise ImageLimits.max_pixels in Python",
         )
 
 

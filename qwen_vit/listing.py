@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeGuard
 
 from qwen_vit.atomic_file import atomic_file
-from qwen_vit.errors import CheckpointError, ExportError, ImageError
+from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError, ImageError
 from qwen_vit.image import ADDRESS, ImageLimits, read_image_file
 from qwen_vit.strict_json import is_integer, parse_json, show
 
@@ -38,6 +38,7 @@ IMAGE_SUFFIXES = (
 )
 LIST_SUFFIXES = (".txt", ".lst")
 JSON_SUFFIX = ".jsonl"
+NO_IMAGES = {".csv", ".json", ".parquet", ".pdf", ".tsv", ".xml", ".yaml", ".yml", ".zip"}
 TAR_SUFFIX = ".tar"
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # files begin so
@@ -207,6 +208,11 @@ def _from_path(path: str, left_out: Counter[str], *, may_be_list: bool) -> Itera
         yield from _from_json_list(source)
     elif may_be_list and lower.endswith(LIST_SUFFIXES):
         yield from _from_text_list(source)
+    elif may_be_list and _suffix(lower) in NO_IMAGES:
+        raise ExportError(
+            f"{shown(path)} is no image, expected images, folders, tars or lists; a list is .txt "
+            'with a path a line, or .jsonl with an "id" and a "path" a line'
+        )
     else:
         yield Item(name, source)
 
@@ -401,7 +407,7 @@ def _from_json_list(path: str) -> Iterator[Item]:
                 f"{where}: offset is {show(offset)} and size {show(size)}, expected bytes in a "
                 "tar; correct that line"
             )
-        yield _listed(path, name, source, offset, size)
+        yield _listed(path, name, source, offset, size, _failure(facts.get("error")))
 
 
 def _is_name(value: object) -> TypeGuard[str]:
@@ -433,11 +439,23 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _listed(
-    path: str, name: str, source: str, offset: int | None = None, size: int | None = None
+    path: str,
+    name: str,
+    source: str,
+    offset: int | None = None,
+    size: int | None = None,
+    error: tuple[str, str] | None = None,
 ) -> Item:
     if not ADDRESS.match(source):  # which is reported when it is read
         source = str(Path(path).parent / source)
-    return Item(name, source, offset, size)
+    return Item(name, source, offset, size, error)
+
+
+def _failure(error: object) -> tuple[str, str] | None:
+    """What an export's own listing says of an image; anything else there is somebody else's."""
+    if not isinstance(error, list) or len(error) != 2 or error[0] not in IMAGE_CODES:
+        return None
+    return error[0], str(error[1])
 
 
 def _without_os_errors(items: Iterable[Item]) -> Iterator[Item]:

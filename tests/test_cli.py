@@ -319,6 +319,7 @@ REFUSED = {
     "long folder": (("a.png", "--out", "f" * 300 + "/f"), ("(File name too long)",)),
     "not UTF-8": (("a.png", "--out", "caf\udce9.st"), ("is not UTF-8", "safetensors can open")),
     "a device": (("a.png", "--out", "device", "--overwrite"), ("device is a device", "--out")),
+    "a link": (("a.png", "--out", "link", "--overwrite"), ("link is a symbolic link", "leads to")),
     "an image": (("b.jpg", "./a.png", "--out", "a.png", "--overwrite"), ("one of the images",)),
 }
 
@@ -331,6 +332,7 @@ def test_what_could_not_be_written_is_refused_before_any_work(
     Path("old.safetensors").write_text("old")
     Path("sub").mkdir()
     os.mkfifo("device")
+    Path("link").symlink_to("old.safetensors")
     monkeypatch.setattr(VisionEncoder, "from_pretrained", no_model)
     arguments, words = REFUSED[fault]
     done = run("encode", *arguments, "--model", "tiny")
@@ -340,6 +342,7 @@ def test_what_could_not_be_written_is_refused_before_any_work(
     for word in words:
         assert word in done.err
     assert Path("old.safetensors").read_text() == "old"
+    assert Path("link").is_symlink()
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -458,8 +461,12 @@ def test_every_library_warns_once() -> None:
 
 
 INTERRUPTED_TORCH = """
-import os, signal
-os.kill(os.getpid(), signal.SIGINT)
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+except BaseException:  # as numpy takes it for a part that is missing, and goes on
+    pass
 """
 
 

@@ -2,8 +2,11 @@
 
 import json
 import logging
+import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +78,29 @@ def test_workers_give_the_bytes_of_one_process_and_resume(
         assert digests(out) == digests(tmp_path / "single")
         assert not list(out.glob(".*"))
         (out / "shard-00000001.safetensors").unlink()
+
+
+def test_a_scheduler_ends_it_as_ctrl_c_does(cluster: str, tmp_path: Path) -> None:
+    """Ray had taken the signal: the exit code was 15, 1 or -6, and temporary files stayed."""
+    images, out = tmp_path / "many", tmp_path / "out"
+    images.mkdir()
+    for number in range(200):
+        (images / f"{number}.png").write_bytes(tiny_png(number))
+    words = ["export", images, "--model", "tiny", "--out", out, "--shard-size", "2"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "qwen_vit", *words, f"--ray={cluster}"],
+        cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    end = time.monotonic() + 90
+    while not list(out.glob("shard-*")) and time.monotonic() < end:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=60)
+    assert "finished shards are kept; run the same command again" in said
+    assert said.splitlines()[-1] == "interrupted"
+    assert running.returncode == 130
+    assert 0 < len(list(out.glob("shard-*"))) < 100
+    assert not list(out.glob(".*"))
 
 
 def test_a_workers_error_is_the_users_own_and_the_folder_is_given_back(

@@ -495,6 +495,36 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(here: Path) -> None:
     assert files() == {"notes.txt": b"mine"}
 
 
+def test_what_cannot_begin_leaves_nothing(here: Path) -> None:
+    for inputs, words in ((["p", "p"], "two images would have"), (["empty"], "no image was found")):
+        Path("empty").mkdir(exist_ok=True)
+        with pytest.raises(ExportError, match=words):
+            export(*inputs)
+        assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", ["list.json", "list.csv", "pictures.zip"])
+def test_a_list_of_another_kind_is_no_image(here: Path, name: str) -> None:
+    Path(name).write_text("{}")
+    with pytest.raises(ExportError, match=rf"{name} is no image, .* a list is .txt .* or .jsonl"):
+        export(name)
+    assert not Path("out").exists()
+
+
+def test_an_exports_own_listing_takes_it_up_again(here: Path) -> None:
+    """Its folder has changed: what it was begun with is in its listing, what was broken, too."""
+    Path("p/torn.tar").write_bytes(b"x" * 600)
+    export()
+    before = files()
+    Path("out/shard-00000001.safetensors").unlink()
+    Path("p/more.png").write_bytes(Path("p/0.png").read_bytes())
+    with pytest.raises(ExportError, match=r"1 new, first more.png.*out/listing.jsonl, which can"):
+        export()
+    done = export("out/listing.jsonl")
+    assert done.resumed == done.images - 4
+    assert files() == before
+
+
 def test_a_damaged_description_is_refused(here: Path) -> None:
     export()
     Path("out/export.json").write_text("{")
@@ -532,7 +562,7 @@ def test_nothing_to_export_is_an_error(here: Path) -> None:
     Path("empty").mkdir()
     with pytest.raises(ExportError, match=r"no image was found in empty; .* suffix"):
         export("empty")
-    assert files() == {}
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -1078,8 +1108,9 @@ def test_who_answers_no_is_told_that_nothing_was_exported(
 
 
 def test_a_terminal_is_shown_the_speed_and_what_is_skipped(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     export(show_progress=True)
     last = capsys.readouterr().err.rstrip().splitlines()[-1]
     assert "100%" in last
@@ -1089,6 +1120,18 @@ def test_a_terminal_is_shown_the_speed_and_what_is_skipped(
         assert word in last
     export(show_progress=True)
     assert "11/11" in capsys.readouterr().err
+
+
+def test_a_log_is_told_now_and_then_in_whole_lines(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(out="short", show_progress=True)
+    assert capsys.readouterr().err.startswith("skipped: ")  # nothing else, in less than a minute
+    monkeypatch.setattr(export_module, "LINE_EVERY_S", 1e-9)
+    export(show_progress=True)
+    lines = capsys.readouterr().err.split("\n")
+    assert any("11/11" in line and "tokens/s" in line for line in lines)
+    assert not any("\r" in line for line in lines)
 
 
 def test_what_is_no_image_by_its_name_is_counted(here: Path, run: Any) -> None:
@@ -1112,8 +1155,9 @@ def test_twenty_failures_are_told_and_the_rest_counted(here: Path, run: Any) -> 
 BAD_USAGE = {
     "no inputs": ([], "Missing argument"),
     "part": (["p", "--part", "3"], "expected I/N"),
-    "part range": (["p", "--part", "3/2"], "part is (3, 2), expected"),
-    "shard size": (["p", "--shard-size", "0"], "shard_size is 0"),
+    "part range": (["p", "--part", "3/2"], "expected I/N such as 2/8, I from 1 to N"),
+    "shard size": (["p", "--shard-size", "0"], "Invalid value for '--shard-size'"),
+    "failures": (["p", "--max-failures", "-1"], "Invalid value for '--max-failures'"),
     "threads": (["p", "--decode-threads", "0"], "Invalid value for '--decode-threads'"),
     "missing": (["gone"], "gone cannot be exported"),
     "address": (["https://x/y.jpg"], "is an address"),

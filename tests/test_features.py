@@ -1,5 +1,6 @@
 """Feature files: written whole or not at all, and read back as they were."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -354,3 +355,31 @@ def test_features_may_come_from_a_stream(tmp_path: Path) -> None:
         write_features(tmp_path / "b.safetensors", failed, METADATA)
     with pytest.raises(ArgumentError, match="path is a NoneType"):
         load_features(None)  # type: ignore[arg-type]
+
+
+def test_a_file_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
+    """Two commands looked whether it is there, and the second one's result replaced the first's."""
+    path, features = tmp_path / "a.safetensors", [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))]
+    path.write_text("of another")
+    with pytest.raises(ExportError, match=r"a.safetensors was written by somebody else"):
+        write_features(path, features, METADATA, overwrite=False)
+    assert path.read_text() == "of another"
+    assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_disk_without_links_takes_a_new_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EPERM, "no links")))
+    path, features = tmp_path / "a.safetensors", [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))]
+    write_features(path, features, METADATA, overwrite=False)
+    assert load_features(path).ids == ["a"]
+
+
+def test_a_link_keeps_its_place(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "target")
+    with pytest.raises(ExportError, match=r"link is a symbolic link, .* leads to"):
+        write_features(link, [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))], METADATA)
+    assert link.is_symlink()
+    assert not (tmp_path / "target").exists()
