@@ -28,6 +28,7 @@ from qwen_vit import __version__
 from qwen_vit.atomic_file import cannot_write
 from qwen_vit.benchmark import WORKLOADS, check_device, speed_report, speed_table
 from qwen_vit.benchmark import bench as measure_speed
+from qwen_vit.checkpoint import find_tower
 from qwen_vit.compare import compare_checkpoint
 from qwen_vit.comparison_text import as_text
 from qwen_vit.distributed import export_on_ray
@@ -187,7 +188,7 @@ def export(
     if dry_run:
         encoder = load_encoder(model, options, device=device, **loading)
         estimate = estimate_export(encoder, inputs, options, folder=out, show_progress=is_terminal)
-        _print(json.dumps(asdict(estimate), indent=2) if as_json else _estimated(estimate))
+        _print(json.dumps(asdict(estimate), indent=2) if as_json else _estimated(estimate, out))
         return
     running: dict[str, Any] = {
         "confirm": None if yes else partial(_ask_if_large, folder=out),
@@ -277,7 +278,9 @@ def download(model: str, full: bool, as_json: bool, **finding: Any) -> None:
     Only the bytes of the vision tensors are fetched, into the Hub's cache; saved_bytes are those of
     the checkpoint's weights that stay where they are.
     """
-    facts = report(fetch(model, full=full, **finding))
+    fetched = fetch(model, full=full, **finding)
+    find_tower(fetched.source.folder)  # a local folder may hold none
+    facts = report(fetched)
     _print(json.dumps(facts, indent=2) if as_json else _listing(facts))
 
 
@@ -472,15 +475,17 @@ def _ask_if_large(estimate: Estimate, folder: Path) -> None:
         )
 
 
-def _estimated(estimate: Estimate) -> str:
+def _estimated(estimate: Estimate, folder: Path) -> str:
     seconds, n_bytes = estimate.seconds, estimate.bytes
     time_ = "unknown" if seconds is None else f"{_duration(seconds)}, judged by a few images"
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(there).free
     size = f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.1f} MB"
     return _listing(
         {
             "images": f"{estimate.images:,}, {estimate.unreadable:,} without a readable header",
             "rows": f"{estimate.rows:,}",
-            "on the disk": size,
+            "on the disk": f"{size}, where {free / 1e9:,.3g} GB are free",
             "time": time_,
         }
     )

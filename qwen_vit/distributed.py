@@ -209,6 +209,11 @@ class _Workers:
         import ray
         from ray.util import ActorPool
 
+        if len(shards) == len(plan.shards) < self._most:
+            logger.warning(
+                "%d shards for %d workers: with a smaller --shard-size all would have work",
+                len(shards), self._most,
+            )  # fmt: skip
         sent = ray.put(plan)
         while len(self._actors) < min(self._most, len(shards)):
             self._actors.append(self._actor.remote(*self._arguments))

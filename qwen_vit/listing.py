@@ -111,8 +111,8 @@ class Listing:
                     where = "the second is" if item.offset is None else "the second is in"
                     raise ExportError(
                         f"two images would have the id {shown(item.id)}, {where} "
-                        f"{shown(item.source)}; export the folder that holds both, or give a "
-                        '.jsonl list with an "id" for each'
+                        f"{shown(item.source)}; give each once, export the folder that holds both, "
+                        'or give a .jsonl list with an "id" for each'
                     )
                 ids.add(item.id)
                 if (count - 1) % shard_size == 0:
@@ -199,6 +199,8 @@ def _from_path(path: str, left_out: Counter[str], *, may_be_list: bool) -> Itera
     name, source = str(Path(path)), str(Path(path).absolute())
     lower = path.lower()
     if stat.S_ISDIR(mode):
+        if may_be_list:  # given by name: no export begins with nothing in place of it
+            _check_listable(path)
         yield from _from_folder(source, left_out)
     elif not stat.S_ISREG(mode):
         yield Item(name, source)  # reading it says what it is, without opening it
@@ -215,6 +217,15 @@ def _from_path(path: str, left_out: Counter[str], *, may_be_list: bool) -> Itera
         )
     else:
         yield Item(name, source)
+
+
+def _check_listable(folder: str) -> None:
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise ExportError(
+            f"{shown(folder)} cannot be listed ({error.strerror}); check its permissions"
+        ) from None
 
 
 # Patterns

@@ -460,6 +460,12 @@ def test_every_library_warns_once() -> None:
     assert (done.returncode, done.stderr) == (0, "huggingface_hub.utils\nqwen_vit\nanother\n")
 
 
+def test_a_folder_without_weights_is_no_download(folder: Path, run: Any) -> None:
+    done = run("download", ".")
+    assert (done.code, done.out) == (2, "")
+    assert "has no weights" in done.err
+
+
 INTERRUPTED_TORCH = """
 import os, signal, time
 try:

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import socket
 import sys
@@ -1069,8 +1070,10 @@ def test_of_a_large_image_in_a_tar_the_head_is_read(
 def test_an_estimate_is_told_in_units_of_its_size(
     n_bytes: int, seconds: float | None, words: tuple[str, str]
 ) -> None:
-    text = cli_module._estimated(Estimate(1, 0, 1, n_bytes, seconds))
-    assert tuple(line.split("  ")[-1].strip() for line in text.splitlines()[2:]) == words
+    text = cli_module._estimated(Estimate(1, 0, 1, n_bytes, seconds), Path("no", "folder", "yet"))
+    disk, time = (line.split("  ")[-1].strip() for line in text.splitlines()[2:])
+    assert re.fullmatch(rf"{words[0]}, where [\d,.e+]+ GB are free", disk)
+    assert time == words[1]
 
 
 def test_a_large_export_is_not_begun_without_a_yes(

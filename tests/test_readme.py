@@ -101,6 +101,7 @@ def test_a_command_of_the_readme_works(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["qwen-vit", *arguments])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for processes that it starts
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # not the cluster that another test lets die
     code: Any = 0
     try:
         cli_module.main()
