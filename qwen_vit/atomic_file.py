@@ -26,14 +26,10 @@ class AtomicFile:
 
     The hidden name starts with the file's own, and ends in TEMPORARY_SUFFIX: only a process that
     was killed leaves one. With `overwrite=False` it takes no other file's place. Raises ExportError
-    for a symbolic link, which it would take the place of, and where the system refuses.
+    where the system refuses.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = True) -> None:
-        if os.path.islink(path):  # /dev/stdout is one
-            raise ExportError(
-                f"{path} is a symbolic link, expected a file; pass the path that it leads to"
-            )
         self.path = path
         self._overwrite = overwrite
         self._temporary = path.with_name(
@@ -64,8 +60,7 @@ class AtomicFile:
             os.link(self._temporary, self.path)  # which a rename would not refuse
         except FileExistsError:
             raise ExportError(
-                f"{self.path} was written by somebody else meanwhile; pass another path, or allow "
-                "it to be overwritten"
+                f"{self.path} exists, expected a new name; pass another, or overwrite it"
             ) from None
         except OSError as error:
             if error.errno not in NO_LINKS:

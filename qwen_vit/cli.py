@@ -464,7 +464,7 @@ def _ask_if_large(estimate: Estimate, folder: Path) -> None:
         return
     text = (
         f"{_shown(str(folder))} will take about {estimate.bytes / 1e9:,.3g} GB; its disk has "
-        f"{free / 1e9:,.3g} GB free"
+        f"{free / 1e9:,.1f} GB free"
     )
     if not sys.stdin.isatty():
         raise ExportError(f"{text}; pass --yes to go on without asking, or give fewer images")
@@ -485,7 +485,7 @@ def _estimated(estimate: Estimate, folder: Path) -> str:
         {
             "images": f"{estimate.images:,}, {estimate.unreadable:,} without a readable header",
             "rows": f"{estimate.rows:,}",
-            "on the disk": f"{size}, where {free / 1e9:,.3g} GB are free",
+            "on the disk": f"{size}, where {free / 1e9:,.1f} GB are free",
             "time": time_,
         }
     )

@@ -96,8 +96,10 @@ def export_on_ray(
                             progress.skip(len(done.rows))
                         tally.count(plan, done)
                         for row in done.rows if done.is_new else ():
-                            failure = None if row.status == "ok" else str(row.error_message)
-                            breaker.count_done(None if failure is None else ImageError(failure))
+                            error = None
+                            if row.status != "ok":
+                                error = ImageError(str(row.error_message), code=str(row.error_code))
+                            breaker.count_done(error)
             finally:  # interrupted, too
                 workers.end()
                 clear_away(plan)  # what dead workers left

@@ -34,6 +34,7 @@ IMAGE_CODES = {
     "out-of-memory": "it alone does not fit the GPU's memory",
     "patches": "pixels and grids that do not belong together",
     "ratio": "one side is over 200 times the other",
+    "reference": "Hugging Face's processor refuses it, with which it was to be compared",
     "source-type": "not a path, bytes, PIL image, array or tensor",
     "too-many-patches": "more patches in one call than rows can be counted",
     "too-many-pixels": "more pixels than ImageLimits.max_pixels, by its header",

@@ -584,7 +584,7 @@ class Progress:
 
     def __init__(self, plan: Plan, is_shown: bool) -> None:
         how: dict[str, Any] = {"file": sys.stderr}
-        if not sys.stderr.isatty():
+        if is_shown and not sys.stderr.isatty():
             pause = {"mininterval": LINE_EVERY_S, "maxinterval": LINE_EVERY_S}
             how = {"file": _Lines(), "delay": LINE_EVERY_S, **pause}
         self.bar = tqdm(total=plan.n_images, unit="image", disable=not is_shown, smoothing=0, **how)

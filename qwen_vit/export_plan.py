@@ -203,7 +203,7 @@ def open_export(
             clear_away(plan)
             yield plan
     finally:
-        if is_new:  # and empty: nothing came of it
+        if is_new and options.part == (1, 1):  # and empty: nothing came of it, nor will of others
             with suppress(OSError):
                 folder.rmdir()
 
@@ -366,18 +366,18 @@ def _same_settings(
         return stored
     if len(names) > 1:
         names.discard("config_sha256")  # what it stands for is told by itself
-    differences = []
+    differences, way = [], ""
     if "listing_sha256" in names:
         names -= {"listing_sha256", "n_images"}
         differences.append(_listing_difference(path.with_name(LISTING), listing))
+        way = f" (the input {path.with_name(LISTING)} is just that)"
     differences += [
         f"{name} was {before.get(name, 'not there')}, is {now.get(name, 'not there')} now"
         for name in sorted(names)
     ]
     raise ExportError(
         f"{path.parent} holds an export that differs: {'; '.join(differences)}. Give what it was "
-        f"begun with (its images are in {path.with_name(LISTING)}, which can be the input), or "
-        "pass another --out"
+        f"begun with{way}, or pass another --out"
     )
 
 

@@ -83,6 +83,8 @@ def write_features(
     written.
     """
     path = Path(path)
+    if os.path.islink(path):  # whose place the file would take
+        raise ExportError(f"{path} is a symbolic link, expected a file; pass what it leads to")
     if isinstance(features, ImageFeatures) or not isinstance(features, Iterable):
         raise ArgumentError(
             f"features is one {type(features).__name__}, expected a list of ImageFeatures, as "

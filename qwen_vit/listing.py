@@ -165,6 +165,11 @@ def find_items(inputs: Sequence[str], left_out: Counter[str] | None = None) -> I
     What is found broken below, such as a folder that may not be read, becomes an item with `error`.
     """
     left_out = Counter() if left_out is None else left_out
+    if len(inputs) == 1 and _suffix(inputs[0]) in NO_IMAGES and os.path.isfile(inputs[0]):
+        raise ExportError(
+            f"{shown(inputs[0])} is no image, expected images, folders, tars or lists; a list is "
+            '.txt with a path a line, or .jsonl with an "id" and a "path" a line'
+        )
     for given in inputs:
         if ADDRESS.match(given):
             raise ExportError(f"{shown(given)} is an address; download what is there first")
@@ -210,11 +215,6 @@ def _from_path(path: str, left_out: Counter[str], *, may_be_list: bool) -> Itera
         yield from _from_json_list(source)
     elif may_be_list and lower.endswith(LIST_SUFFIXES):
         yield from _from_text_list(source)
-    elif may_be_list and _suffix(lower) in NO_IMAGES:
-        raise ExportError(
-            f"{shown(path)} is no image, expected images, folders, tars or lists; a list is .txt "
-            'with a path a line, or .jsonl with an "id" and a "path" a line'
-        )
     else:
         yield Item(name, source)
 
@@ -464,9 +464,11 @@ def _listed(
 
 def _failure(error: object) -> tuple[str, str] | None:
     """What an export's own listing says of an image; anything else there is somebody else's."""
-    if not isinstance(error, list) or len(error) != 2 or error[0] not in IMAGE_CODES:
+    if not isinstance(error, list) or len(error) != 2:
         return None
-    return error[0], str(error[1])
+    code, message = error
+    is_ours = isinstance(code, str) and code in IMAGE_CODES and isinstance(message, str)
+    return (code, message) if is_ours else None
 
 
 def _without_os_errors(items: Iterable[Item]) -> Iterator[Item]:

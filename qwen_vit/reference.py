@@ -127,7 +127,8 @@ def process(rgb: NDArray[np.uint8], config: ImageConfig, processor: Processor) -
             return_tensors="pt",
         )
     except ValueError as error:
-        raise ImageError(f"Hugging Face's processor refuses the image ({error})") from None
+        message = f"Hugging Face's processor refuses the image ({error}); leave it out"
+        raise ImageError(message, code="reference") from None
     [grid] = done["image_grid_thw"].tolist()
     return Processed(done["pixel_values"].float(), Grid(*grid))
 

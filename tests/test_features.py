@@ -361,7 +361,7 @@ def test_a_file_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
     """Two commands looked whether it is there, and the second one's result replaced the first's."""
     path, features = tmp_path / "a.safetensors", [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))]
     path.write_text("of another")
-    with pytest.raises(ExportError, match=r"a.safetensors was written by somebody else"):
+    with pytest.raises(ExportError, match=r"a.safetensors exists, expected a new name"):
         write_features(path, features, METADATA, overwrite=False)
     assert path.read_text() == "of another"
     assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]

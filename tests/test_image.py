@@ -1,5 +1,6 @@
 """The image policy, the same from every kind of source, and one error for each bad input."""
 
+import ast
 import io
 import os
 import re
@@ -88,9 +89,14 @@ def test_every_code_of_the_table_is_tested() -> None:
 
 
 def test_every_code_of_the_package_is_in_the_table() -> None:
-    package = Path(qwen_vit.__file__).parent
-    sources = "".join(path.read_text("utf-8") for path in package.glob("*.py"))
-    assert set(re.findall(r'code="([^"]+)"', sources)) <= set(IMAGE_CODES)
+    for path in Path(qwen_vit.__file__).parent.glob("*.py"):
+        source = path.read_text("utf-8")
+        assert set(re.findall(r'code="([^"]+)"|(?:_error|broken)\("([^"]+)"', source)) <= {
+            pair for code in IMAGE_CODES for pair in ((code, ""), ("", code))
+        }
+        for call in ast.walk(ast.parse(source)):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "ImageError":
+                assert "code" in {keyword.arg for keyword in call.keywords}, (path, call.lineno)
 
 
 # One policy for every source
