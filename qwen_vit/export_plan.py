@@ -375,9 +375,12 @@ def _same_settings(
         f"{name} was {before.get(name, 'not there')}, is {now.get(name, 'not there')} now"
         for name in sorted(names)
     ]
+    again = (
+        "" if _has_shards(path.parent) else f"; it has no shard yet: delete {path} to begin anew"
+    )
     raise ExportError(
         f"{path.parent} holds an export that differs: {'; '.join(differences)}. Give what it was "
-        f"begun with{way}, or pass another --out"
+        f"begun with{way}, or pass another --out{again}"
     )
 
 
