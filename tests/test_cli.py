@@ -6,11 +6,13 @@ import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import termios
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -476,6 +478,15 @@ except BaseException:  # as numpy takes it for a part that is missing, and goes 
 """
 
 
+@pytest.fixture
+def heeded_interrupts() -> Iterator[None]:
+    """Processes started by a shell's `&` ignore them, and so would their children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_interrupts")
 def test_an_interrupt_while_torch_is_imported_ends_with_130(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text(INTERRUPTED_TORCH)  # as Ctrl-C does, in the middle of it
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
