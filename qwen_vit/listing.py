@@ -165,31 +165,41 @@ def find_items(inputs: Sequence[str], left_out: Counter[str] | None = None) -> I
     What is found broken below, such as a folder that may not be read, becomes an item with `error`.
     """
     left_out = Counter() if left_out is None else left_out
+    _check_alone(inputs)
+    for given in inputs:
+        yield from _from_input(given, left_out)
+
+
+def check_inputs(inputs: Sequence[str]) -> None:
+    """Raise ExportError for an input that is not there; looks no farther than its first image."""
+    _check_alone(inputs)
+    for given in inputs:
+        next(_from_input(given, Counter()), None)
+
+
+def _check_alone(inputs: Sequence[str]) -> None:
+    """A list of a kind that is not read here; among others, it may be what a shell's `*` gave."""
     if len(inputs) == 1 and _suffix(inputs[0]) in NO_IMAGES and os.path.isfile(inputs[0]):
         raise ExportError(
             f"{shown(inputs[0])} is no image, expected images, folders, tars or lists; a list is "
             '.txt with a path a line, or .jsonl with an "id" and a "path" a line'
         )
-    for given in inputs:
-        if ADDRESS.match(given):
-            raise ExportError(f"{shown(given)} is an address; download what is there first")
-        if os.path.lexists(given) or not glob.has_magic(given):
-            yield from _from_path(given, left_out, may_be_list=True)
-            continue
-        unreadable: dict[str, Item] = {}
-        matches = sorted(set(_matches(given, unreadable)), key=os.fsencode)
-        if not matches and not unreadable:
-            raise ExportError(f"no file matches {shown(given)}; check the pattern")
-        for match in matches:
-            if not (ALL_BELOW.search(given) and os.path.isdir(match)):
-                yield from _from_path(match, left_out, may_be_list=False)
-        yield from unreadable.values()
 
 
-def check_inputs(inputs: Sequence[str]) -> None:
-    """Raise ExportError for an input that is not there; looks no farther than its first image."""
-    for given in inputs:
-        next(find_items([given]), None)
+def _from_input(given: str, left_out: Counter[str]) -> Iterator[Item]:
+    if ADDRESS.match(given):
+        raise ExportError(f"{shown(given)} is an address; download what is there first")
+    if os.path.lexists(given) or not glob.has_magic(given):
+        yield from _from_path(given, left_out, may_be_list=True)
+        return
+    unreadable: dict[str, Item] = {}
+    matches = sorted(set(_matches(given, unreadable)), key=os.fsencode)
+    if not matches and not unreadable:
+        raise ExportError(f"no file matches {shown(given)}; check the pattern")
+    for match in matches:
+        if not (ALL_BELOW.search(given) and os.path.isdir(match)):
+            yield from _from_path(match, left_out, may_be_list=False)
+    yield from unreadable.values()
 
 
 def _from_path(path: str, left_out: Counter[str], *, may_be_list: bool) -> Iterator[Item]:

@@ -44,7 +44,7 @@ from qwen_vit.feature_files import load_features
 from qwen_vit.features import ImageFeatures, write_features
 from qwen_vit.folder_lock import hold_folder, hold_moment
 from qwen_vit.image import ImageLimits
-from qwen_vit.listing import find_items
+from qwen_vit.listing import check_inputs, find_items
 
 SMALL = ExportOptions(shard_size=4)
 
@@ -515,7 +515,8 @@ def test_a_list_of_another_kind_is_no_image(here: Path, name: str) -> None:
     with pytest.raises(ExportError, match=rf"{name} is no image, .* a list is .txt .* or .jsonl"):
         export(name)
     assert not Path("out").exists()
-    assert export("p", name).failed == {"truncated": 1, "not-an-image": 1}  # as a shell's * gives
+    check_inputs(["p", name])  # as a shell's * gives, where it is an image that fails
+    assert export("p", name).failed == {"truncated": 1, "not-an-image": 1}
 
 
 def test_an_exports_own_listing_takes_it_up_again(here: Path) -> None:
