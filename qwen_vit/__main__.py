@@ -29,7 +29,8 @@ def main() -> None:
     try:
         run()
     except KeyboardInterrupt:
-        _stop()
+        sys.stderr.write("interrupted\n")
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _stop(*_: object) -> NoReturn:

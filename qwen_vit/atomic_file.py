@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from qwen_vit.errors import ExportError
 
-__all__ = ["TEMPORARY_SUFFIX", "AtomicFile", "atomic_file", "cannot_write"]
+__all__ = ["TEMPORARY_SUFFIX", "AtomicFile", "atomic_file", "cannot_write", "refuse_link"]
 
 TEMPORARY_SUFFIX = ".tmp"
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # FAT, say
@@ -93,6 +93,12 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
         raise cannot_write(path, error) from None
     finally:  # whatever stopped it, an interrupt too
         growing.discard()
+
+
+def refuse_link(path: Path) -> None:
+    """Raise ExportError for a symbolic link, whose place a result would take: /dev/stdout's."""
+    if os.path.islink(path):
+        raise ExportError(f"{path} is a symbolic link, expected a file; pass what it leads to")
 
 
 def cannot_write(path: Path, error: OSError) -> ExportError:

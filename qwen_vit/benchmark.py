@@ -54,6 +54,7 @@ __all__ = [
 
 WARM_UPS, REPEATS = 3, 11
 PRODUCT_SIDE = 8192
+PRODUCT_FLOPS = 2 * PRODUCT_SIDE**3  # 2 per multiply-add
 REST_S = 1.0
 RESTED_MS = 30.0  # before heat slows a GPU down
 COPIED_BYTES = 2**32
@@ -112,7 +113,7 @@ def product_rate(device: torch.device) -> float:
 
     Of 21 products on a GPU that has rested: more than it can keep up.
     """
-    return 2 * PRODUCT_SIDE**3 / (median_ms(_product(device), 21) * 1e-3)
+    return PRODUCT_FLOPS / (median_ms(_product(device), 21) * 1e-3)
 
 
 def beside_product(
@@ -136,7 +137,7 @@ def beside_product(
     events[-1][-1].synchronize()
     run_ms: float = statistics.median(begin.elapsed_time(middle) for begin, middle, _ in events)
     product_ms = statistics.median(middle.elapsed_time(end) for _, middle, end in events)
-    return run_ms, 2 * PRODUCT_SIDE**3 * products / (product_ms * 1e-3)
+    return run_ms, PRODUCT_FLOPS * products / (product_ms * 1e-3)
 
 
 def after_a_rest(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
@@ -153,7 +154,7 @@ def after_a_rest(run: Callable[[], Any], device: torch.device) -> tuple[float, f
         return median_ms(each, round(length_ms / once_ms), 1)
 
     run_ms = rested_ms(run, run_once)
-    return run_ms, 2 * PRODUCT_SIDE**3 / (rested_ms(product, product_once) * 1e-3)
+    return run_ms, PRODUCT_FLOPS / (rested_ms(product, product_once) * 1e-3)
 
 
 def copy_rate(device: torch.device) -> float:

@@ -25,7 +25,7 @@ import click
 from tqdm import tqdm
 
 from qwen_vit import __version__
-from qwen_vit.atomic_file import cannot_write
+from qwen_vit.atomic_file import cannot_write, refuse_link
 from qwen_vit.benchmark import WORKLOADS, check_device, speed_report, speed_table
 from qwen_vit.benchmark import bench as measure_speed
 from qwen_vit.checkpoint import find_tower
@@ -366,8 +366,7 @@ def _check_output(out: Path, overwrite: bool, images: Sequence[str], option: str
         ) from None
     except OSError as error:
         raise cannot_write(out, error) from None
-    if out.is_symlink():  # whose place the result would take: /dev/stdout's, say
-        raise ExportError(f"{out} is a symbolic link, expected a file; pass what it leads to")
+    refuse_link(out)
     if there is not None and stat.S_ISDIR(there.st_mode):
         raise ExportError(f"{out} is a folder, expected a file to write; pass another {option}")
     if parent is None or not stat.S_ISDIR(parent.st_mode):

@@ -38,7 +38,7 @@ from qwen_vit.export import (
 )
 from qwen_vit.export_estimate import Estimate, estimate_plan
 from qwen_vit.export_plan import ExportOptions, Plan, clear_away, open_export
-from qwen_vit.manifest import load_arrow
+from qwen_vit.manifest import ManifestRow, load_arrow
 from qwen_vit.pipeline import Clock
 
 __all__ = ["export_on_ray"]
@@ -96,10 +96,7 @@ def export_on_ray(
                             progress.skip(len(done.rows))
                         tally.count(plan, done)
                         for row in done.rows if done.is_new else ():
-                            error = None
-                            if row.status != "ok":
-                                error = ImageError(str(row.error_message), code=str(row.error_code))
-                            breaker.count_done(error)
+                            breaker.count_done(_failure(row))
             finally:  # interrupted, too
                 workers.end()
                 clear_away(plan)  # what dead workers left
@@ -118,6 +115,12 @@ def _shards(workers: "_Workers", plan: Plan, waits: dict[str, float]) -> Iterato
         for stage, waited_s in seconds.items():
             waits[stage] += waited_s
         yield done
+
+
+def _failure(row: ManifestRow) -> ImageError | None:
+    if row.status == "ok":
+        return None
+    return ImageError(str(row.error_message), code=str(row.error_code))
 
 
 def _size(plan: Plan, shard: int) -> int:

@@ -20,7 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from qwen_vit.atomic_file import AtomicFile, atomic_file, cannot_write
+from qwen_vit.atomic_file import AtomicFile, atomic_file, cannot_write, refuse_link
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.finite import all_finite
 from qwen_vit.safetensors_header import MAX_HEADER_BYTES
@@ -83,8 +83,7 @@ def write_features(
     written.
     """
     path = Path(path)
-    if os.path.islink(path):  # whose place the file would take
-        raise ExportError(f"{path} is a symbolic link, expected a file; pass what it leads to")
+    refuse_link(path)
     if isinstance(features, ImageFeatures) or not isinstance(features, Iterable):
         raise ArgumentError(
             f"features is one {type(features).__name__}, expected a list of ImageFeatures, as "
