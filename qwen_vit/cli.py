@@ -60,7 +60,11 @@ def model_options(command: Command) -> Command:
     """The options that say which checkpoint, for every command that opens one."""
     options = (
         click.option("--revision", help="Branch, tag or commit on the Hub."),
-        click.option("--cache-dir", type=click.Path(path_type=Path), help="Instead of HF_HOME."),
+        click.option(
+            "--cache-dir",
+            type=click.Path(path_type=Path),
+            help="Instead of HF_HUB_CACHE ($HF_HOME/hub).",
+        ),
         click.option("--local-files-only", is_flag=True, help="Never ask the network."),
     )
     for option in reversed(options):

@@ -18,7 +18,7 @@ from qwen_vit.config import VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError, HubError, QwenVitError
 from qwen_vit.hub_client import NotCachedError, Repository, explain
 from qwen_vit.ranges import RangesRefusedError, TransferError
-from qwen_vit.strict_json import is_integer, read_json
+from qwen_vit.strict_json import is_number, read_json
 from qwen_vit.vision_file import Shards, write_tower
 from qwen_vit.weight_files import (
     ADAPTER_CONFIG,
@@ -108,7 +108,12 @@ def download(
     compares them with the Hub's sha256.
     """
     name = os.fsdecode(model)
-    is_folder = bool(name) and Path(name).is_dir()
+    is_folder = bool(name) and _is_folder(name)
+    if revision == "":
+        raise ArgumentError(
+            "revision is empty, expected a branch, a tag or a commit; leave it out for the default "
+            "branch"
+        )
     if revision is not None and (is_folder or name in PACKAGED):
         what = "a local folder" if is_folder else "a checkpoint of this package"
         raise ArgumentError(
@@ -135,6 +140,16 @@ def download(
         raise explain(error, repository) from error
 
 
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError as error:  # Python 3.11 raises for what may not be looked at
+        raise CheckpointError(
+            f"{name} cannot be looked at ({error.strerror}), expected a folder; check its name and "
+            "its permissions"
+        ) from error
+
+
 def packaged_weights() -> Path:
     """`weights/` inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent
@@ -152,15 +167,16 @@ def _download(repository: Repository, full: bool) -> Download:
     _fetch_settings(repository)
     index, names = _find_weights(repository)
     if full:
-        done = _whole(repository, index, [repository.whole(name) for name in names])
+        done = _fetch_whole(repository, index, names)
         store.discard(_folder(repository))  # ranges from before: what was checked serves from now
-        return replace(done, licence=repository.licence())
+        return done
     cached = {name: path for name in names if (path := repository.cached(name)) is not None}
     if repository.is_offline():
         if len(cached) < len(names):
             raise repository.not_cached()
         for name, path in cached.items():
             repository.check(name, path)
+        return _whole(repository, index, list(cached.values()))
     local = {name: path for name, path in cached.items() if repository.is_sound(name, path)}
     if len(local) == len(names):
         return _whole(repository, index, list(local.values()))
@@ -176,7 +192,7 @@ def _download(repository: Repository, full: bool) -> Download:
             "%s: its vision tensors cannot be had alone (%s); taking whole files instead: %s",
             repository.label, error, ", ".join(names),
         )  # fmt: skip
-        return _whole(repository, index, [repository.whole(name) for name in names])
+        return _fetch_whole(repository, index, names)
 
 
 def _folder(repository: Repository) -> Path:
@@ -242,10 +258,9 @@ def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
         return None, [WEIGHTS_FILE]
     index = repository.file(INDEX_FILE)
     if index is None:
-        if repository.is_offline():
-            return None, [WEIGHTS_FILE]
         # a mirror that lists no files may have this one
-        weights = _choose(repository, repository.names() or [WEIGHTS_FILE])
+        listed = repository.names() or repository.cached_weights() or [WEIGHTS_FILE]
+        weights = _choose(repository, listed)
         if not weights.endswith(INDEX_SUFFIX):
             return None, [weights]
         index = repository.file(weights)
@@ -267,6 +282,11 @@ def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
 
 def _choose(repository: Repository, names: Iterable[str]) -> str:
     return choose_weights(names, repository.label, lambda: repository.file(ADAPTER_CONFIG))
+
+
+def _fetch_whole(repository: Repository, index: Path | None, names: list[str]) -> Download:
+    done = _whole(repository, index, [repository.whole(name) for name in names])
+    return replace(done, licence=repository.licence())
 
 
 def _whole(repository: Repository, index: Path | None, files: list[Path]) -> Download:
@@ -300,4 +320,4 @@ def _vision_alone(
 def _total_bytes(index: Path) -> int | None:
     metadata = read_json(index).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return int(total) if is_integer(total) or isinstance(total, float) else None
+    return int(total) if is_number(total) else None  # transformers writes it as a float, too

@@ -11,8 +11,9 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -72,10 +73,10 @@ class Repository:
         self._found_address: bool | None = None
 
     def is_offline(self) -> bool:
-        """Whether the caller, or HF_HUB_OFFLINE, has ruled out the network."""
+        """Whether the caller, or HF_HUB_OFFLINE, has ruled out the network, or there is none."""
         from huggingface_hub import is_offline_mode
 
-        return self.local_files_only or is_offline_mode()
+        return self.local_files_only or is_offline_mode() or not self._has_address()
 
     def cache(self) -> Path:
         """The Hub's cache: `cache_dir`, or what HF_HUB_CACHE and HF_HOME say."""
@@ -106,10 +107,8 @@ class Repository:
         Raises NotCachedError where that cannot be told.
         """
         known = self._look_up(name)
-        if isinstance(known, Path):
-            return known
         # the cache also remembers which files a repository does not have
-        if known is not None and not self._is_listed(name):
+        if known is not None and not isinstance(known, Path) and not self._is_listed(name):
             return None
         return self._fetch_if_there(name, self.commit or self._revision)
 
@@ -124,6 +123,13 @@ class Repository:
         known = self._look_up(name)
         return known if isinstance(known, Path) else None
 
+    def cached_weights(self) -> list[str]:
+        """The files of this commit in the Hub's cache that are weights, or an index of them."""
+        if self.commit is None:
+            return []
+        folder = store.repository_folder(self.cache(), self.name) / "snapshots" / self.commit
+        return [path.name for path in folder.glob("*.safetensors*")]
+
     def _look_up(self, name: str) -> Any:
         """Its path in the cache, None, or a mark that there is no such file at this commit."""
         from huggingface_hub import try_to_load_from_cache
@@ -137,22 +143,32 @@ class Repository:
 
     def whole(self, name: str) -> Path:
         """A whole file in the Hub's cache, checked against the Hub's hash; fetched if need be."""
+        return self._fetch_sound(name, self.commit, partial(self.check, name, once=False))
+
+    def _fetch_sound(self, name: str, revision: str | None, check: Callable[[Path], None]) -> Path:
+        """A file in the Hub's cache that `check` takes, fetched again where it is damaged there."""
         for _ in range(2):
-            path = self._fetch(name, self.commit)
-            if self.is_sound(name, path, once=False):
+            path = self._fetch(name, revision)
+            try:
+                check(path)
+            except CheckpointError as error:
+                if self.is_offline():
+                    raise
+                logger.warning("%s; doing so now", error)
+            else:
                 return path
             # at once, so that nobody takes it for good should the next attempt fail
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         raise HubError(
-            f"{self.label}: {name} arrived damaged twice (its sha256 is not the Hub's); "
+            f"{self.label}: {name} arrived damaged twice (its hash is not the Hub's); "
             "check the network and any proxy, and try again"
         )
 
-    def is_sound(self, name: str, path: Path, *, once: bool = True) -> bool:
+    def is_sound(self, name: str, path: Path) -> bool:
         """As `check`; what is wrong is logged."""
         try:
-            self.check(name, path, once=once)
+            self.check(name, path)
         except CheckpointError as error:
             logger.warning("%s", error)
             return False
@@ -223,7 +239,7 @@ class Repository:
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
-            return self._fetch(name, revision)
+            return self._fetch_sound(name, revision, _check_small)
         except LocalEntryNotFoundError as error:
             raise NotCachedError(str(explain(error, self))) from error
         except EntryNotFoundError:
@@ -268,7 +284,7 @@ class Repository:
                         revision=revision,
                         token=self._token,
                         cache_dir=self._cache_dir,
-                        local_files_only=self.local_files_only or not self._has_address(),
+                        local_files_only=self.is_offline(),
                     )
                 )
                 return path, path.stat().st_size
@@ -282,7 +298,7 @@ class Repository:
 
     def _has_address(self) -> bool:
         """Whether the Hub's name is known here: without a network the client tries for 25 s."""
-        if self._found_address is None and not self.is_offline():
+        if self._found_address is None:
             from huggingface_hub.constants import ENDPOINT
 
             try:
@@ -292,16 +308,21 @@ class Repository:
             except OSError as error:
                 logger.info("%s has no address here (%s)", ENDPOINT, error)
                 self._found_address = False
-        return self._found_address is not False
+        return self._found_address
 
     def _remote_digest(self, name: str) -> str | None:
         """Where links do not work, the cache does not keep the Hub's name for a file."""
         if self.is_offline():
             return None
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
         url = hf_hub_url(self.name, name, revision=self.commit)
-        return get_hf_file_metadata(url, token=self._token).etag
+        try:
+            return get_hf_file_metadata(url, token=self._token).etag
+        except (HTTPError, OSError) as error:
+            logger.info("%s: nobody tells its checksum (%s)", url, error)
+            return None
 
     def _info(self) -> Any:
         if self._listing is None and not self.is_offline():
@@ -317,6 +338,13 @@ class Repository:
             except Exception as error:  # noqa: BLE001 - a mirror may have files and no listing
                 logger.info("%s: its files cannot be listed (%s)", self.label, error)
         return self._listing
+
+
+def _check_small(path: Path) -> None:
+    """Hash a small file each time: a damaged one would answer every later call, too."""
+    digest = store.hub_digest(path)
+    if digest is not None:
+        store.check_digest(path, digest)
 
 
 def _check_range(response: Any, start: int, end: int) -> int:

@@ -6,7 +6,8 @@ import tomllib
 from typing import Any
 
 from qwen_vit import store
-from qwen_vit.checkpoint import config_hash, expected_tensors, load_checkpoint
+from qwen_vit.checkpoint import Checkpoint, config_hash, expected_tensors, load_checkpoint
+from qwen_vit.convert import check_finite
 from qwen_vit.hub import Download, Source, packaged_weights
 from qwen_vit.image import load_image
 from qwen_vit.patches import patchify
@@ -48,9 +49,7 @@ def describe(
         "image_config": image_config.to_json(),
     }
     if verify:
-        facts["verified"] = store.check(source.folder) or (
-            "no hash is recorded for this folder; every weight was read and is finite"
-        )
+        facts["verified"] = store.check(source.folder) or _check_values(checkpoint)
     if image is not None:
         rgb = load_image(image)
         [grid] = patchify(rgb.pixels, image_config, name=rgb.name).grids
@@ -66,6 +65,12 @@ def describe(
     return facts
 
 
+def _check_values(checkpoint: Checkpoint) -> str:
+    for name, tensor in checkpoint.tensors.items():
+        check_finite(tensor, checkpoint.place(name))
+    return "no hash is recorded for this folder; every weight was read and is finite"
+
+
 def report(done: Download) -> dict[str, Any]:
     """What a download did, as a JSON document.
 
@@ -76,7 +81,9 @@ def report(done: Download) -> dict[str, Any]:
     return {
         "model": done.source.name,
         "commit": done.source.commit,
-        "licence": _licence(done.source, done.licence),
+        "licence": _licence(
+            done.source, done.licence or store.recorded_licence(done.source.folder)
+        ),
         "folder": str(done.source.folder),
         "fetched_bytes": done.fetched_bytes,
         "kept_bytes": done.kept_bytes,

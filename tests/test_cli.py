@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL, write_checkpoint
+from checkpoints import SMALL, write_checkpoint, write_weights
 from PIL import Image
 
 from qwen_vit import __version__
@@ -505,14 +506,14 @@ def test_an_interrupt_while_torch_is_imported_ends_with_130(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["-h"], ["encode", "--help"], ["info", "-h"], ["compare", "-h"]]
+    "arguments", [["--help"], ["-h"], *([name, "--help"] for name in cli_module.cli.commands)]
 )
 def test_help_shows_examples_that_parse(run: Any, arguments: list[str]) -> None:
     done = run(*arguments)
     assert (done.code, done.err) == (0, "")
-    examples = [line.split() for line in done.out.splitlines() if line.startswith("  qwen-vit ")]
-    assert len(examples) == 2
-    for _, name, *rest in examples:
+    lines = [line for line in done.out.splitlines() if line.startswith("  qwen-vit ")]
+    assert len(lines) >= 2
+    for _, name, *rest in map(shlex.split, lines):
         command = cli_module.cli.commands[name]
         # raises for an option that is not there; click keeps the first help option that it makes
         context = command.make_context(name, rest, help_option_names=["-h", "--help"])
@@ -556,6 +557,18 @@ def test_info_counts_the_tokens_that_encode_gives(folder: Path, run: Any) -> Non
     assert image["format"] == "PNG"
     encoded = run("encode", CHELSEA, *TO_FILE, "--json")
     assert json.loads(encoded.out)["images"][0]["tokens"] == 176
+
+
+def test_info_verify_reads_the_values_where_no_hash_is_recorded(folder: Path, run: Any) -> None:
+    tensors = write_checkpoint(folder / "model", SMALL, prefix="")
+    done = run("info", "model", "--verify", "--json")
+    assert "every weight was read and is finite" in json.loads(done.out)["verified"]
+    tensors["blocks.0.norm1.weight"][3] = float("nan")
+    write_weights(folder / "model", tensors)
+    refused = run("info", "model", "--verify")
+    assert (refused.code, refused.out) == (2, "")
+    assert "blocks.0.norm1.weight" in refused.err
+    assert "NaN" in refused.err
 
 
 def test_info_on_a_broken_image_or_checkpoint_ends_with_2(folder: Path, run: Any) -> None:

@@ -3,6 +3,7 @@
 Real client code talks to the stand-in of hub_server.py, from processes of its own.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -185,6 +186,20 @@ def test_a_single_file_of_another_name_is_found_in_the_listing(
     assert worker("load", **call)["weights"] == hash_of(repo)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_weights_of_another_name_serve_offline_when_they_were_taken_whole(
+    worker: Worker, repo: Path, call: dict[str, Any], shards: int
+) -> None:
+    """Where nothing can be listed, the names in the cache are what there is to choose from."""
+    write_checkpoint(repo, SMALL, shards=shards)
+    for path in list(repo.glob("model.safetensors*")):
+        path.rename(path.with_name(path.name.replace("model", "tower")))
+    online = worker("load", **call, full=True)
+    offline = worker("load", **call, local_files_only=True)
+    assert "snapshots" in online["folder"]
+    assert (offline["weights"], offline["folder"]) == (hash_of(repo), online["folder"])
+
+
 def test_weights_in_a_folder_of_the_repository_are_not_its_own(
     worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
@@ -220,6 +235,18 @@ def test_a_mirror_without_a_listing_will_do(
     loaded = worker("load", **call)
     assert loaded["weights"] == hash_of(repo)
     assert loaded["licence"].startswith("unknown")
+
+
+@pytest.mark.parametrize("total", ["1e999", '"many"', "-1.5", "true"])
+def test_a_total_that_is_no_size_is_not_needed(
+    worker: Worker, repo: Path, call: dict[str, Any], total: str
+) -> None:
+    write_checkpoint(repo, SMALL, shards=2)
+    text = (repo / INDEX).read_text()
+    (repo / INDEX).write_text(text.replace("{}", f'{{"total_size": {total}}}', 1))
+    loaded = worker("load", **call)
+    assert loaded.get("weights") == hash_of(repo), loaded
+    assert loaded["saved_bytes"] in (None, 0)
 
 
 def test_a_shard_in_the_cache_is_used_and_only_the_others_are_fetched(
@@ -437,6 +464,50 @@ def test_a_damaged_shard_does_not_stay_when_the_second_attempt_fails(
     ]
     assert worker("load", **call)["kind"] == "HubError"
     assert list(Path(call["cache_dir"]).glob("**/model-00002*")) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", SETTINGS, INDEX])
+def test_a_small_file_that_is_damaged_in_the_hubs_cache_is_mended(
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any], name: str
+) -> None:
+    """huggingface_hub takes what lies there, by name: the same wrong config for good."""
+    write_checkpoint(repo, SMALL, shards=2)
+    full = ["download", "org/tiny", "--full", "--cache-dir", str(call["cache_dir"])]
+    assert worker("command", arguments=full)["code"] == 0
+    cached = {"repo_id": "org/tiny", "filename": name, "cache_dir": call["cache_dir"]}
+    path = Path(worker("whole", **cached)["path"]).resolve()
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"1", b"2", 1))
+    refused = worker("load", **call, local_files_only=True)
+    assert refused["kind"] == "CheckpointError"
+    assert f"{name} (" in refused["message"]
+    assert "download it again (qwen-vit download MODEL)" in refused["message"]
+    for arguments in (full, [argument for argument in full if argument != "--full"]):
+        path.write_bytes(content[:20])
+        done = worker("command", arguments=arguments)
+        assert done["code"] == 0, done["err"]
+        assert path.read_bytes() == content
+
+
+def test_a_cache_of_copies_instead_of_links_serves_without_a_network(
+    hub: Hub, repo: Path, tmp_path: Path
+) -> None:
+    """As `cp -rL` or a disk without links leaves it: nobody can be asked for checksums."""
+    write_checkpoint(repo, SMALL, shards=2)
+    home = tmp_path / "home"
+    with running_worker(home, hub.endpoint) as worker:
+        worker("load", model="org/tiny", full=True)
+    for link in (home / "hub").glob("**/snapshots/*/*"):
+        content = link.read_bytes()
+        link.unlink()
+        link.write_bytes(content)
+    for endpoint in ("http://127.0.0.1:9", "http://hub.invalid"):  # nobody listens; no such name
+        with running_worker(home, endpoint) as worker:
+            for revision in (None, COMMIT):
+                loaded = worker("load", model="org/tiny", revision=revision)
+                assert loaded.get("weights") == hash_of(repo), loaded
+                told = [line for line in loaded["log"] if "gives no checksum" in line]
+                assert len(told) == len(set(told)) == 2  # one for each shard
 
 
 def test_a_shard_that_another_program_left_damaged_is_not_used(
@@ -838,6 +909,12 @@ def test_a_revision_of_what_is_here_is_refused(tmp_path: Path, model: str) -> No
     assert find_checkpoint(name, token="x", local_files_only=True).name == name
 
 
+def test_an_empty_revision_is_refused() -> None:
+    """As of a shell variable that is not set; the Hub would answer that there is no such file."""
+    with pytest.raises(ArgumentError, match="revision is empty, expected a branch"):
+        find_checkpoint("org/tiny", revision="")
+
+
 # Offline
 
 
@@ -897,12 +974,18 @@ def test_without_a_network_nothing_is_tried_again_and_again(
     home, nowhere = tmp_path / "home", "http://hub.invalid"  # a name that nobody may register
     with running_worker(home, hub.endpoint) as worker:
         online = worker("load", model="org/tiny")
+        write_checkpoint(tmp_path / "sharded", SMALL, shards=2)
+        serve(hub, "org/begun", tmp_path / "sharded")
+        for name in ("config.json", SETTINGS, INDEX):
+            worker("whole", repo_id="org/begun", filename=name)
     with running_worker(home, nowhere) as worker:
         away = worker("load", model="org/other")
+        begun = worker("load", model="org/begun")
         kept = worker("load", model="org/tiny")
-    assert "could not be reached and is not in the local cache" in away["message"]
-    assert kept["weights"] == online["weights"]
-    assert away["waits"] == kept["waits"] == []  # between attempts: 25 s in all
+    for refused in (away, begun):
+        assert "could not be reached and is not in the local cache" in refused["message"]
+        assert refused["waits"] == refused["log"] == []  # between attempts: 25 s in all
+    assert (kept["weights"], kept["waits"]) == (online["weights"], [])
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(hub: Hub, repo: Path, tmp_path: Path) -> None:
@@ -964,6 +1047,18 @@ def test_what_is_neither_a_folder_nor_a_repository_is_refused_without_the_networ
     assert repr(model) in str(caught.value)
 
 
+@pytest.mark.parametrize("error", [errno.EACCES, errno.ENAMETOOLONG])
+def test_a_folder_that_may_not_be_looked_at_is_told(
+    error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_dir(path: Path) -> bool:  # as Python 3.11's does; later ones return False
+        raise OSError(error, os.strerror(error), str(path))
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    with pytest.raises(CheckpointError, match=r"/closed/model cannot be looked at .*; check its"):
+        find_checkpoint("/closed/model")
+
+
 def test_tiny_and_a_local_folder_need_no_hub(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it fails
     monkeypatch.chdir(tmp_path)
@@ -978,6 +1073,7 @@ def test_a_folder_of_ours_is_a_local_checkpoint_too(
     write_checkpoint(repo, SMALL)
     folder = Path(worker("find", **call)["folder"])
     assert hash_of(folder) == hash_of(repo)
+    assert worker("find", model=folder)["licence"] == "apache-2.0"
     assert set(store.check(folder) or {}) == set(OURS) - {"manifest.json"}
     (folder / SETTINGS).unlink()
     with pytest.raises(CheckpointError, match="is missing"):
