@@ -1,14 +1,16 @@
 """`VisionEncoder`: images in, the embeddings that the language model sees out."""
 
+import io
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from qwen_vit.features import ImageFeatures
 from qwen_vit.graphs import LARGEST_BUDGET, LEAST_STEP, GraphRunner, budget_for
 from qwen_vit.hub import Source, find_checkpoint
 from qwen_vit.image import ArrayLayout, ImageLimits, ImageSource, RgbImage, load_image
-from qwen_vit.kernels.attention import LEAST_HEAD_DIM, MOST_HEAD_DIM
+from qwen_vit.kernels.attention import HEAD_DIMS
 from qwen_vit.layout import check_grids
 from qwen_vit.model import Output, VisionTower, plan_layout
 from qwen_vit.patches import Patches, patchify
@@ -34,8 +36,6 @@ __all__ = ["VisionEncoder"]
 logger = logging.getLogger("qwen_vit")
 
 OnError = Literal["raise", "skip"]
-# What waits to be loaded: what the caller gave, or an array as it was when it was given.
-_Source: TypeAlias = ImageSource | Patches | RgbImage | ImageError
 
 # Patches in one forward pass. More gain nothing on a GPU; an image may be larger on its own.
 TOKEN_BUDGET = {"cuda": LARGEST_BUDGET, "cpu": 4_096}
@@ -56,6 +56,7 @@ ONE_IMAGE = (
     np.ndarray,
     Tensor,
     Patches,
+    io.IOBase,
 )
 
 
@@ -134,7 +135,7 @@ class VisionEncoder:
         )
         checkpoint = load_checkpoint(source.folder)
         image_config = _with_limits(checkpoint.image_config, min_pixels, max_pixels)
-        _check_head_dim(checkpoint.config, chosen_device)
+        _check_fits(checkpoint.config, chosen_device)
         with torch.device("meta"):
             tower = VisionTower(checkpoint.config, chosen_dtype)
         with torch.device("cpu"):  # whatever the caller's default device is
@@ -299,40 +300,23 @@ class VisionEncoder:
         for index, image in enumerate(images):
             is_path = isinstance(image, (str, os.PathLike))
             name = os.fsdecode(image) if is_path else f"image {index}"  # type: ignore[arg-type]
-            source: _Source = image
-            if is_ahead and not isinstance(image, (str, os.PathLike, bytes, Patches)):
-                # the caller may change it, once the next one is asked for
-                try:
-                    source = load_image(image, name=name, layout=layout, limits=limits)
-                except ImageError as error:
-                    source = error
-            load = partial(self._load, source, name, on_error, layout, limits)
-            yield Job(load, _bytes_of(source))
-
-    def _load(
-        self,
-        source: _Source,
-        name: str,
-        on_error: OnError,
-        layout: ArrayLayout,
-        limits: ImageLimits,
-    ) -> _Loaded:
-        try:
-            if isinstance(source, ImageError):
-                raise source
-            if isinstance(source, Patches):
-                return self._given(source, name)
-            if isinstance(source, RgbImage):
-                rgb = source
+            n_bytes = len(image) if isinstance(image, bytes) else 0
+            if isinstance(image, Patches):
+                make = partial(self._given, image, name)
             else:
-                rgb = load_image(source, name=name, layout=layout, limits=limits)
-            patches = patchify(rgb.pixels, self.image_config, name=name)
-        except ImageError as error:
-            if on_error == "raise":
-                raise
-            # without its traceback, whose frames hold the file's bytes
-            plain = ImageError(str(error), code=error.code)
-            return _Loaded(ImageFeatures(name, None, None, error=plain), None)
+                load: Callable[[], RgbImage] = partial(
+                    load_image, image, name=name, layout=layout, limits=limits
+                )
+                if is_ahead and not is_path and not isinstance(image, bytes):
+                    # the caller may change it, once the next one is asked for
+                    load, n_bytes = _loaded_now(load)
+                make = partial(self._cut, load, name)
+            yield Job(partial(_or_its_error, make, name, on_error), n_bytes)
+
+    def _cut(self, load: Callable[[], RgbImage], name: str) -> _Loaded:
+        """One image, loaded, resized and cut into patches."""
+        rgb = load()
+        patches = patchify(rgb.pixels, self.image_config, name=name)
         features = ImageFeatures(name, None, _thw(patches), (rgb.height, rgb.width), rgb.notes)
         return _Loaded(features, patches)
 
@@ -360,13 +344,17 @@ class VisionEncoder:
         budget = WINDOW[self.device.type] * TOKEN_BUDGET[self.device.type]
         window: list[_Loaded] = []
         n_patches = 0
-        for each in loaded:
-            is_full = n_patches + each.n_patches > budget or len(window) == IMAGES_IN_A_WINDOW
-            if window and is_full:
-                yield window
-                window, n_patches = [], 0
-            window.append(each)
-            n_patches += each.n_patches
+        try:
+            for each in loaded:
+                is_full = n_patches + each.n_patches > budget or len(window) == IMAGES_IN_A_WINDOW
+                if window and is_full:
+                    yield window
+                    window, n_patches = [], 0
+                window.append(each)
+                n_patches += each.n_patches
+        except Exception:
+            yield window  # what came before it is given before it is raised
+            raise
         yield window
 
     def _encode_window(
@@ -478,11 +466,27 @@ def _parts(loaded: Iterable[_Loaded]) -> list[tuple[str, Patches]]:
     return [(features.id, patches) for features, patches in loaded if patches is not None]
 
 
-def _bytes_of(source: _Source) -> int:
-    """What waits in memory until it is loaded."""
-    if isinstance(source, RgbImage):
-        return source.pixels.nbytes
-    return len(source) if isinstance(source, bytes) else 0
+def _loaded_now(load: Callable[[], RgbImage]) -> tuple[Callable[[], RgbImage], int]:
+    """What gives, or raises, later what `load` does now; and its bytes."""
+    loaded: Future[RgbImage] = Future()
+    try:
+        rgb = load()
+    except ImageError as error:
+        loaded.set_exception(error)
+        return loaded.result, 0
+    loaded.set_result(rgb)
+    return loaded.result, rgb.pixels.nbytes
+
+
+def _or_its_error(make: Callable[[], _Loaded], name: str, on_error: OnError) -> _Loaded:
+    try:
+        return make()
+    except ImageError as error:
+        if on_error == "raise":
+            raise
+        # without its traceback, whose frames hold the file's bytes
+        plain = ImageError(str(error), code=error.code)
+        return _Loaded(ImageFeatures(name, None, None, error=plain), None)
 
 
 # computed from integers, so that repeated sizes cost nothing
@@ -495,6 +499,7 @@ def _grids(grid_thw: Tensor) -> tuple[Grid, ...]:
         or grid_thw.dim() != 2
         or grid_thw.shape[1] != 3
         or grid_thw.is_floating_point()
+        or grid_thw.is_complex()
         or grid_thw.dtype == torch.bool
     ):
         what = (
@@ -563,11 +568,18 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return chosen
 
 
-def _check_head_dim(config: VisionConfig, device: torch.device) -> None:
-    if device.type == "cuda" and not LEAST_HEAD_DIM <= config.head_dim <= MOST_HEAD_DIM:
+def _check_fits(config: VisionConfig, device: torch.device) -> None:
+    least, most = HEAD_DIMS[device.type]
+    if not least <= config.head_dim <= most:
         raise CheckpointError(
-            f"head_dim is {config.head_dim}, expected {LEAST_HEAD_DIM} to {MOST_HEAD_DIM} on a "
-            "GPU, for its matrix instructions and shared memory; use device='cpu'"
+            f"head_dim is {config.head_dim}, expected {least} to {most} on {device}, for which the "
+            "attention kernel is made; "
+            + ("use device='cpu'" if device.type == "cuda" else "choose another checkpoint")
+        )
+    if device.type == "cuda" and config.patch_px % 2:
+        raise CheckpointError(
+            f"patch_size is {config.patch_px}, expected an even one on a GPU, which loads rows of "
+            "patches by 16 bytes; use device='cpu'"
         )
 
 

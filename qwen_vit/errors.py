@@ -39,7 +39,7 @@ IMAGE_CODES = {
     "too-many-patches": "more patches in one call than rows can be counted",
     "too-many-pixels": "more pixels than ImageLimits.max_pixels, by its header",
     "truncated": "the content ends early; it is never filled up",
-    "unreadable": "the system refuses to read it; a retry may help",
+    "unreadable": "the system refuses to read it, or its PIL file is closed; a retry may help",
     "url": "an address: nothing is downloaded here",
     "zero-side": "a side of 0 pixels",
 }

@@ -87,6 +87,13 @@ LOOKALIKES = (
     (rb"pk\x03\x04|\x1f\x8b", "format", "an archive: unpack it first"),
 )
 
+# Types that are passed by mistake, and the next step.
+NOT_ONE_IMAGE: dict[type | tuple[type, ...], str] = {
+    (list, tuple): "give its items one by one",
+    io.IOBase: "give its path, or what its read() gives",
+    np.ma.MaskedArray: "say what is under the mask, with its filled()",
+}
+
 ADDRESS = re.compile(r"(?:https?|ftp|s3|gs|hf|file):/|data:", re.IGNORECASE)
 
 ORIENTATIONS = {  # EXIF tag 274 -> what makes the picture upright
@@ -185,16 +192,15 @@ def load_image(
     if isinstance(source, torch.Tensor):
         name = "tensor" if name is None else name
         return _from_array(_tensor_to_array(source, name), "tensor", name, layout, limits)
-    if isinstance(source, np.ndarray):
+    if isinstance(source, np.ndarray) and not isinstance(source, np.ma.MaskedArray):
         name = "array" if name is None else name
-        return _from_array(source, "array", name, layout, limits)
-    remedy = (
-        "give its items one by one"
-        if isinstance(source, list | tuple)
-        else "give a path, encoded bytes, a PIL image, a numpy array or a torch tensor"
-    )
-    kind = type(source).__name__
-    raise _error("source-type", name or "image", f"is of type {kind}, not one image; {remedy}")
+        return _from_array(np.asarray(source), "array", name, layout, limits)
+    remedy = "give a path, encoded bytes, a PIL image, a numpy array or a torch tensor"
+    for kind, better in NOT_ONE_IMAGE.items():
+        if isinstance(source, kind):
+            remedy = better
+    what = type(source).__name__
+    raise _error("source-type", name or "image", f"is of type {what}, not one image; {remedy}")
 
 
 def _error(code: str, name: str, text: str) -> ImageError:
@@ -279,7 +285,7 @@ def _from_bytes(data: bytes, name: str, limits: ImageLimits) -> RgbImage:
         _load(image, name, limits)
         if is_filled_up(data, file_format, image):
             raise EOFError
-    pixels, notes = _to_rgb(image, name, deep)
+        pixels, notes = _to_rgb(image, name, deep)
     return RgbImage(pixels, file_format, name, (*early_notes, *notes, *_frame_notes(image)))
 
 
@@ -434,13 +440,20 @@ LOAD_LOCKS = tuple(threading.Lock() for _ in range(61))
 def _from_pil(image: Image.Image, name: str, limits: ImageLimits) -> RgbImage:
     file_format = str(image.format or "PIL image")
     with LOAD_LOCKS[id(image) // 16 % len(LOAD_LOCKS)]:
+        if getattr(image, "tile", None) and getattr(image, "fp", image) is None:
+            raise _error(
+                "unreadable",
+                name,
+                "is a PIL image whose file was closed before it was loaded; call its load() first, "
+                "or pass the path",
+            )
         deep, early_notes = _is_deep(image), _tiff_notes(image)
         data = _lazy_bytes(image, limits)
         with _decoding(data, file_format, name):
             _load(image, name, limits)
             if data is not None and is_filled_up(data, file_format, image):
                 raise EOFError
-    pixels, notes = _to_rgb(image, name, deep)
+            pixels, notes = _to_rgb(image, name, deep)
     return RgbImage(pixels, "PIL", name, (*early_notes, *notes))
 
 
@@ -534,7 +547,9 @@ def _with_alpha(image: Image.Image, deep: bool) -> Image.Image:
     if image.mode in ("La", "PA"):
         return image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
     clear = image.info.get("transparency")
-    if deep and isinstance(clear, tuple):  # the pixels kept their high bytes: so does the colour
+    # The pixels kept their high bytes: so does the colour. Of an image that is loaded already, the
+    # colour alone can tell that they were of 16 bits.
+    if isinstance(clear, tuple) and (deep or max(clear) > 255):
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in clear)
     if image.mode not in ("1", "L", "RGB", "P", "LA", "RGBA", "RGBa"):

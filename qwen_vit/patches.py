@@ -60,9 +60,9 @@ class Patches:
     def cat(cls, parts: Iterable[Self], *, pinned_rows: int = 0) -> Self:
         """Join the patches of several images, in their order; of none, an empty (0, 588).
 
-        With `pinned_rows` those of the CPU are joined in memory that a GPU can fetch by itself, of
-        that many rows at least: so one size of it serves every batch. Raises ImageError with code
-        "patches" where patch sizes differ.
+        They are joined where the first ones are. With `pinned_rows` those of the CPU are joined in
+        memory that a GPU can fetch by itself, of that many rows at least: so one size of it serves
+        every batch. Raises ImageError with code "patches" where patch sizes differ.
         """
         parts = list(parts)
         if not parts:
@@ -77,7 +77,8 @@ class Patches:
         pixels = [part.pixels for part in parts]
         grids = tuple(grid for part in parts for grid in part.grids)
         if not pinned_rows or any(each.device.type != "cpu" for each in pixels):
-            return cls(torch.cat(pixels), grids)
+            device = pixels[0].device
+            return cls(torch.cat([each.to(device) for each in pixels]), grids)
         rows = sum(map(len, pixels))
         size = (max(rows, pinned_rows), widths[0])
         joined = torch.empty(size, dtype=pixels[0].dtype, device="cpu", pin_memory=True)[:rows]
@@ -173,20 +174,28 @@ def resize_image(
 def patchify(rgb: NDArray[np.uint8], config: ImageConfig, *, name: str = "the image") -> Patches:
     """Resize an RGB image and cut it into patches, in grid order.
 
-    `rgb` is uint8 (height, width, 3); `name` is what messages say. Raises as resize_image does.
+    `rgb` is uint8 (height, width, 3); `name` is what messages say. Raises as resize_image does,
+    and ImageError with code "memory" where there is not enough of it.
     """
-    rgb = resize_image(rgb, config, name=name)
-    pixels = rearrange(
-        rgb,
-        "(h mh ph) (w mw pw) c -> (h w mh mw) (c ph pw)",
-        mh=config.merge_size,
-        mw=config.merge_size,
-        ph=config.patch_px,
-        pw=config.patch_px,
-    )
+    try:
+        rgb = resize_image(rgb, config, name=name)
+        pixels = rearrange(
+            rgb,
+            "(h mh ph) (w mw pw) c -> (h w mh mw) (c ph pw)",
+            mh=config.merge_size,
+            mw=config.merge_size,
+            ph=config.patch_px,
+            pw=config.patch_px,
+        )
+        pixels = np.ascontiguousarray(pixels)
+    except MemoryError:
+        raise ImageError(
+            f"{name} does not fit into memory when resized; make it smaller, or lower max_pixels",
+            code="memory",
+        ) from None
     height, width, _ = rgb.shape
     grid = Grid(1, height // config.patch_px, width // config.patch_px)
-    return Patches(torch.from_numpy(np.ascontiguousarray(pixels)), (grid,))
+    return Patches(torch.from_numpy(pixels), (grid,))
 
 
 def _check_sides(height: int, width: int, name: str) -> None:

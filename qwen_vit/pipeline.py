@@ -10,7 +10,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Condition
+from functools import partial
+from threading import Lock
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from qwen_vit.errors import ArgumentError
@@ -74,15 +75,14 @@ def work_ahead(
         for job in jobs:
             yield job.run()
         return
-    room: _Room[Result] = _Room(max_bytes)
+    crew: _Crew[Result] = _Crew(threads, max_bytes)
     pending: deque[Future[Result]] = deque()
     source: Iterator[Job[Result]] | None = iter(jobs)
-    pool = ThreadPoolExecutor(threads, "qwen-vit-load")
     try:
         while True:
             # two for each one given: a source that is slow must not hold up the first results
-            limit = min(max_jobs, 2 * (threads + room.given))
-            while source is not None and len(pending) < limit and room.has_some():
+            limit = min(max_jobs, 2 * (threads + crew.given))
+            while source is not None and len(pending) < limit and crew.has_room():
                 try:
                     job = next(source)
                 except StopIteration:
@@ -92,64 +92,88 @@ def work_ahead(
                     pending.append(Future())
                     pending[-1].set_exception(error)
                 else:
-                    room.expect(job)
-                    index = room.given + len(pending)
-                    pending.append(pool.submit(room.run, job, index))
+                    pending.append(crew.do(job))
             if not pending:
                 return
             result = pending.popleft().result()
-            room.give(result)
+            crew.take(result)
             yield result
     finally:
-        room.close()
-        pool.shutdown(cancel_futures=True)
+        crew.close()
 
 
-class _Room(Generic[Result]):
-    """How much is under way, and who may go on."""
+class _Crew(Generic[Result]):
+    """Threads that begin jobs in their order, while there is room for what comes of them.
 
-    def __init__(self, max_bytes: int) -> None:
+    No thread waits for room: it goes, and whoever makes room calls it back. So a caller that never
+    comes again, the process's end included, keeps nobody waiting.
+    """
+
+    def __init__(self, threads: int, max_bytes: int) -> None:
         self.given = 0  # results; the next one is asked for, or will be
-        self._most = max_bytes
+        self._threads, self._most = threads, max_bytes
         self._waiting = self._done = 0  # bytes of jobs that have not ended, of results not taken
-        self._closed = False
-        self._changed = Condition()
+        self._undone: deque[tuple[Job[Result], Future[Result]]] = deque()
+        self._begun = self._at_work = 0  # jobs; threads
+        self._changing = Lock()
+        self._pool = ThreadPoolExecutor(threads, "qwen-vit-load")
 
-    def has_some(self) -> bool:
-        with self._changed:
+    def has_room(self) -> bool:
+        with self._changing:
             return self._waiting + self._done < self._most
 
-    def expect(self, job: Job[Result]) -> None:
-        with self._changed:
+    def do(self, job: Job[Result]) -> Future[Result]:
+        future: Future[Result] = Future()
+        with self._changing:
             self._waiting += job.n_bytes
+            self._undone.append((job, future))
+            self._call_threads()
+        return future
 
-    def run(self, job: Job[Result], index: int) -> Result:
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._closed or index == self.given or self._done < self._most
-            )
-            if self._closed:
-                raise CancelledError
+    def take(self, result: Result) -> None:
+        with self._changing:
+            self._done -= result.n_bytes
+            self.given += 1
+            self._call_threads()
+
+    def close(self) -> None:
+        with self._changing:
+            self._undone.clear()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _may_begin(self) -> bool:
+        is_asked_for = self._begun == self.given
+        return bool(self._undone) and (is_asked_for or self._done < self._most)
+
+    def _call_threads(self) -> None:
+        if self._may_begin():
+            for _ in range(min(self._threads - self._at_work, len(self._undone))):
+                self._at_work += 1
+                self._pool.submit(self._work)
+
+    def _work(self) -> None:
+        while True:
+            with self._changing:
+                if not self._may_begin():
+                    self._at_work -= 1
+                    return
+                job, future = self._undone.popleft()
+                self._begun += 1
+            self._finish(job, future)
+
+    def _finish(self, job: Job[Result], future: Future[Result]) -> None:
         n_bytes = 0
         try:
             result = job.run()
             n_bytes = result.n_bytes
-            return result
-        finally:
-            with self._changed:
-                self._waiting -= job.n_bytes
-                self._done += n_bytes
-
-    def give(self, result: Result) -> None:
-        with self._changed:
-            self._done -= result.n_bytes
-            self.given += 1
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+            give = partial(future.set_result, result)
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            give = partial(future.set_exception, error)
+        with self._changing:  # before anybody can take it
+            self._waiting -= job.n_bytes
+            self._done += n_bytes
+        give()
+        del future, give  # the traceback of an exception holds this frame
 
 
 class Behind:

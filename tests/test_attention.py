@@ -352,7 +352,8 @@ ARGUMENTS = ("qkv", "cos", "sin", "cu_seqlens")
     [
         ("qkv", torch.zeros(10, 3, 160), r"qkv has shape \(10, 3, 160\), expected \(N, 3, heads"),
         ("qkv", torch.zeros(10, 2, 2, 80), r"qkv has shape \(10, 2, 2, 80\)"),
-        ("qkv", torch.zeros(10, 3, 2, 81), "even head_dim of at least 2; reshape"),
+        ("qkv", torch.zeros(10, 3, 2, 81), "even head_dim of 2 to 1024; reshape"),
+        ("qkv", torch.zeros(10, 3, 1, 1026), "even head_dim of 2 to 1024; reshape"),
         ("qkv", np.zeros((10, 3, 2, 80)), "qkv is a ndarray, expected a torch tensor"),
         ("qkv", torch.zeros(10, 3, 2, 80, device="meta"), "qkv is on meta, expected a CUDA GPU"),
         ("qkv", torch.zeros(10, 3, 0, 80), r"qkv has shape \(10, 3, 0, 80\)"),

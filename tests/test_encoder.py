@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,7 @@ ONE_IMAGE = {
     "array": picture(28, 28),  # once, its rows were 28 images one pixel high
     "batch": np.zeros((2, 28, 28, 3), np.uint8),
     "tensor": torch.zeros(28, 28, 3, dtype=torch.uint8),
+    "file": io.BytesIO(b"one\ntwo\n"),
 }
 
 
@@ -411,6 +413,23 @@ def test_a_batch_out_of_memory_is_halved_to_the_same_values(
     assert [features.grid_thw for features in results] == [f.grid_thw for f in expected]
     for ours, other in zip(results, expected, strict=True):
         assert relative_error(embeds_of(ours), embeds_of(other)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("device", "change", "told"),
+    [
+        ("cuda", {"hidden_size": 144, "num_heads": 1}, "head_dim is 144, expected 16 to 128 on"),
+        ("cuda", {"hidden_size": 32, "num_heads": 4}, "head_dim is 8, expected 16 to 128 on cuda"),
+        ("cpu", {"hidden_size": 1032, "num_heads": 1}, "head_dim is 1032, expected 2 to 1024 on"),
+        ("cuda", {"patch_px": 13, "window_px": 104}, "patch_size is 13, expected an even one"),
+    ],
+)
+def test_an_architecture_that_a_device_cannot_compute_is_refused(
+    device: str, change: dict[str, int], told: str
+) -> None:
+    encoder_module._check_fits(SMALL, torch.device(device))
+    with pytest.raises(CheckpointError, match=f"{told}.*; (use device='cpu'|choose another)"):
+        encoder_module._check_fits(replace(SMALL, **change), torch.device(device))
 
 
 def test_nothing_of_a_batch_is_kept_while_its_halves_are_tried(

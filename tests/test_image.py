@@ -5,6 +5,7 @@ import io
 import os
 import re
 import struct
+import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -683,12 +684,17 @@ def test_a_plug_in_error_of_any_class_becomes_an_image_error(
 
 
 def test_running_out_of_memory_is_an_image_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: object) -> None:
+    def fail(*_: object) -> None:
         raise MemoryError
 
-    data = encode(chelsea())
-    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load_prepare", fail)
-    assert "make it smaller" in refusal("memory", data)
+    clear = encode(Image.new("RGBA", (5, 4)))
+    for place, data in (
+        ("PIL.PngImagePlugin.PngImageFile.load_prepare", encode(chelsea())),
+        ("PIL.Image.alpha_composite", clear),  # after decoding
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fail)
+            assert "make it smaller" in refusal("memory", data)
 
 
 # Size limits
@@ -817,12 +823,27 @@ def test_addresses_are_refused_with_the_remedy(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "kind"), [(None, "NoneType"), (3, "int"), (["a.jpg"], "list"), ({}, "dict")]
+    ("source", "kind", "remedy"),
+    [
+        (None, "NoneType", "give a path"),
+        (3, "int", "give a path"),
+        ({}, "dict", "give a path"),
+        (["a.jpg"], "list", "give its items one by one"),
+        (io.BytesIO(b"..."), "BytesIO", "give its path, or what its read() gives"),
+        (np.ma.masked_equal(noise(4, 5), 3), "MaskedArray", "with its filled()"),
+    ],
 )
-def test_other_types_are_refused_by_name(source: Any, kind: str) -> None:
+def test_other_types_are_refused_by_name(source: Any, kind: str, remedy: str) -> None:
     message = refusal("source-type", source)
     assert f"of type {kind}" in message
-    assert ("one by one" in message) == (kind == "list")
+    assert remedy in message
+
+
+def test_an_array_of_a_subclass_is_an_array() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PendingDeprecationWarning)
+        grey = np.matrix(noise(4, 5, 1)[:, :, 0])
+    assert np.array_equal(load_image(grey).pixels, load_image(np.asarray(grey)).pixels)
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
@@ -835,10 +856,28 @@ def test_pixel_types_without_a_white_level_are_refused(mode: str) -> None:
 
 
 def test_a_closed_or_empty_pil_image_is_refused() -> None:
-    picture = Image.open(IMAGES / "rocket.jpg")
-    picture.close()
-    assert "rocket.jpg" in refusal("damaged", picture)
+    for name in ("rocket.jpg", "chelsea.png"):
+        with Image.open(IMAGES / name) as picture:
+            pass
+        message = refusal("unreadable", picture)
+        assert name in message
+        assert "call its load() first, or pass the path" in message
+    with Image.open(IMAGES / "rocket.jpg") as loaded:
+        loaded.load()
+    assert load_image(loaded).pixels.shape == (427, 640, 3)
     refusal("zero-side", Image.new("RGB", (0, 5)))
+
+
+def test_a_deep_pil_image_is_the_same_when_it_is_loaded_already() -> None:
+    """Once loaded, Pillow no longer says that the samples had 16 bits: the clear colour does."""
+    clear = struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)
+    lines = [b"\0" + b"\xff" * 48] * 4 + [b"\0" + clear * 8] * 4
+    data = with_png_chunk(png(8, 8, b"".join(lines), depth=16), b"tRNS", clear)
+    picture = Image.open(io.BytesIO(data))
+    first, again = load_image(picture).pixels, load_image(picture).pixels
+    assert np.array_equal(first, load_image(data).pixels)
+    assert np.array_equal(again, first)
+    assert (first == 255).all()  # white, and what is clear on white
 
 
 # Threads
@@ -867,6 +906,27 @@ def test_many_threads_load_the_same_things_alike(monkeypatch: pytest.MonkeyPatch
             else:
                 assert np.array_equal(result, expected)
         assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_threads_that_share_a_pil_image_all_turn_it_upright(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While one thread parses the EXIF, Pillow tells another that there is none."""
+    parse = Image.Exif.load
+
+    def parse_slowly(self: Image.Exif, data: bytes) -> None:
+        time.sleep(0.01)
+        parse(self, data)
+
+    monkeypatch.setattr(Image.Exif, "load", parse_slowly)
+    exif = Image.Exif()
+    exif[274] = 6
+    # with a resolution of its own, or Pillow asks the EXIF for one when it opens the file
+    data = encode(Image.new("RGB", (40, 20)), "JPEG", exif=exif, dpi=(72, 72))
+    shared = Image.open(io.BytesIO(data))
+    with ThreadPoolExecutor(4) as pool:
+        shapes = {image.pixels.shape for image in pool.map(load_image, [shared] * 8)}
+    assert shapes == {(40, 20, 3)}
 
 
 def test_threads_that_share_a_lazy_pil_image_take_turns() -> None:

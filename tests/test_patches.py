@@ -246,3 +246,22 @@ def test_patches_of_another_size_are_refused() -> None:
         Patches.cat([patchify(noise(56, 56), image_config()), small])
     with pytest.raises(ImageError, match="hold 192 values, the configuration's hold 588"):
         small.to_rows(image_config())
+
+
+def test_running_out_of_memory_while_resizing_is_an_image_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.Image.Image.resize", fail)
+    with pytest.raises(ImageError, match=r"cat.png does not fit into memory") as caught:
+        patchify(np.zeros((50, 60, 3), np.uint8), image_config(), name="cat.png")
+    assert caught.value.code == "memory"
+
+
+def test_patches_of_two_devices_are_joined_where_the_first_are() -> None:
+    here = patchify(np.zeros((56, 84, 3), np.uint8), image_config())
+    there = Patches(here.pixels.to("meta"), here.grids)
+    assert Patches.cat([there, here]).pixels.device.type == "meta"
+    assert len(Patches.cat([there, here], pinned_rows=64).pixels) == 48

@@ -10,7 +10,6 @@ The kernel reads Q, K and V in place from the fused QKV projection. The head dim
 part, a power of two, and a tail (80 = 64 + 16), so that no multiply-add is spent on padding.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -66,8 +65,9 @@ TILES = {
 }
 INTERPRETED_ROWS = 1024  # a program costs milliseconds in the interpreter, whatever its tile holds
 ROTATION_ROWS = 64
-LEAST_HEAD_DIM = 16  # of a GPU's matrix instructions
-MOST_HEAD_DIM = 128  # on a GPU: the largest whose tiles fit every one from capability 8.0 on
+# The least and the most. On a GPU by its matrix instructions, and by what tiles fit every one from
+# capability 8.0 on; in the interpreter a tile is of 2^20 elements at most.
+HEAD_DIMS = {"cuda": (16, 128), "cpu": (2, 1024)}
 
 
 @triton.jit
@@ -432,7 +432,7 @@ def fused_rope_varlen_attention(
     bfloat16 and float32 (IEEE, never TF32) on a GPU; float32 on a CPU, in Triton's interpreter. On
     a GPU nothing waits for the host: `cu_seqlens` is never read back, so wrong values give wrong
     results there and no error. Rows beyond its last value are left unwritten. Head dims are even,
-    and from 16 to 128 on a GPU. Forward only: no gradient.
+    and from 16 to 128 on a GPU, 2 to 1,024 on a CPU. Forward only: no gradient.
 
     Raises ArgumentError for shapes, dtypes or devices that do not fit together.
     """
@@ -477,14 +477,12 @@ def _check_arguments(
             raise ArgumentError(f"{name} is a {type(value).__name__}, expected a torch tensor")
     if qkv.device.type not in ("cpu", "cuda"):
         raise ArgumentError(f"qkv is on {qkv.device}, expected a CUDA GPU or the CPU; move it")
-    on_cpu = qkv.device.type == "cpu"
-    least, most = (2, math.inf) if on_cpu else (LEAST_HEAD_DIM, MOST_HEAD_DIM)
+    least, most = HEAD_DIMS[qkv.device.type]
     is_fused = qkv.dim() == 4 and qkv.shape[1] == 3 and qkv.shape[2] > 0
     if not is_fused or qkv.shape[3] % 2 or not least <= qkv.shape[3] <= most:
         raise ArgumentError(
             f"qkv has shape {tuple(qkv.shape)}, expected (N, 3, heads, head_dim) with an even "
-            f"head_dim of at least {least}{'' if on_cpu else f' and at most {most}'}; reshape the "
-            "fused projection's output"
+            f"head_dim of {least} to {most}; reshape the fused projection's output"
         )
     N, _, _, D = qkv.shape
     supported = (torch.float32,) if qkv.device.type == "cpu" else (torch.float32, torch.bfloat16)
