@@ -8,9 +8,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from qwen_vit.errors import ExportError
+from qwen_vit.errors import ExportError, shown
 
-__all__ = ["TEMPORARY_SUFFIX", "AtomicFile", "atomic_file", "cannot_write", "refuse_link"]
+__all__ = [
+    "TEMPORARY_SUFFIX",
+    "AtomicFile",
+    "atomic_file",
+    "cannot_write",
+    "check_utf8",
+    "refuse_link",
+]
 
 TEMPORARY_SUFFIX = ".tmp"
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # FAT, say
@@ -93,6 +100,17 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
         raise cannot_write(path, error) from None
     finally:  # whatever stopped it, an interrupt too
         growing.discard()
+
+
+def check_utf8(path: Path) -> None:
+    """Raise ExportError for a path that safetensors cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ExportError(
+            f"{shown(str(path))} is not UTF-8, expected a path that safetensors can open; pass "
+            "another one"
+        ) from None
 
 
 def refuse_link(path: Path) -> None:

@@ -25,7 +25,7 @@ import click
 from tqdm import tqdm
 
 from qwen_vit import __version__
-from qwen_vit.atomic_file import cannot_write, refuse_link
+from qwen_vit.atomic_file import cannot_write, check_utf8, refuse_link
 from qwen_vit.benchmark import WORKLOADS, check_device, speed_report, speed_table
 from qwen_vit.benchmark import bench as measure_speed
 from qwen_vit.checkpoint import find_tower
@@ -33,7 +33,7 @@ from qwen_vit.compare import compare_checkpoint
 from qwen_vit.comparison_text import as_text
 from qwen_vit.distributed import export_on_ray
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ExportError, ImageError, QwenVitError
+from qwen_vit.errors import ExportError, ImageError, QwenVitError, shown
 from qwen_vit.export import ExportReport, export_features, load_encoder
 from qwen_vit.export_estimate import Estimate, estimate_export
 from qwen_vit.export_plan import ExportOptions, check_folder
@@ -43,7 +43,6 @@ from qwen_vit.hub import download as fetch
 from qwen_vit.hub import find_checkpoint
 from qwen_vit.info import describe, report
 from qwen_vit.listing import check_inputs
-from qwen_vit.listing import shown as _shown
 from qwen_vit.reference import ATTENTIONS, PROCESSORS
 from qwen_vit.report import check_report, write_report
 
@@ -119,7 +118,7 @@ def encode(
         _print(json.dumps(_encode_report(features, milliseconds, out, encoder), indent=2))
     else:
         _print(_table(features, milliseconds))
-        _print(f"wrote {_shown(str(out))} ({out.stat().st_size:,} bytes)")
+        _print(f"wrote {shown(str(out))} ({out.stat().st_size:,} bytes)")
     if any(feature.error for feature in features):
         sys.exit(EXIT_SKIPPED)
 
@@ -260,9 +259,9 @@ def compare(
     )  # fmt: skip
     _print(json.dumps(comparison.to_json(), indent=2) if as_json else as_text(comparison))
     if report is not None and comparison.images:
-        _tell(f"wrote {_shown(str(write_report(report, comparison)))}")
+        _tell(f"wrote {shown(str(write_report(report, comparison)))}")
     elif report is not None:
-        _tell(f"wrote nothing to {_shown(str(report))}: no image was compared")
+        _tell(f"wrote nothing to {shown(str(report))}: no image was compared")
     if not comparison.holds:
         sys.exit(EXIT_SKIPPED)
 
@@ -361,13 +360,9 @@ def _tell(text: str) -> None:
 
 def _check_output(out: Path, overwrite: bool, images: Sequence[str], option: str = "--out") -> None:
     """Before any work: what would make its result impossible to write, or cost something else."""
+    check_utf8(out)
     try:
-        str(out).encode()
         there, parent = _status(out), _status(out.absolute().parent)
-    except UnicodeEncodeError:
-        raise ExportError(
-            f"{out} is not UTF-8, expected a path that safetensors can open; pass another {option}"
-        ) from None
     except OSError as error:
         raise cannot_write(out, error) from None
     refuse_link(out)
@@ -385,9 +380,7 @@ def _check_output(out: Path, overwrite: bool, images: Sequence[str], option: str
         raise ExportError(f"{out} is one of the images; pass another {option}")
     if len(set(images)) < len(images):
         twice = next(image for image in images if images.count(image) > 1)
-        raise ExportError(
-            f"{_shown(twice)} is given twice, expected each image once; leave one out"
-        )
+        raise ExportError(f"{shown(twice)} is given twice, expected each image once; leave one out")
 
 
 def _status(path: Path) -> os.stat_result | None:
@@ -414,7 +407,7 @@ def _encode_one_by_one(
         [result] = encoder.encode([image], on_error=on_error)  # type: ignore[arg-type]
         if result.embeds is not None and not all_finite(result.embeds):
             error = ImageError(
-                f"{_shown(image)}: its embeddings hold NaN or infinity; check the checkpoint with "
+                f"{shown(image)}: its embeddings hold NaN or infinity; check the checkpoint with "
                 "`qwen-vit info`, and try --dtype float32",
                 code="not-finite",
             )
@@ -466,7 +459,7 @@ def _ask_if_large(estimate: Estimate, folder: Path) -> None:
     if estimate.bytes <= min(ASK_ABOVE_BYTES, free):
         return
     text = (
-        f"{_shown(str(folder))} will take about {estimate.bytes / 1e9:,.3g} GB; its disk has "
+        f"{shown(str(folder))} will take about {estimate.bytes / 1e9:,.3g} GB; its disk has "
         f"{free / 1e9:,.1f} GB free"
     )
     if not sys.stdin.isatty():
@@ -504,7 +497,7 @@ def _exported(done: ExportReport) -> str:
         f"{nothing}exported {done.exported:,} of {done.images:,} images "
         f"({done.resumed:,} tried before): "
         f"{done.rows:,} rows, {done.bytes / 1e6:,.1f} MB, {done.seconds:,.1f} s",
-        f"wrote {_shown(str(done.manifest))}",
+        f"wrote {shown(str(done.manifest))}",
     ]
     if done.failed:
         reasons = ", ".join(f"{count:,} {code}" for code, count in done.failed.items())
@@ -523,13 +516,13 @@ def _table(features: Sequence[ImageFeatures], milliseconds: Sequence[float]) -> 
     rows = [("file", "size", "grid (t, h, w)", "tokens", "width", "ms")]
     for feature, duration in zip(features, milliseconds, strict=True):
         if feature.embeds is None or feature.size_px is None:
-            rows.append((_shown(feature.id), "-", f"skipped: {_code(feature)}", "-", "-", "-"))
+            rows.append((shown(feature.id), "-", f"skipped: {_code(feature)}", "-", "-", "-"))
             continue
         height, width = feature.size_px
         tokens, embedding_width = feature.embeds.shape
         rows.append(
             (
-                _shown(feature.id), f"{width} x {height}", str(feature.grid_thw), str(tokens),
+                shown(feature.id), f"{width} x {height}", str(feature.grid_thw), str(tokens),
                 str(embedding_width), f"{duration:.0f}",
             )
         )  # fmt: skip

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_vit.compare import Comparison, ImageComparison, Preprocessing
+from qwen_vit.errors import shown
 
 __all__ = ["as_text", "nearer_line", "reference_line", "verdict_lines"]
 
@@ -74,7 +75,7 @@ def verdict_lines(comparison: Comparison) -> list[str]:
     for image in comparison.images:
         if image.problems:
             more = f" (and {len(image.problems) - 1} more)" if len(image.problems) > 1 else ""
-            lines.append(f"differs: {_shown(image.id)}: first at {image.problems[0]}{more}")
+            lines.append(f"differs: {shown(image.id)}: first at {image.problems[0]}{more}")
     agreeing = [image for image in comparison.images if not image.problems]
     if agreeing:
         stages = [(stage, image) for image in agreeing for stage in image.stages]
@@ -85,7 +86,7 @@ def verdict_lines(comparison: Comparison) -> list[str]:
             f"agrees: {len(agreeing)} of "
             f"{_count(len(comparison.images) + len(comparison.skipped), 'image')}, "
             f"{_count(len(stages), 'stage')}; the worst is {worst.verdict.measured:.2g}{unit}, "
-            f"allowed {worst.verdict.allowed:.2g} ({worst.name} of {_shown(image.id)})"
+            f"allowed {worst.verdict.allowed:.2g} ({worst.name} of {shown(image.id)})"
         )
     return lines
 
@@ -93,7 +94,7 @@ def verdict_lines(comparison: Comparison) -> list[str]:
 def _image_lines(image: ImageComparison) -> list[str]:
     height, width = image.size_px
     title = (
-        f"{_shown(image.id)}  {width} x {height}, grid ({image.grid.t}, {image.grid.h}, "
+        f"{shown(image.id)}  {width} x {height}, grid ({image.grid.t}, {image.grid.h}, "
         f"{image.grid.w}), our tower takes {image.tower_input}"
     )
     pixels = [_pixel_row(part) for part in image.preprocessing]
@@ -139,8 +140,3 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
-
-
-def _shown(name: str) -> str:
-    """A file name on one line of any terminal."""
-    return name if name.isprintable() else ascii(name)

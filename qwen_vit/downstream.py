@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qwen_vit.config import VisionConfig
 from qwen_vit.errors import ArgumentError, ExportError
-from qwen_vit.features import ImageFeatures
+from qwen_vit.features import ImageFeatures, check_features
 from qwen_vit.finite import all_finite
 
 __all__ = [
@@ -70,6 +70,14 @@ def to_hf(
         "image_grid_thw": grids,
     }
     if input_ids is not None:
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+            what = type(input_ids).__name__
+            if isinstance(input_ids, Tensor):
+                what = f"tensor of shape {tuple(input_ids.shape)}"
+            raise ArgumentError(
+                f"input_ids is a {what}, expected a tensor of shape (prompts, tokens), as a "
+                'tokenizer gives with return_tensors="pt"'
+            )
         is_image = input_ids == image_token_id
         _check_runs(is_image, [len(rows) for rows in embeds], image_token_id)
         arguments["mm_token_type_ids"] = is_image.long()
@@ -212,7 +220,7 @@ def _require_transformers(least: tuple[int, int], what: str) -> None:
 
 def _rows_and_grids(features: Iterable[ImageFeatures]) -> tuple[list[Tensor], Tensor]:
     """Each image's merged rows, and all grids (N, 3), once every promise about them was checked."""
-    images = list(features)
+    images = check_features(features)
     if not images:
         raise ArgumentError("there are no images in it, expected one at least; leave images out")
     embeds = [_merged_rows(image) for image in images]

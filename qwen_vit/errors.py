@@ -9,6 +9,7 @@ __all__ = [
     "HubError",
     "ImageError",
     "QwenVitError",
+    "shown",
 ]
 
 # Why an image cannot be encoded: `ImageError.code`, and what it means.
@@ -82,3 +83,13 @@ class HubError(QwenVitError):
 
 class ExportError(QwenVitError):
     """Features could not be written, read or resumed."""
+
+
+def shown(name: str) -> str:
+    """A name on one line of any terminal: odd ones escaped, long ones shortened.
+
+    >>> shown("cat.png"), shown("a\\tb")
+    ('cat.png', "'a\\\\tb'")
+    """
+    text = name if name and name.isprintable() and name == name.strip() else ascii(name)
+    return text if len(text) <= 400 else f"{text[:200]}...{text[-100:]}"

@@ -28,7 +28,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ArgumentError, ExportError, ImageError
+from qwen_vit.errors import ArgumentError, ExportError, ImageError, shown
 from qwen_vit.export_estimate import Estimate, estimate_plan
 from qwen_vit.export_plan import (
     LISTING,
@@ -43,11 +43,12 @@ from qwen_vit.features import FeatureWriter, ImageFeatures
 from qwen_vit.finite import extremes
 from qwen_vit.folder_lock import hold_moment
 from qwen_vit.image import ImageLimits, load_image
-from qwen_vit.listing import Item, read_item, shown
+from qwen_vit.listing import Item, read_item
 from qwen_vit.manifest import ManifestRow, load_arrow, shard_rows, write_manifest
 from qwen_vit.patches import Patches, patchify
 from qwen_vit.pinned_ring import PinnedRing
 from qwen_vit.pipeline import Behind, Clock, Job, thread_count, work_ahead
+from qwen_vit.safetensors_header import MAX_HEADER_BYTES
 
 __all__ = [
     "Breaker",
@@ -56,7 +57,6 @@ __all__ = [
     "Progress",
     "Tally",
     "export_features",
-    "export_shard",
     "export_shards",
     "load_encoder",
     "make_manifest",
@@ -135,16 +135,6 @@ class DoneShard(NamedTuple):
     shard: int
     rows: list[ManifestRow]
     is_new: bool
-
-
-def export_shard(encoder: VisionEncoder, plan: Plan, shard: int, **more: Any) -> list[ManifestRow]:
-    """Make one shard, unless it is there, and return its rows; `more` as for `export_shards`.
-
-    Nothing but the encoder, the plan and the shard's number goes in, and nothing but the shard is
-    written, so any worker may do it.
-    """
-    [done] = export_shards(encoder, plan, [shard], **more)
-    return done.rows
 
 
 def export_shards(
@@ -286,6 +276,12 @@ class _Shard:
         self._facts: list[dict[str, Any]] = []
         self._errors: list[dict[str, Any]] = []
         room = _head_room(plan.listing.shard(number), plan.settings)
+        if room > MAX_HEADER_BYTES:  # found out at the end, all of it would have been for nothing
+            raise ExportError(
+                f"{plan.path(number)} would need a header of up to {room} bytes for "
+                f"{plan.listing.shard_length(number)} images, of which safetensors reads "
+                f"{MAX_HEADER_BYTES}; lower --shard-size"
+            )
         self._writer = FeatureWriter(plan.path(number), form.width, form.dtype, room)
 
     def __enter__(self) -> Self:
@@ -354,11 +350,11 @@ class _Shard:
         return None
 
 
-def whole_shard(plan: Plan, shard: int) -> list[ManifestRow] | None:
+def whole_shard(plan: Plan, shard: int, then: str = "it is made again") -> list[ManifestRow] | None:
     """A shard's rows, or None where it is not there, or torn. Raises ExportError for a strange one.
 
     Its size must be the one that its header promises, its settings the plan's, and its images and
-    errors, together, those of the listing.
+    errors, together, those of the listing. Of a torn one a log says what happens `then`.
     """
     path = plan.path(shard)
     if not path.exists():
@@ -369,7 +365,7 @@ def whole_shard(plan: Plan, shard: int) -> list[ManifestRow] | None:
         file = open_shard(path)
     except ExportError as error:
         fact, _, remedy = str(error).rpartition(";")
-        logger.warning("%s: it is made again", fact or remedy)
+        logger.warning("%s; %s", fact or remedy, then)
         return None
     items = plan.listing.shard(shard)
     failed = {error.id for error in file.errors}
@@ -562,10 +558,24 @@ def load_encoder(
 
 
 def make_manifest(plan: Plan) -> Path:
-    """Write the manifest of every shard that is there, those of other parts too."""
-    shards = (whole_shard(plan, shard) for shard in range(len(plan.listing.starts)))
+    """Write the manifest of every shard that is there, those of other parts too.
+
+    Raises ExportError where one of this part, which was whole, cannot be read again.
+    """
+
+    def shards() -> Iterator[list[ManifestRow]]:
+        for shard in range(len(plan.listing.starts)):
+            rows = whole_shard(plan, shard, "the manifest leaves it out: run its part again")
+            if rows is not None:
+                yield rows
+            elif shard in plan.shards:
+                raise ExportError(
+                    f"{plan.path(shard)} was whole, and cannot be read for the manifest; check its "
+                    "disk, and run the same command again"
+                )
+
     with hold_moment(plan.folder):
-        return write_manifest(plan.folder, (rows for rows in shards if rows is not None))
+        return write_manifest(plan.folder, shards())
 
 
 class _Lines:

@@ -36,7 +36,8 @@ class Estimate:
     """What an export will take, from the images' headers.
 
     `seconds` is None where no image was timed; `unreadable` images have no header that can be
-    read. A number that is counted on a sample is marked by `is_sample`.
+    read, or one that promises more pixels than are allowed. A number that is counted on a sample
+    is marked by `is_sample`.
     """
 
     images: int
@@ -52,7 +53,7 @@ def estimate_export(
     inputs: Sequence[str],
     options: ExportOptions | None = None,
     *,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
     show_progress: bool = False,
 ) -> Estimate:
     """Count images, rows and bytes from every image's header, and time a few; nothing is written.
@@ -65,7 +66,8 @@ def estimate_export(
     the one that would be written.
     """
     options = options or ExportOptions()
-    with rehearse_export(encoder, inputs, folder, options) as plan:
+    where = None if folder is None else Path(folder)
+    with rehearse_export(encoder, inputs, where, options) as plan:
         items = (item for shard in plan.shards for item in plan.listing.shard(shard))
         bar = tqdm(
             items, total=plan.n_images, unit="image", file=sys.stderr, disable=not show_progress
@@ -159,6 +161,7 @@ def _opened(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # what a decoder would say of a doubtful header
             image = stack.enter_context(Image.open(file, formats=tuple(DECODERS)))
-            return image.height, image.width
+            is_allowed = image.height * image.width <= limits.max_pixels
+            return (image.height, image.width) if is_allowed else None
     except Exception:  # noqa: BLE001 - plug-ins raise anything; encoding it says what is wrong
         return None

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,15 +16,15 @@ from typing import Any, Literal, Protocol, Self
 
 import torch
 
-from qwen_vit.atomic_file import TEMPORARY_SUFFIX, atomic_file, cannot_write
+from qwen_vit.atomic_file import TEMPORARY_SUFFIX, atomic_file, cannot_write, check_utf8
 from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import OnError, VisionEncoder
-from qwen_vit.errors import ArgumentError, CheckpointError, ExportError
+from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, shown
 from qwen_vit.feature_files import shard_name
 from qwen_vit.features import SCHEMA_VERSION
 from qwen_vit.folder_lock import LOCK_NAME, hold_folder, hold_moment
 from qwen_vit.image import ImageLimits
-from qwen_vit.listing import Listing, find_items, read_listing, shown
+from qwen_vit.listing import Listing, find_items, read_listing
 from qwen_vit.patches import smart_resize
 from qwen_vit.strict_json import is_integer, read_json
 
@@ -194,8 +195,8 @@ def open_export(
         with hold_folder(folder, options.part):
             listing = _list(paths, folder, options)
             try:
+                facts = _settings(encoder, listing, options)  # it hashes the weights: no moment
                 with hold_moment(folder):
-                    facts = _settings(encoder, listing, options)
                     settings = _settle(folder, facts, listing, options.part)
             finally:  # where it has not taken its place
                 listing.path.unlink(missing_ok=True)
@@ -248,13 +249,7 @@ def rehearse_export(
 
 def check_folder(folder: Path, *, make: bool = True) -> None:
     """Make the folder, or raise ExportError for one that holds something else than an export."""
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        raise ExportError(
-            f"{shown(str(folder))} is not UTF-8, expected a path that safetensors can open; pass "
-            "another --out"
-        ) from None
+    check_utf8(folder)
     try:
         if not folder.absolute().parent.is_dir():
             raise ExportError(f"{folder.parent} is not a folder, expected one; create it first")
@@ -369,8 +364,8 @@ def _same_settings(
     differences, way = [], ""
     if "listing_sha256" in names:
         names -= {"listing_sha256", "n_images"}
-        differences.append(_listing_difference(path.with_name(LISTING), listing))
-        way = f" (the input {path.with_name(LISTING)} is just that)"
+        difference, way = _listing_difference(path.with_name(LISTING), listing, stored)
+        differences.append(difference)
     differences += [
         f"{name} was {before.get(name, 'not there')}, is {now.get(name, 'not there')} now"
         for name in sorted(names)
@@ -394,11 +389,17 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return flat
 
 
-def _listing_difference(before: Path, listing: Listing) -> str:
+def _listing_difference(
+    before: Path, listing: Listing, stored: Mapping[str, Any]
+) -> tuple[str, str]:
+    """How the images differ, and where those that the export was begun with are found."""
     try:
-        old = {item.id: item for item in read_listing(before)}
-    except (OSError, ValueError, KeyError):
-        return f"its images cannot be told, because {before.name} is damaged"
+        is_whole = sha256(before.read_bytes()).hexdigest() == stored["listing_sha256"]
+    except OSError:
+        is_whole = False
+    if not is_whole:
+        return f"its images cannot be told, because {before.name} is damaged or gone", ""
+    old = {item.id: item for item in read_listing(before)}
     new = {item.id: item for item in read_listing(listing.path)}
     gone, added = [i for i in old if i not in new], [i for i in new if i not in old]
     moved = [i for i in new if i in old and new[i] != old[i]]
@@ -407,7 +408,12 @@ def _listing_difference(before: Path, listing: Listing) -> str:
         for names, what in ((gone, "missing"), (added, "new"), (moved, "in another place"))
         if names
     ]
-    return f"its images: {'; '.join(told) or 'in another order'}"
+    if moved:
+        told[-1] += f" (it was in {shown(old[moved[0]].source)})"
+        way = ""  # its listing says where they no longer are
+    else:
+        way = f" (the input {before} is just that)"
+    return f"its images: {'; '.join(told) or 'in another order'}", way
 
 
 def clear_away(plan: Plan) -> None:

@@ -275,8 +275,8 @@ class FeatureFolder(Features):
     def __str__(self) -> str:
         return str(self.path)
 
-    def __reduce__(self) -> Any:
-        return load_features, (self.path,)
+    def __reduce__(self) -> Any:  # a worker has the same images, whatever was written meanwhile
+        return _same_folder, (self.path, tuple(self._present))
 
     @property
     def is_complete(self) -> bool:
@@ -382,6 +382,12 @@ def load_features(path: str | Path) -> FeatureFile | FeatureFolder:
         f"{path} {what}, expected a feature file of `qwen-vit encode` or a folder of "
         "`qwen-vit export`"
     )
+
+
+def _same_folder(path: Path, present: Sequence[int]) -> FeatureFolder:
+    folder = FeatureFolder(path)
+    folder._present = list(present)
+    return folder
 
 
 def open_shard(path: Path) -> FeatureFile:

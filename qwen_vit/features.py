@@ -20,12 +20,20 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from qwen_vit.atomic_file import AtomicFile, atomic_file, cannot_write, refuse_link
+from qwen_vit.atomic_file import AtomicFile, atomic_file, cannot_write, check_utf8, refuse_link
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.finite import all_finite
 from qwen_vit.safetensors_header import MAX_HEADER_BYTES
+from qwen_vit.strict_json import is_integer
 
-__all__ = ["METADATA_KEY", "SCHEMA_VERSION", "FeatureWriter", "ImageFeatures", "write_features"]
+__all__ = [
+    "METADATA_KEY",
+    "SCHEMA_VERSION",
+    "FeatureWriter",
+    "ImageFeatures",
+    "check_features",
+    "write_features",
+]
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "qwen_vit"
@@ -37,6 +45,7 @@ STORED_AS = {  # safetensors' own names
     torch.int64: "I64",
 }
 FLOATS = set(STORED_AS) - {torch.int64}
+OF_A_SHARD = {"ids", "images", "errors"}  # metadata that other images may have come with
 FLUSH_BYTES = 2**25  # of rows, written before the disk is told to begin
 COPY_BYTES = 2**18  # fits a cache
 
@@ -83,19 +92,9 @@ def write_features(
     written.
     """
     path = Path(path)
+    check_utf8(path)
     refuse_link(path)
-    if isinstance(features, ImageFeatures) or not isinstance(features, Iterable):
-        raise ArgumentError(
-            f"features is one {type(features).__name__}, expected a list of ImageFeatures, as "
-            "`encode` returns them"
-        )
-    features = list(features)
-    for feature in features:
-        if not isinstance(feature, ImageFeatures):
-            raise ArgumentError(
-                f"features holds a {type(feature).__name__}, expected ImageFeatures, as `encode` "
-                "returns them"
-            )
+    features = check_features(features)
     if not isinstance(metadata, Mapping):
         raise ArgumentError(f"metadata is {metadata!r}, expected what encoder.metadata() gives")
     good = [feature for feature in features if feature.embeds is not None]
@@ -118,7 +117,8 @@ def write_features(
             f"{path}: the embeddings of {broken[0]!r} ({len(broken)} of {len(ids)} images) hold "
             "NaN or infinity; check the checkpoint with `qwen-vit info`, and try float32"
         )
-    facts = {**metadata, "patches_per_row": _patches_per_row(path, good)}
+    facts = {name: value for name, value in metadata.items() if name not in OF_A_SHARD}
+    facts["patches_per_row"] = _patches_per_row(path, good, metadata.get("output") == "mean")
     dtype = reduce(torch.promote_types, (e.dtype for e in embeds))
     grids = [feature.grid_thw or (0, 0, 0) for feature in good]
     head = _head(path, ids, grids, list(map(len, embeds)), widths[0][0], dtype, facts)
@@ -127,6 +127,30 @@ def write_features(
         for rows in embeds:
             file.write(_bytes_of(rows.to(dtype).contiguous()))
     return path
+
+
+def check_features(features: Iterable[ImageFeatures]) -> list[ImageFeatures]:
+    """The same as a list; ArgumentError for what is none, or holds anything else."""
+    if isinstance(features, ImageFeatures | Tensor) or not isinstance(features, Iterable):
+        raise ArgumentError(
+            f"features is one {type(features).__name__}, expected a list of ImageFeatures, as "
+            "`encode` returns them"
+        )
+    features = list(features)
+    for feature in features:
+        if not isinstance(feature, ImageFeatures):
+            raise ArgumentError(
+                f"features holds a {type(feature).__name__}, expected ImageFeatures, as `encode` "
+                "returns them"
+            )
+        grid = feature.grid_thw
+        is_grid = isinstance(grid, tuple) and len(grid) == 3 and all(map(is_integer, grid))
+        if not isinstance(feature.id, str) or not (grid is None or is_grid):
+            raise ArgumentError(
+                f"features holds one with the id {feature.id!r} and the grid_thw {grid!r}, "
+                "expected text and three whole numbers, as `encode` returns them"
+            )
+    return features
 
 
 class FeatureWriter:
@@ -143,7 +167,7 @@ class FeatureWriter:
         self.ids: list[str] = []
         self._grids: list[tuple[int, int, int]] = []
         self._lengths: list[int] = []
-        self._head_bytes = min(head_bytes + -head_bytes % 8, MAX_HEADER_BYTES)
+        self._head_bytes = head_bytes + -head_bytes % 8
         self._end = self._told = self._head_bytes  # of the rows; and what the system was told of
         self._growing = AtomicFile(path)
         self._growing.file.seek(self._end)
@@ -254,6 +278,11 @@ def _bytes_of(tensor: Tensor) -> Any:
 
 def _rows(path: Path, name: str, embeds: Tensor) -> Tensor:
     """An image's rows on the CPU, or ExportError for what no feature file can hold."""
+    if not isinstance(embeds, Tensor) or embeds.layout is not torch.strided:
+        raise ExportError(
+            f"{path}: the embeddings of {name!r} are a {type(embeds).__name__}, expected a dense "
+            "torch tensor; write what `encode` returned"
+        )
     if embeds.dim() != 2 or embeds.dtype not in FLOATS:
         raise ExportError(
             f"{path}: the embeddings of {name!r} are {embeds.dtype} of the shape "
@@ -263,8 +292,13 @@ def _rows(path: Path, name: str, embeds: Tensor) -> Tensor:
     return embeds.cpu()
 
 
-def _patches_per_row(path: Path, features: Sequence[ImageFeatures]) -> int:
-    """4 for merged tokens, 1 for patches: the same for every image, as its grid has it."""
+def _patches_per_row(path: Path, features: Sequence[ImageFeatures], is_mean: bool) -> int | None:
+    """4 for merged tokens, 1 for patches: the same for every image, as its grid has it.
+
+    None where each image's one row is the mean of its tokens.
+    """
+    if is_mean and all(f.embeds is not None and len(f.embeds) == 1 for f in features):
+        return None
     found: dict[int, str] = {}
     for feature in features:
         n_rows = 0 if feature.embeds is None else len(feature.embeds)

@@ -8,6 +8,7 @@ left in the file decides, and goes with the lock.
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -75,14 +76,16 @@ def _refuse_other_counts(folder: Path, count: int) -> None:
 
 @contextmanager
 def _hold(path: Path, kind: int, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    until = time.monotonic() + patience_s
+    until, holder = math.inf, ""
     while True:
         try:
             descriptor = _acquire(path, kind)
             break
         except _HeldError as error:
-            if time.monotonic() > until:
-                raise ExportError(str(error)) from None
+            if str(error) != holder:  # the turn goes round: patience is with one who keeps it
+                until, holder = time.monotonic() + patience_s, str(error)
+            elif time.monotonic() > until:
+                raise ExportError(holder) from None
         time.sleep(POLL_S)
     try:
         yield

@@ -31,7 +31,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.errors import ArgumentError, ImageError, shown
 from qwen_vit.image_completeness import ends_early, is_filled_up, promised_bytes
 
 __all__ = [
@@ -204,11 +204,8 @@ def load_image(
 
 
 def _error(code: str, name: str, text: str) -> ImageError:
-    """The error of one of IMAGE_CODES; an odd name is escaped, so that a message is one line."""
-    shown = name if name and name.isprintable() and name == name.strip() else ascii(name)
-    if len(shown) > 400:
-        shown = f"{shown[:200]}...{shown[-100:]}"
-    return ImageError(f"{shown} {text}", code=code)
+    """The error of one of IMAGE_CODES."""
+    return ImageError(f"{shown(name)} {text}", code=code)
 
 
 # Files

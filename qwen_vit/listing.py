@@ -17,18 +17,19 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeGuard
 
 from qwen_vit.atomic_file import atomic_file
-from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError, ImageError
+from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError, ImageError, shown
 from qwen_vit.image import ADDRESS, ImageLimits, read_image_file
 from qwen_vit.strict_json import is_integer, parse_json, show
 
-__all__ = ["Item", "Listing", "check_inputs", "find_items", "read_item", "read_listing", "shown"]
+__all__ = ["Item", "Listing", "check_inputs", "find_items", "read_item", "read_listing"]
 
 # What is taken from a folder or a tar, by its name. Those after AVIF cannot be decoded
 # here: they are listed all the same, so that such images are reported, not passed over.
@@ -124,7 +125,7 @@ class Listing:
 
     def shard(self, index: int) -> list[Item]:
         """The images of one shard."""
-        with open(self.path, "rb") as file:
+        with self._opened() as file:
             file.seek(self.starts[index])
             lines = islice(file, self.shard_length(index))
             return [Item.from_json(json.loads(line)) for line in lines]
@@ -136,9 +137,20 @@ class Listing:
     def spread(self, count: int) -> list[Item]:
         """At most `count` images, evenly spread over the listing."""
         step = max(1, -(-self.n_images // count))
-        with open(self.path, "rb") as file:
+        with self._opened() as file:
             lines = islice(file, 0, None, step)
             return [Item.from_json(json.loads(line)) for line in lines]
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        try:
+            with open(self.path, "rb") as file:
+                yield file
+        except OSError as error:
+            raise ExportError(
+                f"{self.path} cannot be read any more ({error.strerror}); whole shards are kept: "
+                "run the same command again"
+            ) from None
 
 
 def read_listing(path: Path) -> Iterator[Item]:
@@ -196,27 +208,38 @@ def _from_input(given: str, left_out: Counter[str]) -> Iterator[Item]:
     matches = sorted(set(_matches(given, unreadable)), key=os.fsencode)
     if not matches and not unreadable:
         raise ExportError(f"no file matches {shown(given)}; check the pattern")
+    folders: set[Path] = set()
     for match in matches:
-        if not (ALL_BELOW.search(given) and os.path.isdir(match)):
-            yield from _from_path(match, left_out, may_be_list=False)
+        if not folders.isdisjoint(Path(match).parents):
+            continue  # it came with the folder that it is in
+        if os.path.isdir(match):
+            if ALL_BELOW.search(given):
+                continue
+            folders.add(Path(match))
+        yield from _from_path(match, left_out, may_be_list=False)
     yield from unreadable.values()
 
 
 def _from_path(path: str, left_out: Counter[str], *, may_be_list: bool) -> Iterator[Item]:
     try:
         mode = os.stat(path).st_mode
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if may_be_list:  # it was given by name: a slip of the fingers, rather than a lost image
+            reason = getattr(error, "strerror", error)
             raise ExportError(
-                f"{shown(path)} cannot be exported ({error.strerror}); check the path"
+                f"{shown(path)} cannot be exported ({reason}); check the path"
             ) from None
         mode = stat.S_IFREG
     name, source = str(Path(path)), str(Path(path).absolute())
     lower = path.lower()
     if stat.S_ISDIR(mode):
-        if may_be_list:  # given by name: no export begins with nothing in place of it
-            _check_listable(path)
-        yield from _from_folder(source, left_out)
+        refused = _unlistable(path, name)
+        if refused is None:
+            yield from _from_folder(source, left_out)
+        elif may_be_list:  # given by name: no export begins with nothing in place of it
+            raise ExportError(refused)
+        else:
+            yield Item(name, source, error=("unreadable", refused))
     elif not stat.S_ISREG(mode):
         yield Item(name, source)  # reading it says what it is, without opening it
     elif lower.endswith((TAR_SUFFIX, *COMPRESSED_TARS)):
@@ -229,29 +252,21 @@ def _from_path(path: str, left_out: Counter[str], *, may_be_list: bool) -> Itera
         yield Item(name, source)
 
 
-def _check_listable(folder: str) -> None:
-    try:
-        os.scandir(folder).close()
-    except OSError as error:
-        raise ExportError(
-            f"{shown(folder)} cannot be listed ({error.strerror}); check its permissions"
-        ) from None
-
-
 # Patterns
 
 
 def _matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
     """As `glob` finds them, hidden ones too; but `**` enters no folder that leads back to itself.
 
-    Folders below a `**` that cannot be listed are put into `unreadable`, by their paths.
+    Folders that cannot be listed, over which `glob` passes, are put into `unreadable`, by their
+    paths.
     """
     deep = DEEP.search(pattern)
     if deep is None:
-        yield from glob.iglob(pattern, include_hidden=True)
+        yield from _plain_matches(pattern, unreadable)
         return
     before, after = pattern[: deep.start()], pattern[deep.end() :]
-    for start in glob.iglob(before, include_hidden=True) if before else [""]:
+    for start in _plain_matches(before, unreadable) if before else [""]:
         folders = [(start, frozenset[tuple[int, int] | None]())]
         while folders:
             folder, above = folders.pop()
@@ -262,12 +277,28 @@ def _matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
                 yield from _matches(glob.escape(folder) + after, unreadable)
             for item, is_folder in _entries(folder or ".", folder):
                 if item.error is not None:
-                    unreadable[folder] = item
+                    source = os.path.abspath(folder)
+                    unreadable[os.path.normpath(folder)] = replace(item, source=source)
                     continue
                 if not after:
                     yield item.id
                 if is_folder:
                     folders.append((item.id + "/", above | {identity}))
+
+
+def _plain_matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
+    """Those of a pattern without `**`."""
+    above, last = os.path.split(pattern)
+    while last or glob.has_magic(above):
+        if glob.has_magic(last):  # the folders above it are looked through
+            for folder in glob.iglob(above, include_hidden=True) if above else ["."]:
+                name = os.path.normpath(folder)
+                refused = _unlistable(folder, name) if os.path.isdir(folder) else None
+                if refused is not None:
+                    source = os.path.abspath(folder)
+                    unreadable[name] = Item(name, source, error=("unreadable", refused))
+        above, last = os.path.split(above)
+    yield from glob.iglob(pattern, include_hidden=True)
 
 
 # Folders
@@ -304,9 +335,22 @@ def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:
             entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
     except OSError as error:
         name = below.rstrip("/") or "."
-        message = f"{shown(name)} cannot be listed: {error.strerror}; check its permissions"
-        return iter([(Item(name, folder, error=("unreadable", message)), False)])
+        refused = _cannot_be_listed(name, error)
+        return iter([(Item(name, folder, error=("unreadable", refused)), False)])
     return ((Item(below + entry.name, entry.path), _is_folder(entry)) for entry in entries)
+
+
+def _unlistable(folder: str, name: str) -> str | None:
+    """What is told of a folder whose names cannot be read; None of any other."""
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        return _cannot_be_listed(name, error)
+    return None
+
+
+def _cannot_be_listed(name: str, error: OSError) -> str:
+    return f"{shown(name)} cannot be listed: {error.strerror}; check its permissions"
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -537,9 +581,10 @@ def _read_member(item: Item, offset: int, size: int, limits: ImageLimits) -> byt
         raise ImageError(
             f"{tar}, which held {name}, does not exist; put it back", code="missing"
         ) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
         raise ImageError(
-            f"{tar}, which holds {name}, cannot be read: {error.strerror}; check its permissions",
+            f"{tar}, which holds {name}, cannot be read: {reason}; check its permissions",
             code="unreadable",
         ) from None
     if len(data) < size:
@@ -548,9 +593,3 @@ def _read_member(item: Item, offset: int, size: int, limits: ImageLimits) -> byt
             code="truncated",
         )
     return data
-
-
-def shown(name: str) -> str:
-    """A name on one line of any terminal, odd ones escaped and long ones shortened."""
-    text = name if name and name.isprintable() and name == name.strip() else ascii(name)
-    return text if len(text) <= 400 else f"{text[:200]}...{text[-100:]}"

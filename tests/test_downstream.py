@@ -425,6 +425,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.__name__)
+@pytest.mark.parametrize("given", [features_of((1, 2, 2))[0], torch.ones(4, 8), [torch.ones(4, 8)]])
+def test_what_are_no_features_is_refused_by_every_adapter(adapter: Any, given: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"features (is one|holds a) .*, expected"):
+        adapter(given)
+
+
+@pytest.mark.parametrize("ids", [[[4, 4]], torch.tensor([4, 4]), torch.tensor([[4]]).numpy()])
+def test_input_ids_of_another_kind_are_refused(ids: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"input_ids is a .* expected a tensor of shape .promp"):
+        to_hf(features_of((1, 2, 2)), ids)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.__name__)
 @pytest.mark.parametrize("reason", REFUSED)
 def test_features_that_no_language_model_takes_are_refused(adapter: Any, reason: str) -> None:
     features, words = REFUSED[reason]

@@ -37,14 +37,21 @@ from qwen_vit import folder_lock as folder_lock_module
 from qwen_vit import manifest as manifest_module
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
-from qwen_vit.export import Breaker, ExportReport, export_features, export_shard, make_manifest
+from qwen_vit.export import (
+    Breaker,
+    ExportReport,
+    export_features,
+    export_shards,
+    make_manifest,
+)
 from qwen_vit.export_estimate import Estimate, estimate_export, estimate_plan
-from qwen_vit.export_plan import ExportOptions, open_export
+from qwen_vit.export_plan import ExportOptions, Plan, open_export
 from qwen_vit.feature_files import load_features
 from qwen_vit.features import ImageFeatures, write_features
 from qwen_vit.folder_lock import hold_folder, hold_moment
 from qwen_vit.image import ImageLimits
 from qwen_vit.listing import check_inputs, find_items
+from qwen_vit.manifest import ManifestRow
 
 SMALL = ExportOptions(shard_size=4)
 
@@ -459,8 +466,10 @@ def test_other_images_are_refused_and_counted(here: Path) -> None:
     Path("q/0.png").write_bytes(b"")
     for name in ("y", "z"):
         Path(f"q/{name}.png").unlink()
-    with pytest.raises(ExportError, match=r"its images: 11 in another place, first 0.png"):
+    with pytest.raises(ExportError, match=r"its images: 11 in another place, first 0.png") as error:
         export("q")
+    assert f"(it was in {here / 'p/0.png'})" in str(error.value)
+    assert "is just that" not in str(error.value)  # its images are gone from where it says
     names = sorted(os.listdir("q"), reverse=True)
     Path("l.jsonl").write_text("\n".join(json.dumps({"id": n, "path": f"p/{n}"}) for n in names))
     with pytest.raises(ExportError, match="its images: in another order"):
@@ -517,6 +526,53 @@ def test_a_list_of_another_kind_is_no_image(here: Path, name: str) -> None:
     assert not Path("out").exists()
     check_inputs(["p", name])  # as a shell's * gives, where it is an image that fails
     assert export("p", name).failed == {"truncated": 1, "not-an-image": 1}
+
+
+@pytest.mark.parametrize("line", ["[]", '{"id": ["x"]}', '{"id": "x", "error": 5}', "{", None])
+def test_a_listing_that_is_damaged_tells_nothing(here: Path, line: str | None) -> None:
+    export()
+    listing = Path("out/listing.jsonl")
+    lines = listing.read_text().splitlines(keepends=True)
+    listing.write_text("".join([f"{line}\n", *lines[1:]]))
+    if line is None:
+        listing.unlink()
+    Path("p/more.png").write_bytes(tiny_png(3))
+    with pytest.raises(ExportError, match=r"cannot be told, because listing.jsonl is damaged or"):
+        export()
+
+
+def test_a_listing_that_vanishes_meanwhile_is_told(here: Path) -> None:
+    with plan_of() as plan:
+        (plan.folder / "listing.jsonl").unlink()
+        with pytest.raises(ExportError, match=r"listing.jsonl cannot be read any more \(No such"):
+            make_shard(StandIn(), plan, 0)
+
+
+def test_a_header_that_safetensors_would_not_read_is_refused_before_any_image(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "MAX_HEADER_BYTES", 3_000)
+    with pytest.raises(ExportError, match=r"would need a header of up to .* lower --shard-size"):
+        export(encoder=NeverAsked(), options=replace(SMALL, shard_size=11))
+    assert export(options=replace(SMALL, shard_size=1)).exported == 10
+
+
+def test_a_shard_that_the_manifest_cannot_have_is_told(
+    here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with plan_of(options=replace(SMALL, part=(1, 2))) as plan:
+        for shard in range(3):
+            make_shard(StandIn(), plan, shard)
+        other = plan.path(1)
+        other.write_bytes(other.read_bytes()[:-8])
+        make_manifest(plan)
+        assert pq.read_table("out/manifest.parquet").num_rows == 7
+        assert "the manifest leaves it out: run its part again" in caplog.text
+        own = plan.path(2)
+        own.write_bytes(own.read_bytes()[:-8])
+        with pytest.raises(ExportError, match=r"00002.safetensors was whole, and cannot be read"):
+            make_manifest(plan)
+        assert pq.read_table("out/manifest.parquet").num_rows == 7
 
 
 def test_an_exports_own_listing_takes_it_up_again(here: Path) -> None:
@@ -635,17 +691,22 @@ def test_parts_together_are_the_whole(here: Path) -> None:
     assert export(options=replace(SMALL, part=(9, 9))).images == 0
 
 
+def make_shard(encoder: Any, plan: Plan, shard: int) -> list[ManifestRow]:
+    [done] = export_shards(encoder, plan, [shard])
+    return done.rows
+
+
 def test_a_worker_makes_a_shard_from_the_plan_alone(here: Path) -> None:
     export(out="whole")
     with plan_of() as plan:
         sent = pickle.loads(pickle.dumps(plan))
-        rows = export_shard(StandIn(), sent, 1)
+        rows = make_shard(StandIn(), sent, 1)
         assert [(row.index, row.id, row.row_begin, row.row_end) for row in rows] == [
             (4, "4.png", 0, 4), (5, "5.png", 4, 8), (6, "6.png", 8, 12), (7, "7.png", 12, 16),
         ]  # fmt: skip
-        assert export_shard(NeverAsked(), sent, 1) == rows
+        assert make_shard(NeverAsked(), sent, 1) == rows
         for shard in (2, 0):  # in any order
-            export_shard(StandIn(), sent, shard)
+            make_shard(StandIn(), sent, shard)
         make_manifest(plan)
     assert files() == files("whole")
 
@@ -833,7 +894,8 @@ def test_parts_that_end_together_write_the_manifest_one_after_the_other(
         may_go_on.wait(60)
 
     with plan_of(options=replace(SMALL, part=(1, 2))) as plan:
-        export_shard(StandIn(), plan, 0)
+        make_shard(StandIn(), plan, 0)
+        make_shard(StandIn(), plan, 2)
         monkeypatch.setattr(
             folder_lock_module, "time", SimpleNamespace(sleep=wait, monotonic=time.monotonic)
         )
@@ -842,10 +904,27 @@ def test_parts_that_end_together_write_the_manifest_one_after_the_other(
             ending.start()
             assert is_waiting.wait(60)
             assert "manifest.parquet" not in files()
-            export_shard(StandIn(), plan, 1)
+            make_shard(StandIn(), plan, 1)
         may_go_on.set()
         ending.join(60)
-    assert pq.read_table("out/manifest.parquet").num_rows == 8
+    assert pq.read_table("out/manifest.parquet").num_rows == 11
+
+
+def test_patience_is_with_one_who_keeps_a_lock_and_not_with_a_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 32 parts that ended together, ten gave up while the others took their turns."""
+    polls = iter(range(1000))
+
+    def owner(descriptor: int) -> str:
+        return f"part {min(next(polls) // 4, 15)}"  # another one every 4 polls; the last one stays
+
+    with hold_moment(tmp_path):
+        monkeypatch.setattr(folder_lock_module, "MOMENT_PATIENCE_S", 0.3)
+        monkeypatch.setattr(folder_lock_module, "_owner", owner)
+        with pytest.raises(ExportError, match="by part 15; wait for it"), hold_moment(tmp_path):
+            pass
+    assert next(polls) > 60
 
 
 def test_rows_of_the_manifest_are_the_rows_of_the_shard(here: Path) -> None:
@@ -902,6 +981,14 @@ def test_the_estimate_is_what_the_export_takes(here: Path, output: Any) -> None:
         estimate_export(StandIn(), ["p"], replace(options, part=(i, 3))).rows for i in (1, 2, 3)
     ]
     assert sum(parts) == estimate.rows
+
+
+def test_the_estimate_counts_what_limits_refuse(here: Path) -> None:
+    options = replace(SMALL, limits=ImageLimits(max_pixels=100))
+    Image.fromarray(np.zeros((5, 7, 3), np.uint8)).save("p/small.png")
+    estimate = estimate_export(StandIn(), ["p"], options, folder="out")
+    assert (estimate.images, estimate.unreadable) == (12, 11)
+    assert export(options=options).failed == {"too-many-pixels": 11}
 
 
 def test_a_sample_stands_for_the_whole(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

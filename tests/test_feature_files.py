@@ -443,6 +443,20 @@ def test_an_image_is_found_by_its_id_in_one_shard_alone(
     assert opened == [folder.shard(2).name]
 
 
+def test_a_growing_folder_is_the_same_in_other_processes(folder: Folder) -> None:
+    """Positions would lead to other images there, once another shard has come."""
+    missing, content = folder.shard(0), folder.shard(0).read_bytes()
+    missing.unlink()
+    features = load_features(folder.path)
+    chosen = features[[-1]]
+    packed = pickle.dumps((features, chosen))
+    missing.write_bytes(content)
+    other, other_chosen = pickle.loads(packed)
+    assert list(other.ids) == list(features.ids) != list(load_features(folder.path).ids)
+    assert (len(other), other.is_complete) == (len(features), False)
+    assert other_chosen[0].id == chosen[0].id
+
+
 def test_files_folders_and_choices_travel_to_other_processes(folder: Folder) -> None:
     """As a data loader's workers need it."""
     features = load_features(folder.path)

@@ -336,6 +336,18 @@ def test_rows_that_do_not_fit_their_grid_are_refused(tmp_path: Path) -> None:
         (ImageFeatures("a", torch.zeros(1, 4), (1, 2, 2)), {}, "features is one ImageFeatures, ex"),
         (None, {}, "features is one NoneType, expected a list of ImageFeatures"),
         ([torch.zeros(1, 4)], {}, "features holds a Tensor, expected ImageFeatures"),
+        (torch.zeros(1, 4), {}, "features is one Tensor, expected a list of ImageFeatures"),
+        (
+            [ImageFeatures(7, torch.zeros(1, 4), (1, 2, 2))],
+            {},
+            "the id 7 and the grid_thw .1, 2, 2",
+        ),
+        ([ImageFeatures("a", torch.zeros(1, 4), (2, 2))], {}, "the grid_thw .2, 2., expected text"),
+        (
+            [ImageFeatures("a", torch.zeros(1, 4), torch.tensor([1, 2, 2]))],
+            {},
+            "the grid_thw tensor.* expected text and three whole numbers",
+        ),
         ([ImageFeatures("a", torch.zeros(1, 4), (1, 2, 2))], None, "metadata is None, expected"),
     ],
 )
@@ -344,6 +356,43 @@ def test_what_are_no_features_is_refused(
 ) -> None:
     with pytest.raises(ArgumentError, match=message):
         write_features(tmp_path / "a.safetensors", features, metadata)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "embeds", [torch.zeros(1, 4).numpy(), torch.zeros(1, 4).to_sparse(), [[0.0] * 4]]
+)
+def test_embeddings_that_are_no_dense_tensor_are_refused(tmp_path: Path, embeds: Any) -> None:
+    features = [ImageFeatures("a", embeds, (1, 2, 2))]
+    with pytest.raises(ExportError, match=r"embeddings of 'a' are a .*, expected a dense torch"):
+        write_features(tmp_path / "a.safetensors", features, {})
+
+
+def test_a_choice_of_a_shard_takes_along_nothing_of_the_others(tmp_path: Path) -> None:
+    """The sizes of other images, by their places; or a file that could not be read again."""
+    images = [{"size_px": [number, 1], "notes": []} for number in range(3)]
+    metadata = {**METADATA, "images": images, "errors": [{"id": "z"}], "ids": ["a", "b", "c"]}
+    chosen = [ImageFeatures(name, torch.ones(1, 4), (1, 2, 2)) for name in ("c", "a")]
+    again = load_features(write_features(tmp_path / "a.safetensors", chosen, metadata))
+    assert (list(again.ids), again[0].size_px, list(again.errors)) == (["c", "a"], None, [])
+
+
+def test_means_of_images_of_any_size_go_into_one_file(tmp_path: Path) -> None:
+    means = [
+        ImageFeatures(name, torch.ones(1, 4), grid)
+        for name, grid in (("a", (1, 2, 2)), ("b", (1, 4, 6)))
+    ]
+    metadata = {**METADATA, "output": "mean"}
+    again = load_features(write_features(tmp_path / "a.safetensors", means, metadata))
+    assert again["b"].embeds is not None
+    assert again.metadata["patches_per_row"] is None
+
+
+def test_a_path_that_no_reader_opens_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="is not UTF-8, expected a path that safetensors can"):
+        write_features(
+            f"{tmp_path}/caf\udce9", [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))], {}
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -87,6 +87,17 @@ def test_patterns_match_as_in_a_shell_and_in_order(here: Path) -> None:
     assert ids("p/[1].jpg") == ["p/[1].jpg"]  # there is a file of that very name
 
 
+def test_a_name_that_no_file_can_have_fails_by_itself(here: Path) -> None:
+    """It ended the whole export with a raw ValueError."""
+    with pytest.raises(ExportError, match=r"cannot be exported .embedded null byte.; check the"):
+        ids("a\0.jpg")
+    Path("l.jsonl").write_text(json.dumps({"id": "x", "path": "t\0.tar", "offset": 0, "size": 5}))
+    [item] = find_items(["l.jsonl"])
+    with pytest.raises(ImageError, match="which holds x, cannot be read: embedded null") as caught:
+        read_item(item, ImageLimits())
+    assert caught.value.code == "unreadable"
+
+
 def test_links_are_followed_and_loops_end(here: Path) -> None:
     touch("real/a.jpg", "real/deep/b.jpg")
     (here / "p").mkdir()
@@ -140,10 +151,30 @@ def test_folders_that_a_pattern_names_are_exported_with_what_is_in_them(here: Pa
                                                                  "train/deep/2.jpg")]  # fmt: skip
 
 
+def test_what_is_in_a_folder_that_matches_comes_once(here: Path) -> None:
+    """It matched by itself, too: each image was exported twice."""
+    touch("q/cat/cat0.png", "q/cat.png", "q/dog/cat1.png", "q/cat/deep/cat2.png")
+    assert ids("q/**/*cat*") == ["cat0.png", "deep/cat2.png", "q/cat.png", "q/dog/cat1.png"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "good"),
+    [
+        ("p/**/*.jpg", ["p/a.jpg", "p/yes/c.jpg"]),
+        ("p/*/*.jpg", ["p/yes/c.jpg"]),
+        ("./p/*/*.jpg", ["p/yes/c.jpg"]),
+        ("p/*/**/*.jpg", ["p/yes/c.jpg"]),
+        ("p/n*/*.jpg", []),
+        ("p/no/*.jpg", []),
+        ("p/*o/", []),
+        ("p/n*", []),
+        ("*/no", []),
+    ],
+)
 def test_a_folder_that_a_pattern_cannot_look_into_is_an_item(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    here: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, good: list[str]
 ) -> None:
-    touch("p/a.jpg", "p/no/b.jpg")
+    touch("p/a.jpg", "p/no/b.jpg", "p/yes/c.jpg")
     real = os.scandir
 
     def refused(path: str) -> Any:
@@ -152,8 +183,9 @@ def test_a_folder_that_a_pattern_cannot_look_into_is_an_item(
         return real(path)
 
     monkeypatch.setattr(listing_module.os, "scandir", refused)
-    good, bad = find_items(["p/**/*.jpg"])
-    assert (good.id, good.error) == ("p/a.jpg", None)
+    *found, bad = find_items([pattern])
+    assert [(item.id, item.error) for item in found] == [(name, None) for name in good]
+    assert (bad.id, bad.source) == ("p/no", str(here / "p/no"))
     assert bad.error == (
         "unreadable", "p/no cannot be listed: Permission denied; check its permissions"
     )  # fmt: skip
