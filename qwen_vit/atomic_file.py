@@ -17,6 +17,7 @@ __all__ = [
     "cannot_write",
     "check_utf8",
     "refuse_link",
+    "sync_folder",
 ]
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -53,7 +54,7 @@ class AtomicFile:
             self.file.flush()
             os.fsync(self.file.fileno())
             self._take_its_name()
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         except OSError as error:
             raise cannot_write(self.path, error) from None
         finally:
@@ -127,7 +128,7 @@ def cannot_write(path: Path, error: OSError) -> ExportError:
     )
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """The new name, too, outlives a power cut, where the file system can promise that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -19,7 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qwen_vit.config import Grid, ImageConfig
-from qwen_vit.differences import RELATIVE_TOLERANCE, Difference, Verdict, judge, relative_error
+from qwen_vit.differences import (
+    RELATIVE_TOLERANCE,
+    Difference,
+    Verdict,
+    judge,
+    ratio,
+    relative_error,
+)
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ComparisonError, ImageError
 from qwen_vit.golden import Case, Golden, load_golden, write_golden
@@ -92,9 +99,7 @@ class Stage:
     @property
     def ratio(self) -> float:
         """Our error over theirs: below 1, ours is nearer to the truth."""
-        if self.theirs:
-            return self.ours / self.theirs
-        return 1.0 if self.ours == 0 else float("inf")
+        return ratio(self.ours, self.theirs)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

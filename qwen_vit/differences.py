@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen_vit.errors import ArgumentError
 
-__all__ = ["Difference", "Verdict", "fp32_budget", "judge", "relative_error"]
+__all__ = ["Difference", "Verdict", "fp32_budget", "judge", "ratio", "relative_error"]
 
 RELATIVE_TOLERANCE = 1e-5  # 100 float32 roundings; two honest float32 towers are about 1e-6 apart
 LARGEST_FP32_ERROR = 1e-4  # twice what 32 blocks of peaked attention were seen to reach
@@ -123,7 +123,7 @@ def judge(
         measured, allowed = apart, fp32_budget(own_error)
         problem = f"{measured:.2g} from Hugging Face, allowed {allowed:.2g}"
     else:
-        measured, allowed = _ratio(ours, own_error), LARGEST_BF16_RATIO
+        measured, allowed = ratio(ours, own_error), LARGEST_BF16_RATIO
         problem = (
             f"ours is {measured:.3g} times as far from float64 as Hugging Face, allowed {allowed:g}"
         )
@@ -143,7 +143,12 @@ def judge(
     return Verdict(measured, allowed, problem)
 
 
-def _ratio(ours: float, theirs: float) -> float:
+def ratio(ours: float, theirs: float) -> float:
+    """Our error over theirs: below 1, ours is nearer to the truth.
+
+    >>> ratio(1.0, 2.0), ratio(0.0, 0.0), ratio(1.0, 0.0)
+    (0.5, 1.0, inf)
+    """
     if theirs:
         return ours / theirs
     return 1.0 if ours == 0 else float("inf")

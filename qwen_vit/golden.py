@@ -10,6 +10,7 @@ and a sha256 over all of that and the tensors, which finds a file that is torn o
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from qwen_vit.atomic_file import atomic_file
 from qwen_vit.checkpoint import weights_hash
 from qwen_vit.config import Grid
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import CheckpointError, ComparisonError
+from qwen_vit.errors import CheckpointError, ComparisonError, shown
 from qwen_vit.oracle import Trace
 from qwen_vit.safetensors_header import read_header
 from qwen_vit.strict_json import parse_json
@@ -64,11 +65,6 @@ class Golden:
 
     path: Path
     facts: Mapping[str, Any]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What Hugging Face's tower ran in."""
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.facts["dtype"]]
 
     def index_of(self, sha256: str) -> int | None:
         """The place of the image with this content."""
@@ -144,8 +140,16 @@ def write_golden(
     """Write a golden file whole or not at all; the same cases give the same bytes.
 
     `reference` says how Hugging Face ran: attention, processor, versions, device. Raises
+    ComparisonError for a case that is no yardstick, because its values are not finite, and
     ExportError where the folder cannot be written.
     """
+    for case in cases:
+        for stage, error in (case.errors or {}).items():
+            if not math.isfinite(error):
+                raise ComparisonError(
+                    f"{path} would hold no yardstick: of {shown(case.id)}, Hugging Face's {stage} "
+                    "is not finite; nothing was written, compare without --save-golden"
+                )
     tensors: dict[str, Tensor] = {}
     for index, case in enumerate(cases):
         tensors[f"{index}.pixel_values"] = case.pixel_values

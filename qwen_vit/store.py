@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qwen_vit.atomic_file import sync_folder
 from qwen_vit.errors import CheckpointError
 from qwen_vit.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES
 from qwen_vit.strict_json import read_json
@@ -251,7 +252,7 @@ def _record(folder: Path, manifest: Manifest) -> None:
         json.dump(complete.to_json(), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _rename(temporary: Path, folder: Path) -> None:
@@ -267,7 +268,7 @@ def _rename(temporary: Path, folder: Path) -> None:
             except CheckpointError:
                 discard(folder)
         else:
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
             return
 
 
@@ -313,17 +314,6 @@ def _header_sha256(path: Path) -> str:
         length = int.from_bytes(start, "little")
         header = file.read(length) if length <= MAX_HEADER_BYTES else b""
     return hashlib.sha256(start + header).hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _is_alive(process: int) -> bool:

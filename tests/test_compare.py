@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import SMALL as SMALL_TOWER
+from checkpoints import write_checkpoint, write_weights
 from goldens import IMAGE_FOLDER, PHOTOGRAPHS, TINY_FOLDER
 from planted import Planted, damaged, every_fault, with_fault
 from safetensors import safe_open
@@ -342,7 +344,6 @@ BAD_USAGE = {
     ),
     "no golden": ((*SMALL, "--golden", "none"), "none is not a file, expected a golden file"),
     "golden is a folder": ((*SMALL, "--golden", "."), "expected a golden file"),
-    "folder for a golden": ((CHELSEA, *SMALL, "--save-golden", "."), ". is a folder"),
     "attention": ((CHELSEA, *SMALL, "--attention", "flash_attention_2"), "takes no float32"),
     "unknown attention": ((CHELSEA, *SMALL, "--attention", "fast"), "'fast' is not one of"),
     "torchvision": ((CHELSEA, *SMALL, "--processor", "torchvision"), "pass --processor pillow"),
@@ -350,7 +351,7 @@ BAD_USAGE = {
     "report of a long name": ((CHELSEA, *SMALL, "--report", "r" * 300), "File name too long"),
     "saved golden is a folder": (
         (CHELSEA, *SMALL, "--save-golden", "."),
-        "pass another --save-golden",
+        ". is a folder, expected a file to write; pass another --save-golden",
     ),
     "report in no folder": ((CHELSEA, *SMALL, "--report", "no/page"), "no is not a folder"),
     "same image twice": ((CHELSEA, CHELSEA, *SMALL, "--save-golden", "g"), "is given twice"),
@@ -370,6 +371,23 @@ def test_bad_usage_ends_with_2_before_any_work(
     assert words in err
     assert "Traceback" not in err
     assert os.listdir() == []
+
+
+def test_what_is_no_yardstick_is_not_saved(run: Any, tmp_path: Path) -> None:
+    """Finite weights that overflow: all figures were lost in a raw error of the JSON writer."""
+    tensors = write_checkpoint(tmp_path / "model", SMALL_TOWER, prefix="", dtype=torch.float32)
+    for name in ("up", "down"):
+        tensors[f"blocks.2.mlp.{name}_proj.weight"] *= 1e30
+    write_weights(tmp_path / "model", tensors)
+    options = ("--model", str(tmp_path / "model"), "--device", "cpu", "--max-pixels", "30000")
+    code, out, err = run(CHELSEA, *options, "--save-golden", str(tmp_path / "golden"))
+    assert (code, out) == (2, "")
+    assert "Hugging Face's block.2 is not finite; nothing was written" in err
+    assert not (tmp_path / "golden").exists()
+    code, out, _ = run(CHELSEA, *options, "--json")
+    stages = json.loads(out)["images"][0]["stages"]
+    assert code == 1
+    assert next(stage["stage"] for stage in stages if not stage["holds"]) == "block.2"
 
 
 # Against a golden file
