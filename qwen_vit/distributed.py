@@ -23,23 +23,12 @@ import torch
 
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError, QwenVitError
-from qwen_vit.export import (
-    REST,
-    STAGES,
-    Breaker,
-    DoneShard,
-    ExportReport,
-    Progress,
-    Tally,
-    export_shards,
-    load_encoder,
-    make_manifest,
-    whole_shard,
-)
+from qwen_vit.export import ExportReport, Progress, Tally, load_encoder, make_manifest
 from qwen_vit.export_estimate import Estimate, estimate_plan
 from qwen_vit.export_plan import ExportOptions, Plan, clear_away, open_export
 from qwen_vit.manifest import ManifestRow, load_arrow
 from qwen_vit.pipeline import Clock
+from qwen_vit.shards import REST, STAGES, Breaker, DoneShard, export_shards, whole_shard
 
 __all__ = ["export_on_ray"]
 

@@ -35,15 +35,10 @@ from qwen_vit import export as export_module
 from qwen_vit import export_estimate as estimate_module
 from qwen_vit import folder_lock as folder_lock_module
 from qwen_vit import manifest as manifest_module
+from qwen_vit import shards as shards_module
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
-from qwen_vit.export import (
-    Breaker,
-    ExportReport,
-    export_features,
-    export_shards,
-    make_manifest,
-)
+from qwen_vit.export import ExportReport, export_features, make_manifest
 from qwen_vit.export_estimate import Estimate, estimate_export, estimate_plan
 from qwen_vit.export_plan import ExportOptions, Plan, open_export
 from qwen_vit.feature_files import load_features
@@ -52,6 +47,7 @@ from qwen_vit.folder_lock import hold_folder, hold_moment
 from qwen_vit.image import ImageLimits
 from qwen_vit.listing import check_inputs, find_items
 from qwen_vit.manifest import ManifestRow
+from qwen_vit.shards import Breaker, export_shards
 
 SMALL = ExportOptions(shard_size=4)
 
@@ -196,7 +192,7 @@ def test_a_head_larger_than_its_room_has_the_rows_behind_it(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(out="roomy")
-    monkeypatch.setattr(export_module, "_head_room", lambda items, settings: 8)
+    monkeypatch.setattr(shards_module, "_head_room", lambda items, settings: 8)
     export()
     assert files().keys() == files("roomy").keys()  # nothing else is left
     for index, features in enumerate(load_features("roomy")):
@@ -219,7 +215,7 @@ def test_the_room_for_a_head_serves_names_that_json_escapes(
     def copied(*_: Any) -> None:
         raise AssertionError("rows were written twice")
 
-    monkeypatch.setattr(export_module.FeatureWriter, "_copy_behind", copied)
+    monkeypatch.setattr(shards_module.FeatureWriter, "_copy_behind", copied)
     assert export(options=replace(SMALL, shard_size=shard_size)).exported == 10 + len(names)
     assert {60 * name + ".png" for name in names} < set(load_features("out").ids)
 
@@ -293,14 +289,14 @@ def test_an_image_that_does_not_fit_the_memory_is_a_row(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harm("3.png", "memory")
-    real = export_module.load_image
+    real = shards_module.load_image
 
     def load(data: bytes, **options: Any) -> Any:
         if options["name"] == "6.png":
             raise MemoryError
         return real(data, **options)
 
-    monkeypatch.setattr(export_module, "load_image", load)
+    monkeypatch.setattr(shards_module, "load_image", load)
     assert export().failed == {"out-of-memory": 1, "memory": 1, "truncated": 1}
     errors = {error.id: error for error in load_features("out").errors}
     assert errors["3.png"].message.startswith("3.png has ")
@@ -346,7 +342,7 @@ def test_a_disk_that_is_gone_is_not_asked_for_the_rest_of_the_shard(
 
     for number in range(100):
         Path(f"p/{number:03}.png").touch()
-    monkeypatch.setattr(export_module, "read_item", gone)
+    monkeypatch.setattr(shards_module, "read_item", gone)
     with pytest.raises(ExportError, match=r"3 images in a row failed, the last one so: 001.png"):
         export(options=ExportOptions(max_failures=3), decode_threads=2)
     assert len(asked) < 20  # what threads had begun ahead
@@ -551,7 +547,7 @@ def test_a_listing_that_vanishes_meanwhile_is_told(here: Path) -> None:
 def test_a_header_that_safetensors_would_not_read_is_refused_before_any_image(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_module, "MAX_HEADER_BYTES", 3_000)
+    monkeypatch.setattr(shards_module, "MAX_HEADER_BYTES", 3_000)
     with pytest.raises(ExportError, match=r"would need a header of up to .* lower --shard-size"):
         export(encoder=NeverAsked(), options=replace(SMALL, shard_size=11))
     assert export(options=replace(SMALL, shard_size=1)).exported == 10
@@ -1327,7 +1323,7 @@ def test_a_disk_that_fills_up_is_an_error_and_whole_shards_stay(
     """Without a disk of its own: the third write of a shard is refused."""
     export(out="whole")
     written = 0
-    real = export_module.FeatureWriter.add
+    real = shards_module.FeatureWriter.add
 
     def add(self: Any, *arguments: Any) -> None:
         nonlocal written
@@ -1340,7 +1336,7 @@ def test_a_disk_that_fills_up_is_an_error_and_whole_shards_stay(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(export_module.FeatureWriter, "add", add)
+        patch.setattr(shards_module.FeatureWriter, "add", add)
         with pytest.raises(ExportError, match=r"shard-00000001.* could not be written \(No space"):
             export()
     assert set(files()) == {"export.json", "listing.jsonl", "shard-00000000.safetensors"}

@@ -25,7 +25,7 @@ from stand_in import StandIn
 from towers import gpu
 
 from qwen_vit import encoder as encoder_module
-from qwen_vit import export as export_module
+from qwen_vit import shards as shards_module
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.export import export_features
@@ -358,7 +358,7 @@ def test_the_next_shards_images_are_loaded_while_one_is_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = threading.Event()  # an image of the second shard
-    real = export_module.load_image
+    real = shards_module.load_image
 
     def load_image(data: Any, *, name: str, **more: Any) -> Any:
         if name == "005.png":
@@ -371,7 +371,7 @@ def test_the_next_shards_images_are_loaded_while_one_is_encoded(
                 assert loaded.wait(30)
                 yield features
 
-    monkeypatch.setattr(export_module, "load_image", load_image)
+    monkeypatch.setattr(shards_module, "load_image", load_image)
     assert stand_in_export(tmp_path, Waiting(), 3, decode_threads=2).exported == 12
 
 
@@ -381,7 +381,7 @@ def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
     """So that a kill costs the open shard at most; the next one's images are loaded meanwhile."""
     real, whole = FeatureWriter.save, StandIn()
     loaded = threading.Event()
-    encoded, load_image = [], export_module.load_image
+    encoded, load_image = [], shards_module.load_image
 
     def counted(*arguments: Any, **options: Any) -> Any:
         if options["name"].endswith("5.png"):  # of the second shard
@@ -394,7 +394,7 @@ def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
         real(self, facts)
 
     monkeypatch.setattr(FeatureWriter, "save", save)
-    monkeypatch.setattr(export_module, "load_image", counted)
+    monkeypatch.setattr(shards_module, "load_image", counted)
     assert stand_in_export(tmp_path, whole, 3, decode_threads=2).exported == 12
     assert encoded == [4, 8, 12]
 
@@ -432,9 +432,9 @@ def test_no_more_of_a_wait_is_the_gpus_than_was_waited() -> None:
     clock, shard = Clock("rest"), Mock(waited_s=0.0)
     with clock.stage("write"):
         time.sleep(0.05)
-    with export_module._behind(shard, clock):
+    with shards_module._behind(shard, clock):
         shard.waited_s += 80.0  # of which the end alone is seen here
-    with export_module._behind(shard, clock):
+    with shards_module._behind(shard, clock):
         time.sleep(0.02)
         shard.waited_s += 0.01
     seconds = clock.seconds()
@@ -476,11 +476,11 @@ def test_the_ring_is_used_to_its_end_and_again() -> None:
 @given(st.lists(st.integers(1, 2**26 // ALIGNED_BYTES), min_size=20, max_size=60))
 def test_behind_a_slow_disk_the_ring_has_room_for_one_more_image(sizes: list[int]) -> None:
     """Else memory is pinned beside it, of every size that was ever asked for."""
-    ring = PinnedRing(torch.empty(export_module.RING_BYTES, dtype=torch.uint8))
+    ring = PinnedRing(torch.empty(shards_module.RING_BYTES, dtype=torch.uint8))
     waiting = deque[int]()
     for size in (each * ALIGNED_BYTES for each in sizes):
         assert ring.take(size) is not None
-        while waiting and sum(waiting) + size > export_module.BEHIND_BYTES:  # as `Behind` waits
+        while waiting and sum(waiting) + size > shards_module.BEHIND_BYTES:  # as `Behind` waits
             waiting.popleft()
             ring.give_back()
         waiting.append(size)
