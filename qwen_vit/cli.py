@@ -29,15 +29,23 @@ from qwen_vit.atomic_file import cannot_write, check_utf8, refuse_link
 from qwen_vit.benchmark import WORKLOADS, check_device, speed_report, speed_table
 from qwen_vit.benchmark import bench as measure_speed
 from qwen_vit.checkpoint import find_tower
+from qwen_vit.command_text import (
+    encoded_json,
+    encoded_table,
+    estimate_text,
+    export_text,
+    facts_text,
+    waits_text,
+)
 from qwen_vit.compare import compare_checkpoint
 from qwen_vit.comparison_text import as_text
 from qwen_vit.distributed import export_on_ray
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ExportError, ImageError, QwenVitError, shown
-from qwen_vit.export import ExportReport, export_features, load_encoder
+from qwen_vit.errors import ExportError, QwenVitError, shown
+from qwen_vit.export import export_features, load_encoder
 from qwen_vit.export_estimate import Estimate, estimate_export
 from qwen_vit.export_plan import ExportOptions, check_folder
-from qwen_vit.features import ImageFeatures, write_features
+from qwen_vit.features import ImageFeatures, not_finite, write_features
 from qwen_vit.finite import all_finite
 from qwen_vit.hub import download as fetch
 from qwen_vit.hub import find_checkpoint
@@ -115,9 +123,9 @@ def encode(
     features, milliseconds = _encode_one_by_one(encoder, images, on_error)
     write_features(out, features, encoder.metadata(), overwrite=overwrite)
     if as_json:
-        _print(json.dumps(_encode_report(features, milliseconds, out, encoder), indent=2))
+        _print(json.dumps(encoded_json(features, milliseconds, out, encoder), indent=2))
     else:
-        _print(_table(features, milliseconds))
+        _print(encoded_table(features, milliseconds))
         _print(f"wrote {shown(str(out))} ({out.stat().st_size:,} bytes)")
     if any(feature.error for feature in features):
         sys.exit(EXIT_SKIPPED)
@@ -191,7 +199,7 @@ def export(
     if dry_run:
         encoder = load_encoder(model, options, device=device, **loading)
         estimate = estimate_export(encoder, inputs, options, folder=out, show_progress=is_terminal)
-        _print(json.dumps(asdict(estimate), indent=2) if as_json else _estimated(estimate, out))
+        _print(json.dumps(asdict(estimate), indent=2) if as_json else estimate_text(estimate, out))
         return
     running: dict[str, Any] = {
         "confirm": None if yes else partial(_ask_if_large, folder=out),
@@ -207,7 +215,7 @@ def export(
                 model, inputs, out, options, address=address or None, device=device, **running,
                 **loading,
             )  # fmt: skip
-    shown = _exported(done) + (f"\n{_waits(done)}" if profile else "")
+    shown = export_text(done) + (f"\n{waits_text(done)}" if profile else "")
     _print(json.dumps(done.to_json(), indent=2) if as_json else shown)
     if done.failed:
         sys.exit(EXIT_SKIPPED)
@@ -284,7 +292,7 @@ def download(model: str, full: bool, as_json: bool, **finding: Any) -> None:
     fetched = fetch(model, full=full, **finding)
     find_tower(fetched.source.folder)  # a local folder may hold none
     facts = report(fetched)
-    _print(json.dumps(facts, indent=2) if as_json else _listing(facts))
+    _print(json.dumps(facts, indent=2) if as_json else facts_text(facts))
 
 
 @cli.command()
@@ -301,7 +309,7 @@ def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: 
     qwen-vit info Qwen/Qwen2.5-VL-7B-Instruct --image photo.jpg --json
     """
     facts = describe(find_checkpoint(model, **finding), image, verify=verify)
-    _print(json.dumps(facts, indent=2) if as_json else _listing(facts))
+    _print(json.dumps(facts, indent=2) if as_json else facts_text(facts))
 
 
 @cli.command()
@@ -406,11 +414,7 @@ def _encode_one_by_one(
         start = time.perf_counter()
         [result] = encoder.encode([image], on_error=on_error)  # type: ignore[arg-type]
         if result.embeds is not None and not all_finite(result.embeds):
-            error = ImageError(
-                f"{shown(image)}: its embeddings hold NaN or infinity; check the checkpoint with "
-                "`qwen-vit info`, and try --dtype float32",
-                code="not-finite",
-            )
+            error = not_finite(image)
             if on_error == "raise":
                 raise error
             result = ImageFeatures(image, None, None, result.size_px, error=error)
@@ -469,127 +473,6 @@ def _ask_if_large(estimate: Estimate, folder: Path) -> None:
             "nothing was exported, as you wished; fewer images, --max-pixels, --output mean or "
             "--dtype bfloat16 make it smaller"
         )
-
-
-def _estimated(estimate: Estimate, folder: Path) -> str:
-    seconds, n_bytes = estimate.seconds, estimate.bytes
-    time_ = "unknown" if seconds is None else f"{_duration(seconds)}, judged by a few images"
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    free = shutil.disk_usage(there).free
-    size = f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.1f} MB"
-    return _listing(
-        {
-            "images": f"{estimate.images:,}, {estimate.unreadable:,} without a readable header",
-            "rows": f"{estimate.rows:,}",
-            "on the disk": f"{size}, where {free / 1e9:,.1f} GB are free",
-            "time": time_,
-        }
-    )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:,.1f} s" if seconds < 600 else f"{seconds / 3600:,.1f} hours"
-
-
-def _exported(done: ExportReport) -> str:
-    nothing = "nothing was left to do: " if done.resumed == done.images else ""
-    lines = [
-        f"{nothing}exported {done.exported:,} of {done.images:,} images "
-        f"({done.resumed:,} tried before): "
-        f"{done.rows:,} rows, {done.bytes / 1e6:,.1f} MB, {done.seconds:,.1f} s",
-        f"wrote {shown(str(done.manifest))}",
-    ]
-    if done.failed:
-        reasons = ", ".join(f"{count:,} {code}" for code, count in done.failed.items())
-        again = "; to try them again, delete their shards" if done.resumed else ""
-        lines.insert(1, f"skipped {sum(done.failed.values()):,}: {reasons}{again}")
-    return "\n".join(lines)
-
-
-def _waits(done: ExportReport) -> str:
-    total = sum(done.waits.values()) or 1.0
-    shares = (f"{stage} {seconds / total:.0%}" for stage, seconds in done.waits.items())
-    return f"waited for: {', '.join(shares)}"
-
-
-def _table(features: Sequence[ImageFeatures], milliseconds: Sequence[float]) -> str:
-    rows = [("file", "size", "grid (t, h, w)", "tokens", "width", "ms")]
-    for feature, duration in zip(features, milliseconds, strict=True):
-        if feature.embeds is None or feature.size_px is None:
-            rows.append((shown(feature.id), "-", f"skipped: {_code(feature)}", "-", "-", "-"))
-            continue
-        height, width = feature.size_px
-        tokens, embedding_width = feature.embeds.shape
-        rows.append(
-            (
-                shown(feature.id), f"{width} x {height}", str(feature.grid_thw), str(tokens),
-                str(embedding_width), f"{duration:.0f}",
-            )
-        )  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        name, *values = (
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([name, *values]))
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def _encode_report(
-    features: Sequence[ImageFeatures], milliseconds: Sequence[float], out: Path,
-    encoder: VisionEncoder,
-) -> dict[str, Any]:  # fmt: skip
-    return {
-        "out": str(out),
-        "model": encoder.source.name,
-        "commit": encoder.source.commit,
-        "device": str(encoder.device),
-        "dtype": str(encoder.dtype).removeprefix("torch."),
-        "images": [
-            {
-                "id": feature.id,
-                "size_px": feature.size_px,
-                "grid_thw": feature.grid_thw,
-                "tokens": None if feature.embeds is None else feature.embeds.shape[0],
-                "width": None if feature.embeds is None else feature.embeds.shape[1],
-                "ms": round(duration, 3),
-                "notes": feature.notes,
-                "error": None
-                if feature.error is None
-                else {"code": _code(feature), "message": str(feature.error)},
-            }
-            for feature, duration in zip(features, milliseconds, strict=True)
-        ],
-    }
-
-
-def _code(feature: ImageFeatures) -> str:
-    return feature.error.code if feature.error is not None else ""
-
-
-def _listing(facts: dict[str, Any]) -> str:
-    """A line for each fact that there is; those of a dictionary below its name."""
-    lines: list[tuple[str, str]] = []
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            there = {key: item for key, item in value.items() if item not in (None, "", [])}
-            lines += [(name, ""), *((f"  {key}", _said(key, each)) for key, each in there.items())]
-        elif value not in (None, "", []):
-            lines.append((name, _said(name, value)))
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in lines)
-
-
-def _said(name: str, value: Any) -> str:
-    if name == "size_px":
-        height, width = value
-        return f"{width} x {height}"
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:,}" if name.endswith("_bytes") else str(value)
 
 
 def _on_one_line(text: str) -> str:

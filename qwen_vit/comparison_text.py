@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from qwen_vit.compare import Comparison, ImageComparison, Preprocessing
+from qwen_vit.comparison import Comparison, ImageComparison, Preprocessing
 from qwen_vit.errors import shown
 
 __all__ = ["as_text", "nearer_line", "reference_line", "verdict_lines"]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qwen_vit.atomic_file import AtomicFile, atomic_file, cannot_write, check_utf8, refuse_link
-from qwen_vit.errors import ArgumentError, ExportError, ImageError
+from qwen_vit.errors import ArgumentError, ExportError, ImageError, shown
 from qwen_vit.finite import all_finite
 from qwen_vit.safetensors_header import MAX_HEADER_BYTES
 from qwen_vit.strict_json import is_integer
@@ -32,6 +32,7 @@ __all__ = [
     "FeatureWriter",
     "ImageFeatures",
     "check_features",
+    "not_finite",
     "write_features",
 ]
 
@@ -151,6 +152,15 @@ def check_features(features: Iterable[ImageFeatures]) -> list[ImageFeatures]:
                 "expected text and three whole numbers, as `encode` returns them"
             )
     return features
+
+
+def not_finite(name: str) -> ImageError:
+    """The error of an image whose embeddings hold NaN or infinity."""
+    return ImageError(
+        f"{shown(name)}: its embeddings hold NaN or infinity; check the checkpoint with `qwen-vit "
+        "info`, and try --dtype float32",
+        code="not-finite",
+    )
 
 
 class FeatureWriter:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_vit.atomic_file import atomic_file, cannot_write
-from qwen_vit.compare import Comparison, ImageComparison, Maps
+from qwen_vit.comparison import Comparison, ImageComparison, Maps
 from qwen_vit.comparison_text import nearer_line, reference_line, verdict_lines
 from qwen_vit.errors import ArgumentError, ExportError
 

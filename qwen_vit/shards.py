@@ -23,7 +23,7 @@ from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ExportError, ImageError, shown
 from qwen_vit.export_plan import LISTING, SETTINGS, ExportOptions, Plan, RowForm
 from qwen_vit.feature_files import open_shard
-from qwen_vit.features import FeatureWriter, ImageFeatures
+from qwen_vit.features import FeatureWriter, ImageFeatures, not_finite
 from qwen_vit.finite import extremes
 from qwen_vit.image import ImageLimits, load_image
 from qwen_vit.listing import Item, read_item
@@ -312,11 +312,7 @@ class _Shard:
             self.waited_s += time.perf_counter() - begin
         if bool(rows.extremes.isfinite().all()):
             return rows.values
-        image.error = ImageError(
-            f"{shown(image.item.id)}: its embeddings hold NaN or infinity; check the checkpoint "
-            "with `qwen-vit info`, and try --dtype float32",
-            code="not-finite",
-        )
+        image.error = not_finite(image.item.id)
         return None
 
 

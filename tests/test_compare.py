@@ -30,7 +30,8 @@ from qwen_vit import VisionEncoder, reference
 from qwen_vit import atomic_file as atomic_file_module
 from qwen_vit import cli as cli_module
 from qwen_vit import compare as compare_module
-from qwen_vit.compare import Comparison, compare, compare_with_golden
+from qwen_vit.compare import compare, compare_with_golden
+from qwen_vit.comparison import Comparison
 from qwen_vit.comparison_text import as_text, nearer_line
 from qwen_vit.differences import Difference, fp32_budget, judge, relative_error
 from qwen_vit.errors import ArgumentError, ComparisonError

@@ -36,6 +36,7 @@ from qwen_vit import export_estimate as estimate_module
 from qwen_vit import folder_lock as folder_lock_module
 from qwen_vit import manifest as manifest_module
 from qwen_vit import shards as shards_module
+from qwen_vit.command_text import estimate_text
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.export import ExportReport, export_features, make_manifest
@@ -1163,7 +1164,7 @@ def test_of_a_large_image_in_a_tar_the_head_is_read(
 def test_an_estimate_is_told_in_units_of_its_size(
     n_bytes: int, seconds: float | None, words: tuple[str, str]
 ) -> None:
-    text = cli_module._estimated(Estimate(1, 0, 1, n_bytes, seconds), Path("no", "folder", "yet"))
+    text = estimate_text(Estimate(1, 0, 1, n_bytes, seconds), Path("no", "folder", "yet"))
     disk, time = (line.split("  ")[-1].strip() for line in text.splitlines()[2:])
     assert re.fullmatch(rf"{words[0]}, where [\d,.]+ GB are free", disk)
     assert time == words[1]

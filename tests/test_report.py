@@ -15,7 +15,8 @@ from goldens import IMAGE_FOLDER
 from PIL import Image
 
 from qwen_vit import VisionEncoder, report
-from qwen_vit.compare import Comparison, Maps, compare
+from qwen_vit.compare import compare
+from qwen_vit.comparison import Comparison, Maps
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.patches import resize_image
 
