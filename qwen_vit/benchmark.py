@@ -7,8 +7,6 @@ product by a sixth: side by side both meet the same clock, so ratios travel and 
 
 import random
 import statistics
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -23,31 +21,25 @@ from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, CheckpointError
 from qwen_vit.finite import all_finite
 from qwen_vit.graphs import LARGEST_BUDGET, GraphRunner, budget_for
-from qwen_vit.kernels.attention import RotaryTable, attention
-from qwen_vit.kernels.linear import with_squares
 from qwen_vit.layout import Layout
 from qwen_vit.model import VisionTower, plan_layout
 
 __all__ = [
+    "PRODUCT_FLOPS",
     "STREAM",
     "WORKLOADS",
     "Measured",
     "StageWork",
     "TimedTower",
-    "after_a_rest",
     "bench",
     "beside_product",
     "check_device",
-    "copy_rate",
-    "graph_of",
     "in_batches",
-    "launches",
+    "large_product",
     "median_ms",
-    "product_rate",
     "random_pixels",
     "speed_report",
     "speed_table",
-    "stage_runs",
     "stage_work",
     "tower_flops",
 ]
@@ -55,9 +47,6 @@ __all__ = [
 WARM_UPS, REPEATS = 3, 11
 PRODUCT_SIDE = 8192
 PRODUCT_FLOPS = 2 * PRODUCT_SIDE**3  # 2 per multiply-add
-REST_S = 1.0
-RESTED_MS = 30.0  # before heat slows a GPU down
-COPIED_BYTES = 2**32
 
 
 def _square(side_px: int, count: int = 1) -> tuple[Grid, ...]:
@@ -101,19 +90,12 @@ def median_ms(run: Callable[[], Any], repeats: int = REPEATS, warm_ups: int = WA
     return statistics.median(times)
 
 
-def _product(device: torch.device) -> Callable[[], Any]:
+def large_product(device: torch.device) -> Callable[[], Any]:
+    """An 8192^3 bfloat16 product of random data, of PRODUCT_FLOPS."""
     side = PRODUCT_SIDE
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     c = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=c)
-
-
-def product_rate(device: torch.device) -> float:
-    """Operations per second of an 8192^3 bfloat16 product of random data, 2 per multiply-add.
-
-    Of 21 products on a GPU that has rested: more than it can keep up.
-    """
-    return PRODUCT_FLOPS / (median_ms(_product(device), 21) * 1e-3)
 
 
 def beside_product(
@@ -122,7 +104,7 @@ def beside_product(
     """(the median GPU milliseconds of `run`, the product's rate), in turns of about
     the same length, one product at the least.
     """
-    product = _product(device)
+    product = large_product(device)
     run_once, product_once = (median_ms(each, 1, 1) for each in (run, product))
     products = max(1, round(run_once / product_once))
     turns = max(3, round(seconds * 1e3 / (run_once + products * product_once)))
@@ -138,30 +120,6 @@ def beside_product(
     run_ms: float = statistics.median(begin.elapsed_time(middle) for begin, middle, _ in events)
     product_ms = statistics.median(middle.elapsed_time(end) for _, middle, end in events)
     return run_ms, PRODUCT_FLOPS * products / (product_ms * 1e-3)
-
-
-def after_a_rest(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """(the median GPU milliseconds of `run`, the product's rate), each by itself and for as long,
-    on a GPU that has rested: the clock of one image now and then.
-    """
-    product = _product(device)
-    run_once, product_once = (median_ms(each, 1, 1) for each in (run, product))
-    length_ms = max(RESTED_MS, run_once)
-
-    def rested_ms(each: Callable[[], Any], once_ms: float) -> float:
-        torch.cuda.synchronize(device)
-        time.sleep(REST_S)
-        return median_ms(each, round(length_ms / once_ms), 1)
-
-    run_ms = rested_ms(run, run_once)
-    return run_ms, PRODUCT_FLOPS / (rested_ms(product, product_once) * 1e-3)
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes read and written per second by a copy of 4 GiB."""
-    a = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device).random_()
-    b = torch.empty_like(a)
-    return 2 * COPIED_BYTES / (median_ms(lambda: b.copy_(a)) * 1e-3)
 
 
 def tower_flops(config: VisionConfig, grids: Sequence[Grid]) -> int:
@@ -280,82 +238,6 @@ class TimedTower:
             return eager() if merged is None else merged
 
         return run
-
-
-def graph_of(run: Callable[[], Any]) -> Callable[[], None]:
-    """Replays a CUDA graph of what `run` launches, its memory kept: no launch takes host time."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()  # compiles what is not compiled yet
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-
-    def replay(_reads_tensors_of: Callable[[], Any] = run) -> None:
-        graph.replay()
-
-    return replay
-
-
-def stage_runs(tower: VisionTower, pixels: Tensor, layout: Layout) -> dict[str, Callable[[], Any]]:
-    """For each stage, a call that runs it in all of its blocks, with each block's own weights.
-
-    What a stage reads is one block's, over and over; `layout` lies on the tower's device.
-    """
-    blocks: list[Any] = list(tower.blocks)
-    full = [blocks[i] for i in sorted(tower.config.fullatt_block_indexes)]
-    windowed = [block for block in blocks if block not in full]
-    with torch.no_grad():
-        rotary = RotaryTable(*tower._rotary_angles(layout.n_positions), layout.positions)
-        embedded = with_squares(tower.patch_embed(pixels, layout.grid_index))
-        stream = blocks[0](embedded, rotary, layout.windows, tower.window_regime)
-        N, C = stream.values.shape
-        qkv = blocks[0].attn.qkv(stream).view(N, 3, tower.config.num_heads, -1)
-        hidden = blocks[0].mlp.gate_up(stream, epilogue="swiglu")
-
-    def attend(segments: Any, regime: str) -> Tensor:
-        return attention(qkv, rotary, segments, regime=regime, adjacent_pairs=True)
-
-    out = attend(layout.windows, tower.window_regime).view(N, C)
-
-    def each(blocks: Iterable[Any], run: Callable[[Any], Any]) -> Callable[[], None]:
-        def run_all() -> None:
-            with torch.no_grad():
-                for block in blocks:
-                    run(block)
-
-        return run_all
-
-    return {
-        "patches": each(
-            [tower.patch_embed], lambda embed: with_squares(embed(pixels, layout.grid_index))
-        ),
-        "qkv": each(blocks, lambda block: block.attn.qkv(stream)),
-        "window": each(windowed, lambda _: attend(layout.windows, tower.window_regime)),
-        "frame": each(full, lambda _: attend(layout.frames, "frame")),
-        "proj": each(blocks, lambda block: block.attn.proj(out, stream)),
-        "gate-up": each(blocks, lambda block: block.mlp.gate_up(stream, epilogue="swiglu")),
-        "down": each(blocks, lambda block: block.mlp.down(hidden, stream)),
-        "merger": each([tower.merger], lambda last: last(stream.values)[layout.merged_order]),
-    }
-
-
-def launches(run: Callable[[], Any]) -> Counter[str]:
-    """What one call starts on the GPU, by name: kernels, and copies and fills as `Mem...`.
-
-    Empty where the driver lets nobody look (some virtual machines).
-    """
-    run()
-    torch.cuda.synchronize()
-    from torch.profiler import ProfilerActivity, profile  # slow to import, and rarely wanted
-
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with profile(activities=activities) as seen:
-        run()
-        torch.cuda.synchronize()
-    return Counter(event.name for event in seen.events() or () if event.device_type.name == "CUDA")
 
 
 def random_pixels(grids: Sequence[Grid], config: VisionConfig, device: torch.device) -> Tensor:

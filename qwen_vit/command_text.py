@@ -30,7 +30,7 @@ def estimate_text(estimate: Estimate, folder: Path) -> str:
     size = f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.1f} MB"
     return facts_text(
         {
-            "images": f"{estimate.images:,}, {estimate.unreadable:,} without a readable header",
+            "images": f"{estimate.images:,}, {estimate.unreadable:,} unreadable or too large",
             "rows": f"{estimate.rows:,}",
             "on the disk": f"{size}, where {free / 1e9:,.1f} GB are free",
             "time": time_,

@@ -12,18 +12,10 @@ from PIL import Image
 from rope_apart import tower_apart
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from tower_timing import graph_of, launches, stage_runs
 from towers import CPU, build_tower, gpu, random_pixels
 
-from qwen_vit.benchmark import (
-    WORKLOADS,
-    TimedTower,
-    graph_of,
-    in_batches,
-    launches,
-    stage_runs,
-    stage_work,
-    tower_flops,
-)
+from qwen_vit.benchmark import WORKLOADS, TimedTower, in_batches, stage_work, tower_flops
 from qwen_vit.config import Grid, VisionConfig
 from qwen_vit.differences import RELATIVE_TOLERANCE, relative_error
 from qwen_vit.model import plan_layout

@@ -1098,7 +1098,7 @@ def test_a_dry_run_writes_nothing(here: Path, run: Any) -> None:
     assert (code, err) == (0, "")
     assert json.loads(out)["images"] == 11
     _, out, _ = run("p", "--out", "out", "--dry-run")
-    assert out.startswith("images       11, 0 without a readable header\n")
+    assert out.startswith("images       11, 0 unreadable or too large\n")
     assert sorted(os.listdir()) == ["p"]
 
 
