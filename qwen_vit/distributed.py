@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from qwen_vit.export import ExportReport, Progress, Tally, load_encoder, make_ma
 from qwen_vit.export_estimate import Estimate, estimate_plan
 from qwen_vit.export_plan import ExportOptions, Plan, clear_away, open_export
 from qwen_vit.manifest import ManifestRow, load_arrow
-from qwen_vit.pipeline import Clock
+from qwen_vit.pipeline import Clock, thread_count
 from qwen_vit.shards import REST, STAGES, Breaker, DoneShard, export_shards, whole_shard
 
 __all__ = ["export_on_ray"]
@@ -173,10 +173,12 @@ class _Workers:
         import ray
 
         resources = ray.cluster_resources()
-        n_gpus = 0 if device == "cpu" else int(resources.get("GPU", 0))
+        if device == "cpu":
+            resources.pop("GPU", None)
+        n_gpus = int(resources.get("GPU", 0))
         if device == "cuda" and not n_gpus:
             raise ArgumentError("device is 'cuda', but the Ray cluster has no GPU; use 'cpu'")
-        # an interpreted encoder cannot run in two threads, nor does it wait for its images
+        # an interpreted encoder cannot run in two threads
         self._at_a_time = SHARDS_AT_A_TIME if n_gpus else 1
         self._actor = ray.remote(_Worker).options(
             num_cpus=1,
@@ -185,7 +187,7 @@ class _Workers:
             max_restarts=-1,
             max_task_retries=DEATHS,
         )
-        self._arguments = load, decode_threads if n_gpus else decode_threads or 1
+        self._arguments = load, _threads_of_a_shard(decode_threads, resources)
         self._most = n_gpus or max(1, int(resources.get("CPU", 1)))
         self._actors = [self._actor.remote(*self._arguments)]
 
@@ -231,6 +233,18 @@ class _Workers:
 
         for actor in self._actors:
             ray.kill(actor)  # type: ignore[arg-type]
+
+
+def _threads_of_a_shard(wanted: int | None, resources: Mapping[str, float]) -> int:
+    """A GPU's share of the cores is for its worker, whose shards share them again.
+
+    An encoder on a CPU does not wait for its images, and wants the cores itself.
+    """
+    n_gpus = int(resources.get("GPU", 0))
+    if wanted is not None or not n_gpus:
+        return wanted or 1
+    cores = max(1, int(resources.get("CPU", 1)) // n_gpus)
+    return max(2, thread_count(None, cores) // SHARDS_AT_A_TIME)
 
 
 @contextmanager

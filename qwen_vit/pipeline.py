@@ -32,16 +32,17 @@ Result = TypeVar("Result", bound=_Weighs)
 Value = TypeVar("Value")
 
 
-def thread_count(wanted: int | None) -> int:
+def thread_count(wanted: int | None, cores: int | None = None) -> int:
     """How many threads load images: as many as wanted, else one for two cores, 2 to 16.
 
-    >>> thread_count(3)
-    3
+    >>> thread_count(3), thread_count(None, cores=16)
+    (3, 8)
 
-    With one for each core the thread that keeps the GPU busy waits for its turn in Python.
+    `cores` are this process' own if not given. With a thread for each core the one that keeps the
+    GPU busy waits for its turn in Python.
     """
     if wanted is None:
-        cores = len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0)) if cores is None else cores
         return min(MOST_THREADS, max(2, cores // 2), cores)
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
         raise ArgumentError(f"decode_threads is {wanted!r}, expected a whole number above 0")

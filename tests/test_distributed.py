@@ -14,13 +14,15 @@ import export_trials
 import pytest
 import torch
 from export_trials import TESTS, digests, tiny_png
+from stand_in import StandIn
 
 from qwen_vit import cli
-from qwen_vit.distributed import _plain_errors, export_on_ray
+from qwen_vit.distributed import _plain_errors, _size, _threads_of_a_shard, export_on_ray
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.export import export_features
-from qwen_vit.export_plan import ExportOptions
+from qwen_vit.export_estimate import Estimate
+from qwen_vit.export_plan import ExportOptions, open_export
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'qwen-vit[ray]'")
 
@@ -111,6 +113,64 @@ def test_a_workers_error_is_the_users_own_and_the_folder_is_given_back(
         export_on_ray("tiny", [str(images)], tmp_path / "out", options)
     assert "ray" not in str(caught.value)
     assert not (tmp_path / "out" / "lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "resources", "threads"),
+    [
+        (None, {"CPU": 16.0, "GPU": 1.0}, 4),  # 8 for two shards under way at a time
+        (None, {"CPU": 128.0, "GPU": 8.0}, 4),
+        (None, {"CPU": 256.0, "GPU": 2.0}, 8),
+        (None, {"CPU": 2.0, "GPU": 2.0}, 2),
+        (None, {"CPU": 64.0}, 1),
+        (3, {"CPU": 64.0}, 3),
+        (5, {"CPU": 16.0, "GPU": 1.0}, 5),
+    ],
+)
+def test_workers_share_the_cores(
+    wanted: int | None, resources: dict[str, float], threads: int
+) -> None:
+    """Each took half of a machine's cores for each of its shards, on a machine of eight GPUs."""
+    assert _threads_of_a_shard(wanted, resources) == threads
+
+
+def test_many_failures_in_a_row_stop_the_workers(cluster: str, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number:02}.png").write_bytes(b"no image")
+    options = ExportOptions(shard_size=2, max_failures=6)
+    with pytest.raises(ExportError, match="stopped, because 6 images in a row failed"):
+        export_on_ray("tiny", [str(folder)], tmp_path / "out", options)
+    assert len(list((tmp_path / "out").glob("shard-*"))) < 6
+    assert not (tmp_path / "out" / "lock").exists()
+
+
+def test_an_estimate_is_asked_of_a_worker_and_may_stop_it_all(
+    cluster: str, images: Path, tmp_path: Path
+) -> None:
+    asked = []
+
+    def refuse(estimate: Estimate) -> None:
+        asked.append((estimate.images, estimate.rows))
+        raise ExportError("too large")
+
+    with pytest.raises(ExportError, match="too large"):
+        export_on_ray("tiny", [str(images)], tmp_path / "out", SMALL, confirm=refuse)
+    [(images_asked, rows)] = asked
+    assert (images_asked, rows > 0) == (6, True)
+    assert not list((tmp_path / "out").glob("shard-*"))
+    assert not (tmp_path / "out" / "lock").exists()
+
+
+def test_a_shard_on_a_disk_of_the_worker_alone_is_told(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/0.png").write_bytes(tiny_png(0))
+    with (
+        open_export(StandIn(), [str(tmp_path / "images")], tmp_path / "out", SMALL) as plan,
+        pytest.raises(ExportError, match=r"is not here, though a worker wrote it, .* all nodes"),
+    ):
+        _size(plan, 0)
 
 
 def test_a_worker_that_dies_too_often_is_told_with_what_to_do() -> None:
