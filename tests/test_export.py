@@ -1,5 +1,6 @@
 """An export loses nothing, doubles nothing, and says why: shards, resuming, locks, the command."""
 
+import errno
 import fcntl
 import io
 import json
@@ -33,6 +34,7 @@ from stand_in import WIDTH, StandIn
 from qwen_vit import cli as cli_module
 from qwen_vit import export as export_module
 from qwen_vit import export_estimate as estimate_module
+from qwen_vit import export_plan as plan_module
 from qwen_vit import folder_lock as folder_lock_module
 from qwen_vit import manifest as manifest_module
 from qwen_vit import shards as shards_module
@@ -1247,6 +1249,141 @@ def test_twenty_failures_are_told_and_the_rest_counted(here: Path, run: Any) -> 
     assert "skipped 31: 30 empty-file, 1 truncated" in out
     assert len(err.splitlines()) == 21
     assert err.splitlines()[-1] == "skipped: more than 20; the manifest has them"
+
+
+def test_what_killed_runs_left_is_cleared_by_whom_it_belongs_to(here: Path) -> None:
+    left = {
+        "own shard": ".shard-00000000.safetensors.1f.tmp",
+        "other shard": ".shard-00000001.safetensors.1f.tmp",
+        "own listing": ".listing-1-of-2.tmp",
+        "other listing": ".listing-2-of-2.tmp",
+        "manifest": ".manifest.parquet.1f.tmp",
+    }
+
+    def litter() -> None:
+        for name in left.values():
+            Path("out", name).write_text("")
+
+    def still_there() -> set[str]:
+        return {what for what, name in left.items() if Path("out", name).exists()}
+
+    with plan_of(options=replace(SMALL, part=(1, 2))):
+        litter()
+    with plan_of(options=replace(SMALL, part=(1, 2))):
+        assert still_there() == {"other shard", "other listing"}
+    litter()
+    with plan_of():
+        assert still_there() == set()
+
+
+def test_a_lock_that_is_just_given_back_is_waited_for(tmp_path: Path) -> None:
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with hold_folder(tmp_path):
+            held.set()
+            done.wait(0.2)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(30)
+    with hold_folder(tmp_path):
+        assert done.is_set() is False
+    holder.join(30)
+
+
+def test_only_what_the_user_changed_is_told(here: Path) -> None:
+    """The hash of the configs changes with them, and says nothing to anybody."""
+    export()
+    encoder = StandIn()
+    metadata = encoder.metadata()
+    policy = {**metadata["image_policy"], "max_pixels": 5_000}
+    changed = {**metadata, "config_sha256": "f" * 64, "image_policy": policy}
+    encoder.metadata = lambda: changed  # type: ignore[method-assign]
+    with pytest.raises(ExportError, match=r"max_pixels was .* is 5000 now") as caught:
+        export(encoder=encoder)
+    assert "config_sha256" not in str(caught.value)
+
+
+def test_a_folder_in_a_shards_place_is_told(here: Path) -> None:
+    with plan_of() as plan:
+        plan.path(1).mkdir()
+        with pytest.raises(ExportError, match=r"00001.safetensors is a folder, expected a feature"):
+            make_shard(StandIn(), plan, 1)
+
+
+def test_a_shard_that_is_gone_right_after_it_was_written_is_told(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module.FeatureWriter, "save", lambda self, facts: None)
+    with plan_of() as plan, pytest.raises(ExportError, match=r"gone, or damaged, right after it"):
+        make_shard(StandIn(), plan, 0)
+
+
+def test_a_disk_that_fails_while_inputs_are_listed_is_not_the_outputs(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def items(*_: Any) -> Any:
+        yield from find_items(["p/0.png"])
+        raise OSError(errno.EIO, "Input/output error", "p")
+
+    monkeypatch.setattr(plan_module, "find_items", items)
+    with pytest.raises(ExportError, match=r"p cannot be listed \(Input/output error\); check its"):
+        export()
+    assert not Path("out").exists()
+
+
+def test_a_folder_that_may_not_be_written_is_told_before_any_work(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ExportError, match=r"out cannot be written to; check its permissions"):
+        export(encoder=NeverAsked())
+
+
+def test_a_folder_given_by_name_that_cannot_be_listed_begins_nothing(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.scandir
+
+    def refused(path: str) -> Any:
+        if os.fspath(path) == "p":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(ExportError, match=r"p cannot be listed: Permission denied; check its perm"):
+        export()
+    assert not Path("out").exists()
+
+
+def test_a_broken_link_with_a_patterns_name_is_itself(here: Path) -> None:
+    Path("a[1].jpg").symlink_to("nothing")
+    with pytest.raises(ExportError, match=r"a\[1\].jpg cannot be exported \(No such file"):
+        export("a[1].jpg")
+
+
+def test_images_that_were_there_say_nothing_about_the_speed(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export()
+    Path("out/shard-00000001.safetensors").unlink()
+    initial = []
+    close = export_module.tqdm.close
+    monkeypatch.setattr(
+        export_module.tqdm, "close", lambda bar: (initial.append(bar.initial), close(bar))
+    )
+    export(show_progress=True)
+    assert initial[0] == 11 - 4
+
+
+def test_the_command_says_what_it_waited_for_and_how_to_try_again(here: Path, run: Any) -> None:
+    _, out, _ = run("p", "--out", "out", "--profile")
+    assert re.search(r"waited for: read and decode \d+%, encode \d+%, copy back \d+%, write", out)
+    assert "to try them again" not in out
+    _, again, _ = run("p", "--out", "out")
+    assert "skipped 1: 1 truncated; to try them again, delete their shards" in again
+    assert "waited for" not in again
 
 
 BAD_USAGE = {
