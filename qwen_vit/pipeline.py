@@ -115,7 +115,7 @@ class _Crew(Generic[Result]):
         self._threads, self._most = threads, max_bytes
         self._waiting = self._done = 0  # bytes of jobs that have not ended, of results not taken
         self._undone: deque[tuple[Job[Result], Future[Result]]] = deque()
-        self._begun = self._at_work = 0  # jobs; threads
+        self._at_work = 0  # threads
         self._changing = Lock()
         self._pool = ThreadPoolExecutor(threads, "qwen-vit-load")
 
@@ -143,8 +143,8 @@ class _Crew(Generic[Result]):
         self._pool.shutdown(cancel_futures=True)
 
     def _may_begin(self) -> bool:
-        is_asked_for = self._begun == self.given
-        return bool(self._undone) and (is_asked_for or self._done < self._most)
+        # never False for the one that is asked for: whatever began before it has been taken
+        return bool(self._undone) and self._done < self._most
 
     def _call_threads(self) -> None:
         if self._may_begin():
@@ -159,7 +159,6 @@ class _Crew(Generic[Result]):
                     self._at_work -= 1
                     return
                 job, future = self._undone.popleft()
-                self._begun += 1
             self._finish(job, future)
 
     def _finish(self, job: Job[Result], future: Future[Result]) -> None:

@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile
 
 import qwen_vit
+from qwen_vit import image as image_module
 from qwen_vit.errors import IMAGE_CODES, ArgumentError, ImageError
 from qwen_vit.image import ImageLimits, RgbImage, load_image
+from qwen_vit.image_completeness import ends_early, promised_bytes
 
 IMAGES = Path(__file__).parent / "images"
 FORMATS = {
@@ -878,6 +880,56 @@ def test_a_deep_pil_image_is_the_same_when_it_is_loaded_already() -> None:
     assert np.array_equal(first, load_image(data).pixels)
     assert np.array_equal(again, first)
     assert (first == 255).all()  # white, and what is clear on white
+
+
+def test_a_large_flat_png_holds_all_of_its_rows() -> None:
+    """One compressed chunk inflates to more than is looked at in one go."""
+    picture = Image.new("RGB", (1500, 1000), (9, 8, 7))
+    assert (load_image(encode(picture)).pixels == (9, 8, 7)).all()
+
+
+BIG_TIFF = b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 1) + bytes(20)
+AVIF_BOXES = struct.pack(">I4sI", 12, b"ftyp", 0)
+PROMISED = {
+    "BigTIFF": ("TIFF", BIG_TIFF, 16 + 20),
+    "BigTIFF, large-endian": ("TIFF", b"MM\0+\0\x08\0\0" + struct.pack(">QQ", 16, 3), 16 + 60),
+    "BigTIFF without entries": ("TIFF", b"II+\0\x08\0\0\0" + struct.pack("<Q", 900), 902),
+    "AVIF": ("AVIF", AVIF_BOXES + struct.pack(">I4s", 400, b"mdat"), 412),
+    "AVIF, 64 bits": ("AVIF", AVIF_BOXES + struct.pack(">I4sQ", 1, b"mdat", 500), 512),
+    "AVIF, to the end": ("AVIF", AVIF_BOXES + struct.pack(">I4s", 0, b"mdat"), 0),
+    "WEBP": ("WEBP", b"RIFF" + struct.pack("<I", 92) + b"WEBP", 100),
+    "GIF": ("GIF", b"GIF89a", 0),
+}
+
+
+@pytest.mark.parametrize("what", PROMISED)
+def test_a_container_promises_a_length(what: str) -> None:
+    file_format, data, length = PROMISED[what]
+    assert promised_bytes(data, file_format) == length
+    assert ends_early(data, file_format) == (length > len(data))
+
+
+def test_a_flag_that_another_thread_needs_is_not_put_back_before_it_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A cut file would be filled up with grey meanwhile."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with image_module._strictly():
+        with image_module._strictly():
+            assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+        assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_a_negated_view_of_a_tensor_is_its_values() -> None:
+    values = torch.complex(torch.zeros(4, 5), torch.linspace(-1, 0, 20).view(4, 5)).conj().imag
+    assert values.is_neg()
+    assert np.array_equal(load_image(values).pixels, load_image(values.resolve_neg()).pixels)
+
+
+def test_a_long_name_is_shortened_in_messages() -> None:
+    message = refusal("not-an-image", b"text", name="n" * 900 + ".png")
+    assert message.startswith("n" * 200 + "..." + "n" * 96 + ".png is not an image")
 
 
 # Threads

@@ -138,6 +138,28 @@ def test_what_waits_is_bounded_in_bytes() -> None:
     assert most <= 50 + 3 * 10 + 10
 
 
+def test_what_jobs_hold_before_they_run_is_bounded_too() -> None:
+    """Encoded bytes that a caller gave: of 10 bytes, while the first job goes on, 50 may wait."""
+    asked, may_end = 0, threading.Event()
+
+    def source() -> Iterator[Job[Sized]]:
+        nonlocal asked
+        for number in range(100):
+            asked += 1
+            if asked == 6:  # as many as fit, and nobody has begun
+                may_end.set()
+            yield Job(partial(wait, number), 10)
+
+    def wait(number: int) -> Sized:
+        may_end.wait(1)
+        return Sized(number, 0)
+
+    results = work_ahead(source(), threads=8, max_bytes=50)
+    assert next(results).value == 0
+    assert asked <= 8
+    assert len(list(results)) == 99
+
+
 def test_one_result_larger_than_the_bound_passes() -> None:
     jobs = (Job(partial(Sized, number, 1_000), 1_000) for number in range(20))
     assert len(list(work_ahead(jobs, threads=4, max_bytes=10))) == 20
