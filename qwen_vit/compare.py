@@ -115,7 +115,7 @@ def compare(
 
     def case_of(name: str) -> tuple[Case, list[Preprocessing], Patches]:
         rgb, digest = _read(name)
-        patches = patchify(rgb.pixels, encoder.image_config, name=name)
+        patches = patchify(rgb.picture, encoder.image_config, name=name)
         found = {
             each: process(rgb.pixels, encoder.image_config, each)
             for each in PROCESSORS
@@ -196,7 +196,7 @@ def compare_with_golden(
                 pixels, patches = [], None
                 if name is not None:
                     rgb = load_image(name)
-                    patches = patchify(rgb.pixels, encoder.image_config, name=name)
+                    patches = patchify(rgb.picture, encoder.image_config, name=name)
                     done = Processed(case.pixel_values, case.grid)
                     pixels = [_compare_pixels(processor, patches, done, encoder.image_config)]
                 yield _compare_case(encoder, case, pixels, patches, processor, keep_maps)

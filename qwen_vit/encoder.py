@@ -316,7 +316,7 @@ class VisionEncoder:
     def _cut(self, load: Callable[[], RgbImage], name: str) -> _Loaded:
         """One image, loaded, resized and cut into patches."""
         rgb = load()
-        patches = patchify(rgb.pixels, self.image_config, name=name)
+        patches = patchify(rgb.picture, self.image_config, name=name)
         features = ImageFeatures(name, None, _thw(patches), (rgb.height, rgb.width), rgb.notes)
         return _Loaded(features, patches)
 
@@ -475,7 +475,7 @@ def _loaded_now(load: Callable[[], RgbImage]) -> tuple[Callable[[], RgbImage], i
         loaded.set_exception(error)
         return loaded.result, 0
     loaded.set_result(rgb)
-    return loaded.result, rgb.pixels.nbytes
+    return loaded.result, 4 * rgb.height * rgb.width  # as Pillow holds them
 
 
 def _or_its_error(make: Callable[[], _Loaded], name: str, on_error: OnError) -> _Loaded:

@@ -133,26 +133,31 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RgbImage:
-    """An image after the policy: `pixels` is uint8 (height, width, 3), C-contiguous and its own.
+    """An image after the policy: `picture` is decoded, of mode RGB, and nobody else's.
 
     `format` is what the content was ("JPEG", ..., "PIL", "array", "tensor"), `name` what messages
     call it, and `notes` what the policy did, such as "EXIF orientation 6 applied".
     """
 
-    pixels: NDArray[np.uint8]
+    picture: Image.Image
     format: str
     name: str
     notes: tuple[str, ...]
 
     @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """A copy as uint8 (height, width, 3), C-contiguous."""
+        return np.array(self.picture)
+
+    @property
     def height(self) -> int:
         """Rows."""
-        return int(self.pixels.shape[0])
+        return self.picture.height
 
     @property
     def width(self) -> int:
         """Columns."""
-        return int(self.pixels.shape[1])
+        return self.picture.width
 
 
 def load_image(
@@ -282,8 +287,8 @@ def _from_bytes(data: bytes, name: str, limits: ImageLimits) -> RgbImage:
         _load(image, name, limits)
         if is_filled_up(data, file_format, image):
             raise EOFError
-        pixels, notes = _to_rgb(image, name, deep)
-    return RgbImage(pixels, file_format, name, (*early_notes, *notes, *_frame_notes(image)))
+        picture, notes = _to_rgb(image, name, deep)
+    return RgbImage(picture, file_format, name, (*early_notes, *notes, *_frame_notes(image)))
 
 
 class _Reader(io.BytesIO):
@@ -450,8 +455,10 @@ def _from_pil(image: Image.Image, name: str, limits: ImageLimits) -> RgbImage:
             _load(image, name, limits)
             if data is not None and is_filled_up(data, file_format, image):
                 raise EOFError
-            pixels, notes = _to_rgb(image, name, deep)
-    return RgbImage(pixels, "PIL", name, (*early_notes, *notes))
+            picture, notes = _to_rgb(image, name, deep)
+            if picture is image:  # which its owner may change
+                picture = picture.copy()
+    return RgbImage(picture, "PIL", name, (*early_notes, *notes))
 
 
 def _lazy_bytes(image: Image.Image, limits: ImageLimits) -> bytes | None:
@@ -485,7 +492,7 @@ def _tiff_notes(image: Image.Image) -> tuple[str, ...]:
     return (f"EXIF orientation {orientation} applied",) if orientation in ORIENTATIONS else ()
 
 
-def _to_rgb(image: Image.Image, name: str, deep: bool) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+def _to_rgb(image: Image.Image, name: str, deep: bool) -> tuple[Image.Image, tuple[str, ...]]:
     """Apply the policy to a decoded image, which stays as it is."""
     notes: list[str] = []
     try:
@@ -499,7 +506,7 @@ def _to_rgb(image: Image.Image, name: str, deep: bool) -> tuple[NDArray[np.uint8
         if upright is not None:
             picture = picture.transpose(upright)
             notes.append(f"EXIF orientation {orientation} applied")
-        return np.array(picture), tuple(notes)
+        return picture, tuple(notes)
     except (ValueError, OSError, KeyError) as error:
         if isinstance(error, ImageError):
             raise
@@ -591,10 +598,15 @@ def _from_array(
         array = array.repeat(3, axis=2)
         notes.append("grey to RGB")
     elif channels == 4:
-        rgba = Image.frombytes("RGBA", (width, height), np.ascontiguousarray(array).tobytes())
-        array = np.asarray(_on_white(rgba))
         notes.append("alpha composited on white")
-    return RgbImage(np.array(array, np.uint8, order="C"), kind, name, tuple(notes))
+        return RgbImage(_on_white(_picture("RGBA", array)), kind, name, tuple(notes))
+    return RgbImage(_picture("RGB", array), kind, name, tuple(notes))
+
+
+def _picture(mode: str, array: NDArray[np.uint8]) -> Image.Image:
+    """A copy; `Image.fromarray` would share the memory of some arrays."""
+    height, width, _ = array.shape
+    return Image.frombytes(mode, (width, height), np.ascontiguousarray(array).tobytes())
 
 
 def _channels_last(array: NDArray[Any], name: str, layout: ArrayLayout) -> NDArray[Any]:

@@ -52,7 +52,7 @@ def describe(
         facts["verified"] = store.check(source.folder) or _check_values(checkpoint)
     if image is not None:
         rgb = load_image(image)
-        [grid] = patchify(rgb.pixels, image_config, name=rgb.name).grids
+        [grid] = patchify(rgb.picture, image_config, name=rgb.name).grids
         facts["image"] = {
             "id": rgb.name,
             "size_px": [rgb.height, rgb.width],

@@ -6,7 +6,7 @@ Source: transformers, models/qwen2_vl/image_processing_pil_qwen2_vl.py.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from qwen_vit.errors import ArgumentError, ImageError
 
 __all__ = ["Patches", "patchify", "resize_image", "smart_resize"]
 
+Rgb: TypeAlias = NDArray[np.uint8] | Image.Image
 MAX_RATIO = 200
 CHANNELS = 3
 PUBLISHED_PATCH_VALUES = CHANNELS * 14 * 14  # in one frame: the width of an empty set
@@ -142,21 +143,26 @@ def smart_resize(
     return rows * factor, columns * factor
 
 
-def resize_image(
-    rgb: NDArray[np.uint8], config: ImageConfig, *, name: str = "the image"
-) -> NDArray[np.uint8]:
+def resize_image(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> NDArray[np.uint8]:
     """Resize to smart_resize's size: Pillow's bicubic filter, on uint8.
 
-    `rgb` is (height, width, 3) and comes back as it is where the size already fits. Raises
-    ImageError as smart_resize does, and with code "patches" for another dtype or shape.
+    `rgb` is a Pillow image of mode RGB, or uint8 (height, width, 3), which comes back as it is
+    where the size already fits. Raises ImageError as smart_resize does, and with code "patches" for
+    another mode, dtype or shape.
     """
-    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != CHANNELS:
+    if isinstance(rgb, Image.Image):
+        width, height = rgb.size
+        what, is_rgb = f"a Pillow image of mode {rgb.mode}", rgb.mode == "RGB"
+    else:
+        what = f"{rgb.dtype} of shape {rgb.shape}"
+        is_rgb = rgb.dtype == np.uint8 and rgb.ndim == 3 and rgb.shape[2] == CHANNELS
+        height, width = rgb.shape[:2] if is_rgb else (0, 0)
+    if not is_rgb:
         raise ImageError(
-            f"{name} is {rgb.dtype} of shape {rgb.shape}, expected uint8 of shape (height, width, "
-            "3); pass it through load_image",
+            f"{name} is {what}, expected uint8 of shape (height, width, 3); pass it through "
+            "load_image",
             code="patches",
         )
-    height, width, _ = rgb.shape
     new_height, new_width = smart_resize(
         height,
         width,
@@ -166,21 +172,22 @@ def resize_image(
         name=name,
     )
     if (new_height, new_width) == (height, width):
-        return rgb
-    resized = Image.fromarray(rgb).resize((new_width, new_height), Image.Resampling.BICUBIC)
-    return np.asarray(resized)
+        return np.asarray(rgb)
+    picture = rgb if isinstance(rgb, Image.Image) else Image.fromarray(rgb)
+    return np.asarray(picture.resize((new_width, new_height), Image.Resampling.BICUBIC))
 
 
-def patchify(rgb: NDArray[np.uint8], config: ImageConfig, *, name: str = "the image") -> Patches:
+def patchify(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> Patches:
     """Resize an RGB image and cut it into patches, in grid order.
 
-    `rgb` is uint8 (height, width, 3); `name` is what messages say. Raises as resize_image does,
-    and ImageError with code "memory" where there is not enough of it.
+    `rgb` is a Pillow image of mode RGB, which spares a copy, or uint8 (height, width, 3); `name` is
+    what messages say. Raises as resize_image does, and ImageError with code "memory" where there is
+    not enough of it.
     """
     try:
-        rgb = resize_image(rgb, config, name=name)
+        resized = resize_image(rgb, config, name=name)
         pixels = rearrange(
-            rgb,
+            resized,
             "(h mh ph) (w mw pw) c -> (h w mh mw) (c ph pw)",
             mh=config.merge_size,
             mw=config.merge_size,
@@ -193,7 +200,7 @@ def patchify(rgb: NDArray[np.uint8], config: ImageConfig, *, name: str = "the im
             f"{name} does not fit into memory when resized; make it smaller, or lower max_pixels",
             code="memory",
         ) from None
-    height, width, _ = rgb.shape
+    height, width, _ = resized.shape
     grid = Grid(1, height // config.patch_px, width // config.patch_px)
     return Patches(torch.from_numpy(pixels), (grid,))
 

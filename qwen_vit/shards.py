@@ -24,7 +24,6 @@ from qwen_vit.errors import ExportError, ImageError, shown
 from qwen_vit.export_plan import LISTING, SETTINGS, ExportOptions, Plan, RowForm
 from qwen_vit.feature_files import open_shard
 from qwen_vit.features import FeatureWriter, ImageFeatures, not_finite
-from qwen_vit.finite import extremes
 from qwen_vit.image import ImageLimits, load_image
 from qwen_vit.listing import Item, read_item
 from qwen_vit.manifest import ManifestRow, shard_rows
@@ -39,6 +38,7 @@ logger = logging.getLogger("qwen_vit")
 
 RING_BYTES = 2**29  # pinned, for features on their way
 BEHIND_BYTES = RING_BYTES // 4 * 3  # of them that wait to be written; one more finds room beside
+GROUP_BYTES, GROUP_IMAGES = 2**24, 64  # of a GPU's features that are copied back together
 IMAGE_HEAD_BYTES = 320  # of a shard's head, besides names: grid, offset, hash, size, notes
 ROW_BYTES = 1_000  # of the manifest, in memory, or more
 STAGES = READ, ENCODE, COPY, WRITE, REST = "read and decode", "encode", "copy back", "write", "rest"
@@ -79,6 +79,7 @@ class _Image:
     notes: tuple[str, ...] = ()
     grid_thw: tuple[int, int, int] = (0, 0, 0)
     patches: Patches | None = None  # from its file to the encoder
+    n_rows: int = 0  # of its features, as they are stored
     stage: str = "read"
     error: ImageError | None = None
 
@@ -142,12 +143,12 @@ def export_shards(
                 _Shard(plan, begin.shard, form, breaker, on_image) as shard,
                 Behind(BEHIND_BYTES) as writer,
             ):
-                for image, embeds in _encode(encoder, images, plan.options, breaker, clock):
+                encoded = _encode(encoder, images, plan.options, breaker, clock)
+                for group, embeds in _in_groups(encoded, encoder.device):
                     with clock.stage(COPY):
-                        rows = None if embeds is None else sender.send(embeds)
+                        sent = sender.send(group, embeds)
                     with _behind(shard, clock):
-                        n_bytes = 0 if rows is None else rows.n_bytes
-                        writer.do(partial(shard.add, image, rows), n_bytes)
+                        writer.do(partial(shard.add, group, sent), sent.n_bytes)
                 with _behind(shard, clock):
                     saved = writer.wait(writer.do(shard.save))
             yield DoneShard(begin.shard, saved, is_new=True)
@@ -180,17 +181,17 @@ def _head_room(items: Sequence[Item], settings: Mapping[str, Any]) -> int:
     return len(json.dumps(text)) + IMAGE_HEAD_BYTES * (len(items) + 1)  # JSON within JSON
 
 
-class _Rows(NamedTuple):
-    """An image's features on their way to the CPU: there, once the GPU has done what it has to."""
+class _Sent(NamedTuple):
+    """Images' features on their way to the CPU: there, once the GPU has done what it has to."""
 
-    values: Tensor
-    extremes: Tensor  # the least and the largest of them, NaN if one is
+    rows: Tensor  # of one image after the other
+    is_finite: Tensor  # each of them
     arrival: torch.cuda.Event | None
     release: Callable[[], None]  # when nobody reads them any more
 
     @property
     def n_bytes(self) -> int:
-        return self.values.nbytes
+        return self.rows.nbytes
 
 
 class _Sender:
@@ -201,32 +202,43 @@ class _Sender:
         self._ring: PinnedRing | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
-            self._ring = PinnedRing(_pinned((RING_BYTES,), torch.uint8))
+            self._ring = PinnedRing(_pinned(RING_BYTES))
 
-    def send(self, embeds: Tensor) -> _Rows:
-        """Begin to copy an image's rows; they are released in the order in which they are sent."""
+    def send(self, images: Sequence[_Image], embeds: Sequence[Tensor]) -> _Sent:
+        """Begin to copy the rows of those images that have any.
+
+        What is sent is released in the order in which it was sent.
+        """
         if self._form.patches_per_row is None:
-            embeds = embeds.float().mean(dim=0, keepdim=True)
-        stored = embeds.to(self._form.dtype)
-        bounds = extremes(stored)
+            embeds = [each.float().mean(dim=0, keepdim=True) for each in embeds]
+        lengths = iter(map(len, embeds))
+        for image in images:
+            image.n_rows = 0 if image.error is not None else next(lengths)
+        if not embeds:
+            nothing = torch.empty(0, self._form.width, dtype=self._form.dtype, device="cpu")
+            return _Sent(nothing, nothing.bool().all(1), None, lambda: None)
+        stored = (embeds[0] if len(embeds) == 1 else torch.cat(list(embeds))).to(self._form.dtype)
+        is_finite = stored.isfinite().all(1)
         if self._ring is None:
-            return _Rows(stored, bounds, None, lambda: None)
-        place, release = self._ring.take(stored.nbytes), self._ring.give_back
+            return _Sent(stored, is_finite, None, lambda: None)
+        n_bytes = stored.nbytes + is_finite.nbytes
+        place, release = self._ring.take(n_bytes), self._ring.give_back
         if place is None:
-            place, release = _pinned((stored.nbytes,), torch.uint8), lambda: None
-        values, on_host = place.view(stored.dtype).view(stored.shape), _pinned((2,), bounds.dtype)
+            place, release = _pinned(n_bytes), lambda: None
+        rows = place[: stored.nbytes].view(stored.dtype).view(stored.shape)
+        flags = place[stored.nbytes :].view(torch.bool)
         self._stream.wait_stream(torch.cuda.current_stream(stored.device))
         with torch.cuda.stream(self._stream):
-            for there, here in ((stored, values), (bounds, on_host)):
+            for there, here in ((stored, rows), (is_finite, flags)):
                 here.copy_(there, non_blocking=True)
                 there.record_stream(self._stream)
             arrival = torch.cuda.Event(blocking=True)
             arrival.record(self._stream)
-        return _Rows(values, on_host, arrival, release)
+        return _Sent(rows, flags, arrival, release)
 
 
-def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+def _pinned(n_bytes: int) -> Tensor:
+    return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 class _Shard:
@@ -260,9 +272,20 @@ class _Shard:
     def __exit__(self, *_: object) -> None:
         self._writer.discard()
 
-    def add(self, image: _Image, rows: _Rows | None) -> None:
-        """The next image: its rows, or its error."""
-        embeds = None if rows is None else self._arrived(image, rows)
+    def add(self, images: Sequence[_Image], sent: _Sent) -> None:
+        """The next images: their rows, or their errors."""
+        self._wait_for(sent)
+        is_finite = sent.is_finite.numpy()
+        begin = 0
+        for image in images:
+            end = begin + image.n_rows
+            if not is_finite[begin:end].all():
+                image.error = not_finite(image.item.id)
+            self._add(image, sent.rows[begin:end] if image.error is None else None)
+            begin = end
+        sent.release()
+
+    def _add(self, image: _Image, embeds: Tensor | None) -> None:
         if embeds is not None:
             self._writer.add(image.item.id, embeds, image.grid_thw)
             self._facts.append(
@@ -282,8 +305,6 @@ class _Shard:
                 raise image.error
         self._breaker.count_done(image.error)
         self._on_image(ImageFeatures(image.item.id, embeds, image.grid_thw, error=image.error))
-        if rows is not None:
-            rows.release()
 
     def save(self) -> list[ManifestRow]:
         """Write the file, read it again, and give its rows of the manifest."""
@@ -303,17 +324,12 @@ class _Shard:
             )
         return rows
 
-    def _arrived(self, image: _Image, rows: _Rows) -> Tensor | None:
-        """An image's rows on the CPU; None, and its error, if they are not finite."""
-        if rows.arrival is not None:
+    def _wait_for(self, sent: _Sent) -> None:
+        if sent.arrival is not None:
             begin = time.perf_counter()
-            with torch.cuda.device(rows.arrival.device):  # or the first GPU is woken, too
-                rows.arrival.synchronize()
+            with torch.cuda.device(sent.arrival.device):  # or the first GPU is woken, too
+                sent.arrival.synchronize()
             self.waited_s += time.perf_counter() - begin
-        if bool(rows.extremes.isfinite().all()):
-            return rows.values
-        image.error = not_finite(image.item.id)
-        return None
 
 
 def whole_shard(plan: Plan, shard: int, then: str = "it is made again") -> list[ManifestRow] | None:
@@ -382,6 +398,30 @@ def _encode(
         yield image, None
 
 
+def _in_groups(
+    encoded: Iterable[tuple[_Image, Tensor | None]], device: torch.device
+) -> Iterator[tuple[list[_Image], list[Tensor]]]:
+    """Images, and the embeddings of those that have any, as many as are copied from a GPU at once.
+
+    What a copy costs in Python an export of small images would wait for. On a CPU nothing is
+    copied, and each image is told when it is done.
+    """
+    most = GROUP_IMAGES if device.type == "cuda" else 1
+    images: list[_Image] = []
+    embeds: list[Tensor] = []
+    n_bytes = 0
+    for image, each in encoded:
+        images.append(image)
+        if each is not None:
+            embeds.append(each)
+            n_bytes += each.nbytes
+        if len(images) == most or n_bytes >= GROUP_BYTES:
+            yield images, embeds
+            images, embeds, n_bytes = [], [], 0
+    if images:
+        yield images, embeds
+
+
 def _timed(encoded: Iterator[ImageFeatures], clock: Clock) -> Iterator[ImageFeatures]:
     while True:
         with clock.stage(ENCODE):
@@ -401,7 +441,7 @@ def _load(item: Item, config: ImageConfig, limits: ImageLimits) -> _Image:
         image.stage = "decode"
         rgb = load_image(data, name=item.id, limits=limits)
         image.size_px, image.notes = (rgb.height, rgb.width), rgb.notes
-        image.patches = patchify(rgb.pixels, config, name=shown(item.id))
+        image.patches = patchify(rgb.picture, config, name=shown(item.id))
         image.stage = "encode"
     except ImageError as error:
         # without its traceback, whose frames hold the file's bytes
