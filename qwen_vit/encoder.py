@@ -22,7 +22,7 @@ from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.convert import convert, pixel_weight_exponent
 from qwen_vit.errors import ArgumentError, CheckpointError, ImageError
 from qwen_vit.features import ImageFeatures
-from qwen_vit.graphs import LARGEST_BUDGET, LEAST_STEP, GraphRunner, budget_for
+from qwen_vit.graphs import LARGEST_BUDGET, LEAST_STEP, GraphRunner
 from qwen_vit.hub import Source, find_checkpoint
 from qwen_vit.image import ArrayLayout, ImageLimits, ImageSource, RgbImage, load_image
 from qwen_vit.kernels.attention import HEAD_DIMS
@@ -424,11 +424,11 @@ class VisionEncoder:
         if self.device.type == "cuda" and patches.device.type == "cpu":
             patches = patches.pin_memory()  # itself, where it is pinned already
         is_whole_units = LEAST_STEP % self.config.merge_unit == 0
-        by_graph = self.graphs is not None and output == "merged" and is_whole_units
-        budget = budget_for(len(patches)) if by_graph else None
-        if self.graphs is not None and budget is not None:
-            filled_up = _layout(grids, self.config, self.device, self.dtype, budget)
-            merged = self.graphs.run(patches, filled_up)
+        graphs = self.graphs if output == "merged" and is_whole_units else None
+        n_rows = None if graphs is None else graphs.rows_for(patches)
+        if graphs is not None and n_rows is not None:
+            filled_up = _layout(grids, self.config, self.device, self.dtype, n_rows)
+            merged = graphs.run(patches, filled_up)
             if merged is not None:
                 return merged
         layout = _layout(grids, self.config, self.device, self.dtype)

@@ -9,6 +9,7 @@ image's rows, nor on how many there are.
 
 import logging
 import threading
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ logger = logging.getLogger("qwen_vit")
 
 LARGEST_BUDGET = 32_768  # patches; above it the launches are a small share of the time
 LEAST_STEP = 256  # patches
+RECORDING_ROWS = 16_384  # what a GPU computes while a graph is recorded: some 40 ms on an H200
 ROOM = 2  # times the tiles that whole windows and frames need; smaller pieces run without a graph
 
 
@@ -63,12 +65,31 @@ class GraphRunner:
         self._stream = torch.cuda.Stream(device)
         self._done = torch.cuda.Event()  # after a replay and the copy of what it gave
         self._lock = threading.Lock()
+        self._spared: Counter[int] = Counter()  # rows, by budget, that its own graph would have
+
+    def rows_for(self, patches: Tensor) -> int | None:
+        """The rows of the graph for these patches, recorded or to be, or None where none serves.
+
+        `budget_for`'s, unless a larger graph is there: that one serves until the rows which a
+        smaller one would have spared come to what its recording costs. Sizes that hardly ever come,
+        such as what is left over when images are packed, are not worth a graph of their own.
+        """
+        own = budget_for(len(patches))
+        with self._lock:
+            recorded = {rows for rows, dtype in self._recorded if dtype == patches.dtype}
+            if own is None or own in recorded:
+                return own
+            larger = min((rows for rows in recorded if rows > own), default=None)
+            if larger is None:
+                return own
+            self._spared[own] += larger - own
+            return larger if self._spared[own] <= RECORDING_ROWS else own
 
     def run(self, patches: Tensor, layout: Layout) -> Tensor | None:
         """The merged tokens (M, O) of `patches` as the tower takes them, or None if no graph fits.
 
-        `layout` lies on the host and was filled up to `budget_for(N)` rows. Nothing waits for the
-        GPU; the first call of a budget records its graph.
+        `layout` lies on the host and was filled up to `rows_for(patches)` rows. Nothing waits for
+        the GPU; the first call of that many rows records their graph.
         """
         static = _with_room(layout)
         if static is None:

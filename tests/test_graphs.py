@@ -22,6 +22,7 @@ from qwen_vit.config import VisionConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.graphs import (
     LARGEST_BUDGET,
+    RECORDING_ROWS,
     ROOM,
     GraphRunner,
     _with_room,
@@ -211,6 +212,29 @@ def test_a_recording_that_runs_out_of_memory_costs_the_graph_alone(no_gpu: list[
         assert list(runner._recorded) == ([(256, torch.uint8)] if is_recorded else [])
     recording = ["wait_event", "capture_begin", "capture_end", "wait_stream"]
     assert no_gpu == [*recording, "empty_cache", "record", *recording, "record"]
+
+
+def test_a_larger_graph_serves_until_its_spare_rows_cost_a_recording(no_gpu: list[str]) -> None:
+    """What is left over when images are packed has another size each time: 40 recordings, of which
+    each took as long as four full batches of small images."""
+    runner = GraphRunner(answer_of, torch.device("cpu"))  # type: ignore[arg-type]
+
+    def rows_for(n: int, dtype: torch.dtype = torch.uint8) -> int | None:
+        return runner.rows_for(torch.zeros(n, 588, dtype=dtype))
+
+    assert rows_for(900) == 1024  # nothing is there
+    runner._recorded = {(rows, torch.uint8): Mock() for rows in (1024, 4096, 32_768)}
+    assert rows_for(900) == rows_for(1024) == 1024
+    assert rows_for(700) == 1024  # 256 rows too many
+    assert rows_for(1200) == 4096
+    assert rows_for(4100) == 4352  # 28,416 rows too many, at once
+    assert rows_for(40_000) is None
+    assert rows_for(900, torch.float32) == 1024  # of its own type, nothing is there
+    times = 0
+    while rows_for(2000) == 4096:
+        times += 1
+    assert times == RECORDING_ROWS // (4096 - 2048)
+    assert rows_for(2000) == 2048  # and it stays so
 
 
 def test_a_graph_made_in_inference_mode_serves_everybody(no_gpu: list[str]) -> None:
