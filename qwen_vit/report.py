@@ -9,6 +9,7 @@ import io
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ from qwen_vit.errors import ArgumentError, ExportError
 __all__ = ["check_report", "write_report"]
 
 PAGE = "index.html"
+PICTURE = re.compile(r"\d{2,}-[A-Za-z0-9_-]{0,40}-(?:windows|drift|features)\.png")  # of a report
 OURS, THEIRS, APART, LIMIT = "#1668c7", "#d9730d", "#6b7280", "#c0392b"
 DOTS_PER_INCH = 150
 RC: Any = {
@@ -74,7 +76,7 @@ def check_report(folder: Path, *, overwrite: bool) -> None:
 
 
 def write_report(folder: Path, comparison: Comparison) -> Path:
-    """Write the page and its pictures into a folder; returns the page.
+    """Write the page and its pictures into a folder, in place of an older one's; returns the page.
 
     The comparison must have been made with `keep_maps`. The page holds its pictures, so it can be
     moved or sent alone. Raises ExportError where the folder cannot be written.
@@ -107,6 +109,12 @@ def write_report(folder: Path, comparison: Comparison) -> Path:
                 file.write(picture.png)
     with atomic_file(folder / PAGE) as file:
         file.write(page.encode("utf-8", "backslashreplace"))
+    # those of a report that was here before would pass for pictures of this one
+    new = {picture.file for _, pictures in sections for picture in pictures}
+    for name in os.listdir(folder):
+        if PICTURE.fullmatch(name) and name not in new:
+            with suppress(OSError):
+                (folder / name).unlink()
     return folder / PAGE
 
 

@@ -205,6 +205,19 @@ def test_an_existing_page_stays_unless_asked(page: Path) -> None:
     report.check_report(page.parent, overwrite=True)
 
 
+def test_the_pictures_of_an_older_report_go_and_nothing_else_does(tmp_path: Path) -> None:
+    folder = tmp_path / "page"
+    folder.mkdir()
+    left = {"notes.txt", "01-holiday.png", "cat-drift.png"}
+    for name in (*left, "03-other_photo-drift.png", "01--windows.png"):
+        (folder / name).write_bytes(b"")
+    report.write_report(folder, comparison())
+    names = {path.name for path in folder.iterdir()}
+    assert left <= names
+    assert not {"03-other_photo-drift.png", "01--windows.png"} & names
+    assert len(names) == len(left) + 1 + 3 * len(comparison().images)
+
+
 def test_without_the_extra_the_package_to_install_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
