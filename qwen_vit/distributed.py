@@ -64,6 +64,7 @@ def export_on_ray(
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ArgumentError(f"device is {device!r}, expected 'auto', 'cuda' or 'cpu' with Ray")
+    thread_count(decode_threads)  # refuses what makes no sense, before a cluster is begun
     options, tally, waits = options or ExportOptions(), Tally(), dict.fromkeys(STAGES, 0.0)
     model = os.path.abspath(model) if os.path.isdir(model) else model
     load = partial(load_encoder, model, options, device=device, **loading)
@@ -241,8 +242,10 @@ def _threads_of_a_shard(wanted: int | None, resources: Mapping[str, float]) -> i
     An encoder on a CPU does not wait for its images, and wants the cores itself.
     """
     n_gpus = int(resources.get("GPU", 0))
-    if wanted is not None or not n_gpus:
-        return wanted or 1
+    if wanted is not None:
+        return wanted
+    if not n_gpus:
+        return 1
     cores = max(1, int(resources.get("CPU", 1)) // n_gpus)
     return max(2, thread_count(None, cores) // SHARDS_AT_A_TIME)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from qwen_vit.checkpoint import Checkpoint, config_hash, load_checkpoint
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.convert import convert, pixel_weight_exponent
-from qwen_vit.errors import ArgumentError, CheckpointError, ImageError
+from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, ImageError
 from qwen_vit.features import ImageFeatures
 from qwen_vit.graphs import LARGEST_BUDGET, LEAST_STEP, GraphRunner
 from qwen_vit.hub import Source, find_checkpoint
@@ -352,6 +352,8 @@ class VisionEncoder:
                     window, n_patches = [], 0
                 window.append(each)
                 n_patches += each.n_patches
+        except ExportError:  # of an export that is stopped: nobody takes what came before
+            raise
         except Exception:
             yield window  # what came before it is given before it is raised
             raise
@@ -472,7 +474,8 @@ def _loaded_now(load: Callable[[], RgbImage]) -> tuple[Callable[[], RgbImage], i
     try:
         rgb = load()
     except ImageError as error:
-        loaded.set_exception(error)
+        # without its traceback, whose frames hold the array, and this one what it is kept in
+        loaded.set_exception(error.with_traceback(None))
         return loaded.result, 0
     loaded.set_result(rgb)
     return loaded.result, 4 * rgb.height * rgb.width  # as Pillow holds them
@@ -569,12 +572,13 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def _check_fits(config: VisionConfig, device: torch.device) -> None:
-    least, most = HEAD_DIMS[device.type]
-    if not least <= config.head_dim <= most:
+    fits = {kind: least <= config.head_dim <= most for kind, (least, most) in HEAD_DIMS.items()}
+    if not fits[device.type]:
+        least, most = HEAD_DIMS[device.type]
         raise CheckpointError(
             f"head_dim is {config.head_dim}, expected {least} to {most} on {device}, for which the "
             "attention kernel is made; "
-            + ("use device='cpu'" if device.type == "cuda" else "choose another checkpoint")
+            + ("use device='cpu'" if fits["cpu"] else "choose another checkpoint")
         )
     if device.type == "cuda" and config.patch_px % 2:
         raise CheckpointError(

@@ -24,8 +24,9 @@ from qwen_vit.feature_files import shard_name
 from qwen_vit.features import SCHEMA_VERSION
 from qwen_vit.folder_lock import LOCK_NAME, hold_folder, hold_moment
 from qwen_vit.image import ImageLimits
-from qwen_vit.listing import Listing, find_items, read_listing
+from qwen_vit.listing import Item, Listing, find_items, read_listing
 from qwen_vit.patches import smart_resize
+from qwen_vit.safetensors_header import MAX_HEADER_BYTES
 from qwen_vit.strict_json import is_integer, read_json
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "RowForm",
     "check_folder",
     "clear_away",
+    "head_room",
     "open_export",
     "rehearse_export",
     "target_size",
@@ -50,6 +52,7 @@ SETTINGS, LISTING = "export.json", "listing.jsonl"
 SUFFIXES_TOLD = 5
 # Another name for the same weights is the same model: their hashes are compared.
 NAMES_ALONE = {"model", "commit"}
+IMAGE_HEAD_BYTES = 320  # of a shard's head, besides names: grid, offset, hash, size, notes
 SHARD = re.compile(r"shard-\d+\.safetensors")
 LEFTOVER = re.compile(r"\.+(?:shard-(\d{8})\.|listing-(\d+)-of-(\d+)\b|export\.|manifest\.).*\.tmp")
 
@@ -202,11 +205,34 @@ def open_export(
                 listing.path.unlink(missing_ok=True)
             plan = Plan(folder, settings, replace(listing, path=folder / LISTING), options)
             clear_away(plan)
+            if not _has_shards(folder):
+                _check_heads(plan)
             yield plan
     finally:
         if is_new and options.part == (1, 1):  # and empty: nothing came of it, nor will of others
             with suppress(OSError):
                 folder.rmdir()
+
+
+def head_room(items: Sequence[Item], settings: Mapping[str, Any]) -> int:
+    """The bytes to leave for a shard's head; what it follows from is known before any image is."""
+    names = [name for item in items for name in (item.id, item.source)]
+    text = json.dumps({**settings, "ids": names})
+    return len(json.dumps(text)) + IMAGE_HEAD_BYTES * (len(items) + 1)  # JSON within JSON
+
+
+def _check_heads(plan: Plan) -> None:
+    """Raise ExportError for shards of more images than a header can name, before any is made."""
+    for shard in plan.shards:
+        n_images = plan.listing.shard_length(shard)
+        if n_images * IMAGE_HEAD_BYTES < MAX_HEADER_BYTES // 16:  # its names take no 5,000 bytes
+            continue
+        room = head_room(plan.listing.shard(shard), plan.settings)
+        if room > MAX_HEADER_BYTES:
+            raise ExportError(
+                f"{plan.path(shard)} would need a header of up to {room} bytes for {n_images} "
+                f"images, of which safetensors reads {MAX_HEADER_BYTES}; lower --shard-size"
+            )
 
 
 def _paths(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:

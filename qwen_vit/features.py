@@ -145,7 +145,7 @@ def check_features(features: Iterable[ImageFeatures]) -> list[ImageFeatures]:
                 "returns them"
             )
         grid = feature.grid_thw
-        is_grid = isinstance(grid, tuple) and len(grid) == 3 and all(map(is_integer, grid))
+        is_grid = isinstance(grid, tuple | list) and len(grid) == 3 and all(map(is_integer, grid))
         if not isinstance(feature.id, str) or not (grid is None or is_grid):
             raise ArgumentError(
                 f"features holds one with the id {feature.id!r} and the grid_thw {grid!r}, "
@@ -177,7 +177,7 @@ class FeatureWriter:
         self.ids: list[str] = []
         self._grids: list[tuple[int, int, int]] = []
         self._lengths: list[int] = []
-        self._head_bytes = head_bytes + -head_bytes % 8
+        self._head_bytes = min(head_bytes + -head_bytes % 8, MAX_HEADER_BYTES)
         self._end = self._told = self._head_bytes  # of the rows; and what the system was told of
         self._growing = AtomicFile(path)
         self._growing.file.seek(self._end)

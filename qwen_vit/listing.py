@@ -43,6 +43,7 @@ NO_IMAGES = {".csv", ".json", ".parquet", ".pdf", ".tsv", ".xml", ".yaml", ".yml
 TAR_SUFFIX = ".tar"
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # files begin so
+TAKEN_SUFFIXES = (*IMAGE_SUFFIXES, TAR_SUFFIX, *COMPRESSED_TARS)  # from a folder
 TAR_BLOCK = 512
 LARGEST_FILE = 2**63 - 1  # bytes
 DEEP = re.compile(r"(?:^|(?<=/))\*\*(?:/+|$)")  # in a pattern: any number of folders
@@ -178,8 +179,14 @@ def find_items(inputs: Sequence[str], left_out: Counter[str] | None = None) -> I
     """
     left_out = Counter() if left_out is None else left_out
     _check_alone(inputs)
+    told: set[str] = set()  # folders that cannot be listed: several patterns may meet one
     for given in inputs:
-        yield from _from_input(given, left_out)
+        for item in _from_input(given, left_out):
+            if item.error is not None and item.error[0] == "unreadable":
+                if item.source in told:
+                    continue
+                told.add(item.source)
+            yield item
 
 
 def check_inputs(inputs: Sequence[str]) -> None:
@@ -210,9 +217,11 @@ def _from_input(given: str, left_out: Counter[str]) -> Iterator[Item]:
         raise ExportError(f"no file matches {shown(given)}; check the pattern")
     folders: set[Path] = set()
     for match in matches:
-        if not folders.isdisjoint(Path(match).parents):
+        is_folder = os.path.isdir(match)
+        is_taken = is_folder or match.lower().endswith(TAKEN_SUFFIXES)
+        if is_taken and not folders.isdisjoint(Path(match).parents):
             continue  # it came with the folder that it is in
-        if os.path.isdir(match):
+        if is_folder:
             if ALL_BELOW.search(given):
                 continue
             folders.add(Path(match))

@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock
+from threading import RLock, current_thread
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from qwen_vit.errors import ArgumentError
@@ -21,6 +21,7 @@ __all__ = ["Behind", "Clock", "Job", "pack", "thread_count", "work_ahead"]
 MOST_THREADS = 16
 AHEAD_BYTES = 2**27  # about seven full batches of a GPU
 AHEAD_JOBS = 1_024
+LOADING = "qwen-vit-load"  # how its threads are called
 
 
 class _Weighs(Protocol):
@@ -116,8 +117,8 @@ class _Crew(Generic[Result]):
         self._waiting = self._done = 0  # bytes of jobs that have not ended, of results not taken
         self._undone: deque[tuple[Job[Result], Future[Result]]] = deque()
         self._at_work = 0  # threads
-        self._changing = Lock()
-        self._pool = ThreadPoolExecutor(threads, "qwen-vit-load")
+        self._changing = RLock()  # a generator that is left may be closed by any thread, these too
+        self._pool = ThreadPoolExecutor(threads, LOADING)
 
     def has_room(self) -> bool:
         with self._changing:
@@ -140,7 +141,8 @@ class _Crew(Generic[Result]):
     def close(self) -> None:
         with self._changing:
             self._undone.clear()
-        self._pool.shutdown(cancel_futures=True)
+        is_one_of_them = current_thread().name.startswith(LOADING)
+        self._pool.shutdown(wait=not is_one_of_them, cancel_futures=True)
 
     def _may_begin(self) -> bool:
         # never False for the one that is asked for: whatever began before it has been taken

@@ -3,11 +3,10 @@
 Threads load images ahead and one writes behind, so that the encoder is what an export waits for.
 """
 
-import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from torch import Tensor
 from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ExportError, ImageError, shown
-from qwen_vit.export_plan import LISTING, SETTINGS, ExportOptions, Plan, RowForm
+from qwen_vit.export_plan import LISTING, SETTINGS, ExportOptions, Plan, RowForm, head_room
 from qwen_vit.feature_files import open_shard
 from qwen_vit.features import FeatureWriter, ImageFeatures, not_finite
 from qwen_vit.image import ImageLimits, load_image
@@ -30,7 +29,6 @@ from qwen_vit.manifest import ManifestRow, shard_rows
 from qwen_vit.patches import Patches, patchify
 from qwen_vit.pinned_ring import PinnedRing
 from qwen_vit.pipeline import Behind, Clock, Job, thread_count, work_ahead
-from qwen_vit.safetensors_header import MAX_HEADER_BYTES
 
 __all__ = ["REST", "STAGES", "Breaker", "DoneShard", "export_shards", "whole_shard"]
 
@@ -39,7 +37,6 @@ logger = logging.getLogger("qwen_vit")
 RING_BYTES = 2**29  # pinned, for features on their way
 BEHIND_BYTES = RING_BYTES // 4 * 3  # of them that wait to be written; one more finds room beside
 GROUP_BYTES, GROUP_IMAGES = 2**24, 64  # of a GPU's features that are copied back together
-IMAGE_HEAD_BYTES = 320  # of a shard's head, besides names: grid, offset, hash, size, notes
 ROW_BYTES = 1_000  # of the manifest, in memory, or more
 STAGES = READ, ENCODE, COPY, WRITE, REST = "read and decode", "encode", "copy back", "write", "rest"
 
@@ -174,13 +171,6 @@ def _behind(shard: "_Shard", clock: Clock) -> Iterator[None]:
     clock.move(waited_s, WRITE, COPY)
 
 
-def _head_room(items: Sequence[Item], settings: Mapping[str, Any]) -> int:
-    """The bytes to leave for a shard's head; what it follows from is known before any image is."""
-    names = [name for item in items for name in (item.id, item.source)]
-    text = json.dumps({**settings, "ids": names})
-    return len(json.dumps(text)) + IMAGE_HEAD_BYTES * (len(items) + 1)  # JSON within JSON
-
-
 class _Sent(NamedTuple):
     """Images' features on their way to the CPU: there, once the GPU has done what it has to."""
 
@@ -218,7 +208,8 @@ class _Sender:
             nothing = torch.empty(0, self._form.width, dtype=self._form.dtype, device="cpu")
             return _Sent(nothing, nothing.bool().all(1), None, lambda: None)
         stored = (embeds[0] if len(embeds) == 1 else torch.cat(list(embeds))).to(self._form.dtype)
-        is_finite = stored.isfinite().all(1)
+        # by their extremes: values one by one would take more memory than they have themselves
+        is_finite = stored.amin(1).isfinite() & stored.amax(1).isfinite()
         if self._ring is None:
             return _Sent(stored, is_finite, None, lambda: None)
         n_bytes = stored.nbytes + is_finite.nbytes
@@ -257,13 +248,7 @@ class _Shard:
         self._plan, self._form, self._breaker, self._on_image = plan, form, breaker, on_image
         self._facts: list[dict[str, Any]] = []
         self._errors: list[dict[str, Any]] = []
-        room = _head_room(plan.listing.shard(number), plan.settings)
-        if room > MAX_HEADER_BYTES:  # found out at the end, all of it would have been for nothing
-            raise ExportError(
-                f"{plan.path(number)} would need a header of up to {room} bytes for "
-                f"{plan.listing.shard_length(number)} images, of which safetensors reads "
-                f"{MAX_HEADER_BYTES}; lower --shard-size"
-            )
+        room = head_room(plan.listing.shard(number), plan.settings)
         self._writer = FeatureWriter(plan.path(number), form.width, form.dtype, room)
 
     def __enter__(self) -> Self:

@@ -208,6 +208,11 @@ def test_an_address_where_nobody_listens_is_told_at_once(
         export_on_ray("tiny", ["x"], "out", address=place)
 
 
+def test_a_number_of_threads_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="decode_threads is 0"):
+        export_on_ray("tiny", ["x"], tmp_path / "out", decode_threads=0)
+
+
 def test_a_device_of_one_machine_is_no_device_of_a_cluster(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"device is 'cuda:1', expected .* with Ray"):
         export_on_ray("tiny", ["x"], tmp_path / "out", device="cuda:1")

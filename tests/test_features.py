@@ -396,6 +396,12 @@ def test_a_path_that_no_reader_opens_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_grid_may_be_a_list_as_json_gives_it(tmp_path: Path) -> None:
+    features = [ImageFeatures("a", torch.ones(1, 4), [1, 2, 2])]  # type: ignore[arg-type]
+    again = load_features(write_features(tmp_path / "a.safetensors", features, METADATA))
+    assert again["a"].grid_thw == (1, 2, 2)
+
+
 def test_features_may_come_from_a_stream(tmp_path: Path) -> None:
     stream = (ImageFeatures(name, torch.ones(1, 4), (1, 2, 2)) for name in "ab")
     assert len(load_features(write_features(tmp_path / "a.safetensors", stream, METADATA))) == 2

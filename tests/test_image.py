@@ -882,6 +882,29 @@ def test_a_deep_pil_image_is_the_same_when_it_is_loaded_already() -> None:
     assert (first == 255).all()  # white, and what is clear on white
 
 
+def test_a_tiff_is_its_first_page_though_a_later_one_is_damaged() -> None:
+    """Counting its pages moves through the file, and stops at the page before the damage."""
+    pages = [Image.new("RGB", size, colour) for size, colour in (((28, 84), "red"), ((56, 56), 0))]
+    data = bytearray(encode(pages[0], "TIFF", save_all=True, append_images=[pages[1], pages[1]]))
+    start = 4
+    for _ in range(2):  # to where the second page says where the third one is
+        (directory,) = struct.unpack_from("<I", data, start)
+        (entries,) = struct.unpack_from("<H", data, directory)
+        start = directory + 2 + 12 * entries
+    struct.pack_into("<I", data, start, len(data) + 100)
+    for source in (bytes(data), Image.open(io.BytesIO(data))):
+        image = load_image(source)
+        assert image.picture.mode == "RGB"
+        assert image.pixels.shape == (84, 28, 3)
+        assert (image.pixels == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_what_was_loaded_holds_neither_its_file_nor_its_decoder(file_format: str) -> None:
+    image = load_image(encode(chelsea(), file_format, **FORMATS[file_format]))
+    assert type(image.picture) is Image.Image
+
+
 def test_a_large_flat_png_holds_all_of_its_rows() -> None:
     """One compressed chunk inflates to more than is looked at in one go."""
     picture = Image.new("RGB", (1500, 1000), (9, 8, 7))

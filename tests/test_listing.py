@@ -157,6 +157,28 @@ def test_what_is_in_a_folder_that_matches_comes_once(here: Path) -> None:
     assert ids("q/**/*cat*") == ["cat0.png", "deep/cat2.png", "q/cat.png", "q/dog/cat1.png"]
 
 
+def test_what_a_folder_that_matches_would_leave_out_comes_by_its_own_name(here: Path) -> None:
+    touch("cats/cat1", "cats/cat2.jpg", "cats/cat3.dat")
+    assert ids("**/cat*") == ["cat2.jpg", "cats/cat1", "cats/cat3.dat"]
+
+
+def test_patterns_that_meet_one_unreadable_folder_tell_it_once(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its id came twice, and the whole export was refused."""
+    touch("a/1.jpg", "a/2.png", "no/3.jpg")
+    real = os.scandir
+
+    def refused(path: str) -> Any:
+        if os.fspath(path).rstrip("/").endswith("no"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(listing_module.os, "scandir", refused)
+    assert ids("*/*.jpg", "*/*.png") == ["a/1.jpg", "no", "a/2.png"]
+    assert ids("**/no", "no*") == ["no"]
+
+
 @pytest.mark.parametrize(
     ("pattern", "good"),
     [

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
@@ -574,6 +575,42 @@ def test_the_first_image_that_fails_is_the_one_that_is_raised(tmp_path: Path) ->
         with pytest.raises(ImageError, match="image 0 has shape"):
             encoder().encode(images[::-1], decode_threads=threads)
     assert load_threads() == 0
+
+
+def test_an_array_that_fails_is_not_kept() -> None:
+    """Its error's traceback held it, in a circle that only the garbage collector ends."""
+    gc.collect()
+    gc.disable()
+    try:
+        array = np.full((40, 40, 3), np.nan, np.float32)
+        kept = weakref.ref(array)
+        [failed] = encoder().encode([array], on_error="skip", decode_threads=2)
+        del array
+        assert failed.error is not None
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+def test_an_export_that_is_stopped_encodes_no_more(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    for number in range(8):
+        good = number < 2
+        (tmp_path / f"p/{number}.png").write_bytes(tiny_png(number) if good else b"no image")
+    encoded: list[int] = []
+
+    class Watched(VisionEncoder):
+        __slots__ = ()
+
+        def _forward(self, patches: Any, *more: Any) -> Any:
+            encoded.append(len(patches))
+            return super()._forward(patches, *more)
+
+    watched = Watched.from_pretrained("tiny", device="cpu")
+    options = ExportOptions(max_failures=3)
+    with pytest.raises(ExportError, match="3 images in a row failed"):
+        export_features(watched, [str(tmp_path / "p")], tmp_path / "out", options)
+    assert encoded == []
 
 
 @pytest.mark.parametrize("threads", [1, 4])
