@@ -288,6 +288,8 @@ def _from_bytes(data: bytes, name: str, limits: ImageLimits) -> RgbImage:
         if is_filled_up(data, file_format, image):
             raise EOFError
         picture, notes = _to_rgb(image, name, deep)
+        if picture is image:  # which holds its file, and goes through it when frames are counted
+            picture = image._new(image.im)
     return RgbImage(picture, file_format, name, (*early_notes, *notes, *_frame_notes(image)))
 
 
@@ -456,6 +458,8 @@ def _from_pil(image: Image.Image, name: str, limits: ImageLimits) -> RgbImage:
             if data is not None and is_filled_up(data, file_format, image):
                 raise EOFError
             picture, notes = _to_rgb(image, name, deep)
+            if picture is image:  # which its owner may change
+                picture = image.copy()
     return RgbImage(picture, "PIL", name, (*early_notes, *notes))
 
 
@@ -504,9 +508,7 @@ def _to_rgb(image: Image.Image, name: str, deep: bool) -> tuple[Image.Image, tup
         if upright is not None:
             picture = picture.transpose(upright)
             notes.append(f"EXIF orientation {orientation} applied")
-        # not the image itself: its owner may change it, counting its frames moves through it, and
-        # it may hold its file and its decoder
-        return picture.copy() if picture is image else picture, tuple(notes)
+        return picture, tuple(notes)
     except (ValueError, OSError, KeyError) as error:
         if isinstance(error, ImageError):
             raise

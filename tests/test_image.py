@@ -882,6 +882,7 @@ def test_a_deep_pil_image_is_the_same_when_it_is_loaded_already() -> None:
     assert (first == 255).all()  # white, and what is clear on white
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow says so of the later page
 def test_a_tiff_is_its_first_page_though_a_later_one_is_damaged() -> None:
     """Counting its pages moves through the file, and stops at the page before the damage."""
     pages = [Image.new("RGB", size, colour) for size, colour in (((28, 84), "red"), ((56, 56), 0))]
