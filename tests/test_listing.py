@@ -162,19 +162,24 @@ def test_what_a_folder_that_matches_would_leave_out_comes_by_its_own_name(here: 
     assert ids("**/cat*") == ["cat2.jpg", "cats/cat1", "cats/cat3.dat"]
 
 
+def refuse_to_list(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Folders of this name cannot be listed, as those of another user."""
+    real = os.scandir
+
+    def scandir(path: str) -> Any:
+        if os.path.basename(os.fspath(path).rstrip("/")) == name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(listing_module.os, "scandir", scandir)
+
+
 def test_patterns_that_meet_one_unreadable_folder_tell_it_once(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its id came twice, and the whole export was refused."""
     touch("a/1.jpg", "a/2.png", "no/3.jpg")
-    real = os.scandir
-
-    def refused(path: str) -> Any:
-        if os.fspath(path).rstrip("/").endswith("no"):
-            raise PermissionError(errno.EACCES, "Permission denied")
-        return real(path)
-
-    monkeypatch.setattr(listing_module.os, "scandir", refused)
+    refuse_to_list(monkeypatch, "no")
     assert ids("*/*.jpg", "*/*.png") == ["a/1.jpg", "no", "a/2.png"]
     assert ids("**/no", "no*") == ["no"]
 
@@ -197,14 +202,7 @@ def test_a_folder_that_a_pattern_cannot_look_into_is_an_item(
     here: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, good: list[str]
 ) -> None:
     touch("p/a.jpg", "p/no/b.jpg", "p/yes/c.jpg")
-    real = os.scandir
-
-    def refused(path: str) -> Any:
-        if os.fspath(path).rstrip("/").endswith("no"):
-            raise PermissionError(errno.EACCES, "Permission denied")
-        return real(path)
-
-    monkeypatch.setattr(listing_module.os, "scandir", refused)
+    refuse_to_list(monkeypatch, "no")
     *found, bad = find_items([pattern])
     assert [(item.id, item.error) for item in found] == [(name, None) for name in good]
     assert (bad.id, bad.source) == ("p/no", str(here / "p/no"))
