@@ -474,8 +474,7 @@ def _loaded_now(load: Callable[[], RgbImage]) -> tuple[Callable[[], RgbImage], i
     try:
         rgb = load()
     except ImageError as error:
-        # without its traceback, whose frames hold the array, and this one what it is kept in
-        loaded.set_exception(error.with_traceback(None))
+        loaded.set_exception(error.without_frames())
         return loaded.result, 0
     loaded.set_result(rgb)
     return loaded.result, 4 * rgb.height * rgb.width  # as Pillow holds them
@@ -487,9 +486,7 @@ def _or_its_error(make: Callable[[], _Loaded], name: str, on_error: OnError) -> 
     except ImageError as error:
         if on_error == "raise":
             raise
-        # without its traceback, whose frames hold the file's bytes
-        plain = ImageError(str(error), code=error.code)
-        return _Loaded(ImageFeatures(name, None, None, error=plain), None)
+        return _Loaded(ImageFeatures(name, None, None, error=error.without_frames()), None)
 
 
 # computed from integers, so that repeated sizes cost nothing

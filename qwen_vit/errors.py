@@ -64,6 +64,10 @@ class ImageError(QwenVitError, ValueError):
         super().__init__(message)
         self.code = code
 
+    def without_frames(self) -> "ImageError":
+        """The same to keep: a traceback's frames hold the file's bytes, or the array."""
+        return ImageError(str(self), code=self.code)
+
 
 class ArgumentError(QwenVitError, ValueError):
     """A device, a data type or an option does not fit this machine or this call."""

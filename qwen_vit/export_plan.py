@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
+from hashlib import file_digest
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -270,7 +270,10 @@ def rehearse_export(
         if folder is not None and (folder / SETTINGS).exists():
             settings = _settings(encoder, listing, options)
             settings = _settled(folder, settings, listing, options.part) or settings
-        yield Plan(Path(temporary), settings, listing, options)
+        plan = Plan(Path(temporary), settings, listing, options)
+        if folder is None or not folder.exists() or not _has_shards(folder):
+            _check_heads(plan)
+        yield plan
 
 
 def check_folder(folder: Path, *, make: bool = True) -> None:
@@ -420,7 +423,8 @@ def _listing_difference(
 ) -> tuple[str, str]:
     """How the images differ, and where those that the export was begun with are found."""
     try:
-        is_whole = sha256(before.read_bytes()).hexdigest() == stored["listing_sha256"]
+        with open(before, "rb") as file:
+            is_whole = file_digest(file, "sha256").hexdigest() == stored["listing_sha256"]
     except OSError:
         is_whole = False
     if not is_whole:

@@ -429,8 +429,7 @@ def _load(item: Item, config: ImageConfig, limits: ImageLimits) -> _Image:
         image.patches = patchify(rgb.picture, config, name=shown(item.id))
         image.stage = "encode"
     except ImageError as error:
-        # without its traceback, whose frames hold the file's bytes
-        image.error = ImageError(str(error), code=error.code)
+        image.error = error.without_frames()
     except MemoryError:
         message = f"{shown(item.id)} does not fit into memory; free some, or leave it out"
         image.error = ImageError(message, code="memory")

@@ -553,6 +553,9 @@ def test_a_header_that_safetensors_would_not_read_is_refused_before_any_image(
     monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", 3_000)
     with pytest.raises(ExportError, match=r"would need a header of up to .* lower --shard-size"):
         export(encoder=NeverAsked(), options=replace(SMALL, shard_size=11))
+    for folder in (None, "new", "out"):  # a dry run says so, too
+        with pytest.raises(ExportError, match="lower --shard-size"):
+            estimate_export(NeverAsked(), ["p"], replace(SMALL, shard_size=11), folder=folder)
     assert export(options=replace(SMALL, shard_size=1)).exported == 10  # which then works
     monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", 300)  # an estimate, and there are shards
     Path("out/shard-00000003.safetensors").unlink()
