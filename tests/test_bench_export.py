@@ -1,0 +1,46 @@
+"""The command that measures exports runs where there is no GPU, too, and counts what it says."""
+
+import json
+import runpy
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+ROOT = Path(__file__).parent.parent
+
+
+def measured(*words: str, **changed: int) -> dict[str, Any]:
+    main = runpy.run_path(str(ROOT / "tools/bench_export"))["main"]
+    # another process would not find what is in no module
+    main.callback.__globals__.update(changed, ProcessPoolExecutor=ThreadPoolExecutor)
+    common = ["--model", "tiny", "--sides", "56", "84", "--commit", "abc1234"]
+    done = CliRunner().invoke(main, [*words, *common], catch_exceptions=False)
+    assert done.exit_code == 0
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def test_as_many_images_are_exported_as_the_rates_are_of() -> None:
+    """Rates of 5,000 images were 2.5 times too high: 2,000 were made, whatever was asked for."""
+    line = measured(
+        *("--images", "7", "--peer-images", "0", "--checked", "3", "--shard-size", "4"),
+        MEMORY_FILES=3,
+        WRITTEN_BYTES=2**24,
+    )
+    assert (line["what"], line["images"], line["shard_size"]) == ("export", 7, 4)
+    rates = line["images_per_s"]
+    assert rates["export"] == pytest.approx(7 / line["seconds"], rel=0.01)
+    assert line["share_of_the_lower_bound"] == pytest.approx(
+        rates["export"] / min(rates["encoder alone"], rates["disk"]), abs=0.002
+    )
+    assert 16 <= line["patches_per_image"] <= 36  # 56 to 84 px a side
+    assert sum(line["waits_s"].values()) <= line["seconds"] + 0.05
+
+
+def test_memory_is_watched_over_files_that_come_again() -> None:
+    line = measured("memory", "--images", "9", MEMORY_FILES=4)
+    assert (line["what"], line["images"]) == ("export memory", 9)
+    assert line["images_per_s"] == pytest.approx(9 / line["seconds"], rel=0.1)
+    assert line["grown_mb"][1] == 0
