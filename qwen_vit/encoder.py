@@ -398,10 +398,8 @@ class VisionEncoder:
         try:
             # each image gets its own memory: keeping one must not keep its whole batch (which has
             # no name here, so that the memory is free when halves are tried)
-            return [
-                part.clone()
-                for part in self._forward(patches.pixels, patches.grids, output).split(rows)
-            ]
+            copies: Any = torch.split_with_sizes_copy  # typed as if it gave nothing
+            return list(copies(self._forward(patches.pixels, patches.grids, output), rows))
         except torch.cuda.OutOfMemoryError as error:
             if len(parts) == 1:
                 message = (

@@ -192,23 +192,26 @@ class FeatureWriter:
         """Leave nothing of a file that was not saved; harmless when it was."""
         self._growing.discard()
 
-    def add(self, name: str, embeds: Tensor, grid: tuple[int, int, int]) -> None:
-        """Append one image: its rows (n, width), stored in the file's dtype, and its grid."""
-        if embeds.shape[1:] != (self.width,):
+    def add(self, rows: Tensor, images: Sequence[tuple[str, tuple[int, int, int], int]]) -> None:
+        """Append images: their rows (n, width), and of each its id, its grid and its share of n."""
+        n_rows = sum(length for _, _, length in images)
+        if rows.shape != (n_rows, self.width):
             raise ExportError(
-                f"{self.path}: the embeddings of {name!r} have the shape {tuple(embeds.shape)}, "
-                f"expected (n, {self.width}); write one file for each model and output"
+                f"{self.path}: the embeddings of {', '.join(name for name, _, _ in images)!r} have "
+                f"the shape {tuple(rows.shape)}, expected ({n_rows}, {self.width}); write one file "
+                "for each model and output"
             )
-        rows = embeds.detach().to("cpu", self.dtype).contiguous()
+        rows = rows.detach().to("cpu", self.dtype).contiguous()
         try:
             self._end += self._growing.file.write(_bytes_of(rows))
             if self._end - self._told >= FLUSH_BYTES:
                 self._begin_flush()
         except OSError as error:
             raise cannot_write(self.path, error) from None
-        self.ids.append(name)
-        self._grids.append(grid)
-        self._lengths.append(len(rows))
+        for name, grid, length in images:
+            self.ids.append(name)
+            self._grids.append(grid)
+            self._lengths.append(length)
 
     def save(self, facts: Mapping[str, Any]) -> None:
         """Write the head, and give the file its name; `facts` are JSON values for its metadata."""

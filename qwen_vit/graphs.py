@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,7 +95,7 @@ class GraphRunner:
         static = _with_room(layout)
         if static is None:
             return None
-        indices = static.flat().pin_memory()
+        indices = static.flat(pinned=True)
         with (
             self._lock,
             torch.cuda.device(self._device),
@@ -208,5 +209,6 @@ def _with_room(layout: Layout) -> Layout | None:
 def _filled(tensor: Tensor, length: int) -> Tensor | None:
     if len(tensor) > length:
         return None
-    missing = (length - len(tensor), *tensor.shape[1:])
-    return torch.cat([tensor, tensor.new_zeros(missing)])
+    filled = np.zeros((length, *tensor.shape[1:]), dtype=np.int32)
+    filled[: len(tensor)] = tensor.numpy()
+    return torch.from_numpy(filled)

@@ -18,7 +18,7 @@ without padding anything.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -208,7 +208,7 @@ class Layout:
         merged_order[unit_order] = np.arange(len(unit_order), dtype=np.int32)
 
         positions = np.zeros((total, 2), dtype=np.int32)
-        positions[:n_patches] = _concatenate([part.row_and_column for part in parts], width=2)
+        positions[:n_patches] = _concatenate([part.row_and_column for part in parts]).reshape(-1, 2)
         grid_index = np.zeros(total, dtype=np.int32)  # a filler row repeats the first patch
         grid_index[:n_patches] = (
             unit_order[:, None] * unit + np.arange(unit, dtype=np.int32)
@@ -250,27 +250,28 @@ class Layout:
 
         The host buffer is pinned on the way to a GPU, so that the copy does not wait for it.
         """
-        flat = self.flat()
-        if device.type == "cuda":
-            flat = flat.pin_memory()
+        flat = self.flat(pinned=device.type == "cuda")
         return self.viewing(flat.to(device, non_blocking=True))
 
-    def flat(self) -> torch.Tensor:
+    def flat(self, *, pinned: bool = False) -> torch.Tensor:
         """Every tensor in one buffer, each beginning at a multiple of 16 bytes.
 
         Triton compiles a kernel anew for a pointer that does not.
         """
-        padded = [
-            torch.nn.functional.pad(tensor.reshape(-1), (0, -tensor.numel() % ALIGNED_INTEGERS))
-            for tensor in self.tensors()
-        ]
-        return torch.cat(padded)
+        tensors = self.tensors()
+        lengths = [_aligned(tensor.numel()) for tensor in tensors]
+        flat = torch.empty(sum(lengths), dtype=torch.int32, device="cpu", pin_memory=pinned)
+        # by NumPy: torch's threads would wait for cores on which images are decoded
+        rest = flat.numpy()
+        for tensor, length in zip(tensors, lengths, strict=True):
+            part, rest = rest[:length], rest[length:]
+            part[: tensor.numel()] = tensor.numpy().reshape(-1)
+        return flat
 
     def viewing(self, flat: torch.Tensor) -> "Layout":
         """The same layout, its tensors views of a buffer that is laid out as `flat()`."""
         old = self.tensors()
-        lengths = [tensor.numel() for tensor in old]
-        parts = flat.split([length + -length % ALIGNED_INTEGERS for length in lengths])
+        parts = flat.split([_aligned(tensor.numel()) for tensor in old])
         new = [
             part[: tensor.numel()].view(tensor.shape)
             for part, tensor in zip(parts, old, strict=True)
@@ -296,9 +297,14 @@ class Layout:
         return orders + segments
 
 
-def _concatenate(arrays: list[Integers], width: int | None = None) -> Integers:
-    empty = np.zeros((0,) if width is None else (0, width), dtype=np.int32)
-    return np.concatenate([empty, *arrays])
+def _aligned(length: int) -> int:
+    return length + -length % ALIGNED_INTEGERS
+
+
+def _concatenate(arrays: list[Integers]) -> Integers:
+    # not by NumPy, which gives Python's lock away after each one, to threads that decode images
+    memories: list[Any] = list(arrays)
+    return np.frombuffer(b"".join(memories), dtype=np.int32)
 
 
 def _segments(lengths: Integers, tiling: Tiling) -> Segments:

@@ -6,7 +6,7 @@ Source: transformers, models/qwen2_vl/image_processing_pil_qwen2_vl.py.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -82,9 +82,14 @@ class Patches:
             return cls(torch.cat([each.to(device) for each in pixels]), grids)
         rows = sum(map(len, pixels))
         size = (max(rows, pinned_rows), widths[0])
-        joined = torch.empty(size, dtype=pixels[0].dtype, device="cpu", pin_memory=True)[:rows]
-        # by this thread alone: torch's many would wait for cores on which images are decoded
-        np.concatenate([each.numpy() for each in pixels], out=joined.numpy())
+        joined = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)[:rows]
+        # torch's threads would wait for cores on which images are decoded, and NumPy for Python's
+        # lock after each image, which it gives away: a memoryview keeps it
+        room, begin = _memory(joined), 0
+        for each in pixels:
+            end = begin + each.numel()
+            room[begin:end] = _memory(each)
+            begin = end
         return cls(joined, grids)
 
     def to_rows(self, config: ImageConfig) -> torch.Tensor:
@@ -233,3 +238,8 @@ def _check_limits(factor: int, min_pixels: int, max_pixels: int) -> None:
             f"min_pixels {min_pixels} exceeds max_pixels {max_pixels}; "
             "lower the one or raise the other"
         )
+
+
+def _memory(values: torch.Tensor) -> memoryview:
+    flat: Any = np.ascontiguousarray(values.numpy()).reshape(-1)
+    return memoryview(flat)

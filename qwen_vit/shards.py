@@ -260,26 +260,32 @@ class _Shard:
     def add(self, images: Sequence[_Image], sent: _Sent) -> None:
         """The next images: their rows, or their errors."""
         self._wait_for(sent)
-        is_finite = sent.is_finite.numpy()
-        begin = 0
+        parts = sent.rows.split([image.n_rows for image in images])
+        is_finite, begin = sent.is_finite.numpy(), 0
         for image in images:
-            end = begin + image.n_rows
-            if not is_finite[begin:end].all():
+            if not is_finite[begin : begin + image.n_rows].all():
                 image.error = not_finite(image.item.id)
-            self._add(image, sent.rows[begin:end] if image.error is None else None)
-            begin = end
+            begin += image.n_rows
+        good = [(each, part) for each, part in zip(images, parts, strict=True) if not each.error]
+        if good:
+            is_whole = sum(each.n_rows for each, _ in good) == len(sent.rows)
+            self._writer.add(
+                sent.rows if is_whole else torch.cat([part for _, part in good]),
+                [(each.item.id, each.grid_thw, each.n_rows) for each, _ in good],
+            )
+        for image, part in zip(images, parts, strict=True):
+            self._count(image, None if image.error else part)
         sent.release()
 
-    def _add(self, image: _Image, embeds: Tensor | None) -> None:
-        if embeds is not None:
-            self._writer.add(image.item.id, embeds, image.grid_thw)
+    def _count(self, image: _Image, embeds: Tensor | None) -> None:
+        if image.error is None:
             self._facts.append(
                 {
                     "sha256": image.sha256, "size_px": image.size_px, "notes": image.notes,
                     "source": image.item.source,
                 }
             )  # fmt: skip
-        elif image.error is not None:
+        else:
             self._errors.append(
                 {
                     "id": image.item.id, "stage": image.stage, "code": image.error.code,

@@ -15,7 +15,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -286,6 +286,24 @@ def test_nan_is_never_written(here: Path, output: Any, dtype: Any) -> None:
     done = export(options=ExportOptions(output, dtype, shard_size=4))
     assert done.failed["not-finite"] == 1
     assert all(each.embeds.isfinite().all() for each in load_features("out"))
+
+
+@pytest.mark.parametrize("broken", [[], [0], [1, 2], [3], range(4), range(10)])
+def test_images_that_come_from_a_gpu_together_are_written_as_one_by_one(
+    here: Path, broken: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their rows are written at once, but for those of the images that failed."""
+    for number in broken:
+        harm(f"{number}.png", "nan")
+    one_by_one = export(out="alone")
+    assert one_by_one.failed.get("not-finite", 0) == len(broken)
+    real = shards_module._in_groups
+    monkeypatch.setattr(
+        shards_module, "_in_groups", lambda encoded, device: real(encoded, torch.device("cuda"))
+    )
+    together = export(out="together")
+    assert together.failed == one_by_one.failed
+    assert files("together") == files("alone")
 
 
 def test_an_image_that_does_not_fit_the_memory_is_a_row(

@@ -262,18 +262,20 @@ def small_writer(path: Path, head_bytes: int = 4096) -> FeatureWriter:
     return FeatureWriter(path, 6, torch.float32, head_bytes)
 
 
-@pytest.mark.parametrize("shape", [(2, 5), (2, 7), (6,), (1, 2, 6), ()])
+@pytest.mark.parametrize("shape", [(3, 5), (3, 7), (2, 6), (6,), (1, 3, 6), ()])
 def test_rows_of_another_width_do_not_go_into_a_growing_file(
     path: Path, shape: tuple[int, ...]
 ) -> None:
     """They were written, and the file's own header then promised other bytes."""
     with small_writer(path) as writer:
-        writer.add("a", torch.ones(1, 6), (1, 2, 2))
-        with pytest.raises(ExportError, match=r"'b' have the shape \(.*expected \(n, 6\)"):
-            writer.add("b", torch.ones(shape), (1, 2, 2))
-        writer.add("c", torch.ones(2, 6), (1, 2, 4))
+        writer.add(torch.ones(1, 6), [("a", (1, 2, 2), 1)])
+        with pytest.raises(ExportError, match=r"'b, c' have the shape \(.*expected \(3, 6\)"):
+            writer.add(torch.ones(shape), [("b", (1, 2, 2), 1), ("c", (1, 2, 4), 2)])
+        writer.add(torch.ones(3, 6), [("d", (1, 2, 4), 2), ("e", (1, 2, 2), 1)])
         writer.save(METADATA)
-    assert load_features(path).ids == ["a", "c"]
+    file = load_features(path)
+    assert file.ids == ["a", "d", "e"]
+    assert [len(features.embeds) for features in file if features.embeds is not None] == [1, 2, 1]
 
 
 @pytest.mark.parametrize("head_bytes", [8, 4096])
@@ -286,7 +288,7 @@ def test_a_disk_that_fills_up_at_the_head_is_named(
         raise OSError(28, "No space left on device")
 
     with small_writer(path, head_bytes) as writer:
-        writer.add("a", torch.ones(1, 6), (1, 2, 2))
+        writer.add(torch.ones(1, 6), [("a", (1, 2, 2), 1)])
         monkeypatch.setattr(writer._growing, "file", Mock(wraps=writer._growing.file, seek=full))
         with pytest.raises(ExportError, match=r"features.safetensors could not be .*No space"):
             writer.save(METADATA)

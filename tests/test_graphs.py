@@ -189,7 +189,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     cuda.CUDAGraph().capture_begin = lambda **_: did.append("capture_begin")
     cuda.CUDAGraph().capture_end = lambda: did.append("capture_end")
     monkeypatch.setattr(torch, "cuda", cuda)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    flat = Layout.flat
+    monkeypatch.setattr(Layout, "flat", lambda self, **_: flat(self))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, _: None)
     return did
 

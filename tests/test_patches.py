@@ -1,6 +1,7 @@
 """Patches against transformers' Qwen2VLImageProcessorPil, and the refusals of smart_resize."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,6 +218,22 @@ def test_joined_patches_keep_images_in_order() -> None:
     assert joined.grids == (Grid(1, 4, 6), Grid(1, 8, 4), Grid(1, 4, 4))
     assert torch.equal(joined.pixels[24:56], parts[1].pixels)
     assert torch.equal(joined.to_rows(config), torch.cat([part.to_rows(config) for part in parts]))
+
+
+def test_patches_are_joined_in_pinned_memory_as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their strides; this machine may have no memory to pin."""
+    parts = [patchify(noise(h, w, h), image_config()) for h, w in [(56, 84), (112, 56), (56, 56)]]
+    parts[1] = Patches(parts[1].pixels.T.contiguous().T, parts[1].grids)
+    empty, asked = torch.empty, []
+
+    def pageable(size: Any, **options: Any) -> torch.Tensor:
+        asked.append((size, options.pop("pin_memory")))
+        return empty(size, **options)
+
+    monkeypatch.setattr(torch, "empty", pageable)
+    joined = Patches.cat(parts, pinned_rows=100)
+    assert asked == [((100, 588), True)]
+    assert torch.equal(joined.pixels, torch.cat([part.pixels for part in parts]))
 
 
 def test_no_patches_are_an_empty_set_of_the_right_shape() -> None:
