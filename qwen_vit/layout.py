@@ -246,9 +246,9 @@ class Layout:
         return max((max(grid.h, grid.w) for grid in self.grids), default=1)
 
     def to(self, device: torch.device) -> "Layout":
-        """The same layout on another device, moved in one copy.
+        """The same layout, from the host, on a device, moved in one copy.
 
-        The host buffer is pinned on the way to a GPU, so that the copy does not wait for it.
+        The host's buffer is pinned on the way to a GPU, so that the copy does not wait for it.
         """
         flat = self.flat(pinned=device.type == "cuda")
         return self.viewing(flat.to(device, non_blocking=True))

@@ -485,8 +485,7 @@ def test_the_first_answer_of_every_recording_is_right() -> None:
     grids: list[GridTuple] = [(1, 96, 96)]
     pixels = random_pixels(n_patches(grids), 0).to(CUDA)
     layout = layout_for(grids, config, CUDA, torch.bfloat16)
-    planned = layout_for(grids, config, CUDA, torch.bfloat16, budget_for(len(pixels)))
-    on_host = planned.to(torch.device("cpu"))
+    on_host = plan_layout(as_grids(grids), config, CUDA, torch.bfloat16, budget_for(len(pixels)))
     with torch.no_grad():
         expected = tower(pixels, layout)
     kept = []  # so that each recording finds memory that another one has used
