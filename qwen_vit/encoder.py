@@ -75,7 +75,7 @@ class _Loaded(NamedTuple):
         return 0 if self.patches is None else self.patches.pixels.nbytes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class VisionEncoder:
     """The vision encoder of Qwen2.5-VL, without the language model.
 
@@ -147,6 +147,10 @@ class VisionEncoder:
         use_graphs = cuda_graphs and chosen_device.type == "cuda"
         graphs = GraphRunner(tower, chosen_device) if use_graphs else None
         return cls(tower, checkpoint, image_config, source, chosen_device, chosen_dtype, graphs)
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"VisionEncoder({self.source.name!r}, {dtype}, on {self.device})"
 
     @property
     def config(self) -> VisionConfig:

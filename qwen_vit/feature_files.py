@@ -16,9 +16,11 @@ from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -46,6 +48,9 @@ WRITE_AGAIN = "write it again with `qwen-vit encode`"
 RESUME = "run the same `qwen-vit export` command again, which writes what is missing"
 
 
+Many: TypeAlias = slice | range | list[int] | list[str] | tuple[int, ...] | NDArray[Any] | Tensor
+
+
 def shard_name(index: int) -> str:
     """The file of an export folder's shard.
 
@@ -68,8 +73,9 @@ class FailedImage:
 class Features(ABC):
     """Images' features in order, read when they are asked for.
 
-    Indexed by position or id; a slice or a list of positions and ids gives a choice of them, which
-    is lazy, too. The rows are views of the file in memory: clone what you want to write to.
+    Indexed by position or id; a slice, a list, tuple, range, array or tensor of positions and ids,
+    or a mask of one truth value for each image gives a choice of them, which is lazy, too. The rows
+    are views of the file in memory: clone what you want to write to.
     """
 
     metadata: dict[str, Any]
@@ -93,17 +99,14 @@ class Features(ABC):
     @overload
     def __getitem__(self, key: int | str) -> ImageFeatures: ...
     @overload
-    def __getitem__(self, key: slice | list[int] | list[str]) -> "Features": ...
-    def __getitem__(
-        self, key: int | str | slice | list[int] | list[str]
-    ) -> "ImageFeatures | Features":
+    def __getitem__(self, key: Many) -> "Features": ...
+    def __getitem__(self, key: int | str | Many) -> "ImageFeatures | Features":
         if isinstance(key, slice):
             return _Choice(self, range(*key.indices(len(self))))
-        if isinstance(key, list):
-            for each in key:
-                self._find(each)
-            return _Choice(self, key)
-        return self._read(self._find(key))
+        one_or_many: Any = key.tolist() if isinstance(key, (np.ndarray, Tensor)) else key
+        if isinstance(one_or_many, (list, tuple, range)):
+            return _Choice(self, self._keys(one_or_many))
+        return self._read(self._find(one_or_many))
 
     def __iter__(self) -> Iterator[ImageFeatures]:
         return (self[index] for index in range(len(self)))
@@ -133,9 +136,25 @@ class Features(ABC):
         """SGLang's `image_data`: see `downstream.to_sglang`."""
         return downstream.to_sglang(self)
 
+    def _keys(self, keys: Sequence[int] | Sequence[str]) -> Sequence[int | str]:
+        if keys and all(isinstance(key, bool) for key in keys):
+            if len(keys) != len(self):
+                raise IndexError(f"a mask of {len(keys)} for {self}, which holds {len(self)}")
+            return [index for index, is_chosen in enumerate(keys) if is_chosen]
+        for key in keys:
+            self._find(key)
+        return list(keys)
+
     def _at(self, key: int | str) -> int:
         """A position counted from the front, or IndexError."""
-        index, count = operator.index(key), len(self)  # type: ignore[arg-type]
+        count = len(self)
+        try:
+            index = operator.index(key)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(
+                f"{key!r} chooses no image of {self}, expected a position or an id, a slice, or a "
+                "list or array of them"
+            ) from None
         if not -count <= index < count:
             raise IndexError(f"image {index} of {self}, which holds {count}")
         return index % count
@@ -151,6 +170,9 @@ class _Choice(Features):
 
     def __str__(self) -> str:
         return f"a choice of {self.source}"
+
+    def __repr__(self) -> str:
+        return f"<{len(self):,} images of {self.source!r}>"
 
     @cached_property
     def ids(self) -> Sequence[str]:
@@ -195,6 +217,9 @@ class FeatureFile(Features):
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"FeatureFile({str(self.path)!r}: {len(self):,} images)"
 
     def __reduce__(self) -> Any:  # a data loader's workers open it for themselves
         return load_features, (self.path,)
@@ -275,6 +300,10 @@ class FeatureFolder(Features):
     def __str__(self) -> str:
         return str(self.path)
 
+    def __repr__(self) -> str:
+        shards = f"{len(self._present):,} of {self._shard_count:,} shards"
+        return f"FeatureFolder({str(self.path)!r}: {len(self.listing):,} images listed, {shards})"
+
     def __reduce__(self) -> Any:  # a worker has the same images, whatever was written meanwhile
         return _same_folder, (self.path, tuple(self._present))
 
@@ -316,7 +345,10 @@ class FeatureFolder(Features):
     def _find(self, key: int | str) -> tuple[int, int]:
         if isinstance(key, str):
             if key not in self._line:
-                raise KeyError(f"{key!r} is not in {self}, which lists {len(self._line)} images")
+                like = f", as {self.listing[0]!r}" if self.listing else ""
+                raise KeyError(
+                    f"{key!r} is not in {self}, which lists {len(self._line)} images{like}"
+                )
             index = self._line[key] // self._shard_size
             return index, self._shard(index)._find(key)
         position = self._at(key)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from reading_trials import Folder, many_shards
@@ -205,6 +206,14 @@ def test_slices_and_lists_choose_images_in_their_order(path: Path) -> None:
         (slice(3, 3), ""),
         ([5, 0, -1], "faf"),
         (["d", "a"], "da"),
+        ((4, 1), "eb"),
+        (range(5, 0, -2), "fdb"),
+        (np.array([2, -6]), "ca"),
+        (np.array(["c", "b"]), "cb"),
+        (torch.tensor([3, 0]), "da"),
+        (np.arange(6) % 2 == 1, "bdf"),
+        (torch.arange(6) < 2, "ab"),
+        ([], ""),
     ):
         chosen = features[key]
         assert list(chosen.ids) == list(expected)
@@ -228,6 +237,22 @@ def test_a_choice_refuses_what_is_not_there(path: Path) -> None:
         features[:2]["c"]
     with pytest.raises(IndexError, match=r"image 2 of a choice of .*which holds 2"):
         features[:2][2]
+    with pytest.raises(IndexError, match=r"a mask of 2 for .*, which holds 3"):
+        features[np.array([True, False])]
+    odd: Any
+    for odd in (None, 1.0, np.array([0.5]), np.zeros((1, 1), int), {"a"}):
+        with pytest.raises(TypeError, match=r"chooses no image of .*expected a position or an id"):
+            features[odd]
+
+
+def test_what_is_opened_says_in_a_line_what_it_is(path: Path, folder: Folder) -> None:
+    """As a notebook shows it."""
+    write_features(path, features_of(*"abc"), METADATA)
+    file, export = load_features(path), load_features(folder.path)
+    assert repr(file) == f"FeatureFile({str(path)!r}: 3 images)"
+    assert repr(file[:2]) == f"<2 images of {file!r}>"
+    assert repr(export) == f"FeatureFolder({str(folder.path)!r}: 7 images listed, 3 of 3 shards)"
+    assert repr(file["b"]) == "ImageFeatures('b', embeds=(2, 6) float32, grid_thw=(1, 2, 4))"
 
 
 # Folders
