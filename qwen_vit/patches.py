@@ -241,5 +241,5 @@ def _check_limits(factor: int, min_pixels: int, max_pixels: int) -> None:
 
 
 def _memory(values: torch.Tensor) -> memoryview:
-    flat: Any = np.ascontiguousarray(values.numpy()).reshape(-1)
+    flat: Any = values.numpy().reshape(-1)
     return memoryview(flat)
