@@ -188,9 +188,9 @@ def export(
     qwen-vit export tars/ --model Qwen/Qwen2.5-VL-7B-Instruct --out features --ray
 
     INPUTS are images, folders (searched to every depth), quoted patterns, tars, and lists: .txt
-    with a path a line, .jsonl with an "id" and a "path" each. Read the folder with
-    qwen_vit.load_features; its manifest says what became of each image. Images that cannot be
-    encoded are reported and skipped (exit code 1).
+    with a path a line, .jsonl with an "id" and a "path" each; relative paths count from the list's
+    folder. Read the folder with qwen_vit.load_features; its manifest says what became of each
+    image. Images that cannot be encoded are reported and skipped (exit code 1).
     """
     options = ExportOptions(output, dtype, shard_size, on_error, part, max_failures)
     check_inputs(inputs)
@@ -206,7 +206,7 @@ def export(
         "show_progress": True,
         "decode_threads": decode_threads,
     }
-    with _sigterm_interrupts(), _way_on_told():
+    with _sigterm_interrupts(), _way_on_told(out):
         if address is None:
             encoder = load_encoder(model, options, device=device, **loading)
             done = export_features(encoder, inputs, out, options, **running)
@@ -449,12 +449,18 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def _way_on_told() -> Iterator[None]:
+def _way_on_told(out: Path) -> Iterator[None]:
     """What becomes of an export that is interrupted."""
     try:
         yield
     except KeyboardInterrupt:
-        _tell("finished shards are kept; run the same command again to go on")
+        if any(out.glob("shard-*.safetensors")):
+            _tell("finished shards are kept; run the same command again to go on")
+        else:
+            _tell(
+                "no shard was finished: the same command begins again, and keeps more of what it "
+                "did with a smaller --shard-size"
+            )
         raise
 
 

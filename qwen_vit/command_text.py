@@ -44,7 +44,7 @@ def _duration(seconds: float) -> str:
 
 def export_text(done: ExportReport) -> str:
     """What an export did."""
-    nothing = "nothing was left to do: " if done.resumed == done.images else ""
+    nothing = "nothing was left to do: " if done.resumed == done.images > 0 else ""
     lines = [
         f"{nothing}exported {done.exported:,} of {done.images:,} images "
         f"({done.resumed:,} tried before): "
@@ -53,8 +53,12 @@ def export_text(done: ExportReport) -> str:
     ]
     if done.failed:
         reasons = ", ".join(f"{count:,} {code}" for code, count in done.failed.items())
-        again = "; to try them again, delete their shards" if done.resumed else ""
-        lines.insert(1, f"skipped {sum(done.failed.values()):,}: {reasons}{again}")
+        lines.insert(1, f"skipped {sum(done.failed.values()):,}: {reasons}")
+        if done.resumed:
+            lines[1] += "; to try them again, delete their shards, which the manifest names"
+    if done.shards_missing:
+        there = done.shards - done.shards_missing
+        lines.append(f"this is a part: {there:,} of the folder's {done.shards:,} shards are there")
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_vit.comparison import Comparison, ImageComparison, Preprocessing
-from qwen_vit.errors import shown
+from qwen_vit.errors import counted, shown
 
 __all__ = ["as_text", "nearer_line", "reference_line", "verdict_lines"]
 
@@ -23,6 +23,7 @@ def as_text(comparison: Comparison) -> str:
         f"model      {facts['model']}, weights {facts['weights_sha256'][:16]}, {facts['dtype']} "
         f"on {facts['device']}",
         f"reference  {reference_line(facts)}",
+        "columns    a - b: |a - b| / |b|; ratio: of ours - f64 to HF - f64, below 1 ours is nearer",
     ]
     for image in comparison.images:
         lines += ["", *_image_lines(image)]
@@ -54,7 +55,7 @@ def nearer_line(comparison: Comparison) -> str:
     who, count = ("ours", ours) if ours >= theirs else ("Hugging Face", theirs)
     least, most = f"{ratios[0]:.2f}", f"{ratios[-1]:.2f}"
     return (
-        f"nearer to float64: {who}, at {count} of {_count(len(stages), 'stage')}; in the merged "
+        f"nearer to float64: {who}, at {count} of {counted(len(stages), 'stage')}; in the merged "
         f"tokens our error is {least if least == most else f'{least} to {most}'} times Hugging "
         "Face's"
     )
@@ -68,7 +69,7 @@ def verdict_lines(comparison: Comparison) -> list[str]:
         changed = golden["changed_weights"]
         lines.append(
             f"other weights than the golden's ({comparison.facts['weights_sha256'][:16]} here, "
-            f"{golden['weights_sha256'][:16]} there): {_count(len(changed), 'tensor')}, "
+            f"{golden['weights_sha256'][:16]} there): {counted(len(changed), 'tensor')}, "
             f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
         )
     lines += [f"skipped: {error}" for _, error in comparison.skipped]
@@ -83,11 +84,12 @@ def verdict_lines(comparison: Comparison) -> list[str]:
         is_fp32 = comparison.facts["dtype"] == "float32"
         unit = " relative" if is_fp32 else " times Hugging Face's error"
         lines.append(
-            f"agrees: {len(agreeing)} of "
-            f"{_count(len(comparison.images) + len(comparison.skipped), 'image')}, "
-            f"{_count(len(stages), 'stage')}; the worst is {worst.verdict.measured:.2g}{unit}, "
+            f"agrees: {len(agreeing)} of {counted(len(comparison.images), 'image')}, "
+            f"{counted(len(stages), 'stage')}; the worst is {worst.verdict.measured:.2g}{unit}, "
             f"allowed {worst.verdict.allowed:.2g} ({worst.name} of {shown(image.id)})"
         )
+    if not comparison.images:
+        lines.append("nothing was compared: every image was skipped")
     return lines
 
 
@@ -136,7 +138,3 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
             cells[-1] = row[-1]
         lines.append("  " + "  ".join([name.ljust(widths[0]), *cells]).rstrip())
     return lines
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")

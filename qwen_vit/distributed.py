@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ArgumentError, ExportError, ImageError, QwenVitError
+from qwen_vit.errors import ArgumentError, ExportError, ImageError, QwenVitError, counted
 from qwen_vit.export import ExportReport, Progress, Tally, load_encoder, make_manifest
 from qwen_vit.export_estimate import Estimate, estimate_plan
 from qwen_vit.export_plan import ExportOptions, Plan, clear_away, open_export
@@ -208,8 +208,8 @@ class _Workers:
 
         if len(shards) == len(plan.shards) < self._most:
             logger.warning(
-                "%d shards for %d workers: with a smaller --shard-size all would have work",
-                len(shards), self._most,
+                "%s for %d workers: with a smaller --shard-size all would have work",
+                counted(len(shards), "shard"), self._most,
             )  # fmt: skip
         sent = ray.put(plan)
         while len(self._actors) < min(self._most, len(shards)):

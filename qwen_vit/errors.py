@@ -97,3 +97,12 @@ def shown(name: str) -> str:
     """
     text = name if name and name.isprintable() and name == name.strip() else ascii(name)
     return text if len(text) <= 400 else f"{text[:200]}...{text[-100:]}"
+
+
+def counted(number: int, what: str) -> str:
+    """So many of a thing.
+
+    >>> counted(1, "shard"), counted(2, "shard")
+    ('1 shard', '2 shards')
+    """
+    return f"{number:,} {what}" + ("" if number == 1 else "s")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ArgumentError, ExportError
+from qwen_vit.errors import ArgumentError, ExportError, counted
 from qwen_vit.export_estimate import Estimate, estimate_plan
 from qwen_vit.export_plan import ExportOptions, Plan, open_export
 from qwen_vit.features import ImageFeatures
@@ -51,7 +51,7 @@ class ExportReport:
 
     `failed` counts images by the code of their error; `resumed` those that were there already.
     `bytes` are those of the part's shards. `waits` is how many seconds of this run went to waiting
-    for each of its stages.
+    for each of its stages. Of the folder's `shards` some may be missing, those of other parts.
     """
 
     folder: Path
@@ -64,6 +64,8 @@ class ExportReport:
     bytes: int
     seconds: float
     waits: dict[str, float] = field(default_factory=dict)
+    shards: int = 0
+    shards_missing: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The same for a JSON document."""
@@ -102,6 +104,12 @@ def export_features(
     load_arrow()
     clock = Clock(REST)
     with open_export(encoder, inputs, Path(folder), options) as plan:
+        n_shards, n_parts = len(plan.listing.starts), options.part[1]
+        if n_shards < n_parts:
+            logger.warning(
+                "%s for %d parts: with a smaller --shard-size all would have work",
+                counted(n_shards, "shard"), n_parts,
+            )  # fmt: skip
         if confirm is not None and not any(plan.path(shard).exists() for shard in plan.shards):
             confirm(estimate_plan(encoder, plan))
         with Progress(plan, show_progress) as progress:
@@ -141,6 +149,8 @@ class Tally:
             plan.folder, manifest, plan.n_images, self.exported, dict(self.failed.most_common()),
             self.resumed, self.rows, self.bytes, round(time.monotonic() - self.start, 3),
             {stage: round(waits.get(stage, 0.0), 3) for stage in STAGES},
+            len(plan.listing.starts),
+            sum(not plan.path(shard).exists() for shard in range(len(plan.listing.starts))),
         )  # fmt: skip
 
 

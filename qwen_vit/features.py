@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qwen_vit.atomic_file import AtomicFile, atomic_file, cannot_write, check_utf8, refuse_link
-from qwen_vit.errors import ArgumentError, ExportError, ImageError, shown
+from qwen_vit.errors import ArgumentError, ExportError, ImageError, counted, shown
 from qwen_vit.finite import all_finite
 from qwen_vit.safetensors_header import MAX_HEADER_BYTES
 from qwen_vit.strict_json import is_integer
@@ -68,6 +68,12 @@ class ImageFeatures:
     notes: tuple[str, ...] = ()
     error: ImageError | None = None
 
+    def __repr__(self) -> str:
+        if self.embeds is None:
+            return f"ImageFeatures({self.id!r}, error={self.error!r})"
+        shape, dtype = tuple(self.embeds.shape), str(self.embeds.dtype).removeprefix("torch.")
+        return f"ImageFeatures({self.id!r}, embeds={shape} {dtype}, grid_thw={self.grid_thw})"
+
 
 def write_features(
     path: str | Path,
@@ -104,7 +110,10 @@ def write_features(
     ids = [feature.id for feature in good]
     if len(set(ids)) < len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
-        raise ExportError(f"{path}: two images have the id {twice!r}; give each one its own")
+        raise ExportError(
+            f"{path}: two images have the id {twice!r}; give each one its own, as by "
+            "dataclasses.replace(features, id=...)"
+        )
     embeds = [_rows(path, f.id, f.embeds) for f in good if f.embeds is not None]
     widths = sorted({tuple(e.shape[1:]) for e in embeds})
     if len(widths) > 1:
@@ -197,9 +206,9 @@ class FeatureWriter:
         n_rows = sum(length for _, _, length in images)
         if rows.shape != (n_rows, self.width):
             raise ExportError(
-                f"{self.path}: the embeddings of {', '.join(name for name, _, _ in images)!r} have "
-                f"the shape {tuple(rows.shape)}, expected ({n_rows}, {self.width}); write one file "
-                "for each model and output"
+                f"{self.path}: the embeddings of {counted(len(images), 'image')} from "
+                f"{shown(images[0][0])} on have the shape {tuple(rows.shape)}, expected "
+                f"({n_rows}, {self.width}); write one file for each model and output"
             )
         rows = rows.detach().to("cpu", self.dtype).contiguous()
         try:

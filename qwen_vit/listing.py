@@ -560,6 +560,9 @@ def read_item(item: Item, limits: ImageLimits) -> bytes:
             return _read(item, limits)
         except ImageError as error:
             cause = error.__context__
+            if error.code == "missing" and item.source != item.id and item.offset is None:
+                where = f"{shown(item.id)}: {shown(item.source)} does not exist; check the path"
+                raise ImageError(where, code=error.code) from None
             if not isinstance(cause, OSError) or cause.errno not in TRANSIENT:
                 raise
         time.sleep(pause_s)

@@ -295,7 +295,16 @@ def test_images_that_come_from_a_gpu_together_are_written_as_one_by_one(
     """Their rows are written at once, but for those of the images that failed."""
     for number in broken:
         harm(f"{number}.png", "nan")
+    seen: list[tuple[str, float, str]] = []
+
+    def count(_: Any, features: ImageFeatures) -> None:
+        total = 0.0 if features.embeds is None else float(features.embeds.sum())
+        seen.append((features.id, total, str(features.error)))
+
+    monkeypatch.setattr(export_module.Progress, "count", count)
     one_by_one = export(out="alone")
+    alone = list(seen)
+    seen.clear()
     assert one_by_one.failed.get("not-finite", 0) == len(broken)
     real = shards_module._in_groups
     monkeypatch.setattr(
@@ -304,6 +313,8 @@ def test_images_that_come_from_a_gpu_together_are_written_as_one_by_one(
     together = export(out="together")
     assert together.failed == one_by_one.failed
     assert files("together") == files("alone")
+    assert seen == alone
+    assert len(seen) == 11
 
 
 def test_an_image_that_does_not_fit_the_memory_is_a_row(
@@ -1109,6 +1120,33 @@ def test_the_command_exports_and_tells_what_was_skipped(here: Path, run: Any) ->
     assert len(err.splitlines()) == 1  # no bar where there is no terminal
     Path("p/x.png").write_bytes(tiny_png(3))
     assert run("p", "--out", "fresh")[0] == 0
+
+
+def test_a_part_says_what_of_the_folder_is_there(here: Path, run: Any) -> None:
+    """It read as if all were done."""
+    words = ("p", "--out", "out", "--shard-size", "4")
+    out = run(*words, "--part", "2/2")[1]
+    assert "this is a part: 1 of the folder's 3 shards are there" in out
+    assert "this is a part" not in run(*words, "--part", "1/2")[1]
+    _, out, err = run("p", "--out", "one", "--part", "2/8")
+    assert "1 shard for 8 parts: with a smaller --shard-size all would have work" in err
+    assert "exported 0 of 0 images" in out
+    assert "nothing was left to do" not in out
+
+
+@pytest.mark.parametrize("is_any_whole", [False, True])
+def test_an_interrupt_says_what_is_kept(
+    here: Path, run: Any, monkeypatch: pytest.MonkeyPatch, is_any_whole: bool
+) -> None:
+    def count(self: Any, features: ImageFeatures) -> None:
+        if features.id == ("5.png" if is_any_whole else "1.png"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module.Progress, "count", count)
+    code, _, err = run("p", "--out", "out", "--shard-size", "4")
+    assert code == 130
+    kept = "finished shards are kept; run the same command again to go on"
+    assert (kept in err, "no shard was finished" in err) == (is_any_whole, not is_any_whole)
 
 
 def test_its_json_is_one_document(here: Path, run: Any) -> None:

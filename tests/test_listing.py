@@ -288,6 +288,16 @@ def test_a_text_list_names_paths_beside_it(here: Path) -> None:
         assert caught.value.code == code
 
 
+def test_of_a_lists_image_that_is_missing_the_whole_path_is_told(here: Path) -> None:
+    """Paths count from the list's folder: `ls` of what the list says may find it elsewhere."""
+    touch("p/a.jpg", "sets/x")
+    Path("sets/list.txt").write_text("p/a.jpg\n")
+    [item] = find_items(["sets/list.txt"])
+    with pytest.raises(ImageError, match=r"^p/a.jpg: .*sets/p/a.jpg does not exist") as caught:
+        read_item(item, LIMITS)
+    assert caught.value.code == "missing"
+
+
 @pytest.mark.parametrize("name", ["l.txt", "l.jsonl"])
 def test_a_list_may_begin_with_a_byte_order_mark_and_is_utf8(here: Path, name: str) -> None:
     text = "a.jpg\r\nb.jpg\r\n" if name == "l.txt" else '{"path": "a.jpg"}\r\n{"path": "b.jpg"}'
