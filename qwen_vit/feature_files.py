@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen_vit import downstream
-from qwen_vit.errors import ArgumentError, CheckpointError, ExportError
+from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, counted
 from qwen_vit.features import METADATA_KEY, SCHEMA_VERSION, ImageFeatures
 from qwen_vit.safetensors_header import read_header
 from qwen_vit.strict_json import check_integer, is_integer, parse_json, read_json, show
@@ -172,7 +172,7 @@ class _Choice(Features):
         return f"a choice of {self.source}"
 
     def __repr__(self) -> str:
-        return f"<{len(self):,} images of {self.source!r}>"
+        return f"<{counted(len(self), 'image')} of {self.source!r}>"
 
     @cached_property
     def ids(self) -> Sequence[str]:
@@ -219,7 +219,7 @@ class FeatureFile(Features):
         return str(self.path)
 
     def __repr__(self) -> str:
-        return f"FeatureFile({str(self.path)!r}: {len(self):,} images)"
+        return f"FeatureFile({str(self.path)!r}: {counted(len(self), 'image')})"
 
     def __reduce__(self) -> Any:  # a data loader's workers open it for themselves
         return load_features, (self.path,)
@@ -301,8 +301,9 @@ class FeatureFolder(Features):
         return str(self.path)
 
     def __repr__(self) -> str:
-        shards = f"{len(self._present):,} of {self._shard_count:,} shards"
-        return f"FeatureFolder({str(self.path)!r}: {len(self.listing):,} images listed, {shards})"
+        listed = counted(len(self.listing), "image")
+        shards = f"{len(self._present):,} of {counted(self._shard_count, 'shard')}"
+        return f"FeatureFolder({str(self.path)!r}: {listed} listed, {shards})"
 
     def __reduce__(self) -> Any:  # a worker has the same images, whatever was written meanwhile
         return _same_folder, (self.path, tuple(self._present))

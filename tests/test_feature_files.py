@@ -251,6 +251,7 @@ def test_what_is_opened_says_in_a_line_what_it_is(path: Path, folder: Folder) ->
     file, export = load_features(path), load_features(folder.path)
     assert repr(file) == f"FeatureFile({str(path)!r}: 3 images)"
     assert repr(file[:2]) == f"<2 images of {file!r}>"
+    assert repr(file[:1]) == f"<1 image of {file!r}>"
     assert repr(export) == f"FeatureFolder({str(folder.path)!r}: 7 images listed, 3 of 3 shards)"
     assert repr(file["b"]) == "ImageFeatures('b', embeds=(2, 6) float32, grid_thw=(1, 2, 4))"
 
