@@ -19,6 +19,7 @@ from qwen_vit.config import Grid, VisionConfig
 from qwen_vit.convert import padded_mlp_size, padded_pixel_size
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, CheckpointError
+from qwen_vit.features import dtype_name
 from qwen_vit.finite import all_finite
 from qwen_vit.graphs import LARGEST_BUDGET, GraphRunner, budget_for
 from qwen_vit.layout import Layout
@@ -340,7 +341,7 @@ def speed_report(encoder: VisionEncoder, rows: Sequence[Measured]) -> dict[str, 
         "model": encoder.source.name,
         "commit": encoder.source.commit,
         "device": torch.cuda.get_device_name(encoder.device),
-        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "dtype": dtype_name(encoder.dtype),
         "versions": encoder.metadata()["versions"],
         "rows": [asdict(row) | {"times_the_floor": row.times_the_floor} for row in rows],
     }

@@ -44,7 +44,7 @@ from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ExportError, QwenVitError, shown
 from qwen_vit.export import export_features, load_encoder
 from qwen_vit.export_estimate import Estimate, estimate_export
-from qwen_vit.export_plan import ExportOptions, check_folder
+from qwen_vit.export_plan import ExportOptions, check_folder, has_shards
 from qwen_vit.features import ImageFeatures, not_finite, write_features
 from qwen_vit.finite import all_finite
 from qwen_vit.hub import download as fetch
@@ -454,7 +454,7 @@ def _way_on_told(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if any(out.glob("shard-*.safetensors")):
+        if out.is_dir() and has_shards(out):
             _tell("finished shards are kept; run the same command again to go on")
         else:
             _tell(

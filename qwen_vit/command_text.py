@@ -9,7 +9,7 @@ from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import shown
 from qwen_vit.export import ExportReport
 from qwen_vit.export_estimate import Estimate
-from qwen_vit.features import ImageFeatures
+from qwen_vit.features import ImageFeatures, dtype_name
 
 __all__ = [
     "encoded_json",
@@ -106,7 +106,7 @@ def encoded_json(
         "model": encoder.source.name,
         "commit": encoder.source.commit,
         "device": str(encoder.device),
-        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "dtype": dtype_name(encoder.dtype),
         "images": [
             {
                 "id": feature.id,

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ArgumentError, ExportError, ImageError, QwenVitError, counted
-from qwen_vit.export import ExportReport, Progress, Tally, load_encoder, make_manifest
+from qwen_vit.errors import ArgumentError, ExportError, ImageError, QwenVitError
+from qwen_vit.export import ExportReport, Progress, Tally, load_encoder, make_manifest, warn_of_idle
 from qwen_vit.export_estimate import Estimate, estimate_plan
 from qwen_vit.export_plan import ExportOptions, Plan, clear_away, open_export
 from qwen_vit.manifest import ManifestRow, load_arrow
@@ -32,7 +32,6 @@ from qwen_vit.shards import REST, STAGES, Breaker, DoneShard, export_shards, who
 
 __all__ = ["export_on_ray"]
 
-logger = logging.getLogger("qwen_vit")
 
 KNOCK_S = 10.0  # how long a cluster's address may take to answer
 DEATHS = 25  # of workers at one shard: then it is the shard that kills them
@@ -206,11 +205,8 @@ class _Workers:
         import ray
         from ray.util import ActorPool
 
-        if len(shards) == len(plan.shards) < self._most:
-            logger.warning(
-                "%s for %d workers: with a smaller --shard-size all would have work",
-                counted(len(shards), "shard"), self._most,
-            )  # fmt: skip
+        if len(shards) == len(plan.shards):  # else some were there before
+            warn_of_idle(len(shards), self._most, "workers")
         sent = ray.put(plan)
         while len(self._actors) < min(self._most, len(shards)):
             self._actors.append(self._actor.remote(*self._arguments))

@@ -21,7 +21,7 @@ from qwen_vit.checkpoint import Checkpoint, config_hash, load_checkpoint
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.convert import convert, pixel_weight_exponent
 from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, ImageError
-from qwen_vit.features import ImageFeatures
+from qwen_vit.features import ImageFeatures, dtype_name
 from qwen_vit.graphs import LARGEST_BUDGET, LEAST_STEP, GraphRunner
 from qwen_vit.hub import Source, find_checkpoint
 from qwen_vit.image import ArrayLayout, ImageLimits, ImageSource, RgbImage, load_image
@@ -149,8 +149,7 @@ class VisionEncoder:
         return cls(tower, checkpoint, image_config, source, chosen_device, chosen_dtype, graphs)
 
     def __repr__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"VisionEncoder({self.source.name!r}, {dtype}, on {self.device})"
+        return f"VisionEncoder({self.source.name!r}, {dtype_name(self.dtype)}, on {self.device})"
 
     @property
     def config(self) -> VisionConfig:
@@ -284,7 +283,7 @@ class VisionEncoder:
             "weights_sha256": self.checkpoint.weights_sha256(),
             "config_sha256": config_hash(self.config, self.image_config),
             "versions": {name: _version(name) for name in ("qwen-vit", "torch", "triton")},
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "image_policy": {
                 **self.image_config.to_json(),
                 "resample": "Pillow bicubic on uint8",

@@ -37,6 +37,7 @@ __all__ = [
     "export_features",
     "load_encoder",
     "make_manifest",
+    "warn_of_idle",
 ]
 
 logger = logging.getLogger("qwen_vit")
@@ -104,12 +105,7 @@ def export_features(
     load_arrow()
     clock = Clock(REST)
     with open_export(encoder, inputs, Path(folder), options) as plan:
-        n_shards, n_parts = len(plan.listing.starts), options.part[1]
-        if n_shards < n_parts:
-            logger.warning(
-                "%s for %d parts: with a smaller --shard-size all would have work",
-                counted(n_shards, "shard"), n_parts,
-            )  # fmt: skip
+        warn_of_idle(len(plan.all_shards), options.part[1], "parts")
         if confirm is not None and not any(plan.path(shard).exists() for shard in plan.shards):
             confirm(estimate_plan(encoder, plan))
         with Progress(plan, show_progress) as progress:
@@ -149,8 +145,7 @@ class Tally:
             plan.folder, manifest, plan.n_images, self.exported, dict(self.failed.most_common()),
             self.resumed, self.rows, self.bytes, round(time.monotonic() - self.start, 3),
             {stage: round(waits.get(stage, 0.0), 3) for stage in STAGES},
-            len(plan.listing.starts),
-            sum(not plan.path(shard).exists() for shard in range(len(plan.listing.starts))),
+            len(plan.all_shards), sum(not plan.path(shard).exists() for shard in plan.all_shards),
         )  # fmt: skip
 
 
@@ -163,6 +158,15 @@ def load_encoder(
     return VisionEncoder.from_pretrained(model, device=device, dtype=dtype, **loading)
 
 
+def warn_of_idle(n_shards: int, n_workers: int, workers: str) -> None:
+    """Say so where there are fewer shards than workers, or parts, to make them."""
+    if n_shards < n_workers:
+        logger.warning(
+            "%s for %d %s: with a smaller --shard-size all would have work",
+            counted(n_shards, "shard"), n_workers, workers,
+        )  # fmt: skip
+
+
 def make_manifest(plan: Plan) -> Path:
     """Write the manifest of every shard that is there, those of other parts too.
 
@@ -170,7 +174,7 @@ def make_manifest(plan: Plan) -> Path:
     """
 
     def shards() -> Iterator[list[ManifestRow]]:
-        for shard in range(len(plan.listing.starts)):
+        for shard in plan.all_shards:
             rows = whole_shard(plan, shard, "the manifest leaves it out: run its part again")
             if rows is not None:
                 yield rows

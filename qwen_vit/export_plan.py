@@ -38,6 +38,7 @@ __all__ = [
     "RowForm",
     "check_folder",
     "clear_away",
+    "has_shards",
     "head_room",
     "open_export",
     "rehearse_export",
@@ -155,10 +156,15 @@ class Plan:
     options: ExportOptions
 
     @property
+    def all_shards(self) -> range:
+        """The shards of every part."""
+        return range(len(self.listing.starts))
+
+    @property
     def shards(self) -> range:
         """The shards of this part."""
         number, count = self.options.part
-        return range(number - 1, len(self.listing.starts), count)
+        return self.all_shards[number - 1 :: count]
 
     @property
     def n_images(self) -> int:
@@ -205,7 +211,7 @@ def open_export(
                 listing.path.unlink(missing_ok=True)
             plan = Plan(folder, settings, replace(listing, path=folder / LISTING), options)
             clear_away(plan)
-            if not _has_shards(folder):
+            if not has_shards(folder):
                 _check_heads(plan)
             yield plan
     finally:
@@ -271,7 +277,7 @@ def rehearse_export(
             settings = _settings(encoder, listing, options)
             settings = _settled(folder, settings, listing, options.part) or settings
         plan = Plan(Path(temporary), settings, listing, options)
-        if folder is None or not folder.exists() or not _has_shards(folder):
+        if folder is None or not folder.exists() or not has_shards(folder):
             _check_heads(plan)
         yield plan
 
@@ -364,7 +370,7 @@ def _settled(
         return None
     stored = _read_settings(path)
     # what was refused for its size, say, leaves nothing to differ from; other parts may be at work
-    if part == (1, 1) and "listing_sha256" in stored and not _has_shards(folder):
+    if part == (1, 1) and "listing_sha256" in stored and not has_shards(folder):
         return None
     return _same_settings(path, stored, settings, listing)
 
@@ -376,7 +382,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise ExportError(f"{str(error).rpartition(';')[0]}; pass another --out") from None
 
 
-def _has_shards(folder: Path) -> bool:
+def has_shards(folder: Path) -> bool:
+    """Whether a folder that is there holds any whole shard."""
     return any(SHARD.fullmatch(name) for name in os.listdir(folder))
 
 
@@ -399,9 +406,7 @@ def _same_settings(
         f"{name} was {before.get(name, 'not there')}, is {now.get(name, 'not there')} now"
         for name in sorted(names)
     ]
-    again = (
-        "" if _has_shards(path.parent) else f"; it has no shard yet: delete {path} to begin anew"
-    )
+    again = "" if has_shards(path.parent) else f"; it has no shard yet: delete {path} to begin anew"
     raise ExportError(
         f"{path.parent} holds an export that differs: {'; '.join(differences)}. Give what it was "
         f"begun with{way}, or pass another --out{again}"

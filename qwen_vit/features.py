@@ -32,6 +32,7 @@ __all__ = [
     "FeatureWriter",
     "ImageFeatures",
     "check_features",
+    "dtype_name",
     "not_finite",
     "write_features",
 ]
@@ -71,8 +72,17 @@ class ImageFeatures:
     def __repr__(self) -> str:
         if self.embeds is None:
             return f"ImageFeatures({self.id!r}, error={self.error!r})"
-        shape, dtype = tuple(self.embeds.shape), str(self.embeds.dtype).removeprefix("torch.")
+        shape, dtype = tuple(self.embeds.shape), dtype_name(self.embeds.dtype)
         return f"ImageFeatures({self.id!r}, embeds={shape} {dtype}, grid_thw={self.grid_thw})"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A type as files and options spell it.
+
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
 
 
 def write_features(

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -26,6 +25,7 @@ from qwen_vit.checkpoint import weights_hash
 from qwen_vit.config import Grid
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import CheckpointError, ComparisonError, shown
+from qwen_vit.features import dtype_name
 from qwen_vit.oracle import Trace
 from qwen_vit.safetensors_header import read_header
 from qwen_vit.strict_json import parse_json
@@ -97,7 +97,7 @@ class Golden:
         self, encoder: VisionEncoder, *, processor: str, attention: str | None = None
     ) -> None:
         """Raise ComparisonError, naming what differs, for another config, dtype or processor."""
-        here: dict[str, Any] = {"dtype": _dtype_name(encoder.dtype), "processor": processor}
+        here: dict[str, Any] = {"dtype": dtype_name(encoder.dtype), "processor": processor}
         if attention is not None:
             here["attention"] = attention
         there = {name: self.facts[name] for name in here}
@@ -158,7 +158,7 @@ def write_golden(
     facts: dict[str, Any] = {
         **reference,
         "schema_version": SCHEMA_VERSION,
-        "dtype": _dtype_name(encoder.dtype),
+        "dtype": dtype_name(encoder.dtype),
         "model": encoder.source.name,
         "commit": encoder.source.commit,
         "weights_sha256": encoder.checkpoint.weights_sha256(),
@@ -256,7 +256,3 @@ def _content_hash(facts: Mapping[str, Any], tensors_sha256: str) -> str:
     stated = {key: value for key, value in facts.items() if key != "content_sha256"}
     text = json.dumps(stated, sort_keys=True) + tensors_sha256
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
