@@ -8,7 +8,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen_vit.downstream import as_hf_tower, expand_placeholders
     from qwen_vit.encoder import VisionEncoder
     from qwen_vit.errors import (
         ArgumentError,
@@ -19,11 +18,12 @@ if TYPE_CHECKING:
         ImageError,
         QwenVitError,
     )
-    from qwen_vit.export import export_features
-    from qwen_vit.export_plan import ExportOptions
-    from qwen_vit.feature_files import load_features
+    from qwen_vit.export.plan import ExportOptions
+    from qwen_vit.export.run import export_features
+    from qwen_vit.feature_files.read import load_features
     from qwen_vit.features import ImageFeatures, write_features
-    from qwen_vit.image import ImageLimits
+    from qwen_vit.images.load import ImageLimits
+    from qwen_vit.integrations.hf import as_hf_tower, expand_placeholders
     from qwen_vit.kernels.attention import fused_rope_varlen_attention
 
 __version__ = "0.1.0"
@@ -50,15 +50,15 @@ __all__ = [
 ]
 
 MODULES = {
-    "ExportOptions": "export_plan",
+    "ExportOptions": "export.plan",
     "ImageFeatures": "features",
-    "ImageLimits": "image",
+    "ImageLimits": "images.load",
     "VisionEncoder": "encoder",
-    "as_hf_tower": "downstream",
-    "expand_placeholders": "downstream",
-    "export_features": "export",
+    "as_hf_tower": "integrations.hf",
+    "expand_placeholders": "integrations.hf",
+    "export_features": "export.run",
     "fused_rope_varlen_attention": "kernels.attention",
-    "load_features": "feature_files",
+    "load_features": "feature_files.read",
     "write_features": "features",
 }
 

@@ -16,7 +16,7 @@ def main() -> None:
     if before is signal.default_int_handler:  # else somebody wants it ignored
         signal.signal(signal.SIGINT, _stop)
     try:
-        from qwen_vit.cli import main as run
+        from qwen_vit.cli.main import main as run
     except ModuleNotFoundError as error:
         sys.stderr.write(
             f"error: {error}; install the package into this Python: pip install -e .\n"

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_vit.checkpoint.convert import padded_mlp_size, padded_pixel_size
+from qwen_vit.common.tensors import all_finite
 from qwen_vit.config import Grid, VisionConfig
-from qwen_vit.convert import padded_mlp_size, padded_pixel_size
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, CheckpointError
 from qwen_vit.features import dtype_name
-from qwen_vit.finite import all_finite
 from qwen_vit.graphs import LARGEST_BUDGET, GraphRunner, budget_for
 from qwen_vit.layout import Layout
 from qwen_vit.model import VisionTower, plan_layout

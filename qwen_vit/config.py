@@ -15,9 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from qwen_vit.common.strict_json import (
+    check_integer,
+    child_object,
+    is_integer,
+    is_number,
+    read_json,
+    show,
+)
 from qwen_vit.config_json import VISION_KEYS, find_vision_part, image_fields, vision_fields
 from qwen_vit.errors import CheckpointError
-from qwen_vit.strict_json import check_integer, child_object, is_integer, is_number, read_json, show
 
 __all__ = [
     "RMS_NORM_EPS",

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from qwen_vit.common.strict_json import child_object, is_integer, is_number, show
 from qwen_vit.errors import CheckpointError
-from qwen_vit.strict_json import child_object, is_integer, is_number, show
 
 __all__ = ["VISION_KEYS", "find_vision_part", "image_fields", "vision_fields"]
 

@@ -17,19 +17,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qwen_vit.checkpoint import Checkpoint, config_hash, load_checkpoint
+from qwen_vit.checkpoint.convert import convert, pixel_weight_exponent
+from qwen_vit.checkpoint.hub import Source, find_checkpoint
+from qwen_vit.checkpoint.load import Checkpoint, config_hash, load_checkpoint
+from qwen_vit.common.prefetch import Job, pack, thread_count, work_ahead
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
-from qwen_vit.convert import convert, pixel_weight_exponent
 from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, ImageError
 from qwen_vit.features import ImageFeatures, dtype_name
 from qwen_vit.graphs import LARGEST_BUDGET, LEAST_STEP, GraphRunner
-from qwen_vit.hub import Source, find_checkpoint
-from qwen_vit.image import ArrayLayout, ImageLimits, ImageSource, RgbImage, load_image
+from qwen_vit.images.load import ArrayLayout, ImageLimits, ImageSource, RgbImage, load_image
+from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.kernels.attention import HEAD_DIMS
 from qwen_vit.layout import check_grids
 from qwen_vit.model import Output, VisionTower, plan_layout
-from qwen_vit.patches import Patches, patchify
-from qwen_vit.pipeline import Job, pack, thread_count, work_ahead
 
 __all__ = ["VisionEncoder"]
 

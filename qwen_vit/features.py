@@ -20,11 +20,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from qwen_vit.atomic_file import AtomicFile, atomic_file, cannot_write, check_utf8, refuse_link
+from qwen_vit.common.atomic_file import (
+    AtomicFile,
+    atomic_file,
+    cannot_write,
+    check_utf8,
+    refuse_link,
+)
+from qwen_vit.common.safetensors_header import MAX_HEADER_BYTES
+from qwen_vit.common.strict_json import is_integer
+from qwen_vit.common.tensors import all_finite
 from qwen_vit.errors import ArgumentError, ExportError, ImageError, counted, shown
-from qwen_vit.finite import all_finite
-from qwen_vit.safetensors_header import MAX_HEADER_BYTES
-from qwen_vit.strict_json import is_integer
 
 __all__ = [
     "METADATA_KEY",

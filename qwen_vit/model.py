@@ -16,13 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from qwen_vit.config import RMS_NORM_EPS, Grid, VisionConfig
-from qwen_vit.convert import (
+from qwen_vit.checkpoint.convert import (
     PIXEL_ZERO,
     padded_mlp_size,
     padded_pixel_size,
     pixel_weight_exponent,
 )
+from qwen_vit.config import RMS_NORM_EPS, Grid, VisionConfig
 from qwen_vit.kernels.attention import RotaryTable, attention, regime_of, tiling
 from qwen_vit.kernels.linear import (
     ResidualStream,

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from qwen_vit.config import VisionConfig
-from qwen_vit.downstream import IMAGE_TOKEN_ID
+from qwen_vit.integrations.hf import IMAGE_TOKEN_ID
 
 SPECIAL = {"<|im_start|>": 0, "<|im_end|>": 1, "<|vision_start|>": 2, "<|vision_end|>": 3}
 LETTERS = 16  # where ordinary bytes begin: one token each

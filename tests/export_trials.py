@@ -32,11 +32,11 @@ from PIL import Image
 from process_memory import memory_mb, open_files
 from stand_in import HELD, POISON, TOO_LARGE, StandIn, load_held
 
-from qwen_vit import distributed
 from qwen_vit.errors import ExportError
-from qwen_vit.export import export_features
-from qwen_vit.export_plan import ExportOptions
-from qwen_vit.feature_files import FeatureFile, load_features
+from qwen_vit.export import ray_cluster as distributed
+from qwen_vit.export.plan import ExportOptions
+from qwen_vit.export.run import export_features
+from qwen_vit.feature_files.read import FeatureFile, load_features
 
 TESTS = Path(__file__).resolve().parent
 SHARD_IMAGES = 50

@@ -21,9 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen_vit import differences
-from qwen_vit.differences import LARGEST_FP32_ERROR, RELATIVE_TOLERANCE, relative_error
-from qwen_vit.oracle import Trace
+from qwen_vit.compare import tolerance as differences
+from qwen_vit.compare.oracle import Trace
+from qwen_vit.compare.tolerance import LARGEST_FP32_ERROR, RELATIVE_TOLERANCE, relative_error
 
 TESTS = Path(__file__).resolve().parent
 GOLDEN_FOLDER = TESTS / "golden"

@@ -25,9 +25,9 @@ from checkpoints import SMALL, WIDE, write_checkpoint
 from hub_server import COMMIT, Fault, Hub, serving
 from packaging.requirements import Requirement
 
-from qwen_vit import store
-from qwen_vit.checkpoint import load_checkpoint
-from qwen_vit.convert import check_finite
+from qwen_vit.checkpoint import cache as store
+from qwen_vit.checkpoint.convert import check_finite
+from qwen_vit.checkpoint.load import load_checkpoint
 from qwen_vit.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,9 +41,10 @@ NURSERY = """
 import json, logging, os, sys, threading, time
 logging.basicConfig(level=logging.CRITICAL)
 logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-from qwen_vit import QwenVitError, ranges
-from qwen_vit.checkpoint import load_checkpoint
-from qwen_vit.hub import download
+from qwen_vit import QwenVitError
+from qwen_vit.checkpoint import ranges
+from qwen_vit.checkpoint.load import load_checkpoint
+from qwen_vit.checkpoint.hub import download
 import huggingface_hub, huggingface_hub.file_download, huggingface_hub.hf_api
 
 sleep = time.sleep

@@ -19,10 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
 import contextlib, importlib, io, json, logging, sys, time
 import huggingface_hub
-from qwen_vit import QwenVitError, cli, ranges
-from qwen_vit.checkpoint import load_checkpoint
-from qwen_vit.hub import download
-from qwen_vit.info import report
+from qwen_vit import QwenVitError
+from qwen_vit.cli import main as cli
+from qwen_vit.checkpoint import ranges
+from qwen_vit.checkpoint.load import load_checkpoint
+from qwen_vit.checkpoint.hub import download
+from qwen_vit.cli.info import report
 
 log, waits = [], []
 

@@ -8,8 +8,8 @@ import torch
 from oracle import read_checkpoint
 from torch import Tensor
 
-from qwen_vit import reference
-from qwen_vit.reference import hf_trace
+from qwen_vit.compare import huggingface as reference
+from qwen_vit.compare.huggingface import hf_trace
 
 __all__ = ["hf_tower", "hf_trace"]
 

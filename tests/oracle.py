@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from qwen_vit.differences import relative_error
-from qwen_vit.oracle import RMS_NORM_EPS, Oracle, Plan, Trace
+from qwen_vit.compare.oracle import RMS_NORM_EPS, Oracle, Plan, Trace
+from qwen_vit.compare.tolerance import relative_error
 
 __all__ = [
     "Faults",

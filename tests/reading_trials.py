@@ -14,7 +14,7 @@ from process_memory import memory_mb, open_files
 from safetensors.torch import save_file
 from test_features import features_of
 
-from qwen_vit.feature_files import SHARDS_OPEN, load_features
+from qwen_vit.feature_files.read import SHARDS_OPEN, load_features
 from qwen_vit.features import METADATA_KEY, ImageFeatures
 
 SETTINGS = {"model": "tiny", "dtype": "float32", "output": "merged"}

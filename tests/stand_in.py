@@ -20,11 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from qwen_vit import cli, export  # noqa: E402
+from qwen_vit.cli import main as cli  # noqa: E402
 from qwen_vit.config import ImageConfig  # noqa: E402
 from qwen_vit.errors import ImageError  # noqa: E402
+from qwen_vit.export import run as export  # noqa: E402
 from qwen_vit.features import ImageFeatures  # noqa: E402
-from qwen_vit.patches import Patches  # noqa: E402
+from qwen_vit.images.patches import Patches  # noqa: E402
 
 WIDTH = 16
 POISON, TOO_LARGE = 7, 9  # images of this value alone give NaN, or do not fit the memory

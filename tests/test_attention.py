@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from towers import CPU, assert_no_worse_than, gpu
 
 from qwen_vit import layout as layout_module
-from qwen_vit.convert import rotary_permutation
+from qwen_vit.checkpoint.convert import rotary_permutation
 from qwen_vit.errors import ArgumentError
 from qwen_vit.kernels import IS_KNOWN_GLUON
 from qwen_vit.kernels import attention as kernels

@@ -16,8 +16,8 @@ from tower_timing import graph_of, launches, stage_runs
 from towers import CPU, build_tower, gpu, random_pixels
 
 from qwen_vit.benchmark import WORKLOADS, TimedTower, in_batches, stage_work, tower_flops
+from qwen_vit.compare.tolerance import RELATIVE_TOLERANCE, relative_error
 from qwen_vit.config import Grid, VisionConfig
-from qwen_vit.differences import RELATIVE_TOLERANCE, relative_error
 from qwen_vit.model import plan_layout
 
 SHAPE = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})

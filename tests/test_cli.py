@@ -25,10 +25,10 @@ from checkpoints import SMALL, write_checkpoint, write_weights
 from PIL import Image
 
 from qwen_vit import __version__
-from qwen_vit import atomic_file as atomic_file_module
-from qwen_vit import cli as cli_module
+from qwen_vit.cli import main as cli_module
+from qwen_vit.common import atomic_file as atomic_file_module
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.feature_files import load_features
+from qwen_vit.feature_files.read import load_features
 
 ROOT = Path(__file__).resolve().parent.parent
 CHELSEA = ROOT / "tests" / "images" / "chelsea.png"
@@ -448,7 +448,7 @@ def test_an_interrupt_ends_with_130_and_leaves_no_file(
 WARNED = """
 import logging, sys
 import huggingface_hub.utils.logging
-from qwen_vit import cli
+from qwen_vit.cli import main as cli
 sys.argv = ["qwen-vit", "--version"]
 cli.main()
 for name in ("huggingface_hub.utils", "qwen_vit", "another"):

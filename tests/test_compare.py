@@ -26,18 +26,19 @@ from planted import Planted, damaged, every_fault, with_fault
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qwen_vit import VisionEncoder, reference
-from qwen_vit import atomic_file as atomic_file_module
-from qwen_vit import cli as cli_module
-from qwen_vit import compare as compare_module
-from qwen_vit.compare import compare, compare_with_golden
-from qwen_vit.comparison import Comparison
-from qwen_vit.comparison_text import as_text, nearer_line
-from qwen_vit.differences import Difference, fp32_budget, judge, relative_error
+from qwen_vit import VisionEncoder
+from qwen_vit.cli import main as cli_module
+from qwen_vit.common import atomic_file as atomic_file_module
+from qwen_vit.compare import huggingface as reference
+from qwen_vit.compare import run as compare_module
+from qwen_vit.compare.golden import METADATA_KEY, Golden, load_golden
+from qwen_vit.compare.huggingface import Processed
+from qwen_vit.compare.result import Comparison
+from qwen_vit.compare.run import compare, compare_with_golden
+from qwen_vit.compare.text import as_text, nearer_line
+from qwen_vit.compare.tolerance import Difference, fp32_budget, judge, relative_error
 from qwen_vit.errors import ArgumentError, ComparisonError
-from qwen_vit.golden import METADATA_KEY, Golden, load_golden
-from qwen_vit.patches import patchify
-from qwen_vit.reference import Processed
+from qwen_vit.images.patches import patchify
 
 ROOT = Path(__file__).resolve().parent.parent
 CHELSEA, ROCKET = IMAGE_FOLDER / "chelsea.png", IMAGE_FOLDER / "rocket.jpg"

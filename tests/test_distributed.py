@@ -16,13 +16,13 @@ import torch
 from export_trials import TESTS, digests, tiny_png
 from stand_in import StandIn
 
-from qwen_vit import cli
-from qwen_vit.distributed import _plain_errors, _size, _threads_of_a_shard, export_on_ray
+from qwen_vit.cli import main as cli
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
-from qwen_vit.export import export_features
-from qwen_vit.export_estimate import Estimate
-from qwen_vit.export_plan import ExportOptions, open_export
+from qwen_vit.export.estimate import Estimate
+from qwen_vit.export.plan import ExportOptions, open_export
+from qwen_vit.export.ray_cluster import _plain_errors, _size, _threads_of_a_shard, export_on_ray
+from qwen_vit.export.run import export_features
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'qwen-vit[ray]'")
 

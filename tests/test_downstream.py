@@ -31,8 +31,14 @@ from torch import Tensor
 from towers import assert_no_worse_than
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
-from qwen_vit import VisionEncoder, downstream
-from qwen_vit.downstream import (
+from qwen_vit import VisionEncoder
+from qwen_vit.errors import ArgumentError, ExportError, ImageError
+from qwen_vit.export.plan import ExportOptions
+from qwen_vit.export.run import export_features
+from qwen_vit.feature_files.read import Features, load_features
+from qwen_vit.features import ImageFeatures, write_features
+from qwen_vit.integrations import hf as downstream
+from qwen_vit.integrations.hf import (
     as_hf_tower,
     expand_placeholders,
     to_hf,
@@ -40,11 +46,6 @@ from qwen_vit.downstream import (
     to_vllm,
     to_vllm_chat_part,
 )
-from qwen_vit.errors import ArgumentError, ExportError, ImageError
-from qwen_vit.export import export_features
-from qwen_vit.export_plan import ExportOptions
-from qwen_vit.feature_files import Features, load_features
-from qwen_vit.features import ImageFeatures, write_features
 
 IMAGE_TOKEN = 4
 ONE_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

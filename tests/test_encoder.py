@@ -24,19 +24,19 @@ from torch import Tensor
 from towers import random_rows
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from qwen_vit import checkpoint as checkpoint_module
 from qwen_vit import encoder as encoder_module
-from qwen_vit import patches as patches_module
-from qwen_vit.checkpoint import load_checkpoint
+from qwen_vit.checkpoint import load as checkpoint_module
+from qwen_vit.checkpoint.load import load_checkpoint
+from qwen_vit.common.prefetch import AHEAD_JOBS
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, CheckpointError, HubError, ImageError, QwenVitError
-from qwen_vit.feature_files import load_features
+from qwen_vit.feature_files.read import load_features
 from qwen_vit.features import write_features
-from qwen_vit.image import ImageLimits, load_image
+from qwen_vit.images import patches as patches_module
+from qwen_vit.images.load import ImageLimits, load_image
+from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.kernels.attention import fused_rope_varlen_attention
 from qwen_vit.model import VisionTower
-from qwen_vit.patches import Patches, patchify
-from qwen_vit.pipeline import AHEAD_JOBS
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "tests" / "images"

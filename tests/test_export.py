@@ -31,26 +31,26 @@ from export_trials import tiny_png, write_hostile
 from PIL import Image
 from stand_in import WIDTH, StandIn
 
-from qwen_vit import cli as cli_module
-from qwen_vit import export as export_module
-from qwen_vit import export_estimate as estimate_module
-from qwen_vit import export_plan as plan_module
-from qwen_vit import folder_lock as folder_lock_module
-from qwen_vit import manifest as manifest_module
-from qwen_vit import shards as shards_module
-from qwen_vit.command_text import estimate_text
+from qwen_vit.cli import main as cli_module
+from qwen_vit.cli.text import estimate_text
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
-from qwen_vit.export import ExportReport, export_features, make_manifest
-from qwen_vit.export_estimate import Estimate, estimate_export, estimate_plan
-from qwen_vit.export_plan import ExportOptions, Plan, open_export
-from qwen_vit.feature_files import load_features
+from qwen_vit.export import estimate as estimate_module
+from qwen_vit.export import lock as folder_lock_module
+from qwen_vit.export import manifest as manifest_module
+from qwen_vit.export import plan as plan_module
+from qwen_vit.export import run as export_module
+from qwen_vit.export import shards as shards_module
+from qwen_vit.export.estimate import Estimate, estimate_export, estimate_plan
+from qwen_vit.export.lock import hold_folder, hold_moment
+from qwen_vit.export.manifest import ManifestRow
+from qwen_vit.export.plan import ExportOptions, Plan, open_export
+from qwen_vit.export.run import ExportReport, export_features, make_manifest
+from qwen_vit.export.shards import Breaker, export_shards
+from qwen_vit.feature_files.read import load_features
 from qwen_vit.features import ImageFeatures, write_features
-from qwen_vit.folder_lock import hold_folder, hold_moment
-from qwen_vit.image import ImageLimits
-from qwen_vit.listing import check_inputs, find_items
-from qwen_vit.manifest import ManifestRow
-from qwen_vit.shards import Breaker, export_shards
+from qwen_vit.images.load import ImageLimits
+from qwen_vit.inputs.listing import check_inputs, find_items
 
 SMALL = ExportOptions(shard_size=4)
 
@@ -1026,7 +1026,7 @@ def test_the_estimate_counts_what_limits_refuse(here: Path) -> None:
 
 
 def test_a_sample_stands_for_the_whole(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_vit.export_estimate.SAMPLE", 5)
+    monkeypatch.setattr("qwen_vit.export.estimate.SAMPLE", 5)
     Path("p/x.png").unlink()
     with plan_of() as plan:
         estimate = estimate_plan(StandIn(), plan)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwen_vit import atomic_file as atomic_file_module
 from qwen_vit import features as features_module
+from qwen_vit.common import atomic_file as atomic_file_module
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
-from qwen_vit.feature_files import load_features
+from qwen_vit.feature_files.read import load_features
 from qwen_vit.features import FeatureWriter, ImageFeatures, write_features
 
 METADATA = {"model": "tiny", "commit": None, "dtype": "float32"}

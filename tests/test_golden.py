@@ -32,7 +32,8 @@ from oracle import (
 )
 from towers import build_tower, layout_for, tower_trace
 
-from qwen_vit import convert, layout, model
+from qwen_vit import layout, model
+from qwen_vit.checkpoint import convert
 from qwen_vit.kernels import attention, linear
 from qwen_vit.layout import Layout, Segments
 from qwen_vit.model import VisionTower

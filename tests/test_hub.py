@@ -22,12 +22,12 @@ from hub_server import COMMIT, Fault, Hub, etag_of, serving
 from hub_worker import Worker, running_worker
 from safetensors.torch import load_file, save_file
 
-from qwen_vit import store
-from qwen_vit.checkpoint import load_checkpoint
+from qwen_vit.checkpoint import cache as store
+from qwen_vit.checkpoint.hub import find_checkpoint, packaged_weights
+from qwen_vit.checkpoint.load import load_checkpoint
+from qwen_vit.checkpoint.repository import Repository
+from qwen_vit.common.safetensors_header import read_header
 from qwen_vit.errors import ArgumentError, CheckpointError, HubError
-from qwen_vit.hub import find_checkpoint, packaged_weights
-from qwen_vit.hub_client import Repository
-from qwen_vit.safetensors_header import read_header
 
 SETTINGS = "preprocessor_config.json"
 INDEX = "model.safetensors.index.json"

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile
 
 import qwen_vit
-from qwen_vit import image as image_module
 from qwen_vit.errors import IMAGE_CODES, ArgumentError, ImageError
-from qwen_vit.image import ImageLimits, RgbImage, load_image
-from qwen_vit.image_completeness import ends_early, promised_bytes
+from qwen_vit.images import load as image_module
+from qwen_vit.images.load import ImageLimits, RgbImage, load_image
+from qwen_vit.images.truncation import ends_early, promised_bytes
 
 IMAGES = Path(__file__).parent / "images"
 FORMATS = {
@@ -92,7 +92,7 @@ def test_every_code_of_the_table_is_tested() -> None:
 
 
 def test_every_code_of_the_package_is_in_the_table() -> None:
-    for path in Path(qwen_vit.__file__).parent.glob("*.py"):
+    for path in Path(qwen_vit.__file__).parent.rglob("*.py"):
         source = path.read_text("utf-8")
         assert set(re.findall(r'code="([^"]+)"|(?:_error|broken)\("([^"]+)"', source)) <= {
             pair for code in IMAGE_CODES for pair in ((code, ""), ("", code))

@@ -38,29 +38,45 @@ PLANTED = (
     ("layout.py", "from qwen_vit.model import VisionTower", "layout imports model, which is above"),
     ("layout.py", "from qwen_vit import model", "layout imports model, which is above"),
     ("layout.py", "from .model import VisionTower", "layout imports model, which is above"),
-    ("layout.py", "def f():\n    import qwen_vit.cli", "layout imports cli, which is above it"),
+    (
+        "layout.py",
+        "def f():\n    import qwen_vit.cli.main",
+        "layout imports cli, which is above it",
+    ),
     ("encoder.py", "from qwen_vit import __version__", "encoder imports __init__, which is above"),
-    ("kernels/attention.py", "import qwen_vit.hub", "kernels imports hub, which is above it"),
+    (
+        "kernels/attention.py",
+        "import qwen_vit.encoder",
+        "kernels imports encoder, which is above it",
+    ),
     ("errors.py", "from qwen_vit.config import Grid", "imports in a circle: "),
     ("layout.py", "import qwen_vit.lay_out", "imports qwen_vit.lay_out, which is not there"),
     ("helpers.py", "", "helpers has no place"),
     ("model.py", "import triton.language as tl", "imports triton, which only kernels may"),
-    ("encoder.py", "from huggingface_hub import HfApi", "imports huggingface_hub, which only hub"),
-    ("downstream.py", "import transformers", "imports transformers at module level"),
-    ("downstream.py", "if 1:\n    import torchvision", "imports torchvision at module level"),
-    ("image.py", "def f():\n    import transformers", "imports transformers, which only"),
-    ("image.py", "import importlib\nimportlib.import_module('triton')", "imports triton, which"),
-    ("image.py", "import pickle", "imports pickle"),
-    ("checkpoint.py", "import torch\ntorch.load('x')", "torch.load"),
-    ("checkpoint.py", "from torch import load", "torch.load"),
-    ("checkpoint.py", "import numpy as np\nnp.load('x', allow_pickle=True)", "allow_pickle"),
+    (
+        "encoder.py",
+        "from huggingface_hub import HfApi",
+        "imports huggingface_hub, which only check",
+    ),
+    ("integrations/hf.py", "import transformers", "imports transformers at module level"),
+    ("integrations/hf.py", "if 1:\n    import torchvision", "imports torchvision at module level"),
+    ("images/load.py", "def f():\n    import transformers", "imports transformers, which only"),
+    (
+        "images/load.py",
+        "import importlib\nimportlib.import_module('triton')",
+        "imports triton, which",
+    ),
+    ("images/load.py", "import pickle", "imports pickle"),
+    ("checkpoint/load.py", "import torch\ntorch.load('x')", "torch.load"),
+    ("checkpoint/load.py", "from torch import load", "torch.load"),
+    ("checkpoint/load.py", "import numpy as np\nnp.load('x', allow_pickle=True)", "allow_pickle"),
     ("model.py", "F.scaled_dot_product_attention(q, k, v)", "scaled_dot_product_attention"),
     ("model.py", "from torch.nn.attention import flex_attention", "flex_attention"),
     ("model.py", "import flash_attn_interface", "flash_attn_interface"),
     ("model.py", "getattr(F, '_flash_attention_forward')", "_flash_attention_forward"),
     ("model.py", "nn.MultiheadAttention(8, 1)", "MultiheadAttention"),
-    ("patches.py", "assert True", "assert"),
-    ("patches.py", "try:\n    x = 1\nexcept:\n    x = 2", "bare except"),
+    ("images/patches.py", "assert True", "assert"),
+    ("images/patches.py", "try:\n    x = 1\nexcept:\n    x = 2", "bare except"),
 )
 
 
@@ -83,7 +99,7 @@ def test_a_planted_violation_is_found_with_its_line(
 
 def test_what_is_allowed_is_not_reported(copy: Path) -> None:
     before = check_imports(copy).stdout
-    with (copy / "downstream.py").open("a") as file:
+    with (copy / "integrations/hf.py").open("a") as file:
         file.write('\n\ndef f():\n    import transformers\n    """assert, pickle, flash_attn."""\n')
     assert check_imports(copy).stdout == before
 

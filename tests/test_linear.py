@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from towers import CPU, gpu, random_pixels
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
-from qwen_vit.convert import PIXEL_ZERO
+from qwen_vit.checkpoint.convert import PIXEL_ZERO
 from qwen_vit.kernels import linear as kernels
 from qwen_vit.kernels import linear_hopper
 from qwen_vit.kernels.linear import (

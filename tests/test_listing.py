@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_vit import listing as listing_module
 from qwen_vit.errors import ExportError, ImageError
-from qwen_vit.image import ImageLimits
-from qwen_vit.listing import Item, Listing, check_inputs, find_items, read_item, read_listing
+from qwen_vit.images.load import ImageLimits
+from qwen_vit.inputs import listing as listing_module
+from qwen_vit.inputs.listing import Item, Listing, check_inputs, find_items, read_item, read_listing
 
 LIMITS = ImageLimits()
 

@@ -26,7 +26,7 @@ from towers import (
 )
 from transformers.vision_utils import get_vision_window_index
 
-from qwen_vit.checkpoint import load_checkpoint
+from qwen_vit.checkpoint.load import load_checkpoint
 from qwen_vit.config import VisionConfig
 from qwen_vit.model import VisionTower
 

@@ -14,8 +14,8 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as refere
 
 from qwen_vit.config import Grid, ImageConfig
 from qwen_vit.errors import ArgumentError, ImageError
-from qwen_vit.image import load_image
-from qwen_vit.patches import Patches, patchify, resize_image, smart_resize
+from qwen_vit.images.load import load_image
+from qwen_vit.images.patches import Patches, patchify, resize_image, smart_resize
 
 PHOTOGRAPHS = sorted(
     path for path in (Path(__file__).parent / "images").iterdir() if path.suffix in (".png", ".jpg")

@@ -26,14 +26,14 @@ from stand_in import StandIn
 from towers import gpu
 
 from qwen_vit import encoder as encoder_module
-from qwen_vit import shards as shards_module
+from qwen_vit.common.prefetch import Behind, Clock, Job, pack, thread_count, work_ahead
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
-from qwen_vit.export import export_features
-from qwen_vit.export_plan import ExportOptions
+from qwen_vit.export import shards as shards_module
+from qwen_vit.export.device_to_host import ALIGNED_BYTES, PinnedRing
+from qwen_vit.export.plan import ExportOptions
+from qwen_vit.export.run import export_features
 from qwen_vit.features import FeatureWriter
-from qwen_vit.pinned_ring import ALIGNED_BYTES, PinnedRing
-from qwen_vit.pipeline import Behind, Clock, Job, pack, thread_count, work_ahead
 
 IMAGES = Path(__file__).resolve().parent / "images"
 
@@ -213,7 +213,7 @@ LEFT_BEHIND = """
 import sys, time
 from collections import namedtuple
 from functools import partial
-from qwen_vit.pipeline import Job, work_ahead
+from qwen_vit.common.prefetch import Job, work_ahead
 
 Sized = namedtuple("Sized", "value n_bytes")
 
@@ -644,7 +644,7 @@ def test_a_stream_that_is_left_ends_its_threads(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_patches_of_two_images_are_no_image() -> None:
-    from qwen_vit.patches import Patches, patchify
+    from qwen_vit.images.patches import Patches, patchify
 
     whole = encoder()
     one = patchify(np.zeros((56, 56, 3), np.uint8), whole.image_config)
@@ -657,7 +657,7 @@ def test_patches_of_two_images_are_no_image() -> None:
 def test_patches_that_are_not_this_encoders_fail_alone() -> None:
     """Narrower ones were filled up with zeros and encoded; the others cost the whole batch."""
     from qwen_vit.config import Grid
-    from qwen_vit.patches import Patches, patchify
+    from qwen_vit.images.patches import Patches, patchify
 
     whole = encoder()
     good = patchify(np.zeros((56, 56, 3), np.uint8), whole.image_config)

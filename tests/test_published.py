@@ -15,15 +15,15 @@ from checkpoints import split_qkv
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen_vit import convert as convert_module
-from qwen_vit.checkpoint import _LazyTensors, expected_tensors, find_tower
+from qwen_vit.checkpoint import convert as convert_module
+from qwen_vit.checkpoint.convert import convert
+from qwen_vit.checkpoint.hub import REPOSITORY, packaged_weights
+from qwen_vit.checkpoint.load import _LazyTensors, expected_tensors, find_tower
+from qwen_vit.checkpoint.weight_files import Elsewhere, StoredTensor
+from qwen_vit.cli.info import licence_of
+from qwen_vit.common.safetensors_header import TensorInfo
 from qwen_vit.config import ImageConfig, VisionConfig
-from qwen_vit.convert import convert
-from qwen_vit.hub import REPOSITORY, packaged_weights
-from qwen_vit.info import licence_of
 from qwen_vit.model import VisionTower
-from qwen_vit.safetensors_header import TensorInfo
-from qwen_vit.weight_files import Elsewhere, StoredTensor
 
 PUBLISHED = tomllib.loads((packaged_weights() / "published.toml").read_text())["checkpoint"]
 OFFICIAL = [f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B")]

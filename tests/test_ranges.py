@@ -12,8 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_vit import ranges
-from qwen_vit.ranges import Opened, Piece, RangesRefusedError, TransferError, fetch, merge, read
+from qwen_vit.checkpoint import ranges
+from qwen_vit.checkpoint.ranges import (
+    Opened,
+    Piece,
+    RangesRefusedError,
+    TransferError,
+    fetch,
+    merge,
+    read,
+)
 
 REST = ranges._rest
 FILES = {"a": os.urandom(5_000), "b": os.urandom(3_000)}

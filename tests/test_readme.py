@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from consumers import install_stand_ins
 
-from qwen_vit import cli as cli_module
-from qwen_vit.hub import REPOSITORY
+from qwen_vit.checkpoint.hub import REPOSITORY
+from qwen_vit.cli import main as cli_module
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -26,8 +26,6 @@ FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PYTHON = [body for language, body in FENCE.findall(TEXT) if language in ("python", "py")]
 SHELL = [body for language, body in FENCE.findall(TEXT) if language in ("bash", "sh", "console")]
 KNOWN = ("cd", "git", "pip", "python", "python3", "source", "export", "CUDA_VISIBLE_DEVICES=0")
-
-TREE_FOLDERS = ("qwen_vit", "tests", "tools", "weights")
 
 
 def commands(blocks: list[str]) -> list[str]:
@@ -119,41 +117,6 @@ def test_a_program_of_the_readme_exists(line: str) -> None:
         assert os.access(path, os.X_OK), f"{program} cannot be run"
     else:
         assert program.removeprefix(".venv/bin/") in (*KNOWN, "qwen-vit"), f"unknown: {line}"
-
-
-def tree_paths() -> list[str]:
-    """The paths of the block that draws the file tree, whatever it is drawn with.
-
-    An indented name lies in the folder above it; a name ends at two spaces or a dash.
-    """
-    found: list[str] = []
-    for language, body in FENCE.findall(TEXT):
-        if language in ("", "text") and any(f"{folder}/" in body for folder in TREE_FOLDERS):
-            folders: list[tuple[int, str]] = []
-            for line in body.splitlines():
-                match = re.match(r"([\s│├└─|`+-]*)([\w.*-]+(?:/[\w.*-]+)*/?)", line)
-                if match is None:
-                    continue
-                depth, name = len(match[1]), match[2]
-                names = [name, *re.findall(r"^, ([\w.-]+)", line[match.end() :])]
-                folders = [(at, folder) for at, folder in folders if at < depth]
-                above = folders[-1][1] if folders else ""
-                found += [above + each for each in names]
-                if name.endswith("/"):
-                    folders.append((depth, above + name))
-    return found
-
-
-def test_what_the_file_tree_names_is_there() -> None:
-    paths = tree_paths()
-    assert paths, "README.md draws no file tree"
-    missing = [path for path in paths if not list(ROOT.glob(path.rstrip("/")))]
-    assert missing == []
-
-
-def test_the_file_tree_names_every_module() -> None:
-    modules = {f"qwen_vit/{path.name}" for path in (ROOT / "qwen_vit").glob("*.py")}
-    assert sorted(modules - set(tree_paths()) - {"qwen_vit/__main__.py"}) == []
 
 
 def test_links_of_the_readme_that_stay_here_lead_somewhere() -> None:

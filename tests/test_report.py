@@ -14,11 +14,12 @@ import torch
 from goldens import IMAGE_FOLDER
 from PIL import Image
 
-from qwen_vit import VisionEncoder, report
-from qwen_vit.compare import compare
-from qwen_vit.comparison import Comparison, Maps
+from qwen_vit import VisionEncoder
+from qwen_vit.compare import report
+from qwen_vit.compare.result import Comparison, Maps
+from qwen_vit.compare.run import compare
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
-from qwen_vit.patches import resize_image
+from qwen_vit.images.patches import resize_image
 
 CHELSEA = str(IMAGE_FOLDER / "chelsea.png")
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen_vit import trace
-from qwen_vit.checkpoint import load_checkpoint
+from qwen_vit.checkpoint.convert import convert
+from qwen_vit.checkpoint.load import load_checkpoint
+from qwen_vit.compare import stages as trace
+from qwen_vit.compare.oracle import Trace
+from qwen_vit.compare.tolerance import relative_error
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
-from qwen_vit.convert import convert
-from qwen_vit.differences import relative_error
 from qwen_vit.layout import Layout
 from qwen_vit.model import VisionTower
-from qwen_vit.oracle import Trace
 
 CPU = torch.device("cpu")
 

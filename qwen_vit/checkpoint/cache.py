@@ -1,0 +1,345 @@
+"""Our own folder of a downloaded tower: written once, complete or not there at all, checkable.
+
+`models--ORG--NAME/qwen_vit/COMMIT/` in the Hub's cache holds the config files, vision.safetensors
+and manifest.json, which records the size and sha256 of each. A folder is filled under another name
+and renamed when it is whole, so that readers, crashes and other processes never meet half of one.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from qwen_vit.checkpoint.weight_files import VISION_FILE
+from qwen_vit.common.atomic_file import sync_folder
+from qwen_vit.common.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES
+from qwen_vit.common.strict_json import read_json
+from qwen_vit.errors import CheckpointError
+
+__all__ = [
+    "Manifest",
+    "check",
+    "check_digest",
+    "discard",
+    "fill",
+    "find",
+    "folder_of",
+    "hub_digest",
+    "one_at_a_time",
+    "recorded_licence",
+    "remember_check",
+    "remove_abandoned",
+    "repository_folder",
+    "was_checked",
+]
+
+logger = logging.getLogger("qwen_vit")
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+ABANDONED_S = 24 * 3600.0  # a half-filled folder of a machine that cannot be asked
+UNKNOWN_SPACE = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a folder holds, and where it came from.
+
+    `shards` says how each shard was read; `whole_bytes` is the size of all of the repository's
+    weights, where the Hub told it. The folder's own record, made when it is complete: `files` maps
+    each name to its bytes and sha256, and `header_sha256` is that of the header of
+    vision.safetensors, which is checked at each load.
+    """
+
+    repo: str
+    commit: str
+    header_sha256: str = ""
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    shards: Mapping[str, str] = field(default_factory=dict)
+    whole_bytes: int | None = None
+    licence: str | None = None
+    format: int = FORMAT
+
+    def to_json(self) -> dict[str, Any]:
+        """The document as it is written, with a checksum of its own."""
+        document = asdict(self)
+        return {**document, "checksum": _checksum(document)}
+
+
+def folder_of(cache: Path, repo: str, commit: str) -> Path:
+    """Where the tower of a repository at a commit lies in a Hub cache.
+
+    >>> folder_of(Path("hub"), "Qwen/Qwen2.5-VL-7B-Instruct", "0" * 40).parent.as_posix()
+    'hub/models--Qwen--Qwen2.5-VL-7B-Instruct/qwen_vit'
+    """
+    return repository_folder(cache, repo) / "qwen_vit" / commit
+
+
+def repository_folder(cache: Path, repo: str) -> Path:
+    """Where huggingface_hub keeps a repository, and removes it."""
+    return cache / f"models--{repo.replace('/', '--')}"
+
+
+def find(folder: Path) -> Manifest | None:
+    """Return the manifest of a folder whose files have their sizes and their header, or None.
+
+    Raises CheckpointError for a folder that was damaged since it was written.
+    """
+    if not folder.is_dir():
+        return None
+    manifest = _read_manifest(folder)
+    for name, recorded in manifest.files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != recorded["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise CheckpointError(
+                f"{path} {found}, expected the {recorded['bytes']} bytes that were written; "
+                + _remedy(folder)
+            )
+    header = _header_sha256(folder / VISION_FILE)
+    if header != manifest.header_sha256:
+        raise CheckpointError(
+            f"{folder / VISION_FILE}: its header changed since it was written (sha256 "
+            f"{header[:12]}..., expected {manifest.header_sha256[:12]}...); " + _remedy(folder)
+        )
+    return manifest
+
+
+def recorded_licence(folder: Path) -> str | None:
+    """What the model card said when a folder of ours was written."""
+    return _read_manifest(folder).licence if (folder / MANIFEST_FILE).is_file() else None
+
+
+def check(folder: Path) -> dict[str, str] | None:
+    """Hash each file again and compare: what was checked, by name; None where nothing is recorded.
+
+    A folder of ours has its manifest; a snapshot in the Hub's cache has links whose targets are
+    called by their sha256 (large files) or git's sha1. Raises CheckpointError for any difference.
+    """
+    if (folder / MANIFEST_FILE).is_file():
+        manifest = find(folder)
+        recorded = {} if manifest is None else manifest.files
+        for name, entry in recorded.items():
+            _compare(folder / name, _file_sha256(folder / name), entry["sha256"])
+        return dict.fromkeys(recorded, "sha256 as recorded when it was written")
+    results = {}
+    for path in sorted(folder.iterdir()):
+        digest = hub_digest(path)
+        if digest is not None:
+            results[path.name] = check_digest(path, digest)
+    return results or None
+
+
+def hub_digest(path: Path) -> str | None:
+    """What the Hub calls a cached file by: sha256 or git's sha1 in hex; None where it cannot be
+    told."""
+    if not path.is_symlink():
+        return None
+    target = Path(os.readlink(path))
+    is_hex = all(character in "0123456789abcdef" for character in target.name)
+    known = target.parent.name == "blobs" and is_hex and len(target.name) in (40, 64)
+    return target.name if known else None
+
+
+def check_digest(path: Path, digest: str) -> str:
+    """Hash a file and compare with a sha256, or with git's sha1; say which."""
+    if len(digest) == 64:
+        _compare(path, _file_sha256(path), digest)
+        return "the Hub's sha256"
+    content = path.read_bytes()
+    _compare(path, hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), digest)
+    return "the Hub's git sha1"
+
+
+def was_checked(repository: Path, path: Path, digest: str) -> bool:
+    """Whether a whole file in the Hub's cache had this digest, as it is now, before."""
+    return _mark(repository, path, digest).exists()
+
+
+def remember_check(repository: Path, path: Path, digest: str) -> None:
+    """Remember it, where the cache can be written."""
+    mark = _mark(repository, path, digest)
+    with suppress(OSError):
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def _mark(repository: Path, path: Path, digest: str) -> Path:
+    status = path.stat()
+    return repository / "qwen_vit" / "checked" / f"{digest}-{status.st_size}-{status.st_mtime_ns}"
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one process fill `folder` while others wait.
+
+    Only saves bandwidth: where the file system's locks do nothing, processes work side by side,
+    and the first to finish wins.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("another process is downloading to %s; waiting for it", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.info("%s cannot be locked (%s)", folder, error.strerror)
+        yield  # closing the file unlocks it, as does the end of the process
+
+
+@contextmanager
+def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
+    """Give a temporary folder to fill; then record it, sync it to the disk and rename it.
+
+    Where another process was first, its folder stays and this one goes.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{_owner()}.{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        _record(temporary, manifest)
+        _rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what processes left beside `folder` that were killed here, or wrote elsewhere and then
+    for a day no more."""
+    for path in folder.parent.glob(".*.*-*.*"):
+        space, _, process = path.name.split(".")[2].rpartition("-")
+        try:
+            if space == _process_space() != UNKNOWN_SPACE:
+                is_abandoned = not _is_alive(int(process))
+            else:
+                is_abandoned = time.time() - _last_change(path) > ABANDONED_S
+        except (OSError, OverflowError, ValueError):  # gone meanwhile, or not ours
+            continue
+        if is_abandoned:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder at once, as others see it."""
+    doomed = folder.with_name(f".{folder.name}.{_owner()}.{uuid.uuid4().hex[:8]}")
+    with suppress(FileNotFoundError):  # another process did
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _record(folder: Path, manifest: Manifest) -> None:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _file_sha256(path)}
+    header = _header_sha256(folder / VISION_FILE)
+    complete = replace(manifest, header_sha256=header, files=files)
+    with (folder / MANIFEST_FILE).open("w") as file:
+        json.dump(complete.to_json(), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    while True:
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            try:
+                if find(folder) is not None:
+                    return  # another process was first
+            except CheckpointError:
+                discard(folder)
+        else:
+            sync_folder(folder.parent)
+            return
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST_FILE
+    try:
+        document = read_json(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_remedy(folder)}") from None
+    checksum = document.pop("checksum", None)
+    if checksum != _checksum(document) or document.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} changed since it was written, or a newer version wrote it; {_remedy(folder)}"
+        )
+    return Manifest(**document)
+
+
+def _compare(path: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is damaged: its hash is {found[:16]}..., "
+            f"expected {expected[:16]}...; delete it, and download it again "
+            "(qwen-vit download MODEL)"
+        )
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete {folder}, and download it again (qwen-vit download MODEL)"
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _header_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(LENGTH_BYTES)
+        length = int.from_bytes(start, "little")
+        header = file.read(length) if length <= MAX_HEADER_BYTES else b""
+    return hashlib.sha256(start + header).hexdigest()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _last_change(folder: Path) -> float:
+    """When something was last written in it: a download writes all the time."""
+    return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+
+
+def _owner() -> str:
+    """This process, by a name that no other process on any machine has while it lives."""
+    return f"{_process_space()}-{os.getpid()}"
+
+
+def _process_space() -> str:
+    """Among which processes a process id means one: a machine's boot, a container's namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]
+    except OSError:
+        return UNKNOWN_SPACE

@@ -1,0 +1,250 @@
+"""Published tensors -> the model's parameters: renamed, permuted, concatenated, padded, folded.
+
+Nothing is lost on the way: every published weight lands in one place. The weights of a block's two
+norms are multiplied into the products that follow them; the patch embedding is stored once as
+published (for float rows) and once folded for uint8 pixels.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from qwen_vit.checkpoint.to_device import to_device
+from qwen_vit.common.tensors import all_finite, extremes
+from qwen_vit.config import ImageConfig, VisionConfig
+from qwen_vit.errors import ArgumentError, CheckpointError
+
+__all__ = [
+    "check_finite",
+    "convert",
+    "padded_mlp_size",
+    "padded_pixel_size",
+    "pixel_weight_exponent",
+    "rotary_permutation",
+]
+
+CPU = torch.device("cpu")
+
+# Published name -> the model's, for what is copied as it is.
+RENAMES = (
+    ("merger.ln_q.weight", "merger.norm_weight"),
+    ("merger.mlp.0.weight", "merger.fc1.weight"),
+    ("merger.mlp.0.bias", "merger.fc1.bias"),
+    ("merger.mlp.2.weight", "merger.fc2.weight"),
+    ("merger.mlp.2.bias", "merger.fc2.bias"),
+)
+PATCH_WEIGHT = "patch_embed.proj.weight"
+# Block by block, (published, the model's).
+RENAMES_IN_BLOCKS = (
+    ("attn.proj.weight", "attn.proj.weight"),
+    ("attn.proj.bias", "attn.proj.bias"),
+    ("mlp.down_proj.bias", "mlp.down.bias"),
+)
+
+MLP_MULTIPLE = 128  # one tile of the products; 3420 alone, not aligned to 16 bytes, costs 3.5x
+GATE_UP_TURN = 8  # rows of the gate, then of up: a matrix instruction's thread holds both of a pair
+PIXEL_MULTIPLE = 64
+ROWS_FOLDED_AT_ONCE = 64  # of the patch embedding
+PIXEL_ZERO = 128  # uint8 pixels enter as pixel - 128, so that fp16 holds every one exactly
+
+
+def pixel_weight_exponent(dtype: torch.dtype) -> int:
+    """Return e, where pixel_weight is stored times 2**e: 10 for bfloat16, 0 for float32.
+
+    With bfloat16 the folded weights are float16, which has 3 more bits but a smaller range: the
+    factor keeps weights of about 1e-4 out of its subnormal numbers.
+
+    >>> pixel_weight_exponent(torch.bfloat16)
+    10
+    """
+    exponents = {torch.bfloat16: 10, torch.float32: 0}
+    if dtype == torch.float16:
+        raise ArgumentError(
+            "dtype float16 is refused: the published weights overflow it in the last block; "
+            "use bfloat16 or float32"
+        )
+    if dtype not in exponents:
+        raise ArgumentError(f"dtype is {dtype}, expected torch.bfloat16 or torch.float32")
+    return exponents[dtype]
+
+
+def padded_mlp_size(config: VisionConfig) -> int:
+    """Return I', the MLP size with zero padding: a multiple of 128."""
+    return _round_up(config.intermediate_size, MLP_MULTIPLE)
+
+
+def padded_pixel_size(config: VisionConfig) -> int:
+    """Return K, the values of one patch in one frame, with zero padding: a multiple of 64."""
+    return _round_up(config.in_channels * config.patch_px**2, PIXEL_MULTIPLE)
+
+
+def rotary_permutation(head_dim: int) -> Tensor:
+    """Return the order that puts the rotary pair (j, j + D/2) of a head at (2j, 2j + 1).
+
+    >>> rotary_permutation(6).tolist()
+    [0, 3, 1, 4, 2, 5]
+    """
+    return torch.arange(head_dim).view(2, head_dim // 2).T.flatten()
+
+
+def convert(
+    tensors: Mapping[str, Tensor],
+    config: VisionConfig,
+    image_config: ImageConfig,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    *,
+    place: Callable[[str], str] = str,
+) -> dict[str, Tensor]:
+    """Return the state of model.VisionTower, in bfloat16 or float32, from published CPU tensors.
+
+    Each is read when its turn comes and made into the model's on `device`; only the patch
+    embedding, small and in float64, is made on the CPU. The bits do not depend on the device.
+    Raises CheckpointError for NaN or infinite weights, by name, or by what `place` makes of it.
+    """
+    exponent = pixel_weight_exponent(dtype)
+    recipes = list(_recipes(config, dtype, device))
+    sources = [name for recipe in recipes for name in recipe.sources]
+    arriving = to_device((tensors[name] for name in sources), device)
+    state, limits = {}, []
+    for recipe in recipes:
+        made = recipe.make(*islice(arriving, len(recipe.sources)))
+        state[recipe.target] = made
+        # a product with NaN or infinity is not finite either, so it tells of its sources
+        limits.append(extremes(made))
+    patch_weight = check_finite(tensors[PATCH_WEIGHT], place(PATCH_WEIGHT))
+    patch = _patch_embedding(patch_weight, image_config, exponent, padded_pixel_size(config))
+    are_finite = torch.stack(limits).isfinite().all(1).tolist()  # waits for the device, once
+    for recipe, is_finite in zip(recipes, are_finite, strict=True):
+        if not is_finite:
+            for name in recipe.sources:
+                check_finite(tensors[name], place(name))
+            check_finite(state[recipe.target], f"{' with '.join(recipe.sources)} in {dtype}")
+    return state | {name: tensor.to(device) for name, tensor in patch.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """What one of the model's tensors is made of, by published names, and how."""
+
+    target: str
+    sources: tuple[str, ...]
+    make: Callable[..., Tensor]
+
+
+def _recipes(config: VisionConfig, dtype: torch.dtype, device: torch.device) -> Iterator[_Recipe]:
+    """All but the patch embedding, in the order in which published tensors are read, each once."""
+    I_padded = padded_mlp_size(config)
+    order = _rotary_order(config).to(device)
+
+    def same(tensor: Tensor) -> Tensor:
+        # A copy, since the source may be a map of a file that is gone tomorrow.
+        return tensor.to(dtype, copy=True)
+
+    def folded(weight: Tensor, gain: Tensor) -> Tensor:
+        # W (g * x) = (W g) x, and the product of two bfloat16 numbers is exact in float32
+        return (weight.float() * gain.float()).to(dtype)
+
+    def qkv_weight(weight: Tensor, gain: Tensor) -> Tensor:
+        return folded(weight, gain)[order]
+
+    def qkv_bias(bias: Tensor) -> Tensor:
+        return bias.to(dtype)[order]
+
+    def gate_up_weight(gate: Tensor, up: Tensor, gain: Tensor) -> Tensor:
+        return _take_turns(*(_pad(folded(half, gain), 0, I_padded) for half in (gate, up)))
+
+    def gate_up_bias(gate: Tensor, up: Tensor) -> Tensor:
+        return _take_turns(*(_pad(half.to(dtype), 0, I_padded) for half in (gate, up)))
+
+    def down_weight(down: Tensor) -> Tensor:
+        return _pad(down.to(dtype), 1, I_padded)
+
+    for published, ours in RENAMES:
+        yield _Recipe(ours, (published,), same)
+    for i in range(config.depth):
+        block = f"blocks.{i}."
+        norm1, norm2 = f"{block}norm1.weight", f"{block}norm2.weight"
+        qkv, gate_up, down = f"{block}attn.qkv", f"{block}mlp.gate_up", f"{block}mlp.down"
+        gate, up = f"{block}mlp.gate_proj", f"{block}mlp.up_proj"
+        for published, ours in RENAMES_IN_BLOCKS:
+            yield _Recipe(block + ours, (block + published,), same)
+        yield _Recipe(f"{qkv}.weight", (f"{qkv}.weight", norm1), qkv_weight)
+        yield _Recipe(f"{qkv}.bias", (f"{qkv}.bias",), qkv_bias)
+        sources = (f"{gate}.weight", f"{up}.weight", norm2)
+        yield _Recipe(f"{gate_up}.weight", sources, gate_up_weight)
+        yield _Recipe(f"{gate_up}.bias", (f"{gate}.bias", f"{up}.bias"), gate_up_bias)
+        yield _Recipe(f"{down}.weight", (f"{down}_proj.weight",), down_weight)
+
+
+def check_finite(tensor: Tensor, name: str) -> Tensor:
+    """Return the tensor, or raise CheckpointError with its name and its NaN and infinite values."""
+    if not all_finite(tensor):
+        raise CheckpointError(
+            f"{name} holds {int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} "
+            f"infinite values of {tensor.numel()}, expected finite weights; delete the file and "
+            "download it again (qwen-vit download MODEL)"
+        )
+    return tensor
+
+
+def _patch_embedding(
+    weight: Tensor, image_config: ImageConfig, exponent: int, K: int
+) -> dict[str, Tensor]:
+    mean = torch.tensor(image_config.image_mean, dtype=torch.float64).view(3, 1, 1, 1)
+    std = torch.tensor(image_config.image_std, dtype=torch.float64).view(3, 1, 1, 1)
+    stored = torch.float32 if exponent == 0 else torch.float16
+
+    def fold(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        w = rows.double()  # (rows, 3, frames, patch_px, patch_px)
+        # w * (pixel / 255 - mean) / std, split at pixel = 128, both frames being the same image
+        folded = (w / (255 * std)).sum(2).flatten(1) * 2.0**exponent
+        bias = (w * ((PIXEL_ZERO / 255 - mean) / std)).flatten(1).sum(1)
+        row_weight = (w * 2.0**exponent).flatten(1)  # bfloat16 fits float16 exactly
+        return row_weight.to(stored), _pad(folded, 1, K).to(stored), bias.float()
+
+    # few rows at a time: four times its bytes in float64, and that some times over
+    parts = zip(*map(fold, weight.split(ROWS_FOLDED_AT_ONCE)), strict=True)
+    row_weight, pixel_weight, pixel_bias = (torch.cat(part) for part in parts)
+    for name, tensor in (
+        ("weights", row_weight),
+        ("folded weights", pixel_weight),
+        ("folded biases", pixel_bias),
+    ):
+        if not all_finite(tensor):
+            raise CheckpointError(
+                f"{PATCH_WEIGHT} reaches {weight.abs().max().item():g}: its {name} "
+                f"overflow {tensor.dtype}; use dtype float32, or download the checkpoint again"
+            )
+    return {
+        "patch_embed.weight": row_weight,
+        "patch_embed.pixel_weight": pixel_weight,
+        "patch_embed.pixel_bias": pixel_bias,
+    }
+
+
+def _rotary_order(config: VisionConfig) -> Tensor:
+    """The rows of q, k and v as the model wants them: of q and k, pairs side by side."""
+    D = config.head_dim
+    rows = torch.arange(3 * config.hidden_size).view(3, config.num_heads, D)
+    rows[:2] = rows[:2, :, rotary_permutation(D)]
+    return rows.flatten()
+
+
+def _take_turns(gate: Tensor, up: Tensor) -> Tensor:
+    """8 rows of the gate, 8 of up, and so on; the zeros at their ends give silu(0) * 0 = 0."""
+    turns = [half.view(-1, GATE_UP_TURN, *half.shape[1:]) for half in (gate, up)]
+    return torch.stack(turns, 1).flatten(0, 2)
+
+
+def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
+    missing = list(tensor.shape)
+    missing[dim] = size - missing[dim]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

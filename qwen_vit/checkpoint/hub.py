@@ -1,0 +1,323 @@
+"""Find a checkpoint: the packaged one, a local folder, or a repository on the Hugging Face Hub.
+
+Of a repository come its config files and its vision tensors alone: from shards in the Hub's cache,
+else as ranges of the shards' bytes, else from whole shards. What was fetched is kept, complete and
+by commit, and needs no network afterwards.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qwen_vit.checkpoint import cache as store
+from qwen_vit.checkpoint.load import LANDMARK, find_tower, tower_prefixes
+from qwen_vit.checkpoint.partial_download import Shards, write_tower
+from qwen_vit.checkpoint.ranges import RangesRefusedError, TransferError
+from qwen_vit.checkpoint.repository import NotCachedError, Repository, explain
+from qwen_vit.checkpoint.weight_files import (
+    ADAPTER_CONFIG,
+    INDEX_FILE,
+    INDEX_SUFFIX,
+    VISION_FILE,
+    WEIGHTS_FILE,
+    choose_weights,
+    read_index,
+)
+from qwen_vit.common.strict_json import is_number, read_json
+from qwen_vit.config import VisionConfig
+from qwen_vit.errors import ArgumentError, CheckpointError, HubError, QwenVitError
+
+__all__ = ["Download", "Source", "download", "find_checkpoint", "packaged_weights"]
+
+logger = logging.getLogger("qwen_vit")
+
+PACKAGED = ("tiny",)
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+SETTINGS = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a checkpoint lies, and what it is called. `commit` is None for a local folder."""
+
+    folder: Path
+    name: str
+    commit: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """What a download did, in bytes: fetched over the network now, kept on the disk, saved.
+
+    `kept_bytes` are of weights. `saved_bytes` are those of the checkpoint's weights that are not
+    needed here; None where the Hub does not say how large the whole is. `licence` is what the model
+    card says, where it was read.
+    """
+
+    source: Source
+    fetched_bytes: int = 0
+    kept_bytes: int | None = None
+    saved_bytes: int | None = None
+    licence: str | None = None
+
+
+def find_checkpoint(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Source:
+    """Find `model`: the packaged "tiny", a local folder, or a repository on the Hub.
+
+    >>> find_checkpoint("tiny").name
+    'tiny'
+
+    From the Hub come the config files and the vision tensors, once; `revision`, `token`,
+    `cache_dir` and `local_files_only` mean what they mean in huggingface_hub. Raises HubError,
+    CheckpointError or, for a `revision` of what is here, ArgumentError, each with what to do.
+    """
+    return download(
+        model,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    ).source
+
+
+def download(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    full: bool = False,
+) -> Download:
+    """As `find_checkpoint`, with a report of the bytes.
+
+    >>> download("tiny").fetched_bytes
+    0
+
+    A range has no checksum of its own. `full` takes the shards that hold vision tensors whole, and
+    compares them with the Hub's sha256.
+    """
+    name = os.fsdecode(model)
+    is_folder = bool(name) and _is_folder(name)
+    if revision == "":
+        raise ArgumentError(
+            "revision is empty, expected a branch, a tag or a commit; leave it out for the default "
+            "branch"
+        )
+    if revision is not None and (is_folder or name in PACKAGED):
+        what = "a local folder" if is_folder else "a checkpoint of this package"
+        raise ArgumentError(
+            f"revision is {revision!r}, but {name} is {what}, of which there is one version; leave "
+            "revision out, or name a repository on the Hub (a folder of its name hides it)"
+        )
+    if is_folder:
+        return Download(Source(Path(name), name))
+    if name in PACKAGED:
+        return Download(Source(packaged_weights() / name, name))
+    if not REPOSITORY.fullmatch(name) or name.startswith((".", "/")):
+        raise HubError(
+            f"{name!r} is neither a folder nor a Hub repository, expected a local folder, "
+            "'organisation/repository', or 'tiny'"
+        )
+    repository = Repository(name, revision, token, cache_dir, local_files_only)
+    try:
+        return _download(repository, full)
+    except NotCachedError as error:
+        raise HubError(str(error)) from error
+    except QwenVitError:
+        raise
+    except Exception as error:  # each version of the client has its own transport errors
+        raise explain(error, repository) from error
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError as error:  # Python 3.11 raises for what may not be looked at
+        raise CheckpointError(
+            f"{name} cannot be looked at ({error.strerror}), expected a folder; check its name and "
+            "its permissions"
+        ) from error
+
+
+def packaged_weights() -> Path:
+    """`weights/` inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    inside = package / "weights"
+    return inside if inside.is_dir() else package.parent / "weights"
+
+
+def _download(repository: Repository, full: bool) -> Download:
+    if not full and (kept := _kept(repository)) is not None:
+        return kept  # a pinned commit needs no request
+    snapshot = _resolve(repository)
+    if not full and (kept := _kept(repository)) is not None:
+        return kept
+    VisionConfig.from_json(snapshot / "config.json")  # refuses other models before any weights
+    _fetch_settings(repository)
+    index, names = _find_weights(repository)
+    if full:
+        done = _fetch_whole(repository, index, names)
+        store.discard(_folder(repository))  # ranges from before: what was checked serves from now
+        return done
+    cached = {name: path for name in names if (path := repository.cached(name)) is not None}
+    if repository.is_offline():
+        if len(cached) < len(names):
+            raise repository.not_cached()
+        for name, path in cached.items():
+            repository.check(name, path)
+        return _whole(repository, index, list(cached.values()))
+    local = {name: path for name, path in cached.items() if repository.is_sound(name, path)}
+    if len(local) == len(names):
+        return _whole(repository, index, list(local.values()))
+    shards = Shards(local, set(names) - set(local), repository.open_range, repository.label)
+    try:
+        with store.one_at_a_time(_folder(repository)):
+            # another process may have done it meanwhile
+            return _kept(repository) or _vision_alone(repository, snapshot, index, shards)
+    except (RangesRefusedError, TransferError) as error:
+        if isinstance(error, TransferError) and error.cause is not None:
+            raise error.cause from None  # the server's answer: a whole shard would get the same
+        logger.warning(
+            "%s: its vision tensors cannot be had alone (%s); taking whole files instead: %s",
+            repository.label, error, ", ".join(names),
+        )  # fmt: skip
+        return _fetch_whole(repository, index, names)
+
+
+def _folder(repository: Repository) -> Path:
+    return store.folder_of(repository.cache(), repository.name, repository.commit or "")
+
+
+def _kept(repository: Repository) -> Download | None:
+    """What an earlier download left in our own folder, if its sizes and its header hold."""
+    if repository.commit is None:
+        return None
+    folder = _folder(repository)
+    store.remove_abandoned(folder)
+    try:
+        manifest = store.find(folder)
+        if manifest is None:
+            return None
+        if (manifest.repo, manifest.commit) != (repository.name, repository.commit):
+            raise CheckpointError(
+                f"{folder} holds {manifest.repo} at {manifest.commit}, expected {repository.name} "
+                f"at {repository.commit}; delete it"
+            )
+    except CheckpointError as error:
+        if repository.is_offline():
+            raise
+        logger.warning("%s; doing so now", error)
+        store.discard(folder)
+        return None
+    source = Source(folder, repository.name, repository.commit)
+    kept, whole = manifest.files[VISION_FILE]["bytes"], manifest.whole_bytes
+    saved = None if whole is None else max(0, whole - kept)
+    return Download(source, repository.fetched_bytes, kept, saved, manifest.licence)
+
+
+def _resolve(repository: Repository) -> Path:
+    """Fetch config.json and return its folder, or say what a repository without one holds."""
+    config = repository.resolve("config.json")
+    if config is None:
+        _choose(repository, repository.names() or [WEIGHTS_FILE])
+        raise HubError(
+            f"{repository.label} has no config.json, expected a Qwen2.5-VL checkpoint; "
+            "choose a repository that holds one"
+        )
+    return config.parent
+
+
+def _fetch_settings(repository: Repository) -> None:
+    found, unknown = False, None
+    for name in SETTINGS:
+        try:
+            found |= repository.file(name) is not None
+        except NotCachedError as error:
+            unknown = error
+    if unknown is not None and not found:
+        raise unknown  # going on would silently resize to other limits
+
+
+def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
+    """The index, if there is one, and the names of the files that hold vision tensors.
+
+    Of a single file and an index the file is taken, as in a folder, and as transformers does.
+    """
+    if repository.cached(WEIGHTS_FILE) is not None:
+        return None, [WEIGHTS_FILE]
+    index = repository.file(INDEX_FILE)
+    if index is None:
+        # a mirror that lists no files may have this one
+        listed = repository.names() or repository.cached_weights() or [WEIGHTS_FILE]
+        weights = _choose(repository, listed)
+        if not weights.endswith(INDEX_SUFFIX):
+            return None, [weights]
+        index = repository.file(weights)
+        if index is None:
+            raise HubError(f"{repository.label} lists {weights}, but does not have it; try again")
+    shard_of = read_index(index)
+    prefixes = tower_prefixes(shard_of)
+    if not prefixes:
+        raise HubError(
+            f"{index} names no {LANDMARK}, expected a Qwen2.5-VL vision tower; choose a repository "
+            "that holds one"
+        )
+    names = sorted({file for name, file in shard_of.items() if name.startswith(prefixes[0])})
+    are_cached = all(repository.cached(name) is not None for name in names)
+    if not are_cached and WEIGHTS_FILE in (repository.names() or ()):
+        return None, [WEIGHTS_FILE]
+    return index, names
+
+
+def _choose(repository: Repository, names: Iterable[str]) -> str:
+    return choose_weights(names, repository.label, lambda: repository.file(ADAPTER_CONFIG))
+
+
+def _fetch_whole(repository: Repository, index: Path | None, names: list[str]) -> Download:
+    done = _whole(repository, index, [repository.whole(name) for name in names])
+    return replace(done, licence=repository.licence())
+
+
+def _whole(repository: Repository, index: Path | None, files: list[Path]) -> Download:
+    kept = sum(path.stat().st_size for path in files)
+    whole = kept if index is None else _total_bytes(index)
+    saved = None if whole is None else max(0, whole - kept)
+    source = Source(files[0].parent, repository.name, repository.commit)
+    return Download(source, repository.fetched_bytes, kept, saved)
+
+
+def _vision_alone(
+    repository: Repository, snapshot: Path, index: Path | None, shards: Shards
+) -> Download:
+    tower = find_tower(snapshot, shards.elsewhere())  # refuses bad headers before any data
+    manifest = store.Manifest(
+        repo=repository.name,
+        commit=repository.commit or "",
+        shards=shards.origins(),
+        whole_bytes=sum(shards.file_bytes.values()) if index is None else _total_bytes(index),
+        licence=repository.licence(),
+    )
+    folder = _folder(repository)
+    with store.fill(folder, manifest) as temporary:
+        write_tower(tower, shards, temporary, repository.label)
+    kept = _kept(repository)
+    if kept is None:
+        raise HubError(f"{folder} was removed while it was written; try again")
+    return kept
+
+
+def _total_bytes(index: Path) -> int | None:
+    metadata = read_json(index).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return int(total) if is_number(total) else None  # transformers writes it as a float, too

@@ -1,0 +1,153 @@
+"""A vision tower's tensors, from shards here and on the Hub -> one vision.safetensors."""
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from qwen_vit.checkpoint import ranges
+from qwen_vit.checkpoint.convert import check_finite
+from qwen_vit.checkpoint.load import Tower, load_checkpoint
+from qwen_vit.checkpoint.ranges import Opened, Opener, Piece
+from qwen_vit.checkpoint.weight_files import VISION_FILE, Elsewhere, StoredTensor
+from qwen_vit.common.safetensors_header import (
+    DTYPE_BYTES,
+    LENGTH_BYTES,
+    START_BYTES,
+    TensorInfo,
+    build_header,
+    header_length,
+    parse_header,
+)
+from qwen_vit.errors import CheckpointError
+
+__all__ = ["Shards", "write_tower"]
+
+CHUNK_BYTES = 2**20
+
+
+class Shards:
+    """The shards of one checkpoint: some are local files, of the others ranges can be opened.
+
+    Headers are read once. `label` names the repository in messages.
+    """
+
+    def __init__(
+        self, local: Mapping[str, Path], remote: Iterable[str], open_remote: Opener, label: str
+    ) -> None:
+        self.local = dict(local)
+        self.remote = frozenset(remote)
+        self._open_remote = open_remote
+        self._label = label
+        self._headers: dict[str, dict[str, TensorInfo]] = {}
+        self._data_starts: dict[str, int] = {}
+        self.file_bytes: dict[str, int] = {}
+
+    def elsewhere(self) -> Elsewhere:
+        return Elsewhere(self.remote, self.header_of)
+
+    def origins(self) -> dict[str, str]:
+        """How each shard is read, for the record."""
+        return dict.fromkeys(self.local, "whole, from the cache") | dict.fromkeys(
+            self.remote, "ranges"
+        )
+
+    def header_of(self, name: str) -> dict[str, TensorInfo]:
+        if name not in self._headers:
+            start, file_bytes = ranges.read(self.open_range, name, 0, START_BYTES)
+            source = str(self.local.get(name, f"{self._label}: {name}"))
+            length = header_length(start, file_bytes=file_bytes, source=source)
+            data_start = LENGTH_BYTES + length
+            if data_start > len(start):
+                rest, _ = ranges.read(self.open_range, name, len(start), data_start)
+                start += rest
+            raw = start[LENGTH_BYTES:data_start]
+            self._headers[name] = parse_header(raw, file_bytes=file_bytes, source=source)
+            self._data_starts[name] = data_start
+            self.file_bytes[name] = file_bytes
+        return self._headers[name]
+
+    def piece(self, tensor: StoredTensor, to: int) -> Piece:
+        """Where a tensor's bytes lie, counted from the start of its file."""
+        name = tensor.path.name
+        self.header_of(name)
+        start = self._data_starts[name] + tensor.info.start
+        return Piece(name, start, start + tensor.info.end - tensor.info.start, to)
+
+    @contextmanager
+    def open_range(self, name: str, start: int, end: int) -> Iterator[Opened]:
+        if name not in self.local:
+            with self._open_remote(name, start, end) as opened:
+                yield opened
+            return
+        with self.local[name].open("rb") as file:
+            file.seek(start)
+            sizes = (min(CHUNK_BYTES, end - at) for at in range(start, end, CHUNK_BYTES))
+            chunks = iter(map(file.read, sizes))
+            yield Opened(filter(None, chunks), os.fstat(file.fileno()).st_size)
+
+
+def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
+    """Write the tower's config files and its tensors, as stored, into an empty folder.
+
+    What was written is then read as any checkpoint is: names, shapes, types, and no NaN. Raises
+    RangesRefusedError or TransferError where a shard cannot be read, and CheckpointError for what
+    arrived damaged.
+    """
+    for path in tower.settings:
+        shutil.copyfile(path, folder / path.name)
+    header, pieces = _arrange(tower, shards)
+    total = pieces[-1].to + pieces[-1].end - pieces[-1].start
+    with (folder / VISION_FILE).open("wb") as file:
+        _reserve(file.fileno(), total)
+        os.pwrite(file.fileno(), header, 0)
+        with tqdm(
+            desc=label, total=total - len(header), unit="B", unit_scale=True, file=sys.stderr,
+            disable=not sys.stderr.isatty(),
+        ) as bar:  # fmt: skip
+            ranges.fetch(pieces, shards.open_range, file.fileno(), bar.update)
+    _prove(folder, label)
+
+
+def _arrange(tower: Tower, shards: Shards) -> tuple[bytes, list[Piece]]:
+    """The new file's header, and where each tensor's bytes come from and go."""
+    # As safetensors itself does: wide types first, so that every tensor begins aligned.
+    tensors = sorted(
+        tower.stored(),
+        key=lambda tensor: (-DTYPE_BYTES[tensor.info.dtype], tensor.path.name, tensor.info.start),
+    )
+    entries, position = {}, 0
+    for tensor in tensors:
+        size = tensor.info.end - tensor.info.start
+        entries[tensor.name] = TensorInfo(
+            tensor.info.dtype, tensor.info.shape, position, position + size
+        )
+        position += size
+    header = build_header(entries)
+    pieces = [shards.piece(tensor, len(header) + entries[tensor.name].start) for tensor in tensors]
+    return header, pieces
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the space on the disk before anything is fetched."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(descriptor, size)
+
+
+def _prove(folder: Path, label: str) -> None:
+    try:
+        checkpoint = load_checkpoint(folder)
+        for name, tensor in checkpoint.tensors.items():
+            check_finite(tensor, checkpoint.place(name))
+    except CheckpointError as error:
+        message = str(error).replace(str(folder), label)
+        raise CheckpointError(f"what was fetched is damaged: {message}") from None

@@ -1,0 +1,222 @@
+"""A checkpoint folder -> which file holds which tensor. Nothing here knows the model."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_vit.common.safetensors_header import TensorInfo, read_header
+from qwen_vit.common.strict_json import read_json, show
+from qwen_vit.errors import CheckpointError
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "INDEX_FILE",
+    "INDEX_SUFFIX",
+    "VISION_FILE",
+    "WEIGHTS_FILE",
+    "Elsewhere",
+    "StoredTensor",
+    "choose_weights",
+    "find_tensors",
+    "is_plain_basename",
+    "read_index",
+]
+
+INDEX_SUFFIX = ".safetensors.index.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model" + INDEX_SUFFIX
+VISION_FILE = "vision.safetensors"  # a tower alone, as it is kept after a download
+PREFERRED_FILES = (WEIGHTS_FILE, INDEX_FILE, VISION_FILE)
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LONGEST_NAME_BYTES = 255
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", ADAPTER_CONFIG)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as it lies on disk: its file, its name there, and what the header says of it."""
+
+    path: Path
+    name: str
+    info: TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Weight files of a folder that are still on the Hub: their names, and how to read a header."""
+
+    names: frozenset[str]
+    header_of: Callable[[str], dict[str, TensorInfo]]
+
+
+def find_tensors(
+    folder: Path, wanted: Callable[[set[str]], set[str]], elsewhere: Elsewhere | None = None
+) -> dict[str, StoredTensor]:
+    """Return the tensors of a folder that `wanted` picks from the names that are there.
+
+    The weights are model.safetensors, or the shards of an index, or vision.safetensors, or the
+    only other safetensors file. Shards that hold nothing wanted need not be there.
+    """
+    remote = elsewhere.names if elsewhere is not None else frozenset()
+
+    def header_at(path: Path) -> dict[str, TensorInfo]:
+        if elsewhere is not None and path.name in remote:
+            return elsewhere.header_of(path.name)
+        return read_header(path)
+
+    path = _weights_path(folder, remote)
+    if not path.name.endswith(INDEX_SUFFIX):
+        header = header_at(path)
+        return {name: StoredTensor(path, name, header[name]) for name in wanted(set(header))}
+
+    shard_of = read_index(path)
+    names = wanted(set(shard_of))
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted({shard_of[name] for name in names}):
+        shard_path = folder / shard
+        if shard not in remote:
+            _check_shard_path(shard_path, index=path)
+        header = header_at(shard_path)
+        listed = {name for name in names if shard_of[name] == shard}
+        for odd in sorted(listed - set(header)):
+            raise CheckpointError(
+                f"{path} says that {show(odd)} is in {shard}, but {shard_path} does not hold it; "
+                "download both files again"
+            )
+        for odd in sorted(wanted(set(header) | names) & set(header) - listed):
+            raise CheckpointError(
+                f"{shard_path} holds {show(odd)}, but {path} does not list it there; "
+                "download both files again"
+            )
+        tensors |= {name: StoredTensor(shard_path, name, header[name]) for name in listed}
+    return tensors
+
+
+def _weights_path(folder: Path, remote: Iterable[str]) -> Path:
+    try:
+        names = _file_names(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be read ({error.strerror}); check its name and permissions"
+        ) from error
+    names = sorted({*names, *remote})
+    return folder / choose_weights(names, str(folder), lambda: folder / ADAPTER_CONFIG)
+
+
+def choose_weights(
+    names: Iterable[str], place: str, adapter_config: Callable[[], Path | None]
+) -> str:
+    """Return the file among `names` that holds the weights, or their index.
+
+    >>> choose_weights(["README.md", "model.safetensors"], "folder", Path)
+    'model.safetensors'
+
+    Raises CheckpointError, saying what `place` holds instead: an adapter (of the base model that
+    `adapter_config` names), pickles, GGUF, several sets of weights, or nothing.
+    """
+    names = sorted(names)
+    for name in PREFERRED_FILES:
+        if name in names:
+            return name
+    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    singles = [name for name in names if name.endswith(".safetensors")]
+    singles = [name for name in singles if name not in ADAPTER_FILES]
+    for found in (indexes, singles):
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise CheckpointError(
+                f"{place} holds {len(found)} sets of weights ({_listing(found)}), expected one or "
+                f"{INDEX_FILE}; move the others away, or restore the index"
+            )
+    if any(name in names for name in ADAPTER_FILES):
+        raise CheckpointError(
+            f"{place} is a LoRA adapter for {_adapter_base(adapter_config())}, expected a whole "
+            "model; merge it into its base model (peft's merge_and_unload) and save that"
+        )
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        raise CheckpointError(
+            f"{place} has no safetensors weights, only {_listing(pickles)}: no pickle is ever "
+            "opened, since opening one runs code; get the safetensors version of this checkpoint"
+        )
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if ggufs:
+        raise CheckpointError(
+            f"{place} has no safetensors weights, only GGUF ({_listing(ggufs)}); "
+            "use the safetensors checkpoint that it was made from"
+        )
+    raise CheckpointError(
+        f"{place} has no weights (it holds {_listing(names)}), expected {WEIGHTS_FILE}; "
+        "download them (qwen-vit download MODEL)"
+    )
+
+
+def _file_names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder, expected one with config.json and safetensors weights"
+        )
+    return sorted(path.name for path in folder.iterdir() if not path.is_dir())
+
+
+def _listing(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(names[:5]) or "nothing") + more
+
+
+def _adapter_base(path: Path | None) -> str:
+    if path is None or not path.is_file():
+        return "a base model that it does not name"
+    base = read_json(path).get("base_model_name_or_path")
+    return show(base) if base else "a base model that it does not name"
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return which shard holds each tensor; CheckpointError unless all are plain file names."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(
+            f"{path}: weight_map is {show(weight_map)}, expected an object; download it again"
+        )
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not is_plain_basename(shard):
+            raise CheckpointError(
+                f"{path}: {show(name)} is said to be in {show(shard)}, expected the plain name of "
+                "a .safetensors file in the same folder; do not use this checkpoint, or correct "
+                "its index"
+            )
+    return weight_map
+
+
+def is_plain_basename(name: str) -> bool:
+    """Tell whether this is a safetensors file's name, and no path or address.
+
+    >>> is_plain_basename("model-00001-of-00005.safetensors"), is_plain_basename("../a.safetensors")
+    (True, False)
+    """
+    return (
+        name.endswith(".safetensors")
+        and not any(character in name for character in "/\\:\0")
+        and not name.startswith(".")
+        and len(name.encode("utf-8", "replace")) <= LONGEST_NAME_BYTES
+        and name.isprintable()  # no half of a surrogate pair, which no file system takes
+    )
+
+
+def _check_shard_path(path: Path, *, index: Path) -> None:
+    if not path.exists():
+        raise CheckpointError(
+            f"{index} names the shard {path.name}, but {path} is not there; "
+            "download it (qwen-vit download MODEL)"
+        )
+    # In the Hub's cache every file of snapshots/COMMIT is a link into blobs; no other link leaves.
+    target, home = path.resolve(), path.parent.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    if not any(target.is_relative_to(parent) for parent in allowed):
+        raise CheckpointError(
+            f"{index} names the shard {path.name}, which is a link out of the folder to {target}; "
+            "copy that file into the folder if you trust it"
+        )

@@ -1,0 +1,151 @@
+"""What the commands print of what they did: tables and lists for people, and encode's JSON."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import shown
+from qwen_vit.export.estimate import Estimate
+from qwen_vit.export.run import ExportReport
+from qwen_vit.features import ImageFeatures, dtype_name
+
+__all__ = [
+    "encoded_json",
+    "encoded_table",
+    "estimate_text",
+    "export_text",
+    "facts_text",
+    "waits_text",
+]
+
+
+def estimate_text(estimate: Estimate, folder: Path) -> str:
+    """What an export into `folder` would take."""
+    seconds, n_bytes = estimate.seconds, estimate.bytes
+    time_ = "unknown" if seconds is None else f"{_duration(seconds)}, judged by a few images"
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(there).free
+    size = f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.1f} MB"
+    return facts_text(
+        {
+            "images": f"{estimate.images:,}, {estimate.unreadable:,} unreadable or too large",
+            "rows": f"{estimate.rows:,}",
+            "on the disk": f"{size}, where {free / 1e9:,.1f} GB are free",
+            "time": time_,
+        }
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:,.1f} s" if seconds < 600 else f"{seconds / 3600:,.1f} hours"
+
+
+def export_text(done: ExportReport) -> str:
+    """What an export did."""
+    nothing = "nothing was left to do: " if done.resumed == done.images > 0 else ""
+    lines = [
+        f"{nothing}exported {done.exported:,} of {done.images:,} images "
+        f"({done.resumed:,} tried before): "
+        f"{done.rows:,} rows, {done.bytes / 1e6:,.1f} MB, {done.seconds:,.1f} s",
+        f"wrote {shown(str(done.manifest))}",
+    ]
+    if done.failed:
+        reasons = ", ".join(f"{count:,} {code}" for code, count in done.failed.items())
+        lines.insert(1, f"skipped {sum(done.failed.values()):,}: {reasons}")
+        if done.resumed:
+            lines[1] += "; to try them again, delete their shards, which the manifest names"
+    if done.shards_missing:
+        there = done.shards - done.shards_missing
+        lines.append(f"this is a part: {there:,} of the folder's {done.shards:,} shards are there")
+    return "\n".join(lines)
+
+
+def waits_text(done: ExportReport) -> str:
+    """The share of an export's time that went to waiting for each of its stages."""
+    total = sum(done.waits.values()) or 1.0
+    shares = (f"{stage} {seconds / total:.0%}" for stage, seconds in done.waits.items())
+    return f"waited for: {', '.join(shares)}"
+
+
+def encoded_table(features: Sequence[ImageFeatures], milliseconds: Sequence[float]) -> str:
+    """A line for each image that was encoded, or why it was not."""
+    rows = [("file", "size", "grid (t, h, w)", "tokens", "width", "ms")]
+    for feature, duration in zip(features, milliseconds, strict=True):
+        if feature.embeds is None or feature.size_px is None:
+            rows.append((shown(feature.id), "-", f"skipped: {_code(feature)}", "-", "-", "-"))
+            continue
+        height, width = feature.size_px
+        tokens, embedding_width = feature.embeds.shape
+        rows.append(
+            (
+                shown(feature.id), f"{width} x {height}", str(feature.grid_thw), str(tokens),
+                str(embedding_width), f"{duration:.0f}",
+            )
+        )  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        name, *values = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join([name, *values]))
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def encoded_json(
+    features: Sequence[ImageFeatures], milliseconds: Sequence[float], out: Path,
+    encoder: VisionEncoder,
+) -> dict[str, Any]:  # fmt: skip
+    """The same and what made it, as a JSON document."""
+    return {
+        "out": str(out),
+        "model": encoder.source.name,
+        "commit": encoder.source.commit,
+        "device": str(encoder.device),
+        "dtype": dtype_name(encoder.dtype),
+        "images": [
+            {
+                "id": feature.id,
+                "size_px": feature.size_px,
+                "grid_thw": feature.grid_thw,
+                "tokens": None if feature.embeds is None else feature.embeds.shape[0],
+                "width": None if feature.embeds is None else feature.embeds.shape[1],
+                "ms": round(duration, 3),
+                "notes": feature.notes,
+                "error": None
+                if feature.error is None
+                else {"code": _code(feature), "message": str(feature.error)},
+            }
+            for feature, duration in zip(features, milliseconds, strict=True)
+        ],
+    }
+
+
+def _code(feature: ImageFeatures) -> str:
+    return feature.error.code if feature.error is not None else ""
+
+
+def facts_text(facts: dict[str, Any]) -> str:
+    """A line for each fact that there is; those of a dictionary below its name."""
+    lines: list[tuple[str, str]] = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            there = {key: item for key, item in value.items() if item not in (None, "", [])}
+            lines += [(name, ""), *((f"  {key}", _said(key, each)) for key, each in there.items())]
+        elif value not in (None, "", []):
+            lines.append((name, _said(name, value)))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in lines)
+
+
+def _said(name: str, value: Any) -> str:
+    if name == "size_px":
+        height, width = value
+        return f"{width} x {height}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if name.endswith("_bytes") else str(value)

@@ -1,0 +1,187 @@
+"""The header of a safetensors file, read and checked before any library opens the file.
+
+A file is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes, which
+must cover the rest without an overlap or a hole. The safetensors library lets several damaged files
+pass, and its errors never name the file; these name it, its size and the way out.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_vit.common.strict_json import is_integer, parse_json, show
+from qwen_vit.errors import CheckpointError
+
+__all__ = [
+    "DTYPE_BYTES",
+    "LENGTH_BYTES",
+    "MAX_HEADER_BYTES",
+    "START_BYTES",
+    "TensorInfo",
+    "build_header",
+    "header_length",
+    "parse_header",
+    "read_header",
+]
+
+LENGTH_BYTES = 8
+START_BYTES = 64  # enough to tell a header's length, or what a file is that has none
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+FETCH_AGAIN = "delete it and download it again (qwen-vit download MODEL)"
+
+# Not weights, but often found under their name: how the file starts, what it is, what to do.
+IMPOSTORS = (
+    (b"version https://git-lfs", "a git-lfs pointer", "run `git lfs pull` in its folder"),
+    (b"<", "an HTML or XML page", FETCH_AGAIN),
+    (b"PK\x03\x04", "a zip archive or a pickle", FETCH_AGAIN),
+    (b"GGUF", "a GGUF file", "use the safetensors checkpoint it was made from"),
+)
+
+# Other types are left to whoever wants their tensors.
+DTYPE_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file: safetensors' name for its type, its shape, its bytes in the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Return what a safetensors file holds, or raise CheckpointError with its path and size."""
+    try:
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} is not a file, expected safetensors weights; {FETCH_AGAIN}"
+            )
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(START_BYTES)
+            length = header_length(start, file_bytes=size, source=str(path))
+            file.seek(LENGTH_BYTES)
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); check its permissions and the disk"
+        ) from error
+    return parse_header(raw, file_bytes=size, source=str(path))
+
+
+def header_length(start: bytes, *, file_bytes: int, source: str) -> int:
+    """Return the length of the JSON header, given the first bytes of a file of `file_bytes`.
+
+    >>> header_length((2).to_bytes(8, "little") + b"{}", file_bytes=10, source="a.safetensors")
+    2
+    """
+    named = f"{source} ({file_bytes} bytes)"
+    for signature, what, remedy in IMPOSTORS:
+        # A length's low bytes may spell anything, but then the header's brace follows.
+        if start.lstrip().startswith(signature) and start[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{":
+            raise CheckpointError(f"{named} is {what}, expected safetensors weights; {remedy}")
+    if file_bytes < LENGTH_BYTES:
+        what = "is empty" if file_bytes == 0 else "is cut short inside its first 8 bytes"
+        raise CheckpointError(f"{named} {what}, expected safetensors weights; {FETCH_AGAIN}")
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{named} says that its header has {length} bytes, expected at most "
+            f"{MAX_HEADER_BYTES}: it is damaged, or no safetensors file; {FETCH_AGAIN}"
+        )
+    if length > file_bytes - LENGTH_BYTES:
+        raise CheckpointError(
+            f"{named} says that its header has {length} bytes, which is larger than the file; "
+            f"{FETCH_AGAIN}"
+        )
+    return length
+
+
+def parse_header(raw: bytes, *, file_bytes: int, source: str) -> dict[str, TensorInfo]:
+    """Parse the JSON header of a file of `file_bytes`, and check that its tensors tile the data."""
+    named = f"{source} ({file_bytes} bytes)"
+    try:
+        header = parse_json(raw, source=f"{named}, header")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} (qwen-vit download MODEL)") from None
+    header.pop("__metadata__", None)
+    tensors = {name: _parse_entry(name, entry, named) for name, entry in header.items()}
+    _check_tiling(tensors, file_bytes - LENGTH_BYTES - len(raw), named)
+    return tensors
+
+
+def build_header(tensors: Mapping[str, TensorInfo]) -> bytes:
+    """Return the start of a file that holds these tensors: the length and the JSON header.
+
+    >>> build_header({"a": TensorInfo("F32", (2,), 0, 8)})[8:].decode()
+    '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}  '
+    """
+    entries = {
+        name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": (info.start, info.end)}
+        for name, info in tensors.items()
+    }
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # so that the data begin aligned
+    return len(header).to_bytes(LENGTH_BYTES, "little") + header
+
+
+def _parse_entry(name: str, entry: Any, named: str) -> TensorInfo:
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not (
+        isinstance(dtype, str)
+        and _are_sizes(shape)
+        and _are_sizes(offsets)
+        and len(offsets) == 2
+        and offsets[0] <= offsets[1]
+    ):
+        raise CheckpointError(
+            f"{named}: the header's entry {show(name)} lacks a dtype, a shape or data_offsets "
+            f"that make sense; {FETCH_AGAIN}"
+        )
+    start, end = offsets
+    if dtype in DTYPE_BYTES and math.prod(shape) * DTYPE_BYTES[dtype] != end - start:
+        raise CheckpointError(
+            f"{named}: {show(name)} has {end - start} bytes, but its shape {show(shape)} in "
+            f"{dtype} takes {show(math.prod(shape) * DTYPE_BYTES[dtype])}; {FETCH_AGAIN}"
+        )
+    return TensorInfo(dtype, tuple(shape), start, end)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(is_integer(item) and 0 <= item < 2**63 for item in value)
+
+
+def _check_tiling(tensors: dict[str, TensorInfo], data_bytes: int, named: str) -> None:
+    position, previous = 0, ""
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start < position:
+            raise CheckpointError(
+                f"{named}: the bytes of {show(previous)} and {show(name)} overlap; {FETCH_AGAIN}"
+            )
+        if info.start > position:
+            raise CheckpointError(
+                f"{named}: {info.start - position} bytes before {show(name)} belong to no tensor, "
+                f"expected no hole; {FETCH_AGAIN}"
+            )
+        position, previous = info.end, name
+    if position > data_bytes:
+        raise CheckpointError(
+            f"{named} is truncated: {position - data_bytes} bytes of {show(previous)} and what "
+            f"lies before it are missing; {FETCH_AGAIN}"
+        )
+    if position < data_bytes:
+        raise CheckpointError(
+            f"{named}: the last {data_bytes - position} bytes belong to no tensor, expected no "
+            f"hole; {FETCH_AGAIN}"
+        )

@@ -1,0 +1,1 @@
+"""Comparison with Hugging Face's encoder and a float64 oracle, stage by stage."""

@@ -1,0 +1,258 @@
+"""A golden file: what Hugging Face computed for some images, to compare with where it is missing.
+
+One safetensors file. For image i it holds `i.pixel_values` (N, P) float32, the processor's rows in
+grid order, and each stage of the tower as `i.STAGE`, in the dtype that it ran in. Its metadata is
+one key of sorted JSON (safetensors writes several keys in random order): schema version, versions,
+processor, attention, dtype, both configs, the model with its commit and the fingerprint of every
+weight; per image its id, sha256, size, grid, and how far each stage was from the float64 oracle;
+and a sha256 over all of that and the tensors, which finds a file that is torn or edited by hand.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from qwen_vit.checkpoint.load import weights_hash
+from qwen_vit.common.atomic_file import atomic_file
+from qwen_vit.common.safetensors_header import read_header
+from qwen_vit.common.strict_json import parse_json
+from qwen_vit.compare.oracle import Trace
+from qwen_vit.compare.stages import stage_names
+from qwen_vit.config import Grid
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import CheckpointError, ComparisonError, shown
+from qwen_vit.features import dtype_name
+
+__all__ = ["SCHEMA_VERSION", "Case", "Golden", "load_golden", "write_golden"]
+
+SCHEMA_VERSION = 1
+METADATA_KEY = "qwen_vit_golden"
+FINGERPRINT_DIGITS = 16
+OPTIONS = {  # settings that the command line can change
+    **{name: f"--{name}" for name in ("attention", "dtype", "processor")},
+    **{f"image_config.{side}_pixels": f"--{side}-pixels" for side in ("min", "max")},
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """What Hugging Face made of one image.
+
+    `size_px` is the image's (height, width); `errors` is each stage's distance from the float64
+    oracle as a golden states it, None where it has yet to be measured.
+    """
+
+    id: str
+    sha256: str
+    size_px: tuple[int, int]
+    pixel_values: Tensor  # (N, P) float32, grid order
+    grid: Grid
+    trace: Trace
+    errors: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Golden:
+    """A golden file that was read and found whole; an image's tensors are read when asked for."""
+
+    path: Path
+    facts: Mapping[str, Any]
+
+    def index_of(self, sha256: str) -> int | None:
+        """The place of the image with this content."""
+        known = [image["sha256"] for image in self.facts["images"]]
+        return known.index(sha256) if sha256 in known else None
+
+    def __len__(self) -> int:
+        return len(self.facts["images"])
+
+    def case(self, index: int) -> Case:
+        """Image `index` with its tensors."""
+        image = self.facts["images"][index]
+        stages = stage_names(self.facts["vision_config"]["depth"])
+        with safe_open(self.path, framework="pt", device="cpu") as file:
+            tensors = {
+                name: file.get_tensor(f"{index}.{name}") for name in ("pixel_values", *stages)
+            }
+        height, width = image["size_px"]
+        return Case(
+            image["id"],
+            image["sha256"],
+            (height, width),
+            tensors.pop("pixel_values"),
+            Grid(*image["grid_thw"]),
+            tensors,
+            image["errors"],
+        )
+
+    def check_fits(
+        self, encoder: VisionEncoder, *, processor: str, attention: str | None = None
+    ) -> None:
+        """Raise ComparisonError, naming what differs, for another config, dtype or processor."""
+        here: dict[str, Any] = {"dtype": dtype_name(encoder.dtype), "processor": processor}
+        if attention is not None:
+            here["attention"] = attention
+        there = {name: self.facts[name] for name in here}
+        for part, config in (
+            ("vision_config", encoder.config.to_json()),
+            ("image_config", encoder.image_config.to_json()),
+        ):
+            here |= {f"{part}.{key}": value for key, value in config.items()}
+            there |= {f"{part}.{key}": value for key, value in self.facts[part].items()}
+        for name in sorted(here.keys() | there.keys()):
+            if here.get(name) != there.get(name):
+                remedy = (
+                    f"pass {OPTIONS[name]} {there[name]}"
+                    if name in OPTIONS
+                    else "compare with a golden of this model and these settings"
+                )
+                raise ComparisonError(
+                    f"{self.path}: {name} is {there.get(name)!r} in the golden and "
+                    f"{here.get(name)!r} here, expected the same; {remedy}"
+                )
+
+    def changed_weights(self, encoder: VisionEncoder) -> tuple[str, ...]:
+        """The published names of the weights that are other ones here."""
+        theirs = self.facts["fingerprints"]
+        here = fingerprints(encoder.checkpoint.tensors)
+        return tuple(name for name in here if here[name] != theirs.get(name))
+
+
+def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The first digits of the sha256 of each tensor's type, shape and bytes."""
+    return {name: weights_hash({name: tensors[name]})[:FINGERPRINT_DIGITS] for name in tensors}
+
+
+def write_golden(
+    path: Path,
+    encoder: VisionEncoder,
+    cases: Sequence[Case],
+    reference: Mapping[str, Any],
+) -> None:
+    """Write a golden file whole or not at all; the same cases give the same bytes.
+
+    `reference` says how Hugging Face ran: attention, processor, versions, device. Raises
+    ComparisonError for a case that is no yardstick, because its values are not finite, and
+    ExportError where the folder cannot be written.
+    """
+    for case in cases:
+        for stage, error in (case.errors or {}).items():
+            if not math.isfinite(error):
+                raise ComparisonError(
+                    f"{path} would hold no yardstick: of {shown(case.id)}, Hugging Face's {stage} "
+                    "is not finite; nothing was written, compare without --save-golden"
+                )
+    tensors: dict[str, Tensor] = {}
+    for index, case in enumerate(cases):
+        tensors[f"{index}.pixel_values"] = case.pixel_values
+        tensors |= {f"{index}.{stage}": values for stage, values in case.trace.items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    facts: dict[str, Any] = {
+        **reference,
+        "schema_version": SCHEMA_VERSION,
+        "dtype": dtype_name(encoder.dtype),
+        "model": encoder.source.name,
+        "commit": encoder.source.commit,
+        "weights_sha256": encoder.checkpoint.weights_sha256(),
+        "fingerprints": fingerprints(encoder.checkpoint.tensors),
+        "vision_config": encoder.config.to_json(),
+        "image_config": encoder.image_config.to_json(),
+        "images": [
+            {
+                "id": case.id,
+                "sha256": case.sha256,
+                "size_px": list(case.size_px),
+                "grid_thw": [case.grid.t, case.grid.h, case.grid.w],
+                "errors": dict(case.errors or {}),
+            }
+            for case in cases
+        ],
+    }
+    facts["content_sha256"] = _content_hash(facts, weights_hash(tensors))
+    text = json.dumps(facts, sort_keys=True, allow_nan=False)
+    with atomic_file(path) as file:
+        file.write(save(tensors, {METADATA_KEY: text}))
+
+
+def load_golden(path: Path) -> Golden:
+    """Read a golden file and check that it is whole.
+
+    >>> load_golden(Path("no-such-file.safetensors"))
+    Traceback (most recent call last):
+    qwen_vit.errors.ComparisonError: no-such-file.safetensors is not a file, expected a golden \
+file written by `qwen-vit compare --save-golden`
+
+    Raises ComparisonError, naming the file, where it is missing, torn, edited or of another schema.
+    """
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise FileNotFoundError
+    except FileNotFoundError:
+        raise ComparisonError(
+            f"{path} is not a file, expected a golden file written by "
+            "`qwen-vit compare --save-golden`"
+        ) from None
+    except OSError as error:
+        raise ComparisonError(
+            f"{path} cannot be read ({error.strerror}); check its permissions"
+        ) from None
+    try:
+        names = read_header(path)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+            facts = None if text is None else parse_json(text.encode(), source=str(path))
+            if facts is None:
+                raise ComparisonError(
+                    f"{path} is a safetensors file but no golden file: its metadata has no "
+                    f"{METADATA_KEY}; make one with `qwen-vit compare --save-golden`"
+                )
+            if facts.get("schema_version") != SCHEMA_VERSION:
+                raise ComparisonError(
+                    f"{path} has golden schema {facts.get('schema_version')!r}, expected "
+                    f"{SCHEMA_VERSION}; make it again with this version of qwen_vit"
+                )
+            tensors = _Stored(file, names)
+            expected = facts.get("content_sha256")
+            if expected != _content_hash(facts, weights_hash(tensors)):
+                raise ComparisonError(
+                    f"{path} was changed after it was written: its sha256 is not the one it "
+                    "states; get it again, or make it again"
+                )
+    except (CheckpointError, OSError, SafetensorError) as error:
+        reason = str(error).rpartition("; ")[0] or str(error)  # its next step is a checkpoint's
+        raise ComparisonError(
+            f"{path} ({size} bytes) is torn, or no safetensors file ({reason}); get it again"
+        ) from None
+    return Golden(path, facts)
+
+
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of an open file, one at a time."""
+
+    def __init__(self, file: Any, names: Iterable[str]) -> None:
+        self._file, self._names = file, tuple(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Any:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _content_hash(facts: Mapping[str, Any], tensors_sha256: str) -> str:
+    stated = {key: value for key, value in facts.items() if key != "content_sha256"}
+    text = json.dumps(stated, sort_keys=True) + tensors_sha256
+    return hashlib.sha256(text.encode()).hexdigest()

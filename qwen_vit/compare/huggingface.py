@@ -1,0 +1,220 @@
+"""Hugging Face's own processors and tower, stage by stage: what ours is compared with.
+
+The only part of a comparison that imports transformers, and only when it is asked to run.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from packaging.version import Version
+from torch import Tensor
+
+from qwen_vit.compare.oracle import Trace
+from qwen_vit.compare.stages import record_stages
+from qwen_vit.config import Grid, ImageConfig, VisionConfig
+from qwen_vit.errors import ArgumentError, ImageError
+
+__all__ = [
+    "ATTENTIONS",
+    "PROCESSORS",
+    "Attention",
+    "Processed",
+    "Processor",
+    "check_transformers",
+    "hf_config",
+    "hf_tower",
+    "hf_trace",
+    "package_versions",
+    "process",
+]
+
+LEAST_TRANSFORMERS = "5.17"
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+ATTENTIONS: tuple[Attention, ...] = ("sdpa", "eager", "flash_attention_2")
+Processor = Literal["pillow", "torchvision"]
+PROCESSORS: tuple[Processor, ...] = ("pillow", "torchvision")
+
+
+class Processed(NamedTuple):
+    """What a processor made of one image: (N, P) float32 rows in grid order, and their grid."""
+
+    pixel_values: Tensor
+    grid: Grid
+
+
+def package_versions() -> dict[str, str]:
+    """The versions that Hugging Face's numbers depend on, as far as they are installed."""
+    found = {}
+    for package in ("numpy", "pillow", "torch", "torchvision", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def check_transformers() -> None:
+    """Raise ArgumentError, with the range and what was found, unless transformers can be used."""
+    found = package_versions().get("transformers")
+    if found is None:
+        problem = "transformers is not installed"
+    elif Version(found) < Version(LEAST_TRANSFORMERS):
+        problem = f"transformers {found} is too old"
+    else:
+        return
+    raise ArgumentError(
+        f"{problem}, expected {LEAST_TRANSFORMERS} or newer; pip install 'qwen-vit[hf]', or "
+        "compare with a golden file that someone else made (--golden FILE)"
+    )
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """transformers imports torchvision where it is, and one of another torch breaks both."""
+    try:
+        yield
+    except (AttributeError, ImportError, RuntimeError) as error:
+        found = " and ".join(
+            f"{name} {number}"
+            for name, number in package_versions().items()
+            if name.startswith("t")
+        )
+        reason = str(error).strip().rpartition("\n")[2]
+        raise ArgumentError(
+            f"transformers cannot be imported ({reason}) with {found}; install versions that "
+            "belong together, or compare with a golden file (--golden FILE)"
+        ) from error
+
+
+def process(rgb: NDArray[np.uint8], config: ImageConfig, processor: Processor) -> Processed:
+    """Run one of Hugging Face's processors on an RGB image (height, width, 3).
+
+    "pillow" is the reference; "torchvision", transformers' default, resizes in another way and
+    needs torchvision. Raises ArgumentError where it is not installed.
+    """
+    check_transformers()
+    settings: dict[str, Any] = {
+        "size": {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels},
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
+        "patch_size": config.patch_px,
+        "temporal_patch_size": config.temporal_patch_size,
+        "merge_size": config.merge_size,
+    }
+    if processor == "torchvision" and "torchvision" not in package_versions():
+        raise ArgumentError(
+            "torchvision is not installed, expected for the torchvision processor; install the "
+            "one that belongs to your torch, or pass --processor pillow"
+        )
+    with _importing():
+        if processor == "pillow":
+            from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+                Qwen2VLImageProcessorPil as ImageProcessor,
+            )
+        else:
+            from transformers.models.qwen2_vl.image_processing_qwen2_vl import (
+                Qwen2VLImageProcessor as ImageProcessor,
+            )
+    try:
+        done: Any = ImageProcessor(**settings)(
+            images=[rgb],
+            input_data_format="channels_last",  # which it would guess, wrong for 1, 3 or 4 rows
+            return_tensors="pt",
+        )
+    except ValueError as error:
+        message = f"Hugging Face's processor refuses the image ({error}); leave it out"
+        raise ImageError(message, code="reference") from None
+    [grid] = done["image_grid_thw"].tolist()
+    return Processed(done["pixel_values"].float(), Grid(*grid))
+
+
+def hf_config(config: Any) -> Any:
+    """transformers' configuration of the same tower."""
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
+    return Qwen2_5_VLVisionConfig(
+        depth=config.depth,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        intermediate_size=config.intermediate_size,
+        out_hidden_size=config.out_hidden_size,
+        in_channels=config.in_channels,
+        patch_size=config.patch_px,
+        temporal_patch_size=config.temporal_patch_size,
+        spatial_merge_size=config.spatial_merge_size,
+        window_size=config.window_px,
+        fullatt_block_indexes=list(config.fullatt_block_indexes),
+        hidden_act="silu",
+        rope_parameters={"rope_type": "axial", "rope_theta": config.rope_theta},
+    )
+
+
+def hf_tower(
+    tensors: Mapping[str, Tensor],
+    config: VisionConfig | Any,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    attention: str = "sdpa",
+) -> Any:
+    """Build Hugging Face's tower from tensors by their published names; nothing is random.
+
+    Parameters are cast to `dtype`; the rotary frequencies stay float32, as a cast of the whole
+    module would not leave them. Raises ArgumentError for an attention that is not installed.
+    """
+    check_transformers()
+    if "flash" in attention and dtype == torch.float32:
+        raise ArgumentError(
+            f"--attention {attention} takes no float32, which this run is in; pass "
+            "--dtype bfloat16 on a GPU, or use sdpa or eager"
+        )
+    with _importing():
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+            Qwen2_5_VisionTransformerPretrainedModel,
+        )
+    theirs = hf_config(config)
+    theirs._attn_implementation = attention
+    try:
+        with torch.device("meta"):
+            model: Any = Qwen2_5_VisionTransformerPretrainedModel(theirs)
+    except (ImportError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ArgumentError(
+            f"transformers refuses --attention {attention} here ({reason}); use sdpa or eager"
+        ) from None
+    state = {name: tensors[name].to(device=device, dtype=dtype) for name in tensors}
+    model.load_state_dict(state, strict=True, assign=True)
+    # its buffers are in no checkpoint: made again, off the meta device
+    model.rotary_pos_emb = type(model.rotary_pos_emb)(theirs).to(device)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def hf_trace(model: Any, rows: Tensor, grids: Iterable[Any]) -> Trace:
+    """Run Hugging Face's tower; stages "patch_embed", "block.0".., "merger" (row-major)."""
+    first = next(model.parameters())
+    trace: Trace = {}
+
+    def keep(name: str, output: Any) -> None:
+        trace[name] = (output[0] if isinstance(output, tuple) else output).detach().clone()
+
+    sizes = [(g.t, g.h, g.w) if hasattr(g, "t") else tuple(g) for g in grids]
+    grid_thw = torch.tensor(sizes, device=first.device)
+    with record_stages(model, keep), _ieee_float32(first.device):
+        out = model(rows.to(first.device, first.dtype), grid_thw=grid_thw)
+    trace["merger"] = out.pooler_output
+    return trace
+
+
+@contextmanager
+def _ieee_float32(device: torch.device) -> Iterator[None]:
+    """Its patch embedding is a convolution, and torch computes those in TF32 unless told not to."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield

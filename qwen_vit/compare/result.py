@@ -1,0 +1,164 @@
+"""What a comparison with Hugging Face found: by image and stage, with a verdict, and as JSON."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from qwen_vit.compare.tolerance import RELATIVE_TOLERANCE, Difference, Verdict, ratio
+from qwen_vit.config import Grid
+from qwen_vit.errors import ImageError
+
+__all__ = ["Comparison", "ImageComparison", "Maps", "Preprocessing", "Stage"]
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """Our pixels against one of Hugging Face's processors.
+
+    `values_differ` counts pixel values that are another grey level, of `values`; `largest_levels`
+    is how far apart they are at most, of 255. Both are None where the grids already differ.
+    """
+
+    processor: str
+    grid_thw: tuple[int, int, int]  # theirs
+    same_grid: bool
+    values: int
+    values_differ: int | None
+    largest_levels: int | None
+    relative: float | None  # of the normalised values
+
+    @property
+    def holds(self) -> bool:
+        """Same grid, and normalised values within 1e-5: one grey level off would be more."""
+        return self.same_grid and (self.relative or 0.0) <= RELATIVE_TOLERANCE
+
+    @property
+    def is_judged(self) -> bool:
+        """The torchvision processor resizes in another way: reported, never a failure of ours."""
+        return self.processor == "pillow"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage: ours against Hugging Face's, both against float64, and what the policy says."""
+
+    name: str
+    difference: Difference
+    ours: float  # relative error against float64
+    theirs: float
+    verdict: Verdict
+
+    @property
+    def ratio(self) -> float:
+        """Our error over theirs: below 1, ours is nearer to the truth."""
+        return ratio(self.ours, self.theirs)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Maps:
+    """What a report draws: the picture that the tower saw, and some stages in raster order."""
+
+    rgb: Tensor  # (height, width, 3) uint8
+    stages: dict[str, tuple[Tensor, Tensor]]  # ours and theirs: (rows, columns, values)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageComparison:
+    """Everything about one image."""
+
+    id: str
+    sha256: str
+    size_px: tuple[int, int]  # height, width
+    grid: Grid
+    tower_input: str  # what our tower was given
+    preprocessing: tuple[Preprocessing, ...]
+    stages: tuple[Stage, ...]
+    maps: Maps | None
+
+    @property
+    def problems(self) -> list[str]:
+        """What breaks the policy, in the order in which it is computed."""
+        pixels = [
+            f"preprocessing ({part.processor}): {_pixel_problem(part)}"
+            for part in self.preprocessing
+            if part.is_judged and not part.holds
+        ]
+        return pixels + [
+            f"{stage.name}: {stage.verdict.problem}"
+            for stage in self.stages
+            if not stage.verdict.holds
+        ]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """The outcome for all images; `holds` is what the exit code says."""
+
+    facts: dict[str, Any]  # model, device, dtype, attention, processor, versions, golden, weights
+    images: tuple[ImageComparison, ...]
+    skipped: tuple[tuple[str, ImageError], ...]
+
+    @property
+    def holds(self) -> bool:
+        """Every stage of every image keeps the numbers policy, and none was skipped."""
+        return not self.skipped and not any(image.problems for image in self.images)
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole comparison as JSON values; what is not finite becomes null."""
+        document = {
+            **self.facts,
+            "agrees": self.holds,
+            "images": [
+                {
+                    "id": image.id,
+                    "sha256": image.sha256,
+                    "size_px": image.size_px,
+                    "grid_thw": (image.grid.t, image.grid.h, image.grid.w),
+                    "tower_input": image.tower_input,
+                    "preprocessing": [
+                        {**asdict(part), "holds": part.holds, "judged": part.is_judged}
+                        for part in image.preprocessing
+                    ],
+                    "stages": [
+                        {
+                            "stage": stage.name,
+                            **asdict(stage.difference),
+                            "ours_against_float64": stage.ours,
+                            "theirs_against_float64": stage.theirs,
+                            "ratio": stage.ratio,
+                            **asdict(stage.verdict),
+                            "holds": stage.verdict.holds,
+                        }
+                        for stage in image.stages
+                    ],
+                    "problems": image.problems,
+                }
+                for image in self.images
+            ],
+            "skipped": [
+                {"id": name, "code": error.code, "message": str(error)}
+                for name, error in self.skipped
+            ],
+        }
+        return _finite(document)  # type: ignore[no-any-return]
+
+
+def _pixel_problem(part: Preprocessing) -> str:
+    if not part.same_grid:
+        return f"its grid is {part.grid_thw}, ours is another"
+    return (
+        f"{part.values_differ} of {part.values} values are another grey level, up to "
+        f"{part.largest_levels} of 255; {part.relative:.2g} apart, allowed {RELATIVE_TOLERANCE:g}"
+    )
+
+
+def _finite(value: Any) -> Any:
+    """JSON has neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    if isinstance(value, float) and not -float("inf") < value < float("inf"):
+        return None
+    return value

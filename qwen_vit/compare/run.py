@@ -1,0 +1,385 @@
+"""Do we agree with Hugging Face on a checkpoint and some images, and who is nearer to the truth?
+
+For every image: the processors' pixels, then the tower stage by stage, ours against Hugging Face's
+and both against a float64 oracle. Hugging Face runs here, or a golden file says what it computed.
+One image at a time; of each tower its stages are held in its own dtype, of the oracle one stage.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
+
+from qwen_vit.compare.golden import Case, Golden, load_golden, write_golden
+from qwen_vit.compare.huggingface import (
+    PROCESSORS,
+    Attention,
+    Processed,
+    Processor,
+    check_transformers,
+    hf_tower,
+    hf_trace,
+    package_versions,
+    process,
+)
+from qwen_vit.compare.oracle import Oracle, Trace
+from qwen_vit.compare.result import Comparison, ImageComparison, Maps, Preprocessing, Stage
+from qwen_vit.compare.stages import layout_for, trace_tower
+from qwen_vit.compare.tolerance import Difference, judge, relative_error
+from qwen_vit.config import ImageConfig
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import ArgumentError, ComparisonError, ImageError
+from qwen_vit.images.load import ImageLimits, RgbImage, load_image, read_image_file
+from qwen_vit.images.patches import Patches, patchify
+from qwen_vit.layout import Layout
+
+__all__ = ["compare", "compare_checkpoint", "compare_with_golden"]
+
+
+def compare_checkpoint(
+    images: Sequence[str | os.PathLike[str]],
+    *,
+    model: str | os.PathLike[str],
+    golden: Path | None = None,
+    save_golden: Path | None = None,
+    attention: Attention | None = None,
+    processor: Processor = "pillow",
+    keep_maps: bool = False,
+    show_progress: bool = False,
+    **loading: Any,
+) -> Comparison:
+    """Load a checkpoint and compare it, with a golden file or with Hugging Face: the command.
+
+    `loading` goes to `VisionEncoder.from_pretrained`. What can be refused is refused before the
+    weights are read. Raises as `compare` and `compare_with_golden` do.
+    """
+    if golden is not None and save_golden is not None:
+        raise ArgumentError(
+            "--golden compares with a file and --save-golden writes one, expected one of them; "
+            "leave the other out"
+        )
+    if not images and golden is None:
+        raise ArgumentError(
+            "there are no images, expected at least one; only --golden brings its own"
+        )
+    found = None if golden is None else load_golden(golden)
+    if found is None:
+        check_transformers()
+    encoder = VisionEncoder.from_pretrained(model, cuda_graphs=False, **loading)
+    if found is not None:
+        return compare_with_golden(
+            encoder, found, images,
+            attention=attention, processor=processor, keep_maps=keep_maps,
+            show_progress=show_progress,
+        )  # fmt: skip
+    return compare(
+        encoder, images,
+        attention=attention or "sdpa", processor=processor, save_golden=save_golden,
+        keep_maps=keep_maps, show_progress=show_progress,
+    )  # fmt: skip
+
+
+def compare(
+    encoder: VisionEncoder,
+    images: Sequence[str | os.PathLike[str]],
+    *,
+    attention: Attention = "sdpa",
+    processor: Processor = "pillow",
+    save_golden: Path | None = None,
+    keep_maps: bool = False,
+    show_progress: bool = False,
+) -> Comparison:
+    """Run Hugging Face's tower and ours on images, stage by stage.
+
+    >>> from qwen_vit import VisionEncoder
+    >>> encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=50_176)
+    >>> compare(encoder, ["tests/images/chelsea.png"]).holds
+    True
+
+    `processor` makes the pixels that both towers are compared on; every other one that is installed
+    is reported, too. `save_golden` writes what Hugging Face computed. `keep_maps` keeps what a
+    report draws. An image that cannot be read is skipped and reported. Raises ArgumentError without
+    a transformers that can be used, or where the attention is not installed.
+    """
+    check_transformers()
+    config = encoder.config
+    theirs = hf_tower(encoder.checkpoint.tensors, config, encoder.dtype, encoder.device, attention)
+    kept: list[Case] = []
+
+    def case_of(name: str) -> tuple[Case, list[Preprocessing], Patches]:
+        rgb, digest = _read(name)
+        patches = patchify(rgb.picture, encoder.image_config, name=name)
+        found = {
+            each: process(rgb.pixels, encoder.image_config, each)
+            for each in PROCESSORS
+            if each in (processor, "pillow") or "torchvision" in package_versions()
+        }
+        pixels = [
+            _compare_pixels(each, patches, done, encoder.image_config)
+            for each, done in found.items()
+        ]
+        rows, grid = found[processor]
+        case = Case(
+            name, digest, (rgb.height, rgb.width), rows, grid,
+            hf_trace(theirs, rows, [grid]),
+        )  # fmt: skip
+        return case, pixels, patches
+
+    def results() -> Iterator[Outcome]:
+        for name in map(os.fsdecode, images):
+            try:
+                case, pixels, patches = case_of(name)
+                result = _compare_case(encoder, case, pixels, patches, processor, keep_maps)
+            except ImageError as error:
+                yield name, error
+                continue
+            except torch.cuda.OutOfMemoryError:
+                yield name, _out_of_memory(name, encoder)
+                continue
+            if save_golden is not None:
+                kept.append(_measured(case, result))
+            yield result
+
+    done = _collected(_shown(results(), len(images), show_progress))
+    reference = {
+        "attention": attention,
+        "processor": processor,
+        "versions": package_versions(),
+        "device": _device_name(encoder.device),
+    }
+    if save_golden is not None:
+        if not kept:
+            reasons = "; ".join(str(error) for _, error in done[1][:3])
+            raise ComparisonError(
+                f"{save_golden} would hold no image: every one of {len(images)} failed ({reasons})"
+            )
+        write_golden(save_golden, encoder, kept, reference)
+    facts = {**_facts_of(encoder), "reference": reference, "golden": None}
+    return Comparison(facts, *done)
+
+
+def compare_with_golden(
+    encoder: VisionEncoder,
+    golden: Golden,
+    images: Sequence[str | os.PathLike[str]] = (),
+    *,
+    attention: Attention | None = None,
+    processor: Processor = "pillow",
+    keep_maps: bool = False,
+    show_progress: bool = False,
+) -> Comparison:
+    """Compare our tower with what a golden file says of Hugging Face's; transformers is not needed.
+
+    With `images`, those alone, our own pixels included: each must be one of the golden's, by its
+    sha256. Without, every image of the golden, from its pixel values. Other weights than the
+    golden's are compared nevertheless, and named. Raises ComparisonError for a golden of another
+    configuration, dtype or processor (or attention, where one is asked for), or an image that it
+    does not hold; one that cannot be read is skipped and reported.
+    """
+    golden.check_fits(encoder, processor=processor, attention=attention)
+    chosen = _chosen(golden, images)
+
+    def results() -> Iterator[Outcome]:
+        for index, name in chosen:
+            if isinstance(index, ImageError):
+                yield str(name), index
+                continue
+            case = golden.case(index)
+            try:
+                pixels, patches = [], None
+                if name is not None:
+                    rgb = load_image(name)
+                    patches = patchify(rgb.picture, encoder.image_config, name=name)
+                    done = Processed(case.pixel_values, case.grid)
+                    pixels = [_compare_pixels(processor, patches, done, encoder.image_config)]
+                yield _compare_case(encoder, case, pixels, patches, processor, keep_maps)
+            except ImageError as error:
+                yield case.id, error
+            except torch.cuda.OutOfMemoryError:
+                yield case.id, _out_of_memory(case.id, encoder)
+
+    done = _collected(_shown(results(), len(chosen), show_progress))
+    facts = {
+        **_facts_of(encoder),
+        "reference": {
+            key: golden.facts[key] for key in ("attention", "processor", "versions", "device")
+        },
+        "golden": {
+            "path": str(golden.path),
+            **{key: golden.facts[key] for key in ("model", "commit", "weights_sha256")},
+            "changed_weights": golden.changed_weights(encoder),
+        },
+    }
+    return Comparison(facts, *done)
+
+
+def _compare_case(
+    encoder: VisionEncoder,
+    case: Case,
+    pixels: Sequence[Preprocessing],
+    patches: Patches | None,
+    processor: str,
+    keep_maps: bool,
+) -> ImageComparison:
+    """Our tower on the case's input, every stage measured as the oracle reaches it."""
+    rows = case.pixel_values.to(encoder.device)
+    # our own pixels only where they are the very ones that Hugging Face's tower was given
+    same = any(part.processor == processor and part.holds for part in pixels)
+    given = patches.pixels if patches is not None and same else rows
+    layout = layout_for([case.grid], encoder.config, encoder.device, encoder.dtype)
+    ours = trace_tower(encoder.tower, given, layout)
+    theirs = {name: values.to(encoder.device) for name, values in case.trace.items()}
+    oracle = Oracle(encoder.checkpoint.tensors, encoder.config, device=encoder.device)
+    stages = []
+    for name, truth in oracle.stages(rows, [case.grid]):
+        difference = Difference.between(ours[name], theirs[name])
+        our_error, their_error = (
+            relative_error(ours[name], truth),
+            relative_error(theirs[name], truth),
+        )
+        verdict = judge(
+            encoder.dtype,
+            apart=difference.relative,
+            ours=our_error,
+            theirs=their_error,
+            recorded=None if case.errors is None else case.errors[name],
+        )
+        stages.append(Stage(name, difference, our_error, their_error, verdict))
+    maps = _maps(encoder, case, ours, theirs, layout) if keep_maps else None
+    return ImageComparison(
+        case.id, case.sha256, case.size_px, case.grid,
+        "the pixel values of the processor" if given is rows else "uint8 pixels",
+        tuple(pixels), tuple(stages), maps,
+    )  # fmt: skip
+
+
+def _compare_pixels(
+    processor: str, patches: Patches, theirs: Processed, config: ImageConfig
+) -> Preprocessing:
+    [grid] = patches.grids
+    grid_thw = (theirs.grid.t, theirs.grid.h, theirs.grid.w)
+    if grid != theirs.grid:
+        return Preprocessing(
+            processor, grid_thw, False, theirs.pixel_values.numel(), None, None, None
+        )
+    ours = patches.to_rows(config)
+    std = torch.tensor(config.image_std).repeat_interleave(ours.shape[1] // 3)
+    levels = ((ours - theirs.pixel_values).abs() * std * 255).round()
+    return Preprocessing(
+        processor,
+        grid_thw,
+        True,
+        ours.numel(),
+        int(levels.count_nonzero()),
+        int(levels.max()),
+        relative_error(ours, theirs.pixel_values),
+    )
+
+
+def _maps(encoder: VisionEncoder, case: Case, ours: Trace, theirs: Trace, layout: Layout) -> Maps:
+    """Four stages in raster order, and the picture as the processor's pixel values have it."""
+    config, image_config = encoder.config, encoder.image_config
+    h, w, merge = case.grid.h, case.grid.w, config.spatial_merge_size
+    raster, index = layout.raster_order.long(), layout.grid_index.long()
+    full = min(config.fullatt_block_indexes, default=0)
+    shown = dict.fromkeys(("patch_embed", f"block.{full}", f"block.{config.depth - 1}", "merger"))
+
+    def as_map(name: str, values: Tensor) -> Tensor:
+        if name == "merger":
+            return values.view(h // merge, w // merge, -1).cpu()
+        return (values[index] if name == "patch_embed" else values)[raster].view(h, w, -1).cpu()
+
+    mean, std = (torch.tensor(x) for x in (image_config.image_mean, image_config.image_std))
+    picture = rearrange(
+        case.pixel_values,
+        "(h w mh mw) (c frames ph pw) -> frames (h mh ph) (w mw pw) c",
+        h=h // merge, w=w // merge, mh=merge, mw=merge, c=3,
+        ph=config.patch_px, pw=config.patch_px,
+    )[0]  # fmt: skip
+    rgb = ((picture * std + mean) * 255).round().clamp(0, 255).byte()
+    return Maps(
+        rgb, {name: (as_map(name, ours[name]), as_map(name, theirs[name])) for name in shown}
+    )
+
+
+def _measured(case: Case, result: ImageComparison) -> Case:
+    """The case with its errors, on the host, as a golden file keeps it."""
+    trace = {name: values.cpu() for name, values in case.trace.items()}
+    errors = {stage.name: stage.theirs for stage in result.stages}
+    return Case(
+        case.id, case.sha256, case.size_px, case.pixel_values.cpu(), case.grid, trace, errors
+    )
+
+
+def _chosen(
+    golden: Golden, images: Sequence[str | os.PathLike[str]]
+) -> list[tuple[int | ImageError, str | None]]:
+    """The golden's cases to compare, and the image file of each where one was given."""
+    if not images:
+        return [(index, None) for index in range(len(golden))]
+    chosen: list[tuple[int | ImageError, str | None]] = []
+    for name in map(os.fsdecode, images):
+        try:
+            _, digest = _read(name)
+        except ImageError as error:
+            chosen.append((error, name))
+            continue
+        index = golden.index_of(digest)
+        if index is None:
+            known = ", ".join(image["id"] for image in golden.facts["images"])
+            raise ComparisonError(
+                f"{name} is not one of the images of {golden.path} ({known}): its sha256 is "
+                f"{digest[:16]}...; pass one of those, or none to compare them all"
+            )
+        chosen.append((index, name))
+    return chosen
+
+
+Outcome = ImageComparison | tuple[str, ImageError]
+
+
+def _shown(results: Iterator[Outcome], total: int, show_progress: bool) -> Iterable[Outcome]:
+    return tqdm(results, total=total, unit="image", file=sys.stderr, disable=not show_progress)
+
+
+def _collected(
+    results: Iterable[Outcome],
+) -> tuple[tuple[ImageComparison, ...], tuple[tuple[str, ImageError], ...]]:
+    found = list(results)
+    good = tuple(each for each in found if isinstance(each, ImageComparison))
+    return good, tuple(each for each in found if not isinstance(each, ImageComparison))
+
+
+def _facts_of(encoder: VisionEncoder) -> dict[str, Any]:
+    metadata = encoder.metadata()
+    return {
+        **{key: metadata[key] for key in ("model", "commit", "weights_sha256", "dtype")},
+        "device": _device_name(encoder.device),
+        "versions": metadata["versions"],
+        "vision_config": encoder.config.to_json(),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _read(name: str) -> tuple[RgbImage, str]:
+    """An image, and the sha256 of the very bytes that it was decoded from."""
+    data = read_image_file(name, name, ImageLimits())
+    return load_image(data, name=name), sha256(data).hexdigest()
+
+
+def _out_of_memory(name: str, encoder: VisionEncoder) -> ImageError:
+    return ImageError(
+        f"{name}: two towers and a float64 oracle do not fit the memory of {encoder.device}; lower "
+        "--max-pixels, or free memory there",
+        code="out-of-memory",
+    )

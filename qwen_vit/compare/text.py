@@ -1,0 +1,140 @@
+"""A comparison as tables for people."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from qwen_vit.compare.result import Comparison, ImageComparison, Preprocessing
+from qwen_vit.errors import counted, shown
+
+__all__ = ["as_text", "nearer_line", "reference_line", "verdict_lines"]
+
+STAGE_HEAD = (
+    "stage", "ours - HF", "largest", "worst cos", "mean cos", "ours - f64", "HF - f64", "ratio",
+    "measured", "allowed", "",
+)  # fmt: skip
+PIXEL_HEAD = ("processor", "grid (t, h, w)", "other grey levels", "largest", "")
+
+
+def as_text(comparison: Comparison) -> str:
+    """Everything, image after image: processors, stages, and what the numbers policy says."""
+    facts = comparison.facts
+    lines = [
+        f"model      {facts['model']}, weights {facts['weights_sha256'][:16]}, {facts['dtype']} "
+        f"on {facts['device']}",
+        f"reference  {reference_line(facts)}",
+        "columns    a - b: |a - b| / |b|; ratio: of ours - f64 to HF - f64, below 1 ours is nearer",
+    ]
+    for image in comparison.images:
+        lines += ["", *_image_lines(image)]
+    nearer = nearer_line(comparison)
+    return "\n".join([*lines, "", *([nearer] if nearer else []), *verdict_lines(comparison)])
+
+
+def reference_line(facts: dict[str, Any]) -> str:
+    """How Hugging Face ran, here or when the golden was made."""
+    reference, golden = facts["reference"], facts["golden"]
+    versions = ", ".join(f"{name} {number}" for name, number in reference["versions"].items())
+    where = f"golden {golden['path']}, made" if golden else "Hugging Face, run"
+    return (
+        f"{where} on {reference['device']} with {reference['attention']} attention, the "
+        f"{reference['processor']} processor, {versions}"
+    )
+
+
+def nearer_line(comparison: Comparison) -> str:
+    """Who is nearer to the truth; nothing where no error is a number."""
+    stages = [stage for image in comparison.images for stage in image.stages]
+    ours, theirs = (
+        sum(stage.ours < stage.theirs for stage in stages),
+        sum(stage.theirs < stage.ours for stage in stages),
+    )
+    ratios = sorted(image.stages[-1].ratio for image in comparison.images)
+    if not ratios or not all(map(math.isfinite, ratios)):
+        return ""
+    who, count = ("ours", ours) if ours >= theirs else ("Hugging Face", theirs)
+    least, most = f"{ratios[0]:.2f}", f"{ratios[-1]:.2f}"
+    return (
+        f"nearer to float64: {who}, at {count} of {counted(len(stages), 'stage')}; in the merged "
+        f"tokens our error is {least if least == most else f'{least} to {most}'} times Hugging "
+        "Face's"
+    )
+
+
+def verdict_lines(comparison: Comparison) -> list[str]:
+    """What it all comes to: the last lines of the text, the first of the report."""
+    lines = []
+    golden = comparison.facts["golden"]
+    if golden and golden["weights_sha256"] != comparison.facts["weights_sha256"]:
+        changed = golden["changed_weights"]
+        lines.append(
+            f"other weights than the golden's ({comparison.facts['weights_sha256'][:16]} here, "
+            f"{golden['weights_sha256'][:16]} there): {counted(len(changed), 'tensor')}, "
+            f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
+        )
+    lines += [f"skipped: {error}" for _, error in comparison.skipped]
+    for image in comparison.images:
+        if image.problems:
+            more = f" (and {len(image.problems) - 1} more)" if len(image.problems) > 1 else ""
+            lines.append(f"differs: {shown(image.id)}: first at {image.problems[0]}{more}")
+    agreeing = [image for image in comparison.images if not image.problems]
+    if agreeing:
+        stages = [(stage, image) for image in agreeing for stage in image.stages]
+        worst, image = max(stages, key=lambda s: s[0].verdict.measured / s[0].verdict.allowed)
+        is_fp32 = comparison.facts["dtype"] == "float32"
+        unit = " relative" if is_fp32 else " times Hugging Face's error"
+        lines.append(
+            f"agrees: {len(agreeing)} of {counted(len(comparison.images), 'image')}, "
+            f"{counted(len(stages), 'stage')}; the worst is {worst.verdict.measured:.2g}{unit}, "
+            f"allowed {worst.verdict.allowed:.2g} ({worst.name} of {shown(image.id)})"
+        )
+    if not comparison.images:
+        lines.append("nothing was compared: every image was skipped")
+    return lines
+
+
+def _image_lines(image: ImageComparison) -> list[str]:
+    height, width = image.size_px
+    title = (
+        f"{shown(image.id)}  {width} x {height}, grid ({image.grid.t}, {image.grid.h}, "
+        f"{image.grid.w}), our tower takes {image.tower_input}"
+    )
+    pixels = [_pixel_row(part) for part in image.preprocessing]
+    stages = [
+        (
+            stage.name,
+            f"{stage.difference.relative:.2e}",
+            f"{stage.difference.largest:.2e}",
+            f"{stage.difference.worst_cosine:.7f}",
+            f"{stage.difference.mean_cosine:.7f}",
+            f"{stage.ours:.2e}",
+            f"{stage.theirs:.2e}",
+            f"{stage.ratio:.3f}",
+            f"{stage.verdict.measured:.3g}",
+            f"{stage.verdict.allowed:.3g}",
+            "" if stage.verdict.holds else "<- " + stage.verdict.problem,
+        )
+        for stage in image.stages
+    ]
+    tables = [_table([PIXEL_HEAD, *pixels])] if pixels else []
+    return [title, *(line for part in (*tables, _table([STAGE_HEAD, *stages])) for line in part)]
+
+
+def _pixel_row(part: Preprocessing) -> tuple[str, ...]:
+    verdict = ("agrees" if part.holds else "differs") if part.is_judged else "not judged"
+    if not part.same_grid:
+        return part.processor, str(part.grid_thw), "-", "-", verdict + ": another grid"
+    differing = f"{part.values_differ:,} of {part.values:,}"
+    return part.processor, str(part.grid_thw), differing, f"{part.largest_levels} of 255", verdict
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        name, *values = row
+        cells = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+        if row[-1]:  # a remark reads from the left
+            cells[-1] = row[-1]
+        lines.append("  " + "  ".join([name.ljust(widths[0]), *cells]).rstrip())
+    return lines

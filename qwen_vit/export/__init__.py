@@ -1,0 +1,1 @@
+"""Bulk export: images to a folder of shards that can be interrupted and resumed."""

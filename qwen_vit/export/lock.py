@@ -1,0 +1,185 @@
+"""One writer for each part of a folder: locks that name their owner and die with it.
+
+The kernel holds them (flock), so that a process which is killed leaves nothing locked. Not every
+network disk shows one host's locks to another, and some know none: there the name that the owner
+left in the file decides, and goes with the lock.
+"""
+
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from qwen_vit.common.atomic_file import cannot_write
+from qwen_vit.errors import ExportError
+
+__all__ = ["LOCK_NAME", "hold_folder", "hold_moment"]
+
+logger = logging.getLogger("qwen_vit")
+
+LOCK_NAME = re.compile(r"lock(-moment|-\d+-of-\d+)?")
+PATIENCE_S = 0.5  # for a lock that is just being given back
+MOMENT_PATIENCE_S = 600.0  # for what another part does with the whole folder, such as its manifest
+POLL_S = 0.05
+
+
+class _HeldError(ExportError):
+    """Somebody else has it."""
+
+
+@contextmanager
+def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
+    """Hold a folder, or part I of N of it, against every other writer while the block runs.
+
+    >>> with hold_folder(Path("export")):  # doctest: +SKIP
+    ...     write()
+
+    Parts of one N go together. Raises ExportError, which names the owner, where the folder, that
+    part, or parts of another N are held; and where an owner on another host left its name behind.
+    """
+    number, count = part
+    with ExitStack() as locks:
+        if count == 1:
+            locks.enter_context(_hold(folder / "lock", fcntl.LOCK_EX))
+        else:
+            locks.enter_context(_hold(folder / "lock", fcntl.LOCK_SH))
+            with hold_moment(folder):
+                _refuse_other_counts(folder, count)
+                own = folder / f"lock-{number}-of-{count}"
+                locks.enter_context(_hold(own, fcntl.LOCK_EX))
+        yield
+
+
+@contextmanager
+def hold_moment(folder: Path) -> Iterator[None]:
+    """Wait for, and hold, what only one part may do at a time: short things."""
+    with _hold(folder / "lock-moment", fcntl.LOCK_EX, MOMENT_PATIENCE_S):
+        yield
+
+
+def _refuse_other_counts(folder: Path, count: int) -> None:
+    for path in folder.glob("lock-*-of-*"):
+        if not path.name.endswith(f"-of-{count}"):
+            with _hold(path, fcntl.LOCK_EX):  # refuses where it is held, else clears it away
+                pass
+
+
+@contextmanager
+def _hold(path: Path, kind: int, patience_s: float = PATIENCE_S) -> Iterator[None]:
+    until, holder = math.inf, ""
+    while True:
+        try:
+            descriptor = _acquire(path, kind)
+            break
+        except _HeldError as error:
+            if str(error) != holder:  # the turn goes round: patience is with one who keeps it
+                until, holder = time.monotonic() + patience_s, str(error)
+            elif time.monotonic() > until:
+                raise ExportError(holder) from None
+        time.sleep(POLL_S)
+    try:
+        yield
+    finally:
+        _let_go(descriptor, kind, path)
+
+
+def _let_go(descriptor: int, kind: int, path: Path) -> None:
+    """Unlinked while it is held, so that nobody takes the lock of a file that is gone."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_last = True
+    except BlockingIOError:
+        is_last = False
+    except OSError:  # no locks here: our name must go, or every other host respects it
+        is_last = kind == fcntl.LOCK_EX
+    with suppress(OSError):
+        if is_last:
+            path.unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def _acquire(path: Path, kind: int) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise cannot_write(path, error) from None
+        try:
+            _lock(descriptor, kind, path)
+            if _is_file_of(descriptor, path):
+                _sign(descriptor, kind, path)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its owner unlinked it in between
+
+
+def _lock(descriptor: int, kind: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = _owner(descriptor)
+        raise _HeldError(
+            f"{path.parent} is being written by {owner or 'other parts'}; wait for it, or stop it, "
+            "and run this again"
+        ) from None
+    except OSError as error:  # some network disks know no locks
+        _warn_once(path.parent, str(error.strerror))
+
+
+@lru_cache
+def _warn_once(folder: Path, reason: str) -> None:
+    logger.warning(
+        "%s cannot be locked (%s): see to it that nothing else writes there", folder, reason
+    )
+
+
+def _is_file_of(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _sign(descriptor: int, kind: int, path: Path) -> None:
+    """Leave our name; whoever left one on this host is dead, or the kernel would hold the lock."""
+    before = _read_owner(descriptor)
+    host = socket.gethostname()
+    if before and before.get("host") != host:
+        raise _HeldError(
+            f"{path.parent} was being written by {_owner(descriptor)}, and this host ({host}) "
+            f"cannot see whether it still is; if that export has ended, delete {path}"
+        )
+    name = {"host": host, "pid": os.getpid(), "since": datetime.now(UTC).isoformat("T", "seconds")}
+    try:
+        os.ftruncate(descriptor, 0)
+        if kind == fcntl.LOCK_EX:
+            os.pwrite(descriptor, json.dumps(name).encode(), 0)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def _read_owner(descriptor: int) -> dict[str, Any]:
+    try:
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _owner(descriptor: int) -> str:
+    owner = _read_owner(descriptor)
+    if not owner:
+        return ""
+    return f"process {owner.get('pid')} on {owner.get('host')} (since {owner.get('since')})"

@@ -1,0 +1,135 @@
+"""The manifest of an export: a row for every image, as Parquet or as JSON lines.
+
+It is made from the shards' headers and the listing, so it can be made again at any time.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qwen_vit.common.atomic_file import atomic_file
+from qwen_vit.feature_files.read import FeatureFile
+from qwen_vit.inputs.listing import Item
+
+__all__ = ["ManifestRow", "load_arrow", "shard_rows", "write_manifest"]
+
+PARQUET, JSON_LINES = "manifest.parquet", "manifest.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestRow:
+    """What became of one image: line `index` of the listing.
+
+    `status` is "ok" or "error". Rows `row_begin` to `row_end` of `shard` are its features; sizes
+    are in pixels, the grid in patches. `sha256` is that of the image's own bytes.
+    """
+
+    index: int
+    id: str
+    source: str
+    status: str
+    shard: str
+    row_begin: int | None = None
+    row_end: int | None = None
+    tokens: int | None = None
+    grid_t: int | None = None
+    grid_h: int | None = None
+    grid_w: int | None = None
+    height: int | None = None
+    width: int | None = None
+    sha256: str | None = None
+    notes: str | None = None
+    error_stage: str | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+
+
+def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[ManifestRow]:
+    """A shard's rows, in the order of its `items`, the first of which is line `first`."""
+    facts, shard = file.metadata, file.path.name
+    places = {name: place for place, name in enumerate(file.ids)}
+    errors = {error.id: error for error in file.errors}
+    patches_per_row = facts["patches_per_row"]  # None for one row an image
+    grids = file.image_grid_thw.tolist()
+    tokens = [1 if patches_per_row is None else math.prod(g) // patches_per_row for g in grids]
+    ends = [0, *accumulate(tokens)]
+    rows = []
+    for index, item in enumerate(items, start=first):
+        if item.id in errors:
+            error = errors[item.id]
+            rows.append(
+                ManifestRow(
+                    index, item.id, item.source, "error", shard, error_stage=error.stage,
+                    error_code=error.code, error_message=error.message,
+                )
+            )  # fmt: skip
+            continue
+        place = places[item.id]
+        image, (t, h, w) = facts["images"][place], grids[place]
+        height, width = image["size_px"]
+        rows.append(
+            ManifestRow(
+                index, item.id, item.source, "ok", shard, ends[place], ends[place + 1],
+                tokens[place], t, h, w, height, width, image["sha256"], ", ".join(image["notes"]),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def load_arrow() -> bool:
+    """Whether the manifest will be Parquet; loaded early, so that it costs no memory at the end."""
+    try:
+        import pyarrow.parquet  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def write_manifest(folder: Path, shards: Iterable[Sequence[ManifestRow]]) -> Path:
+    """Write the rows of `shards`, one shard after the other: Parquet where pyarrow is installed.
+
+    Parquet holds Unicode alone: an id or source that is none stands there with its odd bytes
+    escaped, the id also whole in `id_bytes`. JSON lines, and the listing, need no such thing.
+    """
+    has_arrow = load_arrow()
+    name, other = (PARQUET, JSON_LINES) if has_arrow else (JSON_LINES, PARQUET)
+    path = folder / name
+    with atomic_file(path) as file:
+        if has_arrow:
+            _write_parquet(file, shards)
+        else:
+            for rows in shards:
+                for row in rows:
+                    file.write(json.dumps(asdict(row)).encode() + b"\n")
+    with suppress(OSError):  # of a run that had another set of packages
+        (folder / other).unlink(missing_ok=True)
+    return path
+
+
+def _write_parquet(file: BinaryIO, shards: Iterable[Sequence[ManifestRow]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        field.name: pa.int64() if field.type in (int, int | None) else pa.string()
+        for field in fields(ManifestRow)
+    }
+    schema = pa.schema([*columns.items(), ("id_bytes", pa.binary())])
+    with pq.ParquetWriter(file, schema) as writer:
+        for rows in shards:
+            writer.write_table(pa.Table.from_pylist([_as_unicode(row) for row in rows], schema))
+
+
+def _as_unicode(row: ManifestRow) -> dict[str, Any]:
+    facts = asdict(row)
+    is_unicode = all(not 0xD800 <= ord(character) <= 0xDFFF for character in row.id)
+    facts["id_bytes"] = None if is_unicode else row.id.encode("utf-8", "surrogateescape")
+    for name, value in facts.items():
+        if isinstance(value, str):
+            facts[name] = value.encode("utf-8", "backslashreplace").decode()
+    return facts

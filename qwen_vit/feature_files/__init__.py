@@ -1,0 +1,1 @@
+"""Files and folders of features: how they are written and read."""

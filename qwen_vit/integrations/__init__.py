@@ -1,0 +1,1 @@
+"""Features, and the encoder itself, in the forms that other software takes."""
