@@ -21,22 +21,22 @@ from qwen_vit.config import Grid, VisionConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, CheckpointError
 from qwen_vit.features import dtype_name
-from qwen_vit.graphs import LARGEST_BUDGET, GraphRunner, budget_for
+from qwen_vit.graphs import MAX_BUCKET, GraphRunner, bucket_for
 from qwen_vit.layout import Layout
 from qwen_vit.model import VisionTower, plan_layout
 
 __all__ = [
-    "PRODUCT_FLOPS",
+    "GEMM_FLOPS",
     "STREAM",
     "WORKLOADS",
     "Measured",
     "StageWork",
     "TimedTower",
     "bench",
-    "beside_product",
     "check_device",
     "in_batches",
-    "large_product",
+    "interleaved_with_gemm",
+    "large_gemm",
     "median_ms",
     "random_pixels",
     "speed_report",
@@ -46,8 +46,8 @@ __all__ = [
 ]
 
 WARM_UPS, REPEATS = 3, 11
-PRODUCT_SIDE = 8192
-PRODUCT_FLOPS = 2 * PRODUCT_SIDE**3  # 2 per multiply-add
+GEMM_SIDE = 8192
+GEMM_FLOPS = 2 * GEMM_SIDE**3  # 2 per multiply-add
 
 
 def _square(side_px: int, count: int = 1) -> tuple[Grid, ...]:
@@ -91,21 +91,21 @@ def median_ms(run: Callable[[], Any], repeats: int = REPEATS, warm_ups: int = WA
     return statistics.median(times)
 
 
-def large_product(device: torch.device) -> Callable[[], Any]:
-    """An 8192^3 bfloat16 product of random data, of PRODUCT_FLOPS."""
-    side = PRODUCT_SIDE
+def large_gemm(device: torch.device) -> Callable[[], Any]:
+    """An 8192^3 bfloat16 product of random data, of GEMM_FLOPS."""
+    side = GEMM_SIDE
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     c = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=c)
 
 
-def beside_product(
+def interleaved_with_gemm(
     run: Callable[[], Any], device: torch.device, seconds: float = 2.0
 ) -> tuple[float, float]:
     """(the median GPU milliseconds of `run`, the product's rate), in turns of about
     the same length, one product at the least.
     """
-    product = large_product(device)
+    product = large_gemm(device)
     run_once, product_once = (median_ms(each, 1, 1) for each in (run, product))
     products = max(1, round(run_once / product_once))
     turns = max(3, round(seconds * 1e3 / (run_once + products * product_once)))
@@ -120,7 +120,7 @@ def beside_product(
     events[-1][-1].synchronize()
     run_ms: float = statistics.median(begin.elapsed_time(middle) for begin, middle, _ in events)
     product_ms = statistics.median(middle.elapsed_time(end) for _, middle, end in events)
-    return run_ms, PRODUCT_FLOPS * products / (product_ms * 1e-3)
+    return run_ms, GEMM_FLOPS * products / (product_ms * 1e-3)
 
 
 def tower_flops(config: VisionConfig, grids: Sequence[Grid]) -> int:
@@ -141,9 +141,9 @@ class StageWork:
     bytes: int  # weights and rows read and written once, in 16 bits
     count: int  # blocks that have it
 
-    def floor_ms(self, product_rate: float, copy_rate: float) -> float:
+    def roofline_ms(self, gemm_rate: float, copy_rate: float) -> float:
         """Whichever takes longer at the rates that the chip reached."""
-        return 1e3 * max(self.flops / product_rate, self.bytes / copy_rate)
+        return 1e3 * max(self.flops / gemm_rate, self.bytes / copy_rate)
 
 
 def stage_work(config: VisionConfig, grids: Sequence[Grid]) -> dict[str, StageWork]:
@@ -151,7 +151,7 @@ def stage_work(config: VisionConfig, grids: Sequence[Grid]) -> dict[str, StageWo
 
     >>> config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
     >>> list(stage_work(config, [Grid(1, 32, 32)]))
-    ['patches', 'qkv', 'window', 'frame', 'proj', 'gate-up', 'down', 'merger']
+    ['patches', 'qkv', 'window', 'full', 'proj', 'gate-up', 'down', 'merger']
     """
     C, I, O = config.hidden_size, config.intermediate_size, config.out_hidden_size  # noqa: E741
     N = sum(grid.n_patches for grid in grids)
@@ -176,7 +176,7 @@ def stage_work(config: VisionConfig, grids: Sequence[Grid]) -> dict[str, StageWo
         "qkv": product(C, 3 * C, N * C + 3 * C * C + 3 * N * C),
         "window": StageWork(4 * C * windows * n_window, 2 * 4 * N * C * n_window, n_window),
         # K is rotated beforehand: read, written, and read again in place of it
-        "frame": StageWork(4 * C * frames * n_full, 2 * 6 * N * C * n_full, n_full),
+        "full": StageWork(4 * C * frames * n_full, 2 * 6 * N * C * n_full, n_full),
         "proj": product(C, C, 3 * N * C + C * C),
         "gate-up": product(C, 2 * I, N * C + 2 * C * padded + N * padded),
         "down": product(I, C, N * padded + padded * C + 2 * N * C),
@@ -194,7 +194,7 @@ def _squared(length: int, window: int) -> int:
     return length // window * window**2 + (length % window) ** 2
 
 
-def in_batches(grids: Iterable[Grid], budget: int = LARGEST_BUDGET) -> list[tuple[Grid, ...]]:
+def in_batches(grids: Iterable[Grid], budget: int = MAX_BUCKET) -> list[tuple[Grid, ...]]:
     """Images as they come, in batches of at most `budget` patches; a larger one is alone.
 
     >>> [len(batch) for batch in in_batches([Grid(1, 8, 8)] * 5, budget=128)]
@@ -231,11 +231,11 @@ class TimedTower:
         return run
 
     def by_graph(self, pixels: Tensor, grids: Sequence[Grid]) -> Callable[[], Tensor]:
-        layout = self.layout(grids, budget_for(len(pixels)))
+        layout = self.layout(grids, bucket_for(len(pixels)))
         eager = self.eager(pixels, grids)
 
         def run() -> Tensor:
-            merged = self.graphs.run(pixels, layout) if budget_for(len(pixels)) else None
+            merged = self.graphs.run(pixels, layout) if bucket_for(len(pixels)) else None
             return eager() if merged is None else merged
 
         return run
@@ -256,12 +256,12 @@ class Measured:
     images: int
     patches: int
     ms: float
-    floor_ms: float
+    roofline_ms: float
     peak_mb: float
 
     @property
-    def times_the_floor(self) -> float:
-        return self.ms / self.floor_ms
+    def x_roofline(self) -> float:
+        return self.ms / self.roofline_ms
 
     @property
     def images_per_second(self) -> float:
@@ -312,25 +312,27 @@ def _measured(timed: TimedTower, name: str) -> Measured:
             run()
 
     peak_mb = torch.cuda.max_memory_allocated() / 1e6
-    ms, rate = beside_product(run_all, timed.device)
+    ms, rate = interleaved_with_gemm(run_all, timed.device)
     return Measured(
         workload=name,
         images=len(grids),
         patches=sum(grid.n_patches for grid in grids),
         ms=ms,
-        floor_ms=tower_flops(config, grids) / rate * 1e3,
+        roofline_ms=tower_flops(config, grids) / rate * 1e3,
         peak_mb=peak_mb,
     )
 
 
 def speed_table(rows: Sequence[Measured]) -> str:
     """The rows for people."""
-    head = f"{'images':<12}{'ms':>10}{'images/s':>10}{'patches/s':>12}{'x floor':>9}{'peak MB':>9}"
+    head = (
+        f"{'images':<12}{'ms':>10}{'images/s':>10}{'patches/s':>12}{'x roofline':>9}{'peak MB':>9}"
+    )
     lines = [head, "-" * len(head)]
     for row in rows:
         lines.append(
             f"{row.workload:<12}{row.ms:>10.3f}{row.images_per_second:>10.0f}"
-            f"{1000 * row.patches / row.ms:>12,.0f}{row.times_the_floor:>9.2f}{row.peak_mb:>9,.0f}"
+            f"{1000 * row.patches / row.ms:>12,.0f}{row.x_roofline:>9.2f}{row.peak_mb:>9,.0f}"
         )
     return "\n".join(lines)
 
@@ -343,5 +345,5 @@ def speed_report(encoder: VisionEncoder, rows: Sequence[Measured]) -> dict[str, 
         "device": torch.cuda.get_device_name(encoder.device),
         "dtype": dtype_name(encoder.dtype),
         "versions": encoder.metadata()["versions"],
-        "rows": [asdict(row) | {"times_the_floor": row.times_the_floor} for row in rows],
+        "rows": [asdict(row) | {"x_roofline": row.x_roofline} for row in rows],
     }

@@ -21,7 +21,7 @@ from qwen_vit.common.strict_json import (
     is_integer,
     is_number,
     read_json,
-    show,
+    short_repr,
 )
 from qwen_vit.config_json import VISION_KEYS, find_vision_part, image_fields, vision_fields
 from qwen_vit.errors import CheckpointError
@@ -121,7 +121,7 @@ class VisionConfig:
             ),
             (
                 is_number(self.rope_theta) and self.rope_theta > 1,
-                f"rope_theta is {show(self.rope_theta)}, expected a number from 1 to 1e12",
+                f"rope_theta is {short_repr(self.rope_theta)}, expected a number from 1 to 1e12",
             ),
         )
         for holds, message in rules:
@@ -134,10 +134,10 @@ class VisionConfig:
         seen: set[int] = set()
         for index in self.fullatt_block_indexes:
             if not is_integer(index):
-                raise CheckpointError(f"{name} holds {show(index)}, expected integers")
+                raise CheckpointError(f"{name} holds {short_repr(index)}, expected integers")
             if not 0 <= index < self.depth:
                 raise CheckpointError(
-                    f"{name} holds {show(index)}, expected 0 to {self.depth - 1} "
+                    f"{name} holds {short_repr(index)}, expected 0 to {self.depth - 1} "
                     f"(depth is {self.depth})"
                 )
             if index in seen:
@@ -241,9 +241,11 @@ class ImageConfig:
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if len(values) != 3 or not all(map(is_number, values)):
-                raise CheckpointError(f"{name} is {show(values)}, expected three numbers")
+                raise CheckpointError(f"{name} is {short_repr(values)}, expected three numbers")
         if min(self.image_std) <= 0:
-            raise CheckpointError(f"image_std is {show(self.image_std)}, expected values above 0")
+            raise CheckpointError(
+                f"image_std is {short_repr(self.image_std)}, expected values above 0"
+            )
 
     @classmethod
     def from_json(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_vit.common.strict_json import child_object, is_integer, is_number, show
+from qwen_vit.common.strict_json import child_object, is_integer, is_number, short_repr
 from qwen_vit.errors import CheckpointError
 
 __all__ = ["VISION_KEYS", "find_vision_part", "image_fields", "vision_fields"]
@@ -92,7 +92,7 @@ def _refuse_other_models(config: Mapping[str, Any], source: str) -> None:
             raise CheckpointError(f"{source}: this is {name}; {ours}, {runner} runs this model")
     if "model_type" in config and model_type not in OUR_MODEL_TYPES:
         raise CheckpointError(
-            f"{source}: model_type is {show(model_type)}, expected one of "
+            f"{source}: model_type is {short_repr(model_type)}, expected one of "
             f"{', '.join(OUR_MODEL_TYPES)}; {ours}, transformers' AutoModel may know this one"
         )
 
@@ -105,7 +105,7 @@ def vision_fields(vision: Mapping[str, Any]) -> dict[str, Any]:
         values = list(stated.values()) or [published]
         if any(value != values[0] for value in values):
             raise CheckpointError(
-                " and ".join(f"{name} {show(value)}" for name, value in stated.items())
+                " and ".join(f"{name} {short_repr(value)}" for name, value in stated.items())
                 + " disagree, expected one value"
             )
         if not stated and published is None:
@@ -116,10 +116,10 @@ def vision_fields(vision: Mapping[str, Any]) -> dict[str, Any]:
         fields[field] = values[0]
     indexes = vision.get("fullatt_block_indexes", PUBLISHED_FULLATT_BLOCK_INDEXES)
     if not isinstance(indexes, list | tuple):
-        raise CheckpointError(f"fullatt_block_indexes is {show(indexes)}, expected a list")
+        raise CheckpointError(f"fullatt_block_indexes is {short_repr(indexes)}, expected a list")
     activation = vision.get("hidden_act", "silu")
     if activation != "silu":
-        raise CheckpointError(f"hidden_act is {show(activation)}, expected 'silu'")
+        raise CheckpointError(f"hidden_act is {short_repr(activation)}, expected 'silu'")
     theta = _as_float(_read_rope(vision))
     return {**fields, "fullatt_block_indexes": tuple(indexes), "rope_theta": theta}
 
@@ -130,16 +130,17 @@ def _read_rope(vision: Mapping[str, Any]) -> Any:
     if rope is None:
         return vision.get("rope_theta", PUBLISHED_ROPE_THETA)
     if not isinstance(rope, Mapping):
-        raise CheckpointError(f"rope_parameters is {show(rope)}, expected an object")
+        raise CheckpointError(f"rope_parameters is {short_repr(rope)}, expected an object")
     kind = rope.get("rope_type", rope.get("type", "axial"))
     if kind not in ("axial", "default"):
         raise CheckpointError(
-            f"rope_parameters has the type {show(kind)}, expected 'axial' (2D rotary embedding)"
+            f"rope_parameters has the type {short_repr(kind)}, expected 'axial' (2D rotary "
+            "embedding)"
         )
     unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
     if unknown:
         raise CheckpointError(
-            f"rope_parameters holds {show(unknown)}, expected rope_type and rope_theta only"
+            f"rope_parameters holds {short_repr(unknown)}, expected rope_type and rope_theta only"
         )
     return rope.get("rope_theta", PUBLISHED_ROPE_THETA)
 
@@ -150,21 +151,21 @@ def image_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = stated.get("image_processor_type", "Qwen2VLImageProcessor")
     if not isinstance(kind, str) or not kind.startswith(("Qwen2VL", "Qwen2_5")):
         raise CheckpointError(
-            f"image_processor_type is {show(kind)}, expected Qwen2VLImageProcessor"
+            f"image_processor_type is {short_repr(kind)}, expected Qwen2VLImageProcessor"
         )
     for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
         if stated.get(step, True) is not True:
-            raise CheckpointError(f"{step} is {show(stated[step])}, expected true")
+            raise CheckpointError(f"{step} is {short_repr(stated[step])}, expected true")
     resample = stated.get("resample", PILLOW_BICUBIC)
     if not is_integer(resample) or resample != PILLOW_BICUBIC:
-        raise CheckpointError(f"resample is {show(resample)}, expected 3 (bicubic)")
+        raise CheckpointError(f"resample is {short_repr(resample)}, expected 3 (bicubic)")
     rescale = stated.get("rescale_factor", 1 / 255)
     if not is_number(rescale) or not math.isclose(rescale, 1 / 255, rel_tol=1e-6):
-        raise CheckpointError(f"rescale_factor is {show(rescale)}, expected 1/255")
+        raise CheckpointError(f"rescale_factor is {short_repr(rescale)}, expected 1/255")
     size = stated.get("size", {})
     if not isinstance(size, Mapping):
         raise CheckpointError(
-            f"size is {show(size)}, expected an object with shortest_edge and longest_edge"
+            f"size is {short_repr(size)}, expected an object with shortest_edge and longest_edge"
         )
     fields: dict[str, Any] = {
         "patch_px": stated.get("patch_size", 14),
@@ -177,7 +178,9 @@ def image_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, clip in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
         values = stated.get(name, clip)
         if not isinstance(values, list | tuple):
-            raise CheckpointError(f"{name} is {show(values)}, expected a list of three numbers")
+            raise CheckpointError(
+                f"{name} is {short_repr(values)}, expected a list of three numbers"
+            )
         fields[name] = tuple(map(_as_float, values))
     return fields
 

@@ -24,7 +24,7 @@ from qwen_vit.common.prefetch import Job, pack, thread_count, work_ahead
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, ImageError
 from qwen_vit.features import ImageFeatures, dtype_name
-from qwen_vit.graphs import LARGEST_BUDGET, LEAST_STEP, GraphRunner
+from qwen_vit.graphs import MAX_BUCKET, MIN_STEP, GraphRunner
 from qwen_vit.images.load import ArrayLayout, ImageLimits, ImageSource, RgbImage, load_image
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.kernels.attention import HEAD_DIMS
@@ -38,13 +38,13 @@ logger = logging.getLogger("qwen_vit")
 OnError = Literal["raise", "skip"]
 
 # Patches in one forward pass. More gain nothing on a GPU; an image may be larger on its own.
-TOKEN_BUDGET = {"cuda": LARGEST_BUDGET, "cpu": 4_096}
+TOKEN_BUDGET = {"cuda": MAX_BUCKET, "cpu": 4_096}
 # Batches that are packed together. On a CPU one, as it comes: there an image's bits may depend on
 # its company, and the same images shall give the same ones.
 WINDOW = {"cuda": 4, "cpu": 1}
 BATCHES_AHEAD = 2  # of the GPU: what is sent ahead waits in pinned memory
 IMAGES_IN_A_WINDOW = 1_024  # so that a long run of images that fail is reported, too
-LEAST_CAPABILITY = (8, 0)
+MIN_CAPABILITY = (8, 0)
 # Each of these is one image; iterating over it would give its characters, bytes or rows.
 ONE_IMAGE = (
     str,
@@ -141,7 +141,7 @@ class VisionEncoder:
         with torch.device("cpu"):  # whatever the caller's default device is
             state = convert(
                 checkpoint.tensors, checkpoint.config, image_config, chosen_dtype, chosen_device,
-                place=checkpoint.place,
+                locate=checkpoint.locate,
             )  # fmt: skip
         tower.load_state_dict(state, strict=True, assign=True)
         use_graphs = cuda_graphs and chosen_device.type == "cuda"
@@ -238,7 +238,7 @@ class VisionEncoder:
     def _encode_jobs(
         self, jobs: Iterator[Job[_Loaded]], output: Output, on_error: OnError, threads: int
     ) -> Iterator[ImageFeatures]:
-        pace = _Pace(self.device)
+        pace = InFlightLimit(self.device)
         with closing(work_ahead(jobs, threads=threads)) as loaded:
             for window in self._windows(loaded):
                 yield from self._encode_window(window, output, on_error, pace)
@@ -305,25 +305,25 @@ class VisionEncoder:
             name = os.fsdecode(image) if is_path else f"image {index}"  # type: ignore[arg-type]
             n_bytes = len(image) if isinstance(image, bytes) else 0
             if isinstance(image, Patches):
-                make = partial(self._given, image, name)
+                make = partial(self._accept_patches, image, name)
             else:
                 load: Callable[[], RgbImage] = partial(
                     load_image, image, name=name, layout=layout, limits=limits
                 )
                 if is_ahead and not is_path and not isinstance(image, bytes):
                     # the caller may change it, once the next one is asked for
-                    load, n_bytes = _loaded_now(load)
-                make = partial(self._cut, load, name)
-            yield Job(partial(_or_its_error, make, name, on_error), n_bytes)
+                    load, n_bytes = load_eagerly(load)
+                make = partial(self._load_and_patchify, load, name)
+            yield Job(partial(capture_image_error, make, name, on_error), n_bytes)
 
-    def _cut(self, load: Callable[[], RgbImage], name: str) -> _Loaded:
+    def _load_and_patchify(self, load: Callable[[], RgbImage], name: str) -> _Loaded:
         """One image, loaded, resized and cut into patches."""
         rgb = load()
         patches = patchify(rgb.picture, self.image_config, name=name)
         features = ImageFeatures(name, None, _thw(patches), (rgb.height, rgb.width), rgb.notes)
         return _Loaded(features, patches)
 
-    def _given(self, patches: Patches, name: str) -> _Loaded:
+    def _accept_patches(self, patches: Patches, name: str) -> _Loaded:
         """One image that the caller has patchified."""
         if len(patches.grids) != 1:
             raise ImageError(
@@ -363,7 +363,7 @@ class VisionEncoder:
         yield window
 
     def _encode_window(
-        self, window: list[_Loaded], output: Output, on_error: OnError, pace: "_Pace"
+        self, window: list[_Loaded], output: Output, on_error: OnError, pace: "InFlightLimit"
     ) -> Iterator[ImageFeatures]:
         results: dict[int, Tensor | ImageError] = {}
         for batch in self._batches(window):
@@ -426,9 +426,9 @@ class VisionEncoder:
     def _run(self, patches: Tensor, grids: tuple[Grid, ...], output: Output) -> Tensor:
         if self.device.type == "cuda" and patches.device.type == "cpu":
             patches = patches.pin_memory()  # itself, where it is pinned already
-        is_whole_units = LEAST_STEP % self.config.merge_unit == 0
+        is_whole_units = MIN_STEP % self.config.merge_unit == 0
         graphs = self.graphs if output == "merged" and is_whole_units else None
-        n_rows = None if graphs is None else graphs.rows_for(patches)
+        n_rows = None if graphs is None else graphs.graph_bucket(patches)
         if graphs is not None and n_rows is not None:
             filled_up = _layout(grids, self.config, self.device, self.dtype, n_rows)
             merged = graphs.run(patches, filled_up)
@@ -441,7 +441,7 @@ class VisionEncoder:
             )
 
 
-class _Pace:
+class InFlightLimit:
     """Keeps the host a few batches ahead of a GPU, and no more."""
 
     def __init__(self, device: torch.device) -> None:
@@ -469,7 +469,7 @@ def _parts(loaded: Iterable[_Loaded]) -> list[tuple[str, Patches]]:
     return [(features.id, patches) for features, patches in loaded if patches is not None]
 
 
-def _loaded_now(load: Callable[[], RgbImage]) -> tuple[Callable[[], RgbImage], int]:
+def load_eagerly(load: Callable[[], RgbImage]) -> tuple[Callable[[], RgbImage], int]:
     """What gives, or raises, later what `load` does now; and its bytes."""
     loaded: Future[RgbImage] = Future()
     try:
@@ -481,7 +481,7 @@ def _loaded_now(load: Callable[[], RgbImage]) -> tuple[Callable[[], RgbImage], i
     return loaded.result, 4 * rgb.height * rgb.width  # as Pillow holds them
 
 
-def _or_its_error(make: Callable[[], _Loaded], name: str, on_error: OnError) -> _Loaded:
+def capture_image_error(make: Callable[[], _Loaded], name: str, on_error: OnError) -> _Loaded:
     try:
         return make()
     except ImageError as error:
@@ -545,7 +545,7 @@ def _choose_device(device: str | torch.device) -> torch.device:
             f"device is {device!r}, but there are {torch.cuda.device_count()} GPUs; count from 0"
         )
     capability = torch.cuda.get_device_capability(chosen)
-    if capability < LEAST_CAPABILITY:
+    if capability < MIN_CAPABILITY:
         raise ArgumentError(
             f"{torch.cuda.get_device_name(chosen)} has compute capability "
             f"{capability[0]}.{capability[1]}, expected 8.0 (Ampere) or newer; use device='cpu'"

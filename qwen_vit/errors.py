@@ -1,4 +1,10 @@
-"""The package's errors: each message names the thing, what was expected, and what to do."""
+"""The package's errors: each says what is wrong, what was expected, and what to do.
+
+They are data (`name`, `fact`, `expected`, `remedy`); the message is made of them here and nowhere
+else, and nothing reads it.
+"""
+
+from typing import Any, Self
 
 __all__ = [
     "IMAGE_CODES",
@@ -9,7 +15,8 @@ __all__ = [
     "HubError",
     "ImageError",
     "QwenVitError",
-    "shown",
+    "display_name",
+    "plural",
 ]
 
 # Why an image cannot be encoded: `ImageError.code`, and what it means.
@@ -47,7 +54,62 @@ IMAGE_CODES = {
 
 
 class QwenVitError(Exception):
-    """The base of every error that this package raises on purpose."""
+    """The base of every error that this package raises on purpose.
+
+    >>> error = ExportError("a file", name="out", expected="a folder", remedy="pass another --out")
+    >>> print(error)
+    out: a file. Expected a folder. Pass another --out.
+    >>> error.name, error.fact, error.expected, error.remedy
+    ('out', 'a file', 'a folder', 'pass another --out')
+
+    Args:
+        fact: what is wrong, without a full stop.
+        name: the file, image or argument that the fact is about; odd characters are escaped.
+        expected: what was expected instead; empty where the fact says it.
+        remedy: what to do about it, as an instruction.
+    """
+
+    def __init__(self, fact: str, *, name: str = "", expected: str = "", remedy: str = "") -> None:
+        super().__init__(fact)
+        self.fact, self.name, self.expected, self.remedy = fact, name, expected, remedy
+
+    def __str__(self) -> str:
+        fact = f"{display_name(self.name)}: {self.fact}" if self.name else self.fact
+        if not (self.expected or self.remedy):
+            return fact
+        expected = f"Expected {self.expected}" if self.expected else ""
+        remedy = self.remedy[:1].upper() + self.remedy[1:]
+        return " ".join(_sentence(part) for part in (fact, expected, remedy) if part)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
+    def __reduce__(self) -> Any:  # Exception's own would keep the fact alone
+        return _same_error, (type(self), self.args, dict(self.__dict__))
+
+    @classmethod
+    def of(cls, error: "QwenVitError", **changes: str) -> Self:
+        """The same facts as another error, as an error of this class, with some of them changed.
+
+        >>> damaged = CheckpointError("not JSON", name="export.json", remedy="fetch it again")
+        >>> print(ExportError.of(damaged, remedy="pass another --out"))
+        export.json: not JSON. Pass another --out.
+        """
+        facts = {"name": error.name, "expected": error.expected, "remedy": error.remedy, **changes}
+        return cls(facts.pop("fact", error.fact), **facts)
+
+
+def _same_error(
+    kind: type[QwenVitError], arguments: tuple[Any, ...], facts: dict[str, Any]
+) -> QwenVitError:
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    error.__dict__.update(facts)
+    return error
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 class ImageError(QwenVitError, ValueError):
@@ -55,18 +117,26 @@ class ImageError(QwenVitError, ValueError):
 
     `code` is a stable, machine-readable reason such as `"truncated"`: a key of `IMAGE_CODES`.
 
-    >>> raise ImageError("cat.png is 12x4000: ratio 333 exceeds 200; crop it", code="ratio")
+    >>> raise ImageError("ratio of 333", name="a.png", expected="at most 200", code="ratio")
     Traceback (most recent call last):
-    qwen_vit.errors.ImageError: cat.png is 12x4000: ratio 333 exceeds 200; crop it
+    qwen_vit.errors.ImageError: a.png: ratio of 333. Expected at most 200.
     """
 
-    def __init__(self, message: str, *, code: str = "invalid") -> None:
-        super().__init__(message)
+    def __init__(
+        self,
+        fact: str,
+        *,
+        name: str = "",
+        expected: str = "",
+        remedy: str = "",
+        code: str = "invalid",
+    ) -> None:
+        super().__init__(fact, name=name, expected=expected, remedy=remedy)
         self.code = code
 
     def without_frames(self) -> "ImageError":
         """The same to keep: a traceback's frames hold the file's bytes, or the array."""
-        return ImageError(str(self), code=self.code)
+        return ImageError.of(self, code=self.code)
 
 
 class ArgumentError(QwenVitError, ValueError):
@@ -89,20 +159,20 @@ class ExportError(QwenVitError):
     """Features could not be written, read or resumed."""
 
 
-def shown(name: str) -> str:
+def display_name(name: str) -> str:
     """A name on one line of any terminal: odd ones escaped, long ones shortened.
 
-    >>> shown("cat.png"), shown("a\\tb")
+    >>> display_name("cat.png"), display_name("a\\tb")
     ('cat.png', "'a\\\\tb'")
     """
     text = name if name and name.isprintable() and name == name.strip() else ascii(name)
     return text if len(text) <= 400 else f"{text[:200]}...{text[-100:]}"
 
 
-def counted(number: int, what: str) -> str:
+def plural(number: int, what: str) -> str:
     """So many of a thing.
 
-    >>> counted(1, "shard"), counted(2, "shard")
+    >>> plural(1, "shard"), plural(2, "shard")
     ('1 shard', '2 shards')
     """
     return f"{number:,} {what}" + ("" if number == 1 else "s")

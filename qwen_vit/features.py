@@ -30,7 +30,7 @@ from qwen_vit.common.atomic_file import (
 from qwen_vit.common.safetensors_header import MAX_HEADER_BYTES
 from qwen_vit.common.strict_json import is_integer
 from qwen_vit.common.tensors import all_finite
-from qwen_vit.errors import ArgumentError, ExportError, ImageError, counted, shown
+from qwen_vit.errors import ArgumentError, ExportError, ImageError, display_name, plural
 
 __all__ = [
     "METADATA_KEY",
@@ -182,8 +182,8 @@ def check_features(features: Iterable[ImageFeatures]) -> list[ImageFeatures]:
 def not_finite(name: str) -> ImageError:
     """The error of an image whose embeddings hold NaN or infinity."""
     return ImageError(
-        f"{shown(name)}: its embeddings hold NaN or infinity; check the checkpoint with `qwen-vit "
-        "info`, and try --dtype float32",
+        f"{display_name(name)}: its embeddings hold NaN or infinity; check the checkpoint with "
+        "`qwen-vit info`, and try --dtype float32",
         code="not-finite",
     )
 
@@ -203,7 +203,7 @@ class FeatureWriter:
         self._grids: list[tuple[int, int, int]] = []
         self._lengths: list[int] = []
         self._head_bytes = min(head_bytes + -head_bytes % 8, MAX_HEADER_BYTES)
-        self._end = self._told = self._head_bytes  # of the rows; and what the system was told of
+        self._end = self._flushed = self._head_bytes  # of the rows; and what the system was told of
         self._growing = AtomicFile(path)
         self._growing.file.seek(self._end)
 
@@ -222,14 +222,14 @@ class FeatureWriter:
         n_rows = sum(length for _, _, length in images)
         if rows.shape != (n_rows, self.width):
             raise ExportError(
-                f"{self.path}: the embeddings of {counted(len(images), 'image')} from "
-                f"{shown(images[0][0])} on have the shape {tuple(rows.shape)}, expected "
+                f"{self.path}: the embeddings of {plural(len(images), 'image')} from "
+                f"{display_name(images[0][0])} on have the shape {tuple(rows.shape)}, expected "
                 f"({n_rows}, {self.width}); write one file for each model and output"
             )
         rows = rows.detach().to("cpu", self.dtype).contiguous()
         try:
             self._end += self._growing.file.write(_bytes_of(rows))
-            if self._end - self._told >= FLUSH_BYTES:
+            if self._end - self._flushed >= FLUSH_BYTES:
                 self._begin_flush()
         except OSError as error:
             raise cannot_write(self.path, error) from None
@@ -264,11 +264,11 @@ class FeatureWriter:
     def _begin_flush(self) -> None:
         """Have the disk begin with what is there, so that little is left to wait for at the end."""
         if hasattr(os, "posix_fadvise"):  # Linux then starts to write, and does not wait
-            length = self._end - self._told
+            length = self._end - self._flushed
             os.posix_fadvise(
-                self._growing.file.fileno(), self._told, length, os.POSIX_FADV_DONTNEED
+                self._growing.file.fileno(), self._flushed, length, os.POSIX_FADV_DONTNEED
             )
-        self._told = self._end
+        self._flushed = self._end
 
 
 def _head(

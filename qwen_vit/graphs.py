@@ -1,10 +1,10 @@
-"""CUDA graphs per token budget: one replay instead of some 170 launches.
+"""CUDA graphs per bucket of patches: one replay instead of some 170 launches.
 
-A graph is recorded for a number of rows, not for a shape of image. Its indices live in one buffer
-that every call fills before the replay, its spare rows attend among themselves, and its spare tiles
-are empty: so one graph serves every mix of images that fits its budget. The model knows nothing of
-this. An image's embedding has the same bits as without graphs, because no row depends on another
-image's rows, nor on how many there are.
+A graph is captured for a number of rows, not for a shape of image. Its indices live in one buffer
+that every call fills before the replay, its padding rows attend among themselves, and its padding
+tiles are empty: so one graph serves every mix of images that fits its bucket. The model knows
+nothing of this. An image's embedding has the same bits as without graphs, because no row depends on
+another image's rows, nor on how many there are.
 """
 
 import logging
@@ -20,31 +20,33 @@ from torch import Tensor
 from qwen_vit.layout import Layout
 from qwen_vit.model import ROTARY_POSITIONS, VisionTower
 
-__all__ = ["LARGEST_BUDGET", "LEAST_STEP", "GraphRunner", "budget_for"]
+__all__ = ["MAX_BUCKET", "MIN_STEP", "GraphRunner", "bucket_for"]
 
 logger = logging.getLogger("qwen_vit")
 
-LARGEST_BUDGET = 32_768  # patches; above it the launches are a small share of the time
-LEAST_STEP = 256  # patches
-RECORDING_ROWS = 16_384  # what a GPU computes while a graph is recorded: some 40 ms on an H200
-ROOM = 2  # times the tiles that whole windows and frames need; smaller pieces run without a graph
+MAX_BUCKET = 32_768  # patches; above it the launches are a small share of the time
+MIN_STEP = 256  # patches
+CAPTURE_COST_ROWS = 16_384  # what a GPU computes while a graph is captured: some 40 ms on an H200
+TILE_HEADROOM = (
+    2  # times the tiles that whole windows and frames need; smaller pieces run without a graph
+)
 
 
-def budget_for(n_patches: int) -> int | None:
+def bucket_for(n_patches: int) -> int | None:
     """The rows of the graph that serves this many patches, or None where none does.
 
-    >>> budget_for(1000), budget_for(4097), budget_for(9216), budget_for(40_000)
+    >>> bucket_for(1000), bucket_for(4097), bucket_for(9216), bucket_for(40_000)
     (1024, 4352, 9216, None)
     """
-    if not 0 < n_patches <= LARGEST_BUDGET:
+    if not 0 < n_patches <= MAX_BUCKET:
         return None
-    # steps of a 16th of the power of two below, so 6 % spare at most above 4,096
-    step = max(LEAST_STEP, 1 << max(0, (n_patches - 1).bit_length() - 5))
+    # steps of a 16th of the power of two below, so 6 % padding at most above 4,096
+    step = max(MIN_STEP, 1 << max(0, (n_patches - 1).bit_length() - 5))
     return -(-n_patches // step) * step
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Recorded:
+class CapturedGraph:
     graph: torch.cuda.CUDAGraph
     patches: Tensor  # (rows, P / 2) uint8 or (rows, P): the first rows of what all graphs read
     indices: Tensor  # every integer of the layout, one after the other
@@ -58,41 +60,41 @@ class GraphRunner:
     def __init__(self, tower: VisionTower, device: torch.device) -> None:
         self._tower = tower
         self._device = device
-        self._recorded: dict[tuple[int, torch.dtype], _Recorded] = {}
+        self._captured: dict[tuple[int, torch.dtype], CapturedGraph] = {}
         # every graph reads the first rows of one buffer: one replay runs at a time
         self._patches: dict[torch.dtype, Tensor] = {}
         self._pool: Any = None  # torch's handle of it
-        # one stream for every recording: the pool's memory is shared within a stream only
+        # one stream for every capture: the pool's memory is shared within a stream only
         self._stream = torch.cuda.Stream(device)
         self._done = torch.cuda.Event()  # after a replay and the copy of what it gave
         self._lock = threading.Lock()
-        self._spared: Counter[int] = Counter()  # rows, by budget, that its own graph would have
+        self._rows_saved: Counter[int] = Counter()  # rows, by bucket, that its own graph would have
 
-    def rows_for(self, patches: Tensor) -> int | None:
-        """The rows of the graph for these patches, recorded or to be, or None where none serves.
+    def graph_bucket(self, patches: Tensor) -> int | None:
+        """The rows of the graph for these patches, captured or to be, or None where none serves.
 
-        `budget_for`'s, unless a larger graph is there: that one serves until the rows which a
-        smaller one would have spared come to what its recording costs. Sizes that hardly ever come,
+        `bucket_for`'s, unless a larger graph is there: that one serves until the rows which a
+        smaller one would have spared come to what its capture costs. Sizes that hardly ever come,
         such as what is left over when images are packed, are not worth a graph of their own.
         """
-        own = budget_for(len(patches))
+        own = bucket_for(len(patches))
         with self._lock:
-            recorded = {rows for rows, dtype in self._recorded if dtype == patches.dtype}
-            if own is None or own in recorded:
+            captured = {rows for rows, dtype in self._captured if dtype == patches.dtype}
+            if own is None or own in captured:
                 return own
-            larger = min((rows for rows in recorded if rows > own), default=None)
+            larger = min((rows for rows in captured if rows > own), default=None)
             if larger is None:
                 return own
-            self._spared[own] += larger - own
-            return larger if self._spared[own] <= RECORDING_ROWS else own
+            self._rows_saved[own] += larger - own
+            return larger if self._rows_saved[own] <= CAPTURE_COST_ROWS else own
 
     def run(self, patches: Tensor, layout: Layout) -> Tensor | None:
         """The merged tokens (M, O) of `patches` as the tower takes them, or None if no graph fits.
 
-        `layout` lies on the host and was filled up to `rows_for(patches)` rows. Nothing waits for
-        the GPU; the first call of that many rows records their graph.
+        `layout` lies on the host, padded to `graph_bucket(patches)` rows. Nothing waits for the
+        GPU; the first call of that many rows captures their graph.
         """
-        static = _with_room(layout)
+        static = pad_to_graph(layout)
         if static is None:
             return None
         indices = static.flat(pinned=True)
@@ -114,28 +116,28 @@ class GraphRunner:
                 self._done.record()
 
     def _merged(self, static: Layout, indices: Tensor, patches: Tensor) -> Tensor:
-        """What a replay gives, in memory that the next one writes; or what a recording saw."""
+        """What a replay gives, in memory that the next one writes; or what a capture saw."""
         kind = static.n_rows, patches.dtype
-        recorded = self._recorded.get(kind)
-        if recorded is not None:
-            recorded.patches[: len(patches)].copy_(patches, non_blocking=True)
-            recorded.indices.copy_(indices, non_blocking=True)
-            recorded.graph.replay()
-            return recorded.merged
-        recorded, answer = self._record(static, indices, patches)
-        if recorded is None:
+        captured = self._captured.get(kind)
+        if captured is not None:
+            captured.patches[: len(patches)].copy_(patches, non_blocking=True)
+            captured.indices.copy_(indices, non_blocking=True)
+            captured.graph.replay()
+            return captured.merged
+        captured, answer = self._capture_and_run(static, indices, patches)
+        if captured is None:
             logger.warning(
                 "out of memory on %s: no graph of %d patches", self._device, static.n_rows
             )
-            torch.cuda.empty_cache()  # which nobody can while one is recorded
+            torch.cuda.empty_cache()  # which nobody can while one is captured
         else:
-            self._recorded[kind] = recorded
+            self._captured[kind] = captured
         return answer
 
     def _has_room_for(self, patches: Tensor) -> bool:
         """Whether the buffer that all graphs of a dtype read is there, or could be made."""
         if patches.dtype not in self._patches:
-            shape = (LARGEST_BUDGET, patches.shape[1])
+            shape = (MAX_BUCKET, patches.shape[1])
             try:
                 self._patches[patches.dtype] = patches.new_zeros(shape, device=self._device)
             except torch.cuda.OutOfMemoryError:
@@ -143,9 +145,9 @@ class GraphRunner:
                 return False
         return True
 
-    def _record(
+    def _capture_and_run(
         self, static: Layout, indices: Tensor, patches: Tensor
-    ) -> tuple[_Recorded | None, Tensor]:
+    ) -> tuple[CapturedGraph | None, Tensor]:
         """A graph, and the tower's answer without it: which compiles what is not compiled yet.
 
         While the GPU works at that answer, the host records; no graph, if that takes more memory
@@ -167,13 +169,13 @@ class GraphRunner:
         if merged is None:
             return None, answer
         self._pool = graph.pool()
-        return _Recorded(graph, filled, on_device, self._tower.angles, merged), answer
+        return CapturedGraph(graph, filled, on_device, self._tower.angles, merged), answer
 
     def _capture(
         self, graph: torch.cuda.CUDAGraph, pixels: Tensor, layout: Layout
     ) -> Tensor | None:
         # Not torch.cuda.graph, which waits for the GPU and empties the allocator's cache.
-        # thread_local: what other threads do meanwhile is none of this recording's business
+        # thread_local: what other threads do meanwhile is none of this capture's business
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             return self._tower(pixels, layout)  # type: ignore[no-any-return]
@@ -183,15 +185,17 @@ class GraphRunner:
             graph.capture_end()
 
 
-def _with_room(layout: Layout) -> Layout | None:
-    """The layout with every tensor at the size that its budget's graph has; None if one is larger.
+def pad_to_graph(layout: Layout) -> Layout | None:
+    """The layout with every tensor at the size that its bucket's graph has; None if one is larger.
 
-    Spare tiles are rows of zeros; spare merged tokens fetch the first one and are never read.
+    Spare tiles are rows of zeros; padding merged tokens fetch the first one and are never read.
     """
     rows, unit = layout.n_rows, layout.n_patches // len(layout.merged_order)
-    window_tiles = _filled(layout.windows.tiles, ROOM * rows // layout.window_tiling.rows)
-    frame_tiles = _filled(layout.frames.tiles, ROOM * rows // layout.frame_tiling.rows)
-    merged_order = _filled(layout.merged_order, rows // unit)
+    window_tiles = _zero_padded(
+        layout.windows.tiles, TILE_HEADROOM * rows // layout.window_tiling.rows
+    )
+    frame_tiles = _zero_padded(layout.frames.tiles, TILE_HEADROOM * rows // layout.full_tiling.rows)
+    merged_order = _zero_padded(layout.merged_order, rows // unit)
     if window_tiles is None or frame_tiles is None or merged_order is None:
         return None
     if layout.n_positions > ROTARY_POSITIONS:
@@ -206,7 +210,7 @@ def _with_room(layout: Layout) -> Layout | None:
     )
 
 
-def _filled(tensor: Tensor, length: int) -> Tensor | None:
+def _zero_padded(tensor: Tensor, length: int) -> Tensor | None:
     if len(tensor) > length:
         return None
     filled = np.zeros((length, *tensor.shape[1:]), dtype=np.int32)

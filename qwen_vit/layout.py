@@ -27,17 +27,17 @@ import torch
 from qwen_vit.config import Grid, VisionConfig
 from qwen_vit.errors import ImageError
 
-__all__ = ["FILLER_ROWS", "Layout", "Segments", "Tiling", "check_grids", "tile_table"]
+__all__ = ["PADDING_ROWS", "Layout", "SegmentTiling", "Segments", "check_grids", "tile_table"]
 
 Integers = npt.NDArray[np.int32]
 
-FILLER_ROWS = 64  # rows that only fill a token budget attend among themselves, this many at a time
+PADDING_ROWS = 64  # rows that only fill a token budget attend among themselves, this many at a time
 ALIGNED_INTEGERS = 4  # 16 bytes of int32
 MAX_ROWS = 2**31 - 1  # rows are indexed in int32; the kernels widen to int64 before they multiply
 
 
 @dataclass(frozen=True, slots=True)
-class Tiling:
+class SegmentTiling:
     """How a kernel cuts segments into tiles.
 
     `rows` is the most query rows of one tile. `packs` lets one tile hold several whole segments,
@@ -93,10 +93,10 @@ def check_grids(grids: Iterable[Grid], config: VisionConfig, name: str = "grid_t
         )
 
 
-def tile_table(lengths: Integers, tiling: Tiling) -> Integers:
+def tile_table(lengths: Integers, tiling: SegmentTiling) -> Integers:
     """Cut consecutive segments into kernel tiles: rows of (q_start, q_end, k_start, k_end).
 
-    >>> tile_table(np.array([100, 40], np.int32), Tiling(rows=64, packs=False))
+    >>> tile_table(np.array([100, 40], np.int32), SegmentTiling(rows=64, packs=False))
     array([[  0,  64,   0, 100],
            [ 64, 100,   0, 100],
            [100, 140, 100, 140]], dtype=int32)
@@ -155,8 +155,8 @@ class Layout:
     grids: tuple[Grid, ...]
     n_patches: int  # N
     n_rows: int
-    window_tiling: Tiling
-    frame_tiling: Tiling
+    window_tiling: SegmentTiling
+    full_tiling: SegmentTiling
     grid_index: torch.Tensor  # (n_rows,) int32: the grid-order patch of each window-order row
     positions: torch.Tensor  # (n_rows, 2) int32: patch row and column of each window-order row
     merged_order: torch.Tensor  # (M,) int32: the window-order unit of each row-major merged token
@@ -170,8 +170,8 @@ class Layout:
         grids: Sequence[Grid],
         config: VisionConfig,
         *,
-        window_tiling: Tiling = Tiling(rows=64, packs=False),
-        frame_tiling: Tiling = Tiling(rows=128, packs=False),
+        window_tiling: SegmentTiling = SegmentTiling(rows=64, packs=False),
+        full_tiling: SegmentTiling = SegmentTiling(rows=128, packs=False),
         n_rows: int | None = None,
     ) -> "Layout":
         """Lay out images, one after the other, and fill up to `n_rows` rows when that is given.
@@ -195,10 +195,10 @@ class Layout:
         frame_sizes = [(grid.h, grid.w) for grid in grids for _ in range(grid.t)]
         frame_rows = np.array([h * w for h, w in frame_sizes], dtype=np.int64)
         parts = [_frame(h, w, merge, config.window_units) for h, w in frame_sizes]
-        filler = total - n_patches
-        filler_rows = np.full(-(-filler // FILLER_ROWS), FILLER_ROWS, dtype=np.int32)
-        if filler % FILLER_ROWS:
-            filler_rows[-1] = filler % FILLER_ROWS
+        padding = total - n_patches
+        padding_rows = np.full(-(-padding // PADDING_ROWS), PADDING_ROWS, dtype=np.int32)
+        if padding % PADDING_ROWS:
+            padding_rows[-1] = padding % PADDING_ROWS
 
         unit_starts = np.repeat(
             (np.cumsum(frame_rows) - frame_rows) // unit, frame_rows // unit
@@ -209,7 +209,7 @@ class Layout:
 
         positions = np.zeros((total, 2), dtype=np.int32)
         positions[:n_patches] = _concatenate([part.row_and_column for part in parts]).reshape(-1, 2)
-        grid_index = np.zeros(total, dtype=np.int32)  # a filler row repeats the first patch
+        grid_index = np.zeros(total, dtype=np.int32)  # a padding row repeats the first patch
         grid_index[:n_patches] = (
             unit_order[:, None] * unit + np.arange(unit, dtype=np.int32)
         ).ravel()
@@ -229,14 +229,14 @@ class Layout:
             n_patches=n_patches,
             n_rows=total,
             window_tiling=window_tiling,
-            frame_tiling=frame_tiling,
+            full_tiling=full_tiling,
             grid_index=torch.from_numpy(grid_index),
             positions=torch.from_numpy(positions),
             merged_order=torch.from_numpy(merged_order),
             raster_order=torch.from_numpy(raster_order),
-            windows=_segments(np.concatenate([window_rows, filler_rows]), window_tiling),
+            windows=_segments(np.concatenate([window_rows, padding_rows]), window_tiling),
             frames=_segments(
-                np.concatenate([frame_rows.astype(np.int32), filler_rows]), frame_tiling
+                np.concatenate([frame_rows.astype(np.int32), padding_rows]), full_tiling
             ),
         )
 
@@ -307,7 +307,7 @@ def _concatenate(arrays: list[Integers]) -> Integers:
     return np.frombuffer(b"".join(memories), dtype=np.int32)
 
 
-def _segments(lengths: Integers, tiling: Tiling) -> Segments:
+def _segments(lengths: Integers, tiling: SegmentTiling) -> Segments:
     cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
     segment_of_row = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)

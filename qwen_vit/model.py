@@ -23,14 +23,13 @@ from qwen_vit.checkpoint.convert import (
     pixel_weight_exponent,
 )
 from qwen_vit.config import RMS_NORM_EPS, Grid, VisionConfig
-from qwen_vit.kernels.attention import RotaryTable, attention, regime_of, tiling
+from qwen_vit.kernels.attention import RotaryTable, attention, kind_of, tiling
 from qwen_vit.kernels.linear import (
     ResidualStream,
     linear,
-    linear_added,
+    linear_residual,
     normed_linear,
     rms_norm,
-    with_squares,
 )
 from qwen_vit.kernels.pixels import gather_pixels
 from qwen_vit.layout import Layout, Segments
@@ -59,14 +58,14 @@ def plan_layout(
     return Layout.from_grids(
         grids,
         config,
-        window_tiling=tiling(device, dtype, _window_regime(config)),
-        frame_tiling=tiling(device, dtype, "frame"),
+        window_tiling=tiling(device, dtype, _window_kind(config)),
+        full_tiling=tiling(device, dtype, "full"),
         n_rows=n_rows,
     )
 
 
-def _window_regime(config: VisionConfig) -> str:
-    return regime_of((config.window_px // config.patch_px) ** 2)
+def _window_kind(config: VisionConfig) -> str:
+    return kind_of((config.window_px // config.patch_px) ** 2)
 
 
 def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -92,11 +91,11 @@ class NormedLinear(Linear):
         return normed_linear(x, self.weight, self.bias, eps=RMS_NORM_EPS, epilogue=epilogue)
 
 
-class AddedLinear(Linear):
+class ResidualLinear(Linear):
     """A product whose result is added to the residual stream."""
 
     def forward(self, x: Tensor, stream: ResidualStream) -> ResidualStream:  # type: ignore[override]
-        return linear_added(stream, x, self.weight, self.bias)
+        return linear_residual(stream, x, self.weight, self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -136,15 +135,15 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads = config.num_heads
         self.qkv = NormedLinear(config.hidden_size, 3 * config.hidden_size, dtype)
-        self.proj = AddedLinear(config.hidden_size, config.hidden_size, dtype)
+        self.proj = ResidualLinear(config.hidden_size, config.hidden_size, dtype)
 
     def forward(
-        self, x: ResidualStream, rotary: RotaryTable, segments: Segments, regime: str
+        self, x: ResidualStream, rotary: RotaryTable, segments: Segments, kind: str
     ) -> ResidualStream:
         N, C = x.values.shape
         qkv = self.qkv(x).view(N, 3, self.n_heads, C // self.n_heads)
         # the loader has put each rotary pair of Q and K side by side
-        out = attention(qkv, rotary, segments, regime=regime, adjacent_pairs=True)
+        out = attention(qkv, rotary, segments, kind=kind, adjacent_pairs=True)
         return self.proj(out.view(N, C), x)
 
 
@@ -158,7 +157,7 @@ class MLP(nn.Module):
         super().__init__()
         C, I = config.hidden_size, padded_mlp_size(config)  # noqa: E741
         self.gate_up = NormedLinear(C, 2 * I, dtype)
-        self.down = AddedLinear(I, C, dtype)
+        self.down = ResidualLinear(I, C, dtype)
 
     def forward(self, x: ResidualStream) -> ResidualStream:
         return self.down(self.gate_up(x, epilogue="swiglu"), x)
@@ -171,9 +170,9 @@ class Block(nn.Module):
         self.mlp = MLP(config, dtype)
 
     def forward(
-        self, x: ResidualStream, rotary: RotaryTable, segments: Segments, regime: str
+        self, x: ResidualStream, rotary: RotaryTable, segments: Segments, kind: str
     ) -> ResidualStream:
-        return self.mlp(self.attn(x, rotary, segments, regime))
+        return self.mlp(self.attn(x, rotary, segments, kind))
 
 
 class PatchMerger(nn.Module):
@@ -211,7 +210,7 @@ class VisionTower(nn.Module):
         self.patch_embed = PatchEmbed(config, dtype)
         self.blocks = nn.ModuleList([Block(config, dtype) for _ in range(config.depth)])
         self.merger = PatchMerger(config, dtype)
-        self.window_regime = _window_regime(config)
+        self.window_kind = _window_kind(config)
         self.angles: tuple[Tensor, Tensor] | None = None  # of every position so far
 
     def forward(self, patches: Tensor, layout: Layout, output: Output = "merged") -> Tensor:
@@ -223,13 +222,13 @@ class VisionTower(nn.Module):
         rotary = RotaryTable(cos, sin, layout.positions)
 
         # to window order: merge units move, their 4 patches stay together
-        x = with_squares(self.patch_embed(patches, layout.grid_index))  # (rows, C)
+        x = ResidualStream.from_values(self.patch_embed(patches, layout.grid_index))  # (rows, C)
 
         for index, block in enumerate(self.blocks):
             if index in self.config.fullatt_block_indexes:
-                x = block(x, rotary, layout.frames, "frame")
+                x = block(x, rotary, layout.frames, "full")
             else:
-                x = block(x, rotary, layout.windows, self.window_regime)
+                x = block(x, rotary, layout.windows, self.window_kind)
 
         if output == "patch":
             return x.values[layout.raster_order]

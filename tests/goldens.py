@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qwen_vit.compare import tolerance as differences
 from qwen_vit.compare.oracle import Trace
-from qwen_vit.compare.tolerance import LARGEST_FP32_ERROR, RELATIVE_TOLERANCE, relative_error
+from qwen_vit.compare.tolerance import MAX_FP32_ERROR, RELATIVE_TOLERANCE, relative_error
 
 TESTS = Path(__file__).resolve().parent
 GOLDEN_FOLDER = TESTS / "golden"
@@ -115,10 +115,10 @@ def fp32_budget(reference: Tensor, oracle: Tensor) -> float:
     An error beyond any rounding means that the reference is wrong, and must not excuse others.
     """
     error = relative_error(reference, oracle)
-    if not error <= LARGEST_FP32_ERROR:
+    if not error <= MAX_FP32_ERROR:
         raise AssertionError(
             f"the reference is {error:.1e} from the float64 oracle, expected at most "
-            f"{LARGEST_FP32_ERROR:.0e}: it is not the same model on the same input"
+            f"{MAX_FP32_ERROR:.0e}: it is not the same model on the same input"
         )
     return differences.fp32_budget(error)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from qwen_vit.compare.oracle import RMS_NORM_EPS, Oracle, Plan, Trace
+from qwen_vit.compare.oracle import RMS_NORM_EPS, Oracle, PatchOrder, Trace
 from qwen_vit.compare.tolerance import relative_error
 
 __all__ = [
@@ -76,7 +76,7 @@ class FaultyOracle(Oracle):
         self.is_window_block = False  # the block at work
         self.peaks: list[Tensor] = []
 
-    def plan(self, grids: Iterable[Any]) -> Plan:
+    def plan(self, grids: Iterable[Any]) -> PatchOrder:
         sizes = [(g.t, g.h, g.w) if hasattr(g, "t") else tuple(g) for g in grids]
         right, faults = super().plan(sizes), self.faults
         order, positions = torch.tensor(right.order), right.positions
@@ -96,7 +96,7 @@ class FaultyOracle(Oracle):
             frames = [len(order)]
         return replace(right, order=order.tolist(), positions=positions, frames=frames)
 
-    def segments(self, plan: Plan, block: int) -> list[int]:
+    def segments(self, plan: PatchOrder, block: int) -> list[int]:
         full, last = self.config.fullatt_block_indexes, self.config.depth - 1
         is_full = block in full
         if self.faults.full_block_as_window and block == min(full, default=-1):

@@ -20,7 +20,7 @@ from qwen_vit.errors import ArgumentError
 from qwen_vit.kernels import IS_KNOWN_GLUON
 from qwen_vit.kernels import attention as kernels
 from qwen_vit.kernels.attention import RotaryTable, attention, fused_rope_varlen_attention
-from qwen_vit.layout import Segments, Tiling, tile_table
+from qwen_vit.layout import Segments, SegmentTiling, tile_table
 
 # a tile that owns no key must make no NaN, not even one that is thrown away
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -103,7 +103,9 @@ def random_case(
     )
 
 
-def segments_of(lengths: Sequence[int], tiling: Tiling, device: torch.device = CPU) -> Segments:
+def segments_of(
+    lengths: Sequence[int], tiling: SegmentTiling, device: torch.device = CPU
+) -> Segments:
     segments = layout_module._segments(np.array(lengths, np.int32), tiling)
     return Segments(*(getattr(segments, name).to(device) for name in Segments.__slots__))
 
@@ -116,37 +118,37 @@ def adjacent(qkv: Tensor) -> Tensor:
 
 
 def tower_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int], regime: str = "frame"
+    qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int], kind: str = "full"
 ) -> Tensor:
     """The call that the tower makes: pairs side by side, tiles from a layout, angles by axis.
 
     Without the last, Hopper's own kernels would not take it. Each row has two places of its own.
     """
-    segments = segments_of(lengths, kernels.tiling(qkv.device, qkv.dtype, regime), qkv.device)
+    segments = segments_of(lengths, kernels.tiling(qkv.device, qkv.dtype, kind), qkv.device)
     places = torch.arange(2 * len(cos), dtype=torch.int32, device=cos.device).view(-1, 2)
     rotary = RotaryTable(cos.reshape(2 * len(cos), -1), sin.reshape(2 * len(sin), -1), places)
-    return attention(adjacent(qkv), rotary, segments, regime=regime, adjacent_pairs=True)
+    return attention(adjacent(qkv), rotary, segments, kind=kind, adjacent_pairs=True)
 
 
 def compiled_attention_interpreted(
     qkv: Tensor,
     rotary: RotaryTable,
     lengths: Sequence[int],
-    regime: str,
+    kind: str,
     adjacent_pairs: bool,
     rows: int = 64,
 ) -> Tensor:
     """The configuration that GPUs run, step by step in the interpreter: no mask over segments,
     and K rotated beforehand or one key tile. Rows that nothing writes are NaN."""
     N, _, H, D = qkv.shape
-    segments = segments_of(lengths, Tiling(rows, packs=False))
+    segments = segments_of(lengths, SegmentTiling(rows, packs=False))
     d_main = 1 << (D.bit_length() - 1)
     d_tail = 0 if d_main == D else max(16, triton.next_power_of_2(D - d_main))
     index = rotary.cos if rotary.index is None else rotary.index
     shared = {"AXIAL": rotary.index is not None, "ADJACENT": adjacent_pairs}
     out = torch.full((N, H, D), float("nan"))
     k_rotated = torch.full((N, H, D), float("nan"))
-    if regime == "frame":
+    if kind == "full":
         kernels._interpreted(kernels._rotate_keys)(
             (triton.cdiv(N, 64) * H,),
             qkv, k_rotated, rotary.cos, rotary.sin, index, N,
@@ -157,7 +159,7 @@ def compiled_attention_interpreted(
         qkv, k_rotated, rotary.cos, rotary.sin, index,
         segments.segment_of_row, segments.tiles, out, D**-0.5 * kernels.LOG2_E,
         H=H, D=D, D0=d_main, D1=d_tail,
-        K_ROTATED=regime == "frame", ONE_KEY_TILE=regime == "window",
+        K_ROTATED=kind == "full", ONE_KEY_TILE=kind == "window",
         MASK_SEGMENTS=False, PRECISION="ieee", BM=rows, BN=rows, **shared,
     )  # fmt: skip
     return out
@@ -208,29 +210,29 @@ def test_axial_tables_mean_the_row_then_the_column(head_dim: int, adjacent_pairs
     lengths = [70, 3, 40]
     qkv, _, _, cu_seqlens = random_case(lengths, head_dim, 2)
     tables, cos, sin = axial_tables(len(qkv), head_dim)
-    segments = segments_of(lengths, kernels.tiling(CPU, qkv.dtype, "frame"))
+    segments = segments_of(lengths, kernels.tiling(CPU, qkv.dtype, "full"))
     ours = attention(
         adjacent(qkv) if adjacent_pairs else qkv,
         tables,
         segments,
-        regime="frame",
+        kind="full",
         adjacent_pairs=adjacent_pairs,
     )
     assert relative_error(ours, attention_oracle(qkv, cos, sin, cu_seqlens)) < 1e-6
 
 
 @pytest.mark.parametrize("adjacent_pairs", [True, False])
-@pytest.mark.parametrize("regime", ["window", "frame"])
+@pytest.mark.parametrize("kind", ["window", "full"])
 @pytest.mark.parametrize("head_dim", [40, 64, 72, 80, 128])
 def test_the_configuration_that_gpus_run_is_right(
-    head_dim: int, regime: str, adjacent_pairs: bool
+    head_dim: int, kind: str, adjacent_pairs: bool
 ) -> None:
     """The key loop, its peeled last tile and the rotated K exist only there."""
-    lengths = [64, 12, 4, 36, 64] if regime == "window" else [150, 4, 33, 64, 128, 1, 65]
+    lengths = [64, 12, 4, 36, 64] if kind == "window" else [150, 4, 33, 64, 128, 1, 65]
     qkv, _, _, cu_seqlens = random_case(lengths, head_dim, 2)
     tables, cos, sin = axial_tables(len(qkv), head_dim)
     x = adjacent(qkv) if adjacent_pairs else qkv
-    ours = compiled_attention_interpreted(x, tables, lengths, regime, adjacent_pairs)
+    ours = compiled_attention_interpreted(x, tables, lengths, kind, adjacent_pairs)
     oracle = attention_oracle(qkv, cos, sin, cu_seqlens)
     stock = stock_attention(qkv, cos, sin, cu_seqlens)
     assert_no_worse_than(ours, stock, oracle, factor=FP32_FACTOR, floor=FP32_FLOOR)
@@ -240,7 +242,7 @@ def test_the_configuration_that_gpus_run_is_right(
 def test_the_size_of_a_tile_changes_no_result(rows: int) -> None:
     lengths = [150, 4, 33]
     qkv, cos, sin, cu_seqlens = random_case(lengths, 80, 1)
-    ours = compiled_attention_interpreted(qkv, RotaryTable(cos, sin), lengths, "frame", False, rows)
+    ours = compiled_attention_interpreted(qkv, RotaryTable(cos, sin), lengths, "full", False, rows)
     assert relative_error(ours, attention_oracle(qkv, cos, sin, cu_seqlens)) < 1e-6
 
 
@@ -401,7 +403,9 @@ def test_the_tile_table_made_on_the_device_knows_empty_segments(lengths: list[in
 def test_edges_beyond_the_rows_lead_nowhere_on_a_gpu() -> None:
     """Their values are never read back, and a tile past the last row would be written there."""
     for wrong in ([0, 200], [0, 1 << 30, 7], [-5, 100], [50, 0, 100], [0, 90, 300, 100]):
-        table = kernels._tile_table_on_device(torch.tensor(wrong), 100, Tiling(32, packs=False))
+        table = kernels._tile_table_on_device(
+            torch.tensor(wrong), 100, SegmentTiling(32, packs=False)
+        )
         used = table[table[:, 1] > table[:, 0]]
         assert used.min() >= 0
         assert used.max() <= 100
@@ -411,7 +415,7 @@ def assert_device_table_equals_hosts(
     lengths: Sequence[int], rows: int, device: torch.device
 ) -> None:
     """The same tiles: the host's begin with the longest segment, spare ones of a device are 0."""
-    cut = Tiling(rows, packs=False)
+    cut = SegmentTiling(rows, packs=False)
     table = kernels._tile_table_on_device(offsets(lengths, device), sum(lengths), cut).cpu()
     used = table[table[:, 1] > table[:, 0]]
     assert torch.equal(table[len(used) :], torch.zeros_like(table[len(used) :]))
@@ -424,47 +428,47 @@ def assert_device_table_equals_hosts(
 CUDA = torch.device("cuda")
 GPU_LENGTHS = {
     **LENGTHS,
-    "frame-1024": [1024],
+    "full-1024": [1024],
     "frames": [2310, 4096, 60],
     "many-windows": [64] * 300 + [32, 16, 4] * 20,
 }
 WINDOW_NAMES = ("one-row", "63", "windows", "tiny-segments", "many-windows")
-GPU_CASES = [("frame", name) for name in GPU_LENGTHS] + [("window", name) for name in WINDOW_NAMES]
+GPU_CASES = [("full", name) for name in GPU_LENGTHS] + [("window", name) for name in WINDOW_NAMES]
 
 
 @gpu
-@pytest.mark.parametrize("regime", ["window", "frame"])
+@pytest.mark.parametrize("kind", ["window", "full"])
 def test_the_towers_call_reaches_hoppers_own_kernel(
-    regime: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once these tests asked for angles in another form, and met the Triton kernel alone."""
     if torch.cuda.get_device_capability() != (9, 0) or not IS_KNOWN_GLUON:
         pytest.skip("not a Hopper, or a Triton whose Gluon is not known")
     from qwen_vit.kernels import attention_hopper
 
-    met, name = [], f"{regime}_attention"
+    met, name = [], f"{kind}_attention"
     own = getattr(attention_hopper, name)
     monkeypatch.setattr(attention_hopper, name, lambda *given: (met.append(1), own(*given)))
     case = random_case([64, 12], 80, 16, device=CUDA, dtype=torch.bfloat16)
-    tower_attention(*case[:3], [64, 12], regime)
+    tower_attention(*case[:3], [64, 12], kind)
     assert met
 
 
 @gpu
-@pytest.mark.parametrize("regime", ["frame", "window"])
+@pytest.mark.parametrize("kind", ["full", "window"])
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 128])
-def test_bf16_on_a_gpu_is_as_exact_as_pytorch(head_dim: int, regime: str) -> None:
+def test_bf16_on_a_gpu_is_as_exact_as_pytorch(head_dim: int, kind: str) -> None:
     """Largest error at most 1.25 times, mean at most 1.05 times PyTorch's, over all the lengths.
 
     The largest of one layout is a single draw: it is compared over all of them together.
     """
     errors: dict[str, list[Tensor]] = {"tower": [], "stock": [], "public": []}
-    for name in (name for its_regime, name in GPU_CASES if its_regime == regime):
+    for name in (name for its_kind, name in GPU_CASES if its_kind == kind):
         lengths = GPU_LENGTHS[name]
         case = random_case(lengths, head_dim, 4, device=CUDA, dtype=torch.bfloat16)
         oracle = attention_oracle(*case)
         results = {"stock": stock_attention(*case)}
-        results["tower"] = tower_attention(*case[:3], lengths, regime)
+        results["tower"] = tower_attention(*case[:3], lengths, kind)
         results["public"] = fused_rope_varlen_attention(*case)
         for who, result in results.items():
             errors[who].append((result - oracle).abs().flatten())
@@ -478,40 +482,40 @@ def test_bf16_on_a_gpu_is_as_exact_as_pytorch(head_dim: int, regime: str) -> Non
 
 
 @gpu
-@pytest.mark.parametrize(("regime", "name"), GPU_CASES)
+@pytest.mark.parametrize(("kind", "name"), GPU_CASES)
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
-def test_fp32_on_a_gpu_is_ieee(head_dim: int, regime: str, name: str) -> None:
+def test_fp32_on_a_gpu_is_ieee(head_dim: int, kind: str, name: str) -> None:
     """TF32 would be off by 1e-3."""
     lengths = GPU_LENGTHS[name]
     case = random_case(lengths, head_dim, 2, device=CUDA)
     oracle = attention_oracle(*case)
-    assert relative_error(tower_attention(*case[:3], lengths, regime), oracle) < 2e-6
+    assert relative_error(tower_attention(*case[:3], lengths, kind), oracle) < 2e-6
     assert relative_error(fused_rope_varlen_attention(*case), oracle) < 2e-6
 
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("regime", ["window", "frame"])
+@pytest.mark.parametrize("kind", ["window", "full"])
 def test_a_segment_on_a_gpu_has_the_same_bits_alone_and_in_a_batch(
-    regime: str, dtype: torch.dtype
+    kind: str, dtype: torch.dtype
 ) -> None:
-    lengths = [64, 12, 4, 64, 36, 64] if regime == "window" else [1024, 60, 4, 777, 65]
+    lengths = [64, 12, 4, 64, 36, 64] if kind == "window" else [1024, 60, 4, 777, 65]
     qkv, cos, sin, cu_seqlens = random_case(lengths, 80, 3, device=CUDA, dtype=dtype)
-    batch = tower_attention(qkv, cos, sin, lengths, regime)
+    batch = tower_attention(qkv, cos, sin, lengths, kind)
     for i, length in enumerate(lengths):
         rows = slice(*cu_seqlens[i : i + 2].tolist())
-        alone = tower_attention(qkv[rows], cos[rows], sin[rows], [length], regime)
+        alone = tower_attention(qkv[rows], cos[rows], sin[rows], [length], kind)
         assert torch.equal(alone, batch[rows])
 
 
 @gpu
-@pytest.mark.parametrize("regime", ["window", "frame"])
-def test_a_hundred_runs_on_a_gpu_give_the_same_bits(regime: str) -> None:
-    lengths = [64, 12, 60] * 50 if regime == "window" else [1024, 60, 777]
+@pytest.mark.parametrize("kind", ["window", "full"])
+def test_a_hundred_runs_on_a_gpu_give_the_same_bits(kind: str) -> None:
+    lengths = [64, 12, 60] * 50 if kind == "window" else [1024, 60, 777]
     case = random_case(lengths, 80, 16, device=CUDA, dtype=torch.bfloat16)
-    first = tower_attention(*case[:3], lengths, regime)
+    first = tower_attention(*case[:3], lengths, kind)
     for _ in range(100):
-        assert torch.equal(tower_attention(*case[:3], lengths, regime), first)
+        assert torch.equal(tower_attention(*case[:3], lengths, kind), first)
 
 
 @gpu
@@ -527,19 +531,19 @@ def on_gpu(tables: RotaryTable, rows: slice = slice(None)) -> RotaryTable:
 
 
 @gpu
-@pytest.mark.parametrize(("regime", "lengths"), [("window", [12, 64, 36]), ("frame", [60, 700, 9])])
+@pytest.mark.parametrize(("kind", "lengths"), [("window", [12, 64, 36]), ("full", [60, 700, 9])])
 @pytest.mark.parametrize("poisoned", [0, 1, 2])
 def test_a_neighbour_of_nan_reaches_no_other_segment_of_the_tower(
-    regime: str, lengths: list[int], poisoned: int
+    kind: str, lengths: list[int], poisoned: int
 ) -> None:
     """Tiles reach beyond their segment, and 0 * NaN is NaN. With axial tables, as in the tower."""
     qkv = torch.randn(sum(lengths), 3, 16, 80, device=CUDA, dtype=torch.bfloat16)
     tables, _, _ = axial_tables(len(qkv), 80)
     edges = [0, *itertools.accumulate(lengths)]
     qkv[edges[poisoned] : edges[poisoned + 1]] = float("nan")
-    cut = kernels.tiling(CUDA, qkv.dtype, regime)
+    cut = kernels.tiling(CUDA, qkv.dtype, kind)
     batch = attention(
-        qkv, on_gpu(tables), segments_of(lengths, cut, CUDA), regime=regime, adjacent_pairs=True
+        qkv, on_gpu(tables), segments_of(lengths, cut, CUDA), kind=kind, adjacent_pairs=True
     )
     for i, length in enumerate(lengths):
         if i == poisoned:
@@ -547,7 +551,7 @@ def test_a_neighbour_of_nan_reaches_no_other_segment_of_the_tower(
         rows = slice(edges[i], edges[i + 1])
         alone = attention(
             qkv[rows].clone(), on_gpu(tables, rows), segments_of([length], cut, CUDA),
-            regime=regime, adjacent_pairs=True,
+            kind=kind, adjacent_pairs=True,
         )  # fmt: skip
         assert torch.equal(batch[rows], alone)
         assert alone.isfinite().all()
@@ -560,31 +564,31 @@ def test_both_kernels_of_the_window_regime_give_the_same_bits() -> None:
     rotary = on_gpu(axial_tables(len(qkv), 80)[0])
     segments = segments_of(lengths, kernels.tiling(CUDA, qkv.dtype, "window"), CUDA)
     own, triton = (
-        attention(qkv, rotary, segments, regime="window", adjacent_pairs=True, tiles=tiles)
+        attention(qkv, rotary, segments, kind="window", adjacent_pairs=True, tiles=tiles)
         for tiles in (None, kernels.TILES["window", 16])
     )
     assert torch.equal(own, triton)
 
 
 @gpu
-@pytest.mark.parametrize("regime", ["window", "frame"])
-def test_rows_beyond_the_reach_of_int32_offsets_are_right(regime: str) -> None:
+@pytest.mark.parametrize("kind", ["window", "full"])
+def test_rows_beyond_the_reach_of_int32_offsets_are_right(kind: str) -> None:
     """At the published sizes an int32 element offset overflows at row 559,240."""
     n_windows = 8_800
-    lengths = [64] * n_windows if regime == "window" else [6_400] * (n_windows // 100)
+    lengths = [64] * n_windows if kind == "window" else [6_400] * (n_windows // 100)
     n = sum(lengths)
     qkv = torch.randn(n, 3, 16, 80, device=CUDA, dtype=torch.bfloat16)
     assert qkv.numel() > 2**31
     tables, _, _ = axial_tables(n, 80)
     rotary = on_gpu(tables)
-    segments = segments_of(lengths, kernels.tiling(CUDA, qkv.dtype, regime), CUDA)
-    batch = attention(qkv, rotary, segments, regime=regime, adjacent_pairs=True)
+    segments = segments_of(lengths, kernels.tiling(CUDA, qkv.dtype, kind), CUDA)
+    batch = attention(qkv, rotary, segments, kind=kind, adjacent_pairs=True)
     last = slice(n - lengths[-1], n)
     alone = attention(
         qkv[last].clone(),
         on_gpu(tables, last),
-        segments_of(lengths[-1:], kernels.tiling(CUDA, qkv.dtype, regime), CUDA),
-        regime=regime,
+        segments_of(lengths[-1:], kernels.tiling(CUDA, qkv.dtype, kind), CUDA),
+        kind=kind,
         adjacent_pairs=True,
     )
     assert torch.equal(batch[last], alone)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from goldens import TINY_FOLDER
 from PIL import Image
-from rope_apart import tower_apart
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tower_timing import graph_of, launches, stage_runs
 from towers import CPU, build_tower, gpu, random_pixels
+from unfused_baseline import tower_apart
 
 from qwen_vit.benchmark import WORKLOADS, TimedTower, in_batches, stage_work, tower_flops
 from qwen_vit.compare.tolerance import RELATIVE_TOLERANCE, relative_error
@@ -36,7 +36,7 @@ def test_the_operations_of_one_image_are_what_its_layers_multiply() -> None:
     assert work["qkv"].flops == 2 * N * C * 3 * C * 32
     assert work["gate-up"].flops == 2 * work["down"].flops == 2 * N * C * 2 * I * 32
     assert work["window"].flops == 28 * 16 * 4 * C * 64**2
-    assert work["frame"].flops == 4 * 4 * C * N**2
+    assert work["full"].flops == 4 * 4 * C * N**2
     assert work["merger"].flops == 2 * 256 * (5120 * 5120 + 5120 * 3584)
     assert tower_flops(SHAPE, WORKLOADS["1 x 448^2"]) == sum(w.flops for w in work.values())
 
@@ -45,8 +45,8 @@ def test_a_window_block_moves_what_it_reads_and_writes_once() -> None:
     """The byte floor of one layer at 9,216 patches: 94 MB, 22 us at 4.25 TB/s."""
     work = stage_work(SHAPE, WORKLOADS["1 x 1344^2"])["window"]
     assert work.bytes / work.count == 9216 * 1280 * 4 * 2
-    assert work.floor_ms(1e18, 4.25e12) / work.count == pytest.approx(0.0222, rel=0.01)
-    assert work.floor_ms(1.0, 4.25e12) == 1e3 * work.flops  # where the products take longer
+    assert work.roofline_ms(1e18, 4.25e12) / work.count == pytest.approx(0.0222, rel=0.01)
+    assert work.roofline_ms(1.0, 4.25e12) == 1e3 * work.flops  # where the products take longer
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -62,7 +62,7 @@ def test_the_stages_are_those_of_the_tower_each_in_all_of_its_blocks() -> None:
     runs = stage_runs(tower, random_pixels(n, 0), layout)
     work = stage_work(tower.config, GRIDS)
     assert list(runs) == list(work)
-    assert work["window"].count + work["frame"].count == work["qkv"].count == tower.config.depth
+    assert work["window"].count + work["full"].count == work["qkv"].count == tower.config.depth
     called: list[str] = []
     for name, module in tower.named_modules():
         module.register_forward_hook(lambda *_, name=name: called.append(name.split(".")[-1]))
@@ -71,7 +71,7 @@ def test_the_stages_are_those_of_the_tower_each_in_all_of_its_blocks() -> None:
         called.clear()
         runs[stage]()
         assert called.count(module) == work[stage].count
-    for stage in ("window", "frame"):
+    for stage in ("window", "full"):
         runs[stage]()
 
 
@@ -97,8 +97,8 @@ def test_with_rope_apart_the_tower_is_the_same() -> None:
 def made_up() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     rows = {
         name: {
-            "floor_ms": 2.0 * (i + 1), "ours_ms": 3.0 * (i + 1), "product_tflops": 700.0,
-            "rested_floor_ms": 1.0 * (i + 1), "rested_ms": 1.6 * (i + 1), "peak_mb": 2000.0,
+            "roofline_ms": 2.0 * (i + 1), "ours_ms": 3.0 * (i + 1), "gemm_tflops": 700.0,
+            "cool_roofline_ms": 1.0 * (i + 1), "cool_ms": 1.6 * (i + 1), "peak_mb": 2000.0,
             "HF sdpa_ms": 30.0 * (i + 1), "HF sdpa_peak_mb": 3000.0,
             "HF FA2 varlen_ms": 9.0 * (i + 1), "HF FA2 varlen_peak_mb": 2500.0,
             "RoPE + FA2_ms": 4.5 * (i + 1),
@@ -108,8 +108,8 @@ def made_up() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]
     kernel = {
         name: {
             "RoPE": 10.0 * 3**i, "window FA2": 20.0 * 3**i, "window ours": 15.0 * 3**i,
-            "window TFLOP/s": 100.0, "frame FA2": 40.0 * 3**i, "frame ours": 25.0 * 3**i,
-            "frame TFLOP/s": 400.0,
+            "window TFLOP/s": 100.0, "full FA2": 40.0 * 3**i, "full ours": 25.0 * 3**i,
+            "full TFLOP/s": 400.0,
         }
         for i, name in enumerate(list(WORKLOADS)[:5])
     }  # fmt: skip
@@ -170,7 +170,14 @@ def test_both_tables_give_times_speedups_and_their_average(bench: dict[str, Any]
 
 
 def test_stages_and_starts_have_their_tables(bench: dict[str, Any]) -> None:
-    row = {"ms": 1.0, "floor_ms": 0.5, "blocks": 32, "mb": 100.0, "tflops": 600.0, "tb_per_s": 0.1}
+    row = {
+        "ms": 1.0,
+        "roofline_ms": 0.5,
+        "blocks": 32,
+        "mb": 100.0,
+        "tflops": 600.0,
+        "tb_per_s": 0.1,
+    }
     text = bench["stages_text"]({"1 x 448^2": {"qkv": row, "down": row}})
     assert "qkv            32    1.000    50%    0.500     2.00      600      100   0.10" in text
     assert "sum                  2.000" in text

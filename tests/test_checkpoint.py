@@ -24,7 +24,7 @@ from qwen_vit.checkpoint.load import (
     load_checkpoint,
     weights_hash,
 )
-from qwen_vit.common.strict_json import show
+from qwen_vit.common.strict_json import short_repr
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError
 
@@ -250,7 +250,7 @@ def test_weights_that_are_not_finite_are_counted_and_their_file_named(tmp_path, 
     checkpoint = load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError) as caught:
         convert(
-            checkpoint.tensors, SMALL, IMAGE_CONFIG, torch.float32, place=checkpoint.place
+            checkpoint.tensors, SMALL, IMAGE_CONFIG, torch.float32, locate=checkpoint.locate
         )  # fmt: skip
     assert ".safetensors (" in str(caught.value)
     assert f" bytes): {QKV} holds 3 NaN and 1 infinite values of 3072" in str(caught.value)
@@ -278,7 +278,7 @@ def test_one_value_that_is_not_finite_is_found_in_every_tensor(value, dtype):
 def test_the_place_of_a_tensor_in_three_parts_names_each(tmp_path):
     write_checkpoint(tmp_path, SMALL, prefix="thinker.visual.")
     size = (tmp_path / "model.safetensors").stat().st_size
-    place = load_checkpoint(tmp_path).place(QKV)
+    place = load_checkpoint(tmp_path).locate(QKV)
     file = f"{tmp_path}/model.safetensors ({size} bytes): thinker.visual.blocks.0.attn"
     assert place == " with ".join(f"{file}.{letter}.weight" for letter in "qkv")
 
@@ -365,7 +365,9 @@ def test_an_index_may_only_name_plain_basenames(tmp_path, shard):
     index["weight_map"]["visual.patch_embed.proj.weight"] = shard
     path.write_text(json.dumps(index))
     message = refusal(tmp_path)
-    assert f"{path}: 'visual.patch_embed.proj.weight' is said to be in {show(shard)}" in message
+    assert (
+        f"{path}: 'visual.patch_embed.proj.weight' is said to be in {short_repr(shard)}" in message
+    )
     assert "expected the plain name of a .safetensors file" in message
 
 

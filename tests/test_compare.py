@@ -22,9 +22,9 @@ import torch
 from checkpoints import SMALL as SMALL_TOWER
 from checkpoints import write_checkpoint, write_weights
 from goldens import IMAGE_FOLDER, PHOTOGRAPHS, TINY_FOLDER
-from planted import Planted, damaged, every_fault, with_fault
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from weight_faults import WeightFault, damaged, every_fault, inject_fault
 
 from qwen_vit import VisionEncoder
 from qwen_vit.cli import main as cli_module
@@ -55,7 +55,7 @@ def encoder() -> VisionEncoder:
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
     """Of two photographs, from Hugging Face."""
     path = tmp_path_factory.mktemp("golden") / "golden.safetensors"
-    assert compare(encoder(), [CHELSEA, ROCKET], save_golden=path).holds
+    assert compare(encoder(), [CHELSEA, ROCKET], save_golden=path).passed
     return load_golden(path)
 
 
@@ -90,7 +90,7 @@ def test_the_tiny_checkpoint_agrees_at_every_stage(run: Any, attention: str) -> 
     assert [stage["stage"] for stage in image["stages"]] == STAGES
     assert image["tower_input"] == "uint8 pixels"
     [pillow] = [part for part in image["preprocessing"] if part["processor"] == "pillow"]
-    assert (pillow["same_grid"], pillow["values_differ"], pillow["holds"]) == (True, 0, True)
+    assert (pillow["same_grid"], pillow["values_differ"], pillow["passed"]) == (True, 0, True)
     for stage in image["stages"]:
         assert 0 < stage["relative"] <= stage["allowed"]
         assert stage["allowed"] == fp32_budget(stage["theirs_against_float64"])
@@ -152,8 +152,8 @@ def test_a_mistake_of_ours_alone_is_found_at_its_stage(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint is right: Hugging Face and the oracle read it, and only our tower is off."""
-    planted = Planted("blocks.2.attn.proj.bias", "bias dropped", "block.2")
-    broken = replace(encoder(), tower=with_fault(encoder(), planted).tower)
+    planted = WeightFault("blocks.2.attn.proj.bias", "bias dropped", "block.2")
+    broken = replace(encoder(), tower=inject_fault(encoder(), planted).tower)
     monkeypatch.setattr(VisionEncoder, "from_pretrained", lambda *_, **__: broken)
     code, out, _ = run(CHELSEA, *SMALL)
     assert code == 1
@@ -183,9 +183,9 @@ def shifted(pixels: Processed, levels: float, std: float = 0.26862954) -> Proces
     return pixels._replace(pixel_values=values)
 
 
-@pytest.mark.parametrize(("processor", "holds"), [("pillow", False), ("torchvision", True)])
+@pytest.mark.parametrize(("processor", "passed"), [("pillow", False), ("torchvision", True)])
 def test_processors_are_named_apart_and_only_the_pillow_one_is_judged(
-    monkeypatch: pytest.MonkeyPatch, processor: str, holds: bool
+    monkeypatch: pytest.MonkeyPatch, processor: str, passed: bool
 ) -> None:
     """Both towers get the chosen processor's pixels: ours, too, where they are not our own.
 
@@ -205,12 +205,12 @@ def test_processors_are_named_apart_and_only_the_pillow_one_is_judged(
     parts = {part.processor: part for part in image.preprocessing}
     assert set(parts) == {"pillow", "torchvision"}
     odd = parts[processor]
-    assert (odd.values_differ, odd.largest_levels, odd.holds) == (392, 3, False)
+    assert (odd.values_differ, odd.largest_levels, odd.passed) == (392, 3, False)
     assert [part.values_differ for name, part in parts.items() if name != processor] == [0]
-    assert all(stage.verdict.holds for stage in image.stages)
+    assert all(stage.verdict.passed for stage in image.stages)
     assert image.tower_input == "the pixel values of the processor"
-    assert done.holds == holds
-    if not holds:
+    assert done.passed == passed
+    if not passed:
         assert image.problems[0].startswith("preprocessing (pillow): 392 of ")
 
 
@@ -232,7 +232,7 @@ def test_another_grid_is_reported_before_any_value(monkeypatch: pytest.MonkeyPat
     )  # fmt: skip
     [image] = compare(encoder(), [CHELSEA]).images
     [part] = image.preprocessing
-    assert (part.same_grid, part.values_differ, part.holds) == (False, None, False)
+    assert (part.same_grid, part.values_differ, part.passed) == (False, None, False)
     assert "its grid is (1, 4, 32)" in image.problems[0]
     assert "another grid" in as_text(compare(encoder(), [CHELSEA]))
 
@@ -271,7 +271,7 @@ def test_an_image_too_large_for_the_gpus_memory_is_skipped(
         compare_with_golden(encoder(), golden, [ROCKET, CHELSEA]),
     ):
         [(name, error)] = done.skipped
-        assert (name, error.code, done.holds) == (str(ROCKET), "out-of-memory", False)
+        assert (name, error.code, done.passed) == (str(ROCKET), "out-of-memory", False)
         assert "lower --max-pixels" in str(error)
         assert [image.id for image in done.images] == [str(CHELSEA)]
 
@@ -391,7 +391,7 @@ def test_what_is_no_yardstick_is_not_saved(run: Any, tmp_path: Path) -> None:
     code, out, _ = run(CHELSEA, *options, "--json")
     stages = json.loads(out)["images"][0]["stages"]
     assert code == 1
-    assert next(stage["stage"] for stage in stages if not stage["holds"]) == "block.2"
+    assert next(stage["stage"] for stage in stages if not stage["passed"]) == "block.2"
 
 
 # Against a golden file
@@ -609,7 +609,7 @@ def test_other_weights_that_give_the_same_numbers_agree_and_are_named(golden: Go
     tensors = {name: tensor.float() for name, tensor in encoder().checkpoint.tensors.items()}
     other = replace(encoder(), checkpoint=replace(encoder().checkpoint, tensors=tensors))
     done = compare_with_golden(other, golden, [CHELSEA])
-    assert done.holds
+    assert done.passed
     assert "other weights than the golden's" in as_text(done).splitlines()[-2]
 
 
@@ -617,32 +617,32 @@ def test_other_weights_that_give_the_same_numbers_agree_and_are_named(golden: Go
 
 
 def test_float32_is_bounded_by_hugging_faces_own_error() -> None:
-    def holds(apart: float, theirs: float) -> bool:
-        return judge(torch.float32, apart=apart, ours=0.0, theirs=theirs).holds
+    def passes(distance: float, theirs: float) -> bool:
+        return judge(torch.float32, distance=distance, ours=0.0, theirs=theirs).passed
 
-    assert holds(9.9e-6, 1e-7)
-    assert not holds(1.1e-5, 1e-7)
-    assert holds(3.9e-5, 2e-5)
-    assert not holds(4.1e-5, 2e-5)
-    assert not holds(0.0, 1.1e-4)
-    assert not holds(math.inf, 1e-7)
-    assert not holds(0.0, math.inf)
+    assert passes(9.9e-6, 1e-7)
+    assert not passes(1.1e-5, 1e-7)
+    assert passes(3.9e-5, 2e-5)
+    assert not passes(4.1e-5, 2e-5)
+    assert not passes(0.0, 1.1e-4)
+    assert not passes(math.inf, 1e-7)
+    assert not passes(0.0, math.inf)
 
 
 def test_bfloat16_is_bounded_by_the_ratio_of_the_errors() -> None:
-    def holds(ours: float, theirs: float, recorded: float | None = None) -> bool:
-        verdict = judge(torch.bfloat16, apart=1.0, ours=ours, theirs=theirs, recorded=recorded)
-        return verdict.holds
+    def passes(ours: float, theirs: float, recorded: float | None = None) -> bool:
+        verdict = judge(torch.bfloat16, distance=1.0, ours=ours, theirs=theirs, recorded=recorded)
+        return verdict.passed
 
-    assert holds(1.01e-3, 1e-3)
-    assert not holds(1.02e-3, 1e-3)
-    assert holds(0.0, 0.0)
-    assert not holds(1e-3, 0.0)
-    assert not holds(1e-3, 1.5)  # farther from the truth than zeros would be: no yardstick
-    assert not holds(math.inf, 1e-3)
+    assert passes(1.01e-3, 1e-3)
+    assert not passes(1.02e-3, 1e-3)
+    assert passes(0.0, 0.0)
+    assert not passes(1e-3, 0.0)
+    assert not passes(1e-3, 1.5)  # farther from the truth than zeros would be: no yardstick
+    assert not passes(math.inf, 1e-3)
     # a golden of other weights is far from the oracle of these: that must not excuse ours
-    assert not holds(2e-3, 0.5, recorded=1e-3)
-    assert not holds(0.9e-3, 0.5, recorded=1e-3)
+    assert not passes(2e-3, 0.5, recorded=1e-3)
+    assert not passes(0.9e-3, 0.5, recorded=1e-3)
 
 
 def test_a_difference_is_measured_per_token() -> None:

@@ -22,14 +22,14 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
-import export_trials
+import export_stress
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from export_trials import tiny_png, write_hostile
+from export_stress import tiny_png, write_hostile
+from fake_encoder import WIDTH, FakeEncoder
 from PIL import Image
-from stand_in import WIDTH, StandIn
 
 from qwen_vit.cli import main as cli_module
 from qwen_vit.cli.text import estimate_text
@@ -42,11 +42,11 @@ from qwen_vit.export import plan as plan_module
 from qwen_vit.export import run as export_module
 from qwen_vit.export import shards as shards_module
 from qwen_vit.export.estimate import Estimate, estimate_export, estimate_plan
-from qwen_vit.export.lock import hold_folder, hold_moment
+from qwen_vit.export.lock import hold_folder, short_lock
 from qwen_vit.export.manifest import ManifestRow
-from qwen_vit.export.plan import ExportOptions, Plan, open_export
+from qwen_vit.export.plan import ExportOptions, ExportPlan, open_export
 from qwen_vit.export.run import ExportReport, export_features, make_manifest
-from qwen_vit.export.shards import Breaker, export_shards
+from qwen_vit.export.shards import CircuitBreaker, export_shards
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.features import ImageFeatures, write_features
 from qwen_vit.images.load import ImageLimits
@@ -56,7 +56,7 @@ SMALL = ExportOptions(shard_size=4)
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def export_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with ten good images and a broken one, the eleventh."""
     monkeypatch.chdir(tmp_path)
     Path("p").mkdir()
@@ -69,7 +69,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def export(
     *inputs: str, out: str = "out", encoder: Any = None, options: ExportOptions = SMALL, **more: Any
 ) -> ExportReport:
-    return export_features(encoder or StandIn(), inputs or ("p",), out, options, **more)
+    return export_features(encoder or FakeEncoder(), inputs or ("p",), out, options, **more)
 
 
 @pytest.mark.parametrize(
@@ -84,19 +84,19 @@ def export(
     ],
 )
 def test_inputs_that_are_no_list_of_paths_are_refused_before_a_folder_is_made(
-    here: Path, inputs: Any, words: str
+    export_dir: Path, inputs: Any, words: str
 ) -> None:
     with pytest.raises(ArgumentError, match=words):
-        export_features(StandIn(), inputs, "out")
+        export_features(FakeEncoder(), inputs, "out")
     assert not Path("out").exists()
 
 
-def test_paths_may_be_path_objects(here: Path) -> None:
-    assert export_features(StandIn(), iter([Path("p")]), "out", SMALL).exported == 10
+def test_paths_may_be_path_objects(export_dir: Path) -> None:
+    assert export_features(FakeEncoder(), iter([Path("p")]), "out", SMALL).exported == 10
 
 
 def plan_of(out: str = "out", encoder: Any = None, options: ExportOptions = SMALL) -> Any:
-    return open_export(encoder or StandIn(), ["p"], Path(out), options)
+    return open_export(encoder or FakeEncoder(), ["p"], Path(out), options)
 
 
 def files(folder: str = "out") -> dict[str, bytes]:
@@ -111,7 +111,7 @@ def shards(folder: str = "out") -> dict[str, bytes]:
 
 
 def test_an_export_holds_the_images_in_order_and_the_failed_ones_with_their_reason(
-    here: Path,
+    export_dir: Path,
 ) -> None:
     done = export()
     assert (done.images, done.exported, done.failed, done.resumed) == (11, 10, {"truncated": 1}, 0)
@@ -134,7 +134,7 @@ def test_an_export_holds_the_images_in_order_and_the_failed_ones_with_their_reas
 
 
 @pytest.mark.parametrize("output", ["merged", "patch", "mean"])
-def test_the_rows_are_those_of_encode(here: Path, output: Any) -> None:
+def test_the_rows_are_those_of_encode(export_dir: Path, output: Any) -> None:
     sizes = ((56, 84), (84, 56), (28, 28))
     for index, size in enumerate(sizes):
         values = np.random.default_rng(index).integers(0, 256, (*size, 3), np.uint8)
@@ -158,7 +158,7 @@ def test_the_rows_are_those_of_encode(here: Path, output: Any) -> None:
     assert load_features("out").metadata["output"] == output
 
 
-def test_bfloat16_is_stored_rounded_once(here: Path) -> None:
+def test_bfloat16_is_stored_rounded_once(export_dir: Path) -> None:
     export(out="full")
     export(options=replace(SMALL, dtype="bfloat16"))
     for there, full in zip(load_features("out"), load_features("full"), strict=True):
@@ -170,7 +170,7 @@ def test_bfloat16_is_stored_rounded_once(here: Path) -> None:
     assert (metadata["dtype"], metadata["computed_in"]) == ("bfloat16", "float32")
 
 
-def test_a_shard_has_the_bytes_that_safetensors_writes(here: Path) -> None:
+def test_a_shard_has_the_bytes_that_safetensors_writes(export_dir: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
@@ -192,10 +192,10 @@ def parts(data: bytes) -> tuple[bytes, bytes]:
 
 
 def test_a_head_larger_than_its_room_has_the_rows_behind_it(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(out="roomy")
-    monkeypatch.setattr(shards_module, "head_room", lambda items, settings: 8)
+    monkeypatch.setattr(shards_module, "reserved_header_bytes", lambda items, settings: 8)
     export()
     assert files().keys() == files("roomy").keys()  # nothing else is left
     for index, features in enumerate(load_features("roomy")):
@@ -208,7 +208,7 @@ def test_a_head_larger_than_its_room_has_the_rows_behind_it(
 
 @pytest.mark.parametrize("shard_size", [1, 20])
 def test_the_room_for_a_head_serves_names_that_json_escapes(
-    here: Path, monkeypatch: pytest.MonkeyPatch, shard_size: int
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch, shard_size: int
 ) -> None:
     """The head is JSON within JSON: a quote takes four bytes there."""
     rows, names = Path("p/0.png").read_bytes(), ('"', "\\", "\n", "é", "写")
@@ -223,7 +223,7 @@ def test_the_room_for_a_head_serves_names_that_json_escapes(
     assert {60 * name + ".png" for name in names} < set(load_features("out").ids)
 
 
-def test_a_shard_of_failures_alone_is_whole(here: Path) -> None:
+def test_a_shard_of_failures_alone_is_whole(export_dir: Path) -> None:
     for number in range(4, 8):
         Path(f"p/{number}.png").write_bytes(b"")
     assert export().failed == {"empty-file": 4, "truncated": 1}
@@ -233,15 +233,15 @@ def test_a_shard_of_failures_alone_is_whole(here: Path) -> None:
     assert len(load_features("out")) == 6
 
 
-class NeverAsked(StandIn):
+class NeverAsked(FakeEncoder):
     def encode_iter(self, images: Any, **options: Any) -> Any:
         raise AssertionError("an image was encoded again")
 
 
-def test_batches_never_cross_a_shard(here: Path) -> None:
+def test_batches_never_cross_a_shard(export_dir: Path) -> None:
     sizes = []
 
-    class Counting(StandIn):
+    class Counting(FakeEncoder):
         def encode_iter(self, images: Any, **options: Any) -> Any:
             images = list(images)
             sizes.append(len(images))
@@ -255,21 +255,21 @@ def test_batches_never_cross_a_shard(here: Path) -> None:
 
 
 def test_every_kind_of_harm_has_its_row_and_the_good_ones_are_exported(tmp_path: Path) -> None:
-    figures = export_trials.hostile(tmp_path, bad=30, good=60)
+    figures = export_stress.hostile(tmp_path, bad=30, good=60)
     assert sum(figures["by_code"].values()) == 30
 
 
-def harm(name: str, kind: str) -> None:
+def corrupt_image(name: str, kind: str) -> None:
     path = Path("p", name)
     path.unlink(missing_ok=True)
     write_hostile(path, kind)
 
 
-@pytest.mark.parametrize("kind", export_trials.HOSTILE)
-def test_a_hostile_image_is_reported_under_its_id(here: Path, kind: str) -> None:
-    harm("5.png", kind)
+@pytest.mark.parametrize("kind", export_stress.HOSTILE)
+def test_a_hostile_image_is_reported_under_its_id(export_dir: Path, kind: str) -> None:
+    corrupt_image("5.png", kind)
     done = export()
-    assert done.failed == {export_trials.HOSTILE[kind]: 1} | (
+    assert done.failed == {export_stress.HOSTILE[kind]: 1} | (
         {"truncated": 1} if kind != "cut" else {"truncated": 2}
     )
     error = load_features("out").errors[0]
@@ -281,8 +281,8 @@ def test_a_hostile_image_is_reported_under_its_id(here: Path, kind: str) -> None
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("output", ["merged", "patch", "mean"])
-def test_nan_is_never_written(here: Path, output: Any, dtype: Any) -> None:
-    harm("5.png", "nan")
+def test_nan_is_never_written(export_dir: Path, output: Any, dtype: Any) -> None:
+    corrupt_image("5.png", "nan")
     done = export(options=ExportOptions(output, dtype, shard_size=4))
     assert done.failed["not-finite"] == 1
     assert all(each.embeds.isfinite().all() for each in load_features("out"))
@@ -290,11 +290,11 @@ def test_nan_is_never_written(here: Path, output: Any, dtype: Any) -> None:
 
 @pytest.mark.parametrize("broken", [[], [0], [1, 2], [3], range(4), range(10)])
 def test_images_that_come_from_a_gpu_together_are_written_as_one_by_one(
-    here: Path, broken: Sequence[int], monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, broken: Sequence[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their rows are written at once, but for those of the images that failed."""
     for number in broken:
-        harm(f"{number}.png", "nan")
+        corrupt_image(f"{number}.png", "nan")
     seen: list[tuple[str, float, str]] = []
 
     def count(_: Any, features: ImageFeatures) -> None:
@@ -318,9 +318,9 @@ def test_images_that_come_from_a_gpu_together_are_written_as_one_by_one(
 
 
 def test_an_image_that_does_not_fit_the_memory_is_a_row(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    harm("3.png", "memory")
+    corrupt_image("3.png", "memory")
     real = shards_module.load_image
 
     def load(data: bytes, **options: Any) -> Any:
@@ -336,24 +336,26 @@ def test_an_image_that_does_not_fit_the_memory_is_a_row(
     assert errors["6.png"].message.startswith("6.png does not fit into memory")
 
 
-def test_on_error_raise_stops_at_the_first_failure_and_keeps_what_is_whole(here: Path) -> None:
-    harm("6.png", "nan")
+def test_on_error_raise_stops_at_the_first_failure_and_keeps_what_is_whole(
+    export_dir: Path,
+) -> None:
+    corrupt_image("6.png", "nan")
     with pytest.raises(ImageError, match=r"6.png: its embeddings hold NaN") as caught:
         export(options=replace(SMALL, on_error="raise"))
     assert caught.value.code == "not-finite"
     assert list(shards()) == ["shard-00000000.safetensors"]
     Path("p/x.png").unlink()
-    harm("6.png", "cut")
+    corrupt_image("6.png", "cut")
     Path("p/6.png").write_bytes(tiny_png(6))
     Path("p/x.png").write_bytes(tiny_png(1))
     assert export(options=replace(SMALL, on_error="raise")).exported == 11
 
 
 @pytest.mark.parametrize("kind", ["gone", "nan", "memory"])
-def test_many_failures_in_a_row_stop_an_export(here: Path, kind: str) -> None:
+def test_many_failures_in_a_row_stop_an_export(export_dir: Path, kind: str) -> None:
     """A disk that is gone, a broken model: nobody wants a million rows that say so."""
     for number in range(3, 9):
-        harm(f"{number}.png", kind)
+        corrupt_image(f"{number}.png", kind)
     limited = replace(SMALL, max_failures=6)
     with pytest.raises(ExportError, match=r"stopped, because 6 images in a row failed, .*8.png"):
         export(options=limited)
@@ -364,7 +366,7 @@ def test_many_failures_in_a_row_stop_an_export(here: Path, kind: str) -> None:
 
 
 def test_a_disk_that_is_gone_is_not_asked_for_the_rest_of_the_shard(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
@@ -384,27 +386,27 @@ def test_a_disk_that_is_gone_is_not_asked_for_the_rest_of_the_shard(
     assert asked == ["0.png", "000.png", "001.png"]
 
 
-def test_failures_that_are_not_in_a_row_do_not_stop_an_export(here: Path) -> None:
+def test_failures_that_are_not_in_a_row_do_not_stop_an_export(export_dir: Path) -> None:
     for number in (0, 2, 4, 6, 8):
-        harm(f"{number}.png", "empty" if number % 4 else "nan")
+        corrupt_image(f"{number}.png", "empty" if number % 4 else "nan")
     assert export(options=replace(SMALL, max_failures=2)).exported == 5
 
 
 def test_a_breaker_counts_what_is_read_and_what_is_done() -> None:
-    breaker = Breaker(3)
+    breaker = CircuitBreaker(3)
     error = ImageError("x is gone")
     for each in (error, error, None, error, error):
         breaker.count_read(each)
         breaker.count_done(each)
     with pytest.raises(ExportError, match=r"3 images in a row failed, the last one so: x is gone"):
         breaker.count_read(error)
-    Breaker(0).count_done(error)
+    CircuitBreaker(0).count_done(error)
 
 
 # Resuming
 
 
-def test_what_is_whole_is_not_done_again(here: Path) -> None:
+def test_resume_skips_finished_shards(export_dir: Path) -> None:
     export()
     before = files()
     done = export(encoder=NeverAsked())
@@ -427,7 +429,7 @@ HARMS: dict[str, Callable[[bytes], bytes | None]] = {
 
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_shard_that_is_not_whole_is_made_again_and_no_other(
-    here: Path, harm: str, caplog: pytest.LogCaptureFixture
+    export_dir: Path, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     export()
     before = files()
@@ -436,14 +438,14 @@ def test_a_shard_that_is_not_whole_is_made_again_and_no_other(
     path.unlink()
     if data is not None:
         path.write_bytes(data)
-    encoder = StandIn()
+    encoder = FakeEncoder()
     done = export(encoder=encoder)
     assert (encoder.encoded, done.resumed, done.exported) == (4, 7, 10)
     assert files() == before
     assert ("it is made again" in caplog.text) == (data is not None)
 
 
-def test_a_shard_of_another_export_is_not_overwritten(here: Path) -> None:
+def test_a_shard_of_another_export_is_not_overwritten(export_dir: Path) -> None:
     export()
     path = Path("out/shard-00000001.safetensors")
     write_features(path, [ImageFeatures("a", torch.ones(1, WIDTH), (1, 2, 2))], {})
@@ -459,16 +461,20 @@ def test_a_shard_of_another_export_is_not_overwritten(here: Path) -> None:
 
 
 DIFFERENT: dict[str, tuple[Any, ExportOptions, str]] = {
-    "model": (StandIn(), SMALL, "weights_sha256 was 0000"),
-    "policy": (StandIn(max_pixels=50176), SMALL, "image_policy.max_pixels was "),
-    "output": (StandIn(), replace(SMALL, output="mean"), "output was merged, is mean now"),
-    "dtype": (StandIn(), replace(SMALL, dtype="bfloat16"), "dtype was float32, is bfloat16 now"),
-    "shard size": (StandIn(), replace(SMALL, shard_size=5), "shard_size was 4, is 5 now"),
+    "model": (FakeEncoder(), SMALL, "weights_sha256 was 0000"),
+    "policy": (FakeEncoder(max_pixels=50176), SMALL, "image_policy.max_pixels was "),
+    "output": (FakeEncoder(), replace(SMALL, output="mean"), "output was merged, is mean now"),
+    "dtype": (
+        FakeEncoder(),
+        replace(SMALL, dtype="bfloat16"),
+        "dtype was float32, is bfloat16 now",
+    ),
+    "shard size": (FakeEncoder(), replace(SMALL, shard_size=5), "shard_size was 4, is 5 now"),
 }
 
 
 @pytest.mark.parametrize("what", DIFFERENT)
-def test_other_settings_are_refused_with_the_difference(here: Path, what: str) -> None:
+def test_other_settings_are_refused_with_the_difference(export_dir: Path, what: str) -> None:
     export()
     before = files()
     encoder, options, words = DIFFERENT[what]
@@ -482,7 +488,7 @@ def test_other_settings_are_refused_with_the_difference(here: Path, what: str) -
     assert files() == before
 
 
-def test_other_images_are_refused_and_counted(here: Path) -> None:
+def test_other_images_are_refused_and_counted(export_dir: Path) -> None:
     export()
     before = files()
     Path("p/0.png").unlink()
@@ -496,7 +502,7 @@ def test_other_images_are_refused_and_counted(here: Path) -> None:
         Path(f"q/{name}.png").unlink()
     with pytest.raises(ExportError, match=r"its images: 11 in another place, first 0.png") as error:
         export("q")
-    assert f"(it was in {here / 'p/0.png'})" in str(error.value)
+    assert f"(it was in {export_dir / 'p/0.png'})" in str(error.value)
     assert "is just that" not in str(error.value)  # its images are gone from where it says
     names = sorted(os.listdir("q"), reverse=True)
     Path("l.jsonl").write_text("\n".join(json.dumps({"id": n, "path": f"p/{n}"}) for n in names))
@@ -505,18 +511,18 @@ def test_other_images_are_refused_and_counted(here: Path) -> None:
     assert files() == before
 
 
-def test_another_name_for_the_same_weights_is_the_same_export(here: Path) -> None:
+def test_another_name_for_the_same_weights_is_the_same_export(export_dir: Path) -> None:
     export(out="whole")
     export()
     Path("out/shard-00000001.safetensors").unlink()
-    encoder = StandIn()
+    encoder = FakeEncoder()
     metadata = {**encoder.metadata(), "model": "/elsewhere/model", "commit": "f" * 40}
     encoder.metadata = lambda: metadata  # type: ignore[method-assign]
     export(encoder=encoder)
     assert files() == files("whole")
 
 
-def test_a_folder_of_other_things_is_refused_and_left_alone(here: Path) -> None:
+def test_a_folder_of_other_things_is_refused_and_left_alone(export_dir: Path) -> None:
     Path("out").mkdir()
     Path("out/notes.txt").write_text("mine")
     Path("dangling").symlink_to("nowhere")
@@ -533,7 +539,7 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(here: Path) -> None:
     assert files() == {"notes.txt": b"mine"}
 
 
-def test_what_cannot_begin_leaves_nothing(here: Path) -> None:
+def test_what_cannot_begin_leaves_nothing(export_dir: Path) -> None:
     Path("stray.jsonl").write_text('{"id": "x", "path": "p/0.png", "error": [["q"], "w"]}\n' * 2)
     for inputs, words in (
         (["p", "p"], "two images would have"),
@@ -547,7 +553,7 @@ def test_what_cannot_begin_leaves_nothing(here: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["list.json", "list.csv", "pictures.zip"])
-def test_a_list_of_another_kind_is_no_image(here: Path, name: str) -> None:
+def test_a_list_of_another_kind_is_no_image(export_dir: Path, name: str) -> None:
     Path(name).write_text("{}")
     with pytest.raises(ExportError, match=rf"{name} is no image, .* a list is .txt .* or .jsonl"):
         export(name)
@@ -557,7 +563,7 @@ def test_a_list_of_another_kind_is_no_image(here: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("line", ["[]", '{"id": ["x"]}', '{"id": "x", "error": 5}', "{", None])
-def test_a_listing_that_is_damaged_tells_nothing(here: Path, line: str | None) -> None:
+def test_a_listing_that_is_damaged_tells_nothing(export_dir: Path, line: str | None) -> None:
     export()
     listing = Path("out/listing.jsonl")
     lines = listing.read_text().splitlines(keepends=True)
@@ -569,15 +575,15 @@ def test_a_listing_that_is_damaged_tells_nothing(here: Path, line: str | None) -
         export()
 
 
-def test_a_listing_that_vanishes_meanwhile_is_told(here: Path) -> None:
+def test_a_listing_that_vanishes_meanwhile_is_told(export_dir: Path) -> None:
     with plan_of() as plan:
         (plan.folder / "listing.jsonl").unlink()
         with pytest.raises(ExportError, match=r"listing.jsonl cannot be read any more \(No such"):
-            make_shard(StandIn(), plan, 0)
+            make_shard(FakeEncoder(), plan, 0)
 
 
 def test_a_header_that_safetensors_would_not_read_is_refused_before_any_image(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", 3_000)
     with pytest.raises(ExportError, match=r"would need a header of up to .* lower --shard-size"):
@@ -592,11 +598,11 @@ def test_a_header_that_safetensors_would_not_read_is_refused_before_any_image(
 
 
 def test_a_shard_that_the_manifest_cannot_have_is_told(
-    here: Path, caplog: pytest.LogCaptureFixture
+    export_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with plan_of(options=replace(SMALL, part=(1, 2))) as plan:
         for shard in range(3):
-            make_shard(StandIn(), plan, shard)
+            make_shard(FakeEncoder(), plan, shard)
         other = plan.path(1)
         other.write_bytes(other.read_bytes()[:-8])
         make_manifest(plan)
@@ -609,7 +615,7 @@ def test_a_shard_that_the_manifest_cannot_have_is_told(
         assert pq.read_table("out/manifest.parquet").num_rows == 7
 
 
-def test_an_exports_own_listing_takes_it_up_again(here: Path) -> None:
+def test_an_exports_own_listing_takes_it_up_again(export_dir: Path) -> None:
     """Its folder has changed: what it was begun with is in its listing, what was broken, too."""
     Path("p/torn.tar").write_bytes(b"x" * 600)
     export()
@@ -623,14 +629,14 @@ def test_an_exports_own_listing_takes_it_up_again(here: Path) -> None:
     assert files() == before
 
 
-def test_a_damaged_description_is_refused(here: Path) -> None:
+def test_a_damaged_description_is_refused(export_dir: Path) -> None:
     export()
     Path("out/export.json").write_text("{")
     with pytest.raises(ExportError, match=r"export.json: not JSON.*another --out"):
         export()
 
 
-def test_what_was_settled_before_the_first_shard_may_be_changed(here: Path) -> None:
+def test_what_was_settled_before_the_first_shard_may_be_changed(export_dir: Path) -> None:
     """Who is told that an export is too large gives fewer images, or another output."""
 
     def too_large(estimate: Any) -> None:
@@ -651,7 +657,7 @@ def test_what_was_settled_before_the_first_shard_may_be_changed(here: Path) -> N
         export("p/0.png")
 
 
-def test_a_file_of_that_name_that_is_not_ours_is_left_alone(here: Path) -> None:
+def test_a_file_of_that_name_that_is_not_ours_is_left_alone(export_dir: Path) -> None:
     Path("out").mkdir()
     Path("out/export.json").write_text('{"theme": "dark"}')
     with pytest.raises(ExportError, match="holds an export that differs"):
@@ -659,7 +665,7 @@ def test_a_file_of_that_name_that_is_not_ours_is_left_alone(here: Path) -> None:
     assert files() == {"export.json": b'{"theme": "dark"}'}
 
 
-def test_nothing_to_export_is_an_error(here: Path) -> None:
+def test_nothing_to_export_is_an_error(export_dir: Path) -> None:
     Path("empty").mkdir()
     with pytest.raises(ExportError, match=r"no image was found in empty; .* suffix"):
         export("empty")
@@ -668,9 +674,9 @@ def test_nothing_to_export_is_an_error(here: Path) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_export_that_is_stopped_leaves_whole_shards_and_no_lock(
-    here: Path, error: type[BaseException]
+    export_dir: Path, error: type[BaseException]
 ) -> None:
-    class Stopping(StandIn):
+    class Stopping(FakeEncoder):
         def encode_iter(self, images: Any, **options: Any) -> Any:
             for features in super().encode_iter(images, **options):
                 if self.encoded > 4:
@@ -685,7 +691,7 @@ def test_an_export_that_is_stopped_leaves_whole_shards_and_no_lock(
     assert files() == files("whole")
 
 
-def test_what_killed_runs_left_is_cleared_away(here: Path) -> None:
+def test_what_killed_runs_left_is_cleared_away(export_dir: Path) -> None:
     export()
     before = files()
     for name in (
@@ -700,7 +706,7 @@ def test_what_killed_runs_left_is_cleared_away(here: Path) -> None:
     assert files() == before
 
 
-def test_a_part_leaves_alone_what_another_part_is_writing(here: Path) -> None:
+def test_a_part_leaves_alone_what_another_part_is_writing(export_dir: Path) -> None:
     Path("out").mkdir()
     own, other = (f".shard-0000000{i}.safetensors.0123456789abcdef.tmp" for i in (1, 0))
     export(options=replace(SMALL, part=(2, 2)))
@@ -714,7 +720,7 @@ def test_a_part_leaves_alone_what_another_part_is_writing(here: Path) -> None:
 # Parts and locks
 
 
-def test_parts_together_are_the_whole(here: Path) -> None:
+def test_parts_together_are_the_whole(export_dir: Path) -> None:
     export(out="whole")
     first = export(options=replace(SMALL, part=(1, 2)))
     assert (first.images, first.exported, len(shards())) == (7, 6, 2)
@@ -725,27 +731,27 @@ def test_parts_together_are_the_whole(here: Path) -> None:
     assert export(options=replace(SMALL, part=(9, 9))).images == 0
 
 
-def make_shard(encoder: Any, plan: Plan, shard: int) -> list[ManifestRow]:
+def make_shard(encoder: Any, plan: ExportPlan, shard: int) -> list[ManifestRow]:
     [done] = export_shards(encoder, plan, [shard])
     return done.rows
 
 
-def test_a_worker_makes_a_shard_from_the_plan_alone(here: Path) -> None:
+def test_a_worker_makes_a_shard_from_the_plan_alone(export_dir: Path) -> None:
     export(out="whole")
     with plan_of() as plan:
         sent = pickle.loads(pickle.dumps(plan))
-        rows = make_shard(StandIn(), sent, 1)
+        rows = make_shard(FakeEncoder(), sent, 1)
         assert [(row.index, row.id, row.row_begin, row.row_end) for row in rows] == [
             (4, "4.png", 0, 4), (5, "5.png", 4, 8), (6, "6.png", 8, 12), (7, "7.png", 12, 16),
         ]  # fmt: skip
         assert make_shard(NeverAsked(), sent, 1) == rows
         for shard in (2, 0):  # in any order
-            make_shard(StandIn(), sent, shard)
+            make_shard(FakeEncoder(), sent, shard)
         make_manifest(plan)
     assert files() == files("whole")
 
 
-def test_a_second_writer_is_refused_and_told_who_the_first_is(here: Path) -> None:
+def test_a_second_writer_is_refused_and_told_who_the_first_is(export_dir: Path) -> None:
     with plan_of(), pytest.raises(ExportError) as caught:
         export()
     owner = f"is being written by process {os.getpid()} on {socket.gethostname()} (since 20"
@@ -768,7 +774,7 @@ def test_parts_of_one_count_may_run_together_and_nothing_else(
 ) -> None:
     with hold_folder(tmp_path, first):
         if fits:
-            with hold_folder(tmp_path, second), hold_moment(tmp_path):
+            with hold_folder(tmp_path, second), short_lock(tmp_path):
                 pass
         else:
             with (
@@ -824,7 +830,7 @@ def test_a_disk_without_locks_is_warned_of_once_and_names_alone_decide(
     for host in ("node-1", "node-2"):
         monkeypatch.setattr("socket.gethostname", lambda host=host: host)
         for part in ((1, 2), (1, 1)):
-            with hold_folder(tmp_path, part), hold_moment(tmp_path):
+            with hold_folder(tmp_path, part), short_lock(tmp_path):
                 pass
     assert caplog.text.count("cannot be locked (Function not implemented)") == 1
     with hold_folder(tmp_path):
@@ -846,7 +852,7 @@ def test_a_moment_of_another_host_is_waited_for(
         "time",
         SimpleNamespace(sleep=lambda _: next(pauses)(), monotonic=time.monotonic),
     )
-    with hold_moment(tmp_path):
+    with short_lock(tmp_path):
         assert next(pauses, None) is None
 
 
@@ -871,7 +877,7 @@ def test_a_lock_file_that_its_owner_takes_away_in_between_is_no_lock(
 def hold_often(folder: Path, count: int, wrong: Any) -> None:
     inside = folder / "inside"
     for _ in range(count):
-        with hold_moment(folder):
+        with short_lock(folder):
             try:
                 inside.touch(exist_ok=False)
             except FileExistsError:
@@ -894,7 +900,7 @@ def test_moments_never_overlap(tmp_path: Path) -> None:
 # The manifest
 
 
-def test_the_manifest_has_a_row_for_every_image(here: Path) -> None:
+def test_the_manifest_has_a_row_for_every_image(export_dir: Path) -> None:
     Image.fromarray(np.zeros((56, 140, 3), np.uint8)).save("p/2.png")
     export()
     rows = pq.read_table("out/manifest.parquet").to_pylist()
@@ -903,12 +909,12 @@ def test_the_manifest_has_a_row_for_every_image(here: Path) -> None:
     expected = {
         "status": "ok", "shard": "shard-00000000.safetensors", "row_begin": 8, "row_end": 18,
         "tokens": 10, "grid_t": 1, "grid_h": 4, "grid_w": 10, "height": 56, "width": 140,
-        "source": str(here / "p/2.png"), "error_code": None, "id_bytes": None,
+        "source": str(export_dir / "p/2.png"), "error_code": None, "id_bytes": None,
     }  # fmt: skip
     assert {name: rows[2][name] for name in expected} == expected
     assert rows[3]["row_begin"] == 18
     assert (
-        rows[2]["sha256"] == export_trials.hashlib.sha256(Path("p/2.png").read_bytes()).hexdigest()
+        rows[2]["sha256"] == export_stress.hashlib.sha256(Path("p/2.png").read_bytes()).hexdigest()
     )
     bad = rows[-1]
     assert (bad["status"], bad["error_stage"], bad["error_code"], bad["tokens"]) == (
@@ -918,7 +924,7 @@ def test_the_manifest_has_a_row_for_every_image(here: Path) -> None:
 
 
 def test_parts_that_end_together_write_the_manifest_one_after_the_other(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or the slower one could overwrite a complete manifest with what it saw before."""
     is_waiting, may_go_on = threading.Event(), threading.Event()
@@ -928,17 +934,17 @@ def test_parts_that_end_together_write_the_manifest_one_after_the_other(
         may_go_on.wait(60)
 
     with plan_of(options=replace(SMALL, part=(1, 2))) as plan:
-        make_shard(StandIn(), plan, 0)
-        make_shard(StandIn(), plan, 2)
+        make_shard(FakeEncoder(), plan, 0)
+        make_shard(FakeEncoder(), plan, 2)
         monkeypatch.setattr(
             folder_lock_module, "time", SimpleNamespace(sleep=wait, monotonic=time.monotonic)
         )
         ending = threading.Thread(target=make_manifest, args=(plan,))
-        with hold_moment(plan.folder):
+        with short_lock(plan.folder):
             ending.start()
             assert is_waiting.wait(60)
             assert "manifest.parquet" not in files()
-            make_shard(StandIn(), plan, 1)
+            make_shard(FakeEncoder(), plan, 1)
         may_go_on.set()
         ending.join(60)
     assert pq.read_table("out/manifest.parquet").num_rows == 11
@@ -953,15 +959,15 @@ def test_patience_is_with_one_who_keeps_a_lock_and_not_with_a_queue(
     def owner(descriptor: int) -> str:
         return f"part {min(next(polls) // 4, 15)}"  # another one every 4 polls; the last one stays
 
-    with hold_moment(tmp_path):
+    with short_lock(tmp_path):
         monkeypatch.setattr(folder_lock_module, "MOMENT_PATIENCE_S", 0.3)
         monkeypatch.setattr(folder_lock_module, "_owner", owner)
-        with pytest.raises(ExportError, match="by part 15; wait for it"), hold_moment(tmp_path):
+        with pytest.raises(ExportError, match="by part 15; wait for it"), short_lock(tmp_path):
             pass
     assert next(polls) > 60
 
 
-def test_rows_of_the_manifest_are_the_rows_of_the_shard(here: Path) -> None:
+def test_rows_of_the_manifest_are_the_rows_of_the_shard(export_dir: Path) -> None:
     export()
     features = load_features("out")
     for row in pq.read_table("out/manifest.parquet").to_pylist():
@@ -971,7 +977,7 @@ def test_rows_of_the_manifest_are_the_rows_of_the_shard(here: Path) -> None:
             assert torch.equal(rows, features[row["id"]].embeds)
 
 
-def test_names_that_are_no_unicode_are_whole_in_the_manifest(here: Path) -> None:
+def test_names_that_are_no_unicode_are_whole_in_the_manifest(export_dir: Path) -> None:
     name = b"caf\xe9\n.png"
     with open(b"p/" + name, "wb") as file:
         file.write(tiny_png(1))
@@ -983,7 +989,7 @@ def test_names_that_are_no_unicode_are_whole_in_the_manifest(here: Path) -> None
 
 
 def test_without_pyarrow_the_manifest_is_json_lines(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export()
     parquet = pq.read_table("out/manifest.parquet").to_pylist()
@@ -998,11 +1004,11 @@ def test_without_pyarrow_the_manifest_is_json_lines(
 
 
 @pytest.mark.parametrize("output", ["merged", "patch", "mean"])
-def test_the_estimate_is_what_the_export_takes(here: Path, output: Any) -> None:
+def test_the_estimate_is_what_the_export_takes(export_dir: Path, output: Any) -> None:
     Image.fromarray(np.zeros((60, 170, 3), np.uint8)).save("p/2.jpg")
     Path("p/y.png").write_bytes(b"no image")
     options = ExportOptions(output, shard_size=4)
-    estimate = estimate_export(StandIn(), ["p"], options)
+    estimate = estimate_export(FakeEncoder(), ["p"], options)
     assert not Path("out").exists()
     done = export(options=options)
     # the cut image has a header; that it is cut is found when it is decoded
@@ -1012,37 +1018,37 @@ def test_the_estimate_is_what_the_export_takes(here: Path, output: Any) -> None:
     assert estimate.seconds is not None
     assert abs(estimate.bytes - done.bytes) < 5_000
     parts = [
-        estimate_export(StandIn(), ["p"], replace(options, part=(i, 3))).rows for i in (1, 2, 3)
+        estimate_export(FakeEncoder(), ["p"], replace(options, part=(i, 3))).rows for i in (1, 2, 3)
     ]
     assert sum(parts) == estimate.rows
 
 
-def test_the_estimate_counts_what_limits_refuse(here: Path) -> None:
+def test_the_estimate_counts_what_limits_refuse(export_dir: Path) -> None:
     options = replace(SMALL, limits=ImageLimits(max_pixels=100))
     Image.fromarray(np.zeros((5, 7, 3), np.uint8)).save("p/small.png")
-    estimate = estimate_export(StandIn(), ["p"], options, folder="out")
+    estimate = estimate_export(FakeEncoder(), ["p"], options, folder="out")
     assert (estimate.images, estimate.unreadable) == (12, 11)
     assert export(options=options).failed == {"too-many-pixels": 11}
 
 
-def test_a_sample_stands_for_the_whole(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_stands_for_the_whole(export_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwen_vit.export.estimate.SAMPLE", 5)
     Path("p/x.png").unlink()
     with plan_of() as plan:
-        estimate = estimate_plan(StandIn(), plan)
+        estimate = estimate_plan(FakeEncoder(), plan)
     assert (estimate.images, estimate.rows, estimate.is_sample) == (10, 40, True)
     assert estimate.seconds is None
 
 
 def test_the_time_is_that_of_a_few_images_for_all_patches(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a tar, too; a first image that takes long is enough."""
     with tarfile.open("t.tar", "w") as tar:
         tar.add("p")
     clock, asked = [0.0], []
 
-    class Timed(StandIn):
+    class Timed(FakeEncoder):
         def encode(self, images: Any, **options: Any) -> Any:
             asked.append(len(images))
             clock[0] += 2.0 * len(images)
@@ -1077,7 +1083,7 @@ def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
         ExportOptions(**wrong)
 
 
-def test_what_is_no_encoder_and_no_options_is_refused(here: Path) -> None:
+def test_what_is_no_encoder_and_no_options_is_refused(export_dir: Path) -> None:
     with pytest.raises(ArgumentError, match="encoder is 'tiny', expected a VisionEncoder"):
         export_features("tiny", ["p"], "out")  # type: ignore[arg-type]
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
@@ -1092,7 +1098,7 @@ def test_what_is_no_encoder_and_no_options_is_refused(here: Path) -> None:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """`qwen-vit export ARGUMENTS` in this process, with the stand-in encoder."""
-    loader = SimpleNamespace(from_pretrained=lambda *_, **__: StandIn())
+    loader = SimpleNamespace(from_pretrained=lambda *_, **__: FakeEncoder())
     monkeypatch.setattr(export_module, "VisionEncoder", loader)
 
     def command(*arguments: str) -> tuple[int, str, str]:
@@ -1110,7 +1116,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return command
 
 
-def test_the_command_exports_and_tells_what_was_skipped(here: Path, run: Any) -> None:
+def test_the_command_exports_and_tells_what_was_skipped(export_dir: Path, run: Any) -> None:
     code, out, err = run("p", "--out", "out")
     assert code == 1
     assert "exported 10 of 11 images (0 tried before): 40 rows" in out
@@ -1122,7 +1128,7 @@ def test_the_command_exports_and_tells_what_was_skipped(here: Path, run: Any) ->
     assert run("p", "--out", "fresh")[0] == 0
 
 
-def test_a_part_says_what_of_the_folder_is_there(here: Path, run: Any) -> None:
+def test_a_part_says_what_of_the_folder_is_there(export_dir: Path, run: Any) -> None:
     """It read as if all were done."""
     words = ("p", "--out", "out", "--shard-size", "4")
     out = run(*words, "--part", "2/2")[1]
@@ -1136,7 +1142,7 @@ def test_a_part_says_what_of_the_folder_is_there(here: Path, run: Any) -> None:
 
 @pytest.mark.parametrize("is_any_whole", [False, True])
 def test_an_interrupt_says_what_is_kept(
-    here: Path, run: Any, monkeypatch: pytest.MonkeyPatch, is_any_whole: bool
+    export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch, is_any_whole: bool
 ) -> None:
     def count(self: Any, features: ImageFeatures) -> None:
         if features.id == ("5.png" if is_any_whole else "1.png"):
@@ -1149,7 +1155,7 @@ def test_an_interrupt_says_what_is_kept(
     assert (kept in err, "no shard was finished" in err) == (is_any_whole, not is_any_whole)
 
 
-def test_its_json_is_one_document(here: Path, run: Any) -> None:
+def test_its_json_is_one_document(export_dir: Path, run: Any) -> None:
     code, out, _ = run("p", "--out", "out", "--json", "--output", "mean", "--dtype", "bfloat16")
     report = json.loads(out)
     assert code == 1
@@ -1157,7 +1163,7 @@ def test_its_json_is_one_document(here: Path, run: Any) -> None:
     assert report["manifest"] == "out/manifest.parquet"
 
 
-def test_a_dry_run_writes_nothing(here: Path, run: Any) -> None:
+def test_a_dry_run_writes_nothing(export_dir: Path, run: Any) -> None:
     code, out, err = run("p", "--out", "out", "--dry-run", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["images"] == 11
@@ -1166,7 +1172,7 @@ def test_a_dry_run_writes_nothing(here: Path, run: Any) -> None:
     assert sorted(os.listdir()) == ["p"]
 
 
-def test_a_dry_run_refuses_what_the_export_would(here: Path, run: Any) -> None:
+def test_a_dry_run_refuses_what_the_export_would(export_dir: Path, run: Any) -> None:
     """It counted images of one id, of an empty list, and for a folder that was not an export's."""
     Path("file").touch()
     Path("list.txt").touch()
@@ -1195,7 +1201,7 @@ def test_a_dry_run_refuses_what_the_export_would(here: Path, run: Any) -> None:
     [("png", False), ("jpg", False), ("bmp", False), ("tif", False), ("webp", True)],
 )
 def test_of_a_large_image_in_a_tar_the_head_is_read(
-    here: Path, suffix: str, is_whole: bool, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, suffix: str, is_whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dry run read all of every tar. Where the head does not tell the size, the rest does."""
     values = np.random.default_rng(0).integers(0, 256, (400, 420, 3), np.uint8)
@@ -1235,7 +1241,7 @@ def test_an_estimate_is_told_in_units_of_its_size(
 
 
 def test_a_large_export_is_not_begun_without_a_yes(
-    here: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli_module, "ASK_ABOVE_BYTES", 1_000)
     monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115 - no terminal
@@ -1250,7 +1256,7 @@ def test_a_large_export_is_not_begun_without_a_yes(
 
 
 def test_who_answers_no_is_told_that_nothing_was_exported(
-    here: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was called interrupted, with 130."""
     monkeypatch.setattr(cli_module, "ASK_ABOVE_BYTES", 1_000)
@@ -1269,7 +1275,7 @@ def test_who_answers_no_is_told_that_nothing_was_exported(
 
 
 def test_a_terminal_is_shown_the_speed_and_what_is_skipped(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     export(show_progress=True)
@@ -1284,7 +1290,7 @@ def test_a_terminal_is_shown_the_speed_and_what_is_skipped(
 
 
 def test_a_log_is_told_now_and_then_in_whole_lines(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(out="short", show_progress=True)
     assert capsys.readouterr().err.startswith("skipped: ")  # nothing else, in less than a minute
@@ -1295,7 +1301,7 @@ def test_a_log_is_told_now_and_then_in_whole_lines(
     assert not any("\r" in line for line in lines)
 
 
-def test_what_is_no_image_by_its_name_is_counted(here: Path, run: Any) -> None:
+def test_what_is_no_image_by_its_name_is_counted(export_dir: Path, run: Any) -> None:
     for name in ("a.txt", "b.txt", "README", *(f"c.{i}" for i in range(9))):
         Path("p", name).write_text("")
     _, _, err = run("p", "--out", "out")
@@ -1304,7 +1310,7 @@ def test_what_is_no_image_by_its_name_is_counted(here: Path, run: Any) -> None:
     )
 
 
-def test_twenty_failures_are_told_and_the_rest_counted(here: Path, run: Any) -> None:
+def test_twenty_failures_are_told_and_the_rest_counted(export_dir: Path, run: Any) -> None:
     for number in range(30):
         Path(f"p/z{number}.png").write_bytes(b"")
     _, out, err = run("p", "--out", "out")
@@ -1313,7 +1319,7 @@ def test_twenty_failures_are_told_and_the_rest_counted(here: Path, run: Any) -> 
     assert err.splitlines()[-1] == "skipped: more than 20; the manifest has them"
 
 
-def test_what_killed_runs_left_is_cleared_by_whom_it_belongs_to(here: Path) -> None:
+def test_what_killed_runs_left_is_cleared_by_whom_it_belongs_to(export_dir: Path) -> None:
     left = {
         "own shard": ".shard-00000000.safetensors.1f.tmp",
         "other shard": ".shard-00000001.safetensors.1f.tmp",
@@ -1354,10 +1360,10 @@ def test_a_lock_that_is_just_given_back_is_waited_for(tmp_path: Path) -> None:
     holder.join(30)
 
 
-def test_only_what_the_user_changed_is_told(here: Path) -> None:
+def test_only_what_the_user_changed_is_told(export_dir: Path) -> None:
     """The hash of the configs changes with them, and says nothing to anybody."""
     export()
-    encoder = StandIn()
+    encoder = FakeEncoder()
     metadata = encoder.metadata()
     policy = {**metadata["image_policy"], "max_pixels": 5_000}
     changed = {**metadata, "config_sha256": "f" * 64, "image_policy": policy}
@@ -1367,23 +1373,23 @@ def test_only_what_the_user_changed_is_told(here: Path) -> None:
     assert "config_sha256" not in str(caught.value)
 
 
-def test_a_folder_in_a_shards_place_is_told(here: Path) -> None:
+def test_a_folder_in_a_shards_place_is_told(export_dir: Path) -> None:
     with plan_of() as plan:
         plan.path(1).mkdir()
         with pytest.raises(ExportError, match=r"00001.safetensors is a folder, expected a feature"):
-            make_shard(StandIn(), plan, 1)
+            make_shard(FakeEncoder(), plan, 1)
 
 
 def test_a_shard_that_is_gone_right_after_it_was_written_is_told(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards_module.FeatureWriter, "save", lambda self, facts: None)
     with plan_of() as plan, pytest.raises(ExportError, match=r"gone, or damaged, right after it"):
-        make_shard(StandIn(), plan, 0)
+        make_shard(FakeEncoder(), plan, 0)
 
 
 def test_a_disk_that_fails_while_inputs_are_listed_is_not_the_outputs(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def items(*_: Any) -> Any:
         yield from find_items(["p/0.png"])
@@ -1396,7 +1402,7 @@ def test_a_disk_that_fails_while_inputs_are_listed_is_not_the_outputs(
 
 
 def test_a_folder_that_may_not_be_written_is_told_before_any_work(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ExportError, match=r"out cannot be written to; check its permissions"):
@@ -1404,7 +1410,7 @@ def test_a_folder_that_may_not_be_written_is_told_before_any_work(
 
 
 def test_a_folder_given_by_name_that_cannot_be_listed_begins_nothing(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.scandir
 
@@ -1419,14 +1425,14 @@ def test_a_folder_given_by_name_that_cannot_be_listed_begins_nothing(
     assert not Path("out").exists()
 
 
-def test_a_broken_link_with_a_patterns_name_is_itself(here: Path) -> None:
+def test_a_broken_link_with_a_patterns_name_is_itself(export_dir: Path) -> None:
     Path("a[1].jpg").symlink_to("nothing")
     with pytest.raises(ExportError, match=r"a\[1\].jpg cannot be exported \(No such file"):
         export("a[1].jpg")
 
 
 def test_images_that_were_there_say_nothing_about_the_speed(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export()
     Path("out/shard-00000001.safetensors").unlink()
@@ -1439,7 +1445,9 @@ def test_images_that_were_there_say_nothing_about_the_speed(
     assert initial[0] == 11 - 4
 
 
-def test_the_command_says_what_it_waited_for_and_how_to_try_again(here: Path, run: Any) -> None:
+def test_the_command_says_what_it_waited_for_and_how_to_try_again(
+    export_dir: Path, run: Any
+) -> None:
     _, out, _ = run("p", "--out", "out", "--profile")
     assert re.search(r"waited for: read and decode \d+%, encode \d+%, copy back \d+%, write", out)
     assert "to try them again" not in out
@@ -1463,7 +1471,7 @@ BAD_USAGE = {
 
 @pytest.mark.parametrize("fault", BAD_USAGE)
 def test_bad_usage_ends_with_2_before_the_model_is_loaded(
-    here: Path, run: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, run: Any, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_model(*_: Any, **__: Any) -> None:
         raise AssertionError("refused only after the model was loaded")
@@ -1494,31 +1502,31 @@ def test_a_gpu_computes_in_the_type_that_is_stored(
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> export_trials.Exports:
-    return export_trials.Exports(tmp_path_factory.mktemp("exports"), 300)
+def exports(tmp_path_factory: pytest.TempPathFactory) -> export_stress.Exports:
+    return export_stress.Exports(tmp_path_factory.mktemp("exports"), 300)
 
 
-def test_kills_lose_and_double_nothing(exports: export_trials.Exports) -> None:
-    assert export_trials.kills(exports, kills=4)["kills"] == 4
+def test_kills_lose_and_double_nothing(exports: export_stress.Exports) -> None:
+    assert export_stress.kills(exports, kills=4)["kills"] == 4
 
 
-def test_interrupts_end_with_130_and_leave_what_is_whole(exports: export_trials.Exports) -> None:
-    assert export_trials.interrupts(exports, times=2)["longest_wait_s"] < 5
+def test_interrupts_end_with_130_and_leave_what_is_whole(exports: export_stress.Exports) -> None:
+    assert export_stress.interrupts(exports, times=2)["longest_wait_s"] < 5
 
 
-@pytest.mark.skipif(not export_trials.may_mount(), reason="needs the right to mount")
+@pytest.mark.skipif(not export_stress.may_mount(), reason="needs the right to mount")
 def test_a_full_disk_stops_with_2_and_the_rest_follows_when_there_is_room(
-    exports: export_trials.Exports,
+    exports: export_stress.Exports,
 ) -> None:
-    export_trials.full_disks(exports, disks=1)
+    export_stress.full_disks(exports, disks=1)
 
 
 def test_memory_and_open_files_stay_flat(tmp_path: Path) -> None:
-    export_trials.flat_memory(tmp_path, images=1_500, first=500)
+    export_stress.flat_memory(tmp_path, images=1_500, first=500)
 
 
 def test_a_disk_that_fills_up_is_an_error_and_whole_shards_stay(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a disk of its own: the third write of a shard is refused."""
     export(out="whole")

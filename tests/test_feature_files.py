@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reading_trials import Folder, many_shards
+from reading_stress import Folder, many_shards
 from safetensors.torch import load_file, save_file
 from test_features import METADATA, ODD_IDS, features_of
 

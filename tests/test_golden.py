@@ -270,7 +270,7 @@ def test_our_tower_agrees_with_every_golden_from_uint8_pixels(name: str) -> None
 
 def other_segments(lengths: list[int]) -> Segments:
     """Segments of other lengths over the same rows, for the interpreter."""
-    tiling = attention.tiling(torch.device("cpu"), torch.float32, "frame")
+    tiling = attention.tiling(torch.device("cpu"), torch.float32, "full")
     return layout._segments(torch.tensor(lengths, dtype=torch.int32).numpy(), tiling)
 
 

@@ -21,12 +21,12 @@ from qwen_vit.checkpoint.load import expected_tensors, load_checkpoint
 from qwen_vit.config import VisionConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.graphs import (
-    LARGEST_BUDGET,
-    RECORDING_ROWS,
-    ROOM,
+    CAPTURE_COST_ROWS,
+    MAX_BUCKET,
+    TILE_HEADROOM,
     GraphRunner,
-    _with_room,
-    budget_for,
+    bucket_for,
+    pad_to_graph,
 )
 from qwen_vit.kernels.attention import tiling
 from qwen_vit.layout import Layout
@@ -38,26 +38,26 @@ CUDA = torch.device("cuda", 0)
 # Budgets
 
 
-@given(st.integers(1, LARGEST_BUDGET))
+@given(st.integers(1, MAX_BUCKET))
 def test_a_budget_covers_its_patches_with_little_to_spare(n: int) -> None:
-    budget = budget_for(n)
+    budget = bucket_for(n)
     assert budget is not None
-    assert n <= budget <= LARGEST_BUDGET
-    assert budget % 256 == 0  # whole merge units and filler windows
+    assert n <= budget <= MAX_BUCKET
+    assert budget % 256 == 0  # whole merge units and padding windows
     assert budget - n < 256 or (budget - n) / n <= 0.0625
-    assert budget_for(budget) == budget
+    assert bucket_for(budget) == budget
 
 
 def test_budgets_rise_and_are_few() -> None:
-    budgets = [budget_for(n) for n in range(1, LARGEST_BUDGET + 1)]
+    budgets = [bucket_for(n) for n in range(1, MAX_BUCKET + 1)]
     assert budgets == sorted(budgets, key=lambda budget: budget or 0)
-    assert len(set(budgets)) <= 16 + 3 * 16  # each costs a recording, and memory
-    assert budgets[-1] == LARGEST_BUDGET
+    assert len(set(budgets)) <= 16 + 3 * 16  # each costs a capture, and memory
+    assert budgets[-1] == MAX_BUCKET
 
 
-@pytest.mark.parametrize("n", [0, -4, LARGEST_BUDGET + 1, 10**9])
+@pytest.mark.parametrize("n", [0, -4, MAX_BUCKET + 1, 10**9])
 def test_no_budget_serves_nothing_or_too_much(n: int) -> None:
-    assert budget_for(n) is None
+    assert bucket_for(n) is None
 
 
 # The layout that a graph is given
@@ -74,8 +74,8 @@ def gpu_layout(grids: list[GridTuple], dtype: torch.dtype = torch.bfloat16) -> L
         as_grids(grids),
         config(),  # type: ignore[arg-type]
         window_tiling=tiling(CUDA, dtype, "window"),
-        frame_tiling=tiling(CUDA, dtype, "frame"),
-        n_rows=budget_for(n_patches(grids)),
+        full_tiling=tiling(CUDA, dtype, "full"),
+        n_rows=bucket_for(n_patches(grids)),
     )
 
 
@@ -93,7 +93,7 @@ MIXES: list[list[GridTuple]] = [
 def test_layouts_of_one_budget_have_one_shape_whatever_the_mix() -> None:
     shapes = set()
     for grids in MIXES:
-        static = _with_room(gpu_layout(grids))
+        static = pad_to_graph(gpu_layout(grids))
         if static is not None:
             assert static.n_rows == 1024
             shapes.add(tuple(tuple(tensor.shape) for tensor in static.tensors()))
@@ -103,12 +103,14 @@ def test_layouts_of_one_budget_have_one_shape_whatever_the_mix() -> None:
 @pytest.mark.parametrize("grids", MIXES, ids=str)
 def test_room_is_added_after_what_is_there_and_holds_nothing(grids: list[GridTuple]) -> None:
     layout = gpu_layout(grids)
-    static = _with_room(layout)
+    static = pad_to_graph(layout)
     if static is None:
         tiles = (len(layout.windows.tiles), len(layout.frames.tiles))
         print(tiles)
-        rows = layout.window_tiling.rows, layout.frame_tiling.rows
-        assert tiles[0] > ROOM * 1024 // rows[0] or tiles[1] > ROOM * 1024 // rows[1]
+        rows = layout.window_tiling.rows, layout.full_tiling.rows
+        assert (
+            tiles[0] > TILE_HEADROOM * 1024 // rows[0] or tiles[1] > TILE_HEADROOM * 1024 // rows[1]
+        )
         return
     for before, after in (
         (layout.windows.tiles, static.windows.tiles),
@@ -129,25 +131,25 @@ def test_images_of_a_common_size_fit_their_graph(dtype: torch.dtype) -> None:
     for _ in range(200):
         sizes = [[2 * generator.randint(8, 48) for _ in range(2)] for _ in range(4)]
         grids = [(1, h, w) for h, w in sizes[: generator.randint(1, 4)]]
-        if budget_for(n_patches(grids)) is not None:
-            assert _with_room(gpu_layout(grids, dtype)) is not None, grids
+        if bucket_for(n_patches(grids)) is not None:
+            assert pad_to_graph(gpu_layout(grids, dtype)) is not None, grids
 
 
 def test_a_mix_of_crumbs_does_not_fit_a_graph() -> None:
     crumbs = [(1, 2, 2)] * 256  # 256 windows where 1,024 rows have room for 32
-    assert budget_for(1024) == 1024
-    assert _with_room(gpu_layout(crumbs)) is None
+    assert bucket_for(1024) == 1024
+    assert pad_to_graph(gpu_layout(crumbs)) is None
 
 
 def test_a_position_beyond_the_angle_table_does_not_fit_a_graph() -> None:
     """The table would be made anew and larger, and the graph would read the old one."""
-    assert _with_room(gpu_layout([(1, 4, ROTARY_POSITIONS)])) is not None
-    assert _with_room(gpu_layout([(1, 4, ROTARY_POSITIONS + 2)])) is None
+    assert pad_to_graph(gpu_layout([(1, 4, ROTARY_POSITIONS)])) is not None
+    assert pad_to_graph(gpu_layout([(1, 4, ROTARY_POSITIONS + 2)])) is None
 
 
 def test_a_static_layout_comes_back_whole_from_one_buffer() -> None:
     """What the graph reads is a view of the one buffer that each call fills."""
-    first, second = (_with_room(gpu_layout(grids)) for grids in ([(1, 32, 32)], [(1, 30, 34)]))
+    first, second = (pad_to_graph(gpu_layout(grids)) for grids in ([(1, 32, 32)], [(1, 30, 34)]))
     assert first is not None
     assert second is not None
     buffer = first.flat()
@@ -157,11 +159,11 @@ def test_a_static_layout_comes_back_whole_from_one_buffer() -> None:
         assert torch.equal(seen, expected), place
 
 
-# A recording that fails
+# A capture that fails
 
 
 class Faulty:
-    """A tower that fails while it is recorded, or before."""
+    """A tower that fails while it is captured, or before."""
 
     def __init__(self, tower: Any, error: BaseException, fails_at: int) -> None:
         self.tower, self.error, self.fails_at, self.calls = tower, error, fails_at, 0
@@ -210,9 +212,9 @@ def test_a_recording_that_runs_out_of_memory_costs_the_graph_alone(no_gpu: list[
         answer = runner.run(pixels, layout)
         assert answer is not None
         assert torch.equal(answer, pixels[:64, :3].float())
-        assert list(runner._recorded) == ([(256, torch.uint8)] if is_recorded else [])
-    recording = ["wait_event", "capture_begin", "capture_end", "wait_stream"]
-    assert no_gpu == [*recording, "empty_cache", "record", *recording, "record"]
+        assert list(runner._captured) == ([(256, torch.uint8)] if is_recorded else [])
+    capture = ["wait_event", "capture_begin", "capture_end", "wait_stream"]
+    assert no_gpu == [*capture, "empty_cache", "record", *capture, "record"]
 
 
 def test_a_larger_graph_serves_until_its_spare_rows_cost_a_recording(no_gpu: list[str]) -> None:
@@ -220,22 +222,22 @@ def test_a_larger_graph_serves_until_its_spare_rows_cost_a_recording(no_gpu: lis
     each took as long as four full batches of small images."""
     runner = GraphRunner(answer_of, torch.device("cpu"))  # type: ignore[arg-type]
 
-    def rows_for(n: int, dtype: torch.dtype = torch.uint8) -> int | None:
-        return runner.rows_for(torch.zeros(n, 588, dtype=dtype))
+    def graph_bucket(n: int, dtype: torch.dtype = torch.uint8) -> int | None:
+        return runner.graph_bucket(torch.zeros(n, 588, dtype=dtype))
 
-    assert rows_for(900) == 1024  # nothing is there
-    runner._recorded = {(rows, torch.uint8): Mock() for rows in (1024, 4096, 32_768)}
-    assert rows_for(900) == rows_for(1024) == 1024
-    assert rows_for(700) == 1024  # 256 rows too many
-    assert rows_for(1200) == 4096
-    assert rows_for(4100) == 4352  # 28,416 rows too many, at once
-    assert rows_for(40_000) is None
-    assert rows_for(900, torch.float32) == 1024  # of its own type, nothing is there
+    assert graph_bucket(900) == 1024  # nothing is there
+    runner._captured = {(rows, torch.uint8): Mock() for rows in (1024, 4096, 32_768)}
+    assert graph_bucket(900) == graph_bucket(1024) == 1024
+    assert graph_bucket(700) == 1024  # 256 rows too many
+    assert graph_bucket(1200) == 4096
+    assert graph_bucket(4100) == 4352  # 28,416 rows too many, at once
+    assert graph_bucket(40_000) is None
+    assert graph_bucket(900, torch.float32) == 1024  # of its own type, nothing is there
     times = 0
-    while rows_for(2000) == 4096:
+    while graph_bucket(2000) == 4096:
         times += 1
-    assert times == RECORDING_ROWS // (4096 - 2048)
-    assert rows_for(2000) == 2048  # and it stays so
+    assert times == CAPTURE_COST_ROWS // (4096 - 2048)
+    assert graph_bucket(2000) == 2048  # and it stays so
 
 
 def test_a_graph_made_in_inference_mode_serves_everybody(no_gpu: list[str]) -> None:
@@ -258,7 +260,7 @@ def test_a_graph_made_in_inference_mode_serves_everybody(no_gpu: list[str]) -> N
         (KeyboardInterrupt(), 1, []),
         (KeyboardInterrupt(), 2, ["capture_begin", "capture_end"]),
     ],
-    ids=["memory", "interrupt", "interrupt while recording"],
+    ids=["memory", "interrupt", "interrupt while capture"],
 )
 def test_whatever_stops_a_recording_its_end_is_waited_for(
     no_gpu: list[str], error: BaseException, fails_at: int, did: list[str]
@@ -269,7 +271,7 @@ def test_whatever_stops_a_recording_its_end_is_waited_for(
     with pytest.raises(type(error)):
         runner.run(pixels, layout)
     assert no_gpu == ["wait_event", *did, "wait_stream", "record"]
-    assert not runner._recorded
+    assert not runner._captured
     assert runner.run(pixels, layout) is not None
 
 
@@ -306,7 +308,7 @@ def test_a_graph_gives_the_bits_of_its_kernels_for_every_mix() -> None:
         assert torch.equal(ours, forward(eager, pixels, grids)), grids
         assert ours.isfinite().all()
     assert by_graph.graphs is not None
-    assert by_graph.graphs._recorded  # graphs were used
+    assert by_graph.graphs._captured  # graphs were used
 
 
 @gpu
@@ -319,7 +321,7 @@ def test_graphs_serve_float32() -> None:
         pixels = random_pixels(n_patches(grids), round_number)
         assert torch.equal(forward(by_graph, pixels, grids), forward(eager, pixels, grids)), grids
     assert by_graph.graphs is not None
-    assert by_graph.graphs._recorded
+    assert by_graph.graphs._captured
 
 
 @gpu
@@ -378,10 +380,10 @@ def test_a_mix_that_fits_no_graph_runs_without_one() -> None:
     pixels = random_pixels(1024, 2)
     runner = GraphRunner(by_graph.tower, by_graph.device)
     layout = plan_layout(
-        as_grids(crumbs), by_graph.config, by_graph.device, by_graph.dtype, budget_for(1024)
+        as_grids(crumbs), by_graph.config, by_graph.device, by_graph.dtype, bucket_for(1024)
     )
     assert runner.run(pixels.pin_memory(), layout) is None
-    assert not runner._recorded
+    assert not runner._captured
     assert torch.equal(forward(by_graph, pixels, crumbs), forward(eager, pixels, crumbs))
 
 
@@ -423,7 +425,7 @@ def test_graphs_serve_rows_that_another_processor_prepared() -> None:
         assert torch.equal(ours, eager.encode_patches(rows, grid_thw)), grids
         assert torch.equal(ours, by_graph.encode_patches(rows.cuda(), grid_thw)), grids
     assert by_graph.graphs is not None
-    assert torch.float32 in {dtype for _, dtype in by_graph.graphs._recorded}
+    assert torch.float32 in {dtype for _, dtype in by_graph.graphs._captured}
 
 
 @gpu
@@ -458,14 +460,14 @@ def test_after_a_recording_without_memory_the_next_one_succeeds() -> None:
     pixels = random_pixels(n_patches(grids), 6)
     expected = forward(eager, pixels, grids)
     layout = plan_layout(
-        as_grids(grids), by_graph.config, by_graph.device, by_graph.dtype, budget_for(1024)
+        as_grids(grids), by_graph.config, by_graph.device, by_graph.dtype, bucket_for(1024)
     )
     runner = GraphRunner(Faulty(by_graph.tower, OUT_OF_MEMORY, 2), CUDA)  # type: ignore[arg-type]
     for n_recorded in (0, 1, 1):
         answer = runner.run(pixels.pin_memory(), layout)
         assert answer is not None
         assert torch.equal(answer, expected)
-        assert len(runner._recorded) == n_recorded
+        assert len(runner._captured) == n_recorded
 
 
 @gpu
@@ -485,10 +487,10 @@ def test_the_first_answer_of_every_recording_is_right() -> None:
     grids: list[GridTuple] = [(1, 96, 96)]
     pixels = random_pixels(n_patches(grids), 0).to(CUDA)
     layout = layout_for(grids, config, CUDA, torch.bfloat16)
-    on_host = plan_layout(as_grids(grids), config, CUDA, torch.bfloat16, budget_for(len(pixels)))
+    on_host = plan_layout(as_grids(grids), config, CUDA, torch.bfloat16, bucket_for(len(pixels)))
     with torch.no_grad():
         expected = tower(pixels, layout)
-    kept = []  # so that each recording finds memory that another one has used
+    kept = []  # so that each capture finds memory that another one has used
     for _ in range(4):
         runner = GraphRunner(tower, CUDA)
         answers = [runner.run(pixels, on_host) for _ in range(2)]

@@ -1101,13 +1101,13 @@ def test_a_link_that_another_process_makes_anew_is_waited_for(
     repository = Repository("org/tiny", COMMIT, None, tmp_path / "cache", False)
     gone = FileNotFoundError(2, "No such file or directory")
     answers[:] = [gone, gone, None]
-    assert repository._fetch("config.json", COMMIT) == tmp_path / "config.json"
+    assert repository._request_file("config.json", COMMIT) == tmp_path / "config.json"
     assert (repository.fetched_bytes, answers) == (2, [])
     answers[:] = [gone] * 5
     with pytest.raises(FileNotFoundError):
-        repository._fetch("config.json", COMMIT)
+        repository._request_file("config.json", COMMIT)
     assert answers == []
     answers[:] = [LocalEntryNotFoundError("not in the cache"), None]
     with pytest.raises(LocalEntryNotFoundError):  # an answer is not asked for again
-        repository._fetch("config.json", COMMIT)
+        repository._request_file("config.json", COMMIT)
     assert answers == [None]

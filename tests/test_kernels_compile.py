@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import triton
-from sm90 import (
+from hopper_compile import (
     REGISTERS,
     Compiled,
     compile_for_hopper,
@@ -22,17 +22,17 @@ HEADS = 16
 HEAD_DIMS = (64, 72, 80, 96, 128)
 TYPES = {16: "bf16", 32: "fp32"}
 # Who runs what: the tower permutes Q and K and reads axial tables; the public function does not.
-WINDOW = {"regime": "window", "adjacent": True, "axial": True}
-FRAME = {"regime": "frame", "adjacent": True, "axial": True}
-PUBLIC = {"regime": "frame", "adjacent": False, "axial": False}
-USES = {"window": WINDOW, "frame": FRAME, "public": PUBLIC}
+WINDOW = {"kind": "window", "adjacent": True, "axial": True}
+FRAME = {"kind": "full", "adjacent": True, "axial": True}
+PUBLIC = {"kind": "full", "adjacent": False, "axial": False}
+USES = {"window": WINDOW, "full": FRAME, "public": PUBLIC}
 SHARED_MEMORY = 232_448  # bytes that one program may take on Hopper
 
 
 @cache
 def compile_attention(head_dim: int, bits: int, use_name: str) -> Compiled:
     use = USES[use_name]
-    tiles = attention.TILES[use["regime"], bits]
+    tiles = attention.TILES[use["kind"], bits]
     d_main = 1 << (head_dim.bit_length() - 1)
     tail = head_dim - d_main
     pointers = dict.fromkeys(("qkv", "k_rotated", "out"), f"*{TYPES[bits]}")
@@ -43,8 +43,8 @@ def compile_attention(head_dim: int, bits: int, use_name: str) -> Compiled:
         "D": head_dim,
         "D0": d_main,
         "D1": max(16, triton.next_power_of_2(tail)) if tail else 0,
-        "K_ROTATED": use["regime"] == "frame",
-        "ONE_KEY_TILE": use["regime"] == "window",
+        "K_ROTATED": use["kind"] == "full",
+        "ONE_KEY_TILE": use["kind"] == "window",
         "AXIAL": use["axial"],
         "ADJACENT": use["adjacent"],
         "MASK_SEGMENTS": False,
@@ -61,12 +61,12 @@ def compile_attention(head_dim: int, bits: int, use_name: str) -> Compiled:
     )
 
 
-# Bytes that a program may spill. 128 query rows on 4 warps fill every register of the frame regime
+# Bytes that a program may spill. 128 query rows on 4 warps fill every register of the frame kind
 # and spill parts of Q, outside the key loop: 8 to 15 % faster all the same (tools/NOTES.md).
-ATTENTION_SPILLS = {"window": 0, "frame": 128}
+ATTENTION_SPILLS = {"window": 0, "full": 128}
 
 # Programs of head dim 80 that share a multiprocessor, which each row was chosen for.
-ATTENTION_PROGRAMS = {("window", 16): 5, ("window", 32): 1, ("frame", 16): 2, ("frame", 32): 2}
+ATTENTION_PROGRAMS = {("window", 16): 5, ("window", 32): 1, ("full", 16): 2, ("full", 32): 2}
 
 # float32 has no matrix instruction to go wrong, and takes the compiler seconds per case
 ATTENTION_CASES = [(head_dim, 16) for head_dim in HEAD_DIMS] + [(80, 32)]
@@ -80,18 +80,18 @@ def test_attention_compiles_to_sound_code(head_dim: int, bits: int, use: str) ->
     assert compiled.corrupt_descriptors == 0
     assert compiled.shared_bytes <= SHARED_MEMORY
     if head_dim == 80:
-        row = USES[use]["regime"], bits
+        row = USES[use]["kind"], bits
         programs = compiled.programs_that_fit(attention.TILES[row].num_warps)
         assert programs >= ATTENTION_PROGRAMS[row]
     if bits == 16 and head_dim <= 80:  # the tiles were chosen for 80, which published towers have
         assert not compiled.serialised_wgmma
-        assert compiled.spill_bytes <= ATTENTION_SPILLS[USES[use]["regime"]]
+        assert compiled.spill_bytes <= ATTENTION_SPILLS[USES[use]["kind"]]
 
 
 @pytest.mark.parametrize("use", USES)
 def test_attention_in_bf16_spends_no_multiplication_on_padding(use: str) -> None:
     """Head dim 80 is cut into 64 + 16, so P V has products 64 and 16 wide, and none 128 wide."""
-    tiles = attention.TILES[USES[use]["regime"], 16]
+    tiles = attention.TILES[USES[use]["kind"], 16]
     expected = {f"m64n{n}k16" for n in (tiles.k_rows, 64, 16)}
     assert compile_attention(80, 16, use).wgmma_shapes == expected
 
@@ -218,7 +218,7 @@ HOPPER_CASES = sorted(
 
 @pytest.mark.parametrize(("kind", "tile"), HOPPER_CASES)
 def test_a_specialised_product_compiles_to_sound_code(
-    kind: tuple[str, bool], tile: linear_hopper.Tile
+    kind: tuple[str, bool], tile: linear_hopper.HopperGemmTile
 ) -> None:
     (epilogue, _), (K, chunks) = kind, HOPPER_PRODUCTS[kind]
     rows = tile.rows // tile.num_groups
@@ -248,7 +248,7 @@ def test_a_specialised_product_compiles_to_sound_code(
         "FIRST": linear_hopper.FIRST_STEPS,
     }
     compiled = compile_for_hopper(
-        linear_hopper._product, signature, constants, num_warps=4, launch_pdl=True
+        linear_hopper._hopper_gemm, signature, constants, num_warps=4, launch_pdl=True
     )
     print(compiled)
     assert (compiled.corrupt_descriptors, compiled.spill_bytes) == (0, 0)
@@ -262,7 +262,7 @@ def test_a_specialised_product_compiles_to_sound_code(
 
 def test_both_kernels_of_a_regime_take_the_same_plan() -> None:
     """The layout cuts query tiles before it is known which of the two will run."""
-    assert attention.TILES["frame", 16].q_rows == attention_hopper.Q_ROWS
+    assert attention.TILES["full", 16].q_rows == attention_hopper.Q_ROWS
     assert attention.TILES["window", 16].q_rows == attention_hopper.W_ROWS
 
 
@@ -303,7 +303,7 @@ def test_the_specialised_attention_compiles_to_sound_code() -> None:
     }
     constants = {"H": HEADS, "D": 80, "D0": kernel.MAIN, "D1": kernel.TAIL, "BN": kernel.K_ROWS}
     constants |= {"STAGES": kernel.NUM_STAGES, "ROWS": kernel.Q_ROWS // 2}
-    compiled = compile_for_hopper(kernel._frame_attention, signature, constants, num_warps=4)
+    compiled = compile_for_hopper(kernel._full_attention, signature, constants, num_warps=4)
     print(compiled)
     assert (compiled.corrupt_descriptors, compiled.spill_bytes) == (0, 0)
     assert (compiled.unfenced_reads, compiled.barriers_left, compiled.barrier_arrays) == (0, 0, 5)
@@ -340,7 +340,7 @@ def test_every_row_of_every_table_is_compiled() -> None:
     on_hopper = {(kind, tile) for kind, rows in linear_hopper.TILES.items() for _, tile in rows}
     assert on_hopper == set(HOPPER_CASES)
     assert set(linear_hopper.TILES) == set(HOPPER_PRODUCTS)
-    compiled = {(USES[use]["regime"], bits) for use in USES for _, bits in ATTENTION_CASES}
+    compiled = {(USES[use]["kind"], bits) for use in USES for _, bits in ATTENTION_CASES}
     assert compiled == set(attention.TILES) == set(ATTENTION_PROGRAMS)
 
 
@@ -448,11 +448,11 @@ def test_a_corrupt_descriptor_is_found_and_sound_ones_are_not() -> None:
     ("kernel", "counts"),
     [
         (attention._rotate_keys, {"n_rows"}),
-        (attention_hopper._frame_attention, {"n_tiles"}),
+        (attention_hopper._full_attention, {"n_tiles"}),
         (attention_hopper._window_attention, set()),
         (linear._gemm, {"M"}),
         (linear._row_squares, {"n_rows"}),
-        (linear_hopper._product, {"M", "n_row_tiles"}),
+        (linear_hopper._hopper_gemm, {"M", "n_row_tiles"}),
         (pixels._gather_pixels, {"n_rows"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

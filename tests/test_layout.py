@@ -20,7 +20,7 @@ from transformers.vision_utils import (
 from qwen_vit import layout as layout_module
 from qwen_vit.config import Grid
 from qwen_vit.errors import ImageError
-from qwen_vit.layout import FILLER_ROWS, Layout, Segments, Tiling, tile_table
+from qwen_vit.layout import PADDING_ROWS, Layout, Segments, SegmentTiling, tile_table
 
 GridTuple = tuple[int, int, int]
 
@@ -80,7 +80,7 @@ def assert_undoes_itself(layout: Layout, grids: Sequence[GridTuple], merge: int 
     assert torch.equal(frame_of_row[layout.raster_order.long()], frame_of_row)
 
 
-def assert_tiles_cover(segments: Segments, tiling: Tiling, n_rows: int) -> None:
+def assert_tiles_cover(segments: Segments, tiling: SegmentTiling, n_rows: int) -> None:
     """Every row once; a tile is a part of one segment, or whole segments where it may pack."""
     cu = segments.cu_seqlens.numpy()
     q_start, q_end, k_start, k_end = segments.tiles.numpy().T
@@ -133,8 +133,8 @@ def test_a_layout_equals_transformers_on_random_grids(
     merged: list[GridTuple], window_px: int, rows: int, packs: bool
 ) -> None:
     config, grids = replace(SMALL, window_px=window_px), in_patches(merged)
-    tiling = Tiling(rows, packs)
-    layout = Layout.from_grids(as_grids(grids), config, window_tiling=tiling, frame_tiling=tiling)
+    tiling = SegmentTiling(rows, packs)
+    layout = Layout.from_grids(as_grids(grids), config, window_tiling=tiling, full_tiling=tiling)
     assert layout.n_rows == layout.n_patches == n_patches(grids)
     assert layout.n_positions == max(max(h, w) for _, h, w in grids)
     assert_equals_transformers(layout, grids, window_px)
@@ -177,19 +177,19 @@ def test_a_batch_is_its_images_one_after_the_other() -> None:
 
 
 @pytest.mark.parametrize("packs", [False, True])
-@pytest.mark.parametrize("filler", [0, 4, 60, 64, 68, 1000])
-def test_filler_rows_attend_among_themselves_and_change_no_index(filler: int, packs: bool) -> None:
+@pytest.mark.parametrize("padding", [0, 4, 60, 64, 68, 1000])
+def test_filler_rows_attend_among_themselves_and_change_no_index(padding: int, packs: bool) -> None:
     grids = as_grids(in_patches([(1, 5, 9), (3, 2, 3)]))
-    n, tiling = n_patches(grids), Tiling(64, packs)
-    tilings = {"window_tiling": tiling, "frame_tiling": tiling}
+    n, tiling = n_patches(grids), SegmentTiling(64, packs)
+    tilings = {"window_tiling": tiling, "full_tiling": tiling}
     plain = Layout.from_grids(grids, SMALL, **tilings)
-    filled = Layout.from_grids(grids, SMALL, n_rows=n + filler, **tilings)
-    assert (filled.n_patches, filled.n_rows) == (n, n + filler)
+    filled = Layout.from_grids(grids, SMALL, n_rows=n + padding, **tilings)
+    assert (filled.n_patches, filled.n_rows) == (n, n + padding)
     for name in ("grid_index", "positions"):
         assert torch.equal(getattr(filled, name)[:n], getattr(plain, name))
-        assert len(getattr(filled, name)) == n + filler
+        assert len(getattr(filled, name)) == n + padding
     assert filled.grid_index.min() >= 0
-    assert filled.grid_index.max() < n  # a filler row computes on a patch that is there
+    assert filled.grid_index.max() < n  # a padding row computes on a patch that is there
     for name in ("merged_order", "raster_order"):
         assert torch.equal(getattr(filled, name), getattr(plain, name))
     for name in ("windows", "frames"):
@@ -198,8 +198,8 @@ def test_filler_rows_attend_among_themselves_and_change_no_index(filler: int, pa
         assert torch.equal(cu[: len(before.cu_seqlens)], before.cu_seqlens)
         own = cu[len(before.cu_seqlens) - 1 :]  # starts where the last patch ends
         assert own[0] == n
-        assert (own.diff() <= FILLER_ROWS).all()
-        assert_tiles_cover(segments, tiling, n + filler)
+        assert (own.diff() <= PADDING_ROWS).all()
+        assert_tiles_cover(segments, tiling, n + padding)
 
 
 def test_no_images_make_an_empty_layout() -> None:
@@ -211,7 +211,9 @@ def test_no_images_make_an_empty_layout() -> None:
 
 
 def test_a_layout_moved_to_a_device_is_the_same() -> None:
-    layout = Layout.from_grids([Grid(2, 6, 10)], SMALL, window_tiling=Tiling(64, True), n_rows=200)
+    layout = Layout.from_grids(
+        [Grid(2, 6, 10)], SMALL, window_tiling=SegmentTiling(64, True), n_rows=200
+    )
     moved = layout.to(torch.device("cpu"))
     for name in Layout.__slots__:
         old, new = getattr(layout, name), getattr(moved, name)
@@ -231,7 +233,7 @@ def assert_same_tensor(old: Tensor, new: Tensor) -> None:
 
 def test_tiles_of_one_segment_share_its_keys() -> None:
     lengths = np.array([100, 40, 300], np.int32)
-    table = tile_table(lengths, Tiling(rows=128, packs=False)).tolist()
+    table = tile_table(lengths, SegmentTiling(rows=128, packs=False)).tolist()
     assert table == [
         [140, 268, 140, 440],
         [268, 396, 140, 440],
@@ -243,7 +245,7 @@ def test_tiles_of_one_segment_share_its_keys() -> None:
 
 def test_packed_tiles_hold_whole_segments() -> None:
     lengths = np.array([100, 28, 1, 300, 5, 5], np.int32)
-    table = tile_table(lengths, Tiling(rows=128, packs=True)).tolist()
+    table = tile_table(lengths, SegmentTiling(rows=128, packs=True)).tolist()
     assert table == [
         [0, 128, 0, 128],
         [128, 129, 128, 129],

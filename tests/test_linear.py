@@ -19,11 +19,11 @@ from qwen_vit.checkpoint.convert import PIXEL_ZERO
 from qwen_vit.kernels import linear as kernels
 from qwen_vit.kernels import linear_hopper
 from qwen_vit.kernels.linear import (
+    ResidualStream,
     linear,
-    linear_added,
+    linear_residual,
     normed_linear,
     rms_norm,
-    with_squares,
 )
 from qwen_vit.kernels.pixels import gather_pixels
 
@@ -113,7 +113,7 @@ def test_the_gelu_is_the_exact_one() -> None:
 def test_a_product_of_a_normed_stream_on_the_cpu_equals_float64(M: int, epilogue: str) -> None:
     x, weight, bias = random_case(M, 96, 40, epilogue)
     x = x * 10.0 ** torch.linspace(-3, 3, M)[:, None]  # where eps decides, to large activations
-    ours = normed_linear(with_squares(x), weight, bias, eps=EPS, epilogue=epilogue)
+    ours = normed_linear(ResidualStream.from_values(x), weight, bias, eps=EPS, epilogue=epilogue)
     assert ours.shape == (M, 40)
     assert relative_error(ours, normed_oracle(x, weight, bias, epilogue=epilogue)) < 2e-6
 
@@ -121,7 +121,7 @@ def test_a_product_of_a_normed_stream_on_the_cpu_equals_float64(M: int, epilogue
 def test_a_product_added_to_a_stream_on_the_cpu_leaves_its_sums_of_squares() -> None:
     x, weight, bias = random_case(9, 96, 40)
     before = torch.randn(9, 40, generator=torch.Generator().manual_seed(1))
-    stream = linear_added(with_squares(before), x, weight, bias)
+    stream = linear_residual(ResidualStream.from_values(before), x, weight, bias)
     assert relative_error(stream.values, before.double() + linear_oracle(x, weight, bias)) < 2e-6
     assert relative_error(stream.squares.sum(0), stream.values.double().square().sum(1)) < 1e-6
 
@@ -132,10 +132,15 @@ def test_no_rows_give_no_rows() -> None:
         assert linear(x, weight, bias, epilogue=epilogue).shape == (0, 40)
     for epilogue in ("plain", "swiglu"):
         x, weight, bias = random_case(0, 96, 40, epilogue)
-        stream = with_squares(x)
+        stream = ResidualStream.from_values(x)
         assert normed_linear(stream, weight, bias, eps=EPS, epilogue=epilogue).shape == (0, 40)
     x, weight, bias = random_case(0, 96, 40)
-    assert linear_added(with_squares(torch.zeros(0, 40)), x, weight, bias).values.shape == (0, 40)
+    assert linear_residual(
+        ResidualStream.from_values(torch.zeros(0, 40)), x, weight, bias
+    ).values.shape == (
+        0,
+        40,
+    )
 
 
 def norm_case(dtype: torch.dtype, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
@@ -334,7 +339,7 @@ PUBLISHED_PRODUCTS = {
 ROW_COUNTS = (1, 4, 63, 65, 129, 191, 193, 768, 1535, 1537, 3073, 5000, 6145)
 
 
-class Product:
+class GemmCase:
     """One of the tower's products on a GPU, on rows of one random input."""
 
     def __init__(
@@ -348,16 +353,16 @@ class Product:
     def run(self, rows: slice = slice(None)) -> Tensor:
         x = self.x[rows].clone()
         if self.epilogue == "residual":
-            stream = linear_added(
-                with_squares(self.before[rows].clone()), x, self.weight, self.bias
+            stream = linear_residual(
+                ResidualStream.from_values(self.before[rows].clone()), x, self.weight, self.bias
             )
             sums = stream.values.double().square().sum(1)
             assert relative_error(stream.squares.double().sum(0), sums) < 1e-6
             return torch.cat([stream.values, stream.squares.T.to(x.dtype)], dim=1)
         if self.epilogue in ("normed", "swiglu"):
             kind = "plain" if self.epilogue == "normed" else "swiglu"
-            # with_squares sums a row alone: the tower's own sums come from "residual"
-            stream = with_squares(x)
+            # ResidualStream.from_values sums a row alone: the tower's own sums come from "residual"
+            stream = ResidualStream.from_values(x)
             return normed_linear(stream, self.weight, self.bias, eps=EPS, epilogue=kind)
         return linear(x, self.weight, self.bias, epilogue=self.epilogue)
 
@@ -374,8 +379,8 @@ class Product:
         return relative_error(self.run()[:, : oracle.shape[1]], oracle)
 
 
-def published(name: str, M: int, dtype: torch.dtype) -> Product:
-    return Product(*PUBLISHED_PRODUCTS[name], M, dtype)
+def published(name: str, M: int, dtype: torch.dtype) -> GemmCase:
+    return GemmCase(*PUBLISHED_PRODUCTS[name], M, dtype)
 
 
 @gpu
@@ -392,7 +397,7 @@ def test_a_product_on_a_gpu_equals_float64(name: str, M: int, dtype: torch.dtype
 def test_a_small_product_on_a_gpu_equals_float64(K: int, N: int, epilogue: str) -> None:
     """Smaller than any tile, and edges in every direction."""
     for dtype in (torch.bfloat16, torch.float32):
-        assert Product(K, N, epilogue, 37, dtype).error() < BOUNDS[dtype]
+        assert GemmCase(K, N, epilogue, 37, dtype).error() < BOUNDS[dtype]
 
 
 @gpu
@@ -417,27 +422,27 @@ def test_all_tiles_agree_bit_for_bit(name: str, M: int, monkeypatch: pytest.Monk
     The sums of squares that leave a `residual` are by chunk, and the chunk is a kernel's own: there
     the two kernels are compared in their values, and each kernel's tiles in everything.
     """
-    product = published(name, M, torch.bfloat16)
-    N = product.before.shape[1]
+    case = published(name, M, torch.bfloat16)
+    N = case.before.shape[1]
     results = []
     for rows in linear_hopper.TILES.values():
         for _, tile in rows:
             stages = tile.num_stages * (tile.rows + tile.columns) * linear_hopper.BK * 2
-            stored = tile.rows * tile.columns * (1 if product.epilogue == "swiglu" else 2)
+            stored = tile.rows * tile.columns * (1 if case.epilogue == "swiglu" else 2)
             if stages + stored > SHARED_BYTES:
                 continue  # made for a result of half the width
-            if product.epilogue == "residual" and tile.columns < linear_hopper.SQUARES_COLUMNS:
+            if case.epilogue == "residual" and tile.columns < linear_hopper.SQUARES_COLUMNS:
                 continue  # narrower than what its sums of squares are kept by
             everywhere = dict.fromkeys(linear_hopper.TILES, ((0, tile),))
             monkeypatch.setattr(linear_hopper, "TILES", everywhere)
-            results.append(product.run())
+            results.append(case.run())
     for result in results:
         assert torch.equal(result, results[0])
     monkeypatch.setattr(kernels, "_is_for_hopper", lambda *_: False)
     tiles = {tile for rows in kernels.HOPPER_TILES.values() for _, tile in rows}
     for tile in [*tiles, kernels.FALLBACK_TILES[16]]:
         monkeypatch.setattr(kernels, "_gemm_tile", lambda *_, tile=tile: tile)
-        assert torch.equal(product.run()[:, :N], results[0][:, :N])
+        assert torch.equal(case.run()[:, :N], results[0][:, :N])
 
 
 @gpu
@@ -446,8 +451,8 @@ def test_all_tiles_agree_bit_for_bit(name: str, M: int, monkeypatch: pytest.Monk
 def test_a_row_on_a_gpu_has_the_same_bits_alone_and_in_any_batch(
     name: str, dtype: torch.dtype
 ) -> None:
-    product = published(name, 20_000 if dtype == torch.bfloat16 else 7000, dtype)
-    batch = product.run()
+    case = published(name, 20_000 if dtype == torch.bfloat16 else 7000, dtype)
+    batch = case.run()
     for start, count in (
         (0, 1),
         (6999, 1),
@@ -458,15 +463,15 @@ def test_a_row_on_a_gpu_has_the_same_bits_alone_and_in_any_batch(
         (0, 4096),
     ):
         rows = slice(start, start + count)
-        assert torch.equal(product.run(rows), batch[rows])
+        assert torch.equal(case.run(rows), batch[rows])
 
 
 @gpu
 def test_a_product_gives_the_same_bits_a_thousand_times() -> None:
     for name in ("qkv", "proj", "gate-up", "down"):
-        product = published(name, 2500, torch.bfloat16)
-        first = product.run()
-        assert all(torch.equal(product.run(), first) for _ in range(250))
+        case = published(name, 2500, torch.bfloat16)
+        first = case.run()
+        assert all(torch.equal(case.run(), first) for _ in range(250))
 
 
 @gpu

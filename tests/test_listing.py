@@ -530,9 +530,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> list[st
     return calls
 
 
-def test_a_disk_with_a_bad_moment_is_asked_again(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transient_io_errors_are_retried(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch("a.jpg")
     calls = failing(monkeypatch, errno.ESTALE, 2)
     assert read_item(Item("a", "a.jpg"), LIMITS) == b"bytes of a.jpg"

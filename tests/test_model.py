@@ -125,7 +125,7 @@ def test_uint8_pixels_agree_with_transformers_at_every_stage() -> None:
 CONFIGS: dict[str, dict[str, Any]] = {
     "window56": {"window_px": 56, "intermediate_size": 13},
     "window84": {"window_px": 84, "hidden_size": 80, "num_heads": 1, "intermediate_size": 171},
-    "window168-is-frame-regime": {"window_px": 168, "hidden_size": 96, "num_heads": 4},
+    "window168-is-frame-kind": {"window_px": 168, "hidden_size": 96, "num_heads": 4},
     "window224": {"window_px": 224, "hidden_size": 48, "num_heads": 3, "intermediate_size": 129},
     "no-full-block": {"fullatt_block_indexes": (), "depth": 2},
     "all-full-blocks": {"fullatt_block_indexes": (0, 1), "depth": 2, "intermediate_size": 128},
@@ -189,11 +189,11 @@ def test_an_embedding_alone_is_as_near_as_rounding_to_the_one_in_a_batch() -> No
         assert error <= allowed
 
 
-@pytest.mark.parametrize("filler", [4, 260])
-def test_filler_rows_change_nothing(filler: int) -> None:
+@pytest.mark.parametrize("padding", [4, 260])
+def test_filler_rows_change_nothing(padding: int) -> None:
     rows = random_rows(n_patches(MIXED), 0)
     plain = tower_trace(tiny_tower(), rows, MIXED)
-    filled = tower_trace(tiny_tower(), rows, MIXED, n_rows=len(rows) + filler)
+    filled = tower_trace(tiny_tower(), rows, MIXED, n_rows=len(rows) + padding)
     for stage, before in plain.items():
         assert relative_error(filled[stage], before) < 1e-6
 
@@ -335,7 +335,7 @@ def test_fp32_on_a_gpu_agrees_with_transformers() -> None:
 def test_an_embedding_on_a_gpu_has_the_same_bits_in_any_company(
     dtype: torch.dtype, output: Any
 ) -> None:
-    """Alone, in any batch, in any order, with filler rows: 50 random batches of each kind."""
+    """Alone, in any batch, in any order, with padding rows: 50 random batches of each kind."""
     tower = tiny_on_gpu(dtype)
     sizes: list[GridTuple] = [(1, 2, 2), (1, 32, 32), (1, 46, 74), (1, 96, 96), (3, 6, 10)]
     sizes += [(1, 2, 60), (1, 58, 2), (1, 14, 22), (1, 8, 8), (1, 30, 18)]

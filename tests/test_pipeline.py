@@ -18,15 +18,22 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from export_trials import tiny_png
+from export_stress import tiny_png
+from fake_encoder import FakeEncoder
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from stand_in import StandIn
 from towers import gpu
 
 from qwen_vit import encoder as encoder_module
-from qwen_vit.common.prefetch import Behind, Clock, Job, pack, thread_count, work_ahead
+from qwen_vit.common.prefetch import (
+    BackgroundWriter,
+    Job,
+    StageTimer,
+    pack,
+    thread_count,
+    work_ahead,
+)
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.export import shards as shards_module
@@ -205,7 +212,7 @@ def test_a_number_of_threads_that_makes_no_sense_is_refused(wrong: Any) -> None:
 
 def test_such_a_number_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="decode_threads is 0"):
-        stand_in_export(tmp_path, StandIn(), 2, decode_threads=0)
+        stand_in_export(tmp_path, FakeEncoder(), 2, decode_threads=0)
     assert not (tmp_path / "out").exists()
 
 
@@ -240,12 +247,12 @@ def test_results_that_nobody_takes_do_not_keep_the_process(end: str, code: int) 
     assert (done.returncode, done.stdout) == (code, "9\n"), done.stderr
 
 
-# Behind
+# BackgroundWriter
 
 
 def test_jobs_behind_are_done_in_order_and_all_of_them() -> None:
     done: list[int] = []
-    with Behind(3) as writer:
+    with BackgroundWriter(3) as writer:
         futures = [writer.do(partial(done.append, number), 1) for number in range(100)]
     assert done == list(range(100))
     assert all(future.done() for future in futures)
@@ -262,7 +269,7 @@ def test_the_caller_waits_while_too_much_is_undone() -> None:
         with changing:
             undone -= 10
 
-    with Behind(50) as writer:
+    with BackgroundWriter(50) as writer:
         for _ in range(50):
             writer.do(job, 10)
             with changing:
@@ -278,7 +285,7 @@ def test_an_exception_behind_reaches_the_caller_and_nothing_is_begun_after_it() 
         raise OSError("disk full")
 
     def give() -> None:
-        with Behind(1000) as writer:
+        with BackgroundWriter(1000) as writer:
             writer.do(partial(done.append, 1))
             failing = writer.do(fail)
             later = writer.do(partial(done.append, 2))
@@ -296,7 +303,7 @@ def test_what_was_given_is_done_although_the_block_raises() -> None:
     done: list[int] = []
 
     def stop() -> None:
-        with Behind(10) as writer:
+        with BackgroundWriter(10) as writer:
             for number in range(5):
                 writer.do(partial(done.append, number))
             raise KeyboardInterrupt
@@ -307,7 +314,7 @@ def test_what_was_given_is_done_although_the_block_raises() -> None:
 
 
 def test_a_clock_counts_every_moment_once() -> None:
-    clock, begin = Clock("rest"), time.perf_counter()
+    clock, begin = StageTimer("rest"), time.perf_counter()
     with clock.stage("outer"):
         time.sleep(0.01)
         with clock.stage("inner"):
@@ -388,7 +395,7 @@ def test_the_next_shards_images_are_loaded_while_one_is_encoded(
             loaded.set()
         return real(data, name=name, **more)
 
-    class Waiting(StandIn):
+    class Waiting(FakeEncoder):
         def encode_iter(self, images: Any, **options: Any) -> Any:
             for features in super().encode_iter(images, **options):
                 assert loaded.wait(30)
@@ -402,7 +409,7 @@ def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that a kill costs the open shard at most; the next one's images are loaded meanwhile."""
-    real, whole = FeatureWriter.save, StandIn()
+    real, whole = FeatureWriter.save, FakeEncoder()
     loaded = threading.Event()
     encoded, load_image = [], shards_module.load_image
 
@@ -428,7 +435,7 @@ def test_a_disk_that_fails_stops_the_encoder_soon(
     def save(self: FeatureWriter, facts: Any) -> None:
         raise ExportError("the disk is gone")
 
-    whole = StandIn()
+    whole = FakeEncoder()
     monkeypatch.setattr(FeatureWriter, "save", save)
     with pytest.raises(ExportError, match="the disk is gone"):
         stand_in_export(tmp_path, whole, 50)
@@ -437,7 +444,7 @@ def test_a_disk_that_fails_stops_the_encoder_soon(
 
 
 def test_an_export_says_what_it_waited_for(tmp_path: Path) -> None:
-    class Slow(StandIn):
+    class Slow(FakeEncoder):
         def encode_iter(self, images: Any, **options: Any) -> Any:
             for features in super().encode_iter(images, **options):
                 time.sleep(0.02)
@@ -452,7 +459,7 @@ def test_an_export_says_what_it_waited_for(tmp_path: Path) -> None:
 
 def test_no_more_of_a_wait_is_the_gpus_than_was_waited() -> None:
     """The thread that writes waits for the GPU while nobody waits for it, too."""
-    clock, shard = Clock("rest"), Mock(waited_s=0.0)
+    clock, shard = StageTimer("rest"), Mock(waited_s=0.0)
     with clock.stage("write"):
         time.sleep(0.05)
     with shards_module._behind(shard, clock):
@@ -503,7 +510,9 @@ def test_behind_a_slow_disk_the_ring_has_room_for_one_more_image(sizes: list[int
     waiting = deque[int]()
     for size in (each * ALIGNED_BYTES for each in sizes):
         assert ring.take(size) is not None
-        while waiting and sum(waiting) + size > shards_module.BEHIND_BYTES:  # as `Behind` waits
+        while (
+            waiting and sum(waiting) + size > shards_module.BEHIND_BYTES
+        ):  # as `BackgroundWriter` waits
             waiting.popleft()
             ring.give_back()
         waiting.append(size)

@@ -19,7 +19,7 @@ from qwen_vit.checkpoint import convert as convert_module
 from qwen_vit.checkpoint.convert import convert
 from qwen_vit.checkpoint.hub import REPOSITORY, packaged_weights
 from qwen_vit.checkpoint.load import _LazyTensors, expected_tensors, find_tower
-from qwen_vit.checkpoint.weight_files import Elsewhere, StoredTensor
+from qwen_vit.checkpoint.weight_files import RemoteFiles, StoredTensor
 from qwen_vit.cli.info import licence_of
 from qwen_vit.common.safetensors_header import TensorInfo
 from qwen_vit.config import ImageConfig, VisionConfig
@@ -109,7 +109,7 @@ def test_the_names_map_one_to_one_onto_the_model(
     infos = {name: TensorInfo("BF16", shape, 0, 0) for name, shape in shapes.items()}
     document = {"model_type": "qwen2_5_vl", "vision_config": entry["vision"]}
     (tmp_path / "config.json").write_text(json.dumps(document))
-    tower = find_tower(tmp_path, Elsewhere(frozenset({"model.safetensors"}), lambda _: infos))
+    tower = find_tower(tmp_path, RemoteFiles(frozenset({"model.safetensors"}), lambda _: infos))
     assert tower.prefix == entry["prefix"]
     assert Counter(t.name for t in tower.stored()) == Counter(shapes.keys())
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from qwen_vit.checkpoint import ranges
 from qwen_vit.checkpoint.ranges import (
-    Opened,
     Piece,
+    RangeResponse,
     RangesRefusedError,
     TransferError,
     fetch,
@@ -36,11 +36,11 @@ class Source:
         self.lock = threading.Lock()
 
     @contextmanager
-    def open(self, name: str, start: int, end: int) -> Iterator[Opened]:
+    def open(self, name: str, start: int, end: int) -> Iterator[RangeResponse]:
         with self.lock:
             self.opened.append((name, start, end))
             stop = self.breaks.pop() if self.breaks else None
-        yield Opened(self._chunks(FILES[name][start:end], stop), len(FILES[name]))
+        yield RangeResponse(self._chunks(FILES[name][start:end], stop), len(FILES[name]))
 
     def _chunks(self, content: bytes, stop: int | None) -> Iterator[bytes]:
         for at in range(0, len(content), 100):
@@ -125,9 +125,9 @@ def test_a_source_that_ends_early_without_a_word_is_a_break() -> None:
     asked: list[int] = []
 
     @contextmanager
-    def short(name: str, start: int, end: int) -> Iterator[Opened]:
+    def short(name: str, start: int, end: int) -> Iterator[RangeResponse]:
         asked.append(start)
-        yield Opened([] if start else [b"x" * 4], 5_000)
+        yield RangeResponse([] if start else [b"x" * 4], 5_000)
 
     with pytest.raises(TransferError, match="closed 6 bytes early"):
         read(short, "a", 0, 10)
@@ -146,7 +146,7 @@ def test_a_file_that_ends_before_a_piece_does_is_refused(tmp_path: Path) -> None
 def test_the_first_refusal_stops_the_others(tmp_path: Path) -> None:
     class Refusing(Source):
         @contextmanager
-        def open(self, name: str, start: int, end: int) -> Iterator[Opened]:
+        def open(self, name: str, start: int, end: int) -> Iterator[RangeResponse]:
             if start == 2_000:
                 raise RangesRefusedError("no")
             with super().open(name, start, end) as opened:
@@ -165,7 +165,7 @@ def test_the_end_is_not_put_off_by_a_part_that_rests_before_its_next_attempt(
     has_failed = threading.Event()
 
     @contextmanager
-    def busy(name: str, start: int, end: int) -> Iterator[Opened]:
+    def busy(name: str, start: int, end: int) -> Iterator[RangeResponse]:
         if start == 0:
             has_failed.set()
             raise TransferError("HTTP 429", wait_s=300.0)
@@ -181,8 +181,8 @@ def test_the_end_is_not_put_off_by_a_part_that_rests_before_its_next_attempt(
 
 def test_more_bytes_than_asked_for_are_refused() -> None:
     @contextmanager
-    def generous(name: str, start: int, end: int) -> Iterator[Opened]:
-        yield Opened([b"x" * (end - start + 1)], 5_000)
+    def generous(name: str, start: int, end: int) -> Iterator[RangeResponse]:
+        yield RangeResponse([b"x" * (end - start + 1)], 5_000)
 
     with pytest.raises(RangesRefusedError, match="more bytes"):
         read(generous, "a", 0, 10)

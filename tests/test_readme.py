@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from consumers import install_stand_ins
+from fake_engines import install_stand_ins
 
 from qwen_vit.checkpoint.hub import REPOSITORY
 from qwen_vit.cli import main as cli_module

@@ -16,7 +16,7 @@ from PIL import Image
 
 from qwen_vit import VisionEncoder
 from qwen_vit.compare import report
-from qwen_vit.compare.result import Comparison, Maps
+from qwen_vit.compare.result import Comparison, FeatureMaps
 from qwen_vit.compare.run import compare
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.images.patches import resize_image
@@ -190,7 +190,9 @@ def test_the_error_map_shows_the_token_that_is_off(monkeypatch: pytest.MonkeyPat
     theirs = torch.ones(5, 7, 40) + torch.arange(40)
     ours = theirs.clone()
     ours[3, 2] *= 1.5
-    report._feature_picture(Maps(torch.zeros(1, 1, 3), {"merger": (ours, theirs)}), comparison())
+    report._feature_picture(
+        FeatureMaps(torch.zeros(1, 1, 3), {"merger": (ours, theirs)}), comparison()
+    )
     shown = drawn[0].axes[2].images[0].get_array()
     assert np.unravel_index(shown.argmax(), shown.shape) == (3, 2)
     assert shown.max() == pytest.approx(0.5)

@@ -3,7 +3,7 @@
 import time
 
 import torch
-from own_process import outcomes
+from subprocess_pool import outcomes
 from test_large_batches import embeddings, published_width
 from towers import gpu
 

@@ -88,7 +88,7 @@ def test_values_out_of_bounds_fail(
 
 
 def test_a_fault_that_is_not_found_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trust(), "with_fault", lambda encoder, *_: encoder)
+    monkeypatch.setattr(trust(), "inject_fault", lambda encoder, *_: encoder)
     tally = trust().planted(2, 0, CPU)
     assert len(tally.failures) == 2
     assert "found in nothing" in tally.failures[0]
@@ -100,7 +100,7 @@ def test_a_check_that_dies_fails_and_the_others_go_on(
     def dies(*_: Any) -> None:
         raise RuntimeError("no such thing")
 
-    good = trust().Tally("relative", "1", runs=1)
+    good = trust().CheckCounts("relative", "1", runs=1)
     rows = [trust().Check("one", "cpu", 1, dies), trust().Check("two", "cpu", 1, lambda *_: good)]
     monkeypatch.setattr(trust(), "checks", lambda: rows)
     with pytest.raises(SystemExit) as stop:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from towers import gpu
 
-from qwen_vit.kernels.linear_hopper import Tile
+from qwen_vit.kernels.linear_hopper import HopperGemmTile
 
 TUNE = Path(__file__).parent.parent / "tools" / "tune"
 
@@ -34,16 +34,16 @@ def test_every_table_is_swept(tune: dict[str, Any]) -> None:
     expected = {f"linear_hopper.TILES[{key}]" for key in linear_hopper.TILES}
     expected |= {f"linear.HOPPER_TILES[{key}]" for key in linear.HOPPER_TILES}
     expected |= {f"linear.FALLBACK_TILES[{bits}]" for bits in linear.FALLBACK_TILES}
-    expected |= {f'attention.TILES["{regime}", {bits}]' for regime, bits in attention.TILES}
+    expected |= {f'attention.TILES["{kind}", {bits}]' for kind, bits in attention.TILES}
     expected |= {"attention_hopper.K_ROWS, NUM_STAGES"}
     assert {kernel.table for kernel in tune["KERNELS"].values()} == expected
 
 
 def test_each_kind_of_gpu_sweeps_the_kernels_that_it_runs(tune: dict[str, Any]) -> None:
     other = [kernel.name for kernel in tune["chosen"]([], False)]
-    assert other == ["window-triton", "frame-triton", "products-triton"]
+    assert other == ["window-triton", "full-triton", "gemms-triton"]
     hopper = {kernel.name for kernel in tune["chosen"]([], True)}
-    assert hopper == {*tune["PRODUCTS"], "frame"}
+    assert hopper == {*tune["GEMMS"], "full"}
 
 
 def test_the_list_names_candidates_and_present_rows_without_a_gpu() -> None:
@@ -75,7 +75,11 @@ runpy.run_path(sys.argv[1])
     subprocess.run([sys.executable, "-c", program, TUNE], check=True)
 
 
-WIDE, SQUARE, TALL = Tile(128, 256, 3, 2), Tile(128, 128, 6, 2), Tile(192, 128, 4, 3)
+WIDE, SQUARE, TALL = (
+    HopperGemmTile(128, 256, 3, 2),
+    HopperGemmTile(128, 128, 6, 2),
+    HopperGemmTile(192, 128, 4, 3),
+)
 
 
 def test_limits_lie_between_sizes_and_small_gains_change_nothing(tune: dict[str, Any]) -> None:
@@ -92,7 +96,7 @@ def test_limits_lie_between_sizes_and_small_gains_change_nothing(tune: dict[str,
 
 
 def test_a_table_of_one_row_takes_the_best_of_all_sizes_together(tune: dict[str, Any]) -> None:
-    kernel = tune["KERNELS"]["frame"]
+    kernel = tune["KERNELS"]["full"]
     present, other, third = kernel.present(1), *kernel.candidates[:2]
     measured = {
         1024: {present: 10.0, other: 12.0, third: 9.0},
@@ -120,7 +124,7 @@ def test_what_was_swept_becomes_rows_to_paste(
     assert "2 skipped: OutOfResources" in text
     assert text.endswith(
         "linear_hopper.TILES[('residual', True)]  # down\n"
-        "    (0, Tile(rows=128, columns=256, num_stages=3, num_groups=2))"
+        "    (0, HopperGemmTile(rows=128, columns=256, num_stages=3, num_groups=2))"
     )
 
 

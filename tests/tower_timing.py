@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_vit.benchmark import PRODUCT_FLOPS, large_product, median_ms
+from qwen_vit.benchmark import GEMM_FLOPS, large_gemm, median_ms
 from qwen_vit.kernels.attention import RotaryTable, attention
-from qwen_vit.kernels.linear import with_squares
+from qwen_vit.kernels.linear import ResidualStream
 from qwen_vit.layout import Layout
 from qwen_vit.model import VisionTower
 
@@ -19,29 +19,29 @@ RESTED_MS = 30.0  # before heat slows a GPU down
 COPIED_BYTES = 2**32
 
 
-def product_rate(device: torch.device) -> float:
+def gemm_rate(device: torch.device) -> float:
     """Operations per second of an 8192^3 bfloat16 product of random data, 2 per multiply-add.
 
     Of 21 products on a GPU that has rested: more than it can keep up.
     """
-    return PRODUCT_FLOPS / (median_ms(large_product(device), 21) * 1e-3)
+    return GEMM_FLOPS / (median_ms(large_gemm(device), 21) * 1e-3)
 
 
-def after_a_rest(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+def on_a_cool_gpu(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """(the median GPU milliseconds of `run`, the product's rate), each by itself and for as long,
     on a GPU that has rested: the clock of one image now and then.
     """
-    product = large_product(device)
+    product = large_gemm(device)
     run_once, product_once = (median_ms(each, 1, 1) for each in (run, product))
     length_ms = max(RESTED_MS, run_once)
 
-    def rested_ms(each: Callable[[], Any], once_ms: float) -> float:
+    def cool_ms(each: Callable[[], Any], once_ms: float) -> float:
         torch.cuda.synchronize(device)
         time.sleep(REST_S)
         return median_ms(each, round(length_ms / once_ms), 1)
 
-    run_ms = rested_ms(run, run_once)
-    return run_ms, PRODUCT_FLOPS / (rested_ms(product, product_once) * 1e-3)
+    run_ms = cool_ms(run, run_once)
+    return run_ms, GEMM_FLOPS / (cool_ms(product, product_once) * 1e-3)
 
 
 def copy_rate(device: torch.device) -> float:
@@ -78,16 +78,16 @@ def stage_runs(tower: VisionTower, pixels: Tensor, layout: Layout) -> dict[str, 
     windowed = [block for block in blocks if block not in full]
     with torch.no_grad():
         rotary = RotaryTable(*tower._rotary_angles(layout.n_positions), layout.positions)
-        embedded = with_squares(tower.patch_embed(pixels, layout.grid_index))
-        stream = blocks[0](embedded, rotary, layout.windows, tower.window_regime)
+        embedded = ResidualStream.from_values(tower.patch_embed(pixels, layout.grid_index))
+        stream = blocks[0](embedded, rotary, layout.windows, tower.window_kind)
         N, C = stream.values.shape
         qkv = blocks[0].attn.qkv(stream).view(N, 3, tower.config.num_heads, -1)
         hidden = blocks[0].mlp.gate_up(stream, epilogue="swiglu")
 
-    def attend(segments: Any, regime: str) -> Tensor:
-        return attention(qkv, rotary, segments, regime=regime, adjacent_pairs=True)
+    def attend(segments: Any, kind: str) -> Tensor:
+        return attention(qkv, rotary, segments, kind=kind, adjacent_pairs=True)
 
-    out = attend(layout.windows, tower.window_regime).view(N, C)
+    out = attend(layout.windows, tower.window_kind).view(N, C)
 
     def each(blocks: Iterable[Any], run: Callable[[Any], Any]) -> Callable[[], None]:
         def run_all() -> None:
@@ -99,11 +99,12 @@ def stage_runs(tower: VisionTower, pixels: Tensor, layout: Layout) -> dict[str, 
 
     return {
         "patches": each(
-            [tower.patch_embed], lambda embed: with_squares(embed(pixels, layout.grid_index))
+            [tower.patch_embed],
+            lambda embed: ResidualStream.from_values(embed(pixels, layout.grid_index)),
         ),
         "qkv": each(blocks, lambda block: block.attn.qkv(stream)),
-        "window": each(windowed, lambda _: attend(layout.windows, tower.window_regime)),
-        "frame": each(full, lambda _: attend(layout.frames, "frame")),
+        "window": each(windowed, lambda _: attend(layout.windows, tower.window_kind)),
+        "full": each(full, lambda _: attend(layout.frames, "full")),
         "proj": each(blocks, lambda block: block.attn.proj(out, stream)),
         "gate-up": each(blocks, lambda block: block.mlp.gate_up(stream, epilogue="swiglu")),
         "down": each(blocks, lambda block: block.mlp.down(hidden, stream)),

@@ -72,7 +72,7 @@ def tower_trace(
     n_rows: int | None = None,
     layout: Layout | None = None,
 ) -> Trace:
-    """Run the tower and return its stages as the oracle does, without the filler rows."""
+    """Run the tower and return its stages as the oracle does, without the padding rows."""
     weight = tower.patch_embed.weight
     if layout is None:
         layout = layout_for(grids, tower.config, weight.device, weight.dtype, n_rows)

@@ -97,7 +97,7 @@ def convert(
     dtype: torch.dtype,
     device: torch.device = CPU,
     *,
-    place: Callable[[str], str] = str,
+    locate: Callable[[str], str] = str,
 ) -> dict[str, Tensor]:
     """Return the state of model.VisionTower, in bfloat16 or float32, from published CPU tensors.
 
@@ -115,13 +115,13 @@ def convert(
         state[recipe.target] = made
         # a product with NaN or infinity is not finite either, so it tells of its sources
         limits.append(extremes(made))
-    patch_weight = check_finite(tensors[PATCH_WEIGHT], place(PATCH_WEIGHT))
+    patch_weight = check_finite(tensors[PATCH_WEIGHT], locate(PATCH_WEIGHT))
     patch = _patch_embedding(patch_weight, image_config, exponent, padded_pixel_size(config))
     are_finite = torch.stack(limits).isfinite().all(1).tolist()  # waits for the device, once
     for recipe, is_finite in zip(recipes, are_finite, strict=True):
         if not is_finite:
             for name in recipe.sources:
-                check_finite(tensors[name], place(name))
+                check_finite(tensors[name], locate(name))
             check_finite(state[recipe.target], f"{' with '.join(recipe.sources)} in {dtype}")
     return state | {name: tensor.to(device) for name, tensor in patch.items()}
 
@@ -155,10 +155,10 @@ def _recipes(config: VisionConfig, dtype: torch.dtype, device: torch.device) -> 
         return bias.to(dtype)[order]
 
     def gate_up_weight(gate: Tensor, up: Tensor, gain: Tensor) -> Tensor:
-        return _take_turns(*(_pad(folded(half, gain), 0, I_padded) for half in (gate, up)))
+        return interleave(*(_pad(folded(half, gain), 0, I_padded) for half in (gate, up)))
 
     def gate_up_bias(gate: Tensor, up: Tensor) -> Tensor:
-        return _take_turns(*(_pad(half.to(dtype), 0, I_padded) for half in (gate, up)))
+        return interleave(*(_pad(half.to(dtype), 0, I_padded) for half in (gate, up)))
 
     def down_weight(down: Tensor) -> Tensor:
         return _pad(down.to(dtype), 1, I_padded)
@@ -234,7 +234,7 @@ def _rotary_order(config: VisionConfig) -> Tensor:
     return rows.flatten()
 
 
-def _take_turns(gate: Tensor, up: Tensor) -> Tensor:
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
     """8 rows of the gate, 8 of up, and so on; the zeros at their ends give silu(0) * 0 = 0."""
     turns = [half.view(-1, GATE_UP_TURN, *half.shape[1:]) for half in (gate, up)]
     return torch.stack(turns, 1).flatten(0, 2)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwen_vit.checkpoint import cache as store
-from qwen_vit.checkpoint.load import LANDMARK, find_tower, tower_prefixes
+from qwen_vit.checkpoint.load import ANCHOR_KEY, find_tower, tower_prefixes
 from qwen_vit.checkpoint.partial_download import Shards, write_tower
 from qwen_vit.checkpoint.ranges import RangesRefusedError, TransferError
 from qwen_vit.checkpoint.repository import NotCachedError, Repository, explain
@@ -270,8 +270,8 @@ def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
     prefixes = tower_prefixes(shard_of)
     if not prefixes:
         raise HubError(
-            f"{index} names no {LANDMARK}, expected a Qwen2.5-VL vision tower; choose a repository "
-            "that holds one"
+            f"{index} names no {ANCHOR_KEY}, expected a Qwen2.5-VL vision tower; choose a "
+            "repository that holds one"
         )
     names = sorted({file for name, file in shard_of.items() if name.startswith(prefixes[0])})
     are_cached = all(repository.cached(name) is not None for name in names)

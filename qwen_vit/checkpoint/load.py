@@ -12,13 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qwen_vit.checkpoint.weight_files import Elsewhere, StoredTensor, find_tensors
+from qwen_vit.checkpoint.weight_files import RemoteFiles, StoredTensor, find_tensors
 from qwen_vit.common.strict_json import read_json
 from qwen_vit.config import ImageConfig, VisionConfig, check_consistent
 from qwen_vit.errors import CheckpointError
 
 __all__ = [
-    "LANDMARK",
+    "ANCHOR_KEY",
     "Checkpoint",
     "Tower",
     "config_hash",
@@ -32,7 +32,7 @@ __all__ = [
 # Where a tower lies: "visual." (the Hub's files), "model.visual." (transformers >= 4.52 in memory),
 # "thinker.visual." (Qwen2.5-Omni), nothing (a tower saved alone), or deeper in a larger model. All
 # are found by the one name that every tower has once.
-LANDMARK = "patch_embed.proj.weight"
+ANCHOR_KEY = "patch_embed.proj.weight"
 
 STORED_DTYPES = ("F32", "BF16", "F16")
 
@@ -88,10 +88,10 @@ class Checkpoint:
             return self.tensors.sha256()
         return weights_hash(self.tensors)
 
-    def place(self, name: str) -> str:
+    def locate(self, name: str) -> str:
         """Where a tensor lies, for messages: its file, the file's size, its name there."""
         if isinstance(self.tensors, _LazyTensors):
-            return self.tensors.place(name)
+            return self.tensors.locate(name)
         return name
 
 
@@ -118,7 +118,7 @@ and safetensors weights
     )
 
 
-def find_tower(folder: Path, elsewhere: Elsewhere | None = None) -> Tower:
+def find_tower(folder: Path, elsewhere: RemoteFiles | None = None) -> Tower:
     """Find the vision tower in a folder and check names, shapes and types against config.json.
 
     Weight files that are still on the Hub may be given as `elsewhere`: of them, only the headers
@@ -167,7 +167,7 @@ def expected_tensors(config: VisionConfig) -> dict[str, tuple[int, ...]]:
     }
     frames, side = config.temporal_patch_size, config.patch_px
     return {
-        LANDMARK: (C, config.in_channels, frames, side, side),
+        ANCHOR_KEY: (C, config.in_channels, frames, side, side),
         **{f"blocks.{i}.{k}": shape for i in range(config.depth) for k, shape in block.items()},
         "merger.ln_q.weight": (C,),
         "merger.mlp.0.weight": (merged, merged),
@@ -212,7 +212,7 @@ class _LazyTensors(Mapping[str, Tensor]):
             self._sha256 = weights_hash(self)
         return self._sha256
 
-    def place(self, name: str) -> str:
+    def locate(self, name: str) -> str:
         return " with ".join(
             f"{source.path} ({self._open(source)[1]} bytes): {source.name}"
             for source in self._sources[name]
@@ -264,9 +264,9 @@ def tower_prefixes(names: Iterable[str]) -> list[str]:
     ['visual.']
     """
     return sorted(
-        name.removesuffix(LANDMARK)
+        name.removesuffix(ANCHOR_KEY)
         for name in names
-        if name == LANDMARK or name.endswith(f".{LANDMARK}")
+        if name == ANCHOR_KEY or name.endswith(f".{ANCHOR_KEY}")
     )
 
 
@@ -280,7 +280,7 @@ def _find_prefix(names: set[str], folder: Path) -> str:
     if not prefixes:
         raise CheckpointError(
             f"{folder} holds no vision tower: none of its {len(names)} tensors "
-            f"({_some(names)}) is called {LANDMARK}; use a Qwen2.5-VL checkpoint"
+            f"({_some(names)}) is called {ANCHOR_KEY}; use a Qwen2.5-VL checkpoint"
         )
     return prefixes[0]
 

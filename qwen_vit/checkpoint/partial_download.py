@@ -13,8 +13,8 @@ from tqdm import tqdm
 from qwen_vit.checkpoint import ranges
 from qwen_vit.checkpoint.convert import check_finite
 from qwen_vit.checkpoint.load import Tower, load_checkpoint
-from qwen_vit.checkpoint.ranges import Opened, Opener, Piece
-from qwen_vit.checkpoint.weight_files import VISION_FILE, Elsewhere, StoredTensor
+from qwen_vit.checkpoint.ranges import Opener, Piece, RangeResponse
+from qwen_vit.checkpoint.weight_files import VISION_FILE, RemoteFiles, StoredTensor
 from qwen_vit.common.safetensors_header import (
     DTYPE_BYTES,
     LENGTH_BYTES,
@@ -48,8 +48,8 @@ class Shards:
         self._data_starts: dict[str, int] = {}
         self.file_bytes: dict[str, int] = {}
 
-    def elsewhere(self) -> Elsewhere:
-        return Elsewhere(self.remote, self.header_of)
+    def elsewhere(self) -> RemoteFiles:
+        return RemoteFiles(self.remote, self.header_of)
 
     def origins(self) -> dict[str, str]:
         """How each shard is read, for the record."""
@@ -80,7 +80,7 @@ class Shards:
         return Piece(name, start, start + tensor.info.end - tensor.info.start, to)
 
     @contextmanager
-    def open_range(self, name: str, start: int, end: int) -> Iterator[Opened]:
+    def open_range(self, name: str, start: int, end: int) -> Iterator[RangeResponse]:
         if name not in self.local:
             with self._open_remote(name, start, end) as opened:
                 yield opened
@@ -89,7 +89,7 @@ class Shards:
             file.seek(start)
             sizes = (min(CHUNK_BYTES, end - at) for at in range(start, end, CHUNK_BYTES))
             chunks = iter(map(file.read, sizes))
-            yield Opened(filter(None, chunks), os.fstat(file.fileno()).st_size)
+            yield RangeResponse(filter(None, chunks), os.fstat(file.fileno()).st_size)
 
 
 def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
@@ -101,7 +101,7 @@ def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
     """
     for path in tower.settings:
         shutil.copyfile(path, folder / path.name)
-    header, pieces = _arrange(tower, shards)
+    header, pieces = plan_file(tower, shards)
     total = pieces[-1].to + pieces[-1].end - pieces[-1].start
     with (folder / VISION_FILE).open("wb") as file:
         _reserve(file.fileno(), total)
@@ -111,10 +111,10 @@ def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
             disable=not sys.stderr.isatty(),
         ) as bar:  # fmt: skip
             ranges.fetch(pieces, shards.open_range, file.fileno(), bar.update)
-    _prove(folder, label)
+    verify_download(folder, label)
 
 
-def _arrange(tower: Tower, shards: Shards) -> tuple[bytes, list[Piece]]:
+def plan_file(tower: Tower, shards: Shards) -> tuple[bytes, list[Piece]]:
     """The new file's header, and where each tensor's bytes come from and go."""
     # As safetensors itself does: wide types first, so that every tensor begins aligned.
     tensors = sorted(
@@ -143,11 +143,11 @@ def _reserve(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
-def _prove(folder: Path, label: str) -> None:
+def verify_download(folder: Path, label: str) -> None:
     try:
         checkpoint = load_checkpoint(folder)
         for name, tensor in checkpoint.tensors.items():
-            check_finite(tensor, checkpoint.place(name))
+            check_finite(tensor, checkpoint.locate(name))
     except CheckpointError as error:
         message = str(error).replace(str(folder), label)
         raise CheckpointError(f"what was fetched is damaged: {message}") from None

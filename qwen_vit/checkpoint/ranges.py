@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 __all__ = [
-    "Opened",
     "Opener",
     "Piece",
+    "RangeResponse",
     "RangesRefusedError",
     "TransferError",
     "fetch",
@@ -31,7 +31,7 @@ LONGEST_WAIT_S = 300.0  # in which the Hub counts requests
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class RangeResponse:
     """A range that was opened: its bytes in chunks, and the size of the whole file."""
 
     chunks: Iterable[bytes]
@@ -39,7 +39,7 @@ class Opened:
 
 
 # (file, first byte, byte after the last) -> that range, cut off at the end of the file
-Opener = Callable[[str, int, int], AbstractContextManager[Opened]]
+Opener = Callable[[str, int, int], AbstractContextManager[RangeResponse]]
 
 
 class RangesRefusedError(Exception):
@@ -128,7 +128,9 @@ def fetch(
             raise RangesRefusedError(f"{part.file} ends after {file_bytes} bytes")
 
     with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="qwen-vit-download") as pool:
-        parts = [pool.submit(fetch_part, part) for piece in merge(pieces) for part in _cut(piece)]
+        parts = [
+            pool.submit(fetch_part, part) for piece in merge(pieces) for part in split_piece(piece)
+        ]
         try:
             done, _ = wait(parts, return_when=FIRST_EXCEPTION)
             for part in done:
@@ -138,7 +140,7 @@ def fetch(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _cut(piece: Piece) -> Iterator[Piece]:
+def split_piece(piece: Piece) -> Iterator[Piece]:
     for start in range(piece.start, piece.end, PART_BYTES):
         end = min(start + PART_BYTES, piece.end)
         yield Piece(piece.file, start, end, piece.to + start - piece.start)

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from qwen_vit.checkpoint import cache as store
-from qwen_vit.checkpoint.ranges import Opened, RangesRefusedError, TransferError
+from qwen_vit.checkpoint.ranges import RangeResponse, RangesRefusedError, TransferError
 from qwen_vit.errors import CheckpointError, HubError
 
 __all__ = ["NotCachedError", "Repository", "explain"]
@@ -148,7 +148,7 @@ class Repository:
     def _fetch_sound(self, name: str, revision: str | None, check: Callable[[Path], None]) -> Path:
         """A file in the Hub's cache that `check` takes, fetched again where it is damaged there."""
         for _ in range(2):
-            path = self._fetch(name, revision)
+            path = self._request_file(name, revision)
             try:
                 check(path)
             except CheckpointError as error:
@@ -205,7 +205,7 @@ class Repository:
         return licence if isinstance(licence, str) else None
 
     @contextmanager
-    def open_range(self, name: str, start: int, end: int) -> Iterator[Opened]:
+    def open_range(self, name: str, start: int, end: int) -> Iterator[RangeResponse]:
         """Ask for bytes `start` to `end` of a file; see `ranges.Opener`."""
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
@@ -223,7 +223,7 @@ class Repository:
                 file_bytes = _check_range(response, start, end)
                 if self._sizes.setdefault(name, file_bytes) != file_bytes:
                     raise RangesRefusedError(f"its size changed from {self._sizes[name]} bytes")
-                yield Opened(self._count(response.iter_raw()), file_bytes)
+                yield RangeResponse(self._count(response.iter_raw()), file_bytes)
         except HTTPError as error:
             if getattr(error, "response", None) is not None:
                 raise  # an answer; what is worth another try was told apart above
@@ -261,7 +261,7 @@ class Repository:
         for path in folder.glob(f"*/{name}"):
             path.unlink(missing_ok=True)
 
-    def _fetch(self, name: str, revision: str | None) -> Path:
+    def _request_file(self, name: str, revision: str | None) -> Path:
         snapshots = store.repository_folder(self.cache(), self.name) / "snapshots"
         present = {path.resolve() for path in snapshots.glob(f"*/{name}")}
         path, n_bytes = self._fetch_settled(name, revision)

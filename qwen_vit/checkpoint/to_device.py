@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = ["to_device"]
 
 PIECE_BYTES = 4 * 2**20
-MOST_THREADS = 4
+MAX_THREADS = 4
 SLOTS_PER_THREAD = 2  # one is filled while another is fetched
 
 
@@ -40,7 +40,7 @@ def to_device(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tenso
     """
     if device.type != "cuda":
         return iter(tensors)
-    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     return _through_slots(tensors, device, threads, PIECE_BYTES)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_vit.common.safetensors_header import TensorInfo, read_header
-from qwen_vit.common.strict_json import read_json, show
+from qwen_vit.common.strict_json import read_json, short_repr
 from qwen_vit.errors import CheckpointError
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "INDEX_SUFFIX",
     "VISION_FILE",
     "WEIGHTS_FILE",
-    "Elsewhere",
+    "RemoteFiles",
     "StoredTensor",
     "choose_weights",
     "find_tensors",
@@ -42,7 +42,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Elsewhere:
+class RemoteFiles:
     """Weight files of a folder that are still on the Hub: their names, and how to read a header."""
 
     names: frozenset[str]
@@ -50,7 +50,7 @@ class Elsewhere:
 
 
 def find_tensors(
-    folder: Path, wanted: Callable[[set[str]], set[str]], elsewhere: Elsewhere | None = None
+    folder: Path, wanted: Callable[[set[str]], set[str]], elsewhere: RemoteFiles | None = None
 ) -> dict[str, StoredTensor]:
     """Return the tensors of a folder that `wanted` picks from the names that are there.
 
@@ -80,12 +80,12 @@ def find_tensors(
         listed = {name for name in names if shard_of[name] == shard}
         for odd in sorted(listed - set(header)):
             raise CheckpointError(
-                f"{path} says that {show(odd)} is in {shard}, but {shard_path} does not hold it; "
-                "download both files again"
+                f"{path} says that {short_repr(odd)} is in {shard}, but {shard_path} does not "
+                "hold it; download both files again"
             )
         for odd in sorted(wanted(set(header) | names) & set(header) - listed):
             raise CheckpointError(
-                f"{shard_path} holds {show(odd)}, but {path} does not list it there; "
+                f"{shard_path} holds {short_repr(odd)}, but {path} does not list it there; "
                 "download both files again"
             )
         tensors |= {name: StoredTensor(shard_path, name, header[name]) for name in listed}
@@ -169,7 +169,7 @@ def _adapter_base(path: Path | None) -> str:
     if path is None or not path.is_file():
         return "a base model that it does not name"
     base = read_json(path).get("base_model_name_or_path")
-    return show(base) if base else "a base model that it does not name"
+    return short_repr(base) if base else "a base model that it does not name"
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -177,12 +177,13 @@ def read_index(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(
-            f"{path}: weight_map is {show(weight_map)}, expected an object; download it again"
+            f"{path}: weight_map is {short_repr(weight_map)}, expected an object; download it again"
         )
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not is_plain_basename(shard):
             raise CheckpointError(
-                f"{path}: {show(name)} is said to be in {show(shard)}, expected the plain name of "
+                f"{path}: {short_repr(name)} is said to be in {short_repr(shard)}, expected the "
+                "plain name of "
                 "a .safetensors file in the same folder; do not use this checkpoint, or correct "
                 "its index"
             )

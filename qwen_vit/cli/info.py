@@ -67,7 +67,7 @@ def describe(
 
 def _check_values(checkpoint: Checkpoint) -> str:
     for name, tensor in checkpoint.tensors.items():
-        check_finite(tensor, checkpoint.place(name))
+        check_finite(tensor, checkpoint.locate(name))
     return "no hash is recorded for this folder; every weight was read and is finite"
 
 

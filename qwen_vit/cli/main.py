@@ -46,7 +46,7 @@ from qwen_vit.compare.report import check_report, write_report
 from qwen_vit.compare.run import compare_checkpoint
 from qwen_vit.compare.text import as_text
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ExportError, QwenVitError, shown
+from qwen_vit.errors import ExportError, QwenVitError, display_name
 from qwen_vit.export.estimate import Estimate, estimate_export
 from qwen_vit.export.plan import ExportOptions, check_folder, has_shards
 from qwen_vit.export.ray_cluster import export_on_ray
@@ -126,7 +126,7 @@ def encode(
         _print(json.dumps(encoded_json(features, milliseconds, out, encoder), indent=2))
     else:
         _print(encoded_table(features, milliseconds))
-        _print(f"wrote {shown(str(out))} ({out.stat().st_size:,} bytes)")
+        _print(f"wrote {display_name(str(out))} ({out.stat().st_size:,} bytes)")
     if any(feature.error for feature in features):
         sys.exit(EXIT_SKIPPED)
 
@@ -206,7 +206,7 @@ def export(
         "show_progress": True,
         "decode_threads": decode_threads,
     }
-    with _sigterm_interrupts(), _way_on_told(out):
+    with _sigterm_interrupts(), hint_resume(out):
         if address is None:
             encoder = load_encoder(model, options, device=device, **loading)
             done = export_features(encoder, inputs, out, options, **running)
@@ -267,10 +267,10 @@ def compare(
     )  # fmt: skip
     _print(json.dumps(comparison.to_json(), indent=2) if as_json else as_text(comparison))
     if report is not None and comparison.images:
-        _tell(f"wrote {shown(str(write_report(report, comparison)))}")
+        _tell(f"wrote {display_name(str(write_report(report, comparison)))}")
     elif report is not None:
-        _tell(f"wrote nothing to {shown(str(report))}: no image was compared")
-    if not comparison.holds:
+        _tell(f"wrote nothing to {display_name(str(report))}: no image was compared")
+    if not comparison.passed:
         sys.exit(EXIT_SKIPPED)
 
 
@@ -388,7 +388,9 @@ def _check_output(out: Path, overwrite: bool, images: Sequence[str], option: str
         raise ExportError(f"{out} is one of the images; pass another {option}")
     if len(set(images)) < len(images):
         twice = next(image for image in images if images.count(image) > 1)
-        raise ExportError(f"{shown(twice)} is given twice, expected each image once; leave one out")
+        raise ExportError(
+            f"{display_name(twice)} is given twice, expected each image once; leave one out"
+        )
 
 
 def _status(path: Path) -> os.stat_result | None:
@@ -449,7 +451,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def _way_on_told(out: Path) -> Iterator[None]:
+def hint_resume(out: Path) -> Iterator[None]:
     """What becomes of an export that is interrupted."""
     try:
         yield
@@ -469,7 +471,7 @@ def _ask_if_large(estimate: Estimate, folder: Path) -> None:
     if estimate.bytes <= min(ASK_ABOVE_BYTES, free):
         return
     text = (
-        f"{shown(str(folder))} will take about {estimate.bytes / 1e9:,.3g} GB; its disk has "
+        f"{display_name(str(folder))} will take about {estimate.bytes / 1e9:,.3g} GB; its disk has "
         f"{free / 1e9:,.1f} GB free"
     )
     if not sys.stdin.isatty():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import shown
+from qwen_vit.errors import display_name
 from qwen_vit.export.estimate import Estimate
 from qwen_vit.export.run import ExportReport
 from qwen_vit.features import ImageFeatures, dtype_name
@@ -49,7 +49,7 @@ def export_text(done: ExportReport) -> str:
         f"{nothing}exported {done.exported:,} of {done.images:,} images "
         f"({done.resumed:,} tried before): "
         f"{done.rows:,} rows, {done.bytes / 1e6:,.1f} MB, {done.seconds:,.1f} s",
-        f"wrote {shown(str(done.manifest))}",
+        f"wrote {display_name(str(done.manifest))}",
     ]
     if done.failed:
         reasons = ", ".join(f"{count:,} {code}" for code, count in done.failed.items())
@@ -74,13 +74,15 @@ def encoded_table(features: Sequence[ImageFeatures], milliseconds: Sequence[floa
     rows = [("file", "size", "grid (t, h, w)", "tokens", "width", "ms")]
     for feature, duration in zip(features, milliseconds, strict=True):
         if feature.embeds is None or feature.size_px is None:
-            rows.append((shown(feature.id), "-", f"skipped: {_code(feature)}", "-", "-", "-"))
+            rows.append(
+                (display_name(feature.id), "-", f"skipped: {_code(feature)}", "-", "-", "-")
+            )
             continue
         height, width = feature.size_px
         tokens, embedding_width = feature.embeds.shape
         rows.append(
             (
-                shown(feature.id), f"{width} x {height}", str(feature.grid_thw), str(tokens),
+                display_name(feature.id), f"{width} x {height}", str(feature.grid_thw), str(tokens),
                 str(embedding_width), f"{duration:.0f}",
             )
         )  # fmt: skip

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from qwen_vit.errors import ExportError, shown
+from qwen_vit.errors import ExportError, display_name
 
 __all__ = [
     "TEMPORARY_SUFFIX",
@@ -109,8 +109,8 @@ def check_utf8(path: Path) -> None:
         str(path).encode()
     except UnicodeEncodeError:
         raise ExportError(
-            f"{shown(str(path))} is not UTF-8, expected a path that safetensors can open; pass "
-            "another one"
+            f"{display_name(str(path))} is not UTF-8, expected a path that safetensors can open; "
+            "pass another one"
         ) from None
 
 

@@ -16,9 +16,9 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 from qwen_vit.errors import ArgumentError
 
-__all__ = ["Behind", "Clock", "Job", "pack", "thread_count", "work_ahead"]
+__all__ = ["BackgroundWriter", "Job", "StageTimer", "pack", "thread_count", "work_ahead"]
 
-MOST_THREADS = 16
+MAX_THREADS = 16
 AHEAD_BYTES = 2**27  # about seven full batches of a GPU
 AHEAD_JOBS = 1_024
 LOADING = "qwen-vit-load"  # how its threads are called
@@ -44,7 +44,7 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
     """
     if wanted is None:
         cores = len(os.sched_getaffinity(0)) if cores is None else cores
-        return min(MOST_THREADS, max(2, cores // 2), cores)
+        return min(MAX_THREADS, max(2, cores // 2), cores)
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
         raise ArgumentError(f"decode_threads is {wanted!r}, expected a whole number above 0")
     return wanted
@@ -77,7 +77,7 @@ def work_ahead(
         for job in jobs:
             yield job.run()
         return
-    crew: _Crew[Result] = _Crew(threads, max_bytes)
+    crew: Prefetcher[Result] = Prefetcher(threads, max_bytes)
     pending: deque[Future[Result]] = deque()
     source: Iterator[Job[Result]] | None = iter(jobs)
     try:
@@ -104,7 +104,7 @@ def work_ahead(
         crew.close()
 
 
-class _Crew(Generic[Result]):
+class Prefetcher(Generic[Result]):
     """Threads that begin jobs in their order, while there is room for what comes of them.
 
     No thread waits for room: it goes, and whoever makes room calls it back. So a caller that never
@@ -178,7 +178,7 @@ class _Crew(Generic[Result]):
         del future, give  # the traceback of an exception holds this frame
 
 
-class Behind:
+class BackgroundWriter:
     """One thread that does jobs in their order, behind its caller.
 
     Whoever gives it more than `max_bytes` waits. A job's exception is raised by a later `do`, or at
@@ -233,10 +233,10 @@ class Behind:
         future.result()
 
 
-class Clock:
+class StageTimer:
     """How long one thread is in each stage; an inner stage's time is not the outer one's.
 
-    >>> clock = Clock("rest")
+    >>> clock = StageTimer("rest")
     >>> with clock.stage("write"):
     ...     pass
     >>> sorted(clock.seconds())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_vit.common.strict_json import is_integer, parse_json, show
+from qwen_vit.common.strict_json import is_integer, parse_json, short_repr
 from qwen_vit.errors import CheckpointError
 
 __all__ = [
@@ -146,14 +146,15 @@ def _parse_entry(name: str, entry: Any, named: str) -> TensorInfo:
         and offsets[0] <= offsets[1]
     ):
         raise CheckpointError(
-            f"{named}: the header's entry {show(name)} lacks a dtype, a shape or data_offsets "
-            f"that make sense; {FETCH_AGAIN}"
+            f"{named}: the header's entry {short_repr(name)} lacks a dtype, a shape or "
+            f"data_offsets that make sense; {FETCH_AGAIN}"
         )
     start, end = offsets
     if dtype in DTYPE_BYTES and math.prod(shape) * DTYPE_BYTES[dtype] != end - start:
         raise CheckpointError(
-            f"{named}: {show(name)} has {end - start} bytes, but its shape {show(shape)} in "
-            f"{dtype} takes {show(math.prod(shape) * DTYPE_BYTES[dtype])}; {FETCH_AGAIN}"
+            f"{named}: {short_repr(name)} has {end - start} bytes, but its shape "
+            f"{short_repr(shape)} in "
+            f"{dtype} takes {short_repr(math.prod(shape) * DTYPE_BYTES[dtype])}; {FETCH_AGAIN}"
         )
     return TensorInfo(dtype, tuple(shape), start, end)
 
@@ -167,18 +168,19 @@ def _check_tiling(tensors: dict[str, TensorInfo], data_bytes: int, named: str) -
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start < position:
             raise CheckpointError(
-                f"{named}: the bytes of {show(previous)} and {show(name)} overlap; {FETCH_AGAIN}"
+                f"{named}: the bytes of {short_repr(previous)} and {short_repr(name)} overlap; "
+                f"{FETCH_AGAIN}"
             )
         if info.start > position:
             raise CheckpointError(
-                f"{named}: {info.start - position} bytes before {show(name)} belong to no tensor, "
-                f"expected no hole; {FETCH_AGAIN}"
+                f"{named}: {info.start - position} bytes before {short_repr(name)} belong to no "
+                f"tensor, expected no hole; {FETCH_AGAIN}"
             )
         position, previous = info.end, name
     if position > data_bytes:
         raise CheckpointError(
-            f"{named} is truncated: {position - data_bytes} bytes of {show(previous)} and what "
-            f"lies before it are missing; {FETCH_AGAIN}"
+            f"{named} is truncated: {position - data_bytes} bytes of {short_repr(previous)} and "
+            f"what lies before it are missing; {FETCH_AGAIN}"
         )
     if position < data_bytes:
         raise CheckpointError(

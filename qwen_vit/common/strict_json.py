@@ -14,7 +14,7 @@ __all__ = [
     "is_number",
     "parse_json",
     "read_json",
-    "show",
+    "short_repr",
 ]
 
 MAX_JSON_BYTES = 64 * 2**20  # the index of the largest published model is under 1 MB
@@ -53,7 +53,7 @@ def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
         for key, value in pairs:
             if key in result:
                 raise CheckpointError(
-                    f"{source}: the key {show(key)} is there twice, expected once; "
+                    f"{source}: the key {short_repr(key)} is there twice, expected once; "
                     "download the file again"
                 )
             result[key] = value
@@ -76,7 +76,8 @@ def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
         ) from None
     if not isinstance(value, dict):
         raise CheckpointError(
-            f"{source}: the JSON is {show(value)}, expected an object; download the file again"
+            f"{source}: the JSON is {short_repr(value)}, expected an object; download the file "
+            "again"
         )
     return value
 
@@ -86,7 +87,7 @@ def child_object(config: Mapping[str, Any], key: str, source: str) -> tuple[Mapp
     value = config[key]
     if not isinstance(value, Mapping):
         raise CheckpointError(
-            f"{source}: {key} is {show(value)}, expected an object; download the file again"
+            f"{source}: {key} is {short_repr(value)}, expected an object; download the file again"
         )
     return value, f"{source}, {key}"
 
@@ -94,9 +95,9 @@ def child_object(config: Mapping[str, Any], key: str, source: str) -> tuple[Mapp
 def check_integer(value: object, name: str, largest: int) -> None:
     """Raise CheckpointError unless `value` is an integer from 1 to `largest`."""
     if not is_integer(value):
-        raise CheckpointError(f"{name} is {show(value)}, expected an integer")
+        raise CheckpointError(f"{name} is {short_repr(value)}, expected an integer")
     if not 1 <= value <= largest:
-        raise CheckpointError(f"{name} is {show(value)}, expected 1 to {largest}")
+        raise CheckpointError(f"{name} is {short_repr(value)}, expected 1 to {largest}")
 
 
 def is_integer(value: object) -> TypeGuard[int]:
@@ -109,10 +110,10 @@ def is_number(value: object) -> TypeGuard[float]:
     return (isinstance(value, float) or is_integer(value)) and -1e12 <= value <= 1e12
 
 
-def show(value: object) -> str:
+def short_repr(value: object) -> str:
     """Return a value as text that fits on a line.
 
-    >>> show([0] * 100)
+    >>> short_repr([0] * 100)
     '[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,...'
     """
     try:

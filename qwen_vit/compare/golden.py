@@ -28,7 +28,7 @@ from qwen_vit.compare.oracle import Trace
 from qwen_vit.compare.stages import stage_names
 from qwen_vit.config import Grid
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import CheckpointError, ComparisonError, shown
+from qwen_vit.errors import CheckpointError, ComparisonError, display_name
 from qwen_vit.features import dtype_name
 
 __all__ = ["SCHEMA_VERSION", "Case", "Golden", "load_golden", "write_golden"]
@@ -147,8 +147,8 @@ def write_golden(
         for stage, error in (case.errors or {}).items():
             if not math.isfinite(error):
                 raise ComparisonError(
-                    f"{path} would hold no yardstick: of {shown(case.id)}, Hugging Face's {stage} "
-                    "is not finite; nothing was written, compare without --save-golden"
+                    f"{path} would hold no yardstick: of {display_name(case.id)}, Hugging Face's "
+                    f"{stage} is not finite; nothing was written, compare without --save-golden"
                 )
     tensors: dict[str, Tensor] = {}
     for index, case in enumerate(cases):

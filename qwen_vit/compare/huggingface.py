@@ -33,7 +33,7 @@ __all__ = [
     "process",
 ]
 
-LEAST_TRANSFORMERS = "5.17"
+MIN_TRANSFORMERS = "5.17"
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 ATTENTIONS: tuple[Attention, ...] = ("sdpa", "eager", "flash_attention_2")
 Processor = Literal["pillow", "torchvision"]
@@ -63,12 +63,12 @@ def check_transformers() -> None:
     found = package_versions().get("transformers")
     if found is None:
         problem = "transformers is not installed"
-    elif Version(found) < Version(LEAST_TRANSFORMERS):
+    elif Version(found) < Version(MIN_TRANSFORMERS):
         problem = f"transformers {found} is too old"
     else:
         return
     raise ArgumentError(
-        f"{problem}, expected {LEAST_TRANSFORMERS} or newer; pip install 'qwen-vit[hf]', or "
+        f"{problem}, expected {MIN_TRANSFORMERS} or newer; pip install 'qwen-vit[hf]', or "
         "compare with a golden file that someone else made (--golden FILE)"
     )
 

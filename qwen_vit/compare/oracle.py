@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
 
-__all__ = ["Oracle", "Plan", "Trace"]
+__all__ = ["Oracle", "PatchOrder", "Trace"]
 
 Trace = dict[str, Tensor]  # stage -> its values
 
@@ -26,7 +26,7 @@ SCORES_AT_ONCE = 2**27  # softmax weights held at a time: 1 GB in float64, whate
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PatchOrder:
     """Where each patch lies, and which patches see one another."""
 
     order: list[int]  # window order -> grid order: x_window = x_grid[order]
@@ -106,7 +106,7 @@ class Oracle:
         """Every stage at once."""
         return dict(self.stages(rows, grids))
 
-    def plan(self, grids: Iterable[Any]) -> Plan:
+    def plan(self, grids: Iterable[Any]) -> PatchOrder:
         """Orders, positions and segments, patch by patch."""
         merge = self.config.spatial_merge_size
         side = self.config.window_px // self.config.patch_px
@@ -127,14 +127,14 @@ class Oracle:
 
         # a stable sort by window keeps grid order inside each window, so merge units stay whole
         order = sorted(range(len(patches)), key=window_of)
-        return Plan(
+        return PatchOrder(
             order,
             torch.tensor([patches[patch][2:] for patch in order]),
             [len(list(run)) for _, run in groupby(order, key=window_of)],
             [len(list(run)) for _, run in groupby(patches, key=lambda patch: patch[:2])],
         )
 
-    def segments(self, plan: Plan, block: int) -> list[int]:
+    def segments(self, plan: PatchOrder, block: int) -> list[int]:
         """Lengths of the runs of patches that attend among themselves in a block."""
         return plan.frames if block in self.config.fullatt_block_indexes else plan.windows
 

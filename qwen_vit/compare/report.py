@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_vit.common.atomic_file import atomic_file, cannot_write
-from qwen_vit.compare.result import Comparison, ImageComparison, Maps
+from qwen_vit.compare.result import Comparison, FeatureMaps, ImageComparison
 from qwen_vit.compare.text import nearer_line, reference_line, verdict_lines
 from qwen_vit.errors import ArgumentError, ExportError
 
@@ -119,7 +119,7 @@ def write_report(folder: Path, comparison: Comparison) -> Path:
 
 
 def _pictures(
-    number: int, image: ImageComparison, maps: Maps, comparison: Comparison
+    number: int, image: ImageComparison, maps: FeatureMaps, comparison: Comparison
 ) -> list[Picture]:
     stem = re.sub(r"[^A-Za-z0-9-]+", "_", Path(image.id).stem)[:40]
     window_px = comparison.facts["vision_config"]["window_size"]
@@ -170,7 +170,7 @@ def _drawn(size: tuple[float, float], draw: Callable[..., None], *arguments: Any
     return buffer.getvalue()
 
 
-def _windows(figure: Any, maps: Maps, window_px: int) -> None:
+def _windows(figure: Any, maps: FeatureMaps, window_px: int) -> None:
     from matplotlib.patches import Rectangle
 
     axes = figure.subplots()
@@ -237,21 +237,21 @@ def _full_blocks(comparison: Comparison) -> set[str]:
     return {f"block.{i}" for i in comparison.facts["vision_config"]["fullatt_block_indexes"]}
 
 
-def _feature_picture(maps: Maps, comparison: Comparison) -> bytes:
+def _feature_picture(maps: FeatureMaps, comparison: Comparison) -> bytes:
     height, width, _ = next(iter(maps.stages.values()))[1].shape
     row = 2.75 * height / width + 0.32
     return _drawn((9.0, min(row * len(maps.stages), 16.0)), _features, maps, comparison)
 
 
-def _features(figure: Any, maps: Maps, comparison: Comparison) -> None:
+def _features(figure: Any, maps: FeatureMaps, comparison: Comparison) -> None:
     full = _full_blocks(comparison)
     grid = figure.subplots(len(maps.stages), 3, squeeze=False)
     for axes, (name, (ours, theirs)) in zip(grid, maps.stages.items(), strict=True):
         basis = _Basis.of(theirs)
         for column, values in enumerate((ours, theirs)):
             axes[column].imshow(basis.colours(values), interpolation="nearest")
-        apart = (ours.double() - theirs.double()).norm(dim=-1)
-        error = (apart / theirs.double().norm(dim=-1).clamp_min(1e-300)).nan_to_num(0.0)
+        distance = (ours.double() - theirs.double()).norm(dim=-1)
+        error = (distance / theirs.double().norm(dim=-1).clamp_min(1e-300)).nan_to_num(0.0)
         shown = axes[2].imshow(error.numpy(), cmap="viridis", vmin=0.0, interpolation="nearest")
         bar = figure.colorbar(shown, ax=axes[2], fraction=0.046, pad=0.02, format="%.1e")
         bar.outline.set_visible(False)

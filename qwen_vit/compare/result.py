@@ -9,7 +9,7 @@ from qwen_vit.compare.tolerance import RELATIVE_TOLERANCE, Difference, Verdict, 
 from qwen_vit.config import Grid
 from qwen_vit.errors import ImageError
 
-__all__ = ["Comparison", "ImageComparison", "Maps", "Preprocessing", "Stage"]
+__all__ = ["Comparison", "FeatureMaps", "ImageComparison", "Preprocessing", "Stage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Preprocessing:
     relative: float | None  # of the normalised values
 
     @property
-    def holds(self) -> bool:
+    def passed(self) -> bool:
         """Same grid, and normalised values within 1e-5: one grey level off would be more."""
         return self.same_grid and (self.relative or 0.0) <= RELATIVE_TOLERANCE
 
@@ -56,7 +56,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Maps:
+class FeatureMaps:
     """What a report draws: the picture that the tower saw, and some stages in raster order."""
 
     rgb: Tensor  # (height, width, 3) uint8
@@ -74,7 +74,7 @@ class ImageComparison:
     tower_input: str  # what our tower was given
     preprocessing: tuple[Preprocessing, ...]
     stages: tuple[Stage, ...]
-    maps: Maps | None
+    maps: FeatureMaps | None
 
     @property
     def problems(self) -> list[str]:
@@ -82,25 +82,25 @@ class ImageComparison:
         pixels = [
             f"preprocessing ({part.processor}): {_pixel_problem(part)}"
             for part in self.preprocessing
-            if part.is_judged and not part.holds
+            if part.is_judged and not part.passed
         ]
         return pixels + [
             f"{stage.name}: {stage.verdict.problem}"
             for stage in self.stages
-            if not stage.verdict.holds
+            if not stage.verdict.passed
         ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """The outcome for all images; `holds` is what the exit code says."""
+    """The outcome for all images; `passed` is what the exit code says."""
 
     facts: dict[str, Any]  # model, device, dtype, attention, processor, versions, golden, weights
     images: tuple[ImageComparison, ...]
     skipped: tuple[tuple[str, ImageError], ...]
 
     @property
-    def holds(self) -> bool:
+    def passed(self) -> bool:
         """Every stage of every image keeps the numbers policy, and none was skipped."""
         return not self.skipped and not any(image.problems for image in self.images)
 
@@ -108,7 +108,7 @@ class Comparison:
         """The whole comparison as JSON values; what is not finite becomes null."""
         document = {
             **self.facts,
-            "agrees": self.holds,
+            "agrees": self.passed,
             "images": [
                 {
                     "id": image.id,
@@ -117,7 +117,7 @@ class Comparison:
                     "grid_thw": (image.grid.t, image.grid.h, image.grid.w),
                     "tower_input": image.tower_input,
                     "preprocessing": [
-                        {**asdict(part), "holds": part.holds, "judged": part.is_judged}
+                        {**asdict(part), "passed": part.passed, "judged": part.is_judged}
                         for part in image.preprocessing
                     ],
                     "stages": [
@@ -128,7 +128,7 @@ class Comparison:
                             "theirs_against_float64": stage.theirs,
                             "ratio": stage.ratio,
                             **asdict(stage.verdict),
-                            "holds": stage.verdict.holds,
+                            "passed": stage.verdict.passed,
                         }
                         for stage in image.stages
                     ],

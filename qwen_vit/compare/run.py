@@ -30,7 +30,7 @@ from qwen_vit.compare.huggingface import (
     process,
 )
 from qwen_vit.compare.oracle import Oracle, Trace
-from qwen_vit.compare.result import Comparison, ImageComparison, Maps, Preprocessing, Stage
+from qwen_vit.compare.result import Comparison, FeatureMaps, ImageComparison, Preprocessing, Stage
 from qwen_vit.compare.stages import layout_for, trace_tower
 from qwen_vit.compare.tolerance import Difference, judge, relative_error
 from qwen_vit.config import ImageConfig
@@ -100,7 +100,7 @@ def compare(
 
     >>> from qwen_vit import VisionEncoder
     >>> encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=50_176)
-    >>> compare(encoder, ["tests/images/chelsea.png"]).holds
+    >>> compare(encoder, ["tests/images/chelsea.png"]).passed
     True
 
     `processor` makes the pixels that both towers are compared on; every other one that is installed
@@ -147,7 +147,7 @@ def compare(
                 kept.append(_measured(case, result))
             yield result
 
-    done = _collected(_shown(results(), len(images), show_progress))
+    done = _collected(with_progress(results(), len(images), show_progress))
     reference = {
         "attention": attention,
         "processor": processor,
@@ -205,7 +205,7 @@ def compare_with_golden(
             except torch.cuda.OutOfMemoryError:
                 yield case.id, _out_of_memory(case.id, encoder)
 
-    done = _collected(_shown(results(), len(chosen), show_progress))
+    done = _collected(with_progress(results(), len(chosen), show_progress))
     facts = {
         **_facts_of(encoder),
         "reference": {
@@ -231,7 +231,7 @@ def _compare_case(
     """Our tower on the case's input, every stage measured as the oracle reaches it."""
     rows = case.pixel_values.to(encoder.device)
     # our own pixels only where they are the very ones that Hugging Face's tower was given
-    same = any(part.processor == processor and part.holds for part in pixels)
+    same = any(part.processor == processor and part.passed for part in pixels)
     given = patches.pixels if patches is not None and same else rows
     layout = layout_for([case.grid], encoder.config, encoder.device, encoder.dtype)
     ours = trace_tower(encoder.tower, given, layout)
@@ -246,7 +246,7 @@ def _compare_case(
         )
         verdict = judge(
             encoder.dtype,
-            apart=difference.relative,
+            distance=difference.relative,
             ours=our_error,
             theirs=their_error,
             recorded=None if case.errors is None else case.errors[name],
@@ -283,7 +283,9 @@ def _compare_pixels(
     )
 
 
-def _maps(encoder: VisionEncoder, case: Case, ours: Trace, theirs: Trace, layout: Layout) -> Maps:
+def _maps(
+    encoder: VisionEncoder, case: Case, ours: Trace, theirs: Trace, layout: Layout
+) -> FeatureMaps:
     """Four stages in raster order, and the picture as the processor's pixel values have it."""
     config, image_config = encoder.config, encoder.image_config
     h, w, merge = case.grid.h, case.grid.w, config.spatial_merge_size
@@ -304,7 +306,7 @@ def _maps(encoder: VisionEncoder, case: Case, ours: Trace, theirs: Trace, layout
         ph=config.patch_px, pw=config.patch_px,
     )[0]  # fmt: skip
     rgb = ((picture * std + mean) * 255).round().clamp(0, 255).byte()
-    return Maps(
+    return FeatureMaps(
         rgb, {name: (as_map(name, ours[name]), as_map(name, theirs[name])) for name in shown}
     )
 
@@ -345,7 +347,7 @@ def _chosen(
 Outcome = ImageComparison | tuple[str, ImageError]
 
 
-def _shown(results: Iterator[Outcome], total: int, show_progress: bool) -> Iterable[Outcome]:
+def with_progress(results: Iterator[Outcome], total: int, show_progress: bool) -> Iterable[Outcome]:
     return tqdm(results, total=total, unit="image", file=sys.stderr, disable=not show_progress)
 
 

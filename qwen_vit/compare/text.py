@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_vit.compare.result import Comparison, ImageComparison, Preprocessing
-from qwen_vit.errors import counted, shown
+from qwen_vit.errors import display_name, plural
 
 __all__ = ["as_text", "nearer_line", "reference_line", "verdict_lines"]
 
@@ -55,7 +55,7 @@ def nearer_line(comparison: Comparison) -> str:
     who, count = ("ours", ours) if ours >= theirs else ("Hugging Face", theirs)
     least, most = f"{ratios[0]:.2f}", f"{ratios[-1]:.2f}"
     return (
-        f"nearer to float64: {who}, at {count} of {counted(len(stages), 'stage')}; in the merged "
+        f"nearer to float64: {who}, at {count} of {plural(len(stages), 'stage')}; in the merged "
         f"tokens our error is {least if least == most else f'{least} to {most}'} times Hugging "
         "Face's"
     )
@@ -69,14 +69,14 @@ def verdict_lines(comparison: Comparison) -> list[str]:
         changed = golden["changed_weights"]
         lines.append(
             f"other weights than the golden's ({comparison.facts['weights_sha256'][:16]} here, "
-            f"{golden['weights_sha256'][:16]} there): {counted(len(changed), 'tensor')}, "
+            f"{golden['weights_sha256'][:16]} there): {plural(len(changed), 'tensor')}, "
             f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
         )
     lines += [f"skipped: {error}" for _, error in comparison.skipped]
     for image in comparison.images:
         if image.problems:
             more = f" (and {len(image.problems) - 1} more)" if len(image.problems) > 1 else ""
-            lines.append(f"differs: {shown(image.id)}: first at {image.problems[0]}{more}")
+            lines.append(f"differs: {display_name(image.id)}: first at {image.problems[0]}{more}")
     agreeing = [image for image in comparison.images if not image.problems]
     if agreeing:
         stages = [(stage, image) for image in agreeing for stage in image.stages]
@@ -84,9 +84,9 @@ def verdict_lines(comparison: Comparison) -> list[str]:
         is_fp32 = comparison.facts["dtype"] == "float32"
         unit = " relative" if is_fp32 else " times Hugging Face's error"
         lines.append(
-            f"agrees: {len(agreeing)} of {counted(len(comparison.images), 'image')}, "
-            f"{counted(len(stages), 'stage')}; the worst is {worst.verdict.measured:.2g}{unit}, "
-            f"allowed {worst.verdict.allowed:.2g} ({worst.name} of {shown(image.id)})"
+            f"agrees: {len(agreeing)} of {plural(len(comparison.images), 'image')}, "
+            f"{plural(len(stages), 'stage')}; the worst is {worst.verdict.measured:.2g}{unit}, "
+            f"allowed {worst.verdict.allowed:.2g} ({worst.name} of {display_name(image.id)})"
         )
     if not comparison.images:
         lines.append("nothing was compared: every image was skipped")
@@ -96,7 +96,7 @@ def verdict_lines(comparison: Comparison) -> list[str]:
 def _image_lines(image: ImageComparison) -> list[str]:
     height, width = image.size_px
     title = (
-        f"{shown(image.id)}  {width} x {height}, grid ({image.grid.t}, {image.grid.h}, "
+        f"{display_name(image.id)}  {width} x {height}, grid ({image.grid.t}, {image.grid.h}, "
         f"{image.grid.w}), our tower takes {image.tower_input}"
     )
     pixels = [_pixel_row(part) for part in image.preprocessing]
@@ -112,7 +112,7 @@ def _image_lines(image: ImageComparison) -> list[str]:
             f"{stage.ratio:.3f}",
             f"{stage.verdict.measured:.3g}",
             f"{stage.verdict.allowed:.3g}",
-            "" if stage.verdict.holds else "<- " + stage.verdict.problem,
+            "" if stage.verdict.passed else "<- " + stage.verdict.problem,
         )
         for stage in image.stages
     ]
@@ -121,7 +121,7 @@ def _image_lines(image: ImageComparison) -> list[str]:
 
 
 def _pixel_row(part: Preprocessing) -> tuple[str, ...]:
-    verdict = ("agrees" if part.holds else "differs") if part.is_judged else "not judged"
+    verdict = ("agrees" if part.passed else "differs") if part.is_judged else "not judged"
     if not part.same_grid:
         return part.processor, str(part.grid_thw), "-", "-", verdict + ": another grid"
     differing = f"{part.values_differ:,} of {part.values:,}"

@@ -15,9 +15,9 @@ from qwen_vit.errors import ArgumentError
 __all__ = ["Difference", "Verdict", "fp32_budget", "judge", "ratio", "relative_error"]
 
 RELATIVE_TOLERANCE = 1e-5  # 100 float32 roundings; two honest float32 towers are about 1e-6 apart
-LARGEST_FP32_ERROR = 1e-4  # twice what 32 blocks of peaked attention were seen to reach
-LARGEST_BF16_RATIO = 1.01
-LARGEST_GOLDEN_DRIFT = 1.01  # the same tensors and the same oracle: all that may differ is rounding
+MAX_FP32_ERROR = 1e-4  # twice what 32 blocks of peaked attention were seen to reach
+MAX_BF16_RATIO = 1.01
+MAX_GOLDEN_DRIFT = 1.01  # the same tensors and the same oracle: all that may differ is rounding
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
@@ -82,7 +82,7 @@ class Verdict:
     problem: str
 
     @property
-    def holds(self) -> bool:
+    def passed(self) -> bool:
         """Whether the numbers policy is kept."""
         return not self.problem
 
@@ -99,38 +99,38 @@ def fp32_budget(reference_error: float) -> float:
 def judge(
     dtype: torch.dtype,
     *,
-    apart: float,
+    distance: float,
     ours: float,
     theirs: float,
     recorded: float | None = None,
 ) -> Verdict:
     """Apply the numbers policy to one stage.
 
-    >>> judge(torch.float32, apart=2e-6, ours=1e-6, theirs=1e-6).holds
+    >>> judge(torch.float32, distance=2e-6, ours=1e-6, theirs=1e-6).passed
     True
-    >>> judge(torch.bfloat16, apart=3e-3, ours=2.2e-3, theirs=2.0e-3).problem
+    >>> judge(torch.bfloat16, distance=3e-3, ours=2.2e-3, theirs=2.0e-3).problem
     'ours is 1.1 times as far from float64 as Hugging Face, allowed 1.01'
 
-    `apart` is our relative distance from Hugging Face's result; `ours` and `theirs` are the two
+    `distance` is our relative distance from Hugging Face's result; `ours` and `theirs` are the two
     distances from the float64 oracle; `recorded` is theirs as a golden file states it. In float32
-    `apart` is bounded, in bfloat16 the ratio of ours and theirs. A reference that is too far from
-    the truth is never a yardstick: in float32 beyond 1e-4, in bfloat16 as far as zeros would be,
-    and a golden one farther than it was when it was made.
+    `distance` is bounded, in bfloat16 the ratio of ours and theirs. A reference too far from the
+    truth fails the stage: in float32 beyond 1e-4, in bfloat16 as far as zeros would be, and a
+    golden one farther than it was when it was made.
     """
     is_fp32 = dtype == torch.float32
     own_error = theirs if recorded is None else recorded
     if is_fp32:
-        measured, allowed = apart, fp32_budget(own_error)
+        measured, allowed = distance, fp32_budget(own_error)
         problem = f"{measured:.2g} from Hugging Face, allowed {allowed:.2g}"
     else:
-        measured, allowed = ratio(ours, own_error), LARGEST_BF16_RATIO
+        measured, allowed = ratio(ours, own_error), MAX_BF16_RATIO
         problem = (
             f"ours is {measured:.3g} times as far from float64 as Hugging Face, allowed {allowed:g}"
         )
     if measured <= allowed:
         problem = ""
-    limit = LARGEST_FP32_ERROR if is_fp32 else 1.0
-    if recorded is not None and not theirs <= LARGEST_GOLDEN_DRIFT * recorded:
+    limit = MAX_FP32_ERROR if is_fp32 else 1.0
+    if recorded is not None and not theirs <= MAX_GOLDEN_DRIFT * recorded:
         problem = (
             f"the golden is {theirs:.2g} from the float64 oracle of the weights here, and was "
             f"{recorded:.2g} from that of its own: other weights"

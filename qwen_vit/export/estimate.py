@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ImageError
-from qwen_vit.export.plan import ExportOptions, Plan, RowForm, rehearse_export, target_size
+from qwen_vit.export.plan import ExportOptions, ExportPlan, RowFormat, plan_dry_run, target_size
 from qwen_vit.images.load import DECODERS, ImageLimits
 from qwen_vit.inputs.listing import Item, read_item
 
@@ -67,7 +67,7 @@ def estimate_export(
     """
     options = options or ExportOptions()
     where = None if folder is None else Path(folder)
-    with rehearse_export(encoder, inputs, where, options) as plan:
+    with plan_dry_run(encoder, inputs, where, options) as plan:
         items = (item for shard in plan.shards for item in plan.listing.shard(shard))
         bar = tqdm(
             items, total=plan.n_images, unit="image", file=sys.stderr, disable=not show_progress
@@ -75,7 +75,7 @@ def estimate_export(
         return _estimate(encoder, bar, options)
 
 
-def estimate_plan(encoder: VisionEncoder, plan: Plan) -> Estimate:
+def estimate_plan(encoder: VisionEncoder, plan: ExportPlan) -> Estimate:
     """The same for a plan, from a sample of its images, without the time."""
     sample = plan.listing.spread(SAMPLE)
     found = _estimate(encoder, sample, plan.options, is_timed=False)
@@ -93,7 +93,7 @@ def estimate_plan(encoder: VisionEncoder, plan: Plan) -> Estimate:
 def _estimate(
     encoder: VisionEncoder, items: Iterable[Item], options: ExportOptions, *, is_timed: bool = True
 ) -> Estimate:
-    config, form = encoder.image_config, RowForm.of(encoder, options)
+    config, form = encoder.image_config, RowFormat.of(encoder, options)
     images = unreadable = rows = patches = 0
     timed: list[Item] = []
     for item in items:

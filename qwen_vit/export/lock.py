@@ -23,7 +23,7 @@ from typing import Any
 from qwen_vit.common.atomic_file import cannot_write
 from qwen_vit.errors import ExportError
 
-__all__ = ["LOCK_NAME", "hold_folder", "hold_moment"]
+__all__ = ["LOCK_NAME", "hold_folder", "short_lock"]
 
 logger = logging.getLogger("qwen_vit")
 
@@ -53,7 +53,7 @@ def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
             locks.enter_context(_hold(folder / "lock", fcntl.LOCK_EX))
         else:
             locks.enter_context(_hold(folder / "lock", fcntl.LOCK_SH))
-            with hold_moment(folder):
+            with short_lock(folder):
                 _refuse_other_counts(folder, count)
                 own = folder / f"lock-{number}-of-{count}"
                 locks.enter_context(_hold(own, fcntl.LOCK_EX))
@@ -61,7 +61,7 @@ def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
 
 
 @contextmanager
-def hold_moment(folder: Path) -> Iterator[None]:
+def short_lock(folder: Path) -> Iterator[None]:
     """Wait for, and hold, what only one part may do at a time: short things."""
     with _hold(folder / "lock-moment", fcntl.LOCK_EX, MOMENT_PATIENCE_S):
         yield

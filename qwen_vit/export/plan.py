@@ -21,8 +21,8 @@ from qwen_vit.common.safetensors_header import MAX_HEADER_BYTES
 from qwen_vit.common.strict_json import is_integer, read_json
 from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import OnError, VisionEncoder
-from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, shown
-from qwen_vit.export.lock import LOCK_NAME, hold_folder, hold_moment
+from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, display_name
+from qwen_vit.export.lock import LOCK_NAME, hold_folder, short_lock
 from qwen_vit.feature_files.read import shard_name
 from qwen_vit.features import SCHEMA_VERSION
 from qwen_vit.images.load import ImageLimits
@@ -32,16 +32,16 @@ from qwen_vit.inputs.listing import Item, Listing, find_items, read_listing
 __all__ = [
     "LISTING",
     "SETTINGS",
-    "Described",
+    "EncoderInfo",
     "ExportOptions",
-    "Plan",
-    "RowForm",
+    "ExportPlan",
+    "RowFormat",
     "check_folder",
-    "clear_away",
     "has_shards",
-    "head_room",
     "open_export",
-    "rehearse_export",
+    "plan_dry_run",
+    "remove_leftovers",
+    "reserved_header_bytes",
     "target_size",
 ]
 
@@ -106,7 +106,7 @@ class ExportOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class RowForm:
+class RowFormat:
     """What one row of the features is: its width, its type, and the patches that it stands for.
 
     `patches_per_row` is None where an image has one row, however many patches.
@@ -139,12 +139,12 @@ def target_size(height: int, width: int, config: ImageConfig, name: str) -> tupl
         factor=config.patch_px * config.merge_size,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
-        name=shown(name),
+        name=display_name(name),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ExportPlan:
     """An export that is under way: all that a worker needs, besides the encoder, to make a shard.
 
     `settings` are those of export.json, which every shard repeats in its metadata.
@@ -176,7 +176,7 @@ class Plan:
         return self.folder / shard_name(shard)
 
 
-class Described(Protocol):
+class EncoderInfo(Protocol):
     """What an export records of an encoder, wherever that is."""
 
     @property
@@ -189,9 +189,9 @@ class Described(Protocol):
 
 @contextmanager
 def open_export(
-    encoder: Described, inputs: Sequence[str | os.PathLike[str]], folder: Path,
+    encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]], folder: Path,
     options: ExportOptions,
-) -> Iterator[Plan]:  # fmt: skip
+) -> Iterator[ExportPlan]:  # fmt: skip
     """Begin an export, or take one up again: the folder is held while the block runs.
 
     Raises ExportError, before any image is read, for a folder that is not an export's, that
@@ -205,12 +205,12 @@ def open_export(
             listing = _list(paths, folder, options)
             try:
                 facts = _settings(encoder, listing, options)  # it hashes the weights: no moment
-                with hold_moment(folder):
-                    settings = _settle(folder, facts, listing, options.part)
+                with short_lock(folder):
+                    settings = write_or_check_settings(folder, facts, listing, options.part)
             finally:  # where it has not taken its place
                 listing.path.unlink(missing_ok=True)
-            plan = Plan(folder, settings, replace(listing, path=folder / LISTING), options)
-            clear_away(plan)
+            plan = ExportPlan(folder, settings, replace(listing, path=folder / LISTING), options)
+            remove_leftovers(plan)
             if not has_shards(folder):
                 _check_heads(plan)
             yield plan
@@ -220,20 +220,20 @@ def open_export(
                 folder.rmdir()
 
 
-def head_room(items: Sequence[Item], settings: Mapping[str, Any]) -> int:
+def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) -> int:
     """The bytes to leave for a shard's head; what it follows from is known before any image is."""
     names = [name for item in items for name in (item.id, item.source)]
     text = json.dumps({**settings, "ids": names})
     return len(json.dumps(text)) + IMAGE_HEAD_BYTES * (len(items) + 1)  # JSON within JSON
 
 
-def _check_heads(plan: Plan) -> None:
+def _check_heads(plan: ExportPlan) -> None:
     """Raise ExportError for shards of more images than a header can name, before any is made."""
     for shard in plan.shards:
         n_images = plan.listing.shard_length(shard)
         if n_images * IMAGE_HEAD_BYTES < MAX_HEADER_BYTES // 16:  # its names take no 5,000 bytes
             continue
-        room = head_room(plan.listing.shard(shard), plan.settings)
+        room = reserved_header_bytes(plan.listing.shard(shard), plan.settings)
         if room > MAX_HEADER_BYTES:
             raise ExportError(
                 f"{plan.path(shard)} would need a header of up to {room} bytes for {n_images} "
@@ -259,10 +259,10 @@ def _paths(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 
 @contextmanager
-def rehearse_export(
-    encoder: Described, inputs: Sequence[str | os.PathLike[str]], folder: Path | None,
+def plan_dry_run(
+    encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]], folder: Path | None,
     options: ExportOptions,
-) -> Iterator[Plan]:  # fmt: skip
+) -> Iterator[ExportPlan]:  # fmt: skip
     """The plan of an export that is not begun; nothing stays of it when the block ends.
 
     Raises what `open_export` would of the inputs and, unless it is None, of the folder.
@@ -275,8 +275,8 @@ def rehearse_export(
         settings: Mapping[str, Any] = {}
         if folder is not None and (folder / SETTINGS).exists():
             settings = _settings(encoder, listing, options)
-            settings = _settled(folder, settings, listing, options.part) or settings
-        plan = Plan(Path(temporary), settings, listing, options)
+            settings = existing_settings(folder, settings, listing, options.part) or settings
+        plan = ExportPlan(Path(temporary), settings, listing, options)
         if folder is None or not folder.exists() or not has_shards(folder):
             _check_heads(plan)
         yield plan
@@ -298,8 +298,8 @@ def check_folder(folder: Path, *, make: bool = True) -> None:
     strange = [n for n in names if not LOCK_NAME.fullmatch(n) and not LEFTOVER.fullmatch(n)]
     if strange and SETTINGS not in names:
         raise ExportError(
-            f"{folder} holds {shown(strange[0])} (one of {len(strange)} names) and no {SETTINGS}, "
-            "expected an export or an empty folder; pass another --out"
+            f"{folder} holds {display_name(strange[0])} (one of {len(strange)} names) and no "
+            f"{SETTINGS}, expected an export or an empty folder; pass another --out"
         )
     written = folder if folder.exists() else folder.absolute().parent
     if not os.access(written, os.W_OK):
@@ -315,20 +315,21 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
     if left_out:
         kinds = left_out.most_common(SUFFIXES_TOLD)
         named = ", ".join(
-            f"{count} {shown(suffix) if suffix else 'without any'}" for suffix, count in kinds
+            f"{count} {display_name(suffix) if suffix else 'without any'}"
+            for suffix, count in kinds
         )
         more = ", ..." if len(left_out) > len(kinds) else ""
         logger.warning("left out, for want of an image's suffix: %s%s", named, more)
     if listing.n_images == 0:
         path.unlink()
         raise ExportError(
-            f"no image was found in {', '.join(map(shown, inputs))}; files in folders and tars "
-            "need an image's suffix, such as .jpg"
+            f"no image was found in {', '.join(map(display_name, inputs))}; files in folders and "
+            "tars need an image's suffix, such as .jpg"
         )
     return listing
 
 
-def _settings(encoder: Described, listing: Listing, options: ExportOptions) -> dict[str, Any]:
+def _settings(encoder: EncoderInfo, listing: Listing, options: ExportOptions) -> dict[str, Any]:
     metadata = encoder.metadata()
     settings = {
         **metadata,
@@ -346,11 +347,11 @@ def _settings(encoder: Described, listing: Listing, options: ExportOptions) -> d
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]  # lists, not tuples
 
 
-def _settle(
+def write_or_check_settings(
     folder: Path, settings: dict[str, Any], listing: Listing, part: tuple[int, int]
 ) -> dict[str, Any]:
     """Write the settings and the listing, or check that they are those already there."""
-    settled = _settled(folder, settings, listing, part)
+    settled = existing_settings(folder, settings, listing, part)
     if settled is None:
         with atomic_file(folder / SETTINGS) as file:
             file.write(json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n")
@@ -361,7 +362,7 @@ def _settle(
     return settled or settings
 
 
-def _settled(
+def existing_settings(
     folder: Path, settings: dict[str, Any], listing: Listing, part: tuple[int, int]
 ) -> dict[str, Any] | None:
     """The settings that this export was begun with, if it was; ExportError if they are others."""
@@ -438,23 +439,23 @@ def _listing_difference(
     new = {item.id: item for item in read_listing(listing.path)}
     gone, added = [i for i in old if i not in new], [i for i in new if i not in old]
     moved = [i for i in new if i in old and new[i] != old[i]]
-    told = [
-        f"{len(names)} {what}, first {shown(names[0])}"
+    reported = [
+        f"{len(names)} {what}, first {display_name(names[0])}"
         for names, what in ((gone, "missing"), (added, "new"), (moved, "in another place"))
         if names
     ]
     if moved:
-        told[-1] += f" (it was in {shown(old[moved[0]].source)})"
+        reported[-1] += f" (it was in {display_name(old[moved[0]].source)})"
         way = ""  # its listing says where they no longer are
     else:
         way = f" (the input {before} is just that)"
-    return f"its images: {'; '.join(told) or 'in another order'}", way
+    return f"its images: {'; '.join(reported) or 'in another order'}", way
 
 
-def clear_away(plan: Plan) -> None:
+def remove_leftovers(plan: ExportPlan) -> None:
     """Remove what killed runs left of this part's shards, and of the files that one may write."""
     shards, part = plan.shards, plan.options.part
-    with hold_moment(plan.folder):
+    with short_lock(plan.folder):
         for name in os.listdir(plan.folder):
             match = LEFTOVER.fullmatch(name)
             if match is None:

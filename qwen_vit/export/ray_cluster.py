@@ -21,27 +21,34 @@ from typing import Any
 
 import torch
 
-from qwen_vit.common.prefetch import Clock, thread_count
+from qwen_vit.common.prefetch import StageTimer, thread_count
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError, QwenVitError
 from qwen_vit.export.estimate import Estimate, estimate_plan
 from qwen_vit.export.manifest import ManifestRow, load_arrow
-from qwen_vit.export.plan import ExportOptions, Plan, clear_away, open_export
+from qwen_vit.export.plan import ExportOptions, ExportPlan, open_export, remove_leftovers
 from qwen_vit.export.run import (
+    ExportCounts,
     ExportReport,
     Progress,
-    Tally,
     load_encoder,
     make_manifest,
     warn_of_idle,
 )
-from qwen_vit.export.shards import REST, STAGES, Breaker, DoneShard, export_shards, whole_shard
+from qwen_vit.export.shards import (
+    REST,
+    STAGES,
+    CircuitBreaker,
+    DoneShard,
+    export_shards,
+    whole_shard,
+)
 
 __all__ = ["export_on_ray"]
 
 
 KNOCK_S = 10.0  # how long a cluster's address may take to answer
-DEATHS = 25  # of workers at one shard: then it is the shard that kills them
+MAX_TASK_RETRIES = 25  # of workers at one shard: then it is the shard that kills them
 SHARDS_AT_A_TIME = 2  # of a GPU: one is encoded while the other one's images are read, or written
 
 
@@ -71,7 +78,7 @@ def export_on_ray(
     if device not in ("auto", "cpu", "cuda"):
         raise ArgumentError(f"device is {device!r}, expected 'auto', 'cuda' or 'cpu' with Ray")
     thread_count(decode_threads)  # refuses what makes no sense, before a cluster is begun
-    options, tally, waits = options or ExportOptions(), Tally(), dict.fromkeys(STAGES, 0.0)
+    options, tally, waits = options or ExportOptions(), ExportCounts(), dict.fromkeys(STAGES, 0.0)
     model = os.path.abspath(model) if os.path.isdir(model) else model
     load = partial(load_encoder, model, options, device=device, **loading)
     load_arrow()
@@ -81,7 +88,7 @@ def export_on_ray(
         with open_export(encoder, inputs, Path(folder).absolute(), options) as plan:
             if confirm is not None and not any(plan.path(shard).exists() for shard in plan.shards):
                 confirm(workers.ask("estimate", plan))
-            breaker = Breaker(options.max_failures)
+            breaker = CircuitBreaker(options.max_failures)
             try:
                 with Progress(plan, show_progress) as progress:
                     for done in _shards(workers, plan, waits):
@@ -95,11 +102,11 @@ def export_on_ray(
                             breaker.count_done(_failure(row))
             finally:  # interrupted, too
                 workers.end()
-                clear_away(plan)  # what dead workers left
+                remove_leftovers(plan)  # what dead workers left
             return tally.report(plan, make_manifest(plan), waits)
 
 
-def _shards(workers: "_Workers", plan: Plan, waits: dict[str, float]) -> Iterator[DoneShard]:
+def _shards(workers: "_Workers", plan: ExportPlan, waits: dict[str, float]) -> Iterator[DoneShard]:
     missing = []
     for shard in plan.shards:
         rows = whole_shard(plan, shard)
@@ -119,7 +126,7 @@ def _failure(row: ManifestRow) -> ImageError | None:
     return ImageError(str(row.error_message), code=str(row.error_code))
 
 
-def _size(plan: Plan, shard: int) -> int:
+def _size(plan: ExportPlan, shard: int) -> int:
     try:
         return plan.path(shard).stat().st_size
     except FileNotFoundError:
@@ -158,12 +165,12 @@ class _Worker:
     def describe(self) -> _Description:
         return _Description(self._encoder.device, self._encoder.metadata())
 
-    def estimate(self, plan: Plan) -> Estimate:
+    def estimate(self, plan: ExportPlan) -> Estimate:
         return estimate_plan(self._encoder, plan)
 
-    def export(self, plan: Plan, shard: int) -> tuple[DoneShard, dict[str, float]]:
+    def export(self, plan: ExportPlan, shard: int) -> tuple[DoneShard, dict[str, float]]:
         """Make one shard; its rows come back, its features are on the disk."""
-        clock = Clock(REST)
+        clock = StageTimer(REST)
         [done] = export_shards(
             self._encoder, plan, [shard], decode_threads=self._decode_threads, clock=clock
         )
@@ -192,7 +199,7 @@ class _Workers:
             num_gpus=1 if n_gpus else 0,
             max_concurrency=self._at_a_time,
             max_restarts=-1,
-            max_task_retries=DEATHS,
+            max_task_retries=MAX_TASK_RETRIES,
         )
         self._arguments = load, _threads_of_a_shard(decode_threads, resources)
         self._most = n_gpus or max(1, int(resources.get("CPU", 1)))
@@ -206,7 +213,7 @@ class _Workers:
             return ray.get(getattr(self._actors[0], method).remote(*arguments))
 
     def export(
-        self, plan: Plan, shards: Sequence[int]
+        self, plan: ExportPlan, shards: Sequence[int]
     ) -> Iterator[tuple[DoneShard, dict[str, float]]]:
         """Shards in the order in which they are done."""
         import ray
@@ -266,7 +273,7 @@ def _cluster(address: str | None) -> Iterator[None]:
         yield
         return
     try:
-        _knock(address or os.environ.get("RAY_ADDRESS"))
+        check_reachable(address or os.environ.get("RAY_ADDRESS"))
         with _handlers_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, OverflowError, ValueError, RuntimeError) as error:  # a port may be no port
@@ -294,7 +301,7 @@ def _handlers_kept() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _knock(address: str | None) -> None:
+def check_reachable(address: str | None) -> None:
     """Raise OSError where nobody listens at HOST:PORT: Ray itself would ask again for minutes."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
@@ -314,7 +321,8 @@ def _plain_errors() -> Iterator[None]:
         raise
     except RayActorError as error:
         raise ExportError(
-            f"a worker of the Ray cluster died {DEATHS + 1} times at one shard, or could not be "
+            f"a worker of the Ray cluster died {MAX_TASK_RETRIES + 1} times at one shard, or "
+            "could not be "
             f"started ({str(error).splitlines()[0]}); whole shards are kept: look at Ray's logs, "
             "and run the same command again"
         ) from None

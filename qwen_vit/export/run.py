@@ -20,20 +20,20 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from qwen_vit.common.prefetch import Clock, thread_count
+from qwen_vit.common.prefetch import StageTimer, thread_count
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ArgumentError, ExportError, counted
+from qwen_vit.errors import ArgumentError, ExportError, plural
 from qwen_vit.export.estimate import Estimate, estimate_plan
-from qwen_vit.export.lock import hold_moment
+from qwen_vit.export.lock import short_lock
 from qwen_vit.export.manifest import ManifestRow, load_arrow, write_manifest
-from qwen_vit.export.plan import ExportOptions, Plan, open_export
+from qwen_vit.export.plan import ExportOptions, ExportPlan, open_export
 from qwen_vit.export.shards import REST, STAGES, DoneShard, export_shards, whole_shard
 from qwen_vit.features import ImageFeatures
 
 __all__ = [
+    "ExportCounts",
     "ExportReport",
     "Progress",
-    "Tally",
     "export_features",
     "load_encoder",
     "make_manifest",
@@ -100,10 +100,10 @@ def export_features(
         )
     if not isinstance(options, ExportOptions | None):
         raise ArgumentError(f"options is {options!r}, expected ExportOptions or None")
-    options, tally = options or ExportOptions(), Tally()
+    options, tally = options or ExportOptions(), ExportCounts()
     thread_count(decode_threads)  # refuses what makes no sense, before anything is made
     load_arrow()
-    clock = Clock(REST)
+    clock = StageTimer(REST)
     with open_export(encoder, inputs, Path(folder), options) as plan:
         warn_of_idle(len(plan.all_shards), options.part[1], "parts")
         if confirm is not None and not any(plan.path(shard).exists() for shard in plan.shards):
@@ -120,7 +120,7 @@ def export_features(
 
 
 @dataclass(slots=True)
-class Tally:
+class ExportCounts:
     """What an export has done so far."""
 
     exported: int = 0
@@ -130,7 +130,7 @@ class Tally:
     failed: Counter[str] = field(default_factory=Counter)
     start: float = field(default_factory=time.monotonic)
 
-    def count(self, plan: Plan, done: DoneShard) -> None:
+    def count(self, plan: ExportPlan, done: DoneShard) -> None:
         """One more whole shard."""
         good = [row for row in done.rows if row.status == "ok"]
         self.failed.update(row.error_code or "" for row in done.rows if row.status != "ok")
@@ -139,7 +139,7 @@ class Tally:
         self.rows += sum(row.tokens or 0 for row in good)
         self.bytes += plan.path(done.shard).stat().st_size
 
-    def report(self, plan: Plan, manifest: Path, waits: dict[str, float]) -> ExportReport:
+    def report(self, plan: ExportPlan, manifest: Path, waits: dict[str, float]) -> ExportReport:
         """All of it."""
         return ExportReport(
             plan.folder, manifest, plan.n_images, self.exported, dict(self.failed.most_common()),
@@ -163,11 +163,11 @@ def warn_of_idle(n_shards: int, n_workers: int, workers: str) -> None:
     if n_shards < n_workers:
         logger.warning(
             "%s for %d %s: with a smaller --shard-size all would have work",
-            counted(n_shards, "shard"), n_workers, workers,
+            plural(n_shards, "shard"), n_workers, workers,
         )  # fmt: skip
 
 
-def make_manifest(plan: Plan) -> Path:
+def make_manifest(plan: ExportPlan) -> Path:
     """Write the manifest of every shard that is there, those of other parts too.
 
     Raises ExportError where one of this part, which was whole, cannot be read again.
@@ -184,7 +184,7 @@ def make_manifest(plan: Plan) -> Path:
                     "disk, and run the same command again"
                 )
 
-    with hold_moment(plan.folder):
+    with short_lock(plan.folder):
         return write_manifest(plan.folder, shards())
 
 
@@ -202,7 +202,7 @@ class _Lines:
 class Progress:
     """A bar on a terminal, a line a minute in a log; the first failures are told in either case."""
 
-    def __init__(self, plan: Plan, is_shown: bool) -> None:
+    def __init__(self, plan: ExportPlan, is_shown: bool) -> None:
         how: dict[str, Any] = {"file": sys.stderr}
         if is_shown and not sys.stderr.isatty():
             pause = {"mininterval": LINE_EVERY_S, "maxinterval": LINE_EVERY_S}

@@ -17,20 +17,27 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from qwen_vit.common.prefetch import Behind, Clock, Job, thread_count, work_ahead
+from qwen_vit.common.prefetch import BackgroundWriter, Job, StageTimer, thread_count, work_ahead
 from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ExportError, ImageError, shown
+from qwen_vit.errors import ExportError, ImageError, display_name
 from qwen_vit.export.device_to_host import PinnedRing
 from qwen_vit.export.manifest import ManifestRow, shard_rows
-from qwen_vit.export.plan import LISTING, SETTINGS, ExportOptions, Plan, RowForm, head_room
+from qwen_vit.export.plan import (
+    LISTING,
+    SETTINGS,
+    ExportOptions,
+    ExportPlan,
+    RowFormat,
+    reserved_header_bytes,
+)
 from qwen_vit.feature_files.read import open_shard
 from qwen_vit.features import FeatureWriter, ImageFeatures, not_finite
 from qwen_vit.images.load import ImageLimits, load_image
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.inputs.listing import Item, read_item
 
-__all__ = ["REST", "STAGES", "Breaker", "DoneShard", "export_shards", "whole_shard"]
+__all__ = ["REST", "STAGES", "CircuitBreaker", "DoneShard", "export_shards", "whole_shard"]
 
 logger = logging.getLogger("qwen_vit")
 
@@ -42,7 +49,7 @@ STAGES = READ, ENCODE, COPY, WRITE, REST = "read and decode", "encode", "copy ba
 
 
 @dataclass(slots=True)
-class Breaker:
+class CircuitBreaker:
     """Stops an export when many images in a row fail: the disk is gone, or the model is broken."""
 
     limit: int
@@ -85,7 +92,7 @@ class _Image:
         return 0 if self.patches is None else self.patches.pixels.nbytes
 
 
-class _Begin(NamedTuple):
+class ShardStart(NamedTuple):
     """Comes before a shard's images; `rows` if it is there, and then no image comes."""
 
     shard: int
@@ -107,13 +114,13 @@ class DoneShard(NamedTuple):
 
 def export_shards(
     encoder: VisionEncoder,
-    plan: Plan,
+    plan: ExportPlan,
     shards: Iterable[int],
     *,
-    breaker: Breaker | None = None,
+    breaker: CircuitBreaker | None = None,
     on_image: Callable[[ImageFeatures], None] = lambda features: None,
     decode_threads: int | None = None,
-    clock: Clock | None = None,
+    clock: StageTimer | None = None,
 ) -> Iterator[DoneShard]:
     """Make shards, one after the other, and give each when it is on the disk.
 
@@ -123,13 +130,13 @@ def export_shards(
     afterwards. Raises ExportError where a shard cannot be written, or `breaker` stops it; the first
     ImageError with on_error="raise".
     """
-    breaker, clock = breaker or Breaker(plan.options.max_failures), clock or Clock(REST)
-    form = RowForm.of(encoder, plan.options)
+    breaker, clock = breaker or CircuitBreaker(plan.options.max_failures), clock or StageTimer(REST)
+    form = RowFormat.of(encoder, plan.options)
     jobs = _jobs(encoder.image_config, plan, shards)
     sender: _Sender | None = None  # made when a shard is missing: it takes memory
     with closing(work_ahead(jobs, threads=thread_count(decode_threads))) as loaded:
         for begin in loaded:
-            if not isinstance(begin, _Begin):
+            if not isinstance(begin, ShardStart):
                 raise TypeError(f"{type(begin).__name__} between shards")
             if begin.rows is not None:
                 yield DoneShard(begin.shard, begin.rows, is_new=False)
@@ -138,7 +145,7 @@ def export_shards(
             images = islice(loaded, begin.n_images)
             with (
                 _Shard(plan, begin.shard, form, breaker, on_image) as shard,
-                Behind(BEHIND_BYTES) as writer,
+                BackgroundWriter(BEHIND_BYTES) as writer,
             ):
                 encoded = _encode(encoder, images, plan.options, breaker, clock)
                 for group, embeds in _in_groups(encoded, encoder.device):
@@ -151,17 +158,19 @@ def export_shards(
             yield DoneShard(begin.shard, saved, is_new=True)
 
 
-def _jobs(config: ImageConfig, plan: Plan, shards: Iterable[int]) -> Iterator[Job[_Begin | _Image]]:
+def _jobs(
+    config: ImageConfig, plan: ExportPlan, shards: Iterable[int]
+) -> Iterator[Job[ShardStart | _Image]]:
     for shard in shards:
         rows = whole_shard(plan, shard)
         items = plan.listing.shard(shard) if rows is None else []
-        yield Job(partial(_Begin, shard, len(items), rows))
+        yield Job(partial(ShardStart, shard, len(items), rows))
         for item in items:
             yield Job(partial(_load, item, config, plan.options.limits))
 
 
 @contextmanager
-def _behind(shard: "_Shard", clock: Clock) -> Iterator[None]:
+def _behind(shard: "_Shard", clock: StageTimer) -> Iterator[None]:
     """Waiting for the thread that writes; which may itself wait for what the GPU has not sent."""
     before, begin = shard.waited_s, time.perf_counter()
     with clock.stage(WRITE):
@@ -187,7 +196,7 @@ class _Sent(NamedTuple):
 class _Sender:
     """Copies what is stored of embeddings to the CPU, on a stream beside the encoder's."""
 
-    def __init__(self, device: torch.device, form: RowForm) -> None:
+    def __init__(self, device: torch.device, form: RowFormat) -> None:
         self._form = form
         self._ring: PinnedRing | None = None
         if device.type == "cuda":
@@ -237,10 +246,10 @@ class _Shard:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: ExportPlan,
         number: int,
-        form: RowForm,
-        breaker: Breaker,
+        form: RowFormat,
+        breaker: CircuitBreaker,
         on_image: Callable[[ImageFeatures], None],
     ) -> None:
         self.number = number
@@ -248,7 +257,7 @@ class _Shard:
         self._plan, self._form, self._breaker, self._on_image = plan, form, breaker, on_image
         self._facts: list[dict[str, Any]] = []
         self._errors: list[dict[str, Any]] = []
-        room = head_room(plan.listing.shard(number), plan.settings)
+        room = reserved_header_bytes(plan.listing.shard(number), plan.settings)
         self._writer = FeatureWriter(plan.path(number), form.width, form.dtype, room)
 
     def __enter__(self) -> Self:
@@ -323,7 +332,9 @@ class _Shard:
             self.waited_s += time.perf_counter() - begin
 
 
-def whole_shard(plan: Plan, shard: int, then: str = "it is made again") -> list[ManifestRow] | None:
+def whole_shard(
+    plan: ExportPlan, shard: int, then: str = "it is made again"
+) -> list[ManifestRow] | None:
     """A shard's rows, or None where it is not there, or torn. Raises ExportError for a strange one.
 
     Its size must be the one that its header promises, its settings the plan's, and its images and
@@ -354,10 +365,10 @@ def whole_shard(plan: Plan, shard: int, then: str = "it is made again") -> list[
 
 def _encode(
     encoder: VisionEncoder,
-    images: Iterator[_Begin | _Image],
+    images: Iterator[ShardStart | _Image],
     options: ExportOptions,
-    breaker: Breaker,
-    clock: Clock,
+    breaker: CircuitBreaker,
+    clock: StageTimer,
 ) -> Iterator[tuple[_Image, Tensor | None]]:
     """Every image in order, with its embeddings or its error."""
     under_way: deque[_Image] = deque()
@@ -382,7 +393,9 @@ def _encode(
         image = under_way.popleft()
         image.grid_thw = features.grid_thw or (0, 0, 0)
         if features.error is not None:  # the encoder was given patches, which have no name
-            message = str(features.error).replace(f"image {number} ", f"{shown(image.item.id)} ", 1)
+            message = str(features.error).replace(
+                f"image {number} ", f"{display_name(image.item.id)} ", 1
+            )
             image.error = ImageError(message, code=features.error.code)
         yield image, features.embeds
     for image in under_way:
@@ -413,7 +426,7 @@ def _in_groups(
         yield images, embeds
 
 
-def _timed(encoded: Iterator[ImageFeatures], clock: Clock) -> Iterator[ImageFeatures]:
+def _timed(encoded: Iterator[ImageFeatures], clock: StageTimer) -> Iterator[ImageFeatures]:
     while True:
         with clock.stage(ENCODE):
             features = next(encoded, None)
@@ -432,11 +445,11 @@ def _load(item: Item, config: ImageConfig, limits: ImageLimits) -> _Image:
         image.stage = "decode"
         rgb = load_image(data, name=item.id, limits=limits)
         image.size_px, image.notes = (rgb.height, rgb.width), rgb.notes
-        image.patches = patchify(rgb.picture, config, name=shown(item.id))
+        image.patches = patchify(rgb.picture, config, name=display_name(item.id))
         image.stage = "encode"
     except ImageError as error:
         image.error = error.without_frames()
     except MemoryError:
-        message = f"{shown(item.id)} does not fit into memory; free some, or leave it out"
+        message = f"{display_name(item.id)} does not fit into memory; free some, or leave it out"
         image.error = ImageError(message, code="memory")
     return image

@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen_vit.common.safetensors_header import read_header
-from qwen_vit.common.strict_json import check_integer, is_integer, parse_json, read_json, show
-from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, counted
+from qwen_vit.common.strict_json import check_integer, is_integer, parse_json, read_json, short_repr
+from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, plural
 from qwen_vit.features import METADATA_KEY, SCHEMA_VERSION, ImageFeatures
 from qwen_vit.integrations import hf as downstream
 
@@ -102,10 +102,10 @@ class Features(ABC):
     def __getitem__(self, key: Many) -> "Features": ...
     def __getitem__(self, key: int | str | Many) -> "ImageFeatures | Features":
         if isinstance(key, slice):
-            return _Choice(self, range(*key.indices(len(self))))
+            return FeatureSubset(self, range(*key.indices(len(self))))
         one_or_many: Any = key.tolist() if isinstance(key, (np.ndarray, Tensor)) else key
         if isinstance(one_or_many, (list, tuple, range)):
-            return _Choice(self, self._keys(one_or_many))
+            return FeatureSubset(self, self._keys(one_or_many))
         return self._read(self._find(one_or_many))
 
     def __iter__(self) -> Iterator[ImageFeatures]:
@@ -160,7 +160,7 @@ class Features(ABC):
         return index % count
 
 
-class _Choice(Features):
+class FeatureSubset(Features):
     """Some images of a file or folder, in an order of their own."""
 
     def __init__(self, source: Features, keys: Sequence[int | str]) -> None:
@@ -172,7 +172,7 @@ class _Choice(Features):
         return f"a choice of {self.source}"
 
     def __repr__(self) -> str:
-        return f"<{counted(len(self), 'image')} of {self.source!r}>"
+        return f"<{plural(len(self), 'image')} of {self.source!r}>"
 
     @cached_property
     def ids(self) -> Sequence[str]:
@@ -219,7 +219,7 @@ class FeatureFile(Features):
         return str(self.path)
 
     def __repr__(self) -> str:
-        return f"FeatureFile({str(self.path)!r}: {counted(len(self), 'image')})"
+        return f"FeatureFile({str(self.path)!r}: {plural(len(self), 'image')})"
 
     def __reduce__(self) -> Any:  # a data loader's workers open it for themselves
         return load_features, (self.path,)
@@ -301,8 +301,8 @@ class FeatureFolder(Features):
         return str(self.path)
 
     def __repr__(self) -> str:
-        listed = counted(len(self.listing), "image")
-        shards = f"{len(self._present):,} of {counted(self._shard_count, 'shard')}"
+        listed = plural(len(self.listing), "image")
+        shards = f"{len(self._present):,} of {plural(self._shard_count, 'shard')}"
         return f"FeatureFolder({str(self.path)!r}: {listed} listed, {shards})"
 
     def __reduce__(self) -> Any:  # a worker has the same images, whatever was written meanwhile
@@ -453,8 +453,8 @@ def _parse_errors(value: Any, path: Path, remedy: str) -> Sequence[FailedImage]:
     except TypeError:
         pass
     raise ExportError(
-        f"{path}: its errors are {show(value)}, expected id, stage, code and message of each; "
-        f"{remedy}"
+        f"{path}: its errors are {short_repr(value)}, expected id, stage, code and message of "
+        f"each; {remedy}"
     )
 
 
@@ -469,7 +469,7 @@ def _parse_facts(
     except (KeyError, TypeError):
         pass
     raise ExportError(
-        f"{path}: its images are {show(value)}, expected size_px and notes of each; {remedy}"
+        f"{path}: its images are {short_repr(value)}, expected size_px and notes of each; {remedy}"
     )
 
 
@@ -550,7 +550,7 @@ def _read_metadata(path: Path, remedy: str) -> dict[str, Any]:
             "version of qwen_vit that wrote it"
         )
     if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
-        raise ExportError(f"{path}: its ids are {show(ids)}, expected names; {remedy}")
+        raise ExportError(f"{path}: its ids are {short_repr(ids)}, expected names; {remedy}")
     found = {name: (tensors[name].dtype, tensors[name].shape) for name in INTEGERS}
     expected = {"image_grid_thw": (len(ids), 3), "image_token_offsets": (len(ids) + 1,)}
     if len(set(ids)) < len(ids) or len(tensors["image_embeds"].shape) != 2:

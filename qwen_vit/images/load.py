@@ -31,7 +31,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from qwen_vit.errors import ArgumentError, ImageError, shown
+from qwen_vit.errors import ArgumentError, ImageError, display_name
 from qwen_vit.images.truncation import ends_early, is_filled_up, promised_bytes
 
 __all__ = [
@@ -210,7 +210,7 @@ def load_image(
 
 def _error(code: str, name: str, text: str) -> ImageError:
     """The error of one of IMAGE_CODES."""
-    return ImageError(f"{shown(name)} {text}", code=code)
+    return ImageError(f"{display_name(name)} {text}", code=code)
 
 
 # Files

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeGuard
 
 from qwen_vit.common.atomic_file import atomic_file
-from qwen_vit.common.strict_json import is_integer, parse_json, show
-from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError, ImageError, shown
+from qwen_vit.common.strict_json import is_integer, parse_json, short_repr
+from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError, ImageError, display_name
 from qwen_vit.images.load import ADDRESS, ImageLimits, read_image_file
 
 __all__ = ["Item", "Listing", "check_inputs", "find_items", "read_item", "read_listing"]
@@ -45,7 +45,7 @@ COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # files begin so
 TAKEN_SUFFIXES = (*IMAGE_SUFFIXES, TAR_SUFFIX, *COMPRESSED_TARS)  # from a folder
 TAR_BLOCK = 512
-LARGEST_FILE = 2**63 - 1  # bytes
+MAX_FILE = 2**63 - 1  # bytes
 DEEP = re.compile(r"(?:^|(?<=/))\*\*(?:/+|$)")  # in a pattern: any number of folders
 ALL_BELOW = re.compile(r"(?:^|/)\*\*(?:/+\*{1,2})*/*$")  # what is in a match is one by itself
 END_OF_TAR = bytes(TAR_BLOCK)
@@ -112,8 +112,9 @@ class Listing:
                 if item.id in ids:
                     where = "the second is" if item.offset is None else "the second is in"
                     raise ExportError(
-                        f"two images would have the id {shown(item.id)}, {where} "
-                        f"{shown(item.source)}; give each once, export the folder that holds both, "
+                        f"two images would have the id {display_name(item.id)}, {where} "
+                        f"{display_name(item.source)}; give each once, export the folder that "
+                        "holds both, "
                         'or give a .jsonl list with an "id" for each'
                     )
                 ids.add(item.id)
@@ -179,13 +180,13 @@ def find_items(inputs: Sequence[str], left_out: Counter[str] | None = None) -> I
     """
     left_out = Counter() if left_out is None else left_out
     _check_alone(inputs)
-    told: set[str] = set()  # folders that cannot be listed: several patterns may meet one
+    reported: set[str] = set()  # folders that cannot be listed: several patterns may meet one
     for given in inputs:
         for item in _from_input(given, left_out):
             if item.error is not None and item.error[0] == "unreadable":
-                if item.source in told:
+                if item.source in reported:
                     continue
-                told.add(item.source)
+                reported.add(item.source)
             yield item
 
 
@@ -200,21 +201,22 @@ def _check_alone(inputs: Sequence[str]) -> None:
     """A list of a kind that is not read here; among others, it may be what a shell's `*` gave."""
     if len(inputs) == 1 and _suffix(inputs[0]) in NO_IMAGES and os.path.isfile(inputs[0]):
         raise ExportError(
-            f"{shown(inputs[0])} is no image, expected images, folders, tars or lists; a list is "
+            f"{display_name(inputs[0])} is no image, expected images, folders, tars or lists; a "
+            "list is "
             '.txt with a path a line, or .jsonl with an "id" and a "path" a line'
         )
 
 
 def _from_input(given: str, left_out: Counter[str]) -> Iterator[Item]:
     if ADDRESS.match(given):
-        raise ExportError(f"{shown(given)} is an address; download what is there first")
+        raise ExportError(f"{display_name(given)} is an address; download what is there first")
     if os.path.lexists(given) or not glob.has_magic(given):
         yield from _from_path(given, left_out, may_be_list=True)
         return
     unreadable: dict[str, Item] = {}
     matches = sorted(set(_matches(given, unreadable)), key=os.fsencode)
     if not matches and not unreadable:
-        raise ExportError(f"no file matches {shown(given)}; check the pattern")
+        raise ExportError(f"no file matches {display_name(given)}; check the pattern")
     folders: set[Path] = set()
     for match in matches:
         is_folder = os.path.isdir(match)
@@ -236,7 +238,7 @@ def _from_path(path: str, left_out: Counter[str], *, may_be_list: bool) -> Itera
         if may_be_list:  # it was given by name: a slip of the fingers, rather than a lost image
             reason = getattr(error, "strerror", error)
             raise ExportError(
-                f"{shown(path)} cannot be exported ({reason}); check the path"
+                f"{display_name(path)} cannot be exported ({reason}); check the path"
             ) from None
         mode = stat.S_IFREG
     name, source = str(Path(path)), str(Path(path).absolute())
@@ -359,7 +361,7 @@ def _unlistable(folder: str, name: str) -> str | None:
 
 
 def _cannot_be_listed(name: str, error: OSError) -> str:
-    return f"{shown(name)} cannot be listed: {error.strerror}; check its permissions"
+    return f"{display_name(name)} cannot be listed: {error.strerror}; check its permissions"
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -393,7 +395,7 @@ def _from_tar(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
     """The images in a tar, without reading them; what is wrong with it is an item of its own."""
 
     def broken(code: str, text: str) -> Item:
-        return Item(name, path, error=(code, f"{shown(name)} {text}"))
+        return Item(name, path, error=(code, f"{display_name(name)} {text}"))
 
     text = "is a compressed tar, in which no image can be found again; unpack it"
     compressed = broken("format", text)
@@ -438,7 +440,9 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
             if member.isreg() and not member.issparse():
                 yield Item(inside, path, member.offset_data, member.size)
             else:
-                message = f"{shown(inside)} is no plain file in its tar, such as a link; unpack it"
+                message = (
+                    f"{display_name(inside)} is no plain file in its tar, such as a link; unpack it"
+                )
                 yield Item(inside, path, error=("not-a-file", message))
         # tarfile takes anything that is no header for the end: without an end mark, it is cut
         file.seek(tar.offset)
@@ -458,7 +462,7 @@ def _from_text_list(path: str) -> Iterator[Item]:
 
 def _from_json_list(path: str) -> Iterator[Item]:
     for number, line in _lines(path):
-        where = f"{shown(path)}, line {number}"
+        where = f"{display_name(path)}, line {number}"
         try:
             facts = parse_json(line, source=where)
         except CheckpointError as error:
@@ -467,7 +471,8 @@ def _from_json_list(path: str) -> Iterator[Item]:
         name = facts.get("id", source)
         if not (_is_name(source) and _is_name(name)):
             raise ExportError(
-                f"{where}: id is {show(facts.get('id'))} and path {show(source)}, expected text in "
+                f"{where}: id is {short_repr(facts.get('id'))} and path {short_repr(source)}, "
+                "expected text in "
                 'quotes, as in {"id": "cat", "path": "images/cat.jpg"}; correct that line'
             )
         offset, size = facts.get("offset"), facts.get("size")
@@ -475,11 +480,11 @@ def _from_json_list(path: str) -> Iterator[Item]:
             is_integer(offset)
             and is_integer(size)
             and min(offset, size) >= 0
-            and offset + size <= LARGEST_FILE
+            and offset + size <= MAX_FILE
         ):
             raise ExportError(
-                f"{where}: offset is {show(offset)} and size {show(size)}, expected bytes in a "
-                "tar; correct that line"
+                f"{where}: offset is {short_repr(offset)} and size {short_repr(size)}, expected "
+                "bytes in a tar; correct that line"
             )
         yield _listed(path, name, source, offset, size, _failure(facts.get("error")))
 
@@ -502,13 +507,15 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(file, start=1):
                 if number == 1:
                     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                        raise ExportError(f"{shown(path)} is UTF-16, expected UTF-8; save it so")
+                        raise ExportError(
+                            f"{display_name(path)} is UTF-16, expected UTF-8; save it so"
+                        )
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield number, line.rstrip(b"\r\n")
     except OSError as error:
         raise ExportError(
-            f"{shown(path)} cannot be read ({error.strerror}); check its permissions"
+            f"{display_name(path)} cannot be read ({error.strerror}); check its permissions"
         ) from None
 
 
@@ -540,7 +547,8 @@ def _without_os_errors(items: Iterable[Item]) -> Iterator[Item]:
         yield from items
     except OSError as error:
         raise ExportError(
-            f"{shown(str(error.filename))} cannot be listed ({error.strerror}); check its disk"
+            f"{display_name(str(error.filename))} cannot be listed ({error.strerror}); check its "
+            "disk"
         ) from None
 
 
@@ -561,7 +569,8 @@ def read_item(item: Item, limits: ImageLimits) -> bytes:
         except ImageError as error:
             cause = error.__context__
             if error.code == "missing" and item.source != item.id and item.offset is None:
-                where = f"{shown(item.id)}: {shown(item.source)} does not exist; check the path"
+                name = display_name(item.id)
+                where = f"{name}: {display_name(item.source)} does not exist; check the path"
                 raise ImageError(where, code=error.code) from None
             if not isinstance(cause, OSError) or cause.errno not in TRANSIENT:
                 raise
@@ -576,13 +585,13 @@ def _read(item: Item, limits: ImageLimits) -> bytes:
 
 
 def _read_member(item: Item, offset: int, size: int, limits: ImageLimits) -> bytes:
-    name = shown(item.id)
+    name = display_name(item.id)
     if size > limits.max_file_bytes:
         raise ImageError(
             f"{name} has {size} bytes, at most {limits.max_file_bytes} are read; make it smaller",
             code="file-too-large",
         )
-    tar = shown(item.source)
+    tar = display_name(item.source)
     try:
         if not stat.S_ISREG(os.stat(item.source).st_mode):
             raise ImageError(f"{tar}, which held {name}, is no regular file", code="not-a-file")

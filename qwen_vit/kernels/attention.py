@@ -1,6 +1,6 @@
 """The one attention: a variable-length Triton flash attention with 2D RoPE in registers.
 
-One kernel, two regimes. In a *window* every key fits one tile, so Q and K are rotated while they
+One kernel, two kinds. In a *window* every key fits one tile, so Q and K are rotated while they
 load and the softmax needs no running maximum. Over a whole *frame* the keys are many tiles: Q is
 rotated while it loads and stays in registers; K is rotated once beforehand, because rotating it
 inside the key loop would repeat that work for every query tile (and on Hopper makes the assembler
@@ -22,7 +22,7 @@ import triton.language as tl
 from qwen_vit.errors import ArgumentError
 from qwen_vit.kernels import IS_KNOWN_GLUON
 from qwen_vit.kernels.interpret import interpreted
-from qwen_vit.layout import Segments, Tiling, tile_table
+from qwen_vit.layout import Segments, SegmentTiling, tile_table
 
 if IS_KNOWN_GLUON:
     from qwen_vit.kernels import attention_hopper
@@ -47,7 +47,7 @@ class RotaryTable:
 
 
 @dataclass(frozen=True, slots=True)
-class Tiles:
+class AttentionTile:
     """One reviewed row: the shape of a tile, and how the compiler schedules it."""
 
     q_rows: int
@@ -56,12 +56,12 @@ class Tiles:
     num_stages: int
 
 
-# (regime, bits per element) -> tile. Measured on an H200; see tools/NOTES.md.
+# (kind, bits per element) -> tile. Measured on an H200; see tools/NOTES.md.
 TILES = {
-    ("window", 16): Tiles(q_rows=64, k_rows=64, num_warps=4, num_stages=1),
-    ("window", 32): Tiles(q_rows=64, k_rows=64, num_warps=8, num_stages=1),
-    ("frame", 16): Tiles(q_rows=128, k_rows=64, num_warps=4, num_stages=3),
-    ("frame", 32): Tiles(q_rows=32, k_rows=32, num_warps=4, num_stages=1),
+    ("window", 16): AttentionTile(q_rows=64, k_rows=64, num_warps=4, num_stages=1),
+    ("window", 32): AttentionTile(q_rows=64, k_rows=64, num_warps=8, num_stages=1),
+    ("full", 16): AttentionTile(q_rows=128, k_rows=64, num_warps=4, num_stages=3),
+    ("full", 32): AttentionTile(q_rows=32, k_rows=32, num_warps=4, num_stages=1),
 }
 INTERPRETED_ROWS = 1024  # a program costs milliseconds in the interpreter, whatever its tile holds
 ROTATION_ROWS = 64
@@ -308,20 +308,20 @@ def _rope_varlen_attention(
         tl.store(p_out + o_d1[None, :], (acc1 * scale).to(dtype), mask=m_out)
 
 
-def tiling(device: torch.device, dtype: torch.dtype, regime: str) -> Tiling:
-    """How layouts for this device must cut segments of a regime, `window` or `frame`."""
+def tiling(device: torch.device, dtype: torch.dtype, kind: str) -> SegmentTiling:
+    """How layouts for this device must cut segments of a kind, `window` or `full`."""
     if device.type == "cpu":
-        return Tiling(rows=INTERPRETED_ROWS, packs=True)
-    return Tiling(rows=TILES[regime, dtype.itemsize * 8].q_rows, packs=False)
+        return SegmentTiling(rows=INTERPRETED_ROWS, packs=True)
+    return SegmentTiling(rows=TILES[kind, dtype.itemsize * 8].q_rows, packs=False)
 
 
-def regime_of(segment_rows: int) -> str:
-    """`window` where every segment fits one key tile, else `frame`.
+def kind_of(segment_rows: int) -> str:
+    """`window` where every segment fits one key tile, else `full`.
 
     Decided by the configuration, never by the data: a switch by length would let an image's bits
     depend on its neighbours.
     """
-    return "window" if segment_rows <= TILES["window", 16].k_rows else "frame"
+    return "window" if segment_rows <= TILES["window", 16].k_rows else "full"
 
 
 def attention(
@@ -329,9 +329,9 @@ def attention(
     rotary: RotaryTable,
     segments: Segments,
     *,
-    regime: str,
+    kind: str,
     adjacent_pairs: bool,
-    tiles: Tiles | None = None,
+    tiles: AttentionTile | None = None,
 ) -> torch.Tensor:
     """Attention within segments, RoPE applied to Q and K on the way: (N, 3, H, D) -> (N, H, D).
 
@@ -347,16 +347,16 @@ def attention(
     d_main = 1 << (D.bit_length() - 1)
     d_tail = 0 if d_main == D else max(16, triton.next_power_of_2(D - d_main))
     on_cpu = qkv.device.type == "cpu"
-    keys_are_queries = regime == "window"
+    keys_are_queries = kind == "window"
     if on_cpu:
         ranges = segments.tiles.view(-1, 2, 2)  # begin and end of the query rows, and of the keys
         keys_are_queries = torch.equal(ranges[:, 0], ranges[:, 1])
         longest = int(ranges.diff(dim=2).max())
         rows = min(INTERPRETED_ROWS, max(16, triton.next_power_of_2(longest)))
-        used = Tiles(rows, rows, num_warps=1, num_stages=1)
+        used = AttentionTile(rows, rows, num_warps=1, num_stages=1)
     else:
-        used = tiles or TILES[regime, qkv.dtype.itemsize * 8]
-    rotate_keys_first = regime == "frame" and not on_cpu
+        used = tiles or TILES[kind, qkv.dtype.itemsize * 8]
+    rotate_keys_first = kind == "full" and not on_cpu
 
     is_axial = rotary.index is not None
     index = rotary.cos if rotary.index is None else rotary.index
@@ -364,12 +364,12 @@ def attention(
     if rotate_keys_first:
         k_rotated = rotated_keys(qkv, rotary, adjacent_pairs=adjacent_pairs)
     is_for_hopper = IS_KNOWN_GLUON and tiles is None and not on_cpu
-    if is_for_hopper and attention_hopper.serves(qkv, is_axial, adjacent_pairs):
+    if is_for_hopper and attention_hopper.supports(qkv, is_axial, adjacent_pairs):
         tables = rotary.cos, rotary.sin, index, segments.tiles
-        if regime == "window":
+        if kind == "window":
             attention_hopper.window_attention(qkv, *tables, out, D**-0.5 * LOG2_E)
         else:
-            attention_hopper.frame_attention(qkv, k_rotated, *tables, out, D**-0.5 * LOG2_E)
+            attention_hopper.full_attention(qkv, k_rotated, *tables, out, D**-0.5 * LOG2_E)
         return out
     _launch(_rope_varlen_attention, qkv.device)(
         (segments.tiles.shape[0] * H,),
@@ -437,7 +437,7 @@ def fused_rope_varlen_attention(
     Raises ArgumentError for shapes, dtypes or devices that do not fit together.
     """
     _check_arguments(qkv, cos, sin, cu_seqlens)
-    cut = tiling(qkv.device, qkv.dtype, "frame")
+    cut = tiling(qkv.device, qkv.dtype, "full")
     empty = cu_seqlens.new_empty(0, dtype=torch.int32)
     if qkv.device.type == "cpu":
         lengths = cu_seqlens.diff().to(torch.int32)
@@ -448,10 +448,12 @@ def fused_rope_varlen_attention(
     else:
         segments = Segments(cu_seqlens, _tile_table_on_device(cu_seqlens, len(qkv), cut), empty)
     rotary = RotaryTable(cos.contiguous(), sin.contiguous())
-    return attention(qkv.contiguous(), rotary, segments, regime="frame", adjacent_pairs=False)
+    return attention(qkv.contiguous(), rotary, segments, kind="full", adjacent_pairs=False)
 
 
-def _tile_table_on_device(cu_seqlens: torch.Tensor, n_rows: int, cut: Tiling) -> torch.Tensor:
+def _tile_table_on_device(
+    cu_seqlens: torch.Tensor, n_rows: int, cut: SegmentTiling
+) -> torch.Tensor:
     """`layout.tile_table`, without learning its length: the tiles left over are empty."""
     cu_seqlens = cu_seqlens.clamp(0, n_rows)  # wrong ones must not lead out of qkv
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]

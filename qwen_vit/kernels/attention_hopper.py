@@ -1,4 +1,4 @@
-"""Both regimes of the attention on Hopper: the same kernel, with its loads under way together.
+"""Both kinds of the attention on Hopper: the same kernel, with its loads under way together.
 
 In a window, Q, K and V of a head arrive by the tensor memory accelerator while the angles load; Q
 and K are rotated in registers and go back to where they lay, from where the tensor cores take them.
@@ -27,9 +27,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwen_vit.kernels.hopper import descriptor, is_hopper, keep_until_here, show_to_tensor_cores
+from qwen_vit.kernels.hopper import descriptor, fence_for_wgmma, hold_barriers, is_hopper
 
-__all__ = ["Q_ROWS", "W_ROWS", "frame_attention", "serves", "window_attention"]
+__all__ = ["Q_ROWS", "W_ROWS", "full_attention", "supports", "window_attention"]
 
 Q_ROWS = 128  # of a tile: 64 for each of two warpgroups
 K_ROWS = 128
@@ -50,7 +50,7 @@ def _tile_of_program(tiles, n_tiles):
 
 
 @gluon.jit
-def _fetch(
+def load_partition(
     tiles, n_tiles, operands, rings, barriers,
     H: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -151,7 +151,7 @@ def _clear_rows(rows, n_rows, D_BLOCK: gl.constexpr, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def _attend(
+def mma_partition(
     tiles, n_tiles, qkv, cos, sin, axis_index, out, scale_log2e, q0_tiles, q1_tiles, rings,
     barriers, H: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, I_GROUP: gl.constexpr,
@@ -187,7 +187,7 @@ def _attend(
                 3 * H * D, ROWS,
             )
         )  # fmt: skip
-        show_to_tensor_cores()
+        fence_for_wgmma()
         o_k = gl.arange(0, BN, layout=gl.SliceLayout(0, S))
         zeros = gl.zeros([ROWS, BN], gl.float32, S)
         acc0 = gl.zeros([ROWS, D0], gl.float32, O0)
@@ -252,7 +252,7 @@ def _attend(
             # both warpgroups write the same values, so neither need wait for the other
             _clear_rows(v0, n_last, D0, BN)
             _clear_rows(v1, n_last, D1, BN)
-            show_to_tensor_cores()
+            fence_for_wgmma()
         p0 = gl.convert_layout(p, P0)
         p1 = gl.convert_layout(p, P1)
         acc0 = warpgroup_mma(p0, v0, acc0, is_async=True)
@@ -273,7 +273,7 @@ def _attend(
 
 
 @gluon.jit(do_not_specialize=["n_tiles"])
-def _frame_attention(
+def _full_attention(
     tiles, n_tiles, qkv, cos, sin, axis_index, k0, k1, v0, v1, out, scale_log2e,
     H: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, ROWS: gl.constexpr,
@@ -305,13 +305,13 @@ def _frame_attention(
     barriers = (k_ready, k_empty, v_ready, v_empty, turns)
     operands = (k0, k1, v0, v1)
     gl.warp_specialize([
-        (_attend, (tiles, n_tiles, qkv, cos, sin, axis_index, out, scale_log2e, q0_tiles, q1_tiles,
-                   rings, barriers, H, D, D0, D1, BN, STAGES, ROWS, 0)),
-        (_attend, (tiles, n_tiles, qkv, cos, sin, axis_index, out, scale_log2e, q0_tiles, q1_tiles,
-                   rings, barriers, H, D, D0, D1, BN, STAGES, ROWS, 1)),
-        (_fetch, (tiles, n_tiles, operands, rings, barriers, H, D, D0, BN, STAGES)),
+        (mma_partition, (tiles, n_tiles, qkv, cos, sin, axis_index, out, scale_log2e, q0_tiles,
+                         q1_tiles, rings, barriers, H, D, D0, D1, BN, STAGES, ROWS, 0)),
+        (mma_partition, (tiles, n_tiles, qkv, cos, sin, axis_index, out, scale_log2e, q0_tiles,
+                         q1_tiles, rings, barriers, H, D, D0, D1, BN, STAGES, ROWS, 1)),
+        (load_partition, (tiles, n_tiles, operands, rings, barriers, H, D, D0, BN, STAGES)),
     ], [4, 1], [232, 40])  # fmt: skip
-    keep_until_here(barriers)
+    hold_barriers(barriers)
 
 
 @gluon.jit
@@ -371,7 +371,7 @@ def _window_attention(
         mbarrier.wait(ready.index(1), 0)
         k0.store(_rotated(k0.load(DIMS0), c0, s0, D0, ROWS).to(dtype))
         k1.store(_rotated(k1.load(DIMS1), c1, s1, D1, ROWS).to(dtype))
-        show_to_tensor_cores()
+        fence_for_wgmma()
 
         zeros = gl.zeros([ROWS, ROWS], gl.float32, S)
         s = warpgroup_mma(q0, k0.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -387,7 +387,7 @@ def _window_attention(
         if n_rows < ROWS:
             _clear_rows(v0, n_rows, D0, ROWS)
             _clear_rows(v1, n_rows, D1, ROWS)
-            show_to_tensor_cores()
+            fence_for_wgmma()
         p0 = gl.convert_layout(p, gl.DotOperandLayout(0, O0, 2))
         p1 = gl.convert_layout(p, gl.DotOperandLayout(0, O1, 2))
         acc0 = gl.zeros([ROWS, D0], gl.float32, O0)
@@ -402,10 +402,10 @@ def _window_attention(
         p_out = out + row_begin * (H * D) + i_head * D
         _store_rows(p_out, q0.load(DIMS0), n_rows, D0, H * D, ROWS)
         _store_rows(p_out + D0, q1.load(DIMS1), n_rows, D1, H * D, ROWS)
-    keep_until_here((ready,))
+    hold_barriers((ready,))
 
 
-def serves(qkv: torch.Tensor, is_axial: bool, adjacent_pairs: bool) -> bool:
+def supports(qkv: torch.Tensor, is_axial: bool, adjacent_pairs: bool) -> bool:
     """Whether this module takes the tower's own call: in bf16, of head dim 80, on Hopper."""
     return (
         qkv.dtype == torch.bfloat16
@@ -416,7 +416,7 @@ def serves(qkv: torch.Tensor, is_axial: bool, adjacent_pairs: bool) -> bool:
     )
 
 
-def frame_attention(
+def full_attention(
     qkv: torch.Tensor,
     k_rotated: torch.Tensor,
     cos: torch.Tensor,
@@ -428,14 +428,14 @@ def frame_attention(
     k_rows: int = K_ROWS,
     num_stages: int = NUM_STAGES,
 ) -> None:
-    """Fill `out` (N, H, D): `attention`'s frame regime, K rotated beforehand.
+    """Fill `out` (N, H, D): `attention`'s frame kind, K rotated beforehand.
 
     Other `k_rows` and `num_stages` than the reviewed ones are for those who measure and test.
     """
     N, _, H, D = qkv.shape
     keys, values = k_rotated.view(N, H * D), qkv.view(N, 3 * H * D)
     with torch.cuda.device(qkv.device):
-        _frame_attention[(len(tiles) * H,)](
+        _full_attention[(len(tiles) * H,)](
             tiles, len(tiles), qkv, cos, sin, axis_index, descriptor(keys, [k_rows, MAIN]),
             descriptor(keys, [k_rows, TAIL]), descriptor(values, [k_rows, MAIN]),
             descriptor(values, [k_rows, TAIL]), out, scale_log2e, H=H, D=D, D0=MAIN, D1=TAIL,
@@ -452,7 +452,7 @@ def window_attention(
     out: torch.Tensor,
     scale_log2e: float,
 ) -> None:
-    """Fill `out` (N, H, D): `attention`'s window regime, for segments of at most W_ROWS rows.
+    """Fill `out` (N, H, D): `attention`'s window kind, for segments of at most W_ROWS rows.
 
     The kernel launched just before may have written `qkv`, but none of the other arguments: those
     are read before it has ended. At least one tile must have rows.

@@ -11,10 +11,10 @@ from triton.language import debug_barrier
 
 __all__ = [
     "descriptor",
+    "fence_for_wgmma",
+    "hold_barriers",
     "is_hopper",
-    "keep_until_here",
     "multiprocessors",
-    "show_to_tensor_cores",
 ]
 
 
@@ -36,7 +36,7 @@ def descriptor(rows: torch.Tensor, block: list[int]) -> TensorDescriptor:
 
 
 @gluon.jit
-def show_to_tensor_cores():
+def fence_for_wgmma():
     """What these threads have stored in shared memory is what matrix instructions read from now on.
 
     Each thread fences its own stores, and only then do all wait for each other. The barriers that
@@ -47,7 +47,7 @@ def show_to_tensor_cores():
 
 
 @gluon.jit
-def keep_until_here(barriers):
+def hold_barriers(barriers):
     """The last word of a kernel: until then, nothing else lies where these arrays of barriers do.
 
     The compiler gives memory away after its last use; for a barrier that a variant of a kernel

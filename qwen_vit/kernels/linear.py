@@ -25,7 +25,13 @@ from qwen_vit.kernels.activations import gelu, swiglu
 if IS_KNOWN_GLUON:
     from qwen_vit.kernels import linear_hopper
 
-__all__ = ["ResidualStream", "linear", "linear_added", "normed_linear", "rms_norm", "with_squares"]
+__all__ = [
+    "ResidualStream",
+    "linear",
+    "linear_residual",
+    "normed_linear",
+    "rms_norm",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,21 @@ class ResidualStream:
 
     values: torch.Tensor
     squares: torch.Tensor
+
+    @classmethod
+    def from_values(cls, x: torch.Tensor) -> "ResidualStream":
+        """Rows (N, C) to which no GEMM has added yet, with their sums of squares as one chunk."""
+        N, C = x.shape
+        if x.device.type == "cpu":
+            return cls(x, x.float().square().sum(1).unsqueeze(0))
+        squares = torch.empty((1, N), dtype=torch.float32, device=x.device)
+        if N:
+            with torch.cuda.device(x.device):
+                _row_squares[(triton.cdiv(N, SQUARED_ROWS),)](
+                    x, squares, N, C=C, C_PADDED=triton.next_power_of_2(C), BM=SQUARED_ROWS,
+                    num_warps=4,
+                )  # fmt: skip
+        return cls(x, squares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +174,7 @@ def linear(
         return (F.gelu(y) if epilogue == "gelu" else y).to(out_dtype)
     is_unscaled = out_scale == 1.0 and out_dtype == x.dtype
     if is_unscaled and bias is not None and _is_for_hopper(x, weight):
-        return linear_hopper.product(x, weight, bias, epilogue=epilogue)[0]
+        return linear_hopper.gemm(x, weight, bias, epilogue=epilogue)[0]
     return _launch_gemm(
         x, weight, bias, epilogue=epilogue, out_scale=out_scale, out_dtype=out_dtype
     )[0]
@@ -181,22 +202,22 @@ def normed_linear(
             gate, up = y.unflatten(1, (-1, 2, 8)).unbind(2)
             y = (F.silu(gate) * up).flatten(1)
         return y
-    run = linear_hopper.product if _is_for_hopper(x, weight) else _launch_gemm
+    run = linear_hopper.gemm if _is_for_hopper(x, weight) else _launch_gemm
     return run(x, weight, bias, epilogue=epilogue, squares=stream.squares, eps=eps)[0]
 
 
-def linear_added(
+def linear_residual(
     stream: ResidualStream, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 ) -> ResidualStream:
     """`stream + x @ weight.T + bias`, rounded once, with its sums of squares."""
     if x.device.type == "cpu":
-        return with_squares(stream.values + F.linear(x, weight, bias))
-    run = linear_hopper.product if _is_for_hopper(x, weight) else _launch_gemm
+        return ResidualStream.from_values(stream.values + F.linear(x, weight, bias))
+    run = linear_hopper.gemm if _is_for_hopper(x, weight) else _launch_gemm
     return ResidualStream(*run(x, weight, bias, epilogue="residual", residual=stream.values))
 
 
 def _is_for_hopper(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return IS_KNOWN_GLUON and linear_hopper.serves(x, weight)
+    return IS_KNOWN_GLUON and linear_hopper.supports(x, weight)
 
 
 def _launch_gemm(
@@ -297,17 +318,3 @@ def _row_squares(x, squares, n_rows, C: tl.constexpr, C_PADDED: tl.constexpr, BM
     b_x = tl.load(x + o_row[:, None].to(tl.int64) * C + o_c[None, :], mask=m_x, other=0.0)
     b_x = b_x.to(tl.float32)
     tl.store(squares + o_row, tl.sum(b_x * b_x, 1), mask=o_row < n_rows)
-
-
-def with_squares(x: torch.Tensor) -> ResidualStream:
-    """Rows that no product has added to yet, as a residual stream: (N, C)."""
-    N, C = x.shape
-    if x.device.type == "cpu":
-        return ResidualStream(x, x.float().square().sum(1).unsqueeze(0))
-    squares = torch.empty((1, N), dtype=torch.float32, device=x.device)
-    if N:
-        with torch.cuda.device(x.device):
-            _row_squares[(triton.cdiv(N, SQUARED_ROWS),)](
-                x, squares, N, C=C, C_PADDED=triton.next_power_of_2(C), BM=SQUARED_ROWS, num_warps=4
-            )
-    return ResidualStream(x, squares)

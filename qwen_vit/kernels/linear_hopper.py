@@ -25,9 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qwen_vit.kernels.activations import gelu, swiglu
-from qwen_vit.kernels.hopper import descriptor, is_hopper, keep_until_here, multiprocessors
+from qwen_vit.kernels.hopper import descriptor, hold_barriers, is_hopper, multiprocessors
 
-__all__ = ["SQUARES_COLUMNS", "product", "serves"]
+__all__ = ["SQUARES_COLUMNS", "gemm", "supports"]
 
 SQUARES_COLUMNS = 128  # sums of squares are kept by chunk of this many columns, whatever the tile
 BK = 64  # columns of x and of the weight that a stage holds: one swizzled line of 128 bytes
@@ -36,7 +36,7 @@ GROUPED_ROW_TILES = 8  # tiles of this many row blocks run together and share we
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
+class HopperGemmTile:
     """One reviewed row: rows x columns of a tile, stages of the ring, warpgroups that multiply."""
 
     rows: int
@@ -45,16 +45,18 @@ class Tile:
     num_groups: int
 
 
-WIDE = Tile(128, 256, 3, 2)
-WIDE_SWIGLU = Tile(128, 256, 4, 2)  # results are half as wide, which leaves room for a stage
-TALL = Tile(192, 128, 4, 3)
-TALL_SWIGLU = Tile(192, 128, 5, 3)
-SQUARE = Tile(128, 128, 6, 2)
-NARROW = Tile(128, 64, 7, 2)
+WIDE = HopperGemmTile(128, 256, 3, 2)
+WIDE_SWIGLU = HopperGemmTile(
+    128, 256, 4, 2
+)  # results are half as wide, which leaves room for a stage
+TALL = HopperGemmTile(192, 128, 4, 3)
+TALL_SWIGLU = HopperGemmTile(192, 128, 5, 3)
+SQUARE = HopperGemmTile(128, 128, 6, 2)
+NARROW = HopperGemmTile(128, 64, 7, 2)
 
 # Measured on an H200 at 1,024 to 32,768 patches (tools/NOTES.md). (epilogue, K > 2048) -> from how
 # many rows on a tile is used. Rows may choose, because all tiles agree bit for bit (tested).
-TILES: dict[tuple[str, bool], tuple[tuple[int, Tile], ...]] = {
+TILES: dict[tuple[str, bool], tuple[tuple[int, HopperGemmTile], ...]] = {
     ("plain", False): ((0, WIDE), (1536, TALL), (16384, WIDE)),  # qkv
     # the merger's, with a row per 4 patches
     ("gelu", True): ((0, SQUARE), (512, TALL), (768, SQUARE)),
@@ -74,7 +76,7 @@ def _row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP: gl.constexp
 
 
 @gluon.jit
-def _fetch(
+def load_partition(
     operands, rings, barriers, sizes, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, GROUPS: gl.constexpr, GROUP: gl.constexpr, EPILOGUE: gl.constexpr,
 ):  # fmt: skip
@@ -143,7 +145,7 @@ def _accumulate(
 
 
 @gluon.jit
-def _multiply(
+def mma_partition(
     bias, squares, eps, out, squares_out, rings, barriers, sizes, K: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
     GROUP: gl.constexpr, EPILOGUE: gl.constexpr, SQUARES: gl.constexpr, FIRST: gl.constexpr,
@@ -237,7 +239,7 @@ def _multiply(
 
 
 @gluon.jit(do_not_specialize=["M", "n_row_tiles"])
-def _product(
+def _hopper_gemm(
     x, weight, bias, residual, squares, out, squares_out, eps, M, n_row_tiles, n_column_tiles,
     K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, EPILOGUE: gl.constexpr, SQUARES: gl.constexpr,
@@ -264,29 +266,29 @@ def _product(
     operands = (x, weight, residual)
     if GROUPS == 2:
         gl.warp_specialize([
-            (_multiply, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM, BN,
-                         STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 0)),
-            (_multiply, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM, BN,
-                         STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 1)),
-            (_fetch, (operands, rings, barriers, sizes, K, BM, BN, STAGES, GROUPS, GROUP,
-                      EPILOGUE)),
+            (mma_partition, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM,
+                             BN, STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 0)),
+            (mma_partition, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM,
+                             BN, STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 1)),
+            (load_partition, (operands, rings, barriers, sizes, K, BM, BN, STAGES, GROUPS,
+                              GROUP, EPILOGUE)),
         ], [4, 1], [232, 40])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_multiply, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM, BN,
-                         STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 0)),
-            (_multiply, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM, BN,
-                         STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 1)),
-            (_multiply, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM, BN,
-                         STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 2)),
-            (_fetch, (operands, rings, barriers, sizes, K, BM, BN, STAGES, GROUPS, GROUP,
-                      EPILOGUE)),
+            (mma_partition, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM,
+                             BN, STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 0)),
+            (mma_partition, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM,
+                             BN, STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 1)),
+            (mma_partition, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM,
+                             BN, STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 2)),
+            (load_partition, (operands, rings, barriers, sizes, K, BM, BN, STAGES, GROUPS,
+                              GROUP, EPILOGUE)),
         ], [4, 4, 1], [160, 160, 32])  # fmt: skip
-    keep_until_here(barriers)
+    hold_barriers(barriers)
 
 
-def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `product` takes this one: bf16 on Hopper, and whole tiles along N and K."""
+def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `gemm` takes this one: bf16 on Hopper, and whole tiles along N and K."""
     N, K = weight.shape
     return (
         x.dtype == torch.bfloat16
@@ -297,7 +299,7 @@ def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def product(
+def gemm(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -306,7 +308,7 @@ def product(
     squares: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     eps: float = 0.0,
-    tile: Tile | None = None,
+    tile: HopperGemmTile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear`'s product on Hopper: the result, and for `residual` its sums of squares.
 
@@ -329,7 +331,7 @@ def product(
     out_block = [x_block[0], tile.columns // 2 if epilogue == "swiglu" else tile.columns]
     out_descriptor = descriptor(out, out_block)
     with torch.cuda.device(x.device):
-        _product[(min(n_row_tiles * n_column_tiles, multiprocessors(x.device)),)](
+        _hopper_gemm[(min(n_row_tiles * n_column_tiles, multiprocessors(x.device)),)](
             descriptor(x, x_block), descriptor(weight, weight_block), bias,
             out_descriptor if residual is None else descriptor(residual, out_block),
             out if squares is None else squares, out_descriptor, squares_out, eps, M,
@@ -341,7 +343,7 @@ def product(
     return out, squares_out
 
 
-def _tile(epilogue: str, K: int, M: int) -> Tile:
+def _tile(epilogue: str, K: int, M: int) -> HopperGemmTile:
     # a tower of another width than the published ones has depths that were not measured
     rows = TILES.get((epilogue, K > 2048)) or TILES[epilogue, K <= 2048]
     return next(tile for least_rows, tile in reversed(rows) if least_rows <= M)

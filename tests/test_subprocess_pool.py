@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 
-from own_process import Outcome, outcomes
+from subprocess_pool import Outcome, outcomes
 
 
 def behave(how: str, value: int) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_chaos import (
+from hub_fault_injection import (
     Chaos,
     chaos,
     crowd,

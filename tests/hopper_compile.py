@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 HOPPER = GPUTarget("cuda", 90, 32)
-REGISTERS, SHARED_MEMORY, MOST_WARPS = 65_536, 233_472, 64  # of a multiprocessor
+REGISTERS, SHARED_MEMORY, MAX_WARPS = 65_536, 233_472, 64  # of a multiprocessor
 SHARED_BYTES_OF_THE_SYSTEM = 1024  # in each program
 
 
@@ -36,7 +36,7 @@ class Compiled:
         return min(
             REGISTERS // registers,
             SHARED_MEMORY // (self.shared_bytes + SHARED_BYTES_OF_THE_SYSTEM),
-            MOST_WARPS // num_warps,
+            MAX_WARPS // num_warps,
         )
 
 

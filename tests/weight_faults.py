@@ -11,7 +11,7 @@ from qwen_vit.encoder import VisionEncoder
 
 
 @dataclass(frozen=True, slots=True)
-class Planted:
+class WeightFault:
     """One tensor, what was done to it, and the stage that computes with it first."""
 
     tensor: str
@@ -22,13 +22,13 @@ class Planted:
         return f"{self.fault}: {self.tensor}"
 
 
-def every_fault(tensors: Mapping[str, Tensor]) -> Iterator[Planted]:
+def every_fault(tensors: Mapping[str, Tensor]) -> Iterator[WeightFault]:
     """One row times 1.05 (weights), the bias dropped (biases), two rows swapped (all)."""
     for name in tensors:
         stage = f"block.{name.split('.')[1]}" if name.startswith("blocks.") else name.split(".")[0]
         first = "bias dropped" if name.endswith("bias") else "row scaled"
         for fault in (first, "rows swapped"):
-            yield Planted(name, fault, stage)
+            yield WeightFault(name, fault, stage)
 
 
 def damaged(tensor: Tensor, fault: str, seed: int) -> Tensor:
@@ -46,7 +46,7 @@ def damaged(tensor: Tensor, fault: str, seed: int) -> Tensor:
     return wrong
 
 
-def with_fault(encoder: VisionEncoder, planted: Planted, seed: int = 0) -> VisionEncoder:
+def inject_fault(encoder: VisionEncoder, planted: WeightFault, seed: int = 0) -> VisionEncoder:
     """The same encoder, its checkpoint damaged."""
     tensors = dict(encoder.checkpoint.tensors)
     tensors[planted.tensor] = damaged(tensors[planted.tensor], planted.fault, seed)

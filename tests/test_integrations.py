@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import SMALL
-from consumers import (
+from fake_engines import (
     SPECIAL,
     sglang_items,
     small_model,

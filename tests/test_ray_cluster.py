@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import export_trials
+import export_stress
 import pytest
 import torch
-from export_trials import TESTS, digests, tiny_png
-from stand_in import StandIn
+from export_stress import TESTS, digests, tiny_png
+from fake_encoder import FakeEncoder
 
 from qwen_vit.cli import main as cli
 from qwen_vit.encoder import VisionEncoder
@@ -52,7 +52,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def test_a_node_and_workers_that_are_killed_lose_and_double_nothing(tmp_path: Path) -> None:
-    figures = export_trials.cluster_kills(tmp_path, kills=1, images=300)
+    figures = export_stress.cluster_kills(tmp_path, kills=1, images=300)
     print(figures)
     assert figures["workers_started"] >= 4
 
@@ -167,7 +167,7 @@ def test_a_shard_on_a_disk_of_the_worker_alone_is_told(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images/0.png").write_bytes(tiny_png(0))
     with (
-        open_export(StandIn(), [str(tmp_path / "images")], tmp_path / "out", SMALL) as plan,
+        open_export(FakeEncoder(), [str(tmp_path / "images")], tmp_path / "out", SMALL) as plan,
         pytest.raises(ExportError, match=r"is not here, though a worker wrote it, .* all nodes"),
     ):
         _size(plan, 0)

@@ -28,9 +28,9 @@ from unittest import mock
 
 import kill_harness
 import numpy as np
+from fake_encoder import HELD, POISON, TOO_LARGE, FakeEncoder, load_held
 from PIL import Image
 from process_memory import memory_mb, open_files
-from stand_in import HELD, POISON, TOO_LARGE, StandIn, load_held
 
 from qwen_vit.errors import ExportError
 from qwen_vit.export import ray_cluster as distributed
@@ -42,9 +42,9 @@ TESTS = Path(__file__).resolve().parent
 SHARD_IMAGES = 50
 
 
-def stand_in(journal: Path, *arguments: str | Path) -> list[str]:
+def fake_encoder(journal: Path, *arguments: str | Path) -> list[str]:
     """The command that exports with the stand-in encoder."""
-    words = [sys.executable, TESTS / "stand_in.py", journal, "export", "--model", "stand-in"]
+    words = [sys.executable, TESTS / "fake_encoder.py", journal, "export", "--model", "stand-in"]
     return [str(word) for word in (*words, *arguments)]
 
 
@@ -120,7 +120,7 @@ class Exports:
 
     def command(self, out: Path | None = None) -> list[str]:
         options = ("--out", out or self.out, "--shard-size", str(SHARD_IMAGES), "--yes")
-        return stand_in(self.journal, self.inputs, *options)
+        return fake_encoder(self.journal, self.inputs, *options)
 
     def run(self, out: Path | None = None, **environment: str) -> kill_harness.Run:
         return kill_harness.run(self.command(out), self.folder / "log", **environment)
@@ -237,7 +237,9 @@ def flat_memory(folder: Path, *, images: int, first: int) -> dict[str, Any]:
     """
     inputs, out = folder / "images", folder / "out"
     write_images(inputs, images)
-    process = kill_harness.start(stand_in(folder / "journal", inputs, "--out", out), folder / "log")
+    process = kill_harness.start(
+        fake_encoder(folder / "journal", inputs, "--out", out), folder / "log"
+    )
     samples: list[tuple[int, float, int]] = []  # images done, MB, open files
     begin = time.monotonic()
     while process.poll() is None:
@@ -333,7 +335,8 @@ def hostile(folder: Path, *, bad: int, good: int, seed: int = 0) -> dict[str, An
         else:
             path.write_bytes(tiny_png(number))
     result = kill_harness.run(
-        stand_in(folder / "journal", inputs, "--out", out, "--shard-size", "500"), folder / "log"
+        fake_encoder(folder / "journal", inputs, "--out", out, "--shard-size", "500"),
+        folder / "log",
     )
     assert result.code == 1, result.errors
     features = load_features(out)
@@ -399,7 +402,7 @@ def cluster_kills(folder: Path, *, kills: int, images: int, seed: int = 0) -> di
     # the last image waits until every kill has landed
     Image.fromarray(np.full((28, 28, 3), HELD, np.uint8)).save(folder / "images" / "z.png")
     inputs, options = [str(folder / "images")], ExportOptions(shard_size=SHARD_IMAGES)
-    single = export_features(StandIn(), inputs, folder / "single", options)
+    single = export_features(FakeEncoder(), inputs, folder / "single", options)
     logger = logging.getLogger("ray")
     logger.setLevel(logging.ERROR)
     with mock.patch.dict(os.environ, PYTHONPATH=f"{TESTS}:{TESTS.parent}"):  # for its workers

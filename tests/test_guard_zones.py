@@ -1,8 +1,8 @@
-"""The guards of `guarded.py` see what is written beside a tensor, and what is not written."""
+"""The guards of `guard_zones.py` see what is written beside a tensor, and what is not written."""
 
 import pytest
 import torch
-from guarded import GuardedMemory
+from guard_zones import GuardedMemory
 from test_attention import axial_tables, random_case, segments_of
 from towers import CPU
 
@@ -46,6 +46,6 @@ def test_the_attention_writes_all_of_its_result_and_nothing_else() -> None:
     tables, _, _ = axial_tables(80, 80)
     segments = segments_of(lengths, kernels.tiling(CPU, qkv.dtype, "window"))
     with GuardedMemory() as memory:
-        attention(qkv, tables, segments, regime="window", adjacent_pairs=True)
+        attention(qkv, tables, segments, kind="window", adjacent_pairs=True)
     assert len(memory.buffers) == 1
     assert (memory.unwritten(), memory.overruns()) == (0, 0)

@@ -1,6 +1,8 @@
 """An encoder that costs nothing, for tests of what surrounds it, and a command that uses it.
 
-    python tests/stand_in.py JOURNAL export INPUT... --out DIR    as `qwen-vit export --model ...`
+    python tests/fake_encoder.py JOURNAL export INPUT... --out DIR
+
+runs as `qwen-vit export --model ...` does.
 
 Its rows are a plain function of the pixels, so that the same image gives the same bytes anywhere.
 JOURNAL grows by one byte for each image that it encodes, whatever happens to the process then.
@@ -33,7 +35,7 @@ HELD = 5  # an image of this value alone waits until a file is gone
 BATCH = 32
 
 
-class StandIn:
+class FakeEncoder:
     """What the export asks of a VisionEncoder."""
 
     config = SimpleNamespace(hidden_size=WIDTH, out_hidden_size=WIDTH, merge_unit=4)
@@ -91,7 +93,7 @@ class StandIn:
                 yield ImageFeatures(name, rows, (grid.t, grid.h, grid.w))
 
 
-class Held(StandIn):
+class BlockingEncoder(FakeEncoder):
     """One that takes its time: a worker of a cluster, to be killed."""
 
     def __init__(self, folder: Path) -> None:
@@ -107,14 +109,14 @@ class Held(StandIn):
             yield from super()._encode([(number, patches)], output)
 
 
-def load_held(*_: Any, held: Path, **__: Any) -> Held:
+def load_held(*_: Any, held: Path, **__: Any) -> BlockingEncoder:
     """In place of export.load_encoder."""
-    return Held(held)
+    return BlockingEncoder(held)
 
 
 def main() -> None:
     journal = Path(sys.argv.pop(1))
-    loader = SimpleNamespace(from_pretrained=lambda *_, **__: StandIn(journal))
+    loader = SimpleNamespace(from_pretrained=lambda *_, **__: FakeEncoder(journal))
     export.VisionEncoder = loader  # type: ignore[misc,assignment]
     cli.main()
 

@@ -54,7 +54,7 @@ def rotated(qkv: Tensor, rotary: RotaryTable) -> Tensor:
     return out
 
 
-class Apart(nn.Module):
+class UnfusedAttention(nn.Module):
     """`model.Attention` with two kernels in place of one."""
 
     def __init__(self, fused: Any, attend: VarlenAttention, longest: int) -> None:
@@ -62,7 +62,7 @@ class Apart(nn.Module):
         self.fused, self.attend, self.longest = fused, attend, longest
 
     def forward(
-        self, x: ResidualStream, rotary: RotaryTable, segments: Segments, regime: str
+        self, x: ResidualStream, rotary: RotaryTable, segments: Segments, kind: str
     ) -> ResidualStream:
         N, C = x.values.shape
         qkv = self.fused.qkv(x).view(N, 3, self.fused.n_heads, -1)
@@ -80,5 +80,5 @@ def tower_apart(tower: VisionTower, attend: VarlenAttention, longest_frame: int)
     window = (config.window_px // config.patch_px) ** 2
     for index, block in enumerate(other.blocks):
         is_full = index in config.fullatt_block_indexes
-        block.attn = Apart(block.attn, attend, longest_frame if is_full else window)
+        block.attn = UnfusedAttention(block.attn, attend, longest_frame if is_full else window)
     return other.eval()

@@ -37,7 +37,7 @@ SECONDS_AT_MOST = 1.0  # for one damaged file
 
 # Imports once, then forks a process for each line: {"cache", "no_locks", "seed"}. It writes a line
 # when a process starts, and one when it ends: [pid, "start"] and [pid, "end", code, message].
-NURSERY = """
+FORK_SERVER = """
 import json, logging, os, sys, threading, time
 logging.basicConfig(level=logging.CRITICAL)
 logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
@@ -171,7 +171,7 @@ def chaos(folder: Path) -> Iterator[Chaos]:
         environment |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
         environment |= {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         with subprocess.Popen(
-            [sys.executable, "-c", NURSERY],
+            [sys.executable, "-c", FORK_SERVER],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -475,7 +475,7 @@ def _mutated(
         try:
             checkpoint = load_checkpoint(folder)
             for published, tensor in checkpoint.tensors.items():
-                check_finite(tensor, checkpoint.place(published))
+                check_finite(tensor, checkpoint.locate(published))
             found["read"] += 1
         except CheckpointError as error:
             message = str(error)
@@ -516,7 +516,7 @@ def hub_versions(folder: Path, seed: int = 0) -> dict[str, Any]:
             "pytest",
             "-q",
             "tests/test_hub.py",
-            "tests/test_hub_chaos.py",
+            "tests/test_hub_fault_injection.py",
         ]
         done = subprocess.run(
             test, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
