@@ -4,6 +4,7 @@ They are data (`name`, `fact`, `expected`, `remedy`); the message is made of the
 else, and nothing reads it.
 """
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "HubError",
     "ImageError",
     "QwenVitError",
+    "check_choice",
     "display_name",
     "plural",
 ]
@@ -157,6 +159,20 @@ class HubError(QwenVitError):
 
 class ExportError(QwenVitError):
     """Features could not be written, read or resumed."""
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise ArgumentError for a value that is none of the choices.
+
+    >>> check_choice("output", "tokens", ("merged", "patch"))
+    Traceback (most recent call last):
+    qwen_vit.errors.ArgumentError: output is 'tokens'. Expected 'merged' or 'patch'.
+    """
+    if value not in choices:
+        *most, last = map(repr, choices)
+        raise ArgumentError(
+            f"{name} is {value!r}", expected=f"{', '.join(most)} or {last}" if most else last
+        )
 
 
 def display_name(name: str) -> str:

@@ -17,7 +17,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_vit.common.atomic_file import (
@@ -35,6 +37,8 @@ from qwen_vit.errors import ArgumentError, ExportError, ImageError, display_name
 __all__ = [
     "METADATA_KEY",
     "SCHEMA_VERSION",
+    "UNKNOWN_SIZE",
+    "FailedImage",
     "FeatureWriter",
     "ImageFeatures",
     "check_features",
@@ -52,6 +56,7 @@ STORED_AS = {  # safetensors' own names
     torch.float64: "F64",
     torch.int64: "I64",
 }
+UNKNOWN_SIZE = (0, 0)
 FLOATS = set(STORED_AS) - {torch.int64}
 OF_A_SHARD = {"ids", "images", "errors"}  # metadata that other images may have come with
 FLUSH_BYTES = 2**25  # of rows, written before the disk is told to begin
@@ -60,26 +65,85 @@ COPY_BYTES = 2**18  # fits a cache
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageFeatures:
-    """One image's embeddings, or the error that it met.
+    """One image's embeddings.
 
-    `embeds` is (n_tokens, out_hidden_size), row-major over the merged cells, on the encoder's
-    device and in its dtype; (n_patches, hidden_size), row-major over patches, for output="patch".
-    `grid_thw` is (t, h, w) in patches. Both are None where `error` is set. `size_px` is the
-    original (height, width), and `notes` is what the image policy did.
+    >>> features = ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))
+    >>> features.map.shape
+    torch.Size([1, 2, 3, 8])
+
+    Attributes:
+        id: the image's path, or what else its caller named it.
+        embeds: (n_tokens, out_hidden_size), row-major over the merged cells, on the encoder's
+            device and in its dtype; (n_patches, hidden_size), row-major over the patches, for
+            output="patch".
+        grid_thw: (frames, height, width) in patches.
+        size_px: the original (height, width) in pixels; (0, 0) where only patches were given.
+        notes: what the image policy did, such as "EXIF orientation 6 applied".
     """
 
     id: str
-    embeds: Tensor | None
-    grid_thw: tuple[int, int, int] | None
-    size_px: tuple[int, int] | None = None
+    embeds: Tensor
+    grid_thw: tuple[int, int, int]
+    size_px: tuple[int, int] = UNKNOWN_SIZE
     notes: tuple[str, ...] = ()
-    error: ImageError | None = None
 
     def __repr__(self) -> str:
-        if self.embeds is None:
-            return f"ImageFeatures({self.id!r}, error={self.error!r})"
         shape, dtype = tuple(self.embeds.shape), dtype_name(self.embeds.dtype)
         return f"ImageFeatures({self.id!r}, embeds={shape} {dtype}, grid_thw={self.grid_thw})"
+
+    @property
+    def error(self) -> None:
+        """None: an image that failed is a `FailedImage`, whose `error` says why."""
+        return None
+
+    @property
+    def map(self) -> Tensor:
+        """`embeds` as a view (t, h, w, D): one cell a merged token, or a patch.
+
+        Raises ArgumentError where the rows are not those of whole cells, as for output="mean".
+        """
+        (t, h, w), rows = self.grid_thw, len(self.embeds)
+        side = math.isqrt(t * h * w // rows) if rows else 0
+        if not side or h % side or w % side or rows * side**2 != t * h * w:
+            raise ArgumentError(
+                f"{rows} rows for a grid of {self.grid_thw}",
+                name=self.id,
+                expected="a row for each merged token or each patch",
+                remedy='encode it with output="merged" or output="patch"',
+            )
+        return self.embeds.view(t, h // side, w // side, -1)
+
+    def numpy(self) -> NDArray[np.float32]:
+        """`embeds` as a float32 array on the host."""
+        array: NDArray[np.float32] = self.embeds.detach().float().cpu().numpy()
+        return array
+
+
+@dataclass(frozen=True, slots=True)
+class FailedImage:
+    """An image that could not be encoded, and why.
+
+    Attributes:
+        id: as `ImageFeatures.id`.
+        error: what is wrong with it, with a stable `error.code`.
+        stage: in an export, where it failed: "list", "read", "decode" or "encode".
+        size_px: the original (height, width) in pixels; (0, 0) where it is not known.
+    """
+
+    id: str
+    error: ImageError
+    stage: str = ""
+    size_px: tuple[int, int] = UNKNOWN_SIZE
+
+    @property
+    def code(self) -> str:
+        """`error.code`: a key of `errors.IMAGE_CODES`."""
+        return self.error.code
+
+    @property
+    def message(self) -> str:
+        """The error's text."""
+        return str(self.error)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -93,7 +157,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def write_features(
     path: str | Path,
-    features: Iterable[ImageFeatures],
+    features: Iterable[ImageFeatures | FailedImage],
     metadata: Mapping[str, Any],
     *,
     overwrite: bool = True,
@@ -120,7 +184,7 @@ def write_features(
     features = check_features(features)
     if not isinstance(metadata, Mapping):
         raise ArgumentError(f"metadata is {metadata!r}, expected what encoder.metadata() gives")
-    good = [feature for feature in features if feature.embeds is not None]
+    good = [feature for feature in features if isinstance(feature, ImageFeatures)]
     if not good:
         raise ExportError(f"{path} would hold no image: every one of {len(features)} failed")
     ids = [feature.id for feature in good]
@@ -130,7 +194,7 @@ def write_features(
             f"{path}: two images have the id {twice!r}; give each one its own, as by "
             "dataclasses.replace(features, id=...)"
         )
-    embeds = [_rows(path, f.id, f.embeds) for f in good if f.embeds is not None]
+    embeds = [_rows(path, f.id, f.embeds) for f in good]
     widths = sorted({tuple(e.shape[1:]) for e in embeds})
     if len(widths) > 1:
         raise ExportError(
@@ -146,7 +210,7 @@ def write_features(
     facts = {name: value for name, value in metadata.items() if name not in OF_A_SHARD}
     facts["patches_per_row"] = _patches_per_row(path, good, metadata.get("output") == "mean")
     dtype = reduce(torch.promote_types, (e.dtype for e in embeds))
-    grids = [feature.grid_thw or (0, 0, 0) for feature in good]
+    grids = [feature.grid_thw for feature in good]
     head = _head(path, ids, grids, list(map(len, embeds)), widths[0][0], dtype, facts)
     with atomic_file(path, overwrite=overwrite) as file:
         file.write(head)
@@ -155,26 +219,29 @@ def write_features(
     return path
 
 
-def check_features(features: Iterable[ImageFeatures]) -> list[ImageFeatures]:
-    """The same as a list; ArgumentError for what is none, or holds anything else."""
-    if isinstance(features, ImageFeatures | Tensor) or not isinstance(features, Iterable):
+def check_features(
+    features: Iterable[ImageFeatures | FailedImage],
+) -> list[ImageFeatures | FailedImage]:
+    """The same as a list; ArgumentError for anything else, or for what holds anything else."""
+    wanted = "ImageFeatures, as `encode` returns them"
+    if isinstance(features, ImageFeatures | FailedImage | Tensor) or not isinstance(
+        features, Iterable
+    ):
         raise ArgumentError(
-            f"features is one {type(features).__name__}, expected a list of ImageFeatures, as "
-            "`encode` returns them"
+            f"features is one {type(features).__name__}", expected=f"a list of {wanted}"
         )
     features = list(features)
     for feature in features:
+        if isinstance(feature, FailedImage):
+            continue
         if not isinstance(feature, ImageFeatures):
-            raise ArgumentError(
-                f"features holds a {type(feature).__name__}, expected ImageFeatures, as `encode` "
-                "returns them"
-            )
+            raise ArgumentError(f"features holds a {type(feature).__name__}", expected=wanted)
         grid = feature.grid_thw
         is_grid = isinstance(grid, tuple | list) and len(grid) == 3 and all(map(is_integer, grid))
-        if not isinstance(feature.id, str) or not (grid is None or is_grid):
+        if not isinstance(feature.id, str) or not is_grid:
             raise ArgumentError(
-                f"features holds one with the id {feature.id!r} and the grid_thw {grid!r}, "
-                "expected text and three whole numbers, as `encode` returns them"
+                f"features holds one with the id {feature.id!r} and the grid_thw {grid!r}",
+                expected="text and three whole numbers, as `encode` returns them",
             )
     return features
 
@@ -182,8 +249,9 @@ def check_features(features: Iterable[ImageFeatures]) -> list[ImageFeatures]:
 def not_finite(name: str) -> ImageError:
     """The error of an image whose embeddings hold NaN or infinity."""
     return ImageError(
-        f"{display_name(name)}: its embeddings hold NaN or infinity; check the checkpoint with "
-        "`qwen-vit info`, and try --dtype float32",
+        "its embeddings hold NaN or infinity",
+        name=name,
+        remedy="check the checkpoint with `qwen-vit info`, and try --dtype float32",
         code="not-finite",
     )
 
@@ -335,12 +403,11 @@ def _patches_per_row(path: Path, features: Sequence[ImageFeatures], is_mean: boo
 
     None where each image's one row is the mean of its tokens.
     """
-    if is_mean and all(f.embeds is not None and len(f.embeds) == 1 for f in features):
+    if is_mean and all(len(f.embeds) == 1 for f in features):
         return None
     found: dict[int, str] = {}
     for feature in features:
-        n_rows = 0 if feature.embeds is None else len(feature.embeds)
-        n_patches = math.prod(feature.grid_thw or (0,))
+        n_rows, n_patches = len(feature.embeds), math.prod(feature.grid_thw)
         if n_rows == 0 or n_patches == 0 or n_patches % n_rows:
             raise ExportError(
                 f"{path}: {feature.id!r} has {n_rows} rows for a grid of {feature.grid_thw}, which "

@@ -11,16 +11,18 @@ import logging
 import threading
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qwen_vit.config import Grid
 from qwen_vit.layout import Layout
-from qwen_vit.model import ROTARY_POSITIONS, VisionTower
+from qwen_vit.model import ROTARY_POSITIONS, Output, VisionTower, plan_layout
 
-__all__ = ["MAX_BUCKET", "MIN_STEP", "GraphRunner", "bucket_for"]
+__all__ = ["MAX_BUCKET", "MIN_STEP", "GraphRunner", "bucket_for", "run_tower"]
 
 logger = logging.getLogger("qwen_vit")
 
@@ -69,6 +71,9 @@ class GraphRunner:
         self._done = torch.cuda.Event()  # after a replay and the copy of what it gave
         self._lock = threading.Lock()
         self._rows_saved: Counter[int] = Counter()  # rows, by bucket, that its own graph would have
+
+    def __reduce__(self) -> Any:  # a copy, or another process, captures graphs of its own
+        return GraphRunner, (self._tower, self._device)
 
     def graph_bucket(self, patches: Tensor) -> int | None:
         """The rows of the graph for these patches, captured or to be, or None where none serves.
@@ -183,6 +188,38 @@ class GraphRunner:
             return None
         finally:
             graph.capture_end()
+
+
+def run_tower(
+    tower: VisionTower,
+    graphs: GraphRunner | None,
+    patches: Tensor,
+    grids: tuple[Grid, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    output: Output,
+) -> Tensor:
+    """Run a tower on uint8 or float rows in grid order, by graph where one fits.
+
+    Graphs serve merged output alone; the bits are the same with and without.
+    """
+    config = tower.config
+    if device.type == "cuda" and patches.device.type == "cpu":
+        patches = patches.pin_memory()  # itself, where it is pinned already
+    has_whole_units = MIN_STEP % config.merge_unit == 0
+    if graphs is not None and output == "merged" and has_whole_units:
+        n_rows = graphs.graph_bucket(patches)
+        if n_rows is not None:
+            merged = graphs.run(patches, _layout(grids, config, device, dtype, n_rows))
+            if merged is not None:
+                return merged
+    layout = _layout(grids, config, device, dtype)
+    with torch.no_grad():
+        return tower(patches.to(device, non_blocking=True), layout.to(device), output)  # type: ignore[no-any-return]
+
+
+# computed from integers, so that repeated sizes cost nothing
+_layout = lru_cache(maxsize=32)(plan_layout)
 
 
 def pad_to_graph(layout: Layout) -> Layout | None:

@@ -26,7 +26,7 @@ from qwen_vit.cli import main as cli  # noqa: E402
 from qwen_vit.config import ImageConfig  # noqa: E402
 from qwen_vit.errors import ImageError  # noqa: E402
 from qwen_vit.export import run as export  # noqa: E402
-from qwen_vit.features import ImageFeatures  # noqa: E402
+from qwen_vit.features import FailedImage, ImageFeatures  # noqa: E402
 from qwen_vit.images.patches import Patches  # noqa: E402
 
 WIDTH = 16
@@ -59,10 +59,12 @@ class FakeEncoder:
             "image_policy": self.image_config.to_json(),
         }
 
-    def encode_iter(self, images: Iterable[Any], **options: Any) -> Iterator[ImageFeatures]:
+    def encode_iter(
+        self, images: Iterable[Any], **options: Any
+    ) -> Iterator[ImageFeatures | FailedImage]:
         """In batches, as the real one: it reads ahead of what it yields."""
-        batch: list[tuple[int, Patches]] = []
-        for image in enumerate(images):
+        batch: list[Patches] = []
+        for image in images:
             batch.append(image)
             if len(batch) == BATCH:
                 yield from self._encode(batch, options["output"])
@@ -73,9 +75,9 @@ class FakeEncoder:
         """Paths, as the dry run gives them."""
         return [ImageFeatures(str(each), torch.zeros(1, WIDTH), (1, 2, 2)) for each in images]
 
-    def _encode(self, batch: list[tuple[int, Patches]], output: str) -> Iterator[ImageFeatures]:
-        for number, patches in batch:
-            name = f"image {number}"
+    def _encode(self, batch: list[Patches], output: str) -> Iterator[ImageFeatures | FailedImage]:
+        for patches in batch:
+            name = str(patches.name)
             self.encoded += 1
             if self.journal is not None:
                 os.write(self.journal, b".")
@@ -86,9 +88,8 @@ class FakeEncoder:
             if (patches.pixels == POISON).all():
                 rows[-1, -1] = float("nan")
             if (patches.pixels == TOO_LARGE).all():
-                message = f"{name} has {len(rows)} patches, which do not fit the memory of cpu"
-                error = ImageError(message, code="out-of-memory")
-                yield ImageFeatures(name, None, None, error=error)
+                fact = f"its {len(rows)} patches do not fit the memory of cpu"
+                yield FailedImage(name, ImageError(fact, name=name, code="out-of-memory"))
             else:
                 yield ImageFeatures(name, rows, (grid.t, grid.h, grid.w))
 
@@ -101,12 +102,12 @@ class BlockingEncoder(FakeEncoder):
         self.hold = folder / "hold"
         (folder / "workers" / str(os.getpid())).touch()
 
-    def _encode(self, batch: list[tuple[int, Patches]], output: str) -> Iterator[ImageFeatures]:
-        for number, patches in batch:
+    def _encode(self, batch: list[Patches], output: str) -> Iterator[ImageFeatures | FailedImage]:
+        for patches in batch:
             while (patches.pixels == HELD).all() and self.hold.exists():
                 time.sleep(0.01)
             time.sleep(0.005)
-            yield from super()._encode([(number, patches)], output)
+            yield from super()._encode([patches], output)
 
 
 def load_held(*_: Any, held: Path, **__: Any) -> BlockingEncoder:

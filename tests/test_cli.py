@@ -291,13 +291,13 @@ def test_when_every_image_fails_nothing_is_written(folder: Path, run: Any) -> No
 def test_embeddings_that_are_not_finite_are_never_written(
     folder: Path, run: Any, on_error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = VisionEncoder._forward
+    forward = VisionEncoder.forward
 
     def poisoned(self: Any, patches: torch.Tensor, *arguments: Any) -> torch.Tensor:
         result = forward(self, patches, *arguments)
         return result * float("nan") if len(patches) == 24 else result  # b.jpg
 
-    monkeypatch.setattr(VisionEncoder, "_forward", poisoned)
+    monkeypatch.setattr(VisionEncoder, "forward", poisoned)
     done = run("encode", "a.png", "b.jpg", *TO_FILE, "--on-error", on_error)
     assert done.code == {"skip": 1, "raise": 2}[on_error]
     assert "b.jpg: its embeddings hold NaN or infinity" in done.err

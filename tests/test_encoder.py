@@ -24,7 +24,8 @@ from torch import Tensor
 from towers import random_rows
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from qwen_vit import encoder as encoder_module
+from qwen_vit import batching
+from qwen_vit import device as device_module
 from qwen_vit.checkpoint import load as checkpoint_module
 from qwen_vit.checkpoint.load import load_checkpoint
 from qwen_vit.common.prefetch import AHEAD_JOBS
@@ -324,7 +325,7 @@ def test_the_error_of_a_skipped_image_does_not_hold_its_file(tmp_path: Path) -> 
 
 def test_encode_iter_takes_images_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """4 images of 48 patches fit a budget of 200; the fifth is read to see that it does not."""
-    monkeypatch.setitem(encoder_module.TOKEN_BUDGET, "cpu", 200)
+    monkeypatch.setitem(batching.TOKEN_BUDGET, "cpu", 200)
     taken = 0
 
     def source() -> Iterator[np.ndarray]:
@@ -342,7 +343,7 @@ def test_encode_iter_takes_images_one_batch_at_a_time(monkeypatch: pytest.Monkey
 
 
 def test_encode_iter_holds_no_image_it_has_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(encoder_module.TOKEN_BUDGET, "cpu", 200)
+    monkeypatch.setitem(batching.TOKEN_BUDGET, "cpu", 200)
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     watched = patches_module.Patches.cat
     largest = 0
@@ -354,7 +355,7 @@ def test_encode_iter_holds_no_image_it_has_encoded(monkeypatch: pytest.MonkeyPat
         largest = max(largest, len(alive))
         return joined
 
-    monkeypatch.setattr(encoder_module.Patches, "cat", counting)
+    monkeypatch.setattr(batching.Patches, "cat", counting)
     assert len(list(small().encode_iter(picture(84, 112, seed) for seed in range(20)))) == 20
     assert largest <= 2
 
@@ -370,7 +371,7 @@ def test_a_long_run_of_images_that_fail_is_reported_as_it_goes() -> None:
 
     results = small().encode_iter(source(), on_error="skip")
     assert next(results).error is not None
-    assert taken <= encoder_module.IMAGES_IN_A_WINDOW + AHEAD_JOBS + 1
+    assert taken <= batching.IMAGES_IN_A_WINDOW + AHEAD_JOBS + 1
 
 
 def test_an_image_larger_than_the_budget_is_encoded_on_its_own(
@@ -378,7 +379,7 @@ def test_an_image_larger_than_the_budget_is_encoded_on_its_own(
 ) -> None:
     images = [picture(84, 112, seed) for seed in range(3)]
     expected = small().encode(images)
-    monkeypatch.setitem(encoder_module.TOKEN_BUDGET, "cpu", 8)
+    monkeypatch.setitem(batching.TOKEN_BUDGET, "cpu", 8)
     for ours, other in zip(small().encode(images), expected, strict=True):
         assert relative_error(embeds_of(ours), embeds_of(other)) < 1e-6
 
@@ -432,9 +433,9 @@ def test_a_batch_out_of_memory_is_halved_to_the_same_values(
 def test_an_architecture_that_a_device_cannot_compute_is_refused(
     device: str, change: dict[str, int], told: str
 ) -> None:
-    encoder_module._check_fits(SMALL, torch.device(device))
+    device_module.check_fits(SMALL, torch.device(device))
     with pytest.raises(CheckpointError, match=f"{told}(.*; (use device='cpu'|choose another))?"):
-        encoder_module._check_fits(replace(SMALL, **change), torch.device(device))
+        device_module.check_fits(replace(SMALL, **change), torch.device(device))
 
 
 def test_nothing_of_a_batch_is_kept_while_its_halves_are_tried(
@@ -443,7 +444,7 @@ def test_nothing_of_a_batch_is_kept_while_its_halves_are_tried(
     """Its result fitted the GPU's memory, and a second copy of it did not."""
     results: list[weakref.ref[Tensor]] = []
     kept: list[bool] = []
-    forward = VisionEncoder._forward
+    forward = VisionEncoder.forward
 
     def watched(self: VisionEncoder, *arguments: Any) -> Tensor:
         kept.extend(result() is not None for result in results)
@@ -456,7 +457,7 @@ def test_nothing_of_a_batch_is_kept_while_its_halves_are_tried(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return [part.clone() for part in whole.split(rows)]
 
-    monkeypatch.setattr(VisionEncoder, "_forward", watched)
+    monkeypatch.setattr(VisionEncoder, "forward", watched)
     whole = small()
     monkeypatch.setattr(torch, "split_with_sizes_copy", copies)
     assert len(whole.encode([picture(56, 56, seed) for seed in range(2)])) == 2
@@ -601,17 +602,17 @@ def test_the_newest_device_and_type_are_chosen_by_themselves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pretend_gpus(monkeypatch, 2, capability=(8, 0))
-    device = encoder_module._choose_device("auto")
+    device = device_module.choose_device("auto")
     assert device == torch.device("cuda", 0)
-    assert encoder_module._choose_dtype("auto", device) == torch.bfloat16
-    assert encoder_module._choose_dtype("float32", device) == torch.float32
+    assert device_module.choose_dtype("auto", device) == torch.bfloat16
+    assert device_module.choose_dtype("float32", device) == torch.float32
 
 
 def test_computing_on_the_cpu_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pretend_gpus(monkeypatch, 0)
-    encoder_module._say_once.cache_clear()
+    device_module._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="qwen_vit"):
         for _ in range(3):
             encoder = VisionEncoder.from_pretrained("tiny")

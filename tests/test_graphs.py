@@ -294,7 +294,7 @@ def encoders() -> tuple[VisionEncoder, VisionEncoder]:
 
 
 def forward(encoder: VisionEncoder, pixels: torch.Tensor, grids: list[GridTuple]) -> torch.Tensor:
-    return encoder._forward(pixels, as_grids(grids), "merged")
+    return encoder.forward(pixels, as_grids(grids), "merged")
 
 
 @gpu

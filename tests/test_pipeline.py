@@ -25,12 +25,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from towers import gpu
 
-from qwen_vit import encoder as encoder_module
+from qwen_vit import batching
 from qwen_vit.common.prefetch import (
     BackgroundWriter,
     Job,
     StageTimer,
-    pack,
     thread_count,
     work_ahead,
 )
@@ -543,7 +542,7 @@ def mixed(count: int) -> list[Any]:
 def test_the_features_do_not_depend_on_the_number_of_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(encoder_module.TOKEN_BUDGET, "cpu", 300)
+    monkeypatch.setitem(batching.TOKEN_BUDGET, "cpu", 300)
     simple = encoder().encode(mixed(18), on_error="skip", decode_threads=1)
     assert sum(each.error is not None for each in simple) >= 3
     ahead = encoder().encode(mixed(18), on_error="skip", decode_threads=4)
@@ -611,9 +610,9 @@ def test_an_export_that_is_stopped_encodes_no_more(tmp_path: Path) -> None:
     class Watched(VisionEncoder):
         __slots__ = ()
 
-        def _forward(self, patches: Any, *more: Any) -> Any:
+        def forward(self, patches: Any, *more: Any) -> Any:
             encoded.append(len(patches))
-            return super()._forward(patches, *more)
+            return super().forward(patches, *more)
 
     watched = Watched.from_pretrained("tiny", device="cpu")
     options = ExportOptions(max_failures=3)
@@ -640,7 +639,7 @@ def test_the_images_before_the_one_that_fails_are_given(threads: int) -> None:
 
 
 def test_a_stream_that_is_left_ends_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(encoder_module.TOKEN_BUDGET, "cpu", 100)
+    monkeypatch.setitem(batching.TOKEN_BUDGET, "cpu", 100)
     results = encoder().encode_iter([IMAGES / "chelsea.png"] * 50, decode_threads=2)
     next(results)
     assert load_threads() == 2
@@ -692,21 +691,21 @@ def test_images_are_packed_largest_first_and_come_back_in_order(
 ) -> None:
     """What a GPU does, where an image's bits do not depend on its batch."""
     whole = encoder()
-    monkeypatch.setattr(encoder_module, "TOKEN_BUDGET", {"cpu": 100})
-    monkeypatch.setattr(encoder_module, "WINDOW", {"cpu": 3})
+    monkeypatch.setattr(batching, "TOKEN_BUDGET", {"cpu": 100})
+    monkeypatch.setattr(batching, "WINDOW", {"cpu": 3})
     monkeypatch.setattr(
         VisionEncoder, "_batches", lambda _, window: pack([each.n_patches for each in window], 100)
     )
     sizes = [(56, 56), (112, 112), (28, 56), (84, 84), (56, 84), (112, 84), (28, 28)]
     images = [np.full((*size, 3), 30 * n, np.uint8) for n, size in enumerate(sizes)]
     batches: list[list[int]] = []
-    real = VisionEncoder._forward
+    real = VisionEncoder.forward
 
     def forward(self: VisionEncoder, patches: Any, grids: Any, output: Any) -> Any:
         batches.append([grid.n_patches for grid in grids])
         return real(self, patches, grids, output)
 
-    monkeypatch.setattr(VisionEncoder, "_forward", forward)
+    monkeypatch.setattr(VisionEncoder, "forward", forward)
     together = whole.encode(images)
     assert batches == [[64, 36], [48, 24, 24], [16, 16]]
     for features, image in zip(together, images, strict=True):
@@ -722,7 +721,7 @@ def test_packed_on_a_gpu_an_image_has_the_bits_that_it_has_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = VisionEncoder.from_pretrained("tiny", device="cuda", max_pixels=200_704)
-    monkeypatch.setitem(encoder_module.TOKEN_BUDGET, "cuda", 2_048)
+    monkeypatch.setitem(batching.TOKEN_BUDGET, "cuda", 2_048)
     images = mixed(60)
     together = whole.encode(images, on_error="skip", decode_threads=8)
     for features, image in zip(together, images, strict=True):

@@ -25,6 +25,7 @@ import click
 from tqdm import tqdm
 
 from qwen_vit import __version__
+from qwen_vit.batching import OnError
 from qwen_vit.benchmark import WORKLOADS, check_device, speed_report, speed_table
 from qwen_vit.benchmark import bench as measure_speed
 from qwen_vit.checkpoint.hub import download as fetch
@@ -51,7 +52,7 @@ from qwen_vit.export.estimate import Estimate, estimate_export
 from qwen_vit.export.plan import ExportOptions, check_folder, has_shards
 from qwen_vit.export.ray_cluster import export_on_ray
 from qwen_vit.export.run import export_features, load_encoder
-from qwen_vit.features import ImageFeatures, not_finite, write_features
+from qwen_vit.features import FailedImage, ImageFeatures, not_finite, write_features
 from qwen_vit.inputs.listing import check_inputs
 
 __all__ = ["main"]
@@ -105,8 +106,8 @@ def cli() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @model_options
 def encode(
-    images: tuple[str, ...], model: str, out: Path, overwrite: bool, on_error: str, as_json: bool,
-    **loading: Any,
+    images: tuple[str, ...], model: str, out: Path, overwrite: bool, on_error: OnError,
+    as_json: bool, **loading: Any,
 ) -> None:  # fmt: skip
     """Encode IMAGES into one feature file.
 
@@ -127,7 +128,7 @@ def encode(
     else:
         _print(encoded_table(features, milliseconds))
         _print(f"wrote {display_name(str(out))} ({out.stat().st_size:,} bytes)")
-    if any(feature.error for feature in features):
+    if any(isinstance(each, FailedImage) for each in features):
         sys.exit(EXIT_SKIPPED)
 
 
@@ -408,25 +409,26 @@ def _is_same(image: str, there: os.stat_result) -> bool:
 
 
 def _encode_one_by_one(
-    encoder: VisionEncoder, images: Sequence[str], on_error: str
-) -> tuple[list[ImageFeatures], list[float]]:
+    encoder: VisionEncoder, images: Sequence[str], on_error: OnError
+) -> tuple[list[ImageFeatures | FailedImage], list[float]]:
     """Every image's features, and the milliseconds from opening the file to its embeddings."""
-    features, milliseconds = [], []
+    results: list[ImageFeatures | FailedImage] = []
+    milliseconds = []
     for image in tqdm(images, unit="image", file=sys.stderr, disable=not sys.stderr.isatty()):
         start = time.perf_counter()
-        [result] = encoder.encode([image], on_error=on_error)  # type: ignore[arg-type]
-        if result.embeds is not None and not all_finite(result.embeds):
+        result = encoder.encode(image, on_error=on_error)
+        if isinstance(result, ImageFeatures) and not all_finite(result.embeds):
             error = not_finite(image)
             if on_error == "raise":
                 raise error
-            result = ImageFeatures(image, None, None, result.size_px, error=error)
-        if result.embeds is not None:
+            result = FailedImage(image, error, size_px=result.size_px)
+        if isinstance(result, ImageFeatures):
             result = replace(result, embeds=result.embeds.cpu())  # the GPU's memory is for encoding
-        milliseconds.append(1000 * (time.perf_counter() - start))
-        features.append(result)
-        if result.error is not None:
+        else:
             _tell(f"skipped: {result.error}")
-    return features, milliseconds
+        milliseconds.append(1000 * (time.perf_counter() - start))
+        results.append(result)
+    return results, milliseconds
 
 
 def _part(text: str) -> tuple[int, int]:

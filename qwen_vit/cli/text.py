@@ -9,7 +9,7 @@ from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import display_name
 from qwen_vit.export.estimate import Estimate
 from qwen_vit.export.run import ExportReport
-from qwen_vit.features import ImageFeatures, dtype_name
+from qwen_vit.features import UNKNOWN_SIZE, FailedImage, ImageFeatures, dtype_name
 
 __all__ = [
     "encoded_json",
@@ -69,14 +69,14 @@ def waits_text(done: ExportReport) -> str:
     return f"waited for: {', '.join(shares)}"
 
 
-def encoded_table(features: Sequence[ImageFeatures], milliseconds: Sequence[float]) -> str:
+def encoded_table(
+    features: Sequence[ImageFeatures | FailedImage], milliseconds: Sequence[float]
+) -> str:
     """A line for each image that was encoded, or why it was not."""
     rows = [("file", "size", "grid (t, h, w)", "tokens", "width", "ms")]
     for feature, duration in zip(features, milliseconds, strict=True):
-        if feature.embeds is None or feature.size_px is None:
-            rows.append(
-                (display_name(feature.id), "-", f"skipped: {_code(feature)}", "-", "-", "-")
-            )
+        if isinstance(feature, FailedImage):
+            rows.append((display_name(feature.id), "-", f"skipped: {feature.code}", "-", "-", "-"))
             continue
         height, width = feature.size_px
         tokens, embedding_width = feature.embeds.shape
@@ -99,7 +99,7 @@ def encoded_table(features: Sequence[ImageFeatures], milliseconds: Sequence[floa
 
 
 def encoded_json(
-    features: Sequence[ImageFeatures], milliseconds: Sequence[float], out: Path,
+    features: Sequence[ImageFeatures | FailedImage], milliseconds: Sequence[float], out: Path,
     encoder: VisionEncoder,
 ) -> dict[str, Any]:  # fmt: skip
     """The same and what made it, as a JSON document."""
@@ -110,25 +110,24 @@ def encoded_json(
         "device": str(encoder.device),
         "dtype": dtype_name(encoder.dtype),
         "images": [
-            {
-                "id": feature.id,
-                "size_px": feature.size_px,
-                "grid_thw": feature.grid_thw,
-                "tokens": None if feature.embeds is None else feature.embeds.shape[0],
-                "width": None if feature.embeds is None else feature.embeds.shape[1],
-                "ms": round(duration, 3),
-                "notes": feature.notes,
-                "error": None
-                if feature.error is None
-                else {"code": _code(feature), "message": str(feature.error)},
-            }
+            {**_image_json(feature), "ms": round(duration, 3)}
             for feature, duration in zip(features, milliseconds, strict=True)
         ],
     }
 
 
-def _code(feature: ImageFeatures) -> str:
-    return feature.error.code if feature.error is not None else ""
+def _image_json(feature: ImageFeatures | FailedImage) -> dict[str, Any]:
+    """One image's facts; the same names for one that failed, null where there is nothing."""
+    size_px = feature.size_px if feature.size_px != UNKNOWN_SIZE else None
+    facts: dict[str, Any] = {"id": feature.id, "size_px": size_px}
+    if isinstance(feature, FailedImage):
+        nothing = {"grid_thw": None, "tokens": None, "width": None, "notes": ()}
+        return facts | nothing | {"error": {"code": feature.code, "message": feature.message}}
+    tokens, width = feature.embeds.shape
+    return facts | {
+        "grid_thw": feature.grid_thw, "tokens": tokens, "width": width, "notes": feature.notes,
+        "error": None,
+    }  # fmt: skip
 
 
 def facts_text(facts: dict[str, Any]) -> str:

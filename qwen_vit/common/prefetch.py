@@ -6,7 +6,7 @@ What either side holds is bounded, so memory stays flat; order and errors stay w
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 from qwen_vit.errors import ArgumentError
 
-__all__ = ["BackgroundWriter", "Job", "StageTimer", "pack", "thread_count", "work_ahead"]
+__all__ = ["BackgroundWriter", "Job", "StageTimer", "thread_count", "work_ahead"]
 
 MAX_THREADS = 16
 AHEAD_BYTES = 2**27  # about seven full batches of a GPU
@@ -272,25 +272,3 @@ class StageTimer:
         self._seconds[before] += now - self._since
         self._now, self._since = name, now
         return before
-
-
-def pack(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Group sizes, by their indices, into batches of at most `budget`: largest first, first fit.
-
-    >>> pack([3, 7, 5, 4, 12], 10)
-    [[4], [1, 0], [2, 3]]
-
-    What is larger than the budget is a batch of its own.
-    """
-    batches: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        size = sizes[index]
-        place = next((at for at, left in enumerate(room) if size <= left), None)
-        if place is None:
-            batches.append([index])
-            room.append(budget - size)
-        else:
-            batches[place].append(index)
-            room[place] -= size
-    return batches

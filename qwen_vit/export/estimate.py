@@ -19,6 +19,7 @@ from tqdm import tqdm
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ImageError
 from qwen_vit.export.plan import ExportOptions, ExportPlan, RowFormat, plan_dry_run, target_size
+from qwen_vit.features import ImageFeatures
 from qwen_vit.images.load import DECODERS, ImageLimits
 from qwen_vit.inputs.listing import Item, read_item
 
@@ -135,7 +136,7 @@ def _seconds(
         seconds = time.monotonic() - start
         if seconds > SLOW_S:
             break
-    encoded = sum(math.prod(each.grid_thw) for each in done if each.grid_thw is not None)
+    encoded = sum(math.prod(each.grid_thw) for each in done if isinstance(each, ImageFeatures))
     return round(seconds * patches / encoded, 3) if encoded else None
 
 

@@ -16,11 +16,12 @@ from typing import Any, Literal, Protocol, Self
 
 import torch
 
+from qwen_vit.batching import OnError
 from qwen_vit.common.atomic_file import TEMPORARY_SUFFIX, atomic_file, cannot_write, check_utf8
 from qwen_vit.common.safetensors_header import MAX_HEADER_BYTES
 from qwen_vit.common.strict_json import is_integer, read_json
 from qwen_vit.config import ImageConfig
-from qwen_vit.encoder import OnError, VisionEncoder
+from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, display_name
 from qwen_vit.export.lock import LOCK_NAME, hold_folder, short_lock
 from qwen_vit.feature_files.read import shard_name

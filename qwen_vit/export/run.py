@@ -28,7 +28,7 @@ from qwen_vit.export.lock import short_lock
 from qwen_vit.export.manifest import ManifestRow, load_arrow, write_manifest
 from qwen_vit.export.plan import ExportOptions, ExportPlan, open_export
 from qwen_vit.export.shards import REST, STAGES, DoneShard, export_shards, whole_shard
-from qwen_vit.features import ImageFeatures
+from qwen_vit.features import FailedImage, ImageFeatures
 
 __all__ = [
     "ExportCounts",
@@ -217,9 +217,9 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def count(self, features: ImageFeatures) -> None:
+    def count(self, features: ImageFeatures | FailedImage) -> None:
         """One more image, in this process."""
-        if features.embeds is None:
+        if isinstance(features, FailedImage):
             self._count(0, 0, str(features.error))
         else:
             self._count(len(features.embeds), features.embeds.nbytes)

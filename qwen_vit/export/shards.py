@@ -32,7 +32,7 @@ from qwen_vit.export.plan import (
     reserved_header_bytes,
 )
 from qwen_vit.feature_files.read import open_shard
-from qwen_vit.features import FeatureWriter, ImageFeatures, not_finite
+from qwen_vit.features import FailedImage, FeatureWriter, ImageFeatures, not_finite
 from qwen_vit.images.load import ImageLimits, load_image
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.inputs.listing import Item, read_item
@@ -118,7 +118,7 @@ def export_shards(
     shards: Iterable[int],
     *,
     breaker: CircuitBreaker | None = None,
-    on_image: Callable[[ImageFeatures], None] = lambda features: None,
+    on_image: Callable[[ImageFeatures | FailedImage], None] = lambda features: None,
     decode_threads: int | None = None,
     clock: StageTimer | None = None,
 ) -> Iterator[DoneShard]:
@@ -250,7 +250,7 @@ class _Shard:
         number: int,
         form: RowFormat,
         breaker: CircuitBreaker,
-        on_image: Callable[[ImageFeatures], None],
+        on_image: Callable[[ImageFeatures | FailedImage], None],
     ) -> None:
         self.number = number
         self.waited_s = 0.0  # for the GPU
@@ -304,7 +304,10 @@ class _Shard:
             if self._plan.options.on_error == "raise":
                 raise image.error
         self._breaker.count_done(image.error)
-        self._on_image(ImageFeatures(image.item.id, embeds, image.grid_thw, error=image.error))
+        if embeds is not None:
+            self._on_image(ImageFeatures(image.item.id, embeds, image.grid_thw, image.size_px))
+        elif image.error is not None:
+            self._on_image(FailedImage(image.item.id, image.error, image.stage, image.size_px))
 
     def save(self) -> list[ManifestRow]:
         """Write the file, read it again, and give its rows of the manifest."""
@@ -387,17 +390,16 @@ def _encode(
 
     output: Literal["patch", "merged"] = "patch" if options.output == "patch" else "merged"
     encoded = encoder.encode_iter(patches(), on_error="skip", output=output, decode_threads=1)
-    for number, features in enumerate(_timed(encoded, clock)):
+    for features in _timed(encoded, clock):
         while under_way[0].error is not None:
             yield under_way.popleft(), None
         image = under_way.popleft()
-        image.grid_thw = features.grid_thw or (0, 0, 0)
-        if features.error is not None:  # the encoder was given patches, which have no name
-            message = str(features.error).replace(
-                f"image {number} ", f"{display_name(image.item.id)} ", 1
-            )
-            image.error = ImageError(message, code=features.error.code)
-        yield image, features.embeds
+        if isinstance(features, FailedImage):
+            image.error = features.error
+            yield image, None
+        else:
+            image.grid_thw = features.grid_thw
+            yield image, features.embeds
     for image in under_way:
         yield image, None
 
@@ -426,7 +428,9 @@ def _in_groups(
         yield images, embeds
 
 
-def _timed(encoded: Iterator[ImageFeatures], clock: StageTimer) -> Iterator[ImageFeatures]:
+def _timed(
+    encoded: Iterator[ImageFeatures | FailedImage], clock: StageTimer
+) -> Iterator[ImageFeatures | FailedImage]:
     while True:
         with clock.stage(ENCODE):
             features = next(encoded, None)
@@ -445,7 +449,7 @@ def _load(item: Item, config: ImageConfig, limits: ImageLimits) -> _Image:
         image.stage = "decode"
         rgb = load_image(data, name=item.id, limits=limits)
         image.size_px, image.notes = (rgb.height, rgb.width), rgb.notes
-        image.patches = patchify(rgb.picture, config, name=display_name(item.id))
+        image.patches = patchify(rgb.picture, config, name=item.id)
         image.stage = "encode"
     except ImageError as error:
         image.error = error.without_frames()

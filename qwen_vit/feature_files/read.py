@@ -12,7 +12,6 @@ import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
@@ -26,8 +25,14 @@ from torch import Tensor
 
 from qwen_vit.common.safetensors_header import read_header
 from qwen_vit.common.strict_json import check_integer, is_integer, parse_json, read_json, short_repr
-from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, plural
-from qwen_vit.features import METADATA_KEY, SCHEMA_VERSION, ImageFeatures
+from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, ImageError, plural
+from qwen_vit.features import (
+    METADATA_KEY,
+    SCHEMA_VERSION,
+    UNKNOWN_SIZE,
+    FailedImage,
+    ImageFeatures,
+)
 from qwen_vit.integrations import hf as downstream
 
 __all__ = [
@@ -58,16 +63,6 @@ def shard_name(index: int) -> str:
     'shard-00000007.safetensors'
     """
     return f"shard-{index:08}.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class FailedImage:
-    """An image that could not be exported: where it failed, a stable code, and the message."""
-
-    id: str
-    stage: str
-    code: str
-    message: str
 
 
 class Features(ABC):
@@ -251,7 +246,7 @@ class FeatureFile(Features):
         t, h, w = self.image_grid_thw[place].tolist()
         with torch.device("cpu"):  # whatever the caller's default device is
             embeds = self._file.get_slice("image_embeds")[rows]
-        size_px, notes = self._facts[place] if self._facts else (None, ())
+        size_px, notes = self._facts[place] if self._facts else (UNKNOWN_SIZE, ())
         return ImageFeatures(self._ids[place], embeds, (t, h, w), size_px, notes)
 
     def _check(self, remedy: str) -> None:
@@ -446,16 +441,24 @@ def _without_remedy(error: CheckpointError, remedy: str) -> str:
 
 
 def _parse_errors(value: Any, path: Path, remedy: str) -> Sequence[FailedImage]:
-    try:
-        errors = [FailedImage(**entry) for entry in value]
-        if all(isinstance(text, str) for each in errors for text in astuple(each)):
-            return errors
-    except TypeError:
-        pass
-    raise ExportError(
-        f"{path}: its errors are {short_repr(value)}, expected id, stage, code and message of "
-        f"each; {remedy}"
+    names = {"id", "stage", "code", "message"}
+    is_right = isinstance(value, list) and all(
+        isinstance(entry, dict)
+        and entry.keys() == names
+        and all(isinstance(text, str) for text in entry.values())
+        for entry in value
     )
+    if not is_right:
+        raise ExportError(
+            f"its errors are {short_repr(value)}",
+            name=str(path),
+            expected="id, stage, code and message of each",
+            remedy=remedy,
+        )
+    return [
+        FailedImage(each["id"], ImageError(each["message"], code=each["code"]), each["stage"])
+        for each in value
+    ]
 
 
 def _parse_facts(

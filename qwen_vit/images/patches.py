@@ -16,6 +16,7 @@ from PIL import Image
 
 from qwen_vit.config import Grid, ImageConfig
 from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.images.rows import normalise
 
 __all__ = ["Patches", "patchify", "resize_image", "smart_resize"]
 
@@ -41,6 +42,7 @@ class Patches:
 
     pixels: torch.Tensor
     grids: tuple[Grid, ...]
+    name: str | None = None
 
     def __post_init__(self) -> None:
         if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 2:
@@ -105,12 +107,7 @@ class Patches:
                 "use the ImageConfig that built them",
                 code="patches",
             )
-        mean, std = (
-            torch.tensor(values, dtype=torch.float32, device=self.pixels.device)[:, None]
-            for values in (config.image_mean, config.image_std)
-        )
-        values = rearrange(self.pixels, "n (c p) -> n c p", c=CHANNELS).float()
-        values = (values / 255 - mean) / std
+        values = normalise(rearrange(self.pixels, "n (c p) -> n c p", c=CHANNELS), config)
         return repeat(values, "n c p -> n (c frames p)", frames=config.temporal_patch_size)
 
 
@@ -182,15 +179,16 @@ def resize_image(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> N
     return np.asarray(picture.resize((new_width, new_height), Image.Resampling.BICUBIC))
 
 
-def patchify(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> Patches:
+def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patches:
     """Resize an RGB image and cut it into patches, in grid order.
 
     `rgb` is a Pillow image of mode RGB, which spares a copy, or uint8 (height, width, 3); `name` is
     what messages say. Raises as resize_image does, and ImageError with code "memory" where there is
     not enough of it.
     """
+    shown = "the image" if name is None else name
     try:
-        resized = resize_image(rgb, config, name=name)
+        resized = resize_image(rgb, config, name=shown)
         pixels = rearrange(
             resized,
             "(h mh ph) (w mw pw) c -> (h w mh mw) (c ph pw)",
@@ -202,12 +200,12 @@ def patchify(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> Patch
         pixels = np.ascontiguousarray(pixels)
     except MemoryError:
         raise ImageError(
-            f"{name} does not fit into memory when resized; make it smaller, or lower max_pixels",
+            f"{shown} does not fit into memory when resized; make it smaller, or lower max_pixels",
             code="memory",
         ) from None
     height, width, _ = resized.shape
     grid = Grid(1, height // config.patch_px, width // config.patch_px)
-    return Patches(torch.from_numpy(pixels), (grid,))
+    return Patches(torch.from_numpy(pixels), (grid,), name)
 
 
 def _check_sides(height: int, width: int, name: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qwen_vit.common.tensors import all_finite
 from qwen_vit.config import VisionConfig
 from qwen_vit.errors import ArgumentError, ExportError
-from qwen_vit.features import ImageFeatures, check_features
+from qwen_vit.features import FailedImage, ImageFeatures, check_features
 
 __all__ = [
     "as_hf_tower",
@@ -39,7 +39,7 @@ MERGE_SIZE = 2
 
 
 def to_hf(
-    features: Iterable[ImageFeatures],
+    features: Iterable[ImageFeatures | FailedImage],
     input_ids: Tensor | None = None,
     *,
     image_token_id: int = IMAGE_TOKEN_ID,
@@ -84,7 +84,7 @@ def to_hf(
     return arguments
 
 
-def to_vllm(features: Iterable[ImageFeatures]) -> dict[str, Any]:
+def to_vllm(features: Iterable[ImageFeatures | FailedImage]) -> dict[str, Any]:
     """Return `multi_modal_data` for vLLM's `LLM(..., enable_mm_embeds=True)`.
 
     >>> data = to_vllm([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])
@@ -99,7 +99,7 @@ def to_vllm(features: Iterable[ImageFeatures]) -> dict[str, Any]:
     return {"image": {"image_embeds": rows, "image_grid_thw": grids}}
 
 
-def to_vllm_chat_part(features: Iterable[ImageFeatures]) -> list[dict[str, Any]]:
+def to_vllm_chat_part(features: Iterable[ImageFeatures | FailedImage]) -> list[dict[str, Any]]:
     """Return a part of a chat message for each image, for `vllm serve --enable-mm-embeds`.
 
     >>> parts = to_vllm_chat_part([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])
@@ -120,7 +120,7 @@ def to_vllm_chat_part(features: Iterable[ImageFeatures]) -> list[dict[str, Any]]
     ]
 
 
-def to_sglang(features: Iterable[ImageFeatures]) -> list[dict[str, Any]]:
+def to_sglang(features: Iterable[ImageFeatures | FailedImage]) -> list[dict[str, Any]]:
     """Return `image_data` for one request to SGLang's engine: a single item for all its images.
 
     >>> [item] = to_sglang([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])
@@ -218,12 +218,13 @@ def _require_transformers(least: tuple[int, int], what: str) -> None:
         raise ArgumentError(f"{wanted}, and {found} is installed; {install}")
 
 
-def _rows_and_grids(features: Iterable[ImageFeatures]) -> tuple[list[Tensor], Tensor]:
+def _rows_and_grids(features: Iterable[ImageFeatures | FailedImage]) -> tuple[list[Tensor], Tensor]:
     """Each image's merged rows, and all grids (N, 3), once every promise about them was checked."""
     images = check_features(features)
     if not images:
         raise ArgumentError("there are no images in it, expected one at least; leave images out")
     embeds = [_merged_rows(image) for image in images]
+    good = [image for image in images if isinstance(image, ImageFeatures)]
     kinds = {
         (rows.shape[1], rows.dtype): image.id for rows, image in zip(embeds, images, strict=True)
     }
@@ -233,12 +234,12 @@ def _rows_and_grids(features: Iterable[ImageFeatures]) -> tuple[list[Tensor], Te
             f"{one!r} has rows of {first[0]} {first[1]} and {other!r} of {second[0]} {second[1]}, "
             "expected the same; take features of one model and data type"
         )
-    grids = [image.grid_thw for image in images]
+    grids = [image.grid_thw for image in good]
     return embeds, torch.tensor(grids, dtype=torch.int64, device="cpu")
 
 
-def _merged_rows(image: ImageFeatures) -> Tensor:
-    if image.embeds is None or image.grid_thw is None:
+def _merged_rows(image: ImageFeatures | FailedImage) -> Tensor:
+    if isinstance(image, FailedImage):
         raise ExportError(f"{image.id!r} has no features ({image.error}); leave it out")
     expected = _n_tokens(image.grid_thw, MERGE_SIZE)
     if image.embeds.dim() != 2 or len(image.embeds) != expected:

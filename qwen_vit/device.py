@@ -1,0 +1,105 @@
+"""Which device and data type an encoder computes on, and whether a tower fits the kernels there."""
+
+import logging
+from functools import lru_cache
+
+import torch
+
+from qwen_vit.checkpoint.convert import pixel_weight_exponent
+from qwen_vit.config import VisionConfig
+from qwen_vit.errors import ArgumentError, CheckpointError
+from qwen_vit.kernels.attention import HEAD_DIMS
+
+__all__ = ["check_fits", "choose_device", "choose_dtype"]
+
+logger = logging.getLogger("qwen_vit")
+
+MIN_CAPABILITY = (8, 0)
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device that a name means, with an index if it is a GPU; "auto" prefers a GPU.
+
+    Raises ArgumentError for a device that is not there or that the kernels do not run on.
+    """
+    if device == "auto":
+        if not torch.cuda.is_available():
+            _warn_once(
+                "no CUDA GPU: computing on the CPU in float32, with the attention kernel in "
+                "Triton's interpreter (right, and slow)"
+            )
+            return torch.device("cpu")
+        device = "cuda"
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ArgumentError(
+            f"device is {device!r}", expected="'auto', 'cpu', 'cuda' or 'cuda:1'"
+        ) from None
+    if chosen.type == "cpu":
+        return chosen
+    if chosen.type != "cuda":
+        raise ArgumentError(f"device is {device!r}", expected="an NVIDIA GPU ('cuda') or 'cpu'")
+    if not torch.cuda.is_available():
+        raise ArgumentError(
+            f"device is {device!r}, but torch {torch.__version__} sees no CUDA GPU",
+            remedy="install an NVIDIA driver and a CUDA build of torch, or use device='cpu'",
+        )
+    if (chosen.index or 0) >= torch.cuda.device_count():
+        raise ArgumentError(
+            f"device is {device!r}, but there are {torch.cuda.device_count()} GPUs",
+            remedy="count from 0",
+        )
+    capability = torch.cuda.get_device_capability(chosen)
+    if capability < MIN_CAPABILITY:
+        raise ArgumentError(
+            f"{torch.cuda.get_device_name(chosen)} has compute capability "
+            f"{capability[0]}.{capability[1]}",
+            expected="8.0 (Ampere) or newer",
+            remedy="use device='cpu'",
+        )
+    index = torch.cuda.current_device() if chosen.index is None else chosen.index
+    return torch.device("cuda", index)
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The type to compute in; "auto" is bfloat16 on a GPU and float32 on a CPU.
+
+    Raises ArgumentError for a type that the kernels do not compute in on this device.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(chosen, torch.dtype):
+        raise ArgumentError(f"dtype is {dtype!r}", expected="'auto', 'bfloat16' or 'float32'")
+    pixel_weight_exponent(chosen)  # refuses float16 and every other type, with the reason
+    if device.type == "cpu" and chosen != torch.float32:
+        raise ArgumentError(
+            f"dtype is {chosen} on a CPU, where Triton's interpreter multiplies bfloat16 wrongly",
+            expected="float32",
+            remedy="use dtype='float32', or a GPU",
+        )
+    return chosen
+
+
+def check_fits(config: VisionConfig, device: torch.device) -> None:
+    """Raise CheckpointError for a tower whose sizes the kernels of this device do not take."""
+    fits = {kind: low <= config.head_dim <= high for kind, (low, high) in HEAD_DIMS.items()}
+    if not fits[device.type]:
+        low, high = HEAD_DIMS[device.type]
+        raise CheckpointError(
+            f"head_dim is {config.head_dim}",
+            expected=f"{low} to {high} on {device}, for which the attention kernel is made",
+            remedy="use device='cpu'" if fits["cpu"] else "choose another checkpoint",
+        )
+    if device.type == "cuda" and config.patch_px % 2:
+        raise CheckpointError(
+            f"patch_size is {config.patch_px}",
+            expected="an even one on a GPU, which loads rows of patches by 16 bytes",
+            remedy="use device='cpu'",
+        )
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

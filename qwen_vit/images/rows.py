@@ -1,0 +1,72 @@
+"""Rows of patches that a processor has cut: their checks, and the processor's normalisation."""
+
+import torch
+from torch import Tensor
+
+from qwen_vit.config import Grid, ImageConfig
+from qwen_vit.errors import ImageError
+
+__all__ = ["as_grids", "check_rows", "normalise"]
+
+
+def as_grids(grid_thw: Tensor) -> tuple[Grid, ...]:
+    """The grids of a processor's `image_grid_thw`: (images, 3) integers.
+
+    >>> as_grids(torch.tensor([[1, 4, 6]]))
+    (Grid(t=1, h=4, w=6),)
+
+    Raises ImageError (code `grid`) for anything else.
+    """
+    if (
+        not isinstance(grid_thw, Tensor)
+        or grid_thw.dim() != 2
+        or grid_thw.shape[1] != 3
+        or grid_thw.is_floating_point()
+        or grid_thw.is_complex()
+        or grid_thw.dtype == torch.bool
+    ):
+        what = (
+            f"{grid_thw.dtype} of shape {tuple(grid_thw.shape)}"
+            if isinstance(grid_thw, Tensor)
+            else f"a {type(grid_thw).__name__}"
+        )
+        raise ImageError(
+            f"grid_thw is {what}",
+            expected="an integer tensor of shape (images, 3): frames, height and width in patches",
+            remedy="pass the processor's image_grid_thw",
+            code="grid",
+        )
+    return tuple(Grid(*row) for row in grid_thw.tolist())
+
+
+def check_rows(
+    name: str, rows: Tensor, grids: tuple[Grid, ...], patch_dim: int, *, is_float: bool
+) -> None:
+    """Raise ImageError (code `patches`) unless `rows` are the (N, P) values that the grids have."""
+    if not isinstance(rows, Tensor):
+        raise ImageError(
+            f"{name} is a {type(rows).__name__}",
+            expected="a torch tensor",
+            remedy='ask the processor for return_tensors="pt"',
+            code="patches",
+        )
+    kind = "floating-point" if is_float else "uint8"
+    expected = (sum(grid.n_patches for grid in grids), patch_dim)
+    is_kind = rows.is_floating_point() if is_float else rows.dtype == torch.uint8
+    if tuple(rows.shape) != expected or not is_kind:
+        raise ImageError(
+            f"{name} is {rows.dtype} of shape {tuple(rows.shape)}",
+            expected=f"{kind} rows of shape {expected}, as grid_thw promises",
+            remedy="pass both as one call of the processor returned them",
+            code="patches",
+        )
+
+
+def normalise(values: Tensor, config: ImageConfig) -> Tensor:
+    """uint8 pixels (N, channels, ...) as the processor's float32, on their device."""
+    shape = (1, -1, *(1 for _ in range(values.dim() - 2)))
+    mean, std = (
+        torch.tensor(numbers, dtype=torch.float32, device=values.device).view(shape)
+        for numbers in (config.image_mean, config.image_std)
+    )
+    return (values.float() / 255 - mean) / std
