@@ -1,5 +1,6 @@
 """`VisionEncoder`: images in, the embeddings that the language model sees out."""
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -60,10 +61,11 @@ class VisionEncoder:
 
     def __new__(cls, *parts: Any, **named: Any) -> Self:
         """Refuse VisionEncoder("tiny"); copies and unpickling pass nothing."""
-        if (parts or named) and not isinstance((*parts, named.get("tower"))[0], VisionTower):
+        first = (*parts, *named.values(), None)[0]
+        if first is not None and not isinstance(first, VisionTower):
             raise ArgumentError(
-                "a VisionEncoder is not built from a name by its class",
-                remedy='write VisionEncoder.from_pretrained("...")',
+                "the class does not load a model",
+                remedy=f"call VisionEncoder.from_pretrained({json.dumps(str(first))})",
             )
         return object.__new__(cls)
 
@@ -283,7 +285,7 @@ class VisionEncoder:
         try:
             iterator = iter(images)
         except TypeError:
-            raise ArgumentError(f"images is {images!r}", expected="images") from None
+            raise ArgumentError(f"images is {images!r}", expected="an iterable of images") from None
         limits = ImageLimits() if limits is None else limits
         check_choice("on_error", on_error, get_args(OnError))
         check_choice("output", output, get_args(Output))

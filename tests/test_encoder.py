@@ -32,7 +32,7 @@ from qwen_vit.common.prefetch import AHEAD_JOBS
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, CheckpointError, HubError, ImageError, QwenVitError
 from qwen_vit.feature_files.read import load_features
-from qwen_vit.features import write_features
+from qwen_vit.features import FailedImage, ImageFeatures, write_features
 from qwen_vit.images import patches as patches_module
 from qwen_vit.images.load import ImageLimits, load_image
 from qwen_vit.images.patches import Patches, patchify
@@ -211,37 +211,88 @@ def test_patch_output_is_row_major_and_before_the_merger() -> None:
 # A single image, and other arguments that are not a list
 
 
-ONE_IMAGE = {
-    "str": "a.png",
-    "path": Path("a.png"),
-    "bytes": b"x",
-    "bytearray": bytearray(b"x"),
-    "PIL": Image.new("RGB", (28, 28)),
-    "array": picture(28, 28),  # once, its rows were 28 images one pixel high
-    "batch": np.zeros((2, 28, 28, 3), np.uint8),
-    "tensor": torch.zeros(28, 28, 3, dtype=torch.uint8),
-    "file": io.BytesIO(b"one\ntwo\n"),
-}
+def one_image(kind: str, folder: Path) -> Any:
+    pixels = picture(28, 28)  # an array is one image, not 28 images one pixel high
+    path = folder / "a.png"
+    path.write_bytes(png(pixels))
+    return {
+        "str": str(path),
+        "path": path,
+        "bytes": path.read_bytes(),
+        "bytearray": bytearray(path.read_bytes()),
+        "PIL": Image.fromarray(pixels),
+        "array": pixels,
+        "tensor": torch.from_numpy(pixels.copy()),
+        "patches": patchify(pixels, tiny().image_config),
+    }[kind]
 
 
-@pytest.mark.parametrize("kind", ONE_IMAGE)
-def test_one_image_instead_of_a_list_is_refused(kind: str) -> None:
-    with pytest.raises(ArgumentError, match=r"expected a list of images; pass \[image\]"):
-        tiny().encode(ONE_IMAGE[kind])
+KINDS = ("str", "path", "bytes", "bytearray", "PIL", "array", "tensor", "patches")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_image_gives_one_result(kind: str, tmp_path: Path) -> None:
+    image = one_image(kind, tmp_path)
+    features, [in_a_list] = tiny().encode(image), tiny().encode([image])
+    assert isinstance(features, ImageFeatures)
+    assert torch.equal(features.embeds, in_a_list.embeds)
+    assert features.id == in_a_list.id
+    assert isinstance(tiny().encode(image, on_error="skip"), ImageFeatures)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_image_is_no_stream(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"Expected a list of images\. Pass \[image\]"):
+        tiny().encode_iter(one_image(kind, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_a_stack_of_images_gives_a_list(kind: str) -> None:
+    stack: Any = np.stack([picture(28, 28, 1), picture(28, 28, 2)])
+    images: Any = stack if kind == "array" else torch.from_numpy(stack)
+    results = tiny().encode(images)
+    assert isinstance(results, list)
+    assert [each.id for each in results] == ["image 0", "image 1"]
+    for ours, alone in zip(results, tiny().encode(list(images)), strict=True):
+        assert torch.equal(ours.embeds, alone.embeds)
+    assert [each.id for each in tiny().encode_iter(images)] == ["image 0", "image 1"]
+    assert tiny().encode(images[:0]) == []
+
+
+def test_a_failed_image_alone_is_told_by_its_type() -> None:
+    failed = tiny().encode(b"not an image", on_error="skip")
+    assert isinstance(failed, FailedImage)
+    assert (failed.id, failed.code, failed.error.name) == ("image 0", "not-an-image", "image 0")
+    with pytest.raises(ImageError, match="image 0"):
+        tiny().encode(io.BytesIO(b"one"))  # type: ignore[call-overload]
+
+
+def test_features_are_seen_as_a_map_and_as_numpy() -> None:
+    image = picture(56, 84)
+    merged, patch = (tiny().encode([image], output=each)[0] for each in ("merged", "patch"))
+    assert merged.map.shape == (1, 2, 3, 192)
+    assert torch.equal(merged.map[0, 1, 2], merged.embeds[5])
+    assert patch.map.shape == (1, 4, 6, 160)
+    assert torch.equal(patch.map[0, 3, 1], patch.embeds[19])
+    assert merged.map.data_ptr() == merged.embeds.data_ptr()  # a view
+    assert merged.numpy().dtype == np.float32
+    assert torch.equal(torch.from_numpy(merged.numpy()), merged.embeds)
+    with pytest.raises(ArgumentError, match=r"image 0: 5 rows for a grid of \(1, 4, 6\)"):
+        _ = replace(merged, embeds=merged.embeds[:5]).map
 
 
 def test_unknown_options_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="on_error is 'ignore', expected 'raise' or 'skip'"):
+    with pytest.raises(ArgumentError, match=r"on_error is 'ignore'\. Expected 'raise' or 'skip'"):
         tiny().encode([], on_error="ignore")  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="output is 'pooled', expected 'merged' or 'patch'"):
+    with pytest.raises(ArgumentError, match=r"output is 'pooled'\. Expected 'merged' or 'patch'"):
         tiny().encode_iter([], output="pooled")  # type: ignore[arg-type]  # before the first next()
-    with pytest.raises(ArgumentError, match="layout is 'xx', expected 'auto', 'HWC' or 'CHW'"):
+    with pytest.raises(ArgumentError, match=r"layout is 'xx'\. Expected 'auto', 'HWC' or 'CHW'"):
         tiny().encode([], layout="xx")  # type: ignore[arg-type]
     for limits in (0, 5):
-        with pytest.raises(ArgumentError, match=f"limits is {limits}, expected ImageLimits"):
+        with pytest.raises(ArgumentError, match=rf"limits is {limits}\. Expected ImageLimits"):
             tiny().encode([], limits=limits)  # type: ignore[arg-type]
     for images in (None, 5):
-        with pytest.raises(ArgumentError, match=f"images is {images}, expected a list of images"):
+        with pytest.raises(ArgumentError, match=rf"images is {images}\. Expected an iterable"):
             tiny().encode(images)  # type: ignore[arg-type]
 
 
@@ -294,11 +345,10 @@ def test_each_bad_image_is_skipped_with_its_code_and_the_others_go_on(tmp_path: 
     results = small().encode(images, on_error="skip", limits=LIMITS)
     assert len(results) == len(images)
     for code, features in zip(bad, results[0::2], strict=True):
-        assert features.error is not None
-        assert features.error.code == code.strip(), str(features.error)
-        assert features.embeds is None
-        assert features.grid_thw is None
-        assert features.id in str(features.error)
+        assert isinstance(features, FailedImage)
+        assert features.code == code.strip(), features.message
+        assert features.error.name == features.id
+        assert features.id in features.message
         assert " at 0x" not in str(features.error)
     for features in results[1::2]:
         assert embeds_of(features).shape == (4, 192)
@@ -315,7 +365,7 @@ def test_a_bad_image_raises_unless_it_is_to_be_skipped(tmp_path: Path, code: str
 def test_the_error_of_a_skipped_image_does_not_hold_its_file(tmp_path: Path) -> None:
     """An exception's traceback holds every frame's locals: here, the file's bytes."""
     [features] = small().encode([b"not an image"], on_error="skip")
-    assert features.error is not None
+    assert isinstance(features, FailedImage)
     assert features.error.__traceback__ is None
     assert features.error.__context__ is None
 
@@ -419,14 +469,14 @@ def test_a_batch_out_of_memory_is_halved_to_the_same_values(
 @pytest.mark.parametrize(
     ("device", "change", "told"),
     [
-        ("cuda", {"hidden_size": 144, "num_heads": 1}, "head_dim is 144, expected 16 to 128 on"),
-        ("cuda", {"hidden_size": 32, "num_heads": 4}, "head_dim is 8, expected 16 to 128 on cuda"),
-        ("cpu", {"hidden_size": 1032, "num_heads": 1}, "head_dim is 1032, expected 2 to 1024 on"),
-        ("cuda", {"patch_px": 13, "window_px": 104}, "patch_size is 13, expected an even one"),
+        ("cuda", {"hidden_size": 144, "num_heads": 1}, "head_dim is 144. Expected 16 to 128 on"),
+        ("cuda", {"hidden_size": 32, "num_heads": 4}, "head_dim is 8. Expected 16 to 128 on cuda"),
+        ("cpu", {"hidden_size": 1032, "num_heads": 1}, "head_dim is 1032. Expected 2 to 1024 on"),
+        ("cuda", {"patch_px": 13, "window_px": 104}, "patch_size is 13. Expected an even one"),
         (
             "cuda",
             {"hidden_size": 2048, "num_heads": 1},
-            "head_dim is 2048, expected 16 to 128 on cuda.*choose another checkpoint",
+            "head_dim is 2048. Expected 16 to 128 on cuda",
         ),
     ],
 )
@@ -434,7 +484,7 @@ def test_an_architecture_that_a_device_cannot_compute_is_refused(
     device: str, change: dict[str, int], told: str
 ) -> None:
     device_module.check_fits(SMALL, torch.device(device))
-    with pytest.raises(CheckpointError, match=f"{told}(.*; (use device='cpu'|choose another))?"):
+    with pytest.raises(CheckpointError, match=rf"{told}.*\. (Use device='cpu'|Choose another)"):
         device_module.check_fits(replace(SMALL, **change), torch.device(device))
 
 
@@ -472,13 +522,12 @@ def test_one_image_out_of_memory_is_named_and_skipped_or_raised(
     images = [picture(56, 56), large, picture(56, 56, 1)]
     forget_above(16, monkeypatch)
     results = small().encode(images, on_error="skip")
-    assert [features.error is None for features in results] == [True, False, True]
-    error = results[1].error
-    assert error is not None
-    assert error.code == "out-of-memory"
-    assert results[1].embeds is None
-    assert results[1].grid_thw is None
-    for word in (str(large), "48 patches", "cpu", "lower max_pixels"):
+    assert [type(each) for each in results] == [ImageFeatures, FailedImage, ImageFeatures]
+    failed = results[1]
+    assert isinstance(failed, FailedImage)
+    error = failed.error
+    assert (failed.size_px, error.code) == ((84, 112), "out-of-memory")
+    for word in (str(large), "48 patches", "cpu", "Lower max_pixels"):
         assert word in str(error)
     with pytest.raises(ImageError, match="do not fit the memory") as caught:
         small().encode(images)
@@ -536,7 +585,64 @@ def test_rows_of_any_floating_type_are_taken(dtype: torch.dtype) -> None:
     assert torch.equal(ours, tiny().encode_patches(rows.float(), GRID))
 
 
+# Pixels before normalisation
+
+
+def pixel_rows_of(image: Patches) -> Tensor:
+    """(N, 1176) uint8 rows as a processor cuts a still image: both frames the same."""
+    pixels = image.pixels.view(len(image.pixels), 3, 1, 196)
+    return pixels.expand(-1, -1, 2, -1).flatten(1)
+
+
+def test_still_rows_have_the_bits_of_encode() -> None:
+    images = [patchify(picture(56, 84, seed), tiny().image_config) for seed in range(3)]
+    rows = torch.cat([pixel_rows_of(each) for each in images])
+    grids = torch.tensor([[1, 4, 6]] * 3)
+    ours = tiny().encode_pixels(rows, grids)
+    assert torch.equal(ours, torch.cat([each.embeds for each in tiny().encode(images)]))
+    before = rows.clone()
+    tiny().encode_pixels(rows, grids)
+    assert torch.equal(rows, before)
+
+
+def test_rows_of_a_video_have_the_bits_of_encode_patches() -> None:
+    chance = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 256, (48, 1176), dtype=torch.uint8, generator=chance)
+    grid = torch.tensor([[2, 4, 6]])
+    config = tiny().image_config
+    mean, std = (torch.tensor(each)[:, None] for each in (config.image_mean, config.image_std))
+    floats = ((rows.view(48, 3, 392).float() / 255 - mean) / std).flatten(1)
+    ours = tiny().encode_pixels(rows, grid, still=False)
+    assert torch.equal(ours, tiny().encode_patches(floats, grid))
+    still = tiny().encode_pixels(rows, grid)  # another answer: only the first frames were read
+    assert relative_error(still, ours) > 1e-3
+
+
+@pytest.mark.parametrize("fault", ["float", "narrow", "few", "array"])
+def test_pixel_rows_of_another_kind_are_refused(fault: str) -> None:
+    rows = ROWS.byte()
+    wrong: Any = {
+        "float": ROWS, "narrow": rows[:, :588], "few": rows[:20], "array": rows.numpy(),
+    }[fault]  # fmt: skip
+    with pytest.raises(ImageError, match="rows is") as caught:
+        tiny().encode_pixels(wrong, GRID)
+    assert caught.value.code == "patches"
+
+
 # from_pretrained
+
+
+def test_other_ways_to_build_or_move_one_name_the_right_way() -> None:
+    with pytest.raises(ArgumentError, match=r'VisionEncoder\.from_pretrained\("tiny"\)'):
+        VisionEncoder("tiny")  # type: ignore[call-arg,arg-type]
+    with pytest.raises(ArgumentError, match=r"VisionEncoder\.from_pretrained"):
+        VisionEncoder(model="tiny")  # type: ignore[call-arg]
+    with pytest.raises(ArgumentError, match="Pass device= and dtype= to"):
+        tiny().to("cuda")
+    with pytest.raises(ArgumentError, match="Pass dtype= instead"):
+        VisionEncoder.from_pretrained("tiny", torch_dtype=torch.float32)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="Pass device= instead"):
+        VisionEncoder.from_pretrained("tiny", device_map="auto")  # type: ignore[arg-type]
 
 
 REFUSED_ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -550,11 +656,11 @@ REFUSED_ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "meta": ({"device": "meta"}, ("'meta'", "'cpu'")),
     "unknown device": ({"device": "gpu"}, ("'gpu'", "'auto', 'cpu', 'cuda' or 'cuda:1'")),
     "device None": ({"device": None}, ("None", "'auto', 'cpu', 'cuda' or 'cuda:1'")),
-    "max below min": ({"max_pixels": 100}, ("max_pixels 100", "min_pixels 3136", "pass other")),
-    "min above max": ({"min_pixels": 10**8}, ("min_pixels 100000000", "pass other")),
-    "max below a token": ({"min_pixels": 1, "max_pixels": 783}, ("783", "pass other")),
-    "zero": ({"min_pixels": 0}, ("min_pixels is 0", "pass other")),
-    "no number": ({"max_pixels": "many"}, ("'many'", "an integer", "pass other")),
+    "max below min": ({"max_pixels": 100}, ("max_pixels 100", "min_pixels 3136", "Pass other")),
+    "min above max": ({"min_pixels": 10**8}, ("min_pixels 100000000", "Pass other")),
+    "max below a token": ({"min_pixels": 1, "max_pixels": 783}, ("783", "Pass other")),
+    "zero": ({"min_pixels": 0}, ("min_pixels is 0", "Pass other")),
+    "no number": ({"max_pixels": "many"}, ("'many'", "an integer", "Pass other")),
 }
 
 
@@ -579,13 +685,13 @@ def pretend_gpus(
 
 def test_cuda_without_a_gpu_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch, 0)
-    with pytest.raises(ArgumentError, match="sees no CUDA GPU; install an NVIDIA driver"):
+    with pytest.raises(ArgumentError, match=r"sees no CUDA GPU\. Install an NVIDIA driver"):
         VisionEncoder.from_pretrained("tiny", device="cuda")
 
 
 def test_a_gpu_that_is_not_there_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch, 2)
-    with pytest.raises(ArgumentError, match="'cuda:2', but there are 2 GPUs; count from 0"):
+    with pytest.raises(ArgumentError, match=r"'cuda:2', but there are 2 GPUs\. Count from 0"):
         VisionEncoder.from_pretrained("tiny", device="cuda:2")
 
 
@@ -594,7 +700,7 @@ def test_a_gpu_older_than_ampere_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     pretend_gpus(monkeypatch, 1, capability=(7, 5))
-    with pytest.raises(ArgumentError, match=r"Tesla T4 has compute capability 7\.5, .*'cpu'"):
+    with pytest.raises(ArgumentError, match=r"Tesla T4 .* 7\.5\. Expected 8\.0 .*'cpu'"):
         VisionEncoder.from_pretrained("tiny", device=device)
 
 
