@@ -4,6 +4,7 @@
 before anything imports triton. Wrapping single functions needs no environment variable.
 """
 
+import os
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -21,8 +22,14 @@ from qwen_vit.errors import ArgumentError
 
 __all__ = ["interpreted"]
 
-# The interpreter swaps functions of triton.language while it runs: one launch at a time.
+# The interpreter swaps functions of triton.language while it runs: one launch at a time, and no
+# fork in the middle of one, which would leave the child with swapped functions and a held lock.
 _interpreter_lock = threading.RLock()
+os.register_at_fork(
+    before=_interpreter_lock.acquire,
+    after_in_parent=_interpreter_lock.release,
+    after_in_child=_interpreter_lock.release,
+)
 
 
 def interpreted(kernel: JITFunction) -> Callable[..., None]:

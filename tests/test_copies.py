@@ -1,0 +1,168 @@
+"""An encoder inside other people's programs: copied, pickled, and sent to other processes."""
+
+import copy
+import multiprocessing
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from qwen_vit import VisionEncoder, as_hf_tower
+from tests.support.towers import gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES = tuple(
+    np.random.default_rng(seed).integers(0, 256, (56, 84, 3), dtype=np.uint8) for seed in range(4)
+)
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
+
+
+@cache
+def encoder(device: str = "cpu") -> VisionEncoder:
+    return VisionEncoder.from_pretrained("tiny", device=device)
+
+
+def embeds_of(some: VisionEncoder) -> list[Tensor]:
+    return [features.embeds.cpu() for features in some.encode(list(IMAGES))]
+
+
+@cache
+def expected(device: str = "cpu") -> list[Tensor]:
+    return embeds_of(encoder(device))
+
+
+def assert_same_bits(ours: list[Tensor], device: str = "cpu") -> None:
+    for one, other in zip(ours, expected(device), strict=True):
+        assert torch.equal(one, other)
+
+
+def through_pickle(thing: Any) -> Any:
+    return pickle.loads(pickle.dumps(thing))
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy, "pickle": through_pickle}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_an_encoder_gives_the_same_bits(how: str, device: str) -> None:
+    expected(device)  # an encoder that has been used: files are open, graphs are captured
+    twin = COPIES[how](encoder(device))
+    assert_same_bits(embeds_of(twin), device)
+    assert twin.metadata() == encoder(device).metadata()
+    pairs = zip(twin.tower.parameters(), encoder(device).tower.parameters(), strict=True)
+    assert all(ours.data_ptr() != theirs.data_ptr() for ours, theirs in pairs)  # weights of its own
+    if device == "cuda":
+        assert twin.graphs is not None
+        assert twin.graphs is not encoder(device).graphs
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("how", COPIES)
+def test_a_model_that_holds_the_tower_is_copied_with_it(how: str, device: str) -> None:
+    model = nn.ModuleDict({"visual": as_hf_tower(encoder(device)), "head": nn.Linear(2, 2)})
+    twin = COPIES[how](model)
+    assert twin["visual"].encoder is not encoder(device)
+    assert_same_bits(embeds_of(twin["visual"].encoder), device)
+    rows, grid = torch.zeros(24, 1176), torch.tensor([[1, 4, 6]])
+    ours, theirs = (each["visual"](rows, grid_thw=grid).pooler_output for each in (twin, model))
+    assert torch.equal(ours, theirs)
+
+
+def test_the_averaged_copy_of_a_model_keeps_its_tower() -> None:
+    """torch's own deepcopy of a model: exponential moving averages."""
+    model = nn.Sequential(as_hf_tower(encoder()))
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    assert_same_bits(embeds_of(averaged.module[0].encoder))  # type: ignore[union-attr, arg-type]
+
+
+class Encoded(Dataset[Tensor]):
+    """Images that are encoded in the workers of a data loader."""
+
+    def __init__(self, some: VisionEncoder) -> None:
+        self.encoder = some
+
+    def __len__(self) -> int:
+        return len(IMAGES)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.encoder.encode([IMAGES[index]])[0].embeds.cpu()
+
+
+@pytest.mark.parametrize(
+    ("method", "device"),
+    [
+        ("fork", "cpu"),
+        ("spawn", "cpu"),
+        ("forkserver", "cpu"),
+        # torch cannot use CUDA in a process that was forked from one that has used it
+        pytest.param("spawn", "cuda", marks=gpu),
+        pytest.param("forkserver", "cuda", marks=gpu),
+    ],
+)
+def test_workers_of_a_data_loader_encode(method: str, device: str) -> None:
+    expected(device)
+    loader: DataLoader[Tensor] = DataLoader(
+        Encoded(encoder(device)), batch_size=None, num_workers=2, multiprocessing_context=method
+    )
+    assert_same_bits([embeds.clone() for embeds in loader], device)
+
+
+def encode_one(some: VisionEncoder, index: int) -> Tensor:
+    return some.encode([IMAGES[index]])[0].embeds
+
+
+def test_joblib_sends_an_encoder_to_its_workers() -> None:
+    jobs = (joblib.delayed(encode_one)(encoder(), index) for index in range(len(IMAGES)))
+    assert_same_bits(joblib.Parallel(n_jobs=2)(jobs))
+
+
+def test_a_fork_while_another_thread_encodes_does_not_hang() -> None:
+    """A lock that was held at the fork would be held for ever in the child.
+
+    OpenMP's threads do not survive a fork either: torch hangs in the child unless it is told to
+    use one thread, as a DataLoader does in its workers.
+    """
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            encoder().encode([IMAGES[0]])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        with multiprocessing.get_context("fork").Pool(2, torch.set_num_threads, (1,)) as pool:
+            made = pool.starmap_async(encode_one, [(encoder(), i) for i in range(4)])
+            assert_same_bits(made.get(timeout=120))
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_pickled_encoder_needs_its_files_for_the_weights_hash_alone(tmp_path: Path) -> None:
+    """A spawned worker on another machine has the weights that were sent, and no checkpoint."""
+    file = tmp_path / "encoder.pickle"
+    file.write_bytes(pickle.dumps(encoder()))
+    code = f"""
+import pickle, numpy as np
+encoder = pickle.load(open({str(file)!r}, "rb"))
+features = encoder.encode(np.zeros((56, 84, 3), np.uint8))
+print(tuple(features.embeds.shape), encoder)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+        timeout=240,
+    )  # fmt: skip
+    assert done.stdout == "(6, 192) VisionEncoder('tiny', float32, on cpu)\n"
