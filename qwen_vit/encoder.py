@@ -25,7 +25,8 @@ from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, ImageError
 from qwen_vit.features import ImageFeatures, dtype_name
 from qwen_vit.graphs import MAX_BUCKET, MIN_STEP, GraphRunner
-from qwen_vit.images.load import ArrayLayout, ImageLimits, ImageSource, RgbImage, load_image
+from qwen_vit.images.image import ArrayLayout, ImageLimits, ImageSource, RgbImage
+from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.kernels.attention import HEAD_DIMS
 from qwen_vit.layout import check_grids

@@ -22,8 +22,9 @@ from PIL import Image, ImageCms, ImageFile
 
 import qwen_vit
 from qwen_vit.errors import IMAGE_CODES, ArgumentError, ImageError
-from qwen_vit.images import load as image_module
-from qwen_vit.images.load import ImageLimits, RgbImage, load_image
+from qwen_vit.images import decode as image_module
+from qwen_vit.images.image import ImageLimits, RgbImage
+from qwen_vit.images.load import load_image
 from qwen_vit.images.truncation import ends_early, promised_bytes
 
 IMAGES = Path(__file__).parent / "images"
@@ -94,7 +95,7 @@ def test_every_code_of_the_table_is_tested() -> None:
 def test_every_code_of_the_package_is_in_the_table() -> None:
     for path in Path(qwen_vit.__file__).parent.rglob("*.py"):
         source = path.read_text("utf-8")
-        assert set(re.findall(r'code="([^"]+)"|(?:_error|broken)\("([^"]+)"', source)) <= {
+        assert set(re.findall(r'code="([^"]+)"|(?:image_error|broken)\("([^"]+)"', source)) <= {
             pair for code in IMAGE_CODES for pair in ((code, ""), ("", code))
         }
         for call in ast.walk(ast.parse(source)):

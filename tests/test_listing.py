@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_vit.errors import ExportError, ImageError
-from qwen_vit.images.load import ImageLimits
+from qwen_vit.images.image import ImageLimits
 from qwen_vit.inputs import listing as listing_module
 from qwen_vit.inputs.listing import Item, Listing, check_inputs, find_items, read_item, read_listing
 

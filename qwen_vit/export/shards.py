@@ -33,7 +33,8 @@ from qwen_vit.export.plan import (
 )
 from qwen_vit.feature_files.read import open_shard
 from qwen_vit.features import FeatureWriter, ImageFeatures, not_finite
-from qwen_vit.images.load import ImageLimits, load_image
+from qwen_vit.images.image import ImageLimits
+from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.inputs.listing import Item, read_item
 

@@ -27,7 +27,8 @@ from typing import Any, BinaryIO, Self, TypeGuard
 from qwen_vit.common.atomic_file import atomic_file
 from qwen_vit.common.strict_json import is_integer, parse_json, short_repr
 from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError, ImageError, display_name
-from qwen_vit.images.load import ADDRESS, ImageLimits, read_image_file
+from qwen_vit.images.image import ADDRESS, ImageLimits
+from qwen_vit.images.load import read_image_file
 
 __all__ = ["Item", "Listing", "check_inputs", "find_items", "read_item", "read_listing"]
 
