@@ -50,7 +50,7 @@ from qwen_vit.export.shards import CircuitBreaker, export_shards
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.features import ImageFeatures, write_features
 from qwen_vit.images.image import ImageLimits
-from qwen_vit.inputs.listing import check_inputs, find_items
+from qwen_vit.inputs.find import check_inputs, find_items
 
 SMALL = ExportOptions(shard_size=4)
 

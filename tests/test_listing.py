@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 
 from qwen_vit.errors import ExportError, ImageError
 from qwen_vit.images.image import ImageLimits
-from qwen_vit.inputs import listing as listing_module
-from qwen_vit.inputs.listing import Item, Listing, check_inputs, find_items, read_item, read_listing
+from qwen_vit.inputs import find as find_module
+from qwen_vit.inputs import read as read_module
+from qwen_vit.inputs.find import check_inputs, find_items
+from qwen_vit.inputs.listing import Item, Listing, read_listing
+from qwen_vit.inputs.read import read_item
 
 LIMITS = ImageLimits()
 
@@ -136,7 +139,7 @@ def test_patterns_find_what_pythons_glob_finds(names: set[str], pattern: str) ->
             (root / name).mkdir(parents=True, exist_ok=True)
             (root / name / "f").touch()
         pattern = f"{folder}/{pattern}"
-        found = set(listing_module._matches(pattern, {}))
+        found = set(find_module._matches(pattern, {}))
         theirs = glob.glob(pattern, recursive=True, include_hidden=True)
     # a folder is a match of the `**` that ends a pattern, too, with a slash behind it
     assert found == {name for name in theirs if not name.endswith("/")}
@@ -171,7 +174,7 @@ def refuse_to_list(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             raise PermissionError(errno.EACCES, "Permission denied")
         return real(path)
 
-    monkeypatch.setattr(listing_module.os, "scandir", scandir)
+    monkeypatch.setattr(find_module.os, "scandir", scandir)
 
 
 def test_patterns_that_meet_one_unreadable_folder_tell_it_once(
@@ -514,7 +517,7 @@ def test_a_shards_images_are_found_by_its_number(here: Path) -> None:
 
 def failing(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> list[str]:
     calls: list[str] = []
-    real = listing_module.read_image_file
+    real = read_module.read_image_file
 
     def read(path: str, *rest: Any) -> bytes:
         calls.append(path)
@@ -525,8 +528,8 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> list[st
                 raise ImageError("cannot be read", code="unreadable") from None
         return real(path, *rest)
 
-    monkeypatch.setattr(listing_module, "read_image_file", read)
-    monkeypatch.setattr(listing_module, "PAUSES_S", (0, 0))
+    monkeypatch.setattr(read_module, "read_image_file", read)
+    monkeypatch.setattr(read_module, "PAUSES_S", (0, 0))
     return calls
 
 

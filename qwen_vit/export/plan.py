@@ -27,7 +27,8 @@ from qwen_vit.feature_files.read import shard_name
 from qwen_vit.features import SCHEMA_VERSION
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.patches import smart_resize
-from qwen_vit.inputs.listing import Item, Listing, find_items, read_listing
+from qwen_vit.inputs.find import find_items
+from qwen_vit.inputs.listing import Item, Listing, read_listing
 
 __all__ = [
     "LISTING",
