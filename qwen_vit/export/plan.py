@@ -140,7 +140,7 @@ def target_size(height: int, width: int, config: ImageConfig, name: str) -> tupl
         factor=config.patch_px * config.merge_size,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
-        name=display_name(name),
+        name=name,
     )
 
 
@@ -320,7 +320,7 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
             for suffix, count in kinds
         )
         more = ", ..." if len(left_out) > len(kinds) else ""
-        logger.warning("left out, for want of an image's suffix: %s%s", named, more)
+        logger.warning("skipped files without an image extension: %s%s", named, more)
     if listing.n_images == 0:
         path.unlink()
         raise ExportError(

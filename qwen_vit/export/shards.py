@@ -447,7 +447,7 @@ def _load(item: Item, config: ImageConfig, limits: ImageLimits) -> _Image:
         image.stage = "decode"
         rgb = load_image(data, name=item.id, limits=limits)
         image.size_px, image.notes = (rgb.height, rgb.width), rgb.notes
-        image.patches = patchify(rgb.picture, config, name=display_name(item.id))
+        image.patches = patchify(rgb.picture, config, name=item.id)
         image.stage = "encode"
     except ImageError as error:
         image.error = error.without_frames()

@@ -19,7 +19,7 @@ from PIL import (
 )
 
 from qwen_vit.errors import ImageError
-from qwen_vit.images.image import ImageLimits, RgbImage, check_pixels, image_error
+from qwen_vit.images.image import ImageLimits, RgbImage, check_pixels
 from qwen_vit.images.to_rgb import is_deep, tiff_notes, to_rgb
 from qwen_vit.images.truncation import ends_early, is_filled_up, promised_bytes
 
@@ -39,27 +39,29 @@ DECODERS: dict[str, type[ImageFile.ImageFile]] = {
 
 ALLOWED = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
 
-# What people pass by mistake: how it starts (lower case, white space stripped), code, next step.
+# What people pass by mistake: how it starts (lower case, white space stripped), code, what it is,
+# and the next step.
 LOOKALIKES = (
-    (rb"version https://git-lfs", "not-an-image", "a git-lfs pointer: run `git lfs pull`"),
-    (rb"<svg|<\?xml.*<svg", "not-an-image", "SVG is a drawing: render it to PNG first"),
-    (rb"<!doctype html|<html|<\?xml", "not-an-image", "a web page: download the image itself"),
-    (rb"....ftyp(?:hei|hev|mif|msf)", "format", "HEIC: convert it to JPEG or PNG"),
-    (rb"....jxl |\xff\x0a", "format", "JPEG XL: convert it to PNG"),
-    (rb"....jp  |\xff\x4f\xff\x51", "format", "JPEG 2000: convert it to PNG"),
-    (rb"%pdf|%!ps", "format", "a document: render the page to PNG first"),
-    (rb"8bps", "format", "Photoshop: export it as PNG"),
-    (rb"\x00\x00[\x01\x02]\x00[\x01-\x20]\x00", "format", "an icon: convert it to PNG"),
-    (rb"p[1-7]\s", "format", "a Netpbm image: convert it to PNG"),
-    (rb"\x93numpy", "format", "a numpy file: pass numpy.load(...) instead"),
-    (rb"pk\x03\x04|\x1f\x8b", "format", "an archive: unpack it first"),
+    (rb"version https://git-lfs", "not-an-image", "a git-lfs pointer", "run `git lfs pull`"),
+    (rb"<svg|<\?xml.*<svg", "not-an-image", "an SVG drawing", "render it to PNG first"),
+    (rb"<!doctype html|<html|<\?xml", "not-an-image", "a web page", "download the image itself"),
+    (rb"....ftyp(?:hei|hev|mif|msf)", "format", "HEIC", "convert it to JPEG or PNG"),
+    (rb"....jxl |\xff\x0a", "format", "JPEG XL", "convert it to PNG"),
+    (rb"....jp  |\xff\x4f\xff\x51", "format", "JPEG 2000", "convert it to PNG"),
+    (rb"%pdf|%!ps", "format", "a document", "render the page to PNG first"),
+    (rb"8bps", "format", "Photoshop", "export it as PNG"),
+    (rb"\x00\x00[\x01\x02]\x00[\x01-\x20]\x00", "format", "an icon", "convert it to PNG"),
+    (rb"p[1-7]\s", "format", "Netpbm", "convert it to PNG"),
+    (rb"\x93numpy", "format", "a numpy file", "pass numpy.load(...) instead"),
+    (rb"pk\x03\x04|\x1f\x8b", "format", "an archive", "unpack it first"),
 )
 
-# Pillow does not lock its lazy loading; threads that were given one image take turns.
+# Pillow does not lock its lazy loading, so threads that share an image decode it one by one.
 LOAD_LOCKS = tuple(threading.Lock() for _ in range(61))
 
 
 def decode_bytes(data: bytes, name: str, limits: ImageLimits) -> RgbImage:
+    """An encoded image -> RGB. Raises ImageError for a file that is damaged, cut or too large."""
     file_format = _identify(data, name)
     reader = _Reader(data)
     with _decoding(data, file_format, name, header=reader):
@@ -78,14 +80,15 @@ def decode_bytes(data: bytes, name: str, limits: ImageLimits) -> RgbImage:
 
 
 def decode_pil(image: Image.Image, name: str, limits: ImageLimits) -> RgbImage:
+    """A PIL image -> RGB, which decodes it where it is still lazy. Raises as `decode_bytes`."""
     file_format = str(image.format or "PIL image")
     with LOAD_LOCKS[id(image) // 16 % len(LOAD_LOCKS)]:
         if getattr(image, "tile", None) and getattr(image, "fp", image) is None:
-            raise image_error(
-                "unreadable",
-                name,
-                "is a PIL image whose file was closed before it was loaded; call its load() first, "
-                "or pass the path",
+            raise ImageError(
+                "a PIL image whose file was closed before it was loaded",
+                name=name,
+                remedy="call its load() first, or pass the path",
+                code="unreadable",
             )
         deep, early_notes = is_deep(image), tiff_notes(image)
         data = _lazy_bytes(image, limits)
@@ -128,31 +131,46 @@ class _Reader(io.BytesIO):
 
 def _identify(data: bytes, name: str) -> str:
     if not data:
-        raise image_error("empty-file", name, "is not an image: it is empty; fetch it again")
+        raise ImageError(
+            "not an image: it is empty",
+            name=name,
+            expected=ALLOWED,
+            remedy="fetch it again",
+            code="empty-file",
+        )
     for file_format in DECODERS:
         accepts = Image.OPEN[file_format][1]
         answer = accepts is None or accepts(data[:16])
         if isinstance(answer, str):
-            raise image_error(
-                "format", name, f"is {file_format}, which this Pillow cannot decode; reinstall it"
+            raise ImageError(
+                f"a {file_format}, which this Pillow cannot decode",
+                name=name,
+                remedy="reinstall Pillow",
+                code="format",
             )
         if answer:
             return file_format
     start = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    code, hint = "not-an-image", f"expected {ALLOWED}"
-    for pattern, found_code, found_hint in LOOKALIKES:
+    code, what, remedy = "not-an-image", "not an image", ""
+    for pattern, found_code, found, found_remedy in LOOKALIKES:
         if re.match(pattern, start if found_code == "not-an-image" else data.lower(), re.DOTALL):
-            code, hint = found_code, found_hint
+            what = "not an image" if found_code == "not-an-image" else "of an unsupported format"
+            code, what, remedy = found_code, f"{what} ({found})", found_remedy
             break
-    what = "not an image" if code == "not-an-image" else f"not {ALLOWED}"
-    raise image_error(code, name, f"is {what}: it starts with {data[:16]!r}; {hint}")
+    raise ImageError(
+        f"{what}: it starts with {data[:16]!r}",
+        name=name,
+        expected=ALLOWED,
+        remedy=remedy,
+        code=code,
+    )
 
 
 @contextmanager
 def _decoding(
     data: bytes | None, file_format: str, name: str, *, header: _Reader | None = None
 ) -> Iterator[None]:
-    """Run Pillow strictly, and turn whatever a plug-in raises into an ImageError.
+    """Run Pillow strictly, and turn any exception of a plug-in into an ImageError.
 
     Headers are read in exact pieces, so there (`header`) running out of bytes means truncation.
     """
@@ -162,14 +180,18 @@ def _decoding(
     except ImageError:
         raise
     except MemoryError:
-        raise image_error(
-            "memory", name, "does not fit into memory when decoded; make it smaller"
+        raise ImageError(
+            "does not fit into memory when decoded",
+            name=name,
+            remedy="make it smaller",
+            code="memory",
         ) from None
     except Image.DecompressionBombError:
-        raise image_error(
-            "too-many-pixels",
-            name,
-            "has more pixels than Pillow decodes (Image.MAX_IMAGE_PIXELS); make it smaller",
+        raise ImageError(
+            "has more pixels than Pillow decodes (Image.MAX_IMAGE_PIXELS)",
+            name=name,
+            remedy="make it smaller",
+            code="too-many-pixels",
         ) from None
     except Exception as error:  # noqa: BLE001 - plug-ins raise SyntaxError, struct.error, ...
         text = str(error)
@@ -180,22 +202,23 @@ def _decoding(
             or (data is not None and ends_early(data, file_format))
         ):
             size = "" if data is None else f" after {len(data)} bytes"
-            raise image_error(
-                "truncated",
-                name,
-                f"is a truncated {file_format}: it ends early{size}; fetch it again",
+            raise ImageError(
+                f"a truncated {file_format}: it ends early{size}",
+                name=name,
+                remedy="fetch it again",
+                code="truncated",
             ) from None
         reason = type(error).__name__ if re.search(r"0x[0-9a-fA-F]{4}", text) else text
-        raise image_error(
-            "damaged",
-            name,
-            f"is a damaged {file_format} ({reason or type(error).__name__}); "
-            "fetch it again, or open and save it in an image editor",
+        raise ImageError(
+            f"a damaged {file_format} ({reason or type(error).__name__})",
+            name=name,
+            remedy="fetch it again, or open and save it in an image editor",
+            code="damaged",
         ) from None
 
 
 class _Strictness:
-    """How many threads decode now, and what LOAD_TRUNCATED_IMAGES was before the first."""
+    """How many threads are decoding, and what LOAD_TRUNCATED_IMAGES was before the first."""
 
     lock = threading.Lock()
     threads = 0
@@ -204,10 +227,10 @@ class _Strictness:
 
 @contextmanager
 def _strictly() -> Iterator[None]:
-    """Decode as if nobody had set Pillow's LOAD_TRUNCATED_IMAGES, and leave it as it was found.
+    """Decode with Pillow's LOAD_TRUNCATED_IMAGES at False, and restore it afterwards.
 
-    The flag is Pillow's only switch for it, and libraries do set it; so it is held at False from
-    the first thread that decodes here to the last, and then put back.
+    The flag is process-wide, and other libraries set it; so it is held at False from the first
+    thread that decodes here to the last, and then restored.
     """
     with _Strictness.lock:
         if _Strictness.threads == 0:
@@ -248,7 +271,10 @@ def _prepare_tiff(image: TiffImagePlugin.TiffImageFile, name: str, limits: Image
 
 
 def _frame_notes(image: Image.Image) -> tuple[str, ...]:
-    """Counted last: counting moves through the file. A damaged later frame does not matter."""
+    """How many frames there are: counted last, because counting moves through the file.
+
+    A damaged later frame does not matter.
+    """
     try:
         with _strictly():
             frames = int(getattr(image, "n_frames", 1))

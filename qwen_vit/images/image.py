@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qwen_vit.errors import ArgumentError, ImageError, display_name
+from qwen_vit.errors import ArgumentError, ImageError
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,6 @@ __all__ = [
     "RgbImage",
     "check_file_bytes",
     "check_pixels",
-    "image_error",
 ]
 
 # Union: the name of a type that is not imported here has no `|`
@@ -60,12 +59,12 @@ class ImageLimits:
         for field in ("max_pixels", "max_file_bytes"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ArgumentError(f"{field} is {value!r}, expected a whole number above 0")
+                raise ArgumentError(f"{field} is {value!r}", expected="a whole number above 0")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RgbImage:
-    """An image after the policy: `picture` is decoded, of mode RGB, and nobody else's.
+    """A loaded image: `picture` is decoded, of mode RGB, and shared with no one.
 
     `format` is what the content was ("JPEG", ..., "PIL", "array", "tensor"), `name` what messages
     call it, and `notes` what the policy did, such as "EXIF orientation 6 applied".
@@ -92,30 +91,33 @@ class RgbImage:
         return self.picture.width
 
 
-def image_error(code: str, name: str, text: str) -> ImageError:
-    """The error of one of IMAGE_CODES."""
-    return ImageError(f"{display_name(name)} {text}", code=code)
-
-
 def check_file_bytes(size: int, name: str, limits: ImageLimits) -> None:
+    """Refuse an encoded image of too many bytes. Raises ImageError with code "file-too-large"."""
     if size > limits.max_file_bytes:
-        raise image_error(
-            "file-too-large",
-            name,
-            f"has {size} bytes, at most {limits.max_file_bytes} are read; "
-            "make it smaller, or raise ImageLimits.max_file_bytes in Python",
+        raise ImageError(
+            f"{size} bytes",
+            name=name,
+            expected=f"at most {limits.max_file_bytes}",
+            remedy="make it smaller, or raise ImageLimits.max_file_bytes in Python",
+            code="file-too-large",
         )
 
 
 def check_pixels(width: int, height: int, name: str, limits: ImageLimits) -> None:
+    """Refuse a size that is too large, or 0. Raises ImageError: "too-many-pixels", "zero-side"."""
     if width < 1 or height < 1:
-        raise image_error(
-            "zero-side", name, f"is {width}x{height} (width x height), expected sides above 0"
+        raise ImageError(
+            f"the size is {width}x{height} (width x height)",
+            name=name,
+            expected="sides above 0",
+            remedy="leave it out",
+            code="zero-side",
         )
     if width * height > limits.max_pixels:
-        raise image_error(
-            "too-many-pixels",
-            name,
-            f"is {width}x{height} = {width * height} pixels, at most {limits.max_pixels} are "
-            "decoded; make it smaller, or raise ImageLimits.max_pixels in Python",
+        raise ImageError(
+            f"{width}x{height} = {width * height} pixels",
+            name=name,
+            expected=f"at most {limits.max_pixels}",
+            remedy="make it smaller, or raise ImageLimits.max_pixels in Python",
+            code="too-many-pixels",
         )

@@ -1,4 +1,4 @@
-"""Anything a user calls an image -> RGB uint8: one policy, and one error for each thing amiss.
+"""Anything a user calls an image -> RGB uint8: one policy, and one error for each problem.
 
 The policy, the same for a path, bytes, a PIL image and an array: the content decides the format,
 never the name; the first frame of an animation is taken; EXIF orientation is applied;
@@ -24,7 +24,6 @@ from qwen_vit.images.image import (
     ImageSource,
     RgbImage,
     check_file_bytes,
-    image_error,
 )
 
 __all__ = [
@@ -39,8 +38,8 @@ __all__ = [
 # Types that are passed by mistake, and the next step.
 NOT_ONE_IMAGE: dict[type | tuple[type, ...], str] = {
     (list, tuple): "give its items one by one",
-    io.IOBase: "give its path, or what its read() gives",
-    np.ma.MaskedArray: "say what is under the mask, with its filled()",
+    io.IOBase: "give its path, or the bytes that its read() returns",
+    np.ma.MaskedArray: "replace what is masked, with its filled()",
 }
 
 
@@ -65,7 +64,7 @@ def load_image(
     """
     limits = ImageLimits() if limits is None else limits
     if layout not in ("auto", "HWC", "CHW"):
-        raise ArgumentError(f'layout is {layout!r}, expected "auto", "HWC" or "CHW"')
+        raise ArgumentError(f"layout is {layout!r}", expected='"auto", "HWC" or "CHW"')
     if isinstance(source, str | os.PathLike):
         path = os.fsdecode(source)
         name = path if name is None else name
@@ -85,41 +84,62 @@ def load_image(
     if isinstance(source, np.ndarray) and not isinstance(source, np.ma.MaskedArray):
         name = "array" if name is None else name
         return from_array(np.asarray(source), "array", name, layout, limits)
-    remedy = "give a path, encoded bytes, a PIL image, a numpy array or a torch tensor"
-    for kind, better in NOT_ONE_IMAGE.items():
-        if isinstance(source, kind):
-            remedy = better
-    what = type(source).__name__
-    raise image_error("source-type", name or "image", f"is of type {what}, not one image; {remedy}")
+    raise ImageError(
+        f"of type {type(source).__name__}, not one image",
+        name=name or "image",
+        expected="a path, encoded bytes, a PIL image, a numpy array or a torch tensor",
+        remedy=next(
+            (remedy for kind, remedy in NOT_ONE_IMAGE.items() if isinstance(source, kind)),
+            "convert it to one of them",
+        ),
+        code="source-type",
+    )
 
 
 def read_image_file(path: str, name: str, limits: ImageLimits) -> bytes:
-    """A file's bytes as they are, or an ImageError; what is no regular file is never opened."""
+    """A file's bytes, unchanged; only a regular file is ever opened.
+
+    Raises ImageError, which calls the file `name`.
+    """
+    name = name or repr(path)  # an empty path gets its quotes
     if ADDRESS.match(path):
-        raise image_error("url", name[:80], "is an address, not a file; download it first")
+        raise ImageError(
+            "an address, not a file", name=name[:80], remedy="download it first", code="url"
+        )
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
-            raise image_error(
-                "directory", name, "is a directory; give its files, or `qwen-vit export` it"
+            raise ImageError(
+                "a directory",
+                name=name,
+                expected="an image file",
+                remedy="give its files, or `qwen-vit export` it",
+                code="directory",
             )
         if not stat.S_ISREG(status.st_mode):  # a FIFO would block, a device might not end
-            raise image_error(
-                "not-a-file",
-                name,
-                "is a FIFO, socket or device, which are never opened; copy its content to a file",
+            raise ImageError(
+                "a FIFO, socket or device, which is never opened",
+                name=name,
+                expected="a regular file",
+                remedy="copy its content to a file",
+                code="not-a-file",
             )
         check_file_bytes(status.st_size, name, limits)
         with open(path, "rb") as file:
             data = file.read(limits.max_file_bytes + 1)
     except FileNotFoundError:
-        raise image_error("missing", name, "does not exist; check the path") from None
+        raise ImageError(
+            "does not exist", name=name, remedy="check the path", code="missing"
+        ) from None
     except (OSError, ValueError) as error:
         if isinstance(error, ImageError):
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        raise image_error(
-            "unreadable", name, f"cannot be read: {reason}; check its path and permissions"
+        raise ImageError(
+            f"cannot be read ({reason})",
+            name=name,
+            remedy="check its path and permissions",
+            code="unreadable",
         ) from None
     check_file_bytes(len(data), name, limits)
     return data

@@ -4,7 +4,6 @@ import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from qwen_vit.errors import ImageError
-from qwen_vit.images.image import image_error
 
 __all__ = ["is_deep", "on_white", "tiff_notes", "to_rgb"]
 
@@ -24,7 +23,10 @@ WHITE = (255, 255, 255)
 
 
 def to_rgb(image: Image.Image, name: str, deep: bool) -> tuple[Image.Image, tuple[str, ...]]:
-    """Apply the policy to a decoded image, which stays as it is."""
+    """Apply the policy to a decoded image, which is not changed; and say what it did.
+
+    `deep` is what `is_deep` said before decoding. Raises ImageError with code "mode".
+    """
     notes: list[str] = []
     try:
         orientation = image.getexif().get(ORIENTATION_TAG)
@@ -41,18 +43,18 @@ def to_rgb(image: Image.Image, name: str, deep: bool) -> tuple[Image.Image, tupl
     except (ValueError, OSError, KeyError) as error:
         if isinstance(error, ImageError):
             raise
-        raise _mode_error(name, image.mode, "Pillow cannot convert it") from None
+        raise _mode_error(name, f"Pillow cannot convert its mode, {image.mode}") from None
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether Pillow will reduce 16-bit samples while it decodes."""
+    """Whether Pillow will reduce 16-bit samples in decoding; ask before the image is loaded."""
     tiles = getattr(image, "tile", ())
     raw_modes = (t[3][0] if isinstance(t[3], tuple) and t[3] else t[3] for t in tiles)
     return any(isinstance(mode, str) and ";16" in mode for mode in raw_modes)
 
 
 def tiff_notes(image: Image.Image) -> tuple[str, ...]:
-    """Pillow itself turns a TIFF upright while it decodes, and then forgets the tag."""
+    """The note on a TIFF's orientation: Pillow turns it upright in decoding, and drops the tag."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile) or not image.tile:
         return ()
     orientation = image.tag_v2.get(ORIENTATION_TAG)
@@ -60,6 +62,7 @@ def tiff_notes(image: Image.Image) -> tuple[str, ...]:
 
 
 def on_white(image: Image.Image) -> Image.Image:
+    """An RGBA image composited on white, as RGB."""
     white = Image.new("RGBA", image.size, (*WHITE, 255))
     return Image.alpha_composite(white, image).convert("RGB")
 
@@ -68,7 +71,7 @@ def _to_eight_bit_rgb(image: Image.Image, name: str, deep: bool, notes: list[str
     if image.mode.startswith("I;16"):
         return _from_sixteen_bit(image, notes)
     if image.mode in ("F", "I"):
-        raise _mode_error(name, image.mode, "it does not say which value is white")
+        raise _mode_error(name, f"Pillow mode {image.mode} does not say which value is white")
     if deep:
         notes.append("16-bit scaled to 8")
     if image.has_transparency_data:
@@ -106,7 +109,6 @@ def _with_alpha(image: Image.Image, deep: bool) -> Image.Image:
     return image.convert("RGBA")
 
 
-def _mode_error(name: str, mode: str, why: str) -> ImageError:
-    return image_error(
-        "mode", name, f"has Pillow mode {mode}: {why}; scale it to 0..255 and save it as RGB or L"
-    )
+def _mode_error(name: str, fact: str) -> ImageError:
+    remedy = "scale it to 0..255 and save it as RGB or L"
+    return ImageError(fact, name=name, remedy=remedy, code="mode")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qwen_vit.errors import ExportError, display_name
+from qwen_vit.errors import ExportError, ImageError
 from qwen_vit.images.image import ADDRESS
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.lists import JSON_SUFFIX, LIST_SUFFIXES, json_list_items, text_list_items
@@ -17,7 +17,7 @@ from qwen_vit.inputs.tars import COMPRESSED_TARS, IMAGE_SUFFIXES, TAR_SUFFIX, su
 
 __all__ = ["check_inputs", "find_items"]
 
-NO_IMAGES = {".csv", ".json", ".parquet", ".pdf", ".tsv", ".xml", ".yaml", ".yml", ".zip"}
+NOT_IMAGES = {".csv", ".json", ".parquet", ".pdf", ".tsv", ".xml", ".yaml", ".yml", ".zip"}
 TAKEN_SUFFIXES = (*IMAGE_SUFFIXES, TAR_SUFFIX, *COMPRESSED_TARS)  # from a folder
 DEEP = re.compile(r"(?:^|(?<=/))\*\*(?:/+|$)")  # in a pattern: any number of folders
 ALL_BELOW = re.compile(r"(?:^|/)\*\*(?:/+\*{1,2})*/*$")  # what is in a match is one by itself
@@ -32,12 +32,12 @@ def find_items(inputs: Sequence[str], left_out: Counter[str] | None = None) -> I
     A file's id is the path as it was given; in a folder, the path below it; in a tar, the tar's
     name and the member's; in a list (.txt: a path a line; .jsonl: objects with "path" or "source",
     and "id"), what it says, with paths counted from the list's folder. Folders are searched to
-    every depth, through links, in the order of their names' bytes; what has no image's suffix there
-    is left out, and counted by suffix in `left_out`. Neither folders nor `**` in a pattern go
-    through a link that leads back to where it lies.
+    every depth, through links, in the order of their names' bytes; files without an image extension
+    are skipped there, and counted by extension in `left_out`. Neither folders nor `**` in a pattern
+    follow a link that leads back to a folder above it.
 
-    Raises ExportError for an input that is not there, an address, and a list that cannot be read.
-    What is found broken below, such as a folder that may not be read, becomes an item with `error`.
+    Raises ExportError for an input that does not exist, an address, and a list that cannot be read.
+    A problem below an input, such as a folder that may not be read, becomes an item with `error`.
     """
     left_out = Counter() if left_out is None else left_out
     _check_alone(inputs)
@@ -52,32 +52,37 @@ def find_items(inputs: Sequence[str], left_out: Counter[str] | None = None) -> I
 
 
 def check_inputs(inputs: Sequence[str]) -> None:
-    """Raise ExportError for an input that is not there; looks no farther than its first image."""
+    """Check that each input exists, up to its first image. Raises ExportError as find_items does.
+
+    >>> check_inputs(["tests/images/rocket.jpg"])
+    """
     _check_alone(inputs)
     for given in inputs:
         next(_input_items(given, Counter()), None)
 
 
 def _check_alone(inputs: Sequence[str]) -> None:
-    """A list of a kind that is not read here; among others, it may be what a shell's `*` gave."""
-    if len(inputs) == 1 and suffix_of(inputs[0]) in NO_IMAGES and os.path.isfile(inputs[0]):
+    """Refuse a single input of a kind that is not read: among others, a shell's `*` gave it."""
+    if len(inputs) == 1 and suffix_of(inputs[0]) in NOT_IMAGES and os.path.isfile(inputs[0]):
         raise ExportError(
-            f"{display_name(inputs[0])} is no image, expected images, folders, tars or lists; a "
-            "list is "
-            '.txt with a path a line, or .jsonl with an "id" and a "path" a line'
+            "not an image",
+            name=inputs[0],
+            expected="images, folders, tars or lists",
+            remedy="give a list as .txt with a path a line, or as .jsonl with an "
+            '"id" and a "path" a line',
         )
 
 
 def _input_items(given: str, left_out: Counter[str]) -> Iterator[Item]:
     if ADDRESS.match(given):
-        raise ExportError(f"{display_name(given)} is an address; download what is there first")
+        raise ExportError("an address, not a file", name=given, remedy="download it first")
     if os.path.lexists(given) or not glob.has_magic(given):
         yield from _path_items(given, left_out, may_be_list=True)
         return
     unreadable: dict[str, Item] = {}
     matches = sorted(set(_matches(given, unreadable)), key=os.fsencode)
     if not matches and not unreadable:
-        raise ExportError(f"no file matches {display_name(given)}; check the pattern")
+        raise ExportError("no file matches", name=given, remedy="check the pattern")
     folders: set[Path] = set()
     for match in matches:
         is_folder = os.path.isdir(match)
@@ -96,22 +101,24 @@ def _path_items(path: str, left_out: Counter[str], *, may_be_list: bool) -> Iter
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
-        if may_be_list:  # it was given by name: a slip of the fingers, rather than a lost image
+        if may_be_list:  # it was given by name: a typing error, rather than a lost image
             reason = getattr(error, "strerror", error)
             raise ExportError(
-                f"{display_name(path)} cannot be exported ({reason}); check the path"
+                f"cannot be exported ({reason})",
+                name=path or repr(path),  # an empty path gets its quotes
+                remedy="check the path",
             ) from None
         mode = stat.S_IFREG
     name, source = str(Path(path)), str(Path(path).absolute())
     lower = path.lower()
     if stat.S_ISDIR(mode):
-        refused = _unlistable(path, name)
+        refused = _listing_error(path, name)
         if refused is None:
             yield from _folder_items(source, left_out)
-        elif may_be_list:  # given by name: no export begins with nothing in place of it
-            raise ExportError(refused)
+        elif may_be_list:  # given by name: an export must not begin without it
+            raise ExportError.of(refused)
         else:
-            yield Item(name, source, error=("unreadable", refused))
+            yield Item.failed(name, source, refused)
     elif not stat.S_ISREG(mode):
         yield Item(name, source)  # reading it says what it is, without opening it
     elif lower.endswith((TAR_SUFFIX, *COMPRESSED_TARS)):
@@ -127,8 +134,7 @@ def _path_items(path: str, left_out: Counter[str], *, may_be_list: bool) -> Iter
 def _matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
     """As `glob` finds them, hidden ones too; but `**` enters no folder that leads back to itself.
 
-    Folders that cannot be listed, over which `glob` passes, are put into `unreadable`, by their
-    paths.
+    Folders that cannot be listed, which `glob` ignores, are put into `unreadable`, by their paths.
     """
     deep = DEEP.search(pattern)
     if deep is None:
@@ -162,10 +168,9 @@ def _plain_matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
         if glob.has_magic(last):  # the folders above it are looked through
             for folder in glob.iglob(above, include_hidden=True) if above else ["."]:
                 name = os.path.normpath(folder)
-                refused = _unlistable(folder, name) if os.path.isdir(folder) else None
+                refused = _listing_error(folder, name) if os.path.isdir(folder) else None
                 if refused is not None:
-                    source = os.path.abspath(folder)
-                    unreadable[name] = Item(name, source, error=("unreadable", refused))
+                    unreadable[name] = Item.failed(name, os.path.abspath(folder), refused)
         above, last = os.path.split(above)
     yield from glob.iglob(pattern, include_hidden=True)
 
@@ -195,19 +200,18 @@ def _folder_items(folder: str, left_out: Counter[str]) -> Iterator[Item]:
 
 
 def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:
-    """What a folder holds, and which of it are folders; asks the disk about links alone."""
+    """The entries of a folder, and which are folders; only links cost a look at the disk."""
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
     except OSError as error:
         name = below.rstrip("/") or "."
-        refused = _cannot_be_listed(name, error)
-        return iter([(Item(name, folder, error=("unreadable", refused)), False)])
+        return iter([(Item.failed(name, folder, _cannot_be_listed(name, error)), False)])
     return ((Item(below + entry.name, entry.path), _is_folder(entry)) for entry in entries)
 
 
-def _unlistable(folder: str, name: str) -> str | None:
-    """What is told of a folder whose names cannot be read; None of any other."""
+def _listing_error(folder: str, name: str) -> ImageError | None:
+    """The error of a folder whose names cannot be read; None for any other."""
     try:
         os.scandir(folder).close()
     except OSError as error:
@@ -215,19 +219,24 @@ def _unlistable(folder: str, name: str) -> str | None:
     return None
 
 
-def _cannot_be_listed(name: str, error: OSError) -> str:
-    return f"{display_name(name)} cannot be listed: {error.strerror}; check its permissions"
+def _cannot_be_listed(name: str, error: OSError) -> ImageError:
+    return ImageError(
+        f"cannot be listed ({error.strerror})",
+        name=name,
+        remedy="check its permissions",
+        code="unreadable",
+    )
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, say: reading it will tell
+    except OSError:  # a link to itself, say: reading it fails, and says why
         return False
 
 
 def _identity(folder: str) -> tuple[int, int] | None:
-    """What is the same for a folder and every link to it."""
+    """A value that a folder and every link to it share."""
     try:
         status = os.stat(folder)
     except OSError:

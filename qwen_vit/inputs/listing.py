@@ -1,8 +1,8 @@
-"""Inputs -> the images to export: in one order, each with an id and a place to read it from.
+"""The images to export, in one order: each has an id and a place to read it from.
 
-Files, folders, patterns, lists of paths and tars become a listing, one JSON object a line, which an
-export freezes in its folder: `{"id": ..., "source": ...}`, for an image inside a tar with `offset`
-and `size` in bytes, so that it can be read again without searching for it.
+They are a listing, one JSON object a line, which an export freezes in its folder:
+`{"id": ..., "source": ...}`, for an image inside a tar with `offset` and `size` in bytes, so that
+it is read again without a search.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from qwen_vit.common.atomic_file import atomic_file
-from qwen_vit.errors import ExportError, display_name
+from qwen_vit.errors import ExportError, ImageError, display_name
 
 __all__ = ["Item", "Listing", "read_listing"]
 
@@ -25,7 +25,14 @@ class Item:
     """One image of a listing: its id, and the file that holds it.
 
     `source` is an absolute path; inside a tar, the image's bytes are `size` from `offset` on.
-    `error` is the (code, message) of what was found wrong while listing.
+    `error` is the (code, message) of the ImageError that was found in listing, if any.
+
+    >>> gone = ImageError("does not exist", name="a.tar", code="missing")
+    >>> item = Item.failed("a.tar", "/data/a.tar", gone)
+    >>> item.error
+    ('missing', 'a.tar: does not exist')
+    >>> print(item.to_json())
+    {"id": "a.tar", "source": "/data/a.tar", "error": ["missing", "a.tar: does not exist"]}
     """
 
     id: str
@@ -34,8 +41,13 @@ class Item:
     size: int | None = None
     error: tuple[str, str] | None = None
 
+    @classmethod
+    def failed(cls, id: str, source: str, error: ImageError) -> Self:
+        """An image that cannot be read: exporting it reports this error."""
+        return cls(id, source, error=(error.code, str(error)))
+
     def to_json(self) -> str:
-        """One line; names that are no Unicode keep their bytes as escaped surrogates."""
+        """One line; a name that is not Unicode keeps its bytes as escaped surrogates."""
         facts: dict[str, Any] = {"id": self.id, "source": self.source}
         if self.offset is not None:
             facts |= {"offset": self.offset, "size": self.size}
@@ -74,12 +86,12 @@ class Listing:
         with atomic_file(path) as file:
             for count, item in enumerate(_without_os_errors(items), start=1):
                 if item.id in ids:
-                    where = "the second is" if item.offset is None else "the second is in"
+                    where = "is" if item.offset is None else "is in"
                     raise ExportError(
-                        f"two images would have the id {display_name(item.id)}, {where} "
-                        f"{display_name(item.source)}; give each once, export the folder that "
-                        "holds both, "
-                        'or give a .jsonl list with an "id" for each'
+                        f"two images have this id, the second {where} {display_name(item.source)}",
+                        name=item.id,
+                        remedy="give each image once, export the folder that holds both, or give "
+                        'a .jsonl list with an "id" for each',
                     )
                 ids.add(item.id)
                 if (count - 1) % shard_size == 0:
@@ -114,8 +126,9 @@ class Listing:
                 yield file
         except OSError as error:
             raise ExportError(
-                f"{self.path} cannot be read any more ({error.strerror}); whole shards are kept: "
-                "run the same command again"
+                f"cannot be read any more ({error.strerror})",
+                name=str(self.path),
+                remedy="run the same command again, which keeps the finished shards",
             ) from None
 
 
@@ -127,11 +140,12 @@ def read_listing(path: Path) -> Iterator[Item]:
 
 
 def _without_os_errors(items: Iterable[Item]) -> Iterator[Item]:
-    """An OSError of the inputs must not pass for one of the file that is being written."""
+    """Raise an OSError of the inputs as ExportError: it is not one of the file being written."""
     try:
         yield from items
     except OSError as error:
         raise ExportError(
-            f"{display_name(str(error.filename))} cannot be listed ({error.strerror}); check its "
-            "disk"
+            f"cannot be listed ({error.strerror})",
+            name=str(error.filename),
+            remedy="check its disk",
         ) from None

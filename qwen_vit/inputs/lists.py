@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from qwen_vit.common.strict_json import is_integer, parse_json, short_repr
-from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError, display_name
+from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError
 from qwen_vit.images.image import ADDRESS
 from qwen_vit.inputs.listing import Item
 
@@ -16,27 +16,31 @@ __all__ = ["JSON_SUFFIX", "LIST_SUFFIXES", "json_list_items", "text_list_items"]
 LIST_SUFFIXES = (".txt", ".lst")
 JSON_SUFFIX = ".jsonl"
 MAX_FILE = 2**63 - 1  # bytes
+CORRECT = "correct that line"
 
 
 def text_list_items(path: str) -> Iterator[Item]:
+    """The images of a list with a path a line. Raises ExportError where it cannot be read."""
     for _, line in _lines(path):
         yield _listed(path, os.fsdecode(line), os.fsdecode(line))
 
 
 def json_list_items(path: str) -> Iterator[Item]:
+    """The images of a list with a JSON object a line. Raises ExportError, which names the line."""
     for number, line in _lines(path):
-        where = f"{display_name(path)}, line {number}"
+        where = f"{path}, line {number}"
         try:
             facts = parse_json(line, source=where)
         except CheckpointError as error:
-            raise ExportError(f"{str(error).rpartition(';')[0]}; correct that line") from None
+            raise ExportError.of(error, remedy=CORRECT) from None
         source = facts.get("path", facts.get("source"))
         name = facts.get("id", source)
         if not (_is_name(source) and _is_name(name)):
             raise ExportError(
-                f"{where}: id is {short_repr(facts.get('id'))} and path {short_repr(source)}, "
-                "expected text in "
-                'quotes, as in {"id": "cat", "path": "images/cat.jpg"}; correct that line'
+                f"id is {short_repr(facts.get('id'))} and path {short_repr(source)}",
+                name=where,
+                expected='text in quotes, as in {"id": "cat", "path": "images/cat.jpg"}',
+                remedy=CORRECT,
             )
         offset, size = facts.get("offset"), facts.get("size")
         if offset is not None and not (
@@ -46,8 +50,10 @@ def json_list_items(path: str) -> Iterator[Item]:
             and offset + size <= MAX_FILE
         ):
             raise ExportError(
-                f"{where}: offset is {short_repr(offset)} and size {short_repr(size)}, expected "
-                "bytes in a tar; correct that line"
+                f"offset is {short_repr(offset)} and size {short_repr(size)}",
+                name=where,
+                expected="bytes in a tar",
+                remedy=CORRECT,
             )
         yield _listed(path, name, source, offset, size, _failure(facts.get("error")))
 
@@ -64,21 +70,21 @@ def _is_name(value: object) -> TypeGuard[str]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that hold something, numbered from 1; a byte order mark in front is no part."""
+    """The lines that are not empty, numbered from 1, without a byte order mark in front."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if number == 1:
                     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                         raise ExportError(
-                            f"{display_name(path)} is UTF-16, expected UTF-8; save it so"
+                            "is UTF-16", name=path, expected="UTF-8", remedy="save it as UTF-8"
                         )
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield number, line.rstrip(b"\r\n")
     except OSError as error:
         raise ExportError(
-            f"{display_name(path)} cannot be read ({error.strerror}); check its permissions"
+            f"cannot be read ({error.strerror})", name=path, remedy="check its permissions"
         ) from None
 
 
@@ -96,7 +102,7 @@ def _listed(
 
 
 def _failure(error: object) -> tuple[str, str] | None:
-    """What an export's own listing says of an image; anything else there is somebody else's."""
+    """The error of an image in an export's own listing; another list's "error" is ignored."""
     if not isinstance(error, list) or len(error) != 2:
         return None
     code, message = error

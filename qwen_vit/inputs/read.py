@@ -6,21 +6,26 @@ import stat
 import time
 
 from qwen_vit.errors import ImageError, display_name
-from qwen_vit.images.image import ImageLimits
+from qwen_vit.images.image import ImageLimits, check_file_bytes
 from qwen_vit.images.load import read_image_file
 from qwen_vit.inputs.listing import Item
 
 __all__ = ["read_item"]
 
-# A network disk that has a bad moment; anything else will not be better the next time.
+# Transient I/O errors, as of a network disk; any other one would come again.
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN)
 PAUSES_S = (0.1, 1.0)
 
 
 def read_item(item: Item, limits: ImageLimits) -> bytes:
-    """An image's bytes; a disk that has a bad moment is asked again, twice.
+    """An image's bytes; transient I/O errors are retried twice.
 
-    Raises ImageError, which names the id, for what cannot be read.
+    >>> rocket = Item("rocket", "tests/images/rocket.jpg")
+    >>> read_item(rocket, ImageLimits())[:3]
+    b'\\xff\\xd8\\xff'
+
+    Raises ImageError, which names the id, for an image that cannot be read, and the error that
+    listing found.
     """
     if item.error is not None:
         code, message = item.error
@@ -31,9 +36,8 @@ def read_item(item: Item, limits: ImageLimits) -> bytes:
         except ImageError as error:
             cause = error.__context__
             if error.code == "missing" and item.source != item.id and item.offset is None:
-                name = display_name(item.id)
-                where = f"{name}: {display_name(item.source)} does not exist; check the path"
-                raise ImageError(where, code=error.code) from None
+                fact = f"{display_name(item.source)} {error.fact}"
+                raise ImageError(fact, name=item.id, remedy=error.remedy, code=error.code) from None
             if not isinstance(cause, OSError) or cause.errno not in TRANSIENT:
                 raise
         time.sleep(pause_s)
@@ -47,32 +51,38 @@ def _read(item: Item, limits: ImageLimits) -> bytes:
 
 
 def _read_member(item: Item, offset: int, size: int, limits: ImageLimits) -> bytes:
-    name = display_name(item.id)
-    if size > limits.max_file_bytes:
-        raise ImageError(
-            f"{name} has {size} bytes, at most {limits.max_file_bytes} are read; make it smaller",
-            code="file-too-large",
-        )
-    tar = display_name(item.source)
+    check_file_bytes(size, item.id, limits)
+    tar = f"its tar {display_name(item.source)}"
     try:
         if not stat.S_ISREG(os.stat(item.source).st_mode):
-            raise ImageError(f"{tar}, which held {name}, is no regular file", code="not-a-file")
+            raise ImageError(
+                f"{tar} is not a regular file any more",
+                name=item.id,
+                remedy="put the tar back",
+                code="not-a-file",
+            )
         with open(item.source, "rb") as file:
             file.seek(offset)
             data = file.read(size)
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(
-            f"{tar}, which held {name}, does not exist; put it back", code="missing"
+            f"{tar} does not exist", name=item.id, remedy="put it back", code="missing"
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
         raise ImageError(
-            f"{tar}, which holds {name}, cannot be read: {reason}; check its permissions",
+            f"{tar} cannot be read ({reason})",
+            name=item.id,
+            remedy="check its permissions",
             code="unreadable",
         ) from None
     if len(data) < size:
         raise ImageError(
-            f"{name} is cut: its tar ends after {len(data)} of {size} bytes; fetch the tar again",
+            f"{tar} ends after {len(data)} of the image's {size} bytes",
+            name=item.id,
+            remedy="fetch the tar again",
             code="truncated",
         )
     return data

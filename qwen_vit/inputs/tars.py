@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import BinaryIO
 
-from qwen_vit.errors import display_name
+from qwen_vit.errors import ImageError
 from qwen_vit.inputs.listing import Item
 
 __all__ = ["COMPRESSED_TARS", "IMAGE_SUFFIXES", "TAR_SUFFIX", "suffix_of", "tar_items"]
 
 # What is taken from a folder or a tar, by its name. Those after AVIF cannot be decoded
-# here: they are listed all the same, so that such images are reported, not passed over.
+# here: they are listed nevertheless, so that such images are reported, not skipped in silence.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
     *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".ico", ".pnm", ".tga"),
@@ -28,31 +28,49 @@ DAMAGED_TAR = (tarfile.TarError, ValueError, EOFError, OverflowError, MemoryErro
 
 
 def tar_items(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
-    """The images in a tar, without reading them; what is wrong with it is an item of its own."""
+    """The images in a tar, without reading them; a problem of the tar is an item of its own.
 
-    def broken(code: str, text: str) -> Item:
-        return Item(name, path, error=(code, f"{display_name(name)} {text}"))
-
-    text = "is a compressed tar, in which no image can be found again; unpack it"
-    compressed = broken("format", text)
-    if name.lower().endswith(COMPRESSED_TARS):
-        yield compressed
-        return
+    Members are called by the tar's `name` and their own. Those without an image extension are
+    skipped, and counted by extension in `left_out`.
+    """
     try:
+        if name.lower().endswith(COMPRESSED_TARS):
+            raise _compressed(name)
         if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block
-            yield broken("not-a-file", "is no regular file, expected a tar; copy its content")
-            return
+            raise ImageError(
+                "not a regular file",
+                name=name,
+                expected="a tar",
+                remedy="copy its content to a file",
+                code="not-a-file",
+            )
         with open(path, "rb") as file:
             yield from _members(file, path, name, left_out)
+    except ImageError as error:
+        yield Item.failed(name, path, error)
     except OSError as error:
-        yield broken("unreadable", f"cannot be read: {error.strerror}; check its permissions")
-    except _GoesOnError:
-        yield broken("damaged", "goes on after its end, where nothing is exported; unpack it")
+        unreadable = ImageError(
+            f"cannot be read ({error.strerror})",
+            name=name,
+            remedy="check its permissions",
+            code="unreadable",
+        )
+        yield Item.failed(name, path, unreadable)
     except DAMAGED_TAR as error:
-        if _begins_with(path, COMPRESSED):
-            yield compressed
-            return
-        yield broken("truncated", f"is a damaged tar ({error}); fetch it again")
+        damaged = ImageError(
+            f"a damaged tar ({error})", name=name, remedy="fetch it again", code="truncated"
+        )
+        is_compressed = _begins_with(path, COMPRESSED)
+        yield Item.failed(name, path, _compressed(name) if is_compressed else damaged)
+
+
+def _compressed(name: str) -> ImageError:
+    return ImageError(
+        "a compressed tar; members cannot be read by offset",
+        name=name,
+        remedy="unpack it",
+        code="format",
+    )
 
 
 def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
@@ -68,16 +86,24 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
             if member.isreg() and not member.issparse():
                 yield Item(inside, path, member.offset_data, member.size)
             else:
-                message = (
-                    f"{display_name(inside)} is no plain file in its tar, such as a link; unpack it"
+                special = ImageError(
+                    "not a plain file in its tar, but a link, say",
+                    name=inside,
+                    remedy="unpack the tar",
+                    code="not-a-file",
                 )
-                yield Item(inside, path, error=("not-a-file", message))
-        # tarfile takes anything that is no header for the end: without an end mark, it is cut
+                yield Item.failed(inside, path, special)
+        # tarfile takes anything but a header for the end: a tar without an end marker is cut
         file.seek(tar.offset)
         if file.read(TAR_BLOCK) != END_OF_TAR:
-            raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
+            raise tarfile.ReadError(f"no end marker at byte {tar.offset}")
         if any(map(any, iter(partial(file.read, TAR_BLOCK), b""))):  # two that were joined, say
-            raise _GoesOnError
+            raise ImageError(
+                "has data after its end marker; those members were not exported",
+                name=name,
+                remedy="unpack it",
+                code="damaged",
+            )
 
 
 def _begins_with(path: str, starts: tuple[bytes, ...]) -> bool:
@@ -86,10 +112,6 @@ def _begins_with(path: str, starts: tuple[bytes, ...]) -> bool:
             return file.read(max(map(len, starts))).startswith(starts)
     except OSError:
         return False
-
-
-class _GoesOnError(Exception):
-    """A tar's end mark is not the end of its file."""
 
 
 def suffix_of(name: str) -> str:
