@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qwen_vit.export.run import export_features
     from qwen_vit.feature_files.read import load_features
     from qwen_vit.features import ImageFeatures, write_features
-    from qwen_vit.images.load import ImageLimits
+    from qwen_vit.images.image import ImageLimits
     from qwen_vit.integrations.hf import as_hf_tower, expand_placeholders
     from qwen_vit.kernels.attention import fused_rope_varlen_attention
 
@@ -52,7 +52,7 @@ __all__ = [
 MODULES = {
     "ExportOptions": "export.plan",
     "ImageFeatures": "features",
-    "ImageLimits": "images.load",
+    "ImageLimits": "images.image",
     "VisionEncoder": "encoder",
     "as_hf_tower": "integrations.hf",
     "expand_placeholders": "integrations.hf",

@@ -25,7 +25,8 @@ from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.errors import ExportError, ImageError
 from qwen_vit.features import UNKNOWN_SIZE, FailedImage, ImageFeatures
 from qwen_vit.graphs import MAX_BUCKET
-from qwen_vit.images.load import ArrayLayout, ImageLimits, ImageSource, RgbImage, load_image
+from qwen_vit.images.image import ArrayLayout, ImageLimits, ImageSource, RgbImage
+from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.layout import check_grids
 from qwen_vit.model import Output

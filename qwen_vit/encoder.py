@@ -29,7 +29,7 @@ from qwen_vit.device import check_fits, choose_device, choose_dtype
 from qwen_vit.errors import ArgumentError, CheckpointError, check_choice
 from qwen_vit.features import FailedImage, ImageFeatures, dtype_name
 from qwen_vit.graphs import GraphRunner, run_tower
-from qwen_vit.images.load import ArrayLayout, ImageLimits
+from qwen_vit.images.image import ArrayLayout, ImageLimits
 from qwen_vit.images.rows import as_grids, check_rows, normalise
 from qwen_vit.model import Output, VisionTower
 

@@ -25,7 +25,7 @@ __all__ = [
 IMAGE_CODES = {
     "array-channels": "the channel axis holds neither 1, 3 nor 4 values",
     "array-dtype": "neither uint8 nor floating point",
-    "array-layout": "the channel axis cannot be told: layout= decides",
+    "array-layout": "an ambiguous channel axis: layout= decides",
     "array-not-finite": "NaN or infinity among the values",
     "array-range": "a floating-point value outside [0, 1]",
     "array-shape": "not one image: neither 2 nor 3 axes",

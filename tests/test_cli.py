@@ -184,7 +184,7 @@ def test_what_is_skipped_stands_on_a_line_of_its_own_above_the_bar(folder: Path)
     line = "qwen-vit encode a.png broken.png b.jpg --model tiny --device cpu --out f"
     done = in_a_terminal(line, folder)
     assert "3/3" in done
-    assert re.search(r"(^|[\r\n])\s*skipped: broken\.png is a truncated PNG[^|]*\n", done)
+    assert re.search(r"(^|[\r\n])\s*skipped: broken\.png: a truncated PNG[^|]*\n", done)
 
 
 # encode
@@ -227,7 +227,7 @@ def test_a_broken_image_is_skipped_and_ends_with_1(folder: Path, run: Any) -> No
     done = run("encode", "a.png", "broken.png", "gone.png", "b.jpg", *TO_FILE)
     assert done.code == 1
     assert "skipped: broken.png" in done.err
-    assert "skipped: gone.png does not exist" in done.err
+    assert "skipped: gone.png: does not exist" in done.err
     assert "skipped: truncated" in done.out
     assert "skipped: missing" in done.out
     assert load_features("f.safetensors").ids == ["a.png", "b.jpg"]
@@ -250,7 +250,7 @@ def test_an_image_that_may_not_be_read_is_skipped_like_any_other(
     )
     done = run("encode", "a.png", "b.jpg", *TO_FILE)
     assert done.code == 1
-    assert "skipped: b.jpg cannot be read: Permission denied" in done.err
+    assert "skipped: b.jpg: cannot be read (Permission denied)" in done.err
     assert load_features("f.safetensors").ids == ["a.png"]
 
 
@@ -396,8 +396,8 @@ BAD_USAGE = {
         "use a GPU",
     ),
     "info without": (("info",), "Missing argument 'MODEL'"),
-    "odd name": (("info", "tiny", "--image", "\x1b[31mred\n"), r"'\x1b[31mred\n' does not exist"),
-    "no name": (("info", "tiny", "--image", ""), "'' does not exist"),
+    "odd name": (("info", "tiny", "--image", "\x1b[31mred\n"), r"'\x1b[31mred\n': does not exist"),
+    "no name": (("info", "tiny", "--image", ""), "'': does not exist"),
 }
 
 

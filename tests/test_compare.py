@@ -252,7 +252,7 @@ def test_an_image_that_cannot_be_read_is_skipped_and_ends_with_1(run: Any, tmp_p
     assert "agrees: 1 of 1 image," in run(CHELSEA, torn, *SMALL)[1]
     code, out, err = run(torn, *SMALL, "--save-golden", tmp_path / "golden.safetensors")
     assert (code, out, list(tmp_path.iterdir())) == (2, "", [torn])
-    assert f"would hold no image: every one of 1 failed ({torn} is a truncated PNG" in err
+    assert f"would hold no image: every one of 1 failed ({torn}: a truncated PNG" in err
 
 
 def test_an_image_too_large_for_the_gpus_memory_is_skipped(
@@ -470,7 +470,7 @@ def test_a_golden_that_the_system_refuses_is_named(tmp_path: Path) -> None:
 
 def test_without_an_image_no_page_is_written(run: Any, tmp_path: Path) -> None:
     code, out, err = run(tmp_path / "gone.png", *SMALL, "--report", tmp_path / "page")
-    assert (code, "gone.png does not exist" in out) == (1, True)
+    assert (code, "gone.png: does not exist" in out) == (1, True)
     assert f"wrote nothing to {tmp_path / 'page'}: no image was compared" in err
     assert list(tmp_path.iterdir()) == []
 

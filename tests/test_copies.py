@@ -15,11 +15,11 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from tests.support.towers import gpu
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from qwen_vit import VisionEncoder, as_hf_tower
-from tests.support.towers import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = tuple(

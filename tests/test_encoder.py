@@ -34,7 +34,8 @@ from qwen_vit.errors import ArgumentError, CheckpointError, HubError, ImageError
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.features import FailedImage, ImageFeatures, write_features
 from qwen_vit.images import patches as patches_module
-from qwen_vit.images.load import ImageLimits, load_image
+from qwen_vit.images.image import ImageLimits
+from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.kernels.attention import fused_rope_varlen_attention
 from qwen_vit.model import VisionTower

@@ -49,8 +49,8 @@ from qwen_vit.export.run import ExportReport, export_features, make_manifest
 from qwen_vit.export.shards import CircuitBreaker, export_shards
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.features import ImageFeatures, write_features
-from qwen_vit.images.load import ImageLimits
-from qwen_vit.inputs.listing import check_inputs, find_items
+from qwen_vit.images.image import ImageLimits
+from qwen_vit.inputs.find import check_inputs, find_items
 
 SMALL = ExportOptions(shard_size=4)
 
@@ -124,7 +124,7 @@ def test_an_export_holds_the_images_in_order_and_the_failed_ones_with_their_reas
     assert features.ids == [f"{number}.png" for number in range(10)]
     [error] = features.errors
     assert (error.id, error.stage, error.code) == ("x.png", "decode", "truncated")
-    assert error.message.startswith("x.png is a truncated PNG")
+    assert error.message.startswith("x.png: a truncated PNG")
     description = json.loads(Path("out/export.json").read_text())
     assert (description["n_images"], description["shard_size"]) == (11, 4)
     assert (description["output"], description["dtype"], description["device"]) == (
@@ -542,9 +542,9 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(export_dir: Path) ->
 def test_what_cannot_begin_leaves_nothing(export_dir: Path) -> None:
     Path("stray.jsonl").write_text('{"id": "x", "path": "p/0.png", "error": [["q"], "w"]}\n' * 2)
     for inputs, words in (
-        (["p", "p"], "two images would have"),
+        (["p", "p"], "two images have this id"),
         (["empty"], "no image was found"),
-        (["stray.jsonl"], "two images would have"),  # its "error" is nothing of ours
+        (["stray.jsonl"], "two images have this id"),  # its "error" is nothing of ours
     ):
         Path("empty").mkdir(exist_ok=True)
         with pytest.raises(ExportError, match=words):
@@ -555,7 +555,9 @@ def test_what_cannot_begin_leaves_nothing(export_dir: Path) -> None:
 @pytest.mark.parametrize("name", ["list.json", "list.csv", "pictures.zip"])
 def test_a_list_of_another_kind_is_no_image(export_dir: Path, name: str) -> None:
     Path(name).write_text("{}")
-    with pytest.raises(ExportError, match=rf"{name} is no image, .* a list is .txt .* or .jsonl"):
+    with pytest.raises(
+        ExportError, match=rf"{name}: not an image\. .* a list as .txt .* or as .jsonl"
+    ):
         export(name)
     assert not Path("out").exists()
     check_inputs(["p", name])  # as a shell's * gives, where it is an image that fails
@@ -578,7 +580,7 @@ def test_a_listing_that_is_damaged_tells_nothing(export_dir: Path, line: str | N
 def test_a_listing_that_vanishes_meanwhile_is_told(export_dir: Path) -> None:
     with plan_of() as plan:
         (plan.folder / "listing.jsonl").unlink()
-        with pytest.raises(ExportError, match=r"listing.jsonl cannot be read any more \(No such"):
+        with pytest.raises(ExportError, match=r"listing.jsonl: cannot be read any more \(No such"):
             make_shard(FakeEncoder(), plan, 0)
 
 
@@ -920,7 +922,7 @@ def test_the_manifest_has_a_row_for_every_image(export_dir: Path) -> None:
     assert (bad["status"], bad["error_stage"], bad["error_code"], bad["tokens"]) == (
         "error", "decode", "truncated", None,
     )  # fmt: skip
-    assert bad["error_message"].startswith("x.png is")
+    assert bad["error_message"].startswith("x.png: a truncated")
 
 
 def test_parts_that_end_together_write_the_manifest_one_after_the_other(
@@ -1122,7 +1124,7 @@ def test_the_command_exports_and_tells_what_was_skipped(export_dir: Path, run: A
     assert "exported 10 of 11 images (0 tried before): 40 rows" in out
     assert "skipped 1: 1 truncated" in out
     assert "wrote out/manifest.parquet" in out
-    assert err.startswith("skipped: x.png is a truncated PNG")
+    assert err.startswith("skipped: x.png: a truncated PNG")
     assert len(err.splitlines()) == 1  # no bar where there is no terminal
     Path("p/x.png").write_bytes(tiny_png(3))
     assert run("p", "--out", "fresh")[0] == 0
@@ -1185,7 +1187,7 @@ def test_a_dry_run_refuses_what_the_export_would(export_dir: Path, run: Any) -> 
         (("p", "--out", "o" * 300), "File name too long"),
         (("p/0.png", "--out", "out"), "holds an export that differs: its images: "),
         (("p", "--out", "out", "--output", "mean"), "output was merged, is mean now"),
-        (("p/0.png", "p/0.png", "--out", "fresh"), "two images would have the id p/0.png"),
+        (("p/0.png", "p/0.png", "--out", "fresh"), "p/0.png: two images have this id"),
         (("list.txt", "--out", "fresh"), "no image was found"),
     ):
         code, out, err = run(*arguments, "--dry-run")
@@ -1306,7 +1308,7 @@ def test_what_is_no_image_by_its_name_is_counted(export_dir: Path, run: Any) -> 
         Path("p", name).write_text("")
     _, _, err = run("p", "--out", "out")
     assert err.splitlines()[0] == (
-        "left out, for want of an image's suffix: 2 .txt, 1 without any, 1 .0, 1 .1, 1 .2, ..."
+        "skipped files without an image extension: 2 .txt, 1 without any, 1 .0, 1 .1, 1 .2, ..."
     )
 
 
@@ -1396,7 +1398,9 @@ def test_a_disk_that_fails_while_inputs_are_listed_is_not_the_outputs(
         raise OSError(errno.EIO, "Input/output error", "p")
 
     monkeypatch.setattr(plan_module, "find_items", items)
-    with pytest.raises(ExportError, match=r"p cannot be listed \(Input/output error\); check its"):
+    with pytest.raises(
+        ExportError, match=r"p: cannot be listed \(Input/output error\)\. Check its"
+    ):
         export()
     assert not Path("out").exists()
 
@@ -1420,14 +1424,16 @@ def test_a_folder_given_by_name_that_cannot_be_listed_begins_nothing(
         return real(path)
 
     monkeypatch.setattr(os, "scandir", refused)
-    with pytest.raises(ExportError, match=r"p cannot be listed: Permission denied; check its perm"):
+    with pytest.raises(
+        ExportError, match=r"p: cannot be listed \(Permission denied\)\. Check its perm"
+    ):
         export()
     assert not Path("out").exists()
 
 
 def test_a_broken_link_with_a_patterns_name_is_itself(export_dir: Path) -> None:
     Path("a[1].jpg").symlink_to("nothing")
-    with pytest.raises(ExportError, match=r"a\[1\].jpg cannot be exported \(No such file"):
+    with pytest.raises(ExportError, match=r"a\[1\].jpg: cannot be exported \(No such file"):
         export("a[1].jpg")
 
 
@@ -1463,8 +1469,8 @@ BAD_USAGE = {
     "shard size": (["p", "--shard-size", "0"], "Invalid value for '--shard-size'"),
     "failures": (["p", "--max-failures", "-1"], "Invalid value for '--max-failures'"),
     "threads": (["p", "--decode-threads", "0"], "Invalid value for '--decode-threads'"),
-    "missing": (["gone"], "gone cannot be exported"),
-    "address": (["https://x/y.jpg"], "is an address"),
+    "missing": (["gone"], "gone: cannot be exported"),
+    "address": (["https://x/y.jpg"], "https://x/y.jpg: an address"),
     "foreign folder": (["p", "--out", "p"], "holds 0.png"),
 }
 

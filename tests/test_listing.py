@@ -17,9 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_vit.errors import ExportError, ImageError
-from qwen_vit.images.load import ImageLimits
-from qwen_vit.inputs import listing as listing_module
-from qwen_vit.inputs.listing import Item, Listing, check_inputs, find_items, read_item, read_listing
+from qwen_vit.images.image import ImageLimits
+from qwen_vit.inputs import find as find_module
+from qwen_vit.inputs import read as read_module
+from qwen_vit.inputs.find import check_inputs, find_items
+from qwen_vit.inputs.listing import Item, Listing, read_listing
+from qwen_vit.inputs.read import read_item
 
 LIMITS = ImageLimits()
 
@@ -89,11 +92,13 @@ def test_patterns_match_as_in_a_shell_and_in_order(here: Path) -> None:
 
 def test_a_name_that_no_file_can_have_fails_by_itself(here: Path) -> None:
     """It ended the whole export with a raw ValueError."""
-    with pytest.raises(ExportError, match=r"cannot be exported .embedded null byte.; check the"):
+    with pytest.raises(ExportError, match=r"cannot be exported .embedded null byte.\. Check the"):
         ids("a\0.jpg")
     Path("l.jsonl").write_text(json.dumps({"id": "x", "path": "t\0.tar", "offset": 0, "size": 5}))
     [item] = find_items(["l.jsonl"])
-    with pytest.raises(ImageError, match="which holds x, cannot be read: embedded null") as caught:
+    with pytest.raises(
+        ImageError, match=r"^x: its tar .* cannot be read \(embedded null"
+    ) as caught:
         read_item(item, ImageLimits())
     assert caught.value.code == "unreadable"
 
@@ -136,7 +141,7 @@ def test_patterns_find_what_pythons_glob_finds(names: set[str], pattern: str) ->
             (root / name).mkdir(parents=True, exist_ok=True)
             (root / name / "f").touch()
         pattern = f"{folder}/{pattern}"
-        found = set(listing_module._matches(pattern, {}))
+        found = set(find_module._matches(pattern, {}))
         theirs = glob.glob(pattern, recursive=True, include_hidden=True)
     # a folder is a match of the `**` that ends a pattern, too, with a slash behind it
     assert found == {name for name in theirs if not name.endswith("/")}
@@ -171,7 +176,7 @@ def refuse_to_list(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             raise PermissionError(errno.EACCES, "Permission denied")
         return real(path)
 
-    monkeypatch.setattr(listing_module.os, "scandir", scandir)
+    monkeypatch.setattr(find_module.os, "scandir", scandir)
 
 
 def test_patterns_that_meet_one_unreadable_folder_tell_it_once(
@@ -207,18 +212,18 @@ def test_a_folder_that_a_pattern_cannot_look_into_is_an_item(
     assert [(item.id, item.error) for item in found] == [(name, None) for name in good]
     assert (bad.id, bad.source) == ("p/no", str(here / "p/no"))
     assert bad.error == (
-        "unreadable", "p/no cannot be listed: Permission denied; check its permissions"
+        "unreadable", "p/no: cannot be listed (Permission denied). Check its permissions."
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("gone.jpg", "cannot be exported (No such file"),
-        ("", "'' cannot be exported (No such file"),
+        ("gone.jpg", "gone.jpg: cannot be exported (No such file"),
+        ("", "'': cannot be exported (No such file"),
         ("gone/*.jpg", "no file matches"),
-        ("https://example.org/a.jpg", "is an address"),
-        ("hf://datasets/a.jpg", "is an address"),
+        ("https://example.org/a.jpg", "an address"),
+        ("hf://datasets/a.jpg", "an address"),
     ],
 )
 def test_an_input_that_is_not_there_is_refused(here: Path, given: str, words: str) -> None:
@@ -244,7 +249,7 @@ def test_a_folder_that_may_not_be_read_is_an_item_of_its_own(
     monkeypatch.setattr(os, "scandir", refuse)
     bad, good = find_items(["p"])
     assert (bad.id, good.id) == ("a", "b/2.jpg")
-    with pytest.raises(ImageError, match="a cannot be listed: Permission denied") as caught:
+    with pytest.raises(ImageError, match=r"a: cannot be listed \(Permission denied\)") as caught:
         read_item(bad, LIMITS)
     assert caught.value.code == "unreadable"
 
@@ -304,7 +309,7 @@ def test_a_list_may_begin_with_a_byte_order_mark_and_is_utf8(here: Path, name: s
     Path(name).write_bytes(text.encode("utf-8-sig"))
     assert ids(name) == ["a.jpg", "b.jpg"]
     Path(name).write_bytes(text.encode("utf-16"))
-    with pytest.raises(ExportError, match=f"{name} is UTF-16, expected UTF-8"):
+    with pytest.raises(ExportError, match=f"{name}: is UTF-16. Expected UTF-8"):
         ids(name)
 
 
@@ -332,7 +337,7 @@ def test_a_frozen_listing_is_a_list_again(here: Path) -> None:
         ("{}", "path None"),
         ('{"id": 7, "path": "a"}', "id is 7"),
         ('{"id": "a"}', "path None"),
-        ('{"id": "\\ud800", "path": "a"}', "expected text"),
+        ('{"id": "\\ud800", "path": "a"}', "Expected text"),
         ('{"path": "a", "offset": -1, "size": 2}', "offset is -1"),
         ('{"path": "a", "offset": 1}', "size None"),
         ('{"path": "a", "offset": 9223372036854775807, "size": 1}', "offset is 922337203685477580"),
@@ -346,7 +351,8 @@ def test_a_bad_line_of_a_list_is_named(here: Path, line: str, words: str) -> Non
         ids("l.jsonl")
     assert words in str(caught.value)
     assert "l.jsonl, line 2" in str(caught.value)
-    assert "correct that line" in str(caught.value)
+    assert "Correct that line" in str(caught.value)
+    assert caught.value.remedy == "correct that line"
 
 
 # Tars
@@ -393,7 +399,9 @@ def test_what_is_wrong_with_a_tar_is_an_item_and_the_images_before_it_count(here
         assert [item.id for item in images][:1] == ["t.tar/1.jpg"]
         assert read_item(images[0], LIMITS) == b"one"
         for item in images[1:]:
-            with pytest.raises(ImageError, match=r"t.tar/2.jpg is cut") as caught:
+            with pytest.raises(
+                ImageError, match=r"t.tar/2.jpg: its tar .*t.tar ends after"
+            ) as caught:
                 read_item(item, LIMITS)
             assert caught.value.code == "truncated"
     Path("t.tar").write_bytes(whole[:1024] + b"rubbish" * 200)
@@ -409,7 +417,7 @@ def test_a_tar_that_goes_on_after_its_end_is_reported(here: Path) -> None:
     assert (image.id, read_item(image, LIMITS)) == ("t.tar/1.jpg", b"one")
     assert rest.error == (
         "damaged",
-        "t.tar goes on after its end, where nothing is exported; unpack it",
+        "t.tar: has data after its end marker; those members were not exported. Unpack it.",
     )
 
 
@@ -446,16 +454,19 @@ def test_a_tar_that_changed_since_it_was_listed_is_an_error_that_names_both(here
     write_tar("t.tar", {"1.jpg": b"one"})
     [item] = find_items(["t.tar"])
     os.truncate("t.tar", 513)
-    with pytest.raises(ImageError, match=r"t.tar/1.jpg is cut: its tar ends after 1 of 3"):
+    with pytest.raises(
+        ImageError, match=r"t.tar/1.jpg: its tar .*/t.tar ends after 1 of the image's 3"
+    ):
         read_item(item, LIMITS)
-    with pytest.raises(ImageError, match=r"t.tar/1.jpg has 3 bytes, at most 2"):
+    with pytest.raises(ImageError, match=r"t.tar/1.jpg: 3 bytes. Expected at most 2"):
         read_item(item, ImageLimits(max_file_bytes=2))
     os.remove("t.tar")
-    with pytest.raises(ImageError, match=r"t.tar, which held t.tar/1.jpg, does not exist"):
+    with pytest.raises(ImageError, match=r"t.tar/1.jpg: its tar .*/t.tar does not exist"):
         read_item(item, LIMITS)
     os.mkfifo("t.tar")
-    with pytest.raises(ImageError, match="is no regular file"):
+    with pytest.raises(ImageError, match="is not a regular file") as caught:
         read_item(item, LIMITS)
+    assert caught.value.code == "not-a-file"
 
 
 @settings(max_examples=60)
@@ -496,7 +507,9 @@ def test_fifos_are_listed_and_never_opened(here: Path) -> None:
 
 def test_two_images_of_one_id_are_refused_by_name(here: Path) -> None:
     touch("p/1.jpg", "q/1.jpg")
-    with pytest.raises(ExportError, match=r"the id 1.jpg, the second is .*q/1.jpg; give each once"):
+    with pytest.raises(
+        ExportError, match=r"1.jpg: two images have this id, the second is .*q/1.jpg\. Give each"
+    ):
         Listing.freeze(here / "l", find_items(["p", "q"]), 5)
     assert not Path("l").exists()
 
@@ -514,7 +527,7 @@ def test_a_shards_images_are_found_by_its_number(here: Path) -> None:
 
 def failing(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> list[str]:
     calls: list[str] = []
-    real = listing_module.read_image_file
+    real = read_module.read_image_file
 
     def read(path: str, *rest: Any) -> bytes:
         calls.append(path)
@@ -525,8 +538,8 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> list[st
                 raise ImageError("cannot be read", code="unreadable") from None
         return real(path, *rest)
 
-    monkeypatch.setattr(listing_module, "read_image_file", read)
-    monkeypatch.setattr(listing_module, "PAUSES_S", (0, 0))
+    monkeypatch.setattr(read_module, "read_image_file", read)
+    monkeypatch.setattr(read_module, "PAUSES_S", (0, 0))
     return calls
 
 

@@ -151,13 +151,13 @@ def test_a_thin_image_never_gets_a_side_of_zero() -> None:
 
 def test_a_ratio_above_200_is_refused_with_figures_and_remedy() -> None:
     with pytest.raises(
-        ImageError, match=r"wide\.png is 2010x10 .*ratio 201 exceeds 200; crop or pad"
+        ImageError, match=r"wide\.png: 2010x10 .*ratio of 201\. Expected at most 200\. Crop or pad"
     ):
         patchify(noise(10, 2010), image_config(), name="wide.png")
     with pytest.raises(ImageError) as caught:
         smart_resize(4000, 12, **PUBLISHED)
     assert caught.value.code == "ratio"
-    assert "12x4000" in str(caught.value)
+    assert str(caught.value).startswith("the image: 12x4000 ")
     assert smart_resize(10, 2000, **PUBLISHED) == (28, 812)  # 200 itself is fine
 
 
@@ -173,8 +173,8 @@ def test_a_side_below_1_is_refused(height: int, width: int) -> None:
     [
         ({"max_pixels": 783, "min_pixels": 1}, "783, too small .* 28x28 .*at least 784"),
         ({"max_pixels": 0, "min_pixels": 1}, "max_pixels is 0.*at least 784"),
-        ({"min_pixels": 1003521}, "min_pixels 1003521 exceeds max_pixels 1003520; lower"),
-        ({"min_pixels": 0}, "min_pixels 0, expected whole numbers above 0"),
+        ({"min_pixels": 1003521}, "min_pixels 1003521 exceeds max_pixels 1003520. Lower"),
+        ({"min_pixels": 0}, "min_pixels 0. Expected whole numbers above 0"),
         ({"factor": 0}, "factor is 0"),
     ],
 )
@@ -191,9 +191,19 @@ def test_limits_that_no_size_meets_are_an_argument_error(
     ids=["grey", "rgba", "float64"],
 )
 def test_anything_but_rgb_uint8_is_refused(rgb: np.ndarray) -> None:
-    with pytest.raises(ImageError, match=r"x.png is .*load_image") as caught:
+    with pytest.raises(ImageError, match=r"x.png: .*Expected uint8 .*load_image") as caught:
         patchify(rgb, image_config(), name="x.png")
     assert caught.value.code == "patches"
+
+
+def test_patches_keep_the_name_of_their_image() -> None:
+    config, rgb = image_config(), noise(56, 56)
+    named, unnamed = patchify(rgb, config, name="a\tb.png"), patchify(rgb, config)
+    assert (named.name, unnamed.name, Patches.cat([named]).name) == ("a\tb.png", None, None)
+    with pytest.raises(ImageError) as caught:
+        patchify(noise(10, 2010), config, name="a\tb.png")
+    assert caught.value.name == "a\tb.png"
+    assert str(caught.value).startswith(r"'a\tb.png': 2010x10 ")
 
 
 def test_patches_own_their_pixels() -> None:
@@ -272,7 +282,7 @@ def test_running_out_of_memory_while_resizing_is_an_image_error(
         raise MemoryError
 
     monkeypatch.setattr("PIL.Image.Image.resize", fail)
-    with pytest.raises(ImageError, match=r"cat.png does not fit into memory") as caught:
+    with pytest.raises(ImageError, match=r"cat.png: does not fit into memory") as caught:
         patchify(np.zeros((50, 60, 3), np.uint8), image_config(), name="cat.png")
     assert caught.value.code == "memory"
 

@@ -109,7 +109,7 @@ def test_a_workers_error_is_the_users_own_and_the_folder_is_given_back(
     cluster: str, images: Path, tmp_path: Path
 ) -> None:
     options = ExportOptions(on_error="raise")
-    with pytest.raises(ImageError, match=r"x.png is a truncated PNG") as caught:
+    with pytest.raises(ImageError, match=r"x.png: a truncated PNG") as caught:
         export_on_ray("tiny", [str(images)], tmp_path / "out", options)
     assert "ray" not in str(caught.value)
     assert not (tmp_path / "out" / "lock").exists()

@@ -36,7 +36,8 @@ from qwen_vit.compare.tolerance import Difference, judge, relative_error
 from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ComparisonError, ImageError
-from qwen_vit.images.load import ImageLimits, RgbImage, load_image, read_image_file
+from qwen_vit.images.image import ImageLimits, RgbImage
+from qwen_vit.images.load import load_image, read_image_file
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.layout import Layout
 

@@ -20,8 +20,10 @@ from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ImageError
 from qwen_vit.export.plan import ExportOptions, ExportPlan, RowFormat, plan_dry_run, target_size
 from qwen_vit.features import ImageFeatures
-from qwen_vit.images.load import DECODERS, ImageLimits
-from qwen_vit.inputs.listing import Item, read_item
+from qwen_vit.images.decode import DECODERS
+from qwen_vit.images.image import ImageLimits
+from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.read import read_item
 
 __all__ = ["Estimate", "estimate_export", "estimate_plan"]
 

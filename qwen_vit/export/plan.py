@@ -26,9 +26,10 @@ from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, display
 from qwen_vit.export.lock import LOCK_NAME, hold_folder, short_lock
 from qwen_vit.feature_files.read import shard_name
 from qwen_vit.features import SCHEMA_VERSION
-from qwen_vit.images.load import ImageLimits
+from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.patches import smart_resize
-from qwen_vit.inputs.listing import Item, Listing, find_items, read_listing
+from qwen_vit.inputs.find import find_items
+from qwen_vit.inputs.listing import Item, Listing, read_listing
 
 __all__ = [
     "LISTING",
@@ -140,7 +141,7 @@ def target_size(height: int, width: int, config: ImageConfig, name: str) -> tupl
         factor=config.patch_px * config.merge_size,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
-        name=display_name(name),
+        name=name,
     )
 
 
@@ -320,7 +321,7 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
             for suffix, count in kinds
         )
         more = ", ..." if len(left_out) > len(kinds) else ""
-        logger.warning("left out, for want of an image's suffix: %s%s", named, more)
+        logger.warning("skipped files without an image extension: %s%s", named, more)
     if listing.n_images == 0:
         path.unlink()
         raise ExportError(

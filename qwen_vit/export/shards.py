@@ -33,9 +33,11 @@ from qwen_vit.export.plan import (
 )
 from qwen_vit.feature_files.read import open_shard
 from qwen_vit.features import FailedImage, FeatureWriter, ImageFeatures, not_finite
-from qwen_vit.images.load import ImageLimits, load_image
+from qwen_vit.images.image import ImageLimits
+from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import Patches, patchify
-from qwen_vit.inputs.listing import Item, read_item
+from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.read import read_item
 
 __all__ = ["REST", "STAGES", "CircuitBreaker", "DoneShard", "export_shards", "whole_shard"]
 

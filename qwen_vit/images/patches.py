@@ -36,7 +36,8 @@ class Patches:
     (torch.Size([24, 588]), (Grid(t=1, h=4, w=6),))
 
     `pixels` is (N, 588): channel, row, column of one frame; a still image's two equal frames are
-    stored once. Grid order: merge units in raster order, the 4 patches of each together.
+    stored once. Grid order: merge units in raster order, the 4 patches of each together. `name`
+    is what messages and ids call the image; patches of several images have none.
     Raises ImageError with code "patches" where pixels and grids disagree.
     """
 
@@ -47,15 +48,19 @@ class Patches:
     def __post_init__(self) -> None:
         if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 2:
             raise ImageError(
-                f"pixels are {self.pixels.dtype} of shape {tuple(self.pixels.shape)}, expected "
-                "uint8 of shape (patches, values); build them with patchify",
+                f"pixels are {self.pixels.dtype} of shape {tuple(self.pixels.shape)}",
+                name=self.name or "",
+                expected="uint8 of shape (patches, values)",
+                remedy="build them with patchify",
                 code="patches",
             )
         promised = sum(grid.n_patches for grid in self.grids)
         if len(self.pixels) != promised:
             raise ImageError(
-                f"pixels hold {len(self.pixels)} patches and the grids {promised}, expected the "
-                "same number; keep each image's pixels and grid together",
+                f"pixels hold {len(self.pixels)} patches and the grids {promised}",
+                name=self.name or "",
+                expected="the same number",
+                remedy="keep each image's pixels and grid together",
                 code="patches",
             )
 
@@ -73,8 +78,9 @@ class Patches:
         widths = sorted({part.pixels.shape[1] for part in parts})
         if len(widths) > 1:
             raise ImageError(
-                f"patches of {widths} values cannot be joined, expected one width; "
-                "build all of them with the same ImageConfig",
+                f"patches of {widths} values cannot be joined",
+                expected="one width",
+                remedy="build all of them with the same ImageConfig",
                 code="patches",
             )
         pixels = [part.pixels for part in parts]
@@ -103,8 +109,9 @@ class Patches:
         expected = CHANNELS * config.patch_px**2
         if self.pixels.shape[1] != expected:
             raise ImageError(
-                f"patches hold {self.pixels.shape[1]} values, the configuration's hold {expected}; "
-                "use the ImageConfig that built them",
+                f"patches hold {self.pixels.shape[1]} values, the configuration's hold {expected}",
+                name=self.name or "",
+                remedy="use the ImageConfig that built them",
                 code="patches",
             )
         values = normalise(rearrange(self.pixels, "n (c p) -> n c p", c=CHANNELS), config)
@@ -161,8 +168,10 @@ def resize_image(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> N
         height, width = rgb.shape[:2] if is_rgb else (0, 0)
     if not is_rgb:
         raise ImageError(
-            f"{name} is {what}, expected uint8 of shape (height, width, 3); pass it through "
-            "load_image",
+            what,
+            name=name,
+            expected="uint8 of shape (height, width, 3)",
+            remedy="pass it through load_image",
             code="patches",
         )
     new_height, new_width = smart_resize(
@@ -182,13 +191,16 @@ def resize_image(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> N
 def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patches:
     """Resize an RGB image and cut it into patches, in grid order.
 
+    >>> patchify(np.zeros((56, 84, 3), np.uint8), ImageConfig.from_json({}), name="cat.png").name
+    'cat.png'
+
     `rgb` is a Pillow image of mode RGB, which spares a copy, or uint8 (height, width, 3); `name` is
-    what messages say. Raises as resize_image does, and ImageError with code "memory" where there is
-    not enough of it.
+    what messages call it, and the patches keep it. Raises as resize_image does, and ImageError with
+    code "memory" where there is not enough of it.
     """
-    shown = "the image" if name is None else name
+    called = "the image" if name is None else name
     try:
-        resized = resize_image(rgb, config, name=shown)
+        resized = resize_image(rgb, config, name=called)
         pixels = rearrange(
             resized,
             "(h mh ph) (w mw pw) c -> (h w mh mw) (c ph pw)",
@@ -200,7 +212,9 @@ def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patch
         pixels = np.ascontiguousarray(pixels)
     except MemoryError:
         raise ImageError(
-            f"{shown} does not fit into memory when resized; make it smaller, or lower max_pixels",
+            "does not fit into memory when resized",
+            name=called,
+            remedy="make it smaller, or lower max_pixels",
             code="memory",
         ) from None
     height, width, _ = resized.shape
@@ -209,32 +223,40 @@ def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patch
 
 
 def _check_sides(height: int, width: int, name: str) -> None:
-    size = f"{name} is {width}x{height} (width x height)"
+    size = f"{width}x{height} (width x height)"
     if min(height, width) < 1:
         raise ImageError(
-            f"{size}, expected sides of at least 1 pixel; leave it out", code="zero-side"
+            f"the size is {size}",
+            name=name,
+            expected="sides of at least 1 pixel",
+            remedy="leave it out",
+            code="zero-side",
         )
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_RATIO:
         raise ImageError(
-            f"{size}: ratio {ratio:.6g} exceeds {MAX_RATIO}; crop or pad it", code="ratio"
+            f"{size}, a ratio of {ratio:.6g}",
+            name=name,
+            expected=f"at most {MAX_RATIO}",
+            remedy="crop or pad it",
+            code="ratio",
         )
 
 
 def _check_limits(factor: int, min_pixels: int, max_pixels: int) -> None:
     if factor < 1 or min_pixels < 1:
         raise ArgumentError(
-            f"factor is {factor} and min_pixels {min_pixels}, expected whole numbers above 0"
+            f"factor is {factor} and min_pixels {min_pixels}", expected="whole numbers above 0"
         )
     if max_pixels < factor**2:
         raise ArgumentError(
-            f"max_pixels is {max_pixels}, too small for one token of {factor}x{factor} pixels; "
-            f"raise it to at least {factor**2}"
+            f"max_pixels is {max_pixels}, too small for one token of {factor}x{factor} pixels",
+            remedy=f"raise it to at least {factor**2}",
         )
     if min_pixels > max_pixels:
         raise ArgumentError(
-            f"min_pixels {min_pixels} exceeds max_pixels {max_pixels}; "
-            "lower the one or raise the other"
+            f"min_pixels {min_pixels} exceeds max_pixels {max_pixels}",
+            remedy="lower the one or raise the other",
         )
 
 

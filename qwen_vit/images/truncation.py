@@ -1,6 +1,6 @@
 """Whether an image file holds every pixel that its header promises.
 
-Decoders differ: some stop at the end of a cut file without a word, and fill up what is missing.
+Some decoders stop at the end of a cut file without an error, and fill up what is missing.
 """
 
 import io

@@ -1,0 +1,283 @@
+"""Encoded bytes and PIL images -> RGB: strict decoding, which never fills up a truncated file."""
+
+import io
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from qwen_vit.errors import ImageError
+from qwen_vit.images.image import ImageLimits, RgbImage, check_pixels
+from qwen_vit.images.to_rgb import is_deep, tiff_notes, to_rgb
+from qwen_vit.images.truncation import ends_early, is_filled_up, promised_bytes
+
+__all__ = ["DECODERS", "decode_bytes", "decode_pil"]
+
+# The plug-ins are called directly: Image.open would apply its process-wide pixel limit and warn.
+# JpegImageFile rather than its factory, so that a multi-picture file is its first picture.
+DECODERS: dict[str, type[ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+}
+
+ALLOWED = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
+
+# What people pass by mistake: how it starts (lower case, white space stripped), code, what it is,
+# and the next step.
+LOOKALIKES = (
+    (rb"version https://git-lfs", "not-an-image", "a git-lfs pointer", "run `git lfs pull`"),
+    (rb"<svg|<\?xml.*<svg", "not-an-image", "an SVG drawing", "render it to PNG first"),
+    (rb"<!doctype html|<html|<\?xml", "not-an-image", "a web page", "download the image itself"),
+    (rb"....ftyp(?:hei|hev|mif|msf)", "format", "HEIC", "convert it to JPEG or PNG"),
+    (rb"....jxl |\xff\x0a", "format", "JPEG XL", "convert it to PNG"),
+    (rb"....jp  |\xff\x4f\xff\x51", "format", "JPEG 2000", "convert it to PNG"),
+    (rb"%pdf|%!ps", "format", "a document", "render the page to PNG first"),
+    (rb"8bps", "format", "Photoshop", "export it as PNG"),
+    (rb"\x00\x00[\x01\x02]\x00[\x01-\x20]\x00", "format", "an icon", "convert it to PNG"),
+    (rb"p[1-7]\s", "format", "Netpbm", "convert it to PNG"),
+    (rb"\x93numpy", "format", "a numpy file", "pass numpy.load(...) instead"),
+    (rb"pk\x03\x04|\x1f\x8b", "format", "an archive", "unpack it first"),
+)
+
+# Pillow does not lock its lazy loading, so threads that share an image decode it one by one.
+LOAD_LOCKS = tuple(threading.Lock() for _ in range(61))
+
+
+def decode_bytes(data: bytes, name: str, limits: ImageLimits) -> RgbImage:
+    """An encoded image -> RGB. Raises ImageError for a file that is damaged, cut or too large."""
+    file_format = _identify(data, name)
+    reader = _Reader(data)
+    with _decoding(data, file_format, name, header=reader):
+        if file_format in ("WEBP", "TIFF") and promised_bytes(data, file_format) > len(data):
+            raise EOFError  # before Pillow warns about what it misses
+        image = DECODERS[file_format](reader, "")
+    deep, early_notes = is_deep(image), tiff_notes(image)
+    with _decoding(data, file_format, name):
+        _load(image, name, limits)
+        if is_filled_up(data, file_format, image):
+            raise EOFError
+        picture, notes = to_rgb(image, name, deep)
+        if picture is image:  # which holds its file, and goes through it when frames are counted
+            picture = image._new(image.im)
+    return RgbImage(picture, file_format, name, (*early_notes, *notes, *_frame_notes(image)))
+
+
+def decode_pil(image: Image.Image, name: str, limits: ImageLimits) -> RgbImage:
+    """A PIL image -> RGB, which decodes it where it is still lazy. Raises as `decode_bytes`."""
+    file_format = str(image.format or "PIL image")
+    with LOAD_LOCKS[id(image) // 16 % len(LOAD_LOCKS)]:
+        if getattr(image, "tile", None) and getattr(image, "fp", image) is None:
+            raise ImageError(
+                "a PIL image whose file was closed before it was loaded",
+                name=name,
+                remedy="call its load() first, or pass the path",
+                code="unreadable",
+            )
+        deep, early_notes = is_deep(image), tiff_notes(image)
+        data = _lazy_bytes(image, limits)
+        with _decoding(data, file_format, name):
+            _load(image, name, limits)
+            if data is not None and is_filled_up(data, file_format, image):
+                raise EOFError
+            picture, notes = to_rgb(image, name, deep)
+            if picture is image:  # which its owner may change
+                picture = image.copy()
+    return RgbImage(picture, "PIL", name, (*early_notes, *notes))
+
+
+def _lazy_bytes(image: Image.Image, limits: ImageLimits) -> bytes | None:
+    """The file behind a PNG or JPEG that is not decoded yet, for the checks that need it."""
+    if not isinstance(image, PngImagePlugin.PngImageFile | JpegImagePlugin.JpegImageFile):
+        return None
+    if not image.tile or image.fp is None or image.decoderconfig:  # draft mode
+        return None
+    try:
+        position = image.fp.tell()
+        image.fp.seek(0)
+        data = image.fp.read(limits.max_file_bytes)
+        image.fp.seek(position)
+    except (OSError, ValueError):  # closed, or not seekable: decoding says so
+        return None
+    return data
+
+
+class _Reader(io.BytesIO):
+    """Bytes that remember whether more of them were asked for than there are."""
+
+    ran_out = False
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self.ran_out |= size is not None and len(data) < size
+        return data
+
+
+def _identify(data: bytes, name: str) -> str:
+    if not data:
+        raise ImageError(
+            "not an image: it is empty",
+            name=name,
+            expected=ALLOWED,
+            remedy="fetch it again",
+            code="empty-file",
+        )
+    for file_format in DECODERS:
+        accepts = Image.OPEN[file_format][1]
+        answer = accepts is None or accepts(data[:16])
+        if isinstance(answer, str):
+            raise ImageError(
+                f"a {file_format}, which this Pillow cannot decode",
+                name=name,
+                remedy="reinstall Pillow",
+                code="format",
+            )
+        if answer:
+            return file_format
+    start = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    code, what, remedy = "not-an-image", "not an image", ""
+    for pattern, found_code, found, found_remedy in LOOKALIKES:
+        if re.match(pattern, start if found_code == "not-an-image" else data.lower(), re.DOTALL):
+            what = "not an image" if found_code == "not-an-image" else "of an unsupported format"
+            code, what, remedy = found_code, f"{what} ({found})", found_remedy
+            break
+    raise ImageError(
+        f"{what}: it starts with {data[:16]!r}",
+        name=name,
+        expected=ALLOWED,
+        remedy=remedy,
+        code=code,
+    )
+
+
+@contextmanager
+def _decoding(
+    data: bytes | None, file_format: str, name: str, *, header: _Reader | None = None
+) -> Iterator[None]:
+    """Run Pillow strictly, and turn any exception of a plug-in into an ImageError.
+
+    Headers are read in exact pieces, so there (`header`) running out of bytes means truncation.
+    """
+    try:
+        with _strictly():
+            yield
+    except ImageError:
+        raise
+    except MemoryError:
+        raise ImageError(
+            "does not fit into memory when decoded",
+            name=name,
+            remedy="make it smaller",
+            code="memory",
+        ) from None
+    except Image.DecompressionBombError:
+        raise ImageError(
+            "has more pixels than Pillow decodes (Image.MAX_IMAGE_PIXELS)",
+            name=name,
+            remedy="make it smaller",
+            code="too-many-pixels",
+        ) from None
+    except Exception as error:  # noqa: BLE001 - plug-ins raise SyntaxError, struct.error, ...
+        text = str(error)
+        if (
+            isinstance(error, EOFError)
+            or "truncat" in text.lower()
+            or (header is not None and header.ran_out)
+            or (data is not None and ends_early(data, file_format))
+        ):
+            size = "" if data is None else f" after {len(data)} bytes"
+            raise ImageError(
+                f"a truncated {file_format}: it ends early{size}",
+                name=name,
+                remedy="fetch it again",
+                code="truncated",
+            ) from None
+        reason = type(error).__name__ if re.search(r"0x[0-9a-fA-F]{4}", text) else text
+        raise ImageError(
+            f"a damaged {file_format} ({reason or type(error).__name__})",
+            name=name,
+            remedy="fetch it again, or open and save it in an image editor",
+            code="damaged",
+        ) from None
+
+
+class _Strictness:
+    """How many threads are decoding, and what LOAD_TRUNCATED_IMAGES was before the first."""
+
+    lock = threading.Lock()
+    threads = 0
+    found = False
+
+
+@contextmanager
+def _strictly() -> Iterator[None]:
+    """Decode with Pillow's LOAD_TRUNCATED_IMAGES at False, and restore it afterwards.
+
+    The flag is process-wide, and other libraries set it; so it is held at False from the first
+    thread that decodes here to the last, and then restored.
+    """
+    with _Strictness.lock:
+        if _Strictness.threads == 0:
+            _Strictness.found = ImageFile.LOAD_TRUNCATED_IMAGES
+        if ImageFile.LOAD_TRUNCATED_IMAGES:
+            _Strictness.found = True
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+        _Strictness.threads += 1
+    try:
+        yield
+    finally:
+        with _Strictness.lock:
+            _Strictness.threads -= 1
+            if _Strictness.threads == 0 and _Strictness.found:
+                ImageFile.LOAD_TRUNCATED_IMAGES = True
+
+
+def _load(image: Image.Image, name: str, limits: ImageLimits) -> None:
+    """Check what the header says, then decode."""
+    check_pixels(image.width, image.height, name, limits)
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile:
+        _prepare_tiff(image, name, limits)
+    image.load()
+
+
+def _prepare_tiff(image: TiffImagePlugin.TiffImageFile, name: str, limits: ImageLimits) -> None:
+    """Check the strips, and allocate the picture before Pillow does, which warns above its limit.
+
+    Strips that the file does not list would stay black.
+    """
+    width, height = image._tile_size
+    check_pixels(width, height, name, limits)
+    extents = {tile.extents for tile in image.tile if tile.extents is not None}
+    if sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in extents) < width * height:
+        raise EOFError
+    if image._im is None:
+        image.im = Image.new(image.mode, (width, height)).im
+
+
+def _frame_notes(image: Image.Image) -> tuple[str, ...]:
+    """How many frames there are: counted last, because counting moves through the file.
+
+    A damaged later frame does not matter.
+    """
+    try:
+        with _strictly():
+            frames = int(getattr(image, "n_frames", 1))
+    except Exception:  # noqa: BLE001 - plug-ins raise anything
+        return ("first of several frames",)
+    return (f"first of {frames} frames",) if frames > 1 else ()

@@ -1,0 +1,123 @@
+"""An RGB image, what it may cost, and the types that a caller may pass as one."""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from qwen_vit.errors import ArgumentError, ImageError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "ADDRESS",
+    "ArrayLayout",
+    "ImageLimits",
+    "ImageSource",
+    "RgbImage",
+    "check_file_bytes",
+    "check_pixels",
+]
+
+# Union: the name of a type that is not imported here has no `|`
+ImageSource: TypeAlias = Union[
+    str,
+    os.PathLike[str],
+    os.PathLike[bytes],
+    bytes,
+    bytearray,
+    memoryview,
+    Image.Image,
+    NDArray[Any],
+    "torch.Tensor",
+]
+ArrayLayout: TypeAlias = Literal["auto", "HWC", "CHW"]
+
+ADDRESS = re.compile(r"(?:https?|ftp|s3|gs|hf|file):/|data:", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What one image may cost, checked before its pixels are decoded.
+
+    >>> ImageLimits(max_pixels=50_000_000).max_file_bytes
+    536870912
+
+    The limits hold for one call; Pillow's process-wide MAX_IMAGE_PIXELS is neither read nor set
+    (its WebP and GIF plug-ins read it themselves). Raises ArgumentError for a limit below 1.
+    """
+
+    max_pixels: int = 178_956_970
+    max_file_bytes: int = 512 * 2**20
+
+    def __post_init__(self) -> None:
+        for field in ("max_pixels", "max_file_bytes"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"{field} is {value!r}", expected="a whole number above 0")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RgbImage:
+    """A loaded image: `picture` is decoded, of mode RGB, and shared with no one.
+
+    `format` is what the content was ("JPEG", ..., "PIL", "array", "tensor"), `name` what messages
+    call it, and `notes` what the policy did, such as "EXIF orientation 6 applied".
+    """
+
+    picture: Image.Image
+    format: str
+    name: str
+    notes: tuple[str, ...]
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """A copy as uint8 (height, width, 3), C-contiguous."""
+        return np.array(self.picture)
+
+    @property
+    def height(self) -> int:
+        """Rows."""
+        return self.picture.height
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return self.picture.width
+
+
+def check_file_bytes(size: int, name: str, limits: ImageLimits) -> None:
+    """Refuse an encoded image of too many bytes. Raises ImageError with code "file-too-large"."""
+    if size > limits.max_file_bytes:
+        raise ImageError(
+            f"{size} bytes",
+            name=name,
+            expected=f"at most {limits.max_file_bytes}",
+            remedy="make it smaller, or raise ImageLimits.max_file_bytes in Python",
+            code="file-too-large",
+        )
+
+
+def check_pixels(width: int, height: int, name: str, limits: ImageLimits) -> None:
+    """Refuse a size that is too large, or 0. Raises ImageError: "too-many-pixels", "zero-side"."""
+    if width < 1 or height < 1:
+        raise ImageError(
+            f"the size is {width}x{height} (width x height)",
+            name=name,
+            expected="sides above 0",
+            remedy="leave it out",
+            code="zero-side",
+        )
+    if width * height > limits.max_pixels:
+        raise ImageError(
+            f"{width}x{height} = {width * height} pixels",
+            name=name,
+            expected=f"at most {limits.max_pixels}",
+            remedy="make it smaller, or raise ImageLimits.max_pixels in Python",
+            code="too-many-pixels",
+        )

@@ -1,0 +1,114 @@
+"""A decoded PIL image -> an upright RGB one: orientation, 16-bit samples, transparency, modes."""
+
+import numpy as np
+from PIL import Image, TiffImagePlugin
+
+from qwen_vit.errors import ImageError
+
+__all__ = ["is_deep", "on_white", "tiff_notes", "to_rgb"]
+
+ORIENTATIONS = {  # EXIF tag 274 -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+ORIENTATION_TAG = 274
+
+WHITE = (255, 255, 255)
+
+
+def to_rgb(image: Image.Image, name: str, deep: bool) -> tuple[Image.Image, tuple[str, ...]]:
+    """Apply the policy to a decoded image, which is not changed; and say what it did.
+
+    `deep` is what `is_deep` said before decoding. Raises ImageError with code "mode".
+    """
+    notes: list[str] = []
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG)
+    except Exception:  # noqa: BLE001 - damaged metadata raises anything; the picture is whole
+        orientation = None
+        notes.append("unreadable EXIF ignored")
+    upright = ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
+    try:
+        picture = _to_eight_bit_rgb(image, name, deep, notes)
+        if upright is not None:
+            picture = picture.transpose(upright)
+            notes.append(f"EXIF orientation {orientation} applied")
+        return picture, tuple(notes)
+    except (ValueError, OSError, KeyError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise _mode_error(name, f"Pillow cannot convert its mode, {image.mode}") from None
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether Pillow will reduce 16-bit samples in decoding; ask before the image is loaded."""
+    tiles = getattr(image, "tile", ())
+    raw_modes = (t[3][0] if isinstance(t[3], tuple) and t[3] else t[3] for t in tiles)
+    return any(isinstance(mode, str) and ";16" in mode for mode in raw_modes)
+
+
+def tiff_notes(image: Image.Image) -> tuple[str, ...]:
+    """The note on a TIFF's orientation: Pillow turns it upright in decoding, and drops the tag."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile) or not image.tile:
+        return ()
+    orientation = image.tag_v2.get(ORIENTATION_TAG)
+    return (f"EXIF orientation {orientation} applied",) if orientation in ORIENTATIONS else ()
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An RGBA image composited on white, as RGB."""
+    white = Image.new("RGBA", image.size, (*WHITE, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _to_eight_bit_rgb(image: Image.Image, name: str, deep: bool, notes: list[str]) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return _from_sixteen_bit(image, notes)
+    if image.mode in ("F", "I"):
+        raise _mode_error(name, f"Pillow mode {image.mode} does not say which value is white")
+    if deep:
+        notes.append("16-bit scaled to 8")
+    if image.has_transparency_data:
+        notes.append("alpha composited on white")
+        return on_white(_with_alpha(image, deep))
+    if image.mode == "RGB":
+        return image
+    notes.append(f"{image.mode} to RGB")
+    return image.convert("RGB")
+
+
+def _from_sixteen_bit(image: Image.Image, notes: list[str]) -> Image.Image:
+    """The high byte, which is also what Pillow keeps of 16-bit colour."""
+    values = np.asarray(image)
+    grey = (values >> 8).astype(np.uint8)
+    notes.append("16-bit scaled to 8")
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+        notes.append("alpha composited on white")
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _with_alpha(image: Image.Image, deep: bool) -> Image.Image:
+    if image.mode in ("La", "PA"):
+        return image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+    clear = image.info.get("transparency")
+    # The pixels kept their high bytes: so does the colour. Of an image that is loaded already, the
+    # colour alone can tell that they were of 16 bits.
+    if isinstance(clear, tuple) and (deep or max(clear) > 255):
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    if image.mode not in ("1", "L", "RGB", "P", "LA", "RGBA", "RGBa"):
+        return image.convert("RGB").convert("RGBA")  # a leftover entry that this mode cannot use
+    return image.convert("RGBA")
+
+
+def _mode_error(name: str, fact: str) -> ImageError:
+    remedy = "scale it to 0..255 and save it as RGB or L"
+    return ImageError(fact, name=name, remedy=remedy, code="mode")

@@ -1,0 +1,244 @@
+"""Files, folders and patterns -> the images in them, in one order."""
+
+import glob
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from qwen_vit.errors import ExportError, ImageError
+from qwen_vit.images.image import ADDRESS
+from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.lists import JSON_SUFFIX, LIST_SUFFIXES, json_list_items, text_list_items
+from qwen_vit.inputs.tars import COMPRESSED_TARS, IMAGE_SUFFIXES, TAR_SUFFIX, suffix_of, tar_items
+
+__all__ = ["check_inputs", "find_items"]
+
+NOT_IMAGES = {".csv", ".json", ".parquet", ".pdf", ".tsv", ".xml", ".yaml", ".yml", ".zip"}
+TAKEN_SUFFIXES = (*IMAGE_SUFFIXES, TAR_SUFFIX, *COMPRESSED_TARS)  # from a folder
+DEEP = re.compile(r"(?:^|(?<=/))\*\*(?:/+|$)")  # in a pattern: any number of folders
+ALL_BELOW = re.compile(r"(?:^|/)\*\*(?:/+\*{1,2})*/*$")  # what is in a match is one by itself
+
+
+def find_items(inputs: Sequence[str], left_out: Counter[str] | None = None) -> Iterator[Item]:
+    """The images of files, folders, patterns, lists and tars, in the order given.
+
+    >>> [item.id for item in find_items(["tests/images/*.png", "tests/images/rocket.jpg"])]
+    ['tests/images/astronaut.png', 'tests/images/chelsea.png', 'tests/images/rocket.jpg']
+
+    A file's id is the path as it was given; in a folder, the path below it; in a tar, the tar's
+    name and the member's; in a list (.txt: a path a line; .jsonl: objects with "path" or "source",
+    and "id"), what it says, with paths counted from the list's folder. Folders are searched to
+    every depth, through links, in the order of their names' bytes; files without an image extension
+    are skipped there, and counted by extension in `left_out`. Neither folders nor `**` in a pattern
+    follow a link that leads back to a folder above it.
+
+    Raises ExportError for an input that does not exist, an address, and a list that cannot be read.
+    A problem below an input, such as a folder that may not be read, becomes an item with `error`.
+    """
+    left_out = Counter() if left_out is None else left_out
+    _check_alone(inputs)
+    reported: set[str] = set()  # folders that cannot be listed: several patterns may meet one
+    for given in inputs:
+        for item in _input_items(given, left_out):
+            if item.error is not None and item.error[0] == "unreadable":
+                if item.source in reported:
+                    continue
+                reported.add(item.source)
+            yield item
+
+
+def check_inputs(inputs: Sequence[str]) -> None:
+    """Check that each input exists, up to its first image. Raises ExportError as find_items does.
+
+    >>> check_inputs(["tests/images/rocket.jpg"])
+    """
+    _check_alone(inputs)
+    for given in inputs:
+        next(_input_items(given, Counter()), None)
+
+
+def _check_alone(inputs: Sequence[str]) -> None:
+    """Refuse a single input of a kind that is not read: among others, a shell's `*` gave it."""
+    if len(inputs) == 1 and suffix_of(inputs[0]) in NOT_IMAGES and os.path.isfile(inputs[0]):
+        raise ExportError(
+            "not an image",
+            name=inputs[0],
+            expected="images, folders, tars or lists",
+            remedy="give a list as .txt with a path a line, or as .jsonl with an "
+            '"id" and a "path" a line',
+        )
+
+
+def _input_items(given: str, left_out: Counter[str]) -> Iterator[Item]:
+    if ADDRESS.match(given):
+        raise ExportError("an address, not a file", name=given, remedy="download it first")
+    if os.path.lexists(given) or not glob.has_magic(given):
+        yield from _path_items(given, left_out, may_be_list=True)
+        return
+    unreadable: dict[str, Item] = {}
+    matches = sorted(set(_matches(given, unreadable)), key=os.fsencode)
+    if not matches and not unreadable:
+        raise ExportError("no file matches", name=given, remedy="check the pattern")
+    folders: set[Path] = set()
+    for match in matches:
+        is_folder = os.path.isdir(match)
+        is_taken = is_folder or match.lower().endswith(TAKEN_SUFFIXES)
+        if is_taken and not folders.isdisjoint(Path(match).parents):
+            continue  # it came with the folder that it is in
+        if is_folder:
+            if ALL_BELOW.search(given):
+                continue
+            folders.add(Path(match))
+        yield from _path_items(match, left_out, may_be_list=False)
+    yield from unreadable.values()
+
+
+def _path_items(path: str, left_out: Counter[str], *, may_be_list: bool) -> Iterator[Item]:
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        if may_be_list:  # it was given by name: a typing error, rather than a lost image
+            reason = getattr(error, "strerror", error)
+            raise ExportError(
+                f"cannot be exported ({reason})",
+                name=path or repr(path),  # an empty path gets its quotes
+                remedy="check the path",
+            ) from None
+        mode = stat.S_IFREG
+    name, source = str(Path(path)), str(Path(path).absolute())
+    lower = path.lower()
+    if stat.S_ISDIR(mode):
+        refused = _listing_error(path, name)
+        if refused is None:
+            yield from _folder_items(source, left_out)
+        elif may_be_list:  # given by name: an export must not begin without it
+            raise ExportError.of(refused)
+        else:
+            yield Item.failed(name, source, refused)
+    elif not stat.S_ISREG(mode):
+        yield Item(name, source)  # reading it says what it is, without opening it
+    elif lower.endswith((TAR_SUFFIX, *COMPRESSED_TARS)):
+        yield from tar_items(source, os.path.basename(source), left_out)
+    elif may_be_list and lower.endswith(JSON_SUFFIX):
+        yield from json_list_items(source)
+    elif may_be_list and lower.endswith(LIST_SUFFIXES):
+        yield from text_list_items(source)
+    else:
+        yield Item(name, source)
+
+
+def _matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
+    """As `glob` finds them, hidden ones too; but `**` enters no folder that leads back to itself.
+
+    Folders that cannot be listed, which `glob` ignores, are put into `unreadable`, by their paths.
+    """
+    deep = DEEP.search(pattern)
+    if deep is None:
+        yield from _plain_matches(pattern, unreadable)
+        return
+    before, after = pattern[: deep.start()], pattern[deep.end() :]
+    for start in _plain_matches(before, unreadable) if before else [""]:
+        folders = [(start, frozenset[tuple[int, int] | None]())]
+        while folders:
+            folder, above = folders.pop()
+            identity = _identity(folder or ".")
+            if identity in above:
+                continue
+            if after:
+                yield from _matches(glob.escape(folder) + after, unreadable)
+            for item, is_folder in _entries(folder or ".", folder):
+                if item.error is not None:
+                    source = os.path.abspath(folder)
+                    unreadable[os.path.normpath(folder)] = replace(item, source=source)
+                    continue
+                if not after:
+                    yield item.id
+                if is_folder:
+                    folders.append((item.id + "/", above | {identity}))
+
+
+def _plain_matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
+    """Those of a pattern without `**`."""
+    above, last = os.path.split(pattern)
+    while last or glob.has_magic(above):
+        if glob.has_magic(last):  # the folders above it are looked through
+            for folder in glob.iglob(above, include_hidden=True) if above else ["."]:
+                name = os.path.normpath(folder)
+                refused = _listing_error(folder, name) if os.path.isdir(folder) else None
+                if refused is not None:
+                    unreadable[name] = Item.failed(name, os.path.abspath(folder), refused)
+        above, last = os.path.split(above)
+    yield from glob.iglob(pattern, include_hidden=True)
+
+
+def _folder_items(folder: str, left_out: Counter[str]) -> Iterator[Item]:
+    """Depth first, without recursion; a folder that a link leads back into is not entered again."""
+    above = [_identity(folder)]
+    stack = [_entries(folder, "")]
+    while stack:
+        item, is_folder = next(stack[-1], (None, False))
+        if item is None:
+            stack.pop()
+            above.pop()
+        elif item.error is not None:
+            yield item
+        elif is_folder:
+            identity = _identity(item.source)
+            if identity not in above:
+                above.append(identity)
+                stack.append(_entries(item.source, item.id + "/"))
+        elif item.id.lower().endswith((TAR_SUFFIX, *COMPRESSED_TARS)):
+            yield from tar_items(item.source, item.id, left_out)
+        elif suffix_of(item.id) in IMAGE_SUFFIXES:
+            yield item
+        else:
+            left_out[suffix_of(item.id)] += 1
+
+
+def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:
+    """The entries of a folder, and which are folders; only links cost a look at the disk."""
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
+    except OSError as error:
+        name = below.rstrip("/") or "."
+        return iter([(Item.failed(name, folder, _cannot_be_listed(name, error)), False)])
+    return ((Item(below + entry.name, entry.path), _is_folder(entry)) for entry in entries)
+
+
+def _listing_error(folder: str, name: str) -> ImageError | None:
+    """The error of a folder whose names cannot be read; None for any other."""
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        return _cannot_be_listed(name, error)
+    return None
+
+
+def _cannot_be_listed(name: str, error: OSError) -> ImageError:
+    return ImageError(
+        f"cannot be listed ({error.strerror})",
+        name=name,
+        remedy="check its permissions",
+        code="unreadable",
+    )
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, say: reading it fails, and says why
+        return False
+
+
+def _identity(folder: str) -> tuple[int, int] | None:
+    """A value that a folder and every link to it share."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -1,0 +1,110 @@
+"""A list of paths -> its images: .txt with a path a line, or .jsonl with an object a line."""
+
+import codecs
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeGuard
+
+from qwen_vit.common.strict_json import is_integer, parse_json, short_repr
+from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError
+from qwen_vit.images.image import ADDRESS
+from qwen_vit.inputs.listing import Item
+
+__all__ = ["JSON_SUFFIX", "LIST_SUFFIXES", "json_list_items", "text_list_items"]
+
+LIST_SUFFIXES = (".txt", ".lst")
+JSON_SUFFIX = ".jsonl"
+MAX_FILE = 2**63 - 1  # bytes
+CORRECT = "correct that line"
+
+
+def text_list_items(path: str) -> Iterator[Item]:
+    """The images of a list with a path a line. Raises ExportError where it cannot be read."""
+    for _, line in _lines(path):
+        yield _listed(path, os.fsdecode(line), os.fsdecode(line))
+
+
+def json_list_items(path: str) -> Iterator[Item]:
+    """The images of a list with a JSON object a line. Raises ExportError, which names the line."""
+    for number, line in _lines(path):
+        where = f"{path}, line {number}"
+        try:
+            facts = parse_json(line, source=where)
+        except CheckpointError as error:
+            raise ExportError.of(error, remedy=CORRECT) from None
+        source = facts.get("path", facts.get("source"))
+        name = facts.get("id", source)
+        if not (_is_name(source) and _is_name(name)):
+            raise ExportError(
+                f"id is {short_repr(facts.get('id'))} and path {short_repr(source)}",
+                name=where,
+                expected='text in quotes, as in {"id": "cat", "path": "images/cat.jpg"}',
+                remedy=CORRECT,
+            )
+        offset, size = facts.get("offset"), facts.get("size")
+        if offset is not None and not (
+            is_integer(offset)
+            and is_integer(size)
+            and min(offset, size) >= 0
+            and offset + size <= MAX_FILE
+        ):
+            raise ExportError(
+                f"offset is {short_repr(offset)} and size {short_repr(size)}",
+                name=where,
+                expected="bytes in a tar",
+                remedy=CORRECT,
+            )
+        yield _listed(path, name, source, offset, size, _failure(facts.get("error")))
+
+
+def _is_name(value: object) -> TypeGuard[str]:
+    """Whether this is some text, or the bytes of a file name that Python holds as text."""
+    if not isinstance(value, str) or not value:
+        return False
+    try:
+        value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not empty, numbered from 1, without a byte order mark in front."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                        raise ExportError(
+                            "is UTF-16", name=path, expected="UTF-8", remedy="save it as UTF-8"
+                        )
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if line.strip():
+                    yield number, line.rstrip(b"\r\n")
+    except OSError as error:
+        raise ExportError(
+            f"cannot be read ({error.strerror})", name=path, remedy="check its permissions"
+        ) from None
+
+
+def _listed(
+    path: str,
+    name: str,
+    source: str,
+    offset: int | None = None,
+    size: int | None = None,
+    error: tuple[str, str] | None = None,
+) -> Item:
+    if not ADDRESS.match(source):  # which is reported when it is read
+        source = str(Path(path).parent / source)
+    return Item(name, source, offset, size, error)
+
+
+def _failure(error: object) -> tuple[str, str] | None:
+    """The error of an image in an export's own listing; another list's "error" is ignored."""
+    if not isinstance(error, list) or len(error) != 2:
+        return None
+    code, message = error
+    is_ours = isinstance(code, str) and code in IMAGE_CODES and isinstance(message, str)
+    return (code, message) if is_ours else None

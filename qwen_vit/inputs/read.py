@@ -1,0 +1,88 @@
+"""An image of a listing -> its bytes, from its file or from inside its tar."""
+
+import errno
+import os
+import stat
+import time
+
+from qwen_vit.errors import ImageError, display_name
+from qwen_vit.images.image import ImageLimits, check_file_bytes
+from qwen_vit.images.load import read_image_file
+from qwen_vit.inputs.listing import Item
+
+__all__ = ["read_item"]
+
+# Transient I/O errors, as of a network disk; any other one would come again.
+TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN)
+PAUSES_S = (0.1, 1.0)
+
+
+def read_item(item: Item, limits: ImageLimits) -> bytes:
+    """An image's bytes; transient I/O errors are retried twice.
+
+    >>> rocket = Item("rocket", "tests/images/rocket.jpg")
+    >>> read_item(rocket, ImageLimits())[:3]
+    b'\\xff\\xd8\\xff'
+
+    Raises ImageError, which names the id, for an image that cannot be read, and the error that
+    listing found.
+    """
+    if item.error is not None:
+        code, message = item.error
+        raise ImageError(message, code=code)
+    for pause_s in PAUSES_S:
+        try:
+            return _read(item, limits)
+        except ImageError as error:
+            cause = error.__context__
+            if error.code == "missing" and item.source != item.id and item.offset is None:
+                fact = f"{display_name(item.source)} {error.fact}"
+                raise ImageError(fact, name=item.id, remedy=error.remedy, code=error.code) from None
+            if not isinstance(cause, OSError) or cause.errno not in TRANSIENT:
+                raise
+        time.sleep(pause_s)
+    return _read(item, limits)
+
+
+def _read(item: Item, limits: ImageLimits) -> bytes:
+    if item.offset is None or item.size is None:
+        return read_image_file(item.source, item.id, limits)
+    return _read_member(item, item.offset, item.size, limits)
+
+
+def _read_member(item: Item, offset: int, size: int, limits: ImageLimits) -> bytes:
+    check_file_bytes(size, item.id, limits)
+    tar = f"its tar {display_name(item.source)}"
+    try:
+        if not stat.S_ISREG(os.stat(item.source).st_mode):
+            raise ImageError(
+                f"{tar} is not a regular file any more",
+                name=item.id,
+                remedy="put the tar back",
+                code="not-a-file",
+            )
+        with open(item.source, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(
+            f"{tar} does not exist", name=item.id, remedy="put it back", code="missing"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise ImageError(
+            f"{tar} cannot be read ({reason})",
+            name=item.id,
+            remedy="check its permissions",
+            code="unreadable",
+        ) from None
+    if len(data) < size:
+        raise ImageError(
+            f"{tar} ends after {len(data)} of the image's {size} bytes",
+            name=item.id,
+            remedy="fetch the tar again",
+            code="truncated",
+        )
+    return data

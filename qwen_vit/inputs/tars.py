@@ -1,0 +1,118 @@
+"""A tar -> the images in it, each with the place of its bytes."""
+
+import os
+import stat
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import BinaryIO
+
+from qwen_vit.errors import ImageError
+from qwen_vit.inputs.listing import Item
+
+__all__ = ["COMPRESSED_TARS", "IMAGE_SUFFIXES", "TAR_SUFFIX", "suffix_of", "tar_items"]
+
+# What is taken from a folder or a tar, by its name. Those after AVIF cannot be decoded
+# here: they are listed nevertheless, so that such images are reported, not skipped in silence.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".ico", ".pnm", ".tga"),
+)
+TAR_SUFFIX = ".tar"
+COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # files begin so
+TAR_BLOCK = 512
+END_OF_TAR = bytes(TAR_BLOCK)
+DAMAGED_TAR = (tarfile.TarError, ValueError, EOFError, OverflowError, MemoryError)  # its own, too
+
+
+def tar_items(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
+    """The images in a tar, without reading them; a problem of the tar is an item of its own.
+
+    Members are called by the tar's `name` and their own. Those without an image extension are
+    skipped, and counted by extension in `left_out`.
+    """
+    try:
+        if name.lower().endswith(COMPRESSED_TARS):
+            raise _compressed(name)
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block
+            raise ImageError(
+                "not a regular file",
+                name=name,
+                expected="a tar",
+                remedy="copy its content to a file",
+                code="not-a-file",
+            )
+        with open(path, "rb") as file:
+            yield from _members(file, path, name, left_out)
+    except ImageError as error:
+        yield Item.failed(name, path, error)
+    except OSError as error:
+        unreadable = ImageError(
+            f"cannot be read ({error.strerror})",
+            name=name,
+            remedy="check its permissions",
+            code="unreadable",
+        )
+        yield Item.failed(name, path, unreadable)
+    except DAMAGED_TAR as error:
+        damaged = ImageError(
+            f"a damaged tar ({error})", name=name, remedy="fetch it again", code="truncated"
+        )
+        is_compressed = _begins_with(path, COMPRESSED)
+        yield Item.failed(name, path, _compressed(name) if is_compressed else damaged)
+
+
+def _compressed(name: str) -> ImageError:
+    return ImageError(
+        "a compressed tar; members cannot be read by offset",
+        name=name,
+        remedy="unpack it",
+        code="format",
+    )
+
+
+def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # or it would keep every one
+            if member.isdir():
+                continue
+            if suffix_of(member.name) not in IMAGE_SUFFIXES:
+                left_out[suffix_of(member.name)] += 1
+                continue
+            inside = f"{name}/{member.name}"
+            if member.isreg() and not member.issparse():
+                yield Item(inside, path, member.offset_data, member.size)
+            else:
+                special = ImageError(
+                    "not a plain file in its tar, but a link, say",
+                    name=inside,
+                    remedy="unpack the tar",
+                    code="not-a-file",
+                )
+                yield Item.failed(inside, path, special)
+        # tarfile takes anything but a header for the end: a tar without an end marker is cut
+        file.seek(tar.offset)
+        if file.read(TAR_BLOCK) != END_OF_TAR:
+            raise tarfile.ReadError(f"no end marker at byte {tar.offset}")
+        if any(map(any, iter(partial(file.read, TAR_BLOCK), b""))):  # two that were joined, say
+            raise ImageError(
+                "has data after its end marker; those members were not exported",
+                name=name,
+                remedy="unpack it",
+                code="damaged",
+            )
+
+
+def _begins_with(path: str, starts: tuple[bytes, ...]) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(max(map(len, starts))).startswith(starts)
+    except OSError:
+        return False
+
+
+def suffix_of(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
