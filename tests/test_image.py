@@ -4,11 +4,13 @@ import ast
 import io
 import os
 import re
+import signal
 import struct
 import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -1022,3 +1024,30 @@ def test_threads_that_share_a_lazy_pil_image_take_turns() -> None:
 
             for future in [pool.submit(load) for _ in range(threads)]:
                 assert np.array_equal(future.result(), expected)
+
+
+def test_a_fork_while_other_threads_decode_leaves_no_lock_and_no_flag_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    data = buffer.getvalue()
+    locks = [*image_module.LOAD_LOCKS, image_module._Strictness.lock]
+    with image_module._strictly(), ExitStack() as held:
+        for lock in locks:
+            held.enter_context(lock)
+        child = os.fork()
+        if child == 0:
+            pixels = load_image(data).pixels
+            os._exit(0 if pixels.shape == (4, 4, 3) and ImageFile.LOAD_TRUNCATED_IMAGES else 1)
+        for _ in range(600):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                break
+            time.sleep(0.05)
+        else:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise AssertionError("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0

@@ -1,6 +1,7 @@
 """Encoded bytes and PIL images -> RGB: strict decoding, which never fills up a truncated file."""
 
 import io
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ LOOKALIKES = (
 )
 
 # Pillow does not lock its lazy loading, so threads that share an image decode it one by one.
-LOAD_LOCKS = tuple(threading.Lock() for _ in range(61))
+LOAD_LOCKS = [threading.Lock() for _ in range(61)]
 
 
 def decode_bytes(data: bytes, name: str, limits: ImageLimits) -> RgbImage:
@@ -223,6 +224,18 @@ class _Strictness:
     lock = threading.Lock()
     threads = 0
     found = False
+
+
+def _forget_other_threads() -> None:
+    """After a fork: the threads that held locks or were decoding are not in the child."""
+    LOAD_LOCKS[:] = [threading.Lock() for _ in LOAD_LOCKS]
+    _Strictness.lock = threading.Lock()
+    if _Strictness.threads and _Strictness.found:
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+    _Strictness.threads = 0
+
+
+os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 @contextmanager
