@@ -30,6 +30,7 @@ from qwen_vit import VisionEncoder
 from qwen_vit.cli import main as cli_module
 from qwen_vit.common import atomic_file as atomic_file_module
 from qwen_vit.compare import huggingface as reference
+from qwen_vit.compare import measure
 from qwen_vit.compare import run as compare_module
 from qwen_vit.compare.golden import METADATA_KEY, Golden, load_golden
 from qwen_vit.compare.huggingface import Processed
@@ -220,7 +221,7 @@ def test_an_image_of_a_few_rows_is_compared_as_what_it_is(rows: int) -> None:
     rgb = np.random.default_rng(rows).integers(0, 256, (rows, 5, 3), np.uint8)
     config = encoder().image_config
     theirs = reference.process(rgb, config, "pillow")
-    part = compare_module._compare_pixels("pillow", patchify(rgb, config), theirs, config)
+    part = measure.compare_pixels("pillow", patchify(rgb, config), theirs, config)
     assert (part.same_grid, part.values_differ) == (True, 0)
 
 
@@ -260,14 +261,14 @@ def test_an_image_that_cannot_be_read_is_skipped_and_ends_with_1(run: Any, tmp_p
 def test_an_image_too_large_for_the_gpus_memory_is_skipped(
     monkeypatch: pytest.MonkeyPatch, golden: Golden
 ) -> None:
-    trace_tower, calls = compare_module.trace_tower, itertools.count()
+    trace_tower, calls = measure.trace_tower, itertools.count()
 
     def full(*arguments: Any) -> Any:
         if next(calls) % 2 == 0:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return trace_tower(*arguments)
 
-    monkeypatch.setattr(compare_module, "trace_tower", full)
+    monkeypatch.setattr(measure, "trace_tower", full)
     for done in (
         compare(encoder(), [ROCKET, CHELSEA]),
         compare_with_golden(encoder(), golden, [ROCKET, CHELSEA]),
@@ -281,14 +282,14 @@ def test_an_image_too_large_for_the_gpus_memory_is_skipped(
 def test_values_that_are_not_finite_differ_and_stay_json(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trace_tower = compare_module.trace_tower
+    trace_tower = measure.trace_tower
 
     def with_nan(*arguments: Any) -> Any:
         trace = trace_tower(*arguments)
         trace["block.4"][3, 3] = math.nan
         return trace
 
-    monkeypatch.setattr(compare_module, "trace_tower", with_nan)
+    monkeypatch.setattr(measure, "trace_tower", with_nan)
     done = compare(encoder(), [CHELSEA])
     assert done.images[0].problems[0].startswith("block.4: inf from Hugging Face")
     document = json.loads(json.dumps(done.to_json(), allow_nan=False))

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
-from torch import Tensor
 from tqdm import tqdm
 
 from qwen_vit.compare.choices import PROCESSORS, Attention, Processor
@@ -27,16 +25,12 @@ from qwen_vit.compare.huggingface import (
     package_versions,
     process,
 )
-from qwen_vit.compare.oracle import Oracle, Trace
-from qwen_vit.compare.result import Comparison, FeatureMaps, ImageComparison, Preprocessing, Stage
-from qwen_vit.compare.stages import layout_for, trace_tower
-from qwen_vit.compare.tolerance import Difference, judge, relative_error
-from qwen_vit.config import ImageConfig
+from qwen_vit.compare.measure import compare_case, compare_pixels
+from qwen_vit.compare.result import Comparison, ImageComparison, Preprocessing
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ComparisonError, ImageError, plural
 from qwen_vit.images.load import ImageLimits, RgbImage, load_image, read_image_file
 from qwen_vit.images.patches import Patches, patchify
-from qwen_vit.layout import Layout
 
 __all__ = ["compare", "compare_checkpoint", "compare_with_golden"]
 
@@ -122,7 +116,7 @@ def compare(
             if each in (processor, "pillow") or "torchvision" in package_versions()
         }
         pixels = [
-            _compare_pixels(each, patches, done, encoder.image_config)
+            compare_pixels(each, patches, done, encoder.image_config)
             for each, done in found.items()
         ]
         rows, grid = found[processor]
@@ -136,7 +130,7 @@ def compare(
         for name in map(os.fsdecode, images):
             try:
                 case, pixels, patches = case_of(name)
-                result = _compare_case(encoder, case, pixels, patches, processor, keep_maps)
+                result = compare_case(encoder, case, pixels, patches, processor, keep_maps)
             except ImageError as error:
                 yield name, error
                 continue
@@ -200,8 +194,8 @@ def compare_with_golden(
                     rgb = load_image(name)
                     patches = patchify(rgb.picture, encoder.image_config, name=name)
                     done = Processed(case.pixel_values, case.grid)
-                    pixels = [_compare_pixels(processor, patches, done, encoder.image_config)]
-                yield _compare_case(encoder, case, pixels, patches, processor, keep_maps)
+                    pixels = [compare_pixels(processor, patches, done, encoder.image_config)]
+                yield compare_case(encoder, case, pixels, patches, processor, keep_maps)
             except ImageError as error:
                 yield case.id, error
             except torch.cuda.OutOfMemoryError:
@@ -220,97 +214,6 @@ def compare_with_golden(
         },
     }
     return Comparison(facts, *done)
-
-
-def _compare_case(
-    encoder: VisionEncoder,
-    case: Case,
-    pixels: Sequence[Preprocessing],
-    patches: Patches | None,
-    processor: str,
-    keep_maps: bool,
-) -> ImageComparison:
-    """Run our tower on the case's input and measure every stage as the oracle reaches it."""
-    rows = case.pixel_values.to(encoder.device)
-    # our own pixels only where they equal those that Hugging Face's tower got
-    same = any(part.processor == processor and part.passed for part in pixels)
-    given = patches.pixels if patches is not None and same else rows
-    layout = layout_for([case.grid], encoder.config, encoder.device, encoder.dtype)
-    ours = trace_tower(encoder.tower, given, layout)
-    theirs = {name: values.to(encoder.device) for name, values in case.trace.items()}
-    oracle = Oracle(encoder.checkpoint.tensors, encoder.config, device=encoder.device)
-    stages = []
-    for name, truth in oracle.stages(rows, [case.grid]):
-        difference = Difference.between(ours[name], theirs[name])
-        our_error, their_error = (
-            relative_error(ours[name], truth),
-            relative_error(theirs[name], truth),
-        )
-        verdict = judge(
-            encoder.dtype,
-            distance=difference.relative,
-            ours=our_error,
-            theirs=their_error,
-            recorded=None if case.errors is None else case.errors[name],
-        )
-        stages.append(Stage(name, difference, our_error, their_error, verdict))
-    maps = _maps(encoder, case, ours, theirs, layout) if keep_maps else None
-    return ImageComparison(
-        case.id, case.sha256, case.size_px, case.grid,
-        "the pixel values of the processor" if given is rows else "uint8 pixels",
-        tuple(pixels), tuple(stages), maps,
-    )  # fmt: skip
-
-
-def _compare_pixels(
-    processor: str, patches: Patches, theirs: Processed, config: ImageConfig
-) -> Preprocessing:
-    [grid] = patches.grids
-    grid_thw = (theirs.grid.t, theirs.grid.h, theirs.grid.w)
-    if grid != theirs.grid:
-        return Preprocessing(
-            processor, grid_thw, False, theirs.pixel_values.numel(), None, None, None
-        )
-    ours = patches.to_rows(config)
-    std = torch.tensor(config.image_std).repeat_interleave(ours.shape[1] // 3)
-    levels = ((ours - theirs.pixel_values).abs() * std * 255).round()
-    return Preprocessing(
-        processor,
-        grid_thw,
-        True,
-        ours.numel(),
-        int(levels.count_nonzero()),
-        int(levels.max()),
-        relative_error(ours, theirs.pixel_values),
-    )
-
-
-def _maps(
-    encoder: VisionEncoder, case: Case, ours: Trace, theirs: Trace, layout: Layout
-) -> FeatureMaps:
-    """Return four stages in raster order, and the picture that the processor's pixels show."""
-    config, image_config = encoder.config, encoder.image_config
-    h, w, merge = case.grid.h, case.grid.w, config.spatial_merge_size
-    raster, index = layout.raster_order.long(), layout.grid_index.long()
-    full = min(config.fullatt_block_indexes, default=0)
-    drawn = dict.fromkeys(("patch_embed", f"block.{full}", f"block.{config.depth - 1}", "merger"))
-
-    def as_map(name: str, values: Tensor) -> Tensor:
-        if name == "merger":
-            return values.view(h // merge, w // merge, -1).cpu()
-        return (values[index] if name == "patch_embed" else values)[raster].view(h, w, -1).cpu()
-
-    mean, std = (torch.tensor(x) for x in (image_config.image_mean, image_config.image_std))
-    picture = rearrange(
-        case.pixel_values,
-        "(h w mh mw) (c frames ph pw) -> frames (h mh ph) (w mw pw) c",
-        h=h // merge, w=w // merge, mh=merge, mw=merge, c=3,
-        ph=config.patch_px, pw=config.patch_px,
-    )[0]  # fmt: skip
-    rgb = ((picture * std + mean) * 255).round().clamp(0, 255).byte()
-    return FeatureMaps(
-        rgb, {name: (as_map(name, ours[name]), as_map(name, theirs[name])) for name in drawn}
-    )
 
 
 def _with_errors(case: Case, result: ImageComparison) -> Case:
