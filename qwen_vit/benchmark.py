@@ -196,9 +196,11 @@ class TimedTower:
         self.graphs = GraphRunner(tower, device)
 
     def layout(self, grids: Sequence[Grid], n_rows: int | None = None) -> Layout:
+        """Return the layout of images, padded to `n_rows`."""
         return plan_layout(grids, self.tower.config, self.device, self.dtype, n_rows)
 
     def eager(self, pixels: Tensor, grids: Sequence[Grid]) -> Callable[[], Tensor]:
+        """Return a call that launches kernel by kernel."""
         layout = self.layout(grids).to(self.device)
 
         def run() -> Tensor:
@@ -208,6 +210,7 @@ class TimedTower:
         return run
 
     def by_graph(self, pixels: Tensor, grids: Sequence[Grid]) -> Callable[[], Tensor]:
+        """Return a call that replays a CUDA graph, if one fits, as `encode` does."""
         layout = self.layout(grids, bucket_for(len(pixels)))
         eager = self.eager(pixels, grids)
 
@@ -238,10 +241,12 @@ class Measured:
 
     @property
     def x_roofline(self) -> float:
+        """The time over the roofline's."""
         return self.ms / self.roofline_ms
 
     @property
     def images_per_second(self) -> float:
+        """Images a second of GPU time."""
         return 1000 * self.images / self.ms
 
 

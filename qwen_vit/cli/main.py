@@ -26,6 +26,7 @@ class _LazyGroup(click.Group):
     """A group that imports the module of a command, which has its name, when it is asked for."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command, or return None for a name of no command."""
         if cmd_name not in self.commands:
             return None
         command: click.Command = getattr(import_module(f"qwen_vit.cli.{cmd_name}"), cmd_name)
