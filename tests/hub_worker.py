@@ -24,7 +24,7 @@ from qwen_vit.cli import main as cli
 from qwen_vit.checkpoint import ranges
 from qwen_vit.checkpoint.load import load_checkpoint
 from qwen_vit.checkpoint.hub import download
-from qwen_vit.cli.info import report
+from qwen_vit.cli.describe import describe_download
 
 log, waits = [], []
 
@@ -60,7 +60,7 @@ def run(do, **call):
         return {"out": out.getvalue(), "err": err.getvalue(), "code": code}
     done = download(**call)
     folder = done.source.folder
-    return {**report(done), "files": sorted(path.name for path in folder.iterdir()),
+    return {**describe_download(done), "files": sorted(path.name for path in folder.iterdir()),
             "weights": load_checkpoint(folder).weights_sha256() if do == "load" else None}
 
 print(json.dumps({"version": huggingface_hub.__version__}), flush=True)

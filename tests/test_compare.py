@@ -30,12 +30,13 @@ from qwen_vit import VisionEncoder
 from qwen_vit.cli import main as cli_module
 from qwen_vit.common import atomic_file as atomic_file_module
 from qwen_vit.compare import huggingface as reference
+from qwen_vit.compare import measure
 from qwen_vit.compare import run as compare_module
 from qwen_vit.compare.golden import METADATA_KEY, Golden, load_golden
 from qwen_vit.compare.huggingface import Processed
 from qwen_vit.compare.result import Comparison
 from qwen_vit.compare.run import compare, compare_with_golden
-from qwen_vit.compare.text import as_text, nearer_line
+from qwen_vit.compare.text import as_text, closer_line
 from qwen_vit.compare.tolerance import Difference, fp32_budget, judge, relative_error
 from qwen_vit.errors import ArgumentError, ComparisonError
 from qwen_vit.images.patches import patchify
@@ -111,20 +112,20 @@ def test_the_table_names_every_stage_and_ends_with_the_verdict(run: Any) -> None
     )
 
 
-def test_who_is_nearer_to_the_truth_is_said_in_words() -> None:
+def test_who_is_closer_to_float64_is_said_in_words() -> None:
     [image] = compare(encoder(), [CHELSEA]).images
 
     def line(*pairs: tuple[float, float]) -> str:
         """For images of one stage, with these errors of ours and of Hugging Face's."""
         stages = [replace(image.stages[-1], ours=ours, theirs=theirs) for ours, theirs in pairs]
         images = tuple(replace(image, stages=(stage,)) for stage in stages)
-        return nearer_line(Comparison({}, images, ()))
+        return closer_line(Comparison({}, images, ()))
 
     assert line((1e-7, 2e-7), (3e-7, 4e-7), (2e-7, 1e-7)) == (
-        "nearer to float64: ours, at 2 of 3 stages; in the merged tokens our error is 0.50 to 2.00 "
+        "closer to float64: ours, at 2 of 3 stages; in the merged tokens our error is 0.50 to 2.00 "
         "times Hugging Face's"
     )
-    assert line((2e-7, 1e-7)).startswith("nearer to float64: Hugging Face, at 1 of 1 stage; ")
+    assert line((2e-7, 1e-7)).startswith("closer to float64: Hugging Face, at 1 of 1 stage; ")
     assert "our error is 2.00 times" in line((2e-7, 1e-7))
     assert line() == line((math.nan, 1e-7)) == ""
 
@@ -193,8 +194,8 @@ def test_processors_are_named_apart_and_only_the_pillow_one_is_judged(
     """
     process = reference.process
 
-    def pretended(rgb: Any, config: Any, which: Any) -> Processed:
-        done = process(rgb, config, "pillow")
+    def pretended(rgb: Any, config: Any, which: Any, **name: str) -> Processed:
+        done = process(rgb, config, "pillow", **name)
         return shifted(done, 3.0) if which == processor else done
 
     versions = {**reference.package_versions(), "torchvision": "0"}
@@ -220,7 +221,7 @@ def test_an_image_of_a_few_rows_is_compared_as_what_it_is(rows: int) -> None:
     rgb = np.random.default_rng(rows).integers(0, 256, (rows, 5, 3), np.uint8)
     config = encoder().image_config
     theirs = reference.process(rgb, config, "pillow")
-    part = compare_module._compare_pixels("pillow", patchify(rgb, config), theirs, config)
+    part = measure.compare_pixels("pillow", patchify(rgb, config), theirs, config)
     assert (part.same_grid, part.values_differ) == (True, 0)
 
 
@@ -228,13 +229,13 @@ def test_another_grid_is_reported_before_any_value(monkeypatch: pytest.MonkeyPat
     process = reference.process
     monkeypatch.setattr(
         compare_module, "process",
-        lambda rgb, config, which: process(rgb[:60], config, which),
+        lambda rgb, config, which, **name: process(rgb[:60], config, which, **name),
     )  # fmt: skip
     [image] = compare(encoder(), [CHELSEA]).images
     [part] = image.preprocessing
     assert (part.same_grid, part.values_differ, part.passed) == (False, None, False)
     assert "its grid is (1, 4, 32)" in image.problems[0]
-    assert "another grid" in as_text(compare(encoder(), [CHELSEA]))
+    assert "different grid" in as_text(compare(encoder(), [CHELSEA]))
 
 
 def test_an_image_that_cannot_be_read_is_skipped_and_ends_with_1(run: Any, tmp_path: Path) -> None:
@@ -252,41 +253,43 @@ def test_an_image_that_cannot_be_read_is_skipped_and_ends_with_1(run: Any, tmp_p
     assert "agrees: 1 of 1 image," in run(CHELSEA, torn, *SMALL)[1]
     code, out, err = run(torn, *SMALL, "--save-golden", tmp_path / "golden.safetensors")
     assert (code, out, list(tmp_path.iterdir())) == (2, "", [torn])
-    assert f"would hold no image: every one of 1 failed ({torn}: a truncated PNG" in err
+    assert f"not saved: 1 of 1 image failed ({torn}" in err
+    assert "truncated PNG" in err
+    assert "Pass an image that can be compared." in err
 
 
 def test_an_image_too_large_for_the_gpus_memory_is_skipped(
     monkeypatch: pytest.MonkeyPatch, golden: Golden
 ) -> None:
-    trace_tower, calls = compare_module.trace_tower, itertools.count()
+    trace_tower, calls = measure.trace_tower, itertools.count()
 
     def full(*arguments: Any) -> Any:
         if next(calls) % 2 == 0:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return trace_tower(*arguments)
 
-    monkeypatch.setattr(compare_module, "trace_tower", full)
+    monkeypatch.setattr(measure, "trace_tower", full)
     for done in (
         compare(encoder(), [ROCKET, CHELSEA]),
         compare_with_golden(encoder(), golden, [ROCKET, CHELSEA]),
     ):
         [(name, error)] = done.skipped
         assert (name, error.code, done.passed) == (str(ROCKET), "out-of-memory", False)
-        assert "lower --max-pixels" in str(error)
+        assert "Lower --max-pixels" in str(error)
         assert [image.id for image in done.images] == [str(CHELSEA)]
 
 
 def test_values_that_are_not_finite_differ_and_stay_json(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trace_tower = compare_module.trace_tower
+    trace_tower = measure.trace_tower
 
     def with_nan(*arguments: Any) -> Any:
         trace = trace_tower(*arguments)
         trace["block.4"][3, 3] = math.nan
         return trace
 
-    monkeypatch.setattr(compare_module, "trace_tower", with_nan)
+    monkeypatch.setattr(measure, "trace_tower", with_nan)
     done = compare(encoder(), [CHELSEA])
     assert done.images[0].problems[0].startswith("block.4: inf from Hugging Face")
     document = json.loads(json.dumps(done.to_json(), allow_nan=False))
@@ -307,8 +310,8 @@ def version_of(**pretended: str | None) -> Callable[[str], str]:
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (None, "transformers is not installed, expected 5.17 or newer"),
-        ("4.49.0", "transformers 4.49.0 is too old, expected 5.17 or newer"),
+        (None, "transformers is not installed. Expected 5.17 or newer. "),
+        ("4.49.0", "transformers 4.49.0 is too old. Expected 5.17 or newer. "),
     ],
 )
 def test_without_a_transformers_to_use_the_range_and_the_find_are_named(
@@ -318,14 +321,16 @@ def test_without_a_transformers_to_use_the_range_and_the_find_are_named(
     code, out, err = run(CHELSEA, *SMALL)
     assert (code, out) == (2, "")
     assert words in err
-    assert "pip install 'qwen-vit[hf]'" in err
+    assert "Run pip install 'qwen-vit[hf]'" in err
     assert "--golden FILE" in err
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="FlashAttention is installed")
 def test_an_attention_that_is_not_installed_is_refused_with_the_others() -> None:
     checkpoint = encoder().checkpoint
-    with pytest.raises(ArgumentError, match=r"refuses --attention flash_attention_2 .* sdpa or"):
+    with pytest.raises(
+        ArgumentError, match=r"refuses --attention flash_attention_2 .* Use sdpa or eager\."
+    ):
         reference.hf_tower(
             checkpoint.tensors, checkpoint.config, torch.bfloat16, attention="flash_attention_2"
         )
@@ -337,28 +342,37 @@ def test_a_transformers_that_does_not_import_is_named_with_its_versions(
     monkeypatch.setitem(sys.modules, "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", None)
     code, out, err = run(CHELSEA, *SMALL)
     assert (code, out) == (2, "")
-    assert re.search(r"error: transformers cannot be imported \(.*\) with torch .*; install", err)
+    assert re.search(r"error: transformers cannot be imported \(.*\) with torch .*\. Install", err)
 
 
 BAD_USAGE = {
-    "no images": (("--model", "tiny"), "there are no images, expected at least one"),
+    "no images": (("--model", "tiny"), "images is empty. Pass at least one image"),
     "both goldens": (
         (CHELSEA, *SMALL, "--golden", "a", "--save-golden", "b"),
-        "--golden compares with a file and --save-golden writes one",
+        "--golden compares with a file and --save-golden writes one. Expected one of them. Leave",
     ),
-    "no golden": ((*SMALL, "--golden", "none"), "none is not a file, expected a golden file"),
-    "golden is a folder": ((*SMALL, "--golden", "."), "expected a golden file"),
+    "no golden": ((*SMALL, "--golden", "none"), "none: not a file. Expected a golden file"),
+    "golden is a folder": ((*SMALL, "--golden", "."), "Expected a golden file"),
     "attention": ((CHELSEA, *SMALL, "--attention", "flash_attention_2"), "takes no float32"),
     "unknown attention": ((CHELSEA, *SMALL, "--attention", "fast"), "'fast' is not one of"),
     "torchvision": ((CHELSEA, *SMALL, "--processor", "torchvision"), "pass --processor pillow"),
-    "report is a file": ((CHELSEA, *SMALL, "--report", CHELSEA), "is a file, expected a folder"),
+    "report is a file": (
+        (CHELSEA, *SMALL, "--report", CHELSEA),
+        "a file. Expected a folder for the report. Pass another --report.",
+    ),
     "report of a long name": ((CHELSEA, *SMALL, "--report", "r" * 300), "File name too long"),
     "saved golden is a folder": (
         (CHELSEA, *SMALL, "--save-golden", "."),
-        ". is a folder, expected a file to write; pass another --save-golden",
+        ".: a folder. Expected a file to write. Pass another --save-golden.",
     ),
-    "report in no folder": ((CHELSEA, *SMALL, "--report", "no/page"), "no is not a folder"),
-    "same image twice": ((CHELSEA, CHELSEA, *SMALL, "--save-golden", "g"), "is given twice"),
+    "report in no folder": (
+        (CHELSEA, *SMALL, "--report", "no/page"),
+        "no: not a folder. Create it first.",
+    ),
+    "same image twice": (
+        (CHELSEA, CHELSEA, *SMALL, "--save-golden", "g"),
+        "chelsea.png: given twice. Expected each image once. Leave one out.",
+    ),
 }
 
 
@@ -386,7 +400,10 @@ def test_what_is_no_yardstick_is_not_saved(run: Any, tmp_path: Path) -> None:
     options = ("--model", str(tmp_path / "model"), "--device", "cpu", "--max-pixels", "30000")
     code, out, err = run(CHELSEA, *options, "--save-golden", str(tmp_path / "golden"))
     assert (code, out) == (2, "")
-    assert "Hugging Face's block.2 is not finite; nothing was written" in err
+    assert (
+        f"{tmp_path / 'golden'}: not saved: Hugging Face's block.2 of {CHELSEA} contains NaN or"
+        in err
+    )
     assert not (tmp_path / "golden").exists()
     code, out, _ = run(CHELSEA, *options, "--json")
     stages = json.loads(out)["images"][0]["stages"]
@@ -447,9 +464,7 @@ def test_an_image_that_the_golden_does_not_hold_is_refused(run: Any, golden: Gol
     other = IMAGE_FOLDER / "astronaut.png"
     code, out, err = run(other, *SMALL, "--golden", golden.path)
     assert (code, out) == (2, "")
-    assert re.search(
-        rf"{other} is not one of the images of .* \(.*chelsea.png, .*rocket.jpg\)", err
-    )
+    assert re.search(rf"{other}: not one of the images of .* \(.*chelsea.png, .*rocket.jpg\)", err)
 
 
 def test_an_image_that_cannot_be_read_is_skipped_beside_a_golden_too(
@@ -504,7 +519,7 @@ def test_another_setting_than_the_goldens_is_refused_by_name(
     assert (code, out) == (2, "")
     assert words in err
     kept = {"max_pixels": 30_000, "processor": "pillow", "attention": "sdpa"}[setting]
-    assert f"pass {arguments[0]} {kept}" in err
+    assert f"Expected the same. Pass {arguments[0]} {kept}." in err
 
 
 def test_another_dtype_or_architecture_is_refused_by_name(golden: Golden) -> None:
@@ -543,13 +558,18 @@ EDITS: dict[str, Callable[[dict[str, Any], Any], None]] = {
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_golden_edited_by_hand_is_refused(golden: Golden, tmp_path: Path, edit: str) -> None:
     path = rewritten(golden.path, tmp_path / "edited", EDITS[edit])
-    with pytest.raises(ComparisonError, match="edited was changed after it was written"):
+    with pytest.raises(
+        ComparisonError,
+        match=r"edited: was changed after it was written: .* Get it again, or make it",
+    ):
         load_golden(path)
 
 
 def test_a_golden_of_another_schema_is_refused(golden: Golden, tmp_path: Path) -> None:
     path = rewritten(golden.path, tmp_path / "g", lambda facts, _: facts.update(schema_version=2))
-    with pytest.raises(ComparisonError, match="golden schema 2, expected 1"):
+    with pytest.raises(
+        ComparisonError, match=r"golden schema 2\. Expected schema 1\. Make it again"
+    ):
         load_golden(path)
 
 
@@ -557,14 +577,18 @@ def test_a_golden_of_another_schema_is_refused(golden: Golden, tmp_path: Path) -
 def test_a_torn_golden_is_refused(golden: Golden, tmp_path: Path, kept: int) -> None:
     torn = tmp_path / "torn"
     torn.write_bytes(golden.path.read_bytes()[:kept])
-    with pytest.raises(ComparisonError, match=r"torn \(\d+ bytes\) is torn, or no safetensors"):
+    with pytest.raises(
+        ComparisonError, match=r"torn: torn, or not a safetensors file \(\d+ bytes; "
+    ) as caught:
         load_golden(torn)
-    with pytest.raises(ComparisonError, match=r"^[^;]*; get it again$"):  # and no checkpoint
-        load_golden(torn)
+    assert caught.value.name == str(torn)
+    assert (caught.value.expected, caught.value.remedy) == ("", "get it again")  # no checkpoint's
 
 
 def test_another_safetensors_file_is_no_golden() -> None:
-    with pytest.raises(ComparisonError, match="is a safetensors file but no golden file"):
+    with pytest.raises(
+        ComparisonError, match=r"model\.safetensors: a safetensors file but not a golden"
+    ):
         load_golden(TINY_FOLDER / "model.safetensors")
 
 
@@ -599,7 +623,7 @@ def test_a_fault_in_one_tensor_of_a_checkpoint_is_found_and_its_stage_named(
     assert code == 1
     here, there = (VisionEncoder.from_pretrained(tmp_path / "tiny", device="cpu"), encoder())
     hashes = [each.checkpoint.weights_sha256()[:16] for each in (here, there)]
-    assert f"({hashes[0]} here, {hashes[1]} there): 1 tensor, {tensor}" in last[0]
+    assert f"({hashes[0]} here, {hashes[1]} in the golden): 1 tensor, {tensor}" in last[0]
     assert last[1].startswith(f"differs: {CHELSEA}: first at {planted.stage}: the golden is ")
     assert "other weights" in last[1]  # by its own error as it states it, not by ours of today
 
@@ -610,7 +634,7 @@ def test_other_weights_that_give_the_same_numbers_agree_and_are_named(golden: Go
     other = replace(encoder(), checkpoint=replace(encoder().checkpoint, tensors=tensors))
     done = compare_with_golden(other, golden, [CHELSEA])
     assert done.passed
-    assert "other weights than the golden's" in as_text(done).splitlines()[-2]
+    assert "weights differ from the golden's" in as_text(done).splitlines()[-2]
 
 
 # The policy

@@ -31,6 +31,7 @@ from export_stress import tiny_png, write_hostile
 from fake_encoder import WIDTH, FakeEncoder
 from PIL import Image
 
+from qwen_vit.cli import export as export_command
 from qwen_vit.cli import main as cli_module
 from qwen_vit.cli.text import estimate_text
 from qwen_vit.encoder import VisionEncoder
@@ -1154,7 +1155,7 @@ def test_an_interrupt_says_what_is_kept(
     code, _, err = run("p", "--out", "out", "--shard-size", "4")
     assert code == 130
     kept = "finished shards are kept; run the same command again to go on"
-    assert (kept in err, "no shard was finished" in err) == (is_any_whole, not is_any_whole)
+    assert (kept in err, "nothing was saved yet" in err) == (is_any_whole, not is_any_whole)
 
 
 def test_its_json_is_one_document(export_dir: Path, run: Any) -> None:
@@ -1245,12 +1246,12 @@ def test_an_estimate_is_told_in_units_of_its_size(
 def test_a_large_export_is_not_begun_without_a_yes(
     export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli_module, "ASK_ABOVE_BYTES", 1_000)
+    monkeypatch.setattr(export_command, "ASK_ABOVE_BYTES", 1_000)
     monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115 - no terminal
     code, out, err = run("p", "--out", "out")
     assert (code, out) == (2, "")
-    assert "out will take about" in err
-    assert "pass --yes" in err
+    assert "out: the export will take about" in err
+    assert "Pass --yes" in err
     assert shards() == {}
     assert run("p", "--out", "out")[0] == 2  # still not begun
     assert run("p", "--out", "out", "--yes")[0] == 1
@@ -1261,9 +1262,9 @@ def test_who_answers_no_is_told_that_nothing_was_exported(
     export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was called interrupted, with 130."""
-    monkeypatch.setattr(cli_module, "ASK_ABOVE_BYTES", 1_000)
+    monkeypatch.setattr(export_command, "ASK_ABOVE_BYTES", 1_000)
     for answer, code, words in (
-        ("n\n", 2, "error: nothing was exported, as you wished; fewer images"),
+        ("n\n", 2, "error: export cancelled. To make it smaller, pass fewer images"),
         ("", 130, "interrupted"),  # Ctrl-D
     ):
         stdin = io.StringIO(answer)

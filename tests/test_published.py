@@ -20,7 +20,7 @@ from qwen_vit.checkpoint.convert import convert
 from qwen_vit.checkpoint.hub import REPOSITORY, packaged_weights
 from qwen_vit.checkpoint.load import _LazyTensors, expected_tensors, find_tower
 from qwen_vit.checkpoint.weight_files import RemoteFiles, StoredTensor
-from qwen_vit.cli.info import licence_of
+from qwen_vit.cli.describe import licence_of
 from qwen_vit.common.safetensors_header import TensorInfo
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.model import VisionTower

@@ -98,7 +98,7 @@ def test_the_page_says_what_the_table_says(page: Path) -> None:
             f"{stage.name} {stage.difference.relative:.2e} {stage.difference.largest:.2e}" in text
         )
     assert "agrees: 1 of 1 image, 7 stages" in text
-    assert "nearer to float64: ours, at 7 of 7 stages" in text
+    assert "closer to float64: ours, at 7 of 7 stages" in text
     assert "differs" not in text
 
 
@@ -203,7 +203,9 @@ def test_the_error_map_shows_the_token_that_is_off(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_existing_page_stays_unless_asked(page: Path) -> None:
-    with pytest.raises(ExportError, match="exists; pass --overwrite"):
+    with pytest.raises(
+        ExportError, match=r"index.html: already exists\. Pass --overwrite to replace it\."
+    ):
         report.check_report(page.parent, overwrite=False)
     report.check_report(page.parent, overwrite=True)
 
@@ -225,7 +227,7 @@ def test_without_the_extra_the_package_to_install_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(report, "find_spec", lambda name: None if name == "matplotlib" else name)
-    with pytest.raises(ArgumentError, match=r"needs matplotlib, .*'qwen-vit\[report\]'"):
+    with pytest.raises(ArgumentError, match=r"installed: matplotlib\. .*'qwen-vit\[report\]'"):
         report.check_report(tmp_path / "page", overwrite=False)
 
 

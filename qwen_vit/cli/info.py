@@ -1,112 +1,33 @@
-"""What a checkpoint is, told without building the model."""
+"""`qwen-vit info`: what a checkpoint is."""
 
-import math
-import os
-import tomllib
+import json
 from typing import Any
 
-from qwen_vit.checkpoint import cache as store
-from qwen_vit.checkpoint.convert import check_finite
-from qwen_vit.checkpoint.hub import Download, Source, packaged_weights
-from qwen_vit.checkpoint.load import Checkpoint, config_hash, expected_tensors, load_checkpoint
-from qwen_vit.images.load import load_image
-from qwen_vit.images.patches import patchify
+import click
 
-__all__ = ["describe", "licence_of", "report"]
+from qwen_vit.cli.console import print_data
+from qwen_vit.cli.imports import slow_imports
+from qwen_vit.cli.options import NAME, json_option, model_argument, source_options
 
-UNVERIFIED = "unverified"  # in published.toml: not found anywhere
-UNKNOWN_LICENCE = "unknown: see the model's own page"
+__all__ = ["info"]
 
 
-def describe(
-    source: Source, image: str | os.PathLike[str] | None = None, *, verify: bool = False
-) -> dict[str, Any]:
-    """Name, licence, architecture, parameters, stored types and hashes; and an image's tokens.
+@click.command()
+@model_argument
+@click.option("--image", type=NAME, help="Also count this image's tokens.")
+@click.option("--verify", is_flag=True, help="Hash every file again, and compare.")
+@json_option
+@source_options
+def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: Any) -> None:
+    """Describe the checkpoint MODEL: architecture, licence, parameters, hashes, token counts.
 
-    >>> from qwen_vit.checkpoint.hub import find_checkpoint
-    >>> describe(find_checkpoint("tiny"))["tensors"]
-    66
-
-    The values are those of a JSON document. `verify` hashes every file again and compares with
-    what was recorded when it was written, or with the Hub's name for it. Raises CheckpointError for
-    a damaged checkpoint, and ImageError for an image that cannot be encoded.
+    \b
+    qwen-vit info tiny
+    qwen-vit info Qwen/Qwen2.5-VL-7B-Instruct --image photo.jpg --json
     """
-    checkpoint = load_checkpoint(source.folder)
-    config, image_config = checkpoint.config, checkpoint.image_config
-    expected = expected_tensors(config)
-    facts: dict[str, Any] = {
-        "model": source.name,
-        "commit": source.commit,
-        "licence": _licence(source, store.recorded_licence(source.folder)),
-        "folder": str(source.folder),
-        "files": [path.name for path in checkpoint.files],
-        "tensors": len(expected),
-        "parameters": sum(math.prod(shape) for shape in expected.values()),
-        "stored_dtype": ", ".join(checkpoint.dtypes),
-        "weights_sha256": checkpoint.weights_sha256(),
-        "config_sha256": config_hash(config, image_config),
-        "vision_config": config.to_json(),
-        "image_config": image_config.to_json(),
-    }
-    if verify:
-        facts["verified"] = store.check(source.folder) or _check_values(checkpoint)
-    if image is not None:
-        rgb = load_image(image)
-        [grid] = patchify(rgb.picture, image_config, name=rgb.name).grids
-        facts["image"] = {
-            "id": rgb.name,
-            "size_px": [rgb.height, rgb.width],
-            "format": rgb.format,
-            "notes": list(rgb.notes),
-            "grid_thw": [grid.t, grid.h, grid.w],
-            "patches": grid.n_patches,
-            "tokens": grid.n_tokens(config.merge_unit),
-        }
-    return facts
-
-
-def _check_values(checkpoint: Checkpoint) -> str:
-    for name, tensor in checkpoint.tensors.items():
-        check_finite(tensor, checkpoint.locate(name))
-    return "no hash is recorded for this folder; every weight was read and is finite"
-
-
-def report(done: Download) -> dict[str, Any]:
-    """What a download did, as a JSON document.
-
-    >>> from qwen_vit.checkpoint.hub import download
-    >>> report(download("tiny"))["fetched_bytes"]
-    0
-    """
-    return {
-        "model": done.source.name,
-        "commit": done.source.commit,
-        "licence": _licence(
-            done.source, done.licence or store.recorded_licence(done.source.folder)
-        ),
-        "folder": str(done.source.folder),
-        "fetched_bytes": done.fetched_bytes,
-        "kept_bytes": done.kept_bytes,
-        "saved_bytes": done.saved_bytes,
-    }
-
-
-def _licence(source: Source, on_card: str | None) -> str:
-    known = licence_of(source.name)
-    return on_card if on_card is not None and known == UNKNOWN_LICENCE else known
-
-
-def licence_of(model: str) -> str:
-    """The licence of a checkpoint that this package knows by name.
-
-    >>> licence_of("Qwen/Qwen2.5-VL-7B-Instruct")
-    'Apache-2.0'
-    """
-    if model == "tiny":
-        return "Apache-2.0"
-    with open(packaged_weights() / "published.toml", "rb") as file:
-        table = tomllib.load(file)
-    for entry in table.get("checkpoint", []):
-        if entry["repo"] == model:
-            return str(entry["licence"]) if entry["licence"] != UNVERIFIED else UNKNOWN_LICENCE
-    return UNKNOWN_LICENCE
+    with slow_imports():
+        from qwen_vit.checkpoint.hub import find_checkpoint
+        from qwen_vit.cli.describe import describe
+        from qwen_vit.cli.text import facts_text
+    facts = describe(find_checkpoint(model, **finding), image, verify=verify)
+    print_data(json.dumps(facts, indent=2) if as_json else facts_text(facts))

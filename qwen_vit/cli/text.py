@@ -1,4 +1,4 @@
-"""What the commands print of what they did: tables and lists for people, and encode's JSON."""
+"""What the commands print: tables and lists for people, and the JSON of encode."""
 
 import shutil
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ __all__ = [
 
 
 def estimate_text(estimate: Estimate, folder: Path) -> str:
-    """What an export into `folder` would take."""
+    """Return what an export into `folder` would take."""
     seconds, n_bytes = estimate.seconds, estimate.bytes
-    time_ = "unknown" if seconds is None else f"{_duration(seconds)}, judged by a few images"
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    free = shutil.disk_usage(there).free
+    duration = "unknown" if seconds is None else f"{_duration(seconds)}, judged by a few images"
+    parents = (folder, *folder.absolute().parents)
+    free = shutil.disk_usage(next(each for each in parents if each.exists())).free
     size = f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.1f} MB"
     return facts_text(
         {
             "images": f"{estimate.images:,}, {estimate.unreadable:,} unreadable or too large",
             "rows": f"{estimate.rows:,}",
             "on the disk": f"{size}, where {free / 1e9:,.1f} GB are free",
-            "time": time_,
+            "time": duration,
         }
     )
 
@@ -43,10 +43,10 @@ def _duration(seconds: float) -> str:
 
 
 def export_text(done: ExportReport) -> str:
-    """What an export did."""
-    nothing = "nothing was left to do: " if done.resumed == done.images > 0 else ""
+    """Return what an export did."""
+    prefix = "nothing was left to do: " if done.resumed == done.images > 0 else ""
     lines = [
-        f"{nothing}exported {done.exported:,} of {done.images:,} images "
+        f"{prefix}exported {done.exported:,} of {done.images:,} images "
         f"({done.resumed:,} tried before): "
         f"{done.rows:,} rows, {done.bytes / 1e6:,.1f} MB, {done.seconds:,.1f} s",
         f"wrote {display_name(str(done.manifest))}",
@@ -57,13 +57,15 @@ def export_text(done: ExportReport) -> str:
         if done.resumed:
             lines[1] += "; to try them again, delete their shards, which the manifest names"
     if done.shards_missing:
-        there = done.shards - done.shards_missing
-        lines.append(f"this is a part: {there:,} of the folder's {done.shards:,} shards are there")
+        finished = done.shards - done.shards_missing
+        lines.append(
+            f"this is a part: {finished:,} of the folder's {done.shards:,} shards are there"
+        )
     return "\n".join(lines)
 
 
 def waits_text(done: ExportReport) -> str:
-    """The share of an export's time that went to waiting for each of its stages."""
+    """Return the share of an export's time spent waiting for each of its stages."""
     total = sum(done.waits.values()) or 1.0
     shares = (f"{stage} {seconds / total:.0%}" for stage, seconds in done.waits.items())
     return f"waited for: {', '.join(shares)}"
@@ -72,7 +74,7 @@ def waits_text(done: ExportReport) -> str:
 def encoded_table(
     features: Sequence[ImageFeatures | FailedImage], milliseconds: Sequence[float]
 ) -> str:
-    """A line for each image that was encoded, or why it was not."""
+    """Return a table with a line for each image, or for why it was not encoded."""
     rows = [("file", "size", "grid (t, h, w)", "tokens", "width", "ms")]
     for feature, duration in zip(features, milliseconds, strict=True):
         if isinstance(feature, FailedImage):
@@ -102,7 +104,7 @@ def encoded_json(
     features: Sequence[ImageFeatures | FailedImage], milliseconds: Sequence[float], out: Path,
     encoder: VisionEncoder,
 ) -> dict[str, Any]:  # fmt: skip
-    """The same and what made it, as a JSON document."""
+    """Return the same, with the encoder that made it, as a JSON document."""
     return {
         "out": str(out),
         "model": encoder.source.name,
@@ -131,19 +133,23 @@ def _image_json(feature: ImageFeatures | FailedImage) -> dict[str, Any]:
 
 
 def facts_text(facts: dict[str, Any]) -> str:
-    """A line for each fact that there is; those of a dictionary below its name."""
+    """Return a line for each fact that has a value; those of a dictionary below its name."""
     lines: list[tuple[str, str]] = []
     for name, value in facts.items():
         if isinstance(value, dict):
-            there = {key: item for key, item in value.items() if item not in (None, "", [])}
-            lines += [(name, ""), *((f"  {key}", _said(key, each)) for key, each in there.items())]
+            lines.append((name, ""))
+            lines += [
+                (f"  {key}", _value_text(key, each))
+                for key, each in value.items()
+                if each not in (None, "", [])
+            ]
         elif value not in (None, "", []):
-            lines.append((name, _said(name, value)))
+            lines.append((name, _value_text(name, value)))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in lines)
 
 
-def _said(name: str, value: Any) -> str:
+def _value_text(name: str, value: Any) -> str:
     if name == "size_px":
         height, width = value
         return f"{width} x {height}"

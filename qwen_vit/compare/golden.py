@@ -1,11 +1,11 @@
-"""A golden file: what Hugging Face computed for some images, to compare with where it is missing.
+"""A golden file: what Hugging Face computed for some images, to compare without transformers.
 
 One safetensors file. For image i it holds `i.pixel_values` (N, P) float32, the processor's rows in
 grid order, and each stage of the tower as `i.STAGE`, in the dtype that it ran in. Its metadata is
 one key of sorted JSON (safetensors writes several keys in random order): schema version, versions,
 processor, attention, dtype, both configs, the model with its commit and the fingerprint of every
 weight; per image its id, sha256, size, grid, and how far each stage was from the float64 oracle;
-and a sha256 over all of that and the tensors, which finds a file that is torn or edited by hand.
+and a sha256 over all of that and the tensors, which detects a torn or edited file.
 """
 
 import hashlib
@@ -44,10 +44,10 @@ OPTIONS = {  # settings that the command line can change
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Case:
-    """What Hugging Face made of one image.
+    """One image with Hugging Face's results.
 
-    `size_px` is the image's (height, width); `errors` is each stage's distance from the float64
-    oracle as a golden states it, None where it has yet to be measured.
+    `size_px` is the image's (height, width); `errors` is each stage's error against the float64
+    oracle as a golden states it, None before it is measured.
     """
 
     id: str
@@ -61,13 +61,13 @@ class Case:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Golden:
-    """A golden file that was read and found whole; an image's tensors are read when asked for."""
+    """A golden file whose hash was checked; an image's tensors are read when asked for."""
 
     path: Path
     facts: Mapping[str, Any]
 
     def index_of(self, sha256: str) -> int | None:
-        """The place of the image with this content."""
+        """Return the index of the image with this content, or None."""
         known = [image["sha256"] for image in self.facts["images"]]
         return known.index(sha256) if sha256 in known else None
 
@@ -75,7 +75,7 @@ class Golden:
         return len(self.facts["images"])
 
     def case(self, index: int) -> Case:
-        """Image `index` with its tensors."""
+        """Return image `index` with its tensors."""
         image = self.facts["images"][index]
         stages = stage_names(self.facts["vision_config"]["depth"])
         with safe_open(self.path, framework="pt", device="cpu") as file:
@@ -115,19 +115,21 @@ class Golden:
                     else "compare with a golden of this model and these settings"
                 )
                 raise ComparisonError(
-                    f"{self.path}: {name} is {there.get(name)!r} in the golden and "
-                    f"{here.get(name)!r} here, expected the same; {remedy}"
+                    f"{name} is {there.get(name)!r} in the golden and {here.get(name)!r} here",
+                    name=str(self.path),
+                    expected="the same",
+                    remedy=remedy,
                 )
 
     def changed_weights(self, encoder: VisionEncoder) -> tuple[str, ...]:
-        """The published names of the weights that are other ones here."""
+        """Return the published names of the weights that differ from the golden's."""
         theirs = self.facts["fingerprints"]
         here = fingerprints(encoder.checkpoint.tensors)
         return tuple(name for name in here if here[name] != theirs.get(name))
 
 
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The first digits of the sha256 of each tensor's type, shape and bytes."""
+    """Return the first digits of the sha256 of each tensor's type, shape and bytes."""
     return {name: weights_hash({name: tensors[name]})[:FINGERPRINT_DIGITS] for name in tensors}
 
 
@@ -140,15 +142,17 @@ def write_golden(
     """Write a golden file whole or not at all; the same cases give the same bytes.
 
     `reference` says how Hugging Face ran: attention, processor, versions, device. Raises
-    ComparisonError for a case that is no yardstick, because its values are not finite, and
-    ExportError where the folder cannot be written.
+    ComparisonError for a case with values that are not finite, and ExportError where the folder
+    cannot be written.
     """
     for case in cases:
         for stage, error in (case.errors or {}).items():
             if not math.isfinite(error):
                 raise ComparisonError(
-                    f"{path} would hold no yardstick: of {display_name(case.id)}, Hugging Face's "
-                    f"{stage} is not finite; nothing was written, compare without --save-golden"
+                    f"not saved: Hugging Face's {stage} of {display_name(case.id)} contains NaN or "
+                    "Inf",
+                    name=str(path),
+                    remedy="compare without --save-golden",
                 )
     tensors: dict[str, Tensor] = {}
     for index, case in enumerate(cases):
@@ -183,54 +187,63 @@ def write_golden(
 
 
 def load_golden(path: Path) -> Golden:
-    """Read a golden file and check that it is whole.
+    """Read a golden file and check its hash.
 
     >>> load_golden(Path("no-such-file.safetensors"))
     Traceback (most recent call last):
-    qwen_vit.errors.ComparisonError: no-such-file.safetensors is not a file, expected a golden \
-file written by `qwen-vit compare --save-golden`
+    qwen_vit.errors.ComparisonError: no-such-file.safetensors: not a file. Expected a golden file \
+written by `qwen-vit compare --save-golden`.
 
     Raises ComparisonError, naming the file, where it is missing, torn, edited or of another schema.
     """
+    name = str(path)
     try:
         size = path.stat().st_size
         if not path.is_file():
             raise FileNotFoundError
     except FileNotFoundError:
         raise ComparisonError(
-            f"{path} is not a file, expected a golden file written by "
-            "`qwen-vit compare --save-golden`"
+            "not a file",
+            name=name,
+            expected="a golden file written by `qwen-vit compare --save-golden`",
         ) from None
     except OSError as error:
         raise ComparisonError(
-            f"{path} cannot be read ({error.strerror}); check its permissions"
+            f"cannot be read ({error.strerror})", name=name, remedy="check its permissions"
         ) from None
     try:
         names = read_header(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
-            facts = None if text is None else parse_json(text.encode(), source=str(path))
+            facts = None if text is None else parse_json(text.encode(), source=name)
             if facts is None:
                 raise ComparisonError(
-                    f"{path} is a safetensors file but no golden file: its metadata has no "
-                    f"{METADATA_KEY}; make one with `qwen-vit compare --save-golden`"
+                    f"a safetensors file but not a golden file: its metadata has no {METADATA_KEY}",
+                    name=name,
+                    remedy="make one with `qwen-vit compare --save-golden`",
                 )
             if facts.get("schema_version") != SCHEMA_VERSION:
                 raise ComparisonError(
-                    f"{path} has golden schema {facts.get('schema_version')!r}, expected "
-                    f"{SCHEMA_VERSION}; make it again with this version of qwen_vit"
+                    f"has golden schema {facts.get('schema_version')!r}",
+                    name=name,
+                    expected=f"schema {SCHEMA_VERSION}",
+                    remedy="make it again with this version of qwen_vit",
                 )
             tensors = _Stored(file, names)
             expected = facts.get("content_sha256")
             if expected != _content_hash(facts, weights_hash(tensors)):
                 raise ComparisonError(
-                    f"{path} was changed after it was written: its sha256 is not the one it "
-                    "states; get it again, or make it again"
+                    "was changed after it was written: its sha256 is not the one it states",
+                    name=name,
+                    remedy="get it again, or make it again",
                 )
     except (CheckpointError, OSError, SafetensorError) as error:
-        reason = str(error).rpartition("; ")[0] or str(error)  # its next step is a checkpoint's
+        # the fact alone: its remedy is for a checkpoint
+        reason = error.fact if isinstance(error, CheckpointError) else str(error)
         raise ComparisonError(
-            f"{path} ({size} bytes) is torn, or no safetensors file ({reason}); get it again"
+            f"torn, or not a safetensors file ({size} bytes; {reason})",
+            name=name,
+            remedy="get it again",
         ) from None
     return Golden(path, facts)
 

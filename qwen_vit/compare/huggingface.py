@@ -1,12 +1,12 @@
-"""Hugging Face's own processors and tower, stage by stage: what ours is compared with.
+"""Hugging Face's processors and tower, stage by stage: the reference of a comparison.
 
-The only part of a comparison that imports transformers, and only when it is asked to run.
+The only part of a comparison that imports transformers, and only when it runs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,17 +14,14 @@ from numpy.typing import NDArray
 from packaging.version import Version
 from torch import Tensor
 
+from qwen_vit.compare.choices import Processor
 from qwen_vit.compare.oracle import Trace
 from qwen_vit.compare.stages import record_stages
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, ImageError
 
 __all__ = [
-    "ATTENTIONS",
-    "PROCESSORS",
-    "Attention",
     "Processed",
-    "Processor",
     "check_transformers",
     "hf_config",
     "hf_tower",
@@ -34,21 +31,17 @@ __all__ = [
 ]
 
 MIN_TRANSFORMERS = "5.17"
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
-ATTENTIONS: tuple[Attention, ...] = ("sdpa", "eager", "flash_attention_2")
-Processor = Literal["pillow", "torchvision"]
-PROCESSORS: tuple[Processor, ...] = ("pillow", "torchvision")
 
 
 class Processed(NamedTuple):
-    """What a processor made of one image: (N, P) float32 rows in grid order, and their grid."""
+    """A processor's output for one image: (N, P) float32 rows in grid order, and their grid."""
 
     pixel_values: Tensor
     grid: Grid
 
 
 def package_versions() -> dict[str, str]:
-    """The versions that Hugging Face's numbers depend on, as far as they are installed."""
+    """Return the versions of installed packages that Hugging Face's numbers depend on."""
     found = {}
     for package in ("numpy", "pillow", "torch", "torchvision", "transformers"):
         try:
@@ -59,23 +52,25 @@ def package_versions() -> dict[str, str]:
 
 
 def check_transformers() -> None:
-    """Raise ArgumentError, with the range and what was found, unless transformers can be used."""
+    """Raise ArgumentError, with the version found and those expected, without transformers."""
     found = package_versions().get("transformers")
     if found is None:
-        problem = "transformers is not installed"
+        fact = "transformers is not installed"
     elif Version(found) < Version(MIN_TRANSFORMERS):
-        problem = f"transformers {found} is too old"
+        fact = f"transformers {found} is too old"
     else:
         return
     raise ArgumentError(
-        f"{problem}, expected {MIN_TRANSFORMERS} or newer; pip install 'qwen-vit[hf]', or "
-        "compare with a golden file that someone else made (--golden FILE)"
+        fact,
+        expected=f"{MIN_TRANSFORMERS} or newer",
+        remedy="run pip install 'qwen-vit[hf]', or compare with a golden file that someone else "
+        "made (--golden FILE)",
     )
 
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """transformers imports torchvision where it is, and one of another torch breaks both."""
+    """transformers imports an installed torchvision; one built for another torch breaks both."""
     try:
         yield
     except (AttributeError, ImportError, RuntimeError) as error:
@@ -86,16 +81,20 @@ def _importing() -> Iterator[None]:
         )
         reason = str(error).strip().rpartition("\n")[2]
         raise ArgumentError(
-            f"transformers cannot be imported ({reason}) with {found}; install versions that "
-            "belong together, or compare with a golden file (--golden FILE)"
+            f"transformers cannot be imported ({reason}) with {found}",
+            remedy="install versions that belong together, or compare with a golden file "
+            "(--golden FILE)",
         ) from error
 
 
-def process(rgb: NDArray[np.uint8], config: ImageConfig, processor: Processor) -> Processed:
+def process(
+    rgb: NDArray[np.uint8], config: ImageConfig, processor: Processor, *, name: str = ""
+) -> Processed:
     """Run one of Hugging Face's processors on an RGB image (height, width, 3).
 
     "pillow" is the reference; "torchvision", transformers' default, resizes in another way and
-    needs torchvision. Raises ArgumentError where it is not installed.
+    needs torchvision. Raises ArgumentError where it is not installed, and ImageError, with `name`,
+    for an image that the processor refuses.
     """
     check_transformers()
     settings: dict[str, Any] = {
@@ -108,8 +107,8 @@ def process(rgb: NDArray[np.uint8], config: ImageConfig, processor: Processor) -
     }
     if processor == "torchvision" and "torchvision" not in package_versions():
         raise ArgumentError(
-            "torchvision is not installed, expected for the torchvision processor; install the "
-            "one that belongs to your torch, or pass --processor pillow"
+            "the torchvision processor needs torchvision, which is not installed",
+            remedy="install the one that belongs to your torch, or pass --processor pillow",
         )
     with _importing():
         if processor == "pillow":
@@ -123,18 +122,22 @@ def process(rgb: NDArray[np.uint8], config: ImageConfig, processor: Processor) -
     try:
         done: Any = ImageProcessor(**settings)(
             images=[rgb],
-            input_data_format="channels_last",  # which it would guess, wrong for 1, 3 or 4 rows
+            input_data_format="channels_last",  # else guessed, wrongly for 1, 3 or 4 rows
             return_tensors="pt",
         )
     except ValueError as error:
-        message = f"Hugging Face's processor refuses the image ({error}); leave it out"
-        raise ImageError(message, code="reference") from None
+        raise ImageError(
+            f"Hugging Face's processor refuses the image ({error})",
+            name=name,
+            remedy="leave it out",
+            code="reference",
+        ) from None
     [grid] = done["image_grid_thw"].tolist()
     return Processed(done["pixel_values"].float(), Grid(*grid))
 
 
 def hf_config(config: Any) -> Any:
-    """transformers' configuration of the same tower."""
+    """Return transformers' configuration of the same tower."""
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
     return Qwen2_5_VLVisionConfig(
@@ -169,8 +172,8 @@ def hf_tower(
     check_transformers()
     if "flash" in attention and dtype == torch.float32:
         raise ArgumentError(
-            f"--attention {attention} takes no float32, which this run is in; pass "
-            "--dtype bfloat16 on a GPU, or use sdpa or eager"
+            f"--attention {attention} takes no float32, and this run is in float32",
+            remedy="pass --dtype bfloat16 on a GPU, or use sdpa or eager",
         )
     with _importing():
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -184,18 +187,19 @@ def hf_tower(
     except (ImportError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ArgumentError(
-            f"transformers refuses --attention {attention} here ({reason}); use sdpa or eager"
+            f"transformers refuses --attention {attention} here ({reason})",
+            remedy="use sdpa or eager",
         ) from None
     state = {name: tensors[name].to(device=device, dtype=dtype) for name in tensors}
     model.load_state_dict(state, strict=True, assign=True)
-    # its buffers are in no checkpoint: made again, off the meta device
+    # its buffers are in no checkpoint: make them again, off the meta device
     model.rotary_pos_emb = type(model.rotary_pos_emb)(theirs).to(device)
     return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def hf_trace(model: Any, rows: Tensor, grids: Iterable[Any]) -> Trace:
-    """Run Hugging Face's tower; stages "patch_embed", "block.0".., "merger" (row-major)."""
+    """Run Hugging Face's tower; return "patch_embed", "block.0".., "merger" (row-major)."""
     first = next(model.parameters())
     trace: Trace = {}
 
@@ -212,7 +216,7 @@ def hf_trace(model: Any, rows: Tensor, grids: Iterable[Any]) -> Trace:
 
 @contextmanager
 def _ieee_float32(device: torch.device) -> Iterator[None]:
-    """Its patch embedding is a convolution, and torch computes those in TF32 unless told not to."""
+    """The patch embedding is a convolution, and torch computes those in TF32 by default."""
     if device.type != "cuda":
         yield
         return

@@ -27,7 +27,7 @@ SCORES_AT_ONCE = 2**27  # softmax weights held at a time: 1 GB in float64, whate
 
 @dataclass(frozen=True, slots=True)
 class PatchOrder:
-    """Where each patch lies, and which patches see one another."""
+    """The order of the patches, and which of them attend to each other."""
 
     order: list[int]  # window order -> grid order: x_window = x_grid[order]
     positions: Tensor  # (N, 2) row and column of each patch, window order

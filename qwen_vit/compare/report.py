@@ -1,7 +1,7 @@
 """A comparison as one self-contained page: feature maps, error maps, drift over depth, windows.
 
-The pictures are drawn with matplotlib and the page is filled in by Jinja2, the `report` extra; both
-are imported only when a page is asked for. Names of files go through Jinja2's escaping.
+matplotlib draws the pictures and Jinja2 fills in the page; both are the `report` extra, imported
+only when a page is written. Jinja2 escapes file names.
 """
 
 import base64
@@ -23,14 +23,14 @@ from torch import Tensor
 
 from qwen_vit.common.atomic_file import atomic_file, cannot_write
 from qwen_vit.compare.result import Comparison, FeatureMaps, ImageComparison
-from qwen_vit.compare.text import nearer_line, reference_line, verdict_lines
+from qwen_vit.compare.text import closer_line, reference_line, verdict_lines
 from qwen_vit.errors import ArgumentError, ExportError
 
 __all__ = ["check_report", "write_report"]
 
 PAGE = "index.html"
 PICTURE = re.compile(r"\d{2,}-[A-Za-z0-9_-]{0,40}-(?:windows|drift|features)\.png")  # of a report
-OURS, THEIRS, APART, LIMIT = "#1668c7", "#d9730d", "#6b7280", "#c0392b"
+OURS, THEIRS, DISTANCE, LIMIT = "#1668c7", "#d9730d", "#6b7280", "#c0392b"
 DOTS_PER_INCH = 150
 RC: Any = {
     "font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False,
@@ -55,38 +55,50 @@ class Picture:
 
 
 def check_report(folder: Path, *, overwrite: bool) -> None:
-    """Before any work: raise ArgumentError without the extra, ExportError for a bad folder."""
+    """Raise ArgumentError without the extra, ExportError for a folder that cannot be written."""
     missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ArgumentError(
-            f"--report needs {' and '.join(missing)}, not installed; pip install 'qwen-vit[report]'"
+            f"--report needs packages that are not installed: {', '.join(missing)}",
+            remedy="run pip install 'qwen-vit[report]'",
         )
     try:
         if folder.exists() and not folder.is_dir():
-            raise ExportError(f"{folder} is a file, expected a folder for the report; pass another")
+            raise ExportError(
+                "a file",
+                name=str(folder),
+                expected="a folder for the report",
+                remedy="pass another --report",
+            )
         if not folder.absolute().parent.is_dir():
-            raise ExportError(f"{folder.parent} is not a folder, expected one; create it first")
+            raise ExportError("not a folder", name=str(folder.parent), remedy="create it first")
         if (folder / PAGE).exists() and not overwrite:
-            raise ExportError(f"{folder / PAGE} exists; pass --overwrite to replace it")
+            raise ExportError(
+                "already exists",
+                name=str(folder / PAGE),
+                remedy="pass --overwrite to replace it",
+            )
     except OSError as error:
         raise cannot_write(folder, error) from None
     written = folder if folder.exists() else folder.absolute().parent
     if not os.access(written, os.W_OK):
-        raise ExportError(f"{written} cannot be written to; check its permissions")
+        raise ExportError("not writable", name=str(written), remedy="check its permissions")
 
 
 def write_report(folder: Path, comparison: Comparison) -> Path:
-    """Write the page and its pictures into a folder, in place of an older one's; returns the page.
+    """Write the page and its pictures into a folder, replacing an older report; return the page.
 
-    The comparison must have been made with `keep_maps`. The page holds its pictures, so it can be
-    moved or sent alone. Raises ExportError where the folder cannot be written.
+    The page holds its pictures, so it can be moved or sent alone. Raises ArgumentError for a
+    comparison made without `keep_maps`, and ExportError where the folder cannot be written.
     """
     from jinja2 import Environment, StrictUndefined
 
     sections = []
     for number, image in enumerate(comparison.images, start=1):
         if image.maps is None:
-            raise ArgumentError("the comparison holds no maps; make it with keep_maps=True")
+            raise ArgumentError(
+                "the comparison holds no feature maps", remedy="make it with keep_maps=True"
+            )
         sections.append((image, _pictures(number, image, image.maps, comparison)))
     source = files("qwen_vit.compare").joinpath("report.html.jinja").read_text("utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
@@ -95,7 +107,7 @@ def write_report(folder: Path, comparison: Comparison) -> Path:
         facts=comparison.facts,
         reference=reference_line(comparison.facts),
         verdicts=verdict_lines(comparison),
-        nearer=nearer_line(comparison),
+        closer=closer_line(comparison),
         sections=sections,
         is_fp32=comparison.facts["dtype"] == "float32",
     )
@@ -109,7 +121,7 @@ def write_report(folder: Path, comparison: Comparison) -> Path:
                 file.write(picture.png)
     with atomic_file(folder / PAGE) as file:
         file.write(page.encode("utf-8", "backslashreplace"))
-    # those of a report that was here before would pass for pictures of this one
+    # pictures of an older report would pass for pictures of this one
     new = {picture.file for _, pictures in sections for picture in pictures}
     for name in os.listdir(folder):
         if PICTURE.fullmatch(name) and name not in new:
@@ -127,7 +139,7 @@ def _pictures(
     rows, columns = (-(-side // (window_px // patch_px)) for side in (image.grid.h, image.grid.w))
 
     def shape(least: float, most: float) -> float:
-        """The height of a picture as wide as the image's, within reason."""
+        """Return the height of a picture with the image's ratio, within limits."""
         return min(max(5.2 * image.grid.h / image.grid.w, least), most)
 
     return [
@@ -157,7 +169,7 @@ def _pictures(
 
 
 def _drawn(size: tuple[float, float], draw: Callable[..., None], *arguments: Any) -> bytes:
-    """A figure of `size` inches, filled by `draw(figure, ...)`, as PNG."""
+    """Return a figure of `size` inches, filled by `draw(figure, ...)`, as PNG."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -208,16 +220,21 @@ def _drift(figure: Any, image: ImageComparison, comparison: Comparison) -> None:
     lines = [
         ("Hugging Face - float64", THEIRS, "-", [stage.theirs for stage in image.stages]),
         ("ours - float64", OURS, "-", [stage.ours for stage in image.stages]),
-        ("ours - Hugging Face", APART, ":", [stage.difference.relative for stage in image.stages]),
+        (
+            "ours - Hugging Face",
+            DISTANCE,
+            ":",
+            [stage.difference.relative for stage in image.stages],
+        ),
     ]
     if is_fp32:
         allowed = [stage.verdict.allowed for stage in image.stages]
         lines.append(("ours - Hugging Face, allowed", LIMIT, "--", allowed))
     marker = "o" if len(image.stages) <= 12 else None
     for label, colour, dashes, values in lines:
-        shown = [value if 0 < value < float("inf") else float("nan") for value in values]
+        plotted = [value if 0 < value < float("inf") else float("nan") for value in values]
         axes.plot(
-            places, shown, dashes, color=colour, label=label, linewidth=1.5,
+            places, plotted, dashes, color=colour, label=label, linewidth=1.5,
             marker=marker if dashes != "--" else None, markersize=3.5,
         )  # fmt: skip
     axes.set_yscale("log")
@@ -252,8 +269,8 @@ def _features(figure: Any, maps: FeatureMaps, comparison: Comparison) -> None:
             axes[column].imshow(basis.colours(values), interpolation="nearest")
         distance = (ours.double() - theirs.double()).norm(dim=-1)
         error = (distance / theirs.double().norm(dim=-1).clamp_min(1e-300)).nan_to_num(0.0)
-        shown = axes[2].imshow(error.numpy(), cmap="viridis", vmin=0.0, interpolation="nearest")
-        bar = figure.colorbar(shown, ax=axes[2], fraction=0.046, pad=0.02, format="%.1e")
+        picture = axes[2].imshow(error.numpy(), cmap="viridis", vmin=0.0, interpolation="nearest")
+        bar = figure.colorbar(picture, ax=axes[2], fraction=0.046, pad=0.02, format="%.1e")
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=7, length=2)
         stage = {"patch_embed": "patch embedding", "merger": "merged tokens"}.get(name, name)
@@ -266,7 +283,7 @@ def _features(figure: Any, maps: FeatureMaps, comparison: Comparison) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Basis:
-    """Three axes of one set of features, and their range along them."""
+    """Three principal axes of one set of features, and the range along each."""
 
     mean: Tensor
     axes: Tensor

@@ -1,4 +1,4 @@
-"""What a comparison with Hugging Face found: by image and stage, with a verdict, and as JSON."""
+"""The result of a comparison with Hugging Face: by image and stage, with a verdict, as JSON."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,8 +16,8 @@ __all__ = ["Comparison", "FeatureMaps", "ImageComparison", "Preprocessing", "Sta
 class Preprocessing:
     """Our pixels against one of Hugging Face's processors.
 
-    `values_differ` counts pixel values that are another grey level, of `values`; `largest_levels`
-    is how far apart they are at most, of 255. Both are None where the grids already differ.
+    `values_differ` counts pixel values, of `values`, with a different grey level;
+    `largest_levels` is their largest distance, of 255. Both are None where the grids differ.
     """
 
     processor: str
@@ -30,18 +30,18 @@ class Preprocessing:
 
     @property
     def passed(self) -> bool:
-        """Same grid, and normalised values within 1e-5: one grey level off would be more."""
+        """Whether grids agree and normalised values are within 1e-5: one grey level is more."""
         return self.same_grid and (self.relative or 0.0) <= RELATIVE_TOLERANCE
 
     @property
     def is_judged(self) -> bool:
-        """The torchvision processor resizes in another way: reported, never a failure of ours."""
+        """Whether a difference is a failure: torchvision's processor resizes in another way."""
         return self.processor == "pillow"
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage: ours against Hugging Face's, both against float64, and what the policy says."""
+    """One stage: ours against Hugging Face's, both against float64, and the verdict."""
 
     name: str
     difference: Difference
@@ -51,13 +51,13 @@ class Stage:
 
     @property
     def ratio(self) -> float:
-        """Our error over theirs: below 1, ours is nearer to the truth."""
+        """Our error over theirs: below 1, ours is closer to float64."""
         return ratio(self.ours, self.theirs)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureMaps:
-    """What a report draws: the picture that the tower saw, and some stages in raster order."""
+    """The pictures of a report: what the tower saw, and some stages in raster order."""
 
     rgb: Tensor  # (height, width, 3) uint8
     stages: dict[str, tuple[Tensor, Tensor]]  # ours and theirs: (rows, columns, values)
@@ -65,7 +65,7 @@ class FeatureMaps:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageComparison:
-    """Everything about one image."""
+    """All results for one image."""
 
     id: str
     sha256: str
@@ -78,7 +78,7 @@ class ImageComparison:
 
     @property
     def problems(self) -> list[str]:
-        """What breaks the policy, in the order in which it is computed."""
+        """What breaks the numbers policy, in the order of computation."""
         pixels = [
             f"preprocessing ({part.processor}): {_pixel_problem(part)}"
             for part in self.preprocessing
@@ -93,7 +93,7 @@ class ImageComparison:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """The outcome for all images; `passed` is what the exit code says."""
+    """The results for all images; `passed` decides the exit code."""
 
     facts: dict[str, Any]  # model, device, dtype, attention, processor, versions, golden, weights
     images: tuple[ImageComparison, ...]
@@ -101,11 +101,11 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Every stage of every image keeps the numbers policy, and none was skipped."""
+        """Whether every stage of every image keeps the numbers policy and none was skipped."""
         return not self.skipped and not any(image.problems for image in self.images)
 
     def to_json(self) -> dict[str, Any]:
-        """The whole comparison as JSON values; what is not finite becomes null."""
+        """Return the whole comparison as JSON values; NaN and infinity become null."""
         document = {
             **self.facts,
             "agrees": self.passed,
@@ -146,15 +146,16 @@ class Comparison:
 
 def _pixel_problem(part: Preprocessing) -> str:
     if not part.same_grid:
-        return f"its grid is {part.grid_thw}, ours is another"
+        return f"its grid is {part.grid_thw}, ours differs"
     return (
-        f"{part.values_differ} of {part.values} values are another grey level, up to "
-        f"{part.largest_levels} of 255; {part.relative:.2g} apart, allowed {RELATIVE_TOLERANCE:g}"
+        f"{part.values_differ} of {part.values} values have a different grey level, up to "
+        f"{part.largest_levels} of 255; relative error {part.relative:.2g}, "
+        f"allowed {RELATIVE_TOLERANCE:g}"
     )
 
 
 def _finite(value: Any) -> Any:
-    """JSON has neither NaN nor infinity."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,8 +1,8 @@
-"""Do we agree with Hugging Face on a checkpoint and some images, and who is nearer to the truth?
+"""Compare our encoder with Hugging Face's, and both with float64, on a checkpoint and some images.
 
 For every image: the processors' pixels, then the tower stage by stage, ours against Hugging Face's
-and both against a float64 oracle. Hugging Face runs here, or a golden file says what it computed.
-One image at a time; of each tower its stages are held in its own dtype, of the oracle one stage.
+and both against a float64 oracle. Hugging Face runs here, or a golden file holds what it computed.
+Memory: one image at a time, with all stages of each tower in its own dtype and one of the oracle.
 """
 
 import os
@@ -13,33 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
-from torch import Tensor
 from tqdm import tqdm
 
+from qwen_vit.compare.choices import PROCESSORS, Attention, Processor
 from qwen_vit.compare.golden import Case, Golden, load_golden, write_golden
 from qwen_vit.compare.huggingface import (
-    PROCESSORS,
-    Attention,
     Processed,
-    Processor,
     check_transformers,
     hf_tower,
     hf_trace,
     package_versions,
     process,
 )
-from qwen_vit.compare.oracle import Oracle, Trace
-from qwen_vit.compare.result import Comparison, FeatureMaps, ImageComparison, Preprocessing, Stage
-from qwen_vit.compare.stages import layout_for, trace_tower
-from qwen_vit.compare.tolerance import Difference, judge, relative_error
-from qwen_vit.config import ImageConfig
+from qwen_vit.compare.measure import compare_case, compare_pixels
+from qwen_vit.compare.result import Comparison, ImageComparison, Preprocessing
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ArgumentError, ComparisonError, ImageError
+from qwen_vit.errors import ArgumentError, ComparisonError, ImageError, plural
 from qwen_vit.images.image import ImageLimits, RgbImage
 from qwen_vit.images.load import load_image, read_image_file
 from qwen_vit.images.patches import Patches, patchify
-from qwen_vit.layout import Layout
 
 __all__ = ["compare", "compare_checkpoint", "compare_with_golden"]
 
@@ -58,25 +50,27 @@ def compare_checkpoint(
 ) -> Comparison:
     """Load a checkpoint and compare it, with a golden file or with Hugging Face: the command.
 
-    `loading` goes to `VisionEncoder.from_pretrained`. What can be refused is refused before the
-    weights are read. Raises as `compare` and `compare_with_golden` do.
+    `loading` goes to `VisionEncoder.from_pretrained`. Arguments and the golden file are checked
+    before the weights are read. Raises as `compare` and `compare_with_golden` do.
     """
     if golden is not None and save_golden is not None:
         raise ArgumentError(
-            "--golden compares with a file and --save-golden writes one, expected one of them; "
-            "leave the other out"
+            "--golden compares with a file and --save-golden writes one",
+            expected="one of them",
+            remedy="leave the other out",
         )
     if not images and golden is None:
         raise ArgumentError(
-            "there are no images, expected at least one; only --golden brings its own"
+            "images is empty",
+            remedy="pass at least one image; only a file for --golden brings its own",
         )
-    found = None if golden is None else load_golden(golden)
-    if found is None:
+    stored = None if golden is None else load_golden(golden)
+    if stored is None:
         check_transformers()
     encoder = VisionEncoder.from_pretrained(model, cuda_graphs=False, **loading)
-    if found is not None:
+    if stored is not None:
         return compare_with_golden(
-            encoder, found, images,
+            encoder, stored, images,
             attention=attention, processor=processor, keep_maps=keep_maps,
             show_progress=show_progress,
         )  # fmt: skip
@@ -104,10 +98,10 @@ def compare(
     >>> compare(encoder, ["tests/images/chelsea.png"]).passed
     True
 
-    `processor` makes the pixels that both towers are compared on; every other one that is installed
-    is reported, too. `save_golden` writes what Hugging Face computed. `keep_maps` keeps what a
-    report draws. An image that cannot be read is skipped and reported. Raises ArgumentError without
-    a transformers that can be used, or where the attention is not installed.
+    `processor` makes the pixels that both towers get; other installed processors are reported.
+    `save_golden` writes what Hugging Face computed. `keep_maps` keeps what a report draws. An image
+    that cannot be read is skipped and reported. Raises ArgumentError without a usable transformers
+    or for an attention that is not installed, and ComparisonError where no image is left to save.
     """
     check_transformers()
     config = encoder.config
@@ -118,12 +112,12 @@ def compare(
         rgb, digest = _read(name)
         patches = patchify(rgb.picture, encoder.image_config, name=name)
         found = {
-            each: process(rgb.pixels, encoder.image_config, each)
+            each: process(rgb.pixels, encoder.image_config, each, name=name)
             for each in PROCESSORS
             if each in (processor, "pillow") or "torchvision" in package_versions()
         }
         pixels = [
-            _compare_pixels(each, patches, done, encoder.image_config)
+            compare_pixels(each, patches, done, encoder.image_config)
             for each, done in found.items()
         ]
         rows, grid = found[processor]
@@ -137,7 +131,7 @@ def compare(
         for name in map(os.fsdecode, images):
             try:
                 case, pixels, patches = case_of(name)
-                result = _compare_case(encoder, case, pixels, patches, processor, keep_maps)
+                result = compare_case(encoder, case, pixels, patches, processor, keep_maps)
             except ImageError as error:
                 yield name, error
                 continue
@@ -145,10 +139,10 @@ def compare(
                 yield name, _out_of_memory(name, encoder)
                 continue
             if save_golden is not None:
-                kept.append(_measured(case, result))
+                kept.append(_with_errors(case, result))
             yield result
 
-    done = _collected(with_progress(results(), len(images), show_progress))
+    done = _collected(_with_progress(results(), len(images), show_progress))
     reference = {
         "attention": attention,
         "processor": processor,
@@ -157,9 +151,11 @@ def compare(
     }
     if save_golden is not None:
         if not kept:
-            reasons = "; ".join(str(error) for _, error in done[1][:3])
+            reasons = "; ".join(_without_remedy(error) for _, error in done[1][:3])
             raise ComparisonError(
-                f"{save_golden} would hold no image: every one of {len(images)} failed ({reasons})"
+                f"not saved: {len(images)} of {plural(len(images), 'image')} failed ({reasons})",
+                name=str(save_golden),
+                remedy="pass an image that can be compared",
             )
         write_golden(save_golden, encoder, kept, reference)
     facts = {**_facts_of(encoder), "reference": reference, "golden": None}
@@ -176,13 +172,13 @@ def compare_with_golden(
     keep_maps: bool = False,
     show_progress: bool = False,
 ) -> Comparison:
-    """Compare our tower with what a golden file says of Hugging Face's; transformers is not needed.
+    """Compare our tower with Hugging Face's results in a golden file; needs no transformers.
 
-    With `images`, those alone, our own pixels included: each must be one of the golden's, by its
-    sha256. Without, every image of the golden, from its pixel values. Other weights than the
-    golden's are compared nevertheless, and named. Raises ComparisonError for a golden of another
-    configuration, dtype or processor (or attention, where one is asked for), or an image that it
-    does not hold; one that cannot be read is skipped and reported.
+    With `images`, compares those alone and our own pixels too: each must be one of the golden's, by
+    its sha256. Without, compares every image of the golden, from its pixel values. Weights that
+    differ from the golden's are compared and named. An image that cannot be read is skipped and
+    reported. Raises ComparisonError for a golden with a different configuration, dtype or processor
+    (or attention, if one is given), and for an image that it does not hold.
     """
     golden.check_fits(encoder, processor=processor, attention=attention)
     chosen = _chosen(golden, images)
@@ -199,14 +195,14 @@ def compare_with_golden(
                     rgb = load_image(name)
                     patches = patchify(rgb.picture, encoder.image_config, name=name)
                     done = Processed(case.pixel_values, case.grid)
-                    pixels = [_compare_pixels(processor, patches, done, encoder.image_config)]
-                yield _compare_case(encoder, case, pixels, patches, processor, keep_maps)
+                    pixels = [compare_pixels(processor, patches, done, encoder.image_config)]
+                yield compare_case(encoder, case, pixels, patches, processor, keep_maps)
             except ImageError as error:
                 yield case.id, error
             except torch.cuda.OutOfMemoryError:
                 yield case.id, _out_of_memory(case.id, encoder)
 
-    done = _collected(with_progress(results(), len(chosen), show_progress))
+    done = _collected(_with_progress(results(), len(chosen), show_progress))
     facts = {
         **_facts_of(encoder),
         "reference": {
@@ -221,99 +217,8 @@ def compare_with_golden(
     return Comparison(facts, *done)
 
 
-def _compare_case(
-    encoder: VisionEncoder,
-    case: Case,
-    pixels: Sequence[Preprocessing],
-    patches: Patches | None,
-    processor: str,
-    keep_maps: bool,
-) -> ImageComparison:
-    """Our tower on the case's input, every stage measured as the oracle reaches it."""
-    rows = case.pixel_values.to(encoder.device)
-    # our own pixels only where they are the very ones that Hugging Face's tower was given
-    same = any(part.processor == processor and part.passed for part in pixels)
-    given = patches.pixels if patches is not None and same else rows
-    layout = layout_for([case.grid], encoder.config, encoder.device, encoder.dtype)
-    ours = trace_tower(encoder.tower, given, layout)
-    theirs = {name: values.to(encoder.device) for name, values in case.trace.items()}
-    oracle = Oracle(encoder.checkpoint.tensors, encoder.config, device=encoder.device)
-    stages = []
-    for name, truth in oracle.stages(rows, [case.grid]):
-        difference = Difference.between(ours[name], theirs[name])
-        our_error, their_error = (
-            relative_error(ours[name], truth),
-            relative_error(theirs[name], truth),
-        )
-        verdict = judge(
-            encoder.dtype,
-            distance=difference.relative,
-            ours=our_error,
-            theirs=their_error,
-            recorded=None if case.errors is None else case.errors[name],
-        )
-        stages.append(Stage(name, difference, our_error, their_error, verdict))
-    maps = _maps(encoder, case, ours, theirs, layout) if keep_maps else None
-    return ImageComparison(
-        case.id, case.sha256, case.size_px, case.grid,
-        "the pixel values of the processor" if given is rows else "uint8 pixels",
-        tuple(pixels), tuple(stages), maps,
-    )  # fmt: skip
-
-
-def _compare_pixels(
-    processor: str, patches: Patches, theirs: Processed, config: ImageConfig
-) -> Preprocessing:
-    [grid] = patches.grids
-    grid_thw = (theirs.grid.t, theirs.grid.h, theirs.grid.w)
-    if grid != theirs.grid:
-        return Preprocessing(
-            processor, grid_thw, False, theirs.pixel_values.numel(), None, None, None
-        )
-    ours = patches.to_rows(config)
-    std = torch.tensor(config.image_std).repeat_interleave(ours.shape[1] // 3)
-    levels = ((ours - theirs.pixel_values).abs() * std * 255).round()
-    return Preprocessing(
-        processor,
-        grid_thw,
-        True,
-        ours.numel(),
-        int(levels.count_nonzero()),
-        int(levels.max()),
-        relative_error(ours, theirs.pixel_values),
-    )
-
-
-def _maps(
-    encoder: VisionEncoder, case: Case, ours: Trace, theirs: Trace, layout: Layout
-) -> FeatureMaps:
-    """Four stages in raster order, and the picture as the processor's pixel values have it."""
-    config, image_config = encoder.config, encoder.image_config
-    h, w, merge = case.grid.h, case.grid.w, config.spatial_merge_size
-    raster, index = layout.raster_order.long(), layout.grid_index.long()
-    full = min(config.fullatt_block_indexes, default=0)
-    shown = dict.fromkeys(("patch_embed", f"block.{full}", f"block.{config.depth - 1}", "merger"))
-
-    def as_map(name: str, values: Tensor) -> Tensor:
-        if name == "merger":
-            return values.view(h // merge, w // merge, -1).cpu()
-        return (values[index] if name == "patch_embed" else values)[raster].view(h, w, -1).cpu()
-
-    mean, std = (torch.tensor(x) for x in (image_config.image_mean, image_config.image_std))
-    picture = rearrange(
-        case.pixel_values,
-        "(h w mh mw) (c frames ph pw) -> frames (h mh ph) (w mw pw) c",
-        h=h // merge, w=w // merge, mh=merge, mw=merge, c=3,
-        ph=config.patch_px, pw=config.patch_px,
-    )[0]  # fmt: skip
-    rgb = ((picture * std + mean) * 255).round().clamp(0, 255).byte()
-    return FeatureMaps(
-        rgb, {name: (as_map(name, ours[name]), as_map(name, theirs[name])) for name in shown}
-    )
-
-
-def _measured(case: Case, result: ImageComparison) -> Case:
-    """The case with its errors, on the host, as a golden file keeps it."""
+def _with_errors(case: Case, result: ImageComparison) -> Case:
+    """Return the case with its errors, on the host, as a golden file keeps it."""
     trace = {name: values.cpu() for name, values in case.trace.items()}
     errors = {stage.name: stage.theirs for stage in result.stages}
     return Case(
@@ -324,7 +229,7 @@ def _measured(case: Case, result: ImageComparison) -> Case:
 def _chosen(
     golden: Golden, images: Sequence[str | os.PathLike[str]]
 ) -> list[tuple[int | ImageError, str | None]]:
-    """The golden's cases to compare, and the image file of each where one was given."""
+    """Return the golden's cases to compare, and the image file of each where one was given."""
     if not images:
         return [(index, None) for index in range(len(golden))]
     chosen: list[tuple[int | ImageError, str | None]] = []
@@ -338,8 +243,9 @@ def _chosen(
         if index is None:
             known = ", ".join(image["id"] for image in golden.facts["images"])
             raise ComparisonError(
-                f"{name} is not one of the images of {golden.path} ({known}): its sha256 is "
-                f"{digest[:16]}...; pass one of those, or none to compare them all"
+                f"not one of the images of {golden.path} ({known}): its sha256 is {digest[:16]}...",
+                name=name,
+                remedy="pass one of those, or no image to compare all of them",
             )
         chosen.append((index, name))
     return chosen
@@ -348,7 +254,9 @@ def _chosen(
 Outcome = ImageComparison | tuple[str, ImageError]
 
 
-def with_progress(results: Iterator[Outcome], total: int, show_progress: bool) -> Iterable[Outcome]:
+def _with_progress(
+    results: Iterator[Outcome], total: int, show_progress: bool
+) -> Iterable[Outcome]:
     return tqdm(results, total=total, unit="image", file=sys.stderr, disable=not show_progress)
 
 
@@ -375,14 +283,19 @@ def _device_name(device: torch.device) -> str:
 
 
 def _read(name: str) -> tuple[RgbImage, str]:
-    """An image, and the sha256 of the very bytes that it was decoded from."""
+    """Return an image, and the sha256 of the bytes that it was decoded from."""
     data = read_image_file(name, name, ImageLimits())
     return load_image(data, name=name), sha256(data).hexdigest()
 
 
 def _out_of_memory(name: str, encoder: VisionEncoder) -> ImageError:
     return ImageError(
-        f"{name}: two towers and a float64 oracle do not fit the memory of {encoder.device}; lower "
-        "--max-pixels, or free memory there",
+        f"two towers and a float64 oracle do not fit the memory of {encoder.device}",
+        name=name,
+        remedy="lower --max-pixels, or free memory there",
         code="out-of-memory",
     )
+
+
+def _without_remedy(error: ImageError) -> str:
+    return str(ImageError(error.fact, name=error.name))

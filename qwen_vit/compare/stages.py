@@ -17,7 +17,7 @@ __all__ = ["layout_for", "record_stages", "stage_names", "trace_tower"]
 
 
 def stage_names(depth: int) -> tuple[str, ...]:
-    """Every stage of a tower, in order.
+    """Return the name of every stage of a tower, in order.
 
     >>> stage_names(2)
     ('patch_embed', 'block.0', 'block.1', 'merger')
@@ -32,13 +32,13 @@ def layout_for(
     dtype: torch.dtype,
     n_rows: int | None = None,
 ) -> Layout:
-    """`plan_layout`, moved to the device."""
+    """Return a layout of `plan_layout`, moved to the device."""
     return plan_layout(grids, config, device, dtype, n_rows).to(device)
 
 
 @torch.no_grad()
 def trace_tower(tower: VisionTower, patches: Tensor, layout: Layout) -> Trace:
-    """Run the tower and return its stages in the oracle's orders, without the filler rows.
+    """Run the tower and return its stages in the oracle's orders, without the padding rows.
 
     "patch_embed" (N, C) in grid order; "block.0".. (N, C) in window order; "merger" row-major.
     """
@@ -58,7 +58,7 @@ def trace_tower(tower: VisionTower, patches: Tensor, layout: Layout) -> Trace:
 
 @contextmanager
 def record_stages(tower: Any, keep: Callable[[str, Any], None]) -> Iterator[None]:
-    """Meanwhile, `keep(stage, output)` is told what the patch embedding and each block return.
+    """Call `keep(stage, output)` with what the patch embedding and each block return.
 
     For any tower that calls them `patch_embed` and `blocks`: ours and Hugging Face's.
     """

@@ -7,32 +7,32 @@ from typing import Any
 from qwen_vit.compare.result import Comparison, ImageComparison, Preprocessing
 from qwen_vit.errors import display_name, plural
 
-__all__ = ["as_text", "nearer_line", "reference_line", "verdict_lines"]
+__all__ = ["as_text", "closer_line", "reference_line", "verdict_lines"]
 
 STAGE_HEAD = (
     "stage", "ours - HF", "largest", "worst cos", "mean cos", "ours - f64", "HF - f64", "ratio",
     "measured", "allowed", "",
 )  # fmt: skip
-PIXEL_HEAD = ("processor", "grid (t, h, w)", "other grey levels", "largest", "")
+PIXEL_HEAD = ("processor", "grid (t, h, w)", "different levels", "largest", "")
 
 
 def as_text(comparison: Comparison) -> str:
-    """Everything, image after image: processors, stages, and what the numbers policy says."""
+    """Return the tables of every image, with processors and stages, and the verdict."""
     facts = comparison.facts
     lines = [
         f"model      {facts['model']}, weights {facts['weights_sha256'][:16]}, {facts['dtype']} "
         f"on {facts['device']}",
         f"reference  {reference_line(facts)}",
-        "columns    a - b: |a - b| / |b|; ratio: of ours - f64 to HF - f64, below 1 ours is nearer",
+        "columns    a - b: |a - b| / |b|; ratio: of ours - f64 to HF - f64, below 1 ours is closer",
     ]
     for image in comparison.images:
         lines += ["", *_image_lines(image)]
-    nearer = nearer_line(comparison)
-    return "\n".join([*lines, "", *([nearer] if nearer else []), *verdict_lines(comparison)])
+    closer = closer_line(comparison)
+    return "\n".join([*lines, "", *([closer] if closer else []), *verdict_lines(comparison)])
 
 
 def reference_line(facts: dict[str, Any]) -> str:
-    """How Hugging Face ran, here or when the golden was made."""
+    """Return how Hugging Face ran, here or when the golden was made."""
     reference, golden = facts["reference"], facts["golden"]
     versions = ", ".join(f"{name} {number}" for name, number in reference["versions"].items())
     where = f"golden {golden['path']}, made" if golden else "Hugging Face, run"
@@ -42,8 +42,8 @@ def reference_line(facts: dict[str, Any]) -> str:
     )
 
 
-def nearer_line(comparison: Comparison) -> str:
-    """Who is nearer to the truth; nothing where no error is a number."""
+def closer_line(comparison: Comparison) -> str:
+    """Return who is closer to float64; an empty line where an error is not finite."""
     stages = [stage for image in comparison.images for stage in image.stages]
     ours, theirs = (
         sum(stage.ours < stage.theirs for stage in stages),
@@ -55,21 +55,21 @@ def nearer_line(comparison: Comparison) -> str:
     who, count = ("ours", ours) if ours >= theirs else ("Hugging Face", theirs)
     least, most = f"{ratios[0]:.2f}", f"{ratios[-1]:.2f}"
     return (
-        f"nearer to float64: {who}, at {count} of {plural(len(stages), 'stage')}; in the merged "
+        f"closer to float64: {who}, at {count} of {plural(len(stages), 'stage')}; in the merged "
         f"tokens our error is {least if least == most else f'{least} to {most}'} times Hugging "
         "Face's"
     )
 
 
 def verdict_lines(comparison: Comparison) -> list[str]:
-    """What it all comes to: the last lines of the text, the first of the report."""
+    """Return the verdict: the last lines of the text, the first of the report."""
     lines = []
     golden = comparison.facts["golden"]
     if golden and golden["weights_sha256"] != comparison.facts["weights_sha256"]:
         changed = golden["changed_weights"]
         lines.append(
-            f"other weights than the golden's ({comparison.facts['weights_sha256'][:16]} here, "
-            f"{golden['weights_sha256'][:16]} there): {plural(len(changed), 'tensor')}, "
+            f"weights differ from the golden's ({comparison.facts['weights_sha256'][:16]} here, "
+            f"{golden['weights_sha256'][:16]} in the golden): {plural(len(changed), 'tensor')}, "
             f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
         )
     lines += [f"skipped: {error}" for _, error in comparison.skipped]
@@ -123,7 +123,7 @@ def _image_lines(image: ImageComparison) -> list[str]:
 def _pixel_row(part: Preprocessing) -> tuple[str, ...]:
     verdict = ("agrees" if part.passed else "differs") if part.is_judged else "not judged"
     if not part.same_grid:
-        return part.processor, str(part.grid_thw), "-", "-", verdict + ": another grid"
+        return part.processor, str(part.grid_thw), "-", "-", verdict + ": different grid"
     differing = f"{part.values_differ:,} of {part.values:,}"
     return part.processor, str(part.grid_thw), differing, f"{part.largest_levels} of 255", verdict
 
@@ -134,7 +134,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     for row in rows:
         name, *values = row
         cells = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
-        if row[-1]:  # a remark reads from the left
+        if row[-1]:  # a remark is aligned left
             cells[-1] = row[-1]
         lines.append("  " + "  ".join([name.ljust(widths[0]), *cells]).rstrip())
     return lines

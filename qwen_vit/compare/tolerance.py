@@ -1,7 +1,7 @@
-"""How far apart two results are, and how far apart they may be.
+"""How much two results differ, and how much they may differ: the numbers policy.
 
-The numbers policy, in one place. No tolerance is chosen to pass: each follows from the distance of
-Hugging Face's own result from a float64 oracle, and is printed beside what was measured.
+No tolerance is chosen to pass: each follows from the error of Hugging Face's own result against a
+float64 oracle, and is printed beside the measured value.
 """
 
 from dataclasses import dataclass
@@ -14,22 +14,23 @@ from qwen_vit.errors import ArgumentError
 
 __all__ = ["Difference", "Verdict", "fp32_budget", "judge", "ratio", "relative_error"]
 
-RELATIVE_TOLERANCE = 1e-5  # 100 float32 roundings; two honest float32 towers are about 1e-6 apart
+RELATIVE_TOLERANCE = 1e-5  # 100 float32 roundings; two correct float32 towers differ by about 1e-6
 MAX_FP32_ERROR = 1e-4  # twice what 32 blocks of peaked attention were seen to reach
 MAX_BF16_RATIO = 1.01
 MAX_GOLDEN_DRIFT = 1.01  # the same tensors and the same oracle: all that may differ is rounding
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b||, Frobenius, in float64; NaN anywhere gives infinity.
+    """Return ||a - b|| / ||b||, Frobenius, in float64; NaN anywhere gives infinity.
 
     >>> relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0]))
     0.2
     """
     if a.shape != b.shape:
         raise ArgumentError(
-            f"the results have shapes {tuple(a.shape)} and {tuple(b.shape)}, expected the same; "
-            "compare results of one input"
+            f"the results have shapes {tuple(a.shape)} and {tuple(b.shape)}",
+            expected="equal shapes",
+            remedy="compare results of one input",
         )
     b = b.double()
     distance, norm = float((a.to(b) - b).norm()), float(b.norm())
@@ -58,7 +59,7 @@ class Difference:
         relative = relative_error(a, b)
         a, b = a.double(), b.to(a.device).double()
         norms = a.norm(dim=1) * b.norm(dim=1)
-        # a row of zeros points nowhere: two of them agree, one and another do not
+        # a row of zeros has no direction: it agrees with another one, and with no other row
         is_zero = norms == 0
         cosines = torch.where(
             is_zero, (a == b).all(1).double(), (a * b).sum(1) / norms.masked_fill(is_zero, 1)
@@ -75,7 +76,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was measured at a stage beside what is allowed; `problem` is empty where it holds."""
+    """The measured and the allowed value of a stage; `problem` is empty where it passed."""
 
     measured: float
     allowed: float
@@ -83,12 +84,12 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether the numbers policy is kept."""
+        """Whether the stage keeps the numbers policy."""
         return not self.problem
 
 
 def fp32_budget(reference_error: float) -> float:
-    """How far from Hugging Face's a float32 stage may be: 1e-5, or twice its own error if larger.
+    """Return the float32 distance allowed from Hugging Face: 1e-5, or twice its own error.
 
     >>> fp32_budget(1e-6), fp32_budget(2e-5)
     (1e-05, 4e-05)
@@ -112,10 +113,10 @@ def judge(
     'ours is 1.1 times as far from float64 as Hugging Face, allowed 1.01'
 
     `distance` is our relative distance from Hugging Face's result; `ours` and `theirs` are the two
-    distances from the float64 oracle; `recorded` is theirs as a golden file states it. In float32
-    `distance` is bounded, in bfloat16 the ratio of ours and theirs. A reference too far from the
-    truth fails the stage: in float32 beyond 1e-4, in bfloat16 as far as zeros would be, and a
-    golden one farther than it was when it was made.
+    errors against the float64 oracle; `recorded` is theirs as a golden file states it. float32
+    bounds `distance`, bfloat16 the ratio of ours to theirs. A reference too far from the truth
+    fails the stage: beyond 1e-4 in float32, beyond the error of all zeros in bfloat16, and for a
+    golden beyond its error when it was made.
     """
     is_fp32 = dtype == torch.float32
     own_error = theirs if recorded is None else recorded
@@ -132,7 +133,7 @@ def judge(
     limit = MAX_FP32_ERROR if is_fp32 else 1.0
     if recorded is not None and not theirs <= MAX_GOLDEN_DRIFT * recorded:
         problem = (
-            f"the golden is {theirs:.2g} from the float64 oracle of the weights here, and was "
+            f"the golden is {theirs:.2g} from the float64 oracle of these weights, but was "
             f"{recorded:.2g} from that of its own: other weights"
         )
     elif not own_error <= limit:
@@ -144,7 +145,7 @@ def judge(
 
 
 def ratio(ours: float, theirs: float) -> float:
-    """Our error over theirs: below 1, ours is nearer to the truth.
+    """Return our error over theirs: below 1, ours is closer to float64.
 
     >>> ratio(1.0, 2.0), ratio(0.0, 0.0), ratio(1.0, 0.0)
     (0.5, 1.0, inf)

@@ -1,0 +1,51 @@
+"""`qwen-vit bench`: how fast the tower is on this GPU."""
+
+import json
+from typing import Any
+
+import click
+
+from qwen_vit.cli.console import print_data
+from qwen_vit.cli.imports import slow_imports
+from qwen_vit.cli.options import (
+    device_option,
+    dtype_option,
+    json_option,
+    model_option,
+    source_options,
+)
+from qwen_vit.workloads import WORKLOADS
+
+__all__ = ["bench"]
+
+
+@click.command()
+@model_option
+@click.option(
+    "--workload", "workloads", multiple=True, type=click.Choice(tuple(WORKLOADS)),
+    help="Instead of all of them.",
+)  # fmt: skip
+@device_option("cuda or cuda:1.")
+@dtype_option
+@json_option
+@source_options
+def bench(model: str, workloads: tuple[str, ...], as_json: bool, **loading: Any) -> None:
+    """Time the tower on this GPU with random pixels: GPU time, beside the chip's roofline.
+
+    \b
+    qwen-vit bench --model Qwen/Qwen2.5-VL-7B-Instruct
+    qwen-vit bench --model tiny --workload "1 x 448^2" --json
+
+    The roofline is the time of all operations at the rate of a large GEMM interleaved with the
+    workload.
+    """
+    with slow_imports():
+        from qwen_vit import benchmark
+        from qwen_vit.encoder import VisionEncoder
+    benchmark.check_device(loading["device"])
+    encoder = VisionEncoder.from_pretrained(model, **loading)
+    rows = benchmark.bench(encoder, workloads or tuple(WORKLOADS))
+    if as_json:
+        print_data(json.dumps(benchmark.speed_report(encoder, rows), indent=2))
+    else:
+        print_data(benchmark.speed_table(rows))

@@ -1,0 +1,79 @@
+"""`qwen-vit compare`: our encoder against Hugging Face's, stage by stage."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qwen_vit.cli.checks import check_output
+from qwen_vit.cli.console import print_data, print_log
+from qwen_vit.cli.exit_codes import EXIT_SKIPPED
+from qwen_vit.cli.imports import slow_imports
+from qwen_vit.cli.options import (
+    FILE,
+    NAME,
+    device_option,
+    dtype_option,
+    json_option,
+    model_option,
+    pixel_options,
+    source_options,
+)
+from qwen_vit.compare.choices import ATTENTIONS, PROCESSORS
+from qwen_vit.errors import display_name
+
+__all__ = ["compare"]
+
+
+@click.command()
+@click.argument("images", nargs=-1, type=NAME)
+@model_option
+@click.option("--golden", type=FILE, help="Compare with this file, not transformers.")
+@click.option("--save-golden", type=FILE, help="Also write what Hugging Face computed.")
+@click.option("--report", type=FILE, help="Folder for a page with pictures.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing golden file or report.")
+@click.option("--attention", type=click.Choice(ATTENTIONS), help="Hugging Face's; default: sdpa.")
+@click.option(
+    "--processor", type=click.Choice(PROCESSORS), default="pillow", show_default=True,
+    help="Whose pixels both towers get.",
+)  # fmt: skip
+@device_option()
+@dtype_option
+@pixel_options
+@json_option
+@source_options
+def compare(
+    images: tuple[str, ...], save_golden: Path | None, report: Path | None, overwrite: bool,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Compare with Hugging Face's encoder on IMAGES, stage by stage, and both with float64.
+
+    \b
+    qwen-vit compare photo.jpg --model tiny --report page
+    qwen-vit compare --model Qwen/Qwen2.5-VL-7B-Instruct --golden 7b.safetensors
+
+    Exit code 0 if every stage keeps the numbers policy, 1 if one does not or an image was skipped.
+    transformers computes the reference. A golden file, which --save-golden writes, replaces it, and
+    IMAGES may then be left out. --report needs the extra: pip install 'qwen-vit[report]'.
+    """
+    if save_golden is not None:
+        check_output(save_golden, overwrite, images, "--save-golden")
+    with slow_imports():
+        from qwen_vit.compare.report import check_report, write_report
+        from qwen_vit.compare.run import compare_checkpoint
+        from qwen_vit.compare.text import as_text
+    if report is not None:
+        check_report(report, overwrite=overwrite)
+    comparison = compare_checkpoint(
+        images, save_golden=save_golden, keep_maps=report is not None,
+        show_progress=sys.stderr.isatty(), **options,
+    )  # fmt: skip
+    print_data(json.dumps(comparison.to_json(), indent=2) if as_json else as_text(comparison))
+    if report is not None and comparison.images:
+        print_log(f"wrote {display_name(str(write_report(report, comparison)))}")
+    elif report is not None:
+        print_log(f"wrote nothing to {display_name(str(report))}: no image was compared")
+    if not comparison.passed:
+        sys.exit(EXIT_SKIPPED)

@@ -1,0 +1,65 @@
+"""What the commands write: data to stdout, everything else to stderr."""
+
+import os
+import sys
+from contextlib import nullcontext, suppress
+from typing import TextIO
+
+import click
+
+from qwen_vit.errors import ExportError
+
+__all__ = ["flush_logs", "one_line", "open_missing_streams", "print_data", "print_log"]
+
+
+def open_missing_streams() -> None:
+    """Open a stream that was closed before Python started, as by `2>&-`."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the process's life
+
+
+def print_data(text: str) -> None:
+    """Write data to stdout; a reader that stops early, such as `head`, changes nothing.
+
+    Raises ExportError where stdout cannot be written.
+    """
+    try:
+        click.echo(text)
+    except OSError as error:
+        _discard(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            raise ExportError(
+                f"standard output could not be written ({error.strerror})",
+                remedy="check where it goes",
+            ) from None
+
+
+def print_log(text: str) -> None:
+    """Write a line to stderr, above a progress bar; if it cannot be written, nothing stops."""
+    loaded = sys.modules.get("tqdm")  # no bar without it, and importing it takes a while
+    above_bars = loaded.tqdm.external_write_mode(file=sys.stderr) if loaded else nullcontext()
+    with suppress(OSError), above_bars:
+        click.echo(text, err=True)
+
+
+def flush_logs() -> None:
+    """Write what stderr still holds, or drop it."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _discard(sys.stderr)
+
+
+def one_line(text: str) -> str:
+    r"""Escape odd characters: names may hold what moves a terminal's cursor.
+
+    >>> print(one_line("a\tb"))
+    a\tb
+    """
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def _discard(stream: TextIO) -> None:
+    """Drop what a stream that failed still holds: Python would exit with 120 because of it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,0 +1,38 @@
+"""`qwen-vit download`: fetch a checkpoint's vision tower."""
+
+import json
+from typing import Any
+
+import click
+
+from qwen_vit.cli.console import print_data
+from qwen_vit.cli.imports import slow_imports
+from qwen_vit.cli.options import json_option, model_argument, source_options
+
+__all__ = ["download"]
+
+
+@click.command()
+@model_argument
+@click.option("--full", is_flag=True, help="Take whole shards, checked against the Hub's sha256.")
+@json_option
+@source_options
+def download(model: str, full: bool, as_json: bool, **finding: Any) -> None:
+    """Fetch the vision tower of MODEL and its configs, once: afterwards it works offline.
+
+    \b
+    qwen-vit download Qwen/Qwen2.5-VL-7B-Instruct
+    qwen-vit download Qwen/Qwen2.5-VL-7B-Instruct --revision main --json
+
+    Only the bytes of the vision tensors are fetched, into the Hub's cache; saved_bytes counts the
+    rest of the checkpoint's weights, which is not fetched.
+    """
+    with slow_imports():
+        from qwen_vit.checkpoint.hub import download as fetch
+        from qwen_vit.checkpoint.load import find_tower
+        from qwen_vit.cli.describe import describe_download
+        from qwen_vit.cli.text import facts_text
+    fetched = fetch(model, full=full, **finding)
+    find_tower(fetched.source.folder)  # a local folder may hold none
+    facts = describe_download(fetched)
+    print_data(json.dumps(facts, indent=2) if as_json else facts_text(facts))

@@ -1,0 +1,188 @@
+"""`qwen-vit export`: many images to a folder of feature files."""
+
+import json
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qwen_vit.cli.console import print_data, print_log
+from qwen_vit.cli.exit_codes import EXIT_SKIPPED
+from qwen_vit.cli.imports import slow_imports
+from qwen_vit.cli.options import (
+    FILE,
+    NAME,
+    device_option,
+    json_option,
+    model_option,
+    on_error_option,
+    pixel_options,
+    source_options,
+)
+from qwen_vit.errors import ExportError, display_name
+
+if TYPE_CHECKING:
+    from qwen_vit.export.estimate import Estimate
+
+__all__ = ["export"]
+
+ASK_ABOVE_BYTES = 100 * 10**9
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True, type=NAME)
+@model_option
+@click.option("--out", required=True, type=FILE, help="Folder to write, or resume.")
+@click.option(
+    "--output", type=click.Choice(["merged", "patch", "mean"]), default="merged",
+    show_default=True, help="What a language model takes; un-merged; one row per image.",
+)  # fmt: skip
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]),
+    help="How features are stored; a GPU computes in it, too.  [default: as computed]",
+)  # fmt: skip
+@device_option()
+@pixel_options
+@click.option(
+    "--shard-size", type=click.IntRange(min=1), default=512, show_default=True,
+    help="Images in a file.",
+)  # fmt: skip
+@click.option(
+    "--part", default="1/1", metavar="I/N", callback=lambda _, __, text: _part(text),
+    help="Only every N-th shard, from the I-th on: N processes share one folder.",
+)  # fmt: skip
+@on_error_option
+@click.option(
+    "--max-failures", type=click.IntRange(min=0), default=200, show_default=True,
+    help="Stop after this many consecutive failures; 0: never.",
+)  # fmt: skip
+@click.option(
+    "--decode-threads", type=click.IntRange(min=1),
+    help="Read, decode and resize.  [default: half the cores, 2 to 16]",
+)  # fmt: skip
+@click.option(
+    "--ray", "address", is_flag=False, flag_value="", metavar="[ADDRESS]",
+    help="On every GPU, or CPU, of a Ray cluster; this machine's without an address.",
+)  # fmt: skip
+@click.option("--profile", is_flag=True, help="Say what the export waited for.")
+@click.option("--dry-run", is_flag=True, help="Count images, rows, bytes and hours; write none.")
+@click.option("--yes", is_flag=True, help="Do not ask before writing more than 100 GB.")
+@json_option
+@source_options
+def export(
+    inputs: tuple[str, ...], model: str, out: Path, device: str, dry_run: bool, yes: bool,
+    as_json: bool, output: Any, dtype: Any, shard_size: int, part: tuple[int, int], on_error: Any,
+    max_failures: int, decode_threads: int | None, address: str | None, profile: bool,
+    **loading: Any,
+) -> None:  # fmt: skip
+    """Export the images of INPUTS into a folder of shards; run it again to resume.
+
+    \b
+    qwen-vit export photos/ --model tiny --out features --dry-run
+    qwen-vit export tars/ --model Qwen/Qwen2.5-VL-7B-Instruct --out features --part 2/8
+    qwen-vit export tars/ --model Qwen/Qwen2.5-VL-7B-Instruct --out features --ray
+
+    INPUTS are images, folders (searched to every depth), quoted patterns, tars, and lists: .txt
+    with a path a line, .jsonl with an "id" and a "path" each; relative paths count from the list's
+    folder. Read the folder with qwen_vit.load_features; its manifest has a row for each image.
+    Images that cannot be encoded are reported and skipped (exit code 1).
+    """
+    with slow_imports():
+        from qwen_vit.cli.text import estimate_text, export_text, waits_text
+        from qwen_vit.export.estimate import estimate_export
+        from qwen_vit.export.plan import ExportOptions, check_folder
+        from qwen_vit.export.ray_cluster import export_on_ray
+        from qwen_vit.export.run import export_features, load_encoder
+        from qwen_vit.inputs.find import check_inputs
+    options = ExportOptions(output, dtype, shard_size, on_error, part, max_failures)
+    check_inputs(inputs)
+    check_folder(out, make=False)
+    is_terminal = sys.stderr.isatty()
+    if dry_run:
+        encoder = load_encoder(model, options, device=device, **loading)
+        estimate = estimate_export(encoder, inputs, options, folder=out, show_progress=is_terminal)
+        text = json.dumps(asdict(estimate), indent=2) if as_json else estimate_text(estimate, out)
+        print_data(text)
+        return
+    running: dict[str, Any] = {
+        "confirm": None if yes else partial(_ask_if_large, folder=out),
+        "show_progress": True,
+        "decode_threads": decode_threads,
+    }
+    with _sigterm_interrupts(), _hint_resume(out):
+        if address is None:
+            encoder = load_encoder(model, options, device=device, **loading)
+            done = export_features(encoder, inputs, out, options, **running)
+        else:
+            done = export_on_ray(
+                model, inputs, out, options, address=address or None, device=device, **running,
+                **loading,
+            )  # fmt: skip
+    summary = export_text(done) + (f"\n{waits_text(done)}" if profile else "")
+    print_data(json.dumps(done.to_json(), indent=2) if as_json else summary)
+    if done.failed:
+        sys.exit(EXIT_SKIPPED)
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise click.BadParameter(f"--part is {text!r}, expected I/N such as 2/8, I from 1 to N")
+    return int(match[1]), int(match[2])
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM, which schedulers send, ends an export as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _hint_resume(out: Path) -> Iterator[None]:
+    """After an interrupt, say how to resume the export."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from qwen_vit.export.plan import has_shards
+
+        if out.is_dir() and has_shards(out):
+            print_log("finished shards are kept; run the same command again to go on")
+        else:
+            print_log("nothing was saved yet; lower --shard-size to checkpoint more often")
+        raise
+
+
+def _ask_if_large(estimate: "Estimate", folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if estimate.bytes <= min(ASK_ABOVE_BYTES, free):
+        return
+    fact = (
+        f"the export will take about {estimate.bytes / 1e9:,.3g} GB; its disk has "
+        f"{free / 1e9:,.1f} GB free"
+    )
+    if not sys.stdin.isatty():
+        raise ExportError(
+            fact, name=str(folder), remedy="pass --yes to go on without asking, or fewer images"
+        )
+    if not click.confirm(f"{display_name(str(folder))}: {fact}. Go on?", err=True):
+        raise ExportError(
+            "export cancelled",
+            remedy="to make it smaller, pass fewer images, --max-pixels, --output mean or "
+            "--dtype bfloat16",
+        )

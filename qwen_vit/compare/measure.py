@@ -1,0 +1,115 @@
+"""Measure one image: our pixels and stages against Hugging Face's, and both against float64."""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from qwen_vit.compare.golden import Case
+from qwen_vit.compare.huggingface import Processed
+from qwen_vit.compare.oracle import Oracle, Trace
+from qwen_vit.compare.result import FeatureMaps, ImageComparison, Preprocessing, Stage
+from qwen_vit.compare.stages import layout_for, trace_tower
+from qwen_vit.compare.tolerance import Difference, judge, relative_error
+from qwen_vit.config import ImageConfig
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.images.patches import Patches
+from qwen_vit.layout import Layout
+
+__all__ = ["compare_case", "compare_pixels"]
+
+
+def compare_case(
+    encoder: VisionEncoder,
+    case: Case,
+    pixels: Sequence[Preprocessing],
+    patches: Patches | None,
+    processor: str,
+    keep_maps: bool,
+) -> ImageComparison:
+    """Run our tower on the case's input and measure every stage as the oracle reaches it.
+
+    `pixels` are the results of `compare_pixels`, `patches` our own pixels, if there are any.
+    """
+    rows = case.pixel_values.to(encoder.device)
+    # our own pixels only where they equal those that Hugging Face's tower got
+    are_equal = any(part.processor == processor and part.passed for part in pixels)
+    tower_input = patches.pixels if patches is not None and are_equal else rows
+    layout = layout_for([case.grid], encoder.config, encoder.device, encoder.dtype)
+    ours = trace_tower(encoder.tower, tower_input, layout)
+    theirs = {name: values.to(encoder.device) for name, values in case.trace.items()}
+    oracle = Oracle(encoder.checkpoint.tensors, encoder.config, device=encoder.device)
+    stages = []
+    for name, truth in oracle.stages(rows, [case.grid]):
+        difference = Difference.between(ours[name], theirs[name])
+        our_error, their_error = (
+            relative_error(ours[name], truth),
+            relative_error(theirs[name], truth),
+        )
+        verdict = judge(
+            encoder.dtype,
+            distance=difference.relative,
+            ours=our_error,
+            theirs=their_error,
+            recorded=None if case.errors is None else case.errors[name],
+        )
+        stages.append(Stage(name, difference, our_error, their_error, verdict))
+    maps = _feature_maps(encoder, case, ours, theirs, layout) if keep_maps else None
+    return ImageComparison(
+        case.id, case.sha256, case.size_px, case.grid,
+        "the pixel values of the processor" if tower_input is rows else "uint8 pixels",
+        tuple(pixels), tuple(stages), maps,
+    )  # fmt: skip
+
+
+def compare_pixels(
+    processor: str, patches: Patches, theirs: Processed, config: ImageConfig
+) -> Preprocessing:
+    """Compare our pixels with those of a Hugging Face processor: grid first, then values."""
+    [grid] = patches.grids
+    grid_thw = (theirs.grid.t, theirs.grid.h, theirs.grid.w)
+    if grid != theirs.grid:
+        return Preprocessing(
+            processor, grid_thw, False, theirs.pixel_values.numel(), None, None, None
+        )
+    ours = patches.to_rows(config)
+    std = torch.tensor(config.image_std).repeat_interleave(ours.shape[1] // 3)
+    levels = ((ours - theirs.pixel_values).abs() * std * 255).round()
+    return Preprocessing(
+        processor,
+        grid_thw,
+        True,
+        ours.numel(),
+        int(levels.count_nonzero()),
+        int(levels.max()),
+        relative_error(ours, theirs.pixel_values),
+    )
+
+
+def _feature_maps(
+    encoder: VisionEncoder, case: Case, ours: Trace, theirs: Trace, layout: Layout
+) -> FeatureMaps:
+    """Return four stages in raster order, and the picture that the processor's pixels show."""
+    config, image_config = encoder.config, encoder.image_config
+    h, w, merge = case.grid.h, case.grid.w, config.spatial_merge_size
+    raster, index = layout.raster_order.long(), layout.grid_index.long()
+    full = min(config.fullatt_block_indexes, default=0)
+    drawn = dict.fromkeys(("patch_embed", f"block.{full}", f"block.{config.depth - 1}", "merger"))
+
+    def as_map(name: str, values: Tensor) -> Tensor:
+        if name == "merger":
+            return values.view(h // merge, w // merge, -1).cpu()
+        return (values[index] if name == "patch_embed" else values)[raster].view(h, w, -1).cpu()
+
+    mean, std = (torch.tensor(x) for x in (image_config.image_mean, image_config.image_std))
+    picture = rearrange(
+        case.pixel_values,
+        "(h w mh mw) (c frames ph pw) -> frames (h mh ph) (w mw pw) c",
+        h=h // merge, w=w // merge, mh=merge, mw=merge, c=3,
+        ph=config.patch_px, pw=config.patch_px,
+    )[0]  # fmt: skip
+    rgb = ((picture * std + mean) * 255).round().clamp(0, 255).byte()
+    return FeatureMaps(
+        rgb, {name: (as_map(name, ours[name]), as_map(name, theirs[name])) for name in drawn}
+    )
