@@ -61,7 +61,7 @@ class VisionEncoder:
 
     def __new__(cls, *parts: Any, **named: Any) -> Self:
         """Refuse VisionEncoder("tiny"); copies and unpickling pass nothing."""
-        first = (*parts, *named.values(), None)[0]
+        first = parts[0] if parts else named.get("tower", next(iter(named.values()), None))
         if first is not None and not isinstance(first, VisionTower):
             raise ArgumentError(
                 "the class does not load a model",

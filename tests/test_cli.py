@@ -498,7 +498,7 @@ BAD_USAGE = {
     "unknown model": (("encode", "a.png", "--model", "tinny", "--out", "f"), "'tinny' is neither"),
     "float16": (("encode", "a.png", *TO_FILE, "--dtype", "float16"), "float16 is refused"),
     "device": (("encode", "a.png", *TO_FILE, "--device", "tpu"), "device is 'tpu'"),
-    "limits": (("encode", "a.png", *TO_FILE, "--max-pixels", "9"), "pass other min_pixels"),
+    "limits": (("encode", "a.png", *TO_FILE, "--max-pixels", "9"), "Pass other min_pixels"),
     "bench on a CPU": (  # before any weights are looked for
         ("bench", "--model", "no-such/model", "--local-files-only", "--device", "cpu"),
         "Use a GPU.",
