@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qwen_vit.checkpoint.convert import convert, pixel_weight_exponent
+from qwen_vit.checkpoint.convert import convert
 from qwen_vit.checkpoint.hub import Source, find_checkpoint
 from qwen_vit.checkpoint.load import Checkpoint, config_hash, load_checkpoint
 from qwen_vit.common.prefetch import Job, pack, thread_count, work_ahead
@@ -30,6 +30,7 @@ from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.kernels.attention import HEAD_DIMS
 from qwen_vit.layout import check_grids
 from qwen_vit.model import Output, VisionTower, plan_layout
+from qwen_vit.weight_format import pixel_weight_exponent
 
 __all__ = ["VisionEncoder"]
 

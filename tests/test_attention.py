@@ -19,7 +19,11 @@ from qwen_vit.checkpoint.convert import rotary_permutation
 from qwen_vit.errors import ArgumentError
 from qwen_vit.kernels import IS_KNOWN_GLUON
 from qwen_vit.kernels import attention as kernels
-from qwen_vit.kernels.attention import RotaryTable, attention, fused_rope_varlen_attention
+from qwen_vit.kernels.attention import RotaryTable, attention
+from qwen_vit.kernels.rope_varlen_attention import (
+    _tile_table_on_device,
+    fused_rope_varlen_attention,
+)
 from qwen_vit.layout import Segments, SegmentTiling, tile_table
 
 # a tile that owns no key must make no NaN, not even one that is thrown away
@@ -403,9 +407,7 @@ def test_the_tile_table_made_on_the_device_knows_empty_segments(lengths: list[in
 def test_edges_beyond_the_rows_lead_nowhere_on_a_gpu() -> None:
     """Their values are never read back, and a tile past the last row would be written there."""
     for wrong in ([0, 200], [0, 1 << 30, 7], [-5, 100], [50, 0, 100], [0, 90, 300, 100]):
-        table = kernels._tile_table_on_device(
-            torch.tensor(wrong), 100, SegmentTiling(32, packs=False)
-        )
+        table = _tile_table_on_device(torch.tensor(wrong), 100, SegmentTiling(32, packs=False))
         used = table[table[:, 1] > table[:, 0]]
         assert used.min() >= 0
         assert used.max() <= 100
@@ -416,7 +418,7 @@ def assert_device_table_equals_hosts(
 ) -> None:
     """The same tiles: the host's begin with the longest segment, spare ones of a device are 0."""
     cut = SegmentTiling(rows, packs=False)
-    table = kernels._tile_table_on_device(offsets(lengths, device), sum(lengths), cut).cpu()
+    table = _tile_table_on_device(offsets(lengths, device), sum(lengths), cut).cpu()
     used = table[table[:, 1] > table[:, 0]]
     assert torch.equal(table[len(used) :], torch.zeros_like(table[len(used) :]))
     hosts = tile_table(np.array(lengths, np.int32), cut)

@@ -11,13 +11,7 @@ import torch
 from checkpoints import SMALL, WIDE, random_tensors, write_checkpoint, write_weights
 from safetensors.torch import load_file, save_file
 
-from qwen_vit.checkpoint.convert import (
-    convert,
-    padded_mlp_size,
-    padded_pixel_size,
-    pixel_weight_exponent,
-    rotary_permutation,
-)
+from qwen_vit.checkpoint.convert import convert, rotary_permutation
 from qwen_vit.checkpoint.load import (
     config_hash,
     expected_tensors,
@@ -27,6 +21,7 @@ from qwen_vit.checkpoint.load import (
 from qwen_vit.common.strict_json import short_repr
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError
+from qwen_vit.weight_format import padded_mlp_size, padded_pixel_size, pixel_weight_exponent
 
 IMAGE_CONFIG = ImageConfig.from_json({})
 QKV = "blocks.0.attn.qkv.weight"

@@ -35,7 +35,7 @@ from qwen_vit.features import write_features
 from qwen_vit.images import patches as patches_module
 from qwen_vit.images.load import ImageLimits, load_image
 from qwen_vit.images.patches import Patches, patchify
-from qwen_vit.kernels.attention import fused_rope_varlen_attention
+from qwen_vit.kernels.rope_varlen_attention import fused_rope_varlen_attention
 from qwen_vit.model import VisionTower
 
 ROOT = Path(__file__).resolve().parent.parent

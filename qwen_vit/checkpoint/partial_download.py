@@ -11,7 +11,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from qwen_vit.checkpoint import ranges
-from qwen_vit.checkpoint.convert import check_finite
 from qwen_vit.checkpoint.load import Tower, load_checkpoint
 from qwen_vit.checkpoint.ranges import Opener, Piece, RangeResponse
 from qwen_vit.checkpoint.weight_files import VISION_FILE, RemoteFiles, StoredTensor
@@ -24,6 +23,7 @@ from qwen_vit.common.safetensors_header import (
     header_length,
     parse_header,
 )
+from qwen_vit.common.tensors import check_finite
 from qwen_vit.errors import CheckpointError
 
 __all__ = ["Shards", "write_tower"]
