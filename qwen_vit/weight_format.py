@@ -20,15 +20,17 @@ def pixel_weight_exponent(dtype: torch.dtype) -> int:
 
     >>> pixel_weight_exponent(torch.bfloat16)
     10
+
+    Raises ArgumentError for float16, which the published weights overflow, and other types.
     """
     exponents = {torch.bfloat16: 10, torch.float32: 0}
     if dtype == torch.float16:
         raise ArgumentError(
-            "dtype float16 is refused: the published weights overflow it in the last block; "
-            "use bfloat16 or float32"
+            "dtype float16 is refused: the published weights overflow it in the last block",
+            remedy="use bfloat16 or float32",
         )
     if dtype not in exponents:
-        raise ArgumentError(f"dtype is {dtype}, expected torch.bfloat16 or torch.float32")
+        raise ArgumentError(f"dtype is {dtype}", expected="torch.bfloat16 or torch.float32")
     return exponents[dtype]
 
 

@@ -25,7 +25,7 @@ from towers import random_rows
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qwen_vit import encoder as encoder_module
-from qwen_vit.checkpoint import load as checkpoint_module
+from qwen_vit.checkpoint import published_tensors
 from qwen_vit.checkpoint.load import load_checkpoint
 from qwen_vit.common.prefetch import AHEAD_JOBS
 from qwen_vit.encoder import VisionEncoder
@@ -738,5 +738,5 @@ def test_the_layout_of_an_ambiguous_array_can_be_given() -> None:
 def test_the_recorded_hash_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     first = encoder.metadata()["weights_sha256"]
-    monkeypatch.setattr(checkpoint_module, "weights_hash", None)
+    monkeypatch.setattr(published_tensors, "weights_hash", None)
     assert encoder.metadata()["weights_sha256"] == first

@@ -1,7 +1,7 @@
 """Published tensors -> the model's parameters: renamed, permuted, concatenated, padded, folded.
 
 Nothing is lost on the way: every published weight lands in one place. The weights of a block's two
-norms are multiplied into the products that follow them; the patch embedding is stored once as
+norms are multiplied into the weights that follow them; the patch embedding is stored once as
 published (for float rows) and once folded for uint8 pixels.
 """
 
@@ -30,7 +30,7 @@ __all__ = [
 
 CPU = torch.device("cpu")
 
-# Published name -> the model's, for what is copied as it is.
+# Published name -> the model's, for what is copied unchanged.
 RENAMES = (
     ("merger.ln_q.weight", "merger.norm_weight"),
     ("merger.mlp.0.weight", "merger.fc1.weight"),
@@ -68,11 +68,11 @@ def convert(
     *,
     locate: Callable[[str], str] = str,
 ) -> dict[str, Tensor]:
-    """Return the state of model.VisionTower, in bfloat16 or float32, from published CPU tensors.
+    """Return the state of model.VisionTower, in bfloat16 or float32, from published tensors.
 
-    Each is read when its turn comes and made into the model's on `device`; only the patch
-    embedding, small and in float64, is made on the CPU. The bits do not depend on the device.
-    Raises CheckpointError for NaN or infinite weights, by name, or by what `place` makes of it.
+    Each is read when its turn comes and made into the model's on `device`, wherever it is; only the
+    patch embedding, small and in float64, is made on the CPU. The bits depend on neither device.
+    Raises CheckpointError for NaN or infinite weights, by name, or by what `locate` makes of it.
     """
     exponent = pixel_weight_exponent(dtype)
     recipes = list(_recipes(config, dtype, device))
@@ -82,10 +82,10 @@ def convert(
     for recipe in recipes:
         made = recipe.make(*islice(arriving, len(recipe.sources)))
         state[recipe.target] = made
-        # a product with NaN or infinity is not finite either, so it tells of its sources
+        # a product with NaN or infinity is not finite either, so it stands for its sources
         limits.append(extremes(made))
     patch_weight = check_finite(tensors[PATCH_WEIGHT], locate(PATCH_WEIGHT))
-    patch = _patch_embedding(patch_weight, image_config, exponent, padded_pixel_size(config))
+    patch = _patch_embedding(patch_weight.cpu(), image_config, exponent, padded_pixel_size(config))
     are_finite = torch.stack(limits).isfinite().all(1).tolist()  # waits for the device, once
     for recipe, is_finite in zip(recipes, are_finite, strict=True):
         if not is_finite:
@@ -110,7 +110,7 @@ def _recipes(config: VisionConfig, dtype: torch.dtype, device: torch.device) -> 
     order = _rotary_order(config).to(device)
 
     def same(tensor: Tensor) -> Tensor:
-        # A copy, since the source may be a map of a file that is gone tomorrow.
+        # a copy: the source may be a map of a file that is gone tomorrow, or someone's tensor
         return tensor.to(dtype, copy=True)
 
     def folded(weight: Tensor, gain: Tensor) -> Tensor:
@@ -174,8 +174,9 @@ def _patch_embedding(
     ):
         if not all_finite(tensor):
             raise CheckpointError(
-                f"{PATCH_WEIGHT} reaches {weight.abs().max().item():g}: its {name} "
-                f"overflow {tensor.dtype}; use dtype float32, or download the checkpoint again"
+                f"reaches {weight.abs().max().item():g}, and its {name} overflow {tensor.dtype}",
+                name=PATCH_WEIGHT,
+                remedy="use dtype float32, or download the checkpoint again",
             )
     return {
         "patch_embed.weight": row_weight,

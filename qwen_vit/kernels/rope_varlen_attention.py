@@ -71,45 +71,50 @@ def _check_arguments(
     given = {"qkv": qkv, "cos": cos, "sin": sin, "cu_seqlens": cu_seqlens}
     for name, value in given.items():
         if not isinstance(value, torch.Tensor):
-            raise ArgumentError(f"{name} is a {type(value).__name__}, expected a torch tensor")
+            raise ArgumentError(f"{name} is a {type(value).__name__}", expected="a torch tensor")
     if qkv.device.type not in ("cpu", "cuda"):
-        raise ArgumentError(f"qkv is on {qkv.device}, expected a CUDA GPU or the CPU; move it")
-    least, most = HEAD_DIMS[qkv.device.type]
-    is_fused = qkv.dim() == 4 and qkv.shape[1] == 3 and qkv.shape[2] > 0
-    if not is_fused or qkv.shape[3] % 2 or not least <= qkv.shape[3] <= most:
         raise ArgumentError(
-            f"qkv has shape {tuple(qkv.shape)}, expected (N, 3, heads, head_dim) with an even "
-            f"head_dim of {least} to {most}; reshape the fused projection's output"
+            f"qkv is on {qkv.device}", expected="a CUDA GPU or the CPU", remedy="move it"
+        )
+    minimum, maximum = HEAD_DIMS[qkv.device.type]
+    is_fused = qkv.dim() == 4 and qkv.shape[1] == 3 and qkv.shape[2] > 0
+    if not is_fused or qkv.shape[3] % 2 or not minimum <= qkv.shape[3] <= maximum:
+        raise ArgumentError(
+            f"qkv has shape {tuple(qkv.shape)}",
+            expected=f"(N, 3, heads, head_dim) with an even head_dim of {minimum} to {maximum}",
+            remedy="reshape the fused projection's output",
         )
     N, _, _, D = qkv.shape
     supported = (torch.float32,) if qkv.device.type == "cpu" else (torch.float32, torch.bfloat16)
     if qkv.dtype not in supported:
         raise ArgumentError(
-            f"qkv is {qkv.dtype} on {qkv.device}, expected "
-            f"{' or '.join(map(str, supported))}; convert it first"
+            f"qkv is {qkv.dtype} on {qkv.device}",
+            expected=" or ".join(map(str, supported)),
+            remedy="convert it first",
         )
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape != (N, D // 2) or table.dtype != torch.float32:
             raise ArgumentError(
-                f"{name} is {table.dtype} of shape {tuple(table.shape)}, expected torch.float32 "
-                f"of shape {(N, D // 2)}: one angle per rotary pair"
+                f"{name} is {table.dtype} of shape {tuple(table.shape)}",
+                expected=f"torch.float32 of shape {(N, D // 2)}: one angle per rotary pair",
             )
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ArgumentError(
-            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, expected int32 "
-            "or int64 of shape (segments + 1,)"
+            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}",
+            expected="int32 or int64 of shape (segments + 1,)",
         )
     if len(cu_seqlens) < 2:
-        raise ArgumentError("cu_seqlens has no segment, expected at least [0, N]")
+        raise ArgumentError("cu_seqlens has no segment", expected="at least [0, N]")
     for name, tensor in (("cos", cos), ("sin", sin), ("cu_seqlens", cu_seqlens)):
         if tensor.device != qkv.device:
             raise ArgumentError(
-                f"{name} is on {tensor.device} and qkv on {qkv.device}; move it to {qkv.device}"
+                f"{name} is on {tensor.device} and qkv on {qkv.device}",
+                remedy=f"move it to {qkv.device}",
             )
     if qkv.device.type == "cpu":
         steps = cu_seqlens.diff()
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) > N or bool((steps < 0).any()):
             raise ArgumentError(
-                f"cu_seqlens runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}, expected "
-                f"non-decreasing values from 0 to {N}, the rows of qkv"
+                f"cu_seqlens runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}",
+                expected=f"non-decreasing values from 0 to {N}, the rows of qkv",
             )
