@@ -361,7 +361,7 @@ def explain(error: Exception, repository: Repository) -> HubError:
         fact = "too many requests (HTTP 429)"
         remedy = "wait five minutes, or log in with `hf auth login` for a higher limit"
     elif status is not None and status >= 500:
-        fact, remedy = f"the Hub is failing (HTTP {status})", "try again later"
+        fact, remedy = f"server error (HTTP {status})", "try again later"
     elif isinstance(error, LocalEntryNotFoundError) and repository.local_files_only:
         fact = "not in the local cache, and local_files_only rules out the network"
         remedy = "leave out local_files_only"
