@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qwen_vit.features import ImageFeatures, write_features
     from qwen_vit.images.image import ImageLimits
     from qwen_vit.integrations.hf import as_hf_tower, expand_placeholders
-    from qwen_vit.kernels.attention import fused_rope_varlen_attention
+    from qwen_vit.kernels.rope_varlen_attention import fused_rope_varlen_attention
 
 __version__ = "0.1.0"
 
@@ -57,7 +57,7 @@ MODULES = {
     "as_hf_tower": "integrations.hf",
     "expand_placeholders": "integrations.hf",
     "export_features": "export.run",
-    "fused_rope_varlen_attention": "kernels.attention",
+    "fused_rope_varlen_attention": "kernels.rope_varlen_attention",
     "load_features": "feature_files.read",
     "write_features": "features",
 }

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_vit.checkpoint.convert import padded_mlp_size, padded_pixel_size
 from qwen_vit.common.tensors import all_finite
 from qwen_vit.config import Grid, VisionConfig
 from qwen_vit.encoder import VisionEncoder
@@ -24,6 +23,7 @@ from qwen_vit.features import dtype_name
 from qwen_vit.graphs import MAX_BUCKET, GraphRunner, bucket_for
 from qwen_vit.layout import Layout
 from qwen_vit.model import VisionTower, plan_layout
+from qwen_vit.weight_format import padded_mlp_size, padded_pixel_size
 from qwen_vit.workloads import WORKLOADS
 
 __all__ = [

@@ -87,46 +87,43 @@ class VisionConfig:
     rope_theta: float
 
     def __post_init__(self) -> None:
-        for field, names, _, largest in VISION_KEYS:
-            check_integer(getattr(self, field), names[0], largest)
-        rules = (
-            (self.in_channels == 3, f"in_channels is {self.in_channels}, expected 3 (RGB)"),
+        for field, names, _, maximum in VISION_KEYS:
+            check_integer(getattr(self, field), names[0], maximum)
+        window = f"window_size {self.window_px} px"
+        unit = f"a merge unit of {self.factor_px} px"
+        rules = (  # what holds, the fact if it does not, what was expected
+            (self.in_channels == 3, f"in_channels is {self.in_channels}", "3 (RGB)"),
             (
                 self.temporal_patch_size == 2,
-                f"temporal_patch_size is {self.temporal_patch_size}, expected 2",
+                f"temporal_patch_size is {self.temporal_patch_size}",
+                "2",
             ),
             (
                 self.hidden_size % self.num_heads == 0,
                 f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}",
+                "",
             ),
             (
                 self.hidden_size % (8 * self.num_heads) == 0,
-                f"head_dim is hidden_size {self.hidden_size} / num_heads {self.num_heads}, "
-                "expected a multiple of 8",
+                f"head_dim is hidden_size {self.hidden_size} / num_heads {self.num_heads}",
+                "a multiple of 8",
             ),
             (
                 self.out_hidden_size % 8 == 0,
-                f"out_hidden_size is {self.out_hidden_size}, expected a multiple of 8: "
-                "the GPU moves rows of 16 bytes",
+                f"out_hidden_size is {self.out_hidden_size}",
+                "a multiple of 8: the GPU moves rows of 16 bytes",
             ),
-            (
-                self.window_px >= self.factor_px,
-                f"window_size {self.window_px} px is smaller than a merge unit of "
-                f"{self.factor_px} px",
-            ),
-            (
-                self.window_px % self.factor_px == 0,
-                f"window_size {self.window_px} px is not a multiple of a merge unit of "
-                f"{self.factor_px} px",
-            ),
+            (self.window_px >= self.factor_px, f"{window} is smaller than {unit}", ""),
+            (self.window_px % self.factor_px == 0, f"{window} is not a multiple of {unit}", ""),
             (
                 is_number(self.rope_theta) and self.rope_theta > 1,
-                f"rope_theta is {short_repr(self.rope_theta)}, expected a number from 1 to 1e12",
+                f"rope_theta is {short_repr(self.rope_theta)}",
+                "a number from 1 to 1e12",
             ),
         )
-        for holds, message in rules:
-            if not holds:
-                raise CheckpointError(message)
+        for passed, fact, expected in rules:
+            if not passed:
+                raise CheckpointError(fact, expected=expected)
         self._check_fullatt_block_indexes()
 
     def _check_fullatt_block_indexes(self) -> None:
@@ -134,14 +131,14 @@ class VisionConfig:
         seen: set[int] = set()
         for index in self.fullatt_block_indexes:
             if not is_integer(index):
-                raise CheckpointError(f"{name} holds {short_repr(index)}, expected integers")
+                raise CheckpointError(f"{name} holds {short_repr(index)}", expected="integers")
             if not 0 <= index < self.depth:
                 raise CheckpointError(
-                    f"{name} holds {short_repr(index)}, expected 0 to {self.depth - 1} "
-                    f"(depth is {self.depth})"
+                    f"{name} holds {short_repr(index)}",
+                    expected=f"0 to {self.depth - 1} (depth is {self.depth})",
                 )
             if index in seen:
-                raise CheckpointError(f"{name} holds {index} twice, expected each block once")
+                raise CheckpointError(f"{name} holds {index} twice", expected="each block once")
             seen.add(index)
 
     @property
@@ -188,8 +185,8 @@ class VisionConfig:
         try:
             return cls(**vision_fields(vision))
         except CheckpointError as error:
-            raise CheckpointError(
-                f"{where}: {error}; use the config.json that belongs to the weights"
+            raise CheckpointError.of(
+                error, name=where, remedy="use the config.json that belongs to the weights"
             ) from None
 
     def to_json(self) -> dict[str, Any]:
@@ -224,8 +221,8 @@ class ImageConfig:
     merge_size: int
 
     def __post_init__(self) -> None:
-        for name, largest in (("patch_px", 1_024), ("temporal_patch_size", 2), ("merge_size", 64)):
-            check_integer(getattr(self, name), name.replace("_px", "_size"), largest)
+        for name, maximum in (("patch_px", 1_024), ("temporal_patch_size", 2), ("merge_size", 64)):
+            check_integer(getattr(self, name), name.replace("_px", "_size"), maximum)
         for name in ("min_pixels", "max_pixels"):
             check_integer(getattr(self, name), name, MAX_PIXEL_LIMIT)
         if self.max_pixels < self.min_pixels:
@@ -235,16 +232,17 @@ class ImageConfig:
         factor_px = self.patch_px * self.merge_size
         if self.max_pixels < factor_px**2:
             raise CheckpointError(
-                f"max_pixels is {self.max_pixels}, expected at least {factor_px**2}: "
-                f"one merged token is {factor_px} x {factor_px} pixels"
+                f"max_pixels is {self.max_pixels}",
+                expected=f"at least {factor_px**2}: one merged token is {factor_px} x {factor_px} "
+                "pixels",
             )
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if len(values) != 3 or not all(map(is_number, values)):
-                raise CheckpointError(f"{name} is {short_repr(values)}, expected three numbers")
+                raise CheckpointError(f"{name} is {short_repr(values)}", expected="three numbers")
         if min(self.image_std) <= 0:
             raise CheckpointError(
-                f"image_std is {short_repr(self.image_std)}, expected values above 0"
+                f"image_std is {short_repr(self.image_std)}", expected="values above 0"
             )
 
     @classmethod
@@ -262,8 +260,8 @@ class ImageConfig:
         try:
             return cls(**image_fields(config))
         except CheckpointError as error:
-            raise CheckpointError(
-                f"{source}: {error}; use the file that belongs to the weights"
+            raise CheckpointError.of(
+                error, name=source, remedy="use the file that belongs to the weights"
             ) from None
 
     def to_json(self) -> dict[str, Any]:
@@ -291,8 +289,9 @@ def check_consistent(
     ):
         if images_have != tower_has:
             raise CheckpointError(
-                f"{source}: {name} is {images_have}, but config.json says {tower_has}; "
-                "use the two files of one checkpoint"
+                f"{name} is {images_have}, but config.json says {tower_has}",
+                name=source,
+                remedy="use the two files of one checkpoint",
             )
 
 

@@ -62,8 +62,10 @@ def find_vision_part(config: Mapping[str, Any], source: str) -> tuple[Mapping[st
     nested = [key for key in ("thinker_config", "vision_config") if key in config]
     if "model_type" not in config and not nested and not any(key in config for key in QWEN2_5_KEYS):
         raise CheckpointError(
-            f"{source}: there is no model_type, expected one of {', '.join(OUR_MODEL_TYPES)}; "
-            "use the config.json that belongs to the weights"
+            "there is no model_type",
+            name=source,
+            expected=f"one of {', '.join(OUR_MODEL_TYPES)}",
+            remedy="use the config.json that belongs to the weights",
         )
     for key in ("thinker_config", "vision_config"):
         if key in config:
@@ -73,11 +75,11 @@ def find_vision_part(config: Mapping[str, Any], source: str) -> tuple[Mapping[st
 
 
 def _refuse_other_models(config: Mapping[str, Any], source: str) -> None:
-    ours = "qwen_vit reads Qwen2.5-VL and Qwen2.5-Omni vision towers only"
     if config.get("auto_map"):
         raise CheckpointError(
-            f"{source}: auto_map asks for remote code, and remote code is never imported; "
-            "if this is a plain Qwen2.5-VL tower, remove auto_map from a copy of the file"
+            "auto_map asks for remote code, and remote code is never imported",
+            name=source,
+            remedy="if this is a plain Qwen2.5-VL tower, remove auto_map from a copy of the file",
         )
     model_type = config.get("model_type")
     # Qwen2.5-Omni's config has an embed_dim too, beside the keys that only Qwen2.5 has.
@@ -89,11 +91,18 @@ def _refuse_other_models(config: Mapping[str, Any], source: str) -> None:
         model_type = "qwen2_vl"
     for start, name, runner in OTHER_MODELS:
         if isinstance(model_type, str) and model_type.startswith(start):
-            raise CheckpointError(f"{source}: this is {name}; {ours}, {runner} runs this model")
+            raise CheckpointError(
+                f"this is {name}",
+                name=source,
+                expected="Qwen2.5-VL or Qwen2.5-Omni, the only vision towers that qwen_vit reads",
+                remedy=f"use {runner}",
+            )
     if "model_type" in config and model_type not in OUR_MODEL_TYPES:
         raise CheckpointError(
-            f"{source}: model_type is {short_repr(model_type)}, expected one of "
-            f"{', '.join(OUR_MODEL_TYPES)}; {ours}, transformers' AutoModel may know this one"
+            f"model_type is {short_repr(model_type)}",
+            name=source,
+            expected=f"one of {', '.join(OUR_MODEL_TYPES)}",
+            remedy="use a Qwen2.5-VL or Qwen2.5-Omni checkpoint, or try transformers' AutoModel",
         )
 
 
@@ -106,20 +115,21 @@ def vision_fields(vision: Mapping[str, Any]) -> dict[str, Any]:
         if any(value != values[0] for value in values):
             raise CheckpointError(
                 " and ".join(f"{name} {short_repr(value)}" for name, value in stated.items())
-                + " disagree, expected one value"
+                + " disagree",
+                expected="one value",
             )
         if not stated and published is None:
             raise CheckpointError(
-                f"{names[0]} is missing; it differs between the published models, so it is "
-                "never guessed"
+                f"{names[0]} is missing: it differs between the published models and is never "
+                "guessed"
             )
         fields[field] = values[0]
     indexes = vision.get("fullatt_block_indexes", PUBLISHED_FULLATT_BLOCK_INDEXES)
     if not isinstance(indexes, list | tuple):
-        raise CheckpointError(f"fullatt_block_indexes is {short_repr(indexes)}, expected a list")
+        raise CheckpointError(f"fullatt_block_indexes is {short_repr(indexes)}", expected="a list")
     activation = vision.get("hidden_act", "silu")
     if activation != "silu":
-        raise CheckpointError(f"hidden_act is {short_repr(activation)}, expected 'silu'")
+        raise CheckpointError(f"hidden_act is {short_repr(activation)}", expected="'silu'")
     theta = _as_float(_read_rope(vision))
     return {**fields, "fullatt_block_indexes": tuple(indexes), "rope_theta": theta}
 
@@ -130,17 +140,18 @@ def _read_rope(vision: Mapping[str, Any]) -> Any:
     if rope is None:
         return vision.get("rope_theta", PUBLISHED_ROPE_THETA)
     if not isinstance(rope, Mapping):
-        raise CheckpointError(f"rope_parameters is {short_repr(rope)}, expected an object")
+        raise CheckpointError(f"rope_parameters is {short_repr(rope)}", expected="an object")
     kind = rope.get("rope_type", rope.get("type", "axial"))
     if kind not in ("axial", "default"):
         raise CheckpointError(
-            f"rope_parameters has the type {short_repr(kind)}, expected 'axial' (2D rotary "
-            "embedding)"
+            f"rope_parameters has the type {short_repr(kind)}",
+            expected="'axial' (2D rotary embedding)",
         )
     unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
     if unknown:
         raise CheckpointError(
-            f"rope_parameters holds {short_repr(unknown)}, expected rope_type and rope_theta only"
+            f"rope_parameters holds {short_repr(unknown)}",
+            expected="rope_type and rope_theta only",
         )
     return rope.get("rope_theta", PUBLISHED_ROPE_THETA)
 
@@ -151,21 +162,22 @@ def image_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = stated.get("image_processor_type", "Qwen2VLImageProcessor")
     if not isinstance(kind, str) or not kind.startswith(("Qwen2VL", "Qwen2_5")):
         raise CheckpointError(
-            f"image_processor_type is {short_repr(kind)}, expected Qwen2VLImageProcessor"
+            f"image_processor_type is {short_repr(kind)}", expected="Qwen2VLImageProcessor"
         )
     for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
         if stated.get(step, True) is not True:
-            raise CheckpointError(f"{step} is {short_repr(stated[step])}, expected true")
+            raise CheckpointError(f"{step} is {short_repr(stated[step])}", expected="true")
     resample = stated.get("resample", PILLOW_BICUBIC)
     if not is_integer(resample) or resample != PILLOW_BICUBIC:
-        raise CheckpointError(f"resample is {short_repr(resample)}, expected 3 (bicubic)")
+        raise CheckpointError(f"resample is {short_repr(resample)}", expected="3 (bicubic)")
     rescale = stated.get("rescale_factor", 1 / 255)
     if not is_number(rescale) or not math.isclose(rescale, 1 / 255, rel_tol=1e-6):
-        raise CheckpointError(f"rescale_factor is {short_repr(rescale)}, expected 1/255")
+        raise CheckpointError(f"rescale_factor is {short_repr(rescale)}", expected="1/255")
     size = stated.get("size", {})
     if not isinstance(size, Mapping):
         raise CheckpointError(
-            f"size is {short_repr(size)}, expected an object with shortest_edge and longest_edge"
+            f"size is {short_repr(size)}",
+            expected="an object with shortest_edge and longest_edge",
         )
     fields: dict[str, Any] = {
         "patch_px": stated.get("patch_size", 14),
@@ -179,12 +191,12 @@ def image_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         values = stated.get(name, clip)
         if not isinstance(values, list | tuple):
             raise CheckpointError(
-                f"{name} is {short_repr(values)}, expected a list of three numbers"
+                f"{name} is {short_repr(values)}", expected="a list of three numbers"
             )
         fields[name] = tuple(map(_as_float, values))
     return fields
 
 
 def _as_float(value: Any) -> Any:
-    # What is no number stays as it is, for the rule that names it.
+    # a value that is no number stays unchanged, for the rule that names it
     return float(value) if is_number(value) else value

@@ -5,10 +5,10 @@ from functools import lru_cache
 
 import torch
 
-from qwen_vit.checkpoint.convert import pixel_weight_exponent
 from qwen_vit.config import VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError
 from qwen_vit.kernels.attention import HEAD_DIMS
+from qwen_vit.weight_format import pixel_weight_exponent
 
 __all__ = ["check_fits", "choose_device", "choose_dtype"]
 

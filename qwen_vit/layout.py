@@ -74,21 +74,22 @@ def _frame(h: int, w: int, merge: int, window_units: int) -> _Frame:
 
 
 def check_grids(grids: Iterable[Grid], config: VisionConfig, name: str = "grid_thw") -> None:
-    """Refuse a grid that no image can have; `name` is what messages call them.
+    """Refuse a grid that no image can have; errors call the grids `name`.
 
     Raises ImageError (code `grid`) when a side is not positive or not a multiple of the merge size.
     """
     merge = config.spatial_merge_size
     for index, grid in enumerate(grids):
         if min(grid.t, grid.h, grid.w) < 1:
-            problem = "every number must be at least 1"
+            expected = "every number to be at least 1"
         elif grid.h % merge or grid.w % merge:
-            problem = f"height and width must be multiples of {merge} patches"
+            expected = f"height and width to be multiples of {merge} patches"
         else:
             continue
         raise ImageError(
-            f"{name}[{index}] is ({grid.t}, {grid.h}, {grid.w}): {problem}; "
-            "pass the grid that the processor returned with these pixels",
+            f"{name}[{index}] is ({grid.t}, {grid.h}, {grid.w})",
+            expected=expected,
+            remedy="pass the grid that the processor returned with these pixels",
             code="grid",
         )
 
@@ -184,7 +185,9 @@ class Layout:
         total = n_patches if n_rows is None else n_rows
         if total > MAX_ROWS:
             raise ImageError(
-                f"{total} patches in one call, expected at most {MAX_ROWS}; split the batch",
+                f"{total} patches in one call",
+                expected=f"at most {MAX_ROWS}",
+                remedy="split the batch",
                 code="too-many-patches",
             )
         if total < n_patches or (total - n_patches) % unit:

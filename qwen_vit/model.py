@@ -16,12 +16,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from qwen_vit.checkpoint.convert import (
-    PIXEL_ZERO,
-    padded_mlp_size,
-    padded_pixel_size,
-    pixel_weight_exponent,
-)
 from qwen_vit.config import RMS_NORM_EPS, Grid, VisionConfig
 from qwen_vit.kernels.attention import RotaryTable, attention, kind_of, tiling
 from qwen_vit.kernels.linear import (
@@ -33,6 +27,12 @@ from qwen_vit.kernels.linear import (
 )
 from qwen_vit.kernels.pixels import gather_pixels
 from qwen_vit.layout import Layout, Segments
+from qwen_vit.weight_format import (
+    PIXEL_ZERO,
+    padded_mlp_size,
+    padded_pixel_size,
+    pixel_weight_exponent,
+)
 
 __all__ = ["Output", "VisionTower", "plan_layout"]
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen_vit.checkpoint.load import expected_tensors
+from qwen_vit.checkpoint.tower_names import expected_tensors
 from qwen_vit.config import VisionConfig
 
 SMALL = VisionConfig(

@@ -26,8 +26,8 @@ from hub_server import COMMIT, Fault, Hub, serving
 from packaging.requirements import Requirement
 
 from qwen_vit.checkpoint import cache as store
-from qwen_vit.checkpoint.convert import check_finite
 from qwen_vit.checkpoint.load import load_checkpoint
+from qwen_vit.common.tensors import check_finite
 from qwen_vit.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,7 +19,11 @@ from qwen_vit.checkpoint.convert import rotary_permutation
 from qwen_vit.errors import ArgumentError
 from qwen_vit.kernels import IS_KNOWN_GLUON
 from qwen_vit.kernels import attention as kernels
-from qwen_vit.kernels.attention import RotaryTable, attention, fused_rope_varlen_attention
+from qwen_vit.kernels.attention import RotaryTable, attention
+from qwen_vit.kernels.rope_varlen_attention import (
+    _tile_table_on_device,
+    fused_rope_varlen_attention,
+)
 from qwen_vit.layout import Segments, SegmentTiling, tile_table
 
 # a tile that owns no key must make no NaN, not even one that is thrown away
@@ -360,27 +364,27 @@ ARGUMENTS = ("qkv", "cos", "sin", "cu_seqlens")
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("qkv", torch.zeros(10, 3, 160), r"qkv has shape \(10, 3, 160\), expected \(N, 3, heads"),
+        ("qkv", torch.zeros(10, 3, 160), r"qkv has shape \(10, 3, 160\)\. Expected \(N, 3, heads"),
         ("qkv", torch.zeros(10, 2, 2, 80), r"qkv has shape \(10, 2, 2, 80\)"),
-        ("qkv", torch.zeros(10, 3, 2, 81), "even head_dim of 2 to 1024; reshape"),
-        ("qkv", torch.zeros(10, 3, 1, 1026), "even head_dim of 2 to 1024; reshape"),
-        ("qkv", np.zeros((10, 3, 2, 80)), "qkv is a ndarray, expected a torch tensor"),
-        ("qkv", torch.zeros(10, 3, 2, 80, device="meta"), "qkv is on meta, expected a CUDA GPU"),
+        ("qkv", torch.zeros(10, 3, 2, 81), r"even head_dim of 2 to 1024\. Reshape"),
+        ("qkv", torch.zeros(10, 3, 1, 1026), r"even head_dim of 2 to 1024\. Reshape"),
+        ("qkv", np.zeros((10, 3, 2, 80)), r"qkv is a ndarray\. Expected a torch tensor"),
+        ("qkv", torch.zeros(10, 3, 2, 80, device="meta"), r"qkv is on meta\. Expected a CUDA GPU"),
         ("qkv", torch.zeros(10, 3, 0, 80), r"qkv has shape \(10, 3, 0, 80\)"),
-        ("qkv", torch.zeros(10, 3, 2, 80).bfloat16(), "bfloat16 on cpu, expected torch.float32"),
-        ("qkv", torch.zeros(10, 3, 2, 80).half(), "float16 on cpu, expected torch.float32"),
-        ("qkv", torch.zeros(10, 3, 2, 80).double(), "float64 on cpu, expected torch.float32"),
-        ("cos", torch.zeros(10, 80), r"cos is .*\(10, 80\), expected torch.float32 .*\(10, 40\)"),
-        ("sin", torch.zeros(9, 40), r"sin is .*\(9, 40\), expected .*\(10, 40\)"),
-        ("cos", torch.zeros(10, 40).bfloat16(), "cos is torch.bfloat16 .* expected torch.float32"),
-        ("cu_seqlens", [0, 10], "cu_seqlens is a list, expected a torch tensor"),
+        ("qkv", torch.zeros(10, 3, 2, 80).bfloat16(), r"bfloat16 on cpu\. Expected torch.float32"),
+        ("qkv", torch.zeros(10, 3, 2, 80).half(), r"float16 on cpu\. Expected torch.float32"),
+        ("qkv", torch.zeros(10, 3, 2, 80).double(), r"float64 on cpu\. Expected torch.float32"),
+        ("cos", torch.zeros(10, 80), r"cos is .*\(10, 80\)\. Expected torch.float32 .*\(10, 40\)"),
+        ("sin", torch.zeros(9, 40), r"sin is .*\(9, 40\)\. Expected .*\(10, 40\)"),
+        ("cos", torch.zeros(10, 40).bfloat16(), "cos is torch.bfloat16 .* Expected torch.float32"),
+        ("cu_seqlens", [0, 10], r"cu_seqlens is a list\. Expected a torch tensor"),
         ("cu_seqlens", torch.tensor([0.0, 10.0]), "cu_seqlens is torch.float32"),
         ("cu_seqlens", torch.tensor([[0, 10]]), r"cu_seqlens is .*\(1, 2\)"),
-        ("cu_seqlens", torch.tensor([0]), r"no segment, expected at least \[0, N\]"),
-        ("cu_seqlens", torch.tensor([0, 11]), "from 0 to 11, expected .* 0 to 10"),
-        ("cu_seqlens", torch.tensor([1, 10]), "from 1 to 10, expected .* 0 to 10"),
+        ("cu_seqlens", torch.tensor([0]), r"no segment\. Expected at least \[0, N\]"),
+        ("cu_seqlens", torch.tensor([0, 11]), r"from 0 to 11\. Expected .* 0 to 10"),
+        ("cu_seqlens", torch.tensor([1, 10]), r"from 1 to 10\. Expected .* 0 to 10"),
         ("cu_seqlens", torch.tensor([0, 7, 5, 10]), "non-decreasing"),
-        ("cos", torch.zeros(10, 40, device="meta"), "cos is on meta and qkv on cpu; move it"),
+        ("cos", torch.zeros(10, 40, device="meta"), r"cos is on meta and qkv on cpu\. Move it"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(name: str, value: object, message: str) -> None:
@@ -403,9 +407,7 @@ def test_the_tile_table_made_on_the_device_knows_empty_segments(lengths: list[in
 def test_edges_beyond_the_rows_lead_nowhere_on_a_gpu() -> None:
     """Their values are never read back, and a tile past the last row would be written there."""
     for wrong in ([0, 200], [0, 1 << 30, 7], [-5, 100], [50, 0, 100], [0, 90, 300, 100]):
-        table = kernels._tile_table_on_device(
-            torch.tensor(wrong), 100, SegmentTiling(32, packs=False)
-        )
+        table = _tile_table_on_device(torch.tensor(wrong), 100, SegmentTiling(32, packs=False))
         used = table[table[:, 1] > table[:, 0]]
         assert used.min() >= 0
         assert used.max() <= 100
@@ -416,7 +418,7 @@ def assert_device_table_equals_hosts(
 ) -> None:
     """The same tiles: the host's begin with the longest segment, spare ones of a device are 0."""
     cut = SegmentTiling(rows, packs=False)
-    table = kernels._tile_table_on_device(offsets(lengths, device), sum(lengths), cut).cpu()
+    table = _tile_table_on_device(offsets(lengths, device), sum(lengths), cut).cpu()
     used = table[table[:, 1] > table[:, 0]]
     assert torch.equal(table[len(used) :], torch.zeros_like(table[len(used) :]))
     hosts = tile_table(np.array(lengths, np.int32), cut)
@@ -597,5 +599,5 @@ def test_rows_beyond_the_reach_of_int32_offsets_are_right(kind: str) -> None:
 @gpu
 def test_a_gpu_refuses_float16() -> None:
     case = random_case([10], 80, 2, device=CUDA, dtype=torch.float16)
-    with pytest.raises(ArgumentError, match=r"float16 on cuda:0, expected torch.float32 or torch"):
+    with pytest.raises(ArgumentError, match=r"float16 on cuda:0\. Expected torch.float32 or torch"):
         fused_rope_varlen_attention(*case)

@@ -1,32 +1,32 @@
 """Reading a local checkpoint folder, refusing a bad one, and converting what was read."""
 
+import copy
 import json
 import os
+import pickle
 import re
 import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import SMALL, WIDE, random_tensors, write_checkpoint, write_weights
+from checkpoints import SMALL, WIDE, random_tensors, split_qkv, write_checkpoint, write_weights
 from safetensors.torch import load_file, save_file
 
-from qwen_vit.checkpoint.convert import (
-    convert,
-    padded_mlp_size,
-    padded_pixel_size,
-    pixel_weight_exponent,
-    rotary_permutation,
-)
-from qwen_vit.checkpoint.load import (
-    config_hash,
-    expected_tensors,
-    load_checkpoint,
-    weights_hash,
-)
+from qwen_vit.checkpoint import published_tensors
+from qwen_vit.checkpoint.convert import convert, rotary_permutation
+from qwen_vit.checkpoint.load import Checkpoint, config_hash, load_checkpoint
+from qwen_vit.checkpoint.published_tensors import weights_hash
+from qwen_vit.checkpoint.tower_names import expected_tensors
 from qwen_vit.common.strict_json import short_repr
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError
+from qwen_vit.weight_format import padded_mlp_size, padded_pixel_size, pixel_weight_exponent
 
 IMAGE_CONFIG = ImageConfig.from_json({})
 QKV = "blocks.0.attn.qkv.weight"
@@ -145,7 +145,7 @@ def test_missing_and_extra_tensors_are_counted_and_named(tmp_path):
     message = refusal(tmp_path)
     assert f"{tmp_path} (model.safetensors): 1 of 42 vision tensors are missing" in message
     assert "(blocks.1.norm2.weight) and 1 are not known (blocks.9.norm1.weight)" in message
-    assert "use the config.json that belongs to the weights" in message
+    assert "Use the config.json that belongs to the weights, or download" in message
 
 
 def test_at_most_five_missing_tensors_are_named(tmp_path):
@@ -189,8 +189,10 @@ def test_a_wrong_shape_names_both_shapes_and_the_file(tmp_path):
         tmp_path, lambda tensors: tensors.update({"visual." + QKV: torch.zeros(96, 31).bfloat16()})
     )
     message = refusal(tmp_path)
-    assert f"{tmp_path / 'model.safetensors'}: visual.{QKV} has the shape [96, 31]" in message
-    assert "expected [96, 32] from config.json" in message
+    assert message.startswith(
+        f"{tmp_path / 'model.safetensors'}: visual.{QKV}: has the shape [96, 31]. "
+        "Expected [96, 32] from config.json. Use the config.json that belongs to the weights."
+    )
 
 
 @pytest.mark.parametrize(
@@ -210,8 +212,9 @@ def test_quantised_towers_are_refused_by_name(tmp_path, name, dtype, shown):
         tmp_path, lambda tensors: tensors.update({f"visual.{name}": torch.zeros(96, 32).to(dtype)})
     )
     message = refusal(tmp_path)
-    assert f"visual.{name} in model.safetensors is {shown}" in message
-    assert "expected F32, BF16, F16; use a checkpoint that leaves the vision tower unq" in message
+    assert message.startswith(f"{tmp_path} (model.safetensors): 1 vision tensors are quantised")
+    assert f"model.safetensors: visual.{name} is {shown})" in message
+    assert "Expected F32, BF16, F16. Use a checkpoint that leaves the vision tower unq" in message
 
 
 @pytest.mark.parametrize(
@@ -227,7 +230,8 @@ def test_towers_of_other_models_are_refused_by_name(tmp_path, name, model):
     write_checkpoint(tmp_path, SMALL)
     edit_weights(tmp_path, lambda tensors: tensors.update({f"visual.{name}": torch.zeros(4)}))
     message = refusal(tmp_path)
-    assert f"holds the vision tower of {model} (visual.{name} in model.safetensors)" in message
+    assert f"holds the vision tower of {model} ({tmp_path / 'model.safetensors'}: " in message
+    assert f": visual.{name}). Expected Qwen2.5-VL. Use transformers for it." in message
 
 
 def test_two_towers_and_none_are_refused(tmp_path):
@@ -236,9 +240,11 @@ def test_two_towers_and_none_are_refused(tmp_path):
         tmp_path,
         lambda tensors: tensors.update({"other.patch_embed.proj.weight": torch.zeros(1)}),
     )
-    assert "holds 2 vision towers, under other., visual.; expected one" in refusal(tmp_path)
+    assert "holds 2 vision towers, under other., visual. Expected one. Save" in refusal(tmp_path)
     write_weights(tmp_path, {"lm_head.weight": torch.zeros(1)})
-    assert "holds no vision tower: none of its 1 tensors (lm_head.weight)" in refusal(tmp_path)
+    assert f"{tmp_path}: no vision tower: none of its 1 tensors (lm_head.weight)" in refusal(
+        tmp_path
+    )
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -253,9 +259,9 @@ def test_weights_that_are_not_finite_are_counted_and_their_file_named(tmp_path, 
             checkpoint.tensors, SMALL, IMAGE_CONFIG, torch.float32, locate=checkpoint.locate
         )  # fmt: skip
     assert ".safetensors (" in str(caught.value)
-    assert f" bytes): {QKV} holds 3 NaN and 1 infinite values of 3072" in str(caught.value)
-    assert "download it again" in str(caught.value)
-    with pytest.raises(CheckpointError, match=f"^{QKV} holds 3 NaN and 1 infinite"):
+    assert f" bytes): {QKV}: 3 NaN and 1 infinite values of 3072" in str(caught.value)
+    assert "download it again" in caught.value.remedy
+    with pytest.raises(CheckpointError, match=f"^{QKV}: 3 NaN and 1 infinite"):
         convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
 
 
@@ -270,7 +276,7 @@ def test_one_value_that_is_not_finite_is_found_in_every_tensor(value, dtype):
             tensors[norm] = torch.zeros_like(tensors[norm])
         tensors[name].view(-1)[tensor.numel() // 2] = float(value)
         counts = "1 NaN and 0" if value == "nan" else "0 NaN and 1"
-        words = f"^{re.escape(name)} holds {counts} infinite values of {tensor.numel()}, expected"
+        words = rf"^{re.escape(name)}: {counts} infinite values of {tensor.numel()}\. Expected"
         with pytest.raises(CheckpointError, match=words):
             convert(tensors, SMALL, IMAGE_CONFIG, dtype)
 
@@ -287,19 +293,19 @@ def test_the_place_of_a_tensor_in_three_parts_names_each(tmp_path):
 
 
 def test_folders_without_weights_say_what_they_hold(tmp_path):
-    assert "nothing is not a folder, expected one with" in refusal(tmp_path / "nothing")
-    assert "has no weights (it holds nothing), expected model.safetensors" in refusal(tmp_path)
+    assert "nothing: not a folder. Expected one with" in refusal(tmp_path / "nothing")
+    assert "no weights (it holds nothing). Expected model.safetensors" in refusal(tmp_path)
     (tmp_path / "notes.txt").touch()
     assert "(it holds notes.txt)" in refusal(tmp_path)
     (tmp_path / "a.gguf").touch()
     assert "no safetensors weights, only GGUF (a.gguf)" in refusal(tmp_path)
-    assert "a.gguf is not a folder" in refusal(tmp_path / "a.gguf")
+    assert "a.gguf: not a folder" in refusal(tmp_path / "a.gguf")
 
 
 def test_a_missing_config_is_named(tmp_path):
     write_checkpoint(tmp_path, SMALL)
     (tmp_path / "config.json").unlink()
-    assert f"{tmp_path / 'config.json'} is not there" in refusal(tmp_path)
+    assert f"{tmp_path / 'config.json'}: not there" in refusal(tmp_path)
 
 
 def test_image_settings_of_another_model_are_refused(tmp_path):
@@ -320,10 +326,10 @@ def test_pickles_are_never_opened(tmp_path, name):
     (tmp_path / "model.safetensors").unlink()
     torch.save(Trap(), tmp_path / name)
     message = refusal(tmp_path)
-    assert f"no safetensors weights, only {name}: no pickle is ever opened" in message
-    assert "get the safetensors version" in message
+    assert f"no safetensors weights, only {name}: pickles are never opened" in message
+    assert "Get the safetensors version" in message
     shutil.move(tmp_path / name, tmp_path / "model.safetensors")
-    assert "is a zip archive or a pickle" in refusal(tmp_path)
+    assert ": a zip archive or a pickle" in refusal(tmp_path)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -332,8 +338,8 @@ def test_a_lora_adapter_names_its_base_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(base))
     (tmp_path / "adapter_model.safetensors").touch()
     message = refusal(tmp_path)
-    assert "is a LoRA adapter for 'Qwen/Qwen2.5-VL-7B-Instruct'" in message
-    assert "merge it into its base model" in message
+    assert ": a LoRA adapter for 'Qwen/Qwen2.5-VL-7B-Instruct'" in message
+    assert "Merge it into its base model" in message
 
 
 def test_several_files_without_an_index_are_refused(tmp_path):
@@ -341,15 +347,15 @@ def test_several_files_without_an_index_are_refused(tmp_path):
     (tmp_path / "model.safetensors.index.json").unlink()
     message = refusal(tmp_path)
     assert "holds 2 sets of weights (model-00001-of-00002.safetensors, model-00002-of" in message
-    assert "restore the index" in message
+    assert "or restore the index" in message
 
 
 def test_a_missing_shard_is_named_with_its_index(tmp_path):
     write_checkpoint(tmp_path, SMALL, shards=2)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     message = refusal(tmp_path)
-    assert "model.safetensors.index.json names the shard model-00002-of-00002" in message
-    assert "is not there; download it" in message
+    assert "model.safetensors.index.json: names the shard model-00002-of-00002" in message
+    assert "is not there. Download it" in message
 
 
 @pytest.mark.parametrize(
@@ -365,10 +371,8 @@ def test_an_index_may_only_name_plain_basenames(tmp_path, shard):
     index["weight_map"]["visual.patch_embed.proj.weight"] = shard
     path.write_text(json.dumps(index))
     message = refusal(tmp_path)
-    assert (
-        f"{path}: 'visual.patch_embed.proj.weight' is said to be in {short_repr(shard)}" in message
-    )
-    assert "expected the plain name of a .safetensors file" in message
+    assert f"{path}: lists 'visual.patch_embed.proj.weight' in {short_repr(shard)}" in message
+    assert "Expected the plain name of a .safetensors file" in message
 
 
 def test_a_shard_that_links_out_of_the_folder_is_refused(tmp_path):
@@ -378,7 +382,7 @@ def test_a_shard_that_links_out_of_the_folder_is_refused(tmp_path):
     (folder / shard).symlink_to(tmp_path / "elsewhere")
     message = refusal(folder)
     assert f"names the shard {shard}, which is a link out of the folder to {tmp_path}" in message
-    assert "copy that file into the folder" in message
+    assert "Copy that file into the folder" in message
 
 
 def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path):
@@ -387,13 +391,13 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path):
     index = json.loads(path.read_text())
     shard = index["weight_map"].pop(f"visual.{QKV}")
     path.write_text(json.dumps(index))
-    assert f"{shard} holds 'visual.{QKV}', but {path} does not list it there" in refusal(tmp_path)
+    assert f"{shard}: holds 'visual.{QKV}', but {path} does not list it there" in refusal(tmp_path)
     other = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"} - {shard}
     index["weight_map"][f"visual.{QKV}"] = other.pop()
     path.write_text(json.dumps(index))
     assert f"visual.{QKV}'" in refusal(tmp_path)
     path.write_text('{"weight_map": []}')
-    assert f"{path}: weight_map is [], expected an object" in refusal(tmp_path)
+    assert f"{path}: weight_map is []. Expected an object" in refusal(tmp_path)
 
 
 def safetensors_file(header: dict | bytes, data: bytes = b"") -> bytes:
@@ -409,25 +413,34 @@ def entry(start: int, end: int, *, dtype: str = "F32", shape: object = None) -> 
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        (b"", "(0 bytes) is empty"),
-        (b"\x01\x00", "(2 bytes) is cut short inside its first 8 bytes"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a git-lfs pointer"),
-        (b"\n<!DOCTYPE html><html></html>", "is an HTML or XML page"),
-        (b"GGUF" + bytes(99), "is a GGUF file"),
+        (b"", "(0 bytes): empty. Expected safetensors weights."),
+        (b"\x01\x00", "(2 bytes): cut short inside its first 8 bytes"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+            ": a git-lfs pointer. Expected safetensors weights. Run",
+        ),
+        (b"\n<!DOCTYPE html><html></html>", ": an HTML or XML page. Expected"),
+        (b"GGUF" + bytes(99), ": a GGUF file. Expected"),
         ((500).to_bytes(8, "little") + b"{}", "500 bytes, which is larger than the file"),
-        ((2**63).to_bytes(8, "little") + b"{}", "expected at most 100000000: it is damaged"),
+        (
+            (2**63).to_bytes(8, "little") + b"{}",
+            "corrupt, or not a safetensors file: it declares a header of 92",
+        ),
         (safetensors_file(b"{} x"), "header: not JSON"),
-        (safetensors_file(b"[]"), "header: the JSON is [], expected an object"),
+        (safetensors_file(b"[]"), "header: the JSON is []. Expected an object"),
         (safetensors_file(b'{"a": 1, "a": 1}'), "header: the key 'a' is there twice"),
-        (safetensors_file({"a": 1}), "the header's entry 'a' lacks a dtype"),
-        (safetensors_file({"a": entry(4, 0)}), "the header's entry 'a' lacks a dtype"),
+        (safetensors_file({"a": 1}), "the header's entry 'a' lacks a valid dtype"),
+        (safetensors_file({"a": entry(4, 0)}), "the header's entry 'a' lacks a valid dtype"),
         (safetensors_file({"a": entry(0, 4, shape=[-1])}, bytes(4)), "the header's entry 'a' l"),
         (safetensors_file({"a": entry(0, 4, shape=[True])}, bytes(4)), "the header's entry 'a'"),
         (safetensors_file({"a": entry(0, 8, shape=[3])}, bytes(8)), "has 8 bytes, but its shape"),
         (safetensors_file({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)), "and 'b' overlap"),
         (safetensors_file({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12)), "4 bytes before 'b'"),
-        (safetensors_file({"a": entry(0, 8)}, bytes(5)), "is truncated: 3 bytes of 'a'"),
-        (safetensors_file({"a": entry(0, 8)}, bytes(9)), "the last 1 bytes belong to no tensor"),
+        (safetensors_file({"a": entry(0, 8)}, bytes(5)), "truncated: 3 bytes of 'a'"),
+        (
+            safetensors_file({"a": entry(0, 8)}, bytes(9)),
+            "the last 1 bytes belong to no tensor. Expected no hole.",
+        ),
     ],
     ids=[
         *("empty", "short", "lfs", "html", "gguf", "longer-header", "giant-header", "torn-json"),
@@ -442,7 +455,7 @@ def test_damaged_files_name_their_path_size_and_remedy(tmp_path, raw, words):
     message = refusal(tmp_path)
     assert message.startswith(f"{path} ({len(raw)} bytes)")
     assert words in message
-    assert any(x in message for x in ("download MODEL)", "git lfs pull", "use the safetensors"))
+    assert any(x in message for x in ("download MODEL)", "git lfs pull", "Use the safetensors"))
 
 
 def test_a_header_length_that_spells_markup_is_no_impostor(tmp_path):
@@ -460,8 +473,246 @@ def test_a_file_cut_between_opening_and_reading_is_named(tmp_path):
     write_checkpoint(tmp_path, SMALL)
     checkpoint = load_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors changed or became unreadable"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: changed or became unreadable"):
         checkpoint.tensors[QKV]
+
+
+# Copies, pickles and threads
+
+IN_ANOTHER_PROCESS = """
+import pickle, sys
+checkpoint = pickle.load(sys.stdin.buffer)
+tensor = checkpoint.tensors["merger.mlp.0.weight"]
+print(checkpoint.weights_sha256(), len(checkpoint.tensors), tensor.float().sum().item())
+"""
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))]
+)
+@pytest.mark.parametrize("when", ["before reading", "after reading", "after hashing"])
+@pytest.mark.parametrize("prefix", ["visual.", "thinker.visual."])
+def test_a_copy_or_a_pickle_reads_the_same_tensors(tmp_path, prefix, when, duplicate):
+    """Once it could not be copied once it was read: safetensors' open files cannot be."""
+    tensors = write_checkpoint(tmp_path, SMALL, prefix=prefix, shards=2)
+    checkpoint = load_checkpoint(tmp_path)
+    if when == "after reading":
+        assert_same_tensors(checkpoint.tensors, tensors)
+    if when == "after hashing":
+        checkpoint.weights_sha256()
+    twin = duplicate(checkpoint)
+    assert_same_tensors(twin.tensors, tensors)
+    assert_same_tensors(checkpoint.tensors, tensors)  # the first one still holds its files
+    for field in ("config", "image_config", "files", "prefix", "dtypes"):
+        assert getattr(twin, field) == getattr(checkpoint, field)
+    assert twin.locate(QKV) == checkpoint.locate(QKV)
+    assert twin.weights_sha256() == weights_hash(tensors)
+
+
+def test_a_pickle_keeps_the_hash_that_was_computed(tmp_path, monkeypatch):
+    tensors = write_checkpoint(tmp_path, SMALL)
+    checkpoint = load_checkpoint(tmp_path)
+    checkpoint.weights_sha256()
+    twin = pickle.loads(pickle.dumps(checkpoint))
+    monkeypatch.setattr(published_tensors, "weights_hash", None)  # calling it fails
+    assert twin.weights_sha256() == weights_hash(tensors)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_pickle_is_read_by_another_process(tmp_path, given):
+    tensors = write_checkpoint(tmp_path, SMALL)
+    checkpoint = load_checkpoint(tmp_path)
+    if given:
+        checkpoint = Checkpoint.from_tensors(tensors, SMALL)
+    sums = checkpoint.tensors["merger.mlp.0.weight"].float().sum().item()
+    done = subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_PROCESS],
+        input=pickle.dumps(checkpoint),
+        env={**os.environ, "PYTHONPATH": str(Path(published_tensors.__file__).parents[2])},
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.decode().split() == [weights_hash(tensors), "42", str(sums)]
+
+
+def test_two_threads_may_open_the_same_file_at_once(tmp_path, monkeypatch):
+    tensors = write_checkpoint(tmp_path, SMALL)
+    both, open_file = threading.Barrier(2, timeout=60), published_tensors.safe_open
+
+    def open_together(*arguments, **options):
+        both.wait()
+        return open_file(*arguments, **options)
+
+    monkeypatch.setattr(published_tensors, "safe_open", open_together)
+    checkpoint = load_checkpoint(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: dict(checkpoint.tensors), range(2)))
+    for read in found:
+        assert_same_tensors(read, tensors)
+
+
+# Tensors that someone else loaded
+
+
+def given(prefix="visual.", **changes):
+    """The tensors of a tower under a prefix, beside one of a language model."""
+    tensors = random_tensors(SMALL)
+    stored = split_qkv(tensors) if prefix == "thinker.visual." else tensors
+    stored = {prefix + name: tensor for name, tensor in stored.items()}
+    beside = {"lm_head.weight": torch.zeros(2)} if prefix else {}
+    return stored | beside | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def rejection(*arguments) -> CheckpointError:
+    """The error with which given tensors are refused."""
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.from_tensors(*arguments)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "prefix", ["visual.", "model.visual.", "thinker.visual.", "", "base_model.model.visual."]
+)
+def test_given_tensors_make_the_checkpoint_that_their_files_make(tmp_path, prefix):
+    tensors = write_checkpoint(tmp_path, SMALL, prefix=prefix)
+    loaded = load_checkpoint(tmp_path)
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text())
+    checkpoint = Checkpoint.from_tensors(given(prefix), config, settings)
+    assert_same_tensors(checkpoint.tensors, tensors)
+    for field in ("config", "image_config", "prefix", "dtypes"):
+        assert getattr(checkpoint, field) == getattr(loaded, field)
+    assert (checkpoint.files, checkpoint.locate(QKV)) == ((), QKV)
+    assert checkpoint.weights_sha256() == loaded.weights_sha256()
+    convert_both = (
+        convert(each.tensors, SMALL, each.image_config, torch.bfloat16)
+        for each in (checkpoint, loaded)
+    )
+    assert_same_tensors(*convert_both)
+
+
+@pytest.mark.parametrize("image_config", [None, {}, IMAGE_CONFIG])
+def test_configs_are_objects_or_what_their_files_say(image_config):
+    for config in (SMALL, SMALL.to_json(), {"model_type": "qwen2_5_vl", **SMALL.to_json()}):
+        checkpoint = Checkpoint.from_tensors(given(), config, image_config)
+        assert (checkpoint.config, checkpoint.image_config) == (SMALL, IMAGE_CONFIG)
+
+
+def test_given_parameters_and_views_will_do_and_nothing_is_copied():
+    tensors = random_tensors(SMALL, dtype=torch.float32)
+    views = {
+        name: torch.stack([tensor, tensor], 1)[:, 0]  # of every other value
+        for name, tensor in tensors.items()
+        if tensor.ndim == 1
+    }
+    stored = {name: torch.nn.Parameter(tensor) for name, tensor in (tensors | views).items()}
+    checkpoint = Checkpoint.from_tensors(stored, SMALL)
+    assert not any(tensor.requires_grad for tensor in checkpoint.tensors.values())
+    assert all(checkpoint.tensors[name].data_ptr() == t.data_ptr() for name, t in stored.items())
+    assert checkpoint.weights_sha256() == weights_hash(tensors)
+    state = convert(checkpoint.tensors, SMALL, IMAGE_CONFIG, torch.float32)
+    assert_same_tensors(state, convert(tensors, SMALL, IMAGE_CONFIG, torch.float32))
+    ours = {tensor.data_ptr() for tensor in state.values()}
+    assert ours.isdisjoint(tensor.data_ptr() for tensor in stored.values())
+
+
+def test_a_checkpoint_of_given_tensors_is_copied_and_pickled():
+    checkpoint = Checkpoint.from_tensors(given("thinker.visual."), SMALL)
+    for twin in (copy.deepcopy(checkpoint), pickle.loads(pickle.dumps(checkpoint))):
+        assert_same_tensors(twin.tensors, checkpoint.tensors)
+        assert twin.weights_sha256() == checkpoint.weights_sha256()
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "fact", "expected"),
+    [
+        (
+            {"visual__blocks__9__norm1__weight": torch.zeros(32)},
+            "tensors",
+            "0 of 42 vision tensors are missing (none) and 1 are not known (blocks.9.norm1.weight)",
+            "",
+        ),
+        (
+            {"visual__merger__ln_q__weight": torch.zeros(31)},
+            "visual.merger.ln_q.weight",
+            "has the shape [31]",
+            "[32] from config.json",
+        ),
+        (
+            {"visual__merger__ln_q__weight": torch.zeros(32, dtype=torch.float64)},
+            "tensors",
+            "1 vision tensors are quantised or of another type (merger.ln_q.weight; "
+            "visual.merger.ln_q.weight is torch.float64)",
+            "F32, BF16, F16",
+        ),
+        (
+            {"visual__blocks__0__attn__qkv__qweight": torch.zeros(4, dtype=torch.int32)},
+            "tensors",
+            "1 vision tensors are quantised or of another type (blocks.0.attn.qkv.qweight; "
+            "visual.blocks.0.attn.qkv.qweight is torch.int32)",
+            "F32, BF16, F16",
+        ),
+        (
+            {"visual__pos_embed__weight": torch.zeros(4)},
+            "tensors",
+            "holds the vision tower of Qwen3-VL (visual.pos_embed.weight)",
+            "Qwen2.5-VL",
+        ),
+        (
+            {"patch_embed__proj__weight": torch.zeros(4)},
+            "tensors",
+            "holds 2 vision towers, under no prefix, visual.",
+            "one",
+        ),
+    ],
+)
+def test_given_tensors_that_do_not_fit_are_named(changes, name, fact, expected):
+    error = rejection(given(**changes), SMALL)
+    assert (error.name, error.fact, error.expected) == (name, fact, expected)
+    assert error.remedy
+
+
+def test_a_given_tower_that_is_incomplete_or_of_another_config_is_refused():
+    incomplete = given()
+    del incomplete["visual.blocks.1.norm2.weight"]
+    assert "1 of 42 vision tensors are missing (blocks.1.norm2.weight)" in str(
+        rejection(incomplete, SMALL)
+    )
+    assert "12 of 54 vision tensors are missing" in str(rejection(given(), replace(SMALL, depth=4)))
+    assert "no vision tower: none of its 1 tensors (a)" in str(
+        rejection({"a": torch.ones(1)}, SMALL)
+    )
+    assert str(rejection(given(), {"model_type": "llava"})).startswith("config: model_type is 'll")
+    other_images = {"patch_size": 16}
+    assert "image_config: patch_size is 16, but config.json says 14" in str(
+        rejection(given(), SMALL, other_images)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (([torch.zeros(1)], SMALL), r"tensors is \[.*\. Expected a mapping whose keys are strings"),
+        (({0: torch.zeros(1)}, SMALL), r"tensors is \{0: .*\. Expected a mapping whose keys are"),
+        ((given(), 3), r"config is 3\. Expected a mapping"),
+        ((given(), SMALL, 3), r"image_config is 3\. Expected a mapping"),
+        (
+            (given(visual__merger__ln_q__weight=[1.0]), SMALL),
+            r"tensors\['visual\.merger\.ln_q\.weight'\]: a list\. Expected a torch tensor",
+        ),
+        (
+            (given(visual__merger__ln_q__weight=torch.zeros(32, device="meta")), SMALL),
+            r"ln_q\.weight'\]: a tensor on the meta device\. Expected .* Load the weights first",
+        ),
+        (
+            (given(visual__merger__ln_q__weight=torch.zeros(32).to_sparse()), SMALL),
+            r"ln_q\.weight'\]: a tensor of the layout torch\.sparse_coo\. Expected",
+        ),
+    ],
+)
+def test_what_is_no_tensor_or_no_config_is_refused(arguments, words):
+    with pytest.raises(ArgumentError, match=words):
+        Checkpoint.from_tensors(*arguments)
 
 
 # Conversion
@@ -545,14 +796,18 @@ def test_weights_that_overflow_with_their_norm_are_named():
     tensors = random_tensors(SMALL, dtype=torch.float32)
     tensors["blocks.0.norm1.weight"] = torch.full((32,), 1e30)
     tensors[QKV] = torch.full_like(tensors[QKV], 1e30)
-    with pytest.raises(CheckpointError, match=r"qkv\.weight with .*norm1\.weight in .*32 holds"):
+    with pytest.raises(
+        CheckpointError, match=r"qkv\.weight with .*norm1\.weight in .*32: 0 NaN and .* infinite"
+    ):
         convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
 
 
 def test_weights_that_overflow_in_bfloat16_are_named():
     tensors = random_tensors(SMALL, dtype=torch.float32)
     tensors["merger.mlp.2.bias"][3] = torch.finfo(torch.float32).max
-    with pytest.raises(CheckpointError, match=r"^merger\.mlp\.2\.bias in torch\.bfloat16 holds 0 "):
+    with pytest.raises(
+        CheckpointError, match=r"^merger\.mlp\.2\.bias in torch\.bfloat16: 0 NaN and 1 "
+    ):
         convert(tensors, SMALL, IMAGE_CONFIG, torch.bfloat16)
     convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
 
@@ -656,8 +911,8 @@ def test_the_state_outlives_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "words"),
     [
-        (torch.float16, "float16 is refused: .*overflow.*; use bfloat16 or float32"),
-        (torch.float64, r"dtype is torch.float64, expected torch.bfloat16 or torch.float32"),
+        (torch.float16, r"float16 is refused: .*overflow.*\. Use bfloat16 or float32"),
+        (torch.float64, r"dtype is torch.float64\. Expected torch.bfloat16 or torch.float32"),
     ],
 )
 def test_other_types_are_refused_with_the_reason(dtype, words):
@@ -670,7 +925,9 @@ def test_other_types_are_refused_with_the_reason(dtype, words):
 def test_patch_weights_too_large_to_fold_into_float16_are_refused():
     tensors = random_tensors(SMALL)
     tensors["patch_embed.proj.weight"][0, 0, 0, 0, 0] = 1e5
-    with pytest.raises(CheckpointError, match=r"patch_embed\.proj\.weight reaches 99840.* float32"):
+    with pytest.raises(
+        CheckpointError, match=r"patch_embed\.proj\.weight: reaches 99840, .* Use dtype float32"
+    ):
         convert(tensors, SMALL, IMAGE_CONFIG, torch.bfloat16)
     convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
 

@@ -26,7 +26,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from qwen_vit import batching
 from qwen_vit import device as device_module
-from qwen_vit.checkpoint import load as checkpoint_module
+from qwen_vit.checkpoint import published_tensors
 from qwen_vit.checkpoint.load import load_checkpoint
 from qwen_vit.common.prefetch import AHEAD_JOBS
 from qwen_vit.encoder import VisionEncoder
@@ -37,7 +37,7 @@ from qwen_vit.images import patches as patches_module
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import Patches, patchify
-from qwen_vit.kernels.attention import fused_rope_varlen_attention
+from qwen_vit.kernels.rope_varlen_attention import fused_rope_varlen_attention
 from qwen_vit.model import VisionTower
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -846,5 +846,5 @@ def test_the_layout_of_an_ambiguous_array_can_be_given() -> None:
 def test_the_recorded_hash_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     first = encoder.metadata()["weights_sha256"]
-    monkeypatch.setattr(checkpoint_module, "weights_hash", None)
+    monkeypatch.setattr(published_tensors, "weights_hash", None)
     assert encoder.metadata()["weights_sha256"] == first

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from towers import as_grids, build_tower, gpu, layout_for, n_patches, per_image, random_pixels
 
-from qwen_vit.checkpoint.load import expected_tensors, load_checkpoint
+from qwen_vit.checkpoint.load import load_checkpoint
+from qwen_vit.checkpoint.tower_names import expected_tensors
 from qwen_vit.config import VisionConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.graphs import (

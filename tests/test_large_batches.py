@@ -11,7 +11,7 @@ from torch import Tensor
 from towers import build_tower, gpu
 
 from qwen_vit.config import Grid, VisionConfig
-from qwen_vit.kernels.attention import fused_rope_varlen_attention
+from qwen_vit.kernels.rope_varlen_attention import fused_rope_varlen_attention
 from qwen_vit.model import VisionTower, plan_layout
 
 CUDA = torch.device("cuda")

@@ -283,7 +283,7 @@ def test_a_budget_that_does_not_fit_is_refused_with_both_numbers(budget: int) ->
 
 
 def test_more_rows_than_int32_can_index_are_refused() -> None:
-    message = r"2147483648 patches .* at most 2147483647; split the batch"
+    message = r"2147483648 patches .* at most 2147483647\. Split the batch"
     with pytest.raises(ImageError, match=message) as caught:
         Layout.from_grids([Grid(1, 2, 2)], SMALL, n_rows=2**31)
     assert caught.value.code == "too-many-patches"

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from towers import CPU, gpu, random_pixels
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
-from qwen_vit.checkpoint.convert import PIXEL_ZERO
 from qwen_vit.kernels import linear as kernels
 from qwen_vit.kernels import linear_hopper
 from qwen_vit.kernels.linear import (
@@ -26,6 +25,7 @@ from qwen_vit.kernels.linear import (
     rms_norm,
 )
 from qwen_vit.kernels.pixels import gather_pixels
+from qwen_vit.weight_format import PIXEL_ZERO
 
 EPILOGUES = ("plain", "gelu")
 EPS = 1e-6

@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qwen_vit.checkpoint import convert as convert_module
 from qwen_vit.checkpoint.convert import convert
 from qwen_vit.checkpoint.hub import REPOSITORY, packaged_weights
-from qwen_vit.checkpoint.load import _LazyTensors, expected_tensors, find_tower
+from qwen_vit.checkpoint.load import find_tower
+from qwen_vit.checkpoint.published_tensors import LazyTensors
+from qwen_vit.checkpoint.tower_names import expected_tensors
 from qwen_vit.checkpoint.weight_files import RemoteFiles, StoredTensor
 from qwen_vit.cli.describe import licence_of
 from qwen_vit.common.safetensors_header import TensorInfo
@@ -116,20 +118,21 @@ def test_the_names_map_one_to_one_onto_the_model(
     reads: Counter[str] = Counter()
     watch = Watch()
 
-    def read(self: _LazyTensors, source: StoredTensor) -> Tensor:
+    def read(self: LazyTensors, source: StoredTensor) -> Tensor:
         reads[source.name] += 1
         tensor = torch.empty(source.info.shape, dtype=torch.bfloat16, device="meta")
         watch.mark(tensor, frozenset({source.name}))
         return tensor
 
-    monkeypatch.setattr(_LazyTensors, "_read", read)
+    monkeypatch.setattr(LazyTensors, "_read", read)
     monkeypatch.setattr(convert_module, "check_finite", lambda tensor, name: tensor)
     monkeypatch.setattr(Tensor, "isfinite", lambda tensor: torch.ones(tensor.shape, device="cpu"))
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: tensor)  # nothing to copy from meta
     meta = torch.device("meta")
     with meta:
         model = VisionTower(config, torch.bfloat16)
         with watch:
-            tensors = _LazyTensors(tower.sources)
+            tensors = LazyTensors(tower.sources)
             state = convert(tensors, config, image_config, torch.bfloat16, meta)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert {name: tensor.shape for name, tensor in state.items()} == expected

@@ -161,7 +161,7 @@ def test_the_end_is_not_put_off_by_a_part_that_rests_before_its_next_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranges, "_rest", REST)
-    monkeypatch.setattr(ranges, "LONGEST_WAIT_S", 20.0)
+    monkeypatch.setattr(ranges, "MAX_WAIT_S", 20.0)
     has_failed = threading.Event()
 
     @contextmanager

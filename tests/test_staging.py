@@ -5,11 +5,12 @@ import threading
 
 import pytest
 import torch
-from checkpoints import WIDE, random_tensors, write_checkpoint
+from checkpoints import WIDE, random_tensors, split_qkv, write_checkpoint
 from towers import CPU, gpu
 
 from qwen_vit.checkpoint.convert import convert
-from qwen_vit.checkpoint.load import load_checkpoint
+from qwen_vit.checkpoint.load import Checkpoint, load_checkpoint
+from qwen_vit.checkpoint.published_tensors import weights_hash
 from qwen_vit.checkpoint.to_device import _through_slots, to_device
 from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import VisionEncoder
@@ -108,11 +109,35 @@ def test_a_gpu_makes_the_same_bits_of_a_checkpoint_as_a_cpu(tmp_path, prefix, st
 
 
 @gpu
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tensors_that_are_on_a_gpu_already_give_the_same_bits(split, dtype):
+    """All of them, or every other one; for a tower there, and for one on the CPU."""
+    image_config = ImageConfig.from_json({})
+    tensors = random_tensors(WIDE)
+    expected = convert(tensors, WIDE, image_config, dtype)
+    stored = split_qkv(tensors) if split else tensors
+    for step in (1, 2):
+        moved = {
+            name: tensor.to(CUDA) if i % step == 0 else tensor
+            for i, (name, tensor) in enumerate(stored.items())
+        }
+        checkpoint = Checkpoint.from_tensors(moved, WIDE)
+        assert checkpoint.weights_sha256() == weights_hash(tensors)
+        for device in (CPU, CUDA):
+            state = convert(checkpoint.tensors, WIDE, image_config, dtype, device)
+            assert list(state) == list(expected)
+            for name, tensor in state.items():
+                assert (tensor.device, tensor.dtype) == (device, expected[name].dtype), name
+                assert torch.equal(tensor.cpu(), expected[name]), name
+
+
+@gpu
 def test_a_gpu_finds_weights_that_are_not_finite(tmp_path):
     for name in ("blocks.1.norm2.weight", "merger.mlp.0.weight", "patch_embed.proj.weight"):
         tensors = random_tensors(WIDE)
         tensors[name].view(-1)[7] = float("nan")
-        with pytest.raises(CheckpointError, match=f"^{name} holds 1 NaN and 0 infinite"):
+        with pytest.raises(CheckpointError, match=f"^{name}: 1 NaN and 0 infinite"):
             convert(tensors, WIDE, ImageConfig.from_json({}), torch.bfloat16, CUDA)
 
 

@@ -1,8 +1,8 @@
-"""Our own folder of a downloaded tower: written once, complete or not there at all, checkable.
+"""Our own folder of a downloaded tower: written once, complete or absent, with checksums.
 
 `models--ORG--NAME/qwen_vit/COMMIT/` in the Hub's cache holds the config files, vision.safetensors
 and manifest.json, which records the size and sha256 of each. A folder is filled under another name
-and renamed when it is whole, so that readers, crashes and other processes never meet half of one.
+and renamed when it is complete, so that no reader, crash or other process ever sees a partial one.
 """
 
 import errno
@@ -47,7 +47,7 @@ logger = logging.getLogger("qwen_vit")
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
-ABANDONED_S = 24 * 3600.0  # a half-filled folder of a machine that cannot be asked
+ABANDONED_S = 24 * 3600.0  # a partial download of another host
 UNKNOWN_SPACE = "unknown"
 
 
@@ -56,9 +56,9 @@ class Manifest:
     """What a folder holds, and where it came from.
 
     `shards` says how each shard was read; `whole_bytes` is the size of all of the repository's
-    weights, where the Hub told it. The folder's own record, made when it is complete: `files` maps
-    each name to its bytes and sha256, and `header_sha256` is that of the header of
-    vision.safetensors, which is checked at each load.
+    weights, where the Hub gives it. Recorded when the folder is complete: `files` maps each name to
+    its bytes and sha256, and `header_sha256` is that of the header of vision.safetensors, which
+    each load checks.
     """
 
     repo: str
@@ -77,7 +77,7 @@ class Manifest:
 
 
 def folder_of(cache: Path, repo: str, commit: str) -> Path:
-    """Where the tower of a repository at a commit lies in a Hub cache.
+    """The folder of a repository's tower at a commit, in a Hub cache.
 
     >>> folder_of(Path("hub"), "Qwen/Qwen2.5-VL-7B-Instruct", "0" * 40).parent.as_posix()
     'hub/models--Qwen--Qwen2.5-VL-7B-Instruct/qwen_vit'
@@ -102,16 +102,19 @@ def find(folder: Path) -> Manifest | None:
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != recorded["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes"
             raise CheckpointError(
-                f"{path} {found}, expected the {recorded['bytes']} bytes that were written; "
-                + _remedy(folder)
+                "missing" if size is None else f"{size} bytes",
+                name=str(path),
+                expected=f"the {recorded['bytes']} bytes that were written",
+                remedy=_remedy(folder),
             )
     header = _header_sha256(folder / VISION_FILE)
     if header != manifest.header_sha256:
         raise CheckpointError(
-            f"{folder / VISION_FILE}: its header changed since it was written (sha256 "
-            f"{header[:12]}..., expected {manifest.header_sha256[:12]}...); " + _remedy(folder)
+            f"its header changed since it was written (sha256 {header[:12]}...)",
+            name=str(folder / VISION_FILE),
+            expected=f"{manifest.header_sha256[:12]}...",
+            remedy=_remedy(folder),
         )
     return manifest
 
@@ -124,8 +127,8 @@ def recorded_licence(folder: Path) -> str | None:
 def check(folder: Path) -> dict[str, str] | None:
     """Hash each file again and compare: what was checked, by name; None where nothing is recorded.
 
-    A folder of ours has its manifest; a snapshot in the Hub's cache has links whose targets are
-    called by their sha256 (large files) or git's sha1. Raises CheckpointError for any difference.
+    A folder of ours has its manifest; a snapshot in the Hub's cache has links whose targets have
+    their sha256 (large files) or git's sha1 as names. Raises CheckpointError for any difference.
     """
     if (folder / MANIFEST_FILE).is_file():
         manifest = find(folder)
@@ -142,8 +145,7 @@ def check(folder: Path) -> dict[str, str] | None:
 
 
 def hub_digest(path: Path) -> str | None:
-    """What the Hub calls a cached file by: sha256 or git's sha1 in hex; None where it cannot be
-    told."""
+    """The Hub's own digest of a cached file, sha256 or git's sha1 in hex; None where unknown."""
     if not path.is_symlink():
         return None
     target = Path(os.readlink(path))
@@ -153,7 +155,10 @@ def hub_digest(path: Path) -> str | None:
 
 
 def check_digest(path: Path, digest: str) -> str:
-    """Hash a file and compare with a sha256, or with git's sha1; say which."""
+    """Hash a file and compare with a sha256, or with git's sha1; return which it was.
+
+    Raises CheckpointError where they differ.
+    """
     if len(digest) == 64:
         _compare(path, _file_sha256(path), digest)
         return "the Hub's sha256"
@@ -163,12 +168,12 @@ def check_digest(path: Path, digest: str) -> str:
 
 
 def was_checked(repository: Path, path: Path, digest: str) -> bool:
-    """Whether a whole file in the Hub's cache had this digest, as it is now, before."""
+    """Whether this file in the Hub's cache, unchanged since, was found to have this digest."""
     return _mark(repository, path, digest).exists()
 
 
 def remember_check(repository: Path, path: Path, digest: str) -> None:
-    """Remember it, where the cache can be written."""
+    """Remember that a file has a digest, where the cache can be written."""
     mark = _mark(repository, path, digest)
     with suppress(OSError):
         mark.parent.mkdir(parents=True, exist_ok=True)
@@ -184,8 +189,8 @@ def _mark(repository: Path, path: Path, digest: str) -> Path:
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Let one process fill `folder` while others wait.
 
-    Only saves bandwidth: where the file system's locks do nothing, processes work side by side,
-    and the first to finish wins.
+    It only saves bandwidth: where the file system's locks do nothing, processes download in
+    parallel, and the first to finish wins.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("ab") as file:
@@ -201,9 +206,9 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
-    """Give a temporary folder to fill; then record it, sync it to the disk and rename it.
+    """Yield a temporary folder to fill; then record it, sync it to the disk and rename it.
 
-    Where another process was first, its folder stays and this one goes.
+    Where another process was first, its folder stays and this one is removed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{_owner()}.{uuid.uuid4().hex[:8]}")
@@ -217,8 +222,8 @@ def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what processes left beside `folder` that were killed here, or wrote elsewhere and then
-    for a day no more."""
+    """Remove partial downloads beside `folder`: of killed processes, and of other hosts that have
+    written nothing for a day."""
     for path in folder.parent.glob(".*.*-*.*"):
         space, _, process = path.name.split(".")[2].rpartition("-")
         try:
@@ -226,14 +231,14 @@ def remove_abandoned(folder: Path) -> None:
                 is_abandoned = not _is_alive(int(process))
             else:
                 is_abandoned = time.time() - _last_change(path) > ABANDONED_S
-        except (OSError, OverflowError, ValueError):  # gone meanwhile, or not ours
+        except (OSError, OverflowError, ValueError):  # removed since, or not ours
             continue
         if is_abandoned:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder at once, as others see it."""
+    """Remove a folder; for other processes it disappears at once."""
     doomed = folder.with_name(f".{folder.name}.{_owner()}.{uuid.uuid4().hex[:8]}")
     with suppress(FileNotFoundError):  # another process did
         folder.rename(doomed)
@@ -277,11 +282,13 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         document = read_json(path)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; {_remedy(folder)}") from None
+        raise CheckpointError.of(error, remedy=_remedy(folder)) from None
     checksum = document.pop("checksum", None)
     if checksum != _checksum(document) or document.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} changed since it was written, or a newer version wrote it; {_remedy(folder)}"
+            "changed since it was written, or a newer version wrote it",
+            name=str(path),
+            remedy=_remedy(folder),
         )
     return Manifest(**document)
 
@@ -289,9 +296,10 @@ def _read_manifest(folder: Path) -> Manifest:
 def _compare(path: Path, found: str, expected: str) -> None:
     if found != expected:
         raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is damaged: its hash is {found[:16]}..., "
-            f"expected {expected[:16]}...; delete it, and download it again "
-            "(qwen-vit download MODEL)"
+            f"corrupt: its hash is {found[:16]}...",
+            name=f"{path} ({path.stat().st_size} bytes)",
+            expected=f"{expected[:16]}...",
+            remedy="delete it, and download it again (qwen-vit download MODEL)",
         )
 
 
@@ -332,12 +340,12 @@ def _last_change(folder: Path) -> float:
 
 
 def _owner() -> str:
-    """This process, by a name that no other process on any machine has while it lives."""
+    """A name of this process that no other running process on any machine has."""
     return f"{_process_space()}-{os.getpid()}"
 
 
 def _process_space() -> str:
-    """Among which processes a process id means one: a machine's boot, a container's namespace."""
+    """The machine's boot and the container within which process ids are unique."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]

@@ -1,7 +1,7 @@
 """Published tensors -> the model's parameters: renamed, permuted, concatenated, padded, folded.
 
 Nothing is lost on the way: every published weight lands in one place. The weights of a block's two
-norms are multiplied into the products that follow them; the patch embedding is stored once as
+norms are multiplied into the weights that follow them; the patch embedding is stored once as
 published (for float rows) and once folded for uint8 pixels.
 """
 
@@ -13,22 +13,24 @@ import torch
 from torch import Tensor
 
 from qwen_vit.checkpoint.to_device import to_device
-from qwen_vit.common.tensors import all_finite, extremes
+from qwen_vit.common.tensors import all_finite, check_finite, extremes
 from qwen_vit.config import ImageConfig, VisionConfig
-from qwen_vit.errors import ArgumentError, CheckpointError
+from qwen_vit.errors import CheckpointError
+from qwen_vit.weight_format import (
+    PIXEL_ZERO,
+    padded_mlp_size,
+    padded_pixel_size,
+    pixel_weight_exponent,
+)
 
 __all__ = [
-    "check_finite",
     "convert",
-    "padded_mlp_size",
-    "padded_pixel_size",
-    "pixel_weight_exponent",
     "rotary_permutation",
 ]
 
 CPU = torch.device("cpu")
 
-# Published name -> the model's, for what is copied as it is.
+# Published name -> the model's, for what is copied unchanged.
 RENAMES = (
     ("merger.ln_q.weight", "merger.norm_weight"),
     ("merger.mlp.0.weight", "merger.fc1.weight"),
@@ -44,41 +46,8 @@ RENAMES_IN_BLOCKS = (
     ("mlp.down_proj.bias", "mlp.down.bias"),
 )
 
-MLP_MULTIPLE = 128  # one tile of the products; 3420 alone, not aligned to 16 bytes, costs 3.5x
 GATE_UP_TURN = 8  # rows of the gate, then of up: a matrix instruction's thread holds both of a pair
-PIXEL_MULTIPLE = 64
 ROWS_FOLDED_AT_ONCE = 64  # of the patch embedding
-PIXEL_ZERO = 128  # uint8 pixels enter as pixel - 128, so that fp16 holds every one exactly
-
-
-def pixel_weight_exponent(dtype: torch.dtype) -> int:
-    """Return e, where pixel_weight is stored times 2**e: 10 for bfloat16, 0 for float32.
-
-    With bfloat16 the folded weights are float16, which has 3 more bits but a smaller range: the
-    factor keeps weights of about 1e-4 out of its subnormal numbers.
-
-    >>> pixel_weight_exponent(torch.bfloat16)
-    10
-    """
-    exponents = {torch.bfloat16: 10, torch.float32: 0}
-    if dtype == torch.float16:
-        raise ArgumentError(
-            "dtype float16 is refused: the published weights overflow it in the last block; "
-            "use bfloat16 or float32"
-        )
-    if dtype not in exponents:
-        raise ArgumentError(f"dtype is {dtype}, expected torch.bfloat16 or torch.float32")
-    return exponents[dtype]
-
-
-def padded_mlp_size(config: VisionConfig) -> int:
-    """Return I', the MLP size with zero padding: a multiple of 128."""
-    return _round_up(config.intermediate_size, MLP_MULTIPLE)
-
-
-def padded_pixel_size(config: VisionConfig) -> int:
-    """Return K, the values of one patch in one frame, with zero padding: a multiple of 64."""
-    return _round_up(config.in_channels * config.patch_px**2, PIXEL_MULTIPLE)
 
 
 def rotary_permutation(head_dim: int) -> Tensor:
@@ -99,11 +68,11 @@ def convert(
     *,
     locate: Callable[[str], str] = str,
 ) -> dict[str, Tensor]:
-    """Return the state of model.VisionTower, in bfloat16 or float32, from published CPU tensors.
+    """Return the state of model.VisionTower, in bfloat16 or float32, from published tensors.
 
-    Each is read when its turn comes and made into the model's on `device`; only the patch
-    embedding, small and in float64, is made on the CPU. The bits do not depend on the device.
-    Raises CheckpointError for NaN or infinite weights, by name, or by what `place` makes of it.
+    Each is read when its turn comes and made into the model's on `device`, wherever it is; only the
+    patch embedding, small and in float64, is made on the CPU. The bits depend on neither device.
+    Raises CheckpointError for NaN or infinite weights, by name, or by what `locate` makes of it.
     """
     exponent = pixel_weight_exponent(dtype)
     recipes = list(_recipes(config, dtype, device))
@@ -113,10 +82,10 @@ def convert(
     for recipe in recipes:
         made = recipe.make(*islice(arriving, len(recipe.sources)))
         state[recipe.target] = made
-        # a product with NaN or infinity is not finite either, so it tells of its sources
+        # a product with NaN or infinity is not finite either, so it stands for its sources
         limits.append(extremes(made))
     patch_weight = check_finite(tensors[PATCH_WEIGHT], locate(PATCH_WEIGHT))
-    patch = _patch_embedding(patch_weight, image_config, exponent, padded_pixel_size(config))
+    patch = _patch_embedding(patch_weight.cpu(), image_config, exponent, padded_pixel_size(config))
     are_finite = torch.stack(limits).isfinite().all(1).tolist()  # waits for the device, once
     for recipe, is_finite in zip(recipes, are_finite, strict=True):
         if not is_finite:
@@ -141,7 +110,7 @@ def _recipes(config: VisionConfig, dtype: torch.dtype, device: torch.device) -> 
     order = _rotary_order(config).to(device)
 
     def same(tensor: Tensor) -> Tensor:
-        # A copy, since the source may be a map of a file that is gone tomorrow.
+        # a copy: the source may be a map of a file that is gone tomorrow, or someone's tensor
         return tensor.to(dtype, copy=True)
 
     def folded(weight: Tensor, gain: Tensor) -> Tensor:
@@ -180,17 +149,6 @@ def _recipes(config: VisionConfig, dtype: torch.dtype, device: torch.device) -> 
         yield _Recipe(f"{down}.weight", (f"{down}_proj.weight",), down_weight)
 
 
-def check_finite(tensor: Tensor, name: str) -> Tensor:
-    """Return the tensor, or raise CheckpointError with its name and its NaN and infinite values."""
-    if not all_finite(tensor):
-        raise CheckpointError(
-            f"{name} holds {int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} "
-            f"infinite values of {tensor.numel()}, expected finite weights; delete the file and "
-            "download it again (qwen-vit download MODEL)"
-        )
-    return tensor
-
-
 def _patch_embedding(
     weight: Tensor, image_config: ImageConfig, exponent: int, K: int
 ) -> dict[str, Tensor]:
@@ -216,8 +174,9 @@ def _patch_embedding(
     ):
         if not all_finite(tensor):
             raise CheckpointError(
-                f"{PATCH_WEIGHT} reaches {weight.abs().max().item():g}: its {name} "
-                f"overflow {tensor.dtype}; use dtype float32, or download the checkpoint again"
+                f"reaches {weight.abs().max().item():g}, and its {name} overflow {tensor.dtype}",
+                name=PATCH_WEIGHT,
+                remedy="use dtype float32, or download the checkpoint again",
             )
     return {
         "patch_embed.weight": row_weight,
@@ -244,7 +203,3 @@ def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
     missing = list(tensor.shape)
     missing[dim] = size - missing[dim]
     return torch.cat([tensor, tensor.new_zeros(missing)], dim)
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

@@ -1,8 +1,8 @@
 """Find a checkpoint: the packaged one, a local folder, or a repository on the Hugging Face Hub.
 
-Of a repository come its config files and its vision tensors alone: from shards in the Hub's cache,
-else as ranges of the shards' bytes, else from whole shards. What was fetched is kept, complete and
-by commit, and needs no network afterwards.
+Of a repository it fetches the config files and the vision tensors alone: from shards in the Hub's
+cache, else as ranges of the shards' bytes, else from whole shards. What was fetched is kept,
+complete and by commit, and needs no network afterwards.
 """
 
 import logging
@@ -12,11 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwen_vit.checkpoint import cache as store
-from qwen_vit.checkpoint.load import ANCHOR_KEY, find_tower, tower_prefixes
+from qwen_vit.checkpoint import cache
+from qwen_vit.checkpoint.load import find_tower
 from qwen_vit.checkpoint.partial_download import Shards, write_tower
 from qwen_vit.checkpoint.ranges import RangesRefusedError, TransferError
 from qwen_vit.checkpoint.repository import NotCachedError, Repository, explain
+from qwen_vit.checkpoint.tower_names import ANCHOR_KEY, tower_prefixes
 from qwen_vit.checkpoint.weight_files import (
     ADAPTER_CONFIG,
     INDEX_FILE,
@@ -41,7 +42,7 @@ SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a checkpoint lies, and what it is called. `commit` is None for a local folder."""
+    """A checkpoint's folder and name. `commit` is None for a local folder."""
 
     folder: Path
     name: str
@@ -53,8 +54,8 @@ class Download:
     """What a download did, in bytes: fetched over the network now, kept on the disk, saved.
 
     `kept_bytes` are of weights. `saved_bytes` are those of the checkpoint's weights that are not
-    needed here; None where the Hub does not say how large the whole is. `licence` is what the model
-    card says, where it was read.
+    needed here; None where the Hub does not give the size of the whole. `licence` is that of the
+    model card, where it was read.
     """
 
     source: Source
@@ -77,9 +78,9 @@ def find_checkpoint(
     >>> find_checkpoint("tiny").name
     'tiny'
 
-    From the Hub come the config files and the vision tensors, once; `revision`, `token`,
-    `cache_dir` and `local_files_only` mean what they mean in huggingface_hub. Raises HubError,
-    CheckpointError or, for a `revision` of what is here, ArgumentError, each with what to do.
+    The config files and the vision tensors are downloaded once; `revision`, `token`, `cache_dir`
+    and `local_files_only` mean what they mean in huggingface_hub. Raises HubError, CheckpointError
+    or, for a `revision` of a local checkpoint, ArgumentError, each with what to do.
     """
     return download(
         model,
@@ -111,14 +112,16 @@ def download(
     is_folder = bool(name) and _is_folder(name)
     if revision == "":
         raise ArgumentError(
-            "revision is empty, expected a branch, a tag or a commit; leave it out for the default "
-            "branch"
+            "revision is empty",
+            expected="a branch, a tag or a commit",
+            remedy="leave it out for the default branch",
         )
     if revision is not None and (is_folder or name in PACKAGED):
         what = "a local folder" if is_folder else "a checkpoint of this package"
         raise ArgumentError(
-            f"revision is {revision!r}, but {name} is {what}, of which there is one version; leave "
-            "revision out, or name a repository on the Hub (a folder of its name hides it)"
+            f"revision is {revision!r}, but {name} is {what}, of which there is one version",
+            remedy="leave revision out, or name a repository on the Hub (a folder of its name "
+            "hides it)",
         )
     if is_folder:
         return Download(Source(Path(name), name))
@@ -126,14 +129,14 @@ def download(
         return Download(Source(packaged_weights() / name, name))
     if not REPOSITORY.fullmatch(name) or name.startswith((".", "/")):
         raise HubError(
-            f"{name!r} is neither a folder nor a Hub repository, expected a local folder, "
-            "'organisation/repository', or 'tiny'"
+            f"{name!r} is neither a folder nor a Hub repository",
+            expected="a local folder, 'organisation/repository', or 'tiny'",
         )
     repository = Repository(name, revision, token, cache_dir, local_files_only)
     try:
         return _download(repository, full)
     except NotCachedError as error:
-        raise HubError(str(error)) from error
+        raise HubError.of(error) from error
     except QwenVitError:
         raise
     except Exception as error:  # each version of the client has its own transport errors
@@ -143,10 +146,12 @@ def download(
 def _is_folder(name: str) -> bool:
     try:
         return Path(name).is_dir()
-    except OSError as error:  # Python 3.11 raises for what may not be looked at
+    except OSError as error:  # Python 3.11 raises where permissions forbid it
         raise CheckpointError(
-            f"{name} cannot be looked at ({error.strerror}), expected a folder; check its name and "
-            "its permissions"
+            f"cannot be read ({error.strerror})",
+            name=name,
+            expected="a folder",
+            remedy="check its name and its permissions",
         ) from error
 
 
@@ -168,7 +173,7 @@ def _download(repository: Repository, full: bool) -> Download:
     index, names = _find_weights(repository)
     if full:
         done = _fetch_whole(repository, index, names)
-        store.discard(_folder(repository))  # ranges from before: what was checked serves from now
+        cache.discard(_folder(repository))  # from now on, use the checked shards, not the ranges
         return done
     cached = {name: path for name in names if (path := repository.cached(name)) is not None}
     if repository.is_offline():
@@ -182,21 +187,21 @@ def _download(repository: Repository, full: bool) -> Download:
         return _whole(repository, index, list(local.values()))
     shards = Shards(local, set(names) - set(local), repository.open_range, repository.label)
     try:
-        with store.one_at_a_time(_folder(repository)):
-            # another process may have done it meanwhile
+        with cache.one_at_a_time(_folder(repository)):
+            # another process may have done it while this one waited
             return _kept(repository) or _vision_alone(repository, snapshot, index, shards)
     except (RangesRefusedError, TransferError) as error:
         if isinstance(error, TransferError) and error.cause is not None:
             raise error.cause from None  # the server's answer: a whole shard would get the same
         logger.warning(
-            "%s: its vision tensors cannot be had alone (%s); taking whole files instead: %s",
+            "%s: cannot fetch the vision tensors alone (%s); taking whole files instead: %s",
             repository.label, error, ", ".join(names),
         )  # fmt: skip
         return _fetch_whole(repository, index, names)
 
 
 def _folder(repository: Repository) -> Path:
-    return store.folder_of(repository.cache(), repository.name, repository.commit or "")
+    return cache.folder_of(repository.cache(), repository.name, repository.commit or "")
 
 
 def _kept(repository: Repository) -> Download | None:
@@ -204,21 +209,23 @@ def _kept(repository: Repository) -> Download | None:
     if repository.commit is None:
         return None
     folder = _folder(repository)
-    store.remove_abandoned(folder)
+    cache.remove_abandoned(folder)
     try:
-        manifest = store.find(folder)
+        manifest = cache.find(folder)
         if manifest is None:
             return None
         if (manifest.repo, manifest.commit) != (repository.name, repository.commit):
             raise CheckpointError(
-                f"{folder} holds {manifest.repo} at {manifest.commit}, expected {repository.name} "
-                f"at {repository.commit}; delete it"
+                f"holds {manifest.repo} at {manifest.commit}",
+                name=str(folder),
+                expected=f"{repository.name} at {repository.commit}",
+                remedy="delete it",
             )
     except CheckpointError as error:
         if repository.is_offline():
             raise
-        logger.warning("%s; doing so now", error)
-        store.discard(folder)
+        logger.warning("%s Doing so now.", error)
+        cache.discard(folder)
         return None
     source = Source(folder, repository.name, repository.commit)
     kept, whole = manifest.files[VISION_FILE]["bytes"], manifest.whole_bytes
@@ -232,8 +239,10 @@ def _resolve(repository: Repository) -> Path:
     if config is None:
         _choose(repository, repository.names() or [WEIGHTS_FILE])
         raise HubError(
-            f"{repository.label} has no config.json, expected a Qwen2.5-VL checkpoint; "
-            "choose a repository that holds one"
+            "no config.json",
+            name=repository.label,
+            expected="a Qwen2.5-VL checkpoint",
+            remedy="choose a repository that holds one",
         )
     return config.parent
 
@@ -246,13 +255,13 @@ def _fetch_settings(repository: Repository) -> None:
         except NotCachedError as error:
             unknown = error
     if unknown is not None and not found:
-        raise unknown  # going on would silently resize to other limits
+        raise unknown  # the defaults would silently resize to other limits
 
 
 def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
     """The index, if there is one, and the names of the files that hold vision tensors.
 
-    Of a single file and an index the file is taken, as in a folder, and as transformers does.
+    Of a single file and an index it takes the file, as in a folder, and as transformers does.
     """
     if repository.cached(WEIGHTS_FILE) is not None:
         return None, [WEIGHTS_FILE]
@@ -265,13 +274,17 @@ def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
             return None, [weights]
         index = repository.file(weights)
         if index is None:
-            raise HubError(f"{repository.label} lists {weights}, but does not have it; try again")
+            raise HubError(
+                f"lists {weights} but returned 404", name=repository.label, remedy="try again"
+            )
     shard_of = read_index(index)
     prefixes = tower_prefixes(shard_of)
     if not prefixes:
         raise HubError(
-            f"{index} names no {ANCHOR_KEY}, expected a Qwen2.5-VL vision tower; choose a "
-            "repository that holds one"
+            f"names no {ANCHOR_KEY}",
+            name=str(index),
+            expected="a Qwen2.5-VL vision tower",
+            remedy="choose a repository that holds one",
         )
     names = sorted({file for name, file in shard_of.items() if name.startswith(prefixes[0])})
     are_cached = all(repository.cached(name) is not None for name in names)
@@ -300,8 +313,8 @@ def _whole(repository: Repository, index: Path | None, files: list[Path]) -> Dow
 def _vision_alone(
     repository: Repository, snapshot: Path, index: Path | None, shards: Shards
 ) -> Download:
-    tower = find_tower(snapshot, shards.elsewhere())  # refuses bad headers before any data
-    manifest = store.Manifest(
+    tower = find_tower(snapshot, shards.remote_files())  # refuses bad headers before any data
+    manifest = cache.Manifest(
         repo=repository.name,
         commit=repository.commit or "",
         shards=shards.origins(),
@@ -309,15 +322,15 @@ def _vision_alone(
         licence=repository.licence(),
     )
     folder = _folder(repository)
-    with store.fill(folder, manifest) as temporary:
+    with cache.fill(folder, manifest) as temporary:
         write_tower(tower, shards, temporary, repository.label)
     kept = _kept(repository)
     if kept is None:
-        raise HubError(f"{folder} was removed while it was written; try again")
+        raise HubError("removed while it was written", name=str(folder), remedy="try again")
     return kept
 
 
 def _total_bytes(index: Path) -> int | None:
     metadata = read_json(index).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return int(total) if is_number(total) else None  # transformers writes it as a float, too
+    return int(total) if is_number(total) else None  # transformers may write a float

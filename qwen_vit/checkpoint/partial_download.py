@@ -11,7 +11,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from qwen_vit.checkpoint import ranges
-from qwen_vit.checkpoint.convert import check_finite
 from qwen_vit.checkpoint.load import Tower, load_checkpoint
 from qwen_vit.checkpoint.ranges import Opener, Piece, RangeResponse
 from qwen_vit.checkpoint.weight_files import VISION_FILE, RemoteFiles, StoredTensor
@@ -24,6 +23,7 @@ from qwen_vit.common.safetensors_header import (
     header_length,
     parse_header,
 )
+from qwen_vit.common.tensors import check_finite
 from qwen_vit.errors import CheckpointError
 
 __all__ = ["Shards", "write_tower"]
@@ -32,7 +32,7 @@ CHUNK_BYTES = 2**20
 
 
 class Shards:
-    """The shards of one checkpoint: some are local files, of the others ranges can be opened.
+    """The shards of one checkpoint: local files, and remote ones of which ranges can be opened.
 
     Headers are read once. `label` names the repository in messages.
     """
@@ -48,7 +48,8 @@ class Shards:
         self._data_starts: dict[str, int] = {}
         self.file_bytes: dict[str, int] = {}
 
-    def elsewhere(self) -> RemoteFiles:
+    def remote_files(self) -> RemoteFiles:
+        """The shards that are on the Hub, for `find_tower`."""
         return RemoteFiles(self.remote, self.header_of)
 
     def origins(self) -> dict[str, str]:
@@ -58,6 +59,7 @@ class Shards:
         )
 
     def header_of(self, name: str) -> dict[str, TensorInfo]:
+        """A shard's header, read once. Raises CheckpointError for a damaged one."""
         if name not in self._headers:
             start, file_bytes = ranges.read(self.open_range, name, 0, START_BYTES)
             source = str(self.local.get(name, f"{self._label}: {name}"))
@@ -73,7 +75,7 @@ class Shards:
         return self._headers[name]
 
     def piece(self, tensor: StoredTensor, to: int) -> Piece:
-        """Where a tensor's bytes lie, counted from the start of its file."""
+        """A tensor's bytes in its shard, and the place `to` where they go."""
         name = tensor.path.name
         self.header_of(name)
         start = self._data_starts[name] + tensor.info.start
@@ -81,6 +83,7 @@ class Shards:
 
     @contextmanager
     def open_range(self, name: str, start: int, end: int) -> Iterator[RangeResponse]:
+        """Bytes `start` to `end` of a shard, local or remote; see `ranges.Opener`."""
         if name not in self.local:
             with self._open_remote(name, start, end) as opened:
                 yield opened
@@ -95,9 +98,9 @@ class Shards:
 def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
     """Write the tower's config files and its tensors, as stored, into an empty folder.
 
-    What was written is then read as any checkpoint is: names, shapes, types, and no NaN. Raises
-    RangesRefusedError or TransferError where a shard cannot be read, and CheckpointError for what
-    arrived damaged.
+    The result is then read as any checkpoint is: names, shapes, types, and no NaN. Raises
+    RangesRefusedError or TransferError where a shard cannot be read, and CheckpointError where the
+    result is damaged.
     """
     for path in tower.settings:
         shutil.copyfile(path, folder / path.name)
@@ -115,7 +118,7 @@ def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
 
 
 def plan_file(tower: Tower, shards: Shards) -> tuple[bytes, list[Piece]]:
-    """The new file's header, and where each tensor's bytes come from and go."""
+    """Return the new file's header, and each tensor's bytes in a shard and place in that file."""
     # As safetensors itself does: wide types first, so that every tensor begins aligned.
     tensors = sorted(
         tower.stored(),
@@ -134,7 +137,7 @@ def plan_file(tower: Tower, shards: Shards) -> tuple[bytes, list[Piece]]:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Take the space on the disk before anything is fetched."""
+    """Allocate the space on the disk before anything is fetched."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
@@ -144,10 +147,16 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def verify_download(folder: Path, label: str) -> None:
+    """Read a downloaded tower as any checkpoint is read; CheckpointError says what is damaged."""
+    at = VISION_FILE
     try:
-        checkpoint = load_checkpoint(folder)
-        for name, tensor in checkpoint.tensors.items():
-            check_finite(tensor, checkpoint.locate(name))
-    except CheckpointError as error:
-        message = str(error).replace(str(folder), label)
-        raise CheckpointError(f"what was fetched is damaged: {message}") from None
+        tensors = load_checkpoint(folder).tensors
+        for at in tensors:
+            check_finite(tensors[at], at)
+    except CheckpointError as error:  # its name may be in this folder, which is temporary
+        raise CheckpointError.of(
+            error,
+            name=f"{label}: {at}",
+            fact=f"damaged in transfer: {error.fact}",
+            remedy="download it again",
+        ) from None

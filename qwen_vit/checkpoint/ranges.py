@@ -1,4 +1,4 @@
-"""Pieces of remote files -> places in one local file: merged, in parallel, tried again.
+"""Pieces of remote files -> places in one local file: merged, in parallel, with retries.
 
 Nothing here knows HTTP: a piece comes from a function that opens a range of a named file.
 """
@@ -27,12 +27,12 @@ logger = logging.getLogger("qwen_vit")
 PART_BYTES = 64 * 2**20  # of one request
 CONNECTIONS = 8
 ATTEMPTS = 6  # in a row that bring nothing
-LONGEST_WAIT_S = 300.0  # in which the Hub counts requests
+MAX_WAIT_S = 300.0  # in which the Hub counts requests
 
 
 @dataclass(frozen=True, slots=True)
 class RangeResponse:
-    """A range that was opened: its bytes in chunks, and the size of the whole file."""
+    """An open range: its bytes in chunks, and the size of the whole file."""
 
     chunks: Iterable[bytes]
     file_bytes: int
@@ -43,13 +43,13 @@ Opener = Callable[[str, int, int], AbstractContextManager[RangeResponse]]
 
 
 class RangesRefusedError(Exception):
-    """The server does not give ranges of this file, or gives other bytes than were asked for."""
+    """The server gives no ranges of this file, or other bytes than were requested."""
 
 
 class TransferError(Exception):
     """A transfer broke off, and may be tried again after `wait_s`.
 
-    `cause` is set where a server's answer is the reason, not the way to it.
+    `cause` is set where the reason is the server's answer, not the connection.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Piece:
 
 
 def merge(pieces: Iterable[Piece]) -> list[Piece]:
-    """Join pieces that follow one another both where they come from and where they go.
+    """Join pieces that are adjacent both in their file and at their destination.
 
     >>> merge([Piece("a", 0, 4, 100), Piece("a", 4, 6, 104), Piece("a", 8, 9, 106)])
     [Piece(file='a', start=0, end=6, to=100), Piece(file='a', start=8, end=9, to=106)]
@@ -91,7 +91,7 @@ def merge(pieces: Iterable[Piece]) -> list[Piece]:
 
 
 def read(open_range: Opener, file: str, start: int, end: int) -> tuple[bytes, int]:
-    """Return one small range, less what lies beyond the file's end, and the file's size."""
+    """Return one small range, cut off at the file's end, and the file's size."""
     received = bytearray(end - start)
 
     def keep(chunk: bytes, place: int) -> None:
@@ -109,8 +109,8 @@ def fetch(
 ) -> None:
     """Write each piece to its place in an open file; several at a time.
 
-    Raises RangesRefusedError or TransferError for the first piece that cannot be had, once the
-    others have stopped.
+    Raises RangesRefusedError or TransferError for the first piece that fails, once the others have
+    stopped.
     """
     stop, counting = threading.Event(), threading.Lock()
 
@@ -124,7 +124,7 @@ def fetch(
 
     def fetch_part(part: Piece) -> None:
         file_bytes = _fetch_piece(part, open_range, write, stop)
-        if file_bytes < part.end and not stop.is_set():  # what is not there would stay zeros
+        if file_bytes < part.end and not stop.is_set():  # missing bytes would stay zeros
             raise RangesRefusedError(f"{part.file} ends after {file_bytes} bytes")
 
     with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="qwen-vit-download") as pool:
@@ -135,12 +135,17 @@ def fetch(
             done, _ = wait(parts, return_when=FIRST_EXCEPTION)
             for part in done:
                 part.result()
-        finally:  # also when the user interrupts: no thread goes on for a whole part
+        finally:  # also when the user interrupts: no thread finishes a whole part first
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def split_piece(piece: Piece) -> Iterator[Piece]:
+    """Cut a piece into parts of at most PART_BYTES, one request each.
+
+    >>> [part.to for part in split_piece(Piece("a", 0, PART_BYTES + 1, 100))]
+    [100, 67108964]
+    """
     for start in range(piece.start, piece.end, PART_BYTES):
         end = min(start + PART_BYTES, piece.end)
         yield Piece(piece.file, start, end, piece.to + start - piece.start)
@@ -149,7 +154,7 @@ def split_piece(piece: Piece) -> Iterator[Piece]:
 def _fetch_piece(
     piece: Piece, open_range: Opener, write: Callable[[bytes, int], None], stop: threading.Event
 ) -> int:
-    """Fetch a piece, going on after each break where it stopped; return the file's size."""
+    """Fetch a piece, resuming after each break; return the file's size."""
     position, end, failures, file_bytes = piece.start, piece.end, 0, 0
     while position < end and not stop.is_set():
         try:
@@ -160,7 +165,7 @@ def _fetch_piece(
                     if stop.is_set():
                         break
                     if position + len(chunk) > end:
-                        raise RangesRefusedError("more bytes came than were asked for")
+                        raise RangesRefusedError("more bytes arrived than were requested")
                     write(chunk, piece.to + position - piece.start)
                     position += len(chunk)
                     failures = 0
@@ -171,12 +176,12 @@ def _fetch_piece(
             if failures == ATTEMPTS:
                 raise
             pause = 2.0 ** (failures - 1) if error.wait_s is None else error.wait_s
-            pause = min(pause, LONGEST_WAIT_S)
+            pause = min(pause, MAX_WAIT_S)
             logger.warning("%s: %s; trying again in %.0f s", piece.file, error, pause)
             _rest(pause, stop)
     return file_bytes
 
 
 def _rest(seconds: float, stop: threading.Event) -> None:
-    """Between two attempts; nobody waits for it to end once the others have stopped."""
+    """Pause between two attempts, unless the others have stopped."""
     stop.wait(seconds)

@@ -1,8 +1,7 @@
 """One repository of the Hugging Face Hub: its cached files, its remote ones, and its errors.
 
-The only file that imports huggingface_hub, and only inside functions: that import reads environment
-variables, which importing this package does not. The few names used are those that its versions 1
-and 2 share; their HTTP clients differ, and are used in what they have in common.
+huggingface_hub is imported inside functions only: that import reads environment variables, which
+importing this package does not. The few names used are those that its versions 1 and 2 share.
 """
 
 import errno
@@ -19,8 +18,9 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from qwen_vit.checkpoint import cache as store
-from qwen_vit.checkpoint.ranges import RangeResponse, RangesRefusedError, TransferError
+from qwen_vit.checkpoint import cache
+from qwen_vit.checkpoint.http_ranges import open_http_range
+from qwen_vit.checkpoint.ranges import RangeResponse, RangesRefusedError
 from qwen_vit.errors import CheckpointError, HubError
 
 __all__ = ["NotCachedError", "Repository", "explain"]
@@ -30,10 +30,6 @@ logger = logging.getLogger("qwen_vit")
 PROXIES = {"http", "https", "all"}
 COMMIT = re.compile(r"[0-9a-f]{40}")
 COMMIT_IN_CACHE = re.compile(r"/snapshots/([0-9a-f]{40})(/|$)")
-CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-SECONDS_LEFT = re.compile(r";\s*t=(\d+)")
-TRY_AGAIN = (408, 429, 500, 502, 503, 504)
-NO_RANGES = (405, 416, 501)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 LISTING_TIMEOUT_S = 10.0
@@ -41,11 +37,11 @@ LINK_ATTEMPTS, LINK_PAUSE_S = 5, 0.02
 
 
 class NotCachedError(HubError):
-    """A file is not in the Hub's cache, and the network cannot be asked."""
+    """A file is not in the Hub's cache, and the network is ruled out or unreachable."""
 
 
 class Repository:
-    """A repository at one commit, which `resolve` finds out where `revision` is a branch or tag.
+    """A repository at one commit, which `resolve` finds where `revision` is a branch or tag.
 
     `fetched_bytes` counts what came over the network.
     """
@@ -85,9 +81,9 @@ class Repository:
         return Path(self._cache_dir or HF_HUB_CACHE)
 
     def resolve(self, name: str) -> Path | None:
-        """Fetch a file and learn the commit from where it lies; None where there is no such file.
+        """Fetch a file and learn the commit from its path; None where there is no such file.
 
-        The other files come from the same commit, wherever the branch moves meanwhile.
+        The other files come from the same commit, wherever the branch moves in the meantime.
         """
         path = self._fetch_if_there(name, self._revision)
         if path is None:
@@ -95,8 +91,9 @@ class Repository:
         found = COMMIT_IN_CACHE.search(str(path))
         if found is None:
             raise HubError(
-                f"{path} lies in no snapshot of the Hub's cache, expected one; "
-                "pass another cache_dir"
+                "in no snapshot of the Hub's cache",
+                name=str(path),
+                remedy="pass another cache_dir",
             )
         self.commit = found[1]
         return path
@@ -104,7 +101,7 @@ class Repository:
     def file(self, name: str) -> Path | None:
         """A small file, from the cache or the network; None where there is no such file.
 
-        Raises NotCachedError where that cannot be told.
+        Raises NotCachedError where that is unknown.
         """
         known = self._look_up(name)
         # the cache also remembers which files a repository does not have
@@ -113,13 +110,13 @@ class Repository:
         return self._fetch_if_there(name, self.commit or self._revision)
 
     def not_cached(self) -> NotCachedError:
-        """What to raise for weights that are not here, where the network is ruled out."""
+        """The error for weights that are not in the cache, where the network is ruled out."""
         from huggingface_hub.errors import LocalEntryNotFoundError
 
-        return NotCachedError(str(explain(LocalEntryNotFoundError(""), self)))
+        return NotCachedError.of(explain(LocalEntryNotFoundError(""), self))
 
     def cached(self, name: str) -> Path | None:
-        """A file that lies in the Hub's cache, or None."""
+        """A file of the Hub's cache, or None."""
         known = self._look_up(name)
         return known if isinstance(known, Path) else None
 
@@ -127,7 +124,7 @@ class Repository:
         """The files of this commit in the Hub's cache that are weights, or an index of them."""
         if self.commit is None:
             return []
-        folder = store.repository_folder(self.cache(), self.name) / "snapshots" / self.commit
+        folder = cache.repository_folder(self.cache(), self.name) / "snapshots" / self.commit
         return [path.name for path in folder.glob("*.safetensors*")]
 
     def _look_up(self, name: str) -> Any:
@@ -146,7 +143,7 @@ class Repository:
         return self._fetch_sound(name, self.commit, partial(self.check, name, once=False))
 
     def _fetch_sound(self, name: str, revision: str | None, check: Callable[[Path], None]) -> Path:
-        """A file in the Hub's cache that `check` takes, fetched again where it is damaged there."""
+        """A file in the Hub's cache that `check` accepts, fetched again where it is damaged."""
         for _ in range(2):
             path = self._request_file(name, revision)
             try:
@@ -154,19 +151,20 @@ class Repository:
             except CheckpointError as error:
                 if self.is_offline():
                     raise
-                logger.warning("%s; doing so now", error)
+                logger.warning("%s Doing so now.", error)
             else:
                 return path
-            # at once, so that nobody takes it for good should the next attempt fail
+            # at once, so that no later call uses it should the next attempt fail
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         raise HubError(
-            f"{self.label}: {name} arrived damaged twice (its hash is not the Hub's); "
-            "check the network and any proxy, and try again"
+            f"{name} arrived damaged twice (its hash is not the Hub's)",
+            name=self.label,
+            remedy="check the network and any proxy, and try again",
         )
 
     def is_sound(self, name: str, path: Path) -> bool:
-        """As `check`; what is wrong is logged."""
+        """Whether `check` finds nothing wrong; logs what it finds."""
         try:
             self.check(name, path)
         except CheckpointError as error:
@@ -175,20 +173,20 @@ class Repository:
         return True
 
     def check(self, name: str, path: Path, *, once: bool = True) -> None:
-        """Hash a cached file and compare with what the Hub says, where it says anything.
+        """Hash a cached file and compare with the Hub's checksum, where it gives one.
 
-        huggingface_hub checks sizes alone. What was found good is remembered, and not hashed again
-        while it stays as it is, unless `once` is False. Raises CheckpointError for a difference.
+        huggingface_hub checks sizes alone. A file found good is remembered, and not hashed again
+        until it changes, unless `once` is False. Raises CheckpointError for a difference.
         """
-        digest = store.hub_digest(path) or self._remote_digest(name)
+        digest = cache.hub_digest(path) or self._remote_digest(name)
         if digest is None or len(digest) not in (40, 64):
-            logger.warning("%s: the Hub gives no checksum of it", path)
+            logger.warning("%s: checksum unavailable, not verified", path)
             return
-        folder = store.repository_folder(self.cache(), self.name)
-        if once and store.was_checked(folder, path, digest):
+        folder = cache.repository_folder(self.cache(), self.name)
+        if once and cache.was_checked(folder, path, digest):
             return
-        store.check_digest(path, digest)
-        store.remember_check(folder, path, digest)
+        cache.check_digest(path, digest)
+        cache.remember_check(folder, path, digest)
 
     def names(self) -> list[str] | None:
         """The files beside config.json; None where the Hub, or its mirror, does not list them."""
@@ -199,35 +197,21 @@ class Repository:
         return [name for name in names if "/" not in name]  # folders hold other models, or parts
 
     def licence(self) -> str | None:
-        """What the model card says; None where that cannot be had."""
+        """The licence of the model card; None where the card is unavailable."""
         card = getattr(self._info(), "card_data", None)
         licence = getattr(card, "license_name", None) or getattr(card, "license", None)
         return licence if isinstance(licence, str) else None
 
     @contextmanager
     def open_range(self, name: str, start: int, end: int) -> Iterator[RangeResponse]:
-        """Ask for bytes `start` to `end` of a file; see `ranges.Opener`."""
-        from huggingface_hub import get_session, hf_hub_url
-        from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
-        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+        """Request bytes `start` to `end` of a file; see `ranges.Opener`."""
+        from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self.name, name, revision=self.commit)
-        headers = build_hf_headers(token=self._token, library_name="qwen_vit")
-        headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-        try:
-            # The client follows redirects, and keeps the token from any other host.
-            with get_session().stream(
-                "GET", url, headers=headers, follow_redirects=True, timeout=HF_HUB_DOWNLOAD_TIMEOUT
-            ) as response:
-                file_bytes = _check_range(response, start, end)
-                if self._sizes.setdefault(name, file_bytes) != file_bytes:
-                    raise RangesRefusedError(f"its size changed from {self._sizes[name]} bytes")
-                yield RangeResponse(self._count(response.iter_raw()), file_bytes)
-        except HTTPError as error:
-            if getattr(error, "response", None) is not None:
-                raise  # an answer; what is worth another try was told apart above
-            raise TransferError(f"{type(error).__name__}: {error}") from error
+        with open_http_range(url, start, end, self._token) as opened:
+            if self._sizes.setdefault(name, opened.file_bytes) != opened.file_bytes:
+                raise RangesRefusedError(f"its size changed from {self._sizes[name]} bytes")
+            yield RangeResponse(self._count(opened.chunks), opened.file_bytes)
 
     def _count(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
@@ -241,14 +225,14 @@ class Repository:
         try:
             return self._fetch_sound(name, revision, _check_small)
         except LocalEntryNotFoundError as error:
-            raise NotCachedError(str(explain(error, self))) from error
+            raise NotCachedError.of(explain(error, self)) from error
         except EntryNotFoundError:
             self.names()
             if self._listing is None or self._is_listed(name):
-                self._forget_absence(name)  # one wrong answer must not last
+                self._forget_absence(name)  # the cache must not remember one wrong answer
             if self._is_listed(name):
                 raise HubError(
-                    f"{self.label} lists {name}, but answers that it has none; try again"
+                    f"lists {name} but returned 404", name=self.label, remedy="try again"
                 ) from None
             return None
 
@@ -257,20 +241,20 @@ class Repository:
         return self._listing is not None and name in (self.names() or ())
 
     def _forget_absence(self, name: str) -> None:
-        folder = store.repository_folder(self.cache(), self.name) / ".no_exist"
+        folder = cache.repository_folder(self.cache(), self.name) / ".no_exist"
         for path in folder.glob(f"*/{name}"):
             path.unlink(missing_ok=True)
 
     def _request_file(self, name: str, revision: str | None) -> Path:
-        snapshots = store.repository_folder(self.cache(), self.name) / "snapshots"
+        snapshots = cache.repository_folder(self.cache(), self.name) / "snapshots"
         present = {path.resolve() for path in snapshots.glob(f"*/{name}")}
-        path, n_bytes = self._fetch_settled(name, revision)
+        path, n_bytes = self._download_file(name, revision)
         if path.resolve() not in present:
             self.fetched_bytes += n_bytes
         return path
 
-    def _fetch_settled(self, name: str, revision: str | None) -> tuple[Path, int]:
-        """A link that another process has just made is made anew, and gone for that moment."""
+    def _download_file(self, name: str, revision: str | None) -> tuple[Path, int]:
+        """Retries while other processes recreate the cache's link, which is absent for a moment."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
@@ -288,7 +272,7 @@ class Repository:
                     )
                 )
                 return path, path.stat().st_size
-            except EntryNotFoundError:  # an answer, though it is a FileNotFoundError, too
+            except EntryNotFoundError:  # also a FileNotFoundError, but an answer
                 raise
             except FileNotFoundError:
                 attempt += 1
@@ -297,21 +281,21 @@ class Repository:
                 time.sleep(LINK_PAUSE_S * 2**attempt)
 
     def _has_address(self) -> bool:
-        """Whether the Hub's name is known here: without a network the client tries for 25 s."""
+        """Whether the Hub's name resolves: without a network the client retries for 25 s."""
         if self._found_address is None:
             from huggingface_hub.constants import ENDPOINT
 
             try:
-                if not PROXIES & getproxies().keys():  # which look names up by themselves
+                if not PROXIES & getproxies().keys():  # a proxy resolves names itself
                     socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)
                 self._found_address = True
             except OSError as error:
-                logger.info("%s has no address here (%s)", ENDPOINT, error)
+                logger.info("%s does not resolve (%s)", ENDPOINT, error)
                 self._found_address = False
         return self._found_address
 
     def _remote_digest(self, name: str) -> str | None:
-        """Where links do not work, the cache does not keep the Hub's name for a file."""
+        """Asks the Hub: where links do not work, its cache does not record a file's digest."""
         if self.is_offline():
             return None
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -321,7 +305,7 @@ class Repository:
         try:
             return get_hf_file_metadata(url, token=self._token).etag
         except (HTTPError, OSError) as error:
-            logger.info("%s: nobody tells its checksum (%s)", url, error)
+            logger.info("%s: checksum unavailable (%s)", url, error)
             return None
 
     def _info(self) -> Any:
@@ -336,52 +320,19 @@ class Repository:
                     timeout=LISTING_TIMEOUT_S,
                 )
             except Exception as error:  # noqa: BLE001 - a mirror may have files and no listing
-                logger.info("%s: its files cannot be listed (%s)", self.label, error)
+                logger.info("%s: no listing of its files (%s)", self.label, error)
         return self._listing
 
 
 def _check_small(path: Path) -> None:
-    """Hash a small file each time: a damaged one would answer every later call, too."""
-    digest = store.hub_digest(path)
+    """Hash a small file each time: a damaged one would answer every later call."""
+    digest = cache.hub_digest(path)
     if digest is not None:
-        store.check_digest(path, digest)
-
-
-def _check_range(response: Any, start: int, end: int) -> int:
-    """Return the size of the whole file, where an answer holds just the bytes asked for."""
-    from huggingface_hub import hf_raise_for_status
-    from huggingface_hub.errors import HfHubHTTPError
-
-    status, headers = response.status_code, response.headers
-    if status in NO_RANGES:
-        raise RangesRefusedError(f"HTTP {status}")
-    try:
-        hf_raise_for_status(response)
-    except HfHubHTTPError as error:
-        if status in TRY_AGAIN:
-            left = SECONDS_LEFT.search(headers.get("RateLimit", ""))
-            wait_s = left[1] if left and status == 429 else headers.get("Retry-After", "")
-            wait = float(wait_s) + 1 if wait_s.isdigit() else None
-            raise TransferError(f"HTTP {status}", wait_s=wait, cause=error) from error
-        raise
-    if status != 206:
-        size = headers.get("Content-Length", "unknown")
-        raise RangesRefusedError(f"the server ignores ranges and sends all of its {size} bytes")
-    if headers.get("Content-Encoding", "identity") != "identity":
-        raise RangesRefusedError(f"the server encodes ranges as {headers['Content-Encoding']}")
-    found = CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
-    if found is None:
-        raise RangesRefusedError("the server does not say which range it sends")
-    first, last, file_bytes = map(int, found.groups())
-    if (first, last) != (start, min(end, file_bytes) - 1):
-        raise RangesRefusedError(
-            f"the server sends bytes {first} to {last} instead of {start} to {end - 1}"
-        )
-    return file_bytes
+        cache.check_digest(path, digest)
 
 
 def explain(error: Exception, repository: Repository) -> HubError:
-    """Turn any version's error into one that says the cause and what to do."""
+    """Turn an error of any version of the client into one that says the cause and what to do."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -390,48 +341,43 @@ def explain(error: Exception, repository: Repository) -> HubError:
         RevisionNotFoundError,
     )
 
-    name = repository.name
+    address = f"https://huggingface.co/{repository.name}"
     reply = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     status = getattr(reply, "status_code", None)
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, GatedRepoError):
-        cause = (
-            f"is gated; accept its licence on https://huggingface.co/{name}, then log in with "
-            "`hf auth login`"
-        )
+        fact = "the repository is gated"
+        remedy = f"accept its licence on {address}, then log in with `hf auth login`"
     elif isinstance(error, RevisionNotFoundError):
-        cause = "has no such revision; look at its branches and commits"
+        fact = "no such revision"
+        remedy = f"look at its branches and commits on {address}"
     elif isinstance(error, RepositoryNotFoundError):
-        cause = "was not found, or is private; check the name, or log in with `hf auth login`"
+        fact = "not found, or private"
+        remedy = "check the name, or log in with `hf auth login`"
     elif status in (401, 403):
-        cause = (
-            f"was refused (HTTP {status}); log in with `hf auth login`, with a token that may read "
-            f"https://huggingface.co/{name}"
-        )
+        fact = f"the Hub denies access (HTTP {status})"
+        remedy = f"log in with `hf auth login`, with a token that may read {address}"
     elif status == 429:
-        cause = (
-            "was asked for too often (HTTP 429); wait five minutes, or log in with "
-            "`hf auth login` for a higher limit"
-        )
+        fact = "too many requests (HTTP 429)"
+        remedy = "wait five minutes, or log in with `hf auth login` for a higher limit"
     elif status is not None and status >= 500:
-        cause = f"is not served at the moment (HTTP {status}); try again later"
+        fact, remedy = f"server error (HTTP {status})", "try again later"
+    elif isinstance(error, LocalEntryNotFoundError) and repository.local_files_only:
+        fact = "not in the local cache, and local_files_only rules out the network"
+        remedy = "leave out local_files_only"
     elif isinstance(error, LocalEntryNotFoundError):
-        cause = (
-            "is not in the local cache, and the network was not asked; leave out local_files_only"
-            if repository.local_files_only
-            else "could not be reached and is not in the local cache; check the network, or "
-            "HF_HUB_OFFLINE, or pass a local folder"
-        )
+        fact = "not in the local cache, and the Hub could not be reached"
+        remedy = "check the network, or HF_HUB_OFFLINE, or pass a local folder"
     elif isinstance(error, EntryNotFoundError):
-        cause = (
-            "has no config.json or no safetensors weights; no pickle (.bin, .pt) is ever opened, "
-            "choose a repository with safetensors"
-        )
+        fact = "no config.json or no safetensors weights; pickles (.bin, .pt) are never opened"
+        remedy = "choose a repository with safetensors"
     elif number in NO_SPACE:
-        cause = f"does not fit on the disk ({repository.cache()}); make space, or pass cache_dir"
+        fact = f"does not fit on the disk ({repository.cache()})"
+        remedy = "free some space, or pass cache_dir"
     elif number in NOT_WRITABLE:
-        cause = f"cannot be kept: {error}; pass another cache_dir, or set HF_HOME"
+        fact = f"the cache cannot be written ({error})"
+        remedy = "pass another cache_dir, or set HF_HOME"
     else:
         reason = str(error).partition("\n")[0]
-        cause = f"could not be fetched ({type(error).__name__}: {reason}); try again"
-    return HubError(f"{repository.label} {cause}")
+        fact, remedy = f"could not be fetched ({type(error).__name__}: {reason})", "try again"
+    return HubError(fact, name=repository.label, remedy=remedy)

@@ -1,14 +1,15 @@
 """Tensors on their way to a GPU: read ahead by threads, through a fixed amount of pinned memory.
 
-A tensor that is a map of a file is read at the rate of one thread's page faults when it is copied
-as it is, and the GPU waits meanwhile. Here the tensors are one stream of bytes, cut into pieces;
-threads copy the next pieces into pinned slots while the GPU fetches those before.
+A plain copy reads a tensor that is a map of a file at the rate of one thread's page faults, while
+the GPU waits. Here the tensors are one stream of bytes, cut into pieces; threads copy the next
+pieces into pinned slots while the GPU fetches those before.
 """
 
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,17 +32,19 @@ class _Span(NamedTuple):
 
 
 def to_device(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """The tensors of a CPU, on a GPU, in order and on its current stream; elsewhere as they are.
+    """Yield the tensors on a device, in order; on a GPU's current stream. Those there stay as is.
 
     >>> [tensor.item() for tensor in to_device([torch.ones(())], torch.device("cpu"))]
     [1.0]
 
-    They are asked for ahead of what comes out, by at most 32 MiB.
+    Tensors of the CPU are read at most 32 MiB ahead of what comes out on a GPU.
     """
-    if device.type != "cuda":
-        return iter(tensors)
     threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
-    return _through_slots(tensors, device, threads, PIECE_BYTES)
+    for on_cpu, run in groupby(tensors, lambda tensor: tensor.device.type == "cpu"):
+        if on_cpu and device.type == "cuda":
+            yield from _through_slots(run, device, threads, PIECE_BYTES)
+        else:
+            yield from (tensor.to(device) for tensor in run)
 
 
 def _through_slots(
@@ -59,7 +62,7 @@ def _through_slots(
                 event.synchronize()
         at = 0
         for source, _, _ in spans:
-            # NumPy: one thread, and the interpreter is free meanwhile
+            # NumPy copies with one thread, and without the interpreter's lock
             np.copyto(memory[slot, at : at + len(source)], source)
             at += len(source)
 

@@ -27,14 +27,14 @@ WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model" + INDEX_SUFFIX
 VISION_FILE = "vision.safetensors"  # a tower alone, as it is kept after a download
 PREFERRED_FILES = (WEIGHTS_FILE, INDEX_FILE, VISION_FILE)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-LONGEST_NAME_BYTES = 255
+MAX_NAME_BYTES = 255
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", ADAPTER_CONFIG)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor as it lies on disk: its file, its name there, and what the header says of it."""
+    """A tensor in a file: the file, its name there, and what the header says of it."""
 
     path: Path
     name: str
@@ -50,21 +50,21 @@ class RemoteFiles:
 
 
 def find_tensors(
-    folder: Path, wanted: Callable[[set[str]], set[str]], elsewhere: RemoteFiles | None = None
+    folder: Path, wanted: Callable[[set[str]], set[str]], remote: RemoteFiles | None = None
 ) -> dict[str, StoredTensor]:
-    """Return the tensors of a folder that `wanted` picks from the names that are there.
+    """Return the tensors of a folder whose names `wanted` picks.
 
     The weights are model.safetensors, or the shards of an index, or vision.safetensors, or the
     only other safetensors file. Shards that hold nothing wanted need not be there.
     """
-    remote = elsewhere.names if elsewhere is not None else frozenset()
+    remote_names = remote.names if remote is not None else frozenset()
 
     def header_at(path: Path) -> dict[str, TensorInfo]:
-        if elsewhere is not None and path.name in remote:
-            return elsewhere.header_of(path.name)
+        if remote is not None and path.name in remote.names:
+            return remote.header_of(path.name)
         return read_header(path)
 
-    path = _weights_path(folder, remote)
+    path = _weights_path(folder, remote_names)
     if not path.name.endswith(INDEX_SUFFIX):
         header = header_at(path)
         return {name: StoredTensor(path, name, header[name]) for name in wanted(set(header))}
@@ -74,19 +74,21 @@ def find_tensors(
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted({shard_of[name] for name in names}):
         shard_path = folder / shard
-        if shard not in remote:
+        if shard not in remote_names:
             _check_shard_path(shard_path, index=path)
         header = header_at(shard_path)
         listed = {name for name in names if shard_of[name] == shard}
         for odd in sorted(listed - set(header)):
             raise CheckpointError(
-                f"{path} says that {short_repr(odd)} is in {shard}, but {shard_path} does not "
-                "hold it; download both files again"
+                f"lists {short_repr(odd)} in {shard}, but {shard_path} does not hold it",
+                name=str(path),
+                remedy="download both files again",
             )
         for odd in sorted(wanted(set(header) | names) & set(header) - listed):
             raise CheckpointError(
-                f"{shard_path} holds {short_repr(odd)}, but {path} does not list it there; "
-                "download both files again"
+                f"holds {short_repr(odd)}, but {path} does not list it there",
+                name=str(shard_path),
+                remedy="download both files again",
             )
         tensors |= {name: StoredTensor(shard_path, name, header[name]) for name in listed}
     return tensors
@@ -97,21 +99,23 @@ def _weights_path(folder: Path, remote: Iterable[str]) -> Path:
         names = _file_names(folder)
     except OSError as error:
         raise CheckpointError(
-            f"{folder} cannot be read ({error.strerror}); check its name and permissions"
+            f"cannot be read ({error.strerror})",
+            name=str(folder),
+            remedy="check its name and permissions",
         ) from error
     names = sorted({*names, *remote})
     return folder / choose_weights(names, str(folder), lambda: folder / ADAPTER_CONFIG)
 
 
 def choose_weights(
-    names: Iterable[str], place: str, adapter_config: Callable[[], Path | None]
+    names: Iterable[str], source: str, adapter_config: Callable[[], Path | None]
 ) -> str:
     """Return the file among `names` that holds the weights, or their index.
 
     >>> choose_weights(["README.md", "model.safetensors"], "folder", Path)
     'model.safetensors'
 
-    Raises CheckpointError, saying what `place` holds instead: an adapter (of the base model that
+    Raises CheckpointError, saying what `source` holds instead: an adapter (of the base model that
     `adapter_config` names), pickles, GGUF, several sets of weights, or nothing.
     """
     names = sorted(names)
@@ -126,36 +130,47 @@ def choose_weights(
             return found[0]
         if found:
             raise CheckpointError(
-                f"{place} holds {len(found)} sets of weights ({_listing(found)}), expected one or "
-                f"{INDEX_FILE}; move the others away, or restore the index"
+                f"holds {len(found)} sets of weights ({_listing(found)})",
+                name=source,
+                expected=f"one or {INDEX_FILE}",
+                remedy="move the others away, or restore the index",
             )
     if any(name in names for name in ADAPTER_FILES):
         raise CheckpointError(
-            f"{place} is a LoRA adapter for {_adapter_base(adapter_config())}, expected a whole "
-            "model; merge it into its base model (peft's merge_and_unload) and save that"
+            f"a LoRA adapter for {_adapter_base(adapter_config())}",
+            name=source,
+            expected="a whole model",
+            remedy="merge it into its base model (peft's merge_and_unload) and save that",
         )
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         raise CheckpointError(
-            f"{place} has no safetensors weights, only {_listing(pickles)}: no pickle is ever "
-            "opened, since opening one runs code; get the safetensors version of this checkpoint"
+            f"no safetensors weights, only {_listing(pickles)}: pickles are never opened, since "
+            "opening one runs code",
+            name=source,
+            remedy="get the safetensors version of this checkpoint",
         )
     ggufs = [name for name in names if name.endswith(".gguf")]
     if ggufs:
         raise CheckpointError(
-            f"{place} has no safetensors weights, only GGUF ({_listing(ggufs)}); "
-            "use the safetensors checkpoint that it was made from"
+            f"no safetensors weights, only GGUF ({_listing(ggufs)})",
+            name=source,
+            remedy="use the safetensors checkpoint that it was made from",
         )
     raise CheckpointError(
-        f"{place} has no weights (it holds {_listing(names)}), expected {WEIGHTS_FILE}; "
-        "download them (qwen-vit download MODEL)"
+        f"no weights (it holds {_listing(names)})",
+        name=source,
+        expected=WEIGHTS_FILE,
+        remedy="download them (qwen-vit download MODEL)",
     )
 
 
 def _file_names(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is not a folder, expected one with config.json and safetensors weights"
+            "not a folder",
+            name=str(folder),
+            expected="one with config.json and safetensors weights",
         )
     return sorted(path.name for path in folder.iterdir() if not path.is_dir())
 
@@ -177,15 +192,18 @@ def read_index(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(
-            f"{path}: weight_map is {short_repr(weight_map)}, expected an object; download it again"
+            f"weight_map is {short_repr(weight_map)}",
+            name=str(path),
+            expected="an object",
+            remedy="download it again",
         )
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not is_plain_basename(shard):
             raise CheckpointError(
-                f"{path}: {short_repr(name)} is said to be in {short_repr(shard)}, expected the "
-                "plain name of "
-                "a .safetensors file in the same folder; do not use this checkpoint, or correct "
-                "its index"
+                f"lists {short_repr(name)} in {short_repr(shard)}",
+                name=str(path),
+                expected="the plain name of a .safetensors file in the same folder",
+                remedy="do not use this checkpoint, or correct its index",
             )
     return weight_map
 
@@ -200,7 +218,7 @@ def is_plain_basename(name: str) -> bool:
         name.endswith(".safetensors")
         and not any(character in name for character in "/\\:\0")
         and not name.startswith(".")
-        and len(name.encode("utf-8", "replace")) <= LONGEST_NAME_BYTES
+        and len(name.encode("utf-8", "replace")) <= MAX_NAME_BYTES
         and name.isprintable()  # no half of a surrogate pair, which no file system takes
     )
 
@@ -208,8 +226,9 @@ def is_plain_basename(name: str) -> bool:
 def _check_shard_path(path: Path, *, index: Path) -> None:
     if not path.exists():
         raise CheckpointError(
-            f"{index} names the shard {path.name}, but {path} is not there; "
-            "download it (qwen-vit download MODEL)"
+            f"names the shard {path.name}, but {path} is not there",
+            name=str(index),
+            remedy="download it (qwen-vit download MODEL)",
         )
     # In the Hub's cache every file of snapshots/COMMIT is a link into blobs; no other link leaves.
     target, home = path.resolve(), path.parent.resolve()
@@ -218,6 +237,7 @@ def _check_shard_path(path: Path, *, index: Path) -> None:
         allowed.append(home.parent.parent / "blobs")
     if not any(target.is_relative_to(parent) for parent in allowed):
         raise CheckpointError(
-            f"{index} names the shard {path.name}, which is a link out of the folder to {target}; "
-            "copy that file into the folder if you trust it"
+            f"names the shard {path.name}, which is a link out of the folder to {target}",
+            name=str(index),
+            remedy="copy that file into the folder if you trust it",
         )

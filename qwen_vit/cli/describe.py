@@ -6,9 +6,10 @@ import tomllib
 from typing import Any
 
 from qwen_vit.checkpoint import cache
-from qwen_vit.checkpoint.convert import check_finite
 from qwen_vit.checkpoint.hub import Download, Source, packaged_weights
-from qwen_vit.checkpoint.load import Checkpoint, config_hash, expected_tensors, load_checkpoint
+from qwen_vit.checkpoint.load import Checkpoint, config_hash, load_checkpoint
+from qwen_vit.checkpoint.tower_names import expected_tensors
+from qwen_vit.common.tensors import check_finite
 from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import patchify
 

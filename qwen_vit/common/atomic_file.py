@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from qwen_vit.errors import ExportError, display_name
+from qwen_vit.errors import ExportError
 
 __all__ = [
     "TEMPORARY_SUFFIX",
@@ -68,7 +68,10 @@ class AtomicFile:
             os.link(self._temporary, self.path)  # which a rename would not refuse
         except FileExistsError:
             raise ExportError(
-                f"{self.path} exists, expected a new name; pass another, or overwrite it"
+                "exists",
+                name=str(self.path),
+                expected="a new name",
+                remedy="pass another, or overwrite it",
             ) from None
         except OSError as error:
             if error.errno not in NO_LINKS:
@@ -109,27 +112,32 @@ def check_utf8(path: Path) -> None:
         str(path).encode()
     except UnicodeEncodeError:
         raise ExportError(
-            f"{display_name(str(path))} is not UTF-8, expected a path that safetensors can open; "
-            "pass another one"
+            "not UTF-8",
+            name=str(path),
+            expected="a path that safetensors can open",
+            remedy="pass another one",
         ) from None
 
 
 def refuse_link(path: Path) -> None:
-    """Raise ExportError for a symbolic link, whose place a result would take: /dev/stdout's."""
+    """Raise ExportError for a symbolic link that a result would replace, such as /dev/stdout."""
     if os.path.islink(path):
-        raise ExportError(f"{path} is a symbolic link, expected a file; pass what it leads to")
+        raise ExportError(
+            "a symbolic link", name=str(path), expected="a file", remedy="pass the link's target"
+        )
 
 
 def cannot_write(path: Path, error: OSError) -> ExportError:
-    """What to say where the system refuses to write `path`."""
+    """The error to raise where the system refuses to write `path`."""
     return ExportError(
-        f"{path} could not be written ({error.strerror or error}); check the folder, its "
-        "permissions and the space on its disk"
+        f"could not be written ({error.strerror or error})",
+        name=str(path),
+        remedy="check the folder, its permissions and the space on its disk",
     )
 
 
 def sync_folder(folder: Path) -> None:
-    """The new name, too, outlives a power cut, where the file system can promise that."""
+    """Flush a folder, so that new names in it survive a power cut where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

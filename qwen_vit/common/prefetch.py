@@ -46,7 +46,7 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
         cores = len(os.sched_getaffinity(0)) if cores is None else cores
         return min(MAX_THREADS, max(2, cores // 2), cores)
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
-        raise ArgumentError(f"decode_threads is {wanted!r}, expected a whole number above 0")
+        raise ArgumentError(f"decode_threads is {wanted!r}", expected="a whole number above 0")
     return wanted
 
 

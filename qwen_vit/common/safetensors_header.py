@@ -28,19 +28,19 @@ __all__ = [
 ]
 
 LENGTH_BYTES = 8
-START_BYTES = 64  # enough to tell a header's length, or what a file is that has none
+START_BYTES = 64  # enough for a header's length, or to recognise another kind of file
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-FETCH_AGAIN = "delete it and download it again (qwen-vit download MODEL)"
+DOWNLOAD_AGAIN = "delete it and download it again (qwen-vit download MODEL)"
 
-# Not weights, but often found under their name: how the file starts, what it is, what to do.
+# Files that often have the name of weights: how they start, what they are, what to do.
 IMPOSTORS = (
     (b"version https://git-lfs", "a git-lfs pointer", "run `git lfs pull` in its folder"),
-    (b"<", "an HTML or XML page", FETCH_AGAIN),
-    (b"PK\x03\x04", "a zip archive or a pickle", FETCH_AGAIN),
+    (b"<", "an HTML or XML page", DOWNLOAD_AGAIN),
+    (b"PK\x03\x04", "a zip archive or a pickle", DOWNLOAD_AGAIN),
     (b"GGUF", "a GGUF file", "use the safetensors checkpoint it was made from"),
 )
 
-# Other types are left to whoever wants their tensors.
+# The size of a tensor of any other type is not checked.
 DTYPE_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -64,7 +64,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         if not path.is_file():
             raise CheckpointError(
-                f"{path} is not a file, expected safetensors weights; {FETCH_AGAIN}"
+                "not a file",
+                name=str(path),
+                expected="safetensors weights",
+                remedy=DOWNLOAD_AGAIN,
             )
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -74,7 +77,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raw = file.read(length)
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}); check its permissions and the disk"
+            f"cannot be read ({error.strerror})",
+            name=str(path),
+            remedy="check its permissions and the disk",
         ) from error
     return parse_header(raw, file_bytes=size, source=str(path))
 
@@ -89,20 +94,27 @@ def header_length(start: bytes, *, file_bytes: int, source: str) -> int:
     for signature, what, remedy in IMPOSTORS:
         # A length's low bytes may spell anything, but then the header's brace follows.
         if start.lstrip().startswith(signature) and start[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{":
-            raise CheckpointError(f"{named} is {what}, expected safetensors weights; {remedy}")
+            raise CheckpointError(what, name=named, expected="safetensors weights", remedy=remedy)
     if file_bytes < LENGTH_BYTES:
-        what = "is empty" if file_bytes == 0 else "is cut short inside its first 8 bytes"
-        raise CheckpointError(f"{named} {what}, expected safetensors weights; {FETCH_AGAIN}")
+        raise CheckpointError(
+            "empty" if file_bytes == 0 else "cut short inside its first 8 bytes",
+            name=named,
+            expected="safetensors weights",
+            remedy=DOWNLOAD_AGAIN,
+        )
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{named} says that its header has {length} bytes, expected at most "
-            f"{MAX_HEADER_BYTES}: it is damaged, or no safetensors file; {FETCH_AGAIN}"
+            f"corrupt, or not a safetensors file: it declares a header of {length} bytes",
+            name=named,
+            expected=f"at most {MAX_HEADER_BYTES}",
+            remedy=DOWNLOAD_AGAIN,
         )
     if length > file_bytes - LENGTH_BYTES:
         raise CheckpointError(
-            f"{named} says that its header has {length} bytes, which is larger than the file; "
-            f"{FETCH_AGAIN}"
+            f"declares a header of {length} bytes, which is larger than the file",
+            name=named,
+            remedy=DOWNLOAD_AGAIN,
         )
     return length
 
@@ -113,7 +125,7 @@ def parse_header(raw: bytes, *, file_bytes: int, source: str) -> dict[str, Tenso
     try:
         header = parse_json(raw, source=f"{named}, header")
     except CheckpointError as error:
-        raise CheckpointError(f"{error} (qwen-vit download MODEL)") from None
+        raise CheckpointError.of(error, remedy=DOWNLOAD_AGAIN) from None
     header.pop("__metadata__", None)
     tensors = {name: _parse_entry(name, entry, named) for name, entry in header.items()}
     _check_tiling(tensors, file_bytes - LENGTH_BYTES - len(raw), named)
@@ -146,15 +158,17 @@ def _parse_entry(name: str, entry: Any, named: str) -> TensorInfo:
         and offsets[0] <= offsets[1]
     ):
         raise CheckpointError(
-            f"{named}: the header's entry {short_repr(name)} lacks a dtype, a shape or "
-            f"data_offsets that make sense; {FETCH_AGAIN}"
+            f"the header's entry {short_repr(name)} lacks a valid dtype, shape or data_offsets",
+            name=named,
+            remedy=DOWNLOAD_AGAIN,
         )
     start, end = offsets
     if dtype in DTYPE_BYTES and math.prod(shape) * DTYPE_BYTES[dtype] != end - start:
         raise CheckpointError(
-            f"{named}: {short_repr(name)} has {end - start} bytes, but its shape "
-            f"{short_repr(shape)} in "
-            f"{dtype} takes {short_repr(math.prod(shape) * DTYPE_BYTES[dtype])}; {FETCH_AGAIN}"
+            f"{short_repr(name)} has {end - start} bytes, but its shape {short_repr(shape)} in "
+            f"{dtype} takes {short_repr(math.prod(shape) * DTYPE_BYTES[dtype])}",
+            name=named,
+            remedy=DOWNLOAD_AGAIN,
         )
     return TensorInfo(dtype, tuple(shape), start, end)
 
@@ -168,22 +182,29 @@ def _check_tiling(tensors: dict[str, TensorInfo], data_bytes: int, named: str) -
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start < position:
             raise CheckpointError(
-                f"{named}: the bytes of {short_repr(previous)} and {short_repr(name)} overlap; "
-                f"{FETCH_AGAIN}"
+                f"the bytes of {short_repr(previous)} and {short_repr(name)} overlap",
+                name=named,
+                remedy=DOWNLOAD_AGAIN,
             )
         if info.start > position:
             raise CheckpointError(
-                f"{named}: {info.start - position} bytes before {short_repr(name)} belong to no "
-                f"tensor, expected no hole; {FETCH_AGAIN}"
+                f"{info.start - position} bytes before {short_repr(name)} belong to no tensor",
+                name=named,
+                expected="no hole",
+                remedy=DOWNLOAD_AGAIN,
             )
         position, previous = info.end, name
     if position > data_bytes:
         raise CheckpointError(
-            f"{named} is truncated: {position - data_bytes} bytes of {short_repr(previous)} and "
-            f"what lies before it are missing; {FETCH_AGAIN}"
+            f"truncated: {position - data_bytes} bytes of {short_repr(previous)} and of the "
+            "tensors before it are missing",
+            name=named,
+            remedy=DOWNLOAD_AGAIN,
         )
     if position < data_bytes:
         raise CheckpointError(
-            f"{named}: the last {data_bytes - position} bytes belong to no tensor, expected no "
-            f"hole; {FETCH_AGAIN}"
+            f"the last {data_bytes - position} bytes belong to no tensor",
+            name=named,
+            expected="no hole",
+            remedy=DOWNLOAD_AGAIN,
         )

@@ -17,6 +17,7 @@ __all__ = [
     "short_repr",
 ]
 
+DOWNLOAD_AGAIN = "download the file again"
 MAX_JSON_BYTES = 64 * 2**20  # the index of the largest published model is under 1 MB
 
 
@@ -24,16 +25,20 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a small JSON file that holds one object; CheckpointError names the path."""
     try:
         if not path.is_file():
-            raise CheckpointError(f"{path} is not a file; give a folder that holds one")
+            raise CheckpointError(
+                "not a file", name=str(path), remedy="pass a folder that holds one"
+            )
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(
-                f"{path} is {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}; "
-                "download it again"
+                f"{path.stat().st_size} bytes",
+                name=str(path),
+                expected=f"at most {MAX_JSON_BYTES}",
+                remedy="download it again",
             )
         raw = path.read_bytes()
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}); check its permissions"
+            f"cannot be read ({error.strerror})", name=str(path), remedy="check its permissions"
         ) from error
     return parse_json(raw, source=str(path))
 
@@ -46,15 +51,19 @@ def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
     """
 
     def refuse_constant(name: str) -> None:
-        raise CheckpointError(f"{source}: holds {name}, which is not JSON; correct that value")
+        raise CheckpointError(
+            f"holds {name}, which is not JSON", name=source, remedy="correct that value"
+        )
 
     def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in pairs:
             if key in result:
                 raise CheckpointError(
-                    f"{source}: the key {short_repr(key)} is there twice, expected once; "
-                    "download the file again"
+                    f"the key {short_repr(key)} is there twice",
+                    name=source,
+                    expected="each key once",
+                    remedy=DOWNLOAD_AGAIN,
                 )
             result[key] = value
         return result
@@ -66,18 +75,20 @@ def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
         raise
     except UnicodeDecodeError as error:
         raise CheckpointError(
-            f"{source}: not UTF-8 at byte {error.start} of {len(raw)}; download the file again"
+            f"not UTF-8 at byte {error.start} of {len(raw)}", name=source, remedy=DOWNLOAD_AGAIN
         ) from None
     except (ValueError, RecursionError) as error:
         # ValueError is also Python's answer to an integer of more than 4,300 digits.
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise CheckpointError(
-            f"{source}: not JSON ({reason}; {len(raw)} bytes); download the file again"
+            f"not JSON ({reason}; {len(raw)} bytes)", name=source, remedy=DOWNLOAD_AGAIN
         ) from None
     if not isinstance(value, dict):
         raise CheckpointError(
-            f"{source}: the JSON is {short_repr(value)}, expected an object; download the file "
-            "again"
+            f"the JSON is {short_repr(value)}",
+            name=source,
+            expected="an object",
+            remedy=DOWNLOAD_AGAIN,
         )
     return value
 
@@ -87,17 +98,20 @@ def child_object(config: Mapping[str, Any], key: str, source: str) -> tuple[Mapp
     value = config[key]
     if not isinstance(value, Mapping):
         raise CheckpointError(
-            f"{source}: {key} is {short_repr(value)}, expected an object; download the file again"
+            f"{key} is {short_repr(value)}",
+            name=source,
+            expected="an object",
+            remedy=DOWNLOAD_AGAIN,
         )
     return value, f"{source}, {key}"
 
 
-def check_integer(value: object, name: str, largest: int) -> None:
-    """Raise CheckpointError unless `value` is an integer from 1 to `largest`."""
+def check_integer(value: object, name: str, maximum: int) -> None:
+    """Raise CheckpointError unless `value` is an integer from 1 to `maximum`."""
     if not is_integer(value):
-        raise CheckpointError(f"{name} is {short_repr(value)}, expected an integer")
-    if not 1 <= value <= largest:
-        raise CheckpointError(f"{name} is {short_repr(value)}, expected 1 to {largest}")
+        raise CheckpointError(f"{name} is {short_repr(value)}", expected="an integer")
+    if not 1 <= value <= maximum:
+        raise CheckpointError(f"{name} is {short_repr(value)}", expected=f"1 to {maximum}")
 
 
 def is_integer(value: object) -> TypeGuard[int]:

@@ -1,9 +1,11 @@
-"""Whether every value of a tensor is finite."""
+"""Whether every value of a tensor is finite, and the error where one is not."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite", "extremes"]
+from qwen_vit.errors import CheckpointError
+
+__all__ = ["all_finite", "check_finite", "extremes"]
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -16,6 +18,25 @@ def all_finite(tensor: Tensor) -> bool:
     0.5 ms.
     """
     return tensor.numel() == 0 or bool(extremes(tensor).isfinite().all())
+
+
+def check_finite(tensor: Tensor, name: str) -> Tensor:
+    """Return the tensor, or raise CheckpointError with its name and its NaN and infinite values.
+
+    >>> check_finite(torch.tensor([1.0, float("nan")]), "merger.ln_q.weight")
+    Traceback (most recent call last):
+    qwen_vit.errors.CheckpointError: merger.ln_q.weight: 1 NaN and 0 infinite values of 2. \
+Expected finite weights. Delete the file and download it again (qwen-vit download MODEL).
+    """
+    if not all_finite(tensor):
+        raise CheckpointError(
+            f"{int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} infinite values of "
+            f"{tensor.numel()}",
+            name=name,
+            expected="finite weights",
+            remedy="delete the file and download it again (qwen-vit download MODEL)",
+        )
+    return tensor
 
 
 def extremes(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from qwen_vit.checkpoint.load import weights_hash
+from qwen_vit.checkpoint.published_tensors import weights_hash
 from qwen_vit.common.atomic_file import atomic_file
 from qwen_vit.common.safetensors_header import read_header
 from qwen_vit.common.strict_json import parse_json

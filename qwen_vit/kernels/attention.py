@@ -19,15 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
-from qwen_vit.errors import ArgumentError
 from qwen_vit.kernels import IS_KNOWN_GLUON
 from qwen_vit.kernels.interpret import interpreted
-from qwen_vit.layout import Segments, SegmentTiling, tile_table
+from qwen_vit.layout import Segments, SegmentTiling
 
 if IS_KNOWN_GLUON:
     from qwen_vit.kernels import attention_hopper
 
-__all__ = ["RotaryTable", "attention", "fused_rope_varlen_attention", "tiling"]
+__all__ = ["HEAD_DIMS", "RotaryTable", "attention", "tiling"]
 
 LOG2_E = 1.4426950408889634  # exp(x) == exp2(x * LOG2_E), and the GPU has exp2
 
@@ -336,9 +335,9 @@ def attention(
     """Attention within segments, RoPE applied to Q and K on the way: (N, 3, H, D) -> (N, H, D).
 
     `adjacent_pairs` says that rotary pair j of Q and K lies at dims (2j, 2j + 1) instead of
-    (j, j + D / 2). Rows that no tile covers are left unwritten. `tiles`, for those who measure and
-    test on a GPU, is the Triton kernel with another row than the reviewed one; `segments` must be
-    cut for it.
+    (j, j + D / 2). Rows that no tile covers are left unwritten. `tiles`, for
+    benchmarks and tests on a GPU, runs the Triton kernel with another row than the reviewed one;
+    `segments` must be cut for it.
     """
     N, _, H, D = qkv.shape
     out = torch.empty((N, H, D), dtype=qkv.dtype, device=qkv.device)
@@ -412,109 +411,3 @@ def _launch(kernel: Any, device: torch.device) -> Callable[..., None]:
             kernel[grid](*args, **kwargs)
 
     return run
-
-
-def fused_rope_varlen_attention(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor
-) -> torch.Tensor:
-    """Attention within consecutive segments, with rotary embedding applied to Q and K on the way.
-
-    >>> qkv = torch.randn(10, 3, 2, 80)
-    >>> angles = torch.rand(10, 40)
-    >>> cu_seqlens = torch.tensor([0, 4, 10], dtype=torch.int32)
-    >>> fused_rope_varlen_attention(qkv, angles.cos(), angles.sin(), cu_seqlens).shape
-    torch.Size([10, 2, 80])
-
-    Shapes: `qkv` (N, 3, H, D), the fused projection's output, read in place; `cos` and `sin`
-    (N, D / 2) float32, where pair j rotates dims (j, j + D / 2); `cu_seqlens` (S + 1,) int32 or
-    int64, from 0 to N; returns (N, H, D) in qkv's dtype. The softmax scale is D ** -0.5.
-
-    bfloat16 and float32 (IEEE, never TF32) on a GPU; float32 on a CPU, in Triton's interpreter. On
-    a GPU nothing waits for the host: `cu_seqlens` is never read back, so wrong values give wrong
-    results there and no error. Rows beyond its last value are left unwritten. Head dims are even,
-    and from 16 to 128 on a GPU, 2 to 1,024 on a CPU. Forward only: no gradient.
-
-    Raises ArgumentError for shapes, dtypes or devices that do not fit together.
-    """
-    _check_arguments(qkv, cos, sin, cu_seqlens)
-    cut = tiling(qkv.device, qkv.dtype, "full")
-    empty = cu_seqlens.new_empty(0, dtype=torch.int32)
-    if qkv.device.type == "cpu":
-        lengths = cu_seqlens.diff().to(torch.int32)
-        owners = torch.arange(len(lengths), dtype=torch.int32, device="cpu")
-        owners = owners.repeat_interleave(lengths)
-        tiles = torch.from_numpy(tile_table(lengths.numpy(), cut))
-        segments = Segments(cu_seqlens, tiles, owners)
-    else:
-        segments = Segments(cu_seqlens, _tile_table_on_device(cu_seqlens, len(qkv), cut), empty)
-    rotary = RotaryTable(cos.contiguous(), sin.contiguous())
-    return attention(qkv.contiguous(), rotary, segments, kind="full", adjacent_pairs=False)
-
-
-def _tile_table_on_device(
-    cu_seqlens: torch.Tensor, n_rows: int, cut: SegmentTiling
-) -> torch.Tensor:
-    """`layout.tile_table`, without learning its length: the tiles left over are empty."""
-    cu_seqlens = cu_seqlens.clamp(0, n_rows)  # wrong ones must not lead out of qkv
-    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
-    tiles_before = ((ends - starts + cut.rows - 1) // cut.rows).cumsum(0)
-    capacity = n_rows // cut.rows + len(starts)
-    tile = torch.arange(capacity, device=cu_seqlens.device)
-    segment = torch.searchsorted(tiles_before, tile, right=True)
-    is_spare = segment == len(starts)
-    segment = segment.clamp(max=len(starts) - 1)
-    index_in_segment = tile - torch.where(segment > 0, tiles_before[segment - 1], 0)
-    q_start = starts[segment] + index_in_segment * cut.rows
-    q_end = torch.minimum(q_start + cut.rows, ends[segment])
-    table = torch.stack([q_start, q_end, starts[segment], ends[segment]], dim=1)
-    return table.masked_fill(is_spare[:, None], 0).to(torch.int32)
-
-
-def _check_arguments(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor
-) -> None:
-    given = {"qkv": qkv, "cos": cos, "sin": sin, "cu_seqlens": cu_seqlens}
-    for name, value in given.items():
-        if not isinstance(value, torch.Tensor):
-            raise ArgumentError(f"{name} is a {type(value).__name__}, expected a torch tensor")
-    if qkv.device.type not in ("cpu", "cuda"):
-        raise ArgumentError(f"qkv is on {qkv.device}, expected a CUDA GPU or the CPU; move it")
-    least, most = HEAD_DIMS[qkv.device.type]
-    is_fused = qkv.dim() == 4 and qkv.shape[1] == 3 and qkv.shape[2] > 0
-    if not is_fused or qkv.shape[3] % 2 or not least <= qkv.shape[3] <= most:
-        raise ArgumentError(
-            f"qkv has shape {tuple(qkv.shape)}, expected (N, 3, heads, head_dim) with an even "
-            f"head_dim of {least} to {most}; reshape the fused projection's output"
-        )
-    N, _, _, D = qkv.shape
-    supported = (torch.float32,) if qkv.device.type == "cpu" else (torch.float32, torch.bfloat16)
-    if qkv.dtype not in supported:
-        raise ArgumentError(
-            f"qkv is {qkv.dtype} on {qkv.device}, expected "
-            f"{' or '.join(map(str, supported))}; convert it first"
-        )
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.shape != (N, D // 2) or table.dtype != torch.float32:
-            raise ArgumentError(
-                f"{name} is {table.dtype} of shape {tuple(table.shape)}, expected torch.float32 "
-                f"of shape {(N, D // 2)}: one angle per rotary pair"
-            )
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ArgumentError(
-            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, expected int32 "
-            "or int64 of shape (segments + 1,)"
-        )
-    if len(cu_seqlens) < 2:
-        raise ArgumentError("cu_seqlens has no segment, expected at least [0, N]")
-    for name, tensor in (("cos", cos), ("sin", sin), ("cu_seqlens", cu_seqlens)):
-        if tensor.device != qkv.device:
-            raise ArgumentError(
-                f"{name} is on {tensor.device} and qkv on {qkv.device}; move it to {qkv.device}"
-            )
-    if qkv.device.type == "cpu":
-        steps = cu_seqlens.diff()
-        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) > N or bool((steps < 0).any()):
-            raise ArgumentError(
-                f"cu_seqlens runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}, expected "
-                f"non-decreasing values from 0 to {N}, the rows of qkv"
-            )

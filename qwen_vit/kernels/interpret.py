@@ -43,8 +43,8 @@ def interpreted(kernel: JITFunction) -> Callable[..., None]:
         "2.4.0"
     ):
         raise ArgumentError(
-            f"triton {triton.__version__} cannot run on a CPU with numpy {np.__version__}: "
-            "install triton>=3.7.1, or numpy<2.4, or use an NVIDIA GPU"
+            f"triton {triton.__version__} cannot run on a CPU with numpy {np.__version__}",
+            remedy="install triton>=3.7.1, or numpy<2.4, or use an NVIDIA GPU",
         )
     function = _interpreted_function(kernel)
 

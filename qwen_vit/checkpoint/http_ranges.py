@@ -1,0 +1,81 @@
+"""Ranges of files over HTTP, by the Hub's client: opened, and refused unless exact.
+
+The HTTP clients of huggingface_hub's versions 1 and 2 differ, and are used in what they share. It
+is imported inside functions only: that import reads environment variables.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from qwen_vit.checkpoint.ranges import RangeResponse, RangesRefusedError, TransferError
+
+__all__ = ["open_http_range"]
+
+CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+SECONDS_LEFT = re.compile(r";\s*t=(\d+)")
+TRY_AGAIN = (408, 429, 500, 502, 503, 504)
+NO_RANGES = (405, 416, 501)
+
+
+@contextmanager
+def open_http_range(
+    url: str, start: int, end: int, token: str | bool | None
+) -> Iterator[RangeResponse]:
+    """Request bytes `start` to `end` of a file; see `ranges.Opener`.
+
+    Raises RangesRefusedError, TransferError, or the client's own error for an answer that another
+    attempt would not change.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    headers = build_hf_headers(token=token, library_name="qwen_vit")
+    headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    try:
+        # The client follows redirects, and keeps the token from any other host.
+        with get_session().stream(
+            "GET", url, headers=headers, follow_redirects=True, timeout=HF_HUB_DOWNLOAD_TIMEOUT
+        ) as response:
+            file_bytes = _check_range(response, start, end)
+            yield RangeResponse(response.iter_raw(), file_bytes)
+    except HTTPError as error:
+        if getattr(error, "response", None) is not None:
+            raise  # an answer; _check_range has told those apart that are worth another try
+        raise TransferError(f"{type(error).__name__}: {error}") from error
+
+
+def _check_range(response: Any, start: int, end: int) -> int:
+    """Return the size of the whole file, where an answer holds just the bytes asked for."""
+    from huggingface_hub import hf_raise_for_status
+    from huggingface_hub.errors import HfHubHTTPError
+
+    status, headers = response.status_code, response.headers
+    if status in NO_RANGES:
+        raise RangesRefusedError(f"HTTP {status}")
+    try:
+        hf_raise_for_status(response)
+    except HfHubHTTPError as error:
+        if status in TRY_AGAIN:
+            left = SECONDS_LEFT.search(headers.get("RateLimit", ""))
+            wait_s = left[1] if left and status == 429 else headers.get("Retry-After", "")
+            wait = float(wait_s) + 1 if wait_s.isdigit() else None
+            raise TransferError(f"HTTP {status}", wait_s=wait, cause=error) from error
+        raise
+    if status != 206:
+        size = headers.get("Content-Length", "unknown")
+        raise RangesRefusedError(f"the server ignores ranges and sends all of its {size} bytes")
+    if headers.get("Content-Encoding", "identity") != "identity":
+        raise RangesRefusedError(f"the server encodes ranges as {headers['Content-Encoding']}")
+    found = CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
+    if found is None:
+        raise RangesRefusedError("the server does not say which range it sends")
+    first, last, file_bytes = map(int, found.groups())
+    if (first, last) != (start, min(end, file_bytes) - 1):
+        raise RangesRefusedError(
+            f"the server sends bytes {first} to {last} instead of {start} to {end - 1}"
+        )
+    return file_bytes

@@ -1,0 +1,178 @@
+"""The names, shapes and types that a vision tower's tensors must have, wherever they come from."""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+from qwen_vit.common.safetensors_header import TensorInfo
+from qwen_vit.config import VisionConfig
+from qwen_vit.errors import CheckpointError
+
+__all__ = ["ANCHOR_KEY", "check_tower", "expected_tensors", "find_prefix", "tower_prefixes"]
+
+# What precedes a tower's names: "visual." (the Hub's files), "model.visual." (transformers >= 4.52
+# in memory), "thinker.visual." (Qwen2.5-Omni), nothing (a tower saved alone), or a longer path in a
+# larger model. All are found by the one name that every tower has once.
+ANCHOR_KEY = "patch_embed.proj.weight"
+
+STORED_DTYPES = ("F32", "BF16", "F16")
+USE_ITS_CONFIG = "use the config.json that belongs to the weights"
+
+# Names that only other towers have.
+OTHER_TOWERS = (
+    (re.compile(r"\.mlp\.fc1\.|^merger\.ln_q\.bias$"), "Qwen2-VL"),
+    (re.compile(r"^pos_embed\.|\.mlp\.linear_fc1\.|^deepstack_merger_list\."), "Qwen3-VL"),
+)
+# What quantisers store beside, or instead of, a weight.
+QUANTISED = re.compile(
+    r"\.(weight_scale|weight_scale_inv|weight_zero_point|weight_packed|weight_shape|input_scale"
+    r"|scales|qweight|qzeros|g_idx|SCB|weight_format|weight\.(absmax|quant_map|quant_state).*)$"
+)
+
+
+def expected_tensors(config: VisionConfig) -> dict[str, tuple[int, ...]]:
+    """Return the published name and shape of every tensor of a tower: 390 at depth 32."""
+    C, I = config.hidden_size, config.intermediate_size  # noqa: E741
+    merged = C * config.merge_unit
+    block: dict[str, tuple[int, ...]] = {
+        "norm1.weight": (C,),
+        "attn.qkv.weight": (3 * C, C),
+        "attn.qkv.bias": (3 * C,),
+        "attn.proj.weight": (C, C),
+        "attn.proj.bias": (C,),
+        "norm2.weight": (C,),
+        "mlp.gate_proj.weight": (I, C),
+        "mlp.gate_proj.bias": (I,),
+        "mlp.up_proj.weight": (I, C),
+        "mlp.up_proj.bias": (I,),
+        "mlp.down_proj.weight": (C, I),
+        "mlp.down_proj.bias": (C,),
+    }
+    frames, side = config.temporal_patch_size, config.patch_px
+    return {
+        ANCHOR_KEY: (C, config.in_channels, frames, side, side),
+        **{f"blocks.{i}.{k}": shape for i in range(config.depth) for k, shape in block.items()},
+        "merger.ln_q.weight": (C,),
+        "merger.mlp.0.weight": (merged, merged),
+        "merger.mlp.0.bias": (merged,),
+        "merger.mlp.2.weight": (config.out_hidden_size, merged),
+        "merger.mlp.2.bias": (config.out_hidden_size,),
+    }
+
+
+def tower_prefixes(names: Iterable[str]) -> list[str]:
+    """Return what precedes each vision tower's names, sorted; one for a usual checkpoint.
+
+    >>> tower_prefixes(["visual.patch_embed.proj.weight", "model.norm.weight"])
+    ['visual.']
+    """
+    return sorted(
+        name.removesuffix(ANCHOR_KEY)
+        for name in names
+        if name == ANCHOR_KEY or name.endswith(f".{ANCHOR_KEY}")
+    )
+
+
+def find_prefix(names: Collection[str], source: str) -> str:
+    """Return what precedes the names of the one tower among `names`.
+
+    >>> find_prefix(["visual.patch_embed.proj.weight", "model.norm.weight"], "folder")
+    'visual.'
+
+    Raises CheckpointError, about `source`, where there is no tower, or more than one.
+    """
+    prefixes = tower_prefixes(names)
+    if len(prefixes) > 1:
+        listed = ", ".join(prefix or "no prefix" for prefix in prefixes[:5])
+        raise CheckpointError(
+            f"holds {len(prefixes)} vision towers, under {listed}",
+            name=source,
+            expected="one",
+            remedy="save the one that you mean on its own",
+        )
+    if not prefixes:
+        raise CheckpointError(
+            f"no vision tower: none of its {len(names)} tensors ({_some(names)}) is called "
+            f"{ANCHOR_KEY}",
+            name=source,
+            remedy="use a Qwen2.5-VL checkpoint",
+        )
+    return prefixes[0]
+
+
+def check_tower(
+    infos: Mapping[str, TensorInfo],
+    config: VisionConfig,
+    *,
+    source: str,
+    locate: Callable[[str], str],
+) -> dict[str, tuple[str, ...]]:
+    """Return which tensors make up each published one: itself, or q, k and v stored apart.
+
+    `infos` has the names without prefix. Raises CheckpointError, about `source`, for a tower of
+    another model, a quantised one, and any name or shape that differs from what `config` says;
+    `locate` gives the place of a tensor for the message.
+    """
+    _refuse_other_towers(infos, source, locate)
+    _refuse_quantised(infos, source, locate)
+    shapes = expected_tensors(config)
+    parts_of = {name: _parts(name, split="blocks.0.attn.q.weight" in infos) for name in shapes}
+    expected = {part for parts in parts_of.values() for part in parts}
+    missing, extra = expected - infos.keys(), infos.keys() - expected
+    if missing or extra:
+        raise CheckpointError(
+            f"{len(missing)} of {len(expected)} vision tensors are missing ({_some(missing)}) and "
+            f"{len(extra)} are not known ({_some(extra)})",
+            name=source,
+            remedy=f"{USE_ITS_CONFIG}, or download the weights again",
+        )
+    for name, parts in parts_of.items():
+        shape = (shapes[name][0] // len(parts), *shapes[name][1:])
+        for part in parts:
+            if infos[part].shape != shape:
+                raise CheckpointError(
+                    f"has the shape {list(infos[part].shape)}",
+                    name=locate(part),
+                    expected=f"{list(shape)} from config.json",
+                    remedy=USE_ITS_CONFIG,
+                )
+    return parts_of
+
+
+def _parts(name: str, *, split: bool) -> tuple[str, ...]:
+    if split and ".attn.qkv." in name:
+        return tuple(name.replace(".qkv.", f".{letter}.") for letter in "qkv")
+    return (name,)
+
+
+def _refuse_other_towers(
+    infos: Mapping[str, TensorInfo], source: str, locate: Callable[[str], str]
+) -> None:
+    for pattern, model in OTHER_TOWERS:
+        for name in sorted(infos):
+            if pattern.search(name):
+                raise CheckpointError(
+                    f"holds the vision tower of {model} ({locate(name)})",
+                    name=source,
+                    expected="Qwen2.5-VL",
+                    remedy="use transformers for it",
+                )
+
+
+def _refuse_quantised(
+    infos: Mapping[str, TensorInfo], source: str, locate: Callable[[str], str]
+) -> None:
+    quantised = {name for name in infos if QUANTISED.search(name)}
+    other = {name for name, info in infos.items() if info.dtype not in STORED_DTYPES}
+    if quantised or other:
+        first = min(other or quantised)
+        raise CheckpointError(
+            f"{len(quantised | other)} vision tensors are quantised or of another type "
+            f"({_some(quantised | other)}; {locate(first)} is {infos[first].dtype})",
+            name=source,
+            expected=", ".join(STORED_DTYPES),
+            remedy="use a checkpoint that leaves the vision tower unquantised",
+        )
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "") or "none"
