@@ -11,7 +11,7 @@ Units are in the names: `window_px` is in pixels, `Grid.h` and `Grid.w` are in p
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ from qwen_vit.common.strict_json import (
     short_repr,
 )
 from qwen_vit.config_json import VISION_KEYS, find_vision_part, image_fields, vision_fields
-from qwen_vit.errors import CheckpointError
+from qwen_vit.errors import ArgumentError, CheckpointError
 
 __all__ = [
     "RMS_NORM_EPS",
@@ -263,6 +263,23 @@ class ImageConfig:
             raise CheckpointError.of(
                 error, name=source, remedy="use the file that belongs to the weights"
             ) from None
+
+    def bounded(self, min_pixels: int | None, max_pixels: int | None) -> "ImageConfig":
+        """The same with other bounds of height x width; None keeps one.
+
+        >>> ImageConfig.from_json({}).bounded(None, 50_176).max_pixels
+        50176
+
+        Raises ArgumentError for bounds that no size can meet.
+        """
+        try:
+            return replace(
+                self,
+                min_pixels=self.min_pixels if min_pixels is None else min_pixels,
+                max_pixels=self.max_pixels if max_pixels is None else max_pixels,
+            )
+        except CheckpointError as error:
+            raise ArgumentError.of(error, remedy="pass other min_pixels or max_pixels") from None
 
     def to_json(self) -> dict[str, Any]:
         """Return Hugging Face's preprocessor_config, which from_json reads back as equal."""

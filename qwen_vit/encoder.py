@@ -2,9 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, Self, Unpack, get_args, overload
 
 import torch
@@ -21,16 +20,17 @@ from qwen_vit.batching import (
     is_one_image,
 )
 from qwen_vit.checkpoint.convert import convert
-from qwen_vit.checkpoint.hub import Source, find_checkpoint
-from qwen_vit.checkpoint.load import Checkpoint, config_hash, load_checkpoint
+from qwen_vit.checkpoint.hub import Origin, find_checkpoint
+from qwen_vit.checkpoint.load import Checkpoint, load_checkpoint
 from qwen_vit.common.prefetch import thread_count
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.device import check_fits, choose_device, choose_dtype
-from qwen_vit.errors import ArgumentError, CheckpointError, check_choice
+from qwen_vit.errors import ArgumentError, check_choice
 from qwen_vit.features import FailedImage, ImageFeatures, dtype_name
 from qwen_vit.graphs import GraphRunner, run_tower
 from qwen_vit.images.image import ArrayLayout, ImageLimits
 from qwen_vit.images.rows import as_grids, check_rows, normalise
+from qwen_vit.metadata import origin_metadata
 from qwen_vit.model import Output, VisionTower
 
 __all__ = ["VisionEncoder"]
@@ -54,7 +54,7 @@ class VisionEncoder:
     tower: VisionTower
     checkpoint: Checkpoint
     image_config: ImageConfig
-    source: Source
+    source: Origin
     device: torch.device
     dtype: torch.dtype
     graphs: GraphRunner | None
@@ -108,10 +108,11 @@ class VisionEncoder:
         Raises:
             HubError, CheckpointError, ArgumentError: each with what to do.
         """
-        if torch_dtype is not None:
-            raise ArgumentError("torch_dtype is transformers' name", remedy="pass dtype= instead")
-        if device_map is not None:
-            raise ArgumentError("device_map is transformers' name", remedy="pass device= instead")
+        for theirs, value, ours in (
+            ("torch_dtype", torch_dtype, "dtype"), ("device_map", device_map, "device"),
+        ):  # fmt: skip
+            if value is not None:
+                raise ArgumentError(f"{theirs} is transformers' name", remedy=f"pass {ours}=")
         chosen = choose_device(device)
         source = find_checkpoint(
             model,
@@ -126,11 +127,50 @@ class VisionEncoder:
         )  # fmt: skip
 
     @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        config: VisionConfig | Mapping[str, Any],
+        image_config: ImageConfig | Mapping[str, Any] | None = None,
+        *,
+        name: str = "tensors",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        cuda_graphs: bool = True,
+    ) -> Self:
+        """Build an encoder from tensors that someone else loaded, checked as files are.
+
+        >>> tiny = VisionEncoder.from_pretrained("tiny").checkpoint
+        >>> given = {f"model.visual.{name}": tensor for name, tensor in tiny.tensors.items()}
+        >>> VisionEncoder.from_tensors(given, tiny.config, name="mine")
+        VisionEncoder('mine', float32, on cpu)
+
+        Args:
+            tensors: published names, with any prefix or none, on any device; those of a language
+                model may be among them. The encoder keeps the tower's: do not change them.
+            config: the tower's, or what config.json says.
+            image_config: the image settings, or what preprocessor_config.json says; transformers'
+                defaults if None.
+            name: what the model is called in messages and feature files.
+            device, dtype, min_pixels, max_pixels, cuda_graphs: as for `from_pretrained`.
+
+        Raises:
+            CheckpointError, ArgumentError: each with what to do.
+        """
+        chosen = choose_device(device)
+        return cls._build(
+            Checkpoint.from_tensors(tensors, config, image_config), Origin(name=name), chosen,
+            choose_dtype(dtype, chosen), min_pixels, max_pixels, cuda_graphs,
+        )  # fmt: skip
+
+    @classmethod
     def _build(
-        cls, checkpoint: Checkpoint, source: Source, device: torch.device, dtype: torch.dtype,
+        cls, checkpoint: Checkpoint, source: Origin, device: torch.device, dtype: torch.dtype,
         min_pixels: int | None, max_pixels: int | None, cuda_graphs: bool,
     ) -> Self:  # fmt: skip
-        image_config = _with_limits(checkpoint.image_config, min_pixels, max_pixels)
+        image_config = checkpoint.image_config.bounded(min_pixels, max_pixels)
         check_fits(checkpoint.config, device)
         with torch.device("meta"):
             tower = VisionTower(checkpoint.config, dtype)
@@ -153,10 +193,8 @@ class VisionEncoder:
 
     def to(self, *_: object, **__: object) -> NoReturn:
         """Raise ArgumentError: an encoder stays where it was loaded."""
-        raise ArgumentError(
-            "a VisionEncoder does not move",
-            remedy="pass device= and dtype= to VisionEncoder.from_pretrained",
-        )
+        remedy = "pass device= and dtype= to VisionEncoder.from_pretrained"
+        raise ArgumentError("a VisionEncoder does not move", remedy=remedy)
 
     @overload
     def encode(  # type: ignore[overload-overlap]  # a str is an iterable, too
@@ -268,14 +306,9 @@ class VisionEncoder:
         return self._encode_each(images, on_error, output, layout, limits, decode_threads)
 
     def _encode_each(
-        self,
-        images: Iterable[ImageInput],
-        on_error: OnError,
-        output: Output,
-        layout: ArrayLayout,
-        limits: ImageLimits | None,
-        decode_threads: int | None,
-    ) -> Iterator[ImageFeatures | FailedImage]:
+        self, images: Iterable[ImageInput], on_error: OnError, output: Output, layout: ArrayLayout,
+        limits: ImageLimits | None, decode_threads: int | None,
+    ) -> Iterator[ImageFeatures | FailedImage]:  # fmt: skip
         if is_one_image(images):
             raise ArgumentError(
                 f"images is one {type(images).__name__}",
@@ -356,20 +389,7 @@ class VisionEncoder:
 
     def metadata(self) -> dict[str, Any]:
         """What a feature file records about its origin: model, hashes, versions, image policy."""
-        return {
-            "model": self.source.name,
-            "commit": self.source.commit,
-            "weights_sha256": self.checkpoint.weights_sha256(),
-            "config_sha256": config_hash(self.config, self.image_config),
-            "versions": {name: _version(name) for name in ("qwen-vit", "torch", "triton")},
-            "dtype": dtype_name(self.dtype),
-            "image_policy": {
-                **self.image_config.to_json(),
-                "resample": "Pillow bicubic on uint8",
-                "orientation": "EXIF applied",
-                "alpha": "composited on white",
-            },
-        }
+        return origin_metadata(self.source, self.checkpoint, self.image_config, self.dtype)
 
     def forward(self, patches: Tensor, grids: tuple[Grid, ...], output: Output) -> Tensor:
         """Run the tower on uint8 or float rows in grid order, by graph where one fits."""
@@ -377,23 +397,3 @@ class VisionEncoder:
             return run_tower(
                 self.tower, self.graphs, patches, grids, self.device, self.dtype, output
             )
-
-
-def _with_limits(
-    image_config: ImageConfig, min_pixels: int | None, max_pixels: int | None
-) -> ImageConfig:
-    try:
-        return replace(
-            image_config,
-            min_pixels=image_config.min_pixels if min_pixels is None else min_pixels,
-            max_pixels=image_config.max_pixels if max_pixels is None else max_pixels,
-        )
-    except CheckpointError as error:
-        raise ArgumentError.of(error, remedy="pass other min_pixels or max_pixels") from None
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -31,7 +31,7 @@ from qwen_vit.common.strict_json import is_number, read_json
 from qwen_vit.config import VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError, HubError, QwenVitError
 
-__all__ = ["Download", "Source", "download", "find_checkpoint", "packaged_weights"]
+__all__ = ["Download", "Origin", "Source", "download", "find_checkpoint", "packaged_weights"]
 
 logger = logging.getLogger("qwen_vit")
 
@@ -40,13 +40,19 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A checkpoint's folder and name. `commit` is None for a local folder."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What a checkpoint is called; `commit` is None for anything but a repository."""
 
-    folder: Path
     name: str
     commit: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source(Origin):
+    """A checkpoint's origin, and the folder that holds its files."""
+
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +130,9 @@ def download(
             "hides it)",
         )
     if is_folder:
-        return Download(Source(Path(name), name))
+        return Download(Source(folder=Path(name), name=name))
     if name in PACKAGED:
-        return Download(Source(packaged_weights() / name, name))
+        return Download(Source(folder=packaged_weights() / name, name=name))
     if not REPOSITORY.fullmatch(name) or name.startswith((".", "/")):
         raise HubError(
             f"{name!r} is neither a folder nor a Hub repository",
@@ -227,7 +233,7 @@ def _kept(repository: Repository) -> Download | None:
         logger.warning("%s Doing so now.", error)
         cache.discard(folder)
         return None
-    source = Source(folder, repository.name, repository.commit)
+    source = Source(folder=folder, name=repository.name, commit=repository.commit)
     kept, whole = manifest.files[VISION_FILE]["bytes"], manifest.whole_bytes
     saved = None if whole is None else max(0, whole - kept)
     return Download(source, repository.fetched_bytes, kept, saved, manifest.licence)
@@ -306,7 +312,7 @@ def _whole(repository: Repository, index: Path | None, files: list[Path]) -> Dow
     kept = sum(path.stat().st_size for path in files)
     whole = kept if index is None else _total_bytes(index)
     saved = None if whole is None else max(0, whole - kept)
-    source = Source(files[0].parent, repository.name, repository.commit)
+    source = Source(folder=files[0].parent, name=repository.name, commit=repository.commit)
     return Download(source, repository.fetched_bytes, kept, saved)
 
 

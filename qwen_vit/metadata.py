@@ -1,0 +1,40 @@
+"""What a feature file records about its origin: model, hashes, versions, image policy."""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from qwen_vit.checkpoint.hub import Origin
+from qwen_vit.checkpoint.load import Checkpoint, config_hash
+from qwen_vit.config import ImageConfig
+from qwen_vit.features import dtype_name
+
+__all__ = ["origin_metadata"]
+
+
+def origin_metadata(
+    origin: Origin, checkpoint: Checkpoint, image_config: ImageConfig, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Everything that decides an embedding's values, as JSON."""
+    return {
+        "model": origin.name,
+        "commit": origin.commit,
+        "weights_sha256": checkpoint.weights_sha256(),
+        "config_sha256": config_hash(checkpoint.config, image_config),
+        "versions": {name: _version(name) for name in ("qwen-vit", "torch", "triton")},
+        "dtype": dtype_name(dtype),
+        "image_policy": {
+            **image_config.to_json(),
+            "resample": "Pillow bicubic on uint8",
+            "orientation": "EXIF applied",
+            "alpha": "composited on white",
+        },
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
