@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from qwen_vit.export.plan import ExportOptions
     from qwen_vit.export.run import export_features
     from qwen_vit.feature_files.read import load_features
-    from qwen_vit.features import ImageFeatures, write_features
+    from qwen_vit.feature_files.write import write_features
+    from qwen_vit.features import ImageFeatures
     from qwen_vit.images.load import ImageLimits
     from qwen_vit.integrations.hf import as_hf_tower, expand_placeholders
     from qwen_vit.kernels.attention import fused_rope_varlen_attention
@@ -59,7 +60,7 @@ MODULES = {
     "export_features": "export.run",
     "fused_rope_varlen_attention": "kernels.attention",
     "load_features": "feature_files.read",
-    "write_features": "features",
+    "write_features": "feature_files.write",
 }
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from test_features import features_of
 
 from qwen_vit.feature_files.read import SHARDS_OPEN, load_features
-from qwen_vit.features import METADATA_KEY, ImageFeatures
+from qwen_vit.feature_files.schema import METADATA_KEY
+from qwen_vit.features import ImageFeatures
 
 SETTINGS = {"model": "tiny", "dtype": "float32", "output": "merged"}
 

@@ -18,8 +18,10 @@ from test_features import METADATA, ODD_IDS, features_of
 
 from qwen_vit.errors import ExportError
 from qwen_vit.feature_files import read as feature_files
-from qwen_vit.feature_files.read import SHARDS_OPEN, FailedImage, FeatureFolder, load_features
-from qwen_vit.features import METADATA_KEY, write_features
+from qwen_vit.feature_files.read import SHARDS_OPEN, FeatureFolder, load_features
+from qwen_vit.feature_files.schema import METADATA_KEY
+from qwen_vit.feature_files.write import write_features
+from qwen_vit.features import FailedImage
 
 
 @pytest.fixture

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwen_vit import features as features_module
 from qwen_vit.common import atomic_file as atomic_file_module
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
+from qwen_vit.feature_files import write as write_module
 from qwen_vit.feature_files.read import load_features
-from qwen_vit.features import FeatureWriter, ImageFeatures, write_features
+from qwen_vit.feature_files.write import FeatureWriter, write_features
+from qwen_vit.features import ImageFeatures
 
 METADATA = {"model": "tiny", "commit": None, "dtype": "float32"}
 
@@ -198,7 +199,7 @@ def test_what_would_be_no_good_file_is_refused_and_nothing_is_touched(
 def test_a_header_that_no_reader_takes_is_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features_module, "MAX_HEADER_BYTES", 1_000)
+    monkeypatch.setattr(write_module, "MAX_HEADER_BYTES", 1_000)
     write_features(path, features_of("a"), METADATA)
     with pytest.raises(ExportError, match=r"would have a header of \d+ bytes.*fewer images"):
         write_features(path, features_of("n" * 1_000), METADATA)
@@ -214,7 +215,7 @@ class FaultError(Exception):
 
 def half_then(error: BaseException) -> Callable[[torch.Tensor], Any]:
     """A head, and then an error where rows should come."""
-    real, calls = features_module._bytes_of, iter((False, False, True))
+    real, calls = write_module._bytes_of, iter((False, False, True))
 
     def bytes_of(tensor: torch.Tensor) -> Any:
         if next(calls):
@@ -243,7 +244,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
         raise error
 
     if step == "save":
-        monkeypatch.setattr(features_module, "_bytes_of", half_then(error))
+        monkeypatch.setattr(write_module, "_bytes_of", half_then(error))
     else:
         monkeypatch.setattr(atomic_file_module.os, step, fail)
     expected = ExportError if isinstance(error, OSError) else type(error)

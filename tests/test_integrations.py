@@ -36,7 +36,8 @@ from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.export.plan import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.read import Features, load_features
-from qwen_vit.features import ImageFeatures, write_features
+from qwen_vit.feature_files.write import write_features
+from qwen_vit.features import ImageFeatures
 from qwen_vit.integrations import hf as downstream
 from qwen_vit.integrations.hf import (
     as_hf_tower,

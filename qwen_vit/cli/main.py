@@ -52,7 +52,8 @@ from qwen_vit.export.estimate import Estimate, estimate_export
 from qwen_vit.export.plan import ExportOptions, check_folder, has_shards
 from qwen_vit.export.ray_cluster import export_on_ray
 from qwen_vit.export.run import export_features, load_encoder
-from qwen_vit.features import FailedImage, ImageFeatures, not_finite, write_features
+from qwen_vit.feature_files.write import write_features
+from qwen_vit.features import FailedImage, ImageFeatures, not_finite
 from qwen_vit.inputs.listing import check_inputs
 
 __all__ = ["main"]
