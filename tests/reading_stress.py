@@ -55,7 +55,7 @@ class Folder:
         for index, start in enumerate(range(0, len(self.names), self.size)):
             names = self.names[start : start + self.size]
             images = [everything[name] for name in names if name not in self.failed]
-            embeds = [image.embeds for image in images if image.embeds is not None]
+            embeds = [image.embeds for image in images]
             facts = {
                 **description,
                 "ids": [image.id for image in images],
@@ -96,7 +96,7 @@ def many_shards(folder: str | Path, *, shards: int, seed: int = 0) -> dict[str, 
     for step, key in enumerate([*range(shards), *order]):
         image = features[key]
         assert image.id == (key if isinstance(key, str) else names[key])
-        assert image.embeds is not None
+        assert len(image.embeds) == 1
         if step % 10 == 9:
             watched.append(watch(path))
     files, mapped, memory = zip(*watched, strict=True)

@@ -37,8 +37,10 @@ STORED_AS = {  # safetensors' own names
 }
 FLOATS = set(STORED_AS) - {torch.int64}
 OF_A_SHARD = {"ids", "images", "errors"}  # metadata that other images may have come with
-FLUSH_BYTES = 2**25  # of rows, written before the disk is told to begin
+FLUSH_BYTES = 2**25  # of rows, before the system is asked to write them to the disk
 COPY_BYTES = 2**18  # fits a cache
+FILE_EACH = "write one file for each model and output"
+AS_ENCODED = "write what `encode` returned"
 
 
 def write_features(
@@ -48,7 +50,7 @@ def write_features(
     *,
     overwrite: bool = True,
 ) -> Path:
-    """Write a feature file whole or not at all; images with an error are left out.
+    """Write a feature file whole or not at all; failed images are left out.
 
     >>> import tempfile
     >>> from qwen_vit import VisionEncoder, load_features
@@ -61,7 +63,7 @@ def write_features(
 
     `metadata` is what `VisionEncoder.metadata()` gives. The bytes depend on the arguments alone.
     Raises ExportError for a file that exists where `overwrite` is False, two images of one id,
-    embeddings that are no rows of finite numbers, nothing to write, or a folder that cannot be
+    embeddings that are not rows of finite numbers, nothing to write, or a folder that cannot be
     written.
     """
     path = Path(path)
@@ -69,29 +71,42 @@ def write_features(
     refuse_link(path)
     features = check_features(features)
     if not isinstance(metadata, Mapping):
-        raise ArgumentError(f"metadata is {metadata!r}, expected what encoder.metadata() gives")
+        raise ArgumentError(
+            f"metadata is {metadata!r}", expected="a mapping", remedy="pass encoder.metadata()"
+        )
+    if not features:
+        raise ExportError("features is empty", name=str(path), remedy="pass at least one image")
     good = [feature for feature in features if isinstance(feature, ImageFeatures)]
     if not good:
-        raise ExportError(f"{path} would hold no image: every one of {len(features)} failed")
+        raise ExportError(
+            f"no image to write: all {len(features)} failed",
+            name=str(path),
+            remedy="see the error of each FailedImage",
+        )
     ids = [feature.id for feature in good]
     if len(set(ids)) < len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
         raise ExportError(
-            f"{path}: two images have the id {twice!r}; give each one its own, as by "
-            "dataclasses.replace(features, id=...)"
+            f"two images have the id {twice!r}",
+            name=str(path),
+            remedy="give each one its own, for example by dataclasses.replace(features, id=...)",
         )
     embeds = [_rows(path, f.id, f.embeds) for f in good]
     widths = sorted({tuple(e.shape[1:]) for e in embeds})
     if len(widths) > 1:
+        shapes = ", ".join(f"(n, {width[0]})" for width in widths)
         raise ExportError(
-            f"{path}: embeddings of the shapes {', '.join(f'(n, {w[0]})' for w in widths)} do not "
-            "go into one file; write one file for each model and output"
+            f"embeddings of the shapes {shapes} do not fit into one file",
+            name=str(path),
+            remedy=FILE_EACH,
         )
     broken = [name for name, e in zip(ids, embeds, strict=True) if not all_finite(e)]
     if broken:
         raise ExportError(
-            f"{path}: the embeddings of {broken[0]!r} ({len(broken)} of {len(ids)} images) hold "
-            "NaN or infinity; check the checkpoint with `qwen-vit info`, and try float32"
+            f"the embeddings of {broken[0]!r} ({len(broken)} of {plural(len(ids), 'image')}) "
+            "contain NaN or infinity",
+            name=str(path),
+            remedy="check the checkpoint with `qwen-vit info`, and try float32",
         )
     facts = {name: value for name, value in metadata.items() if name not in OF_A_SHARD}
     facts["patches_per_row"] = _patches_per_row(path, good, metadata.get("output") == "mean")
@@ -106,12 +121,16 @@ def write_features(
 
 
 class FeatureWriter:
-    """A feature file as it grows: its rows are written as they come, and its head at the end.
+    """Writes a feature file of unknown length: rows as they come, the header at the end.
 
-    The head knows all lengths, so room is left for it: `head_bytes`, from which the file's bytes
-    follow, too. A head that needs more has the rows copied behind it. Whole under its name, or not
-    there: what is not saved is discarded when the block ends. Raises ExportError where the system
-    refuses to write.
+    >>> with FeatureWriter(path, 192, torch.float32, 2**16) as writer:  # doctest: +SKIP
+    ...     writer.add(torch.ones(6, 192), [("a.jpg", (1, 4, 6), 6)])
+    ...     writer.save(encoder.metadata())
+
+    The header holds all lengths, so `head_bytes` are reserved for it; a larger header has the rows
+    copied behind it. The file's bytes depend on `head_bytes`. The file appears under its name whole
+    or not at all: without `save` it is discarded when the block ends. Raises ExportError where the
+    system refuses to write.
     """
 
     def __init__(self, path: Path, width: int, dtype: torch.dtype, head_bytes: int) -> None:
@@ -120,7 +139,7 @@ class FeatureWriter:
         self._grids: list[tuple[int, int, int]] = []
         self._lengths: list[int] = []
         self._head_bytes = min(head_bytes + -head_bytes % 8, MAX_HEADER_BYTES)
-        self._end = self._flushed = self._head_bytes  # of the rows; and what the system was told of
+        self._end = self._flushed = self._head_bytes  # end of the rows; of those flushed
         self._growing = AtomicFile(path)
         self._growing.file.seek(self._end)
 
@@ -135,13 +154,15 @@ class FeatureWriter:
         self._growing.discard()
 
     def add(self, rows: Tensor, images: Sequence[tuple[str, tuple[int, int, int], int]]) -> None:
-        """Append images: their rows (n, width), and of each its id, its grid and its share of n."""
+        """Append images: their rows (n, width), and each one's id, grid and number of rows."""
         n_rows = sum(length for _, _, length in images)
         if rows.shape != (n_rows, self.width):
             raise ExportError(
-                f"{self.path}: the embeddings of {plural(len(images), 'image')} from "
-                f"{display_name(images[0][0])} on have the shape {tuple(rows.shape)}, expected "
-                f"({n_rows}, {self.width}); write one file for each model and output"
+                f"the embeddings of {plural(len(images), 'image')} from "
+                f"{display_name(images[0][0])} on have the shape {tuple(rows.shape)}",
+                name=str(self.path),
+                expected=f"({n_rows}, {self.width})",
+                remedy=FILE_EACH,
             )
         rows = rows.detach().to("cpu", self.dtype).contiguous()
         try:
@@ -156,7 +177,7 @@ class FeatureWriter:
             self._lengths.append(length)
 
     def save(self, facts: Mapping[str, Any]) -> None:
-        """Write the head, and give the file its name; `facts` are JSON values for its metadata."""
+        """Write the header and give the file its name; `facts` are JSON values for its metadata."""
         head = _head(
             self.path, self.ids, self._grids, self._lengths, self.width, self.dtype, facts,
             at_least=self._head_bytes,
@@ -174,13 +195,13 @@ class FeatureWriter:
     def _copy_behind(self, head: bytes) -> None:
         with atomic_file(self.path) as file:
             file.write(head)
-            self._growing.file.seek(self._head_bytes)  # which writes what is still in a buffer
+            self._growing.file.seek(self._head_bytes)  # seeking writes what is still buffered
             shutil.copyfileobj(self._growing.file, file, COPY_BYTES)
         self._growing.discard()
 
     def _begin_flush(self) -> None:
-        """Have the disk begin with what is there, so that little is left to wait for at the end."""
-        if hasattr(os, "posix_fadvise"):  # Linux then starts to write, and does not wait
+        """Start writing to the disk, so that the final flush is short."""
+        if hasattr(os, "posix_fadvise"):  # Linux then starts to write and returns at once
             length = self._end - self._flushed
             os.posix_fadvise(
                 self._growing.file.fileno(), self._flushed, length, os.POSIX_FADV_DONTNEED
@@ -192,13 +213,15 @@ def _head(
     path: Path, ids: Sequence[str], grids: Sequence[tuple[int, int, int]], lengths: Sequence[int],
     width: int, dtype: torch.dtype, facts: Mapping[str, Any], *, at_least: int = 0,
 ) -> bytes:  # fmt: skip
-    """All of a feature file that comes before its rows; spaces fill it up to `at_least` bytes."""
+    """All of a feature file before its rows; spaces fill it up to `at_least` bytes."""
     facts = {**facts, "schema_version": SCHEMA_VERSION, "ids": ids}
     try:
         text = json.dumps(facts, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ExportError(
-            f"{path}: its metadata cannot be JSON ({error}); pass VisionEncoder.metadata()"
+            f"its metadata cannot be written as JSON ({error})",
+            name=str(path),
+            remedy="pass VisionEncoder.metadata()",
         ) from None
     grid_rows = torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(-1, 3)
     offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device="cpu")
@@ -219,8 +242,10 @@ def _head(
     raw += b" " * (-len(raw) % 8)  # so that the tensors are aligned
     if len(raw) > MAX_HEADER_BYTES:
         raise ExportError(
-            f"{path} would have a header of {len(raw)} bytes, of which safetensors reads "
-            f"at most {MAX_HEADER_BYTES}; put fewer images into a file"
+            f"its header would have {len(raw)} bytes",
+            name=str(path),
+            expected=f"at most {MAX_HEADER_BYTES}, the most that safetensors reads",
+            remedy="put fewer images into a file",
         )
     raw = raw.ljust(at_least - 8 - len(integers))
     return len(raw).to_bytes(8, "little") + raw + integers
@@ -232,25 +257,28 @@ def _bytes_of(tensor: Tensor) -> Any:
 
 
 def _rows(path: Path, name: str, embeds: Tensor) -> Tensor:
-    """An image's rows on the CPU, or ExportError for what no feature file can hold."""
+    """An image's rows on the CPU. Raises ExportError for what a feature file cannot hold."""
     if not isinstance(embeds, Tensor) or embeds.layout is not torch.strided:
         raise ExportError(
-            f"{path}: the embeddings of {name!r} are a {type(embeds).__name__}, expected a dense "
-            "torch tensor; write what `encode` returned"
+            f"the embeddings of {name!r} are a {type(embeds).__name__}",
+            name=str(path),
+            expected="a dense torch tensor",
+            remedy=AS_ENCODED,
         )
     if embeds.dim() != 2 or embeds.dtype not in FLOATS:
         raise ExportError(
-            f"{path}: the embeddings of {name!r} are {embeds.dtype} of the shape "
-            f"{tuple(embeds.shape)}, expected floating-point rows (n, width); write what `encode` "
-            "returned"
+            f"the embeddings of {name!r} are {embeds.dtype} of the shape {tuple(embeds.shape)}",
+            name=str(path),
+            expected="floating-point rows (n, width)",
+            remedy=AS_ENCODED,
         )
     return embeds.cpu()
 
 
 def _patches_per_row(path: Path, features: Sequence[ImageFeatures], is_mean: bool) -> int | None:
-    """4 for merged tokens, 1 for patches: the same for every image, as its grid has it.
+    """4 for merged tokens, 1 for patches, from the images' grids; None for means of one row each.
 
-    None where each image's one row is the mean of its tokens.
+    Raises ExportError unless it is the same whole number for every image.
     """
     if is_mean and all(len(f.embeds) == 1 for f in features):
         return None
@@ -259,14 +287,18 @@ def _patches_per_row(path: Path, features: Sequence[ImageFeatures], is_mean: boo
         n_rows, n_patches = len(feature.embeds), math.prod(feature.grid_thw)
         if n_rows == 0 or n_patches == 0 or n_patches % n_rows:
             raise ExportError(
-                f"{path}: {feature.id!r} has {n_rows} rows for a grid of {feature.grid_thw}, which "
-                "is not a whole number of patches each; write what `encode` returned"
+                f"{feature.id!r} has {n_rows} rows for a grid of {feature.grid_thw}",
+                name=str(path),
+                expected="a whole number of patches for each row",
+                remedy=AS_ENCODED,
             )
         found.setdefault(n_patches // n_rows, feature.id)
     if len(found) > 1:
         (first, one), (second, other), *_ = found.items()
         raise ExportError(
-            f"{path}: {one!r} has {first} patches per row and {other!r} has {second}, expected the "
-            'same; write merged and output="patch" features to files of their own'
+            f"{one!r} has {first} patches per row and {other!r} has {second}",
+            name=str(path),
+            expected="the same",
+            remedy='write merged and output="patch" features to separate files',
         )
     return next(iter(found))

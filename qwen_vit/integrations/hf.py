@@ -11,7 +11,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from qwen_vit.config import VisionConfig
-from qwen_vit.errors import ArgumentError
+from qwen_vit.errors import ArgumentError, plural
 from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.integrations.rows import MERGE_SIZE, count_tokens, rows_and_grids, whole_numbers
 
@@ -42,9 +42,9 @@ def to_hf(
     models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 
     Raises ArgumentError for a transformers that is missing or too old and for image tokens that do
-    not fit; ExportError for features that are no merged tokens.
+    not fit; ExportError for features that are not merged tokens.
     """
-    _require_transformers((5, 18), "to_hf")
+    _require_transformers("5.18", "to_hf")
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     embeds, grids = rows_and_grids(features)
@@ -58,8 +58,9 @@ def to_hf(
             if isinstance(input_ids, Tensor):
                 what = f"tensor of shape {tuple(input_ids.shape)}"
             raise ArgumentError(
-                f"input_ids is a {what}, expected a tensor of shape (prompts, tokens), as a "
-                'tokenizer gives with return_tensors="pt"'
+                f"input_ids is a {what}",
+                expected="a tensor of shape (prompts, tokens)",
+                remedy='call the tokenizer with return_tensors="pt"',
             )
         is_image = input_ids == image_token_id
         _check_runs(is_image, [len(rows) for rows in embeds], image_token_id)
@@ -76,14 +77,15 @@ def expand_placeholders(
     '<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>What?'
 
     `grids` are (t, h, w) in patches, in the prompt's order: rows of an `image_grid_thw`, or the
-    `grid_thw` of features. Raises ArgumentError where the counts differ or a grid is none.
+    `grid_thw` of features. Raises ArgumentError where the counts differ or a grid is wrong.
     """
     counts = [count_tokens(whole_numbers(grid), merge_size) for grid in grids]
     found = text.count(IMAGE_PAD)
     if found != len(counts):
         raise ArgumentError(
-            f"the text has {found} {IMAGE_PAD} for {len(counts)} images, expected one each; write "
-            "one per image, not yet expanded"
+            f"the text has {found} {IMAGE_PAD} for {plural(len(counts), 'image')}",
+            expected="one per image",
+            remedy="write one per image, not yet expanded",
         )
     repeats = iter(counts)
     return re.sub(re.escape(IMAGE_PAD), lambda _: IMAGE_PAD * next(repeats), text)
@@ -100,7 +102,7 @@ class PatchEncoder(Protocol):
 
 
 class _HFTower(nn.Module):
-    """A `VisionEncoder` with the face of transformers' vision tower; it has no parameters."""
+    """A `VisionEncoder` with the interface of transformers' vision tower and no parameters."""
 
     def __init__(self, encoder: PatchEncoder) -> None:
         super().__init__()
@@ -127,35 +129,45 @@ def as_hf_tower(encoder: PatchEncoder) -> nn.Module:
     >>> tower.dtype, tower.spatial_merge_size
     (torch.float32, 2)
 
-    `model.model.visual = as_hf_tower(encoder)` keeps everything else as it is, for images and
-    videos. Forward only, no gradients; `last_hidden_state`, which nothing there reads, is None.
-    Needs transformers 5.17 or newer.
+    `model.model.visual = as_hf_tower(encoder)` replaces the tower alone, for images and videos.
+    Forward only, no gradients; `last_hidden_state`, which transformers does not read, is None.
+    The tower copies and pickles as its encoder does. Needs transformers 5.17 or newer.
+
+    Raises ArgumentError for a transformers that is missing or too old, and for another encoder.
     """
     if not callable(getattr(encoder, "encode_patches", None)):
         raise ArgumentError(
-            f"encoder is {encoder!r}, expected a VisionEncoder; make one with from_pretrained"
+            f"encoder is {encoder!r}",
+            expected="a VisionEncoder",
+            remedy="load one with VisionEncoder.from_pretrained",
         )
-    _require_transformers((5, 17), "as_hf_tower")
+    _require_transformers("5.17", "as_hf_tower")
     return _HFTower(encoder)
 
 
-def _require_transformers(least: tuple[int, int], what: str) -> None:
-    wanted = f"{what} needs transformers {least[0]}.{least[1]} or newer"
-    install = f"pip install 'transformers>={least[0]}.{least[1]}'"
+def _require_transformers(minimum: str, what: str) -> None:
     try:
         found = version("transformers")
     except PackageNotFoundError:
-        raise ArgumentError(f"{wanted}, which is not installed; {install}") from None
-    if Version(found).release < least:
-        raise ArgumentError(f"{wanted}, and {found} is installed; {install}")
+        fact = "transformers is not installed"
+    else:
+        if Version(found).release >= Version(minimum).release:
+            return
+        fact = f"transformers {found} is installed"
+    raise ArgumentError(
+        fact,
+        expected=f"{minimum} or newer, which {what} needs",
+        remedy=f"run pip install 'transformers>={minimum}'",
+    )
 
 
 def _check_runs(is_image: Tensor, counts: list[int], image_token_id: int) -> None:
-    """The prompt's unbroken runs of image tokens are as long as its images, in their order."""
+    """Raise ArgumentError unless each unbroken run of image tokens is as long as its image."""
     runs = [len(list(run)) for row in is_image.tolist() for same, run in groupby(row) if same]
     if runs != counts:
         raise ArgumentError(
-            f"input_ids have {len(runs)} runs of the image token {image_token_id}, of the lengths "
-            f"{runs}, but the images have {counts} tokens; expand the prompt for these images, in "
-            "their order (expand_placeholders)"
+            f"input_ids have {plural(len(runs), 'run')} of the image token {image_token_id}, of "
+            f"the lengths {runs}",
+            expected=f"{counts}, the tokens of each image",
+            remedy="expand the prompt for these images, in their order (expand_placeholders)",
         )

@@ -1,4 +1,4 @@
-"""SGLang: features as its engine takes them."""
+"""SGLang: features for its engine."""
 
 from collections.abc import Iterable
 from typing import Any

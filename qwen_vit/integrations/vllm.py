@@ -1,4 +1,4 @@
-"""vLLM: features as its engine and its server take them."""
+"""vLLM: features for its engine and for its server."""
 
 import base64
 import io
@@ -51,7 +51,7 @@ def to_vllm_chat_part(features: Iterable[ImageFeatures | FailedImage]) -> list[d
 
 
 def _base64(tensor: Tensor) -> str:
-    """As vLLM's tensor2base64; a clone, because `torch.save` writes all that a view looks into."""
+    """As vLLM's tensor2base64. A clone, because `torch.save` writes the whole storage of a view."""
     buffer = io.BytesIO()
     torch.save(tensor.cpu().clone(), buffer)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
