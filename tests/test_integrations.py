@@ -4,6 +4,7 @@ And vLLM's and SGLang's inputs have their documented forms. Each comparison is s
 """
 
 import copy
+import pickle
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,11 +28,13 @@ from fake_engines import (
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from towers import assert_no_worse_than
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
 from qwen_vit import VisionEncoder
+from qwen_vit.config import VisionConfig
 from qwen_vit.downstream import (
     as_hf_tower,
     expand_placeholders,
@@ -171,6 +174,48 @@ def test_our_tower_in_the_models_place_gives_the_same_answer(setting: Setting) -
     finally:
         setting.model.model.visual = theirs
     setting.assert_same_answer(logits, tokens)
+
+
+@dataclass
+class SumEncoder:
+    """The least that a tower needs of an encoder."""
+
+    config: VisionConfig
+    dtype: torch.dtype
+
+    def encode_patches(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        return pixel_values.unflatten(0, (-1, 4)).sum(dim=1)
+
+
+class Pixels(Dataset):  # type: ignore[type-arg]
+    """A data set that runs a tower in the data loader's workers."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        self.tower = tower
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Tensor:
+        rows = torch.full((24, 1176), float(index))
+        return self.tower(rows, torch.tensor([[1, 4, 6]])).pooler_output
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_tower_copies_pickles_and_runs_in_workers(start: str) -> None:
+    """Alone and inside a model, as far as its encoder does."""
+    tower = as_hf_tower(SumEncoder(SMALL, torch.float32))
+    model = nn.Sequential(nn.Linear(2, 2), tower)
+    rows, grids = torch.ones(24, 1176), torch.tensor([[1, 4, 6]])
+    expected = torch.full((6, 1176), 4.0)
+    for other in (copy.deepcopy(tower), pickle.loads(pickle.dumps(tower)), copy.deepcopy(model)[1]):
+        assert other is not tower
+        assert torch.equal(other(rows, grid_thw=grids).pooler_output, expected)
+        assert (other.dtype, other.spatial_merge_size) == (torch.float32, 2)
+    loader = DataLoader(
+        Pixels(tower), batch_size=None, num_workers=1, multiprocessing_context=start
+    )
+    assert [float(made[0, 0]) for made in loader] == [0.0, 4.0, 8.0]
 
 
 def test_our_tower_takes_videos_too(setting: Setting) -> None:
