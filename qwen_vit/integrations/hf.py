@@ -92,7 +92,7 @@ def expand_placeholders(
 
 
 class PatchEncoder(Protocol):
-    """What a tower needs of a `VisionEncoder`, which lies above this module."""
+    """What a tower needs of a `VisionEncoder`, which is in a layer above this module."""
 
     @property
     def config(self) -> VisionConfig: ...

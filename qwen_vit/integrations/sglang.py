@@ -20,6 +20,8 @@ def to_sglang(features: Iterable[ImageFeatures | FailedImage]) -> list[dict[str,
 
     `input_ids` go with it, from a prompt that `expand_placeholders` expanded. Source: SGLang's
     docs/advanced_features/vlm_query.ipynb and srt/multimodal/processors/base_processor.py.
+
+    Raises ExportError for features that are not merged tokens, and for failed images.
     """
     embeds, grids = rows_and_grids(features)
     rows = torch.cat([rows.cpu() for rows in embeds])

@@ -23,6 +23,8 @@ def to_vllm(features: Iterable[ImageFeatures | FailedImage]) -> dict[str, Any]:
 
     The prompt has one `<|image_pad|>` per image: vLLM expands them itself. Source: vLLM's
     docs/features/multimodal_inputs.md.
+
+    Raises ExportError for features that are not merged tokens, and for failed images.
     """
     embeds, grids = rows_and_grids(features)
     rows = torch.cat([rows.cpu() for rows in embeds])
@@ -39,6 +41,8 @@ def to_vllm_chat_part(features: Iterable[ImageFeatures | FailedImage]) -> list[d
     Each tensor, (n, D) and (3,), is what `torch.save` writes, in base64. A request may have several
     such parts since vLLM's pull request 29988 (December 2025). Source: vLLM's
     docs/features/multimodal_inputs.md.
+
+    Raises ExportError for features that are not merged tokens, and for failed images.
     """
     embeds, grids = rows_and_grids(features)
     return [
