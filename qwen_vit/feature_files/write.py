@@ -81,7 +81,7 @@ def write_features(
         raise ExportError(
             f"no image to write: all {len(features)} failed",
             name=str(path),
-            remedy="see the error of each FailedImage",
+            remedy="fix the causes that their errors name",
         )
     ids = [feature.id for feature in good]
     if len(set(ids)) < len(ids):
