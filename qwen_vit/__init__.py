@@ -1,75 +1,75 @@
 """Images to the embeddings that Qwen2.5-VL's language model sees, and nothing else.
 
-The names are imported when they are first used: importing the package takes no time, and a command
-that is interrupted while torch is imported can say so.
+>>> from qwen_vit import VisionEncoder
+>>> VisionEncoder.from_pretrained("tiny").encode("tests/images/rocket.jpg").grid_thw
+(1, 30, 46)
+
+A public name is imported from its module when it is first used. So importing the package imports no
+torch, and Ctrl-C works while torch is imported.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from qwen_vit.encoder import VisionEncoder
-    from qwen_vit.errors import (
-        ArgumentError,
-        CheckpointError,
-        ComparisonError,
-        ExportError,
-        HubError,
-        ImageError,
-        QwenVitError,
-    )
-    from qwen_vit.export.plan import ExportOptions
-    from qwen_vit.export.run import export_features
-    from qwen_vit.feature_files.read import load_features
-    from qwen_vit.features import ImageFeatures, write_features
-    from qwen_vit.images.image import ImageLimits
-    from qwen_vit.integrations.hf import as_hf_tower, expand_placeholders
-    from qwen_vit.kernels.rope_varlen_attention import fused_rope_varlen_attention
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ArgumentError",
-    "CheckpointError",
-    "ComparisonError",
-    "ExportError",
-    "ExportOptions",
-    "HubError",
-    "ImageError",
-    "ImageFeatures",
-    "ImageLimits",
-    "QwenVitError",
-    "VisionEncoder",
-    "__version__",
-    "as_hf_tower",
-    "expand_placeholders",
-    "export_features",
-    "fused_rope_varlen_attention",
-    "load_features",
-    "write_features",
-]
+# Type checkers read the first list, Python the second; a test compares them.
+if TYPE_CHECKING:
+    from qwen_vit.batching import ImageInput as ImageInput
+    from qwen_vit.encoder import VisionEncoder as VisionEncoder
+    from qwen_vit.errors import ArgumentError as ArgumentError
+    from qwen_vit.errors import CheckpointError as CheckpointError
+    from qwen_vit.errors import ComparisonError as ComparisonError
+    from qwen_vit.errors import ExportError as ExportError
+    from qwen_vit.errors import HubError as HubError
+    from qwen_vit.errors import ImageError as ImageError
+    from qwen_vit.errors import QwenVitError as QwenVitError
+    from qwen_vit.export.plan import ExportOptions as ExportOptions
+    from qwen_vit.export.run import export_features as export_features
+    from qwen_vit.feature_files.read import FeatureFile as FeatureFile
+    from qwen_vit.feature_files.read import FeatureFolder as FeatureFolder
+    from qwen_vit.feature_files.read import load_features as load_features
+    from qwen_vit.feature_files.write import write_features as write_features
+    from qwen_vit.features import FailedImage as FailedImage
+    from qwen_vit.features import ImageFeatures as ImageFeatures
+    from qwen_vit.images.image import ImageLimits as ImageLimits
+    from qwen_vit.integrations.hf import as_hf_tower as as_hf_tower
+    from qwen_vit.integrations.hf import expand_placeholders as expand_placeholders
+    from qwen_vit.kernels.rope_varlen_attention import (
+        fused_rope_varlen_attention as fused_rope_varlen_attention,
+    )
+else:
+    from importlib import import_module
 
-MODULES = {
-    "ExportOptions": "export.plan",
-    "ImageFeatures": "features",
-    "ImageLimits": "images.image",
-    "VisionEncoder": "encoder",
-    "as_hf_tower": "integrations.hf",
-    "expand_placeholders": "integrations.hf",
-    "export_features": "export.run",
-    "fused_rope_varlen_attention": "kernels.rope_varlen_attention",
-    "load_features": "feature_files.read",
-    "write_features": "features",
-}
+    _NAMES = {
+        "batching": ["ImageInput"],
+        "encoder": ["VisionEncoder"],
+        "errors": [
+            "ArgumentError",
+            "CheckpointError",
+            "ComparisonError",
+            "ExportError",
+            "HubError",
+            "ImageError",
+            "QwenVitError",
+        ],
+        "export.plan": ["ExportOptions"],
+        "export.run": ["export_features"],
+        "feature_files.read": ["FeatureFile", "FeatureFolder", "load_features"],
+        "feature_files.write": ["write_features"],
+        "features": ["FailedImage", "ImageFeatures"],
+        "images.image": ["ImageLimits"],
+        "integrations.hf": ["as_hf_tower", "expand_placeholders"],
+        "kernels.rope_varlen_attention": ["fused_rope_varlen_attention"],
+    }
+    _MODULES = {name: module for module, names in _NAMES.items() for name in names}
+    __all__ = sorted(["__version__", *_MODULES])
 
+    def __getattr__(name):
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value  # so that Python does not call this again for it
+        return value
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{MODULES.get(name, 'errors')}"), name)
-    globals()[name] = value  # the next look-up finds it there
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__():
+        return sorted({*globals(), *__all__})

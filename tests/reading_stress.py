@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from test_features import features_of
 
 from qwen_vit.feature_files.read import SHARDS_OPEN, load_features
-from qwen_vit.features import METADATA_KEY, ImageFeatures
+from qwen_vit.feature_files.schema import METADATA_KEY
+from qwen_vit.features import ImageFeatures
 
 SETTINGS = {"model": "tiny", "dtype": "float32", "output": "merged"}
 
@@ -54,7 +55,7 @@ class Folder:
         for index, start in enumerate(range(0, len(self.names), self.size)):
             names = self.names[start : start + self.size]
             images = [everything[name] for name in names if name not in self.failed]
-            embeds = [image.embeds for image in images if image.embeds is not None]
+            embeds = [image.embeds for image in images]
             facts = {
                 **description,
                 "ids": [image.id for image in images],
@@ -95,7 +96,7 @@ def many_shards(folder: str | Path, *, shards: int, seed: int = 0) -> dict[str, 
     for step, key in enumerate([*range(shards), *order]):
         image = features[key]
         assert image.id == (key if isinstance(key, str) else names[key])
-        assert image.embeds is not None
+        assert len(image.embeds) == 1
         if step % 10 == 9:
             watched.append(watch(path))
     files, mapped, memory = zip(*watched, strict=True)

@@ -376,7 +376,7 @@ def test_when_every_image_fails_nothing_is_written(folder: Path, run: Any) -> No
     done = run("encode", "broken.png", *TO_FILE)
     assert (done.code, done.out) == (2, "")
     assert "skipped: broken.png" in done.err
-    assert "would hold no image" in done.err
+    assert "no image to write" in done.err
     assert not Path("f.safetensors").exists()
 
 

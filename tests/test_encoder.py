@@ -32,7 +32,8 @@ from qwen_vit.common.prefetch import AHEAD_JOBS
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, CheckpointError, HubError, ImageError, QwenVitError
 from qwen_vit.feature_files.read import load_features
-from qwen_vit.features import FailedImage, ImageFeatures, write_features
+from qwen_vit.feature_files.write import write_features
+from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.images import patches as patches_module
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.load import load_image

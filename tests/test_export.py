@@ -49,7 +49,8 @@ from qwen_vit.export.plan import ExportOptions, ExportPlan, open_export
 from qwen_vit.export.run import ExportReport, export_features, make_manifest
 from qwen_vit.export.shards import CircuitBreaker, export_shards
 from qwen_vit.feature_files.read import load_features
-from qwen_vit.features import ImageFeatures, write_features
+from qwen_vit.feature_files.write import write_features
+from qwen_vit.features import ImageFeatures
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.inputs.find import check_inputs, find_items
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwen_vit import features as features_module
 from qwen_vit.common import atomic_file as atomic_file_module
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
+from qwen_vit.feature_files import write as write_module
 from qwen_vit.feature_files.read import load_features
-from qwen_vit.features import FeatureWriter, ImageFeatures, write_features
+from qwen_vit.feature_files.write import FeatureWriter, write_features
+from qwen_vit.features import UNKNOWN_SIZE, FailedImage, ImageFeatures
 
 METADATA = {"model": "tiny", "commit": None, "dtype": "float32"}
 
@@ -32,8 +33,8 @@ def features_of(
     return made
 
 
-def failed(name: str) -> ImageFeatures:
-    return ImageFeatures(name, None, None, error=ImageError(f"{name} ends early", code="truncated"))
+def failed(name: str) -> FailedImage:
+    return FailedImage(name, ImageError("ends early", name=name, code="truncated"))
 
 
 @pytest.fixture
@@ -54,7 +55,6 @@ def test_what_is_written_is_read_back(path: Path, dtype: torch.dtype) -> None:
     for there, then in zip(read, written, strict=True):
         assert there.id == then.id
         assert there.grid_thw == then.grid_thw
-        assert there.embeds is not None
         assert there.embeds.dtype == dtype
         assert torch.equal(there.embeds, then.embeds)
 
@@ -63,8 +63,6 @@ def test_features_of_two_types_are_stored_in_the_wider_one(path: Path) -> None:
     narrow, wide = features_of("a", dtype=torch.bfloat16), features_of("b")
     write_features(path, [*narrow, *wide], METADATA)
     for there, then in zip(load_features(path), [*narrow, *wide], strict=True):
-        assert there.embeds is not None
-        assert then.embeds is not None
         assert there.embeds.dtype == torch.float32
         assert torch.equal(there.embeds, then.embeds.float())
 
@@ -111,9 +109,7 @@ def test_odd_ids_come_back_as_they_were(path: Path) -> None:
     read = load_features(path)
     assert read.ids == ids
     for index, name in enumerate(ids):
-        found = read[name].embeds
-        assert found is not None
-        assert len(found) == index + 1
+        assert len(read[name].embeds) == index + 1
     assert os.fsencode(read.ids[2]) == b"caf\xe9\xff.jpg"
 
 
@@ -141,24 +137,28 @@ def test_others_may_read_the_file_as_the_umask_says(path: Path) -> None:
 NAN = ImageFeatures("bad.jpg", torch.tensor([[1.0, float("nan")]]), (1, 2, 2))
 INFINITE = ImageFeatures("bad.jpg", torch.tensor([[float("-inf"), 1.0]]), (1, 2, 2))
 REFUSED = {
-    "duplicate ids": (features_of("a", "b", "a"), METADATA, ("'a'", "give each one its own")),
-    "NaN": ([NAN], METADATA, ("'bad.jpg'", "NaN or infinity", "float32")),
+    "duplicate ids": (
+        features_of("a", "b", "a"),
+        METADATA,
+        ("two images have the id 'a'. Give each one its own",),
+    ),
+    "NaN": ([NAN], METADATA, ("'bad.jpg' (1 of 1 image) contain NaN or infinity", "try float32")),
     "infinity": (
         [*features_of("a", width=2), INFINITE],
         METADATA,
-        ("'bad.jpg' (1 of 2", "NaN or infinity"),
+        ("'bad.jpg' (1 of 2 images) contain NaN or infinity",),
     ),
-    "all failed": ([failed("a"), failed("b")], METADATA, ("no image", "2 failed")),
-    "nothing": ([], METADATA, ("no image",)),
+    "all failed": ([failed("a"), failed("b")], METADATA, ("no image", "all 2 failed")),
+    "nothing": ([], METADATA, ("features is empty. Pass at least one image.",)),
     "two widths": (
         [*features_of("a"), *features_of("b", width=4)],
         METADATA,
-        ("(n, 4), (n, 6)", "one file for each"),
+        ("shapes (n, 4), (n, 6) do not fit into one file. Write one file for each",),
     ),
     "one axis": (
         [ImageFeatures("bad", torch.ones(4), (1, 2, 2))],
         METADATA,
-        ("'bad' are torch.float32 of the shape (4,)", "expected floating-point rows (n, width)"),
+        ("'bad' are torch.float32 of the shape (4,). Expected floating-point rows (n, width).",),
     ),
     "three axes": (
         [ImageFeatures("bad", torch.ones(1, 1, 4), (1, 2, 2))],
@@ -170,13 +170,17 @@ REFUSED = {
         METADATA,
         ("'bad' are torch.int32",),
     ),
-    "no grid": (
-        [ImageFeatures("bad", torch.ones(1, 6), None)],
+    "an empty grid": (
+        [ImageFeatures("bad", torch.ones(1, 6), (0, 0, 0))],
         METADATA,
-        ("'bad' has 1 rows for a grid of None",),
+        ("'bad' has 1 rows for a grid of (0, 0, 0). Expected a whole number of patches",),
     ),
-    "NaN in the metadata": (features_of("a"), {"x": float("nan")}, ("cannot be JSON",)),
-    "no JSON": (features_of("a"), {"x": object}, ("cannot be JSON", "metadata()")),
+    "NaN in the metadata": (features_of("a"), {"x": float("nan")}, ("be written as JSON (",)),
+    "no JSON": (
+        features_of("a"),
+        {"x": object},
+        ("its metadata cannot be written as JSON (", "Pass VisionEncoder.metadata()."),
+    ),
 }
 
 
@@ -189,7 +193,9 @@ def test_what_would_be_no_good_file_is_refused_and_nothing_is_touched(
     features, metadata, words = REFUSED[reason]
     with pytest.raises(ExportError) as caught:
         write_features(path, features, metadata)
-    for word in (str(path), *words):
+    assert caught.value.name == str(path)
+    assert caught.value.remedy
+    for word in (f"{path}: ", *words):
         assert word in str(caught.value)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
@@ -198,9 +204,9 @@ def test_what_would_be_no_good_file_is_refused_and_nothing_is_touched(
 def test_a_header_that_no_reader_takes_is_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features_module, "MAX_HEADER_BYTES", 1_000)
+    monkeypatch.setattr(write_module, "MAX_HEADER_BYTES", 1_000)
     write_features(path, features_of("a"), METADATA)
-    with pytest.raises(ExportError, match=r"would have a header of \d+ bytes.*fewer images"):
+    with pytest.raises(ExportError, match=r"its header would have \d+ bytes.*fewer images"):
         write_features(path, features_of("n" * 1_000), METADATA)
     assert load_features(path).ids == ["a"]
 
@@ -214,7 +220,7 @@ class FaultError(Exception):
 
 def half_then(error: BaseException) -> Callable[[torch.Tensor], Any]:
     """A head, and then an error where rows should come."""
-    real, calls = features_module._bytes_of, iter((False, False, True))
+    real, calls = write_module._bytes_of, iter((False, False, True))
 
     def bytes_of(tensor: torch.Tensor) -> Any:
         if next(calls):
@@ -243,7 +249,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
         raise error
 
     if step == "save":
-        monkeypatch.setattr(features_module, "_bytes_of", half_then(error))
+        monkeypatch.setattr(write_module, "_bytes_of", half_then(error))
     else:
         monkeypatch.setattr(atomic_file_module.os, step, fail)
     expected = ExportError if isinstance(error, OSError) else type(error)
@@ -269,13 +275,13 @@ def test_rows_of_another_width_do_not_go_into_a_growing_file(
     """They were written, and the file's own header then promised other bytes."""
     with small_writer(path) as writer:
         writer.add(torch.ones(1, 6), [("a", (1, 2, 2), 1)])
-        with pytest.raises(ExportError, match=r"2 images from b on have .* expected \(3, 6\)"):
+        with pytest.raises(ExportError, match=r"2 images from b on have .* Expected \(3, 6\)\."):
             writer.add(torch.ones(shape), [("b", (1, 2, 2), 1), ("c", (1, 2, 4), 2)])
         writer.add(torch.ones(3, 6), [("d", (1, 2, 4), 2), ("e", (1, 2, 2), 1)])
         writer.save(METADATA)
     file = load_features(path)
     assert file.ids == ["a", "d", "e"]
-    assert [len(features.embeds) for features in file if features.embeds is not None] == [1, 2, 1]
+    assert [len(features.embeds) for features in file] == [1, 2, 1]
 
 
 @pytest.mark.parametrize("head_bytes", [8, 4096])
@@ -290,7 +296,7 @@ def test_a_disk_that_fills_up_at_the_head_is_named(
     with small_writer(path, head_bytes) as writer:
         writer.add(torch.ones(1, 6), [("a", (1, 2, 2), 1)])
         monkeypatch.setattr(writer._growing, "file", Mock(wraps=writer._growing.file, seek=full))
-        with pytest.raises(ExportError, match=r"features.safetensors could not be .*No space"):
+        with pytest.raises(ExportError, match=r"features.safetensors: could not be .*No space"):
             writer.save(METADATA)
     assert list(path.parent.iterdir()) == []
 
@@ -335,22 +341,36 @@ def test_rows_that_do_not_fit_their_grid_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("features", "metadata", "message"),
     [
-        (ImageFeatures("a", torch.zeros(1, 4), (1, 2, 2)), {}, "features is one ImageFeatures, ex"),
-        (None, {}, "features is one NoneType, expected a list of ImageFeatures"),
-        ([torch.zeros(1, 4)], {}, "features holds a Tensor, expected ImageFeatures"),
-        (torch.zeros(1, 4), {}, "features is one Tensor, expected a list of ImageFeatures"),
+        (
+            ImageFeatures("a", torch.zeros(1, 4), (1, 2, 2)),
+            {},
+            "one ImageFeatures. Expected a list",
+        ),
+        (failed("a"), {}, "features is one FailedImage. Expected a list of ImageFeatures"),
+        (None, {}, "features is one NoneType. Expected a list of ImageFeatures"),
+        ([torch.zeros(1, 4)], {}, "features holds a Tensor. Expected ImageFeatures"),
+        (torch.zeros(1, 4), {}, "features is one Tensor. Expected a list of ImageFeatures"),
         (
             [ImageFeatures(7, torch.zeros(1, 4), (1, 2, 2))],
             {},
             "the id 7 and the grid_thw .1, 2, 2",
         ),
-        ([ImageFeatures("a", torch.zeros(1, 4), (2, 2))], {}, "the grid_thw .2, 2., expected text"),
+        (
+            [ImageFeatures("a", torch.zeros(1, 4), (2, 2))],
+            {},
+            "the grid_thw .2, 2.\\. Expected text",
+        ),
         (
             [ImageFeatures("a", torch.zeros(1, 4), torch.tensor([1, 2, 2]))],
             {},
-            "the grid_thw tensor.* expected text and three whole numbers",
+            "the grid_thw tensor.* Expected text and three whole numbers",
         ),
-        ([ImageFeatures("a", torch.zeros(1, 4), (1, 2, 2))], None, "metadata is None, expected"),
+        ([ImageFeatures("a", torch.zeros(1, 4), None)], {}, "the grid_thw None. Expected text"),
+        (
+            [ImageFeatures("a", torch.zeros(1, 4), (1, 2, 2))],
+            None,
+            "metadata is None. Expected a mapping. Pass encoder.metadata",
+        ),
     ],
 )
 def test_what_are_no_features_is_refused(
@@ -366,7 +386,7 @@ def test_what_are_no_features_is_refused(
 )
 def test_embeddings_that_are_no_dense_tensor_are_refused(tmp_path: Path, embeds: Any) -> None:
     features = [ImageFeatures("a", embeds, (1, 2, 2))]
-    with pytest.raises(ExportError, match=r"embeddings of 'a' are a .*, expected a dense torch"):
+    with pytest.raises(ExportError, match=r"embeddings of 'a' are a .*\. Expected a dense torch"):
         write_features(tmp_path / "a.safetensors", features, {})
 
 
@@ -376,7 +396,7 @@ def test_a_choice_of_a_shard_takes_along_nothing_of_the_others(tmp_path: Path) -
     metadata = {**METADATA, "images": images, "errors": [{"id": "z"}], "ids": ["a", "b", "c"]}
     chosen = [ImageFeatures(name, torch.ones(1, 4), (1, 2, 2)) for name in ("c", "a")]
     again = load_features(write_features(tmp_path / "a.safetensors", chosen, metadata))
-    assert (list(again.ids), again[0].size_px, list(again.errors)) == (["c", "a"], None, [])
+    assert (list(again.ids), again[0].size_px, list(again.errors)) == (["c", "a"], UNKNOWN_SIZE, [])
 
 
 def test_means_of_images_of_any_size_go_into_one_file(tmp_path: Path) -> None:
@@ -386,12 +406,12 @@ def test_means_of_images_of_any_size_go_into_one_file(tmp_path: Path) -> None:
     ]
     metadata = {**METADATA, "output": "mean"}
     again = load_features(write_features(tmp_path / "a.safetensors", means, metadata))
-    assert again["b"].embeds is not None
+    assert again["b"].grid_thw == (1, 4, 6)
     assert again.metadata["patches_per_row"] is None
 
 
 def test_a_path_that_no_reader_opens_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="is not UTF-8, expected a path that safetensors can"):
+    with pytest.raises(ExportError, match=r"not UTF-8\. Expected a path that safetensors can"):
         write_features(
             f"{tmp_path}/caf\udce9", [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))], {}
         )
@@ -407,9 +427,8 @@ def test_a_grid_may_be_a_list_as_json_gives_it(tmp_path: Path) -> None:
 def test_features_may_come_from_a_stream(tmp_path: Path) -> None:
     stream = (ImageFeatures(name, torch.ones(1, 4), (1, 2, 2)) for name in "ab")
     assert len(load_features(write_features(tmp_path / "a.safetensors", stream, METADATA))) == 2
-    failed = (ImageFeatures(name, None, None) for name in "ab")
-    with pytest.raises(ExportError, match="every one of 2 failed"):
-        write_features(tmp_path / "b.safetensors", failed, METADATA)
+    with pytest.raises(ExportError, match="all 2 failed"):
+        write_features(tmp_path / "b.safetensors", (failed(name) for name in "ab"), METADATA)
     with pytest.raises(ArgumentError, match="path is a NoneType"):
         load_features(None)  # type: ignore[arg-type]
 
@@ -418,7 +437,7 @@ def test_a_file_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
     """Two commands looked whether it is there, and the second one's result replaced the first's."""
     path, features = tmp_path / "a.safetensors", [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))]
     path.write_text("of another")
-    with pytest.raises(ExportError, match=r"a.safetensors exists, expected a new name"):
+    with pytest.raises(ExportError, match=r"a.safetensors: exists\. Expected a new name"):
         write_features(path, features, METADATA, overwrite=False)
     assert path.read_text() == "of another"
     assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
@@ -436,7 +455,7 @@ def test_a_disk_without_links_takes_a_new_file(
 def test_a_link_keeps_its_place(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "target")
-    with pytest.raises(ExportError, match=r"link is a symbolic link, .* leads to"):
+    with pytest.raises(ExportError, match=r"link: a symbolic link\. .*target"):
         write_features(link, [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))], METADATA)
     assert link.is_symlink()
     assert not (tmp_path / "target").exists()

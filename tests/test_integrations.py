@@ -4,6 +4,7 @@ And vLLM's and SGLang's inputs have their documented forms. Each comparison is s
 """
 
 import copy
+import pickle
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,18 +28,14 @@ from fake_engines import (
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from towers import assert_no_worse_than
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
 from qwen_vit import VisionEncoder
-from qwen_vit.errors import ArgumentError, ExportError, ImageError
-from qwen_vit.export.plan import ExportOptions
-from qwen_vit.export.run import export_features
-from qwen_vit.feature_files.read import Features, load_features
-from qwen_vit.features import ImageFeatures, write_features
-from qwen_vit.integrations import hf as downstream
-from qwen_vit.integrations.hf import (
+from qwen_vit.config import VisionConfig
+from qwen_vit.downstream import (
     as_hf_tower,
     expand_placeholders,
     to_hf,
@@ -46,6 +43,13 @@ from qwen_vit.integrations.hf import (
     to_vllm,
     to_vllm_chat_part,
 )
+from qwen_vit.errors import ArgumentError, ExportError, ImageError
+from qwen_vit.export.plan import ExportOptions
+from qwen_vit.export.run import export_features
+from qwen_vit.feature_files.read import Features, load_features
+from qwen_vit.feature_files.write import write_features
+from qwen_vit.features import FailedImage, ImageFeatures
+from qwen_vit.integrations import hf as hf_module
 
 IMAGE_TOKEN = 4
 ONE_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -172,6 +176,48 @@ def test_our_tower_in_the_models_place_gives_the_same_answer(setting: Setting) -
     setting.assert_same_answer(logits, tokens)
 
 
+@dataclass
+class SumEncoder:
+    """The least that a tower needs of an encoder."""
+
+    config: VisionConfig
+    dtype: torch.dtype
+
+    def encode_patches(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        return pixel_values.unflatten(0, (-1, 4)).sum(dim=1)
+
+
+class Pixels(Dataset):  # type: ignore[type-arg]
+    """A data set that runs a tower in the data loader's workers."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        self.tower = tower
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Tensor:
+        rows = torch.full((24, 1176), float(index))
+        return self.tower(rows, torch.tensor([[1, 4, 6]])).pooler_output
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_tower_copies_pickles_and_runs_in_workers(start: str) -> None:
+    """Alone and inside a model, as far as its encoder does."""
+    tower = as_hf_tower(SumEncoder(SMALL, torch.float32))
+    model = nn.Sequential(nn.Linear(2, 2), tower)
+    rows, grids = torch.ones(24, 1176), torch.tensor([[1, 4, 6]])
+    expected = torch.full((6, 1176), 4.0)
+    for other in (copy.deepcopy(tower), pickle.loads(pickle.dumps(tower)), copy.deepcopy(model)[1]):
+        assert other is not tower
+        assert torch.equal(other(rows, grid_thw=grids).pooler_output, expected)
+        assert (other.dtype, other.spatial_merge_size) == (torch.float32, 2)
+    loader = DataLoader(
+        Pixels(tower), batch_size=None, num_workers=1, multiprocessing_context=start
+    )
+    assert [float(made[0, 0]) for made in loader] == [0.0, 4.0, 8.0]
+
+
 def test_our_tower_takes_videos_too(setting: Setting) -> None:
     """Two frames in time for each step of the grid: (2, 4, 6) has 48 rows of pixels."""
     rows = torch.randn(48, 1176, generator=torch.Generator().manual_seed(0))
@@ -236,8 +282,6 @@ def test_padded_batches_and_beams_work(setting: Setting) -> None:
 
 def by_columns(image: ImageFeatures) -> ImageFeatures:
     """Its rows in the order of the columns of its grid."""
-    assert image.embeds is not None
-    assert image.grid_thw is not None
     _, h, w = image.grid_thw
     rows = image.embeds.unflatten(0, (h // 2, w // 2)).transpose(0, 1).flatten(0, 1)
     return replace(image, embeds=rows)
@@ -250,7 +294,6 @@ def swapped(images: list[ImageFeatures]) -> list[ImageFeatures]:
 
 def two_rows_swapped(images: list[ImageFeatures]) -> list[ImageFeatures]:
     """The first two, of 45 in all."""
-    assert images[0].embeds is not None
     return [replace(images[0], embeds=images[0].embeds[[1, 0, 2, 3, 4, 5]]), *images[1:]]
 
 
@@ -297,7 +340,8 @@ def test_image_tokens_that_do_not_fit_the_features_are_refused(setting: Setting)
         (setting.ids, setting.features[:4]),
         (setting.ids, others),
     ):
-        with pytest.raises(ArgumentError, match=r"5 runs of .* token 4, .*lengths \[.*expand the"):
+        words = r"5 runs of .* token 4, .*lengths \[.*\. Expected \[.* the tokens .*\. Expand the"
+        with pytest.raises(ArgumentError, match=words):
             features.to_hf(ids, image_token_id=IMAGE_TOKEN)
 
 
@@ -316,15 +360,15 @@ class OtherVersion:
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (None, "which is not installed; pip install 'transformers>=5.18'"),
-        ("4.57.6", "4.57.6 is installed; pip install"),
-        ("5.17.0", "to_hf needs transformers 5.18 or newer, and 5.17.0"),
+        (None, "transformers is not installed. Expected 5.18 or newer, which to_hf needs."),
+        ("4.57.6", "Run pip install 'transformers>=5.18'."),
+        ("5.17.0", "transformers 5.17.0 is installed. Expected 5.18 or newer, which to_hf needs."),
     ],
 )
 def test_a_transformers_that_takes_no_features_is_named(
     found: str | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(downstream, "version", OtherVersion(found))
+    monkeypatch.setattr(hf_module, "version", OtherVersion(found))
     with pytest.raises(ArgumentError, match=re.escape(words)):
         to_hf(features_of((1, 4, 4)))
 
@@ -332,10 +376,10 @@ def test_a_transformers_that_takes_no_features_is_named(
 def test_the_tower_goes_back_one_version_more(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(downstream, "version", OtherVersion("5.17"))
+    monkeypatch.setattr(hf_module, "version", OtherVersion("5.17"))
     assert as_hf_tower(setting.encoder).dtype == torch.float32
-    monkeypatch.setattr(downstream, "version", OtherVersion("5.16.1"))
-    with pytest.raises(ArgumentError, match=r"as_hf_tower needs .* 5\.17 .* 5\.16\.1 is"):
+    monkeypatch.setattr(hf_module, "version", OtherVersion("5.16.1"))
+    with pytest.raises(ArgumentError, match=r" 5\.16\.1 is .* 5\.17 or newer, which as_hf_tower"):
         as_hf_tower(setting.encoder)
 
 
@@ -360,7 +404,6 @@ def test_sglangs_engine_finds_each_images_rows(setting: Setting) -> None:
 
 def assert_same_rows(found: Sequence[Tensor], features: Iterable[ImageFeatures]) -> None:
     for rows, image in zip(found, features, strict=True):
-        assert image.embeds is not None
         assert torch.equal(rows, image.embeds)
 
 
@@ -395,46 +438,61 @@ def features_of(*grids: tuple[int, int, int], dtype: torch.dtype = torch.float32
     ]
 
 
-def with_embeds(embeds: Any, grid: Any = (1, 4, 4), **changes: Any) -> list[ImageFeatures]:
-    return [*features_of((1, 2, 2)), ImageFeatures("bad.jpg", embeds, grid, **changes)]
+def with_embeds(embeds: Any, grid: Any = (1, 4, 4)) -> list[ImageFeatures]:
+    return [*features_of((1, 2, 2)), ImageFeatures("bad.jpg", embeds, grid)]
+
+
+def failed(fact: str, name: str = "") -> FailedImage:
+    return FailedImage("bad.jpg", ImageError(fact, name=name))
 
 
 NAN = torch.tensor([0.0, float("nan"), 0, 0, 0, 0, 0, 0]).expand(4, 8)
 REFUSED = {
     "patch": (
         with_embeds(torch.ones(16, 8)),
-        "'bad.jpg' .* (16, 8), expected 4 merged .*\"patch\"",
+        'bad.jpg: .* (16, 8). Expected 4 merged .*output="merged", neither "patch"',
     ),
-    "mean": (with_embeds(torch.ones(1, 8)), "'bad.jpg' .* (1, 8), expected 4 merged .*\"mean\""),
-    "a row less": (with_embeds(torch.ones(3, 8)), "(3, 8), expected 4 merged rows for its grid"),
-    "flat": (with_embeds(torch.ones(4)), "shape (4,), expected 4 merged rows"),
-    "NaN": (with_embeds(NAN), "'bad.jpg' .* finite .* again"),
-    "infinity": (with_embeds(1 / torch.zeros(4, 8)), "'bad.jpg' .* finite"),
-    "integers": (with_embeds(torch.ones(4, 8).int()), "torch.int32 .* finite floating-point"),
+    "mean": (with_embeds(torch.ones(1, 8)), 'bad.jpg: .* (1, 8). Expected 4 merged .*"mean"'),
+    "a row less": (with_embeds(torch.ones(3, 8)), "(3, 8). Expected 4 merged rows for its grid"),
+    "flat": (with_embeds(torch.ones(4)), "shape (4,). Expected 4 merged rows"),
+    "NaN": (with_embeds(NAN), "bad.jpg: .* NaN or infinity. Expected finite .* again."),
+    "infinity": (
+        with_embeds(1 / torch.zeros(4, 8)),
+        "bad.jpg: .* NaN or infinity. Expected finite",
+    ),
+    "integers": (
+        with_embeds(torch.ones(4, 8).int()),
+        "torch.int32. Expected finite floating-point",
+    ),
     "another width": (with_embeds(torch.ones(4, 6)), "'0' has rows of 8 .* 'bad.jpg' of 6 "),
     "another type": (with_embeds(torch.ones(4, 8).half()), "8 torch.float32 .* 8 torch.float16"),
     "failed": (
-        with_embeds(None, None, error=ImageError("bad.jpg ends early")),
-        "'bad.jpg' has no features (bad.jpg ends early); leave it out",
+        [*features_of((1, 2, 2)), failed("ends early", "bad.jpg")],
+        "bad.jpg: this image failed: ends early. Leave it out.",
+    ),
+    "failed in an export": (
+        [failed("bad.jpg: ends early. Fetch it again.")],
+        "bad.jpg: this image failed: bad.jpg: ends early. Fetch it again. Leave it out.",
     ),
     "odd grid": (
         with_embeds(torch.ones(4, 8), (1, 4, 5)),
-        "a grid is (1, 4, 5), .* multiples of 2",
+        "a grid is (1, 4, 5). Expected .* multiples of 2. Pass the grid_thw",
     ),
-    "none": ([], "no images in it"),
+    "none": ([], "features is empty. Pass at least one image."),
 }
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.__name__)
 @pytest.mark.parametrize("given", [features_of((1, 2, 2))[0], torch.ones(4, 8), [torch.ones(4, 8)]])
 def test_what_are_no_features_is_refused_by_every_adapter(adapter: Any, given: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"features (is one|holds a) .*, expected"):
+    with pytest.raises(ArgumentError, match=r"features (is one|holds a) .*\. Expected"):
         adapter(given)
 
 
 @pytest.mark.parametrize("ids", [[[4, 4]], torch.tensor([4, 4]), torch.tensor([[4]]).numpy()])
 def test_input_ids_of_another_kind_are_refused(ids: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"input_ids is a .* expected a tensor of shape .promp"):
+    words = r"input_ids is a .*\. Expected a tensor of shape .prompts, tokens.\. Call the tokenizer"
+    with pytest.raises(ArgumentError, match=words):
         to_hf(features_of((1, 2, 2)), ids)
 
 
@@ -482,7 +540,7 @@ def test_an_export_of_other_outputs_is_read_but_no_language_model_gets_it(
     setting: Setting, tmp_path: Path, output: Literal["mean", "patch"]
 ) -> None:
     features = exported(setting, tmp_path, output=output)
-    rows = [len(image.embeds) for image in features if image.embeds is not None]
+    rows = [len(image.embeds) for image in features]
     patches = setting.pixels["image_grid_thw"].prod(-1).tolist()
     assert rows == (5 * [1] if output == "mean" else patches)
     for adapter in ADAPTERS:
@@ -504,7 +562,7 @@ def test_the_command_that_an_error_names_mends_a_torn_export(
     shard = tmp_path / "export" / "shard-00000001.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    with pytest.raises(ExportError, match="run the same `qwen-vit export` command again"):
+    with pytest.raises(ExportError, match=r"\. Run the same `qwen-vit export` command again"):
         list(load_features(tmp_path / "export"))
     again = exported(setting, tmp_path, shard_size=2)
     assert shard.read_bytes() == whole
@@ -537,12 +595,12 @@ def test_placeholders_are_those_of_transformers_processor(
 @pytest.mark.parametrize(
     ("text", "grids", "words"),
     [
-        ("no image", [(1, 4, 4)], "has 0 <|image_pad|> for 1 images"),
-        ("<|image_pad|>", [], "has 1 <|image_pad|> for 0 images"),
-        ("<|image_pad|>" * 4, [(1, 4, 4)], "has 4 .* write one per image, not yet expanded"),
+        ("no image", [(1, 4, 4)], "has 0 <|image_pad|> for 1 image. Expected one per"),
+        ("<|image_pad|>", [], "has 1 <|image_pad|> for 0 images. Expected one per image."),
+        ("<|image_pad|>" * 4, [(1, 4, 4)], "has 4 .* Write one per image, not yet expanded."),
         ("<|image_pad|>", [(1, 4, 5)], "a grid is (1, 4, 5)"),
-        ("<|image_pad|>", [(1, 4.7, 4)], "a grid is (1, 4.7, 4), expected whole numbers"),
-        ("<|image_pad|>", [None], "a grid is None, expected whole numbers"),
+        ("<|image_pad|>", [(1, 4.7, 4)], "a grid is (1, 4.7, 4). Expected whole numbers"),
+        ("<|image_pad|>", [None], "a grid is None. Expected whole numbers"),
         ("<|image_pad|>", [(4, 4)], "a grid is (4, 4)"),
         ("<|image_pad|>", [(1, 0, 4)], "a grid is (1, 0, 4)"),
         ("<|image_pad|>", [(0, 4, 4)], "a grid is (0, 4, 4)"),

@@ -8,11 +8,14 @@ import sys
 import tomllib
 import zipfile
 from email.parser import Parser
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import qwen_vit
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -106,6 +109,57 @@ def test_everything_the_package_imports_is_declared() -> None:
     assert imported - set(sys.stdlib_module_names) - {"qwen_vit"} <= declared
 
 
+def names_for_type_checkers() -> dict[str, str]:
+    """The public names that the package imports under TYPE_CHECKING, each with its module."""
+    tree = ast.parse(Path(qwen_vit.__file__).read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    assert len(imports) == len(block.body)
+    for node in imports:  # `import X as X` is how a type checker knows that X is public
+        assert all(alias.name == alias.asname for alias in node.names), ast.unparse(node)
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
+def test_type_checkers_and_python_see_the_same_public_names() -> None:
+    listed = names_for_type_checkers()
+    assert sorted({"__version__", *listed}) == qwen_vit.__all__
+    for name, module in listed.items():
+        assert getattr(qwen_vit, name) is getattr(import_module(module), name)
+    assert set(qwen_vit.__all__) <= set(dir(qwen_vit))
+    with pytest.raises(AttributeError, match="module 'qwen_vit' has no attribute 'Encoder'"):
+        qwen_vit.Encoder  # noqa: B018
+
+
+PUBLIC = {
+    "qwen_vit": """ArgumentError CheckpointError ComparisonError ExportError ExportOptions
+        FailedImage FeatureFile FeatureFolder HubError ImageError ImageFeatures ImageInput
+        ImageLimits QwenVitError VisionEncoder __version__ as_hf_tower expand_placeholders
+        export_features fused_rope_varlen_attention load_features write_features""",
+    "qwen_vit.errors": """IMAGE_CODES ArgumentError CheckpointError ComparisonError ExportError
+        HubError ImageError QwenVitError""",
+    "qwen_vit.downstream": """as_hf_tower expand_placeholders to_hf to_sglang to_vllm
+        to_vllm_chat_part""",
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_a_public_name_stays_where_it_was(module: str) -> None:
+    found = import_module(module)
+    names = PUBLIC[module].split()
+    assert [name for name in names if not hasattr(found, name)] == []
+    assert set(names) <= set(found.__all__)
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    """A command that only prints its help must not wait for torch."""
+    code = "import sys, qwen_vit; dir(qwen_vit); print(*sys.modules)"
+    loaded = {name.partition(".")[0] for name in run([sys.executable, "-c", code], ROOT).split()}
+    bare = run([sys.executable, "-c", "import sys; print(*sys.modules)"], ROOT).split()
+    third_party = loaded - {name.partition(".")[0] for name in bare} - set(sys.stdlib_module_names)
+    assert third_party == {"qwen_vit"}
+
+
 # `opened` shows that nothing was read from the checkout but the photograph.
 ENCODE = """
 import json, sys
@@ -113,7 +167,7 @@ opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 from qwen_vit import VisionEncoder
 import qwen_vit
-features = VisionEncoder.from_pretrained("tiny", device="cpu").encode([sys.argv[1]])[0]
+features = VisionEncoder.from_pretrained("tiny", device="cpu").encode(sys.argv[1])
 print(json.dumps({
     "file": qwen_vit.__file__, "opened": opened, "shape": list(features.embeds.shape),
     "grid": [int(n) for n in features.grid_thw], "finite": bool(features.embeds.isfinite().all()),

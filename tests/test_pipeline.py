@@ -39,7 +39,7 @@ from qwen_vit.export import shards as shards_module
 from qwen_vit.export.device_to_host import ALIGNED_BYTES, PinnedRing
 from qwen_vit.export.plan import ExportOptions
 from qwen_vit.export.run import export_features
-from qwen_vit.features import FeatureWriter
+from qwen_vit.feature_files.write import FeatureWriter
 
 IMAGES = Path(__file__).resolve().parent / "images"
 

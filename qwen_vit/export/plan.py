@@ -24,8 +24,7 @@ from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, display_name
 from qwen_vit.export.lock import LOCK_NAME, hold_folder, short_lock
-from qwen_vit.feature_files.read import shard_name
-from qwen_vit.features import SCHEMA_VERSION
+from qwen_vit.feature_files.schema import SCHEMA_VERSION, shard_name
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.patches import smart_resize
 from qwen_vit.inputs.find import find_items

@@ -32,7 +32,8 @@ from qwen_vit.export.plan import (
     reserved_header_bytes,
 )
 from qwen_vit.feature_files.read import open_shard
-from qwen_vit.features import FailedImage, FeatureWriter, ImageFeatures, not_finite
+from qwen_vit.feature_files.write import FeatureWriter
+from qwen_vit.features import FailedImage, ImageFeatures, not_finite
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import Patches, patchify

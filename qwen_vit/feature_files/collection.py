@@ -1,0 +1,155 @@
+"""The features of many images as a sequence, and subsets of it: read when they are used."""
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qwen_vit.errors import plural
+from qwen_vit.features import ImageFeatures
+from qwen_vit.integrations.hf import IMAGE_TOKEN_ID, to_hf
+from qwen_vit.integrations.sglang import to_sglang
+from qwen_vit.integrations.vllm import to_vllm, to_vllm_chat_part
+
+__all__ = ["FeatureSubset", "Features"]
+
+ImageKeys: TypeAlias = (
+    slice | range | list[int] | list[str] | tuple[int, ...] | NDArray[Any] | Tensor
+)
+
+
+class Features(ABC):
+    """Images' features in order, read when they are used.
+
+    An index is a position or an id. A slice, a list, tuple, range, array or tensor of positions and
+    ids, or a mask of one truth value for each image selects a subset, which is lazy as well. The
+    rows are views of the file in memory: clone them before you write to them.
+    """
+
+    metadata: dict[str, Any]
+
+    @property
+    @abstractmethod
+    def ids(self) -> Sequence[str]:
+        """The images' ids, in order."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def locate(self, key: int | str) -> Any:
+        """The place of an image, found without reading its rows.
+
+        Raises KeyError for an id and IndexError for a position that does not exist.
+        """
+
+    @abstractmethod
+    def read_at(self, place: Any) -> ImageFeatures:
+        """The image at a place that `locate` returned."""
+
+    @overload
+    def __getitem__(self, key: int | str) -> ImageFeatures: ...
+    @overload
+    def __getitem__(self, key: ImageKeys) -> "Features": ...
+    def __getitem__(self, key: int | str | ImageKeys) -> "ImageFeatures | Features":
+        if isinstance(key, slice):
+            return FeatureSubset(self, range(*key.indices(len(self))))
+        one_or_many: Any = key.tolist() if isinstance(key, (np.ndarray, Tensor)) else key
+        if isinstance(one_or_many, (list, tuple, range)):
+            return FeatureSubset(self, self._keys(one_or_many))
+        return self.read_at(self.locate(one_or_many))
+
+    def __iter__(self) -> Iterator[ImageFeatures]:
+        return (self[index] for index in range(len(self)))
+
+    def __contains__(self, name: object) -> bool:
+        """Whether it holds an image of this id."""
+        try:
+            return isinstance(name, str) and self.locate(name) is not None
+        except KeyError:
+            return False
+
+    def to_hf(
+        self, input_ids: Tensor | None = None, *, image_token_id: int = IMAGE_TOKEN_ID
+    ) -> dict[str, Any]:
+        """Arguments of transformers' `generate` and `forward`: see `downstream.to_hf`."""
+        return to_hf(self, input_ids, image_token_id=image_token_id)
+
+    def to_vllm(self) -> dict[str, Any]:
+        """vLLM's `multi_modal_data`: see `downstream.to_vllm`."""
+        return to_vllm(self)
+
+    def to_vllm_chat_part(self) -> list[dict[str, Any]]:
+        """A part of a chat message to a vLLM server for each image.
+
+        See `downstream.to_vllm_chat_part`.
+        """
+        return to_vllm_chat_part(self)
+
+    def to_sglang(self) -> list[dict[str, Any]]:
+        """SGLang's `image_data`: see `downstream.to_sglang`."""
+        return to_sglang(self)
+
+    def _keys(self, keys: Sequence[int] | Sequence[str]) -> Sequence[int | str]:
+        if keys and all(isinstance(key, bool) for key in keys):
+            if len(keys) != len(self):
+                images = plural(len(self), "image")
+                raise IndexError(f"a mask of {len(keys)} values for {self}, which holds {images}")
+            return [index for index, is_chosen in enumerate(keys) if is_chosen]
+        for key in keys:
+            self.locate(key)
+        return list(keys)
+
+    def position(self, key: int | str) -> int:
+        """A position counted from the front.
+
+        Raises TypeError for what is not a position, and IndexError for one that does not exist.
+        """
+        count = len(self)
+        try:
+            index = operator.index(key)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(
+                f"{key!r} does not select images of {self}. Expected a position or an id, a slice, "
+                "or a list or array of them."
+            ) from None
+        if not -count <= index < count:
+            raise IndexError(f"image {index} of {self}, which holds {plural(count, 'image')}")
+        return index % count
+
+
+class FeatureSubset(Features):
+    """Some images of a file or folder, in an order of their own."""
+
+    def __init__(self, source: Features, keys: Sequence[int | str]) -> None:
+        self.source = source
+        self.keys = keys
+        self.metadata = source.metadata
+
+    def __str__(self) -> str:
+        return f"a subset of {self.source}"
+
+    def __repr__(self) -> str:
+        return f"<{plural(len(self), 'image')} of {self.source!r}>"
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        return [key if isinstance(key, str) else self.source.ids[key] for key in self.keys]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def locate(self, key: int | str) -> Any:
+        if not isinstance(key, str):
+            return self.source.locate(self.keys[self.position(key)])
+        if key not in self.ids:
+            raise KeyError(f"{key!r} is not in {self}, which holds {plural(len(self), 'image')}")
+        return self.source.locate(key)
+
+    def read_at(self, place: Any) -> ImageFeatures:
+        return self.source.read_at(place)

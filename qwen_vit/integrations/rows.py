@@ -1,0 +1,113 @@
+"""Merged rows and grids, checked: the input of every language model.
+
+transformers, vLLM and SGLang take the same thing: merged rows (sum n, D), image after image in the
+prompt's order, with n = t * h * w / 4 rows for the grid (t, h, w) of each image. None of them
+checks it well (vLLM's engine may crash on a wrong count), so it is checked here.
+"""
+
+import math
+from collections.abc import Iterable
+from operator import index
+
+import torch
+from torch import Tensor
+
+from qwen_vit.common.tensors import all_finite
+from qwen_vit.errors import ArgumentError, ExportError
+from qwen_vit.features import FailedImage, ImageFeatures, check_features
+
+__all__ = ["MERGE_SIZE", "count_tokens", "rows_and_grids", "whole_numbers"]
+
+MERGE_SIZE = 2
+AS_FEATURES = "pass the grid_thw of the features"
+
+
+def rows_and_grids(features: Iterable[ImageFeatures | FailedImage]) -> tuple[list[Tensor], Tensor]:
+    """Each image's merged rows (n, D), and all grids (N, 3) int64.
+
+    >>> rows, grids = rows_and_grids([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])
+    >>> [part.shape for part in rows], grids
+    ([torch.Size([6, 8])], tensor([[1, 4, 6]]))
+
+    Raises ArgumentError for what are not features, and ExportError for failed images and for rows
+    that are not merged tokens, finite floats, and of one width and type.
+    """
+    images = check_features(features)
+    if not images:
+        raise ArgumentError("features is empty", remedy="pass at least one image")
+    embeds = [_merged_rows(image) for image in images]
+    good = [image for image in images if isinstance(image, ImageFeatures)]
+    kinds = {
+        (rows.shape[1], rows.dtype): image.id for rows, image in zip(embeds, images, strict=True)
+    }
+    if len(kinds) > 1:
+        (first, one), (second, other), *_ = kinds.items()
+        raise ExportError(
+            f"{one!r} has rows of {first[0]} {first[1]} and {other!r} of {second[0]} {second[1]}",
+            expected="the same",
+            remedy="take features of one model and data type",
+        )
+    grids = [image.grid_thw for image in good]
+    return embeds, torch.tensor(grids, dtype=torch.int64, device="cpu")
+
+
+def _merged_rows(image: ImageFeatures | FailedImage) -> Tensor:
+    if isinstance(image, FailedImage):
+        raise ExportError(
+            f"this image failed: {image.error.fact}", name=image.id, remedy="leave it out"
+        )
+    expected = count_tokens(image.grid_thw, MERGE_SIZE)
+    if image.embeds.dim() != 2 or len(image.embeds) != expected:
+        raise ExportError(
+            f"its features have the shape {tuple(image.embeds.shape)}",
+            name=image.id,
+            expected=f"{expected} merged rows for its grid of {image.grid_thw}",
+            remedy='encode or export it again with output="merged", neither "patch" nor "mean"',
+        )
+    is_float = image.embeds.is_floating_point()
+    if not is_float or not all_finite(image.embeds):
+        fact = f"its features are {image.embeds.dtype}"
+        raise ExportError(
+            f"{fact} with NaN or infinity" if is_float else fact,
+            name=image.id,
+            expected="finite floating-point numbers",
+            remedy="encode or export it again",
+        )
+    return image.embeds
+
+
+def whole_numbers(grid: Iterable[int]) -> tuple[int, ...]:
+    """A grid as integers, from a tuple, an array or a tensor.
+
+    >>> whole_numbers(torch.tensor([1, 4, 6]))
+    (1, 4, 6)
+
+    Raises ArgumentError for anything else, such as 4.7.
+    """
+    try:
+        return tuple(map(index, grid))
+    except TypeError:
+        raise ArgumentError(
+            f"a grid is {grid!r}",
+            expected="whole numbers of frames, height and width in patches",
+            remedy=AS_FEATURES,
+        ) from None
+
+
+def count_tokens(grid: tuple[int, ...], merge_size: int) -> int:
+    """The merged tokens of an image.
+
+    >>> count_tokens((1, 4, 6), merge_size=2)
+    6
+
+    Raises ArgumentError for a grid that is not of whole merged cells.
+    """
+    is_whole = len(grid) == 3 and min(grid) > 0 and not any(n % merge_size for n in grid[1:])
+    if not is_whole:
+        raise ArgumentError(
+            f"a grid is {grid}",
+            expected="frames, height and width in patches, the latter two multiples of "
+            f"{merge_size}",
+            remedy=AS_FEATURES,
+        )
+    return math.prod(grid) // merge_size**2
