@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from goldens import TINY_FOLDER
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from tower_timing import graph_of, launches, stage_runs
-from towers import CPU, build_tower, gpu, random_pixels
-from unfused_baseline import tower_apart
 
 from qwen_vit.benchmark import WORKLOADS, TimedTower, in_batches, stage_work, tower_flops
 from qwen_vit.compare.tolerance import RELATIVE_TOLERANCE, relative_error
 from qwen_vit.config import Grid, VisionConfig
 from qwen_vit.model import plan_layout
+from tests.support.goldens import TINY_FOLDER
+from tests.support.tower_timing import graph_of, launches, stage_runs
+from tests.support.towers import CPU, build_tower, gpu, random_pixels
+from tests.support.unfused_baseline import tower_apart
 
 SHAPE = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
 GRIDS = [Grid(1, 18, 10), Grid(1, 4, 6)]

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import SMALL, WIDE, random_tensors, write_checkpoint, write_weights
 from safetensors.torch import load_file, save_file
 
 from qwen_vit.checkpoint.convert import (
@@ -27,6 +26,7 @@ from qwen_vit.checkpoint.load import (
 from qwen_vit.common.strict_json import short_repr
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError
+from tests.support.checkpoints import SMALL, WIDE, random_tensors, write_checkpoint, write_weights
 
 IMAGE_CONFIG = ImageConfig.from_json({})
 QKV = "blocks.0.attn.qkv.weight"

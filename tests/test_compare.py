@@ -19,12 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL as SMALL_TOWER
-from checkpoints import write_checkpoint, write_weights
-from goldens import IMAGE_FOLDER, PHOTOGRAPHS, TINY_FOLDER
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from weight_faults import WeightFault, damaged, every_fault, inject_fault
 
 from qwen_vit import VisionEncoder
 from qwen_vit.cli import main as cli_module
@@ -39,6 +35,10 @@ from qwen_vit.compare.text import as_text, nearer_line
 from qwen_vit.compare.tolerance import Difference, fp32_budget, judge, relative_error
 from qwen_vit.errors import ArgumentError, ComparisonError
 from qwen_vit.images.patches import patchify
+from tests.support.checkpoints import SMALL as SMALL_TOWER
+from tests.support.checkpoints import write_checkpoint, write_weights
+from tests.support.goldens import IMAGE_FOLDER, PHOTOGRAPHS, TINY_FOLDER
+from tests.support.weight_faults import WeightFault, damaged, every_fault, inject_fault
 
 ROOT = Path(__file__).resolve().parent.parent
 CHELSEA, ROCKET = IMAGE_FOLDER / "chelsea.png", IMAGE_FOLDER / "rocket.jpg"

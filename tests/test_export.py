@@ -22,13 +22,10 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
-import export_stress
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from export_stress import tiny_png, write_hostile
-from fake_encoder import WIDTH, FakeEncoder
 from PIL import Image
 
 from qwen_vit.cli import main as cli_module
@@ -51,6 +48,9 @@ from qwen_vit.feature_files.read import load_features
 from qwen_vit.features import ImageFeatures, write_features
 from qwen_vit.images.load import ImageLimits
 from qwen_vit.inputs.listing import check_inputs, find_items
+from tests.support import export_stress
+from tests.support.export_stress import tiny_png, write_hostile
+from tests.support.fake_encoder import WIDTH, FakeEncoder
 
 SMALL = ExportOptions(shard_size=4)
 

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reading_stress import Folder, many_shards
 from safetensors.torch import load_file, save_file
-from test_features import METADATA, ODD_IDS, features_of
 
 from qwen_vit.errors import ExportError
 from qwen_vit.feature_files import read as feature_files
 from qwen_vit.feature_files.read import SHARDS_OPEN, FailedImage, FeatureFolder, load_features
 from qwen_vit.features import METADATA_KEY, write_features
+from tests.support.features import METADATA, ODD_IDS, features_of
+from tests.support.reading_stress import Folder, many_shards
 
 
 @pytest.fixture

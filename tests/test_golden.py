@@ -10,7 +10,13 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from goldens import (
+
+from qwen_vit import layout, model
+from qwen_vit.checkpoint import convert
+from qwen_vit.kernels import attention, linear
+from qwen_vit.layout import Layout, Segments
+from qwen_vit.model import VisionTower
+from tests.support.goldens import (
     RELATIVE_TOLERANCE,
     TINY_FOLDER,
     Golden,
@@ -20,8 +26,8 @@ from goldens import (
     load_golden,
     sha256,
 )
-from huggingface import hf_tower, hf_trace
-from oracle import (
+from tests.support.huggingface import hf_tower, hf_trace
+from tests.support.oracle import (
     Faults,
     Trace,
     read_checkpoint,
@@ -30,13 +36,7 @@ from oracle import (
     rms_norm_wrong_casts,
     vision_oracle,
 )
-from towers import build_tower, layout_for, tower_trace
-
-from qwen_vit import layout, model
-from qwen_vit.checkpoint import convert
-from qwen_vit.kernels import attention, linear
-from qwen_vit.layout import Layout, Segments
-from qwen_vit.model import VisionTower
+from tests.support.towers import build_tower, layout_for, tower_trace
 
 BITE = 5  # a fault must miss the tolerance by this factor
 NAMES = ("clip_3x6x10", "mixed", "photograph_22x16", "photograph_6x10", "smallest_2x2")

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_fault_injection import (
+
+from tests.support.hub_fault_injection import (
     Chaos,
     chaos,
     crowd,

@@ -15,20 +15,10 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL
-from fake_engines import (
-    SPECIAL,
-    sglang_items,
-    small_model,
-    small_tokenizer,
-    vllm_chat_data,
-    vllm_items,
-)
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
-from towers import assert_no_worse_than
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
 from qwen_vit import VisionEncoder
@@ -46,6 +36,16 @@ from qwen_vit.integrations.hf import (
     to_vllm,
     to_vllm_chat_part,
 )
+from tests.support.checkpoints import SMALL
+from tests.support.fake_engines import (
+    SPECIAL,
+    sglang_items,
+    small_model,
+    small_tokenizer,
+    vllm_chat_data,
+    vllm_items,
+)
+from tests.support.towers import assert_no_worse_than
 
 IMAGE_TOKEN = 4
 ONE_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

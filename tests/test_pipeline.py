@@ -18,12 +18,9 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from export_stress import tiny_png
-from fake_encoder import FakeEncoder
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from towers import gpu
 
 from qwen_vit import encoder as encoder_module
 from qwen_vit.common.prefetch import (
@@ -41,6 +38,9 @@ from qwen_vit.export.device_to_host import ALIGNED_BYTES, PinnedRing
 from qwen_vit.export.plan import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.features import FeatureWriter
+from tests.support.export_stress import tiny_png
+from tests.support.fake_encoder import FakeEncoder
+from tests.support.towers import gpu
 
 IMAGES = Path(__file__).resolve().parent / "images"
 

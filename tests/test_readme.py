@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engines import install_stand_ins
 
 from qwen_vit.checkpoint.hub import REPOSITORY
 from qwen_vit.cli import main as cli_module
+from tests.support.fake_engines import install_stand_ins
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from towers import gpu
 
 from qwen_vit.kernels.linear_hopper import HopperGemmTile
+from tests.support.towers import gpu
 
 TUNE = Path(__file__).parent.parent / "tools" / "tune"
 

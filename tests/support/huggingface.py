@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from oracle import read_checkpoint
 from torch import Tensor
 
 from qwen_vit.compare import huggingface as reference
 from qwen_vit.compare.huggingface import hf_trace
+from tests.support.oracle import read_checkpoint
 
 __all__ = ["hf_tower", "hf_trace"]
 

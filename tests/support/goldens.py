@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from oracle import pixel_rows
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -24,18 +23,18 @@ from torch import Tensor
 from qwen_vit.compare import tolerance as differences
 from qwen_vit.compare.oracle import Trace
 from qwen_vit.compare.tolerance import MAX_FP32_ERROR, RELATIVE_TOLERANCE, relative_error
+from tests.support import ROOT
+from tests.support.oracle import pixel_rows
+from tests.support.towers import GridTuple
 
-TESTS = Path(__file__).resolve().parent
-GOLDEN_FOLDER = TESTS / "golden"
-IMAGE_FOLDER = TESTS / "images"
-TINY_FOLDER = TESTS.parent / "weights" / "tiny"
+GOLDEN_FOLDER = ROOT / "tests" / "golden"
+IMAGE_FOLDER = ROOT / "tests" / "images"
+TINY_FOLDER = ROOT / "weights" / "tiny"
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "rocket.jpg")
 PATCH_PX, MERGE = 14, 2
 FACTOR_PX = PATCH_PX * MERGE
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-
-GridTuple = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)

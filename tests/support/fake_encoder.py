@@ -1,6 +1,6 @@
 """An encoder that costs nothing, for tests of what surrounds it, and a command that uses it.
 
-    python tests/fake_encoder.py JOURNAL export INPUT... --out DIR
+    python -m tests.support.fake_encoder JOURNAL export INPUT... --out DIR
 
 runs as `qwen-vit export --model ...` does.
 
@@ -18,16 +18,12 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-
-from qwen_vit.cli import main as cli  # noqa: E402
-from qwen_vit.config import ImageConfig  # noqa: E402
-from qwen_vit.errors import ImageError  # noqa: E402
-from qwen_vit.export import run as export  # noqa: E402
-from qwen_vit.features import ImageFeatures  # noqa: E402
-from qwen_vit.images.patches import Patches  # noqa: E402
+from qwen_vit.cli import main as cli
+from qwen_vit.config import ImageConfig
+from qwen_vit.errors import ImageError
+from qwen_vit.export import run as export
+from qwen_vit.features import ImageFeatures
+from qwen_vit.images.patches import Patches
 
 WIDTH = 16
 POISON, TOO_LARGE = 7, 9  # images of this value alone give NaN, or do not fit the memory

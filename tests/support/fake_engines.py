@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import SMALL
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -25,6 +24,7 @@ from transformers import (
 
 from qwen_vit.config import VisionConfig
 from qwen_vit.integrations.hf import IMAGE_TOKEN_ID
+from tests.support.checkpoints import SMALL
 
 SPECIAL = {"<|im_start|>": 0, "<|im_end|>": 1, "<|vision_start|>": 2, "<|vision_end|>": 3}
 LETTERS = 16  # where ordinary bytes begin: one token each

@@ -1,5 +1,6 @@
 """The package's own tower for tests: built, laid out, and traced under the oracle's stage names."""
 
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from qwen_vit.layout import Layout
 from qwen_vit.model import VisionTower
 
 CPU = torch.device("cpu")
+GridTuple = tuple[int, int, int]  # (t, h, w) in patches
+# Merged sides of 0, 1, 2 and 3 mod 4, a strip, one unit, a clip: no side is a multiple of all.
+MIXED: list[GridTuple] = [(1, 10, 14), (1, 2, 2), (3, 6, 4), (1, 2, 30), (1, 16, 8)]
 
 
 def gpu(test: Callable[..., None]) -> Callable[..., None]:
@@ -111,3 +115,12 @@ def random_pixels(n: int, seed: int, width: int = 588) -> Tensor:
 
 def n_patches(grids: Sequence[Any]) -> int:
     return sum(grid.n_patches for grid in as_grids(grids))
+
+
+def random_grids(generator: random.Random, patches: int, side: int = 11) -> list[GridTuple]:
+    """Stills and clips with merged sides of 1 to `side`, until `patches` are there."""
+    grids: list[GridTuple] = []
+    while n_patches(grids) < patches:
+        t = generator.choice((1, 1, 1, 2, 3))
+        grids.append((t, 2 * generator.randint(1, side), 2 * generator.randint(1, side)))
+    return grids

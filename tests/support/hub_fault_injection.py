@@ -21,16 +21,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from checkpoints import SMALL, WIDE, write_checkpoint
-from hub_server import COMMIT, Fault, Hub, serving
 from packaging.requirements import Requirement
 
 from qwen_vit.checkpoint import cache as store
 from qwen_vit.checkpoint.convert import check_finite
 from qwen_vit.checkpoint.load import load_checkpoint
 from qwen_vit.errors import CheckpointError
+from tests.support import ROOT
+from tests.support.checkpoints import SMALL, WIDE, write_checkpoint
+from tests.support.hub_server import COMMIT, Fault, Hub, serving
 
-ROOT = Path(__file__).resolve().parent.parent
 REPO = "org/tiny"
 SLOW = Fault("*.safetensors", method="GET", drip=0.01)
 SECONDS_AT_MOST = 1.0  # for one damaged file

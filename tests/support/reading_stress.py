@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from process_memory import memory_mb, open_files
 from safetensors.torch import save_file
-from test_features import features_of
 
 from qwen_vit.feature_files.read import SHARDS_OPEN, load_features
 from qwen_vit.features import METADATA_KEY, ImageFeatures
+from tests.support.features import features_of
+from tests.support.process_memory import memory_mb, open_files
 
 SETTINGS = {"model": "tiny", "dtype": "float32", "output": "merged"}
 

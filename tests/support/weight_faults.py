@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from towers import build_tower
 
 from qwen_vit.encoder import VisionEncoder
+from tests.support.towers import build_tower
 
 
 @dataclass(frozen=True, slots=True)

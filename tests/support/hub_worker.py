@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support import ROOT
 
 # Reads a call in JSON from each line: {"do": ..., keyword arguments}; writes its result.
 SCRIPT = """

@@ -26,25 +26,26 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import kill_harness
 import numpy as np
-from fake_encoder import HELD, POISON, TOO_LARGE, FakeEncoder, load_held
 from PIL import Image
-from process_memory import memory_mb, open_files
 
 from qwen_vit.errors import ExportError
 from qwen_vit.export import ray_cluster as distributed
 from qwen_vit.export.plan import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.read import FeatureFile, load_features
+from tests.support import ROOT, kill_harness
+from tests.support.fake_encoder import HELD, POISON, TOO_LARGE, FakeEncoder, load_held
+from tests.support.process_memory import memory_mb, open_files
 
-TESTS = Path(__file__).resolve().parent
 SHARD_IMAGES = 50
+# wherever a trial starts it
+FAKE_ENCODER = ("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "tests.support.fake_encoder")
 
 
 def fake_encoder(journal: Path, *arguments: str | Path) -> list[str]:
     """The command that exports with the stand-in encoder."""
-    words = [sys.executable, TESTS / "fake_encoder.py", journal, "export", "--model", "stand-in"]
+    words = [*FAKE_ENCODER, journal, "export", "--model", "stand-in"]
     return [str(word) for word in (*words, *arguments)]
 
 
@@ -405,7 +406,7 @@ def cluster_kills(folder: Path, *, kills: int, images: int, seed: int = 0) -> di
     single = export_features(FakeEncoder(), inputs, folder / "single", options)
     logger = logging.getLogger("ray")
     logger.setLevel(logging.ERROR)
-    with mock.patch.dict(os.environ, PYTHONPATH=f"{TESTS}:{TESTS.parent}"):  # for its workers
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # for its workers
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
         doomed, _ = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
     killer = threading.Thread(target=kill_workers, args=(folder, cluster, doomed, kills, seed))
