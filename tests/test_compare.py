@@ -568,7 +568,7 @@ def test_another_safetensors_file_is_no_golden() -> None:
         load_golden(TINY_FOLDER / "model.safetensors")
 
 
-# One tensor in a hundred and more; tools/trust plants every fault.
+# One tensor in a hundred and more; tools.checks.trust injects every fault.
 FAULTS = (
     ("patch_embed.proj.weight", "row scaled"),
     ("blocks.4.attn.qkv.weight", "row scaled"),

@@ -1498,7 +1498,7 @@ def test_a_gpu_computes_in_the_type_that_is_stored(
     assert asked == {"device": device, "dtype": computed, "max_pixels": 5}
 
 
-# A few of what tools/soak does by the hundred, with the command in processes of its own
+# A few of what tools.checks.soak does by the hundred, with the command in processes of its own
 
 
 @pytest.fixture(scope="module")

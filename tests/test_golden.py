@@ -1,12 +1,9 @@
 """The oracle, Hugging Face's tower and the golden files agree; and a mistake would show."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +34,7 @@ from tests.support.oracle import (
     vision_oracle,
 )
 from tests.support.towers import build_tower, layout_for, tower_trace
+from tools.make_golden import stage_drift
 
 BITE = 5  # a fault must miss the tolerance by this factor
 NAMES = ("clip_3x6x10", "mixed", "photograph_22x16", "photograph_6x10", "smallest_2x2")
@@ -199,18 +197,6 @@ def test_rms_norm_with_the_wrong_cast_order_shows_in_bf16() -> None:
     assert moved > 1 / 6
 
 
-@cache
-def make_golden() -> ModuleType:
-    path = str(TINY_FOLDER.parent.parent / "tools" / "make_golden")
-    spec = spec_from_loader("make_golden", SourceFileLoader("make_golden", path))
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules["make_golden"] = module  # dataclasses look their own module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("moved", ["golden", "now", "neither"])
 def test_a_drift_shows_whichever_side_moved(moved: str) -> None:
     """Once, a golden that was off by 3e-5 excused itself: its own error set the budget."""
@@ -218,7 +204,7 @@ def test_a_drift_shows_whichever_side_moved(moved: str) -> None:
     off = {**case.trace, "block.4": case.trace["block.4"] * (1 + 3e-5)}
     then = replace(case, trace=off) if moved == "golden" else case
     now = off if moved == "now" else case.trace
-    assert make_golden().stage_drift(now, then, oracle) == (moved == "neither")
+    assert stage_drift(now, then, oracle) == (moved == "neither")
 
 
 def test_a_wrong_reference_sets_no_budget() -> None:

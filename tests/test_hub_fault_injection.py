@@ -1,4 +1,4 @@
-"""A share of what tools/soak runs in full: whatever happens, no corrupt file gets its name."""
+"""A share of what checks.soak runs in full: whatever happens, no corrupt file gets its name."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -106,7 +106,7 @@ def count_barriers(ptx: str) -> tuple[int, int]:
 
     The memory of those may be another's meanwhile. An array is held by ending its first barrier;
     where two arrays touch, the second would pass for the rest of the first: so count them, too.
-    A product once kept its bias where two barriers had been that it never used. When another
+    A GEMM once kept its bias where two barriers had been that it never used. When another
     process had its turn on the GPU, the hardware wrote those back: a few columns became NaN.
     """
     step = re.compile(
@@ -162,7 +162,7 @@ def count_corrupt_descriptors(sass: str) -> int:
     """64-bit uniform additions whose high word adds the low word's register.
 
     ptxas 12.8, which Triton 3.6 and 3.7 bundle, sometimes builds a matrix descriptor that way: the
-    address leaks into the strides, and the product reads whatever lies there. Seen as a wrong tail
+    address leaks into the strides, and the GEMM reads whatever lies there. Seen as a wrong tail
     of 16 dims, or an illegal address.
     """
     low = re.compile(r"UIADD3 UR\d+, (UP\d+), (UR\d+), 0x[0-9a-f]+, URZ")

@@ -1,7 +1,7 @@
 """What must hold whatever happens: downloads that are killed, crowded, lied to; mutated files.
 
 Each function runs as often as it is told and returns what it counted; it raises for the first thing
-that must not be. The suite runs a small share of what tools/soak does.
+that must not be. The suite runs a small share of what tools.checks.soak does.
 """
 
 import json

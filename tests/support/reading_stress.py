@@ -1,4 +1,4 @@
-"""Export folders made by hand, and a trial of many shards: a few in tests, all in tools/soak."""
+"""Export folders made by hand, and a trial of many shards: some in tests, all in checks.soak."""
 
 import json
 import os

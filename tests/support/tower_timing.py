@@ -14,34 +14,34 @@ from qwen_vit.kernels.linear import ResidualStream
 from qwen_vit.layout import Layout
 from qwen_vit.model import VisionTower
 
-REST_S = 1.0
-RESTED_MS = 30.0  # before heat slows a GPU down
+COOL_DOWN_S = 1.0
+COOL_MS = 30.0  # before heat slows a GPU down
 COPIED_BYTES = 2**32
 
 
 def gemm_rate(device: torch.device) -> float:
-    """Operations per second of an 8192^3 bfloat16 product of random data, 2 per multiply-add.
+    """Operations per second of an 8192^3 bfloat16 GEMM of random data, 2 per multiply-add.
 
-    Of 21 products on a GPU that has rested: more than it can keep up.
+    Of 21 GEMMs on a cool GPU: more than it can keep up.
     """
     return GEMM_FLOPS / (median_ms(large_gemm(device), 21) * 1e-3)
 
 
 def on_a_cool_gpu(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """(the median GPU milliseconds of `run`, the product's rate), each by itself and for as long,
-    on a GPU that has rested: the clock of one image now and then.
+    """(the median GPU milliseconds of `run`, the GEMM's rate), each by itself and for as long, on
+    a cool GPU: the clock of one image now and then.
     """
-    product = large_gemm(device)
-    run_once, product_once = (median_ms(each, 1, 1) for each in (run, product))
-    length_ms = max(RESTED_MS, run_once)
+    gemm = large_gemm(device)
+    run_once, gemm_once = (median_ms(each, 1, 1) for each in (run, gemm))
+    length_ms = max(COOL_MS, run_once)
 
     def cool_ms(each: Callable[[], Any], once_ms: float) -> float:
         torch.cuda.synchronize(device)
-        time.sleep(REST_S)
+        time.sleep(COOL_DOWN_S)
         return median_ms(each, round(length_ms / once_ms), 1)
 
     run_ms = cool_ms(run, run_once)
-    return run_ms, GEMM_FLOPS / (cool_ms(product, product_once) * 1e-3)
+    return run_ms, GEMM_FLOPS / (cool_ms(gemm, gemm_once) * 1e-3)
 
 
 def copy_rate(device: torch.device) -> float:

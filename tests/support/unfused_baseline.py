@@ -71,7 +71,7 @@ class UnfusedAttention(nn.Module):
         return self.fused.proj(out.reshape(N, C), x)
 
 
-def tower_apart(tower: VisionTower, attend: VarlenAttention, longest_frame: int) -> VisionTower:
+def unfused_tower(tower: VisionTower, attend: VarlenAttention, longest_frame: int) -> VisionTower:
     """The same tower on the same weights, with `attend` for its attention."""
     config, dtype = tower.config, tower.merger.norm_weight.dtype
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Faults planted in one tensor of a checkpoint at a time, as a damaged download would have them."""
+"""Faults in one tensor of a checkpoint at a time, as a damaged download would have them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -46,9 +46,9 @@ def damaged(tensor: Tensor, fault: str, seed: int) -> Tensor:
     return wrong
 
 
-def inject_fault(encoder: VisionEncoder, planted: WeightFault, seed: int = 0) -> VisionEncoder:
+def inject_fault(encoder: VisionEncoder, fault: WeightFault, seed: int = 0) -> VisionEncoder:
     """The same encoder, its checkpoint damaged."""
     tensors = dict(encoder.checkpoint.tensors)
-    tensors[planted.tensor] = damaged(tensors[planted.tensor], planted.fault, seed)
+    tensors[fault.tensor] = damaged(tensors[fault.tensor], fault.fault, seed)
     tower = build_tower(tensors, encoder.config, encoder.image_config, encoder.dtype)
     return replace(encoder, tower=tower, checkpoint=replace(encoder.checkpoint, tensors=tensors))

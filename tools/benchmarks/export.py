@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """`qwen-vit export` from JPEGs to shards on disk: its speed, on several GPUs, and its memory.
 
 JPEGs of 448 to 1344 px a side are made of the photographs in tests/images, and a 7B-shaped tower in
@@ -12,16 +11,14 @@ bf16 of random numbers, unless a model is named. Prints a table and one JSON lin
     memory    of the process and of the GPU over 20,000 small images
 
 \b
-    ./tools/bench_export --ledger tools/bench_ledger.jsonl --chart docs/export.png
-    ./tools/bench_export gpus --folder /fast/disk --images 1000
-    ./tools/bench_export --images 6 --peer-images 2 --model tiny --sides 84 168    # anywhere
+    python -m tools.benchmarks.export --ledger tools/benchmarks/ledger.jsonl --chart docs/export.png
+    python -m tools.benchmarks.export gpus --folder /fast/disk --images 1000
+    python -m tools.benchmarks.export --images 6 --peer-images 2 --model tiny    # anywhere
 """
 
-import datetime as dt
 import json
 import os
 import random
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -37,22 +34,18 @@ import click
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from qwen_vit.common.prefetch import StageTimer, pack, thread_count  # noqa: E402
-from qwen_vit.config import Grid, VisionConfig  # noqa: E402
-from qwen_vit.encoder import TOKEN_BUDGET, VisionEncoder  # noqa: E402
-from qwen_vit.export.plan import ExportOptions, open_export, target_size  # noqa: E402
-from qwen_vit.export.run import export_features  # noqa: E402
-from qwen_vit.export.shards import REST, export_shards  # noqa: E402
-from qwen_vit.feature_files.read import load_features  # noqa: E402
-from tests.support.huggingface import hf_tower  # noqa: E402
-from tests.support.process_memory import memory_mb  # noqa: E402
-
-parity = runpy.run_path(str(ROOT / "tools" / "parity"))
+from qwen_vit.common.prefetch import StageTimer, pack, thread_count
+from qwen_vit.config import Grid
+from qwen_vit.encoder import TOKEN_BUDGET, VisionEncoder
+from qwen_vit.export.plan import ExportOptions, open_export, target_size
+from qwen_vit.export.run import export_features
+from qwen_vit.export.shards import REST, export_shards
+from qwen_vit.feature_files.read import load_features
+from tests.support.huggingface import hf_tower
+from tests.support.process_memory import memory_mb
+from tools.common import ROOT, default_device, four_digits, ledger_options, ledger_row, publish
+from tools.random_tower import write_model
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "rocket.jpg")
 QUALITY = 90
@@ -71,18 +64,6 @@ def write_jpeg(folder: Path, sides: tuple[int, int], number: int) -> None:
         box = (left, top, left + 0.8 * photo.width, top + 0.8 * photo.height)
         image = photo.convert("RGB").resize(size, Image.Resampling.BICUBIC, box)
     image.save(folder / f"{number:06}.jpg", quality=QUALITY)
-
-
-def write_model(folder: Path, device: torch.device) -> None:
-    """The 7B-shaped tower with random weights, in the published format."""
-    config = VisionConfig.from_json(parity["SHAPE"])
-    document = {"model_type": "qwen2_5_vl", "vision_config": config.to_json()}
-    (folder / "config.json").write_text(json.dumps(document))
-    limits = {"min_pixels": 3136, "max_pixels": 12_845_056, "patch_size": 14, "merge_size": 2}
-    (folder / "preprocessor_config.json").write_text(json.dumps(limits))
-    weights = parity["random_weights"](config, 0, device)
-    stored = {f"visual.{name}": tensor.cpu() for name, tensor in weights.items()}
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -177,7 +158,7 @@ def peer_rates(paths: list[Path], model: Path, encoder: VisionEncoder) -> dict[s
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def reported(what: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
     print(f"{what}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
@@ -200,24 +181,24 @@ def measure_speed(
     threads: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     paths = sorted((here / "images").iterdir())
-    with told("encoder loaded"):
+    with reported("encoder loaded"):
         encoder = VisionEncoder.from_pretrained(model)
     grids = grids_of(paths, encoder)
-    with told("encoder measured"):
+    with reported("encoder measured"):
         patches_per_s = encoder_rate(encoder, grids)
-    with told("disk measured"):
+    with reported("disk measured"):
         bytes_per_s = disk_rate(here)
-    with told("warmed up"):  # as every run is but a machine's first, which compiles kernels
+    with reported("warmed up"):  # as every run is but a machine's first, which compiles kernels
         warm_up(encoder, paths, grids, here)
-    with told("exported"):
+    with reported("exported"):
         done = export_features(
             encoder, [str(here / "images")], here / "out", options, decode_threads=threads
         )
     images = done.exported
-    with told("compared"):
+    with reported("compared"):
         some = paths[:: max(1, images // checked)]
         wrong = differing(encoder, some, here / "out")
-    with told("Hugging Face measured"):
+    with reported("Hugging Face measured"):
         peers = peer_rates(paths[:peer_images], Path(model), encoder) if peer_images else {}
     n_patches = sum(grid.n_patches for grid in grids)
     ours = images / done.seconds
@@ -242,7 +223,7 @@ def measure_speed(
         "patches_per_image": round(n_patches / images),
         "mb_per_image": round(done.bytes / images / 1e6, 3),
         "seconds": done.seconds,
-        "images_per_s": {name: float(f"{rate:.4g}") for name, rate in rates.items()},
+        "images_per_s": {name: four_digits(rate) for name, rate in rates.items()},
         "share_of_the_lower_bound": round(ours / bound, 3),
         "times_hugging_face": round(ours / max(peers.values()), 2) if peers else None,
         "waits_s": done.waits,
@@ -280,11 +261,11 @@ def measure_gpus(here: Path, images: int, model: str, threads: int | None) -> di
             )
         return [json.loads(process.communicate()[0]) for process in running]
 
-    with told("warmed up"):
+    with reported("warmed up"):
         run("warm", range(1))
-    with told("exported on one GPU"):
+    with reported("exported on one GPU"):
         alone = run("one", range(1))
-    with told(f"exported on {gpus}"):
+    with reported(f"exported on {gpus}"):
         together = run("all", range(gpus))
     one = sum(part["exported"] for part in alone) / max(part["seconds"] for part in alone)
     every = sum(part["exported"] for part in together) / max(part["seconds"] for part in together)
@@ -384,8 +365,7 @@ def draw(line: dict[str, Any], path: Path) -> None:
 )  # fmt: skip
 @click.option("--decode-threads", type=int)
 @click.option("--chart", type=click.Path(path_type=Path), help="Draw the speed as PNG.")
-@click.option("--ledger", type=click.Path(path_type=Path), help="Append the JSON line here.")
-@click.option("--commit", default=parity["head_commit"], help="What the ledger names.")
+@ledger_options
 def main(
     what: str, images: int | None, peer_images: int, checked: int, sides: tuple[int, int] | None,
     model: str | None, folder: Path | None, shard_size: int, decode_threads: int | None,
@@ -401,11 +381,11 @@ def main(
         here = Path(temporary)
         (here / "images").mkdir()
         made = min(images, MEMORY_FILES) if what == "memory" else images
-        with told("JPEGs made"), ProcessPoolExecutor() as pool:
+        with reported("JPEGs made"), ProcessPoolExecutor() as pool:
             list(pool.map(partial(write_jpeg, here / "images", sides), range(made), chunksize=8))
         if model is None:
             (here / "model").mkdir()
-            with told("weights made"):
+            with reported("weights made"):
                 write_model(here / "model", torch.device("cuda"))
             model = str(here / "model")
         if what == "speed":
@@ -415,23 +395,16 @@ def main(
             found = measure_gpus(here, images, model, decode_threads)
         else:
             found = measure_memory(here, images, model, decode_threads)
-    line = {
-        "what": "export" if what == "speed" else f"export {what}",
-        "date": dt.date.today().isoformat(),
-        "commit": commit,
-        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
-        "cpu_cores": len(os.sched_getaffinity(0)),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "images": images,
-        "sides_px": sides,
-        **found,
-    }
-    print(json.dumps(line))
+    line = ledger_row(
+        "export" if what == "speed" else f"export {what}",
+        commit,
+        default_device(),
+        ("transformers",),
+        **{"images": images, "sides_px": sides, **found},
+    )
+    publish(line, ledger)
     if chart is not None and what == "speed":
         draw(line, chart)
-    if ledger is not None:
-        with open(ledger, "a") as file:
-            file.write(json.dumps(line) + "\n")
     if torch.cuda.is_available() and line.get("images_with_other_bytes_than_alone"):
         sys.exit(1)  # on a CPU a batch may change them
 

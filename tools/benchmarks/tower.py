@@ -1,45 +1,38 @@
-#!/usr/bin/env python3
 """The whole tower, and the attention alone, beside what else a user could pick, in one run.
 
 The 7B-shaped tower in bf16 with random weights on one GPU; inputs on the GPU; median of GPU times.
-The floor is all operations of the tower at the rate that an 8192^3 product of random data reaches
-in turns with it, at the same clock. Correctness first: no speed is printed for a tower that
+The roofline is all operations of the tower at the rate of an 8192^3 GEMM of random data interleaved
+with it, at the same clock. Correctness first: no speed is printed for a tower that
 disagrees with float64. Prints tables and one JSON line; --ledger appends that line to a file,
 --chart draws it.
 
 \b
-    ./tools/bench --ledger tools/bench_ledger.jsonl --chart docs/speed.png
-    ./tools/bench --workload "1 x 448^2" --compile "1 x 448^2"
-    ./tools/bench --part start              # from a process's start to its first embedding
+    python -m tools.benchmarks.tower --ledger tools/benchmarks/ledger.jsonl --chart docs/speed.png
+    python -m tools.benchmarks.tower --workload "1 x 448^2" --compile "1 x 448^2"
+    python -m tools.benchmarks.tower --part start    # from a process's start to its first embedding
 """
 
-import datetime as dt
 import json
 import os
-import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-import transformers
-import triton
 from torch import Tensor
 from transformers import vision_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from qwen_vit.benchmark import (  # noqa: E402
+from qwen_vit.benchmark import (
     WORKLOADS,
     TimedTower,
     in_batches,
@@ -49,13 +42,13 @@ from qwen_vit.benchmark import (  # noqa: E402
     stage_work,
     tower_flops,
 )
-from qwen_vit.config import Grid, ImageConfig, VisionConfig  # noqa: E402
-from qwen_vit.images.patches import Patches  # noqa: E402
-from qwen_vit.kernels.attention import RotaryTable, attention  # noqa: E402
-from qwen_vit.layout import Segments  # noqa: E402
-from tests.support.huggingface import hf_tower  # noqa: E402
-from tests.support.oracle import relative_error, vision_oracle  # noqa: E402
-from tests.support.tower_timing import (  # noqa: E402
+from qwen_vit.config import Grid, ImageConfig, VisionConfig
+from qwen_vit.images.patches import Patches
+from qwen_vit.kernels.attention import RotaryTable, attention
+from qwen_vit.layout import Segments
+from tests.support.huggingface import hf_tower
+from tests.support.oracle import relative_error, vision_oracle
+from tests.support.tower_timing import (
     copy_rate,
     gemm_rate,
     graph_of,
@@ -63,18 +56,19 @@ from tests.support.tower_timing import (  # noqa: E402
     on_a_cool_gpu,
     stage_runs,
 )
-from tests.support.towers import build_tower, layout_for  # noqa: E402
-from tests.support.unfused_baseline import rotated, tower_apart  # noqa: E402
+from tests.support.towers import build_tower, layout_for
+from tests.support.unfused_baseline import rotated, unfused_tower
+from tools.benchmarks.tower_report import (
+    UNFUSED,
+    attention_text,
+    draw,
+    stages_text,
+    starts_text,
+    tower_text,
+)
+from tools.common import ROOT, four_digits, ledger_options, ledger_row, publish, require_gpu
+from tools.random_tower import SHAPE, random_weights, write_model
 
-parity = runpy.run_path(str(ROOT / "tools" / "parity"))
-
-APART = "RoPE + FA2"  # our tower with these two in place of the fused kernel, by graph
-PEERS = ("HF sdpa", "HF FA2 varlen", APART)
-DRAWN = {
-    "HF sdpa": "Hugging Face, sdpa",
-    "HF FA2 varlen": "Hugging Face, FA2",
-    APART: "ours, RoPE + FA2",
-}
 PEER_BATCHES = 3  # of the stream: enough for a ratio, and sdpa takes half a second for each
 ALONE = ("1 x 448^2", "1 x 672^2", "1 x 896^2", "1 x 1344^2", "32 x 448^2")
 STAGED = ("1 x 448^2", "1 x 1344^2", "32 x 448^2")
@@ -112,9 +106,10 @@ print(json.dumps(done))
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
     """torch's own FlashAttention-2 for variable lengths: (N, H, D) each."""
     scale = q.shape[-1] ** -0.5
-    return torch.ops.aten._flash_attention_forward(
+    out: Tensor = torch.ops.aten._flash_attention_forward(
         q, k, v, cu, cu, longest, longest, 0.0, False, False, scale=scale
     )[0]
+    return out
 
 
 def register_fa2() -> str:
@@ -147,7 +142,9 @@ class Peer:
 
         def run() -> Tensor:
             with torch.no_grad():
-                return self.tower(values, grid_thw=grid_thw, **layout).pooler_output
+                done = self.tower(values, grid_thw=grid_thw, **layout)
+            tokens: Tensor = done.pooler_output
+            return tokens
 
         return run
 
@@ -176,7 +173,7 @@ class UnfusedAttention:
 
     def on(self, pixels: Tensor, grids: Sequence[Grid]) -> Callable[[], Any]:
         longest = max(grid.h * grid.w for grid in grids)
-        tower = tower_apart(self.timed.tower, flash_attention_2, longest)
+        tower = unfused_tower(self.timed.tower, flash_attention_2, longest)
         return graph_of(TimedTower(tower, self.timed.device, self.timed.dtype).eager(pixels, grids))
 
 
@@ -195,7 +192,7 @@ def check(
 
 
 def alone(grids: Sequence[Grid], config: VisionConfig, device: torch.device) -> dict[str, float]:
-    """Microseconds per layer of the attention with RoPE: ours, RoPE apart, FlashAttention-2."""
+    """Microseconds per layer of the attention with RoPE: ours, RoPE alone, FlashAttention-2."""
     H, D = config.num_heads, config.head_dim
     layout = layout_for(grids, config, device, torch.bfloat16)
     inverse = config.rope_theta ** -(torch.arange(0, D // 2, 2, dtype=torch.float64) / (D // 2))
@@ -297,130 +294,9 @@ def starts(folder: Path, device: str) -> dict[str, dict[str, float]]:
     }
 
 
-def draw(
-    rows: dict[str, dict[str, float]], kernel: dict[str, dict[str, float]], title: str, path: Path
-) -> None:
-    """The two benchmarks side by side: the whole tower, and the attention alone."""
-    from matplotlib import pyplot as plt
-
-    towers = {"ours": [row["ours_ms"] / row["roofline_ms"] for row in rows.values()]}
-    for label in PEERS:
-        if all(f"{label}_ms" in row for row in rows.values()):
-            towers[DRAWN[label]] = [
-                row[f"{label}_ms"] / row["roofline_ms"] for row in rows.values()
-            ]
-    panels = [("Whole tower, x roofline", list(rows), towers)] if rows else []
-    for kind in ("window", "full") if kernel else ():
-        ours = [row[f"{kind} ours"] for row in kernel.values()]
-        apart = [row["RoPE"] + row[f"{kind} FA2"] for row in kernel.values()]
-        heading = f"Attention of one {kind} block, microseconds"
-        panels.append((heading, list(kernel), {"ours": ours, "RoPE, then FA2": apart}))
-    figure = plt.figure(figsize=(9, 3.4 if not kernel or not rows else 6.4), layout="constrained")
-    grid = figure.add_gridspec(1 + bool(kernel and rows), 2)
-    places = [grid[0, :]] if rows else []
-    places += [grid[-1, 0], grid[-1, 1]] if kernel else []
-    for place, (heading, names, series) in zip(places, panels, strict=True):
-        axis = figure.add_subplot(place)
-        width = 0.8 / len(series)
-        for i, (label, heights) in enumerate(series.items()):
-            colour = ("#2563eb", "#94a3b8", "#cbd5e1", "#93c5fd")[i]
-            at = [j + (i - (len(series) - 1) / 2) * width for j in range(len(names))]
-            bars = axis.bar(at, heights, width, color=colour, label=label)
-            axis.bar_label(bars, fmt=lambda x: f"{x:.3g}" if x < 1e3 else f"{x:,.0f}", fontsize=7)
-        if "floor" in heading:
-            axis.axhline(1, color="#0f172a", linewidth=0.8, linestyle=":")
-        else:  # 40 times from the smallest to the largest size
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:,.0f}")
-        axis.set_xticks(range(len(names)), names, fontsize=8)
-        axis.tick_params(axis="y", labelsize=8)
-        axis.set_title(heading, fontsize=9, loc="left")
-        if "Attention" in heading:
-            axis.legend(frameon=False, fontsize=8, loc="upper left")
-        else:  # the bars leave no room, so beside the title
-            axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.98),
-                        ncols=len(series))  # fmt: skip
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def tower_text(rows: dict[str, dict[str, float]]) -> str:
-    labels = [label for label in PEERS if all(f"{label}_ms" in row for row in rows.values())]
-    head = "".join(f"{label:>15}{'speedup':>9}" for label in labels)
-    title = f"{'images':<12}{'ours':>9}{'floor':>9}{'at TF/s':>9}{'x roofline':>9}{'cool':>9}{head}"
-    lines = ["Whole tower, ms; cool: x roofline, each by itself on a cool GPU", title]
-    for name, row in rows.items():
-        against = "".join(
-            f"{row[label + '_ms']:>15.1f}{row[label + '_ms'] / row['ours_ms']:>8.1f}x"
-            for label in labels
-        )
-        if "compiled_ms" in row:
-            against += f"  compiled {row['compiled_ms']:.2f} after {row['compile_s']:.0f} s"
-        lines.append(
-            f"{name:<12}{row['ours_ms']:>9.2f}{row['roofline_ms']:>9.2f}"
-            f"{row['gemm_tflops']:>9.0f}{row['ours_ms'] / row['roofline_ms']:>9.2f}"
-            f"{row['cool_ms'] / row['cool_roofline_ms']:>9.2f}{against}"
-        )
-    for label in labels:
-        average = statistics.mean(row[f"{label}_ms"] / row["ours_ms"] for row in rows.values())
-        lines.append(f"average speedup against {label}: {average:.1f}x")
-    if APART in labels:
-        lines.append(f"{APART}: our tower with these two in place of the fused kernel, by graph")
-    labels = [label for label in labels if label != APART]
-    lines.append(f"\n{'Peak memory, MB':<21}{'ours':>9}" + "".join(f"{x:>15}" for x in labels))
-    for name, row in rows.items():
-        peaks = "".join(f"{row[label + '_peak_mb']:>15.0f}" for label in labels)
-        lines.append(f"{name:<21}{row['peak_mb']:>9.0f}{peaks}")
-    return "\n".join(lines)
-
-
-def attention_text(kernel: dict[str, dict[str, float]]) -> str:
-    lines = []
-    for kind in ("window", "full"):
-        lines += [
-            f"Attention of one {kind} block with RoPE, ms",
-            f"{'images':<12}{'RoPE + FA2':>12}{'ours':>9}{'speedup':>9}{'TFLOP/s':>9}",
-        ]
-        speedups = []
-        for name, row in kernel.items():
-            apart, ours = row["RoPE"] + row[f"{kind} FA2"], row[f"{kind} ours"]
-            speedups.append(apart / ours)
-            lines.append(
-                f"{name:<12}{apart / 1e3:>12.4f}{ours / 1e3:>9.4f}{speedups[-1]:>8.1f}x"
-                f"{row[f'{kind} TFLOP/s']:>9.0f}"
-            )
-        lines.append(f"average speedup: {statistics.mean(speedups):.1f}x\n")
-    return "\n".join(lines).rstrip()
-
-
-def stages_text(staged: dict[str, dict[str, dict[str, float]]]) -> str:
-    lines = []
-    for name, rows in staged.items():
-        total = sum(row["ms"] for row in rows.values())
-        lines += [
-            f"Stages alone, {name}, all of their blocks",
-            f"{'stage':<10}{'blocks':>7}{'ms':>9}{'share':>7}{'floor':>9}{'x roofline':>9}"
-            f"{'TFLOP/s':>9}{'MB':>9}{'TB/s':>7}",
-        ]
-        lines += [
-            f"{stage:<10}{row['blocks']:>7}{row['ms']:>9.3f}{row['ms'] / total:>7.0%}"
-            f"{row['roofline_ms']:>9.3f}{row['ms'] / row['roofline_ms']:>9.2f}{row['tflops']:>9.0f}"
-            f"{row['mb']:>9.0f}{row['tb_per_s']:>7.2f}"
-            for stage, row in rows.items()
-        ]
-        lines.append(f"{'sum':<17}{total:>9.3f}\n")
-    return "\n".join(lines).rstrip()
-
-
-def starts_text(started: dict[str, dict[str, float]]) -> str:
-    lines = ["Seconds from a process's start until (weights in the page cache, 1 x 448^2)"]
-    lines.append(f"{'Triton cache':<14}" + "".join(f"{name:>17}" for name in started["cold"]))
-    for name, row in started.items():
-        lines.append(f"{name:<14}" + "".join(f"{value:>17.2f}" for value in row.values()))
-    return "\n".join(lines)
+def run_all(runs: Iterable[Callable[[], Any]]) -> None:
+    for run in runs:
+        run()
 
 
 class Towers:
@@ -428,9 +304,9 @@ class Towers:
 
     def __init__(self, device: torch.device, with_fa2: bool) -> None:
         self.device = device
-        self.config = VisionConfig.from_json(parity["SHAPE"])
+        self.config = VisionConfig.from_json(SHAPE)
         self.image_config = ImageConfig.from_json({})
-        self.tensors = parity["random_weights"](self.config, 0, device)
+        self.tensors = random_weights(self.config, 0, device)
         on_host = {name: tensor.cpu() for name, tensor in self.tensors.items()}
         ours = build_tower(on_host, self.config, self.image_config, torch.bfloat16, device)
         self.timed = TimedTower(ours, device, torch.bfloat16)
@@ -458,13 +334,10 @@ class Towers:
         return pixels, batches, runs
 
     def row(self, name: str, others: Mapping[str, Peer | UnfusedAttention]) -> dict[str, float]:
-        """Our milliseconds and megabytes on one workload, its floor, and those of `others`."""
+        """Our milliseconds and megabytes on one workload, its roofline, and those of `others`."""
         pixels, batches, runs = self.checked(name)
 
-        def ours() -> None:
-            for run in runs:
-                run()
-
+        ours = partial(run_all, runs)
         flops = tower_flops(self.config, WORKLOADS[name])
         cool_ms, cool = on_a_cool_gpu(ours, self.device)
         ours_ms, beside = interleaved_with_gemm(ours, self.device)
@@ -482,10 +355,10 @@ class Towers:
             some = list(zip(pixels, batches, strict=True))[:PEER_BATCHES]
             peer_runs = [peer.on(p, b) for p, b in some]
             torch.cuda.reset_peak_memory_stats()
-            if label == APART:  # by graph, as ours; what a graph keeps for itself is not counted
-                ms, _ = interleaved_with_gemm(lambda r=peer_runs: [run() for run in r], self.device)
+            if label == UNFUSED:  # by graph, as ours; what a graph keeps for itself is not counted
+                ms, _ = interleaved_with_gemm(partial(run_all, peer_runs), self.device)
             else:
-                ms = median_ms(lambda r=peer_runs: [run() for run in r], 3, 1)
+                ms = median_ms(partial(run_all, peer_runs), 3, 1)
                 row[f"{label}_peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
             share = sum(len(p) for p, _ in some) / sum(len(p) for p in pixels)
             row[f"{label}_ms"] = ms / share  # of the stream, its first batches stand for all
@@ -510,9 +383,8 @@ class Towers:
 
 
 @click.command(help=__doc__)
-@click.option("--ledger", type=click.Path(path_type=Path), help="Append the JSON line here.")
 @click.option("--chart", type=click.Path(path_type=Path), help="Draw the tower's table as PNG.")
-@click.option("--commit", default=parity["head_commit"], help="What the ledger names.")
+@ledger_options
 @click.option("--peers/--no-peers", default=True, help="Also time Hugging Face.")
 @click.option("--compile", "compile_for", multiple=True, type=click.Choice(SINGLE_BATCH),
               help="Also under torch.compile: half a minute for each workload.")  # fmt: skip
@@ -524,8 +396,7 @@ def main(
     ledger: Path | None, chart: Path | None, commit: str, peers: bool, compile_for: tuple[str, ...],
     workloads: tuple[str, ...], parts: tuple[str, ...],
 ) -> None:  # fmt: skip
-    if not torch.cuda.is_available():
-        raise click.ClickException("this needs an NVIDIA GPU: torch sees none")
+    device = require_gpu()
     parts = parts or PARTS[:-1]
     if chart is not None and not {"tower", "attention"} & set(parts):
         raise click.UsageError("--chart draws the tower or the attention: add one as --part")
@@ -534,18 +405,7 @@ def main(
     chosen = workloads or tuple(WORKLOADS)
     if not set(compile_for) <= set(chosen):
         raise click.UsageError("--compile names a size that no --workload names")
-    device = torch.device("cuda", 0)
-    line: dict[str, Any] = {
-        "what": "tower",
-        "date": dt.date.today().isoformat(),
-        "commit": commit,
-        "device": torch.cuda.get_device_name(0),
-        "versions": {
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
+    line = ledger_row("tower", commit, device, ("triton", "transformers"))
     texts: list[str] = []
     rows: dict[str, dict[str, float]] = {}
     kernel: dict[str, dict[str, float]] = {}
@@ -556,11 +416,13 @@ def main(
         line["gemm_tflops"] = round(rate / 1e12, 1)
         line["copy_tb_per_s"] = round(copy / 1e12, 3)
         texts.append(
-            f"product {rate / 1e12:.0f} TFLOP/s after a rest, copy {copy / 1e12:.2f} TB/s; each "
-            "floor is at the product's rate beside its workload"
+            f"GEMM {rate / 1e12:.0f} TFLOP/s on a cool GPU, copy {copy / 1e12:.2f} TB/s; each "
+            "roofline is at the rate of a GEMM interleaved with its workload"
         )
     if "tower" in parts:
-        others = {**towers.hf, APART: UnfusedAttention(towers.timed)} if peers else {}
+        others: dict[str, Peer | UnfusedAttention] = {}
+        if peers:
+            others = {**towers.hf, UNFUSED: UnfusedAttention(towers.timed)}
         for name in chosen:
             rows[name] = towers.row(name, others)
             if name in compile_for:
@@ -591,9 +453,7 @@ def main(
         )
     if "start" in parts:
         with tempfile.TemporaryDirectory() as folder:
-            runpy.run_path(str(ROOT / "tools" / "bench_export"))["write_model"](
-                Path(folder), device
-            )
+            write_model(Path(folder), device)
             line["start_s"] = rounded(starts(Path(folder), "cuda"))
         texts.append(starts_text(line["start_s"]))
         if line["start_s"]["warm"]["first embedding"] > FIRST_WITHIN_S:
@@ -601,14 +461,11 @@ def main(
     if chart is not None:
         draw(rows, kernel, f"{line['device']}, {line['date']}, {commit[:7]}, bf16, 7B shape", chart)
     print("\n\n".join(texts))
-    print(json.dumps(line))
-    if ledger is not None:
-        with open(ledger, "a") as file:
-            file.write(json.dumps(line) + "\n")
+    publish(line, ledger)
 
 
 def rounded(table: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    return {n: {k: float(f"{v:.4g}") for k, v in row.items()} for n, row in table.items()}
+    return {n: {k: four_digits(v) for k, v in row.items()} for n, row in table.items()}
 
 
 if __name__ == "__main__":

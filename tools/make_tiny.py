@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Make weights/tiny: a small random tower in the published format, hard enough to show mistakes.
 
 Plain random weights leave softmax nearly uniform, and then a wrong rotary embedding changes
@@ -9,7 +8,6 @@ to the residual stream, so that no block drowns in it.
 """
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from tests.support.goldens import IMAGE_FOLDER, MEAN, PHOTOGRAPHS, STD, patch_pixels, photograph  # noqa: E402
-from tests.support.oracle import pixel_rows, vision_oracle  # noqa: E402
+from tests.support.goldens import IMAGE_FOLDER, MEAN, PHOTOGRAPHS, STD, patch_pixels, photograph
+from tests.support.oracle import pixel_rows, vision_oracle
+from tests.support.towers import GridTuple
+from tools.common import ROOT
 
 TARGET_PEAK = 0.3  # the middle of the range asked for, 0.2 to 0.4
 STREAM_RMS = 0.03  # after the patch embedding: so small that the epsilon of RMSNorm counts
@@ -30,26 +28,31 @@ SEED = 1  # of 0 to 5 the one whose peaks differ least between photographs
 QKV_BIAS_RMS = 1.5  # large: position counts, not content alone, so photographs differ less
 BRANCH_SHARE = 0.5  # rms of what attention or MLP adds, as a share of the stream's
 
+DEPTH, HIDDEN, HEADS, OUT = 5, 160, 2, 192
+MLP = 428  # 4 mod 8, as the published 3420
+MERGE, PATCH_PX, WINDOW_PX = 2, 14, 112
+FULL_BLOCKS = (1, 3)  # the last block is a window block, unlike the published
+
 VISION = {
-    "depth": 5,
+    "depth": DEPTH,
     "hidden_act": "silu",
-    "hidden_size": 160,
-    "intermediate_size": 428,  # 4 mod 8, as the published 3420
-    "num_heads": 2,
+    "hidden_size": HIDDEN,
+    "intermediate_size": MLP,
+    "num_heads": HEADS,
     "in_chans": 3,
-    "out_hidden_size": 192,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "spatial_patch_size": 14,
-    "window_size": 112,
-    "fullatt_block_indexes": [1, 3],  # the last block is a window block, unlike the published
+    "out_hidden_size": OUT,
+    "patch_size": PATCH_PX,
+    "spatial_merge_size": MERGE,
+    "spatial_patch_size": PATCH_PX,
+    "window_size": WINDOW_PX,
+    "fullatt_block_indexes": list(FULL_BLOCKS),
     "tokens_per_second": 2,
     "temporal_patch_size": 2,
 }
 CONFIG = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
     "model_type": "qwen2_5_vl",
-    "hidden_size": VISION["out_hidden_size"],
+    "hidden_size": OUT,
     "image_token_id": 151655,
     "video_token_id": 151656,
     "vision_start_token_id": 151652,
@@ -73,12 +76,12 @@ PREPROCESSOR = {
 def oracle_config(depth: int) -> SimpleNamespace:
     return SimpleNamespace(
         depth=depth,
-        hidden_size=VISION["hidden_size"],
-        num_heads=VISION["num_heads"],
-        window_px=VISION["window_size"],
-        patch_px=VISION["patch_size"],
-        spatial_merge_size=VISION["spatial_merge_size"],
-        fullatt_block_indexes=VISION["fullatt_block_indexes"],
+        hidden_size=HIDDEN,
+        num_heads=HEADS,
+        window_px=WINDOW_PX,
+        patch_px=PATCH_PX,
+        spatial_merge_size=MERGE,
+        fullatt_block_indexes=FULL_BLOCKS,
         rope_theta=10000.0,
     )
 
@@ -86,8 +89,7 @@ def oracle_config(depth: int) -> SimpleNamespace:
 def random_tensors(seed: int) -> dict[str, Tensor]:
     """Every tensor by its bare name, in float64, before any scale is searched."""
     generator = np.random.default_rng(seed)
-    hidden, mlp, out = (VISION[k] for k in ("hidden_size", "intermediate_size", "out_hidden_size"))
-    merged = hidden * VISION["spatial_merge_size"] ** 2
+    merged = HIDDEN * MERGE**2
     tensors = {}
 
     def normal(*shape: int) -> Tensor:
@@ -98,20 +100,20 @@ def random_tensors(seed: int) -> dict[str, Tensor]:
         tensors[f"{name}.bias"] = normal(outputs) * bias_rms
 
     def norm(name: str) -> None:
-        tensors[f"{name}.weight"] = (normal(hidden) * 0.25).exp()
+        tensors[f"{name}.weight"] = (normal(HIDDEN) * 0.25).exp()
 
-    tensors["patch_embed.proj.weight"] = normal(hidden, 3, 2, 14, 14)
-    for i in range(VISION["depth"]):
+    tensors["patch_embed.proj.weight"] = normal(HIDDEN, 3, 2, 14, 14)
+    for i in range(DEPTH):
         norm(f"blocks.{i}.norm1")
         norm(f"blocks.{i}.norm2")
-        dense(f"blocks.{i}.attn.qkv", 3 * hidden, hidden, QKV_BIAS_RMS)
-        dense(f"blocks.{i}.attn.proj", hidden, hidden)
-        dense(f"blocks.{i}.mlp.gate_proj", mlp, hidden)
-        dense(f"blocks.{i}.mlp.up_proj", mlp, hidden)
-        dense(f"blocks.{i}.mlp.down_proj", hidden, mlp)
+        dense(f"blocks.{i}.attn.qkv", 3 * HIDDEN, HIDDEN, QKV_BIAS_RMS)
+        dense(f"blocks.{i}.attn.proj", HIDDEN, HIDDEN)
+        dense(f"blocks.{i}.mlp.gate_proj", MLP, HIDDEN)
+        dense(f"blocks.{i}.mlp.up_proj", MLP, HIDDEN)
+        dense(f"blocks.{i}.mlp.down_proj", HIDDEN, MLP)
     norm("merger.ln_q")
     dense("merger.mlp.0", merged, merged)
-    dense("merger.mlp.2", out, merged)
+    dense("merger.mlp.2", OUT, merged)
     return tensors
 
 
@@ -119,7 +121,7 @@ def rms(x: Tensor) -> float:
     return float(x.square().mean().sqrt())
 
 
-def peak_by_photograph(largest: Tensor, grids: list) -> Tensor:
+def peak_by_photograph(largest: Tensor, grids: list[GridTuple]) -> Tensor:
     """Largest softmax weights (N, H) -> their mean by photograph and head."""
     return torch.stack([x.mean(0) for x in largest.split([t * h * w for t, h, w in grids])])
 
@@ -132,7 +134,7 @@ def coarse(scale: float) -> float:
 class Calibration:
     """The tensors on their way to weights/tiny, scaled in place, block by block."""
 
-    def __init__(self, tensors: dict[str, Tensor], rows: Tensor, grids: list) -> None:
+    def __init__(self, tensors: dict[str, Tensor], rows: Tensor, grids: list[GridTuple]) -> None:
         self.tensors, self.rows, self.grids = tensors, rows, grids
 
     def scale(self, name: str, factor: float) -> None:
@@ -150,7 +152,7 @@ class Calibration:
 
     def calibrate(self) -> None:
         self.scale("patch_embed.proj", STREAM_RMS / rms(self.run(0)[0]))
-        for i in range(VISION["depth"]):
+        for i in range(DEPTH):
             attention, mlp = f"blocks.{i}.attn", f"blocks.{i}.mlp"
             self.calibrate_heads(i)
             self.calibrate_branch(i, f"{attention}.proj", silent=(f"{mlp}.down_proj",))
@@ -158,8 +160,7 @@ class Calibration:
 
     def calibrate_heads(self, i: int) -> None:
         """Bisect the scale of q and k, each head's own, until its softmax has the target peak."""
-        heads = VISION["num_heads"]
-        low, high = torch.full((heads,), 0.1), torch.full((heads,), 10.0)
+        low, high = torch.full((HEADS,), 0.1), torch.full((HEADS,), 10.0)
         for _ in range(14):
             middle = (low * high).sqrt()
             _, largest = self.run(i + 1, self.scaled_heads(i, middle))
@@ -173,9 +174,7 @@ class Calibration:
     def scaled_heads(self, i: int, factors: Tensor) -> dict[str, Tensor]:
         names = [f"blocks.{i}.attn.qkv.{kind}" for kind in ("weight", "bias")]
         scale = torch.stack((factors, factors, torch.ones_like(factors)))  # q, k, v by head
-        rows = (
-            scale.double().flatten().repeat_interleave(VISION["hidden_size"] // VISION["num_heads"])
-        )
+        rows = scale.double().flatten().repeat_interleave(HIDDEN // HEADS)
         return {
             name: (self.tensors[name].mT * rows).mT.contiguous()
             if self.tensors[name].ndim == 2
@@ -219,11 +218,11 @@ def main(out: Path, seed: int, images: Path) -> None:
 
     bare = {name.removeprefix("visual."): tensor for name, tensor in tensors.items()}
     peaks: list[Tensor] = []
-    trace = vision_oracle(bare, oracle_config(VISION["depth"]), rows, grids, peaks=peaks)
+    trace = vision_oracle(bare, oracle_config(DEPTH), rows, grids, peaks=peaks)
     names = "".join(f"{Path(name).stem:>11}" for name in PHOTOGRAPHS)
     click.echo(f"largest softmax weight, mean\nblock  attention   all{names}   rms of the stream")
     for i, peak in enumerate(peaks):
-        kind = "full" if i in VISION["fullatt_block_indexes"] else "window"
+        kind = "full" if i in FULL_BLOCKS else "window"
         each = "".join(f"{x:11.3f}" for x in peak_by_photograph(peak, grids).mean(1).tolist())
         click.echo(f"{i:>5}  {kind:<9} {peak.mean():.3f}{each} {rms(trace[f'block.{i}']):19.3f}")
     size = (out / "model.safetensors").stat().st_size

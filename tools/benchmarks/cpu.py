@@ -1,17 +1,12 @@
-#!/usr/bin/env python3
 """The 7B-shaped tower on one 448 x 448 image in float32 on this CPU, beside Hugging Face's.
 
 Random weights; both in one process, one after the other, best of three. Prints a line for people
 and one JSON line; with --ledger, appends that line to a file.
 
 \b
-    ./tools/bench_cpu --ledger tools/bench_ledger.jsonl
+    python -m tools.benchmarks.cpu --ledger tools/benchmarks/ledger.jsonl
 """
 
-import datetime as dt
-import json
-import os
-import runpy
 import sys
 import time
 from collections.abc import Callable
@@ -21,16 +16,13 @@ from typing import Any
 import click
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from qwen_vit.config import Grid, ImageConfig, VisionConfig  # noqa: E402
-from qwen_vit.images.patches import Patches  # noqa: E402
-from tests.support.huggingface import hf_tower  # noqa: E402
-from tests.support.oracle import relative_error  # noqa: E402
-from tests.support.towers import build_tower, layout_for  # noqa: E402
-
-parity = runpy.run_path(str(ROOT / "tools" / "parity"))
+from qwen_vit.config import Grid, ImageConfig, VisionConfig
+from qwen_vit.images.patches import Patches
+from tests.support.huggingface import hf_tower
+from tests.support.oracle import relative_error
+from tests.support.towers import build_tower, layout_for
+from tools.common import ledger_options, ledger_row, publish
+from tools.random_tower import SHAPE, random_weights
 
 
 def best_seconds(run: Callable[[], Any], repeats: int = 3) -> float:
@@ -43,13 +35,12 @@ def best_seconds(run: Callable[[], Any], repeats: int = 3) -> float:
 
 
 @click.command(help=__doc__)
-@click.option("--commit", default=parity["head_commit"], help="What the ledger names.")
-@click.option("--ledger", type=click.Path(path_type=Path), help="Append the JSON line here.")
+@ledger_options
 @torch.no_grad()
 def main(commit: str, ledger: Path | None) -> None:
     """Measure, print, and exit 1 above 4 times Hugging Face's time."""
-    config, image_config = VisionConfig.from_json(parity["SHAPE"]), ImageConfig.from_json({})
-    tensors = parity["random_weights"](config, 0, torch.device("cpu"))
+    config, image_config = VisionConfig.from_json(SHAPE), ImageConfig.from_json({})
+    tensors = random_weights(config, 0, torch.device("cpu"))
     grids = (Grid(1, 32, 32),)
     pixels = torch.randint(0, 256, (1024, 588)).byte()
     rows = Patches(pixels, grids).to_rows(image_config)
@@ -68,21 +59,18 @@ def main(commit: str, ledger: Path | None) -> None:
         f"1 x 448^2, float32, {torch.get_num_threads()} threads: ours {our_seconds:.1f} s, "
         f"Hugging Face {their_seconds:.1f} s, {ratio:.2f} times; they differ by {error:.1e}"
     )
-    line = {
-        "what": "cpu",
-        "date": dt.date.today().isoformat(),
-        "commit": commit,
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "ours_s": round(our_seconds, 2),
-        "hf_s": round(their_seconds, 2),
-        "ratio": round(ratio, 3),
-        "relative_difference": float(f"{error:.3g}"),
-    }
-    print(json.dumps(line))
-    if ledger is not None:
-        with open(ledger, "a") as file:
-            file.write(json.dumps(line) + "\n")
+    line = ledger_row(
+        "cpu",
+        commit,
+        "cpu",
+        ("triton", "transformers"),
+        threads=torch.get_num_threads(),
+        ours_s=round(our_seconds, 2),
+        hf_s=round(their_seconds, 2),
+        ratio=round(ratio, 3),
+        relative_difference=float(f"{error:.3g}"),
+    )
+    publish(line, ledger)
     sys.exit(0 if ratio <= 4 and error <= 1e-5 else 1)
 
 

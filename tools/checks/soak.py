@@ -1,20 +1,15 @@
-#!/usr/bin/env python3
 """Full counts of what the tests try a few times: kills, full disks, memory, hostile input.
 
 \b
-    ./tools/soak kills --ledger tools/bench_ledger.jsonl
-    ./tools/soak all --fraction 0.02
+    python -m tools.checks.soak kills --ledger tools/benchmarks/ledger.jsonl
+    python -m tools.checks.soak all --fraction 0.02
 
 Prints one JSON line for each trial; exits 1 where a promise is broken. `full-disk` mounts small
 file systems, which needs root.
 """
 
-import datetime as dt
-import json
 import os
-import platform
 import random
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,15 +19,10 @@ from typing import Any
 
 import click
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import export_stress  # noqa: E402
-import hub_fault_injection  # noqa: E402
-import reading_stress  # noqa: E402
-
-from qwen_vit.errors import QwenVitError  # noqa: E402
-from tests.support.export_stress import on_an_export  # noqa: E402
+from qwen_vit.errors import QwenVitError
+from tests.support import export_stress, hub_fault_injection, reading_stress
+from tests.support.export_stress import on_an_export
+from tools.common import ledger_options, ledger_row, publish
 
 
 @dataclass(frozen=True)
@@ -73,46 +63,31 @@ TRIALS = {
 @click.argument("name", type=click.Choice([*TRIALS, "all"]))
 @click.option("--fraction", type=float, default=1.0, help="Of the full counts.")
 @click.option("--seed", type=int, help="Of the random moments; another one each time if not given.")
-@click.option("--ledger", type=click.Path(path_type=Path), help="Append the JSON lines here.")
-def main(name: str, fraction: float, seed: int | None, ledger: Path | None) -> None:
+@ledger_options
+def main(
+    name: str, fraction: float, seed: int | None, ledger: Path | None, commit: str
+) -> None:  # fmt: skip
     """Run a trial, or all of them."""
     os.environ["OMP_NUM_THREADS"] = "1"
     failed = False
     for each in TRIALS if name == "all" else (name,):
-        line = run(each, fraction, random.randrange(2**31) if seed is None else seed)
-        failed |= "failed" in line
-        print(json.dumps(line), flush=True)
-        if ledger is not None:
-            with open(ledger, "a") as file:
-                file.write(json.dumps(line) + "\n")
+        number = random.randrange(2**31) if seed is None else seed
+        figures = run(each, fraction, number)
+        failed |= "failed" in figures
+        publish(ledger_row(f"soak {each}", commit, "cpu", (), seed=number, **figures), ledger)
     sys.exit(1 if failed else 0)
 
 
 def run(name: str, fraction: float, seed: int) -> dict[str, Any]:
-    """One trial's line of the ledger."""
+    """One trial's figures."""
     trial = TRIALS[name]
     counts = {key: max(1, round(fraction * count)) for key, count in trial.counts.items()}
     arguments = {**counts, **trial.fixed, **({"seed": seed} if trial.has_seed else {})}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            figures = trial.run(Path(folder), **arguments)
+            return trial.run(Path(folder), **arguments)
         except (AssertionError, QwenVitError) as error:
-            figures = {"failed": f"{type(error).__name__}: {error}"[:2_000]}
-    return {
-        "what": f"soak {name}",
-        "date": dt.date.today().isoformat(),
-        "commit": head_commit(),
-        "cpu_cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "seed": seed,
-        **figures,
-    }
-
-
-def head_commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+            return {"failed": f"{type(error).__name__}: {error}"[:2_000]}
 
 
 if __name__ == "__main__":

@@ -1,19 +1,15 @@
-#!/usr/bin/env python3
 """Whether to trust the numbers: thousands of random cases against Hugging Face and float64.
 
 Prints one table and one JSON line; exits 1 where anything fails. On a CPU the values are checked
 in float32, on a GPU in bf16 and float32, and bit for bit. `--fraction 0.02` runs a sample.
 
 \b
-    ./tools/trust --device cpu --ledger tools/bench_ledger.jsonl
-    ./tools/trust --device cuda --ledger tools/bench_ledger.jsonl
+    python -m tools.checks.trust --device cpu --ledger tools/benchmarks/ledger.jsonl
+    python -m tools.checks.trust --device cuda --ledger tools/benchmarks/ledger.jsonl
 """
 
-import datetime as dt
-import json
 import math
 import random
-import runpy
 import sys
 import tempfile
 import time
@@ -26,39 +22,35 @@ from typing import Any
 
 import click
 import torch
-import triton
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from qwen_vit import VisionEncoder  # noqa: E402
-from qwen_vit.compare.golden import load_golden  # noqa: E402
-from qwen_vit.compare.huggingface import package_versions  # noqa: E402
-from qwen_vit.compare.oracle import Trace  # noqa: E402
-from qwen_vit.compare.run import compare, compare_with_golden  # noqa: E402
-from qwen_vit.compare.tolerance import (  # noqa: E402
+from qwen_vit import VisionEncoder
+from qwen_vit.compare.golden import load_golden
+from qwen_vit.compare.huggingface import package_versions
+from qwen_vit.compare.oracle import Trace
+from qwen_vit.compare.run import compare, compare_with_golden
+from qwen_vit.compare.tolerance import (
     MAX_BF16_RATIO,
     RELATIVE_TOLERANCE,
     judge,
     relative_error,
 )
-from qwen_vit.config import ImageConfig, VisionConfig  # noqa: E402
-from qwen_vit.graphs import GraphRunner, bucket_for  # noqa: E402
-from qwen_vit.kernels.attention import fused_rope_varlen_attention  # noqa: E402
-from qwen_vit.model import VisionTower, plan_layout  # noqa: E402
-from tests.support.attention_cases import (  # noqa: E402
+from qwen_vit.config import ImageConfig, VisionConfig
+from qwen_vit.graphs import GraphRunner, bucket_for
+from qwen_vit.kernels.attention import fused_rope_varlen_attention
+from qwen_vit.model import VisionTower, plan_layout
+from tests.support.attention_cases import (
     attention_oracle,
     random_case,
     stock_attention,
     tower_attention,
 )
-from tests.support.checkpoints import SMALL, peaked_tensors  # noqa: E402
-from tests.support.goldens import IMAGE_FOLDER, MEAN, PHOTOGRAPHS, STD, TINY_FOLDER  # noqa: E402
-from tests.support.huggingface import hf_tower, hf_trace  # noqa: E402
-from tests.support.layouts import assert_equals_transformers  # noqa: E402
-from tests.support.oracle import pixel_rows, vision_oracle  # noqa: E402
-from tests.support.towers import (  # noqa: E402
+from tests.support.checkpoints import SMALL, peaked_tensors
+from tests.support.goldens import IMAGE_FOLDER, MEAN, PHOTOGRAPHS, STD, TINY_FOLDER
+from tests.support.huggingface import hf_tower, hf_trace
+from tests.support.layouts import assert_equals_transformers
+from tests.support.oracle import pixel_rows, vision_oracle
+from tests.support.towers import (
     GridTuple,
     as_grids,
     build_tower,
@@ -68,10 +60,11 @@ from tests.support.towers import (  # noqa: E402
     random_pixels,
     random_rows,
 )
-from tests.support.towers import tower_trace as trace_of  # noqa: E402
-from tests.support.weight_faults import every_fault, inject_fault  # noqa: E402
-
-parity = runpy.run_path(str(ROOT / "tools" / "parity"))
+from tests.support.towers import tower_trace as trace_of
+from tests.support.weight_faults import every_fault, inject_fault
+from tools.checks.parity import INPUTS
+from tools.common import four_digits, ledger_options, ledger_row, publish
+from tools.random_tower import SHAPE, random_weights
 
 CPU = torch.device("cpu")
 HEADS, HEAD_DIMS = range(1, 21), (64, 72, 80, 96, 128)
@@ -126,9 +119,9 @@ def stage_by_stage(
     The oracle is asked only where it decides: float32 within 1e-5 needs no allowance.
     """
     if dtype == torch.float32:
-        apart = {name: relative_error(ours[name], theirs[name]) for name in theirs}
-        if max(apart.values()) <= RELATIVE_TOLERANCE:
-            tally.add(max(apart.values()), True, what)
+        distance = {name: relative_error(ours[name], theirs[name]) for name in theirs}
+        if max(distance.values()) <= RELATIVE_TOLERANCE:
+            tally.add(max(distance.values()), True, what)
             return
     truth, worst, problems = oracle(), 0.0, []
     for name, right in truth.items():
@@ -144,7 +137,7 @@ def stage_by_stage(
     tally.add(worst, not problems, f"{what}: {'; '.join(problems[:2])}")
 
 
-def policy_tally(dtype: torch.dtype) -> CheckCounts:
+def policy_counts(dtype: torch.dtype) -> CheckCounts:
     if dtype == torch.float32:
         return CheckCounts("relative", "1e-5 (or 2x HF's own)")
     return CheckCounts("x HF's error", "1.01")
@@ -163,7 +156,7 @@ def layouts(count: int, seed: int, device: torch.device) -> CheckCounts:
         SMALL, depth=2, num_heads=1, hidden_size=80, intermediate_size=37, out_hidden_size=8,
         fullatt_block_indexes=(1,),
     )  # fmt: skip
-    tensors, tally = peaked_tensors(config, seed), policy_tally(torch.float32)
+    tensors, tally = peaked_tensors(config, seed), policy_counts(torch.float32)
     ours, theirs = build_tower(tensors, config), hf_tower(tensors, config)
     for case in range(count):
         generator = random.Random(f"{seed} {case}")
@@ -183,7 +176,7 @@ def layouts(count: int, seed: int, device: torch.device) -> CheckCounts:
             tally, torch.float32,
             trace_of(ours, rows if pixels is None else pixels, grids, layout=layout),
             hf_trace(theirs, rows, grids),
-            lambda rows=rows, grids=grids: vision_oracle(tensors, config, rows, grids), grids,
+            partial(vision_oracle, tensors, config, rows, grids), grids,
         )  # fmt: skip
     return tally
 
@@ -210,7 +203,7 @@ def unpublished(count: int, seed: int) -> Iterator[VisionConfig]:
 
 def configs(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> CheckCounts:
     """Other heads, head dims, windows, MLP sizes and mixes of full and window blocks."""
-    tally = policy_tally(dtype)
+    tally = policy_counts(dtype)
     for case, config in enumerate(unpublished(count, seed)):
         grids = random_grids(random.Random(f"{seed} {case}"), 300)
         tensors = peaked_tensors(config, seed + case)
@@ -221,7 +214,7 @@ def configs(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> 
             tally, dtype,
             trace_of(build_tower(tensors, config, dtype=dtype, device=device), rows, grids),
             hf_trace(hf_tower(tensors, config, dtype, device), rows, grids),
-            lambda t=tensors, c=config, r=rows, g=grids: vision_oracle(t, c, r, g), config,
+            partial(vision_oracle, tensors, config, rows, grids), config,
         )  # fmt: skip
     return tally
 
@@ -285,7 +278,7 @@ def adversarial(count: int, seed: int, device: torch.device, dtype: torch.dtype)
     errors to mean much. So in bf16 the policy holds for each stage's geometric mean over all cases.
     """
     config, grids = tiny()[1], [(1, 30, 46)]
-    tally, ratios = policy_tally(dtype), defaultdict[str, list[float]](list)
+    tally, ratios = policy_counts(dtype), defaultdict[str, list[float]](list)
     cases = [
         (what + suffix, weights, patches)
         for suffix, weights in adversarial_towers(dtype).items()
@@ -319,7 +312,7 @@ def adversarial(count: int, seed: int, device: torch.device, dtype: torch.dtype)
 def photographs(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> CheckCounts:
     """Every photograph of the project through `qwen-vit compare`, on weights/tiny."""
     encoder = VisionEncoder.from_pretrained(TINY_FOLDER, device=device, dtype=dtype)
-    tally = policy_tally(dtype)
+    tally = policy_counts(dtype)
     images = [str(IMAGE_FOLDER / name) for name in PHOTOGRAPHS[:count]]
     done = compare(encoder, images)
     for name, error in done.skipped:
@@ -330,7 +323,7 @@ def photographs(count: int, seed: int, device: torch.device, dtype: torch.dtype)
     return tally
 
 
-def planted(count: int, seed: int, device: torch.device) -> CheckCounts:
+def weight_faults(count: int, seed: int, device: torch.device) -> CheckCounts:
     """A fault in any one tensor of weights/tiny: found, and its stage named, against a golden."""
     tally = CheckCounts("x the tolerance, at least", "1")
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=30_000)
@@ -356,12 +349,12 @@ def published_shapes(
     count: int, seed: int, device: torch.device, dtype: torch.dtype
 ) -> CheckCounts:
     """Every published shape, random weights, ten odd sizes in one batch, every stage."""
-    tally, grids = policy_tally(dtype), parity["INPUTS"]["ten odd sizes"]
+    tally, grids = policy_counts(dtype), INPUTS["ten odd sizes"]
     for name, (intermediate, out) in list(PUBLISHED.items())[:count]:
         config = VisionConfig.from_json(
-            {**parity["SHAPE"], "intermediate_size": intermediate, "out_hidden_size": out}
+            {**SHAPE, "intermediate_size": intermediate, "out_hidden_size": out}
         )
-        tensors = parity["random_weights"](config, seed, device)
+        tensors = random_weights(config, seed, device)
         pixels = random_pixels(n_patches(grids), seed).to(device)
         rows = pixel_rows(pixels.cpu(), MEAN, STD).to(device)
         on_host = {key: tensor.cpu() for key, tensor in tensors.items()}
@@ -369,7 +362,7 @@ def published_shapes(
         stage_by_stage(
             tally, dtype, trace_of(ours, pixels, grids),
             hf_trace(hf_tower(tensors, config, dtype, device), rows, grids),
-            lambda t=tensors, c=config, r=rows: vision_oracle(t, c, r, grids), name,
+            partial(vision_oracle, tensors, config, rows, grids), name,
         )  # fmt: skip
     return tally
 
@@ -390,10 +383,8 @@ class Bitwise:
 
     @classmethod
     def make(cls, seed: int, device: torch.device, dtype: torch.dtype) -> "Bitwise":
-        config = VisionConfig.from_json(
-            {**parity["SHAPE"], "depth": 2, "fullatt_block_indexes": [1]}
-        )
-        tensors = parity["random_weights"](config, seed, device)
+        config = VisionConfig.from_json({**SHAPE, "depth": 2, "fullatt_block_indexes": [1]})
+        tensors = random_weights(config, seed, device)
         on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
         tower = build_tower(on_host, config, ImageConfig.from_json({}), dtype, device)
         generator = random.Random(seed)
@@ -414,7 +405,8 @@ class Bitwise:
         if merged is not None:
             return merged
         with torch.no_grad():
-            return self.tower(pixels, layout.to(self.device))
+            tokens: Tensor = self.tower(pixels, layout.to(self.device))
+        return tokens
 
 
 def batches(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> CheckCounts:
@@ -488,17 +480,13 @@ def kernel(count: int, seed: int, device: torch.device, kind: str) -> CheckCount
 # -------------------------------------------------------------------------------------------------
 
 
-def for_dtype(run: Callable[..., CheckCounts], dtype: torch.dtype) -> Callable[..., CheckCounts]:
-    return lambda count, seed, device: run(count, seed, device, dtype)
-
-
 def checks() -> Iterable[Check]:
     fp32 = torch.float32
     yield Check("random layouts, small tower, fp32", "cpu", 10_000, layouts)
-    yield Check("unpublished configs, fp32", "cpu", 400, for_dtype(configs, fp32))
-    yield Check("adversarial inputs, fp32", "cpu", 40, for_dtype(adversarial, fp32))
-    yield Check("photographs, fp32", "cpu", 3, for_dtype(photographs, fp32))
-    yield Check("planted faults found", "cpu", 132, planted)
+    yield Check("unpublished configs, fp32", "cpu", 400, partial(configs, dtype=fp32))
+    yield Check("adversarial inputs, fp32", "cpu", 40, partial(adversarial, dtype=fp32))
+    yield Check("photographs, fp32", "cpu", 3, partial(photographs, dtype=fp32))
+    yield Check("weight faults found", "cpu", 132, weight_faults)
     # on a GPU each config is compiled anew, which takes most of the time
     for dtype, n_batches, n_configs in ((torch.bfloat16, 10_000, 6), (fp32, 300, 2)):
         name = DTYPE_NAMES[dtype]
@@ -510,18 +498,18 @@ def checks() -> Iterable[Check]:
             ("photographs", 3, photographs),
             ("unpublished configs", n_configs, configs),
         ):
-            yield Check(f"{what}, {name}", "cuda", count, for_dtype(run, dtype))
+            yield Check(f"{what}, {name}", "cuda", count, partial(run, dtype=dtype))
     for kind in ("window", "full", "alone"):
         yield Check(
             f"kernel against oracle, {kind}, bf16", "cuda", 1_000,
-            lambda count, seed, device, kind=kind: kernel(count, seed, device, kind),
+            partial(kernel, kind=kind),
         )  # fmt: skip
 
 
 def row_of(check: Check, tally: CheckCounts, seconds: float) -> dict[str, Any]:
     return {
         "runs": tally.runs,
-        "worst": float(f"{tally.worst:.4g}") if math.isfinite(tally.worst) else None,
+        "worst": four_digits(tally.worst) if math.isfinite(tally.worst) else None,
         "unit": tally.unit,
         "allowed": tally.allowed,
         "failures": len(tally.failures),
@@ -535,8 +523,7 @@ def row_of(check: Check, tally: CheckCounts, seconds: float) -> dict[str, Any]:
 @click.option("--fraction", default=1.0, show_default=True, help="Of each check's cases.")
 @click.option("--only", multiple=True, help="Checks whose name holds this; may be repeated.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--ledger", type=click.Path(path_type=Path), help="Append the JSON line here.")
-@click.option("--commit", default=parity["head_commit"], help="What the ledger names.")
+@ledger_options
 def main(
     device: str | None, fraction: float, only: tuple[str, ...], seed: int, ledger: Path | None,
     commit: str,
@@ -575,21 +562,17 @@ def main(
         for example in row["examples"]:
             print(f"    {example}", flush=True)
     good = all(row["runs"] and not row["failures"] for row in rows.values())
-    line = {
-        "what": "trust",
-        "date": dt.date.today().isoformat(),
-        "commit": commit,
-        "device": torch.cuda.get_device_name(0) if chosen == "cuda" else "cpu",
-        "versions": {**package_versions(), "triton": triton.__version__},
-        "fraction": fraction,
-        "seed": seed,
-        "good": good,
-        "rows": rows,
-    }
-    print(json.dumps(line))
-    if ledger is not None:
-        with open(ledger, "a") as file:
-            file.write(json.dumps(line) + "\n")
+    line = ledger_row(
+        "trust",
+        commit,
+        place,
+        (*package_versions(), "triton"),
+        fraction=fraction,
+        seed=seed,
+        good=good,
+        rows=rows,
+    )
+    publish(line, ledger)
     sys.exit(0 if good else 1)
 
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """The 7B-shaped tower in bf16 on a GPU: our error and Hugging Face's, against float64.
 
 Random weights (nothing is downloaded), eight seeds, four kinds of input, every stage. Prints a
@@ -6,34 +5,25 @@ table and one JSON line; with --ledger, appends that line to a file. Exits 1 whe
 is more than 1.01 times as far from the truth as Hugging Face's, or their geometric mean is above 1.
 
 \b
-    ./tools/parity --ledger tools/bench_ledger.jsonl
+    python -m tools.checks.parity --ledger tools/benchmarks/ledger.jsonl
 """
 
-import datetime as dt
-import json
 import math
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
-import transformers
-import triton
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from qwen_vit.config import Grid, ImageConfig, VisionConfig
+from qwen_vit.images.patches import Patches
+from tests.support.huggingface import hf_tower, hf_trace
+from tests.support.oracle import relative_error, vision_oracle
+from tests.support.towers import build_tower, tower_trace
+from tools.common import four_digits, ledger_options, ledger_row, publish, require_gpu
+from tools.random_tower import SHAPE, random_weights
 
-from qwen_vit.checkpoint.load import expected_tensors  # noqa: E402
-from qwen_vit.config import Grid, ImageConfig, VisionConfig  # noqa: E402
-from qwen_vit.images.patches import Patches  # noqa: E402
-from tests.support.huggingface import hf_tower, hf_trace  # noqa: E402
-from tests.support.oracle import relative_error, vision_oracle  # noqa: E402
-from tests.support.towers import build_tower, tower_trace  # noqa: E402
-
-SHAPE = {"model_type": "qwen2_5_vl", "out_hidden_size": 3584}  # the rest is as published
 INPUTS = {
     "448 x 448": (Grid(1, 32, 32),),
     "644 x 1036": (Grid(1, 46, 74),),
@@ -47,24 +37,6 @@ INPUTS = {
     "8 video frames": (Grid(4, 20, 28),),
 }  # fmt: skip
 MAX_STAGE_RATIO, MAX_MEAN_RATIO = 1.01, 1.00
-
-
-def random_weights(config: VisionConfig, seed: int, device: torch.device) -> dict[str, Any]:
-    """Published names -> bf16 weights; queries and keys are scaled so that attention is peaked."""
-    generator = torch.Generator(device).manual_seed(seed)
-    tensors = {}
-    for name, shape in expected_tensors(config).items():
-        values = torch.randn(shape, generator=generator, device=device)
-        if "norm" in name or "ln_q" in name:
-            values = 1 + 0.1 * values
-        elif name.endswith("bias"):
-            values *= 0.02
-        else:
-            values *= math.prod(shape[1:]) ** -0.5
-        if name.endswith("qkv.weight"):
-            values[: 2 * config.hidden_size] *= 1.6
-        tensors[name] = values.bfloat16()
-    return tensors
 
 
 def measure(seeds: int, device: torch.device) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -96,21 +68,13 @@ def measure(seeds: int, device: torch.device) -> dict[str, dict[str, list[tuple[
     return errors
 
 
-def head_commit() -> str:
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 @click.command(help=__doc__)
 @click.option("--seeds", default=8, show_default=True)
-@click.option("--commit", default=head_commit, help="What the ledger names.")
-@click.option("--ledger", type=click.Path(path_type=Path), help="Append the JSON line here.")
+@ledger_options
 def main(seeds: int, ledger: Path | None, commit: str) -> None:
     """Measure, print, and exit 1 where the numbers policy is broken."""
-    if not torch.cuda.is_available():
-        raise click.ClickException("this needs an NVIDIA GPU: torch sees none")
-    errors = measure(seeds, torch.device("cuda", 0))
+    device = require_gpu()
+    errors = measure(seeds, device)
     print(f"{'input':<16}{'stage':<14}{'ours':>10}{'HF bf16':>10}{'ratio':>8}{'worst':>8}")
     report, is_good = {}, True
     for name, stages in errors.items():
@@ -125,32 +89,24 @@ def main(seeds: int, ledger: Path | None, commit: str) -> None:
                 "ratio_geometric_mean": mean,
                 "ratio_worst": max(ratios),
             }
-            report[f"{name}, {stage}"] = {key: float(f"{value:.4g}") for key, value in row.items()}
+            report[f"{name}, {stage}"] = {key: four_digits(value) for key, value in row.items()}
             if not good or stage in ("patch_embed", "block.0", "block.7", "block.31", "merger"):
                 print(
                     f"{name:<16}{stage:<14}{row['ours']:>10.2e}{row['hf']:>10.2e}"
                     f"{mean:>8.3f}{max(ratios):>8.3f}{'' if good else '  <- too far'}"
                 )
-    line = {
-        "what": "parity",
-        "date": dt.date.today().isoformat(),
-        "commit": commit,
-        "device": torch.cuda.get_device_name(0),
-        "versions": {
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "transformers": transformers.__version__,
-        },
-        "seeds": seeds,
-        "good": is_good,
-        "worst_ratio": max(row["ratio_worst"] for row in report.values()),
-        "worst_geometric_mean": max(row["ratio_geometric_mean"] for row in report.values()),
-        "stages": report,
-    }
-    print(json.dumps(line))
-    if ledger is not None:
-        with open(ledger, "a") as file:
-            file.write(json.dumps(line) + "\n")
+    line = ledger_row(
+        "parity",
+        commit,
+        device,
+        ("triton", "transformers"),
+        seeds=seeds,
+        good=is_good,
+        worst_ratio=max(row["ratio_worst"] for row in report.values()),
+        worst_geometric_mean=max(row["ratio_geometric_mean"] for row in report.values()),
+        stages=report,
+    )
+    publish(line, ledger)
     sys.exit(0 if is_good else 1)
 
 

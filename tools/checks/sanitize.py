@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Every kernel on a GPU under NVIDIA's compute-sanitizer, over many random layouts.
 
 First without it: results lie between guard zones and begin as NaN; nothing beside them may change,
@@ -9,16 +8,14 @@ and one whole small tower: as wide as the published ones in bf16 (Hopper's own k
 bf16 and in float32 (the plain ones). Prints a table; exits 1 where anything is wrong, or missing.
 
 \b
-    ./tools/sanitize --layouts 100
-    ./tools/sanitize --tool memcheck --layouts 20 --seconds 120
+    python -m tools.checks.sanitize --layouts 100
+    python -m tools.checks.sanitize --tool memcheck --layouts 20 --seconds 120
 """
 
-import datetime as dt
 import json
 import os
 import random
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -37,21 +34,19 @@ import torch
 import triton
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from qwen_vit.kernels import IS_KNOWN_GLUON, linear  # noqa: E402
-from qwen_vit.kernels import attention as kernels  # noqa: E402
-from qwen_vit.kernels.attention import (  # noqa: E402
+from qwen_vit.kernels import IS_KNOWN_GLUON, linear
+from qwen_vit.kernels import attention as kernels
+from qwen_vit.kernels.attention import (
     RotaryTable,
     attention,
     fused_rope_varlen_attention,
 )
-from qwen_vit.model import VisionTower, plan_layout  # noqa: E402
-from tests.support.attention_cases import adjacent, axial_tables, random_case, segments_of  # noqa: E402
-from tests.support.checkpoints import SMALL, random_tensors  # noqa: E402
-from tests.support.guard_zones import GUARD_BYTES, GuardedMemory  # noqa: E402
-from tests.support.towers import as_grids, build_tower, n_patches, random_pixels, random_rows  # noqa: E402
+from qwen_vit.model import VisionTower, plan_layout
+from tests.support.attention_cases import adjacent, axial_tables, random_case, segments_of
+from tests.support.checkpoints import SMALL, random_tensors
+from tests.support.guard_zones import GUARD_BYTES, GuardedMemory
+from tests.support.towers import as_grids, build_tower, n_patches, random_pixels, random_rows
+from tools.common import ROOT, append_row, ledger_options, ledger_row
 
 if IS_KNOWN_GLUON:
     from qwen_vit.kernels import linear_hopper
@@ -77,7 +72,7 @@ HEADS = 2
 NARROW = replace(
     SMALL, depth=2, hidden_size=160, intermediate_size=140, num_heads=2, fullatt_block_indexes=(1,)
 )
-# its products have whole tiles of Hopper's kernels
+# its GEMMs have whole tiles of Hopper's kernels
 PUBLISHED_WIDTH = replace(
     NARROW, hidden_size=1280, intermediate_size=640, num_heads=16, out_hidden_size=256
 )
@@ -154,7 +149,8 @@ def random_tower(
 
     def call() -> Tensor:
         with torch.no_grad():
-            return tower(patches, on_device)
+            tokens: Tensor = tower(patches, on_device)
+        return tokens
 
     return name_of("tower,", name, dtype), 0, call
 
@@ -170,7 +166,7 @@ class TorchWithZeros:
 
 @contextmanager
 def zeros_under_tma_stores() -> Iterator[None]:
-    """Results of products begin as zeros: initcheck does not see what the TMA writes.
+    """Results of GEMMs begin as zeros: initcheck does not see what the TMA writes.
 
     So do their sums of squares. That every value of both is written, `guards` sees.
     """
@@ -264,7 +260,7 @@ def watched(
 ) -> dict[str, Any]:
     """One row of the table: the layouts in a process of their own, under a tool or only guarded."""
     options = ["--child", tool, "--layouts", str(count), "--seconds", str(seconds)]
-    command = [sys.executable, str(Path(__file__)), *options, "--device", device]
+    command = [sys.executable, "-m", "tools.checks.sanitize", *options, "--device", device]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     row: dict[str, Any] = {"tool": tool, "errors": None, "problems": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -280,7 +276,7 @@ def watched(
         start = time.monotonic()
         try:
             done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False,
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
                 timeout=2 * seconds + 120,
             )  # fmt: skip
             output, complaint, exit_code = done.stdout, done.stderr, done.returncode
@@ -358,12 +354,11 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="On a CPU: guards alone.")
 @click.option("--child", type=click.Choice(TOOLS), hidden=True)
 @click.option("--logs", type=click.Path(path_type=Path), help="Keep what the tools said here.")
-@click.option("--ledger", type=click.Path(path_type=Path), help="Append the JSON line here.")
-@click.option("--commit", help="What the ledger names.")
+@ledger_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(
     tools: tuple[str, ...], layouts: int, seconds: float, device: str | None, child: str | None,
-    logs: Path | None, ledger: Path | None, commit: str | None, as_json: bool,
+    logs: Path | None, ledger: Path | None, commit: str, as_json: bool,
 ) -> None:  # fmt: skip
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if child is not None:
@@ -381,20 +376,9 @@ def main(
         rows.append(watched(tool, sanitizer, layouts, seconds, device, logs))
         print(json.dumps(rows[-1]), file=sys.stderr)
     is_clean = all(not row["problems"] and not row["errors"] for row in rows)
-    on_gpu = device == "cuda"
-    document = {
-        "what": "sanitize",
-        "date": dt.date.today().isoformat(),
-        "commit": commit or runpy.run_path(str(ROOT / "tools" / "parity"))["head_commit"](),
-        "device": torch.cuda.get_device_name(0) if on_gpu else "cpu",
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "good": is_clean,
-        "rows": rows,
-    }
+    document = ledger_row("sanitize", commit, device, ("triton",), good=is_clean, rows=rows)
     print(json.dumps(document) if as_json else as_table(rows))
-    if ledger is not None:
-        with open(ledger, "a") as file:
-            file.write(json.dumps(document) + "\n")
+    append_row(document, ledger)
     sys.exit(0 if is_clean else 1)
 
 

@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """Record Hugging Face's fp32 stages for weights/tiny, or report how far they have drifted."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -13,12 +12,10 @@ import transformers
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from tests.support.goldens import (  # noqa: E402
+from qwen_vit.compare.tolerance import RELATIVE_TOLERANCE
+from tests.support.goldens import (
     GOLDEN_FOLDER,
     IMAGE_FOLDER,
-    RELATIVE_TOLERANCE,
     TINY_FOLDER,
     Golden,
     golden_names,
@@ -29,8 +26,9 @@ from tests.support.goldens import (  # noqa: E402
     save_golden,
     sha256,
 )
-from tests.support.huggingface import hf_tower, hf_trace  # noqa: E402
-from tests.support.oracle import Trace, read_checkpoint, relative_error, vision_oracle  # noqa: E402
+from tests.support.huggingface import hf_tower, hf_trace
+from tests.support.oracle import Trace, read_checkpoint, relative_error, vision_oracle
+from tests.support.towers import GridTuple
 
 ATTENTION = "sdpa"
 MAX_BYTES = 3_000_000
@@ -94,7 +92,7 @@ CASES: dict[str, tuple[Part, ...]] = {
 }
 
 
-def case_pixels(parts: tuple[Part, ...], images: Path) -> tuple[Tensor, tuple]:
+def case_pixels(parts: tuple[Part, ...], images: Path) -> tuple[Tensor, tuple[GridTuple, ...]]:
     """Pixels and grids; stills get their second frame where a clip is in the batch."""
     pixels, grids = [], []
     for part in parts:
@@ -137,7 +135,7 @@ def weight_hashes() -> dict[str, str]:
     return {name: sha256(TINY_FOLDER / name) for name in ("config.json", "model.safetensors")}
 
 
-def golden_stages(config: object) -> tuple[str, ...]:
+def golden_stages(config: Any) -> tuple[str, ...]:
     blocks = range(config.depth)
     first_full = min(config.fullatt_block_indexes)
     first_window = min(i for i in blocks if i not in config.fullatt_block_indexes)
@@ -213,7 +211,9 @@ def check(images: Path) -> bool:
             f"{name}: made with torch {versions['torch']}, transformers {versions['transformers']}"
         )
         if golden.facts["weights_sha256"] != weight_hashes():
-            click.echo("  weights/tiny is not what it was made of: run tools/make_golden again")
+            click.echo(
+                "  weights/tiny is not what it was made of: run python -m tools.make_golden again"
+            )
             within = False
         pixels, grids = case_pixels(parts, images)
         if grids != golden.grids or not torch.equal(pixels, golden.pixels):

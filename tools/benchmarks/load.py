@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """`VisionEncoder.from_pretrained` of a local file, beside plain copies of the same bytes.
 
 The file is in the page cache. Its copy rate is that of one thread that reads all of it into memory
@@ -7,17 +6,15 @@ memory that a load adds in a fresh process. The 7B-shaped tower in bf16 with ran
 a model is named. Prints tables and one JSON line.
 
 \b
-    ./tools/bench_load --ledger tools/bench_ledger.jsonl
-    ./tools/bench_load --sweep                   # threads and sizes of pieces, too
-    ./tools/bench_load --model tiny              # anywhere
+    python -m tools.benchmarks.load --ledger tools/benchmarks/ledger.jsonl
+    python -m tools.benchmarks.load --sweep                   # threads and sizes of pieces, too
+    python -m tools.benchmarks.load --model tiny              # anywhere
 """
 
-import datetime as dt
 import gc
-import json
+import itertools
 import multiprocessing
 import os
-import runpy
 import statistics
 import sys
 import tempfile
@@ -32,22 +29,20 @@ from pathlib import Path
 from typing import Any
 
 import click
-import safetensors
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from qwen_vit.checkpoint import convert  # noqa: E402
-from qwen_vit.checkpoint.hub import find_checkpoint  # noqa: E402
-from qwen_vit.checkpoint.load import find_tower, load_checkpoint  # noqa: E402
-from qwen_vit.checkpoint.to_device import MAX_THREADS, PIECE_BYTES, _through_slots, to_device  # noqa: E402
-from qwen_vit.common.safetensors_header import LENGTH_BYTES  # noqa: E402
-from qwen_vit.common.tensors import extremes  # noqa: E402
-from qwen_vit.config import ImageConfig  # noqa: E402
-from qwen_vit.encoder import VisionEncoder  # noqa: E402
-from qwen_vit.model import VisionTower  # noqa: E402
-from tests.support.process_memory import memory_mb  # noqa: E402
+from qwen_vit.checkpoint import convert
+from qwen_vit.checkpoint.hub import find_checkpoint
+from qwen_vit.checkpoint.load import find_tower, load_checkpoint
+from qwen_vit.checkpoint.to_device import MAX_THREADS, PIECE_BYTES, _through_slots, to_device
+from qwen_vit.common.safetensors_header import LENGTH_BYTES
+from qwen_vit.common.tensors import extremes
+from qwen_vit.config import ImageConfig
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.model import VisionTower
+from tests.support.process_memory import memory_mb
+from tools.common import default_device, four_digits, ledger_options, ledger_row, publish
+from tools.random_tower import write_model
 
 PAGE_CACHE = "page cache to memory"
 READ_BYTES = 4 * 2**20
@@ -63,10 +58,6 @@ class Piece:
     start: int
     end: int
     to: int
-
-
-def tool(name: str, function: str) -> Any:
-    return runpy.run_path(str(ROOT / "tools" / name))[function]
 
 
 def pieces_of(folder: Path, size: int) -> list[Piece]:
@@ -127,7 +118,7 @@ def read_all(pieces: list[Piece], memory: memoryview, threads: int = 1) -> None:
 
 def read_then_fetch(pieces: list[Piece], pinned: torch.Tensor, target: torch.Tensor) -> None:
     """One thread: into pinned memory, to the GPU, and wait."""
-    memory = memoryview(pinned.numpy())
+    memory = memoryview(pinned.numpy())  # type: ignore[arg-type]
     with opened(pieces) as files:
         for piece in pieces:
             read_piece(files, memory, piece)
@@ -225,11 +216,17 @@ def first_load(folder: str, device: str) -> dict[str, float]:
     watcher.join()
     pinned = torch.cuda.host_memory_stats() if device != "cpu" else {}
     return {
-        "seconds": float(f"{taken:.4g}"),
+        "seconds": four_digits(taken),
         "own_peak": round(most[0] - before[0], 1),
         "mapped_files_peak": round(most[1] - before[1], 1),
         "pinned_peak": round(pinned.get("allocated_bytes.peak", 0) / 2**20, 1),
     }
+
+
+def through_slots(
+    tensors: list[torch.Tensor], device: torch.device, threads: int, piece_bytes: int
+) -> list[torch.Tensor]:
+    return list(_through_slots(tensors, device, threads, piece_bytes))
 
 
 @contextmanager
@@ -238,7 +235,7 @@ def model_folder(model: str | None, folder: Path | None, device: torch.device) -
         yield find_checkpoint(model).folder
         return
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        tool("bench_export", "write_model")(Path(temporary), device)
+        write_model(Path(temporary), device)
         yield Path(temporary)
 
 
@@ -247,14 +244,13 @@ def model_folder(model: str | None, folder: Path | None, device: torch.device) -
 @click.option("--folder", type=click.Path(path_type=Path), help="Where that one is written.")
 @click.option("--repeats", default=5, show_default=True)
 @click.option("--sweep", is_flag=True, help="Also: threads and sizes of pieces.")
-@click.option("--ledger", type=click.Path(path_type=Path), help="Append the JSON line here.")
-@click.option("--commit", help="What the ledger names.")
+@ledger_options
 def main(
     model: str | None, folder: Path | None, repeats: int, sweep: bool, ledger: Path | None,
-    commit: str | None,
+    commit: str,
 ) -> None:  # fmt: skip
     """Measure, print, and exit 1 on a GPU below 80 % of the page cache's copy rate."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = default_device()
     with model_folder(model, folder, device) as here:
         pieces = pieces_of(here, READ_BYTES)
         total = sum(piece.end - piece.start for piece in pieces)
@@ -276,16 +272,12 @@ def main(
             copies[name].append(median(run))
         gc.collect()
         stage_s = {name: median(run) for name, run in stages(here, device).items()}
-        swept = {}
+        swept: dict[str, float] = {}
         if sweep:
             tensors = list(load_checkpoint(here).tensors.values())
-            swept = {
-                f"{threads} x {mib} MiB": total / 1e9 / median(
-                    lambda n=threads, m=mib: list(_through_slots(tensors, device, n, m * 2**20)), 3
-                )
-                for threads in SWEPT_THREADS
-                for mib in SWEPT_MIB
-            }  # fmt: skip
+            for threads, mib in itertools.product(SWEPT_THREADS, SWEPT_MIB):
+                load_all = partial(through_slots, tensors, device, threads, mib * 2**20)
+                swept[f"{threads} x {mib} MiB"] = total / 1e9 / median(load_all, 3)
 
     rates = {name: total / min(taken) / 1e9 for name, taken in copies.items()}
     rate = total / load_s / 1e9
@@ -306,26 +298,21 @@ def main(
     print("host memory that a load adds, MiB: " + ", ".join(
         f"{name.replace('_', ' ')} {mb}" for name, mb in first.items() if name != "seconds"
     ))  # fmt: skip
-    line = {
-        "what": "load",
-        "date": dt.date.today().isoformat(),
-        "commit": commit or tool("parity", "head_commit")(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu_cores": len(os.sched_getaffinity(0)),
-        "versions": {"torch": torch.__version__, "safetensors": safetensors.__version__},
-        "bytes": total,
-        "largest_tensor_bytes": largest,
-        "load_s": float(f"{load_s:.4g}"),
-        "load_gb_per_s": float(f"{rate:.4g}"),
-        "share_of_the_page_cache": float(f"{share:.4g}"),
-        "copies_gb_per_s": {name: float(f"{each:.4g}") for name, each in rates.items()},
-        "stages_ms": {name: round(taken * 1e3, 1) for name, taken in stage_s.items()},
-        "first_of_a_process": first,
-    }
-    print(json.dumps(line))
-    if ledger is not None:
-        with open(ledger, "a") as file:
-            file.write(json.dumps(line) + "\n")
+    line = ledger_row(
+        "load",
+        commit,
+        device,
+        ("safetensors",),
+        bytes=total,
+        largest_tensor_bytes=largest,
+        load_s=four_digits(load_s),
+        load_gb_per_s=four_digits(rate),
+        share_of_the_page_cache=four_digits(share),
+        copies_gb_per_s={name: four_digits(each) for name, each in rates.items()},
+        stages_ms={name: round(taken * 1e3, 1) for name, taken in stage_s.items()},
+        first_of_a_process=first,
+    )
+    publish(line, ledger)
     sys.exit(1 if device.type == "cuda" and share < WANTED_SHARE else 0)
 
 

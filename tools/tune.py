@@ -1,15 +1,14 @@
-#!/usr/bin/env python3
 """Sweeps the tiles of the kernels' tables on this GPU, and proposes rows; changes no file.
 
-For every product and attention of the 7B-shaped tower, at each number of patches, each candidate is
+For every GEMM and attention of the 7B-shaped tower, at each number of patches, each candidate is
 compiled and run in a process of its own, which may fail or die; its result must have the bits of
 the present row's (where tiles may not change them), or be as near to float64. Those that pass are
 timed in turns, in CUDA graphs, with weights that are not in the cache. Prints a table and the rows
 to paste.
 
 \b
-    ./tools/tune --list                             # what would be tried; needs no GPU
-    ./tools/tune --only down --only proj --rows 1024,4096
+    python -m tools.tune --list                             # what would be tried; needs no GPU
+    python -m tools.tune --only down --only proj --rows 1024,4096
 """
 
 import itertools
@@ -22,7 +21,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import click
@@ -30,15 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from qwen_vit.compare.tolerance import relative_error  # noqa: E402
-from qwen_vit.kernels import IS_KNOWN_GLUON, attention, linear  # noqa: E402
-from qwen_vit.kernels.attention import AttentionTile, RotaryTable  # noqa: E402
-from qwen_vit.kernels.linear import GemmTile  # noqa: E402
-from qwen_vit.layout import Segments, SegmentTiling, tile_table  # noqa: E402
-from tests.support.subprocess_pool import outcomes  # noqa: E402
+from qwen_vit.compare.tolerance import relative_error
+from qwen_vit.kernels import IS_KNOWN_GLUON, attention, linear
+from qwen_vit.kernels.attention import AttentionTile, RotaryTable
+from qwen_vit.kernels.linear import GemmTile
+from qwen_vit.layout import Segments, SegmentTiling, tile_table
+from tests.support.attention_cases import adjacent, attention_oracle, axial_tables, random_case
+from tests.support.subprocess_pool import outcomes
 
 if IS_KNOWN_GLUON:
     from qwen_vit.kernels import attention_hopper, linear_hopper
@@ -91,7 +87,7 @@ class Kernel:
         return rows[max(least for least in rows if least <= patches // self.patches_per_row)]
 
 
-# Products ----------------------------------------------------------------------------------------
+# GEMMs -------------------------------------------------------------------------------------------
 
 # K, rows of the weight, what follows, patches of one row
 GEMMS = {
@@ -213,6 +209,7 @@ def attend(
             return attention.attention(
                 qkv, rotary, segments(tile.q_rows), kind=kind, adjacent_pairs=True, tiles=tile
             )
+        assert rotary.index is not None
         out = torch.empty_like(qkv[:, 0])
         attention_hopper.full_attention(
             qkv, rotated(), rotary.cos, rotary.sin, rotary.index,
@@ -240,12 +237,10 @@ def prepare_attention(
 def check_attention(
     kind: str, dtype: torch.dtype, tile: HopperGemmTile, device: torch.device
 ) -> float:
-    # here, in the candidate's own process: it asks for a GPU, and whoever has cannot be forked
-    from tests.support.attention_cases import adjacent, attention_oracle, axial_tables, random_case
-
     lengths = CHECKED[kind]
     qkv, _, _, edges = random_case(lengths, HEAD_DIM, 4, device=device, dtype=dtype)
     tables, cos, sin = axial_tables(sum(lengths), HEAD_DIM)
+    assert tables.index is not None
     rotary = RotaryTable(tables.cos.to(device), tables.sin.to(device), tables.index.to(device))
     ours = attend(adjacent(qkv), rotary, lengths, kind)(tile)
     return relative_error(ours, attention_oracle(qkv, cos.to(device), sin.to(device), edges))
@@ -287,13 +282,13 @@ def kernels() -> Iterator[Kernel]:
             partial(prepare_attention, "full", torch.bfloat16),
             check=partial(check_attention, "full", torch.bfloat16),
         )  # fmt: skip
-    for product, is_wide in (("merger-1", True), ("pixels", False)):
+    for gemm, is_wide in (("merger-1", True), ("pixels", False)):
         yield Kernel(
-            f"{product}-triton" if is_wide else product, f"linear.HOPPER_TILES[{is_wide}]",
+            f"{gemm}-triton" if is_wide else gemm, f"linear.HOPPER_TILES[{is_wide}]",
             (PLAIN,) if is_wide else (GLUON, PLAIN), dict(linear.HOPPER_TILES[is_wide]),
             tuple(gemm_tiles(16)),
-            partial(prepare_gemm, product, linear._launch_gemm, torch.bfloat16),
-            GEMMS[product][3], has_limits=True,
+            partial(prepare_gemm, gemm, linear._launch_gemm, torch.bfloat16),
+            GEMMS[gemm][3], has_limits=True,
         )  # fmt: skip
     for bits, dtype in ((16, torch.bfloat16), (32, torch.float32)):
         suffix = "" if bits == 16 else "-fp32"
