@@ -163,24 +163,24 @@ def stage_work(config: VisionConfig, grids: Sequence[Grid]) -> dict[str, StageWo
     windows = sum(grid.t * _squared(grid.h, side) * _squared(grid.w, side) for grid in grids)
     padded, pixels = padded_mlp_size(config), padded_pixel_size(config)
 
-    def product(n_in: int, n_out: int, moved: int, count: int = config.depth) -> StageWork:
+    def gemm(n_in: int, n_out: int, moved: int, count: int = config.depth) -> StageWork:
         return StageWork(2 * N * n_in * n_out * count, 2 * moved * count, count)
 
     return {
-        # pixels of one byte; gathered; then the product: rows written and read again for their sums
+        # pixels of one byte; gathered; then the GEMM: rows written and read again for their sums
         "patches": StageWork(
             2 * N * config.patch_dim * C,
             N * pixels + 2 * (2 * N * pixels + pixels * C + 2 * N * C),
             1,
         ),
-        "qkv": product(C, 3 * C, N * C + 3 * C * C + 3 * N * C),
+        "qkv": gemm(C, 3 * C, N * C + 3 * C * C + 3 * N * C),
         "window": StageWork(4 * C * windows * n_window, 2 * 4 * N * C * n_window, n_window),
         # K is rotated beforehand: read, written, and read again in place of it
         "full": StageWork(4 * C * frames * n_full, 2 * 6 * N * C * n_full, n_full),
-        "proj": product(C, C, 3 * N * C + C * C),
-        "gate-up": product(C, 2 * I, N * C + 2 * C * padded + N * padded),
-        "down": product(I, C, N * padded + padded * C + 2 * N * C),
-        # the norm reads and writes its rows; both products theirs; the last gather, too
+        "proj": gemm(C, C, 3 * N * C + C * C),
+        "gate-up": gemm(C, 2 * I, N * C + 2 * C * padded + N * padded),
+        "down": gemm(I, C, N * padded + padded * C + 2 * N * C),
+        # the norm reads and writes its rows; both GEMMs theirs; the last gather, too
         "merger": StageWork(
             2 * M * (merged * merged + merged * O),
             2 * (5 * N * C + merged * (merged + O) + 3 * M * O),

@@ -1,4 +1,4 @@
-"""`qwen-vit compare`: agreement is found, and so is every planted difference, by stage and name."""
+"""`qwen-vit compare`: agreement is found, and so is every injected fault, by stage and name."""
 
 import itertools
 import json
@@ -152,8 +152,8 @@ def test_a_mistake_of_ours_alone_is_found_at_its_stage(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint is right: Hugging Face and the oracle read it, and only our tower is off."""
-    planted = WeightFault("blocks.2.attn.proj.bias", "bias dropped", "block.2")
-    broken = replace(encoder(), tower=inject_fault(encoder(), planted).tower)
+    fault = WeightFault("blocks.2.attn.proj.bias", "bias dropped", "block.2")
+    broken = replace(encoder(), tower=inject_fault(encoder(), fault).tower)
     monkeypatch.setattr(VisionEncoder, "from_pretrained", lambda *_, **__: broken)
     code, out, _ = run(CHELSEA, *SMALL)
     assert code == 1
@@ -582,7 +582,7 @@ FAULTS = (
 def test_a_fault_in_one_tensor_of_a_checkpoint_is_found_and_its_stage_named(
     golden: Golden, tmp_path: Path, run: Any, tensor: str, fault: str
 ) -> None:
-    [planted] = [
+    [fault] = [
         each
         for each in every_fault(encoder().checkpoint.tensors)
         if (each.tensor, each.fault) == (tensor, fault)
@@ -600,7 +600,7 @@ def test_a_fault_in_one_tensor_of_a_checkpoint_is_found_and_its_stage_named(
     here, there = (VisionEncoder.from_pretrained(tmp_path / "tiny", device="cpu"), encoder())
     hashes = [each.checkpoint.weights_sha256()[:16] for each in (here, there)]
     assert f"({hashes[0]} here, {hashes[1]} there): 1 tensor, {tensor}" in last[0]
-    assert last[1].startswith(f"differs: {CHELSEA}: first at {planted.stage}: the golden is ")
+    assert last[1].startswith(f"differs: {CHELSEA}: first at {fault.stage}: the golden is ")
     assert "other weights" in last[1]  # by its own error as it states it, not by ours of today
 
 

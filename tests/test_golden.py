@@ -112,7 +112,7 @@ def test_the_oracle_agrees_with_every_golden(name: str) -> None:
 
 
 @pytest.mark.parametrize("fault", Faults.names())
-def test_each_planted_fault_breaks_a_golden(fault: str) -> None:
+def test_each_injected_fault_breaks_a_golden(fault: str) -> None:
     """Seen at the merger, the one stage that every user meets, whatever hid it before."""
     factors = {}
     for name in NAMES:

@@ -413,7 +413,7 @@ def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
     loaded = threading.Event()
     encoded, load_image = [], shards_module.load_image
 
-    def counted(*arguments: Any, **options: Any) -> Any:
+    def watched_load(*arguments: Any, **options: Any) -> Any:
         if options["name"].endswith("5.png"):  # of the second shard
             loaded.set()
         return load_image(*arguments, **options)
@@ -424,7 +424,7 @@ def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
         real(self, facts)
 
     monkeypatch.setattr(FeatureWriter, "save", save)
-    monkeypatch.setattr(shards_module, "load_image", counted)
+    monkeypatch.setattr(shards_module, "load_image", watched_load)
     assert stand_in_export(tmp_path, whole, 3, decode_threads=2).exported == 12
     assert encoded == [4, 8, 12]
 

@@ -30,12 +30,12 @@ import numpy as np
 from PIL import Image
 
 from qwen_vit.errors import ExportError
-from qwen_vit.export import ray_cluster as distributed
+from qwen_vit.export import ray_cluster
 from qwen_vit.export.plan import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.read import FeatureFile, load_features
 from tests.support import ROOT, kill_harness
-from tests.support.fake_encoder import HELD, POISON, TOO_LARGE, FakeEncoder, load_held
+from tests.support.fake_encoder import HELD, POISON, TOO_LARGE, FakeEncoder, load_blocking_encoder
 from tests.support.process_memory import memory_mb, open_files
 
 SHARD_IMAGES = 50
@@ -412,9 +412,11 @@ def cluster_kills(folder: Path, *, kills: int, images: int, seed: int = 0) -> di
     killer = threading.Thread(target=kill_workers, args=(folder, cluster, doomed, kills, seed))
     begin = time.monotonic()
     try:
-        with mock.patch.object(distributed, "load_encoder", partial(load_held, held=folder)):
+        with mock.patch.object(
+            ray_cluster, "load_encoder", partial(load_blocking_encoder, held=folder)
+        ):
             killer.start()
-            done = distributed.export_on_ray(
+            done = ray_cluster.export_on_ray(
                 "stand-in", inputs, folder / "out", options, address=cluster.address
             )
     finally:

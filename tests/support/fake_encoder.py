@@ -105,7 +105,7 @@ class BlockingEncoder(FakeEncoder):
             yield from super()._encode([(number, patches)], output)
 
 
-def load_held(*_: Any, held: Path, **__: Any) -> BlockingEncoder:
+def load_blocking_encoder(*_: Any, held: Path, **__: Any) -> BlockingEncoder:
     """In place of export.load_encoder."""
     return BlockingEncoder(held)
 

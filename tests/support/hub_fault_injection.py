@@ -97,7 +97,7 @@ for line in sys.stdin:
 """
 
 
-class Nursery:
+class ForkServer:
     """Starts downloads as processes of their own, quickly, and says how they ended."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
@@ -125,22 +125,22 @@ class Nursery:
     def _read(self) -> list[Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, "the nursery died"
+        assert line, "the fork server died"
         result: list[Any] = json.loads(line)
         return result
 
 
 @dataclass(frozen=True)
 class Chaos:
-    """A hub with org/tiny in two shards, a nursery of its clients, and the hash of its tower."""
+    """A hub with org/tiny in two shards, its clients' fork server, and its tower's hash."""
 
     folder: Path
     hub: Hub
-    nursery: Nursery
+    fork_server: ForkServer
     truth: str
 
     def download(self, cache: Path) -> tuple[int, str, str]:
-        return self.nursery.wait(self.nursery.start(cache))
+        return self.fork_server.wait(self.fork_server.start(cache))
 
     def check_good(self, cache: Path) -> None:
         """Once nothing is wrong any more, a download goes through whatever it finds."""
@@ -180,7 +180,7 @@ def chaos(folder: Path) -> Iterator[Chaos]:
             text=True,
         ) as process:
             try:
-                yield Chaos(folder, hub, Nursery(process), truth)
+                yield Chaos(folder, hub, ForkServer(process), truth)
             finally:
                 process.kill()
 
@@ -224,11 +224,11 @@ def kill_at_random(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
             assert chaos.download(chaos.folder / "alone")[::2] == (0, chaos.truth)
             seconds = time.monotonic() - begin
             shutil.rmtree(chaos.folder / "alone")
-        pid = chaos.nursery.start(cache)
+        pid = chaos.fork_server.start(cache)
         time.sleep(rng.uniform(0, seconds))
         with suppress(ProcessLookupError):  # it was quicker
             os.kill(pid, signal.SIGKILL)
-        code, kind, result = chaos.nursery.wait(pid)
+        code, kind, result = chaos.fork_server.wait(pid)
         assert code in (0, -signal.SIGKILL), (code, kind, result)
         found["kills" if code else "ended before the kill"] += 1
         found[check_names(cache, chaos.truth)] += 1
@@ -239,7 +239,7 @@ def kill_at_random(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
             shutil.rmtree(cache)
     chaos.check_good(cache)
     shutil.rmtree(cache)
-    return counted(times, found)
+    return tally_of(times, found)
 
 
 def crowd(chaos: Chaos, times: int, processes: int = 16, seed: int = 0) -> dict[str, Any]:
@@ -251,13 +251,13 @@ def crowd(chaos: Chaos, times: int, processes: int = 16, seed: int = 0) -> dict[
         quiet, no_locks = i % 4 < 2, i % 2 == 1
         chaos.hub.faults = [] if quiet else random_faults(rng, most=40)
         chaos.hub.requests.clear()
-        pids = [chaos.nursery.start(cache, no_locks=no_locks) for _ in range(processes)]
+        pids = [chaos.fork_server.start(cache, no_locks=no_locks) for _ in range(processes)]
         for pid in [] if quiet else rng.sample(pids, processes // 4):
             time.sleep(rng.uniform(0, 0.2))
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for pid in pids:
-            code, kind, result = chaos.nursery.wait(pid)
+            code, kind, result = chaos.fork_server.wait(pid)
             found[f"exit {code}"] += 1
             assert code in ((0,) if quiet else (0, 3, -signal.SIGKILL)), (code, kind, result)
             assert code != 0 or result == chaos.truth
@@ -269,10 +269,10 @@ def crowd(chaos: Chaos, times: int, processes: int = 16, seed: int = 0) -> dict[
         chaos.hub.branches[f"{REPO}@main"] = COMMIT
         shutil.rmtree(cache, ignore_errors=True)
     figures = {"processes": processes, "most_bytes_with_locks": round(most, 2)}
-    return {**figures, **counted(times, found)}
+    return {**figures, **tally_of(times, found)}
 
 
-def counted(times: int, found: Counter[str]) -> dict[str, Any]:
+def tally_of(times: int, found: Counter[str]) -> dict[str, Any]:
     """A line of the ledger."""
     versions = {name: version(name) for name in ("huggingface_hub", "safetensors", "torch")}
     return {"times": times, "found": dict(found), "versions": versions}
@@ -332,7 +332,7 @@ def storm(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
         chaos.hub.branches[f"{REPO}@main"] = COMMIT
         shutil.rmtree(cache, ignore_errors=True)
     chaos.hub.redirects = False
-    return counted(times, found)
+    return tally_of(times, found)
 
 
 def wrong_headers(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
@@ -350,7 +350,7 @@ def wrong_headers(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
         found["no effect" if code == 0 else "found"] += 1
         shutil.rmtree(cache, ignore_errors=True)
     chaos.hub.faults = []
-    return counted(times, found)
+    return tally_of(times, found)
 
 
 # Mutated files
@@ -490,7 +490,7 @@ def _mutated(
         slowest = max(slowest, duration)
         assert duration < SECONDS_AT_MOST, (i, name, duration)
         (folder / name).write_bytes(whole[name])
-    return {"slowest_s": round(slowest, 3), **counted(times, found)}
+    return {"slowest_s": round(slowest, 3), **tally_of(times, found)}
 
 
 def hub_versions(folder: Path, seed: int = 0) -> dict[str, Any]:
