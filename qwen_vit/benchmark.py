@@ -157,7 +157,6 @@ def stage_work(config: VisionConfig, grids: Sequence[Grid]) -> dict[str, StageWo
         "proj": gemm(C, C, 3 * N * C + C * C),
         "gate-up": gemm(C, 2 * I, N * C + 2 * C * padded + N * padded),
         "down": gemm(I, C, N * padded + padded * C + 2 * N * C),
-        # norm, both GEMMs and the last gather each read and write their rows
         "merger": StageWork(
             2 * M * (merged * merged + merged * O),
             2 * (5 * N * C + merged * (merged + O) + 3 * M * O),

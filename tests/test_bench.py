@@ -1,33 +1,30 @@
-"""What tools/bench counts, prints and draws; its times need a GPU, its arithmetic does not."""
+"""What benchmarks.tower counts, prints and draws; its times need a GPU, its arithmetic none."""
 
 import itertools
-import runpy
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
-from goldens import TINY_FOLDER
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from tower_timing import graph_of, launches, stage_runs
-from towers import CPU, build_tower, gpu, random_pixels
-from unfused_baseline import tower_apart
 
 from qwen_vit.benchmark import TimedTower, in_batches, stage_work, tower_flops
 from qwen_vit.compare.tolerance import RELATIVE_TOLERANCE, relative_error
 from qwen_vit.config import Grid, VisionConfig
 from qwen_vit.model import plan_layout
 from qwen_vit.workloads import WORKLOADS
+from tests.support.goldens import TINY_FOLDER
+from tests.support.tower_timing import graph_of, launches, stage_runs
+from tests.support.towers import CPU, build_tower, gpu, random_pixels
+from tests.support.unfused_baseline import unfused_tower
+from tools.benchmarks import tower as tower_benchmark
+from tools.benchmarks import tower_report
 
 SHAPE = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
 GRIDS = [Grid(1, 18, 10), Grid(1, 4, 6)]
-
-
-@pytest.fixture(scope="module")
-def bench() -> dict[str, Any]:
-    return runpy.run_path(str(Path(__file__).parent.parent / "tools" / "bench"))
 
 
 def test_the_operations_of_one_image_are_what_its_layers_multiply() -> None:
@@ -43,11 +40,11 @@ def test_the_operations_of_one_image_are_what_its_layers_multiply() -> None:
 
 
 def test_a_window_block_moves_what_it_reads_and_writes_once() -> None:
-    """The byte floor of one layer at 9,216 patches: 94 MB, 22 us at 4.25 TB/s."""
+    """The byte roofline of one layer at 9,216 patches: 94 MB, 22 us at 4.25 TB/s."""
     work = stage_work(SHAPE, WORKLOADS["1 x 1344^2"])["window"]
     assert work.bytes / work.count == 9216 * 1280 * 4 * 2
     assert work.roofline_ms(1e18, 4.25e12) / work.count == pytest.approx(0.0222, rel=0.01)
-    assert work.roofline_ms(1.0, 4.25e12) == 1e3 * work.flops  # where the products take longer
+    assert work.roofline_ms(1.0, 4.25e12) == 1e3 * work.flops  # where the GEMMs take longer
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -86,13 +83,13 @@ def stock_varlen(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int) -
     return torch.cat([part[0].transpose(0, 1) for part in parts])
 
 
-def test_with_rope_apart_the_tower_is_the_same() -> None:
+def test_without_fusion_the_tower_is_the_same() -> None:
     tower = build_tower(TINY_FOLDER)
     n = sum(grid.n_patches for grid in GRIDS)
     layout = plan_layout(GRIDS, tower.config, CPU, torch.float32)
     pixels = random_pixels(n, 0)
-    apart = tower_apart(tower, stock_varlen, 180)
-    assert relative_error(apart(pixels, layout), tower(pixels, layout)) < RELATIVE_TOLERANCE
+    unfused = unfused_tower(tower, stock_varlen, 180)
+    assert relative_error(unfused(pixels, layout), tower(pixels, layout)) < RELATIVE_TOLERANCE
 
 
 def made_up() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
@@ -117,7 +114,7 @@ def made_up() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]
     return rows, kernel
 
 
-def test_a_compiled_peer_is_given_its_layout_and_has_one_graph(bench: dict[str, Any]) -> None:
+def test_a_compiled_peer_is_given_its_layout_and_has_one_graph() -> None:
     """Without, torch cuts it into seven, and the host waits in between."""
     from torch._dynamo.testing import CompileCounterWithBackend
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -144,7 +141,7 @@ def test_a_compiled_peer_is_given_its_layout_and_has_one_graph(bench: dict[str, 
     tower = theirs.Qwen2_5_VisionTransformerPretrainedModel(config).eval()
     tower.config._attn_implementation = "test_flash_attention_2"
     grid_thw, rows = torch.tensor([[1, 8, 12], [1, 10, 4]]), torch.randn(136, 1176)
-    layout = bench["their_layout"](grid_thw, tower.config)
+    layout = tower_benchmark.their_layout(grid_thw, tower.config)
     counter = CompileCounterWithBackend("eager")
     with torch.no_grad():
         torch.compile(tower, backend=counter)(rows, grid_thw=grid_thw, **layout)
@@ -154,23 +151,24 @@ def test_a_compiled_peer_is_given_its_layout_and_has_one_graph(bench: dict[str, 
         assert torch.equal(given, tower(rows, grid_thw=grid_thw).pooler_output)
 
 
-def test_both_tables_give_times_speedups_and_their_average(bench: dict[str, Any]) -> None:
+def test_both_tables_give_times_speedups_and_their_average() -> None:
     rows, kernel = made_up()
-    tower = bench["tower_text"](rows)
+    tower = tower_report.tower_text(rows)
     assert (
-        "1 x 448^2        3.00     2.00      700     1.50     1.60           30.0    10.0x" in tower
+        "1 x 448^2        3.00     2.00      700        1.50     1.60           30.0    10.0x"
+        in tower
     )
     assert "average speedup against HF FA2 varlen: 3.0x" in tower
     assert "1 x 448^2                 2000           3000           2500" in tower
-    attention = bench["attention_text"](kernel)
+    attention = tower_report.attention_text(kernel)
     assert "1 x 448^2         0.0300   0.0150     2.0x      100" in attention
     assert attention.count("average speedup: 2.0x") == 2
     ours = {key: value for key, value in rows["1 x 448^2"].items() if " " not in key}
-    alone = bench["tower_text"]({"1 x 448^2": ours})
+    alone = tower_report.tower_text({"1 x 448^2": ours})
     assert "HF" not in alone
 
 
-def test_stages_and_starts_have_their_tables(bench: dict[str, Any]) -> None:
+def test_stages_and_starts_have_their_tables() -> None:
     row = {
         "ms": 1.0,
         "roofline_ms": 0.5,
@@ -179,32 +177,32 @@ def test_stages_and_starts_have_their_tables(bench: dict[str, Any]) -> None:
         "tflops": 600.0,
         "tb_per_s": 0.1,
     }
-    text = bench["stages_text"]({"1 x 448^2": {"qkv": row, "down": row}})
-    assert "qkv            32    1.000    50%    0.500     2.00      600      100   0.10" in text
+    text = tower_report.stages_text({"1 x 448^2": {"qkv": row, "down": row}})
+    assert "qkv            32    1.000    50%    0.500        2.00      600      100   0.10" in text
     assert "sum                  2.000" in text
     started = {"cold": {"imports": 3.0, "second": 30.0}, "warm": {"imports": 2.0, "second": 6.0}}
-    assert "warm                       2.00             6.00" in bench["starts_text"](started)
+    assert "warm                       2.00             6.00" in tower_report.starts_text(started)
 
 
 @pytest.mark.parametrize("part", ["both", "tower", "attention"])
-def test_the_chart_is_drawn(bench: dict[str, Any], tmp_path: Path, part: str) -> None:
+def test_the_chart_is_drawn(tmp_path: Path, part: str) -> None:
     rows, kernel = made_up()
     path = tmp_path / "charts" / "speed.png"
-    bench["draw"](
+    tower_report.draw(
         {} if part == "attention" else rows, {} if part == "tower" else kernel, "made up", path
     )
     with Image.open(path) as image:
         assert image.width == 1350
 
 
-def test_a_start_is_timed_from_before_the_process(bench: dict[str, Any], tmp_path: Path) -> None:
-    done = bench["start_once"](TINY_FOLDER, "cpu", tmp_path)
+def test_a_start_is_timed_from_before_the_process(tmp_path: Path) -> None:
+    done = tower_benchmark.start_once(TINY_FOLDER, "cpu", tmp_path)
     times = list(done.values())
     assert list(done) == ["python", "imports", "load", "first embedding", "second"]
     assert times == sorted(times)
     assert times[0] > 0
-    with pytest.raises(bench["click"].ClickException, match="a first embedding failed"):
-        bench["start_once"](tmp_path / "nothing", "cpu", tmp_path)
+    with pytest.raises(click.ClickException, match="a first embedding failed"):
+        tower_benchmark.start_once(tmp_path / "nothing", "cpu", tmp_path)
 
 
 @gpu
@@ -225,14 +223,14 @@ def test_stages_run_in_graphs_and_launches_are_seen() -> None:
 
 
 @gpu
-def test_the_peer_with_rope_apart_computes_the_same_on_a_gpu(bench: dict[str, Any]) -> None:
+def test_the_unfused_peer_computes_the_same_on_a_gpu() -> None:
     device = torch.device("cuda", 0)
     tower = build_tower(TINY_FOLDER, dtype=torch.bfloat16, device=device)
     timed = TimedTower(tower, device, torch.bfloat16)
     pixels = random_pixels(sum(grid.n_patches for grid in GRIDS), 0).to(device)
-    apart = tower_apart(tower, bench["flash_attention_2"], 180)
-    theirs = TimedTower(apart, device, torch.bfloat16).eager(pixels, GRIDS)()
+    unfused = unfused_tower(tower, tower_benchmark.flash_attention_2, 180)
+    theirs = TimedTower(unfused, device, torch.bfloat16).eager(pixels, GRIDS)()
     # bf16, five peaked blocks: a wrong rotation is off by 1
     assert relative_error(theirs, timed.eager(pixels, GRIDS)()) < 0.05
-    bench["Apart"](timed).on(pixels, GRIDS)()
+    tower_benchmark.UnfusedAttention(timed).on(pixels, GRIDS)()
     torch.cuda.synchronize()

@@ -1,16 +1,15 @@
 """The command that measures exports runs where there is no GPU, too, and counts what it says."""
 
 import json
-import runpy
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-ROOT = Path(__file__).parent.parent
+from tools.benchmarks import export
 
 
 @pytest.fixture(autouse=True)
@@ -19,11 +18,10 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(*words: str, **changed: int) -> dict[str, Any]:
-    main = runpy.run_path(str(ROOT / "tools/bench_export"))["main"]
-    # another process would not find what is in no module
-    main.callback.__globals__.update(changed, ProcessPoolExecutor=ThreadPoolExecutor)
     common = ["--model", "tiny", "--sides", "56", "84", "--commit", "abc1234"]
-    done = CliRunner().invoke(main, [*words, *common], catch_exceptions=False)
+    # in threads: processes would be forked from this one, whose threads may hold locks
+    with patch.multiple(export, **changed, ProcessPoolExecutor=ThreadPoolExecutor):
+        done = CliRunner().invoke(export.main, [*words, *common], catch_exceptions=False)
     assert done.exit_code == 0
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support import ROOT
 
 
 def test_the_tiny_checkpoint_is_measured_beside_plain_copies(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.jsonl"
-    command = [sys.executable, ROOT / "tools/bench_load", "--model", "tiny", "--repeats", "1"]
-    command += ["--ledger", ledger, "--commit", "abc1234"]
+    command = [sys.executable, "-m", "tools.benchmarks.load", "--model", "tiny", "--repeats", "1"]
+    command += ["--ledger", str(ledger), "--commit", "abc1234"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment
+    )
     *table, last = done.stdout.splitlines()
     row = json.loads(last)
     assert [row] == [json.loads(line) for line in ledger.read_text().splitlines()]

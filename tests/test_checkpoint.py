@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import SMALL, WIDE, random_tensors, split_qkv, write_checkpoint, write_weights
 from safetensors.torch import load_file, save_file
 
 from qwen_vit.checkpoint import published_tensors
@@ -27,6 +26,14 @@ from qwen_vit.common.strict_json import short_repr
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError
 from qwen_vit.weight_format import padded_mlp_size, padded_pixel_size, pixel_weight_exponent
+from tests.support.checkpoints import (
+    SMALL,
+    WIDE,
+    random_tensors,
+    split_qkv,
+    write_checkpoint,
+    write_weights,
+)
 
 IMAGE_CONFIG = ImageConfig.from_json({})
 QKV = "blocks.0.attn.qkv.weight"

@@ -23,7 +23,6 @@ import click
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL, write_checkpoint, write_weights
 from PIL import Image
 
 from qwen_vit import __version__
@@ -33,6 +32,7 @@ from qwen_vit.cli import main as cli_module
 from qwen_vit.common import atomic_file as atomic_file_module
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.feature_files.read import load_features
+from tests.support.checkpoints import SMALL, write_checkpoint, write_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 CHELSEA = ROOT / "tests" / "images" / "chelsea.png"

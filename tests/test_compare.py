@@ -1,4 +1,4 @@
-"""`qwen-vit compare`: agreement is found, and so is every planted difference, by stage and name."""
+"""`qwen-vit compare`: agreement is found, and so is every injected fault, by stage and name."""
 
 import itertools
 import json
@@ -19,12 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL as SMALL_TOWER
-from checkpoints import write_checkpoint, write_weights
-from goldens import IMAGE_FOLDER, PHOTOGRAPHS, TINY_FOLDER
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from weight_faults import WeightFault, damaged, every_fault, inject_fault
 
 from qwen_vit import VisionEncoder
 from qwen_vit.cli import main as cli_module
@@ -40,6 +36,10 @@ from qwen_vit.compare.text import as_text, closer_line
 from qwen_vit.compare.tolerance import Difference, fp32_budget, judge, relative_error
 from qwen_vit.errors import ArgumentError, ComparisonError
 from qwen_vit.images.patches import patchify
+from tests.support.checkpoints import SMALL as SMALL_TOWER
+from tests.support.checkpoints import write_checkpoint, write_weights
+from tests.support.goldens import IMAGE_FOLDER, PHOTOGRAPHS, TINY_FOLDER
+from tests.support.weight_faults import WeightFault, damaged, every_fault, inject_fault
 
 ROOT = Path(__file__).resolve().parent.parent
 CHELSEA, ROCKET = IMAGE_FOLDER / "chelsea.png", IMAGE_FOLDER / "rocket.jpg"
@@ -153,8 +153,8 @@ def test_a_mistake_of_ours_alone_is_found_at_its_stage(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint is right: Hugging Face and the oracle read it, and only our tower is off."""
-    planted = WeightFault("blocks.2.attn.proj.bias", "bias dropped", "block.2")
-    broken = replace(encoder(), tower=inject_fault(encoder(), planted).tower)
+    fault = WeightFault("blocks.2.attn.proj.bias", "bias dropped", "block.2")
+    broken = replace(encoder(), tower=inject_fault(encoder(), fault).tower)
     monkeypatch.setattr(VisionEncoder, "from_pretrained", lambda *_, **__: broken)
     code, out, _ = run(CHELSEA, *SMALL)
     assert code == 1
@@ -592,7 +592,7 @@ def test_another_safetensors_file_is_no_golden() -> None:
         load_golden(TINY_FOLDER / "model.safetensors")
 
 
-# One tensor in a hundred and more; tools/trust plants every fault.
+# One tensor in a hundred and more; tools.checks.trust injects every fault.
 FAULTS = (
     ("patch_embed.proj.weight", "row scaled"),
     ("blocks.4.attn.qkv.weight", "row scaled"),
@@ -606,7 +606,7 @@ FAULTS = (
 def test_a_fault_in_one_tensor_of_a_checkpoint_is_found_and_its_stage_named(
     golden: Golden, tmp_path: Path, run: Any, tensor: str, fault: str
 ) -> None:
-    [planted] = [
+    [fault] = [
         each
         for each in every_fault(encoder().checkpoint.tensors)
         if (each.tensor, each.fault) == (tensor, fault)
@@ -624,7 +624,7 @@ def test_a_fault_in_one_tensor_of_a_checkpoint_is_found_and_its_stage_named(
     here, there = (VisionEncoder.from_pretrained(tmp_path / "tiny", device="cpu"), encoder())
     hashes = [each.checkpoint.weights_sha256()[:16] for each in (here, there)]
     assert f"({hashes[0]} here, {hashes[1]} in the golden): 1 tensor, {tensor}" in last[0]
-    assert last[1].startswith(f"differs: {CHELSEA}: first at {planted.stage}: the golden is ")
+    assert last[1].startswith(f"differs: {CHELSEA}: first at {fault.stage}: the golden is ")
     assert "other weights" in last[1]  # by its own error as it states it, not by ours of today
 
 

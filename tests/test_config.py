@@ -4,10 +4,10 @@ import json
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
-from checkpoints import SMALL
 
 from qwen_vit.config import Grid, ImageConfig, VisionConfig, check_consistent
 from qwen_vit.errors import CheckpointError
+from tests.support.checkpoints import SMALL
 
 PUBLISHED_7B = VisionConfig(
     depth=32,

@@ -15,7 +15,6 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from tests.support.towers import gpu
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -25,7 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGES = tuple(
     np.random.default_rng(seed).integers(0, 256, (56, 84, 3), dtype=np.uint8) for seed in range(4)
 )
-DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
 
 @cache
@@ -107,8 +110,8 @@ class Encoded(Dataset[Tensor]):
         ("spawn", "cpu"),
         ("forkserver", "cpu"),
         # torch cannot use CUDA in a process that was forked from one that has used it
-        pytest.param("spawn", "cuda", marks=gpu),
-        pytest.param("forkserver", "cuda", marks=gpu),
+        pytest.param("spawn", "cuda", marks=GPU),
+        pytest.param("forkserver", "cuda", marks=GPU),
     ],
 )
 def test_workers_of_a_data_loader_encode(method: str, device: str) -> None:

@@ -15,13 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL, write_checkpoint
-from goldens import PHOTOGRAPHS, TINY_FOLDER, fp32_budget
-from huggingface import hf_tower, hf_trace
-from oracle import read_checkpoint, relative_error, vision_oracle
 from PIL import Image
 from torch import Tensor
-from towers import gpu, random_rows
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qwen_vit import batching
@@ -40,6 +35,11 @@ from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.kernels.rope_varlen_attention import fused_rope_varlen_attention
 from qwen_vit.model import VisionTower
+from tests.support.checkpoints import SMALL, write_checkpoint
+from tests.support.goldens import PHOTOGRAPHS, TINY_FOLDER, fp32_budget
+from tests.support.huggingface import hf_tower, hf_trace
+from tests.support.oracle import read_checkpoint, relative_error, vision_oracle
+from tests.support.towers import gpu, random_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "tests" / "images"

@@ -22,13 +22,10 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
-import export_stress
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from export_stress import tiny_png, write_hostile
-from fake_encoder import WIDTH, FakeEncoder
 from PIL import Image
 
 from qwen_vit.cli import export as export_command
@@ -53,6 +50,9 @@ from qwen_vit.feature_files.write import write_features
 from qwen_vit.features import ImageFeatures
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.inputs.find import check_inputs, find_items
+from tests.support import export_stress
+from tests.support.export_stress import tiny_png, write_hostile
+from tests.support.fake_encoder import WIDTH, FakeEncoder
 
 SMALL = ExportOptions(shard_size=4)
 
@@ -1506,7 +1506,7 @@ def test_a_gpu_computes_in_the_type_that_is_stored(
     assert asked == {"device": device, "dtype": computed, "max_pixels": 5}
 
 
-# A few of what tools/soak does by the hundred, with the command in processes of its own
+# A few of what tools.checks.soak does by the hundred, with the command in processes of its own
 
 
 @pytest.fixture(scope="module")

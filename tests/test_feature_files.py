@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reading_stress import Folder, many_shards
 from safetensors.torch import load_file, save_file
-from test_features import METADATA, ODD_IDS, features_of
 
 from qwen_vit.errors import ExportError, ImageError
 from qwen_vit.feature_files import read as feature_files
@@ -22,6 +20,8 @@ from qwen_vit.feature_files.read import SHARDS_OPEN, FeatureFolder, load_feature
 from qwen_vit.feature_files.schema import METADATA_KEY
 from qwen_vit.feature_files.write import write_features
 from qwen_vit.features import FailedImage
+from tests.support.features import METADATA, ODD_IDS, features_of
+from tests.support.reading_stress import Folder, many_shards
 
 
 @pytest.fixture

@@ -18,19 +18,7 @@ from qwen_vit.feature_files import write as write_module
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.feature_files.write import FeatureWriter, write_features
 from qwen_vit.features import UNKNOWN_SIZE, FailedImage, ImageFeatures
-
-METADATA = {"model": "tiny", "commit": None, "dtype": "float32"}
-
-
-def features_of(
-    *names: str, dtype: torch.dtype = torch.float32, width: int = 6
-) -> list[ImageFeatures]:
-    """Images of 1, 2, 3, ... tokens, each with its own values."""
-    made = []
-    for index, name in enumerate(names, start=1):
-        values = torch.randn(index, width, generator=torch.Generator().manual_seed(index))
-        made.append(ImageFeatures(name, values.to(dtype), (1, 2, 2 * index)))
-    return made
+from tests.support.features import METADATA, ODD_IDS, features_of
 
 
 def failed(name: str) -> FailedImage:
@@ -89,18 +77,6 @@ def test_the_same_features_give_the_same_bytes(tmp_path: Path) -> None:
         file = write_features(tmp_path / f"{attempt}", features_of("a", "b"), shuffled)
         texts.add(file.read_bytes())
     assert len(texts) == 1
-
-
-ODD_IDS = {
-    "unicode": "фото/猫 🐈.jpg",
-    "newline": "two\nlines\r\t.jpg",
-    "bytes": os.fsdecode(b"caf\xe9\xff.jpg"),  # surrogates: not a Unicode name at all
-    "255 bytes": "n" * 251 + ".jpg",
-    "leading dash": "--out",
-    "quotes": '"\\',
-    "nul and delete": "a\x00b\x7f",
-    "empty": "",
-}
 
 
 def test_odd_ids_come_back_as_they_were(path: Path) -> None:

@@ -1,16 +1,19 @@
 """The oracle, Hugging Face's tower and the golden files agree; and a mistake would show."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from goldens import (
+
+from qwen_vit import layout, model
+from qwen_vit.checkpoint import convert
+from qwen_vit.kernels import attention, linear
+from qwen_vit.layout import Layout, Segments
+from qwen_vit.model import VisionTower
+from tests.support.goldens import (
     RELATIVE_TOLERANCE,
     TINY_FOLDER,
     Golden,
@@ -20,8 +23,8 @@ from goldens import (
     load_golden,
     sha256,
 )
-from huggingface import hf_tower, hf_trace
-from oracle import (
+from tests.support.huggingface import hf_tower, hf_trace
+from tests.support.oracle import (
     Faults,
     Trace,
     read_checkpoint,
@@ -30,13 +33,8 @@ from oracle import (
     rms_norm_wrong_casts,
     vision_oracle,
 )
-from towers import build_tower, layout_for, tower_trace
-
-from qwen_vit import layout, model
-from qwen_vit.checkpoint import convert
-from qwen_vit.kernels import attention, linear
-from qwen_vit.layout import Layout, Segments
-from qwen_vit.model import VisionTower
+from tests.support.towers import build_tower, layout_for, tower_trace
+from tools.make_golden import stage_drift
 
 BITE = 5  # a fault must miss the tolerance by this factor
 NAMES = ("clip_3x6x10", "mixed", "photograph_22x16", "photograph_6x10", "smallest_2x2")
@@ -114,7 +112,7 @@ def test_the_oracle_agrees_with_every_golden(name: str) -> None:
 
 
 @pytest.mark.parametrize("fault", Faults.names())
-def test_each_planted_fault_breaks_a_golden(fault: str) -> None:
+def test_each_injected_fault_breaks_a_golden(fault: str) -> None:
     """Seen at the merger, the one stage that every user meets, whatever hid it before."""
     factors = {}
     for name in NAMES:
@@ -199,18 +197,6 @@ def test_rms_norm_with_the_wrong_cast_order_shows_in_bf16() -> None:
     assert moved > 1 / 6
 
 
-@cache
-def make_golden() -> ModuleType:
-    path = str(TINY_FOLDER.parent.parent / "tools" / "make_golden")
-    spec = spec_from_loader("make_golden", SourceFileLoader("make_golden", path))
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules["make_golden"] = module  # dataclasses look their own module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("moved", ["golden", "now", "neither"])
 def test_a_drift_shows_whichever_side_moved(moved: str) -> None:
     """Once, a golden that was off by 3e-5 excused itself: its own error set the budget."""
@@ -218,7 +204,7 @@ def test_a_drift_shows_whichever_side_moved(moved: str) -> None:
     off = {**case.trace, "block.4": case.trace["block.4"] * (1 + 3e-5)}
     then = replace(case, trace=off) if moved == "golden" else case
     now = off if moved == "now" else case.trace
-    assert make_golden().stage_drift(now, then, oracle) == (moved == "neither")
+    assert stage_drift(now, then, oracle) == (moved == "neither")
 
 
 def test_a_wrong_reference_sets_no_budget() -> None:

@@ -12,10 +12,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from goldens import TINY_FOLDER
 from hypothesis import given
 from hypothesis import strategies as st
-from towers import as_grids, build_tower, gpu, layout_for, n_patches, per_image, random_pixels
 
 from qwen_vit.checkpoint.load import load_checkpoint
 from qwen_vit.checkpoint.tower_names import expected_tensors
@@ -32,6 +30,16 @@ from qwen_vit.graphs import (
 from qwen_vit.kernels.attention import tiling
 from qwen_vit.layout import Layout
 from qwen_vit.model import ROTARY_POSITIONS, plan_layout
+from tests.support.goldens import TINY_FOLDER
+from tests.support.towers import (
+    as_grids,
+    build_tower,
+    gpu,
+    layout_for,
+    n_patches,
+    per_image,
+    random_pixels,
+)
 
 GridTuple = tuple[int, int, int]
 CUDA = torch.device("cuda", 0)

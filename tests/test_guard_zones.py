@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from guard_zones import GuardedMemory
-from test_attention import axial_tables, random_case, segments_of
-from towers import CPU
 
 from qwen_vit.kernels import attention as kernels
 from qwen_vit.kernels.attention import attention
+from tests.support.attention_cases import axial_tables, random_case, segments_of
+from tests.support.guard_zones import GuardedMemory
+from tests.support.towers import CPU
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -17,9 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import SMALL, WIDE, random_tensors, write_checkpoint, write_weights
-from hub_server import COMMIT, Fault, Hub, etag_of, serving
-from hub_worker import Worker, running_worker
 from safetensors.torch import load_file, save_file
 
 from qwen_vit.checkpoint import cache as store
@@ -28,6 +25,9 @@ from qwen_vit.checkpoint.load import load_checkpoint
 from qwen_vit.checkpoint.repository import Repository
 from qwen_vit.common.safetensors_header import read_header
 from qwen_vit.errors import ArgumentError, CheckpointError, HubError
+from tests.support.checkpoints import SMALL, WIDE, random_tensors, write_checkpoint, write_weights
+from tests.support.hub_server import COMMIT, Fault, Hub, etag_of, serving
+from tests.support.hub_worker import Worker, running_worker
 
 SETTINGS = "preprocessor_config.json"
 INDEX = "model.safetensors.index.json"

@@ -1,10 +1,11 @@
-"""A share of what tools/soak runs in full: whatever happens, no corrupt file gets its name."""
+"""A share of what checks.soak runs in full: whatever happens, no corrupt file gets its name."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_fault_injection import (
+
+from tests.support.hub_fault_injection import (
     Chaos,
     chaos,
     crowd,

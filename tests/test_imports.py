@@ -1,113 +1,247 @@
-"""Imports point downwards, what is banned is found, and importing the package touches nothing."""
+"""The import contracts bite, what is banned is found, and importing the package touches nothing."""
 
+import ast
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support import ROOT
+
 PACKAGE = ROOT / "qwen_vit"
-CHECK = ROOT / "tools" / "check_imports"
-
-
-def check_imports(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(CHECK), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+PROGRAMS = Path(sys.executable).parent
+OTHER_ATTENTION = re.compile(
+    "scaled_dot_product|flash_?attn|flash_?attention|flex_?attention|efficient_?attention"
+    "|multi_?head_?attention|xformers|sageattention",
+    re.IGNORECASE,
+)
+# The public names and the commands are imported when they are used, each by a name of its own.
+MAY_IMPORT_BY_NAME = {PACKAGE / "__init__.py", PACKAGE / "cli" / "main.py"}
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    folder = tmp_path / "qwen_vit"
-    shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
+    """The package and its settings, to be spoilt."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "qwen_vit", ignore=ignored)
+    return tmp_path
 
 
-def test_the_package_keeps_to_its_directions() -> None:
-    checked = check_imports(PACKAGE)
-    assert (checked.returncode, checked.stdout) == (0, "")
+def run(folder: Path, *command: str) -> tuple[int, str]:
+    """(exit code, what it said) of a program of this environment, in lines of any length."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "1000"}
+    done = subprocess.run(
+        [str(PROGRAMS / command[0]), *command[1:]],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
 
 
-# file, what is planted at its end, the word of the message that names it
-PLANTED = (
-    ("config.py", "import qwen_vit.encoder", "config imports encoder, which is above it"),
-    ("layout.py", "from qwen_vit.model import VisionTower", "layout imports model, which is above"),
-    ("layout.py", "from qwen_vit import model", "layout imports model, which is above"),
-    ("layout.py", "from .model import VisionTower", "layout imports model, which is above"),
-    (
-        "layout.py",
-        "def f():\n    import qwen_vit.cli.main",
-        "layout imports cli, which is above it",
-    ),
-    ("encoder.py", "from qwen_vit import __version__", "encoder imports __init__, which is above"),
-    (
-        "kernels/attention.py",
-        "import qwen_vit.encoder",
-        "kernels imports encoder, which is above it",
-    ),
-    ("errors.py", "from qwen_vit.config import Grid", "imports in a circle: "),
-    ("layout.py", "import qwen_vit.lay_out", "imports qwen_vit.lay_out, which is not there"),
-    ("helpers.py", "", "helpers has no place"),
-    ("model.py", "import triton.language as tl", "imports triton, which only kernels may"),
-    (
-        "encoder.py",
-        "from huggingface_hub import HfApi",
-        "imports huggingface_hub, which only check",
-    ),
-    ("integrations/hf.py", "import transformers", "imports transformers at module level"),
-    ("integrations/hf.py", "if 1:\n    import torchvision", "imports torchvision at module level"),
-    ("images/load.py", "def f():\n    import transformers", "imports transformers, which only"),
-    (
-        "images/load.py",
-        "import importlib\nimportlib.import_module('triton')",
-        "imports triton, which",
-    ),
-    ("images/load.py", "import pickle", "imports pickle"),
-    ("checkpoint/load.py", "import torch\ntorch.load('x')", "torch.load"),
-    ("checkpoint/load.py", "from torch import load", "torch.load"),
-    ("checkpoint/load.py", "import numpy as np\nnp.load('x', allow_pickle=True)", "allow_pickle"),
-    ("model.py", "F.scaled_dot_product_attention(q, k, v)", "scaled_dot_product_attention"),
-    ("model.py", "from torch.nn.attention import flex_attention", "flex_attention"),
-    ("model.py", "import flash_attn_interface", "flash_attn_interface"),
-    ("model.py", "getattr(F, '_flash_attention_forward')", "_flash_attention_forward"),
-    ("model.py", "nn.MultiheadAttention(8, 1)", "MultiheadAttention"),
-    ("images/patches.py", "assert True", "assert"),
-    ("images/patches.py", "try:\n    x = 1\nexcept:\n    x = 2", "bare except"),
+def append(path: Path, text: str) -> int:
+    """Add lines to a file, which need not be there; the number of the first."""
+    before = path.read_text().rstrip("\n") + "\n" if path.exists() else ""
+    path.write_text(before + text + "\n")
+    return len(before.splitlines()) + 1
+
+
+DIRECTIONS, CYCLES = "Imports point downwards", "No cycles, at any depth"
+PUBLIC = "The public names are above every module but the command line"
+PLACES = "Third parties have a place of their own"
+ALONE = "The package runs without its tests and tools"
+# file, what is added at its end, the contract that it breaks, what names it
+BROKEN = (
+    ("config.py", "import qwen_vit.encoder", DIRECTIONS, "config -> qwen_vit.encoder"),
+    ("layout.py", "from qwen_vit.model import VisionTower", DIRECTIONS, "layout -> qwen_vit.model"),
+    ("layout.py", "from qwen_vit import model", DIRECTIONS, "layout -> qwen_vit.model"),
+    ("layout.py", "from .model import VisionTower", DIRECTIONS, "layout -> qwen_vit.model"),
+    ("layout.py", "def f():\n    import qwen_vit.cli.main", DIRECTIONS, "-> qwen_vit.cli.main"),
+    ("kernels/attention.py", "import qwen_vit.encoder", DIRECTIONS, "kernels.attention -> "),
+    ("errors.py", "from qwen_vit.config import Grid", DIRECTIONS, "errors -> qwen_vit.config"),
+    ("common/tensors.py", "from qwen_vit.layout import Layout", DIRECTIONS, "common.tensors -> "),
+    ("encoder.py", "from qwen_vit.downstream import to_hf", DIRECTIONS, "-> qwen_vit.downstream"),
+    ("helpers.py", "", DIRECTIONS, "helpers"),
+    ("images/load.py", "import qwen_vit.inputs.listing", CYCLES, ".inputs -> .images"),
+    ("compare/tolerance.py", "import qwen_vit.compare.run", CYCLES, ".tolerance -> .run"),
+    ("encoder.py", "from qwen_vit import __version__", PUBLIC, "qwen_vit.encoder -> qwen_vit"),
+    ("model.py", "import triton.language as tl", PLACES, "qwen_vit.model -> triton"),
+    ("encoder.py", "from huggingface_hub import HfApi", PLACES, "encoder -> huggingface_hub"),
+    ("images/load.py", "def f():\n    import transformers", PLACES, "load -> transformers"),
+    ("export/run.py", "def f():\n    import torchvision", PLACES, "run -> torchvision"),
+    ("compare/run.py", "def f():\n    import pyarrow.parquet", PLACES, "run -> pyarrow"),
+    ("inputs/listing.py", "def f():\n    import ray", PLACES, "listing -> ray"),
+    ("features.py", "def f():\n    from matplotlib import pyplot", PLACES, "-> matplotlib"),
+    ("cli/info.py", "def f():\n    import jinja2", PLACES, "info -> jinja2"),
+    ("model.py", "from tests.support import towers", ALONE, "qwen_vit.model -> tests"),
 )
 
 
-@pytest.mark.parametrize(("file", "planted", "message"), PLANTED, ids=lambda text: text[:40])
-def test_a_planted_violation_is_found_with_its_line(
-    copy: Path, file: str, planted: str, message: str
+def test_the_package_keeps_its_contracts() -> None:
+    code, said = run(ROOT, "lint-imports", "--no-cache", "--no-logo")
+    assert code == 0, said
+    for contract in (DIRECTIONS, CYCLES, PUBLIC, PLACES, ALONE):
+        assert f"{contract} KEPT" in said
+
+
+@pytest.mark.parametrize(("file", "added", "contract", "named"), BROKEN, ids=lambda text: text[:40])
+def test_an_import_that_breaks_a_contract_is_found(
+    copy: Path, file: str, added: str, contract: str, named: str
 ) -> None:
-    path = copy / file
-    before = path.read_text().rstrip("\n") + "\n" if path.exists() else ""
-    path.write_text(before + planted + "\n")
-    checked = check_imports(copy)
-    first = len(before.splitlines()) + 1
-    lines = range(first, first + 1 + planted.count("\n"))
-    assert checked.returncode == 1
-    found = [line for line in checked.stdout.splitlines() if message in line]
-    assert any(re.match(rf"{re.escape(str(path))}:(\d+): ", line) for line in found), checked.stdout
-    if "circle" not in message:  # a circle is reported at whichever import of it comes first
-        assert int(found[0].removeprefix(f"{path}:").partition(":")[0]) in lines
+    append(copy / "qwen_vit" / file, added)
+    code, said = run(copy, "lint-imports", "--no-cache", "--no-logo")
+    assert code == 1, said
+    assert f"{contract} BROKEN" in said
+    assert named in said
+
+
+# file, what is added at its end, the rule that it breaks, what the message says
+BANNED = (
+    ("integrations/hf.py", "import transformers", "TID253", "transformers"),
+    ("integrations/hf.py", "import torchvision.transforms", "TID253", "torchvision"),
+    ("compare/report.py", "from jinja2 import Template", "TID253", "jinja2"),
+    ("compare/report.py", "import matplotlib.pyplot", "TID253", "matplotlib"),
+    ("export/manifest.py", "import pyarrow", "TID253", "pyarrow"),
+    ("export/ray_cluster.py", "import ray", "TID253", "ray"),
+    ("images/load.py", "import pickle", "TID251", "no pickle"),
+    ("images/load.py", "def f():\n    from marshal import loads", "TID251", "no pickle"),
+    ("inputs/listing.py", "import cloudpickle, dill, joblib, shelve", "TID251", "no pickle"),
+    ("checkpoint/load.py", "import torch\ntorch.load('x')", "TID251", "no pickle"),
+    ("checkpoint/load.py", "from torch import load", "TID251", "no pickle"),
+    ("model.py", "from torch.nn import attention", "TID251", "the only attention"),
+    ("model.py", "from torch.nn.attention import flex_attention", "TID251", "the only attention"),
+    ("model.py", "import flash_attn_interface", "TID251", "the only attention"),
+    ("model.py", "from flash_attn import flash_attn_func", "TID251", "the only attention"),
+    ("model.py", "import xformers.ops", "TID251", "the only attention"),
+    ("model.py", "torch.nn.MultiheadAttention(8, 1)", "TID251", "the only attention"),
+    (
+        "model.py",
+        "import torch.nn.functional as F\nF.scaled_dot_product_attention(q, k, v)",
+        "TID251",
+        "the only attention",
+    ),
+    ("layout.py", "from .model import VisionTower", "TID252", "relative"),
+    ("images/patches.py", "assert True", "S101", "assert"),
+    ("images/patches.py", "try:\n    x = 1\nexcept:\n    x = 2", "E722", "bare `except`"),
+)
+
+
+@pytest.mark.parametrize(("file", "added", "rule", "named"), BANNED, ids=lambda text: text[:40])
+def test_what_is_banned_is_found_with_its_line(
+    copy: Path, file: str, added: str, rule: str, named: str
+) -> None:
+    first = append(copy / "qwen_vit" / file, added)
+    code, said = run(copy, "ruff", "check", "--no-cache", "--output-format=concise", "qwen_vit")
+    assert code == 1
+    found = [line for line in said.splitlines() if f": {rule} " in line]
+    assert any(named in line for line in found), said
+    lines = {int(line.split(":")[1]) for line in found if line.startswith(f"qwen_vit/{file}:")}
+    assert lines
+    assert lines <= set(range(first, first + 1 + added.count("\n")))
 
 
 def test_what_is_allowed_is_not_reported(copy: Path) -> None:
-    before = check_imports(copy).stdout
-    with (copy / "integrations/hf.py").open("a") as file:
-        file.write('\n\ndef f():\n    import transformers\n    """assert, pickle, flash_attn."""\n')
-    assert check_imports(copy).stdout == before
+    path = copy / "qwen_vit" / "integrations" / "hf.py"
+    append(path, '\n\ndef f():\n    import transformers\n    """assert, pickle, flash_attn."""\n')
+    rules = "--select=E722,S101,TID251,TID252,TID253"
+    assert run(copy, "ruff", "check", "--no-cache", "--quiet", rules, "qwen_vit") == (0, "")
+    code, said = run(copy, "lint-imports", "--no-cache", "--no-logo")
+    assert code == 0, said
 
 
-def test_a_folder_that_is_no_package_is_refused(tmp_path: Path) -> None:
-    checked = check_imports(tmp_path)
-    assert checked.returncode == 2
-    assert "is no package" in checked.stderr
+def trees() -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path, ast.parse(path.read_bytes(), str(path))
+
+
+def identifiers(node: ast.AST) -> tuple[str, ...]:
+    """Names that a node uses or defines; a string counts where it is asked for by getattr."""
+    match node:
+        case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name):
+            return (name,)
+        case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+            return (name,)
+        case ast.Import(names=names):
+            return tuple(part for alias in names for part in (alias.name, alias.asname or ""))
+        case ast.ImportFrom(module=target, names=names):
+            return (target or "", *(alias.name for alias in names))
+        case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *_]):
+            return (name,)
+        case _:
+            return ()
+
+
+def other_attentions(tree: ast.Module) -> list[str]:
+    names = (name for node in ast.walk(tree) for name in identifiers(node))
+    return [name for name in names if OTHER_ATTENTION.search(name)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "F.scaled_dot_product_attention(q, k, v)",
+        "from torch.nn.attention.flex_attention import flex_attention",
+        "getattr(F, '_flash_attention_forward')(q)",
+        "import vllm.vllm_flash_attn as attend",
+        "def flash_attn_func(q): ...",
+        "class MultiHeadAttention: ...",
+    ],
+)
+def test_the_name_of_another_attention_is_seen(text: str) -> None:
+    assert other_attentions(ast.parse(text))
+
+
+def test_no_name_in_the_package_is_that_of_another_attention() -> None:
+    assert {path: found for path, tree in trees() if (found := other_attentions(tree))} == {}
+
+
+def eager_imports(node: ast.AST) -> Iterator[str]:
+    """Top-level packages that are imported outside functions, in an `if` or a `try`, too."""
+    for child in ast.iter_child_nodes(node):
+        match child:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
+                continue
+            case ast.Import(names=names):
+                yield from (alias.name.partition(".")[0] for alias in names)
+            case ast.ImportFrom(module=str(target)):
+                yield target.partition(".")[0]
+            case _:
+                yield from eager_imports(child)
+
+
+def test_an_import_in_a_branch_is_seen_and_one_in_a_function_is_not() -> None:
+    text = "try:\n  import ray.util\nexcept ImportError:\n  pass\ndef f():\n  import pyarrow"
+    assert list(eager_imports(ast.parse(text))) == ["ray"]
+
+
+def test_optional_packages_are_imported_in_functions_alone() -> None:
+    """Ruff's rule looks at a module's own statements, not into an `if` or a `try`."""
+    ruff = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]
+    optional = {*ruff["flake8-tidy-imports"]["banned-module-level-imports"]}
+    assert {
+        path: found for path, tree in trees() if (found := optional & {*eager_imports(tree)})
+    } == {}
+
+
+def test_no_array_is_read_as_a_pickle() -> None:
+    """np.load opens pickles where `allow_pickle` is true, whatever a ban on imports says."""
+    for path, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert ast.unparse(node.value) == "False", f"{path}:{node.lineno}"
+
+
+def test_modules_are_imported_by_name_only_where_the_contracts_need_not_see_it() -> None:
+    for path, tree in trees():
+        names = {name for node in ast.walk(tree) for name in identifiers(node)}
+        found = names & {"import_module", "__import__"}
+        assert not found or path in MAY_IMPORT_BY_NAME, path
 
 
 # What the package is built on is imported first: what those libraries do is theirs.
@@ -165,6 +299,7 @@ def test_importing_touches_no_gpu_network_or_environment() -> None:
 
 UNKNOWN_TRITON = """
 import sys
+import tomllib
 import triton
 triton.__version__ = "9.9.0"
 for name in ("hopper", "linear_hopper", "attention_hopper"):

@@ -16,21 +16,11 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL
-from fake_engines import (
-    SPECIAL,
-    sglang_items,
-    small_model,
-    small_tokenizer,
-    vllm_chat_data,
-    vllm_items,
-)
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from towers import assert_no_worse_than
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
 from qwen_vit import VisionEncoder
@@ -46,10 +36,21 @@ from qwen_vit.downstream import (
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.export.plan import ExportOptions
 from qwen_vit.export.run import export_features
-from qwen_vit.feature_files.read import Features, load_features
+from qwen_vit.feature_files.collection import Features
+from qwen_vit.feature_files.read import load_features
 from qwen_vit.feature_files.write import write_features
 from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.integrations import hf as hf_module
+from tests.support.checkpoints import SMALL
+from tests.support.fake_engines import (
+    SPECIAL,
+    sglang_items,
+    small_model,
+    small_tokenizer,
+    vllm_chat_data,
+    vllm_items,
+)
+from tests.support.towers import assert_no_worse_than
 
 IMAGE_TOKEN = 4
 ONE_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

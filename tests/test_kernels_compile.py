@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import triton
-from hopper_compile import (
+
+from qwen_vit.kernels import attention, attention_hopper, linear, linear_hopper, pixels
+from tests.support.hopper_compile import (
     REGISTERS,
     Compiled,
     compile_for_hopper,
@@ -15,8 +17,6 @@ from hopper_compile import (
     count_unfenced_reads,
     tma_block,
 )
-
-from qwen_vit.kernels import attention, attention_hopper, linear, linear_hopper, pixels
 
 HEADS = 16
 HEAD_DIMS = (64, 72, 80, 96, 128)

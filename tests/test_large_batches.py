@@ -1,38 +1,17 @@
 """Batches beyond 2^31 values and 65,535 windows have the bits of their halves."""
 
-from collections.abc import Sequence
-from functools import cache
-
 import pytest
 import torch
-from checkpoints import random_tensors
-from test_attention import random_case
-from torch import Tensor
-from towers import build_tower, gpu
 
-from qwen_vit.config import Grid, VisionConfig
+from qwen_vit.config import Grid
 from qwen_vit.kernels.rope_varlen_attention import fused_rope_varlen_attention
-from qwen_vit.model import VisionTower, plan_layout
+from qwen_vit.model import VisionTower
+from tests.support.attention_cases import random_case
+from tests.support.towers import gpu
+from tests.support.wide_tower import CONFIG, CUDA, embeddings, published_width
 
-CUDA = torch.device("cuda")
 INT32_VALUES = 2**31  # how far an offset of 32 bits reaches
 GRID_LIMIT = 65_535  # programs along the second and third axis of a launch
-# One window and one full block of the published widths.
-CONFIG = VisionConfig.from_json(
-    {"model_type": "qwen2_5_vl", "out_hidden_size": 3584, "depth": 2, "fullatt_block_indexes": [1]}
-)
-
-
-@cache
-def published_width(dtype: torch.dtype) -> VisionTower:
-    return build_tower(random_tensors(CONFIG), CONFIG, dtype=dtype, device=CUDA)
-
-
-def embeddings(tower: VisionTower, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
-    weight = tower.blocks[0].attn.qkv.weight
-    layout = plan_layout(grids, tower.config, weight.device, weight.dtype)
-    with torch.no_grad():
-        return tower(pixels, layout.to(weight.device))
 
 
 def assert_equals_its_halves(tower: VisionTower, grid: Grid, count: int) -> None:

@@ -6,23 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from towers import as_grids, n_patches
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_position_ids,
-    get_vision_window_index,
-)
 
 from qwen_vit import layout as layout_module
 from qwen_vit.config import Grid
 from qwen_vit.errors import ImageError
 from qwen_vit.layout import PADDING_ROWS, Layout, Segments, SegmentTiling, tile_table
-
-GridTuple = tuple[int, int, int]
+from tests.support.checkpoints import SMALL
+from tests.support.layouts import assert_equals_transformers
+from tests.support.towers import GridTuple, as_grids, n_patches
 
 EXAMPLES, GRIDS_EACH = 200, 50  # 10,000 grids
 # Merged sides: all remainders of every window, and now and then many windows.
@@ -46,22 +40,6 @@ NAMED_GRIDS = {
 
 def in_patches(merged: Sequence[GridTuple], merge: int = 2) -> list[GridTuple]:
     return [(t, h * merge, w * merge) for t, h, w in merged]
-
-
-def assert_equals_transformers(
-    layout: Layout, grids: Sequence[GridTuple], window_px: int, merge: int = 2
-) -> None:
-    unit = merge * merge
-    grid_thw = torch.tensor(grids)
-    order, cu_windows = get_vision_window_index(grid_thw, merge, window_px, 14)
-    positions = get_vision_position_ids(grid_thw, merge)
-    in_window_order = positions.view(-1, unit, 2)[order].view(-1, 2)
-    expected_index = (order[:, None] * unit + torch.arange(unit)).flatten()
-    assert torch.equal(layout.grid_index.long(), expected_index)
-    assert torch.equal(layout.merged_order.long(), order.argsort())
-    assert torch.equal(layout.positions.long(), in_window_order)
-    assert torch.equal(layout.windows.cu_seqlens, cu_windows)
-    assert torch.equal(layout.frames.cu_seqlens, get_vision_cu_seqlens(grid_thw))
 
 
 def assert_undoes_itself(layout: Layout, grids: Sequence[GridTuple], merge: int = 2) -> None:

@@ -5,15 +5,11 @@ import os
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
-from oracle import relative_error, rms_norm_wrong_casts
 from torch import Tensor
 from torch.nn import functional as F
-from towers import CPU, gpu, random_pixels
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from qwen_vit.kernels import linear as kernels
 from qwen_vit.kernels import linear_hopper
@@ -26,59 +22,22 @@ from qwen_vit.kernels.linear import (
 )
 from qwen_vit.kernels.pixels import gather_pixels
 from qwen_vit.weight_format import PIXEL_ZERO
+from tests.support import ROOT
+from tests.support.linear_cases import (
+    EPS,
+    linear_oracle,
+    norm_case,
+    normed_oracle,
+    random_case,
+    their_norm,
+)
+from tests.support.oracle import relative_error, rms_norm_wrong_casts
+from tests.support.towers import CPU, gpu, random_pixels
 
 EPILOGUES = ("plain", "gelu")
-EPS = 1e-6
 # float32: a sum of K products is off by about sqrt(K) roundings of 6e-8, 2e-6 at K = 1,280.
 # bfloat16: one rounding of the result is 1.7e-3 in the mean (2^-9 uniformly over a binade).
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2.0e-3}
-
-
-def linear_oracle(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    epilogue: str = "plain",
-    out_scale: float = 1.0,
-) -> Tensor:
-    """`linear` in float64; the exact GELU is 0.5 y (1 + erf(y / sqrt 2))."""
-    y = x.double() @ weight.double().T * out_scale
-    if bias is not None:
-        y = y + bias.double()
-    if epilogue == "gelu":
-        y = 0.5 * y * (1 + torch.erf(y * 0.5**0.5))
-    return y
-
-
-def normed_oracle(x: Tensor, weight: Tensor, bias: Tensor, *, epilogue: str) -> Tensor:
-    """`normed_linear` in float64."""
-    x = x.double()
-    y = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPS) @ weight.double().T + bias.double()
-    if epilogue == "swiglu":
-        gate, up = y.unflatten(1, (-1, 2, 8)).unbind(2)
-        y = (gate / (1 + torch.exp(-gate)) * up).flatten(1)
-    return y
-
-
-def random_case(
-    M: int,
-    K: int,
-    N: int,
-    epilogue: str = "plain",
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device = CPU,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, weight, bias), with results of the order of 1; the SwiGLU gives N columns."""
-    generator = torch.Generator().manual_seed(seed)
-    n_out = 2 * N if epilogue == "swiglu" else N
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
-
-    return normal(M, K), normal(n_out, K, scale=K**-0.5), normal(n_out)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -143,20 +102,6 @@ def test_no_rows_give_no_rows() -> None:
     )
 
 
-def norm_case(dtype: torch.dtype, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    scales = 10.0 ** torch.linspace(-4, 3, 256)[:, None]  # where eps decides, to large activations
-    x = torch.randn(256, 160, generator=generator) * scales
-    weight = torch.rand(160, generator=generator) * 2 - 0.5
-    return x.to(device, dtype), weight.to(device, dtype)
-
-
-def their_norm(x: Tensor, weight: Tensor) -> Tensor:
-    norm = Qwen2_5_VLRMSNorm(len(weight), eps=1e-6)
-    norm.weight = torch.nn.Parameter(weight, requires_grad=False)
-    return norm(x)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_on_the_cpu_has_the_bits_of_transformers(dtype: torch.dtype) -> None:
     x, weight = norm_case(dtype)
@@ -196,7 +141,9 @@ import json, sys
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 from qwen_vit.kernels import linear as kernels, pixels
-import test_linear as t
+from tests.support import linear_cases as t
+from tests.support.oracle import relative_error
+from tests.support.towers import random_pixels
 
 def gemm(M, K, N, epilogue, with_bias, rows, columns, depth, group, scale):
     x, weight, bias = t.random_case(M, K, N, epilogue)
@@ -218,16 +165,16 @@ def gemm(M, K, N, epilogue, with_bias, rows, columns, depth, group, scale):
     )
     if squares_in is not None:
         kind = "plain" if epilogue == "normed" else epilogue
-        return t.relative_error(out, t.normed_oracle(x, weight, bias, epilogue=kind))
+        return relative_error(out, t.normed_oracle(x, weight, bias, epilogue=kind))
     product = "plain" if epilogue == "residual" else epilogue
     oracle = t.linear_oracle(
         x, weight, bias if with_bias else None, epilogue=product, out_scale=scale,
     )
     if epilogue == "residual":
         oracle = oracle + residual
-        sums = t.relative_error(squares.sum(0), out.double().square().sum(1))
-        return max(sums, t.relative_error(out, oracle))
-    return t.relative_error(out, oracle)
+        sums = relative_error(squares.sum(0), out.double().square().sum(1))
+        return max(sums, relative_error(out, oracle))
+    return relative_error(out, oracle)
 
 def norm():
     x, weight = t.norm_case(torch.float32)
@@ -235,11 +182,11 @@ def norm():
     kernels._rms_norm[(len(x),)](x, weight, out, C=160, C_PADDED=256, EPS=1e-6)
     squares = torch.full((1, len(x)), float("nan"))
     kernels._row_squares[(-(-len(x) // 3),)](x, squares, len(x), C=160, C_PADDED=256, BM=4)
-    sums = t.relative_error(squares[0], x.double().square().sum(1))
-    return max(sums, t.relative_error(out, t.their_norm(x, weight)))
+    sums = relative_error(squares[0], x.double().square().sum(1))
+    return max(sums, relative_error(out, t.their_norm(x, weight)))
 
 def gather():
-    data, index = t.random_pixels(20, 0), torch.randint(0, 20, (37,), dtype=torch.int32)
+    data, index = random_pixels(20, 0), torch.randint(0, 20, (37,), dtype=torch.int32)
     out = torch.full((37, 640), float("nan"))
     pixels._gather_pixels[(-(-37 // 8),)](
         data, index, out, 37, P=588, P_OUT=640, P_BLOCK=1024, ZERO=128, BM=8
@@ -268,11 +215,7 @@ INTERPRETED_CASES = [
 @cache
 def interpreted_errors() -> tuple[float, ...]:
     """Errors of the norm, of the gather, and of each case's product."""
-    tests = Path(__file__).parent
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
-    }
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED, json.dumps(INTERPRETED_CASES)],
         env=environment,

@@ -8,32 +8,30 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import SMALL, random_tensors
-from goldens import MEAN, STD, TINY_FOLDER, assert_stages_close, fp32_budget
-from huggingface import hf_tower, hf_trace
-from oracle import Trace, pixel_rows, read_checkpoint, relative_error, vision_oracle
 from torch import Tensor
-from towers import (
+from transformers.vision_utils import get_vision_window_index
+
+from qwen_vit.checkpoint.load import load_checkpoint
+from qwen_vit.config import VisionConfig
+from qwen_vit.model import VisionTower
+from tests.support.checkpoints import SMALL, peaked_tensors
+from tests.support.goldens import MEAN, STD, TINY_FOLDER, assert_stages_close, fp32_budget
+from tests.support.huggingface import hf_tower, hf_trace
+from tests.support.oracle import Trace, pixel_rows, read_checkpoint, relative_error, vision_oracle
+from tests.support.towers import (
+    MIXED,
+    GridTuple,
     as_grids,
     build_tower,
     gpu,
     layout_for,
     n_patches,
     per_image,
+    random_grids,
     random_pixels,
     random_rows,
     tower_trace,
 )
-from transformers.vision_utils import get_vision_window_index
-
-from qwen_vit.checkpoint.load import load_checkpoint
-from qwen_vit.config import VisionConfig
-from qwen_vit.model import VisionTower
-
-GridTuple = tuple[int, int, int]
-
-# Merged sides of 0, 1, 2 and 3 mod 4, a strip, one unit, a clip: no side is a multiple of all.
-MIXED: list[GridTuple] = [(1, 10, 14), (1, 2, 2), (3, 6, 4), (1, 2, 30), (1, 16, 8)]
 
 
 @cache
@@ -58,29 +56,10 @@ def new_seed() -> int:
     return seed
 
 
-def random_grids(seed: int, patches: int) -> list[GridTuple]:
-    """Stills and clips with merged sides of 1 to 11, until `patches` are there."""
-    generator = random.Random(seed)
-    grids: list[GridTuple] = []
-    while n_patches(grids) < patches:
-        t = generator.choice((1, 1, 1, 2, 3))
-        grids.append((t, 2 * generator.randint(1, 11), 2 * generator.randint(1, 11)))
+def printed_grids(seed: int, patches: int) -> list[GridTuple]:
+    grids = random_grids(random.Random(seed), patches)
     print(grids)
     return grids
-
-
-def peaked_tensors(config: VisionConfig, seed: int) -> dict[str, Tensor]:
-    """Random weights of an order that keeps activations near 1 and the softmax far from uniform:
-    with nearly equal weights a mistake in RoPE or in the segments would hardly show."""
-    tensors = random_tensors(config, seed=seed, dtype=torch.float32)
-    for name, tensor in tensors.items():
-        if tensor.ndim > 1:
-            tensor /= 0.05 * tensor[0].numel() ** 0.5
-        elif name.endswith("bias"):
-            tensor *= 10
-        if ".qkv." in name:
-            tensor[: 2 * config.hidden_size] *= 1.5
-    return tensors
 
 
 def assert_agrees_with_transformers(
@@ -105,7 +84,7 @@ def assert_agrees_with_transformers(
 @pytest.mark.parametrize("run", range(2))
 def test_the_tiny_tower_agrees_with_transformers_at_every_stage(run: int) -> None:
     seed = new_seed()
-    grids = random_grids(seed, 500)
+    grids = printed_grids(seed, 500)
     rows = random_rows(n_patches(grids), seed)
     tensors, config = tiny()
     assert_agrees_with_transformers(tiny_tower(), tiny_theirs(), tensors, config, grids, rows=rows)
@@ -113,7 +92,7 @@ def test_the_tiny_tower_agrees_with_transformers_at_every_stage(run: int) -> Non
 
 def test_uint8_pixels_agree_with_transformers_at_every_stage() -> None:
     seed = new_seed()
-    grids = [(1, h, w) for _, h, w in random_grids(seed, 300)]
+    grids = [(1, h, w) for _, h, w in printed_grids(seed, 300)]
     pixels = random_pixels(n_patches(grids), seed)
     tensors, config = tiny()
     assert_agrees_with_transformers(
@@ -141,7 +120,7 @@ def test_a_random_small_tower_agrees_with_transformers(name: str) -> None:
     config = replace(SMALL, **CONFIGS[name])
     seed = new_seed()
     tensors = peaked_tensors(config, seed)
-    grids = random_grids(seed, 200)
+    grids = printed_grids(seed, 200)
     rows = random_rows(n_patches(grids), seed)
     assert_agrees_with_transformers(
         build_tower(tensors, config), hf_tower(tensors, config), tensors, config, grids, rows=rows
@@ -165,7 +144,7 @@ def test_a_random_architecture_agrees_with_transformers() -> None:
     )
     print(config)
     tensors = peaked_tensors(config, seed)
-    grids = random_grids(seed, 200)
+    grids = printed_grids(seed, 200)
     rows = random_rows(n_patches(grids), seed)
     assert_agrees_with_transformers(
         build_tower(tensors, config), hf_tower(tensors, config), tensors, config, grids, rows=rows

@@ -225,13 +225,3 @@ def constraints() -> dict[str, Requirement]:
     lines = (ROOT / "tools" / "constraints.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(pin.name): pin for pin in pins}
-
-
-def test_ruff_reads_every_python_script_without_an_extension() -> None:
-    listed = {path for path in PYPROJECT["tool"]["ruff"]["extend-include"] if "/" in path}
-    scripts = {
-        str(path.relative_to(ROOT))
-        for path in (ROOT / "tools").iterdir()
-        if path.is_file() and "python" in path.read_text().partition("\n")[0]
-    }
-    assert {path for path in scripts if not path.endswith(".py")} == listed

@@ -18,14 +18,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from export_stress import tiny_png
-from fake_encoder import FakeEncoder
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from towers import gpu
 
 from qwen_vit import batching
+from qwen_vit.batching import pack
 from qwen_vit.common.prefetch import (
     BackgroundWriter,
     Job,
@@ -40,6 +38,9 @@ from qwen_vit.export.device_to_host import ALIGNED_BYTES, PinnedRing
 from qwen_vit.export.plan import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.write import FeatureWriter
+from tests.support.export_stress import tiny_png
+from tests.support.fake_encoder import FakeEncoder
+from tests.support.towers import gpu
 
 IMAGES = Path(__file__).resolve().parent / "images"
 
@@ -412,7 +413,7 @@ def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
     loaded = threading.Event()
     encoded, load_image = [], shards_module.load_image
 
-    def counted(*arguments: Any, **options: Any) -> Any:
+    def watched_load(*arguments: Any, **options: Any) -> Any:
         if options["name"].endswith("5.png"):  # of the second shard
             loaded.set()
         return load_image(*arguments, **options)
@@ -423,7 +424,7 @@ def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
         real(self, facts)
 
     monkeypatch.setattr(FeatureWriter, "save", save)
-    monkeypatch.setattr(shards_module, "load_image", counted)
+    monkeypatch.setattr(shards_module, "load_image", watched_load)
     assert stand_in_export(tmp_path, whole, 3, decode_threads=2).exported == 12
     assert encoded == [4, 8, 12]
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import split_qkv
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,6 +25,7 @@ from qwen_vit.cli.describe import licence_of
 from qwen_vit.common.safetensors_header import TensorInfo
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.model import VisionTower
+from tests.support.checkpoints import split_qkv
 
 PUBLISHED = tomllib.loads((packaged_weights() / "published.toml").read_text())["checkpoint"]
 OFFICIAL = [f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B")]

@@ -10,11 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import export_stress
 import pytest
 import torch
-from export_stress import TESTS, digests, tiny_png
-from fake_encoder import FakeEncoder
 
 from qwen_vit.cli import main as cli
 from qwen_vit.encoder import VisionEncoder
@@ -23,6 +20,9 @@ from qwen_vit.export.estimate import Estimate
 from qwen_vit.export.plan import ExportOptions, open_export
 from qwen_vit.export.ray_cluster import _plain_errors, _size, _threads_of_a_shard, export_on_ray
 from qwen_vit.export.run import export_features
+from tests.support import ROOT, export_stress
+from tests.support.export_stress import digests, tiny_png
+from tests.support.fake_encoder import FakeEncoder
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'qwen-vit[ray]'")
 
@@ -34,7 +34,7 @@ def cluster() -> Iterator[str]:
     """One node of one CPU, for where nothing is killed."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{TESTS}:{TESTS.parent}")  # for its workers
+        patch.setenv("PYTHONPATH", str(ROOT))  # for its workers
         context = ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield context.address_info["address"]
     ray.shutdown()
@@ -91,7 +91,7 @@ def test_a_scheduler_ends_it_as_ctrl_c_does(cluster: str, tmp_path: Path) -> Non
     words = ["export", images, "--model", "tiny", "--out", out, "--shard-size", "2"]
     running = subprocess.Popen(
         [sys.executable, "-m", "qwen_vit", *words, f"--ray={cluster}"],
-        cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     end = time.monotonic() + 90
     while not list(out.glob("shard-*")) and time.monotonic() < end:

@@ -16,10 +16,10 @@ from typing import Any
 
 import click
 import pytest
-from fake_engines import install_stand_ins
 
 from qwen_vit.checkpoint.hub import REPOSITORY
 from qwen_vit.cli import main as cli_module
+from tests.support.fake_engines import install_stand_ins
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from goldens import IMAGE_FOLDER
 from PIL import Image
 
 from qwen_vit import VisionEncoder
@@ -20,6 +19,7 @@ from qwen_vit.compare.result import Comparison, FeatureMaps
 from qwen_vit.compare.run import compare
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.images.patches import resize_image
+from tests.support.goldens import IMAGE_FOLDER
 
 CHELSEA = str(IMAGE_FOLDER / "chelsea.png")
 

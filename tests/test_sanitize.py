@@ -1,14 +1,11 @@
-"""tools/sanitize, with a stand-in for compute-sanitizer: what it says is what is reported."""
+"""checks.sanitize, with a stand-in for compute-sanitizer: what it says is what is reported."""
 
-import runpy
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 
-TOOL = Path(__file__).parent.parent / "tools" / "sanitize"
+from tools.checks.sanitize import watched, zeros_under_tma_stores
+
 WATCHES = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do
     [[ $1 == --log-file ]] && log=$2
@@ -33,11 +30,6 @@ ERRORS = """========= COMPUTE-SANITIZER
 REFUSED = "========= COMPUTE-SANITIZER\n========= Error: Device not supported."
 
 
-@pytest.fixture(scope="module")
-def watched() -> Callable[..., dict[str, Any]]:
-    return runpy.run_path(str(TOOL))["watched"]  # type: ignore[no-any-return]
-
-
 def sanitizer(folder: Path, said: str, then: str = 'exec "$@"') -> str:
     path = folder / "compute-sanitizer"
     path.write_text(WATCHES.format(said=said, then=then))
@@ -45,14 +37,14 @@ def sanitizer(folder: Path, said: str, then: str = 'exec "$@"') -> str:
     return str(path)
 
 
-def test_a_clean_run_counts_its_layouts(watched: Any, tmp_path: Path) -> None:
+def test_a_clean_run_counts_its_layouts(tmp_path: Path) -> None:
     row = watched("memcheck", sanitizer(tmp_path, CLEAN), 1, 60, "cpu", tmp_path / "logs")
     assert (row["problems"], row["errors"], row["exit_code"]) == ([], 0, 0)
     assert (row["attentions"], row["towers"]) == (1, 1)
     assert "ERROR SUMMARY" in (tmp_path / "logs" / "memcheck.log").read_text()
 
 
-def test_errors_are_counted_by_kind_and_kernel(watched: Any, tmp_path: Path) -> None:
+def test_errors_are_counted_by_kind_and_kernel(tmp_path: Path) -> None:
     row = watched("memcheck", sanitizer(tmp_path, ERRORS, "exit 86"), 1, 60, "cpu", None)
     assert row["errors"] == 3
     assert row["problems"][1:] == [
@@ -61,9 +53,7 @@ def test_errors_are_counted_by_kind_and_kernel(watched: Any, tmp_path: Path) -> 
     ]
 
 
-def test_a_sanitizer_that_refuses_or_is_not_there_is_no_success(
-    watched: Any, tmp_path: Path
-) -> None:
+def test_a_sanitizer_that_refuses_or_is_not_there_is_no_success(tmp_path: Path) -> None:
     row = watched("synccheck", sanitizer(tmp_path, REFUSED, "exit 1"), 1, 60, "cpu", None)
     assert "no summary by the tool" in row["problems"][1]
     assert "Device not supported" in row["problems"][1]
@@ -71,16 +61,16 @@ def test_a_sanitizer_that_refuses_or_is_not_there_is_no_success(
     assert missing["problems"] == ["compute-sanitizer is not on this machine"]
 
 
-def test_layouts_that_the_time_did_not_allow_are_missing(watched: Any, tmp_path: Path) -> None:
+def test_layouts_that_the_time_did_not_allow_are_missing(tmp_path: Path) -> None:
     row = watched("initcheck", sanitizer(tmp_path, CLEAN), 2, 0, "cpu", None)
     assert row["problems"] == ["0 of 2 layouts in time"]
 
 
 def test_initcheck_meets_zeros_where_the_tma_writes_and_nowhere_else() -> None:
-    """It counted 814,916 reads of a product's result as of memory that nobody wrote."""
+    """It counted 814,916 reads of a GEMM's result as of memory that nobody wrote."""
     from qwen_vit.kernels import attention, linear
 
-    with runpy.run_path(str(TOOL))["zeros_under_tma_stores"]():
+    with zeros_under_tma_stores():
         assert torch.equal(
             linear.torch.empty((2, 3), dtype=torch.bfloat16), torch.zeros(2, 3).bfloat16()
         )

@@ -3,11 +3,11 @@
 import time
 
 import torch
-from subprocess_pool import outcomes
-from test_large_batches import embeddings, published_width
-from towers import gpu
 
 from qwen_vit.config import Grid
+from tests.support.subprocess_pool import outcomes
+from tests.support.towers import gpu
+from tests.support.wide_tower import embeddings, published_width
 
 PROCESSES, SECONDS, IMAGES = 3, 5.0, 64
 

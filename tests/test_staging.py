@@ -5,8 +5,6 @@ import threading
 
 import pytest
 import torch
-from checkpoints import WIDE, random_tensors, split_qkv, write_checkpoint
-from towers import CPU, gpu
 
 from qwen_vit.checkpoint.convert import convert
 from qwen_vit.checkpoint.load import Checkpoint, load_checkpoint
@@ -15,6 +13,8 @@ from qwen_vit.checkpoint.to_device import _through_slots, to_device
 from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import CheckpointError
+from tests.support.checkpoints import WIDE, random_tensors, split_qkv, write_checkpoint
+from tests.support.towers import CPU, gpu
 
 TYPES = (torch.bfloat16, torch.float32, torch.float16, torch.uint8, torch.int64)
 CUDA = torch.device("cuda", 0)

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 
-from subprocess_pool import Outcome, outcomes
+from tests.support.subprocess_pool import Outcome, outcomes
 
 
 def behave(how: str, value: int) -> int:

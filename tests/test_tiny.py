@@ -5,9 +5,18 @@ from functools import cache
 
 import pytest
 import torch
-from goldens import IMAGE_FOLDER, MEAN, PHOTOGRAPHS, STD, TINY_FOLDER, patch_pixels, photograph
-from oracle import pixel_rows, read_checkpoint, vision_oracle
 from safetensors import safe_open
+
+from tests.support.goldens import (
+    IMAGE_FOLDER,
+    MEAN,
+    PHOTOGRAPHS,
+    STD,
+    TINY_FOLDER,
+    patch_pixels,
+    photograph,
+)
+from tests.support.oracle import pixel_rows, read_checkpoint, vision_oracle
 
 CONFIG = json.loads((TINY_FOLDER / "config.json").read_text())
 VISION = CONFIG["vision_config"]

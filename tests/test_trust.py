@@ -1,12 +1,8 @@
-"""tools/trust: a sample of it holds, and each of its checks sees what it is there to see."""
+"""tools.checks.trust: a sample of it holds, and each of its checks sees what it is there to see."""
 
 import json
-import sys
-from functools import cache, partial
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import click
@@ -15,32 +11,21 @@ import torch
 from torch import Tensor
 
 from qwen_vit.layout import Layout
+from tools.checks import trust
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "trust"
 CPU = torch.device("cpu")
-
-
-@cache
-def trust() -> ModuleType:
-    spec = spec_from_loader("trust", SourceFileLoader("trust", str(TOOL)))
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules["trust"] = module  # dataclasses look their own module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_check_that_is_not_there_is_refused_with_those_that_are() -> None:
     with pytest.raises(click.UsageError, match=r"no check on cpu has 'nosuch' .*photographs, fp32"):
-        trust().main.main(["--device=cpu", "--only=nosuch"], standalone_mode=False)
+        trust.main.main(["--device=cpu", "--only=nosuch"], standalone_mode=False)
 
 
 def test_a_fiftieth_of_the_trust_suite_holds(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.jsonl"
     options = ["--device=cpu", "--fraction=0.02", "--seed=1", "--commit=abc", f"--ledger={ledger}"]
     with pytest.raises(SystemExit) as stop:
-        trust().main.main(options, standalone_mode=False)
+        trust.main.main(options, standalone_mode=False)
     assert stop.value.code == 0
     row = json.loads(ledger.read_text())
     assert (row["what"], row["commit"], row["good"]) == ("trust", "abc", True)
@@ -50,15 +35,15 @@ def test_a_fiftieth_of_the_trust_suite_holds(tmp_path: Path) -> None:
 
 
 def test_a_layout_out_of_order_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout_for = trust().layout_for
+    layout_for = trust.layout_for
 
     def swapped(*arguments: Any) -> Layout:
         layout: Layout = layout_for(*arguments)
         layout.positions[[0, -1]] = layout.positions[[-1, 0]]
         return layout
 
-    monkeypatch.setattr(trust(), "layout_for", swapped)
-    tally = trust().layouts(3, 0, CPU)
+    monkeypatch.setattr(trust, "layout_for", swapped)
+    tally = trust.layouts(3, 0, CPU)
     assert (tally.runs, len(tally.failures)) == (3, 3)
     assert "orders or segments differ" in tally.failures[0]
 
@@ -77,9 +62,9 @@ def nudged(trace: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
 def test_values_out_of_bounds_fail(
     monkeypatch: pytest.MonkeyPatch, check: str, factor: float
 ) -> None:
-    trace_of = trust().trace_of
-    monkeypatch.setattr(trust(), "trace_of", lambda *a, **k: nudged(trace_of(*a, **k), factor))
-    run = getattr(trust(), check)
+    trace_of = trust.trace_of
+    monkeypatch.setattr(trust, "trace_of", lambda *a, **k: nudged(trace_of(*a, **k), factor))
+    run = getattr(trust, check)
     if check != "layouts":
         run = partial(run, dtype=torch.float32)
     tally = run(1, 0, CPU)
@@ -88,8 +73,8 @@ def test_values_out_of_bounds_fail(
 
 
 def test_a_fault_that_is_not_found_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trust(), "inject_fault", lambda encoder, *_: encoder)
-    tally = trust().planted(2, 0, CPU)
+    monkeypatch.setattr(trust, "inject_fault", lambda encoder, *_: encoder)
+    tally = trust.weight_faults(2, 0, CPU)
     assert len(tally.failures) == 2
     assert "found in nothing" in tally.failures[0]
 
@@ -100,11 +85,11 @@ def test_a_check_that_dies_fails_and_the_others_go_on(
     def dies(*_: Any) -> None:
         raise RuntimeError("no such thing")
 
-    good = trust().CheckCounts("relative", "1", runs=1)
-    rows = [trust().Check("one", "cpu", 1, dies), trust().Check("two", "cpu", 1, lambda *_: good)]
-    monkeypatch.setattr(trust(), "checks", lambda: rows)
+    good = trust.CheckCounts("relative", "1", runs=1)
+    rows = [trust.Check("one", "cpu", 1, dies), trust.Check("two", "cpu", 1, lambda *_: good)]
+    monkeypatch.setattr(trust, "checks", lambda: rows)
     with pytest.raises(SystemExit) as stop:
-        trust().main.main(["--device", "cpu"], standalone_mode=False)
+        trust.main.main(["--device", "cpu"], standalone_mode=False)
     assert stop.value.code == 1
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["rows"]["one"]["examples"] == ["died: RuntimeError: no such thing"]
@@ -112,7 +97,7 @@ def test_a_check_that_dies_fails_and_the_others_go_on(
 
 
 def test_the_unpublished_architectures_take_every_value_of_every_axis() -> None:
-    found = list(trust().unpublished(400, 0))
+    found = list(trust.unpublished(400, 0))
     assert {config.num_heads for config in found} == set(range(1, 21))
     assert {config.head_dim for config in found} == {64, 72, 80, 96, 128}
     assert {config.window_px for config in found} == {56, 84, 112, 140, 168, 196, 224}

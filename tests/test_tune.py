@@ -1,34 +1,28 @@
-"""tools/tune: what it would try, how it chooses, and one small sweep on a GPU."""
+"""tools.tune: what it would try, how it chooses, and one small sweep on a GPU."""
 
 import json
-import runpy
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
-from towers import gpu
 
 from qwen_vit.kernels.linear_hopper import HopperGemmTile
+from tests.support import ROOT
+from tests.support.towers import gpu
+from tools import tune
 
-TUNE = Path(__file__).parent.parent / "tools" / "tune"
+TUNE = [sys.executable, "-m", "tools.tune"]
 
 
 def run(*arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, TUNE, *arguments], capture_output=True, text=True, check=False
+        [*TUNE, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def tune() -> dict[str, Any]:
-    return runpy.run_path(str(TUNE))
-
-
-def test_every_table_is_swept(tune: dict[str, Any]) -> None:
+def test_every_table_is_swept() -> None:
     from qwen_vit.kernels import attention, linear, linear_hopper
 
     expected = {f"linear_hopper.TILES[{key}]" for key in linear_hopper.TILES}
@@ -36,14 +30,14 @@ def test_every_table_is_swept(tune: dict[str, Any]) -> None:
     expected |= {f"linear.FALLBACK_TILES[{bits}]" for bits in linear.FALLBACK_TILES}
     expected |= {f'attention.TILES["{kind}", {bits}]' for kind, bits in attention.TILES}
     expected |= {"attention_hopper.K_ROWS, NUM_STAGES"}
-    assert {kernel.table for kernel in tune["KERNELS"].values()} == expected
+    assert {kernel.table for kernel in tune.KERNELS.values()} == expected
 
 
-def test_each_kind_of_gpu_sweeps_the_kernels_that_it_runs(tune: dict[str, Any]) -> None:
-    other = [kernel.name for kernel in tune["chosen"]([], False)]
+def test_each_kind_of_gpu_sweeps_the_kernels_that_it_runs() -> None:
+    other = [kernel.name for kernel in tune.chosen([], False)]
     assert other == ["window-triton", "full-triton", "gemms-triton"]
-    hopper = {kernel.name for kernel in tune["chosen"]([], True)}
-    assert hopper == {*tune["GEMMS"], "full"}
+    hopper = {kernel.name for kernel in tune.chosen([], True)}
+    assert hopper == {*tune.GEMMS, "full"}
 
 
 def test_the_list_names_candidates_and_present_rows_without_a_gpu() -> None:
@@ -57,8 +51,8 @@ def test_the_list_names_candidates_and_present_rows_without_a_gpu() -> None:
 
 def test_a_sweep_without_a_gpu_says_so() -> None:
     done = subprocess.run(
-        [sys.executable, TUNE, "--only", "window-triton"],
-        capture_output=True, text=True, check=False, env={"CUDA_VISIBLE_DEVICES": ""},
+        [*TUNE, "--only", "window-triton"],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 1
     assert "needs an NVIDIA GPU: torch sees none; try --list" in done.stderr
@@ -67,12 +61,12 @@ def test_a_sweep_without_a_gpu_says_so() -> None:
 def test_what_candidates_are_forked_from_has_not_touched_a_gpu() -> None:
     """CUDA cannot be used in a process that was forked after a look for GPUs."""
     program = """
-import runpy, sys, torch
+import torch
 def looked(*_): raise SystemExit("looked for a GPU")
 torch._C._cuda_getDeviceCount = torch.cuda.is_available = torch.cuda.device_count = looked
-runpy.run_path(sys.argv[1])
+import tools.tune
 """
-    subprocess.run([sys.executable, "-c", program, TUNE], check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 WIDE, SQUARE, TALL = (
@@ -82,43 +76,40 @@ WIDE, SQUARE, TALL = (
 )
 
 
-def test_limits_lie_between_sizes_and_small_gains_change_nothing(tune: dict[str, Any]) -> None:
-    kernel = tune["KERNELS"]["down"]  # SQUARE, from 1,536 TALL, from 6,144 WIDE
+def test_limits_lie_between_sizes_and_small_gains_change_nothing() -> None:
+    kernel = tune.KERNELS["down"]  # SQUARE, from 1,536 TALL, from 6,144 WIDE
     measured = {
         1024: {SQUARE: 10.0, TALL: 9.9, WIDE: 12.0},  # 1 %: stays
         4096: {SQUARE: 30.0, TALL: 30.0, WIDE: 25.0},
         9216: {SQUARE: 80.0, TALL: 90.0, WIDE: 70.0},
     }
-    assert tune["proposed"](kernel, measured, 0.02) == {0: SQUARE, 2048: WIDE}
-    assert tune["proposed"](kernel, measured, 0.0) == {0: TALL, 2048: WIDE}
-    merger = tune["KERNELS"]["merger-1"]  # SQUARE at these sizes; a row for 4 patches
-    assert tune["proposed"](merger, measured, 0.02) == {0: SQUARE, 512: WIDE}
+    assert tune.proposed(kernel, measured, 0.02) == {0: SQUARE, 2048: WIDE}
+    assert tune.proposed(kernel, measured, 0.0) == {0: TALL, 2048: WIDE}
+    merger = tune.KERNELS["merger-1"]  # SQUARE at these sizes; a row for 4 patches
+    assert tune.proposed(merger, measured, 0.02) == {0: SQUARE, 512: WIDE}
 
 
-def test_a_table_of_one_row_takes_the_best_of_all_sizes_together(tune: dict[str, Any]) -> None:
-    kernel = tune["KERNELS"]["full"]
+def test_a_table_of_one_row_takes_the_best_of_all_sizes_together() -> None:
+    kernel = tune.KERNELS["full"]
     present, other, third = kernel.present(1), *kernel.candidates[:2]
     measured = {
         1024: {present: 10.0, other: 12.0, third: 9.0},
         9216: {present: 100.0, other: 70.0},  # where the third did not run, it is none
     }
-    assert tune["proposed"](kernel, measured, 0.02) == {0: other}
+    assert tune.proposed(kernel, measured, 0.02) == {0: other}
     measured[1024][other] = 15.0
-    assert tune["proposed"](kernel, measured, 0.02) == {0: present}
+    assert tune.proposed(kernel, measured, 0.02) == {0: present}
 
 
-def test_what_was_swept_becomes_rows_to_paste(
-    tune: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inside = tune["sweep"].__globals__
+def test_what_was_swept_becomes_rows_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {1024: {SQUARE: 10.0, WIDE: 8.0}, 9216: {SQUARE: 80.0, WIDE: 70.0}}
     problems = {"OutOfResources": 2}
-    monkeypatch.setitem(
-        inside, "sound", lambda *_: ({SQUARE: [True] * 2, WIDE: [True] * 2}, problems)
+    monkeypatch.setattr(
+        tune, "sound", lambda *_: ({SQUARE: [True] * 2, WIDE: [True] * 2}, problems)
     )
-    monkeypatch.setitem(inside, "timed", lambda kernel, tiles, n: times[n])
-    swept = tune["sweep"](tune["KERNELS"]["down"], (1024, 9216), 1, 1.0, 0.02)
-    text = tune["as_table"]([json.loads(json.dumps(swept))])
+    monkeypatch.setattr(tune, "timed", lambda kernel, tiles, n: times[n])
+    swept = tune.sweep(tune.KERNELS["down"], (1024, 9216), 1, 1.0, 0.02)
+    text = tune.as_table([json.loads(json.dumps(swept))])
     assert "down" in text
     assert "+25.0%" in text
     assert "2 skipped: OutOfResources" in text

@@ -1,0 +1,475 @@
+"""What an export must survive: each trial takes its counts, so that a test and a soak share it.
+
+A trial raises AssertionError where a promise is broken, and returns its figures.
+"""
+
+import contextlib
+import gc
+import hashlib
+import io
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+
+from qwen_vit.errors import ExportError
+from qwen_vit.export import ray_cluster
+from qwen_vit.export.plan import ExportOptions
+from qwen_vit.export.run import export_features
+from qwen_vit.feature_files.read import FeatureFile, load_features
+from tests.support import ROOT, kill_harness
+from tests.support.fake_encoder import HELD, POISON, TOO_LARGE, FakeEncoder, load_blocking_encoder
+from tests.support.process_memory import memory_mb, open_files
+
+SHARD_IMAGES = 50
+# wherever a trial starts it
+FAKE_ENCODER = ("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "tests.support.fake_encoder")
+
+
+def fake_encoder(journal: Path, *arguments: str | Path) -> list[str]:
+    """The command that exports with the stand-in encoder."""
+    words = [*FAKE_ENCODER, journal, "export", "--model", "stand-in"]
+    return [str(word) for word in (*words, *arguments)]
+
+
+def tiny_png(number: int) -> bytes:
+    """A picture of its own for each number, in about 100 bytes."""
+    pixels = np.empty((28, 28, 3), np.uint8)
+    pixels[:] = (10 + number % 239, 10 + number // 239 % 239, 10 + number // 57_121 % 239)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_images(folder: Path, count: int) -> None:
+    """Half of them as files in folders, half in a tar; every 97th file is broken."""
+    for number in range(0, count, 2):
+        path = folder / f"{number // 1000:03}" / f"{number:06}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = tiny_png(number)
+        path.write_bytes(data[:60] if number % 97 == 0 else data)
+    with tarfile.open(folder / "odd.tar", "w") as tar:
+        for number in range(1, count, 2):
+            data = tiny_png(number)
+            info = tarfile.TarInfo(f"{number:06}.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """What must repeat, byte for byte: all but the locks and the manifest's own format."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.glob("*"))
+        if path.suffix in (".safetensors", ".json", ".jsonl")
+    }
+
+
+def is_whole(path: Path) -> bool:
+    try:
+        return isinstance(load_features(path), FeatureFile)
+    except ExportError:
+        return False
+
+
+def shards_of(folder: Path) -> dict[str, str]:
+    return {name: hash_ for name, hash_ in digests(folder).items() if name.startswith("shard-")}
+
+
+def images_in(folder: Path, names: set[str]) -> int:
+    count = 0
+    for name in names:
+        file = load_features(folder / name)
+        assert isinstance(file, FeatureFile)
+        count += len(file.ids)
+    return count
+
+
+class Exports:
+    """One export that is interrupted in every way, beside one that was not."""
+
+    def __init__(self, folder: Path, images: int) -> None:
+        self.folder = folder
+        self.inputs, self.out, self.journal = folder / "images", folder / "out", folder / "journal"
+        write_images(self.inputs, images)
+        unbroken = folder / "unbroken"
+        begin = time.monotonic()
+        done = self.run(unbroken)
+        self.seconds = time.monotonic() - begin
+        assert done.code == 1, done.errors  # some images are broken
+        self.expected = digests(unbroken)
+        self.most_redone = 0
+        self.images = images
+        self._remember()
+
+    def command(self, out: Path | None = None) -> list[str]:
+        options = ("--out", out or self.out, "--shard-size", str(SHARD_IMAGES), "--yes")
+        return fake_encoder(self.journal, self.inputs, *options)
+
+    def run(self, out: Path | None = None, **environment: str) -> kill_harness.Run:
+        return kill_harness.run(self.command(out), self.folder / "log", **environment)
+
+    def after_interruption(self) -> None:
+        """Whole shards only, equal to the unbroken ones; at most the open one was done in vain."""
+        shards = shards_of(self.out) if self.out.exists() else {}
+        wrong = [name for name, hash_ in shards.items() if self.expected.get(name) != hash_]
+        assert wrong == [], wrong
+        new = images_in(self.out, set(shards) - self.before)
+        redone = self.journal.stat().st_size - self.encoded_before - new
+        assert 0 <= redone <= SHARD_IMAGES, redone
+        self.most_redone = max(self.most_redone, redone)
+        self._remember()
+
+    def after_end(self, result: kill_harness.Run) -> None:
+        assert result.code == 1, result.errors
+        self.after_interruption()
+        assert digests(self.out) == self.expected
+        names = {path.name for path in self.out.iterdir()}
+        assert names == {*self.expected, "manifest.parquet"}, names
+        features = load_features(self.out)
+        assert len(features) + len(features.errors) == self.images
+        del features
+        gc.collect()  # its files are mapped, and a disk with mapped files is busy
+        shutil.rmtree(self.out)
+        self._remember()
+
+    def _remember(self) -> None:
+        self.before = set(shards_of(self.out)) if self.out.exists() else set()
+        self.encoded_before = self.journal.stat().st_size
+
+
+def on_an_export(trial: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A trial of an export that is there, as one that makes it of some images in a folder."""
+    return lambda folder, *, images, **counts: trial(Exports(folder, images), **counts)
+
+
+def kills(exports: Exports, *, kills: int, seed: int = 0) -> dict[str, Any]:
+    """kill -9 at random moments."""
+    done = kill_harness.kill_again_and_again(
+        exports.command,
+        kills=kills,
+        longest_s=exports.seconds,
+        log=exports.folder / "log",
+        seed=seed,
+        after_kill=lambda _: exports.after_interruption(),
+        after_end=exports.after_end,
+    )
+    return {
+        "kills": done.landed,
+        "completed": done.completed,
+        "images": exports.images,
+        "images_per_shard": SHARD_IMAGES,
+        "most_images_done_twice_by_one_kill": exports.most_redone,
+        "unbroken_s": round(exports.seconds, 2),
+        "seconds": round(done.seconds, 1),
+    }
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A file system of so many bytes; needs the right to mount one."""
+    folder.mkdir(exist_ok=True)
+    options = ["-t", "tmpfs", "-o", f"size={size}"]
+    subprocess.run(["mount", *options, "tmpfs", folder], check=True, capture_output=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def full_disks(exports: Exports, *, disks: int, seed: int = 0) -> dict[str, Any]:
+    """A disk that is full at random sizes, then larger: the same command goes on."""
+    folder, whole = exports.folder, exports.out
+    size = sum(path.stat().st_size for path in (folder / "unbroken").iterdir())
+    page, sizes, begin = os.sysconf("SC_PAGE_SIZE"), random.Random(seed), time.monotonic()
+    refusals: Counter[str] = Counter()
+    with small_disk(folder / "disk", 2 * size + 100 * page) as disk:
+        for _ in range(disks):
+            exports.out = disk / "out"
+            small = page * sizes.randint(2, size // page)
+            resize(disk, small)
+            result = exports.run()
+            assert result.code == 2, (small, result)
+            last = result.errors.splitlines()[-1]
+            assert last.startswith("error: "), result.errors
+            assert "No space left on device" in last, last
+            assert "Traceback" not in result.errors
+            name = Path(last.split(" could not")[0].removeprefix("error: ")).name
+            refusals["a shard" if name.startswith("shard-") else name] += 1
+            exports.after_interruption()
+            resize(disk, 2 * size + 100 * page)
+            exports.after_end(exports.run())
+    exports.out = whole
+    return {
+        "disks": disks,
+        "images": exports.images,
+        "images_per_shard": SHARD_IMAGES,
+        "most_images_done_twice": exports.most_redone,
+        "full_while_writing": dict(refusals.most_common()),
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+
+
+def resize(disk: Path, size: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True, capture_output=True)
+
+
+def flat_memory(folder: Path, *, images: int, first: int) -> dict[str, Any]:
+    """Memory and open files of an export, sampled as it works.
+
+    Its own memory: mapped libraries, too, are resident, and CUDA's grow by 140 MB as it exits.
+    """
+    inputs, out = folder / "images", folder / "out"
+    write_images(inputs, images)
+    process = kill_harness.start(
+        fake_encoder(folder / "journal", inputs, "--out", out), folder / "log"
+    )
+    samples: list[tuple[int, float, int]] = []  # images done, MB, open files
+    begin = time.monotonic()
+    while process.poll() is None:
+        done = journal_bytes(folder / "journal")
+        with contextlib.suppress(OSError, ValueError):
+            own_mb, _ = memory_mb(process.pid)
+            samples.append((done, own_mb, open_files(process.pid)))
+        time.sleep(0.05)
+    assert process.returncode == 1, (folder / "log").read_text()
+    working = [sample for sample in samples if sample[0] >= first]
+    memory, files = [mb for _, mb, _ in working], [count for _, _, count in working]
+    figures = {
+        "images": images,
+        "samples": len(working),
+        "own_mb_after_first": round(memory[0], 1),
+        "own_mb_most": round(max(memory), 1),
+        "grown_mb": round(max(memory) - memory[0], 1),
+        "open_files_after_first": files[0],
+        "open_files_most": max(files),
+        "images_per_s": round(images / (time.monotonic() - begin)),
+    }
+    assert figures["grown_mb"] <= 50, figures
+    assert max(files) <= files[0] + 5, figures
+    features = load_features(out)
+    assert len(features) + len(features.errors) == images
+    return figures
+
+
+def journal_bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+# kind of harm -> the code that the ledger must have for it
+HOSTILE = {
+    "cut": "truncated",
+    "empty": "empty-file",
+    "html": "not-an-image",
+    "lfs": "not-an-image",
+    "heic": "format",
+    "ratio": "ratio",
+    "bomb": "too-many-pixels",
+    "fifo": "not-a-file",
+    "gone": "missing",
+    "looped": "unreadable",
+    "nan": "not-finite",
+    "memory": "out-of-memory",
+}
+
+
+def write_hostile(path: Path, kind: str) -> None:
+    def png(pixels: np.ndarray) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
+
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "gone":
+        path.symlink_to("no-such-file.png")
+    elif kind == "looped":
+        path.symlink_to(path.name)
+    else:
+        good = tiny_png(1)
+        header = b"IHDR" + (40_000).to_bytes(4, "big") * 2 + good[24:29]
+        path.write_bytes(
+            {
+                "cut": good[:60],
+                "empty": b"",
+                "html": b"<!doctype html><title>404</title>",
+                "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+                "heic": b"\0\0\0\x18ftypheic" + bytes(20),
+                "ratio": png(np.full((2, 500, 3), 50, np.uint8)),
+                "bomb": good[:12] + header + zlib.crc32(header).to_bytes(4, "big") + good[33:],
+                "nan": png(np.full((28, 28, 3), POISON, np.uint8)),
+                "memory": png(np.full((28, 28, 3), TOO_LARGE, np.uint8)),
+            }[kind]
+        )
+
+
+def hostile(folder: Path, *, bad: int, good: int, seed: int = 0) -> dict[str, Any]:
+    """Every good image is exported, and every bad one has its reason in the ledger."""
+    inputs, out = folder / "images", folder / "out"
+    inputs.mkdir()
+    kinds = random.Random(seed)
+    numbers = set(kinds.sample(range(bad + good), bad))
+    expected: dict[str, str] = {}
+    for number in range(bad + good):
+        path = inputs / f"{number:06}.png"
+        if number in numbers:
+            kind = kinds.choice(list(HOSTILE))
+            write_hostile(path, kind)
+            expected[path.name] = HOSTILE[kind]
+        else:
+            path.write_bytes(tiny_png(number))
+    result = kill_harness.run(
+        fake_encoder(folder / "journal", inputs, "--out", out, "--shard-size", "500"),
+        folder / "log",
+    )
+    assert result.code == 1, result.errors
+    features = load_features(out)
+    found = {error.id: error.code for error in features.errors}
+    assert found == expected, dict(found.items() ^ expected.items())
+    assert all(error.id in error.message for error in features.errors)
+    assert len(features) == good
+    assert set(features.ids).isdisjoint(expected)
+    return {
+        "good": good,
+        "bad": bad,
+        "exit_code": result.code,
+        "by_code": dict(Counter(expected.values()).most_common()),
+        "seconds": round(result.seconds, 1),
+    }
+
+
+def interrupts(exports: Exports, *, times: int, seed: int = 0) -> dict[str, Any]:
+    """SIGINT and SIGTERM in turn, at random moments of the work: exit code 130 within 5 s."""
+    folder, moments, waits = exports.folder, random.Random(seed), []
+    for _ in range(3 * times):  # some end before their signal comes
+        if len(waits) == times:
+            break
+        number = signal.SIGTERM if len(waits) % 2 else signal.SIGINT
+        process = kill_harness.start(exports.command(), folder / "log")
+        wanted = exports.encoded_before + moments.randint(1, exports.images // 3)
+        while process.poll() is None and journal_bytes(exports.journal) < wanted:
+            time.sleep(0.002)
+        begin = time.monotonic()
+        code = kill_harness.end_group(process, number)
+        log = (folder / "log").read_text()
+        if code == -signal.SIGTERM:  # it came when all was written, and nobody listened any more
+            assert digests(exports.out) == exports.expected
+            continue
+        if code != 130:
+            exports.after_end(kill_harness.Run(code, 0, log))
+            continue
+        waits.append(time.monotonic() - begin)
+        assert "Traceback" not in log, log
+        assert log.splitlines()[-1] == "interrupted", log
+        left = [path.name for path in exports.out.iterdir() if path.name.endswith(".tmp")]
+        assert left == [], left
+        exports.after_interruption()
+    exports.after_end(exports.run())
+    assert len(waits) == times, waits
+    assert max(waits) < 5, waits
+    return {
+        "interrupts": times,
+        "images": exports.images,
+        "longest_wait_s": round(max(waits), 2),
+        "most_images_done_twice": exports.most_redone,
+    }
+
+
+def cluster_kills(folder: Path, *, kills: int, images: int, seed: int = 0) -> dict[str, Any]:
+    """A Ray cluster of three nodes: one is killed in mid-run, and workers so many times."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    write_images(folder / "images", images)
+    (folder / "workers").mkdir()
+    (folder / "hold").touch()
+    # the last image waits until every kill has landed
+    Image.fromarray(np.full((28, 28, 3), HELD, np.uint8)).save(folder / "images" / "z.png")
+    inputs, options = [str(folder / "images")], ExportOptions(shard_size=SHARD_IMAGES)
+    single = export_features(FakeEncoder(), inputs, folder / "single", options)
+    logger = logging.getLogger("ray")
+    logger.setLevel(logging.ERROR)
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # for its workers
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        doomed, _ = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
+    killer = threading.Thread(target=kill_workers, args=(folder, cluster, doomed, kills, seed))
+    begin = time.monotonic()
+    try:
+        with mock.patch.object(
+            ray_cluster, "load_encoder", partial(load_blocking_encoder, held=folder)
+        ):
+            killer.start()
+            done = ray_cluster.export_on_ray(
+                "stand-in", inputs, folder / "out", options, address=cluster.address
+            )
+    finally:
+        (folder / "hold").unlink(missing_ok=True)
+        killer.join()
+        ray.shutdown()
+        cluster.shutdown()
+    assert digests(folder / "out") == digests(folder / "single")
+    names = {path.name for path in (folder / "out").iterdir()}
+    assert names == {path.name for path in (folder / "single").iterdir()}, names
+    assert (done.exported, done.failed, done.rows) == (
+        single.exported, single.failed, single.rows,
+    )  # fmt: skip
+    features = load_features(folder / "out")
+    assert len(features) + len(features.errors) == images + 1
+    started = len(list((folder / "workers").iterdir()))
+    assert started >= 3 + kills, started
+    return {
+        "nodes": 3,
+        "nodes_killed": 1,
+        "workers_killed": kills,
+        "workers_started": started,
+        "images": images + 1,
+        "images_per_shard": SHARD_IMAGES,
+        "images_encoded_again": journal_bytes(folder / "journal") - single.exported,
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+
+
+def kill_workers(folder: Path, cluster: Any, node: Any, kills: int, seed: int) -> None:
+    """When the first shard is there, a node; then workers, at random moments; then all may end."""
+    moments, killed, gone = random.Random(seed), set[str](), set[str]()
+    while not shards_of(folder / "out") and (folder / "hold").exists():
+        time.sleep(0.02)
+    cluster.remove_node(node)
+    while len(killed) < kills and (folder / "hold").exists():
+        time.sleep(moments.uniform(0, 1))
+        for pid in set(os.listdir(folder / "workers")) - killed - gone:
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+            except ProcessLookupError:  # with its node, or because it had nothing left to do
+                gone.add(pid)
+            else:
+                killed.add(pid)
+                break
+    (folder / "hold").unlink(missing_ok=True)
+
+
+def may_mount() -> bool:
+    """Whether a small disk can be had here."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with small_disk(Path(folder, "disk"), 2**20):
+                return True
+        except (OSError, subprocess.CalledProcessError):
+            return False

@@ -1,0 +1,122 @@
+"""An encoder that costs nothing, for tests of what surrounds it, and a command that uses it.
+
+    python -m tests.support.fake_encoder JOURNAL export INPUT... --out DIR
+
+runs as `qwen-vit export --model ...` does.
+
+Its rows are a plain function of the pixels, so that the same image gives the same bytes anywhere.
+JOURNAL grows by one byte for each image that it encodes, whatever happens to the process then.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from qwen_vit.cli import main as cli
+from qwen_vit.config import ImageConfig
+from qwen_vit.errors import ImageError
+from qwen_vit.export import run as export
+from qwen_vit.features import FailedImage, ImageFeatures
+from qwen_vit.images.patches import Patches
+
+WIDTH = 16
+POISON, TOO_LARGE = 7, 9  # images of this value alone give NaN, or do not fit the memory
+HELD = 5  # an image of this value alone waits until a file is gone
+BATCH = 32
+
+
+class FakeEncoder:
+    """What the export asks of a VisionEncoder."""
+
+    config = SimpleNamespace(hidden_size=WIDTH, out_hidden_size=WIDTH, merge_unit=4)
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self, journal: Path | None = None, **settings: Any) -> None:
+        self.image_config = ImageConfig.from_json(settings)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        self.journal = None if journal is None else os.open(journal, flags)
+        self.encoded = 0
+
+    def metadata(self) -> dict[str, Any]:
+        return {
+            "model": "stand-in",
+            "commit": None,
+            "weights_sha256": "0" * 64,
+            "config_sha256": "1" * 64,
+            "versions": {"torch": torch.__version__},
+            "dtype": "float32",
+            "image_policy": self.image_config.to_json(),
+        }
+
+    def encode_iter(
+        self, images: Iterable[Any], **options: Any
+    ) -> Iterator[ImageFeatures | FailedImage]:
+        """In batches, as the real one: it reads ahead of what it yields."""
+        batch: list[Patches] = []
+        for image in images:
+            batch.append(image)
+            if len(batch) == BATCH:
+                yield from self._encode(batch, options["output"])
+                batch = []
+        yield from self._encode(batch, options["output"])
+
+    def encode(self, images: Iterable[Any], **options: Any) -> list[ImageFeatures]:
+        """Paths, as the dry run gives them."""
+        return [ImageFeatures(str(each), torch.zeros(1, WIDTH), (1, 2, 2)) for each in images]
+
+    def _encode(self, batch: list[Patches], output: str) -> Iterator[ImageFeatures | FailedImage]:
+        for patches in batch:
+            name = str(patches.name)
+            self.encoded += 1
+            if self.journal is not None:
+                os.write(self.journal, b".")
+            [grid] = patches.grids
+            rows = patches.pixels[:, :WIDTH].float()
+            if output == "merged":
+                rows = rows.reshape(-1, 4, WIDTH).mean(dim=1)
+            if (patches.pixels == POISON).all():
+                rows[-1, -1] = float("nan")
+            if (patches.pixels == TOO_LARGE).all():
+                fact = f"its {len(rows)} patches do not fit the memory of cpu"
+                yield FailedImage(name, ImageError(fact, name=name, code="out-of-memory"))
+            else:
+                yield ImageFeatures(name, rows, (grid.t, grid.h, grid.w))
+
+
+class BlockingEncoder(FakeEncoder):
+    """One that takes its time: a worker of a cluster, to be killed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "journal")
+        self.hold = folder / "hold"
+        (folder / "workers" / str(os.getpid())).touch()
+
+    def _encode(self, batch: list[Patches], output: str) -> Iterator[ImageFeatures | FailedImage]:
+        for patches in batch:
+            while (patches.pixels == HELD).all() and self.hold.exists():
+                time.sleep(0.01)
+            time.sleep(0.005)
+            yield from super()._encode([patches], output)
+
+
+def load_blocking_encoder(*_: Any, held: Path, **__: Any) -> BlockingEncoder:
+    """In place of export.load_encoder."""
+    return BlockingEncoder(held)
+
+
+def main() -> None:
+    journal = Path(sys.argv.pop(1))
+    loader = SimpleNamespace(from_pretrained=lambda *_, **__: FakeEncoder(journal))
+    export.VisionEncoder = loader  # type: ignore[misc,assignment]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Features made by hand, for files that are written and read."""
+
+import os
+
+import torch
+
+from qwen_vit.features import ImageFeatures
+
+METADATA = {"model": "tiny", "commit": None, "dtype": "float32"}
+
+
+ODD_IDS = {
+    "unicode": "фото/猫 🐈.jpg",
+    "newline": "two\nlines\r\t.jpg",
+    "bytes": os.fsdecode(b"caf\xe9\xff.jpg"),  # surrogates: not a Unicode name at all
+    "255 bytes": "n" * 251 + ".jpg",
+    "leading dash": "--out",
+    "quotes": '"\\',
+    "nul and delete": "a\x00b\x7f",
+    "empty": "",
+}
+
+
+def features_of(
+    *names: str, dtype: torch.dtype = torch.float32, width: int = 6
+) -> list[ImageFeatures]:
+    """Images of 1, 2, 3, ... tokens, each with its own values."""
+    made = []
+    for index, name in enumerate(names, start=1):
+        values = torch.randn(index, width, generator=torch.Generator().manual_seed(index))
+        made.append(ImageFeatures(name, values.to(dtype), (1, 2, 2 * index)))
+    return made

@@ -1,0 +1,180 @@
+"""Compile the package's kernels for Hopper on any machine, and read the assembler's report."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+HOPPER = GPUTarget("cuda", 90, 32)
+REGISTERS, SHARED_MEMORY, MAX_WARPS = 65_536, 233_472, 64  # of a multiprocessor
+SHARED_BYTES_OF_THE_SYSTEM = 1024  # in each program
+
+
+@dataclass(frozen=True)
+class Compiled:
+    registers: int
+    spill_bytes: int
+    serialised_wgmma: bool  # ptxas' C7515: every matrix instruction waits for the one before
+    wgmma_shapes: frozenset[str]
+    shared_bytes: int
+    corrupt_descriptors: int
+    unfenced_reads: int
+    barrier_arrays: int  # held to the end
+    barriers_left: int  # held by nobody
+
+    def programs_that_fit(self, num_warps: int) -> int:
+        """How many run on one multiprocessor at a time: by registers, shared memory and warps."""
+        registers = -(-self.registers // 8) * 8 * 32 * num_warps
+        return min(
+            REGISTERS // registers,
+            SHARED_MEMORY // (self.shared_bytes + SHARED_BYTES_OF_THE_SYSTEM),
+            MAX_WARPS // num_warps,
+        )
+
+
+def compile_for_hopper(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], **options: int
+) -> Compiled:
+    """`signature` types the run-time arguments; pointers and sizes are taken as multiples of 16."""
+    names = kernel.arg_names
+    full = {name: "constexpr" if name in constants else signature[name] for name in names}
+    attrs = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if full[name].startswith("*")
+    }
+    source_type = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_type(
+        fn=kernel,
+        signature=full,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=attrs,
+    )
+    compiled = triton.compile(source, target=HOPPER, options=options)
+    ptx = compiled.asm["ptx"]
+    return Compiled(
+        **_assemble(ptx),
+        wgmma_shapes=frozenset(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)", ptx)),
+        shared_bytes=compiled.metadata.shared,
+    )
+
+
+def tma_block(block: list[int]) -> str:
+    """The type of a bfloat16 descriptor of a Gluon kernel, as `hopper.descriptor` makes it."""
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    return f"tensordesc<bf16{block},{layout!r}>"
+
+
+def _assemble(ptx: str) -> dict[str, Any]:
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        report = subprocess.run(
+            [ptxas, "-v", "-arch=sm_90a", source, "-o", Path(folder, "kernel.cubin")],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+        sass = subprocess.run(
+            [ptxas.with_name("nvdisasm"), "-c", Path(folder, "kernel.cubin")],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
+    return {
+        "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
+        "spill_bytes": sum(map(int, spills)),
+        "serialised_wgmma": "C7515" in report or "serializ" in report,
+        "corrupt_descriptors": count_corrupt_descriptors(sass),
+        "unfenced_reads": count_unfenced_reads(sass),
+        **dict(zip(("barrier_arrays", "barriers_left"), count_barriers(ptx), strict=True)),
+    }
+
+
+def count_barriers(ptx: str) -> tuple[int, int]:
+    """(arrays of barriers that a kernel holds to its end, barriers that are made and not held).
+
+    The memory of those may be another's meanwhile. An array is held by ending its first barrier;
+    where two arrays touch, the second would pass for the rest of the first: so count them, too.
+    A GEMM once kept its bias where two barriers had been that it never used. When another
+    process had its turn on the GPU, the hardware wrote those back: a few columns became NaN.
+    """
+    step = re.compile(
+        r"add\.s32\s+(?P<sum>%r\d+), %r\d+, (?P<bytes>\d+);"
+        r"|mbarrier\.(?P<what>init|inval)\.shared(?:::cta)?\.b64 \[(?P<at>%r\d+)\]"
+    )
+    offset: dict[str, int] = {}  # of a register: from where shared memory begins
+    made, kept = set[int](), set[int]()
+    for found in step.finditer(ptx):
+        if found["sum"]:
+            offset[found["sum"]] = int(found["bytes"])
+        else:
+            (made if found["what"] == "init" else kept).add(offset.get(found["at"], 0))
+    arrays, left = len(kept), 0
+    for place in sorted(made - kept):
+        if place - 8 in kept:  # an array's next
+            kept.add(place)
+        else:
+            left += 1
+    return arrays, left
+
+
+def count_unfenced_reads(sass: str) -> int:
+    """Matrix instructions and bulk stores where a store to shared memory may not have arrived.
+
+    They read through another path than the store took: the thread that stored must have fenced,
+    and only then may all have met at a barrier. Counted in the order of the code, for stores of 16
+    bytes, whatever their address.
+    """
+    order = re.compile(
+        r"\*/ +(?:@!?U?P\w+ +)?"
+        r"(STS\.128|STSM[.\w]*\.4|FENCE\.VIEW\.ASYNC|BAR\.SYNC|HGMMA|UTMASTG|EXIT)\b"
+    )
+    state, unfenced = "shown", 0
+    for line in sass.splitlines():
+        if (found := order.search(line)) is None:
+            continue
+        what = found[1]
+        if what.startswith("STS"):
+            state = "stored"
+        elif what.startswith("FENCE"):
+            state = "fenced" if state == "stored" else state
+        elif what.startswith("BAR"):
+            state = "shown" if state == "fenced" else state
+        elif what == "EXIT":
+            state = "shown"
+        elif state != "shown":
+            unfenced += 1
+    return unfenced
+
+
+def count_corrupt_descriptors(sass: str) -> int:
+    """64-bit uniform additions whose high word adds the low word's register.
+
+    ptxas 12.8, which Triton 3.6 and 3.7 bundle, sometimes builds a matrix descriptor that way: the
+    address leaks into the strides, and the GEMM reads whatever lies there. Seen as a wrong tail
+    of 16 dims, or an illegal address.
+    """
+    low = re.compile(r"UIADD3 UR\d+, (UP\d+), (UR\d+), 0x[0-9a-f]+, URZ")
+    high = re.compile(r"UIADD3\.X UR\d+, (UR\d+), -?0x[0-9a-f]+, URZ, (UP\d+), !UPT")
+    written = re.compile(r"\*/ +(?:@!?U?P\d+ +)?[A-Z0-9_.]+ (UR\d+),")
+    low_register: dict[str, str] = {}  # carry predicate -> register of the low word's addition
+    corrupt = 0
+    for line in sass.splitlines():
+        if found := high.search(line):
+            corrupt += low_register.get(found[2]) == found[1]
+        if target := written.search(line):
+            low_register = {p: r for p, r in low_register.items() if r != target[1]}
+        if found := low.search(line):
+            low_register[found[1]] = found[2]
+    return corrupt

@@ -1,0 +1,526 @@
+"""What must hold whatever happens: downloads that are killed, crowded, lied to; mutated files.
+
+Each function runs as often as it is told and returns what it counted; it raises for the first thing
+that must not be. The suite runs a small share of what tools.checks.soak does.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from qwen_vit.checkpoint import cache as store
+from qwen_vit.checkpoint.load import load_checkpoint
+from qwen_vit.common.tensors import check_finite
+from qwen_vit.errors import CheckpointError
+from tests.support import ROOT
+from tests.support.checkpoints import SMALL, WIDE, write_checkpoint
+from tests.support.hub_server import COMMIT, Fault, Hub, serving
+
+REPO = "org/tiny"
+SLOW = Fault("*.safetensors", method="GET", drip=0.01)
+SECONDS_AT_MOST = 1.0  # for one damaged file
+
+# Imports once, then forks a process for each line: {"cache", "no_locks", "seed"}. It writes a line
+# when a process starts, and one when it ends: [pid, "start"] and [pid, "end", code, message].
+FORK_SERVER = """
+import json, logging, os, sys, threading, time
+logging.basicConfig(level=logging.CRITICAL)
+logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+from qwen_vit import QwenVitError
+from qwen_vit.checkpoint import ranges
+from qwen_vit.checkpoint.load import load_checkpoint
+from qwen_vit.checkpoint.hub import download
+import huggingface_hub, huggingface_hub.file_download, huggingface_hub.hf_api
+
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.01))
+ranges._rest = lambda seconds, stop: time.sleep(seconds)
+ranges.PART_BYTES = 300_000
+
+def child(call):
+    if call["no_locks"]:
+        import fcntl
+        fcntl.flock = lambda *_: None
+    try:
+        done = download("org/tiny", cache_dir=call["cache"])
+        print(json.dumps(["", load_checkpoint(done.source.folder).weights_sha256()]), flush=True)
+        os._exit(0)
+    except QwenVitError as error:
+        print(json.dumps([type(error).__name__, str(error)]), flush=True)
+        os._exit(3)
+    except BaseException as error:
+        import traceback
+        print(json.dumps(["crash", traceback.format_exc()]), flush=True)
+        os._exit(4)
+
+talking = threading.Lock()  # nobody forks while a thread holds stdout's own lock
+
+for line in sys.stdin:
+    call = json.loads(line)
+    reading, writing = os.pipe()
+    with talking:
+        pid = os.fork()
+    if pid == 0:
+        os.dup2(writing, 1)
+        child(call)
+    os.close(writing)
+
+    def watch(pid=pid, reading=reading):
+        with os.fdopen(reading) as pipe:
+            said = pipe.read()
+        _, status = os.waitpid(pid, 0)
+        said = json.loads(said) if said.endswith("\\n") else ["", ""]
+        code = os.waitstatus_to_exitcode(status)
+        with talking:
+            sys.stdout.write(json.dumps([pid, "end", code, *said]) + "\\n")
+            sys.stdout.flush()
+
+    with talking:
+        sys.stdout.write(json.dumps([pid, "start", 0, "", ""]) + "\\n")
+        sys.stdout.flush()
+    threading.Thread(target=watch).start()
+"""
+
+
+class ForkServer:
+    """Starts downloads as processes of their own, quickly, and says how they ended."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+        self.ended: dict[int, tuple[int, str, str]] = {}
+
+    def start(self, cache: Path, *, no_locks: bool = False) -> int:
+        assert self.process.stdin is not None
+        call = {"cache": str(cache), "no_locks": no_locks}
+        self.process.stdin.write(json.dumps(call) + "\n")
+        self.process.stdin.flush()
+        while True:
+            pid, what, *rest = self._read()
+            if what == "start":
+                return int(pid)
+            self.ended[pid] = tuple(rest)
+
+    def wait(self, pid: int) -> tuple[int, str, str]:
+        """The exit code (negative: the signal), the error's class, and the message or the hash."""
+        while pid not in self.ended:
+            other, _, *rest = self._read()
+            self.ended[other] = tuple(rest)
+        return self.ended.pop(pid)
+
+    def _read(self) -> list[Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the fork server died"
+        result: list[Any] = json.loads(line)
+        return result
+
+
+@dataclass(frozen=True)
+class Chaos:
+    """A hub with org/tiny in two shards, its clients' fork server, and its tower's hash."""
+
+    folder: Path
+    hub: Hub
+    fork_server: ForkServer
+    truth: str
+
+    def download(self, cache: Path) -> tuple[int, str, str]:
+        return self.fork_server.wait(self.fork_server.start(cache))
+
+    def check_good(self, cache: Path) -> None:
+        """Once nothing is wrong any more, a download goes through whatever it finds."""
+        self.hub.faults = []
+        code, kind, result = self.download(cache)
+        assert (code, result) == (0, self.truth), (code, kind, result)
+
+
+def on_a_hub(body: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A function below as one of a folder."""
+
+    def run(folder: Path, **arguments: Any) -> dict[str, Any]:
+        with chaos(folder) as running:
+            return body(running, **arguments)
+
+    return run
+
+
+@contextmanager
+def chaos(folder: Path) -> Iterator[Chaos]:
+    """Everything that the functions below need, in `folder`."""
+    write_checkpoint(folder / "repo", WIDE, shards=2)
+    truth = load_checkpoint(folder / "repo").weights_sha256()
+    with serving({REPO: folder / "repo"}) as hub:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+        environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "home")}
+        environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+        environment |= {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        with subprocess.Popen(
+            [sys.executable, "-c", FORK_SERVER],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            try:
+                yield Chaos(folder, hub, ForkServer(process), truth)
+            finally:
+                process.kill()
+
+
+def check_names(cache: Path, truth: str, *, lies_and_kills: bool = False) -> str:
+    """Everything under a final name is whole; say which of ours and of the Hub's shards are there.
+
+    Raises AssertionError or CheckpointError for anything that is not. The Hub's own client gives a
+    shard its name before we can hash it: with `lies_and_kills`, one may be damaged, and must not be
+    used.
+    """
+    kept = whole = 0
+    for folder in store.folder_of(cache, REPO, COMMIT).parent.glob("?" * 40):
+        assert store.find(folder) is not None
+        store.check(folder)
+        assert load_checkpoint(folder).weights_sha256() == truth, folder
+        kept += 1
+    for path in cache.glob("models--*/snapshots/*/*"):
+        if not path.exists():  # its damaged blob, which several commits share, was removed
+            continue
+        digest = store.hub_digest(path)
+        assert digest is not None, path
+        try:
+            store.check_digest(path, digest)
+        except CheckpointError:
+            if not lies_and_kills:
+                raise
+        whole += path.suffix == ".safetensors"
+    return f"{'kept' if kept else 'absent'}, {whole} whole shards"
+
+
+def kill_at_random(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
+    """Kill a download at random moments; what is under a final name is whole, and it goes on."""
+    rng = random.Random(seed)
+    found: Counter[str] = Counter()
+    cache = chaos.folder / "killed"
+    while (kills := found["kills"]) < times:
+        chaos.hub.faults = [SLOW if kills % 3 else replace(SLOW, ignore_range=True)]
+        if kills % 10 == 0:  # how long one takes now
+            begin = time.monotonic()
+            assert chaos.download(chaos.folder / "alone")[::2] == (0, chaos.truth)
+            seconds = time.monotonic() - begin
+            shutil.rmtree(chaos.folder / "alone")
+        pid = chaos.fork_server.start(cache)
+        time.sleep(rng.uniform(0, seconds))
+        with suppress(ProcessLookupError):  # it was quicker
+            os.kill(pid, signal.SIGKILL)
+        code, kind, result = chaos.fork_server.wait(pid)
+        assert code in (0, -signal.SIGKILL), (code, kind, result)
+        found["kills" if code else "ended before the kill"] += 1
+        found[check_names(cache, chaos.truth)] += 1
+        if code == 0 or found["kills"] % 20 == 0:
+            chaos.check_good(cache)
+            folder = store.folder_of(cache, REPO, COMMIT).parent
+            assert list(folder.glob(".*")) == [], "what killed processes left was not removed"
+            shutil.rmtree(cache)
+    chaos.check_good(cache)
+    shutil.rmtree(cache)
+    return tally_of(times, found)
+
+
+def crowd(chaos: Chaos, times: int, processes: int = 16, seed: int = 0) -> dict[str, Any]:
+    """Many processes at once, some of them killed, with faults, with locks and without."""
+    rng = random.Random(seed)
+    found: Counter[str] = Counter()
+    cache, most = chaos.folder / "crowd", 0.0
+    for i in range(times):
+        quiet, no_locks = i % 4 < 2, i % 2 == 1
+        chaos.hub.faults = [] if quiet else random_faults(rng, most=40)
+        chaos.hub.requests.clear()
+        pids = [chaos.fork_server.start(cache, no_locks=no_locks) for _ in range(processes)]
+        for pid in [] if quiet else rng.sample(pids, processes // 4):
+            time.sleep(rng.uniform(0, 0.2))
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in pids:
+            code, kind, result = chaos.fork_server.wait(pid)
+            found[f"exit {code}"] += 1
+            assert code in ((0,) if quiet else (0, 3, -signal.SIGKILL)), (code, kind, result)
+            assert code != 0 or result == chaos.truth
+        found[check_names(cache, chaos.truth, lies_and_kills=not quiet)] += 1
+        if quiet and not no_locks:
+            spans = sum(r.sent for r in chaos.hub.requests if r.file.endswith(".safetensors"))
+            most = max(most, spans / cache_bytes(cache))
+        chaos.check_good(cache)
+        chaos.hub.branches[f"{REPO}@main"] = COMMIT
+        shutil.rmtree(cache, ignore_errors=True)
+    figures = {"processes": processes, "most_bytes_with_locks": round(most, 2)}
+    return {**figures, **tally_of(times, found)}
+
+
+def tally_of(times: int, found: Counter[str]) -> dict[str, Any]:
+    """A line of the ledger."""
+    versions = {name: version(name) for name in ("huggingface_hub", "safetensors", "torch")}
+    return {"times": times, "found": dict(found), "versions": versions}
+
+
+def cache_bytes(cache: Path) -> int:
+    path = store.folder_of(cache, REPO, COMMIT) / "vision.safetensors"
+    return path.stat().st_size if path.is_file() else 0
+
+
+def move_branch(hub: Hub) -> None:
+    """A new commit with the same files, while somebody downloads the last one."""
+    commit = f"{len(hub.commits):040x}"
+    hub.commits[f"{REPO}@{commit}"] = hub.commits[f"{REPO}@{COMMIT}"]
+    hub.branches[f"{REPO}@main"] = commit
+
+
+def random_faults(rng: random.Random, most: int = 6) -> list[Fault]:
+    """A few faults of any kind, each for some requests, in any order."""
+    shards = "*.safetensors"
+    kinds: list[Callable[[], Fault]] = [
+        lambda: Fault(status=rng.choice((401, 403, 404, 408, 429, 500, 502, 503, 504))),
+        lambda: Fault(shards, status=rng.choice((401, 403, 404, 416, 429, 500, 503))),
+        lambda: Fault(status=404, code=rng.choice(("EntryNotFound", "RevisionNotFound"))),
+        lambda: Fault(status=403, code="GatedRepo"),
+        lambda: Fault(cut=rng.random()),
+        lambda: Fault(shards, ranges=True, cut=rng.random()),
+        lambda: Fault(shards, wrong_total=rng.choice((-3, 1, 1000))),
+        lambda: Fault(shards, ranges=True, ignore_range=True),
+        lambda: Fault(shards, ranges=True, shift=rng.choice((1, 8))),
+        lambda: Fault(shards, encoding="gzip", ranges=True),
+        lambda: Fault(drip=0.02),
+        lambda: Fault(then=move_branch),
+        lambda: Fault(shards, flip=rng.randrange(10**6), ranges=False, method="GET"),
+    ]
+    chosen = [
+        replace(rng.choice(kinds)(), skip=rng.randrange(6), times=rng.randint(1, most))
+        for _ in range(rng.randint(1, 4))
+    ]
+    return [*chosen, replace(SLOW, drip=0.002)]
+
+
+def storm(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
+    """One download after the other through faults in random order: all right, or our own error."""
+    rng = random.Random(seed)
+    found: Counter[str] = Counter()
+    cache = chaos.folder / "storm"
+    for _ in range(times):
+        chaos.hub.faults, chaos.hub.redirects = random_faults(rng), rng.random() < 0.5
+        described = [str(fault) for fault in chaos.hub.faults]
+        code, kind, result = chaos.download(cache)
+        assert code in (0, 3), (code, kind, result, described)
+        assert code != 0 or result == chaos.truth, (result, described)
+        found[kind or "good"] += 1
+        check_names(cache, chaos.truth)
+        chaos.check_good(cache)
+        chaos.hub.branches[f"{REPO}@main"] = COMMIT
+        shutil.rmtree(cache, ignore_errors=True)
+    chaos.hub.redirects = False
+    return tally_of(times, found)
+
+
+def wrong_headers(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
+    """A wrong bit in a header on the wire: refused, or without any effect."""
+    rng = random.Random(seed)
+    found: Counter[str] = Counter()
+    shards = sorted((chaos.folder / "repo").glob("*.safetensors"))
+    cache = chaos.folder / "headers"
+    for _ in range(times):
+        shard = rng.choice(shards)
+        length = 8 + int.from_bytes(shard.read_bytes()[:8], "little")
+        chaos.hub.faults = [Fault(f"*/{shard.name}", flip=rng.randrange(length), ranges=True)]
+        code, kind, result = chaos.download(cache)
+        assert code == 3 or (code, result) == (0, chaos.truth), (chaos.hub.faults, kind, result)
+        found["no effect" if code == 0 else "found"] += 1
+        shutil.rmtree(cache, ignore_errors=True)
+    chaos.hub.faults = []
+    return tally_of(times, found)
+
+
+# Mutated files
+
+Mutate = Callable[[bytes, random.Random], bytes]
+TOKENS = (
+    b"null", b"-1", b"0", b"1e999", b"9" * 40, b"[]", b"{}", b'""', b"true", b"NaN",
+    b"18446744073709551616", b"9223372036854775807", b'"../a.safetensors"', b'"\\ud800"',
+    b"[" * 3000, b'{"a":' * 500, b'"F8_E4M3"', b'"F64"', b"\xff\xfe", b"\0",
+)  # fmt: skip
+
+
+def mutate_bytes(content: bytes, rng: random.Random, *, within: int | None = None) -> bytes:
+    """One to three edits of any kind, most of them within the first bytes."""
+    changed = bytearray(content)
+    for _ in range(rng.randint(1, 3)):
+        size = min(len(changed), within or len(changed)) if rng.random() < 0.9 else len(changed)
+        if size == 0:
+            return bytes(changed)
+        at, kind = rng.randrange(size), rng.randrange(7)
+        length = min(rng.choice((1, 1, 2, 8, 100)), len(changed) - at)
+        if kind == 0:
+            changed[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            changed[at] = rng.randrange(256)
+        elif kind == 2:
+            del changed[at : at + length]
+        elif kind == 3:
+            changed[at:at] = rng.randbytes(length)
+        elif kind == 4:
+            changed[at:at] = changed[at : at + length]
+        elif kind == 5:
+            del changed[at:]
+        else:
+            changed[at : at + length] = rng.choice(TOKENS)
+    return bytes(changed)
+
+
+def mutate_header(content: bytes, rng: random.Random) -> bytes:
+    """Edits of a safetensors file; half of them keep its length field right."""
+    length = int.from_bytes(content[:8], "little")
+    header, data = content[8 : 8 + length], content[8 + length :]
+    if rng.random() < 0.3:
+        return mutate_bytes(content, rng, within=8 + length)
+    if rng.random() < 0.5:
+        header = mutate_json(header, rng)
+    else:
+        header = mutate_bytes(header, rng)
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def mutate_json(content: bytes, rng: random.Random) -> bytes:
+    """Change, remove, repeat or exchange values of a JSON document."""
+    document = json.loads(content)
+    places: list[tuple[Any, Any]] = []
+
+    def collect(value: Any) -> None:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            places.append((value, key))
+            if isinstance(item, dict | list):
+                collect(item)
+
+    collect(document)
+    for _ in range(rng.randint(1, 3)):
+        parent, key = rng.choice(places)
+        other_parent, other = rng.choice(places)
+        try:
+            kind = rng.randrange(5)
+            if kind == 0:
+                odd = (None, -1, 0, 1, 2**63, 1e300, "", "a", [], {}, True, [1] * 50, "F64", "BF16")
+                parent[key] = rng.choice(odd)
+            elif kind == 1:
+                parent[key], other_parent[other] = other_parent[other], parent[key]
+            elif kind == 2:
+                del parent[key]
+            elif kind == 3 and isinstance(parent, dict):
+                parent[f"{key}{rng.choice(('', 'x', ' ', '.', 'Ω'))}"] = parent.pop(key)
+            elif isinstance(parent[key], int):
+                parent[key] += rng.choice((-1, 1, 8, -(10**6)))
+        except (KeyError, IndexError):
+            continue
+    if rng.random() < 0.1:  # the same key twice
+        return (
+            json.dumps(document).encode().replace(b"{", b'{"model_type": 1, "model_type": 2, ', 1)
+        )
+    try:
+        return json.dumps(document).encode()
+    except ValueError:  # an exchange may have made a circle
+        return b"{}"
+
+
+def mutated_weights(folder: Path, times: int, seed: int = 0) -> dict[str, Any]:
+    """Mutated safetensors files: read as they are, or refused by name within a second."""
+    write_checkpoint(folder, replace(SMALL, depth=1, fullatt_block_indexes=(0,)))
+    return _mutated(folder, ["model.safetensors"], mutate_header, times, seed)
+
+
+def mutated_documents(folder: Path, times: int, seed: int = 0) -> dict[str, Any]:
+    """Mutated indexes and configs: the same."""
+    write_checkpoint(folder, replace(SMALL, depth=1, fullatt_block_indexes=(0,)), shards=2)
+    names = ["model.safetensors.index.json", "config.json", "preprocessor_config.json"]
+
+    def mutate(content: bytes, rng: random.Random) -> bytes:
+        return (mutate_json if rng.random() < 0.5 else mutate_bytes)(content, rng)
+
+    return _mutated(folder, names, mutate, times, seed)
+
+
+def _mutated(
+    folder: Path, names: list[str], mutate: Mutate, times: int, seed: int
+) -> dict[str, Any]:
+    rng = random.Random(seed)
+    whole = {name: (folder / name).read_bytes() for name in names}
+    found: Counter[str] = Counter()
+    slowest = 0.0
+    for i in range(times):
+        name = names[i % len(names)]
+        content = mutate(whole[name], rng)
+        (folder / name).write_bytes(content)
+        begin = time.perf_counter()
+        try:
+            checkpoint = load_checkpoint(folder)
+            for published, tensor in checkpoint.tensors.items():
+                check_finite(tensor, checkpoint.locate(published))
+            found["read"] += 1
+        except CheckpointError as error:
+            message = str(error)
+            assert name in message or str(folder) in message, (i, message)
+            assert "\n" not in message, (i, message)
+            assert " at 0x" not in message, (i, message)
+            found["refused"] += 1
+        except Exception as error:
+            (folder / f"{name}.culprit").write_bytes(content)
+            raise AssertionError(f"mutation {i} of {name}: {type(error).__name__}") from error
+        duration = time.perf_counter() - begin
+        slowest = max(slowest, duration)
+        assert duration < SECONDS_AT_MOST, (i, name, duration)
+        (folder / name).write_bytes(whole[name])
+    return {"slowest_s": round(slowest, 3), **tally_of(times, found)}
+
+
+def hub_versions(folder: Path, seed: int = 0) -> dict[str, Any]:
+    """The tests of the Hub on the oldest and on the newest huggingface_hub that is allowed.
+
+    Each lies in a folder of its own, with what it needs, and is found before what is installed.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    [allowed] = [
+        r for r in map(Requirement, project["dependencies"]) if r.name == "huggingface_hub"
+    ]
+    [oldest] = [part.version for part in allowed.specifier if part.operator == ">="]
+    results = {}
+    for i, wanted in enumerate((f"huggingface_hub=={oldest}", str(allowed))):
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder / str(i))]
+        subprocess.run([*pip, wanted], check=True, capture_output=True)
+        environment = {**os.environ, "PYTHONPATH": str(folder / str(i))}
+        ask = [sys.executable, "-c", "import huggingface_hub as hub; print(hub.__version__)"]
+        found = subprocess.run(ask, env=environment, check=True, capture_output=True, text=True)
+        test = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "tests/test_hub.py",
+            "tests/test_hub_fault_injection.py",
+        ]
+        done = subprocess.run(
+            test, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{found.stdout}: {done.stdout[-4_000:]}"
+        results[found.stdout.strip()] = done.stdout.strip().splitlines()[-1].strip("= ")
+    return {"results": results}

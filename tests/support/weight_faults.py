@@ -1,0 +1,54 @@
+"""Faults in one tensor of a checkpoint at a time, as a damaged download would have them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qwen_vit.encoder import VisionEncoder
+from tests.support.towers import build_tower
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFault:
+    """One tensor, what was done to it, and the stage that computes with it first."""
+
+    tensor: str
+    fault: str
+    stage: str
+
+    def __str__(self) -> str:
+        return f"{self.fault}: {self.tensor}"
+
+
+def every_fault(tensors: Mapping[str, Tensor]) -> Iterator[WeightFault]:
+    """One row times 1.05 (weights), the bias dropped (biases), two rows swapped (all)."""
+    for name in tensors:
+        stage = f"block.{name.split('.')[1]}" if name.startswith("blocks.") else name.split(".")[0]
+        first = "bias dropped" if name.endswith("bias") else "row scaled"
+        for fault in (first, "rows swapped"):
+            yield WeightFault(name, fault, stage)
+
+
+def damaged(tensor: Tensor, fault: str, seed: int) -> Tensor:
+    """The tensor with the fault, in rows that a seed picks."""
+    wrong = tensor.clone()
+    first, second = torch.randperm(
+        len(tensor), generator=torch.Generator().manual_seed(seed)
+    ).tolist()[:2]
+    if fault == "row scaled":
+        wrong[first] *= 1.05
+    elif fault == "bias dropped":
+        wrong.zero_()
+    else:
+        wrong[[first, second]] = wrong[[second, first]]
+    return wrong
+
+
+def inject_fault(encoder: VisionEncoder, fault: WeightFault, seed: int = 0) -> VisionEncoder:
+    """The same encoder, its checkpoint damaged."""
+    tensors = dict(encoder.checkpoint.tensors)
+    tensors[fault.tensor] = damaged(tensors[fault.tensor], fault.fault, seed)
+    tower = build_tower(tensors, encoder.config, encoder.image_config, encoder.dtype)
+    return replace(encoder, tower=tower, checkpoint=replace(encoder.checkpoint, tensors=tensors))

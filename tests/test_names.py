@@ -1,0 +1,109 @@
+"""One word for one thing, and the field's word: names that were given up are defined nowhere.
+
+A retired name hides what the field calls otherwise: `Tiling` is a `SegmentTiling`, `_Crew` a
+`Prefetcher`. Ordinary English words are retired as functions, classes or modules only: as local
+variables they say what they should.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+# however they are defined: as a function, class, method, variable, attribute, parameter or module
+RETIRED = {
+    # faults, other processes, fakes
+    *("planted", "Planted", "with_fault", "sm90", "own_process", "rope_apart", "Apart"),
+    *("tower_apart", "hub_chaos", "export_trials", "reading_trials", "NURSERY", "Nursery"),
+    *("stand_in", "StandIn", "Held", "DEATHS"),
+    # kernels
+    *("beside_product", "AddedLinear", "linear_added", "with_squares", "regime", "_with_room"),
+    *("budget_for", "rows_for", "keep_until_here", "show_to_tensor_cores"),
+    *("Tiles", "Tiling"),
+    # pipeline and export
+    *("_Crew", "Behind", "Clock", "_Pace", "Breaker", "Tally", "RowForm", "Described", "_Begin"),
+    *("_or_its_error", "_loaded_now", "_cut", "_given", "_settle", "_settled", "clear_away"),
+    *("rehearse_export", "head_room", "hold_moment", "_way_on_told"),
+    # checkpoints and feature files
+    *("_knock", "_prove", "_arrange", "Elsewhere", "Opened", "_Choice", "Maps"),
+    # figures and text
+    *("LANDMARK", "_take_turns", "_shown"),
+}
+# As functions, methods and classes; `told`, `shown`, `product` and the like are good variables.
+# Left out: `do`, `take` and `rest`, which standard interfaces have, and `show`, a command.
+RETIRED_AS_DEFINITIONS = {
+    *("told", "shown", "counted", "place", "product", "apart", "holds", "serves", "rested"),
+    *("_fetch", "_multiply", "_attend", "Plan", "Tile"),
+}
+# As modules; a fixture may well be called `comparison`.
+RETIRED_MODULES = {
+    *("consumers", "guarded", "distributed", "comparison", "comparison_text", "hub_client"),
+}
+RETIRED_CONSTANTS = re.compile(r"_?(LEAST|MOST|LARGEST)_[A-Z0-9_]+|_?RESTED_[A-Z0-9_]+")
+FILES = sorted(
+    path for top in ("qwen_vit", "tests", "tools") for path in (ROOT / top).rglob("*.py")
+)
+
+
+def definitions(tree: ast.Module) -> Iterator[tuple[str, int, bool]]:
+    """(name, line, whether it is a function or class) of everything that a file defines."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield name, node.lineno, True
+            case ast.ClassDef(name=name):
+                yield name, node.lineno, True
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                yield name, node.lineno, False
+            case ast.arg(arg=name) | ast.ExceptHandler(name=str(name)):
+                yield name, node.lineno, False
+            case ast.alias(asname=str(name)):
+                yield name, getattr(node, "lineno", 0), False
+
+
+def retired(path: Path, text: str) -> list[str]:
+    """What a file defines under a name that was given up, with its line."""
+    wrong = [f"{path}:1: {path.stem}"] if path.stem in RETIRED | RETIRED_MODULES else []
+    return wrong + [
+        f"{path}:{line}: {name}"
+        for name, line, is_definition in definitions(ast.parse(text))
+        if name in RETIRED
+        or (is_definition and name in RETIRED_AS_DEFINITIONS)
+        or RETIRED_CONSTANTS.fullmatch(name)
+    ]
+
+
+def test_no_retired_name_is_defined() -> None:
+    found = [retired(path.relative_to(ROOT), path.read_text("utf-8")) for path in FILES]
+    assert [line for lines in found for line in lines] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("class Tiling: ...", ["Tiling"]),
+        ("def f(regime): ...", ["regime"]),
+        ("async def counted(): ...", ["counted"]),
+        ("counted = told = 3", []),
+        ("for _cut in x: ...", ["_cut"]),
+        ("with x as Held: ...", ["Held"]),
+        ("self.head_room = 1", ["head_room"]),
+        ("if (_given := 1): ...", ["_given"]),
+        ("from x import y as Behind", ["Behind"]),
+        ("_MOST_BYTES, LARGEST_X = 1, 2", ["_MOST_BYTES", "LARGEST_X"]),
+        ("lambda planted: 1", ["planted"]),
+        ("try: ...\nexcept E as Opened: ...", ["Opened"]),
+        ("x = y.regime(_cut)", []),
+    ],
+)
+def test_a_retired_name_is_seen_where_it_is_defined(text: str, found: list[str]) -> None:
+    assert [line.rpartition(" ")[2] for line in retired(Path("x.py"), text)] == found
+
+
+def test_a_retired_module_is_seen() -> None:
+    assert retired(Path("tests/sm90.py"), "") == ["tests/sm90.py:1: sm90"]
+    assert retired(Path("export/distributed.py"), "") == ["export/distributed.py:1: distributed"]

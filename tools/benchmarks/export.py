@@ -1,0 +1,414 @@
+"""`qwen-vit export` from JPEGs to shards on disk: its speed, on several GPUs, and its memory.
+
+JPEGs of 448 to 1344 px a side are made of the photographs in tests/images, and a 7B-shaped tower in
+bf16 of random numbers, unless a model is named. Prints a table and one JSON line.
+
+\b
+    speed     the export beside what bounds it, in one run: the encoder alone with pixels on the
+              GPU, the disk's sequential rate, what was waited for, and Hugging Face's processor
+              and encoder, image by image. Some images are encoded alone, too, and compared
+    gpus      one process on one GPU, then one on each, by `--part`: how the rate grows
+    memory    of the process and of the GPU over 20,000 small images
+
+\b
+    python -m tools.benchmarks.export --ledger tools/benchmarks/ledger.jsonl --chart docs/export.png
+    python -m tools.benchmarks.export gpus --folder /fast/disk --images 1000
+    python -m tools.benchmarks.export --images 6 --peer-images 2 --model tiny    # anywhere
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import transformers
+from PIL import Image
+
+from qwen_vit.batching import TOKEN_BUDGET, pack
+from qwen_vit.common.prefetch import StageTimer, thread_count
+from qwen_vit.config import Grid
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.export.plan import ExportOptions, open_export, target_size
+from qwen_vit.export.run import export_features
+from qwen_vit.export.shards import REST, export_shards
+from qwen_vit.feature_files.read import load_features
+from tests.support.huggingface import hf_tower
+from tests.support.process_memory import memory_mb
+from tools.common import ROOT, default_device, four_digits, ledger_options, ledger_row, publish
+from tools.random_tower import write_model
+
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "rocket.jpg")
+QUALITY = 90
+WRITTEN_BYTES, PIECE_BYTES = 2**32, 2**24
+ENCODED_PATCHES = 2_500_000  # are enough to know the encoder's rate
+SMALL_SIDES = (224, 448)
+MEMORY_FILES = 2_000  # which the many images of `memory` are, again and again
+
+
+def write_jpeg(folder: Path, sides: tuple[int, int], number: int) -> None:
+    """A photograph at a size of its own, and with a part of its own."""
+    chance = random.Random(number)
+    size = chance.randint(*sides), chance.randint(*sides)
+    with Image.open(ROOT / "tests" / "images" / PHOTOGRAPHS[number % len(PHOTOGRAPHS)]) as photo:
+        left, top = chance.uniform(0, 0.2) * photo.width, chance.uniform(0, 0.2) * photo.height
+        box = (left, top, left + 0.8 * photo.width, top + 0.8 * photo.height)
+        image = photo.convert("RGB").resize(size, Image.Resampling.BICUBIC, box)
+    image.save(folder / f"{number:06}.jpg", quality=QUALITY)
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Until the GPU is done, too."""
+    begin = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def grids_of(paths: list[Path], encoder: VisionEncoder) -> list[Grid]:
+    grids = []
+    for path in paths:
+        with Image.open(path) as image:
+            height, width = target_size(image.height, image.width, encoder.image_config, path.name)
+        grids.append(Grid(1, height // 14, width // 14))
+    return grids
+
+
+def encoder_rate(encoder: VisionEncoder, grids: list[Grid]) -> float:
+    """Patches a second, pixels on the device, in batches as `encode` packs them."""
+    sizes = [grid.n_patches for grid in grids]
+    batches = [
+        tuple(grids[index] for index in batch)
+        for batch in pack(sizes, TOKEN_BUDGET[encoder.device.type])
+    ]
+    random.Random(0).shuffle(batches)
+    most = max(sum(grid.n_patches for grid in batch) for batch in batches)
+    pixels = torch.randint(0, 256, (most, 588), dtype=torch.uint8).to(encoder.device)
+    total, chosen = 0, []
+    for batch in batches:
+        if total < ENCODED_PATCHES:
+            chosen.append(batch)
+            total += sum(grid.n_patches for grid in batch)
+
+    def run() -> None:
+        for batch in chosen:
+            n_patches = sum(grid.n_patches for grid in batch)
+            encoder.forward(pixels[:n_patches], batch, "merged")
+
+    seconds(run)  # compiles, and records graphs
+    return total / seconds(run)
+
+
+def disk_rate(folder: Path) -> float:
+    """Bytes a second, written one after the other and synced."""
+    piece = os.urandom(PIECE_BYTES)
+    path = folder / "sequential"
+
+    def run() -> None:
+        with open(path, "wb", buffering=0) as file:
+            for _ in range(WRITTEN_BYTES // PIECE_BYTES):
+                file.write(piece)
+            os.fsync(file.fileno())
+
+    taken = seconds(run)
+    path.unlink()
+    return WRITTEN_BYTES / taken
+
+
+def peer_rates(paths: list[Path], model: Path, encoder: VisionEncoder) -> dict[str, float]:
+    """Images a second, by each of Hugging Face's processors that is installed."""
+    tensors = {
+        name.partition("visual.")[2] or name: tensor
+        for name, tensor in encoder.checkpoint.tensors.items()
+    }
+    tower = hf_tower(tensors, encoder.config, encoder.dtype, encoder.device)
+    rates = {}
+    for label, name in (
+        ("Pillow", "Qwen2VLImageProcessorPil"),
+        ("default", "Qwen2VLImageProcessor"),
+    ):
+        try:
+            processor = getattr(transformers, name)()
+        except (ImportError, AttributeError):
+            continue
+
+        def run(chosen: list[Path], processor: Any = processor) -> None:
+            for path in chosen:
+                with Image.open(path) as image:
+                    done = processor(images=[image.convert("RGB")], return_tensors="pt")
+                with torch.no_grad():
+                    tower(
+                        done["pixel_values"].to(encoder.device, encoder.dtype),
+                        grid_thw=done["image_grid_thw"].to(encoder.device),
+                    ).pooler_output.cpu()
+
+        run(paths[:3])
+        rates[label] = len(paths) / seconds(partial(run, paths))
+    return rates
+
+
+@contextmanager
+def reported(what: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    print(f"{what}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+
+
+def differing(encoder: VisionEncoder, paths: list[Path], out: Path) -> int:
+    """How many images have other bytes than by the simple path: `encode` of each one alone."""
+    stored = load_features(out)
+    count = 0
+    for path in paths:
+        [alone] = encoder.encode([path], decode_threads=1)
+        there = stored[path.name].embeds
+        if alone.embeds is None or there is None or not torch.equal(alone.embeds.cpu(), there):
+            count += 1
+    return count
+
+
+def measure_speed(
+    here: Path, peer_images: int, checked: int, model: str, options: ExportOptions,
+    threads: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    paths = sorted((here / "images").iterdir())
+    with reported("encoder loaded"):
+        encoder = VisionEncoder.from_pretrained(model)
+    grids = grids_of(paths, encoder)
+    with reported("encoder measured"):
+        patches_per_s = encoder_rate(encoder, grids)
+    with reported("disk measured"):
+        bytes_per_s = disk_rate(here)
+    with reported("warmed up"):  # as every run is but a machine's first, which compiles kernels
+        warm_up(encoder, paths, grids, here)
+    with reported("exported"):
+        done = export_features(
+            encoder, [str(here / "images")], here / "out", options, decode_threads=threads
+        )
+    images = done.exported
+    with reported("compared"):
+        some = paths[:: max(1, images // checked)]
+        wrong = differing(encoder, some, here / "out")
+    with reported("Hugging Face measured"):
+        peers = peer_rates(paths[:peer_images], Path(model), encoder) if peer_images else {}
+    n_patches = sum(grid.n_patches for grid in grids)
+    ours = images / done.seconds
+    rates = {
+        **{f"Hugging Face, {name}": rate for name, rate in peers.items()},
+        "export": ours,
+        "encoder alone": patches_per_s * images / n_patches,
+        "disk": bytes_per_s * images / done.bytes,
+    }
+    bound = min(rates["encoder alone"], rates["disk"])
+    waited = sum(done.waits.values())
+    print(f"{'':<24}{'images/s':>10}{'export is':>12}")
+    for name, rate in rates.items():
+        print(f"{name:<24}{rate:>10.1f}{ours / rate:>11.2f}x")
+    for stage, stage_s in done.waits.items():
+        print(f"waited for {stage:<17}{stage_s / waited:>6.0%}")
+    print(f"other bytes than alone: {wrong} of {len(some)} images")
+    return {
+        "images": images,
+        "shard_size": options.shard_size,
+        "decode_threads": thread_count(threads),
+        "patches_per_image": round(n_patches / images),
+        "mb_per_image": round(done.bytes / images / 1e6, 3),
+        "seconds": done.seconds,
+        "images_per_s": {name: four_digits(rate) for name, rate in rates.items()},
+        "share_of_the_lower_bound": round(ours / bound, 3),
+        "times_hugging_face": round(ours / max(peers.values()), 2) if peers else None,
+        "waits_s": done.waits,
+        "images_with_other_bytes_than_alone": wrong,
+    }
+
+
+def warm_up(encoder: VisionEncoder, paths: list[Path], grids: list[Grid], here: Path) -> None:
+    by_size = sorted(zip(paths, grids, strict=True), key=lambda pair: pair[1].n_patches)
+    for count in (1, 2, 4, 24):
+        some = [str(path) for path, _ in by_size[:count]]
+        export_features(encoder, some, here / f"warm-{count}")
+
+
+def measure_gpus(here: Path, images: int, model: str, threads: int | None) -> dict[str, Any]:
+    """The rate of one process on the first GPU, and of one process on each, sharing the images."""
+    gpus = max(1, torch.cuda.device_count())
+    cores = len(os.sched_getaffinity(0))
+    threads = threads or thread_count(None) // gpus or 1
+
+    def run(out: str, chosen: range) -> list[dict[str, Any]]:
+        running = []
+        for gpu in chosen:
+            command = [sys.executable, "-m", "qwen_vit", "export", str(here / "images")]
+            options = {
+                "--model": model, "--out": str(here / out), "--part": f"{gpu + 1}/{gpus}",
+                "--shard-size": str(max(1, images // (4 * gpus))), "--decode-threads": str(threads),
+            }  # fmt: skip
+            words = [word for pair in options.items() for word in pair]
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONPATH": str(ROOT)}
+            running.append(
+                subprocess.Popen(
+                    [*command, *words, "--yes", "--json"], stdout=subprocess.PIPE, env=environment
+                )
+            )
+        return [json.loads(process.communicate()[0]) for process in running]
+
+    with reported("warmed up"):
+        run("warm", range(1))
+    with reported("exported on one GPU"):
+        alone = run("one", range(1))
+    with reported(f"exported on {gpus}"):
+        together = run("all", range(gpus))
+    one = sum(part["exported"] for part in alone) / max(part["seconds"] for part in alone)
+    every = sum(part["exported"] for part in together) / max(part["seconds"] for part in together)
+    print(f"{'GPUs':<6}{'images/s':>10}\n{1:<6}{one:>10.1f}\n{gpus:<6}{every:>10.1f}")
+    print(f"{every / one:.2f} times one GPU's rate")
+    return {
+        "gpus": gpus,
+        "decode_threads": threads,
+        "cores": cores,
+        "images_per_s_one": round(one, 2),
+        "images_per_s_all": round(every, 2),
+        "times_one_gpu": round(every / one, 3),
+        "seconds": [part["seconds"] for part in (*alone, *together)],
+    }
+
+
+def measure_memory(here: Path, images: int, model: str, threads: int | None) -> dict[str, Any]:
+    """Resident memory and the GPU's, sampled after each shard, over many images."""
+    files = sorted((here / "images").iterdir())
+    with open(here / "many.jsonl", "w") as file:
+        for number in range(images):
+            path = files[number % len(files)]
+            file.write(json.dumps({"id": f"{number:06}.jpg", "path": str(path)}) + "\n")
+    encoder = VisionEncoder.from_pretrained(model)
+    samples: list[tuple[int, float, float]] = []
+    options = ExportOptions(shard_size=max(1, images // 40))
+    seen, clock = 0, StageTimer(REST)
+    begin = time.perf_counter()
+    with open_export(encoder, [str(here / "many.jsonl")], here / "out", options) as plan:
+        for done in export_shards(encoder, plan, plan.shards, decode_threads=threads, clock=clock):
+            seen += len(done.rows)
+            on_gpu = torch.cuda.memory_reserved() / 2**20 if torch.cuda.is_available() else 0.0
+            samples.append((seen, sum(memory_mb(os.getpid())), on_gpu))
+    seconds = time.perf_counter() - begin
+    settled = [sample for sample in samples if sample[0] >= images // 4]
+    growth = [max(each[i] for each in settled) - settled[0][i] for i in (1, 2)]
+    print(f"{'images':>8}{'resident MB':>14}{'GPU MB':>10}")
+    for count, resident, on_gpu in samples[:: max(1, len(samples) // 10)]:
+        print(f"{count:>8}{resident:>14.0f}{on_gpu:>10.0f}")
+    print(
+        f"grown after the first quarter: {growth[0]:.0f} MB resident, {growth[1]:.0f} MB on the GPU"
+    )
+    return {
+        "shard_size": options.shard_size,
+        "seconds": round(seconds, 3),
+        "images_per_s": round(images / seconds, 2),
+        "waits_s": {stage: round(each, 2) for stage, each in clock.seconds().items()},
+        "resident_mb": [round(settled[0][1]), round(max(each[1] for each in settled))],
+        "gpu_mb": [round(settled[0][2]), round(max(each[2] for each in settled))],
+        "grown_mb": [round(each, 1) for each in growth],
+    }
+
+
+def draw(line: dict[str, Any], path: Path) -> None:
+    """Rates as bars, and what the export waited for."""
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 2.6), layout="constrained", width_ratios=(3, 2)
+    )
+    names = list(line["images_per_s"])
+    colours = ["#2563eb" if name == "export" else "#cbd5e1" for name in names]
+    bars = left.barh(names, list(line["images_per_s"].values()), color=colours)
+    left.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+    left.set_title(
+        f"images per second, {line['images']:,} JPEGs of {line['sides_px'][0]} to "
+        f"{line['sides_px'][1]} px to shards on disk", fontsize=9, loc="left",
+    )  # fmt: skip
+    seconds = line["waits_s"]
+    bars = right.barh(list(seconds), list(seconds.values()), color="#94a3b8")
+    right.bar_label(bars, fmt="%.1f s", padding=3, fontsize=8)
+    right.set_title(f"what its {line['seconds']:.1f} s waited for", fontsize=9, loc="left")
+    for axis in (left, right):
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{line['device']}, {line['cpu_cores']} cores, {line['commit']}, {line['date']}",
+        fontsize=8, color="#64748b", x=0.99, ha="right",
+    )  # fmt: skip
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+@click.command(help=__doc__)
+@click.argument("what", type=click.Choice(["speed", "gpus", "memory"]), default="speed")
+@click.option("--images", type=int, help="[default: 2000; memory: 20000]")
+@click.option("--peer-images", default=100, show_default=True, help="That Hugging Face encodes.")
+@click.option("--checked", default=200, show_default=True, help="Images encoded alone, too.")
+@click.option("--sides", nargs=2, type=int, help="[default: 448 1344; memory: 224 448]")
+@click.option("--model", help="Instead of a 7B-shaped tower with random weights.")
+@click.option("--folder", type=click.Path(path_type=Path), help="A disk for images and shards.")
+@click.option(
+    "--shard-size", type=click.IntRange(min=1), default=ExportOptions().shard_size,
+    show_default=True, help="Of speed; gpus and memory choose their own.",
+)  # fmt: skip
+@click.option("--decode-threads", type=int)
+@click.option("--chart", type=click.Path(path_type=Path), help="Draw the speed as PNG.")
+@ledger_options
+def main(
+    what: str, images: int | None, peer_images: int, checked: int, sides: tuple[int, int] | None,
+    model: str | None, folder: Path | None, shard_size: int, decode_threads: int | None,
+    chart: Path | None, ledger: Path | None, commit: str,
+) -> None:  # fmt: skip
+    if model is None and not torch.cuda.is_available():
+        raise click.ClickException(
+            "this needs an NVIDIA GPU: torch sees none; to try it out, add --model tiny"
+        )
+    images = images or (20_000 if what == "memory" else 2_000)
+    sides = sides or (SMALL_SIDES if what == "memory" else (448, 1344))
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        here = Path(temporary)
+        (here / "images").mkdir()
+        made = min(images, MEMORY_FILES) if what == "memory" else images
+        with reported("JPEGs made"), ProcessPoolExecutor() as pool:
+            list(pool.map(partial(write_jpeg, here / "images", sides), range(made), chunksize=8))
+        if model is None:
+            (here / "model").mkdir()
+            with reported("weights made"):
+                write_model(here / "model", torch.device("cuda"))
+            model = str(here / "model")
+        if what == "speed":
+            options = ExportOptions(shard_size=shard_size)
+            found = measure_speed(here, peer_images, checked, model, options, decode_threads)
+        elif what == "gpus":
+            found = measure_gpus(here, images, model, decode_threads)
+        else:
+            found = measure_memory(here, images, model, decode_threads)
+    line = ledger_row(
+        "export" if what == "speed" else f"export {what}",
+        commit,
+        default_device(),
+        ("transformers",),
+        **{"images": images, "sides_px": sides, **found},
+    )
+    publish(line, ledger)
+    if chart is not None and what == "speed":
+        draw(line, chart)
+    if torch.cuda.is_available() and line.get("images_with_other_bytes_than_alone"):
+        sys.exit(1)  # on a CPU a batch may change them
+
+
+if __name__ == "__main__":
+    main()

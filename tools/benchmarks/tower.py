@@ -1,0 +1,472 @@
+"""The whole tower, and the attention alone, beside what else a user could pick, in one run.
+
+The 7B-shaped tower in bf16 with random weights on one GPU; inputs on the GPU; median of GPU times.
+The roofline is all operations of the tower at the rate of an 8192^3 GEMM of random data interleaved
+with it, at the same clock. Correctness first: no speed is printed for a tower that
+disagrees with float64. Prints tables and one JSON line; --ledger appends that line to a file,
+--chart draws it.
+
+\b
+    python -m tools.benchmarks.tower --ledger tools/benchmarks/ledger.jsonl --chart docs/speed.png
+    python -m tools.benchmarks.tower --workload "1 x 448^2" --compile "1 x 448^2"
+    python -m tools.benchmarks.tower --part start    # from a process's start to its first embedding
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+from transformers import vision_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+from qwen_vit.benchmark import (
+    WORKLOADS,
+    TimedTower,
+    in_batches,
+    interleaved_with_gemm,
+    median_ms,
+    random_pixels,
+    stage_work,
+    tower_flops,
+)
+from qwen_vit.config import Grid, ImageConfig, VisionConfig
+from qwen_vit.images.patches import Patches
+from qwen_vit.kernels.attention import RotaryTable, attention
+from qwen_vit.layout import Segments
+from tests.support.huggingface import hf_tower
+from tests.support.oracle import relative_error, vision_oracle
+from tests.support.tower_timing import (
+    copy_rate,
+    gemm_rate,
+    graph_of,
+    launches,
+    on_a_cool_gpu,
+    stage_runs,
+)
+from tests.support.towers import build_tower, layout_for
+from tests.support.unfused_baseline import rotated, unfused_tower
+from tools.benchmarks.tower_report import (
+    UNFUSED,
+    attention_text,
+    draw,
+    stages_text,
+    starts_text,
+    tower_text,
+)
+from tools.common import ROOT, four_digits, ledger_options, ledger_row, publish, require_gpu
+from tools.random_tower import SHAPE, random_weights, write_model
+
+PEER_BATCHES = 3  # of the stream: enough for a ratio, and sdpa takes half a second for each
+ALONE = ("1 x 448^2", "1 x 672^2", "1 x 896^2", "1 x 1344^2", "32 x 448^2")
+STAGED = ("1 x 448^2", "1 x 1344^2", "32 x 448^2")
+COUNTED = "1 x 448^2"  # whose launches are counted
+SINGLE_BATCH = [name for name, grids in WORKLOADS.items() if len(in_batches(grids)) == 1]
+STAGE_SECONDS = 0.5  # for each of them
+PARTS = ("tower", "attention", "stages", "start")
+WARM_STARTS = 3
+FIRST_WITHIN_S = 10  # of a process's start, with a warm Triton cache and weights in the page cache
+
+# A user's first lines, and when each was done: seconds since the process was asked for.
+FIRST_LINES = """
+import json, sys, time
+begin = float(sys.argv[1])
+done = {"python": time.monotonic() - begin}
+import numpy as np
+import torch
+from qwen_vit import VisionEncoder
+done["imports"] = time.monotonic() - begin
+encoder = VisionEncoder.from_pretrained(sys.argv[2], device=sys.argv[3])
+if sys.argv[3] == "cuda":
+    torch.cuda.synchronize()
+done["load"] = time.monotonic() - begin
+image = np.random.default_rng(0).integers(0, 256, (448, 448, 3), np.uint8)
+[features] = encoder.encode([image])
+features.embeds.cpu()
+done["first embedding"] = time.monotonic() - begin
+[features] = encoder.encode([image])
+features.embeds.cpu()
+done["second"] = time.monotonic() - begin
+print(json.dumps(done))
+"""
+
+
+def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+    """torch's own FlashAttention-2 for variable lengths: (N, H, D) each."""
+    scale = q.shape[-1] ** -0.5
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu, cu, longest, longest, 0.0, False, False, scale=scale
+    )[0]
+    return out
+
+
+def register_fa2() -> str:
+    """As an attention of transformers, under a name that makes it pass `cu_seqlens`."""
+
+    def forward(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, scaling: float,
+        cu_seq_lens_q: Tensor, max_length_q: int, **_: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        q, k, v = (t.transpose(1, 2).squeeze(0) for t in (q, k, v))
+        return flash_attention_2(q, k, v, cu_seq_lens_q, int(max_length_q)).unsqueeze(0), None
+
+    ALL_ATTENTION_FUNCTIONS.register("bench_flash_attention_2", forward)
+    return "bench_flash_attention_2"
+
+
+class Peer:
+    """Hugging Face's tower on the same pixels as float rows."""
+
+    def __init__(self, tower: Any, image_config: ImageConfig, device: torch.device) -> None:
+        self.tower, self.image_config, self.device = tower, image_config, device
+
+    def on(
+        self, pixels: Tensor, grids: Sequence[Grid], with_layout: bool = False
+    ) -> Callable[[], Tensor]:
+        rows = Patches(pixels.cpu(), tuple(grids)).to_rows(self.image_config)
+        values = rows.to(self.device, torch.bfloat16)
+        grid_thw = torch.tensor([[g.t, g.h, g.w] for g in grids], device=self.device)
+        layout = their_layout(grid_thw, self.tower.config) if with_layout else {}
+
+        def run() -> Tensor:
+            with torch.no_grad():
+                done = self.tower(values, grid_thw=grid_thw, **layout)
+            tokens: Tensor = done.pooler_output
+            return tokens
+
+        return run
+
+
+def their_layout(grid_thw: Tensor, config: Any) -> dict[str, Any]:
+    """What transformers works out anew on each call, in part on the host, unless it is given."""
+    window_index, cu_window_seqlens = vision_utils.get_vision_window_index(
+        grid_thw, config.spatial_merge_size, config.window_size, config.patch_size
+    )
+    cu_seqlens, max_seqlen = vision_utils.get_vision_attention_seqlens(grid_thw, config)
+    return {
+        "position_ids": vision_utils.get_vision_position_ids(grid_thw, config.spatial_merge_size),
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": max_seqlen,
+        "window_index": window_index.to(grid_thw.device),
+        "cu_window_seqlens": cu_window_seqlens,
+        "max_window_seqlen": int(cu_window_seqlens.diff().max()),
+    }
+
+
+class UnfusedAttention:
+    """Our tower with RoPE and FlashAttention-2 as kernels of their own, by graph."""
+
+    def __init__(self, timed: TimedTower) -> None:
+        self.timed = timed
+
+    def on(self, pixels: Tensor, grids: Sequence[Grid]) -> Callable[[], Any]:
+        longest = max(grid.h * grid.w for grid in grids)
+        tower = unfused_tower(self.timed.tower, flash_attention_2, longest)
+        return graph_of(TimedTower(tower, self.timed.device, self.timed.dtype).eager(pixels, grids))
+
+
+def check(
+    ours: Tensor, theirs: Tensor, tensors: Any, config: VisionConfig, image_config: ImageConfig,
+    pixels: Tensor, grids: Sequence[Grid],
+) -> None:  # fmt: skip
+    """No speed for a tower that is farther from float64 than Hugging Face's bf16."""
+    values = Patches(pixels.cpu(), tuple(grids)).to_rows(image_config).to(pixels.device)
+    truth = vision_oracle(tensors, config, values, list(grids), device=pixels.device)["merger"]
+    error, reference = relative_error(ours, truth), relative_error(theirs, truth)
+    if not error <= 1.01 * reference:
+        raise click.ClickException(
+            f"{error:.2e} from the truth, Hugging Face {reference:.2e}: no speed is given"
+        )
+
+
+def alone(grids: Sequence[Grid], config: VisionConfig, device: torch.device) -> dict[str, float]:
+    """Microseconds per layer of the attention with RoPE: ours, RoPE alone, FlashAttention-2."""
+    H, D = config.num_heads, config.head_dim
+    layout = layout_for(grids, config, device, torch.bfloat16)
+    inverse = config.rope_theta ** -(torch.arange(0, D // 2, 2, dtype=torch.float64) / (D // 2))
+    angles = torch.outer(torch.arange(4096, dtype=torch.float64), inverse).to(device)
+    rotary = RotaryTable(angles.cos().float(), angles.sin().float(), layout.positions)
+    per_token = angles[layout.positions.long()].flatten(1).repeat(1, 2)
+    cos, sin = per_token.cos().float(), per_token.sin().float()
+    qkv = torch.randn(layout.n_rows, 3, H, D, device=device, dtype=torch.bfloat16)
+    q, k, v = qkv.unbind(1)
+    row = {
+        "RoPE": graph_us(lambda: rotated(qkv, rotary)),
+        "HF RoPE": graph_us(lambda: apply_rotary_pos_emb_vision(q, k, cos, sin)),
+    }
+
+    def measure(kind: str, segments: Segments) -> None:
+        lengths = segments.cu_seqlens.diff()
+        cu, longest = segments.cu_seqlens.int(), int(lengths.max())
+        row[f"{kind} FA2"] = graph_us(lambda: flash_attention_2(q, k, v, cu, longest))
+        row[f"{kind} ours"] = graph_us(
+            lambda: attention(qkv, rotary, segments, kind=kind, adjacent_pairs=True)
+        )
+        operations = 4 * H * D * int(lengths.double().square().sum())
+        row[f"{kind} TFLOP/s"] = operations / (row[f"{kind} ours"] * 1e6)
+
+    measure("window", layout.windows)
+    measure("full", layout.frames)
+    return row
+
+
+def graph_us(run: Callable[[], Any], calls: int = 10) -> float:
+    """Microseconds of one call inside a CUDA graph of several."""
+    return median_ms(graph_of(lambda: [run() for _ in range(calls)])) * 1e3 / calls
+
+
+def compiled(peer: Peer, pixels: Tensor, grids: Sequence[Grid]) -> dict[str, float]:
+    """FA2 under torch.compile with graphs, for this one shape, and the seconds that it took first.
+
+    Its best case: the layout is given, so that nothing breaks its graph. Empty where torch fails.
+    """
+    torch._dynamo.reset()  # else a second shape is compiled for all shapes, and a third not at all
+    start = time.perf_counter()
+    tower = torch.compile(peer.tower, mode="reduce-overhead", dynamic=False)
+    fast = Peer(tower, peer.image_config, peer.device)
+    run = fast.on(pixels, grids, with_layout=True)
+    try:
+        for _ in range(3):  # compiled, then recorded, then replayed
+            run()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        return {"compiled_ms": interleaved_with_gemm(run, peer.device)[0], "compile_s": seconds}
+    except RuntimeError as error:
+        print(f"torch.compile failed: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return {}
+
+
+def stages(
+    timed: TimedTower, pixels: Tensor, grids: Sequence[Grid], copy: float
+) -> dict[str, dict[str, float]]:
+    """Each stage alone, in all of its blocks: its time, and the least that the chip would need."""
+    layout = timed.layout(grids).to(timed.device)
+    runs = stage_runs(timed.tower, pixels, layout)
+    rows = {}
+    for name, work in stage_work(timed.tower.config, grids).items():
+        ms, rate = interleaved_with_gemm(graph_of(runs[name]), timed.device, STAGE_SECONDS)
+        rows[name] = {
+            "ms": ms,
+            "roofline_ms": work.roofline_ms(rate, copy),
+            "blocks": work.count,
+            "mb": work.bytes / 1e6,
+            "tflops": work.flops / ms / 1e9,
+            "tb_per_s": work.bytes / ms / 1e9,
+        }
+    return rows
+
+
+def start_once(folder: Path, device: str, cache: Path) -> dict[str, float]:
+    """Seconds from asking for a Python process until each of FIRST_LINES was done."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", FIRST_LINES, str(time.monotonic()), str(folder), device]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise click.ClickException(f"a first embedding failed: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def starts(folder: Path, device: str) -> dict[str, dict[str, float]]:
+    """With an empty Triton cache, then with the one it left: the median of a few."""
+    for path in folder.iterdir():
+        path.read_bytes()  # into the page cache
+    runs = []
+    with tempfile.TemporaryDirectory() as cache:
+        for kind in ("cold", *["warm"] * WARM_STARTS):
+            runs.append(start_once(folder, device, Path(cache)))
+            print(kind, runs[-1], file=sys.stderr)
+    cold, *warm = runs
+    return {
+        "cold": cold,
+        "warm": {name: statistics.median(run[name] for run in warm) for name in cold},
+    }
+
+
+def run_all(runs: Iterable[Callable[[], Any]]) -> None:
+    for run in runs:
+        run()
+
+
+class Towers:
+    """Ours and its peers on one GPU, all with the same random weights."""
+
+    def __init__(self, device: torch.device, with_fa2: bool) -> None:
+        self.device = device
+        self.config = VisionConfig.from_json(SHAPE)
+        self.image_config = ImageConfig.from_json({})
+        self.tensors = random_weights(self.config, 0, device)
+        on_host = {name: tensor.cpu() for name, tensor in self.tensors.items()}
+        ours = build_tower(on_host, self.config, self.image_config, torch.bfloat16, device)
+        self.timed = TimedTower(ours, device, torch.bfloat16)
+        self.hf = {"HF sdpa": self.peer()}
+        if with_fa2:
+            self.hf["HF FA2 varlen"] = self.peer()
+            self.hf["HF FA2 varlen"].tower.config._attn_implementation = register_fa2()
+
+    def peer(self) -> Peer:
+        tower = hf_tower(self.tensors, self.config, torch.bfloat16, self.device)
+        return Peer(tower, self.image_config, self.device)
+
+    def checked(
+        self, name: str
+    ) -> tuple[list[Tensor], list[tuple[Grid, ...]], list[Callable[[], Tensor]]]:
+        """(pixels, grids, our run) of each batch, once the first one has been held to float64."""
+        batches = in_batches(WORKLOADS[name])
+        pixels = [random_pixels(batch, self.config, self.device) for batch in batches]
+        runs = [self.timed.by_graph(p, b) for p, b in zip(pixels, batches, strict=True)]
+        theirs = self.hf["HF sdpa"].on(pixels[0], batches[0])
+        check(
+            runs[0](), theirs(), self.tensors, self.config, self.image_config, pixels[0],
+            batches[0],
+        )  # fmt: skip
+        return pixels, batches, runs
+
+    def row(self, name: str, others: Mapping[str, Peer | UnfusedAttention]) -> dict[str, float]:
+        """Our milliseconds and megabytes on one workload, its roofline, and those of `others`."""
+        pixels, batches, runs = self.checked(name)
+
+        ours = partial(run_all, runs)
+        flops = tower_flops(self.config, WORKLOADS[name])
+        cool_ms, cool = on_a_cool_gpu(ours, self.device)
+        ours_ms, beside = interleaved_with_gemm(ours, self.device)
+        row = {
+            "roofline_ms": flops / beside * 1e3, "ours_ms": ours_ms, "gemm_tflops": beside / 1e12,
+            "cool_roofline_ms": flops / cool * 1e3, "cool_ms": cool_ms,
+        }  # fmt: skip
+        if name in SINGLE_BATCH:
+            row["eager_ms"] = median_ms(self.timed.eager(pixels[0], batches[0]))
+        torch.cuda.reset_peak_memory_stats()
+        runs[0]()
+        self.timed.eager(pixels[0], batches[0])()  # needs what a graph would keep for itself
+        row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+        for label, peer in others.items():
+            some = list(zip(pixels, batches, strict=True))[:PEER_BATCHES]
+            peer_runs = [peer.on(p, b) for p, b in some]
+            torch.cuda.reset_peak_memory_stats()
+            if label == UNFUSED:  # by graph, as ours; what a graph keeps for itself is not counted
+                ms, _ = interleaved_with_gemm(partial(run_all, peer_runs), self.device)
+            else:
+                ms = median_ms(partial(run_all, peer_runs), 3, 1)
+                row[f"{label}_peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+            share = sum(len(p) for p, _ in some) / sum(len(p) for p in pixels)
+            row[f"{label}_ms"] = ms / share  # of the stream, its first batches stand for all
+        return row
+
+    def compiled(self, name: str) -> dict[str, float]:
+        grids = WORKLOADS[name]
+        pixels = random_pixels(grids, self.config, self.device)
+        return compiled(self.hf["HF FA2 varlen"], pixels, grids)
+
+    def stages(self, name: str, copy: float) -> dict[str, dict[str, float]]:
+        grids = WORKLOADS[name]
+        return stages(self.timed, random_pixels(grids, self.config, self.device), grids, copy)
+
+    def launched(self) -> dict[str, Counter[str]]:
+        """What one call of each starts on the GPU; whoever watches may slow down what follows."""
+        grids = WORKLOADS[COUNTED]
+        pixels = random_pixels(grids, self.config, self.device)
+        eager = {"ours": self.timed.eager(pixels, grids)}
+        eager |= {label: peer.on(pixels, grids) for label, peer in self.hf.items()}
+        return {label: launches(run) for label, run in eager.items()}
+
+
+@click.command(help=__doc__)
+@click.option("--chart", type=click.Path(path_type=Path), help="Draw the tower's table as PNG.")
+@ledger_options
+@click.option("--peers/--no-peers", default=True, help="Also time Hugging Face.")
+@click.option("--compile", "compile_for", multiple=True, type=click.Choice(SINGLE_BATCH),
+              help="Also under torch.compile: half a minute for each workload.")  # fmt: skip
+@click.option("--workload", "workloads", multiple=True, type=click.Choice(list(WORKLOADS)),
+              help="Of the tower and its stages. Repeatable. Default: all.")  # fmt: skip
+@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS),
+              help="Repeatable. Default: all but `start`, which takes a minute more.")  # fmt: skip
+def main(
+    ledger: Path | None, chart: Path | None, commit: str, peers: bool, compile_for: tuple[str, ...],
+    workloads: tuple[str, ...], parts: tuple[str, ...],
+) -> None:  # fmt: skip
+    device = require_gpu()
+    parts = parts or PARTS[:-1]
+    if chart is not None and not {"tower", "attention"} & set(parts):
+        raise click.UsageError("--chart draws the tower or the attention: add one as --part")
+    if compile_for and not (peers and "tower" in parts):
+        raise click.UsageError("--compile is of a peer of the tower: it needs both")
+    chosen = workloads or tuple(WORKLOADS)
+    if not set(compile_for) <= set(chosen):
+        raise click.UsageError("--compile names a size that no --workload names")
+    line = ledger_row("tower", commit, device, ("triton", "transformers"))
+    texts: list[str] = []
+    rows: dict[str, dict[str, float]] = {}
+    kernel: dict[str, dict[str, float]] = {}
+    if set(parts) != {"start"}:
+        towers = Towers(device, with_fa2=peers and "tower" in parts)
+        towers.checked(COUNTED)
+        copy, rate = copy_rate(device), gemm_rate(device)
+        line["gemm_tflops"] = round(rate / 1e12, 1)
+        line["copy_tb_per_s"] = round(copy / 1e12, 3)
+        texts.append(
+            f"GEMM {rate / 1e12:.0f} TFLOP/s on a cool GPU, copy {copy / 1e12:.2f} TB/s; each "
+            "roofline is at the rate of a GEMM interleaved with its workload"
+        )
+    if "tower" in parts:
+        others: dict[str, Peer | UnfusedAttention] = {}
+        if peers:
+            others = {**towers.hf, UNFUSED: UnfusedAttention(towers.timed)}
+        for name in chosen:
+            rows[name] = towers.row(name, others)
+            if name in compile_for:
+                rows[name] |= towers.compiled(name)
+            shown = {key: round(value, 3) for key, value in rows[name].items()}
+            print(name, shown, file=sys.stderr)
+        line["rows"] = rounded(rows)
+        texts.append(tower_text(rows))
+    if "attention" in parts:
+        kernel = {name: alone(WORKLOADS[name], towers.config, device) for name in ALONE}
+        line["attention_us_per_layer"] = rounded(kernel)
+        texts.append(attention_text(kernel))
+    if "stages" in parts:
+        staged = {name: towers.stages(name, copy) for name in chosen if name in STAGED}
+        line["stages"] = {name: rounded(table) for name, table in staged.items()}
+        texts.append(stages_text(staged))
+    if "tower" in parts:
+        counted = towers.launched()
+        line["launched"] = {
+            label: sum(n for name, n in seen.items() if not name.startswith("Mem"))
+            for label, seen in counted.items()
+        }
+        line["launched_ours"] = dict(counted["ours"].most_common())
+        texts.append(
+            f"kernels launched, {COUNTED}: "
+            + ", ".join(f"{label} {n or 'not seen'}" for label, n in line["launched"].items())
+            + " (by graph, ours are one launch)"
+        )
+    if "start" in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(Path(folder), device)
+            line["start_s"] = rounded(starts(Path(folder), "cuda"))
+        texts.append(starts_text(line["start_s"]))
+        if line["start_s"]["warm"]["first embedding"] > FIRST_WITHIN_S:
+            texts.append(f"that is more than the {FIRST_WITHIN_S} s wanted with a warm cache")
+    if chart is not None:
+        draw(rows, kernel, f"{line['device']}, {line['date']}, {commit[:7]}, bf16, 7B shape", chart)
+    print("\n\n".join(texts))
+    publish(line, ledger)
+
+
+def rounded(table: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {n: {k: four_digits(v) for k, v in row.items()} for n, row in table.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What is right: parity, thousands of random cases, long trials, and a sanitizer."""

@@ -1,0 +1,94 @@
+"""Full counts of what the tests try a few times: kills, full disks, memory, hostile input.
+
+\b
+    python -m tools.checks.soak kills --ledger tools/benchmarks/ledger.jsonl
+    python -m tools.checks.soak all --fraction 0.02
+
+Prints one JSON line for each trial; exits 1 where a promise is broken. `full-disk` mounts small
+file systems, which needs root.
+"""
+
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qwen_vit.errors import QwenVitError
+from tests.support import export_stress, hub_fault_injection, reading_stress
+from tests.support.export_stress import on_an_export
+from tools.common import ledger_options, ledger_row, publish
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is run, and its full counts."""
+
+    run: Callable[..., dict[str, Any]]
+    counts: dict[str, int]
+    fixed: dict[str, Any]
+    has_seed: bool = True
+
+
+TRIALS = {
+    "kills": Trial(on_an_export(export_stress.kills), {"kills": 200}, {"images": 4_000}),
+    "full-disk": Trial(on_an_export(export_stress.full_disks), {"disks": 20}, {"images": 2_000}),
+    "interrupts": Trial(on_an_export(export_stress.interrupts), {"times": 40}, {"images": 2_000}),
+    "memory": Trial(export_stress.flat_memory, {"images": 100_000, "first": 5_000}, {}, False),
+    "ray": Trial(export_stress.cluster_kills, {"kills": 20, "images": 2_000}, {}),
+    "hub-kills": Trial(
+        hub_fault_injection.on_a_hub(hub_fault_injection.kill_at_random), {"times": 200}, {}
+    ),
+    "hub-crowd": Trial(
+        hub_fault_injection.on_a_hub(hub_fault_injection.crowd), {"times": 40}, {"processes": 16}
+    ),
+    "hub-storm": Trial(hub_fault_injection.on_a_hub(hub_fault_injection.storm), {"times": 200}, {}),
+    "hub-headers": Trial(
+        hub_fault_injection.on_a_hub(hub_fault_injection.wrong_headers), {"times": 500}, {}
+    ),
+    "hub-versions": Trial(hub_fault_injection.hub_versions, {}, {}, False),
+    "mutated-weights": Trial(hub_fault_injection.mutated_weights, {"times": 100_000}, {}),
+    "mutated-documents": Trial(hub_fault_injection.mutated_documents, {"times": 10_000}, {}),
+    "reading": Trial(reading_stress.many_shards, {"shards": 10_000}, {}),
+    "hostile": Trial(export_stress.hostile, {"bad": 1_000, "good": 10_000}, {}),
+}
+
+
+@click.command(help=__doc__)
+@click.argument("name", type=click.Choice([*TRIALS, "all"]))
+@click.option("--fraction", type=float, default=1.0, help="Of the full counts.")
+@click.option("--seed", type=int, help="Of the random moments; another one each time if not given.")
+@ledger_options
+def main(
+    name: str, fraction: float, seed: int | None, ledger: Path | None, commit: str
+) -> None:  # fmt: skip
+    """Run a trial, or all of them."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    failed = False
+    for each in TRIALS if name == "all" else (name,):
+        number = random.randrange(2**31) if seed is None else seed
+        figures = run(each, fraction, number)
+        failed |= "failed" in figures
+        publish(ledger_row(f"soak {each}", commit, "cpu", (), seed=number, **figures), ledger)
+    sys.exit(1 if failed else 0)
+
+
+def run(name: str, fraction: float, seed: int) -> dict[str, Any]:
+    """One trial's figures."""
+    trial = TRIALS[name]
+    counts = {key: max(1, round(fraction * count)) for key, count in trial.counts.items()}
+    arguments = {**counts, **trial.fixed, **({"seed": seed} if trial.has_seed else {})}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return trial.run(Path(folder), **arguments)
+        except (AssertionError, QwenVitError) as error:
+            return {"failed": f"{type(error).__name__}: {error}"[:2_000]}
+
+
+if __name__ == "__main__":
+    main()

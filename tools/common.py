@@ -1,0 +1,93 @@
+"""What the tools share: the checkout, this machine, and rows of the ledger."""
+
+import datetime as dt
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent  # the checkout's top
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def head_commit() -> str:
+    """The checkout's commit, abbreviated; "unknown" outside a checkout."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def ledger_options(command: Command) -> Command:
+    """Give a command the options `--ledger FILE` and `--commit HASH`."""
+    ledger = click.option(
+        "--ledger", type=click.Path(path_type=Path), help="Append the JSON line to this file."
+    )
+    commit = click.option(
+        "--commit", default=head_commit, help="What the ledger names.  [default: HEAD]"
+    )
+    return ledger(commit(command))
+
+
+def require_gpu(hint: str = "") -> torch.device:
+    """The first GPU.
+
+    Raises:
+        click.ClickException: torch sees none; the message ends with `hint`.
+    """
+    if not torch.cuda.is_available():
+        raise click.ClickException(f"this needs an NVIDIA GPU: torch sees none{hint}")
+    return torch.device("cuda", 0)
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU where there is none."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def ledger_row(
+    what: str, commit: str, device: torch.device | str, packages: tuple[str, ...], **figures: Any
+) -> dict[str, Any]:
+    """One row: what was measured, when, of which commit, where and with what, then `figures`."""
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "what": what,
+        "date": dt.date.today().isoformat(),
+        "commit": commit,
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,  # with the CUDA that it was built for
+            **{package: version(package) for package in packages},
+        },
+        **figures,
+    }
+
+
+def append_row(row: dict[str, Any], ledger: Path | None) -> None:
+    """Append a row to the ledger, if one was named."""
+    if ledger is not None:
+        with open(ledger, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def publish(row: dict[str, Any], ledger: Path | None) -> None:
+    """Print a row as one JSON line, and append it to the ledger, if one was named."""
+    print(json.dumps(row), flush=True)
+    append_row(row, ledger)
+
+
+def four_digits(value: float) -> float:
+    """A figure as rows hold it.
+
+    >>> four_digits(3.14159)
+    3.142
+    """
+    return float(f"{value:.4g}")

@@ -1,0 +1,376 @@
+"""Draw docs/architecture.svg: the package's wings and modules in their layers, from the imports.
+
+The layers are those of the import contract in pyproject.toml, the arrows what grimp finds in the
+source. An arrow that others imply is left out: where A imports B and C, and B imports C, A -> C is
+not drawn. All direct imports are in the picture's metadata, and in the tooltip of each box.
+"""
+
+import html
+import json
+import math
+import re
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import click
+import grimp
+
+from tools.common import ROOT
+
+PACKAGE = "qwen_vit"
+PUBLIC = "qwen_vit"  # the box of the package's own names, in the layer of `downstream`
+PICTURE = ROOT / "docs" / "architecture.svg"
+SWEEPS = 200  # of ordering and of straightening: enough for arrows to come to rest
+STRAIGHT = (8.0, 2.0, 1.0)  # the pull of an arrow between two lanes, a lane and a box, two boxes
+
+FONT = "font-family='Helvetica, Arial, sans-serif'"
+MARGIN, GAP, ROW_GAP, BAND_GAP = 24.0, 26.0, 34.0, 30.0
+NAME_PX, SMALL_PX, LINE_PX = 14, 10, 13.0
+MAX_LINE = 34  # characters of the small print
+LANE = 16.0  # what an arrow takes of a row that it passes
+COLOURS = ("#2563eb", "#b45309", "#047857", "#7c3aed", "#be123c", "#0e7490", "#4d7c0f", "#a21caf")
+Edge = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Imports:
+    """What is drawn: boxes by layer from the top down, what is in them, and who imports whom."""
+
+    layers: tuple[tuple[str, ...], ...]
+    inside: dict[str, tuple[str, ...]]  # a wing's modules
+    edges: tuple[Edge, ...]  # all that are direct, sorted
+
+    @property
+    def drawn(self) -> tuple[Edge, ...]:
+        """The edges without those that a longer way implies."""
+        below = defaultdict[str, set[str]](set)
+        for source, target in self.edges:
+            below[source].add(target)
+
+        def reachable(start: str) -> set[str]:
+            seen: set[str] = set()
+            waiting = [start]
+            while waiting:
+                new = below[waiting.pop()] - seen
+                seen |= new
+                waiting += new
+            return seen
+
+        further = {name: reachable(name) for names in self.layers for name in names}
+        return tuple(
+            (source, target)
+            for source, target in self.edges
+            if not any(target in further[other] for other in below[source] - {target})
+        )
+
+
+def read_layers(pyproject: Path = ROOT / "pyproject.toml") -> list[list[str]]:
+    """The layers of the contract, from the top down, whether they are built yet or not."""
+    contracts = tomllib.loads(pyproject.read_text())["tool"]["importlinter"]["contracts"]
+    [layers] = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    return [[name.strip(" ()") for name in re.split("[:|]", layer)] for layer in layers]
+
+
+def read_imports() -> Imports:
+    """The package's imports, by wing and by top module; `__main__` only starts the command line."""
+    graph = grimp.build_graph(PACKAGE)
+    found = {name.removeprefix(f"{PACKAGE}."): name for name in graph.find_children(PACKAGE)}
+    del found["__main__"]
+    found[PUBLIC] = PACKAGE
+    layers = [[name for name in layer if name in found] for layer in read_layers()]
+    next(layer for layer in layers if "downstream" in layer).insert(0, PUBLIC)
+
+    def box_of(module: str) -> str:
+        return PUBLIC if module == PACKAGE else module.split(".")[1]
+
+    edges = set()
+    for module in graph.modules:
+        for imported in graph.find_modules_directly_imported_by(module):
+            source, target = box_of(module), box_of(imported)
+            if source != target and source != "__main__":
+                edges.add((source, target))
+    inside = {
+        name: tuple(sorted(child.rpartition(".")[2] for child in graph.find_children(module)))
+        for name, module in found.items()
+        if name != PUBLIC
+    }
+    return Imports(
+        tuple(tuple(layer) for layer in layers if layer),
+        {name: children for name, children in sorted(inside.items()) if children},
+        tuple(sorted(edges)),
+    )
+
+
+@dataclass(slots=True)
+class Node:
+    """A box, or a lane: the place where an arrow passes a row."""
+
+    name: str | None
+    width: float
+    height: float
+    x: float = 0.0  # of its middle
+    y: float = 0.0
+
+    @property
+    def is_box(self) -> bool:
+        return self.name is not None
+
+
+def ranks(imports: Imports) -> tuple[dict[str, int], list[range]]:
+    """(the row of each box, the rows of each layer): neighbours that import one another stack."""
+    row_of: dict[str, int] = {}
+    bands, first = [], 0
+    for layer in imports.layers:
+        depth = dict.fromkeys(layer, 0)
+        for _ in layer:
+            for source, target in imports.edges:
+                if source in depth and target in depth:
+                    depth[target] = max(depth[target], depth[source] + 1)
+        row_of |= {name: first + depth[name] for name in layer}
+        bands.append(range(first, first + max(depth.values()) + 1))
+        first = bands[-1].stop
+    return row_of, bands
+
+
+def small_print(modules: Sequence[str]) -> list[str]:
+    lines = [""]
+    for name in modules:
+        if lines[-1] and len(lines[-1]) + len(name) + 3 > MAX_LINE:
+            lines.append("")
+        lines[-1] += f"{' · ' if lines[-1] else ''}{name}"
+    return [line for line in lines if line]
+
+
+def box(name: str, modules: Sequence[str]) -> Node:
+    lines = small_print(modules)
+    width = max([0.64 * NAME_PX * len(name), *(0.53 * SMALL_PX * len(line) for line in lines)])
+    return Node(name, math.ceil(width) + 24, 30 + LINE_PX * len(lines))
+
+
+class Drawing:
+    """Rows of boxes and lanes, and for each arrow the nodes that it runs through."""
+
+    def __init__(self, imports: Imports) -> None:
+        self.imports = imports
+        self.row_of, self.bands = ranks(imports)
+        self.rows: list[list[Node]] = [[] for _ in range(self.bands[-1].stop)]
+        self.boxes: dict[str, Node] = {}
+        for layer in imports.layers:
+            for name in layer:
+                self.boxes[name] = box(name, imports.inside.get(name, ()))
+                self.rows[self.row_of[name]].append(self.boxes[name])
+        self.paths: dict[Edge, list[Node]] = {}
+        for source, target in imports.drawn:
+            path = [self.boxes[source]]
+            for row in range(self.row_of[source] + 1, self.row_of[target]):
+                path.append(Node(None, LANE, 0.0))
+                self.rows[row].append(path[-1])
+            self.paths[source, target] = [*path, self.boxes[target]]
+        self.order()
+        self.assign_places()
+
+    def neighbours(self) -> tuple[dict[int, list[Node]], dict[int, list[Node]]]:
+        above, below = defaultdict[int, list[Node]](list), defaultdict[int, list[Node]](list)
+        for path in self.paths.values():
+            for one, other in pairwise(path):
+                below[id(one)].append(other)
+                above[id(other)].append(one)
+        return above, below
+
+    def order(self) -> None:
+        """Sort each row by where its neighbours are, from above and from below by turns."""
+        above, below = self.neighbours()
+        position = {id(node): float(i) for row in self.rows for i, node in enumerate(row)}
+        best, fewest = [list(row) for row in self.rows], self.crossings()
+        for sweep in range(SWEEPS):
+            rows, others = (self.rows, above) if sweep % 2 == 0 else (self.rows[::-1], below)
+            for row in rows:
+                wanted = {
+                    id(node): mean((position[id(n)] for n in others[id(node)]), position[id(node)])
+                    for node in row
+                }
+                row.sort(key=lambda node, wanted=wanted: wanted[id(node)])  # type: ignore[misc]
+                for i, node in enumerate(row):
+                    position[id(node)] = (i + 0.5) / len(row)
+            if (crossings := self.crossings()) < fewest:
+                best, fewest = [list(row) for row in self.rows], crossings
+        self.rows = best
+
+    def crossings(self) -> int:
+        place = {id(node): i for row in self.rows for i, node in enumerate(row)}
+        row_of = {id(node): i for i, row in enumerate(self.rows) for node in row}
+        by_row = defaultdict[int, list[tuple[int, int]]](list)
+        for path in self.paths.values():
+            for one, other in pairwise(path):
+                by_row[row_of[id(one)]].append((place[id(one)], place[id(other)]))
+        return sum(
+            (a - c) * (b - d) < 0
+            for steps in by_row.values()
+            for i, (a, b) in enumerate(steps)
+            for c, d in steps[:i]
+        )
+
+    def assign_places(self) -> None:
+        """Give each node its place: straight arrows where the boxes leave room for them."""
+        above, below = self.neighbours()
+        for row in self.rows:
+            pack(row, [node.x for node in row])
+        for sweep in range(SWEEPS):
+            rows = self.rows if sweep % 2 == 0 else self.rows[::-1]
+            for row in rows:
+                pack(row, [pulled(node, above[id(node)] + below[id(node)]) for node in row])
+        left = min(node.x - node.width / 2 for row in self.rows for node in row)
+        y = MARGIN
+        for band in self.bands:
+            for row in (self.rows[i] for i in band):
+                height = max(node.height for node in row)
+                for node in row:
+                    node.x += MARGIN + 20 - left
+                    node.y = y + height / 2
+                    node.height = node.height if node.is_box else height
+                y += height + ROW_GAP
+            y += BAND_GAP - ROW_GAP
+        self.height = y - BAND_GAP + MARGIN
+        right = max(node.x + node.width / 2 for row in self.rows for node in row)
+        self.width = right + MARGIN + 20
+
+    def svg(self) -> str:
+        """The picture as text: the same for the same imports."""
+        width, height = math.ceil(self.width), math.ceil(self.height)
+        facts = {
+            "layers": self.imports.layers,
+            "modules": self.imports.inside,
+            "imports": self.imports.edges,
+            "drawn": self.imports.drawn,
+        }
+        lines = [
+            f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}'"
+            f" viewBox='0 0 {width} {height}' {FONT} role='img'>",
+            "<title>Which part of qwen_vit imports which</title>",
+            f"<metadata>{html.escape(json.dumps(facts), quote=False)}</metadata>",
+            f"<rect width='{width}' height='{height}' fill='#ffffff'/>",
+            *self.stripes(width),
+            *(line for edge in self.paths for line in self.arrow(edge)),
+            *(line for name in self.boxes for line in self.drawn_box(name)),
+            "</svg>",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def stripes(self, width: int) -> Iterable[str]:
+        for band in self.bands:
+            nodes = [node for i in band for node in self.rows[i]]
+            top = min(node.y - node.height / 2 for node in nodes) - 9
+            bottom = max(node.y + node.height / 2 for node in nodes) + 9
+            yield (
+                f"<rect x='10' y='{top:.1f}' width='{width - 20}' height='{bottom - top:.1f}'"
+                " rx='8' fill='#f1f5f9'/>"
+            )
+
+    def arrow(self, edge: Edge) -> Iterable[str]:
+        """A curve through the lanes, and its head; a colour for each source."""
+        names = list(self.boxes)
+        colour = COLOURS[names.index(edge[0]) % len(COLOURS)]
+        path = self.paths[edge]
+        start, end = path[0], path[-1]
+        outgoing = [p for e, p in self.paths.items() if e[0] == edge[0]]
+        incoming = [p for e, p in self.paths.items() if e[1] == edge[1]]
+        at = (port(start, path[1], [p[1] for p in outgoing]), start.y + start.height / 2)
+        to = (port(end, path[-2], [p[-2] for p in incoming]), end.y - end.height / 2 - 6)
+        curve = f"M {at[0]:.1f} {at[1]:.1f}"
+        for lane in path[1:-1]:
+            top, bottom = lane.y - lane.height / 2, lane.y + lane.height / 2
+            curve += f"{bend(at, (lane.x, top))} L {lane.x:.1f} {bottom:.1f}"
+            at = (lane.x, bottom)
+        curve += bend(at, to)
+        yield f"<path d='{curve}' fill='none' stroke='{colour}' stroke-width='1.4'/>"
+        x, y = to
+        yield f"<path d='M {x - 4:.1f} {y:.1f} h 8 l -4 6 z' fill='{colour}'/>"
+
+    def drawn_box(self, name: str) -> Iterable[str]:
+        node, modules = self.boxes[name], self.imports.inside.get(name, ())
+        left, top = node.x - node.width / 2, node.y - node.height / 2
+        fill = "#dbeafe" if modules else "#ffffff"
+        uses = ", ".join(target for source, target in self.imports.edges if source == name)
+        yield f"<g><title>{name} imports {uses or 'nothing of the package'}</title>"
+        yield (
+            f"<rect x='{left:.1f}' y='{top:.1f}' width='{node.width:.1f}'"
+            f" height='{node.height:.1f}' rx='5' fill='{fill}' stroke='#334155'/>"
+        )
+        yield text(node.x, top + 20, NAME_PX, name, "font-weight='bold' fill='#0f172a'")
+        for i, line in enumerate(small_print(modules)):
+            yield text(node.x, top + 34 + LINE_PX * i, SMALL_PX, line, "fill='#475569'")
+        yield "</g>"
+
+
+def mean(values: Iterable[float], otherwise: float) -> float:
+    found = list(values)
+    return sum(found) / len(found) if found else otherwise
+
+
+def pulled(node: Node, neighbours: Sequence[Node]) -> float:
+    """Where its arrows pull a node: between two lanes the most, so that long ones are straight."""
+    pulls = [(STRAIGHT[node.is_box + other.is_box], other.x) for other in neighbours]
+    total = sum(weight for weight, _ in pulls)
+    return sum(weight * x for weight, x in pulls) / total if total else node.x
+
+
+def pack(row: Sequence[Node], wanted: Sequence[float]) -> None:
+    """Set x as near to `wanted` as order and gaps allow; a group that touches moves as one."""
+    groups: list[tuple[list[tuple[Node, float]], float]] = []  # (node, offset) and the start
+    for node, x in zip(row, wanted, strict=True):
+        members, start = [(node, 0.0)], x
+        while groups:
+            before, before_start = groups[-1]
+            last, offset = before[-1]
+            distance = (last.width + members[0][0].width) / 2 + gap(last, members[0][0])
+            if before_start + offset + distance <= start:
+                break
+            shift = offset + distance
+            count, other = len(before), len(members)
+            members = [*before, *((each, shift + more) for each, more in members)]
+            start = (before_start * count + (start - shift) * other) / (count + other)
+            groups.pop()
+        groups.append((members, start))
+    for members, start in groups:
+        for node, offset in members:
+            node.x = start + offset
+
+
+def gap(one: Node, other: Node) -> float:
+    return GAP if one.is_box and other.is_box else GAP / 2 if one.is_box or other.is_box else 0.0
+
+
+def port(node: Node, towards: Node, others: Sequence[Node]) -> float:
+    """Where on a box's edge one of its arrows begins or ends: side by side, in order."""
+    ordered = sorted(others, key=lambda other: other.x)
+    index = next(i for i, other in enumerate(ordered) if other is towards)
+    step = min(14.0, (node.width - 16) / max(1, len(ordered)))
+    return node.x + (index - (len(ordered) - 1) / 2) * step
+
+
+def bend(at: tuple[float, float], to: tuple[float, float]) -> str:
+    middle = (at[1] + to[1]) / 2
+    return f" C {at[0]:.1f} {middle:.1f} {to[0]:.1f} {middle:.1f} {to[0]:.1f} {to[1]:.1f}"
+
+
+def text(x: float, y: float, size: int, content: str, style: str) -> str:
+    return (
+        f"<text x='{x:.1f}' y='{y:.1f}' font-size='{size}' text-anchor='middle' {style}>"
+        f"{html.escape(content)}</text>"
+    )
+
+
+@click.command(help=__doc__)
+@click.option("--out", type=click.Path(path_type=Path), default=PICTURE, show_default=True)
+def main(out: Path) -> None:
+    imports = read_imports()
+    out.write_text(Drawing(imports).svg(), "utf-8")
+    print(f"{out}: {len(imports.edges)} imports between parts, {len(imports.drawn)} drawn")
+
+
+if __name__ == "__main__":
+    main()

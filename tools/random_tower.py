@@ -1,0 +1,44 @@
+"""The 7B-shaped tower with random weights, which needs no download."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qwen_vit.checkpoint.tower_names import expected_tensors
+from qwen_vit.config import VisionConfig
+
+SHAPE = {"model_type": "qwen2_5_vl", "out_hidden_size": 3584}  # the rest is as published
+
+
+def random_weights(config: VisionConfig, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """Published names -> bf16 weights; queries and keys are scaled so that attention is peaked."""
+    generator = torch.Generator(device).manual_seed(seed)
+    tensors = {}
+    for name, shape in expected_tensors(config).items():
+        values = torch.randn(shape, generator=generator, device=device)
+        if "norm" in name or "ln_q" in name:
+            values = 1 + 0.1 * values
+        elif name.endswith("bias"):
+            values *= 0.02
+        else:
+            values *= math.prod(shape[1:]) ** -0.5
+        if name.endswith("qkv.weight"):
+            values[: 2 * config.hidden_size] *= 1.6
+        tensors[name] = values.bfloat16()
+    return tensors
+
+
+def write_model(folder: Path, device: torch.device) -> None:
+    """The same in the published format: a folder that `from_pretrained` takes."""
+    config = VisionConfig.from_json(SHAPE)
+    document = {"model_type": "qwen2_5_vl", "vision_config": config.to_json()}
+    (folder / "config.json").write_text(json.dumps(document))
+    limits = {"min_pixels": 3136, "max_pixels": 12_845_056, "patch_size": 14, "merge_size": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(limits))
+    weights = random_weights(config, 0, device)
+    stored = {f"visual.{name}": tensor.cpu() for name, tensor in weights.items()}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
