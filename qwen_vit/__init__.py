@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         ImageError,
         QwenVitError,
     )
-    from qwen_vit.export.plan import ExportOptions
+    from qwen_vit.export.options import ExportOptions
     from qwen_vit.export.run import export_features
     from qwen_vit.feature_files.read import load_features
     from qwen_vit.features import ImageFeatures, write_features
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 MODULES = {
-    "ExportOptions": "export.plan",
+    "ExportOptions": "export.options",
     "ImageFeatures": "features",
     "ImageLimits": "images.load",
     "VisionEncoder": "encoder",

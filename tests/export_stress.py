@@ -34,7 +34,7 @@ from process_memory import memory_mb, open_files
 
 from qwen_vit.errors import ExportError
 from qwen_vit.export import ray_cluster as distributed
-from qwen_vit.export.plan import ExportOptions
+from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.read import FeatureFile, load_features
 

@@ -33,7 +33,7 @@ from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
 from qwen_vit import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
-from qwen_vit.export.plan import ExportOptions
+from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.read import Features, load_features
 from qwen_vit.features import ImageFeatures, write_features

@@ -49,9 +49,11 @@ from qwen_vit.compare.text import as_text
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ExportError, QwenVitError, display_name
 from qwen_vit.export.estimate import Estimate, estimate_export
-from qwen_vit.export.plan import ExportOptions, check_folder, has_shards
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.plan import check_folder
 from qwen_vit.export.ray_cluster import export_on_ray
 from qwen_vit.export.run import export_features, load_encoder
+from qwen_vit.export.settings import has_shards
 from qwen_vit.features import FailedImage, ImageFeatures, not_finite, write_features
 from qwen_vit.inputs.listing import check_inputs
 
