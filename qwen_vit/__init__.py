@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qwen_vit.errors import HubError as HubError
     from qwen_vit.errors import ImageError as ImageError
     from qwen_vit.errors import QwenVitError as QwenVitError
-    from qwen_vit.export.plan import ExportOptions as ExportOptions
+    from qwen_vit.export.options import ExportOptions as ExportOptions
     from qwen_vit.export.run import export_features as export_features
     from qwen_vit.feature_files.read import FeatureFile as FeatureFile
     from qwen_vit.feature_files.read import FeatureFolder as FeatureFolder
@@ -52,7 +52,7 @@ else:
             "ImageError",
             "QwenVitError",
         ],
-        "export.plan": ["ExportOptions"],
+        "export.options": ["ExportOptions"],
         "export.run": ["export_features"],
         "feature_files.read": ["FeatureFile", "FeatureFolder", "load_features"],
         "feature_files.write": ["write_features"],

@@ -28,26 +28,32 @@ import pytest
 import torch
 from PIL import Image
 
+from qwen_vit import batching
 from qwen_vit.cli import export as export_command
 from qwen_vit.cli import main as cli_module
 from qwen_vit.cli.text import estimate_text
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.export import estimate as estimate_module
-from qwen_vit.export import lock as folder_lock_module
+from qwen_vit.export import lock as lock_module
 from qwen_vit.export import manifest as manifest_module
 from qwen_vit.export import plan as plan_module
+from qwen_vit.export import progress as progress_module
 from qwen_vit.export import run as export_module
 from qwen_vit.export import shards as shards_module
+from qwen_vit.export.circuit_breaker import CircuitBreaker
 from qwen_vit.export.estimate import Estimate, estimate_export, estimate_plan
 from qwen_vit.export.lock import hold_folder, short_lock
 from qwen_vit.export.manifest import ManifestRow
-from qwen_vit.export.plan import ExportOptions, ExportPlan, open_export
-from qwen_vit.export.run import ExportReport, export_features, make_manifest
-from qwen_vit.export.shards import CircuitBreaker, export_shards
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.plan import ExportPlan, open_export
+from qwen_vit.export.progress import Progress
+from qwen_vit.export.result import ExportReport
+from qwen_vit.export.run import export_features, make_manifest
+from qwen_vit.export.shards import export_shards
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.feature_files.write import write_features
-from qwen_vit.features import ImageFeatures
+from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.inputs.find import check_inputs, find_items
 from tests.support import export_stress
@@ -77,12 +83,12 @@ def export(
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        ("p", "inputs is one str, expected a list"),
-        (b"p", "inputs is one bytes, expected a list"),
-        (Path("p"), "inputs is one .*Path, expected a list"),
-        ([b"p"], "inputs holds b'p', expected paths"),
-        ([7], "inputs holds 7, expected paths"),
-        ([], "inputs is empty"),
+        ("p", r"inputs is one str\. Expected a list of paths\. Pass \[inputs\]"),
+        (b"p", r"inputs is one bytes\. Expected a list"),
+        (Path("p"), r"inputs is one .*Path\. Expected a list"),
+        ([b"p"], r"inputs holds b'p'\. Expected paths as str or Path\. Decode bytes with os.fsd"),
+        ([7], r"inputs holds 7\. Expected paths"),
+        ([], r"inputs is empty\. Expected files, folders"),
     ],
 )
 def test_inputs_that_are_no_list_of_paths_are_refused_before_a_folder_is_made(
@@ -147,11 +153,9 @@ def test_the_rows_are_those_of_encode(export_dir: Path, output: Any) -> None:
     features = load_features("out")
     kind: Any = "patch" if output == "patch" else "merged"
     for there, expected in zip(features, encoder.encode(names, output=kind), strict=True):
-        assert expected.embeds is not None
         rows = expected.embeds
         if output == "mean":
             rows = rows.mean(dim=0, keepdim=True)
-        assert there.embeds is not None
         assert torch.equal(there.embeds, rows)
         assert (there.id, there.grid_thw) == (expected.id, expected.grid_thw)
     per_row = {"merged": 4, "patch": 1, "mean": None}[output]
@@ -164,8 +168,6 @@ def test_bfloat16_is_stored_rounded_once(export_dir: Path) -> None:
     export(out="full")
     export(options=replace(SMALL, dtype="bfloat16"))
     for there, full in zip(load_features("out"), load_features("full"), strict=True):
-        assert there.embeds is not None
-        assert full.embeds is not None
         assert there.embeds.dtype == torch.bfloat16
         assert torch.equal(there.embeds, full.embeds.bfloat16())
     metadata = load_features("out").metadata
@@ -299,11 +301,12 @@ def test_images_that_come_from_a_gpu_together_are_written_as_one_by_one(
         corrupt_image(f"{number}.png", "nan")
     seen: list[tuple[str, float, str]] = []
 
-    def count(_: Any, features: ImageFeatures) -> None:
-        total = 0.0 if features.embeds is None else float(features.embeds.sum())
+    def count(_: Any, features: ImageFeatures | FailedImage) -> None:
+        is_good = isinstance(features, ImageFeatures)
+        total = float(features.embeds.sum()) if is_good else 0.0
         seen.append((features.id, total, str(features.error)))
 
-    monkeypatch.setattr(export_module.Progress, "count", count)
+    monkeypatch.setattr(Progress, "count", count)
     one_by_one = export(out="alone")
     alone = list(seen)
     seen.clear()
@@ -323,19 +326,21 @@ def test_an_image_that_does_not_fit_the_memory_is_a_row(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corrupt_image("3.png", "memory")
-    real = shards_module.load_image
+    real = batching.load_image
 
     def load(data: bytes, **options: Any) -> Any:
         if options["name"] == "6.png":
             raise MemoryError
         return real(data, **options)
 
-    monkeypatch.setattr(shards_module, "load_image", load)
+    monkeypatch.setattr(batching, "load_image", load)
     assert export().failed == {"out-of-memory": 1, "memory": 1, "truncated": 1}
     errors = {error.id: error for error in load_features("out").errors}
-    assert errors["3.png"].message.startswith("3.png has ")
+    assert errors["3.png"].message == "3.png: its 4 patches do not fit the memory of cpu"
     assert errors["3.png"].stage == "encode"
-    assert errors["6.png"].message.startswith("6.png does not fit into memory")
+    assert errors["6.png"].message == (
+        "6.png: does not fit into memory. Free some memory, or leave the image out."
+    )
 
 
 def test_on_error_raise_stops_at_the_first_failure_and_keeps_what_is_whole(
@@ -359,7 +364,9 @@ def test_many_failures_in_a_row_stop_an_export(export_dir: Path, kind: str) -> N
     for number in range(3, 9):
         corrupt_image(f"{number}.png", kind)
     limited = replace(SMALL, max_failures=6)
-    with pytest.raises(ExportError, match=r"stopped, because 6 images in a row failed, .*8.png"):
+    with pytest.raises(
+        ExportError, match=r"stopped after 6 consecutive failures; last error: .*8.png"
+    ):
         export(options=limited)
     assert list(shards()) == ["shard-00000000.safetensors", "shard-00000001.safetensors"]
     Path("p/9.png").write_bytes(tiny_png(9))
@@ -379,11 +386,11 @@ def test_a_disk_that_is_gone_is_not_asked_for_the_rest_of_the_shard(
     for number in range(100):
         Path(f"p/{number:03}.png").touch()
     monkeypatch.setattr(shards_module, "read_item", gone)
-    with pytest.raises(ExportError, match=r"3 images in a row failed, the last one so: 001.png"):
+    with pytest.raises(ExportError, match=r"after 3 consecutive failures; last error: 001.png"):
         export(options=ExportOptions(max_failures=3), decode_threads=2)
     assert len(asked) < 20  # what threads had begun ahead
     asked.clear()
-    with pytest.raises(ExportError, match="3 images in a row failed"):
+    with pytest.raises(ExportError, match="stopped after 3 consecutive failures"):
         export(options=ExportOptions(max_failures=3), decode_threads=1)
     assert asked == ["0.png", "000.png", "001.png"]
 
@@ -396,12 +403,17 @@ def test_failures_that_are_not_in_a_row_do_not_stop_an_export(export_dir: Path) 
 
 def test_a_breaker_counts_what_is_read_and_what_is_done() -> None:
     breaker = CircuitBreaker(3)
-    error = ImageError("x is gone")
+    error = ImageError("does not exist", name="x", remedy="check the path")
     for each in (error, error, None, error, error):
         breaker.count_read(each)
         breaker.count_done(each)
-    with pytest.raises(ExportError, match=r"3 images in a row failed, the last one so: x is gone"):
+    with pytest.raises(ExportError) as stopped:
         breaker.count_read(error)
+    assert str(stopped.value) == (
+        "stopped after 3 consecutive failures; last error: x: does not exist. Check the path. Fix "
+        "the cause and run the same command again, which keeps whole shards, or allow more "
+        "failures with --max-failures."
+    )
     CircuitBreaker(0).count_done(error)
 
 
@@ -444,7 +456,7 @@ def test_a_shard_that_is_not_whole_is_made_again_and_no_other(
     done = export(encoder=encoder)
     assert (encoder.encoded, done.resumed, done.exported) == (4, 7, 10)
     assert files() == before
-    assert ("it is made again" in caplog.text) == (data is not None)
+    assert ("It is made again." in caplog.text) == (data is not None)
 
 
 def test_a_shard_of_another_export_is_not_overwritten(export_dir: Path) -> None:
@@ -452,13 +464,15 @@ def test_a_shard_of_another_export_is_not_overwritten(export_dir: Path) -> None:
     path = Path("out/shard-00000001.safetensors")
     write_features(path, [ImageFeatures("a", torch.ones(1, WIDTH), (1, 2, 2))], {})
     foreign = path.read_bytes()
-    with pytest.raises(ExportError, match=r"shard-00000001.* is of another export.*move it away"):
+    with pytest.raises(
+        ExportError, match=r"shard-00000001.*: it belongs to a different export.*Move it away"
+    ):
         export()
     assert path.read_bytes() == foreign
     export(out="others", options=replace(SMALL, output="mean"))
     for other in ("out/shard-00000000.safetensors", "others/shard-00000001.safetensors"):
         path.write_bytes(Path(other).read_bytes())
-        with pytest.raises(ExportError, match="is of another export"):
+        with pytest.raises(ExportError, match="it belongs to a different export"):
             export()
 
 
@@ -483,10 +497,14 @@ def test_other_settings_are_refused_with_the_difference(export_dir: Path, what: 
     if what == "model":
         metadata = {**encoder.metadata(), "weights_sha256": "2" * 64}
         encoder.metadata = lambda: metadata
-    with pytest.raises(ExportError, match="holds an export that differs") as caught:
+    with pytest.raises(ExportError, match="out: it holds an export that differs") as caught:
         export(encoder=encoder, options=options)
-    assert words in str(caught.value)
-    assert "another --out" in str(caught.value)
+    assert caught.value.name == "out"
+    assert words in caught.value.fact
+    assert caught.value.remedy == (
+        "to continue, pass the inputs and settings that it was started with; to start a new "
+        "export, pass another --out"
+    )
     assert files() == before
 
 
@@ -505,7 +523,7 @@ def test_other_images_are_refused_and_counted(export_dir: Path) -> None:
     with pytest.raises(ExportError, match=r"its images: 11 in another place, first 0.png") as error:
         export("q")
     assert f"(it was in {export_dir / 'p/0.png'})" in str(error.value)
-    assert "is just that" not in str(error.value)  # its images are gone from where it says
+    assert "as input, pass" not in str(error.value)  # its images are gone from where it says
     names = sorted(os.listdir("q"), reverse=True)
     Path("l.jsonl").write_text("\n".join(json.dumps({"id": n, "path": f"p/{n}"}) for n in names))
     with pytest.raises(ExportError, match="its images: in another order"):
@@ -529,11 +547,11 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(export_dir: Path) ->
     Path("out/notes.txt").write_text("mine")
     Path("dangling").symlink_to("nowhere")
     for given, words in (
-        ("out", "holds notes.txt .* and no export.json"),
-        ("p/x.png", "p/x.png is not a folder, expected one; pass another"),
-        ("dangling", "dangling is not a folder, expected one; pass another"),
-        ("no/out", "no is not a folder, expected one; create it"),
-        ("n" * 300 + "/out", "File name too long|is not a folder"),
+        ("out", r"out: it holds notes.txt \(1 in all\) and no export.json"),
+        ("p/x.png", r"p/x.png: not a folder\. Pass another --out"),
+        ("dangling", r"dangling: not a folder\. Pass another --out"),
+        ("no/out", r"no: not a folder\. Create it first"),
+        ("n" * 300 + "/out", "File name too long|not a folder"),
         ("caf\udce9", r"caf\\udce9' is not UTF-8, expected a path that safetensors can open"),
     ):
         with pytest.raises(ExportError, match=words):
@@ -575,7 +593,9 @@ def test_a_listing_that_is_damaged_tells_nothing(export_dir: Path, line: str | N
     if line is None:
         listing.unlink()
     Path("p/more.png").write_bytes(tiny_png(3))
-    with pytest.raises(ExportError, match=r"cannot be told, because listing.jsonl is damaged or"):
+    with pytest.raises(
+        ExportError, match=r"cannot compare images: listing.jsonl is missing or corrupt"
+    ):
         export()
 
 
@@ -590,10 +610,10 @@ def test_a_header_that_safetensors_would_not_read_is_refused_before_any_image(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", 3_000)
-    with pytest.raises(ExportError, match=r"would need a header of up to .* lower --shard-size"):
+    with pytest.raises(ExportError, match=r"would need a header of up to .* Lower --shard-size"):
         export(encoder=NeverAsked(), options=replace(SMALL, shard_size=11))
     for folder in (None, "new", "out"):  # a dry run says so, too
-        with pytest.raises(ExportError, match="lower --shard-size"):
+        with pytest.raises(ExportError, match="Lower --shard-size"):
             estimate_export(NeverAsked(), ["p"], replace(SMALL, shard_size=11), folder=folder)
     assert export(options=replace(SMALL, shard_size=1)).exported == 10  # which then works
     monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", 300)  # an estimate, and there are shards
@@ -611,10 +631,12 @@ def test_a_shard_that_the_manifest_cannot_have_is_told(
         other.write_bytes(other.read_bytes()[:-8])
         make_manifest(plan)
         assert pq.read_table("out/manifest.parquet").num_rows == 7
-        assert "the manifest leaves it out: run its part again" in caplog.text
+        assert "The manifest omits it: run its part again." in caplog.text
         own = plan.path(2)
         own.write_bytes(own.read_bytes()[:-8])
-        with pytest.raises(ExportError, match=r"00002.safetensors was whole, and cannot be read"):
+        with pytest.raises(
+            ExportError, match=r"00002.safetensors: it was whole, and cannot be read"
+        ):
             make_manifest(plan)
         assert pq.read_table("out/manifest.parquet").num_rows == 7
 
@@ -626,7 +648,9 @@ def test_an_exports_own_listing_takes_it_up_again(export_dir: Path) -> None:
     before = files()
     Path("out/shard-00000001.safetensors").unlink()
     Path("p/more.png").write_bytes(Path("p/0.png").read_bytes())
-    with pytest.raises(ExportError, match=r"1 new, first more.png.*out/listing.jsonl is just that"):
+    with pytest.raises(
+        ExportError, match=r"1 new, first more.png.*as input, pass out/listing.jsonl"
+    ):
         export()
     done = export("out/listing.jsonl")
     assert done.resumed == done.images - 4
@@ -636,7 +660,7 @@ def test_an_exports_own_listing_takes_it_up_again(export_dir: Path) -> None:
 def test_a_damaged_description_is_refused(export_dir: Path) -> None:
     export()
     Path("out/export.json").write_text("{")
-    with pytest.raises(ExportError, match=r"export.json: not JSON.*another --out"):
+    with pytest.raises(ExportError, match=r"export.json: not JSON.*Pass another --out"):
         export()
 
 
@@ -671,7 +695,7 @@ def test_a_file_of_that_name_that_is_not_ours_is_left_alone(export_dir: Path) ->
 
 def test_nothing_to_export_is_an_error(export_dir: Path) -> None:
     Path("empty").mkdir()
-    with pytest.raises(ExportError, match=r"no image was found in empty; .* suffix"):
+    with pytest.raises(ExportError, match=r"no image found in empty\. .* image extension"):
         export("empty")
     assert not Path("out").exists()
 
@@ -758,8 +782,11 @@ def test_a_worker_makes_a_shard_from_the_plan_alone(export_dir: Path) -> None:
 def test_a_second_writer_is_refused_and_told_who_the_first_is(export_dir: Path) -> None:
     with plan_of(), pytest.raises(ExportError) as caught:
         export()
-    owner = f"is being written by process {os.getpid()} on {socket.gethostname()} (since 20"
-    assert owner in str(caught.value)
+    owner = f"process {os.getpid()} on {socket.gethostname()} (since 20"
+    assert str(caught.value).startswith(f"out: {owner}")
+    assert str(caught.value).endswith(
+        "is writing to it. Wait for it, or stop it, and run this again."
+    )
     assert export().exported == 10
 
 
@@ -782,7 +809,9 @@ def test_parts_of_one_count_may_run_together_and_nothing_else(
                 pass
         else:
             with (
-                pytest.raises(ExportError, match="is being written by"),
+                pytest.raises(
+                    ExportError, match=r"process \d+ on .* is writing to it|other parts are"
+                ),
                 hold_folder(tmp_path, second),
             ):
                 pass
@@ -815,8 +844,9 @@ def test_a_lock_that_another_host_left_is_respected_and_the_way_out_is_told(
     for part in ((1, 1), (1, 2)):
         with pytest.raises(ExportError) as caught, hold_folder(tmp_path, part):
             pass
-        assert "was being written by process 4 on node-17 (since 2026" in str(caught.value)
-        assert f"delete {tmp_path}/lock" in str(caught.value)
+        assert "process 4 on node-17 (since 2026" in caught.value.fact
+        assert "was writing to it, and this host" in caught.value.fact
+        assert f"delete {tmp_path}/lock" in caught.value.remedy
     (tmp_path / "lock").unlink()
     with hold_folder(tmp_path):
         pass
@@ -839,7 +869,7 @@ def test_a_disk_without_locks_is_warned_of_once_and_names_alone_decide(
     assert caplog.text.count("cannot be locked (Function not implemented)") == 1
     with hold_folder(tmp_path):
         monkeypatch.setattr("socket.gethostname", lambda: "node-3")
-        with pytest.raises(ExportError, match=r"was being written by .* on node-2"):
+        with pytest.raises(ExportError, match=r"process .* on node-2 .* was writing to it"):
             hold_folder(tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []
 
@@ -852,7 +882,7 @@ def test_a_moment_of_another_host_is_waited_for(
     name.write_text(json.dumps({"host": "node-17", "pid": 4, "since": "2026-01-01"}))
     pauses = iter([lambda: None, name.unlink])
     monkeypatch.setattr(
-        folder_lock_module,
+        lock_module,
         "time",
         SimpleNamespace(sleep=lambda _: next(pauses)(), monotonic=time.monotonic),
     )
@@ -873,7 +903,7 @@ def test_a_lock_file_that_its_owner_takes_away_in_between_is_no_lock(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with hold_folder(tmp_path):
-        with pytest.raises(ExportError, match="is being written"), hold_folder(tmp_path):
+        with pytest.raises(ExportError, match="is writing to it"), hold_folder(tmp_path):
             pass
         assert (tmp_path / "lock").exists()
 
@@ -941,7 +971,7 @@ def test_parts_that_end_together_write_the_manifest_one_after_the_other(
         make_shard(FakeEncoder(), plan, 0)
         make_shard(FakeEncoder(), plan, 2)
         monkeypatch.setattr(
-            folder_lock_module, "time", SimpleNamespace(sleep=wait, monotonic=time.monotonic)
+            lock_module, "time", SimpleNamespace(sleep=wait, monotonic=time.monotonic)
         )
         ending = threading.Thread(target=make_manifest, args=(plan,))
         with short_lock(plan.folder):
@@ -964,9 +994,12 @@ def test_patience_is_with_one_who_keeps_a_lock_and_not_with_a_queue(
         return f"part {min(next(polls) // 4, 15)}"  # another one every 4 polls; the last one stays
 
     with short_lock(tmp_path):
-        monkeypatch.setattr(folder_lock_module, "MOMENT_PATIENCE_S", 0.3)
-        monkeypatch.setattr(folder_lock_module, "_owner", owner)
-        with pytest.raises(ExportError, match="by part 15; wait for it"), short_lock(tmp_path):
+        monkeypatch.setattr(lock_module, "SHORT_LOCK_TIMEOUT_S", 0.3)
+        monkeypatch.setattr(lock_module, "_owner", owner)
+        with (
+            pytest.raises(ExportError, match=r": part 15 is writing to it\. Wait for it"),
+            short_lock(tmp_path),
+        ):
             pass
     assert next(polls) > 60
 
@@ -1083,15 +1116,15 @@ def test_the_time_is_that_of_a_few_images_for_all_patches(
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     [name] = wrong
-    with pytest.raises(ArgumentError, match=f"{name} is .*, expected"):
+    with pytest.raises(ArgumentError, match=rf"{name} is .*\. Expected "):
         ExportOptions(**wrong)
 
 
 def test_what_is_no_encoder_and_no_options_is_refused(export_dir: Path) -> None:
-    with pytest.raises(ArgumentError, match="encoder is 'tiny', expected a VisionEncoder"):
+    with pytest.raises(ArgumentError, match=r"encoder is 'tiny'\. Expected a VisionEncoder"):
         export_features("tiny", ["p"], "out")  # type: ignore[arg-type]
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
-    with pytest.raises(ArgumentError, match=r"options is \{'output': 'mean'\}, expected Export"):
+    with pytest.raises(ArgumentError, match=r"options is \{'output': 'mean'\}\. Expected Export"):
         export_features(encoder, ["p"], "out", {"output": "mean"})  # type: ignore[arg-type]
     assert not Path("out").exists()
 
@@ -1139,7 +1172,7 @@ def test_a_part_says_what_of_the_folder_is_there(export_dir: Path, run: Any) -> 
     assert "this is a part: 1 of the folder's 3 shards are there" in out
     assert "this is a part" not in run(*words, "--part", "1/2")[1]
     _, out, err = run("p", "--out", "one", "--part", "2/8")
-    assert "1 shard for 8 parts: with a smaller --shard-size all would have work" in err
+    assert "1 shard for 8 parts: lower --shard-size so that all have work" in err
     assert "exported 0 of 0 images" in out
     assert "nothing was left to do" not in out
 
@@ -1148,11 +1181,11 @@ def test_a_part_says_what_of_the_folder_is_there(export_dir: Path, run: Any) -> 
 def test_an_interrupt_says_what_is_kept(
     export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch, is_any_whole: bool
 ) -> None:
-    def count(self: Any, features: ImageFeatures) -> None:
+    def count(self: Any, features: ImageFeatures | FailedImage) -> None:
         if features.id == ("5.png" if is_any_whole else "1.png"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(export_module.Progress, "count", count)
+    monkeypatch.setattr(Progress, "count", count)
     code, _, err = run("p", "--out", "out", "--shard-size", "4")
     assert code == 130
     kept = "finished shards are kept; run the same command again to go on"
@@ -1183,8 +1216,8 @@ def test_a_dry_run_refuses_what_the_export_would(export_dir: Path, run: Any) -> 
     assert run("p", "--out", "out")[0] == 1
     begun = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     for arguments, words in (
-        (("p", "--out", "file"), "file is not a folder"),
-        (("p", "--out", "no/out"), "no is not a folder"),
+        (("p", "--out", "file"), "file: not a folder"),
+        (("p", "--out", "no/out"), "no: not a folder"),
         (("p", "--out", "p"), "no export.json"),
         (("p", "--out", "o" * 300), "File name too long"),
         (("p/0.png", "--out", "out"), "holds an export that differs: its images: "),
@@ -1298,7 +1331,7 @@ def test_a_log_is_told_now_and_then_in_whole_lines(
 ) -> None:
     export(out="short", show_progress=True)
     assert capsys.readouterr().err.startswith("skipped: ")  # nothing else, in less than a minute
-    monkeypatch.setattr(export_module, "LINE_EVERY_S", 1e-9)
+    monkeypatch.setattr(progress_module, "LINE_EVERY_S", 1e-9)
     export(show_progress=True)
     lines = capsys.readouterr().err.split("\n")
     assert any("11/11" in line and "tokens/s" in line for line in lines)
@@ -1380,7 +1413,7 @@ def test_only_what_the_user_changed_is_told(export_dir: Path) -> None:
 def test_a_folder_in_a_shards_place_is_told(export_dir: Path) -> None:
     with plan_of() as plan:
         plan.path(1).mkdir()
-        with pytest.raises(ExportError, match=r"00001.safetensors is a folder, expected a feature"):
+        with pytest.raises(ExportError, match=r"00001.safetensors: a folder\. Expected a feature"):
             make_shard(FakeEncoder(), plan, 1)
 
 
@@ -1388,7 +1421,7 @@ def test_a_shard_that_is_gone_right_after_it_was_written_is_told(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards_module.FeatureWriter, "save", lambda self, facts: None)
-    with plan_of() as plan, pytest.raises(ExportError, match=r"gone, or damaged, right after it"):
+    with plan_of() as plan, pytest.raises(ExportError, match=r"gone or damaged, right after it"):
         make_shard(FakeEncoder(), plan, 0)
 
 
@@ -1411,7 +1444,7 @@ def test_a_folder_that_may_not_be_written_is_told_before_any_work(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ExportError, match=r"out cannot be written to; check its permissions"):
+    with pytest.raises(ExportError, match=r"out: not writable\. Check its permissions"):
         export(encoder=NeverAsked())
 
 
@@ -1445,9 +1478,9 @@ def test_images_that_were_there_say_nothing_about_the_speed(
     export()
     Path("out/shard-00000001.safetensors").unlink()
     initial = []
-    close = export_module.tqdm.close
+    close = progress_module.tqdm.close
     monkeypatch.setattr(
-        export_module.tqdm, "close", lambda bar: (initial.append(bar.initial), close(bar))
+        progress_module.tqdm, "close", lambda bar: (initial.append(bar.initial), close(bar))
     )
     export(show_progress=True)
     assert initial[0] == 11 - 4

@@ -34,7 +34,7 @@ from qwen_vit.downstream import (
     to_vllm_chat_part,
 )
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
-from qwen_vit.export.plan import ExportOptions
+from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.collection import Features
 from qwen_vit.feature_files.read import load_features

@@ -23,21 +23,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen_vit import batching
-from qwen_vit.batching import pack
-from qwen_vit.common.prefetch import (
-    BackgroundWriter,
-    Job,
-    StageTimer,
-    thread_count,
-    work_ahead,
-)
+from qwen_vit.batching import BatchEncoder, pack
+from qwen_vit.common.prefetch import Job, thread_count, work_ahead
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.export import shards as shards_module
-from qwen_vit.export.device_to_host import ALIGNED_BYTES, PinnedRing
-from qwen_vit.export.plan import ExportOptions
+from qwen_vit.export.background import BackgroundWriter, StageTimer
+from qwen_vit.export.device_to_host import (
+    ALIGNED_BYTES,
+    MAX_UNWRITTEN_BYTES,
+    RING_BYTES,
+    PinnedRing,
+)
+from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.write import FeatureWriter
+from qwen_vit.features import FailedImage, ImageFeatures
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.towers import gpu
@@ -253,7 +254,7 @@ def test_results_that_nobody_takes_do_not_keep_the_process(end: str, code: int) 
 def test_jobs_behind_are_done_in_order_and_all_of_them() -> None:
     done: list[int] = []
     with BackgroundWriter(3) as writer:
-        futures = [writer.do(partial(done.append, number), 1) for number in range(100)]
+        futures = [writer.submit(partial(done.append, number), 1) for number in range(100)]
     assert done == list(range(100))
     assert all(future.done() for future in futures)
     assert load_threads() == 0
@@ -271,7 +272,7 @@ def test_the_caller_waits_while_too_much_is_undone() -> None:
 
     with BackgroundWriter(50) as writer:
         for _ in range(50):
-            writer.do(job, 10)
+            writer.submit(job, 10)
             with changing:
                 undone += 10
                 most = max(most, undone)
@@ -286,13 +287,13 @@ def test_an_exception_behind_reaches_the_caller_and_nothing_is_begun_after_it() 
 
     def give() -> None:
         with BackgroundWriter(1000) as writer:
-            writer.do(partial(done.append, 1))
-            failing = writer.do(fail)
-            later = writer.do(partial(done.append, 2))
+            writer.submit(partial(done.append, 1))
+            failing = writer.submit(fail)
+            later = writer.submit(partial(done.append, 2))
             assert isinstance(later.exception(30), CancelledError)
             assert failing.done()
             for _ in range(3):
-                writer.do(partial(done.append, 3))
+                writer.submit(partial(done.append, 3))
 
     with pytest.raises(OSError, match="disk full"):
         give()
@@ -305,7 +306,7 @@ def test_what_was_given_is_done_although_the_block_raises() -> None:
     def stop() -> None:
         with BackgroundWriter(10) as writer:
             for number in range(5):
-                writer.do(partial(done.append, number))
+                writer.submit(partial(done.append, number))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -388,7 +389,7 @@ def test_the_next_shards_images_are_loaded_while_one_is_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = threading.Event()  # an image of the second shard
-    real = shards_module.load_image
+    real = batching.load_image
 
     def load_image(data: Any, *, name: str, **more: Any) -> Any:
         if name == "005.png":
@@ -401,7 +402,7 @@ def test_the_next_shards_images_are_loaded_while_one_is_encoded(
                 assert loaded.wait(30)
                 yield features
 
-    monkeypatch.setattr(shards_module, "load_image", load_image)
+    monkeypatch.setattr(batching, "load_image", load_image)
     assert stand_in_export(tmp_path, Waiting(), 3, decode_threads=2).exported == 12
 
 
@@ -411,7 +412,7 @@ def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
     """So that a kill costs the open shard at most; the next one's images are loaded meanwhile."""
     real, whole = FeatureWriter.save, FakeEncoder()
     loaded = threading.Event()
-    encoded, load_image = [], shards_module.load_image
+    encoded, load_image = [], batching.load_image
 
     def watched_load(*arguments: Any, **options: Any) -> Any:
         if options["name"].endswith("5.png"):  # of the second shard
@@ -424,7 +425,7 @@ def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
         real(self, facts)
 
     monkeypatch.setattr(FeatureWriter, "save", save)
-    monkeypatch.setattr(shards_module, "load_image", watched_load)
+    monkeypatch.setattr(batching, "load_image", watched_load)
     assert stand_in_export(tmp_path, whole, 3, decode_threads=2).exported == 12
     assert encoded == [4, 8, 12]
 
@@ -462,9 +463,9 @@ def test_no_more_of_a_wait_is_the_gpus_than_was_waited() -> None:
     clock, shard = StageTimer("rest"), Mock(waited_s=0.0)
     with clock.stage("write"):
         time.sleep(0.05)
-    with shards_module._behind(shard, clock):
+    with shards_module._time_writer(shard, clock):
         shard.waited_s += 80.0  # of which the end alone is seen here
-    with shards_module._behind(shard, clock):
+    with shards_module._time_writer(shard, clock):
         time.sleep(0.02)
         shard.waited_s += 0.01
     seconds = clock.seconds()
@@ -481,7 +482,7 @@ def test_places_of_the_ring_never_overlap(steps: list[tuple[int, int]]) -> None:
     memory = torch.zeros(16 * ALIGNED_BYTES, dtype=torch.uint8)
     ring, live = PinnedRing(memory), deque[tuple[int, torch.Tensor]]()
     for number, (size, given_back) in enumerate(steps, 1):
-        place = ring.take(size * ALIGNED_BYTES // 4)
+        place = ring.allocate(size * ALIGNED_BYTES // 4)
         if place is not None:
             place.fill_(number)
             live.append((number, place))
@@ -490,31 +491,29 @@ def test_places_of_the_ring_never_overlap(steps: list[tuple[int, int]]) -> None:
         assert all((each == value).all() for value, each in live)
         for _ in range(min(given_back, len(live))):
             live.popleft()
-            ring.give_back()
+            ring.release()
 
 
 def test_the_ring_is_used_to_its_end_and_again() -> None:
     ring = PinnedRing(torch.zeros(4 * ALIGNED_BYTES, dtype=torch.uint8))
-    taken = [ring.take(ALIGNED_BYTES) for _ in range(5)]
+    taken = [ring.allocate(ALIGNED_BYTES) for _ in range(5)]
     assert [place is None for place in taken] == [False] * 4 + [True]
     for _ in range(50):
-        ring.give_back()
-        assert ring.take(ALIGNED_BYTES - 1) is not None
-        assert ring.take(1) is None
+        ring.release()
+        assert ring.allocate(ALIGNED_BYTES - 1) is not None
+        assert ring.allocate(1) is None
 
 
 @given(st.lists(st.integers(1, 2**26 // ALIGNED_BYTES), min_size=20, max_size=60))
 def test_behind_a_slow_disk_the_ring_has_room_for_one_more_image(sizes: list[int]) -> None:
     """Else memory is pinned beside it, of every size that was ever asked for."""
-    ring = PinnedRing(torch.empty(shards_module.RING_BYTES, dtype=torch.uint8))
+    ring = PinnedRing(torch.empty(RING_BYTES, dtype=torch.uint8))
     waiting = deque[int]()
     for size in (each * ALIGNED_BYTES for each in sizes):
-        assert ring.take(size) is not None
-        while (
-            waiting and sum(waiting) + size > shards_module.BEHIND_BYTES
-        ):  # as `BackgroundWriter` waits
+        assert ring.allocate(size) is not None
+        while waiting and sum(waiting) + size > MAX_UNWRITTEN_BYTES:  # as `BackgroundWriter` waits
             waiting.popleft()
-            ring.give_back()
+            ring.release()
         waiting.append(size)
 
 
@@ -545,16 +544,16 @@ def test_the_features_do_not_depend_on_the_number_of_threads(
 ) -> None:
     monkeypatch.setitem(batching.TOKEN_BUDGET, "cpu", 300)
     simple = encoder().encode(mixed(18), on_error="skip", decode_threads=1)
-    assert sum(each.error is not None for each in simple) >= 3
+    assert sum(isinstance(each, FailedImage) for each in simple) >= 3
     ahead = encoder().encode(mixed(18), on_error="skip", decode_threads=4)
     for one, other in zip(simple, ahead, strict=True):
-        assert (one.id, one.grid_thw, one.size_px, one.notes) == (
-            other.id, other.grid_thw, other.size_px, other.notes,
-        )  # fmt: skip
-        assert str(one.error) == str(other.error)
-        if one.embeds is not None:
-            assert other.embeds is not None
-            assert torch.equal(one.embeds, other.embeds)
+        assert (one.id, one.size_px, str(one.error)) == (other.id, other.size_px, str(other.error))
+        if isinstance(one, FailedImage):
+            assert isinstance(other, FailedImage)
+            continue
+        assert isinstance(other, ImageFeatures)
+        assert (one.grid_thw, one.notes) == (other.grid_thw, other.notes)
+        assert torch.equal(one.embeds, other.embeds)
 
 
 def test_an_array_that_its_owner_uses_again_is_encoded_as_it_was() -> None:
@@ -568,10 +567,8 @@ def test_an_array_that_its_owner_uses_again_is_encoded_as_it_was() -> None:
     single = [whole.encode([np.full((56, 56, 3), 40 * v, np.uint8)])[0].embeds for v in range(6)]
     together = whole.encode_iter(frames(), decode_threads=3)
     for features, expected in zip(together, single, strict=True):
-        assert features.embeds is not None
-        assert expected is not None
         assert (features.embeds - expected).abs().max() < 1e-4
-    assert not torch.allclose(single[0], single[1], atol=1e-2)  # type: ignore[arg-type]
+    assert not torch.allclose(single[0], single[1], atol=1e-2)
 
 
 def test_the_first_image_that_fails_is_the_one_that_is_raised(tmp_path: Path) -> None:
@@ -595,7 +592,7 @@ def test_an_array_that_fails_is_not_kept() -> None:
         kept = weakref.ref(array)
         [failed] = encoder().encode([array], on_error="skip", decode_threads=2)
         del array
-        assert failed.error is not None
+        assert isinstance(failed, FailedImage)
         assert kept() is None
     finally:
         gc.enable()
@@ -617,7 +614,7 @@ def test_an_export_that_is_stopped_encodes_no_more(tmp_path: Path) -> None:
 
     watched = Watched.from_pretrained("tiny", device="cpu")
     options = ExportOptions(max_failures=3)
-    with pytest.raises(ExportError, match="3 images in a row failed"):
+    with pytest.raises(ExportError, match="stopped after 3 consecutive failures"):
         export_features(watched, [str(tmp_path / "p")], tmp_path / "out", options)
     assert encoded == []
 
@@ -671,8 +668,8 @@ def test_patches_that_are_not_this_encoders_fail_alone() -> None:
     whole = encoder()
     good = patchify(np.zeros((56, 56, 3), np.uint8), whole.image_config)
     bad = {
-        "image 1 has patches of 192 values, expected 588": (192, Grid(1, 4, 4)),
-        "image 2 has patches of 1176 values, expected 588": (1176, Grid(1, 4, 4)),
+        r"image 1: patches of 192 values\. Expected 588\.": (192, Grid(1, 4, 4)),
+        r"image 2: patches of 1176 values\. Expected 588\.": (1176, Grid(1, 4, 4)),
         r"image 3, grids\[0\] is \(1, 3, 5\): height and width": (588, Grid(1, 3, 5)),
     }
     patches = [
@@ -680,10 +677,11 @@ def test_patches_that_are_not_this_encoders_fail_alone() -> None:
         for values, grid in bad.values()
     ]
     results = whole.encode([good, *patches, Patches.cat([good, good]), good], on_error="skip")
-    assert [result.embeds is not None for result in results] == [True, *[False] * 4, True]
-    for message, result in zip([*bad, "image 4 is the patches of 2"], results[1:5], strict=True):
+    kinds = [ImageFeatures, *[FailedImage] * 4, ImageFeatures]
+    assert [type(result) for result in results] == kinds
+    for message, result in zip([*bad, "image 4: the patches of 2"], results[1:5], strict=True):
         assert re.match(message, str(result.error))
-    with pytest.raises(ImageError, match="image 0 has patches of 192 values"):
+    with pytest.raises(ImageError, match="image 0: patches of 192 values"):
         whole.encode([patches[0]])
 
 
@@ -695,7 +693,7 @@ def test_images_are_packed_largest_first_and_come_back_in_order(
     monkeypatch.setattr(batching, "TOKEN_BUDGET", {"cpu": 100})
     monkeypatch.setattr(batching, "WINDOW", {"cpu": 3})
     monkeypatch.setattr(
-        VisionEncoder, "_batches", lambda _, window: pack([each.n_patches for each in window], 100)
+        BatchEncoder, "_batches", lambda _, window: pack([each.n_patches for each in window], 100)
     )
     sizes = [(56, 56), (112, 112), (28, 56), (84, 84), (56, 84), (112, 84), (28, 28)]
     images = [np.full((*size, 3), 30 * n, np.uint8) for n, size in enumerate(sizes)]
@@ -712,8 +710,6 @@ def test_images_are_packed_largest_first_and_come_back_in_order(
     for features, image in zip(together, images, strict=True):
         [alone] = whole.encode([image])
         assert features.grid_thw == alone.grid_thw
-        assert alone.embeds is not None
-        assert features.embeds is not None
         assert (alone.embeds - features.embeds).abs().max() < 1e-4
 
 
@@ -727,7 +723,6 @@ def test_packed_on_a_gpu_an_image_has_the_bits_that_it_has_alone(
     together = whole.encode(images, on_error="skip", decode_threads=8)
     for features, image in zip(together, images, strict=True):
         [alone] = whole.encode([image], on_error="skip", decode_threads=1)
-        assert (features.error is None) == (alone.error is None)
-        if features.embeds is not None:
-            assert alone.embeds is not None
+        assert type(features) is type(alone)
+        if isinstance(features, ImageFeatures) and isinstance(alone, ImageFeatures):
             assert torch.equal(features.embeds, alone.embeds)

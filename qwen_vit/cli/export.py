@@ -98,7 +98,8 @@ def export(
     with slow_imports():
         from qwen_vit.cli.text import estimate_text, export_text, waits_text
         from qwen_vit.export.estimate import estimate_export
-        from qwen_vit.export.plan import ExportOptions, check_folder
+        from qwen_vit.export.options import ExportOptions
+        from qwen_vit.export.plan import check_folder
         from qwen_vit.export.ray_cluster import export_on_ray
         from qwen_vit.export.run import export_features, load_encoder
         from qwen_vit.inputs.find import check_inputs
@@ -159,7 +160,7 @@ def _hint_resume(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from qwen_vit.export.plan import has_shards
+        from qwen_vit.export.settings import has_shards
 
         if out.is_dir() and has_shards(out):
             print_log("finished shards are kept; run the same command again to go on")

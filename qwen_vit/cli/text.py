@@ -8,7 +8,7 @@ from typing import Any
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import display_name
 from qwen_vit.export.estimate import Estimate
-from qwen_vit.export.run import ExportReport
+from qwen_vit.export.result import ExportReport
 from qwen_vit.features import UNKNOWN_SIZE, FailedImage, ImageFeatures, dtype_name
 
 __all__ = [

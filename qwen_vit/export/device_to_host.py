@@ -1,33 +1,104 @@
-"""Pinned memory for results on their way from the GPU: one piece, used in turns."""
+"""Features on their way from the GPU to the CPU: copies on a stream of their own, pinned memory."""
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from threading import Lock
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-__all__ = ["PinnedRing"]
+from qwen_vit.export.options import RowFormat
+from qwen_vit.export.records import ImageRecord
+
+__all__ = ["MAX_UNWRITTEN_BYTES", "HostCopier", "HostCopy", "PinnedRing"]
 
 ALIGNED_BYTES = 512
+RING_BYTES = 2**29  # pinned
+MAX_UNWRITTEN_BYTES = RING_BYTES // 4 * 3  # of copies, so that the ring has room for one more
+
+
+class HostCopy(NamedTuple):
+    """Rows of several images on their way to the CPU, complete when the GPU reaches `event`."""
+
+    rows: Tensor  # of one image after the other
+    is_finite: Tensor  # each row
+    event: torch.cuda.Event | None
+    release: Callable[[], None]  # frees the memory of the rows
+
+    @property
+    def n_bytes(self) -> int:
+        """What the rows hold in memory."""
+        return self.rows.nbytes
+
+
+class HostCopier:
+    """Copies embeddings to the CPU, as they are stored, on a stream beside the encoder's."""
+
+    def __init__(self, device: torch.device, form: RowFormat) -> None:
+        self._form = form
+        self._ring: PinnedRing | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._ring = PinnedRing(_pinned(RING_BYTES))
+
+    def copy(self, images: Sequence[ImageRecord], embeds: Sequence[Tensor]) -> HostCopy:
+        """Begin to copy the rows of those images that have any.
+
+        Copies are released in the order in which they were made.
+        """
+        if self._form.patches_per_row is None:
+            embeds = [each.float().mean(dim=0, keepdim=True) for each in embeds]
+        lengths = iter(map(len, embeds))
+        for image in images:
+            image.n_rows = 0 if image.error is not None else next(lengths)
+        if not embeds:
+            nothing = torch.empty(0, self._form.width, dtype=self._form.dtype, device="cpu")
+            return HostCopy(nothing, nothing.bool().all(1), None, lambda: None)
+        stored = (embeds[0] if len(embeds) == 1 else torch.cat(list(embeds))).to(self._form.dtype)
+        # by their extremes: a mask of single values would take more memory than the values
+        is_finite = stored.amin(1).isfinite() & stored.amax(1).isfinite()
+        if self._ring is None:
+            return HostCopy(stored, is_finite, None, lambda: None)
+        n_bytes = stored.nbytes + is_finite.nbytes
+        memory, release = self._ring.allocate(n_bytes), self._ring.release
+        if memory is None:
+            memory, release = _pinned(n_bytes), lambda: None
+        rows = memory[: stored.nbytes].view(stored.dtype).view(stored.shape)
+        flags = memory[stored.nbytes :].view(torch.bool)
+        self._stream.wait_stream(torch.cuda.current_stream(stored.device))
+        with torch.cuda.stream(self._stream):
+            for on_device, on_host in ((stored, rows), (is_finite, flags)):
+                on_host.copy_(on_device, non_blocking=True)
+                on_device.record_stream(self._stream)
+            event = torch.cuda.Event(blocking=True)
+            event.record(self._stream)
+        return HostCopy(rows, flags, event, release)
+
+
+def _pinned(n_bytes: int) -> Tensor:
+    return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 class PinnedRing:
-    """Memory that is given out and comes back in the same order.
+    """A ring buffer: its memory is released in the order in which it was allocated.
 
     >>> ring = PinnedRing(torch.empty(2**20, dtype=torch.uint8))
-    >>> place = ring.take(1_000)
-    >>> ring.give_back()
+    >>> ring.allocate(1_000).shape
+    torch.Size([1000])
+    >>> ring.release()
 
     torch's own allocator of pinned memory keeps every size that was ever asked for: an export of
-    images of many sizes grew by hundreds of megabytes. One thread takes, another may give back.
+    images of many sizes grew by hundreds of megabytes. One thread allocates, another may release.
     """
 
-    def __init__(self, memory: torch.Tensor) -> None:
+    def __init__(self, memory: Tensor) -> None:
         self._memory = memory
-        self._taken: deque[tuple[int, int]] = deque()  # begin and end of each place, oldest first
+        self._taken: deque[tuple[int, int]] = deque()  # begin and end of each piece, oldest first
         self._lock = Lock()
 
-    def take(self, n_bytes: int) -> torch.Tensor | None:
-        """So many bytes, or None where they do not fit now."""
+    def allocate(self, n_bytes: int) -> Tensor | None:
+        """A piece of so many bytes, or None where it does not fit now."""
         size = n_bytes + -n_bytes % ALIGNED_BYTES
         with self._lock:
             begin = self._begin_of_room(size)
@@ -36,8 +107,8 @@ class PinnedRing:
             self._taken.append((begin, begin + size))
             return self._memory[begin : begin + n_bytes]
 
-    def give_back(self) -> None:
-        """The oldest place that was taken is free again."""
+    def release(self) -> None:
+        """Free the oldest piece."""
         with self._lock:
             self._taken.popleft()
 
@@ -45,7 +116,7 @@ class PinnedRing:
         if not self._taken:
             return 0 if size <= len(self._memory) else None
         oldest, end = self._taken[0][0], self._taken[-1][1]
-        if end <= oldest:  # the places go round the end
+        if end <= oldest:  # the pieces wrap around the end
             return end if end + size <= oldest else None
         if end + size <= len(self._memory):
             return end

@@ -16,21 +16,24 @@ from typing import BinaryIO
 from PIL import Image
 from tqdm import tqdm
 
+from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ImageError
-from qwen_vit.export.plan import ExportOptions, ExportPlan, RowFormat, plan_dry_run, target_size
+from qwen_vit.export.options import ExportOptions, RowFormat
+from qwen_vit.export.plan import ExportPlan, plan_dry_run
 from qwen_vit.features import ImageFeatures
 from qwen_vit.images.decode import DECODERS
 from qwen_vit.images.image import ImageLimits
+from qwen_vit.images.patches import smart_resize
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.read import read_item
 
-__all__ = ["Estimate", "estimate_export", "estimate_plan"]
+__all__ = ["Estimate", "estimate_export", "estimate_plan", "target_size"]
 
 SAMPLE = 1_000  # images, for a plan
 IMAGES_TIMED = 8
-SLOW_S = 5.0  # an image that takes so long is judged by alone
-HEAD_BYTES = 2**16  # of an image in a tar; most formats tell the size there
+SLOW_S = 5.0  # an image that takes so long is timed alone
+HEAD_BYTES = 2**16  # of an image in a tar; most formats have the size there
 BYTES_BESIDE_ROWS = 500  # an image's ids, hashes and sizes in its shard's header
 
 
@@ -38,9 +41,11 @@ BYTES_BESIDE_ROWS = 500  # an image's ids, hashes and sizes in its shard's heade
 class Estimate:
     """What an export will take, from the images' headers.
 
-    `seconds` is None where no image was timed; `unreadable` images have no header that can be
-    read, or one that promises more pixels than are allowed. A number that is counted on a sample
-    is marked by `is_sample`.
+    Attributes:
+        images, rows, bytes: those of the whole export.
+        unreadable: images without a readable header, or of more pixels than are allowed.
+        seconds: the time of the encoder; None where no image was timed.
+        is_sample: whether a sample of the images stands for all of them.
     """
 
     images: int
@@ -65,8 +70,8 @@ def estimate_export(
     >>> estimate_export(encoder, ["tests/images/rocket.jpg"]).rows
     345
 
-    Raises ExportError for inputs that an export would refuse, and for `folder`, if it is given, as
-    the one that would be written.
+    Raises ExportError for inputs that an export would refuse and, if `folder` is given, for a
+    folder that it could not write or resume.
     """
     options = options or ExportOptions()
     where = None if folder is None else Path(folder)
@@ -79,7 +84,7 @@ def estimate_export(
 
 
 def estimate_plan(encoder: VisionEncoder, plan: ExportPlan) -> Estimate:
-    """The same for a plan, from a sample of its images, without the time."""
+    """Estimate a plan from a sample of its images, without the time."""
     sample = plan.listing.spread(SAMPLE)
     found = _estimate(encoder, sample, plan.options, is_timed=False)
     scale = plan.n_images / len(sample)
@@ -90,6 +95,24 @@ def estimate_plan(encoder: VisionEncoder, plan: ExportPlan) -> Estimate:
         round(found.bytes * scale),
         None,
         is_sample=scale > 1,
+    )
+
+
+def target_size(height: int, width: int, config: ImageConfig, name: str) -> tuple[int, int]:
+    """The size in pixels at which an image is encoded.
+
+    >>> target_size(100, 200, ImageConfig.from_json({}), "a.jpg")
+    (112, 196)
+
+    Raises ImageError for an image that has none, such as one of a ratio above 200.
+    """
+    return smart_resize(
+        height,
+        width,
+        factor=config.patch_px * config.merge_size,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+        name=name,
     )
 
 
@@ -127,7 +150,7 @@ def _estimate(
 def _seconds(
     encoder: VisionEncoder, timed: Sequence[Item], patches: int, limits: ImageLimits
 ) -> float | None:
-    """What all patches take, judged by a few images, after one that warms up if it is quick."""
+    """What all patches take, extrapolated from a few images, after one that warms up."""
     images: list[bytes] = []
     for item in timed[-IMAGES_TIMED:]:
         with suppress(ImageError):
@@ -143,15 +166,15 @@ def _seconds(
 
 
 def _size_in_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
-    """Height and width as the file's header has them, turned or not: the tokens are the same."""
+    """Height and width by the file's header, before any rotation: the tokens are the same."""
     if item.size is not None and item.size > HEAD_BYTES:  # in a tar, of which little is read
-        size = _opened(replace(item, size=HEAD_BYTES), limits)
+        size = _open_header(replace(item, size=HEAD_BYTES), limits)
         if size is not None:
             return size
-    return _opened(item, limits)
+    return _open_header(item, limits)
 
 
-def _opened(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
+def _open_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
     try:
         with ExitStack() as stack:
             file: BinaryIO
@@ -162,9 +185,9 @@ def _opened(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
             else:
                 file = io.BytesIO(read_item(item, limits))
             stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")  # what a decoder would say of a doubtful header
+            warnings.simplefilter("ignore")  # a decoder's, about a doubtful header
             image = stack.enter_context(Image.open(file, formats=tuple(DECODERS)))
             is_allowed = image.height * image.width <= limits.max_pixels
             return (image.height, image.width) if is_allowed else None
-    except Exception:  # noqa: BLE001 - plug-ins raise anything; encoding it says what is wrong
+    except Exception:  # noqa: BLE001 - plug-ins raise anything; encoding it reports the error
         return None

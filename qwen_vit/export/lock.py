@@ -1,8 +1,8 @@
-"""One writer for each part of a folder: locks that name their owner and die with it.
+"""One writer for each part of a folder: locks that name their owner and end with it.
 
-The kernel holds them (flock), so that a process which is killed leaves nothing locked. Not every
-network disk shows one host's locks to another, and some know none: there the name that the owner
-left in the file decides, and goes with the lock.
+The kernel holds them (flock), so a killed process leaves nothing locked. Some network disks do not
+show one host's locks to another, and some have none: there the owner's name in the file decides,
+and is deleted with the lock.
 """
 
 import fcntl
@@ -28,24 +28,25 @@ __all__ = ["LOCK_NAME", "hold_folder", "short_lock"]
 logger = logging.getLogger("qwen_vit")
 
 LOCK_NAME = re.compile(r"lock(-moment|-\d+-of-\d+)?")
-PATIENCE_S = 0.5  # for a lock that is just being given back
-MOMENT_PATIENCE_S = 600.0  # for what another part does with the whole folder, such as its manifest
+TIMEOUT_S = 0.5  # for a lock that is just being released
+SHORT_LOCK_TIMEOUT_S = 600.0  # for what another part does with the whole folder, as a manifest
 POLL_S = 0.05
 
 
 class _HeldError(ExportError):
-    """Somebody else has it."""
+    """Another process holds the lock."""
 
 
 @contextmanager
 def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
-    """Hold a folder, or part I of N of it, against every other writer while the block runs.
+    """Lock a folder, or part I of N of it, against every other writer while the block runs.
 
     >>> with hold_folder(Path("export")):  # doctest: +SKIP
     ...     write()
 
-    Parts of one N go together. Raises ExportError, which names the owner, where the folder, that
-    part, or parts of another N are held; and where an owner on another host left its name behind.
+    Parts of one N may be held together. Raises ExportError, which names the owner, where another
+    process holds the folder, that part, or parts of another N; and where an owner on another host
+    left its name.
     """
     number, count = part
     with ExitStack() as locks:
@@ -62,45 +63,49 @@ def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
 
 @contextmanager
 def short_lock(folder: Path) -> Iterator[None]:
-    """Wait for, and hold, what only one part may do at a time: short things."""
-    with _hold(folder / "lock-moment", fcntl.LOCK_EX, MOMENT_PATIENCE_S):
+    """Wait for the folder's second lock and hold it: for short work of one part at a time.
+
+    >>> with short_lock(Path("export")):  # doctest: +SKIP
+    ...     write_manifest()
+    """
+    with _hold(folder / "lock-moment", fcntl.LOCK_EX, SHORT_LOCK_TIMEOUT_S):
         yield
 
 
 def _refuse_other_counts(folder: Path, count: int) -> None:
     for path in folder.glob("lock-*-of-*"):
         if not path.name.endswith(f"-of-{count}"):
-            with _hold(path, fcntl.LOCK_EX):  # refuses where it is held, else clears it away
+            with _hold(path, fcntl.LOCK_EX):  # raises where it is held, else deletes it
                 pass
 
 
 @contextmanager
-def _hold(path: Path, kind: int, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    until, holder = math.inf, ""
+def _hold(path: Path, kind: int, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
+    until, owner = math.inf, ""
     while True:
         try:
             descriptor = _acquire(path, kind)
             break
         except _HeldError as error:
-            if str(error) != holder:  # the turn goes round: patience is with one who keeps it
-                until, holder = time.monotonic() + patience_s, str(error)
+            if error.fact != owner:  # reset the timeout when the owner changes
+                until, owner = time.monotonic() + timeout_s, error.fact
             elif time.monotonic() > until:
-                raise ExportError(holder) from None
+                raise ExportError.of(error) from None
         time.sleep(POLL_S)
     try:
         yield
     finally:
-        _let_go(descriptor, kind, path)
+        _release(descriptor, kind, path)
 
 
-def _let_go(descriptor: int, kind: int, path: Path) -> None:
-    """Unlinked while it is held, so that nobody takes the lock of a file that is gone."""
+def _release(descriptor: int, kind: int, path: Path) -> None:
+    """Unlink the file while it is locked, so that no process locks a file without a name."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         is_last = True
     except BlockingIOError:
         is_last = False
-    except OSError:  # no locks here: our name must go, or every other host respects it
+    except OSError:  # no locks here: every other host would respect our name
         is_last = kind == fcntl.LOCK_EX
     with suppress(OSError):
         if is_last:
@@ -131,17 +136,18 @@ def _lock(descriptor: int, kind: int, path: Path) -> None:
     except BlockingIOError:
         owner = _owner(descriptor)
         raise _HeldError(
-            f"{path.parent} is being written by {owner or 'other parts'}; wait for it, or stop it, "
-            "and run this again"
+            f"{owner} is writing to it" if owner else "other parts are writing to it",
+            name=str(path.parent),
+            remedy="wait for it, or stop it, and run this again",
         ) from None
-    except OSError as error:  # some network disks know no locks
+    except OSError as error:  # some network disks have no locks
         _warn_once(path.parent, str(error.strerror))
 
 
 @lru_cache
 def _warn_once(folder: Path, reason: str) -> None:
     logger.warning(
-        "%s cannot be locked (%s): see to it that nothing else writes there", folder, reason
+        "%s cannot be locked (%s): make sure that nothing else writes there", folder, reason
     )
 
 
@@ -153,13 +159,15 @@ def _is_file_of(descriptor: int, path: Path) -> bool:
 
 
 def _sign(descriptor: int, kind: int, path: Path) -> None:
-    """Leave our name; whoever left one on this host is dead, or the kernel would hold the lock."""
+    """Write our name; an owner on this host that left one is dead: the kernel holds no lock."""
     before = _read_owner(descriptor)
     host = socket.gethostname()
     if before and before.get("host") != host:
         raise _HeldError(
-            f"{path.parent} was being written by {_owner(descriptor)}, and this host ({host}) "
-            f"cannot see whether it still is; if that export has ended, delete {path}"
+            f"{_owner(descriptor)} was writing to it, and this host ({host}) cannot see whether it "
+            "still is",
+            name=str(path.parent),
+            remedy=f"if that export has ended, delete {path}",
         )
     name = {"host": host, "pid": os.getpid(), "since": datetime.now(UTC).isoformat("T", "seconds")}
     try:

@@ -23,7 +23,7 @@ PARQUET, JSON_LINES = "manifest.parquet", "manifest.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class ManifestRow:
-    """What became of one image: line `index` of the listing.
+    """The outcome of one image: line `index` of the listing.
 
     `status` is "ok" or "error". Rows `row_begin` to `row_end` of `shard` are its features; sizes
     are in pixels, the grid in patches. `sha256` is that of the image's own bytes.
@@ -82,7 +82,7 @@ def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[Man
 
 
 def load_arrow() -> bool:
-    """Whether the manifest will be Parquet; loaded early, so that it costs no memory at the end."""
+    """Whether the manifest will be Parquet; call it early, because pyarrow takes memory."""
     try:
         import pyarrow.parquet  # type: ignore[import-untyped]  # noqa: F401
     except ImportError:
@@ -93,8 +93,9 @@ def load_arrow() -> bool:
 def write_manifest(folder: Path, shards: Iterable[Sequence[ManifestRow]]) -> Path:
     """Write the rows of `shards`, one shard after the other: Parquet where pyarrow is installed.
 
-    Parquet holds Unicode alone: an id or source that is none stands there with its odd bytes
-    escaped, the id also whole in `id_bytes`. JSON lines, and the listing, need no such thing.
+    Parquet holds only Unicode: in any other id or source the odd bytes are escaped, and `id_bytes`
+    has the whole id. JSON lines, and the listing, hold every name as it is. Raises ExportError
+    where the system refuses to write.
     """
     has_arrow = load_arrow()
     name, other = (PARQUET, JSON_LINES) if has_arrow else (JSON_LINES, PARQUET)
@@ -106,7 +107,7 @@ def write_manifest(folder: Path, shards: Iterable[Sequence[ManifestRow]]) -> Pat
             for rows in shards:
                 for row in rows:
                     file.write(json.dumps(asdict(row)).encode() + b"\n")
-    with suppress(OSError):  # of a run that had another set of packages
+    with suppress(OSError):  # of a run with other packages installed
         (folder / other).unlink(missing_ok=True)
     return path
 

@@ -1,8 +1,7 @@
-"""The same export on a Ray cluster: workers make its shards, and this process keeps its books.
+"""The same export on a Ray cluster: workers make the shards, and this process counts them.
 
-Ray places the workers, starts dead ones again, elsewhere if their node is gone, and repeats what
-they were at. What makes that safe is the export's own: a shard is there whole or not at all, and
-its bytes follow from the plan, whoever makes it and however often.
+Ray restarts dead workers, on another node if needed, and retries their tasks. That is safe because
+a shard exists whole or not at all, and its bytes follow from the plan, whichever worker makes it.
 """
 
 import logging
@@ -21,35 +20,26 @@ from typing import Any
 
 import torch
 
-from qwen_vit.common.prefetch import StageTimer, thread_count
+from qwen_vit.common.prefetch import thread_count
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError, QwenVitError
+from qwen_vit.export.background import StageTimer
+from qwen_vit.export.circuit_breaker import CircuitBreaker
 from qwen_vit.export.estimate import Estimate, estimate_plan
 from qwen_vit.export.manifest import ManifestRow, load_arrow
-from qwen_vit.export.plan import ExportOptions, ExportPlan, open_export, remove_leftovers
-from qwen_vit.export.run import (
-    ExportCounts,
-    ExportReport,
-    Progress,
-    load_encoder,
-    make_manifest,
-    warn_of_idle,
-)
-from qwen_vit.export.shards import (
-    REST,
-    STAGES,
-    CircuitBreaker,
-    DoneShard,
-    export_shards,
-    whole_shard,
-)
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.plan import ExportPlan, open_export, remove_leftovers
+from qwen_vit.export.progress import Progress
+from qwen_vit.export.records import REST, STAGES, DoneShard
+from qwen_vit.export.result import ExportCounts, ExportReport
+from qwen_vit.export.run import load_encoder, make_manifest, warn_of_idle
+from qwen_vit.export.shards import export_shards, whole_shard
 
 __all__ = ["export_on_ray"]
 
-
-KNOCK_S = 10.0  # how long a cluster's address may take to answer
-MAX_TASK_RETRIES = 25  # of workers at one shard: then it is the shard that kills them
-SHARDS_AT_A_TIME = 2  # of a GPU: one is encoded while the other one's images are read, or written
+CONNECT_TIMEOUT_S = 10.0
+MAX_TASK_RETRIES = 25  # of one shard: after so many dead workers, the shard kills them
+SHARDS_AT_A_TIME = 2  # of a GPU: it encodes one while threads read or write the other
 
 
 def export_on_ray(
@@ -65,20 +55,27 @@ def export_on_ray(
     decode_threads: int | None = None,
     **loading: Any,
 ) -> ExportReport:
-    """As `export_features`, by one worker for each GPU of a Ray cluster, or CPU if it has no GPU.
+    """Export with one worker for each GPU of a Ray cluster, or each CPU if it has no GPU.
 
     >>> export_on_ray("tiny", ["tests/images"], "features").exported  # doctest: +SKIP
     3
 
-    `address` is the cluster's, None for the one of RAY_ADDRESS or of this machine; where there is
-    none, one begins here, with all that this machine has. Images, checkpoint and `folder` must be
-    found under the same paths on every node. `loading` goes to `VisionEncoder.from_pretrained`.
-    Raises as `export_features` does, and ExportError where the cluster cannot be reached.
+    Images, checkpoint and `folder` must have the same paths on every node.
+
+    Args:
+        model: as in `VisionEncoder.from_pretrained`, to which `loading` goes, too.
+        inputs, folder, options, confirm, show_progress, decode_threads: as in `export_features`.
+        address: the cluster's; None: that of RAY_ADDRESS, or of this machine, where one is started
+            if there is none.
+        device: "auto", "cuda" or "cpu".
+
+    Raises:
+        ExportError: the cluster cannot be reached; and as `export_features` does.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise ArgumentError(f"device is {device!r}, expected 'auto', 'cuda' or 'cpu' with Ray")
-    thread_count(decode_threads)  # refuses what makes no sense, before a cluster is begun
-    options, tally, waits = options or ExportOptions(), ExportCounts(), dict.fromkeys(STAGES, 0.0)
+        raise ArgumentError(f"device is {device!r}", expected="'auto', 'cuda' or 'cpu' with Ray")
+    thread_count(decode_threads)  # raises before a cluster is started
+    options, counts, waits = options or ExportOptions(), ExportCounts(), dict.fromkeys(STAGES, 0.0)
     model = os.path.abspath(model) if os.path.isdir(model) else model
     load = partial(load_encoder, model, options, device=device, **loading)
     load_arrow()
@@ -97,13 +94,13 @@ def export_on_ray(
                             progress.count_shard(done.rows, size)
                         else:
                             progress.skip(len(done.rows))
-                        tally.count(plan, done)
+                        counts.count(plan, done)
                         for row in done.rows if done.is_new else ():
                             breaker.count_done(_failure(row))
-            finally:  # interrupted, too
+            finally:  # of an interrupted export as well
                 workers.end()
-                remove_leftovers(plan)  # what dead workers left
-            return tally.report(plan, make_manifest(plan), waits)
+                remove_leftovers(plan)  # temporary files of dead workers
+            return counts.report(plan, make_manifest(plan), waits)
 
 
 def _shards(workers: "_Workers", plan: ExportPlan, waits: dict[str, float]) -> Iterator[DoneShard]:
@@ -131,14 +128,16 @@ def _size(plan: ExportPlan, shard: int) -> int:
         return plan.path(shard).stat().st_size
     except FileNotFoundError:
         raise ExportError(
-            f"{plan.path(shard)} is not here, though a worker wrote it, expected a folder on a "
-            "disk that all nodes of the cluster share; pass another --out"
+            "it does not exist here, though a worker wrote it",
+            name=str(plan.path(shard)),
+            expected="a folder on a disk that all nodes of the cluster share",
+            remedy="pass another --out",
         ) from None
 
 
 @dataclass(frozen=True, slots=True)
 class _Description:
-    """An encoder that is elsewhere."""
+    """An encoder of another process."""
 
     device: torch.device
     facts: dict[str, Any]
@@ -148,7 +147,7 @@ class _Description:
 
 
 class _Worker:
-    """One encoder, in a process of its own on some node; Ray calls it."""
+    """One encoder, in a process of its own on any node; Ray calls it."""
 
     def __init__(self, load: Callable[[], VisionEncoder], decode_threads: int | None) -> None:
         self._load, self._decode_threads = load, decode_threads
@@ -157,7 +156,7 @@ class _Worker:
 
     @property
     def _encoder(self) -> VisionEncoder:
-        with self._loading:  # later than the worker itself, so that an error goes to who asked
+        with self._loading:  # not in __init__: an error there would count as a dead worker
             if self._loaded is None:
                 self._loaded = self._load()
             return self._loaded
@@ -169,17 +168,17 @@ class _Worker:
         return estimate_plan(self._encoder, plan)
 
     def export(self, plan: ExportPlan, shard: int) -> tuple[DoneShard, dict[str, float]]:
-        """Make one shard; its rows come back, its features are on the disk."""
+        """Make one shard on the disk; returns its rows of the manifest and what it waited for."""
         clock = StageTimer(REST)
         [done] = export_shards(
             self._encoder, plan, [shard], decode_threads=self._decode_threads, clock=clock
         )
-        # a worker that died after it had written the shard: Ray asks the next one
+        # new even where it exists: its worker died after writing it, and Ray retried the task
         return done._replace(is_new=True), clock.seconds()
 
 
 class _Workers:
-    """As many workers as the cluster has GPUs, or CPUs, but no more than there are shards."""
+    """One worker for each GPU of the cluster, or each CPU, but no more than there are shards."""
 
     def __init__(
         self, load: Callable[[], VisionEncoder], device: str, decode_threads: int | None
@@ -191,7 +190,9 @@ class _Workers:
             resources.pop("GPU", None)
         n_gpus = int(resources.get("GPU", 0))
         if device == "cuda" and not n_gpus:
-            raise ArgumentError("device is 'cuda', but the Ray cluster has no GPU; use 'cpu'")
+            raise ArgumentError(
+                "device is 'cuda', but the Ray cluster has no GPU", remedy="use 'cpu'"
+            )
         # an interpreted encoder cannot run in two threads
         self._at_a_time = SHARDS_AT_A_TIME if n_gpus else 1
         self._actor = ray.remote(_Worker).options(
@@ -202,11 +203,11 @@ class _Workers:
             max_task_retries=MAX_TASK_RETRIES,
         )
         self._arguments = load, _threads_of_a_shard(decode_threads, resources)
-        self._most = n_gpus or max(1, int(resources.get("CPU", 1)))
+        self._max_workers = n_gpus or max(1, int(resources.get("CPU", 1)))
         self._actors = [self._actor.remote(*self._arguments)]
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """What one worker answers."""
+        """The answer of one worker."""
         import ray
 
         with _plain_errors():
@@ -215,14 +216,14 @@ class _Workers:
     def export(
         self, plan: ExportPlan, shards: Sequence[int]
     ) -> Iterator[tuple[DoneShard, dict[str, float]]]:
-        """Shards in the order in which they are done."""
+        """Shards in the order in which they are finished."""
         import ray
         from ray.util import ActorPool
 
-        if len(shards) == len(plan.shards):  # else some were there before
-            warn_of_idle(len(shards), self._most, "workers")
+        if len(shards) == len(plan.shards):  # else earlier runs made some
+            warn_of_idle(len(shards), self._max_workers, "workers")
         sent = ray.put(plan)
-        while len(self._actors) < min(self._most, len(shards)):
+        while len(self._actors) < min(self._max_workers, len(shards)):
             self._actors.append(self._actor.remote(*self._arguments))
         pool = ActorPool([actor for actor in self._actors for _ in range(self._at_a_time)])
         for shard in shards:
@@ -232,14 +233,14 @@ class _Workers:
             with _plain_errors():
                 result = pool.get_next_unordered()
             yield result
-            # who has nothing left to do makes room: a dead node's worker may begin anew there
+            # an idle worker makes room: Ray may restart a dead node's worker there
             while (actor := pool.pop_idle()) is not None:
                 idle[actor] += 1
                 if idle[actor] == self._at_a_time:
                     ray.kill(actor)
 
     def end(self) -> None:
-        """At once; one that has ended already is no matter."""
+        """End all workers at once, those that have ended included."""
         import ray
 
         for actor in self._actors:
@@ -247,9 +248,9 @@ class _Workers:
 
 
 def _threads_of_a_shard(wanted: int | None, resources: Mapping[str, float]) -> int:
-    """A GPU's share of the cores is for its worker, whose shards share them again.
+    """Loader threads of one shard: a GPU's share of the cores, divided by its shards.
 
-    An encoder on a CPU does not wait for its images, and wants the cores itself.
+    An encoder on a CPU uses the cores itself.
     """
     n_gpus = int(resources.get("GPU", 0))
     if wanted is not None:
@@ -262,27 +263,27 @@ def _threads_of_a_shard(wanted: int | None, resources: Mapping[str, float]) -> i
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
-    """Be connected to a cluster while the block runs; its workers end with it."""
+    """Connect to a cluster while the block runs; its workers end with it."""
     try:
         import ray
     except ImportError:
         raise ExportError(
-            "--ray needs Ray, which is not installed; pip install 'qwen-vit[ray]'"
+            "--ray needs Ray, which is not installed", remedy="pip install 'qwen-vit[ray]'"
         ) from None
-    if ray.is_initialized():  # by whoever calls us
+    if ray.is_initialized():  # by our caller
         yield
         return
     try:
         check_reachable(address or os.environ.get("RAY_ADDRESS"))
         with _handlers_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    except (OSError, OverflowError, ValueError, RuntimeError) as error:  # a port may be no port
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:  # the port may be invalid
         raise ExportError(
-            f"no Ray cluster answers at {address or 'RAY_ADDRESS'} ({error}); start one with "
-            "`ray start --head`, and write --ray=ADDRESS, or --ray last"
+            f"no Ray cluster answers at {address or 'RAY_ADDRESS'} ({error})",
+            remedy="start one with `ray start --head`, and write --ray=ADDRESS, or --ray last",
         ) from None
     try:
-        with redirect_stdout(sys.stderr):  # Ray prints warnings where our data goes
+        with redirect_stdout(sys.stderr):  # Ray prints warnings to stdout, where our data goes
             yield
     finally:
         ray.shutdown()
@@ -290,7 +291,7 @@ def _cluster(address: str | None) -> Iterator[None]:
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Ray takes signals for itself, and would end the process without a word."""
+    """Restore signal handlers: Ray's own would end the process without a message."""
     is_main = current_thread() is main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
     before = {number: signal.getsignal(number) for number in numbers}
@@ -302,15 +303,15 @@ def _handlers_kept() -> Iterator[None]:
 
 
 def check_reachable(address: str | None) -> None:
-    """Raise OSError where nobody listens at HOST:PORT: Ray itself would ask again for minutes."""
+    """Raise OSError where HOST:PORT refuses a connection: Ray itself would retry for minutes."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """A worker's own errors as they were raised there, and Ray's with what to do."""
+    """Raise a worker's own errors as it raised them, and Ray's with a remedy."""
     from ray.exceptions import RayActorError, RayTaskError
 
     try:
@@ -321,8 +322,7 @@ def _plain_errors() -> Iterator[None]:
         raise
     except RayActorError as error:
         raise ExportError(
-            f"a worker of the Ray cluster died {MAX_TASK_RETRIES + 1} times at one shard, or "
-            "could not be "
-            f"started ({str(error).splitlines()[0]}); whole shards are kept: look at Ray's logs, "
-            "and run the same command again"
+            f"a worker of the Ray cluster died {MAX_TASK_RETRIES + 1} times at one shard, or could "
+            f"not be started ({str(error).splitlines()[0]})",
+            remedy="look at Ray's logs and run the same command again, which keeps whole shards",
         ) from None

@@ -31,7 +31,7 @@ from PIL import Image
 
 from qwen_vit.errors import ExportError
 from qwen_vit.export import ray_cluster
-from qwen_vit.export.plan import ExportOptions
+from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.read import FeatureFile, load_features
 from tests.support import ROOT, kill_harness

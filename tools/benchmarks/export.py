@@ -36,12 +36,16 @@ import transformers
 from PIL import Image
 
 from qwen_vit.batching import TOKEN_BUDGET, pack
-from qwen_vit.common.prefetch import StageTimer, thread_count
+from qwen_vit.common.prefetch import thread_count
 from qwen_vit.config import Grid
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.export.plan import ExportOptions, open_export, target_size
+from qwen_vit.export.background import StageTimer
+from qwen_vit.export.estimate import target_size
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.plan import open_export
+from qwen_vit.export.records import REST
 from qwen_vit.export.run import export_features
-from qwen_vit.export.shards import REST, export_shards
+from qwen_vit.export.shards import export_shards
 from qwen_vit.feature_files.read import load_features
 from tests.support.huggingface import hf_tower
 from tests.support.process_memory import memory_mb

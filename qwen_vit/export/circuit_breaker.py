@@ -1,0 +1,43 @@
+"""A circuit breaker: many consecutive failures have one cause, and end an export."""
+
+from dataclasses import dataclass
+
+from qwen_vit.errors import ExportError, ImageError
+
+__all__ = ["CircuitBreaker"]
+
+
+@dataclass(slots=True)
+class CircuitBreaker:
+    """Stops an export after `limit` consecutive failures: a lost disk, or a broken model.
+
+    >>> breaker = CircuitBreaker(2)
+    >>> breaker.count_done(ImageError("does not exist", name="a.jpg"))
+    >>> breaker.count_done(None)
+    >>> breaker.failed
+    0
+
+    With a limit of 0 it never does. Its methods raise ExportError to stop the export.
+    """
+
+    limit: int
+    unread: int = 0  # consecutive, as they are read, ahead of the encoder
+    failed: int = 0  # consecutive, as they leave it
+
+    def count_read(self, error: ImageError | None) -> None:
+        """Count an image that was read, or its error."""
+        self.unread = 0 if error is None else self.unread + 1
+        self._check(self.unread, error)
+
+    def count_done(self, error: ImageError | None) -> None:
+        """Count an image that was encoded, or its error."""
+        self.failed = 0 if error is None else self.failed + 1
+        self._check(self.failed, error)
+
+    def _check(self, failures: int, error: ImageError | None) -> None:
+        if 0 < self.limit <= failures:
+            raise ExportError(
+                f"stopped after {failures} consecutive failures; last error: {error}",
+                remedy="fix the cause and run the same command again, which keeps whole shards, or "
+                "allow more failures with --max-failures",
+            )

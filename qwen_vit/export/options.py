@@ -1,0 +1,96 @@
+"""How images are exported: the options, and the form that features take under them."""
+
+from dataclasses import dataclass, field
+from typing import Literal, Self, get_args
+
+import torch
+
+from qwen_vit.batching import OnError
+from qwen_vit.common.strict_json import is_integer
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import ArgumentError, check_choice
+from qwen_vit.images.load import ImageLimits
+
+__all__ = ["ExportOptions", "RowFormat"]
+
+ExportOutput = Literal["merged", "patch", "mean"]
+STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """How images are exported.
+
+    >>> ExportOptions(output="mean", part=(2, 8)).shard_size
+    512
+
+    Attributes:
+        output: "merged" rows are what the language model takes, "patch" rows un-merged patches,
+            and "mean" is one row per image, the mean of its merged ones (in float32).
+        dtype: how rows are stored; None: as they were computed.
+        shard_size: images in a shard.
+        on_error: "skip" records an image that fails and goes on; "raise" stops there.
+        part: (I, N) takes every N-th shard, starting with the I-th.
+        max_failures: consecutive failures that stop an export, because something else must be
+            broken (0: never).
+        limits: bounds of what is decoded.
+
+    Raises:
+        ArgumentError: a value makes no sense.
+    """
+
+    output: ExportOutput = "merged"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    shard_size: int = 512
+    on_error: OnError = "skip"
+    part: tuple[int, int] = (1, 1)
+    max_failures: int = 200
+    limits: ImageLimits = field(default_factory=ImageLimits)
+
+    def __post_init__(self) -> None:
+        check_choice("output", self.output, get_args(ExportOutput))
+        check_choice("dtype", self.dtype, (None, *STORAGE))
+        check_choice("on_error", self.on_error, get_args(OnError))
+        is_part = (
+            isinstance(self.part, tuple) and len(self.part) == 2 and all(map(is_integer, self.part))
+        )
+        is_size = is_integer(self.shard_size) and self.shard_size >= 1
+        is_count = is_integer(self.max_failures) and self.max_failures >= 0
+        for is_right, name, expected in (
+            (is_size, "shard_size", "at least 1 image"),
+            (is_part and 1 <= self.part[0] <= self.part[1], "part", "(I, N) with I from 1 to N"),
+            (is_count, "max_failures", "0 (never stop) or more"),
+            (isinstance(self.limits, ImageLimits), "limits", "ImageLimits"),
+        ):
+            if not is_right:
+                raise ArgumentError(f"{name} is {getattr(self, name)!r}", expected=expected)
+
+
+@dataclass(frozen=True, slots=True)
+class RowFormat:
+    """What one row of the features is: its width, its type, and the patches that it stands for.
+
+    `patches_per_row` is None where an image has one row, however many patches.
+    """
+
+    width: int
+    dtype: torch.dtype
+    patches_per_row: int | None
+
+    @classmethod
+    def of(cls, encoder: VisionEncoder, options: ExportOptions) -> Self:
+        """The form that an encoder's features take under these options."""
+        config = encoder.config
+        dtype = encoder.dtype if options.dtype is None else STORAGE[options.dtype]
+        if options.output == "patch":
+            return cls(config.hidden_size, dtype, 1)
+        per_row = None if options.output == "mean" else config.merge_unit
+        return cls(config.out_hidden_size, dtype, per_row)
+
+    def count(self, n_patches: int) -> int:
+        """The rows of an image.
+
+        >>> RowFormat(3_584, torch.bfloat16, 4).count(24)
+        6
+        """
+        return 1 if self.patches_per_row is None else n_patches // self.patches_per_row

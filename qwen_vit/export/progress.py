@@ -1,0 +1,92 @@
+"""The progress of an export: a bar on a terminal, lines in a log."""
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, Self
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from qwen_vit.export.manifest import ManifestRow
+from qwen_vit.export.plan import ExportPlan
+from qwen_vit.features import FailedImage, ImageFeatures
+
+__all__ = ["Progress"]
+
+logger = logging.getLogger("qwen_vit")
+
+LINE_EVERY_S = 60.0
+MAX_FAILURES_LOGGED = 20
+
+
+class _Lines:
+    """Writes whole lines to a log, where a terminal has one line that is overwritten."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        """Nothing to do: every line is already written."""
+
+
+class Progress:
+    """A bar on a terminal, a line a minute in a log; both log the first failures."""
+
+    def __init__(self, plan: ExportPlan, is_shown: bool) -> None:
+        how: dict[str, Any] = {"file": sys.stderr}
+        if is_shown and not sys.stderr.isatty():
+            pause = {"mininterval": LINE_EVERY_S, "maxinterval": LINE_EVERY_S}
+            how = {"file": _Lines(), "delay": LINE_EVERY_S, **pause}
+        self.bar = tqdm(total=plan.n_images, unit="image", disable=not is_shown, smoothing=0, **how)
+        self.tokens = self.bytes = self.failed = 0
+        self.start = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def count(self, features: ImageFeatures | FailedImage) -> None:
+        """Count an image of this process."""
+        if isinstance(features, FailedImage):
+            self._count(0, 0, features.message)
+        else:
+            self._count(len(features.embeds), features.embeds.nbytes)
+
+    def count_shard(self, rows: Sequence[ManifestRow], n_bytes: int) -> None:
+        """Count a shard of another process."""
+        for row in rows:
+            self._count(row.tokens or 0, n_bytes // len(rows), row.error_message)
+
+    def _count(self, tokens: int, n_bytes: int, error: str | None = None) -> None:
+        self.tokens += tokens
+        self.bytes += n_bytes
+        if error is not None:
+            self.failed += 1
+            self._log_failure(error)
+        if not self.bar.disable:
+            rate = self.tokens / max(time.monotonic() - self.start, 1e-9)
+            self.bar.set_postfix_str(
+                f"{rate:,.0f} tokens/s, {self.bytes / 1e6:,.0f} MB, {self.failed} skipped",
+                refresh=False,
+            )
+            self.bar.update()
+
+    def skip(self, count: int) -> None:
+        """Count images that were exported before: they must not change the measured speed."""
+        if not self.bar.disable:
+            self.bar.initial += count
+            self.bar.update(count)
+
+    def _log_failure(self, error: str) -> None:
+        if self.failed > MAX_FAILURES_LOGGED + 1:
+            return
+        with logging_redirect_tqdm():
+            if self.failed <= MAX_FAILURES_LOGGED:
+                logger.warning("skipped: %s", error)
+            else:
+                logger.warning("skipped: more than %d; the manifest has them", MAX_FAILURES_LOGGED)

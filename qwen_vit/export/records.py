@@ -1,0 +1,60 @@
+"""What passes between the stages of an export: images, the start of a shard, a finished shard."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qwen_vit.errors import ImageError
+from qwen_vit.export.manifest import ManifestRow
+from qwen_vit.features import UNKNOWN_SIZE
+from qwen_vit.images.patches import Patches
+from qwen_vit.inputs.listing import Item
+
+__all__ = [
+    "COPY", "ENCODE", "READ", "REST", "STAGES", "WRITE", "DoneShard", "ImageRecord", "ShardStart",
+]  # fmt: skip
+
+# What an export may wait for.
+STAGES = READ, ENCODE, COPY, WRITE, REST = "read and decode", "encode", "copy back", "write", "rest"
+
+ROW_BYTES = 1_000  # of the manifest, in memory, or more
+
+
+@dataclass(slots=True)
+class ImageRecord:
+    """One image on its way into a shard; each stage fills in what it finds."""
+
+    item: Item
+    sha256: str = ""
+    size_px: tuple[int, int] = UNKNOWN_SIZE
+    notes: tuple[str, ...] = ()
+    grid_thw: tuple[int, int, int] = (0, 0, 0)
+    patches: Patches | None = None  # from its file to the encoder
+    n_rows: int = 0  # of its features, as they are stored
+    stage: str = "read"
+    error: ImageError | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """What it holds in memory until it is encoded."""
+        return 0 if self.patches is None else self.patches.pixels.nbytes
+
+
+class ShardStart(NamedTuple):
+    """Precedes a shard's images; a shard that exists already has its `rows`, and no images."""
+
+    shard: int
+    n_images: int
+    rows: list[ManifestRow] | None
+
+    @property
+    def n_bytes(self) -> int:
+        """What it holds in memory."""
+        return ROW_BYTES * len(self.rows or ())
+
+
+class DoneShard(NamedTuple):
+    """A whole shard and its rows of the manifest; `is_new` is False if it existed before."""
+
+    shard: int
+    rows: list[ManifestRow]
+    is_new: bool

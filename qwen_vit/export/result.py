@@ -1,0 +1,74 @@
+"""What an export did: counted shard by shard, and reported at its end."""
+
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen_vit.export.plan import ExportPlan
+from qwen_vit.export.records import STAGES, DoneShard
+
+__all__ = ["ExportCounts", "ExportReport"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What an export did: the images of its part, those of earlier runs included.
+
+    Attributes:
+        images, exported: how many images the part has, and how many of them have features.
+        failed: how many images failed, by the code of their error.
+        resumed: images of shards that existed before this run.
+        rows, bytes: those of the part's shards.
+        seconds: the duration of this run.
+        waits: how many seconds of this run went to waiting for each stage.
+        shards, shards_missing: those of the whole folder; other parts may still be missing.
+    """
+
+    folder: Path
+    manifest: Path
+    images: int
+    exported: int
+    failed: dict[str, int]
+    resumed: int
+    rows: int
+    bytes: int
+    seconds: float
+    waits: dict[str, float] = field(default_factory=dict)
+    shards: int = 0
+    shards_missing: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for a JSON document."""
+        return {**asdict(self), "folder": str(self.folder), "manifest": str(self.manifest)}
+
+
+@dataclass(slots=True)
+class ExportCounts:
+    """What an export has done so far."""
+
+    exported: int = 0
+    resumed: int = 0
+    rows: int = 0
+    bytes: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    start: float = field(default_factory=time.monotonic)
+
+    def count(self, plan: ExportPlan, done: DoneShard) -> None:
+        """Add a whole shard."""
+        good = [row for row in done.rows if row.status == "ok"]
+        self.failed.update(row.error_code or "" for row in done.rows if row.status != "ok")
+        self.resumed += 0 if done.is_new else len(done.rows)
+        self.exported += len(good)
+        self.rows += sum(row.tokens or 0 for row in good)
+        self.bytes += plan.path(done.shard).stat().st_size
+
+    def report(self, plan: ExportPlan, manifest: Path, waits: dict[str, float]) -> ExportReport:
+        """The report of an export that has ended; `waits` are seconds by stage."""
+        return ExportReport(
+            plan.folder, manifest, plan.n_images, self.exported, dict(self.failed.most_common()),
+            self.resumed, self.rows, self.bytes, round(time.monotonic() - self.start, 3),
+            {stage: round(waits.get(stage, 0.0), 3) for stage in STAGES},
+            len(plan.all_shards), sum(not plan.path(shard).exists() for shard in plan.all_shards),
+        )  # fmt: skip
