@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qwen_vit import VisionEncoder
+from qwen_vit.checkpoint.published_tensors import GivenTensors
 from qwen_vit.cli import main as cli_module
 from qwen_vit.common import atomic_file as atomic_file_module
 from qwen_vit.compare import huggingface as reference
@@ -630,8 +631,9 @@ def test_a_fault_in_one_tensor_of_a_checkpoint_is_found_and_its_stage_named(
 
 def test_other_weights_that_give_the_same_numbers_agree_and_are_named(golden: Golden) -> None:
     """The same values stored as float32: another hash, the same model."""
-    tensors = {name: tensor.float() for name, tensor in encoder().checkpoint.tensors.items()}
-    other = replace(encoder(), checkpoint=replace(encoder().checkpoint, tensors=tensors))
+    tensors = encoder().checkpoint.tensors
+    given = GivenTensors({name: (tensor.float(),) for name, tensor in tensors.items()})
+    other = replace(encoder(), checkpoint=replace(encoder().checkpoint, tensors=given))
     done = compare_with_golden(other, golden, [CHELSEA])
     assert done.passed
     assert "weights differ from the golden's" in as_text(done).splitlines()[-2]

@@ -37,7 +37,8 @@ def encoder(device: str = "cpu") -> VisionEncoder:
 
 
 def embeds_of(some: VisionEncoder) -> list[Tensor]:
-    return [features.embeds.cpu() for features in some.encode(list(IMAGES))]
+    """Each image alone: on a CPU the bits may depend on the batch."""
+    return [some.encode([image])[0].embeds.cpu() for image in IMAGES]
 
 
 @cache

@@ -96,7 +96,6 @@ def code_of(block: str) -> str:
     return re.sub(r"^(>>>|\.\.\.) ?", "", block, flags=re.MULTILINE) if ">>>" in block else block
 
 
-@pytest.mark.xfail(strict=False, reason="types of encode land separately")
 @pytest.mark.parametrize("page", PAGES)
 def test_the_python_of_a_page_passes_mypy_strict(page: str, tmp_path: Path) -> None:
     """All blocks of a page as one module, as a reader would paste them into a typed program."""

@@ -298,4 +298,4 @@ def _out_of_memory(name: str, encoder: VisionEncoder) -> ImageError:
 
 
 def _without_remedy(error: ImageError) -> str:
-    return str(ImageError(error.fact, name=error.name))
+    return str(ImageError(error.fact, name=error.name, code=error.code))

@@ -268,7 +268,7 @@ def _cluster(address: str | None) -> Iterator[None]:
         import ray
     except ImportError:
         raise ExportError(
-            "--ray needs Ray, which is not installed", remedy="pip install 'qwen-vit[ray]'"
+            "--ray needs Ray, which is not installed", remedy="run pip install 'qwen-vit[ray]'"
         ) from None
     if ray.is_initialized():  # by our caller
         yield

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qwen_vit.checkpoint.published_tensors import GivenTensors
 from qwen_vit.encoder import VisionEncoder
 from tests.support.towers import build_tower
 
@@ -50,5 +51,6 @@ def inject_fault(encoder: VisionEncoder, fault: WeightFault, seed: int = 0) -> V
     """The same encoder, its checkpoint damaged."""
     tensors = dict(encoder.checkpoint.tensors)
     tensors[fault.tensor] = damaged(tensors[fault.tensor], fault.fault, seed)
+    given = GivenTensors({name: (tensor,) for name, tensor in tensors.items()})
     tower = build_tower(tensors, encoder.config, encoder.image_config, encoder.dtype)
-    return replace(encoder, tower=tower, checkpoint=replace(encoder.checkpoint, tensors=tensors))
+    return replace(encoder, tower=tower, checkpoint=replace(encoder.checkpoint, tensors=given))
