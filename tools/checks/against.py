@@ -1,0 +1,96 @@
+"""Hold this checkout against another one: the same bits, and on a GPU the same speed.
+
+A change that must alter no result is checked so: outputs over random layouts are hashed in both
+checkouts, and on a GPU each is timed in interleaved runs, with the other one twice (A/A), which
+shows what chance does.
+
+    git worktree add ../before HEAD~1
+    python -m tools.checks.against ../before
+    python -m tools.checks.against ../before --model tiny --layouts 20 --pairs 0   # on a CPU
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from tools.common import ROOT, default_device, four_digits, ledger_options, ledger_row, publish
+from tools.random_tower import write_model
+
+CHILD = Path(__file__).with_name("against_child.py")
+
+
+def run_child(checkout: Path, *arguments: str) -> dict[str, Any]:
+    """What the child prints when `qwen_vit` is imported from `checkout`."""
+    done = subprocess.run(
+        [sys.executable, str(CHILD), *arguments],
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+        cwd=tempfile.gettempdir(),  # not in this checkout, whose package would be found first
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise click.ClickException(f"{checkout}: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def medians(other: Path, model: str, pairs: int) -> dict[str, dict[str, float]]:
+    """Workload -> the median milliseconds of ours, the other's, and the other's again."""
+    times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for _ in range(pairs):
+        for side, checkout in (("ours", ROOT), ("other", other), ("again", other)):
+            for workload, ms in run_child(checkout, "speed", model).items():
+                times[workload][side].append(ms)
+    return {
+        workload: {side: four_digits(statistics.median(ms)) for side, ms in sides.items()}
+        for workload, sides in times.items()
+    }
+
+
+@click.command(help=__doc__)
+@click.argument("other", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--model", help="A folder, or 'tiny'.  [default: the 7B shape, random weights]")
+@click.option("--layouts", default=200, show_default=True)
+@click.option("--pairs", default=5, show_default=True, help="Timed runs of each; 0: none.")
+@ledger_options
+def main(
+    other: Path, model: str | None, layouts: int, pairs: int, ledger: Path | None, commit: str
+) -> None:
+    """Hash, time, print, and exit 1 where a bit differs."""
+    other = other.resolve()
+    git = ["git", "-C", str(other), "rev-parse", "--short", "HEAD"]
+    named = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    with tempfile.TemporaryDirectory() as folder:
+        if model is None:
+            write_model(Path(folder), default_device())
+        chosen = model or folder
+        ours, theirs = (
+            run_child(checkout, "hashes", chosen, str(layouts)) for checkout in (ROOT, other)
+        )
+        times = medians(other, chosen, pairs) if pairs and torch.cuda.is_available() else {}
+    for kind, digest in ours.items():
+        print(f"{kind:<24}{'the same bits' if theirs.get(kind) == digest else 'OTHER BITS'}")
+    for workload, ms in times.items():
+        ratios = f"{ms['ours'] / ms['other']:.4f}   A/A {ms['again'] / ms['other']:.4f}"
+        print(f"{workload:<24}{ms['ours']:>8.3f} / {ms['other']:.3f} ms = {ratios}")
+    same = ours == theirs
+    row = ledger_row(
+        "against", commit, default_device(), ("triton",), other=named or str(other), same_bits=same,
+        model=model or "7B shape, random weights", layouts=layouts, pairs=pairs, ms=times,
+    )  # fmt: skip
+    publish(row, ledger)
+    sys.exit(0 if same else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What `tools.checks.against` runs in each checkout: only the public API, so that old ones run it.
+
+python against_child.py hashes MODEL LAYOUTS   sha256 of outputs over random layouts, as JSON
+python against_child.py speed MODEL            GPU milliseconds of some workloads, as JSON
+"""
+
+import hashlib
+import json
+import random
+import sys
+
+import numpy as np
+import torch
+
+from qwen_vit import VisionEncoder
+
+WORKLOADS = ("1 x 448^2", "1 x 896^2", "1 x 1344^2", "32 x 448^2")
+
+
+def hashes(model: str, layouts: int) -> dict[str, str]:
+    """Merged and un-merged outputs, by dtype, with graphs and without."""
+    on_gpu = torch.cuda.is_available()
+    found = {}
+    for dtype in ("bfloat16", "float32") if on_gpu else ("float32",):
+        for graphs in (True, False) if on_gpu else (False,):
+            encoder = VisionEncoder.from_pretrained(model, dtype=dtype, cuda_graphs=graphs)
+            chance, digest = random.Random(0), hashlib.sha256()
+            for case in range(layouts):
+                grids = [
+                    (chance.choice((1, 1, 1, 2)), *(2 * chance.randint(1, 24) for _ in range(2)))
+                    for _ in range(chance.randint(1, 6))
+                ]
+                rows = torch.randn(
+                    sum(t * h * w for t, h, w in grids), 1176,
+                    generator=torch.Generator().manual_seed(case),
+                )  # fmt: skip
+                merged = encoder.encode_patches(rows.to(encoder.device), torch.tensor(grids))
+                digest.update(merged.float().cpu().numpy().tobytes())
+                if case % 4 == 0:
+                    numbers = np.random.default_rng(case)
+                    images = [
+                        numbers.integers(0, 256, (14 * h, 14 * w, 3), dtype=np.uint8)
+                        for _, h, w in grids
+                    ]
+                    both = [*encoder.encode(images), *encoder.encode(images, output="patch")]
+                    for features in both:
+                        digest.update(features.embeds.float().cpu().numpy().tobytes())
+            found[f"{dtype}, {'graphs' if graphs else 'no graphs'}"] = digest.hexdigest()
+    return found
+
+
+def speed(model: str) -> dict[str, float]:
+    """Milliseconds by workload."""
+    from qwen_vit.benchmark import bench
+
+    encoder = VisionEncoder.from_pretrained(model, device="cuda")
+    return {row.workload: row.ms for row in bench(encoder, WORKLOADS)}
+
+
+if __name__ == "__main__":
+    what, name, *rest = sys.argv[1:]
+    print(json.dumps(hashes(name, int(rest[0])) if what == "hashes" else speed(name)))
