@@ -657,6 +657,90 @@ def test_an_exports_own_listing_takes_it_up_again(export_dir: Path) -> None:
     assert files() == before
 
 
+def reword_listing_errors(patch: pytest.MonkeyPatch, code: str | None = None) -> None:
+    """List as another version of the package does, with other words for what is wrong."""
+
+    def items(*arguments: Any) -> Any:
+        for item in find_items(*arguments):
+            words = item.error and (code or item.error[0], f"{item.id} was worded differently")
+            yield replace(item, error=words)
+
+    patch.setattr(plan_module, "find_items", items)
+
+
+def list_as_before(folder: Path) -> None:
+    """Word an export's listing as an older version did, as if that had begun the export."""
+    lines = [json.loads(line) for line in (folder / "listing.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines if "error" in line] == ["torn.tar"]
+    for line in lines:
+        if "error" in line:
+            line["error"][1] = "torn.tar was worded differently"
+    listing = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    settings = json.loads((folder / "export.json").read_text())
+    settings["listing_sha256"] = export_stress.hashlib.sha256(listing).hexdigest()
+    (folder / "listing.jsonl").write_bytes(listing)
+    (folder / "export.json").write_text(json.dumps(settings, sort_keys=True, indent=1) + "\n")
+
+
+def test_a_listing_that_differs_in_messages_alone_is_resumed(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each version words errors in its own way; the listing's hash is part of every shard."""
+    Path("p/torn.tar").write_bytes(b"x" * 600)
+    with monkeypatch.context() as older:
+        reword_listing_errors(older)
+        export()
+    before = files()
+    for name in ("shard-00000000.safetensors", "shard-00000002.safetensors"):
+        Path("out", name).unlink()  # of good images; and of the tar that is damaged
+    assert estimate_export(FakeEncoder(), ["p"], SMALL, folder="out").images == 12
+    for part in ((1, 2), (1, 1)):
+        done = export(options=replace(SMALL, part=part))
+        assert files() == before
+    assert (done.resumed, done.failed) == (12, {"truncated": 2})
+    messages = {error.id: error.message for error in load_features("out").errors}
+    assert messages["torn.tar"] == "torn.tar was worded differently"
+    [line] = [line for line in before["listing.jsonl"].splitlines() if b"torn.tar" in line]
+    assert b"worded differently" in line
+
+
+def test_an_edited_listing_is_kept_only_if_the_export_began_with_it(export_dir: Path) -> None:
+    Path("p/torn.tar").write_bytes(b"x" * 600)
+    with plan_of(options=replace(SMALL, part=(1, 2))):  # which stops before any shard
+        pass
+    new = files()
+    list_as_before(export_dir / "out")
+    with plan_of(options=replace(SMALL, part=(1, 2))) as plan:
+        assert plan.listing.shard(2)[-2].error == ("truncated", "torn.tar was worded differently")
+        assert plan.settings["listing_sha256"] == plan.listing.sha256
+    assert b"worded differently" in files()["listing.jsonl"]
+    Path("out/export.json").write_bytes(new["export.json"])  # of another listing than the edited
+    with plan_of(options=replace(SMALL, part=(1, 2))):
+        assert files()["listing.jsonl"] == new["listing.jsonl"]
+
+
+@pytest.mark.parametrize("change", ["code", "order", "more"])
+def test_a_listing_that_differs_in_more_than_messages_is_refused(
+    export_dir: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("p/torn.tar").write_bytes(b"x" * 600)
+    with monkeypatch.context() as older:
+        reword_listing_errors(older, code="damaged" if change == "code" else None)
+        export()
+    before = files()
+    inputs, difference = ["p"], "1 in another place, first torn.tar"
+    if change == "more":
+        Path("p/y.png").write_bytes(b"")
+        difference = "its images: 1 new, first y.png. To"  # and no word of the messages
+    elif change == "order":
+        lines = Path("out/listing.jsonl").read_text().splitlines()
+        Path("l.jsonl").write_text("\n".join(reversed(lines)).replace("worded", "said"))
+        inputs, difference = ["l.jsonl"], "its images: in another order"
+    with pytest.raises(ExportError, match=difference):
+        export(*inputs)
+    assert files() == before
+
+
 def test_a_damaged_description_is_refused(export_dir: Path) -> None:
     export()
     Path("out/export.json").write_text("{")

@@ -113,6 +113,30 @@ def test_a_workers_error_is_the_users_own_and_the_folder_is_given_back(
         export_on_ray("tiny", [str(images)], tmp_path / "out", options)
     assert "ray" not in str(caught.value)
     assert not (tmp_path / "out" / "lock").exists()
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    with pytest.raises(ImageError) as alone:
+        export_features(encoder, [str(images)], tmp_path / "alone", options)
+    assert fields(caught.value) == fields(alone.value)
+
+
+def fields(error: ImageError) -> tuple[str, ...]:
+    return error.name, error.fact, error.expected, error.remedy, error.code, str(error)
+
+
+def test_every_field_of_an_error_crosses_processes(cluster: str) -> None:
+    """Python's own pickling of exceptions keeps their first argument alone."""
+    error = ImageError(
+        "ratio of 333", name="a\tb.png", expected="at most 200", remedy="crop it", code="ratio"
+    )
+
+    @ray.remote
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(ImageError) as caught, _plain_errors():
+        ray.get(fail.remote())
+    assert type(caught.value) is ImageError
+    assert fields(caught.value) == fields(error)
 
 
 @pytest.mark.parametrize(
