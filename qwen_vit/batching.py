@@ -185,7 +185,7 @@ class ImageLoader:
                 remedy="build them with this encoder's image_config",
                 code="patches",
             )
-        check_grids(patches.grids, self.config, f"{name}, grids")
+        check_grids(patches.grids, self.config, name)
         return LoadedImage(name, patches=patches)
 
 

@@ -73,8 +73,8 @@ def _frame(h: int, w: int, merge: int, window_units: int) -> _Frame:
     )
 
 
-def check_grids(grids: Iterable[Grid], config: VisionConfig, name: str = "grid_thw") -> None:
-    """Refuse a grid that no image can have; errors call the grids `name`.
+def check_grids(grids: Iterable[Grid], config: VisionConfig, image: str = "") -> None:
+    """Refuse a grid that no image can have; errors name `image`, where there is one.
 
     Raises ImageError (code `grid`) when a side is not positive or not a multiple of the merge size.
     """
@@ -87,7 +87,8 @@ def check_grids(grids: Iterable[Grid], config: VisionConfig, name: str = "grid_t
         else:
             continue
         raise ImageError(
-            f"{name}[{index}] is ({grid.t}, {grid.h}, {grid.w})",
+            f"grid_thw[{index}] is ({grid.t}, {grid.h}, {grid.w})",
+            name=image,
             expected=expected,
             remedy="pass the grid that the processor returned with these pixels",
             code="grid",

@@ -670,7 +670,7 @@ def test_patches_that_are_not_this_encoders_fail_alone() -> None:
     bad = {
         r"image 1: patches of 192 values\. Expected 588\.": (192, Grid(1, 4, 4)),
         r"image 2: patches of 1176 values\. Expected 588\.": (1176, Grid(1, 4, 4)),
-        r"image 3, grids\[0\] is \(1, 3, 5\)\. Expected height and width": (588, Grid(1, 3, 5)),
+        r"image 3: grid_thw\[0\] is \(1, 3, 5\)\. Expected height and width": (588, Grid(1, 3, 5)),
     }
     patches = [
         Patches(torch.zeros(grid.n_patches, values, dtype=torch.uint8), (grid,))
