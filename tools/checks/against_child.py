@@ -7,8 +7,8 @@ python against_child.py speed MODEL            GPU milliseconds of some workload
 import hashlib
 import json
 import random
-import sys
 
+import click
 import numpy as np
 import torch
 
@@ -17,7 +17,15 @@ from qwen_vit import VisionEncoder
 WORKLOADS = ("1 x 448^2", "1 x 896^2", "1 x 1344^2", "32 x 448^2")
 
 
-def hashes(model: str, layouts: int) -> dict[str, str]:
+@click.group(help=__doc__)
+def main() -> None:
+    """Run one of the two."""
+
+
+@main.command()
+@click.argument("model")
+@click.argument("layouts", type=int)
+def hashes(model: str, layouts: int) -> None:
     """Merged and un-merged outputs, by dtype, with graphs and without."""
     on_gpu = torch.cuda.is_available()
     found = {}
@@ -46,17 +54,18 @@ def hashes(model: str, layouts: int) -> dict[str, str]:
                     for features in both:
                         digest.update(features.embeds.float().cpu().numpy().tobytes())
             found[f"{dtype}, {'graphs' if graphs else 'no graphs'}"] = digest.hexdigest()
-    return found
+    click.echo(json.dumps(found))
 
 
-def speed(model: str) -> dict[str, float]:
+@main.command()
+@click.argument("model")
+def speed(model: str) -> None:
     """Milliseconds by workload."""
     from qwen_vit.benchmark import bench
 
     encoder = VisionEncoder.from_pretrained(model, device="cuda")
-    return {row.workload: row.ms for row in bench(encoder, WORKLOADS)}
+    click.echo(json.dumps({row.workload: row.ms for row in bench(encoder, WORKLOADS)}))
 
 
 if __name__ == "__main__":
-    what, name, *rest = sys.argv[1:]
-    print(json.dumps(hashes(name, int(rest[0])) if what == "hashes" else speed(name)))
+    main()
