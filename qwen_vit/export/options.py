@@ -9,7 +9,7 @@ from qwen_vit.batching import OnError
 from qwen_vit.common.strict_json import is_integer
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, check_choice
-from qwen_vit.images.load import ImageLimits
+from qwen_vit.images.image import ImageLimits
 
 __all__ = ["ExportOptions", "RowFormat"]
 

@@ -26,14 +26,7 @@ from qwen_vit.images.image import (
     check_file_bytes,
 )
 
-__all__ = [
-    "ArrayLayout",
-    "ImageLimits",
-    "ImageSource",
-    "RgbImage",
-    "load_image",
-    "read_image_file",
-]
+__all__ = ["load_image", "read_image_file"]
 
 # Types that are passed by mistake, and the next step.
 NOT_ONE_IMAGE: dict[type | tuple[type, ...], str] = {
