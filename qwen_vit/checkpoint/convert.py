@@ -24,7 +24,9 @@ from qwen_vit.weight_format import (
 )
 
 __all__ = [
+    "Recipe",
     "convert",
+    "recipes",
     "rotary_permutation",
 ]
 
@@ -39,6 +41,7 @@ RENAMES = (
     ("merger.mlp.2.bias", "merger.fc2.bias"),
 )
 PATCH_WEIGHT = "patch_embed.proj.weight"
+PATCH_TENSORS = ("patch_embed.weight", "patch_embed.pixel_weight", "patch_embed.pixel_bias")
 # Block by block, (published, the model's).
 RENAMES_IN_BLOCKS = (
     ("attn.proj.weight", "attn.proj.weight"),
@@ -74,84 +77,101 @@ def convert(
     patch embedding, small and in float64, is made on the CPU. The bits depend on neither device.
     Raises CheckpointError for NaN or infinite weights, by name, or by what `locate` makes of it.
     """
-    exponent = pixel_weight_exponent(dtype)
-    recipes = list(_recipes(config, dtype, device))
-    sources = [name for recipe in recipes for name in recipe.sources]
+    planned = list(recipes(config, image_config, dtype, device, locate=locate))
+    sources = [name for recipe in planned for name in recipe.sources]
     arriving = to_device((tensors[name] for name in sources), device)
-    state, limits = {}, []
-    for recipe in recipes:
+    state: dict[str, Tensor] = {}
+    limits = []
+    for recipe in planned:
         made = recipe.make(*islice(arriving, len(recipe.sources)))
-        state[recipe.target] = made
+        state |= zip(recipe.targets, made, strict=True)
         # a product with NaN or infinity is not finite either, so it stands for its sources
-        limits.append(extremes(made))
-    patch_weight = check_finite(tensors[PATCH_WEIGHT], locate(PATCH_WEIGHT))
-    patch = _patch_embedding(patch_weight.cpu(), image_config, exponent, padded_pixel_size(config))
-    are_finite = torch.stack(limits).isfinite().all(1).tolist()  # waits for the device, once
-    for recipe, is_finite in zip(recipes, are_finite, strict=True):
-        if not is_finite:
+        limits += [extremes(tensor).float() for tensor in made]
+    are_finite = iter(torch.stack(limits).isfinite().all(1).tolist())  # waits for the device, once
+    for recipe in planned:
+        if not all(list(islice(are_finite, len(recipe.targets)))):
             for name in recipe.sources:
                 check_finite(tensors[name], locate(name))
-            check_finite(state[recipe.target], f"{' with '.join(recipe.sources)} in {dtype}")
-    return state | {name: tensor.to(device) for name, tensor in patch.items()}
+            for target in recipe.targets:
+                check_finite(state[target], f"{' with '.join(recipe.sources)} in {dtype}")
+    return state
 
 
 @dataclass(frozen=True, slots=True)
-class _Recipe:
-    """What one of the model's tensors is made of, by published names, and how."""
+class Recipe:
+    """How some of the model's tensors, its `targets`, are made of published ones, its `sources`."""
 
-    target: str
+    targets: tuple[str, ...]
     sources: tuple[str, ...]
-    make: Callable[..., Tensor]
+    make: Callable[..., tuple[Tensor, ...]]
 
 
-def _recipes(config: VisionConfig, dtype: torch.dtype, device: torch.device) -> Iterator[_Recipe]:
-    """All but the patch embedding, in the order in which published tensors are read, each once."""
+def recipes(
+    config: VisionConfig,
+    image_config: ImageConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    locate: Callable[[str], str] = str,
+) -> Iterator[Recipe]:
+    """Yield how each of the model's tensors is made, in the order in which files hold the sources.
+
+    Every published tensor is a source of one recipe. A recipe takes its sources on `device`.
+    """
     I_padded = padded_mlp_size(config)
     order = _rotary_order(config).to(device)
 
-    def same(tensor: Tensor) -> Tensor:
+    def same(tensor: Tensor) -> tuple[Tensor]:
         # a copy: the source may be a map of a file that is gone tomorrow, or someone's tensor
-        return tensor.to(dtype, copy=True)
+        return (tensor.to(dtype, copy=True),)
 
     def folded(weight: Tensor, gain: Tensor) -> Tensor:
         # W (g * x) = (W g) x, and the product of two bfloat16 numbers is exact in float32
         return (weight.float() * gain.float()).to(dtype)
 
-    def qkv_weight(weight: Tensor, gain: Tensor) -> Tensor:
-        return folded(weight, gain)[order]
+    def qkv_weight(weight: Tensor, gain: Tensor) -> tuple[Tensor]:
+        return (folded(weight, gain)[order],)
 
-    def qkv_bias(bias: Tensor) -> Tensor:
-        return bias.to(dtype)[order]
+    def qkv_bias(bias: Tensor) -> tuple[Tensor]:
+        return (bias.to(dtype)[order],)
 
-    def gate_up_weight(gate: Tensor, up: Tensor, gain: Tensor) -> Tensor:
-        return interleave(*(_pad(folded(half, gain), 0, I_padded) for half in (gate, up)))
+    def gate_up_weight(gate: Tensor, up: Tensor, gain: Tensor) -> tuple[Tensor]:
+        return (interleave(*(_pad(folded(half, gain), 0, I_padded) for half in (gate, up))),)
 
-    def gate_up_bias(gate: Tensor, up: Tensor) -> Tensor:
-        return interleave(*(_pad(half.to(dtype), 0, I_padded) for half in (gate, up)))
+    def gate_up_bias(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+        return (interleave(*(_pad(half.to(dtype), 0, I_padded) for half in (gate, up))),)
 
-    def down_weight(down: Tensor) -> Tensor:
-        return _pad(down.to(dtype), 1, I_padded)
+    def down_weight(down: Tensor) -> tuple[Tensor]:
+        return (_pad(down.to(dtype), 1, I_padded),)
+
+    def patch_embedding(weight: Tensor) -> tuple[Tensor, ...]:
+        # small, and in float64: on the CPU, so that its bits do not depend on the device
+        checked = check_finite(weight, locate(PATCH_WEIGHT)).cpu()
+        exponent, width = pixel_weight_exponent(dtype), padded_pixel_size(config)
+        parts = _patch_embedding(checked, image_config, exponent, width)
+        return tuple(part.to(device) for part in parts)
 
     for published, ours in RENAMES:
-        yield _Recipe(ours, (published,), same)
+        yield Recipe((ours,), (published,), same)
     for i in range(config.depth):
         block = f"blocks.{i}."
         norm1, norm2 = f"{block}norm1.weight", f"{block}norm2.weight"
         qkv, gate_up, down = f"{block}attn.qkv", f"{block}mlp.gate_up", f"{block}mlp.down"
         gate, up = f"{block}mlp.gate_proj", f"{block}mlp.up_proj"
         for published, ours in RENAMES_IN_BLOCKS:
-            yield _Recipe(block + ours, (block + published,), same)
-        yield _Recipe(f"{qkv}.weight", (f"{qkv}.weight", norm1), qkv_weight)
-        yield _Recipe(f"{qkv}.bias", (f"{qkv}.bias",), qkv_bias)
+            yield Recipe((block + ours,), (block + published,), same)
+        yield Recipe((f"{qkv}.weight",), (f"{qkv}.weight", norm1), qkv_weight)
+        yield Recipe((f"{qkv}.bias",), (f"{qkv}.bias",), qkv_bias)
         sources = (f"{gate}.weight", f"{up}.weight", norm2)
-        yield _Recipe(f"{gate_up}.weight", sources, gate_up_weight)
-        yield _Recipe(f"{gate_up}.bias", (f"{gate}.bias", f"{up}.bias"), gate_up_bias)
-        yield _Recipe(f"{down}.weight", (f"{down}_proj.weight",), down_weight)
+        yield Recipe((f"{gate_up}.weight",), sources, gate_up_weight)
+        yield Recipe((f"{gate_up}.bias",), (f"{gate}.bias", f"{up}.bias"), gate_up_bias)
+        yield Recipe((f"{down}.weight",), (f"{down}_proj.weight",), down_weight)
+    yield Recipe(PATCH_TENSORS, (PATCH_WEIGHT,), patch_embedding)
 
 
 def _patch_embedding(
     weight: Tensor, image_config: ImageConfig, exponent: int, K: int
-) -> dict[str, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     mean = torch.tensor(image_config.image_mean, dtype=torch.float64).view(3, 1, 1, 1)
     std = torch.tensor(image_config.image_std, dtype=torch.float64).view(3, 1, 1, 1)
     stored = torch.float32 if exponent == 0 else torch.float16
@@ -178,11 +198,7 @@ def _patch_embedding(
                 name=PATCH_WEIGHT,
                 remedy="use dtype float32, or download the checkpoint again",
             )
-    return {
-        "patch_embed.weight": row_weight,
-        "patch_embed.pixel_weight": pixel_weight,
-        "patch_embed.pixel_bias": pixel_bias,
-    }
+    return row_weight, pixel_weight, pixel_bias
 
 
 def _rotary_order(config: VisionConfig) -> Tensor:

@@ -15,17 +15,13 @@ from qwen_vit.checkpoint.published_tensors import (
     LazyTensors,
     PublishedTensors,
 )
-from qwen_vit.checkpoint.tower_names import check_tower, find_prefix
+from qwen_vit.checkpoint.tower_names import check_tower, find_prefix, tensor_info
 from qwen_vit.checkpoint.weight_files import RemoteFiles, StoredTensor, find_tensors
-from qwen_vit.common.safetensors_header import TensorInfo
 from qwen_vit.common.strict_json import read_json, short_repr
 from qwen_vit.config import ImageConfig, VisionConfig, check_consistent
 from qwen_vit.errors import ArgumentError, CheckpointError
 
 __all__ = ["Checkpoint", "Tower", "config_hash", "find_tower", "load_checkpoint"]
-
-# As safetensors' headers call the types that a tower may have.
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +98,7 @@ class Checkpoint:
             for name in tensors
             if name.startswith(prefix)
         }
-        infos = {name: _info(tensor) for name, tensor in given.items()}
+        infos = {name: tensor_info(tensor) for name, tensor in given.items()}
         parts_of = check_tower(infos, config, source="tensors", locate=lambda name: prefix + name)
         return cls(
             config=config,
@@ -213,11 +209,6 @@ def _check_given(tensor: object, name: str) -> Tensor:
             remedy="load the weights first",
         )
     return tensor.detach()
-
-
-def _info(tensor: Tensor) -> TensorInfo:
-    dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
-    return TensorInfo(dtype, tuple(tensor.shape), 0, tensor.nbytes)
 
 
 def _read_image_config(folder: Path) -> tuple[ImageConfig, Path | None]:

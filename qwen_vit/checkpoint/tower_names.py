@@ -3,18 +3,32 @@
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 
+import torch
+from torch import Tensor
+
 from qwen_vit.common.safetensors_header import TensorInfo
 from qwen_vit.config import VisionConfig
 from qwen_vit.errors import CheckpointError
 
-__all__ = ["ANCHOR_KEY", "check_tower", "expected_tensors", "find_prefix", "tower_prefixes"]
+__all__ = [
+    "ANCHOR_KEY",
+    "check_tensor",
+    "check_tower",
+    "expected_tensors",
+    "find_prefix",
+    "tensor_info",
+    "tower_prefixes",
+]
 
 # What precedes a tower's names: "visual." (the Hub's files), "model.visual." (transformers >= 4.52
 # in memory), "thinker.visual." (Qwen2.5-Omni), nothing (a tower saved alone), or a longer path in a
 # larger model. All are found by the one name that every tower has once.
 ANCHOR_KEY = "patch_embed.proj.weight"
 
-STORED_DTYPES = ("F32", "BF16", "F16")
+# As safetensors' headers call the types that a tower may have.
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+STORED_DTYPES = tuple(DTYPE_NAMES.values())
+SPLIT_QKV = re.compile(r"\.attn\.[qkv]\.")  # as Qwen2.5-Omni stores them
 USE_ITS_CONFIG = "use the config.json that belongs to the weights"
 
 # Names that only other towers have.
@@ -129,13 +143,43 @@ def check_tower(
         shape = (shapes[name][0] // len(parts), *shapes[name][1:])
         for part in parts:
             if infos[part].shape != shape:
-                raise CheckpointError(
-                    f"has the shape {list(infos[part].shape)}",
-                    name=locate(part),
-                    expected=f"{list(shape)} from config.json",
-                    remedy=USE_ITS_CONFIG,
-                )
+                _check_shape(locate(part), infos[part], shape)
     return parts_of
+
+
+def check_tensor(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless this is one tensor of a tower with `shapes`, by name.
+
+    >>> shapes = {"merger.ln_q.weight": (1280,)}
+    >>> check_tensor("merger.ln_q.weight", torch.ones(80), shapes)
+    Traceback (most recent call last):
+    qwen_vit.errors.CheckpointError: merger.ln_q.weight: has the shape [80]. \
+Expected [1280] from config.json. Use the config.json that belongs to the weights.
+    """
+    info = tensor_info(tensor)
+    _refuse_other_towers({name: info}, "the vision weights", str)
+    _refuse_quantised({name: info}, "the vision weights", str)
+    joined = SPLIT_QKV.sub(".attn.qkv.", name)
+    if joined not in shapes:
+        raise CheckpointError("not a tensor of this vision tower", name=name, remedy=USE_ITS_CONFIG)
+    n_parts = 1 if joined == name else 3
+    _check_shape(name, info, (shapes[joined][0] // n_parts, *shapes[joined][1:]))
+
+
+def tensor_info(tensor: Tensor) -> TensorInfo:
+    """What a file's header would say of a tensor."""
+    dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
+    return TensorInfo(dtype, tuple(tensor.shape), 0, tensor.nbytes)
+
+
+def _check_shape(name: str, info: TensorInfo, shape: tuple[int, ...]) -> None:
+    if info.shape != shape:
+        raise CheckpointError(
+            f"has the shape {list(info.shape)}",
+            name=name,
+            expected=f"{list(shape)} from config.json",
+            remedy=USE_ITS_CONFIG,
+        )
 
 
 def _parts(name: str, *, split: bool) -> tuple[str, ...]:

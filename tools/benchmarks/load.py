@@ -163,7 +163,11 @@ def stages(folder: Path, device: torch.device) -> dict[str, Callable[[], Any]]:
     config, image_config = checkpoint.config, ImageConfig.from_json({})
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     there = {name: tensor.to(device) for name, tensor in checkpoint.tensors.items()}
-    recipes = partial(convert._recipes, config, dtype, device)
+    planned = [
+        recipe
+        for recipe in convert.recipes(config, image_config, dtype, device)
+        if recipe.sources != (convert.PATCH_WEIGHT,)  # a stage of its own
+    ]
     state = convert.convert(checkpoint.tensors, config, image_config, dtype, device)
 
     def meta_tower() -> VisionTower:
@@ -171,7 +175,7 @@ def stages(folder: Path, device: torch.device) -> dict[str, Callable[[], Any]]:
             return VisionTower(config, dtype)
 
     def fold() -> Any:
-        return [recipe.make(*(there[name] for name in recipe.sources)) for recipe in recipes()]
+        return [recipe.make(*(there[name] for name in recipe.sources)) for recipe in planned]
 
     def check() -> None:
         torch.stack([extremes(tensor).float() for tensor in state.values()]).isfinite().tolist()

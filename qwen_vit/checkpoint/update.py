@@ -1,0 +1,133 @@
+"""Published tensors, arriving in any order and in pieces, written into a tower's parameters.
+
+An inference engine loads weights itself and hands them over as it reads them; a trainer sends new
+ones while the tower serves. The parameters keep their memory, so a captured CUDA graph stays right.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from qwen_vit.checkpoint.convert import Recipe, recipes
+from qwen_vit.checkpoint.tower_names import check_tensor, expected_tensors
+from qwen_vit.common.tensors import check_finite, extremes
+from qwen_vit.config import ImageConfig, VisionConfig
+
+__all__ = ["WeightUpdates"]
+
+SPLIT_QKV = re.compile(r"\.attn\.([qkv])\.(weight|bias)$")  # as Qwen2.5-Omni stores them
+
+
+class WeightUpdates:
+    """Writes published tensors into a tower's parameters as soon as their partners are there.
+
+    >>> from qwen_vit import VisionEncoder
+    >>> tiny = VisionEncoder.from_pretrained("tiny", device="cpu")
+    >>> updates = WeightUpdates(tiny.tower, tiny.config, tiny.image_config)
+    >>> sorted(updates.load([("merger.mlp.2.bias", torch.zeros(192))]))
+    ['merger.fc2.bias']
+    >>> updates.load([("blocks.0.norm1.weight", torch.ones(160))])  # folded into qkv's weight
+    set()
+    >>> updates.missing
+    ('blocks.0.attn.qkv.weight',)
+
+    Args:
+        tower: the `VisionTower` whose parameters are written, in place.
+        config: the tower's architecture.
+        image_config: the image settings; the weights for uint8 pixels depend on them.
+    """
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        config: VisionConfig,
+        image_config: ImageConfig,
+    ) -> None:
+        self._tower = tower
+        self._shapes = expected_tensors(config)
+        weight = tower.get_parameter("merger.fc1.weight")
+        self._device, self._dtype = weight.device, weight.dtype
+        with torch.device("cpu"):
+            planned = list(recipes(config, image_config, self._dtype, self._device))
+        self._recipe_of: dict[str, Recipe] = {
+            source: recipe for recipe in planned for source in recipe.sources
+        }
+        self._waiting: dict[str, Tensor] = {}
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The published names that tensors already here wait for; sorted."""
+        partners = {
+            source
+            for name in self._waiting
+            for source in self._recipe_of[_joined_name(name)].sources
+        }
+        return tuple(sorted(partners - self._waiting.keys()))
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Write what can be written, and return the names of the parameters that were.
+
+        Args:
+            tensors: published names without prefix, such as "blocks.0.attn.qkv.weight", and
+                tensors on any device. Those that wait for others are copied: their memory is the
+                caller's again when this returns.
+
+        Raises:
+            CheckpointError: a name, shape or type that this tower does not have, NaN or infinity.
+                What was written before it stays: load all weights again.
+        """
+        # outside of a caller's inference mode: parameters that it made could not be written again
+        with torch.inference_mode(False), torch.no_grad():
+            written, arrived = self._write(tensors)
+            for name in arrived & self._waiting.keys():
+                self._waiting[name] = self._waiting[name].clone()
+            self._check_finite(written)
+        return set(written)
+
+    def _write(
+        self, tensors: Iterable[tuple[str, Tensor]]
+    ) -> tuple[dict[str, tuple[Recipe, Tensor]], set[str]]:
+        """Each parameter that was written, with its recipe and extremes; and all names given."""
+        written: dict[str, tuple[Recipe, Tensor]] = {}
+        arrived: set[str] = set()
+        for name, tensor in tensors:
+            check_tensor(name, tensor, self._shapes)
+            self._waiting[name] = tensor.detach()
+            joined = self._join(name)
+            arrived |= {name, joined or name}
+            recipe = self._recipe_of[joined] if joined else None
+            if recipe is None or not all(source in self._waiting for source in recipe.sources):
+                continue
+            sources = (self._waiting.pop(source) for source in recipe.sources)
+            made = recipe.make(*(source.to(self._device) for source in sources))
+            for target, value in zip(recipe.targets, made, strict=True):
+                self._tower.get_parameter(target).copy_(value)
+                written[target] = recipe, extremes(value).float()
+        return written, arrived
+
+    def _join(self, name: str) -> str | None:
+        """The published name that is complete now; None where q, k or v is still missing."""
+        joined = _joined_name(name)
+        if joined == name:
+            return name
+        parts = [SPLIT_QKV.sub(rf".attn.{letter}.\2", name) for letter in "qkv"]
+        if not all(part in self._waiting for part in parts):
+            return None
+        tensors = [self._waiting.pop(part).to(self._device) for part in parts]
+        self._waiting[joined] = torch.cat(tensors)
+        return joined
+
+    def _check_finite(self, written: Mapping[str, tuple[Recipe, Tensor]]) -> None:
+        if not written:
+            return
+        limits = torch.stack([limit for _, limit in written.values()])
+        for target, is_finite in zip(written, limits.isfinite().all(1).tolist(), strict=True):
+            if not is_finite:
+                recipe, _ = written[target]
+                check_finite(self._tower.get_parameter(target), " with ".join(recipe.sources))
+
+
+def _joined_name(name: str) -> str:
+    return SPLIT_QKV.sub(r".attn.qkv.\2", name)

@@ -1,0 +1,171 @@
+"""The tower as an inference engine holds it: an `nn.Module` that the engine's own loader fills.
+
+vLLM and SGLang build a model, hand its weights over as they read them, measure its memory, and call
+it with rows of patches that their processor cut. Each has a thin model class; this is what they
+share.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from qwen_vit.checkpoint.update import WeightUpdates
+from qwen_vit.config import Grid, ImageConfig, VisionConfig
+from qwen_vit.device import check_fits, choose_dtype
+from qwen_vit.errors import CheckpointError
+from qwen_vit.graphs import GraphRunner, run_tower
+from qwen_vit.images.rows import as_grids, check_rows, normalise
+from qwen_vit.model import VisionTower
+
+__all__ = ["EngineTower"]
+
+
+class EngineTower(nn.Module):
+    """The vision tower inside an inference engine, on one device.
+
+    >>> from qwen_vit import VisionEncoder
+    >>> tiny = VisionEncoder.from_pretrained("tiny", device="cpu")
+    >>> tower = EngineTower(tiny.config, tiny.image_config, torch.float32, torch.device("cpu"))
+    >>> len(tower.load_weights(tiny.checkpoint.tensors.items())) == len(tower.state_dict())
+    True
+    >>> tower(torch.zeros(24, 1176), [[1, 4, 6]]).shape
+    torch.Size([6, 192])
+
+    Its parameters are the tower's own format (padded, permuted, norms folded in), written in place
+    by `load_weights`, so the engine counts, offloads and restores them as it does any others.
+
+    Args:
+        config: the tower's architecture.
+        image_config: the image settings; uint8 rows are normalised by its mean and std.
+        dtype: the engine's: bfloat16 or float32. On a CPU the tower computes in float32.
+        device: where the engine runs.
+
+    Raises:
+        ArgumentError: a dtype that the tower does not have, such as float16.
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        image_config: ImageConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.image_config = image_config
+        self.spatial_merge_size = config.spatial_merge_size
+        self.out_hidden_size = config.out_hidden_size
+        self._out_dtype = dtype
+        choose_dtype(dtype, torch.device("cuda"))  # float16 is refused, with the reason
+        self._compute_dtype = torch.float32 if device.type == "cpu" else dtype
+        check_fits(config, device)
+        with torch.device("meta"):
+            tower = VisionTower(config, self._compute_dtype)
+        self.tower = tower.to_empty(device=device)
+        self._updates = WeightUpdates(self.tower, config, image_config)
+        on_gpu = device.type == "cuda"
+        self._graphs = GraphRunner(self.tower, device) if on_gpu else None
+        self._is_still = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The engine's dtype, and that of the embeddings."""
+        return self._out_dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tower.merger.fc1.weight.device
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Take published tensors, all or some, in any order, once or again.
+
+        Args:
+            weights: names without the tower's prefix, such as "blocks.0.norm1.weight", and tensors
+                on any device; none of them is kept.
+
+        Returns:
+            The names of this module's parameters that were written.
+
+        Raises:
+            CheckpointError: another tower's, a quantised or a damaged tensor.
+        """
+        return {f"tower.{name}" for name in self._updates.load(weights)}
+
+    @contextmanager
+    def reading_images(self) -> Iterator[None]:
+        """In this context both frames of uint8 rows are the same, and one of them is read."""
+        self._is_still = True
+        try:
+            yield
+        finally:
+            self._is_still = False
+
+    def prepare(self, row_dtypes: Iterable[torch.dtype], largest: int) -> int:
+        """Compile the kernels and capture the CUDA graphs that requests will need.
+
+        Args:
+            row_dtypes: of the rows that the tower will run on: uint8 for stills whose pixels the
+                engine hands over (of a video they become float32), else the engine's float.
+            largest: the most patches of one call.
+
+        Returns:
+            The bytes of GPU memory that the graphs keep for themselves beyond what torch counts as
+            allocated; 0 on a CPU, where there is nothing to prepare.
+        """
+        if self._graphs is None:
+            return 0
+        before = _kept_bytes(self.device)
+        width = self.config.patch_dim
+        for dtype in row_dtypes:
+            # of uint8 stills one frame is read
+            frames = self.config.temporal_patch_size if dtype == torch.uint8 else 1
+            self._graphs.capture_buckets(dtype, width // frames, largest)
+        return max(0, _kept_bytes(self.device) - before)
+
+    def forward(self, rows: Tensor, grid_thw: Sequence[Sequence[int]] | Tensor) -> Tensor:
+        """Encode rows of patches as the engine's processor cut them.
+
+        Args:
+            rows: (N, 1176) normalised floats or uint8 pixels, in the processor's order.
+            grid_thw: (items, 3) in patches.
+
+        Returns:
+            (M, out_hidden_size) in the engine's dtype: merged tokens, item after item, row-major.
+
+        Raises:
+            ImageError: the two disagree (codes `patches`, `grid`).
+            CheckpointError: only a part of an update's weights has arrived.
+        """
+        if missing := self._updates.missing:
+            raise CheckpointError(
+                f"{len(missing)} vision tensors of an update have not arrived "
+                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})",
+                expected="a norm's weight with the weights that follow it",
+                remedy="send all vision weights before the next request",
+            )
+        if isinstance(grid_thw, Tensor):
+            grids = as_grids(grid_thw)
+        else:
+            grids = tuple(Grid(*grid) for grid in grid_thw)
+        config, is_float = self.config, rows.is_floating_point()
+        check_rows("pixel_values", rows, grids, config.patch_dim, is_float=is_float)
+        if not is_float:
+            frames = config.in_channels, config.temporal_patch_size, config.patch_px**2
+            pixels = rows.to(self.device, non_blocking=True).view(len(rows), *frames)
+            if self._is_still:
+                rows = pixels[:, :, 0].flatten(1)
+            else:
+                rows = normalise(pixels, self.image_config).flatten(1)
+        with torch.autocast(self.device.type, enabled=False):
+            merged = run_tower(
+                self.tower, self._graphs, rows, grids, self.device, self._compute_dtype, "merged"
+            )
+        return merged.to(self._out_dtype)
+
+
+def _kept_bytes(device: torch.device) -> int:
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
