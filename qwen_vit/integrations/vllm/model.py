@@ -1,0 +1,166 @@
+"""Qwen2.5-VL in vLLM, with this package's vision tower in place of vLLM's.
+
+vLLM imports this module when it builds a Qwen2.5-VL and `plugin.register` has named it. Everything
+but the tower is vLLM's own: processor, scheduler, caches, language model.
+"""
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+import vllm
+from torch import Tensor, nn
+from vllm.model_executor.models import qwen2_5_vl as theirs
+
+from qwen_vit.config import ImageConfig, VisionConfig
+from qwen_vit.errors import ArgumentError, CheckpointError
+from qwen_vit.integrations.engine_tower import EngineTower
+
+__all__ = ["RUN_WITH", "Qwen2_5_VLForConditionalGeneration"]
+
+logger = logging.getLogger("vllm.qwen_vit")  # below vLLM's, so that its handlers print it
+
+RUN_WITH = ("0.25.1", "0.32.0")  # versions of vLLM that tools/checks/engines has run
+
+
+class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by this name
+    theirs.Qwen2_5_VLForConditionalGeneration  # type: ignore[misc]
+):
+    """vLLM's Qwen2.5-VL whose `visual` is an `EngineTower`."""
+
+    visual: Any
+
+    # its weights are stored in another format, which vLLM's adapters do not know
+    supports_tower_connector_lora = False
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        _refuse(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if not isinstance(self.visual, theirs.Qwen2_5_VisionTransformer):
+            return  # limits of 0 images and 0 videos: vLLM has put a placeholder there
+        _refuse_quantised(self.visual)
+        model_config = vllm_config.model_config
+        dtype, device = model_config.dtype, self.visual.device
+        try:
+            config = VisionConfig.from_json(model_config.hf_config.to_dict(), source="the config")
+            settings = _image_settings(model_config)
+            image_config = ImageConfig.from_json(settings, source="the image processor")
+            self.visual = None  # its memory is free before ours is taken
+            self.visual = EngineTower(config, image_config, dtype, device)
+        except CheckpointError as error:
+            raise ArgumentError(
+                f"qwen_vit cannot run this vision tower: {error.fact}",
+                expected=error.expected,
+                remedy="start vLLM without qwen_vit in VLLM_PLUGINS",
+            ) from error
+        self._prepare_hook = self.visual.register_forward_pre_hook(self._prepare)
+        logger.info("qwen_vit runs the vision tower, in %s on %s.", dtype, device)
+
+    def _process_image_input(self, image_input: Any) -> Any:
+        if not isinstance(self.visual, EngineTower):
+            return super()._process_image_input(image_input)
+        with self.visual.reading_images():
+            return super()._process_image_input(image_input)
+
+    def _prepare(self, visual: EngineTower, inputs: tuple[Tensor, ...]) -> None:
+        """Compile and capture before the first call, which vLLM makes to measure its memory."""
+        self._prepare_hook.remove()
+        rows = inputs[0]
+        dtypes = [rows.dtype]
+        if rows.dtype == torch.uint8 and self.multimodal_config.get_limit_per_prompt("video"):
+            dtypes.append(torch.float32)
+        kept = visual.prepare(dtypes, len(rows))
+        if kept and not _counts_reserved_memory():
+            self._hold(kept, visual.device)
+
+    def _hold(self, n_bytes: int, device: torch.device) -> None:
+        """Keep as much memory allocated as the graphs keep reserved, while vLLM measures.
+
+        vLLM 0.25 measures what torch has allocated, and a graph's memory is not. The language
+        model's first call belongs to the measurement, its second one does not.
+        """
+        held = [torch.empty(n_bytes, dtype=torch.uint8, device=device)]
+        calls = iter(range(2))
+
+        def release(*_: Any) -> None:
+            if next(calls, None) == 1:
+                handle.remove()
+                held.clear()
+
+        handle = self.register_forward_hook(release)
+
+
+def _refuse(vllm_config: Any) -> None:
+    """Raise ArgumentError for options of vLLM that its own tower has and this one has not."""
+    compilation, lora = vllm_config.compilation_config, vllm_config.lora_config
+    for option, is_set, reason in (
+        ("cudagraph_mm_encoder", getattr(compilation, "cudagraph_mm_encoder", False),
+         "it captures vLLM's tower, and this one captures its own CUDA graphs"),
+        ("compile_mm_encoder", getattr(compilation, "compile_mm_encoder", False),
+         "it compiles vLLM's tower, and this one's kernels are compiled already"),
+        ("enable_tower_connector_lora", getattr(lora, "enable_tower_connector_lora", False),
+         "this tower's weights are stored in a format that adapters do not know"),
+    ):  # fmt: skip
+        if is_set:
+            raise ArgumentError(
+                f"qwen_vit does not run with {option}: {reason}",
+                remedy=f"switch {option} off, or start vLLM without qwen_vit in VLLM_PLUGINS",
+            )
+
+
+def _refuse_quantised(tower: nn.Module) -> None:
+    """Raise ArgumentError if vLLM has made one of its tower's layers a quantised one."""
+    for name, module in tower.named_modules():
+        method = type(getattr(module, "quant_method", None)).__name__
+        if method not in ("NoneType", "UnquantizedLinearMethod"):
+            raise ArgumentError(
+                f"this checkpoint's vision tower is quantised (visual.{name}: {method})",
+                expected="vision weights in bfloat16, float16 or float32",
+                remedy="use a checkpoint that leaves the vision tower unquantised, or start vLLM "
+                "without qwen_vit in VLLM_PLUGINS",
+            )
+
+
+def _image_settings(model_config: Any) -> dict[str, Any]:
+    """How the engine's processor normalises; where the tower does it, its `do_` flags are off."""
+    from vllm.transformers_utils.processor import cached_image_processor_from_config
+
+    settings = cached_image_processor_from_config(model_config).to_dict()
+    names = ("image_mean", "image_std", "patch_size", "temporal_patch_size", "merge_size")
+    return {name: settings[name] for name in names if name in settings}
+
+
+def _counts_reserved_memory() -> bool:
+    """Whether this vLLM measures what the GPU has free, which includes a graph's memory."""
+    from vllm.utils.mem_utils import MemoryProfilingResult
+
+    fields = {field.name for field in dataclasses.fields(MemoryProfilingResult)}
+    return "transient_peak_headroom" in fields
+
+
+def _missing_names() -> list[str]:
+    """What this module touches in vLLM's model and this vLLM does not have."""
+    model = theirs.Qwen2_5_VLForConditionalGeneration
+    return [
+        f"{owner.__name__}.{name}"
+        for owner, name in (
+            (theirs, "Qwen2_5_VisionTransformer"),
+            (model, "_process_image_input"),
+            (model, "load_weights"),
+        )
+        if not hasattr(owner, name)
+    ]
+
+
+if names := _missing_names():
+    logger.warning(
+        "qwen_vit does not fit vLLM %s, which has no %s. vLLM's own vision tower runs.",
+        vllm.__version__, ", ".join(names),
+    )  # fmt: skip
+    Qwen2_5_VLForConditionalGeneration = theirs.Qwen2_5_VLForConditionalGeneration  # type: ignore[misc]
+elif vllm.__version__.split("+")[0] not in RUN_WITH:
+    logger.warning(
+        "qwen_vit was run with vLLM %s, not with %s; it finds the names that it needs and goes on.",
+        " and ".join(RUN_WITH), vllm.__version__,
+    )  # fmt: skip

@@ -1,0 +1,39 @@
+"""vLLM's entry point: replaces the vision tower of Qwen2.5-VL when it is asked to.
+
+vLLM loads every installed plugin of the group `vllm.general_plugins` in each of its processes,
+unless VLLM_PLUGINS names those to load. Installing this package must not change an engine, so
+`register` does nothing until VLLM_PLUGINS names it.
+"""
+
+import importlib.util
+import logging
+import os
+
+__all__ = ["register"]
+
+logger = logging.getLogger("vllm.qwen_vit")  # below vLLM's, so that its handlers print it
+
+NAME = "qwen_vit"
+ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
+THEIR_MODULE = "vllm.model_executor.models.qwen2_5_vl"
+OUR_MODULE = "qwen_vit.integrations.vllm.model"
+
+
+def register() -> None:
+    """Make vLLM build Qwen2.5-VL with this package's vision tower, if VLLM_PLUGINS names it.
+
+    vLLM calls it in each process, more than once in some. `model` is imported where a Qwen2.5-VL
+    is built, and nowhere else.
+    """
+    asked = [name.strip() for name in os.environ.get("VLLM_PLUGINS", "").split(",")]
+    if NAME not in asked:
+        logger.info(
+            "qwen_vit is installed and not used. Set VLLM_PLUGINS=%s to run its vision tower.", NAME
+        )
+        return
+    if importlib.util.find_spec(THEIR_MODULE) is None:
+        logger.warning("qwen_vit: this vLLM has no %s. vLLM's own vision tower runs.", THEIR_MODULE)
+        return
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model(ARCHITECTURE, f"{OUR_MODULE}:{ARCHITECTURE}")
