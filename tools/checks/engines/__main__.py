@@ -1,0 +1,103 @@
+"""Run real engines beside our features and our tower, on a CPU, with a small random model.
+
+\b
+    python -m tools.checks.engines vllm
+    python -m tools.checks.engines vllm --only offline --keep /tmp/work
+    python -m tools.checks.engines all --ledger tools/benchmarks/ledger.jsonl
+
+Builds the engine's pinned environment (minutes, 3 GB) or reuses it, and holds every answer against
+transformers in float64: greedy tokens equal, and log-probabilities of the whole vocabulary within
+1e-4. Controls must change the answer. The last line is JSON. Exits 1 where an answer is wrong, and
+3 where an environment cannot be built.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import click
+
+from tools.checks.engines import vllm_checks
+from tools.checks.engines.answers import TOLERANCE, as_json, table
+from tools.checks.engines.environment import Environment, prepare
+from tools.checks.engines.reference import reference_answers
+from tools.checks.engines.small_model import write_model
+from tools.common import append_row, four_digits, ledger_options, ledger_row
+
+ENGINES = {"vllm": vllm_checks}
+
+
+def engine_versions(environment: Environment, packages: tuple[str, ...]) -> dict[str, str]:
+    """The versions in an engine's environment."""
+    code = (
+        "import json, sys; from importlib.metadata import version; "
+        "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
+    )
+    command = [str(environment.python), "-c", code, *packages]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+@click.command(help=__doc__)
+@click.argument("engine", type=click.Choice([*ENGINES, "all"]))
+@click.option("--only", multiple=True, metavar="SCENARIO", help="Run these alone.")
+@click.option(
+    "--env", "env", type=click.Path(file_okay=False, path_type=Path),
+    help="The engine's environment.  [default: a folder in ~/.cache/qwen_vit/engines]",
+)  # fmt: skip
+@click.option(
+    "--keep", type=click.Path(file_okay=False, path_type=Path),
+    help="Keep the model, the answers and the engines' logs in this folder.",
+)  # fmt: skip
+@click.option("--json", "as_one_json", is_flag=True, help="Print the JSON line alone.")
+@ledger_options
+def main(
+    engine: str, only: tuple[str, ...], env: Path | None, keep: Path | None, as_one_json: bool,
+    ledger: Path | None, commit: str,
+) -> None:  # fmt: skip
+    """Prepare, answer, compare, and print."""
+    if env is not None and engine == "all":
+        raise click.UsageError("--env is the environment of one engine: name the engine")
+    chosen = list(ENGINES) if engine == "all" else [engine]
+    failed = False
+    for name in chosen:
+        checks, started = ENGINES[name], time.perf_counter()
+        scenarios = [each for each in checks.SCENARIOS if not only or each.name in only]
+        if not scenarios:
+            names = ", ".join(each.name for each in checks.SCENARIOS)
+            raise click.UsageError(f"--only names no scenario of {name}: {names}")
+        folder = nullcontext(str(keep)) if keep else tempfile.TemporaryDirectory()
+        with folder as path:
+            work = Path(path).absolute()
+            environment = prepare(checks.RECIPE, env)
+            for part in ("answers", "logs"):
+                (work / part).mkdir(parents=True, exist_ok=True)
+            write_model(work / "model")
+            reference = reference_answers(work / "model")
+            results = []
+            for scenario in scenarios:
+                results += checks.run_scenario(scenario, environment, work, reference)
+        passed = all(row.passed for row in results)
+        failed = failed or not passed
+        if not as_one_json:
+            click.echo(table(results))
+        compared = [row.distance for row in results if row.tokens and not row.must_differ]
+        row = ledger_row(
+            f"engines {name}", commit, "cpu", ("transformers",), passed=passed,
+            engine=engine_versions(environment, checks.PACKAGES), tolerance=TOLERANCE,
+            scenarios=[each.name for each in scenarios], lines=len(results),
+            largest_distance=four_digits(max(compared, default=0.0)),
+            build_s=round(environment.built_in_s), total_s=round(time.perf_counter() - started),
+        )  # fmt: skip
+        append_row(row, ledger)
+        click.echo(json.dumps({**row, "results": as_json(results)}))
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Answers of an engine and of the reference, and how far they are apart."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+TOLERANCE = 1e-4  # of a log-probability, against float64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """The greedy tokens (n,), and the log-probabilities of the whole vocabulary (n, V)."""
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
+Answers = dict[str, Answer]  # by the case's name
+
+
+def save_answers(path: Path, answers: Mapping[str, Answer]) -> None:
+    """Write answers to a file, for another process."""
+    tensors = {}
+    for name, answer in answers.items():
+        tensors[f"{name}.tokens"] = answer.tokens.contiguous()
+        tensors[f"{name}.logprobs"] = answer.logprobs.contiguous()
+    save_file(tensors, path)
+
+
+def load_answers(path: Path) -> Answers:
+    """Read what `save_answers` wrote."""
+    tensors = load_file(path)
+    names = [key.removesuffix(".tokens") for key in tensors if key.endswith(".tokens")]
+    return {name: Answer(tensors[f"{name}.tokens"], tensors[f"{name}.logprobs"]) for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One line of the table: what was compared, and whether it is as it must be.
+
+    Attributes:
+        scenario: the way into the engine, such as "features, offline".
+        case: the prompt.
+        tokens: how many of how many greedy tokens are equal, from the first on.
+        distance: the largest difference of a log-probability, while tokens are equal.
+        must_differ: a control, which must be farther away than CONTROL_DISTANCE.
+        fact: what is wrong where it is not as it must be, or what else was shown.
+        passed: whether all is as it must be.
+    """
+
+    scenario: str
+    case: str
+    tokens: str
+    distance: float
+    must_differ: bool
+    fact: str
+    passed: bool
+
+
+CONTROL_DISTANCE = 100 * TOLERANCE
+
+
+def compare(
+    scenario: str, name: str, answer: Answer, reference: Answer, *, must_differ: bool = False
+) -> Result:
+    """Hold an answer against the reference's, token by token while they are equal."""
+    same = (answer.tokens == reference.tokens).long().cumprod(0)
+    n_same, n = int(same.sum()), len(same)
+    first = answer.logprobs[: n_same + 1] - reference.logprobs[: n_same + 1]
+    distance = float(first.double().abs().max())
+    if must_differ:
+        passed = distance > CONTROL_DISTANCE
+    else:
+        passed = n_same == n and distance <= TOLERANCE  # NaN is not
+    return Result(scenario, name, f"{n_same}/{n}", distance, must_differ, "", passed)
+
+
+def shown(scenario: str, name: str, passed: bool, fact: str) -> Result:
+    """The line of a scenario that compares no answers."""
+    return Result(scenario, name, "", 0.0, False, fact, passed)
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as text, a line each."""
+    lines = [f"{'scenario':<34} {'case':<26} {'tokens':>6} {'distance':>9}  result"]
+    for row in results:
+        distance = f"{row.distance:9.1e}" if row.tokens else " " * 9
+        wanted = "differs, as it must" if row.must_differ else "equal"
+        verdict = row.fact if row.fact and row.passed else wanted
+        if not row.passed:
+            verdict = f"FAILED {row.fact or 'must differ' if row.must_differ else row.fact}"
+        lines.append(
+            f"{row.scenario:<34} {row.case:<26} {row.tokens:>6} {distance}  {verdict}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def as_json(results: Sequence[Result]) -> list[dict[str, object]]:
+    """The results as JSON."""
+    return [asdict(row) for row in results]

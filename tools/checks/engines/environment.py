@@ -1,0 +1,150 @@
+"""An engine's own virtual environment, built from a lock with hashes and kept for the next run."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from tools.common import ROOT
+
+PYTHON = "3.11"  # each lock has the hashes of one Python's files, on Linux x86-64
+STAMP = "complete.sha256"
+
+# torchvision's compiled part is built for a CUDA torch, and beside a CPU torch its import fails at
+# two operators. Their names are enough: no model here calls them.
+SITECUSTOMIZE = '''\
+"""Name the two operators without which torchvision cannot be imported beside a CPU torch."""
+
+from importlib.util import find_spec
+
+if find_spec("torch") and find_spec("torchvision"):
+    import torch
+
+    if torch.version.cuda is None:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+'''
+
+
+class NoEnvironmentError(click.ClickException):
+    """An engine's environment cannot be built here."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What an engine's environment is made of.
+
+    Attributes:
+        name: the engine, such as "vllm".
+        lock: requirements with hashes, installed with --no-deps.
+        torch: torch's version, installed first and without a hash: which build of it there is
+            (for CUDA, for CPUs) depends on the package index.
+        variables: environment variables of the engine's processes.
+    """
+
+    name: str
+    lock: Path
+    torch: str
+    variables: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Changes with everything that the environment is made of."""
+        parts = (PYTHON, self.torch, SITECUSTOMIZE, self.lock.read_text())
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """A complete environment: its folder, and the recipe that it was built from."""
+
+    folder: Path
+    recipe: Recipe
+    built_in_s: float  # 0 where it was complete
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    def variables(self, **more: str) -> dict[str, str]:
+        """The variables of a process that runs in it and imports this checkout."""
+        own = {"PYTHONPATH": str(ROOT), "PATH": f"{self.python.parent}:{os.environ['PATH']}"}
+        return {**os.environ, **own, **self.recipe.variables, **more}
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """Where an engine's environment is kept: one folder for each state of its lock."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return cache / "qwen_vit" / "engines" / f"{recipe.name}-{recipe.digest[:12]}"
+
+
+def is_complete(folder: Path, recipe: Recipe) -> bool:
+    """Whether the environment in `folder` was built to its end from this very recipe."""
+    stamp = folder / STAMP
+    return stamp.is_file() and stamp.read_text().strip() == recipe.digest
+
+
+def prepare(recipe: Recipe, folder: Path | None) -> Environment:
+    """Build an engine's environment, or find it complete.
+
+    Raises:
+        NoEnvironmentError: it cannot be built on this machine.
+    """
+    folder = (default_folder(recipe) if folder is None else folder).absolute()
+    if is_complete(folder, recipe):
+        click.echo(f"{recipe.name}: environment {folder} is complete")
+        return Environment(folder, recipe, 0.0)
+    base = _base_python()
+    click.echo(f"{recipe.name}: building the environment {folder}; this takes minutes")
+    started = time.perf_counter()
+    python = folder / "bin" / "python"
+    if not python.exists():
+        _run([base, "-m", "venv", str(folder)], recipe, "a virtual environment")
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
+    _run([*pip, f"torch=={recipe.torch}"], recipe, f"torch {recipe.torch}")
+    _run([*pip, "--require-hashes", "-r", str(recipe.lock)], recipe, recipe.lock.name)
+    (folder / "lib" / f"python{PYTHON}" / "site-packages" / "sitecustomize.py").write_text(
+        SITECUSTOMIZE
+    )
+    (folder / STAMP).write_text(recipe.digest + "\n")
+    took = time.perf_counter() - started
+    click.echo(f"{recipe.name}: built in {took:.0f} s")
+    return Environment(folder, recipe, took)
+
+
+def _base_python() -> str:
+    machine = f"{sys.platform} {os.uname().machine}"
+    if machine != "linux x86_64":
+        raise NoEnvironmentError(
+            f"this machine is {machine}. The engines' locks are for linux x86_64 only."
+        )
+    if sys.version_info[:2] == tuple(map(int, PYTHON.split("."))):
+        return sys.executable
+    found = shutil.which(f"python{PYTHON}")
+    if found is None:
+        raise NoEnvironmentError(
+            f"there is no python{PYTHON}, for which the engines' locks were made. Install it."
+        )
+    return found
+
+
+def _run(command: list[str], recipe: Recipe, what: str) -> None:
+    click.echo(f"{recipe.name}: installing {what}")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
+        raise NoEnvironmentError(
+            f"{recipe.name}: {what} could not be installed by `{' '.join(command)}`:\n"
+            + "\n".join(errors[-20:])
+            + "\nCheck that a package index is reachable and that the disk has 4 GB free, and run "
+            "the same command again."
+        )

@@ -1,0 +1,55 @@
+"""Write the hashes of an engine's lock again, after its versions were changed.
+
+\b
+    python -m tools.checks.engines.lock tools/checks/engines/vllm.txt
+
+Each line pins a package and has the one hash of the file that pip takes for it: the wheel of
+CPython 3.11 on Linux x86-64, where the engines run. Hashes of other platforms' files would make a
+lock of 350 KB.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+HEADER = """\
+# Hashes of the files for CPython 3.11 on Linux x86-64, written by tools.checks.engines.lock.
+# Installed with --no-deps after torch, which has no hash: its build depends on the index.
+"""
+
+
+def pins(text: str) -> list[str]:
+    """The requirements of a lock, without their hashes.
+
+    >>> pins("# a comment\\nclick==8.5.1 --hash=sha256:00\\n")
+    ['click==8.5.1']
+    """
+    return [line.split()[0] for line in text.splitlines() if line and not line.startswith("#")]
+
+
+@click.command(help=__doc__)
+@click.argument("lock", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def main(lock: Path) -> None:
+    """Ask pip which files it would install, and write their hashes."""
+    with tempfile.TemporaryDirectory() as folder:
+        wanted, report = Path(folder, "wanted.txt"), Path(folder, "report.json")
+        wanted.write_text("\n".join(pins(lock.read_text())))
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps"]
+        command = [*pip, "--ignore-installed", "--report", str(report), "-r", str(wanted)]
+        subprocess.run(command, check=True)
+        installs = json.loads(report.read_text())["install"]
+    lines = []
+    for item in installs:
+        name, version = item["metadata"]["name"], item["metadata"]["version"]
+        digest = item["download_info"]["archive_info"]["hashes"]["sha256"]
+        lines.append(f"{name}=={version} --hash=sha256:{digest}\n")
+    lock.write_text(HEADER + "".join(sorted(lines, key=str.lower)))
+    click.echo(f"{lock}: {len(lines)} packages")
+
+
+if __name__ == "__main__":
+    main()

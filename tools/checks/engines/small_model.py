@@ -1,0 +1,140 @@
+"""A small random Qwen2.5-VL around weights/tiny, whole: weights, tokenizer, processors, template.
+
+14 MB in float32, which transformers, vLLM and SGLang load from the same folder. The language
+model is peaked: an order, a position or a picture that is wrong changes its answers.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tools.common import ROOT
+
+TINY = ROOT / "weights" / "tiny"
+SEED = 11  # of 0 to 11 one whose nine answers all differ, and whose likeliest tokens stand out
+
+# 256 tokens for bytes, then these, then ones that no text has, up to a multiple of 64.
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+N_BYTES, N_TOKENS = 256, 320
+SPECIAL_IDS = {name: N_BYTES + i for i, name in enumerate(SPECIAL)}
+
+LAYERS, HEADS, KEY_HEADS, HEAD_DIM, MLP = 3, 3, 1, 64, 512
+MROPE_SECTION = [8, 12, 12]  # rotary pairs for time, row and column: HEAD_DIM / 2 in all
+PEAK = 1.6  # gain of queries and keys: attention looks at few tokens
+LOGIT_RMS = 2.5  # log-probabilities between about -1 and -14
+
+TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message['role'] }}
+{% if message['content'] is string %}{{ message['content'] }}{% else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part['type'] == 'video' -%}<|vision_start|><|video_pad|><|vision_end|>
+{%- elif 'text' in part -%}{{ part['text'] }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}
+"""
+
+
+def write_model(folder: Path) -> None:
+    """Write the model: the same bytes on every run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_weights(folder)
+    _write_tokenizer(folder)
+    settings = json.loads((TINY / "preprocessor_config.json").read_text())
+    video = {**settings, "video_processor_type": "Qwen2VLVideoProcessor"}
+    video.pop("image_processor_type")
+    for name, document in (("preprocessor", settings), ("video_preprocessor", video)):
+        (folder / f"{name}_config.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _write_weights(folder: Path) -> None:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision: dict[str, Any] = json.loads((TINY / "config.json").read_text())["vision_config"]
+    text = {
+        "vocab_size": N_TOKENS,
+        "hidden_size": vision["out_hidden_size"],
+        "intermediate_size": MLP,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KEY_HEADS,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": MROPE_SECTION,
+            "rope_theta": 10_000.0,
+        },
+        "bos_token_id": None,
+        "eos_token_id": SPECIAL_IDS["<|im_end|>"],
+        "tie_word_embeddings": False,
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=SPECIAL_IDS["<|image_pad|>"],
+        video_token_id=SPECIAL_IDS["<|video_pad|>"],
+        vision_start_token_id=SPECIAL_IDS["<|vision_start|>"],
+        vision_end_token_id=SPECIAL_IDS["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config).float().eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(SEED)
+    for name, weight in sorted(model.model.language_model.named_parameters()):
+        if "norm" in name:
+            weight.uniform_(0.5, 1.5, generator=generator)
+        elif name.endswith("bias"):
+            weight.normal_(0, 0.5, generator=generator)
+        else:
+            gain = PEAK if "q_proj" in name or "k_proj" in name else 1.0
+            scale = 1.0 if "embed_tokens" in name else gain / weight.shape[1] ** 0.5
+            weight.normal_(0, scale, generator=generator)
+    head = model.lm_head.weight
+    head.normal_(0, LOGIT_RMS / head.shape[1] ** 0.5, generator=generator)
+    head[N_BYTES:] = 0  # no answer holds a special token: a logit of 0 is never the largest
+    tower = {
+        name.removeprefix("visual."): tensor.float()
+        for name, tensor in load_file(TINY / "model.safetensors").items()
+    }
+    model.model.visual.load_state_dict(tower, strict=True)
+    model.save_pretrained(folder)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """One token a byte: tokenizers from the library, not Qwen's merges, which need a download."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*alphabet, *SPECIAL, *(f"<|{i}|>" for i in range(N_BYTES + len(SPECIAL), N_TOKENS))]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        additional_special_tokens=names[N_BYTES:],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=TEMPLATE,
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    document = json.loads(path.read_text())
+    document["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name of every transformers
+    document["processor_class"] = "Qwen2_5_VLProcessor"
+    path.write_text(json.dumps(document, indent=2) + "\n")
