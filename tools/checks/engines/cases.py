@@ -135,6 +135,6 @@ def rows(names: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> T
         pixels = (pixels - torch.tensor(mean).double()) / torch.tensor(std).double()
         if len(pixels) == 1:
             pixels = pixels.repeat(FRAMES_A_PATCH, 1, 1, 1)  # a picture is two equal frames
-        shape = dict(f=FRAMES_A_PATCH, a=MERGE, b=MERGE, p=PATCH_PX, q=PATCH_PX)
-        parts.append(rearrange(pixels, PATCHIFY, **shape))
+        sides = {"f": FRAMES_A_PATCH, "a": MERGE, "b": MERGE, "p": PATCH_PX, "q": PATCH_PX}
+        parts.append(rearrange(pixels, PATCHIFY, **sides))
     return torch.cat(parts)
