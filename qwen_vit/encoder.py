@@ -121,7 +121,7 @@ class VisionEncoder:
             cache_dir=None if cache_dir is None else os.fspath(cache_dir),
             local_files_only=local_files_only,
         )
-        return cls._build(
+        return cls.from_checkpoint(
             load_checkpoint(source.folder), source, chosen, choose_dtype(dtype, chosen),
             min_pixels, max_pixels, cuda_graphs,
         )  # fmt: skip
@@ -149,7 +149,7 @@ class VisionEncoder:
 
         Args:
             tensors: published names, with any prefix or none, on any device; those of a language
-                model may be among them. The encoder keeps the tower's: do not change them.
+                model may be among them. The encoder keeps the tower's on the host: do not change them.
             config: the tower's, or what config.json says.
             image_config: the image settings, or what preprocessor_config.json says; transformers'
                 defaults if None.
@@ -160,16 +160,17 @@ class VisionEncoder:
             CheckpointError, ArgumentError: each with what to do.
         """
         chosen = choose_device(device)
-        return cls._build(
+        return cls.from_checkpoint(
             Checkpoint.from_tensors(tensors, config, image_config), Origin(name=name), chosen,
             choose_dtype(dtype, chosen), min_pixels, max_pixels, cuda_graphs,
         )  # fmt: skip
 
     @classmethod
-    def _build(
+    def from_checkpoint(
         cls, checkpoint: Checkpoint, source: Origin, device: torch.device, dtype: torch.dtype,
         min_pixels: int | None, max_pixels: int | None, cuda_graphs: bool,
     ) -> Self:  # fmt: skip
+        """Build an encoder from a checkpoint that is open, on a device and in a dtype that fit."""
         image_config = checkpoint.image_config.bounded(min_pixels, max_pixels)
         check_fits(checkpoint.config, device)
         with torch.device("meta"):
@@ -181,7 +182,7 @@ class VisionEncoder:
             )  # fmt: skip
         tower.load_state_dict(state, strict=True, assign=True)
         graphs = GraphRunner(tower, device) if cuda_graphs and device.type == "cuda" else None
-        return cls(tower, checkpoint, image_config, source, device, dtype, graphs)
+        return cls(tower, checkpoint.on_host(), image_config, source, device, dtype, graphs)
 
     def __repr__(self) -> str:
         return f"VisionEncoder({self.source.name!r}, {dtype_name(self.dtype)}, on {self.device})"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,10 @@ class Checkpoint:
             prefix=prefix,
             dtypes=tuple(sorted({info.dtype for info in infos.values()})),
         )
+
+    def on_host(self) -> "Checkpoint":
+        """The same checkpoint with no tensor on a GPU."""
+        return replace(self, tensors=self.tensors.on_host())
 
     def weights_sha256(self) -> str:
         """`weights_hash` of the tensors, computed once."""

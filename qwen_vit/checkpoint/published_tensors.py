@@ -5,15 +5,17 @@ A published tensor may be stored as three (q, k and v of Qwen2.5-Omni); they are
 
 import hashlib
 import json
+import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qwen_vit.checkpoint.tower_names import part_names
 from qwen_vit.checkpoint.weight_files import StoredTensor
 from qwen_vit.errors import CheckpointError
 
@@ -50,6 +52,23 @@ class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
             self._sha256 = weights_hash(self)
         return self._sha256
 
+    def stored_names(self) -> list[str]:
+        """The names that the tensors were stored under: q, k and v apart where they were."""
+        return [part for name in self for part in self._stored_as(name)]
+
+    def as_stored(self) -> Iterator[tuple[str, Tensor]]:
+        """`stored_names`, each with its tensor."""
+        for name in self:
+            parts = self._stored_as(name)
+            yield from zip(parts, self[name].chunk(len(parts)), strict=True)
+
+    def _stored_as(self, name: str) -> tuple[str, ...]:
+        return part_names(name, split=len(self._parts[name]) > 1)
+
+    def on_host(self) -> "PublishedTensors[Any]":
+        """The same with no tensor on a GPU, whose memory is for weights that are computed with."""
+        return self
+
     @abstractmethod
     def locate(self, name: str) -> str:
         """Where a published tensor is stored, for messages."""
@@ -73,27 +92,39 @@ class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
 class LazyTensors(PublishedTensors[StoredTensor]):
     """Tensors of files, read at each look-up.
 
-    A copy or a pickle holds paths and no open file: it opens the files again where it is used.
+    Open files are maps: what was there when they were opened stays readable when the path is gone
+    or has another file. A pickle holds paths and no open file: it opens the files again where it is
+    used.
     """
 
     def __init__(self, sources: Mapping[str, tuple[StoredTensor, ...]]) -> None:
         super().__init__(sources)
-        # maps, so what was opened stays whatever becomes of it; and each file's size in bytes
-        self._open_files: dict[Path, tuple[Any, int]] = {}
+        self._open_files: dict[Path, tuple[Any, os.stat_result]] = {}
 
     def locate(self, name: str) -> str:
         """Each part's file, the file's size, and the name there."""
         return " with ".join(
-            f"{source.path} ({self._open(source)[1]} bytes): {source.name}"
+            f"{source.path} ({self._open(source)[1].st_size} bytes): {source.name}"
             for source in self._parts[name]
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open_files": {}}  # safetensors' handles can be neither copied
+        return {**self.__dict__, "_open_files": {}}  # safetensors' handles cannot be pickled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # nothing here changes, and the path may have another file by now
 
     def _read(self, part: StoredTensor) -> Tensor:
         try:
-            tensor: Tensor = self._open(part)[0].get_tensor(part.name)
+            file, opened = self._open(part)
+            if _is_overwritten(part.path, opened):
+                raise CheckpointError(
+                    "was overwritten after it had been opened",
+                    name=str(part.path),
+                    expected="the weights that were loaded",
+                    remedy="load the model again; write a new file and rename it to replace one",
+                )
+            tensor: Tensor = file.get_tensor(part.name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"changed or became unreadable while it was read ({error})",
@@ -102,18 +133,34 @@ class LazyTensors(PublishedTensors[StoredTensor]):
             ) from None
         return tensor
 
-    def _open(self, source: StoredTensor) -> tuple[Any, int]:
+    def _open(self, source: StoredTensor) -> tuple[Any, os.stat_result]:
         opened = self._open_files.get(source.path)
         if opened is None:
             file = safe_open(source.path, framework="pt", device="cpu")
             # Of two threads that open it at once, both use the first one's. No lock: a process
             # that is forked while another thread holds one would wait for ever.
-            opened = self._open_files.setdefault(source.path, (file, source.path.stat().st_size))
+            opened = self._open_files.setdefault(source.path, (file, source.path.stat()))
         return opened
+
+
+def _is_overwritten(path: Path, opened: os.stat_result) -> bool:
+    """Whether the very file that was opened has other bytes now: a map of it shows those."""
+    try:
+        now = path.stat()
+    except OSError:
+        return False  # the path is gone, and the map keeps the file
+    same_file = (now.st_dev, now.st_ino) == (opened.st_dev, opened.st_ino)
+    return same_file and (now.st_size, now.st_mtime_ns) != (opened.st_size, opened.st_mtime_ns)
 
 
 class GivenTensors(PublishedTensors[Tensor]):
     """Tensors that someone else loaded, on any device."""
+
+    def on_host(self) -> "GivenTensors":
+        """Those of a GPU as copies in the host's memory, the others themselves."""
+        return GivenTensors(
+            {name: tuple(part.cpu() for part in parts) for name, parts in self._parts.items()}
+        )
 
     def locate(self, name: str) -> str:
         """The name: there is no file."""

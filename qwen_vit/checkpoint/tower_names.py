@@ -16,6 +16,7 @@ __all__ = [
     "check_tower",
     "expected_tensors",
     "find_prefix",
+    "part_names",
     "tensor_info",
     "tower_prefixes",
 ]
@@ -129,7 +130,8 @@ def check_tower(
     _refuse_other_towers(infos, source, locate)
     _refuse_quantised(infos, source, locate)
     shapes = expected_tensors(config)
-    parts_of = {name: _parts(name, split="blocks.0.attn.q.weight" in infos) for name in shapes}
+    split = "blocks.0.attn.q.weight" in infos
+    parts_of = {name: part_names(name, split=split) for name in shapes}
     expected = {part for parts in parts_of.values() for part in parts}
     missing, extra = expected - infos.keys(), infos.keys() - expected
     if missing or extra:
@@ -182,7 +184,12 @@ def _check_shape(name: str, info: TensorInfo, shape: tuple[int, ...]) -> None:
         )
 
 
-def _parts(name: str, *, split: bool) -> tuple[str, ...]:
+def part_names(name: str, *, split: bool) -> tuple[str, ...]:
+    """Return what a published tensor is stored as: itself, or q, k and v apart.
+
+    >>> part_names("blocks.0.attn.qkv.bias", split=True)
+    ('blocks.0.attn.q.bias', 'blocks.0.attn.k.bias', 'blocks.0.attn.v.bias')
+    """
     if split and ".attn.qkv." in name:
         return tuple(name.replace(".qkv.", f".{letter}.") for letter in "qkv")
     return (name,)
