@@ -148,8 +148,8 @@ class VisionEncoder:
         VisionEncoder('mine', float32, on cpu)
 
         Args:
-            tensors: published names, with any prefix or none, on any device; those of a language
-                model may be among them. The encoder keeps the tower's on the host: do not change them.
+            tensors: published names, any prefix or none, on any device; a language model's may be
+                among them. The encoder keeps the tower's, on the host: do not change them.
             config: the tower's, or what config.json says.
             image_config: the image settings, or what preprocessor_config.json says; transformers'
                 defaults if None.

@@ -26,6 +26,7 @@ from qwen_vit import VisionEncoder
 from qwen_vit.checkpoint.published_tensors import GivenTensors
 from qwen_vit.cli import main as cli_module
 from qwen_vit.common import atomic_file as atomic_file_module
+from qwen_vit.common import transformers_version
 from qwen_vit.compare import huggingface as reference
 from qwen_vit.compare import measure
 from qwen_vit.compare import run as compare_module
@@ -311,14 +312,14 @@ def version_of(**pretended: str | None) -> Callable[[str], str]:
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (None, "transformers is not installed. Expected 5.17 or newer. "),
-        ("4.49.0", "transformers 4.49.0 is too old. Expected 5.17 or newer. "),
+        (None, "transformers is not installed. Expected 5.18 or newer, which "),
+        ("4.49.0", "transformers 4.49.0 is too old. Expected 5.18 or newer, which "),
     ],
 )
 def test_without_a_transformers_to_use_the_range_and_the_find_are_named(
     run: Any, monkeypatch: pytest.MonkeyPatch, found: str | None, words: str
 ) -> None:
-    monkeypatch.setattr(reference, "version", version_of(transformers=found))
+    monkeypatch.setattr(transformers_version, "version", version_of(transformers=found))
     code, out, err = run(CHELSEA, *SMALL)
     assert (code, out) == (2, "")
     assert words in err
@@ -419,7 +420,8 @@ def test_a_golden_needs_no_transformers(
     run: Any, golden: Golden, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.setattr(reference, "version", version_of(transformers=None))
+    for module in (reference, transformers_version):
+        monkeypatch.setattr(module, "version", version_of(transformers=None))
     for images, taken in (((CHELSEA,), "uint8 pixels"), ((), "the pixel values of the processor")):
         code, out, err = run(*images, *SMALL, "--golden", golden.path, "--json")
         document = json.loads(out)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from packaging.version import Version
 from torch import Tensor
 
+from qwen_vit.common.transformers_version import require_transformers
 from qwen_vit.compare.choices import Processor
 from qwen_vit.compare.oracle import Trace
 from qwen_vit.compare.stages import record_stages
@@ -29,8 +29,6 @@ __all__ = [
     "package_versions",
     "process",
 ]
-
-MIN_TRANSFORMERS = "5.17"
 
 
 class Processed(NamedTuple):
@@ -53,18 +51,9 @@ def package_versions() -> dict[str, str]:
 
 def check_transformers() -> None:
     """Raise ArgumentError, with the version found and those expected, without transformers."""
-    found = package_versions().get("transformers")
-    if found is None:
-        fact = "transformers is not installed"
-    elif Version(found) < Version(MIN_TRANSFORMERS):
-        fact = f"transformers {found} is too old"
-    else:
-        return
-    raise ArgumentError(
-        fact,
-        expected=f"{MIN_TRANSFORMERS} or newer",
-        remedy="run pip install 'qwen-vit[hf]', or compare with a golden file that someone else "
-        "made (--golden FILE)",
+    require_transformers(
+        "a comparison with Hugging Face",
+        alternative="compare with a golden file that someone else made (--golden FILE)",
     )
 
 

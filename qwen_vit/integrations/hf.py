@@ -2,20 +2,20 @@
 
 import re
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
-from qwen_vit.config import VisionConfig
+from qwen_vit.common.transformers_version import require_transformers
 from qwen_vit.errors import ArgumentError, plural
 from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.integrations.rows import MERGE_SIZE, count_tokens, rows_and_grids, whole_numbers
 
-__all__ = ["IMAGE_TOKEN_ID", "PatchEncoder", "as_hf_tower", "expand_placeholders", "to_hf"]
+if TYPE_CHECKING:
+    from qwen_vit.encoder import VisionEncoder
+
+__all__ = ["IMAGE_TOKEN_ID", "as_hf_tower", "expand_placeholders", "to_hf"]
 
 IMAGE_PAD = "<|image_pad|>"
 IMAGE_TOKEN_ID = 151_655  # of <|image_pad|> in every published Qwen2.5-VL
@@ -44,7 +44,7 @@ def to_hf(
     Raises ArgumentError for a transformers that is missing or too old and for image tokens that do
     not fit; ExportError for features that are not merged tokens.
     """
-    _require_transformers("5.18", "to_hf")
+    require_transformers("to_hf")
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     embeds, grids = rows_and_grids(features)
@@ -91,49 +91,39 @@ def expand_placeholders(
     return re.sub(re.escape(IMAGE_PAD), lambda _: IMAGE_PAD * next(repeats), text)
 
 
-class PatchEncoder(Protocol):
-    """What a tower needs of a `VisionEncoder`, which is in a layer above this module."""
-
-    @property
-    def config(self) -> VisionConfig: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    def encode_patches(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor: ...
-
-
-class _HFTower(nn.Module):
-    """A `VisionEncoder` with the interface of transformers' vision tower and no parameters."""
-
-    def __init__(self, encoder: PatchEncoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.spatial_merge_size = encoder.config.spatial_merge_size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.encoder.dtype
-
-    def forward(self, hidden_states: Tensor, grid_thw: Tensor, **_: Any) -> Any:
-        """Pixel rows (N, 1176) and grids (images, 3) to merged rows, as `pooler_output`."""
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        merged = self.encoder.encode_patches(hidden_states, grid_thw)
-        return BaseModelOutputWithPooling(pooler_output=merged)
-
-
-def as_hf_tower(encoder: PatchEncoder) -> nn.Module:
-    """Return a drop-in for the vision tower of transformers' Qwen2.5-VL.
+def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
+    """Return a drop-in for the vision tower of transformers' Qwen2.5-VL and Qwen2.5-Omni.
 
     >>> from qwen_vit import VisionEncoder
     >>> tower = as_hf_tower(VisionEncoder.from_pretrained("tiny"))
     >>> tower.dtype, tower.spatial_merge_size
     (torch.float32, 2)
+    >>> tower.state_dict()["merger.ln_q.weight"].shape
+    torch.Size([64])
 
-    `model.model.visual = as_hf_tower(encoder)` replaces the tower alone, for images and videos.
-    Forward only, no gradients; `last_hidden_state`, which transformers does not read, is None.
-    The tower copies and pickles as its encoder does. Needs transformers 5.17 or newer.
+    `model.model.visual = as_hf_tower(encoder)` (Omni: `model.thinker.visual`) replaces the tower
+    alone, for images and videos; the language model behind it can be trained.
 
-    Raises ArgumentError for a transformers that is missing or too old, and for another encoder.
+    Args:
+        encoder: from_pretrained or from_tensors made it. The tower begins with this encoder, and
+            builds others when it moves or loads weights; yours stays what it is.
+
+    Returns:
+        A module without parameters, so that no optimiser sees it and no weight decay changes it.
+
+        - `state_dict` has the published names and values, as copies in host memory, whatever the
+          device and dtype: a saved model is one of transformers.
+        - `load_state_dict` takes other weights, all or some, and builds the encoder again.
+        - `to`, `cuda`, `cpu`, `float` and `bfloat16` build the encoder again where it is asked to
+          be. On a CPU float32 stands for bfloat16, with a warning. float16 is refused.
+        - `train` and `eval` change nothing: in training it warns once that the tower is frozen.
+          `requires_grad_()`, pixel rows that want gradients and PEFT's adapters are refused.
+        - torch.compile breaks its graph at the tower and goes on behind it.
+        - `pooler_output` of its result holds the merged rows; `last_hidden_state`, which
+          transformers does not read, is None.
+
+    Needs transformers 5.18 or newer. Raises ArgumentError for a transformers that is missing or too
+    old, and for another encoder.
     """
     if not callable(getattr(encoder, "encode_patches", None)):
         raise ArgumentError(
@@ -141,24 +131,10 @@ def as_hf_tower(encoder: PatchEncoder) -> nn.Module:
             expected="a VisionEncoder",
             remedy="load one with VisionEncoder.from_pretrained",
         )
-    _require_transformers("5.17", "as_hf_tower")
-    return _HFTower(encoder)
+    require_transformers("as_hf_tower")
+    from qwen_vit.integrations.hf_tower import HFTower  # imports torch._dynamo: 1.5 s
 
-
-def _require_transformers(minimum: str, what: str) -> None:
-    try:
-        found = version("transformers")
-    except PackageNotFoundError:
-        fact = "transformers is not installed"
-    else:
-        if Version(found).release >= Version(minimum).release:
-            return
-        fact = f"transformers {found} is installed"
-    raise ArgumentError(
-        fact,
-        expected=f"{minimum} or newer, which {what} needs",
-        remedy=f"run pip install 'transformers>={minimum}'",
-    )
+    return HFTower(encoder)
 
 
 def _check_runs(is_image: Tensor, counts: list[int], image_token_id: int) -> None:

@@ -1,0 +1,229 @@
+"""A `VisionEncoder` as the vision tower of transformers' Qwen2.5-VL and Qwen2.5-Omni.
+
+The module has no parameters: the encoder's weights are folded, permuted and padded, and whoever
+finds parameters trains, casts or saves them as they are. Others see the published tensors, which
+`state_dict` reads and `load_state_dict` converts again, and modules with the published names, which
+refuse adapters and replacements.
+
+Import it late: torch.compiler.disable imports torch._dynamo, which takes 1.5 s.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from qwen_vit.device import choose_device, choose_dtype
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import ArgumentError, QwenVitError
+
+__all__ = ["HFTower"]
+
+logger = logging.getLogger("qwen_vit")
+
+TRAIN_THEIRS = "train transformers' own tower, and load an encoder from what it saves"
+
+
+class _Shown:
+    """The encoder that a tower and its parts show; they share one of these."""
+
+    def __init__(self, encoder: VisionEncoder) -> None:
+        self.encoder = encoder
+        self.dtype = encoder.dtype  # what was asked for: a CPU computes in float32 instead
+        self.cuda_graphs = encoder.graphs is not None or encoder.device.type != "cuda"
+
+    def tensor(self, name: str) -> Tensor:
+        """A copy of a stored tensor, which refuses to be written to: nothing would read it."""
+        with torch.inference_mode():
+            for stored, tensor in self.encoder.checkpoint.tensors.as_stored():
+                if stored == name:
+                    return tensor.clone()
+        raise AttributeError(name)
+
+
+class _Frozen(nn.Module):
+    """A module that computes no gradients and whose parts stay what they are."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module | nn.Parameter):
+            raise ArgumentError(
+                f"{name} of qwen_vit's vision tower cannot be replaced by a {type(value).__name__}",
+                remedy=TRAIN_THEIRS,
+            )
+        super().__setattr__(name, value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Accept False; raise ArgumentError for True."""
+        if requires_grad:
+            raise ArgumentError(
+                "qwen_vit's vision tower computes no gradients",
+                expected="requires_grad_(False)",
+                remedy=TRAIN_THEIRS,
+            )
+        return self
+
+
+class _Part(_Frozen):
+    """A published module of the tower, by name alone: the tower runs as a whole."""
+
+    def __init__(self, shown: _Shown, path: str) -> None:
+        super().__init__()
+        self.shown = shown
+        self.path = path
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias"):
+            return self.shown.tensor(f"{self.path}.{name}")
+        return super().__getattr__(name)
+
+    def __repr__(self) -> str:
+        # PEFT's error for a module that it cannot adapt says what the module is
+        return (
+            f"{self.path!r} of qwen_vit's vision tower (which takes no adapters: pass "
+            "exclude_modules=r'.*visual.*', or merge the adapter into the checkpoint and load the "
+            "encoder from that)"
+        )
+
+    def forward(self, *_: object, **__: object) -> Any:
+        """Raise ArgumentError."""
+        raise ArgumentError(
+            f"{self.path} of qwen_vit's vision tower does not run by itself",
+            remedy="call the tower",
+        )
+
+    def _load_from_state_dict(self, *_: object) -> None:
+        """The tower takes what is below it."""
+
+
+class HFTower(_Frozen):
+    """A `VisionEncoder` with the interface of transformers' vision tower; made by as_hf_tower."""
+
+    def __init__(self, encoder: VisionEncoder) -> None:
+        super().__init__()
+        self.shown = _Shown(encoder)
+        self.spatial_merge_size = encoder.config.spatial_merge_size
+        self.has_warned = False
+        for name in encoder.checkpoint.tensors.stored_names():
+            module: nn.Module = self
+            path = ""
+            for step in name.split(".")[:-1]:
+                path = f"{path}.{step}" if path else step
+                if step not in module._modules:
+                    module.add_module(step, _Part(self.shown, path))
+                module = module.get_submodule(step)
+
+    @property
+    def encoder(self) -> VisionEncoder:
+        """The encoder that computes, with the weights that were loaded last."""
+        return self.shown.encoder
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the tower computes in."""
+        return self.encoder.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tower computes; inputs may be anywhere."""
+        return self.encoder.device
+
+    def __repr__(self) -> str:
+        return f"HFTower({self.encoder!r})"
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its annotation is Any
+    def forward(self, hidden_states: Tensor, grid_thw: Tensor, **options: Any) -> Any:
+        """Pixel rows (N, 1176) and grids (images, 3) to merged rows, as `pooler_output`.
+
+        Raises ArgumentError for rows that want gradients, and what `encode_patches` raises.
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        if torch.is_grad_enabled():
+            if hidden_states.requires_grad:
+                raise ArgumentError(
+                    "the pixel rows require gradients, and qwen_vit's vision tower computes none",
+                    remedy="pass pixel_values.detach(), or use transformers' own tower",
+                )
+            if self.training and not self.has_warned:
+                self.has_warned = True
+                logger.warning("the vision tower is frozen in this training: it has no gradients")
+        merged = self.encoder.encode_patches(hidden_states, grid_thw)
+        output = BaseModelOutputWithPooling(pooler_output=merged)
+        return output if options.get("return_dict") is not False else output.to_tuple()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What .to, .cuda, .half and the like do to parameters, seen on an empty tensor."""
+        shown = self.shown
+        moved = fn(torch.empty(0, dtype=shown.dtype, device=self.device))
+        self._move(choose_device(moved.device), moved.dtype)
+        return self
+
+    def _move(self, device: torch.device, dtype: torch.dtype) -> None:
+        shown, encoder = self.shown, self.encoder
+        if dtype == torch.float16:
+            raise ArgumentError(
+                "float16 is refused: the published weights overflow it in the tower's last block",
+                expected="bfloat16 or float32",
+                remedy="convert the language model before the tower is put in its place, or alone",
+            )
+        is_replaced = device.type == "cpu" and dtype == torch.bfloat16
+        computed = choose_dtype(torch.float32 if is_replaced else dtype, device)
+        if is_replaced and dtype != shown.dtype:
+            logger.warning("the vision tower computes in float32 on a CPU, not in bfloat16")
+        if (device, computed) != (encoder.device, encoder.dtype):
+            image = encoder.image_config
+            shown.encoder = VisionEncoder.from_checkpoint(
+                encoder.checkpoint, encoder.source, device, computed,
+                image.min_pixels, image.max_pixels, shown.cuda_graphs,
+            )  # fmt: skip
+        shown.dtype = dtype
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        for name, tensor in self.encoder.checkpoint.tensors.as_stored():
+            # a copy: of a view into a file's map, torch.save would write the whole map
+            destination[prefix + name] = tensor.to("cpu", copy=True)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
+        strict: bool, missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Take other weights, all of them or some: transformers loads a model shard by shard."""
+        names = self.encoder.checkpoint.tensors.stored_names()
+        missing_keys += [prefix + name for name in names if prefix + name not in state_dict]
+        given = {
+            key.removeprefix(prefix): value
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
+        }
+        unexpected_keys += [prefix + name for name in given.keys() - set(names)]
+        new = {name: given[name] for name in names if name in given}
+        old = dict(self.encoder.checkpoint.tensors.as_stored())
+        if all(_same(tensor, old[name]) for name, tensor in new.items()):
+            return
+        try:
+            self.shown.encoder = self._with_tensors(old | new)
+        except QwenVitError as error:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+
+    def _with_tensors(self, tensors: dict[str, Tensor]) -> VisionEncoder:
+        encoder = self.encoder
+        return VisionEncoder.from_tensors(
+            # copies: the caller's model may go on training its own
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()},
+            encoder.config,
+            encoder.image_config,
+            name=encoder.source.name,
+            device=encoder.device,
+            dtype=encoder.dtype,
+            cuda_graphs=self.shown.cuda_graphs,
+        )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape or one.is_meta:
+        return False
+    return torch.equal(one.detach().to(other.device), other)
