@@ -52,18 +52,11 @@ class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
             self._sha256 = weights_hash(self)
         return self._sha256
 
-    def stored_names(self) -> list[str]:
-        """The names that the tensors were stored under: q, k and v apart where they were."""
-        return [part for name in self for part in self._stored_as(name)]
-
     def as_stored(self) -> Iterator[tuple[str, Tensor]]:
-        """`stored_names`, each with its tensor."""
+        """The tensors under the names that they were stored under: q, k and v apart where so."""
         for name in self:
-            parts = self._stored_as(name)
+            parts = part_names(name, split=len(self._parts[name]) > 1)
             yield from zip(parts, self[name].chunk(len(parts)), strict=True)
-
-    def _stored_as(self, name: str) -> tuple[str, ...]:
-        return part_names(name, split=len(self._parts[name]) > 1)
 
     def on_host(self) -> "PublishedTensors[Any]":
         """The same with no tensor on a GPU, whose memory is for weights that are computed with."""

@@ -10,6 +10,7 @@ Import it late: torch.compiler.disable imports torch._dynamo, which takes 1.5 s.
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -31,16 +32,19 @@ class _Shown:
 
     def __init__(self, encoder: VisionEncoder) -> None:
         self.encoder = encoder
+        self.shapes = {name: each.shape for name, each in encoder.checkpoint.tensors.as_stored()}
         self.dtype = encoder.dtype  # what was asked for: a CPU computes in float32 instead
         self.cuda_graphs = encoder.graphs is not None or encoder.device.type != "cuda"
 
-    def tensor(self, name: str) -> Tensor:
-        """A copy of a stored tensor, which refuses to be written to: nothing would read it."""
-        with torch.inference_mode():
-            for stored, tensor in self.encoder.checkpoint.tensors.as_stored():
-                if stored == name:
-                    return tensor.clone()
-        raise AttributeError(name)
+
+@dataclass(frozen=True, slots=True)
+class PublishedWeight:
+    """What a part shows as its weight or bias: no tensor, because a change to one would be lost."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
 class _Frozen(nn.Module):
@@ -74,9 +78,13 @@ class _Part(_Frozen):
         self.path = path
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("weight", "bias"):
-            return self.shown.tensor(f"{self.path}.{name}")
-        return super().__getattr__(name)
+        full_name = f"{self.__dict__.get('path')}.{name}"
+        if name not in ("weight", "bias") or full_name not in self.shown.shapes:
+            return super().__getattr__(name)
+        encoder = self.shown.encoder
+        return PublishedWeight(
+            full_name, self.shown.shapes[full_name], encoder.dtype, encoder.device
+        )
 
     def __repr__(self) -> str:
         # PEFT's error for a module that it cannot adapt says what the module is
@@ -102,16 +110,17 @@ class HFTower(_Frozen):
 
     def __init__(self, encoder: VisionEncoder) -> None:
         super().__init__()
-        self.shown = _Shown(encoder)
+        self.shown = shown = _Shown(encoder)
         self.spatial_merge_size = encoder.config.spatial_merge_size
         self.has_warned = False
-        for name in encoder.checkpoint.tensors.stored_names():
+        for name in shown.shapes:
+            *steps, _ = name.split(".")
             module: nn.Module = self
-            path = ""
-            for step in name.split(".")[:-1]:
-                path = f"{path}.{step}" if path else step
+            for depth, step in enumerate(steps, start=1):
                 if step not in module._modules:
-                    module.add_module(step, _Part(self.shown, path))
+                    is_list = "".join(steps[depth : depth + 1]).isdigit()
+                    path = ".".join(steps[:depth])
+                    module.add_module(step, nn.ModuleList() if is_list else _Part(shown, path))
                 module = module.get_submodule(step)
 
     @property
@@ -132,7 +141,7 @@ class HFTower(_Frozen):
     def __repr__(self) -> str:
         return f"HFTower({self.encoder!r})"
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its annotation is Any
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **options: Any) -> Any:
         """Pixel rows (N, 1176) and grids (images, 3) to merged rows, as `pooler_output`.
 
@@ -192,14 +201,14 @@ class HFTower(_Frozen):
         strict: bool, missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         """Take other weights, all of them or some: transformers loads a model shard by shard."""
-        names = self.encoder.checkpoint.tensors.stored_names()
+        names = self.shown.shapes
         missing_keys += [prefix + name for name in names if prefix + name not in state_dict]
         given = {
             key.removeprefix(prefix): value
             for key, value in state_dict.items()
             if key.startswith(prefix)
         }
-        unexpected_keys += [prefix + name for name in given.keys() - set(names)]
+        unexpected_keys += [prefix + name for name in given.keys() - names.keys()]
         new = {name: given[name] for name in names if name in given}
         old = dict(self.encoder.checkpoint.tensors.as_stored())
         if all(_same(tensor, old[name]) for name, tensor in new.items()):
