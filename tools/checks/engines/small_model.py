@@ -55,8 +55,13 @@ def write_model(folder: Path) -> None:
     """Write the model: the same bytes on every run."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_weights(folder)
-    _write_tokenizer(folder)
-    settings = json.loads((TINY / "preprocessor_config.json").read_text())
+    write_tokenizer(folder)
+    write_processors(folder)
+
+
+def write_processors(folder: Path, **changes: Any) -> None:
+    """Write the settings of the processors for images and videos: tiny's, with `changes`."""
+    settings = {**json.loads((TINY / "preprocessor_config.json").read_text()), **changes}
     video = {**settings, "video_processor_type": "Qwen2VLVideoProcessor"}
     video.pop("image_processor_type")
     for name, document in (("preprocessor", settings), ("video_preprocessor", video)):
@@ -115,7 +120,7 @@ def _write_weights(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """One token a byte: tokenizers from the library, not Qwen's merges, which need a download."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

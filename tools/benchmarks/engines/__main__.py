@@ -1,0 +1,157 @@
+"""Vision towers inside vLLM on a GPU: its own in three settings, and ours by plugin.
+
+\b
+    python -m tools.benchmarks.engines towers --folder /dev/shm/engines
+    python -m tools.benchmarks.engines requests --folder /dev/shm/engines --ledger L
+
+`towers` starts one engine for each setting: as it comes, with its encoder graphs at budgets that
+fit exactly, compiled and with graphs, ours by plugin. It first holds the answers of 128 requests
+against transformers in float64, then times the towers. `requests` asks vLLM's API server, whose
+processor runs beside the engine. The weights are random. Needs vLLM in this environment.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from tools.benchmarks.engines.model import write_large, write_small
+from tools.benchmarks.engines.oracle import oracle_logprobs
+from tools.benchmarks.engines.requests import as_table, measure
+from tools.common import ROOT, append_row, four_digits, ledger_options, ledger_row, require_gpu
+
+VARIANTS = ("default", "graphs", "compiled", "plugin")
+WAYS = ("default", "plugin", "features")
+PACKAGES = ("vllm", "torch", "triton", "transformers")
+ENVIRONMENT = {
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the one that has encoder graphs
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+folder_option = click.option(
+    "--folder", type=click.Path(file_okay=False, path_type=Path), required=True,
+    help="Where models, figures and logs go: 4 GB.",
+)  # fmt: skip
+
+
+def rounded(value: Any) -> Any:
+    """Figures as the ledger holds them, at any depth."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    return four_digits(value) if isinstance(value, float) else value
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    """Measure inside vLLM."""
+
+
+@main.command()
+@folder_option
+@click.option("--variant", multiple=True, type=click.Choice(VARIANTS), default=VARIANTS)
+@ledger_options
+def towers(folder: Path, variant: tuple[str, ...], ledger: Path | None, commit: str) -> None:
+    """Time the towers of four engines, answers first."""
+    device = require_gpu()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "small" / "model.safetensors").exists():
+        write_small(folder / "small", device)
+    oracle = oracle_logprobs(folder / "small", device)
+    torch.cuda.empty_cache()
+    found = {name: run_child(name, folder) for name in variant}
+    report: dict[str, Any] = {}
+    for name in ("default", "plugin"):
+        if name in found:
+            answers = found[name].pop("answers")
+            report[name] = judge(answers, oracle)
+            found[name]["tokens"] = answers["tokens"]
+    if len(report) == 2:
+        pairs = zip(found["default"]["tokens"], found["plugin"]["tokens"], strict=True)
+        report["same_tokens"] = sum(ours == theirs for ours, theirs in pairs)
+    for each in found.values():
+        each.pop("tokens", None)
+    print_towers(found)
+    row = ledger_row("engines towers", commit, device, PACKAGES, answers=report, engines=found)
+    append_row(rounded(row), ledger)
+    print(json.dumps(rounded(row)))
+
+
+def judge(answers: dict[str, Any], oracle: torch.Tensor) -> dict[str, float]:
+    """How far a tower's answers are from float64."""
+    distance = torch.tensor(answers["logprobs"], dtype=torch.float64) - oracle
+    first = torch.tensor([tokens[0] for tokens in answers["tokens"]])
+    return {
+        "logprob_rms": float(distance.square().mean().sqrt()),
+        "logprob_largest": float(distance.abs().max()),
+        "first_tokens_of_float64": int((first == oracle.argmax(1)).sum()),
+        "images_per_s": answers["images_per_s"],
+    }
+
+
+def run_child(variant: str, folder: Path) -> dict[str, Any]:
+    """One engine in a process of its own; its figures."""
+    started = time.perf_counter()
+    plugin = "qwen_vit" if variant == "plugin" else ""
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_PLUGINS": plugin}
+    command = [sys.executable, "-m", "tools.benchmarks.engines.child", variant, str(folder)]
+    log = folder / f"{variant}.log"
+    with open(log, "w") as file:
+        done = subprocess.run(
+            command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False
+        )
+    click.echo(f"{variant}: {time.perf_counter() - started:.0f} s, exit code {done.returncode}")
+    if done.returncode:
+        lines = log.read_text().splitlines()
+        return {"failed": "\n".join(lines[-25:]), "towers": {}}
+    figures: dict[str, Any] = json.loads((folder / f"{variant}.json").read_text())
+    return figures
+
+
+def print_towers(found: dict[str, dict[str, Any]]) -> None:
+    """A line for each workload: milliseconds, and vLLM's time over ours in the same process."""
+    for variant, figures in found.items():
+        if "failed" in figures:
+            click.echo(f"{variant} FAILED\n{figures['failed']}")
+    names = next((list(each["towers"]) for each in found.values() if each["towers"]), [])
+    click.echo(f"{'':12}" + "".join(f"{variant:>22}" for variant in found))
+    for name in names:
+        if name == "graph_use":
+            continue
+        line = f"{name:12}"
+        for figures in found.values():
+            cell = figures["towers"].get(name, {})
+            ratio = f" ({cell['ratio']:.2f}x)" if "ratio" in cell else ""
+            line += f"{cell.get('ms', float('nan')):13.2f}{ratio:>9}"
+        click.echo(line)
+
+
+@main.command()
+@folder_option
+@click.option("--way", multiple=True, type=click.Choice(WAYS), default=WAYS)
+@ledger_options
+def requests(folder: Path, way: tuple[str, ...], ledger: Path | None, commit: str) -> None:
+    """Ask vLLM's API server: as it comes, with our tower, with our features."""
+    device = require_gpu()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "small" / "model.safetensors").exists():
+        write_small(folder / "small", device)
+    torch.cuda.empty_cache()
+    write_large(folder / "large")
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if "MULTI" not in key})
+    found = {name: measure(folder, name) for name in way}
+    click.echo(as_table(found))
+    row = ledger_row("engines requests", commit, device, PACKAGES, ways=found)
+    append_row(rounded(row), ledger)
+    print(json.dumps(rounded(row)))
+
+
+if __name__ == "__main__":
+    main()

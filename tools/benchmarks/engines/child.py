@@ -1,0 +1,221 @@
+"""What `tools.benchmarks.engines` runs, one engine a process: towers and answers inside vLLM.
+
+python -m tools.benchmarks.engines.child VARIANT FOLDER    its figures, to FOLDER/VARIANT.json
+
+In each engine but the one with the plugin, our tower with the same weights is timed in turns with
+the engine's, so that a ratio is of one process on one GPU at one temperature.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from qwen_vit import VisionEncoder
+from qwen_vit.checkpoint.load import load_checkpoint
+from qwen_vit.config import Grid
+from qwen_vit.integrations.engine_tower import EngineTower
+from tools.benchmarks.engines.workloads import (
+    N_REQUESTS,
+    NEW_TOKENS,
+    PROMPT,
+    TOWER_WORKLOADS,
+    n_tokens,
+    picture,
+    request_sizes,
+)
+
+ROUNDS, CALLS = 7, 5
+ENGINE = {
+    "max_model_len": 18_000, "max_num_batched_tokens": 18_000, "gpu_memory_utilization": 0.9,
+    "limit_mm_per_prompt": {"image": 32, "video": 1}, "max_logprobs": -1,
+    "enable_prefix_caching": False, "mm_processor_cache_gb": 0, "dtype": "bfloat16", "seed": 0,
+}  # fmt: skip
+
+
+def start(folder: Path, variant: str) -> Any:
+    """vLLM with the small model: as it comes, with its encoder graphs, compiled too, or ours."""
+    from vllm import LLM
+
+    compilation: dict[str, Any] = {}
+    if variant in ("graphs", "compiled"):
+        compilation["cudagraph_mm_encoder"] = True
+        # each workload in a graph of exactly its size: the best that vLLM can do
+        budgets = sorted({n_tokens(grids) for grids in TOWER_WORKLOADS.values()})
+        compilation["encoder_cudagraph_token_budgets"] = budgets
+        compilation["encoder_cudagraph_max_vision_items_per_batch"] = 32
+    if variant == "compiled":
+        compilation["compile_mm_encoder"] = True
+    more = {"compilation_config": compilation} if compilation else {}
+    return LLM(model=str(folder / "small"), **ENGINE, **more)
+
+
+def in_worker(engine: Any, function: Callable[[Any], Any]) -> Any:
+    """Run a function of vLLM's worker in this process."""
+    [result] = engine.collective_rpc(function)
+    return result
+
+
+def median_ms(calls: list[Callable[[], Any]]) -> list[float]:
+    """The median time of each call, the calls timed in turns."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        for _ in range(3):
+            call()
+    for _ in range(ROUNDS):
+        for call, own in zip(calls, times, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            begin.record()
+            for _ in range(CALLS):
+                call()
+            end.record()
+            end.synchronize()
+            own.append(begin.elapsed_time(end) / CALLS)
+    return [statistics.median(own) for own in times]
+
+
+def time_towers(engine: Any, folder: Path, variant: str) -> dict[str, Any]:
+    """Milliseconds of the engine's tower as it calls it, and of ours beside it."""
+
+    def run(worker: Any) -> dict[str, Any]:
+        from vllm.forward_context import set_forward_context
+
+        runner = worker.model_runner
+        manager = getattr(runner, "encoder_cudagraph_manager", None)
+        ours = our_tower(folder, runner.device) if variant != "plugin" else None
+        found = {}
+        with torch.inference_mode(), set_forward_context(None, runner.vllm_config):
+            for name, grids in TOWER_WORKLOADS.items():
+                rows = rows_of(grids, runner.device, runner.dtype)
+                inputs = {"pixel_values": rows, "image_grid_thw": grid_tensor(grids)}
+
+                def theirs(inputs: dict[str, Any] = inputs) -> Any:
+                    if manager is not None:
+                        return manager.execute(inputs)
+                    return runner.model.embed_multimodal(**inputs)
+
+                lists = [[grid.t, grid.h, grid.w] for grid in grids]
+                calls: list[Callable[[], Any]] = [theirs]
+                figures: dict[str, Any] = {}
+                if ours is not None:
+                    calls.append(partial(ours, rows, lists))
+                    mine, other = ours(rows, lists).float(), torch.cat(list(theirs())).float()
+                    figures["distance"] = float((mine - other).norm() / other.norm())
+                times = median_ms(calls)
+                figures["ms"] = times[0]
+                if len(times) == 2:
+                    figures["ours_ms"], figures["ratio"] = times[1], times[0] / times[1]
+                found[name] = figures
+        if manager is not None:
+            found["graph_use"] = manager.get_cumulative_stats()
+        return found
+
+    result: dict[str, Any] = in_worker(engine, run)
+    return result
+
+
+def our_tower(folder: Path, device: torch.device) -> EngineTower:
+    """Our tower with the small model's weights."""
+    checkpoint = load_checkpoint(folder / "small")
+    tower = EngineTower(checkpoint.config, checkpoint.image_config, torch.bfloat16, device)
+    tower.load_weights(checkpoint.tensors.items())
+    return tower
+
+
+def rows_of(grids: tuple[Grid, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    n = sum(grid.n_patches for grid in grids)
+    generator = torch.Generator(device).manual_seed(n)
+    return torch.randn(n, 1176, generator=generator, device=device).to(dtype)
+
+
+def grid_tensor(grids: tuple[Grid, ...]) -> Tensor:
+    return torch.tensor([[grid.t, grid.h, grid.w] for grid in grids])
+
+
+def answers(engine: Any) -> dict[str, Any]:
+    """128 requests together: tokens, log-probabilities of the first one, and the time."""
+    from vllm import SamplingParams
+
+    requests = [
+        {"prompt": PROMPT, "multi_modal_data": {"image": picture(*size, seed)}}
+        for seed, size in enumerate(request_sizes())
+    ]
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=-1, ignore_eos=True)
+    started = time.perf_counter()
+    done = engine.generate(requests, sampling, use_tqdm=False)
+    took = time.perf_counter() - started
+    tokens = [list(each.outputs[0].token_ids) for each in done]
+    first = [each.outputs[0].logprobs[0] for each in done]
+    logprobs = [[step[i].logprob for i in range(len(step))] for step in first]
+    return {"tokens": tokens, "logprobs": logprobs, "images_per_s": N_REQUESTS / took}
+
+
+def first_requests(engine: Any) -> dict[str, Any]:
+    """Seconds of the first ten requests after the engine is ready, one after the other."""
+    from vllm import SamplingParams
+
+    times = []
+    for seed in range(10):
+        request = {"prompt": PROMPT, "multi_modal_data": {"image": picture(896, 896, 500 + seed)}}
+        started = time.perf_counter()
+        engine.generate([request], SamplingParams(max_tokens=1), use_tqdm=False)
+        times.append(time.perf_counter() - started)
+    return {"seconds": times, "first_to_tenth": times[0] / times[9]}
+
+
+def same_bits(engine: Any, folder: Path) -> dict[str, Any]:
+    """Whether what the engine's tower gave are the bits of `encode_patches` on its rows."""
+    seen: list[tuple[Tensor, Any, Tensor]] = []
+
+    def keep(_: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        grids = named.get("grid_thw", inputs[1] if len(inputs) > 1 else None)
+        seen.append((inputs[0].clone(), grids, output.clone()))
+
+    def hook(worker: Any) -> None:
+        visual = worker.model_runner.model.visual
+        visual.register_forward_hook(keep, with_kwargs=True)
+
+    in_worker(engine, hook)
+    answers(engine)
+    encoder = VisionEncoder.from_pretrained(folder / "small", device="cuda")
+    equal = [
+        torch.equal(encoder.encode_patches(rows, torch.tensor(grids)), output)
+        for rows, grids, output in seen
+    ]
+    return {"calls": len(equal), "equal": sum(equal), "row_dtype": str(seen[0][0].dtype)}
+
+
+def memory(engine: Any) -> dict[str, float]:
+    """GPU memory that is free, in GB."""
+    free, total = torch.cuda.mem_get_info()
+    return {"free_gb": free / 1e9, "total_gb": total / 1e9}
+
+
+@click.command(help=__doc__)
+@click.argument("variant", type=click.Choice(["default", "graphs", "compiled", "plugin"]))
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def main(variant: str, folder: Path) -> None:
+    """Start one engine, ask and time it."""
+    started = time.perf_counter()
+    engine = start(folder, variant)
+    found: dict[str, Any] = {"start_s": time.perf_counter() - started, "ready": memory(engine)}
+    if variant in ("default", "plugin"):
+        found["first_requests"] = first_requests(engine)
+        found["answers"] = answers(engine)
+    found["towers"] = time_towers(engine, folder, variant)
+    if variant == "plugin":
+        found["bits"] = same_bits(engine, folder)
+    found["at_the_end"] = memory(engine)
+    (folder / f"{variant}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

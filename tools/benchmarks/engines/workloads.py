@@ -1,0 +1,41 @@
+"""What the towers and the engines are given: grids, and pictures for whole requests."""
+
+import random
+from collections.abc import Mapping
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+from qwen_vit.config import Grid
+from qwen_vit.workloads import WORKLOADS
+
+# the article's, and a mix of sizes that fits one batch of an engine
+TOWER_WORKLOADS: Mapping[str, tuple[Grid, ...]] = {
+    **{name: grids for name, grids in WORKLOADS.items() if name != "256 mixed"},
+    "16 mixed": WORKLOADS["256 mixed"][:16],
+}
+PROMPT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is it?<|im_end|>\n"
+NEW_TOKENS = 8
+N_REQUESTS = 128
+
+
+def n_tokens(grids: tuple[Grid, ...]) -> int:
+    """Merged tokens of a workload."""
+    return sum(grid.n_tokens(4) for grid in grids)
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    """A picture with edges and gradients; no two seeds give the same one."""
+    chance = np.random.default_rng(seed)
+    coarse = chance.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@cache
+def request_sizes() -> tuple[tuple[int, int], ...]:
+    """Widths and heights of the requests: multiples of 28, so that no processor resizes."""
+    chance = random.Random(7)
+    return tuple(
+        (28 * chance.randint(8, 36), 28 * chance.randint(8, 36)) for _ in range(N_REQUESTS)
+    )
