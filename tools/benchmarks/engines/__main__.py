@@ -69,7 +69,7 @@ def towers(folder: Path, variant: tuple[str, ...], ledger: Path | None, commit: 
     found = {name: run_child(name, folder) for name in variant}
     report: dict[str, Any] = {}
     for name in ("default", "plugin"):
-        if name in found:
+        if "answers" in found.get(name, {}):
             answers = found[name].pop("answers")
             report[name] = judge(answers, oracle)
             found[name]["tokens"] = answers["tokens"]
