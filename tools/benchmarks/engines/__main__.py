@@ -64,7 +64,8 @@ def towers(folder: Path, variant: tuple[str, ...], ledger: Path | None, commit: 
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "small" / "model.safetensors").exists():
         write_small(folder / "small", device)
-    oracle = oracle_logprobs(folder / "small", device)
+    asked = {"default", "plugin"} & set(variant)
+    oracle = oracle_logprobs(folder / "small", device) if asked else torch.empty(0)
     torch.cuda.empty_cache()
     found = {name: run_child(name, folder) for name in variant}
     report: dict[str, Any] = {}
