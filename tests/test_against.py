@@ -10,6 +10,7 @@ from tests.support import ROOT
 from tools.checks.against import main
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changed", "code"), [(False, 0), (True, 1)])
 def test_a_checkout_of_other_bits_is_found(changed: bool, code: int, tmp_path: Path) -> None:
     for name in ("qwen_vit", "weights"):

@@ -195,6 +195,7 @@ def test_the_chart_is_drawn(tmp_path: Path, part: str) -> None:
         assert image.width == 1350
 
 
+@pytest.mark.slow
 def test_a_start_is_timed_from_before_the_process(tmp_path: Path) -> None:
     done = tower_benchmark.start_once(TINY_FOLDER, "cpu", tmp_path)
     times = list(done.values())

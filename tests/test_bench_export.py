@@ -26,6 +26,7 @@ def measured(*words: str, **changed: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_as_many_images_are_exported_as_the_rates_are_of() -> None:
     """Rates of 5,000 images were 2.5 times too high: 2,000 were made, whatever was asked for."""
     line = measured(

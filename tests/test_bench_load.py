@@ -11,6 +11,7 @@ import pytest
 from tests.support import ROOT
 
 
+@pytest.mark.slow
 def test_the_tiny_checkpoint_is_measured_beside_plain_copies(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.jsonl"
     command = [sys.executable, "-m", "tools.benchmarks.load", "--model", "tiny", "--repeats", "1"]

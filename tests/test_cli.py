@@ -15,7 +15,6 @@ import sys
 import termios
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,29 +37,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CHELSEA = ROOT / "tests" / "images" / "chelsea.png"
 
 
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """`qwen-vit ARGUMENTS` in this process."""
-
-    def command(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["qwen-vit", *map(str, arguments)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            cli_module.main()
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return Done(0 if code is None else code, captured.out, captured.err)
-
-    return command
+def run(qwen_vit: Any) -> Any:
+    return qwen_vit
 
 
 @pytest.fixture

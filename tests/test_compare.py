@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 
 from qwen_vit import VisionEncoder
 from qwen_vit.checkpoint.published_tensors import GivenTensors
-from qwen_vit.cli import main as cli_module
 from qwen_vit.common import atomic_file as atomic_file_module
 from qwen_vit.common import transformers_version
 from qwen_vit.compare import huggingface as reference
@@ -63,21 +62,9 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def run(qwen_vit: Any) -> Any:
     """`qwen-vit compare ARGUMENTS` in this process: exit code, stdout, stderr."""
-
-    def command(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qwen-vit", "compare", *map(str, arguments)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            cli_module.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
+    return partial(qwen_vit, "compare")
 
 
 # Against transformers
@@ -132,6 +119,7 @@ def test_who_is_closer_to_float64_is_said_in_words() -> None:
     assert line() == line((math.nan, 1e-7)) == ""
 
 
+@pytest.mark.slow
 def test_three_photographs_and_their_page_take_less_than_a_minute(tmp_path: Path) -> None:
     """In a process of its own, as a user's. Processor time: on two cores the clock shows no more,
     and what else the machine does meanwhile does not count."""

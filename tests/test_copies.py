@@ -104,6 +104,7 @@ class Encoded(Dataset[Tensor]):
         return self.encoder.encode([IMAGES[index]])[0].embeds.cpu()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "device"),
     [
@@ -127,6 +128,7 @@ def encode_one(some: VisionEncoder, index: int) -> Tensor:
     return some.encode([IMAGES[index]])[0].embeds
 
 
+@pytest.mark.slow
 def test_joblib_sends_an_encoder_to_its_workers() -> None:
     jobs = (joblib.delayed(encode_one)(encoder(), index) for index in range(len(IMAGES)))
     assert_same_bits(joblib.Parallel(n_jobs=2)(jobs))

@@ -30,7 +30,6 @@ from PIL import Image
 
 from qwen_vit import batching
 from qwen_vit.cli import export as export_command
-from qwen_vit.cli import main as cli_module
 from qwen_vit.cli.text import estimate_text
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
@@ -1217,22 +1216,15 @@ def test_what_is_no_encoder_and_no_options_is_refused(export_dir: Path) -> None:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def run(monkeypatch: pytest.MonkeyPatch, qwen_vit: Any) -> Any:
     """`qwen-vit export ARGUMENTS` in this process, with the stand-in encoder."""
     loader = SimpleNamespace(from_pretrained=lambda *_, **__: FakeEncoder())
     monkeypatch.setattr(export_module, "VisionEncoder", loader)
 
     def command(*arguments: str) -> tuple[int, str, str]:
-        words = ["qwen-vit", "export", *arguments, "--model", "m"]
-        monkeypatch.setattr(sys, "argv", words)
         monkeypatch.setattr(logging.getLogger(), "handlers", [])
-        code: Any = 0
-        try:
-            cli_module.main()
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code or 0, captured.out, captured.err
+        done: tuple[int, str, str] = qwen_vit("export", *arguments, "--model", "m")
+        return done
 
     return command
 
@@ -1631,14 +1623,17 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> export_stress.Exports:
     return export_stress.Exports(tmp_path_factory.mktemp("exports"), 300)
 
 
+@pytest.mark.slow
 def test_kills_lose_and_double_nothing(exports: export_stress.Exports) -> None:
     assert export_stress.kills(exports, kills=4)["kills"] == 4
 
 
+@pytest.mark.slow
 def test_interrupts_end_with_130_and_leave_what_is_whole(exports: export_stress.Exports) -> None:
     assert export_stress.interrupts(exports, times=2)["longest_wait_s"] < 5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not export_stress.may_mount(), reason="needs the right to mount")
 def test_a_full_disk_stops_with_2_and_the_rest_follows_when_there_is_room(
     exports: export_stress.Exports,
@@ -1646,6 +1641,7 @@ def test_a_full_disk_stops_with_2_and_the_rest_follows_when_there_is_room(
     export_stress.full_disks(exports, disks=1)
 
 
+@pytest.mark.slow
 def test_memory_and_open_files_stay_flat(tmp_path: Path) -> None:
     export_stress.flat_memory(tmp_path, images=1_500, first=500)
 

@@ -489,6 +489,7 @@ def test_a_small_file_that_is_damaged_in_the_hubs_cache_is_mended(
         assert path.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_a_cache_of_copies_instead_of_links_serves_without_a_network(
     hub: Hub, repo: Path, tmp_path: Path
 ) -> None:
@@ -952,6 +953,7 @@ def test_offline_without_image_settings_is_refused_rather_than_guessed(
     assert kept == online  # the cache remembers that the repository has none
 
 
+@pytest.mark.slow
 def test_the_environment_means_what_it_means_to_huggingface_hub(
     hub: Hub, repo: Path, tmp_path: Path
 ) -> None:
@@ -981,6 +983,7 @@ def test_the_environment_means_what_it_means_to_huggingface_hub(
     assert kept["weights"] == online["weights"]
 
 
+@pytest.mark.slow
 def test_without_a_network_nothing_is_tried_again_and_again(
     hub: Hub, repo: Path, tmp_path: Path
 ) -> None:
@@ -1002,6 +1005,7 @@ def test_without_a_network_nothing_is_tried_again_and_again(
     assert (kept["weights"], kept["waits"]) == (online["weights"], [])
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_leaves_nothing(hub: Hub, repo: Path, tmp_path: Path) -> None:
     """A file system of 1 MB of its own, in a namespace of its own."""
     mount = 'mount -t tmpfs -o size=1m none "$0" && exec "$@"'

@@ -23,6 +23,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chaos]:
         yield ready
 
 
+@pytest.mark.slow
 def test_a_download_that_is_killed_leaves_nothing_corrupt(running: Chaos) -> None:
     print(kill_at_random(running, 4))
 

@@ -280,6 +280,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_importing_touches_no_gpu_network_or_environment() -> None:
     run = subprocess.run(
         [sys.executable, "-c", WATCH],

@@ -95,6 +95,7 @@ def assert_tiles_cover(segments: Segments, tiling: SegmentTiling, n_rows: int) -
         assert len(segments.segment_of_row) == 0
 
 
+@pytest.mark.slow
 @settings(
     max_examples=EXAMPLES,
     deadline=None,

@@ -227,6 +227,7 @@ def interpreted_errors() -> tuple[float, ...]:
     return tuple(json.loads(done.stdout))
 
 
+@pytest.mark.slow
 def test_the_compiled_norm_and_gather_are_right_in_the_interpreter() -> None:
     norm_error, gather_error, *_ = interpreted_errors()
     assert norm_error < 2e-7  # an own rounding of the scale

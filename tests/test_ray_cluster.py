@@ -51,12 +51,14 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_node_and_workers_that_are_killed_lose_and_double_nothing(tmp_path: Path) -> None:
     figures = export_stress.cluster_kills(tmp_path, kills=1, images=300)
     print(figures)
     assert figures["workers_started"] >= 4
 
 
+@pytest.mark.slow
 def test_workers_give_the_bytes_of_one_process_and_resume(
     cluster: str, tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -82,6 +84,7 @@ def test_workers_give_the_bytes_of_one_process_and_resume(
         (out / "shard-00000001.safetensors").unlink()
 
 
+@pytest.mark.slow
 def test_a_scheduler_ends_it_as_ctrl_c_does(cluster: str, tmp_path: Path) -> None:
     """Ray had taken the signal: the exit code was 15, 1 or -6, and temporary files stayed."""
     images, out = tmp_path / "many", tmp_path / "out"
@@ -105,6 +108,7 @@ def test_a_scheduler_ends_it_as_ctrl_c_does(cluster: str, tmp_path: Path) -> Non
     assert not list(out.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_workers_error_is_the_users_own_and_the_folder_is_given_back(
     cluster: str, images: Path, tmp_path: Path
 ) -> None:

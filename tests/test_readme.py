@@ -77,6 +77,7 @@ def test_there_is_a_readme_with_commands_and_python() -> None:
     assert {"./tools/demo", "./tools/test"} <= programs
 
 
+@pytest.mark.slow
 def test_the_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In a copy of the checkout's data, so that files which it writes do not stay.
 
@@ -96,6 +97,7 @@ def code_of(block: str) -> str:
     return re.sub(r"^(>>>|\.\.\.) ?", "", block, flags=re.MULTILINE) if ">>>" in block else block
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_the_python_of_a_page_passes_mypy_strict(page: str, tmp_path: Path) -> None:
     """All blocks of a page as one module, as a reader would paste them into a typed program."""
@@ -114,7 +116,12 @@ def copy_data(folder: Path) -> None:
     shutil.copytree(ROOT / "weights", folder / "weights")
 
 
-@pytest.mark.parametrize("line", QWEN_VIT)
+def with_marks(line: str) -> Any:
+    """Ray takes seconds to start."""
+    return pytest.param(line, marks=pytest.mark.slow) if "--ray" in line else line
+
+
+@pytest.mark.parametrize("line", [*map(with_marks, QWEN_VIT)])
 def test_a_command_of_the_readme_works(
     line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -122,6 +122,7 @@ def test_a_difference_and_a_skipped_image_are_shown(tmp_path: Path) -> None:
     assert badges.count("badge bad") == 2
 
 
+@pytest.mark.slow
 def test_odd_file_names_are_text_on_the_page_and_no_paths(tmp_path: Path) -> None:
     names = ['<img src=x onerror="a()">.png', "../../up.png", "a\udcff猫\n.png"]
     images = tuple(replace(comparison().images[0], id=name) for name in names)

@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 
+import pytest
+
 from tests.support.subprocess_pool import Outcome, outcomes
 
 
@@ -19,6 +21,7 @@ def behave(how: str, value: int) -> int:
     return value * 2
 
 
+@pytest.mark.slow
 def test_what_raises_dies_or_hangs_is_told_and_the_others_go_on() -> None:
     calls = [("fine", 1), ("raise", 2), ("exit", 3), ("crash", 4), ("hang", 5), ("fine", 6)]
     found = dict(outcomes(behave, calls, at_once=3, seconds=5))

@@ -38,6 +38,7 @@ def test_a_command_explains_itself(name: str) -> None:
     assert "--help" in done.output
 
 
+@pytest.mark.slow
 def test_a_command_runs_from_the_top_of_the_checkout() -> None:
     command = [sys.executable, "-m", "tools.benchmarks.tower", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -49,6 +50,31 @@ def test_a_command_runs_from_the_top_of_the_checkout() -> None:
 def test_every_command_that_a_document_names_exists(path: Path) -> None:
     named = set(re.findall(r"python -m (tools[\w.]*\w)", path.read_text("utf-8")))
     assert named <= {*COMMANDS}
+
+
+def test_the_fast_tests_exist_and_run_every_wing() -> None:
+    """Wings without a file of their own there have docstrings that run."""
+    script = (ROOT / "tools" / "test").read_text("utf-8")
+    [listed] = re.findall(r"^fast=\((.*?)\)", script, re.MULTILINE | re.DOTALL)
+    assert [path for path in listed.split() if not (ROOT / path).exists()] == []
+    assert "qwen_vit" in listed.split()
+    wings = {path.parent for path in (ROOT / "qwen_vit").rglob("__init__.py")}
+    dumb = [
+        wing.name
+        for wing in wings
+        if not any(">>>" in path.read_text("utf-8") for path in wing.glob("*.py"))
+    ]
+    assert dumb == []
+
+
+def test_the_test_command_explains_itself() -> None:
+    done = subprocess.run(
+        [ROOT / "tools" / "test", "--help"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("Usage: ./tools/test [--fast | --all] [ARGUMENTS OF PYTEST]\n")
+    assert {"--fast", "--all"} <= {
+        *re.findall(r"^  ./tools/test (--\w+)", done.stdout, re.MULTILINE)
+    }
 
 
 def test_no_tool_reaches_for_modules_or_imports_tests() -> None:

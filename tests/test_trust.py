@@ -21,6 +21,7 @@ def test_a_check_that_is_not_there_is_refused_with_those_that_are() -> None:
         trust.main.main(["--device=cpu", "--only=nosuch"], standalone_mode=False)
 
 
+@pytest.mark.slow
 def test_a_fiftieth_of_the_trust_suite_holds(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.jsonl"
     options = ["--device=cpu", "--fraction=0.02", "--seed=1", "--commit=abc", f"--ledger={ledger}"]

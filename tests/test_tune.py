@@ -40,6 +40,7 @@ def test_each_kind_of_gpu_sweeps_the_kernels_that_it_runs() -> None:
     assert hopper == {*tune.GEMMS, "full"}
 
 
+@pytest.mark.slow
 def test_the_list_names_candidates_and_present_rows_without_a_gpu() -> None:
     [down] = json.loads(run("--list", "--json", "--only", "down", "--rows", "9216,1024"))
     assert down["table"] == "linear_hopper.TILES[('residual', True)]"
