@@ -30,3 +30,13 @@ def features_of(
         values = torch.randn(index, width, generator=torch.Generator().manual_seed(index))
         made.append(ImageFeatures(name, values.to(dtype), (1, 2, 2 * index)))
     return made
+
+
+def features_with_grids(
+    *grids: tuple[int, int, int], dtype: torch.dtype = torch.float32
+) -> list[ImageFeatures]:
+    """An image for each grid, merged: 8 values a token."""
+    return [
+        ImageFeatures(str(i), torch.full((t * h * w // 4, 8), i + 0.5, dtype=dtype), (t, h, w))
+        for i, (t, h, w) in enumerate(grids)
+    ]
