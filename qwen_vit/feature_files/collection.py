@@ -75,10 +75,19 @@ class Features(ABC):
             return False
 
     def to_hf(
-        self, input_ids: Tensor | None = None, *, image_token_id: int = IMAGE_TOKEN_ID
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        image_token_id: int = IMAGE_TOKEN_ID,
+        mm_token_type_ids: bool = True,
     ) -> dict[str, Any]:
         """Arguments of transformers' `generate` and `forward`: see `downstream.to_hf`."""
-        return to_hf(self, input_ids, image_token_id=image_token_id)
+        return to_hf(
+            self,
+            input_ids,
+            image_token_id=image_token_id,
+            mm_token_type_ids=mm_token_type_ids,
+        )
 
     def to_vllm(self) -> dict[str, Any]:
         """vLLM's `multi_modal_data`: see `downstream.to_vllm`."""

@@ -26,8 +26,9 @@ def to_hf(
     input_ids: Tensor | None = None,
     *,
     image_token_id: int = IMAGE_TOKEN_ID,
+    mm_token_type_ids: bool = True,
 ) -> dict[str, Any]:
-    """Return what transformers' Qwen2.5-VL takes instead of pixels, in `generate` and `forward`.
+    """Return what transformers' Qwen2.5-VL and Qwen2.5-Omni (its thinker) take instead of pixels.
 
     >>> made = [ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))]
     >>> sorted(to_hf(made))
@@ -36,10 +37,12 @@ def to_hf(
     >>> to_hf(made, ids)["mm_token_type_ids"]
     tensor([[0, 1, 1, 1, 1, 1, 1, 0]])
 
-    With `input_ids` (batch, sequence), whose image tokens are checked against the features, it adds
-    `mm_token_type_ids`; without those, transformers silently numbers image tokens as if they were
-    text. Needs transformers 5.18 or newer. Source: `mm_encoder_outputs` in transformers'
-    models/qwen2_5_vl/modeling_qwen2_5_vl.py.
+    These are arguments of `generate` and `forward`. With `input_ids` (batch, sequence), whose image
+    tokens are checked against the features, it adds `mm_token_type_ids`; without those, Qwen2.5-VL
+    silently numbers image tokens as if they were text. Qwen2.5-Omni finds the images itself, and
+    refuses them: pass mm_token_type_ids=False. Needs transformers 5.18 or newer.
+
+    Source: `mm_encoder_outputs` in transformers' models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 
     Raises ArgumentError for a transformers that is missing or too old and for image tokens that do
     not fit; ExportError for features that are not merged tokens.
@@ -64,7 +67,8 @@ def to_hf(
             )
         is_image = input_ids == image_token_id
         _check_runs(is_image, [len(rows) for rows in embeds], image_token_id)
-        arguments["mm_token_type_ids"] = is_image.long()
+        if mm_token_type_ids:
+            arguments["mm_token_type_ids"] = is_image.long()
     return arguments
 
 

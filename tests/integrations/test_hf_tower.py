@@ -1,4 +1,36 @@
-"""Our tower in transformers' models: the same answers as from theirs."""
+"""Our tower in transformers' models: the same answers as from theirs, in the forms that they read.
+
+For Qwen2.5-VL and for Qwen2.5-Omni's thinker, images and videos.
+"""
+
+import copy
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from qwen_vit import VisionEncoder, as_hf_tower
+from qwen_vit.compare.tolerance import relative_error
+from qwen_vit.downstream import to_hf
+from qwen_vit.errors import ArgumentError
+from qwen_vit.features import ImageFeatures
+from tests.support.hf_models import (
+    FAMILIES,
+    GRIDS,
+    make_model,
+    tower_of,
+    vision_inputs,
+    with_our_tower,
+)
+from tests.support.hf_setting import Setting, greedy, make_setting
+from tests.support.towers import assert_no_worse_than, random_rows
+
+MODALITIES = ("image", "video")
 
 
 @pytest.fixture(scope="module")
@@ -6,7 +38,30 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return make_setting(tmp_path_factory.mktemp("model"))
 
 
-def test_our_tower_in_the_models_place_gives_the_same_answer(setting: Setting) -> None:
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def both(family: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A model with its own tower, and the same with ours."""
+    model, encoder = make_model(family, tmp_path_factory.mktemp("model"))
+    return model, with_our_tower(copy.deepcopy(model), encoder)
+
+
+def logits_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs, use_cache=False).logits
+
+
+def doubled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def test_our_tower_gives_the_answer_of_the_models_own_to_a_prompt_of_five_images(
+    setting: Setting,
+) -> None:
     theirs = setting.model.model.visual
     setting.model.model.visual = as_hf_tower(setting.encoder)
     try:
@@ -17,15 +72,96 @@ def test_our_tower_in_the_models_place_gives_the_same_answer(setting: Setting) -
     setting.assert_same_answer(logits, tokens)
 
 
-@dataclass
-class SumEncoder:
-    """The least that a tower needs of an encoder."""
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_both_models_answer_the_same_with_our_tower(
+    both: tuple[Any, Any], family: str, modality: str
+) -> None:
+    """Tokens to the last; logits within twice the distance of transformers' own from float64."""
+    model, swapped = both
+    inputs = vision_inputs(family, modality)
+    expected, logits = logits_of(model, inputs), logits_of(swapped, inputs)
+    exact = logits_of(copy.deepcopy(model).double(), doubled(inputs))
+    assert_no_worse_than(logits, expected, exact, factor=2)
+    assert greedy(swapped, **inputs) == greedy(model, **inputs)
 
-    config: VisionConfig
-    dtype: torch.dtype
 
-    def encode_patches(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        return pixel_values.unflatten(0, (-1, 4)).sum(dim=1)
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_the_comparison_sees_rows_in_another_order(
+    both: tuple[Any, Any], family: str, modality: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, swapped = both
+    inputs = vision_inputs(family, modality)
+    exact = logits_of(copy.deepcopy(model).double(), doubled(inputs))
+    encode = VisionEncoder.encode_patches
+    monkeypatch.setattr(VisionEncoder, "encode_patches", lambda *given: encode(*given).flip(0))
+    with pytest.raises(AssertionError, match="ours"):
+        assert_no_worse_than(
+            logits_of(swapped, inputs), logits_of(model, inputs), exact, factor=1000
+        )
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_features_are_read_from_our_tower_as_from_theirs(
+    both: tuple[Any, Any], family: str, modality: str
+) -> None:
+    """get_image_features and get_video_features: attributes, and a tuple where one is asked for."""
+    inputs = vision_inputs(family, modality)
+    rows = inputs["pixel_values" if modality == "image" else "pixel_values_videos"]
+    grid = inputs[f"{modality}_grid_thw"]
+    sizes = (grid.prod(-1) // 4).tolist()
+    for model in both:
+        get_features = getattr(model, f"get_{modality}_features")
+        with torch.no_grad():
+            output = get_features(rows, grid, return_dict=True)
+            as_tuple = get_features(rows, grid, return_dict=False)
+        assert [len(part) for part in output.pooler_output] == sizes
+        assert isinstance(as_tuple, tuple)
+        for part, same in zip(output.pooler_output, as_tuple[-1], strict=True):
+            assert torch.equal(part, same)
+
+
+def test_a_call_gives_what_transformers_tower_gives(both: tuple[Any, Any]) -> None:
+    """An object, or a tuple; `last_hidden_state`, which no model reads, is None in ours."""
+    theirs, ours = (tower_of(model) for model in both)
+    rows, grids = random_rows(104, seed=1), torch.tensor(GRIDS)
+    with torch.no_grad():
+        expected = theirs(rows, grid_thw=grids)
+        output = ours(rows, grid_thw=grids, output_attentions=True, output_hidden_states=True)
+        [merged] = ours(rows, grids, return_dict=False)
+    assert type(output) is type(expected)
+    assert output.pooler_output.shape == expected.pooler_output.shape
+    assert torch.equal(merged, output.pooler_output)
+    assert output.last_hidden_state is None
+    assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
+    assert ours.spatial_merge_size == theirs.spatial_merge_size
+
+
+def test_the_whole_model_gives_all_that_is_asked_for(both: tuple[Any, Any], family: str) -> None:
+    """Hidden states and attentions are the language model's; a tuple has equally many parts."""
+    inputs = vision_inputs(family)
+    options = {"output_hidden_states": True, "output_attentions": True, "use_cache": False}
+    parts = []
+    for model in both:
+        with torch.no_grad():
+            output = model(**inputs, **options)
+            parts.append(len(model(**inputs, **options, return_dict=False)))
+        assert len(output.hidden_states) == 3
+        if "image_outputs" in type(output).__dataclass_fields__:  # transformers 5.24
+            assert [len(part) for part in output.image_outputs.pooler_output] == [6, 20]
+    assert parts[0] == parts[1]
+
+
+def test_padded_batches_beams_and_chunked_prefill_work(both: tuple[Any, Any], family: str) -> None:
+    one = vision_inputs(family)
+    batch = {
+        name: torch.cat([value, value]) if "pixel" in name or "grid" in name else value.repeat(2, 1)
+        for name, value in one.items()
+    }
+    for options in ({"num_beams": 2}, {"prefill_chunk_size": 16}):
+        answers = [
+            model.generate(**batch, **options, max_new_tokens=6, do_sample=False) for model in both
+        ]
+        assert torch.equal(*answers), options
 
 
 class Pixels(Dataset):  # type: ignore[type-arg]
@@ -35,45 +171,84 @@ class Pixels(Dataset):  # type: ignore[type-arg]
         self.tower = tower
 
     def __len__(self) -> int:
-        return 3
+        return 2
 
     def __getitem__(self, index: int) -> Tensor:
-        rows = torch.full((24, 1176), float(index))
-        return self.tower(rows, torch.tensor([[1, 4, 6]])).pooler_output
+        with torch.no_grad():
+            return self.tower(random_rows(24, index), torch.tensor([[1, 4, 6]])).pooler_output
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_a_tower_copies_pickles_and_runs_in_workers(start: str) -> None:
-    """Alone and inside a model, as far as its encoder does."""
-    tower = as_hf_tower(SumEncoder(SMALL, torch.float32))
-    model = nn.Sequential(nn.Linear(2, 2), tower)
-    rows, grids = torch.ones(24, 1176), torch.tensor([[1, 4, 6]])
-    expected = torch.full((6, 1176), 4.0)
-    for other in (copy.deepcopy(tower), pickle.loads(pickle.dumps(tower)), copy.deepcopy(model)[1]):
+def test_a_tower_copies_and_pickles_with_its_state(both: tuple[Any, Any]) -> None:
+    """Alone and inside a model."""
+    tower = tower_of(both[1])
+    through_pickle = pickle.loads(pickle.dumps(tower))
+    for other in (copy.deepcopy(tower), through_pickle, tower_of(copy.deepcopy(both[1]))):
         assert other is not tower
-        assert torch.equal(other(rows, grid_thw=grids).pooler_output, expected)
-        assert (other.dtype, other.spatial_merge_size) == (torch.float32, 2)
-    loader = DataLoader(
-        Pixels(tower), batch_size=None, num_workers=1, multiprocessing_context=start
-    )
-    assert [float(made[0, 0]) for made in loader] == [0.0, 4.0, 8.0]
+        assert torch.equal(Pixels(other)[0], Pixels(tower)[0])
+        assert other.encoder.tower is not tower.encoder.tower
+        for name, tensor in other.state_dict().items():
+            assert torch.equal(tensor, tower.state_dict()[name])
 
 
-def test_our_tower_takes_videos_too(setting: Setting) -> None:
-    """Two frames in time for each step of the grid: (2, 4, 6) has 48 rows of pixels."""
-    rows = torch.randn(48, 1176, generator=torch.Generator().manual_seed(0))
-    grids = torch.tensor([[2, 4, 6]])
-    ids = torch.tensor([[20, SPECIAL["<|vision_start|>"], *12 * [IMAGE_TOKEN + 1], 3, 21]])
-    video = {"input_ids": ids, "pixel_values_videos": rows, "video_grid_thw": grids}
-    video["mm_token_type_ids"] = 2 * (ids == IMAGE_TOKEN + 1).long()
-    theirs = setting.model.model.visual
-    expected = setting.logits_from(**video)
-    setting.model.model.visual = as_hf_tower(setting.encoder)
-    try:
-        logits = setting.logits_from(**video)
-    finally:
-        setting.model.model.visual = theirs
-    exact = copy.deepcopy(setting.model).double()
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_a_tower_runs_in_workers(setting: Setting, start: str) -> None:
+    data = Pixels(as_hf_tower(setting.encoder))
+    loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context=start)
+    for index, made in enumerate(loader):
+        assert torch.equal(made, data[index])
+
+
+def test_the_tower_shows_the_published_modules(both: tuple[Any, Any]) -> None:
+    """Their names, for those who look modules up; and weights as descriptions, not as tensors."""
+    theirs, ours = (tower_of(model) for model in both)
+    names = {name for name, _ in ours.named_modules()}
+    assert names <= {name for name, _ in theirs.named_modules()}
+    for name, weight in theirs.named_parameters():
+        shown = ours.get_submodule(name.rpartition(".")[0])
+        described = getattr(shown, name.rpartition(".")[2])
+        assert (described.shape, described.dtype) == (weight.shape, weight.dtype)
+        assert (described.device, described.name) == (weight.device, name)
+    assert len(ours.blocks) == len(theirs.blocks)
+    with pytest.raises(AttributeError, match="weight"):
+        _ = ours.blocks[0].mlp.weight
+    with pytest.raises(
+        ArgumentError, match=r"merger of .* does not run by itself\. Call the tower"
+    ):
+        ours.merger(torch.ones(4, 32))
+
+
+def test_features_in_place_of_pixels_work_for_both_models(
+    both: tuple[Any, Any], family: str
+) -> None:
+    """`to_hf` for Omni goes without the token types, which its `generate` refuses."""
+    model, swapped = both
+    inputs = vision_inputs(family)
     with torch.no_grad():
-        exact_logits = exact(**video | {"pixel_values_videos": rows.double()}).logits
-    assert_no_worse_than(logits, expected, exact_logits, factor=2)
+        embeds = swapped.get_image_features(
+            inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True
+        ).pooler_output
+    made = [ImageFeatures(str(i), *pair) for i, pair in enumerate(zip(embeds, GRIDS, strict=True))]
+    wants = FAMILIES[family].wants_token_types
+    given = to_hf(made, inputs["input_ids"], image_token_id=4, mm_token_type_ids=wants)
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert greedy(model, **text, **given) == greedy(model, **inputs)
+    others = to_hf([replace(made[0], embeds=made[0].embeds.flip(0)), made[1]])
+    logits = logits_of(model, inputs)
+    assert relative_error(logits_of(model, text | given), logits) < 1e-5
+    assert relative_error(logits_of(model, text | given | others), logits) > 1e-2
+
+
+@pytest.mark.parametrize("given", ["tiny", nn.Linear(2, 2), None])
+def test_what_is_no_encoder_is_refused(given: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"encoder is .*\. Expected a VisionEncoder\. Load one"):
+        as_hf_tower(given)
+
+
+def test_a_model_saved_with_its_own_tower_is_read_from_where_it_was_saved(
+    family: str, tmp_path: Path
+) -> None:
+    """A thinker saved alone has the prefix "visual." and a config without `thinker_config`."""
+    model, encoder = make_model(family, tmp_path)
+    assert encoder.config.out_hidden_size == 48
+    for name, tensor in tower_of(model).state_dict().items():
+        assert torch.equal(as_hf_tower(encoder).state_dict()[name], tensor)

@@ -60,7 +60,12 @@ def small_model(
         vision_end_token_id=SPECIAL["<|vision_end|>"],
         tie_word_embeddings=tie,
     )
-    model = Qwen2_5_VLForConditionalGeneration(config).eval().requires_grad_(False)
+    return peaked(Qwen2_5_VLForConditionalGeneration(config), seed)
+
+
+def peaked(model: Any, seed: int) -> Any:
+    """The model with random weights that make its attention peaked, without gradients."""
+    model = model.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
