@@ -105,6 +105,11 @@ class _Part(_Frozen):
         """The tower takes what is below it."""
 
 
+class _Blocks(_Frozen, nn.ModuleList):
+    def _load_from_state_dict(self, *_: object) -> None:
+        """The tower takes what is below it."""
+
+
 class HFTower(_Frozen):
     """A `VisionEncoder` with the interface of transformers' vision tower; made by as_hf_tower."""
 
@@ -120,7 +125,7 @@ class HFTower(_Frozen):
                 if step not in module._modules:
                     is_list = "".join(steps[depth : depth + 1]).isdigit()
                     path = ".".join(steps[:depth])
-                    module.add_module(step, nn.ModuleList() if is_list else _Part(shown, path))
+                    module.add_module(step, _Blocks() if is_list else _Part(shown, path))
                 module = module.get_submodule(step)
 
     @property
@@ -221,8 +226,7 @@ class HFTower(_Frozen):
     def _with_tensors(self, tensors: dict[str, Tensor]) -> VisionEncoder:
         encoder = self.encoder
         return VisionEncoder.from_tensors(
-            # copies: the caller's model may go on training its own
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()},
+            {name: _own(tensor) for name, tensor in tensors.items()},
             encoder.config,
             encoder.image_config,
             name=encoder.source.name,
@@ -230,6 +234,11 @@ class HFTower(_Frozen):
             dtype=encoder.dtype,
             cuda_graphs=self.shown.cuda_graphs,
         )
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy on the host: the caller's model may go on training its own."""
+    return tensor if tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
