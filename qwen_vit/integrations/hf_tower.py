@@ -24,6 +24,11 @@ __all__ = ["HFTower"]
 
 logger = logging.getLogger("qwen_vit")
 
+# PEFT's error for a module that it cannot adapt says what the module is, by its repr.
+NO_ADAPTERS = (
+    "takes no adapters: pass exclude_modules=r'.*visual.*', or merge the adapter into the "
+    "checkpoint and load the encoder from that"
+)
 TRAIN_THEIRS = "train transformers' own tower, and load an encoder from what it saves"
 
 
@@ -87,12 +92,7 @@ class _Part(_Frozen):
         )
 
     def __repr__(self) -> str:
-        # PEFT's error for a module that it cannot adapt says what the module is
-        return (
-            f"{self.path!r} of qwen_vit's vision tower (which takes no adapters: pass "
-            "exclude_modules=r'.*visual.*', or merge the adapter into the checkpoint and load the "
-            "encoder from that)"
-        )
+        return f"{self.path!r} of qwen_vit's vision tower ({NO_ADAPTERS})"
 
     def forward(self, *_: object, **__: object) -> Any:
         """Raise ArgumentError."""
@@ -144,7 +144,7 @@ class HFTower(_Frozen):
         return self.encoder.device
 
     def __repr__(self) -> str:
-        return f"HFTower({self.encoder!r})"
+        return f"HFTower({self.encoder!r}, qwen_vit's vision tower ({NO_ADAPTERS}))"
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **options: Any) -> Any:
@@ -198,7 +198,7 @@ class HFTower(_Frozen):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         for name, tensor in self.encoder.checkpoint.tensors.as_stored():
-            # a copy: of a view into a file's map, torch.save would write the whole map
+            # a copy: what is done to it must not reach a file's map or a tensor that was given
             destination[prefix + name] = tensor.to("cpu", copy=True)
 
     def _load_from_state_dict(
