@@ -127,6 +127,7 @@ class HFTower(_Frozen):
                     path = ".".join(steps[:depth])
                     module.add_module(step, _Blocks() if is_list else _Part(shown, path))
                 module = module.get_submodule(step)
+        self.eval()  # as a model that was loaded is
 
     @property
     def encoder(self) -> VisionEncoder:

@@ -1,0 +1,245 @@
+"""What .to, .cuda, .half and the like do to the tower: build it again where it is asked to be.
+
+Or say why not. Nothing is silent, and the published tensors stay what they are.
+"""
+
+import copy
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen_vit import VisionEncoder, as_hf_tower
+from qwen_vit.compare.tolerance import relative_error
+from qwen_vit.errors import ArgumentError
+from tests.support.checkpoints import WIDE, random_tensors
+from tests.support.hf_models import (
+    GRIDS,
+    make_model,
+    tower_name,
+    tower_of,
+    vision_inputs,
+    with_our_tower,
+)
+from tests.support.towers import gpu, random_rows
+
+FAMILY = "qwen2_5_vl"
+INSTEAD = "the vision tower computes in float32 on a CPU, not in bfloat16"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    model, encoder = make_model(FAMILY, tmp_path_factory.mktemp("model"))
+    return with_our_tower(model, encoder)
+
+
+@pytest.fixture
+def model(original: Any) -> Any:
+    return copy.deepcopy(original)
+
+
+def merged_of(tower: Any) -> Tensor:
+    with torch.no_grad():
+        return tower(random_rows(104, 3), grid_thw=torch.tensor(GRIDS)).pooler_output
+
+
+def logits_of(model: Any) -> Tensor:
+    inputs = {name: tensor.to(model.device) for name, tensor in vision_inputs(FAMILY).items()}
+    with torch.no_grad():
+        return model(**inputs, use_cache=False).logits
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda model: model.to("cpu"),
+        lambda model: model.cpu(),
+        lambda model: model.float(),
+        lambda model: model.to(torch.float32),
+        lambda model: model.eval(),
+        lambda model: model.train(),
+        lambda model: model.to(torch.device("cpu"), torch.float32, non_blocking=True),
+        lambda model: model.share_memory(),
+    ],
+)
+def test_what_asks_for_nothing_else_builds_nothing(model: Any, move: Any) -> None:
+    encoder = tower_of(model).encoder
+    assert move(model) is model
+    assert tower_of(model).encoder is encoder
+    assert tower_of(model).training == model.training
+
+
+@pytest.mark.parametrize(
+    "move", [lambda part: part.half(), lambda part: part.to(torch.float16)], ids=["half", "to"]
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_float16_is_refused_with_the_reason_before_anything_moves(
+    model: Any, move: Any, whole: bool
+) -> None:
+    expected = logits_of(model)
+    words = (
+        r"float16 is refused: .* overflow .* last block\. Expected bfloat16 or float32\. Convert"
+    )
+    with pytest.raises(ArgumentError, match=words):
+        move(model if whole else tower_of(model))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(logits_of(model), expected)
+
+
+def test_a_float16_language_model_takes_the_tower_afterwards(model: Any) -> None:
+    """The way that the refusal names."""
+    expected, tower = logits_of(model), tower_of(model)
+    model.model.language_model.half()
+    model.lm_head.half()
+    assert tower_of(model) is tower
+    assert logits_of(model).dtype == torch.float16
+    assert relative_error(logits_of(model).float(), expected) < 0.02
+
+
+def test_other_types_are_refused(model: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"dtype is torch\.float64\. Expected torch\.bfloat16"):
+        model.double()
+
+
+def test_a_device_that_computes_nothing_is_refused(model: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"device is .*meta.*\. Expected an NVIDIA GPU"):
+        model.to("meta")
+
+
+def test_on_a_cpu_float32_stands_for_bfloat16_and_says_so(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The language model is in bfloat16; the tower is not rounded, and is saved as published."""
+    tower = tower_of(model)
+    encoder, state, merged = tower.encoder, tower.state_dict(), merged_of(tower)
+    model.bfloat16()
+    model.to(torch.bfloat16)
+    assert caplog.messages == [INSTEAD]
+    assert tower.encoder is encoder
+    assert tower.dtype == torch.float32
+    assert logits_of(model).dtype == torch.bfloat16
+    for name, tensor in tower.state_dict().items():
+        assert torch.equal(tensor, state[name])
+    model.float()
+    assert caplog.messages == [INSTEAD]
+    assert torch.equal(merged_of(tower), merged)
+
+
+# On a GPU
+
+
+def gpu_bytes() -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
+
+
+@gpu
+def test_a_tower_moves_to_a_gpu_and_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With the bits of an encoder that was loaded there; bfloat16 survives the way over a CPU."""
+    model, on_cpu = make_model(FAMILY, tmp_path)
+    with_our_tower(model, on_cpu)
+    tower, expected = tower_of(model), merged_of(tower_of(model))
+    state = tower.state_dict()
+    model.to(torch.bfloat16).cuda()
+    assert (tower.device, tower.dtype) == (torch.device("cuda", 0), torch.bfloat16)
+    assert tower.encoder.graphs is not None
+    loaded = VisionEncoder.from_pretrained(tmp_path, device="cuda")
+    assert torch.equal(merged_of(tower), merged_of(as_hf_tower(loaded)))
+    assert relative_error(merged_of(tower).cpu().float(), expected) < 0.05
+    assert logits_of(model).isfinite().all()
+    for name, tensor in tower.state_dict().items():
+        assert tensor.device.type == "cpu"
+        assert torch.equal(tensor, state[name])
+    model.cpu()
+    assert (tower.device, tower.dtype) == (torch.device("cpu"), torch.float32)
+    assert torch.equal(merged_of(tower), expected)
+    assert caplog.messages == [INSTEAD]
+    model.cuda()
+    assert tower.dtype == torch.bfloat16
+    model.float()
+    assert tower.dtype == torch.float32
+    assert relative_error(merged_of(tower).cpu(), expected) < 1e-5
+    tower.load_state_dict({name: tensor * 2 for name, tensor in state.items()})
+    loaded = merged_of(tower)
+    model.cpu()
+    assert relative_error(merged_of(tower), loaded.cpu()) < 1e-5
+
+
+@gpu
+def test_graphs_stay_off_where_they_were_off(tmp_path: Path) -> None:
+    make_model(FAMILY, tmp_path)
+    encoder = VisionEncoder.from_pretrained(tmp_path, device="cuda", cuda_graphs=False)
+    tower = as_hf_tower(encoder)
+    tower.float()
+    assert tower.encoder is not encoder
+    assert tower.encoder.graphs is None
+    tower.load_state_dict({name: t * 2 for name, t in tower.state_dict().items()})
+    assert tower.encoder.graphs is None
+
+
+@gpu
+def test_a_gpu_holds_the_weights_once() -> None:
+    """Whether they were given on it, moved, or loaded again: as the encoder has them."""
+    tensors = random_tensors(WIDE)
+    first = gpu_bytes()
+    encoder = VisionEncoder.from_tensors(tensors, WIDE, device="cuda", cuda_graphs=False)
+    own = gpu_bytes() - first
+    assert own > sum(tensor.nbytes for tensor in tensors.values())
+    tower = as_hf_tower(encoder)
+    del encoder
+    on_gpu = {name: tensor.cuda() for name, tensor in tensors.items()}
+    tower.load_state_dict({name: tensor * 2 for name, tensor in on_gpu.items()})
+    del on_gpu
+    assert gpu_bytes() - first == own
+    tower.float()
+    tower.bfloat16()
+    assert gpu_bytes() - first == own
+    tower.cpu()
+    assert gpu_bytes() == first
+    given = {name: tensor.cuda() for name, tensor in tensors.items()}
+    encoder = VisionEncoder.from_tensors(given, WIDE, device="cuda", cuda_graphs=False)
+    del given
+    assert gpu_bytes() - first == own
+    assert torch.equal(as_hf_tower(encoder).state_dict()["merger.mlp.2.bias"],
+                       tensors["merger.mlp.2.bias"])  # fmt: skip
+
+
+@gpu
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_compiled_model_answers_and_trains_the_same_on_a_gpu(
+    tmp_path: Path, backend: str
+) -> None:
+    model, _ = make_model(FAMILY, tmp_path)
+    model = model.cuda().requires_grad_(True).train()
+    with_our_tower(model, VisionEncoder.from_pretrained(tmp_path, device="cuda", dtype="float32"))
+    expected = logits_of(model)
+    inputs = {name: tensor.cuda() for name, tensor in vision_inputs(FAMILY).items()}
+    inputs["labels"] = inputs["input_ids"]
+    gradients = []
+    torch._dynamo.reset()
+    for each in (model, torch.compile(model, backend=backend)):
+        assert relative_error(logits_of(each), expected) < 1e-4
+        model.zero_grad()
+        each(**inputs, use_cache=False).loss.backward()
+        gradients.append(model.lm_head.weight.grad.clone())
+    assert relative_error(gradients[1], gradients[0]) < 1e-4
+
+
+@gpu
+def test_our_tower_answers_as_transformers_own_on_a_gpu(tmp_path: Path) -> None:
+    """float32, where both are near the truth; with pixels that are on the host, too."""
+    model, _ = make_model(FAMILY, tmp_path)
+    model = model.cuda()
+    expected = logits_of(model)
+    with_our_tower(model, VisionEncoder.from_pretrained(tmp_path, device="cuda", dtype="float32"))
+    assert relative_error(logits_of(model), expected) < 1e-4
+    assert tower_name(model) == "model.visual"
+    rows, grids = random_rows(104, 3), torch.tensor(GRIDS)
+    with torch.no_grad():
+        on_host = model.get_image_features(rows, grids, return_dict=True).pooler_output
+        on_gpu = model.get_image_features(rows.cuda(), grids.cuda(), return_dict=True).pooler_output
+    assert all(torch.equal(one, other) for one, other in zip(on_host, on_gpu, strict=True))
