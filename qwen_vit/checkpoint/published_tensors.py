@@ -52,10 +52,14 @@ class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
             self._sha256 = weights_hash(self)
         return self._sha256
 
+    def stored_as(self, name: str) -> tuple[str, ...]:
+        """What a tensor was stored as: its name, or those of q, k and v apart."""
+        return part_names(name, split=len(self._parts[name]) > 1)
+
     def as_stored(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors under the names that they were stored under: q, k and v apart where so."""
+        """The tensors under the names that they were stored as."""
         for name in self:
-            parts = part_names(name, split=len(self._parts[name]) > 1)
+            parts = self.stored_as(name)
             yield from zip(parts, self[name].chunk(len(parts)), strict=True)
 
     def on_host(self) -> "PublishedTensors[Any]":

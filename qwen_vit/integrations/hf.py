@@ -105,15 +105,17 @@ def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
     >>> tower.state_dict()["merger.ln_q.weight"].shape
     torch.Size([64])
 
-    `model.model.visual = as_hf_tower(encoder)` (Omni: `model.thinker.visual`) replaces the tower
-    alone, for images and videos; the language model behind it can be trained.
+    `model.set_encoder(as_hf_tower(encoder), modality="image")` replaces the tower alone, for images
+    and videos, wherever this version of transformers has it (Omni: of `model.thinker`). The
+    language model behind it can be trained.
 
     Args:
         encoder: from_pretrained or from_tensors made it. The tower begins with this encoder, and
             builds others when it moves or loads weights; yours stays what it is.
 
     Returns:
-        A module without parameters, so that no optimiser sees it and no weight decay changes it.
+        A module without parameters: no optimiser sees it, no weight decay changes it, and counts of
+        parameters go without it.
 
         - `state_dict` has the published names and values, as copies in host memory, whatever the
           device and dtype: a saved model is one of transformers.

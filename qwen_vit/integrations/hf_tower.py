@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from qwen_vit.checkpoint.tower_names import expected_tensors
 from qwen_vit.device import choose_device, choose_dtype
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, QwenVitError
@@ -37,7 +38,10 @@ class _Shown:
 
     def __init__(self, encoder: VisionEncoder) -> None:
         self.encoder = encoder
-        self.shapes = {name: each.shape for name, each in encoder.checkpoint.tensors.as_stored()}
+        self.shapes: dict[str, torch.Size] = {}
+        for name, (size, *others) in expected_tensors(encoder.config).items():
+            parts = encoder.checkpoint.tensors.stored_as(name)
+            self.shapes |= dict.fromkeys(parts, torch.Size([size // len(parts), *others]))
         self.dtype = encoder.dtype  # what was asked for: a CPU computes in float32 instead
         self.cuda_graphs = encoder.graphs is not None or encoder.device.type != "cuda"
 
@@ -216,6 +220,8 @@ class HFTower(_Frozen):
         }
         unexpected_keys += [prefix + name for name in given.keys() - names.keys()]
         new = {name: given[name] for name in names if name in given}
+        if not new:
+            return
         old = dict(self.encoder.checkpoint.tensors.as_stored())
         if all(_same(tensor, old[name]) for name, tensor in new.items()):
             return

@@ -6,6 +6,7 @@ train the tower itself is refused or warned.
 
 import copy
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,15 @@ def test_hooks_on_the_tower_run_around_it(both: tuple[Any, Any], family: str) ->
     assert torch.equal(logits_of(swapped, family), expected)
 
 
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps what the first Accelerator of a process was given, such as Trainer's."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_an_accelerator_prepares_and_unwraps_the_model(
     both: tuple[Any, Any], family: str, tmp_path: Path
 ) -> None:
