@@ -189,7 +189,7 @@ class HFTower(_Frozen):
             )
         is_replaced = device.type == "cpu" and dtype == torch.bfloat16
         computed = choose_dtype(torch.float32 if is_replaced else dtype, device)
-        if is_replaced and dtype != shown.dtype:
+        if is_replaced and (device, dtype) != (encoder.device, shown.dtype):
             logger.warning("the vision tower computes in float32 on a CPU, not in bfloat16")
         if (device, computed) != (encoder.device, encoder.dtype):
             image = encoder.image_config

@@ -157,7 +157,7 @@ def test_a_tower_moves_to_a_gpu_and_back(tmp_path: Path, caplog: pytest.LogCaptu
     model.cpu()
     assert (tower.device, tower.dtype) == (torch.device("cpu"), torch.float32)
     assert torch.equal(merged_of(tower), expected)
-    assert caplog.messages == [INSTEAD]
+    assert caplog.messages == [INSTEAD, INSTEAD]
     model.cuda()
     assert tower.dtype == torch.bfloat16
     model.float()

@@ -17,7 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from qwen_vit import VisionEncoder
 from qwen_vit.compare.tolerance import relative_error
@@ -387,6 +390,35 @@ def test_two_processes_train_one_model_and_keep_the_tower(
             assert torch.equal(saved.state_dict()[name], model.state_dict()[name]), name
         else:
             assert relative_error(saved.state_dict()[name], tensor) < ROUNDING, name
+
+
+def fsdp_worker(rank: int, folder: Path) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2
+    )
+    torch.set_num_threads(1)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model")
+    with_our_tower(model, VisionEncoder.from_pretrained(folder / "model", device="cpu")).train()
+    for layer in model.model.language_model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    loss_of(model, "qwen2_5_vl").backward()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if rank == 0:
+        torch.save(state, folder / "state.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_sharded_model_has_the_whole_tower_in_its_state(tmp_path: Path) -> None:
+    """FSDP2, whose state looks every name up among the modules."""
+    model, _ = make_model("qwen2_5_vl", tmp_path / "model")
+    mp.start_processes(fsdp_worker, (tmp_path,), nprocs=2, start_method="spawn")
+    state = torch.load(tmp_path / "state.pt")
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
 # torch.compile
