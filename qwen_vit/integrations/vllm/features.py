@@ -1,60 +1,143 @@
-"""vLLM: features for its engine and for its server."""
+"""Features of pictures and videos for vLLM's engine and for its server."""
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen_vit.features import FailedImage, ImageFeatures
+from qwen_vit.common.strict_json import is_number
+from qwen_vit.errors import ArgumentError, plural
+from qwen_vit.features import FailedImage, ImageFeatures, check_features
 from qwen_vit.integrations.rows import rows_and_grids
 
-__all__ = ["to_vllm", "to_vllm_chat_part"]
+__all__ = ["check_modalities", "to_base64", "to_vllm", "to_vllm_chat_part"]
+
+SomeFeatures = Iterable[ImageFeatures | FailedImage]
+Rows = tuple[list[Tensor], Tensor]  # each item's merged rows, and all grids (N, 3)
 
 
-def to_vllm(features: Iterable[ImageFeatures | FailedImage]) -> dict[str, Any]:
+def to_vllm(
+    features: SomeFeatures = (),
+    *,
+    videos: SomeFeatures = (),
+    second_per_grid_ts: Sequence[float] = (),
+) -> dict[str, Any]:
     """Return `multi_modal_data` for vLLM's `LLM(..., enable_mm_embeds=True)`.
 
     >>> data = to_vllm([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])
     >>> {name: tuple(tensor.shape) for name, tensor in data["image"].items()}
     {'image_embeds': (6, 8), 'image_grid_thw': (1, 3)}
+    >>> clip = ImageFeatures("clip.mp4", torch.ones(12, 8), (2, 4, 6))
+    >>> sorted(to_vllm(videos=[clip], second_per_grid_ts=[1.0])["video"])
+    ['second_per_grid_ts', 'video_embeds', 'video_grid_thw']
 
-    The prompt has one `<|image_pad|>` per image: vLLM expands them itself. Source: vLLM's
-    docs/features/multimodal_inputs.md.
+    The prompt has one `<|image_pad|>` for each picture and one `<|video_pad|>` for each video, in
+    any order: vLLM expands them itself. Source: vLLM's docs/features/multimodal_inputs.md.
 
-    Raises ExportError for features that are not merged tokens, and for failed images.
+    Args:
+        features: of pictures, in the prompt's order.
+        videos: features of videos, in the prompt's order.
+        second_per_grid_ts: for each video, the seconds from one step of its grid to the next: 2 /
+            (frames per second), since a step is two frames. vLLM would take 1 s in its place.
+
+    Raises:
+        ExportError: features that are not merged tokens, and failed images.
+        ArgumentError: nothing to send, a video among the pictures, or a video without its seconds.
     """
-    embeds, grids = rows_and_grids(features)
-    rows = torch.cat([rows.cpu() for rows in embeds])
-    return {"image": {"image_embeds": rows, "image_grid_thw": grids}}
+    pictures, clips = check_modalities(features, videos, second_per_grid_ts)
+    data: dict[str, Any] = {}
+    if pictures is not None:
+        rows, grids = pictures
+        data["image"] = {"image_embeds": _joined(rows), "image_grid_thw": grids}
+    if clips is not None:
+        rows, grids = clips
+        data["video"] = {
+            "video_embeds": _joined(rows),
+            "video_grid_thw": grids,
+            "second_per_grid_ts": torch.tensor(list(second_per_grid_ts), device="cpu"),
+        }
+    return data
 
 
-def to_vllm_chat_part(features: Iterable[ImageFeatures | FailedImage]) -> list[dict[str, Any]]:
-    """Return a part of a chat message for each image, for `vllm serve --enable-mm-embeds`.
+def to_vllm_chat_part(
+    features: SomeFeatures = (),
+    *,
+    videos: SomeFeatures = (),
+    second_per_grid_ts: Sequence[float] = (),
+) -> list[dict[str, Any]]:
+    """Return a part of a chat message for each picture, for `vllm serve --enable-mm-embeds`.
 
     >>> parts = to_vllm_chat_part([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])
     >>> [(part["type"], sorted(part["image_embeds"])) for part in parts]
     [('image_embeds', ['image_embeds', 'image_grid_thw'])]
 
     Each tensor, (n, D) and (3,), is what `torch.save` writes, in base64. A request may have several
-    such parts since vLLM's pull request 29988 (December 2025). Source: vLLM's
-    docs/features/multimodal_inputs.md.
+    such parts since vLLM's pull request 29988 (December 2025). Parts of videos follow those of the
+    pictures: put each where the prompt has it. Source: vLLM's docs/features/multimodal_inputs.md.
 
-    Raises ExportError for features that are not merged tokens, and for failed images.
+    Args and errors are those of `to_vllm`.
     """
-    embeds, grids = rows_and_grids(features)
-    return [
-        {
-            "type": "image_embeds",
-            "image_embeds": {"image_embeds": _base64(rows), "image_grid_thw": _base64(grid)},
-        }
-        for rows, grid in zip(embeds, grids, strict=True)
-    ]
+    pictures, clips = check_modalities(features, videos, second_per_grid_ts)
+    parts = []
+    for rows, grid in zip(*pictures, strict=True) if pictures else ():
+        parts.append(_part("image", image_embeds=rows, image_grid_thw=grid))
+    for rows, grid, seconds in zip(*clips, second_per_grid_ts, strict=True) if clips else ():
+        time = torch.tensor(float(seconds), device="cpu")
+        parts.append(
+            _part("video", video_embeds=rows, video_grid_thw=grid, second_per_grid_ts=time)
+        )
+    return parts
 
 
-def _base64(tensor: Tensor) -> str:
+def _part(kind: str, **tensors: Tensor) -> dict[str, Any]:
+    content = {name: to_base64(tensor) for name, tensor in tensors.items()}
+    return {"type": f"{kind}_embeds", f"{kind}_embeds": content}
+
+
+def check_modalities(
+    features: SomeFeatures, videos: SomeFeatures, second_per_grid_ts: Sequence[float]
+) -> tuple[Rows | None, Rows | None]:
+    """The rows and grids of pictures and of videos, each None where there are none.
+
+    Raises ArgumentError and ExportError as `to_vllm` says: an engine that is given any of this
+    stops for everybody.
+    """
+    pictures, clips = check_features(features), check_features(videos)
+    seconds = list(second_per_grid_ts)
+    if len(seconds) != len(clips):
+        raise ArgumentError(
+            f"second_per_grid_ts has {plural(len(seconds), 'value')} for "
+            f"{plural(len(clips), 'video')}",
+            expected="one for each video",
+            remedy="pass 2 / (frames per second) of each",
+        )
+    for value in seconds:
+        if not is_number(value) or value <= 0:
+            raise ArgumentError(f"second_per_grid_ts holds {value!r}", expected="seconds above 0")
+    rows, grids = rows_and_grids([*pictures, *clips])
+    n = len(pictures)
+    for image, (t, _, _) in zip(pictures, grids[:n].tolist(), strict=True):
+        if t != 1:
+            raise ArgumentError(
+                f"its grid has {t} steps in time",
+                name=image.id,
+                expected="a picture, which has one",
+                remedy="pass a video by videos=, with its second_per_grid_ts=",
+            )
+    return (
+        (rows[:n], grids[:n]) if pictures else None,
+        (rows[n:], grids[n:]) if clips else None,
+    )
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    return torch.cat([part.cpu() for part in rows])
+
+
+def to_base64(tensor: Tensor) -> str:
     """As vLLM's tensor2base64. A clone, because `torch.save` writes the whole storage of a view."""
     buffer = io.BytesIO()
     torch.save(tensor.cpu().clone(), buffer)

@@ -1,0 +1,343 @@
+"""vLLM's encoder cache as files: a request carries a grid and an id, and no embeddings.
+
+vLLM's `ECExampleConnector` reads an item's rows from FOLDER/UUID/encoder_cache.safetensors, one
+tensor `ec_cache` (tokens, width). It checks nothing: rows of another width or number stop the
+engine for everybody. So a folder is of one model, one setting of image sizes and one dtype, which
+its `qwen_vit.json` names, and each entry's uuid holds a digest of these and one of its rows, which
+follow from the pixels. `index/` says which image has which entry, in one file for each call of
+`write_ec_cache`: any number of processes may write.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_vit.common.atomic_file import (
+    TEMPORARY_SUFFIX,
+    atomic_file,
+    cannot_write,
+    check_utf8,
+)
+from qwen_vit.common.safetensors_header import TensorInfo, build_header, read_header
+from qwen_vit.common.strict_json import is_integer, is_number, parse_json, read_json, short_repr
+from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, display_name, plural
+from qwen_vit.features import FailedImage, ImageFeatures, check_features, dtype_name
+from qwen_vit.integrations.rows import MERGE_SIZE, count_tokens
+from qwen_vit.integrations.vllm.cached import CachedFeatures
+from qwen_vit.integrations.vllm.features import check_modalities
+
+__all__ = [
+    "EncoderCache",
+    "read_ec_cache",
+    "write_ec_cache",
+]
+
+SETTINGS, INDEX, ENTRY = "qwen_vit.json", "index", "encoder_cache.safetensors"  # vLLM names ENTRY
+FORMAT = "qwen_vit encoder cache 1"
+STORED_AS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+FIELDS = ("id", "uuid", "grid_thw", "second_per_grid_t")  # of a line of the index
+UUID = re.compile("[0-9a-f]{16}-[0-9a-f]{40}")
+DIGESTS = ("weights_sha256", "config_sha256")
+SAME = (*DIGESTS, "dtype", "width")  # of all entries of a folder
+WRITE_AGAIN = "write the entry again with write_ec_cache"
+OTHER_FOLDER = "pass another folder: an engine that serves another model must not read this one"
+
+
+def write_ec_cache(
+    features: Iterable[ImageFeatures | FailedImage],
+    folder: str | os.PathLike[str],
+    metadata: Mapping[str, Any],
+    *,
+    videos: Iterable[ImageFeatures | FailedImage] = (),
+    second_per_grid_ts: Sequence[float] = (),
+    index: str = "",
+) -> list[CachedFeatures]:
+    """Write features into a folder from which vLLM reads them, whatever engine runs or restarts.
+
+    >>> import tempfile
+    >>> made = [ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))]
+    >>> metadata = {"weights_sha256": "5f", "config_sha256": "c0"}  # encoder.metadata()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     [entry] = write_ec_cache(made, folder, metadata)
+    ...     os.listdir(f"{folder}/{entry.uuid}")
+    ['encoder_cache.safetensors']
+
+    An engine started with `ec_transfer_config` of {"ec_connector": "ECExampleConnector", "ec_role":
+    "ec_consumer", "ec_connector_extra_config": {"shared_storage_path": FOLDER}} takes requests
+    made by `to_vllm_cached` or `to_vllm_cached_chat_part`. Source: vLLM's
+    distributed/ec_transfer/ec_connector/example_connector.py.
+
+    Args:
+        features: of pictures. All are checked before anything is written.
+        folder: a new or empty folder, or one that this function wrote for the same model.
+        metadata: `encoder.metadata()`, or the `metadata` of `load_features(...)`.
+        videos, second_per_grid_ts: as in `to_vllm`.
+        index: what to call the file that lists these entries; a digest of them if not given.
+
+    Returns:
+        What a request needs of each picture, then of each video, in order.
+
+    Raises:
+        ExportError: features that are not merged tokens or belong to another model than the
+            folder's entries, or a folder that cannot be written.
+        ArgumentError: arguments that make no sense.
+    """
+    folder, seconds = Path(folder), list(second_per_grid_ts)
+    check_utf8(folder)
+    pictures, clips = check_features(features), check_features(videos)
+    found = check_modalities(pictures, clips, seconds)
+    rows = [part for kind in found if kind is not None for part in kind[0]]
+    grids = [grid for kind in found if kind is not None for grid in kind[1].tolist()]
+    settings = _settings(metadata, rows[0])
+    _make_folder(folder, settings)
+    entries = []
+    times = [None] * len(pictures) + [float(value) for value in seconds]
+    for item, part, grid, time in zip([*pictures, *clips], rows, grids, times, strict=True):
+        t, h, w = grid
+        values = part.detach().cpu().contiguous()
+        entry = CachedFeatures(item.id, _uuid(settings, values, grid), (t, h, w), time)
+        _write_entry(folder / entry.uuid, values)
+        entries.append(entry)
+    _write_index(folder / INDEX, entries, index)
+    return entries
+
+
+class EncoderCache(Mapping[str, CachedFeatures]):
+    """The entries of an encoder cache by their images' ids, each checked when it is taken.
+
+    `read_ec_cache` opens one. `cache[id]` raises KeyError for an id that it does not list, and
+    ExportError for an entry whose file is gone or damaged: vLLM would stop.
+
+    Attributes:
+        folder: where it is.
+        settings: the model, image setting, dtype and width of its entries.
+    """
+
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], entries: Mapping[str, CachedFeatures]
+    ) -> None:
+        self.folder, self.settings = folder, settings
+        self._entries = entries
+
+    def __repr__(self) -> str:
+        return f"EncoderCache({str(self.folder)!r}: {plural(len(self), 'entry')})"
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> CachedFeatures:
+        entry = self._entries[name]
+        self._check(self.folder / entry.uuid / ENTRY, entry)
+        return entry
+
+    def _check(self, path: Path, entry: CachedFeatures) -> None:
+        wanted = (count_tokens(entry.grid_thw, MERGE_SIZE), self.settings["width"])
+        try:
+            found = read_header(path)
+        except CheckpointError as error:
+            raise ExportError.of(error, remedy=WRITE_AGAIN) from None
+        shapes = {name: info.shape for name, info in found.items()}
+        if shapes != {"ec_cache": wanted}:
+            raise ExportError(
+                f"it holds {shapes}",
+                name=str(path),
+                expected=f"ec_cache {wanted} for the grid {entry.grid_thw} of {entry.id!r}",
+                remedy=WRITE_AGAIN,
+            )
+
+
+def read_ec_cache(
+    folder: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None
+) -> EncoderCache:
+    """Open a folder that `write_ec_cache` or `qwen-vit export --ec-cache` wrote.
+
+    >>> cache = read_ec_cache("cache")  # doctest: +SKIP
+    >>> engine.generate({"prompt": text, **to_vllm_cached([cache["a.jpg"]])})  # doctest: +SKIP
+
+    An image that was written twice has its last entry.
+
+    Args:
+        folder: the cache.
+        metadata: of the encoder whose model the engine serves, to refuse a cache of another one.
+
+    Raises:
+        ExportError: the folder is not an encoder cache, is damaged, or is of another model.
+    """
+    folder = Path(folder)
+    settings = _read_settings(folder)
+    if metadata is not None:
+        _check_same(folder, settings, {name: metadata.get(name) for name in DIGESTS})
+    entries: dict[str, CachedFeatures] = {}
+    for path in _index_files(folder / INDEX):
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            entry = _parse_entry(line, f"{path}, line {number}")
+            entries[entry.id] = entry
+    return EncoderCache(folder, settings, entries)
+
+
+def _settings(metadata: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """What all entries of a folder share."""
+    digests = {
+        name: metadata.get(name) if isinstance(metadata, Mapping) else None for name in DIGESTS
+    }
+    for name, digest in digests.items():
+        if not isinstance(digest, str) or not digest:
+            raise ArgumentError(
+                f"metadata has no {name}",
+                expected="encoder.metadata(), or the metadata of load_features(...)",
+                remedy="pass it, so that entries of different models stay apart",
+            )
+    if rows.dtype not in STORED_AS:
+        raise ExportError(
+            f"the features are {dtype_name(rows.dtype)}",
+            expected=" or ".join(map(dtype_name, STORED_AS)),
+            remedy="encode them again",
+        )
+    return {**digests, "dtype": dtype_name(rows.dtype), "width": rows.shape[1], "format": FORMAT}
+
+
+def _uuid(settings: Mapping[str, Any], rows: Tensor, grid: Sequence[int]) -> str:
+    """Digests of the model with its settings, and of the rows with their grid."""
+    model = sha256(json.dumps([settings[name] for name in SAME]).encode()).hexdigest()
+    content = sha256(json.dumps(list(grid)).encode())
+    content.update(_bytes_of(rows))
+    return f"{model[:16]}-{content.hexdigest()[:40]}"
+
+
+def _make_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make the folder, or check that it is a cache of the same model."""
+    try:
+        if not folder.absolute().parent.is_dir():
+            raise ExportError("not a folder", name=str(folder.parent), remedy="create it first")
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise ExportError("not a folder", name=str(folder), remedy="pass another one")
+        folder.mkdir(exist_ok=True)
+        names = sorted(os.listdir(folder))
+        strange = [name for name in names if not name.endswith(TEMPORARY_SUFFIX)]
+        if strange and SETTINGS not in names:
+            raise ExportError(
+                f"it holds {display_name(strange[0])} ({len(strange)} in all) and no {SETTINGS}",
+                name=str(folder),
+                expected="an encoder cache that this package wrote, or an empty folder",
+                remedy="pass another one",
+            )
+        if SETTINGS not in names:
+            with atomic_file(folder / SETTINGS) as file:
+                file.write(json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n")
+        _check_same(folder, _read_settings(folder), settings)
+        (folder / INDEX).mkdir(exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS
+    if not path.is_file():
+        raise ExportError(
+            f"a folder without {SETTINGS}" if folder.is_dir() else "not a folder",
+            name=str(folder),
+            expected="an encoder cache that this package wrote",
+        )
+    try:
+        settings = read_json(path)
+    except CheckpointError as error:
+        raise ExportError.of(error, remedy="write the cache into a new folder") from None
+    wrong = {name: settings.get(name) for name in ("format", "width")}
+    if settings.get("format") != FORMAT or not is_integer(settings.get("width")):
+        raise ExportError(
+            f"its format is {wrong}",
+            name=str(path),
+            expected=f"{FORMAT!r} and a whole number",
+            remedy="write the cache into a new folder with this version",
+        )
+    return settings
+
+
+def _check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    differ = [name for name in SAME if name in settings and stored.get(name) != settings[name]]
+    if differ:
+        facts = "; ".join(
+            f"its {name} is {stored.get(name)}, that of the features {settings[name]}"
+            for name in differ
+        )
+        raise ExportError(
+            f"a cache of another model or setting: {facts}", name=str(folder), remedy=OTHER_FOLDER
+        )
+
+
+def _write_entry(folder: Path, rows: Tensor) -> None:
+    """Write one entry, unless it is there: its name says what it holds."""
+    path, data = folder / ENTRY, _bytes_of(rows)
+    info = TensorInfo(STORED_AS[rows.dtype], tuple(rows.shape), 0, data.nbytes)
+    header = build_header({"ec_cache": info})
+    try:
+        if path.is_file() and path.stat().st_size == len(header) + data.nbytes:
+            return
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    with atomic_file(path) as file:
+        file.write(header)
+        file.write(data)
+
+
+def _bytes_of(rows: Tensor) -> Any:
+    """The memory of contiguous rows on the CPU; numpy has no bfloat16."""
+    return rows.reshape(-1).view(torch.uint8).numpy()
+
+
+def _write_index(folder: Path, entries: Sequence[CachedFeatures], name: str) -> None:
+    """Write who has which entry; where an earlier file says otherwise, the newest counts."""
+    lines = [json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in entries]
+    content = "".join(lines).encode()
+    with atomic_file(folder / f"{name or sha256(content).hexdigest()[:32]}.jsonl") as file:
+        file.write(content)
+
+
+def _index_files(folder: Path) -> list[Path]:
+    """The files of the index, the oldest first."""
+    try:
+        files = [entry for entry in os.scandir(folder) if entry.name.endswith(".jsonl")]
+        files.sort(key=lambda entry: (entry.stat().st_mtime_ns, entry.name))
+    except OSError as error:
+        raise ExportError(
+            f"cannot be read ({error.strerror})",
+            name=str(folder),
+            remedy="check its permissions, or write the cache again",
+        ) from None
+    return [Path(entry.path) for entry in files]
+
+
+def _parse_entry(line: bytes, source: str) -> CachedFeatures:
+    try:
+        found = parse_json(line, source=source)
+    except CheckpointError as error:
+        raise ExportError.of(error, remedy=WRITE_AGAIN) from None
+    name, uuid, grid, time = (found.get(key) for key in FIELDS)
+    is_right = (
+        found.keys() == set(FIELDS)
+        and isinstance(name, str)
+        and isinstance(uuid, str)
+        and UUID.fullmatch(uuid) is not None  # a path is made of it
+        and isinstance(grid, list)
+        and len(grid) == 3
+        and all(is_integer(n) and n > 0 for n in grid)
+        and (time is None or (is_number(time) and time > 0))
+    )
+    if not is_right:
+        raise ExportError(f"not an entry: {short_repr(found)}", name=source, remedy=WRITE_AGAIN)
+    return CachedFeatures(found["id"], found["uuid"], tuple(found["grid_thw"]), time)
