@@ -149,7 +149,9 @@ class EncoderCache(Mapping[str, CachedFeatures]):
         try:
             found = read_header(path)
         except CheckpointError as error:
-            raise ExportError.of(error, remedy=WRITE_AGAIN) from None
+            raise ExportError.of(
+                error, expected="an entry of the cache", remedy=WRITE_AGAIN
+            ) from None
         shapes = {name: info.shape for name, info in found.items()}
         if shapes != {"ec_cache": wanted}:
             raise ExportError(

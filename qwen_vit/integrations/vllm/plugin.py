@@ -27,9 +27,12 @@ def register() -> None:
     """
     asked = [name.strip() for name in os.environ.get("VLLM_PLUGINS", "").split(",")]
     if NAME not in asked:
-        logger.info(
-            "qwen_vit is installed and not used. Set VLLM_PLUGINS=%s to run its vision tower.", NAME
-        )
+        # vLLM 0.32 loads plugins before it sets its logging up, and then Python prints warnings only
+        level = logging.INFO if logger.isEnabledFor(logging.INFO) else logging.WARNING
+        logger.log(
+            level,
+            "qwen_vit is installed and not used. Set VLLM_PLUGINS=%s to run its vision tower.", NAME,
+        )  # fmt: skip
         return
     if importlib.util.find_spec(THEIR_MODULE) is None:
         logger.warning("qwen_vit: this vLLM has no %s. vLLM's own vision tower runs.", THEIR_MODULE)
