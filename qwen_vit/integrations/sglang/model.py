@@ -1,0 +1,116 @@
+"""Qwen2.5-VL in SGLang, with this package's vision tower in place of SGLang's.
+
+SGLang imports this module in each of its processes when SGLANG_EXTERNAL_MODEL_PACKAGE names the
+package around it, and builds `EntryClass` for checkpoints of that architecture. Everything but the
+tower is SGLang's own: processor, scheduler, caches, language model, data parallelism.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import sglang
+from sglang.srt.models import qwen2_5_vl as theirs
+from sglang.srt.runtime_context import get_server_args
+from torch import Tensor
+
+from qwen_vit.config import ImageConfig, VisionConfig
+from qwen_vit.errors import ArgumentError, CheckpointError
+from qwen_vit.graphs import MAX_BUCKET
+from qwen_vit.integrations.engine_tower import EngineTower
+
+__all__ = ["RUN_WITH", "Qwen2_5_VLForConditionalGeneration"]
+
+logger = logging.getLogger("sglang.qwen_vit")
+
+RUN_WITH = ("0.5.23",)  # versions of SGLang that tools/checks/engines has run
+
+PREFIXES = ("visual.", "model.visual.")  # the Hub's files; transformers >= 4.52 in memory
+KEPT = "original_"
+WITHOUT = "start SGLang without SGLANG_EXTERNAL_MODEL_PACKAGE"
+
+
+class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models by this name
+    theirs.Qwen2_5_VLForConditionalGeneration  # type: ignore[misc]
+):
+    """SGLang's Qwen2.5-VL whose `visual` is an `EngineTower`."""
+
+    visual: Any
+
+    def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
+        super().__init__(config, quant_config, prefix)
+        dtype, device = self.visual.dtype, self.visual.device
+        try:
+            ours = VisionConfig.from_json(_as_published(config.vision_config), source="the config")
+            self.visual = None  # its memory is free before ours is taken
+            # SGLang's processor normalises, so the image settings do not matter
+            self.visual = EngineTower(ours, ImageConfig.from_json({}), dtype, device)
+        except CheckpointError as error:
+            raise ArgumentError(
+                f"qwen_vit cannot run this vision tower: {error.fact}",
+                expected=error.expected,
+                remedy=WITHOUT,
+            ) from error
+        self._unwritten = {name for name, _ in self.visual.named_parameters()}
+        self._is_prepared = False
+        logger.info("qwen_vit runs the vision tower, in %s on %s.", dtype, device)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        """Give the tower its own tensors and SGLang the others, as they are read.
+
+        SGLang calls it once at the start, with all weights, and again for updates, with any of
+        them.
+        """
+
+        def others() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+                if prefix is None:
+                    yield name, tensor
+                else:
+                    own = [(name.removeprefix(prefix), tensor)]
+                    self._unwritten -= self.visual.load_weights(own)
+
+        loaded = super().load_weights(others())
+        if self._unwritten:
+            raise CheckpointError(
+                f"{len(self._unwritten)} of the {len(self.visual.state_dict())} tensors of the "
+                "vision tower were not loaded",
+                expected=f"all vision weights, under {' or '.join(PREFIXES)}",
+                remedy=f"use a whole Qwen2.5-VL checkpoint, or {WITHOUT}",
+            )
+        self.post_load_weights()
+        return loaded
+
+    def post_load_weights(self) -> None:
+        """Compile and capture, before SGLang gives the GPU's free memory to its caches.
+
+        SGLang calls it itself where it fills parameters without `load_weights`, such as for
+        `load_format="dummy"`.
+        """
+        if self._is_prepared or get_server_args().enable_memory_saver:
+            # memory that is taken while weights are loaded can be released later, and what the
+            # graphs read would be lost: so they are captured at the first request
+            return
+        self._is_prepared = True
+        self.visual.prepare([self.visual.dtype], MAX_BUCKET)
+
+
+def _as_published(vision_config: Any) -> dict[str, Any]:
+    """The vision config without the padding that SGLang's own tower gets on a CPU.
+
+    There SGLang writes larger numbers over `num_heads` and `intermediate_size`, and keeps the
+    checkpoint's as `original_num_heads` and `original_intermediate_size`.
+    """
+    vision: dict[str, Any] = vision_config.to_dict()
+    kept = {name.removeprefix(KEPT): vision[name] for name in vision if name.startswith(KEPT)}
+    return {**vision, **kept}
+
+
+def _missing_names() -> list[str]:
+    """What this module touches in SGLang's model and this SGLang does not have."""
+    model = getattr(theirs, "Qwen2_5_VLForConditionalGeneration", None)
+    return [name for name in ("load_weights",) if not hasattr(model, name)]
+
+
+EntryClass = Qwen2_5_VLForConditionalGeneration
