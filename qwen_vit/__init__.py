@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from qwen_vit.kernels.rope_varlen_attention import (
         fused_rope_varlen_attention as fused_rope_varlen_attention,
     )
+    from qwen_vit.show.sheets import show_features as show_features
 else:
     from importlib import import_module
 
@@ -60,6 +61,7 @@ else:
         "images.image": ["ImageLimits"],
         "integrations.hf": ["as_hf_tower", "expand_placeholders"],
         "kernels.rope_varlen_attention": ["fused_rope_varlen_attention"],
+        "show.sheets": ["show_features"],
     }
     _MODULES = {name: module for module, names in _NAMES.items() for name in names}
     __all__ = sorted(["__version__", *_MODULES])

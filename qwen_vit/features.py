@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from qwen_vit.common.strict_json import is_integer
 from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.images.image import ImageSource
 
 __all__ = [
     "UNKNOWN_SIZE",
@@ -73,6 +75,32 @@ class ImageFeatures:
                 remedy='encode it with output="merged" or output="patch"',
             )
         return self.embeds.view(t, h // side, w // side, -1)
+
+    def show(
+        self, picture: ImageSource | None = None, *, point: tuple[float, float] | None = None
+    ) -> Image.Image:
+        """Draw the image's attention windows, its feature map and similarities to one cell.
+
+        >>> from qwen_vit import VisionEncoder
+        >>> encoder = VisionEncoder.from_pretrained("tiny")
+        >>> features = encoder.encode("tests/images/rocket.jpg", output="patch")
+        >>> features.show(point=(320, 240)).save("rocket-features.png")  # doctest: +SKIP
+
+        Args:
+            picture: the image; if not given, the file that `id` names, where there is one.
+            point: (x, y) in pixels: its cell is compared with every cell.
+
+        Returns:
+            A picture, which a notebook shows. `show_features` draws several images together.
+
+        Raises:
+            ArgumentError: the extra `show` is not installed, or arguments do not fit.
+            ImageError: a picture that cannot be read.
+        """
+        from qwen_vit.show.sheets import show_features
+
+        pictures = None if picture is None else {self.id: picture}
+        return show_features([self], pictures, point=point)[0]
 
     def numpy(self) -> NDArray[np.float32]:
         """`embeds` as a float32 array on the host."""

@@ -1,0 +1,1 @@
+"""Pictures of dense features: feature maps, similarity maps, window layouts."""

@@ -1,0 +1,146 @@
+"""Views of features -> one self-contained page, readable on a phone and in dark mode."""
+
+import base64
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+from PIL import Image
+
+from qwen_vit.show.colours import component_colours
+from qwen_vit.show.draw import (
+    draw_colours,
+    draw_picture,
+    draw_similarity,
+    heat_colours,
+    panel_png,
+)
+from qwen_vit.show.sheets import panel_titles
+from qwen_vit.show.strips import StripLayout
+from qwen_vit.show.views import FeatureView, FeatureViews
+
+__all__ = ["PageText", "data_uri", "feature_page", "render_page"]
+
+WEBP_QUALITY = 90  # of photographs; maps are kept exactly, and small as PNG
+
+
+@dataclass(frozen=True, slots=True)
+class PageText:
+    """What a page of features says besides the pictures.
+
+    Attributes:
+        title: the heading.
+        facts: a line each, name and value: model, output, ...
+        notices: what a reader must know first, such as that weights are random.
+        cell: what a cell of the maps is: "merged token of 28 x 28 pixels", for example.
+        window_px: the side of a window: "112 x 112 pixels".
+        full_attention: a sentence on the blocks that see all of an image.
+        command: the command that makes the page again, if there is one.
+    """
+
+    title: str
+    facts: Mapping[str, str]
+    notices: tuple[str, ...]
+    cell: str
+    window_px: str
+    full_attention: str
+    command: str = ""
+
+
+def feature_page(views: FeatureViews, text: PageText, *, today: date | None = None) -> bytes:
+    """The page of some images' features; it holds its pictures, and can be sent alone."""
+    layouts = [StripLayout.of(view.h, view.w, views.window) for view in views.views]
+    ramps = zip(component_colours(), views.explained, strict=False)
+    return render_page(
+        _template("page.html.jinja"),
+        today=today,
+        command=text.command,
+        title=text.title,
+        facts=text.facts,
+        notices=text.notices,
+        images=[
+            _image(view, views, layout)
+            for view, layout in zip(views.views, layouts, strict=True)
+        ],
+        cell=text.cell,
+        window_px=text.window_px,
+        full_attention=text.full_attention,
+        components=[
+            {"colours": ", ".join(map(_hex, ramp)), "share": f"{share:.0%}"}
+            for ramp, share in ramps
+        ],
+        heat=None if views.span is None else {
+            "colours": ", ".join(heat_colours()),
+            "low": f"{views.span[0]:.2f}", "high": f"{views.span[1]:.2f}",
+        },
+        has_strips=any(layout.is_cut for layout in layouts),
+    )  # fmt: skip
+
+
+def render_page(template: str, *, today: date | None = None, command: str, **values: Any) -> bytes:
+    """A page of a Jinja2 template that extends `base.html.jinja`, as UTF-8.
+
+    `command` is shown as the way to make the page again; the day is today's, if none is given.
+    """
+    from jinja2 import DictLoader, Environment, StrictUndefined
+
+    base = {"base.html.jinja": _template("base.html.jinja")}
+    environment = Environment(
+        loader=DictLoader(base), autoescape=True, undefined=StrictUndefined
+    )  # escapes file names
+    text = environment.from_string(template).render(
+        date=(today or date.today()).isoformat(),
+        version=version("qwen-vit"),
+        command=command,
+        **values,
+    )
+    return text.encode("utf-8", "backslashreplace")
+
+
+def data_uri(picture: bytes, kind: str = "png") -> str:
+    """A picture inside a page."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def _template(name: str) -> str:
+    return files("qwen_vit.show").joinpath(name).read_text("utf-8")
+
+
+def _image(view: FeatureView, views: FeatureViews, layout: StripLayout) -> dict[str, Any]:
+    draws: list[Any] = [draw_picture, draw_colours]
+    if view.similarity is not None:
+        draws.append(draw_similarity)
+    height, width = view.size_px
+    size = f"{width} x {height} pixels, " if (height, width) != (0, 0) else ""
+    titles = panel_titles(view, views)
+    return {
+        "id": view.id,
+        "facts": f"{size}{view.w} x {view.h} patches",
+        "is_wide": layout.size[0] > 2 * layout.size[1],
+        "panels": [
+            _panel(layout, partial(draw, layout=layout, view=view, views=views), title)
+            for draw, title in zip(draws, titles, strict=False)
+        ],
+    }
+
+
+def _panel(layout: StripLayout, draw: Any, title: str) -> dict[str, Any]:
+    png = panel_png(layout, draw)
+    with Image.open(io.BytesIO(png)) as picture:
+        width, height = picture.size
+        webp = io.BytesIO()
+        picture.save(webp, "WEBP", quality=WEBP_QUALITY)
+    kind, smaller = ("webp", webp.getvalue()) if len(webp.getvalue()) < len(png) else ("png", png)
+    return {
+        "uri": data_uri(smaller, kind), "width": width, "height": height,
+        "title": title[:1].upper() + title[1:],
+    }  # fmt: skip
+
+
+def _hex(colour: Iterable[float]) -> str:
+    return "#" + "".join(f"{round(255 * float(value)):02x}" for value in colour)

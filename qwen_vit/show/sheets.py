@@ -1,0 +1,60 @@
+"""Features of images -> a picture of each."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+from PIL import Image
+
+from qwen_vit.images.image import ImageSource
+from qwen_vit.show.draw import check_packages, sheet_png
+from qwen_vit.show.views import DenseFeatures, FeatureView, FeatureViews, Point, view_features
+
+__all__ = ["panel_titles", "show_features"]
+
+
+def show_features(
+    features: Sequence[DenseFeatures],
+    pictures: Mapping[str, ImageSource] | None = None,
+    *,
+    point: Point | None = None,
+    frame: int = 0,
+) -> list[Image.Image]:
+    """Draw each image's windows, feature map and, with a point, similarity map.
+
+    >>> from qwen_vit import VisionEncoder
+    >>> encoder = VisionEncoder.from_pretrained("tiny")
+    >>> photographs = ["tests/images/chelsea.png", "tests/images/rocket.jpg"]
+    >>> pictures = show_features(encoder.encode(photographs, output="patch"), point=(120, 100))
+    >>> pictures[1].save("rocket-features.png")  # doctest: +SKIP
+
+    Args:
+        features: of one encoder and of one output, "merged" or "patch". The components of their
+            feature maps are fitted together, so that colours compare.
+        pictures: the images by id, where the ids are not their paths.
+        point: (x, y) in pixels of the first image: its cell is compared with every cell.
+        frame: which frame of a video.
+
+    Returns:
+        A picture of each, in order. A notebook shows it, and `save` writes it.
+
+    Raises:
+        ArgumentError: the extra `show` is not installed, or arguments do not fit.
+        ImageError: a picture that cannot be read.
+    """
+    check_packages("show", "matplotlib")
+    found = view_features(features, pictures, point=point, frame=frame)
+    return [
+        Image.open(io.BytesIO(sheet_png(view, found, panel_titles(view, found))))
+        for view in found.views
+    ]
+
+
+def panel_titles(view: FeatureView, views: FeatureViews) -> tuple[str, str, str]:
+    """The titles of an image's panels: windows, feature map, similarities."""
+    rows, columns = view.colours.shape[:2]
+    windows = "photograph and" if view.picture is not None else "features and"
+    return (
+        f"{windows} {view.n_windows(views.window)} attention windows",
+        f"feature map, {columns} x {rows} cells",
+        "similarity to the marked cell" if view.mark else "similarity to the first image's cell",
+    )
