@@ -63,7 +63,7 @@ def test_an_arrow_that_others_imply_is_left_out() -> None:
 def test_layers_are_those_of_the_contract() -> None:
     layers = read_layers()
     assert layers[0] == ["__main__"]
-    assert ["checkpoint", "features", "images", "inputs", "kernels"] in layers
+    assert ["checkpoint", "images", "inputs", "kernels"] in layers
     assert layers[-1] == ["errors"]
 
 

@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_vit.checkpoint import cache as store
-from qwen_vit.checkpoint.hub import find_checkpoint, packaged_weights
+from qwen_vit.checkpoint.hub import find_checkpoint
 from qwen_vit.checkpoint.load import load_checkpoint
-from qwen_vit.checkpoint.repository import Repository
+from qwen_vit.checkpoint.published import packaged_weights
+from qwen_vit.checkpoint.repository import Repository, explain
 from qwen_vit.common.safetensors_header import read_header
 from qwen_vit.errors import ArgumentError, CheckpointError, HubError
 from tests.support.checkpoints import SMALL, WIDE, random_tensors, write_checkpoint, write_weights
@@ -1053,15 +1054,62 @@ def test_the_command_reports_and_shows_progress_only_on_a_terminal(
 # Without the Hub
 
 
-@pytest.mark.parametrize(
-    "model", ["tinny", "", "a/b/c", "../no/such", "/no/such/folder", "weights.safetensors", "a b/c"]
-)
+@pytest.mark.parametrize("model", ["", "weights.safetensors", "a b/c", "seven"])
 def test_what_is_neither_a_folder_nor_a_repository_is_refused_without_the_network(
     model: str,
 ) -> None:
     with pytest.raises(HubError, match="neither a folder nor a Hub repository") as caught:
         find_checkpoint(model)
     assert repr(model) in str(caught.value)
+    assert caught.value.remedy == ""
+
+
+@pytest.mark.parametrize(
+    "model", ["a/b/c", "../no/such", "/no/such/folder", "./model", "~/model", "model/"]
+)
+def test_a_path_to_nothing_does_not_exist(model: str) -> None:
+    """It was called neither a folder nor a repository."""
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(model)
+    assert (caught.value.name, caught.value.fact) == (model, "does not exist")
+
+
+def test_a_file_is_not_a_checkpoint_and_its_folder_is_asked_for(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, SMALL)
+    with pytest.raises(CheckpointError, match="a file. Expected a checkpoint's folder") as caught:
+        find_checkpoint(tmp_path / "model.safetensors")
+    assert "pass the folder that holds it" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("tinny", "tiny"),
+        ("7B", "Qwen/Qwen2.5-VL-7B-Instruct or Qwen/Qwen2.5-Omni-7B"),
+        ("32b", "Qwen/Qwen2.5-VL-32B-Instruct"),
+        ("Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"),
+        ("qwen2.5-vl-3b", "Qwen/Qwen2.5-VL-3B-Instruct"),
+        ("Qwen2.5-VL-7B-Instuct", "Qwen/Qwen2.5-VL-7B-Instruct"),
+    ],
+)
+def test_a_short_or_misspelt_name_gets_a_suggestion(name: str, meant: str) -> None:
+    with pytest.raises(HubError) as caught:
+        find_checkpoint(name)
+    assert str(caught.value).endswith(f"Did you mean {meant}?")
+
+
+def test_a_repository_that_is_not_found_gets_a_suggestion_too() -> None:
+    """Its name has the form of a repository's: only the Hub can say that it has none."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def remedy(name: str) -> str:
+        missing = LocalEntryNotFoundError("")
+        return explain(missing, Repository(name, None, None, None, True)).remedy
+
+    known = "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert remedy("qwen/Qwen2.5-VL-7B-instruct").startswith(f"did you mean {known}? Otherwise ")
+    assert "did you mean" not in remedy(known)
+    assert "did you mean" not in remedy("someone/else")
 
 
 @pytest.mark.parametrize("error", [errno.EACCES, errno.ENAMETOOLONG])

@@ -15,6 +15,7 @@ from pathlib import Path
 from qwen_vit.checkpoint import cache
 from qwen_vit.checkpoint.load import find_tower
 from qwen_vit.checkpoint.partial_download import Shards, write_tower
+from qwen_vit.checkpoint.published import PACKAGED, did_you_mean, is_path, packaged_weights
 from qwen_vit.checkpoint.ranges import RangesRefusedError, TransferError
 from qwen_vit.checkpoint.repository import NotCachedError, Repository, explain
 from qwen_vit.checkpoint.tower_names import ANCHOR_KEY, tower_prefixes
@@ -31,11 +32,10 @@ from qwen_vit.common.strict_json import is_number, read_json
 from qwen_vit.config import VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError, HubError, QwenVitError
 
-__all__ = ["Download", "Origin", "Source", "download", "find_checkpoint", "packaged_weights"]
+__all__ = ["Download", "Origin", "Source", "download", "find_checkpoint"]
 
 logger = logging.getLogger("qwen_vit")
 
-PACKAGED = ("tiny",)
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
@@ -133,10 +133,25 @@ def download(
         return Download(Source(folder=Path(name), name=name))
     if name in PACKAGED:
         return Download(Source(folder=packaged_weights() / name, name=name))
-    if not REPOSITORY.fullmatch(name) or name.startswith((".", "/")):
+    if os.path.exists(name):
+        raise CheckpointError(
+            "a file",
+            name=name,
+            expected="a checkpoint's folder",
+            remedy="pass the folder that holds it and its config.json",
+        )
+    if is_path(name):
+        raise CheckpointError(
+            "does not exist",
+            name=name,
+            expected="a checkpoint's folder",
+            remedy="check the path",
+        )
+    if not REPOSITORY.fullmatch(name):
         raise HubError(
             f"{name!r} is neither a folder nor a Hub repository",
             expected="a local folder, 'organisation/repository', or 'tiny'",
+            remedy=did_you_mean(name),
         )
     repository = Repository(name, revision, token, cache_dir, local_files_only)
     try:
@@ -159,13 +174,6 @@ def _is_folder(name: str) -> bool:
             expected="a folder",
             remedy="check its name and its permissions",
         ) from error
-
-
-def packaged_weights() -> Path:
-    """`weights/` inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).parent.parent
-    inside = package / "weights"
-    return inside if inside.is_dir() else package.parent / "weights"
 
 
 def _download(repository: Repository, full: bool) -> Download:

@@ -69,7 +69,7 @@ class Checkpoint:
     ) -> "Checkpoint":
         """A checkpoint of tensors that someone else loaded, on any device, checked as files are.
 
-        >>> from qwen_vit.checkpoint.hub import packaged_weights
+        >>> from qwen_vit.checkpoint.published import packaged_weights
         >>> loaded = load_checkpoint(packaged_weights() / "tiny")
         >>> given = {f"visual.{name}": tensor for name, tensor in loaded.tensors.items()}
         >>> checkpoint = Checkpoint.from_tensors(given, loaded.config)

@@ -20,6 +20,7 @@ from urllib.request import getproxies
 
 from qwen_vit.checkpoint import cache
 from qwen_vit.checkpoint.http_ranges import open_http_range
+from qwen_vit.checkpoint.published import did_you_mean, published_checkpoints
 from qwen_vit.checkpoint.ranges import RangeResponse, RangesRefusedError
 from qwen_vit.errors import CheckpointError, HubError
 
@@ -380,4 +381,8 @@ def explain(error: Exception, repository: Repository) -> HubError:
     else:
         reason = str(error).partition("\n")[0]
         fact, remedy = f"could not be fetched ({type(error).__name__}: {reason})", "try again"
+    is_missing = isinstance(error, RepositoryNotFoundError | LocalEntryNotFoundError)
+    is_known = repository.name in published_checkpoints()
+    if is_missing and not is_known and (question := did_you_mean(repository.name)):
+        remedy = f"{question} Otherwise {remedy}"
     return HubError(fact, name=repository.label, remedy=remedy)

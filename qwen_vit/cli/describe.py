@@ -2,12 +2,12 @@
 
 import math
 import os
-import tomllib
 from typing import Any
 
 from qwen_vit.checkpoint import cache
-from qwen_vit.checkpoint.hub import Download, Source, packaged_weights
+from qwen_vit.checkpoint.hub import Download, Source
 from qwen_vit.checkpoint.load import Checkpoint, config_hash, load_checkpoint
+from qwen_vit.checkpoint.published import published_checkpoints
 from qwen_vit.checkpoint.tower_names import expected_tensors
 from qwen_vit.common.tensors import check_finite
 from qwen_vit.images.load import load_image
@@ -105,9 +105,5 @@ def licence_of(model: str) -> str:
     """
     if model == "tiny":
         return "Apache-2.0"
-    with open(packaged_weights() / "published.toml", "rb") as file:
-        table = tomllib.load(file)
-    for entry in table.get("checkpoint", []):
-        if entry["repo"] == model:
-            return str(entry["licence"]) if entry["licence"] != UNVERIFIED else UNKNOWN_LICENCE
-    return UNKNOWN_LICENCE
+    licence = str(published_checkpoints().get(model, {}).get("licence", UNVERIFIED))
+    return licence if licence != UNVERIFIED else UNKNOWN_LICENCE

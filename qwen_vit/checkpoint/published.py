@@ -1,0 +1,97 @@
+"""The checkpoints that this package knows by name: what a short or misspelt name may mean."""
+
+import difflib
+import os
+import re
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "PACKAGED",
+    "cached_repositories",
+    "closest_names",
+    "did_you_mean",
+    "is_path",
+    "packaged_weights",
+    "published_checkpoints",
+]
+
+PACKAGED = ("tiny",)
+MIN_PREFIX = 4  # letters of a name that others begin with
+MIN_LIKENESS = 0.7  # of two names, by difflib; "qwen2-vl-7b" is not taken for "Qwen2.5-VL-7B"
+
+
+def packaged_weights() -> Path:
+    """`weights/` inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    inside = package / "weights"
+    return inside if inside.is_dir() else package.parent / "weights"
+
+
+@cache
+def published_checkpoints() -> dict[str, dict[str, Any]]:
+    """What `published.toml` says of each repository.
+
+    >>> published_checkpoints()["Qwen/Qwen2.5-VL-7B-Instruct"]["licence"]
+    'Apache-2.0'
+    """
+    with open(packaged_weights() / "published.toml", "rb") as file:
+        return {entry["repo"]: entry for entry in tomllib.load(file).get("checkpoint", [])}
+
+
+def closest_names(name: str) -> list[str]:
+    """The known checkpoints that a name may mean, the likeliest first.
+
+    >>> closest_names("7B"), closest_names("Qwen2.5-VL-7b-Instuct"), closest_names("tinny")
+    (['Qwen/Qwen2.5-VL-7B-Instruct', 'Qwen/Qwen2.5-Omni-7B'], ['Qwen/Qwen2.5-VL-7B-Instruct'], \
+['tiny'])
+    """
+    wanted = name.lower().rstrip("/")
+    known = [*PACKAGED, *published_checkpoints()]
+    if re.fullmatch(r"\d+b", wanted):  # a size alone
+        return [each for each in known if wanted in re.split("[/-]", each.lower())]
+    spelt = {each.lower(): each for each in known}
+    spelt |= {each.lower().rpartition("/")[2]: each for each in known}
+    wanted = wanted if wanted in spelt else wanted.rpartition("/")[2]
+    if wanted in spelt:
+        return [spelt[wanted]]
+    longer = dict.fromkeys(each for key, each in spelt.items() if key.startswith(wanted))
+    if longer and len(wanted) >= MIN_PREFIX:
+        return list(longer)[:3]
+    return [spelt[each] for each in difflib.get_close_matches(wanted, spelt, 1, MIN_LIKENESS)]
+
+
+def did_you_mean(name: str) -> str:
+    """A question with the checkpoints that a name may mean; empty where there is none.
+
+    >>> did_you_mean("Qwen2.5-VL-7B")
+    'did you mean Qwen/Qwen2.5-VL-7B-Instruct?'
+    """
+    close = [each for each in closest_names(name) if each != name]
+    return f"did you mean {' or '.join(close)}?" if close else ""
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be a path: a repository's has one slash, and no dot in front.
+
+    >>> is_path("./model"), is_path("models/qwen/7b"), is_path("Qwen/Qwen2.5-VL-7B-Instruct")
+    (True, True, False)
+    """
+    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+
+
+def cached_repositories() -> list[str]:
+    """The repositories in the Hub's cache, by the names of its folders alone.
+
+    For completion, which must not import the Hub's client: it takes longer than a key press.
+    """
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    folder = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    parts = [name.split("--") for name in names if name.startswith("models--")]
+    return ["/".join(part[1:]) for part in parts if len(part) == 3]
