@@ -312,7 +312,7 @@ def test_an_image_that_may_not_be_read_is_skipped_like_any_other(
     real, access = open, os.access
 
     def refused(path: Any, *arguments: Any, **options: Any) -> Any:
-        if path == "b.jpg":
+        if path == str(folder / "b.jpg"):
             raise PermissionError(13, "Permission denied")
         return real(path, *arguments, **options)
 
@@ -411,9 +411,15 @@ REFUSED = {
         ("link: a symbolic link", "Pass the link's target"),
     ),
     "an image": (
-        ("b.jpg", "./a.png", "--out", "a.png", "--overwrite"),
-        ("a.png: one of the images. Pass another --out.",),
+        ("b.jpg", "./a.safetensors", "--out", "a.safetensors", "--overwrite"),
+        ("a.safetensors: one of the images. Pass another --out.",),
     ),
+    "twice by two names": (("a.png", "./a.png", "--out", "f"), ("a.png: given twice.",)),
+    "another format": (
+        ("a.png", "--out", "f.pt"),
+        ("f.pt: its suffix is .pt. Expected .safetensors,", "Pass --out f.safetensors."),
+    ),
+    "no image": (("sub", "--out", "f"), ("no image found in sub. Expected",)),
 }
 
 
@@ -426,6 +432,7 @@ def test_what_could_not_be_written_is_refused_before_any_work(
     Path("sub").mkdir()
     os.mkfifo("device")
     Path("link").symlink_to("old.safetensors")
+    shutil.copy("a.png", "a.safetensors")
     monkeypatch.setattr(VisionEncoder, "from_pretrained", no_model)
     arguments, words = REFUSED[fault]
     done = run("encode", *arguments, "--model", "tiny")
@@ -476,6 +483,7 @@ BAD_USAGE = {
     "unknown option": (("info", "tiny", "--colour"), "No such option"),
     "no number": (("encode", "a.png", *TO_FILE, "--max-pixels", "many"), "--max-pixels"),
     "other choice": (("encode", "a.png", *TO_FILE, "--on-error", "stop"), "--on-error"),
+    "other dtype": (("encode", "a.png", *TO_FILE, "--dtype", "int8"), "not one of 'auto', 'bf"),
     "no command": (("tiny",), "No such command 'tiny'"),
     "unknown model": (("encode", "a.png", "--model", "tinny", "--out", "f"), "'tinny' is neither"),
     "float16": (("encode", "a.png", *TO_FILE, "--dtype", "float16"), "float16 is refused"),

@@ -1076,7 +1076,7 @@ def test_a_path_to_nothing_does_not_exist(model: str) -> None:
 
 def test_a_file_is_not_a_checkpoint_and_its_folder_is_asked_for(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SMALL)
-    with pytest.raises(CheckpointError, match="a file. Expected a checkpoint's folder") as caught:
+    with pytest.raises(CheckpointError, match=r"a file\. Expected a checkpoint's folder") as caught:
         find_checkpoint(tmp_path / "model.safetensors")
     assert "pass the folder that holds it" in caught.value.remedy
 

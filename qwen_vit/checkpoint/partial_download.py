@@ -14,6 +14,7 @@ from qwen_vit.checkpoint import ranges
 from qwen_vit.checkpoint.load import Tower, load_checkpoint
 from qwen_vit.checkpoint.ranges import Opener, Piece, RangeResponse
 from qwen_vit.checkpoint.weight_files import VISION_FILE, RemoteFiles, StoredTensor
+from qwen_vit.common.progress import shows_progress
 from qwen_vit.common.safetensors_header import (
     DTYPE_BYTES,
     LENGTH_BYTES,
@@ -111,7 +112,7 @@ def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
         os.pwrite(file.fileno(), header, 0)
         with tqdm(
             desc=label, total=total - len(header), unit="B", unit_scale=True, file=sys.stderr,
-            disable=not sys.stderr.isatty(),
+            disable=not shows_progress(),
         ) as bar:  # fmt: skip
             ranges.fetch(pieces, shards.open_range, file.fileno(), bar.update)
     verify_download(folder, label)

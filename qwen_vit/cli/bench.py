@@ -13,6 +13,7 @@ from qwen_vit.cli.options import (
     json_option,
     model_option,
     source_options,
+    verbosity_options,
 )
 from qwen_vit.workloads import WORKLOADS
 
@@ -29,6 +30,7 @@ __all__ = ["bench"]
 @dtype_option
 @json_option
 @source_options
+@verbosity_options
 def bench(model: str, workloads: tuple[str, ...], as_json: bool, **loading: Any) -> None:
     """Time the tower on this GPU with random pixels: GPU time, beside the chip's roofline.
 

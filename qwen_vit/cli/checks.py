@@ -2,7 +2,6 @@
 
 import os
 import stat
-from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_vit.common.atomic_file import cannot_write, check_utf8, refuse_link
@@ -11,15 +10,26 @@ from qwen_vit.errors import ExportError
 __all__ = ["check_output"]
 
 
-def check_output(out: Path, overwrite: bool, images: Sequence[str], option: str = "--out") -> None:
+def check_output(
+    out: Path, overwrite: bool, option: str = "--out", suffix: str = ".safetensors"
+) -> None:
     """Raise ExportError for an output that could not be written, or would replace something else.
 
-    >>> check_output(Path("no-such-folder/f.safetensors"), False, ["a.png"])
+    >>> check_output(Path("no-such-folder/f.safetensors"), False)
     Traceback (most recent call last):
     qwen_vit.errors.ExportError: no-such-folder: not a folder. Create it first.
+
+    A name without a suffix is accepted; another one than `suffix` promises another format.
     """
     name, remedy = str(out), f"pass another {option}"
     check_utf8(out)
+    if out.suffix.lower() not in ("", suffix):
+        raise ExportError(
+            f"its suffix is {out.suffix}",
+            name=name,
+            expected=f"{suffix}, the format that is written",
+            remedy=f"pass {option} {out.with_suffix(suffix)}",
+        )
     try:
         existing, parent = _status(out), _status(out.absolute().parent)
     except OSError as error:
@@ -39,13 +49,6 @@ def check_output(out: Path, overwrite: bool, images: Sequence[str], option: str 
             name=name,
             remedy=f"pass --overwrite to replace it, or another {option}",
         )
-    if existing is not None and any(_is_same(image, existing) for image in images):
-        raise ExportError("one of the images", name=name, remedy=remedy)
-    if len(set(images)) < len(images):
-        twice = next(image for image in images if images.count(image) > 1)
-        raise ExportError(
-            "given twice", name=twice, expected="each image once", remedy="leave one out"
-        )
 
 
 def _status(path: Path) -> os.stat_result | None:
@@ -53,10 +56,3 @@ def _status(path: Path) -> os.stat_result | None:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def _is_same(image: str, existing: os.stat_result) -> bool:
-    try:
-        return os.path.samestat(os.stat(image), existing)
-    except OSError:  # reading it reports why
-        return False

@@ -20,7 +20,9 @@ from qwen_vit.cli.options import (
     model_option,
     pixel_options,
     source_options,
+    verbosity_options,
 )
+from qwen_vit.common.progress import shows_progress
 from qwen_vit.compare.choices import ATTENTIONS, PROCESSORS
 from qwen_vit.errors import display_name
 
@@ -44,6 +46,7 @@ __all__ = ["compare"]
 @pixel_options
 @json_option
 @source_options
+@verbosity_options
 def compare(
     images: tuple[str, ...], save_golden: Path | None, report: Path | None, overwrite: bool,
     as_json: bool, **options: Any,
@@ -59,7 +62,7 @@ def compare(
     IMAGES may then be left out. --report needs the extra: pip install 'qwen-vit[report]'.
     """
     if save_golden is not None:
-        check_output(save_golden, overwrite, images, "--save-golden")
+        check_output(save_golden, overwrite, "--save-golden")
     with slow_imports():
         from qwen_vit.compare.report import check_report, write_report
         from qwen_vit.compare.run import compare_checkpoint
@@ -68,7 +71,7 @@ def compare(
         check_report(report, overwrite=overwrite)
     comparison = compare_checkpoint(
         images, save_golden=save_golden, keep_maps=report is not None,
-        show_progress=sys.stderr.isatty(), **options,
+        show_progress=shows_progress(), **options,
     )  # fmt: skip
     print_data(json.dumps(comparison.to_json(), indent=2) if as_json else as_text(comparison))
     if report is not None and comparison.images:

@@ -1,5 +1,9 @@
-"""What the commands write: data to stdout, everything else to stderr."""
+"""What the commands write: data to stdout, everything else to stderr.
 
+How much goes to stderr is the level of the package's logger: -q sets it to ERROR, -v to INFO.
+"""
+
+import logging
 import os
 import sys
 from contextlib import nullcontext, suppress
@@ -9,7 +13,37 @@ import click
 
 from qwen_vit.errors import ExportError
 
-__all__ = ["flush_logs", "one_line", "open_missing_streams", "print_data", "print_log"]
+__all__ = [
+    "flush_logs",
+    "is_quiet",
+    "is_verbose",
+    "one_line",
+    "open_missing_streams",
+    "print_data",
+    "print_error",
+    "print_log",
+    "set_verbosity",
+]
+
+LEVELS = {-1: logging.ERROR, 0: logging.NOTSET, 1: logging.INFO}
+logger = logging.getLogger("qwen_vit")
+
+
+def set_verbosity(verbosity: int) -> None:
+    """Set how much is logged: -1 errors alone, 0 warnings too, 1 details too."""
+    logger.setLevel(LEVELS[verbosity])
+    if verbosity < 0:  # the Hub's client reads it when it is imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def is_quiet() -> bool:
+    """Whether errors alone are logged, and no progress."""
+    return not logger.isEnabledFor(logging.WARNING)
+
+
+def is_verbose() -> bool:
+    """Whether details are logged, and tables are whole."""
+    return logger.isEnabledFor(logging.INFO)
 
 
 def open_missing_streams() -> None:
@@ -36,7 +70,18 @@ def print_data(text: str) -> None:
 
 
 def print_log(text: str) -> None:
-    """Write a line to stderr, above a progress bar; if it cannot be written, nothing stops."""
+    """Write a line to stderr, above a progress bar, unless only errors are logged."""
+    if not is_quiet():
+        _write_log(text)
+
+
+def print_error(text: str) -> None:
+    """Write an error to stderr, with the prefix that every error has."""
+    _write_log(f"error: {one_line(text)}")
+
+
+def _write_log(text: str) -> None:
+    """Write a line to stderr; if it cannot be written, nothing stops."""
     loaded = sys.modules.get("tqdm")  # no bar without it, and importing it takes a while
     above_bars = loaded.tqdm.external_write_mode(file=sys.stderr) if loaded else nullcontext()
     with suppress(OSError), above_bars:

@@ -7,7 +7,7 @@ import click
 
 from qwen_vit.cli.console import print_data
 from qwen_vit.cli.imports import slow_imports
-from qwen_vit.cli.options import json_option, model_argument, source_options
+from qwen_vit.cli.options import json_option, model_argument, source_options, verbosity_options
 
 __all__ = ["download"]
 
@@ -17,6 +17,7 @@ __all__ = ["download"]
 @click.option("--full", is_flag=True, help="Take whole shards, checked against the Hub's sha256.")
 @json_option
 @source_options
+@verbosity_options
 def download(model: str, full: bool, as_json: bool, **finding: Any) -> None:
     """Fetch the vision tower of MODEL and its configs, once: afterwards it works offline.
 

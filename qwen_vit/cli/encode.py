@@ -2,17 +2,15 @@
 
 import json
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qwen_vit.cli.checks import check_output
-from qwen_vit.cli.console import print_data, print_log
+from qwen_vit.cli.console import print_data
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
+from qwen_vit.cli.images import encode_one_by_one, list_images, load_encoder
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
     FILE,
@@ -24,13 +22,12 @@ from qwen_vit.cli.options import (
     on_error_option,
     pixel_options,
     source_options,
+    verbosity_options,
 )
 from qwen_vit.errors import display_name
 
 if TYPE_CHECKING:
     from qwen_vit.batching import OnError
-    from qwen_vit.encoder import VisionEncoder
-    from qwen_vit.features import FailedImage, ImageFeatures
 
 __all__ = ["encode"]
 
@@ -46,6 +43,7 @@ __all__ = ["encode"]
 @on_error_option
 @json_option
 @source_options
+@verbosity_options
 def encode(
     images: tuple[str, ...], model: str, out: Path, overwrite: bool, on_error: "OnError",
     as_json: bool, **loading: Any,
@@ -55,18 +53,24 @@ def encode(
     \b
     qwen-vit encode photos/*.jpg --model tiny --out features.safetensors
     qwen-vit encode a.png --model Qwen/Qwen2.5-VL-7B-Instruct --out a.safetensors
+    find . -name '*.png' | qwen-vit encode - --model tiny --out features.safetensors
+
+    IMAGES are images, folders (searched to every depth), quoted patterns, tars, and lists: .txt
+    with a path a line, .jsonl with an "id" and a "path" each; - is a list on standard input.
 
     The file holds image_embeds, image_grid_thw and image_token_offsets; read it with
     qwen_vit.load_features. An image that cannot be encoded is reported and skipped (exit code 1).
     The file is written whole, at the end: for many images use `qwen-vit export`, which keeps what
     is finished.
     """
-    check_output(out, overwrite, images)
+    check_output(out, overwrite)
     with slow_imports():
-        from qwen_vit import VisionEncoder, write_features
+        from qwen_vit import write_features
         from qwen_vit.cli.text import encoded_json, encoded_table
-    encoder = VisionEncoder.from_pretrained(model, **loading)
-    features, milliseconds = _encode_one_by_one(encoder, images, on_error)
+    items = list_images(images, out)
+    encoder = load_encoder(model, **loading)
+    done = list(encode_one_by_one(encoder, items, on_error))
+    features, milliseconds = [each for each, _ in done], [ms for _, ms in done]
     write_features(out, features, encoder.metadata(), overwrite=overwrite)
     if as_json:
         print_data(json.dumps(encoded_json(features, milliseconds, out, encoder), indent=2))
@@ -75,31 +79,3 @@ def encode(
         print_data(f"wrote {display_name(str(out))} ({out.stat().st_size:,} bytes)")
     if any(feature.error is not None for feature in features):
         sys.exit(EXIT_SKIPPED)
-
-
-def _encode_one_by_one(
-    encoder: "VisionEncoder", images: Sequence[str], on_error: "OnError"
-) -> "tuple[list[ImageFeatures | FailedImage], list[float]]":
-    """Every image's features, and the milliseconds from opening the file to its embeddings."""
-    from tqdm import tqdm
-
-    from qwen_vit.common.tensors import all_finite
-    from qwen_vit.features import FailedImage, ImageFeatures, not_finite
-
-    results: list[ImageFeatures | FailedImage] = []
-    milliseconds = []
-    for image in tqdm(images, unit="image", file=sys.stderr, disable=not sys.stderr.isatty()):
-        start = time.perf_counter()
-        result = encoder.encode(image, on_error=on_error)
-        if isinstance(result, ImageFeatures) and not all_finite(result.embeds):
-            error = not_finite(image)
-            if on_error == "raise":
-                raise error
-            result = FailedImage(image, error, size_px=result.size_px)
-        if isinstance(result, ImageFeatures):
-            result = replace(result, embeds=result.embeds.cpu())  # the GPU's memory is for encoding
-        else:
-            print_log(f"skipped: {result.error}")
-        milliseconds.append(1000 * (time.perf_counter() - start))
-        results.append(result)
-    return results, milliseconds

@@ -14,19 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_vit.cli.console import print_data, print_log
+from qwen_vit.cli.console import is_quiet, is_verbose, print_data, print_log
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
     FILE,
     NAME,
+    Dtype,
     device_option,
     json_option,
     model_option,
     on_error_option,
     pixel_options,
     source_options,
+    verbosity_options,
 )
+from qwen_vit.common.progress import shows_progress
 from qwen_vit.errors import ExportError, display_name
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ ASK_ABOVE_BYTES = 100 * 10**9
     show_default=True, help="What a language model takes; un-merged; one row per image.",
 )  # fmt: skip
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]),
+    "--dtype", type=Dtype(["float32", "bfloat16"]),
     help="How features are stored; a GPU computes in it, too.  [default: as computed]",
 )  # fmt: skip
 @device_option()
@@ -77,6 +80,7 @@ ASK_ABOVE_BYTES = 100 * 10**9
 @click.option("--yes", is_flag=True, help="Do not ask before writing more than 100 GB.")
 @json_option
 @source_options
+@verbosity_options
 def export(
     inputs: tuple[str, ...], model: str, out: Path, device: str, dry_run: bool, yes: bool,
     as_json: bool, output: Any, dtype: Any, shard_size: int, part: tuple[int, int], on_error: Any,
@@ -92,8 +96,9 @@ def export(
 
     INPUTS are images, folders (searched to every depth), quoted patterns, tars, and lists: .txt
     with a path a line, .jsonl with an "id" and a "path" each; relative paths count from the list's
-    folder. Read the folder with qwen_vit.load_features; its manifest has a row for each image.
-    Images that cannot be encoded are reported and skipped (exit code 1).
+    folder, those of -, a list on standard input, from the current one. Read the folder with
+    qwen_vit.load_features; its manifest has a row for each image. Images that cannot be encoded are
+    reported and skipped (exit code 1).
     """
     with slow_imports():
         from qwen_vit.cli.text import estimate_text, export_text, waits_text
@@ -106,16 +111,17 @@ def export(
     options = ExportOptions(output, dtype, shard_size, on_error, part, max_failures)
     check_inputs(inputs)
     check_folder(out, make=False)
-    is_terminal = sys.stderr.isatty()
     if dry_run:
         encoder = load_encoder(model, options, device=device, **loading)
-        estimate = estimate_export(encoder, inputs, options, folder=out, show_progress=is_terminal)
+        estimate = estimate_export(
+            encoder, inputs, options, folder=out, show_progress=shows_progress()
+        )
         text = json.dumps(asdict(estimate), indent=2) if as_json else estimate_text(estimate, out)
         print_data(text)
         return
     running: dict[str, Any] = {
         "confirm": None if yes else partial(_ask_if_large, folder=out),
-        "show_progress": True,
+        "show_progress": not is_quiet(),
         "decode_threads": decode_threads,
     }
     with _sigterm_interrupts(), _hint_resume(out):
@@ -127,7 +133,7 @@ def export(
                 model, inputs, out, options, address=address or None, device=device, **running,
                 **loading,
             )  # fmt: skip
-    summary = export_text(done) + (f"\n{waits_text(done)}" if profile else "")
+    summary = export_text(done) + (f"\n{waits_text(done)}" if profile or is_verbose() else "")
     print_data(json.dumps(done.to_json(), indent=2) if as_json else summary)
     if done.failed:
         sys.exit(EXIT_SKIPPED)

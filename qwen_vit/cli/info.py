@@ -7,7 +7,13 @@ import click
 
 from qwen_vit.cli.console import print_data
 from qwen_vit.cli.imports import slow_imports
-from qwen_vit.cli.options import NAME, json_option, model_argument, source_options
+from qwen_vit.cli.options import (
+    NAME,
+    json_option,
+    model_argument,
+    source_options,
+    verbosity_options,
+)
 
 __all__ = ["info"]
 
@@ -18,6 +24,7 @@ __all__ = ["info"]
 @click.option("--verify", is_flag=True, help="Hash every file again, and compare.")
 @json_option
 @source_options
+@verbosity_options
 def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: Any) -> None:
     """Describe the checkpoint MODEL: architecture, licence, parameters, hashes, token counts.
 

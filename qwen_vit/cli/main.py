@@ -13,7 +13,13 @@ from importlib import import_module
 import click
 
 from qwen_vit import __version__
-from qwen_vit.cli.console import flush_logs, one_line, open_missing_streams, print_log
+from qwen_vit.cli.console import (
+    flush_logs,
+    open_missing_streams,
+    print_error,
+    print_log,
+    set_verbosity,
+)
 from qwen_vit.cli.exit_codes import EXIT_ERROR, EXIT_INTERRUPTED
 from qwen_vit.errors import ExportError, QwenVitError
 
@@ -53,22 +59,23 @@ def main() -> None:
     open_missing_streams()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its own
+    set_verbosity(0)
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="qwen-vit", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
         print_log("interrupted")
         sys.exit(EXIT_INTERRUPTED)
     except click.ClickException as error:
-        error.show()
+        print_error(_usage_text(error))
         sys.exit(EXIT_ERROR)
     except QwenVitError as error:
-        _print_error(error)
+        print_error(str(error))
         sys.exit(EXIT_ERROR)
     except OSError as error:  # no other place expected the system to refuse
         reason, name = error.strerror or str(error), str(error.filename or "")
         fact = f"cannot be used ({reason})" if name else reason
         remedy = "check its permissions and its disk" if name else "check the disk and the network"
-        _print_error(ExportError(fact, name=name, remedy=remedy))
+        print_error(str(ExportError(fact, name=name, remedy=remedy)))
         sys.exit(EXIT_ERROR)
     except Exception:  # Python's own exit code would be 1: finished, with inputs skipped
         logging.getLogger("qwen_vit").exception("error: this should not happen; please report it")
@@ -77,5 +84,10 @@ def main() -> None:
         flush_logs()
 
 
-def _print_error(error: QwenVitError) -> None:
-    print_log(f"error: {one_line(str(error))}")
+def _usage_text(error: click.ClickException) -> str:
+    """What is wrong with the arguments, and where the right ones are listed."""
+    text = " ".join(error.format_message().split())
+    if not isinstance(error, click.UsageError):
+        return text
+    path = "qwen-vit" if error.ctx is None else error.ctx.command_path
+    return f"{text} See `{path} --help`."

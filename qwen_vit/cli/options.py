@@ -5,10 +5,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
+
+from qwen_vit.checkpoint.published import PACKAGED, cached_repositories, published_checkpoints
+from qwen_vit.cli.console import set_verbosity
 
 __all__ = [
     "FILE",
     "NAME",
+    "Dtype",
+    "complete_model",
     "device_option",
     "dtype_option",
     "json_option",
@@ -17,6 +23,7 @@ __all__ = [
     "on_error_option",
     "pixel_options",
     "source_options",
+    "verbosity_options",
 ]
 
 NAME = click.Path(readable=False, path_type=str)  # what cannot be read is skipped like any other
@@ -24,13 +31,40 @@ FILE = click.Path(path_type=Path)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-model_argument = click.argument("model")
+
+class Dtype(click.Choice[str]):
+    """A type of numbers, by torch's name for it or a short one."""
+
+    SHORT = {"bf16": "bfloat16", "fp32": "float32"}  # noqa: RUF012 - never changed
+    REFUSED = ("float16", "fp16", "half")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return torch's name; float16 is refused with the reason."""
+        if value in self.REFUSED:
+            self.fail(
+                "float16 is refused: the published weights overflow it. Use bfloat16.", param, ctx
+            )
+        return super().convert(self.SHORT.get(value, value), param, ctx)
+
+
+def complete_model(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The names of checkpoints and of folders that begin as what was typed."""
+    names = dict.fromkeys([*PACKAGED, *published_checkpoints(), *cached_repositories()])
+    found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return [*found, CompletionItem(incomplete, type="dir")]
+
+
+model_argument = click.argument("model", shell_complete=complete_model)
 model_option = click.option(
-    "--model", required=True, help="Hub repository, local folder, or 'tiny'."
-)
+    "--model", required=True, shell_complete=complete_model,
+    help="Hub repository, local folder, or 'tiny'.",
+)  # fmt: skip
 dtype_option = click.option(
-    "--dtype", default="auto", show_default=True, help="bfloat16 or float32."
-)
+    "--dtype", type=Dtype(["auto", "bfloat16", "float32"]), default="auto", show_default=True,
+    help="What to compute in; bf16 and fp32 for short.",
+)  # fmt: skip
 on_error_option = click.option(
     "--on-error", type=click.Choice(["skip", "raise"]), default="skip", show_default=True
 )
@@ -59,4 +93,21 @@ def source_options(command: Command) -> Command:
     )
     for option in reversed(options):
         command = option(command)
+    return command
+
+
+def verbosity_options(command: Command) -> Command:
+    """-q and -v: how much goes to stderr, for every command."""
+
+    def apply(ctx: click.Context, param: click.Parameter, value: int) -> None:
+        set_verbosity(value)
+
+    for short, long, level, help in (
+        ("-v", "--verbose", 1, "Also details."),
+        ("-q", "--quiet", -1, "Only errors and results: no progress, no warnings."),
+    ):
+        command = click.option(
+            short, long, "verbosity", flag_value=level, default=0, type=int, expose_value=False,
+            is_eager=True, callback=apply, help=help,
+        )(command)  # fmt: skip
     return command

@@ -17,6 +17,7 @@ __all__ = [
     "estimate_text",
     "export_text",
     "facts_text",
+    "table",
     "waits_text",
 ]
 
@@ -75,27 +76,40 @@ def encoded_table(
     features: Sequence[ImageFeatures | FailedImage], milliseconds: Sequence[float]
 ) -> str:
     """Return a table with a line for each image, or for why it was not encoded."""
-    rows = [("file", "size", "grid (t, h, w)", "tokens", "width", "ms")]
+    rows = [("file", "size", "grid (t, h, w)", "tokens", "width", "ms", "notes")]
     for feature, duration in zip(features, milliseconds, strict=True):
-        if isinstance(feature, FailedImage):
-            rows.append((display_name(feature.id), "-", f"skipped: {feature.code}", "-", "-", "-"))
-            continue
         height, width = feature.size_px
-        tokens, embedding_width = feature.embeds.shape
-        rows.append(
-            (
-                display_name(feature.id), f"{width} x {height}", str(feature.grid_thw), str(tokens),
-                str(embedding_width), f"{duration:.0f}",
-            )
+        size = f"{width} x {height}" if feature.size_px != UNKNOWN_SIZE else "-"
+        facts = ("-", "-", "-", "-", f"skipped: {feature.code}") if isinstance(
+            feature, FailedImage
+        ) else (
+            str(feature.grid_thw), str(len(feature.embeds)), str(feature.embeds.shape[1]),
+            f"{duration:.0f}", ", ".join(feature.notes),
         )  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        name, *values = (
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([name, *values]))
+        rows.append((display_name(feature.id), size, *facts))
+    return table(rows, left=("file", "notes"))
+
+
+def table(rows: Sequence[Sequence[str]], left: Sequence[str]) -> str:
+    """Return rows under their heading; columns named in `left` are aligned left.
+
+    >>> print(table([("a", "b"), ("x", "10")], left=["a"]))
+    a   b
+    -  --
+    x  10
+
+    A column that is empty but for its heading is left out.
+    """
+    heading, *rest = rows
+    columns = [i for i in range(len(heading)) if any(row[i] for row in rest)]
+    widths = [max(len(row[i]) for row in rows) for i in columns]
+    lines = [
+        "  ".join(
+            row[i].ljust(width) if heading[i] in left else row[i].rjust(width)
+            for i, width in zip(columns, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 

@@ -1,7 +1,6 @@
 """The plan of an export: its frozen listing, its settings, and the folder that it goes to."""
 
 import json
-import logging
 import os
 import re
 from collections import Counter
@@ -26,7 +25,7 @@ from qwen_vit.export.settings import (
     write_or_check_settings,
 )
 from qwen_vit.feature_files.schema import shard_name
-from qwen_vit.inputs.find import find_items
+from qwen_vit.inputs.find import find_items, no_image_found, warn_of_skipped
 from qwen_vit.inputs.listing import Item, Listing
 
 __all__ = [
@@ -38,9 +37,6 @@ __all__ = [
     "reserved_header_bytes",
 ]
 
-logger = logging.getLogger("qwen_vit")
-
-MAX_SUFFIXES_LOGGED = 5
 IMAGE_HEAD_BYTES = 320  # of a shard's head, besides names: grid, offset, hash, size, notes
 LEFTOVER = re.compile(r"\.+(?:shard-(\d{8})\.|listing-(\d+)-of-(\d+)\b|export\.|manifest\.).*\.tmp")
 
@@ -217,21 +213,10 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
     left_out: Counter[str] = Counter()
     path = folder / f".listing-{number}-of-{count}{TEMPORARY_SUFFIX}"
     listing = Listing.freeze(path, find_items(inputs, left_out), options.shard_size)
-    if left_out:
-        kinds = left_out.most_common(MAX_SUFFIXES_LOGGED)
-        named = ", ".join(
-            f"{count} {display_name(suffix) if suffix else 'without any'}"
-            for suffix, count in kinds
-        )
-        more = ", ..." if len(left_out) > len(kinds) else ""
-        logger.warning("skipped files without an image extension: %s%s", named, more)
+    warn_of_skipped(left_out)
     if listing.n_images == 0:
         path.unlink()
-        raise ExportError(
-            f"no image found in {', '.join(map(display_name, inputs))}",
-            expected="files in folders and tars to have an image extension such as .jpg",
-            remedy="check the inputs",
-        )
+        raise no_image_found(inputs)
     return listing
 
 

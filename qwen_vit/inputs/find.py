@@ -1,6 +1,7 @@
 """Files, folders and patterns -> the images in them, in one order."""
 
 import glob
+import logging
 import os
 import re
 import stat
@@ -9,21 +10,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qwen_vit.errors import ExportError, ImageError
+from qwen_vit.errors import ExportError, ImageError, display_name
 from qwen_vit.images.image import ADDRESS
 from qwen_vit.inputs.listing import Item
-from qwen_vit.inputs.lists import JSON_SUFFIX, LIST_SUFFIXES, json_list_items, text_list_items
+from qwen_vit.inputs.lists import (
+    JSON_SUFFIX,
+    LIST_SUFFIXES,
+    json_list_items,
+    stdin_items,
+    text_list_items,
+)
 from qwen_vit.inputs.tars import COMPRESSED_TARS, IMAGE_SUFFIXES, TAR_SUFFIX, suffix_of, tar_items
 
-__all__ = ["check_inputs", "find_items"]
+__all__ = ["STDIN", "check_inputs", "find_items", "no_image_found", "warn_of_skipped"]
 
+logger = logging.getLogger("qwen_vit")
+
+STDIN = "-"  # a list of paths on standard input
+MAX_SUFFIXES_LOGGED = 5
 NOT_IMAGES = {".csv", ".json", ".parquet", ".pdf", ".tsv", ".xml", ".yaml", ".yml", ".zip"}
 TAKEN_SUFFIXES = (*IMAGE_SUFFIXES, TAR_SUFFIX, *COMPRESSED_TARS)  # from a folder
 DEEP = re.compile(r"(?:^|(?<=/))\*\*(?:/+|$)")  # in a pattern: any number of folders
 ALL_BELOW = re.compile(r"(?:^|/)\*\*(?:/+\*{1,2})*/*$")  # what is in a match is one by itself
 
 
-def find_items(inputs: Sequence[str], left_out: Counter[str] | None = None) -> Iterator[Item]:
+def find_items(
+    inputs: Sequence[str], left_out: Counter[str] | None = None, *, must_exist: bool = True
+) -> Iterator[Item]:
     """The images of files, folders, patterns, lists and tars, in the order given.
 
     >>> [item.id for item in find_items(["tests/images/*.png", "tests/images/rocket.jpg"])]
@@ -31,18 +44,24 @@ def find_items(inputs: Sequence[str], left_out: Counter[str] | None = None) -> I
 
     A file's id is the path as it was given; in a folder, the path below it; in a tar, the tar's
     name and the member's; in a list (.txt: a path a line; .jsonl: objects with "path" or "source",
-    and "id"), what it says, with paths counted from the list's folder. Folders are searched to
-    every depth, through links, in the order of their names' bytes; files without an image extension
-    are skipped there, and counted by extension in `left_out`. Neither folders nor `**` in a pattern
-    follow a link that leads back to a folder above it.
+    and "id"), what it says, with paths counted from the list's folder; "-" is a list of paths on
+    standard input, counted from the current folder. Folders are searched to every depth, through
+    links, in the order of their names' bytes; files without an image extension are skipped there,
+    and counted by extension in `left_out`. Neither folders nor `**` in a pattern follow a link that
+    leads back to a folder above it.
 
-    Raises ExportError for an input that does not exist, an address, and a list that cannot be read.
-    A problem below an input, such as a folder that may not be read, becomes an item with `error`.
+    Raises ExportError for an input that does not exist, an address, and a list that cannot be read;
+    unless `must_exist`, reading the item reports the first two. A problem below an input, such as a
+    folder that may not be read, becomes an item with `error`.
     """
     left_out = Counter() if left_out is None else left_out
     _check_alone(inputs)
     reported: set[str] = set()  # folders that cannot be listed: several patterns may meet one
     for given in inputs:
+        is_absent = not os.path.lexists(given) and not glob.has_magic(given) and given != STDIN
+        if is_absent and not must_exist:
+            yield Item(given, given)
+            continue
         for item in _input_items(given, left_out):
             if item.error is not None and item.error[0] == "unreadable":
                 if item.source in reported:
@@ -58,7 +77,29 @@ def check_inputs(inputs: Sequence[str]) -> None:
     """
     _check_alone(inputs)
     for given in inputs:
-        next(_input_items(given, Counter()), None)
+        if given != STDIN:  # it can be read once
+            next(_input_items(given, Counter()), None)
+
+
+def warn_of_skipped(left_out: Counter[str]) -> None:
+    """Log a warning with the files that folders and tars hold beside images, by extension."""
+    if left_out:
+        kinds = left_out.most_common(MAX_SUFFIXES_LOGGED)
+        named = ", ".join(
+            f"{count} {display_name(suffix) if suffix else 'without any'}"
+            for suffix, count in kinds
+        )
+        more = ", ..." if len(left_out) > len(kinds) else ""
+        logger.warning("skipped files without an image extension: %s%s", named, more)
+
+
+def no_image_found(inputs: Sequence[str]) -> ExportError:
+    """The error of inputs that exist, and hold no image."""
+    return ExportError(
+        f"no image found in {', '.join(map(display_name, inputs))}",
+        expected="files in folders and tars to have an image extension such as .jpg",
+        remedy="check the inputs",
+    )
 
 
 def _check_alone(inputs: Sequence[str]) -> None:
@@ -74,6 +115,9 @@ def _check_alone(inputs: Sequence[str]) -> None:
 
 
 def _input_items(given: str, left_out: Counter[str]) -> Iterator[Item]:
+    if given == STDIN:
+        yield from stdin_items()
+        return
     if ADDRESS.match(given):
         raise ExportError("an address, not a file", name=given, remedy="download it first")
     if os.path.lexists(given) or not glob.has_magic(given):

@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeGuard
@@ -11,7 +12,7 @@ from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError
 from qwen_vit.images.image import ADDRESS
 from qwen_vit.inputs.listing import Item
 
-__all__ = ["JSON_SUFFIX", "LIST_SUFFIXES", "json_list_items", "text_list_items"]
+__all__ = ["JSON_SUFFIX", "LIST_SUFFIXES", "json_list_items", "stdin_items", "text_list_items"]
 
 LIST_SUFFIXES = (".txt", ".lst")
 JSON_SUFFIX = ".jsonl"
@@ -23,6 +24,14 @@ def text_list_items(path: str) -> Iterator[Item]:
     """The images of a list with a path a line. Raises ExportError where it cannot be read."""
     for _, line in _lines(path):
         yield _listed(path, os.fsdecode(line), os.fsdecode(line))
+
+
+def stdin_items() -> Iterator[Item]:
+    """The images of a list on standard input, a path a line, counted from the current folder."""
+    for line in sys.stdin.buffer:
+        if line.strip():
+            path = os.fsdecode(line.rstrip(b"\r\n"))
+            yield Item(path, path if ADDRESS.match(path) else str(Path(path).absolute()))
 
 
 def json_list_items(path: str) -> Iterator[Item]:

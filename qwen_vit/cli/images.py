@@ -1,0 +1,107 @@
+"""The images that `encode` and `show` are given: found, and encoded one by one."""
+
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_vit.cli.console import print_log
+from qwen_vit.common.progress import shows_progress
+from qwen_vit.errors import ExportError
+
+if TYPE_CHECKING:
+    from qwen_vit.batching import OnError
+    from qwen_vit.encoder import VisionEncoder
+    from qwen_vit.features import FailedImage, ImageFeatures
+    from qwen_vit.inputs.listing import Item
+
+__all__ = ["encode_one_by_one", "list_images", "load_encoder"]
+
+
+logger = logging.getLogger("qwen_vit")
+
+
+def list_images(inputs: Sequence[str], out: Path | None = None) -> "list[Item]":
+    """The images of files, folders, quoted patterns, tars, lists, and "-" for standard input.
+
+    Raises ExportError where there is none, where two have one id, and where `out` is one of them.
+    """
+    from qwen_vit.inputs.find import find_items, no_image_found, warn_of_skipped
+
+    left_out: Counter[str] = Counter()
+    items = list(find_items(inputs, left_out, must_exist=False))
+    warn_of_skipped(left_out)
+    if not items:
+        raise no_image_found(inputs)
+    counts = Counter(item.id for item in items)
+    [(name, count)] = counts.most_common(1)
+    if count > 1:
+        raise ExportError(
+            "given twice", name=name, expected="each image once", remedy="leave one out"
+        )
+    if out is not None and any(_is_same(item.source, out) for item in items):
+        raise ExportError("one of the images", name=str(out), remedy="pass another --out")
+    return items
+
+
+def load_encoder(model: str, **loading: Any) -> "VisionEncoder":
+    """Load a checkpoint; with -v, log how long it took."""
+    from qwen_vit.encoder import VisionEncoder
+
+    start = time.perf_counter()
+    encoder = VisionEncoder.from_pretrained(model, **loading)
+    logger.info("loaded %r in %.1f s", encoder, time.perf_counter() - start)
+    return encoder
+
+
+def encode_one_by_one(
+    encoder: "VisionEncoder", items: "Sequence[Item]", on_error: "OnError", **options: Any
+) -> "Iterator[tuple[ImageFeatures | FailedImage, float]]":
+    """Each image's features, or its error, and the milliseconds from its file to its features.
+
+    Features are on the host: the GPU's memory is for encoding. A progress bar is shown on a
+    terminal, and a failed image logged above it. `options` are those of `VisionEncoder.encode`.
+    """
+    from tqdm import tqdm
+
+    from qwen_vit.common.tensors import all_finite
+    from qwen_vit.errors import ImageError
+    from qwen_vit.features import FailedImage, not_finite
+    from qwen_vit.images.image import ImageLimits
+    from qwen_vit.images.load import load_image
+    from qwen_vit.images.patches import patchify
+    from qwen_vit.inputs.read import read_item
+
+    limits = ImageLimits()
+    for item in tqdm(items, unit="image", file=sys.stderr, disable=not shows_progress()):
+        start = time.perf_counter()
+        size_px = None
+        result: ImageFeatures | FailedImage
+        try:
+            rgb = load_image(read_item(item, limits), name=item.id, limits=limits)
+            size_px = (rgb.height, rgb.width)
+            patches = patchify(rgb.picture, encoder.image_config, name=item.id)
+            encoded = encoder.encode(patches, **options)
+            if not all_finite(encoded.embeds):
+                raise not_finite(item.id)
+            embeds = encoded.embeds.cpu()
+            result = replace(encoded, id=item.id, embeds=embeds, size_px=size_px, notes=rgb.notes)
+        except ImageError as error:
+            if on_error == "raise":
+                raise
+            failed = FailedImage(item.id, error.without_frames())
+            result = failed if size_px is None else replace(failed, size_px=size_px)
+            print_log(f"skipped: {error}")
+        yield result, 1000 * (time.perf_counter() - start)
+
+
+def _is_same(image: str, out: Path) -> bool:
+    try:
+        return os.path.samefile(image, out)
+    except OSError:  # reading it reports why
+        return False
