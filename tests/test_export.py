@@ -1160,10 +1160,11 @@ def test_a_sample_stands_for_the_whole(export_dir: Path, monkeypatch: pytest.Mon
     assert estimate.seconds is None
 
 
-def test_the_time_is_that_of_a_few_images_for_all_patches(
+def test_the_time_has_a_part_for_each_batch_and_one_for_each_patch(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a tar, too; a first image that takes long is enough."""
+    """It was 3 times too long for small images: 8 of them were timed, and filled no batch."""
+    Path("p/x.png").unlink()
     with tarfile.open("t.tar", "w") as tar:
         tar.add("p")
     clock, asked = [0.0], []
@@ -1171,17 +1172,41 @@ def test_the_time_is_that_of_a_few_images_for_all_patches(
     class Timed(FakeEncoder):
         def encode(self, images: Any, **options: Any) -> Any:
             asked.append(len(images))
-            clock[0] += 2.0 * len(images)
+            batches = -(-16 * len(images) // estimate_module.TOKEN_BUDGET["cpu"])
+            clock[0] += 0.5 * batches + 0.001 * 16 * len(images) + 3.0 * (len(asked) == 1)
             return [ImageFeatures("a", torch.zeros(4, WIDTH), (1, 4, 4)) for _ in images]
 
     monkeypatch.setattr(estimate_module.time, "monotonic", lambda: clock[0])
-    for given in ("p", "t.tar"):
-        assert estimate_export(Timed(), [given]).seconds == 22.0  # 11 images of 16 patches
-    assert asked == [1, 4] * 2
-    asked.clear()
-    monkeypatch.setattr(estimate_module, "SLOW_S", 1.0)
-    assert estimate_export(Timed(), ["p"]).seconds == 22.0
-    assert asked == [1]
+    for given in ("p", "t.tar"):  # 10 images in 3 shards, each a batch
+        asked.clear()
+        options = replace(SMALL, shard_size=4)
+        assert estimate_export(Timed(), [given], options).seconds == pytest.approx(1.66)
+        assert asked == [1, 1, 8]  # the first one warms up
+    monkeypatch.setattr(estimate_module, "TOKEN_BUDGET", {"cpu": 32})
+    assert estimate_export(Timed(), ["p"], options).seconds == pytest.approx(5 * 0.5 + 0.16)
+
+
+def test_a_slow_image_is_timed_alone(export_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    class Slow(FakeEncoder):
+        def encode(self, images: Any, **options: Any) -> Any:
+            clock[0] += 7.0 * len(images)
+            return [ImageFeatures("a", torch.zeros(4, WIDTH), (1, 4, 4)) for _ in images]
+
+    monkeypatch.setattr(estimate_module.time, "monotonic", lambda: clock[0])
+    Path("p/x.png").unlink()
+    assert estimate_export(Slow(), ["p"]).seconds == 70.0
+    assert clock[0] == 7.0
+
+
+def test_nothing_is_timed_where_every_image_fails(export_dir: Path) -> None:
+    class Failing(FakeEncoder):
+        def encode(self, images: Any, **options: Any) -> Any:
+            error = ImageError("cut", code="truncated")
+            return [FailedImage(str(index), error) for index, _ in enumerate(images)]
+
+    assert estimate_export(Failing(), ["p"]).seconds is None
 
 
 # Options
@@ -1232,8 +1257,8 @@ def run(monkeypatch: pytest.MonkeyPatch, qwen_vit: Any) -> Any:
 def test_the_command_exports_and_tells_what_was_skipped(export_dir: Path, run: Any) -> None:
     code, out, err = run("p", "--out", "out")
     assert code == 1
-    assert "exported 10 of 11 images (0 tried before): 40 rows" in out
-    assert "skipped 1: 1 truncated" in out
+    assert out.startswith("10 done, 0 to do, 1 failed: 40 rows, 0.0 MB, ")
+    assert "failed: 1 truncated\n" in out
     assert "wrote out/manifest.parquet" in out
     assert err.startswith("skipped: x.png: a truncated PNG")
     assert len(err.splitlines()) == 1  # no bar where there is no terminal
@@ -1241,16 +1266,55 @@ def test_the_command_exports_and_tells_what_was_skipped(export_dir: Path, run: A
     assert run("p", "--out", "fresh")[0] == 0
 
 
+def test_a_resumed_export_counts_what_came_earlier(export_dir: Path, run: Any) -> None:
+    """It read "nothing was left to do: exported 10 of 11 images (11 tried before)"."""
+    run("p", "--out", "out", "--shard-size", "4")
+    _, out, _ = run("p", "--out", "out", "--shard-size", "4")
+    assert out.startswith("10 done, 0 to do, 1 failed earlier: 40 rows, 0.0 MB, ")
+    assert "failed: 1 truncated; to try them again, delete their shards" in out
+    assert "in this run" not in out
+    Path("out/shard-00000002.safetensors").unlink()  # of 8.png, 9.png and x.png
+    _, out, _ = run("p", "--out", "out", "--shard-size", "4", "--dry-run")
+    assert out.startswith("images       8 done, 3 to do\n")
+    code, out, _ = run("p", "--out", "out", "--shard-size", "4")
+    assert (code, out.splitlines()[0].partition(":")[0]) == (1, "10 done, 0 to do, 1 failed")
+    assert "3 images in this run, 8 in earlier ones" in out
+
+
+def test_quiet_leaves_results_and_errors(export_dir: Path, run: Any) -> None:
+    code, out, err = run("p", "--out", "out", "-q")
+    assert (code, err) == (1, "")
+    assert out.startswith("10 done, 0 to do, 1 failed")
+    assert "waited for" not in out
+    assert run("p", "--out", "nowhere/out", "-q")[2].startswith("error: nowhere: not a folder")
+    assert "waited for: read and decode" in run("p", "--out", "more", "-v")[1]
+
+
+def test_a_list_on_standard_input_is_exported_and_resumed(
+    export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given(*names: str) -> None:
+        data = io.BytesIO("".join(f"{name}\n" for name in names).encode())
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=data, isatty=lambda: False))
+
+    given("p/0.png", "", "p/1.png")
+    assert run("-", "--out", "out")[1].startswith("2 done, 0 to do: ")
+    assert load_features("out").ids == ["p/0.png", "p/1.png"]
+    given("p/0.png", "p/1.png")
+    assert run("-", "--out", "out")[1].startswith("2 done, 0 to do: ")
+    given("p/0.png")
+    assert "its images: 1 missing, first p/1.png" in run("-", "--out", "out")[2]
+
+
 def test_a_part_says_what_of_the_folder_is_there(export_dir: Path, run: Any) -> None:
     """It read as if all were done."""
     words = ("p", "--out", "out", "--shard-size", "4")
     out = run(*words, "--part", "2/2")[1]
-    assert "this is a part: 1 of the folder's 3 shards are there" in out
-    assert "this is a part" not in run(*words, "--part", "1/2")[1]
+    assert "a part: 1 of the folder's 3 shards exist" in out
+    assert "a part: " not in run(*words, "--part", "1/2")[1]
     _, out, err = run("p", "--out", "one", "--part", "2/8")
     assert "1 shard for 8 parts: lower --shard-size so that all have work" in err
-    assert "exported 0 of 0 images" in out
-    assert "nothing was left to do" not in out
+    assert out.startswith("0 done, 0 to do: 0 rows")
 
 
 @pytest.mark.parametrize("is_any_whole", [False, True])
@@ -1281,7 +1345,7 @@ def test_a_dry_run_writes_nothing(export_dir: Path, run: Any) -> None:
     assert (code, err) == (0, "")
     assert json.loads(out)["images"] == 11
     _, out, _ = run("p", "--out", "out", "--dry-run")
-    assert out.startswith("images       11, 0 unreadable or too large\n")
+    assert out.startswith("images       11 to do\n")
     assert sorted(os.listdir()) == ["p"]
 
 
@@ -1339,8 +1403,9 @@ def test_of_a_large_image_in_a_tar_the_head_is_read(
 @pytest.mark.parametrize(
     ("n_bytes", "seconds", "words"),
     [
-        (88_944, 0.488, ("0.1 MB", "0.5 s, judged by a few images")),
-        (16_500_000_000_000, 25_200.0, ("16,500.0 GB", "7.0 hours, judged by a few images")),
+        (88_944, 0.488, ("0.1 MB", "about 0.5 s, by a few images")),
+        (1_000_000, 1_500.0, ("1.0 MB", "about 25 min, by a few images")),
+        (16_500_000_000_000, 25_200.0, ("16,500.0 GB", "about 7.0 hours, by a few images")),
         (0, None, ("0.0 MB", "unknown")),
     ],
 )
@@ -1427,7 +1492,7 @@ def test_twenty_failures_are_told_and_the_rest_counted(export_dir: Path, run: An
     for number in range(30):
         Path(f"p/z{number}.png").write_bytes(b"")
     _, out, err = run("p", "--out", "out")
-    assert "skipped 31: 30 empty-file, 1 truncated" in out
+    assert "failed: 30 empty-file, 1 truncated" in out
     assert len(err.splitlines()) == 21
     assert err.splitlines()[-1] == "skipped: more than 20; the manifest has them"
 
@@ -1569,7 +1634,7 @@ def test_the_command_says_what_it_waited_for_and_how_to_try_again(
     assert re.search(r"waited for: read and decode \d+%, encode \d+%, copy back \d+%, write", out)
     assert "to try them again" not in out
     _, again, _ = run("p", "--out", "out")
-    assert "skipped 1: 1 truncated; to try them again, delete their shards" in again
+    assert "failed: 1 truncated; to try them again, delete their shards" in again
     assert "waited for" not in again
 
 

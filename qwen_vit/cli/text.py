@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import display_name
+from qwen_vit.errors import display_name, plural
 from qwen_vit.export.estimate import Estimate
 from qwen_vit.export.result import ExportReport
 from qwen_vit.features import UNKNOWN_SIZE, FailedImage, ImageFeatures, dtype_name
 
 __all__ = [
+    "counts_text",
     "encoded_json",
     "encoded_table",
     "estimate_text",
@@ -25,13 +26,15 @@ __all__ = [
 def estimate_text(estimate: Estimate, folder: Path) -> str:
     """Return what an export into `folder` would take."""
     seconds, n_bytes = estimate.seconds, estimate.bytes
-    duration = "unknown" if seconds is None else f"{_duration(seconds)}, judged by a few images"
+    duration = "unknown" if seconds is None else f"about {_duration(seconds)}, by a few images"
     parents = (folder, *folder.absolute().parents)
     free = shutil.disk_usage(next(each for each in parents if each.exists())).free
     size = f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.1f} MB"
+    done = f"{estimate.done:,} done, " if estimate.done else ""
+    unreadable = f", {estimate.unreadable:,} unreadable or too large" * bool(estimate.unreadable)
     return facts_text(
         {
-            "images": f"{estimate.images:,}, {estimate.unreadable:,} unreadable or too large",
+            "images": f"{done}{estimate.images - estimate.done:,} to do{unreadable}",
             "rows": f"{estimate.rows:,}",
             "on the disk": f"{size}, where {free / 1e9:,.1f} GB are free",
             "time": duration,
@@ -40,28 +43,41 @@ def estimate_text(estimate: Estimate, folder: Path) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:,.1f} s" if seconds < 600 else f"{seconds / 3600:,.1f} hours"
+    if seconds < 120:
+        return f"{seconds:,.1f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7_200 else f"{seconds / 3600:,.1f} hours"
+
+
+def counts_text(done: int, to_do: int, failed: int, failed_earlier: int = 0) -> str:
+    """Return how many images of an export are in which state.
+
+    >>> counts_text(497, 0, 0, 3)
+    '497 done, 0 to do, 3 failed earlier'
+    """
+    now = f", {failed:,} failed" * bool(failed)
+    return f"{done:,} done, {to_do:,} to do{now}" + (
+        f", {failed_earlier:,} failed earlier" * bool(failed_earlier)
+    )
 
 
 def export_text(done: ExportReport) -> str:
     """Return what an export did."""
-    prefix = "nothing was left to do: " if done.resumed == done.images > 0 else ""
+    failed = sum(done.failed.values())
+    to_do = done.images - done.exported - failed
+    counts = counts_text(done.exported, to_do, failed - done.failed_earlier, done.failed_earlier)
     lines = [
-        f"{prefix}exported {done.exported:,} of {done.images:,} images "
-        f"({done.resumed:,} tried before): "
-        f"{done.rows:,} rows, {done.bytes / 1e6:,.1f} MB, {done.seconds:,.1f} s",
+        f"{counts}: {plural(done.rows, 'row')}, {done.bytes / 1e6:,.1f} MB, {done.seconds:,.1f} s",
         f"wrote {display_name(str(done.manifest))}",
     ]
+    if done.resumed and (new := done.images - done.resumed):
+        lines.insert(1, f"{plural(new, 'image')} in this run, {done.resumed:,} in earlier ones")
     if done.failed:
         reasons = ", ".join(f"{count:,} {code}" for code, count in done.failed.items())
-        lines.insert(1, f"skipped {sum(done.failed.values()):,}: {reasons}")
-        if done.resumed:
-            lines[1] += "; to try them again, delete their shards, which the manifest names"
+        again = "; to try them again, delete their shards, which the manifest names"
+        lines.insert(1, f"failed: {reasons}{again * bool(done.failed_earlier)}")
     if done.shards_missing:
         finished = done.shards - done.shards_missing
-        lines.append(
-            f"this is a part: {finished:,} of the folder's {done.shards:,} shards are there"
-        )
+        lines.append(f"a part: {finished:,} of the folder's {plural(done.shards, 'shard')} exist")
     return "\n".join(lines)
 
 

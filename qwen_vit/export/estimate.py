@@ -7,20 +7,23 @@ import stat
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import BinaryIO
 
 from PIL import Image
 from tqdm import tqdm
 
+from qwen_vit.batching import TOKEN_BUDGET
 from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ImageError
 from qwen_vit.export.options import ExportOptions, RowFormat
 from qwen_vit.export.plan import ExportPlan, plan_dry_run
+from qwen_vit.feature_files.schema import shard_name
 from qwen_vit.features import ImageFeatures
 from qwen_vit.images.decode import DECODERS
 from qwen_vit.images.image import ImageLimits
@@ -31,8 +34,9 @@ from qwen_vit.inputs.read import read_item
 __all__ = ["Estimate", "estimate_export", "estimate_plan", "target_size"]
 
 SAMPLE = 1_000  # images, for a plan
-IMAGES_TIMED = 8
-SLOW_S = 5.0  # an image that takes so long is timed alone
+MAX_TIMED = 512  # images
+TIMING_S = 6.0  # for timing; an image that takes as long is timed alone
+MAX_GROWTH = 8  # of the images from one timing to the next
 HEAD_BYTES = 2**16  # of an image in a tar; most formats have the size there
 BYTES_BESIDE_ROWS = 500  # an image's ids, hashes and sizes in its shard's header
 
@@ -44,8 +48,10 @@ class Estimate:
     Attributes:
         images, rows, bytes: those of the whole export.
         unreadable: images without a readable header, or of more pixels than are allowed.
-        seconds: the time of the encoder; None where no image was timed.
+        seconds: the time of the encoder for the images that are not done yet; None where no image
+            was timed.
         is_sample: whether a sample of the images stands for all of them.
+        done: images of shards that exist.
     """
 
     images: int
@@ -54,6 +60,7 @@ class Estimate:
     bytes: int
     seconds: float | None
     is_sample: bool = False
+    done: int = 0
 
 
 def estimate_export(
@@ -76,17 +83,20 @@ def estimate_export(
     options = options or ExportOptions()
     where = None if folder is None else Path(folder)
     with plan_dry_run(encoder, inputs, where, options) as plan:
-        items = (item for shard in plan.shards for item in plan.listing.shard(shard))
+        whole = {shard for shard in plan.shards if where and (where / shard_name(shard)).exists()}
+        items = ((item, shard) for shard in plan.shards for item in plan.listing.shard(shard))
         bar = tqdm(
             items, total=plan.n_images, unit="image", file=sys.stderr, disable=not show_progress
         )
-        return _estimate(encoder, bar, options)
+        found, work = _estimate(encoder, bar, options, whole)
+        seconds = _seconds(encoder, plan.listing.spread(MAX_TIMED), work, options.limits)
+        return replace(found, seconds=seconds)
 
 
 def estimate_plan(encoder: VisionEncoder, plan: ExportPlan) -> Estimate:
     """Estimate a plan from a sample of its images, without the time."""
     sample = plan.listing.spread(SAMPLE)
-    found = _estimate(encoder, sample, plan.options, is_timed=False)
+    found, _ = _estimate(encoder, ((item, 0) for item in sample), plan.options)
     scale = plan.n_images / len(sample)
     return Estimate(
         plan.n_images,
@@ -116,14 +126,38 @@ def target_size(height: int, width: int, config: ImageConfig, name: str) -> tupl
     )
 
 
+@dataclass(slots=True)
+class _Work:
+    """What an encoder is to do: patches, in so many batches."""
+
+    batches: int = 0
+    patches: int = 0
+    _in_batch: int = 0
+    _shard: int | None = None
+
+    def add(self, n_patches: int, budget: int, shard: int = 0) -> None:
+        """Add an image, as the encoder batches them: in order, and never across shards."""
+        if self._shard != shard or self._in_batch + n_patches > budget:
+            self.batches += 1
+            self._in_batch = 0
+        self._shard = shard
+        self._in_batch += n_patches
+        self.patches += n_patches
+
+
 def _estimate(
-    encoder: VisionEncoder, items: Iterable[Item], options: ExportOptions, *, is_timed: bool = True
-) -> Estimate:
+    encoder: VisionEncoder,
+    items: Iterable[tuple[Item, int]],
+    options: ExportOptions,
+    whole: Collection[int] = (),
+) -> tuple[Estimate, _Work]:
+    """The estimate without its time, and the work that is left; `whole` shards are done."""
     config, form = encoder.image_config, RowFormat.of(encoder, options)
-    images = unreadable = rows = patches = 0
-    timed: list[Item] = []
-    for item in items:
+    images = unreadable = rows = done = 0
+    work = _Work()
+    for item, shard in items:
         images += 1
+        done += shard in whole
         size = _size_in_header(item, options.limits)
         if size is None:
             unreadable += 1
@@ -134,35 +168,72 @@ def _estimate(
             unreadable += 1
             continue
         n = height * width // config.patch_px**2
-        patches += n
         rows += form.count(n)
-        if images & (images - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...: from the front to the end
-            timed.append(item)
-    return Estimate(
-        images,
-        unreadable,
-        rows,
-        rows * form.width * form.dtype.itemsize + images * BYTES_BESIDE_ROWS,
-        _seconds(encoder, timed, patches, options.limits) if is_timed else None,
-    )
+        if shard not in whole:
+            work.add(n, TOKEN_BUDGET[encoder.device.type], shard)
+    n_bytes = rows * form.width * form.dtype.itemsize + images * BYTES_BESIDE_ROWS
+    return Estimate(images, unreadable, rows, n_bytes, None, done=done), work
 
 
 def _seconds(
-    encoder: VisionEncoder, timed: Sequence[Item], patches: int, limits: ImageLimits
+    encoder: VisionEncoder, sample: Sequence[Item], work: _Work, limits: ImageLimits
 ) -> float | None:
-    """What all patches take, extrapolated from a few images, after one that warms up."""
+    """What the work takes: a time for each batch and one for each patch, from a few timings.
+
+    On a CPU a batch of one small image takes 10 times as long per patch as a full one; both occur.
+    Each timing has more images than the one before, until the time for them is over.
+    """
+    if not work.patches:
+        return 0.0
+    shuffled = Random(0).sample(sample, len(sample))  # any few of them stand for all
+    timings: list[tuple[float, _Work]] = []
+    is_warm, place, count, left = False, 0, 1, TIMING_S
+    while place < len(shuffled) and count >= 1:
+        seconds, timed = _time_batch(encoder, shuffled[place : place + count], limits)
+        place += count
+        if not timed.patches:  # none of them could be encoded
+            continue
+        timings.append((seconds, timed))
+        if is_warm:
+            left -= seconds
+            count = min(count * MAX_GROWTH, int(left * count / max(seconds, 1e-9)))
+        elif seconds > TIMING_S and encoder.device.type == "cpu":  # where nothing is compiled
+            break
+        is_warm = True
+    if not timings:
+        return None
+    warm = timings[1:] or timings
+    per_batch, per_patch = _rates(warm[0], warm[-1])
+    return round(per_batch * work.batches + per_patch * work.patches, 3)
+
+
+def _time_batch(
+    encoder: VisionEncoder, items: Sequence[Item], limits: ImageLimits
+) -> tuple[float, _Work]:
     images: list[bytes] = []
-    for item in timed[-IMAGES_TIMED:]:
+    for item in items:
         with suppress(ImageError):
             images.append(read_item(item, limits))
-    for chosen in (images[:1], images):
-        start = time.monotonic()
-        done = encoder.encode(chosen, on_error="skip")
-        seconds = time.monotonic() - start
-        if seconds > SLOW_S:
-            break
-    encoded = sum(math.prod(each.grid_thw) for each in done if isinstance(each, ImageFeatures))
-    return round(seconds * patches / encoded, 3) if encoded else None
+    start = time.monotonic()
+    done = encoder.encode(images, on_error="skip")
+    seconds = time.monotonic() - start
+    work = _Work()
+    for each in done:
+        if isinstance(each, ImageFeatures):
+            work.add(math.prod(each.grid_thw), TOKEN_BUDGET[encoder.device.type])
+    return seconds, work
+
+
+def _rates(few: tuple[float, _Work], many: tuple[float, _Work]) -> tuple[float, float]:
+    """Seconds for each batch and for each patch, from a small and a large timing."""
+    (t, one), (u, other) = few, many
+    determinant = one.batches * other.patches - other.batches * one.patches
+    if determinant:
+        per_batch = (t * other.patches - u * one.patches) / determinant
+        per_patch = (one.batches * u - other.batches * t) / determinant
+        if per_batch >= 0 and per_patch >= 0:
+            return per_batch, per_patch
+    return 0.0, u / other.patches
 
 
 def _size_in_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:

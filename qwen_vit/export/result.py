@@ -19,6 +19,7 @@ class ExportReport:
     Attributes:
         images, exported: how many images the part has, and how many of them have features.
         failed: how many images failed, by the code of their error.
+        failed_earlier: how many of them failed before this run.
         resumed: images of shards that existed before this run.
         rows, bytes: those of the part's shards.
         seconds: the duration of this run.
@@ -38,6 +39,7 @@ class ExportReport:
     waits: dict[str, float] = field(default_factory=dict)
     shards: int = 0
     shards_missing: int = 0
+    failed_earlier: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The same for a JSON document."""
@@ -53,13 +55,16 @@ class ExportCounts:
     rows: int = 0
     bytes: int = 0
     failed: Counter[str] = field(default_factory=Counter)
+    failed_earlier: int = 0
     start: float = field(default_factory=time.monotonic)
 
     def count(self, plan: ExportPlan, done: DoneShard) -> None:
         """Add a whole shard."""
         good = [row for row in done.rows if row.status == "ok"]
         self.failed.update(row.error_code or "" for row in done.rows if row.status != "ok")
-        self.resumed += 0 if done.is_new else len(done.rows)
+        if not done.is_new:
+            self.resumed += len(done.rows)
+            self.failed_earlier += len(done.rows) - len(good)
         self.exported += len(good)
         self.rows += sum(row.tokens or 0 for row in good)
         self.bytes += plan.path(done.shard).stat().st_size
@@ -71,4 +76,5 @@ class ExportCounts:
             self.resumed, self.rows, self.bytes, round(time.monotonic() - self.start, 3),
             {stage: round(waits.get(stage, 0.0), 3) for stage in STAGES},
             len(plan.all_shards), sum(not plan.path(shard).exists() for shard in plan.all_shards),
+            self.failed_earlier,
         )  # fmt: skip
