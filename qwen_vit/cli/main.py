@@ -25,7 +25,7 @@ from qwen_vit.errors import ExportError, QwenVitError
 
 __all__ = ["cli", "main"]
 
-COMMANDS = ("bench", "compare", "download", "encode", "export", "info")
+COMMANDS = ("bench", "compare", "download", "encode", "export", "info", "show")
 
 
 class _LazyGroup(click.Group):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
+from qwen_vit.errors import plural
 from qwen_vit.images.image import ImageSource
 from qwen_vit.show.draw import check_packages, sheet_png
 from qwen_vit.show.views import DenseFeatures, FeatureView, FeatureViews, Point, view_features
@@ -52,9 +53,9 @@ def show_features(
 def panel_titles(view: FeatureView, views: FeatureViews) -> tuple[str, str, str]:
     """The titles of an image's panels: windows, feature map, similarities."""
     rows, columns = view.colours.shape[:2]
-    windows = "photograph and" if view.picture is not None else "features and"
+    what = "image" if view.picture is not None else "features"
     return (
-        f"{windows} {view.n_windows(views.window)} attention windows",
+        f"{what} and {plural(view.n_windows(views.window), 'attention window')}",
         f"feature map, {columns} x {rows} cells",
         "similarity to the marked cell" if view.mark else "similarity to the first image's cell",
     )

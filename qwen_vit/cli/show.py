@@ -1,0 +1,138 @@
+"""`qwen-vit show`: features as pictures."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qwen_vit.cli.console import print_data, print_log
+from qwen_vit.cli.exit_codes import EXIT_SKIPPED
+from qwen_vit.cli.imports import slow_imports
+from qwen_vit.cli.options import (
+    FILE,
+    NAME,
+    complete_model,
+    device_option,
+    dtype_option,
+    json_option,
+    pixel_options,
+    source_options,
+    verbosity_options,
+)
+from qwen_vit.errors import ArgumentError, display_name, plural
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["show"]
+
+DEFAULT_OUT = "show.html"
+
+
+class _Point(click.ParamType[tuple[float, float]]):
+    name = "X,Y"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, float]:
+        """A pixel's column and row."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)[,x](\d+(?:\.\d+)?)", str(value))
+        if match is None:
+            self.fail(f"{value!r} is not a pixel. Expected X,Y such as 120,80.", param, ctx)
+        return float(match[1]), float(match[2])
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True, type=NAME)
+@click.option("--model", shell_complete=complete_model, help="To encode images with.")
+@click.option(
+    "--out", type=FILE, default=DEFAULT_OUT, show_default=True,
+    help="A page (.html), a picture (.png) of one image, or a folder of pictures.",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace an existing page or pictures.")
+@click.option(
+    "--point", type=_Point(), help="Compare every cell with that of this pixel of the first image."
+)
+@click.option(
+    "--output", type=click.Choice(["patch", "merged"]), default="patch", show_default=True,
+    help="A cell for 14 pixels, or the 28 of a language model's token.",
+)  # fmt: skip
+@click.option(
+    "--images", "pictures", multiple=True, type=NAME,
+    help="Of stored features: where their images are, a folder for example.",
+)  # fmt: skip
+@click.option("--id", "ids", multiple=True, help="Of stored features: only this image.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=24, show_default=True,
+    help="Show so many images at most, the first ones.",
+)  # fmt: skip
+@device_option()
+@dtype_option
+@pixel_options
+@json_option
+@source_options
+@verbosity_options
+def show(
+    inputs: tuple[str, ...], model: str | None, out: Path, overwrite: bool,
+    point: tuple[float, float] | None, output: str, pictures: tuple[str, ...],
+    ids: tuple[str, ...], limit: int, as_json: bool, **loading: Any,
+) -> None:  # fmt: skip
+    """Draw features: attention windows, feature maps and, with --point, similarities.
+
+    \b
+    qwen-vit show photos/ --model tiny --out photos.html
+    qwen-vit show cat.jpg dog.jpg --model Qwen/Qwen2.5-VL-7B-Instruct --point 120,80
+    qwen-vit show features.safetensors --images photos/ --out pictures
+
+    INPUTS are images, in every form that `qwen-vit encode` takes, or one feature file or export
+    folder. A feature map shows three principal components as colours. They are fitted to all
+    images together, so that the same colour means similar features.
+
+    It needs an extra: pip install 'qwen-vit[show]'.
+    """
+    with slow_imports():
+        from qwen_vit.cli.show_input import encode_images, is_stored, read_stored
+        from qwen_vit.cli.show_output import check_target, write
+        from qwen_vit.show.draw import check_packages
+        from qwen_vit.show.views import view_features
+    check_packages("qwen-vit show", "jinja2", "matplotlib")
+    check_target(out, overwrite)
+    if any(map(is_stored, inputs)):
+        _check_stored(inputs, model)
+        given = read_stored(inputs[0], ids, limit, pictures)
+    else:
+        if model is None:
+            raise ArgumentError("--model is missing", remedy="pass it to encode images")
+        if pictures or ids:
+            raise ArgumentError(
+                "--images and --id are for stored features", remedy="leave them out for images"
+            )
+        given = encode_images(inputs, model, output, limit, **loading)
+    shown = len(given.features) + len(given.failed)
+    if shown < given.total:
+        print_log(f"showing the first {shown:,} of {plural(given.total, 'image')}: see --limit")
+    if not given.features:
+        raise ArgumentError("no image to show: all failed", remedy="fix the causes named above")
+    views = view_features(given.features, given.pictures, point=point, window=given.window)
+    command = shlex.join(["qwen-vit", *sys.argv[1:]])
+    files, report = write(out, views, given, command)
+    if as_json:
+        print_data(json.dumps(report, indent=2))
+    else:
+        print_data("\n".join(f"wrote {display_name(str(file))}" for file in files))
+    if given.failed:
+        sys.exit(EXIT_SKIPPED)
+
+
+def _check_stored(inputs: tuple[str, ...], model: str | None) -> None:
+    if len(inputs) > 1:
+        raise ArgumentError(
+            "stored features are shown alone", expected="one feature file or export folder",
+            remedy="leave the other inputs out",
+        )  # fmt: skip
+    if model is not None:
+        raise ArgumentError(
+            "--model is for images", name=inputs[0], remedy="leave it out for stored features"
+        )

@@ -1,0 +1,144 @@
+"""What `show` draws: images that are encoded now, or features that are stored."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen_vit.checkpoint.published import PACKAGED
+from qwen_vit.cli.console import print_log
+from qwen_vit.cli.images import encode_one_by_one, list_images, load_encoder
+from qwen_vit.config import VisionConfig
+from qwen_vit.errors import ArgumentError, display_name, plural
+from qwen_vit.feature_files.collection import Features
+from qwen_vit.feature_files.read import load_features
+from qwen_vit.features import FailedImage, ImageFeatures
+from qwen_vit.images.image import ImageLimits, ImageSource
+from qwen_vit.inputs.find import find_items
+from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.read import read_item
+from qwen_vit.show.views import WINDOW_PATCHES
+
+__all__ = ["ShowInput", "encode_images", "is_stored", "read_stored"]
+
+EXPORT_SETTINGS = "export.json"
+PATCH_PX = 14  # of every published checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class ShowInput:
+    """Features to draw, with their images where those are at hand.
+
+    Attributes:
+        pictures: images by id, besides those whose ids are their paths.
+        model: the checkpoint's name.
+        source: what made the features: "tiny, float32 on cpu".
+        window: the side of an attention window, in patches.
+        full_attention: the blocks that see all of an image; None where it is not known.
+        failed: images that could not be encoded.
+        total: how many images there were to choose from.
+    """
+
+    features: list[ImageFeatures]
+    pictures: dict[str, ImageSource]
+    model: str
+    source: str
+    window: int = WINDOW_PATCHES
+    patch_px: int = PATCH_PX
+    full_attention: tuple[int, ...] | None = None
+    depth: int | None = None
+    failed: list[FailedImage] = field(default_factory=list)
+    total: int = 0
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the weights were never trained."""
+        return self.model in PACKAGED
+
+
+def is_stored(path: str) -> bool:
+    """Whether a path is a feature file or an export folder, rather than images."""
+    if os.path.isdir(path):
+        return os.path.isfile(os.path.join(path, EXPORT_SETTINGS))
+    return path.lower().endswith(".safetensors")
+
+
+def encode_images(
+    inputs: Sequence[str], model: str, output: str, limit: int, **loading: Any
+) -> ShowInput:
+    """Encode the first `limit` images of files, folders, patterns, tars and lists."""
+    items = list_images(inputs)
+    encoder = load_encoder(model, **loading)
+    chosen = items[:limit]
+    results = [each for each, _ in encode_one_by_one(encoder, chosen, "skip", output=output)]
+    features = [each for each in results if isinstance(each, ImageFeatures)]
+    encoded = {each.id for each in features}
+    config: VisionConfig = encoder.config
+    return ShowInput(
+        features,
+        {item.id: _picture(item) for item in chosen if item.id in encoded},
+        encoder.source.name,
+        repr(encoder).removeprefix("VisionEncoder(").removesuffix(")").replace("'", ""),
+        config.window_units * config.spatial_merge_size,
+        config.patch_px,
+        tuple(config.fullatt_block_indexes),
+        config.depth,
+        [each for each in results if isinstance(each, FailedImage)],
+        len(items),
+    )
+
+
+def read_stored(path: str, ids: Sequence[str], limit: int, images: Sequence[str] = ()) -> ShowInput:
+    """Read stored features: those of `ids`, or the first `limit`; `images` are their pictures."""
+    stored = load_features(path)
+    try:
+        chosen: Features = stored[list(ids)] if ids else stored[:limit]
+    except KeyError as error:
+        raise ArgumentError(str(error.args[0]), remedy="pass one of its ids as --id") from None
+    features = list(chosen)
+    if not features:
+        raise ArgumentError("holds no features", name=path, remedy="pass another file or folder")
+    pictures = _find_pictures([each.id for each in features], images) if images else {}
+    metadata = stored.metadata
+    return ShowInput(
+        features, pictures, str(metadata.get("model")),
+        f"{metadata.get('model')}, {metadata.get('dtype')}, from {display_name(path)}",
+        total=len(ids) or len(stored),
+    )  # fmt: skip
+
+
+def _find_pictures(ids: Sequence[str], images: Sequence[str]) -> dict[str, ImageSource]:
+    """The image of each id: the item of that id, or the only one whose path ends like it."""
+    wanted = {name: _parts(name) for name in ids}
+    found: dict[str, list[Item]] = {name: [] for name in ids}
+    depth = dict.fromkeys(ids, 0)  # parts of the path that are alike
+    for item in find_items(images):
+        for name, parts in wanted.items():
+            alike = _common_length(parts, _parts(item.id))
+            if alike and alike >= depth[name]:
+                found[name] = [*(found[name] if alike == depth[name] else []), item]
+                depth[name] = alike
+    missing = [name for name, items in found.items() if len(items) != 1]
+    if missing:
+        print_log(
+            f"no picture for {plural(len(missing), 'image')}, first {display_name(missing[0])}: "
+            "--images holds none, or several, of the name"
+        )
+    return {name: _picture(items[0]) for name, items in found.items() if len(items) == 1}
+
+
+def _common_length(left: Sequence[str], right: Sequence[str]) -> int:
+    """How many items two sequences have in common, from their start."""
+    pairs = enumerate(zip(left, right, strict=False))
+    shortest = min(len(left), len(right))
+    return next((index for index, (one, other) in pairs if one != other), shortest)
+
+
+def _parts(name: str) -> list[str]:
+    """The parts of a path, from its end."""
+    return list(reversed(Path(name).parts))
+
+
+def _picture(item: Item) -> ImageSource:
+    return item.source if item.offset is None else read_item(item, ImageLimits())

@@ -1,0 +1,141 @@
+"""Where `show` writes: a page, one picture, or a folder of pictures."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from qwen_vit.cli.checks import check_output
+from qwen_vit.cli.show_input import ShowInput
+from qwen_vit.common.atomic_file import atomic_file, cannot_write
+from qwen_vit.errors import ArgumentError, ExportError, plural
+from qwen_vit.features import UNKNOWN_SIZE
+from qwen_vit.show.draw import sheet_png
+from qwen_vit.show.page import PageText, feature_page
+from qwen_vit.show.sheets import panel_titles
+from qwen_vit.show.views import FeatureViews
+
+__all__ = ["check_target", "write"]
+
+PAGE, PICTURE = ".html", ".png"
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    """Raise ExportError for a page, picture or folder that could not be written."""
+    suffix = out.suffix.lower()
+    if out.is_dir():
+        check_output(out / f"01{PICTURE}", overwrite=True, suffix=PICTURE)  # it can be written to
+        if any(out.iterdir()) and not overwrite:
+            raise ExportError(
+                "it holds files already",
+                name=str(out),
+                expected="a new or empty folder",
+                remedy="pass --overwrite to write into it",
+            )
+    elif suffix in ("", PAGE, PICTURE):
+        check_output(out, overwrite and bool(suffix), suffix=suffix)
+    else:
+        raise ExportError(
+            f"its suffix is {out.suffix}",
+            name=str(out),
+            expected=f"{PAGE} for a page, {PICTURE} for a picture, or a folder",
+            remedy=f"pass --out {out.with_suffix(PAGE)}",
+        )
+
+
+def write(
+    out: Path, views: FeatureViews, given: ShowInput, command: str
+) -> tuple[list[Path], dict[str, Any]]:
+    """Write the views to a page, a picture or a folder: the files, and a report of them as JSON."""
+    suffix = out.suffix.lower()
+    if suffix == PAGE and not out.is_dir():
+        files, contents = [out], [feature_page(views, _text(views, given, command))]
+    elif suffix == PICTURE and not out.is_dir():
+        if len(views.views) > 1:
+            raise ArgumentError(
+                f"--out {out} is one picture, for {plural(len(views.views), 'image')}",
+                expected="a page (.html) or a folder",
+                remedy=f"pass --out {out.with_suffix(PAGE)}",
+            )
+        files, contents = [out], _sheets(views)
+    else:
+        try:
+            out.mkdir(exist_ok=True)
+        except OSError as error:
+            raise cannot_write(out, error) from None
+        files = [out / _file_name(i, view.id) for i, view in enumerate(views.views, start=1)]
+        contents = _sheets(views)
+    for path, content in zip(files, contents, strict=True):
+        with atomic_file(path) as file:
+            file.write(content)
+    return files, _report(out, files, views, given)
+
+
+def _sheets(views: FeatureViews) -> list[bytes]:
+    return [sheet_png(view, views, panel_titles(view, views)) for view in views.views]
+
+
+def _file_name(number: int, name: str) -> str:
+    """A file's name, of letters that every system takes."""
+    stem = re.sub(r"[^A-Za-z0-9-]+", "_", Path(name).stem)[:40]
+    return f"{number:02}-{stem}{PICTURE}"
+
+
+def _text(views: FeatureViews, given: ShowInput, command: str) -> PageText:
+    notices = []
+    if given.is_random:
+        notices.append(
+            f"The weights of {given.model} are random: they were never trained. These maps show "
+            "colour and texture, not meaning. A published checkpoint shows more."
+        )
+    view = views.views[0]
+    px = given.patch_px * view.w // view.colours.shape[1]
+    what = "patch" if px == given.patch_px else "merged token"
+    window_px = views.window * given.patch_px
+    return PageText(
+        title=f"Features of {plural(len(views.views), 'image')}",
+        facts={"model": given.source, "output": f"{what}, a cell of {px} x {px} pixels"},
+        notices=tuple(notices),
+        cell=f"{what} of {px} x {px} pixels",
+        window_px=f"{window_px} x {window_px} pixels",
+        full_attention=_full_attention(given),
+        command=command,
+    )
+
+
+def _full_attention(given: ShowInput) -> str:
+    if given.full_attention is None:
+        return "A few blocks, those with full attention, see the whole image."
+    if not given.full_attention:
+        return "No block sees the whole image."
+    blocks = ", ".join(map(str, given.full_attention))
+    return (
+        f"Of {given.depth} blocks, {len(given.full_attention)} see the whole image, "
+        f"with full attention: {blocks} (counted from 0)."
+    )
+
+
+def _report(out: Path, files: list[Path], views: FeatureViews, given: ShowInput) -> dict[str, Any]:
+    return {
+        "out": str(out),
+        "files": [str(file) for file in files],
+        "model": given.model,
+        "window_px": views.window * given.patch_px,
+        "full_attention_blocks": given.full_attention,
+        "explained_variance": [round(share, 6) for share in views.explained],
+        "similarity_range": views.span,
+        "images": [
+            {
+                "id": view.id,
+                "size_px": None if view.size_px == UNKNOWN_SIZE else view.size_px,
+                "grid_hw": (view.h, view.w),
+                "cells_hw": view.colours.shape[:2],
+                "windows": view.n_windows(views.window),
+                "has_picture": view.picture is not None,
+                "marked_patch_xy": view.mark,
+            }
+            for view in views.views
+        ],
+        "failed": [
+            {"id": each.id, "code": each.code, "message": each.message} for each in given.failed
+        ],
+    }
