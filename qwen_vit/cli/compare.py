@@ -1,6 +1,7 @@
 """`qwen-vit compare`: our encoder against Hugging Face's, stage by stage."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import click
 
 from qwen_vit.cli.checks import check_output
-from qwen_vit.cli.console import print_data, print_log
+from qwen_vit.cli.console import is_verbose, print_data, print_log
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
@@ -59,7 +60,8 @@ def compare(
 
     Exit code 0 if every stage keeps the numbers policy, 1 if one does not or an image was skipped.
     transformers computes the reference. A golden file, which --save-golden writes, replaces it, and
-    IMAGES may then be left out. --report needs the extra: pip install 'qwen-vit[report]'.
+    IMAGES may then be left out. -v lists every stage. --report needs an extra: pip install
+    'qwen-vit[show]'.
     """
     if save_golden is not None:
         check_output(save_golden, overwrite, "--save-golden")
@@ -73,9 +75,14 @@ def compare(
         images, save_golden=save_golden, keep_maps=report is not None,
         show_progress=shows_progress(), **options,
     )  # fmt: skip
-    print_data(json.dumps(comparison.to_json(), indent=2) if as_json else as_text(comparison))
+    print_data(
+        json.dumps(comparison.to_json(), indent=2)
+        if as_json
+        else as_text(comparison, has_stages=is_verbose())
+    )
     if report is not None and comparison.images:
-        print_log(f"wrote {display_name(str(write_report(report, comparison)))}")
+        page = write_report(report, comparison, command=shlex.join(["qwen-vit", *sys.argv[1:]]))
+        print_log(f"wrote {display_name(str(page))}")
     elif report is not None:
         print_log(f"wrote nothing to {display_name(str(report))}: no image was compared")
     if not comparison.passed:

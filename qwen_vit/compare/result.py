@@ -104,6 +104,12 @@ class Comparison:
         """Whether every stage of every image keeps the numbers policy and none was skipped."""
         return not self.skipped and not any(image.problems for image in self.images)
 
+    @property
+    def has_same_weights(self) -> bool:
+        """Whether both towers have the same weights: a golden file may hold another model's."""
+        golden = self.facts.get("golden")
+        return not golden or golden["weights_sha256"] == self.facts["weights_sha256"]
+
     def to_json(self) -> dict[str, Any]:
         """Return the whole comparison as JSON values; NaN and infinity become null."""
         document = {
@@ -126,7 +132,7 @@ class Comparison:
                             **asdict(stage.difference),
                             "ours_against_float64": stage.ours,
                             "theirs_against_float64": stage.theirs,
-                            "ratio": stage.ratio,
+                            "ratio": stage.ratio if self.has_same_weights else None,
                             **asdict(stage.verdict),
                             "passed": stage.verdict.passed,
                         }

@@ -13,22 +13,32 @@ STAGE_HEAD = (
     "stage", "ours - HF", "largest", "worst cos", "mean cos", "ours - f64", "HF - f64", "ratio",
     "measured", "allowed", "",
 )  # fmt: skip
+IMAGE_HEAD = ("image", "verdict", "ours - HF", "ours - f64", "HF - f64", "ratio", "size", "grid")
+RATIO = "ratio"
 PIXEL_HEAD = ("processor", "grid (t, h, w)", "different levels", "largest", "")
 
 
-def as_text(comparison: Comparison) -> str:
-    """Return the tables of every image, with processors and stages, and the verdict."""
-    facts = comparison.facts
+def as_text(comparison: Comparison, *, has_stages: bool = False) -> str:
+    """Return the verdict, a table of the images and, with `has_stages`, one of each's stages."""
+    facts, closer = comparison.facts, closer_line(comparison)
     lines = [
+        *verdict_lines(comparison),
+        *([closer] if closer else []),
+        "",
         f"model      {facts['model']}, weights {facts['weights_sha256'][:16]}, {facts['dtype']} "
         f"on {facts['device']}",
         f"reference  {reference_line(facts)}",
-        "columns    a - b: |a - b| / |b|; ratio: of ours - f64 to HF - f64, below 1 ours is closer",
+        "columns    a - b: |a - b| / |b|; f64: the same model in float64"
+        + "; ratio: of ours - f64 to HF - f64, below 1 ours is closer"
+        * comparison.has_same_weights,
     ]
-    for image in comparison.images:
-        lines += ["", *_image_lines(image)]
-    closer = closer_line(comparison)
-    return "\n".join([*lines, "", *([closer] if closer else []), *verdict_lines(comparison)])
+    if comparison.images and not has_stages:
+        rows = [IMAGE_HEAD, *map(_image_row, comparison.images)]
+        lines += ["", "merged tokens; -v shows every stage"]
+        lines += _table(_with_ratios(rows, comparison))
+    for image in comparison.images if has_stages else ():
+        lines += ["", *_image_lines(image, comparison)]
+    return "\n".join(lines)
 
 
 def reference_line(facts: dict[str, Any]) -> str:
@@ -43,7 +53,12 @@ def reference_line(facts: dict[str, Any]) -> str:
 
 
 def closer_line(comparison: Comparison) -> str:
-    """Return who is closer to float64; an empty line where an error is not finite."""
+    """Return who is closer to float64; an empty line where an error is not finite.
+
+    With other weights than the golden's the line is empty, too: they are two models.
+    """
+    if not comparison.has_same_weights:
+        return ""
     stages = [stage for image in comparison.images for stage in image.stages]
     ours, theirs = (
         sum(stage.ours < stage.theirs for stage in stages),
@@ -62,7 +77,7 @@ def closer_line(comparison: Comparison) -> str:
 
 
 def verdict_lines(comparison: Comparison) -> list[str]:
-    """Return the verdict: the last lines of the text, the first of the report."""
+    """Return the verdict: the first lines of the text and of the report."""
     lines = []
     golden = comparison.facts["golden"]
     if golden and golden["weights_sha256"] != comparison.facts["weights_sha256"]:
@@ -93,7 +108,24 @@ def verdict_lines(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _image_lines(image: ImageComparison) -> list[str]:
+def _image_row(image: ImageComparison) -> tuple[str, ...]:
+    (height, width), last, grid = image.size_px, image.stages[-1], image.grid
+    return (
+        display_name(image.id), "differs" if image.problems else "agrees",
+        f"{last.difference.relative:.2e}", f"{last.ours:.2e}", f"{last.theirs:.2e}",
+        f"{last.ratio:.3f}", f"{width} x {height}", f"({grid.t}, {grid.h}, {grid.w})",
+    )  # fmt: skip
+
+
+def _with_ratios(rows: Sequence[Sequence[str]], comparison: Comparison) -> list[Sequence[str]]:
+    """The rows of a table without the ratios, if they would be those of two models."""
+    if comparison.has_same_weights:
+        return [*rows]
+    place = rows[0].index(RATIO)
+    return [[*row[:place], *row[place + 1 :]] for row in rows]
+
+
+def _image_lines(image: ImageComparison, comparison: Comparison) -> list[str]:
     height, width = image.size_px
     title = (
         f"{display_name(image.id)}  {width} x {height}, grid ({image.grid.t}, {image.grid.h}, "
@@ -117,7 +149,8 @@ def _image_lines(image: ImageComparison) -> list[str]:
         for stage in image.stages
     ]
     tables = [_table([PIXEL_HEAD, *pixels])] if pixels else []
-    return [title, *(line for part in (*tables, _table([STAGE_HEAD, *stages])) for line in part)]
+    tables.append(_table(_with_ratios([STAGE_HEAD, *stages], comparison)))
+    return [title, *(line for part in tables for line in part)]
 
 
 def _pixel_row(part: Preprocessing) -> tuple[str, ...]:
