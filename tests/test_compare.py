@@ -89,16 +89,17 @@ def test_the_tiny_checkpoint_agrees_at_every_stage(run: Any, attention: str) -> 
         assert 0 < stage["largest"] < 1e-4
 
 
-def test_the_table_names_every_stage_and_ends_with_the_verdict(run: Any) -> None:
-    code, out, _ = run(CHELSEA, *SMALL)
-    lines = out.splitlines()
-    assert code == 0
-    assert [
-        line.split()[0] for line in lines if re.match(r"  (patch|block|merger)", line)
-    ] == STAGES
-    assert re.fullmatch(
-        r"agrees: 1 of 1 image, 7 stages; the worst is .*/chelsea\.png\)", lines[-1]
-    )
+def test_the_verdict_comes_first_and_every_stage_with_v(run: Any) -> None:
+    verdict = r"agrees: 1 of 1 image, 7 stages; the worst is .*/chelsea\.png\)"
+    for flags, listed in (((), []), (("-v",), STAGES)):
+        code, out, _ = run(CHELSEA, *SMALL, *flags)
+        lines = out.splitlines()
+        assert code == 0
+        assert re.fullmatch(verdict, lines[0])
+        assert lines[1].startswith("closer to float64: ours, at 7 of 7 stages")
+        stages = [line.split()[0] for line in lines if re.match(r"  (patch|block|merger)", line)]
+        assert stages == listed
+    assert re.search(rf"\n  {CHELSEA}  +agrees  \S+e-07 ", run(CHELSEA, *SMALL)[1])
 
 
 def test_who_is_closer_to_float64_is_said_in_words() -> None:
@@ -149,7 +150,7 @@ def test_a_mistake_of_ours_alone_is_found_at_its_stage(
     code, out, _ = run(CHELSEA, *SMALL)
     assert code == 1
     assert f"differs: {CHELSEA}: first at block.2: " in out
-    assert "agrees" not in out.splitlines()[-1]
+    assert "agrees" not in out.splitlines()[0]
 
 
 def test_a_mistake_of_hugging_face_is_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +226,7 @@ def test_another_grid_is_reported_before_any_value(monkeypatch: pytest.MonkeyPat
     [part] = image.preprocessing
     assert (part.same_grid, part.values_differ, part.passed) == (False, None, False)
     assert "its grid is (1, 4, 32)" in image.problems[0]
-    assert "different grid" in as_text(compare(encoder(), [CHELSEA]))
+    assert "different grid" in as_text(compare(encoder(), [CHELSEA]), has_stages=True)
 
 
 def test_an_image_that_cannot_be_read_is_skipped_and_ends_with_1(run: Any, tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ def test_an_image_that_cannot_be_read_is_skipped_and_ends_with_1(run: Any, tmp_p
     ]
     code, out, _ = run(torn, *SMALL)
     assert (code, "skipped: " in out, "agrees" in out) == (1, True, False)
-    assert out.splitlines()[-1] == "nothing was compared: every image was skipped"
+    assert out.splitlines()[1] == "nothing was compared: every image was skipped"
     assert "agrees: 1 of 1 image," in run(CHELSEA, torn, *SMALL)[1]
     code, out, err = run(torn, *SMALL, "--save-golden", tmp_path / "golden.safetensors")
     assert (code, out, list(tmp_path.iterdir())) == (2, "", [torn])
@@ -490,7 +491,7 @@ def test_figures_are_printed_even_where_their_page_cannot_be_written(
     monkeypatch.setattr(atomic_file_module.os, "fsync", full)
     code, out, err = run(CHELSEA, *SMALL, "--report", tmp_path / "page")
     assert code == 2
-    assert out.splitlines()[-1].startswith("agrees: 1 of 1 image")
+    assert out.startswith("agrees: 1 of 1 image")
     assert "could not be written (No space left on device)" in err
 
 
@@ -610,13 +611,13 @@ def test_a_fault_in_one_tensor_of_a_checkpoint_is_found_and_its_stage_named(
     code, out, _ = run(
         "--model", tmp_path / "tiny", *SMALL[2:], "--golden", golden.path, CHELSEA
     )  # fmt: skip
-    last = out.splitlines()[-2:]
+    first = out.splitlines()[:2]
     assert code == 1
     here, there = (VisionEncoder.from_pretrained(tmp_path / "tiny", device="cpu"), encoder())
     hashes = [each.checkpoint.weights_sha256()[:16] for each in (here, there)]
-    assert f"({hashes[0]} here, {hashes[1]} in the golden): 1 tensor, {tensor}" in last[0]
-    assert last[1].startswith(f"differs: {CHELSEA}: first at {fault.stage}: the golden is ")
-    assert "other weights" in last[1]  # by its own error as it states it, not by ours of today
+    assert f"({hashes[0]} here, {hashes[1]} in the golden): 1 tensor, {tensor}" in first[0]
+    assert first[1].startswith(f"differs: {CHELSEA}: first at {fault.stage}: the golden is ")
+    assert "other weights" in first[1]  # by its own error as it states it, not by ours of today
 
 
 def test_other_weights_that_give_the_same_numbers_agree_and_are_named(golden: Golden) -> None:
@@ -626,7 +627,15 @@ def test_other_weights_that_give_the_same_numbers_agree_and_are_named(golden: Go
     other = replace(encoder(), checkpoint=replace(encoder().checkpoint, tensors=given))
     done = compare_with_golden(other, golden, [CHELSEA])
     assert done.passed
-    assert "weights differ from the golden's" in as_text(done).splitlines()[-2]
+    text = as_text(done, has_stages=True)
+    assert text.startswith("weights differ from the golden's")
+    assert "closer" not in text  # ours and the golden's errors are those of two models
+    assert "ratio" not in text
+    stages = [stage for image in done.to_json()["images"] for stage in image["stages"]]
+    assert {stage["ratio"] for stage in stages} == {None}
+    same = compare_with_golden(encoder(), golden, [CHELSEA])
+    assert "ratio" in as_text(same)
+    assert "closer to float64" in as_text(same)
 
 
 # The policy
