@@ -49,7 +49,7 @@ class _Point(click.ParamType[tuple[float, float]]):
 @click.option("--model", shell_complete=complete_model, help="To encode images with.")
 @click.option(
     "--out", type=FILE, default=DEFAULT_OUT, show_default=True,
-    help="A page (.html), a picture (.png) of one image, or a folder of pictures.",
+    help="A page (.html), a picture of one image (.png), or a folder for both.",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an existing page or pictures.")
 @click.option(

@@ -1,4 +1,4 @@
-"""Where `show` writes: a page, one picture, or a folder of pictures."""
+"""Where `show` writes: a page, one picture, or a folder with a page and pictures."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from qwen_vit.show.views import FeatureViews
 
 __all__ = ["check_target", "write"]
 
-PAGE, PICTURE = ".html", ".png"
+PAGE, PICTURE, FOLDER_PAGE = ".html", ".png", "index.html"
 
 
 def check_target(out: Path, overwrite: bool) -> None:
@@ -45,7 +45,7 @@ def check_target(out: Path, overwrite: bool) -> None:
 def write(
     out: Path, views: FeatureViews, given: ShowInput, command: str
 ) -> tuple[list[Path], dict[str, Any]]:
-    """Write the views to a page, a picture or a folder: the files, and a report of them as JSON."""
+    """Write a page, a picture or both into a folder: the files, and a report of them as JSON."""
     suffix = out.suffix.lower()
     if suffix == PAGE and not out.is_dir():
         files, contents = [out], [feature_page(views, _text(views, given, command))]
@@ -62,8 +62,9 @@ def write(
             out.mkdir(exist_ok=True)
         except OSError as error:
             raise cannot_write(out, error) from None
-        files = [out / _file_name(i, view.id) for i, view in enumerate(views.views, start=1)]
-        contents = _sheets(views)
+        names = [_file_name(i, view.id) for i, view in enumerate(views.views, start=1)]
+        files = [out / FOLDER_PAGE, *(out / name for name in names)]
+        contents = [feature_page(views, _text(views, given, command)), *_sheets(views)]
     for path, content in zip(files, contents, strict=True):
         with atomic_file(path) as file:
             file.write(content)
