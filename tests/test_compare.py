@@ -99,7 +99,7 @@ def test_the_verdict_comes_first_and_every_stage_with_v(run: Any) -> None:
         assert lines[1].startswith("closer to float64: ours, at 7 of 7 stages")
         stages = [line.split()[0] for line in lines if re.match(r"  (patch|block|merger)", line)]
         assert stages == listed
-    assert re.search(rf"\n  {CHELSEA}  +agrees  \S+e-07 ", run(CHELSEA, *SMALL)[1])
+    assert re.search(rf"\n  {CHELSEA} +agrees  +\S+e-07 ", run(CHELSEA, *SMALL)[1])
 
 
 def test_who_is_closer_to_float64_is_said_in_words() -> None:

@@ -2,12 +2,14 @@
 
 import os
 import stat
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_vit.common.atomic_file import cannot_write, check_utf8, refuse_link
 from qwen_vit.errors import ExportError
 
-__all__ = ["check_output"]
+__all__ = ["check_distinct", "check_output"]
 
 
 def check_output(
@@ -49,6 +51,20 @@ def check_output(
             name=name,
             remedy=f"pass --overwrite to replace it, or another {option}",
         )
+
+
+def check_distinct(images: Sequence[str]) -> None:
+    """Raise ExportError for an image that is given twice.
+
+    >>> check_distinct(["a.png", "b.png", "a.png"])
+    Traceback (most recent call last):
+    qwen_vit.errors.ExportError: a.png: given twice. Expected each image once. Leave one out.
+    """
+    for name, count in Counter(images).most_common(1):
+        if count > 1:
+            raise ExportError(
+                "given twice", name=name, expected="each image once", remedy="leave one out"
+            )
 
 
 def _status(path: Path) -> os.stat_result | None:

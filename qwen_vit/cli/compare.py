@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qwen_vit.cli.checks import check_output
+from qwen_vit.cli.checks import check_distinct, check_output
 from qwen_vit.cli.console import is_verbose, print_data, print_log
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
@@ -65,6 +65,7 @@ def compare(
     """
     if save_golden is not None:
         check_output(save_golden, overwrite, "--save-golden")
+        check_distinct(images)
     with slow_imports():
         from qwen_vit.compare.report import check_report, write_report
         from qwen_vit.compare.run import compare_checkpoint

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_vit.cli.checks import check_distinct
 from qwen_vit.cli.console import print_log
 from qwen_vit.common.progress import shows_progress
 from qwen_vit.errors import ExportError
@@ -38,12 +39,7 @@ def list_images(inputs: Sequence[str], out: Path | None = None) -> "list[Item]":
     warn_of_skipped(left_out)
     if not items:
         raise no_image_found(inputs)
-    counts = Counter(item.id for item in items)
-    [(name, count)] = counts.most_common(1)
-    if count > 1:
-        raise ExportError(
-            "given twice", name=name, expected="each image once", remedy="leave one out"
-        )
+    check_distinct([item.id for item in items])
     if out is not None and any(_is_same(item.source, out) for item in items):
         raise ExportError("one of the images", name=str(out), remedy="pass another --out")
     return items

@@ -86,7 +86,7 @@ def _text(views: FeatureViews, given: ShowInput, command: str) -> PageText:
     if given.is_random:
         notices.append(
             f"The weights of {given.model} are random: they were never trained. These maps show "
-            "colour and texture, not meaning. A published checkpoint shows more."
+            "colour and texture, not meaning."
         )
     view = views.views[0]
     px = given.patch_px * view.w // view.colours.shape[1]
