@@ -125,7 +125,8 @@ def features_png(stages: list[StageMaps], layout: StripLayout, comparison: Compa
 
     width, height = layout.size
     row_in = ROW_IN * height / width + 0.32
-    return figure_png((9.0, min(row_in * len(stages), MAX_FEATURES_IN)), draw)
+    size_in = (9.0, min(row_in * len(stages), MAX_FEATURES_IN))
+    return figure_png(size_in, draw, bbox_inches="tight", pad_inches=0.06)
 
 
 def _draw(array: NDArray[Any], layout: StripLayout, axes: Any, **style: Any) -> Any:

@@ -164,14 +164,14 @@ def sheet_png(view: FeatureView, views: FeatureViews, titles: Sequence[str]) -> 
         grid = figure.subplots(*((len(draws), 1) if is_column else (1, len(draws))), squeeze=False)
         for axes, draw, title in zip(grid.flat, draws, titles, strict=False):
             drawn = draw(axes, layout, view, views)
-            axes.set_title(title)
+            axes.set_title(title[:1].upper() + title[1:])
             if draw is draw_similarity:
                 bar = figure.colorbar(drawn, cax=axes.inset_axes((1.02, 0, 0.03, 1)))
                 bar.outline.set_visible(False)
 
     across, down = (1, len(draws)) if is_column else (len(draws), 1)
     size = (across * width + 0.1 * across, down * (height + TITLE_IN))
-    return figure_png(size, fill)
+    return figure_png(size, fill, bbox_inches="tight", pad_inches=0.06)
 
 
 def heat_colours(count: int = 9) -> list[str]:
