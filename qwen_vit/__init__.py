@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 # Type checkers read the first list, Python the second; a test compares them.
 if TYPE_CHECKING:
     from qwen_vit.batching import ImageInput as ImageInput
+    from qwen_vit.cosine import similarity as similarity
     from qwen_vit.encoder import VisionEncoder as VisionEncoder
     from qwen_vit.errors import ArgumentError as ArgumentError
     from qwen_vit.errors import CheckpointError as CheckpointError
@@ -43,6 +44,7 @@ else:
 
     _NAMES = {
         "batching": ["ImageInput"],
+        "cosine": ["similarity"],
         "encoder": ["VisionEncoder"],
         "errors": [
             "ArgumentError",

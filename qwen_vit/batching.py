@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -22,24 +22,27 @@ from torch import Tensor
 
 from qwen_vit.common.prefetch import Job, work_ahead
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
-from qwen_vit.errors import ExportError, ImageError
-from qwen_vit.features import UNKNOWN_SIZE, FailedImage, ImageFeatures
+from qwen_vit.errors import ArgumentError, ExportError, ImageError, check_choice
+from qwen_vit.features import UNKNOWN_SIZE, FailedImage, FeatureOutput, ImageFeatures
 from qwen_vit.graphs import MAX_BUCKET
 from qwen_vit.images.image import ArrayLayout, ImageLimits, ImageSource, RgbImage
 from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.layout import check_grids
-from qwen_vit.model import Output
+from qwen_vit.model import LayerTaps, Output
+from qwen_vit.outputs import ImageRows, OutputOptions
 
 __all__ = [
     "BatchEncoder",
     "EncodeOptions",
     "ImageInput",
     "ImageLoader",
+    "Images",
     "InFlightLimit",
     "LoadedImage",
     "OnError",
     "OneImage",
+    "as_images",
     "is_one_image",
     "pack",
 ]
@@ -59,12 +62,13 @@ OneImage: TypeAlias = (
     | Patches
 )
 ImageInput: TypeAlias = OneImage | NDArray[Any] | Tensor
+Images: TypeAlias = ImageInput | Iterable[ImageInput]
 # Iterating over one of these would give its characters, bytes or rows.
 ONE_IMAGE = (
     str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Patches, io.IOBase,
 )  # fmt: skip
 STACKED_AXES = 4
-Forward = Callable[[Tensor, tuple[Grid, ...], Output], Tensor]
+Forward = Callable[[Tensor, tuple[Grid, ...], Output, LayerTaps | None], Tensor]
 
 # Patches in one forward pass. More gain nothing on a GPU; an image may be larger on its own.
 TOKEN_BUDGET = {"cuda": MAX_BUCKET, "cpu": 4_096}
@@ -78,7 +82,9 @@ IMAGES_IN_A_WINDOW = 1_024  # so that a long run of images that fail is reported
 class EncodeOptions(TypedDict, total=False):
     """The options of `encode` and `encode_iter` that do not decide the type of the result."""
 
-    output: Output
+    output: FeatureOutput
+    normalize: bool
+    layers: Iterable[int]
     layout: ArrayLayout
     limits: ImageLimits | None
     decode_threads: int | None
@@ -93,6 +99,14 @@ def is_one_image(images: object) -> bool:
     if isinstance(images, (np.ndarray, Tensor)):
         return images.ndim != STACKED_AXES
     return isinstance(images, ONE_IMAGE)
+
+
+def as_images(images: Any) -> Iterator[Any]:
+    """The images of one image, a stack or an iterable. Raises ArgumentError for anything else."""
+    try:
+        return iter([images] if is_one_image(images) else images)
+    except TypeError:
+        raise ArgumentError(f"images is {images!r}", expected="an iterable of images") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +137,12 @@ class ImageLoader:
     layout: ArrayLayout
     limits: ImageLimits
     on_error: OnError
+
+    def __post_init__(self) -> None:
+        check_choice("on_error", self.on_error, get_args(OnError))
+        check_choice("layout", self.layout, get_args(ArrayLayout))
+        if not isinstance(self.limits, ImageLimits):
+            raise ArgumentError(f"limits is {self.limits!r}", expected="ImageLimits or None")
 
     def jobs(self, images: Iterable[ImageInput], *, is_ahead: bool) -> Iterator[Job[LoadedImage]]:
         """A job for each image; `is_ahead` says that others may run it after the next is taken."""
@@ -204,7 +224,7 @@ class BatchEncoder:
     forward: Forward
     device: torch.device
     merge_unit: int
-    output: Output
+    outputs: OutputOptions
     on_error: OnError
 
     def encode(
@@ -239,7 +259,7 @@ class BatchEncoder:
     def _encode_window(
         self, window: list[LoadedImage], limit: "InFlightLimit"
     ) -> Iterator[ImageFeatures | FailedImage]:
-        results: dict[int, Tensor | ImageError] = {}
+        results: dict[int, ImageRows | ImageError] = {}
         for batch in self._batches(window):
             named = [(window[index].id, window[index].patches) for index in batch]
             parts = [(name, patches) for name, patches in named if patches is not None]
@@ -250,8 +270,11 @@ class BatchEncoder:
         window.clear()  # the pixels are not needed while the results are taken
         for index, (name, size_px, notes, error, grid_thw) in enumerate(facts):
             result = results.pop(index, error)
-            if isinstance(result, Tensor):
-                yield ImageFeatures(name, result, grid_thw, size_px, notes)
+            if isinstance(result, ImageRows):
+                yield ImageFeatures(
+                    name, result.embeds, grid_thw, size_px, notes, result.layers,
+                    self.outputs.output, self.outputs.normalize,
+                )  # fmt: skip
             elif result is not None:
                 yield FailedImage(name, result, size_px=size_px)
 
@@ -263,19 +286,22 @@ class BatchEncoder:
         batches = pack([window[index].n_patches for index in good], TOKEN_BUDGET[self.device.type])
         return [[good[index] for index in batch] for batch in batches]
 
-    def _encode_parts(self, parts: Sequence[tuple[str, Patches]]) -> list[Tensor | ImageError]:
-        """Each named image's embeddings; a batch too large for the GPU's memory is halved."""
+    def _encode_parts(self, parts: Sequence[tuple[str, Patches]]) -> list[ImageRows | ImageError]:
+        """Each named image's rows; a batch too large for the GPU's memory is halved."""
         if not parts:
             return []
         pinned_rows = TOKEN_BUDGET["cuda"] if self.device.type == "cuda" else 0
         patches = Patches.cat((part for _, part in parts), pinned_rows=pinned_rows)
-        unit = 1 if self.output == "patch" else self.merge_unit
-        rows = [len(part.pixels) // unit for _, part in parts]
+        outputs, taps = self.outputs, self.outputs.taps()
+        sizes = [len(part.pixels) for _, part in parts]
         try:
-            # each image gets its own memory: keeping one must not keep its whole batch (which has
-            # no name here, so that the memory is free when halves are tried)
-            copies: Any = torch.split_with_sizes_copy  # its stub says None
-            return list(copies(self.forward(patches.pixels, patches.grids, self.output), rows))
+            # the batch's rows have no name here, so that their memory is free when halves are tried
+            return list(
+                outputs.split(
+                    self.forward(patches.pixels, patches.grids, outputs.tower_output, taps),
+                    taps, sizes, self.merge_unit,
+                )
+            )  # fmt: skip
         except torch.cuda.OutOfMemoryError as cause:
             if len(parts) == 1:
                 error = ImageError(
@@ -287,6 +313,7 @@ class BatchEncoder:
                 if self.on_error == "raise":
                     raise error from cause
                 return [error]
+        del taps  # and the rows that it holds
         half = len(parts) // 2
         logger.warning("out of memory on %s: a batch of %d is halved", self.device, len(parts))
         return [*self._encode_parts(parts[:half]), *self._encode_parts(parts[half:])]

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, Self, Unpack, get_args, overload
+from typing import Any, Literal, NoReturn, Self, Unpack, overload
 
 import torch
 from numpy.typing import NDArray
@@ -15,8 +15,10 @@ from qwen_vit.batching import (
     EncodeOptions,
     ImageInput,
     ImageLoader,
+    Images,
     OneImage,
     OnError,
+    as_images,
     is_one_image,
 )
 from qwen_vit.checkpoint.convert import convert
@@ -25,13 +27,14 @@ from qwen_vit.checkpoint.load import Checkpoint, load_checkpoint
 from qwen_vit.common.prefetch import thread_count
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.device import check_fits, choose_device, choose_dtype
-from qwen_vit.errors import ArgumentError, check_choice
-from qwen_vit.features import FailedImage, ImageFeatures, dtype_name
+from qwen_vit.errors import ArgumentError
+from qwen_vit.features import FailedImage, FeatureOutput, ImageFeatures, dtype_name
 from qwen_vit.graphs import GraphRunner, run_tower
 from qwen_vit.images.image import ArrayLayout, ImageLimits
 from qwen_vit.images.rows import as_grids, check_rows, normalise
 from qwen_vit.metadata import origin_metadata
-from qwen_vit.model import Output, VisionTower
+from qwen_vit.model import LayerTaps, Output, VisionTower
+from qwen_vit.outputs import OutputOptions
 
 __all__ = ["VisionEncoder"]
 
@@ -231,10 +234,12 @@ class VisionEncoder:
     ) -> list[ImageFeatures | FailedImage]: ...
     def encode(
         self,
-        images: ImageInput | Iterable[ImageInput],
+        images: Images,
         *,
         on_error: OnError = "raise",
-        output: Output = "merged",
+        output: FeatureOutput = "merged",
+        normalize: bool = False,
+        layers: Iterable[int] = (),
         layout: ArrayLayout = "auto",
         limits: ImageLimits | None = None,
         decode_threads: int | None = None,
@@ -250,7 +255,11 @@ class VisionEncoder:
             images: one image, or an iterable of them; an array or tensor of four axes is a stack.
             on_error: "raise" raises the first image's error; "skip" gives a FailedImage instead
                 and goes on with the others.
-            output: "merged", what the language model takes; or "patch", un-merged.
+            output: "merged", what the language model takes; "patch", un-merged; or "mean", one
+                vector an image: the mean of its merged rows, in float32.
+            normalize: divide each mean by its Euclidean length; only for output="mean".
+            layers: blocks, counted from 0, whose dense features to give as well. It changes no bit
+                of `embeds`; on a GPU it runs without CUDA graphs.
             layout: "HWC" or "CHW" where an array's shape leaves its channel axis open.
             limits: bounds of what is decoded; ImageLimits() if not given.
             decode_threads: threads that read, decode and resize ahead of the encoder: one for two
@@ -259,41 +268,48 @@ class VisionEncoder:
         Returns:
             ImageFeatures of one image, or a list of them, in order: `embeds` is
             (n_tokens, out_hidden_size), row-major over merged cells of 28 x 28 pixels; with
-            output="patch" (n_patches, hidden_size), row-major over patches of 14 x 14 pixels. An
-            image's `id` is its path; others are "image 0", "image 1" ... by their place.
+            output="patch" (n_patches, hidden_size), row-major over patches of 14 x 14 pixels; with
+            output="mean" (1, out_hidden_size). `layers[k]` is (n_patches, hidden_size), row-major:
+            the residual stream behind block k, before any norm; behind the last block it is what
+            output="patch" gives. An image's `id` is its path; others are "image 0", "image 1" ...
 
         Raises:
             ImageError: an image cannot be encoded.
             ArgumentError: an option makes no sense.
         """
-        is_one = is_one_image(images)
-        many: Any = [images] if is_one else images
-        results = list(self._encode_each(many, on_error, output, layout, limits, decode_threads))
-        return results[0] if is_one else results
+        results = list(
+            self.encode_iter(
+                images, on_error=on_error, output=output, normalize=normalize, layers=layers,
+                layout=layout, limits=limits, decode_threads=decode_threads,
+            )
+        )  # fmt: skip
+        return results[0] if is_one_image(images) else results
 
     @overload
     def encode_iter(
         self,
-        images: Iterable[ImageInput],
+        images: Images,
         *,
         on_error: Literal["raise"] = "raise",
         **options: Unpack[EncodeOptions],
     ) -> Iterator[ImageFeatures]: ...
     @overload
     def encode_iter(
-        self, images: Iterable[ImageInput], *, on_error: OnError, **options: Unpack[EncodeOptions]
+        self, images: Images, *, on_error: OnError, **options: Unpack[EncodeOptions]
     ) -> Iterator[ImageFeatures | FailedImage]: ...
     def encode_iter(
         self,
-        images: Iterable[ImageInput],
+        images: Images,
         *,
         on_error: OnError = "raise",
-        output: Output = "merged",
+        output: FeatureOutput = "merged",
+        normalize: bool = False,
+        layers: Iterable[int] = (),
         layout: ArrayLayout = "auto",
         limits: ImageLimits | None = None,
         decode_threads: int | None = None,
     ) -> Any:
-        """As `encode` of several images, one after the other and in order, in flat memory.
+        """As `encode`, one image after the other and in order, in flat memory.
 
         >>> encoder = VisionEncoder.from_pretrained("tiny")
         >>> for features in encoder.encode_iter(["tests/images/chelsea.png"]):
@@ -304,32 +320,12 @@ class VisionEncoder:
         image's bits do not depend on its batch, images are grouped by size. Raises ArgumentError
         at once for an option that makes no sense.
         """
-        return self._encode_each(images, on_error, output, layout, limits, decode_threads)
-
-    def _encode_each(
-        self, images: Iterable[ImageInput], on_error: OnError, output: Output, layout: ArrayLayout,
-        limits: ImageLimits | None, decode_threads: int | None,
-    ) -> Iterator[ImageFeatures | FailedImage]:  # fmt: skip
-        if is_one_image(images):
-            raise ArgumentError(
-                f"images is one {type(images).__name__}",
-                expected="a list of images",
-                remedy="pass [image], or call encode",
-            )
-        try:
-            iterator = iter(images)
-        except TypeError:
-            raise ArgumentError(f"images is {images!r}", expected="an iterable of images") from None
+        outputs = OutputOptions.checked(output, normalize, layers, self.config.depth)
         limits = ImageLimits() if limits is None else limits
-        check_choice("on_error", on_error, get_args(OnError))
-        check_choice("output", output, get_args(Output))
-        check_choice("layout", layout, get_args(ArrayLayout))
-        if not isinstance(limits, ImageLimits):
-            raise ArgumentError(f"limits is {limits!r}", expected="ImageLimits or None")
-        threads = thread_count(decode_threads)
         loader = ImageLoader(self.config, self.image_config, layout, limits, on_error)
-        batches = BatchEncoder(self.forward, self.device, self.config.merge_unit, output, on_error)
-        return batches.encode(loader.jobs(iterator, is_ahead=threads > 1), threads)
+        threads, many = thread_count(decode_threads), as_images(images)
+        batches = BatchEncoder(self.forward, self.device, self.config.merge_unit, outputs, on_error)
+        return batches.encode(loader.jobs(many, is_ahead=threads > 1), threads)
 
     def encode_patches(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """Encode what Hugging Face's processor returns, as its vision encoder does.
@@ -392,9 +388,12 @@ class VisionEncoder:
         """What a feature file records about its origin: model, hashes, versions, image policy."""
         return origin_metadata(self.source, self.checkpoint, self.image_config, self.dtype)
 
-    def forward(self, patches: Tensor, grids: tuple[Grid, ...], output: Output) -> Tensor:
+    def forward(
+        self, patches: Tensor, grids: tuple[Grid, ...], output: Output,
+        taps: LayerTaps | None = None,
+    ) -> Tensor:  # fmt: skip
         """Run the tower on uint8 or float rows in grid order, by graph where one fits."""
         with torch.autocast(self.device.type, enabled=False):  # the precision is ours to choose
             return run_tower(
-                self.tower, self.graphs, patches, grids, self.device, self.dtype, output
+                self.tower, self.graphs, patches, grids, self.device, self.dtype, output, taps
             )

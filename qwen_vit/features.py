@@ -1,8 +1,10 @@
 """What an image becomes: its embeddings, or the reason why it has none."""
 
+import html
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -11,12 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from qwen_vit.common.strict_json import is_integer
-from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.errors import ArgumentError, ImageError, display_name, plural
 from qwen_vit.images.image import ImageSource
 
 __all__ = [
     "UNKNOWN_SIZE",
+    "AnyFeatures",
     "FailedImage",
+    "FeatureOutput",
     "ImageFeatures",
     "check_features",
     "dtype_name",
@@ -24,6 +28,7 @@ __all__ = [
 ]
 
 UNKNOWN_SIZE = (0, 0)
+FeatureOutput = Literal["merged", "patch", "mean"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,11 +42,15 @@ class ImageFeatures:
     Attributes:
         id: the image's path, or what else its caller named it.
         embeds: (n_tokens, out_hidden_size), row-major over the merged cells, on the encoder's
-            device and in its dtype; (n_patches, hidden_size), row-major over the patches, for
-            output="patch".
+            device and in its dtype. For output="patch" (n_patches, hidden_size), row-major over the
+            patches; for output="mean" (1, out_hidden_size) in float32.
         grid_thw: (frames, height, width) in patches.
         size_px: the original (height, width) in pixels; (0, 0) where only patches were given.
         notes: what the image policy did, such as "EXIF orientation 6 applied".
+        layers: block -> (n_patches, hidden_size), row-major over the patches: the residual stream
+            behind that block, before any norm. `layers[7].view(*grid_thw, -1)` is its map.
+        output: which rows `embeds` holds.
+        normalized: whether each row has unit length.
     """
 
     id: str
@@ -49,10 +58,27 @@ class ImageFeatures:
     grid_thw: tuple[int, int, int]
     size_px: tuple[int, int] = UNKNOWN_SIZE
     notes: tuple[str, ...] = ()
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
+    output: FeatureOutput = "merged"
+    normalized: bool = False
 
     def __repr__(self) -> str:
         shape, dtype = tuple(self.embeds.shape), dtype_name(self.embeds.dtype)
-        return f"ImageFeatures({self.id!r}, embeds={shape} {dtype}, grid_thw={self.grid_thw})"
+        layers = f", layers={list(self.layers)}" if self.layers else ""
+        return (
+            f"ImageFeatures({self.id!r}, embeds={shape} {dtype}, grid_thw={self.grid_thw}{layers})"
+        )
+
+    def _repr_html_(self) -> str:
+        embeds = f"{' x '.join(map(str, self.embeds.shape))}, {dtype_name(self.embeds.dtype)}"
+        facts = {
+            "embeds": f"{embeds}, {'unit length, ' * self.normalized}{self.output}",
+            "layers": ", ".join(map(str, self.layers)),
+            "grid": " x ".join(map(str, self.grid_thw)) + " patches (t, h, w)",
+            "size": _size_text(self.size_px),
+            "notes": ", ".join(self.notes),
+        }
+        return _html_table(self.id, facts)
 
     @property
     def error(self) -> None:
@@ -66,10 +92,11 @@ class ImageFeatures:
         Raises ArgumentError where the rows are not those of whole cells, as for output="mean".
         """
         (t, h, w), rows = self.grid_thw, len(self.embeds)
-        side = math.isqrt(t * h * w // rows) if rows else 0
+        side = math.isqrt(t * h * w // rows) if rows and self.output != "mean" else 0
         if not side or h % side or w % side or rows * side**2 != t * h * w:
+            what = "the mean of its rows" if self.output == "mean" else plural(rows, "row")
             raise ArgumentError(
-                f"{rows} rows for a grid of {self.grid_thw}",
+                f"{what} for a grid of {self.grid_thw}",
                 name=self.id,
                 expected="a row for each merged token or each patch",
                 remedy='encode it with output="merged" or output="patch"',
@@ -107,6 +134,14 @@ class ImageFeatures:
         array: NDArray[np.float32] = self.embeds.detach().float().cpu().numpy()
         return array
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        array = self.numpy()
+        if copy is False and array.ctypes.data != self.embeds.data_ptr():
+            raise ValueError(
+                "float32 on the host needs a copy: leave out copy=False"
+            )  # NumPy's own
+        return np.array(array, dtype, copy=copy)
+
 
 @dataclass(frozen=True, slots=True)
 class FailedImage:
@@ -134,6 +169,32 @@ class FailedImage:
         """The error's text."""
         return str(self.error)
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
+        raise self.error
+
+    def _repr_html_(self) -> str:
+        failed_at = {"stage": self.stage, "size": _size_text(self.size_px)}
+        return _html_table(self.id, {"failed": f"{self.code}: {self.message}", **failed_at})
+
+
+def _size_text(size_px: tuple[int, int]) -> str:
+    height, width = size_px
+    return "" if size_px == UNKNOWN_SIZE else f"{width} x {height} px"
+
+
+def _html_table(name: str, facts: Mapping[str, str]) -> str:
+    """A small table for notebooks: a name, and below it the facts that there are."""
+    cells = [
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>"
+        for key, value in facts.items()
+        if value
+    ]
+    caption = f"<caption>{html.escape(display_name(name))}</caption>"
+    return f"<table>{caption}{''.join(cells)}</table>"
+
+
+AnyFeatures: TypeAlias = ImageFeatures | FailedImage | Iterable[ImageFeatures | FailedImage]
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """A type as files and options spell it.
@@ -144,14 +205,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_features(
-    features: Iterable[ImageFeatures | FailedImage],
-) -> list[ImageFeatures | FailedImage]:
-    """The same as a list; ArgumentError for anything else, or for what holds anything else."""
+def check_features(features: AnyFeatures) -> list[ImageFeatures | FailedImage]:
+    """The same as a list, one image alone included; ArgumentError for anything else."""
     wanted = "ImageFeatures, as `encode` returns them"
-    if isinstance(features, ImageFeatures | FailedImage | Tensor) or not isinstance(
-        features, Iterable
-    ):
+    if isinstance(features, ImageFeatures | FailedImage):
+        features = [features]
+    if isinstance(features, Tensor) or not isinstance(features, Iterable):
         raise ArgumentError(
             f"features is one {type(features).__name__}", expected=f"a list of {wanted}"
         )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qwen_vit.config import Grid
 from qwen_vit.layout import Layout
-from qwen_vit.model import ROTARY_POSITIONS, Output, VisionTower, plan_layout
+from qwen_vit.model import ROTARY_POSITIONS, LayerTaps, Output, VisionTower, plan_layout
 
 __all__ = ["MAX_BUCKET", "MIN_STEP", "GraphRunner", "bucket_for", "run_tower"]
 
@@ -228,16 +228,17 @@ def run_tower(
     device: torch.device,
     dtype: torch.dtype,
     output: Output,
+    taps: LayerTaps | None = None,
 ) -> Tensor:
     """Run a tower on uint8 or float rows in grid order, by graph where one fits.
 
-    Graphs serve merged output alone; the bits are the same with and without.
+    Graphs serve merged output without taps; the bits are the same with and without.
     """
     config = tower.config
     if device.type == "cuda" and patches.device.type == "cpu":
         patches = patches.pin_memory()  # itself, where it is pinned already
     has_whole_units = MIN_STEP % config.merge_unit == 0
-    if graphs is not None and output == "merged" and has_whole_units:
+    if graphs is not None and output == "merged" and taps is None and has_whole_units:
         n_rows = graphs.graph_bucket(patches)
         if n_rows is not None:
             merged = graphs.run(patches, _layout(grids, config, device, dtype, n_rows))
@@ -245,7 +246,8 @@ def run_tower(
                 return merged
     layout = _layout(grids, config, device, dtype)
     with torch.no_grad():
-        return tower(patches.to(device, non_blocking=True), layout.to(device), output)  # type: ignore[no-any-return]
+        on_device = patches.to(device, non_blocking=True)
+        return tower(on_device, layout.to(device), output, taps)  # type: ignore[no-any-return]
 
 
 # computed from integers, so that repeated sizes cost nothing

@@ -11,6 +11,7 @@ models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -34,7 +35,7 @@ from qwen_vit.weight_format import (
     pixel_weight_exponent,
 )
 
-__all__ = ["Output", "VisionTower", "plan_layout"]
+__all__ = ["LayerTaps", "Output", "VisionTower", "plan_layout"]
 
 Output = Literal["merged", "patch"]
 
@@ -192,6 +193,23 @@ class PatchMerger(nn.Module):
         return self.fc2(self.fc1(merged, epilogue="gelu"))
 
 
+@dataclass(frozen=True, slots=True)
+class LayerTaps:
+    """Collects the residual stream behind chosen blocks: what the next block's norm reads.
+
+    `rows` maps a block to (N, C) in raster order, a copy in the tower's dtype. Behind the last
+    block it is what `output="patch"` gives.
+    """
+
+    blocks: tuple[int, ...]
+    rows: dict[int, Tensor] = field(default_factory=dict)
+
+    def keep(self, block: int, stream: ResidualStream, layout: Layout) -> None:
+        """Copy the rows behind `block`, if it is one of those chosen."""
+        if block in self.blocks:
+            self.rows[block] = stream.values[layout.raster_order]
+
+
 class VisionTower(nn.Module):
     """Patches and their layout -> one embedding per merged token.
 
@@ -213,10 +231,17 @@ class VisionTower(nn.Module):
         self.window_kind = _window_kind(config)
         self.angles: tuple[Tensor, Tensor] | None = None  # of every position so far
 
-    def forward(self, patches: Tensor, layout: Layout, output: Output = "merged") -> Tensor:
+    def forward(
+        self,
+        patches: Tensor,
+        layout: Layout,
+        output: Output = "merged",
+        taps: LayerTaps | None = None,
+    ) -> Tensor:
         """`patches` in grid order, (N, P / 2) uint8 or (N, P) float -> (M, O), or (N, C) un-merged.
 
-        The rows of the result are in raster order of their cells, image after image.
+        The rows of the result are in raster order of their cells, image after image. `taps` collect
+        the rows behind single blocks and change nothing.
         """
         cos, sin = self._rotary_angles(layout.n_positions)
         rotary = RotaryTable(cos, sin, layout.positions)
@@ -229,6 +254,8 @@ class VisionTower(nn.Module):
                 x = block(x, rotary, layout.frames, "full")
             else:
                 x = block(x, rotary, layout.windows, self.window_kind)
+            if taps is not None:
+                taps.keep(index, x, layout)
 
         if output == "patch":
             return x.values[layout.raster_order]

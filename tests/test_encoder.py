@@ -243,9 +243,11 @@ def test_one_image_gives_one_result(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_image_is_no_stream(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"Expected a list of images\. Pass \[image\]"):
-        tiny().encode_iter(one_image(kind, tmp_path))
+def test_one_image_is_a_stream_of_one(kind: str, tmp_path: Path) -> None:
+    image = one_image(kind, tmp_path)
+    [streamed] = tiny().encode_iter(image)
+    assert isinstance(streamed, ImageFeatures)
+    assert torch.equal(streamed.embeds, tiny().encode(image).embeds)
 
 
 @pytest.mark.parametrize("kind", ["array", "tensor"])
@@ -286,7 +288,7 @@ def test_features_are_seen_as_a_map_and_as_numpy() -> None:
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"on_error is 'ignore'\. Expected 'raise' or 'skip'"):
         tiny().encode([], on_error="ignore")  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match=r"output is 'pooled'\. Expected 'merged' or 'patch'"):
+    with pytest.raises(ArgumentError, match=r"output is 'pooled'\. Expected 'merged', 'patch' or"):
         tiny().encode_iter([], output="pooled")  # type: ignore[arg-type]  # before the first next()
     with pytest.raises(ArgumentError, match=r"layout is 'xx'\. Expected 'auto', 'HWC' or 'CHW'"):
         tiny().encode([], layout="xx")  # type: ignore[arg-type]

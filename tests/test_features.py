@@ -317,12 +317,6 @@ def test_rows_that_do_not_fit_their_grid_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("features", "metadata", "message"),
     [
-        (
-            ImageFeatures("a", torch.zeros(1, 4), (1, 2, 2)),
-            {},
-            "one ImageFeatures. Expected a list",
-        ),
-        (failed("a"), {}, "features is one FailedImage. Expected a list of ImageFeatures"),
         (None, {}, "features is one NoneType. Expected a list of ImageFeatures"),
         ([torch.zeros(1, 4)], {}, "features holds a Tensor. Expected ImageFeatures"),
         (torch.zeros(1, 4), {}, "features is one Tensor. Expected a list of ImageFeatures"),

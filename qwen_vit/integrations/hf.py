@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qwen_vit.common.transformers_version import require_transformers
 from qwen_vit.errors import ArgumentError, plural
-from qwen_vit.features import FailedImage, ImageFeatures
+from qwen_vit.features import AnyFeatures
 from qwen_vit.integrations.rows import MERGE_SIZE, count_tokens, rows_and_grids, whole_numbers
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ IMAGE_TOKEN_ID = 151_655  # of <|image_pad|> in every published Qwen2.5-VL
 
 
 def to_hf(
-    features: Iterable[ImageFeatures | FailedImage],
+    features: AnyFeatures,
     input_ids: Tensor | None = None,
     *,
     image_token_id: int = IMAGE_TOKEN_ID,

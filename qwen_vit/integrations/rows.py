@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen_vit.common.tensors import all_finite
 from qwen_vit.errors import ArgumentError, ExportError
-from qwen_vit.features import FailedImage, ImageFeatures, check_features
+from qwen_vit.features import AnyFeatures, FailedImage, ImageFeatures, check_features
 
 __all__ = ["MERGE_SIZE", "count_tokens", "rows_and_grids", "whole_numbers"]
 
@@ -22,7 +22,7 @@ MERGE_SIZE = 2
 AS_FEATURES = "pass the grid_thw of the features"
 
 
-def rows_and_grids(features: Iterable[ImageFeatures | FailedImage]) -> tuple[list[Tensor], Tensor]:
+def rows_and_grids(features: AnyFeatures) -> tuple[list[Tensor], Tensor]:
     """Each image's merged rows (n, D), and all grids (N, 3) int64.
 
     >>> rows, grids = rows_and_grids([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])
@@ -57,9 +57,11 @@ def _merged_rows(image: ImageFeatures | FailedImage) -> Tensor:
             f"this image failed: {image.error.fact}", name=image.id, remedy="leave it out"
         )
     expected = count_tokens(image.grid_thw, MERGE_SIZE)
-    if image.embeds.dim() != 2 or len(image.embeds) != expected:
+    is_mean = image.output == "mean"
+    if image.embeds.dim() != 2 or len(image.embeds) != expected or is_mean:
         raise ExportError(
-            f"its features have the shape {tuple(image.embeds.shape)}",
+            f"its features have the shape {tuple(image.embeds.shape)}"
+            f"{' and are a mean' if is_mean else ''}",
             name=image.id,
             expected=f"{expected} merged rows for its grid of {image.grid_thw}",
             remedy='encode or export it again with output="merged", neither "patch" nor "mean"',

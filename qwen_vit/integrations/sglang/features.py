@@ -1,17 +1,16 @@
 """SGLang: features for its engine."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from qwen_vit.features import FailedImage, ImageFeatures
+from qwen_vit.features import AnyFeatures
 from qwen_vit.integrations.rows import rows_and_grids
 
 __all__ = ["to_sglang"]
 
 
-def to_sglang(features: Iterable[ImageFeatures | FailedImage]) -> list[dict[str, Any]]:
+def to_sglang(features: AnyFeatures) -> list[dict[str, Any]]:
     """Return `image_data` for one request to SGLang's engine: a single item for all its images.
 
     >>> [item] = to_sglang([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import sglang
 from sglang.srt.models import qwen2_5_vl as theirs
 from sglang.srt.runtime_context import get_server_args
 from torch import Tensor

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,19 +10,18 @@ from torch import Tensor
 
 from qwen_vit.common.strict_json import is_number
 from qwen_vit.errors import ArgumentError, plural
-from qwen_vit.features import FailedImage, ImageFeatures, check_features
+from qwen_vit.features import AnyFeatures, check_features
 from qwen_vit.integrations.rows import rows_and_grids
 
 __all__ = ["check_modalities", "to_base64", "to_vllm", "to_vllm_chat_part"]
 
-SomeFeatures = Iterable[ImageFeatures | FailedImage]
 Rows = tuple[list[Tensor], Tensor]  # each item's merged rows, and all grids (N, 3)
 
 
 def to_vllm(
-    features: SomeFeatures = (),
+    features: AnyFeatures = (),
     *,
-    videos: SomeFeatures = (),
+    videos: AnyFeatures = (),
     second_per_grid_ts: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Return `multi_modal_data` for vLLM's `LLM(..., enable_mm_embeds=True)`.
@@ -63,9 +62,9 @@ def to_vllm(
 
 
 def to_vllm_chat_part(
-    features: SomeFeatures = (),
+    features: AnyFeatures = (),
     *,
-    videos: SomeFeatures = (),
+    videos: AnyFeatures = (),
     second_per_grid_ts: Sequence[float] = (),
 ) -> list[dict[str, Any]]:
     """Return a part of a chat message for each picture, for `vllm serve --enable-mm-embeds`.
@@ -98,7 +97,7 @@ def _part(kind: str, **tensors: Tensor) -> dict[str, Any]:
 
 
 def check_modalities(
-    features: SomeFeatures, videos: SomeFeatures, second_per_grid_ts: Sequence[float]
+    features: AnyFeatures, videos: AnyFeatures, second_per_grid_ts: Sequence[float]
 ) -> tuple[Rows | None, Rows | None]:
     """The rows and grids of pictures and of videos, each None where there are none.
 

@@ -31,8 +31,9 @@ def register() -> None:
         level = logging.INFO if logger.isEnabledFor(logging.INFO) else logging.WARNING
         logger.log(
             level,
-            "qwen_vit is installed and not used. Set VLLM_PLUGINS=%s to run its vision tower.", NAME,
-        )  # fmt: skip
+            "qwen_vit is installed and not used. Set VLLM_PLUGINS=%s to run its vision tower.",
+            NAME,
+        )
         return
     if importlib.util.find_spec(THEIR_MODULE) is None:
         logger.warning("qwen_vit: this vLLM has no %s. vLLM's own vision tower runs.", THEIR_MODULE)

@@ -1,0 +1,105 @@
+"""`similarity`: how alike images, or the parts of two images, are."""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qwen_vit.common.tensors import all_finite
+from qwen_vit.errors import ArgumentError, ExportError, plural
+from qwen_vit.features import AnyFeatures, FailedImage, check_features
+from qwen_vit.kernels.pooling import unit_rows
+
+__all__ = ["similarity"]
+
+Rows: TypeAlias = AnyFeatures | Tensor | NDArray[Any]
+
+
+def similarity(a: Rows, b: Rows | None = None) -> Tensor:
+    """The cosine of every row of `a` with every row of `b`, or of `a` itself.
+
+    >>> from qwen_vit import VisionEncoder
+    >>> encoder = VisionEncoder.from_pretrained("tiny")
+    >>> images = ["tests/images/rocket.jpg", "tests/images/chelsea.png"]
+    >>> similarity(encoder.encode(images, output="mean")).shape
+    torch.Size([2, 2])
+    >>> rocket = encoder.encode(images[0])
+    >>> similarity(rocket.map[0, 7, 11][None], rocket).view(15, 23).shape
+    torch.Size([15, 23])
+
+    Args:
+        a, b: features of one image; a list of images, or stored features, that have one row each
+            (`output="mean"`); or rows of your own (N, D), such as `features.layers[7]`.
+
+    Returns:
+        (rows of a, rows of b) float32 from -1 to 1, on the device of `a`. A row of zeros has the
+        cosine 0 with all others.
+
+    Raises:
+        ArgumentError: rows that are not finite numbers, or of two widths; several images of many
+            rows each.
+        ExportError: a failed image among them.
+    """
+    left = _unit_rows("a", a)
+    right = left if b is None else _unit_rows("b", b).to(left.device)
+    if left.shape[1] != right.shape[1]:
+        raise ArgumentError(
+            f"a has rows of {left.shape[1]} values and b of {right.shape[1]}",
+            expected="the same",
+            remedy="compare features of one model and output",
+        )
+    with torch.autocast(left.device.type, enabled=False):
+        return (left @ right.T).clamp_(-1.0, 1.0)
+
+
+def _unit_rows(name: str, given: Rows) -> Tensor:
+    rows = _rows(name, given)
+    if rows.dim() != 2 or not rows.is_floating_point():
+        raise ArgumentError(
+            f"{name} is {rows.dtype} of the shape {tuple(rows.shape)}",
+            expected="floating-point rows (N, D)",
+            remedy="write one vector v as v[None]",
+        )
+    if not all_finite(rows):
+        raise ArgumentError(
+            f"{name} holds NaN or infinity",
+            expected="finite numbers",
+            remedy="check the checkpoint with `qwen-vit info`, and try --dtype float32",
+        )
+    return unit_rows(rows.detach().float())
+
+
+def _rows(name: str, given: Rows) -> Tensor:
+    if isinstance(given, Tensor):
+        return given
+    if isinstance(given, np.ndarray):
+        return torch.from_numpy(given)
+    images: list[Tensor] = []
+    for image in check_features(given):
+        if isinstance(image, FailedImage):
+            raise ExportError(
+                f"this image failed: {image.error.fact}", name=image.id, remedy="leave it out"
+            )
+        images.append(image.embeds)
+    if not images:
+        raise ArgumentError(f"{name} holds no image", remedy="pass at least one")
+    if len(images) == 1:
+        return images[0]
+    many = next((rows for rows in images if len(rows) != 1), None)
+    if many is not None:
+        raise ArgumentError(
+            f"{name} holds {plural(len(images), 'image')}, one of them with {len(many)} rows",
+            expected="one row an image, or one image",
+            remedy='encode them with output="mean", or compare one image at a time',
+        )
+    shapes = {tuple(rows.shape[1:]) for rows in images}
+    if len(shapes) > 1:
+        raise ArgumentError(
+            f"{name} holds rows of the shapes {', '.join(map(str, sorted(shapes)))}",
+            expected="one",
+            remedy="compare features of one model and output",
+        )
+    device = images[0].device
+    return torch.cat([rows.to(device) for rows in images])

@@ -1,0 +1,103 @@
+"""What `encode` gives of an image: which rows, and the dense features of which blocks."""
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Self, get_args
+
+import torch
+from torch import Tensor
+
+from qwen_vit.errors import ArgumentError, check_choice
+from qwen_vit.features import FeatureOutput
+from qwen_vit.kernels.pooling import segment_means, unit_rows
+from qwen_vit.model import LayerTaps
+
+__all__ = ["ImageRows", "OutputOptions", "check_layers", "check_normalize"]
+
+
+class ImageRows(NamedTuple):
+    """One image's rows in memory of their own, and its rows behind each chosen block."""
+
+    embeds: Tensor
+    layers: dict[int, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """The rows that a caller asked for: `output`, `normalize` and `layers` of `encode`."""
+
+    output: FeatureOutput = "merged"
+    normalize: bool = False
+    layers: tuple[int, ...] = ()
+
+    @classmethod
+    def checked(cls, output: Any, normalize: Any, layers: Any, depth: int) -> Self:
+        """The options, or ArgumentError for those that make no sense for a tower of `depth`."""
+        check_choice("output", output, get_args(FeatureOutput))
+        check_normalize(output, normalize)
+        return cls(output, normalize, check_layers(layers, depth))
+
+    @property
+    def tower_output(self) -> Literal["merged", "patch"]:
+        """What the tower is run for: a mean is taken of merged rows."""
+        return "patch" if self.output == "patch" else "merged"
+
+    def taps(self) -> LayerTaps | None:
+        """What collects the rows of the chosen blocks in one batch, if any are."""
+        return LayerTaps(self.layers) if self.layers else None
+
+    def split(
+        self, rows: Tensor, taps: LayerTaps | None, patches: Sequence[int], merge_unit: int
+    ) -> list[ImageRows]:
+        """The rows of a batch by image; `patches` counts those of each image."""
+        lengths = [n if self.output == "patch" else n // merge_unit for n in patches]
+        if self.output == "mean":
+            rows, lengths = segment_means(rows, lengths), [1] * len(lengths)
+            rows = unit_rows(rows) if self.normalize else rows
+        # each image gets its own memory: keeping one must not keep its whole batch
+        copies: Any = torch.split_with_sizes_copy  # its stub says None
+        tapped = {} if taps is None else taps.rows
+        layers = {block: copies(found, list(patches)) for block, found in tapped.items()}
+        return [
+            ImageRows(embeds, {block: parts[index] for block, parts in layers.items()})
+            for index, embeds in enumerate(copies(rows, lengths))
+        ]
+
+
+def check_normalize(output: str, normalize: object) -> None:
+    """Raise ArgumentError for rows that are not to be of unit length."""
+    if not isinstance(normalize, bool):
+        raise ArgumentError(f"normalize is {normalize!r}", expected="True or False")
+    if normalize and output != "mean":
+        raise ArgumentError(
+            f"normalize is True for output={output!r}",
+            expected='output="mean": a language model reads merged rows as they are',
+            remedy="leave it out; `similarity` gives the cosines of any rows",
+        )
+
+
+def check_layers(layers: Iterable[Any], depth: int | None = None) -> tuple[int, ...]:
+    """Blocks in ascending order. Raises ArgumentError unless each is a block of the tower, once.
+
+    >>> check_layers([31, 7], depth=32)
+    (7, 31)
+
+    Without a depth, any number from 0 on may be a block.
+    """
+    last = "" if depth is None else f" to {depth - 1}"
+    expected = f"blocks from 0{last}, each once"
+    blocks: list[int] = []
+    if isinstance(layers, str | bytes) or not isinstance(layers, Iterable):
+        raise ArgumentError(f"layers is {layers!r}", expected=expected)
+    for each in layers:
+        try:
+            block = -1 if isinstance(each, bool) else operator.index(each)
+        except TypeError:
+            block = -1
+        if block < 0 or (depth is not None and block >= depth):
+            raise ArgumentError(f"layers holds {each!r}", expected=expected)
+        if block in blocks:
+            raise ArgumentError(f"layers holds {block} twice", expected=expected)
+        blocks.append(block)
+    return tuple(sorted(blocks))
