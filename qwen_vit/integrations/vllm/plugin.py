@@ -27,7 +27,7 @@ def register() -> None:
     """
     asked = [name.strip() for name in os.environ.get("VLLM_PLUGINS", "").split(",")]
     if NAME not in asked:
-        # vLLM 0.32 loads plugins before it sets its logging up, and then Python prints warnings only
+        # vLLM 0.32 loads plugins before it sets up its logging: Python prints warnings only
         level = logging.INFO if logger.isEnabledFor(logging.INFO) else logging.WARNING
         logger.log(
             level,
