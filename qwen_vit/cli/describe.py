@@ -6,10 +6,9 @@ from typing import Any
 
 from qwen_vit.checkpoint import cache
 from qwen_vit.checkpoint.hub import Download, Source
-from qwen_vit.checkpoint.load import Checkpoint, config_hash, load_checkpoint
+from qwen_vit.checkpoint.load import config_hash, load_checkpoint
 from qwen_vit.checkpoint.published import published_checkpoints
 from qwen_vit.checkpoint.tower_names import expected_tensors
-from qwen_vit.common.tensors import check_finite
 from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import patchify
 
@@ -19,18 +18,15 @@ UNVERIFIED = "unverified"  # in published.toml: not found anywhere
 UNKNOWN_LICENCE = "unknown: see the model's own page"
 
 
-def describe(
-    source: Source, image: str | os.PathLike[str] | None = None, *, verify: bool = False
-) -> dict[str, Any]:
+def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Return name, licence, architecture, parameters, types, hashes, and an image's tokens.
 
     >>> from qwen_vit.checkpoint.hub import find_checkpoint
     >>> describe(find_checkpoint("tiny"))["tensors"]
     66
 
-    The values are those of a JSON document. `verify` hashes every file again and compares with
-    the hash recorded when it was written, or the Hub's name for it. Raises CheckpointError for
-    a damaged checkpoint, and ImageError for an image that cannot be encoded.
+    The values are those of a JSON document. Raises CheckpointError for a damaged checkpoint, and
+    ImageError for an image that cannot be encoded.
     """
     checkpoint = load_checkpoint(source.folder)
     config, image_config = checkpoint.config, checkpoint.image_config
@@ -49,8 +45,6 @@ def describe(
         "vision_config": config.to_json(),
         "image_config": image_config.to_json(),
     }
-    if verify:
-        facts["verified"] = cache.check(source.folder) or _check_values(checkpoint)
     if image is not None:
         rgb = load_image(image)
         [grid] = patchify(rgb.picture, image_config, name=rgb.name).grids
@@ -64,12 +58,6 @@ def describe(
             "tokens": grid.n_tokens(config.merge_unit),
         }
     return facts
-
-
-def _check_values(checkpoint: Checkpoint) -> str:
-    for name, tensor in checkpoint.tensors.items():
-        check_finite(tensor, checkpoint.locate(name))
-    return "no hash is recorded for this folder; every weight was read and is finite"
 
 
 def describe_download(done: Download) -> dict[str, Any]:

@@ -1,40 +1,70 @@
-"""`qwen-vit info`: what a checkpoint is."""
+"""`qwen-vit info`: what a checkpoint, a feature file or an export folder is."""
 
 import json
+import sys
 from typing import Any
 
 import click
 
 from qwen_vit.cli.console import print_data
+from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
     NAME,
     json_option,
-    model_argument,
+    model_or_features_argument,
     source_options,
     verbosity_options,
 )
+from qwen_vit.errors import ArgumentError
 
 __all__ = ["info"]
 
 
 @click.command()
-@model_argument
+@model_or_features_argument
 @click.option("--image", type=NAME, help="Also count this image's tokens.")
-@click.option("--verify", is_flag=True, help="Hash every file again, and compare.")
+@click.option("--verify", is_flag=True, help="Also check it, as `qwen-vit verify` does.")
 @json_option
 @source_options
 @verbosity_options
 def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: Any) -> None:
-    """Describe the checkpoint MODEL: architecture, licence, parameters, hashes, token counts.
+    """Describe a checkpoint, a feature file or an export folder.
 
     \b
     qwen-vit info tiny
     qwen-vit info Qwen/Qwen2.5-VL-7B-Instruct --image photo.jpg --json
+    qwen-vit info features.safetensors
+
+    Of a checkpoint: architecture, licence, parameters, hashes. Of features: images, rows, their
+    form, and the model that made them.
     """
     with slow_imports():
         from qwen_vit.checkpoint.hub import find_checkpoint
         from qwen_vit.cli.describe import describe
-        from qwen_vit.cli.text import facts_text
-    facts = describe(find_checkpoint(model, **finding), image, verify=verify)
-    print_data(json.dumps(facts, indent=2) if as_json else facts_text(facts))
+        from qwen_vit.cli.text import facts_text, features_text
+        from qwen_vit.cli.verification import verify_checkpoint, verify_stored
+        from qwen_vit.feature_files.describe import describe_features, holds_features
+    problems: tuple[str, ...] = ()
+    if holds_features(model):
+        if image is not None:
+            raise ArgumentError(
+                "--image is for checkpoints", name=model, remedy="leave it out for features"
+            )
+        facts = describe_features(model)
+        text = features_text(facts)
+        if verify:
+            found = verify_stored(model)
+            facts, problems = facts | found.to_json(), found.problems
+    else:
+        source = find_checkpoint(model, **finding)
+        facts = describe(source, image)
+        text = facts_text(facts)
+        if verify:
+            found = verify_checkpoint(source)
+            facts, problems = facts | found.to_json(), found.problems
+    if verify:
+        text += f"\n{found.text()}"
+    print_data(json.dumps(facts, indent=2) if as_json else text)
+    if problems:
+        sys.exit(EXIT_SKIPPED)

@@ -25,7 +25,7 @@ from qwen_vit.errors import ExportError, QwenVitError
 
 __all__ = ["cli", "main"]
 
-COMMANDS = ("bench", "compare", "download", "encode", "export", "info", "show")
+COMMANDS = ("bench", "compare", "download", "encode", "export", "info", "show", "verify")
 
 
 class _LazyGroup(click.Group):
@@ -51,6 +51,12 @@ def cli() -> None:
     \b
     qwen-vit encode cat.jpg dog.png --model Qwen/Qwen2.5-VL-7B-Instruct --out features.safetensors
     qwen-vit info tiny
+
+    \b
+    Tab completes commands, options and models. For bash, add this line to ~/.bashrc:
+      eval "$(_QWEN_VIT_COMPLETE=bash_source qwen-vit)"
+    For zsh, add it to ~/.zshrc with zsh_source. For fish, add to its config:
+      _QWEN_VIT_COMPLETE=fish_source qwen-vit | source
     """
 
 

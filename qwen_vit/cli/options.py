@@ -20,6 +20,7 @@ __all__ = [
     "json_option",
     "model_argument",
     "model_option",
+    "model_or_features_argument",
     "on_error_option",
     "pixel_options",
     "source_options",
@@ -56,6 +57,16 @@ def complete_model(
     return [*found, CompletionItem(incomplete, type="dir")]
 
 
+def _complete_model_or_file(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    *names, _ = complete_model(ctx, param, incomplete)
+    return [*names, CompletionItem(incomplete, type="file")]
+
+
+model_or_features_argument = click.argument(
+    "model", metavar="MODEL|FEATURES", shell_complete=_complete_model_or_file
+)
 model_argument = click.argument("model", shell_complete=complete_model)
 model_option = click.option(
     "--model", required=True, shell_complete=complete_model,

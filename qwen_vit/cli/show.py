@@ -93,13 +93,14 @@ def show(
     It needs an extra: pip install 'qwen-vit[show]'.
     """
     with slow_imports():
-        from qwen_vit.cli.show_input import encode_images, is_stored, read_stored
+        from qwen_vit.cli.show_input import encode_images, read_stored
         from qwen_vit.cli.show_output import check_target, write
+        from qwen_vit.feature_files.describe import holds_features
         from qwen_vit.show.draw import check_packages
         from qwen_vit.show.views import view_features
     check_packages("qwen-vit show", "jinja2", "matplotlib")
     check_target(out, overwrite)
-    if any(map(is_stored, inputs)):
+    if any(map(holds_features, inputs)):
         _check_stored(inputs, model)
         given = read_stored(inputs[0], ids, limit, pictures)
     else:

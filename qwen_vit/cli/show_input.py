@@ -1,6 +1,5 @@
 """What `show` draws: images that are encoded now, or features that are stored."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +19,8 @@ from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.read import read_item
 from qwen_vit.show.views import WINDOW_PATCHES
 
-__all__ = ["ShowInput", "encode_images", "is_stored", "read_stored"]
+__all__ = ["ShowInput", "encode_images", "read_stored"]
 
-EXPORT_SETTINGS = "export.json"
 PATCH_PX = 14  # of every published checkpoint
 
 
@@ -55,13 +53,6 @@ class ShowInput:
     def is_random(self) -> bool:
         """Whether the weights were never trained."""
         return self.model in PACKAGED
-
-
-def is_stored(path: str) -> bool:
-    """Whether a path is a feature file or an export folder, rather than images."""
-    if os.path.isdir(path):
-        return os.path.isfile(os.path.join(path, EXPORT_SETTINGS))
-    return path.lower().endswith(".safetensors")
 
 
 def encode_images(

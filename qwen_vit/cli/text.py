@@ -18,6 +18,7 @@ __all__ = [
     "estimate_text",
     "export_text",
     "facts_text",
+    "features_text",
     "table",
     "waits_text",
 ]
@@ -177,6 +178,24 @@ def facts_text(facts: dict[str, Any]) -> str:
             lines.append((name, _value_text(name, value)))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in lines)
+
+
+def features_text(facts: dict[str, Any]) -> str:
+    """Return a line for each fact of stored features; their counts in words."""
+    lines = dict(facts)
+    done = lines.pop("images_done")
+    counts = f"{done:,}"
+    if facts["kind"] == "export folder":
+        failed = lines.pop("images_failed")
+        counts = counts_text(done, lines.pop("images_to_do"), sum(failed.values()))
+        reasons = ", ".join(f"{count:,} {code}" for code, count in failed.items())
+        lines["failed"] = reasons
+        if missing := lines.pop("shards_missing"):
+            lines["shards"] = f"{facts['shards']:,}, {missing:,} missing"
+    rows = f"{lines.pop('rows'):,} of {lines.pop('width')} values, {lines.pop('dtype')}"
+    lines |= {"bytes": f"{facts['bytes']:,}"}
+    head = {"kind": lines.pop("kind"), "path": lines.pop("path"), "images": counts, "rows": rows}
+    return facts_text(head | lines)
 
 
 def _value_text(name: str, value: Any) -> str:

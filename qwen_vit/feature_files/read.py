@@ -227,6 +227,10 @@ class FeatureFolder(Features):
         index, position = place
         return self._shard(index).read_at(position)
 
+    def open_shard(self, index: int) -> FeatureFile:
+        """A shard's file. Raises ExportError where it is missing or of a different export."""
+        return self._open(index)
+
     def _count(self, index: int) -> int:
         try:
             count: int = read_header(self.path / shard_name(index))["image_grid_thw"].shape[0]

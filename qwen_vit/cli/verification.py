@@ -1,0 +1,72 @@
+"""What `verify` and `info --verify` check, and how they say it."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from qwen_vit.checkpoint import cache
+from qwen_vit.checkpoint.hub import Source
+from qwen_vit.checkpoint.load import load_checkpoint
+from qwen_vit.cli.console import one_line
+from qwen_vit.common.progress import shows_progress
+from qwen_vit.common.tensors import check_finite
+from qwen_vit.errors import CheckpointError, plural
+from qwen_vit.feature_files.verify import verify_features
+
+__all__ = ["Findings", "verify_checkpoint", "verify_stored"]
+
+MAX_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What was checked, in words, and what is wrong."""
+
+    checked: str | dict[str, str]
+    problems: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {"verified": self.checked, "problems": self.problems}
+
+    def text(self) -> str:
+        """The verdict, what was checked, and the first problems."""
+        checked = self.checked
+        if isinstance(checked, dict):
+            checked = "; ".join(f"{name}: {how}" for name, how in checked.items())
+        if not self.problems:
+            return f"whole: {checked}"
+        more = len(self.problems) - MAX_LISTED
+        return "\n".join(
+            [
+                f"damaged: {plural(len(self.problems), 'problem')}; {checked}",
+                *(f"  {one_line(problem)}" for problem in self.problems[:MAX_LISTED]),
+                *([f"  and {more} more: --json lists all"] if more > 0 else []),
+            ]
+        )
+
+
+def verify_checkpoint(source: Source) -> Findings:
+    """Hash a checkpoint's files again where hashes are recorded, else read every weight."""
+    try:
+        checked = cache.check(source.folder)
+        if checked is not None:
+            return Findings(checked, ())
+        checkpoint = load_checkpoint(source.folder)
+        for name, tensor in checkpoint.tensors.items():
+            check_finite(tensor, checkpoint.locate(name))
+    except CheckpointError as error:
+        return Findings("it was read up to the first problem", (str(error),))
+    return Findings("no hash is recorded for this folder; every weight was read and is finite", ())
+
+
+def verify_stored(path: str) -> Findings:
+    """Read every row of a feature file or an export folder."""
+    with tqdm(unit="image", file=sys.stderr, disable=not shows_progress()) as bar:
+        found = verify_features(path, on_image=bar.update)
+    digests = f"{found.digests:,} of them" if found.digests < found.images else "all of them"
+    by_digest = f"{digests} by their digests" if found.digests else "no digests are recorded"
+    rows = f"{plural(found.images, 'image')}, {plural(found.rows, 'row')} read; {by_digest}"
+    return Findings(rows, found.problems)

@@ -1,0 +1,49 @@
+"""`qwen-vit verify`: whether a checkpoint, a feature file or an export folder is whole."""
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from qwen_vit.cli.console import print_data
+from qwen_vit.cli.exit_codes import EXIT_SKIPPED
+from qwen_vit.cli.imports import slow_imports
+from qwen_vit.cli.options import (
+    json_option,
+    model_or_features_argument,
+    source_options,
+    verbosity_options,
+)
+
+__all__ = ["verify"]
+
+
+@click.command()
+@model_or_features_argument
+@json_option
+@source_options
+@verbosity_options
+def verify(model: str, as_json: bool, **finding: Any) -> None:
+    """Check a checkpoint, a feature file or an export folder: exit code 1 if anything is wrong.
+
+    \b
+    qwen-vit verify Qwen/Qwen2.5-VL-7B-Instruct
+    qwen-vit verify features/ --json
+
+    Of a checkpoint, every file is hashed and compared with what was recorded; a local folder has
+    its weights read for NaN. Of features, every row is read: their number, NaN, the digests where
+    the file records them, and that an export has all of its shards.
+    """
+    with slow_imports():
+        from qwen_vit.checkpoint.hub import find_checkpoint
+        from qwen_vit.cli.verification import verify_checkpoint, verify_stored
+        from qwen_vit.feature_files.describe import holds_features
+    if holds_features(model):
+        found = verify_stored(model)
+    else:
+        found = verify_checkpoint(find_checkpoint(model, **finding))
+    document = {"path": model, **found.to_json()}
+    print_data(json.dumps(document, indent=2) if as_json else found.text())
+    if found.problems:
+        sys.exit(EXIT_SKIPPED)

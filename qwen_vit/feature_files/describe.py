@@ -1,0 +1,93 @@
+"""What a feature file or an export folder holds, from its headers alone."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from qwen_vit.common.safetensors_header import TensorInfo, read_header
+from qwen_vit.feature_files.read import FeatureFile, FeatureFolder, load_features
+from qwen_vit.feature_files.schema import shard_name
+
+__all__ = ["describe_features", "feature_files_of", "holds_features"]
+
+EXPORT_SETTINGS = "export.json"
+SUFFIX = ".safetensors"
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+OUTPUTS = {None: "mean", 1: "patch"}  # by patches in a row; the others are merged
+
+
+def holds_features(path: str) -> bool:
+    """Whether a path can only be a feature file or an export folder, by its name alone.
+
+    >>> holds_features("tests/images"), holds_features("features.safetensors")
+    (False, True)
+    """
+    if os.path.isdir(path):
+        return os.path.isfile(os.path.join(path, EXPORT_SETTINGS))
+    return path.lower().endswith(SUFFIX)
+
+
+def describe_features(path: str | Path) -> dict[str, Any]:
+    """The number of images and rows, their form, and what made them, as JSON values.
+
+    >>> describe_features("export")["images_done"]  # doctest: +SKIP
+    497
+
+    Raises ExportError for a path without features, or a damaged file.
+    """
+    features = load_features(path)
+    metadata = features.metadata
+    files = feature_files_of(features)
+    tensors = [read_header(file)["image_embeds"] for file in files]
+    facts: dict[str, Any] = {
+        "kind": "feature file",
+        "path": str(path),
+        "images_done": len(features),
+    }
+    if isinstance(features, FeatureFolder):
+        failed = Counter(each.code for each in features.errors)
+        facts |= {
+            "kind": "export folder",
+            "images_to_do": len(features.listing) - len(features) - failed.total(),
+            "images_failed": dict(failed.most_common()),
+            "shards": len(files),
+            "shards_missing": -(-len(features.listing) // metadata["shard_size"]) - len(files),
+        }
+    per_row = features[0].grid_thw if len(features) else None
+    return {
+        **facts,
+        "rows": sum(tensor.shape[0] for tensor in tensors),
+        **_row_facts(tensors),
+        "bytes": sum(file.stat().st_size for file in files),
+        "output": _output(features, metadata) if per_row else metadata.get("output"),
+        "model": metadata.get("model"),
+        "commit": metadata.get("commit"),
+        "weights_sha256": metadata.get("weights_sha256"),
+        "versions": metadata.get("versions"),
+        "schema_version": metadata.get("schema_version"),
+    }
+
+
+def feature_files_of(features: FeatureFile | FeatureFolder) -> list[Path]:
+    """The files that hold the rows: one, or every shard that existed when it was opened."""
+    if isinstance(features, FeatureFile):
+        return [features.path]
+    shards = range(-(-len(features.listing) // features.metadata["shard_size"]))
+    paths = [features.path / shard_name(shard) for shard in shards]
+    return [path for path in paths if path.exists()]
+
+
+def _row_facts(tensors: list[TensorInfo]) -> dict[str, Any]:
+    if not tensors:
+        return {"width": None, "dtype": None}
+    return {"width": tensors[0].shape[1], "dtype": DTYPES.get(tensors[0].dtype, tensors[0].dtype)}
+
+
+def _output(features: FeatureFile | FeatureFolder, metadata: dict[str, Any]) -> str:
+    if "output" in metadata:
+        return str(metadata["output"])
+    first = features[0]
+    t, h, w = first.grid_thw
+    per_row = metadata.get("patches_per_row", t * h * w // max(1, len(first.embeds)))
+    return OUTPUTS.get(per_row, "merged")

@@ -1,0 +1,113 @@
+"""Checks of stored features: every file, every row, every digest that was recorded."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_vit.common.tensors import all_finite
+from qwen_vit.errors import ExportError, display_name, plural
+from qwen_vit.feature_files.read import FeatureFile, FeatureFolder, load_features
+from qwen_vit.feature_files.schema import RESUME, shard_name
+
+__all__ = ["Verification", "verify_features"]
+
+LISTING = "listing.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was checked of stored features, and what is wrong with them.
+
+    Attributes:
+        images, rows: how many were read.
+        digests: images whose rows have the sha256 that was recorded when they were written.
+        problems: a sentence each; empty where everything is right.
+    """
+
+    images: int
+    rows: int
+    digests: int
+    problems: tuple[str, ...]
+
+
+def verify_features(
+    path: str | Path, *, on_image: Callable[[], Any] = lambda: None
+) -> Verification:
+    """Read every row of a feature file or an export folder, and check all that can be checked.
+
+    >>> verify_features("features.safetensors").problems  # doctest: +SKIP
+    ()
+
+    That is: headers, ids and offsets; as many rows as an image's grid asks for; neither NaN nor
+    infinity; the rows' digests, where the file records them; of an export also its listing's hash,
+    that each shard belongs to it, and that none is missing. `on_image` is called for each image.
+    Raises ExportError where a path holds no features, or a feature file cannot be opened.
+    """
+    features = load_features(path)
+    check = _Check(on_image)
+    if isinstance(features, FeatureFolder):
+        check.folder(features)
+    else:
+        check.file(features)
+    return Verification(check.images, check.rows, check.digests, tuple(check.problems))
+
+
+class _Check:
+    def __init__(self, on_image: Callable[[], Any]) -> None:
+        self.images = self.rows = self.digests = 0
+        self.problems: list[str] = []
+        self._on_image = on_image
+
+    def folder(self, folder: FeatureFolder) -> None:
+        listed = folder.metadata.get("listing_sha256")
+        with open(folder.path / LISTING, "rb") as file:
+            if file_digest(file, "sha256").hexdigest() != listed:
+                self.problems.append(f"{LISTING}: its sha256 is not the one in export.json")
+        missing = 0
+        for shard in range(-(-len(folder.listing) // folder.metadata["shard_size"])):
+            if not (folder.path / shard_name(shard)).exists():
+                missing += 1
+                continue
+            try:
+                self.file(folder.open_shard(shard))
+            except ExportError as error:
+                self.problems.append(str(error))
+        if missing:
+            self.problems.append(f"{plural(missing, 'shard')} missing: {RESUME}")
+
+    def file(self, file: FeatureFile) -> None:
+        per_row = file.metadata.get("patches_per_row")
+        facts = file.metadata.get("images") or [{} for _ in file.ids]
+        for name, features, entry in zip(file.ids, file, facts, strict=True):
+            self.images += 1
+            self.rows += len(features.embeds)
+            self._on_image()
+            expected = 1 if per_row is None else math.prod(features.grid_thw) // per_row
+            tensors = {"image_embeds": features.embeds}
+            where = f"{display_name(file.path.name)}: {display_name(name)}"
+            if "patches_per_row" in file.metadata and len(features.embeds) != expected:
+                self.problems.append(
+                    f"{where}: {len(features.embeds)} rows for a grid of {features.grid_thw}"
+                )
+            for problem in _row_problems(tensors, entry.get("rows_sha256") or {}):
+                self.problems.append(f"{where}: {problem}")
+            self.digests += bool(entry.get("rows_sha256"))
+
+
+def _row_problems(tensors: dict[str, Tensor], digests: dict[str, str]) -> Iterator[str]:
+    for name, rows in tensors.items():
+        if not all_finite(rows):
+            yield f"{name} holds NaN or infinity"
+        recorded = digests.get(name)
+        if recorded is not None and recorded != sha256(_bytes_of(rows)).hexdigest():
+            yield f"the rows of {name} changed after they were written"
+
+
+def _bytes_of(rows: Tensor) -> Any:
+    return rows.contiguous().view(torch.uint8).numpy()

@@ -1,0 +1,62 @@
+"""Tab completion: commands, options and the names of checkpoints, in the time of a key press."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import ROOT
+
+RUN = "import sys; sys.argv[0] = 'qwen-vit'; from qwen_vit.__main__ import main; main()"
+
+
+def completed(words: str, **environment: str) -> tuple[list[str], float, str]:
+    """What a shell is answered for a line that ends in the middle of a word; its CPU seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", RUN],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+        env={
+            **os.environ, "PYTHONPATH": str(ROOT), "_QWEN_VIT_COMPLETE": "bash_complete",
+            "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1), **environment,
+        },
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done.stdout.splitlines(), spent, done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["qwen-vit encode a.png --model Qwen/Qwen2.5-VL-7", "qwen-vit info Qwen/Qwen2.5-VL-7"],
+)
+def test_a_checkpoint_is_completed_at_once(words: str) -> None:
+    found, seconds, imported = completed(words)
+    print(f"{seconds:.2f} s")
+    assert "plain,Qwen/Qwen2.5-VL-7B-Instruct" in found
+    assert not any("tiny" in line for line in found)
+    for name in ("torch", "numpy", "PIL", "huggingface_hub"):
+        assert not re.search(rf"\| +{name}$", imported, re.MULTILINE)
+    assert seconds < 0.6
+
+
+def test_what_is_in_the_cache_is_completed_too(tmp_path: Path) -> None:
+    for name in ("models--me--my-tower", "models--other--x", "datasets--me--d", "models--odd"):
+        (tmp_path / name).mkdir()
+    found, _, _ = completed("qwen-vit info me/", HF_HUB_CACHE=str(tmp_path))
+    assert found == ["plain,me/my-tower", "dir,me/", "file,me/"] or found[0] == "plain,me/my-tower"
+    assert not any("other" in line or "odd" in line for line in found)
+
+
+def test_commands_and_options_are_completed() -> None:
+    assert completed("qwen-vit ver")[0] == ["plain,verify"]
+    assert "plain,--point" in completed("qwen-vit show --po")[0]
+
+
+def test_help_says_how_to_turn_it_on(run: Any) -> None:
+    assert "_QWEN_VIT_COMPLETE=bash_source qwen-vit" in run("--help").out

@@ -1,0 +1,140 @@
+"""`info` and `verify` of checkpoints, feature files and export folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from qwen_vit.cli.verification import Findings
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.run import export_features
+from tests.support.checkpoints import SMALL, write_checkpoint, write_weights
+
+TINY = ("--model", "tiny", "--device", "cpu")
+
+
+@pytest.fixture
+def export_dir(folder: Path) -> Path:
+    """An export of two images and a broken one, in two shards."""
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    inputs = ["a.png", "b.jpg", "broken.png"]
+    export_features(encoder, inputs, "out", ExportOptions(shard_size=2))
+    return folder / "out"
+
+
+def poison(file: Path, row: int = 0) -> None:
+    """Put a NaN into a feature file, as a disk or a bad GPU would."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    tensors["image_embeds"][row, 3] = float("nan")
+    save_file(tensors, file, metadata)
+
+
+def test_a_feature_file_is_described_and_verified(folder: Path, run: Any) -> None:
+    run("encode", "a.png", "b.jpg", *TINY, "--out", "f.safetensors")
+    facts = json.loads(run("info", "f.safetensors", "--json").out)
+    assert (facts["kind"], facts["images_done"], facts["rows"]) == ("feature file", 2, 10)
+    assert (facts["width"], facts["dtype"], facts["output"]) == (192, "float32", "merged")
+    assert facts["model"] == "tiny"
+    text = run("info", "f.safetensors").out
+    assert "images          2\n" in text
+    assert "rows            10 of 192 values, float32\n" in text
+    whole = run("verify", "f.safetensors")
+    assert whole.code == 0
+    assert whole.out.startswith("whole: 2 images, 10 rows read")
+    poison(Path("f.safetensors"), row=7)
+    broken = run("verify", "f.safetensors", "--json")
+    document = json.loads(broken.out)
+    assert broken.code == 1
+    assert "f.safetensors: b.jpg: image_embeds holds NaN or infinity" in document["problems"]
+    assert not any("a.png" in problem for problem in document["problems"])
+    alias = run("info", "f.safetensors", "--verify")
+    assert alias.code == 1
+    assert "damaged: " in alias.out
+
+
+def test_an_export_folder_is_described(export_dir: Path, run: Any) -> None:
+    facts = json.loads(run("info", "out", "--json").out)
+    assert facts["kind"] == "export folder"
+    assert (facts["images_done"], facts["images_to_do"]) == (2, 0)
+    assert (facts["images_failed"], facts["shards"]) == ({"truncated": 1}, 2)
+    assert "images          2 done, 0 to do, 1 failed\n" in run("info", "out").out
+    (export_dir / "shard-00000000.safetensors").unlink()
+    text = run("info", "out").out
+    assert "images          0 done, 2 to do, 1 failed\n" in text
+    assert "shards          1, 1 missing\n" in text
+
+
+def test_each_fault_of_an_export_is_found_and_named(export_dir: Path, run: Any) -> None:
+    first, last = sorted(export_dir.glob("shard-*.safetensors"))
+    assert run("verify", "out").code == 0
+    content = first.read_bytes()
+
+    def problems() -> str:
+        done = run("verify", "out")
+        assert done.code == 1
+        return str(done.out)
+
+    poison(first)
+    assert "shard-00000000.safetensors: a.png: image_embeds holds NaN" in problems()
+    first.write_bytes(content[:-4])
+    assert "shard-00000000.safetensors: truncated" in problems()
+    first.write_bytes(last.read_bytes())
+    assert "shard-00000000.safetensors: belongs to a different export" in problems()
+    first.unlink()
+    assert "1 shard missing: run the same `qwen-vit export` command again" in problems()
+    first.write_bytes(content)
+    listing = export_dir / "listing.jsonl"
+    listing.write_text(listing.read_text().replace("/a.png", "/A.png"))
+    assert "listing.jsonl: its sha256 is not the one in export.json" in problems()
+
+
+def test_a_row_too_few_is_found(folder: Path, run: Any) -> None:
+    """Offsets that fit the tensor, and a grid that does not: an image's rows moved to another."""
+    run("encode", "a.png", "b.jpg", *TINY, "--out", "f.safetensors")
+    with safe_open("f.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file("f.safetensors")
+    tensors["image_token_offsets"][1] -= 1
+    save_file(tensors, "f.safetensors", metadata)
+    done = run("verify", "f.safetensors")
+    assert done.code == 1
+    assert "a.png: 3 rows for a grid of (1, 4, 4)" in done.out
+    assert "b.jpg: 7 rows for a grid of (1, 4, 6)" in done.out
+
+
+def test_a_checkpoint_is_verified(folder: Path, run: Any) -> None:
+    tensors = write_checkpoint(folder / "model", SMALL, prefix="")
+    done = run("verify", "model")
+    assert done.code == 0
+    assert done.out.startswith("whole: no hash is recorded for this folder; every weight was read")
+    assert run("info", "model", "--verify").code == 0
+    tensors["blocks.0.norm1.weight"][3] = float("nan")
+    write_weights(folder / "model", tensors)
+    for words in (("verify", "model"), ("info", "model", "--verify")):
+        done = run(*words)
+        assert done.code == 1
+        assert "blocks.0.norm1.weight: 1 NaN and 0 infinite values" in done.out
+
+
+def test_what_is_not_there_is_an_error(folder: Path, run: Any) -> None:
+    for words, said in (
+        (("verify", "gone.safetensors"), "gone.safetensors: does not exist. Expected a feature"),
+        (("verify", "./gone"), "./gone: does not exist. Expected a checkpoint's folder."),
+        (("info", "7B"), "Did you mean Qwen/Qwen2.5-VL-7B-Instruct"),
+        (("info", "f.safetensors", "--image", "a.png"), "--image is for checkpoints"),
+    ):
+        done = run(*words)
+        assert (done.code, done.out) == (2, "")
+        assert said in done.err
+
+
+def test_many_problems_are_counted() -> None:
+    text = Findings("read", tuple(f"problem {i}\x1b" for i in range(25))).text()
+    assert text.startswith("damaged: 25 problems; read\n  problem 0\\x1b\n")
+    assert text.endswith("  and 5 more: --json lists all")
