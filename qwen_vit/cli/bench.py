@@ -20,7 +20,7 @@ from qwen_vit.workloads import WORKLOADS
 __all__ = ["bench"]
 
 
-@click.command()
+@click.command(short_help="Time the tower on this GPU, beside its roofline.")
 @model_option
 @click.option(
     "--workload", "workloads", multiple=True, type=click.Choice(tuple(WORKLOADS)),

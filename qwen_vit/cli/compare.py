@@ -30,7 +30,7 @@ from qwen_vit.errors import display_name
 __all__ = ["compare"]
 
 
-@click.command()
+@click.command(short_help="Compare with Hugging Face's encoder, stage by stage.")
 @click.argument("images", nargs=-1, type=NAME)
 @model_option
 @click.option("--golden", type=FILE, help="Compare with this file, not transformers.")

@@ -12,7 +12,7 @@ from qwen_vit.cli.options import json_option, model_argument, source_options, ve
 __all__ = ["download"]
 
 
-@click.command()
+@click.command(short_help="Fetch a checkpoint's vision tower.")
 @model_argument
 @click.option("--full", is_flag=True, help="Take whole shards, checked against the Hub's sha256.")
 @json_option

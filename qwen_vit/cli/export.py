@@ -40,7 +40,7 @@ __all__ = ["export"]
 ASK_ABOVE_BYTES = 100 * 10**9
 
 
-@click.command()
+@click.command(short_help="Encode many images into a folder, or resume.")
 @click.argument("inputs", nargs=-1, required=True, type=NAME)
 @model_option
 @click.option("--out", required=True, type=FILE, help="Folder to write, or resume.")

@@ -44,7 +44,7 @@ class _Point(click.ParamType[tuple[float, float]]):
         return float(match[1]), float(match[2])
 
 
-@click.command()
+@click.command(short_help="Draw features as pictures or a page.")
 @click.argument("inputs", nargs=-1, required=True, type=NAME)
 @click.option("--model", shell_complete=complete_model, help="To encode images with.")
 @click.option(

@@ -1,5 +1,6 @@
 """What `show` draws: images that are encoded now, or features that are stored."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,23 +101,32 @@ def read_stored(path: str, ids: Sequence[str], limit: int, images: Sequence[str]
 
 
 def _find_pictures(ids: Sequence[str], images: Sequence[str]) -> dict[str, ImageSource]:
-    """The image of each id: the item of that id, or the only one whose path ends like it."""
+    """The image of each id: the one whose path ends most like it, and like no other id."""
     wanted = {name: _parts(name) for name in ids}
     found: dict[str, list[Item]] = {name: [] for name in ids}
-    depth = dict.fromkeys(ids, 0)  # parts of the path that are alike
+    length = dict.fromkeys(ids, 1)  # of the longest common end so far, in parts of a path
     for item in find_items(images):
-        for name, parts in wanted.items():
-            alike = _common_length(parts, _parts(item.id))
-            if alike and alike >= depth[name]:
-                found[name] = [*(found[name] if alike == depth[name] else []), item]
-                depth[name] = alike
-    missing = [name for name, items in found.items() if len(items) != 1]
+        ends = [_parts(item.id), *([_parts(item.source)] if item.offset is None else [])]
+        alike = {
+            name: max(_common_length(parts, end) for end in ends) for name, parts in wanted.items()
+        }
+        most = max(alike.values())
+        for name, common in alike.items():
+            if common == most and common >= length[name]:
+                found[name] = [*(found[name] if common == length[name] else []), item]
+                length[name] = common
+    places = Counter(item.source for items in found.values() for item in items if not item.offset)
+    good = {
+        name: items[0] for name, items in found.items()
+        if len(items) == 1 and places[items[0].source] <= 1
+    }  # fmt: skip
+    missing = [name for name in ids if name not in good]
     if missing:
         print_log(
             f"no picture for {plural(len(missing), 'image')}, first {display_name(missing[0])}: "
-            "--images holds none, or several, of the name"
+            "--images holds none, or several, of its name"
         )
-    return {name: _picture(items[0]) for name, items in found.items() if len(items) == 1}
+    return {name: _picture(item) for name, item in good.items()}
 
 
 def _common_length(left: Sequence[str], right: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from qwen_vit.cli.options import (
 __all__ = ["verify"]
 
 
-@click.command()
+@click.command(short_help="Check that a checkpoint or features are whole.")
 @model_or_features_argument
 @json_option
 @source_options

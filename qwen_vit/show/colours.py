@@ -11,8 +11,8 @@ from torch import Tensor
 
 __all__ = ["PrincipalColours", "component_colours", "similarity_map"]
 
-MAX_FIT_ROWS = 16_384  # of 3,584 values: 235 MB in float32, and 3 s on two cores
-EXTRA_AXES = 5  # beyond three: pca_lowrank is then accurate to float32
+MAX_FIT_ROWS = 16_384  # of 3,584 values: 235 MB in float32
+EXTRA_AXES = 13  # beyond three: the axes are then those of an exact decomposition to 1e-6
 TAILS = (0.01, 0.99)  # a few outliers would take the whole range of colours
 # OKLab: lightness, green to red, blue to yellow. Within these ranges few colours are clipped.
 LIGHTNESS, GREEN_RED, BLUE_YELLOW = (0.35, 0.90), (-0.12, 0.12), (-0.18, 0.18)
@@ -99,7 +99,7 @@ def similarity_map(features: Tensor, cell: Tensor) -> NDArray[np.float32]:
 
 
 def _float(features: Tensor) -> Tensor:
-    return features.detach().cpu().float().nan_to_num(0.0)
+    return features.detach().cpu().float().nan_to_num(0.0, 0.0, 0.0)
 
 
 def _rows(maps: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,214 @@
+"""`qwen-vit show`: images or stored features, as a page, a picture or a folder."""
+
+import json
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.run import export_features
+from tests.support.commands import runner
+
+TINY = ("--model", "tiny", "--device", "cpu")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`qwen-vit show ARGUMENTS`."""
+    command = runner(monkeypatch, capsys)
+    return lambda *arguments: command("show", *arguments)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with photographs of 56 and 84 pixels and a broken one in p/."""
+    monkeypatch.chdir(tmp_path)
+    Path("p").mkdir()
+    for name, width in (("a.png", 56), ("b.jpg", 84)):
+        values = np.random.default_rng(width).integers(0, 256, (56, width, 3), np.uint8)
+        Image.fromarray(values).save(Path("p", name))
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """A page's tags and its text."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(Path(path).read_text("utf-8"))
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_images_become_one_page_that_needs_nothing_else(folder: Path, run: Any) -> None:
+    done = run("p", *TINY, "--point", "10,20")
+    assert (done.code, done.out) == (0, "wrote show.html\n")
+    page = Page("show.html")
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"}
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 2 * 3
+    assert all(str(each["src"]).startswith("data:image/") for each in images)
+    assert all(each["alt"] and each["width"] and each["height"] for each in images)
+    source = Path("show.html").read_text("utf-8")
+    assert "url(" not in source
+    assert "prefers-color-scheme: dark" in source
+    for words in (
+        "a.png", "84 x 56 pixels, 6 x 4 patches", "Similarity to the marked cell",
+        "The weights of tiny are random", "Of 5 blocks, 2 see the whole image",
+        "windows of 112 x 112 pixels", "of the variance",
+        "qwen-vit show p --model tiny --device cpu --point 10,20", "Made by qwen_vit",
+    ):  # fmt: skip
+        assert words in page.text, words
+    again = run("p", *TINY)
+    assert "show.html: already exists. Pass --overwrite" in again.err
+
+
+def test_a_folder_gets_the_page_and_a_picture_of_each(folder: Path, run: Any) -> None:
+    done = run("p", *TINY, "--out", "out", "--json")
+    report = json.loads(done.out)
+    files = ["out/index.html", "out/01-a.png", "out/02-b.png"]
+    assert (done.code, report["files"], report["out"]) == (0, files, "out")
+    assert sorted(os.listdir("out")) == ["01-a.png", "02-b.png", "index.html"]
+    for file in files[1:]:
+        with Image.open(file) as picture:
+            picture.load()
+            assert picture.width > 1000
+    assert report["model"] == "tiny"
+    assert (report["window_px"], report["full_attention_blocks"]) == (112, [1, 3])
+    assert len(report["explained_variance"]) == 3
+    assert 0 < sum(report["explained_variance"]) <= 1.0001
+    first, second = report["images"]
+    assert (first["id"], first["size_px"], first["windows"]) == ("a.png", [56, 56], 1)
+    assert (second["grid_hw"], second["cells_hw"]) == ([4, 6], [4, 6])
+    assert "it holds files already" in run("p", *TINY, "--out", "out").err
+    assert run("p", *TINY, "--out", "out", "--overwrite").code == 0
+
+
+def test_one_image_becomes_one_picture(folder: Path, run: Any) -> None:
+    assert run("p/a.png", *TINY, "--out", "a.png").out == "wrote a.png\n"
+    with Image.open("a.png") as picture:
+        assert picture.format == "PNG"
+    done = run("p", *TINY, "--out", "both.png")
+    assert done.code == 2
+    assert "--out both.png is one picture, for 2 images" in done.err
+    assert not Path("both.png").exists()
+
+
+def test_stored_features_are_shown_with_their_pictures_or_without(folder: Path, run: Any) -> None:
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    export_features(encoder, ["p"], "stored", ExportOptions(output="patch", shard_size=1))
+    shutil.move("p", "moved")
+    without = json.loads(run("stored", "--out", "a.html", "--json").out)
+    assert [each["has_picture"] for each in without["images"]] == [False, False]
+    assert [each["id"] for each in without["images"]] == ["a.png", "b.jpg"]
+    assert "Features and 1 attention window" in Page("a.html").text
+    given = run("stored", "--out", "b.html", "--images", "moved", "--json", "--point", "55,55")
+    assert given.code == 0, given.err
+    first, second = json.loads(given.out)["images"]
+    assert first["has_picture"]
+    assert second["has_picture"]
+    assert (first["marked_patch_xy"], second["marked_patch_xy"]) == ([3.5, 3.5], None)
+
+
+def test_a_picture_is_matched_by_the_end_of_its_path(folder: Path, run: Any) -> None:
+    """Two images of one name in two folders: neither gets the other's picture."""
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    for name in ("x", "y"):
+        Path("q", name).mkdir(parents=True)
+        shutil.copy("p/a.png", f"q/{name}/a.png")
+        shutil.copy("p/b.jpg", f"q/{name}/b-{name}.jpg")
+    export_features(encoder, ["q"], "stored")
+    for images, shown in (
+        (["q"], {"x/a.png", "x/b-x.jpg", "y/a.png", "y/b-y.jpg"}),
+        (["q/x"], {"x/a.png", "x/b-x.jpg"}),
+        (["q/y/b-y.jpg"], {"y/b-y.jpg"}),
+        (["p"], set()),  # its a.png may be either's
+    ):
+        options = [word for each in images for word in ("--images", each)]
+        done = run("stored", *options, "--json", "--out", "c.html", "--overwrite")
+        found = {each["id"] for each in json.loads(done.out)["images"] if each["has_picture"]}
+        assert found == shown
+        assert ("no picture for" in done.err) == (len(shown) < 4)
+
+
+def test_some_of_the_images_are_chosen(folder: Path, run: Any) -> None:
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    export_features(encoder, ["p"], "stored")
+    one = json.loads(run("stored", "--id", "b.jpg", "--json").out)
+    assert [each["id"] for each in one["images"]] == ["b.jpg"]
+    first = run("p", *TINY, "--limit", "1", "--out", "l.html")
+    assert first.code == 0
+    assert "showing the first 1 of 2 images: see --limit" in first.err
+    assert len(re.findall("<h2>[ab]", Path("l.html").read_text())) == 1
+    missing = run("stored", "--id", "c.jpg", "--out", "m.html")
+    assert (missing.code, missing.out) == (2, "")
+    assert "'c.jpg' is not in stored, which lists 2 images" in missing.err
+
+
+def test_a_broken_image_is_skipped_and_the_others_are_shown(folder: Path, run: Any) -> None:
+    Path("p/c.png").write_bytes(Path("p/a.png").read_bytes()[:200])
+    done = run("p", *TINY, "--json")
+    report = json.loads(done.out)
+    assert done.code == 1
+    assert [each["id"] for each in report["images"]] == ["a.png", "b.jpg"]
+    assert [each["code"] for each in report["failed"]] == ["truncated"]
+    alone = run("p/c.png", *TINY, "--out", "d.html")
+    assert (alone.code, alone.out) == (2, "")
+    assert "no image to show: all failed" in alone.err
+
+
+def test_odd_names_are_text_on_the_page_and_no_paths(folder: Path, run: Any) -> None:
+    for name in ('<img src=x onerror="a()">.png', "a\udcff猫\n.png"):
+        shutil.copy("p/a.png", Path("p", name))
+    done = run("p", *TINY, "--out", "out")
+    assert done.code == 0, done.err
+    assert all(name.isascii() for name in os.listdir("out"))
+    page = Page("out/index.html")
+    assert [tag for tag, _ in page.tags].count("img") == 4 * 2
+    assert not any("onerror" in attributes for _, attributes in page.tags)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("p",), "--model is missing. Pass it to encode images."),
+        (("p", *TINY, "--id", "a.png"), "--images and --id are for stored features"),
+        (("f.safetensors", "--model", "tiny"), "--model is for images. Leave it out"),
+        (("f.safetensors", "p"), "stored features are shown alone"),
+        (("f.safetensors",), "f.safetensors: does not exist"),
+        (("p", *TINY, "--out", "a.jpeg"), "Expected .html for a page, .png for a picture, or"),
+        (("p", *TINY, "--out", "no/a.html"), "no: not a folder. Create it first."),
+        (("p", *TINY, "--point", "here"), "'here' is not a pixel. Expected X,Y such as 120,80."),
+        (("p/a.png", *TINY, "--point", "56,0"), "the point 56,0 is outside of the image."),
+    ],
+)
+def test_bad_usage_says_why(folder: Path, run: Any, arguments: tuple[str, ...], words: str) -> None:
+    done = run(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert words in done.err
+    assert done.err.splitlines()[-1].startswith("error: ")
+    assert sorted(os.listdir()) == ["p"]
+
+
+def test_without_the_extra_the_package_to_install_is_named(
+    folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen_vit.show.draw.find_spec", lambda name: None)
+    done = run("p", *TINY)
+    assert done.code == 2
+    assert "qwen-vit show needs packages that are not installed: jinja2, matplotlib." in done.err

@@ -1,0 +1,117 @@
+"""Sheets and panels: what is drawn where, always the same, and features.show()."""
+
+import io
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qwen_vit import ImageFeatures, VisionEncoder, show_features
+from qwen_vit.errors import ArgumentError
+from qwen_vit.show import draw
+from qwen_vit.show.strips import StripLayout
+from qwen_vit.show.views import view_features
+from tests.support.goldens import IMAGE_FOLDER
+
+CHELSEA = IMAGE_FOLDER / "chelsea.png"
+
+
+def features(h: int = 6, w: int = 10) -> ImageFeatures:
+    rows = torch.randn(h * w, 16, generator=torch.Generator().manual_seed(0))
+    return ImageFeatures("a", rows, (1, h, w), (h * 14, w * 14))
+
+
+def drawn(function: Any) -> Any:
+    """The axes that a function has drawn on."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    function(axes)
+    return axes
+
+
+def test_a_cell_has_its_colour_in_its_place() -> None:
+    colours = np.zeros((2, 4, 3))
+    colours[0, 3] = (1, 0, 0)
+    colours[1, 0] = (0, 0, 1)
+    layout = StripLayout.of(2, 4, 8)
+    png = draw.panel_png(layout, lambda axes: draw.draw_array(axes, layout, colours))
+    with Image.open(io.BytesIO(png)) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.shape == (360, 720, 3)
+    assert pixels[90, 630].tolist() == [255, 0, 0]
+    assert pixels[270, 90].tolist() == [0, 0, 255]
+    assert pixels[90, 90].tolist() == pixels[270, 630].tolist() == [0, 0, 0]
+    assert (pixels[:, 539:541] == [0, 0, 0]).any()  # no margin: cells meet where they should
+
+
+def test_every_window_is_drawn_and_cut_ones_are_tinted() -> None:
+    """36 patches are four windows of 8 and a half."""
+    layout = StripLayout.of(36, 20, 8)
+    axes = drawn(lambda axes: draw.draw_windows(axes, layout, 36, 20, 8))
+    boxes = [patch for patch in axes.patches if patch.get_hatch() is None]
+    tinted = [patch for patch in axes.patches if patch.get_hatch()]
+    assert len(boxes) == 2 * 5 * 3  # a dark line and a light one
+    assert len(tinted) == 5 + 3 - 1
+    assert {box.get_width() for box in boxes} == {8, 4}
+    assert {(box.get_width(), box.get_height()) for box in tinted} == {(8, 4), (4, 8), (4, 4)}
+
+
+def test_the_chosen_cell_is_marked_in_its_strip() -> None:
+    long = ImageFeatures("a", torch.randn(4 * 200, 16), (1, 4, 200), (56, 2800))
+    views = view_features([long], point=(2799, 55))
+    [view] = views.views
+    layout = StripLayout.of(4, 200, 8)
+    axes = drawn(lambda axes: draw.draw_similarity(axes, layout, view, views))
+    x, y = axes.lines[0].get_data()
+    last = layout.places[-1]
+    assert (x[0], y[0]) == (last.left + last.width - 0.5, last.top + 3.5)
+    assert {image.get_clim() for image in axes.images} == {views.span}
+    assert len(axes.images) == len(layout.sources) > 1
+
+
+def test_the_same_features_give_the_same_picture() -> None:
+    one, other = (show_features([features()], point=(30, 30))[0] for _ in range(2))
+    assert one.tobytes() == other.tobytes()
+    assert one.info == other.info == {"dpi": one.info["dpi"]}  # no version, no date
+
+
+def test_panels_stand_beside_each_other_or_below() -> None:
+    wide, high = (show_features([features(h, w)])[0] for h, w in ((6, 20), (20, 6)))
+    assert wide.height > 0.6 * wide.width
+    assert high.width > 0.5 * high.height
+    point = show_features([features()], point=(3, 3))[0]
+    assert point.height > 1.3 * show_features([features()])[0].height
+
+
+def test_without_the_picture_windows_lie_over_the_features() -> None:
+    views = view_features([features()])
+    [view] = views.views
+    layout = StripLayout.of(6, 10, 8)
+    axes = drawn(partial(draw.draw_picture, layout=layout, view=view, views=views))
+    assert np.array_equal(axes.images[0].get_array(), view.colours)
+    assert axes.patches
+
+
+def test_features_show_themselves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=30_000)
+    found = encoder.encode(CHELSEA, output="patch")
+    shown = found.show(point=(120, 100))
+    assert isinstance(shown, Image.Image)
+    shown.save(tmp_path / "a.png")
+    explicit = found.show(Image.open(CHELSEA), point=(120, 100))
+    assert explicit.tobytes() == shown.tobytes()
+    monkeypatch.chdir(tmp_path)
+    assert encoder.encode(np.zeros((56, 84, 3), np.uint8)).show().width > 100
+
+
+def test_without_the_extra_the_package_to_install_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(draw, "find_spec", lambda name: None)
+    with pytest.raises(ArgumentError, match=r"show needs .*: matplotlib\. .*'qwen-vit\[show\]'"):
+        features().show()
