@@ -83,9 +83,11 @@ def main(
         if unknown := set(only) - set(checks.SCENARIOS):
             names = ", ".join(checks.SCENARIOS)
             raise click.UsageError(f"--only {min(unknown)}: the scenarios of {name} are {names}")
-        scenarios = {
+        scenarios: dict[str, Scenario] = {
             each: run for each, run in checks.SCENARIOS.items() if not only or each in only
         }
+        if n_soak is not None:
+            scenarios = {"soak": partial(checks.run_soak, n_requests=n_soak)}
         folder = nullcontext(str(keep)) if keep else tempfile.TemporaryDirectory()
         with folder as path:
             work = Path(path).absolute()

@@ -1,0 +1,279 @@
+"""Many requests at once to vLLM's server: good ones, cancelled ones, malformed ones.
+
+None may be lost and none answered wrongly, and the server's memory must not grow with them.
+"""
+
+import base64
+import http.client
+import io
+import json
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from PIL import Image
+
+from tests.support.process_memory import memory_mb
+from tools.checks.engines.answers import Answers, Result, compare, shown
+from tools.checks.engines.cases import POOL, Case, Picture
+from tools.checks.engines.context import Context
+from tools.checks.engines.reference import clear_answers
+from tools.checks.engines.server import (
+    ANSWER_S,
+    PATH,
+    Server,
+    chat_body,
+    content_of,
+    parse_answer,
+    picture_part,
+    running_server,
+)
+
+CLIENTS = 8
+CANCELLED, MALFORMED = 0.1, 0.1  # shares of the requests
+WARM_SHARE = 0.4  # of the requests, after which memory is measured for the first time
+MAX_GROWTH_KB = 20.0  # per request; one picture of 196 x 196 px alone has 115 KB
+TEXTS = ("What is this? ", "", "Compare ", "From here ", "Look: ", " and ", "Say more. ")
+
+
+def pool_cases() -> list[Case]:
+    """Prompts of one to three pictures each, every picture in one prompt."""
+    chance, names = random.Random(0), list(POOL)
+    cases: list[Case] = []
+    while names:
+        taken = [names.pop() for _ in range(min(len(names), chance.choice((1, 1, 2, 3))))]
+        parts: list[Any] = []
+        for name in taken:
+            parts += [chance.choice(TEXTS), Picture(name)]
+        cases.append(Case(f"soak {len(cases)}", (*filter(None, parts), "?")))
+    return cases
+
+
+def malformed_bodies() -> dict[str, bytes]:
+    """Requests that a server must refuse."""
+    png = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(png, "png")
+
+    def body(content: list[dict[str, Any]], **more: Any) -> bytes:
+        return json.dumps(chat_body(content, **more)).encode()
+
+    def picture(raw: bytes | str) -> bytes:
+        text = raw if isinstance(raw, str) else base64.b64encode(raw).decode()
+        url = f"data:image/png;base64,{text}"
+        return body([{"type": "image_url", "image_url": {"url": url}}])
+
+    strip = io.BytesIO()
+    Image.new("RGB", (8_000, 2)).save(strip, "png")
+    text = {"type": "text", "text": "Hello"}
+    return {
+        "no JSON": b'{"model": ',
+        "no base64": picture("***"),
+        "no image": picture(b"these are not the bytes of an image"),
+        "a truncated image": picture(png.getvalue()[: len(png.getvalue()) // 2]),
+        "a ratio of 4,000": picture(strip.getvalue()),
+        "nine pictures": body([picture_part("tall")] * 9),
+        "another model": body([text], model="another"),
+        "a prompt that is too long": body([{**text, "text": "x" * 5_000}]),
+        "-1 tokens": body([text], max_tokens=-1),
+        "features, which are off": body(
+            [{"type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 4, 4]}}]
+        ),
+    }
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of the requests."""
+
+    right: int = 0
+    wrong: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    cancelled: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    largest: float = 0.0  # distance of a log-probability
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def soak(context: Context, n_requests: int, variables: dict[str, str]) -> list[Result]:
+    """Send the requests from CLIENTS threads to one server."""
+    cases = pool_cases()
+    reference = clear_answers(context.work / "model", cases)
+    cases = [each for each in cases if each.name in reference]
+    bodies = {
+        each.name: json.dumps(
+            chat_body(content_of(each, {name: picture_part(name) for name in each.pictures}))
+        ).encode()
+        for each in cases
+    }
+    tally, memory = Tally(), dict[int, float]()
+    with running_server(
+        context, "soak", "--no-enable-prefix-caching", "--mm-processor-cache-gb", "0", **variables
+    ) as server:  # without caches every request runs the tower
+        started = time.perf_counter()
+        warm = round(WARM_SHARE * n_requests)
+        jobs = _jobs(n_requests, bodies, malformed_bodies(), server, reference, tally)
+        err = click.get_text_stream("stderr")
+        with click.progressbar(length=n_requests, label="soak", file=err) as bar:
+            for end, n in ((warm, warm), (n_requests, n_requests - warm)):
+                some = islice(jobs, n)
+                clients = [
+                    threading.Thread(target=_work, args=(some, tally, bar.update))
+                    for _ in range(CLIENTS)
+                ]
+                for client in clients:
+                    client.start()
+                for client in clients:
+                    client.join()
+                memory[end] = _resting_memory_mb(server)
+        took = time.perf_counter() - started
+        is_alive = server.get("/health") == 200
+        unfinished = _unfinished(server)
+    return _lines(tally, memory, took, is_alive, unfinished)
+
+
+def _jobs(
+    n_requests: int, bodies: dict[str, bytes], malformed: dict[str, bytes], server: Server,
+    reference: Answers, tally: Tally,
+) -> Iterator[Callable[[], None]]:  # fmt: skip
+    """The requests in a fixed order of good, cancelled and malformed ones."""
+    chance, kinds = random.Random(1), list(malformed)
+    for i in range(n_requests):
+        name, share = chance.choice(list(bodies)), chance.random()
+        if share < CANCELLED:
+            yield partial(_cancel, server, bodies[name], chance.uniform(0, 0.6), tally)
+        elif share < CANCELLED + MALFORMED:
+            kind = kinds[i % len(kinds)]
+            yield partial(_refuse, server, kind, malformed[kind], tally)
+        else:
+            yield partial(_ask, server, name, bodies[name], reference, tally)
+
+
+def _work(jobs: Iterator[Callable[[], None]], tally: Tally, done: Callable[[int], None]) -> None:
+    """One client: the next request, until none is left."""
+    while True:
+        with tally.lock:
+            job = next(jobs, None)
+        if job is None:
+            return
+        job()
+        with tally.lock:
+            done(1)
+
+
+def _send(server: Server, body: bytes) -> tuple[int, bytes]:
+    """Send a request and wait for its answer. Raises OSError or HTTPException where none comes."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_S)
+    try:
+        connection.request("POST", PATH, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def _ask(server: Server, name: str, body: bytes, reference: Answers, tally: Tally) -> None:
+    try:
+        status, raw = _send(server, body)
+    except (OSError, http.client.HTTPException) as error:
+        with tally.lock:
+            tally.lost.append(f"{name}: {error}")
+        return
+    with tally.lock:
+        if status != 200:
+            tally.lost.append(f"{name}: status {status}: {raw[:200]!r}")
+            return
+        result = compare("soak", name, parse_answer(json.loads(raw)), reference[name])
+        tally.largest = max(tally.largest, result.distance)
+        if result.passed:
+            tally.right += 1
+        else:
+            tally.wrong.append(f"{name}: {result.tokens} tokens, {result.distance:.1e}")
+
+
+def _cancel(server: Server, body: bytes, after_s: float, tally: Tally) -> None:
+    """Send a request, and hang up before its answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_S)
+    connection.request("POST", PATH, body, {"Content-Type": "application/json"})
+    time.sleep(after_s)
+    connection.close()
+    with tally.lock:
+        tally.cancelled += 1
+
+
+def _refuse(server: Server, kind: str, body: bytes, tally: Tally) -> None:
+    try:
+        status, raw = _send(server, body)
+    except (OSError, http.client.HTTPException) as error:
+        status, raw = 0, str(error).encode()
+    with tally.lock:
+        if 400 <= status < 500:
+            tally.refused[kind] += 1
+        else:
+            tally.lost.append(f"{kind}: status {status}: {raw[:200]!r}")
+
+
+def _resting_memory_mb(server: Server) -> float:
+    """What the server's processes hold of their own, when nothing runs."""
+    give_up = time.monotonic() + 60
+    while _unfinished(server) and time.monotonic() < give_up:
+        time.sleep(0.5)
+    time.sleep(2)
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _is_of(server, path)]
+    return sum(memory_mb(pid)[0] for pid in pids)
+
+
+def _is_of(server: Server, process: Path) -> bool:
+    try:
+        return os.getsid(int(process.name)) == server.process.pid
+    except ProcessLookupError:
+        return False
+
+
+def _unfinished(server: Server) -> int:
+    """Requests that the engine still runs or holds back."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_S)
+    try:
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+    finally:
+        connection.close()
+    wanted = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+    lines = [line for line in text.splitlines() if line.startswith(wanted)]
+    return round(sum(float(line.rsplit(" ", 1)[1]) for line in lines))
+
+
+def _lines(
+    tally: Tally, memory: dict[int, float], took_s: float, is_alive: bool, unfinished: int
+) -> list[Result]:
+    (warm, first), (end, last) = memory.items()
+    growth_kb = 1024 * (last - first) / (end - warm)
+    refused = sum(tally.refused.values())
+    answered = tally.right + len(tally.wrong)
+    n_done = answered + tally.cancelled + refused
+    return [
+        shown("soak", "requests", n_done == end, f"{end} in {took_s:.0f} s, {CLIENTS} clients"),
+        shown("soak", "lost", not tally.lost, "; ".join(tally.lost[:3]) or "none"),
+        shown(
+            "soak", "right answers", answered > 0 and not tally.wrong,
+            "; ".join(tally.wrong[:3]) or f"{answered}, within {tally.largest:.1e}",
+        ),
+        shown("soak", "cancelled", tally.cancelled > 0, str(tally.cancelled)),
+        shown("soak", "malformed", refused > 0, f"{refused} refused, {len(tally.refused)} kinds"),
+        shown("soak", "alive in the end", is_alive, "health is 200" if is_alive else "no health"),
+        shown("soak", "unfinished in the end", unfinished == 0, str(unfinished)),
+        shown(
+            "soak", "memory", growth_kb <= MAX_GROWTH_KB,
+            f"{first:.0f} MB after {warm}, {last:.0f} MB after {end}: {growth_kb:.1f} KB a request",
+        ),
+    ]  # fmt: skip
