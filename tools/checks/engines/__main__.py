@@ -3,6 +3,7 @@
 \b
     python -m tools.checks.engines vllm
     python -m tools.checks.engines vllm --only offline --keep /tmp/work
+    python -m tools.checks.engines vllm --soak 1000
     python -m tools.checks.engines all --ledger tools/benchmarks/ledger.jsonl
 
 Builds the engine's pinned environment (minutes, 3 GB) or reuses it, and holds every answer against
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import click
@@ -60,6 +62,10 @@ def _run(name: str, scenario: Scenario, context: Context) -> list[Result]:
 @click.argument("engine", type=click.Choice([*ENGINES, "all"]))
 @click.option("--only", multiple=True, metavar="SCENARIO", help="Run these alone.")
 @click.option(
+    "--soak", "n_soak", type=click.IntRange(min=20), metavar="N",
+    help="Send N requests at once to vLLM's server instead, with our tower by plugin.",
+)  # fmt: skip
+@click.option(
     "--env", "env", type=click.Path(file_okay=False, path_type=Path),
     help="The engine's environment.  [default: a folder in ~/.cache/qwen_vit/engines]",
 )  # fmt: skip
@@ -70,12 +76,14 @@ def _run(name: str, scenario: Scenario, context: Context) -> list[Result]:
 @click.option("--json", "as_one_json", is_flag=True, help="Print the JSON line alone.")
 @ledger_options
 def main(
-    engine: str, only: tuple[str, ...], env: Path | None, keep: Path | None, as_one_json: bool,
-    ledger: Path | None, commit: str,
+    engine: str, only: tuple[str, ...], n_soak: int | None, env: Path | None, keep: Path | None,
+    as_one_json: bool, ledger: Path | None, commit: str,
 ) -> None:  # fmt: skip
     """Prepare, answer, compare, and print."""
     if env is not None and engine == "all":
         raise click.UsageError("--env is the environment of one engine: name the engine")
+    if n_soak is not None and (engine != "vllm" or only):
+        raise click.UsageError("--soak is for vllm alone, and without --only")
     chosen = list(ENGINES) if engine == "all" else [engine]
     failed = False
     for name in chosen:

@@ -30,6 +30,12 @@ PICTURES = {
     "wide": (140, 196),
     "strip": (28, 168),
 }
+# Pictures of many sizes and shapes for the soak, one to eight merge units a side.
+POOL = {
+    f"pool {i}": (28 * height, 28 * width)
+    for i, (height, width) in enumerate(np.random.default_rng(0).integers(1, 9, (90, 2)).tolist())
+    if height * width >= 4  # the processor enlarges smaller ones
+}
 # Frames, height, width. transformers 5 numbers the text after a video rightly while its last step
 # in time is no larger than its longer side in tokens: all of these are short enough.
 VIDEOS = {"clip": (4, 84, 112), "clip 2": (6, 84, 84)}
@@ -109,8 +115,9 @@ def frames(name: str) -> Pixels:
 
     A coarse pattern and noise: means differ between pictures, patches differ within them.
     """
-    shape = (1, *PICTURES[name]) if name in PICTURES else VIDEOS[name]
-    seed = [*PICTURES, *VIDEOS].index(name)
+    sizes = {**PICTURES, **POOL}
+    shape = VIDEOS[name] if name in VIDEOS else (1, *sizes[name])
+    seed = [*PICTURES, *VIDEOS, *POOL].index(name)
     numbers = np.random.default_rng(seed)
     steps, height, width = shape
     coarse = numbers.integers(0, 200, (steps, height // 14, width // 14, 3))

@@ -1,6 +1,7 @@
 """The truth: transformers' own model in float64, on pixels that no processor touched."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,33 @@ from tools.checks.engines.small_model import SPECIAL_IDS
 MIN_GAP = 0.01  # between the two likeliest tokens: rounding must not decide
 
 
-def reference_answers(folder: Path) -> Answers:
-    """Answer every case greedily, from transformers' own tower.
+def reference_answers(folder: Path, cases: Iterable[Case] = CASES) -> Answers:
+    """Answer cases greedily, from transformers' own tower.
 
     Raises:
         ValueError: two tokens are nearly as likely; then the model needs another seed.
     """
+    found = {}
+    for each, answer, gap in _answer(folder, cases):
+        if gap < MIN_GAP:
+            raise ValueError(f"{each.name!r}: the two likeliest tokens are {gap:.4f} apart")
+        found[each.name] = answer
+    return found
+
+
+def clear_answers(folder: Path, cases: Iterable[Case]) -> Answers:
+    """As `reference_answers`, without the cases in which two tokens are nearly as likely."""
+    return {each.name: answer for each, answer, gap in _answer(folder, cases) if gap >= MIN_GAP}
+
+
+def _answer(folder: Path, cases: Iterable[Case]) -> Iterator[tuple[Case, Answer, float]]:
+    """Each case, its answer, and how far its two likeliest tokens are apart at the least."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float64).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     settings = json.loads((folder / "preprocessor_config.json").read_text())
-    found = {}
-    for each in CASES:
+    for each in cases:
         arguments = _inputs(each, tokenizer, settings)
         with torch.no_grad():
             out = model.generate(
@@ -43,10 +58,7 @@ def reference_answers(folder: Path) -> Answers:
         logprobs = torch.cat(out.logits).log_softmax(-1)
         best = logprobs.topk(2).values
         gap = float((best[:, 0] - best[:, 1]).min())
-        if gap < MIN_GAP:
-            raise ValueError(f"{each.name!r}: the two likeliest tokens are {gap:.4f} apart")
-        found[each.name] = Answer(out.sequences[0, -NEW_TOKENS:].clone(), logprobs)
-    return found
+        yield each, Answer(out.sequences[0, -NEW_TOKENS:].clone(), logprobs), gap
 
 
 def _inputs(each: Case, tokenizer: Any, settings: dict[str, Any]) -> dict[str, Any]:

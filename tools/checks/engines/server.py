@@ -22,7 +22,7 @@ from tools.checks.engines.cases import NEW_TOKENS, Case, Picture, Video, frames
 from tools.checks.engines.context import Context, end_session, tail
 
 START_S, ANSWER_S = 300.0, 120.0
-MODEL = "small"
+MODEL, PATH = "small", "/v1/chat/completions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Server:
     def post(self, body: dict[str, Any], timeout_s: float = ANSWER_S) -> tuple[int, Any]:
         """The status and the JSON of a chat completion; status 0 where nobody answers."""
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/chat/completions",
+            f"http://127.0.0.1:{self.port}{PATH}",
             json.dumps(body).encode(), {"Content-Type": "application/json"},
         )  # fmt: skip
         try:

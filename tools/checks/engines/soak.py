@@ -116,7 +116,8 @@ def soak(context: Context, n_requests: int, variables: dict[str, str]) -> list[R
         ).encode()
         for each in cases
     }
-    tally, memory = Tally(), dict[int, float]()
+    tally = Tally()
+    memory: dict[int, float] = {}
     with running_server(
         context, "soak", "--no-enable-prefix-caching", "--mm-processor-cache-gb", "0", **variables
     ) as server:  # without caches every request runs the tower

@@ -4,6 +4,7 @@
 Each scenario starts an engine of its own, in a process of `vllm_child` or as a server.
 """
 
+import os
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,6 +41,7 @@ from tools.checks.engines.server import (
     picture_part,
     running_server,
 )
+from tools.checks.engines.soak import soak
 from tools.common import ROOT
 
 CHILD = "tools.checks.engines.vllm_child"
@@ -271,3 +273,9 @@ SCENARIOS: dict[str, Scenario] = {
     "plugin-server": partial(server, plugin=True),
     "plugin-producer": producer,
 }
+
+
+def run_soak(context: Context, n_requests: int) -> list[Result]:
+    """Many requests to the server, of every kind: by our tower unless VLLM_PLUGINS says other."""
+    asked = os.environ.get("VLLM_PLUGINS", "qwen_vit")
+    return soak(context, n_requests, {**installed(context), "VLLM_PLUGINS": asked})
