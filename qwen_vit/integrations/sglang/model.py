@@ -7,16 +7,23 @@ tower is SGLang's own: processor, scheduler, caches, language model, data parall
 
 import logging
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from typing import Any
 
-from sglang.srt.models import qwen2_5_vl as theirs
-from sglang.srt.runtime_context import get_server_args
 from torch import Tensor
 
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError
 from qwen_vit.graphs import MAX_BUCKET
 from qwen_vit.integrations.engine_tower import EngineTower
+
+try:
+    from sglang.srt.managers import mm_schedule
+    from sglang.srt.managers.mm_schedule import embedding_cache  # noqa: F401  # that it is there
+    from sglang.srt.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration as TheirModel
+    from sglang.srt.runtime_context import get_server_args
+except ImportError as error:  # SGLang logs it, goes on to its other modules and runs its own model
+    raise ImportError(f"{error}. qwen_vit does not fit this SGLang, whose own tower runs.") from error
 
 __all__ = ["RUN_WITH", "Qwen2_5_VLForConditionalGeneration"]
 
@@ -30,7 +37,7 @@ WITHOUT = "start SGLang without SGLANG_EXTERNAL_MODEL_PACKAGE"
 
 
 class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models by this name
-    theirs.Qwen2_5_VLForConditionalGeneration  # type: ignore[misc]
+    TheirModel  # type: ignore[misc]
 ):
     """SGLang's Qwen2.5-VL whose `visual` is an `EngineTower`."""
 
@@ -61,6 +68,8 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
         them.
         """
 
+        written: set[str] = set()
+
         def others() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
                 prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
@@ -68,9 +77,10 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
                     yield name, tensor
                 else:
                     own = [(name.removeprefix(prefix), tensor)]
-                    self._unwritten -= self.visual.load_weights(own)
+                    written.update(self.visual.load_weights(own))
 
         loaded = super().load_weights(others())
+        self._unwritten -= written
         if self._unwritten:
             raise CheckpointError(
                 f"{len(self._unwritten)} of the {len(self.visual.state_dict())} tensors of the "
@@ -78,6 +88,10 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
                 expected=f"all vision weights, under {' or '.join(PREFIXES)}",
                 remedy=f"use a whole Qwen2.5-VL checkpoint, or {WITHOUT}",
             )
+        if written and mm_schedule.embedding_cache is not None:
+            # SGLang 0.5.23 keeps the embeddings of pictures that it has seen, whatever tower it
+            # runs, and would answer from the old weights
+            mm_schedule.embedding_cache.clear()
         self.post_load_weights()
         return loaded
 
@@ -104,12 +118,6 @@ def _as_published(vision_config: Any) -> dict[str, Any]:
     vision: dict[str, Any] = vision_config.to_dict()
     kept = {name.removeprefix(KEPT): vision[name] for name in vision if name.startswith(KEPT)}
     return {**vision, **kept}
-
-
-def _missing_names() -> list[str]:
-    """What this module touches in SGLang's model and this SGLang does not have."""
-    model = getattr(theirs, "Qwen2_5_VLForConditionalGeneration", None)
-    return [name for name in ("load_weights",) if not hasattr(model, name)]
 
 
 EntryClass = Qwen2_5_VLForConditionalGeneration
