@@ -19,11 +19,14 @@ from qwen_vit.integrations.engine_tower import EngineTower
 
 try:
     from sglang.srt.managers import mm_schedule
-    from sglang.srt.managers.mm_schedule import embedding_cache  # noqa: F401  # that it is there
     from sglang.srt.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration as TheirModel
     from sglang.srt.runtime_context import get_server_args
-except ImportError as error:  # SGLang logs it, goes on to its other modules and runs its own model
-    raise ImportError(f"{error}. qwen_vit does not fit this SGLang, whose own tower runs.") from error
+
+    NEEDED = TheirModel.load_weights, mm_schedule.embedding_cache
+except (ImportError, AttributeError) as error:
+    # SGLang logs an ImportError as a warning, goes on, and runs its own model
+    fact = f"qwen_vit does not fit this SGLang, whose own vision tower runs: {error}"
+    raise ImportError(fact) from error
 
 __all__ = ["RUN_WITH", "Qwen2_5_VLForConditionalGeneration"]
 
@@ -57,6 +60,11 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
                 expected=error.expected,
                 remedy=WITHOUT,
             ) from error
+        if version("sglang") not in RUN_WITH:
+            logger.warning(
+                "qwen_vit was run with SGLang %s, not with %s; it finds the names that it needs "
+                "and goes on.", " and ".join(RUN_WITH), version("sglang"),
+            )  # fmt: skip
         self._unwritten = {name for name, _ in self.visual.named_parameters()}
         self._is_prepared = False
         logger.info("qwen_vit runs the vision tower, in %s on %s.", dtype, device)
@@ -64,10 +72,8 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
         """Give the tower its own tensors and SGLang the others, as they are read.
 
-        SGLang calls it once at the start, with all weights, and again for updates, with any of
-        them.
+        SGLang calls it at the start with all weights, and for updates with any of them.
         """
-
         written: set[str] = set()
 
         def others() -> Iterator[tuple[str, Tensor]]:
@@ -92,18 +98,19 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
             # SGLang 0.5.23 keeps the embeddings of pictures that it has seen, whatever tower it
             # runs, and would answer from the old weights
             mm_schedule.embedding_cache.clear()
-        self.post_load_weights()
+        self._prepare()
         return loaded
 
     def post_load_weights(self) -> None:
-        """Compile and capture, before SGLang gives the GPU's free memory to its caches.
+        """SGLang calls it after it has filled all parameters itself, as for dummy weights."""
+        self._unwritten.clear()
+        self._prepare()
 
-        SGLang calls it itself where it fills parameters without `load_weights`, such as for
-        `load_format="dummy"`.
-        """
+    def _prepare(self) -> None:
+        """Compile and capture, before SGLang gives the GPU's free memory to its caches."""
         if self._is_prepared or get_server_args().enable_memory_saver:
-            # memory that is taken while weights are loaded can be released later, and what the
-            # graphs read would be lost: so they are captured at the first request
+            # what is allocated while weights are loaded is lost when SGLang releases their memory,
+            # and graphs would read it: there they are captured at the first request
             return
         self._is_prepared = True
         self.visual.prepare([self.visual.dtype], MAX_BUCKET)
