@@ -104,7 +104,11 @@ class ImageFeatures:
         return self.embeds.view(t, h // side, w // side, -1)
 
     def show(
-        self, picture: ImageSource | None = None, *, point: tuple[float, float] | None = None
+        self,
+        picture: ImageSource | None = None,
+        *,
+        point: tuple[float, float] | None = None,
+        layer: int | None = None,
     ) -> Image.Image:
         """Draw the image's attention windows, its feature map and similarities to one cell.
 
@@ -116,6 +120,7 @@ class ImageFeatures:
         Args:
             picture: the image; if not given, the file that `id` names, where there is one.
             point: (x, y) in pixels: its cell is compared with every cell.
+            layer: a block of `layers` to draw instead of `embeds`.
 
         Returns:
             A picture, which a notebook shows. `show_features` draws several images together.
@@ -127,7 +132,7 @@ class ImageFeatures:
         from qwen_vit.show.sheets import show_features
 
         pictures = None if picture is None else {self.id: picture}
-        return show_features([self], pictures, point=point)[0]
+        return show_features([self], pictures, point=point, layer=layer)[0]
 
     def numpy(self) -> NDArray[np.float32]:
         """`embeds` as a float32 array on the host."""

@@ -83,10 +83,12 @@ def encode_one_by_one(
             size_px = (rgb.height, rgb.width)
             patches = patchify(rgb.picture, encoder.image_config, name=item.id)
             encoded = encoder.encode(patches, **options)
-            if not all_finite(encoded.embeds):
+            if not all(map(all_finite, (encoded.embeds, *encoded.layers.values()))):
                 raise not_finite(item.id)
-            embeds = encoded.embeds.cpu()
-            result = replace(encoded, id=item.id, embeds=embeds, size_px=size_px, notes=rgb.notes)
+            result = replace(
+                encoded, id=item.id, size_px=size_px, notes=rgb.notes, embeds=encoded.embeds.cpu(),
+                layers={block: rows.cpu() for block, rows in encoded.layers.items()},
+            )  # fmt: skip
         except ImageError as error:
             if on_error == "raise":
                 raise

@@ -60,6 +60,10 @@ class _Point(click.ParamType[tuple[float, float]]):
     help="A cell for 14 pixels, or the 28 of a language model's token.",
 )  # fmt: skip
 @click.option(
+    "--layer", type=click.IntRange(min=0),
+    help="Features behind this block, counted from 0, in place of the output.",
+)  # fmt: skip
+@click.option(
     "--images", "pictures", multiple=True, type=NAME,
     help="Of stored features: where their images are, a folder for example.",
 )  # fmt: skip
@@ -76,7 +80,7 @@ class _Point(click.ParamType[tuple[float, float]]):
 @verbosity_options
 def show(
     inputs: tuple[str, ...], model: str | None, out: Path, overwrite: bool,
-    point: tuple[float, float] | None, output: str, pictures: tuple[str, ...],
+    point: tuple[float, float] | None, output: str, layer: int | None, pictures: tuple[str, ...],
     ids: tuple[str, ...], limit: int, as_json: bool, **loading: Any,
 ) -> None:  # fmt: skip
     """Draw features: attention windows, feature maps and, with --point, similarities.
@@ -110,15 +114,17 @@ def show(
             raise ArgumentError(
                 "--images and --id are for stored features", remedy="leave them out for images"
             )
-        given = encode_images(inputs, model, output, limit, **loading)
+        given = encode_images(inputs, model, output, layer, limit, **loading)
     shown = len(given.features) + len(given.failed)
     if shown < given.total:
         print_log(f"showing the first {shown:,} of {plural(given.total, 'image')}: see --limit")
     if not given.features:
         raise ArgumentError("no image to show: all failed", remedy="fix the causes named above")
-    views = view_features(given.features, given.pictures, point=point, window=given.window)
+    views = view_features(
+        given.features, given.pictures, point=point, layer=layer, window=given.window
+    )
     command = shlex.join(["qwen-vit", *sys.argv[1:]])
-    files, report = write(out, views, given, command)
+    files, report = write(out, views, given, command, layer)
     if as_json:
         print_data(json.dumps(report, indent=2))
     else:

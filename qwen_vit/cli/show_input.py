@@ -57,19 +57,21 @@ class ShowInput:
 
 
 def encode_images(
-    inputs: Sequence[str], model: str, output: str, limit: int, **loading: Any
+    inputs: Sequence[str], model: str, output: str, layer: int | None, limit: int, **loading: Any
 ) -> ShowInput:
     """Encode the first `limit` images of files, folders, patterns, tars and lists."""
     items = list_images(inputs)
     encoder = load_encoder(model, **loading)
     chosen = items[:limit]
-    results = [each for each, _ in encode_one_by_one(encoder, chosen, "skip", output=output)]
+    layers = () if layer is None else (layer,)
+    encoded = encode_one_by_one(encoder, chosen, "skip", output=output, layers=layers)
+    results = [each for each, _ in encoded]
     features = [each for each in results if isinstance(each, ImageFeatures)]
-    encoded = {each.id for each in features}
+    good = {each.id for each in features}
     config: VisionConfig = encoder.config
     return ShowInput(
         features,
-        {item.id: _picture(item) for item in chosen if item.id in encoded},
+        {item.id: _picture(item) for item in chosen if item.id in good},
         encoder.source.name,
         repr(encoder).removeprefix("VisionEncoder(").removesuffix(")").replace("'", ""),
         config.window_units * config.spatial_merge_size,

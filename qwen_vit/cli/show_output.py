@@ -43,12 +43,12 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 def write(
-    out: Path, views: FeatureViews, given: ShowInput, command: str
+    out: Path, views: FeatureViews, given: ShowInput, command: str, layer: int | None = None
 ) -> tuple[list[Path], dict[str, Any]]:
     """Write a page, a picture or both into a folder: the files, and a report of them as JSON."""
     suffix = out.suffix.lower()
     if suffix == PAGE and not out.is_dir():
-        files, contents = [out], [feature_page(views, _text(views, given, command))]
+        files, contents = [out], [feature_page(views, _text(views, given, command, layer))]
     elif suffix == PICTURE and not out.is_dir():
         if len(views.views) > 1:
             raise ArgumentError(
@@ -64,11 +64,11 @@ def write(
             raise cannot_write(out, error) from None
         names = [_file_name(i, view.id) for i, view in enumerate(views.views, start=1)]
         files = [out / FOLDER_PAGE, *(out / name for name in names)]
-        contents = [feature_page(views, _text(views, given, command)), *_sheets(views)]
+        contents = [feature_page(views, _text(views, given, command, layer)), *_sheets(views)]
     for path, content in zip(files, contents, strict=True):
         with atomic_file(path) as file:
             file.write(content)
-    return files, _report(out, files, views, given)
+    return files, _report(out, files, views, given, layer)
 
 
 def _sheets(views: FeatureViews) -> list[bytes]:
@@ -81,7 +81,7 @@ def _file_name(number: int, name: str) -> str:
     return f"{number:02}-{stem}{PICTURE}"
 
 
-def _text(views: FeatureViews, given: ShowInput, command: str) -> PageText:
+def _text(views: FeatureViews, given: ShowInput, command: str, layer: int | None) -> PageText:
     notices = []
     if given.is_random:
         notices.append(
@@ -91,10 +91,11 @@ def _text(views: FeatureViews, given: ShowInput, command: str) -> PageText:
     view = views.views[0]
     px = given.patch_px * view.w // view.colours.shape[1]
     what = "patch" if px == given.patch_px else "merged token"
+    source = f"{what}s" if layer is None else f"the residual stream behind block {layer}"
     window_px = views.window * given.patch_px
     return PageText(
         title=f"Features of {plural(len(views.views), 'image')}",
-        facts={"model": given.source, "output": f"{what}, a cell of {px} x {px} pixels"},
+        facts={"model": given.source, "features": f"{source}, a cell of {px} x {px} pixels"},
         notices=tuple(notices),
         cell=f"{what} of {px} x {px} pixels",
         window_px=f"{window_px} x {window_px} pixels",
@@ -115,11 +116,14 @@ def _full_attention(given: ShowInput) -> str:
     )
 
 
-def _report(out: Path, files: list[Path], views: FeatureViews, given: ShowInput) -> dict[str, Any]:
+def _report(
+    out: Path, files: list[Path], views: FeatureViews, given: ShowInput, layer: int | None
+) -> dict[str, Any]:
     return {
         "out": str(out),
         "files": [str(file) for file in files],
         "model": given.model,
+        "layer": layer,
         "window_px": views.window * given.patch_px,
         "full_attention_blocks": given.full_attention,
         "explained_variance": [round(share, 6) for share in views.explained],

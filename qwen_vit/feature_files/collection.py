@@ -2,19 +2,22 @@
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from qwen_vit.errors import plural
 from qwen_vit.features import ImageFeatures
+from qwen_vit.images.image import ImageSource
 from qwen_vit.integrations.hf import IMAGE_TOKEN_ID, to_hf
 from qwen_vit.integrations.sglang import to_sglang
 from qwen_vit.integrations.vllm import to_vllm, to_vllm_chat_part
+from qwen_vit.show.sheets import show_features
 
 __all__ = ["FeatureSubset", "Features"]
 
@@ -103,6 +106,19 @@ class Features(ABC):
     def to_sglang(self) -> list[dict[str, Any]]:
         """SGLang's `image_data`: see `downstream.to_sglang`."""
         return to_sglang(self)
+
+    def show(
+        self,
+        pictures: Mapping[str, ImageSource] | None = None,
+        *,
+        point: tuple[float, float] | None = None,
+        layer: int | None = None,
+    ) -> list[Image.Image]:
+        """Draw every image of a small file, or of a subset such as `features[:8]`.
+
+        As `show_features`, which says what the arguments mean.
+        """
+        return show_features(self, pictures, point=point, layer=layer)
 
     def _keys(self, keys: Sequence[int] | Sequence[str]) -> Sequence[int | str]:
         if keys and all(isinstance(key, bool) for key in keys):

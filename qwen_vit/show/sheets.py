@@ -1,7 +1,7 @@
 """Features of images -> a picture of each."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from PIL import Image
 
@@ -14,10 +14,11 @@ __all__ = ["panel_titles", "show_features"]
 
 
 def show_features(
-    features: Sequence[DenseFeatures],
+    features: Iterable[DenseFeatures],
     pictures: Mapping[str, ImageSource] | None = None,
     *,
     point: Point | None = None,
+    layer: int | None = None,
     frame: int = 0,
 ) -> list[Image.Image]:
     """Draw each image's windows, feature map and, with a point, similarity map.
@@ -33,6 +34,7 @@ def show_features(
             feature maps are fitted together, so that colours compare.
         pictures: the images by id, where the ids are not their paths.
         point: (x, y) in pixels of the first image: its cell is compared with every cell.
+        layer: a block of `features.layers` to draw instead of the embeddings.
         frame: which frame of a video.
 
     Returns:
@@ -43,7 +45,7 @@ def show_features(
         ImageError: a picture that cannot be read.
     """
     check_packages("show", "matplotlib")
-    found = view_features(features, pictures, point=point, frame=frame)
+    found = view_features(features, pictures, point=point, layer=layer, frame=frame)
     return [
         Image.open(io.BytesIO(sheet_png(view, found, panel_titles(view, found))))
         for view in found.views

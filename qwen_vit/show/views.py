@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +42,10 @@ class DenseFeatures(Protocol):
     @property
     def map(self) -> Tensor:
         """(t, h, w, D): one cell a merged token, or a patch."""
+
+    @property
+    def layers(self) -> Mapping[int, Tensor]:
+        """Block -> (n_patches, C), row-major."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,10 +93,11 @@ class FeatureViews:
 
 
 def view_features(
-    features: Sequence[DenseFeatures],
+    features: Iterable[DenseFeatures],
     pictures: Mapping[str, ImageSource] | None = None,
     *,
     point: Point | None = None,
+    layer: int | None = None,
     frame: int = 0,
     window: int = WINDOW_PATCHES,
 ) -> FeatureViews:
@@ -103,17 +108,19 @@ def view_features(
         pictures: the images by id. An image that is not among them is read from the path that its
             id is, if there is a file of its size; otherwise it is drawn without.
         point: (x, y) in pixels of the first image: its cell is compared with every cell.
+        layer: a block of `features.layers` to draw instead of the embeddings.
         frame: which frame of a video.
         window: the side of an attention window, in patches.
 
     Raises:
-        ArgumentError: nothing to draw, features of different widths, a point outside of the image,
-            or a picture that is not the image of the features.
+        ArgumentError: nothing to draw, a layer that is not there, features of different widths, a
+            point outside of the image, or a picture that is not the image of the features.
         ImageError: a picture that cannot be read.
     """
+    features = list(features)
     if not features:
         raise ArgumentError("features is empty", remedy="pass at least one image's features")
-    maps = [_frame_of(each, frame) for each in features]
+    maps = [_map_of(each, layer, frame) for each in features]
     widths = sorted({each.shape[-1] for each in maps})
     if len(widths) > 1:
         raise ArgumentError(
@@ -147,8 +154,19 @@ def view_features(
     return FeatureViews(views, window, colours.explained, span)
 
 
-def _frame_of(features: DenseFeatures, frame: int) -> Tensor:
-    frames = features.map
+def _map_of(features: DenseFeatures, layer: int | None, frame: int) -> Tensor:
+    if layer is None:
+        frames = features.map
+    elif layer in features.layers:
+        frames = features.layers[layer].view(*features.grid_thw, -1)
+    else:
+        found = ", ".join(map(str, features.layers))
+        raise ArgumentError(
+            f"no features of layer {layer}",
+            name=features.id,
+            expected=f"one of its layers: {found}" if found else "",
+            remedy=f"encode it with layers=({layer},)",
+        )
     if not 0 <= frame < len(frames):
         raise ArgumentError(
             f"frame is {frame}", name=features.id, expected=f"from 0 to {len(frames) - 1}"

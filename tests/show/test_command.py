@@ -99,6 +99,15 @@ def test_a_folder_gets_the_page_and_a_picture_of_each(folder: Path, run: Any) ->
     assert run("p", *TINY, "--out", "out", "--overwrite").code == 0
 
 
+def test_a_layer_is_shown(folder: Path, run: Any) -> None:
+    report = json.loads(run("p", *TINY, "--layer", "1", "--json").out)
+    assert report["layer"] == 1
+    assert "the residual stream behind block 1" in Page("show.html").text
+    done = run("p", *TINY, "--layer", "9", "--out", "n.html")
+    assert (done.code, done.out) == (2, "")
+    assert "layers holds 9. Expected blocks from 0 to 4" in done.err
+
+
 def test_one_image_becomes_one_picture(folder: Path, run: Any) -> None:
     assert run("p/a.png", *TINY, "--out", "a.png").out == "wrote a.png\n"
     with Image.open("a.png") as picture:

@@ -10,7 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen_vit import ImageFeatures, VisionEncoder, show_features
+from qwen_vit import (
+    ImageFeatures,
+    VisionEncoder,
+    load_features,
+    show_features,
+    write_features,
+)
 from qwen_vit.errors import ArgumentError
 from qwen_vit.show import draw
 from qwen_vit.show.strips import StripLayout
@@ -107,6 +113,17 @@ def test_features_show_themselves(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert explicit.tobytes() == shown.tobytes()
     monkeypatch.chdir(tmp_path)
     assert encoder.encode(np.zeros((56, 84, 3), np.uint8)).show().width > 100
+
+
+def test_stored_features_show_themselves_together(tmp_path: Path) -> None:
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=30_000)
+    found = encoder.encode([CHELSEA, IMAGE_FOLDER / "rocket.jpg"])
+    stored = load_features(write_features(tmp_path / "f.safetensors", found, encoder.metadata()))
+    [cat, rocket] = stored.show(point=(120, 100))
+    assert rocket.tobytes() == show_features(found, point=(120, 100))[1].tobytes()
+    [alone] = stored[1:].show()
+    assert alone.tobytes() != rocket.tobytes()
+    assert cat.tobytes() != rocket.tobytes()
 
 
 def test_without_the_extra_the_package_to_install_is_named(

@@ -113,6 +113,20 @@ def test_a_frame_of_a_video_is_chosen() -> None:
         view_features([video], frame=3)
 
 
+def test_a_layer_is_drawn_in_place_of_the_output() -> None:
+    rows = torch.randn(60, 24)
+    deep = ImageFeatures("a", torch.randn(15, 16), (1, 6, 10), (84, 140), layers={7: rows})
+    [view] = view_features([deep], layer=7, point=(139, 83)).views
+    assert view.colours.shape == (6, 10, 3)
+    same = ImageFeatures("a", rows, (1, 6, 10), (84, 140))
+    [expected] = view_features([same], point=(139, 83)).views
+    assert np.array_equal(view.colours, expected.colours)
+    with pytest.raises(ArgumentError, match=r"no features of layer 3\. Expected one of its .*: 7"):
+        view_features([deep], layer=3)
+    with pytest.raises(ArgumentError, match=r"of layer 7\. Encode it with layers=\(7,\)"):
+        view_features([same], layer=7)
+
+
 def test_features_that_do_not_compare_are_refused() -> None:
     other = ImageFeatures("b", torch.ones(16, 8), (1, 4, 4))
     with pytest.raises(ArgumentError, match="the widths 8, 16"):

@@ -1,0 +1,117 @@
+"""tools/demo and tools/install: what a newcomer sees in the first minutes."""
+
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+# A virtual environment whose pip says as much as the real one, in no time.
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+"-m pip --version") exit 0 ;;
+"-m pip install"*)
+    for package in torch triton numpy; do
+        for line in 1 2 3 4 5 6 7 8 9; do echo "Collecting $package>=2.$line"; done
+        echo "  Downloading $package-2.13.0-cp311-manylinux_2_27_x86_64.whl (532.1 MB)"
+        sleep 0.3
+    done
+    echo "$*" >>pip-was-called
+    [[ ! -e broken ]] || { echo "ERROR: No matching distribution found for torch"; exit 1; }
+    ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout with tools/install and an environment that is no real one."""
+    for file in ("tools/install", "tools/demo", "tools/constraints.txt", "pyproject.toml"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return tmp_path
+
+
+def install(checkout: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["./tools/install", *extra], cwd=checkout, capture_output=True, text=True, check=False,
+        timeout=60,
+    )  # fmt: skip
+
+
+def test_installing_is_one_line_in_a_log(checkout: Path) -> None:
+    """It was 60 lines of pip."""
+    done = install(checkout, "show")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "Installing into .venv; the first time takes a few minutes\n"
+    assert "-e .[show]" in (checkout / "pip-was-called").read_text()
+    assert "Collecting torch" in (checkout / ".venv" / "install.log").read_text()
+
+
+def test_a_terminal_sees_what_is_downloaded_on_one_line(checkout: Path) -> None:
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(["./tools/install"], cwd=checkout, stderr=theirs, stdout=theirs)
+    os.close(theirs)
+    seen = b""
+    try:
+        while piece := os.read(ours, 65536):
+            seen += piece
+    except OSError:  # the end of a terminal
+        pass
+    os.close(ours)
+    assert child.wait(60) == 0
+    assert seen.count(b"\n") == 1
+    assert re.search(rb"\r\x1b\[K +\d s  Downloading (triton|numpy)\r", seen)
+    assert seen.endswith(b"\r\x1b[K")  # what follows begins on an empty line
+
+
+def test_a_second_run_does_nothing(checkout: Path) -> None:
+    install(checkout, "dev")
+    for extra in (("dev",), (), ("show",)):  # dev holds every other extra
+        assert install(checkout, *extra).stderr == ""
+    assert len((checkout / "pip-was-called").read_text().splitlines()) == 1
+    (checkout / "tools" / "constraints.txt").write_text("torch==2.14\n")
+    assert "Installing" in install(checkout, "show").stderr
+
+
+def test_what_pip_could_not_do_is_shown_and_tried_again(checkout: Path) -> None:
+    (checkout / "broken").touch()
+    done = install(checkout)
+    assert done.returncode == 2
+    assert "ERROR: No matching distribution found for torch" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("pip could not install the package. All of its")
+    (checkout / "broken").unlink()
+    assert install(checkout).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_demo_writes_a_page_and_pictures_and_says_where(checkout: Path) -> None:
+    shutil.copytree(ROOT / "tests" / "images", checkout / "tests" / "images")
+    command = checkout / ".venv" / "bin" / "qwen-vit"
+    command.write_text(
+        f'#!/usr/bin/env bash\nPYTHONPATH={ROOT} exec {sys.executable} -m qwen_vit "$@"\n'
+    )
+    command.chmod(0o755)
+    done = subprocess.run(
+        ["./tools/demo", "--device", "cpu"], cwd=checkout, capture_output=True, text=True,
+        check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(checkout / "demo")) == [
+        "01-astronaut.png", "02-chelsea.png", "03-rocket.png", "index.html",
+    ]  # fmt: skip
+    for words in ("wrote demo/index.html", "Open demo/index.html", "random", "qwen-vit show YOUR"):
+        assert words in done.stdout
+    assert len(done.stdout.splitlines()) < 25
+    assert "were never trained" in (checkout / "demo" / "index.html").read_text("utf-8")
+    assert "/demo/" in (ROOT / ".gitignore").read_text().splitlines()
