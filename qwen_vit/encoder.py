@@ -386,7 +386,9 @@ class VisionEncoder:
 
     def metadata(self) -> dict[str, Any]:
         """What a feature file records about its origin: model, hashes, versions, image policy."""
-        return origin_metadata(self.source, self.checkpoint, self.image_config, self.dtype)
+        return origin_metadata(
+            self.source, self.checkpoint, self.image_config, self.dtype, self.device
+        )
 
     def forward(
         self, patches: Tensor, grids: tuple[Grid, ...], output: Output,

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from PIL import features as pillow
 
 from qwen_vit.checkpoint.hub import Origin
 from qwen_vit.checkpoint.load import Checkpoint, config_hash
@@ -12,18 +13,32 @@ from qwen_vit.features import dtype_name
 
 __all__ = ["origin_metadata"]
 
+PACKAGES = ("qwen-vit", "torch", "triton", "pillow")
+DECODERS = {"libjpeg-turbo": "libjpeg_turbo", "libwebp": "webp"}  # our name: Pillow's
+
 
 def origin_metadata(
-    origin: Origin, checkpoint: Checkpoint, image_config: ImageConfig, dtype: torch.dtype
+    origin: Origin,
+    checkpoint: Checkpoint,
+    image_config: ImageConfig,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Everything that decides an embedding's values, as JSON."""
+    """Everything that decides an embedding's values, as JSON; None where it does not apply."""
     return {
         "model": origin.name,
         "commit": origin.commit,
         "weights_sha256": checkpoint.weights_sha256(),
         "config_sha256": config_hash(checkpoint.config, image_config),
-        "versions": {name: _version(name) for name in ("qwen-vit", "torch", "triton")},
+        "versions": {
+            **{name: _version(name) for name in PACKAGES},
+            # Pillow decodes by the library that it was built with, and the pixels are that one's
+            **{name: pillow.version(theirs) for name, theirs in DECODERS.items()},
+        },
+        "device": device.type,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "dtype": dtype_name(dtype),
+        "quantization": None,
         "image_policy": {
             **image_config.to_json(),
             "resample": "Pillow bicubic on uint8",

@@ -128,10 +128,13 @@ def set_tensor(name: str, value: torch.Tensor) -> Any:
 
 
 EDITED = {
-    "newer schema": (set_fact("schema_version", 2), "its schema version is 2. Expected 1. Read it"),
+    "newer schema": (
+        set_fact("schema_version", 3),
+        "its schema version is 3. Expected 1 or 2. Read it",
+    ),
     "no schema": (
         lambda facts, tensors: facts.pop("schema_version"),
-        "its schema version is None. Expected 1.",
+        "its schema version is None. Expected 1 or 2.",
     ),
     "no ids": (lambda facts, tensors: facts.pop("ids"), "its ids are None. Expected a list of"),
     "ids no list": (set_fact("ids", "ab"), "its ids are 'ab'"),
@@ -418,7 +421,7 @@ DAMAGED = {
         rewrite(
             "export.json", lambda text: text.replace('"schema_version": 1', '"schema_version": 9')
         ),
-        "export.json: its schema version is 9. Expected 1. Read it with the version",
+        "export.json: its schema version is 9. Expected 1 or 2. Read it with the version",
     ),
     "no size": (
         rewrite("export.json", lambda text: text.replace("shard_size", "x")),

@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 from qwen_vit.common import atomic_file as atomic_file_module
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.feature_files import write as write_module
+from qwen_vit.feature_files import writer as writer_module
 from qwen_vit.feature_files.read import load_features
-from qwen_vit.feature_files.write import FeatureWriter, write_features
+from qwen_vit.feature_files.schema import ItemFacts
+from qwen_vit.feature_files.write import write_features
+from qwen_vit.feature_files.writer import FeatureWriter, RowTensor
 from qwen_vit.features import UNKNOWN_SIZE, FailedImage, ImageFeatures
 from tests.support.features import METADATA, ODD_IDS, features_of
 
@@ -38,7 +41,7 @@ def test_what_is_written_is_read_back(path: Path, dtype: torch.dtype) -> None:
     assert len(read) == 3
     assert read.ids == ["a.jpg", "b/c.png", "d"]
     assert read.metadata["model"] == "tiny"
-    assert read.metadata["schema_version"] == 1
+    assert read.metadata["schema_version"] == 2
     assert read.image_grid_thw.dtype == torch.int64
     for there, then in zip(read, written, strict=True):
         assert there.id == then.id
@@ -180,10 +183,10 @@ def test_what_would_be_no_good_file_is_refused_and_nothing_is_touched(
 def test_a_header_that_no_reader_takes_is_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write_module, "MAX_HEADER_BYTES", 1_000)
+    monkeypatch.setattr(writer_module, "MAX_HEADER_BYTES", 2_000)
     write_features(path, features_of("a"), METADATA)
     with pytest.raises(ExportError, match=r"its header would have \d+ bytes.*fewer images"):
-        write_features(path, features_of("n" * 1_000), METADATA)
+        write_features(path, features_of("n" * 2_000), METADATA)
     assert load_features(path).ids == ["a"]
 
 
@@ -196,12 +199,9 @@ class FaultError(Exception):
 
 def half_then(error: BaseException) -> Callable[[torch.Tensor], Any]:
     """A head, and then an error where rows should come."""
-    real, calls = write_module._bytes_of, iter((False, False, True))
 
     def bytes_of(tensor: torch.Tensor) -> Any:
-        if next(calls):
-            raise error
-        return real(tensor)
+        raise error
 
     return bytes_of
 
@@ -225,7 +225,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
         raise error
 
     if step == "save":
-        monkeypatch.setattr(write_module, "_bytes_of", half_then(error))
+        monkeypatch.setattr(write_module, "bytes_of", half_then(error))
     else:
         monkeypatch.setattr(atomic_file_module.os, step, fail)
     expected = ExportError if isinstance(error, OSError) else type(error)
@@ -241,7 +241,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
 
 
 def small_writer(path: Path, head_bytes: int = 4096) -> FeatureWriter:
-    return FeatureWriter(path, 6, torch.float32, head_bytes)
+    return FeatureWriter(path, [RowTensor("image_embeds", 6, torch.float32)], head_bytes)
+
+
+def add(writer: FeatureWriter, rows: torch.Tensor, **n_rows: int) -> None:
+    """Append images of so many merged rows each, by their names."""
+    items = [ItemFacts(name, (1, 2, 2 * count), count) for name, count in n_rows.items()]
+    writer.add({"image_embeds": rows}, items)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 7), (2, 6), (6,), (1, 3, 6), ()])
@@ -250,11 +256,11 @@ def test_rows_of_another_width_do_not_go_into_a_growing_file(
 ) -> None:
     """They were written, and the file's own header then promised other bytes."""
     with small_writer(path) as writer:
-        writer.add(torch.ones(1, 6), [("a", (1, 2, 2), 1)])
+        add(writer, torch.ones(1, 6), a=1)
         with pytest.raises(ExportError, match=r"2 images from b on have .* Expected \(3, 6\)\."):
-            writer.add(torch.ones(shape), [("b", (1, 2, 2), 1), ("c", (1, 2, 4), 2)])
-        writer.add(torch.ones(3, 6), [("d", (1, 2, 4), 2), ("e", (1, 2, 2), 1)])
-        writer.save(METADATA)
+            add(writer, torch.ones(shape), b=1, c=2)
+        add(writer, torch.ones(3, 6), d=2, e=1)
+        writer.save({**METADATA, "output": "merged"})
     file = load_features(path)
     assert file.ids == ["a", "d", "e"]
     assert [len(features.embeds) for features in file] == [1, 2, 1]
@@ -270,8 +276,9 @@ def test_a_disk_that_fills_up_at_the_head_is_named(
         raise OSError(28, "No space left on device")
 
     with small_writer(path, head_bytes) as writer:
-        writer.add(torch.ones(1, 6), [("a", (1, 2, 2), 1)])
-        monkeypatch.setattr(writer._growing, "file", Mock(wraps=writer._growing.file, seek=full))
+        add(writer, torch.ones(1, 6), a=1)
+        atomic = writer._growing[0].atomic
+        monkeypatch.setattr(atomic, "file", Mock(wraps=atomic.file, seek=full))
         with pytest.raises(ExportError, match=r"features.safetensors: could not be .*No space"):
             writer.save(METADATA)
     assert list(path.parent.iterdir()) == []

@@ -37,7 +37,7 @@ from qwen_vit.export.device_to_host import (
 )
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
-from qwen_vit.feature_files.write import FeatureWriter
+from qwen_vit.feature_files.writer import FeatureWriter
 from qwen_vit.features import FailedImage, ImageFeatures
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
@@ -700,9 +700,9 @@ def test_images_are_packed_largest_first_and_come_back_in_order(
     batches: list[list[int]] = []
     real = VisionEncoder.forward
 
-    def forward(self: VisionEncoder, patches: Any, grids: Any, output: Any) -> Any:
+    def forward(self: VisionEncoder, patches: Any, grids: Any, *options: Any) -> Any:
         batches.append([grid.n_patches for grid in grids])
-        return real(self, patches, grids, output)
+        return real(self, patches, grids, *options)
 
     monkeypatch.setattr(VisionEncoder, "forward", forward)
     together = whole.encode(images)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from qwen_vit.export.options import RowFormat
 from qwen_vit.export.records import ImageRecord
+from qwen_vit.feature_files.schema import EMBEDS, rows_by_tensor
+from qwen_vit.feature_files.writer import RowTensor
+from qwen_vit.features import ImageFeatures
 
 __all__ = ["MAX_UNWRITTEN_BYTES", "HostCopier", "HostCopy", "PinnedRing"]
 
@@ -21,15 +24,15 @@ MAX_UNWRITTEN_BYTES = RING_BYTES // 4 * 3  # of copies, so that the ring has roo
 class HostCopy(NamedTuple):
     """Rows of several images on their way to the CPU, complete when the GPU reaches `event`."""
 
-    rows: Tensor  # of one image after the other
-    is_finite: Tensor  # each row
+    rows: dict[str, Tensor]  # by tensor, one image after the other
+    is_finite: Tensor  # each row of image_embeds: NaN in a layer reaches them as well
     event: torch.cuda.Event | None
     release: Callable[[], None]  # frees the memory of the rows
 
     @property
     def n_bytes(self) -> int:
         """What the rows hold in memory."""
-        return self.rows.nbytes
+        return sum(rows.nbytes for rows in self.rows.values())
 
 
 class HostCopier:
@@ -42,38 +45,58 @@ class HostCopier:
             self._stream = torch.cuda.Stream(device)
             self._ring = PinnedRing(_pinned(RING_BYTES))
 
-    def copy(self, images: Sequence[ImageRecord], embeds: Sequence[Tensor]) -> HostCopy:
+    def copy(self, images: Sequence[ImageRecord], features: Sequence[ImageFeatures]) -> HostCopy:
         """Begin to copy the rows of those images that have any.
 
         Copies are released in the order in which they were made.
         """
-        if self._form.patches_per_row is None:
-            embeds = [each.float().mean(dim=0, keepdim=True) for each in embeds]
-        lengths = iter(map(len, embeds))
+        lengths = iter([len(each.embeds) for each in features])
         for image in images:
             image.n_rows = 0 if image.error is not None else next(lengths)
-        if not embeds:
-            nothing = torch.empty(0, self._form.width, dtype=self._form.dtype, device="cpu")
-            return HostCopy(nothing, nothing.bool().all(1), None, lambda: None)
-        stored = (embeds[0] if len(embeds) == 1 else torch.cat(list(embeds))).to(self._form.dtype)
+        found = [rows_by_tensor(each) for each in features]
+        stored = {
+            tensor.name: _joined(tensor, [rows[tensor.name] for rows in found])
+            for tensor in self._form.tensors
+        }
+        embeds = stored[EMBEDS]
+        if not features:
+            return HostCopy(stored, torch.empty(0, dtype=torch.bool, device="cpu"), None, _nothing)
         # by their extremes: a mask of single values would take more memory than the values
-        is_finite = stored.amin(1).isfinite() & stored.amax(1).isfinite()
+        is_finite = embeds.amin(1).isfinite() & embeds.amax(1).isfinite()
         if self._ring is None:
-            return HostCopy(stored, is_finite, None, lambda: None)
-        n_bytes = stored.nbytes + is_finite.nbytes
-        memory, release = self._ring.allocate(n_bytes), self._ring.release
+            return HostCopy(stored, is_finite, None, _nothing)
+        sizes = [_aligned(rows.nbytes) for rows in (*stored.values(), is_finite)]
+        memory, release = self._ring.allocate(sum(sizes)), self._ring.release
         if memory is None:
-            memory, release = _pinned(n_bytes), lambda: None
-        rows = memory[: stored.nbytes].view(stored.dtype).view(stored.shape)
-        flags = memory[stored.nbytes :].view(torch.bool)
-        self._stream.wait_stream(torch.cuda.current_stream(stored.device))
+            memory, release = _pinned(sum(sizes)), _nothing
+        on_host = [
+            part[: rows.nbytes].view(rows.dtype).view(rows.shape)
+            for part, rows in zip(memory.split(sizes), (*stored.values(), is_finite), strict=True)
+        ]
+        self._stream.wait_stream(torch.cuda.current_stream(embeds.device))
         with torch.cuda.stream(self._stream):
-            for on_device, on_host in ((stored, rows), (is_finite, flags)):
-                on_host.copy_(on_device, non_blocking=True)
+            for on_device, copied in zip((*stored.values(), is_finite), on_host, strict=True):
+                copied.copy_(on_device, non_blocking=True)
                 on_device.record_stream(self._stream)
             event = torch.cuda.Event(blocking=True)
             event.record(self._stream)
-        return HostCopy(rows, flags, event, release)
+        *rows_on_host, flags = on_host
+        return HostCopy(dict(zip(stored, rows_on_host, strict=True)), flags, event, release)
+
+
+def _joined(tensor: RowTensor, parts: list[Tensor]) -> Tensor:
+    """The images' rows of one tensor, one image after the other, in the dtype of the file."""
+    if not parts:
+        return torch.empty(0, tensor.width, dtype=tensor.dtype, device="cpu")
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(tensor.dtype)
+
+
+def _nothing() -> None:
+    """Free no memory."""
+
+
+def _aligned(n_bytes: int) -> int:
+    return n_bytes + -n_bytes % ALIGNED_BYTES
 
 
 def _pinned(n_bytes: int) -> Tensor:
@@ -99,7 +122,7 @@ class PinnedRing:
 
     def allocate(self, n_bytes: int) -> Tensor | None:
         """A piece of so many bytes, or None where it does not fit now."""
-        size = n_bytes + -n_bytes % ALIGNED_BYTES
+        size = _aligned(n_bytes)
         with self._lock:
             begin = self._begin_of_room(size)
             if begin is None:

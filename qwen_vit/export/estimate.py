@@ -22,7 +22,12 @@ from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ImageError
 from qwen_vit.export.options import ExportOptions, RowFormat
-from qwen_vit.export.plan import ExportPlan, plan_dry_run
+from qwen_vit.export.plan import (
+    IMAGE_HEAD_BYTES,
+    TENSOR_HEAD_BYTES,
+    ExportPlan,
+    plan_dry_run,
+)
 from qwen_vit.feature_files.schema import shard_name
 from qwen_vit.features import ImageFeatures
 from qwen_vit.images.decode import DECODERS
@@ -38,7 +43,7 @@ MAX_TIMED = 512  # images
 TIMING_S = 6.0  # for timing; an image that takes as long is timed alone
 MAX_GROWTH = 8  # of the images from one timing to the next
 HEAD_BYTES = 2**16  # of an image in a tar; most formats have the size there
-BYTES_BESIDE_ROWS = 500  # an image's ids, hashes and sizes in its shard's header
+NAME_BYTES = 300  # an image's id and source, and its share of the settings, in a shard's header
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +158,8 @@ def _estimate(
 ) -> tuple[Estimate, _Work]:
     """The estimate without its time, and the work that is left; `whole` shards are done."""
     config, form = encoder.image_config, RowFormat.of(encoder, options)
-    images = unreadable = rows = done = 0
+    beside_rows = NAME_BYTES + IMAGE_HEAD_BYTES + TENSOR_HEAD_BYTES * len(form.tensors)
+    images = unreadable = rows = patches = done = 0
     work = _Work()
     for item, shard in items:
         images += 1
@@ -169,9 +175,10 @@ def _estimate(
             continue
         n = height * width // config.patch_px**2
         rows += form.count(n)
+        patches += n
         if shard not in whole:
             work.add(n, TOKEN_BUDGET[encoder.device.type], shard)
-    n_bytes = rows * form.width * form.dtype.itemsize + images * BYTES_BESIDE_ROWS
+    n_bytes = form.n_bytes(rows, patches) + images * beside_rows
     return Estimate(images, unreadable, rows, n_bytes, None, done=done), work
 
 

@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 
 from qwen_vit.common.atomic_file import atomic_file
 from qwen_vit.feature_files.read import FeatureFile
+from qwen_vit.feature_files.schema import EMBEDS
+from qwen_vit.feature_files.tables import id_bytes, unicode_text, whole_numbers_in_pandas
 from qwen_vit.inputs.listing import Item
 
 __all__ = ["ManifestRow", "load_arrow", "shard_rows", "write_manifest"]
@@ -44,6 +46,7 @@ class ManifestRow:
     width: int | None = None
     sha256: str | None = None
     notes: str | None = None
+    rows_sha256: str | None = None
     error_stage: str | None = None
     error_code: str | None = None
     error_message: str | None = None
@@ -76,6 +79,7 @@ def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[Man
             ManifestRow(
                 index, item.id, item.source, "ok", shard, ends[place], ends[place + 1],
                 tokens[place], t, h, w, height, width, image["sha256"], ", ".join(image["notes"]),
+                image["rows_sha256"][EMBEDS],
             )
         )  # fmt: skip
     return rows
@@ -120,17 +124,15 @@ def _write_parquet(file: BinaryIO, shards: Iterable[Sequence[ManifestRow]]) -> N
         field.name: pa.int64() if field.type in (int, int | None) else pa.string()
         for field in fields(ManifestRow)
     }
-    schema = pa.schema([*columns.items(), ("id_bytes", pa.binary())])
+    schema = whole_numbers_in_pandas(pa.schema([*columns.items(), ("id_bytes", pa.binary())]))
     with pq.ParquetWriter(file, schema) as writer:
         for rows in shards:
             writer.write_table(pa.Table.from_pylist([_as_unicode(row) for row in rows], schema))
 
 
 def _as_unicode(row: ManifestRow) -> dict[str, Any]:
-    facts = asdict(row)
-    is_unicode = all(not 0xD800 <= ord(character) <= 0xDFFF for character in row.id)
-    facts["id_bytes"] = None if is_unicode else row.id.encode("utf-8", "surrogateescape")
-    for name, value in facts.items():
-        if isinstance(value, str):
-            facts[name] = value.encode("utf-8", "backslashreplace").decode()
-    return facts
+    facts = {
+        name: unicode_text(value) if isinstance(value, str) else value
+        for name, value in asdict(row).items()
+    }
+    return {**facts, "id_bytes": id_bytes(row.id)}

@@ -9,11 +9,14 @@ from qwen_vit.batching import OnError
 from qwen_vit.common.strict_json import is_integer
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, check_choice
+from qwen_vit.feature_files.schema import EMBEDS, layer_name
+from qwen_vit.feature_files.writer import RowTensor
+from qwen_vit.features import FeatureOutput
 from qwen_vit.images.image import ImageLimits
+from qwen_vit.outputs import check_layers, check_normalize
 
 __all__ = ["ExportOptions", "RowFormat"]
 
-ExportOutput = Literal["merged", "patch", "mean"]
 STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -27,28 +30,34 @@ class ExportOptions:
     Attributes:
         output: "merged" rows are what the language model takes, "patch" rows un-merged patches,
             and "mean" is one row per image, the mean of its merged ones (in float32).
-        dtype: how rows are stored; None: as they were computed.
+        dtype: how rows are stored; None: as the encoder computes.
         shard_size: images in a shard.
         on_error: "skip" records an image that fails and goes on; "raise" stops there.
         part: (I, N) takes every N-th shard, starting with the I-th.
         max_failures: consecutive failures that stop an export, because something else must be
             broken (0: never).
         limits: bounds of what is decoded.
+        normalize: whether a mean is divided by its length, as in `encode`.
+        layers: blocks whose dense features are stored as well, as in `encode`.
 
     Raises:
         ArgumentError: a value makes no sense.
     """
 
-    output: ExportOutput = "merged"
+    output: FeatureOutput = "merged"
     dtype: Literal["float32", "bfloat16"] | None = None
     shard_size: int = 512
     on_error: OnError = "skip"
     part: tuple[int, int] = (1, 1)
     max_failures: int = 200
     limits: ImageLimits = field(default_factory=ImageLimits)
+    normalize: bool = False
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        check_choice("output", self.output, get_args(ExportOutput))
+        check_choice("output", self.output, get_args(FeatureOutput))
+        check_normalize(self.output, self.normalize)
+        object.__setattr__(self, "layers", check_layers(self.layers))
         check_choice("dtype", self.dtype, (None, *STORAGE))
         check_choice("on_error", self.on_error, get_args(OnError))
         is_part = (
@@ -68,29 +77,49 @@ class ExportOptions:
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """What one row of the features is: its width, its type, and the patches that it stands for.
+    """What the rows of an export are: its tensors, and the patches that a row stands for.
 
-    `patches_per_row` is None where an image has one row, however many patches.
+    `tensors` are `image_embeds` and the layers in the order of their names. `patches_per_row` is
+    None where an image has one row, however many patches.
     """
 
-    width: int
-    dtype: torch.dtype
+    tensors: tuple[RowTensor, ...]
     patches_per_row: int | None
 
     @classmethod
     def of(cls, encoder: VisionEncoder, options: ExportOptions) -> Self:
-        """The form that an encoder's features take under these options."""
+        """The form that an encoder's features take under these options.
+
+        Raises ArgumentError for a layer that the encoder's tower has not.
+        """
         config = encoder.config
+        check_layers(options.layers, config.depth)
         dtype = encoder.dtype if options.dtype is None else STORAGE[options.dtype]
-        if options.output == "patch":
-            return cls(config.hidden_size, dtype, 1)
-        per_row = None if options.output == "mean" else config.merge_unit
-        return cls(config.out_hidden_size, dtype, per_row)
+        is_patch = options.output == "patch"
+        width = config.hidden_size if is_patch else config.out_hidden_size
+        per_row = {"patch": 1, "merged": config.merge_unit, "mean": None}[options.output]
+        layers = (
+            RowTensor(name, config.hidden_size, dtype)
+            for name in sorted(map(layer_name, options.layers))
+        )
+        return cls((RowTensor(EMBEDS, width, dtype), *layers), per_row)
 
     def count(self, n_patches: int) -> int:
         """The rows of an image.
 
-        >>> RowFormat(3_584, torch.bfloat16, 4).count(24)
+        >>> RowFormat((), 4).count(24)
         6
         """
         return 1 if self.patches_per_row is None else n_patches // self.patches_per_row
+
+    def n_bytes(self, n_rows: int, n_patches: int) -> int:
+        """What so many rows, and the layers of so many patches, take.
+
+        >>> RowFormat((RowTensor("image_embeds", 8, torch.float32),), 4).n_bytes(6, 24)
+        192
+        """
+        rows = (n_rows if name == EMBEDS else n_patches for name, _, _ in self.tensors)
+        return sum(
+            count * width * dtype.itemsize
+            for count, (_, width, dtype) in zip(rows, self.tensors, strict=True)
+        )

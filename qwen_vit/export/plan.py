@@ -29,6 +29,8 @@ from qwen_vit.inputs.find import find_items, no_image_found, warn_of_skipped
 from qwen_vit.inputs.listing import Item, Listing
 
 __all__ = [
+    "IMAGE_HEAD_BYTES",
+    "TENSOR_HEAD_BYTES",
     "ExportPlan",
     "check_folder",
     "open_export",
@@ -37,7 +39,8 @@ __all__ = [
     "reserved_header_bytes",
 ]
 
-IMAGE_HEAD_BYTES = 320  # of a shard's head, besides names: grid, offset, hash, size, notes
+# Of a shard's head, for each image: grid, offset, size, notes, hashes; and a hash of each tensor.
+IMAGE_HEAD_BYTES, TENSOR_HEAD_BYTES = 420, 100
 LEFTOVER = re.compile(r"\.+(?:shard-(\d{8})\.|listing-(\d+)-of-(\d+)\b|export\.|manifest\.).*\.tmp")
 
 
@@ -116,7 +119,8 @@ def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) ->
     """The bytes to reserve for a shard's head: they follow from the plan, not from the images."""
     names = [name for item in items for name in (item.id, item.source)]
     text = json.dumps({**settings, "ids": names})
-    return len(json.dumps(text)) + IMAGE_HEAD_BYTES * (len(items) + 1)  # JSON within JSON
+    per_image = IMAGE_HEAD_BYTES + TENSOR_HEAD_BYTES * (1 + len(settings.get("layers", ())))
+    return len(json.dumps(text)) + per_image * (len(items) + 1)  # JSON within JSON
 
 
 def _check_heads(plan: ExportPlan) -> None:

@@ -11,6 +11,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qwen_vit.export.manifest import ManifestRow
 from qwen_vit.export.plan import ExportPlan
+from qwen_vit.feature_files.schema import rows_by_tensor
 from qwen_vit.features import FailedImage, ImageFeatures
 
 __all__ = ["Progress"]
@@ -55,7 +56,8 @@ class Progress:
         if isinstance(features, FailedImage):
             self._count(0, 0, features.message)
         else:
-            self._count(len(features.embeds), features.embeds.nbytes)
+            n_bytes = sum(rows.nbytes for rows in rows_by_tensor(features).values())
+            self._count(len(features.embeds), n_bytes)
 
     def count_shard(self, rows: Sequence[ManifestRow], n_bytes: int) -> None:
         """Count a shard of another process."""

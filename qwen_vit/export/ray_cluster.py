@@ -18,8 +18,6 @@ from pathlib import Path
 from threading import Lock, current_thread, main_thread
 from typing import Any
 
-import torch
-
 from qwen_vit.common.prefetch import thread_count
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError, QwenVitError
@@ -27,7 +25,7 @@ from qwen_vit.export.background import StageTimer
 from qwen_vit.export.circuit_breaker import CircuitBreaker
 from qwen_vit.export.estimate import Estimate, estimate_plan
 from qwen_vit.export.manifest import ManifestRow, load_arrow
-from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.options import ExportOptions, RowFormat
 from qwen_vit.export.plan import ExportPlan, open_export, remove_leftovers
 from qwen_vit.export.progress import Progress
 from qwen_vit.export.records import REST, STAGES, DoneShard
@@ -81,7 +79,7 @@ def export_on_ray(
     load_arrow()
     with _cluster(address):
         workers = _Workers(load, device, decode_threads)
-        encoder = workers.ask("describe")
+        encoder = workers.ask("describe", options)
         with open_export(encoder, inputs, Path(folder).absolute(), options) as plan:
             if confirm is not None and not any(plan.path(shard).exists() for shard in plan.shards):
                 confirm(workers.ask("estimate", plan))
@@ -139,7 +137,6 @@ def _size(plan: ExportPlan, shard: int) -> int:
 class _Description:
     """An encoder of another process."""
 
-    device: torch.device
     facts: dict[str, Any]
 
     def metadata(self) -> dict[str, Any]:
@@ -161,14 +158,23 @@ class _Worker:
                 self._loaded = self._load()
             return self._loaded
 
-    def describe(self) -> _Description:
-        return _Description(self._encoder.device, self._encoder.metadata())
+    def describe(self, options: ExportOptions) -> _Description:
+        RowFormat.of(self._encoder, options)  # refuses a layer that the tower has not
+        return _Description(self._encoder.metadata())
 
     def estimate(self, plan: ExportPlan) -> Estimate:
         return estimate_plan(self._encoder, plan)
 
     def export(self, plan: ExportPlan, shard: int) -> tuple[DoneShard, dict[str, float]]:
         """Make one shard on the disk; returns its rows of the manifest and what it waited for."""
+        gpu = self._encoder.metadata()["gpu"]
+        if gpu != plan.settings["gpu"]:  # whose bits may be others
+            raise ExportError(
+                f"a worker has the GPU {gpu}",
+                name=str(plan.folder),
+                expected=f"{plan.settings['gpu']}, which the export was begun on",
+                remedy="use nodes with one kind of GPU",
+            )
         clock = StageTimer(REST)
         [done] = export_shards(
             self._encoder, plan, [shard], decode_threads=self._decode_threads, clock=clock

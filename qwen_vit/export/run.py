@@ -21,7 +21,7 @@ from qwen_vit.export.background import StageTimer
 from qwen_vit.export.estimate import Estimate, estimate_plan
 from qwen_vit.export.lock import short_lock
 from qwen_vit.export.manifest import ManifestRow, load_arrow, write_manifest
-from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.options import ExportOptions, RowFormat
 from qwen_vit.export.plan import ExportPlan, open_export
 from qwen_vit.export.progress import Progress
 from qwen_vit.export.records import REST
@@ -75,7 +75,8 @@ def export_features(
     if not isinstance(options, ExportOptions | None):
         raise ArgumentError(f"options is {options!r}", expected="ExportOptions or None")
     options, counts = options or ExportOptions(), ExportCounts()
-    thread_count(decode_threads)  # raises before a folder is made
+    thread_count(decode_threads)  # these two raise before a folder is made
+    RowFormat.of(encoder, options)
     load_arrow()
     clock = StageTimer(REST)
     with open_export(encoder, inputs, Path(folder), options) as plan:

@@ -10,17 +10,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from hashlib import file_digest
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 from qwen_vit.common.atomic_file import atomic_file, cannot_write
 from qwen_vit.common.strict_json import read_json
 from qwen_vit.errors import CheckpointError, ExportError, display_name
 from qwen_vit.export.options import ExportOptions
-from qwen_vit.feature_files.schema import SCHEMA_VERSION
+from qwen_vit.feature_files.schema import READABLE, SCHEMA_VERSION
 from qwen_vit.inputs.listing import Item, Listing, read_listing
 
 __all__ = [
@@ -42,10 +39,6 @@ SHARD = re.compile(r"shard-\d+\.safetensors")
 class EncoderInfo(Protocol):
     """What an export records of an encoder, in this process or in another."""
 
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
     def metadata(self) -> dict[str, Any]:
         """As `VisionEncoder.metadata`."""
 
@@ -55,12 +48,12 @@ def make_settings(encoder: EncoderInfo, listing: Listing, options: ExportOptions
     metadata = encoder.metadata()
     settings = {
         **metadata,
-        "versions": {**metadata["versions"], "pillow": version("pillow")},
         "schema_version": SCHEMA_VERSION,
         "computed_in": metadata["dtype"],
-        "device": encoder.device.type,
         "dtype": options.dtype or metadata["dtype"],
         "output": options.output,
+        "normalize": options.normalize,
+        "layers": options.layers,
         "shard_size": options.shard_size,
         "limits": asdict(options.limits),
         "n_images": listing.n_images,
@@ -103,6 +96,15 @@ def existing_settings(
     # an export refused for its size, say, has nothing to differ from; with other parts it may run
     if part == (1, 1) and "listing_sha256" in stored and not has_shards(folder):
         return None
+    version = stored.get("schema_version")
+    if version in READABLE and version != SCHEMA_VERSION:
+        raise ExportError(
+            f"it holds an export of schema {version}",
+            name=str(folder),
+            expected=f"schema {SCHEMA_VERSION}, which this version of qwen_vit writes",
+            remedy="finish it with the version that began it, or pass another --out; load_features "
+            "reads both",
+        )
     listing = _stored_listing(folder / LISTING, stored, listing)
     _check_same(path, stored, {**settings, "listing_sha256": listing.sha256}, listing)
     return stored, listing

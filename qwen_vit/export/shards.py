@@ -6,12 +6,12 @@ Loader threads prefetch; a writer thread drains results. So an export waits for 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from hashlib import sha256
 from itertools import islice
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ from qwen_vit.export.records import (
 )
 from qwen_vit.export.settings import LISTING, SETTINGS
 from qwen_vit.feature_files.read import open_shard
-from qwen_vit.feature_files.write import FeatureWriter
+from qwen_vit.feature_files.schema import EMBEDS, ItemFacts, layer_name, rows_by_tensor
+from qwen_vit.feature_files.writer import FeatureWriter
 from qwen_vit.features import FailedImage, ImageFeatures, not_finite
 from qwen_vit.images.patches import Patches
 from qwen_vit.inputs.listing import Item
@@ -105,9 +106,9 @@ def export_shards(
                 BackgroundWriter(MAX_UNWRITTEN_BYTES) as writer,
             ):
                 encoded = _encode(encoder, images, plan.options, breaker, clock)
-                for group, embeds in _in_groups(encoded, encoder.device):
+                for group, features in _in_groups(encoded, encoder.device):
                     with clock.stage(COPY):
-                        copy = copier.copy(group, embeds)
+                        copy = copier.copy(group, features)
                     with _time_writer(shard, clock):
                         writer.submit(partial(shard.add, group, copy), copy.n_bytes)
                 with _time_writer(shard, clock):
@@ -155,8 +156,8 @@ def _encode(
     options: ExportOptions,
     breaker: CircuitBreaker,
     clock: StageTimer,
-) -> Iterator[tuple[ImageRecord, Tensor | None]]:
-    """Every image in order, with its embeddings or its error."""
+) -> Iterator[tuple[ImageRecord, ImageFeatures | None]]:
+    """Every image in order, with its features or its error."""
     under_way: deque[ImageRecord] = deque()
 
     def patches() -> Iterator[Patches]:
@@ -167,8 +168,10 @@ def _encode(
                 loaded, image.patches = image.patches, None
                 yield loaded
 
-    output: Literal["patch", "merged"] = "patch" if options.output == "patch" else "merged"
-    encoded = encoder.encode_iter(patches(), on_error="skip", output=output, decode_threads=1)
+    encoded = encoder.encode_iter(
+        patches(), on_error="skip", output=options.output, normalize=options.normalize,
+        layers=options.layers, decode_threads=1,
+    )  # fmt: skip
     for features in _timed(encoded, ENCODE, clock):
         while under_way[0].error is not None:
             yield under_way.popleft(), None
@@ -178,7 +181,7 @@ def _encode(
             yield image, None
         else:
             image.grid_thw = features.grid_thw
-            yield image, features.embeds
+            yield image, features
     for image in under_way:
         yield image, None
 
@@ -195,27 +198,27 @@ def _timed(values: Iterator[Value], stage: str, clock: StageTimer) -> Iterator[V
 
 
 def _in_groups(
-    encoded: Iterable[tuple[ImageRecord, Tensor | None]], device: torch.device
-) -> Iterator[tuple[list[ImageRecord], list[Tensor]]]:
-    """Images, and the embeddings of those that have any, as many as one copy from the GPU takes.
+    encoded: Iterable[tuple[ImageRecord, ImageFeatures | None]], device: torch.device
+) -> Iterator[tuple[list[ImageRecord], list[ImageFeatures]]]:
+    """Images, and the features of those that have any, as many as one copy from the GPU takes.
 
     Copying small images one by one would keep the export waiting for Python. On a CPU nothing is
     copied, and every image is a group of its own.
     """
     most = GROUP_IMAGES if device.type == "cuda" else 1
     images: list[ImageRecord] = []
-    embeds: list[Tensor] = []
+    features: list[ImageFeatures] = []
     n_bytes = 0
     for image, each in encoded:
         images.append(image)
         if each is not None:
-            embeds.append(each)
-            n_bytes += each.nbytes
+            features.append(each)
+            n_bytes += sum(rows.nbytes for rows in rows_by_tensor(each).values())
         if len(images) == most or n_bytes >= GROUP_BYTES:
-            yield images, embeds
-            images, embeds, n_bytes = [], [], 0
+            yield images, features
+            images, features, n_bytes = [], [], 0
     if images:
-        yield images, embeds
+        yield images, features
 
 
 @contextmanager
@@ -243,10 +246,9 @@ class _Shard:
         self.number = number
         self.waited_s = 0.0  # for the GPU
         self._plan, self._form, self._breaker, self._on_image = plan, form, breaker, on_image
-        self._facts: list[dict[str, Any]] = []
         self._errors: list[dict[str, Any]] = []
         room = reserved_header_bytes(plan.listing.shard(number), plan.settings)
-        self._writer = FeatureWriter(plan.path(number), form.width, form.dtype, room)
+        self._writer = FeatureWriter(plan.path(number), form.tensors, room)
 
     def __enter__(self) -> Self:
         return self
@@ -257,45 +259,41 @@ class _Shard:
     def add(self, images: Sequence[ImageRecord], copy: HostCopy) -> None:
         """Append images: their rows, or their errors."""
         self._wait_for(copy)
-        parts = copy.rows.split([image.n_rows for image in images])
-        is_finite, begin = copy.is_finite.numpy(), 0
-        for image in images:
-            if not is_finite[begin : begin + image.n_rows].all():
+        items = [_item_facts(image) for image in images]  # of a failed one, no rows
+        parts = {
+            name: rows.split([item.rows_of(name) for item in items])
+            for name, rows in copy.rows.items()
+        }
+        is_finite = copy.is_finite.split([item.n_rows for item in items])
+        for image, of_rows in zip(images, is_finite, strict=True):
+            if not of_rows.numpy().all():
                 image.error = not_finite(image.item.id)
-            begin += image.n_rows
-        good = [(each, part) for each, part in zip(images, parts, strict=True) if not each.error]
+        good = [place for place, image in enumerate(images) if not image.error]
         if good:
-            is_whole = sum(each.n_rows for each, _ in good) == len(copy.rows)
-            self._writer.add(
-                copy.rows if is_whole else torch.cat([part for _, part in good]),
-                [(each.item.id, each.grid_thw, each.n_rows) for each, _ in good],
-            )
-        for image, part in zip(images, parts, strict=True):
-            self._count(image, None if image.error else part)
+            is_whole = sum(items[place].n_rows for place in good) == len(copy.is_finite)
+            rows = copy.rows
+            if not is_whole:
+                rows = {n: torch.cat([each[place] for place in good]) for n, each in parts.items()}
+            self._writer.add(rows, [items[place] for place in good])
+        for place, image in enumerate(images):
+            self._count(image, {name: each[place] for name, each in parts.items()})
         copy.release()
 
-    def _count(self, image: ImageRecord, embeds: Tensor | None) -> None:
-        if image.error is None:
-            self._facts.append(
-                {
-                    "sha256": image.sha256, "size_px": image.size_px, "notes": image.notes,
-                    "source": image.item.source,
-                }
-            )  # fmt: skip
-        else:
-            self._errors.append(
-                {
-                    "id": image.item.id, "stage": image.stage, "code": image.error.code,
-                    "message": str(image.error),
-                }
-            )  # fmt: skip
+    def _count(self, image: ImageRecord, rows: Mapping[str, Tensor]) -> None:
+        item, error = image.item, image.error
+        if error is not None:
+            entry = {"id": item.id, "stage": image.stage, "code": error.code, "message": str(error)}
+            self._errors.append(entry)
             if self._plan.options.on_error == "raise":
-                raise image.error
-        self._breaker.count_done(image.error)
-        if embeds is not None:
-            self._on_image(ImageFeatures(image.item.id, embeds, image.grid_thw, image.size_px))
-        elif image.error is not None:
-            self._on_image(FailedImage(image.item.id, image.error, image.stage, image.size_px))
+                raise error
+        self._breaker.count_done(error)
+        if error is not None:
+            self._on_image(FailedImage(item.id, error, image.stage, image.size_px))
+            return
+        layers = {block: rows[layer_name(block)] for block in self._plan.options.layers}
+        self._on_image(
+            ImageFeatures(item.id, rows[EMBEDS], image.grid_thw, image.size_px, layers=layers)
+        )
 
     def save(self) -> list[ManifestRow]:
         """Write the file, read it again, and return its rows of the manifest."""
@@ -303,7 +301,6 @@ class _Shard:
             {
                 **self._plan.settings,
                 "errors": self._errors,
-                "images": self._facts,
                 "patches_per_row": self._form.patches_per_row,
             }
         )
@@ -322,6 +319,13 @@ class _Shard:
             with torch.cuda.device(copy.event.device):  # else the first GPU would get a context
                 copy.event.synchronize()
             self.waited_s += time.perf_counter() - begin
+
+
+def _item_facts(image: ImageRecord) -> ItemFacts:
+    return ItemFacts(
+        image.item.id, image.grid_thw, image.n_rows, image.size_px, image.notes, image.sha256,
+        image.item.source, exif="apply",
+    )  # fmt: skip
 
 
 def whole_shard(

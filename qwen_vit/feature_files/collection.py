@@ -1,9 +1,11 @@
 """The features of many images as a sequence, and subsets of it: read when they are used."""
 
 import operator
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeAlias, overload
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from qwen_vit.errors import plural
+from qwen_vit.feature_files import tables
 from qwen_vit.features import ImageFeatures
 from qwen_vit.images.image import ImageSource
 from qwen_vit.integrations.hf import IMAGE_TOKEN_ID, to_hf
@@ -50,6 +53,10 @@ class Features(ABC):
 
         Raises KeyError for an id and IndexError for a position that does not exist.
         """
+
+    @abstractmethod
+    def content(self) -> Any:
+        """What changes when the files do: their paths, sizes and times."""
 
     @abstractmethod
     def read_at(self, place: Any) -> ImageFeatures:
@@ -120,6 +127,55 @@ class Features(ABC):
         """
         return show_features(self, pictures, point=point, layer=layer)
 
+    def to_numpy(self) -> NDArray[np.float32]:
+        """All rows (T, D) as float32, one image after the other, in the order of `ids`.
+
+        >>> load_features("means").to_numpy().shape  # doctest: +SKIP
+        (999998, 3584)
+
+        For output="mean" that is one row an image; else row `i` of an image of n rows follows the
+        rows of the images before it. Raises ExportError where there is no image.
+        """
+        return tables.to_numpy(self)
+
+    def to_pandas(self) -> Any:
+        """A DataFrame with a row for each image, in order, its id as the index.
+
+        >>> load_features("means").to_pandas().loc["cat.jpg", "embeds"].shape  # doctest: +SKIP
+        (3584,)
+
+        Its columns are grid_t, grid_h, grid_w (patches), height, width (pixels; missing where they
+        are not known), notes, and arrays of float32: embeds, (D,) for output="mean", else (n, D),
+        and layer_K (n_patches, C). All of it is in memory. Failed images have no row: `errors`
+        names them. Raises ArgumentError where pandas is not installed.
+        """
+        return tables.to_pandas(self)
+
+    def to_parquet(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> Path:
+        """Write the table of `to_pandas` as Parquet, whole or not at all, in flat memory.
+
+        >>> load_features("means").to_parquet("means.parquet")  # doctest: +SKIP
+        PosixPath('means.parquet')
+
+        Arrays become lists, or lists of lists. The odd bytes of an id that is no Unicode are
+        escaped, and `id_bytes` has the whole id. Raises ArgumentError where pyarrow is not
+        installed, and ExportError where there is no image, or `path` cannot be written.
+        """
+        return tables.write_parquet(self, path, overwrite=overwrite)
+
+    def to_datasets(self, *, cache_dir: str | os.PathLike[str] | None = None) -> Any:
+        """The table of `to_parquet` as a `datasets.Dataset`, in flat memory.
+
+        >>> load_features("means").to_datasets().with_format("numpy")[0]["embeds"].shape
+        ... # doctest: +SKIP
+        (3584,)
+
+        datasets writes it to its cache, and maps it from there; the same files are written once.
+        Raises ArgumentError where datasets is not installed, and ExportError where there is no
+        image.
+        """
+        return tables.to_datasets(self, cache_dir=cache_dir)
+
     def _keys(self, keys: Sequence[int] | Sequence[str]) -> Sequence[int | str]:
         if keys and all(isinstance(key, bool) for key in keys):
             if len(keys) != len(self):
@@ -175,6 +231,9 @@ class FeatureSubset(Features):
         if key not in self.ids:
             raise KeyError(f"{key!r} is not in {self}, which holds {plural(len(self), 'image')}")
         return self.source.locate(key)
+
+    def content(self) -> Any:
+        return self.source.content(), list(self.keys)
 
     def read_at(self, place: Any) -> ImageFeatures:
         return self.source.read_at(place)

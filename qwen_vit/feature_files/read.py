@@ -21,12 +21,15 @@ from qwen_vit.common.safetensors_header import read_header
 from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, plural
 from qwen_vit.feature_files.collection import Features
 from qwen_vit.feature_files.schema import (
+    EMBEDS,
     INTEGERS,
     METADATA_KEY,
     RESUME,
+    layer_name,
     parse_errors,
     parse_image_facts,
     parse_metadata,
+    parse_row_facts,
     read_description,
     read_listing,
     shard_name,
@@ -53,7 +56,8 @@ class FeatureFile(Features):
 
     Attributes:
         path: the file.
-        metadata: what `VisionEncoder.metadata()` gave, and `schema_version` and `ids`.
+        metadata: what `VisionEncoder.metadata()` gave, and the rest of `schema.FILE_FACTS`, `ids`
+            and `images`; those of a file of schema 1 may be absent.
         errors: the images of a shard that failed, each with its reason.
         image_grid_thw: (N, 3) int64, each image's grid in patches.
     """
@@ -69,8 +73,9 @@ class FeatureFile(Features):
             raise ExportError(f"cannot be read ({error})", name=str(path), remedy=remedy) from None
         self._ids: list[str] = self.metadata["ids"]
         self._index = {name: index for index, name in enumerate(self._ids)}
-        self.errors = parse_errors(self.metadata.get("errors", []), path, remedy)
-        self._facts = parse_image_facts(self.metadata.get("images", []), path, remedy)
+        self.errors = parse_errors(self.metadata.get("errors"), path, remedy)
+        self._facts = parse_image_facts(self.metadata.get("images"), path, remedy)
+        self._rows = parse_row_facts(self.metadata, path, remedy)
         self._check(remedy)
 
     def __str__(self) -> str:
@@ -104,17 +109,41 @@ class FeatureFile(Features):
             raise KeyError(f"{key!r} is not in {self}, which holds {plural(len(self), 'image')}")
         return self._index[key]
 
+    def content(self) -> Any:
+        return _file_content(self.path)
+
     def read_at(self, place: int) -> ImageFeatures:
-        rows = slice(self._offsets[place], self._offsets[place + 1])
         t, h, w = self.image_grid_thw[place].tolist()
-        with torch.device("cpu"):  # whatever the caller's default device is
-            embeds = self._file.get_slice("image_embeds")[rows]
+        output, normalized, blocks = self._rows
         size_px, notes = self._facts[place] if self._facts else (UNKNOWN_SIZE, ())
-        return ImageFeatures(self._ids[place], embeds, (t, h, w), size_px, notes)
+        embeds = self._read_rows(EMBEDS, self._offsets, place)
+        layers = {k: self._read_rows(layer_name(k), self._patches, place) for k in blocks}
+        return ImageFeatures(
+            self._ids[place], embeds, (t, h, w), size_px, notes, layers, output, normalized
+        )
+
+    @cached_property
+    def _patches(self) -> list[int]:
+        """Where each image's rows of a layer begin, and the last one's end."""
+        return [0, *self.image_grid_thw.prod(1).cumsum(0).tolist()]
+
+    def _read_rows(self, tensor: str, offsets: Sequence[int], place: int) -> Tensor:
+        with torch.device("cpu"):  # whatever the caller's default device is
+            rows: Tensor = self._file.get_slice(tensor)[offsets[place] : offsets[place + 1]]
+        return rows
 
     def _check(self, remedy: str) -> None:
-        rows = self._file.get_slice("image_embeds").get_shape()[0]
-        if len(self._facts) not in (0, len(self)):
+        rows = self._file.get_slice(EMBEDS).get_shape()[0]
+        for name in map(layer_name, self._rows.layers):
+            n_rows, places = self._file.get_slice(name).get_shape()[0], self._patches
+            if places[-1] != n_rows or not all(a <= b for a, b in pairwise(places)):
+                raise ExportError(
+                    f"corrupt ({name} has {n_rows} rows for {places[-1]} patches)",
+                    name=str(self.path),
+                    remedy=remedy,
+                )
+        may_lack_facts = self.metadata["schema_version"] == 1  # files of `encode` had none
+        if len(self._facts) != len(self) and (self._facts or not may_lack_facts):
             raise ExportError(
                 f"corrupt ({len(self._facts)} images and {len(self)} ids)",
                 name=str(self.path),
@@ -223,6 +252,9 @@ class FeatureFolder(Features):
         index = self._present[at]
         return index, position - (self._ends[at - 1] if at else 0)
 
+    def content(self) -> Any:
+        return [_file_content(self.path / shard_name(index)) for index in self._present]
+
     def read_at(self, place: tuple[int, int]) -> ImageFeatures:
         index, position = place
         return self._shard(index).read_at(position)
@@ -293,6 +325,14 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`.
     )
 
 
+def _file_content(path: Path) -> tuple[str, int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _cannot_read(path, error) from None
+    return str(path.absolute()), status.st_size, status.st_mtime_ns
+
+
 def _same_folder(path: Path, present: Sequence[int]) -> FeatureFolder:
     folder = FeatureFolder(path)
     folder._present = list(present)
@@ -324,7 +364,7 @@ def _read_metadata(path: Path, remedy: str) -> dict[str, Any]:
             expected="a feature file",
             remedy=remedy,
         ) from None
-    missing = {"image_embeds", *INTEGERS} - set(tensors)
+    missing = {EMBEDS, *INTEGERS} - set(tensors)
     with safe_open(path, framework="pt", device="cpu") as file:
         text = (file.metadata() or {}).get(METADATA_KEY)
     if missing or text is None:

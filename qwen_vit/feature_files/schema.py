@@ -1,46 +1,149 @@
 """The feature file and the export folder: what they hold, and checks of what was read from them.
 
 A feature file is one safetensors file: `image_embeds` (T, D), `image_grid_thw` (N, 3) int64 and
-`image_token_offsets` (N + 1,) int64, so that image i owns rows offsets[i] : offsets[i + 1]. Its
-metadata is a single key that holds sorted JSON, because safetensors writes several keys in random
-order and the same features must give the same bytes.
+`image_token_offsets` (N + 1,) int64, so that image i owns rows offsets[i] : offsets[i + 1]. For
+each block k of `layers` it has `layer_k` (P, C), the rows of all images' patches, t * h * w of
+each. Its metadata is a single key that holds sorted JSON, because safetensors writes several keys
+in random order and the same features must give the same bytes.
+
+Every file of schema 2 has the keys of `FILE_FACTS`, and in `images` an object for each image with
+the keys of `ItemFacts.to_json`. What does not apply, or is not known, is null. `rows_sha256` has
+for each tensor of rows the sha256 of the image's own rows, as they are stored.
 
 An export folder holds `export.json`, `listing.jsonl` (one id per line) and a feature file, called a
 shard, for every `shard_size` lines of the listing. A shard also names the images that failed, with
 the reason.
+
+Schema 1 had no layers, nothing of an image but `size_px`, `notes`, `sha256` and `source`, and those
+in shards only. It is still read.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
+
+from torch import Tensor
 
 from qwen_vit.common.safetensors_header import TensorInfo
 from qwen_vit.common.strict_json import check_integer, is_integer, parse_json, read_json, short_repr
 from qwen_vit.errors import CheckpointError, ExportError, ImageError
-from qwen_vit.features import FailedImage
+from qwen_vit.features import UNKNOWN_SIZE, FailedImage, FeatureOutput, ImageFeatures
 
 __all__ = [
+    "EMBEDS",
+    "FILE_FACTS",
     "INTEGERS",
     "METADATA_KEY",
+    "READABLE",
     "RESUME",
     "SCHEMA_VERSION",
+    "ItemFacts",
+    "RowFacts",
+    "layer_name",
     "parse_errors",
     "parse_image_facts",
     "parse_metadata",
+    "parse_row_facts",
     "read_description",
     "read_listing",
+    "rows_by_tensor",
     "shard_name",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, 2)  # versions
 METADATA_KEY = "qwen_vit"
+EMBEDS = "image_embeds"
 INTEGERS = ("image_grid_thw", "image_token_offsets")
 LINES_AT_ONCE = 4_096  # of a listing, parsed as one array: 1e6 lines take 0.5 s, one by one 2 s
 EXPORT_ELSEWHERE = "export into a new folder"
 RESUME = "run the same `qwen-vit export` command again to write what is missing"
 OTHER_SCHEMA = "read it with the version of qwen_vit that wrote it"
+
+
+# The keys of a file's metadata, besides `ids`, `images` and `schema_version`.
+FILE_FACTS = (
+    # what made the features: `VisionEncoder.metadata()`
+    *("model", "commit", "weights_sha256", "config_sha256", "versions", "device", "gpu"),
+    *("quantization", "image_policy"),
+    # which rows they are, the dtype that they were computed in, and that of the stored ones
+    *("output", "normalize", "layers", "patches_per_row", "computed_in", "dtype"),
+    # of an export
+    *("n_images", "listing_sha256", "shard_size", "limits", "errors"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ItemFacts:
+    """What a file records of one image or video, besides its rows; None where it is not known.
+
+    Attributes:
+        id, grid_thw: as those of `ImageFeatures`.
+        n_rows: its rows of `image_embeds`.
+        size_px: the original (height, width).
+        notes: what the image policy did.
+        sha256: that of the image's own bytes.
+        source: where an export read it.
+        kind: "image" or "video".
+        exif: "apply" or "ignore": whether its EXIF orientation was applied.
+        second_per_grid_t: of a video, how many seconds one step of the grid's t takes.
+        frame_seconds: of a video, the moments of its frames.
+    """
+
+    id: str
+    grid_thw: tuple[int, int, int]
+    n_rows: int
+    size_px: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
+    sha256: str | None = None
+    source: str | None = None
+    kind: str = "image"
+    exif: str | None = None
+    second_per_grid_t: float | None = None
+    frame_seconds: tuple[float, ...] | None = None
+
+    def rows_of(self, tensor: str) -> int:
+        """How many rows of a tensor are its own."""
+        return self.n_rows if tensor == EMBEDS else math.prod(self.grid_thw)
+
+    def to_json(self, rows_sha256: Mapping[str, str]) -> dict[str, Any]:
+        """Its entry in `images`; ids, grids and row counts have a place of their own."""
+        return {
+            "exif": self.exif,
+            "frame_seconds": self.frame_seconds,
+            "kind": self.kind,
+            "notes": self.notes,
+            "rows_sha256": dict(rows_sha256),
+            "second_per_grid_t": self.second_per_grid_t,
+            "sha256": self.sha256,
+            "size_px": self.size_px,
+            "source": self.source,
+        }
+
+
+def layer_name(block: int) -> str:
+    """The tensor of a block's rows.
+
+    >>> layer_name(7)
+    'layer_7'
+    """
+    return f"layer_{block}"
+
+
+def rows_by_tensor(features: ImageFeatures) -> dict[str, Tensor]:
+    """An image's rows by the tensor that holds them; the layers in the order of their names.
+
+    >>> import torch
+    >>> embeds, rows = torch.ones(1, 8), torch.ones(4, 6)
+    >>> list(rows_by_tensor(ImageFeatures("a", embeds, (1, 2, 2), layers={7: rows, 15: rows})))
+    ['image_embeds', 'layer_15', 'layer_7']
+    """
+    layers = {layer_name(block): rows for block, rows in features.layers.items()}
+    return {EMBEDS: features.embeds, **{name: layers[name] for name in sorted(layers)}}
 
 
 def shard_name(index: int) -> str:
@@ -74,9 +177,13 @@ def parse_metadata(
         )
     found = {name: (tensors[name].dtype, tensors[name].shape) for name in INTEGERS}
     expected = {"image_grid_thw": (len(ids), 3), "image_token_offsets": (len(ids) + 1,)}
-    if len(set(ids)) < len(ids) or len(tensors["image_embeds"].shape) != 2:
-        problem = f"{len(ids)} ids, {len(set(ids))} of them different; image_embeds of shape "
-        problem += str(tensors["image_embeds"].shape)
+    rows = {EMBEDS, *map(layer_name, parse_row_facts(metadata, path, remedy).layers)}
+    if rows != tensors.keys() - {*INTEGERS}:
+        problem = f"its tensors of rows are {', '.join(sorted(tensors.keys() - {*INTEGERS}))}; "
+        problem += f"its layers are {metadata.get('layers')}"
+    elif len(set(ids)) < len(ids) or any(len(tensors[name].shape) != 2 for name in rows):
+        problem = f"{len(ids)} ids, {len(set(ids))} of them different; "
+        problem += ", ".join(f"{name} of shape {tensors[name].shape}" for name in sorted(rows))
     elif found != {name: ("I64", shape) for name, shape in expected.items()}:
         problem = f"{len(ids)} ids; {found}"
     else:
@@ -84,8 +191,38 @@ def parse_metadata(
     raise ExportError(f"corrupt ({problem})", name=str(path), remedy=remedy)
 
 
+class RowFacts(NamedTuple):
+    """Which rows a file holds."""
+
+    output: FeatureOutput
+    normalized: bool
+    layers: tuple[int, ...]
+
+
+def parse_row_facts(metadata: Mapping[str, Any], path: Path, remedy: str) -> RowFacts:
+    """Which rows a file of either schema holds.
+
+    Raises ExportError, with the remedy, where its metadata does not say it.
+    """
+    per_row = metadata.get("patches_per_row")
+    of_schema_1 = "mean" if per_row is None else "patch" if per_row == 1 else "merged"
+    output = metadata.get("output", of_schema_1)
+    normalize, layers = metadata.get("normalize") or False, metadata.get("layers") or []
+    is_right = output in get_args(FeatureOutput) and isinstance(normalize, bool)
+    if is_right and isinstance(layers, list) and all(is_integer(k) and k >= 0 for k in layers):
+        return RowFacts(output, normalize, tuple(layers))
+    raise ExportError(
+        f"its output is {short_repr(output)}, its normalize {short_repr(normalize)}, and its "
+        f"layers are {short_repr(layers)}",
+        name=str(path),
+        expected="one of encode's outputs, true or false, and a list of blocks",
+        remedy=remedy,
+    )
+
+
 def parse_errors(value: Any, path: Path, remedy: str) -> Sequence[FailedImage]:
     """A shard's failed images. Raises ExportError, with the remedy, for anything else."""
+    value = [] if value is None else value
     names = {"id", "stage", "code", "message"}
     is_right = isinstance(value, list) and all(
         isinstance(entry, dict)
@@ -109,12 +246,15 @@ def parse_errors(value: Any, path: Path, remedy: str) -> Sequence[FailedImage]:
 def parse_image_facts(
     value: Any, path: Path, remedy: str
 ) -> Sequence[tuple[tuple[int, int], tuple[str, ...]]]:
-    """The original size and the notes of each image of a shard.
+    """The original size and the notes of each image of a file; none where schema 1 had none.
 
     Raises ExportError, with the remedy, for anything else.
     """
+    value = [] if value is None else value
     try:
-        facts = [(tuple(entry["size_px"]), tuple(entry["notes"])) for entry in value]
+        facts = [
+            (tuple(entry["size_px"] or UNKNOWN_SIZE), tuple(entry["notes"])) for entry in value
+        ]
         if all(len(size) == 2 and all(map(is_integer, size)) for size, _ in facts):
             return facts
     except (KeyError, TypeError):
@@ -186,10 +326,10 @@ def read_listing(path: Path, n_images: int) -> list[str]:
 
 def _check_schema_version(facts: Mapping[str, Any], path: Path) -> None:
     version = facts.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in READABLE:
         raise ExportError(
             f"its schema version is {version!r}",
             name=str(path),
-            expected=str(SCHEMA_VERSION),
+            expected=" or ".join(map(str, READABLE)),
             remedy=OTHER_SCHEMA,
         )

@@ -1,51 +1,44 @@
 """Writing feature files: whole or not at all, the same bytes for the same features."""
 
-import json
 import math
-import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen_vit.common.atomic_file import (
-    AtomicFile,
-    atomic_file,
-    cannot_write,
-    check_utf8,
-    refuse_link,
-)
-from qwen_vit.common.safetensors_header import MAX_HEADER_BYTES
+from qwen_vit.common.atomic_file import atomic_file, check_utf8, refuse_link
 from qwen_vit.common.tensors import all_finite
-from qwen_vit.errors import ArgumentError, ExportError, display_name, plural
-from qwen_vit.feature_files.schema import METADATA_KEY, SCHEMA_VERSION
-from qwen_vit.features import FailedImage, ImageFeatures, check_features
+from qwen_vit.errors import ArgumentError, ExportError, plural
+from qwen_vit.feature_files.schema import EMBEDS, ItemFacts, rows_by_tensor
+from qwen_vit.feature_files.writer import (
+    FILE_EACH,
+    FLOATS,
+    RowTensor,
+    build_head,
+    bytes_of,
+    rows_sha256,
+)
+from qwen_vit.features import (
+    UNKNOWN_SIZE,
+    AnyFeatures,
+    ImageFeatures,
+    check_features,
+    dtype_name,
+)
 
-__all__ = ["FeatureWriter", "write_features"]
+__all__ = ["write_features"]
 
-STORED_AS = {  # safetensors' own names
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
-FLOATS = set(STORED_AS) - {torch.int64}
 OF_A_SHARD = {"ids", "images", "errors"}  # metadata that other images may have come with
-FLUSH_BYTES = 2**25  # of rows, before the system is asked to write them to the disk
-COPY_BYTES = 2**18  # fits a cache
-FILE_EACH = "write one file for each model and output"
 AS_ENCODED = "write what `encode` returned"
 
 
 def write_features(
     path: str | Path,
-    features: Iterable[ImageFeatures | FailedImage],
+    features: AnyFeatures,
     metadata: Mapping[str, Any],
     *,
     overwrite: bool = True,
@@ -91,16 +84,13 @@ def write_features(
             name=str(path),
             remedy="give each one its own, for example by dataclasses.replace(features, id=...)",
         )
-    embeds = [_rows(path, f.id, f.embeds) for f in good]
-    widths = sorted({tuple(e.shape[1:]) for e in embeds})
-    if len(widths) > 1:
-        shapes = ", ".join(f"(n, {width[0]})" for width in widths)
-        raise ExportError(
-            f"embeddings of the shapes {shapes} do not fit into one file",
-            name=str(path),
-            remedy=FILE_EACH,
-        )
-    broken = [name for name, e in zip(ids, embeds, strict=True) if not all_finite(e)]
+    columns = _columns(path, good)
+    tensors = [RowTensor(name, *_form(path, name, rows)) for name, rows in columns.items()]
+    broken = [
+        f.id
+        for f, *parts in zip(good, *columns.values(), strict=True)
+        if not all(map(all_finite, parts))
+    ]
     if broken:
         raise ExportError(
             f"the embeddings of {broken[0]!r} ({len(broken)} of {plural(len(ids), 'image')}) "
@@ -108,152 +98,102 @@ def write_features(
             name=str(path),
             remedy="check the checkpoint with `qwen-vit info`, and try float32",
         )
+    output, normalized = _output(path, good, metadata)
     facts = {name: value for name, value in metadata.items() if name not in OF_A_SHARD}
-    facts["patches_per_row"] = _patches_per_row(path, good, metadata.get("output") == "mean")
-    dtype = reduce(torch.promote_types, (e.dtype for e in embeds))
-    grids = [feature.grid_thw for feature in good]
-    head = _head(path, ids, grids, list(map(len, embeds)), widths[0][0], dtype, facts)
+    facts |= {
+        "output": output,
+        "normalize": normalized,
+        "layers": sorted(good[0].layers),
+        "patches_per_row": _patches_per_row(path, good, output == "mean"),
+        "computed_in": metadata.get("computed_in", metadata.get("dtype")),
+        "dtype": dtype_name(tensors[0].dtype),
+    }
+    items, digests = [_item_of(feature) for feature in good], []
+    for place in range(len(good)):
+        stored = {t.name: columns[t.name][place].to(t.dtype).contiguous() for t in tensors}
+        digests.append({name: rows_sha256(rows) for name, rows in stored.items()})
+    head = build_head(path, items, digests, tensors, facts)
     with atomic_file(path, overwrite=overwrite) as file:
         file.write(head)
-        for rows in embeds:
-            file.write(_bytes_of(rows.to(dtype).contiguous()))
+        for tensor in tensors:
+            for rows in columns[tensor.name]:
+                file.write(bytes_of(rows.to(tensor.dtype).contiguous()))
     return path
 
 
-class FeatureWriter:
-    """Writes a feature file of unknown length: rows as they come, the header at the end.
-
-    >>> with FeatureWriter(path, 192, torch.float32, 2**16) as writer:  # doctest: +SKIP
-    ...     writer.add(torch.ones(6, 192), [("a.jpg", (1, 4, 6), 6)])
-    ...     writer.save(encoder.metadata())
-
-    The header holds all lengths, so `head_bytes` are reserved for it; a larger header has the rows
-    copied behind it. The file's bytes depend on `head_bytes`. The file appears under its name whole
-    or not at all: without `save` it is discarded when the block ends. Raises ExportError where the
-    system refuses to write.
-    """
-
-    def __init__(self, path: Path, width: int, dtype: torch.dtype, head_bytes: int) -> None:
-        self.path, self.width, self.dtype = path, width, dtype
-        self.ids: list[str] = []
-        self._grids: list[tuple[int, int, int]] = []
-        self._lengths: list[int] = []
-        self._head_bytes = min(head_bytes + -head_bytes % 8, MAX_HEADER_BYTES)
-        self._end = self._flushed = self._head_bytes  # end of the rows; of those flushed
-        self._growing = AtomicFile(path)
-        self._growing.file.seek(self._end)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.discard()
-
-    def discard(self) -> None:
-        """Leave nothing of a file that was not saved; harmless when it was."""
-        self._growing.discard()
-
-    def add(self, rows: Tensor, images: Sequence[tuple[str, tuple[int, int, int], int]]) -> None:
-        """Append images: their rows (n, width), and each one's id, grid and number of rows."""
-        n_rows = sum(length for _, _, length in images)
-        if rows.shape != (n_rows, self.width):
-            raise ExportError(
-                f"the embeddings of {plural(len(images), 'image')} from "
-                f"{display_name(images[0][0])} on have the shape {tuple(rows.shape)}",
-                name=str(self.path),
-                expected=f"({n_rows}, {self.width})",
-                remedy=FILE_EACH,
-            )
-        rows = rows.detach().to("cpu", self.dtype).contiguous()
-        try:
-            self._end += self._growing.file.write(_bytes_of(rows))
-            if self._end - self._flushed >= FLUSH_BYTES:
-                self._begin_flush()
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
-        for name, grid, length in images:
-            self.ids.append(name)
-            self._grids.append(grid)
-            self._lengths.append(length)
-
-    def save(self, facts: Mapping[str, Any]) -> None:
-        """Write the header and give the file its name; `facts` are JSON values for its metadata."""
-        head = _head(
-            self.path, self.ids, self._grids, self._lengths, self.width, self.dtype, facts,
-            at_least=self._head_bytes,
-        )  # fmt: skip
-        if len(head) > self._head_bytes:
-            self._copy_behind(head)
-            return
-        try:
-            self._growing.file.seek(0)
-            self._growing.file.write(head)
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
-        self._growing.commit()
-
-    def _copy_behind(self, head: bytes) -> None:
-        with atomic_file(self.path) as file:
-            file.write(head)
-            self._growing.file.seek(self._head_bytes)  # seeking writes what is still buffered
-            shutil.copyfileobj(self._growing.file, file, COPY_BYTES)
-        self._growing.discard()
-
-    def _begin_flush(self) -> None:
-        """Start writing to the disk, so that the final flush is short."""
-        if hasattr(os, "posix_fadvise"):  # Linux then starts to write and returns at once
-            length = self._end - self._flushed
-            os.posix_fadvise(
-                self._growing.file.fileno(), self._flushed, length, os.POSIX_FADV_DONTNEED
-            )
-        self._flushed = self._end
+def _item_of(feature: ImageFeatures) -> ItemFacts:
+    is_image = feature.size_px != UNKNOWN_SIZE  # patches that a caller has cut have no policy
+    return ItemFacts(
+        feature.id, feature.grid_thw, len(feature.embeds), feature.size_px if is_image else None,
+        feature.notes, exif="apply" if is_image else None,
+    )  # fmt: skip
 
 
-def _head(
-    path: Path, ids: Sequence[str], grids: Sequence[tuple[int, int, int]], lengths: Sequence[int],
-    width: int, dtype: torch.dtype, facts: Mapping[str, Any], *, at_least: int = 0,
-) -> bytes:  # fmt: skip
-    """All of a feature file before its rows; spaces fill it up to `at_least` bytes."""
-    facts = {**facts, "schema_version": SCHEMA_VERSION, "ids": ids}
-    try:
-        text = json.dumps(facts, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
+def _columns(path: Path, features: Sequence[ImageFeatures]) -> dict[str, list[Tensor]]:
+    """Each tensor's name and the images' rows of it, on the CPU; image_embeds first."""
+    blocks = [sorted(feature.layers) for feature in features]
+    other = next((place for place, each in enumerate(blocks) if each != blocks[0]), None)
+    if other is not None:
         raise ExportError(
-            f"its metadata cannot be written as JSON ({error})",
+            f"{features[0].id!r} has the layers {blocks[0]} and {features[other].id!r} has "
+            f"{blocks[other]}",
             name=str(path),
-            remedy="pass VisionEncoder.metadata()",
-        ) from None
-    grid_rows = torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(-1, 3)
-    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device="cpu")
-    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
-    position = 0
-    for name, stored, shape in (  # in the order in which safetensors itself would write them
-        ("image_grid_thw", torch.int64, grid_rows.shape),
-        ("image_token_offsets", torch.int64, offsets.shape),
-        ("image_embeds", dtype, (sum(lengths), width)),
-    ):
-        end = position + math.prod(shape) * stored.itemsize
-        header[name] = {
-            "dtype": STORED_AS[stored], "shape": list(shape), "data_offsets": [position, end],
-        }  # fmt: skip
-        position = end
-    integers = bytes(_bytes_of(grid_rows)) + bytes(_bytes_of(offsets))
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # so that the tensors are aligned
-    if len(raw) > MAX_HEADER_BYTES:
-        raise ExportError(
-            f"its header would have {len(raw)} bytes",
-            name=str(path),
-            expected=f"at most {MAX_HEADER_BYTES}, the most that safetensors reads",
-            remedy="put fewer images into a file",
+            expected="the same",
+            remedy="write them to separate files",
         )
-    raw = raw.ljust(at_least - 8 - len(integers))
-    return len(raw).to_bytes(8, "little") + raw + integers
+    found = [rows_by_tensor(feature) for feature in features]
+    columns: dict[str, list[Tensor]] = {}
+    for name in found[0]:
+        columns[name] = []
+        for feature, rows in zip(features, found, strict=True):
+            what = feature.id if name == EMBEDS else f"{feature.id}: {name}"
+            columns[name].append(_rows(path, what, rows[name]))
+            n_patches = math.prod(feature.grid_thw)
+            if name != EMBEDS and len(rows[name]) != n_patches:
+                raise ExportError(
+                    f"{feature.id!r} has {len(rows[name])} rows of {name} for a grid of "
+                    f"{feature.grid_thw}",
+                    name=str(path),
+                    expected=f"{n_patches}, one for each patch",
+                    remedy=AS_ENCODED,
+                )
+    return columns
 
 
-def _bytes_of(tensor: Tensor) -> Any:
-    """The memory of a contiguous tensor on the CPU; numpy has no bfloat16."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+def _form(path: Path, name: str, rows: Sequence[Tensor]) -> tuple[int, torch.dtype]:
+    """The width of a tensor, and the dtype that holds all of its rows."""
+    widths = sorted({part.shape[1] for part in rows})
+    if len(widths) > 1:
+        shapes = ", ".join(f"(n, {width})" for width in widths)
+        what = "embeddings" if name == EMBEDS else f"rows of {name}"
+        raise ExportError(
+            f"{what} of the shapes {shapes} do not fit into one file",
+            name=str(path),
+            remedy=FILE_EACH,
+        )
+    return widths[0], reduce(torch.promote_types, (part.dtype for part in rows))
+
+
+def _output(
+    path: Path, features: Sequence[ImageFeatures], metadata: Mapping[str, Any]
+) -> tuple[str, bool]:
+    """Which rows the features hold, the same for all; and whether they have unit length."""
+    if metadata.get("output") == "mean":  # of features that were made by hand
+        features = [replace(feature, output="mean") for feature in features]
+    kinds = {(f.output, f.normalized): f.id for f in features}
+    if len(kinds) > 1:
+        (first, one), (second, other), *_ = kinds.items()
+        raise ExportError(
+            f"{one!r} is {_kind_text(*first)} and {other!r} is {_kind_text(*second)}",
+            name=str(path),
+            expected="the same",
+            remedy="write them to separate files",
+        )
+    return next(iter(kinds))
+
+
+def _kind_text(output: str, is_normalized: bool) -> str:
+    return f"output={output!r}{' of unit length' if is_normalized else ''}"
 
 
 def _rows(path: Path, name: str, embeds: Tensor) -> Tensor:

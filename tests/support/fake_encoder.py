@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import PIL
 import torch
 
 from qwen_vit.cli import main as cli
@@ -25,7 +26,7 @@ from qwen_vit.export import run as export
 from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.images.patches import Patches
 
-WIDTH = 16
+WIDTH, DEPTH = 16, 4
 POISON, TOO_LARGE = 7, 9  # images of this value alone give NaN, or do not fit the memory
 HELD = 5  # an image of this value alone waits until a file is gone
 BATCH = 32
@@ -34,7 +35,7 @@ BATCH = 32
 class FakeEncoder:
     """What the export asks of a VisionEncoder."""
 
-    config = SimpleNamespace(hidden_size=WIDTH, out_hidden_size=WIDTH, merge_unit=4)
+    config = SimpleNamespace(hidden_size=WIDTH, out_hidden_size=WIDTH, merge_unit=4, depth=DEPTH)
     device = torch.device("cpu")
     dtype = torch.float32
 
@@ -50,7 +51,10 @@ class FakeEncoder:
             "commit": None,
             "weights_sha256": "0" * 64,
             "config_sha256": "1" * 64,
-            "versions": {"torch": torch.__version__},
+            "versions": {"torch": torch.__version__, "pillow": PIL.__version__},
+            "device": "cpu",
+            "gpu": None,
+            "quantization": None,
             "dtype": "float32",
             "image_policy": self.image_config.to_json(),
         }
@@ -63,15 +67,18 @@ class FakeEncoder:
         for image in images:
             batch.append(image)
             if len(batch) == BATCH:
-                yield from self._encode(batch, options["output"])
+                yield from self._encode(batch, options)
                 batch = []
-        yield from self._encode(batch, options["output"])
+        yield from self._encode(batch, options)
 
     def encode(self, images: Iterable[Any], **options: Any) -> list[ImageFeatures]:
         """Paths, as the dry run gives them."""
         return [ImageFeatures(str(each), torch.zeros(1, WIDTH), (1, 2, 2)) for each in images]
 
-    def _encode(self, batch: list[Patches], output: str) -> Iterator[ImageFeatures | FailedImage]:
+    def _encode(
+        self, batch: list[Patches], options: dict[str, Any]
+    ) -> Iterator[ImageFeatures | FailedImage]:
+        output = options.get("output", "merged")
         for patches in batch:
             name = str(patches.name)
             self.encoded += 1
@@ -79,15 +86,23 @@ class FakeEncoder:
                 os.write(self.journal, b".")
             [grid] = patches.grids
             rows = patches.pixels[:, :WIDTH].float()
-            if output == "merged":
+            layers = {block: rows + block for block in options.get("layers", ())}
+            if output != "patch":
                 rows = rows.reshape(-1, 4, WIDTH).mean(dim=1)
             if (patches.pixels == POISON).all():
                 rows[-1, -1] = float("nan")
+            if output == "mean":
+                rows = rows.mean(dim=0, keepdim=True)
+            if options.get("normalize"):
+                rows = rows / rows.norm(dim=1, keepdim=True)
             if (patches.pixels == TOO_LARGE).all():
                 fact = f"its {len(rows)} patches do not fit the memory of cpu"
                 yield FailedImage(name, ImageError(fact, name=name, code="out-of-memory"))
             else:
-                yield ImageFeatures(name, rows, (grid.t, grid.h, grid.w))
+                yield ImageFeatures(
+                    name, rows, (grid.t, grid.h, grid.w), layers=layers, output=output,
+                    normalized=bool(options.get("normalize")),
+                )  # fmt: skip
 
 
 class BlockingEncoder(FakeEncoder):
@@ -98,12 +113,14 @@ class BlockingEncoder(FakeEncoder):
         self.hold = folder / "hold"
         (folder / "workers" / str(os.getpid())).touch()
 
-    def _encode(self, batch: list[Patches], output: str) -> Iterator[ImageFeatures | FailedImage]:
+    def _encode(
+        self, batch: list[Patches], options: dict[str, Any]
+    ) -> Iterator[ImageFeatures | FailedImage]:
         for patches in batch:
             while (patches.pixels == HELD).all() and self.hold.exists():
                 time.sleep(0.01)
             time.sleep(0.005)
-            yield from super()._encode([patches], output)
+            yield from super()._encode([patches], options)
 
 
 def load_blocking_encoder(*_: Any, held: Path, **__: Any) -> BlockingEncoder:

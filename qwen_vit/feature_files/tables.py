@@ -1,0 +1,271 @@
+"""Stored features as NumPy, pandas, Parquet and Hugging Face's datasets: a row for each image.
+
+Images are read one after the other, so a table on disk needs memory for one batch of rows. Rows are
+float32 in a table: neither Arrow nor NumPy has bfloat16, and every bfloat16 is a float32.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_vit.common.atomic_file import atomic_file, check_utf8, refuse_link
+from qwen_vit.errors import ArgumentError, ExportError
+from qwen_vit.feature_files.schema import EMBEDS, METADATA_KEY, rows_by_tensor
+from qwen_vit.features import UNKNOWN_SIZE, ImageFeatures
+
+__all__ = [
+    "id_bytes", "to_datasets", "to_numpy", "to_pandas", "unicode_text", "whole_numbers_in_pandas",
+    "write_parquet",
+]  # fmt: skip
+
+EMBEDS_COLUMN = "embeds"
+WHOLE_NUMBERS = ("grid_t", "grid_h", "grid_w", "height", "width")
+BATCH_BYTES, BATCH_IMAGES = 2**25, 4_096  # of float32 rows at a time; some three copies exist
+DENSE_IMAGES = 8  # that datasets holds at a time; of vectors, its own default of 1,000
+EMPTY = "choose at least one image that has features"
+
+
+class StoredImages(Protocol):
+    """What a table needs of `Features`, which is in the module above."""
+
+    metadata: dict[str, Any]
+
+    def __iter__(self) -> Iterator[ImageFeatures]: ...
+    def content(self) -> Any: ...
+
+
+def to_numpy(features: StoredImages) -> NDArray[np.float32]:
+    """See `Features.to_numpy`."""
+    n_rows, parts = 0, []
+    for image in features:
+        n_rows += len(image.embeds)
+        parts.append(image.embeds)  # a view of the file
+    if not parts:
+        raise ExportError("holds no image", name=str(features), remedy=EMPTY)
+    rows = np.empty((n_rows, parts[0].shape[1]), np.float32)
+    end = 0
+    for part in parts:
+        end += len(part)
+        rows[end - len(part) : end] = part.float().numpy()
+    return rows
+
+
+def to_pandas(features: StoredImages) -> Any:
+    """See `Features.to_pandas`."""
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise _missing("pandas", "pandas", error) from None
+    records = [_record(image) for image in features]
+    names = list(records[0]) if records else ["id", *WHOLE_NUMBERS, "notes", EMBEDS_COLUMN]
+    columns: dict[str, Any] = {}
+    for name in names:
+        values = [record[name] for record in records]
+        dtype = "Int64" if name in WHOLE_NUMBERS else object
+        columns[name] = pd.Series(values, dtype=dtype)
+    # ids may hold bytes that are no Unicode, so they are plain Python strings
+    index = pd.Index(columns.pop("id"), dtype=object, name="id")
+    return pd.DataFrame(columns).set_index(index)
+
+
+def write_parquet(
+    features: StoredImages, path: str | os.PathLike[str], *, overwrite: bool = True
+) -> Path:
+    """See `Features.to_parquet`."""
+    try:
+        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise _missing("pyarrow", "arrow", error) from None
+    path = Path(path)
+    check_utf8(path)
+    refuse_link(path)
+    images = iter(features)
+    first = next(images, None)
+    if first is None:
+        raise ExportError("holds no image", name=str(features), remedy=EMPTY)
+    schema = _arrow_schema(features, first)
+    # the lower half of a bfloat16's float32 is zero, which packs to nothing byte by byte
+    rows = [name for name in schema.names if name == EMBEDS_COLUMN or name.startswith("layer_")]
+    leaves = [_leaf(schema.field(name)) for name in rows]
+    with (
+        atomic_file(path, overwrite=overwrite) as file,
+        pq.ParquetWriter(
+            file, schema, compression="zstd", use_dictionary=False, use_byte_stream_split=leaves,
+            write_statistics=["id"],
+        ) as writer,
+    ):  # fmt: skip
+        for batch in _batches([first], images):
+            writer.write_batch(_record_batch(batch, schema))
+    return path
+
+
+def to_datasets(features: StoredImages, *, cache_dir: str | os.PathLike[str] | None = None) -> Any:
+    """See `Features.to_datasets`."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise _missing("datasets", "datasets", error) from None
+    first = next(iter(features), None)
+    if first is None:
+        raise ExportError("holds no image", name=str(features), remedy=EMPTY)
+    schema = _arrow_schema(features, first)
+    is_dense = first.output != "mean" or bool(first.layers)
+    return datasets.Dataset.from_generator(
+        _dataset_rows,
+        features=datasets.Features.from_arrow_schema(schema.remove_metadata()),
+        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+        # datasets keeps what it made by a hash of these, and the path alone does not name content
+        gen_kwargs={"features": features, "content": repr(features.content())},
+        **({"writer_batch_size": DENSE_IMAGES} if is_dense else {}),
+    )
+
+
+def _dataset_rows(features: StoredImages, content: str) -> Iterator[dict[str, Any]]:
+    for image in features:
+        yield _unicode_record(image)
+
+
+def _record(image: ImageFeatures) -> dict[str, Any]:
+    """An image's row of a table, its arrays as float32."""
+    rows = {name: part.float().numpy() for name, part in rows_by_tensor(image).items()}
+    embeds = rows.pop(EMBEDS)
+    t, h, w = image.grid_thw
+    height, width = image.size_px if image.size_px != UNKNOWN_SIZE else (None, None)
+    return {
+        "id": image.id, "grid_t": t, "grid_h": h, "grid_w": w, "height": height, "width": width,
+        "notes": list(image.notes), EMBEDS_COLUMN: embeds[0] if image.output == "mean" else embeds,
+        **rows,
+    }  # fmt: skip
+
+
+def _unicode_record(image: ImageFeatures) -> dict[str, Any]:
+    record = _record(image)
+    return {**record, "id": unicode_text(image.id), "id_bytes": id_bytes(image.id)}
+
+
+def _arrow_schema(features: StoredImages, first: ImageFeatures) -> Any:
+    import pyarrow as pa
+
+    vector = pa.list_(pa.float32())
+    rows = {name: pa.list_(vector) for name in rows_by_tensor(first) if name != EMBEDS}
+    facts = {
+        name: value
+        for name, value in features.metadata.items()
+        if name not in ("ids", "images", "errors")
+    }
+    fields = {
+        "id": pa.string(),
+        **dict.fromkeys(WHOLE_NUMBERS, pa.int64()),
+        "notes": pa.list_(pa.string()),
+        EMBEDS_COLUMN: vector if first.output == "mean" else pa.list_(vector),
+        **rows,
+        "id_bytes": pa.binary(),
+    }
+    schema = whole_numbers_in_pandas(pa.schema(list(fields.items())))
+    return schema.with_metadata(
+        {**schema.metadata, METADATA_KEY: json.dumps(facts, sort_keys=True)}
+    )
+
+
+def _leaf(field: Any) -> str:
+    """Parquet's name for the values of a column of lists."""
+    name, kind = field.name, field.type
+    while hasattr(kind, "value_type"):
+        name, kind = f"{name}.list.element", kind.value_type
+    return str(name)
+
+
+def _batches(
+    first: Sequence[ImageFeatures], images: Iterable[ImageFeatures]
+) -> Iterator[list[ImageFeatures]]:
+    """As many images at a time as `BATCH_BYTES` hold."""
+    batch = list(first)
+    n_bytes = sum(map(_table_bytes, batch))
+    for image in images:
+        if len(batch) == BATCH_IMAGES or n_bytes + _table_bytes(image) > BATCH_BYTES:
+            yield batch
+            batch, n_bytes = [], 0
+        batch.append(image)
+        n_bytes += _table_bytes(image)
+    yield batch
+
+
+def _table_bytes(image: ImageFeatures) -> int:
+    return 4 * sum(rows.numel() for rows in rows_by_tensor(image).values())
+
+
+def _record_batch(images: Sequence[ImageFeatures], schema: Any) -> Any:
+    import pyarrow as pa
+
+    records = [_unicode_record(image) for image in images]
+    columns = []
+    for field in schema:
+        values = [record[field.name] for record in records]
+        is_rows = isinstance(values[0], np.ndarray)
+        columns.append(_list_array(values) if is_rows else pa.array(values, field.type))
+    return pa.record_batch(columns, schema=schema)
+
+
+def _list_array(arrays: Sequence[NDArray[np.float32]]) -> Any:
+    """Arrays of one axis as lists, of two axes as lists of lists, without a Python object a value.
+
+    Arrow counts the values of a batch in int32: `BATCH_BYTES` are far below.
+    """
+    import pyarrow as pa
+
+    values = pa.array(np.concatenate([each.reshape(-1) for each in arrays]))
+    if arrays[0].ndim == 2:
+        width = arrays[0].shape[1]
+        n_rows = sum(map(len, arrays))
+        rows = np.arange(0, (n_rows + 1) * width, width, dtype=np.int32)[: n_rows + 1]
+        values = pa.ListArray.from_arrays(rows, values)
+    ends = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    return pa.ListArray.from_arrays(ends, values)
+
+
+def whole_numbers_in_pandas(schema: Any) -> Any:
+    """An Arrow schema whose columns of int64 pandas reads as Int64, which may lack a value.
+
+    Without this note pandas makes floats of a column of whole numbers where one is missing.
+    """
+    columns = [
+        {
+            "name": field.name, "field_name": field.name, "pandas_type": "int64",
+            "numpy_type": "Int64", "metadata": None,
+        }
+        for field in schema
+        if str(field.type) == "int64"
+    ]  # fmt: skip
+    notes = {"index_columns": [], "column_indexes": [], "columns": columns}
+    return schema.with_metadata({**(schema.metadata or {}), "pandas": json.dumps(notes)})
+
+
+def unicode_text(text: str) -> str:
+    r"""Text as Unicode, which is all that Arrow holds: odd bytes of a name are escaped.
+
+    >>> print(unicode_text(os.fsdecode(b"caf\xe9.jpg")))
+    caf\udce9.jpg
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def id_bytes(name: str) -> bytes | None:
+    """The bytes of an id that is no Unicode; None of any other.
+
+    >>> id_bytes("café.jpg"), id_bytes(os.fsdecode(b"caf\\xe9.jpg"))
+    (None, b'caf\\xe9.jpg')
+    """
+    is_unicode = all(not 0xD800 <= ord(character) <= 0xDFFF for character in name)
+    return None if is_unicode else name.encode("utf-8", "surrogateescape")
+
+
+def _missing(package: str, extra: str, error: ImportError) -> ArgumentError:
+    return ArgumentError(
+        f"{package} cannot be imported ({error})",
+        remedy=f"run pip install 'qwen-vit[{extra}]'",
+    )

@@ -1,0 +1,251 @@
+"""A feature file that grows: rows as they come, hashed on the way, and the header at the end."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from qwen_vit.common.atomic_file import AtomicFile, atomic_file, cannot_write
+from qwen_vit.common.safetensors_header import MAX_HEADER_BYTES
+from qwen_vit.errors import ExportError, display_name, plural
+from qwen_vit.feature_files.schema import (
+    EMBEDS,
+    FILE_FACTS,
+    METADATA_KEY,
+    SCHEMA_VERSION,
+    ItemFacts,
+)
+
+__all__ = [
+    "FILE_EACH",
+    "FLOATS",
+    "FeatureWriter",
+    "RowTensor",
+    "build_head",
+    "bytes_of",
+    "rows_sha256",
+]
+
+STORED_AS = {  # safetensors' own names
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+FLOATS = set(STORED_AS) - {torch.int64}
+FLUSH_BYTES = 2**25  # of rows, before the system is asked to write them to the disk
+COPY_BYTES = 2**18  # fits a cache
+FILE_EACH = "write one file for each model and output"
+
+
+class RowTensor(NamedTuple):
+    """A tensor of rows in a file: `image_embeds`, or a layer."""
+
+    name: str
+    width: int
+    dtype: torch.dtype
+
+
+class FeatureWriter:
+    """Writes a feature file of unknown length: rows as they come, the header at the end.
+
+    >>> tensors = [RowTensor("image_embeds", 192, torch.float32)]
+    >>> with FeatureWriter(path, tensors, 2**16) as writer:  # doctest: +SKIP
+    ...     rows = {"image_embeds": torch.ones(6, 192)}
+    ...     writer.add(rows, [ItemFacts("a.jpg", (1, 4, 6), n_rows=6)])
+    ...     writer.save(encoder.metadata())
+
+    The header holds all lengths, so `head_bytes` are reserved for it; a larger header has the rows
+    copied behind it. The rows of every tensor but the first go to a hidden file of their own, and
+    are copied behind the others when the file is saved. The file's bytes depend on `head_bytes`.
+    The file appears under its name whole or not at all: without `save` it is discarded when the
+    block ends. Raises ExportError where the system refuses to write.
+    """
+
+    def __init__(self, path: Path, tensors: Sequence[RowTensor], head_bytes: int) -> None:
+        self.path, self.tensors = path, tuple(tensors)
+        self.items: list[ItemFacts] = []
+        self._digests: list[dict[str, str]] = []
+        self._head_bytes = min(head_bytes + -head_bytes % 8, MAX_HEADER_BYTES)
+        # hashing and writing take about as long, and neither holds Python's lock
+        self._hasher = ThreadPoolExecutor(1, "qwen-vit-hash")
+        self._growing: list[_GrowingRows] = []
+        try:
+            for place in range(len(self.tensors)):
+                begin = self._head_bytes if place == 0 else 0
+                self._growing.append(_GrowingRows(path, begin))
+        except ExportError:
+            self.discard()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
+
+    def discard(self) -> None:
+        """Leave nothing of a file that was not saved; harmless when it was."""
+        self._hasher.shutdown()
+        for growing in self._growing:
+            growing.atomic.discard()
+
+    def add(self, rows: Mapping[str, Tensor], items: Sequence[ItemFacts]) -> None:
+        """Append images: for each tensor their rows (n, width), one image after the other."""
+        stored = [self._check(tensor, rows[tensor.name], items) for tensor in self.tensors]
+        digests = self._hasher.submit(self._digests_of, stored, items)
+        try:
+            for growing, part in zip(self._growing, stored, strict=True):
+                growing.write(part)
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        finally:
+            self._digests += digests.result()  # the caller's memory is free then
+        self.items += items
+
+    def save(self, facts: Mapping[str, Any]) -> None:
+        """Write the header and give the file its name; `facts` are JSON values for its metadata."""
+        head = build_head(
+            self.path, self.items, self._digests, self.tensors, facts, at_least=self._head_bytes
+        )
+        main, *others = (growing.atomic for growing in self._growing)
+        try:
+            for other in others:
+                _copy(other.file, 0, main.file)
+            if len(head) <= self._head_bytes:
+                main.file.seek(0)
+                main.file.write(head)
+                main.commit()
+            else:
+                with atomic_file(self.path) as file:
+                    file.write(head)
+                    _copy(main.file, self._head_bytes, file)
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        self.discard()
+
+    def _digests_of(
+        self, stored: Sequence[Tensor], items: Sequence[ItemFacts]
+    ) -> list[dict[str, str]]:
+        """For each image the digest of its rows of each tensor."""
+        names = [tensor.name for tensor in self.tensors]
+        parts = [
+            rows.split([item.rows_of(name) for item in items])
+            for name, rows in zip(names, stored, strict=True)
+        ]
+        return [
+            {name: rows_sha256(rows) for name, rows in zip(names, of_item, strict=True)}
+            for of_item in zip(*parts, strict=True)
+        ]
+
+    def _check(self, tensor: RowTensor, rows: Tensor, items: Sequence[ItemFacts]) -> Tensor:
+        """The rows as they are stored."""
+        n_rows = sum(item.rows_of(tensor.name) for item in items)
+        if rows.shape != (n_rows, tensor.width):
+            raise ExportError(
+                f"the {'embeddings' if tensor.name == EMBEDS else tensor.name} of "
+                f"{plural(len(items), 'image')} from {display_name(items[0].id)} on have the shape "
+                f"{tuple(rows.shape)}",
+                name=str(self.path),
+                expected=f"({n_rows}, {tensor.width})",
+                remedy=FILE_EACH,
+            )
+        return rows.detach().to("cpu", tensor.dtype).contiguous()
+
+
+class _GrowingRows:
+    """The rows of one tensor in a hidden file, behind `begin` bytes."""
+
+    def __init__(self, path: Path, begin: int) -> None:
+        self.atomic = AtomicFile(path)
+        self._end = self._flushed = begin
+        self.atomic.file.seek(begin)
+
+    def write(self, rows: Tensor) -> None:
+        """Append rows; now and then the system is asked to write them to the disk.
+
+        So the final flush is short.
+        """
+        self._end += self.atomic.file.write(bytes_of(rows))
+        if self._end - self._flushed < FLUSH_BYTES:
+            return
+        if hasattr(os, "posix_fadvise"):  # Linux then starts to write and returns at once
+            length = self._end - self._flushed
+            os.posix_fadvise(
+                self.atomic.file.fileno(), self._flushed, length, os.POSIX_FADV_DONTNEED
+            )
+        self._flushed = self._end
+
+
+def _copy(source: BinaryIO, begin: int, target: BinaryIO) -> None:
+    source.seek(begin)  # seeking writes what is still buffered
+    shutil.copyfileobj(source, target, COPY_BYTES)
+
+
+def rows_sha256(rows: Tensor) -> str:
+    """The digest of an image's rows as they are stored, by hashlib from their own memory."""
+    return sha256(bytes_of(rows)).hexdigest()
+
+
+def build_head(
+    path: Path, items: Sequence[ItemFacts], digests: Sequence[Mapping[str, str]],
+    tensors: Sequence[RowTensor], facts: Mapping[str, Any], *, at_least: int = 0,
+) -> bytes:  # fmt: skip
+    """All of a feature file before its rows; spaces fill it up to `at_least` bytes."""
+    facts = {
+        **dict.fromkeys(FILE_FACTS),
+        **facts,
+        "schema_version": SCHEMA_VERSION,
+        "ids": [item.id for item in items],
+        "images": [item.to_json(each) for item, each in zip(items, digests, strict=True)],
+    }
+    try:
+        text = json.dumps(facts, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ExportError(
+            f"its metadata cannot be written as JSON ({error})",
+            name=str(path),
+            remedy="pass VisionEncoder.metadata()",
+        ) from None
+    grids = torch.tensor([item.grid_thw for item in items], dtype=torch.int64, device="cpu")
+    lengths = [item.n_rows for item in items]
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device="cpu")
+    integers = bytes(bytes_of(grids)) + bytes(bytes_of(offsets))
+    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
+    position = 0
+    for name, stored, shape in (  # in the order in which safetensors itself would write them
+        ("image_grid_thw", torch.int64, (len(items), 3)),
+        ("image_token_offsets", torch.int64, offsets.shape),
+        *((t.name, t.dtype, (sum(i.rows_of(t.name) for i in items), t.width)) for t in tensors),
+    ):
+        end = position + math.prod(shape) * stored.itemsize
+        header[name] = {
+            "dtype": STORED_AS[stored], "shape": list(shape), "data_offsets": [position, end],
+        }  # fmt: skip
+        position = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # so that the tensors are aligned
+    if len(raw) > MAX_HEADER_BYTES:
+        raise ExportError(
+            f"its header would have {len(raw)} bytes",
+            name=str(path),
+            expected=f"at most {MAX_HEADER_BYTES}, the most that safetensors reads",
+            remedy="put fewer images into a file",
+        )
+    raw = raw.ljust(at_least - 8 - len(integers))
+    return len(raw).to_bytes(8, "little") + raw + integers
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """The memory of a contiguous tensor on the CPU; numpy has no bfloat16."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()

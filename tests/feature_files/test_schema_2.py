@@ -1,0 +1,266 @@
+"""Schema 2, whole: every key in every file, layers, and a digest of each image's rows."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import ArgumentError, ExportError, ImageError
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.run import export_features
+from qwen_vit.feature_files.read import load_features
+from qwen_vit.feature_files.schema import FILE_FACTS, METADATA_KEY
+from qwen_vit.feature_files.write import write_features
+from qwen_vit.features import FailedImage, ImageFeatures
+from tests.support.features import METADATA, features_of
+
+IMAGES = ["tests/images/chelsea.png", "tests/images/rocket.jpg"]
+ITEM = {
+    *("exif", "frame_seconds", "kind", "notes", "rows_sha256", "second_per_grid_t"),
+    *("sha256", "size_px", "source"),
+}
+OF_AN_EXPORT = {"n_images", "listing_sha256", "shard_size", "limits", "errors"}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "features.safetensors"
+
+
+def with_layers(
+    *names: str, blocks: tuple[int, ...] = (7, 15, 3), dtype: torch.dtype = torch.float32
+) -> list[ImageFeatures]:
+    """Images of 1, 2, 3 ... tokens, whose layers are 5 wide."""
+    made = torch.Generator().manual_seed(0)
+    return [
+        replace(
+            each,
+            layers={
+                block: torch.randn(4 * len(each.embeds), 5, generator=made).to(dtype)
+                for block in sorted(blocks)
+            },
+        )
+        for each in features_of(*names, dtype=dtype)
+    ]
+
+
+def sha256(rows: torch.Tensor) -> str:
+    return hashlib.sha256(rows.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+# Every key
+
+
+def test_a_file_of_encode_has_every_key_and_null_where_nothing_applies(path: Path) -> None:
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=50_176)
+    features = encoder.encode(IMAGES, layers=(1, 4))
+    facts = load_features(write_features(path, features, encoder.metadata())).metadata
+    assert facts.keys() == {*FILE_FACTS, "ids", "images", "schema_version"}
+    assert {name for name, value in facts.items() if value is None} == {
+        *OF_AN_EXPORT, "commit", "gpu", "quantization",
+    }  # fmt: skip
+    assert (facts["output"], facts["normalize"], facts["layers"]) == ("merged", False, [1, 4])
+    assert (facts["dtype"], facts["computed_in"], facts["device"]) == ("float32", "float32", "cpu")
+    names = {"qwen-vit", "torch", "triton", "pillow", "libjpeg-turbo", "libwebp"}
+    assert facts["versions"].keys() == names
+    assert all(isinstance(number, str) for number in facts["versions"].values())
+    for image, each in zip(facts["images"], features, strict=True):
+        assert image.keys() == ITEM
+        assert image["size_px"] == list(each.size_px)
+        assert (image["kind"], image["exif"]) == ("image", "apply")
+        unknown = ("sha256", "source", "frame_seconds", "second_per_grid_t")
+        assert [image[name] for name in unknown] == [None] * 4
+
+
+def test_a_shard_has_every_key_and_the_digests_that_encode_writes(
+    path: Path, tmp_path: Path
+) -> None:
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=50_176)
+    options = ExportOptions(layers=(4, 1))
+    export_features(encoder, IMAGES, tmp_path / "out", options)
+    [shard] = (tmp_path / "out").glob("shard-*")
+    facts = load_features(shard).metadata
+    assert facts.keys() == {*FILE_FACTS, "ids", "images", "schema_version"}
+    unknown = {name for name, value in facts.items() if value is None}
+    assert unknown == {"commit", "gpu", "quantization"}
+    features = encoder.encode(IMAGES, layers=(1, 4))
+    written = load_features(write_features(path, features, encoder.metadata())).metadata
+    for image, alone in zip(facts["images"], written["images"], strict=True):
+        assert image.keys() == ITEM
+        assert image["rows_sha256"] == alone["rows_sha256"]
+        assert image["source"].endswith((".png", ".jpg"))
+        assert image["sha256"] == hashlib.sha256(Path(image["source"]).read_bytes()).hexdigest()
+
+
+def test_patches_of_a_caller_have_no_size_and_no_policy(path: Path) -> None:
+    [image] = load_features(write_features(path, features_of("a"), METADATA)).metadata["images"]
+    assert (image["size_px"], image["exif"]) == (None, None)
+    assert load_features(path)[0].size_px == (0, 0)
+
+
+# Digests
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_image_has_the_digest_of_its_rows_as_they_are_stored(
+    path: Path, dtype: torch.dtype
+) -> None:
+    features = with_layers("a", "b", "c", dtype=dtype)
+    write_features(path, [*features, *with_layers("wide")], METADATA)  # stored as float32
+    read = load_features(path)
+    for image, facts in zip(read, read.metadata["images"], strict=True):
+        assert facts["rows_sha256"] == {
+            "image_embeds": sha256(image.embeds),
+            **{f"layer_{block}": sha256(rows) for block, rows in image.layers.items()},
+        }
+
+
+def test_digests_of_other_rows_differ_and_of_the_same_rows_repeat(path: Path) -> None:
+    one = write_features(path, features_of("a", "b"), METADATA).read_bytes()
+    digests = [i["rows_sha256"] for i in load_features(path).metadata["images"]]
+    assert digests[0] != digests[1]
+    assert write_features(path, features_of("a", "b"), METADATA).read_bytes() == one
+
+
+# Layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_are_read_back_as_they_were(path: Path, dtype: torch.dtype) -> None:
+    written = with_layers("a", "b", "c", dtype=dtype)
+    read = load_features(write_features(path, written, METADATA))
+    assert read.metadata["layers"] == [3, 7, 15]
+    for there, then in zip(read, written, strict=True):
+        assert list(there.layers) == [3, 7, 15]
+        for block, rows in then.layers.items():
+            assert there.layers[block].dtype == dtype
+            assert torch.equal(there.layers[block], rows)
+    assert torch.equal(read[::-1][0].layers[7], written[2].layers[7])
+
+
+def test_means_keep_their_layers_and_their_own_type(path: Path) -> None:
+    means = [
+        replace(f, embeds=f.embeds.mean(0, keepdim=True), output="mean", normalized=True)
+        for f in with_layers("a", "b", "c")
+    ]
+    means = [replace(f, layers={k: v.bfloat16() for k, v in f.layers.items()}) for f in means]
+    read = load_features(write_features(path, means, METADATA))
+    for there, then in zip(read, means, strict=True):
+        assert (there.output, there.normalized) == ("mean", True)
+        assert torch.equal(there.embeds, then.embeds)
+        assert torch.equal(there.layers[15], then.layers[15])
+    assert read.metadata["patches_per_row"] is None
+
+
+def test_a_file_with_layers_has_the_bytes_that_safetensors_writes(path: Path) -> None:
+    write_features(path, with_layers("a", "b", blocks=(3, 15, 7, 100)), METADATA)
+    again = path.with_name("again")
+    text = json.dumps(load_features(path).metadata, sort_keys=True)
+    save_file(load_file(path), again, metadata={METADATA_KEY: text})
+    assert again.read_bytes() == path.read_bytes()
+
+
+def broken(features: list[ImageFeatures], place: int, **changes: Any) -> list[ImageFeatures]:
+    features[place] = replace(features[place], **changes)
+    return features
+
+
+NAN = {3: torch.full((8, 5), float("nan"))}
+MEAN = replace(features_of("m")[0], output="mean")
+REFUSED: dict[str, tuple[list[ImageFeatures], str]] = {
+    "other layers": (
+        [*with_layers("a"), *with_layers("b", blocks=(7,))],
+        r"'a' has the layers \[3, 7, 15\] and 'b' has \[7\]\. Expected the same\. Write them to s",
+    ),
+    "layers of some": ([*with_layers("a"), *features_of("b")], r"'a' has the layers .* has \[\]"),
+    "too few rows": (
+        broken(with_layers("a", "b", blocks=(3,)), 1, layers={3: torch.ones(2, 5)}),
+        r"'b' has 2 rows of layer_3 for a grid of \(1, 2, 4\)\. Expected 8, one for each patch",
+    ),
+    "two widths": (
+        broken(with_layers("a", "b", blocks=(3,)), 1, layers={3: torch.ones(8, 6)}),
+        r"rows of layer_3 of the shapes \(n, 5\), \(n, 6\) do not fit",
+    ),
+    "NaN": (broken(with_layers("a", "b", blocks=(3,)), 1, layers=NAN), "'b' .* contain NaN or inf"),
+    "no tensor": (
+        broken(with_layers("a", blocks=(3,)), 0, layers={3: [[1.0]]}),
+        r"'a: layer_3' are a list\. Expected a dense torch tensor",
+    ),
+    "mixed outputs": (
+        [*features_of("a"), MEAN],
+        r"'a' is output='merged' and 'm' is output='mean'\. Expected the same",
+    ),
+    "mixed lengths": (
+        [MEAN, replace(MEAN, id="n", normalized=True)],
+        r"'m' is output='mean' and 'n' is output='mean' of unit length",
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_rows_that_do_not_belong_into_one_file_are_refused(path: Path, reason: str) -> None:
+    features, words = REFUSED[reason]
+    with pytest.raises(ExportError, match=words):
+        write_features(path, features, METADATA)
+    assert not list(path.parent.iterdir())
+
+
+def test_one_image_alone_is_written(path: Path) -> None:
+    [image] = with_layers("a")
+    assert torch.equal(load_features(write_features(path, image, METADATA))[0].embeds, image.embeds)
+    with pytest.raises(ExportError, match="all 1 failed"):
+        write_features(path, FailedImage("x", ImageError("ends early")), METADATA)
+    with pytest.raises(ArgumentError, match="features is one int"):
+        write_features(path, 3, METADATA)  # type: ignore[arg-type]
+
+
+# Corrupt files
+
+
+def fact(name: str, value: Any) -> Any:
+    return lambda facts, tensors: facts.__setitem__(name, value)
+
+
+EDITED: dict[str, tuple[Callable[..., Any], str]] = {
+    "output": (fact("output", "max"), "its output is 'max', its normalize False"),
+    "no output": (fact("output", None), "its output is None"),
+    "normalize": (fact("normalize", "yes"), "its normalize 'yes'"),
+    "layers no list": (fact("layers", "3"), "its layers are '3'"),
+    "layers no numbers": (fact("layers", ["3"]), "its layers are ['3']"),
+    "a layer below 0": (fact("layers", [-3]), "its layers are [-3]"),
+    "a layer too few": (fact("layers", [3]), "its tensors of rows are image_embeds, layer_15, lay"),
+    "a layer too many": (fact("layers", [1, 3, 7, 15]), "its layers are [1, 3, 7, 15]"),
+    "no layers": (fact("layers", None), "its layers are None"),
+    "no images": (fact("images", None), "0 images and 2 ids"),
+    "an image too few": (lambda facts, _: facts["images"].pop(), "1 images and 2 ids"),
+    "no size": (lambda facts, _: facts["images"][0].pop("size_px"), "its images are"),
+    "odd size": (lambda facts, _: facts["images"][0].update(size_px=[1]), "its images are"),
+    "errors": (fact("errors", "x"), "its errors are 'x'"),
+    "a short layer": (
+        lambda _, tensors: tensors.update(layer_7=torch.ones(11, 5)),
+        "corrupt (layer_7 has 11 rows for 12 patches)",
+    ),
+    "a flat layer": (lambda _, tensors: tensors.update(layer_7=torch.ones(12)), "layer_7 of shape"),
+    "a stray tensor": (lambda _, tensors: tensors.update(layer_8=torch.ones(12, 5)), "layer_8"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITED)
+def test_a_file_that_was_edited_is_refused_with_its_name(path: Path, edit: str) -> None:
+    write_features(path, with_layers("a", "b"), METADATA)
+    facts, tensors = load_features(path).metadata, load_file(path)
+    change, words = EDITED[edit]
+    change(facts, tensors)
+    save_file(tensors, path, metadata={METADATA_KEY: json.dumps(facts)})
+    with pytest.raises(ExportError) as caught:
+        load_features(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert words in str(caught.value)
+    assert caught.value.remedy
