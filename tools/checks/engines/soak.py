@@ -9,13 +9,14 @@ import io
 import json
 import os
 import random
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from tools.checks.engines.server import (
 
 CLIENTS = 8
 CANCELLED, MALFORMED = 0.1, 0.1  # shares of the requests
-WARM_SHARE = 0.4  # of the requests, after which memory is measured for the first time
+ROUNDS = 5  # memory is measured after each; the first one warms allocators and pools up
 MAX_GROWTH_KB = 20.0  # per request; one picture of 196 x 196 px alone has 115 KB
 TEXTS = ("What is this? ", "", "Compare ", "From here ", "Look: ", " and ", "Say more. ")
 
@@ -122,12 +123,11 @@ def soak(context: Context, n_requests: int, variables: dict[str, str]) -> list[R
         context, "soak", "--no-enable-prefix-caching", "--mm-processor-cache-gb", "0", **variables
     ) as server:  # without caches every request runs the tower
         started = time.perf_counter()
-        warm = round(WARM_SHARE * n_requests)
         jobs = _jobs(n_requests, bodies, malformed_bodies(), server, reference, tally)
-        err = click.get_text_stream("stderr")
-        with click.progressbar(length=n_requests, label="soak", file=err) as bar:
-            for end, n in ((warm, warm), (n_requests, n_requests - warm)):
-                some = islice(jobs, n)
+        ends = [round(n_requests * i / ROUNDS) for i in range(ROUNDS + 1)]
+        with click.progressbar(length=n_requests, label="soak", file=sys.stderr) as bar:
+            for begin, end in pairwise(ends):
+                some = islice(jobs, end - begin)
                 clients = [
                     threading.Thread(target=_work, args=(some, tally, bar.update))
                     for _ in range(CLIENTS)
@@ -257,8 +257,9 @@ def _unfinished(server: Server) -> int:
 def _lines(
     tally: Tally, memory: dict[int, float], took_s: float, is_alive: bool, unfinished: int
 ) -> list[Result]:
-    (warm, first), (end, last) = memory.items()
+    (warm, first), *_, (end, last) = memory.items()
     growth_kb = 1024 * (last - first) / (end - warm)
+    course = ", ".join(f"{mb:.0f}" for mb in memory.values())
     refused = sum(tally.refused.values())
     answered = tally.right + len(tally.wrong)
     n_done = answered + tally.cancelled + refused
@@ -275,6 +276,6 @@ def _lines(
         shown("soak", "unfinished in the end", unfinished == 0, str(unfinished)),
         shown(
             "soak", "memory", growth_kb <= MAX_GROWTH_KB,
-            f"{first:.0f} MB after {warm}, {last:.0f} MB after {end}: {growth_kb:.1f} KB a request",
+            f"{course} MB after each {warm}: {growth_kb:.1f} KB a request",
         ),
     ]  # fmt: skip
