@@ -23,7 +23,7 @@ from pathlib import Path
 
 import click
 
-from tools.checks.engines import vllm_checks
+from tools.checks.engines import sglang_checks, vllm_checks
 from tools.checks.engines.answers import TOLERANCE, Result, as_json, shown, table
 from tools.checks.engines.context import Context, Scenario
 from tools.checks.engines.environment import Environment, prepare
@@ -31,7 +31,7 @@ from tools.checks.engines.reference import reference_answers
 from tools.checks.engines.small_model import write_model
 from tools.common import append_row, four_digits, ledger_options, ledger_row
 
-ENGINES = {"vllm": vllm_checks}
+ENGINES = {"sglang": sglang_checks, "vllm": vllm_checks}
 
 
 def engine_versions(environment: Environment, packages: tuple[str, ...]) -> dict[str, str]:

@@ -60,12 +60,12 @@ class Context:
         return found
 
     def compare(self, name: str, label: Callable[[str], str] = str) -> list[Result]:
-        """Hold all answers of a child against the reference's; "control" must differ from it."""
+        """Hold all answers of a child against the reference's; those of a control must differ."""
         results = []
         for path in sorted((self.work / "answers" / name).glob("*.safetensors")):
             for case, answer in load_answers(path).items():
                 way, right = path.stem, self.reference[case]
-                must_differ = way == "control"
+                must_differ = way.startswith("control")
                 results.append(compare(label(way), case, answer, right, must_differ=must_differ))
         return results
 

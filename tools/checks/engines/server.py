@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server on loopback, and a client of it."""
+"""An engine's server on loopback, and a client of it."""
 
 import base64
 import io
@@ -22,7 +22,8 @@ from tools.checks.engines.cases import NEW_TOKENS, Case, Picture, Video, frames
 from tools.checks.engines.context import Context, end_session, tail
 
 START_S, ANSWER_S = 300.0, 120.0
-MODEL, PATH = "small", "/v1/chat/completions"
+MODEL = "small"
+CHAT = "/v1/chat/completions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,12 @@ class Server:
         except OSError:
             return 0
 
-    def post(self, body: dict[str, Any], timeout_s: float = ANSWER_S) -> tuple[int, Any]:
-        """The status and the JSON of a chat completion; status 0 where nobody answers."""
+    def post(
+        self, body: dict[str, Any], timeout_s: float = ANSWER_S, path: str = CHAT
+    ) -> tuple[int, Any]:
+        """The status and the JSON of a request; status 0 where nobody answers."""
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{PATH}",
+            f"http://127.0.0.1:{self.port}{path}",
             json.dumps(body).encode(), {"Content-Type": "application/json"},
         )  # fmt: skip
         try:
@@ -73,7 +76,27 @@ class Server:
 def running_server(
     context: Context, name: str, *options: str, **variables: str | None
 ) -> Iterator[Server]:
-    """Start the server with the small model, wait until it answers, and stop it in the end.
+    """Start vLLM's server with the small model, wait until it answers, and stop it in the end.
+
+    Raises:
+        RuntimeError: it ends, or does not answer within START_S.
+    """
+    command = [
+        "vllm.entrypoints.openai.api_server",
+        "--model", str(context.work / "model"), "--served-model-name", MODEL,
+        "--dtype", "float32", "--enforce-eager",
+        "--max-model-len", "1024", "--max-num-seqs", "8", "--max-logprobs", "-1",
+        "--limit-mm-per-prompt", json.dumps({"image": 8, "video": 4}), *options,
+    ]  # fmt: skip
+    with running_module(context, name, command, **variables) as server:
+        yield server
+
+
+@contextmanager
+def running_module(
+    context: Context, name: str, command: Sequence[str], **variables: str | None
+) -> Iterator[Server]:
+    """Start a server by `python -m COMMAND` on a free port; wait for it, and stop it in the end.
 
     Raises:
         RuntimeError: it ends, or does not answer within START_S.
@@ -82,16 +105,12 @@ def running_server(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = context.log(name)
-    command = [
-        str(context.environment.python), "-m", "vllm.entrypoints.openai.api_server",
-        "--model", str(context.work / "model"), "--served-model-name", MODEL,
-        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
-        "--max-model-len", "1024", "--max-num-seqs", "8", "--max-logprobs", "-1",
-        "--limit-mm-per-prompt", json.dumps({"image": 8, "video": 4}), *options,
+    whole = [
+        str(context.environment.python), "-m", *command, "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            command, cwd=context.work, env=context.environment.variables(**variables), stdout=file,
+            whole, cwd=context.work, env=context.environment.variables(**variables), stdout=file,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     server = Server(port, process, log)

@@ -31,7 +31,7 @@ from tools.checks.engines.context import Context
 from tools.checks.engines.reference import clear_answers
 from tools.checks.engines.server import (
     ANSWER_S,
-    PATH,
+    CHAT,
     Server,
     chat_body,
     content_of,
@@ -176,7 +176,7 @@ def _send(server: Server, body: bytes) -> tuple[int, bytes]:
     """Send a request and wait for its answer. Raises OSError or HTTPException where none comes."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_S)
     try:
-        connection.request("POST", PATH, body, {"Content-Type": "application/json"})
+        connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         return response.status, response.read()
     finally:
@@ -205,7 +205,7 @@ def _ask(server: Server, name: str, body: bytes, reference: Answers, tally: Tall
 def _cancel(server: Server, body: bytes, after_s: float, tally: Tally) -> None:
     """Send a request, and hang up before its answer."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_S)
-    connection.request("POST", PATH, body, {"Content-Type": "application/json"})
+    connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
     time.sleep(after_s)
     connection.close()
     with tally.lock:

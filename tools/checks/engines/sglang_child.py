@@ -1,0 +1,314 @@
+"""What `tools.checks.engines.sglang_checks` runs inside SGLang's environment: one engine a process.
+
+python -m tools.checks.engines.sglang_child SCENARIO NAME WORK
+
+Answers go to WORK/answers/NAME, what else was found to WORK/facts/NAME.json. Which tower answers
+pixels is decided by SGLANG_EXTERNAL_MODEL_PACKAGE in the process's environment.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import click
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from qwen_vit.errors import QwenVitError
+from qwen_vit.integrations.hf import expand_placeholders
+from qwen_vit.integrations.sglang import to_sglang
+from tools.checks.engines.answers import Answer, Answers, save_answers
+from tools.checks.engines.cases import (
+    CASES,
+    NEW_TOKENS,
+    SECONDS_PER_GRID,
+    Case,
+    case,
+    frames,
+    grid,
+    rows,
+)
+from tools.checks.engines.features import encoder, features
+from tools.checks.engines.small_model import N_TOKENS
+
+Request = dict[str, Any]
+Found = tuple[dict[str, Answers], dict[str, Any]]  # answers by way, and facts
+
+PIECE = 7  # tensors of an update that are sent together
+
+# What makes SGLang run on a CPU without its compiled kernels.
+SETTINGS = {
+    "device": "cpu",
+    "dtype": "float32",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "mm_attention_backend": "sdpa",
+    "grammar_backend": "none",
+    "max_total_tokens": 4096,
+    "context_length": 1024,
+    "max_running_requests": 16,
+    "random_seed": 0,
+    "log_level": "info",
+}
+SAMPLING = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+
+
+@dataclass(slots=True)
+class Engine:
+    """SGLang's engine with the small model; its scheduler is a process of its own.
+
+    Attributes:
+        engine: SGLang's `Engine`.
+        tokenizer: the model's.
+        cached_tokens: how many tokens of prompts came from the radix cache so far.
+    """
+
+    engine: Any
+    tokenizer: Any
+    cached_tokens: int = 0
+
+    @classmethod
+    def start(cls, work: Path, **options: Any) -> "Engine":
+        """Start one; `options` are SGLang's."""
+        import sglang
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(work / "model")
+        engine = sglang.Engine(model_path=str(work / "model"), **{**SETTINGS, **options})
+        return cls(engine, tokenizer)
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answers of requests that the engine is given together."""
+        made = self.engine.generate(
+            input_ids=[self.input_ids(request["case"]) for request in requests],
+            image_data=[request.get("images") for request in requests],
+            sampling_params=SAMPLING, return_logprob=True, top_logprobs_num=N_TOKENS,
+        )  # fmt: skip
+        self.cached_tokens += sum(each["meta_info"]["cached_tokens"] for each in made)
+        return [parse_answer(each) for each in made]
+
+    def input_ids(self, each: Case) -> list[int]:
+        """A case's tokens, a placeholder for each row of embeddings."""
+        text = expand_placeholders(each.text, [grid(name) for name in each.pictures])
+        for name in each.videos:
+            t, h, w = grid(name)
+            text = text.replace("<|video_pad|>", (t * h * w // 4) * "\0", 1)
+        text = text.replace("\0", "<|video_pad|>")
+        ids: list[int] = self.tokenizer(text).input_ids
+        return ids
+
+    def answer(
+        self, name: str, request: Callable[[Case], Request], cases: Sequence[Case] = CASES
+    ) -> dict[str, Answers]:
+        """Cases one by one, and all of them together."""
+        alone = {each.name: self.ask([request(each)])[0] for each in cases}
+        answers = self.ask([request(each) for each in cases])
+        batched = {each.name: answer for each, answer in zip(cases, answers, strict=True)}
+        return {name: alone, f"{name}, batched": batched}
+
+
+def parse_answer(document: Any) -> Answer:
+    """The answer in what SGLang's `generate` returns, in its engine and its server."""
+    facts = document["meta_info"]
+    logprobs = torch.full((NEW_TOKENS, N_TOKENS), torch.nan, dtype=torch.float64)
+    for i, step in enumerate(facts["output_top_logprobs"]):
+        for logprob, token, _ in step:
+            logprobs[i, token] = logprob
+    tokens = [token for _, token, _ in facts["output_token_logprobs"]]
+    return Answer(torch.tensor(tokens), logprobs)
+
+
+def pixel_request(each: Case) -> Request:
+    """A case of pictures as pixels, for SGLang's own processor."""
+    images = [Image.fromarray(frames(name)[0]) for name in each.pictures]
+    return {"case": each, **({"images": images} if images else {})}
+
+
+def row_request(work: Path, each: Case) -> Request:
+    """A case as a processor's rows, which SGLang gives to its tower.
+
+    SGLang 0.5.23 takes every video that its own processor cuts for one of 24 frames a second, so
+    videos come with their seconds.
+    """
+    settings = encoder(work).image_config
+    item: dict[str, Any] = {"format": "processor_output"}
+    for names, values, grids in (
+        (each.pictures, "pixel_values", "image_grid_thw"),
+        (each.videos, "pixel_values_videos", "video_grid_thw"),
+    ):
+        if names:
+            item[values] = rows(names, settings.image_mean, settings.image_std).float()
+            item[grids] = torch.tensor([grid(name) for name in names])
+    if each.videos:
+        item["second_per_grid_ts"] = torch.tensor(len(each.videos) * [SECONDS_PER_GRID])
+    return {"case": each, **({"images": [item]} if len(item) > 1 else {})}
+
+
+def feature_request(work: Path, each: Case) -> Request:
+    """A case of pictures as features."""
+    made = [features(work, name) for name in each.pictures]
+    return {"case": each, **({"images": to_sglang(made)} if made else {})}
+
+
+def has_no_video(each: Case) -> bool:
+    """Whether a case is of pictures and text."""
+    return not each.videos
+
+
+PICTURE_CASES = [each for each in CASES if has_no_video(each)]
+VIDEO_CASES = [each for each in CASES if each.videos]
+
+
+def own(work: Path, **options: Any) -> Found:
+    """SGLang's own tower and our features, twice: the second time prompts may be cached."""
+    engine = Engine.start(work, **options)
+    found: dict[str, Answers] = {}
+    hits = 0
+    for turn in ("", ", again"):
+        hits = engine.cached_tokens
+        found |= engine.answer(f"pixels{turn}", pixel_request, PICTURE_CASES)
+        found |= engine.answer(
+            f"features{turn}", lambda each: feature_request(work, each), PICTURE_CASES
+        )
+    hits = engine.cached_tokens - hits
+    found |= controls(engine, work)
+    # its own tower lets the frames of a video see one another
+    found |= {
+        f"control, {way}": answers
+        for way, answers in engine.answer(
+            "SGLang's tower, videos", lambda each: row_request(work, each), VIDEO_CASES
+        ).items()
+    }
+    return found, {"cached_tokens": hits}
+
+
+def own_without_cache(work: Path) -> Found:
+    """The same without the radix cache."""
+    return own(work, disable_radix_cache=True)
+
+
+def controls(engine: Engine, work: Path) -> dict[str, Answers]:
+    """Features with faults, whose answers must be others."""
+    one, several = case("wide"), case("several")
+    right = features(work, "wide")
+    backwards = replace(right, embeds=right.embeds.flip(0))
+    exchanged = [features(work, name) for name in case("swapped").pictures]
+    asked = {one: to_sglang([backwards]), several: to_sglang(exchanged)}
+    return {
+        "control": {
+            each.name: engine.ask([{"case": each, "images": images}])[0]
+            for each, images in asked.items()
+        }
+    }
+
+
+def tower(work: Path, **options: Any) -> Found:
+    """Every case by our tower, as pixels, rows and features, twice."""
+    engine = Engine.start(work, **options)
+    found: dict[str, Answers] = {}
+    hits = 0
+    for turn in ("", ", again"):
+        hits = engine.cached_tokens
+        found |= engine.answer(f"pixels{turn}", pixel_request, PICTURE_CASES)
+        found |= engine.answer(f"rows{turn}", lambda each: row_request(work, each))
+    hits = engine.cached_tokens - hits
+    found |= engine.answer("features", lambda each: feature_request(work, each), PICTURE_CASES)
+    return found | controls(engine, work), {"cached_tokens": hits}
+
+
+def tower_without_cache(work: Path) -> Found:
+    """The same without the radix cache."""
+    return tower(work, disable_radix_cache=True)
+
+
+def updates(work: Path) -> Found:
+    """Dummy weights, then the model's, then other vision weights in pieces, then the model's."""
+    engine = Engine.start(work, load_format="dummy")
+
+    def answers(name: str) -> dict[str, Answers]:
+        return engine.answer(name, lambda each: row_request(work, each))
+
+    dummy = answers("dummy")
+    finite = all(bool(each.logprobs.isfinite().all()) for each in dummy["dummy"].values())
+    said = [engine.engine.update_weights_from_disk(str(work / "model"), load_format="auto")]
+    found = answers("weights from disk over dummy ones")
+    tensors = load_file(work / "changed" / "model.safetensors")
+    vision = [(name, tensor) for name, tensor in tensors.items() if name.startswith("visual.")]
+    Random(0).shuffle(vision)
+    said.append(engine.engine.begin_weight_update())
+    for begin in range(0, len(vision), PIECE):
+        said.append(engine.engine.update_weights_from_tensor(vision[begin : begin + PIECE]))
+    said.append(engine.engine.end_weight_update())
+    found |= answers("changed in pieces")
+    said.append(engine.engine.update_weights_from_disk(str(work / "model")))
+    found |= answers("weights from disk")
+    return found, {"finite": finite, "said": [[each[0], str(each[1])] for each in said]}
+
+
+def parallel(work: Path) -> Found:
+    """Every case over two processes, each of which encodes a share of the pictures and videos."""
+    engine = Engine.start(work, tp_size=2, mm_enable_dp_encoder=True)
+    return engine.answer("rows", lambda each: row_request(work, each)), {}
+
+
+def video_features(work: Path) -> Found:
+    """Our features of a video: refused by ours, and fatal to SGLang where they are sent anyway."""
+    each = case("video")
+    made = [features(work, name) for name in each.videos]
+    refusal = ""
+    try:
+        to_sglang(made)
+    except QwenVitError as error:
+        refusal = str(error)
+    (work / "facts" / "refusal.json").write_text(json.dumps(refusal))
+    engine = Engine.start(work)
+    item = {
+        "format": "precomputed_embedding",
+        "feature": torch.cat([one.embeds for one in made]),
+        "video_grid_thw": torch.tensor([one.grid_thw for one in made]),
+        "second_per_grid_ts": torch.tensor(len(made) * [SECONDS_PER_GRID]),
+    }
+    engine.engine.generate(
+        input_ids=[engine.input_ids(each)], video_data=[[item]], sampling_params=SAMPLING
+    )
+    return {}, {}
+
+
+def start(work: Path, **options: Any) -> Found:
+    """Start an engine, which must not succeed."""
+    Engine.start(work, **options)
+    return {}, {}
+
+
+SCENARIOS: dict[str, Callable[[Path], Found]] = {
+    "own": own,
+    "own-without-cache": own_without_cache,
+    "tower": tower,
+    "tower-without-cache": tower_without_cache,
+    "updates": updates,
+    "parallel": parallel,
+    "video-features": video_features,
+    "float16": lambda work: start(work, dtype="float16"),
+    "quantised": lambda work: start(work, model_path=str(work / "quantised")),
+    "incomplete": lambda work: start(work, model_path=str(work / "incomplete")),
+}
+
+
+@click.command(help=__doc__)
+@click.argument("scenario", type=click.Choice(list(SCENARIOS)))
+@click.argument("name")
+@click.argument("work", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def main(scenario: str, name: str, work: Path) -> None:
+    """Run one scenario in one engine."""
+    answers, facts = SCENARIOS[scenario](work)
+    for way, of_way in answers.items():
+        save_answers(work / "answers" / name / f"{way}.safetensors", of_way)
+    (work / "facts" / f"{name}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
