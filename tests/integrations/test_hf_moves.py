@@ -27,6 +27,7 @@ from tests.support.hf_models import (
 from tests.support.towers import gpu, random_rows
 
 FAMILY = "qwen2_5_vl"
+FLOAT32 = 1e-4  # two implementations of a peaked model drift some 2e-5 apart; bfloat16 is at 1e-2
 INSTEAD = "the vision tower computes in float32 on a CPU, not in bfloat16"
 
 
@@ -44,6 +45,10 @@ def model(original: Any) -> Any:
 def merged_of(tower: Any) -> Tensor:
     with torch.no_grad():
         return tower(random_rows(104, 3), grid_thw=torch.tensor(GRIDS)).pooler_output
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "qwen_vit"]
 
 
 def logits_of(model: Any) -> Tensor:
@@ -117,15 +122,36 @@ def test_on_a_cpu_float32_stands_for_bfloat16_and_says_so(
     encoder, state, merged = tower.encoder, tower.state_dict(), merged_of(tower)
     model.bfloat16()
     model.to(torch.bfloat16)
-    assert caplog.messages == [INSTEAD]
+    assert warnings_of(caplog) == [INSTEAD]
     assert tower.encoder is encoder
     assert tower.dtype == torch.float32
     assert logits_of(model).dtype == torch.bfloat16
     for name, tensor in tower.state_dict().items():
         assert torch.equal(tensor, state[name])
     model.float()
-    assert caplog.messages == [INSTEAD]
+    assert warnings_of(caplog) == [INSTEAD]
     assert torch.equal(merged_of(tower), merged)
+
+
+def test_a_move_builds_the_encoder_again_from_what_was_loaded_last(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its limits of pixels and its graphs; here a GPU is only named."""
+    tower = tower_of(model)
+    tower.load_state_dict({name: tensor * 2 for name, tensor in tower.state_dict().items()})
+    expected, image = merged_of(tower), tower.encoder.image_config
+    build = VisionEncoder.from_checkpoint
+    asked = []
+
+    def build_on_cpu(checkpoint: Any, source: Any, *options: Any) -> VisionEncoder:
+        asked.append(options)
+        return build(checkpoint, source, torch.device("cpu"), torch.float32, *options[2:])
+
+    monkeypatch.setattr(VisionEncoder, "from_checkpoint", build_on_cpu)
+    gpu_named = torch.device("cuda", 0)
+    tower._move(gpu_named, torch.bfloat16)
+    assert asked == [(gpu_named, torch.bfloat16, image.min_pixels, image.max_pixels, True)]
+    assert torch.equal(merged_of(tower), expected)
 
 
 # On a GPU
@@ -149,7 +175,7 @@ def test_a_tower_moves_to_a_gpu_and_back(tmp_path: Path, caplog: pytest.LogCaptu
     assert tower.encoder.graphs is not None
     loaded = VisionEncoder.from_pretrained(tmp_path, device="cuda")
     assert torch.equal(merged_of(tower), merged_of(as_hf_tower(loaded)))
-    assert relative_error(merged_of(tower).cpu().float(), expected) < 0.05
+    assert relative_error(merged_of(tower).cpu().float(), expected) < 0.1
     assert logits_of(model).isfinite().all()
     for name, tensor in tower.state_dict().items():
         assert tensor.device.type == "cpu"
@@ -157,16 +183,16 @@ def test_a_tower_moves_to_a_gpu_and_back(tmp_path: Path, caplog: pytest.LogCaptu
     model.cpu()
     assert (tower.device, tower.dtype) == (torch.device("cpu"), torch.float32)
     assert torch.equal(merged_of(tower), expected)
-    assert caplog.messages == [INSTEAD, INSTEAD]
+    assert warnings_of(caplog) == [INSTEAD, INSTEAD]
     model.cuda()
     assert tower.dtype == torch.bfloat16
     model.float()
     assert tower.dtype == torch.float32
-    assert relative_error(merged_of(tower).cpu(), expected) < 1e-5
+    assert relative_error(merged_of(tower).cpu(), expected) < FLOAT32
     tower.load_state_dict({name: tensor * 2 for name, tensor in state.items()})
     loaded = merged_of(tower)
     model.cpu()
-    assert relative_error(merged_of(tower), loaded.cpu()) < 1e-5
+    assert relative_error(merged_of(tower), loaded.cpu()) < FLOAT32
 
 
 @gpu
@@ -222,11 +248,11 @@ def test_a_compiled_model_answers_and_trains_the_same_on_a_gpu(
     gradients = []
     torch._dynamo.reset()
     for each in (model, torch.compile(model, backend=backend)):
-        assert relative_error(logits_of(each), expected) < 1e-4
+        assert relative_error(logits_of(each), expected) < FLOAT32
         model.zero_grad()
         each(**inputs, use_cache=False).loss.backward()
         gradients.append(model.lm_head.weight.grad.clone())
-    assert relative_error(gradients[1], gradients[0]) < 1e-4
+    assert relative_error(gradients[1], gradients[0]) < FLOAT32
 
 
 @gpu
@@ -234,9 +260,10 @@ def test_our_tower_answers_as_transformers_own_on_a_gpu(tmp_path: Path) -> None:
     """float32, where both are near the truth; with pixels that are on the host, too."""
     model, _ = make_model(FAMILY, tmp_path)
     model = model.cuda()
-    expected = logits_of(model)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # of its patch embedding
+        expected = logits_of(model)
     with_our_tower(model, VisionEncoder.from_pretrained(tmp_path, device="cuda", dtype="float32"))
-    assert relative_error(logits_of(model), expected) < 1e-4
+    assert relative_error(logits_of(model), expected) < FLOAT32
     assert tower_name(model) == "model.visual"
     rows, grids = random_rows(104, 3), torch.tensor(GRIDS)
     with torch.no_grad():
