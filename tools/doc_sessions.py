@@ -1,0 +1,40 @@
+"""An extension of Griffe for the documentation site: sessions in docstrings become code blocks.
+
+Griffe makes code of `>>>` lines below "Examples:" only. The docstrings here have their session
+behind the first sentence, where Markdown would read `>>>` as quotations.
+"""
+
+import re
+
+from griffe import Attribute, Class, Docstring, Extension, Function, Module
+
+__all__ = ["Sessions", "with_code_blocks"]
+
+SESSION = re.compile(r"(?:^>>>.*\n(?:^(?!\s*$).+\n?)*)+", re.MULTILINE)
+
+
+def with_code_blocks(text: str) -> str:
+    """Put each session of a docstring in a fence.
+
+    >>> print(with_code_blocks("Add.\\n\\n>>> 1 + 1\\n2\\n\\nReturns:\\n    A sum."))
+    Add.
+    <BLANKLINE>
+    ```python
+    >>> 1 + 1
+    2
+    ```
+    <BLANKLINE>
+    Returns:
+        A sum.
+    """
+    return SESSION.sub(lambda match: f"```python\n{match[0].rstrip()}\n```\n", text)
+
+
+class Sessions(Extension):
+    """Fences the sessions of every docstring that Griffe has read."""
+
+    def on_object(self, *, obj: Module | Class | Function | Attribute, **_: object) -> None:
+        """Replace the object's docstring."""
+        docstring: Docstring | None = obj.docstring
+        if docstring is not None and ">>>" in docstring.value:
+            docstring.value = with_code_blocks(docstring.value)

@@ -1,0 +1,235 @@
+"""Write the generated parts of the documentation: tables from the ledger, the code and the help.
+
+A page marks such a part by `<!-- generated: NAME -->` and `<!-- end -->`. The text between the two
+marks comes from here, so a table has the figures of its ledger row and an error page has the codes
+of the code. A test fails where a page is stale.
+
+python -m tools.write_docs
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+from click.testing import CliRunner
+
+from qwen_vit.cli.main import COMMANDS, cli
+from qwen_vit.errors import IMAGE_CODES
+from tools.common import ROOT
+
+__all__ = ["LEDGER", "PAGES", "PARTS", "filled", "main"]
+
+LEDGER = ROOT / "tools" / "benchmarks" / "ledger.jsonl"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+PART = re.compile(r"(?<=<!-- generated: )([a-z ]+) -->\n(.*?)(?=<!-- end -->)", re.DOTALL)
+
+SPEED, PARITY = "0ce6c52", "13a31d6"  # the commits whose rows the first tables show
+EXPORT, TRUST_CPU = "de66996", "f4dddd1"
+TRUST_GPU = ("13a31d6", "0ce6c52", "53f6a3c")
+
+
+@cache
+def ledger() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in LEDGER.read_text("utf-8").splitlines()]
+
+
+def rows(what: str, commit: str) -> list[dict[str, Any]]:
+    return [row for row in ledger() if (row["what"], row["commit"]) == (what, commit)]
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    """A Markdown table; columns after the first are aligned right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def source(*refs: str, row: dict[str, Any], command: str) -> str:
+    """The line under a table: which weights, where, when, with what, and the ledger's rows."""
+    named = " and ".join(f"`{ref}`" for ref in refs)
+    versions = row["versions"]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    plural = "s" if len(refs) > 1 else ""
+    return (
+        f"\nRandom weights of the 7B shape. One {row['device']}, {row['date']}, {packages}. "
+        f"Ledger row{plural} {named}. Command: `{command}`.\n"
+    )
+
+
+def ms(value: float) -> str:
+    """Three digits.
+
+    >>> ms(3.185), ms(20220.0)
+    ('3.19', '20,220')
+    """
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def times(value: float, ours: float) -> str:
+    return f"{ms(value)} ({value / ours:.1f}x)"
+
+
+def speed(*, sizes: tuple[str, ...] = (), full: bool = True) -> str:
+    [row] = rows("tower", SPEED)
+    body = []
+    for size, figures in row["rows"].items():
+        if sizes and size not in sizes:
+            continue
+        ours = figures["ours_ms"]
+        cells = [size, ms(ours)]
+        if full:
+            cells += [
+                f"{ours / figures['floor_ms']:.2f}",
+                f"{figures['rested_ms'] / figures['rested_floor_ms']:.2f}",
+            ]
+        cells += [times(figures["HF sdpa_ms"], ours), times(figures["HF FA2 varlen_ms"], ours)]
+        if full:
+            cells.append(times(figures["compiled_ms"], ours) if "compiled_ms" in figures else "")
+        body.append(cells)
+    head = ["images", "qwen_vit", "Hugging Face, default", "with FlashAttention-2"]
+    if full:
+        head = [*head[:2], "x roofline", "cool GPU", *head[2:], "that, compiled"]
+    command = "python -m tools.benchmarks.tower"
+    return table(head, body) + source(f"tower {SPEED}", row=row, command=command)
+
+
+def parity() -> str:
+    [row] = rows("parity", PARITY)
+    stages, body = row["stages"], []
+    for name in dict.fromkeys(stage.rpartition(", ")[0] for stage in stages):
+        first, last = stages[f"{name}, patch_embed"], stages[f"{name}, merger"]
+        worst = max(
+            value["ratio_worst"]
+            for stage, value in stages.items()
+            if stage.rpartition(", ")[0] == name
+        )
+        pairs = [f"{each['ours']:.2e} / {each['hf']:.2e}" for each in (first, last)]
+        body.append([name, *(pair.replace("e-0", "e-") for pair in pairs), f"{worst:.2f}"])
+    head = ["input", "patch embedding", "merged tokens", "worst ratio"]
+    command = "python -m tools.checks.parity"
+    return table(head, body) + source(f"parity {PARITY}", row=row, command=command)
+
+
+def attention() -> str:
+    [row] = rows("tower", SPEED)
+    body = []
+    for size, figures in row["attention_us_per_layer"].items():
+        rotation = figures["RoPE"]
+        pairs = [
+            f"{figures[f'{kind} ours']:.3g} / {rotation + figures[f'{kind} FA2']:.3g}"
+            for kind in ("window", "frame")
+        ]
+        body.append([size, *pairs, f"{figures['frame TFLOP/s']:.0f}"])
+    head = ["images", "window, us", "full, us", "full, TFLOP/s"]
+    command = "python -m tools.benchmarks.tower"
+    return table(head, body) + source(f"tower {SPEED}", row=row, command=command)
+
+
+def export_speed() -> str:
+    row = rows("export", EXPORT)[0]
+    rates = row["images_per_s"]
+    names = {
+        "`qwen-vit export`": "export",
+        "the encoder alone": "encoder alone",
+        "Hugging Face, default processor": "Hugging Face, default",
+        "Hugging Face, Pillow processor": "Hugging Face, Pillow",
+    }
+    body = [
+        [
+            label, f"{rates[name]:.1f}", f"{round(rates[name] * 3600, -3 if rates[name] > 50 else -2):,.0f}",
+            f"{1e6 / rates[name] / 3600:.1f}",
+        ]
+        for label, name in names.items()
+    ]  # fmt: skip
+    head = ["", "images/s", "images per GPU-hour", "GPU-hours per million"]
+    command = "python -m tools.benchmarks.export"
+    return table(head, body) + source(f"export {EXPORT}", row=row, command=command)
+
+
+def trust(device: str, *commits: str) -> str:
+    body = []
+    for commit in commits:
+        for row in rows("trust", commit):
+            for check, found in row["rows"].items():
+                worst = found["worst"]
+                bits = found["unit"].endswith("with other bits")
+                result = "exact" if bits and not worst else f"{worst:.3g} {found['unit']}"
+                allowed = "exact" if bits else found["allowed"]
+                body.append([check, f"{found['runs']:,}", result, allowed, str(found["failures"])])
+    head = ["check", "cases", "worst", "allowed", "failures"]
+    named = " and ".join(f"`trust {commit}`" for commit in commits)
+    plural = "s" if len(commits) > 1 else ""
+    return table(head, body) + f"\nOn {device}. Ledger row{plural} {named}.\n"
+
+
+def image_codes() -> str:
+    body = [[f"`{code}`", meaning] for code, meaning in sorted(IMAGE_CODES.items())]
+    return table(["code", "meaning"], body).replace("---:", "---")
+
+
+def checkpoints() -> str:
+    published = tomllib.loads((ROOT / "weights" / "published.toml").read_text("utf-8"))
+    body = [
+        [
+            f"`{each['repo']}`", each["licence"], f"{each['bytes'] / 1e9:.2f} GB",
+            str(each["vision"]["out_hidden_size"]),
+        ]
+        for each in published["checkpoint"]
+    ]  # fmt: skip
+    return table(["checkpoint", "licence", "tower in bfloat16", "width of a token"], body)
+
+
+def command_line() -> str:
+    runner = CliRunner()
+    parts = []
+    for name in ("", *sorted(COMMANDS)):
+        arguments = [name, "--help"] if name else ["--help"]
+        done = runner.invoke(
+            cli, arguments, prog_name="qwen-vit", terminal_width=88, catch_exceptions=False
+        )
+        title = f"qwen-vit {name}".strip()
+        parts.append(f"## {title}\n\n```text\n{done.output.rstrip()}\n```\n")
+    return "\n" + "\n".join(parts) + "\n"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "attention": attention,
+    "checkpoints": checkpoints,
+    "command line": command_line,
+    "export speed": export_speed,
+    "image codes": image_codes,
+    "parity": parity,
+    "short speed": lambda: speed(
+        sizes=("1 x 448^2", "1 x 896^2", "1 x 1344^2", "32 x 448^2", "256 mixed"), full=False
+    ),
+    "speed": speed,
+    "trust on a cpu": lambda: trust("a CPU, in float32", TRUST_CPU),
+    "trust on a gpu": lambda: trust("one NVIDIA H200", *TRUST_GPU),
+}
+
+
+def filled(text: str) -> str:
+    """A page with its generated parts written anew.
+
+    >>> filled("no part"), "truncated" in filled("<!-- generated: image codes -->\\n<!-- end -->")
+    ('no part', True)
+    """
+    return PART.sub(lambda match: f"{match[1]} -->\n{PARTS[match[1]]()}", text)
+
+
+@click.command(help=__doc__)
+def main() -> None:
+    for page in PAGES:
+        before = page.read_text("utf-8")
+        after = filled(before)
+        if after != before:
+            page.write_text(after, "utf-8")
+            print(f"wrote {Path(page).relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
