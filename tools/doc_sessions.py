@@ -5,8 +5,9 @@ behind the first sentence, where Markdown would read `>>>` as quotations.
 """
 
 import re
+from typing import Any
 
-from griffe import Attribute, Class, Docstring, Extension, Function, Module
+from griffe import Extension, GriffeLoader, Object
 
 __all__ = ["Sessions", "with_code_blocks"]
 
@@ -33,8 +34,8 @@ def with_code_blocks(text: str) -> str:
 class Sessions(Extension):
     """Fences the sessions of every docstring that Griffe has read."""
 
-    def on_object(self, *, obj: Module | Class | Function | Attribute, **_: object) -> None:
+    def on_object(self, *, obj: Object, loader: GriffeLoader, **_: Any) -> None:
         """Replace the object's docstring."""
-        docstring: Docstring | None = obj.docstring
+        docstring = obj.docstring
         if docstring is not None and ">>>" in docstring.value:
             docstring.value = with_code_blocks(docstring.value)

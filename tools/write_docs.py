@@ -140,7 +140,9 @@ def export_speed() -> str:
     }
     body = [
         [
-            label, f"{rates[name]:.1f}", f"{round(rates[name] * 3600, -3 if rates[name] > 50 else -2):,.0f}",
+            label,
+            f"{rates[name]:.1f}",
+            f"{round(rates[name] * 3600, -3 if rates[name] > 50 else -2):,.0f}",
             f"{1e6 / rates[name] / 3600:.1f}",
         ]
         for label, name in names.items()

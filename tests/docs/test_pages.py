@@ -98,7 +98,9 @@ def test_a_block_runs_by_itself(
     real = VisionEncoder.from_pretrained
 
     def stand_in(model: str, **options: Any) -> VisionEncoder:
-        return real("tiny" if REPOSITORY.fullmatch(model) else model, **options) if options else tiny()
+        return (
+            real("tiny" if REPOSITORY.fullmatch(model) else model, **options) if options else tiny()
+        )
 
     monkeypatch.setattr(VisionEncoder, "from_pretrained", stand_in)
     exec(compile(code_of(block), "a block", "exec"), {"__name__": "page"})
@@ -107,7 +109,9 @@ def test_a_block_runs_by_itself(
 def test_no_block_hands_features_of_tiny_to_a_language_model() -> None:
     for page in PAGES:
         for block in blocks(page, "python", "py"):
-            has_language_model = re.search(r"AutoTokenizer|ForConditionalGeneration|LLM|Engine", block)
+            has_language_model = re.search(
+                r"AutoTokenizer|ForConditionalGeneration|LLM|Engine", block
+            )
             assert not (has_language_model and '"tiny"' in block), name_of(page)
 
 
@@ -161,8 +165,10 @@ def test_a_command_works(
         assert command is not None
         command.make_context(arguments[0], arguments[1:])
         return
-    if "features.safetensors" in arguments and "--out" not in arguments[: -2]:
-        assert qwen_vit("encode", "tests/images", "--model", "tiny", "--out", "features.safetensors")
+    if "features.safetensors" in arguments and "--out" not in arguments[:-2]:
+        assert qwen_vit(
+            "encode", "tests/images", "--model", "tiny", "--out", "features.safetensors"
+        )
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for processes that it starts
     monkeypatch.setenv("RAY_ADDRESS", "local")  # not the cluster that another test lets die
     done = qwen_vit(*arguments)
@@ -229,7 +235,9 @@ def test_generated_parts_are_those_of_today(page: Path) -> None:
 
 def test_every_generated_part_is_shown() -> None:
     shown = {
-        name for page in PAGES for name in re.findall(r"<!-- generated: ([a-z ]+) -->", page.read_text())
+        name
+        for page in PAGES
+        for name in re.findall(r"<!-- generated: ([a-z ]+) -->", page.read_text())
     }
     assert shown == {*PARTS}
 
@@ -254,7 +262,9 @@ def test_every_ledger_row_that_is_named_exists(page: Path) -> None:
     assert {*REFERENCE.findall(page.read_text("utf-8"))} <= ledger_names()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "decisions" not in page.parts], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "decisions" not in page.parts], ids=name_of
+)
 def test_every_measured_figure_names_its_row(page: Path) -> None:
     """In its section: between two headings. A page of decisions says so once, for all of it."""
     text = FENCE.sub("", page.read_text("utf-8"))

@@ -200,7 +200,7 @@ def _generate(running: Server, each: Case) -> Any:
 
 
 def _chat(context: Context, running: Server, each: Case) -> Result:
-    """Chosen tokens' log-probabilities over OpenAI's interface, which names tokens by their text."""
+    """Chosen tokens' log-probabilities over OpenAI's interface, which names tokens by text."""
     parts = {name: picture_part(name) for name in PICTURES}
     body = {
         "model": MODEL,
