@@ -69,7 +69,9 @@ def test_the_wheel_holds_the_package_its_licence_and_its_weights(wheel: Path) ->
     sources = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
     weights = {str(Path("qwen_vit") / path.relative_to(ROOT)) for path in weight_files()}
     there = {name for name in names if not name.startswith(info)}
-    assert there == sources | weights | {"qwen_vit/py.typed", "qwen_vit/compare/report.html.jinja"}
+    templates = {str(path.relative_to(ROOT)) for path in package.rglob("*.jinja")}
+    assert {Path(name).stem for name in templates} == {"base.html", "page.html", "report.html"}
+    assert there == sources | weights | templates | {"qwen_vit/py.typed"}
 
 
 def weight_files() -> list[Path]:

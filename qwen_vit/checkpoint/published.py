@@ -49,7 +49,7 @@ def closest_names(name: str) -> list[str]:
 ['tiny'])
     """
     wanted = name.lower().rstrip("/")
-    known = [*PACKAGED, *published_checkpoints()]
+    known = [*([] if "/" in name else PACKAGED), *published_checkpoints()]
     if re.fullmatch(r"\d+b", wanted):  # a size alone
         return [each for each in known if wanted in re.split("[/-]", each.lower())]
     spelt = {each.lower(): each for each in known}

@@ -381,8 +381,10 @@ def explain(error: Exception, repository: Repository) -> HubError:
     else:
         reason = str(error).partition("\n")[0]
         fact, remedy = f"could not be fetched ({type(error).__name__}: {reason})", "try again"
-    is_missing = isinstance(error, RepositoryNotFoundError | LocalEntryNotFoundError)
+    kinds = RepositoryNotFoundError | LocalEntryNotFoundError
+    is_missing = isinstance(error, kinds) and not isinstance(error, GatedRepoError)
     is_known = repository.name in published_checkpoints()
-    if is_missing and not is_known and (question := did_you_mean(repository.name)):
-        remedy = f"{question} Otherwise {remedy}"
+    if is_missing and status in (None, 401, 404) and not is_known:
+        question = did_you_mean(repository.name)
+        remedy = f"{question} Otherwise {remedy}" if question else remedy
     return HubError(fact, name=repository.label, remedy=remedy)

@@ -45,26 +45,23 @@ def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: 
         from qwen_vit.cli.text import facts_text, features_text
         from qwen_vit.cli.verification import verify_checkpoint, verify_stored
         from qwen_vit.feature_files.describe import describe_features, holds_features
-    problems: tuple[str, ...] = ()
-    if holds_features(model):
-        if image is not None:
-            raise ArgumentError(
-                "--image is for checkpoints", name=model, remedy="leave it out for features"
-            )
-        facts = describe_features(model)
-        text = features_text(facts)
-        if verify:
-            found = verify_stored(model)
-            facts, problems = facts | found.to_json(), found.problems
-    else:
-        source = find_checkpoint(model, **finding)
-        facts = describe(source, image)
-        text = facts_text(facts)
-        if verify:
-            found = verify_checkpoint(source)
-            facts, problems = facts | found.to_json(), found.problems
+    is_stored = holds_features(model)
+    if is_stored and image is not None:
+        raise ArgumentError(
+            "--image is for checkpoints", name=model, remedy="leave it out for features"
+        )
+    source = None if is_stored else find_checkpoint(model, **finding)
+    found = None
     if verify:
-        text += f"\n{found.text()}"
-    print_data(json.dumps(facts, indent=2) if as_json else text)
-    if problems:
+        found = verify_stored(model) if source is None else verify_checkpoint(source)
+    facts: dict[str, Any] = {}
+    lines = []
+    if found is None or not found.problems:  # what is damaged describes nothing
+        facts = describe_features(model) if source is None else describe(source, image)
+        lines.append(features_text(facts) if source is None else facts_text(facts))
+    if found is not None:
+        facts |= found.to_json()
+        lines.append(found.text())
+    print_data(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
+    if found is not None and found.problems:
         sys.exit(EXIT_SKIPPED)
