@@ -61,12 +61,12 @@ def source(*refs: str, row: dict[str, Any], command: str) -> str:
 
 
 def ms(value: float) -> str:
-    """Three digits.
+    """Three digits, or all before the point.
 
-    >>> ms(3.185), ms(20220.0)
-    ('3.19', '20,220')
+    >>> ms(3.185), ms(75.0), ms(20220.0)
+    ('3.19', '75.0', '20,220')
     """
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def times(value: float, ours: float) -> str:
@@ -120,7 +120,7 @@ def attention() -> str:
     for size, figures in row["attention_us_per_layer"].items():
         rotation = figures["RoPE"]
         pairs = [
-            f"{figures[f'{kind} ours']:.3g} / {rotation + figures[f'{kind} FA2']:.3g}"
+            f"{ms(figures[f'{kind} ours'])} / {ms(rotation + figures[f'{kind} FA2'])}"
             for kind in ("window", "frame")
         ]
         body.append([size, *pairs, f"{figures['frame TFLOP/s']:.0f}"])
@@ -152,18 +152,36 @@ def export_speed() -> str:
     return table(head, body) + source(f"export {EXPORT}", row=row, command=command)
 
 
+TRUST_WORDS = (
+    ("planted faults found", "injected faults found"),
+    ("kernel against oracle", "attention against float64"),
+    ("frame", "full"),
+    ("bitwise, ", "same bits, "),
+    ("HF's own", "Hugging Face's own error"),
+    ("HF's", "Hugging Face's"),
+)
+
+
+def in_plain_words(text: str) -> str:
+    """A name from an old row, in the words of these pages."""
+    for old, new in TRUST_WORDS:
+        text = text.replace(old, new)
+    return text
+
+
 def trust(device: str, *commits: str) -> str:
-    body = []
+    checks: dict[str, list[str]] = {}  # a later row replaces an earlier one
     for commit in commits:
         for row in rows("trust", commit):
             for check, found in row["rows"].items():
-                worst = found["worst"]
-                bits = found["unit"].endswith("with other bits")
-                result = "exact" if bits and not worst else f"{worst:.3g} {found['unit']}"
+                worst, unit = found["worst"], found["unit"]
+                bits = unit.endswith("with other bits")
+                result = "exact" if bits and not worst else f"{worst:.3g} {unit}"
                 allowed = "exact" if bits else found["allowed"]
-                body.append([check, f"{found['runs']:,}", result, allowed, str(found["failures"])])
+                checks[check] = [f"{found['runs']:,}", result, allowed, str(found["failures"])]
+    body = [[*map(in_plain_words, [check, *cells])] for check, cells in checks.items()]
     head = ["check", "cases", "worst", "allowed", "failures"]
-    named = " and ".join(f"`trust {commit}`" for commit in commits)
+    named = ", ".join(f"`trust {commit}`" for commit in commits)
     plural = "s" if len(commits) > 1 else ""
     return table(head, body) + f"\nOn {device}. Ledger row{plural} {named}.\n"
 

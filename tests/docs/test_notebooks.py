@@ -1,0 +1,42 @@
+"""The notebooks in examples/ run in a kernel, and print what they show."""
+
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.support import ROOT
+
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+def printed(notebook: nbformat.NotebookNode) -> list[str]:
+    """What each code cell printed on stdout, with what else it showed by its type."""
+    shown = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                shown += [output.text] if output.name == "stdout" else []
+            else:
+                shown.append(" ".join(sorted(output.data)))
+    return shown
+
+
+def test_there_are_notebooks() -> None:
+    assert NOTEBOOKS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "tests" / "images", tmp_path / "tests" / "images")
+    (tmp_path / "examples").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    stored = nbformat.read(path, as_version=4)
+    expected = printed(stored)
+    client = NotebookClient(
+        stored, timeout=250, resources={"metadata": {"path": tmp_path / "examples"}}
+    )
+    assert printed(client.execute()) == expected
