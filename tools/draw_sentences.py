@@ -43,7 +43,7 @@ class Sentence(NamedTuple):
     def words(self) -> int:
         """How many words it has; code counts as one."""
         plain = re.sub(r"`[^`]*`|\{[^}]*\}|https?:\S+", "code", self.text)
-        return len(re.findall(r"[A-Za-z][\w'’-]*", plain))
+        return len(re.findall(r"[A-Za-z][\w'\u2019-]*", plain))
 
 
 def sentences_of(text: str) -> list[str]:
