@@ -55,8 +55,9 @@ def encode(
     qwen-vit encode a.png --model Qwen/Qwen2.5-VL-7B-Instruct --out a.safetensors
     find . -name '*.png' | qwen-vit encode - --model tiny --out features.safetensors
 
-    IMAGES are images, folders (searched to every depth), quoted patterns, tars, and lists: .txt
-    with a path a line, .jsonl with an "id" and a "path" each; - is a list on standard input.
+    IMAGES are images, folders (searched to every depth), quoted patterns, tars and lists. A list
+    is a .txt with a path a line, or a .jsonl with an "id" and a "path" each. - is a list on
+    standard input.
 
     The file holds image_embeds, image_grid_thw and image_token_offsets; read it with
     qwen_vit.load_features. An image that cannot be encoded is reported and skipped (exit code 1).

@@ -1,6 +1,7 @@
 """`info` and `verify` of checkpoints, feature files and export folders."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ def poison(file: Path, row: int = 0) -> None:
     save_file(tensors, file, metadata)
 
 
+def one_space(text: str) -> str:
+    """A table's text without its columns' width, which depends on its longest name."""
+    return re.sub(" +", " ", text)
+
+
 def test_a_feature_file_is_described_and_verified(folder: Path, run: Any) -> None:
     run("encode", "a.png", "b.jpg", *TINY, "--out", "f.safetensors")
     facts = json.loads(run("info", "f.safetensors", "--json").out)
@@ -42,8 +48,8 @@ def test_a_feature_file_is_described_and_verified(folder: Path, run: Any) -> Non
     assert (facts["width"], facts["dtype"], facts["output"]) == (192, "float32", "merged")
     assert facts["model"] == "tiny"
     text = run("info", "f.safetensors").out
-    assert "images          2\n" in text
-    assert "rows            10 of 192 values, float32\n" in text
+    assert "images 2\n" in one_space(text)
+    assert "rows 10 of 192 values, float32\n" in one_space(text)
     whole = run("verify", "f.safetensors")
     assert whole.code == 0
     assert whole.out.startswith("whole: 2 images, 10 rows read")
@@ -63,11 +69,11 @@ def test_an_export_folder_is_described(export_dir: Path, run: Any) -> None:
     assert facts["kind"] == "export folder"
     assert (facts["images_done"], facts["images_to_do"]) == (2, 0)
     assert (facts["images_failed"], facts["shards"]) == ({"truncated": 1}, 2)
-    assert "images          2 done, 0 to do, 1 failed\n" in run("info", "out").out
+    assert "images 2 done, 0 to do, 1 failed\n" in one_space(run("info", "out").out)
     (export_dir / "shard-00000000.safetensors").unlink()
     text = run("info", "out").out
-    assert "images          0 done, 2 to do, 1 failed\n" in text
-    assert "shards          1, 1 missing\n" in text
+    assert "images 0 done, 2 to do, 1 failed\n" in one_space(text)
+    assert "shards 1, 1 missing\n" in one_space(text)
 
 
 def test_each_fault_of_an_export_is_found_and_named(export_dir: Path, run: Any) -> None:
