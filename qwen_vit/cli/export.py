@@ -94,28 +94,50 @@ def export(
     qwen-vit export tars/ --model Qwen/Qwen2.5-VL-7B-Instruct --out features --part 2/8
     qwen-vit export tars/ --model Qwen/Qwen2.5-VL-7B-Instruct --out features --ray
 
-    INPUTS are images, folders (searched to every depth), quoted patterns, tars and lists. A list is
-    a .txt with a path a line, or a .jsonl with an "id" and a "path" each; its relative paths count
-    from its folder. - is a list on standard input, whose paths count from the current folder. Read
-    the folder with qwen_vit.load_features; its manifest has a row for each image. Images that
-    cannot be encoded are reported and skipped (exit code 1). """ with slow_imports(): from
-    qwen_vit.cli.text import estimate_text, export_text, waits_text from qwen_vit.export.estimate
-    import estimate_export from qwen_vit.export.options import ExportOptions from
-    qwen_vit.export.plan import check_folder from qwen_vit.export.ray_cluster import export_on_ray
-    from qwen_vit.export.run import export_features, load_encoder from qwen_vit.inputs.find import
-    check_inputs options = ExportOptions(output, dtype, shard_size, on_error, part, max_failures)
-    check_inputs(inputs) check_folder(out, make=False) if dry_run: encoder = load_encoder(model,
-    options, device=device, **loading) estimate = estimate_export( encoder, inputs, options,
-    folder=out, show_progress=shows_progress() ) text = json.dumps(asdict(estimate), indent=2) if
-    as_json else estimate_text(estimate, out) print_data(text) return running: dict[str, Any] = {
-    "confirm": None if yes else partial(_ask_if_large, folder=out), "show_progress": not is_quiet(),
-    "decode_threads": decode_threads, } with _sigterm_interrupts(), _hint_resume(out): if address is
-    None: encoder = load_encoder(model, options, device=device, **loading) done =
-    export_features(encoder, inputs, out, options, **running) else: done = export_on_ray( model,
-    inputs, out, options, address=address or None, device=device, **running, **loading, ) # fmt:
-    skip summary = export_text(done) + (f"\n{waits_text(done)}" if profile or is_verbose() else "")
-    print_data(json.dumps(done.to_json(), indent=2) if as_json else summary) if done.failed:
-    sys.exit(EXIT_SKIPPED)
+    INPUTS are images, folders (searched to every depth), quoted patterns, tars and lists. A list
+    is a .txt with a path a line, or a .jsonl with an "id" and a "path" each; its relative paths
+    count from its folder. - is a list on standard input, whose paths count from the current
+    folder. Read the folder with qwen_vit.load_features; its manifest has a row for each image.
+    Images that cannot be encoded are
+    reported and skipped (exit code 1).
+    """
+    with slow_imports():
+        from qwen_vit.cli.text import estimate_text, export_text, waits_text
+        from qwen_vit.export.estimate import estimate_export
+        from qwen_vit.export.options import ExportOptions
+        from qwen_vit.export.plan import check_folder
+        from qwen_vit.export.ray_cluster import export_on_ray
+        from qwen_vit.export.run import export_features, load_encoder
+        from qwen_vit.inputs.find import check_inputs
+    options = ExportOptions(output, dtype, shard_size, on_error, part, max_failures)
+    check_inputs(inputs)
+    check_folder(out, make=False)
+    if dry_run:
+        encoder = load_encoder(model, options, device=device, **loading)
+        estimate = estimate_export(
+            encoder, inputs, options, folder=out, show_progress=shows_progress()
+        )
+        text = json.dumps(asdict(estimate), indent=2) if as_json else estimate_text(estimate, out)
+        print_data(text)
+        return
+    running: dict[str, Any] = {
+        "confirm": None if yes else partial(_ask_if_large, folder=out),
+        "show_progress": not is_quiet(),
+        "decode_threads": decode_threads,
+    }
+    with _sigterm_interrupts(), _hint_resume(out):
+        if address is None:
+            encoder = load_encoder(model, options, device=device, **loading)
+            done = export_features(encoder, inputs, out, options, **running)
+        else:
+            done = export_on_ray(
+                model, inputs, out, options, address=address or None, device=device, **running,
+                **loading,
+            )  # fmt: skip
+    summary = export_text(done) + (f"\n{waits_text(done)}" if profile or is_verbose() else "")
+    print_data(json.dumps(done.to_json(), indent=2) if as_json else summary)
+    if done.failed:
+        sys.exit(EXIT_SKIPPED)
 
 
 def _part(text: str) -> tuple[int, int]:
