@@ -765,7 +765,7 @@ def test_computing_on_the_cpu_is_said_once(
     ("model", "kind", "words"),
     [
         ("tinny", HubError, ("'tinny'", "neither a folder", "'tiny'")),
-        ("no/such/folder", HubError, ("'no/such/folder'", "local folder")),
+        ("no/such/folder", CheckpointError, ("no/such/folder: does not exist", "Check the path")),
         ("{tmp}", CheckpointError, ("{tmp}", "Expected model.safetensors")),
         ("{tmp}/config", CheckpointError, ("{tmp}/config", "Expected model.safetensors")),
         ("{tmp}/weights", CheckpointError, ("{tmp}/weights", "config.json")),

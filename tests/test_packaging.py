@@ -108,7 +108,8 @@ def test_everything_the_package_imports_is_declared() -> None:
     ]
     names = [Requirement(line).name for line in lines]
     declared = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
-    assert imported - set(sys.stdlib_module_names) - {"qwen_vit"} <= declared
+    engines = {"sglang", "vllm"}  # each imports the module that imports it
+    assert imported - set(sys.stdlib_module_names) - {"qwen_vit"} - engines <= declared
 
 
 def names_for_type_checkers() -> dict[str, str]:

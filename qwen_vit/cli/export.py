@@ -95,11 +95,12 @@ def export(
     qwen-vit export tars/ --model Qwen/Qwen2.5-VL-7B-Instruct --out features --ray
 
     INPUTS are images, folders (searched to every depth), quoted patterns, tars and lists. A list
-    is a .txt with a path a line, or a .jsonl with an "id" and a "path" each; its relative paths
-    count from its folder. - is a list on standard input, whose paths count from the current
-    folder. Read the folder with qwen_vit.load_features; its manifest has a row for each image.
-    Images that cannot be encoded are
-    reported and skipped (exit code 1).
+    is a .txt with a path a line, or a .jsonl with an "id" and a "path" each. Its relative paths
+    count from its folder.
+
+    A list on standard input is -, and its paths count from the current folder. Read the folder
+    with qwen_vit.load_features; its manifest has a row for each image. Images that cannot be
+    encoded are reported and skipped (exit code 1).
     """
     with slow_imports():
         from qwen_vit.cli.text import estimate_text, export_text, waits_text

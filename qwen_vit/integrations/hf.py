@@ -30,6 +30,7 @@ def to_hf(
 ) -> dict[str, Any]:
     """Return what transformers' Qwen2.5-VL and Qwen2.5-Omni (its thinker) take instead of pixels.
 
+    >>> import torch; from qwen_vit import ImageFeatures
     >>> made = [ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))]
     >>> sorted(to_hf(made))
     ['image_grid_thw', 'mm_encoder_outputs']
@@ -103,7 +104,7 @@ def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
     >>> tower.dtype, tower.spatial_merge_size
     (torch.float32, 2)
     >>> tower.state_dict()["merger.ln_q.weight"].shape
-    torch.Size([64])
+    torch.Size([160])
 
     `model.set_encoder(as_hf_tower(encoder), modality="image")` replaces the tower alone, for images
     and videos, wherever this version of transformers has it (Omni: of `model.thinker`). The

@@ -13,6 +13,7 @@ __all__ = ["to_sglang"]
 def to_sglang(features: AnyFeatures) -> list[dict[str, Any]]:
     """Return `image_data` for one request to SGLang's engine: a single item for all its images.
 
+    >>> from qwen_vit import ImageFeatures
     >>> [item] = to_sglang([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])
     >>> item["format"], tuple(item["feature"].shape), item["image_grid_thw"].tolist()
     ('precomputed_embedding', (6, 8), [[1, 4, 6]])

@@ -26,6 +26,7 @@ def to_vllm(
 ) -> dict[str, Any]:
     """Return `multi_modal_data` for vLLM's `LLM(..., enable_mm_embeds=True)`.
 
+    >>> from qwen_vit import ImageFeatures
     >>> data = to_vllm([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])
     >>> {name: tuple(tensor.shape) for name, tensor in data["image"].items()}
     {'image_embeds': (6, 8), 'image_grid_thw': (1, 3)}
@@ -69,6 +70,7 @@ def to_vllm_chat_part(
 ) -> list[dict[str, Any]]:
     """Return a part of a chat message for each picture, for `vllm serve --enable-mm-embeds`.
 
+    >>> from qwen_vit import ImageFeatures
     >>> parts = to_vllm_chat_part([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])
     >>> [(part["type"], sorted(part["image_embeds"])) for part in parts]
     [('image_embeds', ['image_embeds', 'image_grid_thw'])]

@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 
 from tools.checks.engines import sglang_checks, vllm_checks
-from tools.checks.engines.answers import TOLERANCE, Result, as_json, shown, table
+from tools.checks.engines.answers import TOLERANCE, Result, as_json, plain, table
 from tools.checks.engines.context import Context, Scenario
 from tools.checks.engines.environment import Environment, prepare
 from tools.checks.engines.reference import reference_answers
@@ -52,7 +52,7 @@ def _run(name: str, scenario: Scenario, context: Context) -> list[Result]:
     try:
         results = scenario(context)
     except RuntimeError as error:
-        results = [shown(name, "", passed=False, fact=str(error))]
+        results = [plain(name, "", passed=False, fact=str(error))]
     verdict = "passed" if all(row.passed for row in results) else "FAILED"
     click.echo(f"{name}: {verdict} in {time.perf_counter() - started:.0f} s", err=True)
     return results

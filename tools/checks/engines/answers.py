@@ -47,7 +47,7 @@ class Result:
         tokens: how many of how many greedy tokens are equal, from the first on.
         distance: the largest difference of a log-probability, while tokens are equal.
         must_differ: a control, which must be farther away than CONTROL_DISTANCE.
-        fact: what is wrong where it is not as it must be, or what else was shown.
+        fact: what is wrong where it is not as it must be, or what else was plain.
         passed: whether all is as it must be.
     """
 
@@ -78,7 +78,7 @@ def compare(
     return Result(scenario, name, f"{n_same}/{n}", distance, must_differ, "", passed)
 
 
-def shown(scenario: str, name: str, passed: bool, fact: str) -> Result:
+def plain(scenario: str, name: str, passed: bool, fact: str) -> Result:
     """The line of a scenario that compares no answers."""
     return Result(scenario, name, "", 0.0, False, fact, passed)
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tools.checks.engines.answers import TOLERANCE, Result, compare, shown
+from tools.checks.engines.answers import TOLERANCE, Result, compare, plain
 from tools.checks.engines.cases import CASES, NEW_TOKENS, PICTURES, Case
 from tools.checks.engines.context import Context, Scenario
 from tools.checks.engines.environment import Recipe
@@ -61,7 +61,7 @@ def which_tower(context: Context, name: str, *, ours: bool, ranks: int = 1) -> R
     """Which tower ran, by what ours logs in each process that loads it."""
     n = context.log(name).read_text(errors="replace").count(IT_RUNS)
     wanted = ranks if ours else 0
-    return shown(name, "which tower", n == wanted, f"ours in {n} of {ranks} processes")
+    return plain(name, "which tower", n == wanted, f"ours in {n} of {ranks} processes")
 
 
 def in_engine(
@@ -78,7 +78,7 @@ def in_engine(
     if cached:
         hits = context.facts(scenario)["cached_tokens"]
         results.append(
-            shown(scenario, "cache hits", hits > 0, f"{hits} tokens from the radix cache")
+            plain(scenario, "cache hits", hits > 0, f"{hits} tokens from the radix cache")
         )
     return results
 
@@ -102,10 +102,10 @@ def updates(context: Context) -> list[Result]:
             for name, right in changed.reference.items()
             if name != "text"
         ),
-        shown("updates", "dummy weights", facts["finite"], "finite answers"),
+        plain("updates", "dummy weights", facts["finite"], "finite answers"),
     ]
     refused = [text for is_good, text in facts["said"] if not is_good]
-    results.append(shown("updates", "SGLang's word", not refused, "; ".join(refused) or "success"))
+    results.append(plain("updates", "SGLang's word", not refused, "; ".join(refused) or "success"))
     results.append(which_tower(context, "updates", ours=True))
     return results
 
@@ -126,8 +126,8 @@ def video_features(context: Context) -> list[Result]:
     died = _error_of(context, "video-features")
     refusal = json.loads((context.work / "facts" / "refusal.json").read_text())
     return [
-        shown("features", "a video: ours", bool(refusal), refusal or "not refused"),
-        shown("SGLang unprotected", "a video", "Scheduler hit an exception" in died,
+        plain("features", "a video: ours", bool(refusal), refusal or "not refused"),
+        plain("SGLang unprotected", "a video", "Scheduler hit an exception" in died,
               "its scheduler dies" if died else "it lives"),
     ]  # fmt: skip
 
@@ -150,7 +150,7 @@ def refusals(context: Context) -> list[Result]:
         lines = [line for line in log.splitlines() if line.startswith("qwen_vit.errors.")]
         is_refused = bool(lines) and expected in lines[0]
         text = lines[0].split(": ", 1)[1] if lines else "no error of ours"
-        results.append(shown("our tower: refusals", scenario, is_refused, text))
+        results.append(plain("our tower: refusals", scenario, is_refused, text))
     return results
 
 
@@ -218,7 +218,7 @@ def _chat(context: Context, running: Server, each: Case) -> Result:
     steps = found["choices"][0]["logprobs"]["content"]
     distance = float((torch.tensor([step["logprob"] for step in steps]) - wanted).abs().max())
     fact = f"log-probabilities of {len(steps)} tokens within {distance:.1e}"
-    return shown(f"{OURS}OpenAI server", each.name, distance <= TOLERANCE, fact)
+    return plain(f"{OURS}OpenAI server", each.name, distance <= TOLERANCE, fact)
 
 
 def _many_clients(context: Context, running: Server, cases: list[Case]) -> Result:
@@ -235,7 +235,7 @@ def _many_clients(context: Context, running: Server, cases: list[Case]) -> Resul
     with ThreadPoolExecutor(CLIENTS) as clients:
         right = [one for answers in clients.map(client, range(CLIENTS)) for one in answers]
     fact = f"{sum(right)} of {len(right)} answers right, {CLIENTS} clients at once"
-    return shown(f"{OURS}server", "many clients", all(right), fact)
+    return plain(f"{OURS}server", "many clients", all(right), fact)
 
 
 SCENARIOS: dict[str, Scenario] = {

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from tests.support.process_memory import memory_mb
-from tools.checks.engines.answers import Answers, Result, compare, shown
+from tools.checks.engines.answers import Answers, Result, compare, plain
 from tools.checks.engines.cases import POOL, Case, Picture
 from tools.checks.engines.context import Context
 from tools.checks.engines.reference import clear_answers
@@ -94,7 +94,7 @@ def malformed_bodies() -> dict[str, bytes]:
 
 
 @dataclass(slots=True)
-class Tally:
+class Counts:
     """What became of the requests."""
 
     right: int = 0
@@ -117,7 +117,7 @@ def soak(context: Context, n_requests: int, variables: dict[str, str]) -> list[R
         ).encode()
         for each in cases
     }
-    tally = Tally()
+    tally = Counts()
     memory: dict[int, float] = {}
     with running_server(
         context, "soak", "--no-enable-prefix-caching", "--mm-processor-cache-gb", "0", **variables
@@ -145,7 +145,7 @@ def soak(context: Context, n_requests: int, variables: dict[str, str]) -> list[R
 
 def _jobs(
     n_requests: int, bodies: dict[str, bytes], malformed: dict[str, bytes], server: Server,
-    reference: Answers, tally: Tally,
+    reference: Answers, tally: Counts,
 ) -> Iterator[Callable[[], None]]:  # fmt: skip
     """The requests in a fixed order of good, cancelled and malformed ones."""
     chance, kinds = random.Random(1), list(malformed)
@@ -160,7 +160,7 @@ def _jobs(
             yield partial(_ask, server, name, bodies[name], reference, tally)
 
 
-def _work(jobs: Iterator[Callable[[], None]], tally: Tally, done: Callable[[int], None]) -> None:
+def _work(jobs: Iterator[Callable[[], None]], tally: Counts, done: Callable[[int], None]) -> None:
     """One client: the next request, until none is left."""
     while True:
         with tally.lock:
@@ -183,7 +183,7 @@ def _send(server: Server, body: bytes) -> tuple[int, bytes]:
         connection.close()
 
 
-def _ask(server: Server, name: str, body: bytes, reference: Answers, tally: Tally) -> None:
+def _ask(server: Server, name: str, body: bytes, reference: Answers, tally: Counts) -> None:
     try:
         status, raw = _send(server, body)
     except (OSError, http.client.HTTPException) as error:
@@ -202,7 +202,7 @@ def _ask(server: Server, name: str, body: bytes, reference: Answers, tally: Tall
             tally.wrong.append(f"{name}: {result.tokens} tokens, {result.distance:.1e}")
 
 
-def _cancel(server: Server, body: bytes, after_s: float, tally: Tally) -> None:
+def _cancel(server: Server, body: bytes, after_s: float, tally: Counts) -> None:
     """Send a request, and hang up before its answer."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_S)
     connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
@@ -212,7 +212,7 @@ def _cancel(server: Server, body: bytes, after_s: float, tally: Tally) -> None:
         tally.cancelled += 1
 
 
-def _refuse(server: Server, kind: str, body: bytes, tally: Tally) -> None:
+def _refuse(server: Server, kind: str, body: bytes, tally: Counts) -> None:
     try:
         status, raw = _send(server, body)
     except (OSError, http.client.HTTPException) as error:
@@ -255,7 +255,7 @@ def _unfinished(server: Server) -> int:
 
 
 def _lines(
-    tally: Tally, memory: dict[int, float], took_s: float, is_alive: bool, unfinished: int
+    tally: Counts, memory: dict[int, float], took_s: float, is_alive: bool, unfinished: int
 ) -> list[Result]:
     (warm, first), *_, (end, last) = memory.items()
     growth_kb = 1024 * (last - first) / (end - warm)
@@ -264,17 +264,17 @@ def _lines(
     answered = tally.right + len(tally.wrong)
     n_done = answered + tally.cancelled + refused
     return [
-        shown("soak", "requests", n_done == end, f"{end} in {took_s:.0f} s, {CLIENTS} clients"),
-        shown("soak", "lost", not tally.lost, "; ".join(tally.lost[:3]) or "none"),
-        shown(
+        plain("soak", "requests", n_done == end, f"{end} in {took_s:.0f} s, {CLIENTS} clients"),
+        plain("soak", "lost", not tally.lost, "; ".join(tally.lost[:3]) or "none"),
+        plain(
             "soak", "right answers", answered > 0 and not tally.wrong,
             "; ".join(tally.wrong[:3]) or f"{answered}, within {tally.largest:.1e}",
         ),
-        shown("soak", "cancelled", tally.cancelled > 0, str(tally.cancelled)),
-        shown("soak", "malformed", refused > 0, f"{refused} refused, {len(tally.refused)} kinds"),
-        shown("soak", "alive in the end", is_alive, "health is 200" if is_alive else "no health"),
-        shown("soak", "unfinished in the end", unfinished == 0, str(unfinished)),
-        shown(
+        plain("soak", "cancelled", tally.cancelled > 0, str(tally.cancelled)),
+        plain("soak", "malformed", refused > 0, f"{refused} refused, {len(tally.refused)} kinds"),
+        plain("soak", "alive in the end", is_alive, "health is 200" if is_alive else "no health"),
+        plain("soak", "unfinished in the end", unfinished == 0, str(unfinished)),
+        plain(
             "soak", "memory", growth_kb <= MAX_GROWTH_KB,
             f"{course} MB after each {warm}: {growth_kb:.1f} KB a request",
         ),

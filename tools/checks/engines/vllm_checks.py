@@ -22,7 +22,7 @@ from qwen_vit.integrations.vllm import (
     write_ec_cache,
 )
 from qwen_vit.integrations.vllm.features import to_base64
-from tools.checks.engines.answers import Result, compare, shown
+from tools.checks.engines.answers import Result, compare, plain
 from tools.checks.engines.cases import (
     CASES,
     PICTURES,
@@ -99,10 +99,10 @@ def in_process(context: Context, *, scenario: str, plugin: bool = False) -> list
     facts = context.facts(name)
     wanted = OURS if plugin else THEIRS
     found = facts["tower"]
-    results.append(shown(name, "which tower", found == wanted, f"{found} ran"))
+    results.append(plain(name, "which tower", found == wanted, f"{found} ran"))
     if "cached_tokens" in facts:
         hits = facts["cached_tokens"]
-        results.append(shown(name, "cache hits", hits > 0, f"{hits} tokens from the prefix cache"))
+        results.append(plain(name, "cache hits", hits > 0, f"{hits} tokens from the prefix cache"))
     return results
 
 
@@ -115,8 +115,8 @@ def passive(context: Context) -> list[Result]:
     lines = log.count("qwen_vit is installed and not used. Set VLLM_PLUGINS=qwen_vit")
     return [
         *context.compare(name, lambda way: f"installed, not asked: {way}"),
-        shown(name, "which tower", found == THEIRS, f"{found} ran"),
-        shown(name, "the log says how to ask", lines == 1, f"{lines} line"),
+        plain(name, "which tower", found == THEIRS, f"{found} ran"),
+        plain(name, "the log says how to ask", lines == 1, f"{lines} line"),
     ]
 
 
@@ -197,7 +197,7 @@ def missing_entry(context: Context, server: Server, entry: CachedFeatures) -> li
     unknown = replace(entry, uuid=f"{'0' * 16}-{'0' * 40}")  # the other one vLLM has in memory
     part = to_vllm_cached_chat_part([unknown])
     return [
-        shown("encoder cache", "file gone: ours", bool(refusal), refusal or "not refused"),
+        plain("encoder cache", "file gone: ours", bool(refusal), refusal or "not refused"),
         *dies_of(server, "file gone", part),
     ]
 
@@ -219,7 +219,7 @@ def dies_of(server: Server, what: str, content: list[dict[str, Any]]) -> list[Re
     after, _ = server.post(chat_body(good), timeout_s=30)
     is_dead = before == 200 and bad != 200 and after != 200
     fact = f"vLLM answers others with {before} before it and {after or 'nothing'} after it"
-    return [shown("vLLM unprotected", what, is_dead, fact)]
+    return [plain("vLLM unprotected", what, is_dead, fact)]
 
 
 def wrong_count(context: Context) -> list[Result]:
@@ -232,7 +232,7 @@ def wrong_count(context: Context) -> list[Result]:
     with running_server(context, "wrong-count", "--enable-mm-embeds") as running:
         died = dies_of(running, "a row too few", [part])
     return [
-        shown("features", "a row too few: ours", bool(refusal), refusal or "not refused"),
+        plain("features", "a row too few: ours", bool(refusal), refusal or "not refused"),
         *died,
     ]
 
@@ -244,8 +244,8 @@ def nan(context: Context) -> list[Result]:
     spoilt, others, refusal = facts["spoilt"], facts["others"], facts["refusal"]
     return [
         *context.compare("nan"),
-        shown("features", "NaN: ours", bool(refusal), refusal or "not refused"),
-        shown("vLLM unprotected", "NaN", spoilt > 0, f"{spoilt} of {others} others get NaN"),
+        plain("features", "NaN: ours", bool(refusal), refusal or "not refused"),
+        plain("vLLM unprotected", "NaN", spoilt > 0, f"{spoilt} of {others} others get NaN"),
     ]
 
 
@@ -254,7 +254,7 @@ def producer(context: Context) -> list[Result]:
     context.run_child(CHILD, "ec-producer", "plugin-producer", **IN_PROCESS, **by_plugin(context))
     distances = context.facts("plugin-producer")["distances"]
     return [
-        shown("our tower by plugin: producer", name, distance == 0,
+        plain("our tower by plugin: producer", name, distance == 0,
               f"{distance:.1e} from encode" if distance else "the bits of encode")
         for name, distance in distances.items()
     ]  # fmt: skip
