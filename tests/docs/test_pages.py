@@ -163,9 +163,11 @@ def test_a_command_works(
 ) -> None:
     arguments = words_of(line)
     if only_parsed(line):
-        command = cli_module.cli.get_command(click.Context(cli_module.cli), arguments[0])
+        # click keeps a command's help option of the first context: -h is the group's setting
+        root = click.Context(cli_module.cli, **cli_module.cli.context_settings)
+        command = cli_module.cli.get_command(root, arguments[0])
         assert command is not None
-        command.make_context(arguments[0], arguments[1:])
+        command.make_context(arguments[0], arguments[1:], parent=root)
         return
     name = "features.safetensors"
     if name in arguments and arguments[arguments.index(name) - 1] != "--out":  # it reads the file
