@@ -1,11 +1,14 @@
 """Fixtures that more than one wing uses."""
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from qwen_vit.cli import main as cli_module
 
@@ -26,6 +29,7 @@ def qwen_vit(
 
     def command(*arguments: str | Path) -> Done:
         monkeypatch.setattr(sys, "argv", ["qwen-vit", *map(str, arguments)])
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])  # so that the command sets its own
         capsys.readouterr()
         code: Any = 0
         try:
@@ -36,3 +40,14 @@ def qwen_vit(
         return Done(code or 0, captured.out, captured.err)
 
     return command
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with two small images and a broken one."""
+    for name, width in (("a.png", 56), ("b.jpg", 84)):
+        values = np.random.default_rng(width).integers(0, 256, (56, width, 3), np.uint8)
+        Image.fromarray(values).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from qwen_vit import __version__
 from qwen_vit.checkpoint import hub
@@ -40,17 +38,6 @@ CHELSEA = ROOT / "tests" / "images" / "chelsea.png"
 @pytest.fixture
 def run(qwen_vit: Any) -> Any:
     return qwen_vit
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with two small images and a broken one."""
-    for name, width in (("a.png", 56), ("b.jpg", 84)):
-        values = np.random.default_rng(width).integers(0, 256, (56, width, 3), np.uint8)
-        Image.fromarray(values).save(tmp_path / name)
-    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 TO_FILE = ("--model", "tiny", "--device", "cpu", "--out", "f.safetensors")

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import io
 import json
-import logging
 import multiprocessing
 import os
 import pickle
@@ -1244,7 +1243,6 @@ def run(monkeypatch: pytest.MonkeyPatch, qwen_vit: Any) -> Any:
     monkeypatch.setattr(export_module, "VisionEncoder", loader)
 
     def command(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(logging.getLogger(), "handlers", [])
         done: tuple[int, str, str] = qwen_vit("export", *arguments, "--model", "m")
         return done
 

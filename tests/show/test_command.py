@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,14 @@ from PIL import Image
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
-from tests.support.commands import runner
 
 TINY = ("--model", "tiny", "--device", "cpu")
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def run(qwen_vit: Any) -> Any:
     """`qwen-vit show ARGUMENTS`."""
-    command = runner(monkeypatch, capsys)
-    return lambda *arguments: command("show", *arguments)
+    return partial(qwen_vit, "show")
 
 
 @pytest.fixture
