@@ -31,7 +31,7 @@ from qwen_vit.errors import ArgumentError
 from qwen_vit.features import FailedImage, FeatureOutput, ImageFeatures, dtype_name
 from qwen_vit.graphs import GraphRunner, run_tower
 from qwen_vit.images.image import ArrayLayout, ImageLimits
-from qwen_vit.images.rows import as_grids, check_rows, normalise
+from qwen_vit.images.rows import as_grids, check_rows, pixels_for_tower
 from qwen_vit.metadata import origin_metadata
 from qwen_vit.model import LayerTaps, Output, VisionTower
 from qwen_vit.outputs import OutputOptions
@@ -370,13 +370,11 @@ class VisionEncoder:
             ImageError: the two disagree (codes `patches`, `grid`); found before any kernel runs.
         """
         grids = as_grids(grid_thw)
-        config = self.config
-        check_rows("rows", rows, grids, config.patch_dim, is_float=False)
-        shape = (len(rows), config.in_channels, config.temporal_patch_size, config.patch_px**2)
-        if still:
-            return self.forward(rows.view(shape)[:, :, 0].flatten(1), grids, "merged")
-        values = self._owned(rows).to(self.device, non_blocking=True).view(shape)
-        return self.forward(normalise(values, self.image_config).flatten(1), grids, "merged")
+        check_rows("rows", rows, grids, self.config.patch_dim, is_float=False)
+        if not still:  # normalised where it is fast
+            rows = self._owned(rows).to(self.device, non_blocking=True)
+        pixels = pixels_for_tower(rows, self.config, self.image_config, still=still)
+        return self.forward(pixels, grids, "merged")
 
     def _owned(self, rows: Tensor) -> Tensor:
         if self.device.type == "cuda" and rows.is_pinned():

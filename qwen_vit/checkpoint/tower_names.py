@@ -16,6 +16,7 @@ __all__ = [
     "check_tower",
     "expected_tensors",
     "find_prefix",
+    "joined_name",
     "part_names",
     "tensor_info",
     "tower_prefixes",
@@ -161,7 +162,7 @@ Expected [1280] from config.json. Use the config.json that belongs to the weight
     info = tensor_info(tensor)
     _refuse_other_towers({name: info}, "the vision weights", str)
     _refuse_quantised({name: info}, "the vision weights", str)
-    joined = SPLIT_QKV.sub(".attn.qkv.", name)
+    joined = joined_name(name)
     if joined not in shapes:
         raise CheckpointError("not a tensor of this vision tower", name=name, remedy=USE_ITS_CONFIG)
     n_parts = 1 if joined == name else 3
@@ -182,6 +183,15 @@ def _check_shape(name: str, info: TensorInfo, shape: tuple[int, ...]) -> None:
             expected=f"{list(shape)} from config.json",
             remedy=USE_ITS_CONFIG,
         )
+
+
+def joined_name(name: str) -> str:
+    """Return the published tensor that a stored one belongs to: itself, or that of q, k and v.
+
+    >>> joined_name("blocks.0.attn.k.bias")
+    'blocks.0.attn.qkv.bias'
+    """
+    return SPLIT_QKV.sub(".attn.qkv.", name)
 
 
 def part_names(name: str, *, split: bool) -> tuple[str, ...]:

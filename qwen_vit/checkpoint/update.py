@@ -4,20 +4,22 @@ An inference engine loads weights itself and hands them over as it reads them; a
 ones while the tower serves. The parameters keep their memory, so a captured CUDA graph stays right.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from qwen_vit.checkpoint.convert import Recipe, recipes
-from qwen_vit.checkpoint.tower_names import check_tensor, expected_tensors
+from qwen_vit.checkpoint.tower_names import (
+    check_tensor,
+    expected_tensors,
+    joined_name,
+    part_names,
+)
 from qwen_vit.common.tensors import check_finite, extremes
 from qwen_vit.config import ImageConfig, VisionConfig
 
 __all__ = ["WeightUpdates"]
-
-SPLIT_QKV = re.compile(r"\.attn\.([qkv])\.(weight|bias)$")  # as Qwen2.5-Omni stores them
 
 
 class WeightUpdates:
@@ -62,7 +64,7 @@ class WeightUpdates:
         partners = {
             source
             for name in self._waiting
-            for source in self._recipe_of[_joined_name(name)].sources
+            for source in self._recipe_of[joined_name(name)].sources
         }
         return tuple(sorted(partners - self._waiting.keys()))
 
@@ -109,10 +111,10 @@ class WeightUpdates:
 
     def _join(self, name: str) -> str | None:
         """The published name that is complete now; None where q, k or v is still missing."""
-        joined = _joined_name(name)
+        joined = joined_name(name)
         if joined == name:
             return name
-        parts = [SPLIT_QKV.sub(rf".attn.{letter}.\2", name) for letter in "qkv"]
+        parts = part_names(joined, split=True)
         if not all(part in self._waiting for part in parts):
             return None
         tensors = [self._waiting.pop(part).to(self._device) for part in parts]
@@ -127,7 +129,3 @@ class WeightUpdates:
             if not is_finite:
                 recipe, _ = written[target]
                 check_finite(self._tower.get_parameter(target), " with ".join(recipe.sources))
-
-
-def _joined_name(name: str) -> str:
-    return SPLIT_QKV.sub(r".attn.qkv.\2", name)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from qwen_vit.config import Grid, ImageConfig
+from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.errors import ImageError
 
-__all__ = ["as_grids", "check_rows", "normalise"]
+__all__ = ["as_grids", "check_rows", "normalise", "pixels_for_tower"]
 
 
 def as_grids(grid_thw: Tensor) -> tuple[Grid, ...]:
@@ -70,3 +70,16 @@ def normalise(values: Tensor, config: ImageConfig) -> Tensor:
         for numbers in (config.image_mean, config.image_std)
     )
     return (values.float() / 255 - mean) / std
+
+
+def pixels_for_tower(
+    rows: Tensor, config: VisionConfig, image_config: ImageConfig, *, still: bool
+) -> Tensor:
+    """uint8 rows (N, P) as the tower takes them, on their device.
+
+    Of stills, whose two frames are the same, the first frame (N, P / 2); of videos the normalised
+    float32 rows (N, P).
+    """
+    frames = config.in_channels, config.temporal_patch_size, config.patch_px**2
+    pixels = rows.view(len(rows), *frames)
+    return (pixels[:, :, 0] if still else normalise(pixels, image_config)).flatten(1)

@@ -16,7 +16,7 @@ from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.device import check_fits, choose_dtype
 from qwen_vit.errors import CheckpointError
 from qwen_vit.graphs import GraphRunner, run_tower
-from qwen_vit.images.rows import as_grids, check_rows, normalise
+from qwen_vit.images.rows import as_grids, check_rows, pixels_for_tower
 from qwen_vit.model import VisionTower
 
 __all__ = ["EngineTower"]
@@ -150,15 +150,13 @@ class EngineTower(nn.Module):
             grids = as_grids(grid_thw)
         else:
             grids = tuple(Grid(*grid) for grid in grid_thw)
-        config, is_float = self.config, rows.is_floating_point()
-        check_rows("pixel_values", rows, grids, config.patch_dim, is_float=is_float)
+        is_float = rows.is_floating_point()
+        check_rows("pixel_values", rows, grids, self.config.patch_dim, is_float=is_float)
         if not is_float:
-            frames = config.in_channels, config.temporal_patch_size, config.patch_px**2
-            pixels = rows.to(self.device, non_blocking=True).view(len(rows), *frames)
-            if self._is_still:
-                rows = pixels[:, :, 0].flatten(1)
-            else:
-                rows = normalise(pixels, self.image_config).flatten(1)
+            rows = pixels_for_tower(
+                rows.to(self.device, non_blocking=True), self.config, self.image_config,
+                still=self._is_still,
+            )  # fmt: skip
         with torch.autocast(self.device.type, enabled=False):
             merged = run_tower(
                 self.tower, self._graphs, rows, grids, self.device, self._compute_dtype, "merged"
