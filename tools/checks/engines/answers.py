@@ -1,9 +1,12 @@
 """Answers of an engine and of the reference, and how far they are apart."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import click
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +22,7 @@ class Answer:
 
 
 Answers = dict[str, Answer]  # by the case's name
+Found = tuple[dict[str, Answers], dict[str, Any]]  # answers by way, and facts
 
 
 def save_answers(path: Path, answers: Mapping[str, Answer]) -> None:
@@ -28,6 +32,24 @@ def save_answers(path: Path, answers: Mapping[str, Answer]) -> None:
         tensors[f"{name}.tokens"] = answer.tokens.contiguous()
         tensors[f"{name}.logprobs"] = answer.logprobs.contiguous()
     save_file(tensors, path)
+
+
+def child_command(
+    doc: str | None, scenarios: Mapping[str, Callable[[Path], Found]]
+) -> click.Command:
+    """The command of an engine's child: one scenario, whose answers and facts go into files."""
+
+    @click.command(help=doc)
+    @click.argument("scenario", type=click.Choice(list(scenarios)))
+    @click.argument("name")
+    @click.argument("work", type=click.Path(exists=True, file_okay=False, path_type=Path))
+    def main(scenario: str, name: str, work: Path) -> None:
+        answers, facts = scenarios[scenario](work)
+        for way, of_way in answers.items():
+            save_answers(work / "answers" / name / f"{way}.safetensors", of_way)
+        (work / "facts" / f"{name}.json").write_text(json.dumps(facts))
+
+    return main
 
 
 def load_answers(path: Path) -> Answers:

@@ -13,7 +13,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import click
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 from qwen_vit.errors import QwenVitError
 from qwen_vit.integrations.hf import expand_placeholders
 from qwen_vit.integrations.sglang import to_sglang
-from tools.checks.engines.answers import Answer, Answers, save_answers
+from tools.checks.engines.answers import Answer, Answers, Found, child_command
 from tools.checks.engines.cases import (
     CASES,
     NEW_TOKENS,
@@ -36,7 +35,6 @@ from tools.checks.engines.features import encoder, features
 from tools.checks.engines.small_model import N_TOKENS
 
 Request = dict[str, Any]
-Found = tuple[dict[str, Answers], dict[str, Any]]  # answers by way, and facts
 
 PIECE = 7  # tensors of an update that are sent together
 
@@ -298,16 +296,7 @@ SCENARIOS: dict[str, Callable[[Path], Found]] = {
 }
 
 
-@click.command(help=__doc__)
-@click.argument("scenario", type=click.Choice(list(SCENARIOS)))
-@click.argument("name")
-@click.argument("work", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def main(scenario: str, name: str, work: Path) -> None:
-    """Run one scenario in one engine."""
-    answers, facts = SCENARIOS[scenario](work)
-    for way, of_way in answers.items():
-        save_answers(work / "answers" / name / f"{way}.safetensors", of_way)
-    (work / "facts" / f"{name}.json").write_text(json.dumps(facts))
+main = child_command(__doc__, SCENARIOS)
 
 
 if __name__ == "__main__":

@@ -7,25 +7,22 @@ pixels is decided by the process's environment: with VLLM_PLUGINS=qwen_vit it is
 plugin, and with VLLM_PLUGINS empty vLLM's own.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from qwen_vit.errors import QwenVitError
 from qwen_vit.integrations.vllm import read_ec_cache, to_vllm, to_vllm_cached
-from tools.checks.engines.answers import Answer, Answers, save_answers
+from tools.checks.engines.answers import Answer, Answers, Found, child_command
 from tools.checks.engines.cases import CASES, FPS, NEW_TOKENS, PICTURES, Case, case, frames
 from tools.checks.engines.features import features, of_case
 
 Request = dict[str, Any]
-Found = tuple[dict[str, Answers], dict[str, Any]]  # answers by way, and facts
 
 
 @dataclass(slots=True)
@@ -247,16 +244,7 @@ SCENARIOS: dict[str, Callable[[Path], Found]] = {
 }
 
 
-@click.command(help=__doc__)
-@click.argument("scenario", type=click.Choice(list(SCENARIOS)))
-@click.argument("name")
-@click.argument("work", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def main(scenario: str, name: str, work: Path) -> None:
-    """Run one scenario in one engine."""
-    answers, facts = SCENARIOS[scenario](work)
-    for way, of_way in answers.items():
-        save_answers(work / "answers" / name / f"{way}.safetensors", of_way)
-    (work / "facts" / f"{name}.json").write_text(json.dumps(facts))
+main = child_command(__doc__, SCENARIOS)
 
 
 if __name__ == "__main__":
