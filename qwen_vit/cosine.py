@@ -30,8 +30,9 @@ def similarity(a: Rows, b: Rows | None = None) -> Tensor:
     torch.Size([15, 23])
 
     Args:
-        a, b: features of one image; a list of images, or stored features, that have one row each
+        a: features of one image; a list of images, or stored features, that have one row each
             (`output="mean"`); or rows of your own (N, D), such as `features.layers[7]`.
+        b: what `a` is compared with, given in the same ways; `a` itself if None.
 
     Returns:
         (rows of a, rows of b) float32 from -1 to 1, on the device of `a`. A row of zeros has the

@@ -101,12 +101,12 @@ class VisionEncoder:
                 runs in Triton's interpreter: right, and slow.
             dtype: "auto" is bfloat16 on a GPU and float32 on a CPU; float32 on a GPU is IEEE,
                 never TF32.
-            token, cache_dir, local_files_only: as in huggingface_hub.
-            min_pixels, max_pixels: bounds of height x width after resizing, in place of the
-                checkpoint's own.
+            token: as in huggingface_hub, like cache_dir and local_files_only.
+            min_pixels: the least height x width after resizing, in place of the checkpoint's own.
+            max_pixels: the largest one.
             cuda_graphs: False launches every kernel by itself: slower for small batches, the same
                 bits. Graphs serve merged output; output="patch" never uses one.
-            torch_dtype, device_map: transformers' names; refused with the right ones.
+            torch_dtype: transformers' name, like device_map; refused with the right one.
 
         Raises:
             HubError, CheckpointError, ArgumentError: each with what to do.
@@ -157,7 +157,7 @@ class VisionEncoder:
             image_config: the image settings, or what preprocessor_config.json says; transformers'
                 defaults if None.
             name: what the model is called in messages and feature files.
-            device, dtype, min_pixels, max_pixels, cuda_graphs: as for `from_pretrained`.
+            device: as for `from_pretrained`, like every option that follows.
 
         Raises:
             CheckpointError, ArgumentError: each with what to do.

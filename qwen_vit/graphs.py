@@ -205,7 +205,8 @@ class GraphRunner:
         """Compile every kernel and capture the graph of every bucket, ahead of the first request.
 
         Args:
-            dtype, width: of the patches that `run` will get: uint8 of (P / 2), or a float of (P).
+            dtype: of the patches that `run` will get: uint8 or a float.
+            width: of a patch: P / 2 for uint8, P for a float.
             largest: the most patches that a call will bring.
         """
         largest = bucket_for(min(largest, MAX_BUCKET)) or MIN_STEP

@@ -51,7 +51,9 @@ class Estimate:
     """What an export will take, from the images' headers.
 
     Attributes:
-        images, rows, bytes: those of the whole export.
+        images: those of the whole export.
+        rows: those of the whole export.
+        bytes: those of the whole export.
         unreadable: images without a readable header, or of more pixels than are allowed.
         seconds: the time of the encoder for the images that are not done yet; None where no image
             was timed.

@@ -62,7 +62,7 @@ def export_on_ray(
 
     Args:
         model: as in `VisionEncoder.from_pretrained`, to which `loading` goes, too.
-        inputs, folder, options, confirm, show_progress, decode_threads: as in `export_features`.
+        inputs: as in `export_features`, like folder, options and what is not named here.
         address: the cluster's; None: that of RAY_ADDRESS, or of this machine, where one is started
             if there is none.
         device: "auto", "cuda" or "cpu".

@@ -17,14 +17,17 @@ class ExportReport:
     """What an export did: the images of its part, those of earlier runs included.
 
     Attributes:
-        images, exported: how many images the part has, and how many of them have features.
+        images: how many the part has.
+        exported: how many of them have features.
         failed: how many images failed, by the code of their error.
         failed_earlier: how many of them failed before this run.
         resumed: images of shards that existed before this run.
-        rows, bytes: those of the part's shards.
+        rows: those of the part's shards.
+        bytes: those of the part's shards.
         seconds: the duration of this run.
         waits: how many seconds of this run went to waiting for each stage.
-        shards, shards_missing: those of the whole folder; other parts may still be missing.
+        shards: those of the whole folder.
+        shards_missing: of the whole folder, where other parts may still be missing.
     """
 
     folder: Path

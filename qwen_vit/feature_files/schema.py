@@ -82,7 +82,8 @@ class ItemFacts:
     """What a file records of one image or video, besides its rows; None where it is not known.
 
     Attributes:
-        id, grid_thw: as those of `ImageFeatures`.
+        id: as that of `ImageFeatures`.
+        grid_thw: as that of `ImageFeatures`.
         n_rows: its rows of `image_embeds`.
         size_px: the original (height, width).
         notes: what the image policy did.

@@ -25,7 +25,8 @@ class Verification:
     """What was checked of stored features, and what is wrong with them.
 
     Attributes:
-        images, rows: how many were read.
+        images: how many were read.
+        rows: how many were read, of all images.
         digests: images whose rows have the sha256 that was recorded when they were written.
         problems: a sentence each; empty where everything is right.
     """

@@ -118,16 +118,18 @@ def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
         A module without parameters: no optimiser sees it, no weight decay changes it, and counts of
         parameters go without it.
 
-        - `state_dict` has the published names and values, as copies in host memory, whatever the
-          device and dtype: a saved model is one of transformers.
-        - `load_state_dict` takes other weights, all or some, and builds the encoder again.
-        - `to`, `cuda`, `cpu`, `float` and `bfloat16` build the encoder again where it is asked to
-          be. On a CPU float32 stands for bfloat16, with a warning. float16 is refused.
-        - `train` and `eval` change nothing: in training it warns once that the tower is frozen.
-          `requires_grad_()`, pixel rows that want gradients and PEFT's adapters are refused.
-        - torch.compile breaks its graph at the tower and goes on behind it.
-        - `pooler_output` of its result holds the merged rows; `last_hidden_state`, which
-          transformers does not read, is None.
+    What the module does:
+
+    - `state_dict` has the published names and values, as copies in host memory, whatever the
+      device and dtype: a saved model is one of transformers.
+    - `load_state_dict` takes other weights, all or some, and builds the encoder again.
+    - `to`, `cuda`, `cpu`, `float` and `bfloat16` build the encoder again where it is asked to
+      be. On a CPU float32 stands for bfloat16, with a warning. float16 is refused.
+    - `train` and `eval` change nothing: in training it warns once that the tower is frozen.
+      `requires_grad_()`, pixel rows that want gradients and PEFT's adapters are refused.
+    - torch.compile breaks its graph at the tower and goes on behind it.
+    - `pooler_output` of its result holds the merged rows; `last_hidden_state`, which
+      transformers does not read, is None.
 
     Needs transformers 5.18 or newer. Raises ArgumentError for a transformers that is missing or too
     old, and for another encoder.

@@ -54,7 +54,8 @@ class FeatureView:
 
     Attributes:
         id: as the features have it.
-        h, w: the grid, in patches.
+        h: rows of the grid, in patches.
+        w: columns of the grid, in patches.
         size_px: the original height and width; (0, 0) where they are not known.
         colours: (rows, columns, 3) sRGB from 0 to 1, a cell a token.
         picture: (height, width, 3) uint8 over the same area, or None.

@@ -4,6 +4,7 @@ Each Python block runs by itself, in a copy of the checkout's data. Each `qwen-v
 block runs too. With a model of the Hub, or with a trailing comment `# GPU`, it is only parsed.
 """
 
+import ast
 import json
 import os
 import re
@@ -223,6 +224,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )  # fmt: skip
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
+    assert "griffe:" not in output, output
     assert (tmp_path / "site" / "api" / "encoder.html").is_file()
     assert "&gt;&gt;&gt; encoder" not in (tmp_path / "site" / "api" / "encoder.html").read_text()
 
@@ -285,3 +287,21 @@ def test_measured_figures_are_found() -> None:
     for text in ("3.19 ms", "93 images/s", "is 8 to 14 times as fast", "1.68e-3", "41 (12.9x)"):
         assert MEASURED.search(text), text
     assert not MEASURED.search("28 x 28 pixels, 512 images, 1.4 GB, 8 seeds")
+
+
+# Docstrings of the public names are pages too
+
+
+def test_a_public_docstring_names_its_arguments_one_by_one() -> None:
+    """`Args:` with two names before a colon has no type on the site."""
+    grouped = []
+    for path in (ROOT / "qwen_vit").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                text = ast.get_docstring(node) or ""
+                for part in re.findall(r"^(?:Args|Attributes):\n((?: .*\n?)+)", text, re.MULTILINE):
+                    grouped += [
+                        f"{path.name}: {node.name}: {names}"
+                        for names in re.findall(r"^    (\w+(?:, \w+)+):", part, re.MULTILINE)
+                    ]
+    assert grouped == []

@@ -79,7 +79,8 @@ def write_ec_cache(
         features: of pictures. All are checked before anything is written.
         folder: a new or empty folder, or one that this function wrote for the same model.
         metadata: `encoder.metadata()`, or the `metadata` of `load_features(...)`.
-        videos, second_per_grid_ts: as in `to_vllm`.
+        videos: as in `to_vllm`.
+        second_per_grid_ts: as in `to_vllm`.
         index: what to call the file that lists these entries; a digest of them if not given.
 
     Returns:
