@@ -62,7 +62,7 @@ def compile_attention(head_dim: int, bits: int, use_name: str) -> Compiled:
 
 
 # Bytes that a program may spill. 128 query rows on 4 warps fill every register of the frame kind
-# and spill parts of Q, outside the key loop: 8 to 15 % faster all the same (tools/NOTES.md).
+# and spill parts of Q, outside the key loop: 8 to 15 % faster all the same (docs/decisions).
 ATTENTION_SPILLS = {"window": 0, "full": 128}
 
 # Programs of head dim 80 that share a multiprocessor, which each row was chosen for.

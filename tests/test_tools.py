@@ -21,7 +21,7 @@ COMMANDS = sorted(
     if "__main__" in path.read_text()
 )
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-DOCUMENTS += [ROOT / "tools" / "NOTES.md", ROOT / "weights" / "README.md"]
+DOCUMENTS += [ROOT / "weights" / "README.md"]
 
 
 def test_there_are_commands() -> None:

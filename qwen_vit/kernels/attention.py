@@ -55,7 +55,7 @@ class AttentionTile:
     num_stages: int
 
 
-# (kind, bits per element) -> tile. Measured on an H200; see tools/NOTES.md.
+# (kind, bits per element) -> tile. Measured on an H200; see docs/decisions.
 TILES = {
     ("window", 16): AttentionTile(q_rows=64, k_rows=64, num_warps=4, num_stages=1),
     ("window", 32): AttentionTile(q_rows=64, k_rows=64, num_warps=8, num_stages=1),
@@ -168,7 +168,7 @@ def _attend_to_keys(
     m_k = o_k < k_end - k_begin
     k_base = qkv + k_begin * ROW_STRIDE + (H + i_head) * D
     # V first, so that every tile of this step has its own shared memory. Where a tail follows its
-    # main part into the same place, ptxas 12.8 builds a wrong address for it (tools/NOTES.md).
+    # main part into the same place, ptxas 12.8 builds a wrong address for it (docs/decisions).
     p_v = k_base + H * D + o_k[:, None] * ROW_STRIDE
     if MASK_ROWS:
         v0 = tl.load(p_v + o_d0[None, :], mask=m_k[:, None], other=0.0)

@@ -79,7 +79,7 @@ WIDE = GemmTile(128, 256, 64, 8, 3)
 
 # The products that `linear_hopper` does not take: the patch embedding (narrow), and with a Triton
 # whose Gluon is not known all others (wide: N > 2048). Measured on an H200 with the patch embedding
-# and the merger (tools/NOTES.md). Each entry holds from how many rows on a tile is used. Rows may
+# and the merger (docs/decisions). Each entry holds from how many rows on a tile is used. Rows may
 # choose: all tiles agree bit for bit (tested), and sums of squares are by 128 columns in all narrow
 # ones, which therefore serve every product that leaves such sums.
 HOPPER_TILES: dict[bool, tuple[tuple[int, GemmTile], ...]] = {

@@ -54,7 +54,7 @@ TALL_SWIGLU = HopperGemmTile(192, 128, 5, 3)
 SQUARE = HopperGemmTile(128, 128, 6, 2)
 NARROW = HopperGemmTile(128, 64, 7, 2)
 
-# Measured on an H200 at 1,024 to 32,768 patches (tools/NOTES.md). (epilogue, K > 2048) -> from how
+# Measured on an H200 at 1,024 to 32,768 patches (docs/decisions). (epilogue, K > 2048) -> from how
 # many rows on a tile is used. Rows may choose, because all tiles agree bit for bit (tested).
 TILES: dict[tuple[str, bool], tuple[tuple[int, HopperGemmTile], ...]] = {
     ("plain", False): ((0, WIDE), (1536, TALL), (16384, WIDE)),  # qkv
