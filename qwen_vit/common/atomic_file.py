@@ -21,20 +21,20 @@ __all__ = [
 ]
 
 TEMPORARY_SUFFIX = ".tmp"
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # FAT, say
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # such as FAT
 NAME_CHARACTERS = 40  # of the file's own name: with the rest well below a name's 255 bytes
 
 
 class AtomicFile:
-    """A file that grows under a hidden name beside `path`, and takes its place when committed.
+    """A file that grows under a hidden name beside `path` and replaces it when committed.
 
     >>> growing = AtomicFile(Path("notes.txt"))  # doctest: +SKIP
     >>> growing.file.write(b"whole or absent")  # doctest: +SKIP
     >>> growing.commit()  # doctest: +SKIP
 
-    The hidden name starts with the file's own, and ends in TEMPORARY_SUFFIX: only a process that
-    was killed leaves one. With `overwrite=False` it takes no other file's place. Raises ExportError
-    where the system refuses.
+    The hidden name starts with the file's own and ends in TEMPORARY_SUFFIX. Only a killed process
+    leaves one. With `overwrite=False` it replaces no file. Raises ExportError if the system
+    refuses.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = True) -> None:
@@ -79,7 +79,7 @@ class AtomicFile:
             os.replace(self._temporary, self.path)
 
     def discard(self) -> None:
-        """Leave nothing, unless it was committed; harmless when called again."""
+        """Remove the file unless it was committed. A second call does nothing."""
         with suppress(OSError):
             self.file.close()
         with suppress(OSError):
@@ -88,13 +88,12 @@ class AtomicFile:
 
 @contextmanager
 def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes the place of `path` when the block ends well.
+    """Open a file for writing that replaces `path` if the block succeeds.
 
     >>> with atomic_file(Path("notes.txt")) as file:  # doctest: +SKIP
     ...     file.write(b"whole or absent")
 
-    As AtomicFile; the block should write and do nothing else: its OSErrors are taken for the
-    file's.
+    As AtomicFile. The block should only write: any OSError in it counts as one of the file.
     """
     growing = AtomicFile(path, overwrite=overwrite)
     try:
@@ -102,7 +101,7 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
         growing.commit()
     except OSError as error:
         raise cannot_write(path, error) from None
-    finally:  # whatever stopped it, an interrupt too
+    finally:  # an interrupt included
         growing.discard()
 
 
@@ -128,7 +127,7 @@ def refuse_link(path: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> ExportError:
-    """The error to raise where the system refuses to write `path`."""
+    """The error to raise if the system refuses to write `path`."""
     return ExportError(
         f"could not be written ({error.strerror or error})",
         name=str(path),

@@ -28,13 +28,14 @@ Result = TypeVar("Result", bound=_Weighs)
 
 
 def thread_count(wanted: int | None, cores: int | None = None) -> int:
-    """How many threads load images: as many as wanted, else one for two cores, 2 to 16.
+    """The number of loader threads: `wanted`, or one for two cores, from 2 to 16.
 
     >>> thread_count(3), thread_count(None, cores=16)
     (3, 8)
 
-    `cores` are this process' own if not given. More threads would slow the one that keeps the GPU
-    busy: they share Python's lock. Raises ArgumentError for anything but a whole number above 0.
+    `cores` defaults to those of this process. More threads would slow the one that keeps the GPU
+    busy, because all share Python's lock. Raises ArgumentError unless `wanted` is a whole number
+    above 0.
     """
     if wanted is None:
         cores = len(os.sched_getaffinity(0)) if cores is None else cores
@@ -46,7 +47,7 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Job(Generic[Result]):
-    """A call that gives one result, and the bytes that it holds until it has run."""
+    """A call that makes one result, and the bytes that it holds until it has run."""
 
     run: Callable[[], Result]
     n_bytes: int = 0
@@ -59,13 +60,13 @@ def work_ahead(
     max_bytes: int = AHEAD_BYTES,
     max_jobs: int = AHEAD_JOBS,
 ) -> Generator[Result, None, None]:
-    """The results of jobs, in order, which threads compute before they are asked for.
+    """Yield the results of jobs in order, and let threads compute ahead of the caller.
 
-    `jobs` is iterated in the caller's thread. At most `max_jobs` are under way; no job starts while
-    results of `max_bytes` wait for the caller, except the one that it asks for. An exception of a
-    job, or of `jobs` itself, is raised in its place, after the results before it. Closing the
-    generator ends the threads: they finish running jobs and drop the others. With one thread all
-    jobs run in the caller's, one at a time.
+    `jobs` is iterated in the caller's thread. At most `max_jobs` are in progress. While results of
+    `max_bytes` wait for the caller, only the job that it waits for may start. An exception of a
+    job, or of `jobs` itself, is raised after the results before it. Closing the generator ends the
+    threads: they finish running jobs and drop the others. With `threads=1` all jobs run in the
+    caller's thread.
     """
     if threads == 1:
         for job in jobs:
@@ -99,10 +100,10 @@ def work_ahead(
 
 
 class Prefetcher(Generic[Result]):
-    """Threads that start jobs in order, while there is room for their results.
+    """Threads that start jobs in order while their results fit.
 
-    Workers exit when the buffer is full and are restarted when space frees up: no thread waits for
-    a caller that has stopped taking results, which would keep the process from ending.
+    Workers exit when the buffer is full and are restarted when space frees up. A thread that waited
+    for a caller which has stopped taking results would keep the process alive.
     """
 
     def __init__(self, threads: int, max_bytes: int) -> None:
@@ -115,7 +116,7 @@ class Prefetcher(Generic[Result]):
         self._pool = ThreadPoolExecutor(threads, THREAD_NAME)
 
     def has_room(self) -> bool:
-        """Whether another job fits beside those that are queued and their results."""
+        """Whether another job fits beside the queued ones and their results."""
         with self._lock:
             return self._job_bytes + self._result_bytes < self._max_bytes
 
@@ -129,7 +130,7 @@ class Prefetcher(Generic[Result]):
         return future
 
     def release(self, result: Result) -> None:
-        """Free the room of a result that the caller has taken."""
+        """Free the space of a result that the caller has taken."""
         with self._lock:
             self._result_bytes -= result.n_bytes
             self.delivered += 1
@@ -139,11 +140,11 @@ class Prefetcher(Generic[Result]):
         """Drop the jobs that have not started, and wait for the others."""
         with self._lock:
             self._queue.clear()
-        is_worker = current_thread().name.startswith(THREAD_NAME)  # which cannot wait for itself
+        is_worker = current_thread().name.startswith(THREAD_NAME)  # a thread cannot wait for itself
         self._pool.shutdown(wait=not is_worker, cancel_futures=True)
 
     def _may_start(self) -> bool:
-        # always True for the job whose result is asked for: all results before it are delivered
+        # always True for the job that the caller waits for: all results before it are delivered
         return bool(self._queue) and self._result_bytes < self._max_bytes
 
     def _start_workers(self) -> None:

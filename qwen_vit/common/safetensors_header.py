@@ -1,8 +1,8 @@
 """The header of a safetensors file, read and checked before any library opens the file.
 
 A file is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes, which
-must cover the rest without an overlap or a hole. The safetensors library lets several damaged files
-pass, and its errors never name the file; these name it, its size and the way out.
+must cover the rest without an overlap or a hole. The safetensors library accepts duplicate keys,
+and its errors never name the file. These name it, its size and the remedy.
 """
 
 import json
@@ -92,7 +92,7 @@ def header_length(start: bytes, *, file_bytes: int, source: str) -> int:
     """
     named = f"{source} ({file_bytes} bytes)"
     for signature, what, remedy in IMPOSTORS:
-        # A length's low bytes may spell anything, but then the header's brace follows.
+        # A length's low bytes may look like text, but then the header's brace follows.
         if start.lstrip().startswith(signature) and start[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{":
             raise CheckpointError(what, name=named, expected="safetensors weights", remedy=remedy)
     if file_bytes < LENGTH_BYTES:

@@ -1,4 +1,4 @@
-"""JSON read strictly, and small words for saying what was wrong with it."""
+"""JSON read strictly, and helpers for the messages about it."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -78,7 +78,7 @@ def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
             f"not UTF-8 at byte {error.start} of {len(raw)}", name=source, remedy=DOWNLOAD_AGAIN
         ) from None
     except (ValueError, RecursionError) as error:
-        # ValueError is also Python's answer to an integer of more than 4,300 digits.
+        # Python also raises ValueError for an integer of more than 4,300 digits.
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise CheckpointError(
             f"not JSON ({reason}; {len(raw)} bytes)", name=source, remedy=DOWNLOAD_AGAIN
@@ -115,12 +115,12 @@ def check_integer(value: object, name: str, maximum: int) -> None:
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Tell whether this is an integer: True and 1.0 are not."""
+    """Whether a value is an integer: True and 1.0 are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Tell whether this is an integer or a finite float, at most 1e12 in size."""
+    """Whether a value is an integer or a finite float of at most 1e12 in size."""
     return (isinstance(value, float) or is_integer(value)) and -1e12 <= value <= 1e12
 
 

@@ -8,15 +8,15 @@ from qwen_vit.errors import ArgumentError
 
 __all__ = ["MIN_TRANSFORMERS", "require_transformers"]
 
-# The first whose `generate` takes precomputed image features. Newer ones than those that
-# pyproject.toml and the README name are let through: what is used of them is little.
+# The first whose `generate` takes precomputed image features. Versions newer than the tested ones
+# are accepted: this package uses little of them.
 MIN_TRANSFORMERS = "5.18"
 
 
 def require_transformers(purpose: str, *, alternative: str = "") -> None:
-    """Raise ArgumentError, with the version found, unless transformers is there and new enough.
+    """Raise ArgumentError, with the version found, unless transformers is installed and new enough.
 
-    `purpose` is what needs it, for the message; `alternative` is another way, if there is one.
+    `purpose` names what needs it, for the message. `alternative` is another way, if one exists.
     """
     try:
         found = version("transformers")

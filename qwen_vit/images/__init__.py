@@ -1,1 +1,1 @@
-"""From anything called an image to RGB uint8, and to patches."""
+"""Any kind of image -> RGB uint8 -> patches."""

@@ -18,7 +18,7 @@ def tensor_to_array(tensor: torch.Tensor, name: str) -> NDArray[Any]:
     """A tensor's values, on the host. Raises ImageError with code "array-dtype"."""
     try:
         tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
-        if tensor.dtype == torch.bfloat16:  # numpy has none
+        if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16
             tensor = tensor.float()
         return tensor.numpy()
     except (TypeError, RuntimeError, NotImplementedError):
@@ -35,7 +35,7 @@ def tensor_to_array(tensor: torch.Tensor, name: str) -> NDArray[Any]:
 def from_array(
     array: NDArray[Any], kind: str, name: str, layout: ArrayLayout, limits: ImageLimits
 ) -> RgbImage:
-    """An array of one image -> RGB; messages and the result call it a `kind`.
+    """An array of one image -> RGB. `kind` names it in messages and in the result.
 
     Raises ImageError, whose code begins with "array-", or as `check_pixels` does.
     """
@@ -118,7 +118,7 @@ def _float_to_uint8(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
             remedy="clip it, or cast 0..255 to uint8",
             code="array-range",
         )
-    # float64, so that k / 255 comes back as k from every floating-point type
+    # in float64, k / 255 becomes k again from every floating-point type
     return np.rint(array.astype(np.float64) * 255).astype(np.uint8)
 
 

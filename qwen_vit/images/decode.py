@@ -1,4 +1,4 @@
-"""Encoded bytes and PIL images -> RGB: strict decoding, which never fills up a truncated file."""
+"""Encoded bytes and PIL images -> RGB. Decoding is strict: a truncated file is an error."""
 
 import io
 import os
@@ -27,7 +27,7 @@ from qwen_vit.images.truncation import ends_early, is_filled_up, promised_bytes
 __all__ = ["DECODERS", "decode_bytes", "decode_pil"]
 
 # The plug-ins are called directly: Image.open would apply its process-wide pixel limit and warn.
-# JpegImageFile rather than its factory, so that a multi-picture file is its first picture.
+# JpegImageFile, not its factory, reads the first picture of a multi-picture file.
 DECODERS: dict[str, type[ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
     "PNG": PngImagePlugin.PngImageFile,
@@ -40,8 +40,8 @@ DECODERS: dict[str, type[ImageFile.ImageFile]] = {
 
 ALLOWED = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
 
-# What people pass by mistake: how it starts (lower case, white space stripped), code, what it is,
-# and the next step.
+# Files that are passed by mistake: how they start (lower case, white space stripped), the code, a
+# description, the next step.
 LOOKALIKES = (
     (rb"version https://git-lfs", "not-an-image", "a git-lfs pointer", "run `git lfs pull`"),
     (rb"<svg|<\?xml.*<svg", "not-an-image", "an SVG drawing", "render it to PNG first"),
@@ -57,17 +57,18 @@ LOOKALIKES = (
     (rb"pk\x03\x04|\x1f\x8b", "format", "an archive", "unpack it first"),
 )
 
-# Pillow does not lock its lazy loading, so threads that share an image decode it one by one.
+# Pillow does not lock its lazy loading, so threads that share an image decode it one after the
+# other.
 LOAD_LOCKS = [threading.Lock() for _ in range(61)]
 
 
 def decode_bytes(data: bytes, name: str, limits: ImageLimits) -> RgbImage:
-    """An encoded image -> RGB. Raises ImageError for a file that is damaged, cut or too large."""
+    """An encoded image -> RGB. Raises ImageError for a damaged, truncated or too large file."""
     file_format = _identify(data, name)
     reader = _Reader(data)
     with _decoding(data, file_format, name, header=reader):
         if file_format in ("WEBP", "TIFF") and promised_bytes(data, file_format) > len(data):
-            raise EOFError  # before Pillow warns about what it misses
+            raise EOFError  # before Pillow warns about missing bytes
         image = DECODERS[file_format](reader, "")
     deep, early_notes = is_deep(image), tiff_notes(image)
     with _decoding(data, file_format, name):
@@ -75,13 +76,13 @@ def decode_bytes(data: bytes, name: str, limits: ImageLimits) -> RgbImage:
         if is_filled_up(data, file_format, image):
             raise EOFError
         picture, notes = to_rgb(image, name, deep)
-        if picture is image:  # which holds its file, and goes through it when frames are counted
+        if picture is image:  # it holds its file, and counting frames moves through it
             picture = image._new(image.im)
     return RgbImage(picture, file_format, name, (*early_notes, *notes, *_frame_notes(image)))
 
 
 def decode_pil(image: Image.Image, name: str, limits: ImageLimits) -> RgbImage:
-    """A PIL image -> RGB, which decodes it where it is still lazy. Raises as `decode_bytes`."""
+    """A PIL image -> RGB, decoded if it is still lazy. Raises as `decode_bytes`."""
     file_format = str(image.format or "PIL image")
     with LOAD_LOCKS[id(image) // 16 % len(LOAD_LOCKS)]:
         if getattr(image, "tile", None) and getattr(image, "fp", image) is None:
@@ -98,7 +99,7 @@ def decode_pil(image: Image.Image, name: str, limits: ImageLimits) -> RgbImage:
             if data is not None and is_filled_up(data, file_format, image):
                 raise EOFError
             picture, notes = to_rgb(image, name, deep)
-            if picture is image:  # which its owner may change
+            if picture is image:  # its owner may change it
                 picture = image.copy()
     return RgbImage(picture, "PIL", name, (*early_notes, *notes))
 
@@ -114,13 +115,13 @@ def _lazy_bytes(image: Image.Image, limits: ImageLimits) -> bytes | None:
         image.fp.seek(0)
         data = image.fp.read(limits.max_file_bytes)
         image.fp.seek(position)
-    except (OSError, ValueError):  # closed, or not seekable: decoding says so
+    except (OSError, ValueError):  # closed, or not seekable: decoding reports it
         return None
     return data
 
 
 class _Reader(io.BytesIO):
-    """Bytes that remember whether more of them were asked for than there are."""
+    """Bytes that record a read beyond their end."""
 
     ran_out = False
 
@@ -173,7 +174,8 @@ def _decoding(
 ) -> Iterator[None]:
     """Run Pillow strictly, and turn any exception of a plug-in into an ImageError.
 
-    Headers are read in exact pieces, so there (`header`) running out of bytes means truncation.
+    Headers are read in exact pieces. With `header`, a read beyond the end therefore means
+    truncation.
     """
     try:
         with _strictly():
@@ -242,8 +244,8 @@ os.register_at_fork(after_in_child=_forget_other_threads)
 def _strictly() -> Iterator[None]:
     """Decode with Pillow's LOAD_TRUNCATED_IMAGES at False, and restore it afterwards.
 
-    The flag is process-wide, and other libraries set it; so it is held at False from the first
-    thread that decodes here to the last, and then restored.
+    The flag is process-wide, and other libraries set it. It stays False from the first thread that
+    decodes here to the last.
     """
     with _Strictness.lock:
         if _Strictness.threads == 0:
@@ -270,7 +272,7 @@ def _load(image: Image.Image, name: str, limits: ImageLimits) -> None:
 
 
 def _prepare_tiff(image: TiffImagePlugin.TiffImageFile, name: str, limits: ImageLimits) -> None:
-    """Check the strips, and allocate the picture before Pillow does, which warns above its limit.
+    """Check the strips, and allocate the picture before Pillow does: Pillow warns above its limit.
 
     Strips that the file does not list would stay black.
     """
@@ -284,7 +286,7 @@ def _prepare_tiff(image: TiffImagePlugin.TiffImageFile, name: str, limits: Image
 
 
 def _frame_notes(image: Image.Image) -> tuple[str, ...]:
-    """How many frames there are: counted last, because counting moves through the file.
+    """The number of frames. Counting moves through the file, so it comes last.
 
     A damaged later frame does not matter.
     """

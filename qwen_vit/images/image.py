@@ -1,4 +1,4 @@
-"""An RGB image, what it may cost, and the types that a caller may pass as one."""
+"""An RGB image, limits on its cost, and the types that a caller may pass as an image."""
 
 import os
 import re
@@ -43,13 +43,13 @@ ADDRESS = re.compile(r"(?:https?|ftp|s3|gs|hf|file):/|data:", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What one image may cost, checked before its pixels are decoded.
+    """Limits on one image, checked before its pixels are decoded.
 
     >>> ImageLimits(max_pixels=50_000_000).max_file_bytes
     536870912
 
-    The limits hold for one call; Pillow's process-wide MAX_IMAGE_PIXELS is neither read nor set
-    (its WebP and GIF plug-ins read it themselves). Raises ArgumentError for a limit below 1.
+    The limits hold for one call. Pillow's process-wide MAX_IMAGE_PIXELS is neither read nor set,
+    but its WebP and GIF plug-ins read it. Raises ArgumentError for a limit below 1.
     """
 
     max_pixels: int = 178_956_970
@@ -64,10 +64,10 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RgbImage:
-    """A loaded image: `picture` is decoded, of mode RGB, and shared with no one.
+    """A loaded image. `picture` is decoded, of mode RGB, and not shared.
 
-    `format` is what the content was ("JPEG", ..., "PIL", "array", "tensor"), `name` what messages
-    call it, and `notes` what the policy did, such as "EXIF orientation 6 applied".
+    `format` is the format of the content ("JPEG", ..., "PIL", "array", "tensor"). `name` identifies
+    it in messages. `notes` list what the policy did, such as "EXIF orientation 6 applied".
     """
 
     picture: Image.Image

@@ -1,9 +1,9 @@
-"""Anything a user calls an image -> RGB uint8: one policy, and one error for each problem.
+"""Any kind of image -> RGB uint8: one policy, and one error for each problem.
 
-The policy, the same for a path, bytes, a PIL image and an array: the content decides the format,
-never the name; the first frame of an animation is taken; EXIF orientation is applied;
-transparency is composited on white; 16-bit samples keep their high byte; all colour modes become
-RGB. Embedded ICC profiles are ignored, as the reference processor ignores them.
+The policy is the same for a path, bytes, a PIL image and an array. The content decides the format,
+never the name. The first frame of an animation counts. EXIF orientation is applied. Transparency is
+composited on white. 16-bit samples keep their high byte. All colour modes become RGB. Embedded ICC
+profiles are ignored, as in the reference processor.
 """
 
 import io
@@ -49,11 +49,13 @@ def load_image(
     >>> image.pixels.shape, image.notes
     ((20, 30, 3), ('grey to RGB',))
 
-    Arrays and tensors are uint8, or floating point in [0, 1] (times 255, rounded half to even);
-    (H, W), or with a channel axis of 1, 3 or 4 that `layout` places ("auto" refuses to guess).
-    A PIL image counts with the frame it stands on; beyond Pillow's lazy loading it is unchanged.
-    `name` is what messages say. Safe to call from many threads. Raises ImageError, whose `code`
-    is a key of errors.IMAGE_CODES, and ArgumentError for an unknown `layout`.
+    Arrays and tensors are uint8, or floating point in [0, 1] (times 255, rounded half to even).
+    They are (H, W), or have a channel axis of 1, 3 or 4. `layout` places that axis, and "auto"
+    refuses to guess. A PIL image gives its current frame; Pillow's lazy loading is the only change
+    to it. `name` identifies the image in messages. Safe to call from many threads.
+
+    Raises ImageError, whose `code` is a key of errors.IMAGE_CODES, and ArgumentError for an unknown
+    `layout`.
     """
     limits = ImageLimits() if limits is None else limits
     if layout not in ("auto", "HWC", "CHW"):
@@ -90,11 +92,11 @@ def load_image(
 
 
 def read_image_file(path: str, name: str, limits: ImageLimits) -> bytes:
-    """A file's bytes, unchanged; only a regular file is ever opened.
+    """A file's bytes, unchanged. Only a regular file is opened.
 
-    Raises ImageError, which calls the file `name`.
+    Raises ImageError with `name` as its name.
     """
-    name = name or repr(path)  # an empty path gets its quotes
+    name = name or repr(path)  # an empty path is shown in quotes
     if ADDRESS.match(path):
         raise ImageError(
             "an address, not a file", name=name[:80], remedy="download it first", code="url"

@@ -35,10 +35,10 @@ class Patches:
     >>> patches.pixels.shape, patches.grids
     (torch.Size([24, 588]), (Grid(t=1, h=4, w=6),))
 
-    `pixels` is (N, 588): channel, row, column of one frame; a still image's two equal frames are
+    `pixels` is (N, 588): channel, row, column of one frame. A still image's two equal frames are
     stored once. Grid order: merge units in raster order, the 4 patches of each together. `name`
-    is what messages and ids call the image; patches of several images have none.
-    Raises ImageError with code "patches" where pixels and grids disagree.
+    identifies the image in messages and ids; patches of several images have none.
+    Raises ImageError with code "patches" if pixels and grids disagree.
     """
 
     pixels: torch.Tensor
@@ -66,11 +66,11 @@ class Patches:
 
     @classmethod
     def cat(cls, parts: Iterable[Self], *, pinned_rows: int = 0) -> Self:
-        """Join the patches of several images, in their order; of none, an empty (0, 588).
+        """Join the patches of several images in order. No image gives an empty (0, 588).
 
-        They are joined where the first ones are. With `pinned_rows` those of the CPU are joined in
-        memory that a GPU can fetch by itself, of that many rows at least: so one size of it serves
-        every batch. Raises ImageError with code "patches" where patch sizes differ.
+        The result is on the device of the first. With `pinned_rows`, patches on the CPU are joined
+        in pinned memory of at least that many rows, so that one size serves every batch. Raises
+        ImageError with code "patches" if patch sizes differ.
         """
         parts = list(parts)
         if not parts:
@@ -91,8 +91,8 @@ class Patches:
         rows = sum(map(len, pixels))
         size = (max(rows, pinned_rows), widths[0])
         joined = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)[:rows]
-        # torch's threads would wait for cores on which images are decoded, and NumPy for Python's
-        # lock after each image, which it gives away: a memoryview keeps it
+        # torch's threads would wait for cores that decode images. NumPy releases Python's lock
+        # after each image and waits for it again. A memoryview keeps the lock.
         room, begin = _memory(joined), 0
         for each in pixels:
             end = begin + each.numel()
@@ -103,7 +103,7 @@ class Patches:
     def to_rows(self, config: ImageConfig) -> torch.Tensor:
         """The processor's normalised `pixel_values`: float32 (N, 1176), on the pixels' device.
 
-        Each row holds channel, frame, row, column. Raises ImageError with code "patches" where
+        Each row holds channel, frame, row, column. Raises ImageError with code "patches" if
         the configuration's patch size is another.
         """
         expected = CHANNELS * config.patch_px**2
@@ -127,15 +127,15 @@ def smart_resize(
     max_pixels: int,
     name: str = "the image",
 ) -> tuple[int, int]:
-    """The size that an image is resized to: multiples of `factor` that keep its shape roughly.
+    """The size to resize an image to: multiples of `factor` that roughly keep its shape.
 
     >>> smart_resize(100, 200, factor=28, min_pixels=3136, max_pixels=1003520)
     (112, 196)
 
-    Sides in pixels. Rounds half to even, as Python does; then shrinks (floor) to at most
-    `max_pixels`, or grows (ceil) to at least `min_pixels`. A thin image may stay above
-    `max_pixels`, because no side falls below `factor`. Raises ImageError with code "zero-side" or
-    "ratio", which say `name`, and ArgumentError for limits that no size can meet.
+    Sides are in pixels. It rounds half to even, as Python does, then shrinks (floor) to at most
+    `max_pixels` or grows (ceil) to at least `min_pixels`. A thin image may stay above `max_pixels`,
+    because no side falls below `factor`. Raises ImageError with code "zero-side" or "ratio" and
+    with `name`, and ArgumentError for limits that no size can meet.
     """
     _check_sides(height, width, name)
     _check_limits(factor, min_pixels, max_pixels)
@@ -155,8 +155,8 @@ def smart_resize(
 def resize_image(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> NDArray[np.uint8]:
     """Resize to smart_resize's size: Pillow's bicubic filter, on uint8.
 
-    `rgb` is a Pillow image of mode RGB, or uint8 (height, width, 3), which comes back as it is
-    where the size already fits. Raises ImageError as smart_resize does, and with code "patches" for
+    `rgb` is a Pillow image of mode RGB, or uint8 (height, width, 3). It is returned unchanged if
+    the size already fits. Raises ImageError as smart_resize does, and with code "patches" for
     another mode, dtype or shape.
     """
     if isinstance(rgb, Image.Image):
@@ -194,9 +194,9 @@ def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patch
     >>> patchify(np.zeros((56, 84, 3), np.uint8), ImageConfig.from_json({}), name="cat.png").name
     'cat.png'
 
-    `rgb` is a Pillow image of mode RGB, which spares a copy, or uint8 (height, width, 3); `name` is
-    what messages call it, and the patches keep it. Raises as resize_image does, and ImageError with
-    code "memory" where there is not enough of it.
+    `rgb` is a Pillow image of mode RGB, which saves a copy, or uint8 (height, width, 3). `name`
+    identifies it in messages, and the patches keep it. Raises as resize_image does, and ImageError
+    with code "memory" if memory is short.
     """
     called = "the image" if name is None else name
     try:

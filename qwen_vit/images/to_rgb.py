@@ -1,4 +1,4 @@
-"""A decoded PIL image -> an upright RGB one: orientation, 16-bit samples, transparency, modes."""
+"""A decoded PIL image -> upright RGB: orientation, 16-bit samples, transparency, modes."""
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -7,7 +7,7 @@ from qwen_vit.errors import ImageError
 
 __all__ = ["is_deep", "on_white", "tiff_notes", "to_rgb"]
 
-ORIENTATIONS = {  # EXIF tag 274 -> what makes the picture upright
+ORIENTATIONS = {  # EXIF tag 274 -> the operation that makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -23,9 +23,9 @@ WHITE = (255, 255, 255)
 
 
 def to_rgb(image: Image.Image, name: str, deep: bool) -> tuple[Image.Image, tuple[str, ...]]:
-    """Apply the policy to a decoded image, which is not changed; and say what it did.
+    """Apply the policy to a copy of a decoded image, and list what it did.
 
-    `deep` is what `is_deep` said before decoding. Raises ImageError with code "mode".
+    `deep` is the result of `is_deep` before decoding. Raises ImageError with code "mode".
     """
     notes: list[str] = []
     try:
@@ -47,14 +47,14 @@ def to_rgb(image: Image.Image, name: str, deep: bool) -> tuple[Image.Image, tupl
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether Pillow will reduce 16-bit samples in decoding; ask before the image is loaded."""
+    """Whether Pillow will reduce 16-bit samples. Call it before the image is loaded."""
     tiles = getattr(image, "tile", ())
     raw_modes = (t[3][0] if isinstance(t[3], tuple) and t[3] else t[3] for t in tiles)
     return any(isinstance(mode, str) and ";16" in mode for mode in raw_modes)
 
 
 def tiff_notes(image: Image.Image) -> tuple[str, ...]:
-    """The note on a TIFF's orientation: Pillow turns it upright in decoding, and drops the tag."""
+    """The note on a TIFF's orientation: while decoding, Pillow applies and drops the tag."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile) or not image.tile:
         return ()
     orientation = image.tag_v2.get(ORIENTATION_TAG)
@@ -84,7 +84,7 @@ def _to_eight_bit_rgb(image: Image.Image, name: str, deep: bool, notes: list[str
 
 
 def _from_sixteen_bit(image: Image.Image, notes: list[str]) -> Image.Image:
-    """The high byte, which is also what Pillow keeps of 16-bit colour."""
+    """The high byte. Pillow keeps the same of 16-bit colour."""
     values = np.asarray(image)
     grey = (values >> 8).astype(np.uint8)
     notes.append("16-bit scaled to 8")
@@ -99,8 +99,8 @@ def _with_alpha(image: Image.Image, deep: bool) -> Image.Image:
     if image.mode in ("La", "PA"):
         return image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
     clear = image.info.get("transparency")
-    # The pixels kept their high bytes: so does the colour. Of an image that is loaded already, the
-    # colour alone can tell that they were of 16 bits.
+    # The pixels kept their high bytes, so the colour does as well. Once an image is loaded, only
+    # this colour shows that its samples had 16 bits.
     if isinstance(clear, tuple) and (deep or max(clear) > 255):
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in clear)

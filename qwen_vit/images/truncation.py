@@ -1,6 +1,6 @@
 """Whether an image file holds every pixel that its header promises.
 
-Some decoders stop at the end of a cut file without an error, and fill up what is missing.
+Some decoders stop at the end of a truncated file without an error and invent the missing pixels.
 """
 
 import io
@@ -29,12 +29,12 @@ def ends_early(data: bytes, file_format: str) -> bool:
     """Whether the file promises more bytes than it has."""
     try:
         return promised_bytes(data, file_format) > len(data)
-    except struct.error:  # not even the promise is complete
+    except struct.error:  # the header itself is incomplete
         return True
 
 
 def promised_bytes(data: bytes, file_format: str) -> int:
-    """The least length that the headers of a container imply; 0 where they say nothing."""
+    """The least length that the headers of a container imply, or 0 if they imply none."""
     if file_format == "WEBP":
         return int(8 + struct.unpack_from("<I", data, 4)[0])
     if file_format == "TIFF":
@@ -62,7 +62,7 @@ def promised_bytes(data: bytes, file_format: str) -> int:
 
 
 def is_filled_up(data: bytes, file_format: str, image: Image.Image) -> bool:
-    """Whether the decoder made up pixels that the file does not hold, which two formats allow."""
+    """Whether the decoder invented pixels that the file does not hold; two formats allow it."""
     if file_format == "PNG":
         return _png_misses_rows(data)
     if file_format == "JPEG":
@@ -94,10 +94,10 @@ def _png_misses_rows(data: bytes) -> bool:
 
 
 def _jpeg_misses_blocks(data: bytes, image: Image.Image) -> bool:
-    """Whether libjpeg filled missing blocks with mid-grey, which it does without an error.
+    """Whether libjpeg filled missing blocks with mid-grey, without an error.
 
-    Only a picture that ends in exactly that grey is suspect. It is decoded once more with noise
-    before its end marker: a complete picture ignores it, a cut one shows it.
+    Only a picture that ends in exactly that grey is suspect. It is decoded again with noise before
+    its end marker: a complete picture ignores the noise, a truncated one shows it.
     """
     last = image.getpixel((image.width - 1, image.height - 1))
     if last not in (128, (128, 128, 128), (127,) * 4, (128,) * 4):

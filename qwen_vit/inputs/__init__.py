@@ -1,1 +1,1 @@
-"""What to export: files, folders, patterns, lists and tars as one ordered list with ids."""
+"""Files, folders, patterns, lists and tars as one ordered list of images with ids."""

@@ -31,7 +31,7 @@ MAX_SUFFIXES_LOGGED = 5
 NOT_IMAGES = {".csv", ".json", ".parquet", ".pdf", ".tsv", ".xml", ".yaml", ".yml", ".zip"}
 TAKEN_SUFFIXES = (*IMAGE_SUFFIXES, TAR_SUFFIX, *COMPRESSED_TARS)  # from a folder
 DEEP = re.compile(r"(?:^|(?<=/))\*\*(?:/+|$)")  # in a pattern: any number of folders
-ALL_BELOW = re.compile(r"(?:^|/)\*\*(?:/+\*{1,2})*/*$")  # what is in a match is one by itself
+ALL_BELOW = re.compile(r"(?:^|/)\*\*(?:/+\*{1,2})*/*$")  # each match is an item
 
 
 def find_items(
@@ -42,21 +42,21 @@ def find_items(
     >>> [item.id for item in find_items(["tests/images/*.png", "tests/images/rocket.jpg"])]
     ['tests/images/astronaut.png', 'tests/images/chelsea.png', 'tests/images/rocket.jpg']
 
-    A file's id is the path as it was given; in a folder, the path below it; in a tar, the tar's
-    name and the member's; in a list (.txt: a path a line; .jsonl: objects with "path" or "source",
-    and "id"), what it says, with paths counted from the list's folder; "-" is a list of paths on
-    standard input, counted from the current folder. Folders are searched to every depth, through
-    links, in the order of their names' bytes; files without an image extension are skipped there,
-    and counted by extension in `left_out`. Neither folders nor `**` in a pattern follow a link that
-    leads back to a folder above it.
+    A file's id is the path that was passed. In a folder it is the path below the folder, in a tar
+    the tar's name and the member's. A list (.txt: a path a line; .jsonl: objects with "path" or
+    "source", and "id") contains ids itself, and its relative paths count from its folder. "-" is a
+    list of paths on standard input, which count from the current folder. Folders are searched to
+    every depth, through links, in the order of their names' bytes. Files without an image extension
+    are skipped there and counted by extension in `left_out`. Neither folders nor `**` in a pattern
+    follow a link that leads back to a folder above it.
 
-    Raises ExportError for an input that does not exist, an address, and a list that cannot be read;
-    unless `must_exist`, reading the item reports the first two. A problem below an input, such as a
-    folder that may not be read, becomes an item with `error`.
+    Raises ExportError for an input that does not exist, an address, and a list that cannot be read.
+    With `must_exist=False`, reading the item reports the first two. A problem below an input, such
+    as an unreadable folder, becomes an item with `error`.
     """
     left_out = Counter() if left_out is None else left_out
     _check_alone(inputs)
-    reported: set[str] = set()  # folders that cannot be listed: several patterns may meet one
+    reported: set[str] = set()  # folders that cannot be listed; several patterns may reach one
     for given in inputs:
         is_absent = not os.path.lexists(given) and not glob.has_magic(given) and given != STDIN
         if is_absent and not must_exist:
@@ -71,18 +71,18 @@ def find_items(
 
 
 def check_inputs(inputs: Sequence[str]) -> None:
-    """Check that each input exists, up to its first image. Raises ExportError as find_items does.
+    """Check each input up to its first image. Raises ExportError as find_items does.
 
     >>> check_inputs(["tests/images/rocket.jpg"])
     """
     _check_alone(inputs)
     for given in inputs:
-        if given != STDIN:  # it can be read once
+        if given != STDIN:  # it can be read only once
             next(_input_items(given, Counter()), None)
 
 
 def warn_of_skipped(left_out: Counter[str]) -> None:
-    """Log a warning with the files that folders and tars hold beside images, by extension."""
+    """Log a warning with the skipped files of folders and tars, by extension."""
     if left_out:
         kinds = left_out.most_common(MAX_SUFFIXES_LOGGED)
         named = ", ".join(
@@ -94,7 +94,7 @@ def warn_of_skipped(left_out: Counter[str]) -> None:
 
 
 def no_image_found(inputs: Sequence[str]) -> ExportError:
-    """The error of inputs that exist, and hold no image."""
+    """The error of inputs that exist but contain no image."""
     return ExportError(
         f"no image found in {', '.join(map(display_name, inputs))}",
         expected="files in folders and tars to have an image extension such as .jpg",
@@ -103,7 +103,7 @@ def no_image_found(inputs: Sequence[str]) -> ExportError:
 
 
 def _check_alone(inputs: Sequence[str]) -> None:
-    """Refuse a single input of a kind that is not read: among others, a shell's `*` gave it."""
+    """Refuse an input of a kind that is not read, unless a shell's `*` may have added it."""
     if len(inputs) == 1 and suffix_of(inputs[0]) in NOT_IMAGES and os.path.isfile(inputs[0]):
         raise ExportError(
             "not an image",
@@ -132,7 +132,7 @@ def _input_items(given: str, left_out: Counter[str]) -> Iterator[Item]:
         is_folder = os.path.isdir(match)
         is_taken = is_folder or match.lower().endswith(TAKEN_SUFFIXES)
         if is_taken and not folders.isdisjoint(Path(match).parents):
-            continue  # it came with the folder that it is in
+            continue  # its folder brought it
         if is_folder:
             if ALL_BELOW.search(given):
                 continue
@@ -145,11 +145,11 @@ def _path_items(path: str, left_out: Counter[str], *, may_be_list: bool) -> Iter
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
-        if may_be_list:  # it was given by name: a typing error, rather than a lost image
+        if may_be_list:  # it was named: more likely a typing error than a lost image
             reason = getattr(error, "strerror", error)
             raise ExportError(
                 f"cannot be exported ({reason})",
-                name=path or repr(path),  # an empty path gets its quotes
+                name=path or repr(path),  # an empty path is shown in quotes
                 remedy="check the path",
             ) from None
         mode = stat.S_IFREG
@@ -159,12 +159,12 @@ def _path_items(path: str, left_out: Counter[str], *, may_be_list: bool) -> Iter
         refused = _listing_error(path, name)
         if refused is None:
             yield from _folder_items(source, left_out)
-        elif may_be_list:  # given by name: an export must not begin without it
+        elif may_be_list:  # it was named: an export must not begin without it
             raise ExportError.of(refused)
         else:
             yield Item.failed(name, source, refused)
     elif not stat.S_ISREG(mode):
-        yield Item(name, source)  # reading it says what it is, without opening it
+        yield Item(name, source)  # reading reports what it is, without opening it
     elif lower.endswith((TAR_SUFFIX, *COMPRESSED_TARS)):
         yield from tar_items(source, os.path.basename(source), left_out)
     elif may_be_list and lower.endswith(JSON_SUFFIX):
@@ -176,9 +176,9 @@ def _path_items(path: str, left_out: Counter[str], *, may_be_list: bool) -> Iter
 
 
 def _matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
-    """As `glob` finds them, hidden ones too; but `**` enters no folder that leads back to itself.
+    """Paths as `glob` finds them, hidden ones included. `**` enters no folder that leads back.
 
-    Folders that cannot be listed, which `glob` ignores, are put into `unreadable`, by their paths.
+    `unreadable` collects folders that cannot be listed by their paths; `glob` ignores them.
     """
     deep = DEEP.search(pattern)
     if deep is None:
@@ -206,10 +206,10 @@ def _matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
 
 
 def _plain_matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
-    """Those of a pattern without `**`."""
+    """Paths of a pattern without `**`."""
     above, last = os.path.split(pattern)
     while last or glob.has_magic(above):
-        if glob.has_magic(last):  # the folders above it are looked through
+        if glob.has_magic(last):  # the folders above it are searched
             for folder in glob.iglob(above, include_hidden=True) if above else ["."]:
                 name = os.path.normpath(folder)
                 refused = _listing_error(folder, name) if os.path.isdir(folder) else None
@@ -220,7 +220,7 @@ def _plain_matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
 
 
 def _folder_items(folder: str, left_out: Counter[str]) -> Iterator[Item]:
-    """Depth first, without recursion; a folder that a link leads back into is not entered again."""
+    """Depth first, without recursion. A link that leads back is not followed."""
     above = [_identity(folder)]
     stack = [_entries(folder, "")]
     while stack:
@@ -244,7 +244,7 @@ def _folder_items(folder: str, left_out: Counter[str]) -> Iterator[Item]:
 
 
 def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:
-    """The entries of a folder, and which are folders; only links cost a look at the disk."""
+    """The entries of a folder, and which are folders. Only links need a system call."""
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
@@ -255,7 +255,7 @@ def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:
 
 
 def _listing_error(folder: str, name: str) -> ImageError | None:
-    """The error of a folder whose names cannot be read; None for any other."""
+    """The error of a folder that cannot be listed, or None."""
     try:
         os.scandir(folder).close()
     except OSError as error:
@@ -275,7 +275,7 @@ def _cannot_be_listed(name: str, error: OSError) -> ImageError:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, say: reading it fails, and says why
+    except OSError:  # such as a link to itself: reading it fails with the reason
         return False
 
 

@@ -1,8 +1,8 @@
-"""The images to export, in one order: each has an id and a place to read it from.
+"""The images to export, in one order: each has an id and a source.
 
-They are a listing, one JSON object a line, which an export freezes in its folder:
-`{"id": ..., "source": ...}`, for an image inside a tar with `offset` and `size` in bytes, so that
-it is read again without a search.
+A listing has one JSON object a line, and an export freezes it in its folder:
+`{"id": ..., "source": ...}`. An image inside a tar also has `offset` and `size` in bytes, so it is
+read again without a search.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ __all__ = ["Item", "Listing", "read_listing"]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image of a listing: its id, and the file that holds it.
+    """One image of a listing: its id and its file.
 
-    `source` is an absolute path; inside a tar, the image's bytes are `size` from `offset` on.
-    `error` is the (code, message) of the ImageError that was found in listing, if any.
+    `source` is an absolute path. Inside a tar, the image has `size` bytes from `offset` on. `error`
+    is the (code, message) of an ImageError that was found while listing.
 
     >>> gone = ImageError("does not exist", name="a.tar", code="missing")
     >>> item = Item.failed("a.tar", "/data/a.tar", gone)
@@ -47,7 +47,7 @@ class Item:
         return cls(id, source, error=(error.code, str(error)))
 
     def to_json(self) -> str:
-        """One line; a name that is not Unicode keeps its bytes as escaped surrogates."""
+        """One line. A name that is not Unicode keeps its bytes as escaped surrogates."""
         facts: dict[str, Any] = {"id": self.id, "source": self.source}
         if self.offset is not None:
             facts |= {"offset": self.offset, "size": self.size}
@@ -57,7 +57,7 @@ class Item:
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote."""
+        """Read a line that `to_json` wrote."""
         error = facts.get("error")
         return cls(
             facts["id"],
@@ -70,7 +70,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A frozen listing: its file, how many images it names, and where each shard's lines begin."""
+    """A frozen listing: its file, its number of images, and where each shard's lines begin."""
 
     path: Path
     n_images: int
@@ -80,7 +80,7 @@ class Listing:
 
     @classmethod
     def freeze(cls, path: Path, items: Iterable[Item], shard_size: int) -> Self:
-        """Write the file whole or not at all. Raises ExportError where two images share an id."""
+        """Write the file completely or not at all. Raises ExportError if two images share an id."""
         digest, starts, position, count = hashlib.sha256(), [], 0, 0
         ids: set[str] = set()
         with atomic_file(path) as file:
@@ -109,7 +109,7 @@ class Listing:
             return [Item.from_json(json.loads(line)) for line in lines]
 
     def shard_length(self, index: int) -> int:
-        """How many images a shard has: the last one may have fewer."""
+        """The number of images of a shard. The last one may have fewer."""
         return min(self.shard_size, self.n_images - index * self.shard_size)
 
     def spread(self, count: int) -> list[Item]:
@@ -140,7 +140,7 @@ def read_listing(path: Path) -> Iterator[Item]:
 
 
 def _without_os_errors(items: Iterable[Item]) -> Iterator[Item]:
-    """Raise an OSError of the inputs as ExportError: it is not one of the file being written."""
+    """Raise an OSError of the inputs as ExportError, apart from those of the file being written."""
     try:
         yield from items
     except OSError as error:

@@ -21,7 +21,7 @@ CORRECT = "correct that line"
 
 
 def text_list_items(path: str) -> Iterator[Item]:
-    """The images of a list with a path a line. Raises ExportError where it cannot be read."""
+    """The images of a list with a path a line. Raises ExportError if it cannot be read."""
     for _, line in _lines(path):
         yield _listed(path, os.fsdecode(line), os.fsdecode(line))
 
@@ -68,7 +68,7 @@ def json_list_items(path: str) -> Iterator[Item]:
 
 
 def _is_name(value: object) -> TypeGuard[str]:
-    """Whether this is some text, or the bytes of a file name that Python holds as text."""
+    """Whether a value is text, or the bytes of a file name that Python holds as text."""
     if not isinstance(value, str) or not value:
         return False
     try:
@@ -79,7 +79,7 @@ def _is_name(value: object) -> TypeGuard[str]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not empty, numbered from 1, without a byte order mark in front."""
+    """The lines that are not empty, numbered from 1, without a byte order mark."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -105,13 +105,13 @@ def _listed(
     size: int | None = None,
     error: tuple[str, str] | None = None,
 ) -> Item:
-    if not ADDRESS.match(source):  # which is reported when it is read
+    if not ADDRESS.match(source):  # reading it reports the problem
         source = str(Path(path).parent / source)
     return Item(name, source, offset, size, error)
 
 
 def _failure(error: object) -> tuple[str, str] | None:
-    """The error of an image in an export's own listing; another list's "error" is ignored."""
+    """The error of an image in an export's own listing. In another list "error" is ignored."""
     if not isinstance(error, list) or len(error) != 2:
         return None
     code, message = error

@@ -12,7 +12,7 @@ from qwen_vit.inputs.listing import Item
 
 __all__ = ["read_item"]
 
-# Transient I/O errors, as of a network disk; any other one would come again.
+# Transient I/O errors, as of a network disk. Other errors would repeat.
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN)
 PAUSES_S = (0.1, 1.0)
 
@@ -24,8 +24,8 @@ def read_item(item: Item, limits: ImageLimits) -> bytes:
     >>> read_item(rocket, ImageLimits())[:3]
     b'\\xff\\xd8\\xff'
 
-    Raises ImageError, which names the id, for an image that cannot be read, and the error that
-    listing found.
+    Raises ImageError with the id for an image that cannot be read, or the error found while
+    listing.
     """
     if item.error is not None:
         code, message = item.error

@@ -1,4 +1,4 @@
-"""A tar -> the images in it, each with the place of its bytes."""
+"""A tar -> its images, each with the offset of its bytes."""
 
 import os
 import stat
@@ -13,8 +13,8 @@ from qwen_vit.inputs.listing import Item
 
 __all__ = ["COMPRESSED_TARS", "IMAGE_SUFFIXES", "TAR_SUFFIX", "suffix_of", "tar_items"]
 
-# What is taken from a folder or a tar, by its name. Those after AVIF cannot be decoded
-# here: they are listed nevertheless, so that such images are reported, not skipped in silence.
+# The suffixes that count as images in a folder or a tar. Those after AVIF cannot be decoded here.
+# They are listed so that such images are reported, not skipped silently.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
     *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".ico", ".pnm", ".tga"),
@@ -24,14 +24,14 @@ COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # files begin so
 TAR_BLOCK = 512
 END_OF_TAR = bytes(TAR_BLOCK)
-DAMAGED_TAR = (tarfile.TarError, ValueError, EOFError, OverflowError, MemoryError)  # its own, too
+DAMAGED_TAR = (tarfile.TarError, ValueError, EOFError, OverflowError, MemoryError)  # the tar's own
 
 
 def tar_items(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
-    """The images in a tar, without reading them; a problem of the tar is an item of its own.
+    """The images in a tar, without reading them. A problem of the tar becomes an item.
 
-    Members are called by the tar's `name` and their own. Those without an image extension are
-    skipped, and counted by extension in `left_out`.
+    A member's id is the tar's `name` and its own. Members without an image extension are skipped
+    and counted by extension in `left_out`.
     """
     try:
         if name.lower().endswith(COMPRESSED_TARS):
@@ -93,11 +93,11 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
                     code="not-a-file",
                 )
                 yield Item.failed(inside, path, special)
-        # tarfile takes anything but a header for the end: a tar without an end marker is cut
+        # tarfile takes anything but a header as the end: a tar without an end marker is truncated
         file.seek(tar.offset)
         if file.read(TAR_BLOCK) != END_OF_TAR:
             raise tarfile.ReadError(f"no end marker at byte {tar.offset}")
-        if any(map(any, iter(partial(file.read, TAR_BLOCK), b""))):  # two that were joined, say
+        if any(map(any, iter(partial(file.read, TAR_BLOCK), b""))):  # such as two that were joined
             raise ImageError(
                 "has data after its end marker; those members were not exported",
                 name=name,
