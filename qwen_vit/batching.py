@@ -76,7 +76,7 @@ TOKEN_BUDGET = {"cuda": MAX_BUCKET, "cpu": 4_096}
 # shall give the same ones: so one batch, in the order in which the images come.
 WINDOW = {"cuda": 4, "cpu": 1}
 BATCHES_AHEAD = 2  # of the GPU: what is sent ahead waits in pinned memory
-IMAGES_IN_A_WINDOW = 1_024  # so that a long run of images that fail is reported, too
+IMAGES_IN_A_WINDOW = 1_024  # so that a long run of images that fail is reported as well
 
 
 class EncodeOptions(TypedDict, total=False):
@@ -334,7 +334,7 @@ class InFlightLimit:
         event.record(torch.cuda.current_stream(self._device))
         self._events.append(event)
         if len(self._events) > BATCHES_AHEAD:
-            with torch.cuda.device(self._device):  # or the first GPU is woken, too
+            with torch.cuda.device(self._device):  # or the first GPU is woken as well
                 self._events.popleft().synchronize()
 
 

@@ -298,7 +298,7 @@ class ImageConfig:
 def check_consistent(
     vision: VisionConfig, image: ImageConfig, *, source: str = "preprocessor_config.json"
 ) -> None:
-    """Raise CheckpointError where images would be cut into other patches than the tower takes."""
+    """Raise CheckpointError if images would be cut into other patches than the tower takes."""
     for name, images_have, tower_has in (
         ("patch_size", image.patch_px, vision.patch_px),
         ("temporal_patch_size", image.temporal_patch_size, vision.temporal_patch_size),

@@ -201,7 +201,7 @@ class VisionEncoder:
         raise ArgumentError("a VisionEncoder does not move", remedy=remedy)
 
     @overload
-    def encode(  # type: ignore[overload-overlap]  # a str is an iterable, too
+    def encode(  # type: ignore[overload-overlap]  # a str is an iterable as well
         self,
         images: OneImage,
         *,

@@ -89,7 +89,7 @@ class ImageFeatures:
     def map(self) -> Tensor:
         """`embeds` as a view (t, h, w, D): one cell a merged token, or a patch.
 
-        Raises ArgumentError where the rows are not those of whole cells, as for output="mean".
+        Raises ArgumentError if the rows are not those of whole cells, as for output="mean".
         """
         (t, h, w), rows = self.grid_thw, len(self.embeds)
         side = math.isqrt(t * h * w // rows) if rows and self.output != "mean" else 0
@@ -156,7 +156,7 @@ class FailedImage:
         id: as `ImageFeatures.id`.
         error: what is wrong with it, with a stable `error.code`.
         stage: in an export, where it failed: "list", "read", "decode" or "encode".
-        size_px: the original (height, width) in pixels; (0, 0) where it is not known.
+        size_px: the original (height, width) in pixels; (0, 0) if it is unknown.
     """
 
     id: str

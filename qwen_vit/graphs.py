@@ -1,4 +1,4 @@
-"""CUDA graphs per bucket of patches: one replay instead of some 170 launches.
+"""CUDA graphs per bucket of patches: one replay instead of about 170 launches.
 
 A graph is captured for a number of rows, not for a shape of image. Its indices live in one buffer
 that every call fills before the replay, its padding rows attend among themselves, and its padding
@@ -29,14 +29,14 @@ logger = logging.getLogger("qwen_vit")
 
 MAX_BUCKET = 32_768  # patches; above it the launches are a small share of the time
 MIN_STEP = 256  # patches
-CAPTURE_COST_ROWS = 16_384  # what a GPU computes while a graph is captured: some 40 ms on an H200
+CAPTURE_COST_ROWS = 16_384  # what a GPU computes while a graph is captured: about 40 ms on an H200
 TILE_HEADROOM = (
     2  # times the tiles that whole windows and frames need; smaller pieces run without a graph
 )
 
 
 def bucket_for(n_patches: int) -> int | None:
-    """The rows of the graph that serves this many patches, or None where none does.
+    """The rows of the graph that serves this many patches, or None if none does.
 
     >>> bucket_for(1000), bucket_for(4097), bucket_for(9216), bucket_for(40_000)
     (1024, 4352, 9216, None)
@@ -78,7 +78,7 @@ class GraphRunner:
         return GraphRunner, (self._tower, self._device)
 
     def graph_bucket(self, patches: Tensor) -> int | None:
-        """The rows of the graph for these patches, captured or to be, or None where none serves.
+        """The rows of the graph for these patches, captured or to be, or None if none serves.
 
         `bucket_for`'s, unless a larger graph is there: that one serves until the rows which a
         smaller one would have spared come to what its capture costs. Sizes that hardly ever come,
@@ -119,7 +119,7 @@ class GraphRunner:
                 merged = self._replay_or_capture(static, indices, patches)
                 # the next replay overwrites it: the caller gets its own
                 return merged[: len(layout.merged_order)].clone()
-            finally:  # after an error, too: the next call writes what this one may still read
+            finally:  # after an error as well: the next call writes what this one may still read
                 self._done.record()
 
     def _replay_or_capture(self, static: Layout, indices: Tensor, patches: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class GraphRunner:
             with torch.cuda.stream(self._stream):
                 answer = self._tower(filled, layout)
                 merged = self._capture(graph, filled, layout, answer)
-        finally:  # after an error, too: others get this memory then, and the GPU may still read it
+        finally:  # after an error as well: the memory is freed then, and the GPU may still read it
             current.wait_stream(self._stream)
         answer.record_stream(current)
         if merged is None:
@@ -181,7 +181,7 @@ class GraphRunner:
     def _capture(
         self, graph: torch.cuda.CUDAGraph, pixels: Tensor, layout: Layout, like: Tensor
     ) -> Tensor | None:
-        """What the graph writes, of the shape of `like`; None where memory is short."""
+        """What the graph writes, of the shape of `like`; None if memory is short."""
         if self._merged_rows is None:
             try:
                 n_rows = MAX_BUCKET * len(like) // layout.n_rows

@@ -24,7 +24,7 @@ def origin_metadata(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Everything that decides an embedding's values, as JSON; None where it does not apply."""
+    """Everything that decides an embedding's values, as JSON; None if it does not apply."""
     return {
         "model": origin.name,
         "commit": origin.commit,

@@ -1,4 +1,4 @@
-"""The command that measures exports runs where there is no GPU, too, and counts what it says."""
+"""The command that measures exports runs where there is no GPU as well, and counts what it says."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor

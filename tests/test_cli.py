@@ -216,7 +216,7 @@ def test_importing_the_package_takes_no_time() -> None:
 
 
 def test_a_typo_is_answered_with_the_commands_that_are_alike(run: Any) -> None:
-    """Names of commands that have not been imported are known, too."""
+    """Names of commands that have not been imported are known as well."""
     done = run("encod")
     assert (done.code, done.out) == (2, "")
     assert "No such command 'encod'" in done.err

@@ -179,7 +179,7 @@ def shifted(pixels: Processed, levels: float, std: float = 0.26862954) -> Proces
 def test_processors_are_named_apart_and_only_the_pillow_one_is_judged(
     monkeypatch: pytest.MonkeyPatch, processor: str, passed: bool
 ) -> None:
-    """Both towers get the chosen processor's pixels: ours, too, where they are not our own.
+    """Both towers get the chosen processor's pixels: ours as well, where they are not our own.
 
     Once, ours took its own pixels whenever they were the Pillow processor's, and differed.
     """

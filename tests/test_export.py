@@ -607,7 +607,7 @@ def test_a_header_that_safetensors_would_not_read_is_refused_before_any_image(
     monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", 3_000)
     with pytest.raises(ExportError, match=r"would need a header of up to .* Lower --shard-size"):
         export(encoder=NeverAsked(), options=replace(SMALL, shard_size=11))
-    for folder in (None, "new", "out"):  # a dry run says so, too
+    for folder in (None, "new", "out"):  # a dry run says so as well
         with pytest.raises(ExportError, match="Lower --shard-size"):
             estimate_export(NeverAsked(), ["p"], replace(SMALL, shard_size=11), folder=folder)
     assert export(options=replace(SMALL, shard_size=1)).exported == 10  # which then works
@@ -637,7 +637,7 @@ def test_a_shard_that_the_manifest_cannot_have_is_told(
 
 
 def test_an_exports_own_listing_takes_it_up_again(export_dir: Path) -> None:
-    """Its folder has changed: what it was begun with is in its listing, what was broken, too."""
+    """Its folder has changed: what it was begun with is in its listing, what was broken as well."""
     Path("p/torn.tar").write_bytes(b"x" * 600)
     export()
     before = files()
@@ -1425,7 +1425,7 @@ def test_a_large_export_is_not_begun_without_a_yes(
     assert shards() == {}
     assert run("p", "--out", "out")[0] == 2  # still not begun
     assert run("p", "--out", "out", "--yes")[0] == 1
-    assert run("p", "--out", "out")[0] == 1  # what is under way goes on
+    assert run("p", "--out", "out")[0] == 1  # what is in progress goes on
 
 
 def test_who_answers_no_is_told_that_nothing_was_exported(

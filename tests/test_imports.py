@@ -202,7 +202,7 @@ def test_no_name_in_the_package_is_that_of_another_attention() -> None:
 
 
 def eager_imports(node: ast.AST) -> Iterator[str]:
-    """Top-level packages that are imported outside functions, in an `if` or a `try`, too."""
+    """Top-level packages that are imported outside functions, in an `if` or a `try` as well."""
     for child in ast.iter_child_nodes(node):
         match child:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():

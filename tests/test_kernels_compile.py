@@ -118,7 +118,7 @@ SPILLS = {"gelu": 128, "residual": 32}
 # Programs that share a multiprocessor, which a tile was chosen for; one where it is not named.
 GEMM_PROGRAMS = {linear.SMALL: 3, linear.SQUARE: 2, linear.FALLBACK_TILES[16]: 3}
 # What the plain kernel meets: on Hopper the patch embedding (narrow), where Gluon is not known the
-# others, too, and in its fallback tiles everything.
+# others as well, and in its fallback tiles everything.
 MET = {True: ("plain", "gelu", "normed", "swiglu"), False: ("plain", "residual")}
 
 

@@ -143,7 +143,7 @@ def test_patterns_find_what_pythons_glob_finds(names: set[str], pattern: str) ->
         pattern = f"{folder}/{pattern}"
         found = set(find_module._matches(pattern, {}))
         theirs = glob.glob(pattern, recursive=True, include_hidden=True)
-    # a folder is a match of the `**` that ends a pattern, too, with a slash behind it
+    # a folder is a match of the `**` that ends a pattern as well, with a slash behind it
     assert found == {name for name in theirs if not name.endswith("/")}
 
 
@@ -157,7 +157,7 @@ def test_folders_that_a_pattern_names_are_exported_with_what_is_in_them(here: Pa
 
 
 def test_what_is_in_a_folder_that_matches_comes_once(here: Path) -> None:
-    """It matched by itself, too: each image was exported twice."""
+    """It matched by itself as well: each image was exported twice."""
     touch("q/cat/cat0.png", "q/cat.png", "q/dog/cat1.png", "q/cat/deep/cat2.png")
     assert ids("q/**/*cat*") == ["cat0.png", "deep/cat2.png", "q/cat.png", "q/dog/cat1.png"]
 

@@ -218,7 +218,7 @@ def test_patches_see_their_window_in_window_blocks_and_their_frame_in_full_ones(
     grids = [(1, 4, 4), (2, 12, 20), (1, 8, 8)]
     rows = random_rows(n_patches(grids), 0)
     before = tower_trace(tower, rows, grids)
-    rows[16] += 1.0  # the first patch of the clip's first frame: window order has it there, too
+    rows[16] += 1.0  # the first patch of the clip's first frame: window order has it there as well
     after = tower_trace(tower, rows, grids)
 
     def changed(stage: str) -> list[int]:

@@ -459,7 +459,7 @@ def test_an_export_says_what_it_waited_for(tmp_path: Path) -> None:
 
 
 def test_no_more_of_a_wait_is_the_gpus_than_was_waited() -> None:
-    """The thread that writes waits for the GPU while nobody waits for it, too."""
+    """The thread that writes waits for the GPU while nobody waits for it as well."""
     clock, shard = StageTimer("rest"), Mock(waited_s=0.0)
     with clock.stage("write"):
         time.sleep(0.05)

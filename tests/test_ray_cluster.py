@@ -146,7 +146,7 @@ def test_every_field_of_an_error_crosses_processes(cluster: str) -> None:
 @pytest.mark.parametrize(
     ("wanted", "resources", "threads"),
     [
-        (None, {"CPU": 16.0, "GPU": 1.0}, 4),  # 8 for two shards under way at a time
+        (None, {"CPU": 16.0, "GPU": 1.0}, 4),  # 8 for two shards in progress at a time
         (None, {"CPU": 128.0, "GPU": 8.0}, 4),
         (None, {"CPU": 256.0, "GPU": 2.0}, 8),
         (None, {"CPU": 2.0, "GPU": 2.0}, 2),

@@ -1,1 +1,1 @@
-"""From a model's name to its weights: the Hub, its cache, files, conversion, the GPU."""
+"""Model name -> weights: the Hub, its cache, files, conversion, the GPU."""

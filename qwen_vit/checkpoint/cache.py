@@ -53,7 +53,7 @@ UNKNOWN_SPACE = "unknown"
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a folder holds, and where it came from.
+    """The content of a folder, and its origin.
 
     `shards` says how each shard was read; `whole_bytes` is the size of all of the repository's
     weights, where the Hub gives it. Recorded when the folder is complete: `files` maps each name to
@@ -71,7 +71,7 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:
-        """The document as it is written, with a checksum of its own."""
+        """The document with its own checksum."""
         document = asdict(self)
         return {**document, "checksum": _checksum(document)}
 
@@ -86,7 +86,7 @@ def folder_of(cache: Path, repo: str, commit: str) -> Path:
 
 
 def repository_folder(cache: Path, repo: str) -> Path:
-    """Where huggingface_hub keeps a repository, and removes it."""
+    """The folder in which huggingface_hub stores a repository."""
     return cache / f"models--{repo.replace('/', '--')}"
 
 
@@ -120,12 +120,12 @@ def find(folder: Path) -> Manifest | None:
 
 
 def recorded_licence(folder: Path) -> str | None:
-    """What the model card said when a folder of ours was written."""
+    """The licence of the model card when our folder was written."""
     return _read_manifest(folder).licence if (folder / MANIFEST_FILE).is_file() else None
 
 
 def check(folder: Path) -> dict[str, str] | None:
-    """Hash each file again and compare: what was checked, by name; None where nothing is recorded.
+    """Hash each file again. Returns the checks by name, or None if nothing is recorded.
 
     A folder of ours has its manifest; a snapshot in the Hub's cache has links whose targets have
     their sha256 (large files) or git's sha1 as names. Raises CheckpointError for any difference.
@@ -145,7 +145,7 @@ def check(folder: Path) -> dict[str, str] | None:
 
 
 def hub_digest(path: Path) -> str | None:
-    """The Hub's own digest of a cached file, sha256 or git's sha1 in hex; None where unknown."""
+    """The Hub's own digest of a cached file, sha256 or git's sha1 in hex; None if unknown."""
     if not path.is_symlink():
         return None
     target = Path(os.readlink(path))
@@ -157,7 +157,7 @@ def hub_digest(path: Path) -> str | None:
 def check_digest(path: Path, digest: str) -> str:
     """Hash a file and compare with a sha256, or with git's sha1; return which it was.
 
-    Raises CheckpointError where they differ.
+    Raises CheckpointError if they differ.
     """
     if len(digest) == 64:
         _compare(path, _file_sha256(path), digest)
@@ -168,12 +168,12 @@ def check_digest(path: Path, digest: str) -> str:
 
 
 def was_checked(repository: Path, path: Path, digest: str) -> bool:
-    """Whether this file in the Hub's cache, unchanged since, was found to have this digest."""
+    """Whether an unchanged file in the Hub's cache is known to have this digest."""
     return _mark(repository, path, digest).exists()
 
 
 def remember_check(repository: Path, path: Path, digest: str) -> None:
-    """Remember that a file has a digest, where the cache can be written."""
+    """Record a file's digest, if the cache is writable."""
     mark = _mark(repository, path, digest)
     with suppress(OSError):
         mark.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +189,7 @@ def _mark(repository: Path, path: Path, digest: str) -> Path:
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Let one process fill `folder` while others wait.
 
-    It only saves bandwidth: where the file system's locks do nothing, processes download in
+    It only saves bandwidth. If the file system's locks do nothing, processes download in
     parallel, and the first to finish wins.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -206,9 +206,9 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
-    """Yield a temporary folder to fill; then record it, sync it to the disk and rename it.
+    """Yield a temporary folder to fill, then record it, sync it to the disk and rename it.
 
-    Where another process was first, its folder stays and this one is removed.
+    If another process was first, its folder stays and this one is removed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{_owner()}.{uuid.uuid4().hex[:8]}")
@@ -222,8 +222,8 @@ def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove partial downloads beside `folder`: of killed processes, and of other hosts that have
-    written nothing for a day."""
+    """Remove partial downloads beside `folder` that killed processes left. Those of other hosts go
+    after a day without a write."""
     for path in folder.parent.glob(".*.*-*.*"):
         space, _, process = path.name.split(".")[2].rpartition("-")
         try:
@@ -335,17 +335,17 @@ def _is_alive(process: int) -> bool:
 
 
 def _last_change(folder: Path) -> float:
-    """When something was last written in it: a download writes all the time."""
+    """The time of the last write in a folder. A download writes all the time."""
     return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
 
 
 def _owner() -> str:
-    """A name of this process that no other running process on any machine has."""
+    """A name that no other running process on any machine has."""
     return f"{_process_space()}-{os.getpid()}"
 
 
 def _process_space() -> str:
-    """The machine's boot and the container within which process ids are unique."""
+    """The machine's boot and the container. Process ids are unique within both."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]

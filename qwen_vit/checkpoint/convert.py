@@ -1,8 +1,8 @@
 """Published tensors -> the model's parameters: renamed, permuted, concatenated, padded, folded.
 
-Nothing is lost on the way: every published weight lands in one place. The weights of a block's two
-norms are multiplied into the weights that follow them; the patch embedding is stored once as
-published (for float rows) and once folded for uint8 pixels.
+Every published weight has one place in the model. The weights of a block's two norms are multiplied
+into the weights that follow them. The patch embedding is stored once as published (for float rows)
+and once folded (for uint8 pixels).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +32,7 @@ __all__ = [
 
 CPU = torch.device("cpu")
 
-# Published name -> the model's, for what is copied unchanged.
+# Published name -> the model's, for tensors that are copied unchanged.
 RENAMES = (
     ("merger.ln_q.weight", "merger.norm_weight"),
     ("merger.mlp.0.weight", "merger.fc1.weight"),
@@ -49,7 +49,9 @@ RENAMES_IN_BLOCKS = (
     ("mlp.down_proj.bias", "mlp.down.bias"),
 )
 
-GATE_UP_TURN = 8  # rows of the gate, then of up: a matrix instruction's thread holds both of a pair
+GATE_UP_TURN = (
+    8  # rows of gate, then of up: one thread of a matrix instruction holds both of a pair
+)
 ROWS_FOLDED_AT_ONCE = 64  # of the patch embedding
 
 
@@ -73,8 +75,8 @@ def convert(
 ) -> dict[str, Tensor]:
     """Return the state of model.VisionTower, in bfloat16 or float32, from published tensors.
 
-    Each is read when its turn comes and made into the model's on `device`, wherever it is; only the
-    patch embedding, small and in float64, is made on the CPU. The bits depend on neither device.
+    Each tensor is read when it is needed and converted on `device`. Only the patch embedding, small
+    and in float64, is converted on the CPU. The bits depend on neither device.
     Raises CheckpointError for NaN or infinite weights, by name, or by what `locate` makes of it.
     """
     planned = list(recipes(config, image_config, dtype, device, locate=locate))
@@ -122,7 +124,7 @@ def recipes(
     order = _rotary_order(config).to(device)
 
     def same(tensor: Tensor) -> tuple[Tensor]:
-        # a copy: the source may be a map of a file that is gone tomorrow, or someone's tensor
+        # a copy: the source may be a map of a file that is deleted later, or a caller's tensor
         return (tensor.to(dtype, copy=True),)
 
     def folded(weight: Tensor, gain: Tensor) -> Tensor:
@@ -184,7 +186,7 @@ def _patch_embedding(
         row_weight = (w * 2.0**exponent).flatten(1)  # bfloat16 fits float16 exactly
         return row_weight.to(stored), _pad(folded, 1, K).to(stored), bias.float()
 
-    # few rows at a time: four times its bytes in float64, and that some times over
+    # few rows at a time: float64 takes four times the bytes, for several intermediate results
     parts = zip(*map(fold, weight.split(ROWS_FOLDED_AT_ONCE)), strict=True)
     row_weight, pixel_weight, pixel_bias = (torch.cat(part) for part in parts)
     for name, tensor in (
@@ -202,7 +204,7 @@ def _patch_embedding(
 
 
 def _rotary_order(config: VisionConfig) -> Tensor:
-    """The rows of q, k and v as the model wants them: of q and k, pairs side by side."""
+    """The rows of q, k and v as the model stores them: rotary pairs of q and k are adjacent."""
     D = config.head_dim
     rows = torch.arange(3 * config.hidden_size).view(3, config.num_heads, D)
     rows[:2] = rows[:2, :, rotary_permutation(D)]
@@ -210,7 +212,7 @@ def _rotary_order(config: VisionConfig) -> Tensor:
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """8 rows of the gate, 8 of up, and so on; the zeros at their ends give silu(0) * 0 = 0."""
+    """8 rows of gate, 8 of up, and so on. The zeros at the end give silu(0) * 0 = 0."""
     turns = [half.view(-1, GATE_UP_TURN, *half.shape[1:]) for half in (gate, up)]
     return torch.stack(turns, 1).flatten(0, 2)
 

@@ -1,7 +1,7 @@
-"""Ranges of files over HTTP, by the Hub's client: opened, and refused unless exact.
+"""Ranges of files over HTTP, through the Hub's client. An inexact answer is refused.
 
-The HTTP clients of huggingface_hub's versions 1 and 2 differ, and are used in what they share. It
-is imported inside functions only: that import reads environment variables.
+The HTTP clients of huggingface_hub 1 and 2 differ; only shared names are used. It is imported
+inside functions only, because that import reads environment variables.
 """
 
 import re
@@ -25,8 +25,8 @@ def open_http_range(
 ) -> Iterator[RangeResponse]:
     """Request bytes `start` to `end` of a file; see `ranges.Opener`.
 
-    Raises RangesRefusedError, TransferError, or the client's own error for an answer that another
-    attempt would not change.
+    Raises RangesRefusedError, TransferError, or the client's own error for an answer that a retry
+    would not change.
     """
     from huggingface_hub import get_session
     from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
@@ -36,7 +36,7 @@ def open_http_range(
     headers = build_hf_headers(token=token, library_name="qwen_vit")
     headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     try:
-        # The client follows redirects, and keeps the token from any other host.
+        # The client follows redirects and sends the token to no other host.
         with get_session().stream(
             "GET", url, headers=headers, follow_redirects=True, timeout=HF_HUB_DOWNLOAD_TIMEOUT
         ) as response:
@@ -44,12 +44,12 @@ def open_http_range(
             yield RangeResponse(response.iter_raw(), file_bytes)
     except HTTPError as error:
         if getattr(error, "response", None) is not None:
-            raise  # an answer; _check_range has told those apart that are worth another try
+            raise  # an answer that a retry would not change: _check_range has raised for the others
         raise TransferError(f"{type(error).__name__}: {error}") from error
 
 
 def _check_range(response: Any, start: int, end: int) -> int:
-    """Return the size of the whole file, where an answer holds just the bytes asked for."""
+    """Return the size of the whole file, if an answer has exactly the requested bytes."""
     from huggingface_hub import hf_raise_for_status
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -1,8 +1,8 @@
 """Find a checkpoint: the packaged one, a local folder, or a repository on the Hugging Face Hub.
 
-Of a repository it fetches the config files and the vision tensors alone: from shards in the Hub's
-cache, else as ranges of the shards' bytes, else from whole shards. What was fetched is kept,
-complete and by commit, and needs no network afterwards.
+From a repository it fetches only the config files and the vision tensors: from shards in the Hub's
+cache, else as byte ranges of the shards, else from whole shards. The result is stored by commit and
+needs no network afterwards.
 """
 
 import logging
@@ -42,7 +42,7 @@ SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What a checkpoint is called; `commit` is None for anything but a repository."""
+    """The name of a checkpoint. `commit` is None unless it is a repository."""
 
     name: str
     commit: str | None = None
@@ -57,11 +57,11 @@ class Source(Origin):
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """What a download did, in bytes: fetched over the network now, kept on the disk, saved.
+    """The bytes of a download: fetched over the network now, kept on the disk, saved.
 
-    `kept_bytes` are of weights. `saved_bytes` are those of the checkpoint's weights that are not
-    needed here; None where the Hub does not give the size of the whole. `licence` is that of the
-    model card, where it was read.
+    `kept_bytes` are of weights. `saved_bytes` are those of the checkpoint's other weights, or None
+    if the Hub does not give the size of the whole. `licence` is that of the model card, if it was
+    read.
     """
 
     source: Source
@@ -202,7 +202,7 @@ def _download(repository: Repository, full: bool) -> Download:
     shards = Shards(local, set(names) - set(local), repository.open_range, repository.label)
     try:
         with cache.one_at_a_time(_folder(repository)):
-            # another process may have done it while this one waited
+            # another process may have downloaded it while this one waited
             return _kept(repository) or _vision_alone(repository, snapshot, index, shards)
     except (RangesRefusedError, TransferError) as error:
         if isinstance(error, TransferError) and error.cause is not None:
@@ -219,7 +219,7 @@ def _folder(repository: Repository) -> Path:
 
 
 def _kept(repository: Repository) -> Download | None:
-    """What an earlier download left in our own folder, if its sizes and its header hold."""
+    """The result of an earlier download, if its sizes and its header are right."""
     if repository.commit is None:
         return None
     folder = _folder(repository)
@@ -248,7 +248,7 @@ def _kept(repository: Repository) -> Download | None:
 
 
 def _resolve(repository: Repository) -> Path:
-    """Fetch config.json and return its folder, or say what a repository without one holds."""
+    """Fetch config.json and return its folder."""
     config = repository.resolve("config.json")
     if config is None:
         _choose(repository, repository.names() or [WEIGHTS_FILE])
@@ -275,7 +275,8 @@ def _fetch_settings(repository: Repository) -> None:
 def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
     """The index, if there is one, and the names of the files that hold vision tensors.
 
-    Of a single file and an index it takes the file, as in a folder, and as transformers does.
+    If a repository has a single file and an index, the file counts, as in a folder and in
+    transformers.
     """
     if repository.cached(WEIGHTS_FILE) is not None:
         return None, [WEIGHTS_FILE]

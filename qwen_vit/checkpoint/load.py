@@ -26,7 +26,7 @@ __all__ = ["Checkpoint", "Tower", "config_hash", "find_tower", "load_checkpoint"
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """A vision tower in files: its configs, and which stored tensors make up each published one.
+    """A vision tower in files: its configs, and the stored tensors of each published one.
 
     `settings` are the config files that were read, `prefix` is what precedes the names.
     """
@@ -38,17 +38,17 @@ class Tower:
     prefix: str
 
     def stored(self) -> list[StoredTensor]:
-        """Every stored tensor, once: 390 at depth 32, or 518 where q, k and v are apart."""
+        """Every stored tensor: 390 at depth 32, or 518 if q, k and v are stored separately."""
         return [tensor for parts in self.sources.values() for tensor in parts]
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A tower's weights and configs: what `load_checkpoint` found, or `from_tensors` was given.
+    """A tower's weights and configs, from `load_checkpoint` or `from_tensors`.
 
     `tensors` maps the 390 published names without prefix, such as "blocks.0.attn.qkv.weight", to
-    tensors as stored, NaN and all: `convert` refuses those. Files are read when a tensor is looked
-    up. `files` are all files that were read, `prefix` is what was cut off.
+    tensors as stored. `convert` refuses NaN. Files are read when a tensor is looked up. `files` are
+    all files that were read, `prefix` is what was removed from the names.
 
     It can be copied and pickled: tensors of files are then read from the same paths.
     """
@@ -67,7 +67,7 @@ class Checkpoint:
         config: VisionConfig | Mapping[str, Any],
         image_config: ImageConfig | Mapping[str, Any] | None = None,
     ) -> "Checkpoint":
-        """A checkpoint of tensors that someone else loaded, on any device, checked as files are.
+        """A checkpoint of loaded tensors on any device, with the checks of files.
 
         >>> from qwen_vit.checkpoint.published import packaged_weights
         >>> loaded = load_checkpoint(packaged_weights() / "tiny")
@@ -78,12 +78,13 @@ class Checkpoint:
 
         Args:
             tensors: published names, with any prefix or none, to tensors; those of a language model
-                may be among them. They are kept as they are: do not change them afterwards.
+                may be among them. They are not copied: do not change them afterwards.
             config: the tower's config, or what config.json says.
             image_config: the image settings, or what preprocessor_config.json says; transformers'
                 defaults if None.
 
-        Raises CheckpointError, as load_checkpoint, and ArgumentError for what is no tensor.
+        Raises CheckpointError as load_checkpoint does, and ArgumentError for a value that is no
+        tensor.
         """
         if not isinstance(config, VisionConfig):
             config = VisionConfig.from_json(_check_mapping(config, "config"), source="config")
@@ -133,7 +134,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 and safetensors weights.
 
     The headers are checked at once (names, shapes, types), the values when they are converted.
-    Raises CheckpointError, naming the file, for whatever is missing, damaged or of another model.
+    Raises CheckpointError with the file for anything missing, damaged or of another model.
     """
     tower = find_tower(Path(folder))
     stored = tower.stored()
@@ -150,8 +151,8 @@ and safetensors weights.
 def find_tower(folder: Path, remote: RemoteFiles | None = None) -> Tower:
     """Find the vision tower in a folder and check names, shapes and types against config.json.
 
-    Weight files that are still on the Hub may be given as `remote`: of them, only the headers are
-    read. Raises CheckpointError as load_checkpoint does.
+    `remote` are weight files that are still on the Hub; only their headers are read. Raises
+    CheckpointError as load_checkpoint does.
     """
     prefix = ""
 
@@ -186,7 +187,7 @@ def find_tower(folder: Path, remote: RemoteFiles | None = None) -> Tower:
 
 
 def config_hash(config: VisionConfig, image_config: ImageConfig) -> str:
-    """Return a sha256 of both configs' values, whatever spelling their files used."""
+    """Return a sha256 of both configs' values. The spelling in their files does not matter."""
     both = {"vision": config.to_json(), "image": image_config.to_json()}
     return hashlib.sha256(json.dumps(both, sort_keys=True).encode()).hexdigest()
 
@@ -216,7 +217,7 @@ def _check_given(tensor: object, name: str) -> Tensor:
 
 
 def _read_image_config(folder: Path) -> tuple[ImageConfig, Path | None]:
-    # As transformers does: what a whole processor says of its images comes first.
+    # As in transformers, the image settings of a whole processor come first.
     processor, preprocessor = folder / "processor_config.json", folder / "preprocessor_config.json"
     if processor.exists():
         settings = read_json(processor)

@@ -1,4 +1,4 @@
-"""A vision tower's tensors, from shards here and on the Hub -> one vision.safetensors."""
+"""A vision tower's tensors in local and remote shards -> one vision.safetensors."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ CHUNK_BYTES = 2**20
 
 
 class Shards:
-    """The shards of one checkpoint: local files, and remote ones of which ranges can be opened.
+    """The shards of one checkpoint: local files, and remote ones with range requests.
 
     Headers are read once. `label` names the repository in messages.
     """
@@ -54,7 +54,7 @@ class Shards:
         return RemoteFiles(self.remote, self.header_of)
 
     def origins(self) -> dict[str, str]:
-        """How each shard is read, for the record."""
+        """How each shard is read, for the manifest."""
         return dict.fromkeys(self.local, "whole, from the cache") | dict.fromkeys(
             self.remote, "ranges"
         )
@@ -99,9 +99,9 @@ class Shards:
 def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
     """Write the tower's config files and its tensors, as stored, into an empty folder.
 
-    The result is then read as any checkpoint is: names, shapes, types, and no NaN. Raises
-    RangesRefusedError or TransferError where a shard cannot be read, and CheckpointError where the
-    result is damaged.
+    The result is then checked like any checkpoint: names, shapes, types, and no NaN. Raises
+    RangesRefusedError or TransferError if a shard cannot be read, and CheckpointError if the result
+    is damaged.
     """
     for path in tower.settings:
         shutil.copyfile(path, folder / path.name)
@@ -138,7 +138,7 @@ def plan_file(tower: Tower, shards: Shards) -> tuple[bytes, list[Piece]]:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Allocate the space on the disk before anything is fetched."""
+    """Allocate the disk space before anything is fetched."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
@@ -148,7 +148,7 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def verify_download(folder: Path, label: str) -> None:
-    """Read a downloaded tower as any checkpoint is read; CheckpointError says what is damaged."""
+    """Check a downloaded tower like any checkpoint. Raises CheckpointError for damage."""
     at = VISION_FILE
     try:
         tensors = load_checkpoint(folder).tensors

@@ -1,4 +1,4 @@
-"""The checkpoints that this package knows by name: what a short or misspelt name may mean."""
+"""The published checkpoints, and suggestions for short or misspelt names."""
 
 import difflib
 import os
@@ -42,7 +42,7 @@ def published_checkpoints() -> dict[str, dict[str, Any]]:
 
 
 def closest_names(name: str) -> list[str]:
-    """The known checkpoints that a name may mean, the likeliest first.
+    """The published checkpoints that a name may mean, the likeliest first.
 
     >>> closest_names("7B"), closest_names("Qwen2.5-VL-7b-Instuct"), closest_names("tinny")
     (['Qwen/Qwen2.5-VL-7B-Instruct', 'Qwen/Qwen2.5-Omni-7B'], ['Qwen/Qwen2.5-VL-7B-Instruct'], \
@@ -64,7 +64,7 @@ def closest_names(name: str) -> list[str]:
 
 
 def did_you_mean(name: str) -> str:
-    """A question with the checkpoints that a name may mean; empty where there is none.
+    """A question with the checkpoints that a name may mean; empty if there is none.
 
     >>> did_you_mean("Qwen2.5-VL-7B")
     'did you mean Qwen/Qwen2.5-VL-7B-Instruct?'
@@ -85,7 +85,7 @@ def is_path(name: str) -> bool:
 def cached_repositories() -> list[str]:
     """The repositories in the Hub's cache, by the names of its folders alone.
 
-    For completion, which must not import the Hub's client: it takes longer than a key press.
+    For completion: importing the Hub's client takes longer than a key press.
     """
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     folder = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")

@@ -1,4 +1,4 @@
-"""A tower's tensors under their published names: read from files as they are asked for, or given.
+"""A tower's tensors under their published names, from files at each look-up or from memory.
 
 A published tensor may be stored as three (q, k and v of Qwen2.5-Omni); they are joined at look-up.
 """
@@ -25,7 +25,7 @@ Part = TypeVar("Part")
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Return a sha256 of the names, types, shapes and bytes, whatever files or device hold them.
+    """Return a sha256 of the names, types, shapes and bytes. Files and device do not matter.
 
     >>> weights_hash({"a": torch.zeros(2)}) == weights_hash({"a": torch.zeros(2)})
     True
@@ -53,11 +53,11 @@ class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
         return self._sha256
 
     def stored_as(self, name: str) -> tuple[str, ...]:
-        """What a tensor was stored as: its name, or those of q, k and v apart."""
+        """The stored names of a tensor: its own, or those of q, k and v."""
         return part_names(name, split=len(self._parts[name]) > 1)
 
     def as_stored(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors under the names that they were stored as."""
+        """The tensors under their stored names."""
         for name in self:
             parts = self.stored_as(name)
             yield from zip(parts, self[name].chunk(len(parts)), strict=True)
@@ -89,9 +89,8 @@ class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
 class LazyTensors(PublishedTensors[StoredTensor]):
     """Tensors of files, read at each look-up.
 
-    Open files are maps: what was there when they were opened stays readable when the path is gone
-    or has another file. A pickle holds paths and no open file: it opens the files again where it is
-    used.
+    Open files are maps: their content stays readable when the path is deleted or replaced. A pickle
+    holds paths and no open file. It opens the files again when it is loaded.
     """
 
     def __init__(self, sources: Mapping[str, tuple[StoredTensor, ...]]) -> None:
@@ -109,7 +108,7 @@ class LazyTensors(PublishedTensors[StoredTensor]):
         return {**self.__dict__, "_open_files": {}}  # safetensors' handles cannot be pickled
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # nothing here changes, and the path may have another file by now
+        return self  # the content never changes, and the path may have another file by now
 
     def _read(self, part: StoredTensor) -> Tensor:
         try:
@@ -134,14 +133,14 @@ class LazyTensors(PublishedTensors[StoredTensor]):
         opened = self._open_files.get(source.path)
         if opened is None:
             file = safe_open(source.path, framework="pt", device="cpu")
-            # Of two threads that open it at once, both use the first one's. No lock: a process
-            # that is forked while another thread holds one would wait for ever.
+            # If two threads open it at once, both use the first result. No lock: a process that is
+            # forked while another thread holds one would wait forever.
             opened = self._open_files.setdefault(source.path, (file, source.path.stat()))
         return opened
 
 
 def _is_overwritten(path: Path, opened: os.stat_result) -> bool:
-    """Whether the very file that was opened has other bytes now: a map of it shows those."""
+    """Whether the opened file itself was overwritten: its map then shows other bytes."""
     try:
         now = path.stat()
     except OSError:
@@ -151,10 +150,10 @@ def _is_overwritten(path: Path, opened: os.stat_result) -> bool:
 
 
 class GivenTensors(PublishedTensors[Tensor]):
-    """Tensors that someone else loaded, on any device."""
+    """Tensors that the caller loaded, on any device."""
 
     def on_host(self) -> "GivenTensors":
-        """Those of a GPU as copies in the host's memory, the others themselves."""
+        """Tensors of a GPU as copies in host memory, the others unchanged."""
         return GivenTensors(
             {name: tuple(part.cpu() for part in parts) for name, parts in self._parts.items()}
         )

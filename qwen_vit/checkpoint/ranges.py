@@ -1,4 +1,4 @@
-"""Pieces of remote files -> places in one local file: merged, in parallel, with retries.
+"""Pieces of remote files -> one local file: merged, in parallel, with retries.
 
 Nothing here knows HTTP: a piece comes from a function that opens a range of a named file.
 """
@@ -26,7 +26,7 @@ logger = logging.getLogger("qwen_vit")
 
 PART_BYTES = 64 * 2**20  # of one request
 CONNECTIONS = 8
-ATTEMPTS = 6  # in a row that bring nothing
+ATTEMPTS = 6  # consecutive attempts that bring nothing
 MAX_WAIT_S = 300.0  # in which the Hub counts requests
 
 
@@ -43,13 +43,13 @@ Opener = Callable[[str, int, int], AbstractContextManager[RangeResponse]]
 
 
 class RangesRefusedError(Exception):
-    """The server gives no ranges of this file, or other bytes than were requested."""
+    """The server has no range support for this file, or sent other bytes than requested."""
 
 
 class TransferError(Exception):
-    """A transfer broke off, and may be tried again after `wait_s`.
+    """A transfer broke off; a retry may start after `wait_s`.
 
-    `cause` is set where the reason is the server's answer, not the connection.
+    `cause` is set if the reason is the server's answer, not the connection.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ def fetch(
     descriptor: int,
     progress: Callable[[int], object],
 ) -> None:
-    """Write each piece to its place in an open file; several at a time.
+    """Write each piece to its place in an open file, in parallel.
 
     Raises RangesRefusedError or TransferError for the first piece that fails, once the others have
     stopped.

@@ -1,7 +1,7 @@
-"""One repository of the Hugging Face Hub: its cached files, its remote ones, and its errors.
+"""One repository of the Hugging Face Hub: cached files, remote files, errors.
 
-huggingface_hub is imported inside functions only: that import reads environment variables, which
-importing this package does not. The few names used are those that its versions 1 and 2 share.
+huggingface_hub is imported inside functions only, because that import reads environment variables.
+Only names that its versions 1 and 2 share are used.
 """
 
 import errno
@@ -38,11 +38,11 @@ LINK_ATTEMPTS, LINK_PAUSE_S = 5, 0.02
 
 
 class NotCachedError(HubError):
-    """A file is not in the Hub's cache, and the network is ruled out or unreachable."""
+    """A file is not in the Hub's cache, and the network is disabled or unreachable."""
 
 
 class Repository:
-    """A repository at one commit, which `resolve` finds where `revision` is a branch or tag.
+    """A repository at one commit. `resolve` finds the commit of a branch or tag.
 
     `fetched_bytes` counts what came over the network.
     """
@@ -70,21 +70,21 @@ class Repository:
         self._found_address: bool | None = None
 
     def is_offline(self) -> bool:
-        """Whether the caller, or HF_HUB_OFFLINE, has ruled out the network, or there is none."""
+        """Whether the caller or HF_HUB_OFFLINE disabled the network, or it is unreachable."""
         from huggingface_hub import is_offline_mode
 
         return self.local_files_only or is_offline_mode() or not self._has_address()
 
     def cache(self) -> Path:
-        """The Hub's cache: `cache_dir`, or what HF_HUB_CACHE and HF_HOME say."""
+        """The Hub's cache: `cache_dir`, or the folder of HF_HUB_CACHE or HF_HOME."""
         from huggingface_hub.constants import HF_HUB_CACHE
 
         return Path(self._cache_dir or HF_HUB_CACHE)
 
     def resolve(self, name: str) -> Path | None:
-        """Fetch a file and learn the commit from its path; None where there is no such file.
+        """Fetch a file and learn the commit from its path; None if there is no such file.
 
-        The other files come from the same commit, wherever the branch moves in the meantime.
+        The other files come from the same commit, even if the branch moves.
         """
         path = self._fetch_if_there(name, self._revision)
         if path is None:
@@ -100,9 +100,9 @@ class Repository:
         return path
 
     def file(self, name: str) -> Path | None:
-        """A small file, from the cache or the network; None where there is no such file.
+        """A small file, from the cache or the network; None if there is no such file.
 
-        Raises NotCachedError where that is unknown.
+        Raises NotCachedError if that is unknown.
         """
         known = self._look_up(name)
         # the cache also remembers which files a repository does not have
@@ -111,7 +111,7 @@ class Repository:
         return self._fetch_if_there(name, self.commit or self._revision)
 
     def not_cached(self) -> NotCachedError:
-        """The error for weights that are not in the cache, where the network is ruled out."""
+        """The error for weights that are not in the cache while the network is disabled."""
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         return NotCachedError.of(explain(LocalEntryNotFoundError(""), self))
@@ -129,7 +129,7 @@ class Repository:
         return [path.name for path in folder.glob("*.safetensors*")]
 
     def _look_up(self, name: str) -> Any:
-        """Its path in the cache, None, or a mark that there is no such file at this commit."""
+        """Its path in the cache, None, or a mark that the commit has no such file."""
         from huggingface_hub import try_to_load_from_cache
 
         at = self.commit or self._revision
@@ -140,11 +140,11 @@ class Repository:
         return Path(known) if found and self.commit in (None, found[1]) else None
 
     def whole(self, name: str) -> Path:
-        """A whole file in the Hub's cache, checked against the Hub's hash; fetched if need be."""
+        """A whole file in the Hub's cache, checked against the Hub's hash; fetched if necessary."""
         return self._fetch_sound(name, self.commit, partial(self.check, name, once=False))
 
     def _fetch_sound(self, name: str, revision: str | None, check: Callable[[Path], None]) -> Path:
-        """A file in the Hub's cache that `check` accepts, fetched again where it is damaged."""
+        """A file in the Hub's cache that `check` accepts. A damaged one is fetched again."""
         for _ in range(2):
             path = self._request_file(name, revision)
             try:
@@ -155,7 +155,7 @@ class Repository:
                 logger.warning("%s Doing so now.", error)
             else:
                 return path
-            # at once, so that no later call uses it should the next attempt fail
+            # at once, so that no later call uses it if the next attempt fails
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         raise HubError(
@@ -165,7 +165,7 @@ class Repository:
         )
 
     def is_sound(self, name: str, path: Path) -> bool:
-        """Whether `check` finds nothing wrong; logs what it finds."""
+        """Whether `check` accepts a file. Its error is logged."""
         try:
             self.check(name, path)
         except CheckpointError as error:
@@ -174,10 +174,10 @@ class Repository:
         return True
 
     def check(self, name: str, path: Path, *, once: bool = True) -> None:
-        """Hash a cached file and compare with the Hub's checksum, where it gives one.
+        """Hash a cached file and compare with the Hub's checksum, if there is one.
 
-        huggingface_hub checks sizes alone. A file found good is remembered, and not hashed again
-        until it changes, unless `once` is False. Raises CheckpointError for a difference.
+        huggingface_hub checks only sizes. A good file is recorded and not hashed again until it
+        changes, unless `once` is False. Raises CheckpointError for a difference.
         """
         digest = cache.hub_digest(path) or self._remote_digest(name)
         if digest is None or len(digest) not in (40, 64):
@@ -190,7 +190,7 @@ class Repository:
         cache.remember_check(folder, path, digest)
 
     def names(self) -> list[str] | None:
-        """The files beside config.json; None where the Hub, or its mirror, does not list them."""
+        """The files beside config.json; None if the Hub, or its mirror, does not list them."""
         siblings = getattr(self._info(), "siblings", None)
         if siblings is None:
             return None
@@ -198,7 +198,7 @@ class Repository:
         return [name for name in names if "/" not in name]  # folders hold other models, or parts
 
     def licence(self) -> str | None:
-        """The licence of the model card; None where the card is unavailable."""
+        """The licence of the model card; None if the card is unavailable."""
         card = getattr(self._info(), "card_data", None)
         licence = getattr(card, "license_name", None) or getattr(card, "license", None)
         return licence if isinstance(licence, str) else None
@@ -238,7 +238,7 @@ class Repository:
             return None
 
     def _is_listed(self, name: str) -> bool:
-        """Whether the listing names it, where it was asked for already."""
+        """Whether the listing has it, if the listing was fetched already."""
         return self._listing is not None and name in (self.names() or ())
 
     def _forget_absence(self, name: str) -> None:
@@ -255,7 +255,7 @@ class Repository:
         return path
 
     def _download_file(self, name: str, revision: str | None) -> tuple[Path, int]:
-        """Retries while other processes recreate the cache's link, which is absent for a moment."""
+        """Retries while another process recreates the cache's link."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
@@ -296,7 +296,7 @@ class Repository:
         return self._found_address
 
     def _remote_digest(self, name: str) -> str | None:
-        """Asks the Hub: where links do not work, its cache does not record a file's digest."""
+        """Asks the Hub: without links its cache does not record a file's digest."""
         if self.is_offline():
             return None
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -333,7 +333,7 @@ def _check_small(path: Path) -> None:
 
 
 def explain(error: Exception, repository: Repository) -> HubError:
-    """Turn an error of any version of the client into one that says the cause and what to do."""
+    """Turn an error of any version of the client into one with the cause and the remedy."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,

@@ -1,8 +1,8 @@
-"""Tensors on their way to a GPU: read ahead by threads, through a fixed amount of pinned memory.
+"""Copies tensors to a GPU: threads read ahead, through a fixed amount of pinned memory.
 
-A plain copy reads a tensor that is a map of a file at the rate of one thread's page faults, while
-the GPU waits. Here the tensors are one stream of bytes, cut into pieces; threads copy the next
-pieces into pinned slots while the GPU fetches those before.
+A plain copy of a mapped tensor runs at the rate of one thread's page faults, while the GPU waits.
+Here the tensors are one stream of bytes, cut into pieces. Threads copy the next pieces into pinned
+slots while the GPU fetches the previous ones.
 """
 
 import os
@@ -24,7 +24,7 @@ SLOTS_PER_THREAD = 2  # one is filled while another is fetched
 
 
 class _Span(NamedTuple):
-    """Bytes of one tensor, here and there; `whole` is the tensor there if these are its last."""
+    """Bytes of one tensor, source and target; its last ones come with the `whole` target tensor."""
 
     source: Any  # uint8 array
     target: Tensor  # uint8, of the same length
@@ -32,12 +32,12 @@ class _Span(NamedTuple):
 
 
 def to_device(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Yield the tensors on a device, in order; on a GPU's current stream. Those there stay as is.
+    """Yield the tensors on a device in order, on a GPU's current stream. No copy if already there.
 
     >>> [tensor.item() for tensor in to_device([torch.ones(())], torch.device("cpu"))]
     [1.0]
 
-    Tensors of the CPU are read at most 32 MiB ahead of what comes out on a GPU.
+    Tensors of the CPU are read at most 32 MiB ahead of those on the GPU.
     """
     threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     for on_cpu, run in groupby(tensors, lambda tensor: tensor.device.type == "cpu"):
@@ -58,7 +58,7 @@ def _through_slots(
 
     def fill(slot: int, spans: list[_Span]) -> None:
         if (event := fetched[slot]) is not None:
-            with torch.cuda.device(spans[0].target.device):  # or the first GPU is woken, too
+            with torch.cuda.device(spans[0].target.device):  # or the first GPU is woken as well
                 event.synchronize()
         at = 0
         for source, _, _ in spans:
@@ -90,7 +90,7 @@ def _through_slots(
 def _pieces(
     tensors: Iterable[Tensor], device: torch.device, piece_bytes: int
 ) -> Iterator[list[_Span]]:
-    """All bytes in order, as many at a time as fit a slot: of one large tensor, or many small."""
+    """All bytes in order, one slot at a time: a part of a large tensor, or many small ones."""
     spans, room = [], piece_bytes
     for tensor in tensors:
         whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)

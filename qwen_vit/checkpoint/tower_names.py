@@ -1,4 +1,4 @@
-"""The names, shapes and types that a vision tower's tensors must have, wherever they come from."""
+"""The names, shapes and types that a vision tower's tensors must have."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -27,7 +27,7 @@ __all__ = [
 # larger model. All are found by the one name that every tower has once.
 ANCHOR_KEY = "patch_embed.proj.weight"
 
-# As safetensors' headers call the types that a tower may have.
+# The types that a tower may have, by their names in safetensors headers.
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 STORED_DTYPES = tuple(DTYPE_NAMES.values())
 SPLIT_QKV = re.compile(r"\.attn\.[qkv]\.")  # as Qwen2.5-Omni stores them
@@ -38,7 +38,7 @@ OTHER_TOWERS = (
     (re.compile(r"\.mlp\.fc1\.|^merger\.ln_q\.bias$"), "Qwen2-VL"),
     (re.compile(r"^pos_embed\.|\.mlp\.linear_fc1\.|^deepstack_merger_list\."), "Qwen3-VL"),
 )
-# What quantisers store beside, or instead of, a weight.
+# Names that quantisers store beside a weight or instead of it.
 QUANTISED = re.compile(
     r"\.(weight_scale|weight_scale_inv|weight_zero_point|weight_packed|weight_shape|input_scale"
     r"|scales|qweight|qzeros|g_idx|SCB|weight_format|weight\.(absmax|quant_map|quant_state).*)$"
@@ -94,7 +94,7 @@ def find_prefix(names: Collection[str], source: str) -> str:
     >>> find_prefix(["visual.patch_embed.proj.weight", "model.norm.weight"], "folder")
     'visual.'
 
-    Raises CheckpointError, about `source`, where there is no tower, or more than one.
+    Raises CheckpointError with `source` for no tower or more than one.
     """
     prefixes = tower_prefixes(names)
     if len(prefixes) > 1:
@@ -122,7 +122,7 @@ def check_tower(
     source: str,
     locate: Callable[[str], str],
 ) -> dict[str, tuple[str, ...]]:
-    """Return which tensors make up each published one: itself, or q, k and v stored apart.
+    """Return the stored tensors of each published one: itself, or q, k and v.
 
     `infos` has the names without prefix. Raises CheckpointError, about `source`, for a tower of
     another model, a quantised one, and any name or shape that differs from what `config` says;
@@ -170,7 +170,7 @@ Expected [1280] from config.json. Use the config.json that belongs to the weight
 
 
 def tensor_info(tensor: Tensor) -> TensorInfo:
-    """What a file's header would say of a tensor."""
+    """A tensor's entry in a file's header."""
     dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
     return TensorInfo(dtype, tuple(tensor.shape), 0, tensor.nbytes)
 
@@ -195,7 +195,7 @@ def joined_name(name: str) -> str:
 
 
 def part_names(name: str, *, split: bool) -> tuple[str, ...]:
-    """Return what a published tensor is stored as: itself, or q, k and v apart.
+    """Return the stored names of a published tensor: itself, or q, k and v.
 
     >>> part_names("blocks.0.attn.qkv.bias", split=True)
     ('blocks.0.attn.q.bias', 'blocks.0.attn.k.bias', 'blocks.0.attn.v.bias')

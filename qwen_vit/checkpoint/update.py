@@ -1,7 +1,7 @@
 """Published tensors, arriving in any order and in pieces, written into a tower's parameters.
 
-An inference engine loads weights itself and hands them over as it reads them; a trainer sends new
-ones while the tower serves. The parameters keep their memory, so a captured CUDA graph stays right.
+An inference engine loads weights itself and passes them on while it reads. A trainer sends new ones
+while the tower serves. The parameters keep their memory, so a captured CUDA graph stays valid.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,7 +23,7 @@ __all__ = ["WeightUpdates"]
 
 
 class WeightUpdates:
-    """Writes published tensors into a tower's parameters as soon as their partners are there.
+    """Writes each of a tower's parameters once all its published tensors have arrived.
 
     >>> from qwen_vit import VisionEncoder
     >>> tiny = VisionEncoder.from_pretrained("tiny", device="cpu")
@@ -60,7 +60,7 @@ class WeightUpdates:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """The published names that tensors already here wait for; sorted."""
+        """The published names that received tensors wait for, sorted."""
         partners = {
             source
             for name in self._waiting
@@ -69,7 +69,7 @@ class WeightUpdates:
         return tuple(sorted(partners - self._waiting.keys()))
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Write what can be written, and return the names of the parameters that were.
+        """Write all complete parameters, and return their names.
 
         Args:
             tensors: published names without prefix, such as "blocks.0.attn.qkv.weight", and
@@ -80,7 +80,7 @@ class WeightUpdates:
             CheckpointError: a name, shape or type that this tower does not have, NaN or infinity.
                 What was written before it stays: load all weights again.
         """
-        # outside of a caller's inference mode: parameters that it made could not be written again
+        # outside of a caller's inference mode: parameters made in it could not be written again
         with torch.inference_mode(False), torch.no_grad():
             written, arrived = self._write(tensors)
             for name in arrived & self._waiting.keys():
@@ -110,7 +110,7 @@ class WeightUpdates:
         return written, arrived
 
     def _join(self, name: str) -> str | None:
-        """The published name that is complete now; None where q, k or v is still missing."""
+        """The published name that is complete now; None if q, k or v is still missing."""
         joined = joined_name(name)
         if joined == name:
             return name

@@ -1,4 +1,4 @@
-"""A checkpoint folder -> which file holds which tensor. Nothing here knows the model."""
+"""A checkpoint folder -> the file of each tensor. This module does not know the model."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ __all__ = [
 
 INDEX_SUFFIX = ".safetensors.index.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model" + INDEX_SUFFIX
-VISION_FILE = "vision.safetensors"  # a tower alone, as it is kept after a download
+VISION_FILE = "vision.safetensors"  # a tower alone, as stored after a download
 PREFERRED_FILES = (WEIGHTS_FILE, INDEX_FILE, VISION_FILE)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_NAME_BYTES = 255
@@ -34,7 +34,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", ADAPTER_CONFIG)
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file: the file, its name there, and what the header says of it."""
+    """A tensor in a file: the file, its name there, and its header entry."""
 
     path: Path
     name: str
@@ -52,10 +52,10 @@ class RemoteFiles:
 def find_tensors(
     folder: Path, wanted: Callable[[set[str]], set[str]], remote: RemoteFiles | None = None
 ) -> dict[str, StoredTensor]:
-    """Return the tensors of a folder whose names `wanted` picks.
+    """Return the tensors of a folder whose names `wanted` accepts.
 
     The weights are model.safetensors, or the shards of an index, or vision.safetensors, or the
-    only other safetensors file. Shards that hold nothing wanted need not be there.
+    only other safetensors file. Shards without a wanted tensor may be absent.
     """
     remote_names = remote.names if remote is not None else frozenset()
 
@@ -115,8 +115,8 @@ def choose_weights(
     >>> choose_weights(["README.md", "model.safetensors"], "folder", Path)
     'model.safetensors'
 
-    Raises CheckpointError, saying what `source` holds instead: an adapter (of the base model that
-    `adapter_config` names), pickles, GGUF, several sets of weights, or nothing.
+    Raises CheckpointError that names the content of `source`: an adapter (of the base model in
+    `adapter_config`), pickles, GGUF, several sets of weights, or nothing.
     """
     names = sorted(names)
     for name in PREFERRED_FILES:
@@ -188,7 +188,7 @@ def _adapter_base(path: Path | None) -> str:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Return which shard holds each tensor; CheckpointError unless all are plain file names."""
+    """Return the shard of each tensor. Raises CheckpointError unless all are plain file names."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(
@@ -209,7 +209,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def is_plain_basename(name: str) -> bool:
-    """Tell whether this is a safetensors file's name, and no path or address.
+    """Whether this is a safetensors file's name, and no path or address.
 
     >>> is_plain_basename("model-00001-of-00005.safetensors"), is_plain_basename("../a.safetensors")
     (True, False)
@@ -219,7 +219,7 @@ def is_plain_basename(name: str) -> bool:
         and not any(character in name for character in "/\\:\0")
         and not name.startswith(".")
         and len(name.encode("utf-8", "replace")) <= MAX_NAME_BYTES
-        and name.isprintable()  # no half of a surrogate pair, which no file system takes
+        and name.isprintable()  # half of a surrogate pair, which no file system accepts
     )
 
 

@@ -56,7 +56,7 @@ def open_missing_streams() -> None:
 def print_data(text: str) -> None:
     """Write data to stdout; a reader that stops early, such as `head`, changes nothing.
 
-    Raises ExportError where stdout cannot be written.
+    Raises ExportError if stdout cannot be written.
     """
     try:
         click.echo(text)

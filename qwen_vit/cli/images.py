@@ -30,7 +30,7 @@ logger = logging.getLogger("qwen_vit")
 def list_images(inputs: Sequence[str], out: Path | None = None) -> "list[Item]":
     """The images of files, folders, quoted patterns, tars, lists, and "-" for standard input.
 
-    Raises ExportError where there is none, where two have one id, and where `out` is one of them.
+    Raises ExportError if there is none, where two have one id, and where `out` is one of them.
     """
     from qwen_vit.inputs.find import find_items, no_image_found, warn_of_skipped
 

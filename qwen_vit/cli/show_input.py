@@ -34,7 +34,7 @@ class ShowInput:
         model: the checkpoint's name.
         source: what made the features: "tiny, float32 on cpu".
         window: the side of an attention window, in patches.
-        full_attention: the blocks that see all of an image; None where it is not known.
+        full_attention: the blocks that see all of an image; None if it is not known.
         failed: images that could not be encoded.
         total: how many images there were to choose from.
     """

@@ -82,7 +82,7 @@ def process(
     """Run one of Hugging Face's processors on an RGB image (height, width, 3).
 
     "pillow" is the reference; "torchvision", transformers' default, resizes in another way and
-    needs torchvision. Raises ArgumentError where it is not installed, and ImageError, with `name`,
+    needs torchvision. Raises ArgumentError if it is not installed, and ImageError, with `name`,
     for an image that the processor refuses.
     """
     check_transformers()

@@ -23,7 +23,7 @@ from qwen_vit.show.strips import StripLayout
 
 __all__ = ["StageMaps", "drift_png", "features_png", "stage_maps", "stage_title", "windows_png"]
 
-ORANGE, GREY, RED = "#d9730d", "#8a93a0", "#d64545"  # apart in lightness, too
+ORANGE, GREY, RED = "#d9730d", "#8a93a0", "#d64545"  # apart in lightness as well
 LIGHT_BLUE = "#62a8f5"
 DRIFT_IN = (4.9, 3.3)
 ROW_IN, MAX_FEATURES_IN = 2.75, 16.0

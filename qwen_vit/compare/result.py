@@ -17,7 +17,7 @@ class Preprocessing:
     """Our pixels against one of Hugging Face's processors.
 
     `values_differ` counts pixel values, of `values`, with a different grey level;
-    `largest_levels` is their largest distance, of 255. Both are None where the grids differ.
+    `largest_levels` is their largest distance, of 255. Both are None if the grids differ.
     """
 
     processor: str

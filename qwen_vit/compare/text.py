@@ -55,7 +55,7 @@ def reference_line(facts: dict[str, Any]) -> str:
 def closer_line(comparison: Comparison) -> str:
     """Return who is closer to float64; an empty line where an error is not finite.
 
-    With other weights than the golden's the line is empty, too: they are two models.
+    With other weights than the golden's the line is empty as well: they are two models.
     """
     if not comparison.has_same_weights:
         return ""

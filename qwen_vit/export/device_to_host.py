@@ -121,7 +121,7 @@ class PinnedRing:
         self._lock = Lock()
 
     def allocate(self, n_bytes: int) -> Tensor | None:
-        """A piece of so many bytes, or None where it does not fit now."""
+        """A piece of so many bytes, or None if it does not fit now."""
         size = _aligned(n_bytes)
         with self._lock:
             begin = self._begin_of_room(size)

@@ -55,7 +55,7 @@ class Estimate:
         rows: those of the whole export.
         bytes: those of the whole export.
         unreadable: images without a readable header, or of more pixels than are allowed.
-        seconds: the time of the encoder for the images that are not done yet; None where no image
+        seconds: the time of the encoder for the images that are not done yet; None if no image
             was timed.
         is_sample: whether a sample of the images stands for all of them.
         done: images of shards that exist.

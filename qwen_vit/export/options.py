@@ -80,7 +80,7 @@ class RowFormat:
     """What the rows of an export are: its tensors, and the patches that a row stands for.
 
     `tensors` are `image_embeds` and the layers in the order of their names. `patches_per_row` is
-    None where an image has one row, however many patches.
+    None if an image has one row, however many patches.
     """
 
     tensors: tuple[RowTensor, ...]

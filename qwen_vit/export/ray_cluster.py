@@ -61,7 +61,7 @@ def export_on_ray(
     Images, checkpoint and `folder` must have the same paths on every node.
 
     Args:
-        model: as in `VisionEncoder.from_pretrained`, to which `loading` goes, too.
+        model: as in `VisionEncoder.from_pretrained`, to which `loading` goes as well.
         inputs: as in `export_features`, like folder, options and what is not named here.
         address: the cluster's; None: that of RAY_ADDRESS, or of this machine, where one is started
             if there is none.
@@ -309,7 +309,7 @@ def _handlers_kept() -> Iterator[None]:
 
 
 def check_reachable(address: str | None) -> None:
-    """Raise OSError where HOST:PORT refuses a connection: Ray itself would retry for minutes."""
+    """Raise OSError if HOST:PORT refuses a connection: Ray itself would retry for minutes."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()

@@ -121,7 +121,7 @@ def warn_of_idle(n_shards: int, n_workers: int, workers: str) -> None:
 def make_manifest(plan: ExportPlan) -> Path:
     """Write the manifest of every shard that exists, those of other parts included.
 
-    Raises ExportError where a shard of this part was whole and can no longer be read.
+    Raises ExportError if a shard of this part was whole and can no longer be read.
     """
 
     def shards() -> Iterator[list[ManifestRow]]:

@@ -85,7 +85,7 @@ def write_or_check_settings(
 def existing_settings(
     folder: Path, settings: Mapping[str, Any], listing: Listing, part: tuple[int, int]
 ) -> tuple[dict[str, Any], Listing] | None:
-    """The settings and the listing of the export in the folder, or None where none was begun.
+    """The settings and the listing of the export in the folder, or None if none was begun.
 
     The listing's file is still the one that was passed. Raises as `write_or_check_settings` does.
     """

@@ -331,7 +331,7 @@ def _item_facts(image: ImageRecord) -> ItemFacts:
 def whole_shard(
     plan: ExportPlan, shard: int, then: str = "it is made again"
 ) -> list[ManifestRow] | None:
-    """A shard's rows of the manifest, or None where its file is missing or torn.
+    """A shard's rows of the manifest, or None if its file is missing or torn.
 
     Its size must be the one that its header promises, its settings the plan's, and its images and
     errors, together, those of the listing. For a torn one, a log says what happens `then`. Raises

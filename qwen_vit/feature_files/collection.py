@@ -134,7 +134,7 @@ class Features(ABC):
         (999998, 3584)
 
         For output="mean" that is one row an image; else row `i` of an image of n rows follows the
-        rows of the images before it. Raises ExportError where there is no image.
+        rows of the images before it. Raises ExportError if there is no image.
         """
         return tables.to_numpy(self)
 
@@ -147,7 +147,7 @@ class Features(ABC):
         Its columns are grid_t, grid_h, grid_w (patches), height, width (pixels; missing where they
         are not known), notes, and arrays of float32: embeds, (D,) for output="mean", else (n, D),
         and layer_K (n_patches, C). All of it is in memory. Failed images have no row: `errors`
-        names them. Raises ArgumentError where pandas is not installed.
+        names them. Raises ArgumentError if pandas is not installed.
         """
         return tables.to_pandas(self)
 
@@ -158,7 +158,7 @@ class Features(ABC):
         PosixPath('means.parquet')
 
         Arrays become lists, or lists of lists. The odd bytes of an id that is no Unicode are
-        escaped, and `id_bytes` has the whole id. Raises ArgumentError where pyarrow is not
+        escaped, and `id_bytes` has the whole id. Raises ArgumentError if pyarrow is not
         installed, and ExportError where there is no image, or `path` cannot be written.
         """
         return tables.write_parquet(self, path, overwrite=overwrite)
@@ -171,7 +171,7 @@ class Features(ABC):
         (3584,)
 
         datasets writes it to its cache, and maps it from there; the same files are written once.
-        Raises ArgumentError where datasets is not installed, and ExportError where there is no
+        Raises ArgumentError if datasets is not installed, and ExportError where there is no
         image.
         """
         return tables.to_datasets(self, cache_dir=cache_dir)

@@ -175,7 +175,7 @@ class FeatureFolder(Features):
     Attributes:
         path: the folder.
         metadata: the export's settings, `shard_size` and `n_images` among them.
-        listing: the ids of all images of the export, in order; failed and missing ones, too.
+        listing: the ids of all images of the export, in order; failed and missing ones as well.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -260,7 +260,7 @@ class FeatureFolder(Features):
         return self._shard(index).read_at(position)
 
     def open_shard(self, index: int) -> FeatureFile:
-        """A shard's file. Raises ExportError where it is missing or of a different export."""
+        """A shard's file. Raises ExportError if it is missing or of a different export."""
         return self._open(index)
 
     def _count(self, index: int) -> int:

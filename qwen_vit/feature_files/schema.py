@@ -79,7 +79,7 @@ FILE_FACTS = (
 
 @dataclass(frozen=True, slots=True)
 class ItemFacts:
-    """What a file records of one image or video, besides its rows; None where it is not known.
+    """What a file records of one image or video, besides its rows; None if it is not known.
 
     Attributes:
         id: as that of `ImageFeatures`.

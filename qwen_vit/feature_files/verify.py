@@ -48,7 +48,7 @@ def verify_features(
     That is: headers, ids and offsets; as many rows as an image's grid asks for; neither NaN nor
     infinity; the rows' digests, where the file records them; of an export also its listing's hash,
     that each shard belongs to it, and that none is missing. `on_image` is called for each image.
-    Raises ExportError where a path holds no features, or a feature file cannot be opened.
+    Raises ExportError if a path holds no features, or a feature file cannot be opened.
     """
     features = load_features(path)
     check = _Check(on_image)

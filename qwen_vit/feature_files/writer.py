@@ -69,7 +69,7 @@ class FeatureWriter:
     copied behind it. The rows of every tensor but the first go to a hidden file of their own, and
     are copied behind the others when the file is saved. The file's bytes depend on `head_bytes`.
     The file appears under its name whole or not at all: without `save` it is discarded when the
-    block ends. Raises ExportError where the system refuses to write.
+    block ends. Raises ExportError if the system refuses to write.
     """
 
     def __init__(self, path: Path, tensors: Sequence[RowTensor], head_bytes: int) -> None:

@@ -82,7 +82,7 @@ def expand_placeholders(
     '<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>What?'
 
     `grids` are (t, h, w) in patches, in the prompt's order: rows of an `image_grid_thw`, or the
-    `grid_thw` of features. Raises ArgumentError where the counts differ or a grid is wrong.
+    `grid_thw` of features. Raises ArgumentError if the counts differ or a grid is wrong.
     """
     counts = [count_tokens(whole_numbers(grid), merge_size) for grid in grids]
     found = text.count(IMAGE_PAD)

@@ -13,7 +13,7 @@ ROOT_OF_HALF = tl.constexpr(0.7071067811865476)
 def swiglu(gate, up):
     """silu(gate) * up, in what the hardware has an instruction for: exp and / take twice as many.
 
-    2^x and 1 / sqrt(x) are right to 2^-22: one value in some 100,000 rounds to another bfloat16.
+    2^x and 1 / sqrt(x) are right to 2^-22: one value in about 100,000 rounds to another bfloat16.
     """
     root = tl.rsqrt(1.0 + tl.exp2(gate * -LOG2_E))
     return gate * (root * root) * up

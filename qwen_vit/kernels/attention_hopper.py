@@ -1,4 +1,4 @@
-"""Both kinds of the attention on Hopper: the same kernel, with its loads under way together.
+"""Both kinds of the attention on Hopper: the same kernel, with its loads in progress together.
 
 In a window, Q, K and V of a head arrive by the tensor memory accelerator while the angles load; Q
 and K are rotated in registers and go back to where they lay, from where the tensor cores take them.
@@ -209,7 +209,7 @@ def mma_partition(
         for i in range(1, n_key_tiles):
             stage = i % STAGES
             stage_before = (i - 1) % STAGES
-            # scores of this tile, then the values of the one before: both under way at once, and
+            # scores of this tile, then the values of the one before: both in progress at once, and
             # in turns with the other warpgroup, whose softmax runs meanwhile
             # (the second waits for the first to have had its turn; the first begins without)
             mbarrier.wait(turns.index(I_GROUP), (i - 1 & 1) ^ (1 - I_GROUP))

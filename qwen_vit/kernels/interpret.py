@@ -35,7 +35,7 @@ os.register_at_fork(
 def interpreted(kernel: JITFunction) -> Callable[..., None]:
     """A launcher `run(grid, *args, **kwargs)` of the kernel's own source in the interpreter.
 
-    The helpers that the kernel calls by a global name are interpreted, too. `tl.sum` and other
+    The helpers that the kernel calls by a global name are interpreted as well. `tl.sum` and other
     functions that triton.language itself compiles are not: a kernel that runs both ways uses
     language builtins only.
     """

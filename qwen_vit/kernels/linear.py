@@ -6,7 +6,7 @@ when the weights are loaded, and its row scale is applied to that product's resu
 adds to the stream leaves the new sums behind.
 
 On a GPU each output row depends on its own input row alone, in one order of summation over K
-whatever the tile, so an image's embedding has the same bits alone and in any company. On Hopper the
+for every tile, so an image's embedding has the same bits alone and in any company. On Hopper the
 tower's large products are `linear_hopper`'s. On a CPU the same functions are PyTorch's.
 """
 

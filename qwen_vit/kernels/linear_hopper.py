@@ -29,7 +29,7 @@ from qwen_vit.kernels.hopper import descriptor, hold_barriers, is_hopper, multip
 
 __all__ = ["SQUARES_COLUMNS", "gemm", "supports"]
 
-SQUARES_COLUMNS = 128  # sums of squares are kept by chunk of this many columns, whatever the tile
+SQUARES_COLUMNS = 128  # sums of squares are kept by chunk of this many columns, for every tile
 BK = 64  # columns of x and of the weight that a stage holds: one swizzled line of 128 bytes
 FIRST_STEPS = 4  # of a tile with a residual, during which the last result is still on its way out
 GROUPED_ROW_TILES = 8  # tiles of this many row blocks run together and share weights in L2
@@ -199,7 +199,7 @@ def mma_partition(
             )
             tma.store_wait(0)
 
-        if SQUARES > 0:  # the chunks of a row in one order, whatever the tile
+        if SQUARES > 0:  # the chunks of a row in one order, for every tile
             total = parts[0]
             for chunk in gl.static_range(1, SQUARES):
                 total += parts[chunk]

@@ -39,7 +39,7 @@ STYLE: Any = {
 
 
 def check_packages(what: str, *packages: str) -> None:
-    """Raise ArgumentError where a package that draws is not installed.
+    """Raise ArgumentError if a package that draws is not installed.
 
     >>> check_packages("--report", "matplotlib", "jinja2")
     """

@@ -183,7 +183,7 @@ def test_a_data_frame_has_a_row_for_each_id(stored: Features) -> None:
     rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
     check_table(rows, stored)
     assert frame.loc[IDS[0], "height"] is pandas.NA
-    for place, name in enumerate(IDS):  # odd ids, too
+    for place, name in enumerate(IDS):  # odd ids as well
         assert frame.loc[name, "grid_w"] == 2 * (place + 1)
 
 

@@ -27,7 +27,7 @@ from tests.support.hf_models import (
 from tests.support.towers import gpu, random_rows
 
 FAMILY = "qwen2_5_vl"
-FLOAT32 = 1e-4  # two implementations of a peaked model drift some 2e-5 apart; bfloat16 is at 1e-2
+FLOAT32 = 1e-4  # two implementations of a peaked model drift about 2e-5 apart; bfloat16 is at 1e-2
 INSTEAD = "the vision tower computes in float32 on a CPU, not in bfloat16"
 
 
@@ -257,7 +257,7 @@ def test_a_compiled_model_answers_and_trains_the_same_on_a_gpu(
 
 @gpu
 def test_our_tower_answers_as_transformers_own_on_a_gpu(tmp_path: Path) -> None:
-    """float32, where both are near the truth; with pixels that are on the host, too."""
+    """float32, where both are near the truth; with pixels that are on the host as well."""
     model, _ = make_model(FAMILY, tmp_path)
     model = model.cuda()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # of its patch embedding

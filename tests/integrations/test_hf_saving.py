@@ -122,7 +122,7 @@ def test_a_saved_model_loads_into_transformers_own_classes(
 def test_a_model_is_saved_over_the_folder_that_it_came_from_and_again(
     both: tuple[Any, Any], origin: Path, tmp_path: Path
 ) -> None:
-    """The tensors are read from files, which the first save replaces; copies read them, too."""
+    """The tensors are read from files, which the first save replaces; copies read them as well."""
     model, swapped = both
     for folder in (origin, origin, tmp_path / "other"):
         swapped.save_pretrained(folder, max_shard_size="20KB")

@@ -1,6 +1,6 @@
 """What an export must survive: each trial takes its counts, so that a test and a soak share it.
 
-A trial raises AssertionError where a promise is broken, and returns its figures.
+A trial raises AssertionError if a promise is broken, and returns its figures.
 """
 
 import contextlib
@@ -234,7 +234,7 @@ def resize(disk: Path, size: int) -> None:
 def flat_memory(folder: Path, *, images: int, first: int) -> dict[str, Any]:
     """Memory and open files of an export, sampled as it works.
 
-    Its own memory: mapped libraries, too, are resident, and CUDA's grow by 140 MB as it exits.
+    Its own memory: mapped libraries as well, are resident, and CUDA's grow by 140 MB as it exits.
     """
     inputs, out = folder / "images", folder / "out"
     write_images(inputs, images)

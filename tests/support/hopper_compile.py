@@ -105,7 +105,7 @@ def count_barriers(ptx: str) -> tuple[int, int]:
     """(arrays of barriers that a kernel holds to its end, barriers that are made and not held).
 
     The memory of those may be another's meanwhile. An array is held by ending its first barrier;
-    where two arrays touch, the second would pass for the rest of the first: so count them, too.
+    where two arrays touch, the second would pass for the rest of the first: so count them as well.
     A GEMM once kept its bias where two barriers had been that it never used. When another
     process had its turn on the GPU, the hardware wrote those back: a few columns became NaN.
     """

@@ -1,4 +1,4 @@
-"""`qwen_vit.reference` for tests: transformers' own tower, from a folder, too."""
+"""`qwen_vit.reference` for tests: transformers' own tower, from a folder as well."""
 
 from collections.abc import Mapping
 from pathlib import Path

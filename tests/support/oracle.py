@@ -149,7 +149,7 @@ class FaultyOracle(Oracle):
             k = torch.cat((k, k.new_zeros(len(k), missing, k.shape[2])), 1)
         if self.faults.no_attention_scale:
             q = q * self.head_dim**0.5
-        weights = super().softmax(q, k)[..., :n_keys]  # the values of padding are zeros, too
+        weights = super().softmax(q, k)[..., :n_keys]  # the values of padding are zeros as well
         self.peaks[-1] = torch.cat((self.peaks[-1], weights.amax(-1).T))
         return weights
 

@@ -6,7 +6,7 @@ bf16 of random numbers, unless a model is named. Prints a table and one JSON lin
 \b
     speed     the export beside what bounds it, in one run: the encoder alone with pixels on the
               GPU, the disk's sequential rate, what was waited for, and Hugging Face's processor
-              and encoder, image by image. Some images are encoded alone, too, and compared
+              and encoder, image by image. Some images are encoded alone as well, and compared
     gpus      one process on one GPU, then one on each, by `--part`: how the rate grows
     memory    of the process and of the GPU over 20,000 small images
 
@@ -72,7 +72,7 @@ def write_jpeg(folder: Path, sides: tuple[int, int], number: int) -> None:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Until the GPU is done, too."""
+    """Until the GPU is done as well."""
     begin = time.perf_counter()
     run()
     if torch.cuda.is_available():

@@ -7,7 +7,7 @@ a model is named. Prints tables and one JSON line.
 
 \b
     python -m tools.benchmarks.load --ledger tools/benchmarks/ledger.jsonl
-    python -m tools.benchmarks.load --sweep                   # threads and sizes of pieces, too
+    python -m tools.benchmarks.load --sweep                   # threads and sizes of pieces as well
     python -m tools.benchmarks.load --model tiny              # anywhere
 """
 
@@ -81,7 +81,7 @@ def pieces_of(folder: Path, size: int) -> list[Piece]:
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Until the GPU is done, too; what comes out is given back after the clock has stopped."""
+    """Until the GPU is done as well; what comes out is given back after the clock has stopped."""
     gc.collect()
     begin = time.perf_counter()
     _result = run()

@@ -226,7 +226,7 @@ def run_layouts(
                 problems.append(f"{name}, layout {case}: {unwritten} values NaN, expected {left}")
             if overruns:
                 problems.append(f"{name}, layout {case}: {overruns} bytes of guards overwritten")
-            # as bits, so that the NaN of rows that are left alone compare, too
+            # as bits, so that the NaN of rows that are left alone compare as well
             rows = slice(0, len(result) - (TAIL_ROWS if left else 0))
             if plain is not None and not torch.equal(plain[rows], result[rows]):
                 problems.append(f"{name}, layout {case}: other bits than without guards")
@@ -291,7 +291,7 @@ def watched(
 
 
 def judged(row: dict[str, Any], output: str, complaint: str, log: str) -> dict[str, Any]:
-    """The row with what the child and the tool said; silence is a problem, too."""
+    """The row with what the child and the tool said; silence is a problem as well."""
     documents = [line for line in output.splitlines() if line.startswith('{"attentions"')]
     if documents:
         row |= json.loads(documents[-1])

@@ -272,7 +272,7 @@ def adversarial_inputs() -> dict[str, Tensor]:
 
 
 def adversarial(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> CheckCounts:
-    """Constant, saturated and huge inputs on weights/tiny; on towers with odd weights, too.
+    """Constant, saturated and huge inputs on weights/tiny; on towers with odd weights as well.
 
     A constant image is one token repeated: too few independent values for a ratio of two bf16
     errors to mean much. So in bf16 the policy holds for each stage's geometric mean over all cases.

@@ -101,7 +101,7 @@ def _part(kind: str, **tensors: Tensor) -> dict[str, Any]:
 def check_modalities(
     features: AnyFeatures, videos: AnyFeatures, second_per_grid_ts: Sequence[float]
 ) -> tuple[Rows | None, Rows | None]:
-    """The rows and grids of pictures and of videos, each None where there are none.
+    """The rows and grids of pictures and of videos, each None if there are none.
 
     Raises ArgumentError and ExportError as `to_vllm` says: an engine that is given any of this
     stops for everybody.

@@ -69,7 +69,7 @@ class Environment:
 
     folder: Path
     recipe: Recipe
-    built_in_s: float  # 0 where it was complete
+    built_in_s: float  # 0 if it was complete
 
     @property
     def python(self) -> Path:

@@ -35,7 +35,7 @@ class Server:
     log: Path
 
     def get(self, path: str) -> int:
-        """The status of a GET; 0 where nobody answers."""
+        """The status of a GET; 0 if nobody answers."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as got:
                 return int(got.status)
@@ -47,7 +47,7 @@ class Server:
     def post(
         self, body: dict[str, Any], timeout_s: float = ANSWER_S, path: str = CHAT
     ) -> tuple[int, Any]:
-        """The status and the JSON of a request; status 0 where nobody answers."""
+        """The status and the JSON of a request; status 0 if nobody answers."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             json.dumps(body).encode(), {"Content-Type": "application/json"},
