@@ -51,9 +51,9 @@ GEMM_FLOPS = 2 * GEMM_SIDE**3  # 2 per multiply-add
 
 
 def median_ms(run: Callable[[], Any], repeats: int = REPEATS, warm_ups: int = WARM_UPS) -> float:
-    """Return the median GPU time of `run`, which is queued again before the last one has ended.
+    """Return the median GPU time of `run`. Each call is queued before the previous one has ended.
 
-    So the host's launch time counts only where the GPU had to wait for it.
+    The host's launch time therefore counts only while the GPU waits for it.
     """
     for _ in range(warm_ups):
         run()
@@ -112,7 +112,7 @@ def tower_flops(config: VisionConfig, grids: Sequence[Grid]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StageWork:
-    """What one stage must compute and move, in all of its blocks together."""
+    """The operations and bytes of one stage, in all of its blocks together."""
 
     flops: int  # 2 per multiply-add of the published shapes
     bytes: int  # weights and rows read and written once, in 16 bits
@@ -152,7 +152,7 @@ def stage_work(config: VisionConfig, grids: Sequence[Grid]) -> dict[str, StageWo
         ),
         "qkv": gemm(C, 3 * C, N * C + 3 * C * C + 3 * N * C),
         "window": StageWork(4 * C * windows * n_window, 2 * 4 * N * C * n_window, n_window),
-        # K is rotated beforehand: read, written, and read again in place of it
+        # K is rotated beforehand: read, written, and read again
         "full": StageWork(4 * C * frames * n_full, 2 * 6 * N * C * n_full, n_full),
         "proj": gemm(C, C, 3 * N * C + C * C),
         "gate-up": gemm(C, 2 * I, N * C + 2 * C * padded + N * padded),
@@ -188,7 +188,7 @@ def in_batches(grids: Iterable[Grid], budget: int = MAX_BUCKET) -> list[tuple[Gr
 
 
 class TimedTower:
-    """A tower with its inputs on the GPU: by graph as `encode` runs it, or kernel by kernel."""
+    """A tower with its inputs on the GPU, by graph like `encode` or kernel by kernel."""
 
     def __init__(self, tower: VisionTower, device: torch.device, dtype: torch.dtype) -> None:
         self.tower, self.device, self.dtype = tower, device, dtype
@@ -229,7 +229,7 @@ def random_pixels(grids: Sequence[Grid], config: VisionConfig, device: torch.dev
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One workload: GPU milliseconds, and what they mean."""
+    """One workload: GPU milliseconds, and ratios from them."""
 
     workload: str
     images: int
@@ -324,7 +324,7 @@ def speed_table(rows: Sequence[Measured]) -> str:
 
 
 def speed_report(encoder: VisionEncoder, rows: Sequence[Measured]) -> dict[str, Any]:
-    """Return the rows as a JSON document, with where they were measured."""
+    """Return the rows as a JSON document, with the device and versions."""
     return {
         "model": encoder.source.name,
         "commit": encoder.source.commit,

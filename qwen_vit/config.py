@@ -1,4 +1,4 @@
-"""What a checkpoint says about the tower and about its images, read from JSON and checked.
+"""The configuration of a checkpoint's tower and images, read from JSON and checked.
 
 The dimension key, used in every file of the package:
 
@@ -63,7 +63,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """The tower's architecture; there are no defaults: every config states every number.
+    """The tower's architecture. Without defaults: every config states every number.
 
     >>> config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
     >>> config.head_dim, config.patch_dim, config.window_units, config.factor_px
@@ -91,7 +91,7 @@ class VisionConfig:
             check_integer(getattr(self, field), names[0], maximum)
         window = f"window_size {self.window_px} px"
         unit = f"a merge unit of {self.factor_px} px"
-        rules = (  # what holds, the fact if it does not, what was expected
+        rules = (  # condition, the fact if it is false, what was expected
             (self.in_channels == 3, f"in_channels is {self.in_channels}", "3 (RGB)"),
             (
                 self.temporal_patch_size == 2,

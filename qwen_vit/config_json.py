@@ -17,7 +17,7 @@ OUR_MODEL_TYPES = (
     "qwen2_5_omni_vision_encoder",
 )
 
-# Models that look alike. The start of model_type, the name, and what runs it.
+# Models that look similar: the start of model_type, the name, the software for it.
 OTHER_MODELS = (
     ("qwen2_vl", "Qwen2-VL", "transformers' Qwen2VLForConditionalGeneration"),
     ("qwen3_vl", "Qwen3-VL", "transformers' Qwen3VLForConditionalGeneration"),
@@ -57,7 +57,7 @@ PILLOW_BICUBIC = 3
 
 
 def find_vision_part(config: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], str]:
-    """Return the vision part of a config and what to call it; other models are refused by name."""
+    """Return the vision part of a config and its name in messages. Refuses other models by name."""
     _refuse_other_models(config, source)
     nested = [key for key in ("thinker_config", "vision_config") if key in config]
     if "model_type" not in config and not nested and not any(key in config for key in QWEN2_5_KEYS):
@@ -82,7 +82,7 @@ def _refuse_other_models(config: Mapping[str, Any], source: str) -> None:
             remedy="if this is a plain Qwen2.5-VL tower, remove auto_map from a copy of the file",
         )
     model_type = config.get("model_type")
-    # Qwen2.5-Omni's config has an embed_dim too, beside the keys that only Qwen2.5 has.
+    # Qwen2.5-Omni's config also has an embed_dim, beside the keys that only Qwen2.5 has.
     if any(key in config for key in QWEN3_VL_KEYS):
         model_type = "qwen3_vl"
     elif any(key in config for key in QWEN2_VL_KEYS) and not any(
@@ -135,7 +135,7 @@ def vision_fields(vision: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_rope(vision: Mapping[str, Any]) -> Any:
-    # Files older than transformers 5 say nothing: the tower had the one rope that it has now.
+    # Files older than transformers 5 have no entry: the tower had the same rotary embedding as now.
     rope = vision.get("rope_parameters")
     if rope is None:
         return vision.get("rope_theta", PUBLISHED_ROPE_THETA)

@@ -1,4 +1,4 @@
-"""Which device and data type an encoder computes on, and whether a tower fits the kernels there."""
+"""Choose an encoder's device and data type, and check that the kernels support the tower there."""
 
 import logging
 from functools import lru_cache
@@ -18,9 +18,9 @@ MIN_CAPABILITY = (8, 0)
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """The device that a name means, with an index if it is a GPU; "auto" prefers a GPU.
+    """The device of a name, with an index if it is a GPU. "auto" prefers a GPU.
 
-    Raises ArgumentError for a device that is not there or that the kernels do not run on.
+    Raises ArgumentError for a missing device or one that the kernels do not support.
     """
     if device == "auto":
         if not torch.cuda.is_available():
@@ -63,9 +63,9 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The type to compute in; "auto" is bfloat16 on a GPU and float32 on a CPU.
+    """The dtype to compute in. "auto" is bfloat16 on a GPU and float32 on a CPU.
 
-    Raises ArgumentError for a type that the kernels do not compute in on this device.
+    Raises ArgumentError for a dtype that the kernels do not support on this device.
     """
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -83,7 +83,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def check_fits(config: VisionConfig, device: torch.device) -> None:
-    """Raise CheckpointError for a tower whose sizes the kernels of this device do not take."""
+    """Raise CheckpointError for a tower whose sizes the kernels of this device do not support."""
     fits = {kind: low <= config.head_dim <= high for kind, (low, high) in HEAD_DIMS.items()}
     if not fits[device.type]:
         low, high = HEAD_DIMS[device.type]

@@ -1,7 +1,7 @@
-"""The package's errors: each says what is wrong, what was expected, and what to do.
+"""The package's errors: each has a fact, what was expected, and a remedy.
 
-They are data (`name`, `fact`, `expected`, `remedy`); the message is made of them here and nowhere
-else, and nothing reads it.
+They are data: `name`, `fact`, `expected`, `remedy`. The message is made here and nowhere else, and
+no code reads it.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ __all__ = [
     "plural",
 ]
 
-# Why an image cannot be encoded: `ImageError.code`, and what it means.
+# Why an image cannot be encoded: `ImageError.code` and its meaning.
 IMAGE_CODES = {
     "array-channels": "the channel axis holds neither 1, 3 nor 4 values",
     "array-dtype": "neither uint8 nor floating point",
@@ -67,7 +67,7 @@ class QwenVitError(Exception):
     Args:
         fact: what is wrong, without a full stop.
         name: the file, image or argument that the fact is about; odd characters are escaped.
-        expected: what was expected instead; empty where the fact says it.
+        expected: what was expected instead; empty if the fact implies it.
         remedy: what to do about it, as an instruction.
     """
 
@@ -86,12 +86,12 @@ class QwenVitError(Exception):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self)!r})"
 
-    def __reduce__(self) -> Any:  # Exception's own would keep the fact alone
+    def __reduce__(self) -> Any:  # Exception's own would keep only the fact
         return _same_error, (type(self), self.args, dict(self.__dict__))
 
     @classmethod
     def of(cls, error: "QwenVitError", **changes: str) -> Self:
-        """The same facts as another error, as an error of this class, with some of them changed.
+        """The facts of another error as an error of this class, with changes.
 
         >>> damaged = CheckpointError("not JSON", name="export.json", remedy="fetch it again")
         >>> print(ExportError.of(damaged, remedy="pass another --out"))
@@ -137,7 +137,7 @@ class ImageError(QwenVitError, ValueError):
         self.code = code
 
     def without_frames(self) -> "ImageError":
-        """The same to keep: a traceback's frames hold the file's bytes, or the array."""
+        """The same error without its traceback, whose frames hold the file's bytes or the array."""
         return ImageError.of(self, code=self.code)
 
 
@@ -154,7 +154,7 @@ class ComparisonError(QwenVitError):
 
 
 class HubError(QwenVitError):
-    """The Hugging Face Hub, or its cache, could not give what was asked for."""
+    """The Hugging Face Hub or its cache could not provide something."""
 
 
 class ExportError(QwenVitError):
@@ -176,7 +176,7 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def display_name(name: str) -> str:
-    """A name on one line of any terminal: odd ones escaped, long ones shortened.
+    """A name that fits one line of any terminal: odd ones are escaped, long ones shortened.
 
     >>> display_name("cat.png"), display_name("a\\tb")
     ('cat.png', "'a\\\\tb'")
@@ -186,7 +186,7 @@ def display_name(name: str) -> str:
 
 
 def plural(number: int, what: str) -> str:
-    """So many of a thing.
+    """A number and its noun.
 
     >>> plural(1, "shard"), plural(2, "shard")
     ('1 shard', '2 shards')

@@ -1,10 +1,10 @@
 """CUDA graphs per bucket of patches: one replay instead of about 170 launches.
 
-A graph is captured for a number of rows, not for a shape of image. Its indices live in one buffer
-that every call fills before the replay, its padding rows attend among themselves, and its padding
-tiles are empty: so one graph serves every mix of images that fits its bucket. The model knows
-nothing of this. An image's embedding has the same bits as without graphs, because no row depends on
-another image's rows, nor on how many there are.
+A graph is captured for a number of rows, not for a shape of image. Every call fills one buffer of
+indices before the replay. Padding rows attend to each other, and padding tiles are empty. One graph
+therefore serves every mix of images that fits its bucket. The model does not know about graphs. An
+image's embedding has the same bits as without them, because no row depends on other images' rows or
+on their number.
 """
 
 import logging
@@ -29,14 +29,12 @@ logger = logging.getLogger("qwen_vit")
 
 MAX_BUCKET = 32_768  # patches; above it the launches are a small share of the time
 MIN_STEP = 256  # patches
-CAPTURE_COST_ROWS = 16_384  # what a GPU computes while a graph is captured: about 40 ms on an H200
-TILE_HEADROOM = (
-    2  # times the tiles that whole windows and frames need; smaller pieces run without a graph
-)
+CAPTURE_COST_ROWS = 16_384  # the GPU's work during a capture: about 40 ms on an H200
+TILE_HEADROOM = 2  # times the tiles of whole windows and frames; smaller pieces run without a graph
 
 
 def bucket_for(n_patches: int) -> int | None:
-    """The rows of the graph that serves this many patches, or None if none does.
+    """The rows of the graph for this many patches, or None if none fits.
 
     >>> bucket_for(1000), bucket_for(4097), bucket_for(9216), bucket_for(40_000)
     (1024, 4352, 9216, None)
@@ -67,22 +65,22 @@ class GraphRunner:
         # every graph reads the first rows of one buffer: one replay runs at a time
         self._patches: dict[torch.dtype, Tensor] = {}
         self._merged_rows: Tensor | None = None  # and writes the first rows of another
-        self._pool: Any = None  # torch's handle of it
+        self._pool: Any = None  # torch's handle of the pool
         # one stream for every capture: the pool's memory is shared within a stream only
         self._stream = torch.cuda.Stream(device)
-        self._done = torch.cuda.Event()  # after a replay and the copy of what it gave
+        self._done = torch.cuda.Event()  # after a replay and the copy of its result
         self._lock = threading.Lock()
-        self._rows_saved: Counter[int] = Counter()  # rows, by bucket, that its own graph would have
+        self._rows_saved: Counter[int] = Counter()  # rows saved by a graph of its own, by bucket
 
-    def __reduce__(self) -> Any:  # a copy, or another process, captures graphs of its own
+    def __reduce__(self) -> Any:  # a copy or another process captures its own graphs
         return GraphRunner, (self._tower, self._device)
 
     def graph_bucket(self, patches: Tensor) -> int | None:
-        """The rows of the graph for these patches, captured or to be, or None if none serves.
+        """The rows of the graph for these patches, captured or not, or None if none fits.
 
-        `bucket_for`'s, unless a larger graph is there: that one serves until the rows which a
-        smaller one would have spared come to what its capture costs. Sizes that hardly ever come,
-        such as what is left over when images are packed, are not worth a graph of their own.
+        `bucket_for` gives them, unless a larger graph exists. The larger one serves until the rows
+        that a smaller one would have saved add up to the cost of its capture. Rare sizes, such as
+        the last batch of a packing, are not worth a graph of their own.
         """
         own = bucket_for(len(patches))
         with self._lock:
@@ -96,10 +94,10 @@ class GraphRunner:
             return larger if self._rows_saved[own] <= CAPTURE_COST_ROWS else own
 
     def run(self, patches: Tensor, layout: Layout) -> Tensor | None:
-        """The merged tokens (M, O) of `patches` as the tower takes them, or None if no graph fits.
+        """The merged tokens (M, O) of `patches`, or None if no graph fits.
 
-        `layout` lies on the host, padded to `graph_bucket(patches)` rows. Nothing waits for the
-        GPU; the first call of that many rows captures their graph.
+        `layout` is on the host, padded to `graph_bucket(patches)` rows. Nothing waits for the GPU.
+        The first call of that many rows captures their graph.
         """
         static = pad_to_graph(layout)
         if static is None:
@@ -108,7 +106,7 @@ class GraphRunner:
         with (
             self._lock,
             torch.cuda.device(self._device),
-            torch.inference_mode(False),  # what is kept here outlives the caller's mode
+            torch.inference_mode(False),  # the tensors kept here outlive the caller's mode
             torch.no_grad(),
         ):
             current = torch.cuda.current_stream()
@@ -117,13 +115,13 @@ class GraphRunner:
                 return None
             try:
                 merged = self._replay_or_capture(static, indices, patches)
-                # the next replay overwrites it: the caller gets its own
+                # the next replay overwrites it: the caller gets a copy
                 return merged[: len(layout.merged_order)].clone()
             finally:  # after an error as well: the next call writes what this one may still read
                 self._done.record()
 
     def _replay_or_capture(self, static: Layout, indices: Tensor, patches: Tensor) -> Tensor:
-        """What a replay gives, in memory that the next one writes; or what a capture saw."""
+        """The result of a replay, in memory that the next one overwrites, or of the capture."""
         kind = static.n_rows, patches.dtype
         captured = self._captured.get(kind)
         if captured is not None:
@@ -136,13 +134,13 @@ class GraphRunner:
             logger.warning(
                 "out of memory on %s: no graph of %d patches", self._device, static.n_rows
             )
-            torch.cuda.empty_cache()  # which nobody can while one is captured
+            torch.cuda.empty_cache()  # no thread may do so during a capture
         else:
             self._captured[kind] = captured
         return answer
 
     def _has_room_for(self, patches: Tensor) -> bool:
-        """Whether the buffer that all graphs of a dtype read is there, or could be made."""
+        """Whether the buffer that all graphs of a dtype read exists or could be allocated."""
         if patches.dtype not in self._patches:
             shape = (MAX_BUCKET, patches.shape[1])
             try:
@@ -155,10 +153,9 @@ class GraphRunner:
     def _capture_and_run(
         self, static: Layout, indices: Tensor, patches: Tensor
     ) -> tuple[CapturedGraph | None, Tensor]:
-        """A graph, and the tower's answer without it: which compiles what is not compiled yet.
+        """A graph, and the tower's result without it. That call compiles missing kernels.
 
-        While the GPU works at that answer, the host records; no graph, if that takes more memory
-        than there is.
+        The host captures while the GPU computes that result. There is no graph if memory is short.
         """
         filled = self._patches[patches.dtype][: static.n_rows]
         filled[: len(patches)].copy_(patches, non_blocking=True)
@@ -181,7 +178,7 @@ class GraphRunner:
     def _capture(
         self, graph: torch.cuda.CUDAGraph, pixels: Tensor, layout: Layout, like: Tensor
     ) -> Tensor | None:
-        """What the graph writes, of the shape of `like`; None if memory is short."""
+        """The graph's output buffer, of the shape of `like`, or None if memory is short."""
         if self._merged_rows is None:
             try:
                 n_rows = MAX_BUCKET * len(like) // layout.n_rows
@@ -196,7 +193,7 @@ class GraphRunner:
             # a copy, 0.1 % of the time, so that each graph gives all its memory to the next one:
             # outputs of their own took 1.3 GB for all buckets of the 7B tower
             return merged.copy_(self._tower(pixels, layout))
-        except torch.cuda.OutOfMemoryError:  # though there was enough for the answer
+        except torch.cuda.OutOfMemoryError:  # although memory sufficed for the result
             return None
         finally:
             graph.capture_end()
@@ -237,7 +234,7 @@ def run_tower(
     """
     config = tower.config
     if device.type == "cuda" and patches.device.type == "cpu":
-        patches = patches.pin_memory()  # itself, where it is pinned already
+        patches = patches.pin_memory()  # no copy if it is pinned already
     has_whole_units = MIN_STEP % config.merge_unit == 0
     if graphs is not None and output == "merged" and taps is None and has_whole_units:
         n_rows = graphs.graph_bucket(patches)
@@ -251,14 +248,14 @@ def run_tower(
         return tower(on_device, layout.to(device), output, taps)  # type: ignore[no-any-return]
 
 
-# computed from integers, so that repeated sizes cost nothing
+# cached by integers: repeated sizes cost nothing
 _layout = lru_cache(maxsize=32)(plan_layout)
 
 
 def pad_to_graph(layout: Layout) -> Layout | None:
-    """The layout with every tensor at the size that its bucket's graph has; None if one is larger.
+    """The layout with tensors of its bucket's sizes, or None if one is larger.
 
-    Spare tiles are rows of zeros; padding merged tokens fetch the first one and are never read.
+    Padding tiles are rows of zeros. Padding tokens copy the first one and are never read.
     """
     rows, unit = layout.n_rows, layout.n_patches // len(layout.merged_order)
     window_tiles = _zero_padded(

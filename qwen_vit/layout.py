@@ -31,7 +31,7 @@ __all__ = ["PADDING_ROWS", "Layout", "SegmentTiling", "Segments", "check_grids",
 
 Integers = npt.NDArray[np.int32]
 
-PADDING_ROWS = 64  # rows that only fill a token budget attend among themselves, this many at a time
+PADDING_ROWS = 64  # padding rows attend to each other in groups of this size
 ALIGNED_INTEGERS = 4  # 16 bytes of int32
 MAX_ROWS = 2**31 - 1  # rows are indexed in int32; the kernels widen to int64 before they multiply
 
@@ -40,8 +40,8 @@ MAX_ROWS = 2**31 - 1  # rows are indexed in int32; the kernels widen to int64 be
 class SegmentTiling:
     """How a kernel cuts segments into tiles.
 
-    `rows` is the most query rows of one tile. `packs` lets one tile hold several whole segments,
-    told apart by a mask: Triton's interpreter wants few and large programs, a GPU small and many.
+    `rows` is the most query rows of one tile. With `packs` one tile holds several whole segments
+    under a mask. Triton's interpreter needs few large programs, a GPU many small ones.
     """
 
     rows: int
@@ -74,7 +74,7 @@ def _frame(h: int, w: int, merge: int, window_units: int) -> _Frame:
 
 
 def check_grids(grids: Iterable[Grid], config: VisionConfig, image: str = "") -> None:
-    """Refuse a grid that no image can have; errors name `image`, where there is one.
+    """Refuse a grid that no image can have. Errors name `image`, if given.
 
     Raises ImageError (code `grid`) when a side is not positive or not a multiple of the merge size.
     """
@@ -135,7 +135,7 @@ def _packed_tiles(
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Runs of consecutive rows that attend among themselves, and the tiles that cover them."""
+    """Runs of consecutive rows that attend to each other, and the tiles that cover them."""
 
     cu_seqlens: torch.Tensor  # (S + 1,) int32: segment s is rows cu_seqlens[s] : cu_seqlens[s + 1]
     tiles: torch.Tensor  # (tiles, 4) int32: q_start, q_end, k_start, k_end
@@ -163,8 +163,8 @@ class Layout:
     positions: torch.Tensor  # (n_rows, 2) int32: patch row and column of each window-order row
     merged_order: torch.Tensor  # (M,) int32: the window-order unit of each row-major merged token
     raster_order: torch.Tensor  # (N,) int32: the window-order row of each raster-order patch
-    windows: Segments  # what a window block attends within
-    frames: Segments  # what a full-attention block attends within: one frame, never a whole clip
+    windows: Segments  # the segments of a window block
+    frames: Segments  # the segments of a full-attention block: one frame, never a whole clip
 
     @classmethod
     def from_grids(
@@ -176,7 +176,7 @@ class Layout:
         full_tiling: SegmentTiling = SegmentTiling(rows=128, packs=False),
         n_rows: int | None = None,
     ) -> "Layout":
-        """Lay out images, one after the other, and fill up to `n_rows` rows when that is given.
+        """Lay out images one after the other, with padding up to `n_rows` rows.
 
         Raises ImageError (code `grid`) for a grid that no image can have, or too many patches.
         """
@@ -265,7 +265,7 @@ class Layout:
         tensors = self.tensors()
         lengths = [_aligned(tensor.numel()) for tensor in tensors]
         flat = torch.empty(sum(lengths), dtype=torch.int32, device="cpu", pin_memory=pinned)
-        # by NumPy: torch's threads would wait for cores on which images are decoded
+        # by NumPy: torch's threads would wait for cores that decode images
         rest = flat.numpy()
         for tensor, length in zip(tensors, lengths, strict=True):
             part, rest = rest[:length], rest[length:]
@@ -306,7 +306,7 @@ def _aligned(length: int) -> int:
 
 
 def _concatenate(arrays: list[Integers]) -> Integers:
-    # not by NumPy, which gives Python's lock away after each one, to threads that decode images
+    # not by NumPy, which releases Python's lock after each one, to threads that decode images
     memories: list[Any] = list(arrays)
     return np.frombuffer(b"".join(memories), dtype=np.int32)
 

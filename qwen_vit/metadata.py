@@ -1,4 +1,4 @@
-"""What a feature file records about its origin: model, hashes, versions, image policy."""
+"""The origin that a feature file records: model, hashes, versions, image policy."""
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,7 +14,7 @@ from qwen_vit.features import dtype_name
 __all__ = ["origin_metadata"]
 
 PACKAGES = ("qwen-vit", "torch", "triton", "pillow")
-DECODERS = {"libjpeg-turbo": "libjpeg_turbo", "libwebp": "webp"}  # our name: Pillow's
+DECODERS = {"libjpeg-turbo": "libjpeg_turbo", "libwebp": "webp"}  # our name -> Pillow's
 
 
 def origin_metadata(
@@ -32,7 +32,8 @@ def origin_metadata(
         "config_sha256": config_hash(checkpoint.config, image_config),
         "versions": {
             **{name: _version(name) for name in PACKAGES},
-            # Pillow decodes by the library that it was built with, and the pixels are that one's
+            # Pillow decodes with the library that it was built with, and that library decides the
+            # pixels
             **{name: pillow.version(theirs) for name, theirs in DECODERS.items()},
         },
         "device": device.type,

@@ -74,7 +74,7 @@ def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """A weight and a bias; what follows the product is named by the caller and fused into it."""
+    """A weight and a bias. The caller names the epilogue, which is fused into the GEMM."""
 
     def __init__(self, n_in: int, n_out: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -86,27 +86,27 @@ class Linear(nn.Module):
 
 
 class NormedLinear(Linear):
-    """RMSNorm, then a product: the loader has folded the norm's weight into the product's."""
+    """RMSNorm, then a GEMM: the loader has folded the norm's weight into the GEMM's."""
 
     def forward(self, x: ResidualStream, epilogue: str = "plain") -> Tensor:  # type: ignore[override]
         return normed_linear(x, self.weight, self.bias, eps=RMS_NORM_EPS, epilogue=epilogue)
 
 
 class ResidualLinear(Linear):
-    """A product whose result is added to the residual stream."""
+    """A GEMM whose result is added to the residual stream."""
 
     def forward(self, x: Tensor, stream: ResidualStream) -> ResidualStream:  # type: ignore[override]
         return linear_residual(stream, x, self.weight, self.bias)
 
 
 class PatchEmbed(nn.Module):
-    """A patch's pixels -> C values: a convolution whose kernel is its stride, so a product."""
+    """A patch's pixels -> C values: a convolution whose kernel is its stride, so a GEMM."""
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
         C, P = config.hidden_size, config.patch_dim
         self.out_dtype = dtype
-        # float16 operands have 3 bits more than bfloat16; the power of two keeps them in its range
+        # float16 operands have 3 more bits than bfloat16; the power of two keeps them in its range
         operand_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
         self.scale = 2.0 ** -pixel_weight_exponent(dtype)
         self.weight = _parameter(C, P, dtype=operand_dtype)
@@ -143,7 +143,7 @@ class Attention(nn.Module):
     ) -> ResidualStream:
         N, C = x.values.shape
         qkv = self.qkv(x).view(N, 3, self.n_heads, C // self.n_heads)
-        # the loader has put each rotary pair of Q and K side by side
+        # the loader has made each rotary pair of Q and K adjacent
         out = attention(qkv, rotary, segments, kind=kind, adjacent_pairs=True)
         return self.proj(out.view(N, C), x)
 
@@ -151,7 +151,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """x + down(silu(gate(norm(x))) * up(norm(x))).
 
-    The loader has padded I with zeros, which changes nothing, and laid gate and up side by side.
+    The loader has padded I with zeros, which changes no value, and interleaved gate and up.
     """
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
@@ -187,7 +187,7 @@ class PatchMerger(nn.Module):
         self.fc2 = Linear(merged, config.out_hidden_size, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # each of the 4 has a scale of its own, so this norm is no row scale of the product
+        # each of the 4 has its own scale, so this norm is no row scale of the GEMM
         normed = rms_norm(x, self.norm_weight, RMS_NORM_EPS)
         merged = normed.view(-1, self.fc1.weight.shape[1])
         return self.fc2(self.fc1(merged, epilogue="gelu"))
@@ -195,7 +195,7 @@ class PatchMerger(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class LayerTaps:
-    """Collects the residual stream behind chosen blocks: what the next block's norm reads.
+    """Collects the residual stream after chosen blocks: the input of the next block's norm.
 
     `rows` maps a block to (N, C) in raster order, a copy in the tower's dtype. Behind the last
     block it is what `output="patch"` gives.
@@ -219,7 +219,8 @@ class VisionTower(nn.Module):
     >>> encoder.tower(torch.zeros(24, 588, dtype=torch.uint8), layout).shape
     torch.Size([6, 192])
 
-    Built without weights: construct it on the meta device and assign what `convert.convert` gives.
+    Built without weights: construct it on the meta device and assign the result of
+    `convert.convert`.
     """
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
@@ -265,14 +266,14 @@ class VisionTower(nn.Module):
     def _rotary_angles(self, n_positions: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every (position, frequency) of one axis: (positions, R / 2) float32.
 
-        Computed in float64 and rounded once, whatever the tower's dtype: angles kept in bf16 are
-        wrong by up to 0.4 in their cosine at position 256.
+        Computed in float64 and rounded once for every dtype of the tower. Angles in bf16 are wrong
+        by up to 0.4 in their cosine at position 256.
         """
         angles = self.angles
         if angles is None or len(angles[0]) < n_positions:
             config, device = self.config, self.patch_embed.weight.device
             size = max(ROTARY_POSITIONS, n_positions)
-            # plain tensors, whatever mode or default device the caller is in
+            # plain tensors, in any mode and with any default device of the caller
             with torch.inference_mode(False), torch.device("cpu"):
                 frequencies = torch.arange(0, config.rotary_pairs, 2, dtype=torch.float64)
                 inverse = config.rope_theta ** -(frequencies / config.rotary_pairs)

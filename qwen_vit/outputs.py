@@ -1,4 +1,4 @@
-"""What `encode` gives of an image: which rows, and the dense features of which blocks."""
+"""The output of `encode` for an image: which rows, and the dense features of which blocks."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -33,18 +33,18 @@ class OutputOptions:
 
     @classmethod
     def checked(cls, output: Any, normalize: Any, layers: Any, depth: int) -> Self:
-        """The options, or ArgumentError for those that make no sense for a tower of `depth`."""
+        """The options. Raises ArgumentError for those that make no sense for a tower of `depth`."""
         check_choice("output", output, get_args(FeatureOutput))
         check_normalize(output, normalize)
         return cls(output, normalize, check_layers(layers, depth))
 
     @property
     def tower_output(self) -> Literal["merged", "patch"]:
-        """What the tower is run for: a mean is taken of merged rows."""
+        """The tower's own output: a mean needs merged rows."""
         return "patch" if self.output == "patch" else "merged"
 
     def taps(self) -> LayerTaps | None:
-        """What collects the rows of the chosen blocks in one batch, if any are."""
+        """The collector of the chosen blocks' rows in one batch, if any are chosen."""
         return LayerTaps(self.layers) if self.layers else None
 
     def split(
@@ -66,7 +66,7 @@ class OutputOptions:
 
 
 def check_normalize(output: str, normalize: object) -> None:
-    """Raise ArgumentError for rows that are not to be of unit length."""
+    """Raise ArgumentError if `normalize` does not fit `output`."""
     if not isinstance(normalize, bool):
         raise ArgumentError(f"normalize is {normalize!r}", expected="True or False")
     if normalize and output != "mean":

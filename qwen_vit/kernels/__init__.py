@@ -10,6 +10,6 @@ except ImportError as error:
 
 __all__ = ["IS_KNOWN_GLUON"]
 
-# Whether Triton's lower level is one that the kernels for Hopper were tested with. It may change
-# from one Triton to the next; an unknown one is not even imported, and the plain kernels serve.
+# Whether the kernels for Hopper were tested with this Triton's Gluon. Gluon may change with each
+# version. An unknown one is not even imported, and the plain kernels run.
 IS_KNOWN_GLUON = _triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])

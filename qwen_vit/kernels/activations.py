@@ -1,4 +1,4 @@
-"""What follows a product, in float32: the same in both kernels that end with it, so bits agree."""
+"""Activations in the epilogues of GEMMs, in float32: one code for both kernels, so bits agree."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ ROOT_OF_HALF = tl.constexpr(0.7071067811865476)
 
 @triton.jit
 def swiglu(gate, up):
-    """silu(gate) * up, in what the hardware has an instruction for: exp and / take twice as many.
+    """silu(gate) * up by 2^x and 1 / sqrt(x): half the instructions of exp and division.
 
     2^x and 1 / sqrt(x) are right to 2^-22: one value in about 100,000 rounds to another bfloat16.
     """
@@ -21,5 +21,5 @@ def swiglu(gate, up):
 
 @triton.jit
 def gelu(x):
-    """The exact one, by erf, never the tanh form."""
+    """The exact GELU, by erf, not the tanh form."""
     return x * 0.5 * (1.0 + tl.erf(x * ROOT_OF_HALF))

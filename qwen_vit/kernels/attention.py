@@ -1,10 +1,10 @@
 """The one attention: a variable-length Triton flash attention with 2D RoPE in registers.
 
-One kernel, two kinds. In a *window* every key fits one tile, so Q and K are rotated while they
-load and the softmax needs no running maximum. Over a whole *frame* the keys are many tiles: Q is
-rotated while it loads and stays in registers; K is rotated once beforehand, because rotating it
-inside the key loop would repeat that work for every query tile (and on Hopper makes the assembler
-serialise the matrix instructions).
+One kernel, two kinds. In a *window* all keys fit one tile: Q and K are rotated while they load, and
+the softmax needs no running maximum. Over a whole *frame* the keys are many tiles. Q is rotated
+while it loads and stays in registers. K is rotated once beforehand: inside the key loop the work
+would repeat for every query tile, and on Hopper the assembler would serialise the matrix
+instructions.
 
 The kernel reads Q, K and V in place from the fused QKV projection. The head dim is cut into a main
 part, a power of two, and a tail (80 = 64 + 16), so that no multiply-add is spent on padding.
@@ -33,7 +33,7 @@ LOG2_E = 1.4426950408889634  # exp(x) == exp2(x * LOG2_E), and the GPU has exp2
 
 @dataclass(frozen=True, slots=True)
 class RotaryTable:
-    """Cosines and sines, and how a token finds its own.
+    """Cosines and sines, and each token's index into them.
 
     Axial: (positions, R / 2) per axis; pair j of a token reads row `index[token, 0]` for the first
     R / 2 pairs (the patch row) and `index[token, 1]` for the others (the patch column).
@@ -62,10 +62,11 @@ TILES = {
     ("full", 16): AttentionTile(q_rows=128, k_rows=64, num_warps=4, num_stages=3),
     ("full", 32): AttentionTile(q_rows=32, k_rows=32, num_warps=4, num_stages=1),
 }
-INTERPRETED_ROWS = 1024  # a program costs milliseconds in the interpreter, whatever its tile holds
+INTERPRETED_ROWS = 1024  # in the interpreter a program costs milliseconds, however small its tile
 ROTATION_ROWS = 64
-# The least and the most. On a GPU by its matrix instructions, and by what tiles fit every one from
-# capability 8.0 on; in the interpreter a tile is of 2^20 elements at most.
+# The limits of head dims. On a GPU the matrix instructions set the least, and the tiles that fit
+# every GPU from capability 8.0 on set the most. In the interpreter a tile has at most 2^20
+# elements.
 HEAD_DIMS = {"cuda": (16, 128), "cpu": (2, 1024)}
 
 
@@ -167,8 +168,8 @@ def _attend_to_keys(
     o_d0 = tl.arange(0, D0)
     m_k = o_k < k_end - k_begin
     k_base = qkv + k_begin * ROW_STRIDE + (H + i_head) * D
-    # V first, so that every tile of this step has its own shared memory. Where a tail follows its
-    # main part into the same place, ptxas 12.8 builds a wrong address for it (docs/decisions).
+    # V first, so that every tile of this step has its own shared memory. If a tail reuses the
+    # memory of its main part, ptxas 12.8 builds a wrong address for it (docs/decisions).
     p_v = k_base + H * D + o_k[:, None] * ROW_STRIDE
     if MASK_ROWS:
         v0 = tl.load(p_v + o_d0[None, :], mask=m_k[:, None], other=0.0)
@@ -189,7 +190,7 @@ def _attend_to_keys(
         else:
             k0 = tl.load(p_k + o_d0[None, :])
     else:
-        if not ONE_KEY_TILE:  # in a window, the keys are the query rows: their angles are here
+        if not ONE_KEY_TILE:  # in a window the keys are the query rows, whose angles are loaded
             c0, s0 = _angles(
                 cos, sin, axis_index, k_begin, m_k, 0, D0, D, BN, AXIAL, ADJACENT
             )  # fmt: skip
@@ -219,7 +220,7 @@ def _attend_to_keys(
 
     m_new = tl.maximum(m, tl.reduce(s, 1, tl.standard._elementwise_max))
     m_safe = m_new
-    if MASK_SEGMENTS:  # a row may meet no key of its own in this tile: exp2(-inf - -inf) is NaN
+    if MASK_SEGMENTS:  # a row may have no key in this tile: exp2(-inf - -inf) is NaN
         m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
     p = tl.exp2(s - m_safe[:, None])
     rescale = tl.exp2(m - m_safe)
@@ -251,7 +252,7 @@ def _rope_varlen_attention(
     q_end = tl.load(p_tile + 1).to(tl.int64)
     k_begin = tl.load(p_tile + 2).to(tl.int64)
     k_end = tl.load(p_tile + 3).to(tl.int64)
-    if q_begin >= q_end:  # a spare tile
+    if q_begin >= q_end:  # a padding tile
         return
 
     dtype: tl.constexpr = qkv.dtype.element_ty
@@ -295,7 +296,7 @@ def _rope_varlen_attention(
         PRECISION, BN,
     )  # fmt: skip
 
-    if MASK_SEGMENTS:  # the rows past q_end own no key
+    if MASK_SEGMENTS:  # rows from q_end on have no key
         l = tl.where(m_q, l, 1.0)
     scale = (1.0 / l)[:, None]
     o_d0 = tl.arange(0, D0)
@@ -315,10 +316,10 @@ def tiling(device: torch.device, dtype: torch.dtype, kind: str) -> SegmentTiling
 
 
 def kind_of(segment_rows: int) -> str:
-    """`window` where every segment fits one key tile, else `full`.
+    """`window` if every segment fits one key tile, else `full`.
 
-    Decided by the configuration, never by the data: a switch by length would let an image's bits
-    depend on its neighbours.
+    The configuration decides, never the data: with a switch by length an image's bits would depend
+    on its neighbours.
     """
     return "window" if segment_rows <= TILES["window", 16].k_rows else "full"
 
@@ -332,12 +333,12 @@ def attention(
     adjacent_pairs: bool,
     tiles: AttentionTile | None = None,
 ) -> torch.Tensor:
-    """Attention within segments, RoPE applied to Q and K on the way: (N, 3, H, D) -> (N, H, D).
+    """Attention within segments, with RoPE applied to Q and K: (N, 3, H, D) -> (N, H, D).
 
-    `adjacent_pairs` says that rotary pair j of Q and K lies at dims (2j, 2j + 1) instead of
-    (j, j + D / 2). Rows that no tile covers are left unwritten. `tiles`, for
-    benchmarks and tests on a GPU, runs the Triton kernel with another row than the reviewed one;
-    `segments` must be cut for it.
+    With `adjacent_pairs`, rotary pair j of Q and K is at dims (2j, 2j + 1) instead of (j, j + D /
+    2). Rows that no tile covers are left unwritten. `tiles` is for benchmarks and tests on a GPU:
+    it runs the Triton kernel with another tile than the reviewed one, and `segments` must be cut
+    for it.
     """
     N, _, H, D = qkv.shape
     out = torch.empty((N, H, D), dtype=qkv.dtype, device=qkv.device)

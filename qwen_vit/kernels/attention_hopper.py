@@ -1,19 +1,19 @@
 """Both kinds of the attention on Hopper: the same kernel, with its loads in progress together.
 
-In a window, Q, K and V of a head arrive by the tensor memory accelerator while the angles load; Q
-and K are rotated in registers and go back to where they lay, from where the tensor cores take them.
+In a window, Q, K and V of a head arrive by the tensor memory accelerator (TMA) while the angles
+load. Q and K are rotated in registers and go back to the same shared memory, where the tensor cores
+read them.
 
-Over a frame, `attention._rope_varlen_attention` is three roles of one program: a producer warp
-fetches tiles of K (rotated beforehand) and V into a ring of shared memory, and each of two
-warpgroups attends for 64 query rows, Q being rotated in registers while it loads. A warpgroup
-multiplies Q with the next tile's keys before it needs them, and the two take turns: one's softmax
-runs while the tensor cores work for the other.
+Over a frame, a program has three roles. A producer warp fetches tiles of K (rotated beforehand) and
+V into a ring of shared memory. Each of two warpgroups attends for 64 query rows; Q is rotated in
+registers while it loads. A warpgroup multiplies Q with the next tile's keys before it needs them,
+and the two alternate: one's softmax runs while the tensor cores work for the other.
 
-Both may be launched before the kernel ahead has ended and let the next one in before they have
-(programmatic dependent launch); each waits for the one ahead before it reads what that writes.
+Both use programmatic dependent launch: they may start before the previous kernel has ended, and let
+the next one start early. Each waits for the previous kernel before it reads that kernel's output.
 
-Written in Gluon, Triton's lower level, because that overlap cannot be said in Triton. It serves
-head dim 80, which every published tower has, in bf16; anything else takes the Triton kernel.
+They are written in Gluon, Triton's lower level, because Triton cannot express that overlap. They
+support head dim 80, which every published tower has, in bf16. Otherwise the Triton kernel runs.
 """
 
 import torch
@@ -40,7 +40,7 @@ MAIN, TAIL = 64, 16  # head dim 80 in parts that a matrix instruction takes whol
 
 @gluon.jit
 def _tile_of_program(tiles, n_tiles):
-    """(head, first and last query row, first and last key row); a spare tile has no rows."""
+    """(head, first and last query row, first and last key row). A padding tile has no rows."""
     i_program = gl.program_id(0)
     p_tile = tiles + (i_program % n_tiles).to(gl.int64) * 4
     return (
@@ -118,7 +118,7 @@ def _angles(
 
 @gluon.jit
 def _rotated(x, c, s, D_BLOCK: gl.constexpr, ROWS: gl.constexpr):
-    """Rows of dims whose rotary pairs lie side by side, rotated in fp32."""
+    """Rows of dims with adjacent rotary pairs, rotated in fp32."""
     PAIRS: gl.constexpr = _pairs_layout(D_BLOCK)
     first, second = x.to(gl.float32).reshape((ROWS, D_BLOCK // 2, 2)).split()
     first = gl.convert_layout(first, PAIRS)
@@ -236,7 +236,7 @@ def mma_partition(
             mbarrier.wait(
                 k_ready.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < n_key_tiles
             )
-            # P too: its registers are read until then, and must not hold anything new before
+            # P as well: its registers are read until then and must not be reused before
             acc0, acc1, p0, p1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc0, acc1, p0, p1))
             mbarrier.arrive(v_empty.index(stage_before), count=1)
             acc0 = acc0 * gl.convert_layout(rescale, gl.SliceLayout(1, O0))[:, None]
@@ -249,7 +249,7 @@ def mma_partition(
         v0 = v0_ring.index(stage)
         v1 = v1_ring.index(stage)
         if n_last < BN:
-            # both warpgroups write the same values, so neither need wait for the other
+            # both warpgroups write the same values, so neither waits for the other
             _clear_rows(v0, n_last, D0, BN)
             _clear_rows(v1, n_last, D1, BN)
             fence_for_wgmma()
@@ -329,10 +329,9 @@ def _window_attention(
     tiles, rows0, rows1, cos, sin, axis_index, out, scale_log2e,
     H: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """One window of one head, whose keys are its query rows; head fastest, as neighbours in memory.
+    """One window of one head. Its keys are its query rows. Heads vary fastest, as in memory.
 
-    Q, K and V are on their way together while the angles load; what is rotated goes back to where
-    it lay.
+    Q, K and V load together while the angles load. The rotated rows go back to the same memory.
     """
     dtype: gl.constexpr = out.dtype.element_ty
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
@@ -350,8 +349,8 @@ def _window_attention(
     q_begin = gl.load(p_tile)
     n_rows = gl.load(p_tile + 1) - q_begin
     row_begin = q_begin.to(gl.int64)
-    if n_rows > 0:  # else a spare tile
-        # Only Q, K and V are of the kernel that runs before; tiles and angles are older.
+    if n_rows > 0:  # else a padding tile
+        # The previous kernel writes only Q, K and V; tiles and angles are older.
         c0, s0 = _angles(cos, sin, axis_index, row_begin, n_rows, 0, D0, D, ROWS)
         c1, s1 = _angles(cos, sin, axis_index, row_begin, n_rows, D0, D1, D, ROWS)
         gdc_wait()
@@ -406,7 +405,7 @@ def _window_attention(
 
 
 def supports(qkv: torch.Tensor, is_axial: bool, adjacent_pairs: bool) -> bool:
-    """Whether this module takes the tower's own call: in bf16, of head dim 80, on Hopper."""
+    """Whether this module supports the tower's call: bf16, head dim 80, Hopper."""
     return (
         qkv.dtype == torch.bfloat16
         and qkv.shape[3] == MAIN + TAIL
@@ -430,7 +429,7 @@ def full_attention(
 ) -> None:
     """Fill `out` (N, H, D): `attention`'s frame kind, K rotated beforehand.
 
-    Other `k_rows` and `num_stages` than the reviewed ones are for those who measure and test.
+    Other `k_rows` and `num_stages` than the reviewed ones are for benchmarks and tests.
     """
     N, _, H, D = qkv.shape
     keys, values = k_rotated.view(N, H * D), qkv.view(N, 3 * H * D)
@@ -454,8 +453,8 @@ def window_attention(
 ) -> None:
     """Fill `out` (N, H, D): `attention`'s window kind, for segments of at most W_ROWS rows.
 
-    The kernel launched just before may have written `qkv`, but none of the other arguments: those
-    are read before it has ended. At least one tile must have rows.
+    The previous kernel may write `qkv`, but no other argument: those are read before it has ended.
+    At least one tile must have rows.
     """
     N, _, H, D = qkv.shape
     rows = qkv.view(N, 3 * H * D)

@@ -1,4 +1,4 @@
-"""What the kernels for Hopper share: where they run, and how they see a tensor."""
+"""Shared by the kernels for Hopper: the check of the device, tensor maps, fences and barriers."""
 
 from functools import cache
 
@@ -20,7 +20,7 @@ __all__ = [
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether the device has Hopper's own instructions, which newer ones lack."""
+    """Whether the device has Hopper's own instructions. Newer GPUs lack them."""
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
@@ -37,10 +37,10 @@ def descriptor(rows: torch.Tensor, block: list[int]) -> TensorDescriptor:
 
 @gluon.jit
 def fence_for_wgmma():
-    """What these threads have stored in shared memory is what matrix instructions read from now on.
+    """Make shared-memory stores visible to matrix instructions (WGMMA).
 
-    Each thread fences its own stores, and only then do all wait for each other. The barriers that
-    the compiler adds by itself may come before the fence.
+    Each thread fences its own stores, then all threads meet at a barrier. The barriers that the
+    compiler adds may come before the fence.
     """
     fence_async_shared()
     debug_barrier()
@@ -48,12 +48,12 @@ def fence_for_wgmma():
 
 @gluon.jit
 def hold_barriers(barriers):
-    """The last word of a kernel: until then, nothing else lies where these arrays of barriers do.
+    """Keep the shared memory of these arrays of barriers allocated until the kernel ends.
 
-    The compiler gives memory away after its last use; for a barrier that a variant of a kernel
-    never waits for, that is where it is made. The hardware still has a barrier there until it is
-    ended or the program is, and writes it back when another process has had its turn on the GPU.
-    Ending one barrier of each array here holds the array; ending all costs 1 % of a small image.
+    The compiler reuses memory after its last use. If a variant of a kernel never waits for a
+    barrier, its last use is its creation. The hardware keeps the barrier until it is invalidated or
+    the program ends, and writes it back after another process has used the GPU. Invalidating one
+    barrier of each array here holds the array. Invalidating all costs 1 % of a small image.
     """
     for i in gl.static_range(len(barriers)):
         mbarrier.invalidate(barriers[i].index(0))

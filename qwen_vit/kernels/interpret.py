@@ -1,4 +1,4 @@
-"""Run a Triton kernel on a CPU, beside compiled kernels in the same process.
+"""Run a Triton kernel on a CPU, together with compiled kernels in one process.
 
 `TRITON_INTERPRET=1` would turn the interpreter on for the whole process, and only if it is set
 before anything imports triton. Wrapping single functions needs no environment variable.
@@ -57,9 +57,10 @@ def interpreted(kernel: JITFunction) -> Callable[..., None]:
 
 @contextmanager
 def _without_overflow_checks() -> Iterator[None]:
-    """Every int32 sum and product is computed twice otherwise: a fifth of the time.
+    """Switch off the interpreter's overflow checks, which compute every int32 operation twice.
 
-    Compiled kernels do not check either. Ours count in int64 before they could overflow.
+    The checks take a fifth of the time. Compiled kernels do not check either. Ours count in int64
+    before they could overflow.
     """
     options = interpreter_builder.options
     interpreter_builder.options = replace(options, sanitize_overflow=False)

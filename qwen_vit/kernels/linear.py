@@ -1,13 +1,13 @@
-"""Linear layers with what surrounds them fused in: norm, bias, SwiGLU, GELU, residual sum.
+"""Linear layers with fused norm, bias, SwiGLU, GELU and residual sum.
 
-The residual stream travels as its values and, for each row, the sums of their squares by chunk of
-columns. So an RMSNorm needs no pass of its own: its weight is folded into the product that follows
-when the weights are loaded, and its row scale is applied to that product's result; the product that
-adds to the stream leaves the new sums behind.
+The residual stream consists of its values and, for each row, the sums of their squares by chunk of
+columns. An RMSNorm therefore needs no kernel. Its weight is folded into the next GEMM's weight
+while loading, and its row scale is applied to that GEMM's result. The GEMM that adds to the stream
+writes the new sums.
 
-On a GPU each output row depends on its own input row alone, in one order of summation over K
-for every tile, so an image's embedding has the same bits alone and in any company. On Hopper the
-tower's large products are `linear_hopper`'s. On a CPU the same functions are PyTorch's.
+On a GPU each output row depends only on its own input row, with one order of summation over K for
+every tile. An image's embedding therefore has the same bits alone and in any batch. On Hopper
+`linear_hopper` computes the tower's large GEMMs. On a CPU PyTorch computes all of them.
 """
 
 from dataclasses import dataclass
@@ -77,11 +77,11 @@ SQUARE = GemmTile(128, 128, 64, 4, 3)  # 2 fit: one stores while the other multi
 DEEP = GemmTile(128, 128, 64, 4, 4)
 WIDE = GemmTile(128, 256, 64, 8, 3)
 
-# The products that `linear_hopper` does not take: the patch embedding (narrow), and with a Triton
-# whose Gluon is not known all others (wide: N > 2048). Measured on an H200 with the patch embedding
-# and the merger (docs/decisions). Each entry holds from how many rows on a tile is used. Rows may
-# choose: all tiles agree bit for bit (tested), and sums of squares are by 128 columns in all narrow
-# ones, which therefore serve every product that leaves such sums.
+# The GEMMs that `linear_hopper` does not support: the patch embedding (narrow), and with an unknown
+# Gluon all others (wide: N > 2048). Measured on an H200 with the patch embedding and the merger
+# (docs/decisions). An entry holds the least number of rows for its tile. Rows may choose, because
+# all tiles agree bit for bit (tested). All narrow tiles sum squares by 128 columns and therefore
+# serve every GEMM that writes such sums.
 HOPPER_TILES: dict[bool, tuple[tuple[int, GemmTile], ...]] = {
     True: ((0, SMALL), (768, DEEP), (1536, WIDE)),
     False: ((0, SQUARE), (1536, SMALL), (6144, SQUARE)),
@@ -94,7 +94,7 @@ GROUPED_ROW_TILES = 8  # tiles of this many row blocks run together and share we
 SQUARED_ROWS = 4  # rows of one program that sums squares
 
 
-# one binary for every number of rows: others would be compiled in the middle of a user's work
+# one binary for every number of rows: otherwise Triton would compile during a user's call
 @triton.jit(do_not_specialize=["M"])
 def _gemm(
     x, weight, bias, residual, squares, out, squares_out, M, N, out_scale, eps,
@@ -105,9 +105,9 @@ def _gemm(
     """out (M, N) = epilogue(x (M, K) @ weight (N, K)^T * scale + bias).
 
     `x`, `weight`, `residual` and `out` are tensor descriptors, which cut tiles at the edges. The
-    scale is `out_scale`, or with SQUARES chunks of sums of squares a row's 1 / rms. The SwiGLU
-    takes columns in turns of 8, gate and up, and `out` is half as wide. With a residual, `out` is
-    their sum, and `squares_out` (N / BN, M) the sums of its squares.
+    scale is `out_scale`, or with SQUARES chunks of sums of squares a row's 1 / rms. For SwiGLU,
+    groups of 8 columns alternate between gate and up, and `out` is half as wide. With a residual,
+    `out` is the sum, and `squares_out` (N / BN, M) has the sums of its squares.
     """
     i_program = tl.program_id(0)
     n_row_tiles = tl.cdiv(M, BM)
@@ -190,8 +190,8 @@ def normed_linear(
 ) -> torch.Tensor:
     """`epilogue(rms_norm(stream) @ weight.T + bias)`, the norm's weight being in `weight` already.
 
-    Epilogues: `plain`, (N, C) -> (N, O); `swiglu`, silu(gate) * up, where `weight` (2 I, C) holds 8
-    rows of the gate and 8 of up in turns, (N, C) -> (N, I).
+    Epilogues: `plain`, (N, C) -> (N, O); `swiglu`, silu(gate) * up, (N, C) -> (N, I), where groups
+    of 8 rows of `weight` (2 I, C) alternate between gate and up.
     """
     x = stream.values
     if x.device.type == "cpu":
@@ -233,9 +233,9 @@ def _launch_gemm(
     out_dtype: torch.dtype | None = None,
     tile: GemmTile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The product, and for `residual` its sums of squares.
+    """The GEMM's result, and for `residual` its sums of squares.
 
-    `tile` instead of the table's own is for those who measure and test.
+    `tile` replaces the table's own in benchmarks and tests.
     """
     M, K = x.shape
     N = weight.shape[0]
@@ -294,7 +294,8 @@ def _rms_norm(x, weight, out, C: tl.constexpr, C_PADDED: tl.constexpr, EPS: tl.c
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`x / rms(x)` cast to x's dtype, then times `weight`: (N, C) -> (N, C).
 
-    The cast comes before the weight, as in transformers' Qwen2_5_VLRMSNorm; in bf16 that shows.
+    The cast comes before the weight, as in transformers' Qwen2_5_VLRMSNorm: in bf16 the order
+    matters.
     """
     if x.device.type == "cpu":
         x32 = x.float()

@@ -1,13 +1,13 @@
-"""The tower's large products on Hopper: warp-specialised, with all that follows fused in.
+"""The tower's large GEMMs on Hopper: warp-specialised, with fused epilogues.
 
-A producer warp fetches tiles of x and of the weight into a ring of shared memory; two or three
-warpgroups multiply them, each its own rows, and while one stores its tile another multiplies. The
-grid is one program per multiprocessor, and each walks over its tiles. Before the kernel that comes
-first has ended, the producer already fetches its first weights (programmatic dependent launch).
+A producer warp fetches tiles of x and of the weight into a ring of shared memory. Two or three
+warpgroups multiply them, each its own rows; while one stores its tile, another multiplies. Each
+multiprocessor runs one program, which walks over its tiles. The producer fetches its first weights
+before the previous kernel has ended (programmatic dependent launch).
 
-Written in Gluon, Triton's lower level, because the overlap is what matters here. The sums run over
-K in the order of `linear._gemm`, so both give the same bits; this one is used where it is supported
-and the other everywhere else.
+It is written in Gluon, Triton's lower level, because Triton cannot express this overlap. The sums
+run over K in the order of `linear._gemm`, so both give the same bits. This one runs wherever it is
+supported.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ __all__ = ["SQUARES_COLUMNS", "gemm", "supports"]
 
 SQUARES_COLUMNS = 128  # sums of squares are kept by chunk of this many columns, for every tile
 BK = 64  # columns of x and of the weight that a stage holds: one swizzled line of 128 bytes
-FIRST_STEPS = 4  # of a tile with a residual, during which the last result is still on its way out
+FIRST_STEPS = 4  # of a tile with a residual, while the previous result is still being stored
 GROUPED_ROW_TILES = 8  # tiles of this many row blocks run together and share weights in L2
 
 
@@ -48,14 +48,14 @@ class HopperGemmTile:
 WIDE = HopperGemmTile(128, 256, 3, 2)
 WIDE_SWIGLU = HopperGemmTile(
     128, 256, 4, 2
-)  # results are half as wide, which leaves room for a stage
+)  # results are half as wide, which leaves space for a stage
 TALL = HopperGemmTile(192, 128, 4, 3)
 TALL_SWIGLU = HopperGemmTile(192, 128, 5, 3)
 SQUARE = HopperGemmTile(128, 128, 6, 2)
 NARROW = HopperGemmTile(128, 64, 7, 2)
 
-# Measured on an H200 at 1,024 to 32,768 patches (docs/decisions). (epilogue, K > 2048) -> from how
-# many rows on a tile is used. Rows may choose, because all tiles agree bit for bit (tested).
+# Measured on an H200 at 1,024 to 32,768 patches (docs/decisions). (epilogue, K > 2048) -> the least
+# number of rows for each tile. Rows may choose, because all tiles agree bit for bit (tested).
 TILES: dict[tuple[str, bool], tuple[tuple[int, HopperGemmTile], ...]] = {
     ("plain", False): ((0, WIDE), (1536, TALL), (16384, WIDE)),  # qkv
     # the merger's, with a row per 4 patches
@@ -88,7 +88,7 @@ def load_partition(
     BK: gl.constexpr = x.block_type.shape[1]
     ROWS: gl.constexpr = BM // GROUPS
     n_tiles = n_row_tiles * n_column_tiles
-    # weights do not depend on the kernel before: the first ring of them is on its way already
+    # weights do not depend on the previous kernel: the first ring of them is already loading
     i_m, i_n = _row_and_column_tile(gl.program_id(0), n_row_tiles, n_column_tiles, GROUP)
     for early in gl.static_range(STAGES):
         mbarrier.expect(ready.index(early), (BM + BN) * BK * 2)
@@ -136,7 +136,7 @@ def _accumulate(
         mbarrier.wait(ready.index(stage), step // STAGES & 1)
         b_x = x_ring.index(stage * GROUPS + I_GROUP)
         acc = warpgroup_mma(b_x, weight_ring.index(stage).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))  # the step before has been read
+        acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))  # the previous step has been read
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=i > 0)
         step += 1
     acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
@@ -151,7 +151,7 @@ def mma_partition(
     GROUP: gl.constexpr, EPILOGUE: gl.constexpr, SQUARES: gl.constexpr, FIRST: gl.constexpr,
     I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: its rows of every tile, and what follows the product."""
+    """One warpgroup: its rows of every tile, and the epilogue."""
     x_ring, weight_ring, results = rings
     empty, ready, result_is_free, residual_is_there = barriers
     M, n_row_tiles, n_column_tiles = sizes
@@ -162,7 +162,7 @@ def mma_partition(
     )
     MMA_ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
     MMA_COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
-    # of the threads' own: in MMA's, each would hold a copy of a quarter of the columns meanwhile
+    # in this layout each thread loads its own columns; in MMA's it would hold a quarter of them all
     EARLY_ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     EARLY_COLUMNS: gl.constexpr = gl.BlockedLayout([max(1, BN // 128)], [32], [4], [0])
     o_row = gl.arange(0, ROWS, layout=EARLY_ROWS)
@@ -174,7 +174,7 @@ def mma_partition(
     for i_tile in range(gl.program_id(0), n_row_tiles * n_column_tiles, gl.num_programs(0)):
         i_m, i_n = _row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP)
         i_row = i_m * BM + I_GROUP * ROWS
-        # what the epilogue needs arrives while the product runs
+        # the epilogue's operands arrive while the GEMM runs
         b_bias = gl.load(bias + i_n * BN + o_column)
         parts = gl.tuple(())
         if SQUARES > 0:
@@ -187,7 +187,7 @@ def mma_partition(
             acc, step = _accumulate(
                 acc, step, FIRST, x_ring, weight_ring, empty, ready, I_GROUP, GROUPS, STAGES
             )
-            tma.store_wait(0)  # the last tile's result has left: there is room for the residual
+            tma.store_wait(0)  # the previous result is stored: the residual may use its space
             mbarrier.arrive(result_is_free.index(0), count=1)
             acc, step = _accumulate(
                 acc, step, STEPS - FIRST, x_ring, weight_ring, empty, ready, I_GROUP, GROUPS,
@@ -288,7 +288,7 @@ def _hopper_gemm(
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `gemm` takes this one: bf16 on Hopper, and whole tiles along N and K."""
+    """Whether `gemm` supports this GEMM: bf16 on Hopper, and whole tiles along N and K."""
     N, K = weight.shape
     return (
         x.dtype == torch.bfloat16
@@ -310,10 +310,10 @@ def gemm(
     eps: float = 0.0,
     tile: HopperGemmTile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`linear`'s product on Hopper: the result, and for `residual` its sums of squares.
+    """`linear`'s GEMM on Hopper: the result, and for `residual` its sums of squares.
 
-    The kernel launched just before must not have written `weight`, which is read meanwhile.
-    `tile` instead of the table's own is for those who measure and test.
+    The previous kernel must not write `weight`: it is read before that kernel has ended.
+    `tile` replaces the table's own in benchmarks and tests.
     """
     M, K = x.shape
     N = weight.shape[0]
@@ -344,6 +344,6 @@ def gemm(
 
 
 def _tile(epilogue: str, K: int, M: int) -> HopperGemmTile:
-    # a tower of another width than the published ones has depths that were not measured
+    # a tower of an unpublished width has depths that were not measured
     rows = TILES.get((epilogue, K > 2048)) or TILES[epilogue, K <= 2048]
     return next(tile for least_rows, tile in reversed(rows) if least_rows <= M)

@@ -1,4 +1,4 @@
-"""From uint8 pixels in grid order to the patch embedding's operand in window order."""
+"""uint8 pixels in grid order -> the patch embedding's operand in window order."""
 
 import torch
 import triton
@@ -31,8 +31,8 @@ def gather_pixels(
 ) -> torch.Tensor:
     """Rows `index` of uint8 `pixels` (N, P), minus `zero`, zero-padded: (len(index), width).
 
-    Pixels are centred first: smaller operands, a smaller rounding of the product, and every one
-    of them exact in float16, bfloat16 and float32.
+    Pixels are centred first: operands and the GEMM's rounding are smaller, and each operand is
+    exact in float16, bfloat16 and float32.
     """
     n_rows, P = len(index), pixels.shape[1]
     if pixels.device.type == "cpu":

@@ -12,7 +12,7 @@ __all__ = ["fused_rope_varlen_attention"]
 def fused_rope_varlen_attention(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
-    """Attention within consecutive segments, with rotary embedding applied to Q and K on the way.
+    """Attention within consecutive segments, with rotary embedding applied to Q and K.
 
     >>> qkv = torch.randn(10, 3, 2, 80)
     >>> angles = torch.rand(10, 40)
@@ -49,8 +49,8 @@ def fused_rope_varlen_attention(
 def _tile_table_on_device(
     cu_seqlens: torch.Tensor, n_rows: int, cut: SegmentTiling
 ) -> torch.Tensor:
-    """`layout.tile_table`, without learning its length: the tiles left over are empty."""
-    cu_seqlens = cu_seqlens.clamp(0, n_rows)  # wrong ones must not lead out of qkv
+    """`layout.tile_table` of an unknown length: the remaining tiles are empty."""
+    cu_seqlens = cu_seqlens.clamp(0, n_rows)  # wrong values must not lead out of qkv
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     tiles_before = ((ends - starts + cut.rows - 1) // cut.rows).cumsum(0)
     capacity = n_rows // cut.rows + len(starts)
