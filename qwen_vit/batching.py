@@ -75,7 +75,7 @@ TOKEN_BUDGET = {"cuda": MAX_BUCKET, "cpu": 4_096}
 # Batches that are packed together. On a CPU results may depend on the batch, and the same images
 # shall give the same ones: so one batch, in the order in which the images come.
 WINDOW = {"cuda": 4, "cpu": 1}
-BATCHES_AHEAD = 2  # of the GPU: what is sent ahead waits in pinned memory
+BATCHES_AHEAD = 2  # of the GPU: queued batches wait in pinned memory
 IMAGES_IN_A_WINDOW = 1_024  # so that a long run of images that fail is reported as well
 
 
@@ -130,7 +130,7 @@ class LoadedImage:
 
 @dataclass(frozen=True, slots=True)
 class ImageLoader:
-    """Loads, resizes and patchifies what a caller calls an image, in any thread."""
+    """Loads, resizes and patchifies any kind of image, in any thread."""
 
     config: VisionConfig
     image_config: ImageConfig
@@ -145,14 +145,14 @@ class ImageLoader:
             raise ArgumentError(f"limits is {self.limits!r}", expected="ImageLimits or None")
 
     def jobs(self, images: Iterable[ImageInput], *, is_ahead: bool) -> Iterator[Job[LoadedImage]]:
-        """A job for each image; `is_ahead` says that others may run it after the next is taken."""
+        """A job for each image. With `is_ahead` it may run after the next image was taken."""
         for index, image in enumerate(images):
             name = _name_of(image, index)
             is_fixed = isinstance(image, (str, os.PathLike, bytes, Patches))
             if is_fixed or not is_ahead:
                 n_bytes = len(image) if isinstance(image, bytes) else 0
                 yield Job(partial(self.load, image, name), n_bytes)
-            else:  # the caller may change it once the next one is taken
+            else:  # the caller may change it after the next one is taken
                 loaded = self._load_eagerly(image, name)
                 n_bytes = 4 * loaded.height * loaded.width if isinstance(loaded, RgbImage) else 0
                 yield Job(partial(self.load, loaded, name), n_bytes)  # 4 bytes as Pillow holds them
@@ -171,7 +171,7 @@ class ImageLoader:
     def _load_eagerly(self, image: Any, name: str) -> RgbImage | ImageError:
         try:
             return load_image(image, name=name, layout=self.layout, limits=self.limits)
-        except ImageError as error:  # raised when its turn comes
+        except ImageError as error:  # raised in order
             return error.without_frames()
 
     def _load_and_patchify(
@@ -186,7 +186,7 @@ class ImageLoader:
         return LoadedImage(name, (rgb.height, rgb.width), rgb.notes, patches)
 
     def _accept_patches(self, patches: Patches, name: str) -> LoadedImage:
-        """One image that the caller has patchified."""
+        """One image that the caller patchified."""
         if len(patches.grids) != 1:
             raise ImageError(
                 f"the patches of {len(patches.grids)} images",
@@ -237,7 +237,7 @@ class BatchEncoder:
                 yield from self._encode_window(window, limit)
 
     def _windows(self, loaded: Iterable[LoadedImage]) -> Iterator[list[LoadedImage]]:
-        """The images in order, as many at a time as are packed together."""
+        """The images in order, in groups that are packed together."""
         budget = WINDOW[self.device.type] * TOKEN_BUDGET[self.device.type]
         window: list[LoadedImage] = []
         n_patches = 0
@@ -249,10 +249,10 @@ class BatchEncoder:
                     window, n_patches = [], 0
                 window.append(each)
                 n_patches += each.n_patches
-        except ExportError:  # an export was stopped: nobody takes what came before
+        except ExportError:  # an export was stopped: the earlier results are not needed
             raise
         except Exception:
-            yield window  # the images before the one that failed come first
+            yield window  # the images before the failed one come first
             raise
         yield window
 
@@ -267,7 +267,7 @@ class BatchEncoder:
             del named, parts
             limit.step()
         facts = [(i.id, i.size_px, i.notes, i.error, _grid_of(i)) for i in window]
-        window.clear()  # the pixels are not needed while the results are taken
+        window.clear()  # the pixels are not needed any more
         for index, (name, size_px, notes, error, grid_thw) in enumerate(facts):
             result = results.pop(index, error)
             if isinstance(result, ImageRows):
@@ -279,7 +279,7 @@ class BatchEncoder:
                 yield FailedImage(name, result, size_px=size_px)
 
     def _batches(self, window: Sequence[LoadedImage]) -> list[list[int]]:
-        """Indices into the window of the images for each pass; those that failed are in none."""
+        """Indices of the images of each pass. Failed images are in none."""
         good = [index for index, loaded in enumerate(window) if loaded.patches is not None]
         if self.device.type == "cpu":
             return [good] if good else []
@@ -287,7 +287,7 @@ class BatchEncoder:
         return [[good[index] for index in batch] for batch in batches]
 
     def _encode_parts(self, parts: Sequence[tuple[str, Patches]]) -> list[ImageRows | ImageError]:
-        """Each named image's rows; a batch too large for the GPU's memory is halved."""
+        """Each image's rows by name. A batch that is too large for the GPU's memory is halved."""
         if not parts:
             return []
         pinned_rows = TOKEN_BUDGET["cuda"] if self.device.type == "cuda" else 0
@@ -295,7 +295,7 @@ class BatchEncoder:
         outputs, taps = self.outputs, self.outputs.taps()
         sizes = [len(part.pixels) for _, part in parts]
         try:
-            # the batch's rows have no name here, so that their memory is free when halves are tried
+            # no reference to the batch's rows, so that their memory is free for the halves
             return list(
                 outputs.split(
                     self.forward(patches.pixels, patches.grids, outputs.tower_output, taps),
@@ -320,7 +320,7 @@ class BatchEncoder:
 
 
 class InFlightLimit:
-    """Keeps the host a few batches ahead of a GPU, and no more."""
+    """Keeps the host at most a few batches ahead of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -334,7 +334,7 @@ class InFlightLimit:
         event.record(torch.cuda.current_stream(self._device))
         self._events.append(event)
         if len(self._events) > BATCHES_AHEAD:
-            with torch.cuda.device(self._device):  # or the first GPU is woken as well
+            with torch.cuda.device(self._device):  # otherwise the first GPU gets a context as well
                 self._events.popleft().synchronize()
 
 
@@ -351,7 +351,7 @@ def pack(sizes: Sequence[int], budget: int) -> list[list[int]]:
     >>> pack([3, 7, 5, 4, 12], 10)
     [[4], [1, 0], [2, 3]]
 
-    What is larger than the budget is a batch of its own.
+    A size above the budget is a batch of its own.
     """
     batches: list[list[int]] = []
     room: list[int] = []

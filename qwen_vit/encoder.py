@@ -97,16 +97,19 @@ class VisionEncoder:
         Args:
             model: a repository's name such as "Qwen/Qwen2.5-VL-7B-Instruct", a folder, or "tiny".
             revision: a branch, tag or commit of the repository.
-            device: "auto" is CUDA where there is one, else the CPU, where the same Triton kernel
-                runs in Triton's interpreter: right, and slow.
+            device: "auto" is a GPU if there is one, else the CPU. On a CPU the same Triton kernel
+                runs in Triton's interpreter: correct, but slow.
             dtype: "auto" is bfloat16 on a GPU and float32 on a CPU; float32 on a GPU is IEEE,
                 never TF32.
-            token: as in huggingface_hub, like cache_dir and local_files_only.
-            min_pixels: the least height x width after resizing, in place of the checkpoint's own.
-            max_pixels: the largest one.
-            cuda_graphs: False launches every kernel by itself: slower for small batches, the same
-                bits. Graphs serve merged output; output="patch" never uses one.
-            torch_dtype: transformers' name, like device_map; refused with the right one.
+            token: as in huggingface_hub.
+            cache_dir: as in huggingface_hub.
+            local_files_only: as in huggingface_hub.
+            min_pixels: the least height x width after resizing; the checkpoint's by default.
+            max_pixels: the largest height x width after resizing; the checkpoint's by default.
+            cuda_graphs: False launches every kernel by itself: slower for small batches, with the
+                same bits. Graphs serve merged output; output="patch" never uses one.
+            torch_dtype: transformers' name for `dtype`; refused.
+            device_map: transformers' name for `device`; refused.
 
         Raises:
             HubError, CheckpointError, ArgumentError: each with what to do.
@@ -143,7 +146,7 @@ class VisionEncoder:
         max_pixels: int | None = None,
         cuda_graphs: bool = True,
     ) -> Self:
-        """Build an encoder from tensors that someone else loaded, checked as files are.
+        """Build an encoder from loaded tensors, with the checks of files.
 
         >>> tiny = VisionEncoder.from_pretrained("tiny").checkpoint
         >>> given = {f"model.visual.{name}": tensor for name, tensor in tiny.tensors.items()}
@@ -151,13 +154,18 @@ class VisionEncoder:
         VisionEncoder('mine', float32, on cpu)
 
         Args:
-            tensors: published names, any prefix or none, on any device; a language model's may be
-                among them. The encoder keeps the tower's, on the host: do not change them.
-            config: the tower's, or what config.json says.
-            image_config: the image settings, or what preprocessor_config.json says; transformers'
-                defaults if None.
-            name: what the model is called in messages and feature files.
-            device: as for `from_pretrained`, like every option that follows.
+            tensors: by published names with any prefix or none, on any device. Those of a language
+                model may be among them. The encoder keeps the tower's on the host: do not
+                change them.
+            config: the tower's config, or the content of config.json.
+            image_config: the image settings, or the content of preprocessor_config.json;
+                transformers' defaults if None.
+            name: the model's name in messages and feature files.
+            device: as in `from_pretrained`.
+            dtype: as in `from_pretrained`.
+            min_pixels: as in `from_pretrained`.
+            max_pixels: as in `from_pretrained`.
+            cuda_graphs: as in `from_pretrained`.
 
         Raises:
             CheckpointError, ArgumentError: each with what to do.
@@ -173,12 +181,12 @@ class VisionEncoder:
         cls, checkpoint: Checkpoint, source: Origin, device: torch.device, dtype: torch.dtype,
         min_pixels: int | None, max_pixels: int | None, cuda_graphs: bool,
     ) -> Self:  # fmt: skip
-        """Build an encoder from a checkpoint that is open, on a device and in a dtype that fit."""
+        """Build an encoder from an open checkpoint, on a checked device and in a checked dtype."""
         image_config = checkpoint.image_config.bounded(min_pixels, max_pixels)
         check_fits(checkpoint.config, device)
         with torch.device("meta"):
             tower = VisionTower(checkpoint.config, dtype)
-        with torch.device("cpu"):  # whatever the caller's default device is
+        with torch.device("cpu"):  # for any default device of the caller
             state = convert(
                 checkpoint.tensors, checkpoint.config, image_config, dtype, device,
                 locate=checkpoint.locate,
@@ -196,7 +204,7 @@ class VisionEncoder:
         return self.checkpoint.config
 
     def to(self, *_: object, **__: object) -> NoReturn:
-        """Raise ArgumentError: an encoder stays where it was loaded."""
+        """Raise ArgumentError: an encoder stays on its device."""
         remedy = "pass device= and dtype= to VisionEncoder.from_pretrained"
         raise ArgumentError("a VisionEncoder does not move", remedy=remedy)
 
@@ -258,12 +266,12 @@ class VisionEncoder:
             output: "merged", what the language model takes; "patch", un-merged; or "mean", one
                 vector an image: the mean of its merged rows, in float32.
             normalize: divide each mean by its Euclidean length; only for output="mean".
-            layers: blocks, counted from 0, whose dense features to give as well. It changes no bit
-                of `embeds`; on a GPU it runs without CUDA graphs.
-            layout: "HWC" or "CHW" where an array's shape leaves its channel axis open.
-            limits: bounds of what is decoded; ImageLimits() if not given.
-            decode_threads: threads that read, decode and resize ahead of the encoder: one for two
-                cores, 2 to 16, if not given. The embeddings do not depend on it.
+            layers: blocks, counted from 0, whose dense features are returned as well. They change
+                no bit of `embeds`. On a GPU they run without CUDA graphs.
+            layout: "HWC" or "CHW" if an array's shape leaves its channel axis open.
+            limits: bounds of what is decoded; ImageLimits() by default.
+            decode_threads: threads that read, decode and resize ahead of the encoder; by default
+                one for two cores, 2 to 16. The embeddings do not depend on it.
 
         Returns:
             ImageFeatures of one image, or a list of them, in order: `embeds` is
@@ -316,9 +324,9 @@ class VisionEncoder:
         ...     print(features.grid_thw)
         (1, 22, 32)
 
-        `images` is iterated in the caller's thread, ahead of what comes out. On a GPU, where an
-        image's bits do not depend on its batch, images are grouped by size. Raises ArgumentError
-        at once for an option that makes no sense.
+        `images` is iterated in the caller's thread, ahead of the results. On a GPU images are
+        grouped by size, because there an image's bits do not depend on its batch. Raises
+        ArgumentError at once for an option that makes no sense.
         """
         outputs = OutputOptions.checked(output, normalize, layers, self.config.depth)
         limits = ImageLimits() if limits is None else limits
@@ -378,12 +386,12 @@ class VisionEncoder:
 
     def _owned(self, rows: Tensor) -> Tensor:
         if self.device.type == "cuda" and rows.is_pinned():
-            # a loader may fill it again when this returns, and the GPU reads it later: a copy
+            # a copy: a loader may refill the rows after the return, and the GPU reads them later
             return torch.empty_like(rows, pin_memory=True).copy_(rows)
         return rows
 
     def metadata(self) -> dict[str, Any]:
-        """What a feature file records about its origin: model, hashes, versions, image policy."""
+        """The origin that a feature file records: model, hashes, versions, image policy."""
         return origin_metadata(
             self.source, self.checkpoint, self.image_config, self.dtype, self.device
         )
@@ -393,7 +401,7 @@ class VisionEncoder:
         taps: LayerTaps | None = None,
     ) -> Tensor:  # fmt: skip
         """Run the tower on uint8 or float rows in grid order, by graph where one fits."""
-        with torch.autocast(self.device.type, enabled=False):  # the precision is ours to choose
+        with torch.autocast(self.device.type, enabled=False):  # the precision is fixed
             return run_tower(
                 self.tower, self.graphs, patches, grids, self.device, self.dtype, output, taps
             )

@@ -1,4 +1,4 @@
-"""What an image becomes: its embeddings, or the reason why it has none."""
+"""The result for an image: its embeddings, or its error."""
 
 import html
 import math
@@ -40,7 +40,7 @@ class ImageFeatures:
     torch.Size([1, 2, 3, 8])
 
     Attributes:
-        id: the image's path, or what else its caller named it.
+        id: the image's path, or another name from the caller.
         embeds: (n_tokens, out_hidden_size), row-major over the merged cells, on the encoder's
             device and in its dtype. For output="patch" (n_patches, hidden_size), row-major over the
             patches; for output="mean" (1, out_hidden_size) in float32.
@@ -48,7 +48,7 @@ class ImageFeatures:
         size_px: the original (height, width) in pixels; (0, 0) where only patches were given.
         notes: what the image policy did, such as "EXIF orientation 6 applied".
         layers: block -> (n_patches, hidden_size), row-major over the patches: the residual stream
-            behind that block, before any norm. `layers[7].view(*grid_thw, -1)` is its map.
+            after that block, before any norm. `layers[7].view(*grid_thw, -1)` is its map.
         output: which rows `embeds` holds.
         normalized: whether each row has unit length.
     """
@@ -188,7 +188,7 @@ def _size_text(size_px: tuple[int, int]) -> str:
 
 
 def _html_table(name: str, facts: Mapping[str, str]) -> str:
-    """A small table for notebooks: a name, and below it the facts that there are."""
+    """A small table for notebooks: a name, and below it the known facts."""
     cells = [
         f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>"
         for key, value in facts.items()
@@ -211,7 +211,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_features(features: AnyFeatures) -> list[ImageFeatures | FailedImage]:
-    """The same as a list, one image alone included; ArgumentError for anything else."""
+    """Features as a list, also of one image. Raises ArgumentError for anything else."""
     wanted = "ImageFeatures, as `encode` returns them"
     if isinstance(features, ImageFeatures | FailedImage):
         features = [features]

@@ -1,4 +1,4 @@
-"""What a comparison can be asked for by name; imports nothing, so that `--help` stays fast."""
+"""The named choices of a comparison. It imports nothing, so that `--help` stays fast."""
 
 from typing import Literal
 

@@ -2,10 +2,10 @@
 
 One safetensors file. For image i it holds `i.pixel_values` (N, P) float32, the processor's rows in
 grid order, and each stage of the tower as `i.STAGE`, in the dtype that it ran in. Its metadata is
-one key of sorted JSON (safetensors writes several keys in random order): schema version, versions,
-processor, attention, dtype, both configs, the model with its commit and the fingerprint of every
-weight; per image its id, sha256, size, grid, and how far each stage was from the float64 oracle;
-and a sha256 over all of that and the tensors, which detects a torn or edited file.
+one key of sorted JSON, because safetensors writes several keys in random order. It has the schema
+version, versions, processor, attention, dtype, both configs, the model with its commit, and the
+fingerprint of every weight. Each image has its id, sha256, size, grid, and each stage's distance
+from the float64 oracle. A sha256 over all of that and the tensors detects a torn or edited file.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Golden:
-    """A golden file whose hash was checked; an image's tensors are read when asked for."""
+    """A golden file whose hash was checked. An image's tensors are read when they are needed."""
 
     path: Path
     facts: Mapping[str, Any]
@@ -96,7 +96,7 @@ class Golden:
     def check_fits(
         self, encoder: VisionEncoder, *, processor: str, attention: str | None = None
     ) -> None:
-        """Raise ComparisonError, naming what differs, for another config, dtype or processor."""
+        """Raise ComparisonError with the difference for another config, dtype or processor."""
         here: dict[str, Any] = {"dtype": dtype_name(encoder.dtype), "processor": processor}
         if attention is not None:
             here["attention"] = attention
@@ -139,11 +139,11 @@ def write_golden(
     cases: Sequence[Case],
     reference: Mapping[str, Any],
 ) -> None:
-    """Write a golden file whole or not at all; the same cases give the same bytes.
+    """Write a golden file completely or not at all. The same cases give the same bytes.
 
-    `reference` says how Hugging Face ran: attention, processor, versions, device. Raises
-    ComparisonError for a case with values that are not finite, and ExportError where the folder
-    cannot be written.
+    `reference` records how Hugging Face ran: attention, processor, versions, device. Raises
+    ComparisonError for a case with NaN or infinity, and ExportError if the folder cannot be
+    written.
     """
     for case in cases:
         for stage, error in (case.errors or {}).items():
@@ -194,7 +194,7 @@ def load_golden(path: Path) -> Golden:
     qwen_vit.errors.ComparisonError: no-such-file.safetensors: not a file. Expected a golden file \
 written by `qwen-vit compare --save-golden`.
 
-    Raises ComparisonError, naming the file, where it is missing, torn, edited or of another schema.
+    Raises ComparisonError with the file's name if it is missing, torn, edited or of another schema.
     """
     name = str(path)
     try:
@@ -238,7 +238,7 @@ written by `qwen-vit compare --save-golden`.
                     remedy="get it again, or make it again",
                 )
     except (CheckpointError, OSError, SafetensorError) as error:
-        # the fact alone: its remedy is for a checkpoint
+        # only the fact: the remedy is for a checkpoint
         reason = error.fact if isinstance(error, CheckpointError) else str(error)
         raise ComparisonError(
             f"torn, or not a safetensors file ({size} bytes; {reason})",

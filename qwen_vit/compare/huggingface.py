@@ -50,7 +50,7 @@ def package_versions() -> dict[str, str]:
 
 
 def check_transformers() -> None:
-    """Raise ArgumentError, with the version found and those expected, without transformers."""
+    """Raise ArgumentError with both versions if transformers is missing or too old."""
     require_transformers(
         "a comparison with Hugging Face",
         alternative="compare with a golden file that someone else made (--golden FILE)",
@@ -111,7 +111,7 @@ def process(
     try:
         done: Any = ImageProcessor(**settings)(
             images=[rgb],
-            input_data_format="channels_last",  # else guessed, wrongly for 1, 3 or 4 rows
+            input_data_format="channels_last",  # guessed otherwise, wrongly for 1, 3 or 4 rows
             return_tensors="pt",
         )
     except ValueError as error:
@@ -155,8 +155,8 @@ def hf_tower(
 ) -> Any:
     """Build Hugging Face's tower from tensors by their published names; nothing is random.
 
-    Parameters are cast to `dtype`; the rotary frequencies stay float32, as a cast of the whole
-    module would not leave them. Raises ArgumentError for an attention that is not installed.
+    Parameters are cast to `dtype`. The rotary frequencies stay float32; a cast of the whole module
+    would change them. Raises ArgumentError for an attention that is not installed.
     """
     check_transformers()
     if "flash" in attention and dtype == torch.float32:

@@ -30,10 +30,10 @@ def compare_case(
 ) -> ImageComparison:
     """Run our tower on the case's input and measure every stage as the oracle reaches it.
 
-    `pixels` are the results of `compare_pixels`, `patches` our own pixels, if there are any.
+    `pixels` are the results of `compare_pixels`. `patches` are our own pixels, or None.
     """
     rows = case.pixel_values.to(encoder.device)
-    # our own pixels only where they equal those that Hugging Face's tower got
+    # our own pixels only if they equal those of Hugging Face's tower
     are_equal = any(part.processor == processor and part.passed for part in pixels)
     tower_input = patches.pixels if patches is not None and are_equal else rows
     layout = layout_for([case.grid], encoder.config, encoder.device, encoder.dtype)

@@ -1,9 +1,10 @@
-"""The vision tower once more, slow and plain: the truth that every faster path is measured against.
+"""The vision tower in plain float64: the reference for every faster path.
 
-Written from the mathematics, with neither the package's network nor transformers, so that it shares
-no mistake with them. In float64 (the default) nothing is rounded to less: RMSNorm statistics,
-rotary angles and softmax included. One weight at a time is held in that precision, and the stages
-come one after the other, so that a large tower needs little more memory than its activations.
+For plain maths, read this file. It follows the mathematics and uses neither the package's network
+nor transformers, so it shares no mistake with them. In float64 (the default) nothing is rounded to
+less: RMSNorm statistics, rotary angles and softmax included. One weight at a time has that
+precision, and stages come one after the other. A large tower therefore needs little more memory
+than its activations.
 
 C channels, H heads, D head dim, N patches.
 """
@@ -22,7 +23,7 @@ __all__ = ["Oracle", "PatchOrder", "Trace"]
 Trace = dict[str, Tensor]  # stage -> its values
 
 RMS_NORM_EPS = 1e-6
-SCORES_AT_ONCE = 2**27  # softmax weights held at a time: 1 GB in float64, whatever the image
+SCORES_AT_ONCE = 2**27  # softmax weights in memory at a time: 1 GB in float64 for any image
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class PatchOrder:
 
 
 class Oracle:
-    """The tower in float64; each step is a method, so that a test can make one mistake at a time.
+    """The tower in float64. Each step is a method, so that a test can break one at a time.
 
     >>> oracle = Oracle(checkpoint.tensors, checkpoint.config)  # doctest: +SKIP
     >>> for stage, values in oracle.stages(pixel_values, [(1, 32, 32)]):  # doctest: +SKIP
@@ -135,7 +136,7 @@ class Oracle:
         )
 
     def segments(self, plan: PatchOrder, block: int) -> list[int]:
-        """Lengths of the runs of patches that attend among themselves in a block."""
+        """Lengths of the runs of patches that attend to each other in a block."""
         return plan.frames if block in self.config.fullatt_block_indexes else plan.windows
 
     def weight(self, name: str) -> Tensor:
@@ -182,7 +183,7 @@ class Oracle:
         return scores.softmax(-1)
 
     def gelu(self, x: Tensor) -> Tensor:
-        """The exact one, by the error function."""
+        """The exact GELU, by the error function."""
         return gelu(x)
 
     def row_major(self, x: Tensor, order: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a report draws: windows, drift over depth, and the feature maps of some stages."""
+"""The pictures of a report: windows, drift over depth, and the feature maps of some stages."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -58,7 +58,7 @@ class Section:
 
 
 def check_report(folder: Path, *, overwrite: bool) -> None:
-    """Raise ArgumentError without the extra, ExportError for a folder that cannot be written."""
+    """Raise ArgumentError without the extra, ExportError if the folder cannot be written."""
     check_packages("--report", "jinja2", "matplotlib")
     try:
         if folder.exists() and not folder.is_dir():
@@ -124,7 +124,7 @@ def write_report(
                 file.write(png)
     with atomic_file(folder / PAGE) as file:
         file.write(page)
-    # pictures of an older report would pass for pictures of this one
+    # pictures of an older report would look like pictures of this one
     new = {name for section in sections for name in section.files}
     for name in os.listdir(folder):
         if PICTURE.fullmatch(name) and name not in new:

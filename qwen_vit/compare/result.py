@@ -78,7 +78,7 @@ class ImageComparison:
 
     @property
     def problems(self) -> list[str]:
-        """What breaks the numbers policy, in the order of computation."""
+        """The failures of the numbers policy, in the order of computation."""
         pixels = [
             f"preprocessing ({part.processor}): {_pixel_problem(part)}"
             for part in self.preprocessing
@@ -101,12 +101,12 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether every stage of every image keeps the numbers policy and none was skipped."""
+        """Whether every stage of every image meets the numbers policy and none was skipped."""
         return not self.skipped and not any(image.problems for image in self.images)
 
     @property
     def has_same_weights(self) -> bool:
-        """Whether both towers have the same weights: a golden file may hold another model's."""
+        """Whether both towers have the same weights: a golden file may be of another model."""
         golden = self.facts.get("golden")
         return not golden or golden["weights_sha256"] == self.facts["weights_sha256"]
 

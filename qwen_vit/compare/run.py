@@ -1,7 +1,7 @@
 """Compare our encoder with Hugging Face's, and both with float64, on a checkpoint and some images.
 
 For every image: the processors' pixels, then the tower stage by stage, ours against Hugging Face's
-and both against a float64 oracle. Hugging Face runs here, or a golden file holds what it computed.
+and both against a float64 oracle. Hugging Face runs here, or a golden file has its results.
 Memory: one image at a time, with all stages of each tower in its own dtype and one of the oracle.
 """
 
@@ -174,11 +174,11 @@ def compare_with_golden(
 ) -> Comparison:
     """Compare our tower with Hugging Face's results in a golden file; needs no transformers.
 
-    With `images`, compares those alone and our own pixels too: each must be one of the golden's, by
-    its sha256. Without, compares every image of the golden, from its pixel values. Weights that
-    differ from the golden's are compared and named. An image that cannot be read is skipped and
-    reported. Raises ComparisonError for a golden with a different configuration, dtype or processor
-    (or attention, if one is given), and for an image that it does not hold.
+    With `images`, it compares only those, and our own pixels as well. Each must be one of the
+    golden's, by its sha256. Without, it compares every image of the golden, from its pixel values.
+    Weights that differ from the golden's are compared and named. An image that cannot be read is
+    skipped and reported. Raises ComparisonError for a golden with a different configuration, dtype
+    or processor (or attention, if one is given), and for an image that it does not hold.
     """
     golden.check_fits(encoder, processor=processor, attention=attention)
     chosen = _chosen(golden, images)
@@ -218,7 +218,7 @@ def compare_with_golden(
 
 
 def _with_errors(case: Case, result: ImageComparison) -> Case:
-    """Return the case with its errors, on the host, as a golden file keeps it."""
+    """Return the case with its errors, on the host, as a golden file stores it."""
     trace = {name: values.cpu() for name, values in case.trace.items()}
     errors = {stage.name: stage.theirs for stage in result.stages}
     return Case(
@@ -229,7 +229,7 @@ def _with_errors(case: Case, result: ImageComparison) -> Case:
 def _chosen(
     golden: Golden, images: Sequence[str | os.PathLike[str]]
 ) -> list[tuple[int | ImageError, str | None]]:
-    """Return the golden's cases to compare, and the image file of each where one was given."""
+    """Return the golden's cases to compare, each with its image file or None."""
     if not images:
         return [(index, None) for index in range(len(golden))]
     chosen: list[tuple[int | ImageError, str | None]] = []

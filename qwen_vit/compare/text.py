@@ -53,7 +53,7 @@ def reference_line(facts: dict[str, Any]) -> str:
 
 
 def closer_line(comparison: Comparison) -> str:
-    """Return who is closer to float64; an empty line where an error is not finite.
+    """Return which tower is closer to float64, or an empty line if an error is not finite.
 
     With other weights than the golden's the line is empty as well: they are two models.
     """

@@ -1,4 +1,4 @@
-"""The plan of an export: its frozen listing, its settings, and the folder that it goes to."""
+"""The plan of an export: its frozen listing, its settings, its folder."""
 
 import json
 import os
@@ -46,7 +46,7 @@ LEFTOVER = re.compile(r"\.+(?:shard-(\d{8})\.|listing-(\d+)-of-(\d+)\b|export\.|
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """A running export: all that a worker needs, besides the encoder, to make a shard.
+    """A running export: everything except the encoder that a worker needs to make a shard.
 
     It can be pickled. `settings` are those of export.json, which every shard repeats in its
     metadata.
@@ -83,7 +83,7 @@ def open_export(
     encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]], folder: Path,
     options: ExportOptions,
 ) -> Iterator[ExportPlan]:  # fmt: skip
-    """Begin or resume an export: the folder is held while the block runs.
+    """Begin or resume an export. The folder is locked while the block runs.
 
     >>> with open_export(encoder, ["photos"], Path("out"), ExportOptions()) as plan:
     ...     print(plan.n_images)  # doctest: +SKIP
@@ -102,7 +102,7 @@ def open_export(
                 facts = make_settings(encoder, listing, options)  # too slow for a short lock
                 with short_lock(folder):
                     settings, frozen = write_or_check_settings(folder, facts, listing, options.part)
-            finally:  # where it has not taken its place
+            finally:  # unless it was moved
                 listing.path.unlink(missing_ok=True)
             plan = ExportPlan(folder, settings, frozen, options)
             remove_leftovers(plan)
@@ -116,7 +116,7 @@ def open_export(
 
 
 def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) -> int:
-    """The bytes to reserve for a shard's head: they follow from the plan, not from the images."""
+    """The bytes to reserve for a shard's header. They follow from the plan, not from the images."""
     names = [name for item in items for name in (item.id, item.source)]
     text = json.dumps({**settings, "ids": names})
     per_image = IMAGE_HEAD_BYTES + TENSOR_HEAD_BYTES * (1 + len(settings.get("layers", ())))
@@ -165,7 +165,7 @@ def plan_dry_run(
     encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]], folder: Path | None,
     options: ExportOptions,
 ) -> Iterator[ExportPlan]:  # fmt: skip
-    """The plan of an export, for an estimate: nothing of it is left when the block ends.
+    """The plan of an export, for an estimate. Its files are removed when the block ends.
 
     Raises as `open_export` does, for the inputs and for the folder, unless that is None.
     """
@@ -212,7 +212,7 @@ def check_folder(folder: Path, *, make: bool = True) -> None:
 
 
 def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listing:
-    """Freeze the listing under a name of this part's own."""
+    """Freeze the listing under this part's own name."""
     number, count = options.part
     left_out: Counter[str] = Counter()
     path = folder / f".listing-{number}-of-{count}{TEMPORARY_SUFFIX}"
@@ -225,7 +225,7 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
 
 
 def remove_leftovers(plan: ExportPlan) -> None:
-    """Remove what killed runs left: this part's temporary files, and those that no part owns."""
+    """Remove leftovers of killed runs: temporary files of this part or of no part."""
     shards, part = plan.shards, plan.options.part
     with short_lock(plan.folder):
         for name in os.listdir(plan.folder):

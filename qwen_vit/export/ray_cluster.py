@@ -1,7 +1,7 @@
 """The same export on a Ray cluster: workers make the shards, and this process counts them.
 
 Ray restarts dead workers, on another node if needed, and retries their tasks. That is safe because
-a shard exists whole or not at all, and its bytes follow from the plan, whichever worker makes it.
+a shard exists completely or not at all, and its bytes follow from the plan for every worker.
 """
 
 import logging
@@ -36,7 +36,7 @@ from qwen_vit.export.shards import export_shards, whole_shard
 __all__ = ["export_on_ray"]
 
 CONNECT_TIMEOUT_S = 10.0
-MAX_TASK_RETRIES = 25  # of one shard: after so many dead workers, the shard kills them
+MAX_TASK_RETRIES = 25  # of one shard: after so many dead workers, the shard is the cause
 SHARDS_AT_A_TIME = 2  # of a GPU: it encodes one while threads read or write the other
 
 
@@ -62,7 +62,12 @@ def export_on_ray(
 
     Args:
         model: as in `VisionEncoder.from_pretrained`, to which `loading` goes as well.
-        inputs: as in `export_features`, like folder, options and what is not named here.
+        inputs: as in `export_features`.
+        folder: as in `export_features`.
+        options: as in `export_features`.
+        confirm: as in `export_features`.
+        show_progress: as in `export_features`.
+        decode_threads: as in `export_features`.
         address: the cluster's; None: that of RAY_ADDRESS, or of this machine, where one is started
             if there is none.
         device: "auto", "cuda" or "cpu".
@@ -153,7 +158,7 @@ class _Worker:
 
     @property
     def _encoder(self) -> VisionEncoder:
-        with self._loading:  # not in __init__: an error there would count as a dead worker
+        with self._loading:  # not in __init__, where an error would count as a dead worker
             if self._loaded is None:
                 self._loaded = self._load()
             return self._loaded
@@ -166,9 +171,9 @@ class _Worker:
         return estimate_plan(self._encoder, plan)
 
     def export(self, plan: ExportPlan, shard: int) -> tuple[DoneShard, dict[str, float]]:
-        """Make one shard on the disk; returns its rows of the manifest and what it waited for."""
+        """Make one shard on the disk. Returns its rows of the manifest and its waits."""
         gpu = self._encoder.metadata()["gpu"]
-        if gpu != plan.settings["gpu"]:  # whose bits may be others
+        if gpu != plan.settings["gpu"]:  # its bits may differ
             raise ExportError(
                 f"a worker has the GPU {gpu}",
                 name=str(plan.folder),
@@ -226,7 +231,7 @@ class _Workers:
         import ray
         from ray.util import ActorPool
 
-        if len(shards) == len(plan.shards):  # else earlier runs made some
+        if len(shards) == len(plan.shards):  # otherwise earlier runs made some
             warn_of_idle(len(shards), self._max_workers, "workers")
         sent = ray.put(plan)
         while len(self._actors) < min(self._max_workers, len(shards)):
@@ -317,7 +322,7 @@ def check_reachable(address: str | None) -> None:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Raise a worker's own errors as it raised them, and Ray's with a remedy."""
+    """Raise a worker's own errors unchanged, and Ray's with a remedy."""
     from ray.exceptions import RayActorError, RayTaskError
 
     try:

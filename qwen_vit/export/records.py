@@ -1,4 +1,4 @@
-"""What passes between the stages of an export: images, the start of a shard, a finished shard."""
+"""The records between the stages of an export: images, the start of a shard, a finished shard."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +13,7 @@ __all__ = [
     "COPY", "ENCODE", "READ", "REST", "STAGES", "WRITE", "DoneShard", "ImageRecord", "ShardStart",
 ]  # fmt: skip
 
-# What an export may wait for.
+# The stages that an export may wait for.
 STAGES = READ, ENCODE, COPY, WRITE, REST = "read and decode", "encode", "copy back", "write", "rest"
 
 ROW_BYTES = 1_000  # of the manifest, in memory, or more
@@ -21,7 +21,7 @@ ROW_BYTES = 1_000  # of the manifest, in memory, or more
 
 @dataclass(slots=True)
 class ImageRecord:
-    """One image on its way into a shard; each stage fills in what it finds."""
+    """One image on its way into a shard. Each stage adds its results."""
 
     item: Item
     sha256: str = ""
@@ -35,7 +35,7 @@ class ImageRecord:
 
     @property
     def n_bytes(self) -> int:
-        """What it holds in memory until it is encoded."""
+        """Its bytes in memory until it is encoded."""
         return 0 if self.patches is None else self.patches.pixels.nbytes
 
 
@@ -48,7 +48,7 @@ class ShardStart(NamedTuple):
 
     @property
     def n_bytes(self) -> int:
-        """What it holds in memory."""
+        """Its bytes in memory."""
         return ROW_BYTES * len(self.rows or ())
 
 

@@ -1,4 +1,4 @@
-"""What an export did: counted shard by shard, and reported at its end."""
+"""The result of an export, counted by shard."""
 
 import time
 from collections import Counter
@@ -14,10 +14,10 @@ __all__ = ["ExportCounts", "ExportReport"]
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What an export did: the images of its part, those of earlier runs included.
+    """The result of an export: the images of its part, those of earlier runs included.
 
     Attributes:
-        images: how many the part has.
+        images: how many images the part has.
         exported: how many of them have features.
         failed: how many images failed, by the code of their error.
         failed_earlier: how many of them failed before this run.
@@ -25,9 +25,9 @@ class ExportReport:
         rows: those of the part's shards.
         bytes: those of the part's shards.
         seconds: the duration of this run.
-        waits: how many seconds of this run went to waiting for each stage.
+        waits: the seconds of this run that each stage made it wait.
         shards: those of the whole folder.
-        shards_missing: of the whole folder, where other parts may still be missing.
+        shards_missing: those of the whole folder; other parts may still make them.
     """
 
     folder: Path
@@ -51,7 +51,7 @@ class ExportReport:
 
 @dataclass(slots=True)
 class ExportCounts:
-    """What an export has done so far."""
+    """The counts of an export so far."""
 
     exported: int = 0
     resumed: int = 0

@@ -1,9 +1,9 @@
-"""Bulk export: images -> shards of features, in a folder that stays whole if it is interrupted.
+"""Bulk export: images -> shards of features, in a folder that survives interrupts.
 
-The listing is frozen first. Line i of it belongs to shard i // shard_size, a feature file whose
-bytes follow from the listing and the settings alone; it exists whole or not at all, and holds each
-of its images or its error. So the missing shards are the work that is left, and any worker can make
-them, at any time, in any order.
+The listing is frozen first. Its line i belongs to shard i // shard_size, a feature file whose bytes
+follow from the listing and the settings alone. A shard exists completely or not at all, and has the
+features or the error of each of its images. The missing shards are therefore the remaining work,
+and any worker can make them, at any time, in any order.
 """
 
 import logging
@@ -49,7 +49,7 @@ def export_features(
     >>> export_features(encoder, ["tests/images"], "features").exported  # doctest: +SKIP
     3
 
-    Called again, it makes the missing shards, whatever stopped it. Read the folder with
+    A second call makes the missing shards after any interrupt. Read the folder with
     `load_features`.
 
     Args:
@@ -102,7 +102,7 @@ def load_encoder(
     >>> load_encoder("tiny", ExportOptions(dtype="bfloat16"), device="cpu").dtype
     torch.float32
 
-    `loading` goes to `VisionEncoder.from_pretrained`; raises as that does.
+    `loading` goes to `VisionEncoder.from_pretrained`. Raises as that does.
     """
     is_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     dtype = "auto" if is_cpu or options.dtype is None else options.dtype
@@ -110,7 +110,7 @@ def load_encoder(
 
 
 def warn_of_idle(n_shards: int, n_workers: int, workers: str) -> None:
-    """Log a warning where there are fewer shards than `workers`, such as "parts", to make them."""
+    """Log a warning if there are fewer shards than `workers`, such as "parts"."""
     if n_shards < n_workers:
         logger.warning(
             "%s for %d %s: lower --shard-size so that all have work",

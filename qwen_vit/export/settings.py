@@ -31,20 +31,20 @@ __all__ = [
 ]
 
 SETTINGS, LISTING = "export.json", "listing.jsonl"
-# Another name for the same weights is the same model: their hashes are compared.
+# Another name of the same weights is the same model: hashes decide.
 NAMES_ALONE = {"model", "commit"}
 SHARD = re.compile(r"shard-\d+\.safetensors")
 
 
 class EncoderInfo(Protocol):
-    """What an export records of an encoder, in this process or in another."""
+    """The facts about an encoder that an export records, from any process."""
 
     def metadata(self) -> dict[str, Any]:
         """As `VisionEncoder.metadata`."""
 
 
 def make_settings(encoder: EncoderInfo, listing: Listing, options: ExportOptions) -> dict[str, Any]:
-    """The settings of an export, as JSON holds them; hashes the weights, which takes a moment."""
+    """The settings of an export as JSON values. Hashes the weights, which takes a moment."""
     metadata = encoder.metadata()
     settings = {
         **metadata,
@@ -68,7 +68,7 @@ def write_or_check_settings(
     """Write the settings and the listing into the folder, or check that they are those there.
 
     Returns both as the export has them; the listing's file has then moved into the folder. Raises
-    ExportError, which names the differences, where the folder belongs to a different export.
+    ExportError that names the differences if the folder belongs to a different export.
     """
     found = existing_settings(folder, settings, listing, part)
     if found is None:
@@ -76,7 +76,7 @@ def write_or_check_settings(
             file.write(json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n")
     settings, listing = found or (settings, listing)
     try:
-        os.replace(listing.path, folder / LISTING)  # where it exists, it has the same bytes
+        os.replace(listing.path, folder / LISTING)  # an existing one has the same bytes
     except OSError as error:
         raise cannot_write(folder / LISTING, error) from None
     return settings, replace(listing, path=folder / LISTING)
@@ -93,7 +93,7 @@ def existing_settings(
     if not path.exists():
         return None
     stored = _read_settings(path)
-    # an export refused for its size, say, has nothing to differ from; with other parts it may run
+    # without a shard, for example after a refusal for size, there is nothing to differ from
     if part == (1, 1) and "listing_sha256" in stored and not has_shards(folder):
         return None
     version = stored.get("schema_version")
@@ -123,7 +123,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _stored_listing(path: Path, stored: Mapping[str, Any], listing: Listing) -> Listing:
-    """The listing that an export was begun with, if this one differs in its messages alone.
+    """The listing of the export's start, if this one differs only in its messages.
 
     Another version of this package may word an error differently; the listing's hash is part of
     every shard and must not change with it.
@@ -139,7 +139,7 @@ def _stored_listing(path: Path, stored: Mapping[str, Any], listing: Listing) -> 
 
 
 def _without_message(item: Item) -> Item:
-    """An image of a listing, of whose error only the code is left."""
+    """An image of a listing, with only the code of its error."""
     return item if item.error is None else replace(item, error=(item.error[0], ""))
 
 
@@ -161,7 +161,7 @@ def _check_same(
     if not names:
         return
     if len(names) > 1:
-        names.discard("config_sha256")  # the settings that it hashes are named themselves
+        names.discard("config_sha256")  # its settings are compared by name
     differences, input_hint = [], ""
     if "listing_sha256" in names:
         names -= {"listing_sha256", "n_images"}
@@ -193,7 +193,7 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 def _listing_difference(
     before: Path, listing: Listing, stored: Mapping[str, Any]
 ) -> tuple[str, str]:
-    """How the images differ, and a hint at the input that still has those of the start."""
+    """How the images differ, and a hint at the input that has those of the start."""
     if not _is_intact(before, stored):
         return f"cannot compare images: {before.name} is missing or corrupt", ""
     old = {item.id: _without_message(item) for item in read_listing(before)}
@@ -208,5 +208,5 @@ def _listing_difference(
     hint = f" (as input, pass {before})"
     if moved:
         reported[-1] += f" (it was in {display_name(old[moved[0]].source)})"
-        hint = ""  # the stored listing names places where the images no longer are
+        hint = ""  # the stored listing has old paths of the images
     return f"its images: {'; '.join(reported) or 'in another order'}", hint

@@ -1,6 +1,7 @@
-"""A plan's shards, one after the other: each is whole under its name, or absent.
+"""A plan's shards, one after the other: each is complete or absent.
 
-Loader threads prefetch; a writer thread drains results. So an export waits for the encoder alone.
+Loader threads prefetch; a writer thread drains results. An export therefore waits only for the
+encoder.
 """
 
 import logging
@@ -69,9 +70,9 @@ def export_shards(
     >>> for done in export_shards(encoder, plan, plan.shards):
     ...     print(done.shard, len(done.rows))  # doctest: +SKIP
 
-    Loader threads prefetch images, the next shard's too; a writer thread drains results. A batch
-    never crosses a shard, so the bytes do not depend on the threads; no shard is encoded before the
-    previous one is whole.
+    Loader threads prefetch images, also of the next shard. A writer thread drains results. A batch
+    never crosses a shard, so the bytes do not depend on the threads. No shard is encoded before the
+    previous one is complete.
 
     Args:
         breaker: stops the export after too many consecutive failures.
@@ -89,7 +90,7 @@ def export_shards(
     loader = ImageLoader(
         encoder.config, encoder.image_config, "auto", plan.options.limits, on_error="raise"
     )
-    copier: HostCopier | None = None  # made when a shard is missing: it takes memory
+    copier: HostCopier | None = None  # made only for a missing shard: it takes memory
     jobs = _jobs(loader, plan, shards)
     with closing(work_ahead(jobs, threads=thread_count(decode_threads))) as loaded:
         for start in loaded:
@@ -187,7 +188,7 @@ def _encode(
 
 
 def _timed(values: Iterator[Value], stage: str, clock: StageTimer) -> Iterator[Value]:
-    """The same values; the time that each of them takes counts as that of the stage."""
+    """The same values. The time of each counts for the stage."""
     while True:
         with clock.stage(stage):
             try:
@@ -200,7 +201,7 @@ def _timed(values: Iterator[Value], stage: str, clock: StageTimer) -> Iterator[V
 def _in_groups(
     encoded: Iterable[tuple[ImageRecord, ImageFeatures | None]], device: torch.device
 ) -> Iterator[tuple[list[ImageRecord], list[ImageFeatures]]]:
-    """Images, and the features of those that have any, as many as one copy from the GPU takes.
+    """Images with their features, in groups of one copy from the GPU.
 
     Copying small images one by one would keep the export waiting for Python. On a CPU nothing is
     copied, and every image is a group of its own.
@@ -227,7 +228,7 @@ def _time_writer(shard: "_Shard", clock: StageTimer) -> Iterator[None]:
     before, begin = shard.waited_s, time.perf_counter()
     with clock.stage(WRITE):
         yield
-    # the writer's own wait may have begun long before ours
+    # the writer's own wait may have begun before ours
     waited_s = min(shard.waited_s - before, time.perf_counter() - begin)
     clock.move(waited_s, WRITE, COPY)
 
@@ -333,9 +334,9 @@ def whole_shard(
 ) -> list[ManifestRow] | None:
     """A shard's rows of the manifest, or None if its file is missing or torn.
 
-    Its size must be the one that its header promises, its settings the plan's, and its images and
-    errors, together, those of the listing. For a torn one, a log says what happens `then`. Raises
-    ExportError for a file that belongs to a different export.
+    Its size must be the one in its header, its settings the plan's, and its images and errors
+    together those of the listing. For a torn one, a log line names `then`, the next step. Raises
+    ExportError for a file of a different export.
     """
     path = plan.path(shard)
     if not path.exists():

@@ -123,7 +123,7 @@ class Features(ABC):
     ) -> list[Image.Image]:
         """Draw every image of a small file, or of a subset such as `features[:8]`.
 
-        As `show_features`, which says what the arguments mean.
+        The arguments are those of `show_features`.
         """
         return show_features(self, pictures, point=point, layer=layer)
 

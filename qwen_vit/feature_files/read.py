@@ -56,8 +56,8 @@ class FeatureFile(Features):
 
     Attributes:
         path: the file.
-        metadata: what `VisionEncoder.metadata()` gave, and the rest of `schema.FILE_FACTS`, `ids`
-            and `images`; those of a file of schema 1 may be absent.
+        metadata: what `VisionEncoder.metadata()` gave, and the rest of `schema.FILE_FACTS`,
+            `ids` and `images`; those of a file of schema 1 may be absent.
         errors: the images of a shard that failed, each with its reason.
         image_grid_thw: (N, 3) int64, each image's grid in patches.
     """
@@ -84,7 +84,7 @@ class FeatureFile(Features):
     def __repr__(self) -> str:
         return f"FeatureFile({str(self.path)!r}: {plural(len(self), 'image')})"
 
-    def __reduce__(self) -> Any:  # a data loader's workers open it for themselves
+    def __reduce__(self) -> Any:  # a data loader's workers open it again
         return load_features, (self.path,)
 
     @property
@@ -128,7 +128,7 @@ class FeatureFile(Features):
         return [0, *self.image_grid_thw.prod(1).cumsum(0).tolist()]
 
     def _read_rows(self, tensor: str, offsets: Sequence[int], place: int) -> Tensor:
-        with torch.device("cpu"):  # whatever the caller's default device is
+        with torch.device("cpu"):  # for any default device of the caller
             rows: Tensor = self._file.get_slice(tensor)[offsets[place] : offsets[place + 1]]
         return rows
 
@@ -201,7 +201,7 @@ class FeatureFolder(Features):
         shards = f"{len(self._present):,} of {plural(self._shard_count, 'shard')}"
         return f"FeatureFolder({str(self.path)!r}: {listed} listed, {shards})"
 
-    def __reduce__(self) -> Any:  # a worker has the same images, whatever was written since
+    def __reduce__(self) -> Any:  # a worker has the same images, even if shards were added
         return _same_folder, (self.path, tuple(self._present))
 
     @property
@@ -303,7 +303,7 @@ def load_features(path: str | Path) -> FeatureFile | FeatureFolder:
     qwen_vit.errors.ExportError: no-such-file.safetensors: does not exist. Expected a feature \
 file of `qwen-vit encode` or a folder of `qwen-vit export`.
 
-    Raises ExportError, naming the file, for one that is missing, truncated or of another schema.
+    Raises ExportError with the file's name if it is missing, truncated or of another schema.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentError(

@@ -1,4 +1,4 @@
-"""The feature file and the export folder: what they hold, and checks of what was read from them.
+"""The format of feature files and export folders, and the checks of their content.
 
 A feature file is one safetensors file: `image_embeds` (T, D), `image_grid_thw` (N, 3) int64 and
 `image_token_offsets` (N + 1,) int64, so that image i owns rows offsets[i] : offsets[i + 1]. For
@@ -82,8 +82,8 @@ class ItemFacts:
     """What a file records of one image or video, besides its rows; None if it is not known.
 
     Attributes:
-        id: as that of `ImageFeatures`.
-        grid_thw: as that of `ImageFeatures`.
+        id: as in `ImageFeatures`.
+        grid_thw: as in `ImageFeatures`.
         n_rows: its rows of `image_embeds`.
         size_px: the original (height, width).
         notes: what the image policy did.

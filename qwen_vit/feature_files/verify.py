@@ -22,13 +22,13 @@ LISTING = "listing.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was checked of stored features, and what is wrong with them.
+    """The checks of stored features, and the problems found.
 
     Attributes:
         images: how many were read.
         rows: how many were read, of all images.
         digests: images whose rows have the sha256 that was recorded when they were written.
-        problems: a sentence each; empty where everything is right.
+        problems: a sentence each; empty if everything is right.
     """
 
     images: int

@@ -1,4 +1,4 @@
-"""Writing feature files: whole or not at all, the same bytes for the same features."""
+"""Writes feature files, completely or not at all, with the same bytes for the same features."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ def write_features(
     *,
     overwrite: bool = True,
 ) -> Path:
-    """Write a feature file whole or not at all; failed images are left out.
+    """Write a feature file completely or not at all. Failed images are left out.
 
     >>> import tempfile
     >>> from qwen_vit import VisionEncoder, load_features
@@ -54,10 +54,9 @@ def write_features(
     ...     load_features(path)["tests/images/chelsea.png"].grid_thw
     (1, 22, 32)
 
-    `metadata` is what `VisionEncoder.metadata()` gives. The bytes depend on the arguments alone.
-    Raises ExportError for a file that exists where `overwrite` is False, two images of one id,
-    embeddings that are not rows of finite numbers, nothing to write, or a folder that cannot be
-    written.
+    `metadata` is the result of `VisionEncoder.metadata()`. The bytes depend only on the arguments.
+    Raises ExportError for an existing file with `overwrite=False`, two images of one id, embeddings
+    that are not rows of finite numbers, nothing to write, or a folder that cannot be written.
     """
     path = Path(path)
     check_utf8(path)

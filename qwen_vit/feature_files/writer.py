@@ -1,4 +1,4 @@
-"""A feature file that grows: rows as they come, hashed on the way, and the header at the end."""
+"""A feature file that grows: rows as they arrive, hashed, and the header at the end."""
 
 import json
 import math
@@ -95,7 +95,7 @@ class FeatureWriter:
         self.discard()
 
     def discard(self) -> None:
-        """Leave nothing of a file that was not saved; harmless when it was."""
+        """Remove a file that was not saved. A saved one stays."""
         self._hasher.shutdown()
         for growing in self._growing:
             growing.atomic.discard()

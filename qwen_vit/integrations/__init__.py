@@ -1,1 +1,1 @@
-"""Features, and the encoder itself, in the forms that other software takes."""
+"""Features, and the encoder itself, in the forms of other software."""

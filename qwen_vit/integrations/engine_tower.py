@@ -1,8 +1,8 @@
-"""The tower as an inference engine holds it: an `nn.Module` that the engine's own loader fills.
+"""The tower for an inference engine: an `nn.Module` that the engine's own loader fills.
 
-vLLM and SGLang build a model, hand its weights over as they read them, measure its memory, and call
-it with rows of patches that their processor cut. Each has a thin model class; this is what they
-share.
+vLLM and SGLang build a model, pass on weights while they read them, measure its memory, and call it
+with rows of patches from their processor. Each has a thin model class. This module is their shared
+part.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

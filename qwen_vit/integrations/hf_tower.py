@@ -1,9 +1,9 @@
 """A `VisionEncoder` as the vision tower of transformers' Qwen2.5-VL and Qwen2.5-Omni.
 
-The module has no parameters: the encoder's weights are folded, permuted and padded, and whoever
-finds parameters trains, casts or saves them as they are. Others see the published tensors, which
-`state_dict` reads and `load_state_dict` converts again, and modules with the published names, which
-refuse adapters and replacements.
+The module has no parameters. The encoder's weights are folded, permuted and padded, and other code
+trains, casts or saves every parameter that it finds. `state_dict` reads the published tensors and
+`load_state_dict` converts them again. Modules with the published names refuse adapters and
+replacements.
 
 Import it late: torch.compiler.disable imports torch._dynamo, which takes 1.5 s.
 """
@@ -34,7 +34,7 @@ TRAIN_THEIRS = "train transformers' own tower, and load an encoder from what it 
 
 
 class _Shown:
-    """The encoder that a tower and its parts show; they share one of these."""
+    """The encoder that a tower and its parts share."""
 
     def __init__(self, encoder: VisionEncoder) -> None:
         self.encoder = encoder
@@ -42,13 +42,13 @@ class _Shown:
         for name, (size, *others) in expected_tensors(encoder.config).items():
             parts = encoder.checkpoint.tensors.stored_as(name)
             self.shapes |= dict.fromkeys(parts, torch.Size([size // len(parts), *others]))
-        self.dtype = encoder.dtype  # what was asked for: a CPU computes in float32 instead
+        self.dtype = encoder.dtype  # the requested dtype: a CPU computes in float32 instead
         self.cuda_graphs = encoder.graphs is not None or encoder.device.type != "cuda"
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedWeight:
-    """What a part shows as its weight or bias: no tensor, because a change to one would be lost."""
+    """A part's weight or bias as shown: no tensor, because a change to it would be lost."""
 
     name: str
     shape: torch.Size
@@ -57,7 +57,7 @@ class PublishedWeight:
 
 
 class _Frozen(nn.Module):
-    """A module that computes no gradients and whose parts stay what they are."""
+    """A module without gradients whose parts cannot be replaced."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module | nn.Parameter):
@@ -131,7 +131,7 @@ class HFTower(_Frozen):
                     path = ".".join(steps[:depth])
                     module.add_module(step, _Blocks() if is_list else _Part(shown, path))
                 module = module.get_submodule(step)
-        self.eval()  # as a model that was loaded is
+        self.eval()  # as in a loaded model
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -140,12 +140,12 @@ class HFTower(_Frozen):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the tower computes in."""
+        """The dtype of the computation."""
         return self.encoder.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the tower computes; inputs may be anywhere."""
+        """The device of the computation. Inputs may be on any device."""
         return self.encoder.device
 
     def __repr__(self) -> str:
@@ -203,7 +203,7 @@ class HFTower(_Frozen):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         for name, tensor in self.encoder.checkpoint.tensors.as_stored():
-            # a copy: what is done to it must not reach a file's map or a tensor that was given
+            # a copy: changes must not reach a file's map or the caller's tensor
             destination[prefix + name] = tensor.to("cpu", copy=True)
 
     def _load_from_state_dict(
@@ -244,7 +244,7 @@ class HFTower(_Frozen):
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A copy on the host: the caller's model may go on training its own."""
+    """A copy on the host: the caller's model may continue to train its own."""
     return tensor if tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
 

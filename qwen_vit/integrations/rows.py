@@ -29,8 +29,8 @@ def rows_and_grids(features: AnyFeatures) -> tuple[list[Tensor], Tensor]:
     >>> [part.shape for part in rows], grids
     ([torch.Size([6, 8])], tensor([[1, 4, 6]]))
 
-    Raises ArgumentError for what are not features, and ExportError for failed images and for rows
-    that are not merged tokens, finite floats, and of one width and type.
+    Raises ArgumentError for values that are not features. Raises ExportError for failed images and
+    for rows that are not merged tokens, not finite floats, or of several widths or types.
     """
     images = check_features(features)
     if not images:

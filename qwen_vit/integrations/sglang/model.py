@@ -95,8 +95,8 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
                 remedy=f"use a whole Qwen2.5-VL checkpoint, or {WITHOUT}",
             )
         if written and mm_schedule.embedding_cache is not None:
-            # SGLang 0.5.23 keeps the embeddings of pictures that it has seen, whatever tower it
-            # runs, and would answer from the old weights
+            # SGLang 0.5.23 keeps the embeddings of seen pictures with any tower, and would answer
+            # from the old weights
             mm_schedule.embedding_cache.clear()
         self._prepare()
         return loaded

@@ -60,7 +60,7 @@ def write_ec_cache(
     second_per_grid_ts: Sequence[float] = (),
     index: str = "",
 ) -> list[CachedFeatures]:
-    """Write features into a folder from which vLLM reads them, whatever engine runs or restarts.
+    """Write features into a folder from which vLLM reads them, also after a restart.
 
     >>> import tempfile
     >>> made = [ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))]
@@ -81,10 +81,10 @@ def write_ec_cache(
         metadata: `encoder.metadata()`, or the `metadata` of `load_features(...)`.
         videos: as in `to_vllm`.
         second_per_grid_ts: as in `to_vllm`.
-        index: what to call the file that lists these entries; a digest of them if not given.
+        index: the name of the file that lists these entries; a digest of them by default.
 
     Returns:
-        What a request needs of each picture, then of each video, in order.
+        The data for a request: each picture, then each video, in order.
 
     Raises:
         ExportError: features that are not merged tokens or belong to another model than the
