@@ -26,7 +26,7 @@ def choose_device(device: str | torch.device) -> torch.device:
         if not torch.cuda.is_available():
             _warn_once(
                 "no CUDA GPU: computing on the CPU in float32, with the attention kernel in "
-                "Triton's interpreter (right, and slow)"
+                "Triton's interpreter (correct, but slow)"
             )
             return torch.device("cpu")
         device = "cuda"

@@ -362,7 +362,7 @@ def test_a_missing_shard_is_named_with_its_index(tmp_path):
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     message = refusal(tmp_path)
     assert "model.safetensors.index.json: names the shard model-00002-of-00002" in message
-    assert "is not there. Download it" in message
+    assert "does not exist. Download it" in message
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def entry(start: int, end: int, *, dtype: str = "F32", shape: object = None) -> 
         ),
         (safetensors_file(b"{} x"), "header: not JSON"),
         (safetensors_file(b"[]"), "header: the JSON is []. Expected an object"),
-        (safetensors_file(b'{"a": 1, "a": 1}'), "header: the key 'a' is there twice"),
+        (safetensors_file(b'{"a": 1, "a": 1}'), "header: the key 'a' appears twice"),
         (safetensors_file({"a": 1}), "the header's entry 'a' lacks a valid dtype"),
         (safetensors_file({"a": entry(4, 0)}), "the header's entry 'a' lacks a valid dtype"),
         (safetensors_file({"a": entry(0, 4, shape=[-1])}, bytes(4)), "the header's entry 'a' l"),

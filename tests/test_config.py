@@ -211,7 +211,7 @@ def test_other_models_are_refused_by_name(document, words):
         (b'{"depth": "\xff"}', "not UTF-8 at byte 11 of 14"),
         (b'{"depth": NaN}', "holds NaN"),
         (b'{"depth": -Infinity}', "holds -Infinity"),
-        (b'{"depth": 1, "depth": 2}', "the key 'depth' is there twice"),
+        (b'{"depth": 1, "depth": 2}', "the key 'depth' appears twice"),
         (b'{"depth": ' + b"9" * 5000 + b"}", "not JSON"),
         (b'{"a": ' * 100_000, "nested too deeply"),
         (b"<html>", "not JSON"),

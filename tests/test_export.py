@@ -406,7 +406,7 @@ def test_a_breaker_counts_what_is_read_and_what_is_done() -> None:
         breaker.count_read(error)
     assert str(stopped.value) == (
         "stopped after 3 consecutive failures; last error: x: does not exist. Check the path. Fix "
-        "the cause and run the same command again, which keeps whole shards, or allow more "
+        "the cause and run the same command again, which keeps finished shards, or allow more "
         "failures with --max-failures."
     )
     CircuitBreaker(0).count_done(error)
@@ -1323,7 +1323,7 @@ def test_an_interrupt_says_what_is_kept(
     monkeypatch.setattr(Progress, "count", count)
     code, _, err = run("p", "--out", "out", "--shard-size", "4")
     assert code == 130
-    kept = "finished shards are kept; run the same command again to go on"
+    kept = "finished shards are kept; run the same command again to continue"
     assert (kept in err, "nothing was saved yet" in err) == (is_any_whole, not is_any_whole)
 
 
@@ -1557,7 +1557,7 @@ def test_a_shard_that_is_gone_right_after_it_was_written_is_told(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards_module.FeatureWriter, "save", lambda self, facts: None)
-    with plan_of() as plan, pytest.raises(ExportError, match=r"gone or damaged, right after it"):
+    with plan_of() as plan, pytest.raises(ExportError, match=r"disappeared or was damaged right after it"):
         make_shard(FakeEncoder(), plan, 0)
 
 

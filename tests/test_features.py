@@ -119,7 +119,7 @@ REFUSED = {
     "duplicate ids": (
         features_of("a", "b", "a"),
         METADATA,
-        ("two images have the id 'a'. Give each one its own",),
+        ("two images have the id 'a'. Name them differently",),
     ),
     "NaN": ([NAN], METADATA, ("'bad.jpg' (1 of 1 image) contain NaN or infinity", "try float32")),
     "infinity": (

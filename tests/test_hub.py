@@ -759,7 +759,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "duplicate-keys": (
         lambda folder: edit_header(folder, b"visual.blocks.0.norm1", b"visual.blocks.0.norm2"),
-        ("the key 'visual.blocks.0.norm2.weight' is there twice",),
+        ("the key 'visual.blocks.0.norm2.weight' appears twice",),
     ),
     "overlap": (
         lambda folder: edit_header(folder, b'"data_offsets":[0,', b'"data_offsets":[2,'),

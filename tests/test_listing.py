@@ -508,7 +508,7 @@ def test_fifos_are_listed_and_never_opened(here: Path) -> None:
 def test_two_images_of_one_id_are_refused_by_name(here: Path) -> None:
     touch("p/1.jpg", "q/1.jpg")
     with pytest.raises(
-        ExportError, match=r"1.jpg: two images have this id, the second is .*q/1.jpg\. Give each"
+        ExportError, match=r"1.jpg: two images have this id, the second is .*q/1.jpg\. Pass each"
     ):
         Listing.freeze(here / "l", find_items(["p", "q"]), 5)
     assert not Path("l").exists()

@@ -103,7 +103,7 @@ def find_prefix(names: Collection[str], source: str) -> str:
             f"holds {len(prefixes)} vision towers, under {listed}",
             name=source,
             expected="one",
-            remedy="save the one that you mean on its own",
+            remedy="save the right one alone",
         )
     if not prefixes:
         raise CheckpointError(

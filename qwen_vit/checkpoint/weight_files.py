@@ -226,7 +226,7 @@ def is_plain_basename(name: str) -> bool:
 def _check_shard_path(path: Path, *, index: Path) -> None:
     if not path.exists():
         raise CheckpointError(
-            f"names the shard {path.name}, but {path} is not there",
+            f"names the shard {path.name}, but {path} does not exist",
             name=str(index),
             remedy="download it (qwen-vit download MODEL)",
         )

@@ -65,7 +65,7 @@ def print_data(text: str) -> None:
         if not isinstance(error, BrokenPipeError):
             raise ExportError(
                 f"standard output could not be written ({error.strerror})",
-                remedy="check where it goes",
+                remedy="check its target",
             ) from None
 
 

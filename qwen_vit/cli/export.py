@@ -171,7 +171,7 @@ def _hint_resume(out: Path) -> Iterator[None]:
         from qwen_vit.export.settings import has_shards
 
         if out.is_dir() and has_shards(out):
-            print_log("finished shards are kept; run the same command again to go on")
+            print_log("finished shards are kept; run the same command again to continue")
         else:
             print_log("nothing was saved yet; lower --shard-size to checkpoint more often")
         raise
@@ -187,7 +187,7 @@ def _ask_if_large(estimate: "Estimate", folder: Path) -> None:
     )
     if not sys.stdin.isatty():
         raise ExportError(
-            fact, name=str(folder), remedy="pass --yes to go on without asking, or fewer images"
+            fact, name=str(folder), remedy="pass --yes to skip the question, or fewer images"
         )
     if not click.confirm(f"{display_name(str(folder))}: {fact}. Go on?", err=True):
         raise ExportError(

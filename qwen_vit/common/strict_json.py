@@ -60,7 +60,7 @@ def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
         for key, value in pairs:
             if key in result:
                 raise CheckpointError(
-                    f"the key {short_repr(key)} is there twice",
+                    f"the key {short_repr(key)} appears twice",
                     name=source,
                     expected="each key once",
                     remedy=DOWNLOAD_AGAIN,

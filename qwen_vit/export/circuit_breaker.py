@@ -38,6 +38,6 @@ class CircuitBreaker:
         if 0 < self.limit <= failures:
             raise ExportError(
                 f"stopped after {failures} consecutive failures; last error: {error}",
-                remedy="fix the cause and run the same command again, which keeps whole shards, or "
-                "allow more failures with --max-failures",
+                remedy="fix the cause and run the same command again, which keeps finished "
+                "shards, or allow more failures with --max-failures",
             )

@@ -131,7 +131,7 @@ def _size(plan: ExportPlan, shard: int) -> int:
         return plan.path(shard).stat().st_size
     except FileNotFoundError:
         raise ExportError(
-            "it does not exist here, though a worker wrote it",
+            "it does not exist here, although a worker wrote it",
             name=str(plan.path(shard)),
             expected="a folder on a disk that all nodes of the cluster share",
             remedy="pass another --out",
@@ -335,5 +335,5 @@ def _plain_errors() -> Iterator[None]:
         raise ExportError(
             f"a worker of the Ray cluster died {MAX_TASK_RETRIES + 1} times at one shard, or could "
             f"not be started ({str(error).splitlines()[0]})",
-            remedy="look at Ray's logs and run the same command again, which keeps whole shards",
+            remedy="look at Ray's logs and run the same command again, which keeps finished shards",
         ) from None

@@ -308,7 +308,7 @@ class _Shard:
         rows = whole_shard(self._plan, self.number)
         if rows is None:
             raise ExportError(
-                "it is gone or damaged, right after it was written",
+                "it disappeared or was damaged right after it was written",
                 name=str(self._plan.path(self.number)),
                 remedy="check its disk",
             )

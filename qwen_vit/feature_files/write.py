@@ -81,7 +81,7 @@ def write_features(
         raise ExportError(
             f"two images have the id {twice!r}",
             name=str(path),
-            remedy="give each one its own, for example by dataclasses.replace(features, id=...)",
+            remedy="name them differently, for example by dataclasses.replace(features, id=...)",
         )
     columns = _columns(path, good)
     tensors = [RowTensor(name, *_form(path, name, rows)) for name, rows in columns.items()]

@@ -73,7 +73,7 @@ def _channels_last(array: NDArray[Any], name: str, layout: ArrayLayout) -> NDArr
         raise ImageError(
             f"its shape {shape} has an ambiguous channel axis, the first or the last",
             name=name,
-            remedy='give layout="HWC" or layout="CHW"',
+            remedy='pass layout="HWC" or layout="CHW"',
             code="array-layout",
         )
     chosen = layout if layout != "auto" else "CHW" if first else "HWC"

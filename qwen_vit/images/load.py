@@ -108,7 +108,7 @@ def read_image_file(path: str, name: str, limits: ImageLimits) -> bytes:
                 "a directory",
                 name=name,
                 expected="an image file",
-                remedy="give its files, or `qwen-vit export` it",
+                remedy="pass its files, or run `qwen-vit export`",
                 code="directory",
             )
         if not stat.S_ISREG(status.st_mode):  # a FIFO would block, a device might not end

@@ -109,7 +109,7 @@ def _check_alone(inputs: Sequence[str]) -> None:
             "not an image",
             name=inputs[0],
             expected="images, folders, tars or lists",
-            remedy="give a list as .txt with a path a line, or as .jsonl with an "
+            remedy="pass a list as .txt with a path a line, or as .jsonl with an "
             '"id" and a "path" a line',
         )
 

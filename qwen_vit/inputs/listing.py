@@ -90,7 +90,7 @@ class Listing:
                     raise ExportError(
                         f"two images have this id, the second {where} {display_name(item.source)}",
                         name=item.id,
-                        remedy="give each image once, export the folder that holds both, or give "
+                        remedy="pass each image once, export the folder that holds both, or give "
                         'a .jsonl list with an "id" for each',
                     )
                 ids.add(item.id)

@@ -87,7 +87,7 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
                 yield Item(inside, path, member.offset_data, member.size)
             else:
                 special = ImageError(
-                    "not a plain file in its tar, but a link, say",
+                    "not a plain file in its tar, for example a link",
                     name=inside,
                     remedy="unpack the tar",
                     code="not-a-file",

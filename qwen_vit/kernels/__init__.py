@@ -4,7 +4,7 @@ try:
     import triton as _triton
 except ImportError as error:
     raise ImportError(
-        "qwen_vit needs Triton, on a CPU too, and Triton has wheels for Linux only (WSL works): "
+        "qwen_vit needs Triton, also on a CPU. Triton has wheels for Linux only (WSL works): "
         "pip install 'triton>=3.6'"
     ) from error
 

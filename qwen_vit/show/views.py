@@ -215,7 +215,7 @@ def _cell_at(
             "the size of the image is not known",
             name=features.id,
             expected="the picture, of which the point is a pixel",
-            remedy="pass its picture, too",
+            remedy="pass its picture as well",
         )
     (x, y), (height, width) = point, size_px
     if not (0 <= x < width and 0 <= y < height):
