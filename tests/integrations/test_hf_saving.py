@@ -126,10 +126,21 @@ def test_a_model_is_saved_over_the_folder_that_it_came_from_and_again(
     model, swapped = both
     for folder in (origin, origin, tmp_path / "other"):
         swapped.save_pretrained(folder, max_shard_size="20KB")
-        swapped = copy.deepcopy(swapped)
     assert_same_state(swapped.state_dict(), dict(model.state_dict()))
+
+
+def test_a_file_that_another_one_replaces_changes_nothing(
+    both: tuple[Any, Any], origin: Path
+) -> None:
+    """Not even for a copy that is made afterwards."""
+    model, swapped = both
+    file = origin / "model.safetensors"
+    other = {name: tensor + 1 for name, tensor in load_file(file).items()}
+    save_file(other, file, metadata={"format": "pt"})  # which renames
+    for each in (swapped, copy.deepcopy(swapped)):
+        assert_same_state(each.state_dict(), dict(model.state_dict()))
     shutil.rmtree(origin)
-    assert_same_state(swapped.state_dict(), dict(model.state_dict()))
+    assert_same_state(copy.deepcopy(swapped).state_dict(), dict(model.state_dict()))
 
 
 def test_a_file_that_was_written_over_in_place_is_refused(
