@@ -182,20 +182,20 @@ def facts_text(facts: dict[str, Any]) -> str:
 
 def features_text(facts: dict[str, Any]) -> str:
     """Return a line for each fact of stored features; their counts in words."""
-    lines = dict(facts)
-    done = lines.pop("images_done")
-    counts = f"{done:,}"
+    rest = dict(facts)
+    head = {"kind": rest.pop("kind"), "path": rest.pop("path")}
+    done = rest.pop("images_done")
     if facts["kind"] == "export folder":
-        failed = lines.pop("images_failed")
-        counts = counts_text(done, lines.pop("images_to_do"), sum(failed.values()))
-        reasons = ", ".join(f"{count:,} {code}" for code, count in failed.items())
-        lines["failed"] = reasons
-        if missing := lines.pop("shards_missing"):
-            lines["shards"] = f"{facts['shards']:,}, {missing:,} missing"
-    rows = f"{lines.pop('rows'):,} of {lines.pop('width')} values, {lines.pop('dtype')}"
-    lines |= {"bytes": f"{facts['bytes']:,}"}
-    head = {"kind": lines.pop("kind"), "path": lines.pop("path"), "images": counts, "rows": rows}
-    return facts_text(head | lines)
+        failed, to_do = rest.pop("images_failed"), rest.pop("images_to_do")
+        head["images"] = counts_text(done, to_do, sum(failed.values()))
+        head["failed"] = ", ".join(f"{count:,} {code}" for code, count in failed.items())
+        missing = rest.pop("shards_missing")
+        head["shards"] = f"{rest.pop('shards'):,}" + f", {missing:,} missing" * bool(missing)
+    else:
+        head["images"] = f"{done:,}"
+    head["rows"] = f"{rest.pop('rows'):,} of {rest.pop('width')} values, {rest.pop('dtype')}"
+    head["bytes"] = f"{rest.pop('bytes'):,}"
+    return facts_text(head | rest)
 
 
 def _value_text(name: str, value: Any) -> str:

@@ -14,7 +14,6 @@ __all__ = ["describe_features", "feature_files_of", "holds_features"]
 EXPORT_SETTINGS = "export.json"
 SUFFIX = ".safetensors"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-OUTPUTS = {None: "mean", 1: "patch"}  # by patches in a row; the others are merged
 
 
 def holds_features(path: str) -> bool:
@@ -54,13 +53,13 @@ def describe_features(path: str | Path) -> dict[str, Any]:
             "shards": len(files),
             "shards_missing": -(-len(features.listing) // metadata["shard_size"]) - len(files),
         }
-    per_row = features[0].grid_thw if len(features) else None
     return {
         **facts,
         "rows": sum(tensor.shape[0] for tensor in tensors),
         **_row_facts(tensors),
         "bytes": sum(file.stat().st_size for file in files),
-        "output": _output(features, metadata) if per_row else metadata.get("output"),
+        "output": features[0].output if len(features) else metadata.get("output"),
+        "layers": metadata.get("layers") or [],
         "model": metadata.get("model"),
         "commit": metadata.get("commit"),
         "weights_sha256": metadata.get("weights_sha256"),
@@ -82,12 +81,3 @@ def _row_facts(tensors: list[TensorInfo]) -> dict[str, Any]:
     if not tensors:
         return {"width": None, "dtype": None}
     return {"width": tensors[0].shape[1], "dtype": DTYPES.get(tensors[0].dtype, tensors[0].dtype)}
-
-
-def _output(features: FeatureFile | FeatureFolder, metadata: dict[str, Any]) -> str:
-    if "output" in metadata:
-        return str(metadata["output"])
-    first = features[0]
-    t, h, w = first.grid_thw
-    per_row = metadata.get("patches_per_row", t * h * w // max(1, len(first.embeds)))
-    return OUTPUTS.get(per_row, "merged")

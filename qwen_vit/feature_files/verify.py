@@ -1,19 +1,17 @@
 """Checks of stored features: every file, every row, every digest that was recorded."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import file_digest, sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from qwen_vit.common.tensors import all_finite
 from qwen_vit.errors import ExportError, display_name, plural
 from qwen_vit.feature_files.read import FeatureFile, FeatureFolder, load_features
-from qwen_vit.feature_files.schema import RESUME, shard_name
+from qwen_vit.feature_files.schema import RESUME, rows_by_tensor, shard_name
+from qwen_vit.feature_files.writer import rows_sha256
 
 __all__ = ["Verification", "verify_features"]
 
@@ -90,25 +88,17 @@ class _Check:
             self.rows += len(features.embeds)
             self._on_image()
             expected = 1 if per_row is None else math.prod(features.grid_thw) // per_row
-            tensors = {"image_embeds": features.embeds}
             where = f"{display_name(file.path.name)}: {display_name(name)}"
             if "patches_per_row" in file.metadata and len(features.embeds) != expected:
                 self.problems.append(
                     f"{where}: {len(features.embeds)} rows for a grid of {features.grid_thw}"
                 )
-            for problem in _row_problems(tensors, entry.get("rows_sha256") or {}):
-                self.problems.append(f"{where}: {problem}")
-            self.digests += bool(entry.get("rows_sha256"))
-
-
-def _row_problems(tensors: dict[str, Tensor], digests: dict[str, str]) -> Iterator[str]:
-    for name, rows in tensors.items():
-        if not all_finite(rows):
-            yield f"{name} holds NaN or infinity"
-        recorded = digests.get(name)
-        if recorded is not None and recorded != sha256(_bytes_of(rows)).hexdigest():
-            yield f"the rows of {name} changed after they were written"
-
-
-def _bytes_of(rows: Tensor) -> Any:
-    return rows.contiguous().view(torch.uint8).numpy()
+            digests = entry.get("rows_sha256") or {}  # schema 1 has none
+            for tensor, rows in rows_by_tensor(features).items():
+                if not all_finite(rows):
+                    self.problems.append(f"{where}: {tensor} holds NaN or infinity")
+                if digests and digests.get(tensor) != rows_sha256(rows):
+                    self.problems.append(
+                        f"{where}: its rows of {tensor} changed after they were written"
+                    )
+            self.digests += bool(digests)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -13,6 +14,7 @@ from qwen_vit.cli.verification import Findings
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
+from qwen_vit.feature_files.write import write_features
 from tests.support.checkpoints import SMALL, write_checkpoint, write_weights
 
 TINY = ("--model", "tiny", "--device", "cpu")
@@ -27,6 +29,11 @@ def export_dir(folder: Path) -> Path:
     return folder / "out"
 
 
+def facts_of(text: str) -> dict[str, str]:
+    """A line's words by its first one."""
+    return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in text.splitlines() if "  " in line)
+
+
 def poison(file: Path, row: int = 0) -> None:
     """Put a NaN into a feature file, as a disk or a bad GPU would."""
     with safe_open(file, "pt") as opened:
@@ -36,20 +43,14 @@ def poison(file: Path, row: int = 0) -> None:
     save_file(tensors, file, metadata)
 
 
-def one_space(text: str) -> str:
-    """A table's text without its columns' width, which depends on its longest name."""
-    return re.sub(" +", " ", text)
-
-
 def test_a_feature_file_is_described_and_verified(folder: Path, run: Any) -> None:
     run("encode", "a.png", "b.jpg", *TINY, "--out", "f.safetensors")
     facts = json.loads(run("info", "f.safetensors", "--json").out)
     assert (facts["kind"], facts["images_done"], facts["rows"]) == ("feature file", 2, 10)
     assert (facts["width"], facts["dtype"], facts["output"]) == (192, "float32", "merged")
     assert facts["model"] == "tiny"
-    text = run("info", "f.safetensors").out
-    assert "images 2\n" in one_space(text)
-    assert "rows 10 of 192 values, float32\n" in one_space(text)
+    lines = facts_of(run("info", "f.safetensors").out)
+    assert (lines["images"], lines["rows"]) == ("2", "10 of 192 values, float32")
     whole = run("verify", "f.safetensors")
     assert whole.code == 0
     assert whole.out.startswith("whole: 2 images, 10 rows read")
@@ -64,16 +65,48 @@ def test_a_feature_file_is_described_and_verified(folder: Path, run: Any) -> Non
     assert "damaged: " in alias.out
 
 
+@pytest.mark.parametrize("tensor", ["image_embeds", "layer_1"])
+def test_a_wrong_bit_is_found_by_the_digest(folder: Path, run: Any, tensor: str) -> None:
+    """Its value is finite and plausible: nothing else can tell."""
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    encoded = encoder.encode(["a.png", "b.jpg"], layers=(1,))
+    path = write_features("f.safetensors", encoded, encoder.metadata())
+    assert "all of them by their digests" in run("verify", path).out
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(path)
+    tensors[tensor].view(torch.int32)[-1, 5] ^= 1
+    save_file(tensors, path, metadata)
+    done = run("verify", path)
+    assert done.code == 1
+    assert f"f.safetensors: b.jpg: its rows of {tensor} changed after they were" in done.out
+    assert "a.png" not in done.out
+    assert json.loads(run("info", path, "--json").out)["layers"] == [1]
+
+
+def test_a_file_of_schema_1_is_verified_without_digests(folder: Path, run: Any) -> None:
+    run("encode", "a.png", *TINY, "--out", "f.safetensors")
+    with safe_open("f.safetensors", "pt") as opened:
+        facts = json.loads(opened.metadata()["qwen_vit"])
+    old = {name: value for name, value in facts.items() if name not in ("images", "layers")}
+    text = json.dumps({**old, "schema_version": 1}, sort_keys=True)
+    save_file(load_file("f.safetensors"), "f.safetensors", {"qwen_vit": text})
+    assert (
+        run("verify", "f.safetensors").out
+        == "whole: 1 image, 4 rows read; no digests are recorded\n"
+    )
+
+
 def test_an_export_folder_is_described(export_dir: Path, run: Any) -> None:
     facts = json.loads(run("info", "out", "--json").out)
     assert facts["kind"] == "export folder"
     assert (facts["images_done"], facts["images_to_do"]) == (2, 0)
     assert (facts["images_failed"], facts["shards"]) == ({"truncated": 1}, 2)
-    assert "images 2 done, 0 to do, 1 failed\n" in one_space(run("info", "out").out)
+    lines = facts_of(run("info", "out").out)
+    assert (lines["images"], lines["failed"]) == ("2 done, 0 to do, 1 failed", "1 truncated")
     (export_dir / "shard-00000000.safetensors").unlink()
-    text = run("info", "out").out
-    assert "images 0 done, 2 to do, 1 failed\n" in one_space(text)
-    assert "shards 1, 1 missing\n" in one_space(text)
+    lines = facts_of(run("info", "out").out)
+    assert (lines["images"], lines["shards"]) == ("0 done, 2 to do, 1 failed", "1, 1 missing")
 
 
 def test_each_fault_of_an_export_is_found_and_named(export_dir: Path, run: Any) -> None:
