@@ -18,7 +18,7 @@ from qwen_vit.feature_files.collection import Features
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.feature_files.write import write_features
 from qwen_vit.features import FailedImage, ImageFeatures
-from tests.support.fake_engines import sglang_items, vllm_chat_data, vllm_items
+from tests.support.fake_engines import FakeVllm, chat_request, sglang_items
 from tests.support.features import features_with_grids
 from tests.support.hf_setting import IMAGE_TOKEN, Setting, make_setting
 
@@ -32,14 +32,18 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 def test_vllms_parser_finds_each_images_rows(setting: Setting) -> None:
-    found = vllm_items(setting.features.to_vllm(), hidden_size=48)
+    request = {"prompt": "", "multi_modal_data": setting.features.to_vllm()}
+    found = FakeVllm(width=48).generate(request)["image"]
     assert_same_rows(found, setting.features)
 
 
 def test_vllms_server_finds_each_images_rows(setting: Setting) -> None:
-    data = vllm_chat_data(setting.features.to_vllm_chat_part())
-    assert_same_rows(vllm_items(data, hidden_size=48), setting.features)
-    assert data["image"]["image_grid_thw"].tolist() == setting.pixels["image_grid_thw"].tolist()
+    request = chat_request(setting.features.to_vllm_chat_part())
+    assert_same_rows(FakeVllm(width=48).generate(request)["image"], setting.features)
+    assert (
+        request["multi_modal_data"]["image"]["image_grid_thw"].tolist()
+        == setting.pixels["image_grid_thw"].tolist()
+    )
 
 
 def test_sglangs_engine_finds_each_images_rows(setting: Setting) -> None:
@@ -58,8 +62,7 @@ def test_bfloat16_stays_bfloat16_everywhere() -> None:
     assert to_vllm(made)["image"]["image_embeds"].dtype == torch.bfloat16
     assert to_sglang(made)[0]["feature"].dtype == torch.bfloat16
     assert to_hf(made)["mm_encoder_outputs"]["image"].pooler_output[1].dtype == torch.bfloat16
-    data = vllm_chat_data(to_vllm_chat_part(made))
-    assert_same_rows(vllm_items(data, hidden_size=8), made)
+    assert_same_rows(FakeVllm(width=8).chat(to_vllm_chat_part(made))["image"], made)
 
 
 def test_a_chat_part_holds_its_own_image_and_not_the_file(tmp_path: Path) -> None:

@@ -1,18 +1,20 @@
 """Who takes features: transformers' own model, small and random; and what vLLM and SGLang check.
 
-vLLM and SGLang need a GPU and are not installed. The stand-ins here accept what their sources at
-the named files document, and refuse the rest.
+vLLM and SGLang are not installed with the tests. The stand-ins here accept what their sources at
+the named files document, and do to the rest what tools/checks/engines measured.
 """
 
 import base64
 import io
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -94,52 +96,107 @@ def small_tokenizer(image_token_id: int = 4) -> PreTrainedTokenizerFast:
     )
 
 
-def vllm_items(data: dict[str, Any], hidden_size: int) -> list[Tensor]:
-    """Each image's rows, found as vLLM's parser finds them in `multi_modal_data`.
+class EngineDeadError(RuntimeError):
+    """vLLM's engine has stopped: nobody's requests are answered any more."""
 
-    Source: vLLM, vllm/model_executor/models/qwen2_5_vl.py (Qwen2_5_VLImageEmbeddingInputs: the
-    names and shapes) and qwen2_vl.py (Qwen2VLMultiModalDataParser: the required fields, and rows
-    given out by sizes from the grids).
+
+class FakeVllm:
+    """vLLM's engine as far as it takes features, with what it does to bad ones.
+
+    As vLLM 0.32.0 does (tools/checks/engines measured it): a count of rows, a width, a grid in time
+    or a missing cache file that is wrong stops the engine for everybody, and NaN spoils later
+    requests. Source of the forms: vllm/model_executor/models/qwen2_5_vl.py and qwen2_vl.py,
+    vllm/renderers/chat_utils.py and distributed/ec_transfer/ec_connector/example_connector.py.
     """
-    assert set(data) == {"image"}
-    assert set(data["image"]) == {"image_embeds", "image_grid_thw"}
-    embeds, grids = data["image"]["image_embeds"], data["image"]["image_grid_thw"]
-    assert embeds.device.type == grids.device.type == "cpu"
-    assert embeds.dim() == grids.dim() == 2
-    assert embeds.is_floating_point()
-    assert embeds.shape[1] == hidden_size
-    assert grids.dtype == torch.int64
-    assert grids.shape[1] == 3
-    sizes = (grids.prod(-1) // 2 // 2).tolist()
-    assert sum(sizes) == len(embeds)
-    return list(embeds.split(sizes))
+
+    def __init__(self, width: int, cache: Path | None = None) -> None:
+        self.width, self.cache = width, cache
+        self.is_dead = self.is_spoilt = False
+
+    def generate(self, request: dict[str, Any]) -> dict[str, list[Tensor]]:
+        """What the language model gets: for each modality, the rows of each item."""
+        if self.is_dead:
+            raise EngineDeadError("the engine has stopped")
+        assert set(request) <= {"prompt", "multi_modal_data", "multi_modal_uuids"}
+        found = {}
+        for kind, data in request["multi_modal_data"].items():
+            uuids = request.get("multi_modal_uuids", {}).get(kind)
+            try:
+                found[kind] = self._items(kind, data, uuids)
+            except AssertionError:  # a request that the front end lets pass
+                self.is_dead = True
+                raise EngineDeadError(f"the engine stops at {kind} {data}") from None
+        rows = [part for parts in found.values() for part in parts]
+        self.is_spoilt = self.is_spoilt or any(bool(part.isnan().any()) for part in rows)
+        if self.is_spoilt:
+            return {kind: [part * float("nan") for part in parts] for kind, parts in found.items()}
+        return found
+
+    def _items(self, kind: str, data: dict[str, Any], uuids: list[str] | None) -> list[Tensor]:
+        names = {f"{kind}_embeds", f"{kind}_grid_thw", "second_per_grid_ts"}
+        if not set(data) <= names or f"{kind}_grid_thw" not in data:
+            raise ValueError(f"the front end refuses {sorted(data)}")
+        grids = data[f"{kind}_grid_thw"]
+        if grids.dim() != 2 or grids.shape[1] != 3 or grids.dtype != torch.int64:
+            raise ValueError("the front end refuses the grids")
+        if kind == "image":
+            assert (grids[:, 0] == 1).all()
+        sizes = (grids.prod(-1) // 4).tolist()
+        if f"{kind}_embeds" in data:
+            rows = data[f"{kind}_embeds"]
+            assert rows.device.type == "cpu"
+            assert sum(sizes) == len(rows)
+            parts = list(rows.split(sizes))
+        else:
+            if self.cache is None or uuids is None:
+                raise ValueError("the front end refuses a request without embeddings")
+            parts = [self._cached(uuid) for uuid in uuids]
+            assert [len(part) for part in parts] == sizes
+        assert all(part.dim() == 2 and part.shape[1] == self.width for part in parts)
+        return parts
+
+    def _cached(self, uuid: str) -> Tensor:
+        assert self.cache is not None
+        path = self.cache / uuid / "encoder_cache.safetensors"
+        assert path.is_file()
+        return load_file(path)["ec_cache"]
+
+    def chat(self, parts: list[dict[str, Any]]) -> dict[str, list[Tensor]]:
+        """As `generate`, from the parts of a message to its server."""
+        return self.generate(chat_request(parts))
 
 
-def vllm_chat_data(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The `multi_modal_data` that vLLM's server makes of the parts of a message.
+def chat_request(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The request that vLLM's server makes of the parts of a message.
 
-    Source: vLLM, docs/features/multimodal_inputs.md (the form of a part, one image each, tensors
-    of (image_feature_size, hidden_size) and (3,)); vllm/multimodal/media/image.py (how each is
-    decoded: strict base64, then `torch.load` without pickled code); vllm/entrypoints/chat_utils.py
-    (`_merge_embeds`: grids stacked, rows joined).
+    Each part is one picture or video; tensors are strict base64 of what `torch.load` reads without
+    pickled code, and grids may be JSON arrays. Grids are stacked, rows joined.
     """
-    images = []
+    items: dict[str, list[dict[str, Tensor]]] = {}
+    uuids: dict[str, list[str | None]] = {}
     for part in parts:
-        assert set(part) == {"type", "image_embeds"}
-        assert part["type"] == "image_embeds"
-        image = {}
-        for name, text in part["image_embeds"].items():
-            raw = base64.b64decode(text, validate=True)
-            image[name] = torch.load(io.BytesIO(raw), weights_only=True)
-        assert image["image_embeds"].dim() == 2
-        assert image["image_grid_thw"].shape == (3,)
-        images.append(image)
-    return {
-        "image": {
-            "image_embeds": torch.cat([image["image_embeds"] for image in images]),
-            "image_grid_thw": torch.stack([image["image_grid_thw"] for image in images]),
+        kind = part["type"].removesuffix("_embeds")
+        assert set(part) <= {"type", f"{kind}_embeds", "uuid"}
+        item = {}
+        for name, value in part[f"{kind}_embeds"].items():
+            if isinstance(value, list):
+                assert name == f"{kind}_grid_thw"
+                item[name] = torch.tensor(value)
+            else:
+                raw = base64.b64decode(value, validate=True)
+                item[name] = torch.load(io.BytesIO(raw), weights_only=True)
+        items.setdefault(kind, []).append(item)
+        uuids.setdefault(kind, []).append(part.get("uuid"))
+    data = {}
+    for kind, found in items.items():
+        assert len({frozenset(item) for item in found}) == 1
+        data[kind] = {
+            name: (torch.cat if name.endswith("_embeds") else torch.stack)(
+                [item[name] for item in found]
+            )
+            for name in found[0]
         }
-    }
+    return {"prompt": "", "multi_modal_data": data, "multi_modal_uuids": uuids}
 
 
 def sglang_items(input_ids: list[int], image_data: list[Any], image_token_id: int) -> list[Tensor]:
@@ -179,8 +236,7 @@ def install_stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
             assert enable_mm_embeds
 
         def generate(self, request: dict[str, Any]) -> list[str]:
-            assert set(request) == {"prompt", "multi_modal_data"}
-            images = vllm_items(request["multi_modal_data"], vision.out_hidden_size)
+            images = FakeVllm(vision.out_hidden_size).generate(request)["image"]
             assert request["prompt"].count("<|image_pad|>") == len(images)
             return ["..."]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen_vit.common.strict_json import is_number
-from qwen_vit.errors import ArgumentError, plural
+from qwen_vit.errors import ArgumentError, ExportError, plural
 from qwen_vit.features import AnyFeatures, check_features
 from qwen_vit.integrations.rows import rows_and_grids
 
@@ -23,6 +23,7 @@ def to_vllm(
     *,
     videos: AnyFeatures = (),
     second_per_grid_ts: Sequence[float] = (),
+    width: int | None = None,
 ) -> dict[str, Any]:
     """Return `multi_modal_data` for vLLM's `LLM(..., enable_mm_embeds=True)`.
 
@@ -42,12 +43,14 @@ def to_vllm(
         videos: features of videos, in the prompt's order.
         second_per_grid_ts: for each video, the seconds from one step of its grid to the next: 2 /
             (frames per second), since a step is two frames. vLLM would take 1 s in its place.
+        width: the language model's, so that features of another model are refused here: they would
+            stop vLLM's engine. Not checked if None.
 
     Raises:
         ExportError: features that are not merged tokens, and failed images.
         ArgumentError: nothing to send, a video among the pictures, or a video without its seconds.
     """
-    pictures, clips = check_modalities(features, videos, second_per_grid_ts)
+    pictures, clips = check_modalities(features, videos, second_per_grid_ts, width)
     data: dict[str, Any] = {}
     if pictures is not None:
         rows, grids = pictures
@@ -67,6 +70,7 @@ def to_vllm_chat_part(
     *,
     videos: AnyFeatures = (),
     second_per_grid_ts: Sequence[float] = (),
+    width: int | None = None,
 ) -> list[dict[str, Any]]:
     """Return a part of a chat message for each picture, for `vllm serve --enable-mm-embeds`.
 
@@ -81,7 +85,7 @@ def to_vllm_chat_part(
 
     Args and errors are those of `to_vllm`.
     """
-    pictures, clips = check_modalities(features, videos, second_per_grid_ts)
+    pictures, clips = check_modalities(features, videos, second_per_grid_ts, width)
     parts = []
     for rows, grid in zip(*pictures, strict=True) if pictures else ():
         parts.append(_part("image", image_embeds=rows, image_grid_thw=grid))
@@ -99,7 +103,10 @@ def _part(kind: str, **tensors: Tensor) -> dict[str, Any]:
 
 
 def check_modalities(
-    features: AnyFeatures, videos: AnyFeatures, second_per_grid_ts: Sequence[float]
+    features: AnyFeatures,
+    videos: AnyFeatures,
+    second_per_grid_ts: Sequence[float],
+    width: int | None = None,
 ) -> tuple[Rows | None, Rows | None]:
     """The rows and grids of pictures and of videos, each None if there are none.
 
@@ -119,6 +126,13 @@ def check_modalities(
         if not is_number(value) or value <= 0:
             raise ArgumentError(f"second_per_grid_ts holds {value!r}", expected="seconds above 0")
     rows, grids = rows_and_grids([*pictures, *clips])
+    if width is not None and rows[0].shape[1] != width:
+        raise ExportError(
+            f"its features are {rows[0].shape[1]} wide",
+            name=[*pictures, *clips][0].id,
+            expected=f"{width}, the language model's width",
+            remedy="encode it with the model that the engine serves",
+        )
     n = len(pictures)
     for image, (t, _, _) in zip(pictures, grids[:n].tolist(), strict=True):
         if t != 1:

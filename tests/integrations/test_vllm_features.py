@@ -1,0 +1,145 @@
+"""Features of pictures and videos reach vLLM's engine, and bad ones never do."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from qwen_vit.errors import ArgumentError, ExportError, QwenVitError
+from qwen_vit.features import ImageFeatures
+from qwen_vit.integrations.vllm import to_vllm, to_vllm_chat_part
+from tests.support.fake_engines import EngineDeadError, FakeVllm, chat_request
+
+WIDTH = 8
+Adapter = Callable[..., Any]
+
+
+def features(name: str, grid: tuple[int, int, int], seed: int = 0) -> ImageFeatures:
+    t, h, w = grid
+    rows = torch.randn(t * h * w // 4, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return ImageFeatures(name, rows, grid)
+
+
+PICTURES = [features("wide", (1, 4, 6)), features("tall", (1, 6, 4), seed=1)]
+CLIPS = [features("clip", (2, 4, 4), seed=2), features("short", (1, 2, 2), seed=3)]
+
+
+def request(**arguments: Any) -> dict[str, Any]:
+    return {"prompt": "", "multi_modal_data": to_vllm(**arguments)}
+
+
+def assert_rows(found: dict[str, Any], **expected: list[ImageFeatures]) -> None:
+    assert found.keys() == expected.keys()
+    for kind, items in expected.items():
+        for rows, item in zip(found[kind], items, strict=True):
+            assert torch.equal(rows, item.embeds)
+
+
+def test_pictures_and_videos_go_together() -> None:
+    """A video of two frames has one step in time, as a picture: the argument tells them apart."""
+    arguments = {"features": PICTURES, "videos": CLIPS, "second_per_grid_ts": [0.5, 1]}
+    engine = FakeVllm(WIDTH)
+    assert_rows(engine.generate(request(**arguments)), image=PICTURES, video=CLIPS)
+    assert_rows(engine.chat(to_vllm_chat_part(**arguments)), image=PICTURES, video=CLIPS)
+    seconds = to_vllm(**arguments)["video"]["second_per_grid_ts"]
+    assert seconds.tolist() == [0.5, 1.0]
+    sent = chat_request(to_vllm_chat_part(**arguments))["multi_modal_data"]["video"]
+    assert torch.equal(sent["second_per_grid_ts"], seconds)
+
+
+def test_videos_alone_need_no_pictures() -> None:
+    arguments = {"videos": CLIPS, "second_per_grid_ts": [0.5, 1.0]}
+    assert_rows(FakeVllm(WIDTH).generate(request(**arguments)), video=CLIPS)
+    assert_rows(FakeVllm(WIDTH).chat(to_vllm_chat_part(**arguments)), video=CLIPS)
+
+
+@pytest.mark.parametrize("adapter", [to_vllm, to_vllm_chat_part])
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        ([], "has 0 values for 2 videos. Expected one for each video. Pass 2 / "),
+        ([0.5], "has 1 value for 2 videos"),
+        ([0.5, 0.5, 0.5], "has 3 values for 2 videos"),
+        ([0.5, 0.0], "holds 0.0. Expected seconds above 0."),
+        ([0.5, -1.0], "holds -1.0"),
+        ([0.5, float("nan")], "holds nan"),
+        ([0.5, float("inf")], "holds inf"),
+        ([0.5, True], "holds True"),
+        (["1", 0.5], "holds '1'"),
+    ],
+)
+def test_each_video_has_its_seconds(adapter: Adapter, seconds: Any, words: str) -> None:
+    """Without them vLLM takes a second, in silence, and its answers are others."""
+    with pytest.raises(ArgumentError) as caught:
+        adapter(PICTURES, videos=CLIPS, second_per_grid_ts=seconds)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("adapter", [to_vllm, to_vllm_chat_part])
+def test_a_video_among_the_pictures_is_refused(adapter: Adapter) -> None:
+    """vLLM stops at "Image must have 1 frame", for everybody."""
+    with pytest.raises(ArgumentError, match=r"clip: its grid has 2 steps .* by videos="):
+        adapter([PICTURES[0], CLIPS[0]])
+
+
+@pytest.mark.parametrize("adapter", [to_vllm, to_vllm_chat_part])
+def test_nothing_to_send_is_refused(adapter: Adapter) -> None:
+    with pytest.raises(ArgumentError, match=r"features is empty"):
+        adapter()
+
+
+@pytest.mark.parametrize("adapter", [to_vllm, to_vllm_chat_part])
+def test_pictures_and_videos_are_of_one_model(adapter: Adapter) -> None:
+    narrow = replace(CLIPS[1], embeds=CLIPS[1].embeds[:, :4])
+    with pytest.raises(ExportError, match=r"'tall' has rows of 8 .* 'short' of 4"):
+        adapter(PICTURES, videos=[narrow], second_per_grid_ts=[1.0])
+
+
+def with_rows(change: Callable[[torch.Tensor], torch.Tensor]) -> ImageFeatures:
+    return replace(PICTURES[0], embeds=change(PICTURES[0].embeds))
+
+
+KILLERS = {
+    "a row too few": with_rows(lambda rows: rows[:-1]),
+    "a row too many": with_rows(lambda rows: torch.cat([rows, rows[:1]])),
+    "another grid": replace(PICTURES[0], grid_thw=(1, 4, 4)),
+    "a grid in time": replace(PICTURES[0], grid_thw=(2, 4, 4)),
+    "another width": with_rows(lambda rows: rows[:, :4]),
+}
+
+
+@pytest.mark.parametrize("name", KILLERS)
+def test_what_stops_the_engine_never_reaches_it(name: str) -> None:
+    """The engine dies of the raw request, and answers nobody after it; ours is refused before."""
+    bad, engine = KILLERS[name], FakeVllm(WIDTH)
+    raw = {"image_embeds": bad.embeds, "image_grid_thw": torch.tensor([bad.grid_thw])}
+    with pytest.raises(EngineDeadError, match="stops at image"):
+        engine.generate({"prompt": "", "multi_modal_data": {"image": raw}})
+    with pytest.raises(EngineDeadError, match="has stopped"):
+        engine.generate(request(features=PICTURES))
+    for adapter in (to_vllm, to_vllm_chat_part):
+        with pytest.raises(QwenVitError):
+            adapter([bad], width=WIDTH)
+
+
+def test_nan_never_reaches_the_engine() -> None:
+    """NaN stays in the key-value cache, and shorter requests in the same blocks read it."""
+    bad, engine = with_rows(lambda rows: rows * float("nan")), FakeVllm(WIDTH)
+    raw = {"image_embeds": bad.embeds, "image_grid_thw": torch.tensor([bad.grid_thw])}
+    engine.generate({"prompt": "", "multi_modal_data": {"image": raw}})
+    [rows, _] = engine.generate(request(features=PICTURES))["image"]
+    assert rows.isnan().all()
+    for adapter in (to_vllm, to_vllm_chat_part):
+        with pytest.raises(ExportError, match="NaN or infinity"):
+            adapter([bad])
+
+
+@pytest.mark.parametrize("adapter", [to_vllm, to_vllm_chat_part])
+def test_a_width_is_compared_if_it_is_given(adapter: Adapter) -> None:
+    assert adapter(PICTURES, width=WIDTH)
+    with pytest.raises(ExportError, match=r"wide: its features are 8 wide. Expected 16, the lang"):
+        adapter(PICTURES, width=16)
+    with pytest.raises(ExportError, match=r"clip: its features are 8 wide"):
+        adapter(videos=CLIPS, second_per_grid_ts=[1.0, 1.0], width=16)
