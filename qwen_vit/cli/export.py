@@ -75,6 +75,10 @@ ASK_ABOVE_BYTES = 100 * 10**9
     "--ray", "address", is_flag=False, flag_value="", metavar="[ADDRESS]",
     help="On every GPU, or CPU, of a Ray cluster; this machine's without an address.",
 )  # fmt: skip
+@click.option(
+    "--ec-cache", type=FILE, metavar="DIR",
+    help="Write vLLM's encoder cache there as well: as many bytes again.",
+)  # fmt: skip
 @click.option("--profile", is_flag=True, help="Say what the export waited for.")
 @click.option("--dry-run", is_flag=True, help="Count images, rows, bytes and hours; write none.")
 @click.option("--yes", is_flag=True, help="Do not ask before writing more than 100 GB.")
@@ -84,8 +88,8 @@ ASK_ABOVE_BYTES = 100 * 10**9
 def export(
     inputs: tuple[str, ...], model: str, out: Path, device: str, dry_run: bool, yes: bool,
     as_json: bool, output: Any, dtype: Any, shard_size: int, part: tuple[int, int], on_error: Any,
-    max_failures: int, decode_threads: int | None, address: str | None, profile: bool,
-    **loading: Any,
+    max_failures: int, decode_threads: int | None, address: str | None,
+    ec_cache: Path | None, profile: bool, **loading: Any,
 ) -> None:  # fmt: skip
     """Export the images of INPUTS into a folder of shards; run it again to resume.
 
@@ -125,6 +129,7 @@ def export(
         "confirm": None if yes else partial(_ask_if_large, folder=out),
         "show_progress": not is_quiet(),
         "decode_threads": decode_threads,
+        "ec_cache": ec_cache,
     }
     with _sigterm_interrupts(), _hint_resume(out):
         if address is None:

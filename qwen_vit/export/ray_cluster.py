@@ -23,6 +23,7 @@ from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError, QwenVitError
 from qwen_vit.export.background import StageTimer
 from qwen_vit.export.circuit_breaker import CircuitBreaker
+from qwen_vit.export.ec_cache import CacheWriter
 from qwen_vit.export.estimate import Estimate, estimate_plan
 from qwen_vit.export.manifest import ManifestRow, load_arrow
 from qwen_vit.export.options import ExportOptions, RowFormat
@@ -51,6 +52,7 @@ def export_on_ray(
     confirm: Callable[[Estimate], None] | None = None,
     show_progress: bool = False,
     decode_threads: int | None = None,
+    ec_cache: str | os.PathLike[str] | None = None,
     **loading: Any,
 ) -> ExportReport:
     """Export with one worker for each GPU of a Ray cluster, or each CPU if it has no GPU.
@@ -68,6 +70,7 @@ def export_on_ray(
         confirm: as in `export_features`.
         show_progress: as in `export_features`.
         decode_threads: as in `export_features`.
+        ec_cache: as in `export_features`; this process writes the encoder cache.
         address: the cluster's; None: that of RAY_ADDRESS, or of this machine, where one is started
             if there is none.
         device: "auto", "cuda" or "cpu".
@@ -88,6 +91,7 @@ def export_on_ray(
         with open_export(encoder, inputs, Path(folder).absolute(), options) as plan:
             if confirm is not None and not any(plan.path(shard).exists() for shard in plan.shards):
                 confirm(workers.ask("estimate", plan))
+            cache = None if ec_cache is None else CacheWriter(plan, ec_cache)
             breaker = CircuitBreaker(options.max_failures)
             try:
                 with Progress(plan, show_progress) as progress:
@@ -97,6 +101,8 @@ def export_on_ray(
                             progress.count_shard(done.rows, size)
                         else:
                             progress.skip(len(done.rows))
+                        if cache is not None:
+                            cache.add(done)
                         counts.count(plan, done)
                         for row in done.rows if done.is_new else ():
                             breaker.count_done(_failure(row))

@@ -18,6 +18,7 @@ from qwen_vit.common.prefetch import thread_count
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, plural
 from qwen_vit.export.background import StageTimer
+from qwen_vit.export.ec_cache import CacheWriter
 from qwen_vit.export.estimate import Estimate, estimate_plan
 from qwen_vit.export.lock import short_lock
 from qwen_vit.export.manifest import ManifestRow, load_arrow, write_manifest
@@ -42,6 +43,7 @@ def export_features(
     confirm: Callable[[Estimate], None] | None = None,
     show_progress: bool = False,
     decode_threads: int | None = None,
+    ec_cache: str | os.PathLike[str] | None = None,
 ) -> ExportReport:
     """Export the images of files, folders, patterns, lists and tars into a folder of shards.
 
@@ -60,6 +62,8 @@ def export_features(
         show_progress: a bar on a terminal, a line a minute in a log.
         decode_threads: threads that read, decode and resize: one for two cores, 2 to 16, if not
             given.
+        ec_cache: a folder for vLLM's encoder cache, which is written as well, shard by shard: see
+            `integrations.vllm.write_ec_cache`.
 
     Raises:
         ExportError: the folder, the inputs or the settings do not fit, or the disk is full.
@@ -81,6 +85,7 @@ def export_features(
     clock = StageTimer(REST)
     with open_export(encoder, inputs, Path(folder), options) as plan:
         warn_of_idle(len(plan.all_shards), options.part[1], "parts")
+        cache = None if ec_cache is None else CacheWriter(plan, ec_cache)
         if confirm is not None and not any(plan.path(shard).exists() for shard in plan.shards):
             confirm(estimate_plan(encoder, plan))
         with Progress(plan, show_progress) as progress:
@@ -90,6 +95,8 @@ def export_features(
             ):  # fmt: skip
                 if not done.is_new:
                     progress.skip(len(done.rows))
+                if cache is not None:
+                    cache.add(done)
                 counts.count(plan, done)
         return counts.report(plan, make_manifest(plan), clock.seconds())
 

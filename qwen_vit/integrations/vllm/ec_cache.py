@@ -36,6 +36,8 @@ from qwen_vit.integrations.vllm.features import check_modalities
 
 __all__ = [
     "EncoderCache",
+    "check_ec_folder",
+    "index_file",
     "read_ec_cache",
     "write_ec_cache",
 ]
@@ -97,7 +99,13 @@ def write_ec_cache(
     found = check_modalities(pictures, clips, seconds)
     rows = [part for kind in found if kind is not None for part in kind[0]]
     grids = [grid for kind in found if kind is not None for grid in kind[1].tolist()]
-    settings = _settings(metadata, rows[0])
+    if rows[0].dtype not in STORED_AS:
+        raise ExportError(
+            f"the features are {dtype_name(rows[0].dtype)}",
+            expected=" or ".join(map(dtype_name, STORED_AS)),
+            remedy="encode them again",
+        )
+    settings = _settings(metadata, dtype_name(rows[0].dtype)) | {"width": rows[0].shape[1]}
     _make_folder(folder, settings)
     entries = []
     times = [None] * len(pictures) + [float(value) for value in seconds]
@@ -107,7 +115,7 @@ def write_ec_cache(
         entry = CachedFeatures(item.id, _uuid(settings, values, grid), (t, h, w), time)
         _write_entry(folder / entry.uuid, values)
         entries.append(entry)
-    _write_index(folder / INDEX, entries, index)
+    _write_index(folder, entries, index)
     return entries
 
 
@@ -192,8 +200,26 @@ def read_ec_cache(
     return EncoderCache(folder, settings, entries)
 
 
-def _settings(metadata: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-    """What all entries of a folder share."""
+def check_ec_folder(
+    folder: str | os.PathLike[str], metadata: Mapping[str, Any], dtype: str
+) -> None:
+    """Make a folder for `write_ec_cache`, or check it, before there are any features.
+
+    >>> check_ec_folder("cache", encoder.metadata(), "bfloat16")  # doctest: +SKIP
+
+    Raises as `write_ec_cache` does, for the folder and for the metadata.
+    """
+    folder = Path(folder)
+    check_utf8(folder)
+    settings = _settings(metadata, dtype)
+    if SETTINGS in _names(folder):
+        _check_same(folder, _read_settings(folder), settings)
+    if not os.access(folder, os.W_OK):
+        raise ExportError("not writable", name=str(folder), remedy="check its permissions")
+
+
+def _settings(metadata: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """What all entries of a folder share, besides their width."""
     digests = {
         name: metadata.get(name) if isinstance(metadata, Mapping) else None for name in DIGESTS
     }
@@ -204,13 +230,7 @@ def _settings(metadata: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
                 expected="encoder.metadata(), or the metadata of load_features(...)",
                 remedy="pass it, so that entries of different models stay apart",
             )
-    if rows.dtype not in STORED_AS:
-        raise ExportError(
-            f"the features are {dtype_name(rows.dtype)}",
-            expected=" or ".join(map(dtype_name, STORED_AS)),
-            remedy="encode them again",
-        )
-    return {**digests, "dtype": dtype_name(rows.dtype), "width": rows.shape[1], "format": FORMAT}
+    return {**digests, "dtype": dtype, "format": FORMAT}
 
 
 def _uuid(settings: Mapping[str, Any], rows: Tensor, grid: Sequence[int]) -> str:
@@ -221,8 +241,11 @@ def _uuid(settings: Mapping[str, Any], rows: Tensor, grid: Sequence[int]) -> str
     return f"{model[:16]}-{content.hexdigest()[:40]}"
 
 
-def _make_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder, or check that it is a cache of the same model."""
+def _names(folder: Path) -> list[str]:
+    """What is in the folder, which is made if it does not exist.
+
+    Raises ExportError for one that cannot be made, and for one that holds anything but a cache.
+    """
     try:
         if not folder.absolute().parent.is_dir():
             raise ExportError("not a folder", name=str(folder.parent), remedy="create it first")
@@ -230,18 +253,26 @@ def _make_folder(folder: Path, settings: Mapping[str, Any]) -> None:
             raise ExportError("not a folder", name=str(folder), remedy="pass another one")
         folder.mkdir(exist_ok=True)
         names = sorted(os.listdir(folder))
-        strange = [name for name in names if not name.endswith(TEMPORARY_SUFFIX)]
-        if strange and SETTINGS not in names:
-            raise ExportError(
-                f"it holds {display_name(strange[0])} ({len(strange)} in all) and no {SETTINGS}",
-                name=str(folder),
-                expected="an encoder cache that this package wrote, or an empty folder",
-                remedy="pass another one",
-            )
-        if SETTINGS not in names:
-            with atomic_file(folder / SETTINGS) as file:
-                file.write(json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n")
-        _check_same(folder, _read_settings(folder), settings)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    strange = [name for name in names if not name.endswith(TEMPORARY_SUFFIX)]
+    if strange and SETTINGS not in names:
+        raise ExportError(
+            f"it holds {display_name(strange[0])} ({len(strange)} in all) and no {SETTINGS}",
+            name=str(folder),
+            expected="an encoder cache that this package wrote, or an empty folder",
+            remedy="pass another one",
+        )
+    return names
+
+
+def _make_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make the folder, or check that it is a cache of the same model."""
+    if SETTINGS not in _names(folder):
+        with atomic_file(folder / SETTINGS) as file:
+            file.write(json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n")
+    _check_same(folder, _read_settings(folder), settings)
+    try:
         (folder / INDEX).mkdir(exist_ok=True)
     except OSError as error:
         raise cannot_write(folder, error) from None
@@ -307,8 +338,13 @@ def _write_index(folder: Path, entries: Sequence[CachedFeatures], name: str) -> 
     """Write who has which entry; where an earlier file says otherwise, the newest counts."""
     lines = [json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in entries]
     content = "".join(lines).encode()
-    with atomic_file(folder / f"{name or sha256(content).hexdigest()[:32]}.jsonl") as file:
+    with atomic_file(index_file(folder, name or sha256(content).hexdigest()[:32])) as file:
         file.write(content)
+
+
+def index_file(folder: Path, name: str) -> Path:
+    """The list of the entries that one call of `write_ec_cache` wrote."""
+    return folder / INDEX / f"{name}.jsonl"
 
 
 def _index_files(folder: Path) -> list[Path]:

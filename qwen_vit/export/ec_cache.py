@@ -1,0 +1,48 @@
+"""An export's features in vLLM's encoder cache as well: shard by shard, as they are finished."""
+
+import json
+import os
+from hashlib import sha256
+from pathlib import Path
+
+from qwen_vit.errors import ArgumentError
+from qwen_vit.export.plan import ExportPlan
+from qwen_vit.export.records import DoneShard
+from qwen_vit.feature_files.read import open_shard
+from qwen_vit.integrations.vllm.ec_cache import check_ec_folder, index_file, write_ec_cache
+
+__all__ = ["CacheWriter"]
+
+
+class CacheWriter:
+    """Writes the entries of each shard.
+
+    >>> cache = CacheWriter(plan, "cache")  # doctest: +SKIP
+    >>> cache.add(done)  # doctest: +SKIP
+
+    The folder is checked at once. A shard that an earlier run made is read again unless its entries
+    are listed: the name of its list follows from the export and the shard. Raises ExportError for a
+    folder that cannot be written or is of another model, and ArgumentError for an export whose rows
+    no language model takes.
+    """
+
+    def __init__(self, plan: ExportPlan, folder: str | os.PathLike[str]) -> None:
+        if plan.options.output != "merged":
+            raise ArgumentError(
+                f"an encoder cache cannot hold output={plan.options.output!r}",
+                expected='output="merged", which a language model takes',
+                remedy="export it so, or leave the encoder cache out",
+            )
+        check_ec_folder(folder, plan.settings, plan.settings["dtype"])
+        self._plan, self._folder = plan, Path(folder)
+        text = json.dumps(dict(plan.settings), sort_keys=True)
+        self._name = sha256(text.encode()).hexdigest()[:24]
+
+    def add(self, done: DoneShard) -> None:
+        """Write the entries of a finished shard; images that failed have none."""
+        index = f"{self._name}-{done.shard:08}"
+        if not done.is_new and index_file(self._folder, index).exists():
+            return
+        shard = open_shard(self._plan.path(done.shard))
+        if len(shard):
+            write_ec_cache(shard, self._folder, shard.metadata, index=index)
