@@ -13,6 +13,7 @@ transformers in float64: greedy tokens equal, and log-probabilities of the whole
 """
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,9 @@ def main(
     as_one_json: bool, ledger: Path | None, commit: str,
 ) -> None:  # fmt: skip
     """Prepare, answer, compare, and print."""
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # and engines are stopped on the way out
     if env is not None and engine == "all":
         raise click.UsageError("--env is the environment of one engine: name the engine")
     if n_soak is not None and (engine != "vllm" or only):
