@@ -23,7 +23,7 @@ from qwen_vit.integrations.vllm import (
     to_vllm_cached_chat_part,
     write_ec_cache,
 )
-from tests.support.fake_engines import EngineDeadError, FakeVllm
+from tests.support.fake_engines import EngineDeadError, FakeVllm, chat_request
 
 WIDTH = 8
 MODEL = {"weights_sha256": "5f" * 32, "config_sha256": "c0" * 32, "model": "tiny"}
@@ -57,7 +57,9 @@ def test_requests_that_name_entries_get_the_rows(tmp_path: Path, dtype: torch.dt
     assert [entry.id for entry in entries] == ["a/wide.jpg", "tall", "clip"]
     asked = [entries[2], entries[1], entries[0]]
     engine, request = FakeVllm(WIDTH, tmp_path / "ec"), to_vllm_cached(asked)
-    assert request["multi_modal_data"]["video"]["second_per_grid_ts"].tolist() == [0.5]
+    sent = chat_request(to_vllm_cached_chat_part(asked))
+    for each in (request, sent):
+        assert each["multi_modal_data"]["video"]["second_per_grid_ts"].tolist() == [0.5]
     for found in (
         engine.generate({"prompt": "", **request}),
         engine.chat(to_vllm_cached_chat_part(asked)),
