@@ -196,6 +196,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
             read_ec_cache(tmp_path / name)
 
 
+def test_a_folder_that_another_process_is_about_to_name_is_taken(tmp_path: Path) -> None:
+    """Between its temporary file and qwen_vit.json; a killed process leaves the former."""
+    (tmp_path / "ec").mkdir()
+    (tmp_path / "ec" / ".qwen_vit.json.5f.tmp").touch()
+    assert write_ec_cache(PICTURES, tmp_path / "ec", MODEL)
+
+
 def test_a_folder_that_is_not_writable_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
