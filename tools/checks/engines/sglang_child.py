@@ -81,9 +81,12 @@ class Engine:
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers of requests that the engine is given together."""
+        if any("text" in request for request in requests):
+            prompts = {"prompt": [request["text"] for request in requests]}
+        else:
+            prompts = {"input_ids": [self.input_ids(request["case"]) for request in requests]}
         made = self.engine.generate(
-            input_ids=[self.input_ids(request["case"]) for request in requests],
-            image_data=[request.get("images") for request in requests],
+            **prompts, image_data=[request.get("images") for request in requests],
             sampling_params=SAMPLING, return_logprob=True, top_logprobs_num=N_TOKENS,
         )  # fmt: skip
         self.cached_tokens += sum(each["meta_info"]["cached_tokens"] for each in made)
@@ -121,9 +124,9 @@ def parse_answer(document: Any) -> Answer:
 
 
 def pixel_request(each: Case) -> Request:
-    """A case of pictures as pixels, for SGLang's own processor."""
+    """A case of pictures as pixels and text, for SGLang's own processor."""
     images = [Image.fromarray(frames(name)[0]) for name in each.pictures]
-    return {"case": each, **({"images": images} if images else {})}
+    return {"text": each.text, **({"images": images} if images else {})}
 
 
 def row_request(work: Path, each: Case) -> Request:
