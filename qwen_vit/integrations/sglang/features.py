@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from qwen_vit.features import AnyFeatures
+from qwen_vit.errors import ArgumentError
+from qwen_vit.features import AnyFeatures, check_features
 from qwen_vit.integrations.rows import rows_and_grids
 
 __all__ = ["to_sglang"]
@@ -21,8 +22,20 @@ def to_sglang(features: AnyFeatures) -> list[dict[str, Any]]:
     `input_ids` go with it, from a prompt that `expand_placeholders` expanded. Source: SGLang's
     docs/advanced_features/vlm_query.ipynb and srt/multimodal/processors/base_processor.py.
 
-    Raises ExportError for features that are not merged tokens, and for failed images.
+    Raises:
+        ExportError: features that are not merged tokens, and failed images.
+        ArgumentError: features of a video. SGLang 0.5.23 runs its tower on a video's features as if
+            they were pixels, and its scheduler dies of it for every user.
     """
-    embeds, grids = rows_and_grids(features)
+    images = check_features(features)
+    embeds, grids = rows_and_grids(images)
+    for image, (t, _, _) in zip(images, grids.tolist(), strict=True):
+        if t != 1:
+            raise ArgumentError(
+                f"its grid has {t} steps in time, and SGLang runs its tower on a video's features",
+                name=image.id,
+                expected="a picture, which has one",
+                remedy="send the video itself to SGLang",
+            )
     rows = torch.cat([rows.cpu() for rows in embeds])
     return [{"format": "precomputed_embedding", "feature": rows, "image_grid_thw": grids}]
