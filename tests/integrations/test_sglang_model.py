@@ -3,7 +3,6 @@
 import importlib
 import logging
 import sys
-from collections.abc import Iterator
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +24,9 @@ HEAD = ("lm_head.weight", torch.ones(2, 2))
 
 
 @pytest.fixture
-def sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+def sglang(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A fake SGLang."""
-    yield fake_sglang.install(monkeypatch)
-    sys.modules.pop(f"{PACKAGE}.model", None)
+    return fake_sglang.install(monkeypatch)
 
 
 @pytest.fixture(scope="module")

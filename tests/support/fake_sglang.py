@@ -180,7 +180,9 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.23") -> SimpleN
         parent, _, last = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], last, module)
-    monkeypatch.delitem(sys.modules, f"{PACKAGE}.model", raising=False)
+    ours = f"{PACKAGE}.model"
+    monkeypatch.setitem(sys.modules, ours, ModuleType(ours))  # so that it is gone after the test
+    del sys.modules[ours]
     real = importlib.metadata.version
     monkeypatch.setattr(
         importlib.metadata, "version", lambda name: version if name == "sglang" else real(name)
