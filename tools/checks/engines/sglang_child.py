@@ -76,7 +76,8 @@ class Engine:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(work / "model")
-        engine = sglang.Engine(model_path=str(work / "model"), **{**SETTINGS, **options})
+        settings = {"model_path": str(work / "model"), **SETTINGS, **options}
+        engine = sglang.Engine(**settings)
         return cls(engine, tokenizer)
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
