@@ -36,6 +36,8 @@ from tools.checks.engines.small_model import N_TOKENS
 
 Request = dict[str, Any]
 
+TURNS, NO_CACHE = ("", ", again"), ", no radix cache"
+UPDATED = ("several", "video", "videos and a picture")  # cases that are asked after an update
 PIECE = 7  # tensors of an update that are sent together
 
 # What makes SGLang run on a CPU without its compiled kernels.
@@ -165,12 +167,12 @@ PICTURE_CASES = [each for each in CASES if has_no_video(each)]
 VIDEO_CASES = [each for each in CASES if each.videos]
 
 
-def own(work: Path, **options: Any) -> Found:
-    """SGLang's own tower and our features, twice: the second time prompts may be cached."""
+def own(work: Path, turns: Sequence[str] = TURNS, **options: Any) -> Found:
+    """SGLang's own tower and our features, twice: the second time prompts are cached."""
     engine = Engine.start(work, **options)
     found: dict[str, Answers] = {}
     hits = 0
-    for turn in ("", ", again"):
+    for turn in turns:
         hits = engine.cached_tokens
         found |= engine.answer(f"pixels{turn}", pixel_request, PICTURE_CASES)
         found |= engine.answer(
@@ -190,7 +192,7 @@ def own(work: Path, **options: Any) -> Found:
 
 def own_without_cache(work: Path) -> Found:
     """The same without the radix cache."""
-    return own(work, disable_radix_cache=True)
+    return own(work, (NO_CACHE,), disable_radix_cache=True)
 
 
 def controls(engine: Engine, work: Path) -> dict[str, Answers]:
@@ -208,12 +210,12 @@ def controls(engine: Engine, work: Path) -> dict[str, Answers]:
     }
 
 
-def tower(work: Path, **options: Any) -> Found:
+def tower(work: Path, turns: Sequence[str] = TURNS, **options: Any) -> Found:
     """Every case by our tower, as pixels, rows and features, twice."""
     engine = Engine.start(work, **options)
     found: dict[str, Answers] = {}
     hits = 0
-    for turn in ("", ", again"):
+    for turn in turns:
         hits = engine.cached_tokens
         found |= engine.answer(f"pixels{turn}", pixel_request, PICTURE_CASES)
         found |= engine.answer(f"rows{turn}", lambda each: row_request(work, each))
@@ -224,7 +226,7 @@ def tower(work: Path, **options: Any) -> Found:
 
 def tower_without_cache(work: Path) -> Found:
     """The same without the radix cache."""
-    return tower(work, disable_radix_cache=True)
+    return tower(work, (NO_CACHE,), disable_radix_cache=True)
 
 
 def updates(work: Path) -> Found:
@@ -232,7 +234,8 @@ def updates(work: Path) -> Found:
     engine = Engine.start(work, load_format="dummy")
 
     def answers(name: str) -> dict[str, Answers]:
-        return engine.answer(name, lambda each: row_request(work, each))
+        requests = [row_request(work, case(each)) for each in UPDATED]
+        return {name: dict(zip(UPDATED, engine.ask(requests), strict=True))}
 
     dummy = answers("dummy")
     finite = all(bool(each.logprobs.isfinite().all()) for each in dummy["dummy"].values())
