@@ -131,6 +131,14 @@ def test_what_are_no_features_is_refused_by_every_adapter(adapter: Any, given: A
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.__name__)
+def test_one_image_is_a_list_of_one_for_every_adapter(adapter: Any) -> None:
+    [image] = features_with_grids((1, 4, 6))
+    assert same(adapter(image), adapter([image]))
+    with pytest.raises(ExportError, match=r"bad.jpg: this image failed"):
+        adapter(failed("ends early", "bad.jpg"))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.__name__)
 @pytest.mark.parametrize("reason", REFUSED)
 def test_features_that_no_language_model_takes_are_refused(adapter: Any, reason: str) -> None:
     features, words = REFUSED[reason]

@@ -20,6 +20,7 @@ from qwen_vit.cli.options import (
     json_option,
     model_option,
     on_error_option,
+    output_options,
     pixel_options,
     source_options,
     verbosity_options,
@@ -37,6 +38,7 @@ __all__ = ["encode"]
 @model_option
 @click.option("--out", required=True, type=FILE, help="Feature file to write.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing feature file.")
+@output_options
 @device_option()
 @dtype_option
 @pixel_options
@@ -45,8 +47,8 @@ __all__ = ["encode"]
 @source_options
 @verbosity_options
 def encode(
-    images: tuple[str, ...], model: str, out: Path, overwrite: bool, on_error: "OnError",
-    as_json: bool, **loading: Any,
+    images: tuple[str, ...], model: str, out: Path, overwrite: bool, output: Any,
+    normalize: bool, layers: tuple[int, ...], on_error: "OnError", as_json: bool, **loading: Any,
 ) -> None:  # fmt: skip
     """Encode IMAGES into one feature file.
 
@@ -54,27 +56,34 @@ def encode(
     qwen-vit encode photos/*.jpg --model tiny --out features.safetensors
     qwen-vit encode a.png --model Qwen/Qwen2.5-VL-7B-Instruct --out a.safetensors
     find . -name '*.png' | qwen-vit encode - --model tiny --out features.safetensors
+    qwen-vit encode *.jpg --model tiny --out vectors.safetensors --output mean --normalize
+    qwen-vit encode *.jpg --model tiny --out dense.safetensors --layers 1,3
 
     IMAGES are images, folders (searched to every depth), quoted patterns, tars and lists. A list
     is a .txt with a path a line, or a .jsonl with an "id" and a "path" each. - is a list on
     standard input.
 
-    The file holds image_embeds, image_grid_thw and image_token_offsets; read it with
-    qwen_vit.load_features. An image that cannot be encoded is reported and skipped (exit code 1).
-    The file is written whole, at the end: for many images use `qwen-vit export`, which keeps what
-    is finished.
+    The file holds image_embeds, image_grid_thw, image_token_offsets, and a layer_K for each block
+    of --layers; read it with qwen_vit.load_features. An image that cannot be encoded is reported
+    and skipped (exit code 1). The file is written whole, at the end: for many images use
+    `qwen-vit export`, which keeps what is finished.
     """
     check_output(out, overwrite)
     with slow_imports():
         from qwen_vit import write_features
         from qwen_vit.cli.text import encoded_json, encoded_table
+        from qwen_vit.outputs import check_normalize
+    check_normalize(output, normalize)
     items = list_images(images, out)
     encoder = load_encoder(model, **loading)
-    done = list(encode_one_by_one(encoder, items, on_error))
+    rows = {"output": output, "normalize": normalize, "layers": layers}
+    encoder.encode([], **rows)  # refuses a block that the tower has not, before any image
+    done = list(encode_one_by_one(encoder, items, on_error, **rows))
     features, milliseconds = [each for each, _ in done], [ms for _, ms in done]
     write_features(out, features, encoder.metadata(), overwrite=overwrite)
     if as_json:
-        print_data(json.dumps(encoded_json(features, milliseconds, out, encoder), indent=2))
+        document = encoded_json(features, milliseconds, out, encoder, rows)
+        print_data(json.dumps(document, indent=2))
     else:
         print_data(encoded_table(features, milliseconds))
         print_data(f"wrote {display_name(str(out))} ({out.stat().st_size:,} bytes)")

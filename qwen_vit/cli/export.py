@@ -25,6 +25,7 @@ from qwen_vit.cli.options import (
     json_option,
     model_option,
     on_error_option,
+    output_options,
     pixel_options,
     source_options,
     verbosity_options,
@@ -44,10 +45,7 @@ ASK_ABOVE_BYTES = 100 * 10**9
 @click.argument("inputs", nargs=-1, required=True, type=NAME)
 @model_option
 @click.option("--out", required=True, type=FILE, help="Folder to write, or resume.")
-@click.option(
-    "--output", type=click.Choice(["merged", "patch", "mean"]), default="merged",
-    show_default=True, help="What a language model takes; un-merged; one row per image.",
-)  # fmt: skip
+@output_options
 @click.option(
     "--dtype", type=Dtype(["float32", "bfloat16"]),
     help="How features are stored; a GPU computes in it, too.  [default: as computed]",
@@ -87,9 +85,10 @@ ASK_ABOVE_BYTES = 100 * 10**9
 @verbosity_options
 def export(
     inputs: tuple[str, ...], model: str, out: Path, device: str, dry_run: bool, yes: bool,
-    as_json: bool, output: Any, dtype: Any, shard_size: int, part: tuple[int, int], on_error: Any,
-    max_failures: int, decode_threads: int | None, address: str | None,
-    ec_cache: Path | None, profile: bool, **loading: Any,
+    as_json: bool, output: Any, normalize: bool, layers: tuple[int, ...], dtype: Any,
+    shard_size: int, part: tuple[int, int], on_error: Any, max_failures: int,
+    decode_threads: int | None, address: str | None, ec_cache: Path | None, profile: bool,
+    **loading: Any,
 ) -> None:  # fmt: skip
     """Export the images of INPUTS into a folder of shards; run it again to resume.
 
@@ -97,6 +96,8 @@ def export(
     qwen-vit export photos/ --model tiny --out features --dry-run
     qwen-vit export tars/ --model Qwen/Qwen2.5-VL-7B-Instruct --out features --part 2/8
     qwen-vit export tars/ --model Qwen/Qwen2.5-VL-7B-Instruct --out features --ray
+    qwen-vit export photos/ --model tiny --out vectors --output mean --normalize
+    qwen-vit export photos/ --model tiny --out dense --output mean --layers 1,3
 
     INPUTS are images, folders (searched to every depth), quoted patterns, tars and lists. A list
     is a .txt with a path a line, or a .jsonl with an "id" and a "path" each. Its relative paths
@@ -114,7 +115,9 @@ def export(
         from qwen_vit.export.ray_cluster import export_on_ray
         from qwen_vit.export.run import export_features, load_encoder
         from qwen_vit.inputs.find import check_inputs
-    options = ExportOptions(output, dtype, shard_size, on_error, part, max_failures)
+    options = ExportOptions(
+        output, dtype, shard_size, on_error, part, max_failures, normalize=normalize, layers=layers
+    )
     check_inputs(inputs)
     check_folder(out, make=False)
     if dry_run:

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ __all__ = [
     "model_option",
     "model_or_features_argument",
     "on_error_option",
+    "output_options",
     "pixel_options",
     "source_options",
     "verbosity_options",
@@ -85,6 +87,32 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 def device_option(help: str = "cuda, cuda:1 or cpu.") -> Callable[[Command], Command]:
     """The option that says where to compute."""
     return click.option("--device", default="auto", show_default=True, help=help)
+
+
+def output_options(command: Command) -> Command:
+    """The options that say which rows an image gets."""
+    options = (
+        click.option(
+            "--output", type=click.Choice(["merged", "patch", "mean"]), default="merged",
+            show_default=True,
+            help="What a language model takes; un-merged; one vector per image.",
+        ),
+        click.option("--normalize", is_flag=True, help="Give each vector of mean unit length."),
+        click.option(
+            "--layers", default="", metavar="K,K,...", callback=lambda _, __, text: _layers(text),
+            help="Dense features of these blocks as well, counted from 0, before any norm.",
+        ),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    parts = text.split(",") if text else []
+    if not all(re.fullmatch(r" *[0-9]{1,9} *", part) for part in parts):
+        raise click.BadParameter(f"--layers is {text!r}, expected blocks such as 7,15")
+    return tuple(map(int, parts))
 
 
 def pixel_options(command: Command) -> Command:

@@ -1,5 +1,6 @@
 """What the commands print: tables and lists for people, and the JSON of encode."""
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ __all__ = [
     "table",
     "waits_text",
 ]
+
+ROWS_OF = {"merged": "tokens", "patch": "patches", "mean": "rows"}
 
 
 def estimate_text(estimate: Estimate, folder: Path) -> str:
@@ -93,7 +96,9 @@ def encoded_table(
     features: Sequence[ImageFeatures | FailedImage], milliseconds: Sequence[float]
 ) -> str:
     """Return a table with a line for each image, or for why it was not encoded."""
-    rows = [("file", "size", "grid (t, h, w)", "tokens", "width", "ms", "notes")]
+    good = next((each for each in features if isinstance(each, ImageFeatures)), None)
+    counted = ROWS_OF["merged" if good is None else good.output]
+    rows = [("file", "size", "grid (t, h, w)", counted, "width", "ms", "notes")]
     for feature, duration in zip(features, milliseconds, strict=True):
         height, width = feature.size_px
         size = f"{width} x {height}" if feature.size_px != UNKNOWN_SIZE else "-"
@@ -133,32 +138,34 @@ def table(rows: Sequence[Sequence[str]], left: Sequence[str]) -> str:
 
 def encoded_json(
     features: Sequence[ImageFeatures | FailedImage], milliseconds: Sequence[float], out: Path,
-    encoder: VisionEncoder,
+    encoder: VisionEncoder, options: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the same, with the encoder that made it, as a JSON document."""
+    """Return the same, with the encoder that made it and its options, as a JSON document."""
     return {
         "out": str(out),
         "model": encoder.source.name,
         "commit": encoder.source.commit,
         "device": str(encoder.device),
         "dtype": dtype_name(encoder.dtype),
+        **options,
         "images": [
-            {**_image_json(feature), "ms": round(duration, 3)}
+            {**_image_json(feature, encoder.config.merge_unit), "ms": round(duration, 3)}
             for feature, duration in zip(features, milliseconds, strict=True)
         ],
     }
 
 
-def _image_json(feature: ImageFeatures | FailedImage) -> dict[str, Any]:
+def _image_json(feature: ImageFeatures | FailedImage, merge_unit: int) -> dict[str, Any]:
     """One image's facts; the same names for one that failed, null where there is nothing."""
     size_px = feature.size_px if feature.size_px != UNKNOWN_SIZE else None
     facts: dict[str, Any] = {"id": feature.id, "size_px": size_px}
     if isinstance(feature, FailedImage):
-        nothing = {"grid_thw": None, "tokens": None, "width": None, "notes": ()}
+        nothing = {"grid_thw": None, "tokens": None, "rows": None, "width": None, "notes": ()}
         return facts | nothing | {"error": {"code": feature.code, "message": feature.message}}
-    tokens, width = feature.embeds.shape
+    rows, width = feature.embeds.shape
     return facts | {
-        "grid_thw": feature.grid_thw, "tokens": tokens, "width": width, "notes": feature.notes,
+        "grid_thw": feature.grid_thw, "tokens": math.prod(feature.grid_thw) // merge_unit,
+        "rows": rows, "width": width, "notes": feature.notes,
         "error": None,
     }  # fmt: skip
 
