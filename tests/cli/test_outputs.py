@@ -70,7 +70,7 @@ def test_json_and_table_count_the_rows(
     assert [image["tokens"] for image in images] == [4, 6, None]
     assert len({frozenset(image) for image in images}) == 1
     _, out, _ = run(*arguments)
-    assert out.splitlines()[0].split()[-3] == header
+    assert header in out.splitlines()[0].split()
 
 
 def test_an_exports_report_names_its_rows(run: Any) -> None:

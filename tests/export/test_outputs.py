@@ -253,25 +253,25 @@ def test_resuming_on_another_gpu_or_decoder_is_an_error(
 ) -> None:
     """Both decide bits."""
 
-    class Elsewhere(FakeEncoder):
+    class OtherMachine(FakeEncoder):
         def metadata(self) -> dict[str, Any]:
             facts = super().metadata()
             name, _, inner = key.partition(".")
             facts[name] = {**facts[name], inner: before} if inner else before
             return facts
 
-    export(encoder=Elsewhere())
+    export(encoder=OtherMachine())
     with pytest.raises(ExportError, match=rf"{key} was {before}, is (None|absent) now"):
         export()
 
 
 def test_a_worker_with_another_gpu_makes_no_shard(export_dir: Path) -> None:
-    class Elsewhere(FakeEncoder):
+    class OtherMachine(FakeEncoder):
         def metadata(self) -> dict[str, Any]:
             return {**super().metadata(), "gpu": "NVIDIA A100"}
 
     with open_export(FakeEncoder(), ["p"], Path("out"), LAYERS) as plan:
-        worker = ray_cluster._Worker(Elsewhere, 1)  # type: ignore[arg-type]
+        worker = ray_cluster._Worker(OtherMachine, 1)  # type: ignore[arg-type]
         with pytest.raises(ExportError, match=r"a worker has the GPU NVIDIA A100\. Expected None"):
             worker.export(plan, 0)
         assert not plan.path(0).exists()
