@@ -1557,7 +1557,10 @@ def test_a_shard_that_is_gone_right_after_it_was_written_is_told(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards_module.FeatureWriter, "save", lambda self, facts: None)
-    with plan_of() as plan, pytest.raises(ExportError, match=r"disappeared or was damaged right after it"):
+    with (
+        plan_of() as plan,
+        pytest.raises(ExportError, match=r"disappeared or was damaged right after it"),
+    ):
         make_shard(FakeEncoder(), plan, 0)
 
 
