@@ -45,6 +45,7 @@ IMAGE_CODES = {
     "patches": "pixels and grids that do not belong together",
     "ratio": "one side is over 200 times the other",
     "reference": "Hugging Face's processor refuses it, with which it was to be compared",
+    "slow": "far more scans, segments, frames or seconds of decoding than a picture needs",
     "source-type": "not a path, bytes, PIL image, array or tensor",
     "too-many-patches": "more patches in one call than rows can be counted",
     "too-many-pixels": "more pixels than ImageLimits.max_pixels, by its header",

@@ -90,7 +90,7 @@ def with_png_chunk(data: bytes, kind: bytes, content: bytes) -> bytes:
 
 
 def test_every_code_of_the_table_is_tested() -> None:
-    tests = "".join(path.read_text("utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    tests = "".join(path.read_text("utf-8") for path in Path(__file__).parent.rglob("test_*.py"))
     assert [code for code in IMAGE_CODES if f'"{code}"' not in tests] == []
 
 
@@ -596,15 +596,6 @@ def test_an_interlaced_png_is_whole_only_with_all_seven_passes(missing: int) -> 
         refusal("truncated", data)
     else:
         assert (load_image(data).pixels == 7).all()
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_a_cut_jpeg_closed_with_an_end_marker_is_refused(mode: str) -> None:
-    """libjpeg fills its missing blocks with grey, and neither it nor Pillow says so."""
-    data = encode(chelsea().convert(mode), "JPEG")
-    cut = data[: len(data) // 2] + b"\xff\xd9"
-    refusal("truncated", cut)
-    refusal("truncated", Image.open(io.BytesIO(cut)))
 
 
 @pytest.mark.parametrize("progressive", [False, True])

@@ -21,8 +21,10 @@ from PIL import (
 
 from qwen_vit.errors import ImageError
 from qwen_vit.images.image import ImageLimits, RgbImage, check_pixels
+from qwen_vit.images.jpeg import JpegFile, check_blocks, read_jpeg
+from qwen_vit.images.refusals import damaged, truncated
 from qwen_vit.images.to_rgb import is_deep, tiff_notes, to_rgb
-from qwen_vit.images.truncation import ends_early, is_filled_up, promised_bytes
+from qwen_vit.images.truncation import ends_early, misses_rows, promised_bytes
 
 __all__ = ["DECODERS", "decode_bytes", "decode_pil"]
 
@@ -66,14 +68,15 @@ def decode_bytes(data: bytes, name: str, limits: ImageLimits) -> RgbImage:
     """An encoded image -> RGB. Raises ImageError for a damaged, truncated or too large file."""
     file_format = _identify(data, name)
     reader = _Reader(data)
+    jpeg = read_jpeg(data, name) if file_format == "JPEG" else None
     with _decoding(data, file_format, name, header=reader):
         if file_format in ("WEBP", "TIFF") and promised_bytes(data, file_format) > len(data):
             raise EOFError  # before Pillow warns about missing bytes
         image = DECODERS[file_format](reader, "")
     deep, early_notes = is_deep(image), tiff_notes(image)
     with _decoding(data, file_format, name):
-        _load(image, name, limits)
-        if is_filled_up(data, file_format, image):
+        early_notes += _load(image, name, limits, jpeg)
+        if file_format == "PNG" and misses_rows(data):
             raise EOFError
         picture, notes = to_rgb(image, name, deep)
         if picture is image:  # it holds its file, and counting frames moves through it
@@ -95,8 +98,11 @@ def decode_pil(image: Image.Image, name: str, limits: ImageLimits) -> RgbImage:
         deep, early_notes = is_deep(image), tiff_notes(image)
         data = _lazy_bytes(image, limits)
         with _decoding(data, file_format, name):
-            _load(image, name, limits)
-            if data is not None and is_filled_up(data, file_format, image):
+            jpeg = None
+            if data is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+                jpeg = read_jpeg(data[getattr(image, "offset", 0) :], name)
+            early_notes += _load(image, name, limits, jpeg)
+            if data is not None and jpeg is None and misses_rows(data):
                 raise EOFError
             picture, notes = to_rgb(image, name, deep)
             if picture is image:  # its owner may change it
@@ -205,19 +211,9 @@ def _decoding(
             or (data is not None and ends_early(data, file_format))
         ):
             size = "" if data is None else f" after {len(data)} bytes"
-            raise ImageError(
-                f"a truncated {file_format}: it ends early{size}",
-                name=name,
-                remedy="fetch it again",
-                code="truncated",
-            ) from None
+            raise truncated(file_format, name, f"it ends early{size}") from None
         reason = type(error).__name__ if re.search(r"0x[0-9a-fA-F]{4}", text) else text
-        raise ImageError(
-            f"a damaged {file_format} ({reason or type(error).__name__})",
-            name=name,
-            remedy="fetch it again, or open and save it in an image editor",
-            code="damaged",
-        ) from None
+        raise damaged(file_format, name, reason or type(error).__name__) from None
 
 
 class _Strictness:
@@ -263,12 +259,16 @@ def _strictly() -> Iterator[None]:
                 ImageFile.LOAD_TRUNCATED_IMAGES = True
 
 
-def _load(image: Image.Image, name: str, limits: ImageLimits) -> None:
-    """Check what the header says, then decode."""
+def _load(
+    image: Image.Image, name: str, limits: ImageLimits, jpeg: JpegFile | None
+) -> tuple[str, ...]:
+    """Check what the header says, then decode. Returns what is odd about a whole file."""
     check_pixels(image.width, image.height, name, limits)
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile:
         _prepare_tiff(image, name, limits)
+    notes = check_blocks(jpeg, name) if jpeg is not None else ()
     image.load()
+    return notes
 
 
 def _prepare_tiff(image: TiffImagePlugin.TiffImageFile, name: str, limits: ImageLimits) -> None:

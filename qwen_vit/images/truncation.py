@@ -1,15 +1,12 @@
-"""Whether an image file holds every pixel that its header promises.
+"""Whether a container holds every byte, and a PNG every row, that its headers promise.
 
-Some decoders stop at the end of a truncated file without an error and invent the missing pixels.
+Pillow stops at the end of some truncated files without an error and invents the missing pixels.
 """
 
-import io
 import struct
 import zlib
 
-from PIL import Image, JpegImagePlugin
-
-__all__ = ["ends_early", "is_filled_up", "promised_bytes"]
+__all__ = ["ends_early", "misses_rows", "promised_bytes"]
 
 # PNG: samples per pixel by colour type; (first column, first row, step, step) of Adam7's passes.
 PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
@@ -61,17 +58,8 @@ def promised_bytes(data: bytes, file_format: str) -> int:
     return 0
 
 
-def is_filled_up(data: bytes, file_format: str, image: Image.Image) -> bool:
-    """Whether the decoder invented pixels that the file does not hold; two formats allow it."""
-    if file_format == "PNG":
-        return _png_misses_rows(data)
-    if file_format == "JPEG":
-        return _jpeg_misses_blocks(data, image)
-    return False
-
-
-def _png_misses_rows(data: bytes) -> bool:
-    """Whether the compressed stream is complete and yet shorter than the picture."""
+def misses_rows(data: bytes) -> bool:
+    """Whether a PNG's compressed stream is complete and yet shorter than the picture."""
     width, height, depth, colour, _, _, interlace = struct.unpack_from(">IIBBBBB", data, 16)
     bits = depth * PNG_SAMPLES[colour]
     missing = 0
@@ -91,19 +79,3 @@ def _png_misses_rows(data: bytes) -> bool:
                 break
         at += 12 + length
     return missing > 0
-
-
-def _jpeg_misses_blocks(data: bytes, image: Image.Image) -> bool:
-    """Whether libjpeg filled missing blocks with mid-grey, without an error.
-
-    Only a picture that ends in exactly that grey is suspect. It is decoded again with noise before
-    its end marker: a complete picture ignores the noise, a truncated one shows it.
-    """
-    last = image.getpixel((image.width - 1, image.height - 1))
-    if last not in (128, (128, 128, 128), (127,) * 4, (128,) * 4):
-        return False
-    end = data.rfind(b"\xff\xd9")
-    noise = bytes(range(1, 255)) * 16
-    again = JpegImagePlugin.JpegImageFile(io.BytesIO(data[:end] + noise + data[end:]), "")
-    again.load()
-    return again.tobytes() != image.tobytes()

@@ -1,0 +1,188 @@
+"""Whether a JPEG holds its whole picture: its scans are read here, its blocks by libjpeg-turbo.
+
+libjpeg fills missing blocks with grey and only warns, and Pillow drops its warnings. simplejpeg
+reports them. It decodes at an eighth of the size, where little but the entropy decoding is left.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import simplejpeg
+
+from qwen_vit.errors import ImageError
+from qwen_vit.images.refusals import damaged, too_slow, truncated
+
+__all__ = ["JpegFile", "check_blocks", "read_jpeg"]
+
+# Encoders write 1 scan, or about 10 progressive ones, and one Exif segment.
+MAX_SCANS = 100
+MAX_SEGMENTS = 5_000
+MAX_EXIF_SEGMENTS = 100  # Pillow joins them in quadratic time
+
+START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN, EXIF, TEM = 0xD8, 0xD9, 0xDA, 0xE1, 0x01
+METADATA = (*range(0xE0, 0xF0), 0xFE)
+FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
+PROGRESSIVE = (0xC2, 0xCA)
+UNREAD_FRAMES = {
+    0xC3: "lossless JPEG",
+    **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical JPEG"),
+    0xCB: "lossless JPEG with arithmetic coding",
+}
+MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # neither stuffing nor a restart marker
+EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
+PREFETCHED_BYTES = 16  # libjpeg holds up to 8 bytes that it does not count as extraneous
+COEFFICIENTS = 64
+UNSEEN = -1
+
+
+@dataclass(slots=True)
+class JpegFile:
+    """What the markers of a JPEG say.
+
+    `pixel_part` is the first picture without its metadata: libjpeg then warns of nothing else.
+    `bits` holds, by component, the lowest bit that the scans have given so far of each coefficient.
+    `entropy_end` is where the last scan ends in `pixel_part`.
+    """
+
+    n_bytes: int
+    components: int = 0
+    progressive: bool = False
+    bits: dict[int, list[int]] = field(default_factory=dict)
+    scans: int = 0
+    has_end: bool = False
+    pixel_part: bytes = b""
+    entropy_end: int = 0
+
+
+def read_jpeg(data: bytes, name: str) -> JpegFile:
+    """Walk over the markers of a JPEG's first picture, without decoding.
+
+    Raises ImageError: "slow" for more scans or segments than any encoder writes, "format" for a
+    kind of JPEG that Pillow does not read, "damaged" for scans that contradict each other.
+    """
+    jpeg = JpegFile(len(data))
+    at, kept, segments, exif_segments = 2, [data[:2]], 0, 0
+    first_scan = end = len(data)
+    while found := MARKER.search(data, at):
+        marker, start = data[found.start() + 1], found.start()
+        at = start + 2
+        if marker == END_OF_IMAGE:
+            jpeg.has_end, end = True, start
+            break
+        if marker in (START_OF_IMAGE, TEM):
+            continue
+        length = int.from_bytes(data[at : at + 2], "big")
+        body = data[at + 2 : at + length]
+        at += max(2, length)
+        segments += 1
+        exif_segments += marker == EXIF and body.startswith(b"Exif\0")
+        if marker in FRAMES or marker in UNREAD_FRAMES:
+            _read_frame(jpeg, marker, body, name)
+        elif marker == START_OF_SCAN:
+            first_scan = min(first_scan, start)
+            _read_scan(jpeg, body, name)
+        if start < first_scan and marker not in METADATA:
+            kept.append(data[start:at])
+        _check_counts(jpeg.scans, segments, exif_segments, name)
+    jpeg.pixel_part = b"".join((*kept, data[first_scan:end], b"\xff\xd9"))
+    jpeg.entropy_end = len(jpeg.pixel_part) - 2
+    return jpeg
+
+
+def check_blocks(jpeg: JpegFile, name: str) -> tuple[str, ...]:
+    """Refuse a JPEG that lacks blocks or scans, and list what is odd in a whole one.
+
+    Damage that leaves the number of blocks as it was, such as one changed bit, is not found: the
+    format has no checksum. Raises ImageError with code "truncated" or "damaged".
+    """
+    lacking = [component for component, bits in jpeg.bits.items() if any(bits)]
+    if lacking or len(jpeg.bits) < jpeg.components or not jpeg.has_end:
+        early = f"it ends early after {jpeg.n_bytes} bytes"
+        what = "scans of its picture are missing" if jpeg.has_end else early
+        raise truncated("JPEG", name, what)
+    try:
+        simplejpeg.decode_jpeg(
+            jpeg.pixel_part,
+            "CMYK" if jpeg.components == 4 else "GRAY",
+            fastdct=True,
+            fastupsample=True,
+            min_height=1,
+            min_width=1,
+            strict=True,
+        )
+    except ValueError as error:
+        return _judge(jpeg, str(error), name)
+    return ()
+
+
+def _judge(jpeg: JpegFile, warning: str, name: str) -> tuple[str, ...]:
+    """What libjpeg's first warning means."""
+    if "remature end" in warning:
+        raise truncated("JPEG", name, "blocks of its picture are missing")
+    if extraneous := EXTRANEOUS.search(warning):
+        count, marker = int(extraneous[1]), int(extraneous[2], 16)
+        if marker == END_OF_IMAGE and _is_padding(jpeg, count):
+            return (f"{count} bytes of padding after the picture",)
+        raise damaged("JPEG", name, f"{count} bytes of its picture belong to no block")
+    if warning.startswith(("Corrupt JPEG data", "Inconsistent progression")):
+        raise damaged("JPEG", name, warning)
+    return ("not checked for missing blocks",)  # simplejpeg cannot read it; Pillow may
+
+
+def _is_padding(jpeg: JpegFile, count: int) -> bool:
+    """Whether the bytes after the last block are one value, repeated only there.
+
+    Where the run is longer, the picture's last blocks were decoded from it: a hole in the file.
+    """
+    end = jpeg.entropy_end
+    last = jpeg.pixel_part[end - 1 : end]
+    window = jpeg.pixel_part[max(0, end - count - PREFETCHED_BYTES - 1) : end]
+    return count <= len(window) - len(window.rstrip(last)) <= count + PREFETCHED_BYTES
+
+
+def _read_frame(jpeg: JpegFile, marker: int, body: bytes, name: str) -> None:
+    if jpeg.components or len(body) < 6:
+        raise damaged("JPEG", name, "it has more than one frame header, or a cut one")
+    if marker in UNREAD_FRAMES:
+        raise _unread(UNREAD_FRAMES[marker], name)
+    if body[0] != 8:
+        raise _unread(f"JPEG of {body[0]} bits a sample", name)
+    jpeg.components, jpeg.progressive = body[5], marker in PROGRESSIVE
+
+
+def _read_scan(jpeg: JpegFile, body: bytes, name: str) -> None:
+    """Record which bits of which coefficients a scan gives."""
+    jpeg.scans += 1
+    count = body[0] if body else 0
+    if len(body) < 4 + 2 * count:
+        return  # libjpeg refuses it
+    first, last, approximation = body[1 + 2 * count : 4 + 2 * count]
+    previous, now = approximation >> 4, approximation & 15
+    if not jpeg.progressive:
+        first, last, previous, now = 0, COEFFICIENTS - 1, 0, 0
+    for component in body[1 : 1 + 2 * count : 2]:
+        bits = jpeg.bits.setdefault(component, [UNSEEN] * COEFFICIENTS)
+        for at in range(first, min(last + 1, COEFFICIENTS)):
+            if bits[at] != (previous or UNSEEN) or now >= (previous or COEFFICIENTS):
+                raise damaged("JPEG", name, "a scan repeats others or does not continue them")
+            bits[at] = now
+
+
+def _check_counts(scans: int, segments: int, exif_segments: int, name: str) -> None:
+    for count, most, what in (
+        (scans, MAX_SCANS, "scans"),
+        (exif_segments, MAX_EXIF_SEGMENTS, "Exif segments"),
+        (segments, MAX_SEGMENTS, "segments"),
+    ):
+        if count > most:
+            raise too_slow(f"a JPEG of more than {most:,} {what}", name, f"at most {most:,}")
+
+
+def _unread(kind: str, name: str) -> ImageError:
+    return ImageError(
+        f"of an unsupported format ({kind})",
+        name=name,
+        expected="JPEG of 8 bits a sample, baseline or progressive",
+        remedy="convert it to PNG or to an 8-bit JPEG",
+        code="format",
+    )

@@ -1,0 +1,48 @@
+"""The errors that several checks of an encoded image raise."""
+
+from qwen_vit.errors import ImageError
+
+__all__ = ["damaged", "too_slow", "truncated"]
+
+
+def truncated(file_format: str, name: str, what: str = "it ends early") -> ImageError:
+    """The error of a file that lacks a part of its picture.
+
+    >>> print(truncated("PNG", "a.png"))
+    a.png: a truncated PNG: it ends early. Fetch it again.
+    """
+    return ImageError(
+        f"a truncated {file_format}: {what}",
+        name=name,
+        remedy="fetch it again",
+        code="truncated",
+    )
+
+
+def damaged(file_format: str, name: str, reason: str) -> ImageError:
+    """The error of a file whose content contradicts itself.
+
+    >>> damaged("JPEG", "a.jpg", "bad Huffman code").fact
+    'a damaged JPEG (bad Huffman code)'
+    """
+    return ImageError(
+        f"a damaged {file_format} ({reason})",
+        name=name,
+        remedy="fetch it again, or open and save it in an image editor",
+        code="damaged",
+    )
+
+
+def too_slow(fact: str, name: str, expected: str) -> ImageError:
+    """The error of a file that asks for far more work than its picture is worth.
+
+    >>> print(too_slow("a JPEG of 5,000 scans", "a.jpg", "at most 100"))
+    a.jpg: a JPEG of 5,000 scans. Expected at most 100. Open and save it in an image editor.
+    """
+    return ImageError(
+        fact,
+        name=name,
+        expected=expected,
+        remedy="open and save it in an image editor",
+        code="slow",
+    )

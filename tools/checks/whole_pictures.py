@@ -1,0 +1,221 @@
+"""False alarms: whole pictures of every encoder found must load, with Pillow's pixels.
+
+\b
+    python -m tools.checks.whole_pictures --ledger tools/benchmarks/ledger.jsonl
+    python -m tools.checks.whole_pictures /usr/share --no-encoders
+
+Encoders, as installed: Pillow, cjpeg, ImageMagick, libvips, FFmpeg, cwebp, mozjpeg, OpenCV.
+A JPEG of a folder counts as whole where `djpeg -strict` decodes it. Exits 1 at a false alarm.
+"""
+
+import io
+import itertools
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from PIL import Image
+
+from qwen_vit.errors import ImageError
+from qwen_vit.config import ImageConfig
+from qwen_vit.images.jpeg import check_blocks, read_jpeg
+from qwen_vit.images.load import load_image
+from qwen_vit.images.patches import patchify
+from tools.common import ROOT, ledger_options, ledger_row, publish
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
+SIZES = ((640, 427), (317, 211), (64, 64), (17, 33), (8, 8), (1, 1), (1, 97), (1200, 37))
+CONFIG = ImageConfig.from_json({})
+SAMPLINGS = ("1x1", "2x1", "2x2", "1x2")
+
+
+@click.command(help=__doc__)
+@click.argument("folders", nargs=-1, type=click.Path(exists=True, path_type=Path))
+@click.option("--encoders/--no-encoders", default=True, help="Make pictures with encoders.")
+@ledger_options
+def main(folders: tuple[Path, ...], encoders: bool, ledger: Path | None, commit: str) -> None:
+    """Load them all, and print counts by encoder."""
+    tried: Counter[str] = Counter()
+    alarms = []
+    pictures = itertools.chain(made() if encoders else (), *map(found, folders))
+    for maker, name, data in pictures:
+        tried[maker] += 1
+        if reason := false_alarm(data):
+            alarms.append(f"{maker}, {name}: {reason}")
+            print(alarms[-1], file=sys.stderr)
+    figures: dict[str, Any] = {"pictures": tried.total(), "false_alarms": len(alarms)}
+    figures["encoders"] = dict(sorted(tried.items()))
+    figures["jpeg_check_share"] = judge_shares()
+    publish(
+        ledger_row("whole pictures", commit, "cpu", ("pillow", "simplejpeg"), **figures), ledger
+    )
+    sys.exit(1 if alarms else 0)
+
+
+def false_alarm(data: bytes) -> str:
+    """Why a whole picture is refused, or has other pixels than Pillow's; empty if neither."""
+    try:
+        pixels = load_image(data).pixels
+    except ImageError as error:
+        return str(error)
+    image = Image.open(io.BytesIO(data))
+    if image.mode == "RGB" and not image.has_transparency_data and 274 not in image.getexif():
+        return "" if np.array_equal(pixels, np.asarray(image)) else "other pixels than Pillow's"
+    return ""
+
+
+def judge_shares() -> dict[str, float]:
+    """The CPU time of the check for missing blocks, as a share of the rest of an image's time."""
+    photograph = Image.open(ROOT / "tests" / "images" / "rocket.jpg").convert("RGB")
+    shares = {}
+    for size, quality, progressive in itertools.product(
+        ((640, 427), (1920, 1280)), (85, 95), (False, True)
+    ):
+        picture = photograph.resize(size)
+        data = _saved(picture, "JPEG", quality=quality, progressive=progressive)
+        whole = _seconds(lambda data=data: patchify(load_image(data).picture, CONFIG))
+        check = _seconds(lambda data=data: check_blocks(read_jpeg(data, ""), ""))
+        kind = "progressive" if progressive else "baseline"
+        shares[f"{size[0]}x{size[1]} {kind} {quality}"] = round(check / (whole - check), 3)
+    return shares
+
+
+def _seconds(call: Callable[[], Any], times: int = 15) -> float:
+    """The least CPU time of a call."""
+    least = math.inf
+    for _ in range(times):
+        begin = time.process_time()
+        call()
+        least = min(least, time.process_time() - begin)
+    return least
+
+
+def found(folder: Path) -> Iterator[tuple[str, str, bytes]]:
+    """The pictures of a folder that Pillow decodes, JPEGs only where djpeg has no warning."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.is_file() and path.stat().st_size < 2**25:
+            data = path.read_bytes()
+            try:
+                image = Image.open(io.BytesIO(data))
+                image.load()
+                ratio = max(image.size) / min(image.size)
+            except Exception:  # noqa: BLE001 - plug-ins raise anything
+                continue
+            if ratio > 200 or image.format not in ("JPEG", "MPO") or _djpeg_accepts(data):
+                yield f"found {image.format}", str(path), data
+
+
+def _djpeg_accepts(data: bytes) -> bool:
+    if not shutil.which("djpeg"):
+        return False
+    return subprocess.run(["djpeg", "-strict"], input=data, capture_output=True).returncode == 0
+
+
+def made() -> Iterator[tuple[str, str, bytes]]:
+    """Pictures of every installed encoder: maker, name, bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        for picture_name, picture in pictures():
+            source = Path(folder, "source.ppm")
+            picture.save(source)
+            for maker, options, target, command in commands(str(source), folder):
+                if shutil.which(command[0]):
+                    Path(target).unlink(missing_ok=True)
+                    done = subprocess.run(command, capture_output=True, check=False)
+                    if done.returncode == 0 and Path(target).is_file():
+                        yield maker, f"{picture_name} {options}", Path(target).read_bytes()
+            for maker, options, data in by_libraries(picture):
+                yield maker, f"{picture_name} {options}", data
+
+
+def pictures() -> Iterator[tuple[str, Image.Image]]:
+    """The test photographs, noise and flat colour, at odd sizes."""
+    photographs = [
+        (path.name, Image.open(path).convert("RGB"))
+        for path in sorted((ROOT / "tests" / "images").iterdir())
+        if path.suffix in (".jpg", ".png")
+    ]
+    noise = np.random.default_rng(0).integers(0, 256, (427, 640, 3), np.uint8)
+    photographs += [
+        ("noise", Image.fromarray(noise)),
+        ("grey", Image.new("RGB", (640, 427), "gray")),
+    ]
+    for name, picture in photographs:
+        for size in SIZES:
+            yield f"{name} {size[0]}x{size[1]}", picture.resize(size)
+
+
+def commands(source: str, folder: str) -> Iterator[tuple[str, str, str, list[str]]]:
+    """Commands of encoders: maker, options, the file that they write, the command."""
+    jpeg, webp, png = (f"{folder}/out.{suffix}" for suffix in ("jpg", "webp", "png"))
+    kinds = (["-baseline"], ["-progressive"], ["-optimize"], ["-restart", "1"], ["-arithmetic"])
+    for kind, sampling in itertools.product(kinds, SAMPLINGS):
+        options = [*kind, "-quality", "83", "-sample", sampling]
+        yield "cjpeg", str(options), jpeg, ["cjpeg", *options, "-outfile", jpeg, source]
+    for options in (["-interlace", "JPEG"], ["-sampling-factor", "4:1:1"], ["-colorspace", "CMYK"]):
+        yield "ImageMagick", str(options), jpeg, ["convert", source, *options, jpeg]
+    for suffix in ("jpg", "png", "gif", "webp", "bmp", "tiff", "avif"):
+        target = f"{folder}/out.{suffix}"
+        yield f"ImageMagick {suffix}", "", target, ["convert", source, target]
+        yield f"FFmpeg {suffix}", "", target, _ffmpeg(source, target)
+    for save in ("Q=75", "interlace", "optimize_coding,trellis_quant", "subsample_mode=off,Q=96"):
+        yield "libvips", save, jpeg, ["vips", "copy", source, f"{jpeg}[{save}]"]
+    for quality in ("2", "15"):
+        yield "FFmpeg", quality, jpeg, _ffmpeg(source, "-q:v", quality, jpeg)
+    for options in ([], ["-lossless"], ["-m", "6", "-sharp_yuv"]):
+        yield "cwebp", str(options), webp, ["cwebp", source, *options, "-o", webp]
+    yield "libvips png", "", png, ["vips", "copy", source, f"{png}[interlace]"]
+
+
+def _ffmpeg(source: str, *rest: str) -> list[str]:
+    return ["ffmpeg", "-y", "-i", source, "-frames:v", "1", *rest]
+
+
+def by_libraries(picture: Image.Image) -> Iterator[tuple[str, str, bytes]]:
+    """Pillow's own encoders, and mozjpeg's and OpenCV's where they are installed."""
+    for quality, progressive, sampling, restart in itertools.product(
+        (20, 75, 100), (False, True), (0, 2), (0, 3)
+    ):
+        options = {"quality": quality, "progressive": progressive, "subsampling": sampling}
+        data = _saved(picture, "JPEG", restart_marker_blocks=restart, **options)
+        yield "Pillow", f"{options} {restart}", data
+        if quality == 75 and not restart:
+            yield from _mozjpeg(data)
+    for kind in ("PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"):
+        yield f"Pillow {kind.lower()}", "", _saved(picture, kind)
+    for mode in ("L", "CMYK"):
+        yield "Pillow", mode, _saved(picture.convert(mode), "JPEG", optimize=True)
+    try:
+        import cv2
+    except ImportError:
+        return
+    for flags in ((), (cv2.IMWRITE_JPEG_PROGRESSIVE, 1), (cv2.IMWRITE_JPEG_RST_INTERVAL, 2)):
+        ok, encoded = cv2.imencode(".jpg", np.asarray(picture)[..., ::-1], flags)
+        if ok:
+            yield "OpenCV", str(flags), encoded.tobytes()
+
+
+def _mozjpeg(data: bytes) -> Iterator[tuple[str, str, bytes]]:
+    try:
+        from mozjpeg_lossless_optimization import optimize
+    except ImportError:
+        return
+    yield "mozjpeg", "", optimize(data)
+
+
+def _saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    main()
