@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ import click
 import numpy as np
 from PIL import Image
 
-from qwen_vit.errors import ImageError
 from qwen_vit.config import ImageConfig
+from qwen_vit.errors import ImageError
 from qwen_vit.images.jpeg import check_blocks, read_jpeg
 from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import patchify
@@ -82,11 +83,19 @@ def judge_shares() -> dict[str, float]:
     ):
         picture = photograph.resize(size)
         data = _saved(picture, "JPEG", quality=quality, progressive=progressive)
-        whole = _seconds(lambda data=data: patchify(load_image(data).picture, CONFIG))
-        check = _seconds(lambda data=data: check_blocks(read_jpeg(data, ""), ""))
+        whole = _seconds(partial(_load_and_cut, data))
+        check = _seconds(partial(_check, data))
         kind = "progressive" if progressive else "baseline"
         shares[f"{size[0]}x{size[1]} {kind} {quality}"] = round(check / (whole - check), 3)
     return shares
+
+
+def _load_and_cut(data: bytes) -> None:
+    patchify(load_image(data).picture, CONFIG)
+
+
+def _check(data: bytes) -> None:
+    check_blocks(read_jpeg(data, ""), "")
 
 
 def _seconds(call: Callable[[], Any], times: int = 15) -> float:
