@@ -8,7 +8,7 @@ import io
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from qwen_vit.errors import ArgumentError, ExportError, ImageError, check_choice
 from qwen_vit.features import UNKNOWN_SIZE, FailedImage, FeatureOutput, ImageFeatures
 from qwen_vit.graphs import MAX_BUCKET
 from qwen_vit.images.image import ArrayLayout, ImageLimits, ImageSource, RgbImage
-from qwen_vit.images.load import load_image
+from qwen_vit.images.load import load_image, unwrap
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.layout import check_grids
 from qwen_vit.model import LayerTaps, Output
@@ -60,12 +60,13 @@ OneImage: TypeAlias = (
     | memoryview
     | Image.Image
     | Patches
+    | Mapping[str, Any]
 )
 ImageInput: TypeAlias = OneImage | NDArray[Any] | Tensor
 Images: TypeAlias = ImageInput | Iterable[ImageInput]
 # Iterating over one of these would give its characters, bytes or rows.
 ONE_IMAGE = (
-    str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Patches, io.IOBase,
+    str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Patches, io.IOBase, Mapping,
 )  # fmt: skip
 STACKED_AXES = 4
 Forward = Callable[[Tensor, tuple[Grid, ...], Output, LayerTaps | None], Tensor]
@@ -148,6 +149,13 @@ class ImageLoader:
         """A job for each image. With `is_ahead` it may run after the next image was taken."""
         for index, image in enumerate(images):
             name = _name_of(image, index)
+            if isinstance(image, Mapping):
+                try:
+                    image = unwrap(image, name)
+                except ImageError as error:  # raised in order
+                    yield Job(partial(self.load, error.without_frames(), name))
+                    continue
+                name = _name_of(image, index)
             is_fixed = isinstance(image, (str, os.PathLike, bytes, Patches))
             if is_fixed or not is_ahead:
                 n_bytes = len(image) if isinstance(image, bytes) else 0

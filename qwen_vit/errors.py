@@ -41,6 +41,7 @@ IMAGE_CODES = {
     "not-a-file": "a FIFO, socket or device: never opened",
     "not-an-image": "text, a web page, a git-lfs pointer or unknown bytes",
     "not-finite": "its embeddings hold NaN or infinity",
+    "null": "a row of a Parquet file without an image, or without an id",
     "out-of-memory": "it alone does not fit the GPU's memory",
     "patches": "pixels and grids that do not belong together",
     "ratio": "one side is over 200 times the other",

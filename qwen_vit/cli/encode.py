@@ -15,6 +15,7 @@ from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
     FILE,
     NAME,
+    column_options,
     device_option,
     dtype_option,
     json_option,
@@ -38,6 +39,7 @@ __all__ = ["encode"]
 @model_option
 @click.option("--out", required=True, type=FILE, help="Feature file to write.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing feature file.")
+@column_options
 @output_options
 @device_option()
 @dtype_option
@@ -48,7 +50,8 @@ __all__ = ["encode"]
 @verbosity_options
 def encode(
     images: tuple[str, ...], model: str, out: Path, overwrite: bool, output: Any,
-    normalize: bool, layers: tuple[int, ...], on_error: "OnError", as_json: bool, **loading: Any,
+    normalize: bool, layers: tuple[int, ...], on_error: "OnError", as_json: bool,
+    column: str | None, id_column: str | None, **loading: Any,
 ) -> None:  # fmt: skip
     """Encode IMAGES into one feature file.
 
@@ -61,7 +64,7 @@ def encode(
 
     IMAGES are images, folders (searched to every depth), quoted patterns, tars and lists. A list
     is a .txt with a path a line, or a .jsonl with an "id" and a "path" each. - is a list on
-    standard input.
+    standard input. Parquet files need --column.
 
     The file holds image_embeds, image_grid_thw, image_token_offsets, and a layer_K for each block
     of --layers; read it with qwen_vit.load_features. An image that cannot be encoded is reported
@@ -74,7 +77,7 @@ def encode(
         from qwen_vit.cli.text import encoded_json, encoded_table
         from qwen_vit.outputs import check_normalize
     check_normalize(output, normalize)
-    items = list_images(images, out)
+    items = list_images(images, out, column=column, id_column=id_column)
     encoder = load_encoder(model, **loading)
     rows = {"output": output, "normalize": normalize, "layers": layers}
     encoder.encode([], **rows)  # refuses a block that the tower has not, before any image

@@ -21,6 +21,7 @@ from qwen_vit.cli.options import (
     FILE,
     NAME,
     Dtype,
+    column_options,
     device_option,
     json_option,
     model_option,
@@ -45,6 +46,7 @@ ASK_ABOVE_BYTES = 100 * 10**9
 @click.argument("inputs", nargs=-1, required=True, type=NAME)
 @model_option
 @click.option("--out", required=True, type=FILE, help="Folder to write, or resume.")
+@column_options
 @output_options
 @click.option(
     "--dtype", type=Dtype(["float32", "bfloat16"]),
@@ -88,7 +90,7 @@ def export(
     as_json: bool, output: Any, normalize: bool, layers: tuple[int, ...], dtype: Any,
     shard_size: int, part: tuple[int, int], on_error: Any, max_failures: int,
     decode_threads: int | None, address: str | None, ec_cache: Path | None, profile: bool,
-    **loading: Any,
+    column: str | None, id_column: str | None, **loading: Any,
 ) -> None:  # fmt: skip
     """Export the images of INPUTS into a folder of shards; run it again to resume.
 
@@ -98,10 +100,11 @@ def export(
     qwen-vit export tars/ --model Qwen/Qwen2.5-VL-7B-Instruct --out features --ray
     qwen-vit export photos/ --model tiny --out vectors --output mean --normalize
     qwen-vit export photos/ --model tiny --out dense --output mean --layers 1,3
+    qwen-vit export 'data/*.parquet' --column image --model tiny --out features
 
     INPUTS are images, folders (searched to every depth), quoted patterns, tars and lists. A list
     is a .txt with a path a line, or a .jsonl with an "id" and a "path" each. Its relative paths
-    count from its folder.
+    count from its folder. A row of a Parquet file is an image where --column names its column.
 
     A list on standard input is -, and its paths count from the current folder. Read the folder
     with qwen_vit.load_features; its manifest has a row for each image. Images that cannot be
@@ -116,9 +119,10 @@ def export(
         from qwen_vit.export.run import export_features, load_encoder
         from qwen_vit.inputs.find import check_inputs
     options = ExportOptions(
-        output, dtype, shard_size, on_error, part, max_failures, normalize=normalize, layers=layers
-    )
-    check_inputs(inputs)
+        output, dtype, shard_size, on_error, part, max_failures, normalize=normalize, layers=layers,
+        column=column, id_column=id_column,
+    )  # fmt: skip
+    check_inputs(inputs, options.columns)
     check_folder(out, make=False)
     if dry_run:
         encoder = load_encoder(model, options, device=device, **loading)

@@ -27,18 +27,28 @@ __all__ = ["encode_one_by_one", "list_images", "load_encoder"]
 logger = logging.getLogger("qwen_vit")
 
 
-def list_images(inputs: Sequence[str], out: Path | None = None) -> "list[Item]":
+def list_images(
+    inputs: Sequence[str],
+    out: Path | None = None,
+    *,
+    column: str | None = None,
+    id_column: str | None = None,
+) -> "list[Item]":
     """The images of files, folders, quoted patterns, tars, lists, and "-" for standard input.
+
+    `column` names the images of Parquet files.
 
     Raises ExportError if there is none, where two have one id, and where `out` is one of them.
     """
     from qwen_vit.inputs.find import find_items, no_image_found, warn_of_skipped
+    from qwen_vit.inputs.parquet import ParquetColumns
 
     left_out: Counter[str] = Counter()
-    items = list(find_items(inputs, left_out, must_exist=False))
+    columns = ParquetColumns.of(column, id_column)
+    items = list(find_items(inputs, left_out, must_exist=False, columns=columns))
     warn_of_skipped(left_out)
     if not items:
-        raise no_image_found(inputs)
+        raise no_image_found(inputs, left_out)
     check_distinct([item.id for item in items])
     if out is not None and any(_is_same(item.source, out) for item in items):
         raise ExportError("one of the images", name=str(out), remedy="pass another --out")

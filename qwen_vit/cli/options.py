@@ -15,6 +15,7 @@ __all__ = [
     "FILE",
     "NAME",
     "Dtype",
+    "column_options",
     "complete_model",
     "device_option",
     "dtype_option",
@@ -113,6 +114,21 @@ def _layers(text: str) -> tuple[int, ...]:
     if not all(re.fullmatch(r" *[0-9]{1,9} *", part) for part in parts):
         raise click.BadParameter(f"--layers is {text!r}, expected blocks such as 7,15")
     return tuple(map(int, parts))
+
+
+def column_options(command: Command) -> Command:
+    """The options that say which columns of Parquet files are read."""
+    options = (
+        click.option("--column", metavar="NAME", help="Parquet files: the column of images."),
+        click.option(
+            "--id-column",
+            metavar="NAME",
+            help="Parquet files: the column of ids.  [default: FILE:ROW]",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def pixel_options(command: Command) -> Command:

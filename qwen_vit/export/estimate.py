@@ -39,6 +39,7 @@ from qwen_vit.inputs.read import read_item
 __all__ = ["Estimate", "estimate_export", "estimate_plan", "target_size"]
 
 SAMPLE = 1_000  # images, for a plan
+SAMPLE_OF_ROWS = 100  # in Parquet, where a row costs those before it in its row group
 MAX_TIMED = 512  # images
 TIMING_S = 6.0  # for timing; an image that takes as long is timed alone
 MAX_GROWTH = 8  # of the images from one timing to the next
@@ -103,6 +104,8 @@ def estimate_export(
 def estimate_plan(encoder: VisionEncoder, plan: ExportPlan) -> Estimate:
     """Estimate a plan from a sample of its images, without the time."""
     sample = plan.listing.spread(SAMPLE)
+    if any(item.row is not None for item in sample):
+        sample = plan.listing.spread(SAMPLE_OF_ROWS)
     found, _ = _estimate(encoder, ((item, 0) for item in sample), plan.options)
     scale = plan.n_images / len(sample)
     return Estimate(
@@ -258,7 +261,7 @@ def _open_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
     try:
         with ExitStack() as stack:
             file: BinaryIO
-            if item.offset is None and item.error is None:
+            if item.is_file and item.error is None:
                 if not stat.S_ISREG(os.stat(item.source).st_mode):
                     return None
                 file = stack.enter_context(open(item.source, "rb"))

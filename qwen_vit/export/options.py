@@ -13,6 +13,7 @@ from qwen_vit.feature_files.schema import EMBEDS, layer_name
 from qwen_vit.feature_files.writer import RowTensor
 from qwen_vit.features import FeatureOutput
 from qwen_vit.images.image import ImageLimits
+from qwen_vit.inputs.parquet import ParquetColumns
 from qwen_vit.outputs import check_layers, check_normalize
 
 __all__ = ["ExportOptions", "RowFormat"]
@@ -39,6 +40,8 @@ class ExportOptions:
         limits: bounds of what is decoded.
         normalize: whether a mean is divided by its length, as in `encode`.
         layers: blocks whose dense features are stored as well, as in `encode`.
+        column: the column of images in Parquet files; None: Parquet files are not read.
+        id_column: the column of their ids; None: a row's id is `file:row`.
 
     Raises:
         ArgumentError: a value makes no sense.
@@ -53,10 +56,18 @@ class ExportOptions:
     limits: ImageLimits = field(default_factory=ImageLimits)
     normalize: bool = False
     layers: tuple[int, ...] = ()
+    column: str | None = None
+    id_column: str | None = None
+
+    @property
+    def columns(self) -> ParquetColumns | None:
+        """The columns of Parquet files that are read."""
+        return ParquetColumns.of(self.column, self.id_column)
 
     def __post_init__(self) -> None:
         check_choice("output", self.output, get_args(FeatureOutput))
         check_normalize(self.output, self.normalize)
+        ParquetColumns.of(self.column, self.id_column)
         object.__setattr__(self, "layers", check_layers(self.layers))
         check_choice("dtype", self.dtype, (None, *STORAGE))
         check_choice("on_error", self.on_error, get_args(OnError))

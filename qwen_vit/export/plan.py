@@ -216,11 +216,13 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
     number, count = options.part
     left_out: Counter[str] = Counter()
     path = folder / f".listing-{number}-of-{count}{TEMPORARY_SUFFIX}"
-    listing = Listing.freeze(path, find_items(inputs, left_out), options.shard_size)
+    listing = Listing.freeze(
+        path, find_items(inputs, left_out, columns=options.columns), options.shard_size
+    )
     warn_of_skipped(left_out)
     if listing.n_images == 0:
         path.unlink()
-        raise no_image_found(inputs)
+        raise no_image_found(inputs, left_out)
     return listing
 
 

@@ -55,6 +55,7 @@ LOOKALIKES = (
     (rb"8bps", "format", "Photoshop", "export it as PNG"),
     (rb"\x00\x00[\x01\x02]\x00[\x01-\x20]\x00", "format", "an icon", "convert it to PNG"),
     (rb"p[1-7]\s", "format", "Netpbm", "convert it to PNG"),
+    (rb"par1", "format", "a Parquet file", "pass --column to `qwen-vit export`"),
     (rb"\x93numpy", "format", "a numpy file", "pass numpy.load(...) instead"),
     (rb"pk\x03\x04|\x1f\x8b", "format", "an archive", "unpack it first"),
 )

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
@@ -35,6 +36,7 @@ ImageSource: TypeAlias = Union[
     Image.Image,
     NDArray[Any],
     "torch.Tensor",
+    Mapping[str, Any],
 ]
 ArrayLayout: TypeAlias = Literal["auto", "HWC", "CHW"]
 

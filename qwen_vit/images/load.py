@@ -9,6 +9,8 @@ profiles are ignored, as in the reference processor.
 import io
 import os
 import stat
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from qwen_vit.images.image import (
     check_file_bytes,
 )
 
-__all__ = ["load_image", "read_image_file"]
+__all__ = ["load_image", "read_image_file", "unwrap"]
 
 # Types that are passed by mistake, and the next step.
 NOT_ONE_IMAGE: dict[type | tuple[type, ...], str] = {
@@ -43,7 +45,7 @@ def load_image(
     layout: ArrayLayout = "auto",
     limits: ImageLimits | None = None,
 ) -> RgbImage:
-    """Turn a path, encoded bytes, a PIL image, an array or a tensor into RGB pixels.
+    """Turn a path, encoded bytes, a PIL image, an array, a tensor or a row into RGB pixels.
 
     >>> image = load_image(np.zeros((20, 30), np.uint8))
     >>> image.pixels.shape, image.notes
@@ -52,7 +54,7 @@ def load_image(
     Arrays and tensors are uint8, or floating point in [0, 1] (times 255, rounded half to even).
     They are (H, W), or have a channel axis of 1, 3 or 4. `layout` places that axis, and "auto"
     refuses to guess. A PIL image gives its current frame; Pillow's lazy loading is the only change
-    to it. `name` identifies the image in messages. Safe to call from many threads.
+    to it. A row is as `unwrap` takes it. `name` identifies the image in messages. Safe to call from many threads.
 
     Raises ImageError, whose `code` is a key of errors.IMAGE_CODES, and ArgumentError for an unknown
     `layout`.
@@ -60,6 +62,8 @@ def load_image(
     limits = ImageLimits() if limits is None else limits
     if layout not in ("auto", "HWC", "CHW"):
         raise ArgumentError(f"layout is {layout!r}", expected='"auto", "HWC" or "CHW"')
+    if isinstance(source, Mapping):
+        source = unwrap(source, name or "image")
     if isinstance(source, str | os.PathLike):
         path = os.fsdecode(source)
         name = path if name is None else name
@@ -88,6 +92,53 @@ def load_image(
             "convert it to one of them",
         ),
         code="source-type",
+    )
+
+
+def unwrap(source: Mapping[str, Any], name: str) -> ImageSource:
+    """The image in a struct {bytes, path}, or in a row of a dataset that has one column of images.
+
+    >>> unwrap({"image": {"bytes": None, "path": "a.png"}, "label": 3}, "image 0")
+    'a.png'
+
+    Parquet files and `datasets` hold images so. Raises ImageError with code "source-type".
+    """
+    if _is_struct(source):
+        for part in (source.get("bytes"), source.get("path")):
+            if part is not None:
+                return part  # type: ignore[no-any-return]
+        raise ImageError(
+            "a struct {bytes, path} of which both are None",
+            name=name,
+            remedy="leave it out",
+            code="source-type",
+        )
+    keys = [
+        key
+        for key, value in source.items()
+        if isinstance(value, Image.Image) or (isinstance(value, Mapping) and _is_struct(value))
+    ]
+    if len(keys) == 1:
+        value = source[keys[0]]
+        return unwrap(value, name) if isinstance(value, Mapping) else value
+    raise ImageError(
+        f"a dict with {len(keys)} images; its keys are {', '.join(map(repr, source)) or 'none'}"[
+            :300
+        ],
+        name=name,
+        expected="{bytes, path}, or a row with one image",
+        remedy='pass the image alone, such as row["image"] or row["bytes"]',
+        code="source-type",
+    )
+
+
+def _is_struct(value: Mapping[str, Any]) -> bool:
+    """Whether these are an image's bytes and path, either of which may be missing or None."""
+    return (
+        not value.keys() - {"bytes", "path"}
+        and bool(value)
+        and isinstance(value.get("bytes"), bytes | None)
+        and isinstance(value.get("path"), str | None)
     )
 
 

@@ -20,6 +20,12 @@ from qwen_vit.inputs.lists import (
     stdin_items,
     text_list_items,
 )
+from qwen_vit.inputs.parquet import (
+    PARQUET_SUFFIX,
+    ParquetColumns,
+    needs_column,
+    parquet_items,
+)
 from qwen_vit.inputs.tars import COMPRESSED_TARS, IMAGE_SUFFIXES, TAR_SUFFIX, suffix_of, tar_items
 
 __all__ = ["STDIN", "check_inputs", "find_items", "no_image_found", "warn_of_skipped"]
@@ -28,41 +34,46 @@ logger = logging.getLogger("qwen_vit")
 
 STDIN = "-"  # a list of paths on standard input
 MAX_SUFFIXES_LOGGED = 5
-NOT_IMAGES = {".csv", ".json", ".parquet", ".pdf", ".tsv", ".xml", ".yaml", ".yml", ".zip"}
-TAKEN_SUFFIXES = (*IMAGE_SUFFIXES, TAR_SUFFIX, *COMPRESSED_TARS)  # from a folder
+NOT_IMAGES = {".csv", ".json", ".pdf", ".tsv", ".xml", ".yaml", ".yml", ".zip"}
+TAKEN_SUFFIXES = (*IMAGE_SUFFIXES, TAR_SUFFIX, *COMPRESSED_TARS, PARQUET_SUFFIX)  # from a folder
 DEEP = re.compile(r"(?:^|(?<=/))\*\*(?:/+|$)")  # in a pattern: any number of folders
 ALL_BELOW = re.compile(r"(?:^|/)\*\*(?:/+\*{1,2})*/*$")  # each match is an item
 
 
 def find_items(
-    inputs: Sequence[str], left_out: Counter[str] | None = None, *, must_exist: bool = True
+    inputs: Sequence[str],
+    left_out: Counter[str] | None = None,
+    *,
+    must_exist: bool = True,
+    columns: ParquetColumns | None = None,
 ) -> Iterator[Item]:
-    """The images of files, folders, patterns, lists and tars, in the order given.
+    """The images of files, folders, patterns, lists, tars and Parquet files, in the order given.
 
     >>> [item.id for item in find_items(["tests/images/*.png", "tests/images/rocket.jpg"])]
     ['tests/images/astronaut.png', 'tests/images/chelsea.png', 'tests/images/rocket.jpg']
 
     A file's id is the path that was passed. In a folder it is the path below the folder, in a tar
-    the tar's name and the member's. A list (.txt: a path a line; .jsonl: objects with "path" or
-    "source", and "id") contains ids itself, and its relative paths count from its folder. "-" is a
-    list of paths on standard input, which count from the current folder. Folders are searched to
-    every depth, through links, in the order of their names' bytes. Files without an image extension
-    are skipped there and counted by extension in `left_out`. Neither folders nor `**` in a pattern
-    follow a link that leads back to a folder above it.
+    the tar's name and the member's. A Parquet file is read only where `columns` are named: an id is
+    the file's name and the row, or the value in the column of ids. A list (.txt: a path a line;
+    .jsonl: objects with "path" or "source", and "id") contains ids itself, and its relative paths
+    count from its folder. "-" is a list of paths on standard input, which count from the current
+    folder. Folders are searched to every depth, through links, in the order of their names' bytes.
+    Files without an image extension are skipped there and counted by extension in `left_out`.
+    Neither folders nor `**` in a pattern follow a link that leads back to a folder above it.
 
     Raises ExportError for an input that does not exist, an address, and a list that cannot be read.
     With `must_exist=False`, reading the item reports the first two. A problem below an input, such
     as an unreadable folder, becomes an item with `error`.
     """
     left_out = Counter() if left_out is None else left_out
-    _check_alone(inputs)
+    _check_alone(inputs, columns)
     reported: set[str] = set()  # folders that cannot be listed; several patterns may reach one
     for given in inputs:
         is_absent = not os.path.lexists(given) and not glob.has_magic(given) and given != STDIN
         if is_absent and not must_exist:
             yield Item(given, given)
             continue
-        for item in _input_items(given, left_out):
+        for item in _input_items(given, left_out, columns):
             if item.error is not None and item.error[0] == "unreadable":
                 if item.source in reported:
                     continue
@@ -70,15 +81,15 @@ def find_items(
             yield item
 
 
-def check_inputs(inputs: Sequence[str]) -> None:
+def check_inputs(inputs: Sequence[str], columns: ParquetColumns | None = None) -> None:
     """Check each input up to its first image. Raises ExportError as find_items does.
 
     >>> check_inputs(["tests/images/rocket.jpg"])
     """
-    _check_alone(inputs)
+    _check_alone(inputs, columns)
     for given in inputs:
         if given != STDIN:  # it can be read only once
-            next(_input_items(given, Counter()), None)
+            next(_input_items(given, Counter(), columns), None)
 
 
 def warn_of_skipped(left_out: Counter[str]) -> None:
@@ -93,17 +104,22 @@ def warn_of_skipped(left_out: Counter[str]) -> None:
         logger.warning("skipped files without an image extension: %s%s", named, more)
 
 
-def no_image_found(inputs: Sequence[str]) -> ExportError:
-    """The error of inputs that exist but contain no image."""
+def no_image_found(inputs: Sequence[str], left_out: Counter[str]) -> ExportError:
+    """The error of inputs that exist but contain no image; `left_out` counts other files."""
+    has_parquet = left_out[PARQUET_SUFFIX] > 0
     return ExportError(
         f"no image found in {', '.join(map(display_name, inputs))}",
         expected="files in folders and tars to have an image extension such as .jpg",
-        remedy="check the inputs",
+        remedy="pass --column to read Parquet files" if has_parquet else "check the inputs",
     )
 
 
-def _check_alone(inputs: Sequence[str]) -> None:
+def _check_alone(inputs: Sequence[str], columns: ParquetColumns | None) -> None:
     """Refuse an input of a kind that is not read, unless a shell's `*` may have added it."""
+    if columns is None and all(given.lower().endswith(PARQUET_SUFFIX) for given in inputs):
+        for path in (path for given in inputs for path in [given, *glob.iglob(given)]):
+            if os.path.isfile(path):
+                raise needs_column(path)
     if len(inputs) == 1 and suffix_of(inputs[0]) in NOT_IMAGES and os.path.isfile(inputs[0]):
         raise ExportError(
             "not an image",
@@ -114,14 +130,16 @@ def _check_alone(inputs: Sequence[str]) -> None:
         )
 
 
-def _input_items(given: str, left_out: Counter[str]) -> Iterator[Item]:
+def _input_items(
+    given: str, left_out: Counter[str], columns: ParquetColumns | None
+) -> Iterator[Item]:
     if given == STDIN:
         yield from stdin_items()
         return
     if ADDRESS.match(given):
         raise ExportError("an address, not a file", name=given, remedy="download it first")
     if os.path.lexists(given) or not glob.has_magic(given):
-        yield from _path_items(given, left_out, may_be_list=True)
+        yield from _path_items(given, left_out, columns, may_be_list=True)
         return
     unreadable: dict[str, Item] = {}
     matches = sorted(set(_matches(given, unreadable)), key=os.fsencode)
@@ -137,11 +155,13 @@ def _input_items(given: str, left_out: Counter[str]) -> Iterator[Item]:
             if ALL_BELOW.search(given):
                 continue
             folders.add(Path(match))
-        yield from _path_items(match, left_out, may_be_list=False)
+        yield from _path_items(match, left_out, columns, may_be_list=False)
     yield from unreadable.values()
 
 
-def _path_items(path: str, left_out: Counter[str], *, may_be_list: bool) -> Iterator[Item]:
+def _path_items(
+    path: str, left_out: Counter[str], columns: ParquetColumns | None, *, may_be_list: bool
+) -> Iterator[Item]:
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
@@ -158,7 +178,7 @@ def _path_items(path: str, left_out: Counter[str], *, may_be_list: bool) -> Iter
     if stat.S_ISDIR(mode):
         refused = _listing_error(path, name)
         if refused is None:
-            yield from _folder_items(source, left_out)
+            yield from _folder_items(source, left_out, columns)
         elif may_be_list:  # it was named: an export must not begin without it
             raise ExportError.of(refused)
         else:
@@ -167,6 +187,12 @@ def _path_items(path: str, left_out: Counter[str], *, may_be_list: bool) -> Iter
         yield Item(name, source)  # reading reports what it is, without opening it
     elif lower.endswith((TAR_SUFFIX, *COMPRESSED_TARS)):
         yield from tar_items(source, os.path.basename(source), left_out)
+    elif lower.endswith(PARQUET_SUFFIX):
+        if columns is None:  # among other inputs, as a shell's `*` gives them
+            error = needs_column(source)
+            yield Item.failed(name, source, ImageError.of(error, name=name, code="format"))
+            return
+        yield from parquet_items(source, os.path.basename(source), columns)
     elif may_be_list and lower.endswith(JSON_SUFFIX):
         yield from json_list_items(source)
     elif may_be_list and lower.endswith(LIST_SUFFIXES):
@@ -219,7 +245,9 @@ def _plain_matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
     yield from glob.iglob(pattern, include_hidden=True)
 
 
-def _folder_items(folder: str, left_out: Counter[str]) -> Iterator[Item]:
+def _folder_items(
+    folder: str, left_out: Counter[str], columns: ParquetColumns | None
+) -> Iterator[Item]:
     """Depth first, without recursion. A link that leads back is not followed."""
     above = [_identity(folder)]
     stack = [_entries(folder, "")]
@@ -237,6 +265,8 @@ def _folder_items(folder: str, left_out: Counter[str]) -> Iterator[Item]:
                 stack.append(_entries(item.source, item.id + "/"))
         elif item.id.lower().endswith((TAR_SUFFIX, *COMPRESSED_TARS)):
             yield from tar_items(item.source, item.id, left_out)
+        elif columns is not None and item.id.lower().endswith(PARQUET_SUFFIX):
+            yield from parquet_items(item.source, item.id, columns)
         elif suffix_of(item.id) in IMAGE_SUFFIXES:
             yield item
         else:

@@ -2,7 +2,7 @@
 
 A listing has one JSON object a line, and an export freezes it in its folder:
 `{"id": ..., "source": ...}`. An image inside a tar also has `offset` and `size` in bytes, so it is
-read again without a search.
+read again without a search. One in a Parquet file has `row` and `column`.
 """
 
 import hashlib
@@ -24,8 +24,9 @@ __all__ = ["Item", "Listing", "read_listing"]
 class Item:
     """One image of a listing: its id and its file.
 
-    `source` is an absolute path. Inside a tar, the image has `size` bytes from `offset` on. `error`
-    is the (code, message) of an ImageError that was found while listing.
+    `source` is an absolute path. Inside a tar, the image has `size` bytes from `offset` on. In a
+    Parquet file it is in `row`, counted from 0, of `column`. `error` is the (code, message) of an
+    ImageError that was found while listing.
 
     >>> gone = ImageError("does not exist", name="a.tar", code="missing")
     >>> item = Item.failed("a.tar", "/data/a.tar", gone)
@@ -40,6 +41,13 @@ class Item:
     offset: int | None = None
     size: int | None = None
     error: tuple[str, str] | None = None
+    row: int | None = None
+    column: str | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the image is a whole file, rather than a part of one."""
+        return self.offset is None and self.row is None
 
     @classmethod
     def failed(cls, id: str, source: str, error: ImageError) -> Self:
@@ -51,6 +59,8 @@ class Item:
         facts: dict[str, Any] = {"id": self.id, "source": self.source}
         if self.offset is not None:
             facts |= {"offset": self.offset, "size": self.size}
+        if self.row is not None:
+            facts |= {"row": self.row, "column": self.column}
         if self.error is not None:
             facts["error"] = self.error
         return json.dumps(facts)
@@ -65,6 +75,8 @@ class Item:
             facts.get("offset"),
             facts.get("size"),
             None if error is None else (error[0], error[1]),
+            facts.get("row"),
+            facts.get("column"),
         )
 
 
@@ -86,13 +98,7 @@ class Listing:
         with atomic_file(path) as file:
             for count, item in enumerate(_without_os_errors(items), start=1):
                 if item.id in ids:
-                    where = "is" if item.offset is None else "is in"
-                    raise ExportError(
-                        f"two images have this id, the second {where} {display_name(item.source)}",
-                        name=item.id,
-                        remedy="pass each image once, export the folder that holds both, or give "
-                        'a .jsonl list with an "id" for each',
-                    )
+                    raise _same_id(item)
                 ids.add(item.id)
                 if (count - 1) % shard_size == 0:
                     starts.append(position)
@@ -137,6 +143,21 @@ def read_listing(path: Path) -> Iterator[Item]:
     with open(path, "rb") as file:
         for line in file:
             yield Item.from_json(json.loads(line))
+
+
+def _same_id(item: Item) -> ExportError:
+    """The error of the second of two images with one id."""
+    where, row = "is" if item.is_file else "is in", ""
+    remedy = "pass each image once, export the folder that holds both, or give a .jsonl list with "
+    remedy += 'an "id" for each'
+    if item.row is not None:
+        row = f", row {item.row}"
+        remedy = "pass each file once, another --id-column, or none"
+    return ExportError(
+        f"two images have this id, the second {where} {display_name(item.source)}{row}",
+        name=item.id,
+        remedy=remedy,
+    )
 
 
 def _without_os_errors(items: Iterable[Item]) -> Iterator[Item]:

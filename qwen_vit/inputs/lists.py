@@ -4,6 +4,7 @@ import codecs
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
 
@@ -64,7 +65,18 @@ def json_list_items(path: str) -> Iterator[Item]:
                 expected="bytes in a tar",
                 remedy=CORRECT,
             )
-        yield _listed(path, name, source, offset, size, _failure(facts.get("error")))
+        row, column = facts.get("row"), facts.get("column")
+        if row is not None and not (
+            is_integer(row) and 0 <= row <= MAX_FILE and _is_name(column) and offset is None
+        ):
+            raise ExportError(
+                f"row is {short_repr(row)} and column {short_repr(column)}",
+                name=where,
+                expected="a row of a Parquet file, counted from 0, and the name of a column",
+                remedy=CORRECT,
+            )
+        item = _listed(path, name, source, offset, size, _failure(facts.get("error")))
+        yield item if row is None else replace(item, row=row, column=column)
 
 
 def _is_name(value: object) -> TypeGuard[str]:

@@ -1,4 +1,4 @@
-"""An image of a listing -> its bytes, from its file or from inside its tar."""
+"""An image of a listing -> its bytes, from its file, from inside its tar or its Parquet file."""
 
 import errno
 import os
@@ -9,6 +9,7 @@ from qwen_vit.errors import ImageError, display_name
 from qwen_vit.images.image import ImageLimits, check_file_bytes
 from qwen_vit.images.load import read_image_file
 from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.parquet import read_row
 
 __all__ = ["read_item"]
 
@@ -35,7 +36,7 @@ def read_item(item: Item, limits: ImageLimits) -> bytes:
             return _read(item, limits)
         except ImageError as error:
             cause = error.__context__
-            if error.code == "missing" and item.source != item.id and item.offset is None:
+            if error.code == "missing" and item.source != item.id and item.is_file:
                 fact = f"{display_name(item.source)} {error.fact}"
                 raise ImageError(fact, name=item.id, remedy=error.remedy, code=error.code) from None
             if not isinstance(cause, OSError) or cause.errno not in TRANSIENT:
@@ -45,6 +46,10 @@ def read_item(item: Item, limits: ImageLimits) -> bytes:
 
 
 def _read(item: Item, limits: ImageLimits) -> bytes:
+    if item.row is not None:
+        data = read_row(item)
+        check_file_bytes(len(data), item.id, limits)
+        return data
     if item.offset is None or item.size is None:
         return read_image_file(item.source, item.id, limits)
     return _read_member(item, item.offset, item.size, limits)
