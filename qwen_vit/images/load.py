@@ -54,7 +54,8 @@ def load_image(
     Arrays and tensors are uint8, or floating point in [0, 1] (times 255, rounded half to even).
     They are (H, W), or have a channel axis of 1, 3 or 4. `layout` places that axis, and "auto"
     refuses to guess. A PIL image gives its current frame; Pillow's lazy loading is the only change
-    to it. A row is as `unwrap` takes it. `name` identifies the image in messages. Safe to call from many threads.
+    to it. A row is as `unwrap` takes it. `name` identifies the image in messages. Safe to call from
+    many threads.
 
     Raises ImageError, whose `code` is a key of errors.IMAGE_CODES, and ArgumentError for an unknown
     `layout`.

@@ -189,8 +189,8 @@ def _path_items(
         yield from tar_items(source, os.path.basename(source), left_out)
     elif lower.endswith(PARQUET_SUFFIX):
         if columns is None:  # among other inputs, as a shell's `*` gives them
-            error = needs_column(source)
-            yield Item.failed(name, source, ImageError.of(error, name=name, code="format"))
+            refusal = ImageError.of(needs_column(source), name=name, code="format")
+            yield Item.failed(name, source, refusal)
             return
         yield from parquet_items(source, os.path.basename(source), columns)
     elif may_be_list and lower.endswith(JSON_SUFFIX):

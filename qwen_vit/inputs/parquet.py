@@ -134,7 +134,7 @@ def read_row(item: Item) -> bytes:
         raise _cannot_read(item.id, error) from error
     path = None
     if isinstance(value, dict):
-        value, path = value.get("bytes"), value.get("path")
+        path, value = value.get("path"), value.get("bytes")
     if isinstance(value, bytes):
         return value
     only_path = f"; its path is {display_name(path)}" if isinstance(path, str) and path else ""
@@ -197,6 +197,10 @@ class _Reader:
         if row not in self.kept:
             group = self._group(row)
             self._refuse_torn(group, row)
+            rest = self._starts[group] - self.next_row
+            if group == self._reading + 1 and 0 < rest <= KEPT_ROWS:  # a thread asks for it late
+                while self.next_row < self._starts[group]:
+                    self._read_batch(row)
             if row < self.next_row or group != self._reading:
                 self._begin_at(group)
             while self.next_row <= row:

@@ -1,0 +1,60 @@
+"""Small Parquet files of images, and damaged ones."""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as pe
+
+from tests.support.export_stress import tiny_png
+
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def structs(numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Image structs as `datasets` writes them, one picture for each number."""
+    return [{"bytes": tiny_png(number), "path": f"{number}.png"} for number in numbers]
+
+
+def write_rows(
+    path: str | Path, images: Sequence[Any], kind: Any = STRUCT, *, group: int = 10, **columns: Any
+) -> None:
+    """A file with a column `image` of so many rows a row group, and other columns."""
+    table = pa.table({"image": pa.array(images, kind), **columns})
+    pq.write_table(table, path, row_group_size=group, write_page_checksum=True, compression="none")
+
+
+def tear_rows(path: Path, image: bytes) -> None:
+    """Change one byte of an image without its page's checksum."""
+    data = bytearray(path.read_bytes())
+    data[data.index(image) + len(image) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+class _Keys(pe.KmsClient):  # type: ignore[misc]  # pyarrow has no types
+    """Keys that anyone can unwrap."""
+
+    def __init__(self, _: Any) -> None:
+        pe.KmsClient.__init__(self)
+
+    def wrap_key(self, key: bytes, _: str) -> bytes:
+        return base64.b64encode(key)
+
+    def unwrap_key(self, key: bytes, _: str) -> bytes:
+        return base64.b64decode(key)
+
+
+def write_encrypted(path: str | Path, images: Sequence[Any], *, plain_footer: bool) -> None:
+    """A file whose column of images is encrypted, and its footer unless it is plain."""
+    table = pa.table({"image": pa.array(images, STRUCT)})
+    fields = ["image.bytes", "image.path"]
+    settings = pe.EncryptionConfiguration(
+        footer_key="footer", column_keys={"column": fields}, plaintext_footer=plain_footer
+    )
+    factory = pe.CryptoFactory(_Keys)
+    properties = factory.file_encryption_properties(pe.KmsConnectionConfig(), settings)
+    with pq.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
