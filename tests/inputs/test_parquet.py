@@ -1,12 +1,13 @@
 """Parquet files are listed by row and read in a stream, and everything amiss has a name."""
 
+import io
 import json
 import random
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -360,8 +361,18 @@ def test_rows_in_order_read_each_group_once(here: Path, monkeypatch: pytest.Monk
     assert begun == [*range(6)]
 
 
-def test_only_pages_of_the_column_are_held(here: Path) -> None:
+def test_only_pages_of_the_column_are_held(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a row group of 40 MB, and beside another column of as much."""
+
+    class Counted(io.FileIO):
+        reads: ClassVar[list[int]] = []
+
+        def read(self, size: int | None = -1, /) -> bytes | None:
+            data = super().read(size)
+            self.reads.append(len(data or b""))
+            return data
+
+    monkeypatch.setattr(parquet_module, "_opened", lambda path, _: Counted(path))
     rows = [bytes([n]) * 200_000 for n in range(200)]
     table = pa.table({"image": pa.array(rows), "other": pa.array(rows)})
     pq.write_table(
@@ -374,8 +385,13 @@ def test_only_pages_of_the_column_are_held(here: Path) -> None:
         assert read_item(item, LIMITS) == rows[item.row or 0]
         most = max(most, pa.total_allocated_bytes() - before)
     kept = [len(reader.kept) for reader in parquet_module._READERS._readers]
-    print(f"most {most / 2**20:.1f} MiB in Arrow, rows kept {kept}")
+    largest, total = max(Counted.reads), sum(Counted.reads)
+    print(
+        f"{most / 2**20:.1f} MiB in Arrow, {largest:,} bytes a read, {total:,} in all, kept {kept}"
+    )
     assert most < 12 * 2**20
+    assert largest < 2 * parquet_module.BUFFER_BYTES
+    assert total < 1.1 * sum(map(len, rows))
     assert kept == [0]
 
 

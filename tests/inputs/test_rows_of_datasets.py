@@ -1,5 +1,6 @@
 """`encode` takes image structs, rows and columns of Hugging Face's datasets."""
 
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -39,8 +40,9 @@ def test_structs_rows_and_columns_are_their_images(encoder: VisionEncoder) -> No
     assert [each.id for each in encoder.encode(lazy)] == ["image 0", "image 1", "image 2"]
 
 
-def test_a_path_counts_where_there_are_no_bytes(encoder: VisionEncoder) -> None:
-    path = "tests/images/rocket.jpg"
+def test_a_path_counts_where_there_are_no_bytes(encoder: VisionEncoder, tmp_path: Path) -> None:
+    path = str(tmp_path / "a.png")
+    Path(path).write_bytes(tiny_png(1))
     found = encoder.encode({"bytes": None, "path": path})
     assert found.id == path
     assert found.embeds.equal(encoder.encode(path).embeds)
