@@ -655,8 +655,8 @@ def test_an_exports_own_listing_takes_it_up_again(export_dir: Path) -> None:
 def reword_listing_errors(patch: pytest.MonkeyPatch, code: str | None = None) -> None:
     """List as another version of the package does, with other words for what is wrong."""
 
-    def items(*arguments: Any) -> Any:
-        for item in find_items(*arguments):
+    def items(*arguments: Any, **named: Any) -> Any:
+        for item in find_items(*arguments, **named):
             words = item.error and (code or item.error[0], f"{item.id} was worded differently")
             yield replace(item, error=words)
 
@@ -1567,7 +1567,7 @@ def test_a_shard_that_is_gone_right_after_it_was_written_is_told(
 def test_a_disk_that_fails_while_inputs_are_listed_is_not_the_outputs(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def items(*_: Any) -> Any:
+    def items(*_: Any, **__: Any) -> Any:
         yield from find_items(["p/0.png"])
         raise OSError(errno.EIO, "Input/output error", "p")
 
