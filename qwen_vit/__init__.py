@@ -14,7 +14,6 @@ __version__ = "0.1.0"
 
 # Type checkers read the first list, Python the second; a test compares them.
 if TYPE_CHECKING:
-    from qwen_vit.batching import ImageInput as ImageInput
     from qwen_vit.cosine import similarity as similarity
     from qwen_vit.encoder import VisionEncoder as VisionEncoder
     from qwen_vit.errors import ArgumentError as ArgumentError
@@ -32,18 +31,22 @@ if TYPE_CHECKING:
     from qwen_vit.feature_files.write import write_features as write_features
     from qwen_vit.features import FailedImage as FailedImage
     from qwen_vit.features import ImageFeatures as ImageFeatures
+    from qwen_vit.features import VideoFeatures as VideoFeatures
     from qwen_vit.images.image import ImageLimits as ImageLimits
     from qwen_vit.integrations.hf import as_hf_tower as as_hf_tower
     from qwen_vit.integrations.hf import expand_placeholders as expand_placeholders
     from qwen_vit.kernels.rope_varlen_attention import (
         fused_rope_varlen_attention as fused_rope_varlen_attention,
     )
+    from qwen_vit.loading import ImageInput as ImageInput
     from qwen_vit.show.sheets import show_features as show_features
+    from qwen_vit.video.options import Video as Video
+    from qwen_vit.video.options import VideoLimits as VideoLimits
+    from qwen_vit.video.options import VideoOptions as VideoOptions
 else:
     from importlib import import_module
 
     _NAMES = {
-        "batching": ["ImageInput"],
         "cosine": ["similarity"],
         "encoder": ["VisionEncoder"],
         "errors": [
@@ -59,11 +62,13 @@ else:
         "export.run": ["export_features"],
         "feature_files.read": ["FeatureFile", "FeatureFolder", "load_features"],
         "feature_files.write": ["write_features"],
-        "features": ["FailedImage", "ImageFeatures"],
+        "features": ["FailedImage", "ImageFeatures", "VideoFeatures"],
         "images.image": ["ImageLimits"],
         "integrations.hf": ["as_hf_tower", "expand_placeholders"],
         "kernels.rope_varlen_attention": ["fused_rope_varlen_attention"],
+        "loading": ["ImageInput"],
         "show.sheets": ["show_features"],
+        "video.options": ["Video", "VideoLimits", "VideoOptions"],
     }
     _MODULES = {name: module for module, names in _NAMES.items() for name in names}
     __all__ = sorted(["__version__", *_MODULES])

@@ -1,74 +1,33 @@
-"""Images of any kind -> batches of patches -> each image's features, in order.
+"""Loaded images and videos -> batches of patches -> the features of each, in order.
 
 Loader threads prefetch images; the caller's thread packs what is loaded into batches and runs the
 encoder on them. An image's name travels with it from the input to its features or its error.
 """
 
-import io
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, TypeAlias, TypedDict, get_args
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from qwen_vit.common.prefetch import Job, work_ahead
-from qwen_vit.config import Grid, ImageConfig, VisionConfig
-from qwen_vit.errors import ArgumentError, ExportError, ImageError, check_choice
-from qwen_vit.features import UNKNOWN_SIZE, FailedImage, FeatureOutput, ImageFeatures
+from qwen_vit.config import Grid, VisionConfig
+from qwen_vit.errors import ExportError, ImageError
+from qwen_vit.features import FailedImage, ImageFeatures, VideoFeatures
 from qwen_vit.graphs import MAX_BUCKET
-from qwen_vit.images.image import ArrayLayout, ImageLimits, ImageSource, RgbImage
-from qwen_vit.images.load import load_image, unwrap
-from qwen_vit.images.patches import Patches, patchify
-from qwen_vit.layout import check_grids
+from qwen_vit.images.patches import Patches
+from qwen_vit.loading import LoadedImage, OnError
 from qwen_vit.model import LayerTaps, Output
 from qwen_vit.outputs import ImageRows, OutputOptions
 
-__all__ = [
-    "BatchEncoder",
-    "EncodeOptions",
-    "ImageInput",
-    "ImageLoader",
-    "Images",
-    "InFlightLimit",
-    "LoadedImage",
-    "OnError",
-    "OneImage",
-    "as_images",
-    "is_one_image",
-    "pack",
-]
+__all__ = ["BatchEncoder", "InFlightLimit", "pack"]
 
 logger = logging.getLogger("qwen_vit")
 
-OnError = Literal["raise", "skip"]
-# What `encode` takes for one image, arrays aside: those of four axes are a stack of several.
-OneImage: TypeAlias = (
-    str
-    | os.PathLike[str]
-    | os.PathLike[bytes]
-    | bytes
-    | bytearray
-    | memoryview
-    | Image.Image
-    | Patches
-    | Mapping[str, Any]
-)
-ImageInput: TypeAlias = OneImage | NDArray[Any] | Tensor
-Images: TypeAlias = ImageInput | Iterable[ImageInput]
-# Iterating over one of these would give its characters, bytes or rows.
-ONE_IMAGE = (
-    str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Patches, io.IOBase, Mapping,
-)  # fmt: skip
-STACKED_AXES = 4
 Forward = Callable[[Tensor, tuple[Grid, ...], Output, LayerTaps | None], Tensor]
 
 # Patches in one forward pass. More gain nothing on a GPU; an image may be larger on its own.
@@ -80,149 +39,12 @@ BATCHES_AHEAD = 2  # of the GPU: queued batches wait in pinned memory
 IMAGES_IN_A_WINDOW = 1_024  # so that a long run of images that fail is reported as well
 
 
-class EncodeOptions(TypedDict, total=False):
-    """The options of `encode` and `encode_iter` that do not decide the type of the result."""
+class _Piece(NamedTuple):
+    """An image, or some steps of a video, on its way through the tower."""
 
-    output: FeatureOutput
-    normalize: bool
-    layers: Iterable[int]
-    layout: ArrayLayout
-    limits: ImageLimits | None
-    decode_threads: int | None
-
-
-def is_one_image(images: object) -> bool:
-    """Whether this is one image, rather than an iterable or a stack of them.
-
-    >>> is_one_image("a.jpg"), is_one_image(["a.jpg"]), is_one_image(np.zeros((2, 28, 28, 3)))
-    (True, False, False)
-    """
-    if isinstance(images, (np.ndarray, Tensor)):
-        return images.ndim != STACKED_AXES
-    return isinstance(images, ONE_IMAGE)
-
-
-def as_images(images: Any) -> Iterator[Any]:
-    """The images of one image, a stack or an iterable. Raises ArgumentError for anything else."""
-    try:
-        return iter([images] if is_one_image(images) else images)
-    except TypeError:
-        raise ArgumentError(f"images is {images!r}", expected="an iterable of images") from None
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedImage:
-    """One image on its way to the encoder: its patches, or the error that it met."""
-
-    id: str
-    size_px: tuple[int, int] = UNKNOWN_SIZE
-    notes: tuple[str, ...] = ()
-    patches: Patches | None = None
-    error: ImageError | None = None
-
-    @property
-    def n_patches(self) -> int:
-        return 0 if self.patches is None else len(self.patches.pixels)
-
-    @property
-    def n_bytes(self) -> int:
-        return 0 if self.patches is None else self.patches.pixels.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class ImageLoader:
-    """Loads, resizes and patchifies any kind of image, in any thread."""
-
-    config: VisionConfig
-    image_config: ImageConfig
-    layout: ArrayLayout
-    limits: ImageLimits
-    on_error: OnError
-
-    def __post_init__(self) -> None:
-        check_choice("on_error", self.on_error, get_args(OnError))
-        check_choice("layout", self.layout, get_args(ArrayLayout))
-        if not isinstance(self.limits, ImageLimits):
-            raise ArgumentError(f"limits is {self.limits!r}", expected="ImageLimits or None")
-
-    def jobs(self, images: Iterable[ImageInput], *, is_ahead: bool) -> Iterator[Job[LoadedImage]]:
-        """A job for each image. With `is_ahead` it may run after the next image was taken."""
-        for index, image in enumerate(images):
-            name = _name_of(image, index)
-            if isinstance(image, Mapping):
-                try:
-                    image = unwrap(image, name)
-                except ImageError as error:  # raised in order
-                    yield Job(partial(self.load, error.without_frames(), name))
-                    continue
-                name = _name_of(image, index)
-            is_fixed = isinstance(image, (str, os.PathLike, bytes, Patches))
-            if is_fixed or not is_ahead:
-                n_bytes = len(image) if isinstance(image, bytes) else 0
-                yield Job(partial(self.load, image, name), n_bytes)
-            else:  # the caller may change it after the next one is taken
-                loaded = self._load_eagerly(image, name)
-                n_bytes = 4 * loaded.height * loaded.width if isinstance(loaded, RgbImage) else 0
-                yield Job(partial(self.load, loaded, name), n_bytes)  # 4 bytes as Pillow holds them
-
-    def load(self, image: ImageInput | RgbImage | ImageError, name: str) -> LoadedImage:
-        """One image's patches; with on_error="skip" its error instead of an exception."""
-        try:
-            if isinstance(image, Patches):
-                return self._accept_patches(image, name)
-            return self._load_and_patchify(image, name)
-        except ImageError as error:
-            if self.on_error == "raise":
-                raise
-            return LoadedImage(name, error=error.without_frames())
-
-    def _load_eagerly(self, image: Any, name: str) -> RgbImage | ImageError:
-        try:
-            return load_image(image, name=name, layout=self.layout, limits=self.limits)
-        except ImageError as error:  # raised in order
-            return error.without_frames()
-
-    def _load_and_patchify(
-        self, image: ImageSource | RgbImage | ImageError, name: str
-    ) -> LoadedImage:
-        if isinstance(image, ImageError):
-            raise image
-        rgb = image
-        if not isinstance(rgb, RgbImage):
-            rgb = load_image(rgb, name=name, layout=self.layout, limits=self.limits)
-        patches = patchify(rgb.picture, self.image_config, name=name)
-        return LoadedImage(name, (rgb.height, rgb.width), rgb.notes, patches)
-
-    def _accept_patches(self, patches: Patches, name: str) -> LoadedImage:
-        """One image that the caller patchified."""
-        if len(patches.grids) != 1:
-            raise ImageError(
-                f"the patches of {len(patches.grids)} images",
-                name=name,
-                expected="those of one",
-                remedy="pass each image's patches by themselves",
-                code="patches",
-            )
-        values = patches.pixels.shape[1]
-        expected = self.config.patch_dim // self.config.temporal_patch_size  # of one frame
-        if values != expected:
-            raise ImageError(
-                f"patches of {values} values",
-                name=name,
-                expected=str(expected),
-                remedy="build them with this encoder's image_config",
-                code="patches",
-            )
-        check_grids(patches.grids, self.config, name)
-        return LoadedImage(name, patches=patches)
-
-
-def _name_of(image: ImageInput, index: int) -> str:
-    if isinstance(image, (str, os.PathLike)):
-        return os.fsdecode(image)
-    if isinstance(image, Patches) and image.name is not None:
-        return image.name
-    return f"image {index}"
+    place: int  # in its window
+    name: str
+    patches: Patches
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,9 +53,14 @@ class BatchEncoder:
 
     forward: Forward
     device: torch.device
-    merge_unit: int
+    config: VisionConfig
     outputs: OutputOptions
     on_error: OnError
+
+    @property
+    def video_values(self) -> int:
+        """The values of a row of a video: of two frames."""
+        return self.config.patch_dim
 
     def encode(
         self, jobs: Iterator[Job[LoadedImage]], threads: int
@@ -267,37 +94,81 @@ class BatchEncoder:
     def _encode_window(
         self, window: list[LoadedImage], limit: "InFlightLimit"
     ) -> Iterator[ImageFeatures | FailedImage]:
-        results: dict[int, ImageRows | ImageError] = {}
-        for batch in self._batches(window):
-            named = [(window[index].id, window[index].patches) for index in batch]
-            parts = [(name, patches) for name, patches in named if patches is not None]
-            results.update(zip(batch, self._encode_parts(parts), strict=True))
-            del named, parts
+        done: dict[int, dict[int, ImageRows | ImageError]] = {}  # by place, then by piece
+        pieces = self._pieces(window)
+        for batch in self._batches(pieces):
+            results = self._encode_parts([pieces[index] for index in batch])
+            for index, result in zip(batch, results, strict=True):
+                done.setdefault(pieces[index].place, {})[index] = result
             limit.step()
-        facts = [(i.id, i.size_px, i.notes, i.error, _grid_of(i)) for i in window]
+        pieces.clear()
+        items = [(replace(each, patches=None), _grid_of(each)) for each in window]
+        is_video = [_values(each) == self.video_values for each in window]
         window.clear()  # the pixels are not needed any more
-        for index, (name, size_px, notes, error, grid_thw) in enumerate(facts):
-            result = results.pop(index, error)
-            if isinstance(result, ImageRows):
-                yield ImageFeatures(
-                    name, result.embeds, grid_thw, size_px, notes, result.layers,
-                    self.outputs.output, self.outputs.normalize,
-                )  # fmt: skip
-            elif result is not None:
-                yield FailedImage(name, result, size_px=size_px)
+        for place, (item, grid_thw) in enumerate(items):
+            rows = self._joined(done.pop(place, {}), is_video[place])
+            outcome = item.error if rows is None else rows
+            if isinstance(outcome, ImageRows):
+                yield self._features(item, outcome, grid_thw)
+            elif outcome is not None:
+                yield FailedImage(item.id, outcome, size_px=item.size_px)
 
-    def _batches(self, window: Sequence[LoadedImage]) -> list[list[int]]:
-        """Indices of the images of each pass. Failed images are in none."""
-        good = [index for index, loaded in enumerate(window) if loaded.patches is not None]
+    def _features(
+        self, item: LoadedImage, rows: ImageRows, grid_thw: tuple[int, int, int]
+    ) -> ImageFeatures:
+        facts = (
+            item.id, rows.embeds, grid_thw, item.size_px, item.notes, rows.layers,
+            self.outputs.output, self.outputs.normalize,
+        )  # fmt: skip
+        if item.timing is None:
+            return ImageFeatures(*facts)
+        return VideoFeatures(*facts, item.timing.second_per_grid_t, item.timing.frame_seconds)
+
+    def _joined(
+        self, pieces: Mapping[int, ImageRows | ImageError], is_video: bool
+    ) -> ImageRows | ImageError | None:
+        """The rows of an image, or of a video from those of its pieces."""
+        found = [pieces[index] for index in sorted(pieces)]
+        error = next((each for each in found if isinstance(each, ImageError)), None)
+        if error is not None or not found:
+            return error
+        rows = [each for each in found if isinstance(each, ImageRows)]
+        return self.outputs.join(rows) if is_video else rows[0]
+
+    def _pieces(self, window: Sequence[LoadedImage]) -> list[_Piece]:
+        """Images whole, videos in pieces of one pass. Failed ones have none."""
+        most = TOKEN_BUDGET[self.device.type]
+        return [
+            _Piece(place, loaded.id, patches)
+            for place, loaded in enumerate(window)
+            if loaded.patches is not None
+            for patches in (
+                loaded.patches.split_steps(most)
+                if _values(loaded) == self.video_values
+                else [loaded.patches]
+            )
+        ]
+
+    def _batches(self, pieces: Sequence[_Piece]) -> list[list[int]]:
+        """Indices of the pieces of each pass: images by themselves, and videos by themselves.
+
+        On a CPU a piece of a video is a pass, so that its rows do not depend on what else there is.
+        """
+        is_video = [piece.patches.pixels.shape[1] == self.video_values for piece in pieces]
+        stills = [index for index, video in enumerate(is_video) if not video]
+        videos = [index for index, video in enumerate(is_video) if video]
         if self.device.type == "cpu":
-            return [good] if good else []
-        batches = pack([window[index].n_patches for index in good], TOKEN_BUDGET[self.device.type])
-        return [[good[index] for index in batch] for batch in batches]
+            return [each for each in (stills, *([index] for index in videos)) if each]
+        batches = []
+        for kind in (stills, videos):
+            sizes = [len(pieces[index].patches.pixels) for index in kind]
+            packed = pack(sizes, TOKEN_BUDGET[self.device.type])
+            batches += [[kind[index] for index in batch] for batch in packed]
+        return batches
 
-    def _encode_parts(self, parts: Sequence[tuple[str, Patches]]) -> list[ImageRows | ImageError]:
-        """Each image's rows by name. A batch that is too large for the GPU's memory is halved."""
-        if not parts:
-            return []
+    def _encode_parts(self, pieces: Sequence[_Piece]) -> list[ImageRows | ImageError]:
+        """Each piece's rows. A batch that is too large for the GPU's memory is halved."""
+        parts = [(piece.name, piece.patches) for piece in pieces]
         pinned_rows = TOKEN_BUDGET["cuda"] if self.device.type == "cuda" else 0
         patches = Patches.cat((part for _, part in parts), pinned_rows=pinned_rows)
         outputs, taps = self.outputs, self.outputs.taps()
@@ -307,7 +178,8 @@ class BatchEncoder:
             return list(
                 outputs.split(
                     self.forward(patches.pixels, patches.grids, outputs.tower_output, taps),
-                    taps, sizes, self.merge_unit,
+                    taps, sizes, self.config.merge_unit,
+                    pool=patches.pixels.shape[1] != self.video_values,
                 )
             )  # fmt: skip
         except torch.cuda.OutOfMemoryError as cause:
@@ -324,7 +196,7 @@ class BatchEncoder:
         del taps  # and the rows that it holds
         half = len(parts) // 2
         logger.warning("out of memory on %s: a batch of %d is halved", self.device, len(parts))
-        return [*self._encode_parts(parts[:half]), *self._encode_parts(parts[half:])]
+        return [*self._encode_parts(pieces[:half]), *self._encode_parts(pieces[half:])]
 
 
 class InFlightLimit:
@@ -344,6 +216,11 @@ class InFlightLimit:
         if len(self._events) > BATCHES_AHEAD:
             with torch.cuda.device(self._device):  # otherwise the first GPU gets a context as well
                 self._events.popleft().synchronize()
+
+
+def _values(loaded: LoadedImage) -> int:
+    """The values of a row of its patches."""
+    return 0 if loaded.patches is None else loaded.patches.pixels.shape[1]
 
 
 def _grid_of(loaded: LoadedImage) -> tuple[int, int, int]:

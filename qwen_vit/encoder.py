@@ -10,31 +10,39 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen_vit.batching import (
-    BatchEncoder,
+from qwen_vit.batching import BatchEncoder
+from qwen_vit.checkpoint.convert import convert
+from qwen_vit.checkpoint.hub import Origin, find_checkpoint
+from qwen_vit.checkpoint.load import Checkpoint, load_checkpoint
+from qwen_vit.common.prefetch import core_count, thread_count
+from qwen_vit.config import Grid, ImageConfig, VisionConfig
+from qwen_vit.device import check_fits, choose_device, choose_dtype
+from qwen_vit.errors import ArgumentError
+from qwen_vit.features import (
+    FailedImage,
+    FeatureOutput,
+    ImageFeatures,
+    dtype_name,
+)
+from qwen_vit.graphs import GraphRunner, run_tower
+from qwen_vit.images.image import ArrayLayout, ImageLimits
+from qwen_vit.images.rows import as_grids, check_rows, pixels_for_tower
+from qwen_vit.loading import (
     EncodeOptions,
     ImageInput,
     ImageLoader,
     Images,
     OneImage,
     OnError,
+    Videos,
     as_images,
+    as_videos,
     is_one_image,
 )
-from qwen_vit.checkpoint.convert import convert
-from qwen_vit.checkpoint.hub import Origin, find_checkpoint
-from qwen_vit.checkpoint.load import Checkpoint, load_checkpoint
-from qwen_vit.common.prefetch import thread_count
-from qwen_vit.config import Grid, ImageConfig, VisionConfig
-from qwen_vit.device import check_fits, choose_device, choose_dtype
-from qwen_vit.errors import ArgumentError
-from qwen_vit.features import FailedImage, FeatureOutput, ImageFeatures, dtype_name
-from qwen_vit.graphs import GraphRunner, run_tower
-from qwen_vit.images.image import ArrayLayout, ImageLimits
-from qwen_vit.images.rows import as_grids, check_rows, pixels_for_tower
 from qwen_vit.metadata import origin_metadata
 from qwen_vit.model import LayerTaps, Output, VisionTower
 from qwen_vit.outputs import OutputOptions
+from qwen_vit.video.options import Sampling, VideoLimits, VideoOptions
 
 __all__ = ["VisionEncoder"]
 
@@ -250,9 +258,12 @@ class VisionEncoder:
         layers: Iterable[int] = (),
         layout: ArrayLayout = "auto",
         limits: ImageLimits | None = None,
+        video_limits: VideoLimits | None = None,
         decode_threads: int | None = None,
     ) -> Any:
         """Encode one image or several: paths, bytes, PIL images, arrays or tensors, in any mix.
+
+        Videos may be among them: see `encode_video`.
 
         >>> import numpy as np
         >>> encoder = VisionEncoder.from_pretrained("tiny")
@@ -261,6 +272,8 @@ class VisionEncoder:
 
         Args:
             images: one image, or an iterable of them; an array or tensor of four axes is a stack.
+                A `Video`, the path of a video file such as .mp4, and the bytes of one give
+                VideoFeatures.
             on_error: "raise" raises the first image's error; "skip" gives a FailedImage instead
                 and goes on with the others.
             output: "merged", what the language model takes; "patch", un-merged; or "mean", one
@@ -270,6 +283,7 @@ class VisionEncoder:
                 no bit of `embeds`. On a GPU they run without CUDA graphs.
             layout: "HWC" or "CHW" if an array's shape leaves its channel axis open.
             limits: bounds of what is decoded; ImageLimits() by default.
+            video_limits: bounds of a video; VideoLimits() by default.
             decode_threads: threads that read, decode and resize ahead of the encoder; by default
                 one for two cores, 2 to 16. The embeddings do not depend on it.
 
@@ -288,7 +302,8 @@ class VisionEncoder:
         results = list(
             self.encode_iter(
                 images, on_error=on_error, output=output, normalize=normalize, layers=layers,
-                layout=layout, limits=limits, decode_threads=decode_threads,
+                layout=layout, limits=limits, video_limits=video_limits,
+                decode_threads=decode_threads,
             )
         )  # fmt: skip
         return results[0] if is_one_image(images) else results
@@ -315,6 +330,7 @@ class VisionEncoder:
         layers: Iterable[int] = (),
         layout: ArrayLayout = "auto",
         limits: ImageLimits | None = None,
+        video_limits: VideoLimits | None = None,
         decode_threads: int | None = None,
     ) -> Any:
         """As `encode`, one image after the other and in order, in flat memory.
@@ -330,10 +346,69 @@ class VisionEncoder:
         """
         outputs = OutputOptions.checked(output, normalize, layers, self.config.depth)
         limits = ImageLimits() if limits is None else limits
-        loader = ImageLoader(self.config, self.image_config, layout, limits, on_error)
+        video_limits = VideoLimits() if video_limits is None else video_limits
         threads, many = thread_count(decode_threads), as_images(images)
-        batches = BatchEncoder(self.forward, self.device, self.config.merge_unit, outputs, on_error)
+        in_parallel = 1 if is_one_image(images) else threads
+        loader = ImageLoader(
+            self.config, self.image_config, layout, limits, on_error, video_limits,
+            video_threads=max(1, core_count() // in_parallel),
+        )  # fmt: skip
+        batches = BatchEncoder(self.forward, self.device, self.config, outputs, on_error)
         return batches.encode(loader.jobs(many, is_ahead=threads > 1), threads)
+
+    def encode_video(
+        self,
+        videos: Videos,
+        *,
+        fps: float = 2.0,
+        n_frames: int | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        max_frames: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        sampling: Sampling = "qwen",
+        on_error: OnError = "raise",
+        **options: Unpack[EncodeOptions],
+    ) -> Any:
+        """Encode one video or several: files, their bytes, or frames.
+
+        >>> import numpy as np
+        >>> encoder = VisionEncoder.from_pretrained("tiny")
+        >>> frames = np.zeros((4, 56, 84, 3), np.uint8)
+        >>> clip = encoder.encode_video(frames, fps=1.0, min_pixels=784)
+        >>> clip.grid_thw, clip.second_per_grid_t, clip.frame_seconds
+        ((2, 4, 6), 2.0, (0.0, 1.0, 2.0, 3.0))
+
+        Args:
+            videos: a path, the bytes of a file, frames (t, h, w, c), a list of PIL images or arrays
+                as frames, a `Video`; or an iterable of those. A `Video` has options of its own.
+            fps: frames taken per second; of frames that you pass, the rate they were taken at.
+            n_frames: this many frames instead of `fps`, rounded to an even number.
+            start: seconds from the first frame at which sampling begins.
+            end: seconds from the first frame at which sampling ends.
+            max_frames: the most frames that `fps` may give; 768 if None.
+            min_pixels: the least height x width of a frame after resizing; 100,352 if None.
+            max_pixels: the largest one; 602,112 if None, and less for a long video.
+            sampling: "qwen", as qwen-vl-utils 0.0.14, or "transformers".
+            on_error: as in `encode`.
+            options: those of `encode`, such as `output`, `layers` and `video_limits`.
+
+        Returns:
+            VideoFeatures, or a list of them for several: `embeds` is (n_tokens, out_hidden_size)
+            for a grid (t, h, w) of pairs of frames; `map` is (t, h / 2, w / 2, D). With
+            output="mean" a video has one row.
+
+        Raises:
+            ImageError: a video cannot be read, with a stable `code`; files need the extra `video`.
+            ArgumentError: an option makes no sense.
+        """
+        chosen = VideoOptions(
+            fps=fps, n_frames=n_frames, start=start, end=end, max_frames=max_frames,
+            min_pixels=min_pixels, max_pixels=max_pixels, sampling=sampling,
+        )  # fmt: skip
+        found = as_videos(videos, chosen)
+        return self.encode(found, on_error=on_error, **options)
 
     def encode_patches(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """Encode what Hugging Face's processor returns, as its vision encoder does.
@@ -379,9 +454,9 @@ class VisionEncoder:
         """
         grids = as_grids(grid_thw)
         check_rows("rows", rows, grids, self.config.patch_dim, is_float=False)
-        if not still:  # normalised where it is fast
-            rows = self._owned(rows).to(self.device, non_blocking=True)
-        pixels = pixels_for_tower(rows, self.config, self.image_config, still=still)
+        if not still:
+            return self.forward(self._owned(rows), grids, "merged")
+        pixels = pixels_for_tower(rows, self.config, self.image_config, still=True)
         return self.forward(pixels, grids, "merged")
 
     def _owned(self, rows: Tensor) -> Tensor:
@@ -400,7 +475,13 @@ class VisionEncoder:
         self, patches: Tensor, grids: tuple[Grid, ...], output: Output,
         taps: LayerTaps | None = None,
     ) -> Tensor:  # fmt: skip
-        """Run the tower on uint8 or float rows in grid order, by graph where one fits."""
+        """Run the tower on uint8 or float rows in grid order, by graph where one fits.
+
+        uint8 rows of two frames are normalised here, where it is fast.
+        """
+        if patches.dtype == torch.uint8 and patches.shape[1] == self.config.patch_dim:
+            rows = patches.to(self.device, non_blocking=True)
+            patches = pixels_for_tower(rows, self.config, self.image_config, still=False)
         with torch.autocast(self.device.type, enabled=False):  # the precision is fixed
             return run_tower(
                 self.tower, self.graphs, patches, grids, self.device, self.dtype, output, taps

@@ -22,6 +22,7 @@ __all__ = [
     "FailedImage",
     "FeatureOutput",
     "ImageFeatures",
+    "VideoFeatures",
     "check_features",
     "dtype_name",
     "not_finite",
@@ -146,6 +147,37 @@ class ImageFeatures:
                 "float32 on the host needs a copy: leave out copy=False"
             )  # NumPy's own
         return np.array(array, dtype, copy=copy)
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class VideoFeatures(ImageFeatures):
+    """One video's embeddings: those of an image, and the moments of its frames.
+
+    >>> clip = VideoFeatures("clip.mp4", torch.ones(12, 8), (2, 4, 6), second_per_grid_t=1.0)
+    >>> clip.map.shape, clip.step_seconds
+    (torch.Size([2, 2, 3, 8]), (0.0, 1.0))
+
+    Step i of the grid's t is a pair of frames, which attend to nothing but each other: `map[i]` is
+    (h, w, D) of the pair i.
+
+    Attributes:
+        second_per_grid_t: seconds from one step to the next, from the rate of sampling: what a
+            language model numbers its positions with.
+        frame_seconds: of each sampled frame, its moment in seconds from the video's first frame.
+    """
+
+    second_per_grid_t: float = 1.0
+    frame_seconds: tuple[float, ...] = ()
+
+    def __repr__(self) -> str:
+        return ImageFeatures.__repr__(self).replace("ImageFeatures", "VideoFeatures", 1)
+
+    @property
+    def step_seconds(self) -> tuple[float, ...]:
+        """The moment of each step of the grid: that of the first frame of its pair."""
+        if not self.frame_seconds:
+            return tuple(step * self.second_per_grid_t for step in range(self.grid_thw[0]))
+        return self.frame_seconds[::2]
 
 
 @dataclass(frozen=True, slots=True)

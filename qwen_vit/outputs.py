@@ -47,12 +47,30 @@ class OutputOptions:
         """The collector of the chosen blocks' rows in one batch, if any are chosen."""
         return LayerTaps(self.layers) if self.layers else None
 
-    def split(
-        self, rows: Tensor, taps: LayerTaps | None, patches: Sequence[int], merge_unit: int
-    ) -> list[ImageRows]:
-        """The rows of a batch by image; `patches` counts those of each image."""
-        lengths = [n if self.output == "patch" else n // merge_unit for n in patches]
+    def join(self, pieces: Sequence[ImageRows]) -> ImageRows:
+        """The rows of one video from those of its pieces, which `split` did not pool."""
+        embeds = torch.cat([piece.embeds for piece in pieces])
         if self.output == "mean":
+            embeds = segment_means(embeds, [len(embeds)])
+            embeds = unit_rows(embeds) if self.normalize else embeds
+        layers = {k: torch.cat([piece.layers[k] for piece in pieces]) for k in self.layers}
+        return ImageRows(embeds, layers)
+
+    def split(
+        self,
+        rows: Tensor,
+        taps: LayerTaps | None,
+        patches: Sequence[int],
+        merge_unit: int,
+        *,
+        pool: bool = True,
+    ) -> list[ImageRows]:
+        """The rows of a batch by image; `patches` counts those of each image.
+
+        With `pool=False` a mean is left to `join`.
+        """
+        lengths = [n if self.output == "patch" else n // merge_unit for n in patches]
+        if self.output == "mean" and pool:
             rows, lengths = segment_means(rows, lengths), [1] * len(lengths)
             rows = unit_rows(rows) if self.normalize else rows
         # each image gets its own memory: keeping one must not keep its whole batch

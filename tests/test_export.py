@@ -27,7 +27,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen_vit import batching
+from qwen_vit import loading
 from qwen_vit.cli import export as export_command
 from qwen_vit.cli.text import estimate_text
 from qwen_vit.encoder import VisionEncoder
@@ -321,14 +321,14 @@ def test_an_image_that_does_not_fit_the_memory_is_a_row(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corrupt_image("3.png", "memory")
-    real = batching.load_image
+    real = loading.load_image
 
     def load(data: bytes, **options: Any) -> Any:
         if options["name"] == "6.png":
             raise MemoryError
         return real(data, **options)
 
-    monkeypatch.setattr(batching, "load_image", load)
+    monkeypatch.setattr(loading, "load_image", load)
     assert export().failed == {"out-of-memory": 1, "memory": 1, "truncated": 1}
     errors = {error.id: error for error in load_features("out").errors}
     assert errors["3.png"].message == "3.png: its 4 patches do not fit the memory of cpu"

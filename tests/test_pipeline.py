@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwen_vit import batching
+from qwen_vit import batching, loading
 from qwen_vit.batching import BatchEncoder, pack
 from qwen_vit.common.prefetch import Job, thread_count, work_ahead
 from qwen_vit.encoder import VisionEncoder
@@ -389,7 +389,7 @@ def test_the_next_shards_images_are_loaded_while_one_is_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = threading.Event()  # an image of the second shard
-    real = batching.load_image
+    real = loading.load_image
 
     def load_image(data: Any, *, name: str, **more: Any) -> Any:
         if name == "005.png":
@@ -402,7 +402,7 @@ def test_the_next_shards_images_are_loaded_while_one_is_encoded(
                 assert loaded.wait(30)
                 yield features
 
-    monkeypatch.setattr(batching, "load_image", load_image)
+    monkeypatch.setattr(loading, "load_image", load_image)
     assert stand_in_export(tmp_path, Waiting(), 3, decode_threads=2).exported == 12
 
 
@@ -412,7 +412,7 @@ def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
     """So that a kill costs the open shard at most; the next one's images are loaded meanwhile."""
     real, whole = FeatureWriter.save, FakeEncoder()
     loaded = threading.Event()
-    encoded, load_image = [], batching.load_image
+    encoded, load_image = [], loading.load_image
 
     def watched_load(*arguments: Any, **options: Any) -> Any:
         if options["name"].endswith("5.png"):  # of the second shard
@@ -425,7 +425,7 @@ def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
         real(self, facts)
 
     monkeypatch.setattr(FeatureWriter, "save", save)
-    monkeypatch.setattr(batching, "load_image", watched_load)
+    monkeypatch.setattr(loading, "load_image", watched_load)
     assert stand_in_export(tmp_path, whole, 3, decode_threads=2).exported == 12
     assert encoded == [4, 8, 12]
 

@@ -29,7 +29,7 @@ from qwen_vit.cli.options import (
 from qwen_vit.errors import display_name
 
 if TYPE_CHECKING:
-    from qwen_vit.batching import OnError
+    from qwen_vit.loading import OnError
 
 __all__ = ["encode"]
 

@@ -16,10 +16,10 @@ from qwen_vit.common.progress import shows_progress
 from qwen_vit.errors import ExportError
 
 if TYPE_CHECKING:
-    from qwen_vit.batching import OnError
     from qwen_vit.encoder import VisionEncoder
     from qwen_vit.features import FailedImage, ImageFeatures
     from qwen_vit.inputs.listing import Item
+    from qwen_vit.loading import OnError
 
 __all__ = ["encode_one_by_one", "list_images", "load_encoder"]
 

@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 
 from qwen_vit.errors import ArgumentError
 
-__all__ = ["Job", "Prefetcher", "thread_count", "work_ahead"]
+__all__ = ["Job", "Prefetcher", "core_count", "thread_count", "work_ahead"]
 
 MAX_THREADS = 16
 AHEAD_BYTES = 2**27  # about seven full batches of a GPU
@@ -27,6 +27,11 @@ class _Weighs(Protocol):
 Result = TypeVar("Result", bound=_Weighs)
 
 
+def core_count() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def thread_count(wanted: int | None, cores: int | None = None) -> int:
     """The number of loader threads: `wanted`, or one for two cores, from 2 to 16.
 
@@ -38,7 +43,7 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
     above 0.
     """
     if wanted is None:
-        cores = len(os.sched_getaffinity(0)) if cores is None else cores
+        cores = core_count() if cores is None else cores
         return min(MAX_THREADS, max(2, cores // 2), cores)
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
         raise ArgumentError(f"decode_threads is {wanted!r}", expected="a whole number above 0")

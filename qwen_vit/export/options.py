@@ -5,7 +5,6 @@ from typing import Literal, Self, get_args
 
 import torch
 
-from qwen_vit.batching import OnError
 from qwen_vit.common.strict_json import is_integer
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, check_choice
@@ -14,6 +13,7 @@ from qwen_vit.feature_files.writer import RowTensor
 from qwen_vit.features import FeatureOutput
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.inputs.parquet import ParquetColumns
+from qwen_vit.loading import OnError
 from qwen_vit.outputs import check_layers, check_normalize
 
 __all__ = ["ExportOptions", "RowFormat"]

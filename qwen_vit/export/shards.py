@@ -17,7 +17,6 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from qwen_vit.batching import ImageLoader
 from qwen_vit.common.prefetch import Job, thread_count, work_ahead
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ExportError, ImageError
@@ -45,6 +44,7 @@ from qwen_vit.features import FailedImage, ImageFeatures, not_finite
 from qwen_vit.images.patches import Patches
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.read import read_item
+from qwen_vit.loading import ImageLoader
 
 __all__ = ["export_shards", "whole_shard"]
 

@@ -18,7 +18,7 @@ from qwen_vit.config import Grid, ImageConfig
 from qwen_vit.errors import ArgumentError, ImageError
 from qwen_vit.images.rows import normalise
 
-__all__ = ["Patches", "patchify", "resize_image", "smart_resize"]
+__all__ = ["CHANNELS", "Patches", "check_sides", "patchify", "resize_image", "smart_resize"]
 
 Rgb: TypeAlias = NDArray[np.uint8] | Image.Image
 MAX_RATIO = 200
@@ -36,8 +36,9 @@ class Patches:
     (torch.Size([24, 588]), (Grid(t=1, h=4, w=6),))
 
     `pixels` is (N, 588): channel, row, column of one frame. A still image's two equal frames are
-    stored once. Grid order: merge units in raster order, the 4 patches of each together. `name`
-    identifies the image in messages and ids; patches of several images have none.
+    stored once. Those of a video are (N, 1176): channel, frame of the pair, row, column. Grid
+    order: merge units in raster order, the 4 patches of each together. `name` identifies the image
+    in messages and ids; patches of several images have none.
     Raises ImageError with code "patches" if pixels and grids disagree.
     """
 
@@ -100,6 +101,27 @@ class Patches:
             begin = end
         return cls(joined, grids)
 
+    def split_steps(self, most: int) -> "list[Patches]":
+        """One video in pieces of whole steps in time, of at most `most` patches where one fits.
+
+        >>> video = Patches(torch.zeros(72, 1176, dtype=torch.uint8), (Grid(3, 4, 6),))
+        >>> [piece.grids[0].t for piece in video.split_steps(50)]
+        [2, 1]
+
+        Each step is attended by itself, so the pieces' features are those of the whole.
+        """
+        [grid] = self.grids
+        in_step = grid.h * grid.w
+        steps = max(1, most // in_step)
+        return [
+            Patches(
+                self.pixels[first * in_step : (first + steps) * in_step],
+                (Grid(min(steps, grid.t - first), grid.h, grid.w),),
+                self.name,
+            )
+            for first in range(0, grid.t, steps)
+        ]
+
     def to_rows(self, config: ImageConfig) -> torch.Tensor:
         """The processor's normalised `pixel_values`: float32 (N, 1176), on the pixels' device.
 
@@ -107,7 +129,8 @@ class Patches:
         the configuration's patch size is another.
         """
         expected = CHANNELS * config.patch_px**2
-        if self.pixels.shape[1] != expected:
+        is_video = self.pixels.shape[1] == expected * config.temporal_patch_size
+        if self.pixels.shape[1] != expected and not is_video:
             raise ImageError(
                 f"patches hold {self.pixels.shape[1]} values, the configuration's hold {expected}",
                 name=self.name or "",
@@ -115,6 +138,8 @@ class Patches:
                 code="patches",
             )
         values = normalise(rearrange(self.pixels, "n (c p) -> n c p", c=CHANNELS), config)
+        if is_video:
+            return values.flatten(1)
         return repeat(values, "n c p -> n (c frames p)", frames=config.temporal_patch_size)
 
 
@@ -124,7 +149,7 @@ def smart_resize(
     *,
     factor: int,
     min_pixels: int,
-    max_pixels: int,
+    max_pixels: float,
     name: str = "the image",
 ) -> tuple[int, int]:
     """The size to resize an image to: multiples of `factor` that roughly keep its shape.
@@ -137,7 +162,7 @@ def smart_resize(
     because no side falls below `factor`. Raises ImageError with code "zero-side" or "ratio" and
     with `name`, and ArgumentError for limits that no size can meet.
     """
-    _check_sides(height, width, name)
+    check_sides(height, width, name)
     _check_limits(factor, min_pixels, max_pixels)
     rows, columns = round(height / factor), round(width / factor)
     pixels = rows * columns * factor**2
@@ -222,7 +247,8 @@ def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patch
     return Patches(torch.from_numpy(pixels), (grid,), name)
 
 
-def _check_sides(height: int, width: int, name: str) -> None:
+def check_sides(height: int, width: int, name: str) -> None:
+    """Raise ImageError with code "zero-side" or "ratio" for sides that no size can be made of."""
     size = f"{width}x{height} (width x height)"
     if min(height, width) < 1:
         raise ImageError(
@@ -243,7 +269,7 @@ def _check_sides(height: int, width: int, name: str) -> None:
         )
 
 
-def _check_limits(factor: int, min_pixels: int, max_pixels: int) -> None:
+def _check_limits(factor: int, min_pixels: int, max_pixels: float) -> None:
     if factor < 1 or min_pixels < 1:
         raise ArgumentError(
             f"factor is {factor} and min_pixels {min_pixels}", expected="whole numbers above 0"

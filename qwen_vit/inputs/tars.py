@@ -11,7 +11,9 @@ from typing import BinaryIO
 from qwen_vit.errors import ImageError
 from qwen_vit.inputs.listing import Item
 
-__all__ = ["COMPRESSED_TARS", "IMAGE_SUFFIXES", "TAR_SUFFIX", "suffix_of", "tar_items"]
+__all__ = [
+    "COMPRESSED_TARS", "IMAGE_SUFFIXES", "TAR_SUFFIX", "VIDEO_SUFFIXES", "suffix_of", "tar_items",
+]  # fmt: skip
 
 # The suffixes that count as images in a folder or a tar. Those after AVIF cannot be decoded here.
 # They are listed so that such images are reported, not skipped silently.
@@ -19,6 +21,7 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
     *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".ico", ".pnm", ".tga"),
 )
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 TAR_SUFFIX = ".tar"
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # files begin so

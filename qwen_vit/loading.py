@@ -1,0 +1,291 @@
+"""Images and videos of any kind -> their patches, in loader threads and in order."""
+
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeAlias, TypedDict, TypeGuard, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from qwen_vit.common.prefetch import Job
+from qwen_vit.config import ImageConfig, VisionConfig
+from qwen_vit.errors import ArgumentError, ImageError, check_choice
+from qwen_vit.features import UNKNOWN_SIZE, FeatureOutput
+from qwen_vit.images.image import ArrayLayout, ImageLimits, ImageSource, RgbImage
+from qwen_vit.images.load import load_image, unwrap
+from qwen_vit.images.patches import Patches, patchify
+from qwen_vit.inputs.tars import VIDEO_SUFFIXES, suffix_of
+from qwen_vit.layout import check_grids
+from qwen_vit.video.container import HEAD_BYTES, container_of
+from qwen_vit.video.load import VideoTiming, load_video
+from qwen_vit.video.options import Video, VideoLimits, VideoOptions, VideoSource
+
+__all__ = [
+    "EncodeOptions",
+    "ImageInput",
+    "ImageLoader",
+    "Images",
+    "LoadedImage",
+    "OnError",
+    "OneImage",
+    "Videos",
+    "as_images",
+    "as_videos",
+    "is_one_image",
+    "is_video_file",
+]
+
+OnError = Literal["raise", "skip"]
+# What `encode` takes for one image, arrays aside: those of four axes are a stack of several.
+OneImage: TypeAlias = (
+    str
+    | os.PathLike[str]
+    | os.PathLike[bytes]
+    | bytes
+    | bytearray
+    | memoryview
+    | Image.Image
+    | Patches
+    | Video
+    | Mapping[str, Any]
+)
+ImageInput: TypeAlias = OneImage | NDArray[Any] | Tensor
+Images: TypeAlias = ImageInput | Iterable[ImageInput]
+# Iterating over one of these would give its characters, bytes or rows.
+ONE_IMAGE = (
+    str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Patches, Video, io.IOBase,
+    Mapping,
+)  # fmt: skip
+STACKED_AXES = 4
+Videos: TypeAlias = VideoSource | Video | Iterable[VideoSource | Video]
+
+
+class EncodeOptions(TypedDict, total=False):
+    """The options of `encode` and `encode_iter` that do not decide the type of the result."""
+
+    output: FeatureOutput
+    normalize: bool
+    layers: Iterable[int]
+    layout: ArrayLayout
+    limits: ImageLimits | None
+    video_limits: VideoLimits | None
+    decode_threads: int | None
+
+
+def is_one_image(images: object) -> bool:
+    """Whether this is one image, rather than an iterable or a stack of them.
+
+    >>> is_one_image("a.jpg"), is_one_image(["a.jpg"]), is_one_image(np.zeros((2, 28, 28, 3)))
+    (True, False, False)
+    """
+    if isinstance(images, (np.ndarray, Tensor)):
+        return images.ndim != STACKED_AXES
+    return isinstance(images, ONE_IMAGE)
+
+
+def as_images(images: Any) -> Iterator[Any]:
+    """The images of one image, a stack or an iterable. Raises ArgumentError for anything else."""
+    try:
+        return iter([images] if is_one_image(images) else images)
+    except TypeError:
+        raise ArgumentError(f"images is {images!r}", expected="an iterable of images") from None
+
+
+def as_videos(videos: Any, options: VideoOptions) -> Video | Iterable[Video]:
+    """One video, or an iterable of several, with `options` for each that has none.
+
+    >>> as_videos("clip.mp4", VideoOptions(fps=1.0)).fps
+    1.0
+    >>> [each.name for each in as_videos(["a.mp4", "b.mp4"], VideoOptions())]
+    ['a.mp4', 'b.mp4']
+
+    A list or tuple that begins with a picture is a list of frames. Raises ArgumentError for
+    anything else.
+    """
+    if isinstance(videos, Video):
+        return videos
+    if isinstance(videos, (np.ndarray, Tensor)):
+        is_one = videos.ndim <= STACKED_AXES
+    elif isinstance(videos, (list, tuple)):
+        is_one = bool(videos) and _is_picture(videos[0])
+    else:
+        is_one = isinstance(videos, ONE_IMAGE)
+    if is_one:
+        return Video.of(videos, options)
+    if not isinstance(videos, Iterable):
+        raise ArgumentError(f"videos is {videos!r}", expected="a video, or an iterable of videos")
+    return (each if isinstance(each, Video) else Video.of(each, options) for each in videos)
+
+
+def _is_picture(value: object) -> bool:
+    if isinstance(value, (np.ndarray, Tensor)):
+        return value.ndim < STACKED_AXES
+    return isinstance(value, Image.Image)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedImage:
+    """One image or video on its way to the encoder: its patches, or the error that it met."""
+
+    id: str
+    size_px: tuple[int, int] = UNKNOWN_SIZE
+    notes: tuple[str, ...] = ()
+    patches: Patches | None = None
+    error: ImageError | None = None
+    timing: VideoTiming | None = None  # of a video
+
+    @property
+    def n_patches(self) -> int:
+        return 0 if self.patches is None else len(self.patches.pixels)
+
+    @property
+    def n_bytes(self) -> int:
+        return 0 if self.patches is None else self.patches.pixels.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLoader:
+    """Loads, resizes and patchifies any kind of image or video, in any thread.
+
+    `video_threads` decode one video.
+    """
+
+    config: VisionConfig
+    image_config: ImageConfig
+    layout: ArrayLayout
+    limits: ImageLimits
+    on_error: OnError
+    video_limits: VideoLimits = field(default_factory=VideoLimits)
+    video_threads: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("on_error", self.on_error, get_args(OnError))
+        check_choice("layout", self.layout, get_args(ArrayLayout))
+        if not isinstance(self.limits, ImageLimits):
+            raise ArgumentError(f"limits is {self.limits!r}", expected="ImageLimits or None")
+        if not isinstance(self.video_limits, VideoLimits):
+            raise ArgumentError(
+                f"video_limits is {self.video_limits!r}", expected="VideoLimits or None"
+            )
+
+    def jobs(self, images: Iterable[ImageInput], *, is_ahead: bool) -> Iterator[Job[LoadedImage]]:
+        """A job for each image. With `is_ahead` it may run after the next image was taken."""
+        for index, image in enumerate(images):
+            name = _name_of(image, index)
+            if isinstance(image, Mapping):
+                try:
+                    image = unwrap(image, name)
+                except ImageError as error:  # raised in order
+                    yield Job(partial(self.load, error.without_frames(), name))
+                    continue
+                name = _name_of(image, index)
+            is_fixed = isinstance(image, (str, os.PathLike, bytes, Patches))
+            if isinstance(image, Video):
+                is_fixed = isinstance(image.source, (str, os.PathLike, bytes))
+            elif isinstance(image, (bytearray, memoryview)) and container_of(image[:HEAD_BYTES]):
+                image, is_fixed = bytes(image), True
+            if is_fixed or not is_ahead:
+                n_bytes = len(image) if isinstance(image, bytes) else 0
+                yield Job(partial(self.load, image, name), n_bytes)
+            elif isinstance(image, Video):  # frames, which the caller may change
+                yield Job(partial(self.load, self._load_frames(image, name), name))
+            else:  # the caller may change it after the next one is taken
+                loaded = self._load_eagerly(image, name)
+                n_bytes = 4 * loaded.height * loaded.width if isinstance(loaded, RgbImage) else 0
+                yield Job(partial(self.load, loaded, name), n_bytes)  # 4 bytes as Pillow holds them
+
+    def load(
+        self, image: ImageInput | RgbImage | LoadedImage | ImageError, name: str
+    ) -> LoadedImage:
+        """One image's patches; with on_error="skip" its error instead of an exception."""
+        try:
+            if isinstance(image, LoadedImage):
+                return image
+            if isinstance(image, Patches):
+                return self._accept_patches(image, name)
+            if isinstance(image, Video) or is_video_file(image):
+                return self._load_video(image if isinstance(image, Video) else Video(image), name)
+            return self._load_and_patchify(image, name)
+        except ImageError as error:
+            if self.on_error == "raise":
+                raise
+            return LoadedImage(name, error=error.without_frames())
+
+    def _load_frames(self, video: Video, name: str) -> LoadedImage | ImageError:
+        try:
+            return self._load_video(video, name)
+        except ImageError as error:  # raised in order
+            return error.without_frames()
+
+    def _load_eagerly(self, image: Any, name: str) -> RgbImage | ImageError:
+        try:
+            return load_image(image, name=name, layout=self.layout, limits=self.limits)
+        except ImageError as error:  # raised in order
+            return error.without_frames()
+
+    def _load_and_patchify(
+        self, image: ImageSource | RgbImage | ImageError, name: str
+    ) -> LoadedImage:
+        if isinstance(image, ImageError):
+            raise image
+        rgb = image
+        if not isinstance(rgb, RgbImage):
+            rgb = load_image(rgb, name=name, layout=self.layout, limits=self.limits)
+        patches = patchify(rgb.picture, self.image_config, name=name)
+        return LoadedImage(name, (rgb.height, rgb.width), rgb.notes, patches)
+
+    def _load_video(self, video: Video, name: str) -> LoadedImage:
+        loaded = load_video(
+            video.named(name), self.image_config, limits=self.video_limits,
+            image_limits=self.limits, layout=self.layout, threads=self.video_threads,
+        )  # fmt: skip
+        return LoadedImage(name, loaded.size_px, loaded.notes, loaded.patches, timing=loaded.timing)
+
+    def _accept_patches(self, patches: Patches, name: str) -> LoadedImage:
+        """One image that the caller patchified."""
+        if len(patches.grids) != 1:
+            raise ImageError(
+                f"the patches of {len(patches.grids)} images",
+                name=name,
+                expected="those of one",
+                remedy="pass each image's patches by themselves",
+                code="patches",
+            )
+        values = patches.pixels.shape[1]
+        expected = self.config.patch_dim // self.config.temporal_patch_size  # of one frame
+        if values not in (expected, self.config.patch_dim):
+            raise ImageError(
+                f"patches of {values} values",
+                name=name,
+                expected=f"{expected}, or {self.config.patch_dim} of a video",
+                remedy="build them with this encoder's image_config",
+                code="patches",
+            )
+        check_grids(patches.grids, self.config, name)
+        return LoadedImage(name, patches=patches)
+
+
+def _name_of(image: ImageInput, index: int) -> str:
+    if isinstance(image, (str, os.PathLike)):
+        return os.fsdecode(image)
+    if isinstance(image, Patches | Video) and image.name is not None:
+        return image.name
+    return f"{'video' if isinstance(image, Video) else 'image'} {index}"
+
+
+def is_video_file(image: object) -> TypeGuard[str | os.PathLike[str] | bytes]:
+    """Whether a path or bytes are a video: a path by its suffix, bytes by their content.
+
+    >>> is_video_file("clip.mp4"), is_video_file("animation.gif"), is_video_file(b"RIFF....AVI ")
+    (True, False, True)
+    """
+    if isinstance(image, bytes | bytearray | memoryview):
+        return container_of(image[:HEAD_BYTES]) is not None
+    return isinstance(image, str | os.PathLike) and (
+        suffix_of(os.fsdecode(image)) in VIDEO_SUFFIXES
+    )

@@ -1,0 +1,1 @@
+"""Any kind of video -> sampled frames -> patches of frame pairs."""

@@ -1,0 +1,127 @@
+"""An animated GIF, WebP or PNG as a video: Pillow decodes, and durations give the moments."""
+
+import io
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from qwen_vit.errors import ImageError
+from qwen_vit.images.decode import DECODERS
+from qwen_vit.images.to_rgb import on_white
+from qwen_vit.video.container import too_many_frames
+from qwen_vit.video.options import VideoLimits
+from qwen_vit.video.sampling import Timeline
+
+__all__ = ["AnimationFrames", "is_animation_format"]
+
+FORMATS = {b"GIF8": "GIF", b"\x89PNG": "PNG", b"RIFF": "WEBP"}
+MIN_MS, USUAL_MS = 11, 100  # browsers show a frame of 10 ms or less for 100 ms
+
+
+def is_animation_format(head: bytes) -> bool:
+    """Whether a file of this beginning may be an animated picture.
+
+    >>> is_animation_format(b"GIF89a"), is_animation_format(b"\\xff\\xd8\\xff")
+    (True, False)
+    """
+    return _format_of(head) is not None
+
+
+def _format_of(head: bytes) -> str | None:
+    if head.startswith(b"RIFF") and head[8:12] != b"WEBP":
+        return None
+    return FORMATS.get(head[:4])
+
+
+class AnimationFrames:
+    """The frames of an animated picture, with the attributes of `reader.FileFrames`.
+
+    Raises ImageError for a still picture, too many frames, or a damaged file.
+    """
+
+    def __init__(self, data: bytes, name: str, limits: VideoLimits) -> None:
+        self._name, self._limits = name, limits
+        self._deadline = time.monotonic() + limits.max_decode_s
+        self.notes: tuple[str, ...] = ("transparency composited on white",)
+        with self._errors():
+            kind = _format_of(data[:12]) or ""
+            self._image: Any = DECODERS[kind](io.BytesIO(data), "")
+            width, height = self._image.size
+            if width * height > limits.max_pixels:
+                raise ImageError(
+                    f"its frames are {width}x{height} = {width * height} pixels",
+                    name=name,
+                    expected=f"at most {limits.max_pixels}",
+                    remedy="make them smaller, or raise VideoLimits.max_pixels in Python",
+                    code="too-many-pixels",
+                )
+            milliseconds = list(self._durations())
+        if len(milliseconds) < 2:
+            raise ImageError(
+                f"a still picture ({kind}), not a video",
+                name=name,
+                expected="an animation or a video",
+                remedy="pass it to encode as an image",
+                code="format",
+            )
+        ends = list(accumulate(milliseconds))
+        self.seconds: NDArray[np.float64] = np.array([0.0, *ends[:-1]]) / 1000
+        self.timeline = Timeline(len(ends), len(ends) * 1000 / ends[-1])
+        self.size_px = (height, width)
+
+    def frames(self, places: Sequence[int]) -> Iterator[Image.Image]:
+        """The pictures at ascending places; one twice where asked."""
+        for place in places:
+            with self._errors():
+                self._check_clock()
+                self._image.seek(place)
+                rgba = self._image.convert("RGBA")
+            yield on_white(rgba)
+
+    def upright(self, frame: Image.Image) -> Image.Image:
+        """The same: an animation is never turned."""
+        return frame
+
+    def _durations(self) -> Iterator[float]:
+        place = 0
+        while True:
+            try:
+                self._image.seek(place)
+            except EOFError:
+                return
+            if place >= self._limits.max_frames:
+                raise too_many_frames(place, self._name, self._limits)
+            self._image.load()  # a WebP has its duration then
+            self._check_clock()
+            duration = float(self._image.info.get("duration") or 0)
+            yield duration if duration >= MIN_MS else USUAL_MS
+            place += 1
+
+    def _check_clock(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise ImageError(
+                f"decoding took more than {self._limits.max_decode_s:g} s",
+                name=self._name,
+                remedy="shorten it, or raise VideoLimits.max_decode_s in Python",
+                code="slow",
+            )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except ImageError:
+            raise
+        except Exception as error:  # noqa: BLE001 - plug-ins raise SyntaxError, struct.error, ...
+            raise ImageError(
+                f"a damaged animation ({type(error).__name__})",
+                name=self._name,
+                remedy="fetch it again",
+                code="damaged",
+            ) from None

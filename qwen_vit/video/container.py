@@ -1,0 +1,187 @@
+"""The structure of a video file, read before a decoder sees it: its kind, its end, its promises.
+
+FFmpeg fills up what is missing and believes what a header promises: one box can make it index 10^9
+frames. So the end of the file and the number of frames are checked here.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from qwen_vit.errors import ImageError
+from qwen_vit.images.decode import LOOKALIKES
+from qwen_vit.video.options import VideoLimits
+
+__all__ = ["HEAD_BYTES", "check_structure", "container_of"]
+
+HEAD_BYTES = 1_024
+EXPECTED = "MP4, MOV, Matroska, WebM, AVI or MPEG-TS"
+# What a file starts with -> FFmpeg's name of the container. It is passed on, so that no file can
+# choose a playlist's demuxer, which opens other files and addresses.
+CONTAINERS = (
+    (rb"....ftyp(?!avi[fs]|hei|hev|mif|msf)", "mov"),
+    (rb"....(?:moov|mdat|free|skip|wide|pnot)", "mov"),
+    (rb"\x1a\x45\xdf\xa3", "matroska"),
+    (rb"RIFF....AVI ", "avi"),
+    (rb"\x47.{187}\x47.{187}\x47", "mpegts"),
+)
+PICTURES = (
+    (rb"\xff\xd8\xff", "JPEG"), (rb"\x89PNG", "PNG"), (rb"GIF8", "GIF"), (rb"RIFF....WEBP", "WebP"),
+    (rb"BM", "BMP"), (rb"II\*\x00|MM\x00\*", "TIFF"), (rb"....ftypavi[fs]", "AVIF"),
+)  # fmt: skip
+MAX_BOXES = 1_000_000
+PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
+
+
+def container_of(head: bytes | bytearray | memoryview) -> str | None:
+    """FFmpeg's name of the container that a file of this beginning has; None if it is no video.
+
+    >>> container_of(b"\\x1a\\x45\\xdf\\xa3"), container_of(b"GIF89a")
+    ('matroska', None)
+    """
+    for pattern, name in CONTAINERS:
+        if re.match(pattern, head, re.DOTALL):
+            return name
+    return None
+
+
+def check_structure(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> str:
+    """The container of a file of so many bytes, whose end and promises are checked.
+
+    Raises ImageError with code "empty-file", "not-an-image", "format", "truncated" or
+    "too-many-frames".
+    """
+    head = file.read(HEAD_BYTES)
+    if not head:
+        raise ImageError("it is empty", name=name, remedy="fetch it again", code="empty-file")
+    container = container_of(head)
+    if container is None:
+        raise _no_video(head, name)
+    ends = {"mov": _mov_end, "matroska": _matroska_end, "avi": _avi_end}
+    end = ends[container](file, size, name, limits) if container in ends else 0
+    if end > size:
+        raise ImageError(
+            f"truncated: it has {size} bytes, and its header promises {end} or more",
+            name=name,
+            remedy="fetch it again",
+            code="truncated",
+        )
+    return container
+
+
+def _no_video(head: bytes, name: str) -> ImageError:
+    for pattern, what in PICTURES:
+        if re.match(pattern, head, re.DOTALL):
+            return ImageError(
+                f"a picture ({what}), not a video",
+                name=name,
+                expected=EXPECTED,
+                remedy="pass it to encode as an image, under a name that ends as its content does",
+                code="format",
+            )
+    start = head.lstrip().lower()
+    for pattern, code, what, remedy in LOOKALIKES:
+        if re.match(pattern, start if code == "not-an-image" else head.lower(), re.DOTALL):
+            return ImageError(
+                f"not a video ({what})", name=name, expected=EXPECTED, remedy=remedy, code=code
+            )
+    return ImageError(
+        f"not a video that is read here: it starts with {head[:16]!r}",
+        name=name,
+        expected=EXPECTED,
+        remedy="convert it, for example with ffmpeg -i",
+        code="not-an-image",
+    )
+
+
+class _Box(NamedTuple):
+    kind: bytes
+    begin: int  # of its content
+    end: int
+
+
+def _boxes(file: BinaryIO, begin: int, end: int, size: int) -> Iterator[_Box]:
+    """The boxes of an MP4 between two offsets; the last one may end behind the file's `size`."""
+    for _ in range(MAX_BOXES):
+        if begin + 8 > min(end, size):
+            return
+        file.seek(begin)
+        head = file.read(16)
+        length, content = int.from_bytes(head[:4]), begin + 8
+        if length == 1:
+            length, content = int.from_bytes(head[8:16]), begin + 16
+        stop = end if length == 0 else begin + length
+        if stop < content:
+            return  # the demuxer reports it
+        yield _Box(head[4:8], content, stop)
+        begin = stop
+
+
+def _mov_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> int:
+    """Where the last box ends. Raises ImageError for more samples than `limits` allow."""
+    last = 0
+    stack = [_boxes(file, 0, size, size)]
+    is_video = True
+    while stack:
+        box = next(stack[-1], None)
+        if box is None:
+            stack.pop()
+            continue
+        if len(stack) == 1:
+            last = max(last, box.end)
+        if box.kind in PARENTS:
+            is_video = is_video or box.kind == b"trak"
+            stack.append(_boxes(file, box.begin, box.end, size))
+            continue
+        file.seek(box.begin)
+        if box.kind == b"hdlr":
+            is_video = file.read(12)[8:12] == b"vide"
+        elif box.kind in (b"stsz", b"stz2", b"trun"):
+            at = 4 if box.kind == b"trun" else 8
+            count = int.from_bytes(file.read(at + 4)[at:])
+            # an uncompressed sound has a sample for each of its values, and no index of them
+            if count > limits.max_frames and (is_video or box.kind == b"trun"):
+                raise too_many_frames(count, name, limits)
+    return last
+
+
+def too_many_frames(count: int, name: str, limits: VideoLimits) -> ImageError:
+    """The error of a video of more frames than are allowed."""
+    return ImageError(
+        f"{count} frames",
+        name=name,
+        expected=f"at most {limits.max_frames}",
+        remedy="cut it into shorter videos, or raise VideoLimits.max_frames in Python",
+        code="too-many-frames",
+    )
+
+
+def _matroska_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> int:
+    """Where the segment ends by its header; 0 if it is open-ended, as of a live recording."""
+    file.seek(4)
+    header = _ebml_number(file)
+    if header is None:
+        return 0
+    file.seek(header, io.SEEK_CUR)
+    if file.read(4) != b"\x18\x53\x80\x67":
+        return 0
+    length = _ebml_number(file)
+    return 0 if length is None else file.tell() + length
+
+
+def _ebml_number(file: BinaryIO) -> int | None:
+    """A variable-length size, or None if it is open-ended or missing."""
+    first = file.read(1)
+    if not first or not first[0]:
+        return None
+    length = 9 - first[0].bit_length()
+    value = int.from_bytes(first + file.read(length - 1)) & ((1 << 7 * length) - 1)
+    return None if value == (1 << 7 * length) - 1 else value
+
+
+def _avi_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> int:
+    """Where the first RIFF chunk ends; 0 if a recorder never wrote its size."""
+    file.seek(4)
+    length = int.from_bytes(file.read(4), "little")
+    return 8 + length if 0 < length < 2**32 - 1 else 0

@@ -1,0 +1,294 @@
+"""A video of any kind -> its sampled frames as patches: two frames in each row.
+
+Frames are resized as they are decoded, so a video holds no more memory than its sampled frames.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from qwen_vit.config import Grid, ImageConfig
+from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.images.image import ArrayLayout, ImageLimits, RgbImage
+from qwen_vit.images.load import load_image
+from qwen_vit.images.patches import CHANNELS, Patches
+from qwen_vit.video.animation import AnimationFrames, is_animation_format
+from qwen_vit.video.container import HEAD_BYTES
+from qwen_vit.video.options import Video, VideoLimits, VideoSource
+from qwen_vit.video.reader import FileFrames, open_video
+from qwen_vit.video.sampling import (
+    FRAMES_IN_A_STEP,
+    frame_size,
+    sample_frames,
+    shown_frames,
+)
+from qwen_vit.video.source import open_file
+
+__all__ = ["LoadedVideo", "VideoTiming", "load_video"]
+
+RESIZES_AHEAD = 2  # for each thread
+STACKED_AXES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class VideoTiming:
+    """The seconds from one step of a video's grid to the next, and its frames' moments."""
+
+    second_per_grid_t: float
+    frame_seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedVideo:
+    """A video's patches, the original (height, width) of its frames, their moments, and notes."""
+
+    patches: Patches
+    size_px: tuple[int, int]
+    timing: VideoTiming
+    notes: tuple[str, ...] = ()
+
+
+def load_video(
+    video: Video,
+    config: ImageConfig,
+    *,
+    limits: VideoLimits | None = None,
+    image_limits: ImageLimits | None = None,
+    layout: ArrayLayout = "auto",
+    threads: int = 1,
+    file: BinaryIO | None = None,
+) -> LoadedVideo:
+    """Sample, decode, resize and cut a video.
+
+    >>> frames = np.zeros((4, 56, 84, 3), np.uint8)
+    >>> loaded = load_video(Video(frames, min_pixels=784), ImageConfig.from_json({}))
+    >>> loaded.patches.pixels.shape, loaded.timing.second_per_grid_t
+    (torch.Size([48, 1176]), 1.0)
+
+    `file` is read in place of `video.source`. `threads` decode and resize. Raises ImageError, whose
+    `code` is a key of errors.IMAGE_CODES, and ArgumentError for options that do not fit.
+    """
+    limits = VideoLimits() if limits is None else limits
+    name = "the video" if video.name is None else video.name
+    source = _source(video.source) if file is None else file
+    with ExitStack() as stack:
+        head = _head(source, name)
+        try:
+            if head is None:
+                return _from_frames(video, config, name, layout, image_limits or ImageLimits())
+            if is_animation_format(head):
+                frames = AnimationFrames(_whole(source, name, limits), name, limits)
+                return _sampled(frames, video, config, name, 1)
+            opened = stack.enter_context(open_video(source, name, limits, threads=threads))
+            return _sampled(opened, video, config, name, threads)
+        except MemoryError:
+            raise ImageError(
+                "its sampled frames do not fit into memory",
+                name=name,
+                remedy="take fewer or smaller frames: fps=, n_frames=, max_pixels=",
+                code="memory",
+            ) from None
+
+
+def _source(source: VideoSource) -> Any:
+    if isinstance(source, (str, os.PathLike)):
+        return os.fsdecode(source)
+    if isinstance(source, (bytearray, memoryview)):
+        return bytes(source)
+    return source
+
+
+def _head(source: Any, name: str) -> bytes | None:
+    """The first bytes of a file; None for frames."""
+    if isinstance(source, str):
+        with open_file(source, name) as file:
+            return file.read(HEAD_BYTES)
+    if isinstance(source, bytes):
+        return source[:HEAD_BYTES]
+    if hasattr(source, "readinto"):
+        source.seek(0)
+        return bytes(source.read(HEAD_BYTES))
+    return None
+
+
+def _whole(source: Any, name: str, limits: VideoLimits) -> bytes:
+    """An animation's bytes: they are few, or the limit on them is."""
+    if isinstance(source, bytes):
+        return source
+    with ExitStack() as stack:
+        file = stack.enter_context(open_file(source, name)) if isinstance(source, str) else source
+        file.seek(0)
+        data: bytes = file.read(min(limits.max_file_bytes, ImageLimits().max_file_bytes) + 1)
+    if len(data) > min(limits.max_file_bytes, ImageLimits().max_file_bytes):
+        raise ImageError(
+            f"an animation of more than {len(data) - 1} bytes",
+            name=name,
+            expected=f"at most {len(data) - 1}",
+            remedy="convert it to a video",
+            code="file-too-large",
+        )
+    return data
+
+
+def _sampled(
+    opened: FileFrames | AnimationFrames, video: Video, config: ImageConfig, name: str, threads: int
+) -> LoadedVideo:
+    indices, rate = sample_frames(opened.timeline, video, name)
+    places = shown_frames(indices, opened.seconds, opened.timeline)
+    rows: _Rows | None = None
+    with ExitStack() as stack:
+        submit = stack.enter_context(_workers(threads))
+        for at, frame in enumerate(opened.frames(places)):
+            if rows is None:  # the first frame says how the video is turned
+                rows = _Rows(len(places), opened.size_px, video, config, name)
+            submit(partial(_resize_into, rows, at, partial(opened.upright, frame)))
+    moments = tuple(round(float(opened.seconds[place]), 6) for place in places)
+    timing = VideoTiming(config.temporal_patch_size / rate, moments)
+    return _finished(rows, opened.size_px, timing, opened.notes, name)
+
+
+def _from_frames(
+    video: Video, config: ImageConfig, name: str, layout: ArrayLayout, limits: ImageLimits
+) -> LoadedVideo:
+    """A video of frames that the caller took: all of them count."""
+    for option in ("n_frames", "start", "end", "max_frames"):
+        if getattr(video, option) is not None:
+            raise ArgumentError(
+                f"{option} is given for frames",
+                name=name,
+                expected="a file to sample from; frames are taken as they are",
+                remedy="select the frames yourself, and pass fps=, the rate of those",
+            )
+    frames = _frame_list(video.source, name)
+    rows: _Rows | None = None
+    size: tuple[int, int] = (0, 0)
+    notes: tuple[str, ...] = ()
+    for at, frame in enumerate(frames):
+        rgb = load_image(frame, name=f"{name}, frame {at}", layout=layout, limits=limits)
+        if rows is None:
+            size, notes = (rgb.height, rgb.width), rgb.notes
+            rows = _Rows(len(frames), size, video, config, name)
+        if (rgb.height, rgb.width) != size:
+            raise ImageError(
+                f"frame {at} is {rgb.width}x{rgb.height}, and the first {size[1]}x{size[0]}",
+                name=name,
+                expected="frames of one size",
+                remedy="resize them, or pass them as images",
+                code="size-changes",
+            )
+        _resize_into(rows, at, partial(_picture, rgb))
+    moments = tuple(round(at / video.fps, 6) for at in range(len(frames)))
+    timing = VideoTiming(config.temporal_patch_size / video.fps, moments)
+    return _finished(rows, size, timing, notes, name)
+
+
+def _picture(rgb: RgbImage) -> Image.Image:
+    return rgb.picture
+
+
+def _frame_list(source: Any, name: str) -> Any:
+    is_stack = isinstance(source, (np.ndarray, Tensor)) and source.ndim == STACKED_AXES
+    if is_stack or (isinstance(source, Sequence) and not isinstance(source, str)):
+        return source
+    what = f"of type {type(source).__name__}"
+    if isinstance(source, (np.ndarray, Tensor)):
+        what = f"an array of shape {tuple(source.shape)}"
+    raise ImageError(
+        f"{what}, not a video",
+        name=name,
+        expected="a path, a file's bytes, an array (t, h, w, c), or a list of frames",
+        remedy="convert it to one of them",
+        code="source-type",
+    )
+
+
+def _finished(
+    rows: "_Rows | None",
+    size_px: tuple[int, int],
+    timing: VideoTiming,
+    notes: tuple[str, ...],
+    name: str,
+) -> LoadedVideo:
+    if rows is None:
+        raise ImageError("no frames", name=name, remedy="pass at least one", code="video-frames")
+    return LoadedVideo(rows.patches(), size_px, timing, notes)
+
+
+class _Rows:
+    """A video's patches as they fill up: channel, frame of the pair, row, column in each."""
+
+    def __init__(
+        self, n_frames: int, size_px: tuple[int, int], video: Video, config: ImageConfig, name: str
+    ) -> None:
+        px, merge = config.patch_px, config.merge_size
+        factor = px * merge
+        self.height, self.width = frame_size(*size_px, n_frames, video, factor, name)
+        self._name, self._config = name, config
+        self._n_frames = n_frames
+        t = -(-n_frames // FRAMES_IN_A_STEP)
+        h, w = self.height // factor, self.width // factor
+        self._grid = Grid(t, h * merge, w * merge)
+        self._values = np.empty(
+            (t, h, w, merge, merge, CHANNELS, FRAMES_IN_A_STEP, px, px), np.uint8
+        )
+
+    def put(self, at: int, pixels: NDArray[np.uint8]) -> None:
+        """Cut a frame of this size, (height, width, 3) or more channels, into its places."""
+        px, merge = self._config.patch_px, self._config.merge_size
+        _, h, w = self._values.shape[:3]
+        cut = pixels[..., :CHANNELS].reshape(h, merge, px, w, merge, px, CHANNELS)
+        # (h, mh, ph, w, mw, pw, c) -> grid order, each patch by channel, row, column
+        in_order = cut.transpose(0, 3, 1, 4, 6, 2, 5)
+        step, which = divmod(at, FRAMES_IN_A_STEP)
+        self._values[step, ..., which, :, :] = in_order
+        if at == self._n_frames - 1 and which == 0:  # the last one of an odd number counts twice
+            self._values[step, ..., 1, :, :] = in_order
+
+    def patches(self) -> Patches:
+        """All of them."""
+        values = self._values.reshape(self._grid.n_patches, -1)
+        return Patches(torch.from_numpy(values), (self._grid,), self._name)
+
+
+def _resize_into(rows: _Rows, at: int, upright: Callable[[], Image.Image]) -> None:
+    picture = upright()
+    size = (rows.width, rows.height)
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    rows.put(at, np.asarray(picture))
+
+
+@contextmanager
+def _workers(threads: int) -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Run calls in threads, a few ahead; their first error is raised. One thread is the caller's.
+
+    Decoding goes on while earlier frames are resized.
+    """
+    if threads == 1:
+        yield lambda call: call()
+        return
+    pending: deque[Future[None]] = deque()
+    pool = ThreadPoolExecutor(threads, "qwen-vit-resize")
+
+    def submit(call: Callable[[], None]) -> None:
+        pending.append(pool.submit(call))
+        if len(pending) > RESIZES_AHEAD * threads:
+            pending.popleft().result()
+
+    try:
+        yield submit
+        while pending:
+            pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

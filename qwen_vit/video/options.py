@@ -1,0 +1,164 @@
+"""What a caller may pass as a video, how its frames are chosen, and limits on its cost."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Self, TypeAlias, TypedDict, get_args
+
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qwen_vit.common.strict_json import is_integer, is_number
+from qwen_vit.errors import ArgumentError, check_choice
+from qwen_vit.images.image import ImageSource
+
+__all__ = [
+    "Sampling", "Video", "VideoLimits", "VideoOptions", "VideoSettings", "VideoSource",
+]  # fmt: skip
+
+Sampling = Literal["qwen", "transformers"]
+VideoSource: TypeAlias = (
+    str | os.PathLike[str] | bytes | bytearray | memoryview | NDArray[Any] | Tensor
+    | Sequence[ImageSource]
+)  # fmt: skip
+
+
+class VideoSettings(TypedDict, total=False):
+    """The options of a video as keywords: the fields of `VideoOptions`."""
+
+    fps: float
+    n_frames: int | None
+    start: float | None
+    end: float | None
+    max_frames: int | None
+    min_pixels: int | None
+    max_pixels: int | None
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoOptions:
+    """Which frames of a video are encoded, and at which size.
+
+    >>> VideoOptions(fps=1.0, start=10.0, end=70.0).sampling
+    'qwen'
+
+    Attributes:
+        fps: frames taken per second. Of frames that a caller passes, the rate that they were taken
+            at.
+        n_frames: this many frames instead of `fps`, rounded to an even number.
+        start: seconds from the first frame at which sampling begins.
+        end: seconds from the first frame at which sampling ends.
+        max_frames: the most frames that `fps` may give; 768 if None.
+        min_pixels: the least height x width of a frame after resizing; 100,352 if None.
+        max_pixels: the largest height x width of a frame after resizing; 602,112 if None. A long
+            video may get smaller frames: see `sampling.pixel_limits`.
+        sampling: "qwen" takes the frames and sizes of qwen-vl-utils 0.0.14, "transformers" those
+            of transformers' Qwen2VLVideoProcessor.
+
+    Raises:
+        ArgumentError: a value makes no sense.
+    """
+
+    fps: float = 2.0
+    n_frames: int | None = None
+    start: float | None = None
+    end: float | None = None
+    max_frames: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    sampling: Sampling = "qwen"
+
+    def __post_init__(self) -> None:
+        check_choice("sampling", self.sampling, get_args(Sampling))
+        if not (is_number(self.fps) and math.isfinite(self.fps) and self.fps > 0):
+            raise ArgumentError(f"fps is {self.fps!r}", expected="a number above 0")
+        for name in ("n_frames", "max_frames"):
+            value = getattr(self, name)
+            if value is not None and not (is_integer(value) and value >= 2):
+                raise ArgumentError(f"{name} is {value!r}", expected="a whole number from 2 on")
+        for name in ("min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and not (is_integer(value) and value >= 1):
+                raise ArgumentError(f"{name} is {value!r}", expected="a whole number above 0")
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if value is not None and not (is_number(value) and math.isfinite(value) and value >= 0):
+                raise ArgumentError(f"{name} is {value!r}", expected="seconds from 0 on")
+        if self.start is not None and self.end is not None and self.start >= self.end:
+            raise ArgumentError(
+                f"start is {self.start} s and end {self.end} s", expected="an end behind the start"
+            )
+
+    @property
+    def is_part(self) -> bool:
+        """Whether only some seconds are wanted."""
+        return self.start is not None or self.end is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Video(VideoOptions):
+    """A video and its own options: what `encode` and `encode_video` take beside a bare path.
+
+    >>> Video("clip.mp4", fps=1.0).name
+    'clip.mp4'
+
+    Attributes:
+        source: a path, the bytes of a file, an array or tensor of frames (t, h, w, c), or a list
+            of images: PIL images, arrays, or paths of pictures. Frames are taken as they are: only
+            `fps` and the two limits of pixels apply to them. A GIF, WebP or PNG gives the frames
+            of its animation.
+        name: identifies it in messages, and becomes `VideoFeatures.id`.
+    """
+
+    source: VideoSource = field(kw_only=False)
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        VideoOptions.__post_init__(self)
+        if self.name is None and isinstance(self.source, (str, os.PathLike)):
+            object.__setattr__(self, "name", os.fsdecode(self.source))
+
+    @classmethod
+    def of(cls, source: VideoSource, options: VideoOptions, name: str | None = None) -> Self:
+        """A video with the options of another object.
+
+        >>> Video.of("clip.mp4", VideoOptions(fps=1.0)).fps
+        1.0
+        """
+        return cls(source, name=name, **{f.name: getattr(options, f.name) for f in fields(options)})
+
+    def named(self, name: str) -> Self:
+        """The same with `name`, unless it has one."""
+        return self if self.name is not None else replace(self, name=name)
+
+
+@dataclass(frozen=True, slots=True)
+class VideoLimits:
+    """Limits on one video. Its header, its packets and the clock are checked against them.
+
+    >>> VideoLimits(max_decode_s=60).max_frames
+    10000000
+
+    Attributes:
+        max_pixels: height x width of a frame before resizing.
+        max_file_bytes: of the file.
+        max_frames: in the file, sampled or not.
+        max_decode_s: seconds that reading and decoding may take.
+
+    Raises:
+        ArgumentError: a limit is not above 0.
+    """
+
+    max_pixels: int = 8_192 * 8_192
+    max_file_bytes: int = 2**38
+    max_frames: int = 10_000_000
+    max_decode_s: float = 1_800.0
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            is_right = is_integer(value) or (each.name == "max_decode_s" and is_number(value))
+            if not is_right or value <= 0:
+                raise ArgumentError(f"{each.name} is {value!r}", expected="a number above 0")

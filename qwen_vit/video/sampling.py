@@ -1,0 +1,198 @@
+"""Which frames of a video are taken, and the size that they get: integers and floats alone.
+
+Sources: qwen-vl-utils 0.0.14, vision_process.py (smart_nframes, calculate_video_frame_range,
+fetch_video); transformers 5.23, models/qwen2_vl/video_processing_qwen2_vl.py (sample_frames,
+resize). Every expression keeps the order of its operations, because a rounded float decides which
+frame is taken. Both libraries compute the positions by torch in float32, and so does this module.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.images.patches import check_sides, smart_resize
+from qwen_vit.video.options import VideoOptions
+
+__all__ = [
+    "FRAMES_IN_A_STEP", "Timeline", "frame_size", "pixel_limits", "sample_frames", "shown_frames",
+]  # fmt: skip
+
+FRAMES_IN_A_STEP = 2  # temporal_patch_size: one step of the grid's t
+MIN_FRAMES, MAX_FRAMES = 4, 768
+MIN_TOKENS, MAX_TOKENS = 128, 768  # of a step
+TOTAL_TOKENS = 128_000 * 0.9  # of a video
+FRACTION_ABOVE_MIN = 1.05  # the least that max_pixels may be, in min_pixels
+MAX_EARLY_S = 0.02  # a frame that is due so soon counts as shown, where the rate varies
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """A video's frames as the samplers count them: `n_frames` at the average `rate` a second."""
+
+    n_frames: int
+    rate: float
+
+    def __post_init__(self) -> None:
+        if self.n_frames < 1 or not (math.isfinite(self.rate) and self.rate > 0):
+            raise ArgumentError(
+                f"{self.n_frames} frames at {self.rate} a second", expected="numbers above 0"
+            )
+
+
+def sample_frames(timeline: Timeline, options: VideoOptions, name: str) -> tuple[list[int], float]:
+    """The indices of the frames to take, and the rate at which they were taken.
+
+    >>> sample_frames(Timeline(300, 30.0), VideoOptions(n_frames=4), "a.mp4")
+    ([0, 100, 199, 299], 0.4)
+
+    An odd number of indices means that the last frame counts twice. A single frame is taken as it
+    is: qwen-vl-utils and transformers refuse it. Raises ImageError with code "video-range" for a
+    part without two frames, and "video-frames" for more frames than there are.
+    """
+    first, last = _frame_range(timeline, options, name)
+    count = last - first + 1
+    if timeline.n_frames == 1:
+        return [0], timeline.rate
+    if options.sampling == "qwen":
+        n = _qwen_count(count, timeline.rate, options)
+        _check_count(n, count, name)
+        positions = torch.linspace(first, last, n, dtype=torch.float32, device="cpu")
+        taken: list[int] = positions.round().long().tolist()
+        return taken, n / max(count, 1e-6) * timeline.rate
+    n = _transformers_count(count, timeline.rate, options)
+    _check_count(n, count, name)
+    steps = torch.arange(0, count, count / n, dtype=torch.float32, device="cpu").int()
+    taken = [first + index for index in steps.tolist()]
+    return taken, len(taken) / count * timeline.rate
+
+
+def shown_frames(
+    indices: Sequence[int], seconds: NDArray[np.float64], timeline: Timeline
+) -> list[int]:
+    """The frame that each of a sampler's indices stands for; `seconds` are the frames' moments.
+
+    >>> slides = np.array([0.0, 20.0, 21.0])  # three slides in 24 s
+    >>> shown_frames([0, 1, 2], slides, Timeline(3, 3 / 24))
+    [0, 0, 0]
+
+    At a constant rate, jitter included, it is the index itself. Where the rate varies, an index
+    stands for a moment, and its frame is the one that is shown then.
+    """
+    moments = np.arange(timeline.n_frames) / timeline.rate
+    if np.all(np.abs(seconds - moments) < 0.5 / timeline.rate):
+        return list(indices)
+    due = np.asarray(indices) / timeline.rate + min(0.5 / timeline.rate, MAX_EARLY_S)
+    found = np.searchsorted(seconds, due, side="right") - 1
+    return [int(place) for place in found.clip(0, timeline.n_frames - 1)]
+
+
+def _frame_range(timeline: Timeline, options: VideoOptions, name: str) -> tuple[int, int]:
+    """The first and the last frame of the wanted part."""
+    first, last = 0, timeline.n_frames - 1
+    if not options.is_part:
+        return first, last
+    duration = timeline.n_frames / timeline.rate
+    if options.start is not None:
+        first = math.ceil(max(0.0, min(options.start, duration)) * timeline.rate)
+    if options.end is not None:
+        last = min(math.floor(max(0.0, min(options.end, duration)) * timeline.rate), last)
+    if first >= last:
+        raise ImageError(
+            f"from {options.start or 0} s to {'its end' if options.end is None else options.end} "
+            f"there are less than two of its {timeline.n_frames} frames ({duration:.6g} s)",
+            name=name,
+            expected="a part of at least two frames",
+            remedy="pass another start= or end=",
+            code="video-range",
+        )
+    return first, last
+
+
+def _qwen_count(count: int, rate: float, options: VideoOptions) -> int:
+    if options.n_frames is not None:
+        return round(options.n_frames / FRAMES_IN_A_STEP) * FRAMES_IN_A_STEP
+    most = min(MAX_FRAMES, count) if options.max_frames is None else options.max_frames
+    n: float = count / rate * options.fps
+    n = min(min(max(n, MIN_FRAMES), _floor_even(most)), count)
+    return _floor_even(n)
+
+
+def _transformers_count(count: int, rate: float, options: VideoOptions) -> int:
+    if options.n_frames is not None:
+        return round(options.n_frames / FRAMES_IN_A_STEP) * FRAMES_IN_A_STEP
+    most = _floor_even(min(options.max_frames or MAX_FRAMES, count))
+    n: float = count / rate * options.fps
+    return _floor_even(min(max(n, MIN_FRAMES), most, count))
+
+
+def _floor_even(number: float) -> int:
+    return math.floor(number / FRAMES_IN_A_STEP) * FRAMES_IN_A_STEP
+
+
+def _check_count(n: int, count: int, name: str) -> None:
+    if not FRAMES_IN_A_STEP <= n <= count:
+        raise ImageError(
+            f"{n} of {count} frames are wanted",
+            name=name,
+            expected=f"from {FRAMES_IN_A_STEP} to {count}",
+            remedy="pass another n_frames=, or fps= instead",
+            code="video-frames",
+        )
+
+
+def pixel_limits(n_frames: int, options: VideoOptions, factor: int) -> tuple[int, float]:
+    """The least and the largest height x width of a frame after resizing.
+
+    >>> pixel_limits(16, VideoOptions(), 28), pixel_limits(768, VideoOptions(), 28)
+    ((100352, 602112), (100352, 235200.0))
+
+    `n_frames` frames are sampled; `factor` is a merged token's side in pixels. The authors' rule
+    bounds a whole video by 115,200 tokens, but never a frame below 1.05 times the least.
+    transformers has no such bound. Raises ArgumentError for limits that exclude each other.
+    """
+    token = factor * factor
+    least = MIN_TOKENS * token if options.min_pixels is None else options.min_pixels
+    if options.sampling == "transformers":
+        largest: float = MAX_TOKENS * token if options.max_pixels is None else options.max_pixels
+    else:
+        share = TOTAL_TOKENS * token / n_frames * FRAMES_IN_A_STEP
+        largest = max(min(MAX_TOKENS * token, share), int(least * FRACTION_ABOVE_MIN))
+        if options.max_pixels is not None:
+            largest = min(options.max_pixels, largest)
+    if largest < max(least, token):
+        raise ArgumentError(
+            f"min_pixels is {least} and max_pixels {largest:g} for {n_frames} frames",
+            expected=f"max_pixels of at least min_pixels and {token}, one token",
+            remedy="lower min_pixels, or raise max_pixels",
+        )
+    return least, largest
+
+
+def frame_size(
+    height: int, width: int, n_frames: int, options: VideoOptions, factor: int, name: str
+) -> tuple[int, int]:
+    """The height and width that every frame is resized to.
+
+    >>> frame_size(720, 1280, 16, VideoOptions(), 28, "a.mp4")
+    (560, 1008)
+
+    Raises ImageError with code "zero-side" or "ratio", and ArgumentError as `pixel_limits` does.
+    """
+    least, largest = pixel_limits(n_frames, options, factor)
+    if options.sampling == "qwen":  # it rounds a short side up to one token before it compares
+        check_sides(height, width, name)
+        sides = [max(1, round(side / factor)) * factor for side in (height, width)]
+        if least <= math.prod(sides) <= largest:
+            return sides[0], sides[1]
+        if math.prod(sides) > largest:
+            shrink = math.sqrt(height * width / largest)
+            sides = [max(1, math.floor(side / shrink / factor)) for side in (height, width)]
+            return sides[0] * factor, sides[1] * factor
+    return smart_resize(
+        height, width, factor=factor, min_pixels=least, max_pixels=largest, name=name
+    )

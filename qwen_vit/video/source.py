@@ -1,0 +1,221 @@
+"""Opens a video: a path, a file's bytes, or some bytes of another file."""
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+from qwen_vit.errors import ImageError
+from qwen_vit.images.image import ADDRESS
+from qwen_vit.video.container import check_structure
+from qwen_vit.video.options import VideoLimits
+
+__all__ = [
+    "CONVERT", "Opener", "Window", "check_size", "open_file", "plain_errors", "require_av",
+    "video_stream",
+]  # fmt: skip
+
+CONVERT = "convert it, for example with ffmpeg -i IN -c:v libx264 OUT.mp4"
+READ_BYTES = 2**18  # at once, of a file that is no path
+
+
+def require_av() -> Any:
+    """PyAV, whose wheels bring FFmpeg. Raises ImageError (code "no-pyav") if it is missing."""
+    try:
+        import av  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise ImageError(
+            "a video file needs PyAV, which is not installed",
+            remedy="run pip install 'qwen-vit[video]'",
+            code="no-pyav",
+        ) from None
+    return av
+
+
+class Window(io.RawIOBase):
+    """Some bytes of an open file as a file of their own, such as a member of a tar."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
+        self._file, self._offset, self._size, self._at = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        wanted = min(len(buffer), max(0, self._size - self._at))
+        data = self._file.read(wanted)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+class Opener:
+    """A checked video, which can be opened as often as needed.
+
+    Raises ImageError for what is not a video that can be read, and where PyAV is missing.
+    """
+
+    def __init__(self, source: str | bytes | BinaryIO, name: str, limits: VideoLimits) -> None:
+        require_av()
+        self.name, self.limits = name, limits
+        self._source: Any = source
+        if isinstance(source, str):
+            with open_file(source, name) as file:
+                self._container = self._check(file, os.fstat(file.fileno()).st_size)
+            self._source = "file:" + os.path.abspath(source)  # never a playlist or an address
+        else:
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            self._source, self._container = file, self._check(file, size)
+
+    def open(self) -> Any:
+        """A new container of PyAV; the caller closes it."""
+        if not isinstance(self._source, str):
+            self._source.seek(0)
+        with plain_errors(self.name):
+            return require_av().open(self._source, format=self._container, buffer_size=READ_BYTES)
+
+    def _check(self, file: BinaryIO, size: int) -> str:
+        _check_bytes(size, self.name, self.limits)
+        return check_structure(file, size, self.name, self.limits)
+
+
+@contextmanager
+def open_file(path: str, name: str) -> Iterator[BinaryIO]:
+    """A regular file, open. Raises ImageError with the reason for anything else."""
+    if ADDRESS.match(path):
+        raise ImageError(
+            "an address, not a file", name=name[:80], remedy="download it first", code="url"
+        )
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise ImageError(
+                "a directory", name=name, expected="a video file", remedy="pass its files",
+                code="directory",
+            )  # fmt: skip
+        if not stat.S_ISREG(mode):  # a FIFO would block
+            raise ImageError(
+                "a FIFO, socket or device, which is never opened",
+                name=name,
+                expected="a regular file",
+                remedy="copy its content to a file",
+                code="not-a-file",
+            )
+        file = open(path, "rb")  # noqa: SIM115 - closed below
+    except FileNotFoundError:
+        raise ImageError(
+            "does not exist", name=name, remedy="check the path", code="missing"
+        ) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(
+            f"cannot be read ({getattr(error, 'strerror', None) or error})",
+            name=name,
+            remedy="check its path and permissions",
+            code="unreadable",
+        ) from None
+    with file:
+        yield file
+
+
+@contextmanager
+def plain_errors(name: str) -> Iterator[None]:
+    """FFmpeg's errors as ImageError."""
+    av = require_av()
+    try:
+        yield
+    except ImageError:
+        raise
+    except MemoryError:
+        raise ImageError(
+            "does not fit into memory when decoded",
+            name=name,
+            remedy="make it smaller",
+            code="memory",
+        ) from None
+    except av.error.DecoderNotFoundError:
+        raise _no_decoder(name) from None
+    except (av.error.FFmpegError, OSError, EOFError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise ImageError(
+            f"a damaged video ({reason})",
+            name=name,
+            remedy=f"fetch it again, or {CONVERT}",
+            code="damaged",
+        ) from None
+
+
+def _no_decoder(name: str, codec: str = "its codec") -> ImageError:
+    return ImageError(
+        f"this FFmpeg has no decoder for {codec}",
+        name=name,
+        expected="H.264, HEVC, VP9, AV1 or another codec of PyAV's FFmpeg",
+        remedy=CONVERT,
+        code="no-decoder",
+    )
+
+
+def video_stream(container: Any, name: str) -> Any:
+    """The first video that is not a cover picture."""
+    streams = [s for s in container.streams if s.type == "video"]
+    av = require_av()
+    cover = av.stream.Disposition.attached_pic
+    streams = [s for s in streams if not s.disposition & cover]
+    if not streams:
+        raise ImageError(
+            "it has no video, only sound or data",
+            name=name,
+            remedy="leave it out",
+            code="no-video",
+        )
+    stream = streams[0]
+    if stream.codec_context is None:
+        raise _no_decoder(name)
+    return stream
+
+
+def _check_bytes(size: int, name: str, limits: VideoLimits) -> None:
+    if size > limits.max_file_bytes:
+        raise ImageError(
+            f"{size} bytes",
+            name=name,
+            expected=f"at most {limits.max_file_bytes}",
+            remedy="cut it, or raise VideoLimits.max_file_bytes in Python",
+            code="file-too-large",
+        )
+
+
+def check_size(width: int, height: int, name: str, limits: VideoLimits) -> None:
+    if width < 1 or height < 1:
+        raise ImageError(
+            f"its frames are {width}x{height} (width x height)",
+            name=name,
+            expected="sides above 0",
+            remedy=f"fetch it again, or {CONVERT}",
+            code="zero-side",
+        )
+    if width * height > limits.max_pixels:
+        raise ImageError(
+            f"its frames are {width}x{height} = {width * height} pixels",
+            name=name,
+            expected=f"at most {limits.max_pixels}",
+            remedy="make them smaller, or raise VideoLimits.max_pixels in Python",
+            code="too-many-pixels",
+        )

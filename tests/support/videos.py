@@ -1,0 +1,82 @@
+"""Videos for tests, made by PyAV: each frame carries its own number, to be read after decoding."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["LEVELS", "make_video", "number_in", "numbered"]
+
+BITS, LEVELS = 10, 1 << 10  # frames that can be told apart
+SIZE = (96, 64)  # width, height
+
+
+def numbered(number: int, size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:
+    """A frame (height, width, 3) whose upper half has the bits of a number as grey bars."""
+    width, height = size
+    frame = np.full((height, width, 3), 128, np.uint8)
+    edges = np.linspace(0, width, BITS + 1).round().astype(int)
+    for bit in range(BITS):
+        frame[: height // 2, edges[bit] : edges[bit + 1]] = 230 if number >> bit & 1 else 25
+    frame[height // 2 :, : width // 4] = (200, 40, 40)  # the left is red, so a turn shows
+    return frame
+
+
+def number_in(frame: NDArray[np.uint8]) -> int:
+    """The number of a decoded frame."""
+    height, width = frame.shape[:2]
+    edges = np.linspace(0, width, BITS + 1).round().astype(int)
+    total = 0
+    for bit in range(BITS):
+        left, right = edges[bit], edges[bit + 1]
+        quarter = max(1, (right - left) // 4)
+        part = frame[height // 8 : height // 2 - height // 8, left + quarter : right - quarter, :3]
+        total |= int(part.mean() > 128) << bit
+    return total
+
+
+def make_video(
+    path: Path | str,
+    n_frames: int = 60,
+    *,
+    rate: int | Fraction = 30,
+    ticks: Sequence[int] | None = None,
+    time_base: Fraction | None = None,
+    size: tuple[int, int] = SIZE,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    options: dict[str, str] | None = None,
+    rotation: int | None = None,
+    colour: dict[str, int] | None = None,
+    container_options: dict[str, str] | None = None,
+    format: str | None = None,
+) -> str:
+    """Write a video of numbered frames; `ticks` are their times in `time_base`."""
+    import av
+
+    unit = time_base or Fraction(1) / Fraction(rate)
+    with av.open(str(path), "w", format=format, options=container_options or {}) as container:
+        stream: Any = container.add_stream(codec, rate=rate)
+        stream.width, stream.height = size
+        stream.pix_fmt = pix_fmt
+        stream.options = {"preset": "ultrafast"} if codec == "libx264" else {}
+        if codec == "libx265":
+            stream.options = {"preset": "ultrafast", "x265-params": "log-level=error"}
+        if codec == "libvpx-vp9":
+            stream.options = {"deadline": "realtime", "cpu-used": "8"}
+        stream.options = {**stream.options, **(options or {})}
+        stream.codec_context.time_base = unit
+        for name, value in (colour or {}).items():
+            setattr(stream.codec_context, name, value)
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        for number in range(n_frames):
+            frame = av.VideoFrame.from_ndarray(numbered(number % LEVELS, size), format="rgb24")
+            frame.pts = number if ticks is None else ticks[number]
+            frame.time_base = unit
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return str(path)
