@@ -18,7 +18,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "h264-mp4": ("a.mp4", {"options": {"bf": "0", "g": "12"}}),
     "h264-b-frames": ("a.mp4", {"options": {"preset": "veryfast", "bf": "3", "g": "20"}}),
     "h264-open-gop": (
-        "a.mp4", {"options": {"preset": "veryfast", "x264-params": "open-gop=1:bframes=3:keyint=15"}},
+        "a.mp4",
+        {"options": {"preset": "veryfast", "x264-params": "open-gop=1:bframes=3:keyint=15"}},
     ),
     "h264-mov": ("a.mov", {}),
     "h264-avi-without-times": ("a.avi", {"options": {"preset": "veryfast", "bf": "2"}}),
