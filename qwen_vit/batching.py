@@ -46,6 +46,10 @@ class _Piece(NamedTuple):
     name: str
     patches: Patches
 
+    @property
+    def n_patches(self) -> int:
+        return len(self.patches.pixels)
+
 
 @dataclass(frozen=True, slots=True)
 class BatchEncoder:
@@ -161,7 +165,7 @@ class BatchEncoder:
             return [each for each in (stills, *([index] for index in videos)) if each]
         batches = []
         for kind in (stills, videos):
-            sizes = [len(pieces[index].patches.pixels) for index in kind]
+            sizes = [pieces[index].n_patches for index in kind]
             packed = pack(sizes, TOKEN_BUDGET[self.device.type])
             batches += [[kind[index] for index in batch] for batch in packed]
         return batches
