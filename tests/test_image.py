@@ -320,7 +320,8 @@ def test_an_animation_is_its_first_frame(file_format: str) -> None:
     data = encode(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
     image = load_image(data)
     assert np.abs(image.pixels.astype(int) - (240, 0, 0)).max() <= 4
-    assert "first of 3 frames" in image.notes
+    counted = "several" if file_format in ("GIF", "TIFF") else "3"  # would need the whole file
+    assert f"first of {counted} frames" in image.notes
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "PNG"])

@@ -40,6 +40,8 @@ IMPOSTORS = (
     (b"GGUF", "a GGUF file", "use the safetensors checkpoint it was made from"),
 )
 
+MAX_DIMENSIONS = 64  # as torch has it
+
 # The size of a tensor of any other type is not checked.
 DTYPE_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
@@ -160,6 +162,13 @@ def _parse_entry(name: str, entry: Any, named: str) -> TensorInfo:
         raise CheckpointError(
             f"the header's entry {short_repr(name)} lacks a valid dtype, shape or data_offsets",
             name=named,
+            remedy=DOWNLOAD_AGAIN,
+        )
+    if len(shape) > MAX_DIMENSIONS:  # their product alone could take hours
+        raise CheckpointError(
+            f"{short_repr(name)} has {len(shape)} dimensions",
+            name=named,
+            expected=f"at most {MAX_DIMENSIONS}",
             remedy=DOWNLOAD_AGAIN,
         )
     start, end = offsets

@@ -55,7 +55,8 @@ def make_settings(encoder: EncoderInfo, listing: Listing, options: ExportOptions
         "normalize": options.normalize,
         "layers": options.layers,
         "shard_size": options.shard_size,
-        "limits": asdict(options.limits),
+        # seconds depend on the machine: they may be raised when resuming
+        "limits": {k: v for k, v in asdict(options.limits).items() if k != "max_seconds"},
         "n_images": listing.n_images,
         "listing_sha256": listing.sha256,
     }

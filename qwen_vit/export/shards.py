@@ -37,10 +37,12 @@ from qwen_vit.export.records import (
     ShardStart,
 )
 from qwen_vit.export.settings import LISTING, SETTINGS
+from qwen_vit.export.under_way import UnderWay
 from qwen_vit.feature_files.read import open_shard
 from qwen_vit.feature_files.schema import EMBEDS, ItemFacts, layer_name, rows_by_tensor
 from qwen_vit.feature_files.writer import FeatureWriter
 from qwen_vit.features import FailedImage, ImageFeatures, not_finite
+from qwen_vit.images.isolated import decode_in_child
 from qwen_vit.images.patches import Patches
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.read import read_item
@@ -91,8 +93,12 @@ def export_shards(
         encoder.config, encoder.image_config, "auto", plan.options.limits, on_error="raise"
     )
     copier: HostCopier | None = None  # made only for a missing shard: it takes memory
-    jobs = _jobs(loader, plan, shards)
-    with closing(work_ahead(jobs, threads=thread_count(decode_threads))) as loaded:
+    with (
+        UnderWay(plan.folder) as under_way,
+        closing(
+            work_ahead(_jobs(loader, plan, shards, under_way), threads=thread_count(decode_threads))
+        ) as loaded,
+    ):
         for start in loaded:
             if not isinstance(start, ShardStart):
                 raise TypeError(f"{type(start).__name__} between shards")
@@ -118,25 +124,29 @@ def export_shards(
 
 
 def _jobs(
-    loader: ImageLoader, plan: ExportPlan, shards: Iterable[int]
+    loader: ImageLoader, plan: ExportPlan, shards: Iterable[int], under_way: UnderWay
 ) -> Iterator[Job[ShardStart | ImageRecord]]:
     for shard in shards:
         rows = whole_shard(plan, shard)
         items = plan.listing.shard(shard) if rows is None else []
         yield Job(partial(ShardStart, shard, len(items), rows))
-        for item in items:
-            yield Job(partial(_load, item, loader))
+        first = shard * plan.listing.shard_size
+        for line, item in enumerate(items, start=first):
+            yield Job(partial(_load, item, line, loader, under_way))
 
 
-def _load(item: Item, loader: ImageLoader) -> ImageRecord:
-    """An image with its patches, or its error."""
+def _load(item: Item, line: int, loader: ImageLoader, under_way: UnderWay) -> ImageRecord:
+    """An image with its patches, or its error. `line` is its place in the listing."""
     image = ImageRecord(item)
     try:
         image.stage = "read" if item.error is None else "list"
         data = read_item(item, loader.limits)
         image.sha256 = sha256(data).hexdigest()
         image.stage = "decode"
-        loaded = loader.load(data, item.id)
+        with under_way.mark(line):
+            if line in under_way.suspects:  # a process died while it decoded this
+                decode_in_child(data, item.id, loader.limits)
+            loaded = loader.load(data, item.id)
         image.size_px, image.notes, image.patches = loaded.size_px, loaded.notes, loaded.patches
         image.stage = "encode"
     except ImageError as error:

@@ -20,9 +20,12 @@ from PIL import (
 )
 
 from qwen_vit.errors import ImageError
-from qwen_vit.images.image import ImageLimits, RgbImage, check_pixels
+from qwen_vit.images.image import ImageLimits, RgbImage, check_pixels, check_ratio
+from qwen_vit.images.isolated import decode_in_child
 from qwen_vit.images.jpeg import JpegFile, check_blocks, read_jpeg
+from qwen_vit.images.memory import decoding_memory
 from qwen_vit.images.refusals import damaged, truncated
+from qwen_vit.images.tiff import check_directory
 from qwen_vit.images.to_rgb import is_deep, tiff_notes, to_rgb
 from qwen_vit.images.truncation import ends_early, misses_rows, promised_bytes
 
@@ -60,6 +63,11 @@ LOOKALIKES = (
     (rb"pk\x03\x04|\x1f\x8b", "format", "an archive", "unpack it first"),
 )
 
+# Measured at their peak for RGBA pictures, which are converted: tests/images/test_memory.py.
+BYTES_A_PIXEL = {"WEBP": 28, "AVIF": 20, "JPEG": 14}
+OTHER_BYTES_A_PIXEL = 12
+SLOW_PIXELS_A_SECOND, SLOW_SCAN_PIXELS_A_SECOND = 5e6, 2e7
+
 # Pillow does not lock its lazy loading, so threads that share an image decode it one after the
 # other.
 LOAD_LOCKS = [threading.Lock() for _ in range(61)]
@@ -68,14 +76,22 @@ LOAD_LOCKS = [threading.Lock() for _ in range(61)]
 def decode_bytes(data: bytes, name: str, limits: ImageLimits) -> RgbImage:
     """An encoded image -> RGB. Raises ImageError for a damaged, truncated or too large file."""
     file_format = _identify(data, name)
-    reader = _Reader(data)
     jpeg = read_jpeg(data, name) if file_format == "JPEG" else None
+    reader = _Reader(data if jpeg is None else jpeg.readable)
     with _decoding(data, file_format, name, header=reader):
+        if file_format == "TIFF":
+            check_directory(data)
         if file_format in ("WEBP", "TIFF") and promised_bytes(data, file_format) > len(data):
             raise EOFError  # before Pillow warns about missing bytes
         image = DECODERS[file_format](reader, "")
+        check_pixels(image.width, image.height, name, limits)
+    check_ratio(image.width, image.height, name)
+    if _seconds_at_most(image, jpeg) > limits.max_seconds:
+        return decode_in_child(data, name, limits)
+    if jpeg is not None and jpeg.arithmetic:  # this decoder cannot wait for a second piece
+        image.decodermaxblock = len(data)
     deep, early_notes = is_deep(image), tiff_notes(image)
-    with _decoding(data, file_format, name):
+    with decoding_memory.hold(_peak_bytes(image)), _decoding(data, file_format, name):
         early_notes += _load(image, name, limits, jpeg)
         if file_format == "PNG" and misses_rows(data):
             raise EOFError
@@ -98,7 +114,7 @@ def decode_pil(image: Image.Image, name: str, limits: ImageLimits) -> RgbImage:
             )
         deep, early_notes = is_deep(image), tiff_notes(image)
         data = _lazy_bytes(image, limits)
-        with _decoding(data, file_format, name):
+        with decoding_memory.hold(_peak_bytes(image)), _decoding(data, file_format, name):
             jpeg = None
             if data is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
                 jpeg = read_jpeg(data[getattr(image, "offset", 0) :], name)
@@ -287,13 +303,28 @@ def _prepare_tiff(image: TiffImagePlugin.TiffImageFile, name: str, limits: Image
 
 
 def _frame_notes(image: Image.Image) -> tuple[str, ...]:
-    """The number of frames. Counting moves through the file, so it comes last.
+    """The number of frames, where the header has it. Looking for them comes last: it moves.
 
-    A damaged later frame does not matter.
+    A damaged later frame does not matter. Counting those of a GIF or a TIFF would read all of it.
     """
     try:
         with _strictly():
+            if isinstance(image, GifImagePlugin.GifImageFile | TiffImagePlugin.TiffImageFile):
+                return ("first of several frames",) if image.is_animated else ()
             frames = int(getattr(image, "n_frames", 1))
     except Exception:  # noqa: BLE001 - plug-ins raise anything
         return ("first of several frames",)
     return (f"first of {frames} frames",) if frames > 1 else ()
+
+
+def _seconds_at_most(image: Image.Image, jpeg: JpegFile | None) -> float:
+    """How long decoding may take on a slow, busy core."""
+    pixels = image.width * image.height
+    if jpeg is None:
+        return pixels / SLOW_PIXELS_A_SECOND
+    return pixels * jpeg.scans / SLOW_SCAN_PIXELS_A_SECOND
+
+
+def _peak_bytes(image: Image.Image) -> int:
+    """The memory that decoding and converting take at their peak."""
+    return image.width * image.height * BYTES_A_PIXEL.get(str(image.format), OTHER_BYTES_A_PIXEL)

@@ -23,6 +23,7 @@ __all__ = [
     "RgbImage",
     "check_file_bytes",
     "check_pixels",
+    "check_ratio",
 ]
 
 # Union: the name of a type that is not imported here has no `|`
@@ -42,13 +43,18 @@ ArrayLayout: TypeAlias = Literal["auto", "HWC", "CHW"]
 
 ADDRESS = re.compile(r"(?:https?|ftp|s3|gs|hf|file):/|data:", re.IGNORECASE)
 
+MAX_RATIO = 200  # of a side to the other, as in the reference processor
+
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Limits on one image, checked before its pixels are decoded.
+    """Limits on one image. All but the seconds are checked before its pixels are decoded.
 
     >>> ImageLimits(max_pixels=50_000_000).max_file_bytes
     536870912
+
+    A file that may take longer than `max_seconds`, by its header, is decoded in a process of its
+    own, which ends then. A PIL image is always decoded in this one.
 
     The limits hold for one call. Pillow's process-wide MAX_IMAGE_PIXELS is neither read nor set,
     but its WebP and GIF plug-ins read it. Raises ArgumentError for a limit below 1.
@@ -56,12 +62,16 @@ class ImageLimits:
 
     max_pixels: int = 178_956_970
     max_file_bytes: int = 512 * 2**20
+    max_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         for field in ("max_pixels", "max_file_bytes"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{field} is {value!r}", expected="a whole number above 0")
+        seconds = self.max_seconds
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+            raise ArgumentError(f"max_seconds is {seconds!r}", expected="a number above 0")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,4 +132,17 @@ def check_pixels(width: int, height: int, name: str, limits: ImageLimits) -> Non
             expected=f"at most {limits.max_pixels}",
             remedy="make it smaller, or raise ImageLimits.max_pixels in Python",
             code="too-many-pixels",
+        )
+
+
+def check_ratio(width: int, height: int, name: str) -> None:
+    """Refuse a picture that is too thin. Raises ImageError with code "ratio"."""
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_RATIO:
+        raise ImageError(
+            f"{width}x{height} (width x height), a ratio of {ratio:.6g}",
+            name=name,
+            expected=f"at most {MAX_RATIO}",
+            remedy="crop or pad it",
+            code="ratio",
         )

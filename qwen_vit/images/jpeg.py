@@ -11,6 +11,7 @@ import simplejpeg
 
 from qwen_vit.errors import ImageError
 from qwen_vit.images.refusals import damaged, too_slow, truncated
+from qwen_vit.images.tiff import check_directory
 
 __all__ = ["JpegFile", "check_blocks", "read_jpeg"]
 
@@ -22,7 +23,7 @@ MAX_EXIF_SEGMENTS = 100  # Pillow joins them in quadratic time
 START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN, EXIF, TEM = 0xD8, 0xD9, 0xDA, 0xE1, 0x01
 METADATA = (*range(0xE0, 0xF0), 0xFE)
 FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
-PROGRESSIVE = (0xC2, 0xCA)
+PROGRESSIVE, ARITHMETIC = (0xC2, 0xCA), (0xC9, 0xCA)
 UNREAD_FRAMES = {
     0xC3: "lossless JPEG",
     **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical JPEG"),
@@ -31,6 +32,7 @@ UNREAD_FRAMES = {
 MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # neither stuffing nor a restart marker
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
 PREFETCHED_BYTES = 16  # libjpeg holds up to 8 bytes that it does not count as extraneous
+EXIF_START = b"Exif\0\0"
 COEFFICIENTS = 64
 UNSEEN = -1
 
@@ -41,17 +43,21 @@ class JpegFile:
 
     `pixel_part` is the first picture without its metadata: libjpeg then warns of nothing else.
     `bits` holds, by component, the lowest bit that the scans have given so far of each coefficient.
-    `entropy_end` is where the last scan ends in `pixel_part`.
+    `entropy_end` is where the last scan ends in `pixel_part`. `readable` is what Pillow can read
+    with little memory: the file, without Exif that takes much, and `notes` then say so.
     """
 
     n_bytes: int
     components: int = 0
     progressive: bool = False
+    arithmetic: bool = False
     bits: dict[int, list[int]] = field(default_factory=dict)
     scans: int = 0
     has_end: bool = False
     pixel_part: bytes = b""
     entropy_end: int = 0
+    readable: bytes = b""
+    notes: tuple[str, ...] = ()
 
 
 def read_jpeg(data: bytes, name: str) -> JpegFile:
@@ -61,7 +67,8 @@ def read_jpeg(data: bytes, name: str) -> JpegFile:
     kind of JPEG that Pillow does not read, "damaged" for scans that contradict each other.
     """
     jpeg = JpegFile(len(data))
-    at, kept, segments, exif_segments = 2, [data[:2]], 0, 0
+    at, kept, segments = 2, [data[:2]], 0
+    exif: list[tuple[int, int]] = []  # where the segments are
     first_scan = end = len(data)
     while found := MARKER.search(data, at):
         marker, start = data[found.start() + 1], found.start()
@@ -75,7 +82,8 @@ def read_jpeg(data: bytes, name: str) -> JpegFile:
         body = data[at + 2 : at + length]
         at += max(2, length)
         segments += 1
-        exif_segments += marker == EXIF and body.startswith(b"Exif\0")
+        if marker == EXIF and body.startswith(EXIF_START):
+            exif.append((start, at))
         if marker in FRAMES or marker in UNREAD_FRAMES:
             _read_frame(jpeg, marker, body, name)
         elif marker == START_OF_SCAN:
@@ -83,10 +91,23 @@ def read_jpeg(data: bytes, name: str) -> JpegFile:
             _read_scan(jpeg, body, name)
         if start < first_scan and marker not in METADATA:
             kept.append(data[start:at])
-        _check_counts(jpeg.scans, segments, exif_segments, name)
+        _check_counts(jpeg.scans, segments, len(exif), name)
     jpeg.pixel_part = b"".join((*kept, data[first_scan:end], b"\xff\xd9"))
     jpeg.entropy_end = len(jpeg.pixel_part) - 2
+    jpeg.readable, jpeg.notes = _without_costly_exif(data, exif)
     return jpeg
+
+
+def _without_costly_exif(data: bytes, exif: list[tuple[int, int]]) -> tuple[bytes, tuple[str, ...]]:
+    head = 4 + len(EXIF_START)  # a marker, a length, and what names the segment
+    try:
+        check_directory(b"".join(data[start + head : end] for start, end in exif))
+    except ValueError:
+        begins = [0, *(end for _, end in exif)]
+        ends = [*(start for start, _ in exif), len(data)]
+        kept = [data[begin:end] for begin, end in zip(begins, ends, strict=True)]
+        return b"".join(kept), ("unreadable EXIF ignored",)
+    return data, ()
 
 
 def check_blocks(jpeg: JpegFile, name: str) -> tuple[str, ...]:
@@ -111,8 +132,8 @@ def check_blocks(jpeg: JpegFile, name: str) -> tuple[str, ...]:
             strict=True,
         )
     except ValueError as error:
-        return _judge(jpeg, str(error), name)
-    return ()
+        return (*jpeg.notes, *_judge(jpeg, str(error), name))
+    return jpeg.notes
 
 
 def _judge(jpeg: JpegFile, warning: str, name: str) -> tuple[str, ...]:
@@ -147,7 +168,8 @@ def _read_frame(jpeg: JpegFile, marker: int, body: bytes, name: str) -> None:
         raise _unread(UNREAD_FRAMES[marker], name)
     if body[0] != 8:
         raise _unread(f"JPEG of {body[0]} bits a sample", name)
-    jpeg.components, jpeg.progressive = body[5], marker in PROGRESSIVE
+    jpeg.components = body[5]
+    jpeg.progressive, jpeg.arithmetic = marker in PROGRESSIVE, marker in ARITHMETIC
 
 
 def _read_scan(jpeg: JpegFile, body: bytes, name: str) -> None:

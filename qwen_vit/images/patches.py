@@ -16,12 +16,12 @@ from PIL import Image
 
 from qwen_vit.config import Grid, ImageConfig
 from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.images.image import check_ratio
 from qwen_vit.images.rows import normalise
 
 __all__ = ["CHANNELS", "Patches", "check_sides", "patchify", "resize_image", "smart_resize"]
 
 Rgb: TypeAlias = NDArray[np.uint8] | Image.Image
-MAX_RATIO = 200
 CHANNELS = 3
 PUBLISHED_PATCH_VALUES = CHANNELS * 14 * 14  # in one frame: the width of an empty set
 
@@ -249,24 +249,15 @@ def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patch
 
 def check_sides(height: int, width: int, name: str) -> None:
     """Raise ImageError with code "zero-side" or "ratio" for sides that no size can be made of."""
-    size = f"{width}x{height} (width x height)"
     if min(height, width) < 1:
         raise ImageError(
-            f"the size is {size}",
+            f"the size is {width}x{height} (width x height)",
             name=name,
             expected="sides of at least 1 pixel",
             remedy="leave it out",
             code="zero-side",
         )
-    ratio = max(height, width) / min(height, width)
-    if ratio > MAX_RATIO:
-        raise ImageError(
-            f"{size}, a ratio of {ratio:.6g}",
-            name=name,
-            expected=f"at most {MAX_RATIO}",
-            remedy="crop or pad it",
-            code="ratio",
-        )
+    check_ratio(width, height, name)
 
 
 def _check_limits(factor: int, min_pixels: int, max_pixels: float) -> None:

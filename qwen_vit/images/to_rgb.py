@@ -1,9 +1,12 @@
 """A decoded PIL image -> upright RGB: orientation, 16-bit samples, transparency, modes."""
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from qwen_vit.errors import ImageError
+from qwen_vit.images.tiff import check_directory
 
 __all__ = ["is_deep", "on_white", "tiff_notes", "to_rgb"]
 
@@ -20,6 +23,7 @@ ORIENTATIONS = {  # EXIF tag 274 -> the operation that makes the picture upright
 ORIENTATION_TAG = 274
 
 WHITE = (255, 255, 255)
+BAND_PIXELS = 2**20  # converted at a time
 
 
 def to_rgb(image: Image.Image, name: str, deep: bool) -> tuple[Image.Image, tuple[str, ...]]:
@@ -29,6 +33,7 @@ def to_rgb(image: Image.Image, name: str, deep: bool) -> tuple[Image.Image, tupl
     """
     notes: list[str] = []
     try:
+        check_exif(image)
         orientation = image.getexif().get(ORIENTATION_TAG)
     except Exception:  # noqa: BLE001 - damaged metadata raises anything; the picture is whole
         orientation = None
@@ -44,6 +49,18 @@ def to_rgb(image: Image.Image, name: str, deep: bool) -> tuple[Image.Image, tupl
         if isinstance(error, ImageError):
             raise
         raise _mode_error(name, f"Pillow cannot convert its mode, {image.mode}") from None
+
+
+def check_exif(image: Image.Image) -> None:
+    """Raise ValueError for Exif whose entries take more bytes than it has.
+
+    Pillow copies what each entry refers to: 5,000 entries can share 64 KB.
+    """
+    exif = image.info.get("exif")
+    if exif is None and "Raw profile type exif" in image.info:
+        exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+    if isinstance(exif, bytes):
+        check_directory(exif.removeprefix(b"Exif\0\0"))
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -63,8 +80,24 @@ def tiff_notes(image: Image.Image) -> tuple[str, ...]:
 
 def on_white(image: Image.Image) -> Image.Image:
     """An RGBA image composited on white, as RGB."""
+    return _in_bands(image, _band_on_white)
+
+
+def _band_on_white(image: Image.Image) -> Image.Image:
     white = Image.new("RGBA", image.size, (*WHITE, 255))
     return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Convert an image to RGB in bands of rows, because intermediate copies cost memory."""
+    rows = max(1, BAND_PIXELS // image.width)
+    if image.height <= rows:
+        return convert(image)
+    picture = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(image.height, top + rows)))
+        picture.paste(convert(band), (0, top))
+    return picture
 
 
 def _to_eight_bit_rgb(image: Image.Image, name: str, deep: bool, notes: list[str]) -> Image.Image:
@@ -76,7 +109,7 @@ def _to_eight_bit_rgb(image: Image.Image, name: str, deep: bool, notes: list[str
         notes.append("16-bit scaled to 8")
     if image.has_transparency_data:
         notes.append("alpha composited on white")
-        return on_white(_with_alpha(image, deep))
+        return _in_bands(image, lambda band: _band_on_white(_with_alpha(band, deep)))
     if image.mode == "RGB":
         return image
     notes.append(f"{image.mode} to RGB")
@@ -85,14 +118,19 @@ def _to_eight_bit_rgb(image: Image.Image, name: str, deep: bool, notes: list[str
 
 def _from_sixteen_bit(image: Image.Image, notes: list[str]) -> Image.Image:
     """The high byte. Pillow keeps the same of 16-bit colour."""
-    values = np.asarray(image)
-    grey = (values >> 8).astype(np.uint8)
     notes.append("16-bit scaled to 8")
     clear = image.info.get("transparency")
     if isinstance(clear, int):
-        grey[values == clear] = 255
         notes.append("alpha composited on white")
-    return Image.fromarray(grey).convert("RGB")
+
+    def convert(band: Image.Image) -> Image.Image:
+        values = np.asarray(band)
+        grey = (values >> 8).astype(np.uint8)
+        if isinstance(clear, int):
+            grey[values == clear] = 255
+        return Image.fromarray(grey).convert("RGB")
+
+    return _in_bands(image, convert)
 
 
 def _with_alpha(image: Image.Image, deep: bool) -> Image.Image:

@@ -5,8 +5,9 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
-from typing import TypeGuard
+from typing import BinaryIO, TypeGuard
 
 from qwen_vit.common.strict_json import is_integer, parse_json, short_repr
 from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError
@@ -18,6 +19,7 @@ __all__ = ["JSON_SUFFIX", "LIST_SUFFIXES", "json_list_items", "stdin_items", "te
 LIST_SUFFIXES = (".txt", ".lst")
 JSON_SUFFIX = ".jsonl"
 MAX_FILE = 2**63 - 1  # bytes
+MAX_LINE_BYTES = 2**20
 CORRECT = "correct that line"
 
 
@@ -29,7 +31,7 @@ def text_list_items(path: str) -> Iterator[Item]:
 
 def stdin_items() -> Iterator[Item]:
     """The images of a list on standard input, a path a line, counted from the current folder."""
-    for line in sys.stdin.buffer:
+    for _, line in _bounded_lines(sys.stdin.buffer, "standard input"):
         if line.strip():
             path = os.fsdecode(line.rstrip(b"\r\n"))
             yield Item(path, path if ADDRESS.match(path) else str(Path(path).absolute()))
@@ -94,7 +96,7 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
     """The lines that are not empty, numbered from 1, without a byte order mark."""
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in _bounded_lines(file, path):
                 if number == 1:
                     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                         raise ExportError(
@@ -107,6 +109,22 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
         raise ExportError(
             f"cannot be read ({error.strerror})", name=path, remedy="check its permissions"
         ) from None
+
+
+def _bounded_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
+    """The lines, numbered from 1. Raises ExportError for one that no path or object fills."""
+    for number in count(1):
+        line = file.readline(MAX_LINE_BYTES + 1)
+        if not line:
+            return
+        if len(line) > MAX_LINE_BYTES:
+            raise ExportError(
+                f"line {number} has more than {MAX_LINE_BYTES} bytes",
+                name=name,
+                expected="a path or a JSON object a line",
+                remedy="check that it is a list",
+            )
+        yield number, line
 
 
 def _listed(

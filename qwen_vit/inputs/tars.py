@@ -27,7 +27,11 @@ COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # files begin so
 TAR_BLOCK = 512
 END_OF_TAR = bytes(TAR_BLOCK)
-DAMAGED_TAR = (tarfile.TarError, ValueError, EOFError, OverflowError, MemoryError)  # the tar's own
+MAX_HEADER_BYTES = 2**20  # of one member: long names and pax records, as in Go's archive/tar
+# What tarfile raises for a damaged tar: a chain of pax headers is a recursion.
+DAMAGED_TAR = (
+    tarfile.TarError, ValueError, EOFError, OverflowError, MemoryError, RecursionError,
+)  # fmt: skip
 
 
 def tar_items(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
@@ -77,9 +81,13 @@ def _compressed(name: str) -> ImageError:
 
 
 def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    headers = _Headers(file)
+    with tarfile.open(fileobj=headers, mode="r:") as tar:  # type: ignore[call-overload]
         while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # or it would keep every one
+            if member.size < 0:  # what follows cannot be found
+                raise tarfile.ReadError(f"a member of {member.size} bytes")
+            headers.n_bytes = 0
+            tar.members.clear()
             if member.isdir():
                 continue
             if suffix_of(member.name) not in IMAGE_SUFFIXES:
@@ -107,6 +115,22 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
                 remedy="unpack it",
                 code="damaged",
             )
+
+
+class _Headers:
+    """A tar's file, of which only headers are read: tarfile takes them at any size."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.n_bytes = 0  # of the next member
+        self.seek, self.tell = file.seek, file.tell
+        self._read = file.read
+
+    def read(self, size: int) -> bytes:
+        """Bytes of a header."""
+        self.n_bytes += size
+        if self.n_bytes > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of more than {MAX_HEADER_BYTES} bytes")
+        return self._read(size)
 
 
 def _begins_with(path: str, starts: tuple[bytes, ...]) -> bool:

@@ -194,7 +194,10 @@ def by_libraries(picture: Image.Image) -> Iterator[tuple[str, str, bytes]]:
         (20, 75, 100), (False, True), (0, 2), (0, 3)
     ):
         options = {"quality": quality, "progressive": progressive, "subsampling": sampling}
-        data = _saved(picture, "JPEG", restart_marker_blocks=restart, **options)
+        try:
+            data = _saved(picture, "JPEG", restart_marker_blocks=restart, **options)
+        except OSError:  # Pillow's buffer is too small for tiny noise of quality 100
+            continue
         yield "Pillow", f"{options} {restart}", data
         if quality == 75 and not restart:
             yield from _mozjpeg(data)

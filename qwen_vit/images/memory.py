@@ -1,0 +1,144 @@
+"""One budget of memory for decoding, shared by all threads of the process."""
+
+import os
+import resource
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from qwen_vit.errors import ArgumentError
+
+__all__ = ["DecodingMemory", "available_bytes", "decoding_memory", "set_decoding_memory"]
+
+SHARE = 2  # half of what is left: resized images and the encoder take memory as well
+UNKNOWN_BYTES = 2**32  # where the system does not say what is left
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+class DecodingMemory:
+    """Admits images to decoding, in the order in which they ask, while their bytes fit.
+
+    >>> memory = DecodingMemory(100)
+    >>> with memory.hold(1_000):  # one image is always admitted
+    ...     memory.held
+    1000
+
+    Without a total, it is half of what the machine, the control group and the process's own limit
+    leave when the first image is decoded.
+    """
+
+    def __init__(self, total: int | None = None) -> None:
+        self.held = 0
+        self._total = total
+        self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()
+
+    @property
+    def total(self) -> int:
+        """The budget, in bytes."""
+        if self._total is None:
+            self._total = available_bytes() // SHARE
+        return self._total
+
+    def set_total(self, n_bytes: int | None) -> None:
+        """Set the budget; None derives it when the next image is decoded."""
+        with self._changed:
+            self._total = n_bytes
+            self._changed.notify_all()
+
+    @contextmanager
+    def hold(self, n_bytes: int) -> Iterator[None]:
+        """Wait until so many bytes fit, and hold them while the block runs.
+
+        A block must not hold a second time: it would wait for itself.
+        """
+        ticket = object()
+        with self._changed:
+            self._waiting.append(ticket)
+            try:
+                while self._waiting[0] is not ticket or (
+                    self.held and self.held + n_bytes > self.total
+                ):
+                    self._changed.wait()
+                self.held += n_bytes
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.held -= n_bytes
+                self._changed.notify_all()
+
+    def forget_other_threads(self) -> None:
+        """After a fork: no other thread is in the child."""
+        self.held = 0
+        self._changed = threading.Condition()
+        self._waiting.clear()
+
+
+decoding_memory = DecodingMemory()
+os.register_at_fork(after_in_child=decoding_memory.forget_other_threads)
+
+
+def set_decoding_memory(n_bytes: int | None) -> None:
+    """Set how many bytes all threads together may take for decoding; None derives it again.
+
+    >>> set_decoding_memory(2**31)
+    >>> set_decoding_memory(None)
+
+    An image that needs more is decoded alone. Raises ArgumentError for anything but a whole number
+    above 0.
+    """
+    if n_bytes is not None and (
+        isinstance(n_bytes, bool) or not isinstance(n_bytes, int) or n_bytes < 1
+    ):
+        raise ArgumentError(f"n_bytes is {n_bytes!r}", expected="a whole number above 0, or None")
+    decoding_memory.set_total(n_bytes)
+
+
+def available_bytes() -> int:
+    """The memory that the machine, the control group and the process's own limit leave.
+
+    >>> available_bytes() > 0
+    True
+    """
+    left = [each for each in (_of_machine(), _of_process(), *_of_control_groups()) if each]
+    return max(1, min(left)) if left else UNKNOWN_BYTES
+
+
+def _of_machine() -> int | None:
+    return _in_kilobytes(Path("/proc/meminfo"), "MemAvailable:")
+
+
+def _of_process() -> int | None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY:
+        return None
+    return max(1, soft - (_in_kilobytes(Path("/proc/self/status"), "VmSize:") or 0))
+
+
+def _in_kilobytes(path: Path, label: str) -> int | None:
+    with suppress(OSError, ValueError, StopIteration):
+        line = next(line for line in path.read_text().splitlines() if line.startswith(label))
+        return int(line.split()[1]) * 1024
+    return None
+
+
+def _of_control_groups() -> Iterator[int]:
+    """What the process's group and each group above it leave: version 2, else version 1."""
+    with suppress(OSError, ValueError):
+        group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().strip("/")
+        places = [CGROUPS / group, *(CGROUPS / group).parents]
+        for place in places[: places.index(CGROUPS) + 1]:
+            yield from _left(place / "memory.max", place / "memory.current")
+    v1 = CGROUPS / "memory"
+    yield from _left(v1 / "memory.limit_in_bytes", v1 / "memory.usage_in_bytes")
+
+
+def _left(limit: Path, used: Path) -> Iterator[int]:
+    with suppress(OSError, ValueError):  # "max" is no number
+        yield max(1, int(limit.read_text()) - int(used.read_text()))

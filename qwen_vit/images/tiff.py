@@ -1,0 +1,111 @@
+"""The first directory of a TIFF, and of Exif, which is stored as one."""
+
+import struct
+from dataclasses import dataclass
+
+__all__ = ["Directory", "Entry", "check_directory", "numbers", "read_directory"]
+
+# Bytes of a value, by type: BYTE, ASCII, SHORT, LONG, RATIONAL, ..., LONG8, SLONG8, IFD8.
+TYPE_BYTES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}
+WHOLE_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
+MAX_ENTRIES = 4_096  # files have about 20
+HARMLESS_BYTES = 2**26  # what faulty, but innocent entries may claim
+MAX_NUMBERS = 16  # that are read of one entry: samples a pixel are fewer
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tag: its type, its number of values, and where they are."""
+
+    kind: int
+    count: int
+    start: int
+
+    @property
+    def n_bytes(self) -> int:
+        """The bytes of its values."""
+        return TYPE_BYTES.get(self.kind, 0) * self.count
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """The entries by tag, the byte order ("<" or ">"), and the offset where it ends."""
+
+    entries: dict[int, Entry]
+    order: str
+    end: int
+
+
+def read_directory(data: bytes) -> Directory:
+    """Read the first directory's entries, without their values.
+
+    Raises ValueError or struct.error for one that is not whole, or has too many entries.
+    """
+    order = "<" if data[:2] == b"II" else ">"
+    is_big = data[2:4] in (b"+\0", b"\0+")
+    pointer = "Q" if is_big else "I"
+    [start] = struct.unpack_from(order + pointer, data, 8 if is_big else 4)
+    count_format, entry_format = ("Q", "HHQ") if is_big else ("H", "HHI")
+    [count] = struct.unpack_from(order + count_format, data, start)
+    if count > MAX_ENTRIES:
+        raise ValueError(f"a directory of {count} entries, expected at most {MAX_ENTRIES}")
+    at, entries = start + struct.calcsize(order + count_format), {}
+    inline = struct.calcsize("=" + pointer)
+    for _ in range(count):
+        tag, kind, number = struct.unpack_from(order + entry_format, data, at)
+        at += struct.calcsize("=" + entry_format)
+        entry = Entry(kind, number, at)
+        if entry.n_bytes > inline:
+            entry = Entry(kind, number, struct.unpack_from(order + pointer, data, at)[0])
+        entries[tag] = entry
+        at += inline
+    return Directory(entries, order, at)
+
+
+def numbers(data: bytes, directory: Directory, tag: int) -> tuple[int, ...]:
+    """The whole numbers of a tag, at most 16 of them; empty where it is missing or of another type.
+
+    >>> tiff = b"II*\\0\\x08\\0\\0\\0\\x01\\0" + struct.pack("<HHIHH", 262, 3, 1, 2, 0)
+    >>> numbers(tiff, read_directory(tiff), 262)
+    (2,)
+    """
+    entry = directory.entries.get(tag)
+    if entry is None or entry.kind not in WHOLE_NUMBERS:
+        return ()
+    count = min(entry.count, MAX_NUMBERS)
+    what = f"{directory.order}{count}{WHOLE_NUMBERS[entry.kind]}"
+    return struct.unpack_from(what, data, entry.start)
+
+
+def check_directory(data: bytes) -> None:
+    """Raise ValueError for entries that together take far more bytes than the data has.
+
+    Pillow copies the values of every entry. Entries that share their bytes multiply them.
+    """
+    try:
+        directory = read_directory(data)
+    except struct.error:  # not whole: its reader reports that
+        return
+    total = sum(
+        min(entry.n_bytes, max(0, len(data) - entry.start))  # none is read past the end
+        for entry in directory.entries.values()
+    )
+    if total > len(data) + HARMLESS_BYTES:
+        raise ValueError(f"its tags take {total} bytes of {len(data)}")

@@ -1,0 +1,256 @@
+"""Small files that ask for long hours or much memory are refused before the work, or ended."""
+
+import io
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.images import decode, isolated
+from qwen_vit.images.image import ImageLimits
+from qwen_vit.images.isolated import decode_in_child
+from qwen_vit.images.load import load_image
+from qwen_vit.images.memory import (
+    DecodingMemory,
+    available_bytes,
+    decoding_memory,
+    set_decoding_memory,
+)
+
+PICTURES = Path(__file__).parent
+
+
+def refused(data: bytes, limits: ImageLimits | None = None) -> ImageError:
+    with pytest.raises(ImageError) as caught:
+        load_image(data, name="a", limits=limits)
+    assert str(caught.value).isprintable()
+    return caught.value
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    begin = time.process_time()
+    call()
+    return time.process_time() - begin
+
+
+def test_a_gif_of_many_frames_is_not_counted() -> None:
+    first = saved(Image.new("P", (1, 1)), "GIF")
+    frame = b"," + bytes(4) + b"\1\0\1\0\0" + b"\2\2\x44\1\0"
+    data = first[:-1] + frame * 300_000 + b";"
+    assert "first of several frames" in load_image(data).notes
+    assert seconds(lambda: load_image(data)) < 1
+
+
+def test_a_tiff_of_many_directories_is_not_counted() -> None:
+    data = bytearray(saved(Image.new("L", (4, 4)), "TIFF"))
+    [start] = struct.unpack_from("<I", data, 4)
+    [count] = struct.unpack_from("<H", data, start)
+    at = start + 2 + 12 * count
+    for _ in range(20_000):
+        struct.pack_into("<I", data, at, len(data))
+        data += struct.pack("<H", 0) + bytes(4)
+        at = len(data) - 4
+    assert "first of several frames" in load_image(bytes(data)).notes
+    assert seconds(lambda: load_image(bytes(data))) < 1
+
+
+def tags_that_share(n_bytes: int, entries: int) -> bytes:
+    """A directory whose entries all refer to the same bytes."""
+    body = b"".join(struct.pack("<HHII", 60_000 + i, 7, n_bytes, 0) for i in range(entries))
+    data = b"II*\0\x08\0\0\0" + struct.pack("<H", entries) + body + bytes(4)
+    return data + bytes(n_bytes - len(data))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_whose_entries_share_their_bytes_is_ignored(kind: str) -> None:
+    """Pillow copied 64 KB for each of 4,000 entries: 250 MB for a file of 100 KB."""
+    exif = b"Exif\0\0" + tags_that_share(60_000, 4_000)
+    data = saved(Image.open(PICTURES / "rocket.jpg"), kind, exif=exif)
+    image = load_image(data)
+    assert "unreadable EXIF ignored" in image.notes
+    assert image.width == 640
+
+
+def test_exif_with_one_absurd_entry_still_turns_the_picture() -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    exif[37_510] = b"comment" * 10
+    raw = exif.tobytes()
+    absurd = raw.replace(struct.pack("<I", 70), struct.pack("<I", 2**31))
+    assert absurd != raw
+    data = saved(Image.open(PICTURES / "rocket.jpg"), "JPEG", exif=absurd)
+    assert load_image(data).height == 640
+
+
+def test_a_tiff_whose_tags_share_their_bytes_is_refused() -> None:
+    data = tags_that_share(400_000, 4_000)
+    assert seconds(lambda: refused(data)) < 1
+    error = refused(data)
+    assert error.code == "damaged"
+    assert "tags" in error.fact
+
+
+def test_a_thin_picture_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TIFF of 100 x 1,000,000 was refused after 6 s of decoding."""
+    monkeypatch.setattr(decode, "_load", lambda *_: pytest.fail("it was decoded"))
+    for size in ((3, 900), (900, 3)):
+        error = refused(saved(Image.new("L", size), "TIFF"))
+        assert error.code == "ratio"
+        assert "Crop or pad it" in str(error)
+
+
+def slow_picture() -> bytes:
+    """30 x 30 million pixels of AVIF or PNG would do; scans of a progressive JPEG are cheaper."""
+    return saved(Image.new("RGB", (3_000, 3_000)), "JPEG", progressive=True)
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that were decoded in a process of their own."""
+    names: list[str] = []
+
+    def counted(data: bytes, name: str, limits: ImageLimits) -> object:
+        names.append(name)
+        return decode_in_child(data, name, limits)
+
+    monkeypatch.setattr(decode, "decode_in_child", counted)
+    return names
+
+
+def test_a_picture_that_may_take_long_is_decoded_in_a_process_of_its_own(
+    children: list[str],
+) -> None:
+    """The estimate is that of a slow core, so most such pictures are then decoded in time."""
+    data = slow_picture()
+    limits = ImageLimits(max_seconds=4.0)
+    image = load_image(data, name="a.jpg", limits=limits)
+    assert children == ["a.jpg"]
+    here = load_image(data, name="a.jpg")
+    assert children == ["a.jpg"]
+    assert np.array_equal(image.pixels, here.pixels)
+    assert (image.format, image.notes, image.name) == (here.format, here.notes, here.name)
+    error = refused(data[:-30_000] + b"\xff\xd9", limits)
+    assert error.code == "truncated"
+
+
+def test_a_picture_that_takes_too_long_is_ended(children: list[str]) -> None:
+    begin = time.monotonic()
+    error = refused(slow_picture(), ImageLimits(max_seconds=0.05))
+    assert time.monotonic() - begin < 3
+    assert (error.code, children) == ("slow", ["a"])
+    assert "ImageLimits.max_seconds" in error.remedy
+
+
+def test_a_picture_that_kills_its_process_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolated.sys, "executable", "/bin/false")
+    with pytest.raises(ImageError, match="ended with exit code 1") as caught:
+        decode_in_child(b"", "a.jpg", ImageLimits())
+    assert caught.value.code == "memory"
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "9", float("nan")])
+def test_seconds_are_a_number_above_0(value: object) -> None:
+    with pytest.raises(ArgumentError, match="max_seconds"):
+        ImageLimits(max_seconds=value)  # type: ignore[arg-type]
+
+
+def test_threads_share_one_budget_in_order() -> None:
+    memory, peak, running, lock = DecodingMemory(100), [0], [0], threading.Lock()
+
+    def work(n_bytes: int) -> None:
+        with memory.hold(n_bytes):
+            with lock:
+                running[0] += n_bytes
+                peak[0] = max(peak[0], running[0])
+            time.sleep(0.002)
+            with lock:
+                running[0] -= n_bytes
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (40, 60, 70, 30, 100, 5) * 5]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 60 < peak[0] <= 100
+    assert memory.held == 0
+
+
+def test_an_image_larger_than_the_budget_is_decoded_alone() -> None:
+    memory, admitted = DecodingMemory(10), threading.Event()
+
+    def small() -> None:
+        with memory.hold(1):
+            admitted.set()
+
+    waits = threading.Thread(target=small)
+    with memory.hold(1_000):
+        waits.start()
+        assert not admitted.wait(0.05)
+    assert admitted.wait(5)
+    waits.join()
+
+
+def test_the_budget_is_derived_and_can_be_set() -> None:
+    try:
+        set_decoding_memory(12_345)
+        assert decoding_memory.total == 12_345
+    finally:
+        set_decoding_memory(None)
+    assert 0 < decoding_memory.total <= available_bytes()
+    with pytest.raises(ArgumentError, match="n_bytes"):
+        set_decoding_memory(0)
+
+
+def test_a_control_group_limits_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen_vit.images.memory.CGROUPS", tmp_path)
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("5000000\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("1000000\n")
+    assert available_bytes() == 4_000_000
+
+
+def test_decoding_holds_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, real = [], decode._load
+
+    def load(*args: Any) -> tuple[str, ...]:
+        held.append(decoding_memory.held)
+        return real(*args)
+
+    monkeypatch.setattr(decode, "_load", load)
+    data = saved(Image.new("RGB", (30, 20)), "PNG")
+    load_image(data)
+    load_image(Image.open(io.BytesIO(data)))
+    assert min(held) >= 30 * 20 * 8
+    assert decoding_memory.held == 0
+
+
+def test_transparent_pictures_take_few_copies() -> None:
+    """A picture of 13,377 x 13,377 took 4.3 GB: 24 bytes a pixel."""
+    noise = np.random.default_rng(0).integers(0, 256, (1_500, 1_400, 4), np.uint8)
+    picture = Image.fromarray(noise)
+    got = load_image(picture).pixels
+    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+    assert np.array_equal(got, np.asarray(Image.alpha_composite(white, picture).convert("RGB")))
+
+
+def test_bytes_after_the_pixels_of_a_png_do_not_matter() -> None:
+    data = saved(Image.new("L", (8, 8)), "PNG")
+    packed = zlib.compress(bytes(50_000_000))
+    chunk = struct.pack(">I", len(packed)) + b"IDAT" + packed
+    chunk += struct.pack(">I", zlib.crc32(chunk[4:]))
+    assert seconds(lambda: load_image(data[:-12] + chunk + data[-12:])) < 1
