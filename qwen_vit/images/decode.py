@@ -25,7 +25,7 @@ from qwen_vit.images.isolated import decode_in_child
 from qwen_vit.images.jpeg import JpegFile, check_blocks, read_jpeg
 from qwen_vit.images.memory import decoding_memory
 from qwen_vit.images.refusals import damaged, truncated
-from qwen_vit.images.tiff import check_directory
+from qwen_vit.images.tiff import check_directory, check_tags, unread_kind
 from qwen_vit.images.to_rgb import is_deep, tiff_notes, to_rgb
 from qwen_vit.images.truncation import ends_early, misses_rows, promised_bytes
 
@@ -221,11 +221,16 @@ def _decoding(
         ) from None
     except Exception as error:  # noqa: BLE001 - plug-ins raise SyntaxError, struct.error, ...
         text = str(error)
+        ends = data is not None and ends_early(data, file_format)
+        if header and data and file_format == "TIFF" and isinstance(error, SyntaxError):
+            kind = None if ends else unread_kind(data, name)
+            if kind is not None:
+                raise kind from None
         if (
             isinstance(error, EOFError)
             or "truncat" in text.lower()
             or (header is not None and header.ran_out)
-            or (data is not None and ends_early(data, file_format))
+            or ends
         ):
             size = "" if data is None else f" after {len(data)} bytes"
             raise truncated(file_format, name, f"it ends early{size}") from None
@@ -281,8 +286,10 @@ def _load(
 ) -> tuple[str, ...]:
     """Check what the header says, then decode. Returns what is odd about a whole file."""
     check_pixels(image.width, image.height, name, limits)
-    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile:
-        _prepare_tiff(image, name, limits)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        check_tags(image, name)
+        if image.tile:
+            _prepare_tiff(image, name, limits)
     notes = check_blocks(jpeg, name) if jpeg is not None else ()
     image.load()
     return notes

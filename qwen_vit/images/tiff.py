@@ -3,7 +3,27 @@
 import struct
 from dataclasses import dataclass
 
-__all__ = ["Directory", "Entry", "check_directory", "numbers", "read_directory"]
+from PIL import TiffImagePlugin
+
+from qwen_vit.errors import ImageError
+
+__all__ = [
+    "Directory",
+    "Entry",
+    "check_directory",
+    "check_tags",
+    "grey_depth",
+    "numbers",
+    "read_directory",
+    "unread_kind",
+]
+
+# Tags by name, and the values that are named below.
+BITS, COMPRESSION, PHOTOMETRIC, PLANES, INKS = 258, 259, 262, 284, 332
+SAMPLE_FORMAT, IMAGE_DEPTH = 339, 32997
+WHITE_IS_ZERO, CMYK, YCBCR = 0, 5, 6
+SIGNED, UNCOMPRESSED, APART, NOT_CMYK = 2, 1, 2, 2
+JPEG_2000 = (33003, 33004, 33005, 34712)
 
 # Bytes of a value, by type: BYTE, ASCII, SHORT, LONG, RATIONAL, ..., LONG8, SLONG8, IFD8.
 TYPE_BYTES = {
@@ -109,3 +129,70 @@ def check_directory(data: bytes) -> None:
     )
     if total > len(data) + HARMLESS_BYTES:
         raise ValueError(f"its tags take {total} bytes of {len(data)}")
+
+
+def check_tags(image: TiffImagePlugin.TiffImageFile, name: str) -> None:
+    """Refuse a TIFF that Pillow would decode as if one of its tags were not there.
+
+    Raises ImageError with code "mode".
+    """
+    tags = image.tag_v2
+    bits, formats = _values(tags, BITS), _values(tags, SAMPLE_FORMAT)
+    photometric = tags.get(PHOTOMETRIC)
+    wrong = (
+        (SIGNED in formats and max(bits) <= 8, "signed samples"),
+        (tags.get(PLANES) == APART and max(bits) > 8, "planes apart, of more than 8 bits"),
+        (photometric == CMYK and tags.get(INKS) == NOT_CMYK, "inks other than CMYK"),
+        (
+            photometric == YCBCR and tags.get(COMPRESSION, 1) == UNCOMPRESSED,
+            "YCbCr without compression",
+        ),
+        (tags.get(IMAGE_DEPTH, 1) != 1, "several layers in depth"),
+    )
+    for is_so, kind in wrong:
+        if is_so:
+            raise _unread(f"a TIFF with {kind}", name)
+
+
+def grey_depth(image: TiffImagePlugin.TiffImageFile) -> tuple[int, bool]:
+    """The bits of a grey sample of more than 8, and whether 0 is white: Pillow ignores both."""
+    return max(_values(image.tag_v2, BITS)), image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
+
+
+def unread_kind(data: bytes, name: str) -> ImageError | None:
+    """The error that names the kind of a TIFF which Pillow cannot open, or None if its tags are not
+    whole: then it is damaged.
+    """
+    try:
+        directory = read_directory(data)
+        bits = numbers(data, directory, BITS) or (1,)
+        [photometric] = numbers(data, directory, PHOTOMETRIC)
+        [compression] = numbers(data, directory, COMPRESSION) or (1,)
+        [sample_format, *_] = numbers(data, directory, SAMPLE_FORMAT) or (1,)
+    except (ValueError, struct.error):
+        return None
+    if compression in JPEG_2000:
+        return _unread("a TIFF with JPEG 2000 inside", name)
+    if compression not in TiffImagePlugin.COMPRESSION_INFO:
+        return _unread(f"a TIFF of compression {compression}", name)
+    depth = "+".join(map(str, bits))
+    return _unread(
+        f"a TIFF of photometric interpretation {photometric}, sample format {sample_format} and "
+        f"{depth} bits, which Pillow does not read",
+        name,
+    )
+
+
+def _unread(fact: str, name: str) -> ImageError:
+    return ImageError(
+        fact,
+        name=name,
+        expected="grey, palette, RGB or CMYK samples of 1, 2, 4, 8 or 16 bits",
+        remedy="convert it to PNG",
+        code="mode",
+    )
+
+
+def _values(tags: TiffImagePlugin.ImageFileDirectory_v2, tag: int) -> tuple[int, ...]:
+    found = tags.get(tag, (1,))
+    return found if isinstance(found, tuple) and found else (found,)

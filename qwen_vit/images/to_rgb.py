@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from qwen_vit.errors import ImageError
-from qwen_vit.images.tiff import check_directory
+from qwen_vit.images.tiff import check_directory, grey_depth
 
 __all__ = ["is_deep", "on_white", "tiff_notes", "to_rgb"]
 
@@ -122,10 +122,15 @@ def _from_sixteen_bit(image: Image.Image, notes: list[str]) -> Image.Image:
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         notes.append("alpha composited on white")
+    bits, is_negative = 16, False
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        bits, is_negative = grey_depth(image)
 
     def convert(band: Image.Image) -> Image.Image:
         values = np.asarray(band)
-        grey = (values >> 8).astype(np.uint8)
+        grey = (values >> (bits - 8)).astype(np.uint8)
+        if is_negative:
+            grey = 255 - grey
         if isinstance(clear, int):
             grey[values == clear] = 255
         return Image.fromarray(grey).convert("RGB")
