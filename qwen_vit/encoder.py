@@ -25,7 +25,7 @@ from qwen_vit.features import (
     dtype_name,
 )
 from qwen_vit.graphs import GraphRunner, run_tower
-from qwen_vit.images.image import ArrayLayout, ImageLimits
+from qwen_vit.images.image import ArrayLayout, ExifPolicy, ImageLimits
 from qwen_vit.images.rows import as_grids, check_rows, pixels_for_tower
 from qwen_vit.loading import (
     EncodeOptions,
@@ -257,6 +257,7 @@ class VisionEncoder:
         normalize: bool = False,
         layers: Iterable[int] = (),
         layout: ArrayLayout = "auto",
+        exif: ExifPolicy = "apply",
         limits: ImageLimits | None = None,
         video_limits: VideoLimits | None = None,
         decode_threads: int | None = None,
@@ -282,6 +283,8 @@ class VisionEncoder:
             layers: blocks, counted from 0, whose dense features are returned as well. They change
                 no bit of `embeds`. On a GPU they run without CUDA graphs.
             layout: "HWC" or "CHW" if an array's shape leaves its channel axis open.
+            exif: "apply" turns a picture as its EXIF orientation says; "ignore" does not, for
+                pictures that are upright already. A PIL image that was transposed keeps its tag.
             limits: bounds of what is decoded; ImageLimits() by default.
             video_limits: bounds of a video; VideoLimits() by default.
             decode_threads: threads that read, decode and resize ahead of the encoder; by default
@@ -302,7 +305,7 @@ class VisionEncoder:
         results = list(
             self.encode_iter(
                 images, on_error=on_error, output=output, normalize=normalize, layers=layers,
-                layout=layout, limits=limits, video_limits=video_limits,
+                layout=layout, exif=exif, limits=limits, video_limits=video_limits,
                 decode_threads=decode_threads,
             )
         )  # fmt: skip
@@ -329,6 +332,7 @@ class VisionEncoder:
         normalize: bool = False,
         layers: Iterable[int] = (),
         layout: ArrayLayout = "auto",
+        exif: ExifPolicy = "apply",
         limits: ImageLimits | None = None,
         video_limits: VideoLimits | None = None,
         decode_threads: int | None = None,
@@ -351,7 +355,7 @@ class VisionEncoder:
         in_parallel = 1 if is_one_image(images) else threads
         loader = ImageLoader(
             self.config, self.image_config, layout, limits, on_error, video_limits,
-            video_threads=max(1, core_count() // in_parallel),
+            video_threads=max(1, core_count() // in_parallel), exif=exif,
         )  # fmt: skip
         batches = BatchEncoder(self.forward, self.device, self.config, outputs, on_error)
         return batches.encode(loader.jobs(many, is_ahead=threads > 1), threads)

@@ -16,7 +16,7 @@ from qwen_vit.common.prefetch import Job
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, ImageError, check_choice
 from qwen_vit.features import UNKNOWN_SIZE, FeatureOutput
-from qwen_vit.images.image import ArrayLayout, ImageLimits, ImageSource, RgbImage
+from qwen_vit.images.image import ArrayLayout, ExifPolicy, ImageLimits, ImageSource, RgbImage
 from qwen_vit.images.load import load_image, unwrap
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.inputs.tars import VIDEO_SUFFIXES, suffix_of
@@ -72,6 +72,7 @@ class EncodeOptions(TypedDict, total=False):
     normalize: bool
     layers: Iterable[int]
     layout: ArrayLayout
+    exif: ExifPolicy
     limits: ImageLimits | None
     video_limits: VideoLimits | None
     decode_threads: int | None
@@ -161,11 +162,13 @@ class ImageLoader:
     limits: ImageLimits
     on_error: OnError
     video_limits: VideoLimits = field(default_factory=VideoLimits)
+    exif: ExifPolicy = "apply"
     video_threads: int = 1
 
     def __post_init__(self) -> None:
         check_choice("on_error", self.on_error, get_args(OnError))
         check_choice("layout", self.layout, get_args(ArrayLayout))
+        check_choice("exif", self.exif, get_args(ExifPolicy))
         if not isinstance(self.limits, ImageLimits):
             raise ArgumentError(f"limits is {self.limits!r}", expected="ImageLimits or None")
         if not isinstance(self.video_limits, VideoLimits):
@@ -224,7 +227,9 @@ class ImageLoader:
 
     def _load_eagerly(self, image: Any, name: str) -> RgbImage | ImageError:
         try:
-            return load_image(image, name=name, layout=self.layout, limits=self.limits)
+            return load_image(
+                image, name=name, layout=self.layout, limits=self.limits, exif=self.exif
+            )
         except ImageError as error:  # raised in order
             return error.without_frames()
 
@@ -235,7 +240,9 @@ class ImageLoader:
             raise image
         rgb = image
         if not isinstance(rgb, RgbImage):
-            rgb = load_image(rgb, name=name, layout=self.layout, limits=self.limits)
+            rgb = load_image(
+                rgb, name=name, layout=self.layout, limits=self.limits, exif=self.exif
+            )
         patches = patchify(rgb.picture, self.image_config, name=name)
         return LoadedImage(name, (rgb.height, rgb.width), rgb.notes, patches)
 

@@ -18,6 +18,7 @@ from qwen_vit.cli.options import (
     column_options,
     device_option,
     dtype_option,
+    exif_option,
     json_option,
     model_option,
     on_error_option,
@@ -44,6 +45,7 @@ __all__ = ["encode"]
 @device_option()
 @dtype_option
 @pixel_options
+@exif_option
 @on_error_option
 @json_option
 @source_options
@@ -51,7 +53,7 @@ __all__ = ["encode"]
 def encode(
     images: tuple[str, ...], model: str, out: Path, overwrite: bool, output: Any,
     normalize: bool, layers: tuple[int, ...], on_error: "OnError", as_json: bool,
-    column: str | None, id_column: str | None, **loading: Any,
+    column: str | None, id_column: str | None, exif: Any, **loading: Any,
 ) -> None:  # fmt: skip
     """Encode IMAGES into one feature file.
 
@@ -81,7 +83,7 @@ def encode(
     encoder = load_encoder(model, **loading)
     rows = {"output": output, "normalize": normalize, "layers": layers}
     encoder.encode([], **rows)  # refuses a block that the tower has not, before any image
-    done = list(encode_one_by_one(encoder, items, on_error, **rows))
+    done = list(encode_one_by_one(encoder, items, on_error, exif=exif, **rows))
     features, milliseconds = [each for each, _ in done], [ms for _, ms in done]
     write_features(out, features, encoder.metadata(), overwrite=overwrite)
     if as_json:

@@ -23,6 +23,7 @@ from qwen_vit.cli.options import (
     Dtype,
     column_options,
     device_option,
+    exif_option,
     json_option,
     model_option,
     on_error_option,
@@ -54,6 +55,7 @@ ASK_ABOVE_BYTES = 100 * 10**9
 )  # fmt: skip
 @device_option()
 @pixel_options
+@exif_option
 @click.option(
     "--shard-size", type=click.IntRange(min=1), default=512, show_default=True,
     help="Images in a file.",
@@ -90,7 +92,7 @@ def export(
     as_json: bool, output: Any, normalize: bool, layers: tuple[int, ...], dtype: Any,
     shard_size: int, part: tuple[int, int], on_error: Any, max_failures: int,
     decode_threads: int | None, address: str | None, ec_cache: Path | None, profile: bool,
-    column: str | None, id_column: str | None, **loading: Any,
+    column: str | None, id_column: str | None, exif: Any, **loading: Any,
 ) -> None:  # fmt: skip
     """Export the images of INPUTS into a folder of shards; run it again to resume.
 
@@ -120,7 +122,7 @@ def export(
         from qwen_vit.inputs.find import check_inputs
     options = ExportOptions(
         output, dtype, shard_size, on_error, part, max_failures, normalize=normalize, layers=layers,
-        column=column, id_column=id_column,
+        column=column, id_column=id_column, exif=exif,
     )  # fmt: skip
     check_inputs(inputs, options.columns)
     check_folder(out, make=False)

@@ -18,6 +18,7 @@ from qwen_vit.errors import ExportError
 if TYPE_CHECKING:
     from qwen_vit.encoder import VisionEncoder
     from qwen_vit.features import FailedImage, ImageFeatures
+    from qwen_vit.images.image import ExifPolicy
     from qwen_vit.inputs.listing import Item
     from qwen_vit.loading import OnError
 
@@ -66,12 +67,17 @@ def load_encoder(model: str, **loading: Any) -> "VisionEncoder":
 
 
 def encode_one_by_one(
-    encoder: "VisionEncoder", items: "Sequence[Item]", on_error: "OnError", **options: Any
+    encoder: "VisionEncoder",
+    items: "Sequence[Item]",
+    on_error: "OnError",
+    exif: "ExifPolicy" = "apply",
+    **options: Any,
 ) -> "Iterator[tuple[ImageFeatures | FailedImage, float]]":
     """Each image's features, or its error, and the milliseconds from its file to its features.
 
     Features are on the host: the GPU's memory is for encoding. A progress bar is shown on a
-    terminal, and a failed image logged above it. `options` are those of `VisionEncoder.encode`.
+    terminal, and a failed image logged above it. `exif` and `options` are those of
+    `VisionEncoder.encode`.
     """
     from tqdm import tqdm
 
@@ -89,7 +95,7 @@ def encode_one_by_one(
         size_px = None
         result: ImageFeatures | FailedImage
         try:
-            rgb = load_image(read_item(item, limits), name=item.id, limits=limits)
+            rgb = load_image(read_item(item, limits), name=item.id, limits=limits, exif=exif)
             size_px = (rgb.height, rgb.width)
             patches = patchify(rgb.picture, encoder.image_config, name=item.id)
             encoded = encoder.encode(patches, **options)

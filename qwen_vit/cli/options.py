@@ -19,6 +19,7 @@ __all__ = [
     "complete_model",
     "device_option",
     "dtype_option",
+    "exif_option",
     "json_option",
     "model_argument",
     "model_option",
@@ -137,6 +138,12 @@ def pixel_options(command: Command) -> Command:
         help = f"{word} height x width after resizing."
         command = click.option(f"--{side}-pixels", type=int, help=help)(command)
     return command
+
+
+exif_option = click.option(
+    "--exif", type=click.Choice(["apply", "ignore"]), default="apply", show_default=True,
+    help="The orientation in an image's EXIF; ignore it where pictures are upright already.",
+)  # fmt: skip
 
 
 def source_options(command: Command) -> Command:

@@ -11,7 +11,7 @@ from qwen_vit.errors import ArgumentError, check_choice
 from qwen_vit.feature_files.schema import EMBEDS, layer_name
 from qwen_vit.feature_files.writer import RowTensor
 from qwen_vit.features import FeatureOutput
-from qwen_vit.images.image import ImageLimits
+from qwen_vit.images.image import ExifPolicy, ImageLimits
 from qwen_vit.inputs.parquet import ParquetColumns
 from qwen_vit.loading import OnError
 from qwen_vit.outputs import check_layers, check_normalize
@@ -38,6 +38,7 @@ class ExportOptions:
         max_failures: consecutive failures that stop an export, because something else must be
             broken (0: never).
         limits: bounds of what is decoded.
+        exif: "apply" or "ignore" the orientation in an image's EXIF, as in `encode`.
         normalize: whether a mean is divided by its length, as in `encode`.
         layers: blocks whose dense features are stored as well, as in `encode`.
         column: the column of images in Parquet files; None: Parquet files are not read.
@@ -58,6 +59,7 @@ class ExportOptions:
     layers: tuple[int, ...] = ()
     column: str | None = None
     id_column: str | None = None
+    exif: ExifPolicy = "apply"
 
     @property
     def columns(self) -> ParquetColumns | None:
@@ -69,6 +71,7 @@ class ExportOptions:
         check_normalize(self.output, self.normalize)
         ParquetColumns.of(self.column, self.id_column)
         object.__setattr__(self, "layers", check_layers(self.layers))
+        check_choice("exif", self.exif, get_args(ExifPolicy))
         check_choice("dtype", self.dtype, (None, *STORAGE))
         check_choice("on_error", self.on_error, get_args(OnError))
         is_part = (

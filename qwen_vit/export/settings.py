@@ -18,6 +18,7 @@ from qwen_vit.common.strict_json import read_json
 from qwen_vit.errors import CheckpointError, ExportError, display_name
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.feature_files.schema import READABLE, SCHEMA_VERSION
+from qwen_vit.images.image import EXIF_IGNORED
 from qwen_vit.inputs.listing import Item, Listing, read_listing
 
 __all__ = [
@@ -51,6 +52,10 @@ def make_settings(encoder: EncoderInfo, listing: Listing, options: ExportOptions
         "schema_version": SCHEMA_VERSION,
         "computed_in": metadata["dtype"],
         "dtype": options.dtype or metadata["dtype"],
+        "image_policy": {
+            **metadata["image_policy"],
+            **({"orientation": EXIF_IGNORED} if options.exif == "ignore" else {}),
+        },
         "output": options.output,
         "normalize": options.normalize,
         "layers": options.layers,

@@ -42,6 +42,7 @@ from qwen_vit.feature_files.read import open_shard
 from qwen_vit.feature_files.schema import EMBEDS, ItemFacts, layer_name, rows_by_tensor
 from qwen_vit.feature_files.writer import FeatureWriter
 from qwen_vit.features import FailedImage, ImageFeatures, not_finite
+from qwen_vit.images.image import ExifPolicy
 from qwen_vit.images.isolated import decode_in_child
 from qwen_vit.images.patches import Patches
 from qwen_vit.inputs.listing import Item
@@ -90,7 +91,12 @@ def export_shards(
     breaker, clock = breaker or CircuitBreaker(plan.options.max_failures), clock or StageTimer(REST)
     form = RowFormat.of(encoder, plan.options)
     loader = ImageLoader(
-        encoder.config, encoder.image_config, "auto", plan.options.limits, on_error="raise"
+        encoder.config,
+        encoder.image_config,
+        "auto",
+        plan.options.limits,
+        on_error="raise",
+        exif=plan.options.exif,
     )
     copier: HostCopier | None = None  # made only for a missing shard: it takes memory
     with (
@@ -270,7 +276,9 @@ class _Shard:
     def add(self, images: Sequence[ImageRecord], copy: HostCopy) -> None:
         """Append images: their rows, or their errors."""
         self._wait_for(copy)
-        items = [_item_facts(image) for image in images]  # of a failed one, no rows
+        items = [
+            _item_facts(image, self._plan.options.exif) for image in images
+        ]  # of a failed one, no rows
         parts = {
             name: rows.split([item.rows_of(name) for item in items])
             for name, rows in copy.rows.items()
@@ -332,10 +340,10 @@ class _Shard:
             self.waited_s += time.perf_counter() - begin
 
 
-def _item_facts(image: ImageRecord) -> ItemFacts:
+def _item_facts(image: ImageRecord, exif: ExifPolicy) -> ItemFacts:
     return ItemFacts(
         image.item.id, image.grid_thw, image.n_rows, image.size_px, image.notes, image.sha256,
-        image.item.source, exif="apply",
+        image.item.source, exif=exif,
     )  # fmt: skip
 
 

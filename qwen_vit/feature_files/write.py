@@ -29,6 +29,7 @@ from qwen_vit.features import (
     check_features,
     dtype_name,
 )
+from qwen_vit.images.image import EXIF_IGNORED, ExifPolicy
 
 __all__ = ["write_features"]
 
@@ -124,8 +125,12 @@ def _item_of(feature: ImageFeatures) -> ItemFacts:
     is_image = feature.size_px != UNKNOWN_SIZE  # patches that a caller has cut have no policy
     return ItemFacts(
         feature.id, feature.grid_thw, len(feature.embeds), feature.size_px if is_image else None,
-        feature.notes, exif="apply" if is_image else None,
+        feature.notes, exif=_exif(feature) if is_image else None,
     )  # fmt: skip
+
+
+def _exif(feature: ImageFeatures) -> ExifPolicy:
+    return "ignore" if EXIF_IGNORED in feature.notes else "apply"
 
 
 def _columns(path: Path, features: Sequence[ImageFeatures]) -> dict[str, list[Tensor]]:

@@ -20,13 +20,13 @@ from PIL import (
 )
 
 from qwen_vit.errors import ImageError
-from qwen_vit.images.image import ImageLimits, RgbImage, check_pixels, check_ratio
+from qwen_vit.images.image import ExifPolicy, ImageLimits, RgbImage, check_pixels, check_ratio
 from qwen_vit.images.isolated import decode_in_child
 from qwen_vit.images.jpeg import JpegFile, check_blocks, read_jpeg
 from qwen_vit.images.memory import decoding_memory
 from qwen_vit.images.refusals import damaged, truncated
 from qwen_vit.images.tiff import check_directory, check_tags, unread_kind
-from qwen_vit.images.to_rgb import is_deep, tiff_notes, to_rgb
+from qwen_vit.images.to_rgb import is_deep, tiff_orientation, to_rgb, turn_back
 from qwen_vit.images.truncation import ends_early, misses_rows, promised_bytes
 
 __all__ = ["DECODERS", "decode_bytes", "decode_pil"]
@@ -73,7 +73,9 @@ SLOW_PIXELS_A_SECOND, SLOW_SCAN_PIXELS_A_SECOND = 5e6, 2e7
 LOAD_LOCKS = [threading.Lock() for _ in range(61)]
 
 
-def decode_bytes(data: bytes, name: str, limits: ImageLimits) -> RgbImage:
+def decode_bytes(
+    data: bytes, name: str, limits: ImageLimits, exif: ExifPolicy = "apply"
+) -> RgbImage:
     """An encoded image -> RGB. Raises ImageError for a damaged, truncated or too large file."""
     file_format = _identify(data, name)
     jpeg = read_jpeg(data, name) if file_format == "JPEG" else None
@@ -87,21 +89,23 @@ def decode_bytes(data: bytes, name: str, limits: ImageLimits) -> RgbImage:
         check_pixels(image.width, image.height, name, limits)
     check_ratio(image.width, image.height, name)
     if _seconds_at_most(image, jpeg) > limits.max_seconds:
-        return decode_in_child(data, name, limits)
+        return decode_in_child(data, name, limits, exif)
     if jpeg is not None and jpeg.arithmetic:  # this decoder cannot wait for a second piece
         image.decodermaxblock = len(data)
-    deep, early_notes = is_deep(image), tiff_notes(image)
+    deep, turned = is_deep(image), tiff_orientation(image)
     with decoding_memory.hold(_peak_bytes(image)), _decoding(data, file_format, name):
-        early_notes += _load(image, name, limits, jpeg)
+        early_notes = _load(image, name, limits, jpeg)
         if file_format == "PNG" and misses_rows(data):
             raise EOFError
-        picture, notes = to_rgb(image, name, deep)
+        picture, notes = _to_rgb(image, name, deep, exif, turned)
         if picture is image:  # it holds its file, and counting frames moves through it
             picture = image._new(image.im)
     return RgbImage(picture, file_format, name, (*early_notes, *notes, *_frame_notes(image)))
 
 
-def decode_pil(image: Image.Image, name: str, limits: ImageLimits) -> RgbImage:
+def decode_pil(
+    image: Image.Image, name: str, limits: ImageLimits, exif: ExifPolicy = "apply"
+) -> RgbImage:
     """A PIL image -> RGB, decoded if it is still lazy. Raises as `decode_bytes`."""
     file_format = str(image.format or "PIL image")
     with LOAD_LOCKS[id(image) // 16 % len(LOAD_LOCKS)]:
@@ -112,19 +116,31 @@ def decode_pil(image: Image.Image, name: str, limits: ImageLimits) -> RgbImage:
                 remedy="call its load() first, or pass the path",
                 code="unreadable",
             )
-        deep, early_notes = is_deep(image), tiff_notes(image)
+        deep, turned = is_deep(image), tiff_orientation(image)
         data = _lazy_bytes(image, limits)
         with decoding_memory.hold(_peak_bytes(image)), _decoding(data, file_format, name):
             jpeg = None
             if data is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
                 jpeg = read_jpeg(data[getattr(image, "offset", 0) :], name)
-            early_notes += _load(image, name, limits, jpeg)
+            early_notes = _load(image, name, limits, jpeg)
             if data is not None and jpeg is None and misses_rows(data):
                 raise EOFError
-            picture, notes = to_rgb(image, name, deep)
+            picture, notes = _to_rgb(image, name, deep, exif, turned)
             if picture is image:  # its owner may change it
                 picture = image.copy()
     return RgbImage(picture, "PIL", name, (*early_notes, *notes))
+
+
+def _to_rgb(
+    image: Image.Image, name: str, deep: bool, exif: ExifPolicy, turned: int | None
+) -> tuple[Image.Image, tuple[str, ...]]:
+    """`to_rgb`, where Pillow may have turned a TIFF by its orientation `turned` already."""
+    picture, notes = to_rgb(image, name, deep, exif)
+    if turned is None:
+        return picture, notes
+    if exif == "ignore":
+        return turn_back(picture, turned), notes
+    return picture, (f"EXIF orientation {turned} applied", *notes)
 
 
 def _lazy_bytes(image: Image.Image, limits: ImageLimits) -> bytes | None:

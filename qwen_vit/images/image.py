@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADDRESS",
+    "EXIF_IGNORED",
     "ArrayLayout",
+    "ExifPolicy",
     "ImageLimits",
     "ImageSource",
     "RgbImage",
@@ -40,6 +42,9 @@ ImageSource: TypeAlias = Union[
     Mapping[str, Any],
 ]
 ArrayLayout: TypeAlias = Literal["auto", "HWC", "CHW"]
+ExifPolicy: TypeAlias = Literal["apply", "ignore"]
+
+EXIF_IGNORED = "EXIF orientation ignored"  # the note of each image with exif="ignore"
 
 ADDRESS = re.compile(r"(?:https?|ftp|s3|gs|hf|file):/|data:", re.IGNORECASE)
 

@@ -1,41 +1,37 @@
-"""Decoding in a child process, for what may have to be ended: C code cannot be interrupted.
-
-\b
-    python -m qwen_vit.images.isolated FD  # a request on stdin, an answer on stdout, pixels in FD
-"""
+"""Decoding in a child process, for what may have to be ended: C code cannot be interrupted."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image
 
 from qwen_vit.errors import ImageError
-from qwen_vit.images.image import ImageLimits, RgbImage
+from qwen_vit.images.image import ExifPolicy, ImageLimits, RgbImage
 
 __all__ = ["decode_in_child"]
 
-NEVER_S = 10.0**9  # the child itself starts no other
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
-def decode_in_child(data: bytes, name: str, limits: ImageLimits) -> RgbImage:
+def decode_in_child(
+    data: bytes, name: str, limits: ImageLimits, exif: ExifPolicy = "apply"
+) -> RgbImage:
     """Decode a file in a process of its own, which ends after `limits.max_seconds`.
 
     Raises ImageError as `decode_bytes` does, with code "slow" for a file that took too long, and
     with code "memory" for one that killed its process.
     """
     pixels = os.memfd_create("qwen-vit-pixels")
-    request = json.dumps({"name": name, "limits": asdict(limits)}).encode()
+    request = json.dumps({"name": name, "limits": asdict(limits), "exif": exif}).encode()
     path = os.pathsep.join([str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")])
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "qwen_vit.images.isolated", str(pixels)],
+            [sys.executable, "-m", "qwen_vit.images.decode_child", str(pixels)],
             input=request + b"\n" + data,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -86,28 +82,3 @@ def _picture(file: int, answer: dict[str, object], name: str) -> RgbImage:
         pixels.seek(0)
         picture = Image.frombytes("RGB", (width, height), pixels.read())
     return RgbImage(picture, str(answer["format"]), name, tuple(answer["notes"]))  # type: ignore[arg-type]
-
-
-def main() -> None:
-    """Answer one request."""
-    from qwen_vit.images.decode import decode_bytes  # which imports this module
-
-    with suppress(OSError):  # where memory ends, this process goes, and not its parent
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    request = json.loads(sys.stdin.buffer.readline())
-    limits = replace(ImageLimits(**request["limits"]), max_seconds=NEVER_S)
-    answer: dict[str, object]
-    try:
-        image = decode_bytes(sys.stdin.buffer.read(), request["name"], limits)
-    except ImageError as error:
-        facts = {"fact": error.fact, "name": error.name, "expected": error.expected}
-        answer = {"error": {**facts, "remedy": error.remedy}, "code": error.code}
-    else:
-        answer = {"size": image.picture.size, "format": image.format, "notes": image.notes}
-        with open(int(sys.argv[1]), "wb", closefd=False) as pixels:
-            pixels.write(image.picture.tobytes())
-    sys.stdout.write(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    main()

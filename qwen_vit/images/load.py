@@ -10,18 +10,19 @@ import io
 import os
 import stat
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 
-from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.errors import ArgumentError, ImageError, check_choice
 from qwen_vit.images.arrays import from_array, tensor_to_array
 from qwen_vit.images.decode import decode_bytes, decode_pil
 from qwen_vit.images.image import (
     ADDRESS,
     ArrayLayout,
+    ExifPolicy,
     ImageLimits,
     ImageSource,
     RgbImage,
@@ -44,6 +45,7 @@ def load_image(
     name: str | None = None,
     layout: ArrayLayout = "auto",
     limits: ImageLimits | None = None,
+    exif: ExifPolicy = "apply",
 ) -> RgbImage:
     """Turn a path, encoded bytes, a PIL image, an array, a tensor or a row into RGB pixels.
 
@@ -54,30 +56,32 @@ def load_image(
     Arrays and tensors are uint8, or floating point in [0, 1] (times 255, rounded half to even).
     They are (H, W), or have a channel axis of 1, 3 or 4. `layout` places that axis, and "auto"
     refuses to guess. A PIL image gives its current frame; Pillow's lazy loading is the only change
-    to it. A row is as `unwrap` takes it. `name` identifies the image in messages. Safe to call from
+    to it. Pass exif="ignore" for pictures that are upright already: `transpose` keeps the tag. A
+    row is as `unwrap` takes it. `name` identifies the image in messages. Safe to call from
     many threads.
 
     Raises ImageError, whose `code` is a key of errors.IMAGE_CODES, and ArgumentError for an unknown
-    `layout`.
+    `layout` or `exif`.
     """
     limits = ImageLimits() if limits is None else limits
     if layout not in ("auto", "HWC", "CHW"):
         raise ArgumentError(f"layout is {layout!r}", expected='"auto", "HWC" or "CHW"')
+    check_choice("exif", exif, get_args(ExifPolicy))
     if isinstance(source, Mapping):
         source = unwrap(source, name or "image")
     if isinstance(source, str | os.PathLike):
         path = os.fsdecode(source)
         name = path if name is None else name
-        return decode_bytes(read_image_file(path, name, limits), name, limits)
+        return decode_bytes(read_image_file(path, name, limits), name, limits, exif)
     if isinstance(source, bytes | bytearray | memoryview):
         name = "image bytes" if name is None else name
         size = source.nbytes if isinstance(source, memoryview) else len(source)
         check_file_bytes(size, name, limits)
-        return decode_bytes(bytes(source), name, limits)
+        return decode_bytes(bytes(source), name, limits, exif)
     if isinstance(source, Image.Image):
         if name is None:
             name = os.fsdecode(getattr(source, "filename", "") or "PIL image")
-        return decode_pil(source, name, limits)
+        return decode_pil(source, name, limits, exif)
     if isinstance(source, torch.Tensor):
         name = "tensor" if name is None else name
         return from_array(tensor_to_array(source, name), "tensor", name, layout, limits)

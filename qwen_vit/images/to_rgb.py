@@ -6,9 +6,10 @@ import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from qwen_vit.errors import ImageError
+from qwen_vit.images.image import EXIF_IGNORED, ExifPolicy
 from qwen_vit.images.tiff import check_directory, grey_depth
 
-__all__ = ["is_deep", "on_white", "tiff_notes", "to_rgb"]
+__all__ = ["is_deep", "on_white", "tiff_orientation", "to_rgb", "turn_back"]
 
 ORIENTATIONS = {  # EXIF tag 274 -> the operation that makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -20,16 +21,24 @@ ORIENTATIONS = {  # EXIF tag 274 -> the operation that makes the picture upright
     8: Image.Transpose.ROTATE_90,
 }
 
+INVERSE = {  # all others are their own
+    Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
+    Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90,
+}
+
 ORIENTATION_TAG = 274
 
 WHITE = (255, 255, 255)
 BAND_PIXELS = 2**20  # converted at a time
 
 
-def to_rgb(image: Image.Image, name: str, deep: bool) -> tuple[Image.Image, tuple[str, ...]]:
+def to_rgb(
+    image: Image.Image, name: str, deep: bool, exif: ExifPolicy = "apply"
+) -> tuple[Image.Image, tuple[str, ...]]:
     """Apply the policy to a copy of a decoded image, and list what it did.
 
-    `deep` is the result of `is_deep` before decoding. Raises ImageError with code "mode".
+    `deep` is the result of `is_deep` before decoding. With exif="ignore" the picture stays as it
+    is. Raises ImageError with code "mode".
     """
     notes: list[str] = []
     try:
@@ -38,6 +47,9 @@ def to_rgb(image: Image.Image, name: str, deep: bool) -> tuple[Image.Image, tupl
     except Exception:  # noqa: BLE001 - damaged metadata raises anything; the picture is whole
         orientation = None
         notes.append("unreadable EXIF ignored")
+    if exif == "ignore":
+        orientation = None
+        notes.append(EXIF_IGNORED)
     upright = ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
     try:
         picture = _to_eight_bit_rgb(image, name, deep, notes)
@@ -70,12 +82,18 @@ def is_deep(image: Image.Image) -> bool:
     return any(isinstance(mode, str) and ";16" in mode for mode in raw_modes)
 
 
-def tiff_notes(image: Image.Image) -> tuple[str, ...]:
-    """The note on a TIFF's orientation: while decoding, Pillow applies and drops the tag."""
+def tiff_orientation(image: Image.Image) -> int | None:
+    """A TIFF's orientation, before it is decoded: Pillow then applies and drops the tag."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile) or not image.tile:
-        return ()
+        return None
     orientation = image.tag_v2.get(ORIENTATION_TAG)
-    return (f"EXIF orientation {orientation} applied",) if orientation in ORIENTATIONS else ()
+    return orientation if orientation in ORIENTATIONS else None
+
+
+def turn_back(picture: Image.Image, orientation: int) -> Image.Image:
+    """The picture as it was before its orientation was applied."""
+    upright = ORIENTATIONS[orientation]
+    return picture.transpose(INVERSE.get(upright, upright))
 
 
 def on_white(image: Image.Image) -> Image.Image:
