@@ -4,6 +4,7 @@ They are data: `name`, `fact`, `expected`, `remedy`. The message is made here an
 no code reads it.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ __all__ = [
     "QwenVitError",
     "check_choice",
     "display_name",
+    "one_line",
     "plural",
 ]
 
@@ -86,6 +88,9 @@ class QwenVitError(Exception):
         self.fact, self.name, self.expected, self.remedy = fact, name, expected, remedy
 
     def __str__(self) -> str:
+        return one_line(self._text())
+
+    def _text(self) -> str:
         fact = f"{display_name(self.name)}: {self.fact}" if self.name else self.fact
         if not (self.expected or self.remedy):
             return fact
@@ -193,6 +198,28 @@ def display_name(name: str) -> str:
     """
     text = name if name and name.isprintable() and name == name.strip() else ascii(name)
     return text if len(text) <= 400 else f"{text[:200]}...{text[-100:]}"
+
+
+def one_line(text: str) -> str:
+    r"""Escape what is not printable: text from outside may move a terminal's cursor.
+
+    Every error, log line and line of output goes through this.
+
+    >>> print(one_line("a\tb\x1b[2J"))
+    a\tb\x1b[2J
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def _escape_record(record: logging.LogRecord) -> bool:
+    """A filter that makes a log record one printable line."""
+    record.msg, record.args = one_line(record.getMessage()), ()
+    return True
+
+
+logging.getLogger("qwen_vit").addFilter(_escape_record)
 
 
 def plural(number: int, what: str) -> str:

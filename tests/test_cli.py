@@ -134,8 +134,8 @@ def test_output_that_cannot_be_written_is_an_error_and_logs_are_no_reason_to_sto
     done = piped("qwen-vit info tiny >/dev/full", folder)
     assert done.returncode == 2
     assert done.stderr == (
-        b"error: standard output could not be written (No space left on device). Check where it "
-        b"goes.\n"
+        b"error: standard output could not be written (No space left on device). Check its "
+        b"target.\n"
     )
     line = "qwen-vit encode a.png broken.png --model tiny --device cpu --out f.safetensors"
     done = piped(f"{line} 2>/dev/full", folder)

@@ -11,13 +11,12 @@ from typing import TextIO
 
 import click
 
-from qwen_vit.errors import ExportError
+from qwen_vit.errors import ExportError, one_line
 
 __all__ = [
     "flush_logs",
     "is_quiet",
     "is_verbose",
-    "one_line",
     "open_missing_streams",
     "print_data",
     "print_error",
@@ -59,7 +58,7 @@ def print_data(text: str) -> None:
     Raises ExportError if stdout cannot be written.
     """
     try:
-        click.echo(text)
+        click.echo("\n".join(map(one_line, text.split("\n"))))
     except OSError as error:
         _discard(sys.stdout)
         if not isinstance(error, BrokenPipeError):
@@ -77,7 +76,7 @@ def print_log(text: str) -> None:
 
 def print_error(text: str) -> None:
     """Write an error to stderr, with the prefix that every error has."""
-    _write_log(f"error: {one_line(text)}")
+    _write_log(f"error: {text}")
 
 
 def _write_log(text: str) -> None:
@@ -85,7 +84,7 @@ def _write_log(text: str) -> None:
     loaded = sys.modules.get("tqdm")  # no bar without it, and importing it takes a while
     above_bars = loaded.tqdm.external_write_mode(file=sys.stderr) if loaded else nullcontext()
     with suppress(OSError), above_bars:
-        click.echo(text, err=True)
+        click.echo(one_line(text), err=True)
 
 
 def flush_logs() -> None:
@@ -94,15 +93,6 @@ def flush_logs() -> None:
         sys.stderr.flush()
     except OSError:
         _discard(sys.stderr)
-
-
-def one_line(text: str) -> str:
-    r"""Escape odd characters: names may hold what moves a terminal's cursor.
-
-    >>> print(one_line("a\tb"))
-    a\tb
-    """
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def _discard(stream: TextIO) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import display_name, plural
+from qwen_vit.errors import display_name, one_line, plural
 from qwen_vit.export.estimate import Estimate
 from qwen_vit.export.result import ExportReport
 from qwen_vit.features import UNKNOWN_SIZE, FailedImage, ImageFeatures, dtype_name
@@ -211,4 +211,4 @@ def _value_text(name: str, value: Any) -> str:
         return f"{width} x {height}"
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return f"{value:,}" if name.endswith("_bytes") else str(value)
+    return f"{value:,}" if name.endswith("_bytes") else one_line(str(value))

@@ -9,10 +9,9 @@ from tqdm import tqdm
 from qwen_vit.checkpoint import cache
 from qwen_vit.checkpoint.hub import Source
 from qwen_vit.checkpoint.load import load_checkpoint
-from qwen_vit.cli.console import one_line
 from qwen_vit.common.progress import shows_progress
 from qwen_vit.common.tensors import check_finite
-from qwen_vit.errors import CheckpointError, plural
+from qwen_vit.errors import CheckpointError, one_line, plural
 from qwen_vit.feature_files.verify import verify_features
 
 __all__ = ["Findings", "verify_checkpoint", "verify_stored"]

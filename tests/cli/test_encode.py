@@ -76,7 +76,7 @@ def test_a_column_says_what_was_done_to_each_image(folder: Path, run: Any) -> No
     head, _, *rows, _ = done.out.splitlines()
     notes = {row.split()[0]: row[head.index("notes") :] for row in rows}
     assert notes["a.png"] == ""
-    assert "first of 3 frames" in notes["three.gif"]
+    assert "first of several frames" in notes["three.gif"]
     assert "EXIF orientation 6 applied" in notes["turned.jpg"]
     assert "16" in notes["deep.png"]
     assert notes["broken.png"] == "skipped: truncated"

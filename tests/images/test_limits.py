@@ -124,11 +124,11 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that were decoded in a process of their own."""
     names: list[str] = []
 
-    def counted(data: bytes, name: str, *policy: Any) -> object:
+    def record(data: bytes, name: str, *policy: Any) -> object:
         names.append(name)
         return decode_in_child(data, name, *policy)
 
-    monkeypatch.setattr(decode, "decode_in_child", counted)
+    monkeypatch.setattr(decode, "decode_in_child", record)
     return names
 
 
