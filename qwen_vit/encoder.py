@@ -15,6 +15,7 @@ from qwen_vit.checkpoint.convert import convert
 from qwen_vit.checkpoint.hub import Origin, find_checkpoint
 from qwen_vit.checkpoint.load import Checkpoint, load_checkpoint
 from qwen_vit.common.prefetch import core_count, thread_count
+from qwen_vit.common.tensors import resolved
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.device import check_fits, choose_device, choose_dtype
 from qwen_vit.errors import ArgumentError
@@ -460,10 +461,11 @@ class VisionEncoder:
         check_rows("rows", rows, grids, self.config.patch_dim, is_float=False)
         if not still:
             return self.forward(self._owned(rows), grids, "merged")
-        pixels = pixels_for_tower(rows, self.config, self.image_config, still=True)
+        pixels = pixels_for_tower(resolved(rows), self.config, self.image_config, still=True)
         return self.forward(pixels, grids, "merged")
 
     def _owned(self, rows: Tensor) -> Tensor:
+        rows = resolved(rows)
         if self.device.type == "cuda" and rows.is_pinned():
             # a copy: a loader may refill the rows after the return, and the GPU reads them later
             return torch.empty_like(rows, pin_memory=True).copy_(rows)

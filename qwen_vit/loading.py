@@ -240,9 +240,7 @@ class ImageLoader:
             raise image
         rgb = image
         if not isinstance(rgb, RgbImage):
-            rgb = load_image(
-                rgb, name=name, layout=self.layout, limits=self.limits, exif=self.exif
-            )
+            rgb = load_image(rgb, name=name, layout=self.layout, limits=self.limits, exif=self.exif)
         patches = patchify(rgb.picture, self.image_config, name=name)
         return LoadedImage(name, (rgb.height, rgb.width), rgb.notes, patches)
 

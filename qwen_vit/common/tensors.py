@@ -1,11 +1,11 @@
-"""Whether every value of a tensor is finite, and the error where one is not."""
+"""Whether a tensor holds plain values, and whether every one of them is finite."""
 
 import torch
 from torch import Tensor
 
 from qwen_vit.errors import CheckpointError
 
-__all__ = ["all_finite", "check_finite", "extremes"]
+__all__ = ["all_finite", "check_finite", "extremes", "odd_kind", "resolved"]
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -37,6 +37,32 @@ Expected finite weights. Delete the file and download it again (qwen-vit downloa
             remedy="delete the file and download it again (qwen-vit download MODEL)",
         )
     return tensor
+
+
+def odd_kind(tensor: Tensor) -> str:
+    """What keeps a tensor from having plain values in memory; empty for an ordinary one.
+
+    >>> odd_kind(torch.zeros(2)), odd_kind(torch.zeros(2).to_sparse())
+    ('', 'sparse')
+
+    torch's own functions raise errors of many kinds for such tensors.
+    """
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout is not torch.strided:
+        return "sparse"
+    if tensor.is_meta:
+        return "meta"
+    return "quantized" if tensor.is_quantized else ""
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """The tensor with its signs in memory: kernels do not see torch's negative bit.
+
+    >>> resolved(torch.complex(*torch.ones(2, 1)).conj().imag)
+    tensor([-1.])
+    """
+    return tensor.resolve_conj().resolve_neg()
 
 
 def extremes(tensor: Tensor) -> Tensor:

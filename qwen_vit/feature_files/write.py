@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_vit.common.atomic_file import atomic_file, check_utf8, refuse_link
-from qwen_vit.common.tensors import all_finite
+from qwen_vit.common.tensors import all_finite, odd_kind, resolved
 from qwen_vit.errors import ArgumentError, ExportError, plural
 from qwen_vit.feature_files.schema import EMBEDS, ItemFacts, rows_by_tensor
 from qwen_vit.feature_files.writer import (
@@ -202,9 +202,10 @@ def _kind_text(output: str, is_normalized: bool) -> str:
 
 def _rows(path: Path, name: str, embeds: Tensor) -> Tensor:
     """An image's rows on the CPU. Raises ExportError for what a feature file cannot hold."""
-    if not isinstance(embeds, Tensor) or embeds.layout is not torch.strided:
+    kind = odd_kind(embeds) if isinstance(embeds, Tensor) else type(embeds).__name__
+    if kind:
         raise ExportError(
-            f"the embeddings of {name!r} are a {type(embeds).__name__}",
+            f"the embeddings of {name!r} are a {kind}",
             name=str(path),
             expected="a dense torch tensor",
             remedy=AS_ENCODED,
@@ -216,7 +217,7 @@ def _rows(path: Path, name: str, embeds: Tensor) -> Tensor:
             expected="floating-point rows (n, width)",
             remedy=AS_ENCODED,
         )
-    return embeds.cpu()
+    return resolved(embeds.cpu())
 
 
 def _patches_per_row(path: Path, features: Sequence[ImageFeatures], is_mean: bool) -> int | None:

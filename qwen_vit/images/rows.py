@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from qwen_vit.common.tensors import odd_kind
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.errors import ImageError
 
@@ -19,6 +20,7 @@ def as_grids(grid_thw: Tensor) -> tuple[Grid, ...]:
     """
     if (
         not isinstance(grid_thw, Tensor)
+        or odd_kind(grid_thw)
         or grid_thw.dim() != 2
         or grid_thw.shape[1] != 3
         or grid_thw.is_floating_point()
@@ -26,7 +28,7 @@ def as_grids(grid_thw: Tensor) -> tuple[Grid, ...]:
         or grid_thw.dtype == torch.bool
     ):
         what = (
-            f"{grid_thw.dtype} of shape {tuple(grid_thw.shape)}"
+            _shape_text(grid_thw)
             if isinstance(grid_thw, Tensor)
             else f"a {type(grid_thw).__name__}"
         )
@@ -53,13 +55,18 @@ def check_rows(
     kind = "floating-point" if is_float else "uint8"
     expected = (sum(grid.n_patches for grid in grids), patch_dim)
     is_kind = rows.is_floating_point() if is_float else rows.dtype == torch.uint8
-    if tuple(rows.shape) != expected or not is_kind:
+    if odd_kind(rows) or tuple(rows.shape) != expected or not is_kind:
         raise ImageError(
-            f"{name} is {rows.dtype} of shape {tuple(rows.shape)}",
+            f"{name} is {_shape_text(rows)}",
             expected=f"{kind} rows of shape {expected}, as grid_thw promises",
             remedy="pass both as one call of the processor returned them",
             code="patches",
         )
+
+
+def _shape_text(tensor: Tensor) -> str:
+    kind = odd_kind(tensor)
+    return f"a {kind} tensor" if kind else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
 def normalise(values: Tensor, config: ImageConfig) -> Tensor:

@@ -2,6 +2,7 @@
 
 import torch
 
+from qwen_vit.common.tensors import odd_kind, resolved
 from qwen_vit.errors import ArgumentError
 from qwen_vit.kernels.attention import HEAD_DIMS, RotaryTable, attention, tiling
 from qwen_vit.layout import Segments, SegmentTiling, tile_table
@@ -42,8 +43,10 @@ def fused_rope_varlen_attention(
         segments = Segments(cu_seqlens, tiles, owners)
     else:
         segments = Segments(cu_seqlens, _tile_table_on_device(cu_seqlens, len(qkv), cut), empty)
-    rotary = RotaryTable(cos.contiguous(), sin.contiguous())
-    return attention(qkv.contiguous(), rotary, segments, kind="full", adjacent_pairs=False)
+    rotary = RotaryTable(resolved(cos).contiguous(), resolved(sin).contiguous())
+    return attention(
+        resolved(qkv).contiguous(), rotary, segments, kind="full", adjacent_pairs=False
+    )
 
 
 def _tile_table_on_device(
@@ -72,6 +75,8 @@ def _check_arguments(
     for name, value in given.items():
         if not isinstance(value, torch.Tensor):
             raise ArgumentError(f"{name} is a {type(value).__name__}", expected="a torch tensor")
+        if kind := odd_kind(value):
+            raise ArgumentError(f"{name} is a {kind} tensor", expected="a dense one")
     if qkv.device.type not in ("cpu", "cuda"):
         raise ArgumentError(
             f"qkv is on {qkv.device}", expected="a CUDA GPU or the CPU", remedy="move it"
