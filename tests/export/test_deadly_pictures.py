@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from qwen_vit.batching import ImageLoader
 from qwen_vit.errors import ImageError
 from qwen_vit.export import shards as shards_module
 from qwen_vit.export.options import ExportOptions
@@ -17,6 +16,7 @@ from qwen_vit.export.run import export_features
 from qwen_vit.export.under_way import UNDER_WAY_NAME, UnderWay
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.images.image import ImageLimits
+from qwen_vit.loading import ImageLoader
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
 
