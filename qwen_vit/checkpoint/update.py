@@ -48,6 +48,7 @@ class WeightUpdates:
         image_config: ImageConfig,
     ) -> None:
         self._tower = tower
+        self._parameters = dict(tower.named_parameters())
         self._shapes = expected_tensors(config)
         weight = tower.get_parameter("merger.fc1.weight")
         self._device, self._dtype = weight.device, weight.dtype
@@ -105,7 +106,7 @@ class WeightUpdates:
             sources = (self._waiting.pop(source) for source in recipe.sources)
             made = recipe.make(*(source.to(self._device) for source in sources))
             for target, value in zip(recipe.targets, made, strict=True):
-                self._tower.get_parameter(target).copy_(value)
+                self._parameter(target).copy_(value)
                 written[target] = recipe, extremes(value).float()
         return written, arrived
 
@@ -121,6 +122,15 @@ class WeightUpdates:
         self._waiting[joined] = torch.cat(tensors)
         return joined
 
+    def _parameter(self, name: str) -> Tensor:
+        """The parameter that a value goes into.
+
+        While vLLM reloads weights, the tower holds stand-ins without memory (meta tensors), and
+        vLLM puts the parameters back in the end. A value that went into a stand-in would be lost.
+        """
+        found = self._tower.get_parameter(name)
+        return self._parameters[name] if found.is_meta else found
+
     def _check_finite(self, written: Mapping[str, tuple[Recipe, Tensor]]) -> None:
         if not written:
             return
@@ -128,4 +138,4 @@ class WeightUpdates:
         for target, is_finite in zip(written, limits.isfinite().all(1).tolist(), strict=True):
             if not is_finite:
                 recipe, _ = written[target]
-                check_finite(self._tower.get_parameter(target), " with ".join(recipe.sources))
+                check_finite(self._parameter(target), " with ".join(recipe.sources))

@@ -48,6 +48,9 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
             image_config = ImageConfig.from_json(settings, source="the image processor")
             self.visual = None  # its memory is free before ours is taken
             self.visual = EngineTower(config, image_config, dtype, device)
+            if _puts_back_what_it_does_not_load():
+                for parameter in self.visual.parameters():
+                    parameter.weight_loader_numel = 0
         except CheckpointError as error:
             raise ArgumentError(
                 f"qwen_vit cannot run this vision tower: {error.fact}",
@@ -137,6 +140,20 @@ def _counts_reserved_memory() -> bool:
 
     fields = {field.name for field in dataclasses.fields(MemoryProfilingResult)}
     return "transient_peak_headroom" in fields
+
+
+def _puts_back_what_it_does_not_load() -> bool:
+    """Whether vLLM's reload takes `weight_loader_numel` of 0: it then loads nothing there itself.
+
+    The tower writes its parameters itself. Without this number vLLM does the same and warns
+    "Failed to load weights" for each of the tower's layers. The field marks such a vLLM.
+    """
+    try:
+        from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
+    except ImportError:
+        return False
+    fields = {field.name for field in dataclasses.fields(LayerReloadingInfo)}
+    return "kernel_non_persistent_buffers" in fields
 
 
 def _missing_names() -> list[str]:

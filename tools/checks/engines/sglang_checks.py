@@ -5,23 +5,19 @@ own, in a process of `sglang_child` or as a server.
 """
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from shutil import copytree
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from tools.checks.engines.answers import TOLERANCE, Result, compare, plain
 from tools.checks.engines.cases import CASES, NEW_TOKENS, PICTURES, Case
+from tools.checks.engines.changed import Changed, write_model_with
 from tools.checks.engines.context import Context, Scenario
 from tools.checks.engines.environment import Recipe
-from tools.checks.engines.reference import reference_answers
 from tools.checks.engines.server import (
     CHAT,
     MODEL,
@@ -85,40 +81,16 @@ def in_engine(
 
 def updates(context: Context) -> list[Result]:
     """Weight updates reach the answers: those of changed weights must differ from the model's."""
-    tensors = load_file(context.work / "model" / "model.safetensors")
-    for name, tensor in tensors.items():
-        if name.startswith("visual."):
-            tensors[name] = tensor * (1.25 if "norm" in name or "ln_q" in name else 0.9)
-    _write_model(context, "changed", tensors)
-    changed = replace(context, reference=reference_answers(context.work / "changed"))
+    changed = Changed.write(context)
     context.run_child(CHILD, "updates", "updates", **BY_PACKAGE)
     facts = context.facts("updates")
-    in_pieces = "changed in pieces"
-    results = [
-        *_of_ways(context.compare("updates", lambda way: f"{OURS}{way}"), in_pieces, among=False),
-        *_of_ways(changed.compare("updates", lambda way: f"{OURS}{way}"), in_pieces, among=True),
-        *(
-            compare("control", f"changed: {name}", right, context.reference[name], must_differ=True)
-            for name, right in changed.reference.items()
-            if name != "text"
-        ),
-        plain("updates", "dummy weights", facts["finite"], "finite answers"),
-    ]
     refused = [text for is_good, text in facts["said"] if not is_good]
-    results.append(plain("updates", "SGLang's word", not refused, "; ".join(refused) or "success"))
-    results.append(which_tower(context, "updates", ours=True))
-    return results
-
-
-def _of_ways(results: list[Result], part: str, *, among: bool) -> Iterator[Result]:
-    return (row for row in results if (part in row.scenario) == among)
-
-
-def _write_model(context: Context, name: str, tensors: dict[str, Tensor]) -> None:
-    """A copy of the model with other weights."""
-    folder = context.work / name
-    copytree(context.work / "model", folder, dirs_exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return [
+        *changed.compare("updates", lambda way: f"{OURS}{way}"),
+        plain("updates", "dummy weights", facts["finite"], "finite answers"),
+        plain("updates", "SGLang's word", not refused, "; ".join(refused) or "success"),
+        which_tower(context, "updates", ours=True),
+    ]
 
 
 def video_features(context: Context) -> list[Result]:
@@ -137,9 +109,9 @@ def refusals(context: Context) -> list[Result]:
     tensors = load_file(context.work / "model" / "model.safetensors")
     weight = "visual.blocks.1.mlp.down_proj.weight"
     quantised = tensors[weight].clamp(-400, 400).to(torch.float8_e4m3fn)
-    _write_model(context, "quantised", {**tensors, weight: quantised})
+    write_model_with(context.work, "quantised", {**tensors, weight: quantised})
     fewer = {name: tensor for name, tensor in tensors.items() if name != weight}
-    _write_model(context, "incomplete", fewer)
+    write_model_with(context.work, "incomplete", fewer)
     results = []
     for scenario, expected in (
         ("float16", "float16"),
@@ -149,7 +121,7 @@ def refusals(context: Context) -> list[Result]:
         log = _error_of(context, scenario, **BY_PACKAGE)
         lines = [line for line in log.splitlines() if line.startswith("qwen_vit.errors.")]
         is_refused = bool(lines) and expected in lines[0]
-        text = lines[0].split(": ", 1)[1] if lines else "no error of ours"
+        text = lines[0].split(": ", 1)[1] if lines else f"no error of ours, but:\n{log[-500:]}"
         results.append(plain("our tower: refusals", scenario, is_refused, text))
     return results
 

@@ -10,12 +10,10 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from qwen_vit.errors import QwenVitError
 from qwen_vit.integrations.hf import expand_placeholders
@@ -31,14 +29,13 @@ from tools.checks.engines.cases import (
     grid,
     rows,
 )
+from tools.checks.engines.changed import IN_PIECES, UPDATED, pieces
 from tools.checks.engines.features import encoder, features
 from tools.checks.engines.small_model import N_TOKENS
 
 Request = dict[str, Any]
 
 TURNS, NO_CACHE = ("", ", again"), ", no radix cache"
-UPDATED = ("several", "video", "videos and a picture")  # cases that are asked after an update
-PIECE = 7  # tensors of an update that are sent together
 
 # What makes SGLang run on a CPU without its compiled kernels.
 SETTINGS = {
@@ -241,14 +238,11 @@ def updates(work: Path) -> Found:
     finite = all(bool(each.logprobs.isfinite().all()) for each in dummy["dummy"].values())
     said = [engine.engine.update_weights_from_disk(str(work / "model"), load_format="auto")]
     found = answers("weights from disk over dummy ones")
-    tensors = load_file(work / "changed" / "model.safetensors")
-    vision = [(name, tensor) for name, tensor in tensors.items() if name.startswith("visual.")]
-    Random(0).shuffle(vision)
     said.append(engine.engine.begin_weight_update())
-    for begin in range(0, len(vision), PIECE):
-        said.append(engine.engine.update_weights_from_tensor(vision[begin : begin + PIECE]))
+    for piece in pieces(work):
+        said.append(engine.engine.update_weights_from_tensor(piece))
     said.append(engine.engine.end_weight_update())
-    found |= answers("changed in pieces")
+    found |= answers(IN_PIECES)
     said.append(engine.engine.update_weights_from_disk(str(work / "model")))
     found |= answers("weights from disk")
     return found, {"finite": finite, "said": [[each[0], str(each[1])] for each in said]}

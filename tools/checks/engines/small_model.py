@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tools.common import ROOT
 
 TINY = ROOT / "weights" / "tiny"
-SEED = 11  # of 0 to 11 one whose nine answers all differ, and whose likeliest tokens stand out
+SEED = 12  # of 0 to 15 one whose nine answers all differ, and whose likeliest tokens stand out
 
 # 256 tokens for bytes, then these, then ones that no text has, up to a multiple of 64.
 SPECIAL = (
@@ -30,8 +30,8 @@ SPECIAL = (
 N_BYTES, N_TOKENS = 256, 320
 SPECIAL_IDS = {name: N_BYTES + i for i, name in enumerate(SPECIAL)}
 
-LAYERS, HEADS, KEY_HEADS, HEAD_DIM, MLP = 3, 3, 1, 64, 512
-MROPE_SECTION = [8, 12, 12]  # rotary pairs for time, row and column: HEAD_DIM / 2 in all
+LAYERS, HEADS, KEY_HEADS, HEAD_DIM, MLP = 3, 2, 1, 96, 512  # 2 heads: tensor parallelism of 2
+MROPE_SECTION = [12, 18, 18]  # rotary pairs for time, row and column: HEAD_DIM / 2 in all
 PEAK = 1.6  # gain of queries and keys: attention looks at few tokens
 LOGIT_RMS = 2.5  # log-probabilities between about -1 and -14
 

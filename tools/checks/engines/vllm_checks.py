@@ -31,6 +31,7 @@ from tools.checks.engines.cases import (
     Case,
     case,
 )
+from tools.checks.engines.changed import Changed
 from tools.checks.engines.context import Context, Scenario
 from tools.checks.engines.environment import Recipe
 from tools.checks.engines.features import encoder, features
@@ -47,6 +48,10 @@ from tools.common import ROOT
 CHILD = "tools.checks.engines.vllm_child"
 PLUGIN = "our tower by plugin: "
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # a child's engine is in the child itself
+TWO_PROCESSES = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to ask each process which tower it has
+}
 OURS, THEIRS = "EngineTower", "Qwen2_5_VisionTransformer"
 
 RECIPE = Recipe(
@@ -89,10 +94,12 @@ def by_plugin(context: Context) -> dict[str, str]:
     return {**installed(context), "VLLM_PLUGINS": "qwen_vit"}
 
 
-def in_process(context: Context, *, scenario: str, plugin: bool = False) -> list[Result]:
+def in_process(
+    context: Context, *, scenario: str, plugin: bool = False, **more: str
+) -> list[Result]:
     """A scenario of `vllm_child` in one engine, whose tower is checked."""
     name = f"{'plugin-' if plugin else ''}{scenario}"
-    variables = by_plugin(context) if plugin else {}
+    variables = {**(by_plugin(context) if plugin else {}), **more}
     context.run_child(CHILD, scenario, name, **IN_PROCESS, **variables)
     label = PLUGIN if plugin else ""
     results = context.compare(name, lambda way: way if way == "control" else f"{label}{way}")
@@ -260,6 +267,22 @@ def producer(context: Context) -> list[Result]:
     ]  # fmt: skip
 
 
+def updates(context: Context) -> list[Result]:
+    """Weight updates reach the answers: those of changed weights must differ from the model's."""
+    changed = Changed.write(context)
+    name = "plugin-updates"
+    context.run_child(CHILD, "updates", name, **IN_PROCESS, **by_plugin(context))
+    facts = context.facts(name)
+    log = context.log(name).read_text(errors="replace")
+    warned = [layer for layer in facts["layers"] if f" {layer}: Failed to load weights" in log]
+    return [
+        *changed.compare(name, lambda way: f"{PLUGIN}{way}"),
+        plain(name, "which tower", facts["tower"] == OURS, f"{facts['tower']} ran"),
+        plain(name, "dummy weights", facts["finite"], "finite answers"),
+        plain(name, "vLLM's warnings", not warned, f"of our layers: {', '.join(warned) or 'none'}"),
+    ]
+
+
 SCENARIOS: dict[str, Scenario] = {
     "offline": partial(in_process, scenario="offline"),
     "prefix-cache": partial(in_process, scenario="prefix-cache"),
@@ -272,6 +295,11 @@ SCENARIOS: dict[str, Scenario] = {
     "plugin-prefix-cache": partial(in_process, scenario="prefix-cache", plugin=True),
     "plugin-server": partial(server, plugin=True),
     "plugin-producer": producer,
+    "plugin-updates": updates,
+    "plugin-parallel": partial(in_process, scenario="parallel", plugin=True, **TWO_PROCESSES),
+    "plugin-parallel-data": partial(
+        in_process, scenario="parallel-data", plugin=True, **TWO_PROCESSES
+    ),
 }
 
 

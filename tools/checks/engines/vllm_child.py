@@ -9,17 +9,20 @@ plugin, and with VLLM_PLUGINS empty vLLM's own.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 from qwen_vit.errors import QwenVitError
 from qwen_vit.integrations.vllm import read_ec_cache, to_vllm, to_vllm_cached
 from tools.checks.engines.answers import Answer, Answers, Found, child_command
 from tools.checks.engines.cases import CASES, FPS, NEW_TOKENS, PICTURES, Case, case, frames
+from tools.checks.engines.changed import IN_PIECES, UPDATED, pieces
 from tools.checks.engines.features import features, of_case
 
 Request = dict[str, Any]
@@ -71,9 +74,8 @@ class Engine:
         return answers
 
     def tower(self) -> str:
-        """The class of the vision tower."""
-        [name] = self.llm.apply_model(_tower_name)
-        return str(name)
+        """The class of the vision tower, in every process."""
+        return " and ".join(sorted(set(self.llm.apply_model(_tower_name))))
 
     def answer(
         self, name: str, request: Callable[[Case], Request], cases: Sequence[Case] = CASES
@@ -87,6 +89,11 @@ class Engine:
 
 def _tower_name(model: Any) -> str:
     return type(model.visual).__name__
+
+
+def _tower_layers(model: Any) -> list[str]:
+    """The names of the tower's classes, by which vLLM warns of layers that it cannot load."""
+    return sorted({type(module).__name__ for module in model.visual.modules()})
 
 
 def pixel_request(each: Case) -> Request:
@@ -210,6 +217,46 @@ def transfer(folder: Path, role: str) -> dict[str, Any]:
     }
 
 
+def updates(work: Path) -> Found:
+    """Dummy weights, the model's, other vision weights in pieces, the model's, pieces again."""
+    engine = Engine.start(work, load_format="dummy", enable_mm_embeds=False)
+    llm = engine.llm
+
+    def answers(name: str) -> dict[str, Answers]:
+        llm.reset_mm_cache()
+        llm.llm_engine.reset_encoder_cache()  # as whoever updates weights must
+        requests = [pixel_request(case(each)) for each in UPDATED]
+        return {name: dict(zip(UPDATED, engine.ask(requests), strict=True))}
+
+    dummy = answers("dummy")
+    finite = all(bool(each.logprobs.isfinite().all()) for each in dummy["dummy"].values())
+    llm.collective_rpc("update_config", args=({"load_config": {"load_format": "auto"}},))
+    llm.collective_rpc("reload_weights")
+    found = answers("weights from disk over dummy ones")
+    for piece in pieces(work):
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(piece)})
+    found |= answers(f"{IN_PIECES} by reload_weights")
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(work / "model")})
+    found |= answers("weights from disk")
+    for piece in pieces(work):
+        llm.apply_model(partial(_load_weights, piece))
+    found |= answers(f"{IN_PIECES} by load_weights")
+    [layers] = llm.apply_model(_tower_layers)
+    return found, {"tower": engine.tower(), "layers": layers, "finite": finite}
+
+
+def _load_weights(piece: list[tuple[str, Tensor]], model: Any) -> None:
+    model.load_weights(piece)
+
+
+def parallel(work: Path, mode: str) -> Found:
+    """Every case over two processes, each with the whole tower, or with a share of the items."""
+    engine = Engine.start(
+        work, tensor_parallel_size=2, mm_encoder_tp_mode=mode, enable_mm_embeds=False
+    )
+    return engine.answer("pixels", pixel_request), {"tower": engine.tower()}
+
+
 def nan(work: Path) -> Found:
     """NaN in a request's features, and what shorter requests after it get.
 
@@ -241,6 +288,9 @@ SCENARIOS: dict[str, Callable[[Path], Found]] = {
     "ec-consumer": ec_consumer,
     "ec-producer": ec_producer,
     "nan": nan,
+    "updates": updates,
+    "parallel": partial(parallel, mode="weights"),
+    "parallel-data": partial(parallel, mode="data"),
 }
 
 

@@ -1,0 +1,64 @@
+"""The small model with other weights, for updates and refusals, and the answers that are right."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from shutil import copytree
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tools.checks.engines.answers import Result, compare
+from tools.checks.engines.context import Context
+from tools.checks.engines.reference import reference_answers
+
+UPDATED = ("several", "video", "videos and a picture")  # cases that are asked after an update
+IN_PIECES = "changed in pieces"  # how ways begin that must have the changed model's answers
+PIECE = 7  # tensors of an update that are sent together
+
+
+def write_model_with(work: Path, name: str, tensors: dict[str, Tensor]) -> None:
+    """Write a copy of the model with other weights."""
+    folder = work / name
+    copytree(work / "model", folder, dirs_exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def pieces(work: Path) -> list[list[tuple[str, Tensor]]]:
+    """The changed model's vision tensors in pieces, in an order that separates partners."""
+    tensors = load_file(work / "changed" / "model.safetensors")
+    vision = [(name, tensor) for name, tensor in tensors.items() if name.startswith("visual.")]
+    Random(0).shuffle(vision)
+    return [vision[begin : begin + PIECE] for begin in range(0, len(vision), PIECE)]
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """The model and a copy with other vision weights, and the right answers of both."""
+
+    before: Context
+    after: Context
+
+    @classmethod
+    def write(cls, context: Context) -> "Changed":
+        """Write the copy into WORK/changed, and answer the cases with it."""
+        tensors = load_file(context.work / "model" / "model.safetensors")
+        for name, tensor in tensors.items():
+            if name.startswith("visual."):
+                tensors[name] = tensor * (1.25 if "norm" in name or "ln_q" in name else 0.9)
+        write_model_with(context.work, "changed", tensors)
+        reference = reference_answers(context.work / "changed")
+        return cls(context, replace(context, reference=reference))
+
+    def compare(self, name: str, label: Callable[[str], str]) -> list[Result]:
+        """Hold a child's answers against those of the weights that it had at the time."""
+        return [
+            *(row for row in self.before.compare(name, label) if IN_PIECES not in row.scenario),
+            *(row for row in self.after.compare(name, label) if IN_PIECES in row.scenario),
+            *(
+                compare("control", f"changed: {case}", self.after.reference[case],
+                        self.before.reference[case], must_differ=True)
+                for case in UPDATED
+            ),
+        ]  # fmt: skip
