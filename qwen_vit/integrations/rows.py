@@ -6,20 +6,23 @@ checks it well (vLLM's engine may crash on a wrong count), so it is checked here
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import index
 
 import torch
 from torch import Tensor
 
+from qwen_vit.common.strict_json import is_number
 from qwen_vit.common.tensors import all_finite
-from qwen_vit.errors import ArgumentError, ExportError
+from qwen_vit.errors import ArgumentError, ExportError, plural
 from qwen_vit.features import AnyFeatures, FailedImage, ImageFeatures, check_features
 
-__all__ = ["MERGE_SIZE", "count_tokens", "rows_and_grids", "whole_numbers"]
+__all__ = ["MERGE_SIZE", "check_modalities", "count_tokens", "rows_and_grids", "whole_numbers"]
 
 MERGE_SIZE = 2
 AS_FEATURES = "pass the grid_thw of the features"
+
+Rows = tuple[list[Tensor], Tensor]  # each item's merged rows, and all grids (N, 3)
 
 
 def rows_and_grids(features: AnyFeatures) -> tuple[list[Tensor], Tensor]:
@@ -49,6 +52,52 @@ def rows_and_grids(features: AnyFeatures) -> tuple[list[Tensor], Tensor]:
         )
     grids = [image.grid_thw for image in good]
     return embeds, torch.tensor(grids, dtype=torch.int64, device="cpu")
+
+
+def check_modalities(
+    features: AnyFeatures,
+    videos: AnyFeatures,
+    second_per_grid_ts: Sequence[float],
+    width: int | None = None,
+) -> tuple[Rows | None, Rows | None]:
+    """The rows and grids of pictures and of videos, each None if there are none.
+
+    Raises ArgumentError and ExportError as `to_vllm` does: an engine that receives any of this
+    stops for everybody.
+    """
+    pictures, clips = check_features(features), check_features(videos)
+    seconds = list(second_per_grid_ts)
+    if len(seconds) != len(clips):
+        raise ArgumentError(
+            f"second_per_grid_ts has {plural(len(seconds), 'value')} for "
+            f"{plural(len(clips), 'video')}",
+            expected="one for each video",
+            remedy="pass 2 / (frames per second) of each",
+        )
+    for value in seconds:
+        if not is_number(value) or value <= 0:
+            raise ArgumentError(f"second_per_grid_ts holds {value!r}", expected="seconds above 0")
+    rows, grids = rows_and_grids([*pictures, *clips])
+    if width is not None and rows[0].shape[1] != width:
+        raise ExportError(
+            f"its features are {rows[0].shape[1]} wide",
+            name=[*pictures, *clips][0].id,
+            expected=f"{width}, the language model's width",
+            remedy="encode it with the model that the engine serves",
+        )
+    n = len(pictures)
+    for image, (t, _, _) in zip(pictures, grids[:n].tolist(), strict=True):
+        if t != 1:
+            raise ArgumentError(
+                f"its grid has {t} steps in time",
+                name=image.id,
+                expected="a picture, which has one",
+                remedy="pass a video by videos=, with its second_per_grid_ts=",
+            )
+    return (
+        (rows[:n], grids[:n]) if pictures else None,
+        (rows[n:], grids[n:]) if clips else None,
+    )
 
 
 def _merged_rows(image: ImageFeatures | FailedImage) -> Tensor:

@@ -205,6 +205,31 @@ def test_weights_of_another_tower_are_refused(
         model.load_weights([("visual.pos_embed.weight", torch.ones(2))])
 
 
+def test_weights_that_vllm_reloads_are_written_and_not_warned_about(
+    encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM puts tensors without memory in the parameters' place, and the parameters back.
+
+    What went into those tensors was lost without an error: the tower kept its old weights.
+    """
+    fake_vllm.install(monkeypatch)
+    model = loaded_model(Config(encoder))
+    given = {"pixel_values": pixels(still=True), "image_grid_thw": GRIDS}
+    before = torch.cat(model._process_image_input(given))
+    tensors = list(encoder.checkpoint.tensors.items())
+    changed = [(f"visual.{name}", 0.9 * tensor) for name, tensor in tensors]
+    for half in (changed[::2], changed[1::2]):
+        assert fake_vllm.reload_weights(model, half) == []
+    after = torch.cat(model._process_image_input(given))
+    expected = VisionEncoder.from_tensors(
+        {name: 0.9 * tensor for name, tensor in tensors}, encoder.config, encoder.image_config,
+        device="cpu",
+    )  # fmt: skip
+    assert torch.equal(after, expected.encode_pixels(given["pixel_values"], GRIDS))
+    assert not torch.equal(after, before)
+    assert all(not parameter.is_meta for parameter in model.parameters())
+
+
 def test_the_tower_is_prepared_before_its_first_call_alone(
     encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,38 @@ class TheirModel(nn.Module):
         return loaded
 
 
+def reload_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """vLLM's `reload_weights`: returns the layers of which it warns "Failed to load weights".
+
+    Until the end, tensors without memory stand in for all parameters but those named "bias".
+    Source: vllm/model_executor/model_loader/reload/layerwise.py of 0.32.0.
+    """
+    kept = [
+        (layer, name, parameter)
+        for layer in model.modules()
+        for name, parameter in layer.named_parameters(recurse=False)
+        if name != "bias"
+    ]
+    for layer, name, parameter in kept:
+        stand_in = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        layer.register_parameter(name, stand_in)
+    model.load_weights(weights)  # type: ignore[operator]
+    for layer, name, parameter in kept:
+        layer.register_parameter(name, parameter)
+    return [
+        type(layer).__name__
+        for layer, _, parameter in kept
+        if getattr(parameter, "weight_loader_numel", parameter.numel())
+    ]
+
+
+@dataclass
+class LayerReloadingInfo:
+    """vLLM 0.32's, as far as the plugin looks at it."""
+
+    kernel_non_persistent_buffers: set[str] = field(default_factory=set)
+
+
 @dataclass
 class Limits:
     """The engine's limits of images and videos in a prompt."""
@@ -141,6 +173,9 @@ def install(monkeypatch: pytest.MonkeyPatch, *, version: str = "0.32.0", names: 
             "ModelRegistry": SimpleNamespace(register_model=registered.__setitem__),
         },
         "vllm.model_executor": {"__path__": []},
+        "vllm.model_executor.model_loader": {"__path__": []},
+        "vllm.model_executor.model_loader.reload": {"__path__": []},
+        "vllm.model_executor.model_loader.reload.types": {"LayerReloadingInfo": LayerReloadingInfo},
         "vllm.model_executor.models": {"__path__": []},
         "vllm.model_executor.models.qwen2_5_vl": {
             "Qwen2_5_VLForConditionalGeneration": model,

@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_vit.common.strict_json import is_number
-from qwen_vit.errors import ArgumentError, ExportError, plural
-from qwen_vit.features import AnyFeatures, check_features
-from qwen_vit.integrations.rows import rows_and_grids
+from qwen_vit.features import AnyFeatures
+from qwen_vit.integrations.rows import check_modalities
 
-__all__ = ["check_modalities", "to_base64", "to_vllm", "to_vllm_chat_part"]
-
-Rows = tuple[list[Tensor], Tensor]  # each item's merged rows, and all grids (N, 3)
+__all__ = ["to_base64", "to_vllm", "to_vllm_chat_part"]
 
 
 def to_vllm(
@@ -100,52 +96,6 @@ def to_vllm_chat_part(
 def _part(kind: str, **tensors: Tensor) -> dict[str, Any]:
     content = {name: to_base64(tensor) for name, tensor in tensors.items()}
     return {"type": f"{kind}_embeds", f"{kind}_embeds": content}
-
-
-def check_modalities(
-    features: AnyFeatures,
-    videos: AnyFeatures,
-    second_per_grid_ts: Sequence[float],
-    width: int | None = None,
-) -> tuple[Rows | None, Rows | None]:
-    """The rows and grids of pictures and of videos, each None if there are none.
-
-    Raises ArgumentError and ExportError as `to_vllm` says: an engine that is given any of this
-    stops for everybody.
-    """
-    pictures, clips = check_features(features), check_features(videos)
-    seconds = list(second_per_grid_ts)
-    if len(seconds) != len(clips):
-        raise ArgumentError(
-            f"second_per_grid_ts has {plural(len(seconds), 'value')} for "
-            f"{plural(len(clips), 'video')}",
-            expected="one for each video",
-            remedy="pass 2 / (frames per second) of each",
-        )
-    for value in seconds:
-        if not is_number(value) or value <= 0:
-            raise ArgumentError(f"second_per_grid_ts holds {value!r}", expected="seconds above 0")
-    rows, grids = rows_and_grids([*pictures, *clips])
-    if width is not None and rows[0].shape[1] != width:
-        raise ExportError(
-            f"its features are {rows[0].shape[1]} wide",
-            name=[*pictures, *clips][0].id,
-            expected=f"{width}, the language model's width",
-            remedy="encode it with the model that the engine serves",
-        )
-    n = len(pictures)
-    for image, (t, _, _) in zip(pictures, grids[:n].tolist(), strict=True):
-        if t != 1:
-            raise ArgumentError(
-                f"its grid has {t} steps in time",
-                name=image.id,
-                expected="a picture, which has one",
-                remedy="pass a video by videos=, with its second_per_grid_ts=",
-            )
-    return (
-        (rows[:n], grids[:n]) if pictures else None,
-        (rows[n:], grids[n:]) if clips else None,
-    )
 
 
 def _joined(rows: list[Tensor]) -> Tensor:

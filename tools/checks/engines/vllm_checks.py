@@ -95,11 +95,14 @@ def by_plugin(context: Context) -> dict[str, str]:
 
 
 def in_process(
-    context: Context, *, scenario: str, plugin: bool = False, **more: str
+    context: Context, *, scenario: str, plugin: bool = False, two_processes: bool = False
 ) -> list[Result]:
     """A scenario of `vllm_child` in one engine, whose tower is checked."""
     name = f"{'plugin-' if plugin else ''}{scenario}"
-    variables = {**(by_plugin(context) if plugin else {}), **more}
+    variables = {
+        **(by_plugin(context) if plugin else {}),
+        **(TWO_PROCESSES if two_processes else {}),
+    }
     context.run_child(CHILD, scenario, name, **IN_PROCESS, **variables)
     label = PLUGIN if plugin else ""
     results = context.compare(name, lambda way: way if way == "control" else f"{label}{way}")
@@ -296,9 +299,9 @@ SCENARIOS: dict[str, Scenario] = {
     "plugin-server": partial(server, plugin=True),
     "plugin-producer": producer,
     "plugin-updates": updates,
-    "plugin-parallel": partial(in_process, scenario="parallel", plugin=True, **TWO_PROCESSES),
+    "plugin-parallel": partial(in_process, scenario="parallel", plugin=True, two_processes=True),
     "plugin-parallel-data": partial(
-        in_process, scenario="parallel-data", plugin=True, **TWO_PROCESSES
+        in_process, scenario="parallel-data", plugin=True, two_processes=True
     ),
 }
 

@@ -1,0 +1,129 @@
+"""Features of videos in transformers: the answers that its models give to the videos' rows."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen_vit.compare.tolerance import relative_error
+from qwen_vit.downstream import expand_placeholders, to_hf
+from qwen_vit.errors import ArgumentError
+from qwen_vit.features import ImageFeatures
+from tests.support.fake_engines import SPECIAL
+from tests.support.features import features_with_grids
+from tests.support.hf_models import FAMILIES, IMAGE, VIDEO, make_model
+from tests.support.hf_setting import greedy
+from tests.support.towers import assert_no_worse_than, random_rows
+
+PICTURE, CLIPS = (1, 4, 6), ((3, 4, 6), (2, 8, 4))
+SECONDS = [0.5, 1.0]
+START, END = SPECIAL["<|vision_start|>"], SPECIAL["<|vision_end|>"]
+TOKEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+
+
+def n_tokens(grid: tuple[int, int, int]) -> int:
+    t, h, w = grid
+    return t * h * w // 4
+
+
+def prompt() -> Tensor:
+    """A video, a picture, a video."""
+    ids = [20]
+    for token, grid in ((VIDEO, CLIPS[0]), (IMAGE, PICTURE), (VIDEO, CLIPS[1])):
+        ids += [START, *n_tokens(grid) * [token], END, 21]
+    return torch.tensor([ids])
+
+
+def rows_of(*grids: tuple[int, int, int], seed: int) -> Tensor:
+    return random_rows(4 * sum(map(n_tokens, grids)), seed)
+
+
+class Asked:
+    """A model, its own answer to rows, and our features of the same rows."""
+
+    def __init__(self, family: str, folder: Any) -> None:
+        self.model, encoder = make_model(family, folder)
+        self.wants_types = FAMILIES[family].wants_token_types
+        ids = prompt()
+        self.text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        image, video = rows_of(PICTURE, seed=0), rows_of(*CLIPS, seed=1)
+        seconds = "second_per_grid_ts" if self.wants_types else "video_second_per_grid"
+        self.rows = {
+            "pixel_values": image,
+            "image_grid_thw": torch.tensor([PICTURE]),
+            "pixel_values_videos": video,
+            "video_grid_thw": torch.tensor(CLIPS),
+            seconds: torch.tensor(SECONDS),
+        }
+        if self.wants_types:
+            self.rows["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+        self.picture = ImageFeatures(
+            "a.jpg", encoder.encode_patches(image, torch.tensor([PICTURE])), PICTURE
+        )
+        parts = encoder.encode_patches(video, torch.tensor(CLIPS)).split([*map(n_tokens, CLIPS)])
+        self.clips = [
+            ImageFeatures(f"{i}.mp4", part, grid)
+            for i, (part, grid) in enumerate(zip(parts, CLIPS, strict=True))
+        ]
+
+    def features(self, **changes: Any) -> dict[str, Any]:
+        given = {"videos": self.clips, "second_per_grid_ts": SECONDS, **changes}
+        return to_hf(
+            self.picture, self.text["input_ids"], mm_token_type_ids=self.wants_types,
+            **TOKEN_IDS, **given,
+        )  # fmt: skip
+
+    def logits(self, arguments: dict[str, Any], model: Any = None) -> Tensor:
+        with torch.no_grad():
+            return (model or self.model)(**self.text, **arguments, use_cache=False).logits
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    return Asked(request.param, tmp_path_factory.mktemp("model"))
+
+
+def test_features_of_videos_give_the_answer_of_the_models_own_tower(asked: Asked) -> None:
+    """Tokens to the last; logits within twice the distance of transformers' own from float64."""
+    ours = asked.features()
+    doubled = {k: v.double() if v.is_floating_point() else v for k, v in asked.rows.items()}
+    exact = asked.logits(doubled, copy.deepcopy(asked.model).double())
+    assert_no_worse_than(asked.logits(ours), asked.logits(asked.rows), exact, factor=2)
+    assert greedy(asked.model, **asked.text, **ours) == greedy(
+        asked.model, **asked.text, **asked.rows
+    )
+
+
+@pytest.mark.parametrize("fault", ["rows backwards", "other seconds"])
+def test_the_comparison_sees_a_fault(asked: Asked, fault: str) -> None:
+    clips = [replace(clip, embeds=clip.embeds.flip(0)) for clip in asked.clips]
+    changes = {"rows backwards": {"videos": clips}, "other seconds": {"second_per_grid_ts": [2, 1]}}
+    logits = asked.logits(asked.features(**changes[fault]))
+    assert relative_error(logits, asked.logits(asked.rows)) > 1e-2
+
+
+def test_tokens_that_do_not_fit_the_videos_are_refused(asked: Asked) -> None:
+    words = r"2 runs of the video token .*\[18, 16\]\. Expected \[16, 18\], .* each video\. Expand"
+    with pytest.raises(ArgumentError, match=words):
+        asked.features(videos=asked.clips[::-1])
+    with pytest.raises(ArgumentError, match=r"2 runs of the video token .*Expected \[\]"):
+        asked.features(videos=[], second_per_grid_ts=[])
+
+
+def test_videos_need_an_argument_of_their_own_and_their_seconds() -> None:
+    clip = features_with_grids((2, 4, 4))
+    with pytest.raises(ArgumentError, match=r"2 steps in time.* Pass a video by videos="):
+        to_hf(clip)
+    with pytest.raises(ArgumentError, match=r"second_per_grid_ts has 0 values for 1 video"):
+        to_hf(videos=clip)
+
+
+def test_placeholders_of_images_and_videos_are_repeated_each_by_its_own_grids() -> None:
+    text = "<|video_pad|>a<|image_pad|>b<|video_pad|>"
+    made = expand_placeholders(text, [(1, 2, 4)], video_grids=[(2, 2, 2), (1, 2, 6)])
+    assert made == "a".join(("<|video_pad|>" * 2, "<|image_pad|>" * 2)) + "b" + "<|video_pad|>" * 3
+    with pytest.raises(ArgumentError, match=r"2 <\|video_pad\|> for 0 videos\. Expected one per"):
+        expand_placeholders(text, [(1, 2, 4)])
