@@ -27,6 +27,7 @@ import click
 from tools.checks.engines import sglang_checks, vllm_checks
 from tools.checks.engines.answers import TOLERANCE, Result, as_json, plain, table
 from tools.checks.engines.context import Context, Scenario
+from tools.checks.engines.cpu_time import adopt_orphans, cpu_s
 from tools.checks.engines.environment import Environment, prepare
 from tools.checks.engines.reference import reference_answers
 from tools.checks.engines.small_model import write_model
@@ -81,6 +82,7 @@ def main(
     as_one_json: bool, ledger: Path | None, commit: str,
 ) -> None:  # fmt: skip
     """Prepare, answer, compare, and print."""
+    adopt_orphans()
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(143)
     )  # and engines are stopped on the way out
@@ -91,7 +93,7 @@ def main(
     chosen = list(ENGINES) if engine == "all" else [engine]
     failed = False
     for name in chosen:
-        checks, started = ENGINES[name], time.perf_counter()
+        checks, started, cpu_before = ENGINES[name], time.perf_counter(), cpu_s()
         if unknown := set(only) - set(checks.SCENARIOS):
             names = ", ".join(checks.SCENARIOS)
             raise click.UsageError(f"--only {min(unknown)}: the scenarios of {name} are {names}")
@@ -122,6 +124,7 @@ def main(
             scenarios=list(scenarios), lines=len(results),
             largest_distance=four_digits(max(compared, default=0.0)),
             build_s=round(environment.built_in_s), total_s=round(time.perf_counter() - started),
+            cpu_s=round(cpu_s() - cpu_before),
         )  # fmt: skip
         append_row(row, ledger)
         click.echo(json.dumps({**row, "results": as_json(results)}))

@@ -1,0 +1,22 @@
+"""CPU seconds of the engines' processes: on a shared machine the clock says little."""
+
+import ctypes
+import os
+import resource
+from contextlib import suppress
+
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+def adopt_orphans() -> None:
+    """Become the parent of processes whose own parent ends, so that their time counts here."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def cpu_s() -> float:
+    """The user and system time of all processes that were started and have ended."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
