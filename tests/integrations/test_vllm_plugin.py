@@ -76,11 +76,14 @@ def test_nothing_changes_until_it_is_asked_for(
 
 @pytest.mark.parametrize("plugins", ["qwen_vit", "other, qwen_vit"])
 def test_it_replaces_one_model_by_its_name_and_imports_nothing_yet(
-    plugins: str, monkeypatch: pytest.MonkeyPatch
+    plugins: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Others, such as Qwen2-VL and Qwen3-VL, keep their towers, and one line says so."""
     registered = fake_vllm.install(monkeypatch)
     monkeypatch.setenv("VLLM_PLUGINS", plugins)
-    register()
+    with caplog.at_level(logging.INFO, "vllm.qwen_vit"):
+        register()
+    assert caplog.text.count("Other models keep their own vision towers") == 1
     register()  # vLLM calls it more than once in some processes
     assert registered == {ARCHITECTURE: f"{OUR_MODULE}:{ARCHITECTURE}"}
     assert OUR_MODULE not in sys.modules

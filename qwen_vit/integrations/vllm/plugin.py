@@ -26,9 +26,9 @@ def register() -> None:
     is built, and nowhere else.
     """
     asked = [name.strip() for name in os.environ.get("VLLM_PLUGINS", "").split(",")]
+    # vLLM 0.32 loads plugins before it sets up its logging: Python prints warnings only
+    level = logging.INFO if logger.isEnabledFor(logging.INFO) else logging.WARNING
     if NAME not in asked:
-        # vLLM 0.32 loads plugins before it sets up its logging: Python prints warnings only
-        level = logging.INFO if logger.isEnabledFor(logging.INFO) else logging.WARNING
         logger.log(
             level,
             "qwen_vit is installed and not used. Set VLLM_PLUGINS=%s to run its vision tower.",
@@ -40,4 +40,5 @@ def register() -> None:
         return
     from vllm import ModelRegistry
 
+    logger.log(level, "qwen_vit waits for a Qwen2.5-VL. Other models keep their own vision towers.")
     ModelRegistry.register_model(ARCHITECTURE, f"{OUR_MODULE}:{ARCHITECTURE}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from random import Random
 from shutil import copytree
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,6 +24,16 @@ def write_model_with(work: Path, name: str, tensors: dict[str, Tensor]) -> None:
     folder = work / name
     copytree(work / "model", folder, dirs_exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_unfit(work: Path) -> None:
+    """Write copies that our tower refuses: WORK/quantised and WORK/incomplete."""
+    tensors = load_file(work / "model" / "model.safetensors")
+    weight = "visual.blocks.1.mlp.down_proj.weight"
+    quantised = tensors[weight].clamp(-400, 400).to(torch.float8_e4m3fn)
+    write_model_with(work, "quantised", {**tensors, weight: quantised})
+    fewer = {name: tensor for name, tensor in tensors.items() if name != weight}
+    write_model_with(work, "incomplete", fewer)
 
 
 def pieces(work: Path) -> list[list[tuple[str, Tensor]]]:

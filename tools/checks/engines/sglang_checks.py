@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from tools.checks.engines.answers import TOLERANCE, Result, compare, plain
 from tools.checks.engines.cases import CASES, NEW_TOKENS, PICTURES, Case
-from tools.checks.engines.changed import Changed, write_model_with
+from tools.checks.engines.changed import Changed, write_unfit
 from tools.checks.engines.context import Context, Scenario
 from tools.checks.engines.environment import Recipe
 from tools.checks.engines.server import (
@@ -106,12 +105,7 @@ def video_features(context: Context) -> list[Result]:
 
 def refusals(context: Context) -> list[Result]:
     """What our tower cannot run is refused while the engine starts, with the reason."""
-    tensors = load_file(context.work / "model" / "model.safetensors")
-    weight = "visual.blocks.1.mlp.down_proj.weight"
-    quantised = tensors[weight].clamp(-400, 400).to(torch.float8_e4m3fn)
-    write_model_with(context.work, "quantised", {**tensors, weight: quantised})
-    fewer = {name: tensor for name, tensor in tensors.items() if name != weight}
-    write_model_with(context.work, "incomplete", fewer)
+    write_unfit(context.work)
     results = []
     for scenario, expected in (
         ("float16", "float16"),

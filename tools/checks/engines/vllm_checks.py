@@ -31,7 +31,7 @@ from tools.checks.engines.cases import (
     Case,
     case,
 )
-from tools.checks.engines.changed import Changed
+from tools.checks.engines.changed import Changed, write_unfit
 from tools.checks.engines.context import Context, Scenario
 from tools.checks.engines.environment import Recipe
 from tools.checks.engines.features import encoder, features
@@ -286,6 +286,28 @@ def updates(context: Context) -> list[Result]:
     ]
 
 
+def refusals(context: Context) -> list[Result]:
+    """What our tower cannot run is refused while the engine starts, with the reason."""
+    write_unfit(context.work)
+    context.run_child(CHILD, "refusals", "plugin-refusals", **IN_PROCESS, **by_plugin(context))
+    facts = context.facts("plugin-refusals")
+    results = []
+    for name, expected in REFUSALS.items():
+        ours = [error for error in facts[name] if expected in error]
+        fact = ours[0] if ours else f"{expected!r} not in {facts[name]}"
+        results.append(plain("our tower by plugin: refusals", name, bool(ours), fact))
+    return results
+
+
+REFUSALS = {  # what an engine is started with, and what its error says
+    "float16": "dtype float16 is refused",
+    "cudagraph_mm_encoder": "qwen_vit does not run with cudagraph_mm_encoder",
+    "compile_mm_encoder": "qwen_vit does not run with compile_mm_encoder",
+    "enable_tower_connector_lora": "qwen_vit does not run with enable_tower_connector_lora",
+    "quantised": "quantised or of another type",
+    "incomplete": "tensors of the vision tower were not loaded",
+}
+
 SCENARIOS: dict[str, Scenario] = {
     "offline": partial(in_process, scenario="offline"),
     "prefix-cache": partial(in_process, scenario="prefix-cache"),
@@ -298,6 +320,7 @@ SCENARIOS: dict[str, Scenario] = {
     "plugin-prefix-cache": partial(in_process, scenario="prefix-cache", plugin=True),
     "plugin-server": partial(server, plugin=True),
     "plugin-producer": producer,
+    "plugin-refusals": refusals,
     "plugin-updates": updates,
     "plugin-parallel": partial(in_process, scenario="parallel", plugin=True, two_processes=True),
     "plugin-parallel-data": partial(

@@ -55,7 +55,7 @@ class Engine:
             "enable_prefix_caching": False,
             "enable_mm_embeds": True,
         }
-        return cls(LLM(model=str(work / "model"), **{**settings, **options}))
+        return cls(LLM(**{"model": str(work / "model"), **settings, **options}))
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers of requests that the engine is given together."""
@@ -257,6 +257,35 @@ def parallel(work: Path, mode: str) -> Found:
     return engine.answer("pixels", pixel_request), {"tower": engine.tower()}
 
 
+REFUSED: dict[str, dict[str, Any]] = {
+    "float16": {"dtype": "float16"},
+    "cudagraph_mm_encoder": {"compilation_config": {"cudagraph_mm_encoder": True}},
+    "compile_mm_encoder": {"compilation_config": {"compile_mm_encoder": True}},
+    "enable_tower_connector_lora": {"enable_lora": True, "enable_tower_connector_lora": True},
+    "quantised": {"model": "quantised"},
+    "incomplete": {"model": "incomplete"},
+}
+
+
+def refusals(work: Path) -> Found:
+    """What our tower cannot run: the errors with which engines do not start."""
+    found = {}
+    for name, options in REFUSED.items():
+        folder = work / options.get("model", "model")
+        try:
+            Engine.start(work, **{**options, "model": str(folder)})
+        except Exception as error:  # noqa: BLE001  # vLLM raises its own around ours
+            found[name] = [f"{type(each).__name__}: {each}" for each in causes(error)]
+        else:
+            found[name] = []
+    return {}, found
+
+
+def causes(error: BaseException | None) -> list[BaseException]:
+    """An error and those that it was raised from, the first one last."""
+    return [] if error is None else [error, *causes(error.__cause__ or error.__context__)]
+
+
 def nan(work: Path) -> Found:
     """NaN in a request's features, and what shorter requests after it get.
 
@@ -289,6 +318,7 @@ SCENARIOS: dict[str, Callable[[Path], Found]] = {
     "ec-producer": ec_producer,
     "nan": nan,
     "updates": updates,
+    "refusals": refusals,
     "parallel": partial(parallel, mode="weights"),
     "parallel-data": partial(parallel, mode="data"),
 }
