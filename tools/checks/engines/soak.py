@@ -12,7 +12,7 @@ import random
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -118,7 +118,7 @@ def soak(context: Context, n_requests: int, variables: dict[str, str]) -> list[R
         for each in cases
     }
     tally = Counts()
-    memory: dict[int, float] = {}
+    memory: dict[int, dict[str, float]] = {}
     with running_server(
         context, "soak", "--no-enable-prefix-caching", "--mm-processor-cache-gb", "0", **variables
     ) as server:  # without caches every request runs the tower
@@ -224,14 +224,17 @@ def _refuse(server: Server, kind: str, body: bytes, tally: Counts) -> None:
             tally.lost.append(f"{kind}: status {status}: {raw[:200]!r}")
 
 
-def _resting_memory_mb(server: Server) -> float:
-    """What the server's processes hold of their own, when nothing runs."""
+def _resting_memory_mb(server: Server) -> dict[str, float]:
+    """What each of the server's processes holds of its own, when nothing runs."""
     give_up = time.monotonic() + 60
     while _unfinished(server) and time.monotonic() < give_up:
         time.sleep(0.5)
     time.sleep(2)
-    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _is_of(server, path)]
-    return sum(memory_mb(pid)[0] for pid in pids)
+    held: dict[str, float] = defaultdict(float)
+    for path in Path("/proc").glob("[0-9]*"):
+        if _is_of(server, path):
+            held[(path / "comm").read_text().strip()] += memory_mb(int(path.name))[0]
+    return dict(held)
 
 
 def _is_of(server: Server, process: Path) -> bool:
@@ -255,11 +258,17 @@ def _unfinished(server: Server) -> int:
 
 
 def _lines(
-    tally: Counts, memory: dict[int, float], took_s: float, is_alive: bool, unfinished: int
+    tally: Counts,
+    memory: dict[int, dict[str, float]],
+    took_s: float,
+    is_alive: bool,
+    unfinished: int,
 ) -> list[Result]:
     (warm, first), *_, (end, last) = memory.items()
-    growth_kb = 1024 * (last - first) / (end - warm)
-    course = ", ".join(f"{mb:.0f}" for mb in memory.values())
+    grown_kb = {name: 1024 * (last[name] - first.get(name, 0)) / (end - warm) for name in last}
+    growth_kb = sum(grown_kb.values())
+    course = ", ".join(f"{sum(held.values()):.0f}" for held in memory.values())
+    of_each = ", ".join(f"{name} {kb:.1f}" for name, kb in sorted(grown_kb.items()))
     refused = sum(tally.refused.values())
     answered = tally.right + len(tally.wrong)
     n_done = answered + tally.cancelled + refused
@@ -276,6 +285,6 @@ def _lines(
         plain("soak", "unfinished in the end", unfinished == 0, str(unfinished)),
         plain(
             "soak", "memory", growth_kb <= MAX_GROWTH_KB,
-            f"{course} MB after each {warm}: {growth_kb:.1f} KB a request",
+            f"{course} MB after each {warm}: {growth_kb:.1f} KB a request ({of_each})",
         ),
     ]  # fmt: skip
