@@ -305,7 +305,7 @@ REFUSALS = {  # what an engine is started with, and what its error says
     "compile_mm_encoder": "qwen_vit does not run with compile_mm_encoder",
     "enable_tower_connector_lora": "qwen_vit does not run with enable_tower_connector_lora",
     "quantised": "quantised or of another type",
-    "incomplete": "tensors of the vision tower were not loaded",
+    "incomplete": "weights were not initialized from checkpoint",  # vLLM's own words
 }
 
 SCENARIOS: dict[str, Scenario] = {
