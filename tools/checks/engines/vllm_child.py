@@ -254,7 +254,8 @@ def parallel(work: Path, mode: str) -> Found:
     engine = Engine.start(
         work, tensor_parallel_size=2, mm_encoder_tp_mode=mode, enable_mm_embeds=False
     )
-    return engine.answer("pixels", pixel_request), {"tower": engine.tower()}
+    found = engine.answer(f"2 processes, {mode}", pixel_request)
+    return found, {"tower": engine.tower()}
 
 
 REFUSED: dict[str, dict[str, Any]] = {
