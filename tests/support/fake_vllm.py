@@ -91,8 +91,8 @@ def reload_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> l
         if name != "bias"
     ]
     for layer, name, parameter in kept:
-        stand_in = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-        layer.register_parameter(name, stand_in)
+        empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        layer.register_parameter(name, empty)
     model.load_weights(weights)  # type: ignore[operator]
     for layer, name, parameter in kept:
         layer.register_parameter(name, parameter)
