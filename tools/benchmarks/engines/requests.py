@@ -4,12 +4,10 @@ import base64
 import io
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,157 +17,133 @@ from urllib.request import Request, urlopen
 
 import click
 
-from tools.benchmarks.engines.workloads import picture
+from tools.benchmarks.engines.workloads import picture, request_sizes
+from tools.checks.engines.server import ANSWER_S, CHAT, MODEL, Server, serving
+from tools.common import ROOT
 
-SIDES_PX = (448, 896, 1344)
-N_ALONE, N_LOAD, AT_ONCE = 10, 64, 16
-START_LIMIT_S = 240
+Size = tuple[int, int]  # width and height in pixels
 Part = dict[str, Any]
+N_ALONE, N_LOAD, ROUNDS, AT_ONCE = 10, 48, 3, 16
+SIZES: dict[str, tuple[Size, ...]] = {
+    **{f"{side} x {side}": ((side, side),) for side in (448, 896, 1344)},
+    "mixed": request_sizes(),
+}
 
 
-def picture_part(side: int, seed: int) -> Part:
-    """A picture as JPEG, as a client sends it."""
+def jpeg(size: Size, seed: int) -> bytes:
+    """A picture as a client has it: a JPEG file."""
     file = io.BytesIO()
-    picture(side, side, seed).save(file, "JPEG", quality=90)
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
+    picture(*size, seed).save(file, "JPEG", quality=90)
+    return file.getvalue()
 
 
-def feature_parts(folder: Path, side: int, seeds: list[int]) -> tuple[list[Part], float]:
-    """The same pictures encoded beforehand, and the seconds that `encode` took for them."""
-    from qwen_vit import VisionEncoder
-    from qwen_vit.integrations.vllm import to_vllm_chat_part
+def picture_parts(jpegs: Sequence[bytes]) -> list[Part]:
+    """Parts of messages with the pictures as data URLs."""
+    texts = [base64.b64encode(each).decode("ascii") for each in jpegs]
+    urls = [{"url": f"data:image/jpeg;base64,{text}"} for text in texts]
+    return [{"type": "image_url", "image_url": url} for url in urls]
 
-    encoder = VisionEncoder.from_pretrained(folder / "small")
-    pictures = []
-    for seed in seeds:
-        file = io.BytesIO()
-        picture(side, side, seed).save(file, "JPEG", quality=90)
-        pictures.append(file.getvalue())
-    encoder.encode(pictures[:8])
-    started = time.perf_counter()
-    features = encoder.encode(pictures)
-    took = time.perf_counter() - started
-    return to_vllm_chat_part(features), took
+
+def body_of(part: Part) -> bytes:
+    """A request with one picture, or its features, that asks for one token."""
+    content = [part, {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "user", "content": content}]
+    body = {"model": MODEL, "max_tokens": 1, "temperature": 0, "messages": messages}
+    return json.dumps(body).encode()
 
 
 @contextmanager
-def server(folder: Path, log: Path, *, plugin: bool, embeds: bool) -> Iterator[str]:
-    """vLLM's API server with the large model on loopback; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def server(folder: Path, log: Path, *, plugin: bool, embeds: bool) -> Iterator[Server]:
+    """vLLM's API server with the large model; a fifth of the GPU stays free for our encoder."""
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model",
-        str(folder / "large"), "--load-format", "dummy", "--dtype", "bfloat16", "--port", str(port),
-        "--host", "127.0.0.1", "--max-model-len", "16384", "--max-num-batched-tokens", "16384",
+        str(folder / "large"), "--load-format", "dummy", "--dtype", "bfloat16",
+        "--max-model-len", "16384", "--max-num-batched-tokens", "16384",
         "--gpu-memory-utilization", "0.8" if embeds else "0.9", "--no-enable-prefix-caching",
         "--mm-processor-cache-gb", "0", "--limit-mm-per-prompt", '{"image": 4, "video": 1}',
-        "--served-model-name", "model", *(["--enable-mm-embeds"] if embeds else []),
+        "--served-model-name", MODEL, *(["--enable-mm-embeds"] if embeds else []),
     ]  # fmt: skip
-    environment = {**os.environ, "VLLM_PLUGINS": "qwen_vit" if plugin else ""}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    with open(log, "w") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            address = f"http://127.0.0.1:{port}"
-            _wait(address, process, log)
-            yield address
-        finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    variables = {**os.environ, "VLLM_PLUGINS": "qwen_vit" if plugin else ""}
+    variables.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    with serving(command, log, variables, ROOT) as running:
+        yield running
 
 
-def _wait(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    until = time.monotonic() + START_LIMIT_S
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            tail = "\n".join(log.read_text().splitlines()[-30:])
-            raise click.ClickException(f"the server ended with {process.returncode}:\n{tail}")
-        try:
-            with urlopen(f"{address}/health", timeout=2):
-                return
-        except OSError:
-            time.sleep(1)
-    raise click.ClickException(f"the server is not ready after {START_LIMIT_S} s: see {log}")
-
-
-def ask(address: str, part: Part) -> float:
-    """Seconds until the one token of a request with a picture or features has come."""
-    content = [part, {"type": "text", "text": "What is it?"}]
-    messages = [{"role": "user", "content": content}]
-    body = {"model": "model", "max_tokens": 1, "temperature": 0, "messages": messages}
-    request = Request(
-        f"{address}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
+def ask(address: str, body: bytes) -> float:
+    """Seconds until the one token of a request has come."""
+    request = Request(address, body, {"Content-Type": "application/json"})
     started = time.perf_counter()
     try:
-        with urlopen(request, timeout=120) as response:
+        with urlopen(request, timeout=ANSWER_S) as response:
             response.read()
     except HTTPError as error:
         raise click.ClickException(f"{error.code}: {error.read()[:500]!r}") from None
     return time.perf_counter() - started
 
 
-def _measure(address: str, parts: Callable[[int, list[int]], list[Part]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for side in SIDES_PX:
-        alone = [ask(address, part) for part in parts(side, list(range(N_ALONE)))]
-        load = parts(side, list(range(1000, 1000 + N_LOAD)))
+def measure_sizes(
+    address: str, sizes: Sequence[Size], to_parts: Callable[[Sequence[bytes]], list[Part]]
+) -> dict[str, float]:
+    """Requests one after the other, then many at once, with pictures that never repeat."""
+    seeds = iter(range(1_000_000))
+
+    def bodies(n: int) -> tuple[list[bytes], float]:
+        jpegs = [jpeg(sizes[i % len(sizes)], next(seeds)) for i in range(n)]
+        started = time.perf_counter()
+        parts = to_parts(jpegs)
+        return [body_of(part) for part in parts], time.perf_counter() - started
+
+    alone = [ask(address, body) for body in bodies(N_ALONE)[0]]
+    rates, with_parts = [], []
+    for _ in range(ROUNDS):
+        load, made_s = bodies(N_LOAD)
         started = time.perf_counter()
         with ThreadPoolExecutor(AT_ONCE) as clients:
-            list(clients.map(lambda part: ask(address, part), load))
+            list(clients.map(lambda body: ask(address, body), load))
         took = time.perf_counter() - started
-        found[str(side)] = {
-            "alone_ms": 1000 * statistics.median(alone[2:]),
-            "first_ms": 1000 * alone[0],
-            "images_per_s": N_LOAD / took,
-        }
-    return found
+        rates.append(N_LOAD / took)
+        with_parts.append(N_LOAD / (took + made_s))
+    return {
+        "first_ms": 1000 * alone[0],
+        "alone_ms": 1000 * statistics.median(alone[2:]),
+        "images_per_s": statistics.median(rates),
+        "images_per_s_parts_included": statistics.median(with_parts),
+    }
 
 
 def measure(folder: Path, way: str) -> dict[str, Any]:
-    """Time to the first token alone, and images a second under load, by side in pixels."""
+    """Time to the first token alone, and images a second under load, for each of SIZES.
+
+    With features, "parts included" counts the encoding as well, which comes before the requests.
+    """
     log = folder / f"server-{way}.log"
-    encode_s: dict[str, float] = {}
+    to_parts = picture_parts
+    if way == "features":
+        from qwen_vit import VisionEncoder
+        from qwen_vit.integrations.vllm import to_vllm_chat_part
 
-    def pictures(side: int, seeds: list[int]) -> list[Part]:
-        return [picture_part(side, seed) for seed in seeds]
+        encoder = VisionEncoder.from_pretrained(folder / "small")
 
-    def features(side: int, seeds: list[int]) -> list[Part]:
-        made, took = feature_parts(folder, side, seeds)
-        encode_s[str(side)] = took
-        return made
+        def to_parts(jpegs: Sequence[bytes]) -> list[Part]:
+            return to_vllm_chat_part(encoder.encode(list(jpegs)))
 
     started = time.perf_counter()
-    with server(folder, log, plugin=way == "plugin", embeds=way == "features") as address:
-        ready = time.perf_counter() - started
-        found = _measure(address, features if way == "features" else pictures)
-    for side, took in encode_s.items():  # of the load's pictures: encoding and then asking
-        asked = N_LOAD / found[side]["images_per_s"]
-        found[side]["images_per_s_with_encode"] = N_LOAD / (asked + took)
-    return {"ready_s": ready, **found}
+    with server(folder, log, plugin=way == "plugin", embeds=way == "features") as running:
+        found: dict[str, Any] = {"ready_s": time.perf_counter() - started}
+        address = f"http://127.0.0.1:{running.port}{CHAT}"
+        for name, sizes in SIZES.items():
+            found[name] = measure_sizes(address, sizes, to_parts)
+            click.echo(f"{way:10}{name:12} {found[name]}")
+    return found
 
 
 def as_table(results: dict[str, dict[str, Any]]) -> str:
-    """The figures of `measure`, one line for each way and side."""
-    lines = [f"{'way':10} {'side':>5} {'alone ms':>9} {'first ms':>9} {'images/s':>9}"]
-    for way, found in results.items():
-        for side in map(str, SIDES_PX):
-            row = found[side]
-            lines.append(
-                f"{way:10} {side:>5} {row['alone_ms']:9.1f} {row['first_ms']:9.1f} "
-                f"{row['images_per_s']:9.1f}"
-                + (
-                    f"  with encode {row['images_per_s_with_encode']:.1f}"
-                    if "images_per_s_with_encode" in row
-                    else ""
-                )
-            )
+    """The figures of `measure`, one line for each way and size."""
+    lines = [f"{'way':10}{'pictures':13}{'alone ms':>9}{'images/s':>10}{'parts included':>16}"]
+    lines += [
+        f"{way:10}{name:13}{found[name]['alone_ms']:9.1f}{found[name]['images_per_s']:10.1f}"
+        f"{found[name]['images_per_s_parts_included']:16.1f}"
+        for way, found in results.items()
+        for name in SIZES
+    ]
     return "\n".join(lines)

@@ -101,17 +101,30 @@ def running_module(
     Raises:
         RuntimeError: it ends, or does not answer within START_S.
     """
+    whole = [str(context.environment.python), "-m", *command]
+    with serving(
+        whole, context.log(name), context.environment.variables(**variables), context.work
+    ) as server:
+        yield server
+
+
+@contextmanager
+def serving(
+    command: Sequence[str], log: Path, variables: dict[str, str], folder: Path
+) -> Iterator[Server]:
+    """Run a server's command on a free port of loopback; wait for it, and stop it in the end.
+
+    Raises:
+        RuntimeError: it ends, or does not answer within START_S.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = context.log(name)
-    whole = [
-        str(context.environment.python), "-m", *command, "--host", "127.0.0.1", "--port", str(port),
-    ]  # fmt: skip
+    whole = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            whole, cwd=context.work, env=context.environment.variables(**variables), stdout=file,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            whole, cwd=folder, env=variables, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
         )  # fmt: skip
     server = Server(port, process, log)
     try:
