@@ -250,3 +250,39 @@ def test_the_tower_is_prepared_before_its_first_call_alone(
     model._process_image_input(given)
     model._process_image_input(given)
     assert seen == [([torch.uint8, torch.float32], 40)]
+
+
+@pytest.mark.parametrize("is_asked_first", [False, True])
+@pytest.mark.parametrize("is_skipped", [False, True])
+def test_the_tower_belongs_to_a_measurement_that_runs_the_language_model_alone(
+    is_asked_first: bool, is_skipped: bool, encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM 0.25's second model runner: else the first request compiles, and has no memory."""
+    fake_vllm.install(monkeypatch)
+    model = loaded_model(Config(encoder, limits=fake_vllm.Limits(skip_mm_profiling=is_skipped)))
+    called: list[torch.Size] = []
+
+    def forward(rows: torch.Tensor, grid_thw: Any) -> torch.Tensor:
+        assert len(rows) == sum(t * h * w for t, h, w in grid_thw)
+        called.append(rows.shape)
+        return torch.empty(len(rows) // 4, 1)
+
+    monkeypatch.setattr(model.visual, "prepare", lambda dtypes, largest: 0)
+    monkeypatch.setattr(model.visual, "forward", forward)
+    monkeypatch.setattr(EngineTower, "device", torch.device("meta"))  # not a CPU
+    if is_asked_first:
+        model._process_image_input({"pixel_values": pixels(still=True), "image_grid_thw": GRIDS})
+    seen = len(called)
+    model()
+    model()
+    own = [] if is_asked_first or is_skipped else [torch.Size((22 * 22, 1176))]
+    assert called[seen:] == own  # 121 of BUDGET's 130 tokens
+
+
+def test_nothing_is_compiled_for_a_measurement_on_a_cpu(
+    encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_vllm.install(monkeypatch)
+    model = loaded_model(Config(encoder))
+    monkeypatch.setattr(model.visual, "forward", lambda *_: pytest.fail("called"))
+    model()

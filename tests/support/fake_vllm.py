@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qwen_vit import VisionEncoder
 
 OUR_MODULE = "qwen_vit.integrations.vllm.model"
+BUDGET = 130  # merged tokens that one step of the engine may encode
 
 
 class UnquantizedLinearMethod:
@@ -116,6 +117,7 @@ class Limits:
 
     image: int = 8
     video: int = 8
+    skip_mm_profiling: bool = False
 
     def get_limit_per_prompt(self, kind: str) -> int:
         return int(getattr(self, kind))
@@ -180,6 +182,10 @@ def install(monkeypatch: pytest.MonkeyPatch, *, version: str = "0.32.0", names: 
         "vllm.model_executor.models.qwen2_5_vl": {
             "Qwen2_5_VLForConditionalGeneration": model,
             "Qwen2_5_VisionTransformer": TheirTower,
+        },
+        "vllm.multimodal": {"__path__": [], "MULTIMODAL_REGISTRY": object()},
+        "vllm.multimodal.encoder_budget": {
+            "MultiModalBudget": lambda *_: SimpleNamespace(get_encoder_budget=lambda: BUDGET)
         },
         "vllm.transformers_utils": {"__path__": []},
         "vllm.transformers_utils.processor": {

@@ -36,6 +36,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+FOR_TOWERS = ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_ENABLE_V1_MULTIPROCESSING")  # not a server's
 folder_option = click.option(
     "--folder", type=click.Path(file_okay=False, path_type=Path), required=True,
     help="Where models, figures and logs go: 4 GB.",
@@ -146,7 +147,7 @@ def requests(folder: Path, way: tuple[str, ...], ledger: Path | None, commit: st
         write_small(folder / "small", device)
     torch.cuda.empty_cache()
     write_large(folder / "large")
-    os.environ.update({key: value for key, value in ENVIRONMENT.items() if "MULTI" not in key})
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in FOR_TOWERS})
     found = {name: measure(folder, name) for name in way}
     click.echo(as_table(found))
     row = ledger_row("engines requests", commit, device, PACKAGES, ways=found)

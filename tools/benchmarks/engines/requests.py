@@ -64,7 +64,6 @@ def server(folder: Path, log: Path, *, plugin: bool, embeds: bool) -> Iterator[S
         "--served-model-name", MODEL, *(["--enable-mm-embeds"] if embeds else []),
     ]  # fmt: skip
     variables = {**os.environ, "VLLM_PLUGINS": "qwen_vit" if plugin else ""}
-    variables.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     with serving(command, log, variables, ROOT) as running:
         yield running
 
