@@ -51,6 +51,7 @@ PIXEL_LIMITS = (
     ("min_pixels", ("shortest_edge", "min_pixels"), 3_136),
     ("max_pixels", ("longest_edge", "max_pixels"), 1_003_520),
 )
+MIN_AREA = 28 * 28  # of one token
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PILLOW_BICUBIC = 3
@@ -179,6 +180,18 @@ def image_fields(config: Mapping[str, Any]) -> dict[str, Any]:
             f"size is {short_repr(size)}",
             expected="an object with shortest_edge and longest_edge",
         )
+    known = {key for _, in_size, _ in PIXEL_LIMITS for key in in_size}
+    if size.keys() - known:
+        raise CheckpointError(
+            f"size holds {short_repr(sorted(size))}, as another model's processor has it",
+            expected="shortest_edge and longest_edge, in pixels of area",
+        )
+    for key, value in size.items():
+        if is_integer(value) and value < MIN_AREA:
+            raise CheckpointError(
+                f"size has {key} {value}, which is a length as another model's processor has it",
+                expected="a number of pixels: height x width",
+            )
     fields: dict[str, Any] = {
         "patch_px": stated.get("patch_size", 14),
         "temporal_patch_size": stated.get("temporal_patch_size", 2),

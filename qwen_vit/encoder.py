@@ -87,6 +87,7 @@ class VisionEncoder:
         model: str | os.PathLike[str],
         *,
         revision: str | None = None,
+        subfolder: str | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         token: str | bool | None = None,
@@ -106,6 +107,8 @@ class VisionEncoder:
         Args:
             model: a repository's name such as "Qwen/Qwen2.5-VL-7B-Instruct", a folder, or "tiny".
             revision: a branch, tag or commit of the repository.
+            subfolder: the checkpoint's folder inside the repository or the folder, such as
+                "text_encoder".
             device: "auto" is a GPU if there is one, else the CPU. On a CPU the same Triton kernel
                 runs in Triton's interpreter: correct, but slow.
             dtype: "auto" is bfloat16 on a GPU and float32 on a CPU; float32 on a GPU is IEEE,
@@ -132,6 +135,7 @@ class VisionEncoder:
         source = find_checkpoint(
             model,
             revision=revision,
+            subfolder=subfolder,
             token=token,
             cache_dir=None if cache_dir is None else os.fspath(cache_dir),
             local_files_only=local_files_only,

@@ -382,14 +382,31 @@ def test_an_index_may_only_name_plain_basenames(tmp_path, shard):
     assert "Expected the plain name of a .safetensors file" in message
 
 
-def test_a_shard_that_links_out_of_the_folder_is_refused(tmp_path):
+def test_a_shard_may_be_a_link_of_the_folder_s_owner(tmp_path):
+    """People link 16 GB of weights to change config.json."""
     folder, shard = tmp_path / "folder", "model-00001-of-00002.safetensors"
-    write_checkpoint(folder, SMALL, shards=2)
+    tensors = write_checkpoint(folder, SMALL, shards=2)
     (folder / shard).rename(tmp_path / "elsewhere")
     (folder / shard).symlink_to(tmp_path / "elsewhere")
-    message = refusal(folder)
-    assert f"names the shard {shard}, which is a link out of the folder to {tmp_path}" in message
-    assert "Copy that file into the folder" in message
+    assert_same_tensors(load_checkpoint(folder).tensors, tensors)
+    (folder / shard).unlink()
+    os.mkfifo(tmp_path / "fifo")
+    (folder / shard).symlink_to(tmp_path / "fifo")
+    assert "not a file" in refusal(folder)
+
+
+@pytest.mark.parametrize("below", ["", "text_encoder"])
+def test_a_link_out_of_the_hub_s_cache_is_refused(tmp_path, below):
+    snapshot = tmp_path / "models--x/snapshots/abc" / below
+    shard = "model-00001-of-00002.safetensors"
+    write_checkpoint(snapshot, SMALL, shards=2)
+    (snapshot / shard).rename(tmp_path / "elsewhere")
+    (snapshot / shard).symlink_to(tmp_path / "elsewhere")
+    message = refusal(snapshot)
+    assert (
+        f"names the shard {shard}, which is a link out of the Hub's cache to {tmp_path}" in message
+    )
+    assert "qwen-vit download" in message
 
 
 def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path):

@@ -76,13 +76,14 @@ class Manifest:
         return {**document, "checksum": _checksum(document)}
 
 
-def folder_of(cache: Path, repo: str, commit: str) -> Path:
+def folder_of(cache: Path, repo: str, commit: str, subfolder: str | None = None) -> Path:
     """The folder of a repository's tower at a commit, in a Hub cache.
 
     >>> folder_of(Path("hub"), "Qwen/Qwen2.5-VL-7B-Instruct", "0" * 40).parent.as_posix()
     'hub/models--Qwen--Qwen2.5-VL-7B-Instruct/qwen_vit'
     """
-    return repository_folder(cache, repo) / "qwen_vit" / commit
+    name = f"{commit}--{subfolder.replace('/', '--')}" if subfolder else commit
+    return repository_folder(cache, repo) / "qwen_vit" / name
 
 
 def repository_folder(cache: Path, repo: str) -> Path:

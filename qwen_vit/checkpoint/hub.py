@@ -18,7 +18,7 @@ from qwen_vit.checkpoint.partial_download import Shards, write_tower
 from qwen_vit.checkpoint.published import PACKAGED, did_you_mean, is_path, packaged_weights
 from qwen_vit.checkpoint.ranges import RangesRefusedError, TransferError
 from qwen_vit.checkpoint.repository import NotCachedError, Repository, explain
-from qwen_vit.checkpoint.tower_names import ANCHOR_KEY, tower_prefixes
+from qwen_vit.checkpoint.tower_names import ANCHOR_KEY, plain_name, tower_prefixes
 from qwen_vit.checkpoint.weight_files import (
     ADAPTER_CONFIG,
     INDEX_FILE,
@@ -78,6 +78,7 @@ def find_checkpoint(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    subfolder: str | None = None,
 ) -> Source:
     """Find `model`: the packaged "tiny", a local folder, or a repository on the Hub.
 
@@ -94,6 +95,7 @@ def find_checkpoint(
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
+        subfolder=subfolder,
     ).source
 
 
@@ -105,6 +107,7 @@ def download(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     full: bool = False,
+    subfolder: str | None = None,
 ) -> Download:
     """As `find_checkpoint`, with a report of the bytes.
 
@@ -112,7 +115,8 @@ def download(
     0
 
     A range has no checksum of its own. `full` takes the shards that hold vision tensors whole, and
-    compares them with the Hub's sha256.
+    compares them with the Hub's sha256. `subfolder` is where a folder or a
+    repository of several models has the checkpoint, such as "text_encoder".
     """
     name = os.fsdecode(model)
     is_folder = bool(name) and _is_folder(name)
@@ -129,8 +133,11 @@ def download(
             remedy="leave revision out, or name a repository on the Hub (a folder of its name "
             "hides it)",
         )
+    if subfolder is not None:
+        _check_subfolder(subfolder, name)
     if is_folder:
-        return Download(Source(folder=Path(name), name=name))
+        folder = Path(name, subfolder or "")
+        return Download(Source(folder=folder, name=str(folder) if subfolder else name))
     if name in PACKAGED:
         return Download(Source(folder=packaged_weights() / name, name=name))
     if os.path.exists(name):
@@ -153,7 +160,7 @@ def download(
             expected="a local folder, 'organisation/repository', or 'tiny'",
             remedy=did_you_mean(name),
         )
-    repository = Repository(name, revision, token, cache_dir, local_files_only)
+    repository = Repository(name, revision, token, cache_dir, local_files_only, subfolder)
     try:
         return _download(repository, full)
     except NotCachedError as error:
@@ -162,6 +169,17 @@ def download(
         raise
     except Exception as error:  # each version of the client has its own transport errors
         raise explain(error, repository) from error
+
+
+def _check_subfolder(subfolder: str, name: str) -> None:
+    parts = subfolder.split("/") if isinstance(subfolder, str) else [""]
+    if not all(parts) or {".", ".."} & set(parts) or not subfolder.isprintable():
+        raise ArgumentError(
+            f"subfolder is {subfolder!r}",
+            expected="a folder below the checkpoint's, such as text_encoder",
+        )
+    if name in PACKAGED:
+        raise ArgumentError(f"{name} has no subfolder", remedy="leave subfolder out")
 
 
 def _is_folder(name: str) -> bool:
@@ -215,7 +233,9 @@ def _download(repository: Repository, full: bool) -> Download:
 
 
 def _folder(repository: Repository) -> Path:
-    return cache.folder_of(repository.cache(), repository.name, repository.commit or "")
+    return cache.folder_of(
+        repository.cache(), repository.name, repository.commit or "", repository.subfolder
+    )
 
 
 def _kept(repository: Repository) -> Download | None:
@@ -241,7 +261,7 @@ def _kept(repository: Repository) -> Download | None:
         logger.warning("%s Doing so now.", error)
         cache.discard(folder)
         return None
-    source = Source(folder=folder, name=repository.name, commit=repository.commit)
+    source = Source(folder=folder, name=repository.full_name, commit=repository.commit)
     kept, whole = manifest.files[VISION_FILE]["bytes"], manifest.whole_bytes
     saved = None if whole is None else max(0, whole - kept)
     return Download(source, repository.fetched_bytes, kept, saved, manifest.licence)
@@ -293,7 +313,7 @@ def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
                 f"lists {weights} but returned 404", name=repository.label, remedy="try again"
             )
     shard_of = read_index(index)
-    prefixes = tower_prefixes(shard_of)
+    prefixes = tower_prefixes(map(plain_name, shard_of))
     if not prefixes:
         raise HubError(
             f"names no {ANCHOR_KEY}",
@@ -301,7 +321,9 @@ def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
             expected="a Qwen2.5-VL vision tower",
             remedy="choose a repository that holds one",
         )
-    names = sorted({file for name, file in shard_of.items() if name.startswith(prefixes[0])})
+    names = sorted(
+        {file for name, file in shard_of.items() if plain_name(name).startswith(prefixes[0])}
+    )
     are_cached = all(repository.cached(name) is not None for name in names)
     if not are_cached and WEIGHTS_FILE in (repository.names() or ()):
         return None, [WEIGHTS_FILE]
@@ -321,7 +343,7 @@ def _whole(repository: Repository, index: Path | None, files: list[Path]) -> Dow
     kept = sum(path.stat().st_size for path in files)
     whole = kept if index is None else _total_bytes(index)
     saved = None if whole is None else max(0, whole - kept)
-    source = Source(folder=files[0].parent, name=repository.name, commit=repository.commit)
+    source = Source(folder=files[0].parent, name=repository.full_name, commit=repository.commit)
     return Download(source, repository.fetched_bytes, kept, saved)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +16,16 @@ from qwen_vit.checkpoint.published_tensors import (
     LazyTensors,
     PublishedTensors,
 )
-from qwen_vit.checkpoint.tower_names import check_tower, find_prefix, tensor_info
+from qwen_vit.checkpoint.tower_names import check_tower, find_prefix, plain_name, tensor_info
 from qwen_vit.checkpoint.weight_files import RemoteFiles, StoredTensor, find_tensors
 from qwen_vit.common.strict_json import read_json, short_repr
 from qwen_vit.config import ImageConfig, VisionConfig, check_consistent
 from qwen_vit.errors import ArgumentError, CheckpointError
 
 __all__ = ["Checkpoint", "Tower", "config_hash", "find_tower", "load_checkpoint"]
+
+
+logger = logging.getLogger("qwen_vit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +97,11 @@ class Checkpoint:
             image_config = ImageConfig.from_json(settings, source="image_config")
         check_consistent(config, image_config, source="image_config")
         _check_mapping(tensors, "tensors")
-        prefix = find_prefix(tensors.keys(), "tensors")
+        prefix = find_prefix({plain_name(name) for name in tensors}, "tensors")
         given = {
-            name.removeprefix(prefix): _check_given(tensors[name], name)
+            plain_name(name).removeprefix(prefix): _check_given(tensors[name], name)
             for name in tensors
-            if name.startswith(prefix)
+            if plain_name(name).startswith(prefix)
         }
         infos = {name: tensor_info(tensor) for name, tensor in given.items()}
         parts_of = check_tower(infos, config, source="tensors", locate=lambda name: prefix + name)
@@ -158,8 +162,8 @@ def find_tower(folder: Path, remote: RemoteFiles | None = None) -> Tower:
 
     def tower_names(names: set[str]) -> set[str]:
         nonlocal prefix
-        prefix = find_prefix(names, str(folder))
-        return {name for name in names if name.startswith(prefix)}
+        prefix = find_prefix({plain_name(name) for name in names}, str(folder))
+        return {name for name in names if plain_name(name).startswith(prefix)}
 
     stored = find_tensors(folder, tower_names, remote)
     config_path = folder / "config.json"
@@ -173,7 +177,7 @@ def find_tower(folder: Path, remote: RemoteFiles | None = None) -> Tower:
     config = VisionConfig.from_json(config_path)
     image_config, image_path = _read_image_config(folder)
     check_consistent(config, image_config, source=str(image_path or f"{folder} (default settings)"))
-    bare = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+    bare = {plain_name(name).removeprefix(prefix): tensor for name, tensor in stored.items()}
     files = ", ".join(sorted({tensor.path.name for tensor in stored.values()}))
     parts_of = check_tower(
         {name: tensor.info for name, tensor in bare.items()},
@@ -225,4 +229,10 @@ def _read_image_config(folder: Path) -> tuple[ImageConfig, Path | None]:
             return ImageConfig.from_json(settings, source=str(processor)), processor
     if preprocessor.exists():
         return ImageConfig.from_json(preprocessor), preprocessor
-    return ImageConfig.from_json({}), None
+    assumed = ImageConfig.from_json({})
+    logger.warning(
+        "%s: no preprocessor_config.json. Assuming transformers' defaults: images of %d to %d "
+        "pixels. Copy the file from the base model, or pass min_pixels and max_pixels.",
+        folder, assumed.min_pixels, assumed.max_pixels,
+    )  # fmt: skip
+    return assumed, None

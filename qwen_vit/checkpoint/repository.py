@@ -54,9 +54,11 @@ class Repository:
         token: str | bool | None,
         cache_dir: str | Path | None,
         local_files_only: bool,
+        subfolder: str | None = None,
     ) -> None:
-        self.name = name
-        self.label = f"{name} at {revision}" if revision else name
+        self.name, self.subfolder = name, subfolder
+        self.full_name = f"{name}/{subfolder}" if subfolder else name
+        self.label = f"{self.full_name} at {revision}" if revision else self.full_name
         self.commit = revision if revision is not None and COMMIT.fullmatch(revision) else None
         self.local_files_only = local_files_only
         self.fetched_bytes = 0
@@ -126,14 +128,19 @@ class Repository:
         if self.commit is None:
             return []
         folder = cache.repository_folder(self.cache(), self.name) / "snapshots" / self.commit
-        return [path.name for path in folder.glob("*.safetensors*")]
+        return [path.name for path in folder.glob(self._inside("*.safetensors*"))]
+
+    def _inside(self, name: str) -> str:
+        """The path of a file in the repository."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
 
     def _look_up(self, name: str) -> Any:
         """Its path in the cache, None, or a mark that the commit has no such file."""
         from huggingface_hub import try_to_load_from_cache
 
         at = self.commit or self._revision
-        known = try_to_load_from_cache(self.name, name, cache_dir=self._cache_dir, revision=at)
+        inside = self._inside(name)
+        known = try_to_load_from_cache(self.name, inside, cache_dir=self._cache_dir, revision=at)
         if not isinstance(known, str):
             return known
         found = COMMIT_IN_CACHE.search(known)
@@ -195,6 +202,8 @@ class Repository:
         if siblings is None:
             return None
         names = [sibling.rfilename for sibling in siblings]
+        start = self._inside("")
+        names = [name.removeprefix(start) for name in names if name.startswith(start)]
         return [name for name in names if "/" not in name]  # folders hold other models, or parts
 
     def licence(self) -> str | None:
@@ -208,7 +217,7 @@ class Repository:
         """Request bytes `start` to `end` of a file; see `ranges.Opener`."""
         from huggingface_hub import hf_hub_url
 
-        url = hf_hub_url(self.name, name, revision=self.commit)
+        url = hf_hub_url(self.name, self._inside(name), revision=self.commit)
         with open_http_range(url, start, end, self._token) as opened:
             if self._sizes.setdefault(name, opened.file_bytes) != opened.file_bytes:
                 raise RangesRefusedError(f"its size changed from {self._sizes[name]} bytes")
@@ -243,12 +252,12 @@ class Repository:
 
     def _forget_absence(self, name: str) -> None:
         folder = cache.repository_folder(self.cache(), self.name) / ".no_exist"
-        for path in folder.glob(f"*/{name}"):
+        for path in folder.glob(f"*/{self._inside(name)}"):
             path.unlink(missing_ok=True)
 
     def _request_file(self, name: str, revision: str | None) -> Path:
         snapshots = cache.repository_folder(self.cache(), self.name) / "snapshots"
-        present = {path.resolve() for path in snapshots.glob(f"*/{name}")}
+        present = {path.resolve() for path in snapshots.glob(f"*/{self._inside(name)}")}
         path, n_bytes = self._download_file(name, revision)
         if path.resolve() not in present:
             self.fetched_bytes += n_bytes
@@ -265,7 +274,7 @@ class Repository:
                 path = Path(
                     hf_hub_download(
                         self.name,
-                        name,
+                        self._inside(name),
                         revision=revision,
                         token=self._token,
                         cache_dir=self._cache_dir,
@@ -302,7 +311,7 @@ class Repository:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-        url = hf_hub_url(self.name, name, revision=self.commit)
+        url = hf_hub_url(self.name, self._inside(name), revision=self.commit)
         try:
             return get_hf_file_metadata(url, token=self._token).etag
         except (HTTPError, OSError) as error:

@@ -18,6 +18,7 @@ __all__ = [
     "find_prefix",
     "joined_name",
     "part_names",
+    "plain_name",
     "tensor_info",
     "tower_prefixes",
 ]
@@ -37,6 +38,26 @@ USE_ITS_CONFIG = "use the config.json that belongs to the weights"
 OTHER_TOWERS = (
     (re.compile(r"\.mlp\.fc1\.|^merger\.ln_q\.bias$"), "Qwen2-VL"),
     (re.compile(r"^pos_embed\.|\.mlp\.linear_fc1\.|^deepstack_merger_list\."), "Qwen3-VL"),
+)
+# What wraps a module in memory, in the names of a state dict that was saved as it was.
+WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\."
+)
+MERGE = "merge it first (peft's merge_and_unload) and save the result"
+# Names of state dicts that were saved while something else was apart: what it is, what helps.
+SAVED_BY_TOOLS = (
+    (
+        re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\."),
+        "a LoRA apart",
+        MERGE,
+    ),
+    (re.compile(r"\.(modules_to_save|original_module)\."), "PEFT's modules_to_save apart", MERGE),
+    (re.compile(r"\.base_layer\."), "a LoRA's base layers", MERGE),
+    (
+        re.compile(r"(^|\.)_flat_param(_\d+)?$|\.flat_param$"),
+        "FSDP's flat parameters",
+        "save a full state dict (StateDictType.FULL_STATE_DICT)",
+    ),
 )
 # Names that quantisers store beside a weight or instead of it.
 QUANTISED = re.compile(
@@ -97,6 +118,8 @@ def find_prefix(names: Collection[str], source: str) -> str:
     Raises CheckpointError with `source` for no tower or more than one.
     """
     prefixes = tower_prefixes(names)
+    if not prefixes:
+        _refuse_as_tools_save(dict.fromkeys(names), source)
     if len(prefixes) > 1:
         listed = ", ".join(prefix or "no prefix" for prefix in prefixes[:5])
         raise CheckpointError(
@@ -129,6 +152,7 @@ def check_tower(
     `locate` gives the place of a tensor for the message.
     """
     _refuse_other_towers(infos, source, locate)
+    _refuse_as_tools_save({name: info.shape for name, info in infos.items()}, source)
     _refuse_quantised(infos, source, locate)
     shapes = expected_tensors(config)
     split = "blocks.0.attn.q.weight" in infos
@@ -161,6 +185,7 @@ Expected [1280] from config.json. Use the config.json that belongs to the weight
     """
     info = tensor_info(tensor)
     _refuse_other_towers({name: info}, "the vision weights", str)
+    _refuse_as_tools_save({name: info.shape}, "the vision weights")
     _refuse_quantised({name: info}, "the vision weights", str)
     joined = joined_name(name)
     if joined not in shapes:
@@ -217,6 +242,46 @@ def _refuse_other_towers(
                     expected="Qwen2.5-VL",
                     remedy="use transformers for it",
                 )
+
+
+def _refuse_as_tools_save(shapes: Mapping[str, tuple[int, ...] | None], source: str) -> None:
+    """Raise CheckpointError for what training and conversion tools write instead of a tower."""
+    for pattern, what, remedy in SAVED_BY_TOOLS:
+        found = [name for name in shapes if pattern.search(name)]
+        if found:
+            raise CheckpointError(
+                f"holds {what} ({_some(found)})",
+                name=source,
+                expected="a whole vision tower",
+                remedy=remedy,
+            )
+    known = {name: shape for name, shape in shapes.items() if shape is not None}
+    empty = [name for name, shape in known.items() if 0 in shape]
+    if empty:
+        raise CheckpointError(
+            f"{len(empty)} vision tensors are empty ({_some(empty)}), as DeepSpeed ZeRO-3 leaves "
+            "them where a state dict is saved without gathering it",
+            name=source,
+            remedy="run DeepSpeed's zero_to_fp32.py, or save with "
+            "stage3_gather_16bit_weights_on_model_save",
+        )
+    anchor = known.get(ANCHOR_KEY)
+    if anchor is not None and len(anchor) == 5 and anchor[-1] == 3 != anchor[1]:
+        raise CheckpointError(
+            f"stored in MLX's layout: {ANCHOR_KEY} has its channels last, {list(anchor)}",
+            name=source,
+            expected="the published layout",
+            remedy="use the safetensors checkpoint that it was converted from",
+        )
+
+
+def plain_name(name: str) -> str:
+    """A name without what torch.compile, FSDP, DDP and checkpointing put into it.
+
+    >>> plain_name("module.visual._orig_mod.blocks.0._fsdp_wrapped_module.norm1.weight")
+    'visual.blocks.0.norm1.weight'
+    """
+    return WRAPPERS.sub("", name)
 
 
 def _refuse_quantised(

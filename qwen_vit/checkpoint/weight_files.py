@@ -104,7 +104,25 @@ def _weights_path(folder: Path, remote: Iterable[str]) -> Path:
             remedy="check its name and permissions",
         ) from error
     names = sorted({*names, *remote})
+    if not any(name.endswith((".safetensors", INDEX_SUFFIX)) for name in names):
+        _name_subfolder(folder)
     return folder / choose_weights(names, str(folder), lambda: folder / ADAPTER_CONFIG)
+
+
+def _name_subfolder(folder: Path) -> None:
+    """Raise CheckpointError with the folders below that hold a checkpoint, if there are any."""
+    below = sorted(
+        path.parent.name
+        for path in folder.glob("*/config.json")
+        if any(path.parent.glob("*.safetensors"))
+    )
+    if below:
+        raise CheckpointError(
+            f"no weights, but {_listing(below)} below it {'has' if len(below) == 1 else 'have'} "
+            "a config.json and weights",
+            name=str(folder),
+            remedy=f"pass subfolder={below[0]!r} (--subfolder {below[0]})",
+        )
 
 
 def choose_weights(
@@ -230,14 +248,14 @@ def _check_shard_path(path: Path, *, index: Path) -> None:
             name=str(index),
             remedy="download it (qwen-vit download MODEL)",
         )
-    # In the Hub's cache every file of snapshots/COMMIT is a link into blobs; no other link leaves.
+    # The links of a local folder are its owner's, and followed to any regular file. In the Hub's
+    # cache every file of snapshots/COMMIT is a link into blobs: no other link leaves.
     target, home = path.resolve(), path.parent.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    if not any(target.is_relative_to(parent) for parent in allowed):
-        raise CheckpointError(
-            f"names the shard {path.name}, which is a link out of the folder to {target}",
-            name=str(index),
-            remedy="copy that file into the folder if you trust it",
-        )
+    cache = next((each.parent for each in (home, *home.parents) if each.name == "snapshots"), None)
+    if cache is None or target.is_relative_to(home) or target.is_relative_to(cache / "blobs"):
+        return
+    raise CheckpointError(
+        f"names the shard {path.name}, which is a link out of the Hub's cache to {target}",
+        name=str(index),
+        remedy="delete it and download it again (qwen-vit download MODEL)",
+    )

@@ -150,6 +150,7 @@ def source_options(command: Command) -> Command:
     """The options that say which checkpoint, for every command that opens one."""
     options = (
         click.option("--revision", help="Branch, tag or commit on the Hub."),
+        click.option("--subfolder", help="The checkpoint's folder inside MODEL."),
         click.option("--cache-dir", type=FILE, help="Instead of HF_HUB_CACHE ($HF_HOME/hub)."),
         click.option("--local-files-only", is_flag=True, help="Never ask the network."),
     )

@@ -69,6 +69,7 @@ def false_alarm(data: bytes) -> str:
     except ImageError as error:
         return str(error)
     image = Image.open(io.BytesIO(data))
+    image.decodermaxblock = len(data)  # Pillow alone cannot feed an arithmetic decoder in pieces
     if image.mode == "RGB" and not image.has_transparency_data and 274 not in image.getexif():
         return "" if np.array_equal(pixels, np.asarray(image)) else "other pixels than Pillow's"
     return ""
