@@ -4,14 +4,18 @@ The HTTP clients of huggingface_hub 1 and 2 differ; only shared names are used. 
 inside functions only, because that import reads environment variables.
 """
 
+import json
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from qwen_vit.checkpoint.ranges import RangeResponse, RangesRefusedError, TransferError
+from qwen_vit.common.strict_json import MAX_JSON_BYTES
+from qwen_vit.errors import HubError
 
-__all__ = ["open_http_range"]
+__all__ = ["fetch_json", "open_http_range"]
 
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 SECONDS_LEFT = re.compile(r";\s*t=(\d+)")
@@ -21,9 +25,11 @@ NO_RANGES = (405, 416, 501)
 
 @contextmanager
 def open_http_range(
-    url: str, start: int, end: int, token: str | bool | None
+    url: str, start: int, end: int, token: str | bool | None, version: str | None = None
 ) -> Iterator[RangeResponse]:
     """Request bytes `start` to `end` of a file; see `ranges.Opener`.
+
+    With the `version` of an earlier answer, a server sends the range of no other one (If-Range).
 
     Raises RangesRefusedError, TransferError, or the client's own error for an answer that a retry
     would not change.
@@ -35,17 +41,59 @@ def open_http_range(
 
     headers = build_hf_headers(token=token, library_name="qwen_vit")
     headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    if version is not None and not version.startswith("W/"):
+        headers["If-Range"] = version
     try:
         # The client follows redirects and sends the token to no other host.
         with get_session().stream(
             "GET", url, headers=headers, follow_redirects=True, timeout=HF_HUB_DOWNLOAD_TIMEOUT
         ) as response:
+            if "If-Range" in headers and response.status_code == 200:
+                raise _changed(url)
             file_bytes = _check_range(response, start, end)
-            yield RangeResponse(response.iter_raw(), file_bytes)
+            found = response.headers.get("ETag")
+            if version is not None and found != version:
+                raise _changed(url)
+            yield RangeResponse(response.iter_raw(), file_bytes, found)
     except HTTPError as error:
         if getattr(error, "response", None) is not None:
             raise  # an answer that a retry would not change: _check_range has raised for the others
         raise TransferError(f"{type(error).__name__}: {error}") from error
+
+
+def fetch_json(url: str, token: str | bool | None, *, deadline_s: float) -> Any:
+    """A JSON document of at most MAX_JSON_BYTES, whole before the deadline.
+
+    Raises the client's own errors, and HubError for a body that is larger or slower.
+    """
+    from huggingface_hub import get_session, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    headers = build_hf_headers(token=token, library_name="qwen_vit")
+    headers |= {"Accept-Encoding": "identity"}
+    body, end = bytearray(), time.monotonic() + deadline_s
+    with get_session().stream(
+        "GET", url, headers=headers, follow_redirects=True, timeout=deadline_s
+    ) as response:
+        hf_raise_for_status(response)
+        for chunk in response.iter_bytes():
+            body += chunk
+            if len(body) > MAX_JSON_BYTES or time.monotonic() > end:
+                raise HubError(
+                    f"{len(body)} bytes of JSON after {deadline_s:g} s at most",
+                    name=url,
+                    expected=f"a whole document of at most {MAX_JSON_BYTES}",
+                )
+    return json.loads(body)
+
+
+def _changed(url: str) -> HubError:
+    return HubError(
+        "changed on the server while it was downloaded",
+        name=url,
+        expected="one version of the file",
+        remedy="try again, or download whole files (qwen-vit download MODEL --full)",
+    )
 
 
 def _check_range(response: Any, start: int, end: int) -> int:

@@ -6,16 +6,21 @@ Nothing here knows HTTP: a piece comes from a function that opens a range of a n
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
+from qwen_vit.errors import HubError
+
 __all__ = [
     "Opener",
+    "Pace",
     "Piece",
     "RangeResponse",
     "RangesRefusedError",
+    "TooSlowError",
     "TransferError",
     "fetch",
     "merge",
@@ -27,15 +32,18 @@ logger = logging.getLogger("qwen_vit")
 PART_BYTES = 64 * 2**20  # of one request
 CONNECTIONS = 8
 ATTEMPTS = 6  # consecutive attempts that bring nothing
+SLOW_ATTEMPTS = 3
+PATIENCE_S, MIN_BYTES_A_SECOND = 30.0, 1_000
 MAX_WAIT_S = 300.0  # in which the Hub counts requests
 
 
 @dataclass(frozen=True, slots=True)
 class RangeResponse:
-    """An open range: its bytes in chunks, and the size of the whole file."""
+    """An open range: its bytes in chunks, and the size and the version of the whole file."""
 
     chunks: Iterable[bytes]
     file_bytes: int
+    version: str | None = None
 
 
 # (file, first byte, byte after the last) -> that range, cut off at the end of the file
@@ -68,6 +76,28 @@ class Piece:
     start: int
     end: int
     to: int
+
+
+class TooSlowError(HubError):
+    """A server sends, but so little that the transfer would take days."""
+
+
+class Pace:
+    """Bytes over time: a timeout of each read alone never ends a byte every few seconds."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._bytes, self._begin = name, 0, time.monotonic()
+
+    def count(self, n_bytes: int) -> None:
+        """Count bytes that have arrived. Raises TooSlowError."""
+        self._bytes += n_bytes
+        seconds = time.monotonic() - self._begin
+        if seconds > PATIENCE_S and self._bytes < seconds * MIN_BYTES_A_SECOND:
+            raise TooSlowError(
+                f"only {self._bytes} bytes arrived in {seconds:.0f} s",
+                name=self._name,
+                remedy="check the network and any mirror, and try again",
+            )
 
 
 def merge(pieces: Iterable[Piece]) -> list[Piece]:
@@ -156,9 +186,11 @@ def _fetch_piece(
 ) -> int:
     """Fetch a piece, resuming after each break; return the file's size."""
     position, end, failures, file_bytes = piece.start, piece.end, 0, 0
+    slow = 0  # attempts
     while position < end and not stop.is_set():
         try:
             with open_range(piece.file, position, end) as opened:
+                pace = Pace(piece.file)
                 file_bytes = opened.file_bytes
                 end = min(end, file_bytes)
                 for chunk in opened.chunks:
@@ -169,8 +201,13 @@ def _fetch_piece(
                     write(chunk, piece.to + position - piece.start)
                     position += len(chunk)
                     failures = 0
+                    pace.count(len(chunk))
             if position < end and not stop.is_set():
                 raise TransferError(f"the connection closed {end - position} bytes early")
+        except TooSlowError as error:
+            slow += 1
+            if slow == SLOW_ATTEMPTS:
+                raise TransferError(error.fact, cause=error) from None
         except TransferError as error:
             failures += 1
             if failures == ATTEMPTS:

@@ -12,16 +12,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import getproxies
 
 from qwen_vit.checkpoint import cache
-from qwen_vit.checkpoint.http_ranges import open_http_range
+from qwen_vit.checkpoint.bounded_progress import bounded_progress
+from qwen_vit.checkpoint.http_ranges import fetch_json, open_http_range
 from qwen_vit.checkpoint.published import did_you_mean, published_checkpoints
 from qwen_vit.checkpoint.ranges import RangeResponse, RangesRefusedError
+from qwen_vit.common.strict_json import MAX_JSON_BYTES
 from qwen_vit.errors import CheckpointError, HubError
 
 __all__ = ["NotCachedError", "Repository", "explain"]
@@ -31,6 +34,7 @@ logger = logging.getLogger("qwen_vit")
 PROXIES = {"http", "https", "all"}
 COMMIT = re.compile(r"[0-9a-f]{40}")
 COMMIT_IN_CACHE = re.compile(r"/snapshots/([0-9a-f]{40})(/|$)")
+WEIGHTS = ".safetensors"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 LISTING_TIMEOUT_S = 10.0
@@ -56,6 +60,10 @@ class Repository:
         local_files_only: bool,
         subfolder: str | None = None,
     ) -> None:
+        from huggingface_hub import constants
+
+        # With telemetry the client reads a list from the endpoint first, whatever its size.
+        constants.HF_HUB_DISABLE_TELEMETRY = True
         self.name, self.subfolder = name, subfolder
         self.full_name = f"{name}/{subfolder}" if subfolder else name
         self.label = f"{self.full_name} at {revision}" if revision else self.full_name
@@ -68,7 +76,8 @@ class Repository:
         self._cache_dir = Path(cache_dir).expanduser() if cache_dir else None
         self._counting = threading.Lock()
         self._sizes: dict[str, int] = {}
-        self._listing: Any = None
+        self._versions: dict[str, str] = {}  # ETags of the files that were read in ranges
+        self._listing: dict[str, Any] | None = None
         self._found_address: bool | None = None
 
     def is_offline(self) -> bool:
@@ -198,18 +207,19 @@ class Repository:
 
     def names(self) -> list[str] | None:
         """The files beside config.json; None if the Hub, or its mirror, does not list them."""
-        siblings = getattr(self._info(), "siblings", None)
-        if siblings is None:
+        siblings = (self._info() or {}).get("siblings")
+        if not isinstance(siblings, list):
             return None
-        names = [sibling.rfilename for sibling in siblings]
+        names = [str(each.get("rfilename")) for each in siblings if isinstance(each, dict)]
         start = self._inside("")
         names = [name.removeprefix(start) for name in names if name.startswith(start)]
         return [name for name in names if "/" not in name]  # folders hold other models, or parts
 
     def licence(self) -> str | None:
         """The licence of the model card; None if the card is unavailable."""
-        card = getattr(self._info(), "card_data", None)
-        licence = getattr(card, "license_name", None) or getattr(card, "license", None)
+        card = (self._info() or {}).get("cardData")
+        card = card if isinstance(card, dict) else {}
+        licence = card.get("license_name") or card.get("license")
         return licence if isinstance(licence, str) else None
 
     @contextmanager
@@ -218,10 +228,13 @@ class Repository:
         from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self.name, self._inside(name), revision=self.commit)
-        with open_http_range(url, start, end, self._token) as opened:
+        version = self._versions.get(name)
+        with open_http_range(url, start, end, self._token, version) as opened:
+            if opened.version is not None:
+                self._versions.setdefault(name, opened.version)
             if self._sizes.setdefault(name, opened.file_bytes) != opened.file_bytes:
                 raise RangesRefusedError(f"its size changed from {self._sizes[name]} bytes")
-            yield RangeResponse(self._count(opened.chunks), opened.file_bytes)
+            yield replace(opened, chunks=self._count(opened.chunks))
 
     def _count(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
@@ -279,6 +292,9 @@ class Repository:
                         token=self._token,
                         cache_dir=self._cache_dir,
                         local_files_only=self.is_offline(),
+                        tqdm_class=bounded_progress(
+                            name, None if name.endswith(WEIGHTS) else MAX_JSON_BYTES
+                        ),
                     )
                 )
                 return path, path.stat().st_size
@@ -318,17 +334,19 @@ class Repository:
             logger.info("%s: checksum unavailable (%s)", url, error)
             return None
 
-    def _info(self) -> Any:
+    def _info(self) -> dict[str, Any] | None:
         if self._listing is None and not self.is_offline():
-            from huggingface_hub import HfApi
+            from huggingface_hub.constants import ENDPOINT
 
+            revision = self.commit or self._revision
+            at = f"/revision/{quote(revision, safe='')}" if revision else ""
             try:
-                self._listing = HfApi().model_info(
-                    self.name,
-                    revision=self.commit or self._revision,
-                    token=self._token,
-                    timeout=LISTING_TIMEOUT_S,
+                found = fetch_json(
+                    f"{ENDPOINT}/api/models/{self.name}{at}",
+                    self._token,
+                    deadline_s=LISTING_TIMEOUT_S,
                 )
+                self._listing = found if isinstance(found, dict) else {}
             except Exception as error:  # noqa: BLE001 - a mirror may have files and no listing
                 logger.info("%s: no listing of its files (%s)", self.label, error)
         return self._listing

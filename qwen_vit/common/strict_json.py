@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 from qwen_vit.errors import CheckpointError
 
 __all__ = [
+    "MAX_JSON_BYTES",
     "check_integer",
     "child_object",
     "is_integer",
