@@ -475,9 +475,9 @@ def test_an_image_is_found_by_its_id_in_one_shard_alone(
     opened: list[str] = []
     real = feature_files.FeatureFile.__init__
 
-    def spy(self: Any, path: Path, remedy: str = "") -> None:
+    def spy(self: Any, path: Path, remedy: str = "", **options: bool) -> None:
         opened.append(path.name)
-        real(self, path, remedy)
+        real(self, path, remedy, **options)
 
     monkeypatch.setattr(feature_files.FeatureFile, "__init__", spy)
     features = load_features(folder.path)

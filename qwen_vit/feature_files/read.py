@@ -8,7 +8,7 @@ import logging
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from qwen_vit.feature_files.schema import (
     read_listing,
     shard_name,
 )
+from qwen_vit.feature_files.writer import rows_sha256
 from qwen_vit.features import UNKNOWN_SIZE, FailedImage, ImageFeatures
 
 __all__ = ["FeatureFile", "FeatureFolder", "load_features", "open_shard"]
@@ -62,8 +63,11 @@ class FeatureFile(Features):
         image_grid_thw: (N, 3) int64, each image's grid in patches.
     """
 
-    def __init__(self, path: str | Path, remedy: str = WRITE_AGAIN) -> None:
+    def __init__(
+        self, path: str | Path, remedy: str = WRITE_AGAIN, *, verify: bool = False
+    ) -> None:
         self.path = path = Path(path)
+        self._remedy, self._verify = remedy, verify
         try:
             self.metadata = _read_metadata(path, remedy)
             self._file = safe_open(path, framework="pt", device="cpu")
@@ -85,7 +89,7 @@ class FeatureFile(Features):
         return f"FeatureFile({str(self.path)!r}: {plural(len(self), 'image')})"
 
     def __reduce__(self) -> Any:  # a data loader's workers open it again
-        return load_features, (self.path,)
+        return partial(load_features, verify=self._verify), (self.path,)
 
     @property
     def ids(self) -> Sequence[str]:
@@ -130,7 +134,24 @@ class FeatureFile(Features):
     def _read_rows(self, tensor: str, offsets: Sequence[int], place: int) -> Tensor:
         with torch.device("cpu"):  # for any default device of the caller
             rows: Tensor = self._file.get_slice(tensor)[offsets[place] : offsets[place + 1]]
+        if self._verify:
+            self._check_digest(tensor, rows, place)
         return rows
+
+    def _check_digest(self, tensor: str, rows: Tensor, place: int) -> None:
+        digests = (self.metadata.get("images") or [{}])[place].get("rows_sha256") or {}
+        name, what = str(self.path), f"{tensor} of {self._ids[place]!r}"
+        if tensor not in digests:
+            raise ExportError(
+                f"has no digest of {what}",
+                name=name,
+                expected="a file of schema 2",
+                remedy="read it without verify",
+            )
+        if digests[tensor] != rows_sha256(rows):
+            raise ExportError(
+                f"{what} changed after it was written", name=name, remedy=self._remedy
+            )
 
     def _check(self, remedy: str) -> None:
         rows = self._file.get_slice(EMBEDS).get_shape()[0]
@@ -178,8 +199,8 @@ class FeatureFolder(Features):
         listing: the ids of all images of the export, in order; failed and missing ones as well.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = path = Path(path)
+    def __init__(self, path: str | Path, *, verify: bool = False) -> None:
+        self.path, self._verify = (path := Path(path)), verify
         self.metadata = read_description(path / "export.json")
         self._shard_size: int = self.metadata["shard_size"]
         self.listing = read_listing(path / "listing.jsonl", self.metadata["n_images"])
@@ -202,7 +223,7 @@ class FeatureFolder(Features):
         return f"FeatureFolder({str(self.path)!r}: {listed} listed, {shards})"
 
     def __reduce__(self) -> Any:  # a worker has the same images, even if shards were added
-        return _same_folder, (self.path, tuple(self._present))
+        return _same_folder, (self.path, tuple(self._present), self._verify)
 
     @property
     def is_complete(self) -> bool:
@@ -278,7 +299,7 @@ class FeatureFolder(Features):
                 name=str(path),
                 remedy=RESUME,
             )
-        file = open_shard(path)
+        file = open_shard(path, verify=self._verify)
         start = index * self._shard_size
         listed = self.listing[start : start + self._shard_size]
         failed = {each.id for each in file.errors}
@@ -295,13 +316,16 @@ class FeatureFolder(Features):
         return file
 
 
-def load_features(path: str | Path) -> FeatureFile | FeatureFolder:
+def load_features(path: str | Path, *, verify: bool = False) -> FeatureFile | FeatureFolder:
     """Open a feature file, or a folder that `qwen-vit export` wrote.
 
     >>> load_features("no-such-file.safetensors")
     Traceback (most recent call last):
     qwen_vit.errors.ExportError: no-such-file.safetensors: does not exist. Expected a feature \
 file of `qwen-vit encode` or a folder of `qwen-vit export`.
+
+    With `verify`, an image's rows are compared with their sha256 whenever they are read. A wrong
+    bit is an ExportError. `qwen-vit verify` checks all of them at once.
 
     Raises ExportError with the file's name if it is missing, truncated or of another schema.
     """
@@ -312,9 +336,9 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`.
     path = Path(path)
     try:
         if path.is_dir():
-            return FeatureFolder(path)
+            return FeatureFolder(path, verify=verify)
         if path.is_file():
-            return FeatureFile(path)
+            return FeatureFile(path, verify=verify)
         fact = "not a regular file" if path.exists() else "does not exist"
     except OSError as error:
         raise _cannot_read(path, error) from None
@@ -333,15 +357,15 @@ def _file_content(path: Path) -> tuple[str, int, int]:
     return str(path.absolute()), status.st_size, status.st_mtime_ns
 
 
-def _same_folder(path: Path, present: Sequence[int]) -> FeatureFolder:
-    folder = FeatureFolder(path)
+def _same_folder(path: Path, present: Sequence[int], verify: bool) -> FeatureFolder:
+    folder = FeatureFolder(path, verify=verify)
     folder._present = list(present)
     return folder
 
 
-def open_shard(path: Path) -> FeatureFile:
+def open_shard(path: Path, *, verify: bool = False) -> FeatureFile:
     """Open one shard of an export. Raises ExportError, with how to resume, for a damaged one."""
-    return FeatureFile(path, RESUME)
+    return FeatureFile(path, RESUME, verify=verify)
 
 
 def _cannot_read(path: Path, error: OSError) -> ExportError:
