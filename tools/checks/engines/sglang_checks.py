@@ -95,7 +95,8 @@ def updates(context: Context) -> list[Result]:
 def video_features(context: Context) -> list[Result]:
     """Features of videos: ours are refused, and SGLang's scheduler dies of them."""
     died = _error_of(context, "video-features")
-    refusal = json.loads((context.work / "facts" / "refusal.json").read_text())
+    path = context.work / "facts" / "refusal.json"
+    refusal = json.loads(path.read_text()) if path.exists() else ""
     return [
         plain("features", "a video: ours", bool(refusal), refusal or "not refused"),
         plain("SGLang unprotected", "a video", "Scheduler hit an exception" in died,

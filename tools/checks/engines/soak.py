@@ -42,9 +42,14 @@ from tools.checks.engines.server import (
 
 CLIENTS = 8
 CANCELLED, MALFORMED = 0.1, 0.1  # shares of the requests
-# oneDNN keeps 1,024 compiled products, one for each number of rows: with vLLM's own tower 0.7 MB a
-# request. Their growth would hide any other.
-WITHOUT_ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1"}
+# So that memory which grows is memory that is held. oneDNN keeps 1,024 compiled products, one for
+# each number of rows, and glibc keeps freed memory in pieces for later.
+RETURN_MEMORY = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
 ROUNDS = 5  # memory is measured after each; the first one warms allocators and pools up
 MAX_GROWTH_KB = 20.0  # per request; one picture of 196 x 196 px alone has 115 KB
 TEXTS = ("What is this? ", "", "Compare ", "From here ", "Look: ", " and ", "Say more. ")
@@ -128,7 +133,7 @@ def soak(context: Context, n_requests: int, variables: dict[str, str]) -> list[R
         "--no-enable-prefix-caching",
         "--mm-processor-cache-gb",
         "0",
-        **WITHOUT_ONEDNN_CACHE,
+        **RETURN_MEMORY,
         **variables,
     ) as server:  # without caches every request runs the tower
         started = time.perf_counter()

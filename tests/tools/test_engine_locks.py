@@ -1,0 +1,28 @@
+"""The engines' environments have what this package imports."""
+
+import tomllib
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from tests.support import ROOT
+from tools.checks.engines.lock import pins
+
+LOCKS = ("vllm", "sglang")
+
+
+@pytest.mark.parametrize("engine", LOCKS)
+def test_a_lock_has_every_dependency_of_the_package(engine: str) -> None:
+    """In a version that it takes. A new dependency that was missing stopped every scenario."""
+    text = (ROOT / "tools" / "checks" / "engines" / f"{engine}.txt").read_text("utf-8")
+    locked = {Requirement(pin).name: Version(pin.split("==")[1]) for pin in pins(text)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = [Requirement(each) for each in project["dependencies"]]
+    missing = [
+        str(each)
+        for each in wanted
+        if each.name != "torch"  # installed before the lock
+        and (each.name not in locked or not each.specifier.contains(locked[each.name]))
+    ]
+    assert missing == []
