@@ -94,11 +94,11 @@ class Engine:
 
     def input_ids(self, each: Case) -> list[int]:
         """A case's tokens, a placeholder for each row of embeddings."""
-        text = expand_placeholders(each.text, [grid(name) for name in each.pictures])
-        for name in each.videos:
-            t, h, w = grid(name)
-            text = text.replace("<|video_pad|>", (t * h * w // 4) * "\0", 1)
-        text = text.replace("\0", "<|video_pad|>")
+        text = expand_placeholders(
+            each.text,
+            [grid(name) for name in each.pictures],
+            video_grids=[grid(name) for name in each.videos],
+        )
         ids: list[int] = self.tokenizer(text).input_ids
         return ids
 
