@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 from qwen_vit.cli.main import COMMANDS, cli
 from qwen_vit.errors import IMAGE_CODES
+from tools.benchmarks.engines.chart import ARTICLE_MS, LABELS, newest_towers
 from tools.common import ROOT
 
 __all__ = ["LEDGER", "PAGES", "PARTS", "filled", "main"]
@@ -152,6 +153,26 @@ def export_speed() -> str:
     return table(head, body) + source(f"export {EXPORT}", row=row, command=command)
 
 
+def engine_towers(*, full: bool = True) -> str:
+    towers = newest_towers(ledger())
+    settings = [name for name in LABELS if name in towers]
+    body = []
+    for size, ours in towers["plugin"].items():
+        if size == "commit" or not (full or size == "1 x 896^2"):
+            continue
+        cells = [size, ms(ours["ms"])]
+        for setting in settings:
+            cell = towers[setting].get(size)
+            cells.append(f"{ms(cell['ms'])} ({cell['ratio']:.2f}x)" if cell else "")
+        article = ARTICLE_MS.get(size)
+        body.append([*cells, ms(article) if article else ""])
+    used = {f"engines towers {towers[name]['commit']}": None for name in (*settings, "plugin")}
+    [*_, row] = [row for row in ledger() if row["what"] == "engines towers"]
+    head = ["images", "qwen_vit, by plugin", *(LABELS[name] for name in settings), "the article"]
+    command = "python -m tools.benchmarks.engines towers"
+    return table(head, body) + source(*used, row=row, command=command)
+
+
 TRUST_WORDS = (
     ("planted faults found", "injected faults found"),
     ("kernel against oracle", "attention against float64"),
@@ -220,9 +241,11 @@ PARTS: dict[str, Callable[[], str]] = {
     "attention": attention,
     "checkpoints": checkpoints,
     "command line": command_line,
+    "engine towers": engine_towers,
     "export speed": export_speed,
     "image codes": image_codes,
     "parity": parity,
+    "engine tower": lambda: engine_towers(full=False),
     "short speed": lambda: speed(
         sizes=("1 x 448^2", "1 x 896^2", "1 x 1344^2", "32 x 448^2", "256 mixed"), full=False
     ),

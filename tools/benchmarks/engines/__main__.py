@@ -3,11 +3,13 @@
 \b
     python -m tools.benchmarks.engines towers --folder /dev/shm/engines
     python -m tools.benchmarks.engines requests --folder /dev/shm/engines --ledger L
+    python -m tools.benchmarks.engines chart docs/engines.png
 
 `towers` starts one engine for each setting: as it comes, with its encoder graphs at budgets that
 fit exactly, compiled and with graphs, ours by plugin. It first holds the answers of 128 requests
 against transformers in float64, then times the towers. `requests` asks vLLM's API server, whose
-processor runs beside the engine. The weights are random. Needs vLLM in this environment.
+processor runs beside the engine. The weights are random. Both need vLLM in this environment.
+`chart` draws the ledger's rows.
 """
 
 import json
@@ -21,6 +23,7 @@ from typing import Any
 import click
 import torch
 
+from tools.benchmarks.engines.chart import draw_towers, newest_towers
 from tools.benchmarks.engines.model import write_large, write_small
 from tools.benchmarks.engines.oracle import oracle_logprobs
 from tools.benchmarks.engines.requests import as_table, measure
@@ -153,6 +156,15 @@ def requests(folder: Path, way: tuple[str, ...], ledger: Path | None, commit: st
     row = ledger_row("engines requests", commit, device, PACKAGES, ways=found)
     append_row(rounded(row), ledger)
     print(json.dumps(rounded(row)))
+
+
+@main.command()
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+def chart(out: Path) -> None:
+    """Draw vLLM's towers against ours, from the ledger, as a PNG."""
+    lines = (ROOT / "tools" / "benchmarks" / "ledger.jsonl").read_text().splitlines()
+    draw_towers(newest_towers(json.loads(line) for line in lines), out)
+    click.echo(out)
 
 
 if __name__ == "__main__":
