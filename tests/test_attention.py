@@ -187,6 +187,32 @@ def test_perturbing_one_segment_leaves_the_others_unchanged(perturbed: int) -> N
     assert unchanged[end:].all()
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "poisoned", "part", "poison"),
+    [
+        *itertools.product([[64, 3, 17]], [0, 1], "qkv", [NAN, INF, -INF]),
+        ([9, 1100], 1, "q", NAN),  # several tiles of keys
+        ([9, 1100], 1, "v", INF),
+    ],
+)
+def test_a_bad_value_in_one_segment_reaches_no_other(
+    lengths: list[int], poisoned: int, part: str, poison: float
+) -> None:
+    """A tile holds several segments, and 0 x NaN is NaN: a sum must leave such values out."""
+    qkv, cos, sin, cu_seqlens = random_case(lengths, 80, 2)
+    before = fused_rope_varlen_attention(qkv, cos, sin, cu_seqlens)
+    start, end = cu_seqlens[poisoned : poisoned + 2].tolist()
+    qkv[(start + end) // 2, "qkv".index(part), 0, 70] = poison
+    after = fused_rope_varlen_attention(qkv, cos, sin, cu_seqlens)
+    assert not after[start:end, 0].isfinite().all()  # it is seen where it belongs
+    assert torch.equal(after[:, 1], before[:, 1])  # the other head
+    assert torch.equal(after[:start], before[:start])
+    assert torch.equal(after[end:], before[end:])
+
+
 def test_equal_keys_give_the_mean_of_the_values() -> None:
     qkv, cos, sin, cu_seqlens = random_case([63, 1100], 80, 2)
     qkv[:, 1] = 0.0  # rotation leaves zero keys equal

@@ -118,6 +118,19 @@ def test_encode_agrees_with_encode_patches_of_the_same_pixels() -> None:
     assert relative_error(ours, together) <= fp32_budget(expected, together.double())
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_bad_pixel_in_one_image_reaches_no_other(poison: float) -> None:
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    grids = torch.tensor([[1, 4, 6], [1, 10, 6], [1, 4, 6]])
+    pixels = torch.randn(24 + 60 + 24, 1176)
+    clean = encoder.encode_patches(pixels, grids)
+    pixels[30, 5] = poison
+    rows = encoder.encode_patches(pixels, grids)
+    assert not rows[6:21].isfinite().all()
+    assert torch.equal(rows[:6], clean[:6])
+    assert torch.equal(rows[21:], clean[21:])
+
+
 def test_an_image_alone_is_as_near_to_itself_in_a_batch_as_hugging_face_is_to_the_truth() -> None:
     images = [picture(56, 84), picture(28, 28, 1), picture(196, 140, 2), picture(112, 112, 3)]
     batch = tiny().encode(images)

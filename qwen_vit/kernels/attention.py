@@ -152,6 +152,18 @@ def _rotate_keys(
 
 
 @triton.jit
+def _only_own_values(v, acc, m_same):
+    """V without its NaN and infinities; they become NaN in the sums of their own segment's rows."""
+    m_bad = v - v != 0  # [BN, D]
+    if tl.reduce(tl.reduce(m_bad.to(tl.int32), 1, tl.standard._sum_combine), 0,
+                 tl.standard._sum_combine) > 0:  # fmt: skip
+        n_bad = tl.dot(m_same.to(tl.float32), m_bad.to(tl.float32))  # [BM, D]
+        acc = tl.where(n_bad > 0, float("nan"), acc)
+        v = tl.where(m_bad, 0.0, v)
+    return v, acc
+
+
+@triton.jit
 def _attend_to_keys(
     q0, q1, m, l, acc0, acc1, c0, s0, c1, s1, seg_q, k_begin, k_end,
     qkv, k_rotated, cos, sin, axis_index, segment_of_row, i_head,
@@ -214,7 +226,12 @@ def _attend_to_keys(
 
     if MASK_SEGMENTS:
         seg_k = tl.load(segment_of_row + k_begin + o_k, mask=m_k, other=-2)
-        s = tl.where(seg_q[:, None] == seg_k[None, :], s, -float("inf"))
+        m_same = seg_q[:, None] == seg_k[None, :]  # [BM, BN]
+        s = tl.where(m_same, s, -float("inf"))
+        # P is 0 for another segment's keys, but 0 x NaN is NaN: such values must not be summed
+        v0, acc0 = _only_own_values(v0, acc0, m_same)
+        if D1 > 0:
+            v1, acc1 = _only_own_values(v1, acc1, m_same)
     elif MASK_ROWS:
         s = tl.where(m_k[None, :], s, -float("inf"))
 

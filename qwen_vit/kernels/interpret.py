@@ -7,6 +7,7 @@ before anything imports triton. Wrapping single functions needs no environment v
 import os
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,7 +50,12 @@ def interpreted(kernel: JITFunction) -> Callable[..., None]:
     function = _interpreted_function(kernel)
 
     def run(grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-        with _interpreter_lock, _without_overflow_checks():
+        with (
+            _interpreter_lock, _without_overflow_checks(),
+            # NaN and infinity in are NaN out, as on a GPU, which does not warn of them
+            np.errstate(all="ignore"), warnings.catch_warnings(),
+        ):  # fmt: skip
+            warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
             function[grid](*args, **kwargs)
 
     return run
