@@ -120,13 +120,11 @@ class BatchEncoder:
     def _features(
         self, item: LoadedImage, rows: ImageRows, grid_thw: tuple[int, int, int]
     ) -> ImageFeatures:
-        facts = (
+        features = ImageFeatures(
             item.id, rows.embeds, grid_thw, item.size_px, item.notes, rows.layers,
             self.outputs.output, self.outputs.normalize,
         )  # fmt: skip
-        if item.timing is None:
-            return ImageFeatures(*facts)
-        return VideoFeatures(*facts, item.timing.second_per_grid_t, item.timing.frame_seconds)
+        return features if item.timing is None else VideoFeatures.of(features, item.timing)
 
     def _joined(
         self, pieces: Mapping[int, ImageRows | ImageError], is_video: bool

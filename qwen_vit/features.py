@@ -3,7 +3,7 @@
 import html
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from qwen_vit.common.strict_json import is_integer
 from qwen_vit.errors import ArgumentError, ImageError, display_name, plural
 from qwen_vit.images.image import ImageSource
+from qwen_vit.video.load import VideoTiming
 
 __all__ = [
     "UNKNOWN_SIZE",
@@ -168,6 +169,14 @@ class VideoFeatures(ImageFeatures):
 
     second_per_grid_t: float = 1.0
     frame_seconds: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, features: ImageFeatures, timing: VideoTiming) -> "VideoFeatures":
+        """The features of a video's patches, with the moments of its frames."""
+        facts = {each.name: getattr(features, each.name) for each in fields(ImageFeatures)}
+        return cls(
+            **facts, second_per_grid_t=timing.second_per_grid_t, frame_seconds=timing.frame_seconds
+        )
 
     def __repr__(self) -> str:
         return ImageFeatures.__repr__(self).replace("ImageFeatures", "VideoFeatures", 1)

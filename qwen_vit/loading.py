@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeAlias, TypedDict, TypeGuard, get_args
+from typing import Any, BinaryIO, Literal, TypeAlias, TypedDict, TypeGuard, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,9 @@ from qwen_vit.features import UNKNOWN_SIZE, FeatureOutput
 from qwen_vit.images.image import ArrayLayout, ExifPolicy, ImageLimits, ImageSource, RgbImage
 from qwen_vit.images.load import load_image, unwrap
 from qwen_vit.images.patches import Patches, patchify
-from qwen_vit.inputs.tars import VIDEO_SUFFIXES, suffix_of
+from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, suffix_of
 from qwen_vit.layout import check_grids
+from qwen_vit.video.animation import is_animated
 from qwen_vit.video.container import HEAD_BYTES, container_of
 from qwen_vit.video.load import VideoTiming, load_video
 from qwen_vit.video.options import Video, VideoLimits, VideoOptions, VideoSource
@@ -153,6 +154,7 @@ class LoadedImage:
 class ImageLoader:
     """Loads, resizes and patchifies any kind of image or video, in any thread.
 
+    `video` holds the options of videos that are bare files, `as_video` makes animations videos, and
     `video_threads` decode one video.
     """
 
@@ -164,6 +166,8 @@ class ImageLoader:
     video_limits: VideoLimits = field(default_factory=VideoLimits)
     exif: ExifPolicy = "apply"
     video_threads: int = 1
+    video: VideoOptions = field(default_factory=VideoOptions)
+    as_video: bool = False
 
     def __post_init__(self) -> None:
         check_choice("on_error", self.on_error, get_args(OnError))
@@ -211,8 +215,10 @@ class ImageLoader:
                 return image
             if isinstance(image, Patches):
                 return self._accept_patches(image, name)
-            if isinstance(image, Video) or is_video_file(image):
-                return self._load_video(image if isinstance(image, Video) else Video(image), name)
+            if isinstance(image, Video):
+                return self.load_video(image, name)
+            if is_video_file(image) or self._is_animation(image):
+                return self.load_video(Video.of(image, self.video), name)
             return self._load_and_patchify(image, name)
         except ImageError as error:
             if self.on_error == "raise":
@@ -221,7 +227,7 @@ class ImageLoader:
 
     def _load_frames(self, video: Video, name: str) -> LoadedImage | ImageError:
         try:
-            return self._load_video(video, name)
+            return self.load_video(video, name)
         except ImageError as error:  # raised in order
             return error.without_frames()
 
@@ -241,13 +247,23 @@ class ImageLoader:
         rgb = image
         if not isinstance(rgb, RgbImage):
             rgb = load_image(rgb, name=name, layout=self.layout, limits=self.limits, exif=self.exif)
-        patches = patchify(rgb.picture, self.image_config, name=name)
-        return LoadedImage(name, (rgb.height, rgb.width), rgb.notes, patches)
+        size_px = (rgb.height, rgb.width)
+        try:
+            patches = patchify(rgb.picture, self.image_config, name=name)
+        except ImageError as error:
+            if self.on_error == "raise":
+                raise
+            return LoadedImage(name, size_px, error=error.without_frames())
+        return LoadedImage(name, size_px, rgb.notes, patches)
 
-    def _load_video(self, video: Video, name: str) -> LoadedImage:
+    def _is_animation(self, image: object) -> TypeGuard[bytes]:
+        return self.as_video and isinstance(image, bytes) and is_animated(image)
+
+    def load_video(self, video: Video, name: str, file: BinaryIO | None = None) -> LoadedImage:
+        """A video's patches; `file` is read in place of the video's source. Raises ImageError."""
         loaded = load_video(
             video.named(name), self.image_config, limits=self.video_limits,
-            image_limits=self.limits, layout=self.layout, threads=self.video_threads,
+            image_limits=self.limits, layout=self.layout, threads=self.video_threads, file=file,
         )  # fmt: skip
         return LoadedImage(name, loaded.size_px, loaded.notes, loaded.patches, timing=loaded.timing)
 

@@ -25,7 +25,9 @@ from qwen_vit.cli.options import (
     output_options,
     pixel_options,
     source_options,
+    take_video_options,
     verbosity_options,
+    video_options,
 )
 from qwen_vit.errors import display_name
 
@@ -46,6 +48,7 @@ __all__ = ["encode"]
 @dtype_option
 @pixel_options
 @exif_option
+@video_options
 @on_error_option
 @json_option
 @source_options
@@ -55,7 +58,7 @@ def encode(
     normalize: bool, layers: tuple[int, ...], on_error: "OnError", as_json: bool,
     column: str | None, id_column: str | None, exif: Any, **loading: Any,
 ) -> None:  # fmt: skip
-    """Encode IMAGES into one feature file.
+    """Encode IMAGES, or videos, into one feature file.
 
     \b
     qwen-vit encode photos/*.jpg --model tiny --out features.safetensors
@@ -63,9 +66,10 @@ def encode(
     find . -name '*.png' | qwen-vit encode - --model tiny --out features.safetensors
     qwen-vit encode *.jpg --model tiny --out vectors.safetensors --output mean --normalize
     qwen-vit encode *.jpg --model tiny --out dense.safetensors --layers 1,3
+    qwen-vit encode clip.mp4 --model tiny --out clip.safetensors --fps 1
 
-    IMAGES are images, folders (searched to every depth), quoted patterns, tars and lists. A list
-    is a .txt with a path a line, or a .jsonl with an "id" and a "path" each. - is a list on
+    IMAGES are images, videos, folders (searched to every depth), quoted patterns, tars and lists.
+    A list is a .txt with a path a line, or a .jsonl with an "id" and a "path" each. - is a list on
     standard input. Parquet files need --column.
 
     The file holds image_embeds, image_grid_thw, image_token_offsets, and a layer_K for each block
@@ -79,11 +83,12 @@ def encode(
         from qwen_vit.cli.text import encoded_json, encoded_table
         from qwen_vit.outputs import check_normalize
     check_normalize(output, normalize)
+    videos = take_video_options(loading)
     items = list_images(images, out, column=column, id_column=id_column)
     encoder = load_encoder(model, **loading)
     rows = {"output": output, "normalize": normalize, "layers": layers}
     encoder.encode([], **rows)  # refuses a block that the tower has not, before any image
-    done = list(encode_one_by_one(encoder, items, on_error, exif=exif, **rows))
+    done = list(encode_one_by_one(encoder, items, on_error, exif=exif, **videos, **rows))
     features, milliseconds = [each for each, _ in done], [ms for _, ms in done]
     write_features(out, features, encoder.metadata(), overwrite=overwrite)
     if as_json:

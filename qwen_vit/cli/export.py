@@ -30,7 +30,9 @@ from qwen_vit.cli.options import (
     output_options,
     pixel_options,
     source_options,
+    take_video_options,
     verbosity_options,
+    video_options,
 )
 from qwen_vit.common.progress import shows_progress
 from qwen_vit.errors import ExportError, display_name
@@ -56,6 +58,7 @@ ASK_ABOVE_BYTES = 100 * 10**9
 @device_option()
 @pixel_options
 @exif_option
+@video_options
 @click.option(
     "--shard-size", type=click.IntRange(min=1), default=512, show_default=True,
     help="Images in a file.",
@@ -94,7 +97,7 @@ def export(
     decode_threads: int | None, address: str | None, ec_cache: Path | None, profile: bool,
     column: str | None, id_column: str | None, exif: Any, **loading: Any,
 ) -> None:  # fmt: skip
-    """Export the images of INPUTS into a folder of shards; run it again to resume.
+    """Export the images and videos of INPUTS into a folder of shards; run it again to resume.
 
     \b
     qwen-vit export photos/ --model tiny --out features --dry-run
@@ -104,9 +107,10 @@ def export(
     qwen-vit export photos/ --model tiny --out dense --output mean --layers 1,3
     qwen-vit export 'data/*.parquet' --column image --model tiny --out features
 
-    INPUTS are images, folders (searched to every depth), quoted patterns, tars and lists. A list
-    is a .txt with a path a line, or a .jsonl with an "id" and a "path" each. Its relative paths
-    count from its folder. A row of a Parquet file is an image where --column names its column.
+    INPUTS are images, videos, folders (searched to every depth), quoted patterns, tars and lists.
+    A list is a .txt with a path a line, or a .jsonl with an "id" and a "path" each. Its relative
+    paths count from its folder. A row of a Parquet file is an image where --column names its
+    column.
 
     A list on standard input is -, and its paths count from the current folder. Read the folder
     with qwen_vit.load_features; its manifest has a row for each image. Images that cannot be
@@ -122,7 +126,7 @@ def export(
         from qwen_vit.inputs.find import check_inputs
     options = ExportOptions(
         output, dtype, shard_size, on_error, part, max_failures, normalize=normalize, layers=layers,
-        column=column, id_column=id_column, exif=exif,
+        column=column, id_column=id_column, exif=exif, **take_video_options(loading),
     )  # fmt: skip
     check_inputs(inputs, options.columns)
     check_folder(out, make=False)

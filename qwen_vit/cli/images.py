@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from qwen_vit.features import FailedImage, ImageFeatures
     from qwen_vit.images.image import ExifPolicy
     from qwen_vit.inputs.listing import Item
-    from qwen_vit.loading import OnError
+    from qwen_vit.loading import ImageLoader, LoadedImage, OnError
+    from qwen_vit.video.options import VideoOptions
 
 __all__ = ["encode_one_by_one", "list_images", "load_encoder"]
 
@@ -71,40 +72,43 @@ def encode_one_by_one(
     items: "Sequence[Item]",
     on_error: "OnError",
     exif: "ExifPolicy" = "apply",
+    *,
+    video: "VideoOptions | None" = None,
+    as_video: bool = False,
     **options: Any,
 ) -> "Iterator[tuple[ImageFeatures | FailedImage, float]]":
     """Each image's features, or its error, and the milliseconds from its file to its features.
 
     Features are on the host: the GPU's memory is for encoding. A progress bar is shown on a
     terminal, and a failed image logged above it. `exif` and `options` are those of
-    `VisionEncoder.encode`.
+    `VisionEncoder.encode`; `video` has those of videos, and with `as_video` an animation is one.
     """
     from tqdm import tqdm
 
     from qwen_vit.common.tensors import all_finite
     from qwen_vit.errors import ImageError
-    from qwen_vit.features import FailedImage, not_finite
-    from qwen_vit.images.image import ImageLimits
-    from qwen_vit.images.load import load_image
-    from qwen_vit.images.patches import patchify
-    from qwen_vit.inputs.read import read_item
+    from qwen_vit.features import FailedImage, VideoFeatures, not_finite
 
-    limits = ImageLimits()
+    loader = _loader(encoder, exif, video, as_video)
     for item in tqdm(items, unit="image", file=sys.stderr, disable=not shows_progress()):
         start = time.perf_counter()
         size_px = None
         result: ImageFeatures | FailedImage
         try:
-            rgb = load_image(read_item(item, limits), name=item.id, limits=limits, exif=exif)
-            size_px = (rgb.height, rgb.width)
-            patches = patchify(rgb.picture, encoder.image_config, name=item.id)
-            encoded = encoder.encode(patches, **options)
+            loaded = _load(item, loader)
+            size_px = loaded.size_px
+            if loaded.patches is None:
+                raise loaded.error or not_finite(item.id)
+            encoded = encoder.encode(loaded.patches, **options)
             if not all(map(all_finite, (encoded.embeds, *encoded.layers.values()))):
                 raise not_finite(item.id)
             result = replace(
-                encoded, id=item.id, size_px=size_px, notes=rgb.notes, embeds=encoded.embeds.cpu(),
+                encoded, id=item.id, size_px=size_px, notes=loaded.notes,
+                embeds=encoded.embeds.cpu(),
                 layers={block: rows.cpu() for block, rows in encoded.layers.items()},
             )  # fmt: skip
+            if loaded.timing is not None:
+                result = VideoFeatures.of(result, loaded.timing)
         except ImageError as error:
             if on_error == "raise":
                 raise
@@ -112,6 +116,31 @@ def encode_one_by_one(
             result = failed if size_px is None else replace(failed, size_px=size_px)
             print_log(f"skipped: {error}")
         yield result, 1000 * (time.perf_counter() - start)
+
+
+def _loader(
+    encoder: "VisionEncoder", exif: "ExifPolicy", video: "VideoOptions | None", as_video: bool
+) -> "ImageLoader":
+    from qwen_vit.common.prefetch import core_count
+    from qwen_vit.images.image import ImageLimits
+    from qwen_vit.loading import ImageLoader
+    from qwen_vit.video.options import VideoLimits, VideoOptions
+
+    return ImageLoader(
+        encoder.config, encoder.image_config, "auto", ImageLimits(), "skip", VideoLimits(), exif,
+        core_count(), video or VideoOptions(), as_video,
+    )  # fmt: skip
+
+
+def _load(item: "Item", loader: "ImageLoader") -> "LoadedImage":
+    """An image's or a video's patches, or the error with the size that it was found at."""
+    from qwen_vit.inputs.read import read_item
+    from qwen_vit.video.items import open_video_item, video_of_item
+
+    if item.is_video:
+        with open_video_item(item) as (file, _):
+            return loader.load_video(video_of_item(item, loader.video), item.id, file)
+    return loader.load(read_item(item, loader.limits), item.id)
 
 
 def _is_same(image: str, out: Path) -> bool:

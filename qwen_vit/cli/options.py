@@ -28,7 +28,9 @@ __all__ = [
     "output_options",
     "pixel_options",
     "source_options",
+    "take_video_options",
     "verbosity_options",
+    "video_options",
 ]
 
 NAME = click.Path(readable=False, path_type=str)  # what cannot be read is skipped like any other
@@ -144,6 +146,42 @@ exif_option = click.option(
     "--exif", type=click.Choice(["apply", "ignore"]), default="apply", show_default=True,
     help="The orientation in an image's EXIF; ignore it where pictures are upright already.",
 )  # fmt: skip
+
+
+def video_options(command: Command) -> Command:
+    """The options that say which frames of a video are encoded, and at which size."""
+    options = (
+        click.option("--fps", type=float, default=2.0, show_default=True, help="Frames a second."),
+        click.option("--n-frames", type=int, help="So many frames instead of --fps."),
+        click.option("--start", type=float, metavar="SECONDS", help="Where sampling begins."),
+        click.option("--end", type=float, metavar="SECONDS", help="Where sampling ends."),
+        click.option("--max-frames", type=int, help="The most of --fps.  [default: 768]"),
+        click.option(
+            "--max-frame-pixels", type=int, help="Largest height x width.  [default: 602112]"
+        ),
+        click.option(
+            "--min-frame-pixels", type=int, help="Smallest height x width.  [default: 100352]"
+        ),
+        click.option(
+            "--sampling", type=click.Choice(["qwen", "transformers"]), default="qwen",
+            show_default=True, help="Whose choice of frames and sizes.",
+        ),
+        click.option("--as-video", is_flag=True, help="An animated GIF, WebP or PNG is a video."),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def take_video_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Remove the options of `video_options`, and return `video` and `as_video`."""
+    from qwen_vit.video.options import VideoOptions
+
+    names = ("fps", "n_frames", "start", "end", "max_frames", "sampling")
+    chosen = {name: options.pop(name) for name in names}
+    for side in ("min", "max"):
+        chosen[f"{side}_pixels"] = options.pop(f"{side}_frame_pixels")
+    return {"video": VideoOptions(**chosen), "as_video": options.pop("as_video")}
 
 
 def source_options(command: Command) -> Command:

@@ -35,6 +35,8 @@ from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.patches import smart_resize
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.read import read_item
+from qwen_vit.video.items import patches_by_header, video_of_item
+from qwen_vit.video.options import Video, VideoOptions
 
 __all__ = ["Estimate", "estimate_export", "estimate_plan", "target_size"]
 
@@ -97,7 +99,7 @@ def estimate_export(
             items, total=plan.n_images, unit="image", file=sys.stderr, disable=not show_progress
         )
         found, work = _estimate(encoder, bar, options, whole)
-        seconds = _seconds(encoder, plan.listing.spread(MAX_TIMED), work, options.limits)
+        seconds = _seconds(encoder, plan.listing.spread(MAX_TIMED), work, options)
         return replace(found, seconds=seconds)
 
 
@@ -169,16 +171,10 @@ def _estimate(
     for item, shard in items:
         images += 1
         done += shard in whole
-        size = _size_in_header(item, options.limits)
-        if size is None:
+        n = _patches(item, config, options)
+        if n is None:
             unreadable += 1
             continue
-        try:
-            height, width = target_size(*size, config, item.id)
-        except ImageError:  # a ratio above 200
-            unreadable += 1
-            continue
-        n = height * width // config.patch_px**2
         rows += form.count(n)
         patches += n
         if shard not in whole:
@@ -187,8 +183,22 @@ def _estimate(
     return Estimate(images, unreadable, rows, n_bytes, None, done=done), work
 
 
+def _patches(item: Item, config: ImageConfig, options: ExportOptions) -> int | None:
+    """The patches of an image or video by its header; None for one that cannot be encoded."""
+    try:
+        if item.is_video:
+            return patches_by_header(item, options.video, options.video_limits, config)
+        size = _size_in_header(item, options.limits)
+        if size is None:
+            return None
+        height, width = target_size(*size, config, item.id)
+    except ImageError:  # such as a ratio above 200
+        return None
+    return height * width // config.patch_px**2
+
+
 def _seconds(
-    encoder: VisionEncoder, sample: Sequence[Item], work: _Work, limits: ImageLimits
+    encoder: VisionEncoder, sample: Sequence[Item], work: _Work, options: ExportOptions
 ) -> float | None:
     """What the work takes: a time for each batch and one for each patch, from a few timings.
 
@@ -201,7 +211,9 @@ def _seconds(
     timings: list[tuple[float, _Work]] = []
     is_warm, place, count, left = False, 0, 1, TIMING_S
     while place < len(shuffled) and count >= 1:
-        seconds, timed = _time_batch(encoder, shuffled[place : place + count], limits)
+        seconds, timed = _time_batch(
+            encoder, shuffled[place : place + count], options.limits, options.video
+        )
         place += count
         if not timed.patches:  # none of them could be encoded
             continue
@@ -220,12 +232,15 @@ def _seconds(
 
 
 def _time_batch(
-    encoder: VisionEncoder, items: Sequence[Item], limits: ImageLimits
+    encoder: VisionEncoder, items: Sequence[Item], limits: ImageLimits, video: VideoOptions
 ) -> tuple[float, _Work]:
-    images: list[bytes] = []
+    images: list[bytes | Video] = []
     for item in items:
         with suppress(ImageError):
-            images.append(read_item(item, limits))
+            if not item.is_video:
+                images.append(read_item(item, limits))
+            elif item.is_file and item.error is None:
+                images.append(video_of_item(item, video))
     start = time.monotonic()
     done = encoder.encode(images, on_error="skip")
     seconds = time.monotonic() - start

@@ -15,6 +15,7 @@ from qwen_vit.images.image import ExifPolicy, ImageLimits
 from qwen_vit.inputs.parquet import ParquetColumns
 from qwen_vit.loading import OnError
 from qwen_vit.outputs import check_layers, check_normalize
+from qwen_vit.video.options import VideoLimits, VideoOptions
 
 __all__ = ["ExportOptions", "RowFormat"]
 
@@ -43,6 +44,9 @@ class ExportOptions:
         layers: blocks whose dense features are stored as well, as in `encode`.
         column: the column of images in Parquet files; None: Parquet files are not read.
         id_column: the column of their ids; None: a row's id is `file:row`.
+        video: which frames of videos are encoded, and at which size.
+        video_limits: bounds of a video.
+        as_video: whether an animated GIF, WebP or PNG is a video, not its first frame.
 
     Raises:
         ArgumentError: a value makes no sense.
@@ -60,6 +64,9 @@ class ExportOptions:
     column: str | None = None
     id_column: str | None = None
     exif: ExifPolicy = "apply"
+    video: VideoOptions = field(default_factory=VideoOptions)
+    video_limits: VideoLimits = field(default_factory=VideoLimits)
+    as_video: bool = False
 
     @property
     def columns(self) -> ParquetColumns | None:
@@ -84,6 +91,9 @@ class ExportOptions:
             (is_part and 1 <= self.part[0] <= self.part[1], "part", "(I, N) with I from 1 to N"),
             (is_count, "max_failures", "0 (never stop) or more"),
             (isinstance(self.limits, ImageLimits), "limits", "ImageLimits"),
+            (isinstance(self.video, VideoOptions), "video", "VideoOptions"),
+            (isinstance(self.video_limits, VideoLimits), "video_limits", "VideoLimits"),
+            (isinstance(self.as_video, bool), "as_video", "True or False"),
         ):
             if not is_right:
                 raise ArgumentError(f"{name} is {getattr(self, name)!r}", expected=expected)

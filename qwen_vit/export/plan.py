@@ -27,6 +27,7 @@ from qwen_vit.export.settings import (
 from qwen_vit.feature_files.schema import shard_name
 from qwen_vit.inputs.find import find_items, no_image_found, warn_of_skipped
 from qwen_vit.inputs.listing import Item, Listing
+from qwen_vit.video.sampling import MAX_FRAMES
 
 __all__ = [
     "IMAGE_HEAD_BYTES",
@@ -41,6 +42,7 @@ __all__ = [
 
 # Of a shard's head, for each image: grid, offset, size, notes, hashes; and a hash of each tensor.
 IMAGE_HEAD_BYTES, TENSOR_HEAD_BYTES = 420, 100
+MOMENT_BYTES = 14  # of each frame of a video
 LEFTOVER = re.compile(r"\.+(?:shard-(\d{8})\.|listing-(\d+)-of-(\d+)\b|export\.|manifest\.).*\.tmp")
 
 
@@ -119,8 +121,11 @@ def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) ->
     """The bytes to reserve for a shard's header. They follow from the plan, not from the images."""
     names = [name for item in items for name in (item.id, item.source)]
     text = json.dumps({**settings, "ids": names})
+    policy = settings.get("image_policy", {}).get("video") or {}
+    of_videos = MOMENT_BYTES * (policy.get("n_frames") or policy.get("max_frames") or MAX_FRAMES)
+    of_videos *= sum(item.is_video for item in items)
     per_image = IMAGE_HEAD_BYTES + TENSOR_HEAD_BYTES * (1 + len(settings.get("layers", ())))
-    return len(json.dumps(text)) + per_image * (len(items) + 1)  # JSON within JSON
+    return len(json.dumps(text)) + per_image * (len(items) + 1) + of_videos  # JSON within JSON
 
 
 def _check_heads(plan: ExportPlan) -> None:

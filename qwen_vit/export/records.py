@@ -8,6 +8,7 @@ from qwen_vit.export.manifest import ManifestRow
 from qwen_vit.features import UNKNOWN_SIZE
 from qwen_vit.images.patches import Patches
 from qwen_vit.inputs.listing import Item
+from qwen_vit.video.load import VideoTiming
 
 __all__ = [
     "COPY", "ENCODE", "READ", "REST", "STAGES", "WRITE", "DoneShard", "ImageRecord", "ShardStart",
@@ -29,6 +30,7 @@ class ImageRecord:
     notes: tuple[str, ...] = ()
     grid_thw: tuple[int, int, int] = (0, 0, 0)
     patches: Patches | None = None  # from its file to the encoder
+    timing: VideoTiming | None = None  # of a video
     n_rows: int = 0  # of its features, as they are stored
     stage: str = "read"
     error: ImageError | None = None

@@ -20,6 +20,7 @@ from qwen_vit.export.options import ExportOptions
 from qwen_vit.feature_files.schema import READABLE, SCHEMA_VERSION
 from qwen_vit.images.image import EXIF_IGNORED
 from qwen_vit.inputs.listing import Item, Listing, read_listing
+from qwen_vit.video.source import decoder_name
 
 __all__ = [
     "LISTING",
@@ -47,6 +48,8 @@ class EncoderInfo(Protocol):
 def make_settings(encoder: EncoderInfo, listing: Listing, options: ExportOptions) -> dict[str, Any]:
     """The settings of an export as JSON values. Hashes the weights, which takes a moment."""
     metadata = encoder.metadata()
+    if listing.n_videos or options.as_video:
+        metadata["image_policy"] = {**metadata["image_policy"], "video": _video_policy(options)}
     settings = {
         **metadata,
         "schema_version": SCHEMA_VERSION,
@@ -66,6 +69,16 @@ def make_settings(encoder: EncoderInfo, listing: Listing, options: ExportOptions
         "listing_sha256": listing.sha256,
     }
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]  # lists, not tuples
+
+
+def _video_policy(options: ExportOptions) -> dict[str, Any]:
+    """How videos become patches. PyAV's version decides their pixels."""
+    return {
+        **asdict(options.video),
+        "as_video": options.as_video,
+        "decoder": decoder_name(),
+        "limits": asdict(options.video_limits),
+    }
 
 
 def write_or_check_settings(

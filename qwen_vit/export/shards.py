@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from qwen_vit.common.prefetch import Job, thread_count, work_ahead
+from qwen_vit.common.prefetch import Job, core_count, thread_count, work_ahead
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ExportError, ImageError
 from qwen_vit.export.background import BackgroundWriter, StageTimer
@@ -48,6 +48,8 @@ from qwen_vit.images.patches import Patches
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.read import read_item
 from qwen_vit.loading import ImageLoader
+from qwen_vit.video.isolated import load_in_child
+from qwen_vit.video.items import open_video_item, video_of_item
 
 __all__ = ["export_shards", "whole_shard"]
 
@@ -90,13 +92,18 @@ def export_shards(
     """
     breaker, clock = breaker or CircuitBreaker(plan.options.max_failures), clock or StageTimer(REST)
     form = RowFormat.of(encoder, plan.options)
+    options = plan.options
     loader = ImageLoader(
         encoder.config,
         encoder.image_config,
         "auto",
-        plan.options.limits,
+        options.limits,
         on_error="raise",
-        exif=plan.options.exif,
+        video_limits=options.video_limits,
+        exif=options.exif,
+        video_threads=max(1, core_count() // thread_count(decode_threads)),
+        video=options.video,
+        as_video=options.as_video,
     )
     copier: HostCopier | None = None  # made only for a missing shard: it takes memory
     with (
@@ -146,14 +153,23 @@ def _load(item: Item, line: int, loader: ImageLoader, under_way: UnderWay) -> Im
     image = ImageRecord(item)
     try:
         image.stage = "read" if item.error is None else "list"
-        data = read_item(item, loader.limits)
-        image.sha256 = sha256(data).hexdigest()
-        image.stage = "decode"
-        with under_way.mark(line):
-            if line in under_way.suspects:  # a process died while it decoded this
-                decode_in_child(data, item.id, loader.limits)
-            loaded = loader.load(data, item.id)
+        if item.is_video:
+            with open_video_item(item) as (file, image.sha256), under_way.mark(line):
+                image.stage = "decode"
+                if line in under_way.suspects:  # a process died while it decoded this
+                    load_in_child(item, loader.video, loader.video_limits, loader.image_config)
+                video = video_of_item(item, loader.video)
+                loaded = loader.load_video(video, item.id, file)
+        else:
+            data = read_item(item, loader.limits)
+            image.sha256 = sha256(data).hexdigest()
+            image.stage = "decode"
+            with under_way.mark(line):
+                if line in under_way.suspects:  # a process died while it decoded this
+                    decode_in_child(data, item.id, loader.limits)
+                loaded = loader.load(data, item.id)
         image.size_px, image.notes, image.patches = loaded.size_px, loaded.notes, loaded.patches
+        image.timing = loaded.timing
         image.stage = "encode"
     except ImageError as error:
         image.error = error.without_frames()
@@ -343,7 +359,10 @@ class _Shard:
 def _item_facts(image: ImageRecord, exif: ExifPolicy) -> ItemFacts:
     return ItemFacts(
         image.item.id, image.grid_thw, image.n_rows, image.size_px, image.notes, image.sha256,
-        image.item.source, exif=exif,
+        image.item.source, "image" if image.timing is None else "video",
+        exif if image.timing is None else None,
+        None if image.timing is None else image.timing.second_per_grid_t,
+        None if image.timing is None else image.timing.frame_seconds,
     )  # fmt: skip
 
 

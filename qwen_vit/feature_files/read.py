@@ -25,6 +25,7 @@ from qwen_vit.feature_files.schema import (
     INTEGERS,
     METADATA_KEY,
     RESUME,
+    StoredFacts,
     layer_name,
     parse_errors,
     parse_image_facts,
@@ -35,7 +36,7 @@ from qwen_vit.feature_files.schema import (
     shard_name,
 )
 from qwen_vit.feature_files.writer import rows_sha256
-from qwen_vit.features import UNKNOWN_SIZE, FailedImage, ImageFeatures
+from qwen_vit.features import FailedImage, ImageFeatures, VideoFeatures
 
 __all__ = ["FeatureFile", "FeatureFolder", "load_features", "open_shard"]
 
@@ -119,12 +120,16 @@ class FeatureFile(Features):
     def read_at(self, place: int) -> ImageFeatures:
         t, h, w = self.image_grid_thw[place].tolist()
         output, normalized, blocks = self._rows
-        size_px, notes = self._facts[place] if self._facts else (UNKNOWN_SIZE, ())
+        facts = self._facts[place] if self._facts else StoredFacts()
         embeds = self._read_rows(EMBEDS, self._offsets, place)
         layers = {k: self._read_rows(layer_name(k), self._patches, place) for k in blocks}
-        return ImageFeatures(
-            self._ids[place], embeds, (t, h, w), size_px, notes, layers, output, normalized
-        )
+        found = (
+            self._ids[place], embeds, (t, h, w), facts.size_px, facts.notes, layers, output,
+            normalized,
+        )  # fmt: skip
+        if facts.second_per_grid_t is None:
+            return ImageFeatures(*found)
+        return VideoFeatures(*found, facts.second_per_grid_t, facts.frame_seconds)
 
     @cached_property
     def _patches(self) -> list[int]:

@@ -29,7 +29,14 @@ from typing import Any, NamedTuple, get_args
 from torch import Tensor
 
 from qwen_vit.common.safetensors_header import TensorInfo
-from qwen_vit.common.strict_json import check_integer, is_integer, parse_json, read_json, short_repr
+from qwen_vit.common.strict_json import (
+    check_integer,
+    is_integer,
+    is_number,
+    parse_json,
+    read_json,
+    short_repr,
+)
 from qwen_vit.errors import CheckpointError, ExportError, ImageError
 from qwen_vit.features import UNKNOWN_SIZE, FailedImage, FeatureOutput, ImageFeatures
 
@@ -43,6 +50,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "ItemFacts",
     "RowFacts",
+    "StoredFacts",
     "layer_name",
     "parse_errors",
     "parse_image_facts",
@@ -244,19 +252,30 @@ def parse_errors(value: Any, path: Path, remedy: str) -> Sequence[FailedImage]:
     ]
 
 
-def parse_image_facts(
-    value: Any, path: Path, remedy: str
-) -> Sequence[tuple[tuple[int, int], tuple[str, ...]]]:
-    """The original size and the notes of each image of a file; none where schema 1 had none.
+class StoredFacts(NamedTuple):
+    """What a file records of an image or video beside its rows and its grid."""
+
+    size_px: tuple[int, int] = UNKNOWN_SIZE
+    notes: tuple[str, ...] = ()
+    second_per_grid_t: float | None = None  # of a video
+    frame_seconds: tuple[float, ...] = ()
+
+
+def parse_image_facts(value: Any, path: Path, remedy: str) -> Sequence[StoredFacts]:
+    """The facts of each image of a file; none where schema 1 had none.
 
     Raises ExportError, with the remedy, for anything else.
     """
     value = [] if value is None else value
     try:
         facts = [
-            (tuple(entry["size_px"] or UNKNOWN_SIZE), tuple(entry["notes"])) for entry in value
-        ]
-        if all(len(size) == 2 and all(map(is_integer, size)) for size, _ in facts):
+            StoredFacts(
+                tuple(entry["size_px"] or UNKNOWN_SIZE), tuple(entry["notes"]),
+                entry.get("second_per_grid_t"), tuple(entry.get("frame_seconds") or ()),
+            )
+            for entry in value
+        ]  # fmt: skip
+        if all(map(_is_right, facts)):
             return facts
     except (KeyError, TypeError):
         pass
@@ -265,6 +284,16 @@ def parse_image_facts(
         name=str(path),
         expected="size_px and notes of each",
         remedy=remedy,
+    )
+
+
+def _is_right(facts: StoredFacts) -> bool:
+    seconds = facts.second_per_grid_t
+    return (
+        len(facts.size_px) == 2
+        and all(map(is_integer, facts.size_px))
+        and (seconds is None or (is_number(seconds) and seconds > 0))
+        and all(map(is_number, facts.frame_seconds))
     )
 
 

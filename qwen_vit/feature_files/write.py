@@ -26,6 +26,7 @@ from qwen_vit.features import (
     UNKNOWN_SIZE,
     AnyFeatures,
     ImageFeatures,
+    VideoFeatures,
     check_features,
     dtype_name,
 )
@@ -123,8 +124,15 @@ def write_features(
 
 def _item_of(feature: ImageFeatures) -> ItemFacts:
     is_image = feature.size_px != UNKNOWN_SIZE  # patches that a caller has cut have no policy
+    size_px = feature.size_px if is_image else None
+    if isinstance(feature, VideoFeatures):
+        return ItemFacts(
+            feature.id, feature.grid_thw, len(feature.embeds), size_px, feature.notes,
+            kind="video", second_per_grid_t=feature.second_per_grid_t,
+            frame_seconds=feature.frame_seconds,
+        )  # fmt: skip
     return ItemFacts(
-        feature.id, feature.grid_thw, len(feature.embeds), feature.size_px if is_image else None,
+        feature.id, feature.grid_thw, len(feature.embeds), size_px,
         feature.notes, exif=_exif(feature) if is_image else None,
     )  # fmt: skip
 

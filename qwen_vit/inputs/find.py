@@ -26,7 +26,8 @@ from qwen_vit.inputs.parquet import (
     needs_column,
     parquet_items,
 )
-from qwen_vit.inputs.tars import COMPRESSED_TARS, IMAGE_SUFFIXES, TAR_SUFFIX, suffix_of, tar_items
+from qwen_vit.inputs.suffixes import suffix_of
+from qwen_vit.inputs.tars import COMPRESSED_TARS, MEDIA_SUFFIXES, TAR_SUFFIX, tar_items
 
 __all__ = ["STDIN", "check_inputs", "find_items", "no_image_found", "warn_of_skipped"]
 
@@ -35,7 +36,7 @@ logger = logging.getLogger("qwen_vit")
 STDIN = "-"  # a list of paths on standard input
 MAX_SUFFIXES_LOGGED = 5
 NOT_IMAGES = {".csv", ".json", ".pdf", ".tsv", ".xml", ".yaml", ".yml", ".zip"}
-TAKEN_SUFFIXES = (*IMAGE_SUFFIXES, TAR_SUFFIX, *COMPRESSED_TARS, PARQUET_SUFFIX)  # from a folder
+TAKEN_SUFFIXES = (*MEDIA_SUFFIXES, TAR_SUFFIX, *COMPRESSED_TARS, PARQUET_SUFFIX)  # from a folder
 DEEP = re.compile(r"(?:^|(?<=/))\*\*(?:/+|$)")  # in a pattern: any number of folders
 ALL_BELOW = re.compile(r"(?:^|/)\*\*(?:/+\*{1,2})*/*$")  # each match is an item
 
@@ -101,7 +102,7 @@ def warn_of_skipped(left_out: Counter[str]) -> None:
             for suffix, count in kinds
         )
         more = ", ..." if len(left_out) > len(kinds) else ""
-        logger.warning("skipped files without an image extension: %s%s", named, more)
+        logger.warning("skipped files without an image or video extension: %s%s", named, more)
 
 
 def no_image_found(inputs: Sequence[str], left_out: Counter[str]) -> ExportError:
@@ -109,7 +110,7 @@ def no_image_found(inputs: Sequence[str], left_out: Counter[str]) -> ExportError
     has_parquet = left_out[PARQUET_SUFFIX] > 0
     return ExportError(
         f"no image found in {', '.join(map(display_name, inputs))}",
-        expected="files in folders and tars to have an image extension such as .jpg",
+        expected="files in folders and tars to have an extension such as .jpg or .mp4",
         remedy="pass --column to read Parquet files" if has_parquet else "check the inputs",
     )
 
@@ -267,7 +268,7 @@ def _folder_items(
             yield from tar_items(item.source, item.id, left_out)
         elif columns is not None and item.id.lower().endswith(PARQUET_SUFFIX):
             yield from parquet_items(item.source, item.id, columns)
-        elif suffix_of(item.id) in IMAGE_SUFFIXES:
+        elif suffix_of(item.id) in MEDIA_SUFFIXES:
             yield item
         else:
             left_out[suffix_of(item.id)] += 1

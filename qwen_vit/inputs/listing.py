@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Self
 
 from qwen_vit.common.atomic_file import atomic_file
 from qwen_vit.errors import ExportError, ImageError, display_name
+from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, suffix_of
 
 __all__ = ["Item", "Listing", "read_listing"]
 
@@ -48,6 +49,16 @@ class Item:
     def is_file(self) -> bool:
         """Whether the image is a whole file, rather than a part of one."""
         return self.offset is None and self.row is None
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it is a video by its name or its file's; a row of Parquet is seen when read.
+
+        >>> Item("clip.mp4", "/data/clip.mp4").is_video, Item("a", "/data/a.jpg").is_video
+        (True, False)
+        """
+        names = (self.id, self.source) if self.is_file else (self.id,)
+        return self.row is None and any(suffix_of(name) in VIDEO_SUFFIXES for name in names)
 
     @classmethod
     def failed(cls, id: str, source: str, error: ImageError) -> Self:
@@ -82,30 +93,36 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A frozen listing: its file, its number of images, and where each shard's lines begin."""
+    """A frozen listing: its file, its number of images, and where each shard's lines begin.
+
+    `n_videos` counts those that are videos by their names.
+    """
 
     path: Path
     n_images: int
     sha256: str
     shard_size: int
     starts: tuple[int, ...]  # bytes
+    n_videos: int = 0
 
     @classmethod
     def freeze(cls, path: Path, items: Iterable[Item], shard_size: int) -> Self:
         """Write the file completely or not at all. Raises ExportError if two images share an id."""
         digest, starts, position, count = hashlib.sha256(), [], 0, 0
         ids: set[str] = set()
+        n_videos = 0
         with atomic_file(path) as file:
             for count, item in enumerate(_without_os_errors(items), start=1):
                 if item.id in ids:
                     raise _same_id(item)
                 ids.add(item.id)
+                n_videos += item.is_video
                 if (count - 1) % shard_size == 0:
                     starts.append(position)
                 line = item.to_json().encode() + b"\n"
                 digest.update(line)
                 position += file.write(line)
-        return cls(path, count, digest.hexdigest(), shard_size, tuple(starts))
+        return cls(path, count, digest.hexdigest(), shard_size, tuple(starts), n_videos)
 
     def shard(self, index: int) -> list[Item]:
         """The images of one shard."""

@@ -10,9 +10,10 @@ from typing import BinaryIO
 
 from qwen_vit.errors import ImageError
 from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, suffix_of
 
 __all__ = [
-    "COMPRESSED_TARS", "IMAGE_SUFFIXES", "TAR_SUFFIX", "VIDEO_SUFFIXES", "suffix_of", "tar_items",
+    "COMPRESSED_TARS", "IMAGE_SUFFIXES", "MEDIA_SUFFIXES", "TAR_SUFFIX", "tar_items",
 ]  # fmt: skip
 
 # The suffixes that count as images in a folder or a tar. Those after AVIF cannot be decoded here.
@@ -21,7 +22,7 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
     *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".ico", ".pnm", ".tga"),
 )
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 TAR_SUFFIX = ".tar"
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # files begin so
@@ -90,7 +91,7 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
             tar.members.clear()
             if member.isdir():
                 continue
-            if suffix_of(member.name) not in IMAGE_SUFFIXES:
+            if suffix_of(member.name) not in MEDIA_SUFFIXES:
                 left_out[suffix_of(member.name)] += 1
                 continue
             inside = f"{name}/{member.name}"
@@ -139,7 +140,3 @@ def _begins_with(path: str, starts: tuple[bytes, ...]) -> bool:
             return file.read(max(map(len, starts))).startswith(starts)
     except OSError:
         return False
-
-
-def suffix_of(name: str) -> str:
-    return os.path.splitext(name)[1].lower()

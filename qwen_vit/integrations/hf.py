@@ -15,6 +15,7 @@ from qwen_vit.integrations.rows import (
     MERGE_SIZE,
     check_modalities,
     count_tokens,
+    split_videos,
     whole_numbers,
 )
 
@@ -46,8 +47,8 @@ def to_hf(
     >>> ids = torch.tensor([[7, *6 * [IMAGE_TOKEN_ID], 8]])
     >>> to_hf(made, ids)["mm_token_type_ids"]
     tensor([[0, 1, 1, 1, 1, 1, 1, 0]])
-    >>> clip = [ImageFeatures("clip.mp4", torch.ones(12, 8), (2, 4, 6))]
-    >>> sorted(to_hf(videos=clip, second_per_grid_ts=[1.0]))
+    >>> from qwen_vit import VideoFeatures
+    >>> sorted(to_hf(VideoFeatures("clip.mp4", torch.ones(12, 8), (2, 4, 6))))
     ['mm_encoder_outputs', 'second_per_grid_ts', 'video_grid_thw']
 
     These are arguments of `generate` and `forward`. Needs transformers 5.18 or newer.
@@ -55,13 +56,14 @@ def to_hf(
     Source: `mm_encoder_outputs` in transformers' models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 
     Args:
-        features: of pictures, in the prompts' order.
+        features: of pictures, in the prompts' order. VideoFeatures among them are videos, and come
+            before those of `videos`.
         input_ids: the prompts' tokens (batch, sequence). They are checked against the features, and
             `mm_token_type_ids` is made from them. Without those, Qwen2.5-VL silently numbers the
             tokens of images and videos as if they were text.
         videos: features of videos, in the prompts' order.
         second_per_grid_ts: for each video, the seconds from one step of its grid to the next: 2 /
-            (frames per second), since a step is two frames.
+            (frames per second), since a step is two frames. VideoFeatures have their own.
         image_token_id: of `<|image_pad|>`.
         video_token_id: of `<|video_pad|>`.
         mm_token_type_ids: False for Qwen2.5-Omni, which finds images itself and refuses them. Its
@@ -75,7 +77,8 @@ def to_hf(
     require_transformers("to_hf")
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    pictures, clips = check_modalities(features, videos, second_per_grid_ts)
+    of_pictures, of_videos, seconds = split_videos(features, videos, second_per_grid_ts)
+    pictures, clips = check_modalities(of_pictures, of_videos, seconds)
     arguments: dict[str, Any] = {"mm_encoder_outputs": {}}
     for kind, found in (("image", pictures), ("video", clips)):
         if found is not None:
@@ -85,7 +88,7 @@ def to_hf(
             arguments[f"{kind}_grid_thw"] = grids
     if clips is not None:
         name = "second_per_grid_ts" if mm_token_type_ids else "video_second_per_grid"
-        arguments[name] = torch.tensor(list(second_per_grid_ts), device="cpu")
+        arguments[name] = torch.tensor(seconds, device="cpu")
     if input_ids is not None:
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
             what = type(input_ids).__name__

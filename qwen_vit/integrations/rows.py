@@ -15,13 +15,27 @@ from torch import Tensor
 from qwen_vit.common.strict_json import is_number
 from qwen_vit.common.tensors import all_finite
 from qwen_vit.errors import ArgumentError, ExportError, plural
-from qwen_vit.features import AnyFeatures, FailedImage, ImageFeatures, check_features
+from qwen_vit.features import (
+    AnyFeatures,
+    FailedImage,
+    ImageFeatures,
+    VideoFeatures,
+    check_features,
+)
 
-__all__ = ["MERGE_SIZE", "check_modalities", "count_tokens", "rows_and_grids", "whole_numbers"]
+__all__ = [
+    "MERGE_SIZE",
+    "check_modalities",
+    "count_tokens",
+    "rows_and_grids",
+    "split_videos",
+    "whole_numbers",
+]
 
 MERGE_SIZE = 2
 AS_FEATURES = "pass the grid_thw of the features"
 
+Found = ImageFeatures | FailedImage
 Rows = tuple[list[Tensor], Tensor]  # each item's merged rows, and all grids (N, 3)
 
 
@@ -52,6 +66,25 @@ def rows_and_grids(features: AnyFeatures) -> tuple[list[Tensor], Tensor]:
         )
     grids = [image.grid_thw for image in good]
     return embeds, torch.tensor(grids, dtype=torch.int64, device="cpu")
+
+
+def split_videos(
+    features: AnyFeatures, videos: AnyFeatures, second_per_grid_ts: Sequence[float] = ()
+) -> tuple[list[Found], list[Found], list[float]]:
+    """Pictures, videos, and the seconds of each video: its own, unless others are given.
+
+    >>> clip = VideoFeatures("a.mp4", torch.ones(6, 8), (1, 4, 6), second_per_grid_t=0.5)
+    >>> pictures, clips, seconds = split_videos([clip], [])
+    >>> len(pictures), len(clips), seconds
+    (0, 1, [0.5])
+    """
+    given = check_features(features)
+    pictures = [each for each in given if not isinstance(each, VideoFeatures)]
+    clips = [each for each in given if isinstance(each, VideoFeatures)] + check_features(videos)
+    seconds = list(second_per_grid_ts)
+    if not seconds and all(isinstance(each, VideoFeatures) for each in clips):
+        seconds = [each.second_per_grid_t for each in clips if isinstance(each, VideoFeatures)]
+    return pictures, clips, seconds
 
 
 def check_modalities(

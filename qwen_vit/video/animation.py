@@ -18,7 +18,7 @@ from qwen_vit.video.container import too_many_frames
 from qwen_vit.video.options import VideoLimits
 from qwen_vit.video.sampling import Timeline
 
-__all__ = ["AnimationFrames", "is_animation_format"]
+__all__ = ["AnimationFrames", "is_animated", "is_animation_format"]
 
 FORMATS = {b"GIF8": "GIF", b"\x89PNG": "PNG", b"RIFF": "WEBP"}
 MIN_MS, USUAL_MS = 11, 100  # browsers show a frame of 10 ms or less for 100 ms
@@ -31,6 +31,17 @@ def is_animation_format(head: bytes) -> bool:
     (True, False)
     """
     return _format_of(head) is not None
+
+
+def is_animated(data: bytes) -> bool:
+    """Whether the bytes are a GIF, WebP or PNG of several frames; False if they are damaged."""
+    kind = _format_of(data[:12])
+    if kind is None:
+        return False
+    try:
+        return bool(getattr(DECODERS[kind](io.BytesIO(data), ""), "is_animated", False))
+    except Exception:  # noqa: BLE001 - plug-ins raise anything; decoding it reports the error
+        return False
 
 
 def _format_of(head: bytes) -> str | None:

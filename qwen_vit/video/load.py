@@ -22,6 +22,7 @@ from qwen_vit.config import Grid, ImageConfig
 from qwen_vit.errors import ArgumentError, ImageError
 from qwen_vit.images.image import ArrayLayout, ImageLimits, RgbImage
 from qwen_vit.images.load import load_image
+from qwen_vit.images.memory import decoding_memory
 from qwen_vit.images.patches import CHANNELS, Patches
 from qwen_vit.video.animation import AnimationFrames, is_animation_format
 from qwen_vit.video.container import HEAD_BYTES
@@ -152,6 +153,7 @@ def _sampled(
         for at, frame in enumerate(opened.frames(places)):
             if rows is None:  # the first frame says how the video is turned
                 rows = _Rows(len(places), opened.size_px, video, config, name)
+                stack.enter_context(decoding_memory.hold(rows.n_bytes))
             submit(partial(_resize_into, rows, at, partial(opened.upright, frame)))
     moments = tuple(round(float(opened.seconds[place]), 6) for place in places)
     timing = VideoTiming(config.temporal_patch_size / rate, moments)
@@ -242,6 +244,11 @@ class _Rows:
         self._values = np.empty(
             (t, h, w, merge, merge, CHANNELS, FRAMES_IN_A_STEP, px, px), np.uint8
         )
+
+    @property
+    def n_bytes(self) -> int:
+        """The sampled frames, as they wait for the encoder."""
+        return self._values.nbytes
 
     def put(self, at: int, pixels: NDArray[np.uint8]) -> None:
         """Cut a frame of this size, (height, width, 3) or more channels, into its places."""

@@ -5,6 +5,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, BinaryIO
 
 from qwen_vit.errors import ImageError
@@ -13,7 +14,7 @@ from qwen_vit.video.container import check_structure
 from qwen_vit.video.options import VideoLimits
 
 __all__ = [
-    "CONVERT", "Opener", "Window", "check_size", "open_file", "plain_errors", "require_av",
+    "CONVERT", "Opener", "Window", "check_size", "decoder_name", "open_file", "plain_errors", "require_av",
     "video_stream",
 ]  # fmt: skip
 
@@ -32,6 +33,14 @@ def require_av() -> Any:
             code="no-pyav",
         ) from None
     return av
+
+
+def decoder_name() -> str | None:
+    """PyAV and its version, or None where it is not installed."""
+    try:
+        return f"PyAV {version('av')}"
+    except PackageNotFoundError:
+        return None
 
 
 class Window(io.RawIOBase):

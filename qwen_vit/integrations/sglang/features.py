@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from qwen_vit.errors import ArgumentError
-from qwen_vit.features import AnyFeatures, check_features
+from qwen_vit.errors import ArgumentError, plural
+from qwen_vit.features import AnyFeatures, VideoFeatures, check_features
 from qwen_vit.integrations.rows import rows_and_grids
 
 __all__ = ["to_sglang"]
@@ -30,9 +30,10 @@ def to_sglang(features: AnyFeatures) -> list[dict[str, Any]]:
     images = check_features(features)
     embeds, grids = rows_and_grids(images)
     for image, (t, _, _) in zip(images, grids.tolist(), strict=True):
-        if t != 1:
+        if t != 1 or isinstance(image, VideoFeatures):
             raise ArgumentError(
-                f"its grid has {t} steps in time, and SGLang runs its tower on a video's features",
+                f"its grid has {plural(t, 'step')} in time, and SGLang runs its tower on a "
+                "video's features",
                 name=image.id,
                 expected="a picture, which has one",
                 remedy="send the video itself to SGLang",

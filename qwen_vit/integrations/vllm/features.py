@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen_vit.features import AnyFeatures
-from qwen_vit.integrations.rows import check_modalities
+from qwen_vit.integrations.rows import check_modalities, split_videos
 
 __all__ = ["to_base64", "to_vllm", "to_vllm_chat_part"]
 
@@ -27,18 +27,21 @@ def to_vllm(
     >>> data = to_vllm([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])
     >>> {name: tuple(tensor.shape) for name, tensor in data["image"].items()}
     {'image_embeds': (6, 8), 'image_grid_thw': (1, 3)}
-    >>> clip = ImageFeatures("clip.mp4", torch.ones(12, 8), (2, 4, 6))
-    >>> sorted(to_vllm(videos=[clip], second_per_grid_ts=[1.0])["video"])
+    >>> from qwen_vit import VideoFeatures
+    >>> clip = VideoFeatures("clip.mp4", torch.ones(12, 8), (2, 4, 6), second_per_grid_t=1.0)
+    >>> sorted(to_vllm([clip])["video"])
     ['second_per_grid_ts', 'video_embeds', 'video_grid_thw']
 
     The prompt has one `<|image_pad|>` for each picture and one `<|video_pad|>` for each video, in
     any order: vLLM expands them itself. Source: vLLM's docs/features/multimodal_inputs.md.
 
     Args:
-        features: of pictures, in the prompt's order.
+        features: of pictures, in the prompt's order. VideoFeatures among them are videos, and come
+            before those of `videos`.
         videos: features of videos, in the prompt's order.
         second_per_grid_ts: for each video, the seconds from one step of its grid to the next: 2 /
-            (frames per second), since a step is two frames. vLLM would take 1 s in its place.
+            (frames per second), since a step is two frames. VideoFeatures have their own, and need
+            none. vLLM would take 1 s in its place.
         width: the language model's, so that features of another model are refused here: they would
             stop vLLM's engine. Not checked if None.
 
@@ -46,7 +49,8 @@ def to_vllm(
         ExportError: features that are not merged tokens, and failed images.
         ArgumentError: nothing to send, a video among the pictures, or a video without its seconds.
     """
-    pictures, clips = check_modalities(features, videos, second_per_grid_ts, width)
+    found, of_videos, seconds = split_videos(features, videos, second_per_grid_ts)
+    pictures, clips = check_modalities(found, of_videos, seconds, width)
     data: dict[str, Any] = {}
     if pictures is not None:
         rows, grids = pictures
@@ -56,7 +60,7 @@ def to_vllm(
         data["video"] = {
             "video_embeds": _joined(rows),
             "video_grid_thw": grids,
-            "second_per_grid_ts": torch.tensor(list(second_per_grid_ts), device="cpu"),
+            "second_per_grid_ts": torch.tensor(seconds, device="cpu"),
         }
     return data
 
@@ -81,11 +85,12 @@ def to_vllm_chat_part(
 
     Args and errors are those of `to_vllm`.
     """
-    pictures, clips = check_modalities(features, videos, second_per_grid_ts, width)
+    found, of_videos, seconds_of = split_videos(features, videos, second_per_grid_ts)
+    pictures, clips = check_modalities(found, of_videos, seconds_of, width)
     parts = []
     for rows, grid in zip(*pictures, strict=True) if pictures else ():
         parts.append(_part("image", image_embeds=rows, image_grid_thw=grid))
-    for rows, grid, seconds in zip(*clips, second_per_grid_ts, strict=True) if clips else ():
+    for rows, grid, seconds in zip(*clips, seconds_of, strict=True) if clips else ():
         time = torch.tensor(float(seconds), device="cpu")
         parts.append(
             _part("video", video_embeds=rows, video_grid_thw=grid, second_per_grid_ts=time)
