@@ -1479,7 +1479,8 @@ def test_what_is_no_image_by_its_name_is_counted(export_dir: Path, run: Any) -> 
         Path("p", name).write_text("")
     _, _, err = run("p", "--out", "out")
     assert err.splitlines()[0] == (
-        "skipped files without an image extension: 2 .txt, 1 without any, 1 .0, 1 .1, 1 .2, ..."
+        "skipped files without an image or video extension: 2 .txt, 1 without any, "
+        "1 .0, 1 .1, 1 .2, ..."
     )
 
 

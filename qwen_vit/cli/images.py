@@ -102,13 +102,12 @@ def encode_one_by_one(
             encoded = encoder.encode(loaded.patches, **options)
             if not all(map(all_finite, (encoded.embeds, *encoded.layers.values()))):
                 raise not_finite(item.id)
-            result = replace(
+            kept = replace(
                 encoded, id=item.id, size_px=size_px, notes=loaded.notes,
                 embeds=encoded.embeds.cpu(),
                 layers={block: rows.cpu() for block, rows in encoded.layers.items()},
             )  # fmt: skip
-            if loaded.timing is not None:
-                result = VideoFeatures.of(result, loaded.timing)
+            result = kept if loaded.timing is None else VideoFeatures.of(kept, loaded.timing)
         except ImageError as error:
             if on_error == "raise":
                 raise

@@ -27,7 +27,7 @@ def open_video_item(item: Item) -> Iterator[tuple[BinaryIO | None, str]]:
         raise ImageError(message, code=code)
     with open_file(item.source, item.id) as file:
         if item.offset is None or item.size is None:
-            yield None, hashlib.file_digest(file, "sha256").hexdigest()
+            yield None, hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
             return
         window = Window(file, item.offset, item.size)
         digest = hashlib.file_digest(cast(Any, window), "sha256").hexdigest()

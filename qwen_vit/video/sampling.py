@@ -19,7 +19,8 @@ from qwen_vit.images.patches import check_sides, smart_resize
 from qwen_vit.video.options import VideoOptions
 
 __all__ = [
-    "FRAMES_IN_A_STEP", "MAX_FRAMES", "Timeline", "frame_size", "pixel_limits", "sample_frames", "shown_frames",
+    "FRAMES_IN_A_STEP", "MAX_FRAMES", "Timeline", "frame_size", "pixel_limits", "sample_frames",
+    "shown_frames",
 ]  # fmt: skip
 
 FRAMES_IN_A_STEP = 2  # temporal_patch_size: one step of the grid's t

@@ -14,8 +14,8 @@ from qwen_vit.video.container import check_structure
 from qwen_vit.video.options import VideoLimits
 
 __all__ = [
-    "CONVERT", "Opener", "Window", "check_size", "decoder_name", "open_file", "plain_errors", "require_av",
-    "video_stream",
+    "CONVERT", "Opener", "Window", "check_size", "decoder_name", "open_file", "plain_errors",
+    "require_av", "video_stream",
 ]  # fmt: skip
 
 CONVERT = "convert it, for example with ffmpeg -i IN -c:v libx264 OUT.mp4"

@@ -47,7 +47,9 @@ def test_every_form_of_input_is_read(
         done = run("encode", given, *TO_FILE)
         assert done.code == 0, done.err
         assert load_features("f.safetensors").ids == ids
-        assert ("skipped files without an image extension: 1 .csv" in done.err) == (given == "p")
+        assert ("skipped files without an image or video extension: 1 .csv" in done.err) == (
+            given == "p"
+        )
     alone = run("encode", "a.png", *TO_FILE)
     assert alone.code == 0
     [expected] = load_features("f.safetensors")

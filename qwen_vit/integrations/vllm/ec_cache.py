@@ -92,9 +92,9 @@ def write_ec_cache(
             folder's entries, or a folder that cannot be written.
         ArgumentError: arguments that make no sense.
     """
-    folder, seconds = Path(folder), list(second_per_grid_ts)
+    folder = Path(folder)
     check_utf8(folder)
-    pictures, clips = check_features(features), check_features(videos)
+    pictures, clips, seconds = split_videos(features, videos, second_per_grid_ts)
     found = check_modalities(pictures, clips, seconds)
     rows = [part for kind in found if kind is not None for part in kind[0]]
     grids = [grid for kind in found if kind is not None for grid in kind[1].tolist()]
