@@ -774,7 +774,7 @@ def test_a_file_of_that_name_that_is_not_ours_is_left_alone(export_dir: Path) ->
 
 def test_nothing_to_export_is_an_error(export_dir: Path) -> None:
     Path("empty").mkdir()
-    with pytest.raises(ExportError, match=r"no image found in empty\. .* image extension"):
+    with pytest.raises(ExportError, match=r"no image found in empty\. .* extension such as"):
         export("empty")
     assert not Path("out").exists()
 

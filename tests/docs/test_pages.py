@@ -71,6 +71,7 @@ def code_of(block: str) -> str:
 
 def copy_data(folder: Path) -> None:
     shutil.copytree(ROOT / "tests" / "images", folder / "tests" / "images")
+    shutil.copytree(ROOT / "tests" / "videos", folder / "tests" / "videos")
     shutil.copytree(ROOT / "weights", folder / "weights")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LEVELS", "make_video", "number_in", "numbered"]
+__all__ = ["LEVELS", "make_clip", "make_video", "number_in", "numbered"]
 
 BITS, LEVELS = 10, 1 << 10  # frames that can be told apart
 SIZE = (96, 64)  # width, height
@@ -80,3 +80,29 @@ def make_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return str(path)
+
+
+def make_clip(path: Path | str, images: Path) -> None:
+    """A clip of 6 s for the pages: 3 s over the rocket, 3 s over the cat."""
+    import av
+    from PIL import Image
+
+    pictures = [
+        np.asarray(Image.open(images / name).convert("RGB").resize((320, 240)))
+        for name in ("rocket.jpg", "chelsea.png")
+    ]
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=15)
+        stream.width, stream.height, stream.pix_fmt = 224, 168, "yuv420p"
+        stream.options = {"preset": "slow", "crf": "32"}
+        for number in range(90):
+            left, top = number % 45 * 2, number % 45
+            view = pictures[number // 45][top : top + 168, left : left + 224]
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(view), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 15)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+if __name__ == "__main__":  # python -m tests.support.videos writes the clip of the pages
+    make_clip("tests/videos/clip.mp4", Path("tests/images"))
