@@ -29,7 +29,7 @@ from qwen_vit.common.atomic_file import (
 from qwen_vit.common.safetensors_header import TensorInfo, build_header, read_header
 from qwen_vit.common.strict_json import is_integer, is_number, parse_json, read_json, short_repr
 from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, display_name, plural
-from qwen_vit.features import FailedImage, ImageFeatures, check_features, dtype_name
+from qwen_vit.features import FailedImage, ImageFeatures, dtype_name
 from qwen_vit.integrations.rows import MERGE_SIZE, check_modalities, count_tokens, split_videos
 from qwen_vit.integrations.vllm.cached import CachedFeatures
 
