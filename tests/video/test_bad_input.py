@@ -13,8 +13,10 @@ import pytest
 
 from qwen_vit.config import ImageConfig
 from qwen_vit.errors import IMAGE_CODES, ArgumentError, ImageError
+from qwen_vit.inputs.listing import Item
+from qwen_vit.video.isolated import load_in_child
 from qwen_vit.video.load import load_video
-from qwen_vit.video.options import Video, VideoLimits
+from qwen_vit.video.options import Video, VideoLimits, VideoOptions
 from tests.support import ROOT
 from tests.support.videos import make_video, numbered
 
@@ -218,3 +220,20 @@ def test_frames_that_do_not_fit_together() -> None:
         load_video(Video([], name="mine"), CONFIG)
     with pytest.raises(ArgumentError, match="n_frames is given for frames"):
         load_video(Video([small, small], n_frames=2), CONFIG)
+
+
+def test_a_video_that_killed_its_process_is_read_in_another_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child answers for a good file, a bad one, and one that ends it."""
+    good, torn = make_video(tmp_path / "a.mp4", 8), tmp_path / "torn.mp4"
+    torn.write_bytes(Path(good).read_bytes()[:500])
+    asked = VideoOptions(min_pixels=784), VideoLimits(), CONFIG
+    load_in_child(Item("a.mp4", good), *asked)
+    with pytest.raises(ImageError, match="mine: truncated") as caught:
+        load_in_child(Item("mine", str(torn)), *asked)
+    assert caught.value.code == "truncated"
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ImageError, match="ended with exit code 1") as killed:
+        load_in_child(Item("a.mp4", good), *asked)
+    assert killed.value.code == "memory"
