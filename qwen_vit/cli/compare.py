@@ -21,7 +21,9 @@ from qwen_vit.cli.options import (
     model_option,
     pixel_options,
     source_options,
+    take_video_options,
     verbosity_options,
+    video_options,
 )
 from qwen_vit.common.progress import shows_progress
 from qwen_vit.compare.choices import ATTENTIONS, PROCESSORS
@@ -45,6 +47,7 @@ __all__ = ["compare"]
 @device_option()
 @dtype_option
 @pixel_options
+@video_options
 @json_option
 @source_options
 @verbosity_options
@@ -52,10 +55,11 @@ def compare(
     images: tuple[str, ...], save_golden: Path | None, report: Path | None, overwrite: bool,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Compare with Hugging Face's encoder on IMAGES, stage by stage, and both with float64.
+    """Compare with Hugging Face's encoder on IMAGES or videos, stage by stage, and with float64.
 
     \b
     qwen-vit compare photo.jpg --model tiny --report page
+    qwen-vit compare clip.mp4 --model tiny --n-frames 4
     qwen-vit compare --model Qwen/Qwen2.5-VL-7B-Instruct --golden 7b.safetensors
 
     Exit code 0 if every stage keeps the numbers policy, 1 if one does not or an image was skipped.
@@ -63,6 +67,7 @@ def compare(
     IMAGES may then be left out. -v lists every stage. --report needs an extra: pip install
     'qwen-vit[show]'.
     """
+    video = take_video_options(options)["video"]
     if save_golden is not None:
         check_output(save_golden, overwrite, "--save-golden")
         check_distinct(images)
@@ -73,7 +78,7 @@ def compare(
     if report is not None:
         check_report(report, overwrite=overwrite)
     comparison = compare_checkpoint(
-        images, save_golden=save_golden, keep_maps=report is not None,
+        images, save_golden=save_golden, keep_maps=report is not None, video=video,
         show_progress=shows_progress(), **options,
     )  # fmt: skip
     print_data(

@@ -15,6 +15,7 @@ from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
     FILE,
     NAME,
+    as_video_option,
     column_options,
     device_option,
     dtype_option,
@@ -49,6 +50,7 @@ __all__ = ["encode"]
 @pixel_options
 @exif_option
 @video_options
+@as_video_option
 @on_error_option
 @json_option
 @source_options

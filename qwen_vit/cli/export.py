@@ -21,6 +21,7 @@ from qwen_vit.cli.options import (
     FILE,
     NAME,
     Dtype,
+    as_video_option,
     column_options,
     device_option,
     exif_option,
@@ -59,6 +60,7 @@ ASK_ABOVE_BYTES = 100 * 10**9
 @pixel_options
 @exif_option
 @video_options
+@as_video_option
 @click.option(
     "--shard-size", type=click.IntRange(min=1), default=512, show_default=True,
     help="Images in a file.",

@@ -15,6 +15,7 @@ __all__ = [
     "FILE",
     "NAME",
     "Dtype",
+    "as_video_option",
     "column_options",
     "complete_model",
     "device_option",
@@ -166,11 +167,15 @@ def video_options(command: Command) -> Command:
             "--sampling", type=click.Choice(["qwen", "transformers"]), default="qwen",
             show_default=True, help="Whose choice of frames and sizes.",
         ),
-        click.option("--as-video", is_flag=True, help="An animated GIF, WebP or PNG is a video."),
     )  # fmt: skip
     for option in reversed(options):
         command = option(command)
     return command
+
+
+as_video_option = click.option(
+    "--as-video", is_flag=True, help="An animated GIF, WebP or PNG is a video."
+)
 
 
 def take_video_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +186,7 @@ def take_video_options(options: dict[str, Any]) -> dict[str, Any]:
     chosen = {name: options.pop(name) for name in names}
     for side in ("min", "max"):
         chosen[f"{side}_pixels"] = options.pop(f"{side}_frame_pixels")
-    return {"video": VideoOptions(**chosen), "as_video": options.pop("as_video")}
+    return {"video": VideoOptions(**chosen), "as_video": options.pop("as_video", False)}
 
 
 def source_options(command: Command) -> Command:

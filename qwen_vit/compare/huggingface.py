@@ -3,8 +3,9 @@
 The only part of a comparison that imports transformers, and only when it runs.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ __all__ = [
     "hf_trace",
     "package_versions",
     "process",
+    "process_pairs",
 ]
 
 
@@ -123,6 +125,24 @@ def process(
         ) from None
     [grid] = done["image_grid_thw"].tolist()
     return Processed(done["pixel_values"].float(), Grid(*grid))
+
+
+def process_pairs(frames: Sequence[NDArray[np.uint8]], config: ImageConfig, name: str) -> Processed:
+    """The rows of a video's resized frames, by Hugging Face's Pillow processor, frame by frame.
+
+    Its video processor needs torchvision. Both write a frame's values in the same places of a row,
+    and the image processor fills both with one picture: each row takes one from either.
+    """
+    height, width = frames[0].shape[:2]
+    exact = replace(config, min_pixels=height * width, max_pixels=height * width)
+    done = [process(frame, exact, "pillow", name=name) for frame in frames]
+    halves = [each.pixel_values.view(len(each.pixel_values), 3, 2, -1) for each in done]
+    steps = [
+        torch.stack([first[:, :, 0], second[:, :, 1]], dim=2).flatten(1)
+        for first, second in zip(halves[::2], halves[1::2], strict=True)
+    ]
+    grid = done[0].grid
+    return Processed(torch.cat(steps), Grid(len(steps), grid.h, grid.w))
 
 
 def hf_config(config: Any) -> Any:

@@ -15,6 +15,7 @@ from qwen_vit.compare.tolerance import Difference, judge, relative_error
 from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.images.patches import Patches
+from qwen_vit.images.rows import pixels_for_tower
 from qwen_vit.layout import Layout
 
 __all__ = ["compare_case", "compare_pixels"]
@@ -37,6 +38,9 @@ def compare_case(
     are_equal = any(part.processor == processor and part.passed for part in pixels)
     tower_input = patches.pixels if patches is not None and are_equal else rows
     layout = layout_for([case.grid], encoder.config, encoder.device, encoder.dtype)
+    if tower_input.dtype == torch.uint8 and tower_input.shape[1] == encoder.config.patch_dim:
+        moved = tower_input.to(encoder.device)  # of a video: both frames are normalised
+        tower_input = pixels_for_tower(moved, encoder.config, encoder.image_config, still=False)
     ours = trace_tower(encoder.tower, tower_input, layout)
     theirs = {name: values.to(encoder.device) for name, values in case.trace.items()}
     oracle = Oracle(encoder.checkpoint.tensors, encoder.config, device=encoder.device)
@@ -90,7 +94,10 @@ def compare_pixels(
 def _feature_maps(
     encoder: VisionEncoder, case: Case, ours: Trace, theirs: Trace, layout: Layout
 ) -> FeatureMaps:
-    """Return four stages in raster order, and the picture that the processor's pixels show."""
+    """Return four stages in raster order, and the picture that the processor's pixels show.
+
+    Of a video they are those of its first pair of frames.
+    """
     config, image_config = encoder.config, encoder.image_config
     h, w, merge = case.grid.h, case.grid.w, config.spatial_merge_size
     raster, index = layout.raster_order.long(), layout.grid_index.long()
@@ -99,12 +106,13 @@ def _feature_maps(
 
     def as_map(name: str, values: Tensor) -> Tensor:
         if name == "merger":
-            return values.view(h // merge, w // merge, -1).cpu()
-        return (values[index] if name == "patch_embed" else values)[raster].view(h, w, -1).cpu()
+            return values[: h * w // merge**2].view(h // merge, w // merge, -1).cpu()
+        ordered = (values[index] if name == "patch_embed" else values)[raster]
+        return ordered[: h * w].view(h, w, -1).cpu()
 
     mean, std = (torch.tensor(x) for x in (image_config.image_mean, image_config.image_std))
     picture = rearrange(
-        case.pixel_values,
+        case.pixel_values[: h * w],
         "(h w mh mw) (c frames ph pw) -> frames (h mh ph) (w mw pw) c",
         h=h // merge, w=w // merge, mh=merge, mw=merge, c=3,
         ph=config.patch_px, pw=config.patch_px,

@@ -8,11 +8,13 @@ Memory: one image at a time, with all stages of each tower in its own dtype and 
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from qwen_vit.compare.choices import PROCESSORS, Attention, Processor
@@ -24,6 +26,7 @@ from qwen_vit.compare.huggingface import (
     hf_trace,
     package_versions,
     process,
+    process_pairs,
 )
 from qwen_vit.compare.measure import compare_case, compare_pixels
 from qwen_vit.compare.result import Comparison, ImageComparison, Preprocessing
@@ -32,6 +35,9 @@ from qwen_vit.errors import ArgumentError, ComparisonError, ImageError, plural
 from qwen_vit.images.image import ImageLimits, RgbImage
 from qwen_vit.images.load import load_image, read_image_file
 from qwen_vit.images.patches import Patches, patchify
+from qwen_vit.loading import is_video_file
+from qwen_vit.video.load import load_video
+from qwen_vit.video.options import Video, VideoOptions
 
 __all__ = ["compare", "compare_checkpoint", "compare_with_golden"]
 
@@ -46,6 +52,7 @@ def compare_checkpoint(
     processor: Processor = "pillow",
     keep_maps: bool = False,
     show_progress: bool = False,
+    video: VideoOptions | None = None,
     **loading: Any,
 ) -> Comparison:
     """Load a checkpoint and compare it, with a golden file or with Hugging Face: the command.
@@ -77,7 +84,7 @@ def compare_checkpoint(
     return compare(
         encoder, images,
         attention=attention or "sdpa", processor=processor, save_golden=save_golden,
-        keep_maps=keep_maps, show_progress=show_progress,
+        keep_maps=keep_maps, show_progress=show_progress, video=video,
     )  # fmt: skip
 
 
@@ -90,8 +97,9 @@ def compare(
     save_golden: Path | None = None,
     keep_maps: bool = False,
     show_progress: bool = False,
+    video: VideoOptions | None = None,
 ) -> Comparison:
-    """Run Hugging Face's tower and ours on images, stage by stage.
+    """Run Hugging Face's tower and ours on images and videos, stage by stage.
 
     >>> from qwen_vit import VisionEncoder
     >>> encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=50_176)
@@ -100,7 +108,8 @@ def compare(
 
     `processor` makes the pixels that both towers get; other installed processors are reported.
     `save_golden` writes what Hugging Face computed. `keep_maps` keeps what a report draws. An image
-    that cannot be read is skipped and reported. Raises ArgumentError without a usable transformers
+    that cannot be read is skipped and reported. Paths of video files are videos, sampled as `video`
+    says; the processor then gets their resized frames. Raises ArgumentError without a transformers
     or for an attention that is not installed, and ComparisonError where no image is left to save.
     """
     check_transformers()
@@ -108,7 +117,23 @@ def compare(
     theirs = hf_tower(encoder.checkpoint.tensors, config, encoder.dtype, encoder.device, attention)
     kept: list[Case] = []
 
+    def case_of_video(name: str) -> tuple[Case, list[Preprocessing], Patches]:
+        frames: dict[int, NDArray[np.uint8]] = {}
+        clip = Video.of(name, video or VideoOptions(), name)
+        loaded = load_video(clip, encoder.image_config, keep=frames)
+        ordered = [frames[at] for at in sorted(frames)]
+        ordered += ordered[-1:] * (len(ordered) % 2)
+        done = process_pairs(ordered, encoder.image_config, name)
+        pixels = [compare_pixels("pillow", loaded.patches, done, encoder.image_config)]
+        with open(name, "rb") as file:
+            digest = file_digest(file, "sha256").hexdigest()
+        rows, grid = done
+        case = Case(name, digest, loaded.size_px, rows, grid, hf_trace(theirs, rows, [grid]))
+        return case, pixels, loaded.patches
+
     def case_of(name: str) -> tuple[Case, list[Preprocessing], Patches]:
+        if is_video_file(name):
+            return case_of_video(name)
         rgb, digest = _read(name)
         patches = patchify(rgb.picture, encoder.image_config, name=name)
         found = {

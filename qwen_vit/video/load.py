@@ -69,6 +69,7 @@ def load_video(
     layout: ArrayLayout = "auto",
     threads: int = 1,
     file: BinaryIO | None = None,
+    keep: dict[int, NDArray[np.uint8]] | None = None,
 ) -> LoadedVideo:
     """Sample, decode, resize and cut a video.
 
@@ -77,8 +78,9 @@ def load_video(
     >>> loaded.patches.pixels.shape, loaded.timing.second_per_grid_t
     (torch.Size([48, 1176]), 1.0)
 
-    `file` is read in place of `video.source`. `threads` decode and resize. Raises ImageError, whose
-    `code` is a key of errors.IMAGE_CODES, and ArgumentError for options that do not fit.
+    `file` is read in place of `video.source`. `threads` decode and resize. `keep` collects the
+    resized frames, (height, width, 3), by their place among the sampled ones. Raises ImageError,
+    whose `code` is a key of errors.IMAGE_CODES, and ArgumentError for options that do not fit.
     """
     limits = VideoLimits() if limits is None else limits
     name = "the video" if video.name is None else video.name
@@ -90,9 +92,9 @@ def load_video(
                 return _from_frames(video, config, name, layout, image_limits or ImageLimits())
             if is_animation_format(head):
                 frames = AnimationFrames(_whole(source, name, limits), name, limits)
-                return _sampled(frames, video, config, name, 1)
+                return _sampled(frames, video, config, name, 1, keep)
             opened = stack.enter_context(open_video(source, name, limits, threads=threads))
-            return _sampled(opened, video, config, name, threads)
+            return _sampled(opened, video, config, name, threads, keep)
         except MemoryError:
             raise ImageError(
                 "its sampled frames do not fit into memory",
@@ -143,7 +145,12 @@ def _whole(source: Any, name: str, limits: VideoLimits) -> bytes:
 
 
 def _sampled(
-    opened: FileFrames | AnimationFrames, video: Video, config: ImageConfig, name: str, threads: int
+    opened: FileFrames | AnimationFrames,
+    video: Video,
+    config: ImageConfig,
+    name: str,
+    threads: int,
+    keep: dict[int, NDArray[np.uint8]] | None,
 ) -> LoadedVideo:
     indices, rate = sample_frames(opened.timeline, video, name)
     places = shown_frames(indices, opened.seconds, opened.timeline)
@@ -152,7 +159,7 @@ def _sampled(
         submit = stack.enter_context(_workers(threads))
         for at, frame in enumerate(opened.frames(places)):
             if rows is None:  # the first frame says how the video is turned
-                rows = _Rows(len(places), opened.size_px, video, config, name)
+                rows = _Rows(len(places), opened.size_px, video, config, name, keep)
                 stack.enter_context(decoding_memory.hold(rows.n_bytes))
             submit(partial(_resize_into, rows, at, partial(opened.upright, frame)))
     moments = tuple(round(float(opened.seconds[place]), 6) for place in places)
@@ -231,8 +238,15 @@ class _Rows:
     """A video's patches as they fill up: channel, frame of the pair, row, column in each."""
 
     def __init__(
-        self, n_frames: int, size_px: tuple[int, int], video: Video, config: ImageConfig, name: str
+        self,
+        n_frames: int,
+        size_px: tuple[int, int],
+        video: Video,
+        config: ImageConfig,
+        name: str,
+        keep: dict[int, NDArray[np.uint8]] | None = None,
     ) -> None:
+        self._keep = keep
         px, merge = config.patch_px, config.merge_size
         factor = px * merge
         self.height, self.width = frame_size(*size_px, n_frames, video, factor, name)
@@ -252,6 +266,8 @@ class _Rows:
 
     def put(self, at: int, pixels: NDArray[np.uint8]) -> None:
         """Cut a frame of this size, (height, width, 3) or more channels, into its places."""
+        if self._keep is not None:
+            self._keep[at] = pixels[..., :CHANNELS].copy()
         px, merge = self._config.patch_px, self._config.merge_size
         _, h, w = self._values.shape[:3]
         cut = pixels[..., :CHANNELS].reshape(h, merge, px, w, merge, px, CHANNELS)

@@ -76,6 +76,7 @@ class FileFrames:
         self._deadline, self._threads = deadline, threads
         self.notes: tuple[str, ...] = ()
         self._size: tuple[int, int] | None = None
+        self._turn: Image.Transpose | None = None
         self._container: Any = None
         self._restart()
         self._index = self._scan()
@@ -112,12 +113,11 @@ class FileFrames:
 
     def upright(self, frame: Any) -> Image.Image:
         """A decoded frame as an upright picture of mode RGB or RGBX; thread-safe."""
-        turn = _upright(frame)
         # four bytes a pixel, as Pillow holds them: nothing is copied under Python's lock
         plane = frame.reformat(format="rgb0").planes[0]
         size = (frame.width, frame.height)
         picture = Image.frombuffer("RGBX", size, plane, "raw", "RGBX", plane.line_size, 1)
-        return picture if turn is None else picture.transpose(turn)
+        return picture if self._turn is None else picture.transpose(self._turn)
 
     # -- the pass over the packets
 
@@ -269,11 +269,12 @@ class FileFrames:
         if frame.is_corrupt:
             raise self._damaged("a frame is damaged")
         check_size(frame.width, frame.height, self._name, self._limits)
-        turn = _upright(frame)
-        size = (frame.width, frame.height) if turn in TURNED else (frame.height, frame.width)
+        if self._size is None:
+            self._turn = _turn_of(frame)
+        size = (frame.width, frame.height) if self._turn in TURNED else (frame.height, frame.width)
         if self._size is None:
             self._size = size
-            self.notes = _notes(frame, turn)
+            self.notes = _notes(frame, self._turn)
         elif size != self._size:
             (height, width), (new_height, new_width) = self._size, size
             raise ImageError(
@@ -333,9 +334,13 @@ def read_header(source: str | BinaryIO, name: str, limits: VideoLimits) -> Video
         return VideoHeader(Timeline(max(1, n_frames), rate), codec.height, codec.width)
 
 
-def _upright(frame: Any) -> Image.Transpose | None:
-    """What the file's display matrix asks for."""
-    data = frame.side_data.get("DISPLAYMATRIX")
+def _turn_of(frame: Any) -> Image.Transpose | None:
+    """What the file's display matrix asks for.
+
+    It is read from a small copy: PyAV's side data and its frame refer to each other, and only
+    Python's garbage collector would free the pair.
+    """
+    data = frame.reformat(width=16, height=16).side_data.get("DISPLAYMATRIX")
     if data is None:
         return None
     matrix = np.frombuffer(bytes(data), np.int32)
