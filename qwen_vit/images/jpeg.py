@@ -69,9 +69,12 @@ def read_jpeg(data: bytes, name: str) -> JpegFile:
     jpeg = JpegFile(len(data))
     at, kept, segments = 2, [data[:2]], 0
     exif: list[tuple[int, int]] = []  # where the segments are
+    between: tuple[str, ...] = ()
     first_scan = end = len(data)
     while found := MARKER.search(data, at):
         marker, start = data[found.start() + 1], found.start()
+        if start < first_scan and data[at:start].strip(b"\xff"):  # which may fill
+            between = ("bytes between its segments ignored",)
         at = start + 2
         if marker == END_OF_IMAGE:
             jpeg.has_end, end = True, start
@@ -94,7 +97,8 @@ def read_jpeg(data: bytes, name: str) -> JpegFile:
         _check_counts(jpeg.scans, segments, len(exif), name)
     jpeg.pixel_part = b"".join((*kept, data[first_scan:end], b"\xff\xd9"))
     jpeg.entropy_end = len(jpeg.pixel_part) - 2
-    jpeg.readable, jpeg.notes = _without_costly_exif(data, exif)
+    jpeg.readable, notes = _without_costly_exif(data, exif)
+    jpeg.notes = (*between, *notes)
     return jpeg
 
 

@@ -184,6 +184,15 @@ def test_a_kind_of_jpeg_that_is_not_read_is_named(marker: bytes, depth: int, kin
     assert "convert it" in caught.value.remedy
 
 
+def test_bytes_between_segments_are_noted() -> None:
+    """libjpeg warns of them; the picture is whole."""
+    data = encode()
+    at = data.index(b"\xff\xdb")
+    image = load_image(data[:at] + b"more" * 9 + data[at:])
+    assert np.array_equal(image.pixels, load_image(data).pixels)
+    assert "bytes between its segments ignored" in image.notes
+
+
 def test_a_second_frame_header_is_damage() -> None:
     data = encode()
     frame = data[data.index(b"\xff\xc0") :][:19]

@@ -1,0 +1,80 @@
+"""The fuzz corpus: each seed and each finding is handled as it must be, at once."""
+
+import importlib.util
+import time
+from pathlib import Path
+
+import pytest
+
+from qwen_vit.errors import CheckpointError
+from qwen_vit.images.load import load_image
+from tests.support import ROOT
+from tools.checks import fuzz_targets
+from tools.checks.fuzz import CORPUS, fuzz
+from tools.checks.fuzz_child import mutate
+from tools.checks.fuzz_targets import TARGETS, WrongAcceptanceError, check, run_target
+
+FILES = sorted(path for path in CORPUS.rglob("*") if path.is_file())
+
+
+def test_every_target_has_a_corpus_and_each_folder_a_target() -> None:
+    assert {path.parent.name for path in FILES} == {*TARGETS}
+    assert all(path.stat().st_size < 50_000 for path in FILES)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_the_corpus_is_handled_in_time(path: Path) -> None:
+    begin = time.process_time()
+    run_target(path.parent.name, path.read_bytes())
+    assert time.process_time() - begin < 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_seeds_reach_what_is_behind_the_checks() -> None:
+    """A corpus that everything refuses would fuzz the first check alone."""
+    for name, target in TARGETS.items():
+        accepted = []
+        for path in (CORPUS / name).iterdir():
+            try:
+                target(path.read_bytes())
+            except Exception:  # noqa: BLE001 - refused, by whatever error
+                continue
+            accepted.append(path.name)
+        assert accepted, name
+
+
+def test_the_oracles_bite(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: bytes) -> None:
+        raise KeyError("raw")
+
+    monkeypatch.setitem(TARGETS, "header", fails)
+    with pytest.raises(KeyError):
+        run_target("header", b"{}")
+    monkeypatch.setattr(CheckpointError, "__str__", lambda _: "two\nlines")
+    with pytest.raises(WrongAcceptanceError):
+        run_target("documents", b"[")
+    cut = (CORPUS / "images" / "cut_and_closed.jpg").read_bytes()
+    whole = load_image((CORPUS / "images" / "progressive.jpg").read_bytes())
+    monkeypatch.setattr(fuzz_targets, "load_image", lambda *_, **__: whole)
+    with pytest.raises(WrongAcceptanceError, match="remature end"):
+        run_target("images", cut)
+    check(lambda: None)
+
+
+def test_mutations_differ_and_keep_the_size() -> None:
+    data = (CORPUS / "images" / "progressive.jpg").read_bytes()
+    mutated = {mutate(data, 20_000, seed) for seed in range(200)}
+    assert len(mutated) > 100
+    assert max(map(len, mutated)) <= 20_000
+    assert mutate(b"", 10, 3) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
+@pytest.mark.parametrize("name", TARGETS)
+def test_ten_seconds_of_fuzzing_find_nothing(name: str, tmp_path: Path) -> None:
+    executed, found, said = fuzz(name, 10, 0, tmp_path)
+    assert executed > 0, said
+    assert found == [], said[-3_000:]
+    assert ROOT.exists()
