@@ -363,7 +363,7 @@ def test_many_failures_in_a_row_stop_an_export(export_dir: Path, kind: str) -> N
         ExportError, match=r"stopped after 6 consecutive failures; last error: .*8.png"
     ):
         export(options=limited)
-    assert list(shards()) == ["shard-00000000.safetensors", "shard-00000001.safetensors"]
+    assert list(shards()) == []  # each had failures of the run
     Path("p/9.png").write_bytes(tiny_png(9))
     assert export(options=replace(SMALL, max_failures=0)).exported == 4
     assert load_features("out").is_complete

@@ -4,7 +4,11 @@ from dataclasses import dataclass
 
 from qwen_vit.errors import ExportError, ImageError
 
-__all__ = ["CircuitBreaker"]
+__all__ = ["CircuitBreaker", "TrippedError"]
+
+
+class TrippedError(ExportError):
+    """Too many images failed in a row."""
 
 
 @dataclass(slots=True)
@@ -36,8 +40,8 @@ class CircuitBreaker:
 
     def _check(self, failures: int, error: ImageError | None) -> None:
         if 0 < self.limit <= failures:
-            raise ExportError(
+            raise TrippedError(
                 f"stopped after {failures} consecutive failures; last error: {error}",
-                remedy="fix the cause and run the same command again, which keeps finished "
-                "shards, or allow more failures with --max-failures",
+                remedy="fix the cause and run the same command again, which tries them again and "
+                "keeps the shards before them, or allow more failures with --max-failures",
             )

@@ -31,6 +31,7 @@ from qwen_vit.export.plan import ExportPlan, open_export, remove_leftovers
 from qwen_vit.export.progress import Progress
 from qwen_vit.export.records import REST, STAGES, DoneShard
 from qwen_vit.export.result import ExportCounts, ExportReport
+from qwen_vit.export.retry import FailingRun, may_work_now
 from qwen_vit.export.run import load_encoder, make_manifest, warn_of_idle
 from qwen_vit.export.shards import export_shards, whole_shard
 
@@ -94,7 +95,7 @@ def export_on_ray(
             cache = None if ec_cache is None else CacheWriter(plan, ec_cache)
             breaker = CircuitBreaker(options.max_failures)
             try:
-                with Progress(plan, show_progress) as progress:
+                with Progress(plan, show_progress) as progress, FailingRun(plan) as run:
                     for done in _shards(workers, plan, waits):
                         size = _size(plan, done.shard)
                         if done.is_new:
@@ -104,6 +105,7 @@ def export_on_ray(
                         if cache is not None:
                             cache.add(done)
                         counts.count(plan, done)
+                        run.add(done)
                         for row in done.rows if done.is_new else ():
                             breaker.count_done(_failure(row))
             finally:  # of an interrupted export as well
@@ -116,7 +118,7 @@ def _shards(workers: "_Workers", plan: ExportPlan, waits: dict[str, float]) -> I
     missing = []
     for shard in plan.shards:
         rows = whole_shard(plan, shard)
-        if rows is None:
+        if rows is None or may_work_now(plan, shard, rows):
             missing.append(shard)
         else:
             yield DoneShard(shard, rows, is_new=False)

@@ -27,6 +27,7 @@ from qwen_vit.export.plan import ExportPlan, open_export
 from qwen_vit.export.progress import Progress
 from qwen_vit.export.records import REST
 from qwen_vit.export.result import ExportCounts, ExportReport
+from qwen_vit.export.retry import FailingRun
 from qwen_vit.export.shards import export_shards, whole_shard
 
 __all__ = ["export_features", "load_encoder", "make_manifest", "warn_of_idle"]
@@ -88,7 +89,7 @@ def export_features(
         cache = None if ec_cache is None else CacheWriter(plan, ec_cache)
         if confirm is not None and not any(plan.path(shard).exists() for shard in plan.shards):
             confirm(estimate_plan(encoder, plan))
-        with Progress(plan, show_progress) as progress:
+        with Progress(plan, show_progress) as progress, FailingRun(plan) as run:
             for done in export_shards(
                 encoder, plan, plan.shards, on_image=progress.count, decode_threads=decode_threads,
                 clock=clock,
@@ -98,6 +99,7 @@ def export_features(
                 if cache is not None:
                     cache.add(done)
                 counts.count(plan, done)
+                run.add(done)
         return counts.report(plan, make_manifest(plan), clock.seconds())
 
 

@@ -36,6 +36,7 @@ from qwen_vit.export.records import (
     ImageRecord,
     ShardStart,
 )
+from qwen_vit.export.retry import may_work_now
 from qwen_vit.export.settings import LISTING, SETTINGS
 from qwen_vit.export.under_way import UnderWay
 from qwen_vit.feature_files.read import open_shard
@@ -141,6 +142,8 @@ def _jobs(
 ) -> Iterator[Job[ShardStart | ImageRecord]]:
     for shard in shards:
         rows = whole_shard(plan, shard)
+        if rows is not None and may_work_now(plan, shard, rows):
+            rows = None
         items = plan.listing.shard(shard) if rows is None else []
         yield Job(partial(ShardStart, shard, len(items), rows))
         first = shard * plan.listing.shard_size

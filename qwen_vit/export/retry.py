@@ -1,0 +1,79 @@
+"""Failures that may have passed, such as those of an outage: their shards are made again."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+from qwen_vit.errors import ImageError
+from qwen_vit.export.circuit_breaker import TrippedError
+from qwen_vit.export.manifest import ManifestRow
+from qwen_vit.export.plan import ExportPlan
+from qwen_vit.export.records import DoneShard
+from qwen_vit.images.image import ImageLimits
+from qwen_vit.images.isolated import decode_in_child
+from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.read import read_item
+
+__all__ = ["FailingRun", "may_work_now"]
+
+TRANSIENT = ("missing", "unreadable", "memory", "out-of-memory")
+
+
+def may_work_now(plan: ExportPlan, shard: int, rows: Sequence[ManifestRow]) -> bool:
+    """Whether an image of a finished shard, whose error may have passed, works now.
+
+    An image that was missing, unreadable or too large for the memory is tried once. Where one
+    works, its shard is made again.
+    """
+    failed = [at for at, row in enumerate(rows) if row.error_code in TRANSIENT]
+    if not failed:
+        return False
+    items, limits = plan.listing.shard(shard), plan.options.limits
+    return any(_works_now(items[at], str(rows[at].error_code), limits) for at in failed)
+
+
+def _works_now(item: Item, code: str, limits: ImageLimits) -> bool:
+    try:
+        data = read_item(item, limits)
+        if code == "memory":  # it may have killed the process
+            decode_in_child(data, item.id, limits)
+    except (ImageError, MemoryError):
+        return False
+    return True
+
+
+class FailingRun:
+    """Removes the shards of a run of failures, if the run stops the export.
+
+    >>> with FailingRun(plan) as run:  # doctest: +SKIP
+    ...     for done in export_shards(encoder, plan, plan.shards):
+    ...         run.add(done)
+    """
+
+    def __init__(self, plan: ExportPlan) -> None:
+        self._plan = plan
+        self._shards: list[int] = []
+
+    def add(self, done: DoneShard) -> None:
+        """Count a finished shard: it ends the run before it, goes on with it, or begins one."""
+        failed = [row.error_code is not None for row in done.rows]
+        self._shards = [*self._shards, done.shard] if all(failed) else [done.shard][: failed[-1]]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, TrippedError):
+            _remove(self._plan, self._shards)
+
+
+def _remove(plan: ExportPlan, shards: Sequence[int]) -> None:
+    for shard in shards:
+        with suppress(OSError):
+            plan.path(shard).unlink(missing_ok=True)
