@@ -1,0 +1,178 @@
+"""Which formats are decoded, which only if asked for, and what else a file may be."""
+
+import re
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    IcoImagePlugin,
+    Image,
+    ImageFile,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TgaImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from qwen_vit.errors import ImageError
+
+__all__ = ["DECODERS", "decoder", "identify"]
+
+Decoder = Callable[[Any, str], ImageFile.ImageFile]
+
+# The plug-ins are called directly: Image.open would apply its process-wide pixel limit and warn.
+# JpegImageFile, not its factory, reads the first picture of a multi-picture file.
+DECODERS: dict[str, type[ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+}
+ON_REQUEST: dict[str, type[ImageFile.ImageFile]] = {  # image.OPTIONAL_FORMATS
+    "PPM": PpmImagePlugin.PpmImageFile,
+    "ICO": IcoImagePlugin.IcoImageFile,
+    "TGA": TgaImagePlugin.TgaImageFile,
+    "JPEG2000": Jpeg2KImagePlugin.Jpeg2KImageFile,
+}
+HEIF = "HEIF"  # by pillow-heif
+
+HEVC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
+AV1_BRANDS = {b"avif", b"avis"}
+CONTAINER_BRANDS = {b"mif1", b"mif2", b"msf1"}
+TGA_KINDS, TGA_DEPTHS = (1, 2, 3, 9, 10, 11), (8, 15, 16, 24, 32)
+TGA_FOOTER = b"TRUEVISION-XFILE.\0"
+
+ALLOWED = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
+
+# Files that are passed by mistake: how they start (lower case, white space stripped), the code, a
+# description, the next step.
+LOOKALIKES = (
+    (rb"version https://git-lfs", "not-an-image", "a git-lfs pointer", "run `git lfs pull`"),
+    (rb"<svg|<\?xml.*<svg", "not-an-image", "an SVG drawing", "render it to PNG first"),
+    (rb"<!doctype html|<html|<\?xml", "not-an-image", "a web page", "download the image itself"),
+    (rb"....jxl |\xff\x0a", "format", "JPEG XL", "convert it to PNG"),
+    (rb"%pdf|%!ps", "format", "a document", "render the page to PNG first"),
+    (rb"8bps", "format", "Photoshop", "export it as PNG"),
+    (rb"\x00\x00\x02\x00[\x01-\x20]\x00", "format", "a cursor", "convert it to PNG"),
+    (rb"p7\s", "format", "Netpbm's PAM", "convert it to PNG"),
+    (rb"par1", "format", "a Parquet file", "pass --column to `qwen-vit export`"),
+    (rb"\x93numpy", "format", "a numpy file", "pass numpy.load(...) instead"),
+    (rb"pk\x03\x04|\x1f\x8b", "format", "an archive", "unpack it first"),
+)
+
+
+def identify(data: bytes, name: str, formats: Sequence[str] = ()) -> str:
+    """The format of a file by its content; those on request only if they are in `formats`.
+
+    >>> identify(b"P6 1 1 255 abc", "a.ppm", ("PPM",))
+    'PPM'
+
+    Raises ImageError with code "format" for one that is not decoded, or "not-an-image".
+    """
+    if not data:
+        raise ImageError(
+            "not an image: it is empty",
+            name=name,
+            expected=ALLOWED,
+            remedy="fetch it again",
+            code="empty-file",
+        )
+    if _is_hevc(data):
+        return HEIF
+    for file_format in DECODERS:
+        accepts = Image.OPEN[file_format][1]
+        answer = accepts is None or accepts(data[:16])
+        if isinstance(answer, str):
+            raise ImageError(
+                f"a {file_format}, which this Pillow cannot decode",
+                name=name,
+                remedy="reinstall Pillow",
+                code="format",
+            )
+        if answer:
+            return file_format
+    found = _on_request(data, name, formats)
+    if found in formats:
+        return found
+    raise _refused(data, name, found)
+
+
+def decoder(file_format: str, name: str) -> Decoder:
+    """What opens a file of this format. Raises ImageError if its package is not installed."""
+    if file_format != HEIF:
+        return (DECODERS | ON_REQUEST)[file_format]
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        raise ImageError(
+            "HEIC, which needs pillow-heif",
+            name=name,
+            remedy="run pip install 'qwen-vit[heif]', or convert it to JPEG or PNG",
+            code="format",
+        ) from None
+    opened: Decoder = HeifImageFile
+    return opened
+
+
+def _is_hevc(data: bytes) -> bool:
+    """Whether it is a HEIF container of HEVC pictures, rather than of AV1."""
+    if data[4:8] != b"ftyp":
+        return False
+    size = min(struct.unpack_from(">I", data)[0], 1024, len(data))
+    brands = {data[at : at + 4] for at in (8, *range(16, size - 3, 4))}
+    major = data[8:12]
+    is_container = major in CONTAINER_BRANDS and not brands & AV1_BRANDS
+    return major in HEVC_BRANDS or (is_container and bool(brands & HEVC_BRANDS))
+
+
+def _on_request(data: bytes, name: str, formats: Sequence[str]) -> str:
+    """The format on request that this is, or nothing."""
+    if re.match(rb"P[1-6fy]", data) and data[2:3].isspace():
+        return "PPM"
+    if data.startswith(b"\0\0\1\0"):
+        return "ICO"
+    if data.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n")):
+        return "JPEG2000"
+    # a TGA begins with no signature, and only newer ones end with one
+    is_named = "TGA" in formats or name.lower().endswith(".tga")
+    if data.endswith(TGA_FOOTER) or (is_named and _may_be_tga(data)):
+        return "TGA"
+    return ""
+
+
+def _may_be_tga(data: bytes) -> bool:
+    if len(data) < 18:
+        return False
+    width, height = struct.unpack_from("<HH", data, 12)
+    is_kind = data[1] in (0, 1) and data[2] in TGA_KINDS and data[16] in TGA_DEPTHS
+    return is_kind and width > 0 and height > 0
+
+
+def _refused(data: bytes, name: str, on_request: str) -> ImageError:
+    start = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    code, what, remedy = "not-an-image", "not an image", ""
+    if on_request:
+        code, what = "format", f"of a format that is read only on request ({on_request})"
+        remedy = f"pass --formats {on_request} (formats= in Python), or convert it to PNG"
+    for pattern, found_code, found, found_remedy in () if on_request else LOOKALIKES:
+        if re.match(pattern, start if found_code == "not-an-image" else data.lower(), re.DOTALL):
+            what = "not an image" if found_code == "not-an-image" else "of an unsupported format"
+            code, what, remedy = found_code, f"{what} ({found})", found_remedy
+            break
+    return ImageError(
+        f"{what}: it starts with {data[:16]!r}",
+        name=name,
+        expected=ALLOWED,
+        remedy=remedy,
+        code=code,
+    )
