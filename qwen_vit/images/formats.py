@@ -165,7 +165,7 @@ def _refused(data: bytes, name: str, on_request: str) -> ImageError:
         code, what = "format", f"of a format that is read only on request ({on_request})"
         remedy = f"pass --formats {on_request} (formats= in Python), or convert it to PNG"
     for pattern, found_code, found, found_remedy in () if on_request else LOOKALIKES:
-        if re.match(pattern, start if found_code == "not-an-image" else data.lower(), re.DOTALL):
+        if re.match(pattern, start if found_code == "not-an-image" else data[:1024].lower(), re.DOTALL):
             what = "not an image" if found_code == "not-an-image" else "of an unsupported format"
             code, what, remedy = found_code, f"{what} ({found})", found_remedy
             break

@@ -1,0 +1,131 @@
+"""The pages of a TIFF and the frames of an animation, each as an image of its own."""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from PIL import GifImagePlugin, Image, ImageFile, TiffImagePlugin
+
+from qwen_vit.errors import ImageError
+from qwen_vit.images.formats import decoder, identify
+from qwen_vit.images.image import ImageLimits
+
+__all__ = ["HEAD_BYTES", "MAX_PAGES", "ImagePage", "Pages", "count_pages", "page_id", "split_pages"]
+
+Pages = Literal["first", "all"]
+
+MAX_PAGES = 10_000  # of one file
+HEAD_BYTES = 16  # of a file, which show that it is of a format without pages
+ONE_PAGE = ("JPEG", "BMP", "PPM", "ICO", "TGA", "JPEG2000")
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePage:
+    """One page of an encoded image, or one frame of an animation, counted from 1.
+
+    >>> ImagePage(b"II*...", 2).page
+    2
+    """
+
+    data: bytes
+    page: int
+
+
+def page_id(name: str, page: int) -> str:
+    """The id of a page of an image with several.
+
+    >>> page_id("scan.tif", 2)
+    'scan.tif#page=2'
+    """
+    return f"{name}#page={page}"
+
+
+def split_pages(source: Any, name: str, limits: ImageLimits) -> Iterator[tuple[Any, str]]:
+    """The pages of an image with their names; an image with one page keeps its own name.
+
+    `source` is bytes, a PIL image, or anything else, which has one page. Raises ImageError for an
+    image of too many pages.
+    """
+    if isinstance(source, bytes):
+        for page in range(1, (count := count_pages(source, name, limits)) + 1):
+            yield (source, name) if count == 1 else (ImagePage(source, page), page_id(name, page))
+    elif isinstance(source, Image.Image) and getattr(source, "is_animated", False):
+        count, before = _bounded(getattr(source, "n_frames", 1), name), source.tell()
+        try:
+            for page in range(1, count + 1):
+                source.seek(page - 1)
+                yield source.copy(), page_id(name, page)
+        finally:
+            source.seek(before)
+    else:
+        yield source, name
+
+
+def count_pages(data: bytes, name: str, limits: ImageLimits) -> int:
+    """The pages of a file, by its headers. A file that cannot be opened counts as one page.
+
+    Raises ImageError with code "slow" for more than MAX_PAGES.
+    """
+    try:
+        file_format = identify(data, name, limits.formats)
+        if file_format in ONE_PAGE:
+            return 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # decoding it warns
+            image = decoder(file_format, name)(io.BytesIO(data), "")
+            return _bounded(_count(image, data), name)
+    except ImageError as error:
+        if error.code == "slow":
+            raise
+    except Exception:  # noqa: BLE001 - plug-ins raise anything; decoding reports it
+        pass
+    return 1
+
+
+def _count(image: ImageFile.ImageFile, data: bytes) -> int:
+    if isinstance(image, GifImagePlugin.GifImageFile):
+        return _gif_frames(data)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # n_frames would have no bound
+        count = 1
+        with suppress(EOFError):
+            while count <= MAX_PAGES:
+                image.seek(count)
+                count += 1
+        return count
+    return int(getattr(image, "n_frames", 1))
+
+
+def _gif_frames(data: bytes) -> int:
+    """The frames of a GIF, at most MAX_PAGES + 1: Pillow's count decodes, and has no bound."""
+    at, count = 13 + _palette_bytes(data[10]), 0
+    while at < len(data) and count <= MAX_PAGES:
+        kind = data[at]
+        if kind == 0x2C and at + 9 < len(data):  # an image: position, size, palette, code size
+            count += 1
+            at += 10 + _palette_bytes(data[at + 9]) + 1
+        elif kind == 0x21:  # an extension
+            at += 2
+        else:
+            break
+        while at < len(data) and data[at]:
+            at += 1 + data[at]
+        at += 1
+    return max(1, count)
+
+
+def _palette_bytes(flags: int) -> int:
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _bounded(count: int, name: str) -> int:
+    if count > MAX_PAGES:
+        raise ImageError(
+            f"more than {MAX_PAGES:,} pages or frames",
+            name=name,
+            remedy="split it into several files",
+            code="slow",
+        )
+    return max(1, count)
