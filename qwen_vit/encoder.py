@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, Self, Unpack, overload
 
 import torch
@@ -26,7 +26,8 @@ from qwen_vit.features import (
     dtype_name,
 )
 from qwen_vit.graphs import GraphRunner, run_tower
-from qwen_vit.images.image import ArrayLayout, ExifPolicy, ImageLimits
+from qwen_vit.images.image import ArrayLayout, ExifPolicy, ImageLimits, check_formats
+from qwen_vit.images.pages import Pages
 from qwen_vit.images.rows import as_grids, check_rows, pixels_for_tower
 from qwen_vit.loading import (
     EncodeOptions,
@@ -222,16 +223,31 @@ class VisionEncoder:
         raise ArgumentError("a VisionEncoder does not move", remedy=remedy)
 
     @overload
+    def encode(
+        self,
+        images: Images,
+        *,
+        frames: Literal["all"],
+        on_error: OnError = "raise",
+        **options: Unpack[EncodeOptions],
+    ) -> list[ImageFeatures | FailedImage]: ...
+    @overload
     def encode(  # type: ignore[overload-overlap]  # a str is an iterable as well
         self,
         images: OneImage,
         *,
         on_error: Literal["raise"] = "raise",
+        frames: Literal["first"] = "first",
         **options: Unpack[EncodeOptions],
     ) -> ImageFeatures: ...
     @overload
     def encode(  # type: ignore[overload-overlap]
-        self, images: OneImage, *, on_error: OnError, **options: Unpack[EncodeOptions]
+        self,
+        images: OneImage,
+        *,
+        on_error: OnError,
+        frames: Literal["first"] = "first",
+        **options: Unpack[EncodeOptions],
     ) -> ImageFeatures | FailedImage: ...
     @overload
     def encode(  # type: ignore[overload-overlap]
@@ -239,6 +255,7 @@ class VisionEncoder:
         images: NDArray[Any] | Tensor,
         *,
         on_error: Literal["raise"] = "raise",
+        frames: Literal["first"] = "first",
         **options: Unpack[EncodeOptions],
     ) -> ImageFeatures | list[ImageFeatures]: ...
     @overload
@@ -247,11 +264,17 @@ class VisionEncoder:
         images: Iterable[ImageInput],
         *,
         on_error: Literal["raise"] = "raise",
+        frames: Literal["first"] = "first",
         **options: Unpack[EncodeOptions],
     ) -> list[ImageFeatures]: ...
     @overload
     def encode(
-        self, images: Iterable[ImageInput], *, on_error: OnError, **options: Unpack[EncodeOptions]
+        self,
+        images: Iterable[ImageInput],
+        *,
+        on_error: OnError,
+        frames: Literal["first"] = "first",
+        **options: Unpack[EncodeOptions],
     ) -> list[ImageFeatures | FailedImage]: ...
     def encode(
         self,
@@ -265,6 +288,8 @@ class VisionEncoder:
         exif: ExifPolicy = "apply",
         limits: ImageLimits | None = None,
         video_limits: VideoLimits | None = None,
+        formats: Iterable[str] = (),
+        frames: Pages = "first",
         decode_threads: int | None = None,
     ) -> Any:
         """Encode one image or several: paths, bytes, PIL images, arrays or tensors, in any mix.
@@ -292,6 +317,9 @@ class VisionEncoder:
                 pictures that are upright already. A PIL image that was transposed keeps its tag.
             limits: bounds of what is decoded; ImageLimits() by default.
             video_limits: bounds of a video; VideoLimits() by default.
+            formats: formats that are decoded only on request: "PPM", "ICO", "TGA", "JPEG2000".
+            frames: "first", or "all" for a list of every page of a TIFF and frame of an animation.
+                An image with several gives ids such as "scan.tif#page=2".
             decode_threads: threads that read, decode and resize ahead of the encoder; by default
                 one for two cores, 2 to 16. The embeddings do not depend on it.
 
@@ -310,11 +338,12 @@ class VisionEncoder:
         results = list(
             self.encode_iter(
                 images, on_error=on_error, output=output, normalize=normalize, layers=layers,
-                layout=layout, exif=exif, limits=limits, video_limits=video_limits,
+                layout=layout, exif=exif, limits=limits, formats=formats, frames=frames,
+                video_limits=video_limits,
                 decode_threads=decode_threads,
             )
         )  # fmt: skip
-        return results[0] if is_one_image(images) else results
+        return results[0] if is_one_image(images) and frames == "first" else results
 
     @overload
     def encode_iter(
@@ -322,11 +351,17 @@ class VisionEncoder:
         images: Images,
         *,
         on_error: Literal["raise"] = "raise",
+        frames: Pages = "first",
         **options: Unpack[EncodeOptions],
     ) -> Iterator[ImageFeatures]: ...
     @overload
     def encode_iter(
-        self, images: Images, *, on_error: OnError, **options: Unpack[EncodeOptions]
+        self,
+        images: Images,
+        *,
+        on_error: OnError,
+        frames: Pages = "first",
+        **options: Unpack[EncodeOptions],
     ) -> Iterator[ImageFeatures | FailedImage]: ...
     def encode_iter(
         self,
@@ -340,6 +375,8 @@ class VisionEncoder:
         exif: ExifPolicy = "apply",
         limits: ImageLimits | None = None,
         video_limits: VideoLimits | None = None,
+        formats: Iterable[str] = (),
+        frames: Pages = "first",
         decode_threads: int | None = None,
     ) -> Any:
         """As `encode`, one image after the other and in order, in flat memory.
@@ -355,12 +392,14 @@ class VisionEncoder:
         """
         outputs = OutputOptions.checked(output, normalize, layers, self.config.depth)
         limits = ImageLimits() if limits is None else limits
+        if formats:
+            limits = replace(limits, formats=(*limits.formats, *check_formats(formats)))
         video_limits = VideoLimits() if video_limits is None else video_limits
         threads, many = thread_count(decode_threads), as_images(images)
         in_parallel = 1 if is_one_image(images) else threads
         loader = ImageLoader(
             self.config, self.image_config, layout, limits, on_error, video_limits,
-            video_threads=max(1, core_count() // in_parallel), exif=exif,
+            video_threads=max(1, core_count() // in_parallel), exif=exif, frames=frames,
         )  # fmt: skip
         batches = BatchEncoder(self.forward, self.device, self.config, outputs, on_error)
         return batches.encode(loader.jobs(many, is_ahead=threads > 1), threads)

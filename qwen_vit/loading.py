@@ -17,7 +17,8 @@ from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, ImageError, check_choice
 from qwen_vit.features import UNKNOWN_SIZE, FeatureOutput
 from qwen_vit.images.image import ArrayLayout, ExifPolicy, ImageLimits, ImageSource, RgbImage
-from qwen_vit.images.load import load_image, unwrap
+from qwen_vit.images.load import load_image, read_image_file, unwrap
+from qwen_vit.images.pages import ImagePage, Pages, split_pages
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, suffix_of
 from qwen_vit.layout import check_grids
@@ -54,13 +55,14 @@ OneImage: TypeAlias = (
     | Patches
     | Video
     | Mapping[str, Any]
+    | ImagePage
 )
 ImageInput: TypeAlias = OneImage | NDArray[Any] | Tensor
 Images: TypeAlias = ImageInput | Iterable[ImageInput]
 # Iterating over one of these would give its characters, bytes or rows.
 ONE_IMAGE = (
     str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Patches, Video, io.IOBase,
-    Mapping,
+    Mapping, ImagePage,
 )  # fmt: skip
 STACKED_AXES = 4
 Videos: TypeAlias = VideoSource | Video | Iterable[VideoSource | Video]
@@ -75,6 +77,7 @@ class EncodeOptions(TypedDict, total=False):
     layout: ArrayLayout
     exif: ExifPolicy
     limits: ImageLimits | None
+    formats: Iterable[str]
     video_limits: VideoLimits | None
     decode_threads: int | None
 
@@ -168,11 +171,13 @@ class ImageLoader:
     video_threads: int = 1
     video: VideoOptions = field(default_factory=VideoOptions)
     as_video: bool = False
+    frames: Pages = "first"
 
     def __post_init__(self) -> None:
         check_choice("on_error", self.on_error, get_args(OnError))
         check_choice("layout", self.layout, get_args(ArrayLayout))
         check_choice("exif", self.exif, get_args(ExifPolicy))
+        check_choice("frames", self.frames, get_args(Pages))
         if not isinstance(self.limits, ImageLimits):
             raise ArgumentError(f"limits is {self.limits!r}", expected="ImageLimits or None")
         if not isinstance(self.video_limits, VideoLimits):
@@ -182,16 +187,8 @@ class ImageLoader:
 
     def jobs(self, images: Iterable[ImageInput], *, is_ahead: bool) -> Iterator[Job[LoadedImage]]:
         """A job for each image. With `is_ahead` it may run after the next image was taken."""
-        for index, image in enumerate(images):
-            name = _name_of(image, index)
-            if isinstance(image, Mapping):
-                try:
-                    image = unwrap(image, name)
-                except ImageError as error:  # raised in order
-                    yield Job(partial(self.load, error.without_frames(), name))
-                    continue
-                name = _name_of(image, index)
-            is_fixed = isinstance(image, (str, os.PathLike, bytes, Patches))
+        for image, name in self._named(images):
+            is_fixed = isinstance(image, (str, os.PathLike, bytes, Patches, ImagePage, ImageError))
             if isinstance(image, Video):
                 is_fixed = isinstance(image.source, (str, os.PathLike, bytes))
             elif isinstance(image, (bytearray, memoryview)) and container_of(image[:HEAD_BYTES]):
@@ -205,6 +202,26 @@ class ImageLoader:
                 loaded = self._load_eagerly(image, name)
                 n_bytes = 4 * loaded.height * loaded.width if isinstance(loaded, RgbImage) else 0
                 yield Job(partial(self.load, loaded, name), n_bytes)  # 4 bytes as Pillow holds them
+
+    def _named(self, images: Iterable[ImageInput]) -> Iterator[tuple[Any, str]]:
+        """The images, or the pages of each, with their names; an error in place of a bad one."""
+        for index, image in enumerate(images):
+            name = _name_of(image, index)
+            source: Any = image
+            try:
+                if isinstance(source, Mapping):
+                    source = unwrap(source, name)
+                    name = _name_of(source, index)
+                if self.frames == "first" or isinstance(source, Video) or is_video_file(source):
+                    yield source, name
+                    continue
+                if isinstance(source, (str, os.PathLike)):
+                    source = read_image_file(os.fsdecode(source), name, self.limits)
+                elif isinstance(source, (bytearray, memoryview)):
+                    source = bytes(source)
+                yield from split_pages(source, name, self.limits)
+            except ImageError as error:  # raised in order
+                yield error.without_frames(), name
 
     def load(
         self, image: ImageInput | RgbImage | LoadedImage | ImageError, name: str

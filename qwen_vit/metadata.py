@@ -13,7 +13,7 @@ from qwen_vit.features import dtype_name
 
 __all__ = ["origin_metadata"]
 
-PACKAGES = ("qwen-vit", "torch", "triton", "pillow")
+PACKAGES = ("qwen-vit", "torch", "triton", "pillow", "pillow-heif")
 DECODERS = {"libjpeg-turbo": "libjpeg_turbo", "libwebp": "webp"}  # our name -> Pillow's
 
 

@@ -633,7 +633,6 @@ def test_a_tiff_with_unlisted_strips_is_refused() -> None:
         (b"\x89PN", "not-an-image", "Expected JPEG, PNG"),
         (b"%PDF-1.7", "format", "Render the page"),
         (b"8BPS\0\1", "format", "Photoshop"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "format", "HEIC"),
         (b"\0\0\0\x0cJXL \r\n\x87\n", "format", "JPEG XL"),
         (b"\x93NUMPY\1\0", "format", "numpy.load"),
         (b"PK\3\4", "format", "Unpack"),
@@ -655,7 +654,7 @@ def test_what_is_not_an_image_says_how_it_starts(
 @pytest.mark.parametrize("file_format", ["ICO", "PPM", "JPEG2000", "EPS", "TGA", "PCX"])
 def test_formats_outside_the_allow_list_are_refused(file_format: str) -> None:
     data = encode(chelsea(), file_format)
-    code = "not-an-image" if file_format in ("TGA", "PCX") else "format"
+    code = "not-an-image" if file_format == "PCX" else "format"  # new TGAs have a signature
     assert "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF" in refusal(code, data)
 
 

@@ -20,6 +20,7 @@ from qwen_vit.cli.options import (
     device_option,
     dtype_option,
     exif_option,
+    format_options,
     json_option,
     model_option,
     on_error_option,
@@ -44,6 +45,7 @@ __all__ = ["encode"]
 @click.option("--out", required=True, type=FILE, help="Feature file to write.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing feature file.")
 @column_options
+@format_options
 @output_options
 @device_option()
 @dtype_option
@@ -58,7 +60,8 @@ __all__ = ["encode"]
 def encode(
     images: tuple[str, ...], model: str, out: Path, overwrite: bool, output: Any,
     normalize: bool, layers: tuple[int, ...], on_error: "OnError", as_json: bool,
-    column: str | None, id_column: str | None, exif: Any, **loading: Any,
+    column: str | None, id_column: str | None, formats: tuple[str, ...], pages: Any, exif: Any,
+    **loading: Any,
 ) -> None:  # fmt: skip
     """Encode IMAGES, or videos, into one feature file.
 
@@ -86,11 +89,14 @@ def encode(
         from qwen_vit.outputs import check_normalize
     check_normalize(output, normalize)
     videos = take_video_options(loading)
-    items = list_images(images, out, column=column, id_column=id_column)
+    items = list_images(
+        images, out, column=column, id_column=id_column, formats=formats, pages=pages
+    )
     encoder = load_encoder(model, **loading)
     rows = {"output": output, "normalize": normalize, "layers": layers}
     encoder.encode([], **rows)  # refuses a block that the tower has not, before any image
-    done = list(encode_one_by_one(encoder, items, on_error, exif=exif, **videos, **rows))
+    decoding = {"exif": exif, "formats": formats, **videos}
+    done = list(encode_one_by_one(encoder, items, on_error, **decoding, **rows))
     features, milliseconds = [each for each, _ in done], [ms for _, ms in done]
     write_features(out, features, encoder.metadata(), overwrite=overwrite)
     if as_json:

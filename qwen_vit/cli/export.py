@@ -25,6 +25,7 @@ from qwen_vit.cli.options import (
     column_options,
     device_option,
     exif_option,
+    format_options,
     json_option,
     model_option,
     on_error_option,
@@ -51,6 +52,7 @@ ASK_ABOVE_BYTES = 100 * 10**9
 @model_option
 @click.option("--out", required=True, type=FILE, help="Folder to write, or resume.")
 @column_options
+@format_options
 @output_options
 @click.option(
     "--dtype", type=Dtype(["float32", "bfloat16"]),
@@ -97,7 +99,8 @@ def export(
     as_json: bool, output: Any, normalize: bool, layers: tuple[int, ...], dtype: Any,
     shard_size: int, part: tuple[int, int], on_error: Any, max_failures: int,
     decode_threads: int | None, address: str | None, ec_cache: Path | None, profile: bool,
-    column: str | None, id_column: str | None, exif: Any, **loading: Any,
+    column: str | None, id_column: str | None, formats: tuple[str, ...], pages: Any, exif: Any,
+    **loading: Any,
 ) -> None:  # fmt: skip
     """Export the images and videos of INPUTS into a folder of shards; run it again to resume.
 
@@ -125,10 +128,12 @@ def export(
         from qwen_vit.export.plan import check_folder
         from qwen_vit.export.ray_cluster import export_on_ray
         from qwen_vit.export.run import export_features, load_encoder
+        from qwen_vit.images.image import ImageLimits
         from qwen_vit.inputs.find import check_inputs
     options = ExportOptions(
         output, dtype, shard_size, on_error, part, max_failures, normalize=normalize, layers=layers,
-        column=column, id_column=id_column, exif=exif, **take_video_options(loading),
+        column=column, id_column=id_column, exif=exif, pages=pages,
+        limits=ImageLimits(formats=formats), **take_video_options(loading),
     )  # fmt: skip
     check_inputs(inputs, options.columns)
     check_folder(out, make=False)

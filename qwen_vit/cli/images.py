@@ -35,19 +35,24 @@ def list_images(
     *,
     column: str | None = None,
     id_column: str | None = None,
+    formats: tuple[str, ...] = (),
+    pages: str = "first",
 ) -> "list[Item]":
     """The images of files, folders, quoted patterns, tars, lists, and "-" for standard input.
 
-    `column` names the images of Parquet files.
+    `column` names the images of Parquet files. `pages="all"` lists every page and frame.
 
     Raises ExportError if there is none, where two have one id, and where `out` is one of them.
     """
+    from qwen_vit.images.image import ImageLimits
     from qwen_vit.inputs.find import find_items, no_image_found, warn_of_skipped
+    from qwen_vit.inputs.pages import page_items
     from qwen_vit.inputs.parquet import ParquetColumns
 
     left_out: Counter[str] = Counter()
     columns = ParquetColumns.of(column, id_column)
-    items = list(find_items(inputs, left_out, must_exist=False, columns=columns))
+    found = find_items(inputs, left_out, must_exist=False, columns=columns)
+    items = list(found if pages == "first" else page_items(found, ImageLimits(formats=formats)))
     warn_of_skipped(left_out)
     if not items:
         raise no_image_found(inputs, left_out)
@@ -73,6 +78,7 @@ def encode_one_by_one(
     on_error: "OnError",
     exif: "ExifPolicy" = "apply",
     *,
+    formats: tuple[str, ...] = (),
     video: "VideoOptions | None" = None,
     as_video: bool = False,
     **options: Any,
@@ -89,7 +95,7 @@ def encode_one_by_one(
     from qwen_vit.errors import ImageError
     from qwen_vit.features import FailedImage, VideoFeatures, not_finite
 
-    loader = _loader(encoder, exif, video, as_video)
+    loader = _loader(encoder, exif, formats, video, as_video)
     for item in tqdm(items, unit="image", file=sys.stderr, disable=not shows_progress()):
         start = time.perf_counter()
         size_px = None
@@ -118,7 +124,11 @@ def encode_one_by_one(
 
 
 def _loader(
-    encoder: "VisionEncoder", exif: "ExifPolicy", video: "VideoOptions | None", as_video: bool
+    encoder: "VisionEncoder",
+    exif: "ExifPolicy",
+    formats: tuple[str, ...],
+    video: "VideoOptions | None",
+    as_video: bool,
 ) -> "ImageLoader":
     from qwen_vit.common.prefetch import core_count
     from qwen_vit.images.image import ImageLimits
@@ -126,20 +136,21 @@ def _loader(
     from qwen_vit.video.options import VideoLimits, VideoOptions
 
     return ImageLoader(
-        encoder.config, encoder.image_config, "auto", ImageLimits(), "skip", VideoLimits(), exif,
-        core_count(), video or VideoOptions(), as_video,
+        encoder.config, encoder.image_config, "auto", ImageLimits(formats=formats), "skip",
+        VideoLimits(), exif, core_count(), video or VideoOptions(), as_video,
     )  # fmt: skip
 
 
 def _load(item: "Item", loader: "ImageLoader") -> "LoadedImage":
     """An image's or a video's patches, or the error with the size that it was found at."""
+    from qwen_vit.inputs.pages import as_page
     from qwen_vit.inputs.read import read_item
     from qwen_vit.video.items import open_video_item, video_of_item
 
     if item.is_video:
         with open_video_item(item) as (file, _):
             return loader.load_video(video_of_item(item, loader.video), item.id, file)
-    return loader.load(read_item(item, loader.limits), item.id)
+    return loader.load(as_page(read_item(item, loader.limits), item), item.id)
 
 
 def _is_same(image: str, out: Path) -> bool:

@@ -10,6 +10,7 @@ from click.shell_completion import CompletionItem
 
 from qwen_vit.checkpoint.published import PACKAGED, cached_repositories, published_checkpoints
 from qwen_vit.cli.console import set_verbosity
+from qwen_vit.errors import ArgumentError
 
 __all__ = [
     "FILE",
@@ -21,6 +22,7 @@ __all__ = [
     "device_option",
     "dtype_option",
     "exif_option",
+    "format_options",
     "json_option",
     "model_argument",
     "model_option",
@@ -133,6 +135,32 @@ def column_options(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def format_options(command: Command) -> Command:
+    """The options that say what is decoded beyond the first picture of the usual formats."""
+    options = (
+        click.option(
+            "--formats", default="", metavar="F,F,...", callback=lambda _, __, text: _formats(text),
+            help="Also ppm, ico, tga or jpeg2000.",
+        ),
+        click.option(
+            "--pages", type=click.Choice(["first", "all"]), default="first", show_default=True,
+            help="Pages of a TIFF and frames of an animation; all: an image each.",
+        ),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    from qwen_vit.images.image import check_formats
+
+    try:
+        return check_formats([part.strip() for part in text.split(",") if part.strip()])
+    except ArgumentError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def pixel_options(command: Command) -> Command:

@@ -14,7 +14,6 @@ from pathlib import Path
 from random import Random
 from typing import BinaryIO
 
-from PIL import Image
 from tqdm import tqdm
 
 from qwen_vit.batching import TOKEN_BUDGET
@@ -30,7 +29,7 @@ from qwen_vit.export.plan import (
 )
 from qwen_vit.feature_files.schema import shard_name
 from qwen_vit.features import ImageFeatures
-from qwen_vit.images.decode import DECODERS
+from qwen_vit.images.formats import IDENTIFY_BYTES, decoder, identify
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.patches import smart_resize
 from qwen_vit.inputs.listing import Item
@@ -284,7 +283,11 @@ def _open_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
                 file = io.BytesIO(read_item(item, limits))
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # a decoder's, about a doubtful header
-            image = stack.enter_context(Image.open(file, formats=tuple(DECODERS)))
+            file_format = identify(file.read(IDENTIFY_BYTES), item.id, limits.formats)
+            file.seek(0)
+            image = stack.enter_context(decoder(file_format, item.id)(file, ""))
+            if item.page is not None:
+                image.seek(item.page - 1)
             is_allowed = image.height * image.width <= limits.max_pixels
             return (image.height, image.width) if is_allowed else None
     except Exception:  # noqa: BLE001 - plug-ins raise anything; encoding it reports the error

@@ -12,6 +12,7 @@ from qwen_vit.feature_files.schema import EMBEDS, layer_name
 from qwen_vit.feature_files.writer import RowTensor
 from qwen_vit.features import FeatureOutput
 from qwen_vit.images.image import ExifPolicy, ImageLimits
+from qwen_vit.images.pages import Pages
 from qwen_vit.inputs.parquet import ParquetColumns
 from qwen_vit.loading import OnError
 from qwen_vit.outputs import check_layers, check_normalize
@@ -47,6 +48,8 @@ class ExportOptions:
         video: which frames of videos are encoded, and at which size.
         video_limits: bounds of a video.
         as_video: whether an animated GIF, WebP or PNG is a video, not its first frame.
+        pages: "first", or "all" for each page of a TIFF and frame of an animation as an image of
+            its own; every image is then read when they are listed.
 
     Raises:
         ArgumentError: a value makes no sense.
@@ -67,6 +70,7 @@ class ExportOptions:
     video: VideoOptions = field(default_factory=VideoOptions)
     video_limits: VideoLimits = field(default_factory=VideoLimits)
     as_video: bool = False
+    pages: Pages = "first"
 
     @property
     def columns(self) -> ParquetColumns | None:
@@ -76,6 +80,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         check_choice("output", self.output, get_args(FeatureOutput))
         check_normalize(self.output, self.normalize)
+        check_choice("pages", self.pages, get_args(Pages))
         ParquetColumns.of(self.column, self.id_column)
         object.__setattr__(self, "layers", check_layers(self.layers))
         check_choice("exif", self.exif, get_args(ExifPolicy))

@@ -27,6 +27,7 @@ from qwen_vit.export.settings import (
 from qwen_vit.feature_files.schema import shard_name
 from qwen_vit.inputs.find import find_items, no_image_found, warn_of_skipped
 from qwen_vit.inputs.listing import Item, Listing
+from qwen_vit.inputs.pages import page_items
 from qwen_vit.video.sampling import MAX_FRAMES
 
 __all__ = [
@@ -221,9 +222,10 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
     number, count = options.part
     left_out: Counter[str] = Counter()
     path = folder / f".listing-{number}-of-{count}{TEMPORARY_SUFFIX}"
-    listing = Listing.freeze(
-        path, find_items(inputs, left_out, columns=options.columns), options.shard_size
-    )
+    items = find_items(inputs, left_out, columns=options.columns)
+    if options.pages == "all":
+        items = page_items(items, options.limits)
+    listing = Listing.freeze(path, items, options.shard_size)
     warn_of_skipped(left_out)
     if listing.n_images == 0:
         path.unlink()

@@ -47,6 +47,7 @@ from qwen_vit.images.image import ExifPolicy
 from qwen_vit.images.isolated import decode_in_child
 from qwen_vit.images.patches import Patches
 from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.pages import as_page
 from qwen_vit.inputs.read import read_item
 from qwen_vit.loading import ImageLoader
 from qwen_vit.video.isolated import load_in_child
@@ -170,7 +171,7 @@ def _load(item: Item, line: int, loader: ImageLoader, under_way: UnderWay) -> Im
             with under_way.mark(line):
                 if line in under_way.suspects:  # a process died while it decoded this
                     decode_in_child(data, item.id, loader.limits)
-                loaded = loader.load(data, item.id)
+                loaded = loader.load(as_page(data, item), item.id)
         image.size_px, image.notes, image.patches = loaded.size_px, loaded.notes, loaded.patches
         image.timing = loaded.timing
         image.stage = "encode"

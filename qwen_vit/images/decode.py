@@ -3,65 +3,34 @@
 import io
 import os
 import re
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from PIL import (
-    AvifImagePlugin,
-    BmpImagePlugin,
     GifImagePlugin,
+    IcoImagePlugin,
     Image,
     ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
-    WebPImagePlugin,
 )
 
 from qwen_vit.errors import ImageError
+from qwen_vit.images.formats import decoder, identify
 from qwen_vit.images.image import ExifPolicy, ImageLimits, RgbImage, check_pixels, check_ratio
 from qwen_vit.images.isolated import decode_in_child
 from qwen_vit.images.jpeg import JpegFile, check_blocks, read_jpeg
 from qwen_vit.images.memory import decoding_memory
+from qwen_vit.images.png_chunks import without_needless_chunks
 from qwen_vit.images.refusals import damaged, truncated
 from qwen_vit.images.tiff import check_directory, check_tags, unread_kind
 from qwen_vit.images.to_rgb import is_deep, tiff_orientation, to_rgb, turn_back
 from qwen_vit.images.truncation import ends_early, misses_rows, promised_bytes
 
-__all__ = ["DECODERS", "decode_bytes", "decode_pil"]
-
-# The plug-ins are called directly: Image.open would apply its process-wide pixel limit and warn.
-# JpegImageFile, not its factory, reads the first picture of a multi-picture file.
-DECODERS: dict[str, type[ImageFile.ImageFile]] = {
-    "JPEG": JpegImagePlugin.JpegImageFile,
-    "PNG": PngImagePlugin.PngImageFile,
-    "WEBP": WebPImagePlugin.WebPImageFile,
-    "GIF": GifImagePlugin.GifImageFile,
-    "BMP": BmpImagePlugin.BmpImageFile,
-    "TIFF": TiffImagePlugin.TiffImageFile,
-    "AVIF": AvifImagePlugin.AvifImageFile,
-}
-
-ALLOWED = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
-
-# Files that are passed by mistake: how they start (lower case, white space stripped), the code, a
-# description, the next step.
-LOOKALIKES = (
-    (rb"version https://git-lfs", "not-an-image", "a git-lfs pointer", "run `git lfs pull`"),
-    (rb"<svg|<\?xml.*<svg", "not-an-image", "an SVG drawing", "render it to PNG first"),
-    (rb"<!doctype html|<html|<\?xml", "not-an-image", "a web page", "download the image itself"),
-    (rb"....ftyp(?:hei|hev|mif|msf)", "format", "HEIC", "convert it to JPEG or PNG"),
-    (rb"....jxl |\xff\x0a", "format", "JPEG XL", "convert it to PNG"),
-    (rb"....jp  |\xff\x4f\xff\x51", "format", "JPEG 2000", "convert it to PNG"),
-    (rb"%pdf|%!ps", "format", "a document", "render the page to PNG first"),
-    (rb"8bps", "format", "Photoshop", "export it as PNG"),
-    (rb"\x00\x00[\x01\x02]\x00[\x01-\x20]\x00", "format", "an icon", "convert it to PNG"),
-    (rb"p[1-7]\s", "format", "Netpbm", "convert it to PNG"),
-    (rb"par1", "format", "a Parquet file", "pass --column to `qwen-vit export`"),
-    (rb"\x93numpy", "format", "a numpy file", "pass numpy.load(...) instead"),
-    (rb"pk\x03\x04|\x1f\x8b", "format", "an archive", "unpack it first"),
-)
+__all__ = ["decode_bytes", "decode_pil"]
 
 # Measured at their peak for RGBA pictures, which are converted: tests/images/test_memory.py.
 BYTES_A_PIXEL = {"WEBP": 28, "AVIF": 20, "JPEG": 14}
@@ -74,33 +43,52 @@ LOAD_LOCKS = [threading.Lock() for _ in range(61)]
 
 
 def decode_bytes(
-    data: bytes, name: str, limits: ImageLimits, exif: ExifPolicy = "apply"
+    data: bytes,
+    name: str,
+    limits: ImageLimits,
+    exif: ExifPolicy = "apply",
+    page: int | None = None,
 ) -> RgbImage:
-    """An encoded image -> RGB. Raises ImageError for a damaged, truncated or too large file."""
-    file_format = _identify(data, name)
+    """An encoded image, or one of its pages from 1 on -> RGB; by default its primary picture.
+
+    Raises ImageError for a damaged, truncated or too large file, and for one of a format that is
+    not decoded.
+    """
+    file_format = identify(data, name, limits.formats)
+    open_image = decoder(file_format, name)
     jpeg = read_jpeg(data, name) if file_format == "JPEG" else None
-    reader = _Reader(data if jpeg is None else jpeg.readable)
+    readable = data if jpeg is None else jpeg.readable
+    early_notes: tuple[str, ...] = ()
+    if file_format == "PNG":
+        readable, early_notes = without_needless_chunks(data)
+    reader = _Reader(readable)
     with _decoding(data, file_format, name, header=reader):
         if file_format == "TIFF":
             check_directory(data)
         if file_format in ("WEBP", "TIFF") and promised_bytes(data, file_format) > len(data):
             raise EOFError  # before Pillow warns about missing bytes
-        image = DECODERS[file_format](reader, "")
+        image = open_image(reader, "")
         check_pixels(image.width, image.height, name, limits)
+        if isinstance(image, IcoImagePlugin.IcoImageFile):
+            _check_icon(image, data, name, limits)
     check_ratio(image.width, image.height, name)
-    if _seconds_at_most(image, jpeg) > limits.max_seconds:
-        return decode_in_child(data, name, limits, exif)
+    if _seconds_at_most(image, jpeg) * (page or 1) > limits.max_seconds:
+        return decode_in_child(data, name, limits, exif, page)
+    if page is not None:
+        with decoding_memory.hold(_peak_bytes(image)), _decoding(data, file_format, name):
+            image.seek(page - 1)
     if jpeg is not None and jpeg.arithmetic:  # this decoder cannot wait for a second piece
         image.decodermaxblock = len(data)
     deep, turned = is_deep(image), tiff_orientation(image)
     with decoding_memory.hold(_peak_bytes(image)), _decoding(data, file_format, name):
-        early_notes = _load(image, name, limits, jpeg)
-        if file_format == "PNG" and misses_rows(data):
+        early_notes += _load(image, name, limits, jpeg)
+        if file_format == "PNG" and page in (None, 1) and misses_rows(data):
             raise EOFError
         picture, notes = _to_rgb(image, name, deep, exif, turned)
         if picture is image:  # it holds its file, and counting frames moves through it
             picture = image._new(image.im)
-    return RgbImage(picture, file_format, name, (*early_notes, *notes, *_frame_notes(image)))
+    frames = _frame_notes(image) if page is None else (f"page {page}",)
+    return RgbImage(picture, file_format, name, (*early_notes, *notes, *frames))
 
 
 def decode_pil(
@@ -170,43 +158,6 @@ class _Reader(io.BytesIO):
         return data
 
 
-def _identify(data: bytes, name: str) -> str:
-    if not data:
-        raise ImageError(
-            "not an image: it is empty",
-            name=name,
-            expected=ALLOWED,
-            remedy="fetch it again",
-            code="empty-file",
-        )
-    for file_format in DECODERS:
-        accepts = Image.OPEN[file_format][1]
-        answer = accepts is None or accepts(data[:16])
-        if isinstance(answer, str):
-            raise ImageError(
-                f"a {file_format}, which this Pillow cannot decode",
-                name=name,
-                remedy="reinstall Pillow",
-                code="format",
-            )
-        if answer:
-            return file_format
-    start = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    code, what, remedy = "not-an-image", "not an image", ""
-    for pattern, found_code, found, found_remedy in LOOKALIKES:
-        if re.match(pattern, start if found_code == "not-an-image" else data.lower(), re.DOTALL):
-            what = "not an image" if found_code == "not-an-image" else "of an unsupported format"
-            code, what, remedy = found_code, f"{what} ({found})", found_remedy
-            break
-    raise ImageError(
-        f"{what}: it starts with {data[:16]!r}",
-        name=name,
-        expected=ALLOWED,
-        remedy=remedy,
-        code=code,
-    )
-
-
 @contextmanager
 def _decoding(
     data: bytes | None, file_format: str, name: str, *, header: _Reader | None = None
@@ -245,6 +196,7 @@ def _decoding(
         if (
             isinstance(error, EOFError)
             or "truncat" in text.lower()
+            or "not enough image data" in text  # of a plain PPM
             or (header is not None and header.ran_out)
             or ends
         ):
@@ -323,6 +275,19 @@ def _prepare_tiff(image: TiffImagePlugin.TiffImageFile, name: str, limits: Image
         raise EOFError
     if image._im is None:
         image.im = Image.new(image.mode, (width, height)).im
+
+
+def _check_icon(
+    image: IcoImagePlugin.IcoImageFile, data: bytes, name: str, limits: ImageLimits
+) -> None:
+    """Check the size in the header of an icon's largest picture: its directory may claim less."""
+    entry = max(image.ico.entry, key=lambda each: (each.square, each.bpp))
+    head = data[entry.offset : entry.offset + 24]
+    if head.startswith(b"\x89PNG"):
+        width, height = struct.unpack_from(">II", head, 16)
+    else:
+        width, height = (abs(side) for side in struct.unpack_from("<ii", head, 4))
+    check_pixels(width, height, name, limits)
 
 
 def _frame_notes(image: Image.Image) -> tuple[str, ...]:

@@ -26,7 +26,8 @@ def main() -> None:
     limits = replace(ImageLimits(**request["limits"]), max_seconds=NEVER_S)
     answer: dict[str, object]
     try:
-        image = decode_bytes(sys.stdin.buffer.read(), request["name"], limits, request["exif"])
+        data, policy = sys.stdin.buffer.read(), (request["exif"], request["page"])
+        image = decode_bytes(data, request["name"], limits, *policy)
     except ImageError as error:
         facts = {"fact": error.fact, "name": error.name, "expected": error.expected}
         answer = {"error": {**facts, "remedy": error.remedy}, "code": error.code}

@@ -23,7 +23,9 @@ from PIL import (
 
 from qwen_vit.errors import ImageError
 
-__all__ = ["DECODERS", "decoder", "identify"]
+__all__ = ["DECODERS", "IDENTIFY_BYTES", "LOOKALIKES", "decoder", "identify"]
+
+IDENTIFY_BYTES = 1024  # of a file
 
 Decoder = Callable[[Any, str], ImageFile.ImageFile]
 
@@ -128,7 +130,7 @@ def _is_hevc(data: bytes) -> bool:
     """Whether it is a HEIF container of HEVC pictures, rather than of AV1."""
     if data[4:8] != b"ftyp":
         return False
-    size = min(struct.unpack_from(">I", data)[0], 1024, len(data))
+    size = min(struct.unpack_from(">I", data)[0], IDENTIFY_BYTES, len(data))
     brands = {data[at : at + 4] for at in (8, *range(16, size - 3, 4))}
     major = data[8:12]
     is_container = major in CONTAINER_BRANDS and not brands & AV1_BRANDS
@@ -159,14 +161,16 @@ def _may_be_tga(data: bytes) -> bool:
 
 
 def _refused(data: bytes, name: str, on_request: str) -> ImageError:
-    start = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    start = data[:IDENTIFY_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     code, what, remedy = "not-an-image", "not an image", ""
     if on_request:
         code, what = "format", f"of a format that is read only on request ({on_request})"
         remedy = f"pass --formats {on_request} (formats= in Python), or convert it to PNG"
+    head = data[:IDENTIFY_BYTES].lower()
     for pattern, found_code, found, found_remedy in () if on_request else LOOKALIKES:
-        if re.match(pattern, start if found_code == "not-an-image" else data[:1024].lower(), re.DOTALL):
-            what = "not an image" if found_code == "not-an-image" else "of an unsupported format"
+        is_other = found_code == "not-an-image"
+        if re.match(pattern, start if is_other else head, re.DOTALL):
+            what = "not an image" if is_other else "of an unsupported format"
             code, what, remedy = found_code, f"{what} ({found})", found_remedy
             break
     return ImageError(

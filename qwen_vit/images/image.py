@@ -15,15 +15,19 @@ from qwen_vit.errors import ArgumentError, ImageError
 if TYPE_CHECKING:
     import torch
 
+    from qwen_vit.images.pages import ImagePage
+
 __all__ = [
     "ADDRESS",
     "EXIF_IGNORED",
+    "OPTIONAL_FORMATS",
     "ArrayLayout",
     "ExifPolicy",
     "ImageLimits",
     "ImageSource",
     "RgbImage",
     "check_file_bytes",
+    "check_formats",
     "check_pixels",
     "check_ratio",
 ]
@@ -40,6 +44,7 @@ ImageSource: TypeAlias = Union[
     NDArray[Any],
     "torch.Tensor",
     Mapping[str, Any],
+    "ImagePage",
 ]
 ArrayLayout: TypeAlias = Literal["auto", "HWC", "CHW"]
 ExifPolicy: TypeAlias = Literal["apply", "ignore"]
@@ -48,6 +53,7 @@ EXIF_IGNORED = "EXIF orientation ignored"  # the note of each image with exif="i
 
 ADDRESS = re.compile(r"(?:https?|ftp|s3|gs|hf|file):/|data:", re.IGNORECASE)
 
+OPTIONAL_FORMATS = ("ICO", "JPEG2000", "PPM", "TGA")
 MAX_RATIO = 200  # of a side to the other, as in the reference processor
 
 
@@ -61,6 +67,8 @@ class ImageLimits:
     A file that may take longer than `max_seconds`, by its header, is decoded in a process of its
     own, which ends then. A PIL image is always decoded in this one.
 
+    `formats` are decoded as well as those that always are: some of OPTIONAL_FORMATS.
+
     The limits hold for one call. Pillow's process-wide MAX_IMAGE_PIXELS is neither read nor set,
     but its WebP and GIF plug-ins read it. Raises ArgumentError for a limit below 1.
     """
@@ -68,8 +76,10 @@ class ImageLimits:
     max_pixels: int = 178_956_970
     max_file_bytes: int = 512 * 2**20
     max_seconds: float = 60.0
+    formats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "formats", check_formats(self.formats))
         for field in ("max_pixels", "max_file_bytes"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -106,6 +116,27 @@ class RgbImage:
     def width(self) -> int:
         """Columns."""
         return self.picture.width
+
+
+def check_formats(formats: object) -> tuple[str, ...]:
+    """The names of optional formats, in order and in capitals.
+
+    >>> check_formats(["tga", "PPM"])
+    ('PPM', 'TGA')
+
+    Raises ArgumentError for a name that is none of OPTIONAL_FORMATS.
+    """
+    given = [formats] if isinstance(formats, str) else formats
+    try:
+        names = {str(name).upper() for name in given}  # type: ignore[attr-defined]
+    except TypeError:
+        names = {repr(formats)}
+    unknown = sorted(names.difference(OPTIONAL_FORMATS))
+    if unknown:
+        raise ArgumentError(
+            f"formats has {', '.join(unknown)}", expected=f"some of {', '.join(OPTIONAL_FORMATS)}"
+        )
+    return tuple(sorted(names))
 
 
 def check_file_bytes(size: int, name: str, limits: ImageLimits) -> None:

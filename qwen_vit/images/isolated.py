@@ -19,7 +19,11 @@ PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
 def decode_in_child(
-    data: bytes, name: str, limits: ImageLimits, exif: ExifPolicy = "apply"
+    data: bytes,
+    name: str,
+    limits: ImageLimits,
+    exif: ExifPolicy = "apply",
+    page: int | None = None,
 ) -> RgbImage:
     """Decode a file in a process of its own, which ends after `limits.max_seconds`.
 
@@ -27,7 +31,8 @@ def decode_in_child(
     with code "memory" for one that killed its process.
     """
     pixels = os.memfd_create("qwen-vit-pixels")
-    request = json.dumps({"name": name, "limits": asdict(limits), "exif": exif}).encode()
+    facts = {"name": name, "limits": asdict(limits), "exif": exif, "page": page}
+    request = json.dumps(facts).encode()
     path = os.pathsep.join([str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")])
     try:
         done = subprocess.run(

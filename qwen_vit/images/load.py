@@ -28,6 +28,7 @@ from qwen_vit.images.image import (
     RgbImage,
     check_file_bytes,
 )
+from qwen_vit.images.pages import ImagePage, page_id
 
 __all__ = ["load_image", "read_image_file", "unwrap"]
 
@@ -69,6 +70,10 @@ def load_image(
     check_choice("exif", exif, get_args(ExifPolicy))
     if isinstance(source, Mapping):
         source = unwrap(source, name or "image")
+    if isinstance(source, ImagePage):
+        name = page_id("image bytes", source.page) if name is None else name
+        check_file_bytes(len(source.data), name, limits)
+        return decode_bytes(source.data, name, limits, exif, source.page)
     if isinstance(source, str | os.PathLike):
         path = os.fsdecode(source)
         name = path if name is None else name

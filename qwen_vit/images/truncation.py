@@ -45,7 +45,7 @@ def promised_bytes(data: bytes, file_format: str) -> int:
             return start + 2
         count = int(struct.unpack_from(order + count_format, data, start)[0])
         return start + count * entry_bytes
-    if file_format == "AVIF":
+    if file_format in ("AVIF", "HEIF") or (file_format == "JPEG2000" and data[:1] == b"\0"):
         at = 0
         while at < len(data):
             size = int(struct.unpack_from(">I", data, at)[0])

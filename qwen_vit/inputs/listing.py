@@ -26,8 +26,9 @@ class Item:
     """One image of a listing: its id and its file.
 
     `source` is an absolute path. Inside a tar, the image has `size` bytes from `offset` on. In a
-    Parquet file it is in `row`, counted from 0, of `column`. `error` is the (code, message) of an
-    ImageError that was found while listing.
+    Parquet file it is in `row`, counted from 0, of `column`. `page`, counted from 1, is one of
+    several in an image. `error` is the (code, message) of an ImageError that was found while
+    listing.
 
     >>> gone = ImageError("does not exist", name="a.tar", code="missing")
     >>> item = Item.failed("a.tar", "/data/a.tar", gone)
@@ -44,6 +45,7 @@ class Item:
     error: tuple[str, str] | None = None
     row: int | None = None
     column: str | None = None
+    page: int | None = None
 
     @property
     def is_file(self) -> bool:
@@ -72,6 +74,8 @@ class Item:
             facts |= {"offset": self.offset, "size": self.size}
         if self.row is not None:
             facts |= {"row": self.row, "column": self.column}
+        if self.page is not None:
+            facts["page"] = self.page
         if self.error is not None:
             facts["error"] = self.error
         return json.dumps(facts)
@@ -88,6 +92,7 @@ class Item:
             None if error is None else (error[0], error[1]),
             facts.get("row"),
             facts.get("column"),
+            facts.get("page"),
         )
 
 

@@ -77,8 +77,16 @@ def json_list_items(path: str) -> Iterator[Item]:
                 expected="a row of a Parquet file, counted from 0, and the name of a column",
                 remedy=CORRECT,
             )
+        page = facts.get("page")
+        if page is not None and not (is_integer(page) and page >= 1):
+            raise ExportError(
+                f"page is {short_repr(page)}",
+                name=where,
+                expected="a page of an image, counted from 1",
+                remedy=CORRECT,
+            )
         item = _listed(path, name, source, offset, size, _failure(facts.get("error")))
-        yield item if row is None else replace(item, row=row, column=column)
+        yield replace(item, row=row, column=None if row is None else column, page=page)
 
 
 def _is_name(value: object) -> TypeGuard[str]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qwen_vit.errors import ImageError
-from qwen_vit.images.decode import DECODERS
+from qwen_vit.images.formats import DECODERS
 from qwen_vit.images.to_rgb import on_white
 from qwen_vit.video.container import too_many_frames
 from qwen_vit.video.options import VideoLimits

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from qwen_vit.errors import ImageError
-from qwen_vit.images.decode import LOOKALIKES
+from qwen_vit.images.formats import LOOKALIKES
 from qwen_vit.video.options import VideoLimits
 
 __all__ = ["HEAD_BYTES", "check_structure", "container_of"]

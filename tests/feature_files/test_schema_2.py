@@ -68,7 +68,7 @@ def test_a_file_of_encode_has_every_key_and_null_where_nothing_applies(path: Pat
     }  # fmt: skip
     assert (facts["output"], facts["normalize"], facts["layers"]) == ("merged", False, [1, 4])
     assert (facts["dtype"], facts["computed_in"], facts["device"]) == ("float32", "float32", "cpu")
-    names = {"qwen-vit", "torch", "triton", "pillow", "libjpeg-turbo", "libwebp"}
+    names = {"qwen-vit", "torch", "triton", "pillow", "pillow-heif", "libjpeg-turbo", "libwebp"}
     assert facts["versions"].keys() == names
     assert all(isinstance(number, str) for number in facts["versions"].values())
     for image, each in zip(facts["images"], features, strict=True):

@@ -1,0 +1,53 @@
+"""The pages of listed images, each as an image of its own."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from qwen_vit.errors import ImageError
+from qwen_vit.images.formats import identify
+from qwen_vit.images.image import ImageLimits
+from qwen_vit.images.pages import HEAD_BYTES, ONE_PAGE, ImagePage, count_pages, page_id
+from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.read import read_item
+
+__all__ = ["as_page", "page_items"]
+
+
+def page_items(items: Iterable[Item], limits: ImageLimits) -> Iterator[Item]:
+    """The pages of each image, which is read for that; one with a single page stays as it is.
+
+    >>> rocket = Item("rocket.jpg", "tests/images/rocket.jpg")
+    >>> [item.id for item in page_items([rocket], ImageLimits())]
+    ['rocket.jpg']
+    """
+    for item in items:
+        is_one = item.error is not None or item.page is not None or item.is_video
+        count = 1 if is_one else _count(item, limits)
+        if count == 1:
+            yield item
+        for page in range(1, count + 1) if count > 1 else ():
+            yield replace(item, id=page_id(item.id, page), page=page)
+
+
+def as_page(data: bytes, item: Item) -> bytes | ImagePage:
+    """The bytes of an item's image, or the item's page of them."""
+    return data if item.page is None else ImagePage(data, item.page)
+
+
+def _count(item: Item, limits: ImageLimits) -> int:
+    try:
+        if item.is_file and _has_one_page(item):
+            return 1
+        return count_pages(read_item(item, limits), item.id, limits)
+    except ImageError:  # reading it again reports it
+        return 1
+
+
+def _has_one_page(item: Item) -> bool:
+    """Whether the start of a file shows a format without pages, so that it need not be read."""
+    try:
+        with open(item.source, "rb") as file:
+            start = file.read(HEAD_BYTES)
+        return identify(start, item.id) in ONE_PAGE
+    except (OSError, ValueError):
+        return False
