@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 from PIL import (
     GifImagePlugin,
-    IcoImagePlugin,
     Image,
     ImageFile,
     JpegImagePlugin,
@@ -35,6 +34,7 @@ __all__ = ["decode_bytes", "decode_pil"]
 # Measured at their peak for RGBA pictures, which are converted: tests/images/test_memory.py.
 BYTES_A_PIXEL = {"WEBP": 28, "AVIF": 20, "JPEG": 14}
 OTHER_BYTES_A_PIXEL = 12
+MAX_ICONS = 256  # in one file
 SLOW_PIXELS_A_SECOND, SLOW_SCAN_PIXELS_A_SECOND = 5e6, 2e7
 
 # Pillow does not lock its lazy loading, so threads that share an image decode it one after the
@@ -67,10 +67,10 @@ def decode_bytes(
             check_directory(data)
         if file_format in ("WEBP", "TIFF") and promised_bytes(data, file_format) > len(data):
             raise EOFError  # before Pillow warns about missing bytes
+        if file_format == "ICO":
+            _check_icons(data, name, limits)
         image = open_image(reader, "")
         check_pixels(image.width, image.height, name, limits)
-        if isinstance(image, IcoImagePlugin.IcoImageFile):
-            _check_icon(image, data, name, limits)
     check_ratio(image.width, image.height, name)
     if _seconds_at_most(image, jpeg) * (page or 1) > limits.max_seconds:
         return decode_in_child(data, name, limits, exif, page)
@@ -277,17 +277,21 @@ def _prepare_tiff(image: TiffImagePlugin.TiffImageFile, name: str, limits: Image
         image.im = Image.new(image.mode, (width, height)).im
 
 
-def _check_icon(
-    image: IcoImagePlugin.IcoImageFile, data: bytes, name: str, limits: ImageLimits
-) -> None:
-    """Check the size in the header of an icon's largest picture: its directory may claim less."""
-    entry = max(image.ico.entry, key=lambda each: (each.square, each.bpp))
-    head = data[entry.offset : entry.offset + 24]
-    if head.startswith(b"\x89PNG"):
-        width, height = struct.unpack_from(">II", head, 16)
-    else:
-        width, height = (abs(side) for side in struct.unpack_from("<ii", head, 4))
-    check_pixels(width, height, name, limits)
+def _check_icons(data: bytes, name: str, limits: ImageLimits) -> None:
+    """Check the sizes in the headers of an icon's pictures: its directory may claim less.
+
+    Pillow decodes the largest one when it opens the file.
+    """
+    [count] = struct.unpack_from("<H", data, 4)
+    if count > MAX_ICONS:
+        raise ValueError(f"{count} pictures in an icon")
+    for entry in range(count):
+        [offset] = struct.unpack_from("<I", data, 6 + 16 * entry + 12)
+        if data.startswith(b"\x89PNG", offset):
+            width, height = struct.unpack_from(">II", data, offset + 16)
+        else:
+            width, height = (abs(side) for side in struct.unpack_from("<ii", data, offset + 4))
+        check_pixels(width, height, name, limits)
 
 
 def _frame_notes(image: Image.Image) -> tuple[str, ...]:

@@ -120,7 +120,7 @@ def test_kinds_of_netpbm(data: bytes, code: str | None) -> None:
 def test_an_icon_may_not_hide_a_large_picture() -> None:
     """Its directory says 32 x 32, and the PNG in it 20,000 x 20,000."""
     data = bytearray(FILES["ICO"])
-    at = data.index(b"IHDR") + 4
+    at = data.rindex(b"IHDR") + 4  # of the larger picture
     data[at : at + 8] = (20_000).to_bytes(4, "big") * 2
     assert refused(bytes(data), "a.ico", "ICO").code == "too-many-pixels"
 
