@@ -29,6 +29,7 @@ CONTAINERS = (
 PICTURES = (
     (rb"\xff\xd8\xff", "JPEG"), (rb"\x89PNG", "PNG"), (rb"GIF8", "GIF"), (rb"RIFF....WEBP", "WebP"),
     (rb"BM", "BMP"), (rb"II\*\x00|MM\x00\*", "TIFF"), (rb"....ftypavi[fs]", "AVIF"),
+    (rb"....ftyp(?:hei|hev|mif|msf)", "HEIC"),
 )  # fmt: skip
 MAX_BOXES = 1_000_000
 PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
