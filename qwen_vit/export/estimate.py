@@ -241,7 +241,7 @@ def _time_batch(
             elif item.is_file and item.error is None:
                 images.append(video_of_item(item, video))
     start = time.monotonic()
-    done = encoder.encode(images, on_error="skip")
+    done = encoder.encode(images, on_error="skip", limits=limits)
     seconds = time.monotonic() - start
     work = _Work()
     for each in done:

@@ -170,7 +170,7 @@ def _load(item: Item, line: int, loader: ImageLoader, under_way: UnderWay) -> Im
             image.stage = "decode"
             with under_way.mark(line):
                 if line in under_way.suspects:  # a process died while it decoded this
-                    decode_in_child(data, item.id, loader.limits)
+                    decode_in_child(data, item.id, loader.limits, page=item.page)
                 loaded = loader.load(as_page(data, item), item.id)
         image.size_px, image.notes, image.patches = loaded.size_px, loaded.notes, loaded.patches
         image.timing = loaded.timing
