@@ -16,9 +16,16 @@ from qwen_vit.common.prefetch import Job
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, ImageError, check_choice
 from qwen_vit.features import UNKNOWN_SIZE, FeatureOutput
-from qwen_vit.images.image import ArrayLayout, ExifPolicy, ImageLimits, ImageSource, RgbImage
+from qwen_vit.images.image import (
+    ArrayLayout,
+    ExifPolicy,
+    ImageLimits,
+    ImagePage,
+    ImageSource,
+    RgbImage,
+)
 from qwen_vit.images.load import load_image, read_image_file, unwrap
-from qwen_vit.images.pages import ImagePage, Pages, split_pages
+from qwen_vit.images.pages import Pages, split_pages
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, suffix_of
 from qwen_vit.layout import check_grids

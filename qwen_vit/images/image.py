@@ -15,8 +15,6 @@ from qwen_vit.errors import ArgumentError, ImageError
 if TYPE_CHECKING:
     import torch
 
-    from qwen_vit.images.pages import ImagePage
-
 __all__ = [
     "ADDRESS",
     "EXIF_IGNORED",
@@ -24,6 +22,7 @@ __all__ = [
     "ArrayLayout",
     "ExifPolicy",
     "ImageLimits",
+    "ImagePage",
     "ImageSource",
     "RgbImage",
     "check_file_bytes",
@@ -55,6 +54,18 @@ ADDRESS = re.compile(r"(?:https?|ftp|s3|gs|hf|file):/|data:", re.IGNORECASE)
 
 OPTIONAL_FORMATS = ("ICO", "JPEG2000", "PPM", "TGA")
 MAX_RATIO = 200  # of a side to the other, as in the reference processor
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePage:
+    """One page of an encoded image, or one frame of an animation, counted from 1.
+
+    >>> ImagePage(b"II*...", 2).page
+    2
+    """
+
+    data: bytes
+    page: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,12 @@ from qwen_vit.images.image import (
     ArrayLayout,
     ExifPolicy,
     ImageLimits,
+    ImagePage,
     ImageSource,
     RgbImage,
     check_file_bytes,
 )
-from qwen_vit.images.pages import ImagePage, page_id
+from qwen_vit.images.pages import page_id
 
 __all__ = ["load_image", "read_image_file", "unwrap"]
 

@@ -4,34 +4,21 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from PIL import GifImagePlugin, Image, ImageFile, TiffImagePlugin
 
 from qwen_vit.errors import ImageError
 from qwen_vit.images.formats import decoder, identify
-from qwen_vit.images.image import ImageLimits
+from qwen_vit.images.image import ImageLimits, ImagePage
 
-__all__ = ["HEAD_BYTES", "MAX_PAGES", "ImagePage", "Pages", "count_pages", "page_id", "split_pages"]
+__all__ = ["HEAD_BYTES", "MAX_PAGES", "Pages", "count_pages", "page_id", "split_pages"]
 
 Pages = Literal["first", "all"]
 
 MAX_PAGES = 10_000  # of one file
 HEAD_BYTES = 16  # of a file, which show that it is of a format without pages
 ONE_PAGE = ("JPEG", "BMP", "PPM", "ICO", "TGA", "JPEG2000")
-
-
-@dataclass(frozen=True, slots=True)
-class ImagePage:
-    """One page of an encoded image, or one frame of an animation, counted from 1.
-
-    >>> ImagePage(b"II*...", 2).page
-    2
-    """
-
-    data: bytes
-    page: int
 
 
 def page_id(name: str, page: int) -> str:

@@ -1,12 +1,13 @@
 """The pages of listed images, each as an image of its own."""
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from qwen_vit.errors import ImageError
 from qwen_vit.images.formats import identify
-from qwen_vit.images.image import ImageLimits
-from qwen_vit.images.pages import HEAD_BYTES, ONE_PAGE, ImagePage, count_pages, page_id
+from qwen_vit.images.image import ImageLimits, ImagePage
+from qwen_vit.images.pages import HEAD_BYTES, ONE_PAGE, count_pages, page_id
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.read import read_item
 
@@ -45,6 +46,8 @@ def _count(item: Item, limits: ImageLimits) -> int:
 
 def _has_one_page(item: Item) -> bool:
     """Whether the start of a file shows a format without pages, so that it need not be read."""
+    if not os.path.isfile(item.source):  # a FIFO would block
+        return True
     try:
         with open(item.source, "rb") as file:
             start = file.read(HEAD_BYTES)

@@ -13,9 +13,9 @@ from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ImageError
 from qwen_vit.features import FailedImage
 from qwen_vit.images import pages as pages_module
-from qwen_vit.images.image import ImageLimits
+from qwen_vit.images.image import ImageLimits, ImagePage
 from qwen_vit.images.load import load_image
-from qwen_vit.images.pages import ImagePage, count_pages, split_pages
+from qwen_vit.images.pages import count_pages, split_pages
 from tests.images.test_formats import heic
 
 RANDOM = np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.inputs.find import find_items
+from qwen_vit.inputs.pages import page_items
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.parquet_files import write_rows
@@ -51,6 +53,12 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def export(out: str, options: ExportOptions = OPTIONS, *inputs: str) -> Any:
     encoder: Any = FakeEncoder()
     return export_features(encoder, inputs or ("p",), out, options)
+
+
+def test_what_is_no_file_is_never_opened(pictures: Path) -> None:
+    os.mkfifo("p/f.tif")
+    items = page_items(find_items(["p/f.tif"]), ImageLimits())
+    assert [item.id for item in items] == ["p/f.tif"]
 
 
 def test_every_page_has_its_own_id_and_features(pictures: Path) -> None:
