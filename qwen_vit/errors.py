@@ -31,6 +31,7 @@ IMAGE_CODES = {
     "array-not-finite": "NaN or infinity among the values",
     "array-range": "a floating-point value outside [0, 1]",
     "array-shape": "not one image: neither 2 nor 3 axes",
+    "changed": "the object was replaced after it was listed",
     "damaged": "the decoder refuses the content",
     "directory": "the path is a directory",
     "empty-file": "0 bytes",

@@ -50,7 +50,7 @@ ExifPolicy: TypeAlias = Literal["apply", "ignore"]
 
 EXIF_IGNORED = "EXIF orientation ignored"  # the note of each image with exif="ignore"
 
-ADDRESS = re.compile(r"(?:https?|ftp|s3|gs|hf|file):/|data:", re.IGNORECASE)
+ADDRESS = re.compile(r"(?:https?|ftp|s3a?|gs|gcs|az|abfs|hf|file):/|data:", re.IGNORECASE)
 
 OPTIONAL_FORMATS = ("ICO", "JPEG2000", "PPM", "TGA")
 MAX_RATIO = 200  # of a side to the other, as in the reference processor

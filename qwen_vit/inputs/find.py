@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qwen_vit.common.storage import RemoteObject, is_remote
 from qwen_vit.errors import ExportError, ImageError, display_name
 from qwen_vit.images.image import ADDRESS
 from qwen_vit.inputs.listing import Item
@@ -26,8 +27,15 @@ from qwen_vit.inputs.parquet import (
     needs_column,
     parquet_items,
 )
+from qwen_vit.inputs.remote import listed_objects, remote_item
 from qwen_vit.inputs.suffixes import suffix_of
-from qwen_vit.inputs.tars import COMPRESSED_TARS, MEDIA_SUFFIXES, TAR_SUFFIX, tar_items
+from qwen_vit.inputs.tars import (
+    COMPRESSED_TARS,
+    IMAGE_SUFFIXES,
+    MEDIA_SUFFIXES,
+    TAR_SUFFIX,
+    tar_items,
+)
 
 __all__ = ["STDIN", "check_inputs", "find_items", "no_image_found", "warn_of_skipped"]
 
@@ -137,6 +145,9 @@ def _input_items(
     if given == STDIN:
         yield from stdin_items()
         return
+    if is_remote(given):
+        yield from _remote_items(given, left_out, columns)
+        return
     if ADDRESS.match(given):
         raise ExportError("an address, not a file", name=given, remedy="download it first")
     if os.path.lexists(given) or not glob.has_magic(given):
@@ -158,6 +169,33 @@ def _input_items(
             folders.add(Path(match))
         yield from _path_items(match, left_out, columns, may_be_list=False)
     yield from unreadable.values()
+
+
+def _remote_items(
+    given: str, left_out: Counter[str], columns: ParquetColumns | None
+) -> Iterator[Item]:
+    for name, found, is_named in listed_objects(given):
+        lower, address = found.address.lower(), found.address
+        inside = name if name != address else os.path.basename(address)
+        if lower.endswith((TAR_SUFFIX, *COMPRESSED_TARS)):
+            yield from _versioned(tar_items(address, inside, left_out), found)
+        elif lower.endswith(PARQUET_SUFFIX) and (columns is not None or is_named):
+            if columns is None:
+                raise needs_column(address)
+            yield from _versioned(parquet_items(address, inside, columns), found)
+        elif is_named and lower.endswith(JSON_SUFFIX):
+            yield from json_list_items(address)
+        elif is_named and lower.endswith(LIST_SUFFIXES):
+            yield from text_list_items(address)
+        elif is_named or suffix_of(address) in IMAGE_SUFFIXES:
+            yield remote_item(name, found)
+        else:
+            left_out[suffix_of(address)] += 1
+
+
+def _versioned(items: Iterator[Item], found: RemoteObject) -> Iterator[Item]:
+    """The parts of an object, with its version. Reading one of a replaced object is an error."""
+    return (replace(item, version=found.version) for item in items)
 
 
 def _path_items(

@@ -27,7 +27,8 @@ class Item:
 
     `source` is an absolute path. Inside a tar, the image has `size` bytes from `offset` on. In a
     Parquet file it is in `row`, counted from 0, of `column`. `page`, counted from 1, is one of
-    several in an image. `error` is the (code, message) of an ImageError that was found while
+    several in an image. In object storage `source` is an address, and `version` the ETag of the
+    object that was listed. `error` is the (code, message) of an ImageError that was found while
     listing.
 
     >>> gone = ImageError("does not exist", name="a.tar", code="missing")
@@ -46,6 +47,7 @@ class Item:
     row: int | None = None
     column: str | None = None
     page: int | None = None
+    version: str | None = None
 
     @property
     def is_file(self) -> bool:
@@ -76,6 +78,8 @@ class Item:
             facts |= {"row": self.row, "column": self.column}
         if self.page is not None:
             facts["page"] = self.page
+        if self.version is not None:
+            facts["version"] = self.version
         if self.error is not None:
             facts["error"] = self.error
         return json.dumps(facts)
@@ -93,6 +97,7 @@ class Item:
             facts.get("row"),
             facts.get("column"),
             facts.get("page"),
+            facts.get("version"),
         )
 
 

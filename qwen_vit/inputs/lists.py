@@ -9,10 +9,12 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO, TypeGuard
 
+from qwen_vit.common.storage import is_remote
 from qwen_vit.common.strict_json import is_integer, parse_json, short_repr
-from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError
+from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError, ImageError
 from qwen_vit.images.image import ADDRESS
 from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.remote import below, open_input, refuse
 
 __all__ = ["JSON_SUFFIX", "LIST_SUFFIXES", "json_list_items", "stdin_items", "text_list_items"]
 
@@ -86,7 +88,14 @@ def json_list_items(path: str) -> Iterator[Item]:
                 remedy=CORRECT,
             )
         item = _listed(path, name, source, offset, size, _failure(facts.get("error")))
-        yield replace(item, row=row, column=None if row is None else column, page=page)
+        version = facts.get("version")
+        yield replace(
+            item,
+            row=row,
+            column=None if row is None else column,
+            page=page,
+            version=version if isinstance(version, str) else None,
+        )
 
 
 def _is_name(value: object) -> TypeGuard[str]:
@@ -103,7 +112,7 @@ def _is_name(value: object) -> TypeGuard[str]:
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
     """The lines that are not empty, numbered from 1, without a byte order mark."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path, path, "a list") as file:
             for number, line in _bounded_lines(file, path):
                 if number == 1:
                     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -113,7 +122,11 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield number, line.rstrip(b"\r\n")
+    except ImageError as error:
+        raise ExportError.of(error) from None
     except OSError as error:
+        if is_remote(path):
+            raise refuse(path, error) from None
         raise ExportError(
             f"cannot be read ({error.strerror})", name=path, remedy="check its permissions"
         ) from None
@@ -143,7 +156,9 @@ def _listed(
     size: int | None = None,
     error: tuple[str, str] | None = None,
 ) -> Item:
-    if not ADDRESS.match(source):  # reading it reports the problem
+    if is_remote(path) and not ADDRESS.match(source):
+        source = below(path, source)
+    elif not ADDRESS.match(source):  # reading it reports the problem
         source = str(Path(path).parent / source)
     return Item(name, source, offset, size, error)
 

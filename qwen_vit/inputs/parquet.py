@@ -5,16 +5,17 @@ rows in about the order of the listing, so a few readers per process serve all o
 """
 
 import os
-import stat
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
+from qwen_vit.common.storage import is_remote, storage_errors
 from qwen_vit.errors import ArgumentError, ExportError, ImageError, display_name
 from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.remote import open_input, refuse
 
 __all__ = ["PARQUET_SUFFIX", "ParquetColumns", "needs_column", "parquet_items", "read_row"]
 
@@ -81,6 +82,8 @@ def parquet_items(path: str, name: str, columns: ParquetColumns) -> Iterator[Ite
     except (ExportError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - pyarrow raises many kinds for a torn file
+        if is_remote(path) and isinstance(error, OSError) and error.errno is not None:
+            raise refuse(path, error) from None
         yield Item.failed(name, path, _cannot_read(name, error))
 
 
@@ -111,7 +114,7 @@ def read_row(item: Item) -> bytes:
     if item.row is None or item.column is None:
         raise TypeError(f"{item} is no row")
     try:
-        value = _READERS.value(item.source, item.column, item.row)
+        value = _READERS.value((item.source, item.column, item.version), item.row)
     except ImageError as error:
         raise ImageError.of(error, name=item.id, code=error.code) from error.__context__
     except IndexError:
@@ -131,6 +134,10 @@ def read_row(item: Item) -> bytes:
     except ExportError as error:
         raise ImageError.of(error, name=item.id, code="unreadable") from None
     except OSError as error:
+        if is_remote(item.source):
+            fact, remedy, code = storage_errors(error)
+            fact = f"its object {display_name(item.source)} {fact}"
+            raise ImageError(fact, name=item.id, remedy=remedy, code=code) from error
         raise _cannot_read(item.id, error) from error
     path = None
     if isinstance(value, dict):
@@ -170,13 +177,13 @@ def _items_with_ids(
 class _Reader:
     """Reads one column of one file forward. Rows that were passed by are kept for a while."""
 
-    def __init__(self, path: str, column: str) -> None:
+    def __init__(self, path: str, column: str, version: str | None) -> None:
         self.lock = Lock()
         self.is_closed = False
         self.next_row, self._reading = 0, -1  # the first row that is not read yet, and its group
         self.kept: OrderedDict[int, Any] = OrderedDict()
         self._kept_bytes = 0
-        self._path, self._column = path, column
+        self._path, self._column, self._version = path, column, version
         self._file: BinaryIO | None = None
         self._starts: list[int] = []
         self._batches: Iterator[Any] = iter(())
@@ -218,7 +225,7 @@ class _Reader:
             self._file.close()
 
     def _open(self) -> None:
-        self._file = _opened(self._path, self._path)
+        self._file = _opened(self._path, self._path, self._version)
         self._parquet = _parquet_file(self._file)
         _check_images(self._parquet.schema_arrow, self._column, self._path)
         metadata = self._parquet.metadata
@@ -271,17 +278,20 @@ class _Reader:
             self._kept_bytes -= _n_bytes(self.kept.pop(row))
 
 
+_Key: TypeAlias = tuple[str, str, str | None]  # the file, the column, the version of an object
+
+
 class _Readers:
     """The readers of this process, the last used one last."""
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._readers: OrderedDict[_Reader, tuple[str, str]] = OrderedDict()
+        self._readers: OrderedDict[_Reader, _Key] = OrderedDict()
 
-    def value(self, path: str, column: str, row: int) -> Any:
+    def value(self, key: _Key, row: int) -> Any:
         """The value of a row, by the reader that is closest before it."""
         while True:
-            reader = self._reader(path, column, row)
+            reader = self._reader(key, row)
             with reader.lock:
                 if reader.is_closed:  # another thread needed its place
                     continue
@@ -295,16 +305,16 @@ class _Readers:
                         self._readers.pop(reader, None)
                     raise
 
-    def _reader(self, path: str, column: str, row: int) -> _Reader:
+    def _reader(self, key: _Key, row: int) -> _Reader:
         dropped = None
         with self._lock:
-            ours = [each for each, key in self._readers.items() if key == (path, column)]
+            ours = [each for each, its_key in self._readers.items() if its_key == key]
             fitting = [each for each in ours if each.suits(row)]
             if fitting:
                 reader = max(fitting, key=lambda each: (row in each.kept, each.next_row))
             else:
-                reader = _Reader(path, column)
-                self._readers[reader] = (path, column)
+                reader = _Reader(*key)
+                self._readers[reader] = key
                 if len(self._readers) > MAX_READERS:
                     dropped, _ = self._readers.popitem(last=False)
             self._readers.move_to_end(reader)
@@ -331,16 +341,8 @@ def _n_bytes(value: Any) -> int:
     return len(data) if isinstance(data, bytes) else 0
 
 
-def _opened(path: str, name: str) -> BinaryIO:
-    if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block
-        raise ImageError(
-            "not a regular file",
-            name=name,
-            expected="a Parquet file",
-            remedy="copy its content to a file",
-            code="not-a-file",
-        )
-    return open(path, "rb")
+def _opened(path: str, name: str, version: str | None = None) -> BinaryIO:
+    return open_input(path, name, "a Parquet file", version=version)
 
 
 def _parquet_file(file: BinaryIO) -> Any:

@@ -5,11 +5,13 @@ import os
 import stat
 import time
 
+from qwen_vit.common.storage import is_remote
 from qwen_vit.errors import ImageError, display_name
 from qwen_vit.images.image import ImageLimits, check_file_bytes
 from qwen_vit.images.load import read_image_file
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.parquet import read_row
+from qwen_vit.inputs.remote import read_object
 
 __all__ = ["read_item"]
 
@@ -50,6 +52,8 @@ def _read(item: Item, limits: ImageLimits) -> bytes:
         data = read_row(item)
         check_file_bytes(len(data), item.id, limits)
         return data
+    if is_remote(item.source):
+        return read_object(item, limits)
     if item.offset is None or item.size is None:
         return read_image_file(item.source, item.id, limits)
     return _read_member(item, item.offset, item.size, limits)

@@ -1,15 +1,15 @@
 """A tar -> its images, each with the offset of its bytes."""
 
-import os
-import stat
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import BinaryIO
 
+from qwen_vit.common.storage import is_remote, storage_errors
 from qwen_vit.errors import ImageError
 from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.remote import open_input
 from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, suffix_of
 
 __all__ = [
@@ -27,6 +27,7 @@ TAR_SUFFIX = ".tar"
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # files begin so
 TAR_BLOCK = 512
+TAR_READ_AHEAD = 2**16  # of a remote one, whose members are passed over
 END_OF_TAR = bytes(TAR_BLOCK)
 MAX_HEADER_BYTES = 2**20  # of one member: long names and pax records, as in Go's archive/tar
 # What tarfile raises for a damaged tar: a chain of pax headers is a recursion.
@@ -44,19 +45,15 @@ def tar_items(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
     try:
         if name.lower().endswith(COMPRESSED_TARS):
             raise _compressed(name)
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block
-            raise ImageError(
-                "not a regular file",
-                name=name,
-                expected="a tar",
-                remedy="copy its content to a file",
-                code="not-a-file",
-            )
-        with open(path, "rb") as file:
+        with open_input(path, name, "a tar", block_bytes=TAR_READ_AHEAD) as file:
             yield from _members(file, path, name, left_out)
     except ImageError as error:
         yield Item.failed(name, path, error)
     except OSError as error:
+        if is_remote(path):
+            fact, remedy, code = storage_errors(error)
+            yield Item.failed(name, path, ImageError(fact, name=name, remedy=remedy, code=code))
+            return
         unreadable = ImageError(
             f"cannot be read ({error.strerror})",
             name=name,
@@ -136,7 +133,7 @@ class _Headers:
 
 def _begins_with(path: str, starts: tuple[bytes, ...]) -> bool:
     try:
-        with open(path, "rb") as file:
+        with open_input(path, path, "a tar", block_bytes=TAR_READ_AHEAD) as file:
             return file.read(max(map(len, starts))).startswith(starts)
-    except OSError:
+    except (OSError, ImageError):
         return False

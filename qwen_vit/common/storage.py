@@ -1,0 +1,286 @@
+"""Object storage through fsspec: addresses, listings and byte ranges, with plain errors.
+
+`s3://` needs the extra `s3`; `gs://`, `az://` and `hf://` need gcsfs, adlfs and huggingface_hub.
+Only S3 is tested, on a server with injected faults.
+"""
+
+import errno
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, BinaryIO, NamedTuple
+
+from qwen_vit.errors import ExportError
+
+__all__ = [
+    "BLOCK_BYTES",
+    "MAGIC",
+    "RemoteObject",
+    "ReplacedError",
+    "find_object",
+    "is_remote",
+    "list_objects",
+    "match_objects",
+    "open_object",
+    "read_range",
+    "storage_errors",
+]
+
+REMOTE = re.compile(r"(s3|s3a|gs|gcs|az|abfs|hf)://", re.IGNORECASE)
+MAGIC = re.compile(r"[*?[]")
+PACKAGES = {
+    "s3": "'qwen-vit[s3]'", "s3a": "'qwen-vit[s3]'", "gs": "gcsfs", "gcs": "gcsfs",
+    "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub",
+}  # fmt: skip
+S3_SETTINGS = {
+    "connect_timeout": 10, "read_timeout": 30, "retries": {"mode": "standard", "max_attempts": 5},
+}  # fmt: skip
+BLOCK_BYTES = 2**22  # read ahead of a file that is read in a stream
+BUFFER_BYTES = 2**16
+
+
+NUMBERS: dict[type[OSError], int] = {  # errors without one
+    FileNotFoundError: errno.ENOENT,
+    PermissionError: errno.EACCES,
+    TimeoutError: errno.ETIMEDOUT,
+}
+
+
+class ReplacedError(OSError):
+    """The object is not the one that was listed."""
+
+
+class RemoteObject(NamedTuple):
+    """One object: its address, its bytes, and a version that changes with its content."""
+
+    address: str
+    size: int
+    version: str | None
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is an address in object storage.
+
+    >>> is_remote("s3://bucket/a.jpg"), is_remote("a.jpg"), is_remote("https://host/a.jpg")
+    (True, False, False)
+    """
+    return REMOTE.match(path) is not None
+
+
+def find_object(address: str) -> RemoteObject | None:
+    """The object of this address, or None for a folder. Raises OSError if there is neither."""
+    files, path = _files(address)
+    with _os_errors():
+        info = files.info(path)
+        return None if info["type"] == "directory" else _object(address, info)
+
+
+def list_objects(folder: str) -> Iterator[RemoteObject]:
+    """The objects below a folder, to every depth, in the order of their names' bytes.
+
+    S3 is listed page by page, so that memory stays flat. Raises OSError.
+    """
+    files, path = _files(folder)
+    scheme = folder[: folder.index("://") + 3]
+    with _os_errors():
+        if _is_s3(files):
+            yield from _list_s3(files, scheme, path.rstrip("/") + "/")
+            return
+        found = files.find(path, detail=True)
+        for name in sorted(found, key=lambda each: each.encode("utf-8", "surrogateescape")):
+            yield _object(scheme + name.removeprefix(scheme), found[name])
+
+
+def match_objects(pattern: str) -> Iterator[RemoteObject]:
+    """The objects that a pattern with `*`, `?`, `[...]` or `**` matches, in order."""
+    from fsspec.utils import glob_translate  # type: ignore[import-untyped]
+
+    magic = MAGIC.search(pattern)
+    fixed = pattern[: magic.start() if magic else len(pattern)]
+    matches = re.compile(glob_translate(pattern)).match
+    for found in list_objects(fixed[: fixed.rindex("/")]):
+        if matches(found.address):
+            yield found
+
+
+def open_object(
+    address: str, block_bytes: int = BLOCK_BYTES, version: str | None = None
+) -> BinaryIO:
+    """Open an object for reading, in blocks. S3 refuses one that is replaced in between.
+
+    Raises ReplacedError if the object has another version, and OSError otherwise.
+    """
+    files, path = _files(address)
+    with _os_errors():
+        opened = files.open(path, "rb", block_size=block_bytes, cache_type="readahead")
+        if version is not None and _version(opened.details) != version:
+            raise ReplacedError(errno.ESTALE, "replaced after it was listed")
+    return io.BufferedReader(_ObjectFile(opened), BUFFER_BYTES)
+
+
+def read_range(address: str, start: int, end: int, version: str | None = None) -> bytes:
+    """The bytes from `start` to `end`, in one request where the store is S3.
+
+    Raises ReplacedError if the object has another version, and OSError otherwise.
+    """
+    if end <= start:
+        return b""
+    files, path = _files(address)
+    with _os_errors():
+        if _is_s3(files):
+            data = _range_of_s3(files, path, start, end, version)
+        else:
+            data = files.cat_file(path, start=start, end=end)
+            if version is not None and _version(files.info(path)) != version:
+                raise ReplacedError(errno.ESTALE, "replaced after it was listed")
+    if len(data) != end - start:
+        raise OSError(errno.EIO, f"it ends after {len(data)} of {end - start} bytes")
+    return data
+
+
+def storage_errors(error: OSError) -> tuple[str, str, str]:
+    """The fact, the remedy and an image code for an error of this module.
+
+    >>> storage_errors(FileNotFoundError())
+    ('does not exist', 'check the address', 'missing')
+    """
+    code = _service_code(error)
+    if isinstance(error, ReplacedError):
+        return "was replaced after it was listed", "export it into a new folder", "changed"
+    if code == "NoSuchBucket":
+        return "its bucket does not exist", "check the address", "missing"
+    if isinstance(error, FileNotFoundError):
+        return "does not exist", "check the address", "missing"
+    if code in ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"):
+        remedy = "renew them, and run the same command again"
+        return "the credentials have expired", remedy, "unreadable"
+    if isinstance(error, PermissionError):
+        reason = f" ({error.strerror})" if error.strerror else ""
+        remedy = "check the credentials and the bucket's policy"
+        return f"access is denied{reason}", remedy, "unreadable"
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"cannot be read ({reason})", "try again later", "unreadable"
+
+
+class _ObjectFile(io.RawIOBase):
+    """An open object, whose errors are OSErrors with a number."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with _os_errors():
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _list_s3(files: Any, scheme: str, path: str) -> Iterator[RemoteObject]:
+    bucket, _, prefix = path.partition("/")
+    more: dict[str, str] = {}
+    while True:
+        page = files.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+        for entry in page.get("Contents", ()):
+            if not entry["Key"].endswith("/"):  # a folder's marker
+                address = f"{scheme}{bucket}/{entry['Key']}"
+                yield RemoteObject(address, int(entry["Size"]), entry["ETag"])
+        if not page.get("IsTruncated"):
+            return
+        more = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _range_of_s3(files: Any, path: str, start: int, end: int, version: str | None) -> bytes:
+    file = files.open(path, "rb", size=end, cache_type="none")  # asks nothing, as its size is given
+    file.details = {"name": path, "size": end, "ETag": version}
+    if version is not None:
+        file.read_kw = {**file.read_kw, "IfMatch": version}
+    data: bytes = file._fetch_range(start, end)
+    return data
+
+
+def _files(address: str) -> tuple[Any, str]:
+    scheme, _, path = address.partition("://")
+    files = _filesystem(scheme.lower())
+    return files, path if _is_s3(files) else files._strip_protocol(address)
+
+
+@lru_cache
+def _filesystem(scheme: str) -> Any:
+    try:
+        import fsspec  # type: ignore[import-untyped]
+
+        settings = {"config_kwargs": S3_SETTINGS} if scheme in ("s3", "s3a") else {}
+        # listings that are kept would hide what another process writes
+        return fsspec.filesystem(scheme, use_listings_cache=False, **settings)
+    except ImportError as error:
+        raise ExportError(
+            f"{scheme}:// needs a package that is not installed ({error})",
+            remedy=f"run pip install {PACKAGES[scheme]}",
+        ) from None
+
+
+def _is_s3(files: Any) -> bool:
+    protocol = files.protocol
+    return "s3" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+
+def _object(address: str, info: Any) -> RemoteObject:
+    return RemoteObject(address, int(info["size"] or 0), _version(info))
+
+
+def _version(info: Any) -> str | None:
+    for key in ("ETag", "etag", "generation", "blob_id", "md5Hash", "content_md5"):
+        if info.get(key):
+            return str(info[key])
+    return None
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Turn every error of a store's packages into an OSError."""
+    try:
+        yield
+    except (ExportError, ReplacedError):
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        if kind == "FileExpired":  # of s3fs
+            raise ReplacedError(errno.ESTALE, "replaced after it was listed") from error
+        if kind in ("NoCredentialsError", "PartialCredentialsError"):  # of botocore
+            raise PermissionError(errno.EACCES, "no credentials were found") from error
+        reason = str(error).strip().partition("\n")[0] or kind
+        if not isinstance(error, OSError):
+            raise OSError(errno.EIO, reason) from error
+        if error.errno is not None:
+            raise
+        for kind_of, number in NUMBERS.items():
+            if isinstance(error, kind_of):
+                raise kind_of(number, reason) from error
+        raise OSError(errno.EIO, reason) from error
+
+
+def _service_code(error: BaseException | None) -> str:
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+        error = error.__cause__
+    return ""

@@ -1,0 +1,121 @@
+"""Inputs in object storage: which objects an address stands for, and the bytes of each."""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from qwen_vit.common.storage import (
+    BLOCK_BYTES,
+    MAGIC,
+    RemoteObject,
+    find_object,
+    is_remote,
+    list_objects,
+    match_objects,
+    open_object,
+    read_range,
+    storage_errors,
+)
+from qwen_vit.errors import ExportError, ImageError
+from qwen_vit.images.image import ImageLimits, check_file_bytes
+from qwen_vit.inputs.listing import Item
+
+__all__ = ["below", "listed_objects", "open_input", "read_object", "refuse", "remote_item"]
+
+SLASHES = re.compile(r"(?<=[^:/])/{2,}")
+
+
+def listed_objects(address: str) -> Iterator[tuple[str, RemoteObject, bool]]:
+    """The objects of an address, each with its name and whether the address names it itself.
+
+    An object's name is its address, or its path below the folder that the address is. Raises
+    ExportError for what does not exist or cannot be listed.
+    """
+    address = SLASHES.sub("/", address)
+    count = 0
+    try:
+        if MAGIC.search(address):
+            for found in match_objects(address):
+                yield found.address, found, False
+                count += 1
+        elif (single := find_object(address)) is not None:
+            yield address, single, True
+            return
+        else:
+            folder = address.rstrip("/") + "/"
+            for found in list_objects(folder):
+                yield found.address.removeprefix(folder), found, False
+                count += 1
+    except OSError as error:
+        raise refuse(address, error) from None
+    if MAGIC.search(address) and not count:
+        raise ExportError("no object matches", name=address, remedy="check the pattern")
+
+
+def refuse(address: str, error: OSError) -> ExportError:
+    """The error of an address that cannot be listed or read."""
+    fact, remedy, _ = storage_errors(error)
+    return ExportError(fact, name=address, remedy=remedy)
+
+
+def remote_item(name: str, found: RemoteObject) -> Item:
+    """An object as one image."""
+    return Item(name, found.address, offset=0, size=found.size, version=found.version)
+
+
+def open_input(
+    path: str,
+    name: str,
+    expected: str,
+    *,
+    block_bytes: int = BLOCK_BYTES,
+    version: str | None = None,
+) -> BinaryIO:
+    """Open a file or an object that is read in pieces. Raises ImageError or OSError."""
+    if is_remote(path):
+        try:
+            return open_object(path, block_bytes, version)
+        except OSError as error:
+            fact, remedy, code = storage_errors(error)
+            raise ImageError(fact, name=name, remedy=remedy, code=code) from error
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block
+        raise ImageError(
+            "not a regular file",
+            name=name,
+            expected=expected,
+            remedy="copy its content to a file",
+            code="not-a-file",
+        )
+    return open(path, "rb")
+
+
+def read_object(item: Item, limits: ImageLimits) -> bytes:
+    """An image's bytes in an object. Raises ImageError with the item's id."""
+    start, size, version = item.offset or 0, item.size, item.version
+    try:
+        if size is None:  # a list names it without its size
+            found = find_object(item.source)
+            if found is None:
+                raise FileNotFoundError
+            size, version = found.size, found.version
+        check_file_bytes(size, item.id, limits)
+        return read_range(item.source, start, start + size, version)
+    except OSError as error:
+        fact, remedy, code = storage_errors(error)
+        name = "" if item.id == item.source else f"its object {item.source} "
+        raise ImageError(f"{name}{fact}", name=item.id, remedy=remedy, code=code) from error
+    except ExportError as error:  # a package that is not installed
+        raise ImageError.of(error, name=item.id, code="unreadable") from None
+
+
+def below(folder_of: str, source: str) -> str:
+    """A source of a remote list, relative to the list's own folder.
+
+    >>> below("s3://bucket/lists/a.txt", "../images/1.jpg")
+    's3://bucket/images/1.jpg'
+    """
+    scheme, _, path = folder_of.partition("://")
+    joined = os.path.normpath(os.path.join(os.path.dirname(path), source))
+    return f"{scheme}://{joined}"
