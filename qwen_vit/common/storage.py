@@ -73,7 +73,7 @@ def find_object(address: str) -> RemoteObject | None:
     """The object of this address, or None for a folder. Raises OSError if there is neither."""
     files, path = _files(address)
     with _os_errors():
-        info = files.info(path)
+        info = _info(files, path)
         return None if info["type"] == "directory" else _object(address, info)
 
 
@@ -114,9 +114,14 @@ def open_object(
     """
     files, path = _files(address)
     with _os_errors():
-        opened = files.open(path, "rb", block_size=block_bytes, cache_type="readahead")
-        if version is not None and _version(opened.details) != version:
+        info = _info(files, path)
+        if version is not None and _version(info) != version:
             raise ReplacedError(errno.ESTALE, "replaced after it was listed")
+        opened = files.open(
+            path, "rb", block_size=block_bytes, cache_type="readahead", size=info["size"]
+        )
+        if _is_s3(files):
+            _only_version(opened, path, info["size"], _version(info))
     return io.BufferedReader(_ObjectFile(opened), BUFFER_BYTES)
 
 
@@ -209,11 +214,28 @@ def _list_s3(files: Any, scheme: str, path: str) -> Iterator[RemoteObject]:
 
 def _range_of_s3(files: Any, path: str, start: int, end: int, version: str | None) -> bytes:
     file = files.open(path, "rb", size=end, cache_type="none")  # asks nothing, as its size is given
-    file.details = {"name": path, "size": end, "ETag": version}
-    if version is not None:
-        file.read_kw = {**file.read_kw, "IfMatch": version}
+    _only_version(file, path, end, version)
     data: bytes = file._fetch_range(start, end)
     return data
+
+
+def _only_version(file: Any, path: str, size: int, version: str | None) -> None:
+    """Let an open object of S3 read this version only, or any if it is None."""
+    file.details = {"name": path, "size": size, "ETag": version}
+    if version is not None:
+        file.read_kw = {**file.read_kw, "IfMatch": version}
+
+
+def _info(files: Any, path: str) -> Any:
+    """What a store says of an object. S3 gives a reason for a refusal only to a GET."""
+    try:
+        return files.info(path)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        if _is_s3(files):
+            _range_of_s3(files, path, 0, 1, None)
+        raise
 
 
 def _files(address: str) -> tuple[Any, str]:

@@ -17,6 +17,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from qwen_vit.batching import TOKEN_BUDGET
+from qwen_vit.common.storage import is_remote
 from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ImageError
@@ -275,7 +276,7 @@ def _open_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
     try:
         with ExitStack() as stack:
             file: BinaryIO
-            if item.is_file and item.error is None:
+            if item.is_file and item.error is None and not is_remote(item.source):
                 if not stat.S_ISREG(os.stat(item.source).st_mode):
                     return None
                 file = stack.enter_context(open(item.source, "rb"))

@@ -78,8 +78,8 @@ def find_items(
     _check_alone(inputs, columns)
     reported: set[str] = set()  # folders that cannot be listed; several patterns may reach one
     for given in inputs:
-        is_absent = not os.path.lexists(given) and not glob.has_magic(given) and given != STDIN
-        if is_absent and not must_exist:
+        is_path = not (glob.has_magic(given) or given == STDIN or is_remote(given))
+        if is_path and not must_exist and not os.path.lexists(given):
             yield Item(given, given)
             continue
         for item in _input_items(given, left_out, columns):

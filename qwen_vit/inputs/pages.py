@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from qwen_vit.common.storage import is_remote
 from qwen_vit.errors import ImageError
 from qwen_vit.images.formats import identify
 from qwen_vit.images.image import ImageLimits, ImagePage
@@ -46,7 +47,7 @@ def _count(item: Item, limits: ImageLimits) -> int:
 
 def _has_one_page(item: Item) -> bool:
     """Whether the start of a file shows a format without pages, so that it need not be read."""
-    if not os.path.isfile(item.source):  # a FIFO would block
+    if not is_remote(item.source) and not os.path.isfile(item.source):  # a FIFO would block
         return True
     try:
         with open(item.source, "rb") as file:

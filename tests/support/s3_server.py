@@ -1,0 +1,158 @@
+"""An S3 server on loopback: moto's, behind faults, which counts requests and bytes."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import fsspec
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+from qwen_vit.common import storage
+
+BUCKET = "bucket"
+ERROR = (
+    '<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>{code}</Message>'
+    "<Resource>/</Resource><RequestId>1</RequestId></Error>"
+)
+STATUS = {
+    "SlowDown": 503, "ServiceUnavailable": 503, "InternalError": 500, "ExpiredToken": 400,
+    "AccessDenied": 403, "InvalidAccessKeyId": 403, "NoSuchBucket": 404, "NoSuchKey": 404,
+}  # fmt: skip
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "key",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@dataclass
+class Request:
+    """One request that the server answered."""
+
+    method: str
+    path: str
+    query: str
+    range: str
+    sent: int = 0  # bytes of the body
+
+
+Fault = Callable[[Request], str | None]
+
+
+@dataclass
+class S3Server:
+    """A running server. `fault` names what a request meets: an error code, "cut" or "slow"."""
+
+    url: str = ""
+    requests: list[Request] = field(default_factory=list)
+    fault: Fault = lambda _: None
+    page_keys: int = 0  # of a listing, if not S3's 1,000
+
+    def fail(self, code: str, times: int, where: Callable[[Request], bool] = bool) -> None:
+        """Meet the next requests that `where` chooses with a fault, so many times."""
+        left = [times]
+
+        def fault(request: Request) -> str | None:
+            if not where(request) or not left[0]:
+                return None
+            left[0] -= 1
+            return code
+
+        self.fault = fault
+
+    @property
+    def sent(self) -> int:
+        """Bytes of all bodies of objects."""
+        return sum(each.sent for each in self.requests if each.method == "GET" and not each.query)
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object behind the server's counts."""
+        before, self.fault = self.fault, lambda _: None
+        files = fsspec.filesystem("s3", use_listings_cache=False)
+        files.pipe_file(f"{BUCKET}/{key}", data)
+        self.fault = before
+        self.requests.clear()
+
+    def put_folder(self, folder: Path, prefix: str) -> None:
+        """Copy a local folder to a prefix."""
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.put(f"{prefix}/{path.relative_to(folder)}", path.read_bytes())
+
+    def __call__(self, app: Any, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
+        query = environ.get("QUERY_STRING", "")
+        request = Request(
+            environ["REQUEST_METHOD"], environ["PATH_INFO"], query, environ.get("HTTP_RANGE", "")
+        )
+        self.requests.append(request)
+        fault = self.fault(request)
+        if self.page_keys and "list-type=2" in query:
+            environ["QUERY_STRING"] = f"{query}&max-keys={self.page_keys}"
+        if fault not in (None, "cut", "slow"):
+            body = ERROR.format(code=fault).encode()
+            start(f"{STATUS[str(fault)]} {fault}", [("Content-Length", str(len(body)))])
+            return [] if request.method == "HEAD" else [body]
+        body = b"".join(app(environ, start))
+        request.sent = len(body)
+        return self._pieces(body, fault)
+
+    def _pieces(self, body: bytes, fault: str | None) -> Iterator[bytes]:
+        half = len(body) // 2
+        yield body[:half]
+        if fault == "slow":
+            time.sleep(0.3)
+        if fault == "cut":
+            raise ConnectionResetError("injected")
+        yield body[half:]
+
+
+class _Quiet(WSGIRequestHandler):
+    def log(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def s3_server() -> Iterator[S3Server]:
+    """A server with one empty bucket, which s3fs finds by its environment variables."""
+    moto, server = DomainDispatcherApplication(create_backend_app), S3Server()
+    application: Any = lambda environ, start: server(moto, environ, start)  # noqa: E731
+    listening = make_server("127.0.0.1", 0, application, threaded=True, request_handler=_Quiet)
+    server.url = f"http://127.0.0.1:{listening.server_port}"
+    thread = threading.Thread(target=listening.serve_forever, daemon=True)
+    thread.start()
+    with mock.patch.dict(os.environ, {**ENVIRONMENT, "AWS_ENDPOINT_URL": server.url}):
+        forget_stores()
+        try:
+            files = fsspec.filesystem("s3", use_listings_cache=False)
+            files.call_s3("create_bucket", Bucket=BUCKET)
+            server.requests.clear()
+            yield server
+        finally:
+            listening.shutdown()
+            thread.join()
+            listening.server_close()
+            forget_stores()
+            reset_moto()
+
+
+def forget_stores() -> None:
+    """Drop the connections of earlier servers."""
+    storage._filesystem.cache_clear()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def reset_moto() -> None:
+    """Empty moto's buckets, which one process shares."""
+    from moto.backends import get_backend
+
+    for account in get_backend("s3").values():
+        for region in account.values():
+            region.reset()
