@@ -9,9 +9,9 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from qwen_vit.common.store_path import AnyPath
 from qwen_vit.common.strict_json import is_integer, parse_json, short_repr
 from qwen_vit.errors import CheckpointError
 
@@ -61,7 +61,7 @@ class TensorInfo:
     end: int
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: AnyPath) -> dict[str, TensorInfo]:
     """Return what a safetensors file holds, or raise CheckpointError with its path and size."""
     try:
         if not path.is_file():
@@ -72,7 +72,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 remedy=DOWNLOAD_AGAIN,
             )
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:  # of an object, only the header is read
             start = file.read(START_BYTES)
             length = header_length(start, file_bytes=size, source=str(path))
             file.seek(LENGTH_BYTES)

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, TypeGuard
 
+from qwen_vit.common.store_path import AnyPath
 from qwen_vit.errors import CheckpointError
 
 __all__ = [
@@ -22,7 +22,7 @@ DOWNLOAD_AGAIN = "download the file again"
 MAX_JSON_BYTES = 64 * 2**20  # the index of the largest published model is under 1 MB
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """Read a small JSON file that holds one object; CheckpointError names the path."""
     try:
         if not path.is_file():

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vit.common.safetensors_header import TensorInfo, read_header
+from qwen_vit.common.storage import is_remote
+from qwen_vit.common.store_path import AnyPath
 from qwen_vit.feature_files.read import FeatureFile, FeatureFolder, load_features
 from qwen_vit.feature_files.schema import shard_name
 
@@ -22,6 +24,8 @@ def holds_features(path: str) -> bool:
     >>> holds_features("tests/images"), holds_features("features.safetensors")
     (False, True)
     """
+    if is_remote(path):
+        return True
     if os.path.isdir(path):
         return os.path.isfile(os.path.join(path, EXPORT_SETTINGS))
     return path.lower().endswith(SUFFIX)
@@ -68,7 +72,7 @@ def describe_features(path: str | Path) -> dict[str, Any]:
     }
 
 
-def feature_files_of(features: FeatureFile | FeatureFolder) -> list[Path]:
+def feature_files_of(features: FeatureFile | FeatureFolder) -> list[AnyPath]:
     """The files that hold the rows: one, or every shard that existed when it was opened."""
     if isinstance(features, FeatureFile):
         return [features.path]

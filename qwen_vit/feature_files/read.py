@@ -18,8 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen_vit.common.safetensors_header import read_header
+from qwen_vit.common.storage import is_remote
+from qwen_vit.common.store_path import AnyPath, StorePath
 from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, plural
 from qwen_vit.feature_files.collection import Features
+from qwen_vit.feature_files.ranges import RangedTensors
 from qwen_vit.feature_files.schema import (
     EMBEDS,
     INTEGERS,
@@ -65,13 +68,12 @@ class FeatureFile(Features):
     """
 
     def __init__(
-        self, path: str | Path, remedy: str = WRITE_AGAIN, *, verify: bool = False
+        self, path: str | AnyPath, remedy: str = WRITE_AGAIN, *, verify: bool = False
     ) -> None:
-        self.path = path = Path(path)
+        self.path = path = _as_path(path)
         self._remedy, self._verify = remedy, verify
         try:
-            self.metadata = _read_metadata(path, remedy)
-            self._file = safe_open(path, framework="pt", device="cpu")
+            self.metadata, self._file = _open_tensors(path, remedy)
             self.image_grid_thw: Tensor = self._file.get_tensor("image_grid_thw")
             self._offsets: list[int] = self._file.get_tensor("image_token_offsets").tolist()
         except (OSError, SafetensorError) as error:
@@ -137,8 +139,11 @@ class FeatureFile(Features):
         return [0, *self.image_grid_thw.prod(1).cumsum(0).tolist()]
 
     def _read_rows(self, tensor: str, offsets: Sequence[int], place: int) -> Tensor:
-        with torch.device("cpu"):  # for any default device of the caller
-            rows: Tensor = self._file.get_slice(tensor)[offsets[place] : offsets[place + 1]]
+        try:
+            with torch.device("cpu"):  # for any default device of the caller
+                rows: Tensor = self._file.get_slice(tensor)[offsets[place] : offsets[place + 1]]
+        except OSError as error:  # of a store
+            raise _cannot_read(self.path, error) from None
         if self._verify:
             self._check_digest(tensor, rows, place)
         return rows
@@ -204,12 +209,12 @@ class FeatureFolder(Features):
         listing: the ids of all images of the export, in order; failed and missing ones as well.
     """
 
-    def __init__(self, path: str | Path, *, verify: bool = False) -> None:
-        self.path, self._verify = (path := Path(path)), verify
+    def __init__(self, path: str | AnyPath, *, verify: bool = False) -> None:
+        self.path, self._verify = (path := _as_path(path)), verify
         self.metadata = read_description(path / "export.json")
         self._shard_size: int = self.metadata["shard_size"]
         self.listing = read_listing(path / "listing.jsonl", self.metadata["n_images"])
-        found = {entry.name for entry in os.scandir(path)}
+        found = _names_in(path)
         self._shard_count: int = -(-len(self.listing) // self._shard_size)
         self._present = [i for i in range(self._shard_count) if shard_name(i) in found]
         self._shard = lru_cache(SHARDS_OPEN)(self._open)
@@ -290,6 +295,8 @@ class FeatureFolder(Features):
         return self._open(index)
 
     def _count(self, index: int) -> int:
+        if isinstance(self.path, StorePath):  # its header is read once
+            return len(self._shard(index))
         try:
             count: int = read_header(self.path / shard_name(index))["image_grid_thw"].shape[0]
         except (CheckpointError, KeyError, IndexError):
@@ -298,7 +305,11 @@ class FeatureFolder(Features):
 
     def _open(self, index: int) -> FeatureFile:
         path = self.path / shard_name(index)
-        if not path.is_file():
+        try:
+            is_there = path.is_file()
+        except OSError as error:  # of a store
+            raise _cannot_read(path, error) from None
+        if not is_there:
             raise ExportError(
                 f"missing (the folder has {len(self._present)} of {self._shard_count} shards)",
                 name=str(path),
@@ -321,8 +332,11 @@ class FeatureFolder(Features):
         return file
 
 
-def load_features(path: str | Path, *, verify: bool = False) -> FeatureFile | FeatureFolder:
+def load_features(path: str | AnyPath, *, verify: bool = False) -> FeatureFile | FeatureFolder:
     """Open a feature file, or a folder that `qwen-vit export` wrote.
+
+    An address such as "s3://bucket/features" is read by ranges: headers first, then the rows of
+    each image that is used.
 
     >>> load_features("no-such-file.safetensors")
     Traceback (most recent call last):
@@ -334,11 +348,11 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`.
 
     Raises ExportError with the file's name if it is missing, truncated or of another schema.
     """
-    if not isinstance(path, (str, os.PathLike)):
+    if not isinstance(path, (str, os.PathLike, StorePath)):
         raise ArgumentError(
             f"path is a {type(path).__name__}", expected="the path of a file or folder"
         )
-    path = Path(path)
+    path = _as_path(path)
     try:
         if path.is_dir():
             return FeatureFolder(path, verify=verify)
@@ -354,26 +368,45 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`.
     )
 
 
-def _file_content(path: Path) -> tuple[str, int, int]:
+def _as_path(path: str | AnyPath) -> AnyPath:
+    if isinstance(path, StorePath):
+        return path
+    return StorePath(path) if isinstance(path, str) and is_remote(path) else Path(path)
+
+
+def _names_in(folder: AnyPath) -> set[str]:
     try:
+        if isinstance(folder, StorePath):
+            return folder.names()
+        return {entry.name for entry in os.scandir(folder)}
+    except OSError as error:
+        raise _cannot_read(folder, error) from None
+
+
+def _file_content(path: AnyPath) -> tuple[str, int, Any]:
+    try:
+        if isinstance(path, StorePath):
+            return path.content()
         status = path.stat()
     except OSError as error:
         raise _cannot_read(path, error) from None
     return str(path.absolute()), status.st_size, status.st_mtime_ns
 
 
-def _same_folder(path: Path, present: Sequence[int], verify: bool) -> FeatureFolder:
+def _same_folder(path: AnyPath, present: Sequence[int], verify: bool) -> FeatureFolder:
     folder = FeatureFolder(path, verify=verify)
     folder._present = list(present)
     return folder
 
 
-def open_shard(path: Path, *, verify: bool = False) -> FeatureFile:
+def open_shard(path: AnyPath, *, verify: bool = False) -> FeatureFile:
     """Open one shard of an export. Raises ExportError, with how to resume, for a damaged one."""
     return FeatureFile(path, RESUME, verify=verify)
 
 
-def _cannot_read(path: Path, error: OSError) -> ExportError:
+def _cannot_read(path: AnyPath, error: OSError) -> ExportError:
+    if isinstance(path, StorePath):
+        return ExportError(f"cannot be read ({error.strerror})", name=str(path))
     return ExportError(
         f"cannot be read ({error.strerror})",
         name=str(path),
@@ -381,9 +414,13 @@ def _cannot_read(path: Path, error: OSError) -> ExportError:
     )
 
 
-def _read_metadata(path: Path, remedy: str) -> dict[str, Any]:
+def _open_tensors(path: AnyPath, remedy: str) -> tuple[dict[str, Any], Any]:
+    """A file's metadata, and what reads its tensors."""
     try:
-        tensors = read_header(path)
+        remote = RangedTensors(path) if isinstance(path, StorePath) else None
+        tensors = read_header(path) if remote is None else remote.tensors
+    except OSError as error:
+        raise _cannot_read(path, error) from None
     except CheckpointError as error:
         if isinstance(error.__cause__, OSError):
             raise _cannot_read(path, error.__cause__) from None
@@ -394,8 +431,8 @@ def _read_metadata(path: Path, remedy: str) -> dict[str, Any]:
             remedy=remedy,
         ) from None
     missing = {EMBEDS, *INTEGERS} - set(tensors)
-    with safe_open(path, framework="pt", device="cpu") as file:
-        text = (file.metadata() or {}).get(METADATA_KEY)
+    file = safe_open(path, framework="pt", device="cpu") if remote is None else remote
+    text = (file.metadata() or {}).get(METADATA_KEY)
     if missing or text is None:
         raise ExportError(
             "a safetensors file, but not a feature file",
@@ -403,4 +440,4 @@ def _read_metadata(path: Path, remedy: str) -> dict[str, Any]:
             expected="image_embeds, image_grid_thw, image_token_offsets and their metadata",
             remedy=remedy,
         )
-    return parse_metadata(text, tensors, path, remedy)
+    return parse_metadata(text, tensors, path, remedy), file

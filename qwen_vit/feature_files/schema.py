@@ -23,12 +23,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from torch import Tensor
 
 from qwen_vit.common.safetensors_header import TensorInfo
+from qwen_vit.common.store_path import AnyPath
 from qwen_vit.common.strict_json import (
     check_integer,
     is_integer,
@@ -165,7 +165,7 @@ def shard_name(index: int) -> str:
 
 
 def parse_metadata(
-    text: str, tensors: Mapping[str, TensorInfo], path: Path, remedy: str
+    text: str, tensors: Mapping[str, TensorInfo], path: AnyPath, remedy: str
 ) -> dict[str, Any]:
     """The metadata of a feature file that holds `tensors`.
 
@@ -208,7 +208,7 @@ class RowFacts(NamedTuple):
     layers: tuple[int, ...]
 
 
-def parse_row_facts(metadata: Mapping[str, Any], path: Path, remedy: str) -> RowFacts:
+def parse_row_facts(metadata: Mapping[str, Any], path: AnyPath, remedy: str) -> RowFacts:
     """Which rows a file of either schema holds.
 
     Raises ExportError, with the remedy, where its metadata does not say it.
@@ -229,7 +229,7 @@ def parse_row_facts(metadata: Mapping[str, Any], path: Path, remedy: str) -> Row
     )
 
 
-def parse_errors(value: Any, path: Path, remedy: str) -> Sequence[FailedImage]:
+def parse_errors(value: Any, path: AnyPath, remedy: str) -> Sequence[FailedImage]:
     """A shard's failed images. Raises ExportError, with the remedy, for anything else."""
     value = [] if value is None else value
     names = {"id", "stage", "code", "message"}
@@ -261,7 +261,7 @@ class StoredFacts(NamedTuple):
     frame_seconds: tuple[float, ...] = ()
 
 
-def parse_image_facts(value: Any, path: Path, remedy: str) -> Sequence[StoredFacts]:
+def parse_image_facts(value: Any, path: AnyPath, remedy: str) -> Sequence[StoredFacts]:
     """The facts of each image of a file; none where schema 1 had none.
 
     Raises ExportError, with the remedy, for anything else.
@@ -297,7 +297,7 @@ def _is_right(facts: StoredFacts) -> bool:
     )
 
 
-def read_description(path: Path) -> dict[str, Any]:
+def read_description(path: AnyPath) -> dict[str, Any]:
     """An export's settings, from its `export.json`.
 
     Raises ExportError, naming the file, for one that is missing, corrupt or of another schema.
@@ -318,7 +318,7 @@ def read_description(path: Path) -> dict[str, Any]:
     return description
 
 
-def read_listing(path: Path, n_images: int) -> list[str]:
+def read_listing(path: AnyPath, n_images: int) -> list[str]:
     """The ids of every image of an export, in order, from its `listing.jsonl`.
 
     Raises ExportError, naming the lines, unless it holds `n_images` different ids.
@@ -354,7 +354,7 @@ def read_listing(path: Path, n_images: int) -> list[str]:
     return ids
 
 
-def _check_schema_version(facts: Mapping[str, Any], path: Path) -> None:
+def _check_schema_version(facts: Mapping[str, Any], path: AnyPath) -> None:
     version = facts.get("schema_version")
     if version not in READABLE:
         raise ExportError(

@@ -65,7 +65,7 @@ class _Check:
 
     def folder(self, folder: FeatureFolder) -> None:
         listed = folder.metadata.get("listing_sha256")
-        with open(folder.path / LISTING, "rb") as file:
+        with (folder.path / LISTING).open("rb") as file:
             if file_digest(file, "sha256").hexdigest() != listed:
                 self.problems.append(f"{LISTING}: its sha256 is not the one in export.json")
         missing = 0

@@ -1,0 +1,155 @@
+"""An address in object storage with the part of pathlib's interface that reading files needs."""
+
+import errno
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from qwen_vit.common.storage import (
+    RemoteObject,
+    find_object,
+    list_objects,
+    read_range,
+    storage_errors,
+)
+
+__all__ = ["AnyPath", "StorePath"]
+
+
+class _Status(NamedTuple):
+    st_size: int
+
+
+@dataclass(frozen=True)
+class StorePath:
+    """An address that is used as a path. What was asked once is remembered.
+
+    >>> StorePath("s3://bucket/export/") / "export.json"
+    StorePath(address='s3://bucket/export/export.json')
+
+    Its errors are OSErrors, whose `strerror` is the fact for a message.
+    """
+
+    address: str
+    listed: RemoteObject | None = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.address
+
+    def __truediv__(self, name: str) -> "StorePath":
+        return StorePath(f"{self.address.rstrip('/')}/{name}")
+
+    @property
+    def name(self) -> str:
+        """The last part of the address."""
+        return self.address.rstrip("/").rpartition("/")[2]
+
+    @property
+    def parent(self) -> "StorePath":
+        """The address without its last part."""
+        return StorePath(self.address.rstrip("/").rpartition("/")[0])
+
+    def names(self) -> set[str]:
+        """The names of the objects directly in this folder. Raises OSError."""
+        start = self.address.rstrip("/") + "/"
+        with _facts():
+            below = (found.address.removeprefix(start) for found in list_objects(start))
+            return {name for name in below if "/" not in name}
+
+    def is_file(self) -> bool:
+        """Whether it is an object. Raises OSError if the store does not say."""
+        try:
+            return self._object is not None
+        except FileNotFoundError:
+            return False
+
+    def is_dir(self) -> bool:
+        """Whether it is a prefix of objects. Raises OSError if the store does not say."""
+        try:
+            return self._object is None
+        except FileNotFoundError:
+            return False
+
+    def exists(self) -> bool:
+        """Whether there is an object or a prefix."""
+        return self.is_file() or self.is_dir()
+
+    def stat(self) -> _Status:
+        """The size of the object. Raises OSError."""
+        return _Status(self._found().size)
+
+    def content(self) -> tuple[str, int, str | None]:
+        """What changes when the object does. Raises OSError."""
+        found = self._found()
+        return found.address, found.size, found.version
+
+    def read_bytes(self) -> bytes:
+        """The whole object. Raises OSError."""
+        return self.read(0, self._found().size)
+
+    def open(self, mode: str = "rb", buffering: int = -1) -> Any:
+        """Open the object: with `buffering=0` a read is a range; otherwise it is read whole."""
+        return _Ranges(self) if buffering == 0 else io.BytesIO(self.read_bytes())
+
+    def read(self, start: int, end: int) -> bytes:
+        """A range of the object, in one request. Raises OSError."""
+        found = self._found()
+        with _facts():
+            return read_range(found.address, start, min(end, found.size), found.version)
+
+    def _found(self) -> RemoteObject:
+        found = self._object
+        if found is None:
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        return found
+
+    @cached_property
+    def _object(self) -> RemoteObject | None:
+        if self.listed is not None:
+            return self.listed
+        with _facts():
+            return find_object(self.address)
+
+
+AnyPath: TypeAlias = Path | StorePath
+
+
+class _Ranges(io.RawIOBase):
+    """An object as a file, of which each read is one request."""
+
+    def __init__(self, path: StorePath) -> None:
+        self._path, self._place = path, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place}.get(whence, self._path.stat().st_size)
+        self._place = start + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._path.read(self._place, self._place + len(buffer))
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
+@contextmanager
+def _facts() -> Iterator[None]:
+    """Give an OSError of a store the fact that its message states."""
+    try:
+        yield
+    except OSError as error:
+        fact, remedy, _ = storage_errors(error)
+        raise type(error)(error.errno or errno.EIO, f"{fact}; {remedy}") from error
