@@ -12,6 +12,7 @@ from qwen_vit.export.estimate import estimate_export
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.read import load_features
+from tests.support import store_stress
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.parquet_files import structs, tear_rows, write_rows
@@ -77,6 +78,12 @@ def test_another_column_of_ids_is_another_export(data: Path) -> None:
     export("keyed", keyed)
     keyed_ids = load_features("keyed").ids
     assert list(keyed_ids)[:3] == ["k0", "k1", "k2"]
+
+
+@pytest.mark.slow
+def test_memory_is_flat(tmp_path: Path) -> None:
+    """A share of `python -m tools.checks.soak parquet`."""
+    store_stress.flat_memory_of_parquet(tmp_path, images=1_500, first=500)
 
 
 def test_a_torn_row_group_becomes_failures(data: Path) -> None:

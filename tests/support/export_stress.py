@@ -231,15 +231,27 @@ def resize(disk: Path, size: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True, capture_output=True)
 
 
-def flat_memory(folder: Path, *, images: int, first: int) -> dict[str, Any]:
+def image_folder(folder: Path, count: int) -> list[Path | str]:
+    """Write images in a folder and a tar. Returns the arguments that export them."""
+    write_images(folder, count)
+    return [folder]
+
+
+def flat_memory(
+    folder: Path,
+    *,
+    images: int,
+    first: int,
+    write: Callable[[Path, int], list[Path | str]] = image_folder,
+) -> dict[str, Any]:
     """Memory and open files of an export, sampled as it works.
 
     Its own memory: mapped libraries as well, are resident, and CUDA's grow by 140 MB as it exits.
     """
-    inputs, out = folder / "images", folder / "out"
-    write_images(inputs, images)
+    out = folder / "out"
+    inputs = write(folder / "images", images)
     process = kill_harness.start(
-        fake_encoder(folder / "journal", inputs, "--out", out), folder / "log"
+        fake_encoder(folder / "journal", *inputs, "--out", out), folder / "log"
     )
     samples: list[tuple[int, float, int]] = []  # images done, MB, open files
     begin = time.monotonic()

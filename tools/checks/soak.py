@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from qwen_vit.errors import QwenVitError
-from tests.support import export_stress, hub_fault_injection, reading_stress
+from tests.support import export_stress, hub_fault_injection, reading_stress, store_stress
 from tests.support.export_stress import on_an_export
 from tools.common import ledger_options, ledger_row, publish
 
@@ -55,6 +55,10 @@ TRIALS = {
     "mutated-weights": Trial(hub_fault_injection.mutated_weights, {"times": 100_000}, {}),
     "mutated-documents": Trial(hub_fault_injection.mutated_documents, {"times": 10_000}, {}),
     "reading": Trial(reading_stress.many_shards, {"shards": 10_000}, {}),
+    "parquet": Trial(
+        store_stress.flat_memory_of_parquet, {"images": 200_000, "first": 5_000}, {}, False
+    ),
+    "remote": Trial(store_stress.random_reads, {"images": 10_000, "chosen": 100}, {}),
     "hostile": Trial(export_stress.hostile, {"bad": 1_000, "good": 10_000}, {}),
 }
 

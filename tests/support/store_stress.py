@@ -1,0 +1,82 @@
+"""What Parquet and object storage must bear: trials that a test and a soak share."""
+
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.run import export_features
+from qwen_vit.feature_files.read import load_features
+from tests.support import export_stress, fake_encoder
+from tests.support.export_stress import tiny_png
+from tests.support.parquet_files import write_rows
+from tests.support.s3_server import BUCKET, s3_server
+
+ROWS_A_FILE = 10_000
+WIDTH = 512  # of the rows that are read at random
+
+
+def parquet_folder(folder: Path, count: int) -> list[Path | str]:
+    """Write Parquet files of images, every 97th broken. Returns the arguments that export them."""
+    folder.mkdir()
+    for start in range(0, count, ROWS_A_FILE):
+        numbers = range(start, min(start + ROWS_A_FILE, count))
+        images = [tiny_png(n)[: 60 if n % 97 == 0 else None] for n in numbers]
+        structs = [{"bytes": data, "path": None} for data in images]
+        write_rows(folder / f"{start:08}.parquet", structs, group=100)
+    return [folder, "--column", "image"]
+
+
+flat_memory_of_parquet = partial(export_stress.flat_memory, write=parquet_folder)
+
+
+def random_reads(folder: Path, *, images: int, chosen: int, seed: int = 0) -> dict[str, Any]:
+    """Read images of a remote export at random; the server counts the bytes that it sends.
+
+    They are the rows, the headers of the shards, the listing and export.json.
+    """
+    inputs, out = folder / "images", folder / "out"
+    inputs.mkdir()
+    values = np.random.default_rng(seed)
+    for number in range(images):
+        pixels = values.integers(0, 256, (112, 112, 3), np.uint8)
+        Image.fromarray(pixels).save(inputs / f"{number:06}.bmp")
+    with (
+        mock.patch.object(fake_encoder, "WIDTH", WIDTH),
+        mock.patch.object(fake_encoder.FakeEncoder.config, "out_hidden_size", WIDTH),
+    ):
+        encoder: Any = fake_encoder.FakeEncoder()
+        export_features(encoder, [inputs], out, ExportOptions())
+    with s3_server() as server:
+        server.put_folder(out, "out")
+        stored = load_features(f"s3://{BUCKET}/out")
+        opened = server.sent
+        names = random.Random(seed).sample(list(stored.listing), chosen)
+        rows = sum(stored[name].embeds.nbytes for name in names)
+        sent, requests = server.sent, len(server.requests)
+    headers = opened + sum(map(header_bytes, sorted(out.glob("shard-*"))))
+    figures = {
+        "images": images,
+        "chosen": chosen,
+        "row_bytes": rows,
+        "header_and_listing_bytes": headers,
+        "sent_bytes": sent,
+        "over_percent": round(100 * (sent - headers - rows) / rows, 3),
+        "requests": requests,
+        "export_bytes": sum(path.stat().st_size for path in out.iterdir()),
+    }
+    assert sent <= headers + 1.01 * rows, figures
+    return figures
+
+
+def header_bytes(path: Path) -> int:
+    """The bytes of a shard before its rows, and its grids and offsets."""
+    file = load_features(path)
+    with open(path, "rb") as raw:
+        length = 8 + int.from_bytes(raw.read(8), "little")
+    return length + file.image_grid_thw.nbytes + 8 * (len(file) + 1)
