@@ -14,7 +14,6 @@ from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.read import FeatureFile, FeatureFolder, load_features
 from qwen_vit.feature_files.verify import verify_features
-from tests.support import store_stress
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.s3_server import BUCKET, S3Server, s3_server
@@ -98,12 +97,6 @@ def test_rows_cost_exactly_their_bytes(server: S3Server, local: Path) -> None:
     n_bytes = sum(rows.nbytes for each in read for rows in (each.embeds, *each.layers.values()))
     assert server.sent == n_bytes
     assert [request.method for request in server.requests] == ["GET"] * 3 * len(chosen)
-
-
-def test_random_reads_cost_their_rows_and_the_headers(tmp_path: Path) -> None:
-    """A share of `python -m tools.checks.soak remote`."""
-    figures = store_stress.random_reads(tmp_path, images=60, chosen=10)
-    assert figures["over_percent"] == 0
 
 
 def test_a_header_is_read_once(server: S3Server, local: Path) -> None:

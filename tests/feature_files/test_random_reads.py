@@ -1,0 +1,11 @@
+"""What reading images of a remote export at random costs, on a server of its own."""
+
+from pathlib import Path
+
+from tests.support import store_stress
+
+
+def test_random_reads_cost_their_rows_and_the_headers(tmp_path: Path) -> None:
+    """A share of `python -m tools.checks.soak remote`."""
+    figures = store_stress.random_reads(tmp_path, images=60, chosen=10)
+    assert figures["over_percent"] == 0
