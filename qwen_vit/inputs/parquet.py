@@ -1,30 +1,26 @@
-"""A Parquet file -> its images: a row each, listed by number and read in a stream.
+"""A Parquet file -> its images: a row each, listed by number or by a column of ids."""
 
-Row groups are read forward, page by page, and only the pages of one column. Loader threads ask for
-rows in about the order of the listing, so a few readers per process serve all of them.
-"""
-
-import os
-from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from threading import Lock
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any
 
-from qwen_vit.common.storage import is_remote, storage_errors
+from qwen_vit.common.storage import is_remote
 from qwen_vit.errors import ArgumentError, ExportError, ImageError, display_name
 from qwen_vit.inputs.listing import Item
-from qwen_vit.inputs.remote import open_input, refuse
+from qwen_vit.inputs.parquet_file import (
+    cannot_read,
+    check_images,
+    holds_images,
+    open_parquet_file,
+    parquet_file,
+    type_of,
+)
+from qwen_vit.inputs.remote import refuse
 
-__all__ = ["PARQUET_SUFFIX", "ParquetColumns", "needs_column", "parquet_items", "read_row"]
+__all__ = ["PARQUET_SUFFIX", "ParquetColumns", "needs_column", "parquet_items"]
 
 PARQUET_SUFFIX = ".parquet"
-BUFFER_BYTES = 2**20  # of one column, read ahead; without it pyarrow reads a row group whole
-BATCH_BYTES, MAX_BATCH_ROWS = 2**22, 256
 IDS_AT_ONCE = 4_096
-MAX_READERS = 4  # a Ray worker reads two shards at a time
-KEPT_BYTES, KEPT_ROWS = 2**26, 256  # behind the newest row, for threads that ask for one late
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +63,10 @@ def parquet_items(path: str, name: str, columns: ParquetColumns) -> Iterator[Ite
     item.
     """
     try:
-        with _opened(path, name) as file:
-            parquet = _parquet_file(file)
+        with open_parquet_file(path, name) as file:
+            parquet = parquet_file(file)
             schema = parquet.schema_arrow
-            _check_images(schema, columns.image, name)
+            check_images(schema, columns.image, name)
             if columns.id is not None:
                 _check_ids(schema, columns.id, name)
                 yield from _items_with_ids(parquet, path, name, columns.image, columns.id)
@@ -84,16 +80,16 @@ def parquet_items(path: str, name: str, columns: ParquetColumns) -> Iterator[Ite
     except Exception as error:  # noqa: BLE001 - pyarrow raises many kinds for a torn file
         if is_remote(path) and isinstance(error, OSError) and error.errno is not None:
             raise refuse(path, error) from None
-        yield Item.failed(name, path, _cannot_read(name, error))
+        yield Item.failed(name, path, cannot_read(name, error))
 
 
 def needs_column(path: str) -> ExportError:
     """The error of a Parquet file for which no column is named. Its columns of images are named."""
     columns: list[str] = []
     try:
-        with _opened(path, path) as file:
-            schema = _parquet_file(file).schema_arrow
-            columns = [field.name for field in schema if _holds_images(field.type)]
+        with open_parquet_file(path, path) as file:
+            schema = parquet_file(file).schema_arrow
+            columns = [field.name for field in schema if holds_images(field.type)]
     except Exception:  # noqa: BLE001 - a torn file is reported once its column is named
         columns = []
     found = ", ".join(map(display_name, columns))
@@ -104,55 +100,6 @@ def needs_column(path: str) -> ExportError:
         "--column (column= in Python), the name of its column of images",
         remedy=f"pass --column {columns[0]}" if columns else "pass --column",
     )  # fmt: skip
-
-
-def read_row(item: Item) -> bytes:
-    """The encoded image in an item's row.
-
-    Raises ImageError for a row without one, and for a row that cannot be read.
-    """
-    if item.row is None or item.column is None:
-        raise TypeError(f"{item} is no row")
-    try:
-        value = _READERS.value((item.source, item.column, item.version), item.row)
-    except ImageError as error:
-        raise ImageError.of(error, name=item.id, code=error.code) from error.__context__
-    except IndexError:
-        raise ImageError(
-            f"its file {display_name(item.source)} no longer has row {item.row}",
-            name=item.id,
-            remedy="restore the file that was listed",
-            code="missing",
-        ) from None
-    except FileNotFoundError:
-        raise ImageError(
-            f"its file {display_name(item.source)} does not exist",
-            name=item.id,
-            remedy="put it back",
-            code="missing",
-        ) from None
-    except ExportError as error:
-        raise ImageError.of(error, name=item.id, code="unreadable") from None
-    except OSError as error:
-        if is_remote(item.source):
-            fact, remedy, code = storage_errors(error)
-            fact = f"its object {display_name(item.source)} {fact}"
-            raise ImageError(fact, name=item.id, remedy=remedy, code=code) from error
-        raise _cannot_read(item.id, error) from error
-    path = None
-    if isinstance(value, dict):
-        path, value = value.get("path"), value.get("bytes")
-    if isinstance(value, bytes):
-        return value
-    only_path = f"; its path is {display_name(path)}" if isinstance(path, str) and path else ""
-    raise ImageError(
-        f"the row has no bytes of an image (null){only_path}",
-        name=item.id,
-        remedy="store the image's bytes in the column, or list the paths in a .txt file"
-        if only_path
-        else "leave the row out, or store its image",
-        code="null",
-    )
 
 
 def _items_with_ids(
@@ -174,217 +121,11 @@ def _items_with_ids(
             row += 1
 
 
-class _Reader:
-    """Reads one column of one file forward. Rows that were passed by are kept for a while."""
-
-    def __init__(self, path: str, column: str, version: str | None) -> None:
-        self.lock = Lock()
-        self.is_closed = False
-        self.next_row, self._reading = 0, -1  # the first row that is not read yet, and its group
-        self.kept: OrderedDict[int, Any] = OrderedDict()
-        self._kept_bytes = 0
-        self._path, self._column, self._version = path, column, version
-        self._file: BinaryIO | None = None
-        self._starts: list[int] = []
-        self._batches: Iterator[Any] = iter(())
-        self._torn: dict[int, tuple[int, ImageError]] = {}  # group -> the first row that is lost
-
-    def suits(self, row: int) -> bool:
-        """Whether the row is kept, or comes next in the row group that is being read."""
-        return row in self.kept or (
-            self.next_row <= row and self._group(row) == self._group(self.next_row)
-        )
-
-    def value(self, row: int) -> Any:
-        """The value of a row, which is forgotten then. The lock is held."""
-        if self._file is None:
-            self._open()
-        if not 0 <= row < self._starts[-1]:
-            raise IndexError(row)
-        if row not in self.kept:
-            group = self._group(row)
-            self._refuse_torn(group, row)
-            rest = self._starts[group] - self.next_row
-            if group == self._reading + 1 and 0 < rest <= KEPT_ROWS:  # a thread asks for it late
-                while self.next_row < self._starts[group]:
-                    self._read_batch(row)
-            if row < self.next_row or group != self._reading:
-                self._begin_at(group)
-            while self.next_row <= row:
-                self._read_batch(row)
-        value = self.kept.pop(row)
-        self._kept_bytes -= _n_bytes(value)
-        return value
-
-    def close(self) -> None:
-        """Close the file. The lock is held."""
-        self.is_closed = True
-        self._batches = iter(())
-        self.kept.clear()
-        if self._file is not None:
-            self._file.close()
-
-    def _open(self) -> None:
-        self._file = _opened(self._path, self._path, self._version)
-        self._parquet = _parquet_file(self._file)
-        _check_images(self._parquet.schema_arrow, self._column, self._path)
-        metadata = self._parquet.metadata
-        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-        starts = [0]
-        for group in groups:
-            starts.append(starts[-1] + group.num_rows)
-        self._starts = starts
-        # of all columns: the size of one cannot be asked where it is encrypted
-        average = sum(group.total_byte_size for group in groups) // max(1, starts[-1])
-        self._batch_rows = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // max(1, average)))
-
-    def _group(self, row: int) -> int:
-        return bisect_right(self._starts, row) - 1
-
-    def _begin_at(self, group: int) -> None:
-        """Read from the start of a group on: pyarrow has no way into its middle."""
-        self._batches = self._parquet.iter_batches(
-            self._batch_rows, row_groups=[group], columns=[self._column], use_threads=False
-        )
-        self.next_row, self._reading = self._starts[group], group
-
-    def _refuse_torn(self, group: int, row: int) -> None:
-        first, error = self._torn.get(group, (row + 1, None))
-        if error is not None and row >= first:
-            raise error.without_frames()
-
-    def _read_batch(self, wanted: int) -> None:
-        try:
-            batch = next(self._batches)
-        except MemoryError:
-            raise
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno is not None:  # of the file, not of Arrow
-                raise
-            torn = _cannot_read("", error)
-            self._torn[self._reading] = (self.next_row, torn)
-            self._reading = -1
-            raise torn.without_frames() from None
-        first = max(self.next_row, wanted - KEPT_ROWS)  # the rows before are not converted
-        values = batch.column(self._column).slice(first - self.next_row).to_pylist()
-        self.next_row += batch.num_rows
-        for row, value in enumerate(values, start=first):
-            self.kept[row] = value
-            self._kept_bytes += _n_bytes(value)
-        while self._kept_bytes > KEPT_BYTES or len(self.kept) > KEPT_ROWS + batch.num_rows:
-            row = next(iter(self.kept))
-            if row >= wanted:
-                break
-            self._kept_bytes -= _n_bytes(self.kept.pop(row))
-
-
-_Key: TypeAlias = tuple[str, str, str | None]  # the file, the column, the version of an object
-
-
-class _Readers:
-    """The readers of this process, the last used one last."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._readers: OrderedDict[_Reader, _Key] = OrderedDict()
-
-    def value(self, key: _Key, row: int) -> Any:
-        """The value of a row, by the reader that is closest before it."""
-        while True:
-            reader = self._reader(key, row)
-            with reader.lock:
-                if reader.is_closed:  # another thread needed its place
-                    continue
-                try:
-                    return reader.value(row)
-                except ImageError:
-                    raise
-                except BaseException:
-                    reader.close()  # a second attempt opens the file again
-                    with self._lock:
-                        self._readers.pop(reader, None)
-                    raise
-
-    def _reader(self, key: _Key, row: int) -> _Reader:
-        dropped = None
-        with self._lock:
-            ours = [each for each, its_key in self._readers.items() if its_key == key]
-            fitting = [each for each in ours if each.suits(row)]
-            if fitting:
-                reader = max(fitting, key=lambda each: (row in each.kept, each.next_row))
-            else:
-                reader = _Reader(*key)
-                self._readers[reader] = key
-                if len(self._readers) > MAX_READERS:
-                    dropped, _ = self._readers.popitem(last=False)
-            self._readers.move_to_end(reader)
-        if dropped is not None:
-            with dropped.lock:
-                dropped.close()
-        return reader
-
-
-_READERS = _Readers()
-
-
-def _forget_readers() -> None:
-    """After a fork: the child would share file positions with its parent."""
-    global _READERS
-    _READERS = _Readers()
-
-
-os.register_at_fork(after_in_child=_forget_readers)
-
-
-def _n_bytes(value: Any) -> int:
-    data = value.get("bytes") if isinstance(value, dict) else value
-    return len(data) if isinstance(data, bytes) else 0
-
-
-def _opened(path: str, name: str, version: str | None = None) -> BinaryIO:
-    return open_input(path, name, "a Parquet file", version=version)
-
-
-def _parquet_file(file: BinaryIO) -> Any:
-    try:
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
-    except ImportError:
-        raise ExportError(
-            "Parquet needs pyarrow, which is not installed",
-            remedy="run pip install 'qwen-vit[arrow]'",
-        ) from None
-    return pq.ParquetFile(
-        file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
-    )
-
-
-def _check_images(schema: Any, column: str, name: str) -> None:
-    """Raise ExportError unless the column holds bytes, or structs with a field of bytes."""
-    kind = _type_of(schema, column, name)
-    if _holds_images(kind):
-        return
-    import pyarrow as pa
-
-    remedy = "pass the name of a column of bytes, or of structs {bytes, path}"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        remedy = "write its paths into a .txt list; download what is at addresses first"
-    elif pa.types.is_null(kind):
-        remedy = "store images in it; it has none"
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        remedy = "write one image a row, for example with explode() of pandas"
-    raise ExportError(
-        f"column {display_name(column)} holds {kind}",
-        name=name,
-        expected="bytes of images, or structs {bytes, path}",
-        remedy=remedy,
-    )
-
-
 def _check_ids(schema: Any, column: str, name: str) -> None:
     """Raise ExportError unless the column holds text or whole numbers."""
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
 
-    kind = _type_of(schema, column, name)
+    kind = type_of(schema, column, name)
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     is_id = (
         pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_integer(plain)
@@ -396,54 +137,3 @@ def _check_ids(schema: Any, column: str, name: str) -> None:
             expected="ids: text or whole numbers",
             remedy="pass another --id-column, or none",
         )
-
-
-def _type_of(schema: Any, column: str, name: str) -> Any:
-    found = schema.get_all_field_indices(column)
-    if len(found) == 1:
-        return schema.field(found[0]).type
-    held = ", ".join(map(display_name, schema.names[:20])) or "none"
-    raise ExportError(
-        f"{'no' if not found else 'more than one'} column {display_name(column)}",
-        name=name,
-        expected=f"one of its columns: {held}",
-        remedy="pass one of these, and only files that have it",
-    )
-
-
-def _holds_images(kind: Any) -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_struct(kind):
-        place = kind.get_field_index("bytes")
-        return place >= 0 and _is_bytes(kind.field(place).type)
-    return _is_bytes(kind)
-
-
-def _is_bytes(kind: Any) -> bool:
-    import pyarrow as pa
-
-    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return bool(pa.types.is_binary(plain) or pa.types.is_large_binary(plain))
-
-
-def _cannot_read(name: str, error: Exception) -> ImageError:
-    if "crypt" in str(error):  # encrypted, decryption: pyarrow has no type for it
-        return ImageError(
-            "encrypted",
-            name=name,
-            expected="a Parquet file without encryption",
-            remedy="write it again without",
-            code="unreadable",
-        )
-    if not isinstance(error, OSError) or error.errno is None:  # pyarrow's own, about the content
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        return ImageError(
-            f"damaged Parquet ({reason})", name=name, remedy="fetch the file again", code="damaged"
-        )
-    return ImageError(
-        f"its Parquet file cannot be read ({error.strerror})",
-        name=name,
-        remedy="check its permissions and disk",
-        code="unreadable",
-    )

@@ -10,7 +10,7 @@ from qwen_vit.errors import ImageError, display_name
 from qwen_vit.images.image import ImageLimits, check_file_bytes
 from qwen_vit.images.load import read_image_file
 from qwen_vit.inputs.listing import Item
-from qwen_vit.inputs.parquet import read_row
+from qwen_vit.inputs.parquet_rows import read_row
 from qwen_vit.inputs.remote import read_object
 
 __all__ = ["read_item"]

@@ -15,7 +15,8 @@ import pytest
 
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.images.image import ImageLimits
-from qwen_vit.inputs import parquet as parquet_module
+from qwen_vit.inputs import parquet_file as file_module
+from qwen_vit.inputs import parquet_rows as parquet_module
 from qwen_vit.inputs import read as read_module
 from qwen_vit.inputs.find import check_inputs, find_items
 from qwen_vit.inputs.listing import Item, Listing
@@ -290,7 +291,7 @@ def test_a_file_that_changed_after_the_listing(here: Path) -> None:
 def test_a_transient_error_is_tried_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows("x.parquet", structs(range(3)))
     [first, *_] = items("x.parquet")
-    opened, calls = parquet_module._opened, []
+    opened, calls = parquet_module.open_parquet_file, []
 
     class Flaky:
         def __init__(self, file: Any) -> None:
@@ -309,7 +310,7 @@ def test_a_transient_error_is_tried_again(here: Path, monkeypatch: pytest.Monkey
         calls.append("opened")
         return Flaky(opened(path, name))
 
-    monkeypatch.setattr(parquet_module, "_opened", flaky)
+    monkeypatch.setattr(parquet_module, "open_parquet_file", flaky)
     monkeypatch.setattr(read_module, "PAUSES_S", (0, 0))
     assert read_item(first, LIMITS) == tiny_png(0)
     assert calls == ["opened", "failed", "opened"]
@@ -372,7 +373,7 @@ def test_only_pages_of_the_column_are_held(here: Path, monkeypatch: pytest.Monke
             self.reads.append(len(data or b""))
             return data
 
-    monkeypatch.setattr(parquet_module, "_opened", lambda path, _: Counted(path))
+    monkeypatch.setattr(parquet_module, "open_parquet_file", lambda path, _: Counted(path))
     rows = [bytes([n]) * 200_000 for n in range(200)]
     table = pa.table({"image": pa.array(rows), "other": pa.array(rows)})
     pq.write_table(
@@ -390,7 +391,7 @@ def test_only_pages_of_the_column_are_held(here: Path, monkeypatch: pytest.Monke
         f"{most / 2**20:.1f} MiB in Arrow, {largest:,} bytes a read, {total:,} in all, kept {kept}"
     )
     assert most < 12 * 2**20
-    assert largest < 2 * parquet_module.BUFFER_BYTES
+    assert largest < 2 * file_module.BUFFER_BYTES
     assert total < 1.1 * sum(map(len, rows))
     assert kept == [0]
 

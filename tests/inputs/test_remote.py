@@ -17,7 +17,7 @@ from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.images.image import ImageLimits
-from qwen_vit.inputs import parquet as parquet_module
+from qwen_vit.inputs import parquet_rows as parquet_module
 from qwen_vit.inputs import read as read_module
 from qwen_vit.inputs.find import check_inputs, find_items
 from qwen_vit.inputs.listing import Item

@@ -1,0 +1,107 @@
+"""A Parquet file as pyarrow opens it, and the types that its columns may have."""
+
+from typing import Any, BinaryIO
+
+from qwen_vit.errors import ExportError, ImageError, display_name
+from qwen_vit.inputs.remote import open_input
+
+__all__ = [
+    "cannot_read", "check_images", "holds_images", "open_parquet_file", "parquet_file", "type_of",
+]  # fmt: skip
+
+BUFFER_BYTES = 2**20  # of one column, read ahead; without it pyarrow reads a row group whole
+
+
+def open_parquet_file(path: str, name: str, version: str | None = None) -> BinaryIO:
+    """Open the file or the object. Raises ImageError or OSError."""
+    return open_input(path, name, "a Parquet file", version=version)
+
+
+def parquet_file(file: BinaryIO) -> Any:
+    """The file as pyarrow reads it: in a stream, with checksums. Raises ExportError without it."""
+    try:
+        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    except ImportError:
+        raise ExportError(
+            "Parquet needs pyarrow, which is not installed",
+            remedy="run pip install 'qwen-vit[arrow]'",
+        ) from None
+    return pq.ParquetFile(
+        file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+    )
+
+
+def check_images(schema: Any, column: str, name: str) -> None:
+    """Raise ExportError unless the column holds bytes, or structs with a field of bytes."""
+    kind = type_of(schema, column, name)
+    if holds_images(kind):
+        return
+    import pyarrow as pa
+
+    remedy = "pass the name of a column of bytes, or of structs {bytes, path}"
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        remedy = "write its paths into a .txt list; download what is at addresses first"
+    elif pa.types.is_null(kind):
+        remedy = "store images in it; it has none"
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        remedy = "write one image a row, for example with explode() of pandas"
+    raise ExportError(
+        f"column {display_name(column)} holds {kind}",
+        name=name,
+        expected="bytes of images, or structs {bytes, path}",
+        remedy=remedy,
+    )
+
+
+def type_of(schema: Any, column: str, name: str) -> Any:
+    """The type of a column. Raises ExportError if there is none, or more than one, of this name."""
+    found = schema.get_all_field_indices(column)
+    if len(found) == 1:
+        return schema.field(found[0]).type
+    held = ", ".join(map(display_name, schema.names[:20])) or "none"
+    raise ExportError(
+        f"{'no' if not found else 'more than one'} column {display_name(column)}",
+        name=name,
+        expected=f"one of its columns: {held}",
+        remedy="pass one of these, and only files that have it",
+    )
+
+
+def holds_images(kind: Any) -> bool:
+    """Whether a type is bytes, or structs with a field of bytes."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        place = kind.get_field_index("bytes")
+        return place >= 0 and _is_bytes(kind.field(place).type)
+    return _is_bytes(kind)
+
+
+def _is_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_binary(plain) or pa.types.is_large_binary(plain))
+
+
+def cannot_read(name: str, error: Exception) -> ImageError:
+    """The error of a file that pyarrow or the system refuses to read."""
+    if "crypt" in str(error):  # encrypted, decryption: pyarrow has no type for it
+        return ImageError(
+            "encrypted",
+            name=name,
+            expected="a Parquet file without encryption",
+            remedy="write it again without",
+            code="unreadable",
+        )
+    if not isinstance(error, OSError) or error.errno is None:  # pyarrow's own, about the content
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return ImageError(
+            f"damaged Parquet ({reason})", name=name, remedy="fetch the file again", code="damaged"
+        )
+    return ImageError(
+        f"its Parquet file cannot be read ({error.strerror})",
+        name=name,
+        remedy="check its permissions and disk",
+        code="unreadable",
+    )

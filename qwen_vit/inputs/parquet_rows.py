@@ -1,0 +1,244 @@
+"""Rows of Parquet files, read in a stream.
+
+Row groups are read forward, page by page, and only the pages of one column. Loader threads ask for
+rows in about the order of the listing, so a few readers per process serve all of them.
+"""
+
+import os
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from threading import Lock
+from typing import Any, BinaryIO, TypeAlias
+
+from qwen_vit.common.storage import is_remote, storage_errors
+from qwen_vit.errors import ExportError, ImageError, display_name
+from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.parquet_file import (
+    cannot_read,
+    check_images,
+    open_parquet_file,
+    parquet_file,
+)
+
+__all__ = ["read_row"]
+
+BATCH_BYTES, MAX_BATCH_ROWS = 2**22, 256
+MAX_READERS = 4  # a Ray worker reads two shards at a time
+KEPT_BYTES, KEPT_ROWS = 2**26, 256  # behind the newest row, for threads that ask for one late
+
+
+def read_row(item: Item) -> bytes:
+    """The encoded image in an item's row.
+
+    Raises ImageError for a row without one, and for a row that cannot be read.
+    """
+    if item.row is None or item.column is None:
+        raise TypeError(f"{item} is no row")
+    try:
+        value = _READERS.value((item.source, item.column, item.version), item.row)
+    except ImageError as error:
+        raise ImageError.of(error, name=item.id, code=error.code) from error.__context__
+    except IndexError:
+        raise ImageError(
+            f"its file {display_name(item.source)} no longer has row {item.row}",
+            name=item.id,
+            remedy="restore the file that was listed",
+            code="missing",
+        ) from None
+    except FileNotFoundError:
+        raise ImageError(
+            f"its file {display_name(item.source)} does not exist",
+            name=item.id,
+            remedy="put it back",
+            code="missing",
+        ) from None
+    except ExportError as error:
+        raise ImageError.of(error, name=item.id, code="unreadable") from None
+    except OSError as error:
+        if is_remote(item.source):
+            fact, remedy, code = storage_errors(error)
+            fact = f"its object {display_name(item.source)} {fact}"
+            raise ImageError(fact, name=item.id, remedy=remedy, code=code) from error
+        raise cannot_read(item.id, error) from error
+    path = None
+    if isinstance(value, dict):
+        path, value = value.get("path"), value.get("bytes")
+    if isinstance(value, bytes):
+        return value
+    only_path = f"; its path is {display_name(path)}" if isinstance(path, str) and path else ""
+    raise ImageError(
+        f"the row has no bytes of an image (null){only_path}",
+        name=item.id,
+        remedy="store the image's bytes in the column, or list the paths in a .txt file"
+        if only_path
+        else "leave the row out, or store its image",
+        code="null",
+    )
+
+
+class _Reader:
+    """Reads one column of one file forward. Rows that were passed by are kept for a while."""
+
+    def __init__(self, path: str, column: str, version: str | None) -> None:
+        self.lock = Lock()
+        self.is_closed = False
+        self.next_row, self._reading = 0, -1  # the first row that is not read yet, and its group
+        self.kept: OrderedDict[int, Any] = OrderedDict()
+        self._kept_bytes = 0
+        self._path, self._column, self._version = path, column, version
+        self._file: BinaryIO | None = None
+        self._starts: list[int] = []
+        self._batches: Iterator[Any] = iter(())
+        self._torn: dict[int, tuple[int, ImageError]] = {}  # group -> the first row that is lost
+
+    def suits(self, row: int) -> bool:
+        """Whether the row is kept, or comes next in the row group that is being read."""
+        return row in self.kept or (
+            self.next_row <= row and self._group(row) == self._group(self.next_row)
+        )
+
+    def value(self, row: int) -> Any:
+        """The value of a row, which is forgotten then. The lock is held."""
+        if self._file is None:
+            self._open()
+        if not 0 <= row < self._starts[-1]:
+            raise IndexError(row)
+        if row not in self.kept:
+            group = self._group(row)
+            self._refuse_torn(group, row)
+            rest = self._starts[group] - self.next_row
+            if group == self._reading + 1 and 0 < rest <= KEPT_ROWS:  # a thread asks for it late
+                while self.next_row < self._starts[group]:
+                    self._read_batch(row)
+            if row < self.next_row or group != self._reading:
+                self._begin_at(group)
+            while self.next_row <= row:
+                self._read_batch(row)
+        value = self.kept.pop(row)
+        self._kept_bytes -= _n_bytes(value)
+        return value
+
+    def close(self) -> None:
+        """Close the file. The lock is held."""
+        self.is_closed = True
+        self._batches = iter(())
+        self.kept.clear()
+        if self._file is not None:
+            self._file.close()
+
+    def _open(self) -> None:
+        self._file = open_parquet_file(self._path, self._path, self._version)
+        self._parquet = parquet_file(self._file)
+        check_images(self._parquet.schema_arrow, self._column, self._path)
+        metadata = self._parquet.metadata
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+        starts = [0]
+        for group in groups:
+            starts.append(starts[-1] + group.num_rows)
+        self._starts = starts
+        # of all columns: the size of one cannot be asked where it is encrypted
+        average = sum(group.total_byte_size for group in groups) // max(1, starts[-1])
+        self._batch_rows = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // max(1, average)))
+
+    def _group(self, row: int) -> int:
+        return bisect_right(self._starts, row) - 1
+
+    def _begin_at(self, group: int) -> None:
+        """Read from the start of a group on: pyarrow has no way into its middle."""
+        self._batches = self._parquet.iter_batches(
+            self._batch_rows, row_groups=[group], columns=[self._column], use_threads=False
+        )
+        self.next_row, self._reading = self._starts[group], group
+
+    def _refuse_torn(self, group: int, row: int) -> None:
+        first, error = self._torn.get(group, (row + 1, None))
+        if error is not None and row >= first:
+            raise error.without_frames()
+
+    def _read_batch(self, wanted: int) -> None:
+        try:
+            batch = next(self._batches)
+        except MemoryError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:  # of the file, not of Arrow
+                raise
+            torn = cannot_read("", error)
+            self._torn[self._reading] = (self.next_row, torn)
+            self._reading = -1
+            raise torn.without_frames() from None
+        first = max(self.next_row, wanted - KEPT_ROWS)  # the rows before are not converted
+        values = batch.column(self._column).slice(first - self.next_row).to_pylist()
+        self.next_row += batch.num_rows
+        for row, value in enumerate(values, start=first):
+            self.kept[row] = value
+            self._kept_bytes += _n_bytes(value)
+        while self._kept_bytes > KEPT_BYTES or len(self.kept) > KEPT_ROWS + batch.num_rows:
+            row = next(iter(self.kept))
+            if row >= wanted:
+                break
+            self._kept_bytes -= _n_bytes(self.kept.pop(row))
+
+
+_Key: TypeAlias = tuple[str, str, str | None]  # the file, the column, the version of an object
+
+
+class _Readers:
+    """The readers of this process, the last used one last."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._readers: OrderedDict[_Reader, _Key] = OrderedDict()
+
+    def value(self, key: _Key, row: int) -> Any:
+        """The value of a row, by the reader that is closest before it."""
+        while True:
+            reader = self._reader(key, row)
+            with reader.lock:
+                if reader.is_closed:  # another thread needed its place
+                    continue
+                try:
+                    return reader.value(row)
+                except ImageError:
+                    raise
+                except BaseException:
+                    reader.close()  # a second attempt opens the file again
+                    with self._lock:
+                        self._readers.pop(reader, None)
+                    raise
+
+    def _reader(self, key: _Key, row: int) -> _Reader:
+        dropped = None
+        with self._lock:
+            ours = [each for each, its_key in self._readers.items() if its_key == key]
+            fitting = [each for each in ours if each.suits(row)]
+            if fitting:
+                reader = max(fitting, key=lambda each: (row in each.kept, each.next_row))
+            else:
+                reader = _Reader(*key)
+                self._readers[reader] = key
+                if len(self._readers) > MAX_READERS:
+                    dropped, _ = self._readers.popitem(last=False)
+            self._readers.move_to_end(reader)
+        if dropped is not None:
+            with dropped.lock:
+                dropped.close()
+        return reader
+
+
+_READERS = _Readers()
+
+
+def _forget_readers() -> None:
+    """After a fork: the child would share file positions with its parent."""
+    global _READERS
+    _READERS = _Readers()
+
+
+os.register_at_fork(after_in_child=_forget_readers)
+
+
+def _n_bytes(value: Any) -> int:
+    data = value.get("bytes") if isinstance(value, dict) else value
+    return len(data) if isinstance(data, bytes) else 0
