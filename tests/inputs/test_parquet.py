@@ -306,9 +306,9 @@ def test_a_transient_error_is_tried_again(here: Path, monkeypatch: pytest.Monkey
         def __getattr__(self, name: str) -> Any:
             return getattr(self.file, name)
 
-    def flaky(path: str, name: str) -> Any:
+    def flaky(path: str, name: str, version: str | None) -> Any:
         calls.append("opened")
-        return Flaky(opened(path, name))
+        return Flaky(opened(path, name, version))
 
     monkeypatch.setattr(parquet_module, "open_parquet_file", flaky)
     monkeypatch.setattr(read_module, "PAUSES_S", (0, 0))
@@ -373,7 +373,7 @@ def test_only_pages_of_the_column_are_held(here: Path, monkeypatch: pytest.Monke
             self.reads.append(len(data or b""))
             return data
 
-    monkeypatch.setattr(parquet_module, "open_parquet_file", lambda path, _: Counted(path))
+    monkeypatch.setattr(parquet_module, "open_parquet_file", lambda path, *_: Counted(path))
     rows = [bytes([n]) * 200_000 for n in range(200)]
     table = pa.table({"image": pa.array(rows), "other": pa.array(rows)})
     pq.write_table(
