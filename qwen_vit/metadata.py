@@ -11,7 +11,7 @@ from qwen_vit.checkpoint.load import Checkpoint, config_hash
 from qwen_vit.config import ImageConfig
 from qwen_vit.features import dtype_name
 
-__all__ = ["origin_metadata"]
+__all__ = ["decoder_versions", "origin_metadata"]
 
 PACKAGES = ("qwen-vit", "torch", "triton", "pillow", "pillow-heif")
 DECODERS = {"libjpeg-turbo": "libjpeg_turbo", "libwebp": "webp"}  # our name -> Pillow's
@@ -32,9 +32,7 @@ def origin_metadata(
         "config_sha256": config_hash(checkpoint.config, image_config),
         "versions": {
             **{name: _version(name) for name in PACKAGES},
-            # Pillow decodes with the library that it was built with, and that library decides the
-            # pixels
-            **{name: pillow.version(theirs) for name, theirs in DECODERS.items()},
+            **decoder_versions(),
         },
         "device": device.type,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -47,6 +45,11 @@ def origin_metadata(
             "alpha": "composited on white",
         },
     }
+
+
+def decoder_versions() -> dict[str, str | None]:
+    """The versions of the libraries that Pillow decodes with: they decide the pixels."""
+    return {name: pillow.version(theirs) for name, theirs in DECODERS.items()}
 
 
 def _version(package: str) -> str:

@@ -432,7 +432,8 @@ def test_a_golden_says_what_the_live_comparison_says(golden: Golden) -> None:
 def test_a_golden_states_how_it_was_made(golden: Golden) -> None:
     facts = golden.facts
     assert (facts["dtype"], facts["attention"], facts["processor"]) == ("float32", "sdpa", "pillow")
-    assert {"torch", "transformers", "pillow", "numpy"} <= set(facts["versions"])
+    names = {"torch", "transformers", "pillow", "libjpeg-turbo", "numpy"}
+    assert names <= set(facts["versions"])
     assert (facts["model"], facts["commit"], facts["device"]) == ("tiny", None, "cpu")
     assert facts["weights_sha256"] == encoder().checkpoint.weights_sha256()
     assert list(facts["images"][0]["errors"]) == sorted(STAGES)

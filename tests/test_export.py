@@ -38,6 +38,7 @@ from qwen_vit.export import manifest as manifest_module
 from qwen_vit.export import plan as plan_module
 from qwen_vit.export import progress as progress_module
 from qwen_vit.export import run as export_module
+from qwen_vit.export import shard_writer
 from qwen_vit.export import shards as shards_module
 from qwen_vit.export.circuit_breaker import CircuitBreaker
 from qwen_vit.export.estimate import Estimate, estimate_export, estimate_plan
@@ -194,7 +195,7 @@ def test_a_head_larger_than_its_room_has_the_rows_behind_it(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(out="roomy")
-    monkeypatch.setattr(shards_module, "reserved_header_bytes", lambda items, settings: 8)
+    monkeypatch.setattr(shard_writer, "reserved_header_bytes", lambda items, settings: 8)
     export()
     assert files().keys() == files("roomy").keys()  # nothing else is left
     for index, features in enumerate(load_features("roomy")):
@@ -406,8 +407,8 @@ def test_a_breaker_counts_what_is_read_and_what_is_done() -> None:
         breaker.count_read(error)
     assert str(stopped.value) == (
         "stopped after 3 consecutive failures; last error: x: does not exist. Check the path. Fix "
-        "the cause and run the same command again, which keeps finished shards, or allow more "
-        "failures with --max-failures."
+        "the cause and run the same command again, which tries them again and keeps the shards "
+        "before them, or allow more failures with --max-failures."
     )
     CircuitBreaker(0).count_done(error)
 
@@ -644,7 +645,7 @@ def test_an_exports_own_listing_takes_it_up_again(export_dir: Path) -> None:
     Path("out/shard-00000001.safetensors").unlink()
     Path("p/more.png").write_bytes(Path("p/0.png").read_bytes())
     with pytest.raises(
-        ExportError, match=r"1 new, first more.png.*as input, pass out/listing.jsonl"
+        ExportError, match=r"1 new, first more.png.* or only --resume out; .* pass --extend"
     ):
         export()
     done = export("out/listing.jsonl")
@@ -707,7 +708,7 @@ def test_an_edited_listing_is_kept_only_if_the_export_began_with_it(export_dir: 
     list_as_before(export_dir / "out")
     with plan_of(options=replace(SMALL, part=(1, 2))) as plan:
         assert plan.listing.shard(2)[-2].error == ("truncated", "torn.tar was worded differently")
-        assert plan.settings["listing_sha256"] == plan.listing.sha256
+        assert plan.settings["listing_sha256"] == plan.listing.all[0].sha256
     assert b"worded differently" in files()["listing.jsonl"]
     Path("out/export.json").write_bytes(new["export.json"])  # of another listing than the edited
     with plan_of(options=replace(SMALL, part=(1, 2))):
@@ -767,7 +768,7 @@ def test_what_was_settled_before_the_first_shard_may_be_changed(export_dir: Path
 def test_a_file_of_that_name_that_is_not_ours_is_left_alone(export_dir: Path) -> None:
     Path("out").mkdir()
     Path("out/export.json").write_text('{"theme": "dark"}')
-    with pytest.raises(ExportError, match="holds an export that differs"):
+    with pytest.raises(ExportError, match=r"export.json: it has no n_images.* Pass another --out"):
         export()
     assert files() == {"export.json": b'{"theme": "dark"}'}
 
@@ -1266,7 +1267,7 @@ def test_a_resumed_export_counts_what_came_earlier(export_dir: Path, run: Any) -
     run("p", "--out", "out", "--shard-size", "4")
     _, out, _ = run("p", "--out", "out", "--shard-size", "4")
     assert out.startswith("10 done, 0 to do, 1 failed earlier: 40 rows, 0.0 MB, ")
-    assert "failed: 1 truncated; to try them again, delete their shards" in out
+    assert "failed: 1 truncated; --retry-failed tries them again" in out
     assert "in this run" not in out
     Path("out/shard-00000002.safetensors").unlink()  # of 8.png, 9.png and x.png
     _, out, _ = run("p", "--out", "out", "--shard-size", "4", "--dry-run")
@@ -1323,8 +1324,8 @@ def test_an_interrupt_says_what_is_kept(
     monkeypatch.setattr(Progress, "count", count)
     code, _, err = run("p", "--out", "out", "--shard-size", "4")
     assert code == 130
-    kept = "finished shards are kept; run the same command again to continue"
-    assert (kept in err, "nothing was saved yet" in err) == (is_any_whole, not is_any_whole)
+    kept = "4 images kept; run the same command again to resume"
+    assert (kept in err, "no image was kept" in err) == (is_any_whole, not is_any_whole)
 
 
 def test_its_json_is_one_document(export_dir: Path, run: Any) -> None:
@@ -1425,7 +1426,7 @@ def test_a_large_export_is_not_begun_without_a_yes(
     assert shards() == {}
     assert run("p", "--out", "out")[0] == 2  # still not begun
     assert run("p", "--out", "out", "--yes")[0] == 1
-    assert run("p", "--out", "out")[0] == 1  # what is in progress goes on
+    assert run("p", "--out", "out")[0] == 0  # what is in progress goes on
 
 
 def test_who_answers_no_is_told_that_nothing_was_exported(
@@ -1557,7 +1558,7 @@ def test_a_folder_in_a_shards_place_is_told(export_dir: Path) -> None:
 def test_a_shard_that_is_gone_right_after_it_was_written_is_told(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards_module.FeatureWriter, "save", lambda self, facts: None)
+    monkeypatch.setattr(shard_writer.FeatureWriter, "save", lambda *_: None)
     with (
         plan_of() as plan,
         pytest.raises(ExportError, match=r"disappeared or was damaged right after it"),
@@ -1631,14 +1632,14 @@ def test_the_command_says_what_it_waited_for_and_how_to_try_again(
 ) -> None:
     _, out, _ = run("p", "--out", "out", "--profile")
     assert re.search(r"waited for: read and decode \d+%, encode \d+%, copy back \d+%, write", out)
-    assert "to try them again" not in out
+    assert "--retry-failed" not in out
     _, again, _ = run("p", "--out", "out")
-    assert "failed: 1 truncated; to try them again, delete their shards" in again
+    assert "failed: 1 truncated; --retry-failed tries them again" in again
     assert "waited for" not in again
 
 
 BAD_USAGE = {
-    "no inputs": ([], "Missing argument"),
+    "no inputs": ([], "INPUTS, --model and --out are needed"),
     "part": (["p", "--part", "3"], "expected I/N"),
     "part range": (["p", "--part", "3/2"], "expected I/N such as 2/8, I from 1 to N"),
     "shard size": (["p", "--shard-size", "0"], "Invalid value for '--shard-size'"),
@@ -1716,7 +1717,7 @@ def test_a_disk_that_fills_up_is_an_error_and_whole_shards_stay(
     """Without a disk of its own: the third write of a shard is refused."""
     export(out="whole")
     written = 0
-    real = shards_module.FeatureWriter.add
+    real = shard_writer.FeatureWriter.add
 
     def add(self: Any, *arguments: Any) -> None:
         nonlocal written
@@ -1730,7 +1731,7 @@ def test_a_disk_that_fills_up_is_an_error_and_whole_shards_stay(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards_module.FeatureWriter, "add", add)
+        patch.setattr(shard_writer.FeatureWriter, "add", add)
         with pytest.raises(ExportError, match=r"shard-00000001.* could not be written \(No space"):
             export()
     assert set(files()) == {"export.json", "listing.jsonl", "shard-00000000.safetensors"}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -71,10 +72,11 @@ def test_workers_give_the_bytes_of_one_process_and_resume(
     words = ["export", str(images), "--model", "tiny", "--out", str(out), "--shard-size", "2"]
     monkeypatch.setattr(sys, "argv", ["qwen-vit", *words, "--json", "--ray"])
     for resumed in (0, 4):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) if resumed == 0 else nullcontext() as ended:
             cli.main()
         report = json.loads(capsys.readouterr().out)
-        assert ended.value.code == 1  # one image is broken
+        if ended is not None:
+            assert ended.value.code == 1  # an image failed in this run
         assert (report["exported"], report["failed"], report["resumed"]) == (
             5, {"truncated": 1}, resumed,
         )  # fmt: skip
@@ -101,7 +103,7 @@ def test_a_scheduler_ends_it_as_ctrl_c_does(cluster: str, tmp_path: Path) -> Non
         time.sleep(0.1)
     running.send_signal(signal.SIGTERM)
     _, said = running.communicate(timeout=60)
-    assert "finished shards are kept; run the same command again" in said
+    assert "images kept; run the same command again to resume" in said
     assert said.splitlines()[-1] == "interrupted"
     assert running.returncode == 130
     assert 0 < len(list(out.glob("shard-*"))) < 100

@@ -15,6 +15,7 @@ from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
     FILE,
     NAME,
+    allow_failed_option,
     as_video_option,
     column_options,
     device_option,
@@ -54,14 +55,15 @@ __all__ = ["encode"]
 @video_options
 @as_video_option
 @on_error_option
+@allow_failed_option
 @json_option
 @source_options
 @verbosity_options
 def encode(
     images: tuple[str, ...], model: str, out: Path, overwrite: bool, output: Any,
-    normalize: bool, layers: tuple[int, ...], on_error: "OnError", as_json: bool,
-    column: str | None, id_column: str | None, formats: tuple[str, ...], pages: Any, exif: Any,
-    **loading: Any,
+    normalize: bool, layers: tuple[int, ...], on_error: "OnError", allow_failed: int,
+    as_json: bool, column: str | None, id_column: str | None, formats: tuple[str, ...], pages: Any,
+    exif: Any, **loading: Any,
 ) -> None:  # fmt: skip
     """Encode IMAGES, or videos, into one feature file.
 
@@ -105,5 +107,5 @@ def encode(
     else:
         print_data(encoded_table(features, milliseconds))
         print_data(f"wrote {display_name(str(out))} ({out.stat().st_size:,} bytes)")
-    if any(feature.error is not None for feature in features):
+    if sum(feature.error is not None for feature in features) > allow_failed:
         sys.exit(EXIT_SKIPPED)

@@ -3,16 +3,16 @@
 import json
 import re
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from qwen_vit.cli.console import is_quiet, is_verbose, print_data, print_log
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
@@ -21,13 +21,14 @@ from qwen_vit.cli.options import (
     FILE,
     NAME,
     Dtype,
+    allow_failed_option,
     as_video_option,
     column_options,
     device_option,
     exif_option,
     format_options,
     json_option,
-    model_option,
+    model_name_option,
     on_error_option,
     output_options,
     pixel_options,
@@ -37,7 +38,7 @@ from qwen_vit.cli.options import (
     video_options,
 )
 from qwen_vit.common.progress import shows_progress
-from qwen_vit.errors import ExportError, display_name
+from qwen_vit.errors import ExportError, display_name, plural
 
 if TYPE_CHECKING:
     from qwen_vit.export.estimate import Estimate
@@ -45,12 +46,30 @@ if TYPE_CHECKING:
 __all__ = ["export"]
 
 ASK_ABOVE_BYTES = 100 * 10**9
+# what an export keeps from its start
+OF_START = (
+    "model", "out", "revision", "device", "dtype", "output", "normalize", "layers", "shard_size",
+    "min_pixels", "max_pixels", "exif", "column", "id_column", "formats", "pages",
+    "subfolder", "as_video",
+    "fps", "n_frames", "start", "end", "max_frames", "max_frame_pixels", "min_frame_pixels",
+    "sampling",
+)  # fmt: skip
 
 
 @click.command(short_help="Encode many images into a folder, or resume.")
-@click.argument("inputs", nargs=-1, required=True, type=NAME)
-@model_option
-@click.option("--out", required=True, type=FILE, help="Folder to write, or resume.")
+@click.argument("inputs", nargs=-1, type=NAME)
+@model_name_option
+@click.option("--out", type=FILE, help="Folder to write, or resume.")
+@click.option(
+    "--resume", type=FILE, metavar="OUT",
+    help="Resume this export with its own inputs, model and options.",
+)  # fmt: skip
+@click.option("--extend", is_flag=True, help="Add images that are new or changed.")
+@click.option("--retry-failed", is_flag=True, help="Try the images again that failed earlier.")
+@click.option(
+    "--accept-versions", is_flag=True,
+    help="Resume with other versions or on another GPU; each shard records its own.",
+)  # fmt: skip
 @column_options
 @format_options
 @output_options
@@ -71,7 +90,12 @@ ASK_ABOVE_BYTES = 100 * 10**9
     "--part", default="1/1", metavar="I/N", callback=lambda _, __, text: _part(text),
     help="Only every N-th shard, from the I-th on: N processes share one folder.",
 )  # fmt: skip
+@click.option(
+    "--shard-seconds", type=click.FloatRange(min=0, min_open=True), metavar="S",
+    help="Save an unfinished shard every S seconds.  [default: only at an interrupt]",
+)  # fmt: skip
 @on_error_option
+@allow_failed_option
 @click.option(
     "--max-failures", type=click.IntRange(min=0), default=200, show_default=True,
     help="Stop after this many consecutive failures; 0: never.",
@@ -95,12 +119,13 @@ ASK_ABOVE_BYTES = 100 * 10**9
 @source_options
 @verbosity_options
 def export(
-    inputs: tuple[str, ...], model: str, out: Path, device: str, dry_run: bool, yes: bool,
+    inputs: tuple[str, ...], model: str | None, out: Path | None, resume: Path | None,
+    extend: bool, retry_failed: bool, accept_versions: bool, device: str, dry_run: bool, yes: bool,
     as_json: bool, output: Any, normalize: bool, layers: tuple[int, ...], dtype: Any,
     shard_size: int, part: tuple[int, int], on_error: Any, max_failures: int,
-    decode_threads: int | None, address: str | None, ec_cache: Path | None, profile: bool,
-    column: str | None, id_column: str | None, formats: tuple[str, ...], pages: Any, exif: Any,
-    **loading: Any,
+    allow_failed: int, shard_seconds: float | None, decode_threads: int | None,
+    address: str | None, ec_cache: Path | None, profile: bool, column: str | None,
+    id_column: str | None, formats: tuple[str, ...], pages: Any, exif: Any, **loading: Any,
 ) -> None:  # fmt: skip
     """Export the images and videos of INPUTS into a folder of shards; run it again to resume.
 
@@ -110,6 +135,8 @@ def export(
     qwen-vit export tars/ --model Qwen/Qwen2.5-VL-7B-Instruct --out features --ray
     qwen-vit export photos/ --model tiny --out vectors --output mean --normalize
     qwen-vit export photos/ --model tiny --out dense --output mean --layers 1,3
+    qwen-vit export --resume features
+    qwen-vit export --resume features --extend --retry-failed
     qwen-vit export 'data/*.parquet' --column image --model tiny --out features
 
     INPUTS are images, videos, folders (searched to every depth), quoted patterns, tars and lists.
@@ -119,7 +146,7 @@ def export(
 
     A list on standard input is -, and its paths count from the current folder. Read the folder
     with qwen_vit.load_features; its manifest has a row for each image. Images that cannot be
-    encoded are reported and skipped (exit code 1).
+    encoded are reported and skipped (exit code 1). Ctrl-C saves what was encoded.
     """
     with slow_imports():
         from qwen_vit.cli.text import estimate_text, export_text, waits_text
@@ -127,20 +154,37 @@ def export(
         from qwen_vit.export.options import ExportOptions
         from qwen_vit.export.plan import check_folder
         from qwen_vit.export.ray_cluster import export_on_ray
+        from qwen_vit.export.resume import read_start_options
         from qwen_vit.export.run import export_features, load_encoder
+        from qwen_vit.export.stop import StopSignals
         from qwen_vit.images.image import ImageLimits
         from qwen_vit.inputs.find import check_inputs
     options = ExportOptions(
         output, dtype, shard_size, on_error, part, max_failures, normalize=normalize, layers=layers,
         column=column, id_column=id_column, exif=exif, pages=pages,
-        limits=ImageLimits(formats=formats), **take_video_options(loading),
+        limits=ImageLimits(formats=formats), shard_seconds=shard_seconds, extend=extend,
+        retry_failed=retry_failed, accept_versions=accept_versions, **take_video_options(loading),
     )  # fmt: skip
-    check_inputs(inputs, options.columns)
+    if resume is not None:
+        _refuse_start_options(click.get_current_context())
+        start = read_start_options(resume)
+        model, out, device = start.model, resume, start.loading.pop("device")
+        loading |= start.loading
+        options = replace(
+            start.options, on_error=on_error, part=part, max_failures=max_failures,
+            shard_seconds=shard_seconds, extend=extend, retry_failed=retry_failed,
+            accept_versions=accept_versions,
+        )  # fmt: skip
+    elif not inputs or model is None or out is None:
+        raise click.UsageError("INPUTS, --model and --out are needed, or --resume OUT alone")
+    images = inputs or None
+    if images is not None:
+        check_inputs(images, options.columns)
     check_folder(out, make=False)
     if dry_run:
         encoder = load_encoder(model, options, device=device, **loading)
         estimate = estimate_export(
-            encoder, inputs, options, folder=out, show_progress=shows_progress()
+            encoder, images, options, folder=out, show_progress=shows_progress()
         )
         text = json.dumps(asdict(estimate), indent=2) if as_json else estimate_text(estimate, out)
         print_data(text)
@@ -151,19 +195,29 @@ def export(
         "decode_threads": decode_threads,
         "ec_cache": ec_cache,
     }
-    with _sigterm_interrupts(), _hint_resume(out):
+    with StopSignals() as stop, _hint_resume(out):
         if address is None:
             encoder = load_encoder(model, options, device=device, **loading)
-            done = export_features(encoder, inputs, out, options, **running)
+            done = export_features(encoder, images, out, options, stop=stop, **running)
         else:
             done = export_on_ray(
-                model, inputs, out, options, address=address or None, device=device, **running,
+                model, images, out, options, address=address or None, device=device, **running,
                 **loading,
             )  # fmt: skip
     summary = export_text(done) + (f"\n{waits_text(done)}" if profile or is_verbose() else "")
     print_data(json.dumps(done.to_json(), indent=2) if as_json else summary)
-    if done.failed:
+    if sum(done.failed.values()) - done.failed_earlier > allow_failed:
         sys.exit(EXIT_SKIPPED)
+
+
+def _refuse_start_options(ctx: click.Context) -> None:
+    """Raise UsageError for an option that an export keeps from its start."""
+    for name in OF_START:
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = f"--{name.replace('_', '-')}"
+            raise click.UsageError(
+                f"{option} cannot be passed with --resume: the export has its own"
+            )
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -174,31 +228,18 @@ def _part(text: str) -> tuple[int, int]:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM, which schedulers send, ends an export as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
 def _hint_resume(out: Path) -> Iterator[None]:
     """After an interrupt, say how to resume the export."""
     try:
         yield
     except KeyboardInterrupt:
-        from qwen_vit.export.settings import has_shards
+        from qwen_vit.export.segments import count_kept
 
-        if out.is_dir() and has_shards(out):
-            print_log("finished shards are kept; run the same command again to continue")
+        kept = count_kept(out) if out.is_dir() else 0
+        if kept:
+            print_log(f"{plural(kept, 'image')} kept; run the same command again to resume")
         else:
-            print_log("nothing was saved yet; lower --shard-size to checkpoint more often")
+            print_log("no image was kept; run the same command again to start over")
         raise
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "FILE",
     "NAME",
     "Dtype",
+    "allow_failed_option",
     "as_video_option",
     "column_options",
     "complete_model",
@@ -25,6 +26,7 @@ __all__ = [
     "format_options",
     "json_option",
     "model_argument",
+    "model_name_option",
     "model_option",
     "model_or_features_argument",
     "on_error_option",
@@ -77,10 +79,11 @@ model_or_features_argument = click.argument(
     "model", metavar="MODEL|FEATURES", shell_complete=_complete_model_or_file
 )
 model_argument = click.argument("model", shell_complete=complete_model)
+MODEL_HELP = "Hub repository, local folder, or 'tiny'."
 model_option = click.option(
-    "--model", required=True, shell_complete=complete_model,
-    help="Hub repository, local folder, or 'tiny'.",
-)  # fmt: skip
+    "--model", required=True, shell_complete=complete_model, help=MODEL_HELP
+)
+model_name_option = click.option("--model", shell_complete=complete_model, help=MODEL_HELP)
 dtype_option = click.option(
     "--dtype", type=Dtype(["auto", "bfloat16", "float32"]), default="auto", show_default=True,
     help="What to compute in; bf16 and fp32 for short.",
@@ -88,6 +91,10 @@ dtype_option = click.option(
 on_error_option = click.option(
     "--on-error", type=click.Choice(["skip", "raise"]), default="skip", show_default=True
 )
+allow_failed_option = click.option(
+    "--allow-failed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
+    help="Exit code 1 only where more images failed in this run.",
+)  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 

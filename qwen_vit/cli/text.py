@@ -77,7 +77,7 @@ def export_text(done: ExportReport) -> str:
         lines.insert(1, f"{plural(new, 'image')} in this run, {done.resumed:,} in earlier ones")
     if done.failed:
         reasons = ", ".join(f"{count:,} {code}" for code, count in done.failed.items())
-        again = "; to try them again, delete their shards, which the manifest names"
+        again = "; --retry-failed tries them again"
         lines.insert(1, f"failed: {reasons}{again * bool(done.failed_earlier)}")
     if done.shards_missing:
         finished = done.shards - done.shards_missing

@@ -48,8 +48,9 @@ class AtomicFile:
         except OSError as error:
             raise cannot_write(path, error) from None
 
-    def commit(self) -> None:
-        """Flush the file to the disk and give it its name."""
+    def commit(self, path: Path | None = None) -> None:
+        """Flush the file to the disk and give it its name, or another one in the same folder."""
+        self.path = path or self.path
         try:
             self.file.flush()
             os.fsync(self.file.fileno())

@@ -20,6 +20,7 @@ from qwen_vit.compare.oracle import Trace
 from qwen_vit.compare.stages import record_stages
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.metadata import decoder_versions
 
 __all__ = [
     "Processed",
@@ -48,7 +49,7 @@ def package_versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return found | {name: number for name, number in decoder_versions().items() if number}
 
 
 def check_transformers() -> None:

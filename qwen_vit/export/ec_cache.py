@@ -41,7 +41,7 @@ class CacheWriter:
     def add(self, done: DoneShard) -> None:
         """Write the entries of a finished shard; images that failed have none."""
         index = f"{self._name}-{done.shard:08}"
-        if not done.is_new and index_file(self._folder, index).exists():
+        if done.n_kept == len(done.rows) and index_file(self._folder, index).exists():
             return
         shard = open_shard(self._plan.path(done.shard))
         if len(shard):

@@ -75,7 +75,7 @@ class Estimate:
 
 def estimate_export(
     encoder: VisionEncoder,
-    inputs: Sequence[str],
+    inputs: Sequence[str] | None,
     options: ExportOptions | None = None,
     *,
     folder: str | os.PathLike[str] | None = None,

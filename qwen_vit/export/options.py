@@ -5,7 +5,7 @@ from typing import Literal, Self, get_args
 
 import torch
 
-from qwen_vit.common.strict_json import is_integer
+from qwen_vit.common.strict_json import is_integer, is_number
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, check_choice
 from qwen_vit.feature_files.schema import EMBEDS, layer_name
@@ -41,6 +41,12 @@ class ExportOptions:
             broken (0: never).
         limits: bounds of what is decoded.
         exif: "apply" or "ignore" the orientation in an image's EXIF, as in `encode`.
+        shard_seconds: how often an unfinished shard is saved, so that a killed export loses no more
+            than that; None: at an interrupt alone.
+        extend: whether new and changed images of the inputs are added to an existing export.
+        retry_failed: whether images that failed in an existing export are tried again.
+        accept_versions: whether an export is resumed with other versions, or on another kind of
+            GPU, than it was started with. Each shard records its own.
         normalize: whether a mean is divided by its length, as in `encode`.
         layers: blocks whose dense features are stored as well, as in `encode`.
         column: the column of images in Parquet files; None: Parquet files are not read.
@@ -71,6 +77,10 @@ class ExportOptions:
     video_limits: VideoLimits = field(default_factory=VideoLimits)
     as_video: bool = False
     pages: Pages = "first"
+    shard_seconds: float | None = None
+    extend: bool = False
+    retry_failed: bool = False
+    accept_versions: bool = False
 
     @property
     def columns(self) -> ParquetColumns | None:
@@ -90,11 +100,14 @@ class ExportOptions:
             isinstance(self.part, tuple) and len(self.part) == 2 and all(map(is_integer, self.part))
         )
         is_size = is_integer(self.shard_size) and self.shard_size >= 1
+        seconds = self.shard_seconds
+        is_time = seconds is None or (is_number(seconds) and seconds > 0)
         is_count = is_integer(self.max_failures) and self.max_failures >= 0
         for is_right, name, expected in (
             (is_size, "shard_size", "at least 1 image"),
             (is_part and 1 <= self.part[0] <= self.part[1], "part", "(I, N) with I from 1 to N"),
             (is_count, "max_failures", "0 (never stop) or more"),
+            (is_time, "shard_seconds", "a number above 0, or None"),
             (isinstance(self.limits, ImageLimits), "limits", "ImageLimits"),
             (isinstance(self.video, VideoOptions), "video", "VideoOptions"),
             (isinstance(self.video_limits, VideoLimits), "video_limits", "VideoLimits"),

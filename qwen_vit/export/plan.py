@@ -1,12 +1,13 @@
 """The plan of an export: its frozen listing, its settings, its folder."""
 
 import json
+import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,18 +15,24 @@ from typing import Any
 from qwen_vit.common.atomic_file import TEMPORARY_SUFFIX, cannot_write, check_utf8
 from qwen_vit.common.safetensors_header import MAX_HEADER_BYTES
 from qwen_vit.errors import ArgumentError, ExportError, display_name
+from qwen_vit.export.changes import InputChanges
+from qwen_vit.export.listings import Listings
 from qwen_vit.export.lock import LOCK_NAME, hold_folder, short_lock
 from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.segments import find_segments, remove_segments
 from qwen_vit.export.settings import (
+    MADE_BY,
     SETTINGS,
     EncoderInfo,
-    existing_settings,
+    StoredExport,
     has_shards,
     make_settings,
-    write_or_check_settings,
+    read_description,
+    read_stored,
 )
+from qwen_vit.feature_files.listed import is_made_by
 from qwen_vit.feature_files.schema import shard_name
-from qwen_vit.inputs.find import find_items, no_image_found, warn_of_skipped
+from qwen_vit.inputs.find import STDIN, find_items, no_image_found, warn_of_skipped
 from qwen_vit.inputs.listing import Item, Listing
 from qwen_vit.inputs.pages import page_items
 from qwen_vit.video.sampling import MAX_FRAMES
@@ -35,16 +42,21 @@ __all__ = [
     "TENSOR_HEAD_BYTES",
     "ExportPlan",
     "check_folder",
+    "check_is_export",
     "open_export",
     "plan_dry_run",
     "remove_leftovers",
     "reserved_header_bytes",
 ]
 
+logger = logging.getLogger("qwen_vit")
+
 # Of a shard's head, for each image: grid, offset, size, notes, hashes; and a hash of each tensor.
 IMAGE_HEAD_BYTES, TENSOR_HEAD_BYTES = 420, 100
 MOMENT_BYTES = 14  # of each frame of a video
-LEFTOVER = re.compile(r"\.+(?:shard-(\d{8})\.|listing-(\d+)-of-(\d+)\b|export\.|manifest\.).*\.tmp")
+LEFTOVER = re.compile(
+    r"\.+(?:shard-(\d{8})\.|listing-(\d+)-of-(\d+)\b|listing-\d+\.|export\.|manifest\.).*\.tmp"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +69,15 @@ class ExportPlan:
 
     folder: Path
     settings: Mapping[str, Any]
-    listing: Listing
+    listing: Listings
     options: ExportOptions
+    made_by: Mapping[str, Any] = field(default_factory=dict)  # the versions and the GPU of now
+    accepted: Sequence[Mapping[str, Any]] = ()  # those of other shards, besides the settings' own
 
     @property
     def all_shards(self) -> range:
         """The shards of every part."""
-        return range(len(self.listing.starts))
+        return range(self.listing.n_shards)
 
     @property
     def shards(self) -> range:
@@ -73,17 +87,26 @@ class ExportPlan:
 
     @property
     def n_images(self) -> int:
-        """The images of this part."""
+        """The lines of this part; an image that was tried again has several."""
         return sum(map(self.listing.shard_length, self.shards))
 
     def path(self, shard: int) -> Path:
         """A shard's file."""
         return self.folder / shard_name(shard)
 
+    def settings_of(self, shard: int) -> dict[str, Any]:
+        """The settings that a shard repeats if it is made now."""
+        return {**self.settings, **self.made_by, **self.listing.facts_of(shard)}
+
+    def has_settings(self, shard: int, metadata: Mapping[str, Any]) -> bool:
+        """Whether a shard's metadata are of this export."""
+        settings = {**self.settings, **self.listing.facts_of(shard)}
+        return is_made_by(metadata, settings, self.accepted)
+
 
 @contextmanager
 def open_export(
-    encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]], folder: Path,
+    encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]] | None, folder: Path,
     options: ExportOptions,
 ) -> Iterator[ExportPlan]:  # fmt: skip
     """Begin or resume an export. The folder is locked while the block runs.
@@ -93,21 +116,25 @@ def open_export(
 
     Raises ExportError, before any image is read, for a folder that is not an export's or that
     another process is writing. Resuming with different inputs or settings is an ExportError that
-    names the difference.
+    names the difference. Inputs of None are those of the export in the folder; their changes are
+    logged.
     """
-    paths = _paths(inputs)
+    paths = None if inputs is None else _paths(inputs)
     is_new = not os.path.exists(folder)
+    if paths is None:
+        check_is_export(folder)
     check_folder(folder)
     try:
         with hold_folder(folder, options.part):
-            listing = _list(paths, folder, options)
+            found = _find(paths, folder, folder, options)
             try:
-                facts = make_settings(encoder, listing, options)  # too slow for a short lock
+                has_videos = _has_videos(found, folder)
+                settings = make_settings(encoder, options, has_videos=has_videos)  # slow
                 with short_lock(folder):
-                    settings, frozen = write_or_check_settings(folder, facts, listing, options.part)
+                    plan = _begin_or_resume(settings, paths, found, folder, options)
             finally:  # unless it was moved
-                listing.path.unlink(missing_ok=True)
-            plan = ExportPlan(folder, settings, frozen, options)
+                if found is not None:
+                    found.path.unlink(missing_ok=True)
             remove_leftovers(plan)
             if not has_shards(folder):
                 _check_heads(plan)
@@ -116,6 +143,94 @@ def open_export(
         if is_new and options.part == (1, 1):  # removes it only if it is still empty
             with suppress(OSError):
                 folder.rmdir()
+
+
+def check_is_export(folder: Path) -> None:
+    """Raise ExportError unless a folder holds an export to resume."""
+    if not (folder / SETTINGS).is_file():
+        raise ExportError(
+            "no export to resume",
+            name=str(folder),
+            expected=f"a folder of `qwen-vit export` with its {SETTINGS}",
+            remedy="begin the export with its inputs and --out",
+        )
+
+
+def _find(
+    paths: Sequence[str] | None, folder: Path, scratch: Path, options: ExportOptions
+) -> Listing | None:
+    """The listing of the inputs, frozen in `scratch`.
+
+    Without paths it is that of the export's own inputs, or None if they cannot be listed from here.
+    """
+    if paths is not None:
+        return _list(paths, scratch, options)
+    inputs = read_description(folder).get("inputs", {})
+    recorded, started_in = inputs.get("paths", []), inputs.get("folder")
+    is_here = started_in == os.getcwd() or all(map(os.path.isabs, recorded))
+    reason = ""
+    if not recorded or STDIN in recorded:
+        reason = "its inputs were a list on standard input"
+    elif not is_here:
+        reason = f"its inputs are relative to {display_name(str(started_in))}"
+    else:
+        try:
+            return _list(recorded, scratch, options)
+        except ExportError as error:
+            if options.extend:
+                raise
+            logger.warning("the export goes on with the images it lists: %s", error)
+            return None
+    if options.extend:
+        raise ExportError(reason, name=str(folder), remedy="pass INPUTS as well, or run it there")
+    return None
+
+
+def _has_videos(found: Listing | None, folder: Path) -> bool:
+    """Whether the inputs hold videos, or those of the export in the folder did."""
+    if found is not None and found.n_videos:
+        return True
+    is_begun = (folder / SETTINGS).exists()
+    return is_begun and "video" in read_description(folder).get("image_policy", {})
+
+
+def _begin_or_resume(
+    settings: Mapping[str, Any], paths: Sequence[str] | None, found: Listing | None, folder: Path,
+    options: ExportOptions, scratch: Path | None = None,
+) -> ExportPlan:  # fmt: skip
+    """The plan of a new or an existing export; with `scratch`, the folder is left alone."""
+    inputs = {"paths": paths, "folder": os.getcwd(), **_columns(options)}
+    stored = read_stored(folder, found, options)
+    if stored is None:
+        if found is None:  # its settings vanished since they were checked
+            raise ExportError("no export to resume", name=str(folder), remedy="begin it again")
+        stored = StoredExport.new(folder, settings, found, inputs)
+        if scratch is None:
+            stored.save()
+    else:
+        accepted, changes = stored.accepted, None
+        is_same = found is None or [found.sha256] == [each.sha256 for each in stored.listings.all]
+        if found is not None and (options.extend or not is_same):
+            changes = InputChanges.between(stored.listings, found)
+        stored.check(settings, None if paths is None else changes, options)
+        if paths is None and changes is not None and not options.extend and changes.describe():
+            logger.warning(
+                "its inputs changed: %s; the export goes on with the images it lists",
+                changes.describe(),
+            )
+        if options.extend and paths is not None:
+            stored.description["inputs"] = inputs
+        stored.grow(changes, options, scratch)
+        if scratch is None and stored.accepted != accepted:
+            stored.save()
+        elif scratch is None:
+            stored.place_listing()
+    made_by = {name: settings[name] for name in MADE_BY}
+    return ExportPlan(folder, stored.settings, stored.listings, options, made_by, stored.accepted)
+
+
+def _columns(options: ExportOptions) -> dict[str, str | None]:
+    return {"column": options.column, "id_column": options.id_column, "pages": options.pages}
 
 
 def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) -> int:
@@ -135,7 +250,7 @@ def _check_heads(plan: ExportPlan) -> None:
         n_images = plan.listing.shard_length(shard)
         if n_images * IMAGE_HEAD_BYTES < MAX_HEADER_BYTES // 16:  # its names take no 5,000 bytes
             continue
-        room = reserved_header_bytes(plan.listing.shard(shard), plan.settings)
+        room = reserved_header_bytes(plan.listing.shard(shard), plan.settings_of(shard))
         if room > MAX_HEADER_BYTES:
             raise ExportError(
                 f"{n_images} images would need a header of up to {room} bytes",
@@ -168,24 +283,27 @@ def _paths(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 @contextmanager
 def plan_dry_run(
-    encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]], folder: Path | None,
+    encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]] | None, folder: Path | None,
     options: ExportOptions,
 ) -> Iterator[ExportPlan]:  # fmt: skip
     """The plan of an export, for an estimate. Its files are removed when the block ends.
 
     Raises as `open_export` does, for the inputs and for the folder, unless that is None.
     """
-    paths = _paths(inputs)
+    paths = None if inputs is None else _paths(inputs)
     if folder is not None:
+        if paths is None:
+            check_is_export(folder)
         check_folder(folder, make=False)
     with TemporaryDirectory(prefix="qwen-vit-") as temporary:
-        listing = _list(paths, Path(temporary), options)
-        settings: Mapping[str, Any] = {}
+        scratch = Path(temporary)
+        found = _find(paths, folder or scratch, scratch, options)
         if folder is not None and (folder / SETTINGS).exists():
-            settings = make_settings(encoder, listing, options)
-            found = existing_settings(folder, settings, listing, options.part)
-            settings, listing = found or (settings, listing)
-        plan = ExportPlan(Path(temporary), settings, listing, options)
+            has_videos = _has_videos(found, folder)
+            settings = make_settings(encoder, options, has_videos=has_videos)
+            plan = _begin_or_resume(settings, paths, found, folder, options, scratch)
+        else:
+            plan = ExportPlan(scratch, {}, Listings(() if found is None else (found,)), options)
         if folder is None or not folder.exists() or not has_shards(folder):
             _check_heads(plan)
         yield plan
@@ -250,3 +368,6 @@ def remove_leftovers(plan: ExportPlan) -> None:
             if is_ours or part == (1, 1):
                 with suppress(OSError):
                     (plan.folder / name).unlink(missing_ok=True)
+        for shard, firsts in find_segments(plan.folder).items():
+            if shard in shards and plan.path(shard).exists():  # whole since
+                remove_segments(plan.folder, shard, firsts)

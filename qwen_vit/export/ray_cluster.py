@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Lock, current_thread, main_thread
+from threading import Condition, Lock, current_thread, main_thread
 from typing import Any
 
 from qwen_vit.common.prefetch import thread_count
@@ -37,14 +37,18 @@ from qwen_vit.export.shards import export_shards, whole_shard
 
 __all__ = ["export_on_ray"]
 
+logger = logging.getLogger("qwen_vit")
+
 CONNECT_TIMEOUT_S = 10.0
 MAX_TASK_RETRIES = 25  # of one shard: after so many dead workers, the shard is the cause
+STOP_TIMEOUT_S = 10.0  # for workers to keep what they encoded
+CONTROL = "control"  # a thread of its own in each worker, so that `stop` waits for no shard
 SHARDS_AT_A_TIME = 2  # of a GPU: it encodes one while threads read or write the other
 
 
 def export_on_ray(
     model: str | os.PathLike[str],
-    inputs: Sequence[str | os.PathLike[str]],
+    inputs: Sequence[str | os.PathLike[str]] | None,
     folder: str | os.PathLike[str],
     options: ExportOptions | None = None,
     *,
@@ -82,7 +86,7 @@ def export_on_ray(
     if device not in ("auto", "cpu", "cuda"):
         raise ArgumentError(f"device is {device!r}", expected="'auto', 'cuda' or 'cpu' with Ray")
     thread_count(decode_threads)  # raises before a cluster is started
-    options, counts, waits = options or ExportOptions(), ExportCounts(), dict.fromkeys(STAGES, 0.0)
+    options, waits = options or ExportOptions(), dict.fromkeys(STAGES, 0.0)
     model = os.path.abspath(model) if os.path.isdir(model) else model
     load = partial(load_encoder, model, options, device=device, **loading)
     load_arrow()
@@ -90,6 +94,7 @@ def export_on_ray(
         workers = _Workers(load, device, decode_threads)
         encoder = workers.ask("describe", options)
         with open_export(encoder, inputs, Path(folder).absolute(), options) as plan:
+            counts = ExportCounts(plan.listing.current)
             if confirm is not None and not any(plan.path(shard).exists() for shard in plan.shards):
                 confirm(workers.ask("estimate", plan))
             cache = None if ec_cache is None else CacheWriter(plan, ec_cache)
@@ -98,7 +103,7 @@ def export_on_ray(
                 with Progress(plan, show_progress) as progress, FailingRun(plan) as run:
                     for done in _shards(workers, plan, waits):
                         size = _size(plan, done.shard)
-                        if done.is_new:
+                        if done.n_kept == 0:
                             progress.count_shard(done.rows, size)
                         else:
                             progress.skip(len(done.rows))
@@ -106,8 +111,12 @@ def export_on_ray(
                             cache.add(done)
                         counts.count(plan, done)
                         run.add(done)
-                        for row in done.rows if done.is_new else ():
+                        for row in done.rows[done.n_kept :]:
                             breaker.count_done(_failure(row))
+            except KeyboardInterrupt:
+                logger.warning("interrupted: saving what was encoded; once more to stop at once")
+                workers.stop()
+                raise
             finally:  # of an interrupted export as well
                 workers.end()
                 remove_leftovers(plan)  # temporary files of dead workers
@@ -121,7 +130,7 @@ def _shards(workers: "_Workers", plan: ExportPlan, waits: dict[str, float]) -> I
         if rows is None or may_work_now(plan, shard, rows):
             missing.append(shard)
         else:
-            yield DoneShard(shard, rows, is_new=False)
+            yield DoneShard(shard, rows, len(rows))
     for done, seconds in workers.export(plan, missing):
         for stage, waited_s in seconds.items():
             waits[stage] += waited_s
@@ -163,6 +172,8 @@ class _Worker:
         self._load, self._decode_threads = load, decode_threads
         self._loading = Lock()
         self._loaded: VisionEncoder | None = None
+        self._is_stopped = False
+        self._at_rest, self._running = Condition(), 0
 
     @property
     def _encoder(self) -> VisionEncoder:
@@ -178,22 +189,48 @@ class _Worker:
     def estimate(self, plan: ExportPlan) -> Estimate:
         return estimate_plan(self._encoder, plan)
 
-    def export(self, plan: ExportPlan, shard: int) -> tuple[DoneShard, dict[str, float]]:
-        """Make one shard on the disk. Returns its rows of the manifest and its waits."""
-        gpu = self._encoder.metadata()["gpu"]
-        if gpu != plan.settings["gpu"]:  # its bits may differ
-            raise ExportError(
-                f"a worker has the GPU {gpu}",
-                name=str(plan.folder),
-                expected=f"{plan.settings['gpu']}, which the export was begun on",
-                remedy="use nodes with one kind of GPU",
-            )
+    def export(self, plan: ExportPlan, shard: int) -> tuple[DoneShard, dict[str, float]] | None:
+        """Make one shard on the disk. Returns its rows of the manifest and its waits.
+
+        Returns None if `stop` was called before the shard was complete.
+        """
+        metadata = self._encoder.metadata()
+        for name, expected in plan.made_by.items():  # its bits may differ
+            if metadata[name] != expected:
+                raise ExportError(
+                    f"a worker has the {name} {metadata[name]}",
+                    name=str(plan.folder),
+                    expected=f"{expected}, as the first worker has",
+                    remedy="use nodes with one kind of GPU and the same packages",
+                )
         clock = StageTimer(REST)
-        [done] = export_shards(
-            self._encoder, plan, [shard], decode_threads=self._decode_threads, clock=clock
-        )
+        with self._counted():
+            try:
+                [done] = export_shards(
+                    self._encoder, plan, [shard], decode_threads=self._decode_threads, clock=clock,
+                    is_stopped=lambda: self._is_stopped,
+                )  # fmt: skip
+            except KeyboardInterrupt:  # of `stop`: Ray would take it for a cancelled task
+                return None
         # new even where it exists: its worker died after writing it, and Ray retried the task
-        return done._replace(is_new=True), clock.seconds()
+        return done._replace(n_kept=0), clock.seconds()
+
+    def stop(self) -> None:
+        """End the shards in progress, and return when what was encoded is kept."""
+        self._is_stopped = True
+        with self._at_rest:
+            self._at_rest.wait_for(lambda: self._running == 0, STOP_TIMEOUT_S)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._at_rest:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._at_rest:
+                self._running -= 1
+                self._at_rest.notify_all()
 
 
 class _Workers:
@@ -214,7 +251,8 @@ class _Workers:
             )
         # an interpreted encoder cannot run in two threads
         self._at_a_time = SHARDS_AT_A_TIME if n_gpus else 1
-        self._actor = ray.remote(_Worker).options(
+        remote: Any = ray.remote  # its stub has no concurrency_groups
+        self._actor = remote(concurrency_groups={CONTROL: 1})(_Worker).options(
             num_cpus=1,
             num_gpus=1 if n_gpus else 0,
             max_concurrency=self._at_a_time,
@@ -251,19 +289,27 @@ class _Workers:
         while pool.has_next():
             with _plain_errors():
                 result = pool.get_next_unordered()
-            yield result
+            if result is not None:
+                yield result
             # an idle worker makes room: Ray may restart a dead node's worker there
             while (actor := pool.pop_idle()) is not None:
                 idle[actor] += 1
                 if idle[actor] == self._at_a_time:
                     ray.kill(actor)
 
+    def stop(self) -> None:
+        """Let all workers keep what they encoded."""
+        import ray
+
+        asked = [actor.stop.options(concurrency_group=CONTROL).remote() for actor in self._actors]
+        ray.wait(asked, num_returns=len(asked), timeout=STOP_TIMEOUT_S)
+
     def end(self) -> None:
         """End all workers at once, those that have ended included."""
         import ray
 
         for actor in self._actors:
-            ray.kill(actor)  # type: ignore[arg-type]
+            ray.kill(actor)
 
 
 def _threads_of_a_shard(wanted: int | None, resources: Mapping[str, float]) -> int:

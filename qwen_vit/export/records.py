@@ -1,10 +1,12 @@
 """The records between the stages of an export: images, the start of a shard, a finished shard."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from qwen_vit.errors import ImageError
 from qwen_vit.export.manifest import ManifestRow
+from qwen_vit.export.segments import Segment
 from qwen_vit.features import UNKNOWN_SIZE
 from qwen_vit.images.patches import Patches
 from qwen_vit.inputs.listing import Item
@@ -25,6 +27,7 @@ class ImageRecord:
     """One image on its way into a shard. Each stage adds its results."""
 
     item: Item
+    place: int = 0  # in its shard
     sha256: str = ""
     size_px: tuple[int, int] = UNKNOWN_SIZE
     notes: tuple[str, ...] = ()
@@ -42,11 +45,17 @@ class ImageRecord:
 
 
 class ShardStart(NamedTuple):
-    """Precedes a shard's images; a shard that exists already has its `rows`, and no images."""
+    """Precedes a shard's images; a shard that exists already has its `rows`, and no images.
+
+    Images that an earlier run kept are in `segments`; they do not follow. `firsts` are the places
+    of all segments that there are, also of those that cannot be used.
+    """
 
     shard: int
     n_images: int
     rows: list[ManifestRow] | None
+    segments: Sequence[Segment] = ()
+    firsts: Sequence[int] = ()
 
     @property
     def n_bytes(self) -> int:
@@ -55,8 +64,8 @@ class ShardStart(NamedTuple):
 
 
 class DoneShard(NamedTuple):
-    """A whole shard and its rows of the manifest; `is_new` is False if it existed before."""
+    """A whole shard and its rows of the manifest, of which earlier runs made the first."""
 
     shard: int
     rows: list[ManifestRow]
-    is_new: bool
+    n_kept: int = 0

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen_vit.export.listings import CurrentImages
 from qwen_vit.export.plan import ExportPlan
 from qwen_vit.export.records import STAGES, DoneShard
 
@@ -21,7 +22,7 @@ class ExportReport:
         exported: how many of them have features.
         failed: how many images failed, by the code of their error.
         failed_earlier: how many of them failed before this run.
-        resumed: images of shards that existed before this run.
+        resumed: images that earlier runs exported, or tried.
         rows: those of the part's shards.
         bytes: those of the part's shards.
         seconds: the duration of this run.
@@ -51,7 +52,9 @@ class ExportReport:
 
 @dataclass(slots=True)
 class ExportCounts:
-    """The counts of an export so far."""
+    """The counts of an export so far; images that a later listing replaced do not count."""
+
+    current: CurrentImages
 
     exported: int = 0
     resumed: int = 0
@@ -63,11 +66,12 @@ class ExportCounts:
 
     def count(self, plan: ExportPlan, done: DoneShard) -> None:
         """Add a whole shard."""
-        good = [row for row in done.rows if row.status == "ok"]
-        self.failed.update(row.error_code or "" for row in done.rows if row.status != "ok")
-        if not done.is_new:
-            self.resumed += len(done.rows)
-            self.failed_earlier += len(done.rows) - len(good)
+        rows = self.current.rows(done.shard, done.rows)
+        good = [row for row in rows if row.status == "ok"]
+        self.failed.update(row.error_code or "" for row in rows if row.status != "ok")
+        kept = self.current.rows(done.shard, done.rows[: done.n_kept])
+        self.resumed += len(kept)
+        self.failed_earlier += sum(row.status != "ok" for row in kept)
         self.exported += len(good)
         self.rows += sum(row.tokens or 0 for row in good)
         self.bytes += plan.path(done.shard).stat().st_size
@@ -75,8 +79,9 @@ class ExportCounts:
     def report(self, plan: ExportPlan, manifest: Path, waits: dict[str, float]) -> ExportReport:
         """The report of an export that has ended; `waits` are seconds by stage."""
         return ExportReport(
-            plan.folder, manifest, plan.n_images, self.exported, dict(self.failed.most_common()),
-            self.resumed, self.rows, self.bytes, round(time.monotonic() - self.start, 3),
+            plan.folder, manifest, self.current.count(plan.shards), self.exported,
+            dict(self.failed.most_common()), self.resumed, self.rows, self.bytes,
+            round(time.monotonic() - self.start, 3),
             {stage: round(waits.get(stage, 0.0), 3) for stage in STAGES},
             len(plan.all_shards), sum(not plan.path(shard).exists() for shard in plan.all_shards),
             self.failed_earlier,

@@ -26,7 +26,12 @@ def may_work_now(plan: ExportPlan, shard: int, rows: Sequence[ManifestRow]) -> b
     An image that was missing, unreadable or too large for the memory is tried once. Where one
     works, its shard is made again.
     """
-    failed = [at for at, row in enumerate(rows) if row.error_code in TRANSIENT]
+    current = plan.listing.current  # a later listing may have tried an image again
+    failed = [
+        at
+        for at, row in enumerate(rows)
+        if row.error_code in TRANSIENT and current.has(shard, row.id)
+    ]
     if not failed:
         return False
     items, limits = plan.listing.shard(shard), plan.options.limits

@@ -29,6 +29,7 @@ from qwen_vit.export.records import REST
 from qwen_vit.export.result import ExportCounts, ExportReport
 from qwen_vit.export.retry import FailingRun
 from qwen_vit.export.shards import export_shards, whole_shard
+from qwen_vit.export.stop import StopSignals
 
 __all__ = ["export_features", "load_encoder", "make_manifest", "warn_of_idle"]
 
@@ -37,7 +38,7 @@ logger = logging.getLogger("qwen_vit")
 
 def export_features(
     encoder: VisionEncoder,
-    inputs: Sequence[str | os.PathLike[str]],
+    inputs: Sequence[str | os.PathLike[str]] | None,
     folder: str | os.PathLike[str],
     options: ExportOptions | None = None,
     *,
@@ -45,6 +46,7 @@ def export_features(
     show_progress: bool = False,
     decode_threads: int | None = None,
     ec_cache: str | os.PathLike[str] | None = None,
+    stop: StopSignals | None = None,
 ) -> ExportReport:
     """Export the images of files, folders, patterns, lists and tars into a folder of shards.
 
@@ -56,8 +58,8 @@ def export_features(
     `load_features`.
 
     Args:
-        inputs: paths of images, folders, patterns, tars and lists; to continue after their content
-            has changed, pass the export's own `listing.jsonl`.
+        inputs: paths of images, folders, patterns, tars and lists; None: resume with the images
+            that the export lists.
         folder: a new or empty folder, or an export to resume.
         confirm: is called with an estimate before a new export begins, and may raise.
         show_progress: a bar on a terminal, a line a minute in a log.
@@ -65,8 +67,10 @@ def export_features(
             given.
         ec_cache: a folder for vLLM's encoder cache, which is written as well, shard by shard: see
             `integrations.vllm.write_ec_cache`.
+        stop: signals that end the export after the batch in progress, as an interrupt.
 
     Raises:
+        KeyboardInterrupt: the export was interrupted. What was encoded is kept for the next run.
         ExportError: the folder, the inputs or the settings do not fit, or the disk is full.
         ImageError: the first image that fails, with on_error="raise".
         ArgumentError: an argument makes no sense.
@@ -79,23 +83,28 @@ def export_features(
         )
     if not isinstance(options, ExportOptions | None):
         raise ArgumentError(f"options is {options!r}", expected="ExportOptions or None")
-    options, counts = options or ExportOptions(), ExportCounts()
+    options = options or ExportOptions()
     thread_count(decode_threads)  # these two raise before a folder is made
     RowFormat.of(encoder, options)
     load_arrow()
     clock = StageTimer(REST)
     with open_export(encoder, inputs, Path(folder), options) as plan:
+        counts = ExportCounts(plan.listing.current)
         warn_of_idle(len(plan.all_shards), options.part[1], "parts")
         cache = None if ec_cache is None else CacheWriter(plan, ec_cache)
         if confirm is not None and not any(plan.path(shard).exists() for shard in plan.shards):
             confirm(estimate_plan(encoder, plan))
-        with Progress(plan, show_progress) as progress, FailingRun(plan) as run:
+        stop = stop or StopSignals()
+        with (
+            Progress(plan, show_progress) as progress,
+            FailingRun(plan) as run,
+            stop.accepted(),
+        ):
             for done in export_shards(
                 encoder, plan, plan.shards, on_image=progress.count, decode_threads=decode_threads,
-                clock=clock,
+                clock=clock, is_stopped=stop.is_requested,
             ):  # fmt: skip
-                if not done.is_new:
-                    progress.skip(len(done.rows))
+                progress.skip(done.n_kept)
                 if cache is not None:
                     cache.add(done)
                 counts.count(plan, done)
@@ -130,6 +139,8 @@ def warn_of_idle(n_shards: int, n_workers: int, workers: str) -> None:
 def make_manifest(plan: ExportPlan) -> Path:
     """Write the manifest of every shard that exists, those of other parts included.
 
+    It has the current row of each image.
+
     Raises ExportError if a shard of this part was whole and can no longer be read.
     """
 
@@ -137,7 +148,7 @@ def make_manifest(plan: ExportPlan) -> Path:
         for shard in plan.all_shards:
             rows = whole_shard(plan, shard, "the manifest omits it: run its part again")
             if rows is not None:
-                yield rows
+                yield plan.listing.current.rows(shard, rows)
             elif shard in plan.shards:
                 raise ExportError(
                     "it was whole, and cannot be read for the manifest",

@@ -1,41 +1,52 @@
 """The settings of an export: written once, and compared when the export is resumed.
 
 `export.json` holds everything that decides a shard's bytes: the model, its hashes, the options and
-the listing's hash. Every shard repeats it.
+the listing's hash. Every shard repeats it. It also names what no shard repeats: later listings,
+versions that were accepted besides the first ones, and the inputs.
 """
 
 import json
+import logging
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, replace
-from hashlib import file_digest
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from qwen_vit.common.atomic_file import atomic_file, cannot_write
-from qwen_vit.common.strict_json import read_json
-from qwen_vit.errors import CheckpointError, ExportError, display_name
+from qwen_vit.common.strict_json import is_integer, read_json
+from qwen_vit.errors import CheckpointError, ExportError, display_name, plural
+from qwen_vit.export.changes import InputChanges, failed_items
+from qwen_vit.export.listings import Listings
 from qwen_vit.export.options import ExportOptions
-from qwen_vit.feature_files.schema import READABLE, SCHEMA_VERSION
+from qwen_vit.feature_files.listed import LISTINGS, OF_EXPORT, listing_name, listings_of
+from qwen_vit.feature_files.schema import READABLE, SCHEMA_VERSION, shard_name
 from qwen_vit.images.image import EXIF_IGNORED
-from qwen_vit.inputs.listing import Item, Listing, read_listing
+from qwen_vit.inputs.listing import Item, Listing
 from qwen_vit.video.source import decoder_name
 
 __all__ = [
     "LISTING",
+    "MADE_BY",
     "SETTINGS",
     "EncoderInfo",
-    "existing_settings",
+    "StoredExport",
     "has_shards",
     "make_settings",
-    "write_or_check_settings",
+    "read_description",
+    "read_stored",
 ]
 
-SETTINGS, LISTING = "export.json", "listing.jsonl"
+logger = logging.getLogger("qwen_vit")
+
+SETTINGS, LISTING = "export.json", listing_name(0)
 # Another name of the same weights is the same model: hashes decide.
 NAMES_ALONE = {"model", "commit"}
-SHARD = re.compile(r"shard-\d+\.safetensors")
+OF_LISTING = {"n_images", "listing_sha256"}
+MADE_BY = ("versions", "gpu")  # what `accept_versions` may change
+SHARD = re.compile(r"(?:shard-\d+|segment-\d+-\d+)\.safetensors")
 
 
 class EncoderInfo(Protocol):
@@ -45,10 +56,15 @@ class EncoderInfo(Protocol):
         """As `VisionEncoder.metadata`."""
 
 
-def make_settings(encoder: EncoderInfo, listing: Listing, options: ExportOptions) -> dict[str, Any]:
-    """The settings of an export as JSON values. Hashes the weights, which takes a moment."""
+def make_settings(
+    encoder: EncoderInfo, options: ExportOptions, *, has_videos: bool
+) -> dict[str, Any]:
+    """The settings of an export as JSON values. Hashes the weights, which takes a moment.
+
+    Those of its listing are not among them.
+    """
     metadata = encoder.metadata()
-    if listing.n_videos or options.as_video:
+    if has_videos or options.as_video:
         metadata["image_policy"] = {**metadata["image_policy"], "video": _video_policy(options)}
     settings = {
         **metadata,
@@ -65,8 +81,6 @@ def make_settings(encoder: EncoderInfo, listing: Listing, options: ExportOptions
         "shard_size": options.shard_size,
         # seconds depend on the machine: they may be raised when resuming
         "limits": {k: v for k, v in asdict(options.limits).items() if k != "max_seconds"},
-        "n_images": listing.n_images,
-        "listing_sha256": listing.sha256,
     }
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]  # lists, not tuples
 
@@ -81,41 +95,177 @@ def _video_policy(options: ExportOptions) -> dict[str, Any]:
     }
 
 
-def write_or_check_settings(
-    folder: Path, settings: dict[str, Any], listing: Listing, part: tuple[int, int]
-) -> tuple[dict[str, Any], Listing]:
-    """Write the settings and the listing into the folder, or check that they are those there.
+@dataclass(slots=True)
+class StoredExport:
+    """An export as its folder describes it. Changes are written by `save`."""
 
-    Returns both as the export has them; the listing's file has then moved into the folder. Raises
-    ExportError that names the differences if the folder belongs to a different export.
-    """
-    found = existing_settings(folder, settings, listing, part)
-    if found is None:
-        with atomic_file(folder / SETTINGS) as file:
-            file.write(json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n")
-    settings, listing = found or (settings, listing)
-    try:
-        os.replace(listing.path, folder / LISTING)  # an existing one has the same bytes
-    except OSError as error:
-        raise cannot_write(folder / LISTING, error) from None
-    return settings, replace(listing, path=folder / LISTING)
+    folder: Path
+    description: dict[str, Any]
+    listings: Listings
+
+    @classmethod
+    def new(
+        cls, folder: Path, settings: Mapping[str, Any], listing: Listing, inputs: Mapping[str, Any]
+    ) -> Self:
+        """An export of one listing, which has its file somewhere else yet."""
+        facts = {"n_images": listing.n_images, "listing_sha256": listing.sha256}
+        return cls(folder, {**settings, **facts, "inputs": dict(inputs)}, Listings((listing,)))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of its start, as the shards of its first listing repeat them."""
+        return {n: value for n, value in self.description.items() if n not in OF_EXPORT}
+
+    @property
+    def accepted(self) -> Sequence[Mapping[str, Any]]:
+        """Versions that were accepted besides those of its start."""
+        found: list[Mapping[str, Any]] = self.description.get("accepted", [])
+        return found
+
+    def save(self) -> None:
+        """Write the description, and give the first listing its place."""
+        with atomic_file(self.folder / SETTINGS) as file:
+            text = json.dumps(self.description, sort_keys=True, indent=1)
+            file.write(text.encode() + b"\n")
+        self.place_listing()
+
+    def place_listing(self) -> None:
+        """Move the first listing to its place, where an existing one has the same bytes."""
+        first, *later = self.listings.all
+        path = self.folder / LISTING
+        if first.path != path:
+            try:
+                os.replace(first.path, path)
+            except OSError as error:
+                raise cannot_write(path, error) from None
+            self.listings = replace(self.listings, all=(replace(first, path=path), *later))
+
+    def check(
+        self, settings: Mapping[str, Any], changes: InputChanges | None, options: ExportOptions
+    ) -> None:
+        """Raise ExportError that names what differs from the settings and inputs of now.
+
+        With `options.accept_versions`, other versions are added to the accepted ones instead.
+        """
+        made_by = {name: settings.get(name) for name in MADE_BY}
+        known = [{name: self.description.get(name) for name in MADE_BY}, *self.accepted]
+        if made_by not in known and options.accept_versions:
+            self.description["accepted"] = [*self.accepted, made_by]
+            known.append(made_by)
+        before = _flat({**self.settings, **(made_by if made_by in known else {})})
+        now = _flat(settings)
+        names = {name for name in {*before, *now} if before.get(name) != now.get(name)}
+        names -= NAMES_ALONE | OF_LISTING
+        if len(names) > 1:
+            names.discard("config_sha256")  # its settings are compared by name
+        words = [] if changes is None else [changes.describe()]
+        if changes is not None and options.extend and not changes.moved:
+            words = []
+        differences = [f"its images: {each}" for each in words if each]
+        differences += [
+            f"{name} was {before.get(name, 'absent')}, is {now.get(name, 'absent')} now"
+            for name in sorted(names)
+        ]
+        if differences:
+            raise self._differs(differences, names, changes)
+
+    def _differs(
+        self, differences: Sequence[str], names: set[str], changes: InputChanges | None
+    ) -> ExportError:
+        ways = ["to continue, pass the inputs and settings that it was started with"]
+        if names and all(name.partition(".")[0] in MADE_BY for name in names):
+            ways.append("to go on with these versions, pass --accept-versions")
+        if changes is not None and changes.describe() and not changes.moved:
+            ways[0] += f", or only --resume {self.folder}"
+            if changes.new:
+                ways.append("to add the new images, pass --extend")
+        no_shard = f", or delete {self.folder / SETTINGS}: no shard exists yet"
+        ways.append(
+            f"to start a new export, pass another --out{no_shard * (not has_shards(self.folder))}"
+        )
+        return ExportError(
+            f"it holds an export that differs: {'; '.join(differences)}",
+            name=str(self.folder),
+            remedy="; ".join(ways),
+        )
+
+    def grow(
+        self, changes: InputChanges | None, options: ExportOptions, scratch: Path | None = None
+    ) -> None:
+        """Append listings of new, changed and failed images, as the options ask.
+
+        With `scratch`, listings are written there, and the description is not saved.
+        """
+        if options.extend and changes is not None:
+            changed = changes.changed(self.folder, self.listings, options.limits)
+            changed += changes.replaced
+            withdrawn = [item.id for item in changes.gone if item.error is not None]
+            _log_of_growth(changes, changed)
+            self._append("extend", [*changes.new, *changed], withdrawn, scratch)
+        if options.retry_failed and self._has_open_retry():
+            logger.warning("an earlier --retry-failed is not finished: this run finishes it first")
+        elif options.retry_failed:
+            failed = list(failed_items(self.folder, self.listings))
+            again = [item for item in failed if item.error is None]
+            if len(again) < len(failed):
+                logger.warning(
+                    "%s while listing: --extend lists them again",
+                    plural(len(failed) - len(again), "failure"),
+                )
+            self._append("retry", again, [], scratch)
+
+    def _has_open_retry(self) -> bool:
+        """Whether a shard of images that were to be tried again is missing."""
+        facts = listings_of(self.description, self.folder / SETTINGS)[1:]
+        entries = self.description.get(LISTINGS, [])
+        return any(
+            not (self.folder / shard_name(shard)).exists()
+            for entry, listing in zip(entries, facts, strict=True)
+            if entry["kind"] == "retry"
+            for shard in listing.shards
+        )
+
+    def _append(
+        self, kind: str, items: Sequence[Item], withdrawn: Sequence[str], scratch: Path | None
+    ) -> None:
+        """Append a listing, whose file appears before the description names it."""
+        if not items and not withdrawn:
+            return
+        path = (scratch or self.folder) / listing_name(len(self.listings.all))
+        listing = Listing.freeze(path, items, self.description["shard_size"])
+        entry = {"kind": kind, "n_images": listing.n_images, "listing_sha256": listing.sha256}
+        if withdrawn:
+            entry["withdrawn"] = list(withdrawn)
+        self.description[LISTINGS] = [*self.description.get(LISTINGS, []), entry]
+        self.listings = Listings(
+            (*self.listings.all, listing), (*self.listings.withdrawn, tuple(withdrawn))
+        )
+        if scratch is None:
+            self.save()
 
 
-def existing_settings(
-    folder: Path, settings: Mapping[str, Any], listing: Listing, part: tuple[int, int]
-) -> tuple[dict[str, Any], Listing] | None:
-    """The settings and the listing of the export in the folder, or None if none was begun.
+def read_stored(folder: Path, found: Listing | None, options: ExportOptions) -> StoredExport | None:
+    """The export in the folder, or None if none was begun.
 
-    The listing's file is still the one that was passed. Raises as `write_or_check_settings` does.
+    `found` is the listing of the inputs, if they are listed. It stands for a first listing whose
+    file is damaged, or that differs only in the messages of errors.
     """
     path = folder / SETTINGS
     if not path.exists():
         return None
-    stored = _read_settings(path)
+    description = read_description(folder)
+    if not all(is_integer(description.get(name)) for name in ("n_images", "shard_size")):
+        raise ExportError(
+            "it has no n_images and shard_size",
+            name=str(path),
+            expected="the settings of an export",
+            remedy="pass another --out",
+        )
     # without a shard, for example after a refusal for size, there is nothing to differ from
-    if part == (1, 1) and "listing_sha256" in stored and not has_shards(folder):
+    is_begun = has_shards(folder) or "listing_sha256" not in description
+    if found is not None and options.part == (1, 1) and not is_begun:
         return None
-    version = stored.get("schema_version")
+    version = description.get("schema_version")
     if version in READABLE and version != SCHEMA_VERSION:
         raise ExportError(
             f"it holds an export of schema {version}",
@@ -124,79 +274,50 @@ def existing_settings(
             remedy="finish it with the version that began it, or pass another --out; load_features "
             "reads both",
         )
-    listing = _stored_listing(folder / LISTING, stored, listing)
-    _check_same(path, stored, {**settings, "listing_sha256": listing.sha256}, listing)
-    return stored, listing
+    return StoredExport(folder, description, _read_listings(folder, description, found))
 
 
-def has_shards(folder: Path) -> bool:
-    """Whether an existing folder holds any whole shard."""
-    return any(SHARD.fullmatch(name) for name in os.listdir(folder))
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
+    """What a folder's `export.json` says. Raises ExportError for one that is not JSON."""
     try:
-        return read_json(path)
+        return read_json(folder / SETTINGS)
     except CheckpointError as error:
         raise ExportError.of(error, remedy="pass another --out") from None
 
 
-def _stored_listing(path: Path, stored: Mapping[str, Any], listing: Listing) -> Listing:
-    """The listing of the export's start, if this one differs only in its messages.
-
-    Another version of this package may word an error differently; the listing's hash is part of
-    every shard and must not change with it.
-    """
-    if listing.sha256 == stored.get("listing_sha256") or not _is_intact(path, stored):
-        return listing
-    if listing.n_images != stored.get("n_images"):
-        return listing
-    pairs = zip(read_listing(path), read_listing(listing.path), strict=True)
-    if any(_without_message(before) != _without_message(now) for before, now in pairs):
-        return listing
-    return Listing.freeze(listing.path, read_listing(path), listing.shard_size)
-
-
-def _without_message(item: Item) -> Item:
-    """An image of a listing, with only the code of its error."""
-    return item if item.error is None else replace(item, error=(item.error[0], ""))
+def _read_listings(folder: Path, description: Mapping[str, Any], found: Listing | None) -> Listings:
+    facts = listings_of(description, folder / SETTINGS)
+    listings = []
+    for each in facts:
+        listing = found if found is not None and found.sha256 == each.sha256 else None
+        if listing is None:
+            with suppress(OSError):
+                listing = Listing.open(folder / each.name, description["shard_size"])
+        if listing is None or listing.sha256 != each.sha256:
+            raise ExportError(
+                f"cannot compare images: {each.name} is missing or corrupt",
+                name=str(folder),
+                remedy="to continue, pass the inputs that it was started with; to start a new "
+                "export, pass another --out",
+            )
+        listings.append(listing)
+    return Listings(tuple(listings), tuple(each.withdrawn for each in facts))
 
 
-def _is_intact(path: Path, stored: Mapping[str, Any]) -> bool:
-    """Whether this is the listing that the settings name."""
-    try:
-        with open(path, "rb") as file:
-            return file_digest(file, "sha256").hexdigest() == stored.get("listing_sha256")
-    except OSError:
-        return False
+def has_shards(folder: Path) -> bool:
+    """Whether an existing folder holds any whole shard, or what was kept of one."""
+    return any(SHARD.fullmatch(name) for name in os.listdir(folder))
 
 
-def _check_same(
-    path: Path, stored: Mapping[str, Any], settings: Mapping[str, Any], listing: Listing
-) -> None:
-    before, now = _flat(stored), _flat(settings)
-    names = {name for name in {*before, *now} if before.get(name) != now.get(name)}
-    names -= NAMES_ALONE
-    if not names:
-        return
-    if len(names) > 1:
-        names.discard("config_sha256")  # its settings are compared by name
-    differences, input_hint = [], ""
-    if "listing_sha256" in names:
-        names -= {"listing_sha256", "n_images"}
-        difference, input_hint = _listing_difference(path.with_name(LISTING), listing, stored)
-        differences.append(difference)
-    differences += [
-        f"{name} was {before.get(name, 'absent')}, is {now.get(name, 'absent')} now"
-        for name in sorted(names)
-    ]
-    no_shard = "" if has_shards(path.parent) else f", or delete {path}: no shard exists yet"
-    raise ExportError(
-        f"it holds an export that differs: {'; '.join(differences)}",
-        name=str(path.parent),
-        remedy=f"to continue, pass the inputs and settings that it was started with{input_hint}; "
-        f"to start a new export, pass another --out{no_shard}",
-    )
+def _log_of_growth(changes: InputChanges, changed: Sequence[Item]) -> None:
+    """Name what an extension takes besides new images, and what it cannot take."""
+    gone = [item for item in changes.gone if item.error is None]
+    for items, words in (
+        (changed, "changed since the export, first %s: exported again"),
+        (gone, "missing, first %s: the features stay"),
+    ):
+        if items:
+            logger.warning(f"%s {words}", plural(len(items), "image"), display_name(items[0].id))
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -207,25 +328,3 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         else:
             flat[above + name] = value
     return flat
-
-
-def _listing_difference(
-    before: Path, listing: Listing, stored: Mapping[str, Any]
-) -> tuple[str, str]:
-    """How the images differ, and a hint at the input that has those of the start."""
-    if not _is_intact(before, stored):
-        return f"cannot compare images: {before.name} is missing or corrupt", ""
-    old = {item.id: _without_message(item) for item in read_listing(before)}
-    new = {item.id: _without_message(item) for item in read_listing(listing.path)}
-    gone, added = [i for i in old if i not in new], [i for i in new if i not in old]
-    moved = [i for i in new if i in old and new[i] != old[i]]
-    reported = [
-        f"{len(names)} {what}, first {display_name(names[0])}"
-        for names, what in ((gone, "missing"), (added, "new"), (moved, "in another place"))
-        if names
-    ]
-    hint = f" (as input, pass {before})"
-    if moved:
-        reported[-1] += f" (it was in {display_name(old[moved[0]].source)})"
-        hint = ""  # the stored listing has old paths of the images
-    return f"its images: {'; '.join(reported) or 'in another order'}", hint

@@ -5,27 +5,27 @@ encoder.
 """
 
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from hashlib import sha256
 from itertools import islice
-from typing import Any, Self, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from qwen_vit.common.prefetch import Job, core_count, thread_count, work_ahead
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ExportError, ImageError
 from qwen_vit.export.background import BackgroundWriter, StageTimer
 from qwen_vit.export.circuit_breaker import CircuitBreaker
-from qwen_vit.export.device_to_host import MAX_UNWRITTEN_BYTES, HostCopier, HostCopy
+from qwen_vit.export.device_to_host import MAX_UNWRITTEN_BYTES, HostCopier
 from qwen_vit.export.manifest import ManifestRow, shard_rows
 from qwen_vit.export.options import ExportOptions, RowFormat
-from qwen_vit.export.plan import ExportPlan, reserved_header_bytes
+from qwen_vit.export.plan import ExportPlan
 from qwen_vit.export.records import (
     COPY,
     ENCODE,
@@ -37,13 +37,13 @@ from qwen_vit.export.records import (
     ShardStart,
 )
 from qwen_vit.export.retry import may_work_now
+from qwen_vit.export.segments import find_segments, open_segments
 from qwen_vit.export.settings import LISTING, SETTINGS
+from qwen_vit.export.shard_writer import ShardWriter
 from qwen_vit.export.under_way import UnderWay
 from qwen_vit.feature_files.read import open_shard
-from qwen_vit.feature_files.schema import EMBEDS, ItemFacts, layer_name, rows_by_tensor
-from qwen_vit.feature_files.writer import FeatureWriter
-from qwen_vit.features import FailedImage, ImageFeatures, not_finite
-from qwen_vit.images.image import ExifPolicy
+from qwen_vit.feature_files.schema import rows_by_tensor
+from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.images.isolated import decode_in_child
 from qwen_vit.images.patches import Patches
 from qwen_vit.inputs.listing import Item
@@ -71,6 +71,7 @@ def export_shards(
     on_image: Callable[[ImageFeatures | FailedImage], None] = lambda features: None,
     decode_threads: int | None = None,
     clock: StageTimer | None = None,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[DoneShard]:
     """Make shards, one after the other, and yield each when it is on the disk.
 
@@ -79,7 +80,7 @@ def export_shards(
 
     Loader threads prefetch images, also of the next shard. A writer thread drains results. A batch
     never crosses a shard, so the bytes do not depend on the threads. No shard is encoded before the
-    previous one is complete.
+    previous one is complete. An interrupt keeps what was encoded of the open shard: see `segments`.
 
     Args:
         breaker: stops the export after too many consecutive failures.
@@ -87,8 +88,11 @@ def export_shards(
             returns.
         decode_threads: loader threads; one for two cores, 2 to 16, if not given.
         clock: measures what this thread waits for.
+        is_stopped: is asked before each image; True ends the export as an interrupt does, and no
+            batch is lost.
 
     Raises:
+        KeyboardInterrupt: the export was interrupted, or `is_stopped`.
         ExportError: a shard cannot be written, or `breaker` stops the export.
         ImageError: the first image that fails, with on_error="raise".
     """
@@ -117,44 +121,63 @@ def export_shards(
         for start in loaded:
             if not isinstance(start, ShardStart):
                 raise TypeError(f"{type(start).__name__} between shards")
+            if is_stopped():
+                raise KeyboardInterrupt
             if start.rows is not None:
-                yield DoneShard(start.shard, start.rows, is_new=False)
+                yield DoneShard(start.shard, start.rows, len(start.rows))
                 continue
             copier = copier or HostCopier(encoder.device, form)
             next_images = islice(loaded, start.n_images)
             images = (image for image in next_images if isinstance(image, ImageRecord))
             with (
-                _Shard(plan, start.shard, form, breaker, on_image) as shard,
+                ShardWriter(
+                    plan, start, form, breaker, on_image,
+                    bits_depend_on_batch=encoder.device.type == "cpu",
+                ) as shard,
                 BackgroundWriter(MAX_UNWRITTEN_BYTES) as writer,
-            ):
-                encoded = _encode(encoder, images, plan.options, breaker, clock)
+            ):  # fmt: skip
+                encoded = _encode(encoder, images, plan.options, breaker, clock, shard, is_stopped)
+                saved = time.monotonic()
                 for group, features in _in_groups(encoded, encoder.device):
+                    is_due = time.monotonic() - saved > (plan.options.shard_seconds or math.inf)
+                    if is_due and shard.may_be_cut_before(group[0].place):
+                        writer.submit(shard.close_segment)
+                        saved = time.monotonic()
                     with clock.stage(COPY):
                         copy = copier.copy(group, features)
                     with _time_writer(shard, clock):
                         writer.submit(partial(shard.add, group, copy), copy.n_bytes)
                 with _time_writer(shard, clock):
-                    rows = writer.wait(writer.submit(shard.save))
-            yield DoneShard(start.shard, rows, is_new=True)
+                    writer.wait(writer.submit(shard.save))
+                    rows = _whole_again(plan, start.shard)
+            n_kept = start.segments[-1].end if start.segments else 0
+            yield DoneShard(start.shard, rows, n_kept)
 
 
 def _jobs(
     loader: ImageLoader, plan: ExportPlan, shards: Iterable[int], under_way: UnderWay
 ) -> Iterator[Job[ShardStart | ImageRecord]]:
+    kept = find_segments(plan.folder)
     for shard in shards:
         rows = whole_shard(plan, shard)
         if rows is not None and may_work_now(plan, shard, rows):
             rows = None
         items = plan.listing.shard(shard) if rows is None else []
-        yield Job(partial(ShardStart, shard, len(items), rows))
-        first = shard * plan.listing.shard_size
-        for line, item in enumerate(items, start=first):
-            yield Job(partial(_load, item, line, loader, under_way))
+        names = [item.id for item in items]
+        firsts = kept.get(shard, ()) if rows is None else ()
+        segments = open_segments(plan.folder, shard, firsts, names, plan.settings_of(shard))
+        first = segments[-1].end if segments else 0
+        yield Job(partial(ShardStart, shard, len(items) - first, rows, segments, firsts))
+        line = plan.listing.first_line(shard)
+        for place, item in enumerate(items[first:], start=first):
+            yield Job(partial(_load, item, place, line + place, loader, under_way))
 
 
-def _load(item: Item, line: int, loader: ImageLoader, under_way: UnderWay) -> ImageRecord:
+def _load(
+    item: Item, place: int, line: int, loader: ImageLoader, under_way: UnderWay
+) -> ImageRecord:
     """An image with its patches, or its error. `line` is its place in the listing."""
-    image = ImageRecord(item)
+    image = ImageRecord(item, place)
     try:
         image.stage = "read" if item.error is None else "list"
         if item.is_video:
@@ -193,17 +216,29 @@ def _encode(
     options: ExportOptions,
     breaker: CircuitBreaker,
     clock: StageTimer,
+    shard: ShardWriter,
+    is_stopped: Callable[[], bool],
 ) -> Iterator[tuple[ImageRecord, ImageFeatures | None]]:
     """Every image in order, with its features or its error."""
     under_way: deque[ImageRecord] = deque()
+    place = 0  # behind the last image
+    pending: deque[int] = deque()  # places of images that the encoder has, and gave no features of
 
     def patches() -> Iterator[Patches]:
+        nonlocal place
         for image in _timed(images, READ, clock):
+            if is_stopped():
+                raise KeyboardInterrupt
             under_way.append(image)
+            place = image.place + 1
             breaker.count_read(image.error)
             if image.patches is not None:
+                pending.append(image.place)
                 loaded, image.patches = image.patches, None
                 yield loaded
+                # an encoder that asks for more, and has one image alone, begins its batch with it
+                if len(pending) <= 1:
+                    shard.batch_starts.append(pending[0] if pending else image.place + 1)
 
     encoded = encoder.encode_iter(
         patches(), on_error="skip", output=options.output, normalize=options.normalize,
@@ -213,6 +248,7 @@ def _encode(
         while under_way[0].error is not None:
             yield under_way.popleft(), None
         image = under_way.popleft()
+        pending.popleft()
         if isinstance(features, FailedImage):
             image.error = features.error
             yield image, None
@@ -221,6 +257,7 @@ def _encode(
             yield image, features
     for image in under_way:
         yield image, None
+    shard.batch_starts.append(place)
 
 
 def _timed(values: Iterator[Value], stage: str, clock: StageTimer) -> Iterator[Value]:
@@ -246,20 +283,25 @@ def _in_groups(
     images: list[ImageRecord] = []
     features: list[ImageFeatures] = []
     n_bytes = 0
-    for image, each in encoded:
-        images.append(image)
-        if each is not None:
-            features.append(each)
-            n_bytes += sum(rows.nbytes for rows in rows_by_tensor(each).values())
-        if len(images) == most or n_bytes >= GROUP_BYTES:
+    try:
+        for image, each in encoded:
+            images.append(image)
+            if each is not None:
+                features.append(each)
+                n_bytes += sum(rows.nbytes for rows in rows_by_tensor(each).values())
+            if len(images) == most or n_bytes >= GROUP_BYTES:
+                yield images, features
+                images, features, n_bytes = [], [], 0
+    except KeyboardInterrupt:  # they are kept
+        if images:
             yield images, features
-            images, features, n_bytes = [], [], 0
+        raise
     if images:
         yield images, features
 
 
 @contextmanager
-def _time_writer(shard: "_Shard", clock: StageTimer) -> Iterator[None]:
+def _time_writer(shard: ShardWriter, clock: StageTimer) -> Iterator[None]:
     """Time a wait for the writer thread, which may itself be waiting for a copy."""
     before, begin = shard.waited_s, time.perf_counter()
     with clock.stage(WRITE):
@@ -269,105 +311,16 @@ def _time_writer(shard: "_Shard", clock: StageTimer) -> Iterator[None]:
     clock.move(waited_s, WRITE, COPY)
 
 
-class _Shard:
-    """A shard's file as it grows, in the writer thread."""
-
-    def __init__(
-        self,
-        plan: ExportPlan,
-        number: int,
-        form: RowFormat,
-        breaker: CircuitBreaker,
-        on_image: Callable[[ImageFeatures | FailedImage], None],
-    ) -> None:
-        self.number = number
-        self.waited_s = 0.0  # for the GPU
-        self._plan, self._form, self._breaker, self._on_image = plan, form, breaker, on_image
-        self._errors: list[dict[str, Any]] = []
-        room = reserved_header_bytes(plan.listing.shard(number), plan.settings)
-        self._writer = FeatureWriter(plan.path(number), form.tensors, room)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.discard()
-
-    def add(self, images: Sequence[ImageRecord], copy: HostCopy) -> None:
-        """Append images: their rows, or their errors."""
-        self._wait_for(copy)
-        items = [
-            _item_facts(image, self._plan.options.exif) for image in images
-        ]  # of a failed one, no rows
-        parts = {
-            name: rows.split([item.rows_of(name) for item in items])
-            for name, rows in copy.rows.items()
-        }
-        is_finite = copy.is_finite.split([item.n_rows for item in items])
-        for image, of_rows in zip(images, is_finite, strict=True):
-            if not of_rows.numpy().all():
-                image.error = not_finite(image.item.id)
-        good = [place for place, image in enumerate(images) if not image.error]
-        if good:
-            is_whole = sum(items[place].n_rows for place in good) == len(copy.is_finite)
-            rows = copy.rows
-            if not is_whole:
-                rows = {n: torch.cat([each[place] for place in good]) for n, each in parts.items()}
-            self._writer.add(rows, [items[place] for place in good])
-        for place, image in enumerate(images):
-            self._count(image, {name: each[place] for name, each in parts.items()})
-        copy.release()
-
-    def _count(self, image: ImageRecord, rows: Mapping[str, Tensor]) -> None:
-        item, error = image.item, image.error
-        if error is not None:
-            entry = {"id": item.id, "stage": image.stage, "code": error.code, "message": str(error)}
-            self._errors.append(entry)
-            if self._plan.options.on_error == "raise":
-                raise error
-        self._breaker.count_done(error)
-        if error is not None:
-            self._on_image(FailedImage(item.id, error, image.stage, image.size_px))
-            return
-        layers = {block: rows[layer_name(block)] for block in self._plan.options.layers}
-        self._on_image(
-            ImageFeatures(item.id, rows[EMBEDS], image.grid_thw, image.size_px, layers=layers)
+def _whole_again(plan: ExportPlan, shard: int) -> list[ManifestRow]:
+    """The rows of a shard that was just written, from its file."""
+    rows = whole_shard(plan, shard)
+    if rows is None:
+        raise ExportError(
+            "it disappeared or was damaged right after it was written",
+            name=str(plan.path(shard)),
+            remedy="check its disk",
         )
-
-    def save(self) -> list[ManifestRow]:
-        """Write the file, read it again, and return its rows of the manifest."""
-        self._writer.save(
-            {
-                **self._plan.settings,
-                "errors": self._errors,
-                "patches_per_row": self._form.patches_per_row,
-            }
-        )
-        rows = whole_shard(self._plan, self.number)
-        if rows is None:
-            raise ExportError(
-                "it disappeared or was damaged right after it was written",
-                name=str(self._plan.path(self.number)),
-                remedy="check its disk",
-            )
-        return rows
-
-    def _wait_for(self, copy: HostCopy) -> None:
-        if copy.event is not None:
-            begin = time.perf_counter()
-            with torch.cuda.device(copy.event.device):  # else the first GPU would get a context
-                copy.event.synchronize()
-            self.waited_s += time.perf_counter() - begin
-
-
-def _item_facts(image: ImageRecord, exif: ExifPolicy) -> ItemFacts:
-    return ItemFacts(
-        image.item.id, image.grid_thw, image.n_rows, image.size_px, image.notes, image.sha256,
-        image.item.source, "image" if image.timing is None else "video",
-        exif if image.timing is None else None,
-        None if image.timing is None else image.timing.second_per_grid_t,
-        None if image.timing is None else image.timing.frame_seconds,
-    )  # fmt: skip
+    return rows
 
 
 def whole_shard(
@@ -394,13 +347,17 @@ def whole_shard(
     items = plan.listing.shard(shard)
     failed = {error.id for error in file.errors}
     good = [item.id for item in items if item.id not in failed]
-    is_ours = all(file.metadata.get(name) == value for name, value in plan.settings.items())
-    if not is_ours or list(file.ids) != good or len(good) + len(failed) != len(items):
+    first_line = plan.listing.first_line(shard)
+    if (
+        not plan.has_settings(shard, file.metadata)
+        or list(file.ids) != good
+        or len(good) + len(failed) != len(items)
+    ):
         raise ExportError(
             "it belongs to a different export",
             name=str(path),
             expected=f"the settings of {SETTINGS} and the images of {LISTING} from line "
-            f"{shard * plan.listing.shard_size + 1}",
+            f"{first_line + 1}",
             remedy="move it away",
         )
-    return shard_rows(file, items, shard * plan.listing.shard_size)
+    return shard_rows(file, items, first_line)

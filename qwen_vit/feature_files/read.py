@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from qwen_vit.common.safetensors_header import read_header
@@ -22,20 +22,17 @@ from qwen_vit.common.storage import is_remote
 from qwen_vit.common.store_path import AnyPath, StorePath
 from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, plural
 from qwen_vit.feature_files.collection import Features
-from qwen_vit.feature_files.ranges import RangedTensors
+from qwen_vit.feature_files.head import cannot_read, open_tensors
+from qwen_vit.feature_files.listed import ListedImages
 from qwen_vit.feature_files.schema import (
     EMBEDS,
-    INTEGERS,
-    METADATA_KEY,
     RESUME,
     StoredFacts,
     layer_name,
     parse_errors,
     parse_image_facts,
-    parse_metadata,
     parse_row_facts,
     read_description,
-    read_listing,
     shard_name,
 )
 from qwen_vit.feature_files.writer import rows_sha256
@@ -73,7 +70,7 @@ class FeatureFile(Features):
         self.path = path = _as_path(path)
         self._remedy, self._verify = remedy, verify
         try:
-            self.metadata, self._file = _open_tensors(path, remedy)
+            self.metadata, self._file = open_tensors(path, remedy)
             self.image_grid_thw: Tensor = self._file.get_tensor("image_grid_thw")
             self._offsets: list[int] = self._file.get_tensor("image_token_offsets").tolist()
         except (OSError, SafetensorError) as error:
@@ -143,7 +140,7 @@ class FeatureFile(Features):
             with torch.device("cpu"):  # for any default device of the caller
                 rows: Tensor = self._file.get_slice(tensor)[offsets[place] : offsets[place + 1]]
         except OSError as error:  # of a store
-            raise _cannot_read(self.path, error) from None
+            raise cannot_read(self.path, error) from None
         if self._verify:
             self._check_digest(tensor, rows, place)
         return rows
@@ -197,8 +194,9 @@ class FeatureFolder(Features):
     >>> features.is_complete, len(features), len(features.errors)  # doctest: +SKIP
     (True, 999_998, 2)
 
-    It holds the images that were exported without an error, in the listing's order. Shards are
-    opened when they are needed, at most 64 at a time. The folder is listed once, when it is opened:
+    It holds the images that were exported without an error, in the order of their shards. Of an
+    image that a later listing replaced, only the last features are read. Shards are opened when
+    they are needed, at most 64 at a time. The folder is listed once, when it is opened:
     shards that do not exist then are left out, and `is_complete` is False.
 
     `load_features` opens one. Raises ExportError for a folder that is damaged or of another schema.
@@ -212,10 +210,10 @@ class FeatureFolder(Features):
     def __init__(self, path: str | AnyPath, *, verify: bool = False) -> None:
         self.path, self._verify = (path := _as_path(path)), verify
         self.metadata = read_description(path / "export.json")
-        self._shard_size: int = self.metadata["shard_size"]
-        self.listing = read_listing(path / "listing.jsonl", self.metadata["n_images"])
+        self._listed = ListedImages(path, self.metadata)
+        self.listing = self._listed.ids
         found = _names_in(path)
-        self._shard_count: int = -(-len(self.listing) // self._shard_size)
+        self._shard_count = self._listed.n_shards
         self._present = [i for i in range(self._shard_count) if shard_name(i) in found]
         self._shard = lru_cache(SHARDS_OPEN)(self._open)
         if not self.is_complete:
@@ -242,17 +240,18 @@ class FeatureFolder(Features):
 
     @cached_property
     def errors(self) -> Sequence[FailedImage]:
-        """The images that failed, in the listing's order; reads the header of every shard."""
-        return [failed for index in self._present for failed in self._shard(index).errors]
+        """The images that failed, in order; reads the header of every shard."""
+        return [
+            failed
+            for index in self._present
+            for failed in self._shard(index).errors
+            if self._listed.is_current(index, failed.id)
+        ]
 
     @cached_property
     def ids(self) -> Sequence[str]:
         """The ids of the images of all shards, in order; reads the header of every shard."""
-        return [name for index in self._present for name in self._shard(index).ids]
-
-    @cached_property
-    def _line(self) -> dict[str, int]:
-        return {name: line for line, name in enumerate(self.listing)}
+        return [self._shard(i).ids[place] for i in self._present for place in self._places(i)]
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -263,25 +262,24 @@ class FeatureFolder(Features):
         return self._ends[-1] if self._ends else 0
 
     def __iter__(self) -> Iterator[ImageFeatures]:
-        return (features for index in self._present for features in self._shard(index))
+        return (self.read_at((i, place)) for i in self._present for place in self._places(i))
 
     def __contains__(self, name: object) -> bool:
-        line = self._line.get(name) if isinstance(name, str) else None
-        is_present = line is not None and line // self._shard_size in self._present
-        return is_present and super().__contains__(name)
+        index = self._listed.shard_of.get(name) if isinstance(name, str) else None
+        return index in self._present and super().__contains__(name)
 
     def locate(self, key: int | str) -> tuple[int, int]:
         if isinstance(key, str):
-            if key not in self._line:
-                listed = plural(len(self._line), "image")
+            if key not in self._listed.shard_of:
+                listed = plural(len(self.listing), "image")
                 like = f", such as {self.listing[0]!r}" if self.listing else ""
                 raise KeyError(f"{key!r} is not in {self}, which lists {listed}{like}")
-            index = self._line[key] // self._shard_size
+            index = self._listed.shard_of[key]
             return index, self._shard(index).locate(key)
         position = self.position(key)
         at = bisect_right(self._ends, position)
         index = self._present[at]
-        return index, position - (self._ends[at - 1] if at else 0)
+        return index, self._places(index)[position - (self._ends[at - 1] if at else 0)]
 
     def content(self) -> Any:
         return [_file_content(self.path / shard_name(index)) for index in self._present]
@@ -294,7 +292,19 @@ class FeatureFolder(Features):
         """A shard's file. Raises ExportError if it is missing or of a different export."""
         return self._open(index)
 
+    def _places(self, index: int) -> Sequence[int]:
+        """The places of a shard's current images in its file."""
+        ids = self._shard(index).ids
+        if self._has_replaced(index):
+            return [at for at, name in enumerate(ids) if self._listed.is_current(index, name)]
+        return range(len(ids))
+
+    def _has_replaced(self, index: int) -> bool:
+        return not all(self._listed.is_current(index, name) for name in self._listed.of(index))
+
     def _count(self, index: int) -> int:
+        if self._has_replaced(index):
+            return len(self._places(index))
         if isinstance(self.path, StorePath):  # its header is read once
             return len(self._shard(index))
         try:
@@ -308,7 +318,7 @@ class FeatureFolder(Features):
         try:
             is_there = path.is_file()
         except OSError as error:  # of a store
-            raise _cannot_read(path, error) from None
+            raise cannot_read(path, error) from None
         if not is_there:
             raise ExportError(
                 f"missing (the folder has {len(self._present)} of {self._shard_count} shards)",
@@ -316,13 +326,13 @@ class FeatureFolder(Features):
                 remedy=RESUME,
             )
         file = open_shard(path, verify=self._verify)
-        start = index * self._shard_size
-        listed = self.listing[start : start + self._shard_size]
+        listing, listed = self._listed.listing_of(index), self._listed.of(index)
         failed = {each.id for each in file.errors}
-        is_same = all(file.metadata.get(name) == value for name, value in self.metadata.items())
+        is_same = self._listed.has_settings(index, file.metadata)
         is_all = len(file.ids) + len(failed) == len(listed)
         if not is_same or not is_all or file.ids != [n for n in listed if n not in failed]:
-            lines = f"lines {start + 1} to {start + len(listed)} of listing.jsonl"
+            start = (index - listing.shards.start) * self.metadata["shard_size"]
+            lines = f"lines {start + 1} to {start + len(listed)} of {listing.name}"
             raise ExportError(
                 "belongs to a different export",
                 name=str(path),
@@ -360,7 +370,7 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`.
             return FeatureFile(path, verify=verify)
         fact = "not a regular file" if path.exists() else "does not exist"
     except OSError as error:
-        raise _cannot_read(path, error) from None
+        raise cannot_read(path, error) from None
     raise ExportError(
         fact,
         name=str(path),
@@ -380,7 +390,7 @@ def _names_in(folder: AnyPath) -> set[str]:
             return folder.names()
         return {entry.name for entry in os.scandir(folder)}
     except OSError as error:
-        raise _cannot_read(folder, error) from None
+        raise cannot_read(folder, error) from None
 
 
 def _file_content(path: AnyPath) -> tuple[str, int, Any]:
@@ -389,7 +399,7 @@ def _file_content(path: AnyPath) -> tuple[str, int, Any]:
             return path.content()
         status = path.stat()
     except OSError as error:
-        raise _cannot_read(path, error) from None
+        raise cannot_read(path, error) from None
     return str(path.absolute()), status.st_size, status.st_mtime_ns
 
 
@@ -402,42 +412,3 @@ def _same_folder(path: AnyPath, present: Sequence[int], verify: bool) -> Feature
 def open_shard(path: AnyPath, *, verify: bool = False) -> FeatureFile:
     """Open one shard of an export. Raises ExportError, with how to resume, for a damaged one."""
     return FeatureFile(path, RESUME, verify=verify)
-
-
-def _cannot_read(path: AnyPath, error: OSError) -> ExportError:
-    if isinstance(path, StorePath):
-        return ExportError(f"cannot be read ({error.strerror})", name=str(path))
-    return ExportError(
-        f"cannot be read ({error.strerror})",
-        name=str(path),
-        remedy="check its permissions and disk",
-    )
-
-
-def _open_tensors(path: AnyPath, remedy: str) -> tuple[dict[str, Any], Any]:
-    """A file's metadata, and what reads its tensors."""
-    try:
-        remote = RangedTensors(path) if isinstance(path, StorePath) else None
-        tensors = read_header(path) if remote is None else remote.tensors
-    except OSError as error:
-        raise _cannot_read(path, error) from None
-    except CheckpointError as error:
-        if isinstance(error.__cause__, OSError):
-            raise _cannot_read(path, error.__cause__) from None
-        raise ExportError(
-            f"truncated, or not a safetensors file ({path.stat().st_size} bytes)",
-            name=str(path),
-            expected="a feature file",
-            remedy=remedy,
-        ) from None
-    missing = {EMBEDS, *INTEGERS} - set(tensors)
-    file = safe_open(path, framework="pt", device="cpu") if remote is None else remote
-    text = (file.metadata() or {}).get(METADATA_KEY)
-    if missing or text is None:
-        raise ExportError(
-            "a safetensors file, but not a feature file",
-            name=str(path),
-            expected="image_embeds, image_grid_thw, image_token_offsets and their metadata",
-            remedy=remedy,
-        )
-    return parse_metadata(text, tensors, path, remedy), file

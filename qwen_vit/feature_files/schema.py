@@ -12,7 +12,8 @@ for each tensor of rows the sha256 of the image's own rows, as they are stored.
 
 An export folder holds `export.json`, `listing.jsonl` (one id per line) and a feature file, called a
 shard, for every `shard_size` lines of the listing. A shard also names the images that failed, with
-the reason.
+the reason. An export that grew has further listings in `listing-0001.jsonl` and so on. Their shards
+follow those of the listing before, and an image belongs to the last listing that has it.
 
 Schema 1 had no layers, nothing of an image but `size_px`, `notes`, `sha256` and `source`, and those
 in shards only. It is still read.
@@ -42,6 +43,7 @@ from qwen_vit.features import UNKNOWN_SIZE, FailedImage, FeatureOutput, ImageFea
 
 __all__ = [
     "EMBEDS",
+    "EXPORT_ELSEWHERE",
     "FILE_FACTS",
     "INTEGERS",
     "METADATA_KEY",

@@ -9,13 +9,12 @@ from typing import Any
 
 from qwen_vit.common.tensors import all_finite
 from qwen_vit.errors import ExportError, display_name, plural
+from qwen_vit.feature_files.listed import listings_of
 from qwen_vit.feature_files.read import FeatureFile, FeatureFolder, load_features
 from qwen_vit.feature_files.schema import RESUME, rows_by_tensor, shard_name
 from qwen_vit.feature_files.writer import rows_sha256
 
 __all__ = ["Verification", "verify_features"]
-
-LISTING = "listing.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +63,15 @@ class _Check:
         self._on_image = on_image
 
     def folder(self, folder: FeatureFolder) -> None:
-        listed = folder.metadata.get("listing_sha256")
-        with (folder.path / LISTING).open("rb") as file:
-            if file_digest(file, "sha256").hexdigest() != listed:
-                self.problems.append(f"{LISTING}: its sha256 is not the one in export.json")
+        listings = listings_of(folder.metadata, folder.path / "export.json")
+        for listing in listings:
+            with (folder.path / listing.name).open("rb") as file:
+                if file_digest(file, "sha256").hexdigest() != listing.sha256:
+                    self.problems.append(
+                        f"{listing.name}: its sha256 is not the one in export.json"
+                    )
         missing = 0
-        for shard in range(-(-len(folder.listing) // folder.metadata["shard_size"])):
+        for shard in range(listings[-1].shards.stop):
             if not (folder.path / shard_name(shard)).exists():
                 missing += 1
                 continue

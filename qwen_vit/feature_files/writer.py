@@ -113,10 +113,28 @@ class FeatureWriter:
             self._digests += digests.result()  # the caller's memory is free then
         self.items += items
 
-    def save(self, facts: Mapping[str, Any]) -> None:
-        """Write the header and give the file its name; `facts` are JSON values for its metadata."""
+    def last_digests(self) -> Mapping[str, str]:
+        """The digests of the image that was added last, by tensor."""
+        return self._digests[-1]
+
+    def drop_behind(self, n_items: int) -> None:
+        """Forget all but the first images."""
+        self.items, self._digests = self.items[:n_items], self._digests[:n_items]
+        try:
+            for growing, tensor in zip(self._growing, self.tensors, strict=True):
+                n_rows = sum(item.rows_of(tensor.name) for item in self.items)
+                growing.truncate(n_rows * tensor.width * tensor.dtype.itemsize)
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+
+    def save(self, facts: Mapping[str, Any], path: Path | None = None) -> None:
+        """Write the header and give the file its name, or another one in the same folder.
+
+        `facts` are JSON values for its metadata.
+        """
+        path = path or self.path
         head = build_head(
-            self.path, self.items, self._digests, self.tensors, facts, at_least=self._head_bytes
+            path, self.items, self._digests, self.tensors, facts, at_least=self._head_bytes
         )
         main, *others = (growing.atomic for growing in self._growing)
         try:
@@ -125,13 +143,13 @@ class FeatureWriter:
             if len(head) <= self._head_bytes:
                 main.file.seek(0)
                 main.file.write(head)
-                main.commit()
+                main.commit(path)
             else:
-                with atomic_file(self.path) as file:
+                with atomic_file(path) as file:
                     file.write(head)
                     _copy(main.file, self._head_bytes, file)
         except OSError as error:
-            raise cannot_write(self.path, error) from None
+            raise cannot_write(path, error) from None
         self.discard()
 
     def _digests_of(
@@ -168,7 +186,7 @@ class _GrowingRows:
 
     def __init__(self, path: Path, begin: int) -> None:
         self.atomic = AtomicFile(path)
-        self._end = self._flushed = begin
+        self._begin = self._end = self._flushed = begin
         self.atomic.file.seek(begin)
 
     def write(self, rows: Tensor) -> None:
@@ -185,6 +203,13 @@ class _GrowingRows:
                 self.atomic.file.fileno(), self._flushed, length, os.POSIX_FADV_DONTNEED
             )
         self._flushed = self._end
+
+    def truncate(self, n_bytes: int) -> None:
+        """Keep the first bytes of rows alone."""
+        self._end = self._begin + n_bytes
+        self._flushed = min(self._flushed, self._end)
+        self.atomic.file.truncate(self._end)
+        self.atomic.file.seek(self._end)
 
 
 def _copy(source: BinaryIO, begin: int, target: BinaryIO) -> None:

@@ -134,6 +134,18 @@ class Listing:
                 position += file.write(line)
         return cls(path, count, digest.hexdigest(), shard_size, tuple(starts), n_videos)
 
+    @classmethod
+    def open(cls, path: Path, shard_size: int) -> Self:
+        """A listing that was frozen before. Raises OSError if its file cannot be read."""
+        digest, starts, position, count = hashlib.sha256(), [], 0, 0
+        with open(path, "rb") as file:
+            for count, line in enumerate(file, start=1):
+                if (count - 1) % shard_size == 0:
+                    starts.append(position)
+                digest.update(line)
+                position += len(line)
+        return cls(path, count, digest.hexdigest(), shard_size, tuple(starts))
+
     def shard(self, index: int) -> list[Item]:
         """The images of one shard."""
         with self._opened() as file:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError
-from qwen_vit.export import ray_cluster
+from qwen_vit.export import ray_cluster, shard_writer
 from qwen_vit.export import shards as shards_module
 from qwen_vit.export.estimate import estimate_export
 from qwen_vit.export.options import ExportOptions
@@ -136,7 +136,7 @@ def test_a_head_larger_than_its_room_has_all_rows_behind_it(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(out="roomy")
-    monkeypatch.setattr(shards_module, "reserved_header_bytes", lambda items, settings: 8)
+    monkeypatch.setattr(shard_writer, "reserved_header_bytes", lambda items, settings: 8)
     export()
     for ours, other in zip(load_features("out"), load_features("roomy"), strict=True):
         assert ours.id == other.id

@@ -12,19 +12,25 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import PIL
 import torch
+from torch import Tensor
 
+from qwen_vit.batching import BatchEncoder
 from qwen_vit.cli import main as cli
+from qwen_vit.common.prefetch import Job
 from qwen_vit.config import ImageConfig
 from qwen_vit.errors import ImageError
 from qwen_vit.export import run as export
 from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.images.patches import Patches
+from qwen_vit.loading import LoadedImage
+from qwen_vit.outputs import OutputOptions
 
 WIDTH, DEPTH = 16, 4
 POISON, TOO_LARGE = 7, 9  # images of this value alone give NaN, or do not fit the memory
@@ -103,6 +109,27 @@ class FakeEncoder:
                     name, rows, (grid.t, grid.h, grid.w), layers=layers, output=output,
                     normalized=bool(options.get("normalize")),
                 )  # fmt: skip
+
+
+class BatchedEncoder(FakeEncoder):
+    """One that batches as the real encoder does on a CPU: its rows depend on the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[int] = []  # the images of each
+
+    def encode_iter(
+        self, images: Iterable[Any], **options: Any
+    ) -> Iterator[ImageFeatures | FailedImage]:
+        """In batches of `TOKEN_BUDGET["cpu"]` patches."""
+        config: Any = SimpleNamespace(patch_dim=2 * 588, merge_unit=4)
+        encoder = BatchEncoder(self._forward, self.device, config, OutputOptions(), "skip")
+        jobs = (Job(partial(LoadedImage, str(each.name), patches=each)) for each in images)
+        return encoder.encode(jobs, threads=1)
+
+    def _forward(self, pixels: Tensor, grids: Any, *_: Any) -> Tensor:
+        self.batches.append(len(grids))
+        return pixels[:, :WIDTH].float().reshape(-1, 4, WIDTH).mean(dim=1) + len(grids)
 
 
 class BlockingEncoder(FakeEncoder):

@@ -1,0 +1,161 @@
+"""What changed in an export's inputs since they were listed: new, missing and moved images."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Self
+
+from qwen_vit.errors import ExportError, ImageError, display_name
+from qwen_vit.export.listings import Listings
+from qwen_vit.feature_files.read import FeatureFile, open_shard
+from qwen_vit.feature_files.schema import shard_name
+from qwen_vit.images.image import ImageLimits
+from qwen_vit.inputs.listing import Item, Listing, read_listing
+from qwen_vit.inputs.read import read_item
+from qwen_vit.video.items import open_video_item
+
+__all__ = ["InputChanges", "failed_items"]
+
+
+@dataclass(slots=True)
+class InputChanges:
+    """The images of a new listing beside those of an export's listings.
+
+    Attributes:
+        new: images that no listing of the export has.
+        moved: images that are in another place, and where they were.
+        replaced: objects in a store that have another version than before.
+        gone: images of the export that the new listing has not.
+        same: images that are where they were.
+        is_reordered: the same images in another order, which decides the shards of a first listing.
+    """
+
+    new: list[Item] = field(default_factory=list)
+    moved: list[tuple[Item, str]] = field(default_factory=list)
+    replaced: list[Item] = field(default_factory=list)
+    gone: list[Item] = field(default_factory=list)
+    same: list[tuple[Item, int]] = field(default_factory=list)  # each with its shard
+    is_reordered: bool = False
+
+    @classmethod
+    def between(cls, listings: Listings, found: Listing) -> Self:
+        """The changes from an export's listings to the one that was found now."""
+        changes, current = cls(), listings.current
+        before = {
+            item.id: (item, shard)
+            for shard in range(listings.n_shards)
+            for item in listings.shard(shard)
+            if current.has(shard, item.id)
+        }
+        is_in_order, order = True, iter(list(before))
+        for item in read_listing(found.path):
+            old, shard = before.pop(item.id, (None, 0))
+            is_in_order = is_in_order and next(order, None) == item.id
+            if old is None or (old.error is not None and item.error is None):
+                changes.new.append(item)
+            elif _place(old) != _place(item):
+                changes.moved.append((item, old.source))
+            elif old.version != item.version:
+                changes.replaced.append(item)
+            else:
+                changes.same.append((old, shard))
+        changes.gone = [item for item, _ in before.values()]
+        changes.is_reordered = not is_in_order and len(listings.all) == 1
+        return changes
+
+    def describe(self) -> str:
+        """The changes in words; nothing if there are none."""
+        counts = [
+            (self.gone, "missing"),
+            (self.new, "new"),
+            (self.replaced, "changed"),
+            ([item for item, _ in self.moved], "in another place"),
+        ]
+        words = [
+            f"{len(items)} {what}, first {display_name(items[0].id)}"
+            for items, what in counts
+            if items
+        ]
+        if self.moved:
+            words[-1] += f" (it was in {display_name(self.moved[0][1])})"
+        return "; ".join(words) or "in another order" * self.is_reordered
+
+    def changed(self, folder: Path, listings: Listings, limits: ImageLimits) -> list[Item]:
+        """The images whose content changed after they were exported.
+
+        Only files newer than the listing are read again. One that failed is taken without a
+        comparison: its shard has no digest of it.
+        """
+        listed_ns = [os.stat(listing.path).st_mtime_ns for listing in listings.all]
+        times: dict[str, int] = {}
+        newer: dict[int, list[Item]] = {}
+        for item, shard in self.same:
+            if item.source not in times:
+                times[item.source] = _time_ns(item.source)
+            if times[item.source] > listed_ns[listings.number_of(shard)] and item.error is None:
+                newer.setdefault(shard, []).append(item)
+        return [
+            item
+            for shard, items in newer.items()
+            for item in _changed_of_shard(folder / shard_name(shard), items, limits)
+        ]
+
+
+def failed_items(folder: Path, listings: Listings) -> Iterator[Item]:
+    """The images whose last attempt failed, of the shards that exist."""
+    current = listings.current
+    for shard in range(listings.n_shards):
+        file = _open(folder / shard_name(shard))
+        failed = {error.id for error in file.errors} if file is not None else ()
+        for item in listings.shard(shard) if failed else ():
+            if item.id in failed and current.has(shard, item.id):
+                yield item
+
+
+def _changed_of_shard(path: Path, items: Sequence[Item], limits: ImageLimits) -> Iterator[Item]:
+    file = _open(path)
+    if file is None:  # its images will be read
+        return
+    digests = {
+        name: facts["sha256"] for name, facts in zip(file.ids, file.metadata["images"], strict=True)
+    }
+    for item in items:
+        try:
+            digest = _digest(item, limits)
+        except ImageError:  # its features stay: the last good ones
+            continue
+        if digests.get(item.id) != digest:
+            yield item
+
+
+def _digest(item: Item, limits: ImageLimits) -> str:
+    """The sha256 of an image's or a video's bytes, as a shard records it."""
+    if item.is_video:
+        with open_video_item(item) as (_, digest):
+            return digest
+    return sha256(read_item(item, limits)).hexdigest()
+
+
+def _open(path: Path) -> FeatureFile | None:
+    """A shard, or None if it is missing or torn: it is made again."""
+    try:
+        return open_shard(path) if path.exists() else None
+    except ExportError:
+        return None
+
+
+def _place(item: Item) -> Item:
+    """Where an image is, with only the code of its error: versions word it differently."""
+    error = None if item.error is None else (item.error[0], "")
+    return replace(item, error=error, version=None)
+
+
+def _time_ns(path: str) -> int:
+    """When a file was written, or took its name; 0 if it cannot be found."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0
+    return max(status.st_mtime_ns, status.st_ctime_ns)

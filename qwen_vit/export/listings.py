@@ -1,0 +1,112 @@
+"""The listings of an export: one at its start, and one for each time that it grew.
+
+Each listing begins a shard of its own, so the shards of earlier listings keep their bytes. An image
+belongs to the last listing that has it: a later listing replaces images that failed or changed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from qwen_vit.export.manifest import ManifestRow
+from qwen_vit.inputs.listing import Item, Listing, read_listing
+
+__all__ = ["CurrentImages", "Listings"]
+
+
+@dataclass(frozen=True)
+class Listings:
+    """Listings, one after the other, and for each the ids that it withdraws.
+
+    A withdrawn id was a failure of listing, such as a folder that could not be read then.
+    """
+
+    all: tuple[Listing, ...]
+    withdrawn: tuple[Sequence[str], ...] = ((),)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The number of shards up to each listing."""
+        return list(accumulate(len(listing.starts) for listing in self.all))
+
+    @cached_property
+    def current(self) -> "CurrentImages":
+        """Which lines are current."""
+        return CurrentImages(self)
+
+    @property
+    def n_shards(self) -> int:
+        """The shards of all listings."""
+        return self._ends[-1]
+
+    @property
+    def n_images(self) -> int:
+        """The lines of all listings; a replaced image has several."""
+        return sum(listing.n_images for listing in self.all)
+
+    def number_of(self, shard: int) -> int:
+        """The listing that has a shard."""
+        return next(number for number, end in enumerate(self._ends) if shard < end)
+
+    def of(self, shard: int) -> Listing:
+        """The listing that has a shard."""
+        return self.all[self.number_of(shard)]
+
+    def shard(self, shard: int) -> list[Item]:
+        """The images of one shard."""
+        return self.of(shard).shard(self._place(shard))
+
+    def shard_length(self, shard: int) -> int:
+        """The number of images of a shard."""
+        return self.of(shard).shard_length(self._place(shard))
+
+    def first_line(self, shard: int) -> int:
+        """The line of a shard's first image, counted through all listings."""
+        number = self.number_of(shard)
+        before = sum(listing.n_images for listing in self.all[:number])
+        return before + self._place(shard) * self.all[number].shard_size
+
+    def spread(self, count: int) -> list[Item]:
+        """At most `count` images, evenly spread over the listings."""
+        return [
+            item
+            for listing in self.all
+            for item in listing.spread(max(1, count * listing.n_images // self.n_images))
+        ][:count]
+
+    def facts_of(self, shard: int) -> Mapping[str, Any]:
+        """What a shard records of its listing."""
+        listing = self.of(shard)
+        return {"n_images": listing.n_images, "listing_sha256": listing.sha256}
+
+    def _place(self, shard: int) -> int:
+        return shard - ([0, *self._ends][self.number_of(shard)])
+
+
+class CurrentImages:
+    """Tells the current line of each image from lines that a later listing replaced."""
+
+    def __init__(self, listings: Listings) -> None:
+        self._listings = listings
+        self._last: dict[str, int] = {}  # of images of later listings, and of withdrawn ids
+        later = zip(listings.all[1:], listings.withdrawn[1:], strict=True)
+        for number, (listing, withdrawn) in enumerate(later, start=1):
+            self._last |= dict.fromkeys(withdrawn, -1)
+            self._last |= {item.id: number for item in read_listing(listing.path)}
+
+    def has(self, shard: int, name: str) -> bool:
+        """Whether an image of a shard is current."""
+        number = self._listings.number_of(shard)
+        return self._last.get(name, number) == number
+
+    def rows(self, shard: int, rows: Sequence[ManifestRow]) -> list[ManifestRow]:
+        """The rows of a shard's current images."""
+        return [row for row in rows if self.has(shard, row.id)] if self._last else list(rows)
+
+    def count(self, shards: Sequence[int]) -> int:
+        """The current images of some shards."""
+        if not self._last:
+            return sum(map(self._listings.shard_length, shards))
+        return sum(self.has(s, item.id) for s in shards for item in self._listings.shard(s))

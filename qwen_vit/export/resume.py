@@ -1,0 +1,79 @@
+"""The model and the options that an export was started with, to resume it without them."""
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qwen_vit.common.strict_json import read_json
+from qwen_vit.errors import ArgumentError, CheckpointError, ExportError
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.plan import check_is_export
+from qwen_vit.export.settings import SETTINGS
+from qwen_vit.images.image import EXIF_IGNORED, ImageLimits
+from qwen_vit.video.options import VideoLimits, VideoOptions
+
+__all__ = ["StartOptions", "read_start_options"]
+
+
+@dataclass(frozen=True, slots=True)
+class StartOptions:
+    """What an export was started with.
+
+    Attributes:
+        model: a repository, a folder, or "tiny".
+        loading: other arguments of `VisionEncoder.from_pretrained`.
+        options: those that decide what the shards hold.
+    """
+
+    model: str
+    loading: dict[str, Any]
+    options: ExportOptions
+
+
+def read_start_options(folder: Path) -> StartOptions:
+    """The model and the options of the export in a folder.
+
+    >>> start = read_start_options(Path("features"))  # doctest: +SKIP
+    >>> encoder = load_encoder(start.model, start.options, **start.loading)  # doctest: +SKIP
+    >>> export_features(encoder, None, "features", start.options)  # doctest: +SKIP
+
+    Raises ExportError if the folder holds no export, or its settings cannot be read.
+    """
+    check_is_export(folder)
+    try:
+        stored = read_json(folder / SETTINGS)
+        policy, inputs = stored["image_policy"], stored.get("inputs", {})
+        known = {field.name for field in fields(ImageLimits)}
+        bounds: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value  # as before JSON
+            for name, value in stored["limits"].items()
+            if name in known
+        }
+        limits = ImageLimits(**bounds)
+        video = dict(policy.get("video", {}))
+        video.pop("decoder", None)
+        as_video, video_limits = video.pop("as_video", False), video.pop("limits", {})
+        options = ExportOptions(
+            stored["output"], stored["dtype"], stored["shard_size"], limits=limits,
+            normalize=stored["normalize"], layers=tuple(stored["layers"]),
+            column=inputs.get("column"), id_column=inputs.get("id_column"),
+            exif="ignore" if policy.get("orientation") == EXIF_IGNORED else "apply",
+            video=VideoOptions(**video), video_limits=VideoLimits(**video_limits),
+            as_video=as_video, pages=inputs.get("pages", "first"),
+        )  # fmt: skip
+        loading = {
+            "revision": stored["commit"],
+            "device": stored["device"],
+            "min_pixels": policy["min_pixels"],
+            "max_pixels": policy["max_pixels"],
+        }
+        model = stored["model"]
+    except (CheckpointError, ArgumentError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(
+            f"its settings cannot be read ({error})",
+            name=str(folder / SETTINGS),
+            remedy="resume it with INPUTS and the options that it was started with",
+        ) from None
+    beside = os.path.join(str(inputs.get("folder", "")), model)
+    return StartOptions(beside if os.path.isdir(beside) else model, loading, options)

@@ -1,0 +1,105 @@
+"""Segments keep the encoded images of an unfinished shard for the next run.
+
+A segment is a feature file with consecutive images of one shard, their errors included. Its name
+has the shard's number and the place of its first image in the shard. An interrupt writes one, and
+`shard_seconds` one for each span of time. The finished shard takes their rows and replaces them.
+"""
+
+import logging
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_vit.common.safetensors_header import read_header
+from qwen_vit.errors import CheckpointError, ExportError
+from qwen_vit.feature_files.read import FeatureFile, open_shard
+
+__all__ = [
+    "Segment",
+    "count_kept",
+    "find_segments",
+    "open_segments",
+    "remove_segments",
+    "segment_path",
+]
+
+logger = logging.getLogger("qwen_vit")
+
+SEGMENT = re.compile(r"segment-(\d{8})-(\d{8})\.safetensors")
+RESULT = re.compile(r"(?:shard-\d{8}|segment-\d{8}-\d{8})\.safetensors")
+ENCODED_AGAIN = "its images are encoded again"
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Images `first` up to `end` of a shard, and the file that holds their rows and errors."""
+
+    file: FeatureFile
+    first: int
+    end: int
+
+
+def segment_path(folder: Path, shard: int, first: int) -> Path:
+    """The file of a segment."""
+    return folder / f"segment-{shard:08}-{first:08}.safetensors"
+
+
+def find_segments(folder: Path) -> Mapping[int, Sequence[int]]:
+    """For each shard that has segments, the places of their first images, in order."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for name in os.listdir(folder):
+        if match := SEGMENT.fullmatch(name):
+            found[int(match[1])].append(int(match[2]))
+    return {shard: sorted(firsts) for shard, firsts in found.items()}
+
+
+def open_segments(
+    folder: Path, shard: int, firsts: Sequence[int], names: Sequence[str],
+    settings: Mapping[str, Any],
+) -> list[Segment]:  # fmt: skip
+    """The consecutive segments from the shard's first image on; `names` are the shard's ids.
+
+    They end before one that is damaged or of other settings, which is logged.
+    """
+    segments, end = list[Segment](), 0
+    for first in firsts:
+        if first != end:
+            break
+        path = segment_path(folder, shard, first)
+        try:
+            file = open_shard(path)
+        except ExportError as error:
+            logger.warning("%s", ExportError.of(error, remedy=ENCODED_AGAIN))
+            break
+        failed = {error.id for error in file.errors}
+        end = first + len(file) + len(failed)
+        listed = names[first:end]
+        is_ours = all(file.metadata.get(name) == value for name, value in settings.items())
+        if not is_ours or end > len(names) or file.ids != [n for n in listed if n not in failed]:
+            other = ExportError("has other settings", name=str(path), remedy=ENCODED_AGAIN)
+            logger.warning("%s", other)
+            break
+        segments.append(Segment(file, first, end))
+    return segments
+
+
+def remove_segments(folder: Path, shard: int, firsts: Iterable[int]) -> None:
+    """Remove segments of a shard that is whole."""
+    for first in firsts:
+        with suppress(OSError):
+            segment_path(folder, shard, first).unlink(missing_ok=True)
+
+
+def count_kept(folder: Path) -> int:
+    """How many images have rows in the shards and segments of a folder, by their headers."""
+    count = 0
+    for name in os.listdir(folder):
+        if RESULT.fullmatch(name):
+            with suppress(CheckpointError, KeyError, IndexError):
+                count += int(read_header(folder / name)["image_grid_thw"].shape[0])
+    return count

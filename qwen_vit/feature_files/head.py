@@ -1,0 +1,56 @@
+"""Reads the metadata of a feature file from its header."""
+
+from typing import Any
+
+from safetensors import safe_open
+
+from qwen_vit.common.safetensors_header import read_header
+from qwen_vit.common.store_path import AnyPath, StorePath
+from qwen_vit.errors import CheckpointError, ExportError
+from qwen_vit.feature_files.ranges import RangedTensors
+from qwen_vit.feature_files.schema import EMBEDS, INTEGERS, METADATA_KEY, parse_metadata
+
+__all__ = ["cannot_read", "open_tensors"]
+
+
+def cannot_read(path: AnyPath, error: OSError) -> ExportError:
+    """The error to raise if the system or a store refuses to read `path`."""
+    if isinstance(path, StorePath):
+        return ExportError(f"cannot be read ({error.strerror})", name=str(path))
+    return ExportError(
+        f"cannot be read ({error.strerror})",
+        name=str(path),
+        remedy="check its permissions and disk",
+    )
+
+
+def open_tensors(path: AnyPath, remedy: str) -> tuple[dict[str, Any], Any]:
+    """A file's metadata, and what reads its tensors.
+
+    Raises ExportError, with the remedy, for a file that is damaged or no feature file.
+    """
+    try:
+        remote = RangedTensors(path) if isinstance(path, StorePath) else None
+        tensors = read_header(path) if remote is None else remote.tensors
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            raise cannot_read(path, error.__cause__) from None
+        raise ExportError(
+            f"truncated, or not a safetensors file ({path.stat().st_size} bytes)",
+            name=str(path),
+            expected="a feature file",
+            remedy=remedy,
+        ) from None
+    missing = {EMBEDS, *INTEGERS} - set(tensors)
+    file = safe_open(path, framework="pt", device="cpu") if remote is None else remote
+    text = (file.metadata() or {}).get(METADATA_KEY)
+    if missing or text is None:
+        raise ExportError(
+            "a safetensors file, but not a feature file",
+            name=str(path),
+            expected="image_embeds, image_grid_thw, image_token_offsets and their metadata",
+            remedy=remedy,
+        )
+    return parse_metadata(text, tensors, path, remedy), file

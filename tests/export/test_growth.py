@@ -1,0 +1,439 @@
+"""An export that lives: it grows, repairs its failures, and equals a fresh one, image by image."""
+
+import json
+import os
+import random
+import shutil
+import sys
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_vit.cli import main as cli
+from qwen_vit.errors import ExportError
+from qwen_vit.export import settings as settings_module
+from qwen_vit.export.estimate import estimate_export
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.progress import Progress
+from qwen_vit.export.run import export_features
+from qwen_vit.feature_files.read import load_features
+from qwen_vit.feature_files.verify import verify_features
+from tests.support.export_stress import tiny_png
+from tests.support.fake_encoder import FakeEncoder
+
+OPTIONS = ExportOptions(shard_size=4)
+EXTEND, RETRY = replace(OPTIONS, extend=True), replace(OPTIONS, retry_failed=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ten images in p; 3.png and 7.png are broken."""
+    monkeypatch.chdir(tmp_path)
+    Path("p").mkdir()
+    for number in range(10):
+        write(f"p/{number}.png", tiny_png(number)[: 50 if number in (3, 7) else None])
+    return tmp_path
+
+
+def write(path: str, data: bytes) -> None:
+    """A file that is newer than every listing that was written before."""
+    Path(path).write_bytes(data)
+
+
+def export(options: ExportOptions = OPTIONS, out: str = "out", **more: Any) -> Any:
+    encoder = more.pop("encoder", None) or FakeEncoder()
+    return export_features(encoder, more.pop("inputs", ["p"]), out, options, **more)
+
+
+def content(out: str = "out") -> dict[str, Any]:
+    """Each image's rows, grid, size and notes, or its error, without the order of shards."""
+    features = load_features(out)
+    good = {
+        each.id: (each.grid_thw, each.size_px, each.notes, each.embeds.numpy().tobytes())
+        for each in features
+    }
+    assert list(good) == list(features.ids)
+    assert len(good) == len(features)
+    bad = {each.id: (each.code, each.stage, each.message) for each in features.errors}
+    assert not good.keys() & bad.keys()
+    return {**good, **bad}
+
+
+def manifest(out: str = "out") -> dict[str, tuple[Any, ...]]:
+    import pyarrow.parquet as pq
+
+    names = ("status", "tokens", "sha256", "rows_sha256", "error_code")
+    rows = pq.read_table(f"{out}/manifest.parquet").to_pylist()
+    assert len({row["id"] for row in rows}) == len({row["index"] for row in rows}) == len(rows)
+    return {row["id"]: tuple(row[name] for name in names) for row in rows}
+
+
+def equals_a_fresh_export(done: Any) -> None:
+    """The collection, its manifest and its report are those of a new export of the same images."""
+    shutil.rmtree("fresh", ignore_errors=True)
+    fresh = export(replace(OPTIONS, shard_size=100), "fresh")
+    assert content() == content(str(fresh.folder))
+    assert manifest() == manifest(str(fresh.folder))
+    assert (done.images, done.exported, done.failed, done.rows) == (
+        fresh.images, fresh.exported, fresh.failed, fresh.rows,
+    )  # fmt: skip
+    assert verify_features("out").problems == ()
+
+
+def listings() -> list[str]:
+    return sorted(name for name in os.listdir("out") if name.startswith("listing"))
+
+
+@pytest.mark.parametrize("growths", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_folder_that_grows_equals_a_fresh_export_each_time(folder: Path, growths: int) -> None:
+    """New images, changed ones, failures that are repaired and others that stay broken."""
+    chance = random.Random(0)
+    number, broken = 10, {"3.png", "7.png"}
+    equals_a_fresh_export(export())
+    for step in range(growths):
+        for _ in range(chance.randint(0, 6)):
+            is_broken = chance.random() < 0.3
+            write(f"p/{number}.png", tiny_png(number)[: 50 if is_broken else None])
+            broken |= {f"{number}.png"} if is_broken else set()
+            number += 1
+        if step % 3 == 0:
+            write(f"p/{chance.randrange(3)}.png", tiny_png(1_000 + step))  # a good one changes
+        repaired = [name for name in sorted(broken) if chance.random() < 0.4]
+        if step % 2:
+            equals_a_fresh_export(export(EXTEND))
+            for name in repaired:
+                write(f"p/{name}", tiny_png(2_000 + step))
+                broken.discard(name)
+            equals_a_fresh_export(export(RETRY))
+        else:
+            equals_a_fresh_export(export(replace(EXTEND, retry_failed=True)))
+    before = {name: Path("out", name).read_bytes() for name in os.listdir("out")}
+    export()  # and then the plain command resumes
+    assert {name: Path("out", name).read_bytes() for name in os.listdir("out")} == before
+
+
+def test_old_shards_keep_their_bytes_and_only_new_images_are_encoded(folder: Path) -> None:
+    export()
+    before = {path.name: path.read_bytes() for path in Path("out").glob("shard-*")}
+    write("p/a.png", tiny_png(20))
+    encoder = FakeEncoder()
+    done = export(EXTEND, encoder=encoder)
+    assert encoder.encoded == 1
+    assert (done.images, done.exported, done.resumed) == (11, 9, 10)
+    assert {name: Path("out", name).read_bytes() for name in before} == before
+    assert listings() == ["listing-0001.jsonl", "listing.jsonl"]
+    assert load_features("out")["a.png"].grid_thw == (1, 4, 4)
+
+
+def test_only_failed_images_are_tried_again(folder: Path) -> None:
+    export()
+    write("p/3.png", tiny_png(3))
+    encoder = FakeEncoder()
+    done = export(RETRY, encoder=encoder)
+    assert encoder.encoded == 1
+    assert (done.images, done.exported, done.failed) == (10, 9, {"truncated": 1})
+    assert done.failed_earlier == 0  # 7.png failed in this run again
+    [entry] = json.loads(Path("out/export.json").read_text())["more_listings"]
+    assert (entry["kind"], entry["n_images"]) == ("retry", 2)
+    with pytest.raises(KeyError, match=r"'7.png' has no features.*truncated"):
+        load_features("out")["7.png"]
+    assert "3.png" in load_features("out")
+    assert load_features("out")[8].id == "3.png"
+
+
+def test_nothing_new_leaves_the_export_as_it_is(folder: Path) -> None:
+    export(out="out")
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    export(EXTEND)
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+def test_changed_inputs_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    export()
+    write("p/0.png", tiny_png(100))
+    os.utime("p/1.png")  # newer, with the same content
+    Path("p/2.png").unlink()
+    write("p/x.png", tiny_png(5))
+    with pytest.raises(ExportError, match=r"1 missing, first 2.png; 1 new, first x.png.*--extend"):
+        export()
+    encoder = FakeEncoder()
+    done = export(EXTEND, encoder=encoder)
+    assert "1 image changed since the export, first 0.png: exported again" in caplog.text
+    assert "1 image missing, first 2.png: the features stay" in caplog.text
+    assert encoder.encoded == 2
+    assert (done.images, done.exported) == (11, 9)
+
+
+def test_moved_images_are_an_error(folder: Path) -> None:
+    export()
+    os.rename("p", "q")
+    with pytest.raises(ExportError, match=r"10 in another place, first 0\.png"):
+        export(EXTEND, inputs=["q"])
+
+
+def test_a_tar_that_was_torn_is_listed_again(folder: Path) -> None:
+    """Its failure of listing is withdrawn: a fresh export has none."""
+    write("p/t.tar", b"x" * 600)
+    done = export()
+    assert done.failed == {"truncated": 3}
+    with tarfile.open("p/t.tar", "w") as tar:
+        tar.add("p/0.png", "zero.png")
+    equals_a_fresh_export(export(EXTEND))
+    assert "t.tar" not in load_features("out").listing
+
+
+def killed_at(name: str) -> Callable[[Any, Any], None]:
+    def count(self: Any, features: Any) -> None:
+        if features.id == name:
+            raise OSError("as a kill")
+
+    return count
+
+
+def test_a_growth_that_is_killed_resumes_with_the_plain_command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export()
+    for number in range(10, 20):
+        write(f"p/{number}.png", tiny_png(number))
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "count", killed_at("15.png"))
+        with pytest.raises(OSError, match="as a kill"):
+            export(EXTEND)
+    assert not load_features("out").is_complete
+    equals_a_fresh_export(export())
+
+
+@pytest.mark.parametrize("at", ["listing", "description"])
+def test_a_kill_while_a_listing_is_appended_loses_nothing(
+    folder: Path, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export()
+    before = content()
+    write("p/x.png", tiny_png(30))
+    name = "Listing" if at == "listing" else "atomic_file"
+
+    def die(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("as a kill")
+
+    with monkeypatch.context() as patch:
+        if at == "listing":
+            patch.setattr(settings_module.Listing, "freeze", die)
+            patch.setattr("qwen_vit.export.plan._list", lambda *_: frozen())
+        else:
+            patch.setattr(settings_module, name, die)
+        with pytest.raises(RuntimeError):
+            export(EXTEND)
+    assert content() == before
+    equals_a_fresh_export(export(EXTEND))
+
+
+def frozen() -> Any:
+    """The listing of p, which is made before `freeze` is patched."""
+    from qwen_vit.inputs.find import find_items
+    from qwen_vit.inputs.listing import Listing
+
+    path = Path("frozen.tmp")
+    lines = "".join(item.to_json() + "\n" for item in find_items(["p"]))
+    path.write_text(lines)
+    return Listing.open(path, 4)
+
+
+def test_an_unfinished_retry_is_finished_before_another(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    export()
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "count", killed_at("7.png"))
+        with pytest.raises(OSError, match="as a kill"):
+            export(RETRY)
+    export(RETRY)
+    assert "an earlier --retry-failed is not finished" in caplog.text
+    assert listings() == ["listing-0001.jsonl", "listing.jsonl"]
+
+
+def test_parts_extend_together(folder: Path) -> None:
+    for number in (1, 2):
+        export(replace(OPTIONS, part=(number, 2)))
+    for number in range(10, 30):
+        write(f"p/{number}.png", tiny_png(number))
+    write("p/3.png", tiny_png(3))
+    for number in (1, 2):
+        options = replace(EXTEND, part=(number, 2), retry_failed=True)
+        export(options)
+    assert listings() == ["listing-0001.jsonl", "listing-0002.jsonl", "listing.jsonl"]
+    assert load_features("out").is_complete
+    export(out="fresh")
+    assert content() == content("fresh")
+    assert manifest() == manifest("fresh")
+
+
+def test_an_encoder_cache_has_what_was_added(folder: Path) -> None:
+    export(ec_cache="cache")
+    before = {path.name for path in Path("cache").rglob("*.safetensors")}
+    write("p/x.png", tiny_png(40))
+    write("p/3.png", tiny_png(3))
+    export(replace(EXTEND, retry_failed=True), ec_cache="cache")
+    export(out="fresh", ec_cache="fresh-cache")
+    after = {path.relative_to("cache") for path in Path("cache").rglob("*.safetensors")}
+    fresh = {p.relative_to("fresh-cache") for p in Path("fresh-cache").rglob("*.safetensors")}
+    assert len(after) > len(before)
+    assert after == fresh
+
+
+def test_a_dry_run_counts_what_would_be_added_and_writes_nothing(folder: Path) -> None:
+    export()
+    write("p/x.png", tiny_png(41))
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    found = estimate_export(FakeEncoder(), ["p"], EXTEND, folder="out")  # type: ignore[arg-type]
+    assert (found.images - found.done) == 1
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+# --resume
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """`qwen-vit export ...` in this process: code, JSON, stderr."""
+    loaded: list[dict[str, Any]] = []
+
+    def load(model: str, **loading: Any) -> FakeEncoder:
+        loaded.append({"model": model, **loading})
+        return FakeEncoder(max_pixels=loading.get("max_pixels"))
+
+    loader = type("Loader", (), {"from_pretrained": staticmethod(load)})
+    monkeypatch.setattr("qwen_vit.export.run.VisionEncoder", loader)
+
+    def command(*words: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qwen-vit", "export", *words])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capfd.readouterr()
+        return code or 0, captured.out, captured.err
+
+    command.loaded = loaded  # type: ignore[attr-defined]
+    return command
+
+
+START = ("p", "--model", "stand-in", "--out", "out", "--shard-size", "4", "--output", "patch",
+         "--layers", "1,3", "--max-pixels", "10000")  # fmt: skip
+
+
+def test_resume_needs_no_options(run: Any) -> None:
+    assert run(*START)[0] == 1
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    Path("out/shard-00000001.safetensors").unlink()
+    code, out, err = run("--resume", "out", "--json")
+    assert code == 1, err  # 7.png failed in this run
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+    assert json.loads(out)["resumed"] == 6
+    assert run.loaded[-1]["model"] == "stand-in"
+    assert run.loaded[-1]["max_pixels"] == 10_000
+
+
+def test_resume_names_changed_inputs_and_extends_with_its_own(
+    run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(*START)
+    write("p/x.png", tiny_png(42))
+    assert run("--resume", "out")[0] == 0
+    assert "its inputs changed: 1 new, first x.png; the export goes on with" in caplog.text
+    write("p/7.png", tiny_png(7))
+    code, out, _ = run("--resume", "out", "--extend", "--retry-failed", "--json", "-q")
+    done = json.loads(out)
+    assert (code, done["images"], done["exported"]) == (1, 11, 10)
+    run(*START[:4], "fresh", *START[5:])
+    assert content() == content("fresh")
+
+
+def test_resume_from_elsewhere(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(*START)
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert run("--resume", "../out")[0] == 0
+    code, _, err = run("--resume", "../out", "--extend")
+    assert code == 2
+    assert "its inputs are relative to" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("--resume", "none"), "none: no export to resume"),
+        (("--resume", "out", "--output", "mean"), "--output cannot be passed with --resume"),
+        (("--resume", "out", "--model", "tiny"), "--model cannot be passed with --resume"),
+        (("p", "--out", "out"), "INPUTS, --model and --out are needed, or --resume OUT alone"),
+    ],
+)
+def test_bad_usage_of_resume(run: Any, words: tuple[str, ...], error: str) -> None:
+    run(*START)
+    code, _, err = run(*words)
+    assert code == 2
+    assert error in err
+
+
+def test_a_damaged_description_names_what_to_do(run: Any) -> None:
+    run(*START)
+    Path("out/export.json").write_text('{"n_images": 10, "shard_size": 4}')
+    code, _, err = run("--resume", "out")
+    assert code == 2
+    assert "its settings cannot be read" in err
+
+
+# Versions
+
+
+class Newer(FakeEncoder):
+    """The same encoder with another Pillow."""
+
+    def metadata(self) -> dict[str, Any]:
+        return {**super().metadata(), "versions": {"torch": "2", "pillow": "13"}}
+
+
+def test_other_versions_are_refused_until_they_are_accepted(folder: Path) -> None:
+    export()
+    Path("out/shard-00000001.safetensors").unlink()
+    with pytest.raises(ExportError, match=r"versions.pillow was .*, is 13 now") as caught:
+        export(encoder=Newer())
+    assert "pass --accept-versions" in caught.value.remedy
+    export(replace(OPTIONS, accept_versions=True), encoder=Newer())
+    found = [
+        load_features(f"out/shard-{number:08}.safetensors").metadata["versions"]["pillow"]
+        for number in range(3)
+    ]
+    assert found[0] == found[2] != found[1] == "13"
+    features = load_features("out")
+    assert features.is_complete
+    assert len(list(features)) == 8
+    assert verify_features("out").problems == ()
+    Path("out/shard-00000002.safetensors").unlink()
+    export(encoder=Newer())  # both are accepted from now on
+    export()
+
+
+def test_other_settings_are_not_accepted_as_versions(folder: Path) -> None:
+    export()
+    before = Path("out/export.json").read_bytes()
+    with pytest.raises(ExportError, match="output was merged, is mean now"):
+        export(replace(OPTIONS, accept_versions=True, output="mean"), encoder=Newer())
+    assert Path("out/export.json").read_bytes() == before
+
+
+def test_a_shard_of_versions_that_were_not_accepted_is_of_another_export(folder: Path) -> None:
+    export()
+    other = Path("out/shard-00000001.safetensors")
+    other.unlink()
+    export(replace(OPTIONS, accept_versions=True), encoder=Newer())
+    description = json.loads(Path("out/export.json").read_text())
+    del description["accepted"]
+    Path("out/export.json").write_text(json.dumps(description))
+    with pytest.raises(ExportError, match="belongs to a different export"):
+        list(load_features("out"))

@@ -1,0 +1,444 @@
+"""An interrupted export keeps what it encoded, and resumes to the same bytes."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qwen_vit import batching
+from qwen_vit.cli import main as cli_module
+from qwen_vit.errors import ArgumentError, ExportError
+from qwen_vit.export import shards as shards_module
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.plan import open_export
+from qwen_vit.export.progress import Progress
+from qwen_vit.export.run import export_features
+from qwen_vit.export.segments import count_kept, find_segments
+from qwen_vit.export.shards import export_shards
+from qwen_vit.export.stop import StopSignals
+from qwen_vit.feature_files.read import load_features
+from tests.support.export_stress import tiny_png
+from tests.support.fake_encoder import BatchedEncoder, FakeEncoder
+
+OPTIONS = ExportOptions(shard_size=40)
+COUNT = 100  # images, every 13th of them broken
+
+
+class Stop:
+    """A signal that comes after so many questions."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def is_requested(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    @contextmanager
+    def accepted(self) -> Iterator[None]:
+        yield
+
+
+@pytest.fixture
+def export_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("p").mkdir()
+    for number in range(COUNT):
+        data = tiny_png(number)
+        Path(f"p/{number:03}.png").write_bytes(data[:50] if number % 13 == 5 else data)
+    return tmp_path
+
+
+def export(
+    out: str = "out", *, encoder: Any = None, options: ExportOptions = OPTIONS, **more: Any
+) -> Any:
+    return export_features(encoder or FakeEncoder(), ["p"], out, options, **more)
+
+
+def files(folder: str = "out") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def segments(folder: str = "out") -> list[str]:
+    return sorted(name for name in os.listdir(folder) if name.startswith("segment-"))
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 33, 40, 41, 42, 75, 100, 102])
+@pytest.mark.parametrize("layers", [(), (1, 3)])
+def test_a_stopped_export_encodes_no_image_twice(
+    export_dir: Path, after: int, layers: tuple[int, ...]
+) -> None:
+    options = ExportOptions(shard_size=40, layers=layers)
+    whole = export("whole", options=options)
+    encoder = FakeEncoder()
+    with pytest.raises(KeyboardInterrupt):
+        export(encoder=encoder, options=options, stop=Stop(after))
+    assert not [name for name in files() if name.endswith((".tmp", "lock"))]
+    kept = count_kept(Path("out"))
+    # a batch of 32 was being filled
+    assert encoder.encoded == kept
+    done = export(encoder=encoder, options=options)
+    assert encoder.encoded == whole.exported
+    assert files() == files("whole")
+    assert (done.exported, done.failed) == (whole.exported, whole.failed)
+    assert done.resumed >= kept
+
+
+def test_a_report_tells_what_failed_in_this_run(export_dir: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        export(stop=Stop(38))
+    assert segments() == ["segment-00000000-00000000.safetensors"]
+    done = export()
+    assert (sum(done.failed.values()), done.failed_earlier, done.resumed) == (8, 3, 35)
+
+
+def pictures() -> None:
+    """Of three sizes, so that batches of 60 patches hold one or two of them."""
+    for number, name in enumerate(sorted(os.listdir("p"))[:12]):
+        size = ((56, 56), (56, 84), (84, 84))[number % 3]
+        values = np.random.default_rng(number).integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(values).save(f"p/{name}")
+    for name in sorted(os.listdir("p"))[12:]:
+        Path("p", name).unlink()
+    Path("p/004.png").write_bytes(b"broken")
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_on_a_cpu_whole_batches_are_kept_and_bits_repeat(
+    export_dir: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There bits depend on the batch: an interrupt in the middle of one must not divide it."""
+    pictures()
+    monkeypatch.setitem(batching.TOKEN_BUDGET, "cpu", 60)
+    encoder, count = BatchedEncoder(), Progress.count
+    export("whole", encoder=encoder)
+    expected, encoder.batches = encoder.batches, []
+    assert {*expected} == {1, 2}
+
+    def interrupted(self: Any, features: Any) -> None:
+        if features.id == f"{at:03}.png":
+            raise KeyboardInterrupt
+        count(self, features)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "count", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export(encoder=encoder)
+    kept = 0
+    for name in segments():
+        kept = len(load_features(f"out/{name}").metadata["ids"])
+    encoder.batches = []
+    export(encoder=encoder)
+    assert files() == files("whole")
+    # the batches of the first run are repeated from the interrupted one on
+    done = len(expected) - len(encoder.batches)
+    assert encoder.batches == expected[done:]
+    assert sum(expected[:done]) == kept
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_segments_are_saved_from_time_to_time_and_survive_a_kill(
+    export_dir: Path, is_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU wherever a group ends, on a CPU between batches."""
+    if is_gpu:
+        real = shards_module.ShardWriter
+        monkeypatch.setattr(shards_module, "GROUP_IMAGES", 7)
+        groups = shards_module._in_groups
+        monkeypatch.setattr(
+            shards_module, "_in_groups", lambda encoded, _: groups(encoded, torch.device("cuda"))
+        )
+        monkeypatch.setattr(
+            shards_module, "ShardWriter",
+            lambda *given, bits_depend_on_batch: real(*given, bits_depend_on_batch=False),
+        )  # fmt: skip
+    monkeypatch.setattr("tests.support.fake_encoder.BATCH", 4)
+    often = ExportOptions(shard_size=40, shard_seconds=1e-9)
+    whole = export("whole")
+
+    class Killed(BaseException):
+        """As SIGKILL: no handler of ours takes it."""
+
+    def kill(self: Any, features: Any) -> None:
+        if features.id == "033.png":
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "count", kill)
+        with pytest.raises(Killed):
+            export(options=often)
+    assert len(segments()) >= 3
+    kept = count_kept(Path("out"))
+    assert kept >= 20
+    encoder = FakeEncoder()
+    done = export(encoder=encoder, options=often)
+    assert encoder.encoded == whole.exported - kept
+    assert files() == files("whole")
+    assert done.resumed >= kept
+
+
+def interrupted_at(after: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        export(stop=Stop(after))
+
+
+@pytest.mark.parametrize("times", [2, 5])
+def test_interrupts_of_one_shard_add_up(export_dir: Path, times: int) -> None:
+    export("whole")
+    encoder = FakeEncoder()
+    for _ in range(times):
+        with pytest.raises(KeyboardInterrupt):
+            export(encoder=encoder, options=ExportOptions(shard_size=200), stop=Stop(16))
+    assert len(segments()) <= times
+    export(encoder=encoder, options=ExportOptions(shard_size=200))
+    assert encoder.encoded == 92
+    export("one", options=ExportOptions(shard_size=200))
+    assert files() == files("one")
+
+
+# What cannot be used
+
+
+def test_a_torn_segment_is_encoded_again(
+    export_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export("whole")
+    interrupted_at(38)
+    [name] = segments()
+    path = Path("out", name)
+    path.write_bytes(path.read_bytes()[:-1])
+    encoder = FakeEncoder()
+    export(encoder=encoder)
+    assert f"{name}: truncated" in caplog.text
+    assert "Its images are encoded again." in caplog.text
+    assert encoder.encoded == 92
+    assert files() == files("whole")
+
+
+def test_segments_behind_a_gap_wait_for_it(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.support.fake_encoder.BATCH", 4)
+    export("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "count", raise_at("033.png", OSError("as a kill")))
+        with pytest.raises(OSError, match="as a kill"):
+            export(options=ExportOptions(shard_size=40, shard_seconds=1e-9))
+    first, second, *_ = segments()
+    Path("out", second).unlink()
+    encoder = FakeEncoder()
+    export(encoder=encoder)
+    assert encoder.encoded == 92 - count_of(first)
+    assert files() == files("whole")
+
+
+def count_of(name: str) -> int:
+    """The images of the first segment, which every export of this folder keeps alike."""
+    return int(name.removesuffix(".safetensors").rpartition("-")[2]) or 4
+
+
+def raise_at(name: str, error: BaseException) -> Callable[[Any, Any], None]:
+    def count(self: Any, features: Any) -> None:
+        if features.id == name:
+            raise error
+
+    return count
+
+
+def test_rows_that_rotted_in_a_segment_are_named(export_dir: Path) -> None:
+    interrupted_at(38)
+    [name] = segments()
+    path = Path("out", name)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        ExportError, match=rf"{name}: the rows of '\d+.png' changed after they were .* Delete"
+    ):
+        export()
+    path.unlink()
+    export()
+    export("whole")
+    assert files() == files("whole")
+
+
+def test_other_settings_are_an_error_while_a_segment_is_there(export_dir: Path) -> None:
+    interrupted_at(38)
+    before = files()
+    with pytest.raises(ExportError, match="output was merged, is mean now"):
+        export(options=ExportOptions("mean", shard_size=40))
+    assert files() == before
+
+
+def test_segments_of_whole_shards_are_removed(export_dir: Path) -> None:
+    interrupted_at(38)
+    [name] = segments()
+    data = Path("out", name).read_bytes()
+    export()
+    Path("out", name).write_bytes(data)  # a kill between the shard and this
+    export()
+    assert segments() == []
+
+
+def test_a_folder_with_segments_is_read_as_one_in_progress(export_dir: Path) -> None:
+    interrupted_at(78)
+    read = load_features("out")
+    assert not read.is_complete
+    assert len(read) == 37
+    assert find_segments(Path("out")) == {1: [0]}
+
+
+def test_parts_keep_their_own_segments(export_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.support.fake_encoder.BATCH", 2)
+    export("whole", options=ExportOptions(shard_size=10))
+    for number in (1, 2):
+        options = ExportOptions(shard_size=10, part=(number, 2))
+        with pytest.raises(KeyboardInterrupt):
+            export(options=options, stop=Stop(17))
+    assert len(segments()) == 2
+    for number in (2, 1):
+        export(options=ExportOptions(shard_size=10, part=(number, 2)))
+    assert files() == files("whole")
+
+
+@pytest.mark.parametrize("error", [OSError("lost"), ExportError("no space"), MemoryError()])
+def test_other_errors_keep_whole_shards_alone(
+    export_dir: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Progress, "count", raise_at("050.png", error))
+    with pytest.raises(type(error)):
+        export()
+    assert segments() == []
+
+
+def test_a_disk_that_is_full_does_not_hide_the_interrupt(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise ExportError("could not be written (No space left on device)", name="segment")
+
+    monkeypatch.setattr(shards_module.ShardWriter, "close_segment", full)
+    interrupted_at(38)
+    assert "segment: could not be written (No space left" in caplog.text
+    assert segments() == []
+
+
+@pytest.mark.parametrize("seconds", [0, -1, True, "5", float("nan")])
+def test_a_time_that_is_none_is_refused(seconds: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"shard_seconds is .* Expected a number above 0"):
+        ExportOptions(shard_seconds=seconds)
+
+
+def test_a_worker_of_a_cluster_goes_on_with_a_segment(export_dir: Path) -> None:
+    export("whole")
+    interrupted_at(38)
+    encoder = FakeEncoder()
+    with open_export(encoder, ["p"], Path("out"), OPTIONS) as plan:
+        [done] = export_shards(encoder, plan, [0])  # type: ignore[arg-type]
+    assert (done.n_kept, len(done.rows)) == (35, 40)
+    assert files()["shard-00000000.safetensors"] == files("whole")["shard-00000000.safetensors"]
+
+
+# Signals
+
+
+def test_the_first_signal_is_a_question_and_the_second_an_interrupt() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as stop:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)  # while an encoder is loaded, say
+        with stop.accepted():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.is_requested()
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """As nohup leaves SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop, stop.accepted():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.is_requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_command_with_what_it_encoded(
+    run: Any, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    encode = FakeEncoder._encode
+
+    def interrupted(self: Any, batch: Any, options: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return encode(self, batch, options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeEncoder, "_encode", interrupted)
+        code, _, err = run("--shard-size", "100")
+    lines = [line for line in err.splitlines() if line and not line.startswith("skipped: ")]
+    assert code == 130
+    assert lines == [
+        "interrupted: saving what was encoded; once more to stop at once",
+        "32 images kept; run the same command again to resume",
+        "interrupted",
+    ]
+    assert count_kept(Path("out")) == 32  # a batch
+    code, out, _ = run("--shard-size", "100", "--json", "--allow-failed", "8")
+    done = json.loads(out)
+    assert (code, done["exported"], segments()) == (0, 92, [])
+    assert done["resumed"] >= 32
+
+
+@pytest.fixture
+def run(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Any:
+    """`qwen-vit export p ... --out out` in this process: code, stdout, stderr."""
+    loader = type("Loader", (), {"from_pretrained": staticmethod(lambda *_, **__: FakeEncoder())})
+    monkeypatch.setattr("qwen_vit.export.run.VisionEncoder", loader)
+
+    def command(*arguments: str) -> tuple[Any, str, str]:
+        words = ["export", "p", "--model", "stand-in", "--out", "out", *arguments]
+        monkeypatch.setattr(sys, "argv", ["qwen-vit", *words])
+        code: Any = 0
+        try:
+            cli_module.main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capfd.readouterr()
+        return code or 0, captured.out, captured.err
+
+    return command
+
+
+@pytest.mark.parametrize(("allowed", "code"), [((), 1), (("7",), 1), (("8",), 0), (("9",), 0)])
+def test_so_many_failures_of_a_run_are_allowed(
+    run: Any, allowed: tuple[str, ...], code: int
+) -> None:
+    words = ("--allow-failed", *allowed) if allowed else ()
+    found, out, _ = run("--json", *words)
+    assert (found, sum(json.loads(out)["failed"].values())) == (code, 8)
+    # those of earlier runs do not count
+    assert run(*words)[0] == 0
+    Path("p/new.png").write_bytes(b"")
+    assert run("--allow-failed", "-1")[0] == 2
+
+
+def test_options_of_time_reach_the_export(run: Any) -> None:
+    assert run("--shard-seconds", "0.000001", "--allow-failed", "8")[0] == 0
+    assert run("--shard-seconds", "0")[0] == 2
+    assert segments() == []
