@@ -242,7 +242,7 @@ def _torchcodec_in_child(clips: Path) -> float | None:
             if match is not None and not Path(links, match[1] + match[2]).exists():
                 os.symlink(library, Path(links, match[1] + match[2]))
         of_torch = str(Path(torch.__file__).parent / "lib")
-        found = [links, of_torch, os.environ.get("LD_LIBRARY_PATH", "")]
+        found = [links, str(bundled), of_torch, os.environ.get("LD_LIBRARY_PATH", "")]
         command = [sys.executable, "-m", "tools.benchmarks.video", "--only-torchcodec", str(clips)]
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, check=False,
