@@ -76,7 +76,7 @@ def main(
             (folder / "model").mkdir()
             write_model(folder / "model", device)
         encoder = VisionEncoder.from_pretrained(model or str(folder / "model"), device=device)
-        figures = _measure(encoder, paths, hf_clips, model or str(folder / "model"))
+        figures = _measure(encoder, paths, hf_clips)
     row = ledger_row(
         "video", commit, device, PACKAGES, clips=clips, distinct=distinct, seconds=seconds,
         size=size, codec=codec, optional=_optional_versions(), **figures,
@@ -86,15 +86,13 @@ def main(
     publish(row, ledger)
 
 
-def _measure(
-    encoder: VisionEncoder, paths: list[Path], hf_clips: int, model: str
-) -> dict[str, Any]:
+def _measure(encoder: VisionEncoder, paths: list[Path], hf_clips: int) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
     tower = _tower_rate(encoder, paths[0])
     by_pyav = _pyav_rate(paths, cores)
     by_torchcodec = _torchcodec_in_child(paths[0].parent)
     whole, memory = _whole_rate(encoder, paths)
-    hf = _hf_rate(paths[:hf_clips], model, encoder.device) if hf_clips else None
+    hf = _hf_rate(paths[:hf_clips], encoder) if hf_clips else None
     bound = min(tower, max(by_pyav, by_torchcodec or 0.0))
     return {
         "frames_per_clip": _frames_taken(paths[0]),
@@ -270,7 +268,7 @@ def _whole_rate(encoder: VisionEncoder, paths: Sequence[Path]) -> tuple[float, l
     return _rate(len(paths), run, encoder.device), memory
 
 
-def _hf_rate(paths: Sequence[Path], model: str, device: torch.device) -> float | None:
+def _hf_rate(paths: Sequence[Path], encoder: VisionEncoder) -> float | None:
     """transformers: its video processor and its tower in the same dtype, one clip after another."""
     try:
         from transformers import Qwen2_5_VLConfig
@@ -282,14 +280,16 @@ def _hf_rate(paths: Sequence[Path], model: str, device: torch.device) -> float |
     except ImportError as error:
         click.echo(f"transformers is left out: {error}", err=True)
         return None
-    encoder_config = VisionEncoder.from_pretrained(model, device="cpu").config
-    config = Qwen2_5_VLConfig(vision_config=encoder_config.to_json()).vision_config
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype = encoder.device, encoder.dtype
+    config = Qwen2_5_VLConfig(vision_config=encoder.config.to_json()).vision_config
     with torch.device(device):
         tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(
             config, attn_implementation="sdpa", dtype=dtype
         ).eval()
-    processor = Qwen2VLVideoProcessor(cap_pixels_per_frame=True)
+    try:
+        processor = Qwen2VLVideoProcessor(cap_pixels_per_frame=True)
+    except TypeError:  # an older transformers; clips of 60 s are below the cap
+        processor = Qwen2VLVideoProcessor()
     backend = "torchcodec" if _version("torchcodec") else "pyav"
 
     @torch.no_grad()
