@@ -823,7 +823,6 @@ def test_addresses_are_refused_with_the_remedy(address: str) -> None:
     [
         (None, "NoneType", "Expected a path"),
         (3, "int", "Expected a path"),
-        ({}, "dict", "Expected a path"),
         (["a.jpg"], "list", "Give its items one by one"),
         (io.BytesIO(b"..."), "BytesIO", "Give its path, or the bytes that its read() returns"),
         (np.ma.masked_equal(noise(4, 5), 3), "MaskedArray", "with its filled()"),

@@ -162,6 +162,8 @@ def format_options(command: Command) -> Command:
 
 
 def _formats(text: str) -> tuple[str, ...]:
+    if not text:  # completing a word imports no NumPy
+        return ()
     from qwen_vit.images.image import check_formats
 
     try:
