@@ -67,7 +67,7 @@ def test_an_export_goes_round_the_picture_that_killed_it(monkeypatch: pytest.Mon
     assert len(notes()) == 1
     asked = []
 
-    def dies(data: bytes, name: str, limits: ImageLimits) -> Any:
+    def dies(data: bytes, name: str, limits: ImageLimits, page: int | None = None) -> Any:
         asked.append(name)
         if name == "6.png":
             raise ImageError("its process died", name=name, code="memory")
