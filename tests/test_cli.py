@@ -159,6 +159,15 @@ def test_what_is_skipped_stands_on_a_line_of_its_own_above_the_bar(folder: Path)
 
 # Starting
 
+
+def test_no_argument_at_all_is_a_request_for_help(run: Any) -> None:
+    """Newer versions of click raise it as an error, which was printed on one line."""
+    bare, asked = run(), run("--help")
+    assert bare == asked
+    assert bare.code == 0
+    assert "\nCommands:\n" in bare.out
+
+
 STARTED = """
 import sys
 from qwen_vit.__main__ import main

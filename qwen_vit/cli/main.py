@@ -67,7 +67,7 @@ def main() -> None:
     logging.getLogger("huggingface_hub").propagate = False  # it prints its own
     set_verbosity(0)
     try:
-        cli.main(prog_name="qwen-vit", standalone_mode=False)
+        cli.main(sys.argv[1:] or ["--help"], prog_name="qwen-vit", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
         print_log("interrupted")
         sys.exit(EXIT_INTERRUPTED)

@@ -90,8 +90,10 @@ def _text(views: FeatureViews, given: ShowInput, command: str, layer: int | None
         )
     view = views.views[0]
     px = given.patch_px * view.w // view.colours.shape[1]
-    what = "patch" if px == given.patch_px else "merged token"
-    source = f"{what}s" if layer is None else f"the residual stream behind block {layer}"
+    what, whats = "merged token", "merged tokens"
+    if px == given.patch_px:
+        what, whats = "patch", "patches"
+    source = whats if layer is None else f"the residual stream behind block {layer}"
     window_px = views.window * given.patch_px
     return PageText(
         title=f"Features of {plural(len(views.views), 'image')}",
