@@ -1,5 +1,6 @@
 """One budget of memory for decoding, shared by all threads of the process."""
 
+import ctypes
 import os
 import resource
 import threading
@@ -13,6 +14,7 @@ from qwen_vit.errors import ArgumentError
 __all__ = ["DecodingMemory", "available_bytes", "decoding_memory", "set_decoding_memory"]
 
 SHARE = 2  # half of what is left: resized images and the encoder take memory as well
+TRIM_BYTES = 2**27  # of an image, which takes 0.1 s or more
 UNKNOWN_BYTES = 2**32  # where the system does not say what is left
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -67,6 +69,8 @@ class DecodingMemory:
                 self._waiting.remove(ticket)
                 self._changed.notify_all()
         try:
+            if n_bytes >= TRIM_BYTES:
+                _give_back()
             yield
         finally:
             with self._changed:
@@ -82,6 +86,12 @@ class DecodingMemory:
 
 decoding_memory = DecodingMemory()
 os.register_at_fork(after_in_child=decoding_memory.forget_other_threads)
+
+
+def _give_back() -> None:
+    """Give back to the system what threads have freed: glibc keeps it in arenas of threads."""
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def set_decoding_memory(n_bytes: int | None) -> None:

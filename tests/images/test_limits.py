@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -254,3 +256,33 @@ def test_bytes_after_the_pixels_of_a_png_do_not_matter() -> None:
     chunk = struct.pack(">I", len(packed)) + b"IDAT" + packed
     chunk += struct.pack(">I", zlib.crc32(chunk[4:]))
     assert seconds(lambda: load_image(data[:-12] + chunk + data[-12:])) < 1
+
+
+PEAK = """
+import io, sys
+from concurrent.futures import ThreadPoolExecutor
+from PIL import Image
+from qwen_vit.images.load import load_image
+from qwen_vit.images.memory import set_decoding_memory
+
+file, threads = io.BytesIO(), int(sys.argv[1])
+Image.new("RGBA", (4_000, 4_000)).save(file, "PNG", compress_level=1)
+set_decoding_memory(2 * 10**8)  # one such picture takes 192 MB
+with ThreadPoolExecutor(threads) as pool:
+    list(pool.map(lambda _: load_image(file.getvalue()).width, range(2 * threads)))
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+
+
+@pytest.mark.slow
+def test_the_peak_of_memory_does_not_follow_the_threads() -> None:
+    """glibc kept in the arena of each thread what its pictures had taken: 30 bytes a pixel."""
+
+    def peak(threads: int) -> int:
+        command = [sys.executable, "-c", PEAK, str(threads)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    one, eight = peak(1), peak(8)
+    print(f"peaks: {one:,} kB with one thread, {eight:,} kB with eight")
+    assert eight < 1.5 * one
