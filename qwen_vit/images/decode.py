@@ -98,12 +98,7 @@ def decode_pil(
     file_format = str(image.format or "PIL image")
     with LOAD_LOCKS[id(image) // 16 % len(LOAD_LOCKS)]:
         if getattr(image, "tile", None) and getattr(image, "fp", image) is None:
-            raise ImageError(
-                "a PIL image whose file was closed before it was loaded",
-                name=name,
-                remedy="call its load() first, or pass the path",
-                code="unreadable",
-            )
+            raise _closed(name)
         deep, turned = is_deep(image), tiff_orientation(image)
         data = _lazy_bytes(image, limits)
         with decoding_memory.hold(_peak_bytes(image)), _decoding(data, file_format, name):
@@ -188,6 +183,8 @@ def _decoding(
         ) from None
     except Exception as error:  # noqa: BLE001 - plug-ins raise SyntaxError, struct.error, ...
         text = str(error)
+        if isinstance(error, ValueError) and "closed file" in text:  # Python's own words
+            raise _closed(name) from None
         ends = data is not None and ends_early(data, file_format)
         if header and data and file_format == "TIFF" and isinstance(error, SyntaxError):
             kind = None if ends else unread_kind(data, name)
@@ -204,6 +201,15 @@ def _decoding(
             raise truncated(file_format, name, f"it ends early{size}") from None
         reason = type(error).__name__ if re.search(r"0x[0-9a-fA-F]{4}", text) else text
         raise damaged(file_format, name, reason or type(error).__name__) from None
+
+
+def _closed(name: str) -> ImageError:
+    return ImageError(
+        "a PIL image whose file was closed before it was loaded",
+        name=name,
+        remedy="call its load() first, or pass the path",
+        code="unreadable",
+    )
 
 
 class _Strictness:
