@@ -78,14 +78,15 @@ def compiled_attention_interpreted(
             qkv, k_rotated, rotary.cos, rotary.sin, index, N,
             H=H, D=D, D_PADDED=triton.next_power_of_2(D), BN=64, **shared,
         )  # fmt: skip
-    kernels._interpreted(kernels._rope_varlen_attention)(
-        (len(segments.tiles) * H,),
-        qkv, k_rotated, rotary.cos, rotary.sin, index,
-        segments.segment_of_row, segments.tiles, out, D**-0.5 * kernels.LOG2_E,
-        H=H, D=D, D0=d_main, D1=d_tail,
-        K_ROTATED=kind == "full", ONE_KEY_TILE=kind == "window",
-        MASK_SEGMENTS=False, PRECISION="ieee", BM=rows, BN=rows, **shared,
-    )  # fmt: skip
+    tables = rotary.cos, rotary.sin, index, segments.segment_of_row, segments.tiles
+    shared |= {"H": H, "D": D, "D0": d_main, "D1": d_tail, "MASK_SEGMENTS": False, "BM": rows}
+    grid, scale = (len(segments.tiles) * H,), D**-0.5 * kernels.LOG2_E
+    if kind == "window":
+        kernels._interpreted(kernels._window_attention)(grid, qkv, *tables, out, scale, **shared)
+    else:
+        kernels._interpreted(kernels._full_attention)(
+            grid, qkv, k_rotated, *tables, out, scale, BN=rows, **shared
+        )
     return out
 
 

@@ -43,17 +43,17 @@ def compile_attention(head_dim: int, bits: int, use_name: str) -> Compiled:
         "D": head_dim,
         "D0": d_main,
         "D1": max(16, triton.next_power_of_2(tail)) if tail else 0,
-        "K_ROTATED": use["kind"] == "full",
-        "ONE_KEY_TILE": use["kind"] == "window",
         "AXIAL": use["axial"],
         "ADJACENT": use["adjacent"],
         "MASK_SEGMENTS": False,
-        "PRECISION": "ieee",
         "BM": tiles.q_rows,
-        "BN": tiles.k_rows,
     }
+    kernel = attention._window_attention
+    if use["kind"] == "full":
+        kernel = attention._full_attention
+        constants["BN"] = tiles.k_rows
     return compile_for_hopper(
-        attention._rope_varlen_attention,
+        kernel,
         pointers | {"scale_log2e": "fp32"},
         constants,
         num_warps=tiles.num_warps,

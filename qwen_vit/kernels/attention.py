@@ -1,13 +1,20 @@
-"""The one attention: a variable-length Triton flash attention with 2D RoPE in registers.
+"""One operation in three kernels: variable-length flash attention with 2D RoPE in registers.
 
-One kernel, two kinds. In a *window* all keys fit one tile: Q and K are rotated while they load, and
-the softmax needs no running maximum. Over a whole *frame* the keys are many tiles. Q is rotated
-while it loads and stays in registers. K is rotated once beforehand: inside the key loop the work
-would repeat for every query tile, and on Hopper the assembler would serialise the matrix
-instructions.
+`_window_attention`: all keys fit one tile, and they are the query rows. Q and K are rotated while
+they load, by the same angles.
 
-The kernel reads Q, K and V in place from the fused QKV projection. The head dim is cut into a main
-part, a power of two, and a tail (80 = 64 + 16), so that no multiply-add is spent on padding.
+`_full_attention`: the keys are many tiles. Q is rotated while it loads and stays in registers. K is
+rotated once beforehand, by `_rotate_keys`: inside the key loop the work would repeat for every
+query tile, and on Hopper the assembler would serialise the matrix instructions.
+
+The kernels read Q, K and V in place from the fused QKV projection. The head dim is cut into a main
+part, a power of two, and a tail (80 = 64 + 16), so that no multiply-add is spent on padding. On
+Hopper `attention_hopper` has both attention kernels again, for the published head dim.
+
+Blocks are named `b_`, pointers `p_`, masks `m_` and offsets `o_`; a comment gives a block's shape.
+What travels together is a tuple: rope = (cos, sin, axis_index), angles = (b_cos, b_sin),
+q = (main, tail), v = (main, tail), state = (m, l, acc0, acc1). `q` and `v` have no tail where the
+head dim is a power of two.
 """
 
 from collections.abc import Callable
@@ -72,61 +79,68 @@ HEAD_DIMS = {"cuda": (16, 128), "cpu": (2, 1024)}
 
 @triton.jit
 def _angles(
-    cos, sin, axis_index, row_begin, m_row,
+    rope, row_begin, m_row,
     D_BEGIN: tl.constexpr, D_BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     AXIAL: tl.constexpr, ADJACENT: tl.constexpr,
 ):  # fmt: skip
-    """Cosines and sines for ROWS rows from `row_begin`, as `_rotated_tile` multiplies them."""
+    """Cosines and sines for ROWS rows from `row_begin`, as `_rotated` multiplies them."""
+    cos, sin, axis_index = rope
     R: tl.constexpr = D // 2
-    o_row = tl.arange(0, ROWS)
-    if ADJACENT:  # [ROWS, D_BLOCK / 2]: one angle for both dims of a pair
-        o_pair = D_BEGIN // 2 + tl.arange(0, D_BLOCK // 2)
+    o_row = tl.arange(0, ROWS)  # [ROWS]
+    if ADJACENT:  # PAIRS = D_BLOCK / 2: one angle for both dims of a pair
+        o_pair = D_BEGIN // 2 + tl.arange(0, D_BLOCK // 2)  # [PAIRS]
         m_pair = o_pair < R
-    else:  # [ROWS, D_BLOCK]
-        o_dim = D_BEGIN + tl.arange(0, D_BLOCK)
+    else:  # PAIRS = D_BLOCK
+        o_dim = D_BEGIN + tl.arange(0, D_BLOCK)  # [PAIRS]
         o_pair = o_dim % R
         m_pair = o_dim < D
-    m_tile = m_row[:, None]
+    m_angle = m_row[:, None]  # [ROWS, 1]
     if D_BEGIN + D_BLOCK > D:
-        m_tile = m_tile & m_pair[None, :]
+        m_angle = m_angle & m_pair[None, :]  # [ROWS, PAIRS]
     if AXIAL:
         A: tl.constexpr = R // 2
         p_axis = axis_index + row_begin * 2 + o_row[:, None] * 2 + (o_pair // A)[None, :]
-        o_angle = tl.load(p_axis, mask=m_tile, other=0) * A + (o_pair % A)[None, :]
+        b_axis = tl.load(p_axis, mask=m_angle, other=0)  # [ROWS, PAIRS]
+        o_angle = b_axis * A + (o_pair % A)[None, :]
     else:
         cos += row_begin * R
         sin += row_begin * R
-        o_angle = o_row[:, None] * R + o_pair[None, :]
-    c = tl.load(cos + o_angle, mask=m_tile, other=0.0)
-    s = tl.load(sin + o_angle, mask=m_tile, other=0.0)
+        o_angle = o_row[:, None] * R + o_pair[None, :]  # [ROWS, PAIRS]
+    b_cos = tl.load(cos + o_angle, mask=m_angle, other=0.0)  # [ROWS, PAIRS]
+    b_sin = tl.load(sin + o_angle, mask=m_angle, other=0.0)  # [ROWS, PAIRS]
     if not ADJACENT:
-        s = tl.where((o_dim < R)[None, :], -s, s)
-    return c, s
+        b_sin = tl.where((o_dim < R)[None, :], -b_sin, b_sin)
+    return b_cos, b_sin
 
 
 @triton.jit
-def _rotated_tile(
-    base, m_row, c, s,
+def _rotated(
+    base, m_row, angles,
     D_BEGIN: tl.constexpr, D_BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     ROW_STRIDE: tl.constexpr, ADJACENT: tl.constexpr,
 ):  # fmt: skip
     """Dims D_BEGIN to D_BEGIN + D_BLOCK of the rows at `base`, rotated, in fp32."""
-    o_row = tl.arange(0, ROWS)
-    o_dim = D_BEGIN + tl.arange(0, D_BLOCK)
-    m_tile = m_row[:, None]
+    b_cos, b_sin = angles
+    o_row = tl.arange(0, ROWS)  # [ROWS]
+    o_dim = D_BEGIN + tl.arange(0, D_BLOCK)  # [D_BLOCK]
+    m_x = m_row[:, None]  # [ROWS, 1]
     if D_BEGIN + D_BLOCK > D:
-        m_tile = m_tile & (o_dim < D)[None, :]
-    p_row = base + o_row[:, None] * ROW_STRIDE
-    x = tl.load(p_row + o_dim[None, :], mask=m_tile, other=0.0).to(tl.float32)
+        m_x = m_x & (o_dim < D)[None, :]  # [ROWS, D_BLOCK]
+    p_row = base + o_row[:, None] * ROW_STRIDE  # [ROWS, 1]
+    b_x = tl.load(p_row + o_dim[None, :], mask=m_x, other=0.0)  # [ROWS, D_BLOCK]
+    b_x = b_x.to(tl.float32)
     if ADJACENT:  # pair j is dims (2j, 2j + 1): both are in this thread's registers
-        first, second = tl.split(tl.reshape(x, (ROWS, D_BLOCK // 2, 2)))
-        rotated = tl.join(first * c - second * s, second * c + first * s)
-        x = tl.reshape(rotated, (ROWS, D_BLOCK))
+        b_pairs = tl.reshape(b_x, (ROWS, D_BLOCK // 2, 2))
+        b_first, b_second = tl.split(b_pairs)  # [ROWS, D_BLOCK / 2] each
+        b_pairs = tl.join(
+            b_first * b_cos - b_second * b_sin, b_second * b_cos + b_first * b_sin
+        )  # [ROWS, D_BLOCK / 2, 2]
+        b_x = tl.reshape(b_pairs, (ROWS, D_BLOCK))
     else:  # rotate-half: pair j is dims (j, j + R)
         o_partner = (o_dim + D // 2) % D
-        partner = tl.load(p_row + o_partner[None, :], mask=m_tile, other=0.0)
-        x = x * c + partner.to(tl.float32) * s
-    return x
+        b_partner = tl.load(p_row + o_partner[None, :], mask=m_x, other=0.0)  # [ROWS, D_BLOCK]
+        b_x = b_x * b_cos + b_partner.to(tl.float32) * b_sin
+    return b_x
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -138,191 +152,237 @@ def _rotate_keys(
     """K of every row and head, rotated and rounded once: (N, H, D)."""
     i_head = tl.program_id(0) % H
     row_begin = (tl.program_id(0) // H * BN).to(tl.int64)
-    o_row = tl.arange(0, BN)
+    o_row = tl.arange(0, BN)  # [BN]
     m_row = o_row < n_rows - row_begin
-    o_dim = tl.arange(0, D_PADDED)
-    c, s = _angles(
-        cos, sin, axis_index, row_begin, m_row, 0, D_PADDED, D, BN, AXIAL, ADJACENT
-    )  # fmt: skip
+    o_dim = tl.arange(0, D_PADDED)  # [D_PADDED]
+    rope = (cos, sin, axis_index)
+    angles = _angles(rope, row_begin, m_row, 0, D_PADDED, D, BN, AXIAL, ADJACENT)
     base = qkv + row_begin * (3 * H * D) + (H + i_head) * D
-    k = _rotated_tile(base, m_row, c, s, 0, D_PADDED, D, BN, 3 * H * D, ADJACENT)
+    b_k = _rotated(base, m_row, angles, 0, D_PADDED, D, BN, 3 * H * D, ADJACENT)  # [BN, D_PADDED]
     p_k = k_rotated + row_begin * (H * D) + (o_row[:, None] * H + i_head) * D + o_dim[None, :]
     m_k = m_row[:, None] & (o_dim < D)[None, :]
-    tl.store(p_k, k.to(k_rotated.dtype.element_ty), mask=m_k)
+    tl.store(p_k, b_k.to(k_rotated.dtype.element_ty), mask=m_k)
 
 
 @triton.jit
-def _only_own_values(v, acc, m_same):
-    """V without its NaN and infinities; they become NaN in the sums of their own segment's rows."""
-    m_bad = v - v != 0  # [BN, D]
-    if tl.reduce(tl.reduce(m_bad.to(tl.int32), 1, tl.standard._sum_combine), 0,
-                 tl.standard._sum_combine) > 0:  # fmt: skip
-        n_bad = tl.dot(m_same.to(tl.float32), m_bad.to(tl.float32))  # [BM, D]
-        acc = tl.where(n_bad > 0, float("nan"), acc)
-        v = tl.where(m_bad, 0.0, v)
-    return v, acc
-
-
-@triton.jit
-def _attend_to_keys(
-    q0, q1, m, l, acc0, acc1, c0, s0, c1, s1, seg_q, k_begin, k_end,
-    qkv, k_rotated, cos, sin, axis_index, segment_of_row, i_head,
-    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    K_ROTATED: tl.constexpr, ONE_KEY_TILE: tl.constexpr, AXIAL: tl.constexpr,
-    ADJACENT: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_SEGMENTS: tl.constexpr,
-    PRECISION: tl.constexpr, BN: tl.constexpr,
+def _load(
+    p_row, m_row,
+    D_BEGIN: tl.constexpr, D_BLOCK: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: scores, running softmax, weighted values."""
-    dtype: tl.constexpr = qkv.dtype.element_ty
-    ROW_STRIDE: tl.constexpr = 3 * H * D
-    DIM_MASK: tl.constexpr = D0 + D1 > D
-    o_k = tl.arange(0, BN)
-    o_d0 = tl.arange(0, D0)
-    m_k = o_k < k_end - k_begin
-    k_base = qkv + k_begin * ROW_STRIDE + (H + i_head) * D
-    # V first, so that every tile of this step has its own shared memory. If a tail reuses the
-    # memory of its main part, ptxas 12.8 builds a wrong address for it (docs/decisions).
-    p_v = k_base + H * D + o_k[:, None] * ROW_STRIDE
-    if MASK_ROWS:
-        v0 = tl.load(p_v + o_d0[None, :], mask=m_k[:, None], other=0.0)
+    """Dims D_BEGIN to D_BEGIN + D_BLOCK of the rows at `p_row` [ROWS, 1]; 0 where masked.
+
+    The masks are chosen at compile time: whole rows and whole dims load without one.
+    """
+    o_dim = D_BEGIN + tl.arange(0, D_BLOCK)  # [D_BLOCK]
+    m_x = m_row[:, None]  # [ROWS, 1]
+    if D_BEGIN + D_BLOCK > D:
+        m_x = m_x & (o_dim < D)[None, :]  # [ROWS, D_BLOCK]
+    if MASK_ROWS or D_BEGIN + D_BLOCK > D:
+        b_x = tl.load(p_row + o_dim[None, :], mask=m_x, other=0.0)  # [ROWS, D_BLOCK]
     else:
-        v0 = tl.load(p_v + o_d0[None, :])
-    if D1 > 0:
-        o_d1 = D0 + tl.arange(0, D1)
-        m_k1 = m_k[:, None] & (o_d1 < D)[None, :]
-        if MASK_ROWS or DIM_MASK:
-            v1 = tl.load(p_v + o_d1[None, :], mask=m_k1, other=0.0)
-        else:
-            v1 = tl.load(p_v + o_d1[None, :])
+        b_x = tl.load(p_row + o_dim[None, :])  # [ROWS, D_BLOCK]
+    return b_x
 
-    if K_ROTATED:
-        p_k = k_rotated + k_begin * (H * D) + i_head * D + o_k[:, None] * (H * D)
-        if MASK_ROWS:
-            k0 = tl.load(p_k + o_d0[None, :], mask=m_k[:, None], other=0.0)
-        else:
-            k0 = tl.load(p_k + o_d0[None, :])
-    else:
-        if not ONE_KEY_TILE:  # in a window the keys are the query rows, whose angles are loaded
-            c0, s0 = _angles(
-                cos, sin, axis_index, k_begin, m_k, 0, D0, D, BN, AXIAL, ADJACENT
-            )  # fmt: skip
-        k0 = _rotated_tile(k_base, m_k, c0, s0, 0, D0, D, BN, ROW_STRIDE, ADJACENT).to(dtype)
-    s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)  # [BM, BN]
-    if D1 > 0:
-        if K_ROTATED:
-            if MASK_ROWS or DIM_MASK:
-                k1 = tl.load(p_k + o_d1[None, :], mask=m_k1, other=0.0)
-            else:
-                k1 = tl.load(p_k + o_d1[None, :])
-        else:
-            if not ONE_KEY_TILE:
-                c1, s1 = _angles(
-                    cos, sin, axis_index, k_begin, m_k, D0, D1, D, BN, AXIAL, ADJACENT
-                )  # fmt: skip
-            k1 = _rotated_tile(
-                k_base, m_k, c1, s1, D0, D1, D, BN, ROW_STRIDE, ADJACENT
-            ).to(dtype)  # fmt: skip
-        s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
 
-    if MASK_SEGMENTS:
-        seg_k = tl.load(segment_of_row + k_begin + o_k, mask=m_k, other=-2)
-        m_same = seg_q[:, None] == seg_k[None, :]  # [BM, BN]
-        s = tl.where(m_same, s, -float("inf"))
-        # P is 0 for another segment's keys, but 0 x NaN is NaN: such values must not be summed
-        v0, acc0 = _only_own_values(v0, acc0, m_same)
-        if D1 > 0:
-            v1, acc1 = _only_own_values(v1, acc1, m_same)
-    elif MASK_ROWS:
-        s = tl.where(m_k[None, :], s, -float("inf"))
+@triton.jit
+def _first_state(BM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """(m, l, acc0, acc1) before any key: the rows' maxima, sums of weights, weighted values."""
+    m = tl.full([BM], -float("inf"), tl.float32)  # [BM]
+    l = tl.full([BM], 0.0, tl.float32)  # [BM]
+    acc0 = tl.full([BM, D0], 0.0, tl.float32)  # [BM, D0]
+    acc1 = tl.full([BM, D1 if D1 > 0 else 16], 0.0, tl.float32)  # [BM, D1]
+    return m, l, acc0, acc1
 
-    m_new = tl.maximum(m, tl.reduce(s, 1, tl.standard._elementwise_max))
+
+@triton.jit
+def _next_state(state, b_scores, v, MASK_SEGMENTS: tl.constexpr):
+    """The softmax goes on with a tile of keys: (m, l, acc0, acc1) with its scores and values."""
+    m, l, acc0, acc1 = state
+    m_new = tl.maximum(m, tl.reduce(b_scores, 1, tl.standard._elementwise_max))  # [BM]
     m_safe = m_new
     if MASK_SEGMENTS:  # a row may have no key in this tile: exp2(-inf - -inf) is NaN
         m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-    p = tl.exp2(s - m_safe[:, None])
-    rescale = tl.exp2(m - m_safe)
-    l = l * rescale + tl.reduce(p, 1, tl.standard._sum_combine)
-    p = p.to(dtype)
-    acc0 = tl.dot(p, v0, acc0 * rescale[:, None], input_precision=PRECISION)
-    if D1 > 0:
-        acc1 = tl.dot(p, v1, acc1 * rescale[:, None], input_precision=PRECISION)
+    b_p = tl.exp2(b_scores - m_safe[:, None])  # [BM, BN]
+    rescale = tl.exp2(m - m_safe)  # [BM]
+    l = l * rescale + tl.reduce(b_p, 1, tl.standard._sum_combine)
+    b_p = b_p.to(v[0].dtype)
+    acc0 = tl.dot(b_p, v[0], acc0 * rescale[:, None], input_precision="ieee")  # [BM, D0]
+    if len(v) > 1:
+        acc1 = tl.dot(b_p, v[1], acc1 * rescale[:, None], input_precision="ieee")  # [BM, D1]
     return m_new, l, acc0, acc1
 
 
 @triton.jit
-def _rope_varlen_attention(
-    qkv, k_rotated, cos, sin, axis_index, segment_of_row, tiles, out, scale_log2e,
-    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    K_ROTATED: tl.constexpr, ONE_KEY_TILE: tl.constexpr, AXIAL: tl.constexpr,
-    ADJACENT: tl.constexpr, MASK_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+def _store(
+    out, state, q_begin, m_q, i_head,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
+    MASK_SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """softmax(rope(Q) rope(K)^T * scale) V for one query tile of one head.
+    """Weighted values over the sums of weights, rounded once, at the tile's rows of `out`."""
+    _, l, acc0, acc1 = state
+    if MASK_SEGMENTS:  # rows from the tile's end on have no key
+        l = tl.where(m_q, l, 1.0)
+    scale = (1.0 / l)[:, None]  # [BM, 1]
+    o_d0 = tl.arange(0, D0)  # [D0]
+    p_out = out + q_begin * (H * D) + (tl.arange(0, BM)[:, None] * H + i_head) * D  # [BM, 1]
+    dtype: tl.constexpr = out.dtype.element_ty
+    tl.store(p_out + o_d0[None, :], (acc0 * scale).to(dtype), mask=m_q[:, None])
+    if D1 > 0:
+        o_d1 = D0 + tl.arange(0, D1)  # [D1]
+        m_out = m_q[:, None] & (o_d1 < D)[None, :]  # [BM, D1]
+        tl.store(p_out + o_d1[None, :], (acc1 * scale).to(dtype), mask=m_out)
 
-    qkv (N, 3, H, D); k_rotated (N, H, D), read if K_ROTATED; tiles (T, 4); out (N, H, D). One
-    program per (tile, head), head fastest: neighbours share cache lines of a row. Rows are counted
-    in int64 up to the start of a tile, and in int32 inside it.
+
+@triton.jit
+def _ranges_of_program(tiles, H: tl.constexpr):
+    """First and last query row, first and last key row. A padding tile has no rows.
+
+    One program per (tile, head), head fastest: neighbours share cache lines of a row. Rows are
+    counted in int64 up to the start of a tile, and in int32 inside it.
     """
-    i_head = tl.program_id(0) % H
     p_tile = tiles + (tl.program_id(0) // H).to(tl.int64) * 4
     q_begin = tl.load(p_tile).to(tl.int64)
     q_end = tl.load(p_tile + 1).to(tl.int64)
     k_begin = tl.load(p_tile + 2).to(tl.int64)
     k_end = tl.load(p_tile + 3).to(tl.int64)
-    if q_begin >= q_end:  # a padding tile
-        return
+    return q_begin, q_end, k_begin, k_end
 
+
+@triton.jit
+def _window_attention(
+    qkv, cos, sin, axis_index, segment_of_row, tiles, out, scale_log2e,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    AXIAL: tl.constexpr, ADJACENT: tl.constexpr, MASK_SEGMENTS: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """softmax(rope(Q) rope(K)^T * scale) V for one head of one tile, whose keys are its query rows.
+
+    qkv (N, 3, H, D); tiles (T, 4); out (N, H, D). Q and K share their rows' angles.
+    """
     dtype: tl.constexpr = qkv.dtype.element_ty
     ROW_STRIDE: tl.constexpr = 3 * H * D
-    o_q = tl.arange(0, BM)
-    m_q = o_q < q_end - q_begin
+    i_head = tl.program_id(0) % H
+    q_begin, q_end, k_begin, k_end = _ranges_of_program(tiles, H)
+    if q_begin >= q_end:  # a padding tile
+        return
+    o_row = tl.arange(0, BM)  # [BM]
+    m_q = o_row < q_end - q_begin
+    rope = (cos, sin, axis_index)
 
-    # Q, rotated and scaled in fp32, then rounded once: [BM, D0] and [BM, D1]
+    # Q, rotated and scaled in fp32, then rounded once
     q_base = qkv + q_begin * ROW_STRIDE + i_head * D
-    c0, s0 = _angles(cos, sin, axis_index, q_begin, m_q, 0, D0, D, BM, AXIAL, ADJACENT)
-    q0 = _rotated_tile(q_base, m_q, c0, s0, 0, D0, D, BM, ROW_STRIDE, ADJACENT)
-    q0 = (q0 * scale_log2e).to(dtype)
-    q1, c1, s1 = q0, c0, s0
+    angles0 = _angles(rope, q_begin, m_q, 0, D0, D, BM, AXIAL, ADJACENT)
+    b_q0 = _rotated(q_base, m_q, angles0, 0, D0, D, BM, ROW_STRIDE, ADJACENT)  # [BM, D0]
+    b_q0 = (b_q0 * scale_log2e).to(dtype)
     if D1 > 0:
-        c1, s1 = _angles(cos, sin, axis_index, q_begin, m_q, D0, D1, D, BM, AXIAL, ADJACENT)
-        q1 = _rotated_tile(q_base, m_q, c1, s1, D0, D1, D, BM, ROW_STRIDE, ADJACENT)
-        q1 = (q1 * scale_log2e).to(dtype)
+        angles1 = _angles(rope, q_begin, m_q, D0, D1, D, BM, AXIAL, ADJACENT)
+        b_q1 = _rotated(q_base, m_q, angles1, D0, D1, D, BM, ROW_STRIDE, ADJACENT)  # [BM, D1]
+        b_q1 = (b_q1 * scale_log2e).to(dtype)
+    state = _first_state(BM, D0, D1)
+    if MASK_SEGMENTS:
+        seg_q = tl.load(segment_of_row + q_begin + o_row, mask=m_q, other=-1)  # [BM]
 
-    m = tl.full([BM], -float("inf"), tl.float32)
-    l = tl.full([BM], 0.0, tl.float32)
-    acc0 = tl.full([BM, D0], 0.0, tl.float32)
-    acc1 = tl.full([BM, D1 if D1 > 0 else 16], 0.0, tl.float32)
+    m_k = o_row < k_end - k_begin
+    k_base = qkv + k_begin * ROW_STRIDE + (H + i_head) * D
+    # V first: see `_attend_to_keys`
+    p_v = k_base + H * D + o_row[:, None] * ROW_STRIDE  # [BM, 1]
+    v = (_load(p_v, m_k, 0, D0, D, True),)  # [BM, D0]
+    if D1 > 0:
+        v = (v[0], _load(p_v, m_k, D0, D1, D, True))  # [BM, D1]
+    b_k0 = _rotated(k_base, m_k, angles0, 0, D0, D, BM, ROW_STRIDE, ADJACENT).to(dtype)  # [BM, D0]
+    b_scores = tl.dot(b_q0, tl.trans(b_k0), input_precision="ieee")  # [BM, BM]
+    if D1 > 0:
+        b_k1 = _rotated(k_base, m_k, angles1, D0, D1, D, BM, ROW_STRIDE, ADJACENT).to(
+            dtype
+        )  # [BM, D1]
+        b_scores = tl.dot(b_q1, tl.trans(b_k1), b_scores, input_precision="ieee")
+    if MASK_SEGMENTS:
+        seg_k = tl.load(segment_of_row + k_begin + o_row, mask=m_k, other=-2)  # [BM]
+        b_scores = tl.where(seg_q[:, None] == seg_k[None, :], b_scores, -float("inf"))
+    else:
+        b_scores = tl.where(m_k[None, :], b_scores, -float("inf"))
+    state = _next_state(state, b_scores, v, MASK_SEGMENTS)
+    _store(out, state, q_begin, m_q, i_head, H, D, D0, D1, BM, MASK_SEGMENTS)
+
+
+@triton.jit
+def _attend_to_keys(
+    q, state, seg_q, keys, k_begin, k_end, i_head,
+    H: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
+    MASK_ROWS: tl.constexpr, MASK_SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """The state after one more tile of keys, of which those from row `k_end` on do not count."""
+    k_rotated, qkv, segment_of_row = keys
+    D0: tl.constexpr = q[0].shape[1]
+    D1: tl.constexpr = q[1].shape[1] if len(q) > 1 else 0
+    ROW_STRIDE: tl.constexpr = 3 * H * D
+    o_k = tl.arange(0, BN)  # [BN]
+    m_k = o_k < k_end - k_begin
+    # V first, so that every tile of this step has its own shared memory. If a tail reuses the
+    # memory of its main part, ptxas 12.8 builds a wrong address for it (docs/decisions).
+    v_base = qkv + k_begin * ROW_STRIDE + (H + i_head) * D + H * D
+    p_v = v_base + o_k[:, None] * ROW_STRIDE  # [BN, 1]
+    v = (_load(p_v, m_k, 0, D0, D, MASK_ROWS),)  # [BN, D0]
+    if len(q) > 1:
+        v = (v[0], _load(p_v, m_k, D0, D1, D, MASK_ROWS))  # [BN, D1]
+    p_k = k_rotated + k_begin * (H * D) + i_head * D + o_k[:, None] * (H * D)  # [BN, 1]
+    b_k0 = _load(p_k, m_k, 0, D0, D, MASK_ROWS)  # [BN, D0]
+    b_scores = tl.dot(q[0], tl.trans(b_k0), input_precision="ieee")  # [BM, BN]
+    if len(q) > 1:
+        b_k1 = _load(p_k, m_k, D0, D1, D, MASK_ROWS)  # [BN, D1]
+        b_scores = tl.dot(q[1], tl.trans(b_k1), b_scores, input_precision="ieee")
+    if MASK_SEGMENTS:
+        seg_k = tl.load(segment_of_row + k_begin + o_k, mask=m_k, other=-2)  # [BN]
+        b_scores = tl.where(seg_q[:, None] == seg_k[None, :], b_scores, -float("inf"))
+    elif MASK_ROWS:
+        b_scores = tl.where(m_k[None, :], b_scores, -float("inf"))
+    return _next_state(state, b_scores, v, MASK_SEGMENTS)
+
+
+@triton.jit
+def _full_attention(
+    qkv, k_rotated, cos, sin, axis_index, segment_of_row, tiles, out, scale_log2e,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    AXIAL: tl.constexpr, ADJACENT: tl.constexpr, MASK_SEGMENTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """softmax(rope(Q) rope(K)^T * scale) V for one head of one query tile, over tiles of keys.
+
+    qkv (N, 3, H, D), whose V is read; k_rotated (N, H, D); tiles (T, 4); out (N, H, D).
+    """
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    ROW_STRIDE: tl.constexpr = 3 * H * D
+    i_head = tl.program_id(0) % H
+    q_begin, q_end, k_begin, k_end = _ranges_of_program(tiles, H)
+    if q_begin >= q_end:  # a padding tile
+        return
+    o_q = tl.arange(0, BM)  # [BM]
+    m_q = o_q < q_end - q_begin
+    rope = (cos, sin, axis_index)
+
+    # Q, rotated and scaled in fp32, then rounded once
+    q_base = qkv + q_begin * ROW_STRIDE + i_head * D
+    angles = _angles(rope, q_begin, m_q, 0, D0, D, BM, AXIAL, ADJACENT)
+    b_q0 = _rotated(q_base, m_q, angles, 0, D0, D, BM, ROW_STRIDE, ADJACENT)  # [BM, D0]
+    q = ((b_q0 * scale_log2e).to(dtype),)
+    if D1 > 0:
+        angles = _angles(rope, q_begin, m_q, D0, D1, D, BM, AXIAL, ADJACENT)
+        b_q1 = _rotated(q_base, m_q, angles, D0, D1, D, BM, ROW_STRIDE, ADJACENT)  # [BM, D1]
+        q = (q[0], (b_q1 * scale_log2e).to(dtype))
+    state = _first_state(BM, D0, D1)
     seg_q = o_q
     if MASK_SEGMENTS:
-        seg_q = tl.load(segment_of_row + q_begin + o_q, mask=m_q, other=-1)
+        seg_q = tl.load(segment_of_row + q_begin + o_q, mask=m_q, other=-1)  # [BM]
 
-    k_last = k_begin
-    if not ONE_KEY_TILE:
-        k_last = k_begin + (k_end - k_begin - 1) // BN * BN
-        for k_tile in range(k_begin, k_last, BN):  # whole tiles need no mask
-            m, l, acc0, acc1 = _attend_to_keys(
-                q0, q1, m, l, acc0, acc1, c0, s0, c1, s1, seg_q, k_tile, k_end,
-                qkv, k_rotated, cos, sin, axis_index, segment_of_row, i_head,
-                H, D, D0, D1, K_ROTATED, ONE_KEY_TILE, AXIAL, ADJACENT, False, MASK_SEGMENTS,
-                PRECISION, BN,
-            )  # fmt: skip
-    m, l, acc0, acc1 = _attend_to_keys(
-        q0, q1, m, l, acc0, acc1, c0, s0, c1, s1, seg_q, k_last, k_end,
-        qkv, k_rotated, cos, sin, axis_index, segment_of_row, i_head,
-        H, D, D0, D1, K_ROTATED, ONE_KEY_TILE, AXIAL, ADJACENT, True, MASK_SEGMENTS,
-        PRECISION, BN,
-    )  # fmt: skip
-
-    if MASK_SEGMENTS:  # rows from q_end on have no key
-        l = tl.where(m_q, l, 1.0)
-    scale = (1.0 / l)[:, None]
-    o_d0 = tl.arange(0, D0)
-    p_out = out + q_begin * (H * D) + (o_q[:, None] * H + i_head) * D
-    tl.store(p_out + o_d0[None, :], (acc0 * scale).to(dtype), mask=m_q[:, None])
-    if D1 > 0:
-        o_d1 = D0 + tl.arange(0, D1)
-        m_out = m_q[:, None] & (o_d1 < D)[None, :]
-        tl.store(p_out + o_d1[None, :], (acc1 * scale).to(dtype), mask=m_out)
+    keys = (k_rotated, qkv, segment_of_row)
+    k_last = k_begin + (k_end - k_begin - 1) // BN * BN
+    for k_tile in range(k_begin, k_last, BN):  # whole tiles need no mask
+        state = _attend_to_keys(
+            q, state, seg_q, keys, k_tile, k_end, i_head, H, D, BN, False, MASK_SEGMENTS
+        )
+    state = _attend_to_keys(
+        q, state, seg_q, keys, k_last, k_end, i_head, H, D, BN, True, MASK_SEGMENTS
+    )
+    _store(out, state, q_begin, m_q, i_head, H, D, D0, D1, BM, MASK_SEGMENTS)
 
 
 def tiling(device: torch.device, dtype: torch.dtype, kind: str) -> SegmentTiling:
@@ -364,39 +424,52 @@ def attention(
     d_main = 1 << (D.bit_length() - 1)
     d_tail = 0 if d_main == D else max(16, triton.next_power_of_2(D - d_main))
     on_cpu = qkv.device.type == "cpu"
-    keys_are_queries = kind == "window"
     if on_cpu:
         ranges = segments.tiles.view(-1, 2, 2)  # begin and end of the query rows, and of the keys
         keys_are_queries = torch.equal(ranges[:, 0], ranges[:, 1])
+        used_kind = "window" if keys_are_queries else "full"
         longest = int(ranges.diff(dim=2).max())
         rows = min(INTERPRETED_ROWS, max(16, triton.next_power_of_2(longest)))
         used = AttentionTile(rows, rows, num_warps=1, num_stages=1)
     else:
+        used_kind = kind
         used = tiles or TILES[kind, qkv.dtype.itemsize * 8]
-    rotate_keys_first = kind == "full" and not on_cpu
 
     is_axial = rotary.index is not None
     index = rotary.cos if rotary.index is None else rotary.index
-    k_rotated = qkv
-    if rotate_keys_first:
-        k_rotated = rotated_keys(qkv, rotary, adjacent_pairs=adjacent_pairs)
-    is_for_hopper = IS_KNOWN_GLUON and tiles is None and not on_cpu
-    if is_for_hopper and attention_hopper.supports(qkv, is_axial, adjacent_pairs):
-        tables = rotary.cos, rotary.sin, index, segments.tiles
-        if kind == "window":
-            attention_hopper.window_attention(qkv, *tables, out, D**-0.5 * LOG2_E)
+    scale_log2e = D**-0.5 * LOG2_E
+    is_for_hopper = (
+        IS_KNOWN_GLUON
+        and tiles is None
+        and not on_cpu
+        and attention_hopper.supports(qkv, is_axial, adjacent_pairs)
+    )
+    tables = rotary.cos, rotary.sin, index
+    options = {
+        "H": H, "D": D, "D0": d_main, "D1": d_tail,
+        "AXIAL": is_axial, "ADJACENT": adjacent_pairs, "MASK_SEGMENTS": on_cpu,
+        "num_warps": used.num_warps, "num_stages": used.num_stages,
+    }  # fmt: skip
+    grid = (len(segments.tiles) * H,)
+    if used_kind == "window":
+        if is_for_hopper:
+            attention_hopper.window_attention(qkv, *tables, segments.tiles, out, scale_log2e)
         else:
-            attention_hopper.full_attention(qkv, k_rotated, *tables, out, D**-0.5 * LOG2_E)
-        return out
-    _launch(_rope_varlen_attention, qkv.device)(
-        (segments.tiles.shape[0] * H,),
-        qkv, k_rotated, rotary.cos, rotary.sin, index,
-        segments.segment_of_row, segments.tiles, out, D**-0.5 * LOG2_E,
-        H=H, D=D, D0=d_main, D1=d_tail,
-        K_ROTATED=rotate_keys_first, ONE_KEY_TILE=keys_are_queries, AXIAL=is_axial,
-        ADJACENT=adjacent_pairs, MASK_SEGMENTS=on_cpu, PRECISION="ieee", BM=used.q_rows,
-        BN=used.k_rows, num_warps=used.num_warps, num_stages=used.num_stages,
-    )  # fmt: skip
+            _launch(_window_attention, qkv.device)(
+                grid, qkv, *tables, segments.segment_of_row, segments.tiles, out, scale_log2e,
+                BM=used.q_rows, **options,
+            )  # fmt: skip
+    else:
+        k_rotated = rotated_keys(qkv, rotary, adjacent_pairs=adjacent_pairs)
+        if is_for_hopper:
+            attention_hopper.full_attention(
+                qkv, k_rotated, *tables, segments.tiles, out, scale_log2e
+            )
+        else:
+            _launch(_full_attention, qkv.device)(
+                grid, qkv, k_rotated, *tables, segments.segment_of_row, segments.tiles, out,
+                scale_log2e, BM=used.q_rows, BN=used.k_rows, **options,
+            )  # fmt: skip
     return out
 
 
@@ -405,11 +478,12 @@ def rotated_keys(qkv: torch.Tensor, rotary: RotaryTable, *, adjacent_pairs: bool
     N, _, H, D = qkv.shape
     k_rotated = torch.empty((N, H, D), dtype=qkv.dtype, device=qkv.device)
     index = rotary.cos if rotary.index is None else rotary.index
+    rows = ROTATION_ROWS if qkv.device.type != "cpu" else INTERPRETED_ROWS
     _launch(_rotate_keys, qkv.device)(
-        (triton.cdiv(N, ROTATION_ROWS) * H,),
+        (triton.cdiv(N, rows) * H,),
         qkv, k_rotated, rotary.cos, rotary.sin, index, N,
         H=H, D=D, D_PADDED=triton.next_power_of_2(D), AXIAL=rotary.index is not None,
-        ADJACENT=adjacent_pairs, BN=ROTATION_ROWS,
+        ADJACENT=adjacent_pairs, BN=rows,
     )  # fmt: skip
     return k_rotated
 

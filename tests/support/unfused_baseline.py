@@ -13,7 +13,7 @@ from qwen_vit.kernels.attention import (
     RotaryTable,
     _angles,
     _launch,
-    _rotated_tile,
+    _rotated,
 )
 from qwen_vit.kernels.linear import ResidualStream
 from qwen_vit.layout import Segments
@@ -34,9 +34,10 @@ def _rotate_queries_and_keys(
     o_row = tl.arange(0, BN)
     m_row = o_row < n_rows - row_begin
     o_dim = tl.arange(0, D_PADDED)
-    c, s = _angles(cos, sin, axis_index, row_begin, m_row, 0, D_PADDED, D, BN, True, True)
+    rope = (cos, sin, axis_index)
+    angles = _angles(rope, row_begin, m_row, 0, D_PADDED, D, BN, True, True)
     base = qkv + row_begin * (3 * H * D) + i_head * D
-    x = _rotated_tile(base, m_row, c, s, 0, D_PADDED, D, BN, 3 * H * D, True)
+    x = _rotated(base, m_row, angles, 0, D_PADDED, D, BN, 3 * H * D, True)
     p_out = rotated + row_begin * (2 * H * D) + (o_row[:, None] * (2 * H) + i_head) * D
     m_out = m_row[:, None] & (o_dim < D)[None, :]
     tl.store(p_out + o_dim[None, :], x.to(rotated.dtype.element_ty), mask=m_out)
