@@ -301,7 +301,7 @@ def test_the_specialised_attention_compiles_to_sound_code() -> None:
         "n_tiles": "i32",
         "scale_log2e": "fp32",
     }
-    constants = {"H": HEADS, "D": 80, "D0": kernel.MAIN, "D1": kernel.TAIL, "BN": kernel.K_ROWS}
+    constants = {"H": HEADS, "D0": kernel.MAIN, "D1": kernel.TAIL, "BN": kernel.K_ROWS}
     constants |= {"STAGES": kernel.NUM_STAGES, "ROWS": kernel.Q_ROWS // 2}
     compiled = compile_for_hopper(kernel._full_attention, signature, constants, num_warps=4)
     print(compiled)

@@ -1,13 +1,19 @@
-"""Both kinds of the attention on Hopper: the same kernel, with its loads in progress together.
+"""The window kernel and the full kernel on Hopper: `attention`'s, with their loads overlapped.
 
 In a window, Q, K and V of a head arrive by the tensor memory accelerator (TMA) while the angles
 load. Q and K are rotated in registers and go back to the same shared memory, where the tensor cores
 read them.
 
-Over a frame, a program has three roles. A producer warp fetches tiles of K (rotated beforehand) and
-V into a ring of shared memory. Each of two warpgroups attends for 64 query rows; Q is rotated in
-registers while it loads. A warpgroup multiplies Q with the next tile's keys before it needs them,
-and the two alternate: one's softmax runs while the tensor cores work for the other.
+Over a frame, a program has three partitions. The load partition, one warp, fetches tiles of K
+(rotated beforehand) and V into a ring of shared memory. Each of two MMA partitions, a warpgroup,
+attends for 64 query rows; Q is rotated in registers while it loads. An MMA partition multiplies Q
+with the next tile's keys before it needs them, and the two alternate: one's softmax runs while the
+tensor cores work for the other.
+
+Names as in Gluon's tutorials: `descs` are TMA descriptors, `buffers` are rings of shared memory
+with STAGES slots, `barriers` are mbarriers. A slot has a `ready` barrier, on which the MMA
+partitions wait for its data, and an `empty` barrier, on which the load partition waits until both
+have read it. Each pass over the ring flips a barrier's phase.
 
 Both use programmatic dependent launch: they may start before the previous kernel has ended, and let
 the next one start early. Each waits for the previous kernel before it reads that kernel's output.
@@ -50,37 +56,40 @@ def _tile_of_program(tiles, n_tiles):
 
 
 @gluon.jit
-def load_partition(
-    tiles, n_tiles, operands, rings, barriers,
-    H: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The producer warp: K, then V, of one tile of keys after the other."""
-    k0, k1, v0, v1 = operands
-    k0_ring, k1_ring, v0_ring, v1_ring = rings
+def _load_partition(tiles, n_tiles, descs, buffers, barriers, H: gl.constexpr):
+    """One warp: K, then V, of one tile of keys after the other."""
+    k0_desc, k1_desc, v0_desc, v1_desc = descs
+    k0_ring, k1_ring, v0_ring, v1_ring = buffers  # [STAGES, BN, D0], [STAGES, BN, D1], twice
     k_ready, k_empty, v_ready, v_empty, _ = barriers
+    STAGES: gl.constexpr = k0_ring.shape[0]
+    BN: gl.constexpr = k0_ring.shape[1]
+    D0: gl.constexpr = k0_ring.shape[2]
+    D: gl.constexpr = D0 + k1_ring.shape[2]
     i_head, _, _, k_begin, k_end = _tile_of_program(tiles, n_tiles)
     k_column = i_head * D
     v_column = (2 * H + i_head) * D
-    gdc_wait()
+    gdc_wait()  # for the previous kernel, which writes K and V
     for i in range(gl.cdiv(k_end - k_begin, BN)):
         stage = i % STAGES
-        phase = (i // STAGES & 1) ^ 1
+        phase = (i // STAGES & 1) ^ 1  # an empty ring counts as read: the first pass goes through
         row = k_begin + i * BN
+        # until both MMA partitions have read the K that this slot held
         mbarrier.wait(k_empty.index(stage), phase)
         mbarrier.expect(k_ready.index(stage), BN * D * 2)
         tma.async_copy_global_to_shared(
-            k0, [row, k_column], k_ready.index(stage), k0_ring.index(stage)
+            k0_desc, [row, k_column], k_ready.index(stage), k0_ring.index(stage)
         )
         tma.async_copy_global_to_shared(
-            k1, [row, k_column + D0], k_ready.index(stage), k1_ring.index(stage)
+            k1_desc, [row, k_column + D0], k_ready.index(stage), k1_ring.index(stage)
         )
+        # until both MMA partitions have read the V that this slot held
         mbarrier.wait(v_empty.index(stage), phase)
         mbarrier.expect(v_ready.index(stage), BN * D * 2)
         tma.async_copy_global_to_shared(
-            v0, [row, v_column], v_ready.index(stage), v0_ring.index(stage)
+            v0_desc, [row, v_column], v_ready.index(stage), v0_ring.index(stage)
         )
         tma.async_copy_global_to_shared(
-            v1, [row, v_column + D0], v_ready.index(stage), v1_ring.index(stage)
+            v1_desc, [row, v_column + D0], v_ready.index(stage), v1_ring.index(stage)
         )
 
 
@@ -100,65 +109,77 @@ def _pairs_layout(width):
 
 @gluon.jit
 def _angles(
-    cos, sin, axis_index, row_begin, n_rows,
+    rope, row_begin, n_rows,
     D_BEGIN: gl.constexpr, D_BLOCK: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Cosines and sines of the pairs in dims D_BEGIN to D_BEGIN + D_BLOCK: [ROWS, D_BLOCK / 2]."""
+    cos, sin, axis_index = rope
     A: gl.constexpr = D // 4  # angles of one axis
     PAIRS: gl.constexpr = _pairs_layout(D_BLOCK)
-    o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, PAIRS))
+    o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, PAIRS))  # [ROWS]
     o_pair = D_BEGIN // 2 + gl.arange(0, D_BLOCK // 2, layout=gl.SliceLayout(0, PAIRS))
-    m_pair = (o_row[:, None] < n_rows) & (o_pair[None, :] < 2 * A)
+    m_pair = (o_row[:, None] < n_rows) & (o_pair[None, :] < 2 * A)  # [ROWS, D_BLOCK / 2]
     p_axis = axis_index + (row_begin + o_row[:, None].to(gl.int64)) * 2 + (o_pair // A)[None, :]
     o_angle = gl.load(p_axis, mask=m_pair, other=0) * A + (o_pair % A)[None, :]
-    c = gl.load(cos + o_angle, mask=m_pair, other=0.0)
-    s = gl.load(sin + o_angle, mask=m_pair, other=0.0)
-    return c, s
+    b_cos = gl.load(cos + o_angle, mask=m_pair, other=0.0)  # [ROWS, D_BLOCK / 2]
+    b_sin = gl.load(sin + o_angle, mask=m_pair, other=0.0)  # [ROWS, D_BLOCK / 2]
+    return b_cos, b_sin
 
 
 @gluon.jit
-def _rotated(x, c, s, D_BLOCK: gl.constexpr, ROWS: gl.constexpr):
-    """Rows of dims with adjacent rotary pairs, rotated in fp32."""
+def _rotated(b_x, angles, D_BLOCK: gl.constexpr, ROWS: gl.constexpr):
+    """Rows of dims with adjacent rotary pairs, rotated in fp32: [ROWS, D_BLOCK]."""
+    b_cos, b_sin = angles
     PAIRS: gl.constexpr = _pairs_layout(D_BLOCK)
-    first, second = x.to(gl.float32).reshape((ROWS, D_BLOCK // 2, 2)).split()
-    first = gl.convert_layout(first, PAIRS)
-    second = gl.convert_layout(second, PAIRS)
-    return gl.join(first * c - second * s, second * c + first * s).reshape((ROWS, D_BLOCK))
+    b_first, b_second = b_x.to(gl.float32).reshape((ROWS, D_BLOCK // 2, 2)).split()
+    b_first = gl.convert_layout(b_first, PAIRS)  # [ROWS, D_BLOCK / 2]
+    b_second = gl.convert_layout(b_second, PAIRS)  # [ROWS, D_BLOCK / 2]
+    return gl.join(b_first * b_cos - b_second * b_sin, b_second * b_cos + b_first * b_sin).reshape(
+        (ROWS, D_BLOCK)
+    )
 
 
 @gluon.jit
 def _rotated_queries(
-    qkv, cos, sin, axis_index, row_begin, n_rows, column, scale,
+    qkv, rope, row_begin, n_rows, column, scale,
     D_BEGIN: gl.constexpr, D_BLOCK: gl.constexpr, D: gl.constexpr, ROW_STRIDE: gl.constexpr,
     ROWS: gl.constexpr,
 ):  # fmt: skip
     """Dims D_BEGIN to D_BEGIN + D_BLOCK of ROWS rows, rotated and scaled in fp32, rounded once."""
     DIMS: gl.constexpr = _dims_layout(D_BLOCK)
-    o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DIMS))
-    o_dim = gl.arange(0, D_BLOCK, layout=gl.SliceLayout(0, DIMS))
+    o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DIMS))  # [ROWS]
+    o_dim = gl.arange(0, D_BLOCK, layout=gl.SliceLayout(0, DIMS))  # [D_BLOCK]
+    # [ROWS, 1]
     p_row = qkv + (row_begin + o_row[:, None].to(gl.int64)) * ROW_STRIDE + column + D_BEGIN
-    x = gl.load(p_row + o_dim[None, :], mask=o_row[:, None] < n_rows, other=0.0)
-    c, s = _angles(cos, sin, axis_index, row_begin, n_rows, D_BEGIN, D_BLOCK, D, ROWS)
-    return (_rotated(x, c, s, D_BLOCK, ROWS) * scale).to(qkv.dtype.element_ty)
+    # [ROWS, D_BLOCK]
+    b_x = gl.load(p_row + o_dim[None, :], mask=o_row[:, None] < n_rows, other=0.0)
+    angles = _angles(rope, row_begin, n_rows, D_BEGIN, D_BLOCK, D, ROWS)
+    return (_rotated(b_x, angles, D_BLOCK, ROWS) * scale).to(qkv.dtype.element_ty)
 
 
 @gluon.jit
 def _clear_rows(rows, n_rows, D_BLOCK: gl.constexpr, ROWS: gl.constexpr):
     """Zeros from row `n_rows` on: a neighbour's values have weight 0, but 0 * NaN is NaN."""
     DIMS: gl.constexpr = _dims_layout(D_BLOCK)
-    m_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DIMS))[:, None] < n_rows
+    m_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DIMS))[:, None] < n_rows  # [ROWS, 1]
     rows.store(gl.where(m_row, rows.load(DIMS), 0.0))
 
 
 @gluon.jit
-def mma_partition(
-    tiles, n_tiles, qkv, cos, sin, axis_index, out, scale_log2e, q0_tiles, q1_tiles, rings,
-    barriers, H: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
-    BN: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, I_GROUP: gl.constexpr,
+def _mma_partition(
+    tiles, n_tiles, qkv, rope, out, scale_log2e, q_buffers, buffers, barriers,
+    H: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: softmax(rope(Q) rope(K)^T * scale) V for its 64 query rows."""
-    k0_ring, k1_ring, v0_ring, v1_ring = rings
+    q0_buffers, q1_buffers = q_buffers  # [2, ROWS, D0], [2, ROWS, D1]
+    k0_ring, k1_ring, v0_ring, v1_ring = buffers  # [STAGES, BN, D0], [STAGES, BN, D1], twice
     k_ready, k_empty, v_ready, v_empty, turns = barriers
+    STAGES: gl.constexpr = k0_ring.shape[0]
+    BN: gl.constexpr = k0_ring.shape[1]
+    ROWS: gl.constexpr = q0_buffers.shape[1]
+    D0: gl.constexpr = q0_buffers.shape[2]
+    D1: gl.constexpr = q1_buffers.shape[2]
+    D: gl.constexpr = D0 + D1
     dtype: gl.constexpr = qkv.dtype.element_ty
     # accumulators of the scores, and of the output's main part and tail; P as their left operand
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -170,112 +191,127 @@ def mma_partition(
     row_begin = (q_begin + I_GROUP * ROWS).to(gl.int64)
     n_rows = q_end - q_begin - I_GROUP * ROWS
     n_key_tiles = gl.cdiv(k_end - k_begin, BN)
-    gdc_wait()
+    gdc_wait()  # for the previous kernel, which writes Q
     gdc_launch_dependents()
     if n_key_tiles > 0:
-        q0 = q0_tiles.index(I_GROUP)
-        q1 = q1_tiles.index(I_GROUP)
+        q0 = q0_buffers.index(I_GROUP)  # [ROWS, D0]
+        q1 = q1_buffers.index(I_GROUP)  # [ROWS, D1]
         q0.store(
             _rotated_queries(
-                qkv, cos, sin, axis_index, row_begin, n_rows, i_head * D, scale_log2e, 0, D0, D,
-                3 * H * D, ROWS,
+                qkv, rope, row_begin, n_rows, i_head * D, scale_log2e, 0, D0, D, 3 * H * D, ROWS
             )
-        )  # fmt: skip
+        )
         q1.store(
             _rotated_queries(
-                qkv, cos, sin, axis_index, row_begin, n_rows, i_head * D, scale_log2e, D0, D1, D,
-                3 * H * D, ROWS,
+                qkv, rope, row_begin, n_rows, i_head * D, scale_log2e, D0, D1, D, 3 * H * D, ROWS
             )
-        )  # fmt: skip
+        )
         fence_for_wgmma()
-        o_k = gl.arange(0, BN, layout=gl.SliceLayout(0, S))
-        zeros = gl.zeros([ROWS, BN], gl.float32, S)
-        acc0 = gl.zeros([ROWS, D0], gl.float32, O0)
-        acc1 = gl.zeros([ROWS, D1], gl.float32, O1)
+        o_k = gl.arange(0, BN, layout=gl.SliceLayout(0, S))  # [BN]
+        zeros = gl.zeros([ROWS, BN], gl.float32, S)  # [ROWS, BN]
+        acc0 = gl.zeros([ROWS, D0], gl.float32, O0)  # [ROWS, D0]
+        acc1 = gl.zeros([ROWS, D1], gl.float32, O1)  # [ROWS, D1]
 
-        mbarrier.wait(k_ready.index(0), 0)
-        s = warpgroup_mma(q0, k0_ring.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        s = warpgroup_mma(q1, k1_ring.index(0).permute((1, 0)), s, is_async=True)
-        s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
-        mbarrier.arrive(k_empty.index(0), count=1)
+        mbarrier.wait(k_ready.index(0), 0)  # until the first tile of K has arrived
+        b_scores = warpgroup_mma(
+            q0, k0_ring.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True
+        )  # [ROWS, BN]
+        b_scores = warpgroup_mma(q1, k1_ring.index(0).permute((1, 0)), b_scores, is_async=True)
+        b_scores = warpgroup_mma_wait(num_outstanding=0, deps=(b_scores,))
+        mbarrier.arrive(k_empty.index(0), count=1)  # this partition has read the first tile of K
         if n_key_tiles == 1:
-            s = gl.where(o_k[None, :] < k_end - k_begin, s, -float("inf"))
-        m = gl.max(s, 1)
-        p = gl.exp2(s - m[:, None])
-        l = gl.sum(p, 1)
-        p = p.to(dtype)
+            b_scores = gl.where(o_k[None, :] < k_end - k_begin, b_scores, -float("inf"))
+        m = gl.max(b_scores, 1)  # [ROWS]
+        b_p = gl.exp2(b_scores - m[:, None])  # [ROWS, BN]
+        l = gl.sum(b_p, 1)  # [ROWS]
+        b_p = b_p.to(dtype)
+        # until the second tile of K has arrived, if there is one
         mbarrier.wait(k_ready.index(1 % STAGES), 1 // STAGES, pred=n_key_tiles > 1)
 
         for i in range(1, n_key_tiles):
             stage = i % STAGES
             stage_before = (i - 1) % STAGES
-            # scores of this tile, then the values of the one before: both in progress at once, and
-            # in turns with the other warpgroup, whose softmax runs meanwhile
-            # (the second waits for the first to have had its turn; the first begins without)
+            # The scores of this tile, then the values of the one before, are in progress at once.
+            # The partitions take turns: one multiplies while the other computes its softmax. This
+            # waits until the other has started its matrix instructions; the first partition
+            # begins without.
             mbarrier.wait(turns.index(I_GROUP), (i - 1 & 1) ^ (1 - I_GROUP))
-            s = warpgroup_mma(
+            b_scores = warpgroup_mma(
                 q0, k0_ring.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
+            )  # [ROWS, BN]
+            b_scores = warpgroup_mma(
+                q1, k1_ring.index(stage).permute((1, 0)), b_scores, is_async=True
             )
-            s = warpgroup_mma(q1, k1_ring.index(stage).permute((1, 0)), s, is_async=True)
+            # until the tile of V that belongs to P has arrived
             mbarrier.wait(v_ready.index(stage_before), (i - 1) // STAGES & 1)
-            p0 = gl.convert_layout(p, P0)
-            p1 = gl.convert_layout(p, P1)
-            acc0 = warpgroup_mma(p0, v0_ring.index(stage_before), acc0, is_async=True)
-            acc1 = warpgroup_mma(p1, v1_ring.index(stage_before), acc1, is_async=True)
-            mbarrier.arrive(turns.index(1 - I_GROUP), count=1)
-            s = warpgroup_mma_wait(num_outstanding=2, deps=(s,))
-            mbarrier.arrive(k_empty.index(stage), count=1)
+            b_p0 = gl.convert_layout(b_p, P0)  # [ROWS, BN]
+            b_p1 = gl.convert_layout(b_p, P1)  # [ROWS, BN]
+            acc0 = warpgroup_mma(b_p0, v0_ring.index(stage_before), acc0, is_async=True)
+            acc1 = warpgroup_mma(b_p1, v1_ring.index(stage_before), acc1, is_async=True)
+            mbarrier.arrive(turns.index(1 - I_GROUP), count=1)  # all are started: the other's turn
+            # until the scores are there; the two products with V may still run
+            b_scores = warpgroup_mma_wait(num_outstanding=2, deps=(b_scores,))
+            mbarrier.arrive(k_empty.index(stage), count=1)  # this partition has read this tile of K
             if i == n_key_tiles - 1:
-                s = gl.where(o_k[None, :] < k_end - k_begin - i * BN, s, -float("inf"))
-            m_new = gl.maximum(m, gl.max(s, 1))
-            p_new = gl.exp2(s - m_new[:, None])
-            rescale = gl.exp2(m - m_new)
-            l = l * rescale + gl.sum(p_new, 1)
+                b_scores = gl.where(
+                    o_k[None, :] < k_end - k_begin - i * BN, b_scores, -float("inf")
+                )
+            m_new = gl.maximum(m, gl.max(b_scores, 1))  # [ROWS]
+            b_p_new = gl.exp2(b_scores - m_new[:, None])  # [ROWS, BN]
+            rescale = gl.exp2(m - m_new)  # [ROWS]
+            l = l * rescale + gl.sum(b_p_new, 1)
             m = m_new
-            # A wait here keeps the assembler from moving the next one up, before the softmax.
+            # Until the next tile of K has arrived, if there is one. The wait stands here because it
+            # keeps the assembler from moving the next one up, before the softmax.
             mbarrier.wait(
                 k_ready.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < n_key_tiles
             )
-            # P as well: its registers are read until then and must not be reused before
-            acc0, acc1, p0, p1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc0, acc1, p0, p1))
+            # until the products with V have ended; P as well: its registers are read until then and
+            # must not be reused before
+            acc0, acc1, b_p0, b_p1 = warpgroup_mma_wait(
+                num_outstanding=0, deps=(acc0, acc1, b_p0, b_p1)
+            )
+            # this partition has read the tile of V before
             mbarrier.arrive(v_empty.index(stage_before), count=1)
             acc0 = acc0 * gl.convert_layout(rescale, gl.SliceLayout(1, O0))[:, None]
             acc1 = acc1 * gl.convert_layout(rescale, gl.SliceLayout(1, O1))[:, None]
-            p = p_new.to(dtype)
+            b_p = b_p_new.to(dtype)
 
         stage = (n_key_tiles - 1) % STAGES
-        mbarrier.wait(v_ready.index(stage), (n_key_tiles - 1) // STAGES & 1)
+        mbarrier.wait(v_ready.index(stage), (n_key_tiles - 1) // STAGES & 1)  # until the last V
         n_last = k_end - k_begin - (n_key_tiles - 1) * BN
-        v0 = v0_ring.index(stage)
-        v1 = v1_ring.index(stage)
+        v0 = v0_ring.index(stage)  # [BN, D0]
+        v1 = v1_ring.index(stage)  # [BN, D1]
         if n_last < BN:
-            # both warpgroups write the same values, so neither waits for the other
+            # both partitions write the same values, so neither waits for the other
             _clear_rows(v0, n_last, D0, BN)
             _clear_rows(v1, n_last, D1, BN)
             fence_for_wgmma()
-        p0 = gl.convert_layout(p, P0)
-        p1 = gl.convert_layout(p, P1)
-        acc0 = warpgroup_mma(p0, v0, acc0, is_async=True)
-        acc1 = warpgroup_mma(p1, v1, acc1, is_async=True)
-        acc0, acc1, p0, p1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc0, acc1, p0, p1))
+        b_p0 = gl.convert_layout(b_p, P0)  # [ROWS, BN]
+        b_p1 = gl.convert_layout(b_p, P1)  # [ROWS, BN]
+        acc0 = warpgroup_mma(b_p0, v0, acc0, is_async=True)
+        acc1 = warpgroup_mma(b_p1, v1, acc1, is_async=True)
+        acc0, acc1, b_p0, b_p1 = warpgroup_mma_wait(
+            num_outstanding=0, deps=(acc0, acc1, b_p0, b_p1)
+        )
 
         p_out = out + row_begin * (H * D) + i_head * D
-        scale0 = gl.convert_layout(1.0 / l, gl.SliceLayout(1, O0))
-        scale1 = gl.convert_layout(1.0 / l, gl.SliceLayout(1, O1))
-        o_row0 = gl.arange(0, ROWS, layout=gl.SliceLayout(1, O0))[:, None]
-        o_row1 = gl.arange(0, ROWS, layout=gl.SliceLayout(1, O1))[:, None]
-        o_dim0 = gl.arange(0, D0, layout=gl.SliceLayout(0, O0))[None, :]
-        o_dim1 = D0 + gl.arange(0, D1, layout=gl.SliceLayout(0, O1))[None, :]
-        y0 = (acc0 * scale0[:, None]).to(dtype)
-        y1 = (acc1 * scale1[:, None]).to(dtype)
-        gl.store(p_out + o_row0 * (H * D) + o_dim0, y0, mask=o_row0 < n_rows)
-        gl.store(p_out + o_row1 * (H * D) + o_dim1, y1, mask=o_row1 < n_rows)
+        scale0 = gl.convert_layout(1.0 / l, gl.SliceLayout(1, O0))  # [ROWS]
+        scale1 = gl.convert_layout(1.0 / l, gl.SliceLayout(1, O1))  # [ROWS]
+        o_row0 = gl.arange(0, ROWS, layout=gl.SliceLayout(1, O0))[:, None]  # [ROWS, 1]
+        o_row1 = gl.arange(0, ROWS, layout=gl.SliceLayout(1, O1))[:, None]  # [ROWS, 1]
+        o_dim0 = gl.arange(0, D0, layout=gl.SliceLayout(0, O0))[None, :]  # [1, D0]
+        o_dim1 = D0 + gl.arange(0, D1, layout=gl.SliceLayout(0, O1))[None, :]  # [1, D1]
+        b_out0 = (acc0 * scale0[:, None]).to(dtype)  # [ROWS, D0]
+        b_out1 = (acc1 * scale1[:, None]).to(dtype)  # [ROWS, D1]
+        gl.store(p_out + o_row0 * (H * D) + o_dim0, b_out0, mask=o_row0 < n_rows)
+        gl.store(p_out + o_row1 * (H * D) + o_dim1, b_out1, mask=o_row1 < n_rows)
 
 
 @gluon.jit(do_not_specialize=["n_tiles"])
 def _full_attention(
     tiles, n_tiles, qkv, cos, sin, axis_index, k0, k1, v0, v1, out, scale_log2e,
-    H: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, BN: gl.constexpr,
+    H: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """One query tile of one head; tiles of a head run side by side and share its keys in L2."""
@@ -283,8 +319,8 @@ def _full_attention(
     Q0: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D0], dtype)
     Q1: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D1], dtype)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q0_tiles = gl.allocate_shared_memory(dtype, [2, ROWS, D0], Q0)
-    q1_tiles = gl.allocate_shared_memory(dtype, [2, ROWS, D1], Q1)
+    q0_buffers = gl.allocate_shared_memory(dtype, [2, ROWS, D0], Q0)
+    q1_buffers = gl.allocate_shared_memory(dtype, [2, ROWS, D1], Q1)
     k0_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D0], k0.layout)
     k1_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D1], k1.layout)
     v0_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D0], v0.layout)
@@ -294,34 +330,37 @@ def _full_attention(
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    mbarrier.init(turns.index(0), count=1)
-    mbarrier.init(turns.index(1), count=1)
+    for group in gl.static_range(2):
+        mbarrier.init(turns.index(group), count=1)  # the other partition gives the turn
     for stage in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(k_ready.index(stage), count=1)  # the load partition, by its bytes
+        mbarrier.init(k_empty.index(stage), count=2)  # both MMA partitions
         mbarrier.init(v_ready.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=2)
-    rings = (k0_ring, k1_ring, v0_ring, v1_ring)
+    descs = (k0, k1, v0, v1)
+    q_buffers = (q0_buffers, q1_buffers)
+    buffers = (k0_ring, k1_ring, v0_ring, v1_ring)
     barriers = (k_ready, k_empty, v_ready, v_empty, turns)
-    operands = (k0, k1, v0, v1)
+    rope = (cos, sin, axis_index)
     gl.warp_specialize([
-        (mma_partition, (tiles, n_tiles, qkv, cos, sin, axis_index, out, scale_log2e, q0_tiles,
-                         q1_tiles, rings, barriers, H, D, D0, D1, BN, STAGES, ROWS, 0)),
-        (mma_partition, (tiles, n_tiles, qkv, cos, sin, axis_index, out, scale_log2e, q0_tiles,
-                         q1_tiles, rings, barriers, H, D, D0, D1, BN, STAGES, ROWS, 1)),
-        (load_partition, (tiles, n_tiles, operands, rings, barriers, H, D, D0, BN, STAGES)),
+        (_mma_partition, (tiles, n_tiles, qkv, rope, out, scale_log2e, q_buffers, buffers, barriers,
+                          H, 0)),
+        (_mma_partition, (tiles, n_tiles, qkv, rope, out, scale_log2e, q_buffers, buffers, barriers,
+                          H, 1)),
+        (_load_partition, (tiles, n_tiles, descs, buffers, barriers, H)),
     ], [4, 1], [232, 40])  # fmt: skip
     hold_barriers(barriers)
 
 
 @gluon.jit
 def _store_rows(
-    p_out, y, n_rows, D_BLOCK: gl.constexpr, ROW_STRIDE: gl.constexpr, ROWS: gl.constexpr
+    p_out, b_out, n_rows, D_BLOCK: gl.constexpr, ROW_STRIDE: gl.constexpr, ROWS: gl.constexpr
 ):  # fmt: skip
+    """The first `n_rows` rows of a block [ROWS, D_BLOCK]."""
     DIMS: gl.constexpr = _dims_layout(D_BLOCK)
-    o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DIMS))[:, None]
-    o_dim = gl.arange(0, D_BLOCK, layout=gl.SliceLayout(0, DIMS))[None, :]
-    gl.store(p_out + o_row * ROW_STRIDE + o_dim, y, mask=o_row < n_rows)
+    o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DIMS))[:, None]  # [ROWS, 1]
+    o_dim = gl.arange(0, D_BLOCK, layout=gl.SliceLayout(0, DIMS))[None, :]  # [1, D_BLOCK]
+    gl.store(p_out + o_row * ROW_STRIDE + o_dim, b_out, mask=o_row < n_rows)
 
 
 @gluon.jit
@@ -343,6 +382,7 @@ def _window_attention(
     p_tile = tiles + (gl.program_id(0) // H).to(gl.int64) * 4
     main = gl.allocate_shared_memory(dtype, [3, ROWS, D0], rows0.layout)
     tail = gl.allocate_shared_memory(dtype, [3, ROWS, D1], rows1.layout)
+    # a barrier each for Q, K and V, on which all wait for their bytes
     ready = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(3):
         mbarrier.init(ready.index(i), count=1)
@@ -350,10 +390,11 @@ def _window_attention(
     n_rows = gl.load(p_tile + 1) - q_begin
     row_begin = q_begin.to(gl.int64)
     if n_rows > 0:  # else a padding tile
+        rope = (cos, sin, axis_index)
         # The previous kernel writes only Q, K and V; tiles and angles are older.
-        c0, s0 = _angles(cos, sin, axis_index, row_begin, n_rows, 0, D0, D, ROWS)
-        c1, s1 = _angles(cos, sin, axis_index, row_begin, n_rows, D0, D1, D, ROWS)
-        gdc_wait()
+        angles0 = _angles(rope, row_begin, n_rows, 0, D0, D, ROWS)
+        angles1 = _angles(rope, row_begin, n_rows, D0, D1, D, ROWS)
+        gdc_wait()  # for the previous kernel, which writes Q, K and V
         gdc_launch_dependents()
         for i in gl.static_range(3):
             mbarrier.expect(ready.index(i), ROWS * D * 2)
@@ -362,38 +403,40 @@ def _window_attention(
             tma.async_copy_global_to_shared(
                 rows1, [q_begin, column + D0], ready.index(i), tail.index(i)
             )
-        q0, k0, v0 = main.index(0), main.index(1), main.index(2)
-        q1, k1, v1 = tail.index(0), tail.index(1), tail.index(2)
-        mbarrier.wait(ready.index(0), 0)
-        q0.store((_rotated(q0.load(DIMS0), c0, s0, D0, ROWS) * scale_log2e).to(dtype))
-        q1.store((_rotated(q1.load(DIMS1), c1, s1, D1, ROWS) * scale_log2e).to(dtype))
-        mbarrier.wait(ready.index(1), 0)
-        k0.store(_rotated(k0.load(DIMS0), c0, s0, D0, ROWS).to(dtype))
-        k1.store(_rotated(k1.load(DIMS1), c1, s1, D1, ROWS).to(dtype))
+        q0, k0, v0 = main.index(0), main.index(1), main.index(2)  # [ROWS, D0] each
+        q1, k1, v1 = tail.index(0), tail.index(1), tail.index(2)  # [ROWS, D1] each
+        mbarrier.wait(ready.index(0), 0)  # until Q has arrived
+        q0.store((_rotated(q0.load(DIMS0), angles0, D0, ROWS) * scale_log2e).to(dtype))
+        q1.store((_rotated(q1.load(DIMS1), angles1, D1, ROWS) * scale_log2e).to(dtype))
+        mbarrier.wait(ready.index(1), 0)  # until K has arrived
+        k0.store(_rotated(k0.load(DIMS0), angles0, D0, ROWS).to(dtype))
+        k1.store(_rotated(k1.load(DIMS1), angles1, D1, ROWS).to(dtype))
         fence_for_wgmma()
 
-        zeros = gl.zeros([ROWS, ROWS], gl.float32, S)
-        s = warpgroup_mma(q0, k0.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        s = warpgroup_mma(q1, k1.permute((1, 0)), s, is_async=True)
-        s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
-        o_k = gl.arange(0, ROWS, layout=gl.SliceLayout(0, S))
-        s = gl.where(o_k[None, :] < n_rows, s, -float("inf"))
-        p = gl.exp2(s - gl.max(s, 1)[:, None])
-        scale = 1.0 / gl.sum(p, 1)
-        p = p.to(dtype)
+        zeros = gl.zeros([ROWS, ROWS], gl.float32, S)  # [ROWS, ROWS]
+        b_scores = warpgroup_mma(q0, k0.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        b_scores = warpgroup_mma(q1, k1.permute((1, 0)), b_scores, is_async=True)  # [ROWS, ROWS]
+        b_scores = warpgroup_mma_wait(num_outstanding=0, deps=(b_scores,))
+        o_k = gl.arange(0, ROWS, layout=gl.SliceLayout(0, S))  # [ROWS]
+        b_scores = gl.where(o_k[None, :] < n_rows, b_scores, -float("inf"))
+        b_p = gl.exp2(b_scores - gl.max(b_scores, 1)[:, None])  # [ROWS, ROWS]
+        scale = 1.0 / gl.sum(b_p, 1)  # [ROWS]
+        b_p = b_p.to(dtype)
 
-        mbarrier.wait(ready.index(2), 0)
+        mbarrier.wait(ready.index(2), 0)  # until V has arrived
         if n_rows < ROWS:
             _clear_rows(v0, n_rows, D0, ROWS)
             _clear_rows(v1, n_rows, D1, ROWS)
             fence_for_wgmma()
-        p0 = gl.convert_layout(p, gl.DotOperandLayout(0, O0, 2))
-        p1 = gl.convert_layout(p, gl.DotOperandLayout(0, O1, 2))
-        acc0 = gl.zeros([ROWS, D0], gl.float32, O0)
-        acc1 = gl.zeros([ROWS, D1], gl.float32, O1)
-        acc0 = warpgroup_mma(p0, v0, acc0, use_acc=False, is_async=True)
-        acc1 = warpgroup_mma(p1, v1, acc1, use_acc=False, is_async=True)
-        acc0, acc1, p0, p1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc0, acc1, p0, p1))
+        b_p0 = gl.convert_layout(b_p, gl.DotOperandLayout(0, O0, 2))  # [ROWS, ROWS]
+        b_p1 = gl.convert_layout(b_p, gl.DotOperandLayout(0, O1, 2))  # [ROWS, ROWS]
+        acc0 = gl.zeros([ROWS, D0], gl.float32, O0)  # [ROWS, D0]
+        acc1 = gl.zeros([ROWS, D1], gl.float32, O1)  # [ROWS, D1]
+        acc0 = warpgroup_mma(b_p0, v0, acc0, use_acc=False, is_async=True)
+        acc1 = warpgroup_mma(b_p1, v1, acc1, use_acc=False, is_async=True)
+        acc0, acc1, b_p0, b_p1 = warpgroup_mma_wait(
+            num_outstanding=0, deps=(acc0, acc1, b_p0, b_p1)
+        )
 
         # through Q's place, so that a thread writes 16 bytes at a time
         q0.store((acc0 * gl.convert_layout(scale, gl.SliceLayout(1, O0))[:, None]).to(dtype))
@@ -437,7 +480,7 @@ def full_attention(
         _full_attention[(len(tiles) * H,)](
             tiles, len(tiles), qkv, cos, sin, axis_index, descriptor(keys, [k_rows, MAIN]),
             descriptor(keys, [k_rows, TAIL]), descriptor(values, [k_rows, MAIN]),
-            descriptor(values, [k_rows, TAIL]), out, scale_log2e, H=H, D=D, D0=MAIN, D1=TAIL,
+            descriptor(values, [k_rows, TAIL]), out, scale_log2e, H=H, D0=MAIN, D1=TAIL,
             BN=k_rows, STAGES=num_stages, ROWS=Q_ROWS // 2, num_warps=4, launch_pdl=True,
         )  # fmt: skip
 

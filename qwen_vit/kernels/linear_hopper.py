@@ -1,9 +1,15 @@
 """The tower's large GEMMs on Hopper: warp-specialised, with fused epilogues.
 
-A producer warp fetches tiles of x and of the weight into a ring of shared memory. Two or three
-warpgroups multiply them, each its own rows; while one stores its tile, another multiplies. Each
-multiprocessor runs one program, which walks over its tiles. The producer fetches its first weights
-before the previous kernel has ended (programmatic dependent launch).
+The load partition, one warp, fetches tiles of x and of the weight into a ring of shared memory. Two
+or three MMA partitions, a warpgroup each, multiply them, each its own rows; while one stores its
+tile, another multiplies. Each multiprocessor runs one program, which walks over its tiles. The load
+partition fetches its first weights before the previous kernel has ended (programmatic dependent
+launch).
+
+Names as in Gluon's tutorials: `descs` are TMA descriptors, `buffers` are shared memory, `barriers`
+are mbarriers. A stage of the ring has a `ready` barrier, on which the MMA partitions wait for its
+data, and an `empty` barrier, on which the load partition waits until all have read it. Each pass
+over the ring flips a barrier's phase.
 
 It is written in Gluon, Triton's lower level, because Triton cannot express this overlap. The sums
 run over K in the order of `linear._gemm`, so both give the same bits. This one runs wherever it is
@@ -69,6 +75,7 @@ TILES: dict[tuple[str, bool], tuple[tuple[int, HopperGemmTile], ...]] = {
 
 @gluon.jit
 def _row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP: gl.constexpr):
+    """A tile's place, in an order in which tiles that run together share weights."""
     group_size = GROUP * n_column_tiles
     first_row_tile = i_tile // group_size * GROUP
     group_rows = min(n_row_tiles - first_row_tile, GROUP)
@@ -76,26 +83,29 @@ def _row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP: gl.constexp
 
 
 @gluon.jit
-def load_partition(
-    operands, rings, barriers, sizes, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, GROUPS: gl.constexpr, GROUP: gl.constexpr, EPILOGUE: gl.constexpr,
+def _load_partition(
+    descs, buffers, barriers, sizes, K: gl.constexpr, GROUP: gl.constexpr, EPILOGUE: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: stages of x and of the weight, and each tile's residual rows."""
-    x, weight, residual = operands
-    x_ring, weight_ring, results = rings
+    """One warp: stages of x and of the weight, and each tile's residual rows."""
+    x_desc, weight_desc, residual_desc = descs
+    x_ring, weight_ring, results = buffers  # [STAGES * GROUPS, ROWS, BK], [STAGES, BN, BK]
     empty, ready, result_is_free, residual_is_there = barriers
     _, n_row_tiles, n_column_tiles = sizes
-    BK: gl.constexpr = x.block_type.shape[1]
-    ROWS: gl.constexpr = BM // GROUPS
+    GROUPS: gl.constexpr = results.shape[0]
+    ROWS: gl.constexpr = x_ring.shape[1]
+    BK: gl.constexpr = x_ring.shape[2]
+    STAGES: gl.constexpr = weight_ring.shape[0]
+    BN: gl.constexpr = weight_ring.shape[1]
+    BM: gl.constexpr = ROWS * GROUPS
     n_tiles = n_row_tiles * n_column_tiles
     # weights do not depend on the previous kernel: the first ring of them is already loading
     i_m, i_n = _row_and_column_tile(gl.program_id(0), n_row_tiles, n_column_tiles, GROUP)
     for early in gl.static_range(STAGES):
         mbarrier.expect(ready.index(early), (BM + BN) * BK * 2)
         tma.async_copy_global_to_shared(
-            weight, [i_n * BN, early * BK], ready.index(early), weight_ring.index(early)
+            weight_desc, [i_n * BN, early * BK], ready.index(early), weight_ring.index(early)
         )
-    gdc_wait()
+    gdc_wait()  # for the previous kernel, which writes x and the residual
     step = 0
     turn = 0
     for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
@@ -104,22 +114,25 @@ def load_partition(
             stage = step % STAGES
             bar = ready.index(stage)
             if step >= STAGES:
+                # until every MMA partition has read what this stage held
                 mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
                 mbarrier.expect(bar, (BM + BN) * BK * 2)
                 tma.async_copy_global_to_shared(
-                    weight, [i_n * BN, i_k], bar, weight_ring.index(stage)
+                    weight_desc, [i_n * BN, i_k], bar, weight_ring.index(stage)
                 )
             for group in gl.static_range(GROUPS):
                 tma.async_copy_global_to_shared(
-                    x, [i_m * BM + group * ROWS, i_k], bar, x_ring.index(stage * GROUPS + group)
-                )
+                    x_desc, [i_m * BM + group * ROWS, i_k], bar,
+                    x_ring.index(stage * GROUPS + group),
+                )  # fmt: skip
             step += 1
         if EPILOGUE == "residual":
+            # until every MMA partition has stored its previous result, whose space this takes
             mbarrier.wait(result_is_free.index(0), turn & 1)
             mbarrier.expect(residual_is_there.index(0), BM * BN * 2)
             for group in gl.static_range(GROUPS):
                 tma.async_copy_global_to_shared(
-                    residual, [i_m * BM + group * ROWS, i_n * BN], residual_is_there.index(0),
+                    residual_desc, [i_m * BM + group * ROWS, i_n * BN], residual_is_there.index(0),
                     results.index(group),
                 )  # fmt: skip
         turn += 1
@@ -127,35 +140,44 @@ def load_partition(
 
 @gluon.jit
 def _accumulate(
-    acc, step, n_steps, x_ring, weight_ring, empty, ready,
-    I_GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    acc, step, n_steps, buffers, barriers, I_GROUP: gl.constexpr
 ):  # fmt: skip
     """acc += x @ weight^T over `n_steps` stages of the ring, freeing each when it has been read."""
+    x_ring, weight_ring, results = buffers  # [STAGES * GROUPS, ROWS, BK], [STAGES, BN, BK]
+    empty, ready, _, _ = barriers
+    GROUPS: gl.constexpr = results.shape[0]
+    STAGES: gl.constexpr = weight_ring.shape[0]
     for i in range(n_steps):
         stage = step % STAGES
+        # until this stage's x and weight have arrived
         mbarrier.wait(ready.index(stage), step // STAGES & 1)
-        b_x = x_ring.index(stage * GROUPS + I_GROUP)
-        acc = warpgroup_mma(b_x, weight_ring.index(stage).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))  # the previous step has been read
+        b_x = x_ring.index(stage * GROUPS + I_GROUP)  # [ROWS, BK]
+        b_weight = weight_ring.index(stage)  # [BN, BK]
+        acc = warpgroup_mma(b_x, b_weight.permute((1, 0)), acc, is_async=True)  # [ROWS, BN]
+        acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))  # until the previous step's ended
+        # this partition has read the previous stage
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=i > 0)
         step += 1
     acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+    # this partition has read the last stage
     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
     return acc, step
 
 
 @gluon.jit
-def mma_partition(
-    bias, squares, eps, out, squares_out, rings, barriers, sizes, K: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
-    GROUP: gl.constexpr, EPILOGUE: gl.constexpr, SQUARES: gl.constexpr, FIRST: gl.constexpr,
-    I_GROUP: gl.constexpr,
+def _mma_partition(
+    operands, outs, buffers, barriers, sizes, K: gl.constexpr, GROUP: gl.constexpr,
+    EPILOGUE: gl.constexpr, SQUARES: gl.constexpr, FIRST: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its rows of every tile, and the epilogue."""
-    x_ring, weight_ring, results = rings
-    empty, ready, result_is_free, residual_is_there = barriers
+    bias, squares, eps = operands  # of the epilogue
+    out_desc, squares_out = outs
+    x_ring, weight_ring, results = buffers
+    _, _, result_is_free, residual_is_there = barriers
     M, n_row_tiles, n_column_tiles = sizes
-    ROWS: gl.constexpr = BM // GROUPS
+    ROWS: gl.constexpr = x_ring.shape[1]
+    BN: gl.constexpr = weight_ring.shape[1]
+    BM: gl.constexpr = ROWS * results.shape[0]
     STEPS: gl.constexpr = K // x_ring.shape[2]
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16]
@@ -165,9 +187,9 @@ def mma_partition(
     # in this layout each thread loads its own columns; in MMA's it would hold a quarter of them all
     EARLY_ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     EARLY_COLUMNS: gl.constexpr = gl.BlockedLayout([max(1, BN // 128)], [32], [4], [0])
-    o_row = gl.arange(0, ROWS, layout=EARLY_ROWS)
-    o_column = gl.arange(0, BN, layout=EARLY_COLUMNS)
-    gdc_wait()
+    o_row = gl.arange(0, ROWS, layout=EARLY_ROWS)  # [ROWS]
+    o_column = gl.arange(0, BN, layout=EARLY_COLUMNS)  # [BN]
+    gdc_wait()  # for the previous kernel, which writes the sums of squares
     gdc_launch_dependents()
     step = 0
     turn = 0
@@ -175,67 +197,64 @@ def mma_partition(
         i_m, i_n = _row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP)
         i_row = i_m * BM + I_GROUP * ROWS
         # the epilogue's operands arrive while the GEMM runs
-        b_bias = gl.load(bias + i_n * BN + o_column)
+        b_bias = gl.load(bias + i_n * BN + o_column)  # [BN]
         parts = gl.tuple(())
         if SQUARES > 0:
             for chunk in gl.static_range(SQUARES):
                 p_squares = squares + chunk * M + i_row + o_row
-                parts = parts + (gl.load(p_squares, mask=i_row + o_row < M, other=0.0),)
+                b_squares = gl.load(p_squares, mask=i_row + o_row < M, other=0.0)  # [ROWS]
+                parts = parts + (b_squares,)
 
-        acc = gl.zeros([ROWS, BN], gl.float32, MMA)
+        acc = gl.zeros([ROWS, BN], gl.float32, MMA)  # [ROWS, BN]
         if EPILOGUE == "residual":
-            acc, step = _accumulate(
-                acc, step, FIRST, x_ring, weight_ring, empty, ready, I_GROUP, GROUPS, STAGES
-            )
-            tma.store_wait(0)  # the previous result is stored: the residual may use its space
+            acc, step = _accumulate(acc, step, FIRST, buffers, barriers, I_GROUP)
+            tma.store_wait(0)  # until the previous result is stored: the residual takes its space
             mbarrier.arrive(result_is_free.index(0), count=1)
-            acc, step = _accumulate(
-                acc, step, STEPS - FIRST, x_ring, weight_ring, empty, ready, I_GROUP, GROUPS,
-                STAGES,
-            )  # fmt: skip
+            acc, step = _accumulate(acc, step, STEPS - FIRST, buffers, barriers, I_GROUP)
         else:
-            acc, step = _accumulate(
-                acc, step, STEPS, x_ring, weight_ring, empty, ready, I_GROUP, GROUPS, STAGES
-            )
-            tma.store_wait(0)
+            acc, step = _accumulate(acc, step, STEPS, buffers, barriers, I_GROUP)
+            tma.store_wait(0)  # until the previous result is stored: this one takes its space
 
         if SQUARES > 0:  # the chunks of a row in one order, for every tile
             total = parts[0]
             for chunk in gl.static_range(1, SQUARES):
                 total += parts[chunk]
-            row_scale = gl.convert_layout(gl.rsqrt(total / K + eps), MMA_ROWS)
+            row_scale = gl.convert_layout(gl.rsqrt(total / K + eps), MMA_ROWS)  # [ROWS]
             acc = acc * row_scale[:, None]
         acc = acc + gl.convert_layout(b_bias, MMA_COLUMNS).to(gl.float32)[None, :]
         i_column = i_n * BN
         if EPILOGUE == "gelu":
             acc = gelu(acc)
         if EPILOGUE == "swiglu":  # 8 columns of the gate, 8 of up: a thread holds both of a pair
-            pairs = acc.reshape((ROWS, BN // 16, 2, 8)).permute((0, 1, 3, 2))
-            gate, up = pairs.split()
-            acc = swiglu(gate, up).reshape((ROWS, BN // 2))
+            b_pairs = acc.reshape((ROWS, BN // 16, 2, 8)).permute((0, 1, 3, 2))
+            b_gate, b_up = b_pairs.split()  # [ROWS, BN / 16, 8] each
+            acc = swiglu(b_gate, b_up).reshape((ROWS, BN // 2))  # [ROWS, BN / 2]
             i_column = i_n * (BN // 2)
         if EPILOGUE == "residual":
-            mbarrier.wait(residual_is_there.index(0), turn & 1)
+            mbarrier.wait(
+                residual_is_there.index(0), turn & 1
+            )  # until this tile's residual arrived
             acc = acc + results.index(I_GROUP).load(MMA).to(gl.float32)
-        result = acc.to(out.dtype)
-        results.index(I_GROUP).store(result)
+        b_out = acc.to(out_desc.dtype)
+        results.index(I_GROUP).store(b_out)
         fence_async_shared()
-        tma.async_copy_shared_to_global(out, [i_row, i_column], results.index(I_GROUP))
+        tma.async_copy_shared_to_global(out_desc, [i_row, i_column], results.index(I_GROUP))
 
         if EPILOGUE == "residual":  # of what was stored: rounded
-            row = i_row + gl.arange(0, ROWS, layout=MMA_ROWS)
-            squared = result.to(gl.float32)
-            squared = squared * squared
+            o_m = i_row + gl.arange(0, ROWS, layout=MMA_ROWS)  # [ROWS]
+            b_squared = b_out.to(gl.float32)  # [ROWS, BN]
+            b_squared = b_squared * b_squared
             if BN == 256:
-                left, right = squared.reshape((ROWS, 2, 128)).permute((0, 2, 1)).split()
-                left = gl.convert_layout(gl.sum(left, 1), MMA_ROWS)
-                right = gl.convert_layout(gl.sum(right, 1), MMA_ROWS)
-                gl.store(squares_out + (2 * i_n) * M + row, left, mask=row < M)
-                gl.store(squares_out + (2 * i_n + 1) * M + row, right, mask=row < M)
+                b_halves = b_squared.reshape((ROWS, 2, 128)).permute((0, 2, 1))
+                b_left, b_right = b_halves.split()  # [ROWS, 128] each
+                b_left = gl.convert_layout(gl.sum(b_left, 1), MMA_ROWS)  # [ROWS]
+                b_right = gl.convert_layout(gl.sum(b_right, 1), MMA_ROWS)  # [ROWS]
+                gl.store(squares_out + (2 * i_n) * M + o_m, b_left, mask=o_m < M)
+                gl.store(squares_out + (2 * i_n + 1) * M + o_m, b_right, mask=o_m < M)
             else:
-                gl.store(squares_out + i_n * M + row, gl.sum(squared, 1), mask=row < M)
+                gl.store(squares_out + i_n * M + o_m, gl.sum(b_squared, 1), mask=o_m < M)
         turn += 1
-    tma.store_wait(0)
+    tma.store_wait(0)  # until the last result is stored
 
 
 @gluon.jit(do_not_specialize=["M", "n_row_tiles"])
@@ -256,33 +275,33 @@ def _hopper_gemm(
     result_is_free = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     residual_is_there = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(empty.index(stage), count=GROUPS)
-        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=GROUPS)  # every MMA partition
+        mbarrier.init(ready.index(stage), count=1)  # the load partition, by its bytes
     mbarrier.init(result_is_free.index(0), count=GROUPS)
     mbarrier.init(residual_is_there.index(0), count=1)
-    rings = (x_ring, weight_ring, results)
+    descs = (x, weight, residual)
+    operands = (bias, squares, eps)
+    outs = (out, squares_out)
+    buffers = (x_ring, weight_ring, results)
     barriers = (empty, ready, result_is_free, residual_is_there)
     sizes = (M, n_row_tiles, n_column_tiles)
-    operands = (x, weight, residual)
     if GROUPS == 2:
         gl.warp_specialize([
-            (mma_partition, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM,
-                             BN, STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 0)),
-            (mma_partition, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM,
-                             BN, STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 1)),
-            (load_partition, (operands, rings, barriers, sizes, K, BM, BN, STAGES, GROUPS,
-                              GROUP, EPILOGUE)),
+            (_mma_partition, (operands, outs, buffers, barriers, sizes, K, GROUP, EPILOGUE,
+                              SQUARES, FIRST, 0)),
+            (_mma_partition, (operands, outs, buffers, barriers, sizes, K, GROUP, EPILOGUE,
+                              SQUARES, FIRST, 1)),
+            (_load_partition, (descs, buffers, barriers, sizes, K, GROUP, EPILOGUE)),
         ], [4, 1], [232, 40])  # fmt: skip
     else:
         gl.warp_specialize([
-            (mma_partition, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM,
-                             BN, STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 0)),
-            (mma_partition, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM,
-                             BN, STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 1)),
-            (mma_partition, (bias, squares, eps, out, squares_out, rings, barriers, sizes, K, BM,
-                             BN, STAGES, GROUPS, GROUP, EPILOGUE, SQUARES, FIRST, 2)),
-            (load_partition, (operands, rings, barriers, sizes, K, BM, BN, STAGES, GROUPS,
-                              GROUP, EPILOGUE)),
+            (_mma_partition, (operands, outs, buffers, barriers, sizes, K, GROUP, EPILOGUE,
+                              SQUARES, FIRST, 0)),
+            (_mma_partition, (operands, outs, buffers, barriers, sizes, K, GROUP, EPILOGUE,
+                              SQUARES, FIRST, 1)),
+            (_mma_partition, (operands, outs, buffers, barriers, sizes, K, GROUP, EPILOGUE,
+                              SQUARES, FIRST, 2)),
+            (_load_partition, (descs, buffers, barriers, sizes, K, GROUP, EPILOGUE)),
         ], [4, 4, 1], [160, 160, 32])  # fmt: skip
     hold_barriers(barriers)
 
