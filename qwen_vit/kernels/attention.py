@@ -160,7 +160,7 @@ def _rotate_keys(
     base = qkv + row_begin * (3 * H * D) + (H + i_head) * D
     b_k = _rotated(base, m_row, angles, 0, D_PADDED, D, BN, 3 * H * D, ADJACENT)  # [BN, D_PADDED]
     p_k = k_rotated + row_begin * (H * D) + (o_row[:, None] * H + i_head) * D + o_dim[None, :]
-    m_k = m_row[:, None] & (o_dim < D)[None, :]
+    m_k = m_row[:, None] & (o_dim < D)[None, :]  # [BN, D_PADDED]
     tl.store(p_k, b_k.to(k_rotated.dtype.element_ty), mask=m_k)
 
 
@@ -196,7 +196,7 @@ def _first_state(BM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 @triton.jit
 def _next_state(state, b_scores, v, MASK_SEGMENTS: tl.constexpr):
-    """The softmax goes on with a tile of keys: (m, l, acc0, acc1) with its scores and values."""
+    """The online softmax with one more tile of keys: its scores, and its values `v`."""
     m, l, acc0, acc1 = state
     m_new = tl.maximum(m, tl.reduce(b_scores, 1, tl.standard._elementwise_max))  # [BM]
     m_safe = m_new
@@ -283,18 +283,16 @@ def _window_attention(
 
     m_k = o_row < k_end - k_begin
     k_base = qkv + k_begin * ROW_STRIDE + (H + i_head) * D
-    # V first: see `_attend_to_keys`
+    # V first, for the reason in `_attend_to_keys`
     p_v = k_base + H * D + o_row[:, None] * ROW_STRIDE  # [BM, 1]
     v = (_load(p_v, m_k, 0, D0, D, True),)  # [BM, D0]
     if D1 > 0:
         v = (v[0], _load(p_v, m_k, D0, D1, D, True))  # [BM, D1]
-    b_k0 = _rotated(k_base, m_k, angles0, 0, D0, D, BM, ROW_STRIDE, ADJACENT).to(dtype)  # [BM, D0]
-    b_scores = tl.dot(b_q0, tl.trans(b_k0), input_precision="ieee")  # [BM, BM]
+    b_k0 = _rotated(k_base, m_k, angles0, 0, D0, D, BM, ROW_STRIDE, ADJACENT)  # [BM, D0]
+    b_scores = tl.dot(b_q0, tl.trans(b_k0.to(dtype)), input_precision="ieee")  # [BM, BM]
     if D1 > 0:
-        b_k1 = _rotated(k_base, m_k, angles1, D0, D1, D, BM, ROW_STRIDE, ADJACENT).to(
-            dtype
-        )  # [BM, D1]
-        b_scores = tl.dot(b_q1, tl.trans(b_k1), b_scores, input_precision="ieee")
+        b_k1 = _rotated(k_base, m_k, angles1, D0, D1, D, BM, ROW_STRIDE, ADJACENT)  # [BM, D1]
+        b_scores = tl.dot(b_q1, tl.trans(b_k1.to(dtype)), b_scores, input_precision="ieee")
     if MASK_SEGMENTS:
         seg_k = tl.load(segment_of_row + k_begin + o_row, mask=m_k, other=-2)  # [BM]
         b_scores = tl.where(seg_q[:, None] == seg_k[None, :], b_scores, -float("inf"))

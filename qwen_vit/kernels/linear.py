@@ -118,39 +118,41 @@ def _gemm(
     i_m = (first_row_tile + i_program % group_size % group_rows) * BM
     i_n = i_program % group_size // group_rows * BN
 
-    acc = tl.zeros([BM, BN], tl.float32)
+    acc = tl.zeros([BM, BN], tl.float32)  # [BM, BN]
     for i_k in range(0, K, BK):
         b_x = x.load([i_m, i_k])  # [BM, BK]
         b_weight = weight.load([i_n, i_k])  # [BN, BK]
         acc = tl.dot(b_x, b_weight.T, acc, input_precision=PRECISION)
 
-    o_m = i_m + tl.arange(0, BM)
-    o_n = i_n + tl.arange(0, BN)
+    o_m = i_m + tl.arange(0, BM)  # [BM]
+    o_n = i_n + tl.arange(0, BN)  # [BN]
     if SQUARES > 0:
-        total = tl.load(squares + o_m, mask=o_m < M, other=0.0)
+        total = tl.load(squares + o_m, mask=o_m < M, other=0.0)  # [BM]
         for chunk in range(1, SQUARES):
             total += tl.load(squares + chunk * M + o_m, mask=o_m < M, other=0.0)
         acc = acc * tl.rsqrt(total / K + eps)[:, None]
     else:
         acc = acc * out_scale
     if HAS_BIAS:
-        acc += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+        b_bias = tl.load(bias + o_n, mask=o_n < N, other=0.0)  # [BN]
+        acc += b_bias.to(tl.float32)[None, :]
     if EPILOGUE == "gelu":
         acc = gelu(acc)
     if EPILOGUE == "swiglu":
-        pairs = tl.permute(tl.reshape(acc, (BM, BN // 16, 2, 8)), (0, 1, 3, 2))
-        gate, up = tl.split(pairs)
-        y = tl.reshape(swiglu(gate, up), (BM, BN // 2))
-        out.store([i_m, i_n // 2], y.to(out.dtype))
+        b_pairs = tl.permute(tl.reshape(acc, (BM, BN // 16, 2, 8)), (0, 1, 3, 2))
+        b_gate, b_up = tl.split(b_pairs)  # [BM, BN / 16, 8] each
+        b_out = tl.reshape(swiglu(b_gate, b_up), (BM, BN // 2))  # [BM, BN / 2]
+        out.store([i_m, i_n // 2], b_out.to(out.dtype))
     else:
         if EPILOGUE == "residual":
-            acc += residual.load([i_m, i_n]).to(tl.float32)
-        y = acc.to(out.dtype)
-        out.store([i_m, i_n], y)
+            b_residual = residual.load([i_m, i_n])  # [BM, BN]
+            acc += b_residual.to(tl.float32)
+        b_out = acc.to(out.dtype)
+        out.store([i_m, i_n], b_out)
         if EPILOGUE == "residual":  # of what was stored: rounded; 0 beyond the edges
-            rounded = tl.where((o_n < N)[None, :], y.to(tl.float32), 0.0)
-            p_squares = squares_out + i_n // BN * M + o_m
-            tl.store(p_squares, tl.sum(rounded * rounded, 1), mask=o_m < M)
+            b_rounded = tl.where((o_n < N)[None, :], b_out.to(tl.float32), 0.0)  # [BM, BN]
+            p_squares = squares_out + i_n // BN * M + o_m  # [BM]
+            tl.store(p_squares, tl.sum(b_rounded * b_rounded, 1), mask=o_m < M)
 
 
 def linear(
@@ -282,12 +284,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _rms_norm(x, weight, out, C: tl.constexpr, C_PADDED: tl.constexpr, EPS: tl.constexpr):
     """One row: statistics in fp32; the cast to the input's dtype; then the weight."""
     i_row = tl.program_id(0).to(tl.int64)
-    o_c = tl.arange(0, C_PADDED)
+    o_c = tl.arange(0, C_PADDED)  # [C_PADDED]
     m_c = o_c < C
-    b_x = tl.load(x + i_row * C + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_x = tl.load(x + i_row * C + o_c, mask=m_c, other=0.0).to(tl.float32)  # [C_PADDED]
     scale = tl.rsqrt(tl.sum(b_x * b_x, 0) / C + EPS)
     b_x = (b_x * scale).to(out.dtype.element_ty)
-    b_weight = tl.load(weight + o_c, mask=m_c, other=0.0)
+    b_weight = tl.load(weight + o_c, mask=m_c, other=0.0)  # [C_PADDED]
     tl.store(out + i_row * C + o_c, b_x * b_weight, mask=m_c)
 
 
@@ -313,9 +315,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 @triton.jit(do_not_specialize=["n_rows"])
 def _row_squares(x, squares, n_rows, C: tl.constexpr, C_PADDED: tl.constexpr, BM: tl.constexpr):
     """The sum of squares of each row, as one chunk."""
-    o_row = tl.program_id(0) * BM + tl.arange(0, BM)
-    o_c = tl.arange(0, C_PADDED)
-    m_x = (o_row < n_rows)[:, None] & (o_c < C)[None, :]
+    o_row = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
+    o_c = tl.arange(0, C_PADDED)  # [C_PADDED]
+    m_x = (o_row < n_rows)[:, None] & (o_c < C)[None, :]  # [BM, C_PADDED]
     b_x = tl.load(x + o_row[:, None].to(tl.int64) * C + o_c[None, :], mask=m_x, other=0.0)
-    b_x = b_x.to(tl.float32)
+    b_x = b_x.to(tl.float32)  # [BM, C_PADDED]
     tl.store(squares + o_row, tl.sum(b_x * b_x, 1), mask=o_row < n_rows)

@@ -15,15 +15,16 @@ def _gather_pixels(
     P: tl.constexpr, P_OUT: tl.constexpr, P_BLOCK: tl.constexpr, ZERO: tl.constexpr,
     BM: tl.constexpr,
 ):  # fmt: skip
-    o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    """BM rows of `pixels` (N, P), by `index`, centred and padded: out (rows, P_OUT)."""
+    o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     m_row = o_row < n_rows
-    source = tl.load(index + o_row, mask=m_row, other=0).to(tl.int64)
-    o_p = tl.arange(0, P_BLOCK)
-    m_in = m_row[:, None] & (o_p < P)[None, :]
-    b = tl.load(pixels + source[:, None] * P + o_p[None, :], mask=m_in).to(tl.float32)
-    b = tl.where(m_in, b - ZERO, 0.0).to(out.dtype.element_ty)
-    m_out = m_row[:, None] & (o_p < P_OUT)[None, :]
-    tl.store(out + o_row[:, None] * P_OUT + o_p[None, :], b, mask=m_out)
+    i_source = tl.load(index + o_row, mask=m_row, other=0).to(tl.int64)  # [BM]
+    o_p = tl.arange(0, P_BLOCK)  # [P_BLOCK]
+    m_in = m_row[:, None] & (o_p < P)[None, :]  # [BM, P_BLOCK]
+    b_x = tl.load(pixels + i_source[:, None] * P + o_p[None, :], mask=m_in).to(tl.float32)
+    b_x = tl.where(m_in, b_x - ZERO, 0.0).to(out.dtype.element_ty)  # [BM, P_BLOCK]
+    m_out = m_row[:, None] & (o_p < P_OUT)[None, :]  # [BM, P_BLOCK]
+    tl.store(out + o_row[:, None] * P_OUT + o_p[None, :], b_x, mask=m_out)
 
 
 def gather_pixels(

@@ -23,27 +23,27 @@ def _segment_mean(
 ):  # fmt: skip
     """Lane i adds rows i, i + BM, i + 2 BM ... of its segment; then the BM lanes are added."""
     i_segment = tl.program_id(0)
-    o_d = tl.program_id(1) * BN + tl.arange(0, BN)
+    o_d = tl.program_id(1) * BN + tl.arange(0, BN)  # [BN]
     m_d = o_d < D
     begin = tl.load(offsets + i_segment)
     end = tl.load(offsets + i_segment + 1)
-    acc = tl.zeros([BM, BN], tl.float32)
+    acc = tl.zeros([BM, BN], tl.float32)  # [BM, BN]
     for i_row in range(begin, end, BM):
-        o_row = i_row + tl.arange(0, BM)
-        m_x = (o_row < end)[:, None] & m_d[None, :]
+        o_row = i_row + tl.arange(0, BM)  # [BM]
+        m_x = (o_row < end)[:, None] & m_d[None, :]  # [BM, BN]
         b_x = tl.load(rows + o_row[:, None].to(tl.int64) * D + o_d[None, :], mask=m_x, other=0.0)
         acc += b_x.to(tl.float32)  # [BM, BN]
-    mean = tl.div_rn(tl.sum(acc, 0), (end - begin).to(tl.float32))
-    tl.store(out + i_segment.to(tl.int64) * D + o_d, mean, mask=m_d)
+    b_mean = tl.div_rn(tl.sum(acc, 0), (end - begin).to(tl.float32))  # [BN]
+    tl.store(out + i_segment.to(tl.int64) * D + o_d, b_mean, mask=m_d)
 
 
 @triton.jit
 def _unit_row(x, out, D: tl.constexpr, D_PADDED: tl.constexpr):
     """One row over its length; divided by its largest value first, so that no square overflows."""
     i_row = tl.program_id(0).to(tl.int64)
-    o_d = tl.arange(0, D_PADDED)
+    o_d = tl.arange(0, D_PADDED)  # [D_PADDED]
     m_d = o_d < D
-    b_x = tl.load(x + i_row * D + o_d, mask=m_d, other=0.0)
+    b_x = tl.load(x + i_row * D + o_d, mask=m_d, other=0.0)  # [D_PADDED]
     peak = tl.max(tl.abs(b_x), 0)
     b_x = tl.div_rn(b_x, tl.where(peak > 0, peak, 1.0))
     total = tl.sum(b_x * b_x, 0)
