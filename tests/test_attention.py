@@ -90,6 +90,16 @@ def compiled_attention_interpreted(
     return out
 
 
+@pytest.mark.parametrize("name", ["windows", "one-long"])
+def test_angles_of_each_token_are_those_behind_the_index(name: str) -> None:
+    tables, cos, sin = axial_tables(sum(LENGTHS[name]), 80, 3)
+    expanded = tables.per_token()
+    assert expanded.index is None
+    torch.testing.assert_close(expanded.cos, cos)
+    torch.testing.assert_close(expanded.sin, sin)
+    assert expanded.per_token() is expanded
+
+
 def nan_filled(*args: Any, **kwargs: Any) -> Tensor:
     return torch.zeros(*args, **kwargs).fill_(float("nan"))
 

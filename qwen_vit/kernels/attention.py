@@ -51,6 +51,13 @@ class RotaryTable:
     sin: torch.Tensor
     index: torch.Tensor | None = None
 
+    def per_token(self) -> "RotaryTable":
+        """The same angles without an index, read once for all heads, queries and keys."""
+        if self.index is None:
+            return self
+        rows = self.index.long()
+        return RotaryTable(self.cos[rows].flatten(1), self.sin[rows].flatten(1))
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
@@ -423,6 +430,7 @@ def attention(
     d_tail = 0 if d_main == D else max(16, triton.next_power_of_2(D - d_main))
     on_cpu = qkv.device.type == "cpu"
     if on_cpu:
+        rotary = rotary.per_token()  # the interpreter pays for every operation on a block
         ranges = segments.tiles.view(-1, 2, 2)  # begin and end of the query rows, and of the keys
         keys_are_queries = torch.equal(ranges[:, 0], ranges[:, 1])
         used_kind = "window" if keys_are_queries else "full"
