@@ -220,6 +220,33 @@ def _next_state(state, b_scores, v, MASK_SEGMENTS: tl.constexpr):
 
 
 @triton.jit
+def _only_own_values(b_v, acc, m_same):
+    """V without its NaN and infinities; they become NaN in the sums of their own segment's rows."""
+    m_bad = b_v - b_v != 0  # [BN, D]
+    if tl.reduce(tl.reduce(m_bad.to(tl.int32), 1, tl.standard._sum_combine), 0,
+                 tl.standard._sum_combine) > 0:  # fmt: skip
+        n_bad = tl.dot(m_same.to(tl.float32), m_bad.to(tl.float32))  # [BM, D]
+        acc = tl.where(n_bad > 0, float("nan"), acc)
+        b_v = tl.where(m_bad, 0.0, b_v)
+    return b_v, acc
+
+
+@triton.jit
+def _within_segments(state, b_scores, v, seg_q, seg_k):
+    """State, scores and values in which no segment meets another's keys."""
+    m, l, acc0, acc1 = state
+    m_same = seg_q[:, None] == seg_k[None, :]  # [BM, BN]
+    b_scores = tl.where(m_same, b_scores, -float("inf"))
+    # P is 0 for another segment's keys, but 0 x NaN is NaN: such values must not be summed
+    b_v0, acc0 = _only_own_values(v[0], acc0, m_same)
+    own = (b_v0,)
+    if len(v) > 1:
+        b_v1, acc1 = _only_own_values(v[1], acc1, m_same)
+        own = (b_v0, b_v1)
+    return (m, l, acc0, acc1), b_scores, own
+
+
+@triton.jit
 def _store(
     out, state, q_begin, m_q, i_head,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
@@ -302,7 +329,7 @@ def _window_attention(
         b_scores = tl.dot(b_q1, tl.trans(b_k1.to(dtype)), b_scores, input_precision="ieee")
     if MASK_SEGMENTS:
         seg_k = tl.load(segment_of_row + k_begin + o_row, mask=m_k, other=-2)  # [BM]
-        b_scores = tl.where(seg_q[:, None] == seg_k[None, :], b_scores, -float("inf"))
+        state, b_scores, v = _within_segments(state, b_scores, v, seg_q, seg_k)
     else:
         b_scores = tl.where(m_k[None, :], b_scores, -float("inf"))
     state = _next_state(state, b_scores, v, MASK_SEGMENTS)
@@ -337,7 +364,7 @@ def _attend_to_keys(
         b_scores = tl.dot(q[1], tl.trans(b_k1), b_scores, input_precision="ieee")
     if MASK_SEGMENTS:
         seg_k = tl.load(segment_of_row + k_begin + o_k, mask=m_k, other=-2)  # [BN]
-        b_scores = tl.where(seg_q[:, None] == seg_k[None, :], b_scores, -float("inf"))
+        state, b_scores, v = _within_segments(state, b_scores, v, seg_q, seg_k)
     elif MASK_ROWS:
         b_scores = tl.where(m_k[None, :], b_scores, -float("inf"))
     return _next_state(state, b_scores, v, MASK_SEGMENTS)
