@@ -242,7 +242,7 @@ def _within_segments(state, b_scores, v, seg_q, seg_k):
     own = (b_v0,)
     if len(v) > 1:
         b_v1, acc1 = _only_own_values(v[1], acc1, m_same)
-        own = (b_v0, b_v1)
+        own = (b_v0, b_v1)  # type: ignore[assignment]
     return (m, l, acc0, acc1), b_scores, own
 
 
@@ -321,7 +321,7 @@ def _window_attention(
     p_v = k_base + H * D + o_row[:, None] * ROW_STRIDE  # [BM, 1]
     v = (_load(p_v, m_k, 0, D0, D, True),)  # [BM, D0]
     if D1 > 0:
-        v = (v[0], _load(p_v, m_k, D0, D1, D, True))  # [BM, D1]
+        v = (v[0], _load(p_v, m_k, D0, D1, D, True))  # type: ignore[assignment]
     b_k0 = _rotated(k_base, m_k, angles0, 0, D0, D, BM, ROW_STRIDE, ADJACENT)  # [BM, D0]
     b_scores = tl.dot(b_q0, tl.trans(b_k0.to(dtype)), input_precision="ieee")  # [BM, BM]
     if D1 > 0:
@@ -355,7 +355,7 @@ def _attend_to_keys(
     p_v = v_base + o_k[:, None] * ROW_STRIDE  # [BN, 1]
     v = (_load(p_v, m_k, 0, D0, D, MASK_ROWS),)  # [BN, D0]
     if len(q) > 1:
-        v = (v[0], _load(p_v, m_k, D0, D1, D, MASK_ROWS))  # [BN, D1]
+        v = (v[0], _load(p_v, m_k, D0, D1, D, MASK_ROWS))  # type: ignore[assignment]
     p_k = k_rotated + k_begin * (H * D) + i_head * D + o_k[:, None] * (H * D)  # [BN, 1]
     b_k0 = _load(p_k, m_k, 0, D0, D, MASK_ROWS)  # [BN, D0]
     b_scores = tl.dot(q[0], tl.trans(b_k0), input_precision="ieee")  # [BM, BN]
@@ -399,7 +399,7 @@ def _full_attention(
     if D1 > 0:
         angles = _angles(rope, q_begin, m_q, D0, D1, D, BM, AXIAL, ADJACENT)
         b_q1 = _rotated(q_base, m_q, angles, D0, D1, D, BM, ROW_STRIDE, ADJACENT)  # [BM, D1]
-        q = (q[0], (b_q1 * scale_log2e).to(dtype))
+        q = (q[0], (b_q1 * scale_log2e).to(dtype))  # type: ignore[assignment]
     state = _first_state(BM, D0, D1)
     seg_q = o_q
     if MASK_SEGMENTS:
