@@ -76,7 +76,11 @@ def _check_arguments(
         if not isinstance(value, torch.Tensor):
             raise ArgumentError(f"{name} is a {type(value).__name__}", expected="a torch tensor")
         if kind := odd_kind(value):
-            raise ArgumentError(f"{name} is a {kind} tensor", expected="a dense one")
+            raise ArgumentError(
+                f"{name} is a {kind} tensor",
+                expected="a dense one on a CUDA GPU or the CPU",
+                remedy="convert or move it first",
+            )
     if qkv.device.type not in ("cpu", "cuda"):
         raise ArgumentError(
             f"qkv is on {qkv.device}", expected="a CUDA GPU or the CPU", remedy="move it"

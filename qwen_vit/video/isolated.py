@@ -69,7 +69,8 @@ def load_in_child(
         )
     answer = json.loads(done.stdout)
     if answer is not None:
-        raise ImageError(**answer)
+        facts, code = answer
+        raise ImageError(**facts, code=code)
 
 
 def main() -> None:
@@ -78,7 +79,7 @@ def main() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     request = json.loads(sys.stdin.buffer.read())
     item = Item.from_json(request["item"])
-    answer: dict[str, str] | None = None
+    answer: tuple[dict[str, str], str] | None = None
     try:
         with open_video_item(item) as (file, _):
             load_video(
@@ -89,7 +90,7 @@ def main() -> None:
             )
     except ImageError as error:
         facts = {"fact": error.fact, "name": error.name, "expected": error.expected}
-        answer = {**facts, "remedy": error.remedy, "code": error.code}
+        answer = {**facts, "remedy": error.remedy}, error.code
     sys.stdout.write(json.dumps(answer))
 
 

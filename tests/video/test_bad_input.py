@@ -53,6 +53,14 @@ def test_a_truncated_file(
     assert refused(path).code == "truncated"
 
 
+def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_video(tmp_path / "a.mp4", 4)
+    monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
+    error = refused(tmp_path / "a.mp4")
+    assert error.code == "no-pyav"
+    assert "pip install 'qwen-vit[video]'" in error.remedy
+
+
 def test_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.touch()
