@@ -33,13 +33,10 @@ VARIANTS = ("default", "graphs", "compiled", "plugin")
 WAYS = ("default", "plugin", "features")
 PACKAGES = ("vllm", "torch", "triton", "transformers")
 ENVIRONMENT = {
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the one that has encoder graphs
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-FOR_TOWERS = ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_ENABLE_V1_MULTIPROCESSING")  # not a server's
 folder_option = click.option(
     "--folder", type=click.Path(file_okay=False, path_type=Path), required=True,
     help="Where models, figures and logs go: 4 GB.",
@@ -61,8 +58,17 @@ def main() -> None:
 @main.command()
 @folder_option
 @click.option("--variant", multiple=True, type=click.Choice(VARIANTS), default=VARIANTS)
+@click.option(
+    "--runner",
+    type=click.Choice(["1", "2"]),
+    default="1",
+    show_default=True,
+    help="vLLM's model runner: the first has encoder graphs, the second is vLLM 0.25's default.",
+)
 @ledger_options
-def towers(folder: Path, variant: tuple[str, ...], ledger: Path | None, commit: str) -> None:
+def towers(
+    folder: Path, variant: tuple[str, ...], runner: str, ledger: Path | None, commit: str
+) -> None:
     """Time the towers of four engines, answers first."""
     device = require_gpu()
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +77,7 @@ def towers(folder: Path, variant: tuple[str, ...], ledger: Path | None, commit: 
     asked = {"default", "plugin"} & set(variant)
     oracle = oracle_logprobs(folder / "small", device) if asked else torch.empty(0)
     torch.cuda.empty_cache()
-    found = {name: run_child(name, folder) for name in variant}
+    found = {name: run_child(name, folder, runner) for name in variant}
     report: dict[str, Any] = {}
     for name in ("default", "plugin"):
         if "answers" in found.get(name, {}):
@@ -84,7 +90,9 @@ def towers(folder: Path, variant: tuple[str, ...], ledger: Path | None, commit: 
     for each in found.values():
         each.pop("tokens", None)
     print_towers(found)
-    row = ledger_row("engines towers", commit, device, PACKAGES, answers=report, engines=found)
+    row = ledger_row(
+        "engines towers", commit, device, PACKAGES, runner=runner, answers=report, engines=found
+    )
     append_row(rounded(row), ledger)
     print(json.dumps(rounded(row)))
 
@@ -101,11 +109,14 @@ def judge(answers: dict[str, Any], oracle: torch.Tensor) -> dict[str, float]:
     }
 
 
-def run_child(variant: str, folder: Path) -> dict[str, Any]:
+def run_child(variant: str, folder: Path, runner: str) -> dict[str, Any]:
     """One engine in a process of its own; its figures."""
     started = time.perf_counter()
     plugin = "qwen_vit" if variant == "plugin" else ""
-    environment = {**os.environ, **ENVIRONMENT, "VLLM_PLUGINS": plugin}
+    environment = {
+        **os.environ, **ENVIRONMENT, "VLLM_PLUGINS": plugin,
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(runner) - 1), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }  # fmt: skip
     command = [sys.executable, "-m", "tools.benchmarks.engines.child", variant, str(folder)]
     log = folder / f"{variant}.log"
     with open(log, "w") as file:
@@ -150,7 +161,7 @@ def requests(folder: Path, way: tuple[str, ...], ledger: Path | None, commit: st
         write_small(folder / "small", device)
     torch.cuda.empty_cache()
     write_large(folder / "large")
-    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in FOR_TOWERS})
+    os.environ.update(ENVIRONMENT)
     found = {name: measure(folder, name) for name in way}
     click.echo(as_table(found))
     row = ledger_row("engines requests", commit, device, PACKAGES, ways=found)
