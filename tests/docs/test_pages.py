@@ -155,8 +155,8 @@ TINY_OUT = ("--model", "tiny", "--out", "features.safetensors")
 
 
 def with_marks(line: str) -> Any:
-    """Ray takes seconds to start, a comparison with its page as long."""
-    is_slow = "--ray" in line or "--report" in line
+    """Ray takes seconds to start, a comparison with its page or its golden as long."""
+    is_slow = "--ray" in line or "--report" in line or "golden" in line
     return pytest.param(line, marks=pytest.mark.slow) if is_slow else line
 
 
@@ -175,6 +175,11 @@ def test_a_command_works(
     name = "features.safetensors"
     if name in arguments and arguments[arguments.index(name) - 1] != "--out":  # it reads the file
         made = qwen_vit("encode", "tests/images/rocket.jpg", *TINY_OUT)
+        assert made.code == 0, made.err
+    if "--golden" in arguments:  # it reads what the line above it saved
+        golden = arguments[arguments.index("--golden") + 1]
+        image = "tests/images/chelsea.png"
+        made = qwen_vit("compare", image, "--model", "tiny", "--save-golden", golden)
         assert made.code == 0, made.err
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for processes that it starts
     monkeypatch.setenv("RAY_ADDRESS", "local")  # not the cluster that another test lets die
