@@ -52,7 +52,7 @@ IMAGE_CODES = {
     "out-of-memory": "it alone does not fit the GPU's memory",
     "patches": "pixels and grids that do not belong together",
     "ratio": "one side is over 200 times the other",
-    "reference": "Hugging Face's processor refuses it, with which it was to be compared",
+    "reference": "Hugging Face's processor, the reference of `compare`, refuses it",
     "size-changes": "the frames of a video have several sizes",
     "slow": "far more scans, segments, frames or seconds of decoding than it needs or may take",
     "source-type": "not a path, bytes, PIL image, array or tensor",
@@ -62,8 +62,8 @@ IMAGE_CODES = {
     "truncated": "the content ends early; it is never filled up",
     "unreadable": "the system refuses to read it, or its PIL file is closed; a retry may help",
     "url": "an address: nothing is downloaded here",
-    "video-frames": "more frames are wanted than a video has, or none is there",
-    "video-range": "less than two frames between start and end",
+    "video-frames": "more frames are requested than the video has, or it has none",
+    "video-range": "fewer than two frames between start and end",
     "zero-side": "a side of 0 pixels",
 }
 

@@ -75,7 +75,7 @@ OF_START = (
 @output_options
 @click.option(
     "--dtype", type=Dtype(["float32", "bfloat16"]),
-    help="How features are stored; a GPU computes in it, too.  [default: as computed]",
+    help="How features are stored; a GPU also computes in it.  [default: as computed]",
 )  # fmt: skip
 @device_option()
 @pixel_options

@@ -93,7 +93,7 @@ on_error_option = click.option(
 )
 allow_failed_option = click.option(
     "--allow-failed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
-    help="Exit code 1 only where more images failed in this run.",
+    help="Exit with 1 only if more than N images failed in this run.",
 )  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
@@ -190,10 +190,10 @@ def video_options(command: Command) -> Command:
     """The options that say which frames of a video are encoded, and at which size."""
     options = (
         click.option("--fps", type=float, default=2.0, show_default=True, help="Frames a second."),
-        click.option("--n-frames", type=int, help="So many frames instead of --fps."),
+        click.option("--n-frames", type=int, help="Number of frames, instead of --fps."),
         click.option("--start", type=float, metavar="SECONDS", help="Where sampling begins."),
         click.option("--end", type=float, metavar="SECONDS", help="Where sampling ends."),
-        click.option("--max-frames", type=int, help="The most of --fps.  [default: 768]"),
+        click.option("--max-frames", type=int, help="Frame limit with --fps.  [default: 768]"),
         click.option(
             "--max-frame-pixels", type=int, help="Largest height x width.  [default: 602112]"
         ),
@@ -202,7 +202,7 @@ def video_options(command: Command) -> Command:
         ),
         click.option(
             "--sampling", type=click.Choice(["qwen", "transformers"]), default="qwen",
-            show_default=True, help="Whose choice of frames and sizes.",
+            show_default=True, help="Library to follow for frames and sizes.",
         ),
     )  # fmt: skip
     for option in reversed(options):
@@ -232,7 +232,7 @@ def source_options(command: Command) -> Command:
         click.option("--revision", help="Branch, tag or commit on the Hub."),
         click.option("--subfolder", help="The checkpoint's folder inside MODEL."),
         click.option("--cache-dir", type=FILE, help="Instead of HF_HUB_CACHE ($HF_HOME/hub)."),
-        click.option("--local-files-only", is_flag=True, help="Never ask the network."),
+        click.option("--local-files-only", is_flag=True, help="Never use the network."),
     )
     for option in reversed(options):
         command = option(command)

@@ -24,7 +24,7 @@ from qwen_vit.images.isolated import decode_in_child
 from qwen_vit.images.jpeg import JpegFile, check_blocks, read_jpeg
 from qwen_vit.images.memory import decoding_memory
 from qwen_vit.images.png_chunks import without_needless_chunks
-from qwen_vit.images.refusals import damaged, truncated
+from qwen_vit.images.refusals import damaged, too_much_memory, truncated
 from qwen_vit.images.tiff import check_directory, check_tags, unread_kind
 from qwen_vit.images.to_rgb import is_deep, tiff_orientation, to_rgb, turn_back
 from qwen_vit.images.truncation import ends_early, misses_rows, promised_bytes
@@ -168,12 +168,7 @@ def _decoding(
     except ImageError:
         raise
     except MemoryError:
-        raise ImageError(
-            "does not fit into memory when decoded",
-            name=name,
-            remedy="make it smaller",
-            code="memory",
-        ) from None
+        raise too_much_memory(name) from None
     except Image.DecompressionBombError:
         raise ImageError(
             "has more pixels than Pillow decodes (Image.MAX_IMAGE_PIXELS)",

@@ -12,6 +12,7 @@ from PIL import Image
 
 from qwen_vit.errors import ImageError
 from qwen_vit.images.image import ExifPolicy, ImageLimits, RgbImage
+from qwen_vit.images.refusals import too_much_memory
 
 __all__ = ["decode_in_child"]
 
@@ -61,12 +62,7 @@ def decode_in_child(
             code="slow",
         ) from None
     except MemoryError:
-        raise ImageError(
-            "does not fit into memory when decoded",
-            name=name,
-            remedy="make it smaller",
-            code="memory",
-        ) from None
+        raise too_much_memory(name) from None
     finally:
         os.close(pixels)
 

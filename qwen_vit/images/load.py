@@ -8,7 +8,6 @@ profiles are ignored, as in the reference processor.
 
 import io
 import os
-import stat
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -20,7 +19,6 @@ from qwen_vit.errors import ArgumentError, ImageError, check_choice
 from qwen_vit.images.arrays import from_array, tensor_to_array
 from qwen_vit.images.decode import decode_bytes, decode_pil
 from qwen_vit.images.image import (
-    ADDRESS,
     ArrayLayout,
     ExifPolicy,
     ImageLimits,
@@ -30,6 +28,7 @@ from qwen_vit.images.image import (
     check_file_bytes,
 )
 from qwen_vit.images.pages import page_id
+from qwen_vit.images.regular_file import open_regular, unreadable
 
 __all__ = ["load_image", "read_image_file", "unwrap"]
 
@@ -159,44 +158,13 @@ def read_image_file(path: str, name: str, limits: ImageLimits) -> bytes:
     Raises ImageError with `name` as its name.
     """
     name = name or repr(path)  # an empty path is shown in quotes
-    if ADDRESS.match(path):
-        raise ImageError(
-            "an address, not a file", name=name[:80], remedy="download it first", code="url"
-        )
-    try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise ImageError(
-                "a directory",
-                name=name,
-                expected="an image file",
-                remedy="pass its files, or run `qwen-vit export`",
-                code="directory",
-            )
-        if not stat.S_ISREG(status.st_mode):  # a FIFO would block, a device might not end
-            raise ImageError(
-                "a FIFO, socket or device, which is never opened",
-                name=name,
-                expected="a regular file",
-                remedy="copy its content to a file",
-                code="not-a-file",
-            )
-        check_file_bytes(status.st_size, name, limits)
-        with open(path, "rb") as file:
+    with open_regular(
+        path, name, expected="an image file", remedy="pass its files, or run `qwen-vit export`"
+    ) as file:
+        try:
+            check_file_bytes(os.fstat(file.fileno()).st_size, name, limits)
             data = file.read(limits.max_file_bytes + 1)
-    except FileNotFoundError:
-        raise ImageError(
-            "does not exist", name=name, remedy="check the path", code="missing"
-        ) from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, ImageError):
-            raise
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(
-            f"cannot be read ({reason})",
-            name=name,
-            remedy="check its path and permissions",
-            code="unreadable",
-        ) from None
+        except (OSError, ValueError) as error:
+            raise unreadable(error, name) from None
     check_file_bytes(len(data), name, limits)
     return data

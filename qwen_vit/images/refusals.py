@@ -2,7 +2,7 @@
 
 from qwen_vit.errors import ImageError
 
-__all__ = ["damaged", "too_slow", "truncated"]
+__all__ = ["damaged", "too_much_memory", "too_slow", "truncated"]
 
 
 def truncated(file_format: str, name: str, what: str = "it ends early") -> ImageError:
@@ -45,4 +45,18 @@ def too_slow(fact: str, name: str, expected: str) -> ImageError:
         expected=expected,
         remedy="open and save it in an image editor",
         code="slow",
+    )
+
+
+def too_much_memory(name: str) -> ImageError:
+    """The error of a file whose decoding runs out of memory.
+
+    >>> print(too_much_memory("a.png"))
+    a.png: does not fit into memory when decoded. Make it smaller.
+    """
+    return ImageError(
+        "does not fit into memory when decoded",
+        name=name,
+        remedy="make it smaller",
+        code="memory",
     )

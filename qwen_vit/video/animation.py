@@ -17,6 +17,7 @@ from qwen_vit.images.to_rgb import on_white
 from qwen_vit.video.container import too_many_frames
 from qwen_vit.video.options import VideoLimits
 from qwen_vit.video.sampling import Timeline
+from qwen_vit.video.source import check_size
 
 __all__ = ["AnimationFrames", "is_animated", "is_animation_format"]
 
@@ -64,14 +65,7 @@ class AnimationFrames:
             kind = _format_of(data[:12]) or ""
             self._image: Any = DECODERS[kind](io.BytesIO(data), "")
             width, height = self._image.size
-            if width * height > limits.max_pixels:
-                raise ImageError(
-                    f"its frames are {width}x{height} = {width * height} pixels",
-                    name=name,
-                    expected=f"at most {limits.max_pixels}",
-                    remedy="make them smaller, or raise VideoLimits.max_pixels in Python",
-                    code="too-many-pixels",
-                )
+            check_size(width, height, name, limits)
             milliseconds = list(self._durations())
         if len(milliseconds) < 2:
             raise ImageError(

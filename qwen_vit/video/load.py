@@ -176,8 +176,8 @@ def _from_frames(
             raise ArgumentError(
                 f"{option} is given for frames",
                 name=name,
-                expected="a file to sample from; frames are taken as they are",
-                remedy="select the frames yourself, and pass fps=, the rate of those",
+                expected="this option with a video file only; all passed frames are used",
+                remedy="select the frames yourself, and pass their rate as fps=",
             )
     frames = _frame_list(video.source, name)
     rows: _Rows | None = None

@@ -114,7 +114,8 @@ class FileFrames:
     def upright(self, frame: Any) -> Image.Image:
         """A decoded frame as an upright picture of mode RGB or RGBX; thread-safe."""
         # four bytes a pixel, as Pillow holds them: nothing is copied under Python's lock
-        plane = frame.reformat(format="rgb0").planes[0]
+        # swscale's threads write past the ends of rows into each other's: 4 pixels were wrong
+        plane = frame.reformat(format="rgb0", threads=1).planes[0]
         size = (frame.width, frame.height)
         picture = Image.frombuffer("RGBX", size, plane, "raw", "RGBX", plane.line_size, 1)
         return picture if self._turn is None else picture.transpose(self._turn)

@@ -105,7 +105,7 @@ def _frame_range(timeline: Timeline, options: VideoOptions, name: str) -> tuple[
     if first >= last:
         raise ImageError(
             f"from {options.start or 0} s to {'its end' if options.end is None else options.end} "
-            f"there are less than two of its {timeline.n_frames} frames ({duration:.6g} s)",
+            f"there are fewer than two of its {timeline.n_frames} frames ({duration:.6g} s)",
             name=name,
             expected="a part of at least two frames",
             remedy="pass another start= or end=",
@@ -138,7 +138,7 @@ def _floor_even(number: float) -> int:
 def _check_count(n: int, count: int, name: str) -> None:
     if not FRAMES_IN_A_STEP <= n <= count:
         raise ImageError(
-            f"{n} of {count} frames are wanted",
+            f"{n} of {count} frames are requested",
             name=name,
             expected=f"from {FRAMES_IN_A_STEP} to {count}",
             remedy="pass another n_frames=, or fps= instead",

@@ -2,14 +2,15 @@
 
 import io
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, BinaryIO
 
 from qwen_vit.errors import ImageError
-from qwen_vit.images.image import ADDRESS
+from qwen_vit.images.refusals import too_much_memory
+from qwen_vit.images.regular_file import open_regular
 from qwen_vit.video.container import check_structure
 from qwen_vit.video.options import VideoLimits
 
@@ -20,6 +21,8 @@ __all__ = [
 
 CONVERT = "convert it, for example with ffmpeg -i IN -c:v libx264 OUT.mp4"
 READ_BYTES = 2**18  # at once, of a file that is no path
+
+open_file = partial(open_regular, expected="a video file", remedy="pass its files")
 
 
 def require_av() -> Any:
@@ -105,46 +108,6 @@ class Opener:
 
 
 @contextmanager
-def open_file(path: str, name: str) -> Iterator[BinaryIO]:
-    """A regular file, open. Raises ImageError with the reason for anything else."""
-    if ADDRESS.match(path):
-        raise ImageError(
-            "an address, not a file", name=name[:80], remedy="download it first", code="url"
-        )
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise ImageError(
-                "a directory", name=name, expected="a video file", remedy="pass its files",
-                code="directory",
-            )  # fmt: skip
-        if not stat.S_ISREG(mode):  # a FIFO would block
-            raise ImageError(
-                "a FIFO, socket or device, which is never opened",
-                name=name,
-                expected="a regular file",
-                remedy="copy its content to a file",
-                code="not-a-file",
-            )
-        file = open(path, "rb")  # noqa: SIM115 - closed below
-    except FileNotFoundError:
-        raise ImageError(
-            "does not exist", name=name, remedy="check the path", code="missing"
-        ) from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(
-            f"cannot be read ({getattr(error, 'strerror', None) or error})",
-            name=name,
-            remedy="check its path and permissions",
-            code="unreadable",
-        ) from None
-    with file:
-        yield file
-
-
-@contextmanager
 def plain_errors(name: str) -> Iterator[None]:
     """FFmpeg's errors as ImageError."""
     av = require_av()
@@ -153,12 +116,7 @@ def plain_errors(name: str) -> Iterator[None]:
     except ImageError:
         raise
     except MemoryError:
-        raise ImageError(
-            "does not fit into memory when decoded",
-            name=name,
-            remedy="make it smaller",
-            code="memory",
-        ) from None
+        raise too_much_memory(name) from None
     except av.error.DecoderNotFoundError:
         raise _no_decoder(name) from None
     except (av.error.FFmpegError, OSError, EOFError, ValueError) as error:

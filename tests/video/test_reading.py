@@ -137,6 +137,18 @@ def test_the_matrix_and_the_range_that_the_file_names_are_used(tmp_path: Path) -
     assert np.abs(frame[-8, 8] - expected.clip(0, 255)).max() <= 2
 
 
+def test_a_frame_has_the_same_pixels_every_time(tmp_path: Path) -> None:
+    """The threads of swscale overwrote 4 pixels of rows whose length is no multiple of 16 bytes."""
+    path = make_video(tmp_path / "a.mkv", 1, size=(364, 280))
+    seen = set()
+    for _ in range(60):
+        with open_video(path, path, VideoLimits()) as video:
+            seen |= {
+                np.asarray(video.upright(each))[..., :3].tobytes() for each in video.frames([0])
+            }
+    assert len(seen) == 1
+
+
 def test_hdr_is_named_and_not_tone_mapped(tmp_path: Path) -> None:
     path = make_video(
         tmp_path / "a.mp4", 2, codec="libx265", pix_fmt="yuv420p10le",

@@ -360,7 +360,9 @@ def draw(line: dict[str, Any], path: Path) -> None:
 @click.argument("what", type=click.Choice(["speed", "gpus", "memory"]), default="speed")
 @click.option("--images", type=int, help="[default: 2000; memory: 20000]")
 @click.option("--peer-images", default=100, show_default=True, help="That Hugging Face encodes.")
-@click.option("--checked", default=200, show_default=True, help="Images encoded alone, too.")
+@click.option(
+    "--checked", default=200, show_default=True, help="Images that are also encoded alone."
+)
 @click.option("--sides", nargs=2, type=int, help="[default: 448 1344; memory: 224 448]")
 @click.option("--model", help="Instead of a 7B-shaped tower with random weights.")
 @click.option("--folder", type=click.Path(path_type=Path), help="A disk for images and shards.")

@@ -1,0 +1,59 @@
+"""Opens a regular file, and nothing else: for images and videos that a path names."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from qwen_vit.errors import ImageError
+from qwen_vit.images.image import ADDRESS
+
+__all__ = ["open_regular", "unreadable"]
+
+
+@contextmanager
+def open_regular(path: str, name: str, *, expected: str, remedy: str) -> Iterator[BinaryIO]:
+    """A regular file, open for reading.
+
+    Raises ImageError with `name` for anything else; `expected` and `remedy` are for a directory.
+    """
+    if ADDRESS.match(path):
+        raise ImageError(
+            "an address, not a file", name=name[:80], remedy="download it first", code="url"
+        )
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise ImageError(
+                "a directory", name=name, expected=expected, remedy=remedy, code="directory"
+            )
+        if not stat.S_ISREG(mode):  # a FIFO would block, a device might not end
+            raise ImageError(
+                "a FIFO, socket or device, which is never opened",
+                name=name,
+                expected="a regular file",
+                remedy="copy its content to a file",
+                code="not-a-file",
+            )
+        file = open(path, "rb")  # noqa: SIM115 - closed below
+    except FileNotFoundError:
+        raise ImageError(
+            "does not exist", name=name, remedy="check the path", code="missing"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise unreadable(error, name) from None
+    with file:
+        yield file
+
+
+def unreadable(error: OSError | ValueError, name: str) -> ImageError:
+    """The error of a file that the system does not open or read."""
+    if isinstance(error, ImageError):
+        return error
+    return ImageError(
+        f"cannot be read ({getattr(error, 'strerror', None) or error})",
+        name=name,
+        remedy="check its path and permissions",
+        code="unreadable",
+    )
