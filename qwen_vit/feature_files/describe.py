@@ -8,6 +8,7 @@ from typing import Any
 from qwen_vit.common.safetensors_header import TensorInfo, read_header
 from qwen_vit.common.storage import is_remote
 from qwen_vit.common.store_path import AnyPath
+from qwen_vit.feature_files.listed import listings_of
 from qwen_vit.feature_files.read import FeatureFile, FeatureFolder, load_features
 from qwen_vit.feature_files.schema import shard_name
 
@@ -55,7 +56,7 @@ def describe_features(path: str | Path) -> dict[str, Any]:
             "images_to_do": len(features.listing) - len(features) - failed.total(),
             "images_failed": dict(failed.most_common()),
             "shards": len(files),
-            "shards_missing": -(-len(features.listing) // metadata["shard_size"]) - len(files),
+            "shards_missing": n_shards_of(features) - len(files),
         }
     return {
         **facts,
@@ -76,9 +77,13 @@ def feature_files_of(features: FeatureFile | FeatureFolder) -> list[AnyPath]:
     """The files that hold the rows: one, or every shard that existed when it was opened."""
     if isinstance(features, FeatureFile):
         return [features.path]
-    shards = range(-(-len(features.listing) // features.metadata["shard_size"]))
-    paths = [features.path / shard_name(shard) for shard in shards]
+    paths = [features.path / shard_name(shard) for shard in range(n_shards_of(features))]
     return [path for path in paths if path.exists()]
+
+
+def n_shards_of(features: FeatureFolder) -> int:
+    """How many shards the folder has when it is complete, those of every listing."""
+    return listings_of(features.metadata, features.path / EXPORT_SETTINGS)[-1].shards.stop
 
 
 def _row_facts(tensors: list[TensorInfo]) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def pixel_limits(n_frames: int, options: VideoOptions, factor: int) -> tuple[int
         raise ArgumentError(
             f"min_pixels is {least} and max_pixels {largest:g} for {n_frames} frames",
             expected=f"max_pixels of at least min_pixels and {token}, one token",
-            remedy="lower min_pixels, or raise max_pixels",
+            remedy="lower min_pixels, or raise max_pixels (--min-frame-pixels, --max-frame-pixels)",
         )
     return least, largest
 

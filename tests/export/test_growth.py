@@ -20,6 +20,7 @@ from qwen_vit.export.estimate import estimate_export
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.progress import Progress
 from qwen_vit.export.run import export_features
+from qwen_vit.feature_files.describe import describe_features
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.feature_files.verify import verify_features
 from tests.support.export_stress import tiny_png
@@ -437,3 +438,17 @@ def test_a_shard_of_versions_that_were_not_accepted_is_of_another_export(folder:
     Path("out/export.json").write_text(json.dumps(description))
     with pytest.raises(ExportError, match="belongs to a different export"):
         list(load_features("out"))
+
+
+def test_a_description_counts_the_shards_of_every_listing(folder: Path) -> None:
+    export()
+    for number in range(10, 16):
+        write(f"p/{number}.png", tiny_png(number))
+    export(EXTEND)
+    shards = sorted(Path("out").glob("*.safetensors"))
+    facts = describe_features("out")
+    assert (facts["shards"], facts["shards_missing"]) == (len(shards), 0) == (5, 0)
+    assert facts["bytes"] == sum(path.stat().st_size for path in shards)
+    assert facts["rows"] == verify_features("out").rows
+    shards[-1].unlink()
+    assert describe_features("out")["shards_missing"] == 1
