@@ -199,7 +199,7 @@ def test_a_shard_on_a_disk_of_the_worker_alone_is_told(tmp_path: Path) -> None:
     with (
         open_export(FakeEncoder(), [str(tmp_path / "images")], tmp_path / "out", SMALL) as plan,
         pytest.raises(
-            ExportError, match=r"does not exist here, though a worker wrote it\. .* all nodes"
+            ExportError, match=r"does not exist here, although a worker wrote it\. .* all nodes"
         ),
     ):
         _size(plan, 0)

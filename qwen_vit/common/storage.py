@@ -166,6 +166,8 @@ def storage_errors(error: OSError) -> tuple[str, str, str]:
         remedy = "check the credentials and the bucket's policy"
         return f"access is denied{reason}", remedy, "unreadable"
     reason = error.strerror or str(error) or type(error).__name__
+    if error.errno == errno.EINVAL:
+        return f"is no valid address ({reason.rstrip('.')})", "check the address", "missing"
     return f"cannot be read ({reason})", "try again later", "unreadable"
 
 
@@ -289,8 +291,9 @@ def _os_errors() -> Iterator[None]:
         if kind in ("NoCredentialsError", "PartialCredentialsError"):  # of botocore
             raise PermissionError(errno.EACCES, "no credentials were found") from error
         reason = str(error).strip().partition("\n")[0] or kind
-        if not isinstance(error, OSError):
-            raise OSError(errno.EIO, reason) from error
+        if not isinstance(error, OSError):  # ValueError: of an address that is none
+            number = errno.EINVAL if isinstance(error, ValueError) else errno.EIO
+            raise OSError(number, reason) from error
         if error.errno is not None:
             raise
         for kind_of, number in NUMBERS.items():

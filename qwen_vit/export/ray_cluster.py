@@ -198,7 +198,7 @@ class _Worker:
         for name, expected in plan.made_by.items():  # its bits may differ
             if metadata[name] != expected:
                 raise ExportError(
-                    f"a worker has the {name} {metadata[name]}",
+                    f"a worker has the {'GPU' if name == 'gpu' else name} {metadata[name]}",
                     name=str(plan.folder),
                     expected=f"{expected}, as the first worker has",
                     remedy="use nodes with one kind of GPU and the same packages",

@@ -192,7 +192,7 @@ def test_resuming_after_an_object_was_replaced_names_it(
 ) -> None:
     export([f"{ROOT}/p"], tmp_path / "out")
     server.put("p/a/1.png", tiny_png(77))
-    with pytest.raises(ExportError, match=r"1 in another place, first a/1\.png"):
+    with pytest.raises(ExportError, match=r"1 changed, first a/1\.png"):
         export([f"{ROOT}/p"], tmp_path / "out")
 
 
