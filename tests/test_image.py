@@ -810,12 +810,25 @@ def test_odd_file_names_work_and_are_kept(tmp_path: Path, name: str | bytes) -> 
 
 @pytest.mark.parametrize(
     "address",
-    ["http://a.b/c.jpg", "HTTPS://a.b/c.jpg", "s3://b/c.png", "data:image/png;base64,iVBORw0KGgo"],
+    ["http://a.b/c.jpg", "HTTPS://a.b/c.jpg", "s3://b/c.png"],
 )
 def test_addresses_are_refused_with_the_remedy(address: str) -> None:
     message = refusal("url", address)
     assert message.startswith(address)
     assert "Download it first" in message
+
+
+@pytest.mark.parametrize(
+    ("address", "remedy"),
+    [
+        ("file:///data/a.png", "Pass the path that follows file://"),
+        ("data:image/png;base64,iVBORw0KGgo", "base64.b64decode"),
+    ],
+)
+def test_addresses_that_no_download_helps_have_a_remedy_of_their_own(
+    address: str, remedy: str
+) -> None:
+    assert remedy in refusal("url", address)
 
 
 @pytest.mark.parametrize(

@@ -514,6 +514,15 @@ def test_two_images_of_one_id_are_refused_by_name(here: Path) -> None:
     assert not Path("l").exists()
 
 
+def test_a_name_that_a_tar_holds_twice_has_a_remedy_that_can_be_followed(here: Path) -> None:
+    """As after `tar --append`. Exporting the folder that holds both is no remedy for members."""
+    write_tar("a.tar", {"1.jpg": b"one"})
+    with tarfile.open("a.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("1.jpg"))
+    with pytest.raises(ExportError, match=r"the second is in .*a\.tar\. Rename one in its tar"):
+        Listing.freeze(here / "l", find_items(["a.tar"]), 5)
+
+
 def test_a_shards_images_are_found_by_its_number(here: Path) -> None:
     items = [Item(f"{i}é", f"/{i}") for i in range(10)]
     listing = Listing.freeze(here / "l", items, 4)

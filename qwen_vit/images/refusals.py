@@ -2,7 +2,7 @@
 
 from qwen_vit.errors import ImageError
 
-__all__ = ["damaged", "too_much_memory", "too_slow", "truncated"]
+__all__ = ["address_remedy", "damaged", "too_much_memory", "too_slow", "truncated"]
 
 
 def truncated(file_format: str, name: str, what: str = "it ends early") -> ImageError:
@@ -60,3 +60,16 @@ def too_much_memory(name: str) -> ImageError:
         remedy="make it smaller",
         code="memory",
     )
+
+
+def address_remedy(address: str) -> str:
+    """What to do with an address that is given in place of a path.
+
+    >>> address_remedy("file:///data/a.png"), address_remedy("https://example.org/a.png")
+    ('pass the path that follows file://', 'download it first')
+    """
+    scheme = address.partition(":")[0].lower()
+    return {
+        "file": "pass the path that follows file://",
+        "data": "pass its bytes: base64.b64decode(address.partition(',')[2])",
+    }.get(scheme, "download it first")

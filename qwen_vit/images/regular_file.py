@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 from qwen_vit.errors import ImageError
 from qwen_vit.images.image import ADDRESS
+from qwen_vit.images.refusals import address_remedy
 
 __all__ = ["open_regular", "unreadable"]
 
@@ -20,7 +21,7 @@ def open_regular(path: str, name: str, *, expected: str, remedy: str) -> Iterato
     """
     if ADDRESS.match(path):
         raise ImageError(
-            "an address, not a file", name=name[:80], remedy="download it first", code="url"
+            "an address, not a file", name=name[:80], remedy=address_remedy(path), code="url"
         )
     try:
         mode = os.stat(path).st_mode

@@ -13,6 +13,7 @@ from pathlib import Path
 from qwen_vit.common.storage import RemoteObject, is_remote
 from qwen_vit.errors import ExportError, ImageError, display_name
 from qwen_vit.images.image import ADDRESS
+from qwen_vit.images.refusals import address_remedy
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.lists import (
     JSON_SUFFIX,
@@ -149,7 +150,7 @@ def _input_items(
         yield from _remote_items(given, left_out, columns)
         return
     if ADDRESS.match(given):
-        raise ExportError("an address, not a file", name=given, remedy="download it first")
+        raise ExportError("an address, not a file", name=given[:80], remedy=address_remedy(given))
     if os.path.lexists(given) or not glob.has_magic(given):
         yield from _path_items(given, left_out, columns, may_be_list=True)
         return

@@ -189,6 +189,8 @@ def _same_id(item: Item) -> ExportError:
     where, row = "is" if item.is_file else "is in", ""
     remedy = "pass each image once, export the folder that holds both, or give a .jsonl list with "
     remedy += 'an "id" for each'
+    if not item.is_file:
+        remedy = "rename one in its tar, pass each tar once, or extract them and export the folder"
     if item.row is not None:
         row = f", row {item.row}"
         remedy = "pass each file once, another --id-column, or none"
