@@ -362,6 +362,7 @@ def hostile(folder: Path, *, bad: int, good: int, seed: int = 0) -> dict[str, An
 def interrupts(exports: Exports, *, times: int, seed: int = 0) -> dict[str, Any]:
     """SIGINT and SIGTERM in turn, at random moments of the work: exit code 130 within 5 s."""
     folder, moments, waits = exports.folder, random.Random(seed), []
+    exports.most_redone = 0  # a kill before may have lost what it had encoded
     for _ in range(3 * times):  # some end before their signal comes
         if len(waits) == times:
             break
