@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from qwen_vit.cli import main as cli_module
+from tests.support.export_stress import tiny_png
 
 
 class Done(NamedTuple):
@@ -50,4 +51,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Image.fromarray(values).save(tmp_path / name)
     (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def export_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with ten good images and a broken one, the eleventh."""
+    monkeypatch.chdir(tmp_path)
+    Path("p").mkdir()
+    for number in range(10):
+        Path(f"p/{number}.png").write_bytes(tiny_png(number))
+    Path("p/x.png").write_bytes(tiny_png(1)[:50])
     return tmp_path

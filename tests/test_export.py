@@ -63,17 +63,6 @@ from tests.support.fake_encoder import WIDTH, FakeEncoder
 SMALL = ExportOptions(shard_size=4)
 
 
-@pytest.fixture
-def export_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with ten good images and a broken one, the eleventh."""
-    monkeypatch.chdir(tmp_path)
-    Path("p").mkdir()
-    for number in range(10):
-        Path(f"p/{number}.png").write_bytes(tiny_png(number))
-    Path("p/x.png").write_bytes(tiny_png(1)[:50])
-    return tmp_path
-
-
 def export(
     *inputs: str, out: str = "out", encoder: Any = None, options: ExportOptions = SMALL, **more: Any
 ) -> ExportReport:
