@@ -34,11 +34,21 @@ def estimate_text(estimate: Estimate, folder: Path) -> str:
     parents = (folder, *folder.absolute().parents)
     free = shutil.disk_usage(next(each for each in parents if each.exists())).free
     size = f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.1f} MB"
-    done = f"{estimate.done:,} done, " if estimate.done else ""
-    unreadable = f", {estimate.unreadable:,} unreadable or too large" * bool(estimate.unreadable)
+    unfit = [
+        f"{count:,} {what}"
+        for count, what in (
+            (estimate.missing, "missing"), (estimate.unreadable, "unreadable or too large")
+        )
+        if count
+    ]  # fmt: skip
+    images = [
+        f"{estimate.done:,} done" * bool(estimate.done),
+        f"{estimate.to_do:,} to do" + f" ({', '.join(unfit)})" * bool(unfit),
+        f"{estimate.failed:,} failed earlier" * bool(estimate.failed),
+    ]
     return facts_text(
         {
-            "images": f"{done}{estimate.images - estimate.done:,} to do{unreadable}",
+            "images": ", ".join(filter(None, images)),
             "rows": f"{estimate.rows:,}",
             "on the disk": f"{size}, where {free / 1e9:,.1f} GB are free",
             "time": duration,

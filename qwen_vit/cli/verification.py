@@ -68,4 +68,5 @@ def verify_stored(path: str) -> Findings:
     digests = f"{found.digests:,} of them" if found.digests < found.images else "all of them"
     by_digest = f"{digests} by their digests" if found.digests else "no digests are recorded"
     rows = f"{plural(found.images, 'image')}, {plural(found.rows, 'row')} read; {by_digest}"
-    return Findings(rows, found.problems)
+    older = f"; {found.superseded:,} superseded as well" * bool(found.superseded)
+    return Findings(rows + older, found.problems)

@@ -16,7 +16,7 @@ from qwen_vit.inputs.listing import Item, Listing, read_listing
 from qwen_vit.inputs.read import read_item
 from qwen_vit.video.items import open_video_item
 
-__all__ = ["InputChanges", "failed_items"]
+__all__ = ["InputChanges", "failed_items", "open_if_whole"]
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ class InputChanges:
         for item, shard in self.same:
             if item.source not in times:
                 times[item.source] = _time_ns(item.source)
-            if times[item.source] > listed_ns[listings.number_of(shard)] and item.error is None:
+            if times[item.source] >= listed_ns[listings.number_of(shard)] and item.error is None:
                 newer.setdefault(shard, []).append(item)
         return [
             item
@@ -107,7 +107,7 @@ def failed_items(folder: Path, listings: Listings) -> Iterator[Item]:
     """The images whose last attempt failed, of the shards that exist."""
     current = listings.current
     for shard in range(listings.n_shards):
-        file = _open(folder / shard_name(shard))
+        file = open_if_whole(folder / shard_name(shard))
         failed = {error.id for error in file.errors} if file is not None else ()
         for item in listings.shard(shard) if failed else ():
             if item.id in failed and current.has(shard, item.id):
@@ -115,7 +115,7 @@ def failed_items(folder: Path, listings: Listings) -> Iterator[Item]:
 
 
 def _changed_of_shard(path: Path, items: Sequence[Item], limits: ImageLimits) -> Iterator[Item]:
-    file = _open(path)
+    file = open_if_whole(path)
     if file is None:  # its images will be read
         return
     digests = {
@@ -138,8 +138,12 @@ def _digest(item: Item, limits: ImageLimits) -> str:
     return sha256(read_item(item, limits)).hexdigest()
 
 
-def _open(path: Path) -> FeatureFile | None:
-    """A shard, or None if it is missing or torn: it is made again."""
+def open_if_whole(path: Path) -> FeatureFile | None:
+    """A shard, or None if it is missing or torn and so is made again.
+
+    >>> open_if_whole(Path("no-such-shard.safetensors")) is None
+    True
+    """
     try:
         return open_shard(path) if path.exists() else None
     except ExportError:

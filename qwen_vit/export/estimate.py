@@ -7,9 +7,10 @@ import stat
 import sys
 import time
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import BinaryIO
@@ -21,6 +22,7 @@ from qwen_vit.common.storage import is_remote
 from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ImageError
+from qwen_vit.export.changes import open_if_whole
 from qwen_vit.export.options import ExportOptions, RowFormat
 from qwen_vit.export.plan import (
     IMAGE_HEAD_BYTES,
@@ -28,6 +30,7 @@ from qwen_vit.export.plan import (
     ExportPlan,
     plan_dry_run,
 )
+from qwen_vit.feature_files.read import FeatureFile
 from qwen_vit.feature_files.schema import shard_name
 from qwen_vit.features import ImageFeatures
 from qwen_vit.images.formats import IDENTIFY_BYTES, decoder, identify
@@ -54,14 +57,15 @@ class Estimate:
     """What an export will take, from the images' headers.
 
     Attributes:
-        images: those of the whole export.
+        images: those of the whole export; an image that was encoded again counts once.
+        unreadable: images to do without a readable header, or of more pixels than are allowed.
         rows: those of the whole export.
-        bytes: those of the whole export.
-        unreadable: images without a readable header, or of more pixels than are allowed.
-        seconds: the time of the encoder for the images that are not done yet; None if no image
-            was timed.
+        bytes: those of the whole export, as files.
+        seconds: the time of the encoder for the images to do; None if no image was timed.
         is_sample: whether a sample of the images stands for all of them.
-        done: images of shards that exist.
+        done: images whose features are in shards that exist.
+        failed: images that failed earlier, by the shards that exist.
+        missing: images to do whose file does not exist.
     """
 
     images: int
@@ -71,6 +75,13 @@ class Estimate:
     seconds: float | None
     is_sample: bool = False
     done: int = 0
+    failed: int = 0
+    missing: int = 0
+
+    @property
+    def to_do(self) -> int:
+        """Images that are neither done nor failed."""
+        return self.images - self.done - self.failed
 
 
 def estimate_export(
@@ -81,7 +92,9 @@ def estimate_export(
     folder: str | os.PathLike[str] | None = None,
     show_progress: bool = False,
 ) -> Estimate:
-    """Count images, rows and bytes from every image's header, and time a few; nothing is written.
+    """Count images, rows and bytes, and time a few images; nothing is written.
+
+    Images to do are counted from their headers, and the others from the shards that hold them.
 
     >>> encoder = VisionEncoder.from_pretrained("tiny")
     >>> estimate_export(encoder, ["tests/images/rocket.jpg"]).rows
@@ -93,14 +106,22 @@ def estimate_export(
     options = options or ExportOptions()
     where = None if folder is None else Path(folder)
     with plan_dry_run(encoder, inputs, where, options) as plan:
-        whole = {shard for shard in plan.shards if where and (where / shard_name(shard)).exists()}
-        items = ((item, shard) for shard in plan.shards for item in plan.listing.shard(shard))
-        bar = tqdm(
-            items, total=plan.n_images, unit="image", file=sys.stderr, disable=not show_progress
+        counts = _Counts(encoder, options)
+        with tqdm(
+            total=plan.n_images, unit="image", file=sys.stderr, disable=not show_progress
+        ) as bar:
+            for shard in plan.shards:
+                file = None if where is None else open_if_whole(where / shard_name(shard))
+                if file is not None:
+                    counts.add_stored(file, partial(plan.listing.current.has, shard))
+                    bar.update(plan.listing.shard_length(shard))
+                    continue
+                for item in plan.listing.shard(shard):
+                    counts.add(item, shard, plan.listing.current.has(shard, item.id))
+                    bar.update()
+        return replace(
+            counts.estimate(), seconds=_seconds(encoder, counts.sample, counts.work, options)
         )
-        found, work = _estimate(encoder, bar, options, whole)
-        seconds = _seconds(encoder, plan.listing.spread(MAX_TIMED), work, options)
-        return replace(found, seconds=seconds)
 
 
 def estimate_plan(encoder: VisionEncoder, plan: ExportPlan) -> Estimate:
@@ -108,7 +129,10 @@ def estimate_plan(encoder: VisionEncoder, plan: ExportPlan) -> Estimate:
     sample = plan.listing.spread(SAMPLE)
     if any(item.row is not None for item in sample):
         sample = plan.listing.spread(SAMPLE_OF_ROWS)
-    found, _ = _estimate(encoder, ((item, 0) for item in sample), plan.options)
+    counts = _Counts(encoder, plan.options)
+    for item in sample:
+        counts.add(item)
+    found = counts.estimate()
     scale = plan.n_images / len(sample)
     return Estimate(
         plan.n_images,
@@ -157,30 +181,65 @@ class _Work:
         self.patches += n_patches
 
 
-def _estimate(
-    encoder: VisionEncoder,
-    items: Iterable[tuple[Item, int]],
-    options: ExportOptions,
-    whole: Collection[int] = (),
-) -> tuple[Estimate, _Work]:
-    """The estimate without its time, and the work that is left; `whole` shards are done."""
-    config, form = encoder.image_config, RowFormat.of(encoder, options)
-    beside_rows = NAME_BYTES + IMAGE_HEAD_BYTES + TENSOR_HEAD_BYTES * len(form.tensors)
-    images = unreadable = rows = patches = done = 0
-    work = _Work()
-    for item, shard in items:
-        images += 1
-        done += shard in whole
-        n = _patches(item, config, options)
-        if n is None:
-            unreadable += 1
-            continue
-        rows += form.count(n)
-        patches += n
-        if shard not in whole:
-            work.add(n, TOKEN_BUDGET[encoder.device.type], shard)
-    n_bytes = form.n_bytes(rows, patches) + images * beside_rows
-    return Estimate(images, unreadable, rows, n_bytes, None, done=done), work
+class _Counts:
+    """Counts of an export: of images to do by their headers, of others by their shards."""
+
+    def __init__(self, encoder: VisionEncoder, options: ExportOptions) -> None:
+        self._encoder, self._options = encoder, options
+        self._form = RowFormat.of(encoder, options)
+        self.work = _Work()
+        self.sample: list[Item] = []  # of the images to do, for their time
+        self._chance = Random(0)
+        self._seen = self._images = self._done = self._failed = 0
+        self._missing = self._unreadable = self._rows = self._bytes = 0
+
+    def add(self, item: Item, shard: int = 0, is_current: bool = True) -> None:
+        """Count an image to do; one that a later shard replaces costs time and bytes as well."""
+        self._images += is_current
+        self._take_for_sample(item)
+        n_patches = _patches(item, self._encoder.image_config, self._options)
+        self._bytes += NAME_BYTES + IMAGE_HEAD_BYTES + TENSOR_HEAD_BYTES * len(self._form.tensors)
+        if n_patches is None:
+            self._missing += (is_missing := _is_missing(item))
+            self._unreadable += not is_missing
+            return
+        rows = self._form.count(n_patches)
+        self._rows += rows * is_current
+        self._bytes += self._form.n_bytes(rows, n_patches)
+        self.work.add(n_patches, TOKEN_BUDGET[self._encoder.device.type], shard)
+
+    def add_stored(self, file: FeatureFile, is_current: Callable[[str], bool]) -> None:
+        """Count the images of a shard that exists: those that no later shard replaces."""
+        counts = [
+            count for name, count in zip(file.ids, file.row_counts, strict=True) if is_current(name)
+        ]
+        failed = sum(is_current(error.id) for error in file.errors)
+        self._images += len(counts) + failed
+        self._done += len(counts)
+        self._failed += failed
+        self._rows += sum(counts)
+        self._bytes += os.stat(str(file.path)).st_size
+
+    def estimate(self) -> Estimate:
+        """The estimate, without its time."""
+        return Estimate(
+            self._images, self._unreadable, self._rows, self._bytes, None, done=self._done,
+            failed=self._failed, missing=self._missing,
+        )  # fmt: skip
+
+    def _take_for_sample(self, item: Item) -> None:
+        """Keep MAX_TIMED images, each with the same chance (Vitter's algorithm R)."""
+        self._seen += 1
+        if len(self.sample) < MAX_TIMED:
+            self.sample.append(item)
+        elif (place := self._chance.randrange(self._seen)) < MAX_TIMED:
+            self.sample[place] = item
+
+
+def _is_missing(item: Item) -> bool:
+    if item.error is not None:
+        return item.error[0] == "missing"
+    return not is_remote(item.source) and not os.path.exists(item.source)
 
 
 def _patches(item: Item, config: ImageConfig, options: ExportOptions) -> int | None:

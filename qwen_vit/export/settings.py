@@ -289,10 +289,13 @@ def _read_listings(folder: Path, description: Mapping[str, Any], found: Listing 
     facts = listings_of(description, folder / SETTINGS)
     listings = []
     for each in facts:
-        listing = found if found is not None and found.sha256 == each.sha256 else None
-        if listing is None:
-            with suppress(OSError):
-                listing = Listing.open(folder / each.name, description["shard_size"])
+        listing = None
+        with suppress(OSError):
+            listing = Listing.open(folder / each.name, description["shard_size"])
+        if listing is None or listing.sha256 != each.sha256:
+            listing = found
+            if found is not None:  # `changed` must not take images as older than this listing
+                os.utime(found.path, (0, 0))
         if listing is None or listing.sha256 != each.sha256:
             raise ExportError(
                 f"cannot compare images: {each.name} is missing or corrupt",

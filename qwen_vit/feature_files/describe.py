@@ -60,7 +60,7 @@ def describe_features(path: str | Path) -> dict[str, Any]:
         }
     return {
         **facts,
-        "rows": sum(tensor.shape[0] for tensor in tensors),
+        "rows": _count_rows(features),
         **_row_facts(tensors),
         "bytes": sum(file.stat().st_size for file in files),
         "output": features[0].output if len(features) else metadata.get("output"),
@@ -77,13 +77,25 @@ def feature_files_of(features: FeatureFile | FeatureFolder) -> list[AnyPath]:
     """The files that hold the rows: one, or every shard that existed when it was opened."""
     if isinstance(features, FeatureFile):
         return [features.path]
-    paths = [features.path / shard_name(shard) for shard in range(n_shards_of(features))]
-    return [path for path in paths if path.exists()]
+    return [features.path / shard_name(shard) for shard in features.shards]
 
 
 def n_shards_of(features: FeatureFolder) -> int:
     """How many shards the folder has when it is complete, those of every listing."""
     return listings_of(features.metadata, features.path / EXPORT_SETTINGS)[-1].shards.stop
+
+
+def _count_rows(features: FeatureFile | FeatureFolder) -> int:
+    """The rows of the collection; a folder may hold older ones of images encoded again."""
+    if isinstance(features, FeatureFile):
+        return sum(features.row_counts)
+    return sum(
+        count
+        for shard in features.shards
+        for file in [features.open_shard(shard)]
+        for name, count in zip(file.ids, file.row_counts, strict=True)
+        if features.is_current(shard, name)
+    )
 
 
 def _row_facts(tensors: list[TensorInfo]) -> dict[str, Any]:

@@ -100,6 +100,11 @@ class FeatureFile(Features):
         """True: a feature file is written whole or not at all."""
         return True
 
+    @property
+    def row_counts(self) -> Sequence[int]:
+        """How many rows each image has, in order."""
+        return [end - begin for begin, end in pairwise(self._offsets)]
+
     def __len__(self) -> int:
         return len(self._ids)
 
@@ -238,6 +243,11 @@ class FeatureFolder(Features):
         """Whether every shard existed when the folder was opened."""
         return len(self._present) == self._shard_count
 
+    @property
+    def shards(self) -> Sequence[int]:
+        """The shards that existed when the folder was opened."""
+        return self._present
+
     @cached_property
     def errors(self) -> Sequence[FailedImage]:
         """The images that failed, in order; reads the header of every shard."""
@@ -291,6 +301,10 @@ class FeatureFolder(Features):
     def open_shard(self, index: int) -> FeatureFile:
         """A shard's file. Raises ExportError if it is missing or of a different export."""
         return self._open(index)
+
+    def is_current(self, index: int, name: str) -> bool:
+        """Whether an image of a shard belongs to the collection: no later shard replaced it."""
+        return self._listed.is_current(index, name)
 
     def _places(self, index: int) -> Sequence[int]:
         """The places of a shard's current images in its file."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,17 @@ class Verification:
     """The checks of stored features, and the problems found.
 
     Attributes:
-        images: how many were read.
-        rows: how many were read, of all images.
+        images: those of the collection that were read.
+        rows: those of these images.
         digests: images whose rows have the sha256 that was recorded when they were written.
+        superseded: older features that were read as well, of images that the export encoded again.
         problems: a sentence each; empty if everything is right.
     """
 
     images: int
     rows: int
     digests: int
+    superseded: int
     problems: tuple[str, ...]
 
 
@@ -53,12 +56,14 @@ def verify_features(
         check.folder(features)
     else:
         check.file(features)
-    return Verification(check.images, check.rows, check.digests, tuple(check.problems))
+    return Verification(
+        check.images, check.rows, check.digests, check.superseded, tuple(check.problems)
+    )
 
 
 class _Check:
     def __init__(self, on_image: Callable[[], Any]) -> None:
-        self.images = self.rows = self.digests = 0
+        self.images = self.rows = self.digests = self.superseded = 0
         self.problems: list[str] = []
         self._on_image = on_image
 
@@ -76,18 +81,16 @@ class _Check:
                 missing += 1
                 continue
             try:
-                self.file(folder.open_shard(shard))
+                self.file(folder.open_shard(shard), partial(folder.is_current, shard))
             except ExportError as error:
                 self.problems.append(str(error))
         if missing:
             self.problems.append(f"{plural(missing, 'shard')} missing: {RESUME}")
 
-    def file(self, file: FeatureFile) -> None:
+    def file(self, file: FeatureFile, is_current: Callable[[str], bool] = lambda _: True) -> None:
         per_row = file.metadata.get("patches_per_row")
         facts = file.metadata.get("images") or [{} for _ in file.ids]
         for name, features, entry in zip(file.ids, file, facts, strict=True):
-            self.images += 1
-            self.rows += len(features.embeds)
             self._on_image()
             expected = 1 if per_row is None else math.prod(features.grid_thw) // per_row
             where = f"{display_name(file.path.name)}: {display_name(name)}"
@@ -103,4 +106,9 @@ class _Check:
                     self.problems.append(
                         f"{where}: its rows of {tensor} changed after they were written"
                     )
-            self.digests += bool(digests)
+            if is_current(name):
+                self.images += 1
+                self.rows += len(features.embeds)
+                self.digests += bool(digests)
+            else:
+                self.superseded += 1

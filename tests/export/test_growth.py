@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from qwen_vit.cli import main as cli
+from qwen_vit.cli.text import estimate_text
+from qwen_vit.cli.verification import verify_stored
 from qwen_vit.errors import ExportError
 from qwen_vit.export import settings as settings_module
 from qwen_vit.export.estimate import estimate_export
@@ -291,8 +293,58 @@ def test_a_dry_run_counts_what_would_be_added_and_writes_nothing(folder: Path) -
     write("p/x.png", tiny_png(41))
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     found = estimate_export(FakeEncoder(), ["p"], EXTEND, folder="out")  # type: ignore[arg-type]
-    assert (found.images - found.done) == 1
+    assert (found.done, found.failed, found.to_do) == (8, 2, 1)
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+def test_a_dry_run_names_what_is_missing_and_what_failed(folder: Path) -> None:
+    """Images whose files went missing were "unreadable", though their features stay."""
+    export()
+    for name in ("0", "1"):
+        Path(f"p/{name}.png").unlink()
+    write("p/x.png", tiny_png(41))
+    write("p/2.png", tiny_png(42))  # changed: its old features are superseded
+    found = estimate_export(FakeEncoder(), ["p"], EXTEND, folder="out")  # type: ignore[arg-type]
+    counts = (found.images, found.done, found.to_do, found.failed)
+    assert counts == (11, 7, 2, 2)
+    assert (found.missing, found.unreadable) == (0, 0)
+    done = export(EXTEND)
+    assert (done.images, done.rows) == (found.images, found.rows)
+    text = estimate_text(found, Path("out"))
+    assert text.startswith("images       7 done, 2 to do, 2 failed earlier\n")
+    again = estimate_export(FakeEncoder(), ["p"], EXTEND, folder="out")  # type: ignore[arg-type]
+    assert (again.images, again.done, again.to_do, again.rows) == (11, 9, 0, found.rows)
+    assert again.bytes == sum(path.stat().st_size for path in Path("out").glob("shard-*"))
+    Path("list.txt").write_text("p/3.png\np/4.png\np/none.png\n")
+    Path("p/3.png").write_bytes(b"no image")
+    fresh = estimate_export(FakeEncoder(), ["list.txt"], OPTIONS)  # type: ignore[arg-type]
+    assert (fresh.to_do, fresh.missing, fresh.unreadable) == (3, 1, 1)
+    text = estimate_text(fresh, Path("out"))
+    assert text.startswith("images       3 to do (1 missing, 1 unreadable or too large)\n")
+
+
+def test_a_change_is_found_without_a_new_image_and_after_a_resume(folder: Path) -> None:
+    """The time of the listing was that of the last run: what changed before it was never read."""
+    export()
+    write("p/2.png", tiny_png(42))
+    export()  # nothing is left to do
+    equals_a_fresh_export(export(EXTEND))
+    write("p/1.png", tiny_png(43))
+    Path("out/listing.jsonl").write_bytes(b"damaged")
+    equals_a_fresh_export(export(EXTEND))
+
+
+def test_verify_and_info_count_the_collection_and_name_what_was_superseded(folder: Path) -> None:
+    """Images that were encoded again counted twice."""
+    export()
+    write("p/2.png", tiny_png(42))
+    write("p/3.png", tiny_png(43))
+    export(replace(EXTEND, retry_failed=True))
+    found, facts = verify_features("out"), describe_features("out")
+    assert (found.images, found.superseded, found.problems) == (9, 1, ())
+    assert found.digests == found.images == facts["images_done"] == len(load_features("out"))
+    assert found.rows == facts["rows"] == sum(len(each.embeds) for each in load_features("out"))
+    assert verify_stored("out").text().endswith("; 1 superseded as well")
 
 
 # --resume
