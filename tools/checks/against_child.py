@@ -1,7 +1,7 @@
 """What `tools.checks.against` runs in each checkout: only the public API, so that old ones run it.
 
-python against_child.py hashes MODEL LAYOUTS   sha256 of outputs over random layouts, as JSON
-python against_child.py speed MODEL            GPU milliseconds of some workloads, as JSON
+python against_child.py hash MODEL DTYPE LAYOUTS   sha256 of outputs over random layouts, as JSON
+python against_child.py speed MODEL                GPU milliseconds of some workloads, as JSON
 """
 
 import hashlib
@@ -22,40 +22,36 @@ def main() -> None:
     """Run one of the two."""
 
 
-@main.command()
+@main.command("hash")
 @click.argument("model")
+@click.argument("dtype")
 @click.argument("layouts", type=int)
-def hashes(model: str, layouts: int) -> None:
-    """Merged and un-merged outputs, by dtype, with graphs and without."""
-    on_gpu = torch.cuda.is_available()
-    half = 24 if on_gpu else 8  # half a side in patches: the interpreter is slow
-    found = {}
-    for dtype in ("bfloat16", "float32") if on_gpu else ("float32",):
-        for graphs in (True, False) if on_gpu else (False,):
-            encoder = VisionEncoder.from_pretrained(model, dtype=dtype, cuda_graphs=graphs)
-            chance, digest = random.Random(0), hashlib.sha256()
-            for case in range(layouts):
-                grids = [
-                    (chance.choice((1, 1, 1, 2)), *(2 * chance.randint(1, half) for _ in range(2)))
-                    for _ in range(chance.randint(1, 6))
-                ]
-                rows = torch.randn(
-                    sum(t * h * w for t, h, w in grids), 1176,
-                    generator=torch.Generator().manual_seed(case),
-                )  # fmt: skip
-                merged = encoder.encode_patches(rows.to(encoder.device), torch.tensor(grids))
-                digest.update(merged.float().cpu().numpy().tobytes())
-                if case % 4 == 0:
-                    numbers = np.random.default_rng(case)
-                    images = [
-                        numbers.integers(0, 256, (14 * h, 14 * w, 3), dtype=np.uint8)
-                        for _, h, w in grids
-                    ]
-                    both = [*encoder.encode(images), *encoder.encode(images, output="patch")]
-                    for features in both:
-                        digest.update(features.embeds.float().cpu().numpy().tobytes())
-            found[f"{dtype}, {'graphs' if graphs else 'no graphs'}"] = digest.hexdigest()
-    click.echo(json.dumps(found))
+@click.option("--graphs", is_flag=True, help="Record CUDA graphs.")
+def hash_outputs(model: str, dtype: str, layouts: int, *, graphs: bool) -> None:
+    """Merged and un-merged outputs."""
+    half = 24 if torch.cuda.is_available() else 8  # half a side in patches: CPUs are slow
+    encoder = VisionEncoder.from_pretrained(model, dtype=dtype, cuda_graphs=graphs)
+    chance, digest = random.Random(0), hashlib.sha256()
+    for case in range(layouts):
+        grids = [
+            (chance.choice((1, 1, 1, 2)), *(2 * chance.randint(1, half) for _ in range(2)))
+            for _ in range(chance.randint(1, 6))
+        ]
+        rows = torch.randn(
+            sum(t * h * w for t, h, w in grids), 1176,
+            generator=torch.Generator().manual_seed(case),
+        )  # fmt: skip
+        merged = encoder.encode_patches(rows.to(encoder.device), torch.tensor(grids))
+        digest.update(merged.float().cpu().numpy().tobytes())
+        if case % 4 == 0:
+            numbers = np.random.default_rng(case)
+            images = [
+                numbers.integers(0, 256, (14 * h, 14 * w, 3), dtype=np.uint8) for _, h, w in grids
+            ]
+            both = [*encoder.encode(images), *encoder.encode(images, output="patch")]
+            for features in both:
+                digest.update(features.embeds.float().cpu().numpy().tobytes())
+    click.echo(json.dumps(digest.hexdigest()))
 
 
 @main.command()
