@@ -113,7 +113,22 @@ def in_process(
     if "cached_tokens" in facts:
         hits = facts["cached_tokens"]
         results.append(plain(name, "cache hits", hits > 0, f"{hits} tokens from the prefix cache"))
+    if "unequal" in facts:
+        results += same_bits(name, facts["unequal"], "float32" if "float" in scenario else "uint8")
     return results
+
+
+def same_bits(name: str, unequal: dict[str, int], dtype: str) -> list[Result]:
+    """Rows came in this dtype alone, and the tower made the encoder's bits of them."""
+    wanted = [f"{kind} in {dtype}" for kind in ("images", "videos")]
+    came = ", ".join(unequal) or "none"
+    return [
+        plain(name, "rows", sorted(unequal) == wanted, f"of {came}"),
+        *(
+            plain(name, f"bits of {kind}", n == 0, f"{n} values are not the encoder's")
+            for kind, n in unequal.items()
+        ),
+    ]
 
 
 def passive(context: Context) -> list[Result]:
@@ -317,6 +332,7 @@ SCENARIOS: dict[str, Scenario] = {
     "nan": nan,
     "passive": passive,
     "plugin-offline": partial(in_process, scenario="offline", plugin=True),
+    "plugin-float-rows": partial(in_process, scenario="float-rows", plugin=True),
     "plugin-prefix-cache": partial(in_process, scenario="prefix-cache", plugin=True),
     "plugin-server": partial(server, plugin=True),
     "plugin-producer": producer,

@@ -19,13 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qwen_vit.errors import QwenVitError
+from qwen_vit.integrations.engine_tower import EngineTower
 from qwen_vit.integrations.vllm import read_ec_cache, to_vllm, to_vllm_cached
 from tools.checks.engines.answers import Answer, Answers, Found, child_command
 from tools.checks.engines.cases import CASES, FPS, NEW_TOKENS, PICTURES, Case, case, frames
 from tools.checks.engines.changed import IN_PIECES, UPDATED, pieces
-from tools.checks.engines.features import features, of_case
+from tools.checks.engines.features import encoder, features, of_case
 
 Request = dict[str, Any]
+Call = tuple[Tensor, Tensor, Tensor]  # the tower's rows and grids, and what it returned
 
 
 @dataclass(slots=True)
@@ -76,6 +78,19 @@ class Engine:
     def tower(self) -> str:
         """The class of the vision tower, in every process."""
         return " and ".join(sorted(set(self.llm.apply_model(_tower_name))))
+
+    def record_calls(self) -> list[Call]:
+        """From now on, what the engine hands to the vision tower and what it gets."""
+        calls: list[Call] = []
+
+        def record(_: Any, given: tuple[Tensor], named: dict[str, Any], output: Tensor) -> None:
+            calls.append((given[0].clone(), torch.tensor(named["grid_thw"]), output.clone()))
+
+        def register(model: Any) -> None:
+            model.visual.register_forward_hook(record, with_kwargs=True)
+
+        self.llm.apply_model(register)
+        return calls
 
     def answer(
         self, name: str, request: Callable[[Case], Request], cases: Sequence[Case] = CASES
@@ -130,9 +145,37 @@ def feature_request(work: Path, each: Case) -> Request:
 def offline(work: Path) -> Found:
     """Every case as pixels and as features: alone, batched, and with faults that must be seen."""
     engine = Engine.start(work)
+    calls = engine.record_calls()
     found = engine.answer("pixels", pixel_request)
     found |= engine.answer("features", lambda each: feature_request(work, each))
-    return found | controls(engine, work), {"tower": engine.tower()}
+    tower = engine.tower()
+    is_ours = tower == EngineTower.__name__
+    facts = {"tower": tower, **({"unequal": unequal_values(work, calls)} if is_ours else {})}
+    return found | controls(engine, work), facts
+
+
+def float_rows(work: Path) -> Found:
+    """Every case as pixels that the engine's processor normalises, as engines before 0.28 did."""
+    engine = Engine.start(work, mm_device_do_normalize=False, enable_mm_embeds=False)
+    calls = engine.record_calls()
+    found = engine.answer("float rows", pixel_request)
+    return found, {"tower": engine.tower(), "unequal": unequal_values(work, calls)}
+
+
+def unequal_values(work: Path, calls: Sequence[Call]) -> dict[str, int]:
+    """For each kind of rows, how many values of the tower are not the bits of the encoder's."""
+    ours = encoder(work)
+    found: dict[str, int] = {}
+    for rows, grids, output in calls:
+        is_still = bool((grids[:, 0] == 1).all())  # all videos here have more steps
+        if rows.is_floating_point():
+            right = ours.encode_patches(rows, grids)
+        else:
+            right = ours.encode_pixels(rows, grids, still=is_still)
+        dtype = str(rows.dtype).removeprefix("torch.")
+        kind = f"{'images' if is_still else 'videos'} in {dtype}"
+        found[kind] = found.get(kind, 0) + int((output != right).sum())
+    return found
 
 
 def controls(engine: Engine, work: Path) -> dict[str, Answers]:
@@ -313,6 +356,7 @@ def nan(work: Path) -> Found:
 
 SCENARIOS: dict[str, Callable[[Path], Found]] = {
     "offline": offline,
+    "float-rows": float_rows,
     "prefix-cache": prefix_cache,
     "pixels": pixels,
     "ec-consumer": ec_consumer,
