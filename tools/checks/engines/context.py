@@ -59,6 +59,10 @@ class Context:
         found: dict[str, Any] = json.loads((self.work / "facts" / f"{name}.json").read_text())
         return found
 
+    def answers(self, name: str, way: str) -> Answers:
+        """What a child of this name answered in one of its ways."""
+        return load_answers(self.work / "answers" / name / f"{way}.safetensors")
+
     def compare(self, name: str, label: Callable[[str], str] = str) -> list[Result]:
         """Hold all answers of a child against the reference's; those of a control must differ."""
         results = []

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from tools.common import ROOT
 
@@ -29,6 +30,13 @@ SPECIAL = (
 )
 N_BYTES, N_TOKENS = 256, 320
 SPECIAL_IDS = {name: N_BYTES + i for i, name in enumerate(SPECIAL)}
+TOKENS: dict[str, Any] = {
+    "image_token_id": SPECIAL_IDS["<|image_pad|>"],
+    "video_token_id": SPECIAL_IDS["<|video_pad|>"],
+    "vision_start_token_id": SPECIAL_IDS["<|vision_start|>"],
+    "vision_end_token_id": SPECIAL_IDS["<|vision_end|>"],
+    "tie_word_embeddings": False,
+}
 
 LAYERS, HEADS, KEY_HEADS, HEAD_DIM, MLP = 3, 2, 1, 96, 512  # 2 heads: tensor parallelism of 2
 MROPE_SECTION = [12, 18, 18]  # rotary pairs for time, row and column: HEAD_DIM / 2 in all
@@ -62,7 +70,7 @@ def write_model(folder: Path) -> None:
 def write_processors(folder: Path, **changes: Any) -> None:
     """Write the settings of the processors for images and videos: tiny's, with `changes`."""
     settings = {**json.loads((TINY / "preprocessor_config.json").read_text()), **changes}
-    video = {**settings, "video_processor_type": "Qwen2VLVideoProcessor"}
+    video = {"video_processor_type": "Qwen2VLVideoProcessor", **settings}
     video.pop("image_processor_type")
     for name, document in (("preprocessor", settings), ("video_preprocessor", video)):
         (folder / f"{name}_config.json").write_text(json.dumps(document, indent=2) + "\n")
@@ -72,9 +80,24 @@ def _write_weights(folder: Path) -> None:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     vision: dict[str, Any] = json.loads((TINY / "config.json").read_text())["vision_config"]
-    text = {
+    config = Qwen2_5_VLConfig(
+        text_config=text_settings(vision["out_hidden_size"]), vision_config=vision, **TOKENS
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config).float().eval().requires_grad_(False)
+    randomise_language_model(model, torch.Generator().manual_seed(SEED))
+    tower = {
+        name.removeprefix("visual."): tensor.float()
+        for name, tensor in load_file(TINY / "model.safetensors").items()
+    }
+    model.model.visual.load_state_dict(tower, strict=True)
+    model.save_pretrained(folder)
+
+
+def text_settings(hidden_size: int, **changes: Any) -> dict[str, Any]:
+    """The configuration of a small language model."""
+    return {
         "vocab_size": N_TOKENS,
-        "hidden_size": vision["out_hidden_size"],
+        "hidden_size": hidden_size,
         "intermediate_size": MLP,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
@@ -88,39 +111,33 @@ def _write_weights(folder: Path) -> None:
         "bos_token_id": None,
         "eos_token_id": SPECIAL_IDS["<|im_end|>"],
         "tie_word_embeddings": False,
+        **changes,
     }
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=SPECIAL_IDS["<|image_pad|>"],
-        video_token_id=SPECIAL_IDS["<|video_pad|>"],
-        vision_start_token_id=SPECIAL_IDS["<|vision_start|>"],
-        vision_end_token_id=SPECIAL_IDS["<|vision_end|>"],
-        tie_word_embeddings=False,
-    )
-    model = Qwen2_5_VLForConditionalGeneration(config).float().eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(SEED)
-    for name, weight in sorted(model.model.language_model.named_parameters()):
+
+
+def randomise_language_model(model: Any, generator: torch.Generator) -> None:
+    """Give a model of transformers a peaked language model, and likely tokens that are bytes."""
+    randomise(model.model.language_model, generator)
+    head = model.lm_head.weight
+    head.normal_(0, LOGIT_RMS / head.shape[1] ** 0.5, generator=generator)
+    head[N_BYTES:] = 0  # no answer holds a special token: a logit of 0 is never the largest
+
+
+def randomise(part: nn.Module, generator: torch.Generator) -> None:
+    """Write random weights of about the scale that keeps the size of activations."""
+    for name, weight in sorted(part.named_parameters()):
         if "norm" in name:
             weight.uniform_(0.5, 1.5, generator=generator)
         elif name.endswith("bias"):
             weight.normal_(0, 0.5, generator=generator)
         else:
             gain = PEAK if "q_proj" in name or "k_proj" in name else 1.0
-            scale = 1.0 if "embed_tokens" in name else gain / weight.shape[1] ** 0.5
+            is_table = "embed_tokens" in name or "pos_embed" in name
+            scale = 1.0 if is_table else gain / weight[0].numel() ** 0.5
             weight.normal_(0, scale, generator=generator)
-    head = model.lm_head.weight
-    head.normal_(0, LOGIT_RMS / head.shape[1] ** 0.5, generator=generator)
-    head[N_BYTES:] = 0  # no answer holds a special token: a logit of 0 is never the largest
-    tower = {
-        name.removeprefix("visual."): tensor.float()
-        for name, tensor in load_file(TINY / "model.safetensors").items()
-    }
-    model.model.visual.load_state_dict(tower, strict=True)
-    model.save_pretrained(folder)
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, processor: str = "Qwen2_5_VLProcessor") -> None:
     """One token a byte: tokenizers from the library, not Qwen's merges, which need a download."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -141,5 +158,5 @@ def write_tokenizer(folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     document = json.loads(path.read_text())
     document["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name of every transformers
-    document["processor_class"] = "Qwen2_5_VLProcessor"
+    document["processor_class"] = processor
     path.write_text(json.dumps(document, indent=2) + "\n")

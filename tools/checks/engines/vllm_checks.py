@@ -35,6 +35,7 @@ from tools.checks.engines.changed import Changed, write_unfit
 from tools.checks.engines.context import Context, Scenario
 from tools.checks.engines.environment import Recipe
 from tools.checks.engines.features import encoder, features
+from tools.checks.engines.other_models import CASES_OF_OTHERS, TOWERS, write_other_models
 from tools.checks.engines.server import (
     Server,
     chat_body,
@@ -285,6 +286,31 @@ def producer(context: Context) -> list[Result]:
     ]  # fmt: skip
 
 
+def other_models(context: Context) -> list[Result]:
+    """Models with other vision towers: vLLM's own run, one line says so, and no answer changes."""
+    write_other_models(context.work)
+    without, name = "other-models", "plugin-other-models"
+    context.run_child(CHILD, without, without, **IN_PROCESS)
+    context.run_child(CHILD, without, name, **IN_PROCESS, **by_plugin(context))
+    results = []
+    for model, tower in TOWERS.items():
+        for way in (model, f"{model}, batched"):
+            right, answers = context.answers(without, way), context.answers(name, way)
+            results += [
+                compare(f"with the plugin: {way}", each, answers[each], right[each])
+                for each in CASES_OF_OTHERS
+            ]
+        right = context.answers(without, model)
+        results.append(
+            compare("control", f"{model}: swapped", right["swapped"], right["several"],
+                    must_differ=True)
+        )  # fmt: skip
+        found = context.facts(name)["towers"][model]
+        results.append(plain(name, f"{model}: which tower", found == tower, f"{found} ran"))
+    lines = context.log(name).read_text(errors="replace").count("Other models keep their own")
+    return [*results, plain(name, "the log says so", lines == 1, f"{lines} line")]
+
+
 def updates(context: Context) -> list[Result]:
     """Weight updates reach the answers: those of changed weights must differ from the model's."""
     changed = Changed.write(context)
@@ -336,6 +362,7 @@ SCENARIOS: dict[str, Scenario] = {
     "plugin-prefix-cache": partial(in_process, scenario="prefix-cache", plugin=True),
     "plugin-server": partial(server, plugin=True),
     "plugin-producer": producer,
+    "plugin-other-models": other_models,
     "plugin-refusals": refusals,
     "plugin-updates": updates,
     "plugin-parallel": partial(in_process, scenario="parallel", plugin=True, two_processes=True),

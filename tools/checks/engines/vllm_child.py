@@ -25,6 +25,7 @@ from tools.checks.engines.answers import Answer, Answers, Found, child_command
 from tools.checks.engines.cases import CASES, FPS, NEW_TOKENS, PICTURES, Case, case, frames
 from tools.checks.engines.changed import IN_PIECES, UPDATED, pieces
 from tools.checks.engines.features import encoder, features, of_case
+from tools.checks.engines.other_models import CASES_OF_OTHERS, TOWERS
 
 Request = dict[str, Any]
 Call = tuple[Tensor, Tensor, Tensor]  # the tower's rows and grids, and what it returned
@@ -260,6 +261,18 @@ def transfer(folder: Path, role: str) -> dict[str, Any]:
     }
 
 
+def other_models(work: Path) -> Found:
+    """Pictures to models with other vision towers, each in an engine of its own."""
+    found: dict[str, Answers] = {}
+    towers = {}
+    for name in TOWERS:
+        engine = Engine.start(work, model=str(work / name), enable_mm_embeds=False)
+        found |= engine.answer(name, pixel_request, [case(each) for each in CASES_OF_OTHERS])
+        towers[name] = engine.tower()
+        del engine
+    return found, {"towers": towers}
+
+
 def updates(work: Path) -> Found:
     """Dummy weights, the model's, other vision weights in pieces, the model's, pieces again."""
     engine = Engine.start(work, load_format="dummy", enable_mm_embeds=False)
@@ -362,6 +375,7 @@ SCENARIOS: dict[str, Callable[[Path], Found]] = {
     "ec-consumer": ec_consumer,
     "ec-producer": ec_producer,
     "nan": nan,
+    "other-models": other_models,
     "updates": updates,
     "refusals": refusals,
     "parallel": partial(parallel, mode="weights"),
