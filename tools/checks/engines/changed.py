@@ -1,5 +1,6 @@
 """The small model with other weights, for updates and refusals, and the answers that are right."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,22 @@ from tools.checks.engines.reference import reference_answers
 
 UPDATED = ("several", "video", "videos and a picture")  # cases that are asked after an update
 IN_PIECES = "changed in pieces"  # how ways begin that must have the changed model's answers
+INT8 = {  # all linear layers but the head, as llm-compressor writes it
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+            "input_activations": {
+                "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token",
+                "dynamic": True,
+            },
+        }
+    },
+    "ignore": ["lm_head"],
+}  # fmt: skip
 PIECE = 7  # tensors of an update that are sent together
 
 
@@ -27,13 +44,16 @@ def write_model_with(work: Path, name: str, tensors: dict[str, Tensor]) -> None:
 
 
 def write_unfit(work: Path) -> None:
-    """Write copies that our tower refuses: WORK/quantised and WORK/incomplete."""
+    """Write copies that our tower refuses: WORK/quantised, WORK/compressed and WORK/incomplete."""
     tensors = load_file(work / "model" / "model.safetensors")
     weight = "visual.blocks.1.mlp.down_proj.weight"
     quantised = tensors[weight].clamp(-400, 400).to(torch.float8_e4m3fn)
     write_model_with(work, "quantised", {**tensors, weight: quantised})
     fewer = {name: tensor for name, tensor in tensors.items() if name != weight}
     write_model_with(work, "incomplete", fewer)
+    write_model_with(work, "compressed", tensors)  # refused before any weight is read
+    path = work / "compressed" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": INT8}))
 
 
 def pieces(work: Path) -> list[list[tuple[str, Tensor]]]:

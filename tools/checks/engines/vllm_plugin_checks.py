@@ -1,0 +1,168 @@
+"""What is asked of vLLM with this package installed, and with its tower by plugin."""
+
+import tomllib
+
+from qwen_vit import __version__
+from tools.checks.engines.answers import Result, compare, plain
+from tools.checks.engines.changed import Changed, write_unfit
+from tools.checks.engines.context import Context
+from tools.checks.engines.other_models import CASES_OF_OTHERS, TOWERS, write_other_models
+from tools.common import ROOT
+
+CHILD = "tools.checks.engines.vllm_child"
+PLUGIN = "our tower by plugin: "
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # a child's engine is in the child itself
+OURS, THEIRS = "EngineTower", "Qwen2_5_VisionTransformer"
+
+VARIANTS = {  # what vLLM has as its tower
+    "limits of 0": "StageMissingLayer",
+    "unknown version": OURS,
+    "other names": THEIRS,
+}
+LINES_OF_VARIANTS = {  # how often the log has them
+    "qwen_vit runs the vision tower": 1,
+    "not with 0.99.0; it finds its names and continues": 1,
+    "does not fit vLLM 0.99.0": 1,
+    "._process_image_input. vLLM's own vision tower runs": 1,
+}
+REFUSALS = {  # what an engine is started with, and what its error says
+    "float16": "dtype float16 is refused",
+    "cudagraph_mm_encoder": "qwen_vit does not run with cudagraph_mm_encoder",
+    "compile_mm_encoder": "qwen_vit does not run with compile_mm_encoder",
+    "enable_tower_connector_lora": "qwen_vit does not run with enable_tower_connector_lora",
+    "quantised": "quantised or of another type",
+    "compressed": "this checkpoint's vision tower is quantised (visual.",
+    "incomplete": "weights were not initialized from checkpoint",  # vLLM's own words
+}
+
+
+def installed(context: Context) -> dict[str, str]:
+    """The variables of a process in which this package counts as installed, with its plugins.
+
+    Entry points are found by an installed package's metadata: a folder with the same two files
+    stands for it, so that the environment stays as its lock says.
+    """
+    folder = context.work / "installed" / f"qwen_vit-{__version__}.dist-info"
+    folder.mkdir(parents=True, exist_ok=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = []
+    for group, names in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in names.items())]
+    (folder / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    (folder / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: qwen-vit\nVersion: {__version__}\n"
+    )
+    return {"PYTHONPATH": f"{ROOT}:{folder.parent}"}
+
+
+def by_plugin(context: Context) -> dict[str, str]:
+    """The variables of a process that runs our tower."""
+    return {**installed(context), "VLLM_PLUGINS": "qwen_vit"}
+
+
+def same_bits(name: str, unequal: dict[str, int], dtype: str) -> list[Result]:
+    """Rows came in this dtype alone, and the tower made the encoder's bits of them."""
+    wanted = [f"{kind} in {dtype}" for kind in ("images", "videos")]
+    came = ", ".join(unequal) or "none"
+    return [
+        plain(name, "rows", sorted(unequal) == wanted, f"of {came}"),
+        *(
+            plain(name, f"bits of {kind}", n == 0, f"{n} values are not the encoder's")
+            for kind, n in unequal.items()
+        ),
+    ]
+
+
+def passive(context: Context) -> list[Result]:
+    """Installed, and not asked for: vLLM's own tower, and one line that says how to ask."""
+    name = "passive"
+    context.run_child(CHILD, "pixels", name, VLLM_PLUGINS=None, **IN_PROCESS, **installed(context))
+    found = context.facts(name)["tower"]
+    log = context.log(name).read_text(errors="replace")
+    lines = log.count("qwen_vit is installed and not used. Set VLLM_PLUGINS=qwen_vit")
+    return [
+        *context.compare(name, lambda way: f"installed, not asked: {way}"),
+        plain(name, "which tower", found == THEIRS, f"{found} ran"),
+        plain(name, "the log says how to ask", lines == 1, f"{lines} line"),
+    ]
+
+
+def producer(context: Context) -> list[Result]:
+    """An engine that runs our tower alone writes the bits of `encode` into the encoder cache."""
+    context.run_child(CHILD, "ec-producer", "plugin-producer", **IN_PROCESS, **by_plugin(context))
+    distances = context.facts("plugin-producer")["distances"]
+    return [
+        plain("our tower by plugin: producer", name, distance == 0,
+              f"{distance:.1e} from encode" if distance else "the bits of encode")
+        for name, distance in distances.items()
+    ]  # fmt: skip
+
+
+def other_models(context: Context) -> list[Result]:
+    """Models with other vision towers: vLLM's own run, one line says so, and no answer changes."""
+    write_other_models(context.work)
+    without, name = "other-models", "plugin-other-models"
+    context.run_child(CHILD, without, without, **IN_PROCESS)
+    context.run_child(CHILD, without, name, **IN_PROCESS, **by_plugin(context))
+    results = []
+    for model, tower in TOWERS.items():
+        for way in (model, f"{model}, batched"):
+            right, answers = context.answers(without, way), context.answers(name, way)
+            results += [
+                compare(f"with the plugin: {way}", each, answers[each], right[each])
+                for each in CASES_OF_OTHERS
+            ]
+        right = context.answers(without, model)
+        results.append(
+            compare("control", f"{model}: swapped", right["swapped"], right["several"],
+                    must_differ=True)
+        )  # fmt: skip
+        found = context.facts(name)["towers"][model]
+        results.append(plain(name, f"{model}: which tower", found == tower, f"{found} ran"))
+    lines = context.log(name).read_text(errors="replace").count("Other models keep their own")
+    return [*results, plain(name, "the log says so", lines == 1, f"{lines} line")]
+
+
+def variants(context: Context) -> list[Result]:
+    """No pictures allowed, a vLLM of an unknown version, and one whose names are others."""
+    name = "plugin-variants"
+    context.run_child(CHILD, "variants", name, **IN_PROCESS, **by_plugin(context))
+    towers = context.facts(name)["towers"]
+    log = context.log(name).read_text(errors="replace")
+    results = context.compare(name, lambda way: f"{PLUGIN}{way}")
+    for variant, tower in VARIANTS.items():
+        found = towers[variant]
+        results.append(plain(name, f"{variant}: which tower", found == tower, f"{found} ran"))
+    for line, wanted in LINES_OF_VARIANTS.items():
+        n = log.count(line)
+        results.append(plain(name, f"the log: {line[-40:]}", n == wanted, f"{n} of {wanted} lines"))
+    return results
+
+
+def updates(context: Context) -> list[Result]:
+    """Weight updates reach the answers: those of changed weights must differ from the model's."""
+    changed = Changed.write(context)
+    name = "plugin-updates"
+    context.run_child(CHILD, "updates", name, **IN_PROCESS, **by_plugin(context))
+    facts = context.facts(name)
+    log = context.log(name).read_text(errors="replace")
+    warned = [layer for layer in facts["layers"] if f" {layer}: Failed to load weights" in log]
+    return [
+        *changed.compare(name, lambda way: f"{PLUGIN}{way}"),
+        plain(name, "which tower", facts["tower"] == OURS, f"{facts['tower']} ran"),
+        plain(name, "dummy weights", facts["finite"], "finite answers"),
+        plain(name, "vLLM's warnings", not warned, f"of our layers: {', '.join(warned) or 'none'}"),
+    ]
+
+
+def refusals(context: Context) -> list[Result]:
+    """What our tower cannot run is refused while the engine starts, with the reason."""
+    write_unfit(context.work)
+    context.run_child(CHILD, "refusals", "plugin-refusals", **IN_PROCESS, **by_plugin(context))
+    facts = context.facts("plugin-refusals")
+    results = []
+    for name, expected in REFUSALS.items():
+        ours = [error for error in facts[name] if expected in error]
+        fact = ours[0] if ours else f"{expected!r} not in {facts[name]}"
+        results.append(plain("our tower by plugin: refusals", name, bool(ours), fact))
+    return results
