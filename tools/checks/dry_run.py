@@ -70,7 +70,8 @@ def is_close(workload: dict[str, Any]) -> bool:
     >>> is_close({"estimate_over_export": 1.4}), is_close({"estimate_over_export": 0.6})
     (True, False)
     """
-    return 1 / MAX_FACTOR <= workload["estimate_over_export"] <= MAX_FACTOR
+    ratio: float = workload["estimate_over_export"]
+    return 1 / MAX_FACTOR <= ratio <= MAX_FACTOR
 
 
 @click.command(help=__doc__)
