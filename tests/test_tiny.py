@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.support import IMAGES
 from tests.support.goldens import (
-    IMAGE_FOLDER,
     MEAN,
     PHOTOGRAPHS,
     STD,
@@ -26,7 +26,7 @@ VISION = CONFIG["vision_config"]
 def peaks(image: str) -> list[torch.Tensor]:
     """Largest softmax weight of every token and head (N, H), block by block."""
     tensors, config = read_checkpoint(TINY_FOLDER)
-    pixels, grid = patch_pixels(photograph(IMAGE_FOLDER / image))
+    pixels, grid = patch_pixels(photograph(IMAGES / image))
     collected: list[torch.Tensor] = []
     vision_oracle(tensors, config, pixel_rows(pixels, MEAN, STD), [grid], peaks=collected)
     return collected

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qwen_vit.compare.tolerance import RELATIVE_TOLERANCE
+from tests.support import IMAGES
 from tests.support.goldens import (
     GOLDEN_FOLDER,
-    IMAGE_FOLDER,
     TINY_FOLDER,
     Golden,
     golden_names,
@@ -226,7 +226,7 @@ def check(images: Path) -> bool:
 
 @click.command()
 @click.option("--check", "only_check", is_flag=True, help="Recompute and report; write nothing.")
-@click.option("--images", type=click.Path(path_type=Path, exists=True), default=IMAGE_FOLDER)
+@click.option("--images", type=click.Path(path_type=Path, exists=True), default=IMAGES)
 def main(only_check: bool, images: Path) -> None:
     """Write tests/golden/*.safetensors; with --check exit 1 where a stage is over its budget."""
     if not only_check:

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.support.goldens import IMAGE_FOLDER, MEAN, PHOTOGRAPHS, STD, patch_pixels, photograph
+from tests.support import IMAGES
+from tests.support.goldens import MEAN, PHOTOGRAPHS, STD, patch_pixels, photograph
 from tests.support.oracle import pixel_rows, vision_oracle
 from tests.support.towers import GridTuple
 from tools.common import ROOT
@@ -200,7 +201,7 @@ class Calibration:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "weights" / "tiny")
 @click.option("--seed", type=int, default=SEED, show_default=True)
-@click.option("--images", type=click.Path(path_type=Path, exists=True), default=IMAGE_FOLDER)
+@click.option("--images", type=click.Path(path_type=Path, exists=True), default=IMAGES)
 def main(out: Path, seed: int, images: Path) -> None:
     """Write config.json, preprocessor_config.json and model.safetensors to OUT."""
     photographs = [patch_pixels(photograph(images / name)) for name in PHOTOGRAPHS]

@@ -15,7 +15,9 @@ from qwen_vit.encoder import VisionEncoder
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.write import write_features
+from tests.support import IMAGES
 from tests.support.checkpoints import SMALL, write_checkpoint, write_weights
+from tests.support.commands import TO_FILE
 
 TINY = ("--model", "tiny", "--device", "cpu")
 
@@ -177,3 +179,54 @@ def test_many_problems_are_counted() -> None:
     text = Findings("read", tuple(f"problem {i}\x1b" for i in range(25))).text()
     assert text.startswith("damaged: 25 problems; read\n  problem 0\\x1b\n")
     assert text.endswith("  and 5 more: --json lists all")
+
+
+CHELSEA = IMAGES / "chelsea.png"
+
+# info
+
+
+def test_info_describes_tiny(run: Any) -> None:
+    done = run("info", "tiny", "--json")
+    assert (done.code, done.err) == (0, "")
+    facts = json.loads(done.out)
+    assert (facts["model"], facts["licence"], facts["tensors"]) == ("tiny", "Apache-2.0", 66)
+    assert "model.safetensors" in facts["files"]
+    assert facts["vision_config"]["out_hidden_size"] == 192
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    assert facts["weights_sha256"] == encoder.metadata()["weights_sha256"]
+    assert facts["config_sha256"] == encoder.metadata()["config_sha256"]
+    assert facts["parameters"] == sum(t.numel() for t in encoder.checkpoint.tensors.values())
+
+    listed = run("info", "tiny")
+    lines = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in listed.out.splitlines()
+                 if re.search(r"\S\s{2,}\S", line))  # fmt: skip
+    assert lines["licence"] == "Apache-2.0"
+    assert lines["out_hidden_size"] == "192"
+    assert "commit" not in lines  # a folder has none
+    assert "None" not in listed.out
+
+
+def test_info_counts_the_tokens_that_encode_gives(folder: Path, run: Any) -> None:
+    done = run("info", "tiny", "--image", CHELSEA, "--json")
+    image = json.loads(done.out)["image"]
+    assert image["size_px"] == [300, 451]
+    assert (image["grid_thw"], image["patches"], image["tokens"]) == ([1, 22, 32], 704, 176)
+    assert image["format"] == "PNG"
+    encoded = run("encode", CHELSEA, *TO_FILE, "--json")
+    assert json.loads(encoded.out)["images"][0]["tokens"] == 176
+
+
+def test_info_on_a_broken_image_or_checkpoint_ends_with_2(folder: Path, run: Any) -> None:
+    done = run("info", "tiny", "--image", "broken.png")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: broken.png")
+    write_checkpoint(folder / "model", SMALL)
+    weights = folder / "model" / "model.safetensors"
+    assert run("info", "model").code == 0
+    weights.write_bytes(weights.read_bytes()[:-100])
+    torn = run("info", "model")
+    assert (torn.code, torn.out) == (2, "")
+    assert "error: " in torn.err
+    assert "model/model.safetensors" in torn.err
+    assert "Traceback" not in torn.err

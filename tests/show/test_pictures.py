@@ -21,9 +21,9 @@ from qwen_vit.errors import ArgumentError
 from qwen_vit.show import draw
 from qwen_vit.show.strips import StripLayout
 from qwen_vit.show.views import view_features
-from tests.support.goldens import IMAGE_FOLDER
+from tests.support import IMAGES
 
-CHELSEA = IMAGE_FOLDER / "chelsea.png"
+CHELSEA = IMAGES / "chelsea.png"
 
 
 def features(h: int = 6, w: int = 10) -> ImageFeatures:
@@ -117,7 +117,7 @@ def test_features_show_themselves(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_stored_features_show_themselves_together(tmp_path: Path) -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=30_000)
-    found = encoder.encode([CHELSEA, IMAGE_FOLDER / "rocket.jpg"])
+    found = encoder.encode([CHELSEA, IMAGES / "rocket.jpg"])
     stored = load_features(write_features(tmp_path / "f.safetensors", found, encoder.metadata()))
     [cat, rocket] = stored.show(point=(120, 100))
     assert rocket.tobytes() == show_features(found, point=(120, 100))[1].tobytes()

@@ -28,7 +28,6 @@ from tests.support.oracle import pixel_rows
 from tests.support.towers import GridTuple
 
 GOLDEN_FOLDER = ROOT / "tests" / "golden"
-IMAGE_FOLDER = ROOT / "tests" / "images"
 TINY_FOLDER = ROOT / "weights" / "tiny"
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "rocket.jpg")
 PATCH_PX, MERGE = 14, 2

@@ -515,8 +515,7 @@ def hub_versions(folder: Path, seed: int = 0) -> dict[str, Any]:
             "-m",
             "pytest",
             "-q",
-            "tests/test_hub.py",
-            "tests/test_hub_fault_injection.py",
+            "tests/checkpoint",
         ]
         done = subprocess.run(
             test, cwd=ROOT, env=environment, capture_output=True, text=True, check=False

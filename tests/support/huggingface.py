@@ -1,6 +1,7 @@
 """`qwen_vit.reference` for tests: transformers' own tower, from a folder as well."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from qwen_vit.compare import huggingface as reference
 from qwen_vit.compare.huggingface import hf_trace
+from tests.support.goldens import TINY_FOLDER
 from tests.support.oracle import read_checkpoint
 
-__all__ = ["hf_tower", "hf_trace"]
+__all__ = ["hf_tower", "hf_trace", "tiny_hf_tower"]
 
 
 def hf_tower(
@@ -26,3 +28,9 @@ def hf_tower(
         return reference.hf_tower(folder_or_tensors, config, dtype, device, attn)
     tensors, own_config = read_checkpoint(folder_or_tensors)
     return reference.hf_tower(tensors, config or own_config, dtype, device, attn)
+
+
+@cache
+def tiny_hf_tower() -> Any:
+    """Transformers' tower with the weights of tiny, in float32."""
+    return hf_tower(TINY_FOLDER)

@@ -40,6 +40,7 @@ from qwen_vit.graphs import GraphRunner, bucket_for
 from qwen_vit.kernels.rope_varlen_attention import fused_rope_varlen_attention
 from qwen_vit.metadata import DECODERS
 from qwen_vit.model import VisionTower, plan_layout
+from tests.support import IMAGES
 from tests.support.attention_cases import (
     attention_oracle,
     random_case,
@@ -47,7 +48,7 @@ from tests.support.attention_cases import (
     tower_attention,
 )
 from tests.support.checkpoints import SMALL, peaked_tensors
-from tests.support.goldens import IMAGE_FOLDER, MEAN, PHOTOGRAPHS, STD, TINY_FOLDER
+from tests.support.goldens import MEAN, PHOTOGRAPHS, STD, TINY_FOLDER
 from tests.support.huggingface import hf_tower, hf_trace
 from tests.support.layouts import assert_equals_transformers
 from tests.support.oracle import pixel_rows, vision_oracle
@@ -314,7 +315,7 @@ def photographs(count: int, seed: int, device: torch.device, dtype: torch.dtype)
     """Every photograph of the project through `qwen-vit compare`, on weights/tiny."""
     encoder = VisionEncoder.from_pretrained(TINY_FOLDER, device=device, dtype=dtype)
     tally = policy_counts(dtype)
-    images = [str(IMAGE_FOLDER / name) for name in PHOTOGRAPHS[:count]]
+    images = [str(IMAGES / name) for name in PHOTOGRAPHS[:count]]
     done = compare(encoder, images)
     for name, error in done.skipped:
         tally.add(math.inf, False, f"{name}: {error}")
@@ -330,7 +331,7 @@ def weight_faults(count: int, seed: int, device: torch.device) -> CheckCounts:
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=30_000)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "golden.safetensors"
-        compare(encoder, [IMAGE_FOLDER / "chelsea.png"], save_golden=path)
+        compare(encoder, [IMAGES / "chelsea.png"], save_golden=path)
         golden, least = load_golden(path), math.inf
         faults = list(every_fault(encoder.checkpoint.tensors))
         for case, fault in enumerate(random.Random(seed).sample(faults, min(count, len(faults)))):

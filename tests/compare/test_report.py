@@ -21,9 +21,9 @@ from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.images.patches import resize_image
 from qwen_vit.show import draw
 from qwen_vit.show.strips import StripLayout
-from tests.support.goldens import IMAGE_FOLDER
+from tests.support import IMAGES
 
-CHELSEA = str(IMAGE_FOLDER / "chelsea.png")
+CHELSEA = str(IMAGES / "chelsea.png")
 TODAY = date(2026, 1, 31)
 COMMAND = "qwen-vit compare 'a cat.png' --report page"
 

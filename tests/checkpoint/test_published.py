@@ -25,6 +25,7 @@ from qwen_vit.cli.describe import licence_of
 from qwen_vit.common.safetensors_header import TensorInfo
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.model import VisionTower
+from tests.support import ROOT
 from tests.support.checkpoints import split_qkv
 
 PUBLISHED = tomllib.loads((packaged_weights() / "published.toml").read_text())["checkpoint"]
@@ -155,7 +156,7 @@ def test_the_names_map_one_to_one_onto_the_model(
 
 
 def test_the_table_of_the_documentation_says_the_same() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text("utf-8")
+    text = (ROOT / "docs" / "checkpoints.md").read_text("utf-8")
     for entry in PUBLISHED[:4]:
         [row] = [line for line in rows(text) if f"`{entry['repo']}`" in line]
         cells = [cell.strip() for cell in row.strip("|").split("|")]

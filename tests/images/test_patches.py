@@ -16,10 +16,9 @@ from qwen_vit.config import Grid, ImageConfig
 from qwen_vit.errors import ArgumentError, ImageError
 from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import Patches, patchify, resize_image, smart_resize
+from tests.support import IMAGES
 
-PHOTOGRAPHS = sorted(
-    path for path in (Path(__file__).parent / "images").iterdir() if path.suffix in (".png", ".jpg")
-)
+PHOTOGRAPHS = sorted(path for path in IMAGES.iterdir() if path.suffix in (".png", ".jpg"))
 LIMITS = [(3136, 12845056), (3136, 1003520), (784, 784), (3136, 50176), (400_000, 500_000)]
 PUBLISHED = {"factor": 28, "min_pixels": 3136, "max_pixels": 1003520}
 

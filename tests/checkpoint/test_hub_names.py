@@ -1,0 +1,168 @@
+"""Names of models: folders, repositories, revisions, suggestions; no network."""
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_vit.checkpoint import cache as store
+from qwen_vit.checkpoint.hub import find_checkpoint
+from qwen_vit.checkpoint.published import packaged_weights
+from qwen_vit.checkpoint.repository import Repository, explain
+from qwen_vit.errors import ArgumentError, CheckpointError, HubError
+from tests.support.checkpoints import SMALL, write_checkpoint
+from tests.support.hub_cases import OURS, SETTINGS, hash_of
+from tests.support.hub_server import COMMIT, etag_of
+from tests.support.hub_worker import Worker
+
+# What is kept
+
+
+@pytest.mark.parametrize("model", ["tiny", "folder"])
+def test_a_revision_of_what_is_here_is_refused(tmp_path: Path, model: str) -> None:
+    name = str(tmp_path) if model == "folder" else model
+    with pytest.raises(
+        ArgumentError, match=r"revision is 'v2', but .*\. Leave revision out"
+    ) as caught:
+        find_checkpoint(name, revision="v2")
+    assert name in str(caught.value)
+    assert find_checkpoint(name, token="x", local_files_only=True).name == name
+
+
+def test_an_empty_revision_is_refused() -> None:
+    """As of a shell variable that is not set; the Hub would answer that there is no such file."""
+    with pytest.raises(ArgumentError, match=r"revision is empty\. Expected a branch"):
+        find_checkpoint("org/tiny", revision="")
+
+
+# Without the Hub
+
+
+@pytest.mark.parametrize("model", ["", "weights.safetensors", "a b/c", "seven"])
+def test_what_is_neither_a_folder_nor_a_repository_is_refused_without_the_network(
+    model: str,
+) -> None:
+    with pytest.raises(HubError, match="neither a folder nor a Hub repository") as caught:
+        find_checkpoint(model)
+    assert repr(model) in str(caught.value)
+    assert caught.value.remedy == ""
+
+
+@pytest.mark.parametrize(
+    "model", ["a/b/c", "../no/such", "/no/such/folder", "./model", "~/model", "model/"]
+)
+def test_a_path_to_nothing_does_not_exist(model: str) -> None:
+    """It was called neither a folder nor a repository."""
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(model)
+    assert (caught.value.name, caught.value.fact) == (model, "does not exist")
+
+
+def test_a_file_is_not_a_checkpoint_and_its_folder_is_asked_for(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, SMALL)
+    with pytest.raises(CheckpointError, match=r"a file\. Expected a checkpoint's folder") as caught:
+        find_checkpoint(tmp_path / "model.safetensors")
+    assert "pass the folder that holds it" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("tinny", "tiny"),
+        ("7B", "Qwen/Qwen2.5-VL-7B-Instruct or Qwen/Qwen2.5-Omni-7B"),
+        ("32b", "Qwen/Qwen2.5-VL-32B-Instruct"),
+        ("Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"),
+        ("qwen2.5-vl-3b", "Qwen/Qwen2.5-VL-3B-Instruct"),
+        ("Qwen2.5-VL-7B-Instuct", "Qwen/Qwen2.5-VL-7B-Instruct"),
+    ],
+)
+def test_a_short_or_misspelt_name_gets_a_suggestion(name: str, meant: str) -> None:
+    with pytest.raises(HubError) as caught:
+        find_checkpoint(name)
+    assert str(caught.value).endswith(f"Did you mean {meant}?")
+
+
+def test_a_repository_that_is_not_found_gets_a_suggestion_too() -> None:
+    """Its name has the form of a repository's: only the Hub can say that it has none."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def remedy(name: str) -> str:
+        missing = LocalEntryNotFoundError("")
+        return explain(missing, Repository(name, None, None, None, True)).remedy
+
+    known = "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert remedy("qwen/Qwen2.5-VL-7B-instruct").startswith(f"did you mean {known}? Otherwise ")
+    assert "did you mean" not in remedy(known)
+    assert "did you mean" not in remedy("someone/else")
+    assert "did you mean" not in remedy("someone/tiny")  # theirs, whatever ours is called
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.ENAMETOOLONG])
+def test_a_folder_that_may_not_be_read_is_named(
+    error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_dir(path: Path) -> bool:  # as Python 3.11's does; later ones return False
+        raise OSError(error, os.strerror(error), str(path))
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    with pytest.raises(
+        CheckpointError, match=r"/closed/model: cannot be read .*\. Expected a folder\. Check its"
+    ):
+        find_checkpoint("/closed/model")
+
+
+def test_tiny_and_a_local_folder_need_no_hub(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it fails
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint("tiny").folder == packaged_weights() / "tiny"
+    found = find_checkpoint(tmp_path)
+    assert (found.folder, found.name, found.commit) == (tmp_path, str(tmp_path), None)
+
+
+def test_a_folder_of_ours_is_a_local_checkpoint_too(
+    worker: Worker, repo: Path, call: dict[str, Any]
+) -> None:
+    write_checkpoint(repo, SMALL)
+    folder = Path(worker("find", **call)["folder"])
+    assert hash_of(folder) == hash_of(repo)
+    assert worker("find", model=folder)["licence"] == "apache-2.0"
+    assert set(store.check(folder) or {}) == set(OURS) - {"manifest.json"}
+    (folder / SETTINGS).unlink()
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: missing"):
+        store.check(folder)
+    assert etag_of(repo / "config.json") == etag_of(folder / "config.json")
+
+
+def test_a_link_that_another_process_makes_anew_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen processes at once: the client removes a link and makes it again, in every one."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    (tmp_path / "config.json").write_text("{}")
+    answers: list[Exception | None] = []
+
+    def in_between(repo: str, name: str, **options: Any) -> str:
+        error = answers.pop(0)
+        if error is not None:
+            raise error
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", in_between)
+    repository = Repository("org/tiny", COMMIT, None, tmp_path / "cache", False)
+    gone = FileNotFoundError(2, "No such file or directory")
+    answers[:] = [gone, gone, None]
+    assert repository._request_file("config.json", COMMIT) == tmp_path / "config.json"
+    assert (repository.fetched_bytes, answers) == (2, [])
+    answers[:] = [gone] * 5
+    with pytest.raises(FileNotFoundError):
+        repository._request_file("config.json", COMMIT)
+    assert answers == []
+    answers[:] = [LocalEntryNotFoundError("not in the cache"), None]
+    with pytest.raises(LocalEntryNotFoundError):  # an answer is not asked for again
+        repository._request_file("config.json", COMMIT)
+    assert answers == [None]

@@ -1,0 +1,83 @@
+"""Without a network: what serves, and what the environment means."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.checkpoints import SMALL, write_checkpoint
+from tests.support.hub_cases import INDEX, SETTINGS, serve
+from tests.support.hub_server import COMMIT, Hub
+from tests.support.hub_worker import Worker, running_worker
+
+
+def test_offline_without_image_settings_is_refused_rather_than_guessed(
+    hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
+) -> None:
+    """Once, settings that could not be fetched counted as absent: images were resized to other
+    limits than the checkpoint's, with no word about it."""
+    write_checkpoint(repo, SMALL)
+    cached = {"repo_id": "org/tiny", "cache_dir": call["cache_dir"]}
+    for name in ("config.json", "model.safetensors"):  # as another program may have
+        worker("whole", **cached, filename=name)
+    refused = worker("load", **call, local_files_only=True)
+    assert refused["kind"] == "HubError", refused
+    assert "org/tiny: not in the local cache" in refused["message"]
+    assert "Leave out local_files_only" in refused["message"]
+    (repo / SETTINGS).unlink()
+    online = worker("load", **call)
+    kept = worker("load", **call, local_files_only=True)
+    assert "weights" in online
+    assert kept == online  # the cache remembers that the repository has none
+
+
+@pytest.mark.slow
+def test_the_environment_means_what_it_means_to_huggingface_hub(
+    hub: Hub, repo: Path, tmp_path: Path
+) -> None:
+    write_checkpoint(repo, SMALL)
+    home, cache = tmp_path / "home", tmp_path / "elsewhere"
+    plain = {"model": "org/tiny"}
+    with running_worker(home, hub.endpoint) as worker:
+        online = worker("load", **plain)
+        assert online["folder"].startswith(str(home / "hub"))
+        absent = worker("load", model="org/other", local_files_only=True)
+    with running_worker(home, hub.endpoint, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(cache)) as worker:
+        hub.requests.clear()
+        unknown = worker("load", **plain)
+        offline = worker("load", **plain, cache_dir=home / "hub")
+        pinned = worker("load", **plain, cache_dir=home / "hub", revision=COMMIT)
+        assert hub.requests == []
+    assert absent["kind"] == unknown["kind"] == "HubError"
+    assert "HF_HUB_OFFLINE" in unknown["message"]
+    for later in (offline, pinned):
+        assert later["weights"] == online["weights"]
+    with running_worker(
+        home, "http://127.0.0.1:9", HF_HUB_CACHE=str(cache)
+    ) as worker:  # nobody listens
+        away = worker("load", **plain)
+        kept = worker("load", **plain, cache_dir=home / "hub")
+    assert "not in the local cache, and the Hub could not be reached" in away["message"]
+    assert kept["weights"] == online["weights"]
+
+
+@pytest.mark.slow
+def test_without_a_network_nothing_is_tried_again_and_again(
+    hub: Hub, repo: Path, tmp_path: Path
+) -> None:
+    write_checkpoint(repo, SMALL)
+    home, nowhere = tmp_path / "home", "http://hub.invalid"  # a name that nobody may register
+    with running_worker(home, hub.endpoint) as worker:
+        online = worker("load", model="org/tiny")
+        write_checkpoint(tmp_path / "sharded", SMALL, shards=2)
+        serve(hub, "org/begun", tmp_path / "sharded")
+        for name in ("config.json", SETTINGS, INDEX):
+            worker("whole", repo_id="org/begun", filename=name)
+    with running_worker(home, nowhere) as worker:
+        away = worker("load", model="org/other")
+        begun = worker("load", model="org/begun")
+        kept = worker("load", model="org/tiny")
+    for refused in (away, begun):
+        assert "not in the local cache, and the Hub could not be reached" in refused["message"]
+        assert refused["waits"] == refused["log"] == []  # between attempts: 25 s in all
+    assert (kept["weights"], kept["waits"]) == (online["weights"], [])

@@ -1,0 +1,185 @@
+"""What `encode` refuses before any work, and what ends it."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_vit.checkpoint import hub
+from qwen_vit.cli import checks
+from qwen_vit.common import atomic_file as atomic_file_module
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.feature_files.read import load_features
+from tests.support.commands import TO_FILE
+
+
+def no_model(*_: Any, **__: Any) -> None:
+    raise AssertionError("refused only after the model was loaded")
+
+
+REFUSED = {
+    "exists": (
+        ("a.png", "--out", "old.safetensors"),
+        ("old.safetensors: already exists. Pass --overwrite", "another --out."),
+    ),
+    "no folder": (("a.png", "--out", "no/f.safetensors"), ("no: not a folder. Create it first.",)),
+    "folder is a file": (("a.png", "--out", "a.png/f"), ("a.png: not a folder. Create it first.",)),
+    "is a folder": (
+        ("a.png", "--out", "sub", "--overwrite"),
+        ("sub: a folder. Expected a file to write. Pass another --out.",),
+    ),
+    "twice": (
+        ("a.png", "b.jpg", "a.png", "--out", "f"),
+        ("a.png: given twice. Expected each image once. Leave one",),
+    ),
+    "long name": (("a.png", "--out", "f" * 300), ("could not be written (File name too long)",)),
+    "long folder": (("a.png", "--out", "f" * 300 + "/f"), ("(File name too long)",)),
+    "not UTF-8": (("a.png", "--out", "caf\udce9.st"), ("not UTF-8", "safetensors can open")),
+    "a device": (
+        ("a.png", "--out", "device", "--overwrite"),
+        ("device: not a regular file. Expected a file. Pass another --out",),
+    ),
+    "a link": (
+        ("a.png", "--out", "link", "--overwrite"),
+        ("link: a symbolic link", "Pass the link's target"),
+    ),
+    "an image": (
+        ("b.jpg", "./a.safetensors", "--out", "a.safetensors", "--overwrite"),
+        ("a.safetensors: one of the images. Pass another --out.",),
+    ),
+    "twice by two names": (("a.png", "./a.png", "--out", "f"), ("a.png: given twice.",)),
+    "another format": (
+        ("a.png", "--out", "f.pt"),
+        ("f.pt: its suffix is .pt. Expected .safetensors,", "Pass --out f.safetensors."),
+    ),
+    "no image": (("sub", "--out", "f"), ("no image found in sub. Expected",)),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_what_could_not_be_written_is_refused_before_any_work(
+    folder: Path, run: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--overwrite put a file in the place of /dev/null, and of an image that was to be encoded."""
+    Path("old.safetensors").write_text("old")
+    Path("sub").mkdir()
+    os.mkfifo("device")
+    Path("link").symlink_to("old.safetensors")
+    shutil.copy("a.png", "a.safetensors")
+    monkeypatch.setattr(VisionEncoder, "from_pretrained", no_model)
+    arguments, words = REFUSED[fault]
+    done = run("encode", *arguments, "--model", "tiny")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+    for word in words:
+        assert word in done.err
+    assert Path("old.safetensors").read_text() == "old"
+    assert Path("link").is_symlink()
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_without_write_permission_is_refused_before_any_work(
+    folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VisionEncoder, "from_pretrained", no_model)
+    monkeypatch.setattr(checks.os, "access", lambda path, mode: mode != os.W_OK)
+    done = run("encode", "a.png", "--model", "tiny", "--out", "f.safetensors")
+    assert done.code == 2
+    assert ".: not writable. Check its permissions." in done.err
+
+
+def test_a_disk_that_fails_at_the_end_is_an_error_of_one_line(
+    folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic_file_module.os, "fsync", full)
+    before = sorted(os.listdir())
+    done = run("encode", "a.png", *TO_FILE)
+    assert (done.code, done.out) == (2, "")
+    assert "error: f.safetensors: could not be written (No space left on device)" in done.err
+    assert sorted(os.listdir()) == before
+
+
+def test_overwrite_replaces_the_file(folder: Path, run: Any) -> None:
+    Path("f.safetensors").write_text("old")
+    assert run("encode", "a.png", *TO_FILE, "--overwrite").code == 0
+    assert load_features("f.safetensors").ids == ["a.png"]
+
+
+BAD_USAGE = {
+    "no images": (("encode", "--model", "tiny", "--out", "f"), "Missing argument 'IMAGES...'"),
+    "no model": (("encode", "a.png", "--out", "f"), "Missing option '--model'"),
+    "no out": (("encode", "a.png", "--model", "tiny"), "Missing option '--out'"),
+    "unknown option": (("info", "tiny", "--colour"), "No such option"),
+    "no number": (("encode", "a.png", *TO_FILE, "--max-pixels", "many"), "--max-pixels"),
+    "other choice": (("encode", "a.png", *TO_FILE, "--on-error", "stop"), "--on-error"),
+    "other dtype": (("encode", "a.png", *TO_FILE, "--dtype", "int8"), "not one of 'auto', 'bf"),
+    "no command": (("tiny",), "No such command 'tiny'"),
+    "unknown model": (("encode", "a.png", "--model", "tinny", "--out", "f"), "'tinny' is neither"),
+    "float16": (("encode", "a.png", *TO_FILE, "--dtype", "float16"), "float16 is refused"),
+    "device": (("encode", "a.png", *TO_FILE, "--device", "tpu"), "device is 'tpu'"),
+    "limits": (("encode", "a.png", *TO_FILE, "--max-pixels", "9"), "Pass other min_pixels"),
+    "bench on a CPU": (  # before any weights are looked for
+        ("bench", "--model", "no-such/model", "--local-files-only", "--device", "cpu"),
+        "Use a GPU.",
+    ),
+    "info without": (("info",), "Missing argument 'MODEL|FEATURES'"),
+    "odd name": (("info", "tiny", "--image", "\x1b[31mred\n"), r"'\x1b[31mred\n': does not exist"),
+    "no name": (("info", "tiny", "--image", ""), "'': does not exist"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_USAGE)
+def test_bad_usage_ends_with_2_and_says_why(folder: Path, run: Any, fault: str) -> None:
+    arguments, words = BAD_USAGE[fault]
+    done = run(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert words in done.err
+    assert "Traceback" not in done.err
+
+
+def test_what_the_system_refuses_unforeseen_is_one_line(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", "odd\n\x1b[31mname")
+
+    monkeypatch.setattr(hub, "find_checkpoint", refused)
+    done = run("info", "tiny")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        "error: 'odd\\n\\x1b[31mname': cannot be used (Permission denied). "
+        "Check its permissions and its disk.\n"
+    )
+
+
+def test_an_interrupt_ends_with_130_and_leaves_no_file(
+    folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    encode = VisionEncoder.encode
+
+    def interrupted(self: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return encode(self, *arguments, **options)
+
+    monkeypatch.setattr(VisionEncoder, "encode", interrupted)
+    before = sorted(os.listdir())
+    done = run("encode", "a.png", "b.jpg", *TO_FILE)
+    assert (done.code, done.out) == (130, "")
+    assert "interrupted" in done.err
+    assert sorted(os.listdir()) == before
+
+
+def test_a_folder_without_weights_is_no_download(folder: Path, run: Any) -> None:
+    done = run("download", ".")
+    assert (done.code, done.out) == (2, "")
+    assert "no weights" in done.err

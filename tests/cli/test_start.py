@@ -1,0 +1,194 @@
+"""Starting: help and typos at once, imports, interrupts."""
+
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from qwen_vit import __version__
+from qwen_vit.cli import main as cli_module
+from tests.support import ROOT
+
+# Starting
+
+
+def test_no_argument_at_all_is_a_request_for_help(run: Any) -> None:
+    """Newer versions of click raise it as an error, which was printed on one line."""
+    bare, asked = run(), run("--help")
+    assert bare == asked
+    assert bare.code == 0
+    assert "\nCommands:\n" in bare.out
+
+
+STARTED = """
+import sys
+from qwen_vit.__main__ import main
+code = 0
+try:
+    main()
+except SystemExit as stop:
+    code = stop.code
+slow = {"PIL", "huggingface_hub", "numpy", "safetensors", "torch", "transformers", "triton"}
+sys.stderr.write(f"\\n{code or 0} {sorted(slow & set(sys.modules))}")
+"""
+
+
+def cpu_seconds(*arguments: str) -> tuple[float, str]:
+    """User and system time of a Python process, the least of three, and its stderr."""
+    least, said = float("inf"), ""
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, check=True, cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        least, said = min(least, spent), done.stderr
+    return least, said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        *((([name, "--help"], 0)) for name in cli_module.COMMANDS),
+        (["encod"], 2),
+        (["--hepl"], 2),
+        (["encode", "a.png", "--modle", "tiny"], 2),
+        (["compare", "a.png", "--model", "tiny", "--attention", "fast"], 2),
+        (["bench", "--model", "tiny", "--workload", "2 x 448^2"], 2),
+    ],
+    ids=lambda each: " ".join(each) if isinstance(each, list) else "",
+)
+def test_help_and_typos_answer_at_once(arguments: list[str], code: int) -> None:
+    """They took 1.8 s, nearly all of it to import torch."""
+    seconds, said = cpu_seconds("-c", STARTED, *arguments)
+    print(f"{seconds:.3f} s")
+    assert said.splitlines()[-1] == f"{code} []"
+    assert seconds < 0.4
+
+
+def test_importing_the_package_takes_no_time() -> None:
+    seconds, _ = cpu_seconds("-c", "import qwen_vit")
+    print(f"{seconds:.3f} s")
+    assert seconds < 0.1
+
+
+def test_a_typo_is_answered_with_the_commands_that_are_alike(run: Any) -> None:
+    """Names of commands that have not been imported are known as well."""
+    done = run("encod")
+    assert (done.code, done.out) == (2, "")
+    assert "No such command 'encod'" in done.err
+    assert "'encode'" in done.err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "import no_such_package",
+            "No module named 'no_such_package'. Install the package into this Python: pip install "
+            "-e .",
+        ),
+        ("raise ImportError('torch is half there; install it again')", "torch is half there; "),
+    ],
+)
+def test_a_package_that_does_not_import_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "torch.py").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen_vit", "info", "tiny"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {said}")
+    assert done.stderr.count("\n") == 1
+
+
+# encode
+
+WARNED = """
+import logging, sys
+import huggingface_hub.utils.logging
+from qwen_vit.cli import main as cli
+sys.argv = ["qwen-vit", "--version"]
+cli.main()
+for name in ("huggingface_hub.utils", "qwen_vit", "another"):
+    logging.getLogger(name).warning(name)
+"""
+
+
+def test_every_library_warns_once() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WARNED], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (0, "huggingface_hub.utils\nqwen_vit\nanother\n")
+
+
+INTERRUPTED_TORCH = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+except BaseException:  # as numpy takes it for a part that is missing, and goes on
+    pass
+"""
+
+
+@pytest.fixture
+def heeded_interrupts() -> Iterator[None]:
+    """Processes started by a shell's `&` ignore them, and so would their children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_interrupts")
+def test_an_interrupt_while_torch_is_imported_ends_with_130(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(INTERRUPTED_TORCH)  # as Ctrl-C does, in the middle of it
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["qwen-vit"].partition(":")
+    installed = f"import sys; from {module} import {function}; sys.exit({function}())"  # pip's
+    for command in (["-m", "qwen_vit", "info", "tiny"], ["-c", installed, "info", "tiny"]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["-h"], *([name, "--help"] for name in cli_module.COMMANDS)]
+)
+def test_help_shows_examples_that_parse(run: Any, arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert (done.code, done.err) == (0, "")
+    lines = [line for line in done.out.splitlines() if line.startswith("  qwen-vit ")]
+    assert len(lines) >= 2
+    for _, name, *rest in map(shlex.split, lines):
+        command = cli_module.cli.get_command(click.Context(cli_module.cli), name)
+        assert command is not None
+        # raises for an option that is not there; click keeps the first help option that it makes
+        context = command.make_context(name, rest, help_option_names=["-h", "--help"])
+        given = context.params
+        assert given["model"] or given["inputs"] or given["resume"]
+
+
+def test_version_is_the_packages(run: Any) -> None:
+    done = run("--version")
+    assert (done.code, done.out) == (0, f"qwen-vit, version {__version__}\n")

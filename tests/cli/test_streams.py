@@ -1,0 +1,134 @@
+"""The command in processes of its own: streams, pipes, terminals."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_vit.feature_files.read import load_features
+from tests.support import ROOT
+from tests.support.commands import TO_FILE
+
+
+def process(
+    *arguments: str | bytes, folder: Path, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "qwen_vit", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+
+
+# In a process of its own
+
+
+def test_the_module_encodes_in_a_process_of_its_own(folder: Path) -> None:
+    """Names as bytes that are no text, a dash in front, and a terminal that knows ASCII alone."""
+    names = [b"caf\xe9\xff.png", b"-dash.png", "猫\n.png".encode()]
+    for name in names:
+        shutil.copy("a.png", name)
+    options = [each.encode() for each in TO_FILE]
+    done = process("encode", *options, "--", *names, folder=folder, PYTHONUTF8="1")
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+    lines = done.stdout.decode().splitlines()  # strictly: no odd bytes
+    assert len(lines) == 2 + 3 + 1
+    assert load_features("f.safetensors").ids == [os.fsdecode(name) for name in names]
+
+
+def test_json_goes_to_stdout_and_everything_else_to_stderr(folder: Path) -> None:
+    done = process(
+        "encode", "a.png", "broken.png", "b.jpg", "--model", "tiny", "--out", "f", "--json",
+        folder=folder,
+    )  # fmt: skip
+    assert done.returncode == 1
+    report = json.loads(done.stdout)
+    assert [image["id"] for image in report["images"]] == ["a.png", "broken.png", "b.jpg"]
+    assert b"skipped: broken.png" in done.stderr
+    if not torch.cuda.is_available():
+        assert done.stderr.count(b"no CUDA GPU") == 1
+
+
+def piped(command: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
+    """A line of the shell in which `qwen-vit` is a process of this checkout."""
+    shell = f'qwen-vit() {{ "{sys.executable}" -m qwen_vit "$@"; }}; {command}'
+    return subprocess.run(
+        ["bash", "-c", shell],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def in_a_terminal(command: str, folder: Path) -> str:
+    """What a terminal is sent by a line of the shell."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    shell = f'qwen-vit() {{ "{sys.executable}" -m qwen_vit "$@"; }}; {command}'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(
+        ["bash", "-c", shell], cwd=folder, env=environment, stdin=theirs, stdout=theirs,
+        stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    sent = b""
+    try:
+        while piece := os.read(ours, 65536):
+            sent += piece
+    except OSError:  # how a terminal says that nobody is left to write to it
+        pass
+    os.close(ours)
+    child.wait(60)
+    return sent.decode()
+
+
+def test_a_reader_that_has_seen_enough_changes_nothing(folder: Path) -> None:
+    """`| head -0` ended in 1: finished, with images skipped."""
+    done = piped("qwen-vit info tiny | exec 0<&-; echo ${PIPESTATUS[0]}", folder)
+    assert (done.stdout, done.stderr) == (b"0\n", b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_cannot_be_written_is_an_error_and_logs_are_no_reason_to_stop(
+    folder: Path,
+) -> None:
+    done = piped("qwen-vit info tiny >/dev/full", folder)
+    assert done.returncode == 2
+    assert done.stderr == (
+        b"error: standard output could not be written (No space left on device). Check its "
+        b"target.\n"
+    )
+    line = "qwen-vit encode a.png broken.png --model tiny --device cpu --out f.safetensors"
+    done = piped(f"{line} 2>/dev/full", folder)
+    assert (done.returncode, done.stdout.count(b"wrote f.safetensors")) == (1, 1)
+
+
+def test_a_closed_stderr_is_as_good_as_any(folder: Path) -> None:
+    """Nothing was encoded, and nothing could say why."""
+    line = "qwen-vit encode a.png broken.png --model tiny --device cpu --out f"
+    done = piped(f"{line} 2>&-", folder)
+    assert (done.returncode, done.stdout.count(b"wrote f")) == (1, 1)
+    assert load_features("f").ids == ["a.png"]
+
+
+def test_what_is_skipped_stands_on_a_line_of_its_own_above_the_bar(folder: Path) -> None:
+    line = "qwen-vit encode a.png broken.png b.jpg --model tiny --device cpu --out f"
+    done = in_a_terminal(line, folder)
+    assert "3/3" in done
+    assert re.search(r"(^|[\r\n])\s*skipped: broken\.png: a truncated PNG[^|]*\n", done)

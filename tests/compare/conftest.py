@@ -1,0 +1,24 @@
+"""An encoder, a golden file and the command."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+
+from qwen_vit.compare.golden import Golden, load_golden
+from qwen_vit.compare.run import compare
+from tests.support.comparisons import CHELSEA, ROCKET, encoder
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    """Of two photographs, from Hugging Face."""
+    path = tmp_path_factory.mktemp("golden") / "golden.safetensors"
+    assert compare(encoder(), [CHELSEA, ROCKET], save_golden=path).passed
+    return load_golden(path)
+
+
+@pytest.fixture
+def run(qwen_vit: Any) -> Any:
+    """`qwen-vit compare ARGUMENTS` in this process: exit code, stdout, stderr."""
+    return partial(qwen_vit, "compare")

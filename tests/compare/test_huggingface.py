@@ -1,0 +1,250 @@
+"""Against transformers: every stage agrees, and a mistake is found at its stage."""
+
+import itertools
+import json
+import math
+import os
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_vit import VisionEncoder
+from qwen_vit.compare import huggingface as reference
+from qwen_vit.compare import measure
+from qwen_vit.compare import run as compare_module
+from qwen_vit.compare.golden import Golden
+from qwen_vit.compare.huggingface import Processed
+from qwen_vit.compare.result import Comparison
+from qwen_vit.compare.run import compare, compare_with_golden
+from qwen_vit.compare.text import as_text, closer_line
+from qwen_vit.compare.tolerance import fp32_budget
+from qwen_vit.images.patches import patchify
+from tests.support import IMAGES, ROOT
+from tests.support.comparisons import CHELSEA, ROCKET, SMALL, STAGES, encoder
+from tests.support.goldens import PHOTOGRAPHS
+from tests.support.weight_faults import WeightFault, inject_fault
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_tiny_checkpoint_agrees_at_every_stage(run: Any, attention: str) -> None:
+    code, out, err = run(CHELSEA, *SMALL, "--attention", attention, "--json")
+    document = json.loads(out)
+    assert (code, document["agrees"], document["golden"]) == (0, True, None), err
+    assert document["reference"]["attention"] == attention
+    [image] = document["images"]
+    assert [stage["stage"] for stage in image["stages"]] == STAGES
+    assert image["tower_input"] == "uint8 pixels"
+    [pillow] = [part for part in image["preprocessing"] if part["processor"] == "pillow"]
+    assert (pillow["same_grid"], pillow["values_differ"], pillow["passed"]) == (True, 0, True)
+    for stage in image["stages"]:
+        assert 0 < stage["relative"] <= stage["allowed"]
+        assert stage["allowed"] == fp32_budget(stage["theirs_against_float64"])
+        assert stage["ratio"] == stage["ours_against_float64"] / stage["theirs_against_float64"]
+        assert 0.999999 < stage["worst_cosine"] <= stage["mean_cosine"] <= 1
+        assert 0 < stage["largest"] < 1e-4
+
+
+def test_the_verdict_comes_first_and_every_stage_with_v(run: Any) -> None:
+    verdict = r"agrees: 1 of 1 image, 7 stages; the worst is .*/chelsea\.png\)"
+    for flags, listed in (((), []), (("-v",), STAGES)):
+        code, out, _ = run(CHELSEA, *SMALL, *flags)
+        lines = out.splitlines()
+        assert code == 0
+        assert re.fullmatch(verdict, lines[0])
+        assert lines[1].startswith("closer to float64: ours, at 7 of 7 stages")
+        stages = [line.split()[0] for line in lines if re.match(r"  (patch|block|merger)", line)]
+        assert stages == listed
+    assert re.search(rf"\n  {CHELSEA} +agrees  +\S+e-07 ", run(CHELSEA, *SMALL)[1])
+
+
+def test_who_is_closer_to_float64_is_said_in_words() -> None:
+    [image] = compare(encoder(), [CHELSEA]).images
+
+    def line(*pairs: tuple[float, float]) -> str:
+        """For images of one stage, with these errors of ours and of Hugging Face's."""
+        stages = [replace(image.stages[-1], ours=ours, theirs=theirs) for ours, theirs in pairs]
+        images = tuple(replace(image, stages=(stage,)) for stage in stages)
+        return closer_line(Comparison({}, images, ()))
+
+    assert line((1e-7, 2e-7), (3e-7, 4e-7), (2e-7, 1e-7)) == (
+        "closer to float64: ours, at 2 of 3 stages; in the merged tokens our error is 0.50 to 2.00 "
+        "times Hugging Face's"
+    )
+    assert line((2e-7, 1e-7)).startswith("closer to float64: Hugging Face, at 1 of 1 stage; ")
+    assert "our error is 2.00 times" in line((2e-7, 1e-7))
+    assert line() == line((math.nan, 1e-7)) == ""
+
+
+@pytest.mark.slow
+def test_three_photographs_and_their_page_take_less_than_a_minute(tmp_path: Path) -> None:
+    """In a process of its own, as a user's. Processor time: on two cores the clock shows no more,
+    and what else the machine does meanwhile does not count."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen_vit", "compare", "--model", "tiny", "--device", "cpu",
+         *(str(IMAGES / name) for name in PHOTOGRAPHS), "--report", str(tmp_path / "page")],
+        capture_output=True, text=True, check=False, timeout=240,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert done.returncode == 0, done.stderr
+    assert "agrees: 3 of 3 images, 21 stages" in done.stdout
+    assert (tmp_path / "page" / "index.html").stat().st_size > 1_000_000
+    print(f"{seconds:.0f} s")
+    assert seconds < 60
+
+
+def test_a_mistake_of_ours_alone_is_found_at_its_stage(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is right: Hugging Face and the oracle read it, and only our tower is off."""
+    fault = WeightFault("blocks.2.attn.proj.bias", "bias dropped", "block.2")
+    broken = replace(encoder(), tower=inject_fault(encoder(), fault).tower)
+    monkeypatch.setattr(VisionEncoder, "from_pretrained", lambda *_, **__: broken)
+    code, out, _ = run(CHELSEA, *SMALL)
+    assert code == 1
+    assert f"differs: {CHELSEA}: first at block.2: " in out
+    assert "agrees" not in out.splitlines()[0]
+
+
+def test_a_mistake_of_hugging_face_is_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reference far from float64 would otherwise allow ours twice that distance."""
+    hf_tower = compare_module.hf_tower
+
+    def broken(tensors: Any, *arguments: Any) -> Any:
+        name = "blocks.3.mlp.down_proj.weight"
+        return hf_tower({**tensors, name: tensors[name] * 1.5}, *arguments)
+
+    monkeypatch.setattr(compare_module, "hf_tower", broken)
+    [image] = compare(encoder(), [CHELSEA]).images
+    assert image.problems[0].startswith("block.3: Hugging Face is ")
+    assert "not the same model, or not the same input" in image.problems[0]
+    assert all(stage.ours < 1e-6 for stage in image.stages)
+
+
+def shifted(pixels: Processed, levels: float, std: float = 0.26862954) -> Processed:
+    """Other grey levels in the first channel of the first patch."""
+    values = pixels.pixel_values.clone()
+    values[0, : values.shape[1] // 3] += levels / 255 / std
+    return pixels._replace(pixel_values=values)
+
+
+@pytest.mark.parametrize(("processor", "passed"), [("pillow", False), ("torchvision", True)])
+def test_processors_are_named_apart_and_only_the_pillow_one_is_judged(
+    monkeypatch: pytest.MonkeyPatch, processor: str, passed: bool
+) -> None:
+    """Both towers get the chosen processor's pixels: ours as well, where they are not our own.
+
+    Once, ours took its own pixels whenever they were the Pillow processor's, and differed.
+    """
+    process = reference.process
+
+    def pretended(rgb: Any, config: Any, which: Any, **name: str) -> Processed:
+        done = process(rgb, config, "pillow", **name)
+        return shifted(done, 3.0) if which == processor else done
+
+    versions = {**reference.package_versions(), "torchvision": "0"}
+    monkeypatch.setattr(compare_module, "process", pretended)
+    monkeypatch.setattr(compare_module, "package_versions", lambda: versions)
+    done = compare(encoder(), [CHELSEA], processor=processor)  # type: ignore[arg-type]
+    [image] = done.images
+    parts = {part.processor: part for part in image.preprocessing}
+    assert set(parts) == {"pillow", "torchvision"}
+    odd = parts[processor]
+    assert (odd.values_differ, odd.largest_levels, odd.passed) == (392, 3, False)
+    assert [part.values_differ for name, part in parts.items() if name != processor] == [0]
+    assert all(stage.verdict.passed for stage in image.stages)
+    assert image.tower_input == "the pixel values of the processor"
+    assert done.passed == passed
+    if not passed:
+        assert image.problems[0].startswith("preprocessing (pillow): 392 of ")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_an_image_of_a_few_rows_is_compared_as_what_it_is(rows: int) -> None:
+    """transformers took its rows for channels, and another grid for a mistake of ours."""
+    rgb = np.random.default_rng(rows).integers(0, 256, (rows, 5, 3), np.uint8)
+    config = encoder().image_config
+    theirs = reference.process(rgb, config, "pillow")
+    part = measure.compare_pixels("pillow", patchify(rgb, config), theirs, config)
+    assert (part.same_grid, part.values_differ) == (True, 0)
+
+
+def test_another_grid_is_reported_before_any_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = reference.process
+    monkeypatch.setattr(
+        compare_module, "process",
+        lambda rgb, config, which, **name: process(rgb[:60], config, which, **name),
+    )  # fmt: skip
+    [image] = compare(encoder(), [CHELSEA]).images
+    [part] = image.preprocessing
+    assert (part.same_grid, part.values_differ, part.passed) == (False, None, False)
+    assert "its grid is (1, 4, 32)" in image.problems[0]
+    assert "different grid" in as_text(compare(encoder(), [CHELSEA]), has_stages=True)
+
+
+def test_an_image_that_cannot_be_read_is_skipped_and_ends_with_1(run: Any, tmp_path: Path) -> None:
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(CHELSEA.read_bytes()[:5000])
+    code, out, _ = run(CHELSEA, torn, *SMALL, "--json")
+    document = json.loads(out)
+    assert (code, len(document["images"]), document["agrees"]) == (1, 1, False)
+    assert [(each["id"], each["code"]) for each in document["skipped"]] == [
+        (str(torn), "truncated")
+    ]
+    code, out, _ = run(torn, *SMALL)
+    assert (code, "skipped: " in out, "agrees" in out) == (1, True, False)
+    assert out.splitlines()[1] == "nothing was compared: every image was skipped"
+    assert "agrees: 1 of 1 image," in run(CHELSEA, torn, *SMALL)[1]
+    code, out, err = run(torn, *SMALL, "--save-golden", tmp_path / "golden.safetensors")
+    assert (code, out, list(tmp_path.iterdir())) == (2, "", [torn])
+    assert f"not saved: 1 of 1 image failed ({torn}" in err
+    assert "truncated PNG" in err
+    assert "Pass an image that can be compared." in err
+
+
+def test_an_image_too_large_for_the_gpus_memory_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, golden: Golden
+) -> None:
+    trace_tower, calls = measure.trace_tower, itertools.count()
+
+    def full(*arguments: Any) -> Any:
+        if next(calls) % 2 == 0:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return trace_tower(*arguments)
+
+    monkeypatch.setattr(measure, "trace_tower", full)
+    for done in (
+        compare(encoder(), [ROCKET, CHELSEA]),
+        compare_with_golden(encoder(), golden, [ROCKET, CHELSEA]),
+    ):
+        [(name, error)] = done.skipped
+        assert (name, error.code, done.passed) == (str(ROCKET), "out-of-memory", False)
+        assert "Lower --max-pixels" in str(error)
+        assert [image.id for image in done.images] == [str(CHELSEA)]
+
+
+def test_values_that_are_not_finite_differ_and_stay_json(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trace_tower = measure.trace_tower
+
+    def with_nan(*arguments: Any) -> Any:
+        trace = trace_tower(*arguments)
+        trace["block.4"][3, 3] = math.nan
+        return trace
+
+    monkeypatch.setattr(measure, "trace_tower", with_nan)
+    done = compare(encoder(), [CHELSEA])
+    assert done.images[0].problems[0].startswith("block.4: inf from Hugging Face")
+    document = json.loads(json.dumps(done.to_json(), allow_nan=False))
+    assert document["images"][0]["stages"][5]["relative"] is None

@@ -1,0 +1,123 @@
+"""What `compare` refuses, by name, before any work."""
+
+import json
+import os
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen_vit.common import transformers_version
+from qwen_vit.compare import huggingface as reference
+from qwen_vit.errors import ArgumentError
+from tests.support.checkpoints import SMALL as SMALL_TOWER
+from tests.support.checkpoints import write_checkpoint, write_weights
+from tests.support.comparisons import CHELSEA, SMALL, encoder, version_of
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (None, "transformers is not installed. Expected 5.18 or newer, which "),
+        ("4.49.0", "transformers 4.49.0 is too old. Expected 5.18 or newer, which "),
+    ],
+)
+def test_without_a_transformers_to_use_the_range_and_the_find_are_named(
+    run: Any, monkeypatch: pytest.MonkeyPatch, found: str | None, words: str
+) -> None:
+    monkeypatch.setattr(transformers_version, "version", version_of(transformers=found))
+    code, out, err = run(CHELSEA, *SMALL)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert "Run pip install 'qwen-vit[hf]'" in err
+    assert "--golden FILE" in err
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="FlashAttention is installed")
+def test_an_attention_that_is_not_installed_is_refused_with_the_others() -> None:
+    checkpoint = encoder().checkpoint
+    with pytest.raises(
+        ArgumentError, match=r"refuses --attention flash_attention_2 .* Use sdpa or eager\."
+    ):
+        reference.hf_tower(
+            checkpoint.tensors, checkpoint.config, torch.bfloat16, attention="flash_attention_2"
+        )
+
+
+def test_a_transformers_that_does_not_import_is_named_with_its_versions(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", None)
+    code, out, err = run(CHELSEA, *SMALL)
+    assert (code, out) == (2, "")
+    assert re.search(r"error: transformers cannot be imported \(.*\) with torch .*\. Install", err)
+
+
+BAD_USAGE = {
+    "no images": (("--model", "tiny"), "images is empty. Pass at least one image"),
+    "both goldens": (
+        (CHELSEA, *SMALL, "--golden", "a", "--save-golden", "b"),
+        "--golden compares with a file and --save-golden writes one. Expected one of them. Leave",
+    ),
+    "no golden": ((*SMALL, "--golden", "none"), "none: not a file. Expected a golden file"),
+    "golden is a folder": ((*SMALL, "--golden", "."), "Expected a golden file"),
+    "attention": ((CHELSEA, *SMALL, "--attention", "flash_attention_2"), "takes no float32"),
+    "unknown attention": ((CHELSEA, *SMALL, "--attention", "fast"), "'fast' is not one of"),
+    "torchvision": ((CHELSEA, *SMALL, "--processor", "torchvision"), "pass --processor pillow"),
+    "report is a file": (
+        (CHELSEA, *SMALL, "--report", CHELSEA),
+        "a file. Expected a folder for the report. Pass another --report.",
+    ),
+    "report of a long name": ((CHELSEA, *SMALL, "--report", "r" * 300), "File name too long"),
+    "saved golden is a folder": (
+        (CHELSEA, *SMALL, "--save-golden", "."),
+        ".: a folder. Expected a file to write. Pass another --save-golden.",
+    ),
+    "report in no folder": (
+        (CHELSEA, *SMALL, "--report", "no/page"),
+        "no: not a folder. Create it first.",
+    ),
+    "same image twice": (
+        (CHELSEA, CHELSEA, *SMALL, "--save-golden", "g"),
+        "chelsea.png: given twice. Expected each image once. Leave one out.",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_USAGE)
+def test_bad_usage_ends_with_2_before_any_work(
+    run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str
+) -> None:
+    if fault == "torchvision" and "torchvision" in reference.package_versions():
+        pytest.skip("torchvision is installed")
+    monkeypatch.chdir(tmp_path)
+    arguments, words = BAD_USAGE[fault]
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, ""), err
+    assert words in err
+    assert "Traceback" not in err
+    assert os.listdir() == []
+
+
+def test_what_is_no_yardstick_is_not_saved(run: Any, tmp_path: Path) -> None:
+    """Finite weights that overflow: all figures were lost in a raw error of the JSON writer."""
+    tensors = write_checkpoint(tmp_path / "model", SMALL_TOWER, prefix="", dtype=torch.float32)
+    for name in ("up", "down"):
+        tensors[f"blocks.2.mlp.{name}_proj.weight"] *= 1e30
+    write_weights(tmp_path / "model", tensors)
+    options = ("--model", str(tmp_path / "model"), "--device", "cpu", "--max-pixels", "30000")
+    code, out, err = run(CHELSEA, *options, "--save-golden", str(tmp_path / "golden"))
+    assert (code, out) == (2, "")
+    assert (
+        f"{tmp_path / 'golden'}: not saved: Hugging Face's block.2 of {CHELSEA} contains NaN or"
+        in err
+    )
+    assert not (tmp_path / "golden").exists()
+    code, out, _ = run(CHELSEA, *options, "--json")
+    stages = json.loads(out)["images"][0]["stages"]
+    assert code == 1
+    assert next(stage["stage"] for stage in stages if not stage["passed"]) == "block.2"

@@ -1,0 +1,326 @@
+"""`qwen-vit export` in this process: output, progress, questions, bad usage."""
+
+import io
+import json
+import os
+import re
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_vit.cli import export as export_command
+from qwen_vit.cli.text import estimate_text
+from qwen_vit.export import estimate as estimate_module
+from qwen_vit.export import progress as progress_module
+from qwen_vit.export import run as export_module
+from qwen_vit.export.estimate import Estimate
+from qwen_vit.export.progress import Progress
+from qwen_vit.feature_files.read import load_features
+from qwen_vit.features import FailedImage, ImageFeatures
+from qwen_vit.images.image import ImageLimits
+from qwen_vit.inputs.find import find_items
+from tests.support.export_stress import tiny_png
+from tests.support.exports import export, shards
+from tests.support.fake_encoder import FakeEncoder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, qwen_vit: Any) -> Any:
+    """`qwen-vit export ARGUMENTS` in this process, with the stand-in encoder."""
+    loader = SimpleNamespace(from_pretrained=lambda *_, **__: FakeEncoder())
+    monkeypatch.setattr(export_module, "VisionEncoder", loader)
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        done: tuple[int, str, str] = qwen_vit("export", *arguments, "--model", "m")
+        return done
+
+    return command
+
+
+def test_the_command_exports_and_tells_what_was_skipped(export_dir: Path, run: Any) -> None:
+    code, out, err = run("p", "--out", "out")
+    assert code == 1
+    assert out.startswith("10 done, 0 to do, 1 failed: 40 rows, 0.0 MB, ")
+    assert "failed: 1 truncated\n" in out
+    assert "wrote out/manifest.parquet" in out
+    assert err.startswith("skipped: x.png: a truncated PNG")
+    assert len(err.splitlines()) == 1  # no bar where there is no terminal
+    Path("p/x.png").write_bytes(tiny_png(3))
+    assert run("p", "--out", "fresh")[0] == 0
+
+
+def test_a_resumed_export_counts_what_came_earlier(export_dir: Path, run: Any) -> None:
+    """It read "nothing was left to do: exported 10 of 11 images (11 tried before)"."""
+    run("p", "--out", "out", "--shard-size", "4")
+    _, out, _ = run("p", "--out", "out", "--shard-size", "4")
+    assert out.startswith("10 done, 0 to do, 1 failed earlier: 40 rows, 0.0 MB, ")
+    assert "failed: 1 truncated; --retry-failed tries them again" in out
+    assert "in this run" not in out
+    Path("out/shard-00000002.safetensors").unlink()  # of 8.png, 9.png and x.png
+    _, out, _ = run("p", "--out", "out", "--shard-size", "4", "--dry-run")
+    assert out.startswith("images       8 done, 3 to do\n")
+    code, out, _ = run("p", "--out", "out", "--shard-size", "4")
+    assert (code, out.splitlines()[0].partition(":")[0]) == (1, "10 done, 0 to do, 1 failed")
+    assert "3 images in this run, 8 in earlier ones" in out
+
+
+def test_quiet_leaves_results_and_errors(export_dir: Path, run: Any) -> None:
+    code, out, err = run("p", "--out", "out", "-q")
+    assert (code, err) == (1, "")
+    assert out.startswith("10 done, 0 to do, 1 failed")
+    assert "waited for" not in out
+    assert run("p", "--out", "nowhere/out", "-q")[2].startswith("error: nowhere: not a folder")
+    assert "waited for: read and decode" in run("p", "--out", "more", "-v")[1]
+
+
+def test_a_list_on_standard_input_is_exported_and_resumed(
+    export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given(*names: str) -> None:
+        data = io.BytesIO("".join(f"{name}\n" for name in names).encode())
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=data, isatty=lambda: False))
+
+    given("p/0.png", "", "p/1.png")
+    assert run("-", "--out", "out")[1].startswith("2 done, 0 to do: ")
+    assert load_features("out").ids == ["p/0.png", "p/1.png"]
+    given("p/0.png", "p/1.png")
+    assert run("-", "--out", "out")[1].startswith("2 done, 0 to do: ")
+    given("p/0.png")
+    assert "its images: 1 missing, first p/1.png" in run("-", "--out", "out")[2]
+
+
+def test_a_part_says_what_of_the_folder_is_there(export_dir: Path, run: Any) -> None:
+    """It read as if all were done."""
+    words = ("p", "--out", "out", "--shard-size", "4")
+    out = run(*words, "--part", "2/2")[1]
+    assert "a part: 1 of the folder's 3 shards exist" in out
+    assert "a part: " not in run(*words, "--part", "1/2")[1]
+    _, out, err = run("p", "--out", "one", "--part", "2/8")
+    assert "1 shard for 8 parts: lower --shard-size so that all have work" in err
+    assert out.startswith("0 done, 0 to do: 0 rows")
+
+
+@pytest.mark.parametrize("is_any_whole", [False, True])
+def test_an_interrupt_says_what_is_kept(
+    export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch, is_any_whole: bool
+) -> None:
+    def count(self: Any, features: ImageFeatures | FailedImage) -> None:
+        if features.id == ("5.png" if is_any_whole else "1.png"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "count", count)
+    code, _, err = run("p", "--out", "out", "--shard-size", "4")
+    assert code == 130
+    kept = "4 images kept; run the same command again to resume"
+    assert (kept in err, "no image was kept" in err) == (is_any_whole, not is_any_whole)
+
+
+def test_its_json_is_one_document(export_dir: Path, run: Any) -> None:
+    code, out, _ = run("p", "--out", "out", "--json", "--output", "mean", "--dtype", "bfloat16")
+    report = json.loads(out)
+    assert code == 1
+    assert (report["images"], report["exported"], report["failed"]) == (11, 10, {"truncated": 1})
+    assert report["manifest"] == "out/manifest.parquet"
+
+
+def test_a_dry_run_writes_nothing(export_dir: Path, run: Any) -> None:
+    code, out, err = run("p", "--out", "out", "--dry-run", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["images"] == 11
+    _, out, _ = run("p", "--out", "out", "--dry-run")
+    assert out.startswith("images       11 to do\n")
+    assert sorted(os.listdir()) == ["p"]
+
+
+def test_a_dry_run_refuses_what_the_export_would(export_dir: Path, run: Any) -> None:
+    """It counted images of one id, of an empty list, and for a folder that was not an export's."""
+    Path("file").touch()
+    Path("list.txt").touch()
+    assert run("p", "--out", "out")[0] == 1
+    begun = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    for arguments, words in (
+        (("p", "--out", "file"), "file: not a folder"),
+        (("p", "--out", "no/out"), "no: not a folder"),
+        (("p", "--out", "p"), "no export.json"),
+        (("p", "--out", "o" * 300), "File name too long"),
+        (("p/0.png", "--out", "out"), "holds an export that differs: its images: "),
+        (("p", "--out", "out", "--output", "mean"), "output was merged, is mean now"),
+        (("p/0.png", "p/0.png", "--out", "fresh"), "p/0.png: two images have this id"),
+        (("list.txt", "--out", "fresh"), "no image found in list.txt"),
+    ):
+        code, out, err = run(*arguments, "--dry-run")
+        assert (code, out) == (2, "")
+        assert words in err
+    assert run("p", "--out", "out", "--dry-run")[0] == 0
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == begun
+    assert sorted(os.listdir()) == ["file", "list.txt", "out", "p"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "is_whole"),
+    [("png", False), ("jpg", False), ("bmp", False), ("tif", False), ("webp", True)],
+)
+def test_of_a_large_image_in_a_tar_the_head_is_read(
+    export_dir: Path, suffix: str, is_whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run read all of every tar. Where the head does not tell the size, the rest does."""
+    values = np.random.default_rng(0).integers(0, 256, (400, 420, 3), np.uint8)
+    Image.fromarray(values).save(f"p/large.{suffix}", **({"lossless": True} if is_whole else {}))
+    length = Path(f"p/large.{suffix}").stat().st_size
+    assert length > estimate_module.HEAD_BYTES
+    with tarfile.open("t.tar", "w") as tar:
+        tar.add(f"p/large.{suffix}")
+    sizes: list[Any] = []
+    real = estimate_module.read_item
+
+    def read(item: Any, limits: Any) -> bytes:
+        sizes.append(item.size)
+        return real(item, limits)
+
+    monkeypatch.setattr(estimate_module, "read_item", read)
+    [item] = find_items(["t.tar"])
+    assert estimate_module._size_in_header(item, ImageLimits()) == (400, 420)
+    assert sizes == [estimate_module.HEAD_BYTES, *([length] if is_whole else [])]
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "seconds", "words"),
+    [
+        (88_944, 0.488, ("0.1 MB", "about 0.5 s, by a few images")),
+        (1_000_000, 1_500.0, ("1.0 MB", "about 25 min, by a few images")),
+        (16_500_000_000_000, 25_200.0, ("16,500.0 GB", "about 7.0 hours, by a few images")),
+        (0, None, ("0.0 MB", "unknown")),
+    ],
+)
+def test_an_estimate_is_told_in_units_of_its_size(
+    n_bytes: int, seconds: float | None, words: tuple[str, str]
+) -> None:
+    text = estimate_text(Estimate(1, 0, 1, n_bytes, seconds), Path("no", "folder", "yet"))
+    disk, time = (line.split("  ")[-1].strip() for line in text.splitlines()[2:])
+    assert re.fullmatch(rf"{words[0]}, where [\d,.]+ GB are free", disk)
+    assert time == words[1]
+
+
+def test_a_large_export_is_not_begun_without_a_yes(
+    export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_command, "ASK_ABOVE_BYTES", 1_000)
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115 - no terminal
+    code, out, err = run("p", "--out", "out")
+    assert (code, out) == (2, "")
+    assert "out: the export will take about" in err
+    assert "Pass --yes" in err
+    assert shards() == {}
+    assert run("p", "--out", "out")[0] == 2  # still not begun
+    assert run("p", "--out", "out", "--yes")[0] == 1
+    assert run("p", "--out", "out")[0] == 0  # what is in progress goes on
+
+
+def test_who_answers_no_is_told_that_nothing_was_exported(
+    export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was called interrupted, with 130."""
+    monkeypatch.setattr(export_command, "ASK_ABOVE_BYTES", 1_000)
+    for answer, code, words in (
+        ("n\n", 2, "error: export cancelled. To make it smaller, pass fewer images"),
+        ("", 130, "interrupted"),  # Ctrl-D
+    ):
+        stdin = io.StringIO(answer)
+        stdin.isatty = lambda: True  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, "stdin", stdin)
+        done = run("p", "--out", "out")
+        assert (done[0], done[1]) == (code, "")
+        assert "Go on? [y/N]" in done[2]
+        assert words in done[2].splitlines()[-1]
+        assert shards() == {}
+
+
+def test_a_terminal_is_shown_the_speed_and_what_is_skipped(
+    export_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    export(show_progress=True)
+    last = capsys.readouterr().err.rstrip().splitlines()[-1]
+    assert "100%" in last
+    assert "11/11" in last
+    assert "image/s" in last
+    for word in ("tokens/s", " MB", "1 skipped"):
+        assert word in last
+    export(show_progress=True)
+    assert "11/11" in capsys.readouterr().err
+
+
+def test_a_log_is_told_now_and_then_in_whole_lines(
+    export_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(out="short", show_progress=True)
+    assert capsys.readouterr().err.startswith("skipped: ")  # nothing else, in less than a minute
+    monkeypatch.setattr(progress_module, "LINE_EVERY_S", 1e-9)
+    export(show_progress=True)
+    lines = capsys.readouterr().err.split("\n")
+    assert any("11/11" in line and "tokens/s" in line for line in lines)
+    assert not any("\r" in line for line in lines)
+
+
+def test_what_is_no_image_by_its_name_is_counted(export_dir: Path, run: Any) -> None:
+    for name in ("a.txt", "b.txt", "README", *(f"c.{i}" for i in range(9))):
+        Path("p", name).write_text("")
+    _, _, err = run("p", "--out", "out")
+    assert err.splitlines()[0] == (
+        "skipped files without an image or video extension: 2 .txt, 1 without any, "
+        "1 .0, 1 .1, 1 .2, ..."
+    )
+
+
+def test_twenty_failures_are_told_and_the_rest_counted(export_dir: Path, run: Any) -> None:
+    for number in range(30):
+        Path(f"p/z{number}.png").write_bytes(b"")
+    _, out, err = run("p", "--out", "out")
+    assert "failed: 30 empty-file, 1 truncated" in out
+    assert len(err.splitlines()) == 21
+    assert err.splitlines()[-1] == "skipped: more than 20; the manifest has them"
+
+
+def test_the_command_says_what_it_waited_for_and_how_to_try_again(
+    export_dir: Path, run: Any
+) -> None:
+    _, out, _ = run("p", "--out", "out", "--profile")
+    assert re.search(r"waited for: read and decode \d+%, encode \d+%, copy back \d+%, write", out)
+    assert "--retry-failed" not in out
+    _, again, _ = run("p", "--out", "out")
+    assert "failed: 1 truncated; --retry-failed tries them again" in again
+    assert "waited for" not in again
+
+
+BAD_USAGE = {
+    "no inputs": ([], "INPUTS, --model and --out are needed"),
+    "part": (["p", "--part", "3"], "expected I/N"),
+    "part range": (["p", "--part", "3/2"], "expected I/N such as 2/8, I from 1 to N"),
+    "shard size": (["p", "--shard-size", "0"], "Invalid value for '--shard-size'"),
+    "failures": (["p", "--max-failures", "-1"], "Invalid value for '--max-failures'"),
+    "threads": (["p", "--decode-threads", "0"], "Invalid value for '--decode-threads'"),
+    "missing": (["gone"], "gone: cannot be exported"),
+    "address": (["https://x/y.jpg"], "https://x/y.jpg: an address"),
+    "foreign folder": (["p", "--out", "p"], "holds 0.png"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_USAGE)
+def test_bad_usage_ends_with_2_before_the_model_is_loaded(
+    export_dir: Path, run: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_model(*_: Any, **__: Any) -> None:
+        raise AssertionError("refused only after the model was loaded")
+
+    monkeypatch.setattr(export_module, "VisionEncoder", SimpleNamespace(from_pretrained=no_model))
+    arguments, words = BAD_USAGE[fault]
+    code, out, err = run(*arguments, *([] if "--out" in arguments else ["--out", "out"]))
+    assert (code, out) == (2, "")
+    assert words in err
+    assert "Traceback" not in err

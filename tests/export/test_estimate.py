@@ -1,0 +1,106 @@
+"""The estimate of size and time before an export."""
+
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qwen_vit.errors import ImageError
+from qwen_vit.export import estimate as estimate_module
+from qwen_vit.export.estimate import estimate_export, estimate_plan
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.features import FailedImage, ImageFeatures
+from qwen_vit.images.image import ImageLimits
+from tests.support.exports import SMALL, export, plan_of
+from tests.support.fake_encoder import WIDTH, FakeEncoder
+
+
+@pytest.mark.parametrize("output", ["merged", "patch", "mean"])
+def test_the_estimate_is_what_the_export_takes(export_dir: Path, output: Any) -> None:
+    Image.fromarray(np.zeros((60, 170, 3), np.uint8)).save("p/2.jpg")
+    Path("p/y.png").write_bytes(b"no image")
+    options = ExportOptions(output, shard_size=4)
+    estimate = estimate_export(FakeEncoder(), ["p"], options)
+    assert not Path("out").exists()
+    done = export(options=options)
+    # the cut image has a header; that it is cut is found when it is decoded
+    assert (estimate.images, estimate.unreadable) == (13, 1)
+    one = {"merged": 4, "patch": 16, "mean": 1}[output]
+    assert estimate.rows == done.rows + one
+    assert estimate.seconds is not None
+    assert abs(estimate.bytes - done.bytes) < 5_000
+    parts = [
+        estimate_export(FakeEncoder(), ["p"], replace(options, part=(i, 3))).rows for i in (1, 2, 3)
+    ]
+    assert sum(parts) == estimate.rows
+
+
+def test_the_estimate_counts_what_limits_refuse(export_dir: Path) -> None:
+    options = replace(SMALL, limits=ImageLimits(max_pixels=100))
+    Image.fromarray(np.zeros((5, 7, 3), np.uint8)).save("p/small.png")
+    estimate = estimate_export(FakeEncoder(), ["p"], options, folder="out")
+    assert (estimate.images, estimate.unreadable) == (12, 11)
+    assert export(options=options).failed == {"too-many-pixels": 11}
+
+
+def test_a_sample_stands_for_the_whole(export_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen_vit.export.estimate.SAMPLE", 5)
+    Path("p/x.png").unlink()
+    with plan_of() as plan:
+        estimate = estimate_plan(FakeEncoder(), plan)
+    assert (estimate.images, estimate.rows, estimate.is_sample) == (10, 40, True)
+    assert estimate.seconds is None
+
+
+def test_the_time_has_a_part_for_each_batch_and_one_for_each_patch(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was 3 times too long for small images: 8 of them were timed, and filled no batch."""
+    Path("p/x.png").unlink()
+    with tarfile.open("t.tar", "w") as tar:
+        tar.add("p")
+    clock, asked = [0.0], []
+
+    class Timed(FakeEncoder):
+        def encode(self, images: Any, **options: Any) -> Any:
+            asked.append(len(images))
+            batches = -(-16 * len(images) // estimate_module.TOKEN_BUDGET["cpu"])
+            clock[0] += 0.5 * batches + 0.001 * 16 * len(images) + 3.0 * (len(asked) == 1)
+            return [ImageFeatures("a", torch.zeros(4, WIDTH), (1, 4, 4)) for _ in images]
+
+    monkeypatch.setattr(estimate_module.time, "monotonic", lambda: clock[0])
+    for given in ("p", "t.tar"):  # 10 images in 3 shards, each a batch
+        asked.clear()
+        options = replace(SMALL, shard_size=4)
+        assert estimate_export(Timed(), [given], options).seconds == pytest.approx(1.66)
+        assert asked == [1, 1, 8]  # the first one warms up
+    monkeypatch.setattr(estimate_module, "TOKEN_BUDGET", {"cpu": 32})
+    assert estimate_export(Timed(), ["p"], options).seconds == pytest.approx(5 * 0.5 + 0.16)
+
+
+def test_a_slow_image_is_timed_alone(export_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    class Slow(FakeEncoder):
+        def encode(self, images: Any, **options: Any) -> Any:
+            clock[0] += 7.0 * len(images)
+            return [ImageFeatures("a", torch.zeros(4, WIDTH), (1, 4, 4)) for _ in images]
+
+    monkeypatch.setattr(estimate_module.time, "monotonic", lambda: clock[0])
+    Path("p/x.png").unlink()
+    assert estimate_export(Slow(), ["p"]).seconds == 70.0
+    assert clock[0] == 7.0
+
+
+def test_nothing_is_timed_where_every_image_fails(export_dir: Path) -> None:
+    class Failing(FakeEncoder):
+        def encode(self, images: Any, **options: Any) -> Any:
+            error = ImageError("cut", code="truncated")
+            return [FailedImage(str(index), error) for index, _ in enumerate(images)]
+
+    assert estimate_export(Failing(), ["p"]).seconds is None

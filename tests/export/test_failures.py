@@ -1,0 +1,247 @@
+"""Images and disks that fail: a row for each, no NaN written, and when an export stops."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from qwen_vit import loading
+from qwen_vit.errors import ExportError, ImageError
+from qwen_vit.export import shard_writer
+from qwen_vit.export import shards as shards_module
+from qwen_vit.export.circuit_breaker import CircuitBreaker
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.progress import Progress
+from qwen_vit.feature_files.read import load_features
+from qwen_vit.features import FailedImage, ImageFeatures
+from tests.support import export_stress
+from tests.support.export_stress import tiny_png, write_hostile
+from tests.support.exports import SMALL, export, files, make_shard, plan_of, shards
+from tests.support.fake_encoder import FakeEncoder
+
+# Failures
+
+
+def test_every_kind_of_harm_has_its_row_and_the_good_ones_are_exported(tmp_path: Path) -> None:
+    figures = export_stress.hostile(tmp_path, bad=30, good=60)
+    assert sum(figures["by_code"].values()) == 30
+
+
+def corrupt_image(name: str, kind: str) -> None:
+    path = Path("p", name)
+    path.unlink(missing_ok=True)
+    write_hostile(path, kind)
+
+
+@pytest.mark.parametrize("kind", export_stress.HOSTILE)
+def test_a_hostile_image_is_reported_under_its_id(export_dir: Path, kind: str) -> None:
+    corrupt_image("5.png", kind)
+    done = export()
+    assert done.failed == {export_stress.HOSTILE[kind]: 1} | (
+        {"truncated": 1} if kind != "cut" else {"truncated": 2}
+    )
+    error = load_features("out").errors[0]
+    assert error.id == "5.png"
+    assert "5.png" in error.message
+    assert "image " not in error.message.partition("5.png")[0]
+    assert not any(torch.isnan(each.embeds).any() for each in load_features("out"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("output", ["merged", "patch", "mean"])
+def test_nan_is_never_written(export_dir: Path, output: Any, dtype: Any) -> None:
+    corrupt_image("5.png", "nan")
+    done = export(options=ExportOptions(output, dtype, shard_size=4))
+    assert done.failed["not-finite"] == 1
+    assert all(each.embeds.isfinite().all() for each in load_features("out"))
+
+
+@pytest.mark.parametrize("broken", [[], [0], [1, 2], [3], range(4), range(10)])
+def test_images_that_come_from_a_gpu_together_are_written_as_one_by_one(
+    export_dir: Path, broken: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their rows are written at once, but for those of the images that failed."""
+    for number in broken:
+        corrupt_image(f"{number}.png", "nan")
+    seen: list[tuple[str, float, str]] = []
+
+    def count(_: Any, features: ImageFeatures | FailedImage) -> None:
+        is_good = isinstance(features, ImageFeatures)
+        total = float(features.embeds.sum()) if is_good else 0.0
+        seen.append((features.id, total, str(features.error)))
+
+    monkeypatch.setattr(Progress, "count", count)
+    one_by_one = export(out="alone")
+    alone = list(seen)
+    seen.clear()
+    assert one_by_one.failed.get("not-finite", 0) == len(broken)
+    real = shards_module._in_groups
+    monkeypatch.setattr(
+        shards_module, "_in_groups", lambda encoded, device: real(encoded, torch.device("cuda"))
+    )
+    together = export(out="together")
+    assert together.failed == one_by_one.failed
+    assert files("together") == files("alone")
+    assert seen == alone
+    assert len(seen) == 11
+
+
+def test_an_image_that_does_not_fit_the_memory_is_a_row(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corrupt_image("3.png", "memory")
+    real = loading.load_image
+
+    def load(data: bytes, **options: Any) -> Any:
+        if options["name"] == "6.png":
+            raise MemoryError
+        return real(data, **options)
+
+    monkeypatch.setattr(loading, "load_image", load)
+    assert export().failed == {"out-of-memory": 1, "memory": 1, "truncated": 1}
+    errors = {error.id: error for error in load_features("out").errors}
+    assert errors["3.png"].message == "3.png: its 4 patches do not fit the memory of cpu"
+    assert errors["3.png"].stage == "encode"
+    assert errors["6.png"].message == (
+        "6.png: does not fit into memory. Free some memory, or leave the image out."
+    )
+
+
+def test_on_error_raise_stops_at_the_first_failure_and_keeps_what_is_whole(
+    export_dir: Path,
+) -> None:
+    corrupt_image("6.png", "nan")
+    with pytest.raises(ImageError, match=r"6.png: its embeddings hold NaN") as caught:
+        export(options=replace(SMALL, on_error="raise"))
+    assert caught.value.code == "not-finite"
+    assert list(shards()) == ["shard-00000000.safetensors"]
+    Path("p/x.png").unlink()
+    corrupt_image("6.png", "cut")
+    Path("p/6.png").write_bytes(tiny_png(6))
+    Path("p/x.png").write_bytes(tiny_png(1))
+    assert export(options=replace(SMALL, on_error="raise")).exported == 11
+
+
+@pytest.mark.parametrize("kind", ["gone", "nan", "memory"])
+def test_many_failures_in_a_row_stop_an_export(export_dir: Path, kind: str) -> None:
+    """A disk that is gone, a broken model: nobody wants a million rows that say so."""
+    for number in range(3, 9):
+        corrupt_image(f"{number}.png", kind)
+    limited = replace(SMALL, max_failures=6)
+    with pytest.raises(
+        ExportError, match=r"stopped after 6 consecutive failures; last error: .*8.png"
+    ):
+        export(options=limited)
+    assert list(shards()) == []  # each had failures of the run
+    Path("p/9.png").write_bytes(tiny_png(9))
+    assert export(options=replace(SMALL, max_failures=0)).exported == 4
+    assert load_features("out").is_complete
+
+
+def test_a_disk_that_is_gone_is_not_asked_for_the_rest_of_the_shard(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def gone(item: Any, limits: Any) -> bytes:
+        asked.append(item.id)
+        raise ImageError(f"{item.id} does not exist", code="missing")
+
+    for number in range(100):
+        Path(f"p/{number:03}.png").touch()
+    monkeypatch.setattr(shards_module, "read_item", gone)
+    with pytest.raises(ExportError, match=r"after 3 consecutive failures; last error: 001.png"):
+        export(options=ExportOptions(max_failures=3), decode_threads=2)
+    assert len(asked) < 20  # what threads had begun ahead
+    asked.clear()
+    with pytest.raises(ExportError, match="stopped after 3 consecutive failures"):
+        export(options=ExportOptions(max_failures=3), decode_threads=1)
+    assert asked == ["0.png", "000.png", "001.png"]
+
+
+def test_failures_that_are_not_in_a_row_do_not_stop_an_export(export_dir: Path) -> None:
+    for number in (0, 2, 4, 6, 8):
+        corrupt_image(f"{number}.png", "empty" if number % 4 else "nan")
+    assert export(options=replace(SMALL, max_failures=2)).exported == 5
+
+
+def test_a_breaker_counts_what_is_read_and_what_is_done() -> None:
+    breaker = CircuitBreaker(3)
+    error = ImageError("does not exist", name="x", remedy="check the path")
+    for each in (error, error, None, error, error):
+        breaker.count_read(each)
+        breaker.count_done(each)
+    with pytest.raises(ExportError) as stopped:
+        breaker.count_read(error)
+    assert str(stopped.value) == (
+        "stopped after 3 consecutive failures; last error: x: does not exist. Check the path. Fix "
+        "the cause and run the same command again, which tries them again and keeps the shards "
+        "before them, or allow more failures with --max-failures."
+    )
+    CircuitBreaker(0).count_done(error)
+
+
+# Resuming
+
+
+def test_a_listing_that_vanishes_meanwhile_is_told(export_dir: Path) -> None:
+    with plan_of() as plan:
+        (plan.folder / "listing.jsonl").unlink()
+        with pytest.raises(ExportError, match=r"listing.jsonl: cannot be read any more \(No such"):
+            make_shard(FakeEncoder(), plan, 0)
+
+
+# The command
+
+
+def test_a_folder_in_a_shards_place_is_told(export_dir: Path) -> None:
+    with plan_of() as plan:
+        plan.path(1).mkdir()
+        with pytest.raises(ExportError, match=r"00001.safetensors: a folder\. Expected a feature"):
+            make_shard(FakeEncoder(), plan, 1)
+
+
+def test_a_shard_that_is_gone_right_after_it_was_written_is_told(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_writer.FeatureWriter, "save", lambda *_: None)
+    with (
+        plan_of() as plan,
+        pytest.raises(ExportError, match=r"disappeared or was damaged right after it"),
+    ):
+        make_shard(FakeEncoder(), plan, 0)
+
+
+# A few of what tools.checks.soak does by the hundred, with the command in processes of its own
+
+
+def test_a_disk_that_fills_up_is_an_error_and_whole_shards_stay(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a disk of its own: the third write of a shard is refused."""
+    export(out="whole")
+    written = 0
+    real = shard_writer.FeatureWriter.add
+
+    def add(self: Any, *arguments: Any) -> None:
+        nonlocal written
+        written += 1
+        if written == 7:
+            atomic = self._growing[0].atomic
+            atomic.file = Mock(wraps=atomic.file, write=full)
+        real(self, *arguments)
+
+    def full(data: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_writer.FeatureWriter, "add", add)
+        with pytest.raises(ExportError, match=r"shard-00000001.* could not be written \(No space"):
+            export()
+    assert set(files()) == {"export.json", "listing.jsonl", "shard-00000000.safetensors"}
+    export()
+    assert files() == files("whole")

@@ -1,0 +1,154 @@
+"""The manifest has a row for every image, also where parts end together."""
+
+import json
+import os
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from qwen_vit.errors import ExportError
+from qwen_vit.export import lock as lock_module
+from qwen_vit.export import manifest as manifest_module
+from qwen_vit.export.lock import short_lock
+from qwen_vit.export.run import make_manifest
+from qwen_vit.feature_files.read import load_features
+from tests.support import export_stress
+from tests.support.export_stress import tiny_png
+from tests.support.exports import SMALL, export, files, make_shard, plan_of
+from tests.support.fake_encoder import FakeEncoder
+
+# Resuming
+
+
+def test_a_shard_that_the_manifest_cannot_have_is_told(
+    export_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with plan_of(options=replace(SMALL, part=(1, 2))) as plan:
+        for shard in range(3):
+            make_shard(FakeEncoder(), plan, shard)
+        other = plan.path(1)
+        other.write_bytes(other.read_bytes()[:-8])
+        make_manifest(plan)
+        assert pq.read_table("out/manifest.parquet").num_rows == 7
+        assert "The manifest omits it: run its part again." in caplog.text
+        own = plan.path(2)
+        own.write_bytes(own.read_bytes()[:-8])
+        with pytest.raises(
+            ExportError, match=r"00002.safetensors: it was whole, and cannot be read"
+        ):
+            make_manifest(plan)
+        assert pq.read_table("out/manifest.parquet").num_rows == 7
+
+
+# The manifest
+
+
+def test_the_manifest_has_a_row_for_every_image(export_dir: Path) -> None:
+    Image.fromarray(np.zeros((56, 140, 3), np.uint8)).save("p/2.png")
+    export()
+    rows = pq.read_table("out/manifest.parquet").to_pylist()
+    assert [row["id"] for row in rows] == [*(f"{n}.png" for n in range(10)), "x.png"]
+    assert [row["index"] for row in rows] == list(range(11))
+    expected = {
+        "status": "ok", "shard": "shard-00000000.safetensors", "row_begin": 8, "row_end": 18,
+        "tokens": 10, "grid_t": 1, "grid_h": 4, "grid_w": 10, "height": 56, "width": 140,
+        "source": str(export_dir / "p/2.png"), "error_code": None, "id_bytes": None,
+    }  # fmt: skip
+    assert {name: rows[2][name] for name in expected} == expected
+    assert rows[3]["row_begin"] == 18
+    assert (
+        rows[2]["sha256"] == export_stress.hashlib.sha256(Path("p/2.png").read_bytes()).hexdigest()
+    )
+    bad = rows[-1]
+    assert (bad["status"], bad["error_stage"], bad["error_code"], bad["tokens"]) == (
+        "error", "decode", "truncated", None,
+    )  # fmt: skip
+    assert bad["error_message"].startswith("x.png: a truncated")
+
+
+def test_parts_that_end_together_write_the_manifest_one_after_the_other(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the slower one could overwrite a complete manifest with what it saw before."""
+    is_waiting, may_go_on = threading.Event(), threading.Event()
+
+    def wait(seconds: float) -> None:
+        is_waiting.set()
+        may_go_on.wait(60)
+
+    with plan_of(options=replace(SMALL, part=(1, 2))) as plan:
+        make_shard(FakeEncoder(), plan, 0)
+        make_shard(FakeEncoder(), plan, 2)
+        monkeypatch.setattr(
+            lock_module, "time", SimpleNamespace(sleep=wait, monotonic=time.monotonic)
+        )
+        ending = threading.Thread(target=make_manifest, args=(plan,))
+        with short_lock(plan.folder):
+            ending.start()
+            assert is_waiting.wait(60)
+            assert "manifest.parquet" not in files()
+            make_shard(FakeEncoder(), plan, 1)
+        may_go_on.set()
+        ending.join(60)
+    assert pq.read_table("out/manifest.parquet").num_rows == 11
+
+
+def test_patience_is_with_one_who_keeps_a_lock_and_not_with_a_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 32 parts that ended together, ten gave up while the others took their turns."""
+    polls = iter(range(1000))
+
+    def owner(descriptor: int) -> str:
+        return f"part {min(next(polls) // 4, 15)}"  # another one every 4 polls; the last one stays
+
+    with short_lock(tmp_path):
+        monkeypatch.setattr(lock_module, "SHORT_LOCK_TIMEOUT_S", 0.3)
+        monkeypatch.setattr(lock_module, "_owner", owner)
+        with (
+            pytest.raises(ExportError, match=r": part 15 is writing to it\. Wait for it"),
+            short_lock(tmp_path),
+        ):
+            pass
+    assert next(polls) > 60
+
+
+def test_rows_of_the_manifest_are_the_rows_of_the_shard(export_dir: Path) -> None:
+    export()
+    features = load_features("out")
+    for row in pq.read_table("out/manifest.parquet").to_pylist():
+        if row["status"] == "ok":
+            shard = load_features(f"out/{row['shard']}")
+            rows = shard._file.get_tensor("image_embeds")[row["row_begin"] : row["row_end"]]
+            assert torch.equal(rows, features[row["id"]].embeds)
+
+
+def test_names_that_are_no_unicode_are_whole_in_the_manifest(export_dir: Path) -> None:
+    name = b"caf\xe9\n.png"
+    with open(b"p/" + name, "wb") as file:
+        file.write(tiny_png(1))
+    export()
+    [row] = [r for r in pq.read_table("out/manifest.parquet").to_pylist() if r["id_bytes"]]
+    assert row["id_bytes"] == name
+    assert row["id"] == "caf\\udce9\n.png"
+    assert load_features("out")[os.fsdecode(name)].embeds is not None
+
+
+def test_without_pyarrow_the_manifest_is_json_lines(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export()
+    parquet = pq.read_table("out/manifest.parquet").to_pylist()
+    monkeypatch.setattr(manifest_module, "load_arrow", lambda: False)
+    assert export().manifest.name == "manifest.jsonl"
+    lines = [json.loads(line) for line in Path("out/manifest.jsonl").read_text().splitlines()]
+    assert [{**line, "id_bytes": None} for line in lines] == parquet
+    assert not Path("out/manifest.parquet").exists()  # it would go stale

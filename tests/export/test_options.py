@@ -1,0 +1,186 @@
+"""Inputs and options that an export refuses before it begins."""
+
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import ArgumentError, ExportError
+from qwen_vit.export import plan as plan_module
+from qwen_vit.export import run as export_module
+from qwen_vit.export.estimate import estimate_export
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.run import export_features
+from qwen_vit.inputs.find import check_inputs, find_items
+from tests.support.exports import SMALL, NeverAsked, export
+from tests.support.fake_encoder import FakeEncoder
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ("p", r"inputs is one str\. Expected a list of paths\. Pass \[inputs\]"),
+        (b"p", r"inputs is one bytes\. Expected a list"),
+        (Path("p"), r"inputs is one .*Path\. Expected a list"),
+        ([b"p"], r"inputs holds b'p'\. Expected paths as str or Path\. Decode bytes with os.fsd"),
+        ([7], r"inputs holds 7\. Expected paths"),
+        ([], r"inputs is empty\. Expected files, folders"),
+    ],
+)
+def test_inputs_that_are_no_list_of_paths_are_refused_before_a_folder_is_made(
+    export_dir: Path, inputs: Any, words: str
+) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        export_features(FakeEncoder(), inputs, "out")
+    assert not Path("out").exists()
+
+
+def test_paths_may_be_path_objects(export_dir: Path) -> None:
+    assert export_features(FakeEncoder(), iter([Path("p")]), "out", SMALL).exported == 10
+
+
+# Resuming
+
+
+def test_what_cannot_begin_leaves_nothing(export_dir: Path) -> None:
+    Path("stray.jsonl").write_text('{"id": "x", "path": "p/0.png", "error": [["q"], "w"]}\n' * 2)
+    for inputs, words in (
+        (["p", "p"], "two images have this id"),
+        (["empty"], "no image found in empty"),
+        (["stray.jsonl"], "two images have this id"),  # its "error" is nothing of ours
+    ):
+        Path("empty").mkdir(exist_ok=True)
+        with pytest.raises(ExportError, match=words):
+            export(*inputs)
+        assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", ["list.json", "list.csv", "pictures.zip"])
+def test_a_list_of_another_kind_is_no_image(export_dir: Path, name: str) -> None:
+    Path(name).write_text("{}")
+    with pytest.raises(
+        ExportError, match=rf"{name}: not an image\. .* a list as .txt .* or as .jsonl"
+    ):
+        export(name)
+    assert not Path("out").exists()
+    check_inputs(["p", name])  # as a shell's * gives, where it is an image that fails
+    assert export("p", name).failed == {"truncated": 1, "not-an-image": 1}
+
+
+def test_a_header_that_safetensors_would_not_read_is_refused_before_any_image(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", 3_000)
+    with pytest.raises(ExportError, match=r"would need a header of up to .* Lower --shard-size"):
+        export(encoder=NeverAsked(), options=replace(SMALL, shard_size=11))
+    for folder in (None, "new", "out"):  # a dry run says so as well
+        with pytest.raises(ExportError, match="Lower --shard-size"):
+            estimate_export(NeverAsked(), ["p"], replace(SMALL, shard_size=11), folder=folder)
+    assert export(options=replace(SMALL, shard_size=1)).exported == 10  # which then works
+    monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", 300)  # an estimate, and there are shards
+    Path("out/shard-00000003.safetensors").unlink()
+    assert export(options=replace(SMALL, shard_size=1)).exported == 10
+
+
+def test_nothing_to_export_is_an_error(export_dir: Path) -> None:
+    Path("empty").mkdir()
+    with pytest.raises(ExportError, match=r"no image found in empty\. .* extension such as"):
+        export("empty")
+    assert not Path("out").exists()
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"output": "token"}, {"dtype": "float16"}, {"shard_size": 0}, {"on_error": "stop"},
+        {"part": (0, 2)}, {"part": (3, 2)}, {"part": 5}, {"part": "12"}, {"part": [1, 1]},
+        {"part": (1, 2, 3)}, {"part": (1.0, 1.0)}, {"max_failures": -1}, {"max_failures": "x"},
+        {"shard_size": 1.5}, {"shard_size": "5"}, {"shard_size": True}, {"limits": 5},
+        {"limits": None},
+    ],
+)  # fmt: skip
+def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+    [name] = wrong
+    with pytest.raises(ArgumentError, match=rf"{name} is .*\. Expected "):
+        ExportOptions(**wrong)
+
+
+def test_what_is_no_encoder_and_no_options_is_refused(export_dir: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"encoder is 'tiny'\. Expected a VisionEncoder"):
+        export_features("tiny", ["p"], "out")  # type: ignore[arg-type]
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    with pytest.raises(ArgumentError, match=r"options is \{'output': 'mean'\}\. Expected Export"):
+        export_features(encoder, ["p"], "out", {"output": "mean"})  # type: ignore[arg-type]
+    assert not Path("out").exists()
+
+
+# The command
+
+
+def test_a_disk_that_fails_while_inputs_are_listed_is_not_the_outputs(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def items(*_: Any, **__: Any) -> Any:
+        yield from find_items(["p/0.png"])
+        raise OSError(errno.EIO, "Input/output error", "p")
+
+    monkeypatch.setattr(plan_module, "find_items", items)
+    with pytest.raises(
+        ExportError, match=r"p: cannot be listed \(Input/output error\)\. Check its"
+    ):
+        export()
+    assert not Path("out").exists()
+
+
+def test_a_folder_that_may_not_be_written_is_told_before_any_work(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ExportError, match=r"out: not writable\. Check its permissions"):
+        export(encoder=NeverAsked())
+
+
+def test_a_folder_given_by_name_that_cannot_be_listed_begins_nothing(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.scandir
+
+    def refused(path: str) -> Any:
+        if os.fspath(path) == "p":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(
+        ExportError, match=r"p: cannot be listed \(Permission denied\)\. Check its perm"
+    ):
+        export()
+    assert not Path("out").exists()
+
+
+def test_a_broken_link_with_a_patterns_name_is_itself(export_dir: Path) -> None:
+    Path("a[1].jpg").symlink_to("nothing")
+    with pytest.raises(ExportError, match=r"a\[1\].jpg: cannot be exported \(No such file"):
+        export("a[1].jpg")
+
+
+@pytest.mark.parametrize(
+    ("device", "stored", "computed"),
+    [("cpu", "bfloat16", "auto"), ("cuda", "bfloat16", "bfloat16"), ("cuda", None, "auto")],
+)
+def test_a_gpu_computes_in_the_type_that_is_stored(
+    monkeypatch: pytest.MonkeyPatch, device: str, stored: Any, computed: str
+) -> None:
+    asked: dict[str, Any] = {}
+    loader = SimpleNamespace(from_pretrained=lambda model, **options: asked.update(options))
+    monkeypatch.setattr(export_module, "VisionEncoder", loader)
+    export_module.load_encoder("m", ExportOptions(dtype=stored), device=device, max_pixels=5)
+    assert asked == {"device": device, "dtype": computed, "max_pixels": 5}

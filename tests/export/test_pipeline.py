@@ -1,0 +1,139 @@
+"""Loading, encoding and writing overlap in an export, and change none of its bytes."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_vit import loading
+from qwen_vit.errors import ExportError
+from qwen_vit.export import shards as shards_module
+from qwen_vit.export.background import StageTimer
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.run import export_features
+from qwen_vit.feature_files.writer import FeatureWriter
+from tests.support.fake_encoder import FakeEncoder
+from tests.support.pipelines import encoder, load_threads, mixed, stand_in_export
+
+
+def write_images(folder: Path, count: int) -> None:
+    folder.mkdir()
+    for number, image in enumerate(mixed(count)):
+        path = folder / f"{number:03}.img.png"
+        if isinstance(image, bytes):
+            path.write_bytes(image)
+        elif isinstance(image, Path):
+            path.write_bytes(image.read_bytes())
+        else:
+            pixels = np.asarray(image)
+            Image.fromarray(pixels).save(path)
+
+
+def test_an_export_has_the_same_bytes_with_any_number_of_threads(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 14)
+    options = ExportOptions(shard_size=3)
+    found = []
+    for threads in (1, 2, 5):
+        out = tmp_path / str(threads)
+        done = export_features(
+            encoder(), [str(tmp_path / "images")], out, options, decode_threads=threads
+        )
+        assert done.images == 14
+        assert sum(done.failed.values()) >= 2
+        found.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert len(found[0]) == 5 + 3
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+
+
+def test_the_next_shards_images_are_loaded_while_one_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = threading.Event()  # an image of the second shard
+    real = loading.load_image
+
+    def load_image(data: Any, *, name: str, **more: Any) -> Any:
+        if name == "005.png":
+            loaded.set()
+        return real(data, name=name, **more)
+
+    class Waiting(FakeEncoder):
+        def encode_iter(self, images: Any, **options: Any) -> Any:
+            for features in super().encode_iter(images, **options):
+                assert loaded.wait(30)
+                yield features
+
+    monkeypatch.setattr(loading, "load_image", load_image)
+    assert stand_in_export(tmp_path, Waiting(), 3, decode_threads=2).exported == 12
+
+
+def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a kill costs the open shard at most; the next one's images are loaded meanwhile."""
+    real, whole = FeatureWriter.save, FakeEncoder()
+    loaded = threading.Event()
+    encoded, load_image = [], loading.load_image
+
+    def watched_load(*arguments: Any, **options: Any) -> Any:
+        if options["name"].endswith("5.png"):  # of the second shard
+            loaded.set()
+        return load_image(*arguments, **options)
+
+    def save(self: FeatureWriter, facts: Any) -> None:
+        assert loaded.wait(30)
+        encoded.append(whole.encoded)
+        real(self, facts)
+
+    monkeypatch.setattr(FeatureWriter, "save", save)
+    monkeypatch.setattr(loading, "load_image", watched_load)
+    assert stand_in_export(tmp_path, whole, 3, decode_threads=2).exported == 12
+    assert encoded == [4, 8, 12]
+
+
+def test_a_disk_that_fails_stops_the_encoder_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(self: FeatureWriter, facts: Any) -> None:
+        raise ExportError("the disk is gone")
+
+    whole = FakeEncoder()
+    monkeypatch.setattr(FeatureWriter, "save", save)
+    with pytest.raises(ExportError, match="the disk is gone"):
+        stand_in_export(tmp_path, whole, 50)
+    assert whole.encoded <= 8
+    assert load_threads() == 0
+
+
+def test_an_export_says_what_it_waited_for(tmp_path: Path) -> None:
+    class Slow(FakeEncoder):
+        def encode_iter(self, images: Any, **options: Any) -> Any:
+            for features in super().encode_iter(images, **options):
+                time.sleep(0.02)
+                yield features
+
+    done = stand_in_export(tmp_path, Slow(), 4)
+    assert list(done.waits) == ["read and decode", "encode", "copy back", "write", "rest"]
+    assert max(done.waits, key=lambda stage: done.waits[stage]) == "encode"
+    assert done.waits["encode"] >= 16 * 0.02
+    assert sum(done.waits.values()) <= done.seconds + 0.01
+
+
+def test_no_more_of_a_wait_is_the_gpus_than_was_waited() -> None:
+    """The thread that writes waits for the GPU while nobody waits for it as well."""
+    clock, shard = StageTimer("rest"), Mock(waited_s=0.0)
+    with clock.stage("write"):
+        time.sleep(0.05)
+    with shards_module._time_writer(shard, clock):
+        shard.waited_s += 80.0  # of which the end alone is seen here
+    with shards_module._time_writer(shard, clock):
+        time.sleep(0.02)
+        shard.waited_s += 0.01
+    seconds = clock.seconds()
+    assert seconds["write"] >= 0.05
+    assert seconds["copy back"] >= 0.01

@@ -1,0 +1,157 @@
+"""Resuming skips what is whole and repeats what is not."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_vit.errors import ExportError
+from qwen_vit.export import progress as progress_module
+from tests.support.exports import SMALL, NeverAsked, export, files, plan_of
+from tests.support.fake_encoder import FakeEncoder
+
+# Resuming
+
+
+def test_resume_skips_finished_shards(export_dir: Path) -> None:
+    export()
+    before = files()
+    done = export(encoder=NeverAsked())
+    assert (done.resumed, done.exported, done.failed) == (11, 10, {"truncated": 1})
+    assert files() == before
+
+
+def torn(data: bytes) -> bytes | None:
+    return data[:-7]
+
+
+HARMS: dict[str, Callable[[bytes], bytes | None]] = {
+    "gone": lambda data: None,
+    "torn": torn,
+    "empty": lambda data: b"",
+    "longer": lambda data: data + b"x",
+    "no safetensors": lambda data: b"<html>" * 100,
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_shard_that_is_not_whole_is_made_again_and_no_other(
+    export_dir: Path, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    export()
+    before = files()
+    path = Path("out/shard-00000001.safetensors")
+    data = HARMS[harm](path.read_bytes())
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+    encoder = FakeEncoder()
+    done = export(encoder=encoder)
+    assert (encoder.encoded, done.resumed, done.exported) == (4, 7, 10)
+    assert files() == before
+    assert ("It is made again." in caplog.text) == (data is not None)
+
+
+def test_an_exports_own_listing_takes_it_up_again(export_dir: Path) -> None:
+    """Its folder has changed: what it was begun with is in its listing, what was broken as well."""
+    Path("p/torn.tar").write_bytes(b"x" * 600)
+    export()
+    before = files()
+    Path("out/shard-00000001.safetensors").unlink()
+    Path("p/more.png").write_bytes(Path("p/0.png").read_bytes())
+    with pytest.raises(
+        ExportError, match=r"1 new, first more.png.* or only --resume out; .* pass --extend"
+    ):
+        export()
+    done = export("out/listing.jsonl")
+    assert done.resumed == done.images - 4
+    assert files() == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_export_that_is_stopped_leaves_whole_shards_and_no_lock(
+    export_dir: Path, error: type[BaseException]
+) -> None:
+    class Stopping(FakeEncoder):
+        def encode_iter(self, images: Any, **options: Any) -> Any:
+            for features in super().encode_iter(images, **options):
+                if self.encoded > 4:
+                    raise error
+                yield features
+
+    export(out="whole")
+    with pytest.raises(error):
+        export(encoder=Stopping())
+    assert set(files()) == {"export.json", "listing.jsonl", "shard-00000000.safetensors"}
+    assert export().resumed == 4
+    assert files() == files("whole")
+
+
+def test_what_killed_runs_left_is_cleared_away(export_dir: Path) -> None:
+    export()
+    before = files()
+    for name in (
+        ".shard-00000002.safetensors.0123456789abcdef.tmp",
+        ".listing-1-of-1.tmp",
+        "..listing-1-of-1.tmp.0123456789abcdef.tmp",
+        ".export.json.0123456789abcdef.tmp",
+        ".manifest.parquet.0123456789abcdef.tmp",
+    ):
+        Path("out", name).write_bytes(b"half")
+    export()
+    assert files() == before
+
+
+def test_a_part_leaves_alone_what_another_part_is_writing(export_dir: Path) -> None:
+    Path("out").mkdir()
+    own, other = (f".shard-0000000{i}.safetensors.0123456789abcdef.tmp" for i in (1, 0))
+    export(options=replace(SMALL, part=(2, 2)))
+    for name in (own, other):
+        Path("out", name).write_bytes(b"half")
+    export(options=replace(SMALL, part=(2, 2)))
+    assert other in files()
+    assert own not in files()
+
+
+# The command
+
+
+def test_what_killed_runs_left_is_cleared_by_whom_it_belongs_to(export_dir: Path) -> None:
+    left = {
+        "own shard": ".shard-00000000.safetensors.1f.tmp",
+        "other shard": ".shard-00000001.safetensors.1f.tmp",
+        "own listing": ".listing-1-of-2.tmp",
+        "other listing": ".listing-2-of-2.tmp",
+        "manifest": ".manifest.parquet.1f.tmp",
+    }
+
+    def litter() -> None:
+        for name in left.values():
+            Path("out", name).write_text("")
+
+    def still_there() -> set[str]:
+        return {what for what, name in left.items() if Path("out", name).exists()}
+
+    with plan_of(options=replace(SMALL, part=(1, 2))):
+        litter()
+    with plan_of(options=replace(SMALL, part=(1, 2))):
+        assert still_there() == {"other shard", "other listing"}
+    litter()
+    with plan_of():
+        assert still_there() == set()
+
+
+def test_images_that_were_there_say_nothing_about_the_speed(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export()
+    Path("out/shard-00000001.safetensors").unlink()
+    initial = []
+    close = progress_module.tqdm.close
+    monkeypatch.setattr(
+        progress_module.tqdm, "close", lambda bar: (initial.append(bar.initial), close(bar))
+    )
+    export(show_progress=True)
+    assert initial[0] == 11 - 4

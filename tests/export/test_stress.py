@@ -1,0 +1,35 @@
+"""A few of the trials of `tools.checks.soak`, with the command in processes of its own."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import export_stress
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> export_stress.Exports:
+    return export_stress.Exports(tmp_path_factory.mktemp("exports"), 300)
+
+
+@pytest.mark.slow
+def test_kills_lose_and_double_nothing(exports: export_stress.Exports) -> None:
+    assert export_stress.kills(exports, kills=4)["kills"] == 4
+
+
+@pytest.mark.slow
+def test_interrupts_end_with_130_and_leave_what_is_whole(exports: export_stress.Exports) -> None:
+    assert export_stress.interrupts(exports, times=2)["longest_wait_s"] < 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not export_stress.may_mount(), reason="needs the right to mount")
+def test_a_full_disk_stops_with_2_and_the_rest_follows_when_there_is_room(
+    exports: export_stress.Exports,
+) -> None:
+    export_stress.full_disks(exports, disks=1)
+
+
+@pytest.mark.slow
+def test_memory_and_open_files_stay_flat(tmp_path: Path) -> None:
+    export_stress.flat_memory(tmp_path, images=1_500, first=500)

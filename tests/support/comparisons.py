@@ -1,0 +1,28 @@
+"""What the tests of compare share."""
+
+from collections.abc import Callable
+from functools import cache
+
+from qwen_vit import VisionEncoder
+from qwen_vit.compare import huggingface as reference
+from tests.support import IMAGES
+
+CHELSEA, ROCKET = IMAGES / "chelsea.png", IMAGES / "rocket.jpg"
+SMALL = ("--model", "tiny", "--device", "cpu", "--max-pixels", "30000")
+STAGES = ["patch_embed", *(f"block.{i}" for i in range(5)), "merger"]
+
+
+@cache
+def encoder() -> VisionEncoder:
+    return VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=30_000)
+
+
+def version_of(**pretended: str | None) -> Callable[[str], str]:
+    def version(package: str) -> str:
+        if package in pretended:
+            if pretended[package] is None:
+                raise reference.PackageNotFoundError(package)
+            return pretended[package]
+        return "1.0"
+
+    return version
