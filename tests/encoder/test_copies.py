@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from qwen_vit import VisionEncoder, as_hf_tower
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 IMAGES = tuple(
     np.random.default_rng(seed).integers(0, 256, (56, 84, 3), dtype=np.uint8) for seed in range(4)
 )

@@ -117,11 +117,13 @@ def test_an_export_says_what_it_waited_for(tmp_path: Path) -> None:
                 time.sleep(0.02)
                 yield features
 
+    begin = time.perf_counter()
     done = stand_in_export(tmp_path, Slow(), 4)
+    elapsed = time.perf_counter() - begin
     assert list(done.waits) == ["read and decode", "encode", "copy back", "write", "rest"]
     assert max(done.waits, key=lambda stage: done.waits[stage]) == "encode"
     assert done.waits["encode"] >= 16 * 0.02
-    assert sum(done.waits.values()) <= done.seconds + 0.01
+    assert sum(done.waits.values()) <= elapsed + 5 * 0.0005  # each is rounded to milliseconds
 
 
 def test_no_more_of_a_wait_is_the_gpus_than_was_waited() -> None:
