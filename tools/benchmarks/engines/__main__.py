@@ -78,18 +78,12 @@ def towers(
     oracle = oracle_logprobs(folder / "small", device) if asked else torch.empty(0)
     torch.cuda.empty_cache()
     found = {name: run_child(name, folder, runner) for name in variant}
-    report: dict[str, Any] = {}
-    for name in ("default", "plugin"):
-        if "answers" in found.get(name, {}):
-            answers = found[name].pop("answers")
-            report[name] = judge(answers, oracle)
-            found[name]["tokens"] = answers["tokens"]
-    if len(report) == 2:
-        pairs = zip(found["default"]["tokens"], found["plugin"]["tokens"], strict=True)
-        report["same_tokens"] = sum(ours == theirs for ours, theirs in pairs)
-    for each in found.values():
-        each.pop("tokens", None)
+    answers = {name: each.pop("answers") for name, each in found.items() if "answers" in each}
+    report: dict[str, Any] = {name: judge(each, oracle) for name, each in answers.items()}
+    if {"default", "plugin"} <= set(answers):
+        report |= against_each_other(answers["plugin"], answers["default"], oracle)
     print_towers(found)
+    click.echo(json.dumps(rounded(report), indent=1))
     row = ledger_row(
         "engines towers", commit, device, PACKAGES, runner=runner, answers=report, engines=found
     )
@@ -97,15 +91,38 @@ def towers(
     print(json.dumps(rounded(row)))
 
 
+def squared_distances(answers: dict[str, Any], oracle: torch.Tensor) -> torch.Tensor:
+    """(requests,) mean square of what separates the log-probabilities from float64."""
+    return (torch.tensor(answers["logprobs"], dtype=torch.float64) - oracle).square().mean(1)
+
+
 def judge(answers: dict[str, Any], oracle: torch.Tensor) -> dict[str, float]:
     """How far a tower's answers are from float64."""
-    distance = torch.tensor(answers["logprobs"], dtype=torch.float64) - oracle
     first = torch.tensor([tokens[0] for tokens in answers["tokens"]])
     return {
-        "logprob_rms": float(distance.square().mean().sqrt()),
-        "logprob_largest": float(distance.abs().max()),
+        "logprob_rms": float(squared_distances(answers, oracle).mean().sqrt()),
         "first_tokens_of_float64": int((first == oracle.argmax(1)).sum()),
         "images_per_s": answers["images_per_s"],
+    }
+
+
+def against_each_other(
+    ours: dict[str, Any], theirs: dict[str, Any], oracle: torch.Tensor
+) -> dict[str, Any]:
+    """Our tower's answers and vLLM's, request by request.
+
+    `excess` is by how much our mean square exceeds vLLM's, as a share of vLLM's, with the standard
+    error of the mean over the requests: within two of them the two are equally far from float64.
+    """
+    mine, other = (squared_distances(each, oracle) for each in (ours, theirs))
+    excess = (mine - other) / other.mean()
+    same = sum(a == b for a, b in zip(ours["tokens"], theirs["tokens"], strict=True))
+    return {
+        "requests": len(mine),
+        "same_tokens": same,
+        "ours_nearer": int((mine < other).sum()),
+        "excess": float(excess.mean()),
+        "standard_error": float(excess.std() / len(excess) ** 0.5),
     }
 
 
