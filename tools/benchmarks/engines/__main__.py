@@ -65,10 +65,12 @@ def main() -> None:
     show_default=True,
     help="vLLM's model runner: the first has encoder graphs, the second is vLLM 0.25's default.",
 )
+@click.option("--answers-only", is_flag=True, help="Judge answers, and time no tower.")
 @ledger_options
 def towers(
-    folder: Path, variant: tuple[str, ...], runner: str, ledger: Path | None, commit: str
-) -> None:
+    folder: Path, variant: tuple[str, ...], runner: str, ledger: Path | None, commit: str, *,
+    answers_only: bool,
+) -> None:  # fmt: skip
     """Time the towers of four engines, answers first."""
     device = require_gpu()
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,12 +79,14 @@ def towers(
     asked = {"default", "plugin"} & set(variant)
     oracle = oracle_logprobs(folder / "small", device) if asked else torch.empty(0)
     torch.cuda.empty_cache()
-    found = {name: run_child(name, folder, runner) for name in variant}
+    options = ["--answers-only"] if answers_only else []
+    found = {name: run_child(name, folder, runner, *options) for name in variant}
     answers = {name: each.pop("answers") for name, each in found.items() if "answers" in each}
     report: dict[str, Any] = {name: judge(each, oracle) for name, each in answers.items()}
     if {"default", "plugin"} <= set(answers):
         report |= against_each_other(answers["plugin"], answers["default"], oracle)
-    print_towers(found)
+    if not answers_only:
+        print_towers(found)
     click.echo(json.dumps(rounded(report), indent=1))
     row = ledger_row(
         "engines towers", commit, device, PACKAGES, runner=runner, answers=report, engines=found
@@ -126,7 +130,7 @@ def against_each_other(
     }
 
 
-def run_child(variant: str, folder: Path, runner: str) -> dict[str, Any]:
+def run_child(variant: str, folder: Path, runner: str, *options: str) -> dict[str, Any]:
     """One engine in a process of its own; its figures."""
     started = time.perf_counter()
     plugin = "qwen_vit" if variant == "plugin" else ""
@@ -135,6 +139,7 @@ def run_child(variant: str, folder: Path, runner: str) -> dict[str, Any]:
         "VLLM_USE_V2_MODEL_RUNNER": str(int(runner) - 1), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }  # fmt: skip
     command = [sys.executable, "-m", "tools.benchmarks.engines.child", variant, str(folder)]
+    command += options
     log = folder / f"{variant}.log"
     with open(log, "w") as file:
         done = subprocess.run(
@@ -143,6 +148,7 @@ def run_child(variant: str, folder: Path, runner: str) -> dict[str, Any]:
     click.echo(f"{variant}: {time.perf_counter() - started:.0f} s, exit code {done.returncode}")
     if done.returncode:
         lines = log.read_text().splitlines()
+        click.echo("\n".join(lines[-25:]))
         return {"failed": "\n".join(lines[-25:]), "towers": {}}
     figures: dict[str, Any] = json.loads((folder / f"{variant}.json").read_text())
     return figures
@@ -150,9 +156,6 @@ def run_child(variant: str, folder: Path, runner: str) -> dict[str, Any]:
 
 def print_towers(found: dict[str, dict[str, Any]]) -> None:
     """A line for each workload: milliseconds, and vLLM's time over ours in the same process."""
-    for variant, figures in found.items():
-        if "failed" in figures:
-            click.echo(f"{variant} FAILED\n{figures['failed']}")
     names = next((list(each["towers"]) for each in found.values() if each["towers"]), [])
     click.echo(f"{'':12}" + "".join(f"{variant:>22}" for variant in found))
     for name in names:
