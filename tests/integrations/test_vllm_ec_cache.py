@@ -3,9 +3,12 @@
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -23,10 +26,12 @@ from qwen_vit.integrations.vllm import (
     to_vllm_cached_chat_part,
     write_ec_cache,
 )
+from qwen_vit.integrations.vllm.ec_cache import check_ec_folder
 from tests.support.fake_engines import EngineDeadError, FakeVllm, chat_request
 
 WIDTH = 8
 MODEL = {"weights_sha256": "5f" * 32, "config_sha256": "c0" * 32, "model": "tiny"}
+NOBODY = 65534
 ENTRY = "encoder_cache.safetensors"
 
 
@@ -46,6 +51,31 @@ def content(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter; pytest's own are the user's alone."""
+    with TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def make_read_only(folder: Path) -> None:
+    for path in (folder, *(each for each in folder.rglob("*") if each.is_dir())):
+        path.chmod(0o555)
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Be a user who may not write anywhere, where the tests are run by root."""
+    was = os.getresuid()
+    if was[0] == 0:
+        os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(*was)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -203,17 +233,31 @@ def test_a_folder_that_another_process_is_about_to_name_is_taken(tmp_path: Path)
     assert write_ec_cache(PICTURES, tmp_path / "ec", MODEL)
 
 
-def test_a_folder_that_is_not_writable_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("state", ["new", "empty", "in use"])
+def test_a_folder_that_is_not_writable_is_named(open_folder: Path, state: str) -> None:
+    """By its permissions, as another user than root."""
+    folder = open_folder / "ec"
+    if state == "in use":
+        write_ec_cache(PICTURES[:1], folder, MODEL)
+    elif state == "empty":
+        folder.mkdir()
+    make_read_only(open_folder)
+    before = content(open_folder)
+    with unprivileged(), pytest.raises(ExportError, match=r"could not be written \(Permission"):
+        write_ec_cache(PICTURES, folder, MODEL)
+    assert content(open_folder) == before
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_folder_that_will_not_be_writable_is_refused_in_advance(
+    open_folder: Path, is_there: bool
 ) -> None:
-    """By a fault in the call that writes: root may write anywhere."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(ExportError, match=r"ec: could not be written \(Permission denied\). Check"):
-        write_ec_cache(PICTURES, tmp_path / "ec", MODEL)
+    """Before an export encodes anything."""
+    if is_there:
+        (open_folder / "ec").mkdir()
+    make_read_only(open_folder)
+    with unprivileged(), pytest.raises(ExportError, match=r"ec: .*ermission"):
+        check_ec_folder(open_folder / "ec", MODEL, "float32")
 
 
 def test_a_full_disk_leaves_no_entry_half_written(
