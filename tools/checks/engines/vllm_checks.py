@@ -11,6 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from qwen_vit import ImageFeatures
 from qwen_vit.errors import QwenVitError
 from qwen_vit.integrations.vllm import (
     CachedFeatures,
@@ -103,7 +106,10 @@ def in_process(
 
 
 def server(context: Context, *, plugin: bool = False) -> list[Result]:
-    """Pictures and features through the OpenAI server, several in a request."""
+    """Pictures and features through the OpenAI server, several in a request.
+
+    In the end each of the two servers gets another request that stops it.
+    """
     name, label = ("plugin-server", PLUGIN) if plugin else ("server", "")
     variables = by_plugin(context) if plugin else {}
     pictures = {each: picture_part(each) for each in PICTURES}
@@ -118,6 +124,14 @@ def server(context: Context, *, plugin: bool = False) -> list[Result]:
             compare("control", several.name, answer, context.reference[several.name],
                     must_differ=True)
         )  # fmt: skip
+        right = features(context.work, "tall")
+        if plugin:
+            _, h, w = right.grid_thw
+            bad = replace(right, embeds=right.embeds.repeat(2, 1), grid_thw=(2, h, w))
+            results += stopped_by(running, "two steps in time", right, bad)
+        else:
+            bad = replace(right, embeds=right.embeds[:, :-2])
+            results += stopped_by(running, "another width", right, bad)
     return results
 
 
@@ -206,16 +220,24 @@ def dies_of(server: Server, what: str, content: list[dict[str, Any]]) -> list[Re
 
 def wrong_count(context: Context) -> list[Result]:
     """A row too few: ours is refused, and vLLM's engine dies of it, for everybody."""
-    made = features(context.work, "tall")
-    short = replace(made, embeds=made.embeds[:-1])
-    refusal = refused(lambda: to_vllm_chat_part([short]))
-    [part] = to_vllm_chat_part([made])
-    part["image_embeds"]["image_embeds"] = to_base64(short.embeds)
+    right = features(context.work, "tall")
     with running_server(context, "wrong-count", "--enable-mm-embeds") as running:
-        died = dies_of(running, "a row too few", [part])
+        return stopped_by(running, "a row too few", right, replace(right, embeds=right.embeds[:-1]))
+
+
+def stopped_by(
+    running: Server, what: str, right: ImageFeatures, bad: ImageFeatures
+) -> list[Result]:
+    """Features that we refuse, and that stop vLLM's engine in a request of somebody else's."""
+    refusal = refused(lambda: to_vllm_chat_part([bad], width=right.embeds.shape[1]))
+    [part] = to_vllm_chat_part([right])
+    part["image_embeds"] = {
+        "image_embeds": to_base64(bad.embeds),
+        "image_grid_thw": to_base64(torch.tensor(bad.grid_thw)),
+    }
     return [
-        plain("features", "a row too few: ours", bool(refusal), refusal or "not refused"),
-        *died,
+        plain("features", f"{what}: ours", bool(refusal), refusal or "not refused"),
+        *dies_of(running, what, [part]),
     ]
 
 

@@ -80,10 +80,14 @@ def controls(engine: Engine, work: Path) -> dict[str, Answers]:
     right, clip = features(work, "wide"), of_case(work, video)[1]
     backwards = replace(right, embeds=right.embeds.flip(0))
     exchanged = [features(work, name) for name in case("swapped").pictures]
+    both = case("videos and a picture")
+    without_seconds = feature_request(work, both)["multi_modal_data"]
+    del without_seconds["video"]["second_per_grid_ts"]  # vLLM takes one second
     asked = {
         one: to_vllm([backwards]),
         several: to_vllm(exchanged),
         video: to_vllm(videos=clip, second_per_grid_ts=[2.0]),
+        both: without_seconds,
     }
     answers = {
         each.name: engine.ask([{"prompt": each.text, "multi_modal_data": data}])[0]
