@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwen_vit.common.prefetch import Job, work_ahead
 from qwen_vit.config import Grid, VisionConfig
-from qwen_vit.errors import ExportError, ImageError
+from qwen_vit.errors import ExportError, ImageError, with_options
 from qwen_vit.features import FailedImage, ImageFeatures, VideoFeatures
 from qwen_vit.graphs import MAX_BUCKET
 from qwen_vit.images.patches import Patches
@@ -189,7 +189,7 @@ class BatchEncoder:
                 error = ImageError(
                     f"its {len(patches.pixels)} patches do not fit the memory of {self.device}",
                     name=parts[0][0],
-                    remedy="lower max_pixels, or free memory there",
+                    remedy=with_options("lower {}, or free memory there", "max_pixels"),
                     code="out-of-memory",
                 )
                 if self.on_error == "raise":

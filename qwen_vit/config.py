@@ -24,7 +24,7 @@ from qwen_vit.common.strict_json import (
     short_repr,
 )
 from qwen_vit.config_json import VISION_KEYS, find_vision_part, image_fields, vision_fields
-from qwen_vit.errors import ArgumentError, CheckpointError
+from qwen_vit.errors import ArgumentError, CheckpointError, with_options
 
 __all__ = [
     "RMS_NORM_EPS",
@@ -279,7 +279,9 @@ class ImageConfig:
                 max_pixels=self.max_pixels if max_pixels is None else max_pixels,
             )
         except CheckpointError as error:
-            raise ArgumentError.of(error, remedy="pass other min_pixels or max_pixels") from None
+            raise ArgumentError.of(
+                error, remedy=with_options("pass other {} or {}", "min_pixels", "max_pixels")
+            ) from None
 
     def to_json(self) -> dict[str, Any]:
         """Return Hugging Face's preprocessor_config, which from_json reads back as equal."""

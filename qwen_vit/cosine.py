@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_vit.common.tensors import all_finite
-from qwen_vit.errors import ArgumentError, ExportError, plural
-from qwen_vit.features import AnyFeatures, FailedImage, check_features
+from qwen_vit.errors import ArgumentError, ExportError, plural, with_options
+from qwen_vit.features import TRY_FLOAT32, AnyFeatures, FailedImage, check_features
 from qwen_vit.kernels.pooling import unit_rows
 
 __all__ = ["similarity"]
@@ -67,7 +67,7 @@ def _unit_rows(name: str, given: Rows) -> Tensor:
         raise ArgumentError(
             f"{name} holds NaN or infinity",
             expected="finite numbers",
-            remedy="check the checkpoint with `qwen-vit info`, and try --dtype float32",
+            remedy=TRY_FLOAT32,
         )
     return unit_rows(rows.detach().float())
 
@@ -93,7 +93,9 @@ def _rows(name: str, given: Rows) -> Tensor:
         raise ArgumentError(
             f"{name} holds {plural(len(images), 'image')}, one of them with {len(many)} rows",
             expected="one row an image, or one image",
-            remedy='encode them with output="mean", or compare one image at a time',
+            remedy=with_options(
+                "encode them with {}, or compare one image at a time", ("output", "mean")
+            ),
         )
     shapes = {tuple(rows.shape[1:]) for rows in images}
     if len(shapes) > 1:

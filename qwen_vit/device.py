@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 
 from qwen_vit.config import VisionConfig
-from qwen_vit.errors import ArgumentError, CheckpointError
+from qwen_vit.errors import ArgumentError, CheckpointError, with_options
 from qwen_vit.kernels.attention import HEAD_DIMS
 from qwen_vit.weight_format import pixel_weight_exponent
 
@@ -15,6 +15,7 @@ __all__ = ["check_fits", "choose_device", "choose_dtype"]
 logger = logging.getLogger("qwen_vit")
 
 MIN_CAPABILITY = (8, 0)
+USE_CPU = with_options("use {}", ("device", "cpu"))
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -43,7 +44,9 @@ def choose_device(device: str | torch.device) -> torch.device:
     if not torch.cuda.is_available():
         raise ArgumentError(
             f"device is {device!r}, but torch {torch.__version__} sees no CUDA GPU",
-            remedy="install an NVIDIA driver and a CUDA build of torch, or use device='cpu'",
+            remedy=with_options(
+                "install an NVIDIA driver and a CUDA build of torch, or use {}", ("device", "cpu")
+            ),
         )
     if (chosen.index or 0) >= torch.cuda.device_count():
         raise ArgumentError(
@@ -56,7 +59,7 @@ def choose_device(device: str | torch.device) -> torch.device:
             f"{torch.cuda.get_device_name(chosen)} has compute capability "
             f"{capability[0]}.{capability[1]}",
             expected="8.0 (Ampere) or newer",
-            remedy="use device='cpu'",
+            remedy=USE_CPU,
         )
     index = torch.cuda.current_device() if chosen.index is None else chosen.index
     return torch.device("cuda", index)
@@ -77,7 +80,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         raise ArgumentError(
             f"dtype is {chosen} on a CPU, where Triton's interpreter multiplies bfloat16 wrongly",
             expected="float32",
-            remedy="use dtype='float32', or a GPU",
+            remedy=with_options("use {}, or a GPU", ("dtype", "float32")),
         )
     return chosen
 
@@ -90,13 +93,13 @@ def check_fits(config: VisionConfig, device: torch.device) -> None:
         raise CheckpointError(
             f"head_dim is {config.head_dim}",
             expected=f"{low} to {high} on {device}, for which the attention kernel is made",
-            remedy="use device='cpu'" if fits["cpu"] else "choose another checkpoint",
+            remedy=USE_CPU if fits["cpu"] else "choose another checkpoint",
         )
     if device.type == "cuda" and config.patch_px % 2:
         raise CheckpointError(
             f"patch_size is {config.patch_px}",
             expected="an even one on a GPU, which loads rows of patches by 16 bytes",
-            remedy="use device='cpu'",
+            remedy=USE_CPU,
         )
 
 

@@ -17,10 +17,12 @@ __all__ = [
     "HubError",
     "ImageError",
     "QwenVitError",
+    "Wording",
     "check_choice",
     "display_name",
     "one_line",
     "plural",
+    "with_options",
 ]
 
 # Why an image cannot be encoded: `ImageError.code` and its meaning.
@@ -68,6 +70,78 @@ IMAGE_CODES = {
 }
 
 
+class Wording(str):
+    """A text that names options: itself for Python, and `shell` for the command line.
+
+    >>> words = "wait, or " + Wording("pass another folder", shell="pass another --out")
+    >>> print(words, words.shell, sep="; ")
+    wait, or pass another folder; wait, or pass another --out
+
+    `+` keeps both. Other operations of `str`, f-strings among them, keep Python's words alone.
+    """
+
+    shell: str
+
+    def __new__(cls, python: str, *, shell: str) -> Self:
+        words = super().__new__(cls, python)
+        words.shell = shell
+        return words
+
+    def __add__(self, text: str) -> "Wording":
+        return Wording(str(self) + str(text), shell=self.shell + _in_shell(text))
+
+    def __radd__(self, text: str) -> "Wording":
+        return Wording(text + str(self), shell=text + self.shell)
+
+    @classmethod
+    def joined(cls, separator: str, texts: Sequence[str]) -> Self:
+        """Several texts as one; each may be a `Wording`.
+
+        >>> print(Wording.joined(" or ", ["wait", with_options("lower {}", "part")]).shell)
+        wait or lower --part
+        """
+        return cls(separator.join(texts), shell=separator.join(map(_in_shell, texts)))
+
+    def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, str]]:  # for pickling
+        return (str(self),), {"shell": self.shell}
+
+
+def _in_shell(text: str) -> str:
+    return text.shell if isinstance(text, Wording) else text
+
+
+def with_options(text: str, *options: str | tuple[str, object], **values: object) -> Wording:
+    """A text with options in the place of each {}, as Python and as the command line spell them.
+
+    >>> words = with_options("lower {}, or use {}", "max_pixels", ("dtype", "float32"))
+    >>> print(words, words.shell, sep="; ")
+    lower max_pixels, or use dtype="float32"; lower --max-pixels, or use --dtype float32
+
+    Args:
+        text: as for `str.format`.
+        options: the name in Python of each option whose flag has the same name, or its name and
+            a value.
+        values: what the text names besides options.
+    """
+    named = [(option, None) if isinstance(option, str) else option for option in options]
+    return Wording(
+        text.format(*(_in_python(name, value) for name, value in named), **values),
+        shell=text.format(*(_as_flag(name, value) for name, value in named), **values),
+    )
+
+
+def _in_python(name: str, value: object) -> str:
+    if value is None:
+        return name
+    return f'{name}="{value}"' if isinstance(value, str) else f"{name}={value!r}"
+
+
+def _as_flag(name: str, value: object) -> str:
+    words = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value is None or value is True else f"{flag} {words}"
+
+
 class QwenVitError(Exception):
     """The base of every error that this package raises on purpose.
 
@@ -82,6 +156,8 @@ class QwenVitError(Exception):
         name: the file, image or argument that the fact is about; odd characters are escaped.
         expected: what was expected instead; empty if the fact implies it.
         remedy: what to do about it, as an instruction.
+
+    Any of them may be a `Wording`, which spells options for Python and for the command line.
     """
 
     def __init__(self, fact: str, *, name: str = "", expected: str = "", remedy: str = "") -> None:
@@ -89,15 +165,23 @@ class QwenVitError(Exception):
         self.fact, self.name, self.expected, self.remedy = fact, name, expected, remedy
 
     def __str__(self) -> str:
-        return one_line(self._text())
+        return self.text()
 
-    def _text(self) -> str:
-        fact = f"{display_name(self.name)}: {self.fact}" if self.name else self.fact
-        if not (self.expected or self.remedy):
-            return fact
-        expected = f"Expected {self.expected}" if self.expected else ""
-        remedy = self.remedy[:1].upper() + self.remedy[1:]
-        return " ".join(_sentence(part) for part in (fact, expected, remedy) if part)
+    def text(self, *, in_shell: bool = False) -> str:
+        """The message on one line; `in_shell` spells options as flags.
+
+        >>> remedy = with_options("lower {}", "max_pixels")
+        >>> ImageError("too large", name="a.png", remedy=remedy).text(in_shell=True)
+        'a.png: too large. Lower --max-pixels.'
+        """
+        parts = (self.fact, self.expected, self.remedy)
+        fact, expected, remedy = map(_in_shell, parts) if in_shell else parts
+        fact = f"{display_name(self.name)}: {fact}" if self.name else fact
+        if expected or remedy:
+            expected = f"Expected {expected}" if expected else ""
+            remedy = remedy[:1].upper() + remedy[1:]
+            fact = " ".join(_sentence(part) for part in (fact, expected, remedy) if part)
+        return one_line(fact)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self)!r})"

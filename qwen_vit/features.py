@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from qwen_vit.common.strict_json import is_integer
-from qwen_vit.errors import ArgumentError, ImageError, display_name, plural
+from qwen_vit.errors import ArgumentError, ImageError, display_name, plural, with_options
 from qwen_vit.images.image import ImageSource
 from qwen_vit.video.load import VideoTiming
 
 __all__ = [
+    "TRY_FLOAT32",
     "UNKNOWN_SIZE",
     "AnyFeatures",
     "FailedImage",
@@ -29,6 +30,9 @@ __all__ = [
     "not_finite",
 ]
 
+TRY_FLOAT32 = with_options(
+    "check the checkpoint with `qwen-vit info`, and try {}", ("dtype", "float32")
+)
 UNKNOWN_SIZE = (0, 0)
 FeatureOutput = Literal["merged", "patch", "mean"]
 
@@ -101,7 +105,9 @@ class ImageFeatures:
                 f"{what} for a grid of {self.grid_thw}",
                 name=self.id,
                 expected="a row for each merged token or each patch",
-                remedy='encode it with output="merged" or output="patch"',
+                remedy=with_options(
+                    "encode it with {} or {}", ("output", "merged"), ("output", "patch")
+                ),
             )
         return self.embeds.view(t, h // side, w // side, -1)
 
@@ -281,6 +287,6 @@ def not_finite(name: str) -> ImageError:
     return ImageError(
         "its embeddings hold NaN or infinity",
         name=name,
-        remedy="check the checkpoint with `qwen-vit info`, and try --dtype float32",
+        remedy=TRY_FLOAT32,
         code="not-finite",
     )

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 import torch
 from torch import Tensor
 
-from qwen_vit.errors import ArgumentError, check_choice
+from qwen_vit.errors import ArgumentError, check_choice, with_options
 from qwen_vit.features import FeatureOutput
 from qwen_vit.kernels.pooling import segment_means, unit_rows
 from qwen_vit.model import LayerTaps
@@ -89,8 +89,7 @@ def check_normalize(output: str, normalize: object) -> None:
         raise ArgumentError(f"normalize is {normalize!r}", expected="True or False")
     if normalize and output != "mean":
         raise ArgumentError(
-            f"normalize is True for output={output!r}",
-            expected='output="mean": a language model reads merged rows as they are',
+            with_options("{} is for {} alone", "normalize", ("output", "mean")),
             remedy="leave it out; `similarity` gives the cosines of any rows",
         )
 
@@ -107,15 +106,21 @@ def check_layers(layers: Iterable[Any], depth: int | None = None) -> tuple[int, 
     expected = f"blocks from 0{last}, each once"
     blocks: list[int] = []
     if isinstance(layers, str | bytes) or not isinstance(layers, Iterable):
-        raise ArgumentError(f"layers is {layers!r}", expected=expected)
+        raise ArgumentError(
+            with_options("{} is {layers!r}", "layers", layers=layers), expected=expected
+        )
     for each in layers:
         try:
             block = -1 if isinstance(each, bool) else operator.index(each)
         except TypeError:
             block = -1
         if block < 0 or (depth is not None and block >= depth):
-            raise ArgumentError(f"layers holds {each!r}", expected=expected)
+            raise ArgumentError(
+                with_options("{} holds {each!r}", "layers", each=each), expected=expected
+            )
         if block in blocks:
-            raise ArgumentError(f"layers holds {block} twice", expected=expected)
+            raise ArgumentError(
+                with_options("{} holds {block} twice", "layers", block=block), expected=expected
+            )
         blocks.append(block)
     return tuple(sorted(blocks))

@@ -121,7 +121,11 @@ REFUSED = {
         METADATA,
         ("two images have the id 'a'. Name them differently",),
     ),
-    "NaN": ([NAN], METADATA, ("'bad.jpg' (1 of 1 image) contain NaN or infinity", "try float32")),
+    "NaN": (
+        [NAN],
+        METADATA,
+        ("'bad.jpg' (1 of 1 image) contain NaN or infinity", 'try dtype="float32"'),
+    ),
     "infinity": (
         [*features_of("a", width=2), INFINITE],
         METADATA,

@@ -15,7 +15,7 @@ from torch import Tensor
 from qwen_vit.checkpoint.to_device import to_device
 from qwen_vit.common.tensors import all_finite, check_finite, extremes
 from qwen_vit.config import ImageConfig, VisionConfig
-from qwen_vit.errors import CheckpointError
+from qwen_vit.errors import CheckpointError, with_options
 from qwen_vit.weight_format import (
     PIXEL_ZERO,
     padded_mlp_size,
@@ -198,7 +198,9 @@ def _patch_embedding(
             raise CheckpointError(
                 f"reaches {weight.abs().max().item():g}, and its {name} overflow {tensor.dtype}",
                 name=PATCH_WEIGHT,
-                remedy="use dtype float32, or download the checkpoint again",
+                remedy=with_options(
+                    "use {}, or download the checkpoint again", ("dtype", "float32")
+                ),
             )
     return row_weight, pixel_weight, pixel_bias
 

@@ -30,7 +30,7 @@ from qwen_vit.checkpoint.weight_files import (
 )
 from qwen_vit.common.strict_json import is_number, read_json
 from qwen_vit.config import VisionConfig
-from qwen_vit.errors import ArgumentError, CheckpointError, HubError, QwenVitError
+from qwen_vit.errors import ArgumentError, CheckpointError, HubError, QwenVitError, with_options
 
 __all__ = ["Download", "Origin", "Source", "download", "find_checkpoint"]
 
@@ -130,8 +130,10 @@ def download(
         what = "a local folder" if is_folder else "a checkpoint of this package"
         raise ArgumentError(
             f"revision is {revision!r}, but {name} is {what}, of which there is one version",
-            remedy="leave revision out, or name a repository on the Hub (a folder of its name "
-            "hides it)",
+            remedy=with_options(
+                "leave {} out, or name a repository on the Hub (a folder of its name hides it)",
+                "revision",
+            ),
         )
     if subfolder is not None:
         _check_subfolder(subfolder, name)
@@ -179,7 +181,9 @@ def _check_subfolder(subfolder: str, name: str) -> None:
             expected="a folder below the checkpoint's, such as text_encoder",
         )
     if name in PACKAGED:
-        raise ArgumentError(f"{name} has no subfolder", remedy="leave subfolder out")
+        raise ArgumentError(
+            f"{name} has no subfolder", remedy=with_options("leave {} out", "subfolder")
+        )
 
 
 def _is_folder(name: str) -> bool:

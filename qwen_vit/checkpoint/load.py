@@ -20,7 +20,7 @@ from qwen_vit.checkpoint.tower_names import check_tower, find_prefix, plain_name
 from qwen_vit.checkpoint.weight_files import RemoteFiles, StoredTensor, find_tensors
 from qwen_vit.common.strict_json import read_json, short_repr
 from qwen_vit.config import ImageConfig, VisionConfig, check_consistent
-from qwen_vit.errors import ArgumentError, CheckpointError
+from qwen_vit.errors import ArgumentError, CheckpointError, with_options
 
 __all__ = ["Checkpoint", "Tower", "config_hash", "find_tower", "load_checkpoint"]
 
@@ -232,7 +232,8 @@ def _read_image_config(folder: Path) -> tuple[ImageConfig, Path | None]:
     assumed = ImageConfig.from_json({})
     logger.warning(
         "%s: no preprocessor_config.json. Assuming transformers' defaults: images of %d to %d "
-        "pixels. Copy the file from the base model, or pass min_pixels and max_pixels.",
+        "pixels. Copy the file from the base model, or pass %s.",
         folder, assumed.min_pixels, assumed.max_pixels,
+        with_options("{} and {}", "min_pixels", "max_pixels"),
     )  # fmt: skip
     return assumed, None

@@ -25,7 +25,7 @@ from qwen_vit.checkpoint.http_ranges import fetch_json, open_http_range
 from qwen_vit.checkpoint.published import did_you_mean, published_checkpoints
 from qwen_vit.checkpoint.ranges import RangeResponse, RangesRefusedError
 from qwen_vit.common.strict_json import MAX_JSON_BYTES
-from qwen_vit.errors import CheckpointError, HubError
+from qwen_vit.errors import CheckpointError, HubError, with_options
 
 __all__ = ["NotCachedError", "Repository", "explain"]
 
@@ -105,7 +105,7 @@ class Repository:
             raise HubError(
                 "in no snapshot of the Hub's cache",
                 name=str(path),
-                remedy="pass another cache_dir",
+                remedy=with_options("pass another {}", "cache_dir"),
             )
         self.commit = found[1]
         return path

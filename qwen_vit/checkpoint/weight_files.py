@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qwen_vit.common.safetensors_header import TensorInfo, read_header
 from qwen_vit.common.strict_json import read_json, short_repr
-from qwen_vit.errors import CheckpointError
+from qwen_vit.errors import CheckpointError, with_options
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -121,7 +121,7 @@ def _name_subfolder(folder: Path) -> None:
             f"no weights, but {_listing(below)} below it {'has' if len(below) == 1 else 'have'} "
             "a config.json and weights",
             name=str(folder),
-            remedy=f"pass subfolder={below[0]!r} (--subfolder {below[0]})",
+            remedy=with_options("pass {}", ("subfolder", below[0])),
         )
 
 

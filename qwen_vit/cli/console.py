@@ -6,14 +6,16 @@ How much goes to stderr is the level of the package's logger: -q sets it to ERRO
 import logging
 import os
 import sys
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TextIO
 
 import click
 
-from qwen_vit.errors import ExportError, one_line
+from qwen_vit.errors import ExportError, QwenVitError, Wording, one_line
 
 __all__ = [
+    "flags_in_logs",
     "flush_logs",
     "is_quiet",
     "is_verbose",
@@ -26,6 +28,30 @@ __all__ = [
 
 LEVELS = {-1: logging.ERROR, 0: logging.NOTSET, 1: logging.INFO}
 logger = logging.getLogger("qwen_vit")
+
+
+def _spell_flags(record: logging.LogRecord) -> bool:
+    """A filter that spells options in a log line as flags, in errors and in wordings."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            each.text(in_shell=True)
+            if isinstance(each, QwenVitError)
+            else each.shell
+            if isinstance(each, Wording)
+            else each
+            for each in record.args
+        )
+    return True
+
+
+@contextmanager
+def flags_in_logs() -> Iterator[None]:
+    """Let log lines name flags while the block runs."""
+    logger.filters.insert(0, _spell_flags)  # before the filter that makes a line of its arguments
+    try:
+        yield
+    finally:
+        logger.removeFilter(_spell_flags)
 
 
 def set_verbosity(verbosity: int) -> None:

@@ -119,7 +119,7 @@ def encode_one_by_one(
                 raise
             failed = FailedImage(item.id, error.without_frames())
             result = failed if size_px is None else replace(failed, size_px=size_px)
-            print_log(f"skipped: {error}")
+            print_log(f"skipped: {error.text(in_shell=True)}")
         yield result, 1000 * (time.perf_counter() - start)
 
 

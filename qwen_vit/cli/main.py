@@ -14,6 +14,7 @@ import click
 
 from qwen_vit import __version__
 from qwen_vit.cli.console import (
+    flags_in_logs,
     flush_logs,
     open_missing_streams,
     print_error,
@@ -67,7 +68,8 @@ def main() -> None:
     logging.getLogger("huggingface_hub").propagate = False  # it prints its own
     set_verbosity(0)
     try:
-        cli.main(sys.argv[1:] or ["--help"], prog_name="qwen-vit", standalone_mode=False)
+        with flags_in_logs():
+            cli.main(sys.argv[1:] or ["--help"], prog_name="qwen-vit", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
         print_log("interrupted")
         sys.exit(EXIT_INTERRUPTED)
@@ -75,7 +77,7 @@ def main() -> None:
         print_error(_usage_text(error))
         sys.exit(EXIT_ERROR)
     except QwenVitError as error:
-        print_error(str(error))
+        print_error(error.text(in_shell=True))
         sys.exit(EXIT_ERROR)
     except OSError as error:  # no other place expected the system to refuse
         reason, name = error.strerror or str(error), str(error.filename or "")

@@ -169,7 +169,7 @@ def _formats(text: str) -> tuple[str, ...]:
     try:
         return check_formats([part.strip() for part in text.split(",") if part.strip()])
     except ArgumentError as error:
-        raise click.BadParameter(str(error)) from None
+        raise click.UsageError(error.text(in_shell=True)) from None
 
 
 def pixel_options(command: Command) -> Command:

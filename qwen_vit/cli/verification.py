@@ -57,7 +57,7 @@ def verify_checkpoint(source: Source) -> Findings:
         for name, tensor in checkpoint.tensors.items():
             check_finite(tensor, checkpoint.locate(name))
     except CheckpointError as error:
-        return Findings("it was read up to the first problem", (str(error),))
+        return Findings("it was read up to the first problem", (error.text(in_shell=True),))
     return Findings("no hash is recorded for this folder; every weight was read and is finite", ())
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from threading import RLock, current_thread
 from typing import Generic, Protocol, TypeVar
 
-from qwen_vit.errors import ArgumentError
+from qwen_vit.errors import ArgumentError, with_options
 
 __all__ = ["Job", "Prefetcher", "core_count", "thread_count", "work_ahead"]
 
@@ -46,7 +46,10 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
         cores = core_count() if cores is None else cores
         return min(MAX_THREADS, max(2, cores // 2), cores)
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
-        raise ArgumentError(f"decode_threads is {wanted!r}", expected="a whole number above 0")
+        raise ArgumentError(
+            with_options("{} is {wanted!r}", "decode_threads", wanted=wanted),
+            expected="a whole number above 0",
+        )
     return wanted
 
 

@@ -30,5 +30,5 @@ def require_transformers(purpose: str, *, alternative: str = "") -> None:
     raise ArgumentError(
         fact,
         expected=f"{MIN_TRANSFORMERS} or newer, which {purpose} needs",
-        remedy=f"{remedy}, or {alternative}" if alternative else remedy,
+        remedy=remedy + ", or " + alternative if alternative else remedy,
     )

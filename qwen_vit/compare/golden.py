@@ -28,7 +28,7 @@ from qwen_vit.compare.oracle import Trace
 from qwen_vit.compare.stages import stage_names
 from qwen_vit.config import Grid
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import CheckpointError, ComparisonError, display_name
+from qwen_vit.errors import CheckpointError, ComparisonError, display_name, with_options
 from qwen_vit.features import dtype_name
 
 __all__ = ["SCHEMA_VERSION", "Case", "Golden", "load_golden", "write_golden"]
@@ -152,7 +152,7 @@ def write_golden(
                     f"not saved: Hugging Face's {stage} of {display_name(case.id)} contains NaN or "
                     "Inf",
                     name=str(path),
-                    remedy="compare without --save-golden",
+                    remedy=with_options("compare without {}", "save_golden"),
                 )
     tensors: dict[str, Tensor] = {}
     for index, case in enumerate(cases):

@@ -19,7 +19,7 @@ from qwen_vit.compare.choices import Processor
 from qwen_vit.compare.oracle import Trace
 from qwen_vit.compare.stages import record_stages
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
-from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.errors import ArgumentError, ImageError, with_options
 from qwen_vit.metadata import decoder_versions
 
 __all__ = [
@@ -56,7 +56,7 @@ def check_transformers() -> None:
     """Raise ArgumentError with both versions if transformers is missing or too old."""
     require_transformers(
         "a comparison with Hugging Face",
-        alternative="compare with a golden file that someone else made (--golden FILE)",
+        alternative=with_options("pass a golden file that someone else made by {}", "golden"),
     )
 
 
@@ -74,8 +74,10 @@ def _importing() -> Iterator[None]:
         reason = str(error).strip().rpartition("\n")[2]
         raise ArgumentError(
             f"transformers cannot be imported ({reason}) with {found}",
-            remedy="install versions that belong together, or compare with a golden file "
-            "(--golden FILE)",
+            remedy=with_options(
+                "install versions that belong together, or pass a golden file by {}",
+                "golden",
+            ),
         ) from error
 
 
@@ -100,7 +102,9 @@ def process(
     if processor == "torchvision" and "torchvision" not in package_versions():
         raise ArgumentError(
             "the torchvision processor needs torchvision, which is not installed",
-            remedy="install the one that belongs to your torch, or pass --processor pillow",
+            remedy=with_options(
+                "install the one that belongs to your torch, or pass {}", ("processor", "pillow")
+            ),
         )
     with _importing():
         if processor == "pillow":
@@ -182,8 +186,8 @@ def hf_tower(
     check_transformers()
     if "flash" in attention and dtype == torch.float32:
         raise ArgumentError(
-            f"--attention {attention} takes no float32, and this run is in float32",
-            remedy="pass --dtype bfloat16 on a GPU, or use sdpa or eager",
+            with_options("{} takes no float32, and this run is in it", ("attention", attention)),
+            remedy=with_options("pass {} on a GPU, or use sdpa or eager", ("dtype", "bfloat16")),
         )
     with _importing():
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -197,7 +201,9 @@ def hf_tower(
     except (ImportError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ArgumentError(
-            f"transformers refuses --attention {attention} here ({reason})",
+            with_options(
+                "transformers refuses {} here ({reason})", ("attention", attention), reason=reason
+            ),
             remedy="use sdpa or eager",
         ) from None
     state = {name: tensors[name].to(device=device, dtype=dtype) for name in tensors}

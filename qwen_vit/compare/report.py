@@ -23,7 +23,7 @@ from qwen_vit.compare.plots import (
 )
 from qwen_vit.compare.result import Comparison, FeatureMaps, ImageComparison
 from qwen_vit.compare.text import closer_line, reference_line, verdict_lines
-from qwen_vit.errors import ArgumentError, ExportError, plural
+from qwen_vit.errors import ArgumentError, ExportError, Wording, plural, with_options
 from qwen_vit.show.draw import check_packages, heat_colours
 from qwen_vit.show.page import data_uri, render_page
 from qwen_vit.show.strips import StripLayout
@@ -66,7 +66,7 @@ def check_report(folder: Path, *, overwrite: bool) -> None:
                 "a file",
                 name=str(folder),
                 expected="a folder for the report",
-                remedy="pass another --report",
+                remedy=Wording("pass another folder", shell="pass another --report"),
             )
         if not folder.absolute().parent.is_dir():
             raise ExportError("not a folder", name=str(folder.parent), remedy="create it first")
@@ -74,7 +74,7 @@ def check_report(folder: Path, *, overwrite: bool) -> None:
             raise ExportError(
                 "already exists",
                 name=str(folder / PAGE),
-                remedy="pass --overwrite to replace it",
+                remedy=with_options("pass {} to replace it", ("overwrite", True)),
             )
     except OSError as error:
         raise cannot_write(folder, error) from None

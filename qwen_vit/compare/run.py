@@ -31,7 +31,7 @@ from qwen_vit.compare.huggingface import (
 from qwen_vit.compare.measure import compare_case, compare_pixels
 from qwen_vit.compare.result import Comparison, ImageComparison, Preprocessing
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ArgumentError, ComparisonError, ImageError, plural
+from qwen_vit.errors import ArgumentError, ComparisonError, ImageError, plural, with_options
 from qwen_vit.images.image import ImageLimits, RgbImage
 from qwen_vit.images.load import load_image, read_image_file
 from qwen_vit.images.patches import Patches, patchify
@@ -62,14 +62,16 @@ def compare_checkpoint(
     """
     if golden is not None and save_golden is not None:
         raise ArgumentError(
-            "--golden compares with a file and --save-golden writes one",
+            with_options("{} compares with a file and {} writes one", "golden", "save_golden"),
             expected="one of them",
             remedy="leave the other out",
         )
     if not images and golden is None:
         raise ArgumentError(
             "images is empty",
-            remedy="pass at least one image; only a file for --golden brings its own",
+            remedy=with_options(
+                "pass at least one image; only a file for {} brings its own", "golden"
+            ),
         )
     stored = None if golden is None else load_golden(golden)
     if stored is None:
@@ -317,7 +319,7 @@ def _out_of_memory(name: str, encoder: VisionEncoder) -> ImageError:
     return ImageError(
         f"two towers and a float64 oracle do not fit the memory of {encoder.device}",
         name=name,
-        remedy="lower --max-pixels, or free memory there",
+        remedy=with_options("lower {}, or free memory there", "max_pixels"),
         code="out-of-memory",
     )
 

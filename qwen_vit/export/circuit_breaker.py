@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from qwen_vit.errors import ExportError, ImageError
+from qwen_vit.errors import ExportError, ImageError, Wording, with_options
 
 __all__ = ["CircuitBreaker", "TrippedError"]
 
@@ -39,9 +39,13 @@ class CircuitBreaker:
         self._check(self.failed, error)
 
     def _check(self, failures: int, error: ImageError | None) -> None:
-        if 0 < self.limit <= failures:
+        if error is not None and 0 < self.limit <= failures:
+            fact = f"stopped after {failures} consecutive failures; last error: "
             raise TrippedError(
-                f"stopped after {failures} consecutive failures; last error: {error}",
-                remedy="fix the cause and run the same command again, which tries them again and "
-                "keeps the shards before them, or allow more failures with --max-failures",
+                Wording(fact + str(error), shell=fact + error.text(in_shell=True)),
+                remedy=with_options(
+                    "fix the cause and run the same command again, which tries them again and "
+                    "keeps the shards before them, or allow more failures with {}",
+                    "max_failures",
+                ),
             )

@@ -5,7 +5,7 @@ import os
 from hashlib import sha256
 from pathlib import Path
 
-from qwen_vit.errors import ArgumentError
+from qwen_vit.errors import ArgumentError, with_options
 from qwen_vit.export.plan import ExportPlan
 from qwen_vit.export.records import DoneShard
 from qwen_vit.feature_files.read import open_shard
@@ -29,8 +29,8 @@ class CacheWriter:
     def __init__(self, plan: ExportPlan, folder: str | os.PathLike[str]) -> None:
         if plan.options.output != "merged":
             raise ArgumentError(
-                f"an encoder cache cannot hold output={plan.options.output!r}",
-                expected='output="merged", which a language model takes',
+                with_options("an encoder cache cannot hold {}", ("output", plan.options.output)),
+                expected=with_options("{}, which a language model takes", ("output", "merged")),
                 remedy="export it so, or leave the encoder cache out",
             )
         check_ec_folder(folder, plan.settings, plan.settings["dtype"])

@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen_vit.common.atomic_file import TEMPORARY_SUFFIX, cannot_write, check_utf8
 from qwen_vit.common.safetensors_header import MAX_HEADER_BYTES
-from qwen_vit.errors import ArgumentError, ExportError, display_name
+from qwen_vit.errors import ArgumentError, ExportError, Wording, display_name, with_options
 from qwen_vit.export.changes import InputChanges
 from qwen_vit.export.listings import Listings
 from qwen_vit.export.lock import LOCK_NAME, hold_folder, short_lock
@@ -22,6 +22,7 @@ from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.segments import find_segments, remove_segments
 from qwen_vit.export.settings import (
     MADE_BY,
+    OTHER_FOLDER,
     SETTINGS,
     EncoderInfo,
     StoredExport,
@@ -152,7 +153,9 @@ def check_is_export(folder: Path) -> None:
             "no export to resume",
             name=str(folder),
             expected=f"a folder of `qwen-vit export` with its {SETTINGS}",
-            remedy="begin the export with its inputs and --out",
+            remedy=Wording(
+                "begin the export with its inputs", shell="begin it with its INPUTS and --out"
+            ),
         )
 
 
@@ -256,7 +259,7 @@ def _check_heads(plan: ExportPlan) -> None:
                 f"{n_images} images would need a header of up to {room} bytes",
                 name=str(plan.path(shard)),
                 expected=f"at most {MAX_HEADER_BYTES}, which is what safetensors reads",
-                remedy="lower --shard-size",
+                remedy=with_options("lower {}", "shard_size"),
             )
 
 
@@ -316,7 +319,7 @@ def check_folder(folder: Path, *, make: bool = True) -> None:
         if not folder.absolute().parent.is_dir():
             raise ExportError("not a folder", name=str(folder.parent), remedy="create it first")
         if os.path.lexists(folder) and not folder.is_dir():
-            raise ExportError("not a folder", name=str(folder), remedy="pass another --out")
+            raise ExportError("not a folder", name=str(folder), remedy=OTHER_FOLDER)
         if make:
             folder.mkdir(exist_ok=True)
         names = sorted(os.listdir(folder)) if folder.exists() else []
@@ -328,7 +331,7 @@ def check_folder(folder: Path, *, make: bool = True) -> None:
             f"it holds {display_name(strange[0])} ({len(strange)} in all) and no {SETTINGS}",
             name=str(folder),
             expected="an export or an empty folder",
-            remedy="pass another --out",
+            remedy=OTHER_FOLDER,
         )
     written = folder if folder.exists() else folder.absolute().parent
     if not os.access(written, os.W_OK):

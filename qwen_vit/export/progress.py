@@ -9,6 +9,7 @@ from typing import Any, Self
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from qwen_vit.errors import ImageError
 from qwen_vit.export.manifest import ManifestRow
 from qwen_vit.export.plan import ExportPlan
 from qwen_vit.feature_files.schema import rows_by_tensor
@@ -54,7 +55,7 @@ class Progress:
     def count(self, features: ImageFeatures | FailedImage) -> None:
         """Count an image of this process."""
         if isinstance(features, FailedImage):
-            self._count(0, 0, features.message)
+            self._count(0, 0, features.error)
         else:
             n_bytes = sum(rows.nbytes for rows in rows_by_tensor(features).values())
             self._count(len(features.embeds), n_bytes)
@@ -64,7 +65,7 @@ class Progress:
         for row in rows:
             self._count(row.tokens or 0, n_bytes // len(rows), row.error_message)
 
-    def _count(self, tokens: int, n_bytes: int, error: str | None = None) -> None:
+    def _count(self, tokens: int, n_bytes: int, error: ImageError | str | None = None) -> None:
         self.tokens += tokens
         self.bytes += n_bytes
         if error is not None:
@@ -84,7 +85,7 @@ class Progress:
             self.bar.initial += count
             self.bar.update(count)
 
-    def _log_failure(self, error: str) -> None:
+    def _log_failure(self, error: ImageError | str) -> None:
         if self.failed > MAX_FAILURES_LOGGED + 1:
             return
         with logging_redirect_tqdm():

@@ -20,7 +20,7 @@ from typing import Any
 
 from qwen_vit.common.prefetch import thread_count
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ArgumentError, ExportError, ImageError, QwenVitError
+from qwen_vit.errors import ArgumentError, ExportError, ImageError, QwenVitError, Wording
 from qwen_vit.export.background import StageTimer
 from qwen_vit.export.circuit_breaker import CircuitBreaker
 from qwen_vit.export.ec_cache import CacheWriter
@@ -33,6 +33,7 @@ from qwen_vit.export.records import REST, STAGES, DoneShard
 from qwen_vit.export.result import ExportCounts, ExportReport
 from qwen_vit.export.retry import FailingRun, may_work_now
 from qwen_vit.export.run import load_encoder, make_manifest, warn_of_idle
+from qwen_vit.export.settings import OTHER_FOLDER
 from qwen_vit.export.shards import export_shards, whole_shard
 
 __all__ = ["export_on_ray"]
@@ -151,7 +152,7 @@ def _size(plan: ExportPlan, shard: int) -> int:
             "it does not exist here, although a worker wrote it",
             name=str(plan.path(shard)),
             expected="a folder on a disk that all nodes of the cluster share",
-            remedy="pass another --out",
+            remedy=OTHER_FOLDER,
         ) from None
 
 
@@ -333,7 +334,7 @@ def _cluster(address: str | None) -> Iterator[None]:
         import ray
     except ImportError:
         raise ExportError(
-            "--ray needs Ray, which is not installed", remedy="run pip install 'qwen-vit[ray]'"
+            "Ray is not installed", remedy="run pip install 'qwen-vit[ray]'"
         ) from None
     if ray.is_initialized():  # by our caller
         yield
@@ -345,7 +346,8 @@ def _cluster(address: str | None) -> Iterator[None]:
     except (OSError, OverflowError, ValueError, RuntimeError) as error:  # the port may be invalid
         raise ExportError(
             f"no Ray cluster answers at {address or 'RAY_ADDRESS'} ({error})",
-            remedy="start one with `ray start --head`, and write --ray=ADDRESS, or --ray last",
+            remedy="start one with `ray start --head`, and "
+            + Wording("pass its address", shell="write --ray=ADDRESS, or --ray last"),
         ) from None
     try:
         with redirect_stdout(sys.stderr):  # Ray prints warnings to stdout, where our data goes

@@ -16,7 +16,7 @@ import torch
 
 from qwen_vit.common.prefetch import thread_count
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ArgumentError, ExportError, plural
+from qwen_vit.errors import ArgumentError, ExportError, plural, with_options
 from qwen_vit.export.background import StageTimer
 from qwen_vit.export.ec_cache import CacheWriter
 from qwen_vit.export.estimate import Estimate, estimate_plan
@@ -131,8 +131,8 @@ def warn_of_idle(n_shards: int, n_workers: int, workers: str) -> None:
     """Log a warning if there are fewer shards than `workers`, such as "parts"."""
     if n_shards < n_workers:
         logger.warning(
-            "%s for %d %s: lower --shard-size so that all have work",
-            plural(n_shards, "shard"), n_workers, workers,
+            "%s for %d %s: lower %s so that all have work",
+            plural(n_shards, "shard"), n_workers, workers, with_options("{}", "shard_size"),
         )  # fmt: skip
 
 

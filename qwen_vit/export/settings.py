@@ -17,7 +17,14 @@ from typing import Any, Protocol, Self
 
 from qwen_vit.common.atomic_file import atomic_file, cannot_write
 from qwen_vit.common.strict_json import is_integer, read_json
-from qwen_vit.errors import CheckpointError, ExportError, display_name, plural
+from qwen_vit.errors import (
+    CheckpointError,
+    ExportError,
+    Wording,
+    display_name,
+    plural,
+    with_options,
+)
 from qwen_vit.export.changes import InputChanges, failed_items
 from qwen_vit.export.listings import Listings
 from qwen_vit.export.options import ExportOptions
@@ -30,6 +37,7 @@ from qwen_vit.video.source import decoder_name
 __all__ = [
     "LISTING",
     "MADE_BY",
+    "OTHER_FOLDER",
     "SETTINGS",
     "EncoderInfo",
     "StoredExport",
@@ -39,6 +47,7 @@ __all__ = [
     "read_stored",
 ]
 
+OTHER_FOLDER = Wording("pass another folder", shell="pass another --out")
 logger = logging.getLogger("qwen_vit")
 
 SETTINGS, LISTING = "export.json", listing_name(0)
@@ -174,19 +183,20 @@ class StoredExport:
     ) -> ExportError:
         ways = ["to continue, pass the inputs and settings that it was started with"]
         if names and all(name.partition(".")[0] in MADE_BY for name in names):
-            ways.append("to go on with these versions, pass --accept-versions")
+            ways.append(
+                with_options("to go on with these versions, pass {}", ("accept_versions", True))
+            )
         if changes is not None and changes.describe() and not changes.moved:
-            ways[0] += f", or only --resume {self.folder}"
+            ways[0] += Wording(", or inputs of None", shell=f", or only --resume {self.folder}")
             if changes.new:
-                ways.append("to add the new images, pass --extend")
-        no_shard = f", or delete {self.folder / SETTINGS}: no shard exists yet"
-        ways.append(
-            f"to start a new export, pass another --out{no_shard * (not has_shards(self.folder))}"
-        )
+                ways.append(with_options("to add the new images, pass {}", ("extend", True)))
+        ways.append("to start a new export, " + OTHER_FOLDER)
+        if not has_shards(self.folder):
+            ways[-1] += f", or delete {self.folder / SETTINGS}: no shard exists yet"
         return ExportError(
             f"it holds an export that differs: {'; '.join(differences)}",
             name=str(self.folder),
-            remedy="; ".join(ways),
+            remedy=Wording.joined("; ", ways),
         )
 
     def grow(
@@ -203,14 +213,18 @@ class StoredExport:
             _log_of_growth(changes, changed)
             self._append("extend", [*changes.new, *changed], withdrawn, scratch)
         if options.retry_failed and self._has_open_retry():
-            logger.warning("an earlier --retry-failed is not finished: this run finishes it first")
+            logger.warning(
+                "an earlier %s is not finished: this run finishes it first",
+                with_options("{}", ("retry_failed", True)),
+            )
         elif options.retry_failed:
             failed = list(failed_items(self.folder, self.listings))
             again = [item for item in failed if item.error is None]
             if len(again) < len(failed):
                 logger.warning(
-                    "%s while listing: --extend lists them again",
+                    "%s while listing: %s lists them again",
                     plural(len(failed) - len(again), "failure"),
+                    with_options("{}", ("extend", True)),
                 )
             self._append("retry", again, [], scratch)
 
@@ -259,7 +273,7 @@ def read_stored(folder: Path, found: Listing | None, options: ExportOptions) -> 
             "it has no n_images and shard_size",
             name=str(path),
             expected="the settings of an export",
-            remedy="pass another --out",
+            remedy=OTHER_FOLDER,
         )
     # without a shard, for example after a refusal for size, there is nothing to differ from
     is_begun = has_shards(folder) or "listing_sha256" not in description
@@ -271,8 +285,9 @@ def read_stored(folder: Path, found: Listing | None, options: ExportOptions) -> 
             f"it holds an export of schema {version}",
             name=str(folder),
             expected=f"schema {SCHEMA_VERSION}, which this version of qwen_vit writes",
-            remedy="finish it with the version that began it, or pass another --out; load_features "
-            "reads both",
+            remedy="finish it with the version that began it, or "
+            + OTHER_FOLDER
+            + "; load_features reads both",
         )
     return StoredExport(folder, description, _read_listings(folder, description, found))
 
@@ -282,7 +297,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         return read_json(folder / SETTINGS)
     except CheckpointError as error:
-        raise ExportError.of(error, remedy="pass another --out") from None
+        raise ExportError.of(error, remedy=OTHER_FOLDER) from None
 
 
 def _read_listings(folder: Path, description: Mapping[str, Any], found: Listing | None) -> Listings:
@@ -301,7 +316,7 @@ def _read_listings(folder: Path, description: Mapping[str, Any], found: Listing 
                 f"cannot compare images: {each.name} is missing or corrupt",
                 name=str(folder),
                 remedy="to continue, pass the inputs that it was started with; to start a new "
-                "export, pass another --out",
+                "export, " + OTHER_FOLDER,
             )
         listings.append(listing)
     return Listings(tuple(listings), tuple(each.withdrawn for each in facts))

@@ -23,6 +23,7 @@ from qwen_vit.feature_files.writer import (
     rows_sha256,
 )
 from qwen_vit.features import (
+    TRY_FLOAT32,
     UNKNOWN_SIZE,
     AnyFeatures,
     ImageFeatures,
@@ -83,7 +84,7 @@ def write_features(
         raise ExportError(
             f"two images have the id {twice!r}",
             name=str(path),
-            remedy="name them differently, for example by dataclasses.replace(features, id=...)",
+            remedy="name them differently, for example by `dataclasses.replace(features, id=...)`",
         )
     columns = _columns(path, good)
     tensors = [RowTensor(name, *_form(path, name, rows)) for name, rows in columns.items()]
@@ -97,7 +98,7 @@ def write_features(
             f"the embeddings of {broken[0]!r} ({len(broken)} of {plural(len(ids), 'image')}) "
             "contain NaN or infinity",
             name=str(path),
-            remedy="check the checkpoint with `qwen-vit info`, and try float32",
+            remedy=TRY_FLOAT32,
         )
     output, normalized = _output(path, good, metadata)
     facts = {name: value for name, value in metadata.items() if name not in OF_A_SHARD}
@@ -252,6 +253,6 @@ def _patches_per_row(path: Path, features: Sequence[ImageFeatures], is_mean: boo
             f"{one!r} has {first} patches per row and {other!r} has {second}",
             name=str(path),
             expected="the same",
-            remedy='write merged and output="patch" features to separate files',
+            remedy="write merged features and features of patches to separate files",
         )
     return next(iter(found))

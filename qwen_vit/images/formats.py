@@ -21,7 +21,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from qwen_vit.errors import ImageError
+from qwen_vit.errors import ImageError, with_options
 
 __all__ = ["DECODERS", "IDENTIFY_BYTES", "LOOKALIKES", "decoder", "identify"]
 
@@ -67,7 +67,7 @@ LOOKALIKES = (
     (rb"8bps", "format", "Photoshop", "export it as PNG"),
     (rb"\x00\x00\x02\x00[\x01-\x20]\x00", "format", "a cursor", "convert it to PNG"),
     (rb"p7\s", "format", "Netpbm's PAM", "convert it to PNG"),
-    (rb"par1", "format", "a Parquet file", "pass --column to `qwen-vit export`"),
+    (rb"par1", "format", "a Parquet file", "pass it to `qwen-vit export --column NAME`"),
     (rb"\x93numpy", "format", "a numpy file", "pass numpy.load(...) instead"),
     (rb"pk\x03\x04|\x1f\x8b", "format", "an archive", "unpack it first"),
 )
@@ -165,7 +165,7 @@ def _refused(data: bytes, name: str, on_request: str) -> ImageError:
     code, what, remedy = "not-an-image", "not an image", ""
     if on_request:
         code, what = "format", f"of a format that is read only on request ({on_request})"
-        remedy = f"pass --formats {on_request} (formats= in Python), or convert it to PNG"
+        remedy = with_options("pass {}, or convert it to PNG", ("formats", on_request.lower()))
     head = data[:IDENTIFY_BYTES].lower()
     for pattern, found_code, found, found_remedy in () if on_request else LOOKALIKES:
         is_other = found_code == "not-an-image"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.errors import ArgumentError, ImageError, with_options
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +145,8 @@ def check_formats(formats: object) -> tuple[str, ...]:
     unknown = sorted(names.difference(OPTIONAL_FORMATS))
     if unknown:
         raise ArgumentError(
-            f"formats has {', '.join(unknown)}", expected=f"some of {', '.join(OPTIONAL_FORMATS)}"
+            with_options("{} has {names}", "formats", names=", ".join(unknown)),
+            expected=f"some of {', '.join(OPTIONAL_FORMATS)}",
         )
     return tuple(sorted(names))
 

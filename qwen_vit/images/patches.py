@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qwen_vit.config import Grid, ImageConfig
-from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.errors import ArgumentError, ImageError, with_options
 from qwen_vit.images.image import check_ratio
 from qwen_vit.images.rows import normalise
 
@@ -239,7 +239,7 @@ def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patch
         raise ImageError(
             "does not fit into memory when resized",
             name=called,
-            remedy="make it smaller, or lower max_pixels",
+            remedy=with_options("make it smaller, or lower {}", "max_pixels"),
             code="memory",
         ) from None
     height, width, _ = resized.shape
@@ -263,16 +263,30 @@ def check_sides(height: int, width: int, name: str) -> None:
 def _check_limits(factor: int, min_pixels: int, max_pixels: float) -> None:
     if factor < 1 or min_pixels < 1:
         raise ArgumentError(
-            f"factor is {factor} and min_pixels {min_pixels}", expected="whole numbers above 0"
+            with_options(
+                "factor is {factor} and {} {least}", "min_pixels", factor=factor, least=min_pixels
+            ),
+            expected="whole numbers above 0",
         )
     if max_pixels < factor**2:
         raise ArgumentError(
-            f"max_pixels is {max_pixels}, too small for one token of {factor}x{factor} pixels",
+            with_options(
+                "{} is {most}, too small for one token of {factor}x{factor} pixels",
+                "max_pixels",
+                most=max_pixels,
+                factor=factor,
+            ),
             remedy=f"raise it to at least {factor**2}",
         )
     if min_pixels > max_pixels:
         raise ArgumentError(
-            f"min_pixels {min_pixels} exceeds max_pixels {max_pixels}",
+            with_options(
+                "{} {least} exceeds {} {most}",
+                "min_pixels",
+                "max_pixels",
+                least=min_pixels,
+                most=max_pixels,
+            ),
             remedy="lower the one or raise the other",
         )
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen_vit.common.storage import RemoteObject, is_remote
-from qwen_vit.errors import ExportError, ImageError, display_name
+from qwen_vit.errors import ExportError, ImageError, display_name, with_options
 from qwen_vit.images.image import ADDRESS
 from qwen_vit.images.refusals import address_remedy
 from qwen_vit.inputs.listing import Item
@@ -120,7 +120,9 @@ def no_image_found(inputs: Sequence[str], left_out: Counter[str]) -> ExportError
     return ExportError(
         f"no image found in {', '.join(map(display_name, inputs))}",
         expected="files in folders and tars to have an extension such as .jpg or .mp4",
-        remedy="pass --column to read Parquet files" if has_parquet else "check the inputs",
+        remedy=with_options("pass {} to read Parquet files", "column")
+        if has_parquet
+        else "check the inputs",
     )
 
 

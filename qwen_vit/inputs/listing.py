@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from qwen_vit.common.atomic_file import atomic_file
-from qwen_vit.errors import ExportError, ImageError, display_name
+from qwen_vit.errors import ExportError, ImageError, display_name, with_options
 from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, suffix_of
 
 __all__ = ["Item", "Listing", "read_listing"]
@@ -193,7 +193,7 @@ def _same_id(item: Item) -> ExportError:
         remedy = "rename one in its tar, pass each tar once, or extract them and export the folder"
     if item.row is not None:
         row = f", row {item.row}"
-        remedy = "pass each file once, another --id-column, or none"
+        remedy = with_options("pass each file once, another {}, or none", "id_column")
     return ExportError(
         f"two images have this id, the second {where} {display_name(item.source)}{row}",
         name=item.id,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_vit.common.storage import is_remote
-from qwen_vit.errors import ArgumentError, ExportError, ImageError, display_name
+from qwen_vit.errors import ArgumentError, ExportError, ImageError, display_name, with_options
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.parquet_file import (
     cannot_read,
@@ -46,11 +46,12 @@ class ParquetColumns:
         """
         for name, value in (("column", image), ("id_column", id)):
             if value is not None and (not isinstance(value, str) or not value):
-                raise ArgumentError(f"{name} is {value!r}", expected="the name of a column")
+                fact = with_options("{} is {value!r}", name, value=value)
+                raise ArgumentError(fact, expected="the name of a column")
         if image is None and id is not None:
             raise ArgumentError(
-                f"id_column is {id!r}, but no column of images is named",
-                remedy="pass --column as well (column= in Python)",
+                with_options("{} is given, but no column of images", ("id_column", id)),
+                remedy=with_options("pass {} as well", "column"),
             )
         return None if image is None else cls(image, id)
 
@@ -96,9 +97,9 @@ def needs_column(path: str) -> ExportError:
     return ExportError(
         "a Parquet file, and no column is named",
         name=path,
-        expected=f"--column (column= in Python); columns of images: {found}" if found else
-        "--column (column= in Python), the name of its column of images",
-        remedy=f"pass --column {columns[0]}" if columns else "pass --column",
+        expected=f"the name of one of its columns of images: {found}" if found else
+        "the name of its column of images",
+        remedy=with_options("pass {}", ("column", columns[0]) if columns else "column"),
     )  # fmt: skip
 
 
@@ -112,7 +113,7 @@ def _items_with_ids(
                 missing = ImageError(
                     f"its id in column {id_column} is {'null' if value is None else 'empty'}",
                     name=f"{name}:{row}",
-                    remedy="fill that column, or leave out --id-column",
+                    remedy=with_options("fill that column, or leave out {}", "id_column"),
                     code="null",
                 )
                 yield Item.failed(f"{name}:{row}", path, missing)
@@ -135,5 +136,5 @@ def _check_ids(schema: Any, column: str, name: str) -> None:
             f"column {display_name(column)} holds {kind}",
             name=name,
             expected="ids: text or whole numbers",
-            remedy="pass another --id-column, or none",
+            remedy=with_options("pass another {}, or none", "id_column"),
         )

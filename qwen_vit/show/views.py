@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.errors import ArgumentError, ImageError, with_options
 from qwen_vit.images.image import ImageSource, RgbImage
 from qwen_vit.images.load import load_image
 from qwen_vit.show.colours import PrincipalColours, similarity_map
@@ -166,7 +166,7 @@ def _map_of(features: DenseFeatures, layer: int | None, frame: int) -> Tensor:
             f"no features of layer {layer}",
             name=features.id,
             expected=f"one of its layers: {found}" if found else "",
-            remedy=f"encode it with layers=({layer},)",
+            remedy=with_options("encode it with {}", ("layers", (layer,))),
         )
     if not 0 <= frame < len(frames):
         raise ArgumentError(

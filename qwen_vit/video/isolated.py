@@ -18,6 +18,7 @@ from qwen_vit.inputs.listing import Item
 from qwen_vit.video.items import open_video_item, video_of_item
 from qwen_vit.video.load import load_video
 from qwen_vit.video.options import VideoLimits, VideoOptions
+from qwen_vit.video.source import TAKE_A_PART
 
 __all__ = ["load_in_child", "main"]
 
@@ -55,7 +56,7 @@ def load_in_child(
             f"not decoded after {limits.max_decode_s:g} s",
             name=item.id,
             expected="at most VideoLimits.max_decode_s",
-            remedy="pass start= and end=, or raise VideoLimits.max_decode_s in Python",
+            remedy=TAKE_A_PART,
             code="slow",
         ) from None
     if done.returncode != 0:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from qwen_vit.config import Grid, ImageConfig
-from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.errors import ArgumentError, ImageError, Wording, with_options
 from qwen_vit.images.image import ArrayLayout, ImageLimits, RgbImage
 from qwen_vit.images.load import load_image
 from qwen_vit.images.memory import decoding_memory
@@ -99,7 +99,10 @@ def load_video(
             raise ImageError(
                 "its sampled frames do not fit into memory",
                 name=name,
-                remedy="take fewer or smaller frames: fps=, n_frames=, max_pixels=",
+                remedy=Wording(
+                    "lower fps, n_frames or max_pixels",
+                    shell="lower --fps, --n-frames or --max-frame-pixels",
+                ),
                 code="memory",
             ) from None
 
@@ -177,7 +180,7 @@ def _from_frames(
                 f"{option} is given for frames",
                 name=name,
                 expected="this option with a video file only; all passed frames are used",
-                remedy="select the frames yourself, and pass their rate as fps=",
+                remedy=with_options("select the frames yourself, and pass their rate as {}", "fps"),
             )
     frames = _frame_list(video.source, name)
     rows: _Rows | None = None

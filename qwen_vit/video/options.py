@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_vit.common.strict_json import is_integer, is_number
-from qwen_vit.errors import ArgumentError, check_choice
+from qwen_vit.errors import ArgumentError, Wording, check_choice, with_options
 from qwen_vit.images.image import ImageSource
 
 __all__ = [
@@ -73,22 +73,30 @@ class VideoOptions:
     def __post_init__(self) -> None:
         check_choice("sampling", self.sampling, get_args(Sampling))
         if not (is_number(self.fps) and math.isfinite(self.fps) and self.fps > 0):
-            raise ArgumentError(f"fps is {self.fps!r}", expected="a number above 0")
+            raise _wrong("fps", self.fps, "a number above 0")
         for name in ("n_frames", "max_frames"):
             value = getattr(self, name)
             if value is not None and not (is_integer(value) and value >= 2):
-                raise ArgumentError(f"{name} is {value!r}", expected="a whole number from 2 on")
+                raise _wrong(name, value, "a whole number from 2 on")
         for name in ("min_pixels", "max_pixels"):
             value = getattr(self, name)
             if value is not None and not (is_integer(value) and value >= 1):
-                raise ArgumentError(f"{name} is {value!r}", expected="a whole number above 0")
+                flag = f"--{name[:3]}-frame-pixels"
+                raise _wrong(name, value, "a whole number above 0", flag)
         for name in ("start", "end"):
             value = getattr(self, name)
             if value is not None and not (is_number(value) and math.isfinite(value) and value >= 0):
-                raise ArgumentError(f"{name} is {value!r}", expected="seconds from 0 on")
+                raise _wrong(name, value, "seconds from 0 on")
         if self.start is not None and self.end is not None and self.start >= self.end:
             raise ArgumentError(
-                f"start is {self.start} s and end {self.end} s", expected="an end behind the start"
+                with_options(
+                    "{} is {begin} s and {} {stop} s",
+                    "start",
+                    "end",
+                    begin=self.start,
+                    stop=self.end,
+                ),
+                expected="an end behind the start",
             )
 
     @property
@@ -162,3 +170,9 @@ class VideoLimits:
             is_right = is_integer(value) or (each.name == "max_decode_s" and is_number(value))
             if not is_right or value <= 0:
                 raise ArgumentError(f"{each.name} is {value!r}", expected="a number above 0")
+
+
+def _wrong(name: str, value: object, expected: str, flag: str = "") -> ArgumentError:
+    flag = flag or f"--{name.replace('_', '-')}"
+    fact = Wording(f"{name} is {value!r}", shell=f"{flag} is {value!r}")
+    return ArgumentError(fact, expected=expected)

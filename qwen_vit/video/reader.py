@@ -19,7 +19,14 @@ from qwen_vit.errors import ImageError
 from qwen_vit.video.container import too_many_frames
 from qwen_vit.video.options import VideoLimits
 from qwen_vit.video.sampling import Timeline
-from qwen_vit.video.source import CONVERT, Opener, check_size, plain_errors, video_stream
+from qwen_vit.video.source import (
+    CONVERT,
+    TAKE_A_PART,
+    Opener,
+    check_size,
+    plain_errors,
+    video_stream,
+)
 
 __all__ = ["FileFrames", "VideoHeader", "open_video", "read_header"]
 
@@ -291,7 +298,7 @@ class FileFrames:
             raise ImageError(
                 f"reading and decoding took more than {self._limits.max_decode_s:g} s",
                 name=self._name,
-                remedy="pass start= and end=, or raise VideoLimits.max_decode_s in Python",
+                remedy=TAKE_A_PART,
                 code="slow",
             )
 

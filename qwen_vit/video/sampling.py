@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.errors import ArgumentError, ImageError, Wording, with_options
 from qwen_vit.images.patches import check_sides, smart_resize
 from qwen_vit.video.options import VideoOptions
 
@@ -108,7 +108,7 @@ def _frame_range(timeline: Timeline, options: VideoOptions, name: str) -> tuple[
             f"there are fewer than two of its {timeline.n_frames} frames ({duration:.6g} s)",
             name=name,
             expected="a part of at least two frames",
-            remedy="pass another start= or end=",
+            remedy=with_options("pass another {} or {}", "start", "end"),
             code="video-range",
         )
     return first, last
@@ -141,7 +141,7 @@ def _check_count(n: int, count: int, name: str) -> None:
             f"{n} of {count} frames are requested",
             name=name,
             expected=f"from {FRAMES_IN_A_STEP} to {count}",
-            remedy="pass another n_frames=, or fps= instead",
+            remedy=with_options("pass another {}, or {} instead", "n_frames", "fps"),
             code="video-frames",
         )
 
@@ -167,9 +167,16 @@ def pixel_limits(n_frames: int, options: VideoOptions, factor: int) -> tuple[int
             largest = min(options.max_pixels, largest)
     if largest < max(least, token):
         raise ArgumentError(
-            f"min_pixels is {least} and max_pixels {largest:g} for {n_frames} frames",
-            expected=f"max_pixels of at least min_pixels and {token}, one token",
-            remedy="lower min_pixels, or raise max_pixels (--min-frame-pixels, --max-frame-pixels)",
+            Wording(
+                f"min_pixels is {least} and max_pixels {largest:g} for {n_frames} frames",
+                shell=f"--min-frame-pixels is {least} and --max-frame-pixels {largest:g} for "
+                f"{n_frames} frames",
+            ),
+            expected=f"the largest not below the smallest and {token}, one token",
+            remedy=Wording(
+                "lower min_pixels, or raise max_pixels",
+                shell="lower --min-frame-pixels, or raise --max-frame-pixels",
+            ),
         )
     return least, largest
 

@@ -8,17 +8,21 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, BinaryIO
 
-from qwen_vit.errors import ImageError
+from qwen_vit.errors import ImageError, Wording
 from qwen_vit.images.refusals import too_much_memory
 from qwen_vit.images.regular_file import open_regular
 from qwen_vit.video.container import check_structure
 from qwen_vit.video.options import VideoLimits
 
 __all__ = [
-    "CONVERT", "Opener", "Window", "check_size", "decoder_name", "open_file", "plain_errors",
-    "require_av", "video_stream",
+    "CONVERT", "TAKE_A_PART", "Opener", "Window", "check_size", "decoder_name", "open_file",
+    "plain_errors", "require_av", "video_stream",
 ]  # fmt: skip
 
+TAKE_A_PART = Wording(
+    "pass start and end, or raise VideoLimits.max_decode_s",
+    shell="pass --start and --end, or raise VideoLimits.max_decode_s in Python",
+)
 CONVERT = "convert it, for example with ffmpeg -i IN -c:v libx264 OUT.mp4"
 READ_BYTES = 2**18  # at once, of a file that is no path
 

@@ -109,7 +109,7 @@ def test_a_tower_one_folder_down_is_found_or_named(tmp_path: Path, below: str) -
     assert (source.folder, source.name) == (tmp_path / below, str(tmp_path / below))
     with pytest.raises(CheckpointError, match=below) as caught:
         load_checkpoint(tmp_path)
-    assert f"--subfolder {below}" in caught.value.remedy
+    assert f'subfolder="{below}"' in caught.value.remedy
 
 
 @pytest.mark.parametrize("subfolder", ["", "/", "..", "a/../..", "/etc", "a//b", "a\n", 3])

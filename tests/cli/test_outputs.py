@@ -85,9 +85,9 @@ def test_an_exports_report_names_its_rows(run: Any) -> None:
         (("--layers", "1,x"), "--layers is '1,x', expected blocks such as 7,15"),
         (("--layers", "-1"), "--layers is '-1', expected blocks"),
         (("--layers", "1,"), "--layers is '1,'"),
-        (("--layers", "1,1"), "error: layers holds 1 twice"),
-        (("--layers", "5"), "error: layers holds 5. Expected blocks from 0 to 4"),
-        (("--normalize",), "error: normalize is True for output='merged'"),
+        (("--layers", "1,1"), "error: --layers holds 1 twice"),
+        (("--layers", "5"), "error: --layers holds 5. Expected blocks from 0 to 4"),
+        (("--normalize",), "error: --normalize is for --output mean alone"),
         (("--output", "max"), "Invalid value for '--output'"),
     ],
 )

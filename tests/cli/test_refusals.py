@@ -28,7 +28,7 @@ REFUSED = {
     "folder is a file": (("a.png", "--out", "a.png/f"), ("a.png: not a folder. Create it first.",)),
     "is a folder": (
         ("a.png", "--out", "sub", "--overwrite"),
-        ("sub: a folder. Expected a file to write. Pass another --out.",),
+        ("sub: a folder. Expected a file to write. Pass another folder.",),
     ),
     "twice": (
         ("a.png", "b.jpg", "a.png", "--out", "f"),
@@ -39,7 +39,7 @@ REFUSED = {
     "not UTF-8": (("a.png", "--out", "caf\udce9.st"), ("not UTF-8", "safetensors can open")),
     "a device": (
         ("a.png", "--out", "device", "--overwrite"),
-        ("device: not a regular file. Expected a file. Pass another --out",),
+        ("device: not a regular file. Expected a file. Pass another folder",),
     ),
     "a link": (
         ("a.png", "--out", "link", "--overwrite"),
@@ -47,7 +47,7 @@ REFUSED = {
     ),
     "an image": (
         ("b.jpg", "./a.safetensors", "--out", "a.safetensors", "--overwrite"),
-        ("a.safetensors: one of the images. Pass another --out.",),
+        ("a.safetensors: one of the images. Pass another folder.",),
     ),
     "twice by two names": (("a.png", "./a.png", "--out", "f"), ("a.png: given twice.",)),
     "another format": (

@@ -229,7 +229,7 @@ def test_an_image_too_large_for_the_gpus_memory_is_skipped(
     ):
         [(name, error)] = done.skipped
         assert (name, error.code, done.passed) == (str(ROCKET), "out-of-memory", False)
-        assert "Lower --max-pixels" in str(error)
+        assert "Lower max_pixels" in str(error)
         assert [image.id for image in done.images] == [str(CHELSEA)]
 
 

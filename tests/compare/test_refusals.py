@@ -34,14 +34,14 @@ def test_without_a_transformers_to_use_the_range_and_the_find_are_named(
     assert (code, out) == (2, "")
     assert words in err
     assert "Run pip install 'qwen-vit[hf]'" in err
-    assert "--golden FILE" in err
+    assert "pass a golden file that someone else made by --golden" in err
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="FlashAttention is installed")
 def test_an_attention_that_is_not_installed_is_refused_with_the_others() -> None:
     checkpoint = encoder().checkpoint
     with pytest.raises(
-        ArgumentError, match=r"refuses --attention flash_attention_2 .* Use sdpa or eager\."
+        ArgumentError, match=r"refuses attention=.flash_attention_2. .* Use sdpa or eager\."
     ):
         reference.hf_tower(
             checkpoint.tensors, checkpoint.config, torch.bfloat16, attention="flash_attention_2"

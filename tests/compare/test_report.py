@@ -243,7 +243,7 @@ def test_other_weights_than_the_goldens_have_no_ratio(tmp_path: Path) -> None:
 
 def test_an_existing_page_stays_unless_asked(page: Path) -> None:
     with pytest.raises(
-        ExportError, match=r"index.html: already exists\. Pass --overwrite to replace it\."
+        ExportError, match=r"index.html: already exists\. Pass overwrite=True to replace it\."
     ):
         report.check_report(page.parent, overwrite=False)
     report.check_report(page.parent, overwrite=True)

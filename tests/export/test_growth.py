@@ -161,7 +161,9 @@ def test_changed_inputs_are_named(folder: Path, caplog: pytest.LogCaptureFixture
     os.utime("p/1.png")  # newer, with the same content
     Path("p/2.png").unlink()
     write("p/x.png", tiny_png(5))
-    with pytest.raises(ExportError, match=r"1 missing, first 2.png; 1 new, first x.png.*--extend"):
+    with pytest.raises(
+        ExportError, match=r"1 missing, first 2.png; 1 new, first x.png.*extend=True"
+    ):
         export()
     encoder = FakeEncoder()
     done = export(EXTEND, encoder=encoder)
@@ -456,7 +458,7 @@ def test_other_versions_are_refused_until_they_are_accepted(folder: Path) -> Non
     Path("out/shard-00000001.safetensors").unlink()
     with pytest.raises(ExportError, match=r"versions.pillow was .*, is 13 now") as caught:
         export(encoder=Newer())
-    assert "pass --accept-versions" in caught.value.remedy
+    assert "pass accept_versions=True" in caught.value.remedy
     export(replace(OPTIONS, accept_versions=True), encoder=Newer())
     found = [
         load_features(f"out/shard-{number:08}.safetensors").metadata["versions"]["pillow"]

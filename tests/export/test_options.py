@@ -76,10 +76,10 @@ def test_a_header_that_safetensors_would_not_read_is_refused_before_any_image(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", 3_000)
-    with pytest.raises(ExportError, match=r"would need a header of up to .* Lower --shard-size"):
+    with pytest.raises(ExportError, match=r"would need a header of up to .* Lower shard_size"):
         export(encoder=NeverAsked(), options=replace(SMALL, shard_size=11))
     for folder in (None, "new", "out"):  # a dry run says so as well
-        with pytest.raises(ExportError, match="Lower --shard-size"):
+        with pytest.raises(ExportError, match="Lower shard_size"):
             estimate_export(NeverAsked(), ["p"], replace(SMALL, shard_size=11), folder=folder)
     assert export(options=replace(SMALL, shard_size=1)).exported == 10  # which then works
     monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", 300)  # an estimate, and there are shards

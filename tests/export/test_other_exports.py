@@ -114,8 +114,8 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(export_dir: Path) ->
     Path("dangling").symlink_to("nowhere")
     for given, words in (
         ("out", r"out: it holds notes.txt \(1 in all\) and no export.json"),
-        ("p/x.png", r"p/x.png: not a folder\. Pass another --out"),
-        ("dangling", r"dangling: not a folder\. Pass another --out"),
+        ("p/x.png", r"p/x.png: not a folder\. Pass another folder"),
+        ("dangling", r"dangling: not a folder\. Pass another folder"),
         ("no/out", r"no: not a folder\. Create it first"),
         ("n" * 300 + "/out", "File name too long|not a folder"),
         ("caf\udce9", r"caf\\udce9': not UTF-8\. Expected a path that safetensors can open"),
@@ -227,7 +227,7 @@ def test_a_listing_that_differs_in_more_than_messages_is_refused(
 def test_a_damaged_description_is_refused(export_dir: Path) -> None:
     export()
     Path("out/export.json").write_text("{")
-    with pytest.raises(ExportError, match=r"export.json: not JSON.*Pass another --out"):
+    with pytest.raises(ExportError, match=r"export.json: not JSON.*Pass another folder"):
         export()
 
 
@@ -255,7 +255,7 @@ def test_what_was_settled_before_the_first_shard_may_be_changed(export_dir: Path
 def test_a_file_of_that_name_that_is_not_ours_is_left_alone(export_dir: Path) -> None:
     Path("out").mkdir()
     Path("out/export.json").write_text('{"theme": "dark"}')
-    with pytest.raises(ExportError, match=r"export.json: it has no n_images.* Pass another --out"):
+    with pytest.raises(ExportError, match=r"export.json: it has no n_images.* Pass another folder"):
         export()
     assert files() == {"export.json": b'{"theme": "dark"}'}
 

@@ -206,7 +206,7 @@ def test_a_layer_that_the_tower_has_not_is_refused_before_a_folder_is_made(
         ({"layers": (-1,)}, "layers holds -1"),
         ({"layers": (1, 1)}, "layers holds 1 twice"),
         ({"layers": "01"}, "layers is '01'"),
-        ({"normalize": True}, "normalize is True for output='merged'"),
+        ({"normalize": True}, "normalize is for output=.mean. alone"),
         ({"normalize": 1, "output": "mean"}, "normalize is 1"),
     ],
 )

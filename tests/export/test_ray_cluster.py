@@ -223,7 +223,7 @@ def test_a_cluster_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(ExportError, match=r"no Ray cluster answers at photos/ .*--ray last"):
+    with pytest.raises(ExportError, match=r"no Ray cluster answers at photos/ .*pass its address"):
         export_on_ray("tiny", ["x"], "out", address="photos/")
 
 

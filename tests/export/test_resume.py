@@ -62,7 +62,7 @@ def test_an_exports_own_listing_takes_it_up_again(export_dir: Path) -> None:
     Path("out/shard-00000001.safetensors").unlink()
     Path("p/more.png").write_bytes(Path("p/0.png").read_bytes())
     with pytest.raises(
-        ExportError, match=r"1 new, first more.png.* or only --resume out; .* pass --extend"
+        ExportError, match=r"1 new, first more.png.* or inputs of None; .* pass extend=True"
     ):
         export()
     done = export("out/listing.jsonl")

@@ -130,15 +130,15 @@ def test_without_a_column_its_columns_of_images_are_named(here: Path) -> None:
     for given in ("data/x.parquet", "data/*.parquet"):
         error = refused(given, columns=None)
         assert "columns of images: image, mask" in error.expected
-        assert error.remedy == "pass --column image"
-        with pytest.raises(ExportError, match="--column"):
+        assert error.remedy == 'pass column="image"'
+        with pytest.raises(ExportError, match="Pass column"):
             check_inputs([given])
     Path("a.png").write_bytes(tiny_png(1))
     image, other = items("a.png", "data/x.parquet", columns=None)  # as a shell's * gives
     assert image.error is None
     assert other.error is not None
     assert other.error[0] == "format"
-    assert "--column" in other.error[1]
+    assert "column" in other.error[1]
 
 
 def test_columns_must_make_sense() -> None:
@@ -175,7 +175,7 @@ def test_a_column_that_holds_no_images_is_refused(
 @pytest.mark.parametrize("values", [pa.array([1.5]), pa.array([["a"]]), pa.array([b"a"])])
 def test_ids_of_another_type_are_refused(here: Path, values: Any) -> None:
     write_rows("x.parquet", structs([0]), key=values)
-    assert "--id-column" in refused("x.parquet", columns=ParquetColumns("image", "key")).remedy
+    assert "id_column" in refused("x.parquet", columns=ParquetColumns("image", "key")).remedy
 
 
 def test_a_missing_column_names_those_that_exist(here: Path) -> None:
@@ -208,7 +208,7 @@ def test_ids_that_are_null_or_twice(here: Path) -> None:
         ExportError, match=r"^a: two images have this id, .*y\.parquet, row 2\."
     ) as e:
         Listing.freeze(here / "listing", found, 10)
-    assert "--id-column" in e.value.remedy
+    assert "id_column" in e.value.remedy
 
 
 # Rows

@@ -100,7 +100,7 @@ def test_an_estimate_counts_rows(data: Path) -> None:
 
 
 def test_options_refuse_ids_without_images() -> None:
-    with pytest.raises(ArgumentError, match="--column"):
+    with pytest.raises(ArgumentError, match="Pass column as well"):
         ExportOptions(id_column="key")
 
 

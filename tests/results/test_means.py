@@ -201,8 +201,8 @@ def test_a_failed_image_has_no_vector() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"normalize": True}, r"normalize is True for output='merged'\. Expected output=\"mean\""),
-        ({"normalize": True, "output": "patch"}, "normalize is True for output='patch'"),
+        ({"normalize": True}, r"normalize is for output=.mean. alone\. Leave it out"),
+        ({"normalize": True, "output": "patch"}, "normalize is for output=.mean. alone"),
         ({"normalize": 1, "output": "mean"}, r"normalize is 1\. Expected True or False"),
         ({"normalize": "l2", "output": "mean"}, r"normalize is 'l2'\. Expected True or False"),
         ({"output": "max"}, r"output is 'max'\. Expected 'merged', 'patch' or 'mean'"),

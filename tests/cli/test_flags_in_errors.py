@@ -1,0 +1,169 @@
+"""Errors name options as their reader spells them: `max_pixels` in Python, `--max-pixels` here."""
+
+import ast
+import logging
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_vit.cli.main import COMMANDS, cli
+from qwen_vit.errors import ExportError, ImageError, Wording, with_options
+from tests.support import ROOT
+
+OPTIONS = [
+    option
+    for name in COMMANDS
+    for option in cli.get_command(click.Context(cli), name).params  # type: ignore[union-attr]
+    if isinstance(option, click.Option)
+]
+FLAGS = {flag for option in OPTIONS for flag in option.opts}
+NAMES = {flag[2:].replace("-", "_") for flag in FLAGS if flag.startswith("--")}
+FLAG = re.compile(r"--[a-z][a-z-]*[a-z]")
+# a name with an underscore is no English word, and `fps=` is Python
+OPTION = re.compile(r"(?<![.\w])(?:[a-z]+_[a-z_]+|[a-z]+(?==))")
+SPELLED = ("with_options", "Wording", "_wrong")
+# these serve Python alone, or a shell alone
+ONE_READER = ("cli/", "integrations/", "benchmark.py")
+KEYS = ("config.py", "export/settings.py")  # they name keys of JSON files
+
+
+def calls(name: str) -> Iterator[tuple[str, ast.Call]]:
+    for path in sorted((ROOT / "qwen_vit").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and re.fullmatch(
+                name, getattr(node.func, "id", getattr(node.func, "attr", ""))
+            ):
+                where = path.relative_to(ROOT / "qwen_vit")
+                yield f"{where}:{node.lineno}", node
+
+
+def assigned() -> Iterator[tuple[str, ast.Assign]]:
+    """Texts that errors get by a name: `remedy = ...`, `USE_CPU = ...`."""
+    for path in sorted((ROOT / "qwen_vit").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Assign) and any(
+                isinstance(target, ast.Name) and re.fullmatch(r"remed\w+|ways|[A-Z_]+", target.id)
+                for target in node.targets
+            ):
+                yield f"{path.relative_to(ROOT / 'qwen_vit')}:{node.lineno}", node
+
+
+def literals(node: ast.AST) -> Iterator[str]:
+    """Strings in a node, but not in calls that spell options for both readers."""
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in SPELLED:
+        return
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield re.sub(r"`[^`]*`|\(qwen-vit [^)]*\)", "", node.value)  # commands are for a shell
+    for child in ast.iter_child_nodes(node):
+        yield from literals(child)
+
+
+def unspelled(call: ast.Call) -> set[str]:
+    """The options that an error or a log line names for one reader alone."""
+    shown = [*call.args, *(k.value for k in call.keywords if k.arg in ("expected", "remedy"))]
+    texts = [text for node in shown for text in literals(node)]
+    return {
+        found
+        for text in texts
+        for found in (*FLAG.findall(text), *OPTION.findall(text))
+        if found in FLAGS or found in NAMES
+    }
+
+
+def test_every_error_spells_options_for_both_readers() -> None:
+    one_sided = {
+        where: found
+        for where, call in calls(r"\w+Error|of|warning")
+        if not where.startswith((*ONE_READER, *KEYS)) and (found := unspelled(call))
+    }
+    assert one_sided == {}
+    for where, node in assigned():
+        flags = {flag for text in literals(node.value) for flag in FLAG.findall(text)} & FLAGS
+        assert not flags or where.startswith(ONE_READER), where
+
+
+def test_every_flag_that_an_error_names_exists() -> None:
+    for where, call in calls("Wording|_wrong"):
+        flags = FLAG.findall(ast.unparse(call))
+        assert {*flags} <= FLAGS, where
+    for where, call in calls("with_options"):
+        for node in call.args[1:]:
+            first = node.elts[0] if isinstance(node, ast.Tuple) else node
+            if isinstance(first, ast.Constant):
+                assert first.value in NAMES, where
+
+
+def test_one_sided_texts_are_found() -> None:
+    for text, found in (
+        ("E('lower max_pixels')", {"max_pixels"}), ("E(f'pass --out {x}')", {"--out"}),
+        ("E('pass fps=', name='--out')", {"fps"}), ("E('run `qwen-vit export --out a`')", set()),
+        ("E(with_options('{} is 3', 'max_pixels'), remedy='the output')", set()),
+    ):  # fmt: skip
+        call = ast.parse(text, mode="eval").body
+        assert isinstance(call, ast.Call)
+        assert unspelled(call) == found, text
+
+
+def test_words_survive_pickling_copies_and_sums() -> None:
+    remedy = "wait, or " + with_options("lower {}", "max_pixels") + ", or stop"
+    error = ExportError.of(pickle.loads(pickle.dumps(ImageError("too large", remedy=remedy))))
+    assert str(error) == "too large. Wait, or lower max_pixels, or stop."
+    assert error.text(in_shell=True) == "too large. Wait, or lower --max-pixels, or stop."
+    assert Wording.joined("; ", ["a", remedy]).shell.startswith("a; wait, or lower --max-pixels")
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("--device", "cuda"), "or use --device cpu."),
+        (("--dtype", "bf16"), "Use --dtype float32, or a GPU."),
+        (("--max-pixels", "10"), "Pass other --min-pixels or --max-pixels."),
+        (("--layers", "99"), "--layers holds 99."),
+        (("--normalize",), "--normalize is for --output mean"),
+        (("--fps", "-1"), "--fps is -1.0."),
+        (("--n-frames", "1"), "--n-frames is 1."),
+        (("--max-frame-pixels", "0"), "--max-frame-pixels is 0."),
+        (("--start", "3", "--end", "2"), "--start is 3.0 s and --end 2.0 s."),
+        (("--id-column", "id"), "Pass --column as well."),
+        (("--revision", "main"), "Leave --revision out"),
+        (("--formats", "png"), "--formats has PNG."),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_shell_reads_flags(
+    words: tuple[str, ...], error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    qwen_vit: Any,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.zeros((28, 28, 3), np.uint8)).save("a.png")
+    done = qwen_vit("encode", "a.png", "--model", "tiny", "--out", "a.safetensors", *words)
+    assert done.code == 2
+    assert error in done.err, done.err
+
+
+def test_log_lines_name_flags_in_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qwen_vit: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.zeros((28, 28, 3), np.uint8)).save("a.ppm")
+    Image.fromarray(np.zeros((28, 28, 3), np.uint8)).save("b.png")
+    Path("a.ppm").rename("a.png")
+    done = qwen_vit("export", "a.png", "b.png", "--model", "tiny", "--out", "out")
+    assert "skipped: a.png: " in done.err
+    assert "Pass --formats ppm" in done.err, done.err
+    again = qwen_vit("encode", "a.png", "b.png", "--model", "tiny", "--out", "f.safetensors")
+    assert "Pass --formats ppm" in again.err
+
+
+def test_python_reads_its_own_names(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "qwen_vit"):
+        logging.getLogger("qwen_vit").warning("lower %s", with_options("{}", "max_pixels"))
+    assert str(ImageError("large", remedy=with_options("lower {}", "fps"))) == "large. Lower fps."
