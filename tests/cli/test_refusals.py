@@ -28,7 +28,7 @@ REFUSED = {
     "folder is a file": (("a.png", "--out", "a.png/f"), ("a.png: not a folder. Create it first.",)),
     "is a folder": (
         ("a.png", "--out", "sub", "--overwrite"),
-        ("sub: a folder. Expected a file to write. Pass another folder.",),
+        ("sub: a folder. Expected a file to write. Pass another --out.",),
     ),
     "twice": (
         ("a.png", "b.jpg", "a.png", "--out", "f"),
@@ -39,7 +39,7 @@ REFUSED = {
     "not UTF-8": (("a.png", "--out", "caf\udce9.st"), ("not UTF-8", "safetensors can open")),
     "a device": (
         ("a.png", "--out", "device", "--overwrite"),
-        ("device: not a regular file. Expected a file. Pass another folder",),
+        ("device: not a regular file. Expected a file. Pass another --out",),
     ),
     "a link": (
         ("a.png", "--out", "link", "--overwrite"),
@@ -47,7 +47,7 @@ REFUSED = {
     ),
     "an image": (
         ("b.jpg", "./a.safetensors", "--out", "a.safetensors", "--overwrite"),
-        ("a.safetensors: one of the images. Pass another folder.",),
+        ("a.safetensors: one of the images. Pass another --out.",),
     ),
     "twice by two names": (("a.png", "./a.png", "--out", "f"), ("a.png: given twice.",)),
     "another format": (
@@ -123,7 +123,7 @@ BAD_USAGE = {
     "unknown model": (("encode", "a.png", "--model", "tinny", "--out", "f"), "'tinny' is neither"),
     "float16": (("encode", "a.png", *TO_FILE, "--dtype", "float16"), "float16 is refused"),
     "device": (("encode", "a.png", *TO_FILE, "--device", "tpu"), "device is 'tpu'"),
-    "limits": (("encode", "a.png", *TO_FILE, "--max-pixels", "9"), "Pass other min_pixels"),
+    "limits": (("encode", "a.png", *TO_FILE, "--max-pixels", "9"), "Pass other --min-pixels"),
     "bench on a CPU": (  # before any weights are looked for
         ("bench", "--model", "no-such/model", "--local-files-only", "--device", "cpu"),
         "Use a GPU.",

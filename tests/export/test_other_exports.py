@@ -69,7 +69,7 @@ def test_other_settings_are_refused_with_the_difference(export_dir: Path, what: 
     assert words in caught.value.fact
     assert caught.value.remedy == (
         "to continue, pass the inputs and settings that it was started with; to start a new "
-        "export, pass another --out"
+        "export, pass another folder"
     )
     assert files() == before
 
