@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from itertools import accumulate
@@ -45,6 +45,8 @@ STORED_AS = {  # safetensors' own names
 FLOATS = set(STORED_AS) - {torch.int64}
 FLUSH_BYTES = 2**25  # of rows, before the system is asked to write them to the disk
 COPY_BYTES = 2**18  # fits a cache
+# A GPU gives 0.7 GB of rows a second; a core hashes 0.4 to 2 GB, and does not hold Python's lock.
+HASH_THREADS = 4
 FILE_EACH = "write one file for each model and output"
 
 
@@ -77,8 +79,7 @@ class FeatureWriter:
         self.items: list[ItemFacts] = []
         self._digests: list[dict[str, str]] = []
         self._head_bytes = min(head_bytes + -head_bytes % 8, MAX_HEADER_BYTES)
-        # hashing and writing take about as long, and neither holds Python's lock
-        self._hasher = ThreadPoolExecutor(1, "qwen-vit-hash")
+        self._hashers = ThreadPoolExecutor(HASH_THREADS, "qwen-vit-hash")
         self._growing: list[_GrowingRows] = []
         try:
             for place in range(len(self.tensors)):
@@ -96,21 +97,25 @@ class FeatureWriter:
 
     def discard(self) -> None:
         """Remove a file that was not saved. A saved one stays."""
-        self._hasher.shutdown()
+        self._hashers.shutdown()
         for growing in self._growing:
             growing.atomic.discard()
 
     def add(self, rows: Mapping[str, Tensor], items: Sequence[ItemFacts]) -> None:
         """Append images: for each tensor their rows (n, width), one image after the other."""
         stored = [self._check(tensor, rows[tensor.name], items) for tensor in self.tensors]
-        digests = self._hasher.submit(self._digests_of, stored, items)
+        digests = [
+            {name: self._hashers.submit(rows_sha256, each) for name, each in parts.items()}
+            for parts in self._rows_of_each(stored, items)
+        ]
         try:
             for growing, part in zip(self._growing, stored, strict=True):
                 growing.write(part)
         except OSError as error:
             raise cannot_write(self.path, error) from None
         finally:
-            self._digests += digests.result()  # the caller's memory is free then
+            for parts in digests:  # the caller's memory is free then
+                self._digests.append({name: each.result() for name, each in parts.items()})
         self.items += items
 
     def last_digests(self) -> Mapping[str, str]:
@@ -152,19 +157,17 @@ class FeatureWriter:
             raise cannot_write(path, error) from None
         self.discard()
 
-    def _digests_of(
+    def _rows_of_each(
         self, stored: Sequence[Tensor], items: Sequence[ItemFacts]
-    ) -> list[dict[str, str]]:
-        """For each image the digest of its rows of each tensor."""
+    ) -> Iterator[dict[str, Tensor]]:
+        """For each image its rows of each tensor."""
         names = [tensor.name for tensor in self.tensors]
         parts = [
             rows.split([item.rows_of(name) for item in items])
             for name, rows in zip(names, stored, strict=True)
         ]
-        return [
-            {name: rows_sha256(rows) for name, rows in zip(names, of_item, strict=True)}
-            for of_item in zip(*parts, strict=True)
-        ]
+        for of_item in zip(*parts, strict=True):
+            yield dict(zip(names, of_item, strict=True))
 
     def _check(self, tensor: RowTensor, rows: Tensor, items: Sequence[ItemFacts]) -> Tensor:
         """The rows as they are stored."""
