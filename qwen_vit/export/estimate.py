@@ -259,7 +259,9 @@ def _patches(item: Item, config: ImageConfig, options: ExportOptions) -> int | N
 def _seconds(
     encoder: VisionEncoder, sample: Sequence[Item], work: _Work, options: ExportOptions
 ) -> float | None:
-    """What the work takes: a time for each batch and one for each patch, from a few timings.
+    """What the work takes: the start, a time for each batch and one for each patch, by timings.
+
+    The first timing loads kernels: what it takes above the others' rates is the start.
 
     On a CPU a batch of one small image takes 10 times as long per patch as a full one; both occur.
     Each timing has more images than the one before, until the time for them is over.
@@ -287,7 +289,9 @@ def _seconds(
         return None
     warm = timings[1:] or timings
     per_batch, per_patch = _rates(warm[0], warm[-1])
-    return round(per_batch * work.batches + per_patch * work.patches, 3)
+    first_s, first = timings[0]
+    start = max(0.0, first_s - per_batch * first.batches - per_patch * first.patches)
+    return round(start + per_batch * work.batches + per_patch * work.patches, 3)
 
 
 def _time_batch(

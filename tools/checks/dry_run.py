@@ -61,6 +61,7 @@ def measure(here: Path, sides: tuple[int, int], count: int, model: str) -> dict[
         "estimate_s": estimate["seconds"],
         "export_s": four_digits(done["seconds"]),
         "estimate_over_export": four_digits(estimate["seconds"] / done["seconds"]),
+        "waits_s": {stage: four_digits(seconds) for stage, seconds in done["waits"].items()},
     }
 
 
