@@ -173,6 +173,45 @@ def engine_towers(*, full: bool = True) -> str:
     return table(head, body) + source(*used, row=row, command=command)
 
 
+def engine_requests() -> str:
+    [*_, row] = [row for row in ledger() if row["what"] == "engines requests"]
+    ways = row["ways"]
+    order = ("default", "plugin", "features")
+    body = [
+        [
+            size,
+            *(ms(ways[way][size]["alone_ms"]) for way in order),
+            *(ms(ways[way][size]["images_per_s"]) for way in order),
+            ms(ways["features"][size]["images_per_s_parts_included"]),
+        ]
+        for size in ways["default"]
+        if size != "ready_s"
+    ]
+    named = ("vLLM, as it comes", "by plugin", "features")
+    head = ["pictures", *(f"{way}: ms" for way in named), *(f"{way}: images/s" for way in named)]
+    command = "python -m tools.benchmarks.engines requests"
+    return table([*head, "features, encoding included"], body) + source(
+        f"engines requests {row['commit']}", row=row, command=command
+    )
+
+
+def engine_answers() -> str:
+    judged = [row for row in ledger() if row["what"] == "engines towers"]
+    [*_, row] = [row for row in judged if "plugin" in (row.get("answers") or {})]
+    answers = row["answers"]
+    body = [
+        [
+            name,
+            f"{answers[key]['logprob_rms']:.4f}",
+            str(answers[key]["first_tokens_of_float64"]),
+        ]
+        for name, key in (("vLLM's tower", "default"), ("ours, by plugin", "plugin"))
+    ]
+    head = ["tower", "distance from float64 (RMS)", "first tokens as in float64, of 128"]
+    command = "python -m tools.benchmarks.engines towers"
+    return table(head, body) + source(f"engines towers {row['commit']}", row=row, command=command)
+
+
 TRUST_WORDS = (
     ("planted faults found", "injected faults found"),
     ("kernel against oracle", "attention against float64"),
@@ -241,6 +280,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "attention": attention,
     "checkpoints": checkpoints,
     "command line": command_line,
+    "engine answers": engine_answers,
+    "engine requests": engine_requests,
     "engine towers": engine_towers,
     "export speed": export_speed,
     "image codes": image_codes,
