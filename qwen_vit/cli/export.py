@@ -19,6 +19,7 @@ from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
     FILE,
+    FOLDER,
     NAME,
     Dtype,
     allow_failed_option,
@@ -41,6 +42,7 @@ from qwen_vit.common.progress import shows_progress
 from qwen_vit.errors import ExportError, display_name, plural
 
 if TYPE_CHECKING:
+    from qwen_vit.common.store_path import AnyPath
     from qwen_vit.export.estimate import Estimate
 
 __all__ = ["export"]
@@ -59,9 +61,9 @@ OF_START = (
 @click.command(short_help="Encode many images into a folder, or resume.")
 @click.argument("inputs", nargs=-1, type=NAME)
 @model_name_option
-@click.option("--out", type=FILE, help="Folder to write, or resume.")
+@click.option("--out", type=FOLDER, help="Folder or s3:// address to write, or resume.")
 @click.option(
-    "--resume", type=FILE, metavar="OUT",
+    "--resume", type=FOLDER, metavar="OUT",
     help="Resume this export with its own inputs, model and options.",
 )  # fmt: skip
 @click.option("--extend", is_flag=True, help="Add images that are new or changed.")
@@ -119,7 +121,7 @@ OF_START = (
 @source_options
 @verbosity_options
 def export(
-    inputs: tuple[str, ...], model: str | None, out: Path | None, resume: Path | None,
+    inputs: tuple[str, ...], model: str | None, out: "AnyPath | None", resume: "AnyPath | None",
     extend: bool, retry_failed: bool, accept_versions: bool, device: str, dry_run: bool, yes: bool,
     as_json: bool, output: Any, normalize: bool, layers: tuple[int, ...], dtype: Any,
     shard_size: int, part: tuple[int, int], on_error: Any, max_failures: int,
@@ -228,29 +230,30 @@ def _part(text: str) -> tuple[int, int]:
 
 
 @contextmanager
-def _hint_resume(out: Path) -> Iterator[None]:
+def _hint_resume(out: "AnyPath") -> Iterator[None]:
     """After an interrupt, say how to resume the export."""
     try:
         yield
     except KeyboardInterrupt:
         from qwen_vit.export.segments import count_kept
 
-        kept = count_kept(out) if out.is_dir() else 0
-        if kept:
+        kept = count_kept(out) if isinstance(out, Path) and out.is_dir() else 0
+        if not isinstance(out, Path):
+            print_log("what was encoded is kept; run the same command again to resume")
+        elif kept:
             print_log(f"{plural(kept, 'image')} kept; run the same command again to resume")
         else:
             print_log("no image was kept; run the same command again to start over")
         raise
 
 
-def _ask_if_large(estimate: "Estimate", folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if estimate.bytes <= min(ASK_ABOVE_BYTES, free):
+def _ask_if_large(estimate: "Estimate", folder: "AnyPath") -> None:
+    fact, most = f"the export will take about {estimate.bytes / 1e9:,.3g} GB", ASK_ABOVE_BYTES
+    if isinstance(folder, Path):
+        free = shutil.disk_usage(folder).free
+        fact, most = f"{fact}; its disk has {free / 1e9:,.1f} GB free", min(most, free)
+    if estimate.bytes <= most:
         return
-    fact = (
-        f"the export will take about {estimate.bytes / 1e9:,.3g} GB; its disk has "
-        f"{free / 1e9:,.1f} GB free"
-    )
     if not sys.stdin.isatty():
         raise ExportError(
             fact, name=str(folder), remedy="pass --yes to skip the question, or fewer images"

@@ -10,10 +10,13 @@ from click.shell_completion import CompletionItem
 
 from qwen_vit.checkpoint.published import PACKAGED, cached_repositories, published_checkpoints
 from qwen_vit.cli.console import set_verbosity
+from qwen_vit.common.storage import is_remote
+from qwen_vit.common.store_path import as_path
 from qwen_vit.errors import ArgumentError
 
 __all__ = [
     "FILE",
+    "FOLDER",
     "NAME",
     "Dtype",
     "allow_failed_option",
@@ -39,7 +42,30 @@ __all__ = [
 ]
 
 NAME = click.Path(readable=False, path_type=str)  # what cannot be read is skipped like any other
-FILE = click.Path(path_type=Path)
+
+
+class LocalPath(click.Path):
+    """A path on this machine."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a Path. An address in object storage is refused."""
+        if isinstance(value, str) and is_remote(value):
+            self.fail(f"{value} is an address. Pass a path on this machine.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Folder(click.Path):
+    """A folder on this machine, or a prefix in object storage."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a Path, or a StorePath for an address."""
+        if isinstance(value, str) and is_remote(value):
+            return as_path(value)
+        return super().convert(value, param, ctx)
+
+
+FILE = LocalPath(path_type=Path)
+FOLDER = Folder(path_type=Path)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_vit.common.store_path import AnyPath
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import display_name, one_line, plural
 from qwen_vit.export.estimate import Estimate
@@ -27,12 +28,10 @@ __all__ = [
 ROWS_OF = {"merged": "tokens", "patch": "patches", "mean": "rows"}
 
 
-def estimate_text(estimate: Estimate, folder: Path) -> str:
+def estimate_text(estimate: Estimate, folder: AnyPath) -> str:
     """Return what an export into `folder` would take."""
     seconds, n_bytes = estimate.seconds, estimate.bytes
     duration = "unknown" if seconds is None else f"about {_duration(seconds)}, by a few images"
-    parents = (folder, *folder.absolute().parents)
-    free = shutil.disk_usage(next(each for each in parents if each.exists())).free
     size = f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.1f} MB"
     unfit = [
         f"{count:,} {what}"
@@ -50,10 +49,18 @@ def estimate_text(estimate: Estimate, folder: Path) -> str:
         {
             "images": ", ".join(filter(None, images)),
             "rows": f"{estimate.rows:,}",
-            "on the disk": f"{size}, where {free / 1e9:,.1f} GB are free",
+            **_where(size, folder),
             "time": duration,
         }
     )
+
+
+def _where(size: str, folder: AnyPath) -> dict[str, str]:
+    if not isinstance(folder, Path):
+        return {"in the store": size}
+    parents = (folder, *folder.absolute().parents)
+    free = shutil.disk_usage(next(each for each in parents if each.exists())).free
+    return {"on the disk": f"{size}, where {free / 1e9:,.1f} GB are free"}
 
 
 def _duration(seconds: float) -> str:

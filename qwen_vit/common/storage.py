@@ -19,12 +19,17 @@ __all__ = [
     "MAGIC",
     "RemoteObject",
     "ReplacedError",
+    "files_of",
     "find_object",
     "is_remote",
+    "is_s3",
+    "list_names",
     "list_objects",
     "match_objects",
     "open_object",
+    "os_errors",
     "read_range",
+    "service_code",
     "storage_errors",
 ]
 
@@ -43,6 +48,7 @@ BUFFER_BYTES = 2**16
 
 NUMBERS: dict[type[OSError], int] = {  # errors without one
     FileNotFoundError: errno.ENOENT,
+    FileExistsError: errno.EEXIST,
     PermissionError: errno.EACCES,
     TimeoutError: errno.ETIMEDOUT,
 }
@@ -71,8 +77,8 @@ def is_remote(path: str) -> bool:
 
 def find_object(address: str) -> RemoteObject | None:
     """The object of this address, or None for a folder. Raises OSError if there is neither."""
-    files, path = _files(address)
-    with _os_errors():
+    files, path = files_of(address)
+    with os_errors():
         info = _info(files, path)
         return None if info["type"] == "directory" else _object(address, info)
 
@@ -82,15 +88,43 @@ def list_objects(folder: str) -> Iterator[RemoteObject]:
 
     S3 is listed page by page, so that memory stays flat. Raises OSError.
     """
-    files, path = _files(folder)
+    files, path = files_of(folder)
     scheme = folder[: folder.index("://") + 3]
-    with _os_errors():
-        if _is_s3(files):
+    with os_errors():
+        if is_s3(files):
             yield from _list_s3(files, scheme, path.rstrip("/") + "/")
             return
         found = files.find(path, detail=True)
         for name in sorted(found, key=lambda each: each.encode("utf-8", "surrogateescape")):
             yield _object(scheme + name.removeprefix(scheme), found[name])
+
+
+def list_names(folder: str) -> set[str]:
+    """The names directly in a folder: those of objects, and of folders with a slash behind.
+
+    Raises OSError. A folder that does not exist has none.
+    """
+    files, path = files_of(folder)
+    with os_errors():
+        if is_s3(files):
+            start = path.rstrip("/") + "/"
+            pages = _pages_of_s3(files, start, Delimiter="/")
+            found = (
+                entry[key]
+                for page in pages
+                for kind, key in (("Contents", "Key"), ("CommonPrefixes", "Prefix"))
+                for entry in page.get(kind, ())
+            )
+            below = start.partition("/")[2]
+            return {name.removeprefix(below) for name in found} - {""}
+        try:
+            listed = files.ls(path, detail=True)
+        except FileNotFoundError:
+            return set()
+        return {
+            info["name"].rstrip("/").rpartition("/")[2] + "/" * (info["type"] == "directory")
+            for info in listed
+        }
 
 
 def match_objects(pattern: str) -> Iterator[RemoteObject]:
@@ -112,15 +146,15 @@ def open_object(
 
     Raises ReplacedError if the object has another version, and OSError otherwise.
     """
-    files, path = _files(address)
-    with _os_errors():
+    files, path = files_of(address)
+    with os_errors():
         info = _info(files, path)
         if version is not None and _version(info) != version:
             raise ReplacedError(errno.ESTALE, "replaced after it was listed")
         opened = files.open(
             path, "rb", block_size=block_bytes, cache_type="readahead", size=info["size"]
         )
-        if _is_s3(files):
+        if is_s3(files):
             _only_version(opened, path, info["size"], _version(info))
     return io.BufferedReader(_ObjectFile(opened), BUFFER_BYTES)
 
@@ -132,9 +166,9 @@ def read_range(address: str, start: int, end: int, version: str | None = None) -
     """
     if end <= start:
         return b""
-    files, path = _files(address)
-    with _os_errors():
-        if _is_s3(files):
+    files, path = files_of(address)
+    with os_errors():
+        if is_s3(files):
             data = _range_of_s3(files, path, start, end, version)
         else:
             data = files.cat_file(path, start=start, end=end)
@@ -145,13 +179,15 @@ def read_range(address: str, start: int, end: int, version: str | None = None) -
     return data
 
 
-def storage_errors(error: OSError) -> tuple[str, str, str]:
+def storage_errors(error: OSError, doing: str = "read") -> tuple[str, str, str]:
     """The fact, the remedy and an image code for an error of this module.
+
+    `doing` is what the store refuses: "read" or "written".
 
     >>> storage_errors(FileNotFoundError())
     ('does not exist', 'check the address', 'missing')
     """
-    code = _service_code(error)
+    code = service_code(error)
     if isinstance(error, ReplacedError):
         return "was replaced after it was listed", "export it into a new folder", "changed"
     if code == "NoSuchBucket":
@@ -168,7 +204,7 @@ def storage_errors(error: OSError) -> tuple[str, str, str]:
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno == errno.EINVAL:
         return f"is no valid address ({reason.rstrip('.')})", "check the address", "missing"
-    return f"cannot be read ({reason})", "try again later", "unreadable"
+    return f"cannot be {doing} ({reason})", "try again later", "unreadable"
 
 
 class _ObjectFile(io.RawIOBase):
@@ -184,7 +220,7 @@ class _ObjectFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        with _os_errors():
+        with os_errors():
             data = self._file.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
@@ -201,17 +237,22 @@ class _ObjectFile(io.RawIOBase):
 
 
 def _list_s3(files: Any, scheme: str, path: str) -> Iterator[RemoteObject]:
-    bucket, _, prefix = path.partition("/")
-    more: dict[str, str] = {}
-    while True:
-        page = files.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+    bucket = path.partition("/")[0]
+    for page in _pages_of_s3(files, path):
         for entry in page.get("Contents", ()):
             if not entry["Key"].endswith("/"):  # a folder's marker
                 address = f"{scheme}{bucket}/{entry['Key']}"
                 yield RemoteObject(address, int(entry["Size"]), entry["ETag"])
+
+
+def _pages_of_s3(files: Any, path: str, **more: str) -> Iterator[Any]:
+    bucket, _, prefix = path.partition("/")
+    while True:
+        page = files.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+        yield page
         if not page.get("IsTruncated"):
             return
-        more = {"ContinuationToken": page["NextContinuationToken"]}
+        more["ContinuationToken"] = page["NextContinuationToken"]
 
 
 def _range_of_s3(files: Any, path: str, start: int, end: int, version: str | None) -> bytes:
@@ -235,15 +276,16 @@ def _info(files: Any, path: str) -> Any:
     except FileNotFoundError:
         raise
     except OSError:
-        if _is_s3(files):
+        if is_s3(files):
             _range_of_s3(files, path, 0, 1, None)
         raise
 
 
-def _files(address: str) -> tuple[Any, str]:
+def files_of(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the address as that names it."""
     scheme, _, path = address.partition("://")
     files = _filesystem(scheme.lower())
-    return files, path if _is_s3(files) else files._strip_protocol(address)
+    return files, path if is_s3(files) else files._strip_protocol(address)
 
 
 @lru_cache
@@ -261,7 +303,8 @@ def _filesystem(scheme: str) -> Any:
         ) from None
 
 
-def _is_s3(files: Any) -> bool:
+def is_s3(files: Any) -> bool:
+    """Whether a file system is s3fs."""
     protocol = files.protocol
     return "s3" in ((protocol,) if isinstance(protocol, str) else protocol)
 
@@ -278,7 +321,7 @@ def _version(info: Any) -> str | None:
 
 
 @contextmanager
-def _os_errors() -> Iterator[None]:
+def os_errors() -> Iterator[None]:
     """Turn every error of a store's packages into an OSError."""
     try:
         yield
@@ -302,7 +345,8 @@ def _os_errors() -> Iterator[None]:
         raise OSError(errno.EIO, reason) from error
 
 
-def _service_code(error: BaseException | None) -> str:
+def service_code(error: BaseException | None) -> str:
+    """The code that S3 gave for an error, or nothing."""
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,12 +13,13 @@ from typing import Any, NamedTuple, TypeAlias
 from qwen_vit.common.storage import (
     RemoteObject,
     find_object,
-    list_objects,
+    is_remote,
+    list_names,
     read_range,
     storage_errors,
 )
 
-__all__ = ["AnyPath", "StorePath"]
+__all__ = ["AnyPath", "PathOrAddress", "StorePath", "as_path"]
 
 
 class _Status(NamedTuple):
@@ -55,10 +57,8 @@ class StorePath:
 
     def names(self) -> set[str]:
         """The names of the objects directly in this folder. Raises OSError."""
-        start = self.address.rstrip("/") + "/"
         with _facts():
-            below = (found.address.removeprefix(start) for found in list_objects(start))
-            return {name for name in below if "/" not in name}
+            return {name for name in list_names(self.address) if not name.endswith("/")}
 
     def is_file(self) -> bool:
         """Whether it is an object. Raises OSError if the store does not say."""
@@ -116,6 +116,18 @@ class StorePath:
 
 
 AnyPath: TypeAlias = Path | StorePath
+PathOrAddress: TypeAlias = str | os.PathLike[str] | StorePath
+
+
+def as_path(path: PathOrAddress) -> AnyPath:
+    """A path on this machine, or an address in object storage.
+
+    >>> as_path("s3://bucket/features")
+    StorePath(address='s3://bucket/features')
+    """
+    if isinstance(path, StorePath):
+        return path
+    return StorePath(path) if isinstance(path, str) and is_remote(path) else Path(path)
 
 
 class _Ranges(io.RawIOBase):

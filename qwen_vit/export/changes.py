@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from pathlib import Path
 from typing import Self
 
 from qwen_vit.errors import ExportError, ImageError, display_name
+from qwen_vit.export.folder import ExportFolder
 from qwen_vit.export.listings import Listings
 from qwen_vit.feature_files.read import FeatureFile, open_shard
 from qwen_vit.feature_files.schema import shard_name
@@ -82,7 +82,7 @@ class InputChanges:
             words[-1] += f" (it was in {display_name(self.moved[0][1])})"
         return "; ".join(words) or "in another order" * self.is_reordered
 
-    def changed(self, folder: Path, listings: Listings, limits: ImageLimits) -> list[Item]:
+    def changed(self, folder: ExportFolder, listings: Listings, limits: ImageLimits) -> list[Item]:
         """The images whose content changed after they were exported.
 
         Only files newer than the listing are read again. One that failed is taken without a
@@ -99,23 +99,24 @@ class InputChanges:
         return [
             item
             for shard, items in newer.items()
-            for item in _changed_of_shard(folder / shard_name(shard), items, limits)
+            for item in _changed_of_shard(open_if_whole(folder, shard), items, limits)
         ]
 
 
-def failed_items(folder: Path, listings: Listings) -> Iterator[Item]:
+def failed_items(folder: ExportFolder, listings: Listings) -> Iterator[Item]:
     """The images whose last attempt failed, of the shards that exist."""
     current = listings.current
     for shard in range(listings.n_shards):
-        file = open_if_whole(folder / shard_name(shard))
+        file = open_if_whole(folder, shard)
         failed = {error.id for error in file.errors} if file is not None else ()
         for item in listings.shard(shard) if failed else ():
             if item.id in failed and current.has(shard, item.id):
                 yield item
 
 
-def _changed_of_shard(path: Path, items: Sequence[Item], limits: ImageLimits) -> Iterator[Item]:
-    file = open_if_whole(path)
+def _changed_of_shard(
+    file: FeatureFile | None, items: Sequence[Item], limits: ImageLimits
+) -> Iterator[Item]:
     if file is None:  # its images will be read
         return
     digests = {
@@ -138,14 +139,15 @@ def _digest(item: Item, limits: ImageLimits) -> str:
     return sha256(read_item(item, limits)).hexdigest()
 
 
-def open_if_whole(path: Path) -> FeatureFile | None:
+def open_if_whole(folder: ExportFolder, shard: int) -> FeatureFile | None:
     """A shard, or None if it is missing or torn and so is made again.
 
-    >>> open_if_whole(Path("no-such-shard.safetensors")) is None
+    >>> open_if_whole(LocalFolder(Path("no-such-folder")), 0) is None
     True
     """
+    name = shard_name(shard)
     try:
-        return open_shard(path) if path.exists() else None
+        return open_shard(folder / name) if folder.has(name) else None
     except ExportError:
         return None
 

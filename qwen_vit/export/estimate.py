@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from random import Random
 from typing import BinaryIO
 
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from qwen_vit.batching import TOKEN_BUDGET
 from qwen_vit.common.storage import is_remote
+from qwen_vit.common.store_path import PathOrAddress
 from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ImageError
@@ -30,8 +30,8 @@ from qwen_vit.export.plan import (
     ExportPlan,
     plan_dry_run,
 )
+from qwen_vit.export.store_folder import as_folder
 from qwen_vit.feature_files.read import FeatureFile
-from qwen_vit.feature_files.schema import shard_name
 from qwen_vit.features import ImageFeatures
 from qwen_vit.images.formats import IDENTIFY_BYTES, decoder, identify
 from qwen_vit.images.image import ImageLimits
@@ -89,7 +89,7 @@ def estimate_export(
     inputs: Sequence[str] | None,
     options: ExportOptions | None = None,
     *,
-    folder: str | os.PathLike[str] | None = None,
+    folder: PathOrAddress | None = None,
     show_progress: bool = False,
 ) -> Estimate:
     """Count images, rows and bytes, and time a few images; nothing is written.
@@ -104,14 +104,14 @@ def estimate_export(
     folder that it could not write or resume.
     """
     options = options or ExportOptions()
-    where = None if folder is None else Path(folder)
+    where = None if folder is None else as_folder(folder)
     with plan_dry_run(encoder, inputs, where, options) as plan:
         counts = _Counts(encoder, options)
         with tqdm(
             total=plan.n_images, unit="image", file=sys.stderr, disable=not show_progress
         ) as bar:
             for shard in plan.shards:
-                file = None if where is None else open_if_whole(where / shard_name(shard))
+                file = None if where is None else open_if_whole(where, shard)
                 if file is not None:
                     counts.add_stored(file, partial(plan.listing.current.has, shard))
                     bar.update(plan.listing.shard_length(shard))

@@ -5,14 +5,14 @@ It is made from the shards' headers and the listing, so it can be made again at 
 
 import json
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwen_vit.common.atomic_file import atomic_file
+from qwen_vit.common.store_path import AnyPath
+from qwen_vit.export.folder import ChangedError, ExportFolder
 from qwen_vit.feature_files.read import FeatureFile
 from qwen_vit.feature_files.schema import EMBEDS
 from qwen_vit.feature_files.tables import id_bytes, unicode_text, whole_numbers_in_pandas
@@ -94,8 +94,13 @@ def load_arrow() -> bool:
     return True
 
 
-def write_manifest(folder: Path, shards: Iterable[Sequence[ManifestRow]]) -> Path:
+def write_manifest(
+    folder: ExportFolder, shards: Callable[[], Iterable[Sequence[ManifestRow]]]
+) -> AnyPath:
     """Write the rows of `shards`, one shard after the other: Parquet where pyarrow is installed.
+
+    Where another machine writes the manifest at the same time, it is made again from all shards
+    that exist then.
 
     Parquet holds only Unicode: in any other id or source the odd bytes are escaped, and `id_bytes`
     has the whole id. JSON lines, and the listing, hold every name as it is. Raises ExportError
@@ -103,17 +108,22 @@ def write_manifest(folder: Path, shards: Iterable[Sequence[ManifestRow]]) -> Pat
     """
     has_arrow = load_arrow()
     name, other = (PARQUET, JSON_LINES) if has_arrow else (JSON_LINES, PARQUET)
-    path = folder / name
-    with atomic_file(path) as file:
-        if has_arrow:
-            _write_parquet(file, shards)
-        else:
-            for rows in shards:
-                for row in rows:
-                    file.write(json.dumps(asdict(row)).encode() + b"\n")
-    with suppress(OSError):  # of a run with other packages installed
-        (folder / other).unlink(missing_ok=True)
-    return path
+    while True:
+        version = folder.version(name)  # before it is seen which shards exist
+        with atomic_file(folder.scratch / name) as file:
+            if has_arrow:
+                _write_parquet(file, shards())
+            else:
+                for rows in shards():
+                    for row in rows:
+                        file.write(json.dumps(asdict(row)).encode() + b"\n")
+        try:
+            folder.publish_version(name, version)
+            break
+        except ChangedError:
+            continue
+    folder.remove(other)  # of a run with other packages installed
+    return folder / name
 
 
 def _write_parquet(file: BinaryIO, shards: Iterable[Sequence[ManifestRow]]) -> None:

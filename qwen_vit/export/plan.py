@@ -7,22 +7,24 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
-from qwen_vit.common.atomic_file import TEMPORARY_SUFFIX, cannot_write, check_utf8
+from qwen_vit.common.atomic_file import TEMPORARY_SUFFIX
 from qwen_vit.common.safetensors_header import MAX_HEADER_BYTES
+from qwen_vit.common.storage import is_remote
+from qwen_vit.common.store_path import AnyPath, PathOrAddress
 from qwen_vit.errors import ArgumentError, ExportError, Wording, display_name, with_options
 from qwen_vit.export.changes import InputChanges
+from qwen_vit.export.folder import ChangedError, ExportFolder, LocalFolder
 from qwen_vit.export.listings import Listings
-from qwen_vit.export.lock import LOCK_NAME, hold_folder, short_lock
+from qwen_vit.export.lock import short_lock
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.segments import find_segments, remove_segments
 from qwen_vit.export.settings import (
     MADE_BY,
-    OTHER_FOLDER,
     SETTINGS,
     EncoderInfo,
     StoredExport,
@@ -31,6 +33,7 @@ from qwen_vit.export.settings import (
     read_description,
     read_stored,
 )
+from qwen_vit.export.store_folder import as_folder
 from qwen_vit.feature_files.listed import is_made_by
 from qwen_vit.feature_files.schema import shard_name
 from qwen_vit.inputs.find import STDIN, find_items, no_image_found, warn_of_skipped
@@ -68,7 +71,7 @@ class ExportPlan:
     metadata.
     """
 
-    folder: Path
+    folder: ExportFolder
     settings: Mapping[str, Any]
     listing: Listings
     options: ExportOptions
@@ -91,9 +94,31 @@ class ExportPlan:
         """The lines of this part; an image that was tried again has several."""
         return sum(map(self.listing.shard_length, self.shards))
 
-    def path(self, shard: int) -> Path:
-        """A shard's file."""
+    def path(self, shard: int) -> AnyPath:
+        """A shard's file, where it is when it is whole."""
         return self.folder / shard_name(shard)
+
+    def has(self, shard: int) -> bool:
+        """Whether a shard's file exists."""
+        return self.folder.has(shard_name(shard))
+
+    def existing(self) -> set[int]:
+        """The shards of every part that exist."""
+        found = self.folder.which_exist(map(shard_name, self.all_shards))
+        return {shard for shard in self.all_shards if shard_name(shard) in found}
+
+    def has_any(self) -> bool:
+        """Whether a shard of this part exists."""
+        found = self.folder.names()
+        return any(shard_name(shard) in found for shard in self.shards)
+
+    def on_this_host(self) -> Self:
+        """The plan where it was sent to: its listings are fetched where they are not at hand."""
+        listings = [
+            replace(each, path=self.folder.fetch(each.path.name, each.sha256) or each.path)
+            for each in self.listing.all
+        ]
+        return replace(self, listing=replace(self.listing, all=tuple(listings)))
 
     def settings_of(self, shard: int) -> dict[str, Any]:
         """The settings that a shard repeats if it is made now."""
@@ -107,8 +132,8 @@ class ExportPlan:
 
 @contextmanager
 def open_export(
-    encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]] | None, folder: Path,
-    options: ExportOptions,
+    encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]] | None,
+    folder: PathOrAddress | ExportFolder, options: ExportOptions,
 ) -> Iterator[ExportPlan]:  # fmt: skip
     """Begin or resume an export. The folder is locked while the block runs.
 
@@ -120,35 +145,35 @@ def open_export(
     names the difference. Inputs of None are those of the export in the folder; their changes are
     logged.
     """
-    paths = None if inputs is None else _paths(inputs)
-    is_new = not os.path.exists(folder)
+    paths, folder = None if inputs is None else _paths(inputs), as_folder(folder)
     if paths is None:
         check_is_export(folder)
-    check_folder(folder)
-    try:
-        with hold_folder(folder, options.part):
-            found = _find(paths, folder, folder, options)
-            try:
-                has_videos = _has_videos(found, folder)
-                settings = make_settings(encoder, options, has_videos=has_videos)  # slow
-                with short_lock(folder):
-                    plan = _begin_or_resume(settings, paths, found, folder, options)
-            finally:  # unless it was moved
-                if found is not None:
-                    found.path.unlink(missing_ok=True)
-            remove_leftovers(plan)
-            if not has_shards(folder):
-                _check_heads(plan)
-            yield plan
-    finally:
-        if is_new and options.part == (1, 1):  # removes it only if it is still empty
-            with suppress(OSError):
-                folder.rmdir()
+    folder.check(SETTINGS, LEFTOVER, make=True)
+    with folder.hold(options.part):
+        found = _find(paths, folder, folder.scratch, options)
+        try:
+            has_videos = _has_videos(found, folder)
+            settings = make_settings(encoder, options, has_videos=has_videos)  # slow
+            with short_lock(folder.scratch):
+                plan = _begin_among_others(settings, paths, found, folder, options)
+        finally:  # unless it was moved
+            if found is not None:
+                found.path.unlink(missing_ok=True)
+        folder.check_conditions(SETTINGS)
+        remove_leftovers(plan)
+        if not has_shards(folder):
+            _check_heads(plan)
+        yield plan
 
 
-def check_is_export(folder: Path) -> None:
+def check_folder(folder: PathOrAddress, *, make: bool = True) -> None:
+    """Make the folder, or raise ExportError for one that holds anything but an export."""
+    as_folder(folder).check(SETTINGS, LEFTOVER, make=make)
+
+
+def check_is_export(folder: PathOrAddress | ExportFolder) -> None:
     """Raise ExportError unless a folder holds an export to resume."""
-    if not (folder / SETTINGS).is_file():
+    if not as_folder(folder).has(SETTINGS):
         raise ExportError(
             "no export to resume",
             name=str(folder),
@@ -160,7 +185,7 @@ def check_is_export(folder: Path) -> None:
 
 
 def _find(
-    paths: Sequence[str] | None, folder: Path, scratch: Path, options: ExportOptions
+    paths: Sequence[str] | None, folder: ExportFolder, scratch: Path, options: ExportOptions
 ) -> Listing | None:
     """The listing of the inputs, frozen in `scratch`.
 
@@ -170,7 +195,7 @@ def _find(
         return _list(paths, scratch, options)
     inputs = read_description(folder).get("inputs", {})
     recorded, started_in = inputs.get("paths", []), inputs.get("folder")
-    is_here = started_in == os.getcwd() or all(map(os.path.isabs, recorded))
+    is_here = started_in == os.getcwd() or all(map(_is_absolute, recorded))
     reason = ""
     if not recorded or STDIN in recorded:
         reason = "its inputs were a list on standard input"
@@ -189,17 +214,32 @@ def _find(
     return None
 
 
-def _has_videos(found: Listing | None, folder: Path) -> bool:
+def _is_absolute(path: str) -> bool:
+    return os.path.isabs(path) or is_remote(path)
+
+
+def _has_videos(found: Listing | None, folder: ExportFolder) -> bool:
     """Whether the inputs hold videos, or those of the export in the folder did."""
     if found is not None and found.n_videos:
         return True
-    is_begun = (folder / SETTINGS).exists()
+    is_begun = folder.has(SETTINGS)
     return is_begun and "video" in read_description(folder).get("image_policy", {})
 
 
+def _begin_among_others(
+    settings: Mapping[str, Any], paths: Sequence[str] | None, found: Listing | None,
+    folder: ExportFolder, options: ExportOptions,
+) -> ExportPlan:  # fmt: skip
+    """As `_begin_or_resume`; where another machine began or extended it, the export is resumed."""
+    try:
+        return _begin_or_resume(settings, paths, found, folder, options)
+    except ChangedError:
+        return _begin_or_resume(settings, paths, found, folder, options)
+
+
 def _begin_or_resume(
-    settings: Mapping[str, Any], paths: Sequence[str] | None, found: Listing | None, folder: Path,
-    options: ExportOptions, scratch: Path | None = None,
+    settings: Mapping[str, Any], paths: Sequence[str] | None, found: Listing | None,
+    folder: ExportFolder, options: ExportOptions, scratch: Path | None = None,
 ) -> ExportPlan:  # fmt: skip
     """The plan of a new or an existing export; with `scratch`, the folder is left alone."""
     inputs = {"paths": paths, "folder": os.getcwd(), **_columns(options)}
@@ -286,8 +326,8 @@ def _paths(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 @contextmanager
 def plan_dry_run(
-    encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]] | None, folder: Path | None,
-    options: ExportOptions,
+    encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]] | None,
+    folder: ExportFolder | None, options: ExportOptions,
 ) -> Iterator[ExportPlan]:  # fmt: skip
     """The plan of an export, for an estimate. Its files are removed when the block ends.
 
@@ -297,45 +337,20 @@ def plan_dry_run(
     if folder is not None:
         if paths is None:
             check_is_export(folder)
-        check_folder(folder, make=False)
+        folder.check(SETTINGS, LEFTOVER, make=False)
     with TemporaryDirectory(prefix="qwen-vit-") as temporary:
         scratch = Path(temporary)
-        found = _find(paths, folder or scratch, scratch, options)
-        if folder is not None and (folder / SETTINGS).exists():
+        where = folder or LocalFolder(scratch)
+        found = _find(paths, where, scratch, options)
+        if folder is not None and folder.has(SETTINGS):
             has_videos = _has_videos(found, folder)
             settings = make_settings(encoder, options, has_videos=has_videos)
             plan = _begin_or_resume(settings, paths, found, folder, options, scratch)
         else:
-            plan = ExportPlan(scratch, {}, Listings(() if found is None else (found,)), options)
-        if folder is None or not folder.exists() or not has_shards(folder):
+            plan = ExportPlan(where, {}, Listings(() if found is None else (found,)), options)
+        if folder is None or not has_shards(folder):
             _check_heads(plan)
         yield plan
-
-
-def check_folder(folder: Path, *, make: bool = True) -> None:
-    """Make the folder, or raise ExportError for one that holds anything but an export."""
-    check_utf8(folder)
-    try:
-        if not folder.absolute().parent.is_dir():
-            raise ExportError("not a folder", name=str(folder.parent), remedy="create it first")
-        if os.path.lexists(folder) and not folder.is_dir():
-            raise ExportError("not a folder", name=str(folder), remedy=OTHER_FOLDER)
-        if make:
-            folder.mkdir(exist_ok=True)
-        names = sorted(os.listdir(folder)) if folder.exists() else []
-    except OSError as error:
-        raise cannot_write(folder, error) from None
-    strange = [n for n in names if not LOCK_NAME.fullmatch(n) and not LEFTOVER.fullmatch(n)]
-    if strange and SETTINGS not in names:
-        raise ExportError(
-            f"it holds {display_name(strange[0])} ({len(strange)} in all) and no {SETTINGS}",
-            name=str(folder),
-            expected="an export or an empty folder",
-            remedy=OTHER_FOLDER,
-        )
-    written = folder if folder.exists() else folder.absolute().parent
-    if not os.access(written, os.W_OK):
-        raise ExportError("not writable", name=str(written), remedy="check its permissions")
 
 
 def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listing:
@@ -356,9 +371,9 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
 
 def remove_leftovers(plan: ExportPlan) -> None:
     """Remove leftovers of killed runs: temporary files of this part or of no part."""
-    shards, part = plan.shards, plan.options.part
-    with short_lock(plan.folder):
-        for name in os.listdir(plan.folder):
+    shards, part, folder = plan.shards, plan.options.part, plan.folder
+    with short_lock(folder.scratch):
+        for name in os.listdir(folder.scratch):
             match = LEFTOVER.fullmatch(name)
             if match is None:
                 continue
@@ -370,7 +385,7 @@ def remove_leftovers(plan: ExportPlan) -> None:
             )  # fmt: skip
             if is_ours or part == (1, 1):
                 with suppress(OSError):
-                    (plan.folder / name).unlink(missing_ok=True)
-        for shard, firsts in find_segments(plan.folder).items():
-            if shard in shards and plan.path(shard).exists():  # whole since
-                remove_segments(plan.folder, shard, firsts)
+                    (folder.scratch / name).unlink(missing_ok=True)
+        for shard, firsts in find_segments(folder).items():
+            if shard in shards and plan.has(shard):  # whole since
+                remove_segments(folder, shard, firsts)

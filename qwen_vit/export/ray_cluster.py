@@ -19,12 +19,14 @@ from threading import Condition, Lock, current_thread, main_thread
 from typing import Any
 
 from qwen_vit.common.prefetch import thread_count
+from qwen_vit.common.store_path import AnyPath, PathOrAddress, as_path
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError, QwenVitError, Wording
 from qwen_vit.export.background import StageTimer
 from qwen_vit.export.circuit_breaker import CircuitBreaker
 from qwen_vit.export.ec_cache import CacheWriter
 from qwen_vit.export.estimate import Estimate, estimate_plan
+from qwen_vit.export.folder import OTHER_FOLDER
 from qwen_vit.export.manifest import ManifestRow, load_arrow
 from qwen_vit.export.options import ExportOptions, RowFormat
 from qwen_vit.export.plan import ExportPlan, open_export, remove_leftovers
@@ -33,8 +35,8 @@ from qwen_vit.export.records import REST, STAGES, DoneShard
 from qwen_vit.export.result import ExportCounts, ExportReport
 from qwen_vit.export.retry import FailingRun, may_work_now
 from qwen_vit.export.run import load_encoder, make_manifest, warn_of_idle
-from qwen_vit.export.settings import OTHER_FOLDER
 from qwen_vit.export.shards import export_shards, whole_shard
+from qwen_vit.feature_files.schema import shard_name
 
 __all__ = ["export_on_ray"]
 
@@ -50,7 +52,7 @@ SHARDS_AT_A_TIME = 2  # of a GPU: it encodes one while threads read or write the
 def export_on_ray(
     model: str | os.PathLike[str],
     inputs: Sequence[str | os.PathLike[str]] | None,
-    folder: str | os.PathLike[str],
+    folder: PathOrAddress,
     options: ExportOptions | None = None,
     *,
     address: str | None = None,
@@ -94,9 +96,9 @@ def export_on_ray(
     with _cluster(address):
         workers = _Workers(load, device, decode_threads)
         encoder = workers.ask("describe", options)
-        with open_export(encoder, inputs, Path(folder).absolute(), options) as plan:
+        with open_export(encoder, inputs, _on_all_nodes(folder), options) as plan:
             counts = ExportCounts(plan.listing.current)
-            if confirm is not None and not any(plan.path(shard).exists() for shard in plan.shards):
+            if confirm is not None and not plan.has_any():
                 confirm(workers.ask("estimate", plan))
             cache = None if ec_cache is None else CacheWriter(plan, ec_cache)
             breaker = CircuitBreaker(options.max_failures)
@@ -138,6 +140,11 @@ def _shards(workers: "_Workers", plan: ExportPlan, waits: dict[str, float]) -> I
         yield done
 
 
+def _on_all_nodes(folder: PathOrAddress) -> AnyPath:
+    path = as_path(folder)
+    return path.absolute() if isinstance(path, Path) else path
+
+
 def _failure(row: ManifestRow) -> ImageError | None:
     if row.status == "ok":
         return None
@@ -146,7 +153,7 @@ def _failure(row: ManifestRow) -> ImageError | None:
 
 def _size(plan: ExportPlan, shard: int) -> int:
     try:
-        return plan.path(shard).stat().st_size
+        return plan.folder.size(shard_name(shard))
     except FileNotFoundError:
         raise ExportError(
             "it does not exist here, although a worker wrote it",
@@ -204,7 +211,7 @@ class _Worker:
                     expected=f"{expected}, as the first worker has",
                     remedy="use nodes with one kind of GPU and the same packages",
                 )
-        clock = StageTimer(REST)
+        clock, plan = StageTimer(REST), plan.on_this_host()
         with self._counted():
             try:
                 [done] = export_shards(

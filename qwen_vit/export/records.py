@@ -48,7 +48,8 @@ class ShardStart(NamedTuple):
     """Precedes a shard's images; a shard that exists already has its `rows`, and no images.
 
     Images that an earlier run kept are in `segments`; they do not follow. `firsts` are the places
-    of all segments that there are, also of those that cannot be used.
+    of all segments that there are, also of those that cannot be used. `replaces` says that a shard
+    exists that is made again.
     """
 
     shard: int
@@ -56,6 +57,7 @@ class ShardStart(NamedTuple):
     rows: list[ManifestRow] | None
     segments: Sequence[Segment] = ()
     firsts: Sequence[int] = ()
+    replaces: bool = False
 
     @property
     def n_bytes(self) -> int:

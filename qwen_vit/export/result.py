@@ -3,12 +3,13 @@
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
+from qwen_vit.common.store_path import AnyPath
 from qwen_vit.export.listings import CurrentImages
 from qwen_vit.export.plan import ExportPlan
 from qwen_vit.export.records import STAGES, DoneShard
+from qwen_vit.feature_files.schema import shard_name
 
 __all__ = ["ExportCounts", "ExportReport"]
 
@@ -31,8 +32,8 @@ class ExportReport:
         shards_missing: those of the whole folder; other parts may still make them.
     """
 
-    folder: Path
-    manifest: Path
+    folder: AnyPath
+    manifest: AnyPath
     images: int
     exported: int
     failed: dict[str, int]
@@ -74,15 +75,14 @@ class ExportCounts:
         self.failed_earlier += sum(row.status != "ok" for row in kept)
         self.exported += len(good)
         self.rows += sum(row.tokens or 0 for row in good)
-        self.bytes += plan.path(done.shard).stat().st_size
+        self.bytes += plan.folder.size(shard_name(done.shard))
 
-    def report(self, plan: ExportPlan, manifest: Path, waits: dict[str, float]) -> ExportReport:
+    def report(self, plan: ExportPlan, manifest: AnyPath, waits: dict[str, float]) -> ExportReport:
         """The report of an export that has ended; `waits` are seconds by stage."""
         return ExportReport(
-            plan.folder, manifest, self.current.count(plan.shards), self.exported,
+            plan.folder.place, manifest, self.current.count(plan.shards), self.exported,
             dict(self.failed.most_common()), self.resumed, self.rows, self.bytes,
             round(time.monotonic() - self.start, 3),
             {stage: round(waits.get(stage, 0.0), 3) for stage in STAGES},
-            len(plan.all_shards), sum(not plan.path(shard).exists() for shard in plan.all_shards),
-            self.failed_earlier,
+            len(plan.all_shards), len(plan.all_shards) - len(plan.existing()), self.failed_earlier,
         )  # fmt: skip

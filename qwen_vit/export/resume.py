@@ -2,9 +2,9 @@
 
 import os
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
+from qwen_vit.common.store_path import AnyPath
 from qwen_vit.common.strict_json import read_json
 from qwen_vit.errors import ArgumentError, CheckpointError, ExportError
 from qwen_vit.export.options import ExportOptions
@@ -31,7 +31,7 @@ class StartOptions:
     options: ExportOptions
 
 
-def read_start_options(folder: Path) -> StartOptions:
+def read_start_options(folder: AnyPath) -> StartOptions:
     """The model and the options of the export in a folder.
 
     >>> start = read_start_options(Path("features"))  # doctest: +SKIP

@@ -1,7 +1,6 @@
 """Failures that may have passed, such as those of an outage: their shards are made again."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -10,6 +9,7 @@ from qwen_vit.export.circuit_breaker import TrippedError
 from qwen_vit.export.manifest import ManifestRow
 from qwen_vit.export.plan import ExportPlan
 from qwen_vit.export.records import DoneShard
+from qwen_vit.feature_files.schema import shard_name
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.isolated import decode_in_child
 from qwen_vit.inputs.listing import Item
@@ -80,5 +80,4 @@ class FailingRun:
 
 def _remove(plan: ExportPlan, shards: Sequence[int]) -> None:
     for shard in shards:
-        with suppress(OSError):
-            plan.path(shard).unlink(missing_ok=True)
+        plan.folder.remove(shard_name(shard))

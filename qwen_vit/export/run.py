@@ -9,12 +9,12 @@ and any worker can make them, at any time, in any order.
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwen_vit.common.prefetch import thread_count
+from qwen_vit.common.store_path import AnyPath, PathOrAddress, as_path
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, plural, with_options
 from qwen_vit.export.background import StageTimer
@@ -39,7 +39,7 @@ logger = logging.getLogger("qwen_vit")
 def export_features(
     encoder: VisionEncoder,
     inputs: Sequence[str | os.PathLike[str]] | None,
-    folder: str | os.PathLike[str],
+    folder: PathOrAddress,
     options: ExportOptions | None = None,
     *,
     confirm: Callable[[Estimate], None] | None = None,
@@ -60,7 +60,8 @@ def export_features(
     Args:
         inputs: paths of images, folders, patterns, tars and lists; None: resume with the images
             that the export lists.
-        folder: a new or empty folder, or an export to resume.
+        folder: a new or empty folder, or an export to resume; an address such as
+            "s3://bucket/features" as well.
         confirm: is called with an estimate before a new export begins, and may raise.
         show_progress: a bar on a terminal, a line a minute in a log.
         decode_threads: threads that read, decode and resize: one for two cores, 2 to 16, if not
@@ -88,11 +89,11 @@ def export_features(
     RowFormat.of(encoder, options)
     load_arrow()
     clock = StageTimer(REST)
-    with open_export(encoder, inputs, Path(folder), options) as plan:
+    with open_export(encoder, inputs, as_path(folder), options) as plan:
         counts = ExportCounts(plan.listing.current)
         warn_of_idle(len(plan.all_shards), options.part[1], "parts")
         cache = None if ec_cache is None else CacheWriter(plan, ec_cache)
-        if confirm is not None and not any(plan.path(shard).exists() for shard in plan.shards):
+        if confirm is not None and not plan.has_any():
             confirm(estimate_plan(encoder, plan))
         stop = stop or StopSignals()
         with (
@@ -136,7 +137,7 @@ def warn_of_idle(n_shards: int, n_workers: int, workers: str) -> None:
         )  # fmt: skip
 
 
-def make_manifest(plan: ExportPlan) -> Path:
+def make_manifest(plan: ExportPlan) -> AnyPath:
     """Write the manifest of every shard that exists, those of other parts included.
 
     It has the current row of each image.
@@ -145,8 +146,10 @@ def make_manifest(plan: ExportPlan) -> Path:
     """
 
     def shards() -> Iterator[list[ManifestRow]]:
+        existing = plan.existing()
         for shard in plan.all_shards:
-            rows = whole_shard(plan, shard, "the manifest omits it: run its part again")
+            then = "the manifest omits it: run its part again"
+            rows = whole_shard(plan, shard, then) if shard in existing else None
             if rows is not None:
                 yield plan.listing.current.rows(shard, rows)
             elif shard in plan.shards:
@@ -156,5 +159,5 @@ def make_manifest(plan: ExportPlan) -> Path:
                     remedy="check its disk and run the same command again",
                 )
 
-    with short_lock(plan.folder):
-        return write_manifest(plan.folder, shards())
+    with short_lock(plan.folder.scratch):
+        return write_manifest(plan.folder, shards)

@@ -17,6 +17,7 @@ from typing import Any
 
 from qwen_vit.common.safetensors_header import read_header
 from qwen_vit.errors import CheckpointError, ExportError
+from qwen_vit.export.folder import ExportFolder
 from qwen_vit.feature_files.read import FeatureFile, open_shard
 
 __all__ = [
@@ -25,7 +26,7 @@ __all__ = [
     "find_segments",
     "open_segments",
     "remove_segments",
-    "segment_path",
+    "segment_name",
 ]
 
 logger = logging.getLogger("qwen_vit")
@@ -44,22 +45,26 @@ class Segment:
     end: int
 
 
-def segment_path(folder: Path, shard: int, first: int) -> Path:
-    """The file of a segment."""
-    return folder / f"segment-{shard:08}-{first:08}.safetensors"
+def segment_name(shard: int, first: int) -> str:
+    """The file of a segment.
+
+    >>> segment_name(7, 32)
+    'segment-00000007-00000032.safetensors'
+    """
+    return f"segment-{shard:08}-{first:08}.safetensors"
 
 
-def find_segments(folder: Path) -> Mapping[int, Sequence[int]]:
+def find_segments(folder: ExportFolder) -> Mapping[int, Sequence[int]]:
     """For each shard that has segments, the places of their first images, in order."""
     found: dict[int, list[int]] = defaultdict(list)
-    for name in os.listdir(folder):
+    for name in {*folder.names(), *os.listdir(folder.scratch)}:
         if match := SEGMENT.fullmatch(name):
             found[int(match[1])].append(int(match[2]))
     return {shard: sorted(firsts) for shard, firsts in found.items()}
 
 
 def open_segments(
-    folder: Path, shard: int, firsts: Sequence[int], names: Sequence[str],
+    folder: ExportFolder, shard: int, firsts: Sequence[int], names: Sequence[str],
     settings: Mapping[str, Any],
 ) -> list[Segment]:  # fmt: skip
     """The consecutive segments from the shard's first image on; `names` are the shard's ids.
@@ -70,7 +75,9 @@ def open_segments(
     for first in firsts:
         if first != end:
             break
-        path = segment_path(folder, shard, first)
+        path = folder.fetch(segment_name(shard, first))
+        if path is None:  # a store may list what was removed
+            break
         try:
             file = open_shard(path)
         except ExportError as error:
@@ -88,11 +95,10 @@ def open_segments(
     return segments
 
 
-def remove_segments(folder: Path, shard: int, firsts: Iterable[int]) -> None:
+def remove_segments(folder: ExportFolder, shard: int, firsts: Iterable[int]) -> None:
     """Remove segments of a shard that is whole."""
     for first in firsts:
-        with suppress(OSError):
-            segment_path(folder, shard, first).unlink(missing_ok=True)
+        folder.remove(segment_name(shard, first))
 
 
 def count_kept(folder: Path) -> int:

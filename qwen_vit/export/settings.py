@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from qwen_vit.common.atomic_file import atomic_file, cannot_write
+from qwen_vit.common.atomic_file import cannot_write
+from qwen_vit.common.store_path import StorePath
 from qwen_vit.common.strict_json import is_integer, read_json
 from qwen_vit.errors import (
     CheckpointError,
@@ -26,8 +27,10 @@ from qwen_vit.errors import (
     with_options,
 )
 from qwen_vit.export.changes import InputChanges, failed_items
+from qwen_vit.export.folder import OTHER_FOLDER, ExportFolder
 from qwen_vit.export.listings import Listings
 from qwen_vit.export.options import ExportOptions
+from qwen_vit.feature_files.head import cannot_read
 from qwen_vit.feature_files.listed import LISTINGS, OF_EXPORT, listing_name, listings_of
 from qwen_vit.feature_files.schema import READABLE, SCHEMA_VERSION, shard_name
 from qwen_vit.images.image import EXIF_IGNORED
@@ -37,7 +40,6 @@ from qwen_vit.video.source import decoder_name
 __all__ = [
     "LISTING",
     "MADE_BY",
-    "OTHER_FOLDER",
     "SETTINGS",
     "EncoderInfo",
     "StoredExport",
@@ -47,7 +49,6 @@ __all__ = [
     "read_stored",
 ]
 
-OTHER_FOLDER = Wording("pass another folder", shell="pass another --out")
 logger = logging.getLogger("qwen_vit")
 
 SETTINGS, LISTING = "export.json", listing_name(0)
@@ -108,17 +109,23 @@ def _video_policy(options: ExportOptions) -> dict[str, Any]:
 class StoredExport:
     """An export as its folder describes it. Changes are written by `save`."""
 
-    folder: Path
+    folder: ExportFolder
     description: dict[str, Any]
     listings: Listings
+    version: str | None = None  # of the description's file, in a store
 
     @classmethod
     def new(
-        cls, folder: Path, settings: Mapping[str, Any], listing: Listing, inputs: Mapping[str, Any]
-    ) -> Self:
-        """An export of one listing, which has its file somewhere else yet."""
+        cls, folder: ExportFolder, settings: Mapping[str, Any], listing: Listing,
+        inputs: Mapping[str, Any],
+    ) -> Self:  # fmt: skip
+        """An export of one listing, which has its file somewhere else yet.
+
+        It replaces the description of one that made no shard.
+        """
         facts = {"n_images": listing.n_images, "listing_sha256": listing.sha256}
-        return cls(folder, {**settings, **facts, "inputs": dict(inputs)}, Listings((listing,)))
+        description = {**settings, **facts, "inputs": dict(inputs)}
+        return cls(folder, description, Listings((listing,)), folder.version(SETTINGS))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -132,21 +139,24 @@ class StoredExport:
         return found
 
     def save(self) -> None:
-        """Write the description, and give the first listing its place."""
-        with atomic_file(self.folder / SETTINGS) as file:
-            text = json.dumps(self.description, sort_keys=True, indent=1)
-            file.write(text.encode() + b"\n")
+        """Write the description, and give the first listing its place.
+
+        Raises ChangedError if another machine wrote the description.
+        """
+        text = json.dumps(self.description, sort_keys=True, indent=1)
+        self.version = self.folder.write(SETTINGS, text.encode() + b"\n", self.version)
         self.place_listing()
 
     def place_listing(self) -> None:
         """Move the first listing to its place, where an existing one has the same bytes."""
         first, *later = self.listings.all
-        path = self.folder / LISTING
+        path = self.folder.scratch / LISTING
         if first.path != path:
             try:
                 os.replace(first.path, path)
             except OSError as error:
                 raise cannot_write(path, error) from None
+            self.folder.publish(LISTING, keep=True)
             self.listings = replace(self.listings, all=(replace(first, path=path), *later))
 
     def check(
@@ -233,7 +243,7 @@ class StoredExport:
         facts = listings_of(self.description, self.folder / SETTINGS)[1:]
         entries = self.description.get(LISTINGS, [])
         return any(
-            not (self.folder / shard_name(shard)).exists()
+            not self.folder.has(shard_name(shard))
             for entry, listing in zip(entries, facts, strict=True)
             if entry["kind"] == "retry"
             for shard in listing.shards
@@ -245,8 +255,11 @@ class StoredExport:
         """Append a listing, whose file appears before the description names it."""
         if not items and not withdrawn:
             return
-        path = (scratch or self.folder) / listing_name(len(self.listings.all))
+        name = listing_name(len(self.listings.all))
+        path = (scratch or self.folder.scratch) / name
         listing = Listing.freeze(path, items, self.description["shard_size"])
+        if scratch is None:  # a growth that was killed may have left another one
+            self.folder.publish(name, replace=True, keep=True)
         entry = {"kind": kind, "n_images": listing.n_images, "listing_sha256": listing.sha256}
         if withdrawn:
             entry["withdrawn"] = list(withdrawn)
@@ -258,16 +271,18 @@ class StoredExport:
             self.save()
 
 
-def read_stored(folder: Path, found: Listing | None, options: ExportOptions) -> StoredExport | None:
+def read_stored(
+    folder: ExportFolder, found: Listing | None, options: ExportOptions
+) -> StoredExport | None:
     """The export in the folder, or None if none was begun.
 
     `found` is the listing of the inputs, if they are listed. It stands for a first listing whose
     file is damaged, or that differs only in the messages of errors.
     """
     path = folder / SETTINGS
-    if not path.exists():
+    if not folder.has(SETTINGS):
         return None
-    description = read_description(folder)
+    version, description = folder.version(SETTINGS), read_description(folder)
     if not all(is_integer(description.get(name)) for name in ("n_images", "shard_size")):
         raise ExportError(
             "it has no n_images and shard_size",
@@ -279,34 +294,41 @@ def read_stored(folder: Path, found: Listing | None, options: ExportOptions) -> 
     is_begun = has_shards(folder) or "listing_sha256" not in description
     if found is not None and options.part == (1, 1) and not is_begun:
         return None
-    version = description.get("schema_version")
-    if version in READABLE and version != SCHEMA_VERSION:
+    schema = description.get("schema_version")
+    if schema in READABLE and schema != SCHEMA_VERSION:
         raise ExportError(
-            f"it holds an export of schema {version}",
+            f"it holds an export of schema {schema}",
             name=str(folder),
             expected=f"schema {SCHEMA_VERSION}, which this version of qwen_vit writes",
             remedy="finish it with the version that began it, or "
             + OTHER_FOLDER
             + "; load_features reads both",
         )
-    return StoredExport(folder, description, _read_listings(folder, description, found))
+    return StoredExport(folder, description, _read_listings(folder, description, found), version)
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: ExportFolder) -> dict[str, Any]:
     """What a folder's `export.json` says. Raises ExportError for one that is not JSON."""
+    path = folder / SETTINGS
     try:
-        return read_json(folder / SETTINGS)
+        return read_json(path)
     except CheckpointError as error:
+        if isinstance(path, StorePath) and isinstance(error.__cause__, OSError):
+            raise cannot_read(path, error.__cause__) from None
         raise ExportError.of(error, remedy=OTHER_FOLDER) from None
 
 
-def _read_listings(folder: Path, description: Mapping[str, Any], found: Listing | None) -> Listings:
+def _read_listings(
+    folder: ExportFolder, description: Mapping[str, Any], found: Listing | None
+) -> Listings:
     facts = listings_of(description, folder / SETTINGS)
     listings = []
     for each in facts:
         listing = None
         with suppress(OSError):
-            listing = Listing.open(folder / each.name, description["shard_size"])
+            path = folder.fetch(each.name, each.sha256)
+            if path is not None:
+                listing = Listing.open(path, description["shard_size"])
         if listing is None or listing.sha256 != each.sha256:
             listing = found
             if found is not None:  # `changed` must not take images as older than this listing
@@ -322,9 +344,9 @@ def _read_listings(folder: Path, description: Mapping[str, Any], found: Listing 
     return Listings(tuple(listings), tuple(each.withdrawn for each in facts))
 
 
-def has_shards(folder: Path) -> bool:
-    """Whether an existing folder holds any whole shard, or what was kept of one."""
-    return any(SHARD.fullmatch(name) for name in os.listdir(folder))
+def has_shards(folder: ExportFolder) -> bool:
+    """Whether a folder holds any whole shard, or what was kept of one."""
+    return any(SHARD.fullmatch(name) for name in folder.names())
 
 
 def _log_of_growth(changes: InputChanges, changed: Sequence[Item]) -> None:

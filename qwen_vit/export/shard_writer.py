@@ -14,9 +14,15 @@ from qwen_vit.export.device_to_host import HostCopy
 from qwen_vit.export.options import RowFormat
 from qwen_vit.export.plan import ExportPlan, reserved_header_bytes
 from qwen_vit.export.records import ImageRecord, ShardStart
-from qwen_vit.export.segments import Segment, remove_segments, segment_path
+from qwen_vit.export.segments import Segment, remove_segments, segment_name
 from qwen_vit.feature_files.read import open_shard
-from qwen_vit.feature_files.schema import EMBEDS, ItemFacts, layer_name, rows_by_tensor
+from qwen_vit.feature_files.schema import (
+    EMBEDS,
+    ItemFacts,
+    layer_name,
+    rows_by_tensor,
+    shard_name,
+)
 from qwen_vit.feature_files.writer import FeatureWriter
 from qwen_vit.features import FailedImage, ImageFeatures, not_finite
 from qwen_vit.images.image import ExifPolicy
@@ -44,7 +50,7 @@ class ShardWriter:
         *,
         bits_depend_on_batch: bool,
     ) -> None:
-        self.number = start.shard
+        self.number, self._replaces = start.shard, start.replaces
         self.waited_s = 0.0  # for the GPU
         self._plan, self._form, self._breaker, self._on_image = plan, form, breaker, on_image
         self._kept, self._firsts = list(start.segments), {*start.firsts}
@@ -59,7 +65,9 @@ class ShardWriter:
         self._has_rows: list[bool] = []  # each image
         plan, number = self._plan, self.number
         room = reserved_header_bytes(plan.listing.shard(number), plan.settings_of(number))
-        self._writer = FeatureWriter(self._plan.path(self.number), self._form.tensors, room)
+        self._writer = FeatureWriter(
+            plan.folder.scratch / shard_name(number), self._form.tensors, room
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -121,24 +129,28 @@ class ShardWriter:
             ImageFeatures(item.id, rows[EMBEDS], image.grid_thw, image.size_px, layers=layers)
         )
 
-    def close_segment(self) -> None:
+    def close_segment(self, *, publish: bool = True) -> None:
         """Write the open file as a segment, and begin a new one."""
         if not self._has_rows:
             return
-        path = segment_path(self._plan.folder, self.number, self._first)
+        folder, name = self._plan.folder, segment_name(self.number, self._first)
+        path = folder.scratch / name
         self._writer.save(self._facts([entry for _, entry in self._errors]), path)
         self._kept.append(Segment(open_shard(path), self._first, self.end))
         self._firsts.add(self._first)
         self._first = self.end
         self._begin()
+        if publish:  # for a run on another machine
+            folder.publish(name, replace=True, keep=True)
 
     def save(self) -> None:
         """Give the shard its name; it is whole then."""
         if self._kept:
-            self.close_segment()
+            self.close_segment(publish=False)
             self._join()
         else:
             self._writer.save(self._facts([entry for _, entry in self._errors]))
+        self._plan.folder.publish(shard_name(self.number), replace=self._replaces)
         remove_segments(self._plan.folder, self.number, self._firsts)
 
     def _keep(self) -> None:

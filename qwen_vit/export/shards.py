@@ -13,11 +13,13 @@ from contextlib import closing, contextmanager
 from functools import partial
 from hashlib import sha256
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from qwen_vit.common.prefetch import Job, core_count, thread_count, work_ahead
+from qwen_vit.common.store_path import AnyPath, StorePath
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ExportError, ImageError
 from qwen_vit.export.background import BackgroundWriter, StageTimer
@@ -42,7 +44,7 @@ from qwen_vit.export.settings import LISTING, SETTINGS
 from qwen_vit.export.shard_writer import ShardWriter
 from qwen_vit.export.under_way import UnderWay
 from qwen_vit.feature_files.read import open_shard
-from qwen_vit.feature_files.schema import rows_by_tensor
+from qwen_vit.feature_files.schema import rows_by_tensor, shard_name
 from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.images.isolated import decode_in_child
 from qwen_vit.images.patches import Patches
@@ -113,7 +115,7 @@ def export_shards(
     )
     copier: HostCopier | None = None  # made only for a missing shard: it takes memory
     with (
-        UnderWay(plan.folder) as under_way,
+        UnderWay(plan.folder.scratch) as under_way,
         closing(
             work_ahead(_jobs(loader, plan, shards, under_way), threads=thread_count(decode_threads))
         ) as loaded,
@@ -159,6 +161,7 @@ def _jobs(
 ) -> Iterator[Job[ShardStart | ImageRecord]]:
     kept = find_segments(plan.folder)
     for shard in shards:
+        _publish_unsent(plan, shard)
         rows = whole_shard(plan, shard)
         if rows is not None and may_work_now(plan, shard, rows):
             rows = None
@@ -167,7 +170,9 @@ def _jobs(
         firsts = kept.get(shard, ()) if rows is None else ()
         segments = open_segments(plan.folder, shard, firsts, names, plan.settings_of(shard))
         first = segments[-1].end if segments else 0
-        yield Job(partial(ShardStart, shard, len(items) - first, rows, segments, firsts))
+        replaces = rows is None and plan.has(shard)
+        start = partial(ShardStart, shard, len(items) - first, rows, segments, firsts, replaces)
+        yield Job(start)
         line = plan.listing.first_line(shard)
         for place, item in enumerate(items[first:], start=first):
             yield Job(partial(_load, item, place, line + place, loader, under_way))
@@ -332,16 +337,36 @@ def whole_shard(
     together those of the listing. For a torn one, a log line names `then`, the next step. Raises
     ExportError for a file of a different export.
     """
-    path = plan.path(shard)
-    if not path.exists():
+    if not plan.has(shard):
         return None
-    if path.is_dir():
+    return _rows_in(plan, shard, plan.path(shard), then)
+
+
+def _publish_unsent(plan: ExportPlan, shard: int) -> None:
+    """Upload a shard that an earlier run made here, but could not upload."""
+    path = plan.folder.scratch / shard_name(shard)
+    if path == plan.path(shard) or not path.exists():
+        return
+    try:
+        is_ours = _rows_in(plan, shard, path, "it is made again") is not None
+    except ExportError:  # an export that had this address before
+        is_ours = False
+    if is_ours:
+        plan.folder.publish(path.name)
+    path.unlink(missing_ok=True)
+
+
+def _rows_in(plan: ExportPlan, shard: int, path: AnyPath, then: str) -> list[ManifestRow] | None:
+    """The rows of a shard's file, or None if it is torn."""
+    if isinstance(path, Path) and path.is_dir():
         raise ExportError(
             "a folder", name=str(path), expected="a feature file", remedy="move it away"
         )
     try:
         file = open_shard(path)
     except ExportError as error:
+        if isinstance(path, StorePath) and isinstance(error.__context__, OSError):
+            raise  # the store refuses to read it
         logger.warning("%s", ExportError.of(error, remedy=then))
         return None
     items = plan.listing.shard(shard)

@@ -10,7 +10,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from qwen_vit.common.safetensors_header import read_header
-from qwen_vit.common.storage import is_remote
-from qwen_vit.common.store_path import AnyPath, StorePath
+from qwen_vit.common.store_path import AnyPath, StorePath, as_path
 from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, plural
 from qwen_vit.feature_files.collection import Features
 from qwen_vit.feature_files.head import cannot_read, open_tensors
@@ -67,7 +65,7 @@ class FeatureFile(Features):
     def __init__(
         self, path: str | AnyPath, remedy: str = WRITE_AGAIN, *, verify: bool = False
     ) -> None:
-        self.path = path = _as_path(path)
+        self.path = path = as_path(path)
         self._remedy, self._verify = remedy, verify
         try:
             self.metadata, self._file = open_tensors(path, remedy)
@@ -213,7 +211,7 @@ class FeatureFolder(Features):
     """
 
     def __init__(self, path: str | AnyPath, *, verify: bool = False) -> None:
-        self.path, self._verify = (path := _as_path(path)), verify
+        self.path, self._verify = (path := as_path(path)), verify
         self.metadata = read_description(path / "export.json")
         self._listed = ListedImages(path, self.metadata)
         self.listing = self._listed.ids
@@ -376,7 +374,7 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`.
         raise ArgumentError(
             f"path is a {type(path).__name__}", expected="the path of a file or folder"
         )
-    path = _as_path(path)
+    path = as_path(path)
     try:
         if path.is_dir():
             return FeatureFolder(path, verify=verify)
@@ -390,12 +388,6 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`.
         name=str(path),
         expected="a feature file of `qwen-vit encode` or a folder of `qwen-vit export`",
     )
-
-
-def _as_path(path: str | AnyPath) -> AnyPath:
-    if isinstance(path, StorePath):
-        return path
-    return StorePath(path) if isinstance(path, str) and is_remote(path) else Path(path)
 
 
 def _names_in(folder: AnyPath) -> set[str]:

@@ -17,6 +17,7 @@ from qwen_vit.cli import main as cli
 from qwen_vit.cli.text import estimate_text
 from qwen_vit.cli.verification import verify_stored
 from qwen_vit.errors import ExportError
+from qwen_vit.export import folder as folder_module
 from qwen_vit.export import settings as settings_module
 from qwen_vit.export.estimate import estimate_export
 from qwen_vit.export.options import ExportOptions
@@ -220,7 +221,6 @@ def test_a_kill_while_a_listing_is_appended_loses_nothing(
     export()
     before = content()
     write("p/x.png", tiny_png(30))
-    name = "Listing" if at == "listing" else "atomic_file"
 
     def die(*_: Any, **__: Any) -> Any:
         raise RuntimeError("as a kill")
@@ -230,7 +230,7 @@ def test_a_kill_while_a_listing_is_appended_loses_nothing(
             patch.setattr(settings_module.Listing, "freeze", die)
             patch.setattr("qwen_vit.export.plan._list", lambda *_: frozen())
         else:
-            patch.setattr(settings_module, name, die)
+            patch.setattr(folder_module, "atomic_file", die)
         with pytest.raises(RuntimeError):
             export(EXTEND)
     assert content() == before

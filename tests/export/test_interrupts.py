@@ -18,6 +18,7 @@ from qwen_vit import batching
 from qwen_vit.cli import main as cli_module
 from qwen_vit.errors import ArgumentError, ExportError
 from qwen_vit.export import shards as shards_module
+from qwen_vit.export.folder import LocalFolder
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.plan import open_export
 from qwen_vit.export.progress import Progress
@@ -294,7 +295,7 @@ def test_a_folder_with_segments_is_read_as_one_in_progress(export_dir: Path) -> 
     read = load_features("out")
     assert not read.is_complete
     assert len(read) == 37
-    assert find_segments(Path("out")) == {1: [0]}
+    assert find_segments(LocalFolder(Path("out"))) == {1: [0]}
 
 
 def test_parts_keep_their_own_segments(export_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ def test_parts_that_end_together_write_the_manifest_one_after_the_other(
             lock_module, "time", SimpleNamespace(sleep=wait, monotonic=time.monotonic)
         )
         ending = threading.Thread(target=make_manifest, args=(plan,))
-        with short_lock(plan.folder):
+        with short_lock(plan.folder.scratch):
             ending.start()
             assert is_waiting.wait(60)
             assert "manifest.parquet" not in files()

@@ -1,6 +1,7 @@
 """An S3 server on loopback: moto's, behind faults, which counts requests and bytes."""
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -49,12 +50,19 @@ Fault = Callable[[Request], str | None]
 
 @dataclass
 class S3Server:
-    """A running server. `fault` names what a request meets: an error code, "cut" or "slow"."""
+    """A running server. `fault` names what a request meets: an error code, "cut" or "slow".
+
+    "cut-put" ends the connection in the middle of a request's body, and "lost" after the server has
+    done what was asked. Listings omit the keys in `hidden`. With `ignores_conditions`, writes have
+    none, as on some servers.
+    """
 
     url: str = ""
     requests: list[Request] = field(default_factory=list)
     fault: Fault = lambda _: None
     page_keys: int = 0  # of a listing, if not S3's 1,000
+    hidden: Callable[[str], bool] | None = None
+    ignores_conditions: bool = False
 
     def fail(self, code: str, times: int, where: Callable[[Request], bool] = bool) -> None:
         """Meet the next requests that `where` chooses with a fault, so many times."""
@@ -81,6 +89,24 @@ class S3Server:
         self.fault = before
         self.requests.clear()
 
+    def objects(self, prefix: str) -> dict[str, bytes]:
+        """The objects below a prefix, by the rest of their names, behind the server's counts."""
+        before, self.fault = (self.fault, self.hidden), lambda _: None
+        self.hidden = None
+        files = fsspec.filesystem("s3", use_listings_cache=False)
+        start = f"{BUCKET}/{prefix}/"
+        found = {name.removeprefix(start): files.cat_file(name) for name in files.find(start)}
+        self.fault, self.hidden = before
+        return found
+
+    def delete(self, prefix: str) -> None:
+        """Remove the objects below a prefix."""
+        before, self.fault = self.fault, lambda _: None
+        files = fsspec.filesystem("s3", use_listings_cache=False)
+        for name in files.find(f"{BUCKET}/{prefix}/"):
+            files.rm_file(name)
+        self.fault = before
+
     def put_folder(self, folder: Path, prefix: str) -> None:
         """Copy a local folder to a prefix."""
         for path in sorted(folder.rglob("*")):
@@ -96,13 +122,36 @@ class S3Server:
         fault = self.fault(request)
         if self.page_keys and "list-type=2" in query:
             environ["QUERY_STRING"] = f"{query}&max-keys={self.page_keys}"
-        if fault not in (None, "cut", "slow"):
+        if fault == "cut-put":
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
+            raise ConnectionResetError("injected")
+        if self.ignores_conditions and request.method == "PUT":
+            environ.pop("HTTP_IF_NONE_MATCH", None)
+            environ.pop("HTTP_IF_MATCH", None)
+        if fault not in (None, "cut", "slow", "lost"):
             body = ERROR.format(code=fault).encode()
             start(f"{STATUS[str(fault)]} {fault}", [("Content-Length", str(len(body)))])
             return [] if request.method == "HEAD" else [body]
+        if fault == "lost":
+            b"".join(app(environ, lambda *_: None))
+            raise ConnectionResetError("injected")
+        if "list-type=2" in query and self.hidden is not None:
+            return [self._without_hidden(app, environ, start)]
         body = b"".join(app(environ, start))
         request.sent = len(body)
         return self._pieces(body, fault)
+
+    def _without_hidden(self, app: Any, environ: dict[str, Any], start: Any) -> bytes:
+        """A listing without the newest keys, as of a store whose listings lag."""
+        answer: list[Any] = []
+        text = b"".join(app(environ, lambda *parts: answer.extend(parts))).decode()
+        for entry in re.findall("<Contents>.*?</Contents>", text, re.DOTALL):
+            key = re.search("<Key>(.*?)</Key>", entry)
+            if key is not None and self.hidden is not None and self.hidden(key[1]):
+                text = text.replace(entry, "")
+        headers = [each for each in answer[1] if each[0].lower() != "content-length"]
+        start(answer[0], [*headers, ("Content-Length", str(len(text.encode())))])
+        return text.encode()
 
     def _pieces(self, body: bytes, fault: str | None) -> Iterator[bytes]:
         half = len(body) // 2

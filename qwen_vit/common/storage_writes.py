@@ -1,0 +1,122 @@
+"""Objects that are written whole or not at all, and only where nothing else was written.
+
+S3's conditional writes decide between several writers: `If-None-Match: *` for a new object, and
+`If-Match` for the next version of one.
+"""
+
+import errno
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qwen_vit.common.storage import (
+    files_of,
+    find_object,
+    is_s3,
+    os_errors,
+    read_range,
+    service_code,
+)
+
+__all__ = ["PART_BYTES", "has_conditions", "put_bytes", "put_file", "remove_object", "written_s"]
+
+PART_BYTES = 2**24  # of a multipart upload, of which several are in memory
+RIVAL_PAUSES_S = (0.2, 1.0, 3.0)  # S3 refuses a condition while another writer's upload is open
+
+REFUSED = ("PreconditionFailed", "ConditionalRequestConflict")
+
+Value = TypeVar("Value")
+
+
+def put_file(address: str, path: Path, *, is_new: bool) -> None:
+    """Upload a file: its object appears whole, or not at all.
+
+    With `is_new` it replaces no object. Raises FileExistsError then, and OSError otherwise.
+    """
+    files, place = files_of(address)
+    options: dict[str, Any] = {}
+    if is_s3(files):
+        options = {"mode": "create" if is_new else "overwrite", "chunksize": PART_BYTES}
+    elif is_new:  # gcsfs has modes, and adlfs `overwrite`
+        options = {"mode": "create", "overwrite": False}
+    _with_condition(lambda: files.put_file(str(path), place, **options))
+
+
+def put_bytes(address: str, data: bytes, *, replaces: str | None = None) -> str | None:
+    """Write a small object in place of the version `replaces`, or a new one. Returns its version.
+
+    Raises FileExistsError if the object has another version, and OSError otherwise.
+    """
+    files, place = files_of(address)
+    try:
+        _with_condition(lambda: _put(files, place, data, replaces))
+    except FileExistsError:
+        if not _holds(address, data):  # the first of two attempts may have arrived
+            raise
+    found = find_object(address)
+    return None if found is None else found.version
+
+
+def remove_object(address: str) -> None:
+    """Delete an object, if there is one. Raises OSError."""
+    files, place = files_of(address)
+    with os_errors():
+        try:
+            files.rm_file(place)
+        except FileNotFoundError:
+            return
+
+
+def has_conditions(address: str, data: bytes) -> bool:
+    """Whether the store refuses to write an existing object as a new one.
+
+    The object must hold `data`. Some servers ignore conditions. Raises OSError.
+    """
+    files, place = files_of(address)
+    try:
+        _with_condition(lambda: _put(files, place, data, None))
+    except FileExistsError:
+        return True
+    return False
+
+
+def written_s(address: str) -> float:
+    """When an object was written, in seconds since 1970. Raises OSError."""
+    files, place = files_of(address)
+    with os_errors():
+        return float(files.modified(place).timestamp())
+
+
+def _put(files: Any, place: str, data: bytes, replaces: str | None) -> None:
+    if not is_s3(files):  # without a condition for the next version of an object
+        files.pipe_file(place, data, mode="overwrite" if replaces else "create")
+        return
+    bucket, _, key = place.partition("/")
+    condition = {"IfNoneMatch": "*"} if replaces is None else {"IfMatch": replaces}
+    files.call_s3("put_object", Bucket=bucket, Key=key, Body=io.BytesIO(data), **condition)
+
+
+def _with_condition(put: Callable[[], Value]) -> Value:
+    """Run a conditional write. A condition that does not hold is a FileExistsError."""
+    pauses_s = iter(RIVAL_PAUSES_S)
+    while True:
+        try:
+            with os_errors():
+                return put()
+        except OSError as error:
+            code = service_code(error)
+            pause_s = next(pauses_s, None) if code == "ConditionalRequestConflict" else None
+            if pause_s is None and (code in REFUSED or isinstance(error, FileExistsError)):
+                raise FileExistsError(errno.EEXIST, "another process wrote it") from error
+            if pause_s is None:
+                raise
+        time.sleep(pause_s)
+
+
+def _holds(address: str, data: bytes) -> bool:
+    found = find_object(address)
+    if found is None or found.size != len(data):
+        return False
+    return read_range(address, 0, found.size, found.version) == data
