@@ -25,6 +25,7 @@ __all__ = ["PART_BYTES", "has_conditions", "put_bytes", "put_file", "remove_obje
 PART_BYTES = 2**24  # of a multipart upload, of which several are in memory
 RIVAL_PAUSES_S = (0.2, 1.0, 3.0)  # S3 refuses a condition while another writer's upload is open
 
+AZURE = ("az://", "abfs://")
 REFUSED = ("PreconditionFailed", "ConditionalRequestConflict")
 
 Value = TypeVar("Value")
@@ -36,11 +37,11 @@ def put_file(address: str, path: Path, *, is_new: bool) -> None:
     With `is_new` it replaces no object. Raises FileExistsError then, and OSError otherwise.
     """
     files, place = files_of(address)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"mode": "create" if is_new else "overwrite"}  # of s3fs and gcsfs
     if is_s3(files):
-        options = {"mode": "create" if is_new else "overwrite", "chunksize": PART_BYTES}
-    elif is_new:  # gcsfs has modes, and adlfs `overwrite`
-        options = {"mode": "create", "overwrite": False}
+        options["chunksize"] = PART_BYTES
+    elif address.lower().startswith(AZURE):
+        options = {"overwrite": not is_new}
     _with_condition(lambda: files.put_file(str(path), place, **options))
 
 

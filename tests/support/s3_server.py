@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -42,6 +43,7 @@ class Request:
     path: str
     query: str
     range: str
+    condition: str = ""  # of a write
     sent: int = 0  # bytes of the body
 
 
@@ -116,15 +118,16 @@ class S3Server:
     def __call__(self, app: Any, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
         query = environ.get("QUERY_STRING", "")
         request = Request(
-            environ["REQUEST_METHOD"], environ["PATH_INFO"], query, environ.get("HTTP_RANGE", "")
-        )
+            environ["REQUEST_METHOD"], environ["PATH_INFO"], query, environ.get("HTTP_RANGE", ""),
+            environ.get("HTTP_IF_NONE_MATCH") or environ.get("HTTP_IF_MATCH") or "",
+        )  # fmt: skip
         self.requests.append(request)
         fault = self.fault(request)
         if self.page_keys and "list-type=2" in query:
             environ["QUERY_STRING"] = f"{query}&max-keys={self.page_keys}"
         if fault == "cut-put":
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
-            raise ConnectionResetError("injected")
+            raise _closed(environ)
         if self.ignores_conditions and request.method == "PUT":
             environ.pop("HTTP_IF_NONE_MATCH", None)
             environ.pop("HTTP_IF_MATCH", None)
@@ -134,7 +137,7 @@ class S3Server:
             return [] if request.method == "HEAD" else [body]
         if fault == "lost":
             b"".join(app(environ, lambda *_: None))
-            raise ConnectionResetError("injected")
+            raise _closed(environ)
         if "list-type=2" in query and self.hidden is not None:
             return [self._without_hidden(app, environ, start)]
         body = b"".join(app(environ, start))
@@ -161,6 +164,12 @@ class S3Server:
         if fault == "cut":
             raise ConnectionResetError("injected")
         yield body[half:]
+
+
+def _closed(environ: dict[str, Any]) -> ConnectionResetError:
+    """Close a connection without an answer."""
+    environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+    return ConnectionResetError("injected")
 
 
 class _Quiet(WSGIRequestHandler):
