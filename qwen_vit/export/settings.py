@@ -156,8 +156,9 @@ class StoredExport:
                 os.replace(first.path, path)
             except OSError as error:
                 raise cannot_write(path, error) from None
-            self.folder.publish(LISTING, keep=True)
             self.listings = replace(self.listings, all=(replace(first, path=path), *later))
+        if first.path != path or not self.folder.has(LISTING):  # a run may have died before this
+            self.folder.publish(LISTING, replace=True, keep=True)
 
     def check(
         self, settings: Mapping[str, Any], changes: InputChanges | None, options: ExportOptions

@@ -184,6 +184,39 @@ def test_commands(server: S3Server, qwen_vit: Callable[..., Any]) -> None:
 # Kills, rivals and faults
 
 
+@pytest.mark.parametrize(
+    "name", ["listing.jsonl", "shard-00000002.safetensors", "manifest.parquet"]
+)
+@pytest.mark.parametrize("is_uploaded", [True, False])
+def test_a_kill_around_an_upload_loses_nothing(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch, name: str, is_uploaded: bool
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def dying(publish: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(self: Any, found: str, *arguments: Any, **options: Any) -> None:
+            if found != name or is_uploaded:
+                publish(self, found, *arguments, **options)
+            if found == name:
+                raise Killed
+
+        return wrapped
+
+    kind = store_folder.StoreFolder
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "publish", dying(kind.publish))
+        patch.setattr(kind, "publish_version", dying(kind.publish_version))
+        with pytest.raises(Killed):
+            export()
+    encoder = FakeEncoder()
+    export(encoder=encoder)
+    expected = {"listing.jsonl": 10, "manifest.parquet": 0}
+    assert encoder.encoded == expected.get(name, 1)
+    assert server.objects("out") == local()
+    assert scratch() == []
+
+
 @pytest.mark.parametrize("same_host", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_interrupt_keeps_what_was_encoded(
     server: S3Server, export_dir: Path, monkeypatch: pytest.MonkeyPatch, same_host: bool
@@ -203,7 +236,9 @@ def test_an_interrupt_keeps_what_was_encoded(
     assert server.objects("out") == local()
 
 
-SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in ("SlowDown", "InternalError", "slow")]
+SLOW = [
+    pytest.param(each, marks=pytest.mark.slow) for each in ("SlowDown", "InternalError", "slow")
+]
 
 
 @pytest.mark.parametrize("fault", ["cut-put", "lost", *SLOW])
