@@ -55,6 +55,10 @@ class StorePath:
         """The address without its last part."""
         return StorePath(self.address.rstrip("/").rpartition("/")[0])
 
+    def absolute(self) -> "StorePath":
+        """Itself: an address names one place everywhere."""
+        return self
+
     def names(self) -> set[str]:
         """The names of the objects directly in this folder. Raises OSError."""
         with _facts():

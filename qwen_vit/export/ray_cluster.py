@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from threading import Condition, Lock, current_thread, main_thread
 from typing import Any
 
 from qwen_vit.common.prefetch import thread_count
-from qwen_vit.common.store_path import AnyPath, PathOrAddress, as_path
+from qwen_vit.common.store_path import PathOrAddress, as_path
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError, QwenVitError, Wording
 from qwen_vit.export.background import StageTimer
@@ -96,7 +95,7 @@ def export_on_ray(
     with _cluster(address):
         workers = _Workers(load, device, decode_threads)
         encoder = workers.ask("describe", options)
-        with open_export(encoder, inputs, _on_all_nodes(folder), options) as plan:
+        with open_export(encoder, inputs, as_path(folder).absolute(), options) as plan:
             counts = ExportCounts(plan.listing.current)
             if confirm is not None and not plan.has_any():
                 confirm(workers.ask("estimate", plan))
@@ -138,11 +137,6 @@ def _shards(workers: "_Workers", plan: ExportPlan, waits: dict[str, float]) -> I
         for stage, waited_s in seconds.items():
             waits[stage] += waited_s
         yield done
-
-
-def _on_all_nodes(folder: PathOrAddress) -> AnyPath:
-    path = as_path(folder)
-    return path.absolute() if isinstance(path, Path) else path
 
 
 def _failure(row: ManifestRow) -> ImageError | None:
