@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,58 +12,19 @@ from typing import Any
 
 import pytest
 
-from qwen_vit.cli import main as cli
 from qwen_vit.cli.text import estimate_text
 from qwen_vit.cli.verification import verify_stored
 from qwen_vit.errors import ExportError
 from qwen_vit.export import folder as folder_module
 from qwen_vit.export import settings as settings_module
 from qwen_vit.export.estimate import estimate_export
-from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.progress import Progress
-from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.describe import describe_features
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.feature_files.verify import verify_features
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
-
-OPTIONS = ExportOptions(shard_size=4)
-EXTEND, RETRY = replace(OPTIONS, extend=True), replace(OPTIONS, retry_failed=True)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Ten images in p; 3.png and 7.png are broken."""
-    monkeypatch.chdir(tmp_path)
-    Path("p").mkdir()
-    for number in range(10):
-        write(f"p/{number}.png", tiny_png(number)[: 50 if number in (3, 7) else None])
-    return tmp_path
-
-
-def write(path: str, data: bytes) -> None:
-    """A file that is newer than every listing that was written before."""
-    Path(path).write_bytes(data)
-
-
-def export(options: ExportOptions = OPTIONS, out: str = "out", **more: Any) -> Any:
-    encoder = more.pop("encoder", None) or FakeEncoder()
-    return export_features(encoder, more.pop("inputs", ["p"]), out, options, **more)
-
-
-def content(out: str = "out") -> dict[str, Any]:
-    """Each image's rows, grid, size and notes, or its error, without the order of shards."""
-    features = load_features(out)
-    good = {
-        each.id: (each.grid_thw, each.size_px, each.notes, each.embeds.numpy().tobytes())
-        for each in features
-    }
-    assert list(good) == list(features.ids)
-    assert len(good) == len(features)
-    bad = {each.id: (each.code, each.stage, each.message) for each in features.errors}
-    assert not good.keys() & bad.keys()
-    return {**good, **bad}
+from tests.support.growing_exports import EXTEND, OPTIONS, RETRY, content, export, write
 
 
 def manifest(out: str = "out") -> dict[str, tuple[Any, ...]]:
@@ -93,7 +53,9 @@ def listings() -> list[str]:
 
 
 @pytest.mark.parametrize("growths", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_folder_that_grows_equals_a_fresh_export_each_time(folder: Path, growths: int) -> None:
+def test_a_folder_that_grows_equals_a_fresh_export_each_time(
+    growing_dir: Path, growths: int
+) -> None:
     """New images, changed ones, failures that are repaired and others that stay broken."""
     chance = random.Random(0)
     number, broken = 10, {"3.png", "7.png"}
@@ -120,7 +82,7 @@ def test_a_folder_that_grows_equals_a_fresh_export_each_time(folder: Path, growt
     assert {name: Path("out", name).read_bytes() for name in os.listdir("out")} == before
 
 
-def test_old_shards_keep_their_bytes_and_only_new_images_are_encoded(folder: Path) -> None:
+def test_old_shards_keep_their_bytes_and_only_new_images_are_encoded(growing_dir: Path) -> None:
     export()
     before = {path.name: path.read_bytes() for path in Path("out").glob("shard-*")}
     write("p/a.png", tiny_png(20))
@@ -133,7 +95,7 @@ def test_old_shards_keep_their_bytes_and_only_new_images_are_encoded(folder: Pat
     assert load_features("out")["a.png"].grid_thw == (1, 4, 4)
 
 
-def test_only_failed_images_are_tried_again(folder: Path) -> None:
+def test_only_failed_images_are_tried_again(growing_dir: Path) -> None:
     export()
     write("p/3.png", tiny_png(3))
     encoder = FakeEncoder()
@@ -149,14 +111,14 @@ def test_only_failed_images_are_tried_again(folder: Path) -> None:
     assert load_features("out")[8].id == "3.png"
 
 
-def test_nothing_new_leaves_the_export_as_it_is(folder: Path) -> None:
+def test_nothing_new_leaves_the_export_as_it_is(growing_dir: Path) -> None:
     export(out="out")
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     export(EXTEND)
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_changed_inputs_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_changed_inputs_are_named(growing_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     export()
     write("p/0.png", tiny_png(100))
     os.utime("p/1.png")  # newer, with the same content
@@ -174,14 +136,14 @@ def test_changed_inputs_are_named(folder: Path, caplog: pytest.LogCaptureFixture
     assert (done.images, done.exported) == (11, 9)
 
 
-def test_moved_images_are_an_error(folder: Path) -> None:
+def test_moved_images_are_an_error(growing_dir: Path) -> None:
     export()
     os.rename("p", "q")
     with pytest.raises(ExportError, match=r"10 in another place, first 0\.png"):
         export(EXTEND, inputs=["q"])
 
 
-def test_a_tar_that_was_torn_is_listed_again(folder: Path) -> None:
+def test_a_tar_that_was_torn_is_listed_again(growing_dir: Path) -> None:
     """Its failure of listing is withdrawn: a fresh export has none."""
     write("p/t.tar", b"x" * 600)
     done = export()
@@ -201,7 +163,7 @@ def killed_at(name: str) -> Callable[[Any, Any], None]:
 
 
 def test_a_growth_that_is_killed_resumes_with_the_plain_command(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    growing_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export()
     for number in range(10, 20):
@@ -216,7 +178,7 @@ def test_a_growth_that_is_killed_resumes_with_the_plain_command(
 
 @pytest.mark.parametrize("at", ["listing", "description"])
 def test_a_kill_while_a_listing_is_appended_loses_nothing(
-    folder: Path, at: str, monkeypatch: pytest.MonkeyPatch
+    growing_dir: Path, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export()
     before = content()
@@ -249,7 +211,7 @@ def frozen() -> Any:
 
 
 def test_an_unfinished_retry_is_finished_before_another(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    growing_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     export()
     with monkeypatch.context() as patch:
@@ -261,7 +223,7 @@ def test_an_unfinished_retry_is_finished_before_another(
     assert listings() == ["listing-0001.jsonl", "listing.jsonl"]
 
 
-def test_parts_extend_together(folder: Path) -> None:
+def test_parts_extend_together(growing_dir: Path) -> None:
     for number in (1, 2):
         export(replace(OPTIONS, part=(number, 2)))
     for number in range(10, 30):
@@ -277,7 +239,7 @@ def test_parts_extend_together(folder: Path) -> None:
     assert manifest() == manifest("fresh")
 
 
-def test_an_encoder_cache_has_what_was_added(folder: Path) -> None:
+def test_an_encoder_cache_has_what_was_added(growing_dir: Path) -> None:
     export(ec_cache="cache")
     before = {path.name for path in Path("cache").rglob("*.safetensors")}
     write("p/x.png", tiny_png(40))
@@ -290,7 +252,7 @@ def test_an_encoder_cache_has_what_was_added(folder: Path) -> None:
     assert after == fresh
 
 
-def test_a_dry_run_counts_what_would_be_added_and_writes_nothing(folder: Path) -> None:
+def test_a_dry_run_counts_what_would_be_added_and_writes_nothing(growing_dir: Path) -> None:
     export()
     write("p/x.png", tiny_png(41))
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
@@ -299,7 +261,7 @@ def test_a_dry_run_counts_what_would_be_added_and_writes_nothing(folder: Path) -
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_a_dry_run_names_what_is_missing_and_what_failed(folder: Path) -> None:
+def test_a_dry_run_names_what_is_missing_and_what_failed(growing_dir: Path) -> None:
     """Images whose files went missing were "unreadable", though their features stay."""
     export()
     for name in ("0", "1"):
@@ -325,7 +287,7 @@ def test_a_dry_run_names_what_is_missing_and_what_failed(folder: Path) -> None:
     assert text.startswith("images       3 to do (1 missing, 1 unreadable or too large)\n")
 
 
-def test_a_change_is_found_without_a_new_image_and_after_a_resume(folder: Path) -> None:
+def test_a_change_is_found_without_a_new_image_and_after_a_resume(growing_dir: Path) -> None:
     """The time of the listing was that of the last run: what changed before it was never read."""
     export()
     write("p/2.png", tiny_png(42))
@@ -336,7 +298,9 @@ def test_a_change_is_found_without_a_new_image_and_after_a_resume(folder: Path) 
     equals_a_fresh_export(export(EXTEND))
 
 
-def test_verify_and_info_count_the_collection_and_name_what_was_superseded(folder: Path) -> None:
+def test_verify_and_info_count_the_collection_and_name_what_was_superseded(
+    growing_dir: Path,
+) -> None:
     """Images that were encoded again counted twice."""
     export()
     write("p/2.png", tiny_png(42))
@@ -347,162 +311,3 @@ def test_verify_and_info_count_the_collection_and_name_what_was_superseded(folde
     assert found.digests == found.images == facts["images_done"] == len(load_features("out"))
     assert found.rows == facts["rows"] == sum(len(each.embeds) for each in load_features("out"))
     assert verify_stored("out").text().endswith("; 1 superseded as well")
-
-
-# --resume
-
-
-@pytest.fixture
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """`qwen-vit export ...` in this process: code, JSON, stderr."""
-    loaded: list[dict[str, Any]] = []
-
-    def load(model: str, **loading: Any) -> FakeEncoder:
-        loaded.append({"model": model, **loading})
-        return FakeEncoder(max_pixels=loading.get("max_pixels"))
-
-    loader = type("Loader", (), {"from_pretrained": staticmethod(load)})
-    monkeypatch.setattr("qwen_vit.export.run.VisionEncoder", loader)
-
-    def command(*words: str) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qwen-vit", "export", *words])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        captured = capfd.readouterr()
-        return code or 0, captured.out, captured.err
-
-    command.loaded = loaded  # type: ignore[attr-defined]
-    return command
-
-
-START = ("p", "--model", "stand-in", "--out", "out", "--shard-size", "4", "--output", "patch",
-         "--layers", "1,3", "--max-pixels", "10000")  # fmt: skip
-
-
-def test_resume_needs_no_options(run: Any) -> None:
-    assert run(*START)[0] == 1
-    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
-    Path("out/shard-00000001.safetensors").unlink()
-    code, out, err = run("--resume", "out", "--json")
-    assert code == 1, err  # 7.png failed in this run
-    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
-    assert json.loads(out)["resumed"] == 6
-    assert run.loaded[-1]["model"] == "stand-in"
-    assert run.loaded[-1]["max_pixels"] == 10_000
-
-
-def test_resume_names_changed_inputs_and_extends_with_its_own(
-    run: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    run(*START)
-    write("p/x.png", tiny_png(42))
-    assert run("--resume", "out")[0] == 0
-    assert "its inputs changed: 1 new, first x.png; the export goes on with" in caplog.text
-    write("p/7.png", tiny_png(7))
-    code, out, _ = run("--resume", "out", "--extend", "--retry-failed", "--json", "-q")
-    done = json.loads(out)
-    assert (code, done["images"], done["exported"]) == (1, 11, 10)
-    run(*START[:4], "fresh", *START[5:])
-    assert content() == content("fresh")
-
-
-def test_resume_from_elsewhere(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(*START)
-    Path("elsewhere").mkdir()
-    monkeypatch.chdir("elsewhere")
-    assert run("--resume", "../out")[0] == 0
-    code, _, err = run("--resume", "../out", "--extend")
-    assert code == 2
-    assert "its inputs are relative to" in err
-
-
-@pytest.mark.parametrize(
-    ("words", "error"),
-    [
-        (("--resume", "none"), "none: no export to resume"),
-        (("--resume", "out", "--output", "mean"), "--output cannot be passed with --resume"),
-        (("--resume", "out", "--model", "tiny"), "--model cannot be passed with --resume"),
-        (("p", "--out", "out"), "INPUTS, --model and --out are needed, or --resume OUT alone"),
-    ],
-)
-def test_bad_usage_of_resume(run: Any, words: tuple[str, ...], error: str) -> None:
-    run(*START)
-    code, _, err = run(*words)
-    assert code == 2
-    assert error in err
-
-
-def test_a_damaged_description_names_what_to_do(run: Any) -> None:
-    run(*START)
-    Path("out/export.json").write_text('{"n_images": 10, "shard_size": 4}')
-    code, _, err = run("--resume", "out")
-    assert code == 2
-    assert "its settings cannot be read" in err
-
-
-# Versions
-
-
-class Newer(FakeEncoder):
-    """The same encoder with another Pillow."""
-
-    def metadata(self) -> dict[str, Any]:
-        return {**super().metadata(), "versions": {"torch": "2", "pillow": "13"}}
-
-
-def test_other_versions_are_refused_until_they_are_accepted(folder: Path) -> None:
-    export()
-    Path("out/shard-00000001.safetensors").unlink()
-    with pytest.raises(ExportError, match=r"versions.pillow was .*, is 13 now") as caught:
-        export(encoder=Newer())
-    assert "pass accept_versions=True" in caught.value.remedy
-    export(replace(OPTIONS, accept_versions=True), encoder=Newer())
-    found = [
-        load_features(f"out/shard-{number:08}.safetensors").metadata["versions"]["pillow"]
-        for number in range(3)
-    ]
-    assert found[0] == found[2] != found[1] == "13"
-    features = load_features("out")
-    assert features.is_complete
-    assert len(list(features)) == 8
-    assert verify_features("out").problems == ()
-    Path("out/shard-00000002.safetensors").unlink()
-    export(encoder=Newer())  # both are accepted from now on
-    export()
-
-
-def test_other_settings_are_not_accepted_as_versions(folder: Path) -> None:
-    export()
-    before = Path("out/export.json").read_bytes()
-    with pytest.raises(ExportError, match="output was merged, is mean now"):
-        export(replace(OPTIONS, accept_versions=True, output="mean"), encoder=Newer())
-    assert Path("out/export.json").read_bytes() == before
-
-
-def test_a_shard_of_versions_that_were_not_accepted_is_of_another_export(folder: Path) -> None:
-    export()
-    other = Path("out/shard-00000001.safetensors")
-    other.unlink()
-    export(replace(OPTIONS, accept_versions=True), encoder=Newer())
-    description = json.loads(Path("out/export.json").read_text())
-    del description["accepted"]
-    Path("out/export.json").write_text(json.dumps(description))
-    with pytest.raises(ExportError, match="belongs to a different export"):
-        list(load_features("out"))
-
-
-def test_a_description_counts_the_shards_of_every_listing(folder: Path) -> None:
-    export()
-    for number in range(10, 16):
-        write(f"p/{number}.png", tiny_png(number))
-    export(EXTEND)
-    shards = sorted(Path("out").glob("*.safetensors"))
-    facts = describe_features("out")
-    assert (facts["shards"], facts["shards_missing"]) == (len(shards), 0) == (5, 0)
-    assert facts["bytes"] == sum(path.stat().st_size for path in shards)
-    assert facts["rows"] == verify_features("out").rows
-    shards[-1].unlink()
-    assert describe_features("out")["shards_missing"] == 1

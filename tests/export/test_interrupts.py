@@ -1,9 +1,6 @@
 """An interrupted export keeps what it encoded, and resumes to the same bytes."""
 
-import json
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +12,6 @@ import torch
 from PIL import Image
 
 from qwen_vit import batching
-from qwen_vit.cli import main as cli_module
 from qwen_vit.errors import ArgumentError, ExportError
 from qwen_vit.export import shards as shards_module
 from qwen_vit.export.folder import LocalFolder
@@ -25,13 +21,11 @@ from qwen_vit.export.progress import Progress
 from qwen_vit.export.run import export_features
 from qwen_vit.export.segments import count_kept, find_segments
 from qwen_vit.export.shards import export_shards
-from qwen_vit.export.stop import StopSignals
 from qwen_vit.feature_files.read import load_features
-from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import BatchedEncoder, FakeEncoder
+from tests.support.interrupted_exports import segments
 
 OPTIONS = ExportOptions(shard_size=40)
-COUNT = 100  # images, every 13th of them broken
 
 
 class Stop:
@@ -49,16 +43,6 @@ class Stop:
         yield
 
 
-@pytest.fixture
-def export_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    Path("p").mkdir()
-    for number in range(COUNT):
-        data = tiny_png(number)
-        Path(f"p/{number:03}.png").write_bytes(data[:50] if number % 13 == 5 else data)
-    return tmp_path
-
-
 def export(
     out: str = "out", *, encoder: Any = None, options: ExportOptions = OPTIONS, **more: Any
 ) -> Any:
@@ -69,14 +53,10 @@ def files(folder: str = "out") -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def segments(folder: str = "out") -> list[str]:
-    return sorted(name for name in os.listdir(folder) if name.startswith("segment-"))
-
-
 @pytest.mark.parametrize("after", [0, 1, 2, 33, 40, 41, 42, 75, 100, 102])
 @pytest.mark.parametrize("layers", [(), (1, 3)])
 def test_a_stopped_export_encodes_no_image_twice(
-    export_dir: Path, after: int, layers: tuple[int, ...]
+    hundred_images: Path, after: int, layers: tuple[int, ...]
 ) -> None:
     options = ExportOptions(shard_size=40, layers=layers)
     whole = export("whole", options=options)
@@ -94,7 +74,7 @@ def test_a_stopped_export_encodes_no_image_twice(
     assert done.resumed >= kept
 
 
-def test_a_report_tells_what_failed_in_this_run(export_dir: Path) -> None:
+def test_a_report_tells_what_failed_in_this_run(hundred_images: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         export(stop=Stop(38))
     assert segments() == ["segment-00000000-00000000.safetensors"]
@@ -115,7 +95,7 @@ def pictures() -> None:
 
 @pytest.mark.parametrize("at", range(12))
 def test_on_a_cpu_whole_batches_are_kept_and_bits_repeat(
-    export_dir: Path, at: int, monkeypatch: pytest.MonkeyPatch
+    hundred_images: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There bits depend on the batch: an interrupt in the middle of one must not divide it."""
     pictures()
@@ -148,7 +128,7 @@ def test_on_a_cpu_whole_batches_are_kept_and_bits_repeat(
 
 @pytest.mark.parametrize("is_gpu", [False, True])
 def test_segments_are_saved_from_time_to_time_and_survive_a_kill(
-    export_dir: Path, is_gpu: bool, monkeypatch: pytest.MonkeyPatch
+    hundred_images: Path, is_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU wherever a group ends, on a CPU between batches."""
     if is_gpu:
@@ -193,7 +173,7 @@ def interrupted_at(after: int) -> None:
 
 
 @pytest.mark.parametrize("times", [2, 5])
-def test_interrupts_of_one_shard_add_up(export_dir: Path, times: int) -> None:
+def test_interrupts_of_one_shard_add_up(hundred_images: Path, times: int) -> None:
     export("whole")
     encoder = FakeEncoder()
     for _ in range(times):
@@ -210,7 +190,7 @@ def test_interrupts_of_one_shard_add_up(export_dir: Path, times: int) -> None:
 
 
 def test_a_torn_segment_is_encoded_again(
-    export_dir: Path, caplog: pytest.LogCaptureFixture
+    hundred_images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     export("whole")
     interrupted_at(38)
@@ -226,7 +206,7 @@ def test_a_torn_segment_is_encoded_again(
 
 
 def test_segments_behind_a_gap_wait_for_it(
-    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+    hundred_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tests.support.fake_encoder.BATCH", 4)
     export("whole")
@@ -255,7 +235,7 @@ def raise_at(name: str, error: BaseException) -> Callable[[Any, Any], None]:
     return count
 
 
-def test_rows_that_rotted_in_a_segment_are_named(export_dir: Path) -> None:
+def test_rows_that_rotted_in_a_segment_are_named(hundred_images: Path) -> None:
     interrupted_at(38)
     [name] = segments()
     path = Path("out", name)
@@ -272,7 +252,7 @@ def test_rows_that_rotted_in_a_segment_are_named(export_dir: Path) -> None:
     assert files() == files("whole")
 
 
-def test_other_settings_are_an_error_while_a_segment_is_there(export_dir: Path) -> None:
+def test_other_settings_are_an_error_while_a_segment_is_there(hundred_images: Path) -> None:
     interrupted_at(38)
     before = files()
     with pytest.raises(ExportError, match="output was merged, is mean now"):
@@ -280,7 +260,7 @@ def test_other_settings_are_an_error_while_a_segment_is_there(export_dir: Path) 
     assert files() == before
 
 
-def test_segments_of_whole_shards_are_removed(export_dir: Path) -> None:
+def test_segments_of_whole_shards_are_removed(hundred_images: Path) -> None:
     interrupted_at(38)
     [name] = segments()
     data = Path("out", name).read_bytes()
@@ -290,7 +270,7 @@ def test_segments_of_whole_shards_are_removed(export_dir: Path) -> None:
     assert segments() == []
 
 
-def test_a_folder_with_segments_is_read_as_one_in_progress(export_dir: Path) -> None:
+def test_a_folder_with_segments_is_read_as_one_in_progress(hundred_images: Path) -> None:
     interrupted_at(78)
     read = load_features("out")
     assert not read.is_complete
@@ -298,7 +278,9 @@ def test_a_folder_with_segments_is_read_as_one_in_progress(export_dir: Path) -> 
     assert find_segments(LocalFolder(Path("out"))) == {1: [0]}
 
 
-def test_parts_keep_their_own_segments(export_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_keep_their_own_segments(
+    hundred_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tests.support.fake_encoder.BATCH", 2)
     export("whole", options=ExportOptions(shard_size=10))
     for number in (1, 2):
@@ -313,7 +295,7 @@ def test_parts_keep_their_own_segments(export_dir: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("error", [OSError("lost"), ExportError("no space"), MemoryError()])
 def test_other_errors_keep_whole_shards_alone(
-    export_dir: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+    hundred_images: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Progress, "count", raise_at("050.png", error))
     with pytest.raises(type(error)):
@@ -322,7 +304,7 @@ def test_other_errors_keep_whole_shards_alone(
 
 
 def test_a_disk_that_is_full_does_not_hide_the_interrupt(
-    export_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    hundred_images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: Any) -> None:
         raise ExportError("could not be written (No space left on device)", name="segment")
@@ -339,7 +321,7 @@ def test_a_time_that_is_none_is_refused(seconds: Any) -> None:
         ExportOptions(shard_seconds=seconds)
 
 
-def test_a_worker_of_a_cluster_goes_on_with_a_segment(export_dir: Path) -> None:
+def test_a_worker_of_a_cluster_goes_on_with_a_segment(hundred_images: Path) -> None:
     export("whole")
     interrupted_at(38)
     encoder = FakeEncoder()
@@ -347,99 +329,3 @@ def test_a_worker_of_a_cluster_goes_on_with_a_segment(export_dir: Path) -> None:
         [done] = export_shards(encoder, plan, [0])  # type: ignore[arg-type]
     assert (done.n_kept, len(done.rows)) == (35, 40)
     assert files()["shard-00000000.safetensors"] == files("whole")["shard-00000000.safetensors"]
-
-
-# Signals
-
-
-def test_the_first_signal_is_a_question_and_the_second_an_interrupt() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignals() as stop:
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)  # while an encoder is loaded, say
-        with stop.accepted():
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.is_requested()
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_an_ignored_signal_stays_ignored() -> None:
-    """As nohup leaves SIGHUP."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopSignals() as stop, stop.accepted():
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.is_requested()
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_command_with_what_it_encoded(
-    run: Any, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    encode = FakeEncoder._encode
-
-    def interrupted(self: Any, batch: Any, options: Any) -> Any:
-        os.kill(os.getpid(), number)
-        return encode(self, batch, options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FakeEncoder, "_encode", interrupted)
-        code, _, err = run("--shard-size", "100")
-    lines = [line for line in err.splitlines() if line and not line.startswith("skipped: ")]
-    assert code == 130
-    assert lines == [
-        "interrupted: saving what was encoded; once more to stop at once",
-        "32 images kept; run the same command again to resume",
-        "interrupted",
-    ]
-    assert count_kept(Path("out")) == 32  # a batch
-    code, out, _ = run("--shard-size", "100", "--json", "--allow-failed", "8")
-    done = json.loads(out)
-    assert (code, done["exported"], segments()) == (0, 92, [])
-    assert done["resumed"] >= 32
-
-
-@pytest.fixture
-def run(
-    export_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Any:
-    """`qwen-vit export p ... --out out` in this process: code, stdout, stderr."""
-    loader = type("Loader", (), {"from_pretrained": staticmethod(lambda *_, **__: FakeEncoder())})
-    monkeypatch.setattr("qwen_vit.export.run.VisionEncoder", loader)
-
-    def command(*arguments: str) -> tuple[Any, str, str]:
-        words = ["export", "p", "--model", "stand-in", "--out", "out", *arguments]
-        monkeypatch.setattr(sys, "argv", ["qwen-vit", *words])
-        code: Any = 0
-        try:
-            cli_module.main()
-        except SystemExit as stop:
-            code = stop.code
-        captured = capfd.readouterr()
-        return code or 0, captured.out, captured.err
-
-    return command
-
-
-@pytest.mark.parametrize(("allowed", "code"), [((), 1), (("7",), 1), (("8",), 0), (("9",), 0)])
-def test_so_many_failures_of_a_run_are_allowed(
-    run: Any, allowed: tuple[str, ...], code: int
-) -> None:
-    words = ("--allow-failed", *allowed) if allowed else ()
-    found, out, _ = run("--json", *words)
-    assert (found, sum(json.loads(out)["failed"].values())) == (code, 8)
-    # those of earlier runs do not count
-    assert run(*words)[0] == 0
-    Path("p/new.png").write_bytes(b"")
-    assert run("--allow-failed", "-1")[0] == 2
-
-
-def test_options_of_time_reach_the_export(run: Any) -> None:
-    assert run("--shard-seconds", "0.000001", "--allow-failed", "8")[0] == 0
-    assert run("--shard-seconds", "0")[0] == 2
-    assert segments() == []

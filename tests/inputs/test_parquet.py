@@ -1,13 +1,8 @@
 """Parquet files are listed by row and read in a stream, and everything amiss has a name."""
 
-import io
 import json
-import random
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,31 +10,23 @@ import pytest
 
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.images.image import ImageLimits
-from qwen_vit.inputs import parquet_file as file_module
 from qwen_vit.inputs import parquet_rows as parquet_module
 from qwen_vit.inputs import read as read_module
-from qwen_vit.inputs.find import check_inputs, find_items
+from qwen_vit.inputs.find import check_inputs
 from qwen_vit.inputs.listing import Item, Listing
 from qwen_vit.inputs.parquet import ParquetColumns
 from qwen_vit.inputs.read import read_item
 from tests.support.export_stress import tiny_png
-from tests.support.parquet_files import STRUCT, structs, tear_rows, write_encrypted, write_rows
-
-IMAGE, LIMITS = ParquetColumns("image"), ImageLimits()
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.chdir(tmp_path)
-    readers = parquet_module._Readers()
-    monkeypatch.setattr(parquet_module, "_READERS", readers)
-    yield tmp_path
-    for reader in readers._readers:
-        reader.close()
-
-
-def items(*inputs: str, columns: ParquetColumns | None = IMAGE) -> list[Item]:
-    return list(find_items(inputs, columns=columns))
+from tests.support.parquet_files import (
+    IMAGE,
+    LIMITS,
+    STRUCT,
+    items,
+    structs,
+    tear_rows,
+    write_encrypted,
+    write_rows,
+)
 
 
 def refused(*inputs: str, columns: ParquetColumns | None = IMAGE) -> ExportError:
@@ -57,20 +44,22 @@ def failure(item: Item) -> ImageError:
 # Listing
 
 
-def test_a_row_is_an_image_under_its_file_and_number(here: Path) -> None:
-    (here / "data").mkdir()
+def test_a_row_is_an_image_under_its_file_and_number(parquet_dir: Path) -> None:
+    (parquet_dir / "data").mkdir()
     write_rows("data/b.parquet", structs(range(3)), group=2)
     write_rows("data/a.parquet", structs([3]))
     expected = ["a.parquet:0", "b.parquet:0", "b.parquet:1", "b.parquet:2"]
     for given in ("data", "data/*.parquet"):
         assert [item.id for item in items(given)] == expected
     found = items("data/b.parquet")
-    assert found[1] == Item("b.parquet:1", str(here / "data/b.parquet"), row=1, column="image")
+    assert found[1] == Item(
+        "b.parquet:1", str(parquet_dir / "data/b.parquet"), row=1, column="image"
+    )
     assert [read_item(item, LIMITS) for item in found] == [tiny_png(n) for n in range(3)]
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), STRUCT])
-def test_bytes_and_structs_are_read(here: Path, kind: Any) -> None:
+def test_bytes_and_structs_are_read(parquet_dir: Path, kind: Any) -> None:
     images = structs(range(25))
     write_rows("x.parquet", images if kind == STRUCT else [i["bytes"] for i in images], kind)
     assert [read_item(item, LIMITS) for item in items("x.parquet")] == [i["bytes"] for i in images]
@@ -84,14 +73,14 @@ def test_bytes_and_structs_are_read(here: Path, kind: Any) -> None:
         (pa.array(["a", "b", "a2"]).dictionary_encode(), ["a", "b", "a2"]),
     ],
 )
-def test_a_column_gives_the_ids(here: Path, ids: Any, expected: list[str]) -> None:
+def test_a_column_gives_the_ids(parquet_dir: Path, ids: Any, expected: list[str]) -> None:
     write_rows("x.parquet", structs(range(3)), key=ids)
     found = items("x.parquet", columns=ParquetColumns("image", "key"))
     assert [item.id for item in found] == expected
     assert [item.row for item in found] == [0, 1, 2]
 
 
-def test_listing_reads_no_image(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_reads_no_image(parquet_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows("x.parquet", structs(range(3)), key=["a", "b", "c"])
     data = bytearray(Path("x.parquet").read_bytes())
     first = data.index(b"\x89PNG")
@@ -100,10 +89,10 @@ def test_listing_reads_no_image(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [i.id for i in items("x.parquet", columns=ParquetColumns("image", "key"))] == [*"abc"]
 
 
-def test_a_frozen_listing_names_rows_and_is_an_input_again(here: Path) -> None:
+def test_a_frozen_listing_names_rows_and_is_an_input_again(parquet_dir: Path) -> None:
     write_rows("x.parquet", structs(range(3)))
     found = items("x.parquet")
-    listing = Listing.freeze(here / "listing.jsonl", found, 2)
+    listing = Listing.freeze(parquet_dir / "listing.jsonl", found, 2)
     assert listing.shard(1) == found[2:]
     assert items("listing.jsonl", columns=None) == found
     line = {"id": "a", "path": "x.parquet", "row": 2, "column": "image"}
@@ -115,7 +104,9 @@ def test_a_frozen_listing_names_rows_and_is_an_input_again(here: Path) -> None:
 @pytest.mark.parametrize(
     "wrong", [{"row": -1}, {"row": 1.5}, {"row": 0, "column": None}, {"row": 0, "offset": 3}]
 )
-def test_a_list_with_a_row_that_cannot_be_is_refused(here: Path, wrong: dict[str, Any]) -> None:
+def test_a_list_with_a_row_that_cannot_be_is_refused(
+    parquet_dir: Path, wrong: dict[str, Any]
+) -> None:
     line = {"id": "a", "path": "x.parquet", "column": "image", "size": 5, **wrong}
     Path("own.jsonl").write_text(json.dumps(line))
     assert "Parquet" in refused("own.jsonl").expected
@@ -124,8 +115,8 @@ def test_a_list_with_a_row_that_cannot_be_is_refused(here: Path, wrong: dict[str
 # Columns
 
 
-def test_without_a_column_its_columns_of_images_are_named(here: Path) -> None:
-    (here / "data").mkdir()
+def test_without_a_column_its_columns_of_images_are_named(parquet_dir: Path) -> None:
+    (parquet_dir / "data").mkdir()
     write_rows("data/x.parquet", structs([1]), label=[3], mask=pa.array([b"m"]))
     for given in ("data/x.parquet", "data/*.parquet"):
         error = refused(given, columns=None)
@@ -163,7 +154,7 @@ def test_columns_must_make_sense() -> None:
     ],
 )
 def test_a_column_that_holds_no_images_is_refused(
-    here: Path, values: Any, fact: str, remedy: str
+    parquet_dir: Path, values: Any, fact: str, remedy: str
 ) -> None:
     pq.write_table(pa.table({"image": values}), "x.parquet")
     error = refused("x.parquet")
@@ -173,12 +164,12 @@ def test_a_column_that_holds_no_images_is_refused(
 
 
 @pytest.mark.parametrize("values", [pa.array([1.5]), pa.array([["a"]]), pa.array([b"a"])])
-def test_ids_of_another_type_are_refused(here: Path, values: Any) -> None:
+def test_ids_of_another_type_are_refused(parquet_dir: Path, values: Any) -> None:
     write_rows("x.parquet", structs([0]), key=values)
     assert "id_column" in refused("x.parquet", columns=ParquetColumns("image", "key")).remedy
 
 
-def test_a_missing_column_names_those_that_exist(here: Path) -> None:
+def test_a_missing_column_names_those_that_exist(parquet_dir: Path) -> None:
     write_rows("x.parquet", structs([0]), label=[1])
     error = refused("x.parquet", columns=ParquetColumns("picture"))
     assert (error.fact, error.expected) == ("no column picture", "one of its columns: image, label")
@@ -186,8 +177,8 @@ def test_a_missing_column_names_those_that_exist(here: Path) -> None:
     assert error.fact == "no column key"
 
 
-def test_files_of_different_schemas_are_one_error(here: Path) -> None:
-    (here / "data").mkdir()
+def test_files_of_different_schemas_are_one_error(parquet_dir: Path) -> None:
+    (parquet_dir / "data").mkdir()
     write_rows("data/a.parquet", structs([0]))
     pq.write_table(pa.table({"picture": [b"x"]}), "data/b.parquet")
     error = refused("data")
@@ -197,7 +188,7 @@ def test_files_of_different_schemas_are_one_error(here: Path) -> None:
     assert [read_item(item, LIMITS) for item in items("data")] == [tiny_png(0), tiny_png(1)]
 
 
-def test_ids_that_are_null_or_twice(here: Path) -> None:
+def test_ids_that_are_null_or_twice(parquet_dir: Path) -> None:
     write_rows("x.parquet", structs(range(4)), key=["a", None, "", "d"])
     found = items("x.parquet", columns=ParquetColumns("image", "key"))
     assert [item.id for item in found] == ["a", "x.parquet:1", "x.parquet:2", "d"]
@@ -207,14 +198,14 @@ def test_ids_that_are_null_or_twice(here: Path) -> None:
     with pytest.raises(
         ExportError, match=r"^a: two images have this id, .*y\.parquet, row 2\."
     ) as e:
-        Listing.freeze(here / "listing", found, 10)
+        Listing.freeze(parquet_dir / "listing", found, 10)
     assert "id_column" in e.value.remedy
 
 
 # Rows
 
 
-def test_null_rows_and_paths_fail_alone(here: Path) -> None:
+def test_null_rows_and_paths_fail_alone(parquet_dir: Path) -> None:
     images = [structs([0])[0], None, {"bytes": None, "path": "cat.png"}, structs([3])[0]]
     write_rows("x.parquet", images)
     first, null, path, last = items("x.parquet")
@@ -226,7 +217,7 @@ def test_null_rows_and_paths_fail_alone(here: Path) -> None:
     assert read_item(last, LIMITS) == tiny_png(3)
 
 
-def test_a_file_that_is_no_parquet_becomes_one_failure(here: Path) -> None:
+def test_a_file_that_is_no_parquet_becomes_one_failure(parquet_dir: Path) -> None:
     write_rows("whole.parquet", structs(range(5)))
     whole = Path("whole.parquet").read_bytes()
     for content in (b"", b"PAR1", whole[: len(whole) // 2], whole[:-20] + bytes(20), b"<html>"):
@@ -238,7 +229,7 @@ def test_a_file_that_is_no_parquet_becomes_one_failure(here: Path) -> None:
 
 
 @pytest.mark.parametrize("plain_footer", [False, True])
-def test_encryption_is_named(here: Path, plain_footer: bool) -> None:
+def test_encryption_is_named(parquet_dir: Path, plain_footer: bool) -> None:
     """Asking pyarrow for an encrypted column's size ends the process without an exception."""
     write_encrypted("x.parquet", structs(range(3)), plain_footer=plain_footer)
     found = items("x.parquet")
@@ -249,9 +240,9 @@ def test_encryption_is_named(here: Path, plain_footer: bool) -> None:
         assert "encrypted" in str(error)
 
 
-def test_a_torn_row_group_costs_no_other(here: Path) -> None:
+def test_a_torn_row_group_costs_no_other(parquet_dir: Path) -> None:
     write_rows("x.parquet", structs(range(30)), group=10)
-    tear_rows(here / "x.parquet", tiny_png(14))
+    tear_rows(parquet_dir / "x.parquet", tiny_png(14))
     found = items("x.parquet")
     codes = {}
     for item in found:
@@ -262,10 +253,10 @@ def test_a_torn_row_group_costs_no_other(here: Path) -> None:
     assert codes == dict.fromkeys(range(10, 20), "damaged")
 
 
-def test_a_torn_row_group_is_read_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torn_row_group_is_read_once(parquet_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row of it read the whole group again."""
     write_rows("x.parquet", structs(range(200)), group=200)
-    tear_rows(here / "x.parquet", tiny_png(150))
+    tear_rows(parquet_dir / "x.parquet", tiny_png(150))
     begun: list[int] = []
     begin = parquet_module._Reader._begin_at
     monkeypatch.setattr(
@@ -276,7 +267,7 @@ def test_a_torn_row_group_is_read_once(here: Path, monkeypatch: pytest.MonkeyPat
     assert begun == [0]
 
 
-def test_a_file_that_changed_after_the_listing(here: Path) -> None:
+def test_a_file_that_changed_after_the_listing(parquet_dir: Path) -> None:
     write_rows("x.parquet", structs(range(3)))
     *_, last = items("x.parquet")
     write_rows("x.parquet", structs(range(2)))
@@ -288,7 +279,9 @@ def test_a_file_that_changed_after_the_listing(here: Path) -> None:
     assert failure(last).code == "missing"
 
 
-def test_a_transient_error_is_tried_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transient_error_is_tried_again(
+    parquet_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_rows("x.parquet", structs(range(3)))
     [first, *_] = items("x.parquet")
     opened, calls = parquet_module.open_parquet_file, []
@@ -316,93 +309,9 @@ def test_a_transient_error_is_tried_again(here: Path, monkeypatch: pytest.Monkey
     assert calls == ["opened", "failed", "opened"]
 
 
-def test_a_large_row_is_refused_by_the_limit(here: Path) -> None:
+def test_a_large_row_is_refused_by_the_limit(parquet_dir: Path) -> None:
     write_rows("x.parquet", [bytes(1_000)], pa.binary())
     [item] = items("x.parquet")
     with pytest.raises(ImageError) as caught:
         read_item(item, ImageLimits(max_file_bytes=999))
     assert caught.value.code == "file-too-large"
-
-
-# Streams
-
-
-def order(name: str, rows: int) -> Sequence[int]:
-    if name == "forward":
-        return range(rows)
-    if name == "parts":
-        return [row for row in range(rows) if row // 7 % 3 == 1]
-    return random.Random(0).sample(range(rows), rows)
-
-
-@pytest.mark.parametrize("how", ["forward", "parts", "random"])
-def test_threads_get_their_rows_in_any_order(
-    here: Path, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(parquet_module, "BATCH_BYTES", 500)
-    monkeypatch.setattr(parquet_module, "KEPT_ROWS", 5)
-    for name, start in (("a", 0), ("b", 100)):
-        write_rows(f"{name}.parquet", structs(range(start, start + 100)), group=13)
-    found = items("a.parquet", "b.parquet")
-    wanted = [found[row] for row in order(how, 200)]
-    with ThreadPoolExecutor(8) as pool:
-        read = list(pool.map(lambda item: read_item(item, LIMITS), wanted))
-    assert read == [tiny_png(found.index(item)) for item in wanted]
-
-
-def test_rows_in_order_read_each_group_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_rows("x.parquet", structs(range(600)), group=100)
-    begun: list[int] = []
-    begin = parquet_module._Reader._begin_at
-    monkeypatch.setattr(
-        parquet_module._Reader, "_begin_at", lambda self, g: (begun.append(g), begin(self, g))
-    )
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda item: read_item(item, LIMITS), items("x.parquet")))
-    assert begun == [*range(6)]
-
-
-def test_only_pages_of_the_column_are_held(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a row group of 40 MB, and beside another column of as much."""
-
-    class Counted(io.FileIO):
-        reads: ClassVar[list[int]] = []
-
-        def read(self, size: int | None = -1, /) -> bytes | None:
-            data = super().read(size)
-            self.reads.append(len(data or b""))
-            return data
-
-    monkeypatch.setattr(parquet_module, "open_parquet_file", lambda path, *_: Counted(path))
-    rows = [bytes([n]) * 200_000 for n in range(200)]
-    table = pa.table({"image": pa.array(rows), "other": pa.array(rows)})
-    pq.write_table(
-        table, "x.parquet", row_group_size=200, write_batch_size=1, compression="none",
-        use_dictionary=False,
-    )  # fmt: skip
-    del table
-    before, most = pa.total_allocated_bytes(), 0
-    for item in items("x.parquet"):
-        assert read_item(item, LIMITS) == rows[item.row or 0]
-        most = max(most, pa.total_allocated_bytes() - before)
-    kept = [len(reader.kept) for reader in parquet_module._READERS._readers]
-    largest, total = max(Counted.reads), sum(Counted.reads)
-    print(
-        f"{most / 2**20:.1f} MiB in Arrow, {largest:,} bytes a read, {total:,} in all, kept {kept}"
-    )
-    assert most < 12 * 2**20
-    assert largest < 2 * file_module.BUFFER_BYTES
-    assert total < 1.1 * sum(map(len, rows))
-    assert kept == [0]
-
-
-def test_readers_and_their_files_are_few(here: Path) -> None:
-    found = []
-    for number in range(10):
-        write_rows(f"{number}.parquet", structs([number, number + 1]))
-        found += items(f"{number}.parquet")
-    threads = threading.active_count()
-    for item in found:
-        read_item(item, LIMITS)
-    assert len(parquet_module._READERS._readers) == parquet_module.MAX_READERS
-    assert threading.active_count() == threads

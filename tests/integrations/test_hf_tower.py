@@ -26,7 +26,6 @@ from tests.support.hf_models import (
     make_model,
     tower_of,
     vision_inputs,
-    with_our_tower,
 )
 from tests.support.hf_setting import Setting, greedy, make_setting
 from tests.support.towers import assert_no_worse_than, random_rows
@@ -37,18 +36,6 @@ MODALITIES = ("image", "video")
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return make_setting(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def both(family: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """A model with its own tower, and the same with ours."""
-    model, encoder = make_model(family, tmp_path_factory.mktemp("model"))
-    return model, with_our_tower(copy.deepcopy(model), encoder)
 
 
 def logits_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:

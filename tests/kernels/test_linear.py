@@ -8,7 +8,6 @@ from functools import cache
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from qwen_vit.kernels import linear as kernels
@@ -20,11 +19,12 @@ from qwen_vit.kernels.linear import (
     normed_linear,
     rms_norm,
 )
-from qwen_vit.kernels.pixels import gather_pixels
-from qwen_vit.weight_format import PIXEL_ZERO
 from tests.support import ROOT
 from tests.support.linear_cases import (
+    BOUNDS,
+    EPILOGUES,
     EPS,
+    assert_gathered_pixels_are_exact,
     linear_oracle,
     norm_case,
     normed_oracle,
@@ -32,12 +32,7 @@ from tests.support.linear_cases import (
     their_norm,
 )
 from tests.support.oracle import relative_error, rms_norm_wrong_casts
-from tests.support.towers import CPU, gpu, random_pixels
-
-EPILOGUES = ("plain", "gelu")
-# float32: a sum of K products is off by about sqrt(K) roundings of 6e-8, 2e-6 at K = 1,280.
-# bfloat16: one rounding of the result is 1.7e-3 in the mean (2^-9 uniformly over a binade).
-BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2.0e-3}
+from tests.support.towers import CPU
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -119,19 +114,6 @@ def test_the_norms_cast_order_shows_in_bf16() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gathered_pixels_are_centred_and_exact(dtype: torch.dtype) -> None:
     assert_gathered_pixels_are_exact(CPU, dtype)
-
-
-def assert_gathered_pixels_are_exact(device: torch.device, dtype: torch.dtype) -> None:
-    pixels = random_pixels(67, 0)
-    pixels[0, :256] = torch.arange(256, dtype=torch.uint8)  # every value there is
-    index = torch.randint(0, 67, (101,), dtype=torch.int32)
-    index[0] = 0
-    out = gather_pixels(
-        pixels.to(device), index.to(device), zero=PIXEL_ZERO, width=640, dtype=dtype
-    ).cpu()
-    assert (out.shape, out.dtype) == ((101, 640), dtype)
-    assert torch.equal(out[:, :588].double(), pixels[index.long()].double() - 128)
-    assert not out[:, 588:].any()
 
 
 # The compiled kernels' own source, run by Triton's interpreter in a process of its own: it must be
@@ -263,172 +245,3 @@ def test_every_product_for_hopper_has_a_tile_whatever_its_depth_and_rows() -> No
                 tile = linear_hopper._tile(epilogue, K, M)
                 first = linear_hopper.FIRST_STEPS if epilogue == "residual" else 0
                 assert first + tile.num_stages <= 10, "of 64 columns each"
-
-
-# On a GPU ---------------------------------------------------------------------------------------
-
-CUDA = torch.device("cuda")
-# (K, N, what follows) of the published tower's products, 7B: pixels, qkv, proj, gate and up, down,
-# the merger's two.
-PUBLISHED_PRODUCTS = {
-    "rows": (1176, 1280, "plain"),
-    "pixels": (640, 1280, "plain"),
-    "qkv": (1280, 3840, "normed"),
-    "proj": (1280, 1280, "residual"),
-    "gate-up": (1280, 3456, "swiglu"),
-    "down": (3456, 1280, "residual"),
-    "fc1": (5120, 5120, "gelu"),
-    "fc2": (5120, 3584, "plain"),
-}
-ROW_COUNTS = (1, 4, 63, 65, 129, 191, 193, 768, 1535, 1537, 3073, 5000, 6145)
-
-
-class GemmCase:
-    """One of the tower's products on a GPU, on rows of one random input."""
-
-    def __init__(
-        self, K: int, N: int, epilogue: str, M: int, dtype: torch.dtype, seed: int = 0
-    ) -> None:
-        self.epilogue = epilogue
-        case = random_case(M, K, N, epilogue, dtype=dtype, device=CUDA, seed=seed)
-        self.x, self.weight, self.bias = case
-        self.before = torch.randn(M, N, device=CUDA).to(dtype)  # the stream that it adds to
-
-    def run(self, rows: slice = slice(None)) -> Tensor:
-        x = self.x[rows].clone()
-        if self.epilogue == "residual":
-            stream = linear_residual(
-                ResidualStream.from_values(self.before[rows].clone()), x, self.weight, self.bias
-            )
-            sums = stream.values.double().square().sum(1)
-            assert relative_error(stream.squares.double().sum(0), sums) < 1e-6
-            return torch.cat([stream.values, stream.squares.T.to(x.dtype)], dim=1)
-        if self.epilogue in ("normed", "swiglu"):
-            kind = "plain" if self.epilogue == "normed" else "swiglu"
-            # ResidualStream.from_values sums a row alone: the tower's own sums come from "residual"
-            stream = ResidualStream.from_values(x)
-            return normed_linear(stream, self.weight, self.bias, eps=EPS, epilogue=kind)
-        return linear(x, self.weight, self.bias, epilogue=self.epilogue)
-
-    def oracle(self) -> Tensor:
-        if self.epilogue in ("normed", "swiglu"):
-            kind = "plain" if self.epilogue == "normed" else "swiglu"
-            return normed_oracle(self.x, self.weight, self.bias, epilogue=kind)
-        kind = "plain" if self.epilogue == "residual" else self.epilogue
-        y = linear_oracle(self.x, self.weight, self.bias, epilogue=kind)
-        return y + self.before.double() if self.epilogue == "residual" else y
-
-    def error(self) -> float:
-        oracle = self.oracle()
-        return relative_error(self.run()[:, : oracle.shape[1]], oracle)
-
-
-def published(name: str, M: int, dtype: torch.dtype) -> GemmCase:
-    return GemmCase(*PUBLISHED_PRODUCTS[name], M, dtype)
-
-
-@gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("M", ROW_COUNTS)
-@pytest.mark.parametrize("name", PUBLISHED_PRODUCTS)
-def test_a_product_on_a_gpu_equals_float64(name: str, M: int, dtype: torch.dtype) -> None:
-    assert published(name, M, dtype).error() < BOUNDS[dtype]
-
-
-@gpu
-@pytest.mark.parametrize("epilogue", [*EPILOGUES, "normed", "swiglu", "residual"])
-@pytest.mark.parametrize(("K", "N"), [(16, 24), (40, 8), (160, 480), (72, 136)])
-def test_a_small_product_on_a_gpu_equals_float64(K: int, N: int, epilogue: str) -> None:
-    """Smaller than any tile, and edges in every direction."""
-    for dtype in (torch.bfloat16, torch.float32):
-        assert GemmCase(K, N, epilogue, 37, dtype).error() < BOUNDS[dtype]
-
-
-@gpu
-def test_the_product_of_pixels_on_a_gpu_takes_fp16_and_gives_bf16() -> None:
-    x, weight, _ = random_case(1000, 640, 1280, dtype=torch.float16, device=CUDA)
-    bias = torch.randn(1280, device=CUDA)
-    options = {"out_scale": 2.0**-10}
-    ours = linear(x, weight, bias, out_dtype=torch.bfloat16, **options)
-    assert ours.dtype == torch.bfloat16
-    assert relative_error(ours, linear_oracle(x, weight, bias, **options)) < 2e-3
-
-
-SHARED_BYTES = 229_376  # of a program on Hopper, but for what barriers and exchanges take
-
-
-@gpu
-@pytest.mark.parametrize("M", [1000, 6400])  # one tile for each multiprocessor, and several
-@pytest.mark.parametrize("name", PUBLISHED_PRODUCTS)
-def test_all_tiles_agree_bit_for_bit(name: str, M: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tile may be chosen by the number of rows only because of this; so do both kernels.
-
-    The sums of squares that leave a `residual` are by chunk, and the chunk is a kernel's own: there
-    the two kernels are compared in their values, and each kernel's tiles in everything.
-    """
-    case = published(name, M, torch.bfloat16)
-    N = case.before.shape[1]
-    results = []
-    for rows in linear_hopper.TILES.values():
-        for _, tile in rows:
-            stages = tile.num_stages * (tile.rows + tile.columns) * linear_hopper.BK * 2
-            stored = tile.rows * tile.columns * (1 if case.epilogue == "swiglu" else 2)
-            if stages + stored > SHARED_BYTES:
-                continue  # made for a result of half the width
-            if case.epilogue == "residual" and tile.columns < linear_hopper.SQUARES_COLUMNS:
-                continue  # narrower than what its sums of squares are kept by
-            everywhere = dict.fromkeys(linear_hopper.TILES, ((0, tile),))
-            monkeypatch.setattr(linear_hopper, "TILES", everywhere)
-            results.append(case.run())
-    for result in results:
-        assert torch.equal(result, results[0])
-    monkeypatch.setattr(kernels, "_is_for_hopper", lambda *_: False)
-    tiles = {tile for rows in kernels.HOPPER_TILES.values() for _, tile in rows}
-    for tile in [*tiles, kernels.FALLBACK_TILES[16]]:
-        monkeypatch.setattr(kernels, "_gemm_tile", lambda *_, tile=tile: tile)
-        assert torch.equal(case.run()[:, :N], results[0][:, :N])
-
-
-@gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", PUBLISHED_PRODUCTS)
-def test_a_row_on_a_gpu_has_the_same_bits_alone_and_in_any_batch(
-    name: str, dtype: torch.dtype
-) -> None:
-    case = published(name, 20_000 if dtype == torch.bfloat16 else 7000, dtype)
-    batch = case.run()
-    for start, count in (
-        (0, 1),
-        (6999, 1),
-        (17, 4),
-        (100, 63),
-        (500, 769),
-        (1000, 1537),
-        (0, 4096),
-    ):
-        rows = slice(start, start + count)
-        assert torch.equal(case.run(rows), batch[rows])
-
-
-@gpu
-def test_a_product_gives_the_same_bits_a_thousand_times() -> None:
-    for name in ("qkv", "proj", "gate-up", "down"):
-        case = published(name, 2500, torch.bfloat16)
-        first = case.run()
-        assert all(torch.equal(case.run(), first) for _ in range(250))
-
-
-@gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_norm_on_a_gpu_rounds_as_transformers_does(dtype: torch.dtype) -> None:
-    """The scale may differ by a rounding in fp32, so in bf16 few values land on another side."""
-    x, weight = norm_case(dtype, CUDA)
-    ours, theirs = rms_norm(x, weight, 1e-6), their_norm(x, weight)
-    assert relative_error(ours, theirs) < (2e-7 if dtype == torch.float32 else 2e-4)
-    assert (ours != theirs).float().mean() < (1 if dtype == torch.float32 else 1e-2)
-
-
-@gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gathered_pixels_on_a_gpu_are_centred_and_exact(dtype: torch.dtype) -> None:
-    assert_gathered_pixels_are_exact(CUDA, dtype)

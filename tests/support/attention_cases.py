@@ -12,7 +12,10 @@ from qwen_vit import layout as layout_module
 from qwen_vit.checkpoint.convert import rotary_permutation
 from qwen_vit.kernels import attention as kernels
 from qwen_vit.kernels.attention import RotaryTable, attention
-from qwen_vit.layout import Segments, SegmentTiling
+from qwen_vit.kernels.rope_varlen_attention import (
+    _tile_table_on_device,
+)
+from qwen_vit.layout import Segments, SegmentTiling, tile_table
 from tests.support.towers import CPU
 
 
@@ -111,3 +114,29 @@ def axial_tables(n: int, head_dim: int, seed: int = 0) -> tuple[RotaryTable, Ten
     table = torch.arange(50)[:, None] * frequencies
     per_token = torch.cat((table[index[:, 0].long()], table[index[:, 1].long()]), dim=1)
     return RotaryTable(table.cos(), table.sin(), index), per_token.cos(), per_token.sin()
+
+
+LENGTHS = {
+    "one-row": [1],
+    "63": [63],
+    "65": [65],
+    "111": [111],
+    "1024": [1024],
+    "1025": [1025],
+    "windows": [64, 64, 32, 16, 64, 8, 4],
+    "tiny-segments": [1, 2, 3, 4, 5, 4, 3, 2, 1] * 9,
+    "one-long": [5, 1200, 7],
+    "long-then-tiny": [1500, *[4] * 30],
+}
+
+
+def assert_device_table_equals_hosts(
+    lengths: Sequence[int], rows: int, device: torch.device
+) -> None:
+    """The same tiles: the host's begin with the longest segment, spare ones of a device are 0."""
+    cut = SegmentTiling(rows, packs=False)
+    table = _tile_table_on_device(offsets(lengths, device), sum(lengths), cut).cpu()
+    used = table[table[:, 1] > table[:, 0]]
+    assert torch.equal(table[len(used) :], torch.zeros_like(table[len(used) :]))
+    hosts = tile_table(np.array(lengths, np.int32), cut)
+    assert sorted(used.tolist()) == sorted(hosts.tolist())

@@ -9,6 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as pe
 
+from qwen_vit.images.image import ImageLimits
+from qwen_vit.inputs.find import find_items
+from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.parquet import ParquetColumns
 from tests.support.export_stress import tiny_png
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -58,3 +62,10 @@ def write_encrypted(path: str | Path, images: Sequence[Any], *, plain_footer: bo
     properties = factory.file_encryption_properties(pe.KmsConnectionConfig(), settings)
     with pq.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
         writer.write_table(table)
+
+
+IMAGE, LIMITS = ParquetColumns("image"), ImageLimits()
+
+
+def items(*inputs: str, columns: ParquetColumns | None = IMAGE) -> list[Item]:
+    return list(find_items(inputs, columns=columns))

@@ -1,0 +1,106 @@
+"""`qwen-vit export --resume DIR`: the recorded options, changed inputs, versions."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_vit.cli import main as cli
+from tests.support.export_stress import tiny_png
+from tests.support.fake_encoder import FakeEncoder
+from tests.support.growing_exports import content, write
+
+
+@pytest.fixture
+def run(
+    growing_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Any:
+    """`qwen-vit export ...` in this process: code, JSON, stderr."""
+    loaded: list[dict[str, Any]] = []
+
+    def load(model: str, **loading: Any) -> FakeEncoder:
+        loaded.append({"model": model, **loading})
+        return FakeEncoder(max_pixels=loading.get("max_pixels"))
+
+    loader = type("Loader", (), {"from_pretrained": staticmethod(load)})
+    monkeypatch.setattr("qwen_vit.export.run.VisionEncoder", loader)
+
+    def command(*words: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qwen-vit", "export", *words])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capfd.readouterr()
+        return code or 0, captured.out, captured.err
+
+    command.loaded = loaded  # type: ignore[attr-defined]
+    return command
+
+
+START = ("p", "--model", "stand-in", "--out", "out", "--shard-size", "4", "--output", "patch",
+         "--layers", "1,3", "--max-pixels", "10000")  # fmt: skip
+
+
+def test_resume_needs_no_options(run: Any) -> None:
+    assert run(*START)[0] == 1
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    Path("out/shard-00000001.safetensors").unlink()
+    code, out, err = run("--resume", "out", "--json")
+    assert code == 1, err  # 7.png failed in this run
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+    assert json.loads(out)["resumed"] == 6
+    assert run.loaded[-1]["model"] == "stand-in"
+    assert run.loaded[-1]["max_pixels"] == 10_000
+
+
+def test_resume_names_changed_inputs_and_extends_with_its_own(
+    run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(*START)
+    write("p/x.png", tiny_png(42))
+    assert run("--resume", "out")[0] == 0
+    assert "its inputs changed: 1 new, first x.png; the export goes on with" in caplog.text
+    write("p/7.png", tiny_png(7))
+    code, out, _ = run("--resume", "out", "--extend", "--retry-failed", "--json", "-q")
+    done = json.loads(out)
+    assert (code, done["images"], done["exported"]) == (1, 11, 10)
+    run(*START[:4], "fresh", *START[5:])
+    assert content() == content("fresh")
+
+
+def test_resume_from_elsewhere(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(*START)
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert run("--resume", "../out")[0] == 0
+    code, _, err = run("--resume", "../out", "--extend")
+    assert code == 2
+    assert "its inputs are relative to" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("--resume", "none"), "none: no export to resume"),
+        (("--resume", "out", "--output", "mean"), "--output cannot be passed with --resume"),
+        (("--resume", "out", "--model", "tiny"), "--model cannot be passed with --resume"),
+        (("p", "--out", "out"), "INPUTS, --model and --out are needed, or --resume OUT alone"),
+    ],
+)
+def test_bad_usage_of_resume(run: Any, words: tuple[str, ...], error: str) -> None:
+    run(*START)
+    code, _, err = run(*words)
+    assert code == 2
+    assert error in err
+
+
+def test_a_damaged_description_names_what_to_do(run: Any) -> None:
+    run(*START)
+    Path("out/export.json").write_text('{"n_images": 10, "shard_size": 4}')
+    code, _, err = run("--resume", "out")
+    assert code == 2
+    assert "its settings cannot be read" in err

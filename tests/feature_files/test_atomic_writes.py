@@ -1,0 +1,162 @@
+"""A write that fails leaves the old file and no other."""
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from qwen_vit.common import atomic_file as atomic_file_module
+from qwen_vit.errors import ExportError
+from qwen_vit.feature_files import write as write_module
+from qwen_vit.feature_files.read import load_features
+from qwen_vit.feature_files.schema import ItemFacts
+from qwen_vit.feature_files.write import write_features
+from qwen_vit.feature_files.writer import FeatureWriter, RowTensor
+from qwen_vit.features import ImageFeatures
+from tests.support.features import METADATA, features_of
+
+
+class FaultError(Exception):
+    """Stands for what the package does not expect."""
+
+
+def half_then(error: BaseException) -> Callable[[torch.Tensor], Any]:
+    """A head, and then an error where rows should come."""
+
+    def bytes_of(tensor: torch.Tensor) -> Any:
+        raise error
+
+    return bytes_of
+
+
+FAULTS = [
+    OSError(28, "No space left on device"),
+    KeyboardInterrupt(),
+    FaultError(),
+]
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("step", ["save", "replace", "fsync"])
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(
+    path: Path, error: BaseException, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_features(path, features_of("old"), METADATA)
+    before = path.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    if step == "save":
+        monkeypatch.setattr(write_module, "bytes_of", half_then(error))
+    else:
+        monkeypatch.setattr(atomic_file_module.os, step, fail)
+    expected = ExportError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected) as caught:
+        write_features(path, features_of("new"), METADATA)
+    monkeypatch.undo()
+    if expected is ExportError:
+        assert str(path) in str(caught.value)
+        assert "No space left on device" in str(caught.value)
+        assert "disk" in str(caught.value)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def small_writer(path: Path, head_bytes: int = 4096) -> FeatureWriter:
+    return FeatureWriter(path, [RowTensor("image_embeds", 6, torch.float32)], head_bytes)
+
+
+def add(writer: FeatureWriter, rows: torch.Tensor, **n_rows: int) -> None:
+    """Append images of so many merged rows each, by their names."""
+    items = [ItemFacts(name, (1, 2, 2 * count), count) for name, count in n_rows.items()]
+    writer.add({"image_embeds": rows}, items)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 7), (2, 6), (6,), (1, 3, 6), ()])
+def test_rows_of_another_width_do_not_go_into_a_growing_file(
+    path: Path, shape: tuple[int, ...]
+) -> None:
+    """They were written, and the file's own header then promised other bytes."""
+    with small_writer(path) as writer:
+        add(writer, torch.ones(1, 6), a=1)
+        with pytest.raises(ExportError, match=r"2 images from b on have .* Expected \(3, 6\)\."):
+            add(writer, torch.ones(shape), b=1, c=2)
+        add(writer, torch.ones(3, 6), d=2, e=1)
+        writer.save({**METADATA, "output": "merged"})
+    file = load_features(path)
+    assert file.ids == ["a", "d", "e"]
+    assert [len(features.embeds) for features in file] == [1, 2, 1]
+
+
+@pytest.mark.parametrize("head_bytes", [8, 4096])
+def test_a_disk_that_fills_up_at_the_head_is_named(
+    path: Path, head_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows may still be in a buffer then, which seeking writes."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with small_writer(path, head_bytes) as writer:
+        add(writer, torch.ones(1, 6), a=1)
+        atomic = writer._growing[0].atomic
+        monkeypatch.setattr(atomic, "file", Mock(wraps=atomic.file, seek=full))
+        with pytest.raises(ExportError, match=r"features.safetensors: could not be .*No space"):
+            writer.save(METADATA)
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["missing/f.safetensors", "file/f.safetensors", "n" * 256])
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ExportError, match="could not be written") as caught:
+        write_features(tmp_path / where, features_of("a"), METADATA)
+    assert str(tmp_path / where) in str(caught.value)
+    assert ".tmp" not in str(caught.value)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_threads_that_write_one_file_leave_one_whole_file(path: Path) -> None:
+    choices = [features_of(f"{i}", width=64) for i in range(4)]
+    threads = [threading.Thread(target=write_features, args=(path, c, METADATA)) for c in choices]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert load_features(path).ids in [["0"], ["1"], ["2"], ["3"]]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
+    """Two commands looked whether it is there, and the second one's result replaced the first's."""
+    path, features = tmp_path / "a.safetensors", [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))]
+    path.write_text("of another")
+    with pytest.raises(ExportError, match=r"a.safetensors: exists\. Expected a new name"):
+        write_features(path, features, METADATA, overwrite=False)
+    assert path.read_text() == "of another"
+    assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_disk_without_links_takes_a_new_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EPERM, "no links")))
+    path, features = tmp_path / "a.safetensors", [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))]
+    write_features(path, features, METADATA, overwrite=False)
+    assert load_features(path).ids == ["a"]
+
+
+def test_a_link_keeps_its_place(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "target")
+    with pytest.raises(ExportError, match=r"link: a symbolic link\. .*target"):
+        write_features(link, [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))], METADATA)
+    assert link.is_symlink()
+    assert not (tmp_path / "target").exists()

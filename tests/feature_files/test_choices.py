@@ -1,0 +1,89 @@
+"""Slices and lists choose images, and travel to other processes."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_vit.feature_files.read import load_features
+from qwen_vit.feature_files.write import write_features
+from tests.support.features import METADATA, features_of
+from tests.support.reading_stress import Folder
+
+# Choices
+
+
+def test_slices_and_lists_choose_images_in_their_order(path: Path) -> None:
+    write_features(path, features_of(*"abcdef"), METADATA)
+    features = load_features(path)
+    for key, expected in (
+        (slice(2, 5), "cde"),
+        (slice(None, None, -2), "fdb"),
+        (slice(4, 100), "ef"),
+        (slice(3, 3), ""),
+        ([5, 0, -1], "faf"),
+        (["d", "a"], "da"),
+        ((4, 1), "eb"),
+        (range(5, 0, -2), "fdb"),
+        (np.array([2, -6]), "ca"),
+        (np.array(["c", "b"]), "cb"),
+        (torch.tensor([3, 0]), "da"),
+        (np.arange(6) % 2 == 1, "bdf"),
+        (torch.arange(6) < 2, "ab"),
+        ([], ""),
+    ):
+        chosen = features[key]
+        assert list(chosen.ids) == list(expected)
+        assert len(chosen) == len(expected)
+        assert [image.id for image in chosen] == list(expected)
+        assert [image.grid_thw for image in chosen] == [features[n].grid_thw for n in expected]
+    assert features[1:5][1:3].ids == ["c", "d"]
+    assert features[1:5]["d"].grid_thw == features["d"].grid_thw
+    assert features[1:5][["e", "b"]][0].id == "e"
+    assert features[1:5].metadata is features.metadata
+
+
+def test_a_choice_refuses_what_is_not_there(path: Path) -> None:
+    write_features(path, features_of(*"abc"), METADATA)
+    features = load_features(path)
+    with pytest.raises(KeyError, match="'z' is not in"):
+        features[["a", "z"]]
+    with pytest.raises(IndexError, match=r"image 3 of .*, which holds 3 images"):
+        features[[0, 3]]
+    with pytest.raises(KeyError, match=r"'c' is not in a subset of .*features.safetensors"):
+        features[:2]["c"]
+    with pytest.raises(IndexError, match=r"image 2 of a subset of .*which holds 2 images"):
+        features[:2][2]
+    with pytest.raises(IndexError, match=r"a mask of 2 values for .*, which holds 3 images"):
+        features[np.array([True, False])]
+    odd: Any
+    for odd in (None, 1.0, np.array([0.5]), np.zeros((1, 1), int), {"a"}):
+        words = r"does not select images of .*\. Expected a position or an id"
+        with pytest.raises(TypeError, match=words):
+            features[odd]
+
+
+def test_what_is_opened_says_in_a_line_what_it_is(path: Path, folder: Folder) -> None:
+    """As a notebook shows it."""
+    write_features(path, features_of(*"abc"), METADATA)
+    file, export = load_features(path), load_features(folder.path)
+    assert repr(file) == f"FeatureFile({str(path)!r}: 3 images)"
+    assert repr(file[:2]) == f"<2 images of {file!r}>"
+    assert repr(file[:1]) == f"<1 image of {file!r}>"
+    assert repr(export) == f"FeatureFolder({str(folder.path)!r}: 7 images listed, 3 of 3 shards)"
+    assert repr(file["b"]) == "ImageFeatures('b', embeds=(2, 6) float32, grid_thw=(1, 2, 4))"
+
+
+# Folders
+
+
+def test_files_folders_and_choices_travel_to_other_processes(folder: Folder) -> None:
+    """As a data loader's workers need it."""
+    features = load_features(folder.path)
+    for each in (features, features[1:], features[["g", "a"]], load_features(folder.shard(0))):
+        other = pickle.loads(pickle.dumps(each))
+        assert list(other.ids) == list(each.ids)
+        assert torch.equal(other[0].embeds, each[0].embeds)

@@ -1,0 +1,244 @@
+"""CUDA graphs without a GPU: buckets, layouts with padding, captures that fail."""
+
+import random
+from contextlib import nullcontext
+from unittest.mock import Mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_vit.graphs import (
+    CAPTURE_COST_ROWS,
+    MAX_BUCKET,
+    TILE_HEADROOM,
+    GraphRunner,
+    bucket_for,
+    pad_to_graph,
+)
+from qwen_vit.kernels.attention import tiling
+from qwen_vit.layout import Layout
+from qwen_vit.model import ROTARY_POSITIONS
+from tests.support.graph_cases import CUDA, OUT_OF_MEMORY, Faulty, GridTuple, config
+from tests.support.towers import (
+    as_grids,
+    n_patches,
+    random_pixels,
+)
+
+# Budgets
+
+
+@given(st.integers(1, MAX_BUCKET))
+def test_a_budget_covers_its_patches_with_little_to_spare(n: int) -> None:
+    budget = bucket_for(n)
+    assert budget is not None
+    assert n <= budget <= MAX_BUCKET
+    assert budget % 256 == 0  # whole merge units and padding windows
+    assert budget - n < 256 or (budget - n) / n <= 0.0625
+    assert bucket_for(budget) == budget
+
+
+def test_budgets_rise_and_are_few() -> None:
+    budgets = [bucket_for(n) for n in range(1, MAX_BUCKET + 1)]
+    assert budgets == sorted(budgets, key=lambda budget: budget or 0)
+    assert len(set(budgets)) <= 16 + 3 * 16  # each costs a capture, and memory
+    assert budgets[-1] == MAX_BUCKET
+
+
+@pytest.mark.parametrize("n", [0, -4, MAX_BUCKET + 1, 10**9])
+def test_no_budget_serves_nothing_or_too_much(n: int) -> None:
+    assert bucket_for(n) is None
+
+
+# The layout that a graph is given
+
+
+def gpu_layout(grids: list[GridTuple], dtype: torch.dtype = torch.bfloat16) -> Layout:
+    """As the encoder plans it for a GPU, on the host."""
+    return Layout.from_grids(
+        as_grids(grids),
+        config(),  # type: ignore[arg-type]
+        window_tiling=tiling(CUDA, dtype, "window"),
+        full_tiling=tiling(CUDA, dtype, "full"),
+        n_rows=bucket_for(n_patches(grids)),
+    )
+
+
+MIXES: list[list[GridTuple]] = [
+    [(1, 32, 32)],
+    [(1, 16, 64)],
+    [(1, 30, 34)],
+    [(1, 16, 16), (1, 12, 22), (1, 20, 24)],
+    [(4, 16, 16)],
+    [(1, 2, 512)],
+    [(1, 22, 32), (1, 10, 14), (1, 6, 6)],
+]
+
+
+def test_layouts_of_one_budget_have_one_shape_whatever_the_mix() -> None:
+    shapes = set()
+    for grids in MIXES:
+        static = pad_to_graph(gpu_layout(grids))
+        if static is not None:
+            assert static.n_rows == 1024
+            shapes.add(tuple(tuple(tensor.shape) for tensor in static.tensors()))
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("grids", MIXES, ids=str)
+def test_room_is_added_after_what_is_there_and_holds_nothing(grids: list[GridTuple]) -> None:
+    layout = gpu_layout(grids)
+    static = pad_to_graph(layout)
+    if static is None:
+        tiles = (len(layout.windows.tiles), len(layout.frames.tiles))
+        print(tiles)
+        rows = layout.window_tiling.rows, layout.full_tiling.rows
+        assert (
+            tiles[0] > TILE_HEADROOM * 1024 // rows[0] or tiles[1] > TILE_HEADROOM * 1024 // rows[1]
+        )
+        return
+    for before, after in (
+        (layout.windows.tiles, static.windows.tiles),
+        (layout.frames.tiles, static.frames.tiles),
+        (layout.merged_order, static.merged_order),
+    ):
+        assert torch.equal(after[: len(before)], before)
+        assert not after[len(before) :].any()
+    assert len(static.merged_order) == static.n_rows // 4
+    assert torch.equal(static.grid_index, layout.grid_index)
+    assert torch.equal(static.positions, layout.positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_images_of_a_common_size_fit_their_graph(dtype: torch.dtype) -> None:
+    """In float32 none did: its frame tiles are smaller, and room was for a number of bfloat16's."""
+    generator = random.Random(0)
+    for _ in range(200):
+        sizes = [[2 * generator.randint(8, 48) for _ in range(2)] for _ in range(4)]
+        grids = [(1, h, w) for h, w in sizes[: generator.randint(1, 4)]]
+        if bucket_for(n_patches(grids)) is not None:
+            assert pad_to_graph(gpu_layout(grids, dtype)) is not None, grids
+
+
+def test_a_mix_of_crumbs_does_not_fit_a_graph() -> None:
+    crumbs = [(1, 2, 2)] * 256  # 256 windows where 1,024 rows have room for 32
+    assert bucket_for(1024) == 1024
+    assert pad_to_graph(gpu_layout(crumbs)) is None
+
+
+def test_a_position_beyond_the_angle_table_does_not_fit_a_graph() -> None:
+    """The table would be made anew and larger, and the graph would read the old one."""
+    assert pad_to_graph(gpu_layout([(1, 4, ROTARY_POSITIONS)])) is not None
+    assert pad_to_graph(gpu_layout([(1, 4, ROTARY_POSITIONS + 2)])) is None
+
+
+def test_a_static_layout_comes_back_whole_from_one_buffer() -> None:
+    """What the graph reads is a view of the one buffer that each call fills."""
+    first, second = (pad_to_graph(gpu_layout(grids)) for grids in ([(1, 32, 32)], [(1, 30, 34)]))
+    assert first is not None
+    assert second is not None
+    buffer = first.flat()
+    view = first.viewing(buffer)
+    buffer.copy_(second.flat())
+    for place, (seen, expected) in enumerate(zip(view.tensors(), second.tensors(), strict=True)):
+        assert torch.equal(seen, expected), place
+
+
+# A capture that fails
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the runner does with a GPU, done by nobody: the names of the calls."""
+    did: list[str] = []
+    cuda = Mock()
+    cuda.OutOfMemoryError = torch.cuda.OutOfMemoryError
+    cuda.device = cuda.stream = lambda _: nullcontext()
+    cuda.empty_cache = lambda: did.append("empty_cache")
+    cuda.current_stream().wait_stream = lambda _: did.append("wait_stream")
+    cuda.current_stream().wait_event = lambda _: did.append("wait_event")
+    cuda.Event().record = lambda: did.append("record")
+    cuda.CUDAGraph().capture_begin = lambda **_: did.append("capture_begin")
+    cuda.CUDAGraph().capture_end = lambda: did.append("capture_end")
+    monkeypatch.setattr(torch, "cuda", cuda)
+    flat = Layout.flat
+    monkeypatch.setattr(Layout, "flat", lambda self, **_: flat(self))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, _: None)
+    return did
+
+
+def answer_of(pixels: torch.Tensor, layout: Layout) -> torch.Tensor:
+    return pixels[: len(layout.merged_order), :3].float()
+
+
+def test_a_recording_that_runs_out_of_memory_costs_the_graph_alone(no_gpu: list[str]) -> None:
+    """The allocator gives nothing back meanwhile; batches were halved, and images left out."""
+    layout, pixels = gpu_layout([(1, 16, 16)]), random_pixels(256, 0)
+    runner = GraphRunner(Faulty(answer_of, OUT_OF_MEMORY, 2), torch.device("cpu"))  # type: ignore[arg-type]
+    for is_recorded in (False, True):
+        answer = runner.run(pixels, layout)
+        assert answer is not None
+        assert torch.equal(answer, pixels[:64, :3].float())
+        assert list(runner._captured) == ([(256, torch.uint8)] if is_recorded else [])
+    capture = ["wait_event", "capture_begin", "capture_end", "wait_stream"]
+    assert no_gpu == [*capture, "empty_cache", "record", *capture, "record"]
+
+
+def test_a_larger_graph_serves_until_its_spare_rows_cost_a_recording(no_gpu: list[str]) -> None:
+    """What is left over when images are packed has another size each time: 40 recordings, of which
+    each took as long as four full batches of small images."""
+    runner = GraphRunner(answer_of, torch.device("cpu"))  # type: ignore[arg-type]
+
+    def graph_bucket(n: int, dtype: torch.dtype = torch.uint8) -> int | None:
+        return runner.graph_bucket(torch.zeros(n, 588, dtype=dtype))
+
+    assert graph_bucket(900) == 1024  # nothing is there
+    runner._captured = {(rows, torch.uint8): Mock() for rows in (1024, 4096, 32_768)}
+    assert graph_bucket(900) == graph_bucket(1024) == 1024
+    assert graph_bucket(700) == 1024  # 256 rows too many
+    assert graph_bucket(1200) == 4096
+    assert graph_bucket(4100) == 4352  # 28,416 rows too many, at once
+    assert graph_bucket(40_000) is None
+    assert graph_bucket(900, torch.float32) == 1024  # of its own type, nothing is there
+    times = 0
+    while graph_bucket(2000) == 4096:
+        times += 1
+    assert times == CAPTURE_COST_ROWS // (4096 - 2048)
+    assert graph_bucket(2000) == 2048  # and it stays so
+
+
+def test_a_graph_made_in_inference_mode_serves_everybody(no_gpu: list[str]) -> None:
+    """The buffer of all graphs was an inference tensor then, which nobody could fill again."""
+    layout, pixels = gpu_layout([(1, 16, 16)]), random_pixels(256, 0)
+    never = Faulty(answer_of, OUT_OF_MEMORY, 0)
+    runner = GraphRunner(never, torch.device("cpu"))  # type: ignore[arg-type]
+    for is_inference in (True, True, False, True):
+        with torch.inference_mode(is_inference):
+            answer = runner.run(pixels, layout)
+        assert answer is not None
+        assert not answer.is_inference()
+        assert torch.equal(answer, pixels[:64, :3].float())
+
+
+@pytest.mark.parametrize(
+    ("error", "fails_at", "did"),
+    [
+        (OUT_OF_MEMORY, 1, []),
+        (KeyboardInterrupt(), 1, []),
+        (KeyboardInterrupt(), 2, ["capture_begin", "capture_end"]),
+    ],
+    ids=["memory", "interrupt", "interrupt while capture"],
+)
+def test_whatever_stops_a_recording_its_end_is_waited_for(
+    no_gpu: list[str], error: BaseException, fails_at: int, did: list[str]
+) -> None:
+    """Its inputs go back to the allocator, and the GPU may still read them."""
+    layout, pixels = gpu_layout([(1, 16, 16)]), random_pixels(256, 0)
+    runner = GraphRunner(Faulty(answer_of, error, fails_at), torch.device("cpu"))  # type: ignore[arg-type]
+    with pytest.raises(type(error)):
+        runner.run(pixels, layout)
+    assert no_gpu == ["wait_event", *did, "wait_stream", "record"]
+    assert not runner._captured
+    assert runner.run(pixels, layout) is not None

@@ -1,0 +1,35 @@
+"""Small models of each family, with their own tower and with ours."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from tests.support.hf_models import (
+    FAMILIES,
+    make_model,
+    tower_of,
+    with_our_tower,
+)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def both(family: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A model with its own tower, and the same with ours."""
+    model, encoder = make_model(family, tmp_path_factory.mktemp("model"))
+    return model, with_our_tower(copy.deepcopy(model), encoder)
+
+
+@pytest.fixture
+def trainable(both: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The two models, for one test to train; their towers are frozen."""
+    model, swapped = copy.deepcopy(both)
+    for each in (model, swapped):
+        each.requires_grad_(True).train()
+        tower_of(each).requires_grad_(False)
+    return model, swapped
