@@ -130,10 +130,10 @@ def ddp_worker(rank: int, folder: Path, family: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_one_model_and_keep_the_tower(
-    family: str, originals: tuple[Any, Any], tmp_path: Path
+    family: str, both: tuple[Any, Any], tmp_path: Path
 ) -> None:
     """DistributedDataParallel over gloo; as one process does with the mean of both gradients."""
-    model, swapped = copy.deepcopy(originals)
+    model, swapped = copy.deepcopy(both)
     model.save_pretrained(tmp_path / "model")
     mp.start_processes(ddp_worker, (tmp_path, family), nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

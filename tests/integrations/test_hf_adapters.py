@@ -24,14 +24,14 @@ def adapted(model: Any, **options: Any) -> Any:
 
 
 def test_adapters_of_the_language_model_train_save_load_and_merge(
-    trainable: tuple[Any, Any], family: str, originals: tuple[Any, Any], tmp_path: Path
+    trainable: tuple[Any, Any], family: str, both: tuple[Any, Any], tmp_path: Path
 ) -> None:
     model, swapped = (adapted(each) for each in trainable)
     assert_near(gradients(swapped, family), gradients(model, family))
     swapped.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 20_000
     expected = logits_of(swapped.eval(), family)
-    for original in originals:
+    for original in both:
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(original), tmp_path / "adapter")
         assert relative_error(logits_of(loaded, family), expected) < ROUNDING
         merged = loaded.merge_and_unload()
