@@ -62,6 +62,23 @@ def test_the_oracles_bite(monkeypatch: pytest.MonkeyPatch) -> None:
     check(lambda: None)
 
 
+@pytest.mark.parametrize(("seconds", "of_ten"), [(6.0, 6.0), (0.1, 4.0)])
+def test_slow_inputs_are_findings(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, of_ten: float
+) -> None:
+    """Alone, and by more than in proportion to their size."""
+    clock = [0.0]
+
+    def target(data: bytes) -> None:
+        clock[0] += seconds if len(data) == 100 else of_ten
+
+    monkeypatch.setitem(TARGETS, "header", target)
+    monkeypatch.setattr(fuzz_targets.time, "process_time", lambda: clock[0])
+    with pytest.raises(fuzz_targets.TooSlowError, match="100 bytes took"):
+        run_target("header", bytes(range(100)))
+    assert len(fuzz_targets.grown(bytes(range(100)))) == 1_000
+
+
 def test_mutations_differ_and_keep_the_size() -> None:
     data = (CORPUS / "images" / "progressive.jpg").read_bytes()
     mutated = {mutate(data, 20_000, seed) for seed in range(200)}
@@ -74,7 +91,7 @@ def test_mutations_differ_and_keep_the_size() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
 @pytest.mark.parametrize("name", TARGETS)
 def test_ten_seconds_of_fuzzing_find_nothing(name: str, tmp_path: Path) -> None:
-    executed, found, said = fuzz(name, 10, 0, tmp_path)
-    assert executed > 0, said
-    assert found == [], said[-3_000:]
+    run = fuzz(name, 10, 0, tmp_path)
+    assert run.inputs > 0, run.said
+    assert run.findings == [], run.said[-3_000:]
     assert ROOT.exists()

@@ -2,7 +2,9 @@
 
 import io
 import json
+import random
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,15 +20,27 @@ from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.load import load_image
 from qwen_vit.inputs.find import find_items
 from qwen_vit.inputs.read import read_item
+from qwen_vit.video.load import load_video
+from qwen_vit.video.options import Video, VideoLimits
 
 __all__ = ["MAX_BYTES", "TARGETS", "WrongAcceptanceError", "check", "run_target"]
 
 MAX_BYTES = 2**20
 LIMITS = ImageLimits(max_pixels=4_000_000, max_file_bytes=MAX_BYTES)
+VIDEO_LIMITS = VideoLimits(
+    max_pixels=1_000_000, max_file_bytes=MAX_BYTES, max_frames=2_000, max_decode_s=3
+)
+MAX_CPU_S = 5.0  # of one input
+GROWTH, MAX_TIMES = 10, 30  # an input that grows so much may take so many times the time
+LEAST_S = 0.05  # shorter ones are too noisy to compare
 
 
 class WrongAcceptanceError(Exception):
     """Input that must be refused, or noted, passed as good."""
+
+
+class TooSlowError(Exception):
+    """An input took too long, alone or for its size."""
 
 
 def header(data: bytes) -> None:
@@ -84,6 +98,14 @@ def images(data: bytes) -> None:
                 raise WrongAcceptanceError(str(error)) from None
 
 
+def videos(data: bytes) -> None:
+    """A container, or an animation, of which four frames are decoded."""
+    video = Video(data, name="a.mp4", n_frames=4, min_pixels=784, max_pixels=50_176)
+    loaded = load_video(video, ImageConfig.from_json({}), limits=VIDEO_LIMITS)
+    if loaded.patches.grids[0].t != len(loaded.timing.frame_seconds) // 2:
+        raise WrongAcceptanceError(f"{loaded.timing.frame_seconds} for {loaded.patches.grids}")
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "header": header,
     "documents": documents,
@@ -91,6 +113,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "lists": lists,
     "features": features,
     "images": images,
+    "videos": videos,
 }
 
 
@@ -108,7 +131,32 @@ def check(call: Callable[[], object]) -> None:
 
 def run_target(name: str, data: bytes) -> None:
     """One input to one target; raises whatever must not happen."""
-    check(lambda: TARGETS[name](data[:MAX_BYTES]))
+    data = data[:MAX_BYTES]
+    took = _cpu_seconds(name, data)
+    if took > MAX_CPU_S:
+        raise TooSlowError(f"{len(data):,} bytes took {took:.1f} s")
+    if took > LEAST_S / GROWTH and 8 <= len(data) <= MAX_BYTES // GROWTH:
+        longer = _cpu_seconds(name, grown(data))
+        if longer > max(LEAST_S, MAX_TIMES * took):
+            raise TooSlowError(
+                f"{len(data):,} bytes took {took:.3f} s, and {GROWTH} times as many {longer:.3f} s"
+            )
+
+
+def _cpu_seconds(name: str, data: bytes) -> float:
+    """Not those of a busy machine's clock."""
+    begin = time.process_time()
+    check(lambda: TARGETS[name](data))
+    return time.process_time() - begin
+
+
+def grown(data: bytes) -> bytes:
+    """GROWTH times as long, by one of its chunks, repeated: the same each time."""
+    chance = random.Random(len(data))
+    begin, end = sorted(chance.sample(range(len(data) + 1), 2))
+    missing = (GROWTH - 1) * len(data)
+    chunk = data[begin:end] * -(-missing // (end - begin))
+    return data[:end] + chunk[:missing] + data[end:]
 
 
 def example_documents() -> dict[str, bytes]:
