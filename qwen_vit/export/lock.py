@@ -2,7 +2,7 @@
 
 The kernel holds them (flock), so a killed process leaves nothing locked. Some network disks do not
 show one host's locks to another, and some have none: there the owner's name in the file decides,
-and is deleted with the lock.
+and is deleted with the lock. On the owner's host its process must still run.
 """
 
 import fcntl
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vit.common.atomic_file import cannot_write
+from qwen_vit.common.strict_json import is_integer
 from qwen_vit.errors import ExportError
 
 __all__ = ["LOCK_NAME", "hold_folder", "short_lock"]
@@ -52,6 +53,7 @@ def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
     with ExitStack() as locks:
         if count == 1:
             locks.enter_context(_hold(folder / "lock", fcntl.LOCK_EX))
+            _refuse_other_counts(folder, count)  # on a disk without locks
         else:
             locks.enter_context(_hold(folder / "lock", fcntl.LOCK_SH))
             with short_lock(folder):
@@ -120,9 +122,9 @@ def _acquire(path: Path, kind: int) -> int:
         except OSError as error:
             raise cannot_write(path, error) from None
         try:
-            _lock(descriptor, kind, path)
+            is_locked = _lock(descriptor, kind, path)
             if _is_file_of(descriptor, path):
-                _sign(descriptor, kind, path)
+                _sign(descriptor, kind, path, is_locked=is_locked)
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -130,18 +132,24 @@ def _acquire(path: Path, kind: int) -> int:
         os.close(descriptor)  # its owner unlinked it in between
 
 
-def _lock(descriptor: int, kind: int, path: Path) -> None:
+def _lock(descriptor: int, kind: int, path: Path) -> bool:
+    """Whether the disk has locks: False where a name alone must do."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = _owner(descriptor)
-        raise _HeldError(
-            f"{owner} is writing to it" if owner else "other parts are writing to it",
-            name=str(path.parent),
-            remedy="wait for it, or stop it, and run this again",
-        ) from None
+        raise _held(_owner(descriptor), path) from None
     except OSError as error:  # some network disks have no locks
         _warn_once(path.parent, str(error.strerror))
+        return False
+    return True
+
+
+def _held(owner: str, path: Path) -> _HeldError:
+    return _HeldError(
+        f"{owner} is writing to it" if owner else "other parts are writing to it",
+        name=str(path.parent),
+        remedy="wait for it, or stop it, and run this again",
+    )
 
 
 @lru_cache
@@ -158,10 +166,12 @@ def _is_file_of(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _sign(descriptor: int, kind: int, path: Path) -> None:
-    """Write our name; an owner on this host that left one is dead: the kernel holds no lock."""
+def _sign(descriptor: int, kind: int, path: Path, *, is_locked: bool) -> None:
+    """Write our name. An owner on this host is dead if we have its lock, or if no process is it."""
     before = _read_owner(descriptor)
     host = socket.gethostname()
+    if before and before.get("host") == host and not is_locked and _is_running(before.get("pid")):
+        raise _held(_owner(descriptor), path)
     if before and before.get("host") != host:
         raise _HeldError(
             f"{_owner(descriptor)} was writing to it, and this host ({host}) cannot see whether it "
@@ -176,6 +186,22 @@ def _sign(descriptor: int, kind: int, path: Path) -> None:
             os.pwrite(descriptor, json.dumps(name).encode(), 0)
     except OSError as error:
         raise cannot_write(path, error) from None
+    if kind == fcntl.LOCK_EX and not is_locked:
+        time.sleep(2 * POLL_S)  # for another that read no name before we wrote ours
+        if _read_owner(descriptor) != name:
+            raise _held(_owner(descriptor), path)
+
+
+def _is_running(pid: Any) -> bool:
+    if not is_integer(pid) or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # another user's
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def _read_owner(descriptor: int) -> dict[str, Any]:

@@ -148,6 +148,55 @@ def test_a_disk_without_locks_is_warned_of_once_and_names_alone_decide(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("held", [(1, 1), (2, 3)])
+def test_without_locks_a_running_owner_on_this_host_keeps_others_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: tuple[int, int]
+) -> None:
+    """A second export took the name over, and removed the first one's temporary files."""
+    monkeypatch.setattr("fcntl.flock", refuse_lock)
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    owner = fork.Process(target=hold_until_killed, args=(tmp_path, held, ready))
+    owner.start()
+    try:
+        assert ready.wait(60)
+        for part in {(1, 1), held}:
+            with pytest.raises(ExportError, match=f"process {owner.pid} on .* is writing to it"):
+                hold_folder(tmp_path, part).__enter__()
+    finally:
+        owner.kill()
+        owner.join(60)
+    with hold_folder(tmp_path):  # its name stays, and no process is it
+        pass
+    for pid in (0, -1, 2**70, "7", None):
+        (tmp_path / "lock").write_text(json.dumps({"host": socket.gethostname(), "pid": pid}))
+        with hold_folder(tmp_path):
+            pass
+
+
+def hold_until_killed(folder: Path, part: tuple[int, int], ready: Any) -> None:
+    with hold_folder(folder, part):
+        ready.set()
+        time.sleep(600)
+
+
+def test_without_locks_the_last_name_of_two_that_begin_at_once_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", refuse_lock)
+    other = {"host": socket.gethostname(), "pid": os.getppid(), "since": "2026-01-01"}
+    monkeypatch.setattr(
+        lock_module,
+        "time",
+        SimpleNamespace(
+            sleep=lambda _: (tmp_path / "lock").write_text(json.dumps(other)),
+            monotonic=time.monotonic,
+        ),
+    )
+    with pytest.raises(ExportError, match=f"process {os.getppid()} on"):
+        hold_folder(tmp_path).__enter__()
+
+
 def test_a_moment_of_another_host_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
