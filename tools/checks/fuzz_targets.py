@@ -32,7 +32,7 @@ VIDEO_LIMITS = VideoLimits(
 )
 MAX_CPU_S = 5.0  # of one input
 GROWTH, MAX_TIMES = 10, 30  # an input that grows so much may take so many times the time
-LEAST_S = 0.05  # shorter ones are too noisy to compare
+MIN_COMPARED_S = 0.05  # shorter ones are too noisy to compare
 
 
 class WrongAcceptanceError(Exception):
@@ -135,9 +135,9 @@ def run_target(name: str, data: bytes) -> None:
     took = _cpu_seconds(name, data)
     if took > MAX_CPU_S:
         raise TooSlowError(f"{len(data):,} bytes took {took:.1f} s")
-    if took > LEAST_S / GROWTH and 8 <= len(data) <= MAX_BYTES // GROWTH:
+    if took > MIN_COMPARED_S / GROWTH and 8 <= len(data) <= MAX_BYTES // GROWTH:
         longer = _cpu_seconds(name, grown(data))
-        if longer > max(LEAST_S, MAX_TIMES * took):
+        if longer > max(MIN_COMPARED_S, MAX_TIMES * took):
             raise TooSlowError(
                 f"{len(data):,} bytes took {took:.3f} s, and {GROWTH} times as many {longer:.3f} s"
             )
