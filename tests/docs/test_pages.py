@@ -210,13 +210,15 @@ def test_links_that_stay_here_lead_somewhere(page: Path) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
 
-    def paths(entry: Any) -> list[str]:
+    def pages(entry: Any, title: str = "") -> list[tuple[str, str]]:
         if isinstance(entry, str):
-            return [entry]
-        children = entry if isinstance(entry, list) else entry.values()
-        return [path for child in children for path in paths(child)]
+            return [(title, entry)]
+        children = [("", each) for each in entry] if isinstance(entry, list) else entry.items()
+        return [page for name, child in children for page in pages(child, name)]
 
-    listed = paths(config["nav"])
+    titles, listed = zip(*pages(config["nav"]), strict=True)
+    named = [title for title in titles if title]
+    assert len({*named}) == len(named), "two pages of one name"
     assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in PAGES if page != README)
 
 

@@ -192,7 +192,7 @@ def test_the_chart_is_drawn(tmp_path: Path, part: str) -> None:
         {} if part == "attention" else rows, {} if part == "tower" else kernel, "made up", path
     )
     with Image.open(path) as image:
-        assert image.width == 1350
+        assert image.width == 1008
 
 
 @pytest.mark.slow

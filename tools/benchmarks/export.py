@@ -49,6 +49,7 @@ from qwen_vit.export.shards import export_shards
 from qwen_vit.feature_files.read import load_features
 from tests.support.huggingface import hf_tower
 from tests.support.process_memory import memory_mb
+from tools.benchmarks.tower_report import DPI, WIDTH_IN
 from tools.common import ROOT, default_device, four_digits, ledger_options, ledger_row, publish
 from tools.random_tower import write_model
 
@@ -328,32 +329,32 @@ def draw(line: dict[str, Any], path: Path) -> None:
     """Rates as bars, and what the export waited for."""
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(9, 2.6), layout="constrained", width_ratios=(3, 2)
-    )
+    figure, (rates, waits) = plt.subplots(2, 1, figsize=(WIDTH_IN, 4.6), layout="constrained")
     names = list(line["images_per_s"])
     colours = ["#2563eb" if name == "export" else "#cbd5e1" for name in names]
-    bars = left.barh(names, list(line["images_per_s"].values()), color=colours)
-    left.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
-    left.set_title(
-        f"images per second, {line['images']:,} JPEGs of {line['sides_px'][0]} to "
-        f"{line['sides_px'][1]} px to shards on disk", fontsize=9, loc="left",
+    bars = rates.barh(names, list(line["images_per_s"].values()), color=colours)
+    rates.bar_label(bars, fmt="%.0f", padding=3, fontsize=9)
+    rates.set_title(
+        f"Images per second: {line['images']:,} JPEGs of {line['sides_px'][0]} to "
+        f"{line['sides_px'][1]} px", fontsize=10, loc="left",
     )  # fmt: skip
     seconds = line["waits_s"]
-    bars = right.barh(list(seconds), list(seconds.values()), color="#94a3b8")
-    right.bar_label(bars, fmt="%.1f s", padding=3, fontsize=8)
-    right.set_title(f"what its {line['seconds']:.1f} s waited for", fontsize=9, loc="left")
-    for axis in (left, right):
+    bars = waits.barh(list(seconds), list(seconds.values()), color="#94a3b8")
+    waits.bar_label(bars, fmt="%.1f s", padding=3, fontsize=9)
+    waits.set_title(f"What its {line['seconds']:.1f} s waited for", fontsize=10, loc="left")
+    for axis in (rates, waits):
         axis.invert_yaxis()
         axis.margins(x=0.15)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.set_visible(False)  # each bar has its value
+        axis.tick_params(labelsize=9, length=0)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
     figure.suptitle(
         f"{line['device']}, {line['cpu_cores']} cores, {line['commit']}, {line['date']}",
-        fontsize=8, color="#64748b", x=0.99, ha="right",
+        fontsize=9, color="#64748b", x=0.01, ha="left",
     )  # fmt: skip
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
 
 
 @click.command(help=__doc__)

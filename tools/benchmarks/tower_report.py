@@ -2,7 +2,9 @@
 
 import statistics
 from pathlib import Path
+from typing import Any
 
+WIDTH_IN, DPI = 5.6, 180  # of charts: text of 9 points has 10 px where a page is 470 px wide
 UNFUSED = "RoPE + FA2"  # our tower with these two in place of the fused kernel, by graph
 
 
@@ -97,7 +99,7 @@ def starts_text(started: dict[str, dict[str, float]]) -> str:
 def draw(
     rows: dict[str, dict[str, float]], kernel: dict[str, dict[str, float]], title: str, path: Path
 ) -> None:
-    """The two benchmarks side by side: the whole tower, and the attention alone."""
+    """The whole tower, and below it the attention alone; readable at the width of a telephone."""
     from matplotlib import pyplot as plt
 
     towers = {"ours": [row["ours_ms"] / row["roofline_ms"] for row in rows.values()]}
@@ -110,35 +112,39 @@ def draw(
     for kind in ("window", "full") if kernel else ():
         ours = [row[f"{kind} ours"] for row in kernel.values()]
         unfused = [row["RoPE"] + row[f"{kind} FA2"] for row in kernel.values()]
-        heading = f"Attention of one {kind} block, microseconds"
+        heading = f"Attention of a {kind} block, us"
         panels.append((heading, list(kernel), {"ours": ours, "RoPE, then FA2": unfused}))
-    figure = plt.figure(figsize=(9, 3.4 if not kernel or not rows else 6.4), layout="constrained")
-    grid = figure.add_gridspec(1 + bool(kernel and rows), 2)
+    heights = [*([5.2] if rows else []), *([3.0] if kernel else [])]
+    figure = plt.figure(figsize=(WIDTH_IN, sum(heights) + 0.3), layout="constrained")
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     places = [grid[0, :]] if rows else []
     places += [grid[-1, 0], grid[-1, 1]] if kernel else []
     for place, (heading, names, series) in zip(places, panels, strict=True):
         axis = figure.add_subplot(place)
         width = 0.8 / len(series)
-        for i, (label, heights) in enumerate(series.items()):
+        for i, (label, lengths) in enumerate(series.items()):
             colour = ("#2563eb", "#94a3b8", "#cbd5e1", "#93c5fd")[i]
             at = [j + (i - (len(series) - 1) / 2) * width for j in range(len(names))]
-            bars = axis.bar(at, heights, width, color=colour, label=label)
-            axis.bar_label(bars, fmt=lambda x: f"{x:.3g}" if x < 1e3 else f"{x:,.0f}", fontsize=7)
+            bars = axis.barh(at, lengths, width, color=colour, label=label)
+            axis.bar_label(
+                bars, fmt=lambda x: f"{x:.3g}" if x < 1e3 else f"{x:,.0f}", fontsize=8.5, padding=2
+            )
         if "roofline" in heading:
-            axis.axhline(1, color="#0f172a", linewidth=0.8, linestyle=":")
+            axis.axvline(1, color="#0f172a", linewidth=0.8, linestyle=":")
+            axis.margins(x=0.1)
         else:  # 40 times from the smallest to the largest size
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:,.0f}")
-        axis.set_xticks(range(len(names)), names, fontsize=8)
-        axis.tick_params(axis="y", labelsize=8)
-        axis.set_title(heading, fontsize=9, loc="left")
-        if "Attention" in heading:
-            axis.legend(frameon=False, fontsize=8, loc="upper left")
-        else:  # the bars leave no room, so beside the title
-            axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.98),
-                        ncols=len(series))  # fmt: skip
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+            axis.set_xscale("log")
+            axis.set_xlim(right=4 * max(max(lengths) for lengths in series.values()))
+        axis.set_yticks(range(len(names)), [name.replace("^2", "\u00b2") for name in names])
+        axis.invert_yaxis()
+        axis.xaxis.set_visible(False)  # each bar has its value
+        axis.tick_params(labelsize=9, length=0)
+        axis.set_title(heading, fontsize=10, loc="left")
+        below = {"loc": "upper left", "bbox_to_anchor": (0, 0)}  # the bars leave no room inside
+        place_of_legend: dict[str, Any] = {"loc": "lower right"} if "roofline" in heading else below
+        axis.legend(frameon=False, fontsize=9, **place_of_legend)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    figure.suptitle(title, fontsize=9, x=0.01, ha="left", color="#64748b")
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tools.benchmarks.tower_report import DPI, WIDTH_IN
+
 # the whole encoder at these sizes, in ms, as the article reports it that this package grew from
 ARTICLE_MS = {"1 x 448^2": 23.64, "1 x 672^2": 27.69, "1 x 896^2": 40.97, "1 x 1344^2": 79.85}
 LABELS = {
@@ -33,17 +35,23 @@ def draw_towers(towers: dict[str, dict[str, Any]], path: Path) -> None:
 
     settings = [name for name in LABELS if name in towers]
     sizes = [name for name, cell in towers["default"].items() if "ratio" in cell]
-    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(WIDTH_IN, 4.2), layout="constrained")
     width = 0.8 / len(settings)
     for i, setting in enumerate(settings):
         ratios = [towers[setting][size]["ratio"] for size in sizes]
         places = [at + (i - (len(settings) - 1) / 2) * width for at in range(len(sizes))]
-        bars = axes.bar(places, ratios, width, label=LABELS[setting])
-        axes.bar_label(bars, fmt="%.1f", fontsize=8)
-    axes.axhline(1, color="black", linewidth=1)
-    axes.set_xticks(range(len(sizes)), [size.replace("^2", "²") for size in sizes])
-    axes.set_ylabel("time as a multiple of ours")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+        bars = axes.barh(
+            places, ratios, width, label=LABELS[setting], color=("#94a3b8", "#cbd5e1", "#93c5fd")[i]
+        )
+        axes.bar_label(bars, fmt="%.1f", fontsize=9, padding=2)
+    axes.axvline(1, color="#2563eb", linewidth=1.2, label="ours")
+    axes.set_yticks(range(len(sizes)), [size.replace("^2", "\u00b2") for size in sizes], fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.xaxis.set_visible(False)  # each bar has its value
+    axes.tick_params(length=0)
+    axes.set_title("Time of vLLM's tower as a multiple of ours", fontsize=10, loc="left")
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)

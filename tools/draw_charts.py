@@ -1,0 +1,54 @@
+"""Draw the charts of the docs from the ledger's rows: the same ones that the tables name.
+
+python -m tools.draw_charts
+"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tools.benchmarks import export, tower_report
+from tools.benchmarks.engines.chart import draw_towers, newest_towers
+from tools.common import ROOT
+from tools.write_docs import EXPORT, SPEED, ledger, rows
+
+# The names of figures in rows from before 2026-11-25 -> today's.
+RENAMED = {"floor_ms": "roofline_ms", "frame ours": "full ours", "frame FA2": "full FA2"}
+
+
+def renamed(figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A table of a row under today's names.
+
+    >>> renamed({"1 x 448^2": {"floor_ms": 1.8}})
+    {'1 x 448^2': {'roofline_ms': 1.8}}
+    """
+    return {
+        size: {RENAMED.get(name, name): value for name, value in row.items()}
+        for size, row in figures.items()
+    }
+
+
+def draw_all(folder: Path) -> list[Path]:
+    """Draw every chart into a folder, and return their paths."""
+    paths = [folder / name for name in ("speed.png", "export.png", "engines.png")]
+    [tower] = rows("tower", SPEED)
+    title = f"{tower['device']}, {tower['date']}, {SPEED}, bf16, 7B shape"
+    whole, attention = renamed(tower["rows"]), renamed(tower["attention_us_per_layer"])
+    tower_report.draw(whole, attention, title, paths[0])
+    export.draw(rows("export", EXPORT)[0], paths[1])
+    draw_towers(newest_towers(ledger()), paths[2])
+    return paths
+
+
+@click.command(help=__doc__)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=ROOT / "docs", help="[default: docs]"
+)
+def main(out: Path) -> None:
+    for path in draw_all(out):
+        click.echo(path)
+
+
+if __name__ == "__main__":
+    main()
