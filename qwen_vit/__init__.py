@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qwen_vit.errors import QwenVitError as QwenVitError
     from qwen_vit.export.options import ExportOptions as ExportOptions
     from qwen_vit.export.run import export_features as export_features
-    from qwen_vit.feature_files.read import FeatureFile as FeatureFile
+    from qwen_vit.feature_files.file import FeatureFile as FeatureFile
     from qwen_vit.feature_files.read import FeatureFolder as FeatureFolder
     from qwen_vit.feature_files.read import load_features as load_features
     from qwen_vit.feature_files.write import write_features as write_features
@@ -60,7 +60,8 @@ else:
         ],
         "export.options": ["ExportOptions"],
         "export.run": ["export_features"],
-        "feature_files.read": ["FeatureFile", "FeatureFolder", "load_features"],
+        "feature_files.file": ["FeatureFile"],
+        "feature_files.read": ["FeatureFolder", "load_features"],
         "feature_files.write": ["write_features"],
         "features": ["FailedImage", "ImageFeatures", "VideoFeatures"],
         "images.image": ["ImageLimits"],

@@ -533,5 +533,6 @@ class VisionEncoder:
             patches = pixels_for_tower(rows, self.config, self.image_config, still=False)
         with torch.autocast(self.device.type, enabled=False):  # the precision is fixed
             return run_tower(
-                self.tower, self.graphs, patches, grids, self.device, self.dtype, output, taps
-            )
+                self.tower, self.graphs, patches, grids,
+                device=self.device, dtype=self.dtype, output=output, taps=taps,
+            )  # fmt: skip

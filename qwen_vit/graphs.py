@@ -223,6 +223,7 @@ def run_tower(
     graphs: GraphRunner | None,
     patches: Tensor,
     grids: tuple[Grid, ...],
+    *,
     device: torch.device,
     dtype: torch.dtype,
     output: Output,

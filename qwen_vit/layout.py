@@ -184,25 +184,11 @@ class Layout:
         merge, unit = config.spatial_merge_size, config.merge_unit
         n_patches = sum(grid.n_patches for grid in grids)
         total = n_patches if n_rows is None else n_rows
-        if total > MAX_ROWS:
-            raise ImageError(
-                f"{total} patches in one call",
-                expected=f"at most {MAX_ROWS}",
-                remedy="split the batch",
-                code="too-many-patches",
-            )
-        if total < n_patches or (total - n_patches) % unit:
-            raise ImageError(
-                f"{n_patches} patches do not fit a budget of {total} rows in steps of {unit}",
-                code="too-many-patches",
-            )
+        _check_budget(n_patches, total, unit)
         frame_sizes = [(grid.h, grid.w) for grid in grids for _ in range(grid.t)]
         frame_rows = np.array([h * w for h, w in frame_sizes], dtype=np.int64)
         parts = [_frame(h, w, merge, config.window_units) for h, w in frame_sizes]
-        padding = total - n_patches
-        padding_rows = np.full(-(-padding // PADDING_ROWS), PADDING_ROWS, dtype=np.int32)
-        if padding % PADDING_ROWS:
-            padding_rows[-1] = padding % PADDING_ROWS
+        padding_rows = _padding_rows(total - n_patches)
 
         unit_starts = np.repeat(
             (np.cumsum(frame_rows) - frame_rows) // unit, frame_rows // unit
@@ -299,6 +285,29 @@ class Layout:
             for tensor in (part.cu_seqlens, part.tiles, part.segment_of_row)
         ]
         return orders + segments
+
+
+def _check_budget(n_patches: int, total: int, unit: int) -> None:
+    if total > MAX_ROWS:
+        raise ImageError(
+            f"{total} patches in one call",
+            expected=f"at most {MAX_ROWS}",
+            remedy="split the batch",
+            code="too-many-patches",
+        )
+    if total < n_patches or (total - n_patches) % unit:
+        raise ImageError(
+            f"{n_patches} patches do not fit a budget of {total} rows in steps of {unit}",
+            code="too-many-patches",
+        )
+
+
+def _padding_rows(n_rows: int) -> Integers:
+    """Lengths of the segments of padding."""
+    lengths = np.full(-(-n_rows // PADDING_ROWS), PADDING_ROWS, dtype=np.int32)
+    if n_rows % PADDING_ROWS:
+        lengths[-1] = n_rows % PADDING_ROWS
+    return lengths
 
 
 def _aligned(length: int) -> int:

@@ -17,7 +17,7 @@ from qwen_vit.checkpoint.load import find_tower
 from qwen_vit.checkpoint.partial_download import Shards, write_tower
 from qwen_vit.checkpoint.published import PACKAGED, did_you_mean, is_path, packaged_weights
 from qwen_vit.checkpoint.ranges import RangesRefusedError, TransferError
-from qwen_vit.checkpoint.repository import NotCachedError, Repository, explain
+from qwen_vit.checkpoint.repository import NotCachedError, Repository
 from qwen_vit.checkpoint.tower_names import ANCHOR_KEY, plain_name, tower_prefixes
 from qwen_vit.checkpoint.weight_files import (
     ADAPTER_CONFIG,
@@ -120,21 +120,7 @@ def download(
     """
     name = os.fsdecode(model)
     is_folder = bool(name) and _is_folder(name)
-    if revision == "":
-        raise ArgumentError(
-            "revision is empty",
-            expected="a branch, a tag or a commit",
-            remedy="leave it out for the default branch",
-        )
-    if revision is not None and (is_folder or name in PACKAGED):
-        what = "a local folder" if is_folder else "a checkpoint of this package"
-        raise ArgumentError(
-            f"revision is {revision!r}, but {name} is {what}, of which there is one version",
-            remedy=with_options(
-                "leave {} out, or name a repository on the Hub (a folder of its name hides it)",
-                "revision",
-            ),
-        )
+    _check_revision(revision, name, is_folder)
     if subfolder is not None:
         _check_subfolder(subfolder, name)
     if is_folder:
@@ -170,7 +156,25 @@ def download(
     except QwenVitError:
         raise
     except Exception as error:  # each version of the client has its own transport errors
-        raise explain(error, repository) from error
+        raise repository.explain(error) from error
+
+
+def _check_revision(revision: str | None, name: str, is_folder: bool) -> None:
+    if revision == "":
+        raise ArgumentError(
+            "revision is empty",
+            expected="a branch, a tag or a commit",
+            remedy="leave it out for the default branch",
+        )
+    if revision is not None and (is_folder or name in PACKAGED):
+        what = "a local folder" if is_folder else "a checkpoint of this package"
+        raise ArgumentError(
+            f"revision is {revision!r}, but {name} is {what}, of which there is one version",
+            remedy=with_options(
+                "leave {} out, or name a repository on the Hub (a folder of its name hides it)",
+                "revision",
+            ),
+        )
 
 
 def _check_subfolder(subfolder: str, name: str) -> None:

@@ -4,7 +4,6 @@ huggingface_hub is imported inside functions only, because that import reads env
 Only names that its versions 1 and 2 share are used.
 """
 
-import errno
 import logging
 import re
 import socket
@@ -21,13 +20,13 @@ from urllib.request import getproxies
 
 from qwen_vit.checkpoint import cache
 from qwen_vit.checkpoint.bounded_progress import bounded_progress
+from qwen_vit.checkpoint.explain import explain
 from qwen_vit.checkpoint.http_ranges import fetch_json, open_http_range
-from qwen_vit.checkpoint.published import did_you_mean, published_checkpoints
 from qwen_vit.checkpoint.ranges import RangeResponse, RangesRefusedError
 from qwen_vit.common.strict_json import MAX_JSON_BYTES
 from qwen_vit.errors import CheckpointError, HubError, with_options
 
-__all__ = ["NotCachedError", "Repository", "explain"]
+__all__ = ["NotCachedError", "Repository"]
 
 logger = logging.getLogger("qwen_vit")
 
@@ -35,8 +34,6 @@ PROXIES = {"http", "https", "all"}
 COMMIT = re.compile(r"[0-9a-f]{40}")
 COMMIT_IN_CACHE = re.compile(r"/snapshots/([0-9a-f]{40})(/|$)")
 WEIGHTS = ".safetensors"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 LISTING_TIMEOUT_S = 10.0
 LINK_ATTEMPTS, LINK_PAUSE_S = 5, 0.02
 
@@ -121,11 +118,18 @@ class Repository:
             return None
         return self._fetch_if_there(name, self.commit or self._revision)
 
+    def explain(self, error: Exception) -> HubError:
+        """An error of the client as ours, with the cause and the remedy."""
+        return explain(
+            error, name=self.name, label=self.label, cache_dir=self.cache(),
+            local_files_only=self.local_files_only,
+        )  # fmt: skip
+
     def not_cached(self) -> NotCachedError:
         """The error for weights that are not in the cache while the network is disabled."""
         from huggingface_hub.errors import LocalEntryNotFoundError
 
-        return NotCachedError.of(explain(LocalEntryNotFoundError(""), self))
+        return NotCachedError.of(self.explain(LocalEntryNotFoundError("")))
 
     def cached(self, name: str) -> Path | None:
         """A file of the Hub's cache, or None."""
@@ -248,7 +252,7 @@ class Repository:
         try:
             return self._fetch_sound(name, revision, _check_small)
         except LocalEntryNotFoundError as error:
-            raise NotCachedError.of(explain(error, self)) from error
+            raise NotCachedError.of(self.explain(error)) from error
         except EntryNotFoundError:
             self.names()
             if self._listing is None or self._is_listed(name):
@@ -357,61 +361,3 @@ def _check_small(path: Path) -> None:
     digest = cache.hub_digest(path)
     if digest is not None:
         cache.check_digest(path, digest)
-
-
-def explain(error: Exception, repository: Repository) -> HubError:
-    """Turn an error of any version of the client into one with the cause and the remedy."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    address = f"https://huggingface.co/{repository.name}"
-    reply = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-    status = getattr(reply, "status_code", None)
-    number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, GatedRepoError):
-        fact = "the repository is gated"
-        remedy = f"accept its licence on {address}, then log in with `hf auth login`"
-    elif isinstance(error, RevisionNotFoundError):
-        fact = "no such revision"
-        remedy = f"look at its branches and commits on {address}"
-    elif isinstance(error, RepositoryNotFoundError):
-        fact = "not found, or private"
-        remedy = "check the name, or log in with `hf auth login`"
-    elif status in (401, 403):
-        fact = f"the Hub denies access (HTTP {status})"
-        remedy = f"log in with `hf auth login`, with a token that may read {address}"
-    elif status == 429:
-        fact = "too many requests (HTTP 429)"
-        remedy = "wait five minutes, or log in with `hf auth login` for a higher limit"
-    elif status is not None and status >= 500:
-        fact, remedy = f"server error (HTTP {status})", "try again later"
-    elif isinstance(error, LocalEntryNotFoundError) and repository.local_files_only:
-        fact = "not in the local cache, and local_files_only rules out the network"
-        remedy = "leave out local_files_only"
-    elif isinstance(error, LocalEntryNotFoundError):
-        fact = "not in the local cache, and the Hub could not be reached"
-        remedy = "check the network, or HF_HUB_OFFLINE, or pass a local folder"
-    elif isinstance(error, EntryNotFoundError):
-        fact = "no config.json or no safetensors weights; pickles (.bin, .pt) are never opened"
-        remedy = "choose a repository with safetensors"
-    elif number in NO_SPACE:
-        fact = f"does not fit on the disk ({repository.cache()})"
-        remedy = "free some space, or pass cache_dir"
-    elif number in NOT_WRITABLE:
-        fact = f"the cache cannot be written ({error})"
-        remedy = "pass another cache_dir, or set HF_HOME"
-    else:
-        reason = str(error).partition("\n")[0]
-        fact, remedy = f"could not be fetched ({type(error).__name__}: {reason})", "try again"
-    kinds = RepositoryNotFoundError | LocalEntryNotFoundError
-    is_missing = isinstance(error, kinds) and not isinstance(error, GatedRepoError)
-    is_known = repository.name in published_checkpoints()
-    if is_missing and status in (None, 401, 404) and not is_known:
-        question = did_you_mean(repository.name)
-        remedy = f"{question} Otherwise {remedy}" if question else remedy
-    return HubError(fact, name=repository.label, remedy=remedy)

@@ -60,7 +60,7 @@ __all__ = ["encode"]
 @source_options
 @verbosity_options
 def encode(
-    images: tuple[str, ...], model: str, out: Path, overwrite: bool, output: Any,
+    *, images: tuple[str, ...], model: str, out: Path, overwrite: bool, output: Any,
     normalize: bool, layers: tuple[int, ...], on_error: "OnError", allow_failed: int,
     as_json: bool, column: str | None, id_column: str | None, formats: tuple[str, ...], pages: Any,
     exif: Any, **loading: Any,

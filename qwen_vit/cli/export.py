@@ -44,6 +44,7 @@ from qwen_vit.errors import ExportError, display_name, plural
 if TYPE_CHECKING:
     from qwen_vit.common.store_path import AnyPath
     from qwen_vit.export.estimate import Estimate
+    from qwen_vit.export.options import ExportOptions
 
 __all__ = ["export"]
 
@@ -121,7 +122,7 @@ OF_START = (
 @source_options
 @verbosity_options
 def export(
-    inputs: tuple[str, ...], model: str | None, out: "AnyPath | None", resume: "AnyPath | None",
+    *, inputs: tuple[str, ...], model: str | None, out: "AnyPath | None", resume: "AnyPath | None",
     extend: bool, retry_failed: bool, accept_versions: bool, device: str, dry_run: bool, yes: bool,
     as_json: bool, output: Any, normalize: bool, layers: tuple[int, ...], dtype: Any,
     shard_size: int, part: tuple[int, int], on_error: Any, max_failures: int,
@@ -151,8 +152,7 @@ def export(
     encoded are reported and skipped (exit code 1). Ctrl-C saves what was encoded.
     """
     with slow_imports():
-        from qwen_vit.cli.text import estimate_text, export_text, waits_text
-        from qwen_vit.export.estimate import estimate_export
+        from qwen_vit.cli.text import export_text, waits_text
         from qwen_vit.export.options import ExportOptions
         from qwen_vit.export.plan import check_folder
         from qwen_vit.export.ray_cluster import export_on_ray
@@ -161,22 +161,22 @@ def export(
         from qwen_vit.export.stop import StopSignals
         from qwen_vit.images.image import ImageLimits
         from qwen_vit.inputs.find import check_inputs
+    of_this_run: dict[str, Any] = {
+        "on_error": on_error, "part": part, "max_failures": max_failures, "extend": extend,
+        "shard_seconds": shard_seconds, "retry_failed": retry_failed,
+        "accept_versions": accept_versions,
+    }  # fmt: skip
     options = ExportOptions(
-        output, dtype, shard_size, on_error, part, max_failures, normalize=normalize, layers=layers,
-        column=column, id_column=id_column, exif=exif, pages=pages,
-        limits=ImageLimits(formats=formats), shard_seconds=shard_seconds, extend=extend,
-        retry_failed=retry_failed, accept_versions=accept_versions, **take_video_options(loading),
+        output, dtype, shard_size, normalize=normalize, layers=layers, column=column,
+        id_column=id_column, exif=exif, pages=pages, limits=ImageLimits(formats=formats),
+        **of_this_run, **take_video_options(loading),
     )  # fmt: skip
     if resume is not None:
         _refuse_start_options(click.get_current_context())
         start = read_start_options(resume)
         model, out, device = start.model, resume, start.loading.pop("device")
         loading |= start.loading
-        options = replace(
-            start.options, on_error=on_error, part=part, max_failures=max_failures,
-            shard_seconds=shard_seconds, extend=extend, retry_failed=retry_failed,
-            accept_versions=accept_versions,
-        )  # fmt: skip
+        options = replace(start.options, **of_this_run)
     elif not inputs or model is None or out is None:
         raise click.UsageError("INPUTS, --model and --out are needed, or --resume OUT alone")
     images = inputs or None
@@ -184,19 +184,11 @@ def export(
         check_inputs(images, options.columns)
     check_folder(out, make=False)
     if dry_run:
-        encoder = load_encoder(model, options, device=device, **loading)
-        estimate = estimate_export(
-            encoder, images, options, folder=out, show_progress=shows_progress()
-        )
-        text = json.dumps(asdict(estimate), indent=2) if as_json else estimate_text(estimate, out)
-        print_data(text)
+        _print_estimate(model, images, options, out, as_json=as_json, device=device, **loading)
         return
-    running: dict[str, Any] = {
-        "confirm": None if yes else partial(_ask_if_large, folder=out),
-        "show_progress": not is_quiet(),
-        "decode_threads": decode_threads,
-        "ec_cache": ec_cache,
-    }
+    running: dict[str, Any] = {"decode_threads": decode_threads, "ec_cache": ec_cache}
+    running |= {"confirm": None if yes else partial(_ask_if_large, folder=out)}
+    running |= {"show_progress": not is_quiet()}
     with StopSignals() as stop, _hint_resume(out):
         if address is None:
             encoder = load_encoder(model, options, device=device, **loading)
@@ -210,6 +202,25 @@ def export(
     print_data(json.dumps(done.to_json(), indent=2) if as_json else summary)
     if sum(done.failed.values()) - done.failed_earlier > allow_failed:
         sys.exit(EXIT_SKIPPED)
+
+
+def _print_estimate(
+    model: str,
+    images: tuple[str, ...] | None,
+    options: "ExportOptions",
+    out: "AnyPath",
+    *,
+    as_json: bool,
+    **loading: Any,
+) -> None:
+    from qwen_vit.cli.text import estimate_text
+    from qwen_vit.export.estimate import estimate_export
+    from qwen_vit.export.run import load_encoder
+
+    encoder = load_encoder(model, options, **loading)
+    estimate = estimate_export(encoder, images, options, folder=out, show_progress=shows_progress())
+    text = json.dumps(asdict(estimate), indent=2) if as_json else estimate_text(estimate, out)
+    print_data(text)
 
 
 def _refuse_start_options(ctx: click.Context) -> None:

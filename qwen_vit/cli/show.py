@@ -79,7 +79,7 @@ class _Point(click.ParamType[tuple[float, float]]):
 @source_options
 @verbosity_options
 def show(
-    inputs: tuple[str, ...], model: str | None, out: Path, overwrite: bool,
+    *, inputs: tuple[str, ...], model: str | None, out: Path, overwrite: bool,
     point: tuple[float, float] | None, output: str, layer: int | None, pictures: tuple[str, ...],
     ids: tuple[str, ...], limit: int, as_json: bool, **loading: Any,
 ) -> None:  # fmt: skip

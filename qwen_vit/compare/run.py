@@ -8,6 +8,7 @@ Memory: one image at a time, with all stages of each tower in its own dtype and 
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from qwen_vit.compare.choices import PROCESSORS, Attention, Processor
@@ -30,6 +32,7 @@ from qwen_vit.compare.huggingface import (
 )
 from qwen_vit.compare.measure import compare_case, compare_pixels
 from qwen_vit.compare.result import Comparison, ImageComparison, Preprocessing
+from qwen_vit.config import Grid
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ComparisonError, ImageError, plural, with_options
 from qwen_vit.images.image import ImageLimits, RgbImage
@@ -117,47 +120,13 @@ def compare(
     check_transformers()
     config = encoder.config
     theirs = hf_tower(encoder.checkpoint.tensors, config, encoder.dtype, encoder.device, attention)
+    live = _LiveReference(encoder, theirs, processor, video or VideoOptions())
     kept: list[Case] = []
-
-    def case_of_video(name: str) -> tuple[Case, list[Preprocessing], Patches]:
-        frames: dict[int, NDArray[np.uint8]] = {}
-        clip = Video.of(name, video or VideoOptions(), name)
-        loaded = load_video(clip, encoder.image_config, keep=frames)
-        ordered = [frames[at] for at in sorted(frames)]
-        ordered += ordered[-1:] * (len(ordered) % 2)
-        done = process_pairs(ordered, encoder.image_config, name)
-        pixels = [compare_pixels("pillow", loaded.patches, done, encoder.image_config)]
-        with open(name, "rb") as file:
-            digest = file_digest(file, "sha256").hexdigest()
-        rows, grid = done
-        case = Case(name, digest, loaded.size_px, rows, grid, hf_trace(theirs, rows, [grid]))
-        return case, pixels, loaded.patches
-
-    def case_of(name: str) -> tuple[Case, list[Preprocessing], Patches]:
-        if is_video_file(name):
-            return case_of_video(name)
-        rgb, digest = _read(name)
-        patches = patchify(rgb.picture, encoder.image_config, name=name)
-        found = {
-            each: process(rgb.pixels, encoder.image_config, each, name=name)
-            for each in PROCESSORS
-            if each in (processor, "pillow") or "torchvision" in package_versions()
-        }
-        pixels = [
-            compare_pixels(each, patches, done, encoder.image_config)
-            for each, done in found.items()
-        ]
-        rows, grid = found[processor]
-        case = Case(
-            name, digest, (rgb.height, rgb.width), rows, grid,
-            hf_trace(theirs, rows, [grid]),
-        )  # fmt: skip
-        return case, pixels, patches
 
     def results() -> Iterator[Outcome]:
         for name in map(os.fsdecode, images):
             try:
-                case, pixels, patches = case_of(name)
+                case, pixels, patches = live.case_of(name)
                 result = compare_case(encoder, case, pixels, patches, processor, keep_maps)
             except ImageError as error:
                 yield name, error
@@ -178,15 +147,63 @@ def compare(
     }
     if save_golden is not None:
         if not kept:
-            reasons = "; ".join(_without_remedy(error) for _, error in done[1][:3])
-            raise ComparisonError(
-                f"not saved: {len(images)} of {plural(len(images), 'image')} failed ({reasons})",
-                name=str(save_golden),
-                remedy="pass an image that can be compared",
-            )
+            raise _none_to_save(save_golden, len(images), [error for _, error in done[1]])
         write_golden(save_golden, encoder, kept, reference)
     facts = {**_facts_of(encoder), "reference": reference, "golden": None}
     return Comparison(facts, *done)
+
+
+@dataclass(frozen=True)
+class _LiveReference:
+    """Hugging Face's tower and processors, which run beside an encoder."""
+
+    encoder: VisionEncoder
+    tower: Any
+    processor: Processor
+    video: VideoOptions
+
+    def case_of(self, name: str) -> tuple[Case, list[Preprocessing], Patches]:
+        """What Hugging Face makes of an image or a video, with how far our pixels are."""
+        if is_video_file(name):
+            return self._case_of_video(name)
+        config = self.encoder.image_config
+        rgb, digest = _read(name)
+        patches = patchify(rgb.picture, config, name=name)
+        found = {
+            each: process(rgb.pixels, config, each, name=name)
+            for each in PROCESSORS
+            if each in (self.processor, "pillow") or "torchvision" in package_versions()
+        }
+        pixels = [compare_pixels(each, patches, done, config) for each, done in found.items()]
+        rows, grid = found[self.processor]
+        size_px = (rgb.height, rgb.width)
+        return self._traced(name, digest, size_px, rows, grid), pixels, patches
+
+    def _case_of_video(self, name: str) -> tuple[Case, list[Preprocessing], Patches]:
+        config = self.encoder.image_config
+        frames: dict[int, NDArray[np.uint8]] = {}
+        loaded = load_video(Video.of(name, self.video, name), config, keep=frames)
+        ordered = [frames[at] for at in sorted(frames)]
+        ordered += ordered[-1:] * (len(ordered) % 2)
+        done = process_pairs(ordered, config, name)
+        pixels = [compare_pixels("pillow", loaded.patches, done, config)]
+        with open(name, "rb") as file:
+            digest = file_digest(file, "sha256").hexdigest()
+        return self._traced(name, digest, loaded.size_px, *done), pixels, loaded.patches
+
+    def _traced(
+        self, name: str, digest: str, size_px: tuple[int, int], rows: Tensor, grid: Grid
+    ) -> Case:
+        return Case(name, digest, size_px, rows, grid, hf_trace(self.tower, rows, [grid]))
+
+
+def _none_to_save(path: Path, n_images: int, errors: Sequence[ImageError]) -> ComparisonError:
+    reasons = "; ".join(map(_without_remedy, errors[:3]))
+    return ComparisonError(
+        f"not saved: {n_images} of {plural(n_images, 'image')} failed ({reasons})",
+        name=str(path),
+        remedy="pass an image that can be compared",
+    )
 
 
 def compare_with_golden(

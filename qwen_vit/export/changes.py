@@ -9,7 +9,7 @@ from typing import Self
 from qwen_vit.errors import ExportError, ImageError, display_name
 from qwen_vit.export.folder import ExportFolder
 from qwen_vit.export.listings import Listings
-from qwen_vit.feature_files.read import FeatureFile, open_shard
+from qwen_vit.feature_files.file import FeatureFile, open_shard
 from qwen_vit.feature_files.schema import shard_name
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.inputs.listing import Item, Listing, read_listing

@@ -8,7 +8,7 @@ from pathlib import Path
 from qwen_vit.errors import ArgumentError, with_options
 from qwen_vit.export.plan import ExportPlan
 from qwen_vit.export.records import DoneShard
-from qwen_vit.feature_files.read import open_shard
+from qwen_vit.feature_files.file import open_shard
 from qwen_vit.integrations.vllm.ec_cache import check_ec_folder, index_file, write_ec_cache
 
 __all__ = ["CacheWriter"]

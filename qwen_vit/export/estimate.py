@@ -31,7 +31,7 @@ from qwen_vit.export.plan import (
     plan_dry_run,
 )
 from qwen_vit.export.store_folder import as_folder
-from qwen_vit.feature_files.read import FeatureFile
+from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.features import ImageFeatures
 from qwen_vit.images.formats import IDENTIFY_BYTES, decoder, identify
 from qwen_vit.images.image import ImageLimits

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from qwen_vit.common.atomic_file import atomic_file
 from qwen_vit.common.store_path import AnyPath
 from qwen_vit.export.folder import ChangedError, ExportFolder
-from qwen_vit.feature_files.read import FeatureFile
+from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.feature_files.schema import EMBEDS
 from qwen_vit.feature_files.tables import id_bytes, unicode_text, whole_numbers_in_pandas
 from qwen_vit.inputs.listing import Item

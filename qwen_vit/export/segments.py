@@ -18,7 +18,7 @@ from typing import Any
 from qwen_vit.common.safetensors_header import read_header
 from qwen_vit.errors import CheckpointError, ExportError
 from qwen_vit.export.folder import ExportFolder
-from qwen_vit.feature_files.read import FeatureFile, open_shard
+from qwen_vit.feature_files.file import FeatureFile, open_shard
 
 __all__ = [
     "Segment",

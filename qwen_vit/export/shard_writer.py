@@ -15,7 +15,7 @@ from qwen_vit.export.options import RowFormat
 from qwen_vit.export.plan import ExportPlan, reserved_header_bytes
 from qwen_vit.export.records import ImageRecord, ShardStart
 from qwen_vit.export.segments import Segment, remove_segments, segment_name
-from qwen_vit.feature_files.read import open_shard
+from qwen_vit.feature_files.file import open_shard
 from qwen_vit.feature_files.schema import (
     EMBEDS,
     ItemFacts,

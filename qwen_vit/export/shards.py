@@ -43,7 +43,7 @@ from qwen_vit.export.segments import find_segments, open_segments
 from qwen_vit.export.settings import LISTING, SETTINGS
 from qwen_vit.export.shard_writer import ShardWriter
 from qwen_vit.export.under_way import UnderWay
-from qwen_vit.feature_files.read import open_shard
+from qwen_vit.feature_files.file import open_shard
 from qwen_vit.feature_files.schema import rows_by_tensor, shard_name
 from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.images.isolated import decode_in_child
@@ -100,19 +100,7 @@ def export_shards(
     """
     breaker, clock = breaker or CircuitBreaker(plan.options.max_failures), clock or StageTimer(REST)
     form = RowFormat.of(encoder, plan.options)
-    options = plan.options
-    loader = ImageLoader(
-        encoder.config,
-        encoder.image_config,
-        "auto",
-        options.limits,
-        on_error="raise",
-        video_limits=options.video_limits,
-        exif=options.exif,
-        video_threads=max(1, core_count() // thread_count(decode_threads)),
-        video=options.video,
-        as_video=options.as_video,
-    )
+    loader = _image_loader(encoder, plan.options, decode_threads)
     copier: HostCopier | None = None  # made only for a missing shard: it takes memory
     with (
         UnderWay(plan.folder.scratch) as under_way,
@@ -138,7 +126,10 @@ def export_shards(
                 ) as shard,
                 BackgroundWriter(MAX_UNWRITTEN_BYTES) as writer,
             ):  # fmt: skip
-                encoded = _encode(encoder, images, plan.options, breaker, clock, shard, is_stopped)
+                encoded = _encode(
+                    encoder, images, shard,
+                    options=plan.options, breaker=breaker, clock=clock, is_stopped=is_stopped,
+                )  # fmt: skip
                 saved = time.monotonic()
                 for group, features in _in_groups(encoded, encoder.device):
                     is_due = time.monotonic() - saved > (plan.options.shard_seconds or math.inf)
@@ -154,6 +145,23 @@ def export_shards(
                     rows = _whole_again(plan, start.shard)
             n_kept = start.segments[-1].end if start.segments else 0
             yield DoneShard(start.shard, rows, n_kept)
+
+
+def _image_loader(
+    encoder: VisionEncoder, options: ExportOptions, decode_threads: int | None
+) -> ImageLoader:
+    return ImageLoader(
+        encoder.config,
+        encoder.image_config,
+        "auto",
+        options.limits,
+        on_error="raise",
+        video_limits=options.video_limits,
+        exif=options.exif,
+        video_threads=max(1, core_count() // thread_count(decode_threads)),
+        video=options.video,
+        as_video=options.as_video,
+    )
 
 
 def _jobs(
@@ -218,10 +226,11 @@ def _load(
 def _encode(
     encoder: VisionEncoder,
     images: Iterator[ImageRecord],
+    shard: ShardWriter,
+    *,
     options: ExportOptions,
     breaker: CircuitBreaker,
     clock: StageTimer,
-    shard: ShardWriter,
     is_stopped: Callable[[], bool],
 ) -> Iterator[tuple[ImageRecord, ImageFeatures | None]]:
     """Every image in order, with its features or its error."""

@@ -8,8 +8,9 @@ from typing import Any
 from qwen_vit.common.safetensors_header import TensorInfo, read_header
 from qwen_vit.common.storage import is_remote
 from qwen_vit.common.store_path import AnyPath
+from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.feature_files.listed import listings_of
-from qwen_vit.feature_files.read import FeatureFile, FeatureFolder, load_features
+from qwen_vit.feature_files.read import FeatureFolder, load_features
 from qwen_vit.feature_files.schema import shard_name
 
 __all__ = ["describe_features", "feature_files_of", "holds_features"]

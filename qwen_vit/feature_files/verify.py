@@ -10,8 +10,9 @@ from typing import Any
 
 from qwen_vit.common.tensors import all_finite
 from qwen_vit.errors import ExportError, display_name, plural
+from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.feature_files.listed import listings_of
-from qwen_vit.feature_files.read import FeatureFile, FeatureFolder, load_features
+from qwen_vit.feature_files.read import FeatureFolder, load_features
 from qwen_vit.feature_files.schema import RESUME, rows_by_tensor, shard_name
 from qwen_vit.feature_files.writer import rows_sha256
 

@@ -26,6 +26,7 @@ from qwen_vit.features import (
     TRY_FLOAT32,
     UNKNOWN_SIZE,
     AnyFeatures,
+    FailedImage,
     ImageFeatures,
     VideoFeatures,
     check_features,
@@ -69,23 +70,7 @@ def write_features(
         raise ArgumentError(
             f"metadata is {metadata!r}", expected="a mapping", remedy="pass encoder.metadata()"
         )
-    if not features:
-        raise ExportError("features is empty", name=str(path), remedy="pass at least one image")
-    good = [feature for feature in features if isinstance(feature, ImageFeatures)]
-    if not good:
-        raise ExportError(
-            f"no image to write: all {len(features)} failed",
-            name=str(path),
-            remedy="fix the causes that their errors name",
-        )
-    ids = [feature.id for feature in good]
-    if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise ExportError(
-            f"two images have the id {twice!r}",
-            name=str(path),
-            remedy="name them differently, for example by `dataclasses.replace(features, id=...)`",
-        )
+    good = _good_features(path, features)
     columns = _columns(path, good)
     tensors = [RowTensor(name, *_form(path, name, rows)) for name, rows in columns.items()]
     broken = [
@@ -95,7 +80,7 @@ def write_features(
     ]
     if broken:
         raise ExportError(
-            f"the embeddings of {broken[0]!r} ({len(broken)} of {plural(len(ids), 'image')}) "
+            f"the embeddings of {broken[0]!r} ({len(broken)} of {plural(len(good), 'image')}) "
             "contain NaN or infinity",
             name=str(path),
             remedy=TRY_FLOAT32,
@@ -121,6 +106,30 @@ def write_features(
             for rows in columns[tensor.name]:
                 file.write(bytes_of(rows.to(tensor.dtype).contiguous()))
     return path
+
+
+def _good_features(
+    path: Path, features: Sequence[ImageFeatures | FailedImage]
+) -> list[ImageFeatures]:
+    """Those of images that did not fail: at least one, each with an id of its own."""
+    if not features:
+        raise ExportError("features is empty", name=str(path), remedy="pass at least one image")
+    good = [feature for feature in features if isinstance(feature, ImageFeatures)]
+    if not good:
+        raise ExportError(
+            f"no image to write: all {len(features)} failed",
+            name=str(path),
+            remedy="fix the causes that their errors name",
+        )
+    ids = [feature.id for feature in good]
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise ExportError(
+            f"two images have the id {twice!r}",
+            name=str(path),
+            remedy="name them differently, for example by `dataclasses.replace(features, id=...)`",
+        )
+    return good
 
 
 def _item_of(feature: ImageFeatures) -> ItemFacts:

@@ -159,8 +159,9 @@ class EngineTower(nn.Module):
             )  # fmt: skip
         with torch.autocast(self.device.type, enabled=False):
             merged = run_tower(
-                self.tower, self._graphs, rows, grids, self.device, self._compute_dtype, "merged"
-            )
+                self.tower, self._graphs, rows, grids,
+                device=self.device, dtype=self._compute_dtype, output="merged",
+            )  # fmt: skip
         return merged.to(self._out_dtype)
 
 

@@ -11,7 +11,7 @@ import pytest
 from qwen_vit.checkpoint import cache as store
 from qwen_vit.checkpoint.hub import find_checkpoint
 from qwen_vit.checkpoint.published import packaged_weights
-from qwen_vit.checkpoint.repository import Repository, explain
+from qwen_vit.checkpoint.repository import Repository
 from qwen_vit.errors import ArgumentError, CheckpointError, HubError
 from tests.support.checkpoints import SMALL, write_checkpoint
 from tests.support.hub_cases import OURS, SETTINGS, hash_of
@@ -91,7 +91,7 @@ def test_a_repository_that_is_not_found_gets_a_suggestion_too() -> None:
 
     def remedy(name: str) -> str:
         missing = LocalEntryNotFoundError("")
-        return explain(missing, Repository(name, None, None, None, True)).remedy
+        return Repository(name, None, None, None, True).explain(missing).remedy
 
     known = "Qwen/Qwen2.5-VL-7B-Instruct"
     assert remedy("qwen/Qwen2.5-VL-7B-instruct").startswith(f"did you mean {known}? Otherwise ")

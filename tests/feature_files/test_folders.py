@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_vit.errors import ExportError, ImageError
-from qwen_vit.feature_files import read as feature_files
+from qwen_vit.feature_files import file as feature_files
 from qwen_vit.feature_files.read import SHARDS_OPEN, FeatureFolder, load_features
 from qwen_vit.feature_files.schema import METADATA_KEY
 from qwen_vit.features import FailedImage

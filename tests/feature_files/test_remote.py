@@ -12,7 +12,8 @@ import pytest
 from qwen_vit.errors import ArgumentError, ExportError
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
-from qwen_vit.feature_files.read import FeatureFile, FeatureFolder, load_features
+from qwen_vit.feature_files.file import FeatureFile
+from qwen_vit.feature_files.read import FeatureFolder, load_features
 from qwen_vit.feature_files.verify import verify_features
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder

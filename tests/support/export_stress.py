@@ -34,7 +34,8 @@ from qwen_vit.export import ray_cluster
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.export.segments import count_kept
-from qwen_vit.feature_files.read import FeatureFile, load_features
+from qwen_vit.feature_files.file import FeatureFile
+from qwen_vit.feature_files.read import load_features
 from tests.support import ROOT, kill_harness
 from tests.support.fake_encoder import HELD, POISON, TOO_LARGE, FakeEncoder, load_blocking_encoder
 from tests.support.process_memory import memory_mb, open_files

@@ -1,0 +1,75 @@
+"""Errors of the Hub's client, whichever its version, as ours: with the cause and the remedy."""
+
+import errno
+from pathlib import Path
+
+from qwen_vit.checkpoint.published import did_you_mean, published_checkpoints
+from qwen_vit.errors import HubError
+
+__all__ = ["explain"]
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def explain(
+    error: Exception, *, name: str, label: str, cache_dir: Path, local_files_only: bool
+) -> HubError:
+    """Turn an error of any version of the client into one with the cause and the remedy.
+
+    `name` is the repository's; `label` also has its revision.
+    """
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    address = f"https://huggingface.co/{name}"
+    reply = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    status = getattr(reply, "status_code", None)
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, GatedRepoError):
+        fact = "the repository is gated"
+        remedy = f"accept its licence on {address}, then log in with `hf auth login`"
+    elif isinstance(error, RevisionNotFoundError):
+        fact = "no such revision"
+        remedy = f"look at its branches and commits on {address}"
+    elif isinstance(error, RepositoryNotFoundError):
+        fact = "not found, or private"
+        remedy = "check the name, or log in with `hf auth login`"
+    elif status in (401, 403):
+        fact = f"the Hub denies access (HTTP {status})"
+        remedy = f"log in with `hf auth login`, with a token that may read {address}"
+    elif status == 429:
+        fact = "too many requests (HTTP 429)"
+        remedy = "wait five minutes, or log in with `hf auth login` for a higher limit"
+    elif status is not None and status >= 500:
+        fact, remedy = f"server error (HTTP {status})", "try again later"
+    elif isinstance(error, LocalEntryNotFoundError) and local_files_only:
+        fact = "not in the local cache, and local_files_only rules out the network"
+        remedy = "leave out local_files_only"
+    elif isinstance(error, LocalEntryNotFoundError):
+        fact = "not in the local cache, and the Hub could not be reached"
+        remedy = "check the network, or HF_HUB_OFFLINE, or pass a local folder"
+    elif isinstance(error, EntryNotFoundError):
+        fact = "no config.json or no safetensors weights; pickles (.bin, .pt) are never opened"
+        remedy = "choose a repository with safetensors"
+    elif number in NO_SPACE:
+        fact = f"does not fit on the disk ({cache_dir})"
+        remedy = "free some space, or pass cache_dir"
+    elif number in NOT_WRITABLE:
+        fact = f"the cache cannot be written ({error})"
+        remedy = "pass another cache_dir, or set HF_HOME"
+    else:
+        reason = str(error).partition("\n")[0]
+        fact, remedy = f"could not be fetched ({type(error).__name__}: {reason})", "try again"
+    kinds = RepositoryNotFoundError | LocalEntryNotFoundError
+    is_missing = isinstance(error, kinds) and not isinstance(error, GatedRepoError)
+    is_known = name in published_checkpoints()
+    if is_missing and status in (None, 401, 404) and not is_known:
+        question = did_you_mean(name)
+        remedy = f"{question} Otherwise {remedy}" if question else remedy
+    return HubError(fact, name=label, remedy=remedy)

@@ -1,0 +1,194 @@
+"""A feature file: one image's rows at a time, with every part checked.
+
+It is memory-mapped: rows are fetched from the disk when they are used. `schema` says what it holds.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from qwen_vit.common.store_path import AnyPath, StorePath, as_path
+from qwen_vit.errors import ExportError, plural
+from qwen_vit.feature_files.collection import Features
+from qwen_vit.feature_files.head import cannot_read, open_tensors
+from qwen_vit.feature_files.schema import (
+    EMBEDS,
+    RESUME,
+    StoredFacts,
+    layer_name,
+    parse_errors,
+    parse_image_facts,
+    parse_row_facts,
+)
+from qwen_vit.feature_files.writer import rows_sha256
+from qwen_vit.features import ImageFeatures, VideoFeatures
+
+__all__ = ["FeatureFile", "file_content", "open_shard"]
+
+WRITE_AGAIN = "write it again with `qwen-vit encode`"
+
+
+class FeatureFile(Features):
+    """A feature file, or one shard of an export folder.
+
+    >>> features = load_features("features.safetensors")  # doctest: +SKIP
+    >>> features["cats/one.jpg"].embeds.shape, features[0].grid_thw  # doctest: +SKIP
+    (torch.Size([256, 3584]), (1, 32, 32))
+
+    `load_features` opens one. Raises ExportError, with the remedy, for a file that is damaged or
+    not a feature file.
+
+    Attributes:
+        path: the file.
+        metadata: what `VisionEncoder.metadata()` gave, and the rest of `schema.FILE_FACTS`,
+            `ids` and `images`; those of a file of schema 1 may be absent.
+        errors: the images of a shard that failed, each with its reason.
+        image_grid_thw: (N, 3) int64, each image's grid in patches.
+    """
+
+    def __init__(
+        self, path: str | AnyPath, remedy: str = WRITE_AGAIN, *, verify: bool = False
+    ) -> None:
+        self.path = path = as_path(path)
+        self._remedy, self._verify = remedy, verify
+        try:
+            self.metadata, self._file = open_tensors(path, remedy)
+            self.image_grid_thw: Tensor = self._file.get_tensor("image_grid_thw")
+            self._offsets: list[int] = self._file.get_tensor("image_token_offsets").tolist()
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"cannot be read ({error})", name=str(path), remedy=remedy) from None
+        self._ids: list[str] = self.metadata["ids"]
+        self._index = {name: index for index, name in enumerate(self._ids)}
+        self.errors = parse_errors(self.metadata.get("errors"), path, remedy)
+        self._facts = parse_image_facts(self.metadata.get("images"), path, remedy)
+        self._rows = parse_row_facts(self.metadata, path, remedy)
+        self._check(remedy)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"FeatureFile({str(self.path)!r}: {plural(len(self), 'image')})"
+
+    def __reduce__(self) -> Any:  # a data loader's workers open it again
+        return partial(FeatureFile, verify=self._verify), (self.path,)
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return self._ids
+
+    @property
+    def is_complete(self) -> bool:
+        """True: a feature file is written whole or not at all."""
+        return True
+
+    @property
+    def row_counts(self) -> Sequence[int]:
+        """How many rows each image has, in order."""
+        return [end - begin for begin, end in pairwise(self._offsets)]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def locate(self, key: int | str) -> int:
+        if not isinstance(key, str):
+            return self.position(key)
+        if key not in self._index:
+            reasons = {failed.id: f"{failed.code}: {failed.message}" for failed in self.errors}
+            if key in reasons:
+                raise KeyError(f"{key!r} has no features in {self}: {reasons[key]}")
+            raise KeyError(f"{key!r} is not in {self}, which holds {plural(len(self), 'image')}")
+        return self._index[key]
+
+    def content(self) -> Any:
+        return file_content(self.path)
+
+    def read_at(self, place: int) -> ImageFeatures:
+        t, h, w = self.image_grid_thw[place].tolist()
+        output, normalized, blocks = self._rows
+        facts = self._facts[place] if self._facts else StoredFacts()
+        embeds = self._read_rows(EMBEDS, self._offsets, place)
+        layers = {k: self._read_rows(layer_name(k), self._patches, place) for k in blocks}
+        found = (
+            self._ids[place], embeds, (t, h, w), facts.size_px, facts.notes, layers, output,
+            normalized,
+        )  # fmt: skip
+        if facts.second_per_grid_t is None:
+            return ImageFeatures(*found)
+        return VideoFeatures(*found, facts.second_per_grid_t, facts.frame_seconds)
+
+    @cached_property
+    def _patches(self) -> list[int]:
+        """Where each image's rows of a layer begin, and the last one's end."""
+        return [0, *self.image_grid_thw.prod(1).cumsum(0).tolist()]
+
+    def _read_rows(self, tensor: str, offsets: Sequence[int], place: int) -> Tensor:
+        try:
+            with torch.device("cpu"):  # for any default device of the caller
+                rows: Tensor = self._file.get_slice(tensor)[offsets[place] : offsets[place + 1]]
+        except OSError as error:  # of a store
+            raise cannot_read(self.path, error) from None
+        if self._verify:
+            self._check_digest(tensor, rows, place)
+        return rows
+
+    def _check_digest(self, tensor: str, rows: Tensor, place: int) -> None:
+        digests = (self.metadata.get("images") or [{}])[place].get("rows_sha256") or {}
+        name, what = str(self.path), f"{tensor} of {self._ids[place]!r}"
+        if tensor not in digests:
+            raise ExportError(
+                f"has no digest of {what}",
+                name=name,
+                expected="a file of schema 2",
+                remedy="read it without verify",
+            )
+        if digests[tensor] != rows_sha256(rows):
+            raise ExportError(
+                f"{what} changed after it was written", name=name, remedy=self._remedy
+            )
+
+    def _check(self, remedy: str) -> None:
+        rows = self._file.get_slice(EMBEDS).get_shape()[0]
+        for name in map(layer_name, self._rows.layers):
+            n_rows, places = self._file.get_slice(name).get_shape()[0], self._patches
+            if places[-1] != n_rows or not all(a <= b for a, b in pairwise(places)):
+                raise ExportError(
+                    f"corrupt ({name} has {n_rows} rows for {places[-1]} patches)",
+                    name=str(self.path),
+                    remedy=remedy,
+                )
+        may_lack_facts = self.metadata["schema_version"] == 1  # files of `encode` had none
+        if len(self._facts) != len(self) and (self._facts or not may_lack_facts):
+            raise ExportError(
+                f"corrupt ({len(self._facts)} images and {len(self)} ids)",
+                name=str(self.path),
+                remedy=remedy,
+            )
+        offsets = self._offsets
+        rising = all(a <= b for a, b in pairwise(offsets))
+        if offsets[0] != 0 or offsets[-1] != rows or not rising:
+            raise ExportError(
+                f"corrupt (offsets from {offsets[0]} to {offsets[-1]} over {rows} rows)",
+                name=str(self.path),
+                remedy=remedy,
+            )
+
+
+def file_content(path: AnyPath) -> tuple[str, int, Any]:
+    try:
+        if isinstance(path, StorePath):
+            return path.content()
+        status = path.stat()
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    return str(path.absolute()), status.st_size, status.st_mtime_ns
+
+
+def open_shard(path: AnyPath, *, verify: bool = False) -> FeatureFile:
+    """Open one shard of an export. Raises ExportError, with how to resume, for a damaged one."""
+    return FeatureFile(path, RESUME, verify=verify)
