@@ -20,8 +20,7 @@ from tests.support.goldens import TINY_FOLDER
 from tests.support.tower_timing import graph_of, launches, stage_runs
 from tests.support.towers import CPU, build_tower, gpu, random_pixels
 from tests.support.unfused_baseline import unfused_tower
-from tools.benchmarks import tower as tower_benchmark
-from tools.benchmarks import tower_report
+from tools.benchmarks import start, tower_peers, tower_report
 
 SHAPE = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
 GRIDS = [Grid(1, 18, 10), Grid(1, 4, 6)]
@@ -141,7 +140,7 @@ def test_a_compiled_peer_is_given_its_layout_and_has_one_graph() -> None:
     tower = theirs.Qwen2_5_VisionTransformerPretrainedModel(config).eval()
     tower.config._attn_implementation = "test_flash_attention_2"
     grid_thw, rows = torch.tensor([[1, 8, 12], [1, 10, 4]]), torch.randn(136, 1176)
-    layout = tower_benchmark.their_layout(grid_thw, tower.config)
+    layout = tower_peers.their_layout(grid_thw, tower.config)
     counter = CompileCounterWithBackend("eager")
     with torch.no_grad():
         torch.compile(tower, backend=counter)(rows, grid_thw=grid_thw, **layout)
@@ -197,13 +196,13 @@ def test_the_chart_is_drawn(tmp_path: Path, part: str) -> None:
 
 @pytest.mark.slow
 def test_a_start_is_timed_from_before_the_process(tmp_path: Path) -> None:
-    done = tower_benchmark.start_once(TINY_FOLDER, "cpu", tmp_path)
+    done = start.start_once(TINY_FOLDER, "cpu", tmp_path)
     times = list(done.values())
     assert list(done) == ["python", "imports", "load", "first embedding", "second"]
     assert times == sorted(times)
     assert times[0] > 0
     with pytest.raises(click.ClickException, match="a first embedding failed"):
-        tower_benchmark.start_once(tmp_path / "nothing", "cpu", tmp_path)
+        start.start_once(tmp_path / "nothing", "cpu", tmp_path)
 
 
 @gpu
@@ -228,9 +227,9 @@ def test_the_unfused_peer_computes_the_same_on_a_gpu() -> None:
     tower = build_tower(TINY_FOLDER, dtype=torch.bfloat16, device=device)
     timed = TimedTower(tower, device, torch.bfloat16)
     pixels = random_pixels(sum(grid.n_patches for grid in GRIDS), 0).to(device)
-    unfused = unfused_tower(tower, tower_benchmark.flash_attention_2, 180)
+    unfused = unfused_tower(tower, tower_peers.flash_attention_2, 180)
     theirs = TimedTower(unfused, device, torch.bfloat16).eager(pixels, GRIDS)()
     # bf16, five peaked blocks: a wrong rotation is off by 1
     assert relative_error(theirs, timed.eager(pixels, GRIDS)()) < 0.05
-    tower_benchmark.UnfusedAttention(timed).on(pixels, GRIDS)()
+    tower_peers.UnfusedAttention(timed).on(pixels, GRIDS)()
     torch.cuda.synchronize()

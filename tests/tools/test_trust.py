@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_vit.layout import Layout
-from tools.checks import trust
+from tools.checks import trust, trust_values
 
 CPU = torch.device("cpu")
 
@@ -36,15 +36,15 @@ def test_a_fiftieth_of_the_trust_suite_holds(tmp_path: Path) -> None:
 
 
 def test_a_layout_out_of_order_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout_for = trust.layout_for
+    layout_for = trust_values.layout_for
 
     def swapped(*arguments: Any) -> Layout:
         layout: Layout = layout_for(*arguments)
         layout.positions[[0, -1]] = layout.positions[[-1, 0]]
         return layout
 
-    monkeypatch.setattr(trust, "layout_for", swapped)
-    tally = trust.layouts(3, 0, CPU)
+    monkeypatch.setattr(trust_values, "layout_for", swapped)
+    tally = trust_values.layouts(3, 0, CPU)
     assert (tally.runs, len(tally.failures)) == (3, 3)
     assert "orders or segments differ" in tally.failures[0]
 
@@ -63,9 +63,9 @@ def nudged(trace: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
 def test_values_out_of_bounds_fail(
     monkeypatch: pytest.MonkeyPatch, check: str, factor: float
 ) -> None:
-    trace_of = trust.trace_of
-    monkeypatch.setattr(trust, "trace_of", lambda *a, **k: nudged(trace_of(*a, **k), factor))
-    run = getattr(trust, check)
+    trace_of = trust_values.trace_of
+    monkeypatch.setattr(trust_values, "trace_of", lambda *a, **k: nudged(trace_of(*a, **k), factor))
+    run = getattr(trust_values, check)
     if check != "layouts":
         run = partial(run, dtype=torch.float32)
     tally = run(1, 0, CPU)
@@ -74,8 +74,8 @@ def test_values_out_of_bounds_fail(
 
 
 def test_a_fault_that_is_not_found_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trust, "inject_fault", lambda encoder, *_: encoder)
-    tally = trust.weight_faults(2, 0, CPU)
+    monkeypatch.setattr(trust_values, "inject_fault", lambda encoder, *_: encoder)
+    tally = trust_values.weight_faults(2, 0, CPU)
     assert len(tally.failures) == 2
     assert "found in nothing" in tally.failures[0]
 
@@ -98,7 +98,7 @@ def test_a_check_that_dies_fails_and_the_others_go_on(
 
 
 def test_the_unpublished_architectures_take_every_value_of_every_axis() -> None:
-    found = list(trust.unpublished(400, 0))
+    found = list(trust_values.unpublished(400, 0))
     assert {config.num_heads for config in found} == set(range(1, 21))
     assert {config.head_dim for config in found} == {64, 72, 80, 96, 128}
     assert {config.window_px for config in found} == {56, 84, 112, 140, 168, 196, 224}

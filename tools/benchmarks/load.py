@@ -289,17 +289,8 @@ def main(
     share = rate / rates[PAGE_CACHE]
     print(f"{total / 1e6:.1f} MB, largest tensor {largest / 1e6:.1f} MB; {MAX_THREADS} threads at "
           f"most, pieces of {PIECE_BYTES / 2**20:g} MiB; {device}")  # fmt: skip
-    print(f"{'':<28}{'ms':>9}{'GB/s':>9}{'load is':>10}")
-    for name, each in {
-        **rates,
-        "load": rate,
-        "load, first of a process": total / first["seconds"] / 1e9,
-    }.items():
-        print(f"{name:<28}{total / each / 1e6:>9.1f}{each:>9.2f}{rate / each:>9.2f}x")
-    for name, taken in stage_s.items():
-        print(f"  {name:<26}{taken * 1e3:>9.1f}{total / taken / 1e9:>9.2f}")
-    for name, each in swept.items():
-        print(f"  {name:<26}{'':>9}{each:>9.2f}")
+    loads = {"load": rate, "load, first of a process": total / first["seconds"] / 1e9}
+    print_table(total, rates | loads, stage_s, swept)
     print("host memory that a load adds, MiB: " + ", ".join(
         f"{name.replace('_', ' ')} {mb}" for name, mb in first.items() if name != "seconds"
     ))  # fmt: skip
@@ -319,6 +310,22 @@ def main(
     )
     publish(line, ledger)
     sys.exit(1 if device.type == "cuda" and share < WANTED_SHARE else 0)
+
+
+def print_table(
+    total: int,
+    rates: dict[str, float],
+    stage_s: dict[str, float],
+    swept: dict[str, float],
+) -> None:
+    """GB/s of whole loads and copies, beside the load's; then of its stages and of the sweep."""
+    print(f"{'':<28}{'ms':>9}{'GB/s':>9}{'load is':>10}")
+    for name, each in rates.items():
+        print(f"{name:<28}{total / each / 1e6:>9.1f}{each:>9.2f}{rates['load'] / each:>9.2f}x")
+    for name, taken in stage_s.items():
+        print(f"  {name:<26}{taken * 1e3:>9.1f}{total / taken / 1e9:>9.2f}")
+    for name, each in swept.items():
+        print(f"  {name:<26}{'':>9}{each:>9.2f}")
 
 
 if __name__ == "__main__":

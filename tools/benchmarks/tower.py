@@ -12,13 +12,8 @@ disagrees with float64. Prints tables and one JSON line; --ledger appends that l
     python -m tools.benchmarks.tower --part start    # from a process's start to its first embedding
 """
 
-import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -28,8 +23,6 @@ from typing import Any
 import click
 import torch
 from torch import Tensor
-from transformers import vision_utils
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from qwen_vit.benchmark import (
@@ -57,7 +50,15 @@ from tests.support.tower_timing import (
     stage_runs,
 )
 from tests.support.towers import build_tower, layout_for
-from tests.support.unfused_baseline import rotated, unfused_tower
+from tests.support.unfused_baseline import rotated
+from tools.benchmarks.start import starts
+from tools.benchmarks.tower_peers import (
+    Peer,
+    UnfusedAttention,
+    compiled,
+    flash_attention_2,
+    register_fa2,
+)
 from tools.benchmarks.tower_report import (
     UNFUSED,
     attention_text,
@@ -66,7 +67,7 @@ from tools.benchmarks.tower_report import (
     starts_text,
     tower_text,
 )
-from tools.common import ROOT, four_digits, ledger_options, ledger_row, publish, require_gpu
+from tools.common import four_digits, ledger_options, ledger_row, publish, require_gpu
 from tools.random_tower import SHAPE, random_weights, write_model
 
 PEER_BATCHES = 3  # of the stream: enough for a ratio, and sdpa takes half a second for each
@@ -76,105 +77,7 @@ COUNTED = "1 x 448^2"  # whose launches are counted
 SINGLE_BATCH = [name for name, grids in WORKLOADS.items() if len(in_batches(grids)) == 1]
 STAGE_SECONDS = 0.5  # for each of them
 PARTS = ("tower", "attention", "stages", "start")
-WARM_STARTS = 3
 FIRST_WITHIN_S = 10  # of a process's start, with a warm Triton cache and weights in the page cache
-
-# A user's first lines, and when each was done: seconds since the process was asked for.
-FIRST_LINES = """
-import json, sys, time
-begin = float(sys.argv[1])
-done = {"python": time.monotonic() - begin}
-import numpy as np
-import torch
-from qwen_vit import VisionEncoder
-done["imports"] = time.monotonic() - begin
-encoder = VisionEncoder.from_pretrained(sys.argv[2], device=sys.argv[3])
-if sys.argv[3] == "cuda":
-    torch.cuda.synchronize()
-done["load"] = time.monotonic() - begin
-image = np.random.default_rng(0).integers(0, 256, (448, 448, 3), np.uint8)
-[features] = encoder.encode([image])
-features.embeds.cpu()
-done["first embedding"] = time.monotonic() - begin
-[features] = encoder.encode([image])
-features.embeds.cpu()
-done["second"] = time.monotonic() - begin
-print(json.dumps(done))
-"""
-
-
-def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
-    """torch's own FlashAttention-2 for variable lengths: (N, H, D) each."""
-    scale = q.shape[-1] ** -0.5
-    out: Tensor = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu, cu, longest, longest, 0.0, False, False, scale=scale
-    )[0]
-    return out
-
-
-def register_fa2() -> str:
-    """As an attention of transformers, under a name that makes it pass `cu_seqlens`."""
-
-    def forward(
-        module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, scaling: float,
-        cu_seq_lens_q: Tensor, max_length_q: int, **_: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
-        q, k, v = (t.transpose(1, 2).squeeze(0) for t in (q, k, v))
-        return flash_attention_2(q, k, v, cu_seq_lens_q, int(max_length_q)).unsqueeze(0), None
-
-    ALL_ATTENTION_FUNCTIONS.register("bench_flash_attention_2", forward)
-    return "bench_flash_attention_2"
-
-
-class Peer:
-    """Hugging Face's tower on the same pixels as float rows."""
-
-    def __init__(self, tower: Any, image_config: ImageConfig, device: torch.device) -> None:
-        self.tower, self.image_config, self.device = tower, image_config, device
-
-    def on(
-        self, pixels: Tensor, grids: Sequence[Grid], with_layout: bool = False
-    ) -> Callable[[], Tensor]:
-        rows = Patches(pixels.cpu(), tuple(grids)).to_rows(self.image_config)
-        values = rows.to(self.device, torch.bfloat16)
-        grid_thw = torch.tensor([[g.t, g.h, g.w] for g in grids], device=self.device)
-        layout = their_layout(grid_thw, self.tower.config) if with_layout else {}
-
-        def run() -> Tensor:
-            with torch.no_grad():
-                done = self.tower(values, grid_thw=grid_thw, **layout)
-            tokens: Tensor = done.pooler_output
-            return tokens
-
-        return run
-
-
-def their_layout(grid_thw: Tensor, config: Any) -> dict[str, Any]:
-    """What transformers works out anew on each call, in part on the host, unless it is given."""
-    window_index, cu_window_seqlens = vision_utils.get_vision_window_index(
-        grid_thw, config.spatial_merge_size, config.window_size, config.patch_size
-    )
-    cu_seqlens, max_seqlen = vision_utils.get_vision_attention_seqlens(grid_thw, config)
-    return {
-        "position_ids": vision_utils.get_vision_position_ids(grid_thw, config.spatial_merge_size),
-        "cu_seqlens": cu_seqlens,
-        "max_seqlen": max_seqlen,
-        "window_index": window_index.to(grid_thw.device),
-        "cu_window_seqlens": cu_window_seqlens,
-        "max_window_seqlen": int(cu_window_seqlens.diff().max()),
-    }
-
-
-class UnfusedAttention:
-    """Our tower with RoPE and FlashAttention-2 as kernels of their own, by graph."""
-
-    def __init__(self, timed: TimedTower) -> None:
-        self.timed = timed
-
-    def on(self, pixels: Tensor, grids: Sequence[Grid]) -> Callable[[], Any]:
-        longest = max(grid.h * grid.w for grid in grids)
-        tower = unfused_tower(self.timed.tower, flash_attention_2, longest)
-        return graph_of(TimedTower(tower, self.timed.device, self.timed.dtype).eager(pixels, grids))
 
 
 def check(
@@ -227,27 +130,6 @@ def graph_us(run: Callable[[], Any], calls: int = 10) -> float:
     return median_ms(graph_of(lambda: [run() for _ in range(calls)])) * 1e3 / calls
 
 
-def compiled(peer: Peer, pixels: Tensor, grids: Sequence[Grid]) -> dict[str, float]:
-    """FA2 under torch.compile with graphs, for this one shape, and the seconds that it took first.
-
-    Its best case: the layout is given, so that nothing breaks its graph. Empty where torch fails.
-    """
-    torch._dynamo.reset()  # else a second shape is compiled for all shapes, and a third not at all
-    start = time.perf_counter()
-    tower = torch.compile(peer.tower, mode="reduce-overhead", dynamic=False)
-    fast = Peer(tower, peer.image_config, peer.device)
-    run = fast.on(pixels, grids, with_layout=True)
-    try:
-        for _ in range(3):  # compiled, then recorded, then replayed
-            run()
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        return {"compiled_ms": interleaved_with_gemm(run, peer.device)[0], "compile_s": seconds}
-    except RuntimeError as error:
-        print(f"torch.compile failed: {str(error).strip().splitlines()[0]}", file=sys.stderr)
-        return {}
-
-
 def stages(
     timed: TimedTower, pixels: Tensor, grids: Sequence[Grid], copy: float
 ) -> dict[str, dict[str, float]]:
@@ -266,32 +148,6 @@ def stages(
             "tb_per_s": work.bytes / ms / 1e9,
         }
     return rows
-
-
-def start_once(folder: Path, device: str, cache: Path) -> dict[str, float]:
-    """Seconds from asking for a Python process until each of FIRST_LINES was done."""
-    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", FIRST_LINES, str(time.monotonic()), str(folder), device]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise click.ClickException(f"a first embedding failed: {done.stderr.strip()[-500:]}")
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
-
-
-def starts(folder: Path, device: str) -> dict[str, dict[str, float]]:
-    """With an empty Triton cache, then with the one it left: the median of a few."""
-    for path in folder.iterdir():
-        path.read_bytes()  # into the page cache
-    runs = []
-    with tempfile.TemporaryDirectory() as cache:
-        for kind in ("cold", *["warm"] * WARM_STARTS):
-            runs.append(start_once(folder, device, Path(cache)))
-            print(kind, runs[-1], file=sys.stderr)
-    cold, *warm = runs
-    return {
-        "cold": cold,
-        "warm": {name: statistics.median(run[name] for run in warm) for name in cold},
-    }
 
 
 def run_all(runs: Iterable[Callable[[], Any]]) -> None:
@@ -398,17 +254,13 @@ def main(
 ) -> None:  # fmt: skip
     device = require_gpu()
     parts = parts or PARTS[:-1]
+    chosen = workloads or tuple(WORKLOADS)
     if chart is not None and not {"tower", "attention"} & set(parts):
         raise click.UsageError("--chart draws the tower or the attention: add one as --part")
-    if compile_for and not (peers and "tower" in parts):
-        raise click.UsageError("--compile is of a peer of the tower: it needs both")
-    chosen = workloads or tuple(WORKLOADS)
-    if not set(compile_for) <= set(chosen):
-        raise click.UsageError("--compile names a size that no --workload names")
+    check_compiled(compile_for, chosen, has_peers=peers and "tower" in parts)
     line = ledger_row("tower", commit, device, ("triton", "transformers"))
     texts: list[str] = []
-    rows: dict[str, dict[str, float]] = {}
-    kernel: dict[str, dict[str, float]] = {}
+    rows, kernel = dict[str, dict[str, float]](), dict[str, dict[str, float]]()
     if set(parts) != {"start"}:
         towers = Towers(device, with_fa2=peers and "tower" in parts)
         towers.checked(COUNTED)
@@ -446,15 +298,9 @@ def main(
             for label, seen in counted.items()
         }
         line["launched_ours"] = dict(counted["ours"].most_common())
-        texts.append(
-            f"kernels launched, {COUNTED}: "
-            + ", ".join(f"{label} {n or 'not seen'}" for label, n in line["launched"].items())
-            + " (by graph, ours are one launch)"
-        )
+        texts.append(launched_text(line["launched"]))
     if "start" in parts:
-        with tempfile.TemporaryDirectory() as folder:
-            write_model(Path(folder), device)
-            line["start_s"] = rounded(starts(Path(folder), "cuda"))
+        line["start_s"] = rounded(starts_of_random_model(device))
         texts.append(starts_text(line["start_s"]))
         if line["start_s"]["warm"]["first embedding"] > FIRST_WITHIN_S:
             texts.append(f"that is more than the {FIRST_WITHIN_S} s wanted with a warm cache")
@@ -462,6 +308,24 @@ def main(
         draw(rows, kernel, f"{line['device']}, {line['date']}, {commit[:7]}, bf16, 7B shape", chart)
     print("\n\n".join(texts))
     publish(line, ledger)
+
+
+def starts_of_random_model(device: torch.device) -> dict[str, dict[str, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), device)
+        return starts(Path(folder), "cuda")
+
+
+def check_compiled(compile_for: Sequence[str], chosen: Sequence[str], *, has_peers: bool) -> None:
+    if compile_for and not has_peers:
+        raise click.UsageError("--compile is of a peer of the tower: it needs both")
+    if not set(compile_for) <= set(chosen):
+        raise click.UsageError("--compile names a size that no --workload names")
+
+
+def launched_text(counts: Mapping[str, int]) -> str:
+    each = ", ".join(f"{label} {n or 'not seen'}" for label, n in counts.items())
+    return f"kernels launched, {COUNTED}: {each} (by graph, ours are one launch)"
 
 
 def rounded(table: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
