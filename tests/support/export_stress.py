@@ -236,12 +236,13 @@ def flat_memory(
     images: int,
     first: int,
     write: Callable[[Path, int], list[Path | str]] = image_folder,
+    address: str = "",
 ) -> dict[str, Any]:
-    """Memory and open files of an export, sampled as it works.
+    """Memory and open files of an export into a folder or an address, sampled as it works.
 
     Its own memory: mapped libraries as well, are resident, and CUDA's grow by 140 MB as it exits.
     """
-    out = folder / "out"
+    out = address or folder / "out"
     inputs = write(folder / "images", images)
     process = kill_harness.start(
         fake_encoder(folder / "journal", *inputs, "--out", out), folder / "log"

@@ -3,6 +3,7 @@
 \b
     python -m tools.checks.soak kills --ledger tools/benchmarks/ledger.jsonl
     python -m tools.checks.soak all --fraction 0.02
+    python -m tools.checks.soak remote-kills --count images=2000 --count kills=5
 
 Prints one JSON line for each trial; exits 1 where a promise is broken. `full-disk` mounts small
 file systems, which needs root.
@@ -12,15 +13,22 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
 
 from qwen_vit.errors import QwenVitError
-from tests.support import export_stress, hub_fault_injection, reading_stress, store_stress
+from tests.support import (
+    export_stress,
+    hub_fault_injection,
+    reading_stress,
+    remote_stress,
+    store_stress,
+)
 from tests.support.export_stress import on_an_export
 from tools.common import ledger_options, ledger_row, publish
 
@@ -59,6 +67,11 @@ TRIALS = {
         store_stress.flat_memory_of_parquet, {"images": 200_000, "first": 5_000}, {}, False
     ),
     "remote": Trial(store_stress.random_reads, {"images": 10_000, "chosen": 100}, {}),
+    "remote-kills": Trial(
+        remote_stress.kills_of_nodes,
+        {"images": 200_000, "kills": 50, "first": 20_000},
+        {"nodes": 3},
+    ),
     "hostile": Trial(export_stress.hostile, {"bad": 1_000, "good": 10_000}, {}),
 }
 
@@ -66,26 +79,50 @@ TRIALS = {
 @click.command(help=__doc__)
 @click.argument("name", type=click.Choice([*TRIALS, "all"]))
 @click.option("--fraction", type=float, default=1.0, help="Of the full counts.")
+@click.option(
+    "--count",
+    "counts",
+    multiple=True,
+    metavar="NAME=N",
+    callback=lambda _, __, texts: _counts(texts),
+    help="One count, such as kills=5, in place of the full one.",
+)
 @click.option("--seed", type=int, help="Of the random moments; another one each time if not given.")
 @ledger_options
 def main(
-    name: str, fraction: float, seed: int | None, ledger: Path | None, commit: str
+    name: str, fraction: float, counts: dict[str, int], seed: int | None, ledger: Path | None,
+    commit: str,
 ) -> None:  # fmt: skip
     """Run a trial, or all of them."""
     os.environ["OMP_NUM_THREADS"] = "1"
     failed = False
     for each in TRIALS if name == "all" else (name,):
         number = random.randrange(2**31) if seed is None else seed
-        figures = run(each, fraction, number)
+        figures = run(each, fraction, number, counts)
         failed |= "failed" in figures
         publish(ledger_row(f"soak {each}", commit, "cpu", (), seed=number, **figures), ledger)
     sys.exit(1 if failed else 0)
 
 
-def run(name: str, fraction: float, seed: int) -> dict[str, Any]:
-    """One trial's figures."""
+def _counts(texts: Sequence[str]) -> dict[str, int]:
+    counts = {}
+    for text in texts:
+        key, _, count = text.partition("=")
+        if not count.isdecimal():
+            raise click.BadParameter(f"{text!r}, expected NAME=N")
+        counts[key] = int(count)
+    return counts
+
+
+def run(
+    name: str, fraction: float, seed: int, chosen: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, Any]:
+    """One trial's figures; `chosen` counts take the place of the full ones."""
     trial = TRIALS[name]
     counts = {key: max(1, round(fraction * count)) for key, count in trial.counts.items()}
+    if unknown := set(chosen) - set(counts):
+        raise click.UsageError(f"{name} has no count {', '.join(sorted(unknown))}")
+    counts |= chosen
     arguments = {**counts, **trial.fixed, **({"seed": seed} if trial.has_seed else {})}
     with tempfile.TemporaryDirectory() as folder:
         try:
