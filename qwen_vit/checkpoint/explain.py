@@ -4,7 +4,7 @@ import errno
 from pathlib import Path
 
 from qwen_vit.checkpoint.published import did_you_mean, published_checkpoints
-from qwen_vit.errors import HubError
+from qwen_vit.errors import HubError, with_options
 
 __all__ = ["explain"]
 
@@ -49,8 +49,10 @@ def explain(
     elif status is not None and status >= 500:
         fact, remedy = f"server error (HTTP {status})", "try again later"
     elif isinstance(error, LocalEntryNotFoundError) and local_files_only:
-        fact = "not in the local cache, and local_files_only rules out the network"
-        remedy = "leave out local_files_only"
+        fact = with_options(
+            "not in the local cache, and {} rules out the network", "local_files_only"
+        )
+        remedy = with_options("leave out {}", "local_files_only")
     elif isinstance(error, LocalEntryNotFoundError):
         fact = "not in the local cache, and the Hub could not be reached"
         remedy = "check the network, or HF_HUB_OFFLINE, or pass a local folder"
@@ -59,10 +61,10 @@ def explain(
         remedy = "choose a repository with safetensors"
     elif number in NO_SPACE:
         fact = f"does not fit on the disk ({cache_dir})"
-        remedy = "free some space, or pass cache_dir"
+        remedy = with_options("free some space, or pass {}", "cache_dir")
     elif number in NOT_WRITABLE:
         fact = f"the cache cannot be written ({error})"
-        remedy = "pass another cache_dir, or set HF_HOME"
+        remedy = with_options("pass another {}, or set HF_HOME", "cache_dir")
     else:
         reason = str(error).partition("\n")[0]
         fact, remedy = f"could not be fetched ({type(error).__name__}: {reason})", "try again"
@@ -71,5 +73,5 @@ def explain(
     is_known = name in published_checkpoints()
     if is_missing and status in (None, 401, 404) and not is_known:
         question = did_you_mean(name)
-        remedy = f"{question} Otherwise {remedy}" if question else remedy
+        remedy = f"{question} Otherwise " + remedy if question else remedy
     return HubError(fact, name=label, remedy=remedy)

@@ -98,4 +98,4 @@ def _usage_text(error: click.ClickException) -> str:
     if not isinstance(error, click.UsageError):
         return text
     path = "qwen-vit" if error.ctx is None else error.ctx.command_path
-    return f"{text} See `{path} --help`."
+    return f"{text if text.endswith(tuple('.?!)')) else text + '.'} See `{path} --help`."

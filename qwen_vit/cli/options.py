@@ -115,7 +115,11 @@ dtype_option = click.option(
     help="What to compute in; bf16 and fp32 for short.",
 )  # fmt: skip
 on_error_option = click.option(
-    "--on-error", type=click.Choice(["skip", "raise"]), default="skip", show_default=True
+    "--on-error",
+    type=click.Choice(["skip", "raise"]),
+    default="skip",
+    show_default=True,
+    help="Skip an image that cannot be encoded, or stop at it.",
 )
 allow_failed_option = click.option(
     "--allow-failed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
@@ -135,7 +139,8 @@ def output_options(command: Command) -> Command:
         click.option(
             "--output", type=click.Choice(["merged", "patch", "mean"]), default="merged",
             show_default=True,
-            help="What a language model takes; un-merged; one vector per image.",
+            help="merged: what a language model takes. patch: before the merger. mean: one vector "
+            "per image.",
         ),
         click.option("--normalize", is_flag=True, help="Give each vector of mean unit length."),
         click.option(
@@ -215,20 +220,28 @@ exif_option = click.option(
 def video_options(command: Command) -> Command:
     """The options that say which frames of a video are encoded, and at which size."""
     options = (
-        click.option("--fps", type=float, default=2.0, show_default=True, help="Frames a second."),
-        click.option("--n-frames", type=int, help="Number of frames, instead of --fps."),
-        click.option("--start", type=float, metavar="SECONDS", help="Where sampling begins."),
-        click.option("--end", type=float, metavar="SECONDS", help="Where sampling ends."),
-        click.option("--max-frames", type=int, help="Frame limit with --fps.  [default: 768]"),
         click.option(
-            "--max-frame-pixels", type=int, help="Largest height x width.  [default: 602112]"
+            "--fps", type=float, default=2.0, show_default=True, help="Videos: frames a second."
+        ),
+        click.option("--n-frames", type=int, help="Videos: number of frames, instead of --fps."),
+        click.option(
+            "--start", type=float, metavar="SECONDS", help="Videos: where sampling begins."
+        ),
+        click.option("--end", type=float, metavar="SECONDS", help="Videos: where sampling ends."),
+        click.option(
+            "--max-frames", type=int, help="Videos: the most frames with --fps.  [default: 768]"
         ),
         click.option(
-            "--min-frame-pixels", type=int, help="Smallest height x width.  [default: 100352]"
+            "--max-frame-pixels", type=int,
+            help="Videos: largest height x width of a frame.  [default: 602112]",
+        ),
+        click.option(
+            "--min-frame-pixels", type=int,
+            help="Videos: smallest height x width of a frame.  [default: 100352]",
         ),
         click.option(
             "--sampling", type=click.Choice(["qwen", "transformers"]), default="qwen",
-            show_default=True, help="Library to follow for frames and sizes.",
+            show_default=True, help="Videos: the library to follow for frames and sizes.",
         ),
     )  # fmt: skip
     for option in reversed(options):
@@ -237,7 +250,7 @@ def video_options(command: Command) -> Command:
 
 
 as_video_option = click.option(
-    "--as-video", is_flag=True, help="An animated GIF, WebP or PNG is a video."
+    "--as-video", is_flag=True, help="Take an animated GIF, WebP or PNG as a video."
 )
 
 

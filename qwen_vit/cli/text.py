@@ -32,6 +32,7 @@ def estimate_text(estimate: Estimate, folder: AnyPath) -> str:
     """Return what an export into `folder` would take."""
     seconds, n_bytes = estimate.seconds, estimate.bytes
     duration = "unknown" if seconds is None else f"about {_duration(seconds)}, by a few images"
+    duration = duration if estimate.to_do else "none: nothing is left to do"
     size = f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.1f} MB"
     unfit = [
         f"{count:,} {what}"

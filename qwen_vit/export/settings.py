@@ -226,7 +226,7 @@ class StoredExport:
         if options.retry_failed and self._has_open_retry():
             logger.warning(
                 "an earlier %s is not finished: this run finishes it first",
-                with_options("{}", ("retry_failed", True)),
+                with_options("{}", "retry_failed"),
             )
         elif options.retry_failed:
             failed = list(failed_items(self.folder, self.listings))
@@ -235,7 +235,7 @@ class StoredExport:
                 logger.warning(
                     "%s while listing: %s lists them again",
                     plural(len(failed) - len(again), "failure"),
-                    with_options("{}", ("extend", True)),
+                    with_options("{}", "extend"),
                 )
             self._append("retry", again, [], scratch)
 

@@ -117,7 +117,7 @@ def _good_features(
     good = [feature for feature in features if isinstance(feature, ImageFeatures)]
     if not good:
         raise ExportError(
-            f"no image to write: all {len(features)} failed",
+            f"no image to write: {plural(len(features), 'image')} failed",
             name=str(path),
             remedy="fix the causes that their errors name",
         )

@@ -34,7 +34,7 @@ REFUSED = {
         METADATA,
         ("'bad.jpg' (1 of 2 images) contain NaN or infinity",),
     ),
-    "all failed": ([failed("a"), failed("b")], METADATA, ("no image", "all 2 failed")),
+    "all failed": ([failed("a"), failed("b")], METADATA, ("no image", "2 images failed")),
     "nothing": ([], METADATA, ("features is empty. Pass at least one image.",)),
     "two widths": (
         [*features_of("a"), *features_of("b", width=4)],

@@ -215,7 +215,7 @@ def test_rows_that_do_not_belong_into_one_file_are_refused(path: Path, reason: s
 def test_one_image_alone_is_written(path: Path) -> None:
     [image] = with_layers("a")
     assert torch.equal(load_features(write_features(path, image, METADATA))[0].embeds, image.embeds)
-    with pytest.raises(ExportError, match="all 1 failed"):
+    with pytest.raises(ExportError, match="1 image failed"):
         write_features(path, FailedImage("x", ImageError("ends early")), METADATA)
     with pytest.raises(ArgumentError, match="features is one int"):
         write_features(path, 3, METADATA)  # type: ignore[arg-type]

@@ -124,7 +124,7 @@ def test_a_grid_may_be_a_list_as_json_gives_it(tmp_path: Path) -> None:
 def test_features_may_come_from_a_stream(tmp_path: Path) -> None:
     stream = (ImageFeatures(name, torch.ones(1, 4), (1, 2, 2)) for name in "ab")
     assert len(load_features(write_features(tmp_path / "a.safetensors", stream, METADATA))) == 2
-    with pytest.raises(ExportError, match="all 2 failed"):
+    with pytest.raises(ExportError, match="2 images failed"):
         write_features(tmp_path / "b.safetensors", (failed(name) for name in "ab"), METADATA)
     with pytest.raises(ArgumentError, match="path is a NoneType"):
         load_features(None)  # type: ignore[arg-type]
