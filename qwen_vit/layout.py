@@ -40,12 +40,10 @@ MAX_ROWS = 2**31 - 1  # rows are indexed in int32; the kernels widen to int64 be
 class SegmentTiling:
     """How a kernel cuts segments into tiles.
 
-    `rows` is the most query rows of one tile. With `packs` one tile holds several whole segments
-    under a mask. Triton's interpreter needs few large programs, a GPU many small ones.
+    `rows` is the most query rows of one tile, which belong to one segment.
     """
 
     rows: int
-    packs: bool
 
 
 class _Frame(NamedTuple):
@@ -98,7 +96,7 @@ def check_grids(grids: Iterable[Grid], config: VisionConfig, image: str = "") ->
 def tile_table(lengths: Integers, tiling: SegmentTiling) -> Integers:
     """Cut consecutive segments into kernel tiles: rows of (q_start, q_end, k_start, k_end).
 
-    >>> tile_table(np.array([100, 40], np.int32), SegmentTiling(rows=64, packs=False))
+    >>> tile_table(np.array([100, 40], np.int32), SegmentTiling(rows=64))
     array([[  0,  64,   0, 100],
            [ 64, 100,   0, 100],
            [100, 140, 100, 140]], dtype=int32)
@@ -107,8 +105,6 @@ def tile_table(lengths: Integers, tiling: SegmentTiling) -> Integers:
     """
     ends = np.cumsum(lengths, dtype=np.int64)
     starts = ends - lengths
-    if tiling.packs:
-        return _packed_tiles(starts, ends, tiling.rows)
     counts = -(-lengths // tiling.rows)
     segment = np.repeat(np.arange(len(lengths)), counts)
     index_in_segment = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -118,28 +114,12 @@ def tile_table(lengths: Integers, tiling: SegmentTiling) -> Integers:
     return table[np.argsort(-lengths[segment], kind="stable")].astype(np.int32)
 
 
-def _packed_tiles(
-    starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], rows: int
-) -> Integers:
-    table: list[tuple[int, int, int, int]] = []
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        if table and end - table[-1][0] <= rows and table[-1][:2] == table[-1][2:]:
-            table[-1] = (table[-1][0], end, table[-1][2], end)
-        else:
-            table.extend(
-                (q_start, min(q_start + rows, end), start, end)
-                for q_start in range(start, end, rows)
-            )
-    return np.array(table, dtype=np.int32).reshape(-1, 4)
-
-
 @dataclass(frozen=True, slots=True)
 class Segments:
     """Runs of consecutive rows that attend to each other, and the tiles that cover them."""
 
     cu_seqlens: torch.Tensor  # (S + 1,) int32: segment s is rows cu_seqlens[s] : cu_seqlens[s + 1]
     tiles: torch.Tensor  # (tiles, 4) int32: q_start, q_end, k_start, k_end
-    segment_of_row: torch.Tensor  # (rows,) int32, empty unless tiles hold several segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +152,8 @@ class Layout:
         grids: Sequence[Grid],
         config: VisionConfig,
         *,
-        window_tiling: SegmentTiling = SegmentTiling(rows=64, packs=False),
-        full_tiling: SegmentTiling = SegmentTiling(rows=128, packs=False),
+        window_tiling: SegmentTiling = SegmentTiling(rows=64),
+        full_tiling: SegmentTiling = SegmentTiling(rows=128),
         n_rows: int | None = None,
     ) -> "Layout":
         """Lay out images one after the other, with padding up to `n_rows` rows.
@@ -272,8 +252,8 @@ class Layout:
             positions=new[1],
             merged_order=new[2],
             raster_order=new[3],
-            windows=Segments(*new[4:7]),
-            frames=Segments(*new[7:10]),
+            windows=Segments(*new[4:6]),
+            frames=Segments(*new[6:8]),
         )
 
     def tensors(self) -> list[torch.Tensor]:
@@ -282,7 +262,7 @@ class Layout:
         segments = [
             tensor
             for part in (self.windows, self.frames)
-            for tensor in (part.cu_seqlens, part.tiles, part.segment_of_row)
+            for tensor in (part.cu_seqlens, part.tiles)
         ]
         return orders + segments
 
@@ -323,9 +303,4 @@ def _concatenate(arrays: list[Integers]) -> Integers:
 def _segments(lengths: Integers, tiling: SegmentTiling) -> Segments:
     cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
-    segment_of_row = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    return Segments(
-        torch.from_numpy(cu_seqlens),
-        torch.from_numpy(tile_table(lengths, tiling)),
-        torch.from_numpy(segment_of_row if tiling.packs else segment_of_row[:0]),
-    )
+    return Segments(torch.from_numpy(cu_seqlens), torch.from_numpy(tile_table(lengths, tiling)))

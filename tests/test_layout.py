@@ -79,20 +79,8 @@ def assert_tiles_cover(segments: Segments, tiling: SegmentTiling, n_rows: int) -
     last = np.searchsorted(cu, k_end)
     assert np.array_equal(cu[first], k_start)
     assert np.array_equal(cu[last], k_end)
-    holds_several = last - first > 1
-    if tiling.packs:
-        is_whole = (q_start == k_start) & (q_end == k_end)
-        assert is_whole[holds_several].all()
-        assert (k_end - k_start > tiling.rows)[~is_whole].all()
-        # as few as a greedy packing gives: two whole neighbours never fit one tile
-        both_whole = is_whole[1:] & is_whole[:-1]
-        assert (k_end[1:] - k_start[:-1] > tiling.rows)[both_whole].all()
-        segment_of_row = np.repeat(np.arange(len(cu) - 1), np.diff(cu))
-        assert np.array_equal(segments.segment_of_row.numpy(), segment_of_row)
-    else:
-        assert not holds_several.any()
-        assert (np.diff(k_end - k_start) <= 0).all()  # longest first
-        assert len(segments.segment_of_row) == 0
+    assert (last - first == 1).all()
+    assert (np.diff(k_end - k_start) <= 0).all()  # longest first
 
 
 @pytest.mark.slow
@@ -106,13 +94,12 @@ def assert_tiles_cover(segments: Segments, tiling: SegmentTiling, n_rows: int) -
     merged=st.lists(GRIDS, min_size=GRIDS_EACH, max_size=GRIDS_EACH),
     window_px=st.sampled_from(WINDOWS_PX),
     rows=st.sampled_from((16, 32, 64, 128, 1024)),
-    packs=st.booleans(),
 )
 def test_a_layout_equals_transformers_on_random_grids(
-    merged: list[GridTuple], window_px: int, rows: int, packs: bool
+    merged: list[GridTuple], window_px: int, rows: int
 ) -> None:
     config, grids = replace(SMALL, window_px=window_px), in_patches(merged)
-    tiling = SegmentTiling(rows, packs)
+    tiling = SegmentTiling(rows)
     layout = Layout.from_grids(as_grids(grids), config, window_tiling=tiling, full_tiling=tiling)
     assert layout.n_rows == layout.n_patches == n_patches(grids)
     assert layout.n_positions == max(max(h, w) for _, h, w in grids)
@@ -155,11 +142,10 @@ def test_a_batch_is_its_images_one_after_the_other() -> None:
         row, token = rows.stop, tokens.stop
 
 
-@pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("padding", [0, 4, 60, 64, 68, 1000])
-def test_filler_rows_attend_among_themselves_and_change_no_index(padding: int, packs: bool) -> None:
+def test_filler_rows_attend_among_themselves_and_change_no_index(padding: int) -> None:
     grids = as_grids(in_patches([(1, 5, 9), (3, 2, 3)]))
-    n, tiling = n_patches(grids), SegmentTiling(64, packs)
+    n, tiling = n_patches(grids), SegmentTiling(64)
     tilings = {"window_tiling": tiling, "full_tiling": tiling}
     plain = Layout.from_grids(grids, SMALL, **tilings)
     filled = Layout.from_grids(grids, SMALL, n_rows=n + padding, **tilings)
@@ -190,9 +176,7 @@ def test_no_images_make_an_empty_layout() -> None:
 
 
 def test_a_layout_moved_to_a_device_is_the_same() -> None:
-    layout = Layout.from_grids(
-        [Grid(2, 6, 10)], SMALL, window_tiling=SegmentTiling(64, True), n_rows=200
-    )
+    layout = Layout.from_grids([Grid(2, 6, 10)], SMALL, window_tiling=SegmentTiling(64), n_rows=200)
     moved = layout.to(torch.device("cpu"))
     for name in Layout.__slots__:
         old, new = getattr(layout, name), getattr(moved, name)
@@ -212,26 +196,13 @@ def assert_same_tensor(old: Tensor, new: Tensor) -> None:
 
 def test_tiles_of_one_segment_share_its_keys() -> None:
     lengths = np.array([100, 40, 300], np.int32)
-    table = tile_table(lengths, SegmentTiling(rows=128, packs=False)).tolist()
+    table = tile_table(lengths, SegmentTiling(rows=128)).tolist()
     assert table == [
         [140, 268, 140, 440],
         [268, 396, 140, 440],
         [396, 440, 140, 440],
         [0, 100, 0, 100],
         [100, 140, 100, 140],
-    ]
-
-
-def test_packed_tiles_hold_whole_segments() -> None:
-    lengths = np.array([100, 28, 1, 300, 5, 5], np.int32)
-    table = tile_table(lengths, SegmentTiling(rows=128, packs=True)).tolist()
-    assert table == [
-        [0, 128, 0, 128],
-        [128, 129, 128, 129],
-        [129, 257, 129, 429],
-        [257, 385, 129, 429],
-        [385, 429, 129, 429],
-        [429, 439, 429, 439],
     ]
 
 

@@ -191,10 +191,8 @@ def lengths_of(kind: str, patches: int) -> list[int]:
 
 def cut(lengths: Sequence[int], rows: int, device: torch.device) -> Segments:
     edges = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    tiles = torch.from_numpy(
-        tile_table(np.array(lengths, np.int32), SegmentTiling(rows, packs=False))
-    )
-    return Segments(edges.to(device), tiles.to(device), edges[:0].to(device))
+    tiles = torch.from_numpy(tile_table(np.array(lengths, np.int32), SegmentTiling(rows)))
+    return Segments(edges.to(device), tiles.to(device))
 
 
 def attend(

@@ -17,7 +17,6 @@ q = (main, tail), v = (main, tail), state = (m, l, acc0, acc1). `q` and `v` have
 head dim is a power of two.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -76,11 +75,12 @@ TILES = {
     ("full", 16): AttentionTile(q_rows=128, k_rows=64, num_warps=4, num_stages=3),
     ("full", 32): AttentionTile(q_rows=32, k_rows=32, num_warps=4, num_stages=1),
 }
-INTERPRETED_ROWS = 1024  # in the interpreter a program costs milliseconds, however small its tile
 ROTATION_ROWS = 64
+# On a CPU a tile has the size of its segment, up to these rows and keys, and programs run together
+# up to this many scores. Measured on 2 cores; see docs/decisions.
+CPU_ROWS, CPU_KEYS, CPU_SCORES = 1024, 1024, 1 << 19
 # The limits of head dims. On a GPU the matrix instructions set the least, and the tiles that fit
-# every GPU from capability 8.0 on set the most. In the interpreter a tile has at most 2^20
-# elements.
+# every GPU from capability 8.0 on set the most. On a CPU they are what the tests cover.
 HEAD_DIMS = {"cuda": (16, 128), "cpu": (2, 1024)}
 
 
@@ -202,15 +202,12 @@ def _first_state(BM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 
 @triton.jit
-def _next_state(state, b_scores, v, MASK_SEGMENTS: tl.constexpr):
+def _next_state(state, b_scores, v):
     """The online softmax with one more tile of keys: its scores, and its values `v`."""
     m, l, acc0, acc1 = state
     m_new = tl.maximum(m, tl.reduce(b_scores, 1, tl.standard._elementwise_max))  # [BM]
-    m_safe = m_new
-    if MASK_SEGMENTS:  # a row may have no key in this tile: exp2(-inf - -inf) is NaN
-        m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-    b_p = tl.exp2(b_scores - m_safe[:, None])  # [BM, BN]
-    rescale = tl.exp2(m - m_safe)  # [BM]
+    b_p = tl.exp2(b_scores - m_new[:, None])  # [BM, BN]
+    rescale = tl.exp2(m - m_new)  # [BM]
     l = l * rescale + tl.reduce(b_p, 1, tl.standard._sum_combine)
     b_p = b_p.to(v[0].dtype)
     acc0 = tl.dot(b_p, v[0], acc0 * rescale[:, None], input_precision="ieee")  # [BM, D0]
@@ -220,42 +217,12 @@ def _next_state(state, b_scores, v, MASK_SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def _only_own_values(b_v, acc, m_same):
-    """V without its NaN and infinities; they become NaN in the sums of their own segment's rows."""
-    m_bad = b_v - b_v != 0  # [BN, D]
-    if tl.reduce(tl.reduce(m_bad.to(tl.int32), 1, tl.standard._sum_combine), 0,
-                 tl.standard._sum_combine) > 0:  # fmt: skip
-        n_bad = tl.dot(m_same.to(tl.float32), m_bad.to(tl.float32))  # [BM, D]
-        acc = tl.where(n_bad > 0, float("nan"), acc)
-        b_v = tl.where(m_bad, 0.0, b_v)
-    return b_v, acc
-
-
-@triton.jit
-def _within_segments(state, b_scores, v, seg_q, seg_k):
-    """State, scores and values in which no segment meets another's keys."""
-    m, l, acc0, acc1 = state
-    m_same = seg_q[:, None] == seg_k[None, :]  # [BM, BN]
-    b_scores = tl.where(m_same, b_scores, -float("inf"))
-    # P is 0 for another segment's keys, but 0 x NaN is NaN: such values must not be summed
-    b_v0, acc0 = _only_own_values(v[0], acc0, m_same)
-    own = (b_v0,)
-    if len(v) > 1:
-        b_v1, acc1 = _only_own_values(v[1], acc1, m_same)
-        own = (b_v0, b_v1)  # type: ignore[assignment]
-    return (m, l, acc0, acc1), b_scores, own
-
-
-@triton.jit
 def _store(
     out, state, q_begin, m_q, i_head,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
-    MASK_SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     """Weighted values over the sums of weights, rounded once, at the tile's rows of `out`."""
     _, l, acc0, acc1 = state
-    if MASK_SEGMENTS:  # rows from the tile's end on have no key
-        l = tl.where(m_q, l, 1.0)
     scale = (1.0 / l)[:, None]  # [BM, 1]
     o_d0 = tl.arange(0, D0)  # [D0]
     p_out = out + q_begin * (H * D) + (tl.arange(0, BM)[:, None] * H + i_head) * D  # [BM, 1]
@@ -284,9 +251,9 @@ def _ranges_of_program(tiles, H: tl.constexpr):
 
 @triton.jit
 def _window_attention(
-    qkv, cos, sin, axis_index, segment_of_row, tiles, out, scale_log2e,
+    qkv, cos, sin, axis_index, tiles, out, scale_log2e,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    AXIAL: tl.constexpr, ADJACENT: tl.constexpr, MASK_SEGMENTS: tl.constexpr, BM: tl.constexpr,
+    AXIAL: tl.constexpr, ADJACENT: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """softmax(rope(Q) rope(K)^T * scale) V for one head of one tile, whose keys are its query rows.
 
@@ -312,8 +279,6 @@ def _window_attention(
         b_q1 = _rotated(q_base, m_q, angles1, D0, D1, D, BM, ROW_STRIDE, ADJACENT)  # [BM, D1]
         b_q1 = (b_q1 * scale_log2e).to(dtype)
     state = _first_state(BM, D0, D1)
-    if MASK_SEGMENTS:
-        seg_q = tl.load(segment_of_row + q_begin + o_row, mask=m_q, other=-1)  # [BM]
 
     m_k = o_row < k_end - k_begin
     k_base = qkv + k_begin * ROW_STRIDE + (H + i_head) * D
@@ -327,23 +292,18 @@ def _window_attention(
     if D1 > 0:
         b_k1 = _rotated(k_base, m_k, angles1, D0, D1, D, BM, ROW_STRIDE, ADJACENT)  # [BM, D1]
         b_scores = tl.dot(b_q1, tl.trans(b_k1.to(dtype)), b_scores, input_precision="ieee")
-    if MASK_SEGMENTS:
-        seg_k = tl.load(segment_of_row + k_begin + o_row, mask=m_k, other=-2)  # [BM]
-        state, b_scores, v = _within_segments(state, b_scores, v, seg_q, seg_k)
-    else:
-        b_scores = tl.where(m_k[None, :], b_scores, -float("inf"))
-    state = _next_state(state, b_scores, v, MASK_SEGMENTS)
-    _store(out, state, q_begin, m_q, i_head, H, D, D0, D1, BM, MASK_SEGMENTS)
+    b_scores = tl.where(m_k[None, :], b_scores, -float("inf"))
+    state = _next_state(state, b_scores, v)
+    _store(out, state, q_begin, m_q, i_head, H, D, D0, D1, BM)
 
 
 @triton.jit
 def _attend_to_keys(
-    q, state, seg_q, keys, k_begin, k_end, i_head,
-    H: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
-    MASK_ROWS: tl.constexpr, MASK_SEGMENTS: tl.constexpr,
+    q, state, keys, k_begin, k_end, i_head,
+    H: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """The state after one more tile of keys, of which those from row `k_end` on do not count."""
-    k_rotated, qkv, segment_of_row = keys
+    k_rotated, qkv = keys
     D0: tl.constexpr = q[0].shape[1]
     D1: tl.constexpr = q[1].shape[1] if len(q) > 1 else 0
     ROW_STRIDE: tl.constexpr = 3 * H * D
@@ -362,20 +322,16 @@ def _attend_to_keys(
     if len(q) > 1:
         b_k1 = _load(p_k, m_k, D0, D1, D, MASK_ROWS)  # [BN, D1]
         b_scores = tl.dot(q[1], tl.trans(b_k1), b_scores, input_precision="ieee")
-    if MASK_SEGMENTS:
-        seg_k = tl.load(segment_of_row + k_begin + o_k, mask=m_k, other=-2)  # [BN]
-        state, b_scores, v = _within_segments(state, b_scores, v, seg_q, seg_k)
-    elif MASK_ROWS:
+    if MASK_ROWS:
         b_scores = tl.where(m_k[None, :], b_scores, -float("inf"))
-    return _next_state(state, b_scores, v, MASK_SEGMENTS)
+    return _next_state(state, b_scores, v)
 
 
 @triton.jit
 def _full_attention(
-    qkv, k_rotated, cos, sin, axis_index, segment_of_row, tiles, out, scale_log2e,
+    qkv, k_rotated, cos, sin, axis_index, tiles, out, scale_log2e,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    AXIAL: tl.constexpr, ADJACENT: tl.constexpr, MASK_SEGMENTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    AXIAL: tl.constexpr, ADJACENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """softmax(rope(Q) rope(K)^T * scale) V for one head of one query tile, over tiles of keys.
 
@@ -401,27 +357,20 @@ def _full_attention(
         b_q1 = _rotated(q_base, m_q, angles, D0, D1, D, BM, ROW_STRIDE, ADJACENT)  # [BM, D1]
         q = (q[0], (b_q1 * scale_log2e).to(dtype))  # type: ignore[assignment]
     state = _first_state(BM, D0, D1)
-    seg_q = o_q
-    if MASK_SEGMENTS:
-        seg_q = tl.load(segment_of_row + q_begin + o_q, mask=m_q, other=-1)  # [BM]
 
-    keys = (k_rotated, qkv, segment_of_row)
+    keys = (k_rotated, qkv)
     k_last = k_begin + (k_end - k_begin - 1) // BN * BN
     for k_tile in range(k_begin, k_last, BN):  # whole tiles need no mask
-        state = _attend_to_keys(
-            q, state, seg_q, keys, k_tile, k_end, i_head, H, D, BN, False, MASK_SEGMENTS
-        )
-    state = _attend_to_keys(
-        q, state, seg_q, keys, k_last, k_end, i_head, H, D, BN, True, MASK_SEGMENTS
-    )
-    _store(out, state, q_begin, m_q, i_head, H, D, D0, D1, BM, MASK_SEGMENTS)
+        state = _attend_to_keys(q, state, keys, k_tile, k_end, i_head, H, D, BN, False)
+    state = _attend_to_keys(q, state, keys, k_last, k_end, i_head, H, D, BN, True)
+    _store(out, state, q_begin, m_q, i_head, H, D, D0, D1, BM)
 
 
 def tiling(device: torch.device, dtype: torch.dtype, kind: str) -> SegmentTiling:
     """How layouts for this device must cut segments of a kind, `window` or `full`."""
     if device.type == "cpu":
-        return SegmentTiling(rows=INTERPRETED_ROWS, packs=True)
-    return SegmentTiling(rows=TILES[kind, dtype.itemsize * 8].q_rows, packs=False)
+        return SegmentTiling(rows=CPU_ROWS)
+    return SegmentTiling(rows=TILES[kind, dtype.itemsize * 8].q_rows)
 
 
 def kind_of(segment_rows: int) -> str:
@@ -453,86 +402,92 @@ def attention(
     out = torch.empty((N, H, D), dtype=qkv.dtype, device=qkv.device)
     if N == 0 or len(segments.tiles) == 0:
         return out
-    d_main = 1 << (D.bit_length() - 1)
-    d_tail = 0 if d_main == D else max(16, triton.next_power_of_2(D - d_main))
-    on_cpu = qkv.device.type == "cpu"
-    if on_cpu:
-        rotary = rotary.per_token()  # the interpreter pays for every operation on a block
-        ranges = segments.tiles.view(-1, 2, 2)  # begin and end of the query rows, and of the keys
-        keys_are_queries = torch.equal(ranges[:, 0], ranges[:, 1])
-        used_kind = "window" if keys_are_queries else "full"
-        longest = int(ranges.diff(dim=2).max())
-        rows = min(INTERPRETED_ROWS, max(16, triton.next_power_of_2(longest)))
-        used = AttentionTile(rows, rows, num_warps=1, num_stages=1)
-    else:
-        used_kind = kind
-        used = tiles or TILES[kind, qkv.dtype.itemsize * 8]
-
-    is_axial = rotary.index is not None
-    index = rotary.cos if rotary.index is None else rotary.index
+    if qkv.device.type == "cpu":
+        _attend_on_cpu(qkv, rotary.per_token(), segments.tiles, out, adjacent_pairs)
+        return out
+    tables = _tables(rotary)
     scale_log2e = D**-0.5 * LOG2_E
-    is_for_hopper = (
+    k_rotated: tuple[torch.Tensor, ...] = ()
+    if kind == "full":
+        k_rotated = (rotated_keys(qkv, rotary, adjacent_pairs=adjacent_pairs),)
+    is_axial = rotary.index is not None
+    if (
         IS_KNOWN_GLUON
         and tiles is None
-        and not on_cpu
         and attention_hopper.supports(qkv, is_axial, adjacent_pairs)
-    )
-    tables = rotary.cos, rotary.sin, index
+    ):
+        run: Any = attention_hopper.full_attention
+        if kind == "window":
+            run = attention_hopper.window_attention
+        run(qkv, *k_rotated, *tables, segments.tiles, out, scale_log2e)
+        return out
+    used = tiles or TILES[kind, qkv.dtype.itemsize * 8]
+    d_main = 1 << (D.bit_length() - 1)
+    d_tail = 0 if d_main == D else max(16, triton.next_power_of_2(D - d_main))
     options = {
-        "H": H, "D": D, "D0": d_main, "D1": d_tail,
-        "AXIAL": is_axial, "ADJACENT": adjacent_pairs, "MASK_SEGMENTS": on_cpu,
-        "num_warps": used.num_warps, "num_stages": used.num_stages,
+        "H": H, "D": D, "D0": d_main, "D1": d_tail, "AXIAL": is_axial, "ADJACENT": adjacent_pairs,
+        "BM": used.q_rows, "num_warps": used.num_warps, "num_stages": used.num_stages,
     }  # fmt: skip
-    grid = (len(segments.tiles) * H,)
-    if used_kind == "window":
-        if is_for_hopper:
-            attention_hopper.window_attention(qkv, *tables, segments.tiles, out, scale_log2e)
-        else:
-            _launch(_window_attention, qkv.device)(
-                grid, qkv, *tables, segments.segment_of_row, segments.tiles, out, scale_log2e,
-                BM=used.q_rows, **options,
-            )  # fmt: skip
-    else:
-        k_rotated = rotated_keys(qkv, rotary, adjacent_pairs=adjacent_pairs)
-        if is_for_hopper:
-            attention_hopper.full_attention(
-                qkv, k_rotated, *tables, segments.tiles, out, scale_log2e
-            )
-        else:
-            _launch(_full_attention, qkv.device)(
-                grid, qkv, k_rotated, *tables, segments.segment_of_row, segments.tiles, out,
-                scale_log2e, BM=used.q_rows, BN=used.k_rows, **options,
-            )  # fmt: skip
+    if kind == "full":
+        options["BN"] = used.k_rows
+    kernel = _full_attention if kind == "full" else _window_attention
+    with torch.cuda.device(qkv.device):
+        kernel[(len(segments.tiles) * H,)](
+            qkv, *k_rotated, *tables, segments.tiles, out, scale_log2e, **options
+        )
     return out
 
 
+def _attend_on_cpu(
+    qkv: torch.Tensor,
+    rotary: RotaryTable,
+    tiles: torch.Tensor,
+    out: torch.Tensor,
+    adjacent_pairs: bool,
+) -> None:
+    """The same kernels, launched once for all tiles of one size: there a block may have any."""
+    N, _, H, D = qkv.shape
+    tables = _tables(rotary)
+    options = {"H": H, "D": D, "AXIAL": False, "ADJACENT": adjacent_pairs}
+    sizes = torch.stack((tiles[:, 1] - tiles[:, 0], tiles[:, 3] - tiles[:, 2]), dim=1)
+    k_rotated: tuple[torch.Tensor, ...] = ()
+    for size in sizes.unique(dim=0):
+        q_rows, k_rows = map(int, size)
+        of_size = tiles[(sizes == size).all(1)]
+        used = options | {"BM": q_rows, "D0": D, "D1": 0}
+        if q_rows == k_rows:  # the tile is its whole segment
+            _interpreted(_window_attention)(
+                (len(of_size) * H,), qkv, *tables, of_size, out, D**-0.5 * LOG2_E, **used,
+                lanes=max(1, CPU_SCORES // q_rows**2),
+            )  # fmt: skip
+            continue
+        if not k_rotated:
+            k_rotated = (torch.empty((N, H, D), dtype=qkv.dtype, device=qkv.device),)
+            _interpreted(_rotate_keys)(
+                (H,), qkv, *k_rotated, *tables, N, **options, D_PADDED=D, BN=N, lanes=H
+            )
+        keys = triton.cdiv(k_rows, triton.cdiv(k_rows, CPU_KEYS))
+        _interpreted(_full_attention)(
+            (len(of_size) * H,), qkv, *k_rotated, *tables, of_size, out, D**-0.5 * LOG2_E, **used,
+            BN=keys, lanes=max(1, CPU_SCORES // (q_rows * keys)),
+        )  # fmt: skip
+
+
+def _tables(rotary: RotaryTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the kernels take; without an index any pointer serves in its place."""
+    return rotary.cos, rotary.sin, rotary.cos if rotary.index is None else rotary.index
+
+
 def rotated_keys(qkv: torch.Tensor, rotary: RotaryTable, *, adjacent_pairs: bool) -> torch.Tensor:
-    """K of every row, rotated and rounded once: (N, 3, H, D) -> (N, H, D)."""
+    """K of every row on a GPU, rotated and rounded once: (N, 3, H, D) -> (N, H, D)."""
     N, _, H, D = qkv.shape
     k_rotated = torch.empty((N, H, D), dtype=qkv.dtype, device=qkv.device)
-    index = rotary.cos if rotary.index is None else rotary.index
-    rows = ROTATION_ROWS if qkv.device.type != "cpu" else INTERPRETED_ROWS
-    _launch(_rotate_keys, qkv.device)(
-        (triton.cdiv(N, rows) * H,),
-        qkv, k_rotated, rotary.cos, rotary.sin, index, N,
-        H=H, D=D, D_PADDED=triton.next_power_of_2(D), AXIAL=rotary.index is not None,
-        ADJACENT=adjacent_pairs, BN=rows,
-    )  # fmt: skip
+    with torch.cuda.device(qkv.device):
+        _rotate_keys[(triton.cdiv(N, ROTATION_ROWS) * H,)](
+            qkv, k_rotated, *_tables(rotary), N, H=H, D=D, D_PADDED=triton.next_power_of_2(D),
+            AXIAL=rotary.index is not None, ADJACENT=adjacent_pairs, BN=ROTATION_ROWS,
+        )  # fmt: skip
     return k_rotated
 
 
-@cache
-def _interpreted(kernel: Any) -> Callable[..., None]:
-    return interpreted(kernel)
-
-
-def _launch(kernel: Any, device: torch.device) -> Callable[..., None]:
-    """The kernel's launcher: compiled on its tensors' own GPU, or interpreted on a CPU."""
-    if device.type == "cpu":
-        return _interpreted(kernel)
-
-    def run(grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-        with torch.cuda.device(device):
-            kernel[grid](*args, **kwargs)
-
-    return run
+_interpreted = cache(interpreted)

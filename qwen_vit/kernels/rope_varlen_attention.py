@@ -34,15 +34,12 @@ def fused_rope_varlen_attention(
     """
     _check_arguments(qkv, cos, sin, cu_seqlens)
     cut = tiling(qkv.device, qkv.dtype, "full")
-    empty = cu_seqlens.new_empty(0, dtype=torch.int32)
     if qkv.device.type == "cpu":
         lengths = cu_seqlens.diff().to(torch.int32)
-        owners = torch.arange(len(lengths), dtype=torch.int32, device="cpu")
-        owners = owners.repeat_interleave(lengths)
         tiles = torch.from_numpy(tile_table(lengths.numpy(), cut))
-        segments = Segments(cu_seqlens, tiles, owners)
     else:
-        segments = Segments(cu_seqlens, _tile_table_on_device(cu_seqlens, len(qkv), cut), empty)
+        tiles = _tile_table_on_device(cu_seqlens, len(qkv), cut)
+    segments = Segments(cu_seqlens, tiles)
     rotary = RotaryTable(resolved(cos).contiguous(), resolved(sin).contiguous())
     return attention(
         resolved(qkv).contiguous(), rotary, segments, kind="full", adjacent_pairs=False

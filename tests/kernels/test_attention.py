@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwen_vit.kernels import attention as kernels
 from qwen_vit.kernels.attention import RotaryTable, attention
+from qwen_vit.kernels.interpret import interpreted
 from qwen_vit.kernels.rope_varlen_attention import (
     fused_rope_varlen_attention,
 )
@@ -29,6 +30,8 @@ from tests.support.attention_cases import (
 )
 from tests.support.oracle import relative_error
 from tests.support.towers import CPU, assert_no_worse_than
+from tests.support.triton_interpreter import RUNS_HERE as TRITON_INTERPRETS
+from tests.support.triton_interpreter import interpreted_by_triton
 
 # a tile that owns no key must make no NaN, not even one that is thrown away
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -45,31 +48,34 @@ def compiled_attention_interpreted(
     kind: str,
     adjacent_pairs: bool,
     rows: int = 64,
+    *,
+    by_triton: bool = False,
 ) -> Tensor:
-    """The configuration that GPUs run, step by step in the interpreter: no mask over segments,
-    and K rotated beforehand or one key tile. Rows that nothing writes are NaN."""
+    """The configuration that GPUs run, step by step: head dims cut in two, tiles of one size,
+    angles behind an index, and K rotated beforehand or one key tile. Rows that nothing writes are
+    NaN."""
     N, _, H, D = qkv.shape
-    segments = segments_of(lengths, SegmentTiling(rows, packs=False))
+    run = interpreted_by_triton if by_triton else interpreted
+    lanes = {} if by_triton else {"lanes": H}  # the heads of one tile take the same branches
+    segments = segments_of(lengths, SegmentTiling(rows))
     d_main = 1 << (D.bit_length() - 1)
     d_tail = 0 if d_main == D else max(16, triton.next_power_of_2(D - d_main))
-    index = rotary.cos if rotary.index is None else rotary.index
-    shared = {"AXIAL": rotary.index is not None, "ADJACENT": adjacent_pairs}
+    tables = kernels._tables(rotary)
+    shared = {"AXIAL": rotary.index is not None, "ADJACENT": adjacent_pairs, **lanes}
     out = torch.full((N, H, D), float("nan"))
     k_rotated = torch.full((N, H, D), float("nan"))
     if kind == "full":
-        kernels._interpreted(kernels._rotate_keys)(
-            (triton.cdiv(N, 64) * H,),
-            qkv, k_rotated, rotary.cos, rotary.sin, index, N,
+        run(kernels._rotate_keys)(
+            (triton.cdiv(N, 64) * H,), qkv, k_rotated, *tables, N,
             H=H, D=D, D_PADDED=triton.next_power_of_2(D), BN=64, **shared,
         )  # fmt: skip
-    tables = rotary.cos, rotary.sin, index, segments.segment_of_row, segments.tiles
-    shared |= {"H": H, "D": D, "D0": d_main, "D1": d_tail, "MASK_SEGMENTS": False, "BM": rows}
+    shared |= {"H": H, "D": D, "D0": d_main, "D1": d_tail, "BM": rows}
     grid, scale = (len(segments.tiles) * H,), D**-0.5 * kernels.LOG2_E
     if kind == "window":
-        kernels._interpreted(kernels._window_attention)(grid, qkv, *tables, out, scale, **shared)
+        run(kernels._window_attention)(grid, qkv, *tables, segments.tiles, out, scale, **shared)
     else:
-        kernels._interpreted(kernels._full_attention)(
-            grid, qkv, k_rotated, *tables, out, scale, BN=rows, **shared
+        run(kernels._full_attention)(
+            grid, qkv, k_rotated, *tables, segments.tiles, out, scale, BN=rows, **shared
         )
     return out
 
@@ -141,10 +147,13 @@ def test_the_configuration_that_gpus_run_is_right(
     qkv, _, _, cu_seqlens = random_case(lengths, head_dim, 2)
     tables, cos, sin = axial_tables(len(qkv), head_dim)
     x = adjacent(qkv) if adjacent_pairs else qkv
-    ours = compiled_attention_interpreted(x, tables, lengths, kind, adjacent_pairs)
     oracle = attention_oracle(qkv, cos, sin, cu_seqlens)
     stock = stock_attention(qkv, cos, sin, cu_seqlens)
-    assert_no_worse_than(ours, stock, oracle, factor=FP32_FACTOR, floor=FP32_FLOOR)
+    for by_triton in [False, True][: 1 + TRITON_INTERPRETS]:
+        ours = compiled_attention_interpreted(
+            x, tables, lengths, kind, adjacent_pairs, by_triton=by_triton
+        )
+        assert_no_worse_than(ours, stock, oracle, factor=FP32_FACTOR, floor=FP32_FLOOR)
 
 
 @pytest.mark.parametrize("rows", [16, 32, 128])
@@ -196,7 +205,7 @@ NAN, INF = float("nan"), float("inf")
 def test_a_bad_value_in_one_segment_reaches_no_other(
     lengths: list[int], poisoned: int, part: str, poison: float
 ) -> None:
-    """A tile holds several segments, and 0 x NaN is NaN: a sum must leave such values out."""
+    """Segments of one length run together, as lanes: none may read another's values."""
     qkv, cos, sin, cu_seqlens = random_case(lengths, 80, 2)
     before = fused_rope_varlen_attention(qkv, cos, sin, cu_seqlens)
     start, end = cu_seqlens[poisoned : poisoned + 2].tolist()

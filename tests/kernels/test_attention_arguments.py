@@ -106,7 +106,7 @@ def test_the_tile_table_made_on_the_device_knows_empty_segments(lengths: list[in
 def test_edges_beyond_the_rows_lead_nowhere_on_a_gpu() -> None:
     """Their values are never read back, and a tile past the last row would be written there."""
     for wrong in ([0, 200], [0, 1 << 30, 7], [-5, 100], [50, 0, 100], [0, 90, 300, 100]):
-        table = _tile_table_on_device(torch.tensor(wrong), 100, SegmentTiling(32, packs=False))
+        table = _tile_table_on_device(torch.tensor(wrong), 100, SegmentTiling(32))
         used = table[table[:, 1] > table[:, 0]]
         assert used.min() >= 0
         assert used.max() <= 100

@@ -31,7 +31,7 @@ def compile_attention(head_dim: int, bits: int, use_name: str) -> Compiled:
     tail = head_dim - d_main
     pointers = dict.fromkeys(("qkv", "k_rotated", "out"), f"*{TYPES[bits]}")
     pointers |= dict.fromkeys(("cos", "sin"), "*fp32")
-    pointers |= dict.fromkeys(("axis_index", "segment_of_row", "tiles"), "*i32")
+    pointers |= dict.fromkeys(("axis_index", "tiles"), "*i32")
     constants = {
         "H": HEADS,
         "D": head_dim,
@@ -39,7 +39,6 @@ def compile_attention(head_dim: int, bits: int, use_name: str) -> Compiled:
         "D1": max(16, triton.next_power_of_2(tail)) if tail else 0,
         "AXIAL": use["axial"],
         "ADJACENT": use["adjacent"],
-        "MASK_SEGMENTS": False,
         "BM": tiles.q_rows,
     }
     kernel = attention._window_attention

@@ -134,7 +134,7 @@ def assert_device_table_equals_hosts(
     lengths: Sequence[int], rows: int, device: torch.device
 ) -> None:
     """The same tiles: the host's begin with the longest segment, spare ones of a device are 0."""
-    cut = SegmentTiling(rows, packs=False)
+    cut = SegmentTiling(rows)
     table = _tile_table_on_device(offsets(lengths, device), sum(lengths), cut).cpu()
     used = table[table[:, 1] > table[:, 0]]
     assert torch.equal(table[len(used) :], torch.zeros_like(table[len(used) :]))

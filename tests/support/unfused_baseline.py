@@ -12,9 +12,9 @@ from qwen_vit.kernels.attention import (
     ROTATION_ROWS,
     RotaryTable,
     _angles,
-    _launch,
     _rotated,
 )
+from qwen_vit.kernels.interpret import interpreted
 from qwen_vit.kernels.linear import ResidualStream
 from qwen_vit.layout import Segments
 from qwen_vit.model import VisionTower
@@ -47,11 +47,14 @@ def rotated(qkv: Tensor, rotary: RotaryTable) -> Tensor:
     """Q and K of (N, 3, H, D), pairs side by side, by the fused kernel's own rotation."""
     N, _, H, D = qkv.shape
     out = torch.empty((N, 2, H, D), dtype=qkv.dtype, device=qkv.device)
-    _launch(_rotate_queries_and_keys, qkv.device)(
-        (triton.cdiv(N, ROTATION_ROWS) * 2 * H,),
-        qkv, out, rotary.cos, rotary.sin, rotary.index, N,
-        H=H, D=D, D_PADDED=triton.next_power_of_2(D), BN=ROTATION_ROWS,
-    )  # fmt: skip
+    grid = (triton.cdiv(N, ROTATION_ROWS) * 2 * H,)
+    arguments = qkv, out, rotary.cos, rotary.sin, rotary.index, N
+    constants = {"H": H, "D": D, "D_PADDED": triton.next_power_of_2(D), "BN": ROTATION_ROWS}
+    if qkv.device.type == "cpu":
+        interpreted(_rotate_queries_and_keys)(grid, *arguments, **constants, lanes=2 * H)
+    else:
+        with torch.cuda.device(qkv.device):
+            _rotate_queries_and_keys[grid](*arguments, **constants)
     return out
 
 

@@ -1,0 +1,64 @@
+"""Triton's own interpreter, the reference for `qwen_vit.kernels.interpret`.
+
+`TRITON_INTERPRET=1` would turn it on for the whole process, and only if it is set before anything
+imports triton. Wrapping single functions needs no environment variable.
+"""
+
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import triton
+from packaging.version import Version
+from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
+from triton.runtime.jit import JITFunction
+
+__all__ = ["RUNS_HERE", "interpreted_by_triton"]
+
+# its `range()` over a loaded bound needs one of these
+RUNS_HERE = Version(triton.__version__) >= Version("3.7.1") or np.__version__ < "2.4"
+
+
+def interpreted_by_triton(kernel: JITFunction) -> Callable[..., None]:
+    """A launcher `run(grid, *args, **kwargs)` of the kernel's source in Triton's interpreter.
+
+    Helpers that the kernel calls by a global name are interpreted as well. `tl.sum` and other
+    functions that triton.language itself compiles are not.
+    """
+    function = InterpretedFunction(_plain_twin(kernel))
+
+    def run(grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+        # the overflow checks would compute every int32 operation twice
+        options = replace(interpreter_builder.options, sanitize_overflow=False)
+        with (
+            patch.object(interpreter_builder, "options", options),
+            np.errstate(all="ignore"), warnings.catch_warnings(),
+        ):  # fmt: skip
+            warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
+            function[grid](*args, **kwargs)
+
+    return run
+
+
+def _plain_twin(kernel: JITFunction) -> types.FunctionType:
+    """The kernel's function in a namespace of its own, in which its helpers are plain functions.
+
+    As an `InterpretedFunction` a helper would swap the functions of triton.language at each call.
+    """
+    source = kernel.fn
+    names = {
+        name: InterpretedFunction(_plain_twin(value)).rewrite()
+        if isinstance(value, JITFunction)
+        else value
+        for name, value in source.__globals__.items()
+        if name in source.__code__.co_names or name == "tl"
+    }
+    twin = types.FunctionType(source.__code__, names, source.__name__, source.__defaults__)
+    twin.__annotations__ = source.__annotations__
+    twin.__module__ = source.__module__
+    twin.__kwdefaults__ = source.__kwdefaults__
+    return twin
