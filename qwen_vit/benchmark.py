@@ -252,9 +252,7 @@ class Measured:
 def check_device(device: str) -> None:
     """Raise ArgumentError for a CPU, before any weights are fetched."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        raise ArgumentError(
-            "a benchmark on the CPU would time Triton's interpreter", remedy="use a GPU"
-        )
+        raise ArgumentError("a benchmark on the CPU would time the interpreter", remedy="use a GPU")
 
 
 def bench(encoder: VisionEncoder, workloads: Iterable[str] = tuple(WORKLOADS)) -> list[Measured]:
@@ -262,7 +260,7 @@ def bench(encoder: VisionEncoder, workloads: Iterable[str] = tuple(WORKLOADS)) -
 
     >>> bench(VisionEncoder.from_pretrained("tiny", device="cpu"))
     Traceback (most recent call last):
-    qwen_vit.errors.ArgumentError: a benchmark on the CPU would time Triton's interpreter. Use a \
+    qwen_vit.errors.ArgumentError: a benchmark on the CPU would time the interpreter. Use a \
 GPU.
 
     Checks first that CUDA graphs and single kernels give the same, finite bits. Raises

@@ -26,8 +26,8 @@ def choose_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         if not torch.cuda.is_available():
             _warn_once(
-                "no CUDA GPU: computing on the CPU in float32, with the attention kernel in "
-                "Triton's interpreter (correct, but slow)"
+                "no CUDA GPU: computing on the CPU in float32, with the attention kernel "
+                "interpreted (correct, but slow)"
             )
             return torch.device("cpu")
         device = "cuda"
@@ -78,7 +78,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     pixel_weight_exponent(chosen)  # refuses float16 and every other type, with the reason
     if device.type == "cpu" and chosen != torch.float32:
         raise ArgumentError(
-            f"dtype is {chosen} on a CPU, where Triton's interpreter multiplies bfloat16 wrongly",
+            f"dtype is {chosen} on a CPU",
             expected="float32",
             remedy=with_options("use {}, or a GPU", ("dtype", "float32")),
         )

@@ -110,8 +110,8 @@ class VisionEncoder:
             revision: a branch, tag or commit of the repository.
             subfolder: the checkpoint's folder inside the repository or the folder, such as
                 "text_encoder".
-            device: "auto" is a GPU if there is one, else the CPU. On a CPU the same Triton kernel
-                runs in Triton's interpreter: correct, but slow.
+            device: "auto" is a GPU if there is one, else the CPU. On a CPU the source
+                of the same Triton kernel is interpreted: correct, but slow.
             dtype: "auto" is bfloat16 on a GPU and float32 on a CPU; float32 on a GPU is IEEE,
                 never TF32.
             token: as in huggingface_hub.

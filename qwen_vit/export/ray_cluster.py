@@ -251,7 +251,7 @@ class _Workers:
             raise ArgumentError(
                 "device is 'cuda', but the Ray cluster has no GPU", remedy="use 'cpu'"
             )
-        # an interpreted encoder cannot run in two threads
+        # on a CPU a second shard at a time would wait for the same cores
         self._at_a_time = SHARDS_AT_A_TIME if n_gpus else 1
         remote: Any = ray.remote  # its stub has no concurrency_groups
         self._actor = remote(concurrency_groups={CONTROL: 1})(_Worker).options(

@@ -25,8 +25,8 @@ def fused_rope_varlen_attention(
     (N, D / 2) float32, where pair j rotates dims (j, j + D / 2); `cu_seqlens` (S + 1,) int32 or
     int64, from 0 to N; returns (N, H, D) in qkv's dtype. The softmax scale is D ** -0.5.
 
-    bfloat16 and float32 (IEEE, never TF32) on a GPU; float32 on a CPU, in Triton's interpreter. On
-    a GPU nothing waits for the host: `cu_seqlens` is never read back, so wrong values give wrong
+    bfloat16 and float32 (IEEE, never TF32) on a GPU; float32 on a CPU, interpreted. On a
+    GPU nothing waits for the host: `cu_seqlens` is never read back, so wrong values give wrong
     results there and no error. Rows beyond its last value are left unwritten. Head dims are even,
     and from 16 to 128 on a GPU, 2 to 1,024 on a CPU. Forward only: no gradient.
 

@@ -84,7 +84,7 @@ TOWERS = (
 
 
 def on(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Triton's interpreter computes in float32 alone."""
+    """On a CPU the kernels compute in float32 alone."""
     return FP32 if device.type == "cpu" else dtype
 
 
@@ -367,7 +367,7 @@ def main(
     if device == "cpu" and tools != ("guards",):
         raise click.ClickException(
             "the sanitizer watches an NVIDIA GPU, and torch sees none; "
-            "`--tool guards --device cpu` runs Triton's interpreter between guards"
+            "`--tool guards --device cpu` interprets the kernels between guards"
         )
     sanitizer = find_sanitizer()
     print(f"compute-sanitizer: {sanitizer or 'not on this machine'}", file=sys.stderr)
