@@ -2,10 +2,10 @@
 
 `tiny` encodes a picture of 640 x 427, the 7B shape (random weights) one of 448 x 448. Both towers
 run in one process, one after the other in each round, so that other work on the machine slows both.
-Figures are medians over the rounds: on the clock, and CPU time, which with OMP_NUM_THREADS=1 does not
-depend on other work. Prints a line for people and one JSON line for each case; with
---ledger, appends that line to a file. Exits 1 above 2 times Hugging Face's time, or where the
-results differ by more than 1e-5.
+Figures are medians over the rounds: on the clock, and in CPU time, which other work hardly changes
+with OMP_NUM_THREADS=1. Prints a line for people and one JSON line for each case; with --ledger,
+appends that line to a file. Exits 1 above 2 times Hugging Face's time, or where the results differ
+by more than 1e-5.
 
 \b
     python -m tools.benchmarks.cpu --case tiny
