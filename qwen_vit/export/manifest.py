@@ -27,13 +27,14 @@ PARQUET, JSON_LINES = "manifest.parquet", "manifest.jsonl"
 class ManifestRow:
     """The outcome of one image: line `index` of the listing.
 
-    `status` is "ok" or "error". Rows `row_begin` to `row_end` of `shard` are its features; sizes
+    `kind` is "image" or "video"; of one that failed, by its name. `status` is "ok" or "error". Rows `row_begin` to `row_end` of `shard` are its features; sizes
     are in pixels, the grid in patches. `sha256` is that of the image's own bytes.
     """
 
     index: int
     id: str
     source: str
+    kind: str
     status: str
     shard: str
     row_begin: int | None = None
@@ -67,8 +68,9 @@ def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[Man
             error = errors[item.id]
             rows.append(
                 ManifestRow(
-                    index, item.id, item.source, "error", shard, error_stage=error.stage,
-                    error_code=error.code, error_message=error.message,
+                    index, item.id, item.source, "video" if item.is_video else "image", "error",
+                    shard, error_stage=error.stage, error_code=error.code,
+                    error_message=error.message,
                 )
             )  # fmt: skip
             continue
@@ -77,9 +79,9 @@ def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[Man
         height, width = image["size_px"]
         rows.append(
             ManifestRow(
-                index, item.id, item.source, "ok", shard, ends[place], ends[place + 1],
-                tokens[place], t, h, w, height, width, image["sha256"], ", ".join(image["notes"]),
-                image["rows_sha256"][EMBEDS],
+                index, item.id, item.source, image["kind"], "ok", shard, ends[place],
+                ends[place + 1], tokens[place], t, h, w, height, width, image["sha256"],
+                ", ".join(image["notes"]), image["rows_sha256"][EMBEDS],
             )
         )  # fmt: skip
     return rows

@@ -2,12 +2,17 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
+from qwen_vit.compare.huggingface import process_pairs
 from qwen_vit.compare.tolerance import relative_error
 from qwen_vit.downstream import expand_placeholders, to_hf
 from qwen_vit.errors import ArgumentError
@@ -17,6 +22,7 @@ from tests.support.features import features_with_grids
 from tests.support.hf_models import FAMILIES, IMAGE, VIDEO, make_model
 from tests.support.hf_setting import greedy
 from tests.support.towers import assert_no_worse_than, random_rows
+from tests.support.videos import make_video
 
 PICTURE, CLIPS = (1, 4, 6), ((3, 4, 6), (2, 8, 4))
 SECONDS = [0.5, 1.0]
@@ -95,6 +101,53 @@ def test_features_of_videos_give_the_answer_of_the_models_own_tower(asked: Asked
     assert greedy(asked.model, **asked.text, **ours) == greedy(
         asked.model, **asked.text, **asked.rows
     )
+
+
+def decoded(path: str, indices: list[int], width: int, height: int) -> list[NDArray[np.uint8]]:
+    """Chosen frames of a file, by PyAV and Pillow alone."""
+    import av
+
+    with av.open(path) as container:
+        pictures = [frame.to_image() for frame in container.decode(video=0)]
+    resized = [pictures[at].resize((width, height), Image.Resampling.BICUBIC) for at in indices]
+    return [np.asarray(each) for each in resized]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_video_file_gives_the_answer_of_the_models_own_tower(family: str, tmp_path: Path) -> None:
+    """From the file on: 60 frames at 30 a second, of which 0, 20, 39 and 59 are sampled."""
+    model, encoder = make_model(family, tmp_path / "model")
+    path = make_video(tmp_path / "clip.mp4", 60)
+    clip = encoder.encode_video(path, min_pixels=784, max_pixels=56 * 84)
+    assert (clip.grid_thw, clip.second_per_grid_t) == ((2, 4, 6), 1.0)
+    frames = decoded(path, [0, 20, 39, 59], width=84, height=56)
+    rows, grid = process_pairs(frames, encoder.image_config, path)
+    ids = torch.tensor([[20, START, *n_tokens(clip.grid_thw) * [VIDEO], END, 21]])
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    wants_types = FAMILIES[family].wants_token_types
+    theirs = {
+        "pixel_values_videos": rows,
+        "video_grid_thw": torch.tensor([[grid.t, grid.h, grid.w]]),
+        "second_per_grid_ts" if wants_types else "video_second_per_grid": torch.tensor([1.0]),
+        **({"mm_token_type_ids": 2 * (ids == VIDEO).long()} if wants_types else {}),
+    }
+    ours = to_hf(clip, ids, mm_token_type_ids=wants_types, **TOKEN_IDS)
+    doubled = {k: v.double() if v.is_floating_point() else v for k, v in theirs.items()}
+
+    def logits(asked: Any, arguments: dict[str, Any]) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = asked(**text, **arguments, use_cache=False).logits
+        return found
+
+    exact = logits(copy.deepcopy(model).double(), doubled)
+    assert_no_worse_than(logits(model, ours), logits(model, theirs), exact, factor=2)
+    assert greedy(model, **text, **ours) == greedy(model, **text, **theirs)
+    other = encoder.encode_video(path, start=0.5, min_pixels=784, max_pixels=56 * 84)
+    moved = to_hf(
+        replace(other, second_per_grid_t=1.0), ids, mm_token_type_ids=wants_types, **TOKEN_IDS
+    )
+    assert other.grid_thw == clip.grid_thw
+    assert relative_error(logits(model, moved), logits(model, theirs)) > 1e-3  # other frames show
 
 
 @pytest.mark.parametrize("fault", ["rows backwards", "other seconds"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -36,6 +37,11 @@ STILL = ImageFeatures("a.png", torch.ones(6, 8), (1, 4, 6), (56, 84))
 def export(inputs: list[str], out: str = "out", **options: Any) -> Any:
     fake: Any = FakeEncoder(min_pixels=784)
     return export_features(fake, inputs, out, ExportOptions(video=SMALL, **options))
+
+
+def manifest_rows(out: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(f"{out}/manifest.parquet").to_pylist()
+    return rows
 
 
 def test_a_feature_file_keeps_the_kind_and_the_moments(folder: Path) -> None:
@@ -82,6 +88,11 @@ def test_an_export_takes_videos_in_folders_lists_and_tars(folder: Path) -> None:
     )
     [failed] = stored.errors
     assert (failed.id, failed.stage) == ("torn.mov", "decode")
+    kinds_and_states = [(row["kind"], row["status"]) for row in manifest_rows("out")]
+    assert kinds_and_states == [
+        ("video", "ok"), ("video", "ok"), ("image", "ok"), ("video", "error"), ("video", "ok"),
+        ("image", "ok"), ("video", "ok"),
+    ]  # fmt: skip
     policy = stored.metadata["image_policy"]["video"]
     assert policy["decoder"].startswith("PyAV ")
     assert policy["fps"] == 2.0
@@ -110,6 +121,7 @@ def test_an_animation_becomes_a_video_where_it_is_asked_for(folder: Path) -> Non
     assert [type(each) for each in load_features("out")] == [ImageFeatures, ImageFeatures]
     export(["a.gif", "still.gif"], "videos", as_video=True)
     assert [type(each) for each in load_features("videos")] == [VideoFeatures, ImageFeatures]
+    assert [row["kind"] for row in manifest_rows("videos")] == ["video", "image"]
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.mov"])
