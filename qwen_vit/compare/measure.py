@@ -9,16 +9,26 @@ from torch import Tensor
 from qwen_vit.compare.golden import Case
 from qwen_vit.compare.huggingface import Processed
 from qwen_vit.compare.oracle import Oracle, Trace
-from qwen_vit.compare.result import FeatureMaps, ImageComparison, Preprocessing, Stage
+from qwen_vit.compare.result import (
+    FeatureMaps,
+    ImageComparison,
+    Preprocessing,
+    SampledFrames,
+    Stage,
+    StepError,
+    StepMaps,
+)
 from qwen_vit.compare.stages import layout_for, trace_tower
 from qwen_vit.compare.tolerance import Difference, judge, relative_error
-from qwen_vit.config import ImageConfig
+from qwen_vit.config import Grid, ImageConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.images.patches import Patches
 from qwen_vit.images.rows import pixels_for_tower
 from qwen_vit.layout import Layout
 
 __all__ = ["compare_case", "compare_pixels"]
+
+MAX_STEPS_DRAWN = 8
 
 
 def compare_case(
@@ -28,10 +38,13 @@ def compare_case(
     patches: Patches | None,
     processor: str,
     keep_maps: bool,
+    *,
+    frames: SampledFrames | None = None,
 ) -> ImageComparison:
     """Run our tower on the case's input and measure every stage as the oracle reaches it.
 
-    `pixels` are the results of `compare_pixels`. `patches` are our own pixels, or None.
+    `pixels` are the results of `compare_pixels`. `patches` are our own pixels, or None. `frames`
+    are those of a video.
     """
     rows = case.pixel_values.to(encoder.device)
     # our own pixels only if they equal those of Hugging Face's tower
@@ -44,7 +57,8 @@ def compare_case(
     ours = trace_tower(encoder.tower, tower_input, layout)
     theirs = {name: values.to(encoder.device) for name, values in case.trace.items()}
     oracle = Oracle(encoder.checkpoint.tensors, encoder.config, device=encoder.device)
-    stages = []
+    stages: list[Stage] = []
+    steps: tuple[StepError, ...] = ()
     for name, truth in oracle.stages(rows, [case.grid]):
         difference = Difference.between(ours[name], theirs[name])
         our_error, their_error = (
@@ -59,12 +73,23 @@ def compare_case(
             recorded=None if case.errors is None else case.errors[name],
         )
         stages.append(Stage(name, difference, our_error, their_error, verdict))
+        if name == "merger" and case.grid.t > 1:
+            steps = _step_errors(ours[name], theirs[name], truth, case.grid.t)
     maps = _feature_maps(encoder, case, ours, theirs, layout) if keep_maps else None
     return ImageComparison(
         case.id, case.sha256, case.size_px, case.grid,
         "the pixel values of the processor" if tower_input is rows else "uint8 pixels",
-        tuple(pixels), tuple(stages), maps,
+        tuple(pixels), tuple(stages), maps, frames, steps,
     )  # fmt: skip
+
+
+def _step_errors(ours: Tensor, theirs: Tensor, truth: Tensor, t: int) -> tuple[StepError, ...]:
+    """The errors of each step of a video; its merged tokens follow one another step by step."""
+    parts = zip(ours.chunk(t), theirs.chunk(t), truth.chunk(t), strict=True)
+    return tuple(
+        StepError(relative_error(a, b), relative_error(a, c), relative_error(b, c))
+        for a, b, c in parts
+    )
 
 
 def compare_pixels(
@@ -96,28 +121,47 @@ def _feature_maps(
 ) -> FeatureMaps:
     """Return four stages in raster order, and the picture that the processor's pixels show.
 
-    Of a video they are those of its first pair of frames.
+    Of a video they are those of its first pair of frames, and the merged tokens of some pairs.
     """
-    config, image_config = encoder.config, encoder.image_config
-    h, w, merge = case.grid.h, case.grid.w, config.spatial_merge_size
+    config, grid = encoder.config, case.grid
+    h, w, merge = grid.h, grid.w, config.spatial_merge_size
     raster, index = layout.raster_order.long(), layout.grid_index.long()
     full = min(config.fullatt_block_indexes, default=0)
     drawn = dict.fromkeys(("patch_embed", f"block.{full}", f"block.{config.depth - 1}", "merger"))
 
+    def merged(values: Tensor, step: int = 0) -> Tensor:
+        return values.view(grid.t, h // merge, w // merge, -1)[step].cpu()
+
     def as_map(name: str, values: Tensor) -> Tensor:
         if name == "merger":
-            return values[: h * w // merge**2].view(h // merge, w // merge, -1).cpu()
+            return merged(values)
         ordered = (values[index] if name == "patch_embed" else values)[raster]
         return ordered[: h * w].view(h, w, -1).cpu()
 
+    def picture(step: int) -> Tensor:
+        return _picture(case.pixel_values[step * h * w : (step + 1) * h * w], case.grid, encoder)
+
+    count = min(grid.t, MAX_STEPS_DRAWN)
+    chosen = torch.linspace(0, grid.t - 1, count).round().long().tolist() if grid.t > 1 else []
+    return FeatureMaps(
+        picture(0),
+        {name: (as_map(name, ours[name]), as_map(name, theirs[name])) for name in drawn},
+        tuple(
+            StepMaps(k, picture(k), merged(ours["merger"], k), merged(theirs["merger"], k))
+            for k in chosen
+        ),
+    )
+
+
+def _picture(rows: Tensor, grid: Grid, encoder: VisionEncoder) -> Tensor:
+    """The picture that the processor's rows of one step show: of two frames the first."""
+    config, image_config = encoder.config, encoder.image_config
+    merge = config.spatial_merge_size
     mean, std = (torch.tensor(x) for x in (image_config.image_mean, image_config.image_std))
     picture = rearrange(
-        case.pixel_values[: h * w],
+        rows,
         "(h w mh mw) (c frames ph pw) -> frames (h mh ph) (w mw pw) c",
-        h=h // merge, w=w // merge, mh=merge, mw=merge, c=3,
+        h=grid.h // merge, w=grid.w // merge, mh=merge, mw=merge, c=3,
         ph=config.patch_px, pw=config.patch_px,
     )[0]  # fmt: skip
-    rgb = ((picture * std + mean) * 255).round().clamp(0, 255).byte()
-    return FeatureMaps(
-        rgb, {name: (as_map(name, ours[name]), as_map(name, theirs[name])) for name in drawn}
-    )
+    return ((picture * std + mean) * 255).round().clamp(0, 255).byte()

@@ -21,10 +21,14 @@ from qwen_vit.show.draw import (
 )
 from qwen_vit.show.strips import StripLayout
 
-__all__ = ["StageMaps", "drift_png", "features_png", "stage_maps", "stage_title", "windows_png"]
+__all__ = [
+    "StageMaps", "drift_png", "features_png", "stage_maps", "stage_title", "steps_png",
+    "windows_png",
+]  # fmt: skip
 
 ORANGE, GREY, RED = "#d9730d", "#8a93a0", "#d64545"  # apart in lightness as well
 LIGHT_BLUE = "#62a8f5"
+COLUMN_IN, COLUMN_GAP_IN = 1.5, 0.08  # of a pair of frames
 DRIFT_IN = (4.9, 3.3)
 ROW_IN, MAX_FEATURES_IN = 2.75, 16.0
 INK = {False: "#374151", True: "#c3c9d1"}  # of text, on a light and on a dark page
@@ -41,20 +45,26 @@ class StageMaps:
     error: NDArray[np.float64]  # (rows, columns), relative
 
     @classmethod
-    def of(cls, name: str, ours: Tensor, theirs: Tensor) -> "StageMaps":
+    def of(
+        cls, name: str, ours: Tensor, theirs: Tensor, colours: PrincipalColours | None = None
+    ) -> "StageMaps":
         """Colour both along the same axes: axes of their own would hide a rotation."""
-        colours = PrincipalColours.fit([theirs])
+        colours = PrincipalColours.fit([theirs]) if colours is None else colours
         distance = (ours.double() - theirs.double()).norm(dim=-1)
         error = (distance / theirs.double().norm(dim=-1).clamp_min(1e-300)).nan_to_num(0.0)
         return cls(name, colours.paint(ours), colours.paint(theirs), error.numpy())
 
-    def draws(self) -> dict[str, Callable[..., Any]]:
-        """A function of axes and a layout for each panel, by its title, that draws it."""
+    def draws(self, largest: float | None = None) -> dict[str, Callable[..., Any]]:
+        """A function of axes and a layout for each panel, by its title, that draws it.
+
+        `largest` is the error at the end of the scale; that of the map, if not given.
+        """
+        largest = float(self.error.max()) if largest is None else largest
         return {
             "ours": partial(_draw, self.ours),
             "Hugging Face": partial(_draw, self.theirs),
             "relative error": partial(
-                _draw, self.error, cmap=HEAT_MAP, vmin=0.0, vmax=float(self.error.max()) or 1.0
+                _draw, self.error, cmap=HEAT_MAP, vmin=0.0, vmax=largest or 1.0
             ),  # one scale for all strips
         }
 
@@ -68,6 +78,35 @@ class StageMaps:
 def stage_maps(maps: FeatureMaps) -> list[StageMaps]:
     """The feature maps of the stages that were kept."""
     return [StageMaps.of(name, *pair) for name, pair in maps.stages.items()]
+
+
+def steps_png(maps: FeatureMaps, layout: StripLayout) -> list[bytes]:
+    """A column for each pair of frames that is drawn: picture, ours, Hugging Face's, error.
+
+    All columns have the same colours and one scale of errors, so that they compare.
+    """
+    colours = PrincipalColours.fit([each.theirs for each in maps.steps])
+    drawn = [StageMaps.of("merger", each.ours, each.theirs, colours) for each in maps.steps]
+    largest = max(float(each.error.max()) for each in drawn)
+    width, height = layout.size
+    size = (COLUMN_IN, 4 * COLUMN_IN * height / width + 3 * COLUMN_GAP_IN)
+    return [
+        figure_png(size, partial(_column, layout, step.rgb.numpy(), found.draws(largest)),
+                   layout="none", transparent=True)
+        for step, found in zip(maps.steps, drawn, strict=True)
+    ]  # fmt: skip
+
+
+def _column(
+    layout: StripLayout, rgb: NDArray[Any], draws: dict[str, Callable[..., Any]], figure: Any
+) -> None:
+    rows = figure.subplots(
+        1 + len(draws), 1, squeeze=False,
+        gridspec_kw={"left": 0, "right": 1, "bottom": 0, "top": 1, "hspace": COLUMN_GAP_IN / 2},
+    )[:, 0]  # fmt: skip
+    draw_array(rows[0], layout, rgb, interpolation="antialiased")
+    for axes, draw in zip(rows[1:], draws.values(), strict=True):
+        draw(layout, axes)
 
 
 def stage_title(name: str, comparison: Comparison) -> str:

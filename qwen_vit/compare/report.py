@@ -19,10 +19,11 @@ from qwen_vit.compare.plots import (
     features_png,
     stage_maps,
     stage_title,
+    steps_png,
     windows_png,
 )
 from qwen_vit.compare.result import Comparison, FeatureMaps, ImageComparison
-from qwen_vit.compare.text import closer_line, reference_line, verdict_lines
+from qwen_vit.compare.text import closer_line, frame_lines, reference_line, verdict_lines
 from qwen_vit.errors import ArgumentError, ExportError, Wording, plural, with_options
 from qwen_vit.show.draw import check_packages, heat_colours
 from qwen_vit.show.page import data_uri, render_page
@@ -44,6 +45,15 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
+class Column:
+    """A pair of frames of a video on the page."""
+
+    png: str
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
     """One image on the page; pictures are addresses that hold them."""
 
@@ -54,6 +64,8 @@ class Section:
     drift: str
     drift_in_the_dark: str
     stages: list[Stage]
+    frames: list[str]  # of a video: lines on its frames
+    columns: list[Column]
     files: dict[str, bytes]  # PNG to put beside the page, by name
 
 
@@ -154,12 +166,26 @@ def _section(
         data_uri(drift_png(image, comparison, is_dark=False)),
         data_uri(drift_png(image, comparison, is_dark=True)),
         [_stage(stage, layout, comparison) for stage in stages],
+        [] if image.frames is None else frame_lines(image.frames),
+        _columns(image, maps, layout),
         {
             f"{stem}-windows.png": windows,
             f"{stem}-drift.png": drift_png(image, comparison, is_dark=None),
             f"{stem}-features.png": features_png(stages, layout, comparison),
         },
     )
+
+
+def _columns(image: ImageComparison, maps: FeatureMaps, layout: StripLayout) -> list[Column]:
+    if not maps.steps:
+        return []
+    moments = image.frames.seconds[::2] if image.frames else ()
+    columns = []
+    for each, png in zip(maps.steps, steps_png(maps, layout), strict=True):
+        at = f"{moments[each.step]:.6g} s" if each.step < len(moments) else f"step {each.step}"
+        error = f"{image.steps[each.step].difference:.1e}"
+        columns.append(Column(data_uri(png), f"step {each.step}", f"{at}, error {error}"))
+    return columns
 
 
 def _stage(stage: StageMaps, layout: StripLayout, comparison: Comparison) -> Stage:

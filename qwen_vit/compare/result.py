@@ -9,7 +9,10 @@ from qwen_vit.compare.tolerance import RELATIVE_TOLERANCE, Difference, Verdict, 
 from qwen_vit.config import Grid
 from qwen_vit.errors import ImageError
 
-__all__ = ["Comparison", "FeatureMaps", "ImageComparison", "Preprocessing", "Stage"]
+__all__ = [
+    "Comparison", "FeatureMaps", "FrameChoice", "ImageComparison", "Preprocessing", "SampledFrames",
+    "Stage", "StepError", "StepMaps",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +58,67 @@ class Stage:
         return ratio(self.ours, self.theirs)
 
 
+@dataclass(frozen=True, slots=True)
+class FrameChoice:
+    """The frames that a reference takes of a video.
+
+    `is_run` says whether the installed library chose them; otherwise its rule as it is in
+    `video.sampling`. `is_judged` is True for the reference that `sampling` follows.
+    """
+
+    reference: str  # and its version
+    is_run: bool
+    is_judged: bool
+    indices: tuple[int, ...] | None  # None where it takes no frames of this video
+    differ: int  # of our frames, those that it does not take in the same place
+
+    @property
+    def passed(self) -> bool:
+        """Whether the frames are ours."""
+        return self.indices is not None and not self.differ
+
+
+@dataclass(frozen=True, slots=True)
+class SampledFrames:
+    """The frames that were compared, as indices of the file's, and those of the references."""
+
+    sampling: str
+    n_frames: int  # in the file
+    rate: float
+    indices: tuple[int, ...]
+    seconds: tuple[float, ...]
+    references: tuple[FrameChoice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepError:
+    """The relative errors of the merged tokens of one pair of frames."""
+
+    difference: float  # ours from Hugging Face's
+    ours: float  # from float64
+    theirs: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepMaps:
+    """A pair of frames of a video: its first picture, and its merged tokens."""
+
+    step: int
+    rgb: Tensor  # (height, width, 3) uint8
+    ours: Tensor  # (rows, columns, values)
+    theirs: Tensor
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureMaps:
-    """The pictures of a report: what the tower saw, and some stages in raster order."""
+    """The pictures of a report: what the tower saw, and some stages in raster order.
+
+    Of a video they show its first pair of frames, and `steps` some pairs of all its length.
+    """
 
     rgb: Tensor  # (height, width, 3) uint8
     stages: dict[str, tuple[Tensor, Tensor]]  # ours and theirs: (rows, columns, values)
+    steps: tuple[StepMaps, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,16 +133,24 @@ class ImageComparison:
     preprocessing: tuple[Preprocessing, ...]
     stages: tuple[Stage, ...]
     maps: FeatureMaps | None
+    frames: SampledFrames | None = None  # of a video
+    steps: tuple[StepError, ...] = ()  # of a video: each pair of frames
 
     @property
     def problems(self) -> list[str]:
         """The failures of the numbers policy, in the order of computation."""
+        references = self.frames.references if self.frames else ()
+        frames = [
+            f"frames: {each.differ} differ from those of {each.reference}"
+            for each in references
+            if each.is_judged and not each.passed
+        ]
         pixels = [
             f"preprocessing ({part.processor}): {_pixel_problem(part)}"
             for part in self.preprocessing
             if part.is_judged and not part.passed
         ]
-        return pixels + [
+        return [*frames, *pixels] + [
             f"{stage.name}: {stage.verdict.problem}"
             for stage in self.stages
             if not stage.verdict.passed
@@ -122,6 +188,8 @@ class Comparison:
                     "size_px": image.size_px,
                     "grid_thw": (image.grid.t, image.grid.h, image.grid.w),
                     "tower_input": image.tower_input,
+                    "frames": image.frames and asdict(image.frames),
+                    "steps": [asdict(step) for step in image.steps],
                     "preprocessing": [
                         {**asdict(part), "passed": part.passed, "judged": part.is_judged}
                         for part in image.preprocessing

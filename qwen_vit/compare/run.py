@@ -9,13 +9,11 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,10 +26,10 @@ from qwen_vit.compare.huggingface import (
     hf_trace,
     package_versions,
     process,
-    process_pairs,
 )
 from qwen_vit.compare.measure import compare_case, compare_pixels
-from qwen_vit.compare.result import Comparison, ImageComparison, Preprocessing
+from qwen_vit.compare.result import Comparison, ImageComparison, Preprocessing, SampledFrames
+from qwen_vit.compare.videos import digest_of, load_rows
 from qwen_vit.config import Grid
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ComparisonError, ImageError, plural, with_options
@@ -43,6 +41,15 @@ from qwen_vit.video.load import load_video
 from qwen_vit.video.options import Video, VideoOptions
 
 __all__ = ["compare", "compare_checkpoint", "compare_with_golden"]
+
+
+class _Prepared(NamedTuple):
+    """An image or video before our tower runs: Hugging Face's results and both sides' pixels."""
+
+    case: Case
+    pixels: Sequence[Preprocessing]
+    patches: Patches | None
+    frames: SampledFrames | None = None
 
 
 def compare_checkpoint(
@@ -84,7 +91,7 @@ def compare_checkpoint(
         return compare_with_golden(
             encoder, stored, images,
             attention=attention, processor=processor, keep_maps=keep_maps,
-            show_progress=show_progress,
+            show_progress=show_progress, video=video,
         )  # fmt: skip
     return compare(
         encoder, images,
@@ -126,8 +133,10 @@ def compare(
     def results() -> Iterator[Outcome]:
         for name in map(os.fsdecode, images):
             try:
-                case, pixels, patches = live.case_of(name)
-                result = compare_case(encoder, case, pixels, patches, processor, keep_maps)
+                case, pixels, patches, frames = live.case_of(name)
+                result = compare_case(
+                    encoder, case, pixels, patches, processor, keep_maps, frames=frames
+                )
             except ImageError as error:
                 yield name, error
                 continue
@@ -162,7 +171,7 @@ class _LiveReference:
     processor: Processor
     video: VideoOptions
 
-    def case_of(self, name: str) -> tuple[Case, list[Preprocessing], Patches]:
+    def case_of(self, name: str) -> _Prepared:
         """What Hugging Face makes of an image or a video, with how far our pixels are."""
         if is_video_file(name):
             return self._case_of_video(name)
@@ -177,19 +186,14 @@ class _LiveReference:
         pixels = [compare_pixels(each, patches, done, config) for each, done in found.items()]
         rows, grid = found[self.processor]
         size_px = (rgb.height, rgb.width)
-        return self._traced(name, digest, size_px, rows, grid), pixels, patches
+        return _Prepared(self._traced(name, digest, size_px, rows, grid), pixels, patches)
 
-    def _case_of_video(self, name: str) -> tuple[Case, list[Preprocessing], Patches]:
+    def _case_of_video(self, name: str) -> _Prepared:
         config = self.encoder.image_config
-        frames: dict[int, NDArray[np.uint8]] = {}
-        loaded = load_video(Video.of(name, self.video, name), config, keep=frames)
-        ordered = [frames[at] for at in sorted(frames)]
-        ordered += ordered[-1:] * (len(ordered) % 2)
-        done = process_pairs(ordered, config, name)
-        pixels = [compare_pixels("pillow", loaded.patches, done, config)]
-        with open(name, "rb") as file:
-            digest = file_digest(file, "sha256").hexdigest()
-        return self._traced(name, digest, loaded.size_px, *done), pixels, loaded.patches
+        loaded = load_rows(name, self.video, config)
+        pixels = [compare_pixels("pillow", loaded.patches, loaded.processed, config)]
+        case = self._traced(name, digest_of(name), loaded.size_px, *loaded.processed)
+        return _Prepared(case, pixels, loaded.patches, loaded.frames)
 
     def _traced(
         self, name: str, digest: str, size_px: tuple[int, int], rows: Tensor, grid: Grid
@@ -215,14 +219,17 @@ def compare_with_golden(
     processor: Processor = "pillow",
     keep_maps: bool = False,
     show_progress: bool = False,
+    video: VideoOptions | None = None,
 ) -> Comparison:
     """Compare our tower with Hugging Face's results in a golden file; needs no transformers.
 
     With `images`, it compares only those, and our own pixels as well. Each must be one of the
-    golden's, by its sha256. Without, it compares every image of the golden, from its pixel values.
-    Weights that differ from the golden's are compared and named. An image that cannot be read is
-    skipped and reported. Raises ComparisonError for a golden with a different configuration, dtype
-    or processor (or attention, if one is given), and for an image that it does not hold.
+    golden's, by its sha256; a video is sampled as `video` says. Without, it compares every image of
+    the golden, from its pixel values. Weights that differ from the golden's are compared and named.
+    An image that cannot be read is skipped and reported.
+
+    Raises ComparisonError for a golden with a different configuration, dtype or processor (or
+    attention, if one is given), and for an image that it does not hold.
     """
     golden.check_fits(encoder, processor=processor, attention=attention)
     chosen = _chosen(golden, images)
@@ -236,8 +243,7 @@ def compare_with_golden(
             try:
                 pixels, patches = [], None
                 if name is not None:
-                    rgb = load_image(name)
-                    patches = patchify(rgb.picture, encoder.image_config, name=name)
+                    patches = _patches_of(name, encoder, video or VideoOptions())
                     done = Processed(case.pixel_values, case.grid)
                     pixels = [compare_pixels(processor, patches, done, encoder.image_config)]
                 yield compare_case(encoder, case, pixels, patches, processor, keep_maps)
@@ -261,6 +267,12 @@ def compare_with_golden(
     return Comparison(facts, *done)
 
 
+def _patches_of(name: str, encoder: VisionEncoder, video: VideoOptions) -> Patches:
+    if is_video_file(name):
+        return load_video(Video.of(name, video, name), encoder.image_config).patches
+    return patchify(load_image(name).picture, encoder.image_config, name=name)
+
+
 def _with_errors(case: Case, result: ImageComparison) -> Case:
     """Return the case with its errors, on the host, as a golden file stores it."""
     trace = {name: values.cpu() for name, values in case.trace.items()}
@@ -279,7 +291,7 @@ def _chosen(
     chosen: list[tuple[int | ImageError, str | None]] = []
     for name in map(os.fsdecode, images):
         try:
-            _, digest = _read(name)
+            digest = digest_of(name) if is_video_file(name) else _read(name)[1]
         except ImageError as error:
             chosen.append((error, name))
             continue

@@ -4,15 +4,21 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from qwen_vit.compare.result import Comparison, ImageComparison, Preprocessing
+from qwen_vit.compare.result import (
+    Comparison,
+    ImageComparison,
+    Preprocessing,
+    SampledFrames,
+)
 from qwen_vit.errors import display_name, plural
 
-__all__ = ["as_text", "closer_line", "reference_line", "verdict_lines"]
+__all__ = ["as_text", "closer_line", "frame_lines", "reference_line", "verdict_lines"]
 
 STAGE_HEAD = (
     "stage", "ours - HF", "largest", "worst cos", "mean cos", "ours - f64", "HF - f64", "ratio",
     "measured", "allowed", "",
 )  # fmt: skip
+STEP_HEAD = ("merged tokens", "at", "ours - HF", "ours - f64", "HF - f64")
 IMAGE_HEAD = ("image", "verdict", "ours - HF", "ours - f64", "HF - f64", "ratio", "size", "grid")
 RATIO = "ratio"
 PIXEL_HEAD = ("processor", "grid (t, h, w)", "different levels", "largest", "")
@@ -131,6 +137,7 @@ def _image_lines(image: ImageComparison, comparison: Comparison) -> list[str]:
         f"{display_name(image.id)}  {width} x {height}, grid ({image.grid.t}, {image.grid.h}, "
         f"{image.grid.w}), our tower takes {image.tower_input}"
     )
+    frames = [] if image.frames is None else frame_lines(image.frames)
     pixels = [_pixel_row(part) for part in image.preprocessing]
     stages = [
         (
@@ -150,7 +157,43 @@ def _image_lines(image: ImageComparison, comparison: Comparison) -> list[str]:
     ]
     tables = [_table([PIXEL_HEAD, *pixels])] if pixels else []
     tables.append(_table(_with_ratios([STAGE_HEAD, *stages], comparison)))
-    return [title, *(line for part in tables for line in part)]
+    if image.steps:
+        tables.append(_table([STEP_HEAD, *_step_rows(image)]))
+    return [title, *frames, *(line for part in tables for line in part)]
+
+
+def frame_lines(frames: SampledFrames) -> list[str]:
+    """Return which frames were taken, and how those of each reference differ.
+
+    >>> from qwen_vit.compare.result import FrameChoice
+    >>> chosen = FrameChoice("qwen-vl-utils 0.0.14", True, True, (0, 20, 39, 59), 0)
+    >>> frame_lines(SampledFrames("qwen", 60, 30.0, (0, 20, 39, 59), (0.0,), (chosen,)))
+    ['4 of 60 frames, at 30 a second; sampling "qwen"', 'qwen-vl-utils 0.0.14: the same frames']
+    """
+    count = len(frames.indices)
+    lines = [
+        f"{count} of {plural(frames.n_frames, 'frame')}, at {frames.rate:.6g} a second; "
+        f'sampling "{frames.sampling}"'
+    ]
+    for each in frames.references:
+        words = "the same frames" if each.passed else f"{each.differ} frames differ"
+        if each.indices is None:
+            words = "takes no frames with these options"
+        how = "" if each.is_run else " (its rule; not installed or without torchvision)"
+        lines.append(f"{each.reference}{how}: {words}")
+    return lines
+
+
+def _step_rows(image: ImageComparison) -> list[tuple[str, ...]]:
+    moments = image.frames.seconds[::2] if image.frames else ()
+    return [
+        (
+            f"step {step}",
+            f"{moments[step]:.3f} s" if step < len(moments) else "-",
+            f"{each.difference:.2e}", f"{each.ours:.2e}", f"{each.theirs:.2e}",
+        )
+        for step, each in enumerate(image.steps)
+    ]  # fmt: skip
 
 
 def _pixel_row(part: Preprocessing) -> tuple[str, ...]:

@@ -27,8 +27,9 @@ PARQUET, JSON_LINES = "manifest.parquet", "manifest.jsonl"
 class ManifestRow:
     """The outcome of one image: line `index` of the listing.
 
-    `kind` is "image" or "video"; of one that failed, by its name. `status` is "ok" or "error". Rows `row_begin` to `row_end` of `shard` are its features; sizes
-    are in pixels, the grid in patches. `sha256` is that of the image's own bytes.
+    `kind` is "image" or "video", by its name where it failed, and `status` "ok" or "error". Rows
+    `row_begin` to `row_end` of `shard` are its features; sizes are in pixels, the grid in patches.
+    `sha256` is that of the image's own bytes.
     """
 
     index: int

@@ -4,11 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qwen_vit import VideoOptions, VisionEncoder
-from qwen_vit.compare import huggingface
-from qwen_vit.compare.run import compare
-from tests.support.videos import make_video
+from qwen_vit.compare import huggingface, videos
+from qwen_vit.compare.golden import load_golden
+from qwen_vit.compare.report import write_report
+from qwen_vit.compare.result import ImageComparison
+from qwen_vit.compare.run import compare, compare_with_golden
+from qwen_vit.compare.text import as_text
+from qwen_vit.config import Grid
+from qwen_vit.video.sampling import Timeline
+from tests.support.videos import make_video, number_in
 
 SMALL = VideoOptions(n_frames=4, min_pixels=784, max_pixels=56 * 84)
 
@@ -18,6 +25,12 @@ def test_a_video_agrees_with_hugging_face_at_every_stage(tmp_path: Path) -> None
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     done = compare(encoder, [clip, "tests/images/none.png"], video=SMALL, keep_maps=True)
     [image] = done.images
+    assert image.frames is not None
+    assert (image.frames.indices, image.frames.n_frames) == ((0, 4, 7, 11), 12)
+    qwen, transformers = image.frames.references
+    assert (qwen.is_judged, qwen.passed, qwen.indices) == (True, True, (0, 4, 7, 11))
+    assert (transformers.is_judged, transformers.passed) == (False, False)
+    assert (transformers.indices, transformers.differ) == ((0, 3, 6, 9), 3)
     assert (image.grid.t, image.grid.h, image.grid.w) == (2, 4, 6)
     assert image.problems == []
     assert image.tower_input == "uint8 pixels"
@@ -25,7 +38,47 @@ def test_a_video_agrees_with_hugging_face_at_every_stage(tmp_path: Path) -> None
     assert pixels.values_differ == 0
     assert image.maps is not None
     assert image.maps.rgb.shape == (56, 84, 3)
+    assert [step.step for step in image.maps.steps] == [0, 1]
+    assert [number_in(step.rgb.numpy()) for step in image.maps.steps] == [0, 7]
+    merger = image.stages[-1]
+    errors = [step.ours for step in image.steps]
+    assert len(errors) == 2
+    assert min(errors) <= merger.ours <= max(errors)  # the whole is between its parts
+    assert torch.equal(image.maps.steps[0].ours, image.maps.stages["merger"][0])
+    text = as_text(done, has_stages=True)
+    assert "4 of 12 frames, at 30 a second" in text
+    assert "step 1" in text
+    page = write_report(tmp_path / "page", done).read_text("utf-8")
+    assert "Frames over time" in page
+    assert page.count("error ") >= 2
     assert [name for name, _ in done.skipped] == ["tests/images/none.png"]
+
+
+def test_other_frames_than_the_references_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that is installed chooses itself; its choice is judged where we follow it."""
+    timeline, moments = Timeline(60, 30.0), (0.0, 0.7, 1.3, 2.0)
+    monkeypatch.setattr(videos, "_run_qwen", lambda *_: [0, 20, 40, 59])
+    monkeypatch.setattr(videos, "version", lambda package: "0.0.99")
+    found = videos.compare_frames(timeline, VideoOptions(), moments, "a.mp4")
+    qwen = found.references[0]
+    assert (qwen.reference, qwen.is_run) == ("qwen-vl-utils 0.0.99", True)
+    assert (qwen.differ, qwen.passed, qwen.is_judged) == (1, False, True)
+    image = ImageComparison("a.mp4", "", (64, 96), Grid(2, 4, 6), "", (), (), None, frames=found)
+    assert image.problems == ["frames: 1 differ from those of qwen-vl-utils 0.0.99"]
+    follows = VideoOptions(sampling="transformers", start=0.5)
+    of_part = videos.compare_frames(timeline, follows, moments, "a.mp4").references[1]
+    assert (of_part.indices, of_part.is_judged) == (None, False)  # it takes whole videos
+
+
+def test_a_golden_of_a_video_serves_its_file(tmp_path: Path) -> None:
+    clip = make_video(tmp_path / "clip.mp4", 12)
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    compare(encoder, [clip], video=SMALL, save_golden=tmp_path / "g.safetensors")
+    golden = load_golden(tmp_path / "g.safetensors")
+    [image] = compare_with_golden(encoder, golden, [clip], video=SMALL).images
+    assert image.problems == []
+    assert image.preprocessing[0].values_differ == 0
+    assert len(image.steps) == 2
 
 
 def test_rows_with_the_frames_of_a_pair_exchanged_are_seen(
@@ -38,6 +91,6 @@ def test_rows_with_the_frames_of_a_pair_exchanged_are_seen(
     def exchanged(frames: Any, *more: Any) -> Any:
         return real([frames[at ^ 1] for at in range(len(frames))], *more)
 
-    monkeypatch.setattr("qwen_vit.compare.run.process_pairs", exchanged)
+    monkeypatch.setattr("qwen_vit.compare.videos.process_pairs", exchanged)
     [image] = compare(encoder, [clip], video=SMALL).images
     assert any("different grey level" in problem for problem in image.problems)
