@@ -52,7 +52,7 @@ ASK_ABOVE_BYTES = 100 * 10**9
 # what an export keeps from its start
 OF_START = (
     "model", "out", "revision", "device", "dtype", "output", "normalize", "layers", "shard_size",
-    "min_pixels", "max_pixels", "exif", "column", "id_column", "formats", "pages",
+    "min_pixels", "max_pixels", "exif", "column", "id_column", "formats", "pages", "allow_urls",
     "subfolder", "as_video",
     "fps", "n_frames", "start", "end", "max_frames", "max_frame_pixels", "min_frame_pixels",
     "sampling",
@@ -75,6 +75,10 @@ OF_START = (
 )  # fmt: skip
 @column_options
 @format_options
+@click.option(
+    "--allow-urls", default="", metavar="HOST,HOST,...",
+    help="Fetch https:// addresses of these hosts from lists.",
+)  # fmt: skip
 @output_options
 @click.option(
     "--dtype", type=Dtype(["float32", "bfloat16"]),
@@ -128,7 +132,8 @@ def export(
     shard_size: int, part: tuple[int, int], on_error: Any, max_failures: int,
     allow_failed: int, shard_seconds: float | None, decode_threads: int | None,
     address: str | None, ec_cache: Path | None, profile: bool, column: str | None,
-    id_column: str | None, formats: tuple[str, ...], pages: Any, exif: Any, **loading: Any,
+    id_column: str | None, formats: tuple[str, ...], pages: Any, exif: Any, allow_urls: str,
+    **loading: Any,
 ) -> None:  # fmt: skip
     """Export the images and videos of INPUTS into a folder of shards; run it again to resume.
 
@@ -168,8 +173,9 @@ def export(
     }  # fmt: skip
     options = ExportOptions(
         output, dtype, shard_size, normalize=normalize, layers=layers, column=column,
-        id_column=id_column, exif=exif, pages=pages, limits=ImageLimits(formats=formats),
-        **of_this_run, **take_video_options(loading),
+        id_column=id_column, exif=exif, pages=pages,
+        limits=ImageLimits(formats=formats, allow_urls=_hosts(allow_urls)), **of_this_run,
+        **take_video_options(loading),
     )  # fmt: skip
     if resume is not None:
         _refuse_start_options(click.get_current_context())
@@ -231,6 +237,10 @@ def _refuse_start_options(ctx: click.Context) -> None:
             raise click.UsageError(
                 f"{option} cannot be passed with --resume: the export has its own"
             )
+
+
+def _hosts(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
 
 
 def _part(text: str) -> tuple[int, int]:

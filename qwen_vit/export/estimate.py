@@ -38,6 +38,7 @@ from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.patches import smart_resize
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.read import read_item
+from qwen_vit.inputs.urls import is_https
 from qwen_vit.video.items import patches_by_header, video_of_item
 from qwen_vit.video.options import Video, VideoOptions
 
@@ -239,7 +240,11 @@ class _Counts:
 def _is_missing(item: Item) -> bool:
     if item.error is not None:
         return item.error[0] == "missing"
-    return not is_remote(item.source) and not os.path.exists(item.source)
+    return _is_on_disk(item.source) and not os.path.exists(item.source)
+
+
+def _is_on_disk(source: str) -> bool:
+    return not is_remote(source) and not is_https(source)
 
 
 def _patches(item: Item, config: ImageConfig, options: ExportOptions) -> int | None:
@@ -339,7 +344,7 @@ def _open_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
     try:
         with ExitStack() as stack:
             file: BinaryIO
-            if item.is_file and item.error is None and not is_remote(item.source):
+            if item.is_file and item.error is None and _is_on_disk(item.source):
                 if not stat.S_ISREG(os.stat(item.source).st_mode):
                     return None
                 file = stack.enter_context(open(item.source, "rb"))

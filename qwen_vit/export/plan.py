@@ -272,8 +272,11 @@ def _begin_or_resume(
     return ExportPlan(folder, stored.settings, stored.listings, options, made_by, stored.accepted)
 
 
-def _columns(options: ExportOptions) -> dict[str, str | None]:
-    return {"column": options.column, "id_column": options.id_column, "pages": options.pages}
+def _columns(options: ExportOptions) -> dict[str, Any]:
+    return {
+        "column": options.column, "id_column": options.id_column, "pages": options.pages,
+        **({"allow_urls": hosts} if (hosts := options.limits.allow_urls) else {}),
+    }  # fmt: skip
 
 
 def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) -> int:

@@ -50,7 +50,7 @@ def read_start_options(folder: AnyPath) -> StartOptions:
             for name, value in stored["limits"].items()
             if name in known
         }
-        limits = ImageLimits(**bounds)
+        limits = ImageLimits(**bounds, allow_urls=tuple(inputs.get("allow_urls", ())))
         video = dict(policy.get("video", {}))
         video.pop("decoder", None)
         as_video, video_limits = video.pop("as_video", False), video.pop("limits", {})

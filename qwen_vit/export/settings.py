@@ -54,6 +54,7 @@ logger = logging.getLogger("qwen_vit")
 SETTINGS, LISTING = "export.json", listing_name(0)
 # Another name of the same weights is the same model: hashes decide.
 NAMES_ALONE = {"model", "commit"}
+NOT_OF_PIXELS = {"max_seconds", "allow_urls"}  # they may change when resuming
 OF_LISTING = {"n_images", "listing_sha256"}
 MADE_BY = ("versions", "gpu")  # what `accept_versions` may change
 SHARD = re.compile(r"(?:shard-\d+|segment-\d+-\d+)\.safetensors")
@@ -89,8 +90,7 @@ def make_settings(
         "normalize": options.normalize,
         "layers": options.layers,
         "shard_size": options.shard_size,
-        # seconds depend on the machine: they may be raised when resuming
-        "limits": {k: v for k, v in asdict(options.limits).items() if k != "max_seconds"},
+        "limits": {k: v for k, v in asdict(options.limits).items() if k not in NOT_OF_PIXELS},
     }
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]  # lists, not tuples
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
@@ -52,6 +52,8 @@ EXIF_IGNORED = "EXIF orientation ignored"  # the note of each image with exif="i
 
 ADDRESS = re.compile(r"(?:https?|ftp|s3a?|gs|gcs|az|abfs|hf|file):/|data:", re.IGNORECASE)
 
+HOST = re.compile(r"(\*\.)?[a-z0-9-]+(\.[a-z0-9-]+)+(:\d{1,5})?", re.IGNORECASE)
+HTTPS_PORT = 443
 OPTIONAL_FORMATS = ("ICO", "JPEG2000", "PPM", "TGA")
 MAX_RATIO = 200  # of a side to the other, as in the reference processor
 
@@ -80,6 +82,9 @@ class ImageLimits:
 
     `formats` are decoded as well as those that always are: some of OPTIONAL_FORMATS.
 
+    `allow_urls` are hosts, such as "images.example.org" or "*.example.org:8443". An export fetches
+    https:// addresses of these hosts from lists. No other address is ever fetched.
+
     The limits hold for one call. Pillow's process-wide MAX_IMAGE_PIXELS is neither read nor set,
     but its WebP and GIF plug-ins read it. Raises ArgumentError for a limit below 1.
     """
@@ -88,8 +93,10 @@ class ImageLimits:
     max_file_bytes: int = 512 * 2**20
     max_seconds: float = 60.0
     formats: tuple[str, ...] = ()
+    allow_urls: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "allow_urls", check_hosts(self.allow_urls))
         object.__setattr__(self, "formats", check_formats(self.formats))
         for field in ("max_pixels", "max_file_bytes"):
             value = getattr(self, field)
@@ -127,6 +134,41 @@ class RgbImage:
     def width(self) -> int:
         """Columns."""
         return self.picture.width
+
+
+def check_hosts(hosts: object) -> tuple[str, ...]:
+    """Names of hosts, in small letters.
+
+    >>> check_hosts(["Images.example.org", "*.example.org:8443"])
+    ('images.example.org', '*.example.org:8443')
+
+    Raises ArgumentError for anything else, such as a whole address.
+    """
+    given = [hosts] if isinstance(hosts, str) else hosts
+    if not isinstance(given, list | tuple) or not all(
+        isinstance(each, str) and HOST.fullmatch(each) for each in given
+    ):
+        raise ArgumentError(
+            f"allow_urls is {hosts!r}",
+            expected='names of hosts, such as "images.example.org" or "*.example.org"',
+        )
+    return tuple(each.lower() for each in given)
+
+
+def is_allowed_host(host: str, port: int, allowed: Sequence[str]) -> bool:
+    """Whether a host and a port are among allowed ones.
+
+    >>> is_allowed_host("a.example.org", 443, ["*.example.org"])
+    True
+    >>> is_allowed_host("a.example.org", 8443, ["*.example.org"])
+    False
+    """
+    for each in allowed:
+        name, _, number = each.partition(":")
+        is_name = host.endswith(name[1:]) if name.startswith("*.") else host == name
+        if is_name and port == int(number or HTTPS_PORT):
+            return True
+    return False
 
 
 def check_formats(formats: object) -> tuple[str, ...]:

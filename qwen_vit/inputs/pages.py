@@ -11,6 +11,7 @@ from qwen_vit.images.image import ImageLimits, ImagePage
 from qwen_vit.images.pages import HEAD_BYTES, ONE_PAGE, count_pages, page_id
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.read import read_item
+from qwen_vit.inputs.urls import is_https
 
 __all__ = ["as_page", "page_items"]
 
@@ -47,7 +48,8 @@ def _count(item: Item, limits: ImageLimits) -> int:
 
 def _has_one_page(item: Item) -> bool:
     """Whether the start of a file shows a format without pages, so that it need not be read."""
-    if not is_remote(item.source) and not os.path.isfile(item.source):  # a FIFO would block
+    is_on_disk = not (is_remote(item.source) or is_https(item.source))
+    if is_on_disk and not os.path.isfile(item.source):  # a FIFO would block
         return True
     try:
         with open(item.source, "rb") as file:

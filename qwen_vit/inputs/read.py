@@ -12,6 +12,7 @@ from qwen_vit.images.load import read_image_file
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.parquet_rows import read_row
 from qwen_vit.inputs.remote import read_object
+from qwen_vit.inputs.urls import is_https, read_url
 
 __all__ = ["read_item"]
 
@@ -54,6 +55,8 @@ def _read(item: Item, limits: ImageLimits) -> bytes:
         return data
     if is_remote(item.source):
         return read_object(item, limits)
+    if limits.allow_urls and is_https(item.source):
+        return read_url(item.source, item.id, limits)
     if item.offset is None or item.size is None:
         return read_image_file(item.source, item.id, limits)
     return _read_member(item, item.offset, item.size, limits)

@@ -1,0 +1,253 @@
+"""Images at https:// addresses: allowed hosts, public addresses, and limits."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.export.estimate import estimate_export
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.resume import read_start_options
+from qwen_vit.export.run import export_features
+from qwen_vit.feature_files.read import load_features
+from qwen_vit.images.image import ImageLimits
+from qwen_vit.inputs import read as read_module
+from qwen_vit.inputs import urls
+from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.read import read_item
+from tests.support.export_stress import tiny_png
+from tests.support.fake_encoder import FakeEncoder
+from tests.support.https_server import Answer, https_server, is_loopback_or, trusting
+
+HOST, OTHER = "images.example.org", "other.example.org"
+IS_PUBLIC = urls._is_public
+
+
+class Site:
+    """A running server, and what its paths answer."""
+
+    def __init__(self, port: int, answers: dict[str, Answer]) -> None:
+        self.port, self.answers = port, answers
+
+    def url(self, path: str, host: str = HOST) -> str:
+        return f"https://{host}:{self.port}{path}"
+
+    def limits(self, *hosts: str, **more: Any) -> ImageLimits:
+        names = tuple(f"{host}:{self.port}" for host in hosts or (HOST,))
+        return ImageLimits(allow_urls=names, **more)
+
+    def failure(self, path: str, limits: ImageLimits | None = None, host: str = HOST) -> ImageError:
+        url = self.url(path, host)
+        with pytest.raises(ImageError) as caught:
+            read_item(Item(url, url), limits or self.limits())
+        return caught.value
+
+
+def body(data: bytes, status: int = 200, **headers: str) -> Answer:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        for name, value in {"Content-Length": str(len(data)), **named}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(data)
+
+    return answer
+
+
+def redirect(target: str) -> Answer:
+    return body(b"", 302, Location=target)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, Path]]:
+    certificate, answers = tmp_path_factory.mktemp("site") / "certificate.pem", dict[str, Answer]()
+    with https_server(certificate, answers) as port:
+        yield Site(port, answers), certificate
+
+
+@pytest.fixture
+def site(running: tuple[Site, Path], monkeypatch: pytest.MonkeyPatch) -> Site:
+    """The server, whose hosts are at 127.0.0.1 here, which counts as public here."""
+    found, certificate = running
+    found.answers.clear()
+    found.answers["/a.png"] = body(tiny_png(1))
+    monkeypatch.setattr(urls, "_resolve", lambda *_: ["127.0.0.1"])
+    monkeypatch.setattr(urls, "_is_public", is_loopback_or(IS_PUBLIC))
+    monkeypatch.setattr(urls, "_context", lambda: trusting(certificate))
+    monkeypatch.setattr(read_module, "PAUSES_S", (0, 0))
+    return found
+
+
+def test_an_export_fetches_allowed_addresses_of_a_list(site: Site, tmp_path: Path) -> None:
+    site.answers["/b.png?size=1"] = body(tiny_png(2))
+    lines = [site.url("/a.png"), site.url("/b.png?size=1"), site.url("/a.png", OTHER)]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    encoder: Any = FakeEncoder()
+    options = ExportOptions(limits=site.limits())
+    assert estimate_export(encoder, [str(tmp_path / "list.txt")], options).unreadable == 1
+    done = export_features(encoder, [tmp_path / "list.txt"], tmp_path / "out", options)
+    assert (done.exported, done.failed) == (2, {"url": 1})
+    stored = load_features(tmp_path / "out")
+    assert list(stored.ids) == lines[:2]
+    assert f"its host {OTHER}:{site.port} is not allowed" in stored.errors[0].message
+    assert read_start_options(tmp_path / "out").options.limits == site.limits()
+    done = export_features(encoder, None, tmp_path / "out", options)
+    assert done.resumed == 3
+
+
+def test_no_address_is_fetched_unasked(site: Site) -> None:
+    error = site.failure("/a.png", ImageLimits())
+    assert (error.code, error.fact) == ("url", "an address, not a file")
+
+
+def test_redirects_within_the_allowed_hosts_are_followed(site: Site) -> None:
+    site.answers["/1"] = redirect("/2")
+    site.answers["/2"] = redirect(site.url("/a.png", OTHER))
+    url = site.url("/1")
+    assert read_item(Item(url, url), site.limits(HOST, OTHER)) == tiny_png(1)
+    assert f"its host {OTHER}:{site.port} is not allowed" in site.failure("/1").fact
+
+
+@pytest.mark.parametrize(
+    ("target", "fact"),
+    [
+        ("/loop", "more than 5 redirects"),
+        ("http://images.example.org/a.png", "leads to http://"),
+        ("https://user:pass@images.example.org/", "holds a user's name or password"),
+        ("file:///etc/passwd", "leads to file://"),
+        ("https://169.254.169.254/latest", "its host 169.254.169.254 is not allowed"),
+        ("https://images.example.org:22/", "its host images.example.org:22 is not allowed"),
+        ("https://images.example.org:x/", "no valid address"),
+        ("/a b", "no valid address"),
+    ],
+)
+def test_redirects_elsewhere_are_refused(site: Site, target: str, fact: str) -> None:
+    site.answers["/loop"] = redirect(target)
+    error = site.failure("/loop")
+    assert fact in error.fact
+    assert (error.code, bool(error.remedy)) == ("url", True)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0",
+        "100.64.0.1", "224.0.0.1", "::1", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1",
+        "64:ff9b::a00:1", "2002:a00:1::", "ff02::1",
+    ],
+)  # fmt: skip
+def test_addresses_that_are_not_public_are_never_connected_to(
+    site: Site, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    """Also where a name has a public address besides, which rebinding needs."""
+    connected: list[Any] = []
+    monkeypatch.setattr(urls, "_is_public", IS_PUBLIC)
+    monkeypatch.setattr(urls, "_resolve", lambda *_: ["93.184.215.14", address])
+    monkeypatch.setattr(urls.socket, "create_connection", lambda *each: connected.append(each))
+    error = site.failure("/a.png")
+    assert "which is not a public address" in error.fact
+    assert (error.code, connected) == ("url", [])
+
+
+def test_the_address_that_was_checked_is_connected_to(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that resolves to another address the second time is resolved once."""
+    answers = [["127.0.0.1"], ["10.0.0.1"]]
+    monkeypatch.setattr(urls, "_resolve", lambda *_: answers.pop(0))
+    url = site.url("/a.png")
+    assert read_item(Item(url, url), site.limits()) == tiny_png(1)
+    assert answers == [["10.0.0.1"]]
+
+
+def test_a_certificate_of_another_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urls, "_context", urls.ssl.create_default_context)
+    assert "no valid certificate" in site.failure("/a.png").fact
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "fact"),
+    [
+        (body(b"", 404), "missing", "does not exist (HTTP 404)"),
+        (body(b"", 403), "unreadable", "cannot be fetched (HTTP 403)"),
+        (body(b"", 503), "unreadable", "cannot be fetched (HTTP 503)"),
+        (body(b"x" * 2_000), "file-too-large", ""),
+        (body(b"x", Content_Encoding="gzip"), "unreadable", "its server compresses it"),
+        (body(b"x", Content_Length="5"), "unreadable", "ended after 1 of 5 bytes"),
+    ],
+)
+def test_answers_that_hold_no_image(site: Site, answer: Answer, code: str, fact: str) -> None:
+    site.answers["/x"] = answer
+    error = site.failure("/x", site.limits(max_file_bytes=1_000))
+    assert error.code == code
+    assert fact in error.fact
+
+
+def endless(request: BaseHTTPRequestHandler) -> None:
+    request.send_response(200)
+    request.end_headers()
+    with contextlib.suppress(OSError):
+        while True:
+            request.wfile.write(b"x" * 500)
+
+
+def dripping(where: str) -> Answer:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        if where == "body":
+            request.send_response(200)
+            request.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                request.wfile.write(b"H")
+                time.sleep(0.05)
+
+    return answer
+
+
+def test_a_body_without_an_end_is_cut_at_the_limit(site: Site) -> None:
+    site.answers["/x"] = endless
+    assert site.failure("/x", site.limits(max_file_bytes=10_000)).code == "file-too-large"
+
+
+@pytest.mark.parametrize("where", ["head", "body"])
+def test_a_server_that_drips_is_cut_in_time(
+    site: Site, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr(urls, "MAX_SECONDS", 0.3)
+    site.answers["/x"] = dripping(where)
+    begin = time.monotonic()
+    assert site.failure("/x").code == "slow"
+    assert time.monotonic() - begin < 3
+
+
+def test_a_passing_fault_is_tried_again(site: Site) -> None:
+    left = [body(b"", 503), body(b"", 429), body(tiny_png(3))]
+    site.answers["/x"] = lambda request: left.pop(0)(request)
+    url = site.url("/x")
+    assert read_item(Item(url, url), site.limits()) == tiny_png(3)
+
+
+@pytest.mark.parametrize(
+    "hosts", ["https://example.org", "example", ["a b.org"], 3, "*", "*.*.org"]
+)
+def test_hosts_that_are_none_are_refused(hosts: Any) -> None:
+    with pytest.raises(ArgumentError, match="names of hosts"):
+        ImageLimits(allow_urls=hosts)
+
+
+def test_the_command_takes_hosts(
+    site: Site, tmp_path: Path, qwen_vit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "list.txt").write_text(site.url("/a.png"))
+    words = ("export", tmp_path / "list.txt", "--model", "tiny", "--device", "cpu", "--quiet")
+    assert qwen_vit(*words, "--out", tmp_path / "none").code == 1
+    hosts = f"x.example.org,{HOST}:{site.port}"
+    done = qwen_vit(*words, "--out", tmp_path / "out", "--allow-urls", hosts)
+    assert done.code == 0, done.err
+    assert len(load_features(tmp_path / "out")) == 1
