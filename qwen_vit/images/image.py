@@ -149,7 +149,7 @@ def check_hosts(hosts: object) -> tuple[str, ...]:
         isinstance(each, str) and HOST.fullmatch(each) for each in given
     ):
         raise ArgumentError(
-            f"allow_urls is {hosts!r}",
+            with_options("{} is {hosts!r}", "allow_urls", hosts=hosts),
             expected='names of hosts, such as "images.example.org" or "*.example.org"',
         )
     return tuple(each.lower() for each in given)
