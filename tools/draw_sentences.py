@@ -1,4 +1,4 @@
-"""Draw sentences of the docs, the help and the messages, for a reader who judges the language.
+"""Draw sentences of docs, help, messages and docstrings, for a reader who judges the language.
 
 The commit's hash draws them, so the author cannot choose. The rules are in docs/development.md.
 
@@ -17,7 +17,14 @@ import click
 from qwen_vit.cli.main import COMMANDS, cli
 from tools.common import ROOT, head_commit
 
-__all__ = ["Sentence", "help_sentences", "message_sentences", "page_sentences", "sentences_of"]
+__all__ = [
+    "Sentence",
+    "docstring_sentences",
+    "help_sentences",
+    "message_sentences",
+    "page_sentences",
+    "sentences_of",
+]
 
 PAGES = (
     *(
@@ -31,6 +38,9 @@ CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 END = re.compile(r"(?<=[.!?])[)\"*_]*\s+(?=[A-Z0-9(\"*_`])")
 # the calls whose text a person reads: errors, and lines on a terminal
 READ = re.compile(r"\w*Error|print_log|print_data|warn|warning|info|fail|Failure|ClickException")
+
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Sentence(NamedTuple):
@@ -113,6 +123,22 @@ def message_sentences() -> Iterator[Sentence]:
                 yield from (Sentence(where, text) for text in sentences_of(literal(argument)))
 
 
+def docstring_sentences() -> Iterator[Sentence]:
+    """Of docstrings: their prose, and what they say of arguments, without sessions."""
+    for path in sorted((ROOT / "qwen_vit").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, DOCUMENTED):
+                continue
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+            for block in re.split(r"\n\s*\n|\n(?=\s*- )", ast.get_docstring(node) or ""):
+                if block.lstrip().startswith(">>>") or "\x08" in block:
+                    continue
+                for part in re.split(
+                    r"^(?:[A-Z]\w+:\n)? {4,8}[\w, ]+: (?=\S)", block, flags=re.MULTILINE
+                ):
+                    yield from (Sentence(where, text) for text in sentences_of(part))
+
+
 def literal(node: ast.expr) -> str:
     """A string as written; a value in an f-string is a word."""
     if isinstance(node, ast.Constant):
@@ -129,7 +155,9 @@ def literal(node: ast.expr) -> str:
 @click.option("--count", default=100, show_default=True, help="How many sentences.")
 @click.option("--commit", default=head_commit, help="What draws them.  [default: HEAD]")
 def main(count: int, commit: str) -> None:
-    every = {*page_sentences(), *help_sentences(), *message_sentences()}
+    every = {
+        *page_sentences(), *help_sentences(), *message_sentences(), *docstring_sentences()
+    }  # fmt: skip
     long_enough = sorted(sentence for sentence in every if sentence.words >= 4)
     for sentence in random.Random(commit).sample(long_enough, min(count, len(long_enough))):
         print(f"{sentence.where}: {sentence.text}")

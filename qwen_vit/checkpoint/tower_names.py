@@ -147,9 +147,9 @@ def check_tower(
 ) -> dict[str, tuple[str, ...]]:
     """Return the stored tensors of each published one: itself, or q, k and v.
 
-    `infos` has the names without prefix. Raises CheckpointError, about `source`, for a tower of
-    another model, a quantised one, and any name or shape that differs from what `config` says;
-    `locate` gives the place of a tensor for the message.
+    `infos` has the names without prefix, and `locate` gives a tensor's place for the message.
+    Raises CheckpointError, about `source`, for a tower of another model, a quantised one, and any
+    name or shape that differs from `config`.
     """
     _refuse_other_towers(infos, source, locate)
     _refuse_as_tools_save({name: info.shape for name, info in infos.items()}, source)

@@ -112,11 +112,11 @@ def judge(
     >>> judge(torch.bfloat16, distance=3e-3, ours=2.2e-3, theirs=2.0e-3).problem
     'ours is 1.1 times as far from float64 as Hugging Face, allowed 1.01'
 
-    `distance` is our relative distance from Hugging Face's result; `ours` and `theirs` are the two
-    errors against the float64 oracle; `recorded` is theirs as a golden file states it. float32
-    bounds `distance`, bfloat16 the ratio of ours to theirs. A reference too far from the truth
-    fails the stage: beyond 1e-4 in float32, beyond the error of all zeros in bfloat16, and for a
-    golden beyond its error when it was made.
+    `distance` is our relative distance from Hugging Face's result. `ours` and `theirs` are the two
+    errors against the float64 oracle. `recorded` is theirs as a golden file states it. The policy
+    of float32 bounds `distance`, and that of bfloat16 the ratio of ours to theirs. A reference too
+    far from the truth fails the stage. Its error is at most 1e-4 in float32, and that of all zeros
+    in bfloat16. A golden's error is at most that of its making.
     """
     is_fp32 = dtype == torch.float32
     own_error = theirs if recorded is None else recorded

@@ -86,7 +86,7 @@ class Listings:
 
 
 class CurrentImages:
-    """Tells the current line of each image from lines that a later listing replaced."""
+    """Which line of each image is current: later listings replace earlier lines."""
 
     def __init__(self, listings: Listings) -> None:
         self._listings = listings

@@ -106,7 +106,7 @@ def write_manifest(
     that exist then.
 
     Parquet holds only Unicode: in any other id or source the odd bytes are escaped, and `id_bytes`
-    has the whole id. JSON lines, and the listing, hold every name as it is. Raises ExportError
+    has the whole id. JSON lines, and the listing, hold every name unchanged. Raises ExportError
     where the system refuses to write.
     """
     has_arrow = load_arrow()

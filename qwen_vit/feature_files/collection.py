@@ -32,9 +32,9 @@ ImageKeys: TypeAlias = (
 class Features(ABC):
     """Images' features in order, read when they are used.
 
-    An index is a position or an id. A slice, a list, tuple, range, array or tensor of positions and
-    ids, or a mask of one truth value for each image selects a subset, which is lazy as well. The
-    rows are views of the file in memory: clone them before you write to them.
+    An index is a position or an id. A slice, or a sequence, array or tensor of positions or ids,
+    selects a subset. So does a mask with one truth value for each image. Subsets are lazy as well.
+    The rows are views of the file in memory: clone them before you write to them.
     """
 
     metadata: dict[str, Any]
@@ -144,8 +144,8 @@ class Features(ABC):
         >>> load_features("means").to_pandas().loc["cat.jpg", "embeds"].shape  # doctest: +SKIP
         (3584,)
 
-        Its columns are grid_t, grid_h, grid_w (patches), height, width (pixels; missing where they
-        are not known), notes, and arrays of float32: embeds, (D,) for output="mean", else (n, D),
+        Its columns are grid_t, grid_h, grid_w (patches), height, width (pixels) and notes. Unknown
+        sizes are missing values. Arrays of float32 are embeds, (D,) for output="mean", else (n, D),
         and layer_K (n_patches, C). All of it is in memory. Failed images have no row: `errors`
         names them. Raises ArgumentError if pandas is not installed.
         """

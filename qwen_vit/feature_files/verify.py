@@ -46,9 +46,9 @@ def verify_features(
     >>> verify_features("features.safetensors").problems  # doctest: +SKIP
     ()
 
-    That is: headers, ids and offsets; as many rows as an image's grid asks for; neither NaN nor
-    infinity; the rows' digests, where the file records them; of an export also its listing's hash,
-    that each shard belongs to it, and that none is missing. `on_image` is called for each image.
+    Of a file it checks headers, ids and offsets. Each image must have the rows that its grid asks
+    for, without NaN and infinity, and of the recorded digests. An export must also have the
+    recorded hash of its listing, and all of its shards. `on_image` is called for each image.
     Raises ExportError if a path holds no features, or a feature file cannot be opened.
     """
     features = load_features(path)

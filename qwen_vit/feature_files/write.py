@@ -59,8 +59,8 @@ def write_features(
     (1, 22, 32)
 
     `metadata` is the result of `VisionEncoder.metadata()`. The bytes depend only on the arguments.
-    Raises ExportError for an existing file with `overwrite=False`, two images of one id, embeddings
-    that are not rows of finite numbers, nothing to write, or a folder that cannot be written.
+    Raises ExportError for an existing file with `overwrite=False`, and for a folder that cannot be
+    written. So do two images of one id, rows that are not finite numbers, and no image at all.
     """
     path = Path(path)
     check_utf8(path)

@@ -37,8 +37,8 @@ def to_rgb(
 ) -> tuple[Image.Image, tuple[str, ...]]:
     """Apply the policy to a copy of a decoded image, and list what it did.
 
-    `deep` is the result of `is_deep` before decoding. With exif="ignore" the picture stays as it
-    is. Raises ImageError with code "mode".
+    `deep` is the result of `is_deep` before decoding. With exif="ignore" the picture is not
+    turned. Raises ImageError with code "mode".
     """
     notes: list[str] = []
     try:

@@ -17,7 +17,7 @@ __all__ = ["as_page", "page_items"]
 
 
 def page_items(items: Iterable[Item], limits: ImageLimits) -> Iterator[Item]:
-    """The pages of each image, which is read for that; one with a single page stays as it is.
+    """The pages of each image, which is read for that; one with a single page is unchanged.
 
     >>> rocket = Item("rocket.jpg", "tests/images/rocket.jpg")
     >>> [item.id for item in page_items([rocket], ImageLimits())]

@@ -1,8 +1,8 @@
 """Merged rows and grids, checked: the input of every language model.
 
-transformers, vLLM and SGLang take the same thing: merged rows (sum n, D), image after image in the
-prompt's order, with n = t * h * w / 4 rows for the grid (t, h, w) of each image. None of them
-checks it well (vLLM's engine may crash on a wrong count), so it is checked here.
+transformers, vLLM and SGLang take merged rows (sum n, D), image after image in the prompt's order.
+The grid (t, h, w) of an image gives its number of rows, n = t * h * w / 4. None of them checks it
+well: vLLM's engine may crash on a wrong count. So this module checks it.
 """
 
 import math

@@ -7,9 +7,9 @@ partition fetches its first weights before the previous kernel has ended (progra
 launch).
 
 Names as in Gluon's tutorials: `descs` are TMA descriptors, `buffers` are shared memory, `barriers`
-are mbarriers. A stage of the ring has a `ready` barrier, on which the MMA partitions wait for its
-data, and an `empty` barrier, on which the load partition waits until all have read it. Each pass
-over the ring flips a barrier's phase.
+are mbarriers. Each stage of the ring has two barriers. The MMA partitions wait for its data on
+`ready`. The load partition waits on `empty` until all have read it. Each pass over the ring flips a
+barrier's phase.
 
 It is written in Gluon, Triton's lower level, because Triton cannot express this overlap. The sums
 run over K in the order of `linear._gemm`, so both give the same bits. This one runs wherever it is

@@ -1,8 +1,8 @@
 """An image's rows -> their mean, and vectors of unit length: in float32, in one fixed order.
 
-On a GPU the order of each sum follows from the image's own number of rows alone, so an image's
-vector has the same bits alone and in any batch. torch's own reductions choose their order by the
-shape of the whole batch.
+On a GPU the order of each sum follows from the image's own number of rows alone. So an image's
+vector has the same bits alone and in any batch. Reductions of torch choose their order by the shape
+of the whole batch.
 """
 
 from collections.abc import Sequence

@@ -21,16 +21,22 @@ def fused_rope_varlen_attention(
     >>> fused_rope_varlen_attention(qkv, angles.cos(), angles.sin(), cu_seqlens).shape
     torch.Size([10, 2, 80])
 
-    Shapes: `qkv` (N, 3, H, D), the fused projection's output, read in place; `cos` and `sin`
-    (N, D / 2) float32, where pair j rotates dims (j, j + D / 2); `cu_seqlens` (S + 1,) int32 or
-    int64, from 0 to N; returns (N, H, D) in qkv's dtype. The softmax scale is D ** -0.5.
+    A GPU computes in bfloat16 or float32 (IEEE, never TF32). On a CPU the kernel is interpreted,
+    in float32. The softmax scale is D ** -0.5. It has no gradient.
 
-    bfloat16 and float32 (IEEE, never TF32) on a GPU; float32 on a CPU, interpreted. On a
-    GPU nothing waits for the host: `cu_seqlens` is never read back, so wrong values give wrong
-    results there and no error. Rows beyond its last value are left unwritten. Head dims are even,
-    and from 16 to 128 on a GPU, 2 to 1,024 on a CPU. Forward only: no gradient.
+    Args:
+        qkv: (N, 3, H, D), the fused projection's output, read in place. D is even: 16 to 128 on a
+            GPU, 2 to 1,024 on a CPU.
+        cos: (N, D / 2) float32. Pair j rotates dims j and j + D / 2.
+        sin: as `cos`.
+        cu_seqlens: (S + 1,) int32 or int64, from 0 to N. A GPU never copies it to the host, so
+            wrong values give wrong results there and no error.
 
-    Raises ArgumentError for shapes, dtypes or devices that do not fit together.
+    Returns:
+        (N, H, D) in qkv's dtype. Rows beyond the last value of `cu_seqlens` are not written.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices do not fit together.
     """
     _check_arguments(qkv, cos, sin, cu_seqlens)
     cut = tiling(qkv.device, qkv.dtype, "full")

@@ -51,9 +51,9 @@ def sample_frames(timeline: Timeline, options: VideoOptions, name: str) -> tuple
     >>> sample_frames(Timeline(300, 30.0), VideoOptions(n_frames=4), "a.mp4")
     ([0, 100, 199, 299], 0.4)
 
-    An odd number of indices means that the last frame counts twice. A single frame is taken as it
-    is: qwen-vl-utils and transformers refuse it. Raises ImageError with code "video-range" for a
-    part without two frames, and "video-frames" for more frames than there are.
+    An odd number of indices means that the last frame counts twice. A single frame is accepted:
+    qwen-vl-utils and transformers refuse it. Raises ImageError with code "video-range" for a part
+    without two frames, and "video-frames" for more frames than there are.
     """
     first, last = _frame_range(timeline, options, name)
     count = last - first + 1

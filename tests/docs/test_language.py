@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from tools.draw_sentences import (
     Sentence,
+    docstring_sentences,
     help_sentences,
     main,
     message_sentences,
@@ -20,7 +21,10 @@ BANNED = re.compile(
     re.IGNORECASE,
 )
 MAX_WORDS = 30
-SOURCES = {"pages": page_sentences, "help": help_sentences, "messages": message_sentences}
+SOURCES = {
+    "pages": page_sentences, "help": help_sentences, "messages": message_sentences,
+    "docstrings": docstring_sentences,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("source", SOURCES)

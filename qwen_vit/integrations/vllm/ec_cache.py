@@ -3,9 +3,9 @@
 vLLM's `ECExampleConnector` reads an item's rows from FOLDER/UUID/encoder_cache.safetensors, one
 tensor `ec_cache` (tokens, width). It checks nothing: rows of another width or number stop the
 engine for everybody. So a folder is of one model, one setting of image sizes and one dtype, which
-its `qwen_vit.json` names, and each entry's uuid holds a digest of these and one of its rows, which
-follow from the pixels. `index/` says which image has which entry, in one file for each call of
-`write_ec_cache`: any number of processes may write.
+its `qwen_vit.json` names. Each entry's uuid holds a digest of these and one of its rows. `index/`
+says which image has which entry, in one file for each call of `write_ec_cache`: any number of
+processes may write.
 """
 
 import json
