@@ -184,7 +184,7 @@ def image_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if size.keys() - known:
         raise CheckpointError(
             f"size holds {short_repr(sorted(size))}, as another model's processor has it",
-            expected="shortest_edge and longest_edge, in pixels of area",
+            expected="shortest_edge and longest_edge: height x width in pixels",
         )
     for key, value in size.items():
         if is_integer(value) and value < MIN_AREA:

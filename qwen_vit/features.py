@@ -95,7 +95,7 @@ class ImageFeatures:
     def map(self) -> Tensor:
         """`embeds` as a view (t, h, w, D): one cell a merged token, or a patch.
 
-        Raises ArgumentError if the rows are not those of whole cells, as for output="mean".
+        Raises ArgumentError unless each row is a cell; with output="mean" none is.
         """
         (t, h, w), rows = self.grid_thw, len(self.embeds)
         side = math.isqrt(t * h * w // rows) if rows and self.output != "mean" else 0

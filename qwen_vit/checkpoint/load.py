@@ -87,7 +87,7 @@ class Checkpoint:
             image_config: the image settings, or what preprocessor_config.json says; transformers'
                 defaults if None.
 
-        Raises CheckpointError as load_checkpoint does, and ArgumentError for a value that is no
+        Raises CheckpointError as load_checkpoint does, and ArgumentError for a value that is not a
         tensor.
         """
         if not isinstance(config, VisionConfig):

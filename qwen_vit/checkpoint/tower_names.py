@@ -245,7 +245,7 @@ def _refuse_other_towers(
 
 
 def _refuse_as_tools_save(shapes: Mapping[str, tuple[int, ...] | None], source: str) -> None:
-    """Raise CheckpointError for what training and conversion tools write instead of a tower."""
+    """Raise CheckpointError for files of training and conversion tools that hold no tower."""
     for pattern, what, remedy in SAVED_BY_TOOLS:
         found = [name for name in shapes if pattern.search(name)]
         if found:

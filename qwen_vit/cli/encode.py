@@ -81,8 +81,8 @@ def encode(
 
     The file holds image_embeds, image_grid_thw, image_token_offsets, and a layer_K for each block
     of --layers; read it with qwen_vit.load_features. An image that cannot be encoded is reported
-    and skipped (exit code 1). The file is written whole, at the end: for many images use
-    `qwen-vit export`, which keeps what is finished.
+    and skipped (exit code 1). The file is written whole, at the end. For many images use
+    `qwen-vit export`, which keeps finished shards.
     """
     check_output(out, overwrite)
     with slow_imports():

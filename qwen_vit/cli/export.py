@@ -260,7 +260,7 @@ def _hint_resume(out: "AnyPath") -> Iterator[None]:
 
         kept = count_kept(out) if isinstance(out, Path) and out.is_dir() else 0
         if not isinstance(out, Path):
-            print_log("what was encoded is kept; run the same command again to resume")
+            print_log("encoded images are kept; run the same command again to resume")
         elif kept:
             print_log(f"{plural(kept, 'image')} kept; run the same command again to resume")
         else:

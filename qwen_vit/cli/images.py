@@ -85,8 +85,8 @@ def encode_one_by_one(
 ) -> "Iterator[tuple[ImageFeatures | FailedImage, float]]":
     """Each image's features, or its error, and the milliseconds from its file to its features.
 
-    Features are on the host: the GPU's memory is for encoding. A progress bar is shown on a
-    terminal, and a failed image logged above it. `exif` and `options` are those of
+    Features are on the host: the GPU's memory is for encoding. On a terminal a
+    progress bar is shown, with failed images above it. `exif` and `options` are those of
     `VisionEncoder.encode`; `video` has those of videos, and with `as_video` an animation is one.
     """
     from tqdm import tqdm

@@ -88,7 +88,7 @@ class Dtype(click.Choice[str]):
 def complete_model(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """The names of checkpoints and of folders that begin as what was typed."""
+    """The names of checkpoints and of folders that begin with the typed text."""
     names = dict.fromkeys([*PACKAGED, *published_checkpoints(), *cached_repositories()])
     found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
     return [*found, CompletionItem(incomplete, type="dir")]

@@ -21,7 +21,7 @@ MAX_LISTED = 20
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What was checked, in words, and what is wrong."""
+    """The checks in words, and the problems."""
 
     checked: str | dict[str, str]
     problems: tuple[str, ...]
@@ -31,7 +31,7 @@ class Findings:
         return {"verified": self.checked, "problems": self.problems}
 
     def text(self) -> str:
-        """The verdict, what was checked, and the first problems."""
+        """The verdict, the checks, and the first problems."""
         checked = self.checked
         if isinstance(checked, dict):
             checked = "; ".join(f"{name}: {how}" for name, how in checked.items())

@@ -31,9 +31,9 @@ def verify(model: str, as_json: bool, **finding: Any) -> None:
     qwen-vit verify Qwen/Qwen2.5-VL-7B-Instruct
     qwen-vit verify features/ --json
 
-    Of a checkpoint, every file is hashed and compared with what was recorded; a local folder has
-    its weights read for NaN. Of features, every row is read: their number, NaN, the digests where
-    the file records them, and that an export has all of its shards.
+    For a checkpoint it hashes every file and compares the recorded hashes. For a local folder
+    without hashes it reads the weights and looks for NaN. For features it reads every row, and
+    checks their number, NaN and the recorded digests. An export must have all of its shards.
     """
     with slow_imports():
         from qwen_vit.checkpoint.hub import find_checkpoint

@@ -28,7 +28,7 @@ class _Status(NamedTuple):
 
 @dataclass(frozen=True)
 class StorePath:
-    """An address that is used as a path. What was asked once is remembered.
+    """An address that is used as a path. It keeps the answers of earlier requests.
 
     >>> StorePath("s3://bucket/export/") / "export.json"
     StorePath(address='s3://bucket/export/export.json')

@@ -153,7 +153,7 @@ def open_if_whole(folder: ExportFolder, shard: int) -> FeatureFile | None:
 
 
 def _place(item: Item) -> Item:
-    """Where an image is, with only the code of its error: versions word it differently."""
+    """An image's place, with only the code of its error: messages differ between versions."""
     error = None if item.error is None else (item.error[0], "")
     return replace(item, error=error, version=None)
 

@@ -116,7 +116,7 @@ def export_on_ray(
                         for row in done.rows[done.n_kept :]:
                             breaker.count_done(_failure(row))
             except KeyboardInterrupt:
-                logger.warning("interrupted: saving what was encoded; once more to stop at once")
+                logger.warning("interrupted: saving encoded images; once more to stop at once")
                 workers.stop()
                 raise
             finally:  # of an interrupted export as well

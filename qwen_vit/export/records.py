@@ -47,9 +47,8 @@ class ImageRecord:
 class ShardStart(NamedTuple):
     """Precedes a shard's images; a shard that exists already has its `rows`, and no images.
 
-    Images that an earlier run kept are in `segments`; they do not follow. `firsts` are the places
-    of all segments that there are, also of those that cannot be used. `replaces` says that a shard
-    exists that is made again.
+    Images that an earlier run kept are in `segments`; they do not follow. `firsts` has the places
+    of all segments, damaged ones included. `replaces` says that a shard exists that is made again.
     """
 
     shard: int

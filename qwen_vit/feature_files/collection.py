@@ -157,9 +157,9 @@ class Features(ABC):
         >>> load_features("means").to_parquet("means.parquet")  # doctest: +SKIP
         PosixPath('means.parquet')
 
-        Arrays become lists, or lists of lists. The odd bytes of an id that is no Unicode are
-        escaped, and `id_bytes` has the whole id. Raises ArgumentError if pyarrow is not
-        installed, and ExportError where there is no image, or `path` cannot be written.
+        Arrays become lists, or lists of lists. The odd bytes of an id that is not Unicode are
+        escaped, and `id_bytes` has the whole id. Raises ArgumentError if pyarrow is not installed,
+        and ExportError where there is no image, or `path` cannot be written.
         """
         return tables.write_parquet(self, path, overwrite=overwrite)
 
@@ -189,7 +189,7 @@ class Features(ABC):
     def position(self, key: int | str) -> int:
         """A position counted from the front.
 
-        Raises TypeError for what is not a position, and IndexError for one that does not exist.
+        Raises TypeError for a key of another type, and IndexError for a missing position.
         """
         count = len(self)
         try:

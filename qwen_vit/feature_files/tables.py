@@ -255,7 +255,7 @@ def unicode_text(text: str) -> str:
 
 
 def id_bytes(name: str) -> bytes | None:
-    """The bytes of an id that is no Unicode; None of any other.
+    """The bytes of an id that is not Unicode; None for other ids.
 
     >>> id_bytes("café.jpg"), id_bytes(os.fsdecode(b"caf\\xe9.jpg"))
     (None, b'caf\\xe9.jpg')

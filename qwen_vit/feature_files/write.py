@@ -219,7 +219,7 @@ def _kind_text(output: str, is_normalized: bool) -> str:
 
 
 def _rows(path: Path, name: str, embeds: Tensor) -> Tensor:
-    """An image's rows on the CPU. Raises ExportError for what a feature file cannot hold."""
+    """An image's rows on the CPU. Raises ExportError for rows that a feature file cannot hold."""
     kind = odd_kind(embeds) if isinstance(embeds, Tensor) else type(embeds).__name__
     if kind:
         raise ExportError(

@@ -253,7 +253,7 @@ def _strictly() -> Iterator[None]:
 def _load(
     image: Image.Image, name: str, limits: ImageLimits, jpeg: JpegFile | None
 ) -> tuple[str, ...]:
-    """Check what the header says, then decode. Returns what is odd about a whole file."""
+    """Check what the header says, then decode. Returns notes on a whole file."""
     check_pixels(image.width, image.height, name, limits)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         check_tags(image, name)

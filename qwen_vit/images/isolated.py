@@ -1,4 +1,4 @@
-"""Decoding in a child process, for what may have to be ended: C code cannot be interrupted."""
+"""Decoding in a child process, which can be ended: C code cannot be interrupted."""
 
 import json
 import os

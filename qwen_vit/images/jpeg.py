@@ -115,7 +115,7 @@ def _without_costly_exif(data: bytes, exif: list[tuple[int, int]]) -> tuple[byte
 
 
 def check_blocks(jpeg: JpegFile, name: str) -> tuple[str, ...]:
-    """Refuse a JPEG that lacks blocks or scans, and list what is odd in a whole one.
+    """Refuse a JPEG that lacks blocks or scans, and return notes on a whole one.
 
     Damage that leaves the number of blocks as it was, such as one changed bit, is not found: the
     format has no checksum. Raises ImageError with code "truncated" or "damaged".

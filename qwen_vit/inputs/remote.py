@@ -31,7 +31,7 @@ def listed_objects(address: str) -> Iterator[tuple[str, RemoteObject, bool]]:
     """The objects of an address, each with its name and whether the address names it itself.
 
     An object's name is its address, or its path below the folder that the address is. Raises
-    ExportError for what does not exist or cannot be listed.
+    ExportError for an address that does not exist or cannot be listed.
     """
     address = SLASHES.sub("/", address)
     count = 0

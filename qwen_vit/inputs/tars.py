@@ -116,7 +116,7 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
 
 
 class _Headers:
-    """A tar's file, of which only headers are read: tarfile takes them at any size."""
+    """A tar's file, read for headers alone, with a limit: tarfile takes them at any size."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.n_bytes = 0  # of the next member

@@ -101,7 +101,7 @@ class _Part(_Frozen):
     def forward(self, *_: object, **__: object) -> Any:
         """Raise ArgumentError."""
         raise ArgumentError(
-            f"{self.path} of qwen_vit's vision tower does not run by itself",
+            f"{self.path} of qwen_vit's vision tower does not run alone",
             remedy="call the tower",
         )
 

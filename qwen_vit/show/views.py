@@ -25,7 +25,7 @@ Point = tuple[float, float]
 
 
 class DenseFeatures(Protocol):
-    """What is needed of `ImageFeatures`."""
+    """The parts of `ImageFeatures` that pictures need."""
 
     @property
     def id(self) -> str:
@@ -214,7 +214,7 @@ def _cell_at(
         raise ArgumentError(
             "the size of the image is not known",
             name=features.id,
-            expected="the picture, of which the point is a pixel",
+            expected="the picture that the point belongs to",
             remedy="pass its picture as well",
         )
     (x, y), (height, width) = point, size_px

@@ -317,7 +317,7 @@ def open_video(
 ) -> Iterator[FileFrames]:
     """Open a video: a path, a file's bytes, or a seekable file. `threads` are the decoder's.
 
-    Raises ImageError for what is not a video that can be read, and where PyAV is missing.
+    Raises ImageError for a file that is not a readable video, and where PyAV is missing.
     """
     deadline = time.monotonic() + limits.max_decode_s
     frames = FileFrames(Opener(source, name, limits), deadline, threads)

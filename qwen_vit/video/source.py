@@ -82,7 +82,7 @@ class Window(io.RawIOBase):
 class Opener:
     """A checked video, which can be opened as often as needed.
 
-    Raises ImageError for what is not a video that can be read, and where PyAV is missing.
+    Raises ImageError for a file that is not a readable video, and where PyAV is missing.
     """
 
     def __init__(self, source: str | bytes | BinaryIO, name: str, limits: VideoLimits) -> None:

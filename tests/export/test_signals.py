@@ -57,7 +57,7 @@ def test_a_signal_ends_the_command_with_what_it_encoded(
     lines = [line for line in err.splitlines() if line and not line.startswith("skipped: ")]
     assert code == 130
     assert lines == [
-        "interrupted: saving what was encoded; once more to stop at once",
+        "interrupted: saving encoded images; once more to stop at once",
         "32 images kept; run the same command again to resume",
         "interrupted",
     ]

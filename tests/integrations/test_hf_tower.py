@@ -203,9 +203,7 @@ def test_the_tower_shows_the_published_modules(both: tuple[Any, Any]) -> None:
     assert len(ours.blocks) == len(theirs.blocks)
     with pytest.raises(AttributeError, match="weight"):
         _ = ours.blocks[0].mlp.weight
-    with pytest.raises(
-        ArgumentError, match=r"merger of .* does not run by itself\. Call the tower"
-    ):
+    with pytest.raises(ArgumentError, match=r"merger of .* does not run alone\. Call the tower"):
         ours.merger(torch.ones(4, 32))
 
 

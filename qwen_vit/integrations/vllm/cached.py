@@ -38,7 +38,7 @@ def to_vllm_cached(entries: Iterable[CachedFeatures]) -> dict[str, Any]:
     ({'image': ['5f-c0']}, tensor([[1, 4, 6]]))
 
     The prompt has a `<|image_pad|>` or `<|video_pad|>` for each, in order. Raises ArgumentError for
-    what are not entries, and for none.
+    other objects than entries, and for none.
     """
     data: dict[str, Any] = {}
     uuids: dict[str, list[str]] = {}

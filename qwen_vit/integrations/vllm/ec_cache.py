@@ -241,7 +241,7 @@ def _uuid(settings: Mapping[str, Any], rows: Tensor, grid: Sequence[int]) -> str
 
 
 def _names(folder: Path) -> list[str]:
-    """What is in the folder, which is made if it does not exist.
+    """The content of the folder, which is made if it does not exist.
 
     Raises ExportError for one that cannot be made, and for one that holds anything but a cache.
     """
@@ -334,7 +334,7 @@ def _bytes_of(rows: Tensor) -> Any:
 
 
 def _write_index(folder: Path, entries: Sequence[CachedFeatures], name: str) -> None:
-    """Write who has which entry; where an earlier file says otherwise, the newest counts."""
+    """Write which image has which entry. The newest of several files counts."""
     lines = [json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in entries]
     content = "".join(lines).encode()
     with atomic_file(index_file(folder, name or sha256(content).hexdigest()[:32])) as file:
