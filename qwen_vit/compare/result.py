@@ -62,8 +62,8 @@ class Stage:
 class FrameChoice:
     """The frames that a reference takes of a video.
 
-    `is_run` says whether the installed library chose them; otherwise its rule as it is in
-    `video.sampling`. `is_judged` is True for the reference that `sampling` follows.
+    `is_run` says whether the installed library chose them; without it,
+    the rule in `video.sampling` did. `is_judged` is True for the reference that `sampling` follows.
     """
 
     reference: str  # and its version
