@@ -148,7 +148,7 @@ def _load(item: "Item", loader: "ImageLoader") -> "LoadedImage":
     from qwen_vit.video.items import open_video_item, video_of_item
 
     if item.is_video:
-        with open_video_item(item) as (file, _):
+        with open_video_item(item, loader.video_limits) as (file, _):
             return loader.load_video(video_of_item(item, loader.video), item.id, file)
     return loader.load(as_page(read_item(item, loader.limits), item), item.id)
 

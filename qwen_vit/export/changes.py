@@ -15,6 +15,7 @@ from qwen_vit.images.image import ImageLimits
 from qwen_vit.inputs.listing import Item, Listing, read_listing
 from qwen_vit.inputs.read import read_item
 from qwen_vit.video.items import open_video_item
+from qwen_vit.video.options import VideoLimits
 
 __all__ = ["InputChanges", "failed_items", "open_if_whole"]
 
@@ -134,7 +135,7 @@ def _changed_of_shard(
 def _digest(item: Item, limits: ImageLimits) -> str:
     """The sha256 of an image's or a video's bytes, as a shard records it."""
     if item.is_video:
-        with open_video_item(item) as (_, digest):
+        with open_video_item(item, VideoLimits()) as (_, digest):
             return digest
     return sha256(read_item(item, limits)).hexdigest()
 

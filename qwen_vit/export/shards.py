@@ -194,7 +194,8 @@ def _load(
     try:
         image.stage = "read" if item.error is None else "list"
         if item.is_video:
-            with open_video_item(item) as (file, image.sha256), under_way.mark(line):
+            with open_video_item(item, loader.video_limits) as opened, under_way.mark(line):
+                file, image.sha256 = opened
                 image.stage = "decode"
                 if line in under_way.suspects:  # a process died while it decoded this
                     load_in_child(item, loader.video, loader.video_limits, loader.image_config)

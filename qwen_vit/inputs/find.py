@@ -32,7 +32,6 @@ from qwen_vit.inputs.remote import listed_objects, remote_item
 from qwen_vit.inputs.suffixes import suffix_of
 from qwen_vit.inputs.tars import (
     COMPRESSED_TARS,
-    IMAGE_SUFFIXES,
     MEDIA_SUFFIXES,
     TAR_SUFFIX,
     tar_items,
@@ -190,7 +189,7 @@ def _remote_items(
             yield from json_list_items(address)
         elif is_named and lower.endswith(LIST_SUFFIXES):
             yield from text_list_items(address)
-        elif is_named or suffix_of(address) in IMAGE_SUFFIXES:
+        elif is_named or suffix_of(address) in MEDIA_SUFFIXES:
             yield remote_item(name, found)
         else:
             left_out[suffix_of(address)] += 1

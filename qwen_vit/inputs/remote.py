@@ -3,7 +3,8 @@
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 
 from qwen_vit.common.storage import (
@@ -22,8 +23,17 @@ from qwen_vit.errors import ExportError, ImageError
 from qwen_vit.images.image import ImageLimits, check_file_bytes
 from qwen_vit.inputs.listing import Item
 
-__all__ = ["below", "listed_objects", "open_input", "read_object", "refuse", "remote_item"]
+__all__ = [
+    "below",
+    "copy_object",
+    "listed_objects",
+    "open_input",
+    "read_object",
+    "refuse",
+    "remote_item",
+]
 
+COPY_BYTES = 2**24  # of an object that is copied to the disk, at once
 SLASHES = re.compile(r"(?<=[^:/])/{2,}")
 
 
@@ -93,15 +103,42 @@ def open_input(
 
 def read_object(item: Item, limits: ImageLimits) -> bytes:
     """An image's bytes in an object. Raises ImageError with the item's id."""
-    start, size, version = item.offset or 0, item.size, item.version
-    try:
-        if size is None:  # a list names it without its size
-            found = find_object(item.source)
-            if found is None:
-                raise FileNotFoundError
-            size, version = found.size, found.version
+    with _image_errors(item):
+        start, size, version = _extent(item)
         check_file_bytes(size, item.id, limits)
         return read_range(item.source, start, start + size, version)
+
+
+def copy_object(item: Item, file: BinaryIO, check_size: Callable[[int], None]) -> None:
+    """Write an item's bytes in an object to a file, after a check of their number.
+
+    Raises ImageError with the item's id, and what the check raises.
+    """
+    with _image_errors(item):
+        start, size, version = _extent(item)
+        check_size(size)
+        for begin in range(start, start + size, COPY_BYTES):
+            end = min(begin + COPY_BYTES, start + size)
+            file.write(read_range(item.source, begin, end, version))
+        file.seek(0)
+
+
+def _extent(item: Item) -> tuple[int, int, str | None]:
+    """Where an item begins in its object, its bytes, and the object's version."""
+    if item.size is not None:
+        return item.offset or 0, item.size, item.version
+    found = find_object(item.source)  # a list names it without its size
+    if found is None:
+        raise FileNotFoundError
+    return item.offset or 0, found.size, found.version
+
+
+@contextmanager
+def _image_errors(item: Item) -> Iterator[None]:
+    try:
+        yield
+    except ImageError:
+        raise
     except OSError as error:
         fact, remedy, code = storage_errors(error)
         name = "" if item.id == item.source else f"its object {item.source} "

@@ -82,11 +82,12 @@ def main() -> None:
     item = Item.from_json(request["item"])
     answer: tuple[dict[str, str], str] | None = None
     try:
-        with open_video_item(item) as (file, _):
+        limits = VideoLimits(**request["limits"])
+        with open_video_item(item, limits) as (file, _):
             load_video(
                 video_of_item(item, VideoOptions(**request["options"])),
                 ImageConfig.from_json(request["config"]),
-                limits=VideoLimits(**request["limits"]),
+                limits=limits,
                 file=file,
             )
     except ImageError as error:

@@ -3,35 +3,51 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO, cast
 
+from qwen_vit.common.storage import is_remote
 from qwen_vit.config import ImageConfig
 from qwen_vit.errors import ImageError
 from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.remote import copy_object
 from qwen_vit.video.options import Video, VideoLimits, VideoOptions
 from qwen_vit.video.reader import read_header
 from qwen_vit.video.sampling import FRAMES_IN_A_STEP, frame_size, sample_frames
-from qwen_vit.video.source import Window, open_file
+from qwen_vit.video.source import Window, check_bytes, open_file
 
 __all__ = ["open_video_item", "patches_by_header", "video_of_item"]
 
 
 @contextmanager
-def open_video_item(item: Item) -> Iterator[tuple[BinaryIO | None, str]]:
+def open_video_item(item: Item, limits: VideoLimits) -> Iterator[tuple[BinaryIO | None, str]]:
     """A member of a tar as a file of its own, or None for a whole file; and its bytes' sha256.
+
+    A video in object storage is copied to a temporary file, which is removed when the block ends.
 
     Raises ImageError for one that cannot be read, or with the error found while listing.
     """
+    with _opened(item, limits) as (file, is_whole):
+        digest = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+        yield None if is_whole else file, digest
+
+
+@contextmanager
+def _opened(item: Item, limits: VideoLimits) -> Iterator[tuple[BinaryIO, bool]]:
+    """A video's bytes, and whether they are a whole file on the disk."""
     if item.error is not None:
         code, message = item.error
         raise ImageError(message, code=code)
+    if is_remote(item.source):
+        with TemporaryFile(prefix="qwen-vit-") as copy:
+            copy_object(item, copy, lambda size: check_bytes(size, item.id, limits))
+            yield copy, False
+        return
     with open_file(item.source, item.id) as file:
         if item.offset is None or item.size is None:
-            yield None, hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
-            return
-        window = Window(file, item.offset, item.size)
-        digest = hashlib.file_digest(cast(Any, window), "sha256").hexdigest()
-        yield cast(BinaryIO, window), digest
+            yield file, True
+        else:
+            yield cast(BinaryIO, Window(file, item.offset, item.size)), False
 
 
 def video_of_item(item: Item, options: VideoOptions) -> Video:
@@ -43,13 +59,8 @@ def patches_by_header(
     item: Item, options: VideoOptions, limits: VideoLimits, config: ImageConfig
 ) -> int:
     """The patches of a video by its header alone. Raises ImageError as reading it would."""
-    if item.error is not None:
-        code, message = item.error
-        raise ImageError(message, code=code)
-    with open_file(item.source, item.id) as file:
-        source: Any = item.source
-        if item.offset is not None and item.size is not None:
-            source = Window(file, item.offset, item.size)
+    with _opened(item, limits) as (file, is_whole):
+        source: Any = item.source if is_whole else file
         header = read_header(source, item.id, limits)
     indices, _ = sample_frames(header.timeline, options, item.id)
     factor = config.patch_px * config.merge_size

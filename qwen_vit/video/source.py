@@ -15,8 +15,8 @@ from qwen_vit.video.container import check_structure
 from qwen_vit.video.options import VideoLimits
 
 __all__ = [
-    "CONVERT", "TAKE_A_PART", "Opener", "Window", "check_size", "decoder_name", "open_file",
-    "plain_errors", "require_av", "video_stream",
+    "CONVERT", "TAKE_A_PART", "Opener", "Window", "check_bytes", "check_size", "decoder_name",
+    "open_file", "plain_errors", "require_av", "video_stream",
 ]  # fmt: skip
 
 TAKE_A_PART = Wording(
@@ -107,7 +107,7 @@ class Opener:
             return require_av().open(self._source, format=self._container, buffer_size=READ_BYTES)
 
     def _check(self, file: BinaryIO, size: int) -> str:
-        _check_bytes(size, self.name, self.limits)
+        check_bytes(size, self.name, self.limits)
         return check_structure(file, size, self.name, self.limits)
 
 
@@ -162,7 +162,8 @@ def video_stream(container: Any, name: str) -> Any:
     return stream
 
 
-def _check_bytes(size: int, name: str, limits: VideoLimits) -> None:
+def check_bytes(size: int, name: str, limits: VideoLimits) -> None:
+    """Refuse a file of too many bytes. Raises ImageError with code "file-too-large"."""
     if size > limits.max_file_bytes:
         raise ImageError(
             f"{size} bytes",
