@@ -109,6 +109,7 @@ class StoreFolder(ExportFolder):
         path, source = self.scratch / name, self / name
         if path.exists() and (sha256 is None or _sha256_of(path) == sha256):
             return path
+        _make_private(self.scratch)  # a worker on another machine has none yet
         with self._plain_errors(name):
             if not source.is_file():
                 return None
