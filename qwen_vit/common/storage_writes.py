@@ -16,7 +16,6 @@ from qwen_vit.common.storage import (
     find_object,
     is_s3,
     os_errors,
-    read_range,
     service_code,
 )
 
@@ -48,14 +47,11 @@ def put_file(address: str, path: Path, *, is_new: bool) -> None:
 def put_bytes(address: str, data: bytes, *, replaces: str | None = None) -> str | None:
     """Write a small object in place of the version `replaces`, or a new one. Returns its version.
 
-    Raises FileExistsError if the object has another version, and OSError otherwise.
+    Raises FileExistsError if the object has another version, and OSError otherwise. An answer that
+    was lost makes it FileExistsError as well: what was written is there then.
     """
     files, place = files_of(address)
-    try:
-        _with_condition(lambda: _put(files, place, data, replaces))
-    except FileExistsError:
-        if not _holds(address, data):  # the first of two attempts may have arrived
-            raise
+    _with_condition(lambda: _put(files, place, data, replaces))
     found = find_object(address)
     return None if found is None else found.version
 
@@ -114,10 +110,3 @@ def _with_condition(put: Callable[[], Value]) -> Value:
             if pause_s is None:
                 raise
         time.sleep(pause_s)
-
-
-def _holds(address: str, data: bytes) -> bool:
-    found = find_object(address)
-    if found is None or found.size != len(data):
-        return False
-    return read_range(address, 0, found.size, found.version) == data

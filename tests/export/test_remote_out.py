@@ -217,6 +217,20 @@ def test_a_kill_around_an_upload_loses_nothing(
     assert scratch() == []
 
 
+def test_a_part_uploads_the_listing_that_a_killed_one_did_not(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(store_folder.StoreFolder, "publish", None)
+        patch.setattr(store_folder.StoreFolder, "_clean_up", lambda *_: None)
+        with pytest.raises(TypeError):
+            export(part=(1, 2))
+    assert set(server.objects("out")) == {"export.json"}
+    for number in (1, 2):
+        export(part=(number, 2))
+    assert server.objects("out") == local()
+
+
 @pytest.mark.parametrize("same_host", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_interrupt_keeps_what_was_encoded(
     server: S3Server, export_dir: Path, monkeypatch: pytest.MonkeyPatch, same_host: bool
