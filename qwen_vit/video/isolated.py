@@ -1,17 +1,13 @@
 """Reading a video in a process of its own first: a damaged file may crash FFmpeg's C code.
 
-`python -m qwen_vit.video.isolated` is the child: one request on stdin, its answer on stdout.
+`python -m qwen_vit.video.isolated` is the child.
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any, BinaryIO
 
+from qwen_vit.common.child_process import answer_request, ask_child
 from qwen_vit.config import ImageConfig
 from qwen_vit.errors import ImageError
 from qwen_vit.inputs.listing import Item
@@ -20,9 +16,8 @@ from qwen_vit.video.load import load_video
 from qwen_vit.video.options import VideoLimits, VideoOptions
 from qwen_vit.video.source import TAKE_A_PART
 
-__all__ = ["load_in_child", "main"]
+__all__ = ["load_in_child"]
 
-PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 MARGIN_S = 60.0  # for the start of the process, beyond what the limit allows
 
 
@@ -34,67 +29,35 @@ def load_in_child(
     Raises ImageError as `load_video` does, with code "slow" for one that took too long, and with
     code "memory" for one that killed its process.
     """
+    late = ImageError(
+        f"not decoded after {limits.max_decode_s:g} s",
+        name=item.id,
+        expected="at most VideoLimits.max_decode_s",
+        remedy=TAKE_A_PART,
+        code="slow",
+    )
     request = {
         "item": json.loads(item.to_json()),
         "options": asdict(options),
         "limits": asdict(limits),
         "config": config.to_json(),
     }
-    path = os.pathsep.join([str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")])
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "qwen_vit.video.isolated"],
-            input=json.dumps(request).encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=limits.max_decode_s + MARGIN_S,
-            env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)},
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise ImageError(
-            f"not decoded after {limits.max_decode_s:g} s",
-            name=item.id,
-            expected="at most VideoLimits.max_decode_s",
-            remedy=TAKE_A_PART,
-            code="slow",
-        ) from None
-    if done.returncode != 0:
-        code = done.returncode
-        what = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        raise ImageError(
-            f"the process that decoded it ended with {what}",
-            name=item.id,
-            remedy="leave it out, or free some memory",
-            code="memory",
-        )
-    answer = json.loads(done.stdout)
-    if answer is not None:
-        facts, code = answer
-        raise ImageError(**facts, code=code)
+    ask_child(
+        "qwen_vit.video.isolated", request, timeout_s=limits.max_decode_s + MARGIN_S, late=late
+    )
 
 
-def main() -> None:
-    """Answer one request."""
-    with suppress(OSError):  # where memory ends, this process goes, and not its parent
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    request = json.loads(sys.stdin.buffer.read())
+def _load(request: dict[str, Any], _: BinaryIO) -> None:
     item = Item.from_json(request["item"])
-    answer: tuple[dict[str, str], str] | None = None
-    try:
-        limits = VideoLimits(**request["limits"])
-        with open_video_item(item, limits) as (file, _):
-            load_video(
-                video_of_item(item, VideoOptions(**request["options"])),
-                ImageConfig.from_json(request["config"]),
-                limits=limits,
-                file=file,
-            )
-    except ImageError as error:
-        facts = {"fact": error.fact, "name": error.name, "expected": error.expected}
-        answer = {**facts, "remedy": error.remedy}, error.code
-    sys.stdout.write(json.dumps(answer))
+    limits = VideoLimits(**request["limits"])
+    with open_video_item(item, limits) as (file, _hash):
+        load_video(
+            video_of_item(item, VideoOptions(**request["options"])),
+            ImageConfig.from_json(request["config"]),
+            limits=limits,
+            file=file,
+        )
 
 
 if __name__ == "__main__":
-    main()
+    answer_request(_load)
