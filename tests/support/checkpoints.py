@@ -90,7 +90,7 @@ def write_weights(folder: Path, stored: dict[str, Tensor], *, shards: int = 1) -
     if shards == 1:
         save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     names = sorted(stored)
     for i in range(shards):
         file_name = f"model-{i + 1:05}-of-{shards:05}.safetensors"

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import PackageNotFoundError
 
 from qwen_vit import VisionEncoder
-from qwen_vit.compare import huggingface as reference
 from tests.support import IMAGES
 
 CHELSEA, ROCKET = IMAGES / "chelsea.png", IMAGES / "rocket.jpg"
@@ -19,10 +19,9 @@ def encoder() -> VisionEncoder:
 
 def version_of(**pretended: str | None) -> Callable[[str], str]:
     def version(package: str) -> str:
-        if package in pretended:
-            if pretended[package] is None:
-                raise reference.PackageNotFoundError(package)
-            return pretended[package]
-        return "1.0"
+        found = pretended.get(package, "1.0")
+        if found is None:
+            raise PackageNotFoundError(package)
+        return found
 
     return version

@@ -117,7 +117,7 @@ class Exports:
         return fake_encoder(self.journal, self.inputs, *options)
 
     def run(self, out: Path | None = None, **environment: str) -> kill_harness.Run:
-        return kill_harness.run(self.command(out), self.folder / "log", **environment)
+        return kill_harness.run(self.command(out), self.folder / "log", None, **environment)
 
     def after_interruption(self) -> None:
         """Whole shards only, equal to the unbroken ones; at most the open one was done in vain."""
@@ -363,7 +363,8 @@ def hostile(folder: Path, *, bad: int, good: int, seed: int = 0) -> dict[str, An
 
 def interrupts(exports: Exports, *, times: int, seed: int = 0) -> dict[str, Any]:
     """SIGINT and SIGTERM in turn, at random moments of the work: exit code 130 within 5 s."""
-    folder, moments, waits = exports.folder, random.Random(seed), []
+    folder, moments = exports.folder, random.Random(seed)
+    waits: list[float] = []
     exports.most_redone = 0  # a kill before may have lost what it had encoded
     for _ in range(3 * times):  # some end before their signal comes
         if len(waits) == times:
@@ -411,7 +412,8 @@ def cluster_kills(folder: Path, *, kills: int, images: int, seed: int = 0) -> di
     # the last image waits until every kill has landed
     Image.fromarray(np.full((28, 28, 3), HELD, np.uint8)).save(folder / "images" / "z.png")
     inputs, options = [str(folder / "images")], ExportOptions(shard_size=SHARD_IMAGES)
-    single = export_features(FakeEncoder(), inputs, folder / "single", options)
+    encoder: Any = FakeEncoder()
+    single = export_features(encoder, inputs, folder / "single", options)
     logger = logging.getLogger("ray")
     logger.setLevel(logging.ERROR)
     with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # for its workers

@@ -17,7 +17,8 @@ SMALL = ExportOptions(shard_size=4)
 def export(
     *inputs: str, out: str = "out", encoder: Any = None, options: ExportOptions = SMALL, **more: Any
 ) -> ExportReport:
-    return export_features(encoder or FakeEncoder(), inputs or ("p",), out, options, **more)
+    encoder = encoder or FakeEncoder()
+    return export_features(encoder, inputs or ("p",), out, options, **more)
 
 
 def plan_of(out: str = "out", encoder: Any = None, options: ExportOptions = SMALL) -> Any:

@@ -163,7 +163,7 @@ def load_fake_encoder(*_: Any, **__: Any) -> FakeEncoder:
 def main() -> None:
     journal = Path(sys.argv.pop(1))
     loader = SimpleNamespace(from_pretrained=lambda *_, **__: FakeEncoder(journal))
-    export.VisionEncoder = loader  # type: ignore[misc,assignment]
+    export.VisionEncoder = loader  # type: ignore[attr-defined,assignment]
     cli.main()
 
 

@@ -37,7 +37,7 @@ class TheirTower(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.proj = nn.Linear(2, 2)
-        self.proj.quant_method = self.method()  # type: ignore[assignment]
+        self.proj.quant_method = self.method()
 
     @property
     def device(self) -> torch.device:
@@ -168,7 +168,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, version: str = "0.32.0", names: 
     model = type("Qwen2_5_VLForConditionalGeneration", (TheirModel,), {})
     if not names:
         model = type("Qwen2_5_VLForConditionalGeneration", (nn.Module,), {})
-    modules = {
+    modules: dict[str, dict[str, Any]] = {
         "vllm": {
             "__version__": version,
             "__path__": [],
@@ -195,7 +195,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, version: str = "0.32.0", names: 
     for name, attributes in modules.items():
         module = ModuleType(name)
         module.__spec__ = SimpleNamespace(name=name)  # type: ignore[assignment]
-        module.__dict__.update(attributes)
+        vars(module).update(attributes)
         monkeypatch.setitem(sys.modules, name, module)
         parent, _, child = name.rpartition(".")
         if parent:

@@ -19,7 +19,7 @@ def write(path: str, data: bytes) -> None:
 
 
 def export(options: ExportOptions = OPTIONS, out: str = "out", **more: Any) -> Any:
-    encoder = more.pop("encoder", None) or FakeEncoder()
+    encoder: Any = more.pop("encoder", None) or FakeEncoder()
     return export_features(encoder, more.pop("inputs", ["p"]), out, options, **more)
 
 

@@ -421,7 +421,22 @@ def mutate_json(content: bytes, rng: random.Random) -> bytes:
         try:
             kind = rng.randrange(5)
             if kind == 0:
-                odd = (None, -1, 0, 1, 2**63, 1e300, "", "a", [], {}, True, [1] * 50, "F64", "BF16")
+                odd: Any = (
+                    None,
+                    -1,
+                    0,
+                    1,
+                    2**63,
+                    1e300,
+                    "",
+                    "a",
+                    [],
+                    {},
+                    True,
+                    [1] * 50,
+                    "F64",
+                    "BF16",
+                )
                 parent[key] = rng.choice(odd)
             elif kind == 1:
                 parent[key], other_parent[other] = other_parent[other], parent[key]

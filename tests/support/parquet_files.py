@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import pyarrow.parquet.encryption as pe
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow.parquet.encryption as pe  # type: ignore[import-untyped]
 
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.inputs.find import find_items

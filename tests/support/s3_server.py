@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import fsspec
-from moto.server import DomainDispatcherApplication, create_backend_app
+import fsspec  # type: ignore[import-untyped]
+from moto.server import (  # type: ignore[attr-defined]
+    DomainDispatcherApplication,
+    create_backend_app,
+)
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from qwen_vit.common import storage

@@ -11,7 +11,8 @@ from PIL import Image
 
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
-from qwen_vit.feature_files.read import load_features
+from qwen_vit.feature_files.file import FeatureFile
+from qwen_vit.feature_files.read import FeatureFolder, load_features
 from tests.support import export_stress, fake_encoder
 from tests.support.export_stress import tiny_png
 from tests.support.parquet_files import write_rows
@@ -55,6 +56,7 @@ def random_reads(folder: Path, *, images: int, chosen: int, seed: int = 0) -> di
     with s3_server() as server:
         server.put_folder(out, "out")
         stored = load_features(f"s3://{BUCKET}/out")
+        assert isinstance(stored, FeatureFolder)
         opened = server.sent
         names = random.Random(seed).sample(list(stored.listing), chosen)
         rows = sum(stored[name].embeds.nbytes for name in names)
@@ -76,7 +78,7 @@ def random_reads(folder: Path, *, images: int, chosen: int, seed: int = 0) -> di
 
 def header_bytes(path: Path) -> int:
     """The bytes of a shard before its rows, and its grids and offsets."""
-    file = load_features(path)
+    file = FeatureFile(path)
     with open(path, "rb") as raw:
         length = 8 + int.from_bytes(raw.read(8), "little")
     return length + file.image_grid_thw.nbytes + 8 * (len(file) + 1)

@@ -50,11 +50,14 @@ def outcomes(
                 theirs.close()  # so that a dead process ends the pipe
                 running[ours] = (index, process, time.monotonic() + seconds)
             first = min(deadline for _, _, deadline in running.values())
-            ready = wait(list(running), timeout=max(0.0, first - time.monotonic()))
+            ready = [
+                c for c in wait(list(running), timeout=max(0.0, first - time.monotonic()))
+                if isinstance(c, Connection)
+            ]  # fmt: skip
             late = [c for c, (_, _, end) in running.items() if end <= time.monotonic()]
             for connection in {*ready, *late}:
-                index, process, _ = running.pop(connection)  # type: ignore[index]
-                yield index, _received(connection, process, connection in ready, seconds)  # type: ignore[arg-type]
+                index, process, _ = running.pop(connection)
+                yield index, _received(connection, process, connection in ready, seconds)
     finally:
         for connection, (_, process, _) in running.items():
             process.kill()

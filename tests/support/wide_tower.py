@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ def published_width(dtype: torch.dtype) -> VisionTower:
 
 
 def embeddings(tower: VisionTower, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
-    weight = tower.blocks[0].attn.qkv.weight
+    block: Any = tower.blocks[0]
+    weight = block.attn.qkv.weight
     layout = plan_layout(grids, tower.config, weight.device, weight.dtype)
     with torch.no_grad():
         return tower(pixels, layout.to(weight.device))
