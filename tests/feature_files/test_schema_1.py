@@ -81,8 +81,9 @@ def test_an_export_of_schema_1_is_not_continued_and_not_touched(
     Path("out/shard-00000001.safetensors").unlink()
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     words = (
-        r"out: it holds an export of schema 1\. Expected schema 2, which this version .* writes\. Finish "
-        r"it with the version that began it, or pass another folder; load_features reads both"
+        r"out: it holds an export of schema 1\. Expected schema 2, which this version .* writes\. "
+        r"Finish it with the version that began it, or pass another folder; "
+        r"load_features reads both"
     )
     options = ExportOptions(shard_size=4)
     for part in ((1, 1), (1, 2)):
