@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from qwen_vit.common.store_path import AnyPath
     from qwen_vit.export.estimate import Estimate
     from qwen_vit.export.options import ExportOptions
+    from qwen_vit.export.result import ExportReport
 
 __all__ = ["export"]
 
@@ -157,7 +158,6 @@ def export(
     encoded are reported and skipped (exit code 1). Ctrl-C saves what was encoded.
     """
     with slow_imports():
-        from qwen_vit.cli.text import export_text, waits_text
         from qwen_vit.export.options import ExportOptions
         from qwen_vit.export.plan import check_folder
         from qwen_vit.export.ray_cluster import export_on_ray
@@ -204,8 +204,7 @@ def export(
                 model, images, out, options, address=address or None, device=device, **running,
                 **loading,
             )  # fmt: skip
-    summary = export_text(done) + (f"\n{waits_text(done)}" if profile or is_verbose() else "")
-    print_data(json.dumps(done.to_json(), indent=2) if as_json else summary)
+    _print_report(done, as_json=as_json, with_waits=profile or is_verbose())
     if sum(done.failed.values()) - done.failed_earlier > allow_failed:
         sys.exit(EXIT_SKIPPED)
 
@@ -227,6 +226,13 @@ def _print_estimate(
     estimate = estimate_export(encoder, images, options, folder=out, show_progress=shows_progress())
     text = json.dumps(asdict(estimate), indent=2) if as_json else estimate_text(estimate, out)
     print_data(text)
+
+
+def _print_report(done: "ExportReport", *, as_json: bool, with_waits: bool) -> None:
+    from qwen_vit.cli.text import export_text, waits_text
+
+    summary = export_text(done) + (f"\n{waits_text(done)}" if with_waits else "")
+    print_data(json.dumps(done.to_json(), indent=2) if as_json else summary)
 
 
 def _refuse_start_options(ctx: click.Context) -> None:

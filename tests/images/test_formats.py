@@ -2,10 +2,8 @@
 
 import io
 import sys
-from typing import Any
 
 import numpy as np
-import pillow_heif
 import pytest
 from PIL import Image
 
@@ -15,33 +13,18 @@ from qwen_vit.images.formats import identify
 from qwen_vit.images.image import OPTIONAL_FORMATS, ImageLimits
 from qwen_vit.images.load import load_image
 from qwen_vit.metadata import PACKAGES
+from tests.support.images import encode, heic
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (56, 84, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(PIXELS)
 SMOOTH = Image.fromarray(np.add.outer(np.arange(96), np.arange(128)).clip(0, 255).astype(np.uint8))
 
 
-def encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, file_format, **options)
-    return file.getvalue()
-
-
-def heic(*images: Image.Image, exif: bytes | None = None) -> bytes:
-    file, container = io.BytesIO(), pillow_heif.HeifFile()
-    for image in images:
-        container.add_from_pillow(image)
-    if exif is not None:
-        container[0].info["exif"] = exif
-    container.save(file, quality=-1, chroma=444)
-    return file.getvalue()
-
-
 FILES = {
-    "PPM": encoded(PICTURE, "PPM"),
-    "ICO": encoded(PICTURE.resize((32, 32)), "ICO", sizes=[(32, 32), (16, 16)]),
-    "TGA": encoded(PICTURE, "TGA"),
-    "JPEG2000": encoded(PICTURE, "JPEG2000"),
+    "PPM": encode(PICTURE, "PPM"),
+    "ICO": encode(PICTURE.resize((32, 32)), "ICO", sizes=[(32, 32), (16, 16)]),
+    "TGA": encode(PICTURE, "TGA"),
+    "JPEG2000": encode(PICTURE, "JPEG2000"),
 }
 
 
@@ -70,7 +53,7 @@ def test_a_format_on_request_is_named_and_then_decoded(file_format: str) -> None
 
 
 def test_a_jpeg_2000_codestream_without_boxes_is_one_as_well() -> None:
-    data = encoded(PICTURE, "JPEG2000", no_jp2=True)
+    data = encode(PICTURE, "JPEG2000", no_jp2=True)
     assert data.startswith(b"\xff\x4f\xff\x51")
     image = load_image(data, limits=ImageLimits(formats=("JPEG2000",)))
     assert np.array_equal(image.pixels, PIXELS)

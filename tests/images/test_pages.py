@@ -16,7 +16,7 @@ from qwen_vit.images import pages as pages_module
 from qwen_vit.images.image import ImageLimits, ImagePage
 from qwen_vit.images.load import load_image
 from qwen_vit.images.pages import count_pages, split_pages
-from tests.images.test_formats import heic
+from tests.support.images import heic
 
 RANDOM = np.random.default_rng(0)
 FRAMES = [Image.fromarray(RANDOM.integers(0, 255, (56, 84, 3), np.uint8)) for _ in range(3)]

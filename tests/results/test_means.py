@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
@@ -21,6 +20,7 @@ from qwen_vit.kernels import pooling
 from qwen_vit.kernels.pooling import segment_means, unit_rows
 from tests.support import ROOT
 from tests.support.hopper_compile import compile_for_hopper
+from tests.support.means import oracle, random_rows
 from tests.support.oracle import relative_error
 from tests.support.towers import gpu
 
@@ -34,17 +34,6 @@ def tiny() -> VisionEncoder:
 
 def picture(height: int, width: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def random_rows(lengths: list[int], width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Each image's rows: of a mean that is small beside the values, as embeddings have it."""
-    made = torch.Generator().manual_seed(len(lengths) * width)
-    return [(torch.randn(n, width, generator=made) + 0.1).to(dtype) for n in lengths]
-
-
-def oracle(rows: Tensor, *, normalize: bool = False) -> Tensor:
-    mean = rows.double().mean(0, keepdim=True)
-    return mean / mean.norm() if normalize else mean
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -102,7 +91,7 @@ INTERPRETED = """
 import json
 import torch
 from qwen_vit.kernels import pooling
-from tests.results.test_means import oracle, random_rows
+from tests.support.means import oracle, random_rows
 from tests.support.oracle import relative_error
 
 def means(rows, lengths, D):

@@ -71,3 +71,15 @@ def png(height: int, width: int, scanlines: bytes, *, colour: int = 2, depth: in
 def on_white(rgba: np.ndarray) -> np.ndarray:
     colour, alpha = rgba[..., :3].astype(float), rgba[..., 3:].astype(float) / 255
     return colour * alpha + 255 * (1 - alpha)
+
+
+def heic(*images: Image.Image, exif: bytes | None = None) -> bytes:
+    import pillow_heif
+
+    file, container = io.BytesIO(), pillow_heif.HeifFile()
+    for image in images:
+        container.add_from_pillow(image)
+    if exif is not None:
+        container[0].info["exif"] = exif
+    container.save(file, quality=-1, chroma=444)
+    return file.getvalue()
