@@ -23,6 +23,7 @@ from qwen_vit.images.patches import Patches
 from qwen_vit.loading import LoadedImage, OnError
 from qwen_vit.model import LayerTaps, Output
 from qwen_vit.outputs import ImageRows, OutputOptions
+from qwen_vit.video.pieces import PieceStream
 
 __all__ = ["BatchEncoder", "InFlightLimit", "pack"]
 
@@ -73,10 +74,13 @@ class BatchEncoder:
         limit = InFlightLimit(self.device)
         with closing(work_ahead(jobs, threads=threads)) as loaded:
             for window in self._windows(loaded):
-                yield from self._encode_window(window, limit)
+                if window and window[0].stream is not None:
+                    yield self._encode_stream(window[0], window[0].stream, limit)
+                else:
+                    yield from self._encode_window(window, limit)
 
     def _windows(self, loaded: Iterable[LoadedImage]) -> Iterator[list[LoadedImage]]:
-        """The images in order, in groups that are packed together."""
+        """The images in order, in groups that are packed together; a stream is one by itself."""
         budget = WINDOW[self.device.type] * TOKEN_BUDGET[self.device.type]
         window: list[LoadedImage] = []
         n_patches = 0
@@ -86,6 +90,12 @@ class BatchEncoder:
                 if window and is_full:
                     yield window
                     window, n_patches = [], 0
+                if each.stream is not None:
+                    if window:
+                        yield window
+                    yield [each]
+                    window, n_patches = [], 0
+                    continue
                 window.append(each)
                 n_patches += each.n_patches
         except ExportError:  # an export was stopped: the earlier results are not needed
@@ -116,6 +126,28 @@ class BatchEncoder:
                 yield self._features(item, outcome, grid_thw)
             elif outcome is not None:
                 yield FailedImage(item.id, outcome, size_px=item.size_px)
+
+    def _encode_stream(
+        self, video: LoadedImage, stream: PieceStream, limit: "InFlightLimit"
+    ) -> ImageFeatures | FailedImage:
+        """A long video: each piece is encoded while the next ones are decoded."""
+        found: list[ImageRows] = []
+        t = h = w = 0
+        with closing(stream.pieces()) as pieces:
+            try:
+                for patches in pieces:
+                    [rows] = self._encode_parts([_Piece(0, video.id, patches)])
+                    limit.step()
+                    if isinstance(rows, ImageError):
+                        raise rows
+                    found.append(rows)
+                    [grid] = patches.grids
+                    t, h, w = t + grid.t, grid.h, grid.w
+            except ImageError as error:
+                if self.on_error == "raise":
+                    raise
+                return FailedImage(video.id, error.without_frames(), size_px=video.size_px)
+        return self._features(replace(video, stream=None), self.outputs.join(found), (t, h, w))
 
     def _features(
         self, item: LoadedImage, rows: ImageRows, grid_thw: tuple[int, int, int]

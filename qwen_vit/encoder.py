@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen_vit.batching import BatchEncoder
+from qwen_vit.batching import TOKEN_BUDGET, BatchEncoder
 from qwen_vit.checkpoint.convert import convert
 from qwen_vit.checkpoint.hub import Origin, find_checkpoint
 from qwen_vit.checkpoint.load import Checkpoint, load_checkpoint
@@ -400,6 +400,7 @@ class VisionEncoder:
         loader = ImageLoader(
             self.config, self.image_config, layout, limits, on_error, video_limits,
             video_threads=max(1, core_count() // in_parallel), exif=exif, frames=frames,
+            piece_patches=TOKEN_BUDGET[self.device.type],
         )  # fmt: skip
         batches = BatchEncoder(self.forward, self.device, self.config, outputs, on_error)
         return batches.encode(loader.jobs(many, is_ahead=threads > 1), threads)

@@ -2,8 +2,9 @@
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, BinaryIO, Literal, TypeAlias, TypedDict, TypeGuard, get_args
 
@@ -31,8 +32,9 @@ from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, suffix_of
 from qwen_vit.layout import check_grids
 from qwen_vit.video.animation import is_animated
 from qwen_vit.video.container import HEAD_BYTES, container_of
-from qwen_vit.video.load import VideoTiming, load_video
+from qwen_vit.video.load import LoadedVideo, VideoTiming, load_pieces, load_video
 from qwen_vit.video.options import Video, VideoLimits, VideoOptions, VideoSource
+from qwen_vit.video.pieces import PieceStream
 
 __all__ = [
     "EncodeOptions",
@@ -150,6 +152,7 @@ class LoadedImage:
     patches: Patches | None = None
     error: ImageError | None = None
     timing: VideoTiming | None = None  # of a video
+    stream: PieceStream | None = None  # of a long video, in place of its patches
 
     @property
     def n_patches(self) -> int:
@@ -157,6 +160,8 @@ class LoadedImage:
 
     @property
     def n_bytes(self) -> int:
+        if self.stream is not None:
+            return self.stream.n_bytes
         return 0 if self.patches is None else self.patches.pixels.nbytes
 
 
@@ -165,7 +170,8 @@ class ImageLoader:
     """Loads, resizes and patchifies any kind of image or video, in any thread.
 
     `video` holds the options of videos that are bare files, `as_video` makes animations videos, and
-    `video_threads` decode one video.
+    `video_threads` decode one video. A video file of more than `piece_patches` comes in pieces, the
+    first ones while the later ones are decoded; without that number every video comes whole.
     """
 
     config: VisionConfig
@@ -179,6 +185,7 @@ class ImageLoader:
     video: VideoOptions = field(default_factory=VideoOptions)
     as_video: bool = False
     frames: Pages = "first"
+    piece_patches: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("on_error", self.on_error, get_args(OnError))
@@ -202,7 +209,8 @@ class ImageLoader:
                 image, is_fixed = bytes(image), True
             if is_fixed or not is_ahead:
                 n_bytes = len(image) if isinstance(image, bytes) else 0
-                yield Job(partial(self.load, image, name), n_bytes)
+                load = partial(self.load, image, name, is_ahead=is_ahead)
+                yield Job(load, n_bytes, _decode_rest)
             elif isinstance(image, Video):  # frames, which the caller may change
                 yield Job(partial(self.load, self._load_frames(image, name), name))
             else:  # the caller may change it after the next one is taken
@@ -231,18 +239,25 @@ class ImageLoader:
                 yield error.without_frames(), name
 
     def load(
-        self, image: ImageInput | RgbImage | LoadedImage | ImageError, name: str
+        self,
+        image: ImageInput | RgbImage | LoadedImage | ImageError,
+        name: str,
+        *,
+        is_ahead: bool = False,
     ) -> LoadedImage:
-        """One image's patches; with on_error="skip" its error instead of an exception."""
+        """One image's patches; with on_error="skip" its error instead of an exception.
+
+        With `is_ahead` this thread decodes the rest of a long video by `_decode_rest`.
+        """
         try:
             if isinstance(image, LoadedImage):
                 return image
             if isinstance(image, Patches):
                 return self._accept_patches(image, name)
             if isinstance(image, Video):
-                return self.load_video(image, name)
+                return self._load_pieces(image, name, is_ahead=is_ahead)
             if is_video_file(image) or self._is_animation(image):
-                return self.load_video(Video.of(image, self.video), name)
+                return self._load_pieces(Video.of(image, self.video), name, is_ahead=is_ahead)
             return self._load_and_patchify(image, name)
         except ImageError as error:
             if self.on_error == "raise":
@@ -283,6 +298,21 @@ class ImageLoader:
     def _is_animation(self, image: object) -> TypeGuard[bytes]:
         return self.as_video and isinstance(image, bytes) and is_animated(image)
 
+    def _load_pieces(self, video: Video, name: str, *, is_ahead: bool) -> LoadedImage:
+        """A video whole, or its first piece with a stream of the others. Raises ImageError."""
+        pieces = load_pieces(
+            video.named(name), self.image_config, most=self.piece_patches,
+            limits=self.video_limits, image_limits=self.limits, layout=self.layout,
+            threads=self.video_threads,
+        )  # fmt: skip
+        loaded = next(pieces)
+        found = LoadedImage(name, loaded.size_px, loaded.notes, timing=loaded.timing)
+        if loaded.is_last:
+            pieces.close()
+            return replace(found, patches=loaded.patches)
+        stream = PieceStream(loaded.patches, _patches_of(pieces), is_ahead=is_ahead)
+        return replace(found, stream=stream)
+
     def load_video(self, video: Video, name: str, file: BinaryIO | None = None) -> LoadedImage:
         """A video's patches; `file` is read in place of the video's source. Raises ImageError."""
         loaded = load_video(
@@ -313,6 +343,17 @@ class ImageLoader:
             )
         check_grids(patches.grids, self.config, name)
         return LoadedImage(name, patches=patches)
+
+
+def _patches_of(pieces: Generator[LoadedVideo, None, None]) -> Generator[Patches, None, None]:
+    with closing(pieces):
+        for piece in pieces:
+            yield piece.patches
+
+
+def _decode_rest(loaded: LoadedImage, is_closed: Callable[[], bool]) -> None:
+    if loaded.stream is not None:
+        loaded.stream.decode(is_closed)
 
 
 def _name_of(image: ImageInput, index: int) -> str:

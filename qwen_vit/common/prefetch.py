@@ -55,10 +55,16 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Job(Generic[Result]):
-    """A call that makes one result, and the bytes that it holds until it has run."""
+    """A call that makes one result, and the bytes that it holds until it has run.
+
+    `then` goes on in the same thread once the result is delivered: it gets the result, and a
+    function that says whether the caller takes no more. It must not raise. With one thread it is
+    left out: the caller does what is left itself.
+    """
 
     run: Callable[[], Result]
     n_bytes: int = 0
+    then: Callable[[Result, Callable[[], bool]], None] | None = None
 
 
 def work_ahead(
@@ -120,6 +126,7 @@ class Prefetcher(Generic[Result]):
         self._job_bytes = self._result_bytes = 0  # of unfinished jobs, and of undelivered results
         self._queue: deque[tuple[Job[Result], Future[Result]]] = deque()
         self._workers = 0
+        self._is_closed = False
         self._lock = RLock()  # an abandoned generator is closed by any thread, a worker included
         self._pool = ThreadPoolExecutor(threads, THREAD_NAME)
 
@@ -146,6 +153,7 @@ class Prefetcher(Generic[Result]):
 
     def close(self) -> None:
         """Drop the jobs that have not started, and wait for the others."""
+        self._is_closed = True
         with self._lock:
             self._queue.clear()
         is_worker = current_thread().name.startswith(THREAD_NAME)  # a thread cannot wait for itself
@@ -172,10 +180,14 @@ class Prefetcher(Generic[Result]):
 
     def _finish(self, job: Job[Result], future: Future[Result]) -> None:
         n_bytes = 0
+        then: Callable[[], None] | None = None
         try:
             result = job.run()
             n_bytes = result.n_bytes
             deliver = partial(future.set_result, result)
+            if job.then is not None:
+                then = partial(job.then, result, lambda: self._is_closed)
+            del result
         except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
             deliver = partial(future.set_exception, error)
         with self._lock:  # before the caller can release it
@@ -183,3 +195,5 @@ class Prefetcher(Generic[Result]):
             self._result_bytes += n_bytes
         deliver()
         del future, deliver  # the traceback of an exception holds this frame
+        if then is not None:
+            then()

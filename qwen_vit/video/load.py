@@ -5,12 +5,12 @@ Frames are resized as they are decoded, so a video holds no more memory than its
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from qwen_vit.video.sampling import (
 )
 from qwen_vit.video.source import open_file
 
-__all__ = ["LoadedVideo", "VideoTiming", "load_video"]
+__all__ = ["LoadedVideo", "VideoTiming", "load_pieces", "load_video"]
 
 RESIZES_AHEAD = 2  # for each thread
 STACKED_AXES = 4
@@ -52,31 +52,59 @@ class VideoTiming:
 
 @dataclass(frozen=True, slots=True)
 class LoadedVideo:
-    """A video's patches, the original (height, width) of its frames, their moments, and notes."""
+    """A video's patches, the original (height, width) of its frames, their moments, and notes.
+
+    Of a piece, `patches` are its own; the rest is that of the whole video.
+    """
 
     patches: Patches
     size_px: tuple[int, int]
     timing: VideoTiming
     notes: tuple[str, ...] = ()
+    is_last: bool = True  # of its video's pieces
 
 
-def load_video(
-    video: Video,
-    config: ImageConfig,
-    *,
-    limits: VideoLimits | None = None,
-    image_limits: ImageLimits | None = None,
-    layout: ArrayLayout = "auto",
-    threads: int = 1,
-    file: BinaryIO | None = None,
-    keep: dict[int, NDArray[np.uint8]] | None = None,
-) -> LoadedVideo:
+class LoadOptions(TypedDict, total=False):
+    """The options of `load_video`: see `load_pieces`."""
+
+    limits: VideoLimits | None
+    image_limits: ImageLimits | None
+    layout: ArrayLayout
+    threads: int
+    file: BinaryIO | None
+    keep: dict[int, NDArray[np.uint8]] | None
+
+
+def load_video(video: Video, config: ImageConfig, **options: Unpack[LoadOptions]) -> LoadedVideo:
     """Sample, decode, resize and cut a video.
 
     >>> frames = np.zeros((4, 56, 84, 3), np.uint8)
     >>> loaded = load_video(Video(frames, min_pixels=784), ImageConfig.from_json({}))
     >>> loaded.patches.pixels.shape, loaded.timing.second_per_grid_t
     (torch.Size([48, 1176]), 1.0)
+
+    Raises as `load_pieces` does.
+    """
+    [loaded] = load_pieces(video, config, **options)
+    return loaded
+
+
+def load_pieces(
+    video: Video,
+    config: ImageConfig,
+    *,
+    most: int | None = None,
+    limits: VideoLimits | None = None,
+    image_limits: ImageLimits | None = None,
+    layout: ArrayLayout = "auto",
+    threads: int = 1,
+    file: BinaryIO | None = None,
+    keep: dict[int, NDArray[np.uint8]] | None = None,
+) -> Generator[LoadedVideo, None, None]:
+    """The same in pieces of whole steps, each as soon as it is decoded.
+
+    A piece has at most `most` patches where one step fits: those of `Patches.split_steps`. Frames
+    that a caller passes are one piece, and so is every video without `most`.
 
     `file` is read in place of `video.source`. `threads` decode and resize. `keep` collects the
     resized frames, (height, width, 3), by their place among the sampled ones. Raises ImageError,
@@ -89,12 +117,14 @@ def load_video(
         head = _head(source, name)
         try:
             if head is None:
-                return _from_frames(video, config, name, layout, image_limits or ImageLimits())
+                yield _from_frames(video, config, name, layout, image_limits or ImageLimits())
+                return
             if is_animation_format(head):
                 frames = AnimationFrames(_whole(source, name, limits), name, limits)
-                return _sampled(frames, video, config, name, 1, keep)
+                yield from _sampled(_Asked(frames, video, config, name), 1, keep, most)
+                return
             opened = stack.enter_context(open_video(source, name, limits, threads=threads))
-            return _sampled(opened, video, config, name, threads, keep)
+            yield from _sampled(_Asked(opened, video, config, name), threads, keep, most)
         except MemoryError:
             raise ImageError(
                 "its sampled frames do not fit into memory",
@@ -147,27 +177,45 @@ def _whole(source: Any, name: str, limits: VideoLimits) -> bytes:
     return data
 
 
+class _Asked(NamedTuple):
+    """An open video, and how it is wanted."""
+
+    opened: FileFrames | AnimationFrames
+    video: Video
+    config: ImageConfig
+    name: str
+
+
 def _sampled(
-    opened: FileFrames | AnimationFrames,
-    video: Video,
-    config: ImageConfig,
-    name: str,
-    threads: int,
-    keep: dict[int, NDArray[np.uint8]] | None,
-) -> LoadedVideo:
+    asked: _Asked, threads: int, keep: dict[int, NDArray[np.uint8]] | None, most: int | None
+) -> Iterator[LoadedVideo]:
+    """The pieces of a file's frames. The memory of a piece is held until it is complete."""
+    opened, video, config, name = asked
     indices, rate = sample_frames(opened.timeline, video, name)
     places = shown_frames(indices, opened.seconds, opened.timeline)
-    rows: _Rows | None = None
-    with ExitStack() as stack:
-        submit = stack.enter_context(_workers(threads))
-        for at, frame in enumerate(opened.frames(places)):
-            if rows is None:  # the first frame says how the video is turned
-                rows = _Rows(len(places), opened.size_px, video, config, name, keep)
-                stack.enter_context(decoding_memory.hold(rows.n_bytes))
-            submit(partial(_resize_into, rows, at, partial(opened.upright, frame)))
     moments = tuple(round(float(opened.seconds[place]), 6) for place in places)
     timing = VideoTiming(config.temporal_patch_size / rate, moments)
-    return _finished(rows, opened.size_px, timing, opened.notes, name)
+    size: tuple[int, int] | None = None
+    with ExitStack() as stack:
+        frames = stack.enter_context(closing(opened.frames(places)))
+        submit, wait = stack.enter_context(_workers(threads))
+        left = len(places)
+        while left:
+            frame = next(frames)
+            if size is None:  # the first frame says how the video is turned
+                factor = config.patch_px * config.merge_size
+                size = frame_size(*opened.size_px, len(places), video, factor, name)
+                in_step = size[0] * size[1] // config.patch_px**2
+                steps = left if most is None else max(1, most // in_step)
+            n_frames = min(left, steps * FRAMES_IN_A_STEP)
+            rows = _Rows(n_frames, size, config, name, keep, len(places) - left)
+            with decoding_memory.hold(rows.n_bytes):
+                for at in range(n_frames):
+                    frame = next(frames) if at else frame
+                    submit(partial(_resize_into, rows, at, partial(opened.upright, frame)))
+                wait()
+            left -= n_frames
+            yield LoadedVideo(rows.patches(), opened.size_px, timing, opened.notes, not left)
 
 
 def _from_frames(
@@ -190,7 +238,9 @@ def _from_frames(
         rgb = load_image(frame, name=f"{name}, frame {at}", layout=layout, limits=limits)
         if rows is None:
             size, notes = (rgb.height, rgb.width), rgb.notes
-            rows = _Rows(len(frames), size, video, config, name)
+            factor = config.patch_px * config.merge_size
+            resized = frame_size(*size, len(frames), video, factor, name)
+            rows = _Rows(len(frames), resized, config, name)
         if (rgb.height, rgb.width) != size:
             raise ImageError(
                 f"frame {at} is {rgb.width}x{rgb.height}, and the first {size[1]}x{size[0]}",
@@ -202,7 +252,9 @@ def _from_frames(
         _resize_into(rows, at, partial(_picture, rgb))
     moments = tuple(round(at / video.fps, 6) for at in range(len(frames)))
     timing = VideoTiming(config.temporal_patch_size / video.fps, moments)
-    return _finished(rows, size, timing, notes, name)
+    if rows is None:
+        raise ImageError("no frames", name=name, remedy="pass at least one", code="video-frames")
+    return LoadedVideo(rows.patches(), size, timing, notes)
 
 
 def _picture(rgb: RgbImage) -> Image.Image:
@@ -225,34 +277,25 @@ def _frame_list(source: Any, name: str) -> Any:
     )
 
 
-def _finished(
-    rows: "_Rows | None",
-    size_px: tuple[int, int],
-    timing: VideoTiming,
-    notes: tuple[str, ...],
-    name: str,
-) -> LoadedVideo:
-    if rows is None:
-        raise ImageError("no frames", name=name, remedy="pass at least one", code="video-frames")
-    return LoadedVideo(rows.patches(), size_px, timing, notes)
-
-
 class _Rows:
-    """A video's patches as they fill up: channel, frame of the pair, row, column in each."""
+    """A video's patches as they fill up: channel, frame of the pair, row, column in each.
+
+    They have `n_frames` of `size_px`, from the sampled frame `first` on.
+    """
 
     def __init__(
         self,
         n_frames: int,
         size_px: tuple[int, int],
-        video: Video,
         config: ImageConfig,
         name: str,
         keep: dict[int, NDArray[np.uint8]] | None = None,
+        first: int = 0,
     ) -> None:
-        self._keep = keep
+        self._keep, self._first = keep, first
         px, merge = config.patch_px, config.merge_size
         factor = px * merge
-        self.height, self.width = frame_size(*size_px, n_frames, video, factor, name)
+        self.height, self.width = size_px
         self._name, self._config = name, config
         self._n_frames = n_frames
         t = -(-n_frames // FRAMES_IN_A_STEP)
@@ -270,7 +313,7 @@ class _Rows:
     def put(self, at: int, pixels: NDArray[np.uint8]) -> None:
         """Cut a frame of this size, (height, width, 3) or more channels, into its places."""
         if self._keep is not None:
-            self._keep[at] = pixels[..., :CHANNELS].copy()
+            self._keep[self._first + at] = pixels[..., :CHANNELS].copy()
         px, merge = self._config.patch_px, self._config.merge_size
         _, h, w = self._values.shape[:3]
         cut = pixels[..., :CHANNELS].reshape(h, merge, px, w, merge, px, CHANNELS)
@@ -296,13 +339,15 @@ def _resize_into(rows: _Rows, at: int, upright: Callable[[], Image.Image]) -> No
 
 
 @contextmanager
-def _workers(threads: int) -> Iterator[Callable[[Callable[[], None]], None]]:
-    """Run calls in threads, a few ahead; their first error is raised. One thread is the caller's.
+def _workers(
+    threads: int,
+) -> Iterator[tuple[Callable[[Callable[[], None]], None], Callable[[], None]]]:
+    """Run calls in threads, a few ahead; and wait for all. One thread is the caller's.
 
-    Decoding goes on while earlier frames are resized.
+    Decoding goes on while earlier frames are resized. The first error of a call is raised.
     """
     if threads == 1:
-        yield lambda call: call()
+        yield (lambda call: call()), (lambda: None)
         return
     pending: deque[Future[None]] = deque()
     pool = ThreadPoolExecutor(threads, "qwen-vit-resize")
@@ -312,9 +357,11 @@ def _workers(threads: int) -> Iterator[Callable[[Callable[[], None]], None]]:
         if len(pending) > RESIZES_AHEAD * threads:
             pending.popleft().result()
 
-    try:
-        yield submit
+    def wait() -> None:
         while pending:
             pending.popleft().result()
+
+    try:
+        yield submit, wait
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

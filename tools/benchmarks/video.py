@@ -1,9 +1,11 @@
 """Videos from the file to the features: clips a second, beside what bounds them.
 
-Makes clips of 720p by PyAV and measures, in one run: the tower alone on patches in GPU memory; the
-decoding alone on all cores, by PyAV and by torchcodec; `encode_iter` from the files on; and
-transformers' video processor and tower. The share is that of the whole in the lower of the tower's
-rate and the better decoder's. Prints a table and one JSON line.
+Makes clips of 720p by PyAV. Checks the frames against PyAV's own, the bits of a clip in pieces, and
+the features against transformers' tower. Then measures, in one run: the tower alone on patches in
+GPU memory; `encode_iter` from the files on; the decoding alone on all cores, by PyAV and by
+torchcodec; and transformers' video processor and tower. The share is that of the whole in the lower
+of the tower's rate and the better decoder's. Prints each figure as it is measured, and one JSON
+line.
 
 \b
     python -m tools.benchmarks.video --ledger tools/benchmarks/ledger.jsonl
@@ -42,6 +44,13 @@ from qwen_vit.video.options import Video, VideoLimits, VideoOptions
 from qwen_vit.video.reader import open_video
 from qwen_vit.video.sampling import sample_frames
 from tests.support.process_memory import memory_mb
+from tools.benchmarks.video_checks import (
+    Figures,
+    check_clip,
+    check_features,
+    draw,
+    hf_tower_like,
+)
 from tools.common import ROOT, default_device, four_digits, ledger_options, ledger_row, publish
 from tools.random_tower import write_model
 
@@ -58,53 +67,69 @@ OPTIONAL = ("torchcodec", "transformers", "torchvision")
 @click.option("--seconds", default=60, show_default=True, help="Length of a clip.")
 @click.option("--size", default="1280x720", show_default=True, help="Width x height.")
 @click.option("--codec", default="libx264", show_default=True, help="PyAV's encoder.")
+@click.option("--decode-clips", default=48, show_default=True, help="For the decoders alone.")
 @click.option("--hf-clips", default=4, show_default=True, help="For transformers; 0: leave it out.")
+@click.option("--partial", type=click.Path(path_type=Path), help="JSON of the figures so far.")
+@click.option("--chart", type=click.Path(path_type=Path), help="Draw the rates into this PNG.")
 @click.option("--only-torchcodec", type=click.Path(path_type=Path), hidden=True)
 @ledger_options
 def main(
     model: str | None, clips: int, distinct: int, seconds: int, size: str, codec: str,
-    hf_clips: int, only_torchcodec: Path | None, ledger: Path | None, commit: str,
+    decode_clips: int, hf_clips: int, partial: Path | None, chart: Path | None,
+    only_torchcodec: Path | None, ledger: Path | None, commit: str,
 ) -> None:  # fmt: skip
     if only_torchcodec is not None:  # the child process, whose linker finds PyAV's libraries
-        click.echo(json.dumps(_torchcodec_rate(sorted(only_torchcodec.iterdir()))))
+        chosen = sorted(only_torchcodec.iterdir())[:decode_clips]
+        click.echo(json.dumps(_torchcodec_rate(chosen)))
         return
+    figures = Figures(partial)
     device = default_device()
     with tempfile.TemporaryDirectory(prefix="qwen-vit-video-") as name:
         folder = Path(name)
+        begin = time.perf_counter()
         paths = _make_clips(folder / "clips", clips, min(distinct, clips), seconds, size, codec)
+        figures.add(clips_made_in_s=four_digits(time.perf_counter() - begin))
         if model is None:
             (folder / "model").mkdir()
             write_model(folder / "model", device)
         encoder = VisionEncoder.from_pretrained(model or str(folder / "model"), device=device)
-        figures = _measure(encoder, paths, hf_clips)
+        _measure(encoder, paths, decode_clips, hf_clips, figures)
     row = ledger_row(
         "video", commit, device, PACKAGES, clips=clips, distinct=distinct, seconds=seconds,
-        size=size, codec=codec, optional=_optional_versions(), **figures,
+        size=size, codec=codec, decode_clips=decode_clips, hf_clips=hf_clips,
+        optional=_optional_versions(), **figures.found,
     )  # fmt: skip
-    for key, value in figures.items():
-        click.echo(f"{key:32} {value}")
     publish(row, ledger)
+    if chart is not None:
+        draw(row, chart)
 
 
-def _measure(encoder: VisionEncoder, paths: list[Path], hf_clips: int) -> dict[str, Any]:
+def _measure(
+    encoder: VisionEncoder, paths: list[Path], decode_clips: int, hf_clips: int, figures: Figures
+) -> None:
+    """Checks first, then every rate; those that are needed most come early."""
     cores = len(os.sched_getaffinity(0))
+    indices = _indices(str(paths[0]))
+    figures.add(frames_per_clip=len(indices))
+    figures.add(**check_clip(encoder, paths[0], indices))
+    hf = hf_tower_like(encoder) if hf_clips else None
+    if hf is not None:
+        figures.add(**check_features(encoder, hf, paths[0]))
     tower = _tower_rate(encoder, paths[0])
-    by_pyav = _pyav_rate(paths, cores)
-    by_torchcodec = _torchcodec_in_child(paths[0].parent)
+    figures.add(tower_clips_per_s=four_digits(tower))
     whole, memory = _whole_rate(encoder, paths)
-    hf = _hf_rate(paths[:hf_clips], encoder) if hf_clips else None
+    figures.add(whole_clips_per_s=four_digits(whole), memory_mb_at_quarters=memory)
+    by_pyav = _pyav_rate(paths[:decode_clips], indices, cores)
+    figures.add(pyav_clips_per_s=four_digits(by_pyav))
+    by_torchcodec = _torchcodec_in_child(paths[0].parent, decode_clips)
+    figures.add(torchcodec_clips_per_s=by_torchcodec and four_digits(by_torchcodec))
     bound = min(tower, max(by_pyav, by_torchcodec or 0.0))
-    return {
-        "frames_per_clip": _frames_taken(paths[0]),
-        "tower_clips_per_s": four_digits(tower),
-        "pyav_clips_per_s": four_digits(by_pyav),
-        "torchcodec_clips_per_s": None if by_torchcodec is None else four_digits(by_torchcodec),
-        "whole_clips_per_s": four_digits(whole),
-        "share_of_the_lower": four_digits(whole / bound),
-        "transformers_clips_per_s": None if hf is None else four_digits(hf),
-        "times_transformers": None if hf is None else four_digits(whole / hf),
-        "memory_mb_at_quarters": memory,
-    }
+    figures.add(share_of_the_lower=four_digits(whole / bound))
+    theirs = None if hf is None else _hf_rate(paths[:hf_clips], encoder, hf)
+    figures.add(
+        transformers_clips_per_s=theirs and four_digits(theirs),
+        times_transformers=theirs and four_digits(whole / theirs),
+    )
 
 
 # the clips
@@ -156,10 +181,6 @@ def _make_clip(folder: Path, seconds: int, width: int, height: int, codec: str, 
     return path
 
 
-def _frames_taken(path: Path) -> int:
-    return len(_indices(str(path)))
-
-
 def _indices(path: str) -> list[int]:
     with open_video(path, path, VideoLimits()) as video:
         return sample_frames(video.timeline, VideoOptions(), path)[0]
@@ -194,9 +215,8 @@ def _tower_rate(encoder: VisionEncoder, path: Path, repeats: int = 5) -> float:
     return max(_rate(1, run, encoder.device) for _ in range(repeats))
 
 
-def _pyav_rate(paths: Sequence[Path], cores: int) -> float:
+def _pyav_rate(paths: Sequence[Path], indices: list[int], cores: int) -> float:
     """The sampled frames as RGB arrays: PyAV's own decoding, a thread a core, one clip each."""
-    indices = _indices(str(paths[0]))
 
     def decode(path: Path) -> int:
         import av
@@ -227,7 +247,7 @@ def _torchcodec_rate(paths: Sequence[Path]) -> float:
         return _rate(len(paths), lambda: list(pool.map(decode, paths)))
 
 
-def _torchcodec_in_child(clips: Path) -> float | None:
+def _torchcodec_in_child(clips: Path, count: int) -> float | None:
     """torchcodec's rate in a process whose linker finds the FFmpeg of PyAV's wheel."""
     if _version("torchcodec") is None:
         return None
@@ -242,6 +262,7 @@ def _torchcodec_in_child(clips: Path) -> float | None:
         of_torch = str(Path(torch.__file__).parent / "lib")
         found = [links, str(bundled), of_torch, os.environ.get("LD_LIBRARY_PATH", "")]
         command = [sys.executable, "-m", "tools.benchmarks.video", "--only-torchcodec", str(clips)]
+        command += ["--decode-clips", str(count)]
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, check=False,
             env={**os.environ, "LD_LIBRARY_PATH": ":".join(found)},
@@ -268,24 +289,15 @@ def _whole_rate(encoder: VisionEncoder, paths: Sequence[Path]) -> tuple[float, l
     return _rate(len(paths), run, encoder.device), memory
 
 
-def _hf_rate(paths: Sequence[Path], encoder: VisionEncoder) -> float | None:
+def _hf_rate(paths: Sequence[Path], encoder: VisionEncoder, tower: Any) -> float | None:
     """transformers: its video processor and its tower in the same dtype, one clip after another."""
     try:
-        from transformers import Qwen2_5_VLConfig
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-            Qwen2_5_VisionTransformerPretrainedModel,
-        )
         from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
         from transformers.video_utils import load_video as hf_load_video
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         click.echo(f"transformers is left out: {error}", err=True)
         return None
     device, dtype = encoder.device, encoder.dtype
-    config = Qwen2_5_VLConfig(vision_config=encoder.config.to_json()).vision_config
-    with torch.device(device):
-        tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(
-            config, attn_implementation="sdpa", dtype=dtype
-        ).eval()
     try:
         processor = Qwen2VLVideoProcessor(cap_pixels_per_frame=True)
     except TypeError:  # an older transformers; clips of 60 s are below the cap

@@ -1,0 +1,83 @@
+"""A video's pieces on their way from the thread that decodes them to the one that encodes them."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator
+
+from qwen_vit.images.patches import Patches
+
+__all__ = ["PieceStream"]
+
+MAX_AHEAD_BYTES = 2**29  # of one video: about what the authors' total limit of pixels comes to
+POLL_S = 0.1  # between looks at whether the caller takes no more
+
+
+class PieceStream:
+    """Pieces of one video, which one thread decodes while another encodes the earlier ones.
+
+    The decoder is at most MAX_AHEAD_BYTES ahead, so memory does not grow with the video. With
+    `is_ahead=False` no other thread decodes: the pieces are decoded as they are taken.
+    """
+
+    def __init__(
+        self, first: Patches, rest: Generator[Patches, None, None], *, is_ahead: bool
+    ) -> None:
+        self._rest, self._is_ahead = rest, is_ahead
+        self._ready: deque[Patches] = deque([first])
+        self._bytes = self.n_bytes = first.pixels.nbytes
+        self._is_over = self._is_cancelled = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def decode(self, is_closed: Callable[[], bool]) -> None:
+        """Decode what is left; errors are raised by `pieces`."""
+        try:
+            while self._wait_for_room(is_closed) and (piece := next(self._rest, None)) is not None:
+                with self._changed:
+                    self._ready.append(piece)
+                    self._bytes += piece.pixels.nbytes
+                    self._changed.notify_all()
+        except BaseException as error:  # noqa: BLE001 - raised where the pieces are taken
+            self._error = error
+        finally:
+            self._rest.close()
+            with self._changed:
+                self._is_over = True
+                self._changed.notify_all()
+
+    def pieces(self) -> Generator[Patches, None, None]:
+        """Every piece, in order. Raises the decoder's error after the pieces before it."""
+        try:
+            while True:
+                with self._changed:
+                    while not self._ready and self._is_ahead and not self._is_over:
+                        self._changed.wait()
+                    piece = self._ready.popleft() if self._ready else None
+                    if piece is not None:
+                        self._bytes -= piece.pixels.nbytes
+                        self._changed.notify_all()
+                if piece is None and self._error is not None:
+                    raise self._error
+                if piece is None and not self._is_ahead:
+                    piece = next(self._rest, None)
+                if piece is None:
+                    return
+                yield piece
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """End the decoding: no more pieces are taken."""
+        with self._changed:
+            self._is_cancelled = True
+            self._ready.clear()
+            self._changed.notify_all()
+        if not self._is_ahead:
+            self._rest.close()
+
+    def _wait_for_room(self, is_closed: Callable[[], bool]) -> bool:
+        """Wait until another piece may be decoded; False where none is wanted."""
+        with self._changed:
+            while self._bytes >= MAX_AHEAD_BYTES and not (self._is_cancelled or is_closed()):
+                self._changed.wait(POLL_S)
+            return not (self._is_cancelled or is_closed())
