@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, TypedDict, Unpack
@@ -196,8 +196,8 @@ def _sampled(
     moments = tuple(round(float(opened.seconds[place]), 6) for place in places)
     timing = VideoTiming(config.temporal_patch_size / rate, moments)
     size: tuple[int, int] | None = None
+    frames: Iterator[Any] = opened.frames(places)
     with ExitStack() as stack:
-        frames = stack.enter_context(closing(opened.frames(places)))
         submit, wait = stack.enter_context(_workers(threads))
         left = len(places)
         while left:
