@@ -50,9 +50,8 @@ def check_clip(encoder: VisionEncoder, path: Path, indices: list[int]) -> dict[s
     with av.open(str(path)) as container:
         for index, frame in enumerate(container.decode(video=0)):
             if index in chosen:
-                plain.append(
-                    np.asarray(frame.reformat(format="rgb0", threads=1).to_image())[..., :3]
-                )
+                picture: Any = frame.reformat(format="rgb24", threads=1)
+                plain.append(picture.to_ndarray())
     equal = sum(np.array_equal(a, b) for a, b in zip(mine, plain, strict=True))
     if equal < len(chosen):
         raise click.ClickException(f"{equal} of {len(chosen)} frames are those of PyAV")
