@@ -101,7 +101,7 @@ def load_pieces(
     file: BinaryIO | None = None,
     keep: dict[int, NDArray[np.uint8]] | None = None,
 ) -> Generator[LoadedVideo, None, None]:
-    """The same in pieces of whole steps, each as soon as it is decoded.
+    """The same in pieces of whole steps, each once all its frames are decoded.
 
     A piece has at most `most` patches where one step fits: those of `Patches.split_steps`. Frames
     that a caller passes are one piece, and so is every video without `most`.

@@ -278,11 +278,13 @@ class FileFrames:
             raise self._damaged("a frame is damaged")
         check_size(frame.width, frame.height, self._name, self._limits)
         if self._size is None:
-            self._turn = _turn_of(frame)
+            self._turn, is_odd = _turn_of(frame)
         size = (frame.width, frame.height) if self._turn in TURNED else (frame.height, frame.width)
         if self._size is None:
             self._size = size
             self.notes = _notes(frame, self._turn)
+            if is_odd:
+                self.notes += ("a rotation by no quarter turn is not applied",)
         elif size != self._size:
             (height, width), (new_height, new_width) = self._size, size
             raise ImageError(
@@ -342,18 +344,19 @@ def read_header(source: str | BinaryIO, name: str, limits: VideoLimits) -> Video
         return VideoHeader(Timeline(max(1, n_frames), rate), codec.height, codec.width)
 
 
-def _turn_of(frame: Any) -> Image.Transpose | None:
-    """What the file's display matrix asks for.
+def _turn_of(frame: Any) -> tuple[Image.Transpose | None, bool]:
+    """What the file's display matrix asks for, and whether it asks for something else.
 
     It is read from a small copy: PyAV's side data and its frame refer to each other, and only
     Python's garbage collector would free the pair.
     """
     data = frame.reformat(width=16, height=16).side_data.get("DISPLAYMATRIX")
     if data is None:
-        return None
+        return None, False
     matrix = np.frombuffer(bytes(data), np.int32)
     a, b, c, d = (int(np.sign(np.rint(matrix[at] / 65_536))) for at in (0, 1, 3, 4))
-    return UPRIGHT.get((a, b, c, d))
+    turn = UPRIGHT.get((a, b, c, d))
+    return turn, turn is None and (a, b, c, d) not in ((1, 0, 0, 1), (0, 0, 0, 0))
 
 
 def _notes(frame: Any, turn: Image.Transpose | None) -> tuple[str, ...]:
@@ -363,6 +366,8 @@ def _notes(frame: Any, turn: Image.Transpose | None) -> tuple[str, ...]:
     depth = max(component.bits for component in frame.format.components)
     if depth > 8:
         notes.append(f"{depth} bits to 8")
+    if any(component.is_alpha for component in frame.format.components):
+        notes.append("transparency ignored")
     hdr = HDR.get(int(frame.color_trc or 0))
     if hdr is not None:
         notes.append(f"HDR ({hdr}) without tone mapping")
