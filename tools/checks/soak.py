@@ -28,6 +28,7 @@ from tests.support import (
     reading_stress,
     remote_stress,
     store_stress,
+    video_stress,
 )
 from tests.support.export_stress import on_an_export
 from tools.common import ledger_options, ledger_row, publish
@@ -71,6 +72,9 @@ TRIALS = {
         remote_stress.kills_of_nodes,
         {"images": 200_000, "kills": 50, "first": 20_000},
         {"nodes": 3},
+    ),
+    "video": Trial(
+        video_stress.flat_memory_of_videos, {"clips": 1_000}, {"first": 200}, has_seed=False
     ),
     "hostile": Trial(export_stress.hostile, {"bad": 1_000, "good": 10_000}, {}),
 }
