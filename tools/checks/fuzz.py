@@ -103,6 +103,7 @@ def fuzz(name: str, seconds: int, seed: int, findings: Path) -> Run:
                 *(sys.executable, "-c", CHILD, name, grown, str(CORPUS / name)),
                 *(f"-max_total_time={seconds}", f"-timeout={TIMEOUT_S}", f"-seed={seed}"),
                 *(f"-rss_limit_mb={MEMORY_MB}", f"-max_len={MAX_BYTES}", "-print_final_stats=1"),
+                f"-report_slow_units={TIMEOUT_S}",
                 f"-artifact_prefix={findings}/{name}-",
             ],
             cwd=ROOT,
