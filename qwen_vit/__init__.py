@@ -1,7 +1,7 @@
 """Images to the embeddings that Qwen2.5-VL's language model sees, and nothing else.
 
 >>> from qwen_vit import VisionEncoder
->>> VisionEncoder.from_pretrained("tiny").encode("tests/images/rocket.jpg").grid_thw
+>>> VisionEncoder.from_pretrained("tiny").encode("tests/photographs/rocket.jpg").grid_thw
 (1, 30, 46)
 
 A public name is imported from its module when it is first used. So importing the package imports no

@@ -22,7 +22,7 @@ def similarity(a: Rows, b: Rows | None = None) -> Tensor:
 
     >>> from qwen_vit import VisionEncoder
     >>> encoder = VisionEncoder.from_pretrained("tiny")
-    >>> images = ["tests/images/rocket.jpg", "tests/images/chelsea.png"]
+    >>> images = ["tests/photographs/rocket.jpg", "tests/photographs/chelsea.png"]
     >>> similarity(encoder.encode(images, output="mean")).shape
     torch.Size([2, 2])
     >>> rocket = encoder.encode(images[0])

@@ -54,7 +54,7 @@ class VisionEncoder:
     """The vision encoder of Qwen2.5-VL, without the language model.
 
     >>> encoder = VisionEncoder.from_pretrained("tiny")
-    >>> features = encoder.encode("tests/images/rocket.jpg")
+    >>> features = encoder.encode("tests/photographs/rocket.jpg")
     >>> features.embeds.shape, features.grid_thw
     (torch.Size([345, 192]), (1, 30, 46))
 
@@ -382,7 +382,7 @@ class VisionEncoder:
         """As `encode`, one image after the other and in order, in flat memory.
 
         >>> encoder = VisionEncoder.from_pretrained("tiny")
-        >>> for features in encoder.encode_iter(["tests/images/chelsea.png"]):
+        >>> for features in encoder.encode_iter(["tests/photographs/chelsea.png"]):
         ...     print(features.grid_thw)
         (1, 22, 32)
 

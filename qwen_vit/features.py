@@ -122,7 +122,7 @@ class ImageFeatures:
 
         >>> from qwen_vit import VisionEncoder
         >>> encoder = VisionEncoder.from_pretrained("tiny")
-        >>> features = encoder.encode("tests/images/rocket.jpg", output="patch")
+        >>> features = encoder.encode("tests/photographs/rocket.jpg", output="patch")
         >>> features.show(point=(320, 240)).save("rocket-features.png")  # doctest: +SKIP
 
         Args:

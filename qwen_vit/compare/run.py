@@ -115,7 +115,7 @@ def compare(
 
     >>> from qwen_vit import VisionEncoder
     >>> encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=50_176)
-    >>> compare(encoder, ["tests/images/chelsea.png"]).passed
+    >>> compare(encoder, ["tests/photographs/chelsea.png"]).passed
     True
 
     `processor` makes the pixels that both towers get; other installed processors are reported.

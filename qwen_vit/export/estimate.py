@@ -98,7 +98,7 @@ def estimate_export(
     Images to do are counted from their headers, and the others from the shards that hold them.
 
     >>> encoder = VisionEncoder.from_pretrained("tiny")
-    >>> estimate_export(encoder, ["tests/images/rocket.jpg"]).rows
+    >>> estimate_export(encoder, ["tests/photographs/rocket.jpg"]).rows
     345
 
     Raises ExportError for inputs that an export would refuse and, if `folder` is given, for a

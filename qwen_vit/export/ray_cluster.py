@@ -64,7 +64,7 @@ def export_on_ray(
 ) -> ExportReport:
     """Export with one worker for each GPU of a Ray cluster, or each CPU if it has no GPU.
 
-    >>> export_on_ray("tiny", ["tests/images"], "features").exported  # doctest: +SKIP
+    >>> export_on_ray("tiny", ["tests/photographs"], "features").exported  # doctest: +SKIP
     3
 
     Images, checkpoint and `folder` must have the same paths on every node.

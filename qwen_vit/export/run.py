@@ -51,7 +51,7 @@ def export_features(
     """Export the images of files, folders, patterns, lists and tars into a folder of shards.
 
     >>> encoder = VisionEncoder.from_pretrained("tiny")  # doctest: +SKIP
-    >>> export_features(encoder, ["tests/images"], "features").exported  # doctest: +SKIP
+    >>> export_features(encoder, ["tests/photographs"], "features").exported  # doctest: +SKIP
     3
 
     A second call makes the missing shards after any interrupt. Read the folder with

@@ -23,7 +23,7 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float6
 def holds_features(path: str) -> bool:
     """Whether a path can only be a feature file or an export folder, by its name alone.
 
-    >>> holds_features("tests/images"), holds_features("features.safetensors")
+    >>> holds_features("tests/photographs"), holds_features("features.safetensors")
     (False, True)
     """
     if is_remote(path):

@@ -52,10 +52,10 @@ def write_features(
     >>> import tempfile
     >>> from qwen_vit import VisionEncoder, load_features
     >>> encoder = VisionEncoder.from_pretrained("tiny")
-    >>> encoded = encoder.encode(["tests/images/chelsea.png"])
+    >>> encoded = encoder.encode(["tests/photographs/chelsea.png"])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = write_features(folder + "/cat.safetensors", encoded, encoder.metadata())
-    ...     load_features(path)["tests/images/chelsea.png"].grid_thw
+    ...     load_features(path)["tests/photographs/chelsea.png"].grid_thw
     (1, 22, 32)
 
     `metadata` is the result of `VisionEncoder.metadata()`. The bytes depend only on the arguments.

@@ -58,8 +58,8 @@ def find_items(
 ) -> Iterator[Item]:
     """The images of files, folders, patterns, lists, tars and Parquet files, in the order given.
 
-    >>> [item.id for item in find_items(["tests/images/*.png", "tests/images/rocket.jpg"])]
-    ['tests/images/astronaut.png', 'tests/images/chelsea.png', 'tests/images/rocket.jpg']
+    >>> [item.id for item in find_items(["tests/photographs/*.png"])]
+    ['tests/photographs/astronaut.png', 'tests/photographs/chelsea.png']
 
     A file's id is the path that was passed. In a folder it is the path below the folder, in a tar
     the tar's name and the member's. A Parquet file is read only where `columns` are named: an id is
@@ -93,7 +93,7 @@ def find_items(
 def check_inputs(inputs: Sequence[str], columns: ParquetColumns | None = None) -> None:
     """Check each input up to its first image. Raises ExportError as find_items does.
 
-    >>> check_inputs(["tests/images/rocket.jpg"])
+    >>> check_inputs(["tests/photographs/rocket.jpg"])
     """
     _check_alone(inputs, columns)
     for given in inputs:

@@ -19,7 +19,7 @@ __all__ = ["as_page", "page_items"]
 def page_items(items: Iterable[Item], limits: ImageLimits) -> Iterator[Item]:
     """The pages of each image, which is read for that; one with a single page is unchanged.
 
-    >>> rocket = Item("rocket.jpg", "tests/images/rocket.jpg")
+    >>> rocket = Item("rocket.jpg", "tests/photographs/rocket.jpg")
     >>> [item.id for item in page_items([rocket], ImageLimits())]
     ['rocket.jpg']
     """

@@ -24,7 +24,7 @@ PAUSES_S = (0.1, 1.0)
 def read_item(item: Item, limits: ImageLimits) -> bytes:
     """An image's bytes; transient I/O errors are retried twice.
 
-    >>> rocket = Item("rocket", "tests/images/rocket.jpg")
+    >>> rocket = Item("rocket", "tests/photographs/rocket.jpg")
     >>> read_item(rocket, ImageLimits())[:3]
     b'\\xff\\xd8\\xff'
 

@@ -25,7 +25,7 @@ def show_features(
 
     >>> from qwen_vit import VisionEncoder
     >>> encoder = VisionEncoder.from_pretrained("tiny")
-    >>> photographs = ["tests/images/chelsea.png", "tests/images/rocket.jpg"]
+    >>> photographs = ["tests/photographs/chelsea.png", "tests/photographs/rocket.jpg"]
     >>> pictures = show_features(encoder.encode(photographs, output="patch"), point=(120, 100))
     >>> pictures[1].save("rocket-features.png")  # doctest: +SKIP
 

@@ -31,7 +31,7 @@ def test_there_are_notebooks() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(ROOT / "tests" / "images", tmp_path / "tests" / "images")
+    shutil.copytree(ROOT / "tests" / "photographs", tmp_path / "tests" / "photographs")
     (tmp_path / "examples").mkdir()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     stored = nbformat.read(path, as_version=4)

@@ -70,7 +70,7 @@ def code_of(block: str) -> str:
 
 
 def copy_data(folder: Path) -> None:
-    shutil.copytree(ROOT / "tests" / "images", folder / "tests" / "images")
+    shutil.copytree(ROOT / "tests" / "photographs", folder / "tests" / "photographs")
     shutil.copytree(ROOT / "tests" / "videos", folder / "tests" / "videos")
     shutil.copytree(ROOT / "weights", folder / "weights")
 
@@ -174,11 +174,11 @@ def test_a_command_works(
         return
     name = "features.safetensors"
     if name in arguments and arguments[arguments.index(name) - 1] != "--out":  # it reads the file
-        made = qwen_vit("encode", "tests/images/rocket.jpg", *TINY_OUT)
+        made = qwen_vit("encode", "tests/photographs/rocket.jpg", *TINY_OUT)
         assert made.code == 0, made.err
     if "--golden" in arguments:  # it reads what the line above it saved
         golden = arguments[arguments.index("--golden") + 1]
-        image = "tests/images/chelsea.png"
+        image = "tests/photographs/chelsea.png"
         made = qwen_vit("compare", image, "--model", "tiny", "--save-golden", golden)
         assert made.code == 0, made.err
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for processes that it starts

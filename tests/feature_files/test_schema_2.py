@@ -21,7 +21,7 @@ from qwen_vit.feature_files.write import write_features
 from qwen_vit.features import FailedImage, ImageFeatures
 from tests.support.features import METADATA, features_of
 
-IMAGES = ["tests/images/chelsea.png", "tests/images/rocket.jpg"]
+IMAGES = ["tests/photographs/chelsea.png", "tests/photographs/rocket.jpg"]
 ITEM = {
     *("exif", "frame_seconds", "kind", "notes", "rows_sha256", "second_per_grid_t"),
     *("sha256", "size_px", "source"),

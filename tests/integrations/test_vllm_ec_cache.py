@@ -153,7 +153,7 @@ def test_an_id_holds_model_setting_dtype_grid_and_rows(tmp_path: Path) -> None:
 
 def test_an_encoder_of_ours_names_its_own_model(tmp_path: Path) -> None:
     encoder = VisionEncoder.from_pretrained("tiny")
-    [made] = encoder.encode(["tests/images/chelsea.png"])
+    [made] = encoder.encode(["tests/photographs/chelsea.png"])
     [entry] = write_ec_cache([made], tmp_path / "ec", encoder.metadata())
     stored = load_file(tmp_path / "ec" / entry.uuid / ENTRY)
     assert torch.equal(stored["ec_cache"], made.embeds)

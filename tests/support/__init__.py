@@ -3,4 +3,4 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout's top
-IMAGES = ROOT / "tests" / "images"  # photographs
+IMAGES = ROOT / "tests" / "photographs"

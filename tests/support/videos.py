@@ -105,4 +105,4 @@ def make_clip(path: Path | str, images: Path) -> None:
 
 
 if __name__ == "__main__":  # python -m tests.support.videos writes the clip of the pages
-    make_clip("tests/videos/clip.mp4", Path("tests/images"))
+    make_clip("tests/videos/clip.mp4", Path("tests/photographs"))

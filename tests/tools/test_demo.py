@@ -96,7 +96,7 @@ def test_what_pip_could_not_do_is_shown_and_tried_again(checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_writes_a_page_and_pictures_and_says_where(checkout: Path) -> None:
-    shutil.copytree(ROOT / "tests" / "images", checkout / "tests" / "images")
+    shutil.copytree(ROOT / "tests" / "photographs", checkout / "tests" / "photographs")
     command = checkout / ".venv" / "bin" / "qwen-vit"
     command.write_text(
         f'#!/usr/bin/env bash\nPYTHONPATH={ROOT} exec {sys.executable} -m qwen_vit "$@"\n'

@@ -164,7 +164,7 @@ def test_an_encrypted_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["rocket.jpg", "chelsea.png"])
 def test_a_picture_named_mp4(name: str, tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
-    shutil.copy(Path(ROOT) / "tests" / "images" / name, path)
+    shutil.copy(Path(ROOT) / "tests" / "photographs" / name, path)
     error = refused(path)
     assert error.code == "format"
     assert "picture" in str(error)

@@ -23,7 +23,7 @@ SMALL = VideoOptions(n_frames=4, min_pixels=784, max_pixels=56 * 84)
 def test_a_video_agrees_with_hugging_face_at_every_stage(tmp_path: Path) -> None:
     clip = make_video(tmp_path / "clip.mp4", 12)
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
-    done = compare(encoder, [clip, "tests/images/none.png"], video=SMALL, keep_maps=True)
+    done = compare(encoder, [clip, "tests/photographs/none.png"], video=SMALL, keep_maps=True)
     [image] = done.images
     assert image.frames is not None
     assert (image.frames.indices, image.frames.n_frames) == ((0, 4, 7, 11), 12)
@@ -51,7 +51,7 @@ def test_a_video_agrees_with_hugging_face_at_every_stage(tmp_path: Path) -> None
     page = write_report(tmp_path / "page", done).read_text("utf-8")
     assert "Frames over time" in page
     assert page.count("error ") >= 2
-    assert [name for name, _ in done.skipped] == ["tests/images/none.png"]
+    assert [name for name, _ in done.skipped] == ["tests/photographs/none.png"]
 
 
 def test_other_frames_than_the_references_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """`qwen-vit export` from JPEGs to shards on disk: its speed, on several GPUs, and its memory.
 
-JPEGs of 448 to 1344 px a side are made of the photographs in tests/images, and a 7B-shaped tower in
+JPEGs of 448 to 1344 px a side are made of tests/photographs, and a 7B-shaped tower in
 bf16 of random numbers, unless a model is named. Prints a table and one JSON line.
 
 \b
@@ -65,7 +65,9 @@ def write_jpeg(folder: Path, sides: tuple[int, int], number: int) -> None:
     """A photograph at a size of its own, and with a part of its own."""
     chance = random.Random(number)
     size = chance.randint(*sides), chance.randint(*sides)
-    with Image.open(ROOT / "tests" / "images" / PHOTOGRAPHS[number % len(PHOTOGRAPHS)]) as photo:
+    with Image.open(
+        ROOT / "tests" / "photographs" / PHOTOGRAPHS[number % len(PHOTOGRAPHS)]
+    ) as photo:
         left, top = chance.uniform(0, 0.2) * photo.width, chance.uniform(0, 0.2) * photo.height
         box = (left, top, left + 0.8 * photo.width, top + 0.8 * photo.height)
         image = photo.convert("RGB").resize(size, Image.Resampling.BICUBIC, box)

@@ -55,7 +55,7 @@ from tools.common import ROOT, default_device, four_digits, ledger_options, ledg
 from tools.random_tower import write_model
 
 RATE = 30  # frames a second in the files
-PHOTOGRAPH = ROOT / "tests" / "images" / "astronaut.png"
+PHOTOGRAPH = ROOT / "tests" / "photographs" / "astronaut.png"
 PACKAGES = ("av", "pillow", "triton")
 OPTIONAL = ("torchcodec", "transformers", "torchvision")
 

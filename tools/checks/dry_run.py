@@ -1,6 +1,6 @@
 """The time that `qwen-vit export --dry-run` estimates, beside the time that the export takes.
 
-JPEGs are made of the photographs in tests/images, small and large ones, and a 7B-shaped tower in
+JPEGs are made of the photographs in tests/photographs, small and large, and a 7B-shaped tower in
 bf16 of random numbers, unless a model is named. Each workload is estimated and exported by commands
 in processes of their own, as a user types them. Prints a table and one JSON line. Exits with 1 if
 an estimate is more than 1.5 times off.

@@ -77,7 +77,7 @@ def false_alarm(data: bytes) -> str:
 
 def judge_shares() -> dict[str, float]:
     """The CPU time of the check for missing blocks, as a share of the rest of an image's time."""
-    photograph = Image.open(ROOT / "tests" / "images" / "rocket.jpg").convert("RGB")
+    photograph = Image.open(ROOT / "tests" / "photographs" / "rocket.jpg").convert("RGB")
     shares = {}
     for size, quality, progressive in itertools.product(
         ((640, 427), (1920, 1280)), (85, 95), (False, True)
@@ -150,7 +150,7 @@ def pictures() -> Iterator[tuple[str, Image.Image]]:
     """The test photographs, noise and flat colour, at odd sizes."""
     photographs = [
         (path.name, Image.open(path).convert("RGB"))
-        for path in sorted((ROOT / "tests" / "images").iterdir())
+        for path in sorted((ROOT / "tests" / "photographs").iterdir())
         if path.suffix in (".jpg", ".png")
     ]
     noise = np.random.default_rng(0).integers(0, 256, (427, 640, 3), np.uint8)
