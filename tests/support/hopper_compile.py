@@ -9,6 +9,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -74,7 +75,7 @@ def tma_block(block: list[int]) -> str:
 
 
 def _assemble(ptx: str) -> dict[str, Any]:
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    ptxas = Path(get_ptxas(HOPPER.arch).path)  # Triton 3.9 takes another one for Hopper
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)

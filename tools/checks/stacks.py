@@ -1,0 +1,120 @@
+"""A quick part of the tests with older and newer versions of what the package is built on.
+
+\b
+    python -m tools.checks.stacks --list
+    python -m tools.checks.stacks --run newest --ledger tools/benchmarks/ledger.jsonl
+
+Each stack has an environment of its own (by default under build/stacks): the packages named here,
+over those of the environment that runs this. torch stays: it is 2 GB with CUDA, and its CPU builds
+are not on PyPI. Packages are installed without their dependencies, because torch pins Triton.
+Prints one JSON line; exits 1 if a test fails.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import click
+from click import ClickException
+
+from tools.common import ROOT, ledger_options, ledger_row, publish
+
+# What a stack replaces, as pip takes it. `oldest` is what pyproject allows.
+STACKS = {
+    "tested": (),
+    "oldest": (
+        "click==8.1.8", "einops==0.8.0", "huggingface_hub==1.31.0", "numpy==1.26.4",
+        "packaging==23.2", "safetensors==0.5.3", "simplejpeg==1.8.2", "tqdm==4.66.6",
+        "transformers==5.18.0", "triton==3.6.0",
+    ),
+    "triton 3.8": ("triton==3.8.0",),
+    "newest": ("triton==3.9.0", "transformers==5.24.0"),
+}  # fmt: skip
+NAMED = ("triton", "transformers", "huggingface_hub", "pillow", "numpy", "safetensors")
+COMPILE = "tests/kernels/test_compile_attention.py::test_attention_"
+TESTS = (
+    "tests/kernels/test_interpret.py",
+    f"{COMPILE}compiles_to_sound_code[80-16-window]",
+    f"{COMPILE}compiles_to_sound_code[80-16-full]",
+    f"{COMPILE}in_bf16_spends_no_multiplication_on_padding",
+    "tests/test_tiny.py",
+    "tests/compare/test_huggingface.py",
+    "tests/checkpoint/test_ranges.py",
+    "tests/encoder/test_rows.py",
+)
+
+
+def make_environment(folder: Path, packages: tuple[str, ...]) -> Path:
+    """Its Python, after installing what is not there yet."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True, symlinks=True)
+        below = sysconfig.get_paths()["purelib"]  # this environment's packages come after its own
+        [own] = folder.glob("lib/python*/site-packages")
+        (own / "below.pth").write_text(f"{below}\n")
+    if packages:
+        install = [str(python), "-m", "pip", "install", "-q", "--no-deps", *packages]
+        if subprocess.run(install, check=False).returncode:
+            raise ClickException(f"pip could not install {' '.join(packages)}; see above")
+    return python
+
+
+def run_tests(python: Path, tests: tuple[str, ...]) -> tuple[dict[str, int], float, list[str]]:
+    """Counts by outcome, seconds, and the names of what failed."""
+    command = [
+        str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not slow",
+        "-rfE", *tests,
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
+    last = done.stdout.rstrip().rpartition("\n")[2]
+    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+    seconds = re.search(r" in ([\d.]+)s", last)
+    if not counts or seconds is None:
+        raise ClickException("pytest ended without counts; see above")
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return counts, float(seconds[1]), failed
+
+
+def versions(python: Path) -> dict[str, str]:
+    code = f"from importlib.metadata import version as v; print(*[v(n) for n in {NAMED}])"
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
+    return dict(zip(NAMED, done.stdout.split(), strict=True))
+
+
+@click.command(help=__doc__)
+@click.option("--list", "only_list", is_flag=True, help="Print the stacks and end.")
+@click.option("--run", "name", type=click.Choice(list(STACKS)), help="The stack to test.")
+@click.option("--folder", type=click.Path(path_type=Path), default=ROOT / "build" / "stacks")
+@click.argument("tests", nargs=-1)
+@ledger_options
+def main(
+    only_list: bool, name: str | None, folder: Path, tests: tuple[str, ...], commit: str,
+    ledger: Path | None,
+) -> None:  # fmt: skip
+    """Make the environment, test, print."""
+    if only_list or name is None:
+        for stack, packages in STACKS.items():
+            click.echo(f"{stack}: {' '.join(packages) or 'this environment'}")
+        return
+    python = Path(sys.executable)
+    if STACKS[name]:
+        python = make_environment(folder.resolve() / name.replace(" ", "-"), STACKS[name])
+    counts, seconds, failed = run_tests(python, tests or TESTS)
+    row = ledger_row(
+        "stack", commit, "cpu", (), stack=name, with_packages=versions(python), tests=counts,
+        seconds=seconds, failed=failed,
+    )  # fmt: skip
+    publish(row, ledger)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
