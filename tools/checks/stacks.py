@@ -23,12 +23,12 @@ from click import ClickException
 
 from tools.common import ROOT, ledger_options, ledger_row, publish
 
-# What a stack replaces, as pip takes it. `oldest` is what pyproject allows with the extra `hf`, whose
-# transformers requires safetensors 0.8.
+# What a stack replaces, as pip takes it. `oldest` is what pyproject allows with the extra `hf`,
+# whose transformers requires safetensors 0.8.
 STACKS = {
     "tested": (),
     "oldest": (
-        "click==8.1.8", "einops==0.8.0", "huggingface_hub==1.31.0", "numpy==1.26.4",
+        "click==8.2.1", "einops==0.8.0", "huggingface_hub==1.31.0", "numpy==1.26.4",
         "packaging==23.2", "simplejpeg==1.8.2", "tqdm==4.66.6", "transformers==5.18.0",
         "triton==3.6.0", "httpx==0.28.1", "httpcore==1.0.9",  # the last two for huggingface_hub 1
     ),
