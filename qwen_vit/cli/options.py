@@ -282,7 +282,7 @@ def verbosity_options(command: Command) -> Command:
     """-q and -v: how much goes to stderr, for every command."""
 
     def apply(ctx: click.Context, param: click.Parameter, value: int) -> None:
-        set_verbosity(value)
+        set_verbosity(value or 0)  # None in click 8.2
 
     for short, long, level, help in (
         ("-v", "--verbose", 1, "Also details."),
