@@ -4,7 +4,6 @@ from functools import cache
 
 import pytest
 import triton
-from packaging.version import Version
 
 from qwen_vit.kernels import attention, attention_hopper
 from tests.support.compile_cases import (
@@ -57,11 +56,8 @@ def compile_attention(head_dim: int, bits: int, use_name: str) -> Compiled:
 
 # Bytes that a program may spill. 128 query rows on 4 warps fill every register of the frame kind
 # and spill parts of Q, outside the key loop: 8 to 15 % faster all the same (docs/decisions).
-# The assembler that Triton 3.9 takes for Hopper spills more of Q.
-ATTENTION_SPILLS = {
-    "window": 0,
-    "full": 128 if Version(triton.__version__) < Version("3.9") else 376,
-}
+# The assemblers of Triton 3.8 and 3.9 spill more, 136 and 376 bytes: these tests fail with them.
+ATTENTION_SPILLS = {"window": 0, "full": 128}
 
 
 @pytest.mark.parametrize("use", USES)
