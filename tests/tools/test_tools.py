@@ -55,9 +55,12 @@ def test_every_command_that_a_document_names_exists(path: Path) -> None:
 def test_the_fast_tests_exist_and_run_every_wing() -> None:
     """Wings without a file of their own there have docstrings that run."""
     script = (ROOT / "tools" / "test").read_text("utf-8")
-    [listed] = re.findall(r"^fast=\((.*?)\)", script, re.MULTILINE | re.DOTALL)
-    assert [path for path in listed.split() if not (ROOT / path).exists()] == []
-    assert "qwen_vit" in listed.split()
+    [assignment] = re.findall(r"^fast=\(.*?\)", script, re.MULTILINE | re.DOTALL)
+    shell = f'{assignment}\nprintf "%s\\n" "${{fast[@]}}"'  # which expands {a,b}
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, check=True)
+    listed = done.stdout.decode().split()
+    assert [path for path in listed if not (ROOT / path).exists()] == []
+    assert "qwen_vit" in listed
     wings = {path.parent for path in (ROOT / "qwen_vit").rglob("__init__.py")}
     dumb = [
         wing.name
