@@ -1,4 +1,4 @@
-"""The Triton kernels: the only folder that imports triton."""
+"""Provide the Triton kernels; only this folder imports triton."""
 
 try:
     import triton as _triton
@@ -10,6 +10,6 @@ except ImportError as error:
 
 __all__ = ["IS_KNOWN_GLUON"]
 
-# Whether the kernels for Hopper were tested with this Triton's Gluon. Gluon may change with each
-# version. An unknown one is not even imported, and the plain kernels run.
+# True if the Hopper kernels were tested with this Triton's Gluon. Gluon may change with each
+# version. For an untested version, qwen_vit does not import Gluon and runs the plain kernels.
 IS_KNOWN_GLUON = _triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])

@@ -1,4 +1,4 @@
-"""Activations in the epilogues of GEMMs, in float32: one code for both kernels, so bits agree."""
+"""Compute the GEMM epilogues' activations in float32, with the same bits in both GEMM kernels."""
 
 import triton
 import triton.language as tl
@@ -11,9 +11,10 @@ ROOT_OF_HALF = tl.constexpr(0.7071067811865476)
 
 @triton.jit
 def swiglu(gate, up):
-    """silu(gate) * up by 2^x and 1 / sqrt(x): half the instructions of exp and division.
+    """Return silu(gate) * up by 2^x and 1 / sqrt(x): half the instructions of exp and division.
 
-    2^x and 1 / sqrt(x) are right to 2^-22: one value in about 100,000 rounds to another bfloat16.
+    2^x and 1 / sqrt(x) have errors up to 2^-22. About one value in 100,000 rounds to a different
+    bfloat16.
     """
     root = tl.rsqrt(1.0 + tl.exp2(gate * -LOG2_E))
     return gate * (root * root) * up
@@ -21,5 +22,5 @@ def swiglu(gate, up):
 
 @triton.jit
 def gelu(x):
-    """The exact GELU, by erf, not the tanh form."""
+    """Return the exact GELU, computed with erf instead of tanh."""
     return x * 0.5 * (1.0 + tl.erf(x * ROOT_OF_HALF))

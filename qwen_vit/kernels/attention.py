@@ -1,20 +1,21 @@
-"""One operation in three kernels: variable-length flash attention with 2D RoPE in registers.
+"""Compute variable-length flash attention with 2D RoPE in registers, with three Triton kernels.
 
-`_window_attention`: all keys fit one tile, and they are the query rows. Q and K are rotated while
-they load, by the same angles.
+`_window_attention` handles segments whose keys fit one tile. The keys are the query rows. It
+applies RoPE to Q and K with the same angles while it loads them.
 
-`_full_attention`: the keys are many tiles. Q is rotated while it loads and stays in registers. K is
-rotated once beforehand, by `_rotate_keys`: inside the key loop the work would repeat for every
-query tile, and on Hopper the assembler would serialise the matrix instructions.
+`_full_attention` handles segments with several key tiles. It applies RoPE to Q while it loads Q,
+and keeps Q in registers. `_rotate_keys` applies RoPE to K once beforehand. Inside the key loop,
+each query tile would repeat that work. On Hopper, the assembler would also serialise the matrix
+instructions there.
 
-The kernels read Q, K and V in place from the fused QKV projection. The head dim is cut into a main
-part, a power of two, and a tail (80 = 64 + 16), so that no multiply-add is spent on padding. On
-Hopper `attention_hopper` has both attention kernels again, for the published head dim.
+The kernels read Q, K and V in place from the fused QKV projection. They cut the head dim into a
+main part and a tail, both powers of two (80 = 64 + 16). This spends no multiply-add on padding. On
+Hopper `attention_hopper` replaces both attention kernels for the published head dim.
 
-Blocks are named `b_`, pointers `p_`, masks `m_` and offsets `o_`; a comment gives a block's shape.
-What travels together is a tuple: rope = (cos, sin, axis_index), angles = (b_cos, b_sin),
-q = (main, tail), v = (main, tail), state = (m, l, acc0, acc1). `q` and `v` have no tail where the
-head dim is a power of two.
+The prefixes are `b_` for blocks, `p_` for pointers, `m_` for masks and `o_` for offsets. A comment
+gives each block's shape. These tuples group related values: rope = (cos, sin, axis_index),
+angles = (b_cos, b_sin), q = (main, tail), v = (main, tail), state = (m, l, acc0, acc1). If the head
+dim is a power of two, `q` and `v` have no tail.
 """
 
 from dataclasses import dataclass
@@ -39,11 +40,11 @@ LOG2_E = 1.4426950408889634  # exp(x) == exp2(x * LOG2_E), and the GPU has exp2
 
 @dataclass(frozen=True, slots=True)
 class RotaryTable:
-    """Cosines and sines, and each token's index into them.
+    """Store the RoPE cosines and sines, and each token's index into them.
 
-    Axial: (positions, R / 2) per axis; pair j of a token reads row `index[token, 0]` for the first
-    R / 2 pairs (the patch row) and `index[token, 1]` for the others (the patch column).
-    Per token: (N, R), with `index` None.
+    An axial table has shape (positions, R / 2). A token's first R / 2 pairs read row
+    `index[token, 0]`, the patch row. The other pairs read row `index[token, 1]`, the patch column.
+    A table per token has shape (N, R), and `index` is None.
     """
 
     cos: torch.Tensor
@@ -51,7 +52,7 @@ class RotaryTable:
     index: torch.Tensor | None = None
 
     def per_token(self) -> "RotaryTable":
-        """The same angles without an index, read once for all heads, queries and keys."""
+        """Return a table per token with the same angles, so that kernels need no index."""
         if self.index is None:
             return self
         rows = self.index.long()
@@ -60,7 +61,7 @@ class RotaryTable:
 
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
-    """One reviewed row: the shape of a tile, and how the compiler schedules it."""
+    """Set the shape of an attention tile and the compiler's schedule for it."""
 
     q_rows: int
     k_rows: int
@@ -76,11 +77,11 @@ TILES = {
     ("full", 32): AttentionTile(q_rows=32, k_rows=32, num_warps=4, num_stages=1),
 }
 ROTATION_ROWS = 64
-# On a CPU a tile has the size of its segment, up to these rows and keys, and programs run together
-# up to this many scores. Measured on 2 cores; see docs/decisions.
+# On a CPU a tile has its segment's size, up to these rows and keys. The interpreter groups programs
+# up to this number of scores. Measured on 2 cores; see docs/decisions.
 CPU_ROWS, CPU_KEYS, CPU_SCORES = 1024, 1024, 1 << 19
-# The limits of head dims. On a GPU the matrix instructions set the least, and the tiles that fit
-# every GPU from capability 8.0 on set the most. On a CPU they are what the tests cover.
+# Limits on the head dim. On a GPU, matrix instructions set the minimum. The maximum keeps tiles
+# within every GPU of capability >= 8.0. On a CPU, the tests cover this range.
 HEAD_DIMS = {"cuda": (16, 128), "cpu": (2, 1024)}
 
 
@@ -90,7 +91,7 @@ def _angles(
     D_BEGIN: tl.constexpr, D_BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     AXIAL: tl.constexpr, ADJACENT: tl.constexpr,
 ):  # fmt: skip
-    """Cosines and sines for ROWS rows from `row_begin`, as `_rotated` multiplies them."""
+    """Load cosines and sines of ROWS rows from `row_begin`, in the layout that `_rotated` needs."""
     cos, sin, axis_index = rope
     R: tl.constexpr = D // 2
     o_row = tl.arange(0, ROWS)  # [ROWS]
@@ -126,7 +127,7 @@ def _rotated(
     D_BEGIN: tl.constexpr, D_BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     ROW_STRIDE: tl.constexpr, ADJACENT: tl.constexpr,
 ):  # fmt: skip
-    """Dims D_BEGIN to D_BEGIN + D_BLOCK of the rows at `base`, rotated, in fp32."""
+    """Load dims D_BEGIN to D_BEGIN + D_BLOCK of the rows at `base`, and apply RoPE in fp32."""
     b_cos, b_sin = angles
     o_row = tl.arange(0, ROWS)  # [ROWS]
     o_dim = D_BEGIN + tl.arange(0, D_BLOCK)  # [D_BLOCK]
@@ -156,7 +157,7 @@ def _rotate_keys(
     H: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
     AXIAL: tl.constexpr, ADJACENT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """K of every row and head, rotated and rounded once: (N, H, D)."""
+    """Apply RoPE to K of every row and head, and round the result once: (N, H, D)."""
     i_head = tl.program_id(0) % H
     row_begin = (tl.program_id(0) // H * BN).to(tl.int64)
     o_row = tl.arange(0, BN)  # [BN]
@@ -176,9 +177,9 @@ def _load(
     p_row, m_row,
     D_BEGIN: tl.constexpr, D_BLOCK: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Dims D_BEGIN to D_BEGIN + D_BLOCK of the rows at `p_row` [ROWS, 1]; 0 where masked.
+    """Load dims D_BEGIN to D_BEGIN + D_BLOCK of the rows at `p_row` [ROWS, 1]; 0 where masked.
 
-    The masks are chosen at compile time: whole rows and whole dims load without one.
+    The compiler chooses the masks. Whole rows and whole dims load without a mask.
     """
     o_dim = D_BEGIN + tl.arange(0, D_BLOCK)  # [D_BLOCK]
     m_x = m_row[:, None]  # [ROWS, 1]
@@ -193,7 +194,7 @@ def _load(
 
 @triton.jit
 def _first_state(BM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """(m, l, acc0, acc1) before any key: the rows' maxima, sums of weights, weighted values."""
+    """Return (m, l, acc0, acc1) before any key: row maxima, sums of weights, weighted values."""
     m = tl.full([BM], -float("inf"), tl.float32)  # [BM]
     l = tl.full([BM], 0.0, tl.float32)  # [BM]
     acc0 = tl.full([BM, D0], 0.0, tl.float32)  # [BM, D0]
@@ -203,7 +204,7 @@ def _first_state(BM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 @triton.jit
 def _next_state(state, b_scores, v):
-    """The online softmax with one more tile of keys: its scores, and its values `v`."""
+    """Update the online softmax with one more key tile: its scores and its values `v`."""
     m, l, acc0, acc1 = state
     m_new = tl.maximum(m, tl.reduce(b_scores, 1, tl.standard._elementwise_max))  # [BM]
     b_p = tl.exp2(b_scores - m_new[:, None])  # [BM, BN]
@@ -221,7 +222,7 @@ def _store(
     out, state, q_begin, m_q, i_head,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Weighted values over the sums of weights, rounded once, at the tile's rows of `out`."""
+    """Divide the weighted values by the sums of weights, round once, and store the tile's rows."""
     _, l, acc0, acc1 = state
     scale = (1.0 / l)[:, None]  # [BM, 1]
     o_d0 = tl.arange(0, D0)  # [D0]
@@ -236,10 +237,10 @@ def _store(
 
 @triton.jit
 def _ranges_of_program(tiles, H: tl.constexpr):
-    """First and last query row, first and last key row. A padding tile has no rows.
+    """Return the first and last query row and key row of a program. A padding tile has no rows.
 
-    One program per (tile, head), head fastest: neighbours share cache lines of a row. Rows are
-    counted in int64 up to the start of a tile, and in int32 inside it.
+    Each (tile, head) has one program. Heads vary fastest, so that neighbours share a row's cache
+    lines. A tile's start is in int64, and rows inside the tile are in int32.
     """
     p_tile = tiles + (tl.program_id(0) // H).to(tl.int64) * 4
     q_begin = tl.load(p_tile).to(tl.int64)
@@ -255,7 +256,7 @@ def _window_attention(
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     AXIAL: tl.constexpr, ADJACENT: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """softmax(rope(Q) rope(K)^T * scale) V for one head of one tile, whose keys are its query rows.
+    """Compute softmax(rope(Q) rope(K)^T * scale) V for a tile's head; its keys are its query rows.
 
     qkv (N, 3, H, D); tiles (T, 4); out (N, H, D). Q and K share their rows' angles.
     """
@@ -302,7 +303,7 @@ def _attend_to_keys(
     q, state, keys, k_begin, k_end, i_head,
     H: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The state after one more tile of keys, of which those from row `k_end` on do not count."""
+    """Return the state after one more tile of keys, without the keys at rows >= `k_end`."""
     k_rotated, qkv = keys
     D0: tl.constexpr = q[0].shape[1]
     D1: tl.constexpr = q[1].shape[1] if len(q) > 1 else 0
@@ -333,9 +334,9 @@ def _full_attention(
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     AXIAL: tl.constexpr, ADJACENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """softmax(rope(Q) rope(K)^T * scale) V for one head of one query tile, over tiles of keys.
+    """Compute softmax(rope(Q) rope(K)^T * scale) V for a query tile's head, over tiles of keys.
 
-    qkv (N, 3, H, D), whose V is read; k_rotated (N, H, D); tiles (T, 4); out (N, H, D).
+    qkv (N, 3, H, D) gives Q and V; k_rotated (N, H, D); tiles (T, 4); out (N, H, D).
     """
     dtype: tl.constexpr = qkv.dtype.element_ty
     ROW_STRIDE: tl.constexpr = 3 * H * D
@@ -367,17 +368,17 @@ def _full_attention(
 
 
 def tiling(device: torch.device, dtype: torch.dtype, kind: str) -> SegmentTiling:
-    """How layouts for this device must cut segments of a kind, `window` or `full`."""
+    """Return how layouts for this device must cut segments of a kind, `window` or `full`."""
     if device.type == "cpu":
         return SegmentTiling(rows=CPU_ROWS)
     return SegmentTiling(rows=TILES[kind, dtype.itemsize * 8].q_rows)
 
 
 def kind_of(segment_rows: int) -> str:
-    """`window` if every segment fits one key tile, else `full`.
+    """Return `window` if every segment fits one key tile, else `full`.
 
-    The configuration decides, never the data: with a switch by length an image's bits would depend
-    on its neighbours.
+    Only the configuration decides. If segment lengths decided, an image's bits would depend on the
+    other images in its batch.
     """
     return "window" if segment_rows <= TILES["window", 16].k_rows else "full"
 
@@ -391,12 +392,11 @@ def attention(
     adjacent_pairs: bool,
     tiles: AttentionTile | None = None,
 ) -> torch.Tensor:
-    """Attention within segments, with RoPE applied to Q and K: (N, 3, H, D) -> (N, H, D).
+    """Apply RoPE to Q and K, and attend within segments: (N, 3, H, D) to (N, H, D).
 
     With `adjacent_pairs`, rotary pair j of Q and K is at dims (2j, 2j + 1) instead of (j, j + D /
-    2). Rows that no tile covers are left unwritten. `tiles` is for benchmarks and tests on a GPU:
-    it runs the Triton kernel with another tile than the reviewed one, and `segments` must be cut
-    for it.
+    2). The kernel does not write rows that no tile covers. Benchmarks and GPU tests use `tiles` to
+    run the Triton kernel with a different tile. `segments` must then be cut for that tile.
     """
     N, _, H, D = qkv.shape
     out = torch.empty((N, H, D), dtype=qkv.dtype, device=qkv.device)
@@ -445,7 +445,7 @@ def _attend_on_cpu(
     out: torch.Tensor,
     adjacent_pairs: bool,
 ) -> None:
-    """The same kernels, launched once for all tiles of one size: there a block may have any."""
+    """Run the kernels on a CPU: one launch for all tiles of a size, as blocks may have any size."""
     N, _, H, D = qkv.shape
     tables = _tables(rotary)
     options = {"H": H, "D": D, "AXIAL": False, "ADJACENT": adjacent_pairs}
@@ -474,12 +474,12 @@ def _attend_on_cpu(
 
 
 def _tables(rotary: RotaryTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the kernels take; without an index any pointer serves in its place."""
+    """Return the kernels' RoPE arguments; without an index, a pointer that they do not read."""
     return rotary.cos, rotary.sin, rotary.cos if rotary.index is None else rotary.index
 
 
 def rotated_keys(qkv: torch.Tensor, rotary: RotaryTable, *, adjacent_pairs: bool) -> torch.Tensor:
-    """K of every row on a GPU, rotated and rounded once: (N, 3, H, D) -> (N, H, D)."""
+    """Apply RoPE to K of every row on a GPU, and round once: (N, 3, H, D) to (N, H, D)."""
     N, _, H, D = qkv.shape
     k_rotated = torch.empty((N, H, D), dtype=qkv.dtype, device=qkv.device)
     with torch.cuda.device(qkv.device):

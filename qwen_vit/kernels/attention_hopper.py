@@ -1,25 +1,26 @@
-"""The window kernel and the full kernel on Hopper: `attention`'s, with their loads overlapped.
+"""Compute window and full attention on Hopper, and overlap the loads with computation.
 
-In a window, Q, K and V of a head arrive by the tensor memory accelerator (TMA) while the angles
-load. Q and K are rotated in registers and go back to the same shared memory, where the tensor cores
-read them.
+In the window kernel, the tensor memory accelerator (TMA) loads Q, K and V of a head while the
+angles load. The kernel applies RoPE to Q and K in registers. It writes them back to the same shared
+memory, where the tensor cores read them.
 
-Over a frame, a program has three partitions. The load partition, one warp, fetches tiles of K
-(rotated beforehand) and V into a ring of shared memory. Each of two MMA partitions, a warpgroup,
-attends for 64 query rows; Q is rotated in registers while it loads. An MMA partition multiplies Q
-with the next tile's keys before it needs them, and the two alternate: one's softmax runs while the
-tensor cores work for the other.
+In the full kernel, a program has three partitions. The load partition, one warp, fetches tiles of K
+and V into a ring of shared memory. `attention.rotated_keys` has applied RoPE to K beforehand. Each
+of two MMA partitions, a warpgroup, attends for 64 query rows. It applies RoPE to Q in registers
+while Q loads. An MMA partition multiplies Q with the next tile's keys before it needs the scores.
+The two MMA partitions alternate: one computes its softmax while the other uses the tensor cores.
 
-Names as in Gluon's tutorials: `descs` are TMA descriptors, `buffers` are rings of shared memory
-with STAGES slots, `barriers` are mbarriers. A slot has a `ready` barrier, on which the MMA
-partitions wait for its data, and an `empty` barrier, on which the load partition waits until both
-have read it. Each pass over the ring flips a barrier's phase.
+Names follow Gluon's tutorials. `descs` are TMA descriptors. `buffers` are rings of shared memory
+with STAGES slots. `barriers` are mbarriers. The MMA partitions wait for a slot's data on its
+`ready` barrier. The load partition waits on its `empty` barrier until both MMA partitions have read
+the slot. Each pass over the ring flips a barrier's phase.
 
-Both use programmatic dependent launch: they may start before the previous kernel has ended, and let
-the next one start early. Each waits for the previous kernel before it reads that kernel's output.
+Both kernels use programmatic dependent launch. They may start before the previous kernel has ended,
+and they let the next kernel start early. Each kernel waits for the previous kernel before it reads
+that kernel's output.
 
-They are written in Gluon, Triton's lower level, because Triton cannot express that overlap. They
-support head dim 80, which every published tower has, in bf16. Otherwise the Triton kernel runs.
+The kernels are in Gluon, Triton's lower level, because Triton cannot express that overlap. They
+support bf16 and head dim 80, which every published tower has. Otherwise the Triton kernels run.
 """
 
 import torch
@@ -37,16 +38,16 @@ from qwen_vit.kernels.hopper import descriptor, fence_for_wgmma, hold_barriers, 
 
 __all__ = ["Q_ROWS", "W_ROWS", "full_attention", "supports", "window_attention"]
 
-Q_ROWS = 128  # of a tile: 64 for each of two warpgroups
+Q_ROWS = 128  # query rows of a tile: 64 for each of two warpgroups
 K_ROWS = 128
 NUM_STAGES = 3
 W_ROWS = 64  # of a window at most
-MAIN, TAIL = 64, 16  # head dim 80 in parts that a matrix instruction takes whole
+MAIN, TAIL = 64, 16  # head dim 80, cut into widths that matrix instructions support
 
 
 @gluon.jit
 def _tile_of_program(tiles, n_tiles):
-    """(head, first and last query row, first and last key row). A padding tile has no rows."""
+    """Return a program's head, query row range and key row range. A padding tile has no rows."""
     i_program = gl.program_id(0)
     p_tile = tiles + (i_program % n_tiles).to(gl.int64) * 4
     return (
@@ -57,7 +58,7 @@ def _tile_of_program(tiles, n_tiles):
 
 @gluon.jit
 def _load_partition(tiles, n_tiles, descs, buffers, barriers, H: gl.constexpr):
-    """One warp: K, then V, of one tile of keys after the other."""
+    """Load K, then V, of each tile of keys in order, with one warp."""
     k0_desc, k1_desc, v0_desc, v1_desc = descs
     k0_ring, k1_ring, v0_ring, v1_ring = buffers  # [STAGES, BN, D0], [STAGES, BN, D1], twice
     k_ready, k_empty, v_ready, v_empty, _ = barriers
@@ -68,10 +69,10 @@ def _load_partition(tiles, n_tiles, descs, buffers, barriers, H: gl.constexpr):
     i_head, _, _, k_begin, k_end = _tile_of_program(tiles, n_tiles)
     k_column = i_head * D
     v_column = (2 * H + i_head) * D
-    gdc_wait()  # for the previous kernel, which writes K and V
+    gdc_wait()  # wait for the previous kernel, which writes K and V
     for i in range(gl.cdiv(k_end - k_begin, BN)):
         stage = i % STAGES
-        phase = (i // STAGES & 1) ^ 1  # an empty ring counts as read: the first pass goes through
+        phase = (i // STAGES & 1) ^ 1  # an empty ring counts as read: the first pass never waits
         row = k_begin + i * BN
         # until both MMA partitions have read the K that this slot held
         mbarrier.wait(k_empty.index(stage), phase)
@@ -95,14 +96,14 @@ def _load_partition(tiles, n_tiles, descs, buffers, barriers, H: gl.constexpr):
 
 @gluon.constexpr_function
 def _dims_layout(width):
-    """Rows of `width` dims, 16 bytes to a thread: with both dims of its pairs."""
-    lanes = width // 8  # that share a row
+    """Return a layout for rows of `width` dims: 16 bytes per thread, with both dims of a pair."""
+    lanes = width // 8  # threads that share a row
     return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
 
 
 @gluon.constexpr_function
 def _pairs_layout(width):
-    """The rotary pairs of the same rows and threads."""
+    """Return the layout of the rotary pairs, for the rows and threads of `_dims_layout`."""
     lanes = width // 8
     return gl.BlockedLayout([1, 4], [32 // lanes, lanes], [4, 1], [1, 0])
 
@@ -112,7 +113,7 @@ def _angles(
     rope, row_begin, n_rows,
     D_BEGIN: gl.constexpr, D_BLOCK: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Cosines and sines of the pairs in dims D_BEGIN to D_BEGIN + D_BLOCK: [ROWS, D_BLOCK / 2]."""
+    """Load cosines and sines for dims D_BEGIN to D_BEGIN + D_BLOCK: [ROWS, D_BLOCK / 2]."""
     cos, sin, axis_index = rope
     A: gl.constexpr = D // 4  # angles of one axis
     PAIRS: gl.constexpr = _pairs_layout(D_BLOCK)
@@ -128,7 +129,7 @@ def _angles(
 
 @gluon.jit
 def _rotated(b_x, angles, D_BLOCK: gl.constexpr, ROWS: gl.constexpr):
-    """Rows of dims with adjacent rotary pairs, rotated in fp32: [ROWS, D_BLOCK]."""
+    """Apply RoPE in fp32 to rows with adjacent rotary pairs: [ROWS, D_BLOCK]."""
     b_cos, b_sin = angles
     PAIRS: gl.constexpr = _pairs_layout(D_BLOCK)
     b_first, b_second = b_x.to(gl.float32).reshape((ROWS, D_BLOCK // 2, 2)).split()
@@ -145,7 +146,7 @@ def _rotated_queries(
     D_BEGIN: gl.constexpr, D_BLOCK: gl.constexpr, D: gl.constexpr, ROW_STRIDE: gl.constexpr,
     ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Dims D_BEGIN to D_BEGIN + D_BLOCK of ROWS rows, rotated and scaled in fp32, rounded once."""
+    """Load dims D_BEGIN to D_BEGIN + D_BLOCK, apply RoPE and the scale in fp32, and round once."""
     DIMS: gl.constexpr = _dims_layout(D_BLOCK)
     o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DIMS))  # [ROWS]
     o_dim = gl.arange(0, D_BLOCK, layout=gl.SliceLayout(0, DIMS))  # [D_BLOCK]
@@ -159,7 +160,7 @@ def _rotated_queries(
 
 @gluon.jit
 def _clear_rows(rows, n_rows, D_BLOCK: gl.constexpr, ROWS: gl.constexpr):
-    """Zeros from row `n_rows` on: a neighbour's values have weight 0, but 0 * NaN is NaN."""
+    """Set rows >= `n_rows` to zero: their values have weight 0, but 0 * NaN is NaN."""
     DIMS: gl.constexpr = _dims_layout(D_BLOCK)
     m_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DIMS))[:, None] < n_rows  # [ROWS, 1]
     rows.store(gl.where(m_row, rows.load(DIMS), 0.0))
@@ -170,7 +171,7 @@ def _mma_partition(
     tiles, n_tiles, qkv, rope, out, scale_log2e, q_buffers, buffers, barriers,
     H: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: softmax(rope(Q) rope(K)^T * scale) V for its 64 query rows."""
+    """Compute softmax(rope(Q) rope(K)^T * scale) V for one warpgroup's 64 query rows."""
     q0_buffers, q1_buffers = q_buffers  # [2, ROWS, D0], [2, ROWS, D1]
     k0_ring, k1_ring, v0_ring, v1_ring = buffers  # [STAGES, BN, D0], [STAGES, BN, D1], twice
     k_ready, k_empty, v_ready, v_empty, turns = barriers
@@ -191,7 +192,7 @@ def _mma_partition(
     row_begin = (q_begin + I_GROUP * ROWS).to(gl.int64)
     n_rows = q_end - q_begin - I_GROUP * ROWS
     n_key_tiles = gl.cdiv(k_end - k_begin, BN)
-    gdc_wait()  # for the previous kernel, which writes Q
+    gdc_wait()  # wait for the previous kernel, which writes Q
     gdc_launch_dependents()
     if n_key_tiles > 0:
         q0 = q0_buffers.index(I_GROUP)  # [ROWS, D0]
@@ -231,9 +232,9 @@ def _mma_partition(
         for i in range(1, n_key_tiles):
             stage = i % STAGES
             stage_before = (i - 1) % STAGES
-            # The scores of this tile, then the values of the one before, are in progress at once.
-            # The partitions take turns: one multiplies while the other computes its softmax. This
-            # waits until the other has started its matrix instructions; the first partition
+            # The products for this tile's scores and the previous tile's values run at the same
+            # time. The partitions take turns: one multiplies while the other computes its softmax.
+            # This waits until the other has started its matrix instructions; the first partition
             # begins without.
             mbarrier.wait(turns.index(I_GROUP), (i - 1 & 1) ^ (1 - I_GROUP))
             b_scores = warpgroup_mma(
@@ -248,8 +249,8 @@ def _mma_partition(
             b_p1 = gl.convert_layout(b_p, P1)  # [ROWS, BN]
             acc0 = warpgroup_mma(b_p0, v0_ring.index(stage_before), acc0, is_async=True)
             acc1 = warpgroup_mma(b_p1, v1_ring.index(stage_before), acc1, is_async=True)
-            mbarrier.arrive(turns.index(1 - I_GROUP), count=1)  # all are started: the other's turn
-            # until the scores are there; the two products with V may still run
+            mbarrier.arrive(turns.index(1 - I_GROUP), count=1)  # the other may start
+            # until the scores are complete; the two products with V may still run
             b_scores = warpgroup_mma_wait(num_outstanding=2, deps=(b_scores,))
             mbarrier.arrive(k_empty.index(stage), count=1)  # this partition has read this tile of K
             if i == n_key_tiles - 1:
@@ -314,7 +315,7 @@ def _full_attention(
     H: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """One query tile of one head; tiles of a head run side by side and share its keys in L2."""
+    """Attend for a query tile of one head; a head's tiles run together and share keys in L2."""
     dtype: gl.constexpr = qkv.dtype.element_ty
     Q0: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D0], dtype)
     Q1: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D1], dtype)
@@ -331,10 +332,10 @@ def _full_attention(
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for group in gl.static_range(2):
-        mbarrier.init(turns.index(group), count=1)  # the other partition gives the turn
+        mbarrier.init(turns.index(group), count=1)  # the other partition arrives here
     for stage in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(stage), count=1)  # the load partition, by its bytes
-        mbarrier.init(k_empty.index(stage), count=2)  # both MMA partitions
+        mbarrier.init(k_ready.index(stage), count=1)  # the load partition arrives, with bytes
+        mbarrier.init(k_empty.index(stage), count=2)  # both MMA partitions arrive
         mbarrier.init(v_ready.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=2)
     descs = (k0, k1, v0, v1)
@@ -356,7 +357,7 @@ def _full_attention(
 def _store_rows(
     p_out, b_out, n_rows, D_BLOCK: gl.constexpr, ROW_STRIDE: gl.constexpr, ROWS: gl.constexpr
 ):  # fmt: skip
-    """The first `n_rows` rows of a block [ROWS, D_BLOCK]."""
+    """Store the first `n_rows` rows of a block [ROWS, D_BLOCK]."""
     DIMS: gl.constexpr = _dims_layout(D_BLOCK)
     o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DIMS))[:, None]  # [ROWS, 1]
     o_dim = gl.arange(0, D_BLOCK, layout=gl.SliceLayout(0, DIMS))[None, :]  # [1, D_BLOCK]
@@ -368,9 +369,10 @@ def _window_attention(
     tiles, rows0, rows1, cos, sin, axis_index, out, scale_log2e,
     H: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """One window of one head. Its keys are its query rows. Heads vary fastest, as in memory.
+    """Attend within one window of one head. Its keys are its query rows.
 
-    Q, K and V load together while the angles load. The rotated rows go back to the same memory.
+    Heads vary fastest, as in memory. Q, K and V load together while the angles load. The kernel
+    writes Q and K back to the same shared memory after RoPE.
     """
     dtype: gl.constexpr = out.dtype.element_ty
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
@@ -382,7 +384,7 @@ def _window_attention(
     p_tile = tiles + (gl.program_id(0) // H).to(gl.int64) * 4
     main = gl.allocate_shared_memory(dtype, [3, ROWS, D0], rows0.layout)
     tail = gl.allocate_shared_memory(dtype, [3, ROWS, D1], rows1.layout)
-    # a barrier each for Q, K and V, on which all wait for their bytes
+    # one barrier each for Q, K and V: all threads wait there for the bytes
     ready = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(3):
         mbarrier.init(ready.index(i), count=1)
@@ -394,7 +396,7 @@ def _window_attention(
         # The previous kernel writes only Q, K and V; tiles and angles are older.
         angles0 = _angles(rope, row_begin, n_rows, 0, D0, D, ROWS)
         angles1 = _angles(rope, row_begin, n_rows, D0, D1, D, ROWS)
-        gdc_wait()  # for the previous kernel, which writes Q, K and V
+        gdc_wait()  # wait for the previous kernel, which writes Q, K and V
         gdc_launch_dependents()
         for i in gl.static_range(3):
             mbarrier.expect(ready.index(i), ROWS * D * 2)
@@ -438,7 +440,7 @@ def _window_attention(
             num_outstanding=0, deps=(acc0, acc1, b_p0, b_p1)
         )
 
-        # through Q's place, so that a thread writes 16 bytes at a time
+        # store through Q's shared memory, so that a thread writes 16 bytes at a time
         q0.store((acc0 * gl.convert_layout(scale, gl.SliceLayout(1, O0))[:, None]).to(dtype))
         q1.store((acc1 * gl.convert_layout(scale, gl.SliceLayout(1, O1))[:, None]).to(dtype))
         p_out = out + row_begin * (H * D) + i_head * D
@@ -448,7 +450,7 @@ def _window_attention(
 
 
 def supports(qkv: torch.Tensor, is_axial: bool, adjacent_pairs: bool) -> bool:
-    """Whether this module supports the tower's call: bf16, head dim 80, Hopper."""
+    """Return whether this module supports the tower's call: bf16, head dim 80, Hopper."""
     return (
         qkv.dtype == torch.bfloat16
         and qkv.shape[3] == MAIN + TAIL
@@ -470,9 +472,9 @@ def full_attention(
     k_rows: int = K_ROWS,
     num_stages: int = NUM_STAGES,
 ) -> None:
-    """Fill `out` (N, H, D): `attention`'s frame kind, K rotated beforehand.
+    """Fill `out` (N, H, D) with full attention over keys that already have RoPE applied.
 
-    Other `k_rows` and `num_stages` than the reviewed ones are for benchmarks and tests.
+    Only benchmarks and tests change `k_rows` and `num_stages`.
     """
     N, _, H, D = qkv.shape
     keys, values = k_rotated.view(N, H * D), qkv.view(N, 3 * H * D)
@@ -494,10 +496,10 @@ def window_attention(
     out: torch.Tensor,
     scale_log2e: float,
 ) -> None:
-    """Fill `out` (N, H, D): `attention`'s window kind, for segments of at most W_ROWS rows.
+    """Fill `out` (N, H, D) with window attention, for segments of at most W_ROWS rows.
 
-    The previous kernel may write `qkv`, but no other argument: those are read before it has ended.
-    At least one tile must have rows.
+    The previous kernel may write `qkv` but no other argument. This kernel reads the other arguments
+    before the previous kernel has ended. At least one tile must have rows.
     """
     N, _, H, D = qkv.shape
     rows = qkv.view(N, 3 * H * D)

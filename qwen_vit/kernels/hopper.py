@@ -1,4 +1,4 @@
-"""Shared by the kernels for Hopper: the check of the device, tensor maps, fences and barriers."""
+"""Check the device, and create the tensor maps, fences and barriers of the Hopper kernels."""
 
 from functools import cache
 
@@ -20,7 +20,7 @@ __all__ = [
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether the device has Hopper's own instructions. Newer GPUs lack them."""
+    """Return whether the device has Hopper's own instructions. Newer GPUs lack them."""
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
@@ -30,7 +30,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def descriptor(rows: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """A bfloat16 matrix, fetched and stored in blocks by the tensor memory accelerator."""
+    """Return a bfloat16 matrix's descriptor for the tensor memory accelerator."""
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
     return TensorDescriptor.from_tensor(rows, block, layout)
 
@@ -39,8 +39,8 @@ def descriptor(rows: torch.Tensor, block: list[int]) -> TensorDescriptor:
 def fence_for_wgmma():
     """Make shared-memory stores visible to matrix instructions (WGMMA).
 
-    Each thread fences its own stores, then all threads meet at a barrier. The barriers that the
-    compiler adds may come before the fence.
+    Each thread fences its own stores, then waits for all threads at a barrier. The compiler may put
+    its own barriers before the fence.
     """
     fence_async_shared()
     debug_barrier()
@@ -48,12 +48,13 @@ def fence_for_wgmma():
 
 @gluon.jit
 def hold_barriers(barriers):
-    """Keep the shared memory of these arrays of barriers allocated until the kernel ends.
+    """Keep the shared memory of these barrier arrays allocated until the kernel ends.
 
-    The compiler reuses memory after its last use. If a variant of a kernel never waits for a
-    barrier, its last use is its creation. The hardware keeps the barrier until it is invalidated or
-    the program ends, and writes it back after another process has used the GPU. Invalidating one
-    barrier of each array here holds the array. Invalidating all costs 1 % of a small image.
+    The compiler reuses shared memory after the last use in the code. If a kernel variant never
+    waits for a barrier, the last use is the barrier's creation. The hardware keeps a barrier until
+    an invalidation or the program's end. It also writes the barrier back after another process has
+    used the GPU. Invalidating one barrier of each array here keeps the array allocated.
+    Invalidating all barriers adds 1 % to a small image's time.
     """
     for i in gl.static_range(len(barriers)):
         mbarrier.invalidate(barriers[i].index(0))

@@ -1,12 +1,12 @@
-"""Run a Triton kernel's own source on a CPU, by PyTorch's operations.
+"""Run a Triton kernel's own source on a CPU with PyTorch operations.
 
-All programs of a launch run at once, as lanes: a block is a tensor with one more axis in front, the
-lane. The kernel's function is called with another `tl`, and each operation on a block becomes one
-operation of PyTorch, for all programs, with its threads and vector instructions.
+All programs of a launch run at once, as lanes. A block is a tensor whose first axis is the lane.
+This module calls the kernel's function with its own `tl`. Each operation on a block becomes one
+PyTorch operation for all programs. PyTorch uses its threads and vector instructions for it.
 
-Triton's own interpreter runs the same source program after program, by NumPy, and takes 35 us of
-Python for each operation. Tests compare the two. What is here is what the kernels need: any other
-name of triton.language raises AttributeError.
+Triton's own interpreter runs one program at a time with NumPy, and takes 35 us of Python for each
+operation. Tests compare the two. This module implements only the names of triton.language that the
+kernels need. Any other name raises AttributeError.
 """
 
 import operator
@@ -23,10 +23,10 @@ __all__ = ["interpreted"]
 
 
 def interpreted(kernel: JITFunction) -> Callable[..., None]:
-    """A launcher `run(grid, *args, lanes, **constants)` of the kernel's source.
+    """Return a launcher `run(grid, *args, lanes, **constants)` of the kernel's source.
 
-    The grid has one axis. `lanes` programs run at once; they must take the same branches. Helpers
-    that the kernel calls by a global name are interpreted as well.
+    The grid has one axis. `lanes` programs run at once, and they must take the same branches. The
+    launcher also interprets helpers that the kernel calls by a global name.
     """
 
     @torch.no_grad()
@@ -40,7 +40,7 @@ def interpreted(kernel: JITFunction) -> Callable[..., None]:
 
 
 def _function(kernel: JITFunction, language: "_Language") -> types.FunctionType:
-    """The kernel's function with another `tl` and `range`; its helpers likewise."""
+    """Return the kernel's function and its helpers with this module's `tl` and `range`."""
     source = kernel.fn
     names = {
         name: _function(value, language) if isinstance(value, JITFunction) else value
@@ -52,10 +52,10 @@ def _function(kernel: JITFunction, language: "_Language") -> types.FunctionType:
 
 
 class _Integers:
-    """Integers `start + steps[0] * i + steps[1] * j` at (i, j), with a start for each lane.
+    """Represent integers `start + steps[0] * i + steps[1] * j` at (i, j), with a start per lane.
 
-    Program ids, ranges and offsets are such formulas. A load at one is a strided view, and no
-    gather. Operations that leave the form give a block.
+    Program ids, ranges and offsets are such formulas. A load at such offsets is a strided view
+    instead of a gather. Operations whose result is not such a formula return a block.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class _Integers:
         self.steps = steps
 
     def block(self) -> "_Block":
-        """The same integers, written out."""
+        """Return the integers as a block."""
         total = self.start.view(-1, *[1] * len(self.shape))
         for axis, (length, step) in enumerate(zip(self.shape, self.steps, strict=True)):
             values = torch.arange(length, device="cpu") * step
@@ -74,12 +74,12 @@ class _Integers:
         return _Block(total)
 
     def reach(self) -> int:
-        """From the first to the last in a lane."""
+        """Return the difference between the last and the first integer of a lane."""
         lengths = zip(self.shape, self.steps, strict=True)
         return sum((length - 1) * step for length, step in lengths)
 
     def to(self, dtype: torch.dtype) -> "_Integers":
-        """The same: every integer here has 64 bits."""
+        """Return the integers unchanged, because every integer here has 64 bits."""
         return self
 
     def __getitem__(self, key: Any) -> "_Integers":
@@ -128,7 +128,7 @@ class _Integers:
 
 
 def _range(start: Any, stop: Any, step: int) -> Iterator[_Integers]:
-    """`range` for every lane at once; all lanes make as many steps."""
+    """Iterate as `range` for every lane at once; all lanes make the same number of steps."""
     steps = (stop - start + step - 1) // step
     for index in range(_same_in_all_lanes(steps.start)):
         yield start + index * step
@@ -142,7 +142,7 @@ def _same_in_all_lanes(values: Tensor) -> int:
 
 
 class _Block:
-    """A block of each lane: (lanes, ...), or (1, ...) if all lanes have the same."""
+    """Hold one block per lane: (lanes, ...), or (1, ...) if all lanes have the same block."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
@@ -173,7 +173,7 @@ class _Block:
         return _Block(apply(self._padded(ndim), other._padded(ndim)))
 
     def _padded(self, ndim: int) -> Tensor:
-        """With axes of length 1 behind the lane, so that a scalar broadcasts over a block."""
+        """Insert axes of length 1 after the lane axis, so that a scalar broadcasts over a block."""
         return self.values[(slice(None), *[None] * (ndim - self.values.ndim))]
 
     def __neg__(self) -> "_Block":
@@ -213,7 +213,7 @@ class _ElementType:
 
 
 class _Pointers:
-    """Offsets into a tensor's memory, counted in elements."""
+    """Hold offsets into a tensor's memory, in elements."""
 
     def __init__(self, memory: Tensor, offsets: Any) -> None:
         self.memory = memory
@@ -227,7 +227,7 @@ class _Pointers:
         return _Pointers(self.memory, self.offsets + offsets)
 
     def view(self) -> Tensor | None:
-        """Memory as (places, ...), where lane i has `view[start of lane i]`; None for a gather."""
+        """Return (places, ...): lane i reads `view[start of lane i]`; None for a gather."""
         at = self.offsets
         if not isinstance(at, _Integers):
             return None
@@ -248,7 +248,7 @@ def _to_memory(tensor: Tensor) -> _Pointers:
 
 
 class _Language:
-    """What the kernels use of triton.language, in a group of lanes."""
+    """Implement the names of triton.language that the kernels use, for a group of lanes."""
 
     int32, int64, float32 = torch.int32, torch.int64, torch.float32
     standard = tl.standard

@@ -1,13 +1,13 @@
-"""Linear layers with fused norm, bias, SwiGLU, GELU and residual sum.
+"""Compute linear layers with fused norm, bias, SwiGLU, GELU and residual sum.
 
-The residual stream consists of its values and, for each row, the sums of their squares by chunk of
-columns. An RMSNorm therefore needs no kernel. Its weight is folded into the next GEMM's weight
-while loading, and its row scale is applied to that GEMM's result. The GEMM that adds to the stream
-writes the new sums.
+The residual stream consists of values and, for each row, sums of squares per chunk of columns.
+Therefore RMSNorm needs no kernel. The loader folds the norm's weight into the next GEMM's weight.
+That GEMM applies the norm's row scale to its result. The GEMM that adds to the stream writes the
+new sums.
 
-On a GPU each output row depends only on its own input row, with one order of summation over K for
-every tile. An image's embedding therefore has the same bits alone and in any batch. On Hopper
-`linear_hopper` computes the tower's large GEMMs. On a CPU PyTorch computes all of them.
+On a GPU each output row depends only on its own input row. Every tile sums over K in the same
+order. Therefore an image's embedding has the same bits alone and in any batch. On Hopper
+`linear_hopper` computes the tower's large GEMMs. On a CPU PyTorch computes all GEMMs.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class ResidualStream:
-    """Rows between two layers: `values` (N, C), and `squares` (chunks, N) float32.
+    """Hold the rows between two layers: `values` (N, C), and `squares` (chunks, N) float32.
 
     The sum of `squares` over its first axis is the sum of a row's squared values.
     """
@@ -46,7 +46,7 @@ class ResidualStream:
 
     @classmethod
     def from_values(cls, x: torch.Tensor) -> "ResidualStream":
-        """Rows (N, C) to which no GEMM has added yet, with their sums of squares as one chunk."""
+        """Return a stream of rows (N, C), with each row's sum of squares as one chunk."""
         N, C = x.shape
         if x.device.type == "cpu":
             return cls(x, x.float().square().sum(1).unsqueeze(0))
@@ -62,7 +62,7 @@ class ResidualStream:
 
 @dataclass(frozen=True, slots=True)
 class GemmTile:
-    """One reviewed row: rows x columns x depth of a tile, and how the compiler schedules it."""
+    """Set the rows x columns x depth of a GEMM tile and the compiler's schedule for it."""
 
     rows: int
     columns: int
@@ -77,11 +77,11 @@ SQUARE = GemmTile(128, 128, 64, 4, 3)  # 2 fit: one stores while the other multi
 DEEP = GemmTile(128, 128, 64, 4, 4)
 WIDE = GemmTile(128, 256, 64, 8, 3)
 
-# The GEMMs that `linear_hopper` does not support: the patch embedding (narrow), and with an unknown
-# Gluon all others (wide: N > 2048). Measured on an H200 with the patch embedding and the merger
-# (docs/decisions). An entry holds the least number of rows for its tile. Rows may choose, because
-# all tiles agree bit for bit (tested). All narrow tiles sum squares by 128 columns and therefore
-# serve every GEMM that writes such sums.
+# Tiles for the GEMMs that `linear_hopper` does not support: the patch embedding (narrow), and with
+# an untested Gluon all others (wide: N > 2048). Measured on an H200 with the patch embedding and
+# the merger (docs/decisions). An entry gives the minimum number of rows for its tile. The row count
+# may choose the tile, because all tiles agree bit for bit (tested). All narrow tiles sum squares
+# per 128 columns, so they work for every GEMM that writes such sums.
 HOPPER_TILES: dict[bool, tuple[tuple[int, GemmTile], ...]] = {
     True: ((0, SMALL), (768, DEEP), (1536, WIDE)),
     False: ((0, SQUARE), (1536, SMALL), (6144, SQUARE)),
@@ -102,12 +102,12 @@ def _gemm(
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out (M, N) = epilogue(x (M, K) @ weight (N, K)^T * scale + bias).
+    """Compute out (M, N) = epilogue(x (M, K) @ weight (N, K)^T * scale + bias).
 
     `x`, `weight`, `residual` and `out` are tensor descriptors, which cut tiles at the edges. The
-    scale is `out_scale`, or with SQUARES chunks of sums of squares a row's 1 / rms. For SwiGLU,
+    scale is `out_scale`. With SQUARES chunks of sums of squares, it is a row's 1 / rms. For SwiGLU,
     groups of 8 columns alternate between gate and up, and `out` is half as wide. With a residual,
-    `out` is the sum, and `squares_out` (N / BN, M) has the sums of its squares.
+    `out` is the sum. `squares_out` (N / BN, M) then receives the sums of squares of `out`.
     """
     i_program = tl.program_id(0)
     n_row_tiles = tl.cdiv(M, BM)
@@ -164,9 +164,9 @@ def linear(
     out_scale: float = 1.0,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """`epilogue(x @ weight.T * out_scale + bias)`, rounded once: (M, K) -> (M, N).
+    """Return `epilogue(x @ weight.T * out_scale + bias)`, rounded once: (M, K) to (M, N).
 
-    Epilogues: `plain`, and `gelu`, the exact one.
+    The epilogue is `plain` or `gelu` (the exact GELU).
     """
     out_dtype = out_dtype or x.dtype
     if x.device.type == "cpu":
@@ -190,10 +190,10 @@ def normed_linear(
     eps: float,
     epilogue: str = "plain",
 ) -> torch.Tensor:
-    """`epilogue(rms_norm(stream) @ weight.T + bias)`, the norm's weight being in `weight` already.
+    """Return `epilogue(rms_norm(stream) @ weight.T + bias)`; `weight` includes the norm's weight.
 
-    Epilogues: `plain`, (N, C) -> (N, O); `swiglu`, silu(gate) * up, (N, C) -> (N, I), where groups
-    of 8 rows of `weight` (2 I, C) alternate between gate and up.
+    The epilogue `plain` maps (N, C) to (N, O). `swiglu`, silu(gate) * up, maps (N, C) to (N, I).
+    For `swiglu`, groups of 8 rows of `weight` (2 I, C) alternate between gate and up.
     """
     x = stream.values
     if x.device.type == "cpu":
@@ -202,7 +202,7 @@ def normed_linear(
         y = F.linear(x * row_scale, weight, bias)
         if epilogue == "swiglu":
             gate, up = y.unflatten(1, (-1, 2, 8)).unbind(2)
-            y = (F.silu(gate.contiguous()) * up).flatten(1)  # groups of 8 apart take twice as long
+            y = (F.silu(gate.contiguous()) * up).flatten(1)  # strided gates take twice as long
         return y
     run = linear_hopper.gemm if _is_for_hopper(x, weight) else _launch_gemm
     return run(x, weight, bias, epilogue=epilogue, squares=stream.squares, eps=eps)[0]
@@ -211,7 +211,7 @@ def normed_linear(
 def linear_residual(
     stream: ResidualStream, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 ) -> ResidualStream:
-    """`stream + x @ weight.T + bias`, rounded once, with its sums of squares."""
+    """Return `stream + x @ weight.T + bias`, rounded once, with the new sums of squares."""
     if x.device.type == "cpu":
         return ResidualStream.from_values(stream.values + F.linear(x, weight, bias))
     run = linear_hopper.gemm if _is_for_hopper(x, weight) else _launch_gemm
@@ -235,9 +235,9 @@ def _launch_gemm(
     out_dtype: torch.dtype | None = None,
     tile: GemmTile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The GEMM's result, and for `residual` its sums of squares.
+    """Run the GEMM and return the result and, for `residual`, the result's sums of squares.
 
-    `tile` replaces the table's own in benchmarks and tests.
+    Benchmarks and tests use `tile` to replace the table's tile.
     """
     M, K = x.shape
     N = weight.shape[0]
@@ -282,7 +282,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @triton.jit
 def _rms_norm(x, weight, out, C: tl.constexpr, C_PADDED: tl.constexpr, EPS: tl.constexpr):
-    """One row: statistics in fp32; the cast to the input's dtype; then the weight."""
+    """Normalise one row with fp32 statistics, cast to the input's dtype, then apply the weight."""
     i_row = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, C_PADDED)  # [C_PADDED]
     m_c = o_c < C
@@ -294,10 +294,10 @@ def _rms_norm(x, weight, out, C: tl.constexpr, C_PADDED: tl.constexpr, EPS: tl.c
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`x / rms(x)` cast to x's dtype, then times `weight`: (N, C) -> (N, C).
+    """Return `x / rms(x)` cast to x's dtype, then times `weight`: (N, C) to (N, C).
 
-    The cast comes before the weight, as in transformers' Qwen2_5_VLRMSNorm: in bf16 the order
-    matters.
+    The cast precedes the weight, as in transformers' Qwen2_5_VLRMSNorm. In bf16 this order changes
+    the result.
     """
     if x.device.type == "cpu":
         x32 = x.float()
@@ -314,7 +314,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _row_squares(x, squares, n_rows, C: tl.constexpr, C_PADDED: tl.constexpr, BM: tl.constexpr):
-    """The sum of squares of each row, as one chunk."""
+    """Store the sum of squares of each row, as one chunk."""
     o_row = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
     o_c = tl.arange(0, C_PADDED)  # [C_PADDED]
     m_x = (o_row < n_rows)[:, None] & (o_c < C)[None, :]  # [BM, C_PADDED]

@@ -1,19 +1,19 @@
-"""The tower's large GEMMs on Hopper: warp-specialised, with fused epilogues.
+"""Compute the tower's large GEMMs on Hopper, warp-specialised and with fused epilogues.
 
-The load partition, one warp, fetches tiles of x and of the weight into a ring of shared memory. Two
-or three MMA partitions, a warpgroup each, multiply them, each its own rows; while one stores its
-tile, another multiplies. Each multiprocessor runs one program, which walks over its tiles. The load
-partition fetches its first weights before the previous kernel has ended (programmatic dependent
-launch).
+The load partition, one warp, fetches tiles of x and the weight into a ring of shared memory. Two or
+three MMA partitions, a warpgroup each, multiply the tiles. Each MMA partition has its own rows.
+While one stores its tile, another multiplies. Each multiprocessor runs one program, which loops
+over its tiles. The load partition fetches its first weights before the previous kernel has ended
+(programmatic dependent launch).
 
-Names as in Gluon's tutorials: `descs` are TMA descriptors, `buffers` are shared memory, `barriers`
-are mbarriers. Each stage of the ring has two barriers. The MMA partitions wait for its data on
-`ready`. The load partition waits on `empty` until all have read it. Each pass over the ring flips a
-barrier's phase.
+Names follow Gluon's tutorials. `descs` are TMA descriptors. `buffers` are shared memory. `barriers`
+are mbarriers. Each stage of the ring has two barriers. The MMA partitions wait for the stage's data
+on `ready`. The load partition waits on `empty` until all MMA partitions have read the stage. Each
+pass over the ring flips a barrier's phase.
 
-It is written in Gluon, Triton's lower level, because Triton cannot express this overlap. The sums
-run over K in the order of `linear._gemm`, so both give the same bits. This one runs wherever it is
-supported.
+The kernel is in Gluon, Triton's lower level, because Triton cannot express this overlap. It sums
+over K in the same order as `linear._gemm`, so both kernels give the same bits. `linear` uses this
+kernel for every GEMM that `supports` accepts.
 """
 
 from dataclasses import dataclass
@@ -35,15 +35,15 @@ from qwen_vit.kernels.hopper import descriptor, hold_barriers, is_hopper, multip
 
 __all__ = ["SQUARES_COLUMNS", "gemm", "supports"]
 
-SQUARES_COLUMNS = 128  # sums of squares are kept by chunk of this many columns, for every tile
-BK = 64  # columns of x and of the weight that a stage holds: one swizzled line of 128 bytes
+SQUARES_COLUMNS = 128  # every tile writes sums of squares per chunk of this number of columns
+BK = 64  # columns of x and the weight in a stage: one swizzled line of 128 bytes
 FIRST_STEPS = 4  # of a tile with a residual, while the previous result is still being stored
 GROUPED_ROW_TILES = 8  # tiles of this many row blocks run together and share weights in L2
 
 
 @dataclass(frozen=True, slots=True)
 class HopperGemmTile:
-    """One reviewed row: rows x columns of a tile, stages of the ring, warpgroups that multiply."""
+    """Set the rows x columns of a tile, the ring's stages, and the warpgroups that multiply."""
 
     rows: int
     columns: int
@@ -60,8 +60,8 @@ TALL_SWIGLU = HopperGemmTile(192, 128, 5, 3)
 SQUARE = HopperGemmTile(128, 128, 6, 2)
 NARROW = HopperGemmTile(128, 64, 7, 2)
 
-# Measured on an H200 at 1,024 to 32,768 patches (docs/decisions). (epilogue, K > 2048) -> the least
-# number of rows for each tile. Rows may choose, because all tiles agree bit for bit (tested).
+# (epilogue, K > 2048): each tile's minimum number of rows, measured on an H200 at 1,024 to 32,768
+# patches (docs/decisions). Rows may choose, because all tiles agree bit for bit (tested).
 TILES: dict[tuple[str, bool], tuple[tuple[int, HopperGemmTile], ...]] = {
     ("plain", False): ((0, WIDE), (1536, TALL), (16384, WIDE)),  # qkv
     # the merger's, with a row per 4 patches
@@ -75,7 +75,7 @@ TILES: dict[tuple[str, bool], tuple[tuple[int, HopperGemmTile], ...]] = {
 
 @gluon.jit
 def _row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP: gl.constexpr):
-    """A tile's place, in an order in which tiles that run together share weights."""
+    """Return a tile's row and column, ordered so that tiles that run together share weights."""
     group_size = GROUP * n_column_tiles
     first_row_tile = i_tile // group_size * GROUP
     group_rows = min(n_row_tiles - first_row_tile, GROUP)
@@ -86,7 +86,7 @@ def _row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP: gl.constexp
 def _load_partition(
     descs, buffers, barriers, sizes, K: gl.constexpr, GROUP: gl.constexpr, EPILOGUE: gl.constexpr,
 ):  # fmt: skip
-    """One warp: stages of x and of the weight, and each tile's residual rows."""
+    """Load the stages of x and the weight, and each tile's residual rows, with one warp."""
     x_desc, weight_desc, residual_desc = descs
     x_ring, weight_ring, results = buffers  # [STAGES * GROUPS, ROWS, BK], [STAGES, BN, BK]
     empty, ready, result_is_free, residual_is_there = barriers
@@ -105,7 +105,7 @@ def _load_partition(
         tma.async_copy_global_to_shared(
             weight_desc, [i_n * BN, early * BK], ready.index(early), weight_ring.index(early)
         )
-    gdc_wait()  # for the previous kernel, which writes x and the residual
+    gdc_wait()  # wait for the previous kernel, which writes x and the residual
     step = 0
     turn = 0
     for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
@@ -142,7 +142,7 @@ def _load_partition(
 def _accumulate(
     acc, step, n_steps, buffers, barriers, I_GROUP: gl.constexpr
 ):  # fmt: skip
-    """acc += x @ weight^T over `n_steps` stages of the ring, freeing each when it has been read."""
+    """Add x @ weight^T to acc over `n_steps` stages of the ring, and free each stage after use."""
     x_ring, weight_ring, results = buffers  # [STAGES * GROUPS, ROWS, BK], [STAGES, BN, BK]
     empty, ready, _, _ = barriers
     GROUPS: gl.constexpr = results.shape[0]
@@ -154,7 +154,7 @@ def _accumulate(
         b_x = x_ring.index(stage * GROUPS + I_GROUP)  # [ROWS, BK]
         b_weight = weight_ring.index(stage)  # [BN, BK]
         acc = warpgroup_mma(b_x, b_weight.permute((1, 0)), acc, is_async=True)  # [ROWS, BN]
-        acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))  # until the previous step's ended
+        acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))  # until the previous product ends
         # this partition has read the previous stage
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=i > 0)
         step += 1
@@ -169,7 +169,7 @@ def _mma_partition(
     operands, outs, buffers, barriers, sizes, K: gl.constexpr, GROUP: gl.constexpr,
     EPILOGUE: gl.constexpr, SQUARES: gl.constexpr, FIRST: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: its rows of every tile, and the epilogue."""
+    """Multiply one warpgroup's rows of every tile, and apply the epilogue."""
     bias, squares, eps = operands  # of the epilogue
     out_desc, squares_out = outs
     x_ring, weight_ring, results = buffers
@@ -189,7 +189,7 @@ def _mma_partition(
     EARLY_COLUMNS: gl.constexpr = gl.BlockedLayout([max(1, BN // 128)], [32], [4], [0])
     o_row = gl.arange(0, ROWS, layout=EARLY_ROWS)  # [ROWS]
     o_column = gl.arange(0, BN, layout=EARLY_COLUMNS)  # [BN]
-    gdc_wait()  # for the previous kernel, which writes the sums of squares
+    gdc_wait()  # wait for the previous kernel, which writes the sums of squares
     gdc_launch_dependents()
     step = 0
     turn = 0
@@ -215,7 +215,7 @@ def _mma_partition(
             acc, step = _accumulate(acc, step, STEPS, buffers, barriers, I_GROUP)
             tma.store_wait(0)  # until the previous result is stored: this one takes its space
 
-        if SQUARES > 0:  # the chunks of a row in one order, for every tile
+        if SQUARES > 0:  # every tile adds a row's chunks in the same order
             total = parts[0]
             for chunk in gl.static_range(1, SQUARES):
                 total += parts[chunk]
@@ -233,7 +233,7 @@ def _mma_partition(
         if EPILOGUE == "residual":
             mbarrier.wait(
                 residual_is_there.index(0), turn & 1
-            )  # until this tile's residual arrived
+            )  # until this tile's residual has arrived
             acc = acc + results.index(I_GROUP).load(MMA).to(gl.float32)
         b_out = acc.to(out_desc.dtype)
         results.index(I_GROUP).store(b_out)
@@ -264,7 +264,7 @@ def _hopper_gemm(
     GROUPS: gl.constexpr, GROUP: gl.constexpr, EPILOGUE: gl.constexpr, SQUARES: gl.constexpr,
     FIRST: gl.constexpr,
 ):  # fmt: skip
-    """out (M, N) = epilogue(row scale * x (M, K) @ weight (N, K)^T + bias), as `linear._gemm`."""
+    """Compute out (M, N) = epilogue(row scale * x (M, K) @ weight (N, K)^T + bias)."""
     BK: gl.constexpr = x.block_type.shape[1]
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * GROUPS, BM // GROUPS, BK], x.layout)
     weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, BN, BK], weight.layout)
@@ -275,8 +275,8 @@ def _hopper_gemm(
     result_is_free = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     residual_is_there = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(empty.index(stage), count=GROUPS)  # every MMA partition
-        mbarrier.init(ready.index(stage), count=1)  # the load partition, by its bytes
+        mbarrier.init(empty.index(stage), count=GROUPS)  # every MMA partition arrives
+        mbarrier.init(ready.index(stage), count=1)  # the load partition arrives, with bytes
     mbarrier.init(result_is_free.index(0), count=GROUPS)
     mbarrier.init(residual_is_there.index(0), count=1)
     descs = (x, weight, residual)
@@ -307,7 +307,7 @@ def _hopper_gemm(
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `gemm` supports this GEMM: bf16 on Hopper, and whole tiles along N and K."""
+    """Return whether `gemm` supports this GEMM: bf16 on Hopper, and whole tiles along N and K."""
     N, K = weight.shape
     return (
         x.dtype == torch.bfloat16
@@ -329,10 +329,10 @@ def gemm(
     eps: float = 0.0,
     tile: HopperGemmTile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`linear`'s GEMM on Hopper: the result, and for `residual` its sums of squares.
+    """Run the GEMM on Hopper and return the result and, for `residual`, its sums of squares.
 
-    The previous kernel must not write `weight`: it is read before that kernel has ended.
-    `tile` replaces the table's own in benchmarks and tests.
+    The previous kernel must not write `weight`, because this kernel reads `weight` before the
+    previous kernel has ended. Benchmarks and tests use `tile` to replace the table's tile.
     """
     M, K = x.shape
     N = weight.shape[0]
@@ -363,6 +363,6 @@ def gemm(
 
 
 def _tile(epilogue: str, K: int, M: int) -> HopperGemmTile:
-    # a tower of an unpublished width has depths that were not measured
+    # no K was measured for towers of unpublished width
     rows = TILES.get((epilogue, K > 2048)) or TILES[epilogue, K <= 2048]
     return next(tile for least_rows, tile in reversed(rows) if least_rows <= M)

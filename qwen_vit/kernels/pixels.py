@@ -1,4 +1,4 @@
-"""uint8 pixels in grid order -> the patch embedding's operand in window order."""
+"""Convert uint8 pixels in grid order into the patch embedding's operand in window order."""
 
 import torch
 import triton
@@ -15,7 +15,7 @@ def _gather_pixels(
     P: tl.constexpr, P_OUT: tl.constexpr, P_BLOCK: tl.constexpr, ZERO: tl.constexpr,
     BM: tl.constexpr,
 ):  # fmt: skip
-    """BM rows of `pixels` (N, P), by `index`, centred and padded: out (rows, P_OUT)."""
+    """Gather BM rows of `pixels` (N, P) by `index`, centre and pad them: out (rows, P_OUT)."""
     o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     m_row = o_row < n_rows
     i_source = tl.load(index + o_row, mask=m_row, other=0).to(tl.int64)  # [BM]
@@ -30,10 +30,10 @@ def _gather_pixels(
 def gather_pixels(
     pixels: torch.Tensor, index: torch.Tensor, *, zero: int, width: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Rows `index` of uint8 `pixels` (N, P), minus `zero`, zero-padded: (len(index), width).
+    """Gather rows `index` of uint8 `pixels` (N, P), minus `zero`, zero-padded: (len(index), width).
 
-    Pixels are centred first: operands and the GEMM's rounding are smaller, and each operand is
-    exact in float16, bfloat16 and float32.
+    Centring makes the operands and the GEMM's rounding errors smaller. Each operand is exact in
+    float16, bfloat16 and float32.
     """
     n_rows, P = len(index), pixels.shape[1]
     if pixels.device.type == "cpu":

@@ -1,7 +1,7 @@
-"""An image's rows -> their mean, and vectors of unit length: in float32, in one fixed order.
+"""Average each image's rows and scale vectors to unit length, in float32 and a fixed order.
 
-On a GPU the order of each sum follows from the image's own number of rows alone. So an image's
-vector has the same bits alone and in any batch. Reductions of torch choose their order by the shape
+On a GPU the order of each sum depends only on the image's own number of rows. Therefore an image's
+vector has the same bits alone and in any batch. torch chooses the order of a reduction by the shape
 of the whole batch.
 """
 
@@ -21,7 +21,7 @@ MEAN_ROWS, MEAN_COLUMNS = 16, 128  # of one step of a program
 def _segment_mean(
     rows, offsets, out, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """Lane i adds rows i, i + BM, i + 2 BM ... of its segment; then the BM lanes are added."""
+    """Average a segment: lane i adds rows i, i + BM, i + 2 BM ...; then the lanes are added."""
     i_segment = tl.program_id(0)
     o_d = tl.program_id(1) * BN + tl.arange(0, BN)  # [BN]
     m_d = o_d < D
@@ -39,7 +39,7 @@ def _segment_mean(
 
 @triton.jit
 def _unit_row(x, out, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """One row over its length; divided by its largest value first, so that no square overflows."""
+    """Scale one row to unit length; dividing by the largest value first prevents overflow."""
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, D_PADDED)  # [D_PADDED]
     m_d = o_d < D
@@ -52,16 +52,16 @@ def _unit_row(x, out, D: tl.constexpr, D_PADDED: tl.constexpr):
 
 
 def segment_means(rows: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """The mean of each run of consecutive rows: (N, D), with S lengths above 0 -> (S, D) float32.
+    """Return the mean of each run of consecutive rows: (N, D) and S lengths > 0 to (S, D) float32.
 
     >>> segment_means(torch.tensor([[1.0], [3.0], [5.0]]), [2, 1])
     tensor([[2.],
             [5.]])
 
-    Nothing waits for the GPU.
+    The call does not wait for the GPU.
     """
     D = rows.shape[1]
-    if rows.device.type == "cpu":  # by segment, because torch's order follows from the shape
+    if rows.device.type == "cpu":  # per segment: torch's order depends on the shape
         means = [part.float().mean(0) for part in rows.split(list(lengths))]
         return torch.stack(means) if means else rows.new_zeros((0, D), dtype=torch.float32)
     out = torch.empty((len(lengths), D), dtype=torch.float32, device=rows.device)
@@ -77,7 +77,7 @@ def segment_means(rows: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
 
 
 def unit_rows(x: torch.Tensor) -> torch.Tensor:
-    """Each row over its Euclidean length: (N, D) float32 -> (N, D); a row of zeros stays zero.
+    """Divide each row (N, D) float32 by its Euclidean length; rows of zeros do not change.
 
     >>> unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     tensor([[0.6000, 0.8000],

@@ -1,4 +1,4 @@
-"""The attention as a public function of tensors: arguments checked, segments cut into tiles."""
+"""Provide the attention as a public function that checks tensors and cuts segments into tiles."""
 
 import torch
 
@@ -13,7 +13,7 @@ __all__ = ["fused_rope_varlen_attention"]
 def fused_rope_varlen_attention(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
-    """Attention within consecutive segments, with rotary embedding applied to Q and K.
+    """Apply RoPE to Q and K, and attend within consecutive segments.
 
     >>> qkv = torch.randn(10, 3, 2, 80)
     >>> angles = torch.rand(10, 40)
@@ -21,19 +21,19 @@ def fused_rope_varlen_attention(
     >>> fused_rope_varlen_attention(qkv, angles.cos(), angles.sin(), cu_seqlens).shape
     torch.Size([10, 2, 80])
 
-    A GPU computes in bfloat16 or float32 (IEEE, never TF32). On a CPU the kernel is interpreted,
-    in float32. The softmax scale is D ** -0.5. It has no gradient.
+    A GPU computes in bfloat16 or float32 (IEEE, never TF32). On a CPU, qwen_vit interprets the
+    kernel in float32. The softmax scale is D ** -0.5. The function has no gradient.
 
     Args:
         qkv: (N, 3, H, D), the fused projection's output, read in place. D is even: 16 to 128 on a
             GPU, 2 to 1,024 on a CPU.
         cos: (N, D / 2) float32. Pair j rotates dims j and j + D / 2.
-        sin: as `cos`.
-        cu_seqlens: (S + 1,) int32 or int64, from 0 to N. A GPU never copies it to the host, so
-            wrong values give wrong results there and no error.
+        sin: (N, D / 2) float32, in the order of `cos`.
+        cu_seqlens: (S + 1,) int32 or int64, from 0 to N. On a GPU, qwen_vit never copies it to the
+            host. Wrong values there give wrong results instead of an error.
 
     Returns:
-        (N, H, D) in qkv's dtype. Rows beyond the last value of `cu_seqlens` are not written.
+        (N, H, D) in qkv's dtype. The kernel does not write rows at or after `cu_seqlens[-1]`.
 
     Raises:
         ArgumentError: shapes, dtypes or devices do not fit together.
@@ -55,8 +55,8 @@ def fused_rope_varlen_attention(
 def _tile_table_on_device(
     cu_seqlens: torch.Tensor, n_rows: int, cut: SegmentTiling
 ) -> torch.Tensor:
-    """`layout.tile_table` of an unknown length: the remaining tiles are empty."""
-    cu_seqlens = cu_seqlens.clamp(0, n_rows)  # wrong values must not lead out of qkv
+    """Compute `layout.tile_table` on the device; unknown lengths leave empty tiles at the end."""
+    cu_seqlens = cu_seqlens.clamp(0, n_rows)  # wrong values must not address rows outside qkv
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     tiles_before = ((ends - starts + cut.rows - 1) // cut.rows).cumsum(0)
     capacity = n_rows // cut.rows + len(starts)
