@@ -56,7 +56,8 @@ def source(*refs: str, row: dict[str, Any], command: str) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     plural = "s" if len(refs) > 1 else ""
     return (
-        f"\nRandom weights of the 7B shape. One {row['device']}, {row['date']}, {packages}. "
+        f"\nWe measured with random weights of the 7B shape on one {row['device']} "
+        f"on {row['date']}. Versions: {packages}. "
         f"Ledger row{plural} {named}. Command: `{command}`.\n"
     )
 
@@ -91,9 +92,9 @@ def speed(*, sizes: tuple[str, ...] = (), full: bool = True) -> str:
         if full:
             cells.append(times(figures["compiled_ms"], ours) if "compiled_ms" in figures else "")
         body.append(cells)
-    head = ["images", "qwen_vit", "Hugging Face, default", "with FlashAttention-2"]
+    head = ["images", "qwen_vit", "Hugging Face, default", "Hugging Face, FlashAttention-2"]
     if full:
-        head = [*head[:2], "x roofline", "cool GPU", *head[2:], "that, compiled"]
+        head = [*head[:2], "x roofline", "cool GPU", *head[2:], "FlashAttention-2, compiled"]
     command = "python -m tools.benchmarks.tower"
     return table(head, body) + source(f"tower {SPEED}", row=row, command=command)
 
@@ -125,7 +126,7 @@ def attention() -> str:
             for kind in ("window", "frame")
         ]
         body.append([size, *pairs, f"{figures['frame TFLOP/s']:.0f}"])
-    head = ["images", "window, us", "full, us", "full, TFLOP/s"]
+    head = ["images", "window attention, us", "full attention, us", "full attention, TFLOP/s"]
     command = "python -m tools.benchmarks.tower"
     return table(head, body) + source(f"tower {SPEED}", row=row, command=command)
 
@@ -148,7 +149,7 @@ def export_speed() -> str:
         ]
         for label, name in names.items()
     ]  # fmt: skip
-    head = ["", "images/s", "images per GPU-hour", "GPU-hours per million"]
+    head = ["program", "images/s", "images per GPU-hour", "GPU-hours per million images"]
     command = "python -m tools.benchmarks.export"
     return table(head, body) + source(f"export {EXPORT}", row=row, command=command)
 
@@ -168,7 +169,7 @@ def engine_towers(*, full: bool = True) -> str:
         body.append([*cells, ms(article) if article else ""])
     used = {f"engines towers {towers[name]['commit']}": None for name in (*settings, "plugin")}
     [*_, row] = [row for row in ledger() if row["what"] == "engines towers"]
-    head = ["images", "qwen_vit, by plugin", *(LABELS[name] for name in settings), "the article"]
+    head = ["images", "qwen_vit plugin", *(LABELS[name] for name in settings), "the article"]
     command = "python -m tools.benchmarks.engines towers"
     return table(head, body) + source(*used, row=row, command=command)
 
@@ -187,8 +188,8 @@ def engine_requests() -> str:
         for size in ways["default"]
         if size != "ready_s"
     ]
-    named = ("vLLM, as it comes", "by plugin", "features")
-    head = ["pictures", *(f"{way}: ms" for way in named), *(f"{way}: images/s" for way in named)]
+    named = ("vLLM, default", "qwen_vit plugin", "features")
+    head = ["images", *(f"{way}: ms" for way in named), *(f"{way}: images/s" for way in named)]
     command = "python -m tools.benchmarks.engines requests"
     return table([*head, "features, encoding included"], body) + source(
         f"engines requests {row['commit']}", row=row, command=command
@@ -205,9 +206,9 @@ def engine_answers() -> str:
             f"{answers[key]['logprob_rms']:.4f}",
             str(answers[key]["first_tokens_of_float64"]),
         ]
-        for name, key in (("vLLM's tower", "default"), ("ours, by plugin", "plugin"))
+        for name, key in (("vLLM's tower", "default"), ("our tower, plugin", "plugin"))
     ]
-    head = ["tower", "distance from float64 (RMS)", "first tokens as in float64, of 128"]
+    head = ["tower", "error against float64 (RMS)", "first tokens equal to float64, of 128"]
     command = "python -m tools.benchmarks.engines towers"
     return table(head, body) + source(f"engines towers {row['commit']}", row=row, command=command)
 
@@ -243,7 +244,7 @@ def trust(device: str, *commits: str) -> str:
     head = ["check", "cases", "worst", "allowed", "failures"]
     named = ", ".join(f"`trust {commit}`" for commit in commits)
     plural = "s" if len(commits) > 1 else ""
-    return table(head, body) + f"\nOn {device}. Ledger row{plural} {named}.\n"
+    return table(head, body) + f"\nWe ran these checks on {device}. Ledger row{plural} {named}.\n"
 
 
 def stacks() -> str:
@@ -277,7 +278,7 @@ def checkpoints() -> str:
         ]
         for each in published["checkpoint"]
     ]  # fmt: skip
-    return table(["checkpoint", "licence", "tower in bfloat16", "width of a token"], body)
+    return table(["checkpoint", "licence", "tower size in bfloat16", "token width"], body)
 
 
 def command_line() -> str:

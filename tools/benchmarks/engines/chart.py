@@ -9,9 +9,9 @@ from tools.benchmarks.tower_report import DPI, WIDTH_IN
 # the whole encoder at these sizes, in ms, as the article reports it that this package grew from
 ARTICLE_MS = {"1 x 448^2": 23.64, "1 x 672^2": 27.69, "1 x 896^2": 40.97, "1 x 1344^2": 79.85}
 LABELS = {
-    "default": "vLLM, as it comes",
-    "graphs": "vLLM, with its graphs",
-    "compiled": "vLLM, compiled, with its graphs",
+    "default": "vLLM, default",
+    "graphs": "vLLM, CUDA graphs",
+    "compiled": "vLLM, compiled, CUDA graphs",
 }
 
 
