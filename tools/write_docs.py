@@ -261,7 +261,10 @@ def stacks() -> str:
     dates = ", ".join(sorted({row["date"] for row in newest.values()}))
     head = ["stack", *packages, "torch", "passed", "failed"]
     command = "python -m tools.checks.stacks --run newest"
-    return table(head, body) + f"\nOn a CPU, {dates}. Ledger rows {named}. Command: `{command}`.\n"
+    return (
+        table(head, body)
+        + f"\nWe ran these tests on a CPU on {dates}. Ledger rows {named}. Command: `{command}`.\n"
+    )
 
 
 def image_codes() -> str:
