@@ -1,1 +1,1 @@
-"""Any kind of image -> RGB uint8 -> patches."""
+"""Load any kind of image as RGB uint8, and cut it into patches."""

@@ -1,4 +1,4 @@
-"""Arrays and tensors -> RGB: which axis holds the channels, and floating point to uint8."""
+"""Convert arrays and tensors to RGB uint8, after finding the channel axis."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ __all__ = ["from_array", "tensor_to_array"]
 
 
 def tensor_to_array(tensor: torch.Tensor, name: str) -> NDArray[Any]:
-    """A tensor's values, on the host. Raises ImageError with code "array-dtype"."""
+    """Return a tensor's values as a NumPy array. Raises ImageError with code "array-dtype"."""
     try:
         tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
         if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16
@@ -35,9 +35,9 @@ def tensor_to_array(tensor: torch.Tensor, name: str) -> NDArray[Any]:
 def from_array(
     array: NDArray[Any], kind: str, name: str, layout: ArrayLayout, limits: ImageLimits
 ) -> RgbImage:
-    """An array of one image -> RGB. `kind` names it in messages and in the result.
+    """Convert an array of one image to RGB. `kind` names the array in messages and in the result.
 
-    Raises ImageError, whose code begins with "array-", or as `check_pixels` does.
+    Raises ImageError with a code that begins with "array-", or as `check_pixels` does.
     """
     array = _channels_last(array, name, layout)
     height, width, channels = array.shape
@@ -118,11 +118,11 @@ def _float_to_uint8(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
             remedy="clip it, or cast 0..255 to uint8",
             code="array-range",
         )
-    # in float64, k / 255 becomes k again from every floating-point type
+    # in float64, k / 255 converts back to k from every floating-point type
     return np.rint(array.astype(np.float64) * 255).astype(np.uint8)
 
 
 def _picture(mode: str, array: NDArray[np.uint8]) -> Image.Image:
-    """A copy; `Image.fromarray` would share the memory of some arrays."""
+    """Return a copy as a PIL image, because `Image.fromarray` shares some arrays' memory."""
     height, width, _ = array.shape
     return Image.frombytes(mode, (width, height), np.ascontiguousarray(array).tobytes())

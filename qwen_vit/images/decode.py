@@ -1,4 +1,4 @@
-"""Encoded bytes and PIL images -> RGB. Decoding is strict: a truncated file is an error."""
+"""Decode encoded bytes and PIL images to RGB, and raise an error for a truncated file."""
 
 import io
 import os
@@ -31,14 +31,14 @@ from qwen_vit.images.truncation import ends_early, misses_rows, promised_bytes
 
 __all__ = ["decode_bytes", "decode_pil"]
 
-# Measured at their peak for RGBA pictures, which are converted: tests/images/test_memory.py.
+# Peak memory, measured with RGBA images, which need a conversion: tests/images/test_memory.py.
 BYTES_A_PIXEL = {"WEBP": 28, "AVIF": 20, "JPEG": 14}
 OTHER_BYTES_A_PIXEL = 12
-MAX_ICONS = 256  # in one file
+MAX_ICONS = 256  # images in one file
 SLOW_PIXELS_A_SECOND, SLOW_SCAN_PIXELS_A_SECOND = 5e6, 2e7
 
-# Pillow does not lock its lazy loading, so threads that share an image decode it one after the
-# other.
+# Pillow does not lock its lazy loading, so this lock makes threads decode a shared image one at a
+# time.
 LOAD_LOCKS = [threading.Lock() for _ in range(61)]
 
 
@@ -49,10 +49,10 @@ def decode_bytes(
     exif: ExifPolicy = "apply",
     page: int | None = None,
 ) -> RgbImage:
-    """An encoded image, or one of its pages from 1 on -> RGB; by default its primary picture.
+    """Decode an encoded image, or page `page` of it, to RGB; pages count from 1.
 
-    Raises ImageError for a damaged, truncated or too large file, and for one of a format that is
-    not decoded.
+    Raises ImageError for a damaged, truncated or too large file, and for a file in an unsupported
+    format.
     """
     file_format = identify(data, name, limits.formats)
     open_image = decoder(file_format, name)
@@ -77,7 +77,7 @@ def decode_bytes(
     if page is not None:
         with decoding_memory.hold(_peak_bytes(image)), _decoding(data, file_format, name):
             image.seek(page - 1)
-    if jpeg is not None and jpeg.arithmetic:  # this decoder cannot wait for a second piece
+    if jpeg is not None and jpeg.arithmetic:  # this decoder needs the whole file in one piece
         image.decodermaxblock = len(data)
     deep, turned = is_deep(image), tiff_orientation(image)
     with decoding_memory.hold(_peak_bytes(image)), _decoding(data, file_format, name):
@@ -85,7 +85,7 @@ def decode_bytes(
         if file_format == "PNG" and page in (None, 1) and misses_rows(data):
             raise EOFError
         picture, notes = _to_rgb(image, name, deep, exif, turned)
-        if picture is image:  # it holds its file, and counting frames moves through it
+        if picture is image:  # the image reads from its file, and counting frames seeks in it
             picture = image._new(image.im)
     frames = _frame_notes(image) if page is None else (f"page {page}",)
     return RgbImage(picture, file_format, name, (*early_notes, *notes, *frames))
@@ -94,7 +94,7 @@ def decode_bytes(
 def decode_pil(
     image: Image.Image, name: str, limits: ImageLimits, exif: ExifPolicy = "apply"
 ) -> RgbImage:
-    """A PIL image -> RGB, decoded if it is still lazy. Raises as `decode_bytes`."""
+    """Convert a PIL image to RGB, and decode it if it is still lazy. Raises as `decode_bytes`."""
     file_format = str(image.format or "PIL image")
     with LOAD_LOCKS[id(image) // 16 % len(LOAD_LOCKS)]:
         if getattr(image, "tile", None) and getattr(image, "fp", image) is None:
@@ -109,7 +109,7 @@ def decode_pil(
             if data is not None and jpeg is None and misses_rows(data):
                 raise EOFError
             picture, notes = _to_rgb(image, name, deep, exif, turned)
-            if picture is image:  # its owner may change it
+            if picture is image:  # the caller may change the image
                 picture = image.copy()
     return RgbImage(picture, "PIL", name, (*early_notes, *notes))
 
@@ -117,7 +117,7 @@ def decode_pil(
 def _to_rgb(
     image: Image.Image, name: str, deep: bool, exif: ExifPolicy, turned: int | None
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """`to_rgb`, where Pillow may have turned a TIFF by its orientation `turned` already."""
+    """Run `to_rgb`, and first undo the orientation `turned` that Pillow applied to a TIFF."""
     picture, notes = to_rgb(image, name, deep, exif)
     if turned is None:
         return picture, notes
@@ -127,7 +127,7 @@ def _to_rgb(
 
 
 def _lazy_bytes(image: Image.Image, limits: ImageLimits) -> bytes | None:
-    """The file behind a PNG or JPEG that is not decoded yet, for the checks that need it."""
+    """Return a lazy PNG's or JPEG's file bytes, for the checks that need them."""
     if not isinstance(image, PngImagePlugin.PngImageFile | JpegImagePlugin.JpegImageFile):
         return None
     if not image.tile or image.fp is None or image.decoderconfig:  # draft mode
@@ -143,7 +143,7 @@ def _lazy_bytes(image: Image.Image, limits: ImageLimits) -> bytes | None:
 
 
 class _Reader(io.BytesIO):
-    """Bytes that record a read beyond their end."""
+    """Read from bytes, and record a read beyond the end."""
 
     ran_out = False
 
@@ -157,10 +157,10 @@ class _Reader(io.BytesIO):
 def _decoding(
     data: bytes | None, file_format: str, name: str, *, header: _Reader | None = None
 ) -> Iterator[None]:
-    """Run Pillow strictly, and turn any exception of a plug-in into an ImageError.
+    """Run Pillow strictly, and turn any plug-in exception into an ImageError.
 
-    Headers are read in exact pieces. With `header`, a read beyond the end therefore means
-    truncation.
+    Pillow reads headers in pieces of known size. With `header`, a read beyond the end therefore
+    means truncation.
     """
     try:
         with _strictly():
@@ -178,7 +178,7 @@ def _decoding(
         ) from None
     except Exception as error:  # noqa: BLE001 - plug-ins raise SyntaxError, struct.error, ...
         text = str(error)
-        if isinstance(error, ValueError) and "closed file" in text:  # Python's own words
+        if isinstance(error, ValueError) and "closed file" in text:  # Python's own exception text
             raise _closed(name) from None
         ends = data is not None and ends_early(data, file_format)
         if header and data and file_format == "TIFF" and isinstance(error, SyntaxError):
@@ -208,7 +208,7 @@ def _closed(name: str) -> ImageError:
 
 
 class _Strictness:
-    """How many threads are decoding, and what LOAD_TRUNCATED_IMAGES was before the first."""
+    """Store the number of decoding threads and LOAD_TRUNCATED_IMAGES from before the first one."""
 
     lock = threading.Lock()
     threads = 0
@@ -216,7 +216,7 @@ class _Strictness:
 
 
 def _forget_other_threads() -> None:
-    """After a fork: the threads that held locks or were decoding are not in the child."""
+    """Reset the locks and the count after a fork, because the child has no other threads."""
     LOAD_LOCKS[:] = [threading.Lock() for _ in LOAD_LOCKS]
     _Strictness.lock = threading.Lock()
     if _Strictness.threads and _Strictness.found:
@@ -231,8 +231,7 @@ os.register_at_fork(after_in_child=_forget_other_threads)
 def _strictly() -> Iterator[None]:
     """Decode with Pillow's LOAD_TRUNCATED_IMAGES at False, and restore it afterwards.
 
-    The flag is process-wide, and other libraries set it. It stays False from the first thread that
-    decodes here to the last.
+    The flag is process-wide, and other libraries set it. It is False while any thread decodes here.
     """
     with _Strictness.lock:
         if _Strictness.threads == 0:
@@ -253,7 +252,7 @@ def _strictly() -> Iterator[None]:
 def _load(
     image: Image.Image, name: str, limits: ImageLimits, jpeg: JpegFile | None
 ) -> tuple[str, ...]:
-    """Check what the header says, then decode. Returns notes on a whole file."""
+    """Check the header, then decode. Returns notes on a complete file."""
     check_pixels(image.width, image.height, name, limits)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         check_tags(image, name)
@@ -265,9 +264,9 @@ def _load(
 
 
 def _prepare_tiff(image: TiffImagePlugin.TiffImageFile, name: str, limits: ImageLimits) -> None:
-    """Check the strips, and allocate the picture before Pillow does: Pillow warns above its limit.
+    """Check the strips, and allocate the image first, because Pillow warns above its own limit.
 
-    Strips that the file does not list would stay black.
+    Pillow would leave the area of strips that the file does not list black.
     """
     width, height = image._tile_size
     check_pixels(width, height, name, limits)
@@ -279,9 +278,9 @@ def _prepare_tiff(image: TiffImagePlugin.TiffImageFile, name: str, limits: Image
 
 
 def _check_icons(data: bytes, name: str, limits: ImageLimits) -> None:
-    """Check the sizes in the headers of an icon's pictures: its directory may claim less.
+    """Check the sizes in the headers of an icon's images, because its directory may claim less.
 
-    Pillow decodes the largest one when it opens the file.
+    Pillow decodes the largest image when it opens the file.
     """
     [count] = struct.unpack_from("<H", data, 4)
     if count > MAX_ICONS:
@@ -296,9 +295,10 @@ def _check_icons(data: bytes, name: str, limits: ImageLimits) -> None:
 
 
 def _frame_notes(image: Image.Image) -> tuple[str, ...]:
-    """The number of frames, where the header has it. Looking for them comes last: it moves.
+    """Return a note on the number of frames, if the header gives it. Call it last: it seeks.
 
-    A damaged later frame does not matter. Counting those of a GIF or a TIFF would read all of it.
+    A damaged later frame does not matter. Counting the frames of a GIF or TIFF would read the whole
+    file.
     """
     try:
         with _strictly():
@@ -311,7 +311,7 @@ def _frame_notes(image: Image.Image) -> tuple[str, ...]:
 
 
 def _seconds_at_most(image: Image.Image, jpeg: JpegFile | None) -> float:
-    """How long decoding may take on a slow, busy core."""
+    """Return an upper bound on the seconds that decoding takes on a slow, busy core."""
     pixels = image.width * image.height
     if jpeg is None:
         return pixels / SLOW_PIXELS_A_SECOND
@@ -319,5 +319,5 @@ def _seconds_at_most(image: Image.Image, jpeg: JpegFile | None) -> float:
 
 
 def _peak_bytes(image: Image.Image) -> int:
-    """The memory that decoding and converting take at their peak."""
+    """Return the peak memory of decoding and converting, in bytes."""
     return image.width * image.height * BYTES_A_PIXEL.get(str(image.format), OTHER_BYTES_A_PIXEL)

@@ -1,4 +1,4 @@
-"""The child process of `decode_in_child`. The pixels go into the file that its argument numbers."""
+"""Run the child process of `decode_in_child`, and write pixels to the given file descriptor."""
 
 import sys
 from dataclasses import replace
@@ -8,7 +8,7 @@ from qwen_vit.common.child_process import answer_request
 from qwen_vit.images.decode import decode_bytes
 from qwen_vit.images.image import ImageLimits
 
-NEVER_S = 10.0**9  # the child itself starts no other
+NEVER_S = 10.0**9  # the child process must not start another one
 
 
 def _decode(request: dict[str, Any], data: BinaryIO) -> object:

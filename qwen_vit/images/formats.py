@@ -1,4 +1,4 @@
-"""Which formats are decoded, which only if asked for, and what else a file may be."""
+"""Identify a file's format, and list the formats that are supported, optional or mistaken."""
 
 import re
 import struct
@@ -25,12 +25,12 @@ from qwen_vit.errors import ImageError, with_options
 
 __all__ = ["DECODERS", "IDENTIFY_BYTES", "LOOKALIKES", "decoder", "identify"]
 
-IDENTIFY_BYTES = 1024  # of a file
+IDENTIFY_BYTES = 1024  # bytes from the start of a file
 
 Decoder = Callable[[Any, str], ImageFile.ImageFile]
 
-# The plug-ins are called directly: Image.open would apply its process-wide pixel limit and warn.
-# JpegImageFile, not its factory, reads the first picture of a multi-picture file.
+# qwen_vit calls the plug-ins directly: Image.open would apply a process-wide pixel limit and warn.
+# JpegImageFile, not its factory, reads the first image of a multi-picture file.
 DECODERS: dict[str, type[ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
     "PNG": PngImagePlugin.PngImageFile,
@@ -46,7 +46,7 @@ ON_REQUEST: dict[str, type[ImageFile.ImageFile]] = {  # image.OPTIONAL_FORMATS
     "TGA": TgaImagePlugin.TgaImageFile,
     "JPEG2000": Jpeg2KImagePlugin.Jpeg2KImageFile,
 }
-HEIF = "HEIF"  # by pillow-heif
+HEIF = "HEIF"  # pillow-heif decodes it
 
 HEVC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 AV1_BRANDS = {b"avif", b"avis"}
@@ -56,8 +56,8 @@ TGA_FOOTER = b"TRUEVISION-XFILE.\0"
 
 ALLOWED = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
 
-# Files that are passed by mistake: how they start (lower case, white space stripped), the code, a
-# description, the next step.
+# Files that users pass by mistake: first bytes (lower case, white space stripped), code,
+# description, next step.
 LOOKALIKES = (
     (rb"version https://git-lfs", "not-an-image", "a git-lfs pointer", "run `git lfs pull`"),
     (rb"<svg|<\?xml.*<svg", "not-an-image", "an SVG drawing", "render it to PNG first"),
@@ -74,12 +74,12 @@ LOOKALIKES = (
 
 
 def identify(data: bytes, name: str, formats: Sequence[str] = ()) -> str:
-    """The format of a file by its content; those on request only if they are in `formats`.
+    """Return a file's format by its content; an optional format must be in `formats`.
 
     >>> identify(b"P6 1 1 255 abc", "a.ppm", ("PPM",))
     'PPM'
 
-    Raises ImageError with code "format" for one that is not decoded, or "not-an-image".
+    Raises ImageError with code "format" for an unsupported format, or "not-an-image".
     """
     if not data:
         raise ImageError(
@@ -110,7 +110,7 @@ def identify(data: bytes, name: str, formats: Sequence[str] = ()) -> str:
 
 
 def decoder(file_format: str, name: str) -> Decoder:
-    """What opens a file of this format. Raises ImageError if its package is not installed."""
+    """Return the function that opens this format. Raises ImageError if a package is missing."""
     if file_format != HEIF:
         return (DECODERS | ON_REQUEST)[file_format]
     try:
@@ -127,7 +127,7 @@ def decoder(file_format: str, name: str) -> Decoder:
 
 
 def _is_hevc(data: bytes) -> bool:
-    """Whether it is a HEIF container of HEVC pictures, rather than of AV1."""
+    """Return whether a HEIF container has HEVC images, rather than AV1 images."""
     if data[4:8] != b"ftyp":
         return False
     size = min(struct.unpack_from(">I", data)[0], IDENTIFY_BYTES, len(data))
@@ -138,14 +138,14 @@ def _is_hevc(data: bytes) -> bool:
 
 
 def _on_request(data: bytes, name: str, formats: Sequence[str]) -> str:
-    """The format on request that this is, or nothing."""
+    """Return the optional format of these bytes, or nothing."""
     if re.match(rb"P[1-6fy]", data) and data[2:3].isspace():
         return "PPM"
     if data.startswith(b"\0\0\1\0"):
         return "ICO"
     if data.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n")):
         return "JPEG2000"
-    # a TGA begins with no signature, and only newer ones end with one
+    # a TGA has no signature at its start, and only newer files have one at the end
     is_named = "TGA" in formats or name.lower().endswith(".tga")
     if data.endswith(TGA_FOOTER) or (is_named and _may_be_tga(data)):
         return "TGA"

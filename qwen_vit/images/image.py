@@ -1,4 +1,4 @@
-"""An RGB image, limits on its cost, and the types that a caller may pass as an image."""
+"""Define the RGB image, the limits on images, and the types that a caller may pass as an image."""
 
 import os
 import re
@@ -31,7 +31,7 @@ __all__ = [
     "check_ratio",
 ]
 
-# Union: the name of a type that is not imported here has no `|`
+# Union, because a quoted type name does not support `|`
 ImageSource: TypeAlias = Union[
     str,
     os.PathLike[str],
@@ -48,19 +48,19 @@ ImageSource: TypeAlias = Union[
 ArrayLayout: TypeAlias = Literal["auto", "HWC", "CHW"]
 ExifPolicy: TypeAlias = Literal["apply", "ignore"]
 
-EXIF_IGNORED = "EXIF orientation ignored"  # the note of each image with exif="ignore"
+EXIF_IGNORED = "EXIF orientation ignored"  # every image with exif="ignore" gets this note
 
 ADDRESS = re.compile(r"(?:https?|ftp|s3a?|gs|gcs|az|abfs|hf|file):/|data:", re.IGNORECASE)
 
 HOST = re.compile(r"(\*\.)?[a-z0-9-]+(\.[a-z0-9-]+)+(:\d{1,5})?", re.IGNORECASE)
 HTTPS_PORT = 443
 OPTIONAL_FORMATS = ("ICO", "JPEG2000", "PPM", "TGA")
-MAX_RATIO = 200  # of a side to the other, as in the reference processor
+MAX_RATIO = 200  # long side / short side, as in the reference processor
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePage:
-    """One page of an encoded image, or one frame of an animation, counted from 1.
+    """Select one page of an encoded image, or one frame of an animation, counted from 1.
 
     >>> ImagePage(b"II*...", 2).page
     2
@@ -72,21 +72,22 @@ class ImagePage:
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Limits on one image. All but the seconds are checked before its pixels are decoded.
+    """Set limits on one image; all except `max_seconds` apply before pixels are decoded.
 
     >>> ImageLimits(max_pixels=50_000_000).max_file_bytes
     536870912
 
-    A file that may take longer than `max_seconds`, by its header, is decoded in a process of its
-    own, which ends then. A PIL image is always decoded in this one.
+    If a file's header shows that a slow core might exceed `max_seconds`, a child process decodes
+    the file. qwen_vit kills the child at that limit. It always decodes a PIL image in this process.
 
-    `formats` are decoded as well as those that always are: some of OPTIONAL_FORMATS.
+    `formats` enables formats of OPTIONAL_FORMATS, in addition to the default formats.
 
     `allow_urls` are hosts, such as "images.example.org" or "*.example.org:8443". An export fetches
-    https:// addresses of these hosts from lists. No other address is ever fetched.
+    https:// addresses of these hosts from lists. It never fetches any other address.
 
-    The limits hold for one call. Pillow's process-wide MAX_IMAGE_PIXELS is neither read nor set,
-    but its WebP and GIF plug-ins read it. Raises ArgumentError for a limit below 1.
+    The limits apply to one call. qwen_vit neither reads nor sets Pillow's process-wide
+    MAX_IMAGE_PIXELS, but Pillow's WebP and GIF plug-ins read it. Raises ArgumentError for a limit
+    below 1.
     """
 
     max_pixels: int = 178_956_970
@@ -109,10 +110,10 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RgbImage:
-    """A loaded image. `picture` is decoded, of mode RGB, and not shared.
+    """Hold a loaded image. `picture` is a decoded PIL image of mode RGB that is not shared.
 
     `format` is the format of the content ("JPEG", ..., "PIL", "array", "tensor"). `name` identifies
-    it in messages. `notes` list what the policy did, such as "EXIF orientation 6 applied".
+    the image in messages. `notes` lists the changes, such as "EXIF orientation 6 applied".
     """
 
     picture: Image.Image
@@ -122,22 +123,22 @@ class RgbImage:
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
-        """A copy as uint8 (height, width, 3), C-contiguous."""
+        """Return a C-contiguous copy of the pixels, uint8 (height, width, 3)."""
         return np.array(self.picture)
 
     @property
     def height(self) -> int:
-        """Rows."""
+        """Return the number of pixel rows."""
         return self.picture.height
 
     @property
     def width(self) -> int:
-        """Columns."""
+        """Return the number of pixel columns."""
         return self.picture.width
 
 
 def check_hosts(hosts: object) -> tuple[str, ...]:
-    """Names of hosts, in small letters.
+    """Check host names, and return them in lower case.
 
     >>> check_hosts(["Images.example.org", "*.example.org:8443"])
     ('images.example.org', '*.example.org:8443')
@@ -156,7 +157,7 @@ def check_hosts(hosts: object) -> tuple[str, ...]:
 
 
 def is_allowed_host(host: str, port: int, allowed: Sequence[str]) -> bool:
-    """Whether a host and a port are among allowed ones.
+    """Return whether the allowed hosts include this host and port.
 
     >>> is_allowed_host("a.example.org", 443, ["*.example.org"])
     True
@@ -172,12 +173,12 @@ def is_allowed_host(host: str, port: int, allowed: Sequence[str]) -> bool:
 
 
 def check_formats(formats: object) -> tuple[str, ...]:
-    """The names of optional formats, in order and in capitals.
+    """Check names of optional formats, and return them sorted and in capitals.
 
     >>> check_formats(["tga", "PPM"])
     ('PPM', 'TGA')
 
-    Raises ArgumentError for a name that is none of OPTIONAL_FORMATS.
+    Raises ArgumentError for a name that OPTIONAL_FORMATS does not contain.
     """
     given = [formats] if isinstance(formats, str) else formats
     try:
@@ -194,7 +195,7 @@ def check_formats(formats: object) -> tuple[str, ...]:
 
 
 def check_file_bytes(size: int, name: str, limits: ImageLimits) -> None:
-    """Refuse an encoded image of too many bytes. Raises ImageError with code "file-too-large"."""
+    """Raise ImageError with code "file-too-large" for an encoded image of too many bytes."""
     if size > limits.max_file_bytes:
         raise ImageError(
             f"{size} bytes",
@@ -206,7 +207,7 @@ def check_file_bytes(size: int, name: str, limits: ImageLimits) -> None:
 
 
 def check_pixels(width: int, height: int, name: str, limits: ImageLimits) -> None:
-    """Refuse a size that is too large, or 0. Raises ImageError: "too-many-pixels", "zero-side"."""
+    """Raise ImageError for a size that is too large ("too-many-pixels") or 0 ("zero-side")."""
     if width < 1 or height < 1:
         raise ImageError(
             f"the size is {width}x{height} (width x height)",
@@ -226,7 +227,7 @@ def check_pixels(width: int, height: int, name: str, limits: ImageLimits) -> Non
 
 
 def check_ratio(width: int, height: int, name: str) -> None:
-    """Refuse a picture that is too thin. Raises ImageError with code "ratio"."""
+    """Raise ImageError with code "ratio" for an image that is too thin."""
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_RATIO:
         raise ImageError(

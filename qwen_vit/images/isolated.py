@@ -1,6 +1,6 @@
-"""Decoding in a child process, which can be ended: C code cannot be interrupted.
+"""Decode an image in a child process that can be killed, because C code cannot be interrupted.
 
-`python -m qwen_vit.images.decode_child` is the child.
+The child process is `python -m qwen_vit.images.decode_child`.
 """
 
 import os
@@ -23,10 +23,10 @@ def decode_in_child(
     exif: ExifPolicy = "apply",
     page: int | None = None,
 ) -> RgbImage:
-    """Decode a file in a process of its own, which ends after `limits.max_seconds`.
+    """Decode a file in a child process, and kill the child after `limits.max_seconds`.
 
-    Raises ImageError as `decode_bytes` does, with code "slow" for a file that took too long, and
-    with code "memory" for one that killed its process.
+    Raises ImageError as `decode_bytes` does. The code is "slow" if decoding took too long, and
+    "memory" if the child process was killed.
     """
     late = ImageError(
         f"not decoded after {limits.max_seconds:g} s",

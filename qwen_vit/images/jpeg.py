@@ -1,7 +1,8 @@
-"""Whether a JPEG holds its whole picture: its scans are read here, its blocks by libjpeg-turbo.
+"""Check that a JPEG is complete: this module reads the scans, and libjpeg-turbo the blocks.
 
-libjpeg fills missing blocks with grey and only warns, and Pillow drops its warnings. simplejpeg
-reports them. It decodes at an eighth of the size, where little but the entropy decoding is left.
+libjpeg fills missing blocks with grey and only warns. Pillow drops these warnings, but simplejpeg
+reports them. simplejpeg decodes at an eighth of the size, where entropy decoding takes most of the
+time.
 """
 
 import re
@@ -29,9 +30,9 @@ UNREAD_FRAMES = {
     **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical JPEG"),
     0xCB: "lossless JPEG with arithmetic coding",
 }
-MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # neither stuffing nor a restart marker
+MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # a marker that is neither stuffing nor a restart
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
-PREFETCHED_BYTES = 16  # libjpeg holds up to 8 bytes that it does not count as extraneous
+PREFETCHED_BYTES = 16  # libjpeg buffers up to 8 bytes that it does not count as extraneous
 EXIF_START = b"Exif\0\0"
 COEFFICIENTS = 64
 UNSEEN = -1
@@ -39,12 +40,12 @@ UNSEEN = -1
 
 @dataclass(slots=True)
 class JpegFile:
-    """What the markers of a JPEG say.
+    """Hold the data that the markers of a JPEG give.
 
-    `pixel_part` is the first picture without its metadata: libjpeg then warns of nothing else.
-    `bits` holds, by component, the lowest bit that the scans have given so far of each coefficient.
-    `entropy_end` is where the last scan ends in `pixel_part`. `readable` is what Pillow can read
-    with little memory: the file, without Exif that takes much, and `notes` then say so.
+    `pixel_part` is the first image without metadata, so that libjpeg warns only about pixels.
+    `bits` gives, per component, the lowest bit of each coefficient that the scans have given so
+    far. `entropy_end` is the offset in `pixel_part` where the last scan ends. `readable` is the
+    file for Pillow, without Exif that would take much memory. `notes` then reports the removal.
     """
 
     n_bytes: int
@@ -61,10 +62,11 @@ class JpegFile:
 
 
 def read_jpeg(data: bytes, name: str) -> JpegFile:
-    """Walk over the markers of a JPEG's first picture, without decoding.
+    """Read the markers of a JPEG's first image, without decoding.
 
-    Raises ImageError: "slow" for more scans or segments than any encoder writes, "format" for a
-    kind of JPEG that Pillow does not read, "damaged" for scans that contradict each other.
+    Raises ImageError with one of these codes. "slow" means more scans or segments than any encoder
+    writes. "format" means a kind of JPEG that Pillow does not read. "damaged" means scans that
+    contradict each other.
     """
     jpeg = JpegFile(len(data))
     at, kept, segments = 2, [data[:2]], 0
@@ -103,7 +105,7 @@ def read_jpeg(data: bytes, name: str) -> JpegFile:
 
 
 def _without_costly_exif(data: bytes, exif: list[tuple[int, int]]) -> tuple[bytes, tuple[str, ...]]:
-    head = 4 + len(EXIF_START)  # a marker, a length, and what names the segment
+    head = 4 + len(EXIF_START)  # a marker, a length, and the segment's signature
     try:
         check_directory(b"".join(data[start + head : end] for start, end in exif))
     except ValueError:
@@ -115,10 +117,10 @@ def _without_costly_exif(data: bytes, exif: list[tuple[int, int]]) -> tuple[byte
 
 
 def check_blocks(jpeg: JpegFile, name: str) -> tuple[str, ...]:
-    """Refuse a JPEG that lacks blocks or scans, and return notes on a whole one.
+    """Raise ImageError for a JPEG that lacks blocks or scans; return notes on a complete one.
 
-    Damage that leaves the number of blocks as it was, such as one changed bit, is not found: the
-    format has no checksum. Raises ImageError with code "truncated" or "damaged".
+    The check cannot find damage that keeps the number of blocks, such as one changed bit, because
+    the format has no checksum. The code is "truncated" or "damaged".
     """
     lacking = [component for component, bits in jpeg.bits.items() if any(bits)]
     if lacking or len(jpeg.bits) < jpeg.components or not jpeg.has_end:
@@ -141,7 +143,7 @@ def check_blocks(jpeg: JpegFile, name: str) -> tuple[str, ...]:
 
 
 def _judge(jpeg: JpegFile, warning: str, name: str) -> tuple[str, ...]:
-    """What libjpeg's first warning means."""
+    """Turn libjpeg's first warning into an error, notes or nothing."""
     if "remature end" in warning:
         raise truncated("JPEG", name, "blocks of its picture are missing")
     if extraneous := EXTRANEOUS.search(warning):
@@ -155,9 +157,9 @@ def _judge(jpeg: JpegFile, warning: str, name: str) -> tuple[str, ...]:
 
 
 def _is_padding(jpeg: JpegFile, count: int) -> bool:
-    """Whether the bytes after the last block are one value, repeated only there.
+    """Return whether the bytes after the last block are one value, repeated only there.
 
-    Where the run is longer, the picture's last blocks were decoded from it: a hole in the file.
+    If the run is longer, libjpeg decoded the last blocks from it. Then the file has a hole.
     """
     end = jpeg.entropy_end
     last = jpeg.pixel_part[end - 1 : end]

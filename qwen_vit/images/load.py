@@ -1,9 +1,9 @@
-"""Any kind of image -> RGB uint8: one policy, and one error for each problem.
+"""Load any kind of image as RGB uint8, with the same rules for every source.
 
-The policy is the same for a path, bytes, a PIL image and an array. The content decides the format,
-never the name. The first frame of an animation counts. EXIF orientation is applied. Transparency is
-composited on white. 16-bit samples keep their high byte. All colour modes become RGB. Embedded ICC
-profiles are ignored, as in the reference processor.
+The rules are the same for a path, bytes, a PIL image and an array. The content alone decides the
+format. An animation gives its first frame. The loader applies EXIF orientation, composites
+transparency on white, and keeps the high byte of 16-bit samples. It converts all colour modes to
+RGB. It ignores embedded ICC profiles, as the reference processor does.
 """
 
 import io
@@ -32,7 +32,7 @@ from qwen_vit.images.regular_file import open_regular, unreadable
 
 __all__ = ["load_image", "read_image_file", "unwrap"]
 
-# Types that are passed by mistake, and the next step.
+# Types that users pass by mistake, and the next step.
 NOT_ONE_IMAGE: dict[type | tuple[type, ...], str] = {
     (list, tuple): "give its items one by one",
     io.IOBase: "give its path, or the bytes that its read() returns",
@@ -55,14 +55,14 @@ def load_image(
     ((20, 30, 3), ('grey to RGB',))
 
     Arrays and tensors are uint8, or floating point in [0, 1] (times 255, rounded half to even).
-    They are (H, W), or have a channel axis of 1, 3 or 4. `layout` places that axis, and "auto"
-    refuses to guess. A PIL image gives its current frame; Pillow's lazy loading is the only change
-    to it. Pass exif="ignore" for pictures that are upright already: `transpose` keeps the tag. A
-    row is as `unwrap` takes it. `name` identifies the image in messages. Safe to call from
-    many threads.
+    Their shape is (H, W), or has a channel axis of 1, 3 or 4. `layout` places that axis; "auto"
+    raises an error if the axis is ambiguous. A PIL image gives its current frame. The loader may
+    trigger Pillow's lazy loading, and does not change the image otherwise. Pass exif="ignore" for
+    images that are upright already, because `transpose` keeps the tag. `unwrap` describes rows.
+    `name` identifies the image in messages. Many threads may call the function at once.
 
-    Raises ImageError, whose `code` is a key of errors.IMAGE_CODES, and ArgumentError for an unknown
-    `layout` or `exif`.
+    Raises ImageError with a `code` of errors.IMAGE_CODES, and ArgumentError for an unknown `layout`
+    or `exif`.
     """
     limits = ImageLimits() if limits is None else limits
     if layout not in ("auto", "HWC", "CHW"):
@@ -106,12 +106,12 @@ def load_image(
 
 
 def unwrap(source: Mapping[str, Any], name: str) -> ImageSource:
-    """The image in a struct {bytes, path}, or in a row of a dataset that has one column of images.
+    """Return the image in a struct {bytes, path}, or in a dataset row with one image column.
 
     >>> unwrap({"image": {"bytes": None, "path": "a.png"}, "label": 3}, "image 0")
     'a.png'
 
-    Parquet files and `datasets` hold images so. Raises ImageError with code "source-type".
+    Parquet files and `datasets` use these structs. Raises ImageError with code "source-type".
     """
     if _is_struct(source):
         for part in (source.get("bytes"), source.get("path")):
@@ -143,7 +143,7 @@ def unwrap(source: Mapping[str, Any], name: str) -> ImageSource:
 
 
 def _is_struct(value: Mapping[str, Any]) -> bool:
-    """Whether these are an image's bytes and path, either of which may be missing or None."""
+    """Return whether these are an image's bytes and path; either may be missing or None."""
     return (
         not value.keys() - {"bytes", "path"}
         and bool(value)
@@ -153,9 +153,9 @@ def _is_struct(value: Mapping[str, Any]) -> bool:
 
 
 def read_image_file(path: str, name: str, limits: ImageLimits) -> bytes:
-    """A file's bytes, unchanged. Only a regular file is opened.
+    """Return a file's bytes, unchanged. The function opens only regular files.
 
-    Raises ImageError with `name` as its name.
+    Raises ImageError with this `name`.
     """
     name = name or repr(path)  # an empty path is shown in quotes
     with open_regular(

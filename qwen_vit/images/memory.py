@@ -1,4 +1,4 @@
-"""One budget of memory for decoding, shared by all threads of the process."""
+"""Limit the memory that all threads of the process together use for decoding."""
 
 import ctypes
 import os
@@ -13,22 +13,22 @@ from qwen_vit.errors import ArgumentError
 
 __all__ = ["DecodingMemory", "available_bytes", "decoding_memory", "set_decoding_memory"]
 
-SHARE = 2  # half of what is left: resized images and the encoder take memory as well
-TRIM_BYTES = 2**27  # of an image, which takes 0.1 s or more
-UNKNOWN_BYTES = 2**32  # where the system does not say what is left
+SHARE = 2  # half of the available memory: resized images and the encoder need the rest
+TRIM_BYTES = 2**27  # bytes of an image whose decoding takes 0.1 s or more
+UNKNOWN_BYTES = 2**32  # if the system does not report available memory
 CGROUPS = Path("/sys/fs/cgroup")
 
 
 class DecodingMemory:
-    """Admits images to decoding, in the order in which they ask, while their bytes fit.
+    """Admit images to decoding, in the order of their requests, while their bytes fit.
 
     >>> memory = DecodingMemory(100)
     >>> with memory.hold(1_000):  # one image is always admitted
     ...     memory.held
     1000
 
-    Without a total, it is half of what the machine, the control group and the process's own limit
-    leave when the first image is decoded.
+    The default total is half of the available memory when the first image is decoded. The machine,
+    the control group and the process's own limit bound the available memory.
     """
 
     def __init__(self, total: int | None = None) -> None:
@@ -39,7 +39,7 @@ class DecodingMemory:
 
     @property
     def total(self) -> int:
-        """The budget, in bytes."""
+        """Return the budget, in bytes."""
         if self._total is None:
             self._total = available_bytes() // SHARE
         return self._total
@@ -52,9 +52,9 @@ class DecodingMemory:
 
     @contextmanager
     def hold(self, n_bytes: int) -> Iterator[None]:
-        """Wait until so many bytes fit, and hold them while the block runs.
+        """Wait until this number of bytes fits, and reserve them while the block runs.
 
-        A block must not hold a second time: it would wait for itself.
+        A block must not reserve a second time, because it would wait for itself.
         """
         ticket = object()
         with self._changed:
@@ -78,7 +78,7 @@ class DecodingMemory:
                 self._changed.notify_all()
 
     def forget_other_threads(self) -> None:
-        """After a fork: no other thread is in the child."""
+        """Reset the state after a fork, because the child has no other threads."""
         self.held = 0
         self._changed = threading.Condition()
         self._waiting.clear()
@@ -89,19 +89,19 @@ os.register_at_fork(after_in_child=decoding_memory.forget_other_threads)
 
 
 def _give_back() -> None:
-    """Give back to the system what threads have freed: glibc keeps it in arenas of threads."""
+    """Return freed memory to the system, because glibc keeps it in per-thread arenas."""
     with suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def set_decoding_memory(n_bytes: int | None) -> None:
-    """Set how many bytes all threads together may take for decoding; None derives it again.
+    """Set the bytes that all threads together may use for decoding; None derives them again.
 
     >>> set_decoding_memory(2**31)
     >>> set_decoding_memory(None)
 
-    An image that needs more is decoded alone. Raises ArgumentError for anything but a whole number
-    above 0.
+    If an image needs more, no other image is decoded at the same time. Raises ArgumentError for
+    anything but a whole number above 0.
     """
     if n_bytes is not None and (
         isinstance(n_bytes, bool) or not isinstance(n_bytes, int) or n_bytes < 1
@@ -111,7 +111,7 @@ def set_decoding_memory(n_bytes: int | None) -> None:
 
 
 def available_bytes() -> int:
-    """The memory that the machine, the control group and the process's own limit leave.
+    """Return the memory that the machine, control group and process limit leave, in bytes.
 
     >>> available_bytes() > 0
     True
@@ -139,7 +139,7 @@ def _in_kilobytes(path: Path, label: str) -> int | None:
 
 
 def _of_control_groups() -> Iterator[int]:
-    """What the process's group and each group above it leave: version 2, else version 1."""
+    """Yield the memory that the process's control group and its parents leave (cgroup v2 or v1)."""
     with suppress(OSError, ValueError):
         group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().strip("/")
         places = [CGROUPS / group, *(CGROUPS / group).parents]
@@ -150,5 +150,5 @@ def _of_control_groups() -> Iterator[int]:
 
 
 def _left(limit: Path, used: Path) -> Iterator[int]:
-    with suppress(OSError, ValueError):  # "max" is no number
+    with suppress(OSError, ValueError):  # "max" is not a number
         yield max(1, int(limit.read_text()) - int(used.read_text()))

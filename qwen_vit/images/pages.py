@@ -1,4 +1,4 @@
-"""The pages of a TIFF and the frames of an animation, each as an image of its own."""
+"""Split a TIFF into pages and an animation into frames, as separate images."""
 
 import io
 import warnings
@@ -16,13 +16,13 @@ __all__ = ["HEAD_BYTES", "MAX_PAGES", "Pages", "count_pages", "page_id", "split_
 
 Pages = Literal["first", "all"]
 
-MAX_PAGES = 10_000  # of one file
-HEAD_BYTES = 16  # of a file, which show that it is of a format without pages
+MAX_PAGES = 10_000  # pages of one file
+HEAD_BYTES = 16  # first bytes of a file, enough to recognise a format without pages
 ONE_PAGE = ("JPEG", "BMP", "PPM", "ICO", "TGA", "JPEG2000")
 
 
 def page_id(name: str, page: int) -> str:
-    """The id of a page of an image with several.
+    """Return the id of one page of an image with several pages.
 
     >>> page_id("scan.tif", 2)
     'scan.tif#page=2'
@@ -31,10 +31,10 @@ def page_id(name: str, page: int) -> str:
 
 
 def split_pages(source: Any, name: str, limits: ImageLimits) -> Iterator[tuple[Any, str]]:
-    """The pages of an image with their names; an image with one page keeps its own name.
+    """Return an image's pages with their names; an image with one page keeps its own name.
 
-    `source` is bytes, a PIL image, or anything else, which has one page. Raises ImageError for an
-    image of too many pages.
+    `source` is bytes or a PIL image. Any other source counts as one page. Raises ImageError for an
+    image with too many pages.
     """
     if isinstance(source, bytes):
         for page in range(1, (count := count_pages(source, name, limits)) + 1):
@@ -52,7 +52,7 @@ def split_pages(source: Any, name: str, limits: ImageLimits) -> Iterator[tuple[A
 
 
 def count_pages(data: bytes, name: str, limits: ImageLimits) -> int:
-    """The pages of a file, by its headers. A file that cannot be opened counts as one page.
+    """Count a file's pages by its headers. A file that cannot be opened counts as one page.
 
     Raises ImageError with code "slow" for more than MAX_PAGES.
     """
@@ -75,7 +75,7 @@ def count_pages(data: bytes, name: str, limits: ImageLimits) -> int:
 def _count(image: ImageFile.ImageFile, data: bytes) -> int:
     if isinstance(image, GifImagePlugin.GifImageFile):
         return _gif_frames(data)
-    if isinstance(image, TiffImagePlugin.TiffImageFile):  # n_frames would have no bound
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow's n_frames has no bound
         count = 1
         with suppress(EOFError):
             while count <= MAX_PAGES:
@@ -86,7 +86,7 @@ def _count(image: ImageFile.ImageFile, data: bytes) -> int:
 
 
 def _gif_frames(data: bytes) -> int:
-    """The frames of a GIF, at most MAX_PAGES + 1: Pillow's count decodes, and has no bound."""
+    """Count a GIF's frames, up to MAX_PAGES + 1; Pillow's count would decode without a bound."""
     at, count = 13 + _palette_bytes(data[10]), 0
     while at < len(data) and count <= MAX_PAGES:
         kind = data[at]

@@ -1,4 +1,4 @@
-"""RGB pixels -> patches in grid order, equal to transformers' Qwen2VLImageProcessorPil.
+"""Cut RGB pixels into patches in grid order, equal to transformers' Qwen2VLImageProcessorPil.
 
 Source: transformers, models/qwen2_vl/image_processing_pil_qwen2_vl.py.
 """
@@ -23,23 +23,23 @@ __all__ = ["CHANNELS", "Patches", "check_sides", "patchify", "resize_image", "sm
 
 Rgb: TypeAlias = NDArray[np.uint8] | Image.Image
 CHANNELS = 3
-PUBLISHED_PATCH_VALUES = CHANNELS * 14 * 14  # in one frame: the width of an empty set
+PUBLISHED_PATCH_VALUES = CHANNELS * 14 * 14  # one frame's: an empty set's width
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Patches:
-    """The uint8 patches of any number of images, in grid order.
+    """Hold the uint8 patches of any number of images, in grid order.
 
     >>> config = ImageConfig.from_json({})
     >>> patches = patchify(np.zeros((56, 84, 3), np.uint8), config)
     >>> patches.pixels.shape, patches.grids
     (torch.Size([24, 588]), (Grid(t=1, h=4, w=6),))
 
-    `pixels` is (N, 588): channel, row, column of one frame. A still image's two equal frames are
-    stored once. Those of a video are (N, 1176): channel, frame of the pair, row, column. Grid
-    order: merge units in raster order, the 4 patches of each together. `name` identifies the image
-    in messages and ids; patches of several images have none.
-    Raises ImageError with code "patches" if pixels and grids disagree.
+    For images, `pixels` has shape (N, 588): channel, row, column of one frame. It stores a still
+    image's two equal frames once. For videos, `pixels` has shape (N, 1176): channel, frame of the
+    pair, row, column. In grid order, merge units are in raster order, and a unit's 4 patches are
+    adjacent. `name` identifies the image in messages and ids. Patches of several images have no
+    name. Raises ImageError with code "patches" if pixels and grids disagree.
     """
 
     pixels: torch.Tensor
@@ -67,10 +67,10 @@ class Patches:
 
     @classmethod
     def cat(cls, parts: Iterable[Self], *, pinned_rows: int = 0) -> Self:
-        """Join the patches of several images in order. No image gives an empty (0, 588).
+        """Join the patches of several images in order. Zero images give an empty (0, 588).
 
-        The result is on the device of the first. With `pinned_rows`, patches on the CPU are joined
-        in pinned memory of at least that many rows, so that one size serves every batch. Raises
+        The result is on the device of the first patches. With `pinned_rows`, CPU patches go into
+        pinned memory of at least that number of rows, so that one size fits every batch. Raises
         ImageError with code "patches" if patch sizes differ.
         """
         parts = list(parts)
@@ -92,8 +92,8 @@ class Patches:
         rows = sum(map(len, pixels))
         size = (max(rows, pinned_rows), widths[0])
         joined = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)[:rows]
-        # torch's threads would wait for cores that decode images. NumPy releases Python's lock
-        # after each image and waits for it again. A memoryview keeps the lock.
+        # torch's threads would wait for cores that decode images. NumPy releases the GIL
+        # after each image and waits for it again. A memoryview keeps the GIL.
         room, begin = _memory(joined), 0
         for each in pixels:
             end = begin + each.numel()
@@ -102,13 +102,13 @@ class Patches:
         return cls(joined, grids)
 
     def split_steps(self, most: int) -> "list[Patches]":
-        """One video in pieces of whole steps in time, of at most `most` patches where one fits.
+        """Split a video into pieces of whole time steps: at most `most` patches if one step fits.
 
         >>> video = Patches(torch.zeros(72, 1176, dtype=torch.uint8), (Grid(3, 4, 6),))
         >>> [piece.grids[0].t for piece in video.split_steps(50)]
         [2, 1]
 
-        Each step is attended by itself, so the pieces' features are those of the whole.
+        Attention never crosses time steps, so the pieces have the same features as the video.
         """
         [grid] = self.grids
         in_step = grid.h * grid.w
@@ -123,10 +123,10 @@ class Patches:
         ]
 
     def to_rows(self, config: ImageConfig) -> torch.Tensor:
-        """The processor's normalised `pixel_values`: float32 (N, 1176), on the pixels' device.
+        """Return the processor's normalised `pixel_values`: float32 (N, 1176), on the same device.
 
-        Each row holds channel, frame, row, column. Raises ImageError with code "patches" if
-        the configuration's patch size is another.
+        Each row has the order channel, frame, row, column. Raises ImageError with code "patches" if
+        the configuration has a different patch size.
         """
         expected = CHANNELS * config.patch_px**2
         is_video = self.pixels.shape[1] == expected * config.temporal_patch_size
@@ -152,15 +152,15 @@ def smart_resize(
     max_pixels: float,
     name: str = "the image",
 ) -> tuple[int, int]:
-    """The size to resize an image to: multiples of `factor` that roughly keep its shape.
+    """Return an image's target size: multiples of `factor` that roughly keep the aspect ratio.
 
     >>> smart_resize(100, 200, factor=28, min_pixels=3136, max_pixels=1003520)
     (112, 196)
 
-    Sides are in pixels. It rounds half to even, as Python does, then shrinks (floor) to at most
-    `max_pixels` or grows (ceil) to at least `min_pixels`. A thin image may stay above `max_pixels`,
-    because no side falls below `factor`. Raises ImageError with code "zero-side" or "ratio" and
-    with `name`, and ArgumentError for limits that no size can meet.
+    Sides are in pixels. The function rounds half to even, as Python does. Then it reduces the size
+    (floor) to at most `max_pixels`, or increases it (ceil) to at least `min_pixels`. A thin image
+    may exceed `max_pixels`, because no side is below `factor`. Raises ImageError with code
+    "zero-side" or "ratio" and with `name`, and ArgumentError for limits that no size can meet.
     """
     check_sides(height, width, name)
     _check_limits(factor, min_pixels, max_pixels)
@@ -178,11 +178,11 @@ def smart_resize(
 
 
 def resize_image(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> NDArray[np.uint8]:
-    """Resize to smart_resize's size: Pillow's bicubic filter, on uint8.
+    """Resize an image to smart_resize's size with Pillow's bicubic filter, on uint8.
 
-    `rgb` is a Pillow image of mode RGB, or uint8 (height, width, 3). It is returned unchanged if
-    the size already fits. Raises ImageError as smart_resize does, and with code "patches" for
-    another mode, dtype or shape.
+    `rgb` is a Pillow image of mode RGB, or uint8 (height, width, 3). The function returns it
+    unchanged if the size already fits. Raises ImageError as smart_resize does. Raises ImageError
+    with code "patches" for any other mode, dtype or shape.
     """
     if isinstance(rgb, Image.Image):
         width, height = rgb.size
@@ -220,8 +220,8 @@ def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patch
     'cat.png'
 
     `rgb` is a Pillow image of mode RGB, which saves a copy, or uint8 (height, width, 3). `name`
-    identifies it in messages, and the patches keep it. Raises as resize_image does, and ImageError
-    with code "memory" if memory is short.
+    identifies the image in messages and becomes the patches' name. Raises as resize_image does.
+    Raises ImageError with code "memory" if the process runs out of memory.
     """
     called = "the image" if name is None else name
     try:
@@ -248,7 +248,7 @@ def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patch
 
 
 def check_sides(height: int, width: int, name: str) -> None:
-    """Raise ImageError with code "zero-side" or "ratio" for sides that no size can be made of."""
+    """Raise ImageError with code "zero-side" or "ratio" for sides that have no valid size."""
     if min(height, width) < 1:
         raise ImageError(
             f"the size is {width}x{height} (width x height)",

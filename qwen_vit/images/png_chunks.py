@@ -1,7 +1,7 @@
-"""A PNG without the chunks that may cost its picture: large, faulty, or of no use here.
+"""Remove PNG chunks that could make Pillow reject the file: large, faulty or unused ones.
 
-The PNG specification lets a decoder pass over ancillary chunks. Pillow refuses a whole file for one
-that is damaged, and for text or a colour profile that inflates to more than 1 MiB.
+The PNG specification lets a decoder skip ancillary chunks. Pillow rejects a whole file if one such
+chunk is damaged. It also rejects text or a colour profile that inflates to more than 1 MiB.
 """
 
 import struct
@@ -9,17 +9,18 @@ import zlib
 
 __all__ = ["without_needless_chunks"]
 
-SIGNATURE_BYTES, FRAME_BYTES = 8, 12  # of the file; of a chunk: length, kind and checksum
+SIGNATURE_BYTES, FRAME_BYTES = 8, 12  # a chunk's length, kind and checksum
 ANIMATION = (b"acTL", b"fcTL", b"fdAT")
 TEXT = (b"tEXt", b"zTXt", b"iTXt")  # may hold the orientation, as Exif or XMP
 NEEDED = (b"tRNS", b"eXIf", *TEXT, *ANIMATION)
-MAX_BYTES, MAX_TEXT_BYTES = 2**20, 2**22  # of a chunk, inflated; of all text
+MAX_BYTES, MAX_TEXT_BYTES = 2**20, 2**22  # bytes of one inflated chunk; of all text
 
 
 def without_needless_chunks(data: bytes) -> tuple[bytes, tuple[str, ...]]:
-    """The file without needless chunks, and a note on each kind that is large or faulty.
+    """Return the file without needless chunks, and a note on each large or faulty kind.
 
-    Critical chunks and transparency are kept, whatever is wrong with them: they decide the picture.
+    The function keeps critical chunks and transparency even if they are faulty, because the pixels
+    depend on them.
     """
     dropped: dict[bytes, str] = {}
     pieces, at, kept_from, text_bytes = [], SIGNATURE_BYTES, 0, 0
@@ -46,7 +47,7 @@ def without_needless_chunks(data: bytes) -> tuple[bytes, tuple[str, ...]]:
             dropped.setdefault(kind, fault)
         if fault or kind not in NEEDED:
             needless.append((start, end))
-    if any(kind in dropped for kind in ANIMATION):  # the parts of an animation need one another
+    if any(kind in dropped for kind in ANIMATION):  # an animation's chunks depend on each other
         needless += [(start, end) for kind, start, end in spans if kind in ANIMATION]
     for start, end in sorted(set(needless)):
         pieces.append(data[kept_from:start])
@@ -64,11 +65,11 @@ def _is_faulty(kind: bytes, data: bytes, start: int, end: int) -> bool:
     if kind != b"zTXt":
         return False
     _, _, packed = data[start + 8 : end - 4].partition(b"\0")
-    return packed[:1] not in (b"", b"\0")  # another compression than the only one
+    return packed[:1] not in (b"", b"\0")  # 0 is the only defined compression method
 
 
 def _inflated_bytes(kind: bytes, body: bytes) -> int:
-    """The bytes of a chunk once it is inflated, or a number above MAX_BYTES."""
+    """Return a chunk's inflated size in bytes, or a number above MAX_BYTES."""
     packed = b""
     if kind in (b"zTXt", b"iCCP"):
         packed = body.partition(b"\0")[2][1:]

@@ -1,4 +1,4 @@
-"""The errors that several checks of an encoded image raise."""
+"""Build the errors that several checks of an encoded image raise."""
 
 from qwen_vit.errors import ImageError
 
@@ -6,7 +6,7 @@ __all__ = ["address_remedy", "damaged", "too_much_memory", "too_slow", "truncate
 
 
 def truncated(file_format: str, name: str, what: str = "it ends early") -> ImageError:
-    """The error of a file that lacks a part of its picture.
+    """Return the error for a file that lacks a part of its pixels.
 
     >>> print(truncated("PNG", "a.png"))
     a.png: a truncated PNG: it ends early. Fetch it again.
@@ -20,7 +20,7 @@ def truncated(file_format: str, name: str, what: str = "it ends early") -> Image
 
 
 def damaged(file_format: str, name: str, reason: str) -> ImageError:
-    """The error of a file whose content contradicts itself.
+    """Return the error for a file with contradictory content.
 
     >>> damaged("JPEG", "a.jpg", "bad Huffman code").fact
     'a damaged JPEG (bad Huffman code)'
@@ -34,7 +34,7 @@ def damaged(file_format: str, name: str, reason: str) -> ImageError:
 
 
 def too_slow(fact: str, name: str, expected: str) -> ImageError:
-    """The error of a file that asks for far more work than its picture is worth.
+    """Return the error for a file that needs far more decoding work than other images of its size.
 
     >>> print(too_slow("a JPEG of 5,000 scans", "a.jpg", "at most 100"))
     a.jpg: a JPEG of 5,000 scans. Expected at most 100. Open and save it in an image editor.
@@ -49,7 +49,7 @@ def too_slow(fact: str, name: str, expected: str) -> ImageError:
 
 
 def too_much_memory(name: str) -> ImageError:
-    """The error of a file whose decoding runs out of memory.
+    """Return the error for a file whose decoding runs out of memory.
 
     >>> print(too_much_memory("a.png"))
     a.png: does not fit into memory when decoded. Make it smaller.
@@ -63,7 +63,7 @@ def too_much_memory(name: str) -> ImageError:
 
 
 def address_remedy(address: str) -> str:
-    """What to do with an address that is given in place of a path.
+    """Return the remedy for an address that a caller passes in place of a path.
 
     >>> address_remedy("file:///data/a.png"), address_remedy("https://example.org/a.png")
     ('pass the path that follows file://', 'download it first')

@@ -1,4 +1,4 @@
-"""Opens a regular file, and nothing else: for images and videos that a path names."""
+"""Open image and video paths only if they are regular files."""
 
 import os
 import stat
@@ -15,7 +15,7 @@ __all__ = ["open_regular", "unreadable"]
 
 @contextmanager
 def open_regular(path: str, name: str, *, expected: str, remedy: str) -> Iterator[BinaryIO]:
-    """A regular file, open for reading.
+    """Open a regular file for reading.
 
     Raises ImageError with `name` for anything else; `expected` and `remedy` are for a directory.
     """
@@ -49,7 +49,7 @@ def open_regular(path: str, name: str, *, expected: str, remedy: str) -> Iterato
 
 
 def unreadable(error: OSError | ValueError, name: str) -> ImageError:
-    """The error of a file that the system does not open or read."""
+    """Return the error for a file that the system cannot open or read."""
     if isinstance(error, ImageError):
         return error
     return ImageError(

@@ -1,4 +1,4 @@
-"""Rows of patches that a processor has cut: their checks, and the processor's normalisation."""
+"""Check patch rows from a processor, and apply the processor's normalisation."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ __all__ = ["as_grids", "check_rows", "normalise", "pixels_for_tower"]
 
 
 def as_grids(grid_thw: Tensor) -> tuple[Grid, ...]:
-    """The grids of a processor's `image_grid_thw`: (images, 3) integers.
+    """Convert a processor's `image_grid_thw`, (images, 3) integers, to grids.
 
     >>> as_grids(torch.tensor([[1, 4, 6]]))
     (Grid(t=1, h=4, w=6),)
@@ -44,7 +44,7 @@ def as_grids(grid_thw: Tensor) -> tuple[Grid, ...]:
 def check_rows(
     name: str, rows: Tensor, grids: tuple[Grid, ...], patch_dim: int, *, is_float: bool
 ) -> None:
-    """Raise ImageError (code `patches`) unless `rows` are the (N, P) values that the grids have."""
+    """Raise ImageError (code `patches`) unless `rows` has the shape (N, P) that the grids imply."""
     if not isinstance(rows, Tensor):
         raise ImageError(
             f"{name} is a {type(rows).__name__}",
@@ -70,7 +70,7 @@ def _shape_text(tensor: Tensor) -> str:
 
 
 def normalise(values: Tensor, config: ImageConfig) -> Tensor:
-    """uint8 pixels (N, channels, ...) as the processor's float32, on their device."""
+    """Convert uint8 pixels (N, channels, ...) to the processor's float32, on the same device."""
     shape = (1, -1, *(1 for _ in range(values.dim() - 2)))
     mean, std = (
         torch.tensor(numbers, dtype=torch.float32, device=values.device).view(shape)
@@ -82,10 +82,10 @@ def normalise(values: Tensor, config: ImageConfig) -> Tensor:
 def pixels_for_tower(
     rows: Tensor, config: VisionConfig, image_config: ImageConfig, *, still: bool
 ) -> Tensor:
-    """uint8 rows (N, P) as the tower takes them, on their device.
+    """Convert uint8 rows (N, P) to the tower's input, on the same device.
 
-    Of stills, whose two frames are the same, the first frame (N, P / 2); of videos the normalised
-    float32 rows (N, P).
+    If every image is a still with two equal frames, return the first frames, (N, P / 2). For
+    videos, return the normalised float32 rows (N, P).
     """
     frames = config.in_channels, config.temporal_patch_size, config.patch_px**2
     pixels = rows.view(len(rows), *frames)

@@ -1,4 +1,4 @@
-"""The first directory of a TIFF, and of Exif, which is stored as one."""
+"""Read the first directory of a TIFF, and of Exif, which uses the same structure."""
 
 import struct
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ __all__ = [
     "unread_kind",
 ]
 
-# Tags by name, and the values that are named below.
+# Tags by name, and values that have a name here.
 BITS, COMPRESSION, PHOTOMETRIC, PLANES, INKS = 258, 259, 262, 284, 332
 SAMPLE_FORMAT, IMAGE_DEPTH = 339, 32997
 WHITE_IS_ZERO, CMYK, YCBCR = 0, 5, 6
@@ -46,13 +46,13 @@ TYPE_BYTES = {
 }
 WHOLE_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
 MAX_ENTRIES = 4_096  # files have about 20
-HARMLESS_BYTES = 2**26  # what faulty, but innocent entries may claim
-MAX_NUMBERS = 16  # that are read of one entry: samples a pixel are fewer
+HARMLESS_BYTES = 2**26  # bytes that faulty but harmless entries may claim
+MAX_NUMBERS = 16  # values to read from one entry: a pixel has fewer samples
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tag: its type, its number of values, and where they are."""
+    """Hold one tag's type, number of values, and the values' offset."""
 
     kind: int
     count: int
@@ -60,13 +60,13 @@ class Entry:
 
     @property
     def n_bytes(self) -> int:
-        """The bytes of its values."""
+        """Return the size of the tag's values in bytes."""
         return TYPE_BYTES.get(self.kind, 0) * self.count
 
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """The entries by tag, the byte order ("<" or ">"), and the offset where it ends."""
+    """Hold a directory's entries by tag, byte order ("<" or ">"), and end offset."""
 
     entries: dict[int, Entry]
     order: str
@@ -76,7 +76,7 @@ class Directory:
 def read_directory(data: bytes) -> Directory:
     """Read the first directory's entries, without their values.
 
-    Raises ValueError or struct.error for one that is not whole, or has too many entries.
+    Raises ValueError or struct.error if the directory is incomplete or has too many entries.
     """
     order = "<" if data[:2] == b"II" else ">"
     is_big = data[2:4] in (b"+\0", b"\0+")
@@ -100,7 +100,7 @@ def read_directory(data: bytes) -> Directory:
 
 
 def numbers(data: bytes, directory: Directory, tag: int) -> tuple[int, ...]:
-    """The whole numbers of a tag, at most 16 of them; empty where it is missing or of another type.
+    """Return up to 16 whole numbers of a tag; empty if it is missing or has a different type.
 
     >>> tiff = b"II*\\0\\x08\\0\\0\\0\\x01\\0" + struct.pack("<HHIHH", 262, 3, 1, 2, 0)
     >>> numbers(tiff, read_directory(tiff), 262)
@@ -115,16 +115,16 @@ def numbers(data: bytes, directory: Directory, tag: int) -> tuple[int, ...]:
 
 
 def check_directory(data: bytes) -> None:
-    """Raise ValueError for entries that together take far more bytes than the data has.
+    """Raise ValueError if the entries together claim far more bytes than the data has.
 
-    Pillow copies the values of every entry. Entries that share their bytes multiply them.
+    Pillow copies the values of every entry, so entries that share bytes multiply the memory.
     """
     try:
         directory = read_directory(data)
-    except struct.error:  # not whole: its reader reports that
+    except struct.error:  # incomplete: the format's decoder reports that
         return
     total = sum(
-        min(entry.n_bytes, max(0, len(data) - entry.start))  # none is read past the end
+        min(entry.n_bytes, max(0, len(data) - entry.start))  # Pillow reads no value past the end
         for entry in directory.entries.values()
     )
     if total > len(data) + HARMLESS_BYTES:
@@ -132,10 +132,7 @@ def check_directory(data: bytes) -> None:
 
 
 def check_tags(image: TiffImagePlugin.TiffImageFile, name: str) -> None:
-    """Refuse a TIFF that Pillow would decode as if one of its tags were not there.
-
-    Raises ImageError with code "mode".
-    """
+    """Raise ImageError with code "mode" for a TIFF with a tag that Pillow would ignore."""
     tags = image.tag_v2
     bits, formats = _values(tags, BITS), _values(tags, SAMPLE_FORMAT)
     photometric = tags.get(PHOTOMETRIC)
@@ -155,13 +152,14 @@ def check_tags(image: TiffImagePlugin.TiffImageFile, name: str) -> None:
 
 
 def grey_depth(image: TiffImagePlugin.TiffImageFile) -> tuple[int, bool]:
-    """The bits of a grey sample of more than 8, and whether 0 is white: Pillow ignores both."""
+    """Return a grey sample's bits above 8, and whether 0 is white, because Pillow ignores both."""
     return max(_values(image.tag_v2, BITS)), image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
 
 
 def unread_kind(data: bytes, name: str) -> ImageError | None:
-    """The error that names the kind of a TIFF which Pillow cannot open, or None if its tags are not
-    whole: then it is damaged.
+    """Return the error that names the kind of TIFF that Pillow cannot open.
+
+    Return None if the tags are incomplete, because then the file is damaged.
     """
     try:
         directory = read_directory(data)

@@ -1,4 +1,4 @@
-"""A decoded PIL image -> upright RGB: orientation, 16-bit samples, transparency, modes."""
+"""Convert a decoded PIL image of any mode to upright RGB without transparency."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from qwen_vit.images.tiff import check_directory, grey_depth
 
 __all__ = ["is_deep", "on_white", "tiff_orientation", "to_rgb", "turn_back"]
 
-ORIENTATIONS = {  # EXIF tag 274 -> the operation that makes the picture upright
+ORIENTATIONS = {  # EXIF tag 274 -> the operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -21,7 +21,7 @@ ORIENTATIONS = {  # EXIF tag 274 -> the operation that makes the picture upright
     8: Image.Transpose.ROTATE_90,
 }
 
-INVERSE = {  # all others are their own
+INVERSE = {  # every other operation is its own inverse
     Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
     Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90,
 }
@@ -29,22 +29,22 @@ INVERSE = {  # all others are their own
 ORIENTATION_TAG = 274
 
 WHITE = (255, 255, 255)
-BAND_PIXELS = 2**20  # converted at a time
+BAND_PIXELS = 2**20  # pixels to convert at a time
 
 
 def to_rgb(
     image: Image.Image, name: str, deep: bool, exif: ExifPolicy = "apply"
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """Apply the policy to a copy of a decoded image, and list what it did.
+    """Convert a copy of a decoded image to upright RGB, and list the changes.
 
-    `deep` is the result of `is_deep` before decoding. With exif="ignore" the picture is not
-    turned. Raises ImageError with code "mode".
+    `deep` is the result of `is_deep` before decoding. With exif="ignore" the function does not turn
+    the image. Raises ImageError with code "mode".
     """
     notes: list[str] = []
     try:
         check_exif(image)
         orientation = image.getexif().get(ORIENTATION_TAG)
-    except Exception:  # noqa: BLE001 - damaged metadata raises anything; the picture is whole
+    except Exception:  # noqa: BLE001 - damaged metadata raises anything; the pixels are fine
         orientation = None
         notes.append("unreadable EXIF ignored")
     if exif == "ignore":
@@ -64,9 +64,9 @@ def to_rgb(
 
 
 def check_exif(image: Image.Image) -> None:
-    """Raise ValueError for Exif whose entries take more bytes than it has.
+    """Raise ValueError if the Exif entries claim more bytes than the Exif data has.
 
-    Pillow copies what each entry refers to: 5,000 entries can share 64 KB.
+    Pillow copies the bytes that each entry refers to, and 5,000 entries can share 64 KB.
     """
     exif = image.info.get("exif")
     if exif is None and "Raw profile type exif" in image.info:
@@ -76,14 +76,14 @@ def check_exif(image: Image.Image) -> None:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether Pillow will reduce 16-bit samples. Call it before the image is loaded."""
+    """Return whether Pillow will reduce 16-bit samples. Call it before the image is loaded."""
     tiles = getattr(image, "tile", ())
     raw_modes = (t[3][0] if isinstance(t[3], tuple) and t[3] else t[3] for t in tiles)
     return any(isinstance(mode, str) and ";16" in mode for mode in raw_modes)
 
 
 def tiff_orientation(image: Image.Image) -> int | None:
-    """A TIFF's orientation, before it is decoded: Pillow then applies and drops the tag."""
+    """Return a TIFF's orientation before decoding, because decoding applies and drops the tag."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile) or not image.tile:
         return None
     orientation = image.tag_v2.get(ORIENTATION_TAG)
@@ -91,13 +91,13 @@ def tiff_orientation(image: Image.Image) -> int | None:
 
 
 def turn_back(picture: Image.Image, orientation: int) -> Image.Image:
-    """The picture as it was before its orientation was applied."""
+    """Undo the orientation that Pillow applied to an image."""
     upright = ORIENTATIONS[orientation]
     return picture.transpose(INVERSE.get(upright, upright))
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """An RGBA image composited on white, as RGB."""
+    """Composite an RGBA image on white, and return it as RGB."""
     return _in_bands(image, _band_on_white)
 
 
@@ -107,7 +107,7 @@ def _band_on_white(image: Image.Image) -> Image.Image:
 
 
 def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Convert an image to RGB in bands of rows, because intermediate copies cost memory."""
+    """Convert an image to RGB in bands of rows, because intermediate copies take memory."""
     rows = max(1, BAND_PIXELS // image.width)
     if image.height <= rows:
         return convert(image)
@@ -135,7 +135,7 @@ def _to_eight_bit_rgb(image: Image.Image, name: str, deep: bool, notes: list[str
 
 
 def _from_sixteen_bit(image: Image.Image, notes: list[str]) -> Image.Image:
-    """The high byte. Pillow keeps the same of 16-bit colour."""
+    """Keep the high byte of 16-bit grey, as Pillow does for 16-bit colour."""
     notes.append("16-bit scaled to 8")
     clear = image.info.get("transparency")
     if isinstance(clear, int):
@@ -160,8 +160,8 @@ def _with_alpha(image: Image.Image, deep: bool) -> Image.Image:
     if image.mode in ("La", "PA"):
         return image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
     clear = image.info.get("transparency")
-    # The pixels kept their high bytes, so the colour does as well. Once an image is loaded, only
-    # this colour shows that its samples had 16 bits.
+    # The pixels kept their high bytes, so this colour also keeps the high byte. Once an image is
+    # loaded, only this colour shows that the samples had 16 bits.
     if isinstance(clear, tuple) and (deep or max(clear) > 255):
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in clear)

@@ -1,6 +1,6 @@
-"""Whether a container holds every byte, and a PNG every row, that its headers promise.
+"""Check that a container has every byte, and a PNG every row, that the headers promise.
 
-Pillow stops at the end of some truncated files without an error and invents the missing pixels.
+At the end of some truncated files, Pillow stops without an error and invents the missing pixels.
 """
 
 import struct
@@ -23,7 +23,7 @@ PNG_ADAM7 = (
 
 
 def ends_early(data: bytes, file_format: str) -> bool:
-    """Whether the file promises more bytes than it has."""
+    """Return whether the headers promise more bytes than the file has."""
     try:
         return promised_bytes(data, file_format) > len(data)
     except struct.error:  # the header itself is incomplete
@@ -31,7 +31,7 @@ def ends_early(data: bytes, file_format: str) -> bool:
 
 
 def promised_bytes(data: bytes, file_format: str) -> int:
-    """The least length that the headers of a container imply, or 0 if they imply none."""
+    """Return the minimum length that a container's headers imply, or 0 if they imply none."""
     if file_format == "WEBP":
         return int(8 + struct.unpack_from("<I", data, 4)[0])
     if file_format == "TIFF":
@@ -59,7 +59,7 @@ def promised_bytes(data: bytes, file_format: str) -> int:
 
 
 def misses_rows(data: bytes) -> bool:
-    """Whether a PNG's compressed stream is complete and yet shorter than the picture."""
+    """Return whether a PNG's compressed stream is complete but shorter than the image."""
     width, height, depth, colour, _, _, interlace = struct.unpack_from(">IIBBBBB", data, 16)
     bits = depth * PNG_SAMPLES[colour]
     missing = 0
@@ -75,7 +75,7 @@ def misses_rows(data: bytes) -> bool:
             out = inflater.decompress(chunk, piece)
             missing -= len(out)
             chunk = inflater.unconsumed_tail
-            if len(out) < piece:  # all of the chunk is used
+            if len(out) < piece:  # the decompressor used the whole chunk
                 break
         at += 12 + length
     return missing > 0

@@ -227,7 +227,7 @@ class _Pointers:
         return _Pointers(self.memory, self.offsets + offsets)
 
     def view(self) -> Tensor | None:
-        """Return (places, ...): lane i reads `view[start of lane i]`; None for a gather."""
+        """Return a view (places, ...), in which lane i reads at its start; None for a gather."""
         at = self.offsets
         if not isinstance(at, _Integers):
             return None
