@@ -1,1 +1,1 @@
-"""Any kind of video -> sampled frames -> patches of frame pairs."""
+"""Load any kind of video, sample frames, and cut frame pairs into patches."""

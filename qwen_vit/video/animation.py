@@ -1,4 +1,4 @@
-"""An animated GIF, WebP or PNG as a video: Pillow decodes, and durations give the moments."""
+"""Read an animated GIF, WebP or PNG as a video with Pillow, and get times from durations."""
 
 import io
 import time
@@ -26,7 +26,7 @@ MIN_MS, USUAL_MS = 11, 100  # browsers show a frame of 10 ms or less for 100 ms
 
 
 def is_animation_format(head: bytes) -> bool:
-    """Whether a file of this beginning may be an animated picture.
+    """Return whether a file with these first bytes may be an animated image.
 
     >>> is_animation_format(b"GIF89a"), is_animation_format(b"\\xff\\xd8\\xff")
     (True, False)
@@ -35,7 +35,7 @@ def is_animation_format(head: bytes) -> bool:
 
 
 def is_animated(data: bytes) -> bool:
-    """Whether the bytes are a GIF, WebP or PNG of several frames; False if they are damaged."""
+    """Return whether the bytes are a GIF, WebP or PNG of several frames; False if damaged."""
     kind = _format_of(data[:12])
     if kind is None:
         return False
@@ -52,9 +52,9 @@ def _format_of(head: bytes) -> str | None:
 
 
 class AnimationFrames:
-    """The frames of an animated picture, with the attributes of `reader.FileFrames`.
+    """Read the frames of an animated image; the attributes match `reader.FileFrames`.
 
-    Raises ImageError for a still picture, too many frames, or a damaged file.
+    Raises ImageError for a still image, too many frames, or a damaged file.
     """
 
     def __init__(self, data: bytes, name: str, limits: VideoLimits) -> None:
@@ -81,7 +81,7 @@ class AnimationFrames:
         self.size_px = (height, width)
 
     def frames(self, places: Sequence[int]) -> Iterator[Image.Image]:
-        """The pictures at ascending places; one twice where asked."""
+        """Yield the frames at ascending indices; a repeated index yields its frame again."""
         for place in places:
             with self._errors():
                 self._check_clock()
@@ -90,7 +90,7 @@ class AnimationFrames:
             yield on_white(rgba)
 
     def upright(self, frame: Image.Image) -> Image.Image:
-        """The same: an animation is never turned."""
+        """Return the frame unchanged, because an animation has no orientation."""
         return frame
 
     def _durations(self) -> Iterator[float]:
@@ -102,7 +102,7 @@ class AnimationFrames:
                 return
             if place >= self._limits.max_frames:
                 raise too_many_frames(place, self._name, self._limits)
-            self._image.load()  # a WebP has its duration then
+            self._image.load()  # Pillow sets a WebP frame's duration here
             self._check_clock()
             duration = float(self._image.info.get("duration") or 0)
             yield duration if duration >= MIN_MS else USUAL_MS

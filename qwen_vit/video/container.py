@@ -1,7 +1,7 @@
-"""The structure of a video file, read before a decoder sees it: its kind, its end, its promises.
+"""Check a video file's container, end and claimed sizes before a decoder opens the file.
 
-FFmpeg fills up what is missing and believes what a header promises: one box can make it index 10^9
-frames. So the end of the file and the number of frames are checked here.
+FFmpeg fills in missing data and trusts the header. One box can make FFmpeg index 10^9 frames.
+Therefore this module checks the end of the file and the number of frames.
 """
 
 import io
@@ -17,8 +17,8 @@ __all__ = ["HEAD_BYTES", "check_structure", "container_of"]
 
 HEAD_BYTES = 1_024
 EXPECTED = "MP4, MOV, Matroska, WebM, AVI or MPEG-TS"
-# What a file starts with -> FFmpeg's name of the container. It is passed on, so that no file can
-# choose a playlist's demuxer, which opens other files and addresses.
+# A file's first bytes -> FFmpeg's container name. qwen_vit passes the name to FFmpeg, so that no
+# file can choose a playlist demuxer, which opens other files and addresses.
 CONTAINERS = (
     (rb"....ftyp(?!avi[fs]|hei|hev|mif|msf)", "mov"),
     (rb"....(?:moov|mdat|free|skip|wide|pnot)", "mov"),
@@ -36,7 +36,7 @@ PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
 
 
 def container_of(head: bytes | bytearray | memoryview) -> str | None:
-    """FFmpeg's name of the container that a file of this beginning has; None if it is no video.
+    """Return FFmpeg's container name for a file's first bytes; None if the file is not a video.
 
     >>> container_of(b"\\x1a\\x45\\xdf\\xa3"), container_of(b"GIF89a")
     ('matroska', None)
@@ -48,7 +48,7 @@ def container_of(head: bytes | bytearray | memoryview) -> str | None:
 
 
 def check_structure(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> str:
-    """The container of a file of so many bytes, whose end and promises are checked.
+    """Check the end and the claimed sizes of a file of `size` bytes, and return its container.
 
     Raises ImageError with code "empty-file", "not-an-image", "format", "truncated" or
     "too-many-frames".
@@ -98,12 +98,12 @@ def _no_video(head: bytes, name: str) -> ImageError:
 
 class _Box(NamedTuple):
     kind: bytes
-    begin: int  # of its content
+    begin: int  # bytes of the content
     end: int
 
 
 def _boxes(file: BinaryIO, begin: int, end: int, size: int) -> Iterator[_Box]:
-    """The boxes of an MP4 between two offsets; the last one may end behind the file's `size`."""
+    """Yield an MP4's boxes between two offsets; the last box may end after the file's `size`."""
     for _ in range(MAX_BOXES):
         if begin + 8 > min(end, size):
             return
@@ -120,7 +120,7 @@ def _boxes(file: BinaryIO, begin: int, end: int, size: int) -> Iterator[_Box]:
 
 
 def _mov_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> int:
-    """Where the last box ends. Raises ImageError for more samples than `limits` allow."""
+    """Return the last box's end offset. Raises ImageError for more samples than `limits` allow."""
     last = 0
     stack = [_boxes(file, 0, size, size)]
     is_video = True
@@ -141,14 +141,14 @@ def _mov_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> int:
         elif box.kind in (b"stsz", b"stz2", b"trun"):
             at = 4 if box.kind == b"trun" else 8
             count = int.from_bytes(file.read(at + 4)[at:])
-            # an uncompressed sound has a sample for each of its values, and no index of them
+            # uncompressed audio has one sample per value, and no index of samples
             if count > limits.max_frames and (is_video or box.kind == b"trun"):
                 raise too_many_frames(count, name, limits)
     return last
 
 
 def too_many_frames(count: int, name: str, limits: VideoLimits) -> ImageError:
-    """The error of a video of more frames than are allowed."""
+    """Return the error for a video with too many frames."""
     return ImageError(
         f"{count} frames",
         name=name,
@@ -159,7 +159,7 @@ def too_many_frames(count: int, name: str, limits: VideoLimits) -> ImageError:
 
 
 def _matroska_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> int:
-    """Where the segment ends by its header; 0 if it is open-ended, as of a live recording."""
+    """Return the segment's end by its header; 0 if it is open-ended, as in a live recording."""
     file.seek(4)
     header = _ebml_number(file)
     if header is None:
@@ -172,7 +172,7 @@ def _matroska_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> 
 
 
 def _ebml_number(file: BinaryIO) -> int | None:
-    """A variable-length size, or None if it is open-ended or missing."""
+    """Read a variable-length size; return None if it is open-ended or missing."""
     first = file.read(1)
     if not first or not first[0]:
         return None
@@ -182,7 +182,7 @@ def _ebml_number(file: BinaryIO) -> int | None:
 
 
 def _avi_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> int:
-    """Where the first RIFF chunk ends; 0 if a recorder never wrote its size."""
+    """Return the first RIFF chunk's end offset; 0 if the recorder never wrote the size."""
     file.seek(4)
     length = int.from_bytes(file.read(4), "little")
     return 8 + length if 0 < length < 2**32 - 1 else 0

@@ -1,6 +1,6 @@
-"""Reading a video in a process of its own first: a damaged file may crash FFmpeg's C code.
+"""Try a video in a child process first, because a damaged file may crash FFmpeg's C code.
 
-`python -m qwen_vit.video.isolated` is the child.
+The child process is `python -m qwen_vit.video.isolated`.
 """
 
 import json
@@ -18,16 +18,16 @@ from qwen_vit.video.source import TAKE_A_PART
 
 __all__ = ["load_in_child"]
 
-MARGIN_S = 60.0  # for the start of the process, beyond what the limit allows
+MARGIN_S = 60.0  # seconds for the start of the process, in addition to the limit
 
 
 def load_in_child(
     item: Item, options: VideoOptions, limits: VideoLimits, config: ImageConfig
 ) -> None:
-    """Load a video in a child process, which may die, and drop what it gives.
+    """Load a video in a child process that may crash, and discard the result.
 
-    Raises ImageError as `load_video` does, with code "slow" for one that took too long, and with
-    code "memory" for one that killed its process.
+    Raises ImageError as `load_video` does. The code is "slow" if loading took too long, and
+    "memory" if the child process was killed.
     """
     late = ImageError(
         f"not decoded after {limits.max_decode_s:g} s",

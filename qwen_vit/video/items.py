@@ -1,4 +1,4 @@
-"""A video of a listing: opened as a file or inside its tar, and counted by its header."""
+"""Open a listed video, as a file or inside a tar, and count its patches by its header."""
 
 import hashlib
 from collections.abc import Iterator
@@ -21,11 +21,12 @@ __all__ = ["open_video_item", "patches_by_header", "video_of_item"]
 
 @contextmanager
 def open_video_item(item: Item, limits: VideoLimits) -> Iterator[tuple[BinaryIO | None, str]]:
-    """A member of a tar as a file of its own, or None for a whole file; and its bytes' sha256.
+    """Yield a tar member as an open file, or None for a whole file, and the bytes' SHA-256.
 
-    A video in object storage is copied to a temporary file, which is removed when the block ends.
+    The function copies a video in object storage to a temporary file, and removes that file when
+    the block ends.
 
-    Raises ImageError for one that cannot be read, or with the error found while listing.
+    Raises ImageError for an unreadable video, and the error that the listing recorded.
     """
     with _opened(item, limits) as (file, is_whole):
         digest = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
@@ -34,7 +35,7 @@ def open_video_item(item: Item, limits: VideoLimits) -> Iterator[tuple[BinaryIO 
 
 @contextmanager
 def _opened(item: Item, limits: VideoLimits) -> Iterator[tuple[BinaryIO, bool]]:
-    """A video's bytes, and whether they are a whole file on the disk."""
+    """Open a video's bytes, and yield whether they are a whole file on the disk."""
     if item.error is not None:
         code, message = item.error
         raise ImageError(message, code=code)
@@ -51,14 +52,14 @@ def _opened(item: Item, limits: VideoLimits) -> Iterator[tuple[BinaryIO, bool]]:
 
 
 def video_of_item(item: Item, options: VideoOptions) -> Video:
-    """The item as a video with these options."""
+    """Return the item as a video with these options."""
     return Video.of(item.source, options, item.id)
 
 
 def patches_by_header(
     item: Item, options: VideoOptions, limits: VideoLimits, config: ImageConfig
 ) -> int:
-    """The patches of a video by its header alone. Raises ImageError as reading it would."""
+    """Count a video's patches by its header alone. Raises ImageError as `read_header` does."""
     with _opened(item, limits) as (file, is_whole):
         source: Any = item.source if is_whole else file
         header = read_header(source, item.id, limits)

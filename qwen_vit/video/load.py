@@ -1,6 +1,6 @@
-"""A video of any kind -> its sampled frames as patches: two frames in each row.
+"""Turn any kind of video into patches of the sampled frames, with two frames in each row.
 
-Frames are resized as they are decoded, so a video holds no more memory than its sampled frames.
+The loader resizes frames while it decodes, so a video needs no more memory than the sampled frames.
 """
 
 import os
@@ -38,13 +38,13 @@ from qwen_vit.video.source import open_file
 
 __all__ = ["LoadedVideo", "VideoTiming", "load_pieces", "load_video"]
 
-RESIZES_AHEAD = 2  # for each thread
+RESIZES_AHEAD = 2  # frames for each thread
 STACKED_AXES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class VideoTiming:
-    """The seconds from one step of a video's grid to the next, and its frames' moments."""
+    """Hold the seconds between time steps of a video's grid, and the sampled frames' times."""
 
     second_per_grid_t: float
     frame_seconds: tuple[float, ...]
@@ -52,20 +52,20 @@ class VideoTiming:
 
 @dataclass(frozen=True, slots=True)
 class LoadedVideo:
-    """A video's patches, the original (height, width) of its frames, their moments, and notes.
+    """Hold a video's patches, the frames' original (height, width) and times, and notes.
 
-    Of a piece, `patches` are its own; the rest is that of the whole video.
+    For a piece, `patches` has the piece's patches. The other fields describe the whole video.
     """
 
     patches: Patches
     size_px: tuple[int, int]
     timing: VideoTiming
     notes: tuple[str, ...] = ()
-    is_last: bool = True  # of its video's pieces
+    is_last: bool = True  # among the video's pieces
 
 
 class LoadOptions(TypedDict, total=False):
-    """The options of `load_video`: see `load_pieces`."""
+    """Define the options of `load_video`; `load_pieces` describes them."""
 
     limits: VideoLimits | None
     image_limits: ImageLimits | None
@@ -101,14 +101,15 @@ def load_pieces(
     file: BinaryIO | None = None,
     keep: dict[int, NDArray[np.uint8]] | None = None,
 ) -> Generator[LoadedVideo, None, None]:
-    """The same in pieces of whole steps, each once all its frames are decoded.
+    """Yield a video's patches in pieces of whole time steps, once a piece's frames are decoded.
 
-    A piece has at most `most` patches where one step fits: those of `Patches.split_steps`. Frames
-    that a caller passes are one piece, and so is every video without `most`.
+    A piece has at most `most` patches if one time step fits. The pieces equal those of
+    `Patches.split_steps`. Frames that a caller passes are one piece. Without `most`, every video is
+    one piece.
 
-    `file` is read in place of `video.source`. `threads` decode and resize. `keep` collects the
-    resized frames, (height, width, 3), by their place among the sampled ones. Raises ImageError,
-    whose `code` is a key of errors.IMAGE_CODES, and ArgumentError for options that do not fit.
+    The function reads `file` in place of `video.source`. `threads` decode and resize. `keep`
+    collects the resized frames, (height, width, 3), by index among the sampled frames. Raises
+    ImageError with a `code` of errors.IMAGE_CODES, and ArgumentError for options that do not fit.
     """
     limits = VideoLimits() if limits is None else limits
     name = "the video" if video.name is None else video.name
@@ -146,7 +147,7 @@ def _source(source: VideoSource) -> Any:
 
 
 def _head(source: Any, name: str) -> bytes | None:
-    """The first bytes of a file; None for frames."""
+    """Return a file's first bytes; None for frames."""
     if isinstance(source, str):
         with open_file(source, name) as file:
             return file.read(HEAD_BYTES)
@@ -159,7 +160,7 @@ def _head(source: Any, name: str) -> bytes | None:
 
 
 def _whole(source: Any, name: str, limits: VideoLimits) -> bytes:
-    """An animation's bytes: they are few, or the limit on them is."""
+    """Return an animation's bytes; the limit on file bytes bounds their size."""
     if isinstance(source, bytes):
         return source
     with ExitStack() as stack:
@@ -178,7 +179,7 @@ def _whole(source: Any, name: str, limits: VideoLimits) -> bytes:
 
 
 class _Asked(NamedTuple):
-    """An open video, and how it is wanted."""
+    """Hold an open video and the requested sampling."""
 
     opened: FileFrames | AnimationFrames
     video: Video
@@ -189,7 +190,7 @@ class _Asked(NamedTuple):
 def _sampled(
     asked: _Asked, threads: int, keep: dict[int, NDArray[np.uint8]] | None, most: int | None
 ) -> Iterator[LoadedVideo]:
-    """The pieces of a file's frames. The memory of a piece is held until it is complete."""
+    """Yield the pieces of a file's frames; each reserves decoding memory until it is complete."""
     opened, video, config, name = asked
     indices, rate = sample_frames(opened.timeline, video, name)
     places = shown_frames(indices, opened.seconds, opened.timeline)
@@ -202,7 +203,7 @@ def _sampled(
         left = len(places)
         while left:
             frame = next(frames)
-            if size is None:  # the first frame says how the video is turned
+            if size is None:  # the first frame gives the video's orientation
                 factor = config.patch_px * config.merge_size
                 size = frame_size(*opened.size_px, len(places), video, factor, name)
                 in_step = size[0] * size[1] // config.patch_px**2
@@ -221,7 +222,7 @@ def _sampled(
 def _from_frames(
     video: Video, config: ImageConfig, name: str, layout: ArrayLayout, limits: ImageLimits
 ) -> LoadedVideo:
-    """A video of frames that the caller took: all of them count."""
+    """Load a video from a caller's frames, without sampling."""
     for option in ("n_frames", "start", "end", "max_frames"):
         if getattr(video, option) is not None:
             raise ArgumentError(
@@ -278,9 +279,9 @@ def _frame_list(source: Any, name: str) -> Any:
 
 
 class _Rows:
-    """A video's patches as they fill up: channel, frame of the pair, row, column in each.
+    """Collect a video's patches, each in the order channel, frame of the pair, row, column.
 
-    They have `n_frames` of `size_px`, from the sampled frame `first` on.
+    They cover `n_frames` frames of `size_px`, starting with the sampled frame `first`.
     """
 
     def __init__(
@@ -307,11 +308,11 @@ class _Rows:
 
     @property
     def n_bytes(self) -> int:
-        """The sampled frames, as they wait for the encoder."""
+        """Return the size of the sampled frames in bytes."""
         return self._values.nbytes
 
     def put(self, at: int, pixels: NDArray[np.uint8]) -> None:
-        """Cut a frame of this size, (height, width, 3) or more channels, into its places."""
+        """Cut a frame of this size, (height, width, >= 3 channels), into its patches."""
         if self._keep is not None:
             self._keep[self._first + at] = pixels[..., :CHANNELS].copy()
         px, merge = self._config.patch_px, self._config.merge_size
@@ -321,11 +322,11 @@ class _Rows:
         in_order = cut.transpose(0, 3, 1, 4, 6, 2, 5)
         step, which = divmod(at, FRAMES_IN_A_STEP)
         self._values[step, ..., which, :, :] = in_order
-        if at == self._n_frames - 1 and which == 0:  # the last one of an odd number counts twice
+        if at == self._n_frames - 1 and which == 0:  # an odd count repeats the last frame
             self._values[step, ..., 1, :, :] = in_order
 
     def patches(self) -> Patches:
-        """All of them."""
+        """Return all patches."""
         values = self._values.reshape(self._grid.n_patches, -1)
         return Patches(torch.from_numpy(values), (self._grid,), self._name)
 
@@ -342,9 +343,9 @@ def _resize_into(rows: _Rows, at: int, upright: Callable[[], Image.Image]) -> No
 def _workers(
     threads: int,
 ) -> Iterator[tuple[Callable[[Callable[[], None]], None], Callable[[], None]]]:
-    """Run calls in threads, a few ahead; and wait for all. One thread is the caller's.
+    """Run calls in threads with a short queue, and wait for all. The caller's thread counts.
 
-    Decoding goes on while earlier frames are resized. The first error of a call is raised.
+    Decoding continues while other threads resize earlier frames. Raises the first error of a call.
     """
     if threads == 1:
         yield (lambda call: call()), (lambda: None)

@@ -1,4 +1,4 @@
-"""What a caller may pass as a video, how its frames are chosen, and limits on its cost."""
+"""Define what a caller may pass as a video, the sampling options, and limits on videos."""
 
 import math
 import os
@@ -25,7 +25,7 @@ VideoSource: TypeAlias = (
 
 
 class VideoSettings(TypedDict, total=False):
-    """The options of a video as keywords: the fields of `VideoOptions`."""
+    """Define the fields of `VideoOptions` as keyword arguments."""
 
     fps: float
     n_frames: int | None
@@ -39,26 +39,26 @@ class VideoSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoOptions:
-    """Which frames of a video are encoded, and at which size.
+    """Choose which frames of a video to encode, and their size.
 
     >>> VideoOptions(fps=1.0, start=10.0, end=70.0).sampling
     'qwen'
 
     Attributes:
-        fps: frames taken per second. Of frames that a caller passes, the rate that they were taken
-            at.
-        n_frames: this many frames instead of `fps`, rounded to an even number.
-        start: seconds from the first frame at which sampling begins.
-        end: seconds from the first frame at which sampling ends.
-        max_frames: the most frames that `fps` may give; 768 if None.
-        min_pixels: the least height x width of a frame after resizing; 100,352 if None.
-        max_pixels: the largest height x width of a frame after resizing; 602,112 if None. A long
+        fps: frames to sample per second. For frames that a caller passes, the rate at which the
+            caller sampled the frames.
+        n_frames: number of frames to sample instead of `fps`, rounded to an even number.
+        start: start of sampling, in seconds from the first frame.
+        end: end of sampling, in seconds from the first frame.
+        max_frames: maximum number of frames that `fps` may give; 768 if None.
+        min_pixels: minimum height x width of a frame after resizing; 100,352 if None.
+        max_pixels: maximum height x width of a frame after resizing; 602,112 if None. A long
             video may get smaller frames: see `sampling.pixel_limits`.
-        sampling: "qwen" takes the frames and sizes of qwen-vl-utils 0.0.14, "transformers" those
-            of transformers' Qwen2VLVideoProcessor.
+        sampling: "qwen" samples and resizes like qwen-vl-utils 0.0.14. "transformers" samples and
+            resizes like transformers' Qwen2VLVideoProcessor.
 
     Raises:
-        ArgumentError: a value makes no sense.
+        ArgumentError: a value is invalid.
     """
 
     fps: float = 2.0
@@ -101,23 +101,23 @@ class VideoOptions:
 
     @property
     def is_part(self) -> bool:
-        """Whether only some seconds are wanted."""
+        """Return whether `start` or `end` selects a part of the video."""
         return self.start is not None or self.end is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Video(VideoOptions):
-    """A video and its own options: what `encode` and `encode_video` take beside a bare path.
+    """Pair a video with options for `encode` and `encode_video`.
 
     >>> Video("clip.mp4", fps=1.0).name
     'clip.mp4'
 
     Attributes:
         source: a path, the bytes of a file, an array or tensor of frames (t, h, w, c), or a list
-            of images: PIL images, arrays, or paths of pictures. Frames are taken as they are: only
-            `fps` and the two limits of pixels apply to them. A GIF, WebP or PNG gives the frames
-            of its animation.
-        name: identifies it in messages, and becomes `VideoFeatures.id`.
+            of images: PIL images, arrays, or image paths. Passed frames are not sampled: only
+            `fps` and the two pixel limits apply to them. A GIF, WebP or PNG gives the frames of
+            the animation.
+        name: identifies the video in messages, and becomes `VideoFeatures.id`.
     """
 
     source: VideoSource = field(kw_only=False)
@@ -130,7 +130,7 @@ class Video(VideoOptions):
 
     @classmethod
     def of(cls, source: VideoSource, options: VideoOptions, name: str | None = None) -> Self:
-        """A video with the options of another object.
+        """Create a video with the options of a `VideoOptions` object.
 
         >>> Video.of("clip.mp4", VideoOptions(fps=1.0)).fps
         1.0
@@ -138,22 +138,22 @@ class Video(VideoOptions):
         return cls(source, name=name, **{f.name: getattr(options, f.name) for f in fields(options)})
 
     def named(self, name: str) -> Self:
-        """The same with `name`, unless it has one."""
+        """Return this video with `name`, unless it already has a name."""
         return self if self.name is not None else replace(self, name=name)
 
 
 @dataclass(frozen=True, slots=True)
 class VideoLimits:
-    """Limits on one video. Its header, its packets and the clock are checked against them.
+    """Set limits on one video's header, packets and decoding time.
 
     >>> VideoLimits(max_decode_s=60).max_frames
     10000000
 
     Attributes:
-        max_pixels: height x width of a frame before resizing.
-        max_file_bytes: of the file.
-        max_frames: in the file, sampled or not.
-        max_decode_s: seconds that reading and decoding may take.
+        max_pixels: maximum height x width of a frame before resizing.
+        max_file_bytes: maximum size of the file in bytes.
+        max_frames: maximum number of frames in the file, sampled or not.
+        max_decode_s: maximum time for reading and decoding, in seconds.
 
     Raises:
         ArgumentError: a limit is not above 0.

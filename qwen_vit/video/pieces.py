@@ -1,4 +1,4 @@
-"""A video's pieces on their way from the thread that decodes them to the one that encodes them."""
+"""Pass a video's pieces from a decoding thread to the encoding thread."""
 
 import threading
 from collections import deque
@@ -8,15 +8,15 @@ from qwen_vit.images.patches import Patches
 
 __all__ = ["PieceStream"]
 
-MAX_AHEAD_BYTES = 2**29  # of one video: about what the authors' total limit of pixels comes to
-POLL_S = 0.1  # between looks at whether the caller takes no more
+MAX_AHEAD_BYTES = 2**29  # decoded bytes of one video, about the authors' total pixel limit
+POLL_S = 0.1  # seconds between checks whether the caller has cancelled
 
 
 class PieceStream:
-    """Pieces of one video, which one thread decodes while another encodes the earlier ones.
+    """Decode the pieces of one video in a thread while another thread encodes earlier pieces.
 
-    The decoder is at most MAX_AHEAD_BYTES ahead, so memory does not grow with the video. With
-    `is_ahead=False` no other thread decodes: the pieces are decoded as they are taken.
+    The decoder is at most MAX_AHEAD_BYTES ahead, so memory does not depend on the video's length.
+    With `is_ahead=False` there is no decoding thread. Then `pieces` decodes each piece on request.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class PieceStream:
         self._changed = threading.Condition()
 
     def decode(self, is_closed: Callable[[], bool]) -> None:
-        """Decode what is left; errors are raised by `pieces`."""
+        """Decode the remaining pieces; `pieces` raises the errors."""
         try:
             while self._wait_for_room(is_closed) and (piece := next(self._rest, None)) is not None:
                 with self._changed:
@@ -46,7 +46,7 @@ class PieceStream:
                 self._changed.notify_all()
 
     def pieces(self) -> Generator[Patches, None, None]:
-        """Every piece, in order. Raises the decoder's error after the pieces before it."""
+        """Yield every piece, in order. Raises the decoder's error after the pieces before it."""
         try:
             while True:
                 with self._changed:
@@ -67,7 +67,7 @@ class PieceStream:
             self.cancel()
 
     def cancel(self) -> None:
-        """End the decoding: no more pieces are taken."""
+        """Stop decoding, because the caller needs no more pieces."""
         with self._changed:
             self._is_cancelled = True
             self._ready.clear()
@@ -76,7 +76,7 @@ class PieceStream:
             self._rest.close()
 
     def _wait_for_room(self, is_closed: Callable[[], bool]) -> bool:
-        """Wait until another piece may be decoded; False where none is wanted."""
+        """Wait until the thread may decode another piece; return False after `cancel`."""
         with self._changed:
             while self._bytes >= MAX_AHEAD_BYTES and not (self._is_cancelled or is_closed()):
                 self._changed.wait(POLL_S)

@@ -1,7 +1,7 @@
-"""A video file -> chosen frames, by presentation time. FFmpeg decodes, through PyAV.
+"""Read chosen frames of a video file by presentation time, with FFmpeg through PyAV.
 
-A pass over the packets, without decoding, finds every frame's time and the key frames. Only the
-stretches that hold wanted frames are decoded, each from the key frame before it.
+A pass over the packets, without decoding, finds every frame's time and the key frames. The reader
+decodes only the parts with wanted frames, each from the preceding key frame.
 """
 
 import time
@@ -30,7 +30,7 @@ from qwen_vit.video.source import (
 
 __all__ = ["FileFrames", "VideoHeader", "open_video", "read_header"]
 
-# The display matrix's (a, b, c, d) as signs -> what makes a frame upright.
+# Signs of the display matrix's (a, b, c, d) -> the operation that makes a frame upright.
 UPRIGHT = {
     (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,13 +45,13 @@ TURNED = {
     Image.Transpose.TRANSVERSE,
 }  # fmt: skip
 HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics
-SEEK_WORTH = 32  # frames that may be decoded for nothing before a seek is cheaper
-CHECK_EVERY = 1_024  # packets, between looks at the clock
+SEEK_WORTH = 32  # unwanted frames to decode before a seek is cheaper
+CHECK_EVERY = 1_024  # packets between checks of the clock
 
 
 @dataclass(frozen=True, slots=True)
 class VideoHeader:
-    """What a file's header says: an estimate of the frames, and their upright size."""
+    """Hold the header's estimated number of frames and their upright size."""
 
     timeline: Timeline
     height: int
@@ -60,10 +60,10 @@ class VideoHeader:
 
 @dataclass(frozen=True, slots=True)
 class _Index:
-    """Every frame's time, and where decoding can begin.
+    """Hold every frame's time, and the key frames where decoding can begin.
 
-    `ticks` are the frames' timestamps in order; `keys` those of the key frames. `by_count` is True
-    where timestamps do not identify frames, which are then counted from the first one.
+    `ticks` are the frames' timestamps in order. `keys` are the key frames' timestamps. `by_count`
+    is True if timestamps do not identify frames. The reader then counts frames from the first one.
     """
 
     ticks: NDArray[np.int64]
@@ -73,9 +73,9 @@ class _Index:
 
 
 class FileFrames:
-    """The frames of an open video file.
+    """Read the frames of an open video file.
 
-    `timeline` is what samplers count with, `seconds` the moment of each frame from the first one.
+    `timeline` is the samplers' input. `seconds` gives each frame's time from the first frame.
     """
 
     def __init__(self, opener: Opener, deadline: float, threads: int) -> None:
@@ -100,15 +100,15 @@ class FileFrames:
 
     @property
     def size_px(self) -> tuple[int, int]:
-        """The upright (height, width) of a frame, by the header until one is decoded."""
+        """Return a frame's upright (height, width), from the header until a frame is decoded."""
         if self._size is None:
             return self._codec.height, self._codec.width
         return self._size
 
     def frames(self, places: Sequence[int]) -> Iterator[Any]:
-        """The decoded frames at ascending places, as FFmpeg holds them; one twice where asked.
+        """Yield FFmpeg's frames at ascending indices; a repeated index yields its frame again.
 
-        Raises ImageError for a frame that cannot be decoded whole.
+        Raises ImageError for a frame that cannot be decoded completely.
         """
         wanted = sorted(set(places))
         again = {place: places.count(place) for place in wanted}
@@ -119,9 +119,9 @@ class FileFrames:
                 yield frame
 
     def upright(self, frame: Any) -> Image.Image:
-        """A decoded frame as an upright picture of mode RGB or RGBX; thread-safe."""
-        # four bytes a pixel, as Pillow holds them: nothing is copied under Python's lock
-        # swscale's threads write past the ends of rows into each other's: 4 pixels were wrong
+        """Convert a decoded frame to an upright image of mode RGB or RGBX; thread-safe."""
+        # four bytes a pixel, as in Pillow's memory: this avoids a copy under the GIL
+        # swscale's threads write past row ends into each other's rows: 4 pixels were wrong
         plane = frame.reformat(format="rgb0", threads=1).planes[0]
         size = (frame.width, frame.height)
         picture = Image.frombuffer("RGBX", size, plane, "raw", "RGBX", plane.line_size, 1)
@@ -173,7 +173,7 @@ class FileFrames:
         return _Index(ordered, np.sort(np.asarray(keys, np.int64)), end)
 
     def _scan_by_count(self, ticks: list[int]) -> _Index:
-        """Times in order for as many frames as the decoder gives: packets do not identify them."""
+        """Count frames by decoding, because packets do not identify them, and order the times."""
         count = sum(1 for _ in self._decoded(seek_to=None))
         if not count:
             raise self._damaged("none of its frames can be decoded")
@@ -185,14 +185,15 @@ class FileFrames:
         return _Index(ordered, ordered[:1], float(ordered[-1] + step), by_count=True)
 
     def _tick(self) -> float:
-        """A frame's ticks at the header's rate."""
+        """Return a frame's ticks at the header's rate."""
         rate = self._stream.average_rate or self._stream.guessed_rate or 25
         return float(1 / (rate * self._stream.time_base))
 
     def _rate(self, n_frames: int, duration: float) -> float:
-        """Frames a second: the header's where it fits the frames' times, else their mean.
+        """Return the header's frame rate if it fits the frames' times, else the mean rate.
 
-        The header's is a fraction, and the mean a float whose last bit could cost two frames.
+        The header's rate is an exact fraction. The mean rate is a float, and an error in its last
+        bit could drop two frames.
         """
         header = self._stream.average_rate
         if header and abs(n_frames / float(header) - duration) <= 1 / float(header):
@@ -207,7 +208,7 @@ class FileFrames:
         ticks, keys = self._index.ticks, self._index.keys
         wanted = {int(ticks[place]) for place in places}
         decoded: Iterator[Any] | None = None
-        shown = -1  # the place of the last frame that was decoded
+        shown = -1  # index of the last decoded frame
         for place in places:
             target = int(ticks[place])
             key = bisect_right(keys, target) - 1
@@ -216,7 +217,7 @@ class FileFrames:
             if decoded is None or key_place > shown + SEEK_WORTH:
                 decoded = self._decoded(seek_to=key_tick, wanted=wanted)
             frame = self._find(decoded, target)
-            if frame is None:  # the demuxer did not go far enough back
+            if frame is None:  # the demuxer did not seek back far enough
                 decoded = self._decoded(seek_to=None, wanted=wanted)
                 frame = self._find(decoded, target)
             if frame is None:
@@ -250,7 +251,7 @@ class FileFrames:
                     yield packet
 
     def _restart(self) -> None:
-        """Open the file, again if it is open: not every container can seek to its beginning."""
+        """Open or reopen the file, because not every container can seek to its beginning."""
         self.close()
         self._container = self._opener.open()
         self._stream = video_stream(self._container, self._name)
@@ -260,14 +261,14 @@ class FileFrames:
         check_size(self._codec.width, self._codec.height, self._name, self._limits)
 
     def _decoded(self, *, seek_to: int | None, wanted: set[int] | None = None) -> Iterator[Any]:
-        """Frames in the order in which they are shown, from a key frame or the beginning on."""
+        """Yield frames in presentation order, starting at a key frame or at the beginning."""
         with self._errors():
             if seek_to is None:
                 self._restart()
             else:
                 self._container.seek(seek_to, stream=self._stream)
             for packet in self._container.demux(self._stream):
-                # no other frame needs one that is no reference
+                # no other frame depends on a non-reference frame
                 is_needed = wanted is None or not packet.size or packet.pts in wanted
                 self._codec.skip_frame = "DEFAULT" if is_needed else "NONREF"
                 yield from packet.decode()
@@ -317,9 +318,9 @@ class FileFrames:
 def open_video(
     source: str | bytes | BinaryIO, name: str, limits: VideoLimits, *, threads: int = 1
 ) -> Iterator[FileFrames]:
-    """Open a video: a path, a file's bytes, or a seekable file. `threads` are the decoder's.
+    """Open a video from a path, bytes or a seekable file. The decoder uses `threads` threads.
 
-    Raises ImageError for a file that is not a readable video, and where PyAV is missing.
+    Raises ImageError for a file that is not a readable video, and if PyAV is missing.
     """
     deadline = time.monotonic() + limits.max_decode_s
     frames = FileFrames(Opener(source, name, limits), deadline, threads)
@@ -330,7 +331,7 @@ def open_video(
 
 
 def read_header(source: str | BinaryIO, name: str, limits: VideoLimits) -> VideoHeader:
-    """Frames and size by the header alone: no packet is read. Raises as `open_video` does."""
+    """Read the frame count and size from the header, without packets. Raises as `open_video`."""
     with Opener(source, name, limits).open() as container:
         stream = video_stream(container, name)
         codec = stream.codec_context
@@ -345,10 +346,10 @@ def read_header(source: str | BinaryIO, name: str, limits: VideoLimits) -> Video
 
 
 def _turn_of(frame: Any) -> tuple[Image.Transpose | None, bool]:
-    """What the file's display matrix asks for, and whether it asks for something else.
+    """Return the display matrix's operation, and whether the matrix needs an unsupported one.
 
-    It is read from a small copy: PyAV's side data and its frame refer to each other, and only
-    Python's garbage collector would free the pair.
+    The function reads the matrix from a small copy. PyAV's side data and frame refer to each other,
+    and only Python's garbage collector would free the pair.
     """
     data = frame.reformat(width=16, height=16).side_data.get("DISPLAYMATRIX")
     if data is None:

@@ -1,9 +1,10 @@
-"""Which frames of a video are taken, and the size that they get: integers and floats alone.
+"""Compute which frames of a video to sample and their size, from integers and floats alone.
 
 Sources: qwen-vl-utils 0.0.14, vision_process.py (smart_nframes, calculate_video_frame_range,
 fetch_video); transformers 5.23, models/qwen2_vl/video_processing_qwen2_vl.py (sample_frames,
-resize). Every expression keeps the order of its operations, because a rounded float decides which
-frame is taken. Both libraries compute the positions by torch in float32, and so does this module.
+resize). Every expression keeps the sources' order of operations, because a rounded float decides
+which frame to sample. Like both libraries, this module computes the positions in float32 with
+torch.
 """
 
 import math
@@ -25,15 +26,15 @@ __all__ = [
 
 FRAMES_IN_A_STEP = 2  # temporal_patch_size: one step of the grid's t
 MIN_FRAMES, MAX_FRAMES = 4, 768
-MIN_TOKENS, MAX_TOKENS = 128, 768  # of a step
-TOTAL_TOKENS = 128_000 * 0.9  # of a video
-FRACTION_ABOVE_MIN = 1.05  # the least that max_pixels may be, in min_pixels
-MAX_EARLY_S = 0.02  # a frame that is due so soon counts as shown, where the rate varies
+MIN_TOKENS, MAX_TOKENS = 128, 768  # frames of a step
+TOTAL_TOKENS = 128_000 * 0.9  # tokens of a video
+FRACTION_ABOVE_MIN = 1.05  # minimum of max_pixels / min_pixels
+MAX_EARLY_S = 0.02  # at a varying rate, a frame due within this time counts as shown
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """A video's frames as the samplers count them: `n_frames` at the average `rate` a second."""
+    """Describe a video for the samplers: `n_frames` at the average `rate` per second."""
 
     n_frames: int
     rate: float
@@ -46,14 +47,15 @@ class Timeline:
 
 
 def sample_frames(timeline: Timeline, options: VideoOptions, name: str) -> tuple[list[int], float]:
-    """The indices of the frames to take, and the rate at which they were taken.
+    """Return the indices of the frames to sample, and the resulting rate.
 
     >>> sample_frames(Timeline(300, 30.0), VideoOptions(n_frames=4), "a.mp4")
     ([0, 100, 199, 299], 0.4)
 
-    An odd number of indices means that the last frame counts twice. A single frame is accepted:
-    qwen-vl-utils and transformers refuse it. Raises ImageError with code "video-range" for a part
-    without two frames, and "video-frames" for more frames than there are.
+    If the number of indices is odd, the last frame counts twice. The function accepts a single
+    frame, which qwen-vl-utils and transformers reject. Raises ImageError with code "video-range"
+    for a part with fewer than two frames. The code is "video-frames" if `n_frames` exceeds the
+    number of frames.
     """
     first, last = _frame_range(timeline, options, name)
     count = last - first + 1
@@ -75,14 +77,14 @@ def sample_frames(timeline: Timeline, options: VideoOptions, name: str) -> tuple
 def shown_frames(
     indices: Sequence[int], seconds: NDArray[np.float64], timeline: Timeline
 ) -> list[int]:
-    """The frame that each of a sampler's indices stands for; `seconds` are the frames' moments.
+    """Convert a sampler's indices to frame indices; `seconds` are the frames' times.
 
     >>> slides = np.array([0.0, 20.0, 21.0])  # three slides in 24 s
     >>> shown_frames([0, 1, 2], slides, Timeline(3, 3 / 24))
     [0, 0, 0]
 
-    At a constant rate, jitter included, it is the index itself. Where the rate varies, an index
-    stands for a moment, and its frame is the one that is shown then.
+    At a constant rate, even with jitter, the frame index equals the sampler's index. If the rate
+    varies, a sampler's index means a time. Its frame is the frame that is visible at that time.
     """
     moments = np.arange(timeline.n_frames) / timeline.rate
     if np.all(np.abs(seconds - moments) < 0.5 / timeline.rate):
@@ -93,7 +95,7 @@ def shown_frames(
 
 
 def _frame_range(timeline: Timeline, options: VideoOptions, name: str) -> tuple[int, int]:
-    """The first and the last frame of the wanted part."""
+    """Return the first and the last frame of the selected part."""
     first, last = 0, timeline.n_frames - 1
     if not options.is_part:
         return first, last
@@ -147,14 +149,15 @@ def _check_count(n: int, count: int, name: str) -> None:
 
 
 def pixel_limits(n_frames: int, options: VideoOptions, factor: int) -> tuple[int, float]:
-    """The least and the largest height x width of a frame after resizing.
+    """Return the minimum and maximum height x width of a frame after resizing.
 
     >>> pixel_limits(16, VideoOptions(), 28), pixel_limits(768, VideoOptions(), 28)
     ((100352, 602112), (100352, 235200.0))
 
-    `n_frames` frames are sampled; `factor` is a merged token's side in pixels. The authors' rule
-    bounds a whole video by 115,200 tokens, but never a frame below 1.05 times the least.
-    transformers has no such bound. Raises ArgumentError for limits that exclude each other.
+    `n_frames` is the number of sampled frames. `factor` is a merged token's side in pixels. The
+    authors' rule bounds a whole video by 115,200 tokens. The maximum per frame is still at least
+    1.05 times the minimum. transformers has no such bound. Raises ArgumentError for limits that
+    exclude each other.
     """
     token = factor * factor
     least = MIN_TOKENS * token if options.min_pixels is None else options.min_pixels
@@ -184,7 +187,7 @@ def pixel_limits(n_frames: int, options: VideoOptions, factor: int) -> tuple[int
 def frame_size(
     height: int, width: int, n_frames: int, options: VideoOptions, factor: int, name: str
 ) -> tuple[int, int]:
-    """The height and width that every frame is resized to.
+    """Return every frame's height and width after resizing.
 
     >>> frame_size(720, 1280, 16, VideoOptions(), 28, "a.mp4")
     (560, 1008)
@@ -192,7 +195,7 @@ def frame_size(
     Raises ImageError with code "zero-side" or "ratio", and ArgumentError as `pixel_limits` does.
     """
     least, largest = pixel_limits(n_frames, options, factor)
-    if options.sampling == "qwen":  # it rounds a short side up to one token before it compares
+    if options.sampling == "qwen":  # it rounds short sides up to one token before comparing
         check_sides(height, width, name)
         sides = [max(1, round(side / factor)) * factor for side in (height, width)]
         if least <= math.prod(sides) <= largest:

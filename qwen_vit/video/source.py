@@ -1,4 +1,4 @@
-"""Opens a video: a path, a file's bytes, or some bytes of another file."""
+"""Open a video from a path, a file's bytes, or a byte range of an open file."""
 
 import io
 import os
@@ -24,13 +24,13 @@ TAKE_A_PART = Wording(
     shell="pass --start and --end, or raise VideoLimits.max_decode_s in Python",
 )
 CONVERT = "convert it, for example with ffmpeg -i IN -c:v libx264 OUT.mp4"
-READ_BYTES = 2**18  # at once, of a file that is no path
+READ_BYTES = 2**18  # bytes per read from a file without a path
 
 open_file = partial(open_regular, expected="a video file", remedy="pass its files")
 
 
 def require_av() -> Any:
-    """PyAV, whose wheels bring FFmpeg. Raises ImageError (code "no-pyav") if it is missing."""
+    """Import PyAV, whose wheels include FFmpeg. Raises ImageError (code "no-pyav") if missing."""
     try:
         import av  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -43,7 +43,7 @@ def require_av() -> Any:
 
 
 def decoder_name() -> str | None:
-    """PyAV and its version, or None where it is not installed."""
+    """Return PyAV's name and version, or None if it is not installed."""
     try:
         return f"PyAV {version('av')}"
     except PackageNotFoundError:
@@ -51,7 +51,7 @@ def decoder_name() -> str | None:
 
 
 class Window(io.RawIOBase):
-    """Some bytes of an open file as a file of their own, such as a member of a tar."""
+    """Present a byte range of an open file, such as a tar member, as a file."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
         self._file, self._offset, self._size, self._at = file, offset, size, 0
@@ -80,9 +80,9 @@ class Window(io.RawIOBase):
 
 
 class Opener:
-    """A checked video, which can be opened as often as needed.
+    """Check a video, and open it as often as needed.
 
-    Raises ImageError for a file that is not a readable video, and where PyAV is missing.
+    Raises ImageError for a file that is not a readable video, and if PyAV is missing.
     """
 
     def __init__(self, source: str | bytes | BinaryIO, name: str, limits: VideoLimits) -> None:
@@ -92,7 +92,7 @@ class Opener:
         if isinstance(source, str):
             with open_file(source, name) as file:
                 self._container = self._check(file, os.fstat(file.fileno()).st_size)
-            self._source = "file:" + os.path.abspath(source)  # never a playlist or an address
+            self._source = "file:" + os.path.abspath(source)  # prevents playlists and addresses
         else:
             file = io.BytesIO(source) if isinstance(source, bytes) else source
             size = file.seek(0, io.SEEK_END)
@@ -100,7 +100,7 @@ class Opener:
             self._source, self._container = file, self._check(file, size)
 
     def open(self) -> Any:
-        """A new container of PyAV; the caller closes it."""
+        """Open a new PyAV container; the caller closes it."""
         if not isinstance(self._source, str):
             self._source.seek(0)
         with plain_errors(self.name):
@@ -113,7 +113,7 @@ class Opener:
 
 @contextmanager
 def plain_errors(name: str) -> Iterator[None]:
-    """FFmpeg's errors as ImageError."""
+    """Convert FFmpeg's errors to ImageError."""
     av = require_av()
     try:
         yield
@@ -144,7 +144,7 @@ def _no_decoder(name: str, codec: str = "its codec") -> ImageError:
 
 
 def video_stream(container: Any, name: str) -> Any:
-    """The first video that is not a cover picture."""
+    """Return the first video stream that is not a cover image."""
     streams = [s for s in container.streams if s.type == "video"]
     av = require_av()
     cover = av.stream.Disposition.attached_pic
@@ -163,7 +163,7 @@ def video_stream(container: Any, name: str) -> Any:
 
 
 def check_bytes(size: int, name: str, limits: VideoLimits) -> None:
-    """Refuse a file of too many bytes. Raises ImageError with code "file-too-large"."""
+    """Raise ImageError with code "file-too-large" for a file of too many bytes."""
     if size > limits.max_file_bytes:
         raise ImageError(
             f"{size} bytes",
