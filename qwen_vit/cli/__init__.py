@@ -1,1 +1,1 @@
-"""The `qwen-vit` command."""
+"""Define the `qwen-vit` command."""

@@ -1,4 +1,4 @@
-"""`qwen-vit bench`: how fast the tower is on this GPU."""
+"""Time the tower on this GPU: `qwen-vit bench`."""
 
 import json
 from typing import Any
@@ -20,26 +20,26 @@ from qwen_vit.workloads import WORKLOADS
 __all__ = ["bench"]
 
 
-@click.command(short_help="Time the tower on this GPU, beside its roofline.")
+@click.command(short_help="Time the tower on this GPU against its roofline.")
 @model_option
 @click.option(
     "--workload", "workloads", multiple=True, type=click.Choice(tuple(WORKLOADS)),
-    help="Instead of all of them.",
+    help="Time only this workload; may be repeated.  [default: all]",
 )  # fmt: skip
-@device_option("cuda or cuda:1.")
+@device_option("Compute on cuda or cuda:1.")
 @dtype_option
 @json_option
 @source_options
 @verbosity_options
 def bench(model: str, workloads: tuple[str, ...], as_json: bool, **loading: Any) -> None:
-    """Time the tower on this GPU with random pixels: GPU time, beside the chip's roofline.
+    """Time the tower on this GPU with random pixels and compare it with the GPU's roofline.
 
     \b
     qwen-vit bench --model Qwen/Qwen2.5-VL-7B-Instruct
     qwen-vit bench --model tiny --workload "1 x 448^2" --json
 
-    The roofline is the time of all operations at the rate of a large GEMM interleaved with the
-    workload.
+    The roofline is the time of all operations at the rate of a large GEMM. qwen_vit interleaves
+    that GEMM with the workload.
     """
     with slow_imports():
         from qwen_vit import benchmark

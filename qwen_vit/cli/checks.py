@@ -1,4 +1,4 @@
-"""Checks of an output file before any work."""
+"""Check an output file before any work."""
 
 import os
 import stat
@@ -15,13 +15,13 @@ __all__ = ["check_distinct", "check_output"]
 def check_output(
     out: Path, overwrite: bool, option: str = "--out", suffix: str = ".safetensors"
 ) -> None:
-    """Raise ExportError for an output that could not be written, or would replace something else.
+    """Raise ExportError if the output cannot be written or would replace another file.
 
     >>> check_output(Path("no-such-folder/f.safetensors"), False)
     Traceback (most recent call last):
     qwen_vit.errors.ExportError: no-such-folder: not a folder. Create it first.
 
-    A name without a suffix is accepted; another one than `suffix` promises another format.
+    It accepts a name without a suffix. Any suffix other than `suffix` names another format.
     """
     name, remedy = str(out), f"pass another {option}"
     check_utf8(out)
@@ -54,7 +54,7 @@ def check_output(
 
 
 def check_distinct(images: Sequence[str]) -> None:
-    """Raise ExportError for an image that is given twice.
+    """Raise ExportError if an image is given twice.
 
     >>> check_distinct(["a.png", "b.png", "a.png"])
     Traceback (most recent call last):

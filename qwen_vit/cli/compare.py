@@ -1,4 +1,4 @@
-"""`qwen-vit compare`: our encoder against Hugging Face's, stage by stage."""
+"""Compare our encoder with Hugging Face's, stage by stage: `qwen-vit compare`."""
 
 import json
 import shlex
@@ -35,14 +35,17 @@ __all__ = ["compare"]
 @click.command(short_help="Compare with Hugging Face's encoder, stage by stage.")
 @click.argument("images", nargs=-1, type=NAME)
 @model_option
-@click.option("--golden", type=FILE, help="Compare with this file, not transformers.")
-@click.option("--save-golden", type=FILE, help="Also write what Hugging Face computed.")
-@click.option("--report", type=FILE, help="Folder for a page with pictures.")
+@click.option("--golden", type=FILE, help="Compare with this golden file, without transformers.")
+@click.option("--save-golden", type=FILE, help="Save Hugging Face's results in a golden file.")
+@click.option("--report", type=FILE, help="Write a page with pictures into this folder.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing golden file or report.")
-@click.option("--attention", type=click.Choice(ATTENTIONS), help="Hugging Face's; default: sdpa.")
+@click.option(
+    "--attention", type=click.Choice(ATTENTIONS),
+    help="Set Hugging Face's attention.  [default: sdpa]",
+)  # fmt: skip
 @click.option(
     "--processor", type=click.Choice(PROCESSORS), default="pillow", show_default=True,
-    help="Whose pixels both towers get.",
+    help="Choose whose preprocessing makes the pixels for both towers.",
 )  # fmt: skip
 @device_option()
 @dtype_option
@@ -55,16 +58,18 @@ def compare(
     images: tuple[str, ...], save_golden: Path | None, report: Path | None, overwrite: bool,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Compare with Hugging Face's encoder on IMAGES or videos, stage by stage, and with float64.
+    """Compare with Hugging Face's encoder and float64 on IMAGES or videos, stage by stage.
 
     \b
     qwen-vit compare photo.jpg --model tiny --report page
     qwen-vit compare clip.mp4 --model tiny --n-frames 4
     qwen-vit compare --model Qwen/Qwen2.5-VL-7B-Instruct --golden 7b.safetensors
 
-    Exit code 0 if every stage keeps the numbers policy, 1 if one does not or an image was skipped.
-    transformers computes the reference. A golden file, which --save-golden writes, replaces it, and
-    IMAGES may then be left out. -v lists every stage. --report needs an extra: pip install
+    The exit code is 0 if every stage keeps its tolerance. It is 1 if a stage exceeds its tolerance
+    or an image was skipped.
+
+    transformers computes the reference. --save-golden writes that reference to a golden file. With
+    --golden, IMAGES may be left out. -v lists every stage. --report needs an extra: pip install
     'qwen-vit[show]'.
     """
     video = take_video_options(options)["video"]

@@ -1,6 +1,6 @@
-"""What the commands write: data to stdout, everything else to stderr.
+"""Write data to stdout and everything else to stderr.
 
-How much goes to stderr is the level of the package's logger: -q sets it to ERROR, -v to INFO.
+The level of the package's logger decides how much goes to stderr. -q sets ERROR and -v sets INFO.
 """
 
 import logging
@@ -31,7 +31,7 @@ logger = logging.getLogger("qwen_vit")
 
 
 def _spell_flags(record: logging.LogRecord) -> bool:
-    """A filter that spells options in a log line as flags, in errors and in wordings."""
+    """Filter a log line: spell its options as flags, in errors and in other wordings."""
     if isinstance(record.args, tuple):
         record.args = tuple(
             each.text(in_shell=True)
@@ -46,8 +46,8 @@ def _spell_flags(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def flags_in_logs() -> Iterator[None]:
-    """Let log lines name flags while the block runs."""
-    logger.filters.insert(0, _spell_flags)  # before the filter that makes a line of its arguments
+    """Spell options as flags in log lines while the block runs."""
+    logger.filters.insert(0, _spell_flags)  # insert it before the filter that formats the arguments
     try:
         yield
     finally:
@@ -55,31 +55,31 @@ def flags_in_logs() -> Iterator[None]:
 
 
 def set_verbosity(verbosity: int) -> None:
-    """Set how much is logged: -1 errors alone, 0 warnings too, 1 details too."""
+    """Set the log level: -1 for errors, 0 for warnings and errors, 1 for everything."""
     logger.setLevel(LEVELS[verbosity])
-    if verbosity < 0:  # the Hub's client reads it when it is imported
+    if verbosity < 0:  # the Hub's client reads the variable when Python imports it
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def is_quiet() -> bool:
-    """Whether errors alone are logged, and no progress."""
+    """Return whether the commands log only errors and show no progress."""
     return not logger.isEnabledFor(logging.WARNING)
 
 
 def is_verbose() -> bool:
-    """Whether details are logged, and tables are whole."""
+    """Return whether the commands log details and print complete tables."""
     return logger.isEnabledFor(logging.INFO)
 
 
 def open_missing_streams() -> None:
-    """Open a stream that was closed before Python started, as by `2>&-`."""
+    """Open each standard stream that was closed before Python started, for example by `2>&-`."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the process's life
 
 
 def print_data(text: str) -> None:
-    """Write data to stdout; a reader that stops early, such as `head`, changes nothing.
+    """Write data to stdout. A reader that stops early, such as `head`, is not an error.
 
     Raises ExportError if stdout cannot be written.
     """
@@ -95,26 +95,27 @@ def print_data(text: str) -> None:
 
 
 def print_log(text: str) -> None:
-    """Write a line to stderr, above a progress bar, unless only errors are logged."""
+    """Write a line to stderr above any progress bar, unless only errors are logged."""
     if not is_quiet():
         _write_log(text)
 
 
 def print_error(text: str) -> None:
-    """Write an error to stderr, with the prefix that every error has."""
+    """Write an error to stderr with the prefix of every error."""
     _write_log(f"error: {text}")
 
 
 def _write_log(text: str) -> None:
-    """Write a line to stderr; if it cannot be written, nothing stops."""
-    loaded = sys.modules.get("tqdm")  # no bar without it, and importing it takes a while
+    """Write a line to stderr. A failure to write it stops nothing."""
+    # without tqdm there is no progress bar, and importing tqdm is slow
+    loaded = sys.modules.get("tqdm")
     above_bars = loaded.tqdm.external_write_mode(file=sys.stderr) if loaded else nullcontext()
     with suppress(OSError), above_bars:
         click.echo(one_line(text), err=True)
 
 
 def flush_logs() -> None:
-    """Write what stderr still holds, or drop it."""
+    """Write the buffered lines of stderr, or drop them."""
     try:
         sys.stderr.flush()
     except OSError:
@@ -122,5 +123,5 @@ def flush_logs() -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Drop what a stream that failed still holds: Python would exit with 120 because of it."""
+    """Drop the buffer of a stream that failed, because Python would exit with 120 otherwise."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -14,19 +14,19 @@ from qwen_vit.images.patches import patchify
 
 __all__ = ["describe", "describe_download", "licence_of"]
 
-UNVERIFIED = "unverified"  # in published.toml: not found anywhere
+UNVERIFIED = "unverified"  # in published.toml: the value was not found anywhere
 UNKNOWN_LICENCE = "unknown: see the model's own page"
 
 
 def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """Return name, licence, architecture, parameters, types, hashes, and an image's tokens.
+    """Return a checkpoint's name, licence, architecture, sizes and hashes, and an image's tokens.
 
     >>> from qwen_vit.checkpoint.hub import find_checkpoint
     >>> describe(find_checkpoint("tiny"))["tensors"]
     66
 
-    The values are those of a JSON document. Raises CheckpointError for a damaged checkpoint, and
-    ImageError for an image that cannot be encoded.
+    All values are JSON values. Raises CheckpointError for a damaged checkpoint. Raises ImageError
+    for an image that cannot be encoded.
     """
     checkpoint = load_checkpoint(source.folder)
     config, image_config = checkpoint.config, checkpoint.image_config
@@ -61,7 +61,7 @@ def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dic
 
 
 def describe_download(done: Download) -> dict[str, Any]:
-    """Return what a download did, as a JSON document.
+    """Return a JSON document that describes a download.
 
     >>> from qwen_vit.checkpoint.hub import download
     >>> describe_download(download("tiny"))["fetched_bytes"]
@@ -86,7 +86,7 @@ def _licence(source: Source, on_card: str | None) -> str:
 
 
 def licence_of(model: str) -> str:
-    """Return the licence of a checkpoint that this package knows by name.
+    """Return the licence of a checkpoint that this package lists by name.
 
     >>> licence_of("Qwen/Qwen2.5-VL-7B-Instruct")
     'Apache-2.0'

@@ -1,4 +1,4 @@
-"""`qwen-vit download`: fetch a checkpoint's vision tower."""
+"""Fetch a checkpoint's vision tower: `qwen-vit download`."""
 
 import json
 from typing import Any
@@ -14,19 +14,19 @@ __all__ = ["download"]
 
 @click.command(short_help="Fetch a checkpoint's vision tower.")
 @model_argument
-@click.option("--full", is_flag=True, help="Take whole shards, checked against the Hub's sha256.")
+@click.option("--full", is_flag=True, help="Fetch whole shards and check the Hub's sha256.")
 @json_option
 @source_options
 @verbosity_options
 def download(model: str, full: bool, as_json: bool, **finding: Any) -> None:
-    """Fetch the vision tower of MODEL and its configs, once: afterwards it works offline.
+    """Fetch MODEL's vision tower and configs once, for later use without a network.
 
     \b
     qwen-vit download Qwen/Qwen2.5-VL-7B-Instruct
     qwen-vit download Qwen/Qwen2.5-VL-7B-Instruct --revision main --json
 
-    Only the bytes of the vision tensors are fetched, into the Hub's cache; saved_bytes counts the
-    rest of the checkpoint's weights, which is not fetched.
+    It fetches only the bytes of the vision tensors, into the Hub's cache. saved_bytes counts the
+    bytes of the other weights, which it does not fetch.
     """
     with slow_imports():
         from qwen_vit.checkpoint.hub import download as fetch
@@ -34,6 +34,6 @@ def download(model: str, full: bool, as_json: bool, **finding: Any) -> None:
         from qwen_vit.cli.describe import describe_download
         from qwen_vit.cli.text import facts_text
     fetched = fetch(model, full=full, **finding)
-    find_tower(fetched.source.folder)  # a local folder may hold none
+    find_tower(fetched.source.folder)  # a local folder may have no tower
     facts = describe_download(fetched)
     print_data(json.dumps(facts, indent=2) if as_json else facts_text(facts))

@@ -1,4 +1,4 @@
-"""`qwen-vit encode`: images to one feature file."""
+"""Encode images into one feature file: `qwen-vit encode`."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ __all__ = ["encode"]
 @click.command()
 @click.argument("images", nargs=-1, required=True, type=NAME)
 @model_option
-@click.option("--out", required=True, type=FILE, help="Feature file to write.")
+@click.option("--out", required=True, type=FILE, help="Write this feature file.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing feature file.")
 @column_options
 @format_options
@@ -65,7 +65,7 @@ def encode(
     as_json: bool, column: str | None, id_column: str | None, formats: tuple[str, ...], pages: Any,
     exif: Any, **loading: Any,
 ) -> None:  # fmt: skip
-    """Encode IMAGES, or videos, into one feature file.
+    """Encode IMAGES or videos into one feature file.
 
     \b
     qwen-vit encode photos/*.jpg --model tiny --out features.safetensors
@@ -75,14 +75,14 @@ def encode(
     qwen-vit encode *.jpg --model tiny --out dense.safetensors --layers 1,3
     qwen-vit encode clip.mp4 --model tiny --out clip.safetensors --fps 1
 
-    IMAGES are images, videos, folders (searched to every depth), quoted patterns, tars and lists.
-    A list is a .txt with a path a line, or a .jsonl with an "id" and a "path" each. - is a list on
-    standard input. Parquet files need --column.
+    IMAGES are images, videos, folders, quoted patterns, tars and lists. Folders are searched to
+    every depth. A .txt list has one path per line. Each line of a .jsonl list has an "id" and a
+    "path". The input - reads a list from standard input. Parquet files need --column.
 
-    The file holds image_embeds, image_grid_thw, image_token_offsets, and a layer_K for each block
-    of --layers; read it with qwen_vit.load_features. An image that cannot be encoded is reported
-    and skipped (exit code 1). The file is written whole, at the end. For many images use
-    `qwen-vit export`, which keeps finished shards.
+    The file contains image_embeds, image_grid_thw and image_token_offsets. Each block of --layers
+    adds a layer_K. Read the file with qwen_vit.load_features. The command skips and reports an
+    image that cannot be encoded, and exits with 1. It writes the file once, at the end. For many
+    images use `qwen-vit export`, which saves finished shards.
     """
     check_output(out, overwrite)
     with slow_imports():
@@ -96,7 +96,7 @@ def encode(
     )
     encoder = load_encoder(model, **loading)
     rows = {"output": output, "normalize": normalize, "layers": layers}
-    encoder.encode([], **rows)  # refuses a block that the tower has not, before any image
+    encoder.encode([], **rows)  # raises for a block that the tower lacks, before any image
     decoding = {"exif": exif, "formats": formats, **videos}
     done = list(encode_one_by_one(encoder, items, on_error, **decoding, **rows))
     features, milliseconds = [each for each, _ in done], [ms for _, ms in done]

@@ -1,4 +1,4 @@
-"""`qwen-vit export`: many images to a folder of feature files."""
+"""Export many images to a folder of feature files: `qwen-vit export`."""
 
 import json
 import re
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["export"]
 
 ASK_ABOVE_BYTES = 100 * 10**9
-# what an export keeps from its start
+# options that an export records at its start
 OF_START = (
     "model", "out", "revision", "device", "dtype", "output", "normalize", "layers", "shard_size",
     "min_pixels", "max_pixels", "exif", "column", "id_column", "formats", "pages", "allow_urls",
@@ -63,16 +63,16 @@ OF_START = (
 @click.command(short_help="Encode many images into a folder, or resume.")
 @click.argument("inputs", nargs=-1, type=NAME)
 @model_name_option
-@click.option("--out", type=FOLDER, help="Folder or s3:// address to write, or resume.")
+@click.option("--out", type=FOLDER, help="Write or resume this folder or s3:// address.")
 @click.option(
     "--resume", type=FOLDER, metavar="OUT",
-    help="Resume this export with its own inputs, model and options.",
+    help="Resume this export with its recorded inputs, model and options.",
 )  # fmt: skip
-@click.option("--extend", is_flag=True, help="Add images that are new or changed.")
-@click.option("--retry-failed", is_flag=True, help="Try the images again that failed earlier.")
+@click.option("--extend", is_flag=True, help="Add new and changed images.")
+@click.option("--retry-failed", is_flag=True, help="Try failed images again.")
 @click.option(
     "--accept-versions", is_flag=True,
-    help="Resume with other versions or on another GPU; each shard records its own.",
+    help="Resume with other versions or on another GPU. Each shard records its versions and GPU.",
 )  # fmt: skip
 @column_options
 @format_options
@@ -83,7 +83,7 @@ OF_START = (
 @output_options
 @click.option(
     "--dtype", type=Dtype(["float32", "bfloat16"]),
-    help="How features are stored; a GPU also computes in it.  [default: as computed]",
+    help="Store features in this dtype. A GPU also computes in it.  [default: as computed]",
 )  # fmt: skip
 @device_option()
 @pixel_options
@@ -92,11 +92,11 @@ OF_START = (
 @as_video_option
 @click.option(
     "--shard-size", type=click.IntRange(min=1), default=512, show_default=True,
-    help="Images in a file.",
+    help="Set the number of images per file.",
 )  # fmt: skip
 @click.option(
     "--part", default="1/1", metavar="I/N", callback=lambda _, __, text: _part(text),
-    help="Only every N-th shard, from the I-th on: N processes share one folder.",
+    help="Export only shards I, I+N, I+2N and so on. N processes share one folder.",
 )  # fmt: skip
 @click.option(
     "--shard-seconds", type=click.FloatRange(min=0, min_open=True), metavar="S",
@@ -106,22 +106,22 @@ OF_START = (
 @allow_failed_option
 @click.option(
     "--max-failures", type=click.IntRange(min=0), default=200, show_default=True,
-    help="Stop after this many consecutive failures; 0: never.",
+    help="Stop after this many consecutive failures. 0 never stops.",
 )  # fmt: skip
 @click.option(
     "--decode-threads", type=click.IntRange(min=1),
-    help="Read, decode and resize.  [default: half the cores, 2 to 16]",
+    help="Set the threads that read, decode and resize.  [default: half the cores, 2 to 16]",
 )  # fmt: skip
 @click.option(
     "--ray", "address", is_flag=False, flag_value="", metavar="[ADDRESS]",
-    help="On every GPU, or CPU, of a Ray cluster; this machine's without an address.",
+    help="Run on every GPU or CPU of a Ray cluster. Without ADDRESS, use this machine.",
 )  # fmt: skip
 @click.option(
     "--ec-cache", type=FILE, metavar="DIR",
-    help="Write vLLM's encoder cache there as well: as many bytes again.",
+    help="Also write vLLM's encoder cache to DIR. It needs as many bytes again.",
 )  # fmt: skip
-@click.option("--profile", is_flag=True, help="Say what the export waited for.")
-@click.option("--dry-run", is_flag=True, help="Count images, rows, bytes and hours; write none.")
+@click.option("--profile", is_flag=True, help="Print the time spent waiting for each stage.")
+@click.option("--dry-run", is_flag=True, help="Count images, rows, bytes and hours. Write nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask before writing more than 100 GB.")
 @json_option
 @source_options
@@ -136,7 +136,7 @@ def export(
     id_column: str | None, formats: tuple[str, ...], pages: Any, exif: Any, allow_urls: str,
     **loading: Any,
 ) -> None:  # fmt: skip
-    """Export the images and videos of INPUTS into a folder of shards; run it again to resume.
+    """Export the images and videos of INPUTS into a folder of shards. Run it again to resume.
 
     \b
     qwen-vit export photos/ --model tiny --out features --dry-run
@@ -148,14 +148,15 @@ def export(
     qwen-vit export --resume features --extend --retry-failed
     qwen-vit export 'data/*.parquet' --column image --model tiny --out features
 
-    INPUTS are images, videos, folders (searched to every depth), quoted patterns, tars and lists.
-    A list is a .txt with a path a line, or a .jsonl with an "id" and a "path" each. Its relative
-    paths count from its folder. A row of a Parquet file is an image where --column names its
-    column.
+    INPUTS are images, videos, folders, quoted patterns, tars and lists. Folders are searched to
+    every depth. A .txt list has one path per line. Each line of a .jsonl list has an "id" and a
+    "path". Relative paths start at the list's folder. With --column, each row of a Parquet file is
+    an image.
 
-    A list on standard input is -, and its paths count from the current folder. Read the folder
-    with qwen_vit.load_features; its manifest has a row for each image. Images that cannot be
-    encoded are reported and skipped (exit code 1). Ctrl-C saves what was encoded.
+    The input - reads a list from standard input, whose paths start at the current folder. Read the
+    output folder with qwen_vit.load_features. Its manifest has a row per image. The command skips
+    and reports images that cannot be encoded, and exits with 1. Ctrl-C saves the images encoded so
+    far.
     """
     with slow_imports():
         from qwen_vit.export.options import ExportOptions
@@ -236,7 +237,7 @@ def _print_report(done: "ExportReport", *, as_json: bool, with_waits: bool) -> N
 
 
 def _refuse_start_options(ctx: click.Context) -> None:
-    """Raise UsageError for an option that an export keeps from its start."""
+    """Raise UsageError for an option that an export records at its start."""
     for name in OF_START:
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = f"--{name.replace('_', '-')}"
@@ -258,7 +259,7 @@ def _part(text: str) -> tuple[int, int]:
 
 @contextmanager
 def _hint_resume(out: "AnyPath") -> Iterator[None]:
-    """After an interrupt, say how to resume the export."""
+    """Print how to resume the export if the block is interrupted."""
     try:
         yield
     except KeyboardInterrupt:

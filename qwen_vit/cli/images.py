@@ -1,4 +1,4 @@
-"""The images that `encode` and `show` are given: found, and encoded one by one."""
+"""Find the images that `encode` and `show` get, and encode them one by one."""
 
 import logging
 import os
@@ -38,11 +38,11 @@ def list_images(
     formats: tuple[str, ...] = (),
     pages: str = "first",
 ) -> "list[Item]":
-    """The images of files, folders, quoted patterns, tars, lists, and "-" for standard input.
+    """Return the images of files, folders, patterns, tars, lists, and "-" for standard input.
 
-    `column` names the images of Parquet files. `pages="all"` lists every page and frame.
+    `column` names the image column of Parquet files. `pages="all"` lists every page and frame.
 
-    Raises ExportError if there is none, where two have one id, and where `out` is one of them.
+    Raises ExportError if there are no images, if two have one id, or if `out` is one of them.
     """
     from qwen_vit.images.image import ImageLimits
     from qwen_vit.inputs.find import find_items, no_image_found, warn_of_skipped
@@ -63,7 +63,7 @@ def list_images(
 
 
 def load_encoder(model: str, **loading: Any) -> "VisionEncoder":
-    """Load a checkpoint; with -v, log how long it took."""
+    """Load a checkpoint. With -v, log the loading time."""
     from qwen_vit.encoder import VisionEncoder
 
     start = time.perf_counter()
@@ -83,11 +83,12 @@ def encode_one_by_one(
     as_video: bool = False,
     **options: Any,
 ) -> "Iterator[tuple[ImageFeatures | FailedImage, float]]":
-    """Each image's features, or its error, and the milliseconds from its file to its features.
+    """Yield each image's features or error, and the milliseconds from its file to its features.
 
-    Features are on the host: the GPU's memory is for encoding. On a terminal a
-    progress bar is shown, with failed images above it. `exif` and `options` are those of
-    `VisionEncoder.encode`; `video` has those of videos, and with `as_video` an animation is one.
+    Features are in CPU memory, because encoding needs the GPU's memory. On a terminal it shows a
+    progress bar and prints failed images above it. `exif` and `options` are arguments of
+    `VisionEncoder.encode`. `video` contains the options for videos. With `as_video` it encodes an
+    animation as a video.
     """
     from tqdm import tqdm
 
@@ -142,7 +143,7 @@ def _loader(
 
 
 def _load(item: "Item", loader: "ImageLoader") -> "LoadedImage":
-    """An image's or a video's patches, or the error with the size that it was found at."""
+    """Return an image's or video's patches, or the error with the size measured before it."""
     from qwen_vit.inputs.pages import as_page
     from qwen_vit.inputs.read import read_item
     from qwen_vit.video.items import open_video_item, video_of_item
@@ -156,5 +157,5 @@ def _load(item: "Item", loader: "ImageLoader") -> "LoadedImage":
 def _is_same(image: str, out: Path) -> bool:
     try:
         return os.path.samefile(image, out)
-    except OSError:  # reading it reports why
+    except OSError:  # reading the image reports the reason
         return False

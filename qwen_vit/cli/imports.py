@@ -1,4 +1,4 @@
-"""Imports that take long: Ctrl-C and missing packages while torch is imported."""
+"""Import slow packages: handle Ctrl-C and missing packages while Python imports torch."""
 
 import os
 import signal
@@ -15,14 +15,14 @@ __all__ = ["slow_imports"]
 
 @contextmanager
 def slow_imports() -> Iterator[None]:
-    """Import what a command needs: Ctrl-C in this block ends the process with exit code 130.
+    """Import a command's packages. Ctrl-C in this block ends the process with exit code 130.
 
     >>> with slow_imports():
     ...     import torch
 
-    Raises ArgumentError for a package that is not installed or cannot be imported.
+    Raises ArgumentError if a package is missing or cannot be imported.
     """
-    # only the main thread may set a handler; another handler means that Ctrl-C is to be ignored
+    # only the main thread may set a handler; a different handler means that Ctrl-C must be ignored
     is_default = (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -35,7 +35,7 @@ def slow_imports() -> Iterator[None]:
         raise ArgumentError(
             str(error), remedy="install the package into this Python: pip install -e ."
         ) from None
-    except ImportError as error:  # its text says what to do
+    except ImportError as error:  # the error's text contains the remedy
         raise ArgumentError(str(error)) from None
     finally:
         if is_default:
@@ -43,6 +43,6 @@ def slow_imports() -> Iterator[None]:
 
 
 def _exit_at_once(*_: object) -> NoReturn:
-    # no exception: numpy and torch catch those of their own imports and continue half imported
+    # do not raise: numpy and torch catch exceptions of their imports and continue half imported
     os.write(2, b"interrupted\n")
     os._exit(EXIT_INTERRUPTED)

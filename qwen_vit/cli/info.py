@@ -1,4 +1,4 @@
-"""`qwen-vit info`: what a checkpoint, a feature file or an export folder is."""
+"""Describe a checkpoint, a feature file or an export folder: `qwen-vit info`."""
 
 import json
 import sys
@@ -23,8 +23,8 @@ __all__ = ["info"]
 
 @click.command()
 @model_or_features_argument
-@click.option("--image", type=NAME, help="Also count this image's tokens.")
-@click.option("--verify", is_flag=True, help="Also check it, as `qwen-vit verify` does.")
+@click.option("--image", type=NAME, help="Count this image's tokens.")
+@click.option("--verify", is_flag=True, help="Run the checks of `qwen-vit verify`.")
 @json_option
 @source_options
 @verbosity_options
@@ -36,8 +36,8 @@ def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: 
     qwen-vit info Qwen/Qwen2.5-VL-7B-Instruct --image photo.jpg --json
     qwen-vit info features.safetensors
 
-    Of a checkpoint: architecture, licence, parameters, hashes. Of features: images, rows, their
-    form, and the model that made them.
+    For a checkpoint, it prints the architecture, licence, parameter count and hashes. For features,
+    it prints images, rows, shapes, dtype and the model.
     """
     with slow_imports():
         from qwen_vit.checkpoint.hub import find_checkpoint
@@ -56,7 +56,7 @@ def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: 
         found = verify_stored(model) if source is None else verify_checkpoint(source)
     facts: dict[str, Any] = {}
     lines = []
-    if found is None or not found.problems:  # what is damaged describes nothing
+    if found is None or not found.problems:  # a damaged file cannot be described
         facts = describe_features(model) if source is None else describe(source, image)
         lines.append(features_text(facts) if source is None else facts_text(facts))
     if found is not None:

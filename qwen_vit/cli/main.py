@@ -1,9 +1,9 @@
-"""The `qwen-vit` command: its group of commands, and how errors become exit codes.
+"""Run the `qwen-vit` command: its group of commands, and its exit codes for errors.
 
-Data goes to stdout, progress and logs to stderr; `exit_codes` lists the exit codes. A command's
-module is imported when the command is named, and torch when its body runs: help, the version and a
-typo answer at once. So the modules of this folder import only click and light modules, except
-`text` and `describe`, which command bodies import.
+Data goes to stdout. Progress and logs go to stderr. `exit_codes` lists the exit codes. Naming a
+command imports its module, and running its body imports torch. Help, the version and a typo
+therefore answer at once. So the modules of this folder import only click and light modules. Command
+bodies import the exceptions, `text` and `describe`.
 """
 
 import logging
@@ -30,10 +30,10 @@ COMMANDS = ("bench", "compare", "download", "encode", "export", "info", "show", 
 
 
 class _LazyGroup(click.Group):
-    """A group that imports the module of a command, which has its name, when it is asked for."""
+    """Import a command's module, which has the command's name, only on request."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command, or return None for a name of no command."""
+        """Return the imported command, or None if no command has this name."""
         if cmd_name not in self.commands:
             return None
         command: click.Command = getattr(import_module(f"qwen_vit.cli.{cmd_name}"), cmd_name)
@@ -42,12 +42,12 @@ class _LazyGroup(click.Group):
 
 @click.group(
     cls=_LazyGroup,
-    commands=[click.Command(name) for name in COMMANDS],  # names alone, for help and suggestions
+    commands=[click.Command(name) for name in COMMANDS],  # only names, for help and suggestions
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__, prog_name="qwen-vit")
 def cli() -> None:
-    """Images to the embeddings that Qwen2.5-VL's language model sees.
+    """Turn images into the embeddings that Qwen2.5-VL's language model reads.
 
     \b
     qwen-vit encode cat.jpg dog.png --model Qwen/Qwen2.5-VL-7B-Instruct --out features.safetensors
@@ -62,10 +62,10 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line; turn this package's errors into one line and an exit code."""
+    """Run the command line. Turn this package's errors into one line and an exit code."""
     open_missing_streams()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("huggingface_hub").propagate = False  # it prints its own
+    logging.getLogger("huggingface_hub").propagate = False  # the library prints its own messages
     set_verbosity(0)
     try:
         with flags_in_logs():
@@ -79,13 +79,13 @@ def main() -> None:
     except QwenVitError as error:
         print_error(error.text(in_shell=True))
         sys.exit(EXIT_ERROR)
-    except OSError as error:  # no other place expected the system to refuse
+    except OSError as error:  # no other code expected this error of the operating system
         reason, name = error.strerror or str(error), str(error.filename or "")
         fact = f"cannot be used ({reason})" if name else reason
         remedy = "check its permissions and its disk" if name else "check the disk and the network"
         print_error(str(ExportError(fact, name=name, remedy=remedy)))
         sys.exit(EXIT_ERROR)
-    except Exception:  # Python's own exit code would be 1: finished, with inputs skipped
+    except Exception:  # Python's exit code would be 1, which means: finished, with inputs skipped
         logging.getLogger("qwen_vit").exception("error: this should not happen; please report it")
         sys.exit(EXIT_ERROR)
     finally:
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def _usage_text(error: click.ClickException) -> str:
-    """What is wrong with the arguments, and where the right ones are listed."""
+    """Return what is wrong with the arguments, and which command lists the valid ones."""
     text = " ".join(error.format_message().split())
     if not isinstance(error, click.UsageError):
         return text

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Define the options that several commands share."""
 
 import re
 from collections.abc import Callable
@@ -41,21 +41,21 @@ __all__ = [
     "video_options",
 ]
 
-NAME = click.Path(readable=False, path_type=str)  # what cannot be read is skipped like any other
+NAME = click.Path(readable=False, path_type=str)  # the command skips a file that it cannot read
 
 
 class LocalPath(click.Path):
-    """A path on this machine."""
+    """Convert an argument to a path on this machine."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return a Path. An address in object storage is refused."""
+        """Return a Path. Fail for an address in object storage."""
         if isinstance(value, str) and is_remote(value):
             self.fail(f"{value} is an address. Pass a path on this machine.", param, ctx)
         return super().convert(value, param, ctx)
 
 
 class Folder(click.Path):
-    """A folder on this machine, or a prefix in object storage."""
+    """Convert an argument to a folder on this machine, or to a prefix in object storage."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return a Path, or a StorePath for an address."""
@@ -71,13 +71,13 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Dtype(click.Choice[str]):
-    """A type of numbers, by torch's name for it or a short one."""
+    """Choose a dtype by torch's name or a short name."""
 
     SHORT = {"bf16": "bfloat16", "fp32": "float32"}  # noqa: RUF012 - never changed
     REFUSED = ("float16", "fp16", "half")
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return torch's name; float16 is refused with the reason."""
+        """Return torch's name. Fail for float16 and give the reason."""
         if value in self.REFUSED:
             self.fail(
                 "float16 is refused: the published weights overflow it. Use bfloat16.", param, ctx
@@ -88,7 +88,7 @@ class Dtype(click.Choice[str]):
 def complete_model(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """The names of checkpoints and of folders that begin with the typed text."""
+    """Return the names of checkpoints and folders that begin with the typed text."""
     names = dict.fromkeys([*PACKAGED, *published_checkpoints(), *cached_repositories()])
     found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
     return [*found, CompletionItem(incomplete, type="dir")]
@@ -112,7 +112,7 @@ model_option = click.option(
 model_name_option = click.option("--model", shell_complete=complete_model, help=MODEL_HELP)
 dtype_option = click.option(
     "--dtype", type=Dtype(["auto", "bfloat16", "float32"]), default="auto", show_default=True,
-    help="What to compute in; bf16 and fp32 for short.",
+    help="Compute in this dtype. bf16 and fp32 are short names.",
 )  # fmt: skip
 on_error_option = click.option(
     "--on-error",
@@ -128,24 +128,24 @@ allow_failed_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
-def device_option(help: str = "cuda, cuda:1 or cpu.") -> Callable[[Command], Command]:
-    """The option that says where to compute."""
+def device_option(help: str = "Compute on cuda, cuda:1 or cpu.") -> Callable[[Command], Command]:
+    """Return the option that sets the device."""
     return click.option("--device", default="auto", show_default=True, help=help)
 
 
 def output_options(command: Command) -> Command:
-    """The options that say which rows an image gets."""
+    """Add the options that choose which rows an image gets."""
     options = (
         click.option(
             "--output", type=click.Choice(["merged", "patch", "mean"]), default="merged",
             show_default=True,
-            help="merged: what a language model takes. patch: before the merger. mean: one vector "
+            help="merged: language model tokens. patch: rows before the merger. mean: one vector "
             "per image.",
         ),
-        click.option("--normalize", is_flag=True, help="Give each vector of mean unit length."),
+        click.option("--normalize", is_flag=True, help="Scale each mean vector to unit length."),
         click.option(
             "--layers", default="", metavar="K,K,...", callback=lambda _, __, text: _layers(text),
-            help="Dense features of these blocks as well, counted from 0, before any norm.",
+            help="Add features of these blocks, counted from 0, before any norm.",
         ),
     )  # fmt: skip
     for option in reversed(options):
@@ -161,13 +161,13 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def column_options(command: Command) -> Command:
-    """The options that say which columns of Parquet files are read."""
+    """Add the options that choose which columns of Parquet files are read."""
     options = (
-        click.option("--column", metavar="NAME", help="Parquet files: the column of images."),
+        click.option("--column", metavar="NAME", help="Read images from this Parquet column."),
         click.option(
             "--id-column",
             metavar="NAME",
-            help="Parquet files: the column of ids.  [default: FILE:ROW]",
+            help="Read ids from this Parquet column.  [default: FILE:ROW]",
         ),
     )
     for option in reversed(options):
@@ -176,15 +176,15 @@ def column_options(command: Command) -> Command:
 
 
 def format_options(command: Command) -> Command:
-    """The options that say what is decoded beyond the first picture of the usual formats."""
+    """Add the options for more formats, and for further pages and frames of an image file."""
     options = (
         click.option(
             "--formats", default="", metavar="F,F,...", callback=lambda _, __, text: _formats(text),
-            help="Also ppm, ico, tga or jpeg2000.",
+            help="Also decode ppm, ico, tga or jpeg2000.",
         ),
         click.option(
             "--pages", type=click.Choice(["first", "all"]), default="first", show_default=True,
-            help="Pages of a TIFF and frames of an animation; all: an image each.",
+            help="Encode the first page or frame of a TIFF or animation, or all as images.",
         ),
     )  # fmt: skip
     for option in reversed(options):
@@ -193,7 +193,7 @@ def format_options(command: Command) -> Command:
 
 
 def _formats(text: str) -> tuple[str, ...]:
-    if not text:  # completing a word imports no NumPy
+    if not text:  # completing a word must not import NumPy
         return ()
     from qwen_vit.images.image import check_formats
 
@@ -204,44 +204,47 @@ def _formats(text: str) -> tuple[str, ...]:
 
 
 def pixel_options(command: Command) -> Command:
-    """The options that bound the size of an image."""
-    for side, word in (("max", "Largest"), ("min", "Smallest")):  # the last is listed first
-        help = f"{word} height x width after resizing."
+    """Add the options that limit the size of an image."""
+    # help lists the option first that is added last
+    for side, word in (("max", "largest"), ("min", "smallest")):
+        help = f"Set the {word} height x width after resizing."
         command = click.option(f"--{side}-pixels", type=int, help=help)(command)
     return command
 
 
 exif_option = click.option(
     "--exif", type=click.Choice(["apply", "ignore"]), default="apply", show_default=True,
-    help="The orientation in an image's EXIF; ignore it where pictures are upright already.",
+    help="Apply or ignore EXIF orientation. Ignore it if the pixels are already upright.",
 )  # fmt: skip
 
 
 def video_options(command: Command) -> Command:
-    """The options that say which frames of a video are encoded, and at which size."""
+    """Add the options that choose a video's frames and their size."""
     options = (
         click.option(
-            "--fps", type=float, default=2.0, show_default=True, help="Videos: frames a second."
+            "--fps", type=float, default=2.0, show_default=True,
+            help="Sample this many video frames per second."
         ),
-        click.option("--n-frames", type=int, help="Videos: number of frames, instead of --fps."),
+        click.option("--n-frames", type=int, help="Sample this many video frames, without --fps."),
         click.option(
-            "--start", type=float, metavar="SECONDS", help="Videos: where sampling begins."
+            "--start", type=float, metavar="SECONDS", help="Sample a video from here."
         ),
-        click.option("--end", type=float, metavar="SECONDS", help="Videos: where sampling ends."),
+        click.option("--end", type=float, metavar="SECONDS", help="Sample a video up to here."),
         click.option(
-            "--max-frames", type=int, help="Videos: the most frames with --fps.  [default: 768]"
+            "--max-frames", type=int,
+            help="Sample at most this many frames with --fps.  [default: 768]",
         ),
         click.option(
             "--max-frame-pixels", type=int,
-            help="Videos: largest height x width of a frame.  [default: 602112]",
+            help="Set the largest height x width of a video frame.  [default: 602112]",
         ),
         click.option(
             "--min-frame-pixels", type=int,
-            help="Videos: smallest height x width of a frame.  [default: 100352]",
+            help="Set the smallest height x width of a video frame.  [default: 100352]",
         ),
         click.option(
             "--sampling", type=click.Choice(["qwen", "transformers"]), default="qwen",
-            show_default=True, help="Videos: the library to follow for frames and sizes.",
+            show_default=True, help="Follow this library's video frames and sizes.",
         ),
     )  # fmt: skip
     for option in reversed(options):
@@ -250,12 +253,12 @@ def video_options(command: Command) -> Command:
 
 
 as_video_option = click.option(
-    "--as-video", is_flag=True, help="Take an animated GIF, WebP or PNG as a video."
+    "--as-video", is_flag=True, help="Encode an animated GIF, WebP or PNG as a video."
 )
 
 
 def take_video_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Remove the options of `video_options`, and return `video` and `as_video`."""
+    """Remove the options of `video_options`. Return `video` and `as_video`."""
     from qwen_vit.video.options import VideoOptions
 
     names = ("fps", "n_frames", "start", "end", "max_frames", "sampling")
@@ -266,11 +269,15 @@ def take_video_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def source_options(command: Command) -> Command:
-    """The options that say which checkpoint, for every command that opens one."""
+    """Add the options that choose a checkpoint, for every command that opens one."""
     options = (
-        click.option("--revision", help="Branch, tag or commit on the Hub."),
-        click.option("--subfolder", help="The checkpoint's folder inside MODEL."),
-        click.option("--cache-dir", type=FILE, help="Instead of HF_HUB_CACHE ($HF_HOME/hub)."),
+        click.option("--revision", help="Use this branch, tag or commit of the Hub."),
+        click.option("--subfolder", help="Use this folder inside MODEL."),
+        click.option(
+            "--cache-dir",
+            type=FILE,
+            help="Set the cache folder.  [default: HF_HUB_CACHE, or $HF_HOME/hub]",
+        ),
         click.option("--local-files-only", is_flag=True, help="Never use the network."),
     )
     for option in reversed(options):
@@ -279,7 +286,7 @@ def source_options(command: Command) -> Command:
 
 
 def verbosity_options(command: Command) -> Command:
-    """-q and -v: how much goes to stderr, for every command."""
+    """Add -q and -v to a command. They set how much goes to stderr."""
 
     def apply(ctx: click.Context, param: click.Parameter, value: int) -> None:
         set_verbosity(value or 0)  # None in click 8.2

@@ -1,4 +1,4 @@
-"""`qwen-vit show`: features as pictures."""
+"""Draw features as pictures: `qwen-vit show`."""
 
 import json
 import re
@@ -37,7 +37,7 @@ class _Point(click.ParamType[tuple[float, float]]):
     name = "X,Y"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, float]:
-        """A pixel's column and row."""
+        """Return a pixel's column and row."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)[,x](\d+(?:\.\d+)?)", str(value))
         if match is None:
             self.fail(f"{value!r} is not a pixel. Expected X,Y such as 120,80.", param, ctx)
@@ -46,31 +46,33 @@ class _Point(click.ParamType[tuple[float, float]]):
 
 @click.command(short_help="Draw features as pictures or a page.")
 @click.argument("inputs", nargs=-1, required=True, type=NAME)
-@click.option("--model", shell_complete=complete_model, help="To encode images with.")
+@click.option("--model", shell_complete=complete_model, help="Encode images with this model.")
 @click.option(
     "--out", type=FILE, default=DEFAULT_OUT, show_default=True,
-    help="A page (.html), a picture of one image (.png), or a folder for both.",
+    help="Write a page (.html), a picture of one image (.png), or a folder for both.",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an existing page or pictures.")
 @click.option(
-    "--point", type=_Point(), help="Compare every cell with that of this pixel of the first image."
+    "--point",
+    type=_Point(),
+    help="Compare every cell with the cell at this pixel of the first image.",
 )
 @click.option(
     "--output", type=click.Choice(["patch", "merged"]), default="patch", show_default=True,
-    help="A cell for 14 pixels, or the 28 of a language model's token.",
+    help="Draw a cell for 14 pixels, or for the 28 pixels of a language model's token.",
 )  # fmt: skip
 @click.option(
     "--layer", type=click.IntRange(min=0),
-    help="Features behind this block, counted from 0, in place of the output.",
+    help="Draw the features after this block, counted from 0, instead of the output.",
 )  # fmt: skip
 @click.option(
     "--images", "pictures", multiple=True, type=NAME,
-    help="Of stored features: where their images are, a folder for example.",
+    help="Find the images of stored features here, for example in a folder.",
 )  # fmt: skip
-@click.option("--id", "ids", multiple=True, help="Of stored features: only this image.")
+@click.option("--id", "ids", multiple=True, help="Draw only this image of stored features.")
 @click.option(
     "--limit", type=click.IntRange(min=1), default=24, show_default=True,
-    help="Show so many images at most, the first ones.",
+    help="Draw at most this many images, from the first.",
 )  # fmt: skip
 @device_option()
 @dtype_option
@@ -83,18 +85,18 @@ def show(
     point: tuple[float, float] | None, output: str, layer: int | None, pictures: tuple[str, ...],
     ids: tuple[str, ...], limit: int, as_json: bool, **loading: Any,
 ) -> None:  # fmt: skip
-    """Draw features: attention windows, feature maps and, with --point, similarities.
+    """Draw attention windows, feature maps and, with --point, similarities.
 
     \b
     qwen-vit show photos/ --model tiny --out photos.html
     qwen-vit show cat.jpg dog.jpg --model Qwen/Qwen2.5-VL-7B-Instruct --point 120,80
     qwen-vit show features.safetensors --images photos/ --out pictures
 
-    INPUTS are images, in every form that `qwen-vit encode` takes, or one feature file or export
-    folder. A feature map shows three principal components as colours. They are fitted to all
-    images together, so that the same colour means similar features.
+    INPUTS are either images or one feature file or export folder. Images may have every form that
+    `qwen-vit encode` accepts. A feature map shows three principal components as colours. `show`
+    fits the components to all images together, so the same colour means similar features.
 
-    It needs an extra: pip install 'qwen-vit[show]'.
+    Drawing needs an extra: pip install 'qwen-vit[show]'.
     """
     with slow_imports():
         from qwen_vit.cli.show_input import encode_images, read_stored

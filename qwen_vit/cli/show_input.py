@@ -1,4 +1,4 @@
-"""What `show` draws: images that are encoded now, or features that are stored."""
+"""Read what `show` draws: encode images, or read stored features."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -22,21 +22,21 @@ from qwen_vit.show.views import WINDOW_PATCHES
 
 __all__ = ["ShowInput", "encode_images", "read_stored"]
 
-PATCH_PX = 14  # of every published checkpoint
+PATCH_PX = 14  # in every published checkpoint
 
 
 @dataclass(frozen=True, slots=True)
 class ShowInput:
-    """Features to draw, with their images where those are at hand.
+    """Keep the features to draw, and their images if available.
 
     Attributes:
-        pictures: images by id, besides those whose ids are their paths.
+        pictures: images by id, except images whose ids are their paths.
         model: the checkpoint's name.
-        source: what made the features: "tiny, float32 on cpu".
+        source: the encoder of the features, such as "tiny, float32 on cpu".
         window: the side of an attention window, in patches.
-        full_attention: the blocks that see all of an image; None if it is not known.
+        full_attention: the blocks with attention over the full image; None if unknown.
         failed: images that could not be encoded.
-        total: how many images there were to choose from.
+        total: the number of images before `limit` was applied.
     """
 
     features: list[ImageFeatures]
@@ -52,7 +52,7 @@ class ShowInput:
 
     @property
     def is_random(self) -> bool:
-        """Whether the weights were never trained."""
+        """Return whether the weights are random, without training."""
         return self.model in PACKAGED
 
 
@@ -84,7 +84,7 @@ def encode_images(
 
 
 def read_stored(path: str, ids: Sequence[str], limit: int, images: Sequence[str] = ()) -> ShowInput:
-    """Read stored features: those of `ids`, or the first `limit`; `images` are their pictures."""
+    """Read stored features of `ids`, or the first `limit`. Find their pictures in `images`."""
     stored = load_features(path)
     try:
         chosen: Features = stored[list(ids)] if ids else stored[:limit]
@@ -103,10 +103,10 @@ def read_stored(path: str, ids: Sequence[str], limit: int, images: Sequence[str]
 
 
 def _find_pictures(ids: Sequence[str], images: Sequence[str]) -> dict[str, ImageSource]:
-    """The image of each id: the one whose path ends most like it, and like no other id."""
+    """Return each id's image: the one image whose path shares the longest ending with the id."""
     wanted = {name: _parts(name) for name in ids}
     found: dict[str, list[Item]] = {name: [] for name in ids}
-    length = dict.fromkeys(ids, 1)  # of the longest common end so far, in parts of a path
+    length = dict.fromkeys(ids, 1)  # length of the longest common ending so far, in parts of a path
     for item in find_items(images):
         ends = [_parts(item.id), *([_parts(item.source)] if item.offset is None else [])]
         alike = {
@@ -132,14 +132,14 @@ def _find_pictures(ids: Sequence[str], images: Sequence[str]) -> dict[str, Image
 
 
 def _common_length(left: Sequence[str], right: Sequence[str]) -> int:
-    """How many items two sequences have in common, from their start."""
+    """Return the number of equal items at the start of two sequences."""
     pairs = enumerate(zip(left, right, strict=False))
     shortest = min(len(left), len(right))
     return next((index for index, (one, other) in pairs if one != other), shortest)
 
 
 def _parts(name: str) -> list[str]:
-    """The parts of a path, from its end."""
+    """Return the parts of a path, from the last to the first."""
     return list(reversed(Path(name).parts))
 
 

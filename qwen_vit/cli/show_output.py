@@ -1,4 +1,4 @@
-"""Where `show` writes: a page, one picture, or a folder with a page and pictures."""
+"""Write the output of `show`: a page, one picture, or a folder with a page and pictures."""
 
 import re
 from pathlib import Path
@@ -20,10 +20,11 @@ PAGE, PICTURE, FOLDER_PAGE = ".html", ".png", "index.html"
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    """Raise ExportError for a page, picture or folder that could not be written."""
+    """Raise ExportError if a page, picture or folder cannot be written."""
     suffix = out.suffix.lower()
     if out.is_dir():
-        check_output(out / f"01{PICTURE}", overwrite=True, suffix=PICTURE)  # it can be written to
+        # check that the folder is writable
+        check_output(out / f"01{PICTURE}", overwrite=True, suffix=PICTURE)
         if any(out.iterdir()) and not overwrite:
             raise ExportError(
                 "it holds files already",
@@ -45,7 +46,7 @@ def check_target(out: Path, overwrite: bool) -> None:
 def write(
     out: Path, views: FeatureViews, given: ShowInput, command: str, layer: int | None = None
 ) -> tuple[list[Path], dict[str, Any]]:
-    """Write a page, a picture or both into a folder: the files, and a report of them as JSON."""
+    """Write a page, a picture, or a folder with both. Return the files and a JSON report."""
     suffix = out.suffix.lower()
     if suffix == PAGE and not out.is_dir():
         files, contents = [out], [feature_page(views, _text(views, given, command, layer))]
@@ -76,7 +77,7 @@ def _sheets(views: FeatureViews) -> list[bytes]:
 
 
 def _file_name(number: int, name: str) -> str:
-    """A file's name, of letters that every system takes."""
+    """Return a file name of characters that every operating system accepts."""
     stem = re.sub(r"[^A-Za-z0-9-]+", "_", Path(name).stem)[:40]
     return f"{number:02}-{stem}{PICTURE}"
 

@@ -1,4 +1,4 @@
-"""What the commands print: tables and lists for people, and the JSON of encode."""
+"""Format what the commands print: tables and lists for people, and the JSON of `encode`."""
 
 import math
 import shutil
@@ -29,7 +29,7 @@ ROWS_OF = {"merged": "tokens", "patch": "patches", "mean": "rows"}
 
 
 def estimate_text(estimate: Estimate, folder: AnyPath) -> str:
-    """Return what an export into `folder` would take."""
+    """Return the size and time that an export into `folder` would need, as text."""
     seconds, n_bytes = estimate.seconds, estimate.bytes
     duration = "unknown" if seconds is None else f"about {_duration(seconds)}, by a few images"
     duration = duration if estimate.to_do else "none: nothing is left to do"
@@ -71,7 +71,7 @@ def _duration(seconds: float) -> str:
 
 
 def counts_text(done: int, to_do: int, failed: int, failed_earlier: int = 0) -> str:
-    """Return how many images of an export are in which state.
+    """Return the number of an export's images in each state, as text.
 
     >>> counts_text(497, 0, 0, 3)
     '497 done, 0 to do, 3 failed earlier'
@@ -83,7 +83,7 @@ def counts_text(done: int, to_do: int, failed: int, failed_earlier: int = 0) -> 
 
 
 def export_text(done: ExportReport) -> str:
-    """Return what an export did."""
+    """Return a report of an export, as text."""
     failed = sum(done.failed.values())
     to_do = done.images - done.exported - failed
     counts = counts_text(done.exported, to_do, failed - done.failed_earlier, done.failed_earlier)
@@ -104,7 +104,7 @@ def export_text(done: ExportReport) -> str:
 
 
 def waits_text(done: ExportReport) -> str:
-    """Return the share of an export's time spent waiting for each of its stages."""
+    """Return the share of an export's time that it waited for each stage."""
     total = sum(done.waits.values()) or 1.0
     shares = (f"{stage} {seconds / total:.0%}" for stage, seconds in done.waits.items())
     return f"waited for: {', '.join(shares)}"
@@ -113,7 +113,7 @@ def waits_text(done: ExportReport) -> str:
 def encoded_table(
     features: Sequence[ImageFeatures | FailedImage], milliseconds: Sequence[float]
 ) -> str:
-    """Return a table with a line for each image, or for why it was not encoded."""
+    """Return a table with a line per image: its features, or the reason for its failure."""
     good = next((each for each in features if isinstance(each, ImageFeatures)), None)
     counted = ROWS_OF["merged" if good is None else good.output]
     rows = [("file", "size", "grid (t, h, w)", counted, "width", "ms", "notes")]
@@ -131,14 +131,14 @@ def encoded_table(
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[str]) -> str:
-    """Return rows under their heading; columns named in `left` are aligned left.
+    """Return rows under their heading. Columns named in `left` are aligned left.
 
     >>> print(table([("a", "b"), ("x", "10")], left=["a"]))
     a   b
     -  --
     x  10
 
-    A column that is empty but for its heading is left out.
+    It omits a column that has only a heading.
     """
     heading, *rest = rows
     columns = [i for i in range(len(heading)) if any(row[i] for row in rest)]
@@ -158,7 +158,7 @@ def encoded_json(
     features: Sequence[ImageFeatures | FailedImage], milliseconds: Sequence[float], out: Path,
     encoder: VisionEncoder, options: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the same, with the encoder that made it and its options, as a JSON document."""
+    """Return an encoding as a JSON document: images, encoder and options."""
     return {
         "out": str(out),
         "model": encoder.source.name,
@@ -174,7 +174,7 @@ def encoded_json(
 
 
 def _image_json(feature: ImageFeatures | FailedImage, merge_unit: int) -> dict[str, Any]:
-    """One image's facts; the same names for one that failed, null where there is nothing."""
+    """Return an image's facts by name. A failed image has null for a missing value."""
     size_px = feature.size_px if feature.size_px != UNKNOWN_SIZE else None
     facts: dict[str, Any] = {"id": feature.id, "size_px": size_px}
     if isinstance(feature, FailedImage):
@@ -189,7 +189,7 @@ def _image_json(feature: ImageFeatures | FailedImage, merge_unit: int) -> dict[s
 
 
 def facts_text(facts: dict[str, Any]) -> str:
-    """Return a line for each fact that has a value; those of a dictionary below its name."""
+    """Return a line for each fact that has a value. A dictionary's facts follow its name."""
     lines: list[tuple[str, str]] = []
     for name, value in facts.items():
         if isinstance(value, dict):
@@ -206,7 +206,7 @@ def facts_text(facts: dict[str, Any]) -> str:
 
 
 def features_text(facts: dict[str, Any]) -> str:
-    """Return a line for each fact of stored features; their counts in words."""
+    """Return a line for each fact of stored features, with counts in words."""
     rest = dict(facts)
     head = {"kind": rest.pop("kind"), "path": rest.pop("path")}
     done = rest.pop("images_done")

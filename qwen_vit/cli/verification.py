@@ -1,4 +1,4 @@
-"""What `verify` and `info --verify` check, and how they say it."""
+"""Run the checks of `verify` and `info --verify`, and format the findings."""
 
 import sys
 from dataclasses import dataclass
@@ -21,17 +21,17 @@ MAX_LISTED = 20
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """The checks in words, and the problems."""
+    """Keep the checks in words, and the problems."""
 
     checked: str | dict[str, str]
     problems: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON values."""
+        """Return the findings as JSON values."""
         return {"verified": self.checked, "problems": self.problems}
 
     def text(self) -> str:
-        """The verdict, the checks, and the first problems."""
+        """Return the verdict, the checks, and the first problems."""
         checked = self.checked
         if isinstance(checked, dict):
             checked = "; ".join(f"{name}: {how}" for name, how in checked.items())
@@ -48,7 +48,7 @@ class Findings:
 
 
 def verify_checkpoint(source: Source) -> Findings:
-    """Hash a checkpoint's files again where hashes are recorded, else read every weight."""
+    """Hash a checkpoint's files if hashes are recorded. Otherwise read every weight."""
     try:
         checked = cache.check(source.folder)
         if checked is not None:

@@ -1,4 +1,4 @@
-"""`qwen-vit verify`: whether a checkpoint, a feature file or an export folder is whole."""
+"""Check a checkpoint, a feature file or an export folder: `qwen-vit verify`."""
 
 import json
 import sys
@@ -25,15 +25,15 @@ __all__ = ["verify"]
 @source_options
 @verbosity_options
 def verify(model: str, as_json: bool, **finding: Any) -> None:
-    """Check a checkpoint, a feature file or an export folder: exit code 1 if anything is wrong.
+    """Check a checkpoint, a feature file or an export folder. Exit with 1 if a check fails.
 
     \b
     qwen-vit verify Qwen/Qwen2.5-VL-7B-Instruct
     qwen-vit verify features/ --json
 
-    For a checkpoint it hashes every file and compares the recorded hashes. For a local folder
-    without hashes it reads the weights and looks for NaN. For features it reads every row, and
-    checks their number, NaN and the recorded digests. An export must have all of its shards.
+    For a checkpoint, it hashes every file and compares the recorded hashes. For a local folder
+    without hashes, it reads the weights and looks for NaN. For features, it reads every row. It
+    checks the number of rows, NaN and the recorded digests. An export must have all its shards.
     """
     with slow_imports():
         from qwen_vit.checkpoint.hub import find_checkpoint
