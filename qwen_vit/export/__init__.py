@@ -1,1 +1,1 @@
-"""Bulk export: images to a folder of shards that can be interrupted and resumed."""
+"""Export many images to a folder of shards. A later run can resume an interrupted export."""

@@ -1,4 +1,4 @@
-"""Behind the encoder: a thread that drains its results, and a timer of what an export waits for."""
+"""Drain the encoder's results in a writer thread, and time what an export waits for."""
 
 import time
 from collections import defaultdict, deque
@@ -13,15 +13,15 @@ Value = TypeVar("Value")
 
 
 class BackgroundWriter:
-    """One thread that runs jobs in order, behind its caller.
+    """Run jobs in order in one background thread.
 
     >>> with BackgroundWriter(max_bytes=2**20) as writer:
     ...     length = writer.submit(lambda: len("rows"), n_bytes=4)
     >>> length.result()
     4
 
-    `submit` waits while unfinished jobs hold more than `max_bytes`. A job's exception is raised by
-    a later `submit`, or at the end of the block, and no later job runs. Where the block itself
+    `submit` waits while unfinished jobs keep more than `max_bytes`. After a job fails, no later job
+    runs. A later `submit`, or the end of the block, raises the job's exception. If the block itself
     raises, submitted jobs still run.
     """
 
@@ -43,7 +43,7 @@ class BackgroundWriter:
             self._pool.shutdown()
 
     def submit(self, job: Callable[[], Value], n_bytes: int = 0) -> Future[Value]:
-        """Queue a job, which holds so many bytes until it has run."""
+        """Queue a job that keeps `n_bytes` in memory until it has run."""
         while self._unfinished and (
             self._unfinished[0][0].done() or self._bytes + n_bytes > self._max_bytes
         ):
@@ -54,7 +54,7 @@ class BackgroundWriter:
         return future
 
     def wait(self, future: Future[Value]) -> Value:
-        """A job's result; raises the exception of the job, or of an earlier one that failed."""
+        """Return a job's result, or raise the exception of that job or of an earlier job."""
         while self._unfinished and not (future.done() and future.exception() is None):
             self._release()
         return future.result()
@@ -75,7 +75,7 @@ class BackgroundWriter:
 
 
 class StageTimer:
-    """How long one thread is in each stage; the time of an inner stage counts once, as its own.
+    """Time one thread's stages. The time in an inner stage does not count for the outer stage.
 
     >>> clock = StageTimer("rest")
     >>> with clock.stage("write"):
@@ -90,7 +90,7 @@ class StageTimer:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """The block is of this stage."""
+        """Count the time of the block for this stage."""
         before = self._switch(name)
         try:
             yield
@@ -98,13 +98,13 @@ class StageTimer:
             self._switch(before)
 
     def move(self, seconds: float, of: str, to: str) -> None:
-        """Count some of a stage's time as another's."""
+        """Subtract some seconds from stage `of` and add them to stage `to`."""
         seconds = min(seconds, self._seconds[of])
         self._seconds[of] -= seconds
         self._seconds[to] += seconds
 
     def seconds(self) -> dict[str, float]:
-        """What each stage took so far."""
+        """Return the seconds that each stage took so far."""
         self._switch(self._now)
         return dict(self._seconds)
 

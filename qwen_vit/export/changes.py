@@ -1,4 +1,4 @@
-"""What changed in an export's inputs since they were listed: new, missing and moved images."""
+"""Compare an export's inputs with its listings: new, missing and moved images."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -22,15 +22,16 @@ __all__ = ["InputChanges", "failed_items", "open_if_whole"]
 
 @dataclass(slots=True)
 class InputChanges:
-    """The images of a new listing beside those of an export's listings.
+    """Compare the images of a new listing with the images of an export's listings.
 
     Attributes:
         new: images that no listing of the export has.
-        moved: images that are in another place, and where they were.
-        replaced: objects in a store that have another version than before.
-        gone: images of the export that the new listing has not.
-        same: images that are where they were.
-        is_reordered: the same images in another order, which decides the shards of a first listing.
+        moved: images whose place changed, each with its old place.
+        replaced: objects in a store whose version changed.
+        gone: images of the export that the new listing lacks.
+        same: images whose place is unchanged.
+        is_reordered: whether the same images have a new order, which decides a first listing's
+            shards.
     """
 
     new: list[Item] = field(default_factory=list)
@@ -42,7 +43,7 @@ class InputChanges:
 
     @classmethod
     def between(cls, listings: Listings, found: Listing) -> Self:
-        """The changes from an export's listings to the one that was found now."""
+        """Return the changes from an export's listings to the new listing."""
         changes, current = cls(), listings.current
         before = {
             item.id: (item, shard)
@@ -67,7 +68,7 @@ class InputChanges:
         return changes
 
     def describe(self) -> str:
-        """The changes in words; nothing if there are none."""
+        """Return the changes in words, or an empty text if there are none."""
         counts = [
             (self.gone, "missing"),
             (self.new, "new"),
@@ -84,10 +85,10 @@ class InputChanges:
         return "; ".join(words) or "in another order" * self.is_reordered
 
     def changed(self, folder: ExportFolder, listings: Listings, limits: ImageLimits) -> list[Item]:
-        """The images whose content changed after they were exported.
+        """Return the images whose content changed after they were exported.
 
-        Only files newer than the listing are read again. One that failed is taken without a
-        comparison: its shard has no digest of it.
+        It reads again only files that are newer than the listing. It returns each newer file of a
+        failed image without a comparison, because the shard has no digest of that image.
         """
         listed_ns = [os.stat(listing.path).st_mtime_ns for listing in listings.all]
         times: dict[str, int] = {}
@@ -105,7 +106,7 @@ class InputChanges:
 
 
 def failed_items(folder: ExportFolder, listings: Listings) -> Iterator[Item]:
-    """The images whose last attempt failed, of the shards that exist."""
+    """Yield the images whose last attempt failed, from the shards that exist."""
     current = listings.current
     for shard in range(listings.n_shards):
         file = open_if_whole(folder, shard)
@@ -118,7 +119,7 @@ def failed_items(folder: ExportFolder, listings: Listings) -> Iterator[Item]:
 def _changed_of_shard(
     file: FeatureFile | None, items: Sequence[Item], limits: ImageLimits
 ) -> Iterator[Item]:
-    if file is None:  # its images will be read
+    if file is None:  # the export will read its images
         return
     digests = {
         name: facts["sha256"] for name, facts in zip(file.ids, file.metadata["images"], strict=True)
@@ -126,14 +127,14 @@ def _changed_of_shard(
     for item in items:
         try:
             digest = _digest(item, limits)
-        except ImageError:  # its features stay: the last good ones
+        except ImageError:  # keep the last good features
             continue
         if digests.get(item.id) != digest:
             yield item
 
 
 def _digest(item: Item, limits: ImageLimits) -> str:
-    """The sha256 of an image's or a video's bytes, as a shard records it."""
+    """Return the sha256 of an image's or a video's bytes, as a shard records it."""
     if item.is_video:
         with open_video_item(item, VideoLimits()) as (_, digest):
             return digest
@@ -141,7 +142,7 @@ def _digest(item: Item, limits: ImageLimits) -> str:
 
 
 def open_if_whole(folder: ExportFolder, shard: int) -> FeatureFile | None:
-    """A shard, or None if it is missing or torn and so is made again.
+    """Return a shard, or None if the file is missing or torn and the export must write it again.
 
     >>> open_if_whole(as_folder("no-such-folder"), 0) is None  # doctest: +SKIP
     True
@@ -154,13 +155,13 @@ def open_if_whole(folder: ExportFolder, shard: int) -> FeatureFile | None:
 
 
 def _place(item: Item) -> Item:
-    """An image's place, with only the code of its error: messages differ between versions."""
+    """Return an image's place with only its error's code, because messages differ by version."""
     error = None if item.error is None else (item.error[0], "")
     return replace(item, error=error, version=None)
 
 
 def _time_ns(path: str) -> int:
-    """When a file was written, or took its name; 0 if it cannot be found."""
+    """Return when a file was written or renamed, in ns; 0 if the file is not found."""
     try:
         status = os.stat(path)
     except OSError:

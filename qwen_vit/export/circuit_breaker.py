@@ -1,4 +1,4 @@
-"""A circuit breaker: many consecutive failures have one cause, and end an export."""
+"""Stop an export after many consecutive failures, which usually have one cause."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ __all__ = ["CircuitBreaker", "TrippedError"]
 
 
 class TrippedError(ExportError):
-    """Too many images failed in a row."""
+    """Report that too many consecutive images failed."""
 
 
 @dataclass(slots=True)
 class CircuitBreaker:
-    """Stops an export after `limit` consecutive failures: a lost disk, or a broken model.
+    """Stop an export after `limit` consecutive failures, as from a lost disk or a broken model.
 
     >>> breaker = CircuitBreaker(2)
     >>> breaker.count_done(ImageError("does not exist", name="a.jpg"))
@@ -21,12 +21,12 @@ class CircuitBreaker:
     >>> breaker.failed
     0
 
-    With a limit of 0 it never does. Its methods raise ExportError to stop the export.
+    A limit of 0 never stops it. The methods raise ExportError to stop the export.
     """
 
     limit: int
-    unread: int = 0  # consecutive, as they are read, ahead of the encoder
-    failed: int = 0  # consecutive, as they leave it
+    unread: int = 0  # consecutive failures before the encoder
+    failed: int = 0  # consecutive failures after the encoder
 
     def count_read(self, error: ImageError | None) -> None:
         """Count an image that was read, or its error."""

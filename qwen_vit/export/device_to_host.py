@@ -1,4 +1,4 @@
-"""Features on their way from the GPU to the CPU: copies on a stream of their own, pinned memory."""
+"""Copy features from the GPU to pinned memory on a separate CUDA stream."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,26 +17,26 @@ from qwen_vit.features import ImageFeatures
 __all__ = ["MAX_UNWRITTEN_BYTES", "HostCopier", "HostCopy", "PinnedRing"]
 
 ALIGNED_BYTES = 512
-RING_BYTES = 2**29  # pinned
-MAX_UNWRITTEN_BYTES = RING_BYTES // 4 * 3  # of copies, so that the ring has room for one more
+RING_BYTES = 2**29  # of pinned memory
+MAX_UNWRITTEN_BYTES = RING_BYTES // 4 * 3  # of copies, so that the ring has room for one more copy
 
 
 class HostCopy(NamedTuple):
-    """Rows of several images on their way to the CPU, complete when the GPU reaches `event`."""
+    """Keep rows that the GPU copies to the CPU, for several images. `event` completes the copy."""
 
-    rows: dict[str, Tensor]  # by tensor, one image after the other
-    is_finite: Tensor  # each row of image_embeds: NaN in a layer reaches them as well
+    rows: dict[str, Tensor]  # by tensor, in the order of the images
+    is_finite: Tensor  # each row of image_embeds: a NaN in a layer reaches image_embeds
     event: torch.cuda.Event | None
     release: Callable[[], None]  # frees the memory of the rows
 
     @property
     def n_bytes(self) -> int:
-        """What the rows hold in memory."""
+        """Return the bytes of the rows in memory."""
         return sum(rows.nbytes for rows in self.rows.values())
 
 
 class HostCopier:
-    """Copies embeddings to the CPU, as they are stored, on a stream beside the encoder's."""
+    """Copy embeddings to the CPU in the stored dtype, on a separate stream from the encoder's."""
 
     def __init__(self, device: torch.device, form: RowFormat) -> None:
         self._form = form
@@ -46,9 +46,9 @@ class HostCopier:
             self._ring = PinnedRing(_pinned(RING_BYTES))
 
     def copy(self, images: Sequence[ImageRecord], features: Sequence[ImageFeatures]) -> HostCopy:
-        """Begin to copy the rows of those images that have any.
+        """Begin to copy the rows of every image that has rows.
 
-        Copies are released in the order in which they were made.
+        The caller must release copies in the order of their creation.
         """
         lengths = iter([len(each.embeds) for each in features])
         for image in images:
@@ -61,7 +61,7 @@ class HostCopier:
         embeds = stored[EMBEDS]
         if not features:
             return HostCopy(stored, torch.empty(0, dtype=torch.bool, device="cpu"), None, _nothing)
-        # by their extremes: a mask of single values would take more memory than the values
+        # test the extremes, because a mask of all values would take more memory than the values
         is_finite = embeds.amin(1).isfinite() & embeds.amax(1).isfinite()
         if self._ring is None:
             return HostCopy(stored, is_finite, None, _nothing)
@@ -85,7 +85,7 @@ class HostCopier:
 
 
 def _joined(tensor: RowTensor, parts: list[Tensor]) -> Tensor:
-    """The images' rows of one tensor, one image after the other, in the dtype of the file."""
+    """Return one tensor's rows of all images, in order, in the dtype of the file."""
     if not parts:
         return torch.empty(0, tensor.width, dtype=tensor.dtype, device="cpu")
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(tensor.dtype)
@@ -104,15 +104,16 @@ def _pinned(n_bytes: int) -> Tensor:
 
 
 class PinnedRing:
-    """A ring buffer: its memory is released in the order in which it was allocated.
+    """Allocate pinned memory from a ring buffer, and release it in the order of allocation.
 
     >>> ring = PinnedRing(torch.empty(2**20, dtype=torch.uint8))
     >>> ring.allocate(1_000).shape
     torch.Size([1000])
     >>> ring.release()
 
-    torch's own allocator of pinned memory keeps every size that was ever asked for: an export of
-    images of many sizes grew by hundreds of megabytes. One thread allocates, another may release.
+    torch's allocator of pinned memory keeps a block of every requested size. Exports of images with
+    many sizes therefore grew by hundreds of megabytes. One thread allocates and another may
+    release.
     """
 
     def __init__(self, memory: Tensor) -> None:
@@ -121,7 +122,7 @@ class PinnedRing:
         self._lock = Lock()
 
     def allocate(self, n_bytes: int) -> Tensor | None:
-        """A piece of so many bytes, or None if it does not fit now."""
+        """Return a piece of `n_bytes`, or None if no free piece is large enough now."""
         size = _aligned(n_bytes)
         with self._lock:
             begin = self._begin_of_room(size)

@@ -1,4 +1,4 @@
-"""An export's features in vLLM's encoder cache as well: shard by shard, as they are finished."""
+"""Also write an export's features to vLLM's encoder cache, after each shard."""
 
 import json
 import os
@@ -15,15 +15,16 @@ __all__ = ["CacheWriter"]
 
 
 class CacheWriter:
-    """Writes the entries of each shard.
+    """Write the cache entries of each shard.
 
     >>> cache = CacheWriter(plan, "cache")  # doctest: +SKIP
     >>> cache.add(done)  # doctest: +SKIP
 
-    The folder is checked at once. A shard that an earlier run made is read again unless its entries
-    are listed: the name of its list follows from the export and the shard. Raises ExportError for a
-    folder that cannot be written or is of another model, and ArgumentError for an export whose rows
-    no language model takes.
+    It checks the folder when it is created. It reads a shard of an earlier run again unless the
+    cache lists the shard's entries. The name of that list follows from the export and the shard.
+
+    Raises ExportError if the folder cannot be written or belongs to another model. Raises
+    ArgumentError if no language model accepts the export's rows.
     """
 
     def __init__(self, plan: ExportPlan, folder: str | os.PathLike[str]) -> None:
@@ -39,7 +40,7 @@ class CacheWriter:
         self._name = sha256(text.encode()).hexdigest()[:24]
 
     def add(self, done: DoneShard) -> None:
-        """Write the entries of a finished shard; images that failed have none."""
+        """Write the entries of a finished shard. Failed images have no entries."""
         index = f"{self._name}-{done.shard:08}"
         if done.n_kept == len(done.rows) and index_file(self._folder, index).exists():
             return

@@ -1,4 +1,4 @@
-"""How large an export will be, and how long it will take, from the images' headers."""
+"""Estimate an export's size and duration from the images' headers."""
 
 import io
 import math
@@ -44,28 +44,28 @@ from qwen_vit.video.options import Video, VideoOptions
 
 __all__ = ["Estimate", "estimate_export", "estimate_plan", "target_size"]
 
-SAMPLE = 1_000  # images, for a plan
-SAMPLE_OF_ROWS = 100  # in Parquet, where a row costs those before it in its row group
-MAX_TIMED = 512  # images
-TIMING_S = 6.0  # for timing; an image that takes as long is timed alone
-MAX_GROWTH = 8  # of the images from one timing to the next
-HEAD_BYTES = 2**16  # of an image in a tar; most formats have the size there
-NAME_BYTES = 300  # an image's id and source, and its share of the settings, in a shard's header
+SAMPLE = 1_000  # the number of images for a plan
+SAMPLE_OF_ROWS = 100  # for Parquet, where reading a row also reads earlier rows of its row group
+MAX_TIMED = 512  # the number of images
+TIMING_S = 6.0  # for all timings; an image that takes as long is timed alone
+MAX_GROWTH = 8  # of the image count from one timing to the next
+HEAD_BYTES = 2**16  # the bytes to read of an image in a tar; most formats give the size there
+NAME_BYTES = 300  # an image's id, source and share of the settings in a shard's header
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What an export will take, from the images' headers.
+    """Estimate what an export will need, from the images' headers.
 
     Attributes:
-        images: those of the whole export; an image that was encoded again counts once.
-        unreadable: images to do without a readable header, or of more pixels than are allowed.
-        rows: those of the whole export.
-        bytes: those of the whole export, as files.
-        seconds: the time of the encoder for the images to do; None if no image was timed.
-        is_sample: whether a sample of the images stands for all of them.
-        done: images whose features are in shards that exist.
-        failed: images that failed earlier, by the shards that exist.
+        images: images of the whole export. An image that was encoded again counts once.
+        unreadable: images to do whose header is unreadable or gives too many pixels.
+        rows: rows of the whole export.
+        bytes: bytes of all files of the whole export.
+        seconds: encoder time for the images to do; None if no image was timed.
+        is_sample: whether the counts come from a sample of the images.
+        done: images whose features are in existing shards.
+        failed: images that failed earlier, from existing shards.
         missing: images to do whose file does not exist.
     """
 
@@ -81,7 +81,7 @@ class Estimate:
 
     @property
     def to_do(self) -> int:
-        """Images that are neither done nor failed."""
+        """Return the number of images that are neither done nor failed."""
         return self.images - self.done - self.failed
 
 
@@ -93,16 +93,16 @@ def estimate_export(
     folder: PathOrAddress | None = None,
     show_progress: bool = False,
 ) -> Estimate:
-    """Count images, rows and bytes, and time a few images; nothing is written.
+    """Count images, rows and bytes, and time a few images. Write nothing.
 
-    Images to do are counted from their headers, and the others from the shards that hold them.
+    It counts images to do from their headers, and other images from their shards.
 
     >>> encoder = VisionEncoder.from_pretrained("tiny")
     >>> estimate_export(encoder, ["tests/photographs/rocket.jpg"]).rows
     345
 
-    Raises ExportError for inputs that an export would refuse and, if `folder` is given, for a
-    folder that it could not write or resume.
+    Raises ExportError if an export would reject the inputs. If `folder` is given, it also raises
+    ExportError for a folder that an export could not write or resume.
     """
     options = options or ExportOptions()
     where = None if folder is None else as_folder(folder)
@@ -146,12 +146,12 @@ def estimate_plan(encoder: VisionEncoder, plan: ExportPlan) -> Estimate:
 
 
 def target_size(height: int, width: int, config: ImageConfig, name: str) -> tuple[int, int]:
-    """The size in pixels at which an image is encoded.
+    """Return the height and width in pixels at which an image is encoded.
 
     >>> target_size(100, 200, ImageConfig.from_json({}), "a.jpg")
     (112, 196)
 
-    Raises ImageError for an image that has none, such as one of a ratio above 200.
+    Raises ImageError if the image has no such size, for example for a ratio above 200.
     """
     return smart_resize(
         height,
@@ -165,7 +165,7 @@ def target_size(height: int, width: int, config: ImageConfig, name: str) -> tupl
 
 @dataclass(slots=True)
 class _Work:
-    """What an encoder is to do: patches, in so many batches."""
+    """Count an encoder's work: patches and batches."""
 
     batches: int = 0
     patches: int = 0
@@ -173,7 +173,7 @@ class _Work:
     _shard: int | None = None
 
     def add(self, n_patches: int, budget: int, shard: int = 0) -> None:
-        """Add an image, as the encoder batches them: in order, and never across shards."""
+        """Add an image as the encoder batches it: in order, and never across shards."""
         if self._shard != shard or self._in_batch + n_patches > budget:
             self.batches += 1
             self._in_batch = 0
@@ -183,19 +183,19 @@ class _Work:
 
 
 class _Counts:
-    """Counts of an export: of images to do by their headers, of others by their shards."""
+    """Count an export's images: images to do from headers, and other images from shards."""
 
     def __init__(self, encoder: VisionEncoder, options: ExportOptions) -> None:
         self._encoder, self._options = encoder, options
         self._form = RowFormat.of(encoder, options)
         self.work = _Work()
-        self.sample: list[Item] = []  # of the images to do, for their time
+        self.sample: list[Item] = []  # of the images to do, to time them
         self._chance = Random(0)
         self._seen = self._images = self._done = self._failed = 0
         self._missing = self._unreadable = self._rows = self._bytes = 0
 
     def add(self, item: Item, shard: int = 0, is_current: bool = True) -> None:
-        """Count an image to do; one that a later shard replaces costs time and bytes as well."""
+        """Count an image to do. An image that a later shard replaces still costs time and bytes."""
         self._images += is_current
         self._take_for_sample(item)
         n_patches = _patches(item, self._encoder.image_config, self._options)
@@ -210,7 +210,7 @@ class _Counts:
         self.work.add(n_patches, TOKEN_BUDGET[self._encoder.device.type], shard)
 
     def add_stored(self, file: FeatureFile, is_current: Callable[[str], bool]) -> None:
-        """Count the images of a shard that exists: those that no later shard replaces."""
+        """Count the images of an existing shard that no later shard replaces."""
         counts = [
             count for name, count in zip(file.ids, file.row_counts, strict=True) if is_current(name)
         ]
@@ -222,14 +222,14 @@ class _Counts:
         self._bytes += os.stat(str(file.path)).st_size
 
     def estimate(self) -> Estimate:
-        """The estimate, without its time."""
+        """Return the estimate without its time."""
         return Estimate(
             self._images, self._unreadable, self._rows, self._bytes, None, done=self._done,
             failed=self._failed, missing=self._missing,
         )  # fmt: skip
 
     def _take_for_sample(self, item: Item) -> None:
-        """Keep MAX_TIMED images, each with the same chance (Vitter's algorithm R)."""
+        """Keep MAX_TIMED images with equal probability (Vitter's algorithm R)."""
         self._seen += 1
         if len(self.sample) < MAX_TIMED:
             self.sample.append(item)
@@ -248,7 +248,7 @@ def _is_on_disk(source: str) -> bool:
 
 
 def _patches(item: Item, config: ImageConfig, options: ExportOptions) -> int | None:
-    """The patches of an image or video by its header; None for one that cannot be encoded."""
+    """Return an image's or video's patch count from its header; None if it cannot be encoded."""
     try:
         if item.is_video:
             return patches_by_header(item, options.video, options.video_limits, config)
@@ -264,16 +264,16 @@ def _patches(item: Item, config: ImageConfig, options: ExportOptions) -> int | N
 def _seconds(
     encoder: VisionEncoder, sample: Sequence[Item], work: _Work, options: ExportOptions
 ) -> float | None:
-    """What the work takes: the start, a time for each batch and one for each patch, by timings.
+    """Return the seconds for the work: the start, a time per batch and a time per patch.
 
-    The first timing loads kernels: what it takes above the others' rates is the start.
+    The first timing loads kernels. Its time above the rates of the others is the start.
 
-    On a CPU a batch of one small image takes 10 times as long per patch as a full one; both occur.
-    Each timing has more images than the one before, until the time for them is over.
+    On a CPU, a batch of one small image takes 10 times as long per patch as a full batch. Exports
+    have both. Each timing has more images than the previous one, until TIMING_S is used up.
     """
     if not work.patches:
         return 0.0
-    shuffled = Random(0).sample(sample, len(sample))  # any few of them stand for all
+    shuffled = Random(0).sample(sample, len(sample))  # any first few of them are a random sample
     timings: list[tuple[float, _Work]] = []
     is_warm, place, count, left = False, 0, 1, TIMING_S
     while place < len(shuffled) and count >= 1:
@@ -281,13 +281,13 @@ def _seconds(
             encoder, shuffled[place : place + count], options.limits, options.video
         )
         place += count
-        if not timed.patches:  # none of them could be encoded
+        if not timed.patches:  # every image failed
             continue
         timings.append((seconds, timed))
         if is_warm:
             left -= seconds
             count = min(count * MAX_GROWTH, int(left * count / max(seconds, 1e-9)))
-        elif seconds > TIMING_S and encoder.device.type == "cpu":  # where nothing is compiled
+        elif seconds > TIMING_S and encoder.device.type == "cpu":  # which compiles nothing
             break
         is_warm = True
     if not timings:
@@ -320,7 +320,7 @@ def _time_batch(
 
 
 def _rates(few: tuple[float, _Work], many: tuple[float, _Work]) -> tuple[float, float]:
-    """Seconds for each batch and for each patch, from a small and a large timing."""
+    """Return the seconds per batch and per patch from a small and a large timing."""
     (t, one), (u, other) = few, many
     determinant = one.batches * other.patches - other.batches * one.patches
     if determinant:
@@ -332,8 +332,8 @@ def _rates(few: tuple[float, _Work], many: tuple[float, _Work]) -> tuple[float, 
 
 
 def _size_in_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
-    """Height and width by the file's header, before any rotation: the tokens are the same."""
-    if item.size is not None and item.size > HEAD_BYTES:  # in a tar, of which little is read
+    """Return height and width from the file's header, before any rotation: tokens are equal."""
+    if item.size is not None and item.size > HEAD_BYTES:  # in a tar: it reads only the head
         size = _open_header(replace(item, size=HEAD_BYTES), limits)
         if size is not None:
             return size
@@ -351,7 +351,7 @@ def _open_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
             else:
                 file = io.BytesIO(read_item(item, limits))
             stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")  # a decoder's, about a doubtful header
+            warnings.simplefilter("ignore")  # ignore a decoder's warning about a doubtful header
             file_format = identify(file.read(IDENTIFY_BYTES), item.id, limits.formats)
             file.seek(0)
             image = stack.enter_context(decoder(file_format, item.id)(file, ""))

@@ -1,8 +1,8 @@
-"""Where an export is: a folder on a disk, or one in object storage.
+"""Write an export to a folder on a disk or in object storage.
 
-Files grow on a disk. In a local folder they grow at their place. For object storage they grow in a
-scratch folder of this machine, and `publish` uploads each whole. Everything else in the export is
-the same for both.
+The writer appends to files on a disk. In a local folder, a file has its final folder from the
+start. For object storage, files are in a scratch folder of this machine until `publish` uploads
+each whole file. Every other part of an export is the same for both.
 """
 
 import os
@@ -23,15 +23,15 @@ OTHER_FOLDER = Wording("pass another folder", shell="pass another --out")
 
 
 class ChangedError(ExportError):
-    """Another process wrote the file since it was read."""
+    """Report that another process wrote the file after this one read it."""
 
 
 class ExportFolder(ABC):
-    """An export's files, by name. `folder / name` is the path or the address of a finished file.
+    """Access an export's files by name. `folder / name` is a finished file's path or address.
 
     Attributes:
-        place: the folder's path, or its address.
-        scratch: where files grow, on this machine's disk.
+        place: the folder's path or address.
+        scratch: the folder on this machine's disk where files are written.
     """
 
     place: AnyPath
@@ -45,53 +45,55 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def names(self) -> set[str]:
-        """The names of the finished files. A store may omit the newest."""
+        """Return the names of the finished files. A store may omit the newest files."""
 
     @abstractmethod
     def has(self, name: str) -> bool:
-        """Whether a finished file exists."""
+        """Return whether a finished file exists."""
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """The bytes of a finished file."""
+        """Return the bytes of a finished file."""
 
     @abstractmethod
     def version(self, name: str) -> str | None:
-        """The version of a file in a store; None if it does not exist, and on a disk."""
+        """Return a file's version in a store. On a disk or for no file, return None."""
 
     @abstractmethod
     def write(self, name: str, data: bytes, replaces: str | None) -> str | None:
-        """Write a small file. Returns its version.
+        """Write a small file, and return its version.
 
-        It replaces the version `replaces`, or is new for None. Raises ChangedError if another
-        process changed it.
+        It replaces the version `replaces`. With None, it writes a new file. Raises ChangedError if
+        another process changed the file.
         """
 
     @abstractmethod
     def publish(self, name: str, *, replace: bool = False, keep: bool = False) -> None:
-        """Give a file that grew in `scratch` its place.
+        """Move a finished file from `scratch` to its place in the export.
 
-        Where one exists it stays, unless `replace`. With `keep` it stays in `scratch` as well.
+        Without `replace`, an existing file at that place remains. With `keep`, `scratch` keeps a
+        copy.
         """
 
     @abstractmethod
     def publish_version(self, name: str, replaces: str | None) -> None:
-        """Give a file that grew in `scratch` its place, as `write` does."""
+        """Move a finished file from `scratch` to its place, under the conditions of `write`."""
 
     @abstractmethod
     def fetch(self, name: str, sha256: str | None = None) -> Path | None:
-        """A finished file on this machine's disk; None if it does not exist.
+        """Return a finished file's path on this machine's disk; None if the file does not exist.
 
-        A copy in `scratch` that has the hash, or any copy without one, is not fetched again.
+        It does not fetch a file whose copy in `scratch` has the hash. Without a hash, any copy is
+        valid.
         """
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Remove a finished file, if there is one."""
+        """Remove a finished file if it exists."""
 
     @abstractmethod
     def check(self, settings: str, leftover: Pattern[str], *, make: bool) -> None:
-        """Raise ExportError for a folder that holds anything but an export."""
+        """Raise ExportError if the folder contains anything except an export."""
 
     @abstractmethod
     def hold(self, part: tuple[int, int]) -> AbstractContextManager[None]:
@@ -99,15 +101,15 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def check_conditions(self, name: str) -> None:
-        """Log a warning if nothing keeps other machines from writing. The file must exist."""
+        """Log a warning if nothing prevents writes by other machines. The file must exist."""
 
     @abstractmethod
     def which_exist(self, names: Iterable[str]) -> set[str]:
-        """Which of some names exist, newest ones included."""
+        """Return which of the names exist, including the newest files."""
 
 
 class LocalFolder(ExportFolder):
-    """A folder on a disk: files grow at their place.
+    """Write an export to a folder on a disk, without a scratch folder.
 
     >>> print(LocalFolder(Path("features")) / "export.json")
     features/export.json
@@ -138,10 +140,10 @@ class LocalFolder(ExportFolder):
         return None
 
     def publish(self, name: str, *, replace: bool = False, keep: bool = False) -> None:
-        """Nothing to do: it grew at its place."""
+        """Do nothing, because the file was written at its place."""
 
     def publish_version(self, name: str, replaces: str | None) -> None:
-        """Nothing to do."""
+        """Do nothing, because the file was written at its place."""
 
     def fetch(self, name: str, sha256: str | None = None) -> Path | None:
         return self / name if self.has(name) else None
@@ -151,7 +153,7 @@ class LocalFolder(ExportFolder):
             (self / name).unlink(missing_ok=True)
 
     def check_conditions(self, name: str) -> None:
-        """Nothing to do: a folder has locks."""
+        """Do nothing, because a folder has locks."""
 
     def which_exist(self, names: Iterable[str]) -> set[str]:
         return set(filter(self.has, names))
@@ -183,13 +185,13 @@ class LocalFolder(ExportFolder):
             with hold_folder(self.scratch, part):
                 yield
         finally:
-            if self._is_new and part == (1, 1):  # removes it only if it is still empty
+            if self._is_new and part == (1, 1):  # rmdir removes only an empty folder
                 with suppress(OSError):
                     self.scratch.rmdir()
 
 
 def refuse_strange(folder: ExportFolder, names: Sequence[str], settings: str) -> None:
-    """Raise ExportError for files that are not an export's."""
+    """Raise ExportError if the folder contains files that no export writes."""
     if names:
         raise ExportError(
             f"it holds {display_name(sorted(names)[0])} ({len(names)} in all) and no {settings}",

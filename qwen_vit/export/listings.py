@@ -1,7 +1,7 @@
-"""The listings of an export: one at its start, and one for each time that it grew.
+"""Combine the listings of an export: the first one, and one for each extension or retry.
 
-Each listing begins a shard of its own, so the shards of earlier listings keep their bytes. An image
-belongs to the last listing that has it: a later listing replaces images that failed or changed.
+Each listing begins a new shard, so the shards of earlier listings keep their bytes. An image
+belongs to the last listing that has it. A later listing replaces images that failed or changed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,9 @@ __all__ = ["CurrentImages", "Listings"]
 
 @dataclass(frozen=True)
 class Listings:
-    """Listings, one after the other, and for each the ids that it withdraws.
+    """Combine listings in order, with the ids that each listing withdraws.
 
-    A withdrawn id was a failure of listing, such as a folder that could not be read then.
+    A withdrawn id named a failure to list an input, such as a folder that was unreadable then.
     """
 
     all: tuple[Listing, ...]
@@ -28,48 +28,48 @@ class Listings:
 
     @cached_property
     def _ends(self) -> list[int]:
-        """The number of shards up to each listing."""
+        """Return the cumulative number of shards after each listing."""
         return list(accumulate(len(listing.starts) for listing in self.all))
 
     @cached_property
     def current(self) -> "CurrentImages":
-        """Which lines are current."""
+        """Return which lines are current."""
         return CurrentImages(self)
 
     @property
     def n_shards(self) -> int:
-        """The shards of all listings."""
+        """Return the number of shards of all listings."""
         return self._ends[-1]
 
     @property
     def n_images(self) -> int:
-        """The lines of all listings; a replaced image has several."""
+        """Return the number of lines of all listings. A replaced image has several lines."""
         return sum(listing.n_images for listing in self.all)
 
     def number_of(self, shard: int) -> int:
-        """The listing that has a shard."""
+        """Return the number of the listing that has a shard."""
         return next(number for number, end in enumerate(self._ends) if shard < end)
 
     def of(self, shard: int) -> Listing:
-        """The listing that has a shard."""
+        """Return the listing that has a shard."""
         return self.all[self.number_of(shard)]
 
     def shard(self, shard: int) -> list[Item]:
-        """The images of one shard."""
+        """Return the images of one shard."""
         return self.of(shard).shard(self._place(shard))
 
     def shard_length(self, shard: int) -> int:
-        """The number of images of a shard."""
+        """Return the number of images of a shard."""
         return self.of(shard).shard_length(self._place(shard))
 
     def first_line(self, shard: int) -> int:
-        """The line of a shard's first image, counted through all listings."""
+        """Return the line of a shard's first image, counted through all listings."""
         number = self.number_of(shard)
         before = sum(listing.n_images for listing in self.all[:number])
         return before + self._place(shard) * self.all[number].shard_size
 
     def spread(self, count: int) -> list[Item]:
-        """At most `count` images, evenly spread over the listings."""
+        """Return at most `count` images, evenly spread over the listings."""
         return [
             item
             for listing in self.all
@@ -77,7 +77,7 @@ class Listings:
         ][:count]
 
     def facts_of(self, shard: int) -> Mapping[str, Any]:
-        """What a shard records of its listing."""
+        """Return what a shard records of its listing."""
         listing = self.of(shard)
         return {"n_images": listing.n_images, "listing_sha256": listing.sha256}
 
@@ -86,27 +86,27 @@ class Listings:
 
 
 class CurrentImages:
-    """Which line of each image is current: later listings replace earlier lines."""
+    """Find the current line of each image: later listings replace earlier lines."""
 
     def __init__(self, listings: Listings) -> None:
         self._listings = listings
-        self._last: dict[str, int] = {}  # of images of later listings, and of withdrawn ids
+        self._last: dict[str, int] = {}  # the last listing of each later image and withdrawn id
         later = zip(listings.all[1:], listings.withdrawn[1:], strict=True)
         for number, (listing, withdrawn) in enumerate(later, start=1):
             self._last |= dict.fromkeys(withdrawn, -1)
             self._last |= {item.id: number for item in read_listing(listing.path)}
 
     def has(self, shard: int, name: str) -> bool:
-        """Whether an image of a shard is current."""
+        """Return whether an image of a shard is current."""
         number = self._listings.number_of(shard)
         return self._last.get(name, number) == number
 
     def rows(self, shard: int, rows: Sequence[ManifestRow]) -> list[ManifestRow]:
-        """The rows of a shard's current images."""
+        """Return the rows of a shard's current images."""
         return [row for row in rows if self.has(shard, row.id)] if self._last else list(rows)
 
     def count(self, shards: Sequence[int]) -> int:
-        """The current images of some shards."""
+        """Return the number of current images of some shards."""
         if not self._last:
             return sum(map(self._listings.shard_length, shards))
         return sum(self.has(s, item.id) for s in shards for item in self._listings.shard(s))

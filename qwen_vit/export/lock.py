@@ -1,8 +1,9 @@
-"""One writer for each part of a folder: locks that name their owner and end with it.
+"""Allow one writer for each part of a folder, with locks that name their owner.
 
-The kernel holds them (flock), so a killed process leaves nothing locked. Some network disks do not
-show one host's locks to another, and some have none: there the owner's name in the file decides,
-and is deleted with the lock. On the owner's host its process must still run.
+The locks use flock, so the kernel releases a killed process's lock. Some network disks do not show
+one host's locks to another host, and some have no locks. On such disks the owner's name in the lock
+file decides. The owner deletes the name when it releases the lock. On the owner's host, the named
+process must also still run.
 """
 
 import fcntl
@@ -29,31 +30,31 @@ __all__ = ["LOCK_NAME", "hold_folder", "short_lock"]
 logger = logging.getLogger("qwen_vit")
 
 LOCK_NAME = re.compile(r"lock(-moment|-\d+-of-\d+)?")
-TIMEOUT_S = 0.5  # for a lock that is just being released
-SHORT_LOCK_TIMEOUT_S = 600.0  # for what another part does with the whole folder, as a manifest
+TIMEOUT_S = 0.5  # to wait for a lock that its owner is releasing
+SHORT_LOCK_TIMEOUT_S = 600.0  # for another part's work on the whole folder, such as a manifest
 POLL_S = 0.05
 
 
 class _HeldError(ExportError):
-    """Another process holds the lock."""
+    """Report that another process has the lock."""
 
 
 @contextmanager
 def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
-    """Lock a folder, or part I of N of it, against every other writer while the block runs.
+    """Lock a folder, or part I of N, against every other writer while the block runs.
 
     >>> with hold_folder(Path("export")):  # doctest: +SKIP
     ...     write()
 
-    Parts of one N may be held together. Raises ExportError, which names the owner, where another
-    process holds the folder, that part, or parts of another N; and where an owner on another host
-    left its name.
+    Different parts of one N may be locked at the same time. Raises ExportError if another process
+    locks the folder, this part, or parts of another N. It also raises if an owner on another host
+    left its name. The error names the owner.
     """
     number, count = part
     with ExitStack() as locks:
         if count == 1:
             locks.enter_context(_hold(folder / "lock", fcntl.LOCK_EX))
-            _refuse_other_counts(folder, count)  # on a disk without locks
+            _refuse_other_counts(folder, count)  # for a disk without locks
         else:
             locks.enter_context(_hold(folder / "lock", fcntl.LOCK_SH))
             with short_lock(folder):
@@ -65,7 +66,7 @@ def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
 
 @contextmanager
 def short_lock(folder: Path) -> Iterator[None]:
-    """Wait for the folder's second lock and hold it: for short work of one part at a time.
+    """Wait for the folder's second lock and take it, for short work by one part at a time.
 
     >>> with short_lock(Path("export")):  # doctest: +SKIP
     ...     write_manifest()
@@ -77,7 +78,8 @@ def short_lock(folder: Path) -> Iterator[None]:
 def _refuse_other_counts(folder: Path, count: int) -> None:
     for path in folder.glob("lock-*-of-*"):
         if not path.name.endswith(f"-of-{count}"):
-            with _hold(path, fcntl.LOCK_EX):  # raises where it is held, else deletes it
+            # raises if another process has it, else deletes the file
+            with _hold(path, fcntl.LOCK_EX):
                 pass
 
 
@@ -107,7 +109,7 @@ def _release(descriptor: int, kind: int, path: Path) -> None:
         is_last = True
     except BlockingIOError:
         is_last = False
-    except OSError:  # no locks here: every other host would respect our name
+    except OSError:  # a disk without locks: other hosts would still respect our name
         is_last = kind == fcntl.LOCK_EX
     with suppress(OSError):
         if is_last:
@@ -129,11 +131,11 @@ def _acquire(path: Path, kind: int) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its owner unlinked it in between
+        os.close(descriptor)  # its owner unlinked it after we opened it
 
 
 def _lock(descriptor: int, kind: int, path: Path) -> bool:
-    """Whether the disk has locks: False where a name alone must do."""
+    """Return whether the disk has locks. If it returns False, only the owner's name protects."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -167,7 +169,7 @@ def _is_file_of(descriptor: int, path: Path) -> bool:
 
 
 def _sign(descriptor: int, kind: int, path: Path, *, is_locked: bool) -> None:
-    """Write our name. An owner on this host is dead if we have its lock, or if no process is it."""
+    """Write our name. An owner on this host is dead if we have its lock or its process is gone."""
     before = _read_owner(descriptor)
     host = socket.gethostname()
     if before and before.get("host") == host and not is_locked and _is_running(before.get("pid")):
@@ -187,7 +189,7 @@ def _sign(descriptor: int, kind: int, path: Path, *, is_locked: bool) -> None:
     except OSError as error:
         raise cannot_write(path, error) from None
     if kind == fcntl.LOCK_EX and not is_locked:
-        time.sleep(2 * POLL_S)  # for another that read no name before we wrote ours
+        time.sleep(2 * POLL_S)  # for a process that read no name before we wrote ours
         if _read_owner(descriptor) != name:
             raise _held(_owner(descriptor), path)
 
@@ -197,7 +199,7 @@ def _is_running(pid: Any) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except PermissionError:  # another user's
+    except PermissionError:  # the process belongs to another user
         return True
     except (OSError, OverflowError):
         return False

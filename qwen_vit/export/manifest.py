@@ -1,6 +1,6 @@
-"""The manifest of an export: a row for every image, as Parquet or as JSON lines.
+"""Write an export's manifest: a row for every image, as Parquet or as JSON lines.
 
-It is made from the shards' headers and the listing, so it can be made again at any time.
+The writer makes it from the shards' headers and the listing, and can make it again at any time.
 """
 
 import json
@@ -25,11 +25,11 @@ PARQUET, JSON_LINES = "manifest.parquet", "manifest.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class ManifestRow:
-    """The outcome of one image: line `index` of the listing.
+    """Describe the outcome of one image, at line `index` of the listing.
 
-    `kind` is "image" or "video", by its name where it failed, and `status` "ok" or "error". Rows
-    `row_begin` to `row_end` of `shard` are its features; sizes are in pixels, the grid in patches.
-    `sha256` is that of the image's own bytes.
+    `kind` is "image" or "video"; for a failed file, its name decides. `status` is "ok" or "error".
+    Rows `row_begin` to `row_end` of `shard` are the image's features. Sizes are in pixels and the
+    grid is in patches. `sha256` is the hash of the image's own bytes.
     """
 
     index: int
@@ -55,11 +55,11 @@ class ManifestRow:
 
 
 def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[ManifestRow]:
-    """A shard's rows, in the order of its `items`, the first of which is line `first`."""
+    """Return a shard's rows in the order of its `items`. The first item is line `first`."""
     facts, shard = file.metadata, file.path.name
     places = {name: place for place, name in enumerate(file.ids)}
     errors = {error.id: error for error in file.errors}
-    patches_per_row = facts["patches_per_row"]  # None for one row an image
+    patches_per_row = facts["patches_per_row"]  # None for one row per image
     grids = file.image_grid_thw.tolist()
     tokens = [1 if patches_per_row is None else math.prod(g) // patches_per_row for g in grids]
     ends = [0, *accumulate(tokens)]
@@ -89,7 +89,7 @@ def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[Man
 
 
 def load_arrow() -> bool:
-    """Whether the manifest will be Parquet; call it early, because pyarrow takes memory."""
+    """Return whether the manifest will be Parquet. Call it early, because pyarrow takes memory."""
     try:
         import pyarrow.parquet  # type: ignore[import-untyped]  # noqa: F401
     except ImportError:
@@ -100,19 +100,19 @@ def load_arrow() -> bool:
 def write_manifest(
     folder: ExportFolder, shards: Callable[[], Iterable[Sequence[ManifestRow]]]
 ) -> AnyPath:
-    """Write the rows of `shards`, one shard after the other: Parquet where pyarrow is installed.
+    """Write the rows of `shards`, in order. Use Parquet if pyarrow is installed.
 
-    Where another machine writes the manifest at the same time, it is made again from all shards
-    that exist then.
+    If another machine writes the manifest at the same time, it writes the manifest again from all
+    shards that exist then.
 
-    Parquet holds only Unicode: in any other id or source the odd bytes are escaped, and `id_bytes`
-    has the whole id. JSON lines, and the listing, hold every name unchanged. Raises ExportError
-    where the system refuses to write.
+    Parquet stores only Unicode. It escapes other bytes in an id or source, and `id_bytes` has the
+    whole id. JSON lines and the listing keep every name unchanged. Raises ExportError if the system
+    does not allow writing.
     """
     has_arrow = load_arrow()
     name, other = (PARQUET, JSON_LINES) if has_arrow else (JSON_LINES, PARQUET)
     while True:
-        version = folder.version(name)  # before it is seen which shards exist
+        version = folder.version(name)  # read the version before listing the shards
         with atomic_file(folder.scratch / name) as file:
             if has_arrow:
                 _write_parquet(file, shards())
@@ -125,7 +125,7 @@ def write_manifest(
             break
         except ChangedError:
             continue
-    folder.remove(other)  # of a run with other packages installed
+    folder.remove(other)  # written by a run with other packages installed
     return folder / name
 
 

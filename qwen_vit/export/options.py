@@ -1,4 +1,4 @@
-"""How images are exported: the options, and the form that features take under them."""
+"""Define the options of an export, and the format of its rows."""
 
 from dataclasses import dataclass, field
 from typing import Literal, Self, get_args
@@ -25,40 +25,40 @@ STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """How images are exported.
+    """Choose how images are exported.
 
     >>> ExportOptions(output="mean", part=(2, 8)).shard_size
     512
 
     Attributes:
-        output: "merged" rows are what the language model takes, "patch" rows un-merged patches,
-            and "mean" is one row per image, the mean of its merged ones (in float32).
-        dtype: how rows are stored; None: as the encoder computes.
-        shard_size: images in a shard.
-        on_error: "skip" records an image that fails and goes on; "raise" stops there.
-        part: (I, N) takes every N-th shard, starting with the I-th.
-        max_failures: consecutive failures that stop an export, because something else must be
-            broken (0: never).
-        limits: bounds of what is decoded.
+        output: "merged" rows are the language model's input. "patch" rows are un-merged patches.
+            "mean" is one row per image, the float32 mean of its merged rows.
+        dtype: dtype of stored rows; None: the encoder's dtype.
+        shard_size: images per shard.
+        on_error: "skip" records an image that fails and continues; "raise" stops there.
+        part: (I, N) takes shards I, I+N, I+2N and so on.
+        max_failures: consecutive failures that stop an export, because they suggest one cause; 0
+            never stops.
+        limits: limits of decoded images.
         exif: "apply" or "ignore" the orientation in an image's EXIF, as in `encode`.
-        shard_seconds: how often an unfinished shard is saved, so that a killed export loses no more
-            than that; None: at an interrupt alone.
-        extend: whether new and changed images of the inputs are added to an existing export.
-        retry_failed: whether images that failed in an existing export are tried again.
-        accept_versions: whether an export is resumed with other versions, or on another kind of
-            GPU, than it was started with. Each shard records its own.
-        normalize: whether a mean is divided by its length, as in `encode`.
-        layers: blocks whose dense features are stored as well, as in `encode`.
-        column: the column of images in Parquet files; None: Parquet files are not read.
-        id_column: the column of their ids; None: a row's id is `file:row`.
+        shard_seconds: seconds between saves of an unfinished shard, the most that a killed export
+            loses; None: save only at an interrupt.
+        extend: whether to add new and changed images of the inputs to an existing export.
+        retry_failed: whether to try failed images of an existing export again.
+        accept_versions: whether to resume an export with other versions, or on another kind of GPU,
+            than at its start. Each shard records its versions and GPU.
+        normalize: whether to divide a mean by its length, as in `encode`.
+        layers: blocks whose dense features are also stored, as in `encode`.
+        column: the column of images in Parquet files; None: do not read Parquet files.
+        id_column: the column of ids in Parquet files; None: a row's id is `file:row`.
         video: which frames of videos are encoded, and at which size.
-        video_limits: bounds of a video.
-        as_video: whether an animated GIF, WebP or PNG is a video, not its first frame.
-        pages: "first", or "all" for each page of a TIFF and frame of an animation as an image of
-            its own; every image is then read when they are listed.
+        video_limits: limits of a video.
+        as_video: whether to encode an animated GIF, WebP or PNG as a video, not as its first frame.
+        pages: "first", or "all" to export each page of a TIFF and frame of an animation as an
+            image. "all" reads every image to list it.
 
     Raises:
-        ArgumentError: a value makes no sense.
+        ArgumentError: a value is invalid.
     """
 
     output: FeatureOutput = "merged"
@@ -84,7 +84,7 @@ class ExportOptions:
 
     @property
     def columns(self) -> ParquetColumns | None:
-        """The columns of Parquet files that are read."""
+        """Return the columns of Parquet files to read."""
         return ParquetColumns.of(self.column, self.id_column)
 
     def __post_init__(self) -> None:
@@ -119,10 +119,10 @@ class ExportOptions:
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """What the rows of an export are: its tensors, and the patches that a row stands for.
+    """Describe an export's rows: its tensors, and the number of patches per row.
 
     `tensors` are `image_embeds` and the layers in the order of their names. `patches_per_row` is
-    None if an image has one row, however many patches.
+    None if an image has one row for all its patches.
     """
 
     tensors: tuple[RowTensor, ...]
@@ -130,9 +130,9 @@ class RowFormat:
 
     @classmethod
     def of(cls, encoder: VisionEncoder, options: ExportOptions) -> Self:
-        """The form that an encoder's features take under these options.
+        """Return the row format of an encoder's features under these options.
 
-        Raises ArgumentError for a layer that the encoder's tower has not.
+        Raises ArgumentError for a layer that the encoder's tower lacks.
         """
         config = encoder.config
         check_layers(options.layers, config.depth)
@@ -147,7 +147,7 @@ class RowFormat:
         return cls((RowTensor(EMBEDS, width, dtype), *layers), per_row)
 
     def count(self, n_patches: int) -> int:
-        """The rows of an image.
+        """Return the number of rows of an image.
 
         >>> RowFormat((), 4).count(24)
         6
@@ -155,7 +155,7 @@ class RowFormat:
         return 1 if self.patches_per_row is None else n_patches // self.patches_per_row
 
     def n_bytes(self, n_rows: int, n_patches: int) -> int:
-        """What so many rows, and the layers of so many patches, take.
+        """Return the bytes of `n_rows` rows and of the layers of `n_patches` patches.
 
         >>> RowFormat((RowTensor("image_embeds", 8, torch.float32),), 4).n_bytes(6, 24)
         192

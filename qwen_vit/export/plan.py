@@ -1,4 +1,4 @@
-"""The plan of an export: its frozen listing, its settings, its folder."""
+"""Plan an export: its frozen listing, its settings and its folder."""
 
 import json
 import logging
@@ -55,9 +55,10 @@ __all__ = [
 
 logger = logging.getLogger("qwen_vit")
 
-# Of a shard's head, for each image: grid, offset, size, notes, hashes; and a hash of each tensor.
+# Bytes in a shard's header, for each image: grid, offset, size, notes, hashes; and for each tensor:
+# a hash.
 IMAGE_HEAD_BYTES, TENSOR_HEAD_BYTES = 420, 100
-MOMENT_BYTES = 14  # of each frame of a video
+MOMENT_BYTES = 14  # for each frame of a video
 LEFTOVER = re.compile(
     r"\.+(?:shard-(\d{8})\.|listing-(\d+)-of-(\d+)\b|listing-\d+\.|export\.|manifest\.).*\.tmp"
 )
@@ -65,9 +66,9 @@ LEFTOVER = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """A running export: everything except the encoder that a worker needs to make a shard.
+    """Describe a running export: everything except the encoder that a worker needs for a shard.
 
-    It can be pickled. `settings` are those of export.json, which every shard repeats in its
+    It can be pickled. `settings` are the settings of export.json, which every shard repeats in its
     metadata.
     """
 
@@ -75,45 +76,46 @@ class ExportPlan:
     settings: Mapping[str, Any]
     listing: Listings
     options: ExportOptions
-    made_by: Mapping[str, Any] = field(default_factory=dict)  # the versions and the GPU of now
-    accepted: Sequence[Mapping[str, Any]] = ()  # those of other shards, besides the settings' own
+    made_by: Mapping[str, Any] = field(default_factory=dict)  # this run's versions and GPU
+    # versions of other shards, besides the settings' versions
+    accepted: Sequence[Mapping[str, Any]] = ()
 
     @property
     def all_shards(self) -> range:
-        """The shards of every part."""
+        """Return the shards of every part."""
         return range(self.listing.n_shards)
 
     @property
     def shards(self) -> range:
-        """The shards of this part."""
+        """Return the shards of this part."""
         number, count = self.options.part
         return self.all_shards[number - 1 :: count]
 
     @property
     def n_images(self) -> int:
-        """The lines of this part; an image that was tried again has several."""
+        """Return the number of lines of this part. A retried image has several lines."""
         return sum(map(self.listing.shard_length, self.shards))
 
     def path(self, shard: int) -> AnyPath:
-        """A shard's file, where it is when it is whole."""
+        """Return the path or address of a finished shard."""
         return self.folder / shard_name(shard)
 
     def has(self, shard: int) -> bool:
-        """Whether a shard's file exists."""
+        """Return whether a shard's file exists."""
         return self.folder.has(shard_name(shard))
 
     def existing(self) -> set[int]:
-        """The shards of every part that exist."""
+        """Return the existing shards of every part."""
         found = self.folder.which_exist(map(shard_name, self.all_shards))
         return {shard for shard in self.all_shards if shard_name(shard) in found}
 
     def has_any(self) -> bool:
-        """Whether a shard of this part exists."""
+        """Return whether a shard of this part exists."""
         found = self.folder.names()
         return any(shard_name(shard) in found for shard in self.shards)
 
     def on_this_host(self) -> Self:
-        """The plan where it was sent to: its listings are fetched where they are not at hand."""
+        """Return the plan for the current host, and fetch listings that this host lacks."""
         listings = [
             replace(each, path=self.folder.fetch(each.path.name, each.sha256) or each.path)
             for each in self.listing.all
@@ -121,11 +123,11 @@ class ExportPlan:
         return replace(self, listing=replace(self.listing, all=tuple(listings)))
 
     def settings_of(self, shard: int) -> dict[str, Any]:
-        """The settings that a shard repeats if it is made now."""
+        """Return the settings that a shard repeats if this run makes it."""
         return {**self.settings, **self.made_by, **self.listing.facts_of(shard)}
 
     def has_settings(self, shard: int, metadata: Mapping[str, Any]) -> bool:
-        """Whether a shard's metadata are of this export."""
+        """Return whether a shard's metadata belongs to this export."""
         settings = {**self.settings, **self.listing.facts_of(shard)}
         return is_made_by(metadata, settings, self.accepted)
 
@@ -135,15 +137,14 @@ def open_export(
     encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]] | None,
     folder: PathOrAddress | ExportFolder, options: ExportOptions,
 ) -> Iterator[ExportPlan]:  # fmt: skip
-    """Begin or resume an export. The folder is locked while the block runs.
+    """Begin or resume an export. Lock the folder while the block runs.
 
     >>> with open_export(encoder, ["photos"], Path("out"), ExportOptions()) as plan:
     ...     print(plan.n_images)  # doctest: +SKIP
 
-    Raises ExportError, before any image is read, for a folder that is not an export's or that
-    another process is writing. Resuming with different inputs or settings is an ExportError that
-    names the difference. Inputs of None are those of the export in the folder; their changes are
-    logged.
+    Raises ExportError, before it reads any image, if the folder is not an export or another process
+    writes to it. If inputs or settings differ from the export's, the error names the difference.
+    With inputs of None, it resumes with the inputs of the existing export and logs their changes.
     """
     paths, folder = None if inputs is None else _paths(inputs), as_folder(folder)
     if paths is None:
@@ -156,7 +157,7 @@ def open_export(
             settings = make_settings(encoder, options, has_videos=has_videos)  # slow
             with short_lock(folder.scratch):
                 plan = _begin_among_others(settings, paths, found, folder, options)
-        finally:  # unless it was moved
+        finally:  # removes it unless it was moved
             if found is not None:
                 found.path.unlink(missing_ok=True)
         folder.check_conditions(SETTINGS)
@@ -167,12 +168,12 @@ def open_export(
 
 
 def check_folder(folder: PathOrAddress, *, make: bool = True) -> None:
-    """Make the folder, or raise ExportError for one that holds anything but an export."""
+    """Make the folder, or raise ExportError if it contains anything except an export."""
     as_folder(folder).check(SETTINGS, LEFTOVER, make=make)
 
 
 def check_is_export(folder: PathOrAddress | ExportFolder) -> None:
-    """Raise ExportError unless a folder holds an export to resume."""
+    """Raise ExportError if the folder contains no export to resume."""
     if not as_folder(folder).has(SETTINGS):
         raise ExportError(
             "no export to resume",
@@ -187,9 +188,10 @@ def check_is_export(folder: PathOrAddress | ExportFolder) -> None:
 def _find(
     paths: Sequence[str] | None, folder: ExportFolder, scratch: Path, options: ExportOptions
 ) -> Listing | None:
-    """The listing of the inputs, frozen in `scratch`.
+    """Return the listing of the inputs, frozen in `scratch`.
 
-    Without paths it is that of the export's own inputs, or None if they cannot be listed from here.
+    Without paths, it lists the existing export's own inputs. It returns None if this machine cannot
+    list them.
     """
     if paths is not None:
         return _list(paths, scratch, options)
@@ -219,7 +221,7 @@ def _is_absolute(path: str) -> bool:
 
 
 def _has_videos(found: Listing | None, folder: ExportFolder) -> bool:
-    """Whether the inputs hold videos, or those of the export in the folder did."""
+    """Return whether the inputs, or the inputs of the existing export, include videos."""
     if found is not None and found.n_videos:
         return True
     is_begun = folder.has(SETTINGS)
@@ -230,7 +232,7 @@ def _begin_among_others(
     settings: Mapping[str, Any], paths: Sequence[str] | None, found: Listing | None,
     folder: ExportFolder, options: ExportOptions,
 ) -> ExportPlan:  # fmt: skip
-    """As `_begin_or_resume`; where another machine began or extended it, the export is resumed."""
+    """Run `_begin_or_resume`. If another machine began or extended the export first, resume it."""
     try:
         return _begin_or_resume(settings, paths, found, folder, options)
     except ChangedError:
@@ -241,11 +243,11 @@ def _begin_or_resume(
     settings: Mapping[str, Any], paths: Sequence[str] | None, found: Listing | None,
     folder: ExportFolder, options: ExportOptions, scratch: Path | None = None,
 ) -> ExportPlan:  # fmt: skip
-    """The plan of a new or an existing export; with `scratch`, the folder is left alone."""
+    """Return the plan of a new or existing export. With `scratch`, leave the folder unchanged."""
     inputs = {"paths": paths, "folder": os.getcwd(), **_columns(options)}
     stored = read_stored(folder, found, options)
     if stored is None:
-        if found is None:  # its settings vanished since they were checked
+        if found is None:  # another process removed its settings after the check
             raise ExportError("no export to resume", name=str(folder), remedy="begin it again")
         stored = StoredExport.new(folder, settings, found, inputs)
         if scratch is None:
@@ -280,7 +282,7 @@ def _columns(options: ExportOptions) -> dict[str, Any]:
 
 
 def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) -> int:
-    """The bytes to reserve for a shard's header. They follow from the plan, not from the images."""
+    """Return the bytes to reserve for a shard's header, from the plan and not from the images."""
     names = [name for item in items for name in (item.id, item.source)]
     text = json.dumps({**settings, "ids": names})
     policy = settings.get("image_policy", {}).get("video") or {}
@@ -291,10 +293,11 @@ def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) ->
 
 
 def _check_heads(plan: ExportPlan) -> None:
-    """Raise ExportError for shards of more images than a header can name, before any is made."""
+    """Raise ExportError if shards have more images than a header can name, before making any."""
     for shard in plan.shards:
         n_images = plan.listing.shard_length(shard)
-        if n_images * IMAGE_HEAD_BYTES < MAX_HEADER_BYTES // 16:  # its names take no 5,000 bytes
+        # its names need less than 5,000 bytes
+        if n_images * IMAGE_HEAD_BYTES < MAX_HEADER_BYTES // 16:
             continue
         room = reserved_header_bytes(plan.listing.shard(shard), plan.settings_of(shard))
         if room > MAX_HEADER_BYTES:
@@ -332,9 +335,10 @@ def plan_dry_run(
     encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]] | None,
     folder: ExportFolder | None, options: ExportOptions,
 ) -> Iterator[ExportPlan]:  # fmt: skip
-    """The plan of an export, for an estimate. Its files are removed when the block ends.
+    """Return the plan of an export, for an estimate. Remove its files when the block ends.
 
-    Raises as `open_export` does, for the inputs and for the folder, unless that is None.
+    For the inputs, it raises the errors of `open_export`. It also checks the folder, unless
+    `folder` is None.
     """
     paths = None if inputs is None else _paths(inputs)
     if folder is not None:
@@ -390,5 +394,5 @@ def remove_leftovers(plan: ExportPlan) -> None:
                 with suppress(OSError):
                     (folder.scratch / name).unlink(missing_ok=True)
         for shard, firsts in find_segments(folder).items():
-            if shard in shards and plan.has(shard):  # whole since
+            if shard in shards and plan.has(shard):  # the shard was completed afterwards
                 remove_segments(folder, shard, firsts)

@@ -1,4 +1,4 @@
-"""The progress of an export: a bar on a terminal, lines in a log."""
+"""Show the progress of an export: a progress bar on a terminal, lines in a log."""
 
 import logging
 import sys
@@ -24,18 +24,18 @@ MAX_FAILURES_LOGGED = 20
 
 
 class _Lines:
-    """Writes whole lines to a log, where a terminal has one line that is overwritten."""
+    """Write whole lines to a log, which cannot overwrite a line as a terminal does."""
 
     def write(self, text: str) -> None:
         if line := text.strip():
             sys.stderr.write(f"{line}\n")
 
     def flush(self) -> None:
-        """Nothing to do: every line is already written."""
+        """Do nothing, because every line is already written."""
 
 
 class Progress:
-    """A bar on a terminal, a line a minute in a log; both log the first failures."""
+    """Show a progress bar on a terminal or a line a minute in a log, and log the first failures."""
 
     def __init__(self, plan: ExportPlan, is_shown: bool) -> None:
         how: dict[str, Any] = {"file": sys.stderr}
@@ -80,7 +80,7 @@ class Progress:
             self.bar.update()
 
     def skip(self, count: int) -> None:
-        """Count images that were exported before: they must not change the measured speed."""
+        """Count images of earlier runs without changing the measured speed."""
         if not self.bar.disable:
             self.bar.initial += count
             self.bar.update(count)

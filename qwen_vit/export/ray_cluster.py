@@ -1,7 +1,7 @@
-"""The same export on a Ray cluster: workers make the shards, and this process counts them.
+"""Run an export on a Ray cluster: workers make the shards, and this process counts them.
 
-Ray restarts dead workers, on another node if needed, and retries their tasks. That is safe because
-a shard exists completely or not at all, and its bytes follow from the plan for every worker.
+Ray restarts dead workers, on another node if needed, and retries their tasks. A retry is safe,
+because a shard exists completely or not at all. Its bytes follow from the plan for every worker.
 """
 
 import logging
@@ -42,10 +42,10 @@ __all__ = ["export_on_ray"]
 logger = logging.getLogger("qwen_vit")
 
 CONNECT_TIMEOUT_S = 10.0
-MAX_TASK_RETRIES = 25  # of one shard: after so many dead workers, the shard is the cause
-STOP_TIMEOUT_S = 10.0  # for workers to keep what they encoded
-CONTROL = "control"  # a thread of its own in each worker, so that `stop` waits for no shard
-SHARDS_AT_A_TIME = 2  # of a GPU: it encodes one while threads read or write the other
+MAX_TASK_RETRIES = 25  # of one shard: after that many dead workers, the shard is the cause
+STOP_TIMEOUT_S = 10.0  # for workers to save what they encoded
+CONTROL = "control"  # a separate thread in each worker, so that `stop` need not wait for a shard
+SHARDS_AT_A_TIME = 2  # per GPU: it encodes one while threads read or write the other
 
 
 def export_on_ray(
@@ -62,7 +62,7 @@ def export_on_ray(
     ec_cache: str | os.PathLike[str] | None = None,
     **loading: Any,
 ) -> ExportReport:
-    """Export with one worker for each GPU of a Ray cluster, or each CPU if it has no GPU.
+    """Export with one worker for each GPU of a Ray cluster, or for each CPU without GPUs.
 
     >>> export_on_ray("tiny", ["tests/photographs"], "features").exported  # doctest: +SKIP
     3
@@ -70,24 +70,24 @@ def export_on_ray(
     Images, checkpoint and `folder` must have the same paths on every node.
 
     Args:
-        model: as in `VisionEncoder.from_pretrained`, to which `loading` goes as well.
+        model: as in `VisionEncoder.from_pretrained`, which also gets `loading`.
         inputs: as in `export_features`.
         folder: as in `export_features`.
         options: as in `export_features`.
         confirm: as in `export_features`.
         show_progress: as in `export_features`.
         decode_threads: as in `export_features`.
-        ec_cache: as in `export_features`; this process writes the encoder cache.
-        address: the cluster's; None: that of RAY_ADDRESS, or of this machine, where one is started
-            if there is none.
+        ec_cache: as in `export_features`. This process writes the encoder cache.
+        address: the cluster's address; None: RAY_ADDRESS, or a cluster on this machine, which Ray
+            starts if necessary.
         device: "auto", "cuda" or "cpu".
 
     Raises:
-        ExportError: the cluster cannot be reached; and as `export_features` does.
+        ExportError: the cluster cannot be reached, or `export_features` would raise it.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ArgumentError(f"device is {device!r}", expected="'auto', 'cuda' or 'cpu' with Ray")
-    thread_count(decode_threads)  # raises before a cluster is started
+    thread_count(decode_threads)  # raises before Ray starts a cluster
     options, waits = options or ExportOptions(), dict.fromkeys(STAGES, 0.0)
     model = os.path.abspath(model) if os.path.isdir(model) else model
     load = partial(load_encoder, model, options, device=device, **loading)
@@ -119,7 +119,7 @@ def export_on_ray(
                 logger.warning("interrupted: saving encoded images; once more to stop at once")
                 workers.stop()
                 raise
-            finally:  # of an interrupted export as well
+            finally:  # also after an interrupt
                 workers.end()
                 remove_leftovers(plan)  # temporary files of dead workers
             return counts.report(plan, make_manifest(plan), waits)
@@ -159,7 +159,7 @@ def _size(plan: ExportPlan, shard: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Description:
-    """An encoder of another process."""
+    """Describe an encoder of another process."""
 
     facts: dict[str, Any]
 
@@ -168,7 +168,7 @@ class _Description:
 
 
 class _Worker:
-    """One encoder, in a process of its own on any node; Ray calls it."""
+    """Run one encoder in a separate process on any node, which Ray calls."""
 
     def __init__(self, load: Callable[[], VisionEncoder], decode_threads: int | None) -> None:
         self._load, self._decode_threads = load, decode_threads
@@ -179,25 +179,26 @@ class _Worker:
 
     @property
     def _encoder(self) -> VisionEncoder:
-        with self._loading:  # not in __init__, where an error would count as a dead worker
+        with self._loading:  # not in __init__, where Ray would count an error as a dead worker
             if self._loaded is None:
                 self._loaded = self._load()
             return self._loaded
 
     def describe(self, options: ExportOptions) -> _Description:
-        RowFormat.of(self._encoder, options)  # refuses a layer that the tower has not
+        RowFormat.of(self._encoder, options)  # raises for a layer that the tower lacks
         return _Description(self._encoder.metadata())
 
     def estimate(self, plan: ExportPlan) -> Estimate:
         return estimate_plan(self._encoder, plan)
 
     def export(self, plan: ExportPlan, shard: int) -> tuple[DoneShard, dict[str, float]] | None:
-        """Make one shard on the disk. Returns its rows of the manifest and its waits.
+        """Write one shard. Return its rows of the manifest and its waits.
 
         Returns None if `stop` was called before the shard was complete.
         """
         metadata = self._encoder.metadata()
-        for name, expected in plan.made_by.items():  # its bits may differ
+        # the shard's bits may differ with other versions
+        for name, expected in plan.made_by.items():
             if metadata[name] != expected:
                 raise ExportError(
                     f"a worker has the {'GPU' if name == 'gpu' else name} {metadata[name]}",
@@ -212,13 +213,14 @@ class _Worker:
                     self._encoder, plan, [shard], decode_threads=self._decode_threads, clock=clock,
                     is_stopped=lambda: self._is_stopped,
                 )  # fmt: skip
-            except KeyboardInterrupt:  # of `stop`: Ray would take it for a cancelled task
+            except KeyboardInterrupt:  # from `stop`: Ray would treat it as a cancelled task
                 return None
-        # new even where it exists: its worker died after writing it, and Ray retried the task
+        # count it as new even if it exists: its worker died after writing it, and Ray retried the
+        # task
         return done._replace(n_kept=0), clock.seconds()
 
     def stop(self) -> None:
-        """End the shards in progress, and return when what was encoded is kept."""
+        """End the shards in progress, and return when the encoded images are saved."""
         self._is_stopped = True
         with self._at_rest:
             self._at_rest.wait_for(lambda: self._running == 0, STOP_TIMEOUT_S)
@@ -236,7 +238,7 @@ class _Worker:
 
 
 class _Workers:
-    """One worker for each GPU of the cluster, or each CPU, but no more than there are shards."""
+    """Start one worker for each GPU of the cluster, or each CPU, up to the number of shards."""
 
     def __init__(
         self, load: Callable[[], VisionEncoder], device: str, decode_threads: int | None
@@ -251,9 +253,9 @@ class _Workers:
             raise ArgumentError(
                 "device is 'cuda', but the Ray cluster has no GPU", remedy="use 'cpu'"
             )
-        # on a CPU a second shard at a time would wait for the same cores
+        # on a CPU, two shards at a time would compete for the same cores
         self._at_a_time = SHARDS_AT_A_TIME if n_gpus else 1
-        remote: Any = ray.remote  # its stub has no concurrency_groups
+        remote: Any = ray.remote  # Ray's stub has no concurrency_groups
         self._actor = remote(concurrency_groups={CONTROL: 1})(_Worker).options(
             num_cpus=1,
             num_gpus=1 if n_gpus else 0,
@@ -266,7 +268,7 @@ class _Workers:
         self._actors = [self._actor.remote(*self._arguments)]
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """The answer of one worker."""
+        """Return the answer of one worker."""
         import ray
 
         with _plain_errors():
@@ -275,11 +277,11 @@ class _Workers:
     def export(
         self, plan: ExportPlan, shards: Sequence[int]
     ) -> Iterator[tuple[DoneShard, dict[str, float]]]:
-        """Shards in the order in which they are finished."""
+        """Yield shards in the order in which workers finish them."""
         import ray
         from ray.util import ActorPool
 
-        if len(shards) == len(plan.shards):  # otherwise earlier runs made some
+        if len(shards) == len(plan.shards):  # otherwise earlier runs made some shards
             warn_of_idle(len(shards), self._max_workers, "workers")
         sent = ray.put(plan)
         while len(self._actors) < min(self._max_workers, len(shards)):
@@ -293,21 +295,21 @@ class _Workers:
                 result = pool.get_next_unordered()
             if result is not None:
                 yield result
-            # an idle worker makes room: Ray may restart a dead node's worker there
+            # end an idle worker: Ray may restart a dead node's worker there
             while (actor := pool.pop_idle()) is not None:
                 idle[actor] += 1
                 if idle[actor] == self._at_a_time:
                     ray.kill(actor)
 
     def stop(self) -> None:
-        """Let all workers keep what they encoded."""
+        """Make all workers save the images that they encoded."""
         import ray
 
         asked = [actor.stop.options(concurrency_group=CONTROL).remote() for actor in self._actors]
         ray.wait(asked, num_returns=len(asked), timeout=STOP_TIMEOUT_S)
 
     def end(self) -> None:
-        """End all workers at once, those that have ended included."""
+        """End all workers at once, including workers that have already ended."""
         import ray
 
         for actor in self._actors:
@@ -315,7 +317,7 @@ class _Workers:
 
 
 def _threads_of_a_shard(wanted: int | None, resources: Mapping[str, float]) -> int:
-    """Loader threads of one shard: a GPU's share of the cores, divided by its shards.
+    """Return the loader threads of one shard: a GPU's share of the cores, divided by its shards.
 
     An encoder on a CPU uses the cores itself.
     """
@@ -330,14 +332,14 @@ def _threads_of_a_shard(wanted: int | None, resources: Mapping[str, float]) -> i
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
-    """Connect to a cluster while the block runs; its workers end with it."""
+    """Connect to a cluster while the block runs. Disconnecting ends this run's workers."""
     try:
         import ray
     except ImportError:
         raise ExportError(
             "Ray is not installed", remedy="run pip install 'qwen-vit[ray]'"
         ) from None
-    if ray.is_initialized():  # by our caller
+    if ray.is_initialized():  # our caller connected
         yield
         return
     try:
@@ -351,7 +353,7 @@ def _cluster(address: str | None) -> Iterator[None]:
             + Wording("pass its address", shell="write --ray=ADDRESS, or --ray last"),
         ) from None
     try:
-        with redirect_stdout(sys.stderr):  # Ray prints warnings to stdout, where our data goes
+        with redirect_stdout(sys.stderr):  # Ray prints warnings to stdout, which is for our data
             yield
     finally:
         ray.shutdown()
@@ -359,7 +361,7 @@ def _cluster(address: str | None) -> Iterator[None]:
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Restore signal handlers: Ray's own would end the process without a message."""
+    """Restore signal handlers, because Ray's handlers would end the process without a message."""
     is_main = current_thread() is main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
     before = {number: signal.getsignal(number) for number in numbers}
@@ -371,7 +373,7 @@ def _handlers_kept() -> Iterator[None]:
 
 
 def check_reachable(address: str | None) -> None:
-    """Raise OSError if HOST:PORT refuses a connection: Ray itself would retry for minutes."""
+    """Raise OSError if HOST:PORT refuses a connection, because Ray would retry for minutes."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
@@ -379,7 +381,7 @@ def check_reachable(address: str | None) -> None:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Raise a worker's own errors unchanged, and Ray's with a remedy."""
+    """Raise a worker's own errors unchanged. Raise Ray's errors with a remedy."""
     from ray.exceptions import RayActorError, RayTaskError
 
     try:

@@ -1,4 +1,4 @@
-"""The records between the stages of an export: images, the start of a shard, a finished shard."""
+"""Define the records between an export's stages: images, shard starts, finished shards."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,36 +19,37 @@ __all__ = [
 # The stages that an export may wait for.
 STAGES = READ, ENCODE, COPY, WRITE, REST = "read and decode", "encode", "copy back", "write", "rest"
 
-ROW_BYTES = 1_000  # of the manifest, in memory, or more
+ROW_BYTES = 1_000  # of the manifest, in memory, at least
 
 
 @dataclass(slots=True)
 class ImageRecord:
-    """One image on its way into a shard. Each stage adds its results."""
+    """Describe one image on its way into a shard. Each stage adds its results."""
 
     item: Item
-    place: int = 0  # in its shard
+    place: int = 0  # the image's place in its shard
     sha256: str = ""
     size_px: tuple[int, int] = UNKNOWN_SIZE
     notes: tuple[str, ...] = ()
     grid_thw: tuple[int, int, int] = (0, 0, 0)
-    patches: Patches | None = None  # from its file to the encoder
-    timing: VideoTiming | None = None  # of a video
-    n_rows: int = 0  # of its features, as they are stored
+    patches: Patches | None = None  # exists between decoding and encoding
+    timing: VideoTiming | None = None  # only for a video
+    n_rows: int = 0  # the number of its stored features
     stage: str = "read"
     error: ImageError | None = None
 
     @property
     def n_bytes(self) -> int:
-        """Its bytes in memory until it is encoded."""
+        """Return the image's bytes in memory until it is encoded."""
         return 0 if self.patches is None else self.patches.pixels.nbytes
 
 
 class ShardStart(NamedTuple):
-    """Precedes a shard's images; a shard that exists already has its `rows`, and no images.
+    """Precede a shard's images. An existing shard has `rows` and no images.
 
-    Images that an earlier run kept are in `segments`; they do not follow. `firsts` has the places
-    of all segments, damaged ones included. `replaces` says that a shard exists that is made again.
+    `segments` contain images that an earlier run saved; these images do not follow. `firsts` has
+    the first places of all segments, including damaged ones. `replaces` marks a shard that exists
+    and is made again.
     """
 
     shard: int
@@ -60,12 +61,12 @@ class ShardStart(NamedTuple):
 
     @property
     def n_bytes(self) -> int:
-        """Its bytes in memory."""
+        """Return the record's bytes in memory."""
         return ROW_BYTES * len(self.rows or ())
 
 
 class DoneShard(NamedTuple):
-    """A whole shard and its rows of the manifest, of which earlier runs made the first."""
+    """Describe a finished shard: its manifest rows, of which earlier runs made the first ones."""
 
     shard: int
     rows: list[ManifestRow]

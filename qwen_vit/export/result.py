@@ -1,4 +1,4 @@
-"""The result of an export, counted by shard."""
+"""Report the result of an export, counted by shard."""
 
 import time
 from collections import Counter
@@ -16,20 +16,20 @@ __all__ = ["ExportCounts", "ExportReport"]
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """The result of an export: the images of its part, those of earlier runs included.
+    """Count an export's images in its part, including the images of earlier runs.
 
     Attributes:
-        images: how many images the part has.
-        exported: how many of them have features.
-        failed: how many images failed, by the code of their error.
-        failed_earlier: how many of them failed before this run.
-        resumed: images that earlier runs exported, or tried.
-        rows: those of the part's shards.
-        bytes: those of the part's shards.
+        images: the number of images in the part.
+        exported: the number of these images with features.
+        failed: the number of failed images, by error code.
+        failed_earlier: the number of these images that failed before this run.
+        resumed: images that earlier runs exported or tried.
+        rows: rows of the part's shards.
+        bytes: bytes of the part's shards.
         seconds: the duration of this run.
-        waits: the seconds of this run that each stage made it wait.
-        shards: those of the whole folder.
-        shards_missing: those of the whole folder; other parts may still make them.
+        waits: the seconds that this run waited for each stage.
+        shards: shards of the whole folder.
+        shards_missing: missing shards of the whole folder, which other parts may still make.
     """
 
     folder: AnyPath
@@ -47,13 +47,13 @@ class ExportReport:
     failed_earlier: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """The same for a JSON document."""
+        """Return the report as a JSON document."""
         return {**asdict(self), "folder": str(self.folder), "manifest": str(self.manifest)}
 
 
 @dataclass(slots=True)
 class ExportCounts:
-    """The counts of an export so far; images that a later listing replaced do not count."""
+    """Count an export so far. Images that a later listing replaced do not count."""
 
     current: CurrentImages
 
@@ -66,7 +66,7 @@ class ExportCounts:
     start: float = field(default_factory=time.monotonic)
 
     def count(self, plan: ExportPlan, done: DoneShard) -> None:
-        """Add a whole shard."""
+        """Add a finished shard."""
         rows = self.current.rows(done.shard, done.rows)
         good = [row for row in rows if row.status == "ok"]
         self.failed.update(row.error_code or "" for row in rows if row.status != "ok")
@@ -78,7 +78,7 @@ class ExportCounts:
         self.bytes += plan.folder.size(shard_name(done.shard))
 
     def report(self, plan: ExportPlan, manifest: AnyPath, waits: dict[str, float]) -> ExportReport:
-        """The report of an export that has ended; `waits` are seconds by stage."""
+        """Return the report of an export that has ended. `waits` are seconds by stage."""
         return ExportReport(
             plan.folder.place, manifest, self.current.count(plan.shards), self.exported,
             dict(self.failed.most_common()), self.resumed, self.rows, self.bytes,

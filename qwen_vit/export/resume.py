@@ -1,4 +1,4 @@
-"""The model and the options that an export was started with, to resume it without them."""
+"""Read the model and options of an existing export, to resume it without naming them."""
 
 import os
 from dataclasses import dataclass, fields
@@ -18,12 +18,12 @@ __all__ = ["StartOptions", "read_start_options"]
 
 @dataclass(frozen=True, slots=True)
 class StartOptions:
-    """What an export was started with.
+    """Describe the model and options that an export was started with.
 
     Attributes:
         model: a repository, a folder, or "tiny".
         loading: other arguments of `VisionEncoder.from_pretrained`.
-        options: those that decide what the shards hold.
+        options: the options that decide the shards' content.
     """
 
     model: str
@@ -32,13 +32,13 @@ class StartOptions:
 
 
 def read_start_options(folder: AnyPath) -> StartOptions:
-    """The model and the options of the export in a folder.
+    """Return the model and options of the export in a folder.
 
     >>> start = read_start_options(Path("features"))  # doctest: +SKIP
     >>> encoder = load_encoder(start.model, start.options, **start.loading)  # doctest: +SKIP
     >>> export_features(encoder, None, "features", start.options)  # doctest: +SKIP
 
-    Raises ExportError if the folder holds no export, or its settings cannot be read.
+    Raises ExportError if the folder contains no export, or if its settings cannot be read.
     """
     check_is_export(folder)
     try:
@@ -46,7 +46,8 @@ def read_start_options(folder: AnyPath) -> StartOptions:
         policy, inputs = stored["image_policy"], stored.get("inputs", {})
         known = {field.name for field in fields(ImageLimits)}
         bounds: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value  # as before JSON
+            # JSON turned tuples into lists
+            name: tuple(value) if isinstance(value, list) else value
             for name, value in stored["limits"].items()
             if name in known
         }

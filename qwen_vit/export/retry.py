@@ -1,4 +1,4 @@
-"""Failures that may have passed, such as those of an outage: their shards are made again."""
+"""Find failures that may be temporary, such as an outage, and make their shards again."""
 
 from collections.abc import Sequence
 from types import TracebackType
@@ -21,10 +21,10 @@ TRANSIENT = ("missing", "unreadable", "memory", "out-of-memory")
 
 
 def may_work_now(plan: ExportPlan, shard: int, rows: Sequence[ManifestRow]) -> bool:
-    """Whether an image of a finished shard, whose error may have passed, works now.
+    """Return whether an image of a finished shard works now after a possibly temporary error.
 
-    An image that was missing, unreadable or too large for the memory is tried once. Where one
-    works, its shard is made again.
+    It tries an image once that was missing, unreadable or too large for the memory. If the image
+    works, the export makes its shard again.
     """
     current = plan.listing.current  # a later listing may have tried an image again
     failed = [
@@ -49,7 +49,7 @@ def _works_now(item: Item, code: str, limits: ImageLimits) -> bool:
 
 
 class FailingRun:
-    """Removes the shards of a run of failures, if the run stops the export.
+    """Remove the shards of a run of consecutive failures, if the run stops the export.
 
     >>> with FailingRun(plan) as run:  # doctest: +SKIP
     ...     for done in export_shards(encoder, plan, plan.shards):
@@ -61,7 +61,7 @@ class FailingRun:
         self._shards: list[int] = []
 
     def add(self, done: DoneShard) -> None:
-        """Count a finished shard: it ends the run before it, goes on with it, or begins one."""
+        """Count a finished shard, which ends, continues or begins a run of failures."""
         failed = [row.error_code is not None for row in done.rows]
         self._shards = [*self._shards, done.shard] if all(failed) else [done.shard][: failed[-1]]
 

@@ -1,9 +1,9 @@
-"""Bulk export: images -> shards of features, in a folder that survives interrupts.
+"""Export images to shards of features, in a folder that a later run can resume.
 
-The listing is frozen first. Its line i belongs to shard i // shard_size, a feature file whose bytes
-follow from the listing and the settings alone. A shard exists completely or not at all, and has the
-features or the error of each of its images. The missing shards are therefore the remaining work,
-and any worker can make them, at any time, in any order.
+It freezes the listing first. Line i of the listing belongs to shard i // shard_size. A shard is a
+feature file whose bytes follow only from the listing and the settings. A shard exists completely or
+not at all. It has the features or the error of each of its images. The missing shards are therefore
+the remaining work. Any worker can make them, at any time, in any order.
 """
 
 import logging
@@ -54,27 +54,26 @@ def export_features(
     >>> export_features(encoder, ["tests/photographs"], "features").exported  # doctest: +SKIP
     3
 
-    A second call makes the missing shards after any interrupt. Read the folder with
+    After an interrupt, a second call makes the missing shards. Read the folder with
     `load_features`.
 
     Args:
         inputs: paths of images, folders, patterns, tars and lists; None: resume with the images
             that the export lists.
-        folder: a new or empty folder, or an export to resume; an address such as
-            "s3://bucket/features" as well.
-        confirm: is called with an estimate before a new export begins, and may raise.
-        show_progress: a bar on a terminal, a line a minute in a log.
-        decode_threads: threads that read, decode and resize: one for two cores, 2 to 16, if not
-            given.
-        ec_cache: a folder for vLLM's encoder cache, which is written as well, shard by shard: see
+        folder: a new or empty folder, or an export to resume. It may be an address such as
+            "s3://bucket/features".
+        confirm: a function that gets an estimate before a new export begins, and may raise.
+        show_progress: show a progress bar on a terminal, or a line per minute in a log.
+        decode_threads: threads that read, decode and resize. [default: one per two cores, 2 to 16]
+        ec_cache: a folder for vLLM's encoder cache, which it also writes after each shard: see
             `integrations.vllm.write_ec_cache`.
-        stop: signals that end the export after the batch in progress, as an interrupt.
+        stop: signals that end the export after the batch in progress, as an interrupt does.
 
     Raises:
-        KeyboardInterrupt: the export was interrupted. What was encoded is kept for the next run.
+        KeyboardInterrupt: the export was interrupted. It saved the encoded images for the next run.
         ExportError: the folder, the inputs or the settings do not fit, or the disk is full.
-        ImageError: the first image that fails, with on_error="raise".
-        ArgumentError: an argument makes no sense.
+        ImageError: an image failed, with on_error="raise".
+        ArgumentError: an argument is invalid.
     """
     if not hasattr(encoder, "image_config"):
         raise ArgumentError(
@@ -85,7 +84,7 @@ def export_features(
     if not isinstance(options, ExportOptions | None):
         raise ArgumentError(f"options is {options!r}", expected="ExportOptions or None")
     options = options or ExportOptions()
-    thread_count(decode_threads)  # these two raise before a folder is made
+    thread_count(decode_threads)  # these two raise before a folder exists
     RowFormat.of(encoder, options)
     load_arrow()
     clock = StageTimer(REST)
@@ -116,12 +115,12 @@ def export_features(
 def load_encoder(
     model: str | os.PathLike[str], options: ExportOptions, *, device: str = "auto", **loading: Any
 ) -> VisionEncoder:
-    """Load an encoder: a GPU computes in the type that is stored, a CPU in float32.
+    """Load an encoder. A GPU computes in the stored dtype, and a CPU in float32.
 
     >>> load_encoder("tiny", ExportOptions(dtype="bfloat16"), device="cpu").dtype
     torch.float32
 
-    `loading` goes to `VisionEncoder.from_pretrained`. Raises as that does.
+    `VisionEncoder.from_pretrained` gets `loading`, and its errors pass through.
     """
     is_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     dtype = "auto" if is_cpu or options.dtype is None else options.dtype
@@ -138,11 +137,11 @@ def warn_of_idle(n_shards: int, n_workers: int, workers: str) -> None:
 
 
 def make_manifest(plan: ExportPlan) -> AnyPath:
-    """Write the manifest of every shard that exists, those of other parts included.
+    """Write the manifest of every existing shard, including the shards of other parts.
 
-    It has the current row of each image.
+    The manifest has the current row of each image.
 
-    Raises ExportError if a shard of this part was whole and can no longer be read.
+    Raises ExportError if a shard of this part was complete and can no longer be read.
     """
 
     def shards() -> Iterator[list[ManifestRow]]:

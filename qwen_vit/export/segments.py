@@ -1,8 +1,9 @@
-"""Segments keep the encoded images of an unfinished shard for the next run.
+"""Save the encoded images of an unfinished shard in segments, for the next run.
 
-A segment is a feature file with consecutive images of one shard, their errors included. Its name
-has the shard's number and the place of its first image in the shard. An interrupt writes one, and
-`shard_seconds` one for each span of time. The finished shard takes their rows and replaces them.
+A segment is a feature file with consecutive images of one shard, including their errors. Its name
+gives the shard's number and the place of the segment's first image in the shard. An interrupt
+writes a segment. With `shard_seconds`, the writer writes another one after each such time. The
+finished shard takes over all segments' rows and replaces the segments.
 """
 
 import logging
@@ -38,7 +39,7 @@ ENCODED_AGAIN = "its images are encoded again"
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Images `first` up to `end` of a shard, and the file that holds their rows and errors."""
+    """Describe images `first` to `end` of a shard, and the file with their rows and errors."""
 
     file: FeatureFile
     first: int
@@ -46,7 +47,7 @@ class Segment:
 
 
 def segment_name(shard: int, first: int) -> str:
-    """The file of a segment.
+    """Return the file name of a segment.
 
     >>> segment_name(7, 32)
     'segment-00000007-00000032.safetensors'
@@ -55,7 +56,7 @@ def segment_name(shard: int, first: int) -> str:
 
 
 def find_segments(folder: ExportFolder) -> Mapping[int, Sequence[int]]:
-    """For each shard that has segments, the places of their first images, in order."""
+    """Return the places of the first images of each shard's segments, in order."""
     found: dict[int, list[int]] = defaultdict(list)
     for name in {*folder.names(), *os.listdir(folder.scratch)}:
         if match := SEGMENT.fullmatch(name):
@@ -67,16 +68,16 @@ def open_segments(
     folder: ExportFolder, shard: int, firsts: Sequence[int], names: Sequence[str],
     settings: Mapping[str, Any],
 ) -> list[Segment]:  # fmt: skip
-    """The consecutive segments from the shard's first image on; `names` are the shard's ids.
+    """Return the consecutive segments from the shard's first image. `names` are the shard's ids.
 
-    They end before one that is damaged or of other settings, which is logged.
+    It stops before a segment that is damaged or has other settings, and logs the reason.
     """
     segments, end = list[Segment](), 0
     for first in firsts:
         if first != end:
             break
         path = folder.fetch(segment_name(shard, first))
-        if path is None:  # a store may list what was removed
+        if path is None:  # a store may list a removed file
             break
         try:
             file = open_shard(path)
@@ -96,13 +97,13 @@ def open_segments(
 
 
 def remove_segments(folder: ExportFolder, shard: int, firsts: Iterable[int]) -> None:
-    """Remove segments of a shard that is whole."""
+    """Remove segments of a finished shard."""
     for first in firsts:
         folder.remove(segment_name(shard, first))
 
 
 def count_kept(folder: Path) -> int:
-    """How many images have rows in the shards and segments of a folder, by their headers."""
+    """Return the number of images with rows in a folder's shards and segments, from headers."""
     count = 0
     for name in os.listdir(folder):
         if RESULT.fullmatch(name):

@@ -1,8 +1,8 @@
-"""The settings of an export: written once, and compared when the export is resumed.
+"""Write an export's settings at its start, and compare them when it is resumed.
 
-`export.json` holds everything that decides a shard's bytes: the model, its hashes, the options and
-the listing's hash. Every shard repeats it. It also names what no shard repeats: later listings,
-versions that were accepted besides the first ones, and the inputs.
+`export.json` contains everything that decides a shard's bytes: the model, its hashes, the options
+and the listing's hash. Every shard repeats these settings. `export.json` also names later listings,
+later accepted versions and the inputs, which no shard repeats.
 """
 
 import json
@@ -52,27 +52,27 @@ __all__ = [
 logger = logging.getLogger("qwen_vit")
 
 SETTINGS, LISTING = "export.json", listing_name(0)
-# Another name of the same weights is the same model: hashes decide.
+# Hashes decide whether weights are equal. Equal weights may have another name.
 NAMES_ALONE = {"model", "commit"}
-NOT_OF_PIXELS = {"max_seconds", "allow_urls"}  # they may change when resuming
+NOT_OF_PIXELS = {"max_seconds", "allow_urls"}  # these may change when resuming
 OF_LISTING = {"n_images", "listing_sha256"}
-MADE_BY = ("versions", "gpu")  # what `accept_versions` may change
+MADE_BY = ("versions", "gpu")  # `accept_versions` allows changes of these
 SHARD = re.compile(r"(?:shard-\d+|segment-\d+-\d+)\.safetensors")
 
 
 class EncoderInfo(Protocol):
-    """The facts about an encoder that an export records, from any process."""
+    """Describe an encoder for an export, in any process."""
 
     def metadata(self) -> dict[str, Any]:
-        """As `VisionEncoder.metadata`."""
+        """Return the values of `VisionEncoder.metadata`."""
 
 
 def make_settings(
     encoder: EncoderInfo, options: ExportOptions, *, has_videos: bool
 ) -> dict[str, Any]:
-    """The settings of an export as JSON values. Hashes the weights, which takes a moment.
+    """Return the settings of an export as JSON values. It hashes the weights, which takes a moment.
 
-    Those of its listing are not among them.
+    The settings do not include the listing's.
     """
     metadata = encoder.metadata()
     if has_videos or options.as_video:
@@ -96,7 +96,7 @@ def make_settings(
 
 
 def _video_policy(options: ExportOptions) -> dict[str, Any]:
-    """How videos become patches. PyAV's version decides their pixels."""
+    """Return how videos become patches. PyAV's version decides the pixels."""
     return {
         **asdict(options.video),
         "as_video": options.as_video,
@@ -107,21 +107,21 @@ def _video_policy(options: ExportOptions) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class StoredExport:
-    """An export as its folder describes it. Changes are written by `save`."""
+    """Describe the export in a folder. `save` writes changes."""
 
     folder: ExportFolder
     description: dict[str, Any]
     listings: Listings
-    version: str | None = None  # of the description's file, in a store
+    version: str | None = None  # of export.json, in a store
 
     @classmethod
     def new(
         cls, folder: ExportFolder, settings: Mapping[str, Any], listing: Listing,
         inputs: Mapping[str, Any],
     ) -> Self:  # fmt: skip
-        """An export of one listing, which has its file somewhere else yet.
+        """Create an export of one listing, whose file is still in another folder.
 
-        It replaces the description of one that made no shard.
+        It replaces the description of an export that made no shard.
         """
         facts = {"n_images": listing.n_images, "listing_sha256": listing.sha256}
         description = {**settings, **facts, "inputs": dict(inputs)}
@@ -129,17 +129,17 @@ class StoredExport:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings of its start, as the shards of its first listing repeat them."""
+        """Return the settings of the export's start, which the first listing's shards repeat."""
         return {n: value for n, value in self.description.items() if n not in OF_EXPORT}
 
     @property
     def accepted(self) -> Sequence[Mapping[str, Any]]:
-        """Versions that were accepted besides those of its start."""
+        """Return versions that were accepted after the export's start."""
         found: list[Mapping[str, Any]] = self.description.get("accepted", [])
         return found
 
     def save(self) -> None:
-        """Write the description, and give the first listing its place.
+        """Write the description, and move the first listing to its place.
 
         Raises ChangedError if another machine wrote the description.
         """
@@ -148,7 +148,7 @@ class StoredExport:
         self.place_listing()
 
     def place_listing(self) -> None:
-        """Move the first listing to its place, where an existing one has the same bytes."""
+        """Move the first listing to its place. An existing file there has the same bytes."""
         first, *later = self.listings.all
         path = self.folder.scratch / LISTING
         if first.path != path:
@@ -157,15 +157,16 @@ class StoredExport:
             except OSError as error:
                 raise cannot_write(path, error) from None
             self.listings = replace(self.listings, all=(replace(first, path=path), *later))
-        if first.path != path or not self.folder.has(LISTING):  # a run may have died before this
+        # an earlier run may have died before this
+        if first.path != path or not self.folder.has(LISTING):
             self.folder.publish(LISTING, replace=True, keep=True)
 
     def check(
         self, settings: Mapping[str, Any], changes: InputChanges | None, options: ExportOptions
     ) -> None:
-        """Raise ExportError that names what differs from the settings and inputs of now.
+        """Raise ExportError that names each difference from the current settings and inputs.
 
-        With `options.accept_versions`, other versions are added to the accepted ones instead.
+        With `options.accept_versions`, it adds other versions to the accepted versions instead.
         """
         made_by = {name: settings.get(name) for name in MADE_BY}
         known = [{name: self.description.get(name) for name in MADE_BY}, *self.accepted]
@@ -177,7 +178,7 @@ class StoredExport:
         names = {name for name in {*before, *now} if before.get(name) != now.get(name)}
         names -= NAMES_ALONE | OF_LISTING
         if len(names) > 1:
-            names.discard("config_sha256")  # its settings are compared by name
+            names.discard("config_sha256")  # the comparison names each setting of the config
         words = [] if changes is None else [changes.describe()]
         if changes is not None and options.extend and not changes.moved:
             words = []
@@ -213,9 +214,9 @@ class StoredExport:
     def grow(
         self, changes: InputChanges | None, options: ExportOptions, scratch: Path | None = None
     ) -> None:
-        """Append listings of new, changed and failed images, as the options ask.
+        """Append listings of new, changed and failed images, according to the options.
 
-        With `scratch`, listings are written there, and the description is not saved.
+        With `scratch`, it writes listings there and does not save the description.
         """
         if options.extend and changes is not None:
             changed = changes.changed(self.folder, self.listings, options.limits)
@@ -240,7 +241,7 @@ class StoredExport:
             self._append("retry", again, [], scratch)
 
     def _has_open_retry(self) -> bool:
-        """Whether a shard of images that were to be tried again is missing."""
+        """Return whether a shard of images to try again is missing."""
         facts = listings_of(self.description, self.folder / SETTINGS)[1:]
         entries = self.description.get(LISTINGS, [])
         return any(
@@ -253,13 +254,13 @@ class StoredExport:
     def _append(
         self, kind: str, items: Sequence[Item], withdrawn: Sequence[str], scratch: Path | None
     ) -> None:
-        """Append a listing, whose file appears before the description names it."""
+        """Append a listing. Its file appears before the description names it."""
         if not items and not withdrawn:
             return
         name = listing_name(len(self.listings.all))
         path = (scratch or self.folder.scratch) / name
         listing = Listing.freeze(path, items, self.description["shard_size"])
-        if scratch is None:  # a growth that was killed may have left another one
+        if scratch is None:  # a killed extension may have left another one
             self.folder.publish(name, replace=True, keep=True)
         entry = {"kind": kind, "n_images": listing.n_images, "listing_sha256": listing.sha256}
         if withdrawn:
@@ -275,10 +276,10 @@ class StoredExport:
 def read_stored(
     folder: ExportFolder, found: Listing | None, options: ExportOptions
 ) -> StoredExport | None:
-    """The export in the folder, or None if none was begun.
+    """Return the export in the folder, or None if no export was begun.
 
-    `found` is the listing of the inputs, if they are listed. It stands for a first listing whose
-    file is damaged, or that differs only in the messages of errors.
+    `found` is the listing of the inputs, if available. It replaces a first listing whose file is
+    damaged, or whose only differences are error messages.
     """
     path = folder / SETTINGS
     if not folder.has(SETTINGS):
@@ -291,7 +292,7 @@ def read_stored(
             expected="the settings of an export",
             remedy=OTHER_FOLDER,
         )
-    # without a shard, for example after a refusal for size, there is nothing to differ from
+    # without a shard, for example after the size was declined, there is nothing to compare
     is_begun = has_shards(folder) or "listing_sha256" not in description
     if found is not None and options.part == (1, 1) and not is_begun:
         return None
@@ -309,7 +310,7 @@ def read_stored(
 
 
 def read_description(folder: ExportFolder) -> dict[str, Any]:
-    """What a folder's `export.json` says. Raises ExportError for one that is not JSON."""
+    """Return the content of a folder's `export.json`. Raises ExportError if it is not JSON."""
     path = folder / SETTINGS
     try:
         return read_json(path)
@@ -332,7 +333,7 @@ def _read_listings(
                 listing = Listing.open(path, description["shard_size"])
         if listing is None or listing.sha256 != each.sha256:
             listing = found
-            if found is not None:  # `changed` must not take images as older than this listing
+            if found is not None:  # `changed` must not treat images as older than this listing
                 os.utime(found.path, (0, 0))
         if listing is None or listing.sha256 != each.sha256:
             raise ExportError(
@@ -346,12 +347,12 @@ def _read_listings(
 
 
 def has_shards(folder: ExportFolder) -> bool:
-    """Whether a folder holds any whole shard, or what was kept of one."""
+    """Return whether a folder has a finished shard, or a segment of one."""
     return any(SHARD.fullmatch(name) for name in folder.names())
 
 
 def _log_of_growth(changes: InputChanges, changed: Sequence[Item]) -> None:
-    """Name what an extension takes besides new images, and what it cannot take."""
+    """Log what an extension adds besides new images, and what it cannot add."""
     gone = [item for item in changes.gone if item.error is None]
     for items, words in (
         (changed, "changed since the export, first %s: exported again"),

@@ -1,4 +1,4 @@
-"""A shard's file as it grows, in the writer thread. An interrupt keeps what was written."""
+"""Write a shard's file in the writer thread, and save what was written at an interrupt."""
 
 import logging
 import time
@@ -33,11 +33,11 @@ logger = logging.getLogger("qwen_vit")
 
 
 class ShardWriter:
-    """Writes a shard behind the segments that earlier runs kept of it.
+    """Write a shard after the segments that earlier runs saved.
 
-    An interrupt in its block leaves what was written as one more segment. `batch_starts` are the
-    places of the images that batches began with: on a CPU, where bits depend on the batch, a
-    segment ends before one of them.
+    An interrupt in the block saves the written images as another segment. `batch_starts` are the
+    places of the first images of batches. On a CPU, where bits depend on the batch, a segment ends
+    before one of these places.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ShardWriter:
         bits_depend_on_batch: bool,
     ) -> None:
         self.number, self._replaces = start.shard, start.replaces
-        self.waited_s = 0.0  # for the GPU
+        self.waited_s = 0.0  # for the GPU, in seconds
         self._plan, self._form, self._breaker, self._on_image = plan, form, breaker, on_image
         self._kept, self._firsts = list(start.segments), {*start.firsts}
         self._bits_depend_on_batch = bits_depend_on_batch
@@ -61,8 +61,8 @@ class ShardWriter:
 
     def _begin(self) -> None:
         """Begin a file with the image `_first`."""
-        self._errors: list[tuple[int, dict[str, Any]]] = []  # with the place of each
-        self._has_rows: list[bool] = []  # each image
+        self._errors: list[tuple[int, dict[str, Any]]] = []  # each with its image's place
+        self._has_rows: list[bool] = []  # for each image
         plan, number = self._plan, self.number
         room = reserved_header_bytes(plan.listing.shard(number), plan.settings_of(number))
         self._writer = FeatureWriter(
@@ -81,18 +81,18 @@ class ShardWriter:
 
     @property
     def end(self) -> int:
-        """The place behind the last image that was written."""
+        """Return the place after the last written image."""
         return self._first + len(self._has_rows)
 
     def may_be_cut_before(self, place: int) -> bool:
-        """Whether a segment may end before this image, which is the next one to be written."""
+        """Return whether a segment may end before this image, which is written next."""
         return not self._bits_depend_on_batch or place == self.batch_starts[-1]
 
     def add(self, images: Sequence[ImageRecord], copy: HostCopy) -> None:
-        """Append images: their rows, or their errors."""
+        """Append images: rows or errors."""
         self._wait_for(copy)
         exif = self._plan.options.exif
-        items = [_item_facts(image, exif) for image in images]  # of a failed one, no rows
+        items = [_item_facts(image, exif) for image in images]  # a failed image has no rows
         parts = {
             name: rows.split([item.rows_of(name) for item in items])
             for name, rows in copy.rows.items()
@@ -130,7 +130,7 @@ class ShardWriter:
         )
 
     def close_segment(self, *, publish: bool = True) -> None:
-        """Write the open file as a segment, and begin a new one."""
+        """Write the open file as a segment, and begin a new file."""
         if not self._has_rows:
             return
         folder, name = self._plan.folder, segment_name(self.number, self._first)
@@ -144,7 +144,7 @@ class ShardWriter:
             folder.publish(name, replace=True, keep=True)
 
     def save(self) -> None:
-        """Give the shard its name; it is whole then."""
+        """Give the finished shard its name."""
         if self._kept:
             self.close_segment(publish=False)
             self._join()
@@ -154,7 +154,7 @@ class ShardWriter:
         remove_segments(self._plan.folder, self.number, self._firsts)
 
     def _keep(self) -> None:
-        """After an interrupt, write what may be kept of the open file as a segment."""
+        """After an interrupt, save as much as possible of the open file as a segment."""
         end = self.end
         if self._bits_depend_on_batch:
             end = max(place for place in self.batch_starts if place <= end)
@@ -170,7 +170,7 @@ class ShardWriter:
             logger.warning("%s", error)
 
     def _join(self) -> None:
-        """Write the shard from its segments, with the bytes that it has without them."""
+        """Write the shard from its segments, with the same bytes as without segments."""
         errors: list[dict[str, Any]] = []
         for segment in self._kept:
             for image, entry in _images(segment):
@@ -195,13 +195,14 @@ class ShardWriter:
     def _wait_for(self, copy: HostCopy) -> None:
         if copy.event is not None:
             begin = time.perf_counter()
-            with torch.cuda.device(copy.event.device):  # else the first GPU would get a context
+            # otherwise torch would create a context on the first GPU
+            with torch.cuda.device(copy.event.device):
                 copy.event.synchronize()
             self.waited_s += time.perf_counter() - begin
 
 
 def _images(segment: Segment) -> Iterator[tuple[ImageFeatures, Mapping[str, Any]]]:
-    """Each image of a segment with its entry in the segment's metadata."""
+    """Yield each image of a segment, with the entry of the segment's metadata."""
     return zip(segment.file, segment.file.metadata["images"], strict=True)
 
 
@@ -216,6 +217,6 @@ def _item_facts(image: ImageRecord, exif: ExifPolicy) -> ItemFacts:
 
 
 def _stored_facts(image: ImageFeatures, entry: Mapping[str, Any]) -> ItemFacts:
-    """What a segment recorded of an image."""
+    """Return the facts that a segment recorded about an image."""
     facts = {name: value for name, value in entry.items() if name != "rows_sha256"}
     return ItemFacts(image.id, image.grid_thw, len(image.embeds), **facts)

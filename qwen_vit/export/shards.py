@@ -1,7 +1,7 @@
-"""A plan's shards, one after the other: each is complete or absent.
+"""Make a plan's shards one after the other. Each shard is complete or absent.
 
-Loader threads prefetch; a writer thread drains results. An export therefore waits only for the
-encoder.
+Loader threads prefetch, and a writer thread drains results. The encoder is therefore the only stage
+that an export should wait for.
 """
 
 import logging
@@ -61,7 +61,7 @@ logger = logging.getLogger("qwen_vit")
 
 Value = TypeVar("Value")
 
-GROUP_BYTES, GROUP_IMAGES = 2**24, 64  # of a GPU's features that are copied back together
+GROUP_BYTES, GROUP_IMAGES = 2**24, 64  # of a GPU's features, copied back together
 
 
 def export_shards(
@@ -75,33 +75,34 @@ def export_shards(
     clock: StageTimer | None = None,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[DoneShard]:
-    """Make shards, one after the other, and yield each when it is on the disk.
+    """Make shards one after the other, and yield each shard after writing it to disk.
 
     >>> for done in export_shards(encoder, plan, plan.shards):
     ...     print(done.shard, len(done.rows))  # doctest: +SKIP
 
-    Loader threads prefetch images, also of the next shard. A writer thread drains results. A batch
-    never crosses a shard, so the bytes do not depend on the threads. No shard is encoded before the
-    previous one is complete. An interrupt keeps what was encoded of the open shard: see `segments`.
+    Loader threads prefetch images, including images of the next shard. A writer thread drains
+    results. A batch never crosses a shard, so the bytes do not depend on the threads. The encoder
+    starts a shard only after the previous shard is complete. An interrupt saves the encoded images
+    of the open shard: see `segments`.
 
     Args:
         breaker: stops the export after too many consecutive failures.
-        on_image: is called for each image in the writer thread; its rows are valid until it
-            returns.
-        decode_threads: loader threads; one for two cores, 2 to 16, if not given.
+        on_image: a function that the writer thread calls for each image. The rows are valid until
+            it returns.
+        decode_threads: loader threads. [default: one per two cores, 2 to 16]
         clock: measures what this thread waits for.
-        is_stopped: is asked before each image; True ends the export as an interrupt does, and no
-            batch is lost.
+        is_stopped: a function that is called before each image. True ends the export as an
+            interrupt does, without losing a batch.
 
     Raises:
-        KeyboardInterrupt: the export was interrupted, or `is_stopped`.
+        KeyboardInterrupt: the export was interrupted, or `is_stopped` returned True.
         ExportError: a shard cannot be written, or `breaker` stops the export.
-        ImageError: the first image that fails, with on_error="raise".
+        ImageError: an image failed, with on_error="raise".
     """
     breaker, clock = breaker or CircuitBreaker(plan.options.max_failures), clock or StageTimer(REST)
     form = RowFormat.of(encoder, plan.options)
     loader = _image_loader(encoder, plan.options, decode_threads)
-    copier: HostCopier | None = None  # made only for a missing shard: it takes memory
+    copier: HostCopier | None = None  # only a missing shard needs it, because it takes memory
     with (
         UnderWay(plan.folder.scratch) as under_way,
         closing(
@@ -189,7 +190,7 @@ def _jobs(
 def _load(
     item: Item, place: int, line: int, loader: ImageLoader, under_way: UnderWay
 ) -> ImageRecord:
-    """An image with its patches, or its error. `line` is its place in the listing."""
+    """Return an image with its patches or its error. `line` is its place in the listing."""
     image = ImageRecord(item, place)
     try:
         image.stage = "read" if item.error is None else "list"
@@ -197,7 +198,7 @@ def _load(
             with open_video_item(item, loader.video_limits) as opened, under_way.mark(line):
                 file, image.sha256 = opened
                 image.stage = "decode"
-                if line in under_way.suspects:  # a process died while it decoded this
+                if line in under_way.suspects:  # a process died while it decoded this image
                     load_in_child(item, loader.video, loader.video_limits, loader.image_config)
                 video = video_of_item(item, loader.video)
                 loaded = loader.load_video(video, item.id, file)
@@ -206,7 +207,7 @@ def _load(
             image.sha256 = sha256(data).hexdigest()
             image.stage = "decode"
             with under_way.mark(line):
-                if line in under_way.suspects:  # a process died while it decoded this
+                if line in under_way.suspects:  # a process died while it decoded this image
                     decode_in_child(data, item.id, loader.limits, page=item.page)
                 loaded = loader.load(as_page(data, item), item.id)
         image.size_px, image.notes, image.patches = loaded.size_px, loaded.notes, loaded.patches
@@ -234,10 +235,10 @@ def _encode(
     clock: StageTimer,
     is_stopped: Callable[[], bool],
 ) -> Iterator[tuple[ImageRecord, ImageFeatures | None]]:
-    """Every image in order, with its features or its error."""
+    """Yield every image in order, with its features or its error."""
     under_way: deque[ImageRecord] = deque()
-    place = 0  # behind the last image
-    pending: deque[int] = deque()  # places of images that the encoder has, and gave no features of
+    place = 0  # after the last image
+    pending: deque[int] = deque()  # places of images in the encoder without features yet
 
     def patches() -> Iterator[Patches]:
         nonlocal place
@@ -251,7 +252,8 @@ def _encode(
                 pending.append(image.place)
                 loaded, image.patches = image.patches, None
                 yield loaded
-                # an encoder that asks for more, and has one image alone, begins its batch with it
+                # if the encoder requests an image and has at most one, that one begins the next
+                # batch
                 if len(pending) <= 1:
                     shard.batch_starts.append(pending[0] if pending else image.place + 1)
 
@@ -276,7 +278,7 @@ def _encode(
 
 
 def _timed(values: Iterator[Value], stage: str, clock: StageTimer) -> Iterator[Value]:
-    """The same values. The time of each counts for the stage."""
+    """Yield the values, and count the time of each for the stage."""
     while True:
         with clock.stage(stage):
             try:
@@ -289,10 +291,10 @@ def _timed(values: Iterator[Value], stage: str, clock: StageTimer) -> Iterator[V
 def _in_groups(
     encoded: Iterable[tuple[ImageRecord, ImageFeatures | None]], device: torch.device
 ) -> Iterator[tuple[list[ImageRecord], list[ImageFeatures]]]:
-    """Images with their features, in groups of one copy from the GPU.
+    """Yield images with their features, in groups that the GPU copies together.
 
-    Copying small images one by one would keep the export waiting for Python. On a CPU nothing is
-    copied, and every image is a group of its own.
+    Copying small images one by one would make the export wait for Python. A CPU copies nothing, so
+    every image is a separate group.
     """
     most = GROUP_IMAGES if device.type == "cuda" else 1
     images: list[ImageRecord] = []
@@ -307,7 +309,7 @@ def _in_groups(
             if len(images) == most or n_bytes >= GROUP_BYTES:
                 yield images, features
                 images, features, n_bytes = [], [], 0
-    except KeyboardInterrupt:  # they are kept
+    except KeyboardInterrupt:  # the caller saves these images
         if images:
             yield images, features
         raise
@@ -317,7 +319,7 @@ def _in_groups(
 
 @contextmanager
 def _time_writer(shard: ShardWriter, clock: StageTimer) -> Iterator[None]:
-    """Time a wait for the writer thread, which may itself be waiting for a copy."""
+    """Time a wait for the writer thread, which may itself wait for a copy."""
     before, begin = shard.waited_s, time.perf_counter()
     with clock.stage(WRITE):
         yield
@@ -327,7 +329,7 @@ def _time_writer(shard: ShardWriter, clock: StageTimer) -> Iterator[None]:
 
 
 def _whole_again(plan: ExportPlan, shard: int) -> list[ManifestRow]:
-    """The rows of a shard that was just written, from its file."""
+    """Return the rows of a newly written shard from its file."""
     rows = whole_shard(plan, shard)
     if rows is None:
         raise ExportError(
@@ -341,11 +343,12 @@ def _whole_again(plan: ExportPlan, shard: int) -> list[ManifestRow]:
 def whole_shard(
     plan: ExportPlan, shard: int, then: str = "it is made again"
 ) -> list[ManifestRow] | None:
-    """A shard's rows of the manifest, or None if its file is missing or torn.
+    """Return a shard's rows of the manifest, or None if its file is missing or torn.
 
-    Its size must be the one in its header, its settings the plan's, and its images and errors
-    together those of the listing. For a torn one, a log line names `then`, the next step. Raises
-    ExportError for a file of a different export.
+    The file's size must equal the size in its header, and its settings must equal the plan's. Its
+    images and errors must add up to the images that the listing gives this shard. For a torn file,
+    it logs a line that names `then`, the next step. Raises ExportError for a file of a different
+    export.
     """
     if not plan.has(shard):
         return None
@@ -353,13 +356,13 @@ def whole_shard(
 
 
 def _publish_unsent(plan: ExportPlan, shard: int) -> None:
-    """Upload a shard that an earlier run made here, but could not upload."""
+    """Upload a shard that an earlier run made here but could not upload."""
     path = plan.folder.scratch / shard_name(shard)
     if path == plan.path(shard) or not path.exists():
         return
     try:
         is_ours = _rows_in(plan, shard, path, "it is made again") is not None
-    except ExportError:  # an export that had this address before
+    except ExportError:  # it belongs to an export that had this address before
         is_ours = False
     if is_ours:
         plan.folder.publish(path.name)
@@ -367,7 +370,7 @@ def _publish_unsent(plan: ExportPlan, shard: int) -> None:
 
 
 def _rows_in(plan: ExportPlan, shard: int, path: AnyPath, then: str) -> list[ManifestRow] | None:
-    """The rows of a shard's file, or None if it is torn."""
+    """Return the rows of a shard's file, or None if it is torn."""
     if isinstance(path, Path) and path.is_dir():
         raise ExportError(
             "a folder", name=str(path), expected="a feature file", remedy="move it away"
@@ -376,7 +379,7 @@ def _rows_in(plan: ExportPlan, shard: int, path: AnyPath, then: str) -> list[Man
         file = open_shard(path)
     except ExportError as error:
         if isinstance(path, StorePath) and isinstance(error.__context__, OSError):
-            raise  # the store refuses to read it
+            raise  # the store does not allow reading it
         logger.warning("%s", ExportError.of(error, remedy=then))
         return None
     items = plan.listing.shard(shard)

@@ -1,4 +1,4 @@
-"""Signals that end an export: it finishes its batch after the first, and stops at the second."""
+"""Handle the signals that end an export: finish the batch after the first, stop at the second."""
 
 import os
 import signal
@@ -13,14 +13,14 @@ MESSAGE = b"\ninterrupted: saving encoded images; once more to stop at once\n"
 
 
 class StopSignals:
-    """Ctrl-C, SIGTERM and SIGHUP, while the block runs.
+    """Handle Ctrl-C, SIGTERM and SIGHUP while the block runs.
 
     >>> with StopSignals() as stop:
     ...     stop.is_requested()
     False
 
     Within `accepted`, the first signal sets `is_requested`. Any other signal raises
-    KeyboardInterrupt. A signal that was ignored before the block stays ignored: nohup ignores
+    KeyboardInterrupt. A signal that was ignored before the block remains ignored: nohup ignores
     SIGHUP, and shells ignore Ctrl-C for background jobs.
     """
 
@@ -29,7 +29,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if current_thread() is main_thread():  # no other thread may set handlers
+        if current_thread() is main_thread():  # only the main thread may set handlers
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 before = signal.getsignal(number)
                 if before in (signal.SIG_DFL, signal.default_int_handler):
@@ -41,12 +41,12 @@ class StopSignals:
             signal.signal(*self._before.popitem())
 
     def is_requested(self) -> bool:
-        """Whether a signal has asked for the end."""
+        """Return whether a signal requested the end."""
         return self._is_requested
 
     @contextmanager
     def accepted(self) -> Iterator[None]:
-        """The block asks `is_requested` often and ends when it is True."""
+        """Accept one signal without raising. The block must check `is_requested` often."""
         self._is_accepted = True
         try:
             yield
@@ -57,4 +57,4 @@ class StopSignals:
         if not self._is_accepted or self._is_requested:
             raise KeyboardInterrupt
         self._is_requested = True
-        os.write(2, MESSAGE)  # print may be interrupted in the middle of a line of its own
+        os.write(2, MESSAGE)  # the signal may interrupt print in the middle of a line

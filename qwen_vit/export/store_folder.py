@@ -1,4 +1,4 @@
-"""An export in object storage: shards are uploaded whole, settings by conditional writes."""
+"""Export to object storage: upload whole shards, and write settings conditionally."""
 
 import hashlib
 import logging
@@ -40,22 +40,22 @@ logger = logging.getLogger("qwen_vit")
 
 READ_ONLY = {"hf": "git commits, which cannot be written file by file"}
 COPY_BYTES = 2**22
-ASKED_AT_A_TIME = 16  # objects
+ASKED_AT_A_TIME = 16  # requests at a time
 
 
 class StoreFolder(ExportFolder):
-    """A prefix in object storage. Files grow in a scratch folder, which each machine has for it.
+    """Write an export to a prefix in object storage, through a scratch folder on each machine.
 
-    Conditional writes decide between several machines: a shard, the settings and the manifest never
-    replace what another process wrote. Locks keep the processes of one machine apart. A file
-    that could not be uploaded stays in `scratch` for the next run.
+    Conditional writes resolve conflicts between machines. A shard, the settings and the manifest
+    never replace another process's file. Locks separate the processes of one machine. If an upload
+    fails, the file remains in `scratch` for the next run.
     """
 
     def __init__(self, out: StorePath, scratch: Path | None = None) -> None:
         self.place = self.out = StorePath(out.address.rstrip("/"))
         self.scratch = scratch or _scratch_of(self.out.address)
 
-    def __reduce__(self) -> Any:  # another machine has a scratch folder of its own
+    def __reduce__(self) -> Any:  # another machine needs a different scratch folder
         return StoreFolder, (self.out,)
 
     def __truediv__(self, name: str) -> StorePath:
@@ -93,7 +93,7 @@ class StoreFolder(ExportFolder):
         path = self.scratch / name
         try:
             put_file((self / name).address, path, is_new=not replace)
-        except FileExistsError:  # what is there is whole, and has the same images
+        except FileExistsError:  # the existing file is complete and has the same images
             logger.debug("%s exists", self / name)
         except OSError as error:
             raise self._error(error, name, "written") from error
@@ -109,7 +109,7 @@ class StoreFolder(ExportFolder):
         path, source = self.scratch / name, self / name
         if path.exists() and (sha256 is None or _sha256_of(path) == sha256):
             return path
-        _make_private(self.scratch)  # a worker on another machine has none yet
+        _make_private(self.scratch)  # a worker on another machine has no folder yet
         with self._plain_errors(name):
             if not source.is_file():
                 return None
@@ -118,7 +118,8 @@ class StoreFolder(ExportFolder):
             with atomic_file(path) as file:
                 for start in range(0, size, COPY_BYTES):
                     file.write(source.read(start, min(start + COPY_BYTES, size)))
-            os.utime(path, (written, written))  # files newer than a listing are compared
+            # the export compares files that are newer than a listing
+            os.utime(path, (written, written))
         return path
 
     def remove(self, name: str) -> None:
@@ -131,7 +132,7 @@ class StoreFolder(ExportFolder):
         names, found = list(names), self.names()
         missing = [name for name in names if name not in found]
         with ThreadPoolExecutor(ASKED_AT_A_TIME) as pool:
-            is_there = list(pool.map(self.has, missing))  # a listing may omit the newest
+            is_there = list(pool.map(self.has, missing))  # a listing may omit the newest files
         return found.intersection(names) | {*compress(missing, is_there)}
 
     def check(self, settings: str, leftover: Pattern[str], *, make: bool) -> None:
@@ -146,7 +147,8 @@ class StoreFolder(ExportFolder):
             if self.out.is_file():
                 raise ExportError("not a folder", name=str(self), remedy=OTHER_FOLDER)
             names = list_names(self.out.address)
-        if names and settings not in names and not self.has(settings):  # listed late
+        # the listing omitted a new file
+        if names and settings not in names and not self.has(settings):
             refuse_strange(self, sorted(names), settings)
         if make:
             _make_private(self.scratch)
@@ -178,7 +180,7 @@ class StoreFolder(ExportFolder):
             )
 
     def _clean_up(self, part: tuple[int, int]) -> None:
-        """Remove the copies of listings, unless another process here or a later run needs them."""
+        """Remove copies of listings that no process on this machine and no later run needs."""
         own = {"lock", "lock-moment", "lock-{}-of-{}".format(*part)}
         with suppress(OSError), short_lock(self.scratch):
             names = {*os.listdir(self.scratch)} - own
@@ -200,7 +202,7 @@ class StoreFolder(ExportFolder):
 
 
 def as_folder(folder: PathOrAddress | ExportFolder) -> ExportFolder:
-    """The export folder of a path or an address.
+    """Return the export folder of a path or an address.
 
     >>> print(as_folder("features").scratch)
     features
@@ -212,13 +214,13 @@ def as_folder(folder: PathOrAddress | ExportFolder) -> ExportFolder:
 
 
 def _scratch_of(address: str) -> Path:
-    """The scratch folder of an address: the same one for each run of this user here."""
+    """Return the scratch folder of an address, the same for every run of this user here."""
     digest = hashlib.sha256(address.encode("utf-8", "surrogateescape")).hexdigest()[:24]
     return Path(tempfile.gettempdir(), f"qwen-vit-{os.getuid()}", digest)
 
 
 def _make_private(folder: Path) -> None:
-    """Make the folder, which no other user may write. Raises ExportError for one of another's."""
+    """Make a folder that no other user may write. Raises ExportError for another user's folder."""
     for each in (folder.parent, folder):
         try:
             each.mkdir(mode=0o700, exist_ok=True)

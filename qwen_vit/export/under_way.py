@@ -1,8 +1,8 @@
-"""Which images are being decoded, in a file that a killed process leaves behind.
+"""Record which images are being decoded, in a file that survives a killed process.
 
-A picture can kill its process: the system ends it for its memory, or a decoder crashes. A resumed
-export decodes such pictures in a process of their own first, so the same picture cannot kill it
-again.
+An image can kill its process: the system ends the process for its memory, or a decoder crashes. A
+resumed export first decodes such images in a child process. The same image therefore cannot kill
+the export again.
 """
 
 import fcntl
@@ -21,17 +21,18 @@ from typing import BinaryIO, Self
 __all__ = ["UNDER_WAY_NAME", "UnderWay"]
 
 UNDER_WAY_NAME = re.compile(r"under-way-[0-9a-f]{16}")
-SLOTS, SLOT = 1_024, struct.Struct("<Q")  # more than threads; a line of the listing, from 1, or 0
+# more slots than threads; each has a line of the listing, from 1, or 0
+SLOTS, SLOT = 1_024, struct.Struct("<Q")
 
 
 class UnderWay:
-    """The images that this process is decoding, and those that died with others.
+    """Record the images that this process is decoding, and read the images of dead processes.
 
     >>> with UnderWay(Path("out")) as under_way, under_way.mark(7):  # doctest: +SKIP
     ...     decode()
 
-    `suspects` are lines of the listing, from 0. The kernel keeps the file's pages when the process
-    is killed; only a power cut loses them.
+    `suspects` are lines of the listing, counted from 0. The kernel keeps the file's pages after a
+    process is killed. Only a power cut loses the pages.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,14 +43,14 @@ class UnderWay:
         self._file: BinaryIO | None = None
         try:
             self._map = self._make_map()
-        except OSError:  # a full disk: an export without notes is better than none
+        except OSError:  # a full disk: continue the export without notes
             self._map = mmap.mmap(-1, SLOTS * SLOT.size)
 
     def _make_map(self) -> mmap.mmap:
         self._file = open(self.path, "x+b")  # noqa: SIM115 - closed in __exit__
-        with suppress(OSError):  # a file system without locks: such a file is never taken over
+        with suppress(OSError):  # a file system without locks: no process takes over such a file
             fcntl.flock(self._file, fcntl.LOCK_EX)
-        # a store to a page that the disk has no room for would kill the process
+        # storing to a page without disk space would kill the process
         os.posix_fallocate(self._file.fileno(), 0, SLOTS * SLOT.size)
         return mmap.mmap(self._file.fileno(), SLOTS * SLOT.size)
 
@@ -63,13 +64,13 @@ class UnderWay:
         traceback: TracebackType | None,
     ) -> None:
         if self._file is not None:
-            self._file.close()  # the map stays until the last thread has left its image
+            self._file.close()  # the map remains until the last thread has finished its image
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
 
     @contextmanager
     def mark(self, line: int) -> Iterator[None]:
-        """Note that an image is being decoded while the block runs."""
+        """Record that an image is being decoded while the block runs."""
         with self._lock:
             slot = self._free.pop()
         SLOT.pack_into(self._map, slot * SLOT.size, line + 1)
@@ -82,12 +83,13 @@ class UnderWay:
 
 
 def _left_by_dead_processes(folder: Path) -> frozenset[int]:
-    """The lines in the files of processes that have ended. The files are removed."""
+    """Return the lines in the files of ended processes, and remove the files."""
     lines: set[int] = set()
     for name in os.listdir(folder):
         if UNDER_WAY_NAME.fullmatch(name):
             with suppress(OSError), open(folder / name, "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its owner lives
+                # raises while the file's owner runs
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 data = file.read(SLOTS * SLOT.size)
                 whole = data[: len(data) // SLOT.size * SLOT.size]
                 lines |= {line - 1 for (line,) in SLOT.iter_unpack(whole) if line}
