@@ -1,1 +1,1 @@
-"""Files and folders of features: how they are written and read."""
+"""Write and read feature files and export folders."""

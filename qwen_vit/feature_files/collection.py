@@ -1,4 +1,4 @@
-"""The features of many images as a sequence, and subsets of it: read when they are used."""
+"""Access many images' features as a sequence or as subsets, reading rows on demand."""
 
 import operator
 import os
@@ -30,11 +30,12 @@ ImageKeys: TypeAlias = (
 
 
 class Features(ABC):
-    """Images' features in order, read when they are used.
+    """Access images' features in order, reading rows on demand.
 
-    An index is a position or an id. A slice, or a sequence, array or tensor of positions or ids,
-    selects a subset. So does a mask with one truth value for each image. Subsets are lazy as well.
-    The rows are views of the file in memory: clone them before you write to them.
+    An index is a position or an id. A slice selects a subset, as does a sequence, array or tensor
+    of positions or ids. A mask with one truth value per image also selects a subset. A subset also
+    reads rows on demand. The rows are views of the file in memory: clone them before you write to
+    them.
     """
 
     metadata: dict[str, Any]
@@ -42,25 +43,25 @@ class Features(ABC):
     @property
     @abstractmethod
     def ids(self) -> Sequence[str]:
-        """The images' ids, in order."""
+        """Return the images' ids, in order."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def locate(self, key: int | str) -> Any:
-        """The place of an image, found without reading its rows.
+        """Return an image's place without reading its rows.
 
-        Raises KeyError for an id and IndexError for a position that does not exist.
+        Raises KeyError for an unknown id and IndexError for a position that does not exist.
         """
 
     @abstractmethod
     def content(self) -> Any:
-        """What changes when the files do: their paths, sizes and times."""
+        """Return what changes with the files: their paths, sizes and times."""
 
     @abstractmethod
     def read_at(self, place: Any) -> ImageFeatures:
-        """The image at a place that `locate` returned."""
+        """Return the image at a place that `locate` returned."""
 
     @overload
     def __getitem__(self, key: int | str) -> ImageFeatures: ...
@@ -78,7 +79,7 @@ class Features(ABC):
         return (self[index] for index in range(len(self)))
 
     def __contains__(self, name: object) -> bool:
-        """Whether it holds an image of this id."""
+        """Return whether the collection has an image with this id."""
         try:
             return isinstance(name, str) and self.locate(name) is not None
         except KeyError:
@@ -91,7 +92,7 @@ class Features(ABC):
         image_token_id: int = IMAGE_TOKEN_ID,
         mm_token_type_ids: bool = True,
     ) -> dict[str, Any]:
-        """Arguments of transformers' `generate` and `forward`: see `downstream.to_hf`."""
+        """Return arguments of transformers' `generate` and `forward`: see `downstream.to_hf`."""
         return to_hf(
             self,
             input_ids,
@@ -100,18 +101,18 @@ class Features(ABC):
         )
 
     def to_vllm(self) -> dict[str, Any]:
-        """vLLM's `multi_modal_data`: see `downstream.to_vllm`."""
+        """Return vLLM's `multi_modal_data`: see `downstream.to_vllm`."""
         return to_vllm(self)
 
     def to_vllm_chat_part(self) -> list[dict[str, Any]]:
-        """A part of a chat message to a vLLM server for each image.
+        """Return a part of a chat message to a vLLM server for each image.
 
         See `downstream.to_vllm_chat_part`.
         """
         return to_vllm_chat_part(self)
 
     def to_sglang(self) -> list[dict[str, Any]]:
-        """SGLang's `image_data`: see `downstream.to_sglang`."""
+        """Return SGLang's `image_data`: see `downstream.to_sglang`."""
         return to_sglang(self)
 
     def show(
@@ -123,56 +124,56 @@ class Features(ABC):
     ) -> list[Image.Image]:
         """Draw every image of a small file, or of a subset such as `features[:8]`.
 
-        The arguments are those of `show_features`.
+        `show_features` describes the arguments.
         """
         return show_features(self, pictures, point=point, layer=layer)
 
     def to_numpy(self) -> NDArray[np.float32]:
-        """All rows (T, D) as float32, one image after the other, in the order of `ids`.
+        """Return all rows (T, D) as float32, image by image, in the order of `ids`.
 
         >>> load_features("means").to_numpy().shape  # doctest: +SKIP
         (999998, 3584)
 
-        For output="mean" that is one row an image; else row `i` of an image of n rows follows the
-        rows of the images before it. Raises ExportError if there is no image.
+        For output="mean", each image has one row. Otherwise row `i` of an image with n rows follows
+        the rows of all earlier images. Raises ExportError if there is no image.
         """
         return tables.to_numpy(self)
 
     def to_pandas(self) -> Any:
-        """A DataFrame with a row for each image, in order, its id as the index.
+        """Return a DataFrame with a row per image, in order, and the ids as the index.
 
         >>> load_features("means").to_pandas().loc["cat.jpg", "embeds"].shape  # doctest: +SKIP
         (3584,)
 
-        Its columns are grid_t, grid_h, grid_w (patches), height, width (pixels) and notes. Unknown
-        sizes are missing values. Arrays of float32 are embeds, (D,) for output="mean", else (n, D),
-        and layer_K (n_patches, C). All of it is in memory. Failed images have no row: `errors`
-        names them. Raises ArgumentError if pandas is not installed.
+        The columns are grid_t, grid_h, grid_w (patches), height, width (pixels) and notes. Unknown
+        sizes are missing values. The column embeds has float32 arrays: (D,) for output="mean", else
+        (n, D). Each column layer_K has float32 arrays (n_patches, C). The table is entirely in
+        memory. Failed images have no row: `errors` names them. Raises ArgumentError if pandas is
+        not installed.
         """
         return tables.to_pandas(self)
 
     def to_parquet(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> Path:
-        """Write the table of `to_pandas` as Parquet, whole or not at all, in flat memory.
+        """Write the table of `to_pandas` as Parquet, completely or not at all, in constant memory.
 
         >>> load_features("means").to_parquet("means.parquet")  # doctest: +SKIP
         PosixPath('means.parquet')
 
-        Arrays become lists, or lists of lists. The odd bytes of an id that is not Unicode are
-        escaped, and `id_bytes` has the whole id. Raises ArgumentError if pyarrow is not installed,
-        and ExportError where there is no image, or `path` cannot be written.
+        Arrays become lists, or lists of lists. If an id is not Unicode, its odd bytes are escaped
+        and `id_bytes` has the whole id. Raises ArgumentError if pyarrow is not installed. Raises
+        ExportError if there is no image or `path` cannot be written.
         """
         return tables.write_parquet(self, path, overwrite=overwrite)
 
     def to_datasets(self, *, cache_dir: str | os.PathLike[str] | None = None) -> Any:
-        """The table of `to_parquet` as a `datasets.Dataset`, in flat memory.
+        """Return the table of `to_parquet` as a `datasets.Dataset`, in constant memory.
 
         >>> load_features("means").to_datasets().with_format("numpy")[0]["embeds"].shape
         ... # doctest: +SKIP
         (3584,)
 
-        datasets writes it to its cache, and maps it from there; the same files are written once.
-        Raises ArgumentError if datasets is not installed, and ExportError where there is no
-        image.
+        datasets writes the table to its cache once for the same files, and maps it into memory.
+        Raises ArgumentError if datasets is not installed. Raises ExportError if there is no image.
         """
         return tables.to_datasets(self, cache_dir=cache_dir)
 
@@ -187,7 +188,7 @@ class Features(ABC):
         return list(keys)
 
     def position(self, key: int | str) -> int:
-        """A position counted from the front.
+        """Return a position counted from the front.
 
         Raises TypeError for a key of another type, and IndexError for a missing position.
         """
@@ -205,7 +206,7 @@ class Features(ABC):
 
 
 class FeatureSubset(Features):
-    """Some images of a file or folder, in an order of their own."""
+    """Access some images of a file or folder in a given order."""
 
     def __init__(self, source: Features, keys: Sequence[int | str]) -> None:
         self.source = source

@@ -1,4 +1,4 @@
-"""What a feature file or an export folder holds, from its headers alone."""
+"""Describe a feature file or an export folder from its headers."""
 
 import os
 from collections import Counter
@@ -21,7 +21,7 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float6
 
 
 def holds_features(path: str) -> bool:
-    """Whether a path can only be a feature file or an export folder, by its name alone.
+    """Return whether a path's name can only be a feature file's or an export folder's.
 
     >>> holds_features("tests/photographs"), holds_features("features.safetensors")
     (False, True)
@@ -34,12 +34,12 @@ def holds_features(path: str) -> bool:
 
 
 def describe_features(path: str | Path) -> dict[str, Any]:
-    """The number of images and rows, their form, and what made them, as JSON values.
+    """Return the number of images and rows, the rows' shape and dtype, and the encoder, as JSON.
 
     >>> describe_features("export")["images_done"]  # doctest: +SKIP
     497
 
-    Raises ExportError for a path without features, or a damaged file.
+    Raises ExportError if the path has no features or a damaged file.
     """
     features = load_features(path)
     metadata = features.metadata
@@ -75,19 +75,19 @@ def describe_features(path: str | Path) -> dict[str, Any]:
 
 
 def feature_files_of(features: FeatureFile | FeatureFolder) -> list[AnyPath]:
-    """The files that hold the rows: one, or every shard that existed when it was opened."""
+    """Return the files with the rows: one file, or every shard that existed at opening."""
     if isinstance(features, FeatureFile):
         return [features.path]
     return [features.path / shard_name(shard) for shard in features.shards]
 
 
 def n_shards_of(features: FeatureFolder) -> int:
-    """How many shards the folder has when it is complete, those of every listing."""
+    """Return the number of shards of the complete folder, over all listings."""
     return listings_of(features.metadata, features.path / EXPORT_SETTINGS)[-1].shards.stop
 
 
 def _count_rows(features: FeatureFile | FeatureFolder) -> int:
-    """The rows of the collection; a folder may hold older ones of images encoded again."""
+    """Return the number of rows. A folder may include older rows of images encoded again."""
     if isinstance(features, FeatureFile):
         return sum(features.row_counts)
     return sum(

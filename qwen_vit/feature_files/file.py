@@ -1,6 +1,6 @@
-"""A feature file: one image's rows at a time, with every part checked.
+"""Read a feature file one image's rows at a time, and check every part.
 
-It is memory-mapped: rows are fetched from the disk when they are used. `schema` says what it holds.
+The file is memory-mapped: using rows reads them from the disk. `schema` describes the content.
 """
 
 from collections.abc import Sequence
@@ -34,20 +34,20 @@ WRITE_AGAIN = "write it again with `qwen-vit encode`"
 
 
 class FeatureFile(Features):
-    """A feature file, or one shard of an export folder.
+    """Read a feature file, or one shard of an export folder.
 
     >>> features = load_features("features.safetensors")  # doctest: +SKIP
     >>> features["cats/one.jpg"].embeds.shape, features[0].grid_thw  # doctest: +SKIP
     (torch.Size([256, 3584]), (1, 32, 32))
 
-    `load_features` opens one. Raises ExportError, with the remedy, for a file that is damaged or
-    not a feature file.
+    `load_features` opens one. Raises ExportError with the remedy if the file is damaged or not a
+    feature file.
 
     Attributes:
         path: the file.
-        metadata: what `VisionEncoder.metadata()` gave, and the rest of `schema.FILE_FACTS`,
-            `ids` and `images`; those of a file of schema 1 may be absent.
-        errors: the images of a shard that failed, each with its reason.
+        metadata: the values of `VisionEncoder.metadata()`, the other `schema.FILE_FACTS`, `ids` and
+            `images`. A file of schema 1 may lack some.
+        errors: a shard's failed images, each with its reason.
         image_grid_thw: (N, 3) int64, each image's grid in patches.
     """
 
@@ -75,7 +75,7 @@ class FeatureFile(Features):
     def __repr__(self) -> str:
         return f"FeatureFile({str(self.path)!r}: {plural(len(self), 'image')})"
 
-    def __reduce__(self) -> Any:  # a data loader's workers open it again
+    def __reduce__(self) -> Any:  # a data loader's workers open the file again
         return partial(FeatureFile, verify=self._verify), (self.path,)
 
     @property
@@ -84,12 +84,12 @@ class FeatureFile(Features):
 
     @property
     def is_complete(self) -> bool:
-        """True: a feature file is written whole or not at all."""
+        """Return True, because a feature file is written completely or not at all."""
         return True
 
     @property
     def row_counts(self) -> Sequence[int]:
-        """How many rows each image has, in order."""
+        """Return the number of rows of each image, in order."""
         return [end - begin for begin, end in pairwise(self._offsets)]
 
     def __len__(self) -> int:
@@ -124,7 +124,7 @@ class FeatureFile(Features):
 
     @cached_property
     def _patches(self) -> list[int]:
-        """Where each image's rows of a layer begin, and the last one's end."""
+        """Return where each image's rows of a layer begin, and where the last image's rows end."""
         return [0, *self.image_grid_thw.prod(1).cumsum(0).tolist()]
 
     def _read_rows(self, tensor: str, offsets: Sequence[int], place: int) -> Tensor:
@@ -162,7 +162,7 @@ class FeatureFile(Features):
                     name=str(self.path),
                     remedy=remedy,
                 )
-        may_lack_facts = self.metadata["schema_version"] == 1  # files of `encode` had none
+        may_lack_facts = self.metadata["schema_version"] == 1  # files of `encode` lacked them
         if len(self._facts) != len(self) and (self._facts or not may_lack_facts):
             raise ExportError(
                 f"corrupt ({len(self._facts)} images and {len(self)} ids)",
@@ -190,5 +190,5 @@ def file_content(path: AnyPath) -> tuple[str, int, Any]:
 
 
 def open_shard(path: AnyPath, *, verify: bool = False) -> FeatureFile:
-    """Open one shard of an export. Raises ExportError, with how to resume, for a damaged one."""
+    """Open one shard of an export. For a damaged shard, raise ExportError with how to resume."""
     return FeatureFile(path, RESUME, verify=verify)

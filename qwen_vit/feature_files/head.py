@@ -1,4 +1,4 @@
-"""Reads the metadata of a feature file from its header."""
+"""Read the metadata of a feature file from its header."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ __all__ = ["cannot_read", "open_tensors"]
 
 
 def cannot_read(path: AnyPath, error: OSError) -> ExportError:
-    """The error to raise if the system or a store refuses to read `path`."""
+    """Return the error to raise if the system or a store cannot read `path`."""
     if isinstance(path, StorePath):
         return ExportError(f"cannot be read ({error.strerror})", name=str(path))
     return ExportError(
@@ -25,9 +25,9 @@ def cannot_read(path: AnyPath, error: OSError) -> ExportError:
 
 
 def open_tensors(path: AnyPath, remedy: str) -> tuple[dict[str, Any], Any]:
-    """A file's metadata, and what reads its tensors.
+    """Return a file's metadata, and an object that reads its tensors.
 
-    Raises ExportError, with the remedy, for a file that is damaged or no feature file.
+    Raises ExportError with the remedy if the file is damaged or not a feature file.
     """
     try:
         remote = RangedTensors(path) if isinstance(path, StorePath) else None

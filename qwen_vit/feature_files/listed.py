@@ -1,4 +1,4 @@
-"""Which shard of an export folder has an image, by the folder's listings."""
+"""Find the shard of each image of an export folder, from the folder's listings."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -19,14 +19,14 @@ __all__ = [
     "listings_of",
 ]
 
-# The keys of export.json that no shard repeats: the listings after the first one, the versions that
-# were accepted besides those of the start, and where the images were found.
+# The keys of export.json that no shard repeats: later listings, later accepted versions, and where
+# the images were found.
 LISTINGS = "more_listings"
 OF_EXPORT = (LISTINGS, "accepted", "inputs")
 
 
 class ListingFacts(NamedTuple):
-    """One listing of an export folder, and the shards that it has."""
+    """Describe one listing of an export folder, and the shards of this listing."""
 
     name: str
     n_images: int
@@ -35,12 +35,12 @@ class ListingFacts(NamedTuple):
     withdrawn: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """What the listing's shards record of it."""
+        """Return what the listing's shards record of it."""
         return {"n_images": self.n_images, "listing_sha256": self.sha256}
 
 
 def listing_name(number: int) -> str:
-    """The file of an export's listing.
+    """Return the file name of an export's listing.
 
     >>> listing_name(0), listing_name(2)
     ('listing.jsonl', 'listing-0002.jsonl')
@@ -49,9 +49,9 @@ def listing_name(number: int) -> str:
 
 
 def listings_of(description: Mapping[str, Any], path: AnyPath) -> list[ListingFacts]:
-    """The listings that an export's description in `path` names, in order.
+    """Return the listings that an export's description in `path` names, in order.
 
-    Raises ExportError, with the file's name, if they make no sense.
+    Raises ExportError with the file's name if the listings are inconsistent.
     """
     found, first = list[ListingFacts](), 0
     for number, entry in enumerate(_entries(description, path)):
@@ -70,7 +70,7 @@ def listings_of(description: Mapping[str, Any], path: AnyPath) -> list[ListingFa
 def is_made_by(
     metadata: Mapping[str, Any], settings: Mapping[str, Any], accepted: Sequence[Mapping[str, Any]]
 ) -> bool:
-    """Whether a shard's metadata are an export's settings, or those with versions it accepted."""
+    """Return whether a shard's metadata are an export's settings, with any accepted versions."""
     return any(
         all(metadata.get(name) == value for name, value in {**settings, **made_by}.items())
         for made_by in ({}, *accepted)
@@ -97,7 +97,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 class ListedImages:
-    """The images of an export's listings. An image belongs to the last one that has it."""
+    """Find the images of an export's listings. An image belongs to the last listing that has it."""
 
     def __init__(self, folder: AnyPath, description: Mapping[str, Any]) -> None:
         self._description = description
@@ -109,12 +109,12 @@ class ListedImages:
 
     @property
     def n_shards(self) -> int:
-        """The shards of all listings."""
+        """Return the number of shards of all listings."""
         return self._listings[-1][0].shards.stop
 
     @cached_property
     def shard_of(self) -> Mapping[str, int]:
-        """The shard of each image, in the order in which they were listed first."""
+        """Return the shard of each image, in the order in which images were first listed."""
         shards: dict[str, int] = {}
         for facts, ids in self._listings:
             for name in facts.withdrawn:
@@ -125,25 +125,25 @@ class ListedImages:
 
     @property
     def ids(self) -> Sequence[str]:
-        """Each image once, in the order in which they were listed first."""
+        """Return each image once, in the order in which images were first listed."""
         return list(self.shard_of) if len(self._listings) > 1 else self._listings[0][1]
 
     def listing_of(self, shard: int) -> ListingFacts:
-        """The listing that has a shard."""
+        """Return the listing that has a shard."""
         return next(facts for facts, _ in self._listings if shard in facts.shards)
 
     def has_settings(self, shard: int, metadata: Mapping[str, Any]) -> bool:
-        """Whether a shard's metadata are of this export."""
+        """Return whether a shard's metadata belong to this export."""
         settings = {n: value for n, value in self._description.items() if n not in OF_EXPORT}
         settings |= self.listing_of(shard).to_json()
         return is_made_by(metadata, settings, self._description.get("accepted", ()))
 
     def of(self, shard: int) -> Sequence[str]:
-        """The images that a shard's lines name, those that were replaced since included."""
+        """Return the images that a shard's lines name, including images replaced later."""
         facts, ids = next(each for each in self._listings if shard in each[0].shards)
         start = (shard - facts.shards.start) * self._shard_size
         return ids[start : start + self._shard_size]
 
     def is_current(self, shard: int, name: str) -> bool:
-        """Whether no later listing replaced a shard's image."""
+        """Return whether no later listing replaced a shard's image."""
         return len(self._listings) == 1 or self.shard_of.get(name) == shard

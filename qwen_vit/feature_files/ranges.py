@@ -1,4 +1,4 @@
-"""The tensors of a feature file in object storage, of which only the ranges asked for are read."""
+"""Read the tensors of a feature file in object storage by ranges."""
 
 import json
 import math
@@ -20,9 +20,9 @@ DTYPES = {
 
 
 class RangedTensors:
-    """What `safetensors.safe_open` offers for a local file, by range requests.
+    """Offer the methods of `safetensors.safe_open` for an object, through range requests.
 
-    Opening asks for the header in two requests; a slice of rows is one request.
+    Opening reads the header with two requests. A slice of rows needs one request.
     """
 
     def __init__(self, path: StorePath) -> None:
@@ -36,16 +36,16 @@ class RangedTensors:
         self._data = LENGTH_BYTES + length
 
     def metadata(self) -> dict[str, str] | None:
-        """The header's own strings."""
+        """Return the metadata strings of the header."""
         return self._metadata  # type: ignore[no-any-return]
 
     def get_tensor(self, name: str) -> Tensor:
-        """A whole tensor. Raises OSError."""
+        """Return a whole tensor. Raises OSError."""
         info = self._info(name)
         return self._read(info, 0, math.prod(info.shape)).view(info.shape)
 
     def get_slice(self, name: str) -> "_Rows":
-        """A tensor whose rows are read when they are sliced."""
+        """Return a tensor that reads its rows when it is sliced."""
         return _Rows(self, self._info(name))
 
     def _info(self, name: str) -> TensorInfo:
@@ -57,7 +57,7 @@ class RangedTensors:
         return info
 
     def _read(self, info: TensorInfo, first: int, last: int) -> Tensor:
-        """Values from `first` to `last`, flat."""
+        """Read the values from `first` to `last` as a flat tensor."""
         dtype, begin = DTYPES[info.dtype], self._data + info.start
         if last <= first:
             return torch.empty(0, dtype=dtype, device="cpu")

@@ -1,7 +1,7 @@
-"""Reading feature files and export folders: lazily, and with every part checked.
+"""Read feature files and export folders on demand, and check every part.
 
-A feature file is memory-mapped: its rows are fetched from the disk when they are used. `schema`
-says what a file and a folder hold.
+A feature file is memory-mapped: using rows reads them from the disk. `schema` describes the content
+of a file and a folder.
 """
 
 import logging
@@ -30,27 +30,27 @@ __all__ = ["FeatureFolder", "load_features"]
 
 logger = logging.getLogger("qwen_vit")
 
-SHARDS_OPEN = 64  # at a time; each is one mapping, of which Linux allows a process 65,530
+SHARDS_OPEN = 64  # at a time; each is one mapping, and Linux allows a process 65,530 mappings
 
 
 class FeatureFolder(Features):
-    """A folder that `qwen-vit export` wrote, or is still writing.
+    """Read a folder that `qwen-vit export` wrote or is still writing.
 
     >>> features = load_features("export")  # doctest: +SKIP
     >>> features.is_complete, len(features), len(features.errors)  # doctest: +SKIP
     (True, 999_998, 2)
 
-    It holds the images that were exported without an error, in the order of their shards. Of an
-    image that a later listing replaced, only the last features are read. Shards are opened when
-    they are needed, at most 64 at a time. The folder is listed once, when it is opened:
-    shards that do not exist then are left out, and `is_complete` is False.
+    It contains the images that were exported without an error, in the order of their shards. If a
+    later listing replaced an image, it reads only the last features. It opens shards on demand, at
+    most 64 at a time. It lists the folder once, at opening. Shards that do not exist then are left
+    out, and `is_complete` is False.
 
-    `load_features` opens one. Raises ExportError for a folder that is damaged or of another schema.
+    `load_features` opens one. Raises ExportError if the folder is damaged or has another schema.
 
     Attributes:
         path: the folder.
-        metadata: the export's settings, `shard_size` and `n_images` among them.
-        listing: the ids of all images of the export, in order; failed and missing ones as well.
+        metadata: the export's settings, including `shard_size` and `n_images`.
+        listing: the ids of all images of the export, in order, including failed and missing images.
     """
 
     def __init__(self, path: str | AnyPath, *, verify: bool = False) -> None:
@@ -76,22 +76,22 @@ class FeatureFolder(Features):
         shards = f"{len(self._present):,} of {plural(self._shard_count, 'shard')}"
         return f"FeatureFolder({str(self.path)!r}: {listed} listed, {shards})"
 
-    def __reduce__(self) -> Any:  # a worker has the same images, even if shards were added
+    def __reduce__(self) -> Any:  # a worker has the same images, even if the export added shards
         return _same_folder, (self.path, tuple(self._present), self._verify)
 
     @property
     def is_complete(self) -> bool:
-        """Whether every shard existed when the folder was opened."""
+        """Return whether every shard existed when the folder was opened."""
         return len(self._present) == self._shard_count
 
     @property
     def shards(self) -> Sequence[int]:
-        """The shards that existed when the folder was opened."""
+        """Return the shards that existed when the folder was opened."""
         return self._present
 
     @cached_property
     def errors(self) -> Sequence[FailedImage]:
-        """The images that failed, in order; reads the header of every shard."""
+        """Return the failed images, in order. It reads the header of every shard."""
         return [
             failed
             for index in self._present
@@ -101,12 +101,12 @@ class FeatureFolder(Features):
 
     @cached_property
     def ids(self) -> Sequence[str]:
-        """The ids of the images of all shards, in order; reads the header of every shard."""
+        """Return the ids of the images of all shards, in order. It reads every shard's header."""
         return [self._shard(i).ids[place] for i in self._present for place in self._places(i)]
 
     @cached_property
     def _ends(self) -> list[int]:
-        """How many images the shards hold up to each, from their headers' shapes alone."""
+        """Return the cumulative image count after each shard, from header shapes."""
         return list(accumulate(self._count(index) for index in self._present))
 
     def __len__(self) -> int:
@@ -140,15 +140,15 @@ class FeatureFolder(Features):
         return self._shard(index).read_at(position)
 
     def open_shard(self, index: int) -> FeatureFile:
-        """A shard's file. Raises ExportError if it is missing or of a different export."""
+        """Return a shard's file. Raises ExportError for a missing shard or another export's."""
         return self._open(index)
 
     def is_current(self, index: int, name: str) -> bool:
-        """Whether an image of a shard belongs to the collection: no later shard replaced it."""
+        """Return whether no later shard replaced a shard's image."""
         return self._listed.is_current(index, name)
 
     def _places(self, index: int) -> Sequence[int]:
-        """The places of a shard's current images in its file."""
+        """Return the places of a shard's current images in its file."""
         ids = self._shard(index).ids
         if self._has_replaced(index):
             return [at for at, name in enumerate(ids) if self._listed.is_current(index, name)]
@@ -165,7 +165,7 @@ class FeatureFolder(Features):
         try:
             count: int = read_header(self.path / shard_name(index))["image_grid_thw"].shape[0]
         except (CheckpointError, KeyError, IndexError):
-            return len(self._open(index))  # raises, with what is wrong with the shard
+            return len(self._open(index))  # raises with the shard's problem
         return count
 
     def _open(self, index: int) -> FeatureFile:
@@ -200,18 +200,18 @@ class FeatureFolder(Features):
 def load_features(path: str | AnyPath, *, verify: bool = False) -> FeatureFile | FeatureFolder:
     """Open a feature file, or a folder that `qwen-vit export` wrote.
 
-    An address such as "s3://bucket/features" is read by ranges: headers first, then the rows of
-    each image that is used.
+    It reads an address such as "s3://bucket/features" by ranges: first the headers, then the rows
+    of each image that is used.
 
     >>> load_features("no-such-file.safetensors")
     Traceback (most recent call last):
     qwen_vit.errors.ExportError: no-such-file.safetensors: does not exist. Expected a feature \
 file of `qwen-vit encode` or a folder of `qwen-vit export`.
 
-    With `verify`, an image's rows are compared with their sha256 whenever they are read. A wrong
-    bit is an ExportError. `qwen-vit verify` checks all of them at once.
+    With `verify`, each reading of an image's rows compares them with their recorded sha256. A wrong
+    bit raises ExportError. `qwen-vit verify` checks every image of a file or export.
 
-    Raises ExportError with the file's name if it is missing, truncated or of another schema.
+    Raises ExportError with the file's name if it is missing, truncated or has another schema.
     """
     if not isinstance(path, (str, os.PathLike, StorePath)):
         raise ArgumentError(

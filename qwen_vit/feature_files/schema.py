@@ -1,22 +1,23 @@
-"""The format of feature files and export folders, and the checks of their content.
+"""Define the format of feature files and export folders, and check their content.
 
-A feature file is one safetensors file: `image_embeds` (T, D), `image_grid_thw` (N, 3) int64 and
-`image_token_offsets` (N + 1,) int64, so that image i owns rows offsets[i] : offsets[i + 1]. For
-each block k of `layers` it has `layer_k` (P, C), the rows of all images' patches, t * h * w of
-each. Its metadata is a single key that holds sorted JSON, because safetensors writes several keys
-in random order and the same features must give the same bytes.
+A feature file is one safetensors file. It contains `image_embeds` (T, D), `image_grid_thw` (N, 3)
+int64 and `image_token_offsets` (N + 1,) int64. Image i owns rows offsets[i] : offsets[i + 1]. Each
+block k of `layers` adds `layer_k` (P, C), with t * h * w rows for each image's patches. The
+metadata is a single key with sorted JSON. safetensors writes several keys in random order, and the
+same features must give the same bytes.
 
-Every file of schema 2 has the keys of `FILE_FACTS`, and in `images` an object for each image with
-the keys of `ItemFacts.to_json`. What does not apply, or is not known, is null. `rows_sha256` has
-for each tensor of rows the sha256 of the image's own rows, as they are stored.
+Every file of schema 2 has the keys of `FILE_FACTS`. Its `images` has an object for each image with
+the keys of `ItemFacts.to_json`. A value that does not apply or is unknown is null. `rows_sha256`
+has a sha256 for each tensor of rows: the hash of the image's own stored rows.
 
-An export folder holds `export.json`, `listing.jsonl` (one id per line) and a feature file, called a
-shard, for every `shard_size` lines of the listing. A shard also names the images that failed, with
-the reason. An export that grew has further listings in `listing-0001.jsonl` and so on. Their shards
-follow those of the listing before, and an image belongs to the last listing that has it.
+An export folder contains `export.json`, `listing.jsonl` (one id per line) and feature files called
+shards. There is one shard for every `shard_size` lines of the listing. A shard also names failed
+images, with the reasons. Extensions of an export add listings in `listing-0001.jsonl` and so on.
+Their shards follow the shards of the previous listing. An image belongs to the last listing that
+has it.
 
-Schema 1 had no layers, nothing of an image but `size_px`, `notes`, `sha256` and `source`, and those
-in shards only. It is still read.
+Schema 1 had no layers. Only shards described images, with `size_px`, `notes`, `sha256` and
+`source`. qwen_vit still reads schema 1.
 """
 
 import json
@@ -65,7 +66,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 2
-READABLE = (1, 2)  # versions
+READABLE = (1, 2)  # schema versions
 METADATA_KEY = "qwen_vit"
 EMBEDS = "image_embeds"
 INTEGERS = ("image_grid_thw", "image_token_offsets")
@@ -75,12 +76,12 @@ RESUME = "run the same `qwen-vit export` command again to write what is missing"
 OTHER_SCHEMA = "read it with the version of qwen_vit that wrote it"
 
 
-# The keys of a file's metadata, besides `ids`, `images` and `schema_version`.
+# The keys of a file's metadata, except `ids`, `images` and `schema_version`.
 FILE_FACTS = (
     # what made the features: `VisionEncoder.metadata()`
     *("model", "commit", "weights_sha256", "config_sha256", "versions", "device", "gpu"),
     *("quantization", "image_policy"),
-    # which rows they are, the dtype that they were computed in, and that of the stored ones
+    # which rows they are, the dtype of the computation, and the dtype of the stored rows
     *("output", "normalize", "layers", "patches_per_row", "computed_in", "dtype"),
     # of an export
     *("n_images", "listing_sha256", "shard_size", "limits", "errors"),
@@ -89,20 +90,20 @@ FILE_FACTS = (
 
 @dataclass(frozen=True, slots=True)
 class ItemFacts:
-    """What a file records of one image or video, besides its rows; None if it is not known.
+    """Describe one image or video in a file, without its rows. None means unknown.
 
     Attributes:
         id: as in `ImageFeatures`.
         grid_thw: as in `ImageFeatures`.
-        n_rows: its rows of `image_embeds`.
+        n_rows: the image's rows in `image_embeds`.
         size_px: the original (height, width).
-        notes: what the image policy did.
-        sha256: that of the image's own bytes.
-        source: where an export read it.
+        notes: the changes that the image policy made.
+        sha256: the hash of the image's own bytes.
+        source: where an export read the image.
         kind: "image" or "video".
-        exif: "apply" or "ignore": whether its EXIF orientation was applied.
-        second_per_grid_t: of a video, how many seconds one step of the grid's t takes.
-        frame_seconds: of a video, the moments of its frames.
+        exif: "apply" or "ignore": whether the EXIF orientation was applied.
+        second_per_grid_t: for a video, the seconds of one step of the grid's t.
+        frame_seconds: for a video, the times of its frames, in seconds.
     """
 
     id: str
@@ -118,11 +119,11 @@ class ItemFacts:
     frame_seconds: tuple[float, ...] | None = None
 
     def rows_of(self, tensor: str) -> int:
-        """How many rows of a tensor are its own."""
+        """Return the number of the image's rows in a tensor."""
         return self.n_rows if tensor == EMBEDS else math.prod(self.grid_thw)
 
     def to_json(self, rows_sha256: Mapping[str, str]) -> dict[str, Any]:
-        """Its entry in `images`; ids, grids and row counts have a place of their own."""
+        """Return the image's entry in `images`, without its id, grid and row count."""
         return {
             "exif": self.exif,
             "frame_seconds": self.frame_seconds,
@@ -137,7 +138,7 @@ class ItemFacts:
 
 
 def layer_name(block: int) -> str:
-    """The tensor of a block's rows.
+    """Return the name of the tensor with a block's rows.
 
     >>> layer_name(7)
     'layer_7'
@@ -146,7 +147,7 @@ def layer_name(block: int) -> str:
 
 
 def rows_by_tensor(features: ImageFeatures) -> dict[str, Tensor]:
-    """An image's rows by the tensor that holds them; the layers in the order of their names.
+    """Return an image's rows by tensor name, with the layers in the order of their names.
 
     >>> import torch
     >>> embeds, rows = torch.ones(1, 8), torch.ones(4, 6)
@@ -158,7 +159,7 @@ def rows_by_tensor(features: ImageFeatures) -> dict[str, Tensor]:
 
 
 def shard_name(index: int) -> str:
-    """The file of an export folder's shard.
+    """Return the file name of an export folder's shard.
 
     >>> shard_name(7)
     'shard-00000007.safetensors'
@@ -169,9 +170,9 @@ def shard_name(index: int) -> str:
 def parse_metadata(
     text: str, tensors: Mapping[str, TensorInfo], path: AnyPath, remedy: str
 ) -> dict[str, Any]:
-    """The metadata of a feature file that holds `tensors`.
+    """Return the metadata of a feature file with these `tensors`.
 
-    Raises ExportError, with the remedy, for a text that is not JSON or does not fit the tensors.
+    Raises ExportError with the remedy if the text is not JSON or does not fit the tensors.
     """
     try:
         metadata = parse_json(text.encode(), source=str(path))
@@ -203,7 +204,7 @@ def parse_metadata(
 
 
 class RowFacts(NamedTuple):
-    """Which rows a file holds."""
+    """Describe the rows of a file."""
 
     output: FeatureOutput
     normalized: bool
@@ -211,9 +212,9 @@ class RowFacts(NamedTuple):
 
 
 def parse_row_facts(metadata: Mapping[str, Any], path: AnyPath, remedy: str) -> RowFacts:
-    """Which rows a file of either schema holds.
+    """Return the description of the rows of a file with either schema.
 
-    Raises ExportError, with the remedy, where its metadata does not say it.
+    Raises ExportError with the remedy if the metadata does not describe the rows.
     """
     per_row = metadata.get("patches_per_row")
     of_schema_1 = "mean" if per_row is None else "patch" if per_row == 1 else "merged"
@@ -232,7 +233,7 @@ def parse_row_facts(metadata: Mapping[str, Any], path: AnyPath, remedy: str) -> 
 
 
 def parse_errors(value: Any, path: AnyPath, remedy: str) -> Sequence[FailedImage]:
-    """A shard's failed images. Raises ExportError, with the remedy, for anything else."""
+    """Return a shard's failed images. For any other value, raise ExportError with the remedy."""
     value = [] if value is None else value
     names = {"id", "stage", "code", "message"}
     is_right = isinstance(value, list) and all(
@@ -255,18 +256,18 @@ def parse_errors(value: Any, path: AnyPath, remedy: str) -> Sequence[FailedImage
 
 
 class StoredFacts(NamedTuple):
-    """What a file records of an image or video beside its rows and its grid."""
+    """Describe an image or video in a file, without its rows and grid."""
 
     size_px: tuple[int, int] = UNKNOWN_SIZE
     notes: tuple[str, ...] = ()
-    second_per_grid_t: float | None = None  # of a video
+    second_per_grid_t: float | None = None  # only for a video
     frame_seconds: tuple[float, ...] = ()
 
 
 def parse_image_facts(value: Any, path: AnyPath, remedy: str) -> Sequence[StoredFacts]:
-    """The facts of each image of a file; none where schema 1 had none.
+    """Return the facts of each image of a file, or no facts if schema 1 had none.
 
-    Raises ExportError, with the remedy, for anything else.
+    For any other value, raises ExportError with the remedy.
     """
     value = [] if value is None else value
     try:
@@ -300,9 +301,9 @@ def _is_right(facts: StoredFacts) -> bool:
 
 
 def read_description(path: AnyPath) -> dict[str, Any]:
-    """An export's settings, from its `export.json`.
+    """Return an export's settings from its `export.json`.
 
-    Raises ExportError, naming the file, for one that is missing, corrupt or of another schema.
+    Raises ExportError with the file's name if it is missing, corrupt or has another schema.
     """
     if not path.is_file():
         raise ExportError(
@@ -321,9 +322,9 @@ def read_description(path: AnyPath) -> dict[str, Any]:
 
 
 def read_listing(path: AnyPath, n_images: int) -> list[str]:
-    """The ids of every image of an export, in order, from its `listing.jsonl`.
+    """Return the ids of all images of an export, in order, from its `listing.jsonl`.
 
-    Raises ExportError, naming the lines, unless it holds `n_images` different ids.
+    Raises ExportError with the line numbers unless it has `n_images` different ids.
     """
     ids: list[str] = []
     lines: list[bytes] = []

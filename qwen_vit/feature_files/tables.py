@@ -1,7 +1,8 @@
-"""Stored features as NumPy, pandas, Parquet and Hugging Face's datasets: a row for each image.
+"""Convert stored features for NumPy, pandas, Parquet and datasets, with a row per image.
 
-Images are read one after the other, so a table on disk needs memory for one batch of rows. Rows are
-float32 in a table: neither Arrow nor NumPy has bfloat16, and every bfloat16 is a float32.
+It reads images one after the other, so a table on disk needs memory for one batch of rows. A
+table's rows are float32, because neither Arrow nor NumPy has bfloat16. Every bfloat16 value is a
+float32 value.
 """
 
 import json
@@ -25,13 +26,13 @@ __all__ = [
 
 EMBEDS_COLUMN = "embeds"
 WHOLE_NUMBERS = ("grid_t", "grid_h", "grid_w", "height", "width")
-BATCH_BYTES, BATCH_IMAGES = 2**25, 4_096  # of float32 rows at a time; some three copies exist
-DENSE_IMAGES = 8  # that datasets holds at a time; of vectors, its own default of 1,000
+BATCH_BYTES, BATCH_IMAGES = 2**25, 4_096  # of float32 rows at a time; about three copies exist
+DENSE_IMAGES = 8  # at a time in datasets; for vectors, its default of 1,000
 EMPTY = "choose at least one image that has features"
 
 
 class StoredImages(Protocol):
-    """What a table needs of `Features`, which is in the module above."""
+    """Define what a table needs of `Features`, which the module above defines."""
 
     metadata: dict[str, Any]
 
@@ -40,7 +41,7 @@ class StoredImages(Protocol):
 
 
 def to_numpy(features: StoredImages) -> NDArray[np.float32]:
-    """See `Features.to_numpy`."""
+    """Implement `Features.to_numpy`."""
     n_rows, parts = 0, []
     for image in features:
         n_rows += len(image.embeds)
@@ -56,7 +57,7 @@ def to_numpy(features: StoredImages) -> NDArray[np.float32]:
 
 
 def to_pandas(features: StoredImages) -> Any:
-    """See `Features.to_pandas`."""
+    """Implement `Features.to_pandas`."""
     try:
         import pandas as pd
     except ImportError as error:
@@ -68,7 +69,7 @@ def to_pandas(features: StoredImages) -> Any:
         values = [record[name] for record in records]
         dtype = "Int64" if name in WHOLE_NUMBERS else object
         columns[name] = pd.Series(values, dtype=dtype)
-    # ids may hold bytes that are no Unicode, so they are plain Python strings
+    # ids may have bytes that are not Unicode, so they are plain Python strings
     index = pd.Index(columns.pop("id"), dtype=object, name="id")
     return pd.DataFrame(columns).set_index(index)
 
@@ -76,7 +77,7 @@ def to_pandas(features: StoredImages) -> Any:
 def write_parquet(
     features: StoredImages, path: str | os.PathLike[str], *, overwrite: bool = True
 ) -> Path:
-    """See `Features.to_parquet`."""
+    """Implement `Features.to_parquet`."""
     try:
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
     except ImportError as error:
@@ -89,7 +90,7 @@ def write_parquet(
     if first is None:
         raise ExportError("holds no image", name=str(features), remedy=EMPTY)
     schema = _arrow_schema(features, first)
-    # the lower half of a bfloat16's float32 is zero, which packs to nothing byte by byte
+    # the lower half of a bfloat16's float32 is zero, and these bytes compress to almost nothing
     rows = [name for name in schema.names if name == EMBEDS_COLUMN or name.startswith("layer_")]
     leaves = [_leaf(schema.field(name)) for name in rows]
     with (
@@ -105,7 +106,7 @@ def write_parquet(
 
 
 def to_datasets(features: StoredImages, *, cache_dir: str | os.PathLike[str] | None = None) -> Any:
-    """See `Features.to_datasets`."""
+    """Implement `Features.to_datasets`."""
     try:
         import datasets
     except ImportError as error:
@@ -119,7 +120,8 @@ def to_datasets(features: StoredImages, *, cache_dir: str | os.PathLike[str] | N
         _dataset_rows,
         features=datasets.Features.from_arrow_schema(schema.remove_metadata()),
         cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-        # datasets keeps what it made by a hash of these, and the path alone does not name content
+        # datasets names its cache by a hash of these values, because the path does not identify
+        # content
         gen_kwargs={"features": features, "content": repr(features.content())},
         **({"writer_batch_size": DENSE_IMAGES} if is_dense else {}),
     )
@@ -131,7 +133,7 @@ def _dataset_rows(features: StoredImages, content: str) -> Iterator[dict[str, An
 
 
 def _record(image: ImageFeatures) -> dict[str, Any]:
-    """An image's row of a table, its arrays as float32."""
+    """Return an image's table row, with arrays in float32."""
     rows = {name: part.float().numpy() for name, part in rows_by_tensor(image).items()}
     embeds = rows.pop(EMBEDS)
     t, h, w = image.grid_thw
@@ -173,7 +175,7 @@ def _arrow_schema(features: StoredImages, first: ImageFeatures) -> Any:
 
 
 def _leaf(field: Any) -> str:
-    """Parquet's name for the values of a column of lists."""
+    """Return Parquet's name for the values of a column of lists."""
     name, kind = field.name, field.type
     while hasattr(kind, "value_type"):
         name, kind = f"{name}.list.element", kind.value_type
@@ -183,7 +185,7 @@ def _leaf(field: Any) -> str:
 def _batches(
     first: Sequence[ImageFeatures], images: Iterable[ImageFeatures]
 ) -> Iterator[list[ImageFeatures]]:
-    """As many images at a time as `BATCH_BYTES` hold."""
+    """Yield batches of images of at most `BATCH_BYTES`."""
     batch = list(first)
     n_bytes = sum(map(_table_bytes, batch))
     for image in images:
@@ -212,9 +214,9 @@ def _record_batch(images: Sequence[ImageFeatures], schema: Any) -> Any:
 
 
 def _list_array(arrays: Sequence[NDArray[np.float32]]) -> Any:
-    """Arrays of one axis as lists, of two axes as lists of lists, without a Python object a value.
+    """Convert 1D arrays to lists and 2D arrays to lists of lists, without Python objects.
 
-    Arrow counts the values of a batch in int32: `BATCH_BYTES` are far below.
+    Arrow counts a batch's values in int32, and `BATCH_BYTES` limits them to far less.
     """
     import pyarrow as pa
 
@@ -229,9 +231,9 @@ def _list_array(arrays: Sequence[NDArray[np.float32]]) -> Any:
 
 
 def whole_numbers_in_pandas(schema: Any) -> Any:
-    """An Arrow schema whose columns of int64 pandas reads as Int64, which may lack a value.
+    """Return an Arrow schema for which pandas reads int64 columns as Int64, with missing values.
 
-    Without this note pandas makes floats of a column of whole numbers where one is missing.
+    Without this note, pandas converts a whole-number column with a missing value to floats.
     """
     columns = [
         {
@@ -246,7 +248,7 @@ def whole_numbers_in_pandas(schema: Any) -> Any:
 
 
 def unicode_text(text: str) -> str:
-    r"""Text as Unicode, which is all that Arrow holds: odd bytes of a name are escaped.
+    r"""Return text as Unicode, which Arrow requires, by escaping a name's odd bytes.
 
     >>> print(unicode_text(os.fsdecode(b"caf\xe9.jpg")))
     caf\udce9.jpg
@@ -255,7 +257,7 @@ def unicode_text(text: str) -> str:
 
 
 def id_bytes(name: str) -> bytes | None:
-    """The bytes of an id that is not Unicode; None for other ids.
+    """Return the bytes of an id that is not Unicode, or None for other ids.
 
     >>> id_bytes("café.jpg"), id_bytes(os.fsdecode(b"caf\\xe9.jpg"))
     (None, b'caf\\xe9.jpg')

@@ -1,4 +1,4 @@
-"""Checks of stored features: every file, every row, every digest that was recorded."""
+"""Check stored features: every file, every row and every recorded digest."""
 
 import math
 from collections.abc import Callable
@@ -21,14 +21,14 @@ __all__ = ["Verification", "verify_features"]
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The checks of stored features, and the problems found.
+    """Report the checks of stored features and the problems found.
 
     Attributes:
-        images: those of the collection that were read.
-        rows: those of these images.
-        digests: images whose rows have the sha256 that was recorded when they were written.
-        superseded: older features that were read as well, of images that the export encoded again.
-        problems: a sentence each; empty if everything is right.
+        images: images of the collection that were read.
+        rows: rows of these images.
+        digests: images whose rows match the sha256 that was recorded when they were written.
+        superseded: older features that were also read, of images that the export encoded again.
+        problems: one sentence per problem; empty if there is no problem.
     """
 
     images: int
@@ -41,15 +41,15 @@ class Verification:
 def verify_features(
     path: str | Path, *, on_image: Callable[[], Any] = lambda: None
 ) -> Verification:
-    """Read every row of a feature file or an export folder, and check all that can be checked.
+    """Read every row of a feature file or an export folder, and check it completely.
 
     >>> verify_features("features.safetensors").problems  # doctest: +SKIP
     ()
 
-    Of a file it checks headers, ids and offsets. Each image must have the rows that its grid asks
-    for, without NaN and infinity, and of the recorded digests. An export must also have the
-    recorded hash of its listing, and all of its shards. `on_image` is called for each image.
-    Raises ExportError if a path holds no features, or a feature file cannot be opened.
+    In a file, it checks headers, ids and offsets. Each image must have the number of rows of its
+    grid. The rows must be finite and match the recorded digests. An export must also match the
+    recorded hash of its listing, and have all shards. It calls `on_image` for each image. Raises
+    ExportError if the path has no features or a feature file cannot be opened.
     """
     features = load_features(path)
     check = _Check(on_image)
@@ -99,7 +99,7 @@ class _Check:
                 self.problems.append(
                     f"{where}: {len(features.embeds)} rows for a grid of {features.grid_thw}"
                 )
-            digests = entry.get("rows_sha256") or {}  # schema 1 has none
+            digests = entry.get("rows_sha256") or {}  # schema 1 has no digests
             for tensor, rows in rows_by_tensor(features).items():
                 if not all_finite(rows):
                     self.problems.append(f"{where}: {tensor} holds NaN or infinity")

@@ -1,4 +1,4 @@
-"""Writes feature files, completely or not at all, with the same bytes for the same features."""
+"""Write feature files completely or not at all, with the same bytes for the same features."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ from qwen_vit.images.image import EXIF_IGNORED, ExifPolicy
 
 __all__ = ["write_features"]
 
-OF_A_SHARD = {"ids", "images", "errors"}  # metadata that other images may have come with
+OF_A_SHARD = {"ids", "images", "errors"}  # metadata that belongs to one shard's images
 AS_ENCODED = "write what `encode` returned"
 
 
@@ -47,7 +47,7 @@ def write_features(
     *,
     overwrite: bool = True,
 ) -> Path:
-    """Write a feature file completely or not at all. Failed images are left out.
+    """Write a feature file completely or not at all. Leave out failed images.
 
     >>> import tempfile
     >>> from qwen_vit import VisionEncoder, load_features
@@ -60,7 +60,8 @@ def write_features(
 
     `metadata` is the result of `VisionEncoder.metadata()`. The bytes depend only on the arguments.
     Raises ExportError for an existing file with `overwrite=False`, and for a folder that cannot be
-    written. So do two images of one id, rows that are not finite numbers, and no image at all.
+    written. It also raises ExportError for two images with one id, for rows with NaN or infinity,
+    and for no images.
     """
     path = Path(path)
     check_utf8(path)
@@ -111,7 +112,7 @@ def write_features(
 def _good_features(
     path: Path, features: Sequence[ImageFeatures | FailedImage]
 ) -> list[ImageFeatures]:
-    """Those of images that did not fail: at least one, each with an id of its own."""
+    """Return the features of images that did not fail: at least one, with different ids."""
     if not features:
         raise ExportError("features is empty", name=str(path), remedy="pass at least one image")
     good = [feature for feature in features if isinstance(feature, ImageFeatures)]
@@ -133,7 +134,7 @@ def _good_features(
 
 
 def _item_of(feature: ImageFeatures) -> ItemFacts:
-    is_image = feature.size_px != UNKNOWN_SIZE  # patches that a caller has cut have no policy
+    is_image = feature.size_px != UNKNOWN_SIZE  # patches from the caller have no policy
     size_px = feature.size_px if is_image else None
     if isinstance(feature, VideoFeatures):
         return ItemFacts(
@@ -152,7 +153,7 @@ def _exif(feature: ImageFeatures) -> ExifPolicy:
 
 
 def _columns(path: Path, features: Sequence[ImageFeatures]) -> dict[str, list[Tensor]]:
-    """Each tensor's name and the images' rows of it, on the CPU; image_embeds first."""
+    """Return each tensor's name and the images' rows on the CPU, image_embeds first."""
     blocks = [sorted(feature.layers) for feature in features]
     other = next((place for place, each in enumerate(blocks) if each != blocks[0]), None)
     if other is not None:
@@ -183,7 +184,7 @@ def _columns(path: Path, features: Sequence[ImageFeatures]) -> dict[str, list[Te
 
 
 def _form(path: Path, name: str, rows: Sequence[Tensor]) -> tuple[int, torch.dtype]:
-    """The width of a tensor, and the dtype that holds all of its rows."""
+    """Return the width of a tensor, and the dtype that can store all its rows."""
     widths = sorted({part.shape[1] for part in rows})
     if len(widths) > 1:
         shapes = ", ".join(f"(n, {width})" for width in widths)
@@ -199,7 +200,7 @@ def _form(path: Path, name: str, rows: Sequence[Tensor]) -> tuple[int, torch.dty
 def _output(
     path: Path, features: Sequence[ImageFeatures], metadata: Mapping[str, Any]
 ) -> tuple[str, bool]:
-    """Which rows the features hold, the same for all; and whether they have unit length."""
+    """Return which rows all features have, and whether the rows have unit length."""
     if metadata.get("output") == "mean":  # of features that were made by hand
         features = [replace(feature, output="mean") for feature in features]
     kinds = {(f.output, f.normalized): f.id for f in features}
@@ -219,7 +220,7 @@ def _kind_text(output: str, is_normalized: bool) -> str:
 
 
 def _rows(path: Path, name: str, embeds: Tensor) -> Tensor:
-    """An image's rows on the CPU. Raises ExportError for rows that a feature file cannot hold."""
+    """Return an image's rows on the CPU. Raises ExportError for rows that a file cannot store."""
     kind = odd_kind(embeds) if isinstance(embeds, Tensor) else type(embeds).__name__
     if kind:
         raise ExportError(
@@ -239,9 +240,9 @@ def _rows(path: Path, name: str, embeds: Tensor) -> Tensor:
 
 
 def _patches_per_row(path: Path, features: Sequence[ImageFeatures], is_mean: bool) -> int | None:
-    """4 for merged tokens, 1 for patches, from the images' grids; None for means of one row each.
+    """Return 4 for merged tokens, 1 for patches and None for means, from the images' grids.
 
-    Raises ExportError unless it is the same whole number for every image.
+    Raises ExportError unless the quotient is the same whole number for every image.
     """
     if is_mean and all(len(f.embeds) == 1 for f in features):
         return None

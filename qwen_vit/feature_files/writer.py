@@ -1,4 +1,4 @@
-"""A feature file that grows: rows as they arrive, hashed, and the header at the end."""
+"""Append and hash the rows of a feature file, and write its header at the end."""
 
 import json
 import math
@@ -43,15 +43,15 @@ STORED_AS = {  # safetensors' own names
     torch.int64: "I64",
 }
 FLOATS = set(STORED_AS) - {torch.int64}
-FLUSH_BYTES = 2**25  # of rows, before the system is asked to write them to the disk
-COPY_BYTES = 2**18  # fits a cache
-# A GPU gives 0.7 GB of rows a second; a core hashes 0.4 to 2 GB, and does not hold Python's lock.
+FLUSH_BYTES = 2**25  # of rows, before asking the system to write them to the disk
+COPY_BYTES = 2**18  # fits in a CPU cache
+# A GPU gives 0.7 GB of rows a second. A core hashes 0.4 to 2 GB a second, without Python's lock.
 HASH_THREADS = 4
 FILE_EACH = "write one file for each model and output"
 
 
 class RowTensor(NamedTuple):
-    """A tensor of rows in a file: `image_embeds`, or a layer."""
+    """Describe a tensor of rows in a file: `image_embeds` or a layer."""
 
     name: str
     width: int
@@ -59,7 +59,7 @@ class RowTensor(NamedTuple):
 
 
 class FeatureWriter:
-    """Writes a feature file of unknown length: rows as they come, the header at the end.
+    """Write a feature file of unknown length: append rows, then write the header at the end.
 
     >>> tensors = [RowTensor("image_embeds", 192, torch.float32)]
     >>> with FeatureWriter(path, tensors, 2**16) as writer:  # doctest: +SKIP
@@ -67,11 +67,11 @@ class FeatureWriter:
     ...     writer.add(rows, [ItemFacts("a.jpg", (1, 4, 6), n_rows=6)])
     ...     writer.save(encoder.metadata())
 
-    The header holds all lengths, so `head_bytes` are reserved for it; a larger header has the rows
-    copied behind it. The rows of every tensor but the first go to a hidden file of their own, and
-    are copied behind the others when the file is saved. The file's bytes depend on `head_bytes`.
-    The file appears under its name whole or not at all: without `save` it is discarded when the
-    block ends. Raises ExportError if the system refuses to write.
+    The header gives all lengths, so the writer reserves `head_bytes` for it. If the header is
+    larger, the writer copies the rows after it. The writer appends each layer to its own hidden
+    file. When the file is saved, it copies the layers after the embeddings. The file's bytes depend
+    on `head_bytes`. The file gets its name only when it is complete. Without `save`, the writer
+    discards it when the block ends. Raises ExportError if the system does not allow writing.
     """
 
     def __init__(self, path: Path, tensors: Sequence[RowTensor], head_bytes: int) -> None:
@@ -96,13 +96,13 @@ class FeatureWriter:
         self.discard()
 
     def discard(self) -> None:
-        """Remove a file that was not saved. A saved one stays."""
+        """Remove a file that was not saved. A saved file remains."""
         self._hashers.shutdown()
         for growing in self._growing:
             growing.atomic.discard()
 
     def add(self, rows: Mapping[str, Tensor], items: Sequence[ItemFacts]) -> None:
-        """Append images: for each tensor their rows (n, width), one image after the other."""
+        """Append images: the rows (n, width) of each tensor, in the order of the images."""
         stored = [self._check(tensor, rows[tensor.name], items) for tensor in self.tensors]
         digests = [
             {name: self._hashers.submit(rows_sha256, each) for name, each in parts.items()}
@@ -114,16 +114,16 @@ class FeatureWriter:
         except OSError as error:
             raise cannot_write(self.path, error) from None
         finally:
-            for parts in digests:  # the caller's memory is free then
+            for parts in digests:  # afterwards the caller may free its memory
                 self._digests.append({name: each.result() for name, each in parts.items()})
         self.items += items
 
     def last_digests(self) -> Mapping[str, str]:
-        """The digests of the image that was added last, by tensor."""
+        """Return the digests of the last added image, by tensor."""
         return self._digests[-1]
 
     def drop_behind(self, n_items: int) -> None:
-        """Forget all but the first images."""
+        """Forget all images except the first `n_items`."""
         self.items, self._digests = self.items[:n_items], self._digests[:n_items]
         try:
             for growing, tensor in zip(self._growing, self.tensors, strict=True):
@@ -133,9 +133,9 @@ class FeatureWriter:
             raise cannot_write(self.path, error) from None
 
     def save(self, facts: Mapping[str, Any], path: Path | None = None) -> None:
-        """Write the header and give the file its name, or another one in the same folder.
+        """Write the header and give the file its name, or another name in the same folder.
 
-        `facts` are JSON values for its metadata.
+        `facts` are JSON values for the file's metadata.
         """
         path = path or self.path
         head = build_head(
@@ -160,7 +160,7 @@ class FeatureWriter:
     def _rows_of_each(
         self, stored: Sequence[Tensor], items: Sequence[ItemFacts]
     ) -> Iterator[dict[str, Tensor]]:
-        """For each image its rows of each tensor."""
+        """Return the rows of each tensor for each image."""
         names = [tensor.name for tensor in self.tensors]
         parts = [
             rows.split([item.rows_of(name) for item in items])
@@ -170,7 +170,7 @@ class FeatureWriter:
             yield dict(zip(names, of_item, strict=True))
 
     def _check(self, tensor: RowTensor, rows: Tensor, items: Sequence[ItemFacts]) -> Tensor:
-        """The rows as they are stored."""
+        """Return the rows as they are stored."""
         n_rows = sum(item.rows_of(tensor.name) for item in items)
         if rows.shape != (n_rows, tensor.width):
             raise ExportError(
@@ -185,7 +185,7 @@ class FeatureWriter:
 
 
 class _GrowingRows:
-    """The rows of one tensor in a hidden file, behind `begin` bytes."""
+    """Append the rows of one tensor to a hidden file, after `begin` bytes."""
 
     def __init__(self, path: Path, begin: int) -> None:
         self.atomic = AtomicFile(path)
@@ -193,9 +193,9 @@ class _GrowingRows:
         self.atomic.file.seek(begin)
 
     def write(self, rows: Tensor) -> None:
-        """Append rows; now and then the system is asked to write them to the disk.
+        """Append rows, and regularly ask the system to write them to the disk.
 
-        So the final flush is short.
+        This makes the final flush short.
         """
         self._end += self.atomic.file.write(bytes_of(rows))
         if self._end - self._flushed < FLUSH_BYTES:
@@ -208,7 +208,7 @@ class _GrowingRows:
         self._flushed = self._end
 
     def truncate(self, n_bytes: int) -> None:
-        """Keep the first bytes of rows alone."""
+        """Keep only the first bytes of rows."""
         self._end = self._begin + n_bytes
         self._flushed = min(self._flushed, self._end)
         self.atomic.file.truncate(self._end)
@@ -216,12 +216,12 @@ class _GrowingRows:
 
 
 def _copy(source: BinaryIO, begin: int, target: BinaryIO) -> None:
-    source.seek(begin)  # seeking writes what is still buffered
+    source.seek(begin)  # seeking writes the buffered bytes
     shutil.copyfileobj(source, target, COPY_BYTES)
 
 
 def rows_sha256(rows: Tensor) -> str:
-    """The digest of an image's rows as they are stored, by hashlib from their own memory."""
+    """Return the digest of an image's stored rows. hashlib reads the rows' own memory."""
     return sha256(bytes_of(rows)).hexdigest()
 
 
@@ -229,7 +229,7 @@ def build_head(
     path: Path, items: Sequence[ItemFacts], digests: Sequence[Mapping[str, str]],
     tensors: Sequence[RowTensor], facts: Mapping[str, Any], *, at_least: int = 0,
 ) -> bytes:  # fmt: skip
-    """All of a feature file before its rows; spaces fill it up to `at_least` bytes."""
+    """Return all bytes of a feature file before its rows, padded to `at_least` with spaces."""
     facts = {
         **dict.fromkeys(FILE_FACTS),
         **facts,
@@ -251,7 +251,7 @@ def build_head(
     integers = bytes(bytes_of(grids)) + bytes(bytes_of(offsets))
     header: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
     position = 0
-    for name, stored, shape in (  # in the order in which safetensors itself would write them
+    for name, stored, shape in (  # in safetensors' own order
         ("image_grid_thw", torch.int64, (len(items), 3)),
         ("image_token_offsets", torch.int64, offsets.shape),
         *((t.name, t.dtype, (sum(i.rows_of(t.name) for i in items), t.width)) for t in tensors),
@@ -262,7 +262,7 @@ def build_head(
         }  # fmt: skip
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # so that the tensors are aligned
+    raw += b" " * (-len(raw) % 8)  # to align the tensors
     if len(raw) > MAX_HEADER_BYTES:
         raise ExportError(
             f"its header would have {len(raw)} bytes",
@@ -275,5 +275,5 @@ def build_head(
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """The memory of a contiguous tensor on the CPU; numpy has no bfloat16."""
+    """Return a contiguous CPU tensor's bytes as a uint8 array, because NumPy has no bfloat16."""
     return tensor.reshape(-1).view(torch.uint8).numpy()

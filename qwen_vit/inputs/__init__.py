@@ -1,1 +1,1 @@
-"""Files, folders, patterns, lists and tars as one ordered list of images with ids."""
+"""List the images of files, folders, patterns, lists and tars in one order, with ids."""

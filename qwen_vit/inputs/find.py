@@ -1,4 +1,4 @@
-"""Files, folders and patterns -> the images in them, in one order."""
+"""Find the images of files, folders and patterns, in one order."""
 
 import glob
 import logging
@@ -41,10 +41,11 @@ __all__ = ["STDIN", "check_inputs", "find_items", "no_image_found", "warn_of_ski
 
 logger = logging.getLogger("qwen_vit")
 
-STDIN = "-"  # a list of paths on standard input
+STDIN = "-"  # reads a list of paths from standard input
 MAX_SUFFIXES_LOGGED = 5
 NOT_IMAGES = {".csv", ".json", ".pdf", ".tsv", ".xml", ".yaml", ".yml", ".zip"}
-TAKEN_SUFFIXES = (*MEDIA_SUFFIXES, TAR_SUFFIX, *COMPRESSED_TARS, PARQUET_SUFFIX)  # from a folder
+# a search of a folder returns files with these suffixes
+TAKEN_SUFFIXES = (*MEDIA_SUFFIXES, TAR_SUFFIX, *COMPRESSED_TARS, PARQUET_SUFFIX)
 DEEP = re.compile(r"(?:^|(?<=/))\*\*(?:/+|$)")  # in a pattern: any number of folders
 ALL_BELOW = re.compile(r"(?:^|/)\*\*(?:/+\*{1,2})*/*$")  # each match is an item
 
@@ -56,27 +57,30 @@ def find_items(
     must_exist: bool = True,
     columns: ParquetColumns | None = None,
 ) -> Iterator[Item]:
-    """The images of files, folders, patterns, lists, tars and Parquet files, in the order given.
+    """Yield the images of files, folders, patterns, lists, tars and Parquet files, in input order.
 
     >>> [item.id for item in find_items(["tests/photographs/*.png"])]
     ['tests/photographs/astronaut.png', 'tests/photographs/chelsea.png']
 
-    A file's id is the path that was passed. In a folder it is the path below the folder, in a tar
-    the tar's name and the member's. A Parquet file is read only where `columns` are named: an id is
-    the file's name and the row, or the value in the column of ids. A list (.txt: a path a line;
-    .jsonl: objects with "path" or "source", and "id") contains ids itself, and its relative paths
-    count from its folder. "-" is a list of paths on standard input, which count from the current
-    folder. Folders are searched to every depth, through links, in the order of their names' bytes.
-    Files without an image extension are skipped there and counted by extension in `left_out`.
-    Neither folders nor `**` in a pattern follow a link that leads back to a folder above it.
+    A file's id is the path that was passed. In a folder, the id is the path below the folder. In a
+    tar, it is the tar's name and the member's name. Parquet files are read only if `columns` are
+    named. A row's id is the file's name and the row, or the value in the id column.
+
+    A .txt list has one path per line. A .jsonl list has one object per line, with "path" or
+    "source", and "id". A .jsonl list gives the ids, and relative paths start at the list's folder.
+    "-" reads a list of paths from standard input, which start at the current folder.
+
+    Folders are searched to every depth, through links, in byte order of the names. Files there
+    without an image extension are skipped and counted by extension in `left_out`. Neither folders
+    nor `**` in a pattern follow a link to a parent folder.
 
     Raises ExportError for an input that does not exist, an address, and a list that cannot be read.
-    With `must_exist=False`, reading the item reports the first two. A problem below an input, such
-    as an unreadable folder, becomes an item with `error`.
+    With `must_exist=False`, reading the item reports the first two errors. A problem below an
+    input, such as an unreadable folder, becomes an item with `error`.
     """
     left_out = Counter() if left_out is None else left_out
     _check_alone(inputs, columns)
-    reported: set[str] = set()  # folders that cannot be listed; several patterns may reach one
+    reported: set[str] = set()  # unreadable folders; several patterns may reach one
     for given in inputs:
         is_path = not (glob.has_magic(given) or given == STDIN or is_remote(given))
         if is_path and not must_exist and not os.path.lexists(given):
@@ -97,7 +101,7 @@ def check_inputs(inputs: Sequence[str], columns: ParquetColumns | None = None) -
     """
     _check_alone(inputs, columns)
     for given in inputs:
-        if given != STDIN:  # it can be read only once
+        if given != STDIN:  # standard input can be read only once
             next(_input_items(given, Counter(), columns), None)
 
 
@@ -114,7 +118,7 @@ def warn_of_skipped(left_out: Counter[str]) -> None:
 
 
 def no_image_found(inputs: Sequence[str], left_out: Counter[str]) -> ExportError:
-    """The error of inputs that exist but contain no image; `left_out` counts other files."""
+    """Return the error for inputs without images. `left_out` counts other files."""
     has_parquet = left_out[PARQUET_SUFFIX] > 0
     return ExportError(
         f"no image found in {', '.join(map(display_name, inputs))}",
@@ -126,7 +130,7 @@ def no_image_found(inputs: Sequence[str], left_out: Counter[str]) -> ExportError
 
 
 def _check_alone(inputs: Sequence[str], columns: ParquetColumns | None) -> None:
-    """Refuse an input of a kind that is not read, unless a shell's `*` may have added it."""
+    """Reject an input of an unsupported kind, unless a shell's `*` may have added it."""
     if columns is None and all(given.lower().endswith(PARQUET_SUFFIX) for given in inputs):
         for path in (path for given in inputs for path in [given, *glob.iglob(given)]):
             if os.path.isfile(path):
@@ -164,7 +168,7 @@ def _input_items(
         is_folder = os.path.isdir(match)
         is_taken = is_folder or match.lower().endswith(TAKEN_SUFFIXES)
         if is_taken and not folders.isdisjoint(Path(match).parents):
-            continue  # its folder brought it
+            continue  # its folder is the input
         if is_folder:
             if ALL_BELOW.search(given):
                 continue
@@ -196,7 +200,7 @@ def _remote_items(
 
 
 def _versioned(items: Iterator[Item], found: RemoteObject) -> Iterator[Item]:
-    """The parts of an object, with its version. Reading one of a replaced object is an error."""
+    """Add an object's version to its parts. Reading a part of a replaced object is an error."""
     return (replace(item, version=found.version) for item in items)
 
 
@@ -206,11 +210,11 @@ def _path_items(
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
-        if may_be_list:  # it was named: more likely a typing error than a lost image
+        if may_be_list:  # the path was named: probably a typing error, not a lost image
             reason = getattr(error, "strerror", error)
             raise ExportError(
                 f"cannot be exported ({reason})",
-                name=path or repr(path),  # an empty path is shown in quotes
+                name=path or repr(path),  # show an empty path in quotes
                 remedy="check the path",
             ) from None
         mode = stat.S_IFREG
@@ -220,16 +224,16 @@ def _path_items(
         refused = _listing_error(path, name)
         if refused is None:
             yield from _folder_items(source, left_out, columns)
-        elif may_be_list:  # it was named: an export must not begin without it
+        elif may_be_list:  # the list was named: an export must not begin without it
             raise ExportError.of(refused)
         else:
             yield Item.failed(name, source, refused)
     elif not stat.S_ISREG(mode):
-        yield Item(name, source)  # reading reports what it is, without opening it
+        yield Item(name, source)  # reading reports the kind of file without opening it
     elif lower.endswith((TAR_SUFFIX, *COMPRESSED_TARS)):
         yield from tar_items(source, os.path.basename(source), left_out)
     elif lower.endswith(PARQUET_SUFFIX):
-        if columns is None:  # among other inputs, as a shell's `*` gives them
+        if columns is None:  # one of several inputs, as from a shell's `*`
             refusal = ImageError.of(needs_column(source), name=name, code="format")
             yield Item.failed(name, source, refusal)
             return
@@ -243,9 +247,9 @@ def _path_items(
 
 
 def _matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
-    """Paths as `glob` finds them, hidden ones included. `**` enters no folder that leads back.
+    """Yield paths as `glob` finds them, including hidden ones. `**` skips links to parent folders.
 
-    `unreadable` collects folders that cannot be listed by their paths; `glob` ignores them.
+    `unreadable` collects unreadable folders by path, because `glob` ignores them.
     """
     deep = DEEP.search(pattern)
     if deep is None:
@@ -273,10 +277,10 @@ def _matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
 
 
 def _plain_matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
-    """Paths of a pattern without `**`."""
+    """Yield the paths of a pattern without `**`."""
     above, last = os.path.split(pattern)
     while last or glob.has_magic(above):
-        if glob.has_magic(last):  # the folders above it are searched
+        if glob.has_magic(last):  # glob searches the folders above it
             for folder in glob.iglob(above, include_hidden=True) if above else ["."]:
                 name = os.path.normpath(folder)
                 refused = _listing_error(folder, name) if os.path.isdir(folder) else None
@@ -289,7 +293,7 @@ def _plain_matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
 def _folder_items(
     folder: str, left_out: Counter[str], columns: ParquetColumns | None
 ) -> Iterator[Item]:
-    """Depth first, without recursion. A link that leads back is not followed."""
+    """Yield items depth first, without recursion. It follows no link to a parent folder."""
     above = [_identity(folder)]
     stack = [_entries(folder, "")]
     while stack:
@@ -315,7 +319,7 @@ def _folder_items(
 
 
 def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:
-    """The entries of a folder, and which are folders. Only links need a system call."""
+    """Yield a folder's entries, each with whether it is a folder. Only links need a system call."""
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
@@ -326,7 +330,7 @@ def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:
 
 
 def _listing_error(folder: str, name: str) -> ImageError | None:
-    """The error of a folder that cannot be listed, or None."""
+    """Return the error of a folder that cannot be listed, or None."""
     try:
         os.scandir(folder).close()
     except OSError as error:
@@ -351,7 +355,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _identity(folder: str) -> tuple[int, int] | None:
-    """A value that a folder and every link to it share."""
+    """Return a value that a folder and every link to it share."""
     try:
         status = os.stat(folder)
     except OSError:

@@ -1,8 +1,8 @@
-"""The images to export, in one order: each has an id and a source.
+"""List the images to export in one order. Each has an id and a source.
 
-A listing has one JSON object a line, and an export freezes it in its folder:
-`{"id": ..., "source": ...}`. An image inside a tar also has `offset` and `size` in bytes, so it is
-read again without a search. One in a Parquet file has `row` and `column`.
+A listing has one JSON object per line, and an export freezes it in its folder: `{"id": ...,
+"source": ...}`. An image inside a tar also has `offset` and `size` in bytes, so reading it again
+needs no search. An image in a Parquet file has `row` and `column`.
 """
 
 import hashlib
@@ -23,13 +23,12 @@ __all__ = ["Item", "Listing", "read_listing"]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image of a listing: its id and its file.
+    """Describe one image of a listing: its id and its file.
 
-    `source` is an absolute path. Inside a tar, the image has `size` bytes from `offset` on. In a
-    Parquet file it is in `row`, counted from 0, of `column`. `page`, counted from 1, is one of
-    several in an image. In object storage `source` is an address, and `version` the ETag of the
-    object that was listed. `error` is the (code, message) of an ImageError that was found while
-    listing.
+    `source` is an absolute path. In a tar, the image is the `size` bytes at `offset`. In a Parquet
+    file, it is in `row`, counted from 0, of `column`. `page`, counted from 1, is one of several
+    pages of an image. In object storage, `source` is an address, and `version` is the ETag of the
+    listed object. `error` is the (code, message) of an ImageError during listing.
 
     >>> gone = ImageError("does not exist", name="a.tar", code="missing")
     >>> item = Item.failed("a.tar", "/data/a.tar", gone)
@@ -51,12 +50,12 @@ class Item:
 
     @property
     def is_file(self) -> bool:
-        """Whether the image is a whole file, rather than a part of one."""
+        """Return whether the image is a whole file, not a part of one."""
         return self.offset is None and self.row is None
 
     @property
     def is_video(self) -> bool:
-        """Whether it is a video by its name or its file's; a row of Parquet is seen when read.
+        """Return whether the file's name is a video's. Only reading shows it for a row of Parquet.
 
         >>> Item("clip.mp4", "/data/clip.mp4").is_video, Item("a", "/data/a.jpg").is_video
         (True, False)
@@ -66,11 +65,11 @@ class Item:
 
     @classmethod
     def failed(cls, id: str, source: str, error: ImageError) -> Self:
-        """An image that cannot be read: exporting it reports this error."""
+        """Create an item for an image that cannot be read. Exporting it reports this error."""
         return cls(id, source, error=(error.code, str(error)))
 
     def to_json(self) -> str:
-        """One line. A name that is not Unicode keeps its bytes as escaped surrogates."""
+        """Return the item as one line. A name that is not Unicode keeps its bytes as surrogates."""
         facts: dict[str, Any] = {"id": self.id, "source": self.source}
         if self.offset is not None:
             facts |= {"offset": self.offset, "size": self.size}
@@ -103,16 +102,16 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A frozen listing: its file, its number of images, and where each shard's lines begin.
+    """Describe a frozen listing: its file, its image count, and where each shard's lines begin.
 
-    `n_videos` counts those that are videos by their names.
+    `n_videos` counts images with a video's name.
     """
 
     path: Path
     n_images: int
     sha256: str
     shard_size: int
-    starts: tuple[int, ...]  # bytes
+    starts: tuple[int, ...]  # byte offsets
     n_videos: int = 0
 
     @classmethod
@@ -136,7 +135,7 @@ class Listing:
 
     @classmethod
     def open(cls, path: Path, shard_size: int) -> Self:
-        """A listing that was frozen before. Raises OSError if its file cannot be read."""
+        """Open a frozen listing. Raises OSError if its file cannot be read."""
         digest, starts, position, count = hashlib.sha256(), [], 0, 0
         with open(path, "rb") as file:
             for count, line in enumerate(file, start=1):
@@ -147,18 +146,18 @@ class Listing:
         return cls(path, count, digest.hexdigest(), shard_size, tuple(starts))
 
     def shard(self, index: int) -> list[Item]:
-        """The images of one shard."""
+        """Return the images of one shard."""
         with self._opened() as file:
             file.seek(self.starts[index])
             lines = islice(file, self.shard_length(index))
             return [Item.from_json(json.loads(line)) for line in lines]
 
     def shard_length(self, index: int) -> int:
-        """The number of images of a shard. The last one may have fewer."""
+        """Return the number of images of a shard. The last shard may have fewer images."""
         return min(self.shard_size, self.n_images - index * self.shard_size)
 
     def spread(self, count: int) -> list[Item]:
-        """At most `count` images, evenly spread over the listing."""
+        """Return at most `count` images, evenly spread over the listing."""
         step = max(1, -(-self.n_images // count))
         with self._opened() as file:
             lines = islice(file, 0, None, step)
@@ -178,14 +177,14 @@ class Listing:
 
 
 def read_listing(path: Path) -> Iterator[Item]:
-    """The images of a frozen listing, in order."""
+    """Yield the images of a frozen listing, in order."""
     with open(path, "rb") as file:
         for line in file:
             yield Item.from_json(json.loads(line))
 
 
 def _same_id(item: Item) -> ExportError:
-    """The error of the second of two images with one id."""
+    """Return the error for the second of two images with one id."""
     where, row = "is" if item.is_file else "is in", ""
     remedy = "pass each image once, export the folder that holds both, or give a .jsonl list with "
     remedy += 'an "id" for each'
@@ -202,7 +201,7 @@ def _same_id(item: Item) -> ExportError:
 
 
 def _without_os_errors(items: Iterable[Item]) -> Iterator[Item]:
-    """Raise an OSError of the inputs as ExportError, apart from those of the file being written."""
+    """Raise the inputs' OSErrors as ExportError, unlike errors of the file being written."""
     try:
         yield from items
     except OSError as error:

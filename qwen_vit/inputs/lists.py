@@ -1,4 +1,4 @@
-"""A list of paths -> its images: .txt with a path a line, or .jsonl with an object a line."""
+"""Read the images of a list: .txt with one path per line, or .jsonl with one object per line."""
 
 import codecs
 import os
@@ -26,13 +26,13 @@ CORRECT = "correct that line"
 
 
 def text_list_items(path: str) -> Iterator[Item]:
-    """The images of a list with a path a line. Raises ExportError if it cannot be read."""
+    """Yield the images of a list with one path per line. Raises ExportError if it is unreadable."""
     for _, line in _lines(path):
         yield _listed(path, os.fsdecode(line), os.fsdecode(line))
 
 
 def stdin_items() -> Iterator[Item]:
-    """The images of a list on standard input, a path a line, counted from the current folder."""
+    """Yield the images of a list on standard input. Its paths start at the current folder."""
     for _, line in _bounded_lines(sys.stdin.buffer, "standard input"):
         if line.strip():
             path = os.fsdecode(line.rstrip(b"\r\n"))
@@ -40,7 +40,7 @@ def stdin_items() -> Iterator[Item]:
 
 
 def json_list_items(path: str) -> Iterator[Item]:
-    """The images of a list with a JSON object a line. Raises ExportError, which names the line."""
+    """Yield the images of a list of JSON objects. Raises ExportError that names the line."""
     for number, line in _lines(path):
         where = f"{path}, line {number}"
         try:
@@ -99,7 +99,7 @@ def json_list_items(path: str) -> Iterator[Item]:
 
 
 def _is_name(value: object) -> TypeGuard[str]:
-    """Whether a value is text, or the bytes of a file name that Python holds as text."""
+    """Return whether a value is text, or a file name's bytes that Python decoded as text."""
     if not isinstance(value, str) or not value:
         return False
     try:
@@ -110,7 +110,7 @@ def _is_name(value: object) -> TypeGuard[str]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not empty, numbered from 1, without a byte order mark."""
+    """Yield the lines that are not empty, numbered from 1, without a byte order mark."""
     try:
         with open_input(path, path, "a list") as file:
             for number, line in _bounded_lines(file, path):
@@ -133,7 +133,7 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _bounded_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
-    """The lines, numbered from 1. Raises ExportError for one that no path or object fills."""
+    """Yield the lines, numbered from 1. Raises ExportError for a line that is too long."""
     for number in count(1):
         line = file.readline(MAX_LINE_BYTES + 1)
         if not line:
@@ -158,13 +158,13 @@ def _listed(
 ) -> Item:
     if is_remote(path) and not ADDRESS.match(source):
         source = below(path, source)
-    elif not ADDRESS.match(source):  # reading it reports the problem
+    elif not ADDRESS.match(source):  # reading an address reports the problem
         source = str(Path(path).parent / source)
     return Item(name, source, offset, size, error)
 
 
 def _failure(error: object) -> tuple[str, str] | None:
-    """The error of an image in an export's own listing. In another list "error" is ignored."""
+    """Return the error of an image in an export's own listing. Other lists' "error" is ignored."""
     if not isinstance(error, list) or len(error) != 2:
         return None
     code, message = error

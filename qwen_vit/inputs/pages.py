@@ -1,4 +1,4 @@
-"""The pages of listed images, each as an image of its own."""
+"""List the pages of images, each page as a separate image."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ __all__ = ["as_page", "page_items"]
 
 
 def page_items(items: Iterable[Item], limits: ImageLimits) -> Iterator[Item]:
-    """The pages of each image, which is read for that; one with a single page is unchanged.
+    """Read each image and yield its pages. Yield an image with a single page unchanged.
 
     >>> rocket = Item("rocket.jpg", "tests/photographs/rocket.jpg")
     >>> [item.id for item in page_items([rocket], ImageLimits())]
@@ -33,7 +33,7 @@ def page_items(items: Iterable[Item], limits: ImageLimits) -> Iterator[Item]:
 
 
 def as_page(data: bytes, item: Item) -> bytes | ImagePage:
-    """The bytes of an item's image, or the item's page of them."""
+    """Return the bytes of an item's image, or the item's page of the image."""
     return data if item.page is None else ImagePage(data, item.page)
 
 
@@ -42,14 +42,14 @@ def _count(item: Item, limits: ImageLimits) -> int:
         if item.is_file and _has_one_page(item):
             return 1
         return count_pages(read_item(item, limits), item.id, limits)
-    except ImageError:  # reading it again reports it
+    except ImageError:  # reading the image again reports the error
         return 1
 
 
 def _has_one_page(item: Item) -> bool:
-    """Whether the start of a file shows a format without pages, so that it need not be read."""
+    """Return whether a file starts with a format without pages, so that it need not be read."""
     is_on_disk = not (is_remote(item.source) or is_https(item.source))
-    if is_on_disk and not os.path.isfile(item.source):  # a FIFO would block
+    if is_on_disk and not os.path.isfile(item.source):  # opening a FIFO would block
         return True
     try:
         with open(item.source, "rb") as file:

@@ -1,4 +1,4 @@
-"""A Parquet file -> its images: a row each, listed by number or by a column of ids."""
+"""List the images of a Parquet file, one per row, with ids from a column or from row numbers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ IDS_AT_ONCE = 4_096
 
 @dataclass(frozen=True, slots=True)
 class ParquetColumns:
-    """The columns of a Parquet file that hold the images and, if named, their ids.
+    """Name the image column of a Parquet file and, if chosen, its id column.
 
     >>> ParquetColumns.of("image", None)
     ParquetColumns(image='image', id=None)
@@ -40,9 +40,9 @@ class ParquetColumns:
 
     @classmethod
     def of(cls, image: str | None, id: str | None) -> "ParquetColumns | None":
-        """The columns of these names, or None. Raises ArgumentError for names that make no sense.
+        """Return the named columns, or None. Raises ArgumentError for invalid names.
 
-        `image` alone may be given; `id` needs `image`.
+        `image` may be given without `id`, but `id` needs `image`.
         """
         for name, value in (("column", image), ("id_column", id)):
             if value is not None and (not isinstance(value, str) or not value):
@@ -57,11 +57,10 @@ class ParquetColumns:
 
 
 def parquet_items(path: str, name: str, columns: ParquetColumns) -> Iterator[Item]:
-    """The rows of a Parquet file, from its footer and its column of ids alone.
+    """Yield the rows of a Parquet file, reading only the footer and the id column.
 
-    An id is `name:row`, with rows counted from 0, or the value in the column of ids. Raises
-    ExportError for a column that is missing or of another type. A problem of the file becomes an
-    item.
+    An id is `name:row`, with rows counted from 0, or the value in the id column. Raises ExportError
+    if a column is missing or has another type. A problem of the file becomes an item.
     """
     try:
         with open_parquet_file(path, name) as file:
@@ -85,7 +84,7 @@ def parquet_items(path: str, name: str, columns: ParquetColumns) -> Iterator[Ite
 
 
 def needs_column(path: str) -> ExportError:
-    """The error of a Parquet file for which no column is named. Its columns of images are named."""
+    """Return the error for a Parquet file without a named column. It lists the image columns."""
     columns: list[str] = []
     try:
         with open_parquet_file(path, path) as file:
@@ -123,7 +122,7 @@ def _items_with_ids(
 
 
 def _check_ids(schema: Any, column: str, name: str) -> None:
-    """Raise ExportError unless the column holds text or whole numbers."""
+    """Raise ExportError unless the column contains text or whole numbers."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     kind = type_of(schema, column, name)

@@ -1,4 +1,4 @@
-"""A Parquet file as pyarrow opens it, and the types that its columns may have."""
+"""Open a Parquet file with pyarrow, and check the types of its columns."""
 
 from typing import Any, BinaryIO
 
@@ -9,7 +9,7 @@ __all__ = [
     "cannot_read", "check_images", "holds_images", "open_parquet_file", "parquet_file", "type_of",
 ]  # fmt: skip
 
-BUFFER_BYTES = 2**20  # of one column, read ahead; without it pyarrow reads a row group whole
+BUFFER_BYTES = 2**20  # of one column, read ahead; without it pyarrow reads whole row groups
 
 
 def open_parquet_file(path: str, name: str, version: str | None = None) -> BinaryIO:
@@ -18,7 +18,7 @@ def open_parquet_file(path: str, name: str, version: str | None = None) -> Binar
 
 
 def parquet_file(file: BinaryIO) -> Any:
-    """The file as pyarrow reads it: in a stream, with checksums. Raises ExportError without it."""
+    """Open a file in pyarrow as a stream with checksums. Raises ExportError without pyarrow."""
     try:
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
     except ImportError:
@@ -32,7 +32,7 @@ def parquet_file(file: BinaryIO) -> Any:
 
 
 def check_images(schema: Any, column: str, name: str) -> None:
-    """Raise ExportError unless the column holds bytes, or structs with a field of bytes."""
+    """Raise ExportError unless the column contains bytes, or structs with a field of bytes."""
     kind = type_of(schema, column, name)
     if holds_images(kind):
         return
@@ -54,7 +54,7 @@ def check_images(schema: Any, column: str, name: str) -> None:
 
 
 def type_of(schema: Any, column: str, name: str) -> Any:
-    """The type of a column. Raises ExportError if there is none, or more than one, of this name."""
+    """Return a column's type. Raises ExportError unless exactly one column has this name."""
     found = schema.get_all_field_indices(column)
     if len(found) == 1:
         return schema.field(found[0]).type
@@ -68,7 +68,7 @@ def type_of(schema: Any, column: str, name: str) -> Any:
 
 
 def holds_images(kind: Any) -> bool:
-    """Whether a type is bytes, or structs with a field of bytes."""
+    """Return whether a type is bytes, or structs with a field of bytes."""
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
@@ -85,8 +85,8 @@ def _is_bytes(kind: Any) -> bool:
 
 
 def cannot_read(name: str, error: Exception) -> ImageError:
-    """The error of a file that pyarrow or the system refuses to read."""
-    if "crypt" in str(error):  # encrypted, decryption: pyarrow has no type for it
+    """Return the error for a file that pyarrow or the system cannot read."""
+    if "crypt" in str(error):  # pyarrow has no exception type for encryption
         return ImageError(
             "encrypted",
             name=name,
@@ -94,7 +94,7 @@ def cannot_read(name: str, error: Exception) -> ImageError:
             remedy="write it again without",
             code="unreadable",
         )
-    if not isinstance(error, OSError) or error.errno is None:  # pyarrow's own, about the content
+    if not isinstance(error, OSError) or error.errno is None:  # pyarrow raised it for the content
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         return ImageError(
             f"damaged Parquet ({reason})", name=name, remedy="fetch the file again", code="damaged"

@@ -1,7 +1,7 @@
-"""Rows of Parquet files, read in a stream.
+"""Read rows of Parquet files as a stream.
 
-Row groups are read forward, page by page, and only the pages of one column. Loader threads ask for
-rows in about the order of the listing, so a few readers per process serve all of them.
+It reads row groups forward, page by page, and only the pages of one column. Loader threads request
+rows in about the order of the listing. A few readers per process therefore serve all threads.
 """
 
 import os
@@ -25,16 +25,16 @@ __all__ = ["read_row"]
 
 BATCH_BYTES, MAX_BATCH_ROWS = 2**22, 256
 MAX_READERS = 4  # a Ray worker reads two shards at a time
-KEPT_BYTES, KEPT_ROWS = 2**26, 256  # behind the newest row, for threads that ask for one late
+KEPT_BYTES, KEPT_ROWS = 2**26, 256  # before the newest row, for threads that request a row late
 
 
 def read_row(item: Item) -> bytes:
-    """The encoded image in an item's row.
+    """Return the encoded image in an item's row.
 
-    Raises ImageError for a row without one, and for a row that cannot be read.
+    Raises ImageError if the row has no image or cannot be read.
     """
     if item.row is None or item.column is None:
-        raise TypeError(f"{item} is no row")
+        raise TypeError(f"{item} is not a Parquet row")
     try:
         value = _READERS.value((item.source, item.column, item.version), item.row)
     except ImageError as error:
@@ -78,28 +78,28 @@ def read_row(item: Item) -> bytes:
 
 
 class _Reader:
-    """Reads one column of one file forward. Rows that were passed by are kept for a while."""
+    """Read one column of one file forward, and keep recently skipped rows."""
 
     def __init__(self, path: str, column: str, version: str | None) -> None:
         self.lock = Lock()
         self.is_closed = False
-        self.next_row, self._reading = 0, -1  # the first row that is not read yet, and its group
+        self.next_row, self._reading = 0, -1  # the first unread row, and its group
         self.kept: OrderedDict[int, Any] = OrderedDict()
         self._kept_bytes = 0
         self._path, self._column, self._version = path, column, version
         self._file: BinaryIO | None = None
         self._starts: list[int] = []
         self._batches: Iterator[Any] = iter(())
-        self._torn: dict[int, tuple[int, ImageError]] = {}  # group -> the first row that is lost
+        self._torn: dict[int, tuple[int, ImageError]] = {}  # group -> the first lost row
 
     def suits(self, row: int) -> bool:
-        """Whether the row is kept, or comes next in the row group that is being read."""
+        """Return whether the row is kept, or follows in the row group that is being read."""
         return row in self.kept or (
             self.next_row <= row and self._group(row) == self._group(self.next_row)
         )
 
     def value(self, row: int) -> Any:
-        """The value of a row, which is forgotten then. The lock is held."""
+        """Return the value of a row and forget it. The caller must have the lock."""
         if self._file is None:
             self._open()
         if not 0 <= row < self._starts[-1]:
@@ -108,7 +108,7 @@ class _Reader:
             group = self._group(row)
             self._refuse_torn(group, row)
             rest = self._starts[group] - self.next_row
-            if group == self._reading + 1 and 0 < rest <= KEPT_ROWS:  # a thread asks for it late
+            if group == self._reading + 1 and 0 < rest <= KEPT_ROWS:  # a thread may request it late
                 while self.next_row < self._starts[group]:
                     self._read_batch(row)
             if row < self.next_row or group != self._reading:
@@ -120,7 +120,7 @@ class _Reader:
         return value
 
     def close(self) -> None:
-        """Close the file. The lock is held."""
+        """Close the file. The caller must have the lock."""
         self.is_closed = True
         self._batches = iter(())
         self.kept.clear()
@@ -137,7 +137,7 @@ class _Reader:
         for group in groups:
             starts.append(starts[-1] + group.num_rows)
         self._starts = starts
-        # of all columns: the size of one cannot be asked where it is encrypted
+        # the size of all columns, because an encrypted column does not give its own
         average = sum(group.total_byte_size for group in groups) // max(1, starts[-1])
         self._batch_rows = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // max(1, average)))
 
@@ -145,7 +145,7 @@ class _Reader:
         return bisect_right(self._starts, row) - 1
 
     def _begin_at(self, group: int) -> None:
-        """Read from the start of a group on: pyarrow has no way into its middle."""
+        """Read from the start of a group, because pyarrow cannot start in its middle."""
         self._batches = self._parquet.iter_batches(
             self._batch_rows, row_groups=[group], columns=[self._column], use_threads=False
         )
@@ -162,13 +162,14 @@ class _Reader:
         except MemoryError:
             raise
         except Exception as error:
-            if isinstance(error, OSError) and error.errno is not None:  # of the file, not of Arrow
+            # the error is the file's, not Arrow's
+            if isinstance(error, OSError) and error.errno is not None:
                 raise
             torn = cannot_read("", error)
             self._torn[self._reading] = (self.next_row, torn)
             self._reading = -1
             raise torn.without_frames() from None
-        first = max(self.next_row, wanted - KEPT_ROWS)  # the rows before are not converted
+        first = max(self.next_row, wanted - KEPT_ROWS)  # rows before it are not converted
         values = batch.column(self._column).slice(first - self.next_row).to_pylist()
         self.next_row += batch.num_rows
         for row, value in enumerate(values, start=first):
@@ -181,18 +182,18 @@ class _Reader:
             self._kept_bytes -= _n_bytes(self.kept.pop(row))
 
 
-_Key: TypeAlias = tuple[str, str, str | None]  # the file, the column, the version of an object
+_Key: TypeAlias = tuple[str, str, str | None]  # the file, the column, an object's version
 
 
 class _Readers:
-    """The readers of this process, the last used one last."""
+    """Keep the readers of this process, in the order of their last use."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._readers: OrderedDict[_Reader, _Key] = OrderedDict()
 
     def value(self, key: _Key, row: int) -> Any:
-        """The value of a row, by the reader that is closest before it."""
+        """Return the value of a row, from the reader with the closest position before it."""
         while True:
             reader = self._reader(key, row)
             with reader.lock:
@@ -231,7 +232,7 @@ _READERS = _Readers()
 
 
 def _forget_readers() -> None:
-    """After a fork: the child would share file positions with its parent."""
+    """Forget all readers after a fork, because the child would share file positions."""
     global _READERS
     _READERS = _Readers()
 

@@ -1,4 +1,4 @@
-"""An image of a listing -> its bytes, from its file, from inside its tar or its Parquet file."""
+"""Read the bytes of a listed image from its file, tar or Parquet file."""
 
 import errno
 import os
@@ -16,20 +16,19 @@ from qwen_vit.inputs.urls import is_https, read_url
 
 __all__ = ["read_item"]
 
-# Transient I/O errors, as of a network disk. Other errors would repeat.
+# Transient I/O errors, for example of a network disk. Other errors would happen again.
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN)
 PAUSES_S = (0.1, 1.0)
 
 
 def read_item(item: Item, limits: ImageLimits) -> bytes:
-    """An image's bytes; transient I/O errors are retried twice.
+    """Return an image's bytes. Retry transient I/O errors twice.
 
     >>> rocket = Item("rocket", "tests/photographs/rocket.jpg")
     >>> read_item(rocket, ImageLimits())[:3]
     b'\\xff\\xd8\\xff'
 
-    Raises ImageError with the id for an image that cannot be read, or the error found while
-    listing.
+    Raises ImageError with the id if the image cannot be read, or the error found during listing.
     """
     if item.error is not None:
         code, message = item.error

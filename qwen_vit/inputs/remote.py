@@ -1,4 +1,4 @@
-"""Inputs in object storage: which objects an address stands for, and the bytes of each."""
+"""List the objects of an address in object storage, and read their bytes."""
 
 import os
 import re
@@ -33,15 +33,16 @@ __all__ = [
     "remote_item",
 ]
 
-COPY_BYTES = 2**24  # of an object that is copied to the disk, at once
+COPY_BYTES = 2**24  # of an object, copied to the disk at once
 SLASHES = re.compile(r"(?<=[^:/])/{2,}")
 
 
 def listed_objects(address: str) -> Iterator[tuple[str, RemoteObject, bool]]:
-    """The objects of an address, each with its name and whether the address names it itself.
+    """Yield the objects of an address, each with its name and whether the address is its own.
 
-    An object's name is its address, or its path below the folder that the address is. Raises
-    ExportError for an address that does not exist or cannot be listed.
+    If the address names the object itself, the name is the address. Otherwise the name is the
+    object's path below the address. Raises ExportError if the address does not exist or cannot be
+    listed.
     """
     address = SLASHES.sub("/", address)
     count = 0
@@ -65,13 +66,13 @@ def listed_objects(address: str) -> Iterator[tuple[str, RemoteObject, bool]]:
 
 
 def refuse(address: str, error: OSError) -> ExportError:
-    """The error of an address that cannot be listed or read."""
+    """Return the ExportError for an address that cannot be listed or read."""
     fact, remedy, _ = storage_errors(error)
     return ExportError(fact, name=address, remedy=remedy)
 
 
 def remote_item(name: str, found: RemoteObject) -> Item:
-    """An object as one image."""
+    """Return an object as one image."""
     return Item(name, found.address, offset=0, size=found.size, version=found.version)
 
 
@@ -83,14 +84,14 @@ def open_input(
     block_bytes: int = BLOCK_BYTES,
     version: str | None = None,
 ) -> BinaryIO:
-    """Open a file or an object that is read in pieces. Raises ImageError or OSError."""
+    """Open a file or an object to read it in pieces. Raises ImageError or OSError."""
     if is_remote(path):
         try:
             return open_object(path, block_bytes, version)
         except OSError as error:
             fact, remedy, code = storage_errors(error)
             raise ImageError(fact, name=name, remedy=remedy, code=code) from error
-    if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would block
         raise ImageError(
             "not a regular file",
             name=name,
@@ -102,7 +103,7 @@ def open_input(
 
 
 def read_object(item: Item, limits: ImageLimits) -> bytes:
-    """An image's bytes in an object. Raises ImageError with the item's id."""
+    """Return the bytes of an image in an object. Raises ImageError with the item's id."""
     with _image_errors(item):
         start, size, version = _extent(item)
         check_file_bytes(size, item.id, limits)
@@ -110,9 +111,9 @@ def read_object(item: Item, limits: ImageLimits) -> bytes:
 
 
 def copy_object(item: Item, file: BinaryIO, check_size: Callable[[int], None]) -> None:
-    """Write an item's bytes in an object to a file, after a check of their number.
+    """Write the bytes of an item in an object to a file, after checking the number of bytes.
 
-    Raises ImageError with the item's id, and what the check raises.
+    Raises ImageError with the item's id, and any error of the check.
     """
     with _image_errors(item):
         start, size, version = _extent(item)
@@ -124,10 +125,10 @@ def copy_object(item: Item, file: BinaryIO, check_size: Callable[[int], None]) -
 
 
 def _extent(item: Item) -> tuple[int, int, str | None]:
-    """Where an item begins in its object, its bytes, and the object's version."""
+    """Return where an item begins in its object, its size in bytes, and the object's version."""
     if item.size is not None:
         return item.offset or 0, item.size, item.version
-    found = find_object(item.source)  # a list names it without its size
+    found = find_object(item.source)  # a list gives no size
     if found is None:
         raise FileNotFoundError
     return item.offset or 0, found.size, found.version
@@ -143,12 +144,12 @@ def _image_errors(item: Item) -> Iterator[None]:
         fact, remedy, code = storage_errors(error)
         name = "" if item.id == item.source else f"its object {item.source} "
         raise ImageError(f"{name}{fact}", name=item.id, remedy=remedy, code=code) from error
-    except ExportError as error:  # a package that is not installed
+    except ExportError as error:  # a package is not installed
         raise ImageError.of(error, name=item.id, code="unreadable") from None
 
 
 def below(folder_of: str, source: str) -> str:
-    """A source of a remote list, relative to the list's own folder.
+    """Return a source of a remote list, relative to the list's own folder.
 
     >>> below("s3://bucket/lists/a.txt", "../images/1.jpg")
     's3://bucket/images/1.jpg'

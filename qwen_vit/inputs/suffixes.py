@@ -1,4 +1,4 @@
-"""What a file's name says about it."""
+"""Derive a file's kind from its name."""
 
 import os
 
@@ -8,7 +8,7 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
 
 def suffix_of(name: str) -> str:
-    """The extension in lower case.
+    """Return the extension in lower case.
 
     >>> suffix_of("a/B.JPG"), suffix_of("a.b/c")
     ('.jpg', '')

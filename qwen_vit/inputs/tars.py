@@ -1,4 +1,4 @@
-"""A tar -> its images, each with the offset of its bytes."""
+"""List the images of a tar, each with the offset of its bytes."""
 
 import tarfile
 from collections import Counter
@@ -16,8 +16,8 @@ __all__ = [
     "COMPRESSED_TARS", "IMAGE_SUFFIXES", "MEDIA_SUFFIXES", "TAR_SUFFIX", "tar_items",
 ]  # fmt: skip
 
-# The suffixes that count as images in a folder or a tar. Those after AVIF cannot be decoded here.
-# They are listed so that such images are reported, not skipped silently.
+# The suffixes of images in a folder or a tar. Suffixes after AVIF cannot be decoded here. They are
+# listed so that such images are reported, not skipped silently.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
     *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".ico", ".pnm", ".tga"),
@@ -25,22 +25,23 @@ IMAGE_SUFFIXES = (
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 TAR_SUFFIX = ".tar"
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # files begin so
+# first bytes of compressed files
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 TAR_BLOCK = 512
-TAR_READ_AHEAD = 2**16  # of a remote one, whose members are passed over
+TAR_READ_AHEAD = 2**16  # for a remote tar, whose members are skipped
 END_OF_TAR = bytes(TAR_BLOCK)
-MAX_HEADER_BYTES = 2**20  # of one member: long names and pax records, as in Go's archive/tar
-# What tarfile raises for a damaged tar: a chain of pax headers is a recursion.
+MAX_HEADER_BYTES = 2**20  # for one member: long names and pax records, as in Go's archive/tar
+# Exceptions of tarfile for a damaged tar. A chain of pax headers causes a recursion.
 DAMAGED_TAR = (
     tarfile.TarError, ValueError, EOFError, OverflowError, MemoryError, RecursionError,
 )  # fmt: skip
 
 
 def tar_items(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
-    """The images in a tar, without reading them. A problem of the tar becomes an item.
+    """Yield the images in a tar without reading them. A problem of the tar becomes an item.
 
-    A member's id is the tar's `name` and its own. Members without an image extension are skipped
-    and counted by extension in `left_out`.
+    A member's id is the tar's `name` and the member's name. Members without an image extension are
+    skipped and counted by extension in `left_out`.
     """
     try:
         if name.lower().endswith(COMPRESSED_TARS):
@@ -82,7 +83,7 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
     headers = _Headers(file)
     with tarfile.open(fileobj=headers, mode="r:") as tar:  # type: ignore[call-overload]
         while (member := tar.next()) is not None:
-            if member.size < 0:  # what follows cannot be found
+            if member.size < 0:  # the next member cannot be found
                 raise tarfile.ReadError(f"a member of {member.size} bytes")
             headers.n_bytes = 0
             tar.members.clear()
@@ -102,11 +103,11 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
                     code="not-a-file",
                 )
                 yield Item.failed(inside, path, special)
-        # tarfile takes anything but a header as the end: a tar without an end marker is truncated
+        # tarfile stops at anything except a header, so a tar without an end marker is truncated
         file.seek(tar.offset)
         if file.read(TAR_BLOCK) != END_OF_TAR:
             raise tarfile.ReadError(f"no end marker at byte {tar.offset}")
-        if any(map(any, iter(partial(file.read, TAR_BLOCK), b""))):  # such as two that were joined
+        if any(map(any, iter(partial(file.read, TAR_BLOCK), b""))):  # such as two joined tars
             raise ImageError(
                 "has data after its end marker; those members were not exported",
                 name=name,
@@ -116,7 +117,7 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
 
 
 class _Headers:
-    """A tar's file, read for headers alone, with a limit: tarfile takes them at any size."""
+    """Read a tar's headers up to a size limit, because tarfile has no limit."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.n_bytes = 0  # of the next member
@@ -124,7 +125,7 @@ class _Headers:
         self._read = file.read
 
     def read(self, size: int) -> bytes:
-        """Bytes of a header."""
+        """Return bytes of a header."""
         self.n_bytes += size
         if self.n_bytes > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of more than {MAX_HEADER_BYTES} bytes")

@@ -1,7 +1,8 @@
-"""Images at https:// addresses of allowed hosts, over connections to public networks alone.
+"""Read images at https:// addresses of allowed hosts, only over public networks.
 
-The author of a list must not reach this machine's own network through it. So the address is checked
-to which a connection really goes. A name that resolves differently the next time changes nothing.
+The author of a list must not reach this machine's own network through it. So it checks the address
+to which a connection really goes. A name that resolves differently the next time cannot bypass this
+check.
 """
 
 import errno
@@ -25,17 +26,17 @@ __all__ = ["is_https", "read_url"]
 HTTPS = re.compile("https://", re.IGNORECASE)
 HTTPS_PORT = 443
 MAX_REDIRECTS = 5
-MAX_SECONDS = 60.0  # of one image, redirects included
-TIMEOUT_S = 10.0  # of one step, such as connecting
+MAX_SECONDS = 60.0  # for one image, including redirects
+TIMEOUT_S = 10.0  # for one step, such as connecting
 CHUNK_BYTES = 2**16
 REDIRECTS = (301, 302, 303, 307, 308)
 TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that stand for those of IPv4
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that represent IPv4 addresses
 HEADERS = {"User-Agent": "qwen-vit", "Accept": "image/*", "Accept-Encoding": "identity"}
 
 
 class _RefusedError(Exception):
-    """An answer, or an address, that no retry changes."""
+    """Report an answer or an address that no retry changes."""
 
     def __init__(self, fact: str, remedy: str, code: str) -> None:
         super().__init__(fact)
@@ -43,7 +44,7 @@ class _RefusedError(Exception):
 
 
 def is_https(source: str) -> bool:
-    """Whether a source is an https:// address.
+    """Return whether a source is an https:// address.
 
     >>> is_https("https://example.org/a.jpg"), is_https("a.jpg")
     (True, False)
@@ -52,9 +53,9 @@ def is_https(source: str) -> bool:
 
 
 def read_url(url: str, name: str, limits: ImageLimits) -> bytes:
-    """The bytes at an address whose host is one of `limits.allow_urls`, redirects included.
+    """Return the bytes at an address. `limits.allow_urls` must name its host and redirect hosts.
 
-    Raises ImageError with `name`; its context is an OSError where a retry may help.
+    Raises ImageError with `name`. If a retry may help, the error's context is an OSError.
     """
     end = time.monotonic() + MAX_SECONDS
     try:
@@ -95,7 +96,7 @@ def _response(url: str, limits: ImageLimits, end: float) -> Iterator[http.client
 
 @contextmanager
 def _ends_at(connection: http.client.HTTPConnection, end: float) -> Iterator[None]:
-    """Cut a connection at a moment, however slowly the other side sends."""
+    """Close a connection at a given time, however slowly the other side sends."""
 
     def cut() -> None:
         if connection.sock is not None:
@@ -112,7 +113,7 @@ def _ends_at(connection: http.client.HTTPConnection, end: float) -> Iterator[Non
 
 
 def _checked(url: str, limits: ImageLimits) -> tuple[SplitResult, str, int]:
-    """The parts of an address that the limits allow."""
+    """Return the parts of an address that the limits allow."""
     try:
         if not url.isascii() or re.search(r"[\x00-\x20\x7f]", url):
             raise ValueError
@@ -135,7 +136,7 @@ def _checked(url: str, limits: ImageLimits) -> tuple[SplitResult, str, int]:
 
 
 class _Connection(http.client.HTTPSConnection):
-    """A connection to a public address, without a proxy, that ends in time."""
+    """Connect to a public address without a proxy, until a deadline."""
 
     def __init__(self, host: str, port: int, end: float) -> None:
         super().__init__(host, port, timeout=TIMEOUT_S, context=_context())
@@ -157,7 +158,7 @@ class _Connection(http.client.HTTPSConnection):
 
 
 def _public_addresses(host: str, port: int) -> list[str]:
-    """The addresses of a host. One that is not public refuses them all."""
+    """Return a host's addresses. Raise an error if one of them is not public."""
     addresses = _resolve(host, port)
     for address in addresses:
         if not _is_public(address):
@@ -175,7 +176,7 @@ def _resolve(host: str, port: int) -> list[str]:
 
 
 def _is_public(address: str) -> bool:
-    """Whether an address is neither private, nor loopback, link-local, multicast or reserved.
+    """Return whether an address is not private, loopback, link-local, multicast or reserved.
 
     >>> _is_public("8.8.8.8"), _is_public("169.254.169.254"), _is_public("::ffff:10.0.0.1")
     (True, False, False)
@@ -184,7 +185,7 @@ def _is_public(address: str) -> bool:
     if isinstance(found, ipaddress.IPv6Address) and (
         found.ipv4_mapped or found.sixtofour or found.teredo or found in NAT64
     ):
-        return False  # a private address of IPv4 may hide in it
+        return False  # it may contain a private IPv4 address
     return found.is_global and not found.is_multicast
 
 
