@@ -1,4 +1,4 @@
-"""The named choices of a comparison. It imports nothing, so that `--help` stays fast."""
+"""Define the named choices of a comparison, without imports, so that `--help` is fast."""
 
 from typing import Literal
 

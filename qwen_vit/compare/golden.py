@@ -1,11 +1,12 @@
-"""A golden file: what Hugging Face computed for some images, to compare without transformers.
+"""Read and write a golden file: Hugging Face's results for comparisons without transformers.
 
-One safetensors file. For image i it holds `i.pixel_values` (N, P) float32, the processor's rows in
-grid order, and each stage of the tower as `i.STAGE`, in the dtype that it ran in. Its metadata is
-one key of sorted JSON, because safetensors writes several keys in random order. It has the schema
-version, versions, processor, attention, dtype, both configs, the model with its commit, and the
-fingerprint of every weight. Each image has its id, sha256, size, grid, and each stage's distance
-from the float64 oracle. A sha256 over all of that and the tensors detects a torn or edited file.
+A golden file is one safetensors file. For image i it contains `i.pixel_values` (N, P) float32, the
+processor's rows in grid order. It contains each stage of the tower as `i.STAGE`, in the dtype of
+the run. The metadata is one key of sorted JSON, because safetensors writes several keys in random
+order. The JSON has the schema version, package versions, processor, attention, dtype and both
+configs. It also has the model with its commit, and the fingerprint of every weight. For each image,
+it has the id, SHA-256, size, grid, and each stage's error against the float64 oracle. A SHA-256
+over metadata and tensors detects an incomplete or edited file.
 """
 
 import hashlib
@@ -44,10 +45,10 @@ OPTIONS = {  # settings that the command line can change
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Case:
-    """One image with Hugging Face's results.
+    """Hold one image with Hugging Face's results.
 
-    `size_px` is the image's (height, width); `errors` is each stage's error against the float64
-    oracle as a golden states it, None before it is measured.
+    `size_px` is the image's (height, width). `errors` is the golden's error of each stage against
+    the float64 oracle, or None before the measurement.
     """
 
     id: str
@@ -61,7 +62,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Golden:
-    """A golden file whose hash was checked. An image's tensors are read when they are needed."""
+    """Hold a golden file with a valid hash, and read an image's tensors on request."""
 
     path: Path
     facts: Mapping[str, Any]
@@ -96,7 +97,7 @@ class Golden:
     def check_fits(
         self, encoder: VisionEncoder, *, processor: str, attention: str | None = None
     ) -> None:
-        """Raise ComparisonError with the difference for another config, dtype or processor."""
+        """Raise ComparisonError with the difference for a different config, dtype or processor."""
         here: dict[str, Any] = {"dtype": dtype_name(encoder.dtype), "processor": processor}
         if attention is not None:
             here["attention"] = attention
@@ -129,7 +130,7 @@ class Golden:
 
 
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the first digits of the sha256 of each tensor's type, shape and bytes."""
+    """Return the first digits of each tensor's SHA-256, over dtype, shape and bytes."""
     return {name: weights_hash({name: tensors[name]})[:FINGERPRINT_DIGITS] for name in tensors}
 
 
@@ -139,7 +140,7 @@ def write_golden(
     cases: Sequence[Case],
     reference: Mapping[str, Any],
 ) -> None:
-    """Write a golden file completely or not at all. The same cases give the same bytes.
+    """Write a golden file completely or not at all, with the same bytes for the same cases.
 
     `reference` records how Hugging Face ran: attention, processor, versions, device. Raises
     ComparisonError for a case with NaN or infinity, and ExportError if the folder cannot be
@@ -194,7 +195,8 @@ def load_golden(path: Path) -> Golden:
     qwen_vit.errors.ComparisonError: no-such-file.safetensors: not a file. Expected a golden file \
 written by `qwen-vit compare --save-golden`.
 
-    Raises ComparisonError with the file's name if it is missing, torn, edited or of another schema.
+    Raises ComparisonError with the file's name if the file is missing, incomplete or edited, or has
+    a different schema.
     """
     name = str(path)
     try:
@@ -238,7 +240,7 @@ written by `qwen-vit compare --save-golden`.
                     remedy="get it again, or make it again",
                 )
     except (CheckpointError, OSError, SafetensorError) as error:
-        # only the fact: the remedy is for a checkpoint
+        # only the fact, because the remedy is for a checkpoint
         reason = error.fact if isinstance(error, CheckpointError) else str(error)
         raise ComparisonError(
             f"torn, or not a safetensors file ({size} bytes; {reason})",
@@ -249,7 +251,7 @@ written by `qwen-vit compare --save-golden`.
 
 
 class _Stored(Mapping[str, Tensor]):
-    """The tensors of an open file, one at a time."""
+    """Read the tensors of an open file, one at a time."""
 
     def __init__(self, file: Any, names: Iterable[str]) -> None:
         self._file, self._names = file, tuple(names)

@@ -1,6 +1,6 @@
-"""Hugging Face's processors and tower, stage by stage: the reference of a comparison.
+"""Run Hugging Face's processors and tower, stage by stage, as the reference of a comparison.
 
-The only part of a comparison that imports transformers, and only when it runs.
+Only this module of a comparison imports transformers, and only when it runs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class Processed(NamedTuple):
-    """A processor's output for one image: (N, P) float32 rows in grid order, and their grid."""
+    """Hold a processor's output for one image: (N, P) float32 rows in grid order, and the grid."""
 
     pixel_values: Tensor
     grid: Grid
@@ -62,7 +62,7 @@ def check_transformers() -> None:
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """transformers imports an installed torchvision; one built for another torch breaks both."""
+    """Report versions if transformers cannot import an installed torchvision or torch."""
     try:
         yield
     except (AttributeError, ImportError, RuntimeError) as error:
@@ -86,9 +86,9 @@ def process(
 ) -> Processed:
     """Run one of Hugging Face's processors on an RGB image (height, width, 3).
 
-    "pillow" is the reference; "torchvision", transformers' default, resizes in another way and
-    needs torchvision. Raises ArgumentError if it is not installed, and ImageError, with `name`,
-    for an image that the processor refuses.
+    "pillow" is the reference. "torchvision", transformers' default, resizes differently and needs
+    torchvision. Raises ArgumentError if torchvision is not installed. Raises ImageError, with
+    `name`, for an image that the processor rejects.
     """
     check_transformers()
     settings: dict[str, Any] = {
@@ -118,7 +118,7 @@ def process(
     try:
         done: Any = ImageProcessor(**settings)(
             images=[rgb],
-            input_data_format="channels_last",  # guessed otherwise, wrongly for 1, 3 or 4 rows
+            input_data_format="channels_last",  # a guess would be wrong for 1, 3 or 4 rows
             return_tensors="pt",
         )
     except ValueError as error:
@@ -133,10 +133,11 @@ def process(
 
 
 def process_pairs(frames: Sequence[NDArray[np.uint8]], config: ImageConfig, name: str) -> Processed:
-    """The rows of a video's resized frames, by Hugging Face's Pillow processor, frame by frame.
+    """Return a video's rows, which Hugging Face's Pillow processor cuts frame by frame.
 
-    Its video processor needs torchvision. Both write a frame's values in the same places of a row,
-    and the image processor fills both with one picture: each row takes one from either.
+    Hugging Face's video processor needs torchvision. Both processors put a frame's values at the
+    same positions of a row. The image processor repeats one image for both frames. Therefore each
+    row joins the first frame of one result with the second frame of the next.
     """
     height, width = frames[0].shape[:2]
     exact = replace(config, min_pixels=height * width, max_pixels=height * width)
@@ -178,10 +179,11 @@ def hf_tower(
     device: torch.device | str = "cpu",
     attention: str = "sdpa",
 ) -> Any:
-    """Build Hugging Face's tower from tensors by their published names; nothing is random.
+    """Build Hugging Face's tower from tensors by published name, without random weights.
 
-    Parameters are cast to `dtype`. The rotary frequencies stay float32; a cast of the whole module
-    would change them. Raises ArgumentError for an attention that is not installed.
+    The function casts parameters to `dtype`. It keeps the rotary frequencies in float32, because a
+    cast of the whole module would change them. Raises ArgumentError for an attention that is not
+    installed.
     """
     check_transformers()
     if "flash" in attention and dtype == torch.float32:
@@ -208,7 +210,7 @@ def hf_tower(
         ) from None
     state = {name: tensors[name].to(device=device, dtype=dtype) for name in tensors}
     model.load_state_dict(state, strict=True, assign=True)
-    # its buffers are in no checkpoint: make them again, off the meta device
+    # no checkpoint has the buffers, so create them again, off the meta device
     model.rotary_pos_emb = type(model.rotary_pos_emb)(theirs).to(device)
     return model.eval().requires_grad_(False)
 
@@ -232,7 +234,7 @@ def hf_trace(model: Any, rows: Tensor, grids: Iterable[Any]) -> Trace:
 
 @contextmanager
 def _ieee_float32(device: torch.device) -> Iterator[None]:
-    """The patch embedding is a convolution, and torch computes those in TF32 by default."""
+    """Disable TF32, which torch uses by default for the patch embedding's convolution."""
     if device.type != "cuda":
         yield
         return

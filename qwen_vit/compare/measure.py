@@ -44,15 +44,15 @@ def compare_case(
     """Run our tower on the case's input and measure every stage as the oracle reaches it.
 
     `pixels` are the results of `compare_pixels`. `patches` are our own pixels, or None. `frames`
-    are those of a video.
+    describes a video's frames.
     """
     rows = case.pixel_values.to(encoder.device)
-    # our own pixels only if they equal those of Hugging Face's tower
+    # our own pixels only if they equal the input of Hugging Face's tower
     are_equal = any(part.processor == processor and part.passed for part in pixels)
     tower_input = patches.pixels if patches is not None and are_equal else rows
     layout = layout_for([case.grid], encoder.config, encoder.device, encoder.dtype)
     if tower_input.dtype == torch.uint8 and tower_input.shape[1] == encoder.config.patch_dim:
-        moved = tower_input.to(encoder.device)  # of a video: both frames are normalised
+        moved = tower_input.to(encoder.device)  # a video: the rows have both frames, normalised
         tower_input = pixels_for_tower(moved, encoder.config, encoder.image_config, still=False)
     ours = trace_tower(encoder.tower, tower_input, layout)
     theirs = {name: values.to(encoder.device) for name, values in case.trace.items()}
@@ -84,7 +84,7 @@ def compare_case(
 
 
 def _step_errors(ours: Tensor, theirs: Tensor, truth: Tensor, t: int) -> tuple[StepError, ...]:
-    """The errors of each step of a video; its merged tokens follow one another step by step."""
+    """Return the errors of each time step of a video, whose merged tokens are in time order."""
     parts = zip(ours.chunk(t), theirs.chunk(t), truth.chunk(t), strict=True)
     return tuple(
         StepError(relative_error(a, b), relative_error(a, c), relative_error(b, c))
@@ -119,9 +119,9 @@ def compare_pixels(
 def _feature_maps(
     encoder: VisionEncoder, case: Case, ours: Trace, theirs: Trace, layout: Layout
 ) -> FeatureMaps:
-    """Return four stages in raster order, and the picture that the processor's pixels show.
+    """Return four stages in raster order, and the image of the processor's pixels.
 
-    Of a video they are those of its first pair of frames, and the merged tokens of some pairs.
+    For a video, return the stages of the first pair of frames, and some pairs' merged tokens.
     """
     config, grid = encoder.config, case.grid
     h, w, merge = grid.h, grid.w, config.spatial_merge_size
@@ -154,7 +154,7 @@ def _feature_maps(
 
 
 def _picture(rows: Tensor, grid: Grid, encoder: VisionEncoder) -> Tensor:
-    """The picture that the processor's rows of one step show: of two frames the first."""
+    """Return the image that the processor's rows of one time step show: the first frame."""
     config, image_config = encoder.config, encoder.image_config
     merge = config.spatial_merge_size
     mean, std = (torch.tensor(x) for x in (image_config.image_mean, image_config.image_std))

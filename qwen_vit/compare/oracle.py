@@ -1,10 +1,9 @@
-"""The vision tower in plain float64: the reference for every faster path.
+"""Compute the vision tower in plain float64, as the reference for every faster path.
 
-For plain maths, read this file. It follows the mathematics and uses neither the package's network
-nor transformers, so it shares no mistake with them. In float64 (the default) nothing is rounded to
-less: RMSNorm statistics, rotary angles and softmax included. One weight at a time has that
-precision, and stages come one after the other. A large tower therefore needs little more memory
-than its activations.
+Read this file for the plain mathematics. It uses neither the package's network nor transformers, so
+it cannot share an error with them. In float64 (the default) every step is in float64, including
+RMSNorm statistics, rotary angles and softmax. The oracle converts one weight at a time and computes
+one stage at a time. A large tower therefore needs little more memory than its activations.
 
 C channels, H heads, D head dim, N patches.
 """
@@ -23,12 +22,12 @@ __all__ = ["Oracle", "PatchOrder", "Trace"]
 Trace = dict[str, Tensor]  # stage -> its values
 
 RMS_NORM_EPS = 1e-6
-SCORES_AT_ONCE = 2**27  # softmax weights in memory at a time: 1 GB in float64 for any image
+SCORES_AT_ONCE = 2**27  # softmax weights in memory at once: at most 1 GB in float64
 
 
 @dataclass(frozen=True, slots=True)
 class PatchOrder:
-    """The order of the patches, and which of them attend to each other."""
+    """Hold the order of the patches, and the segments in which they attend to each other."""
 
     order: list[int]  # window order -> grid order: x_window = x_grid[order]
     positions: Tensor  # (N, 2) row and column of each patch, window order
@@ -37,14 +36,15 @@ class PatchOrder:
 
 
 class Oracle:
-    """The tower in float64. Each step is a method, so that a test can break one at a time.
+    """Compute the tower in float64; each step is a method, so that a test can break one step.
 
     >>> oracle = Oracle(checkpoint.tensors, checkpoint.config)  # doctest: +SKIP
     >>> for stage, values in oracle.stages(pixel_values, [(1, 32, 32)]):  # doctest: +SKIP
     ...     print(stage, values.shape)
 
-    `tensors` by their published names without prefix; `config` a VisionConfig. dtype float64, or
-    float32 for comparisons. Source: "Qwen2.5-VL Technical Report" (arXiv:2502.13923), section 2.1.
+    `tensors` have their published names without prefix. `config` is a VisionConfig. `dtype` is
+    float64, or float32 for comparisons. Source: "Qwen2.5-VL Technical Report" (arXiv:2502.13923),
+    section 2.1.
     """
 
     def __init__(
@@ -63,10 +63,11 @@ class Oracle:
 
     @torch.no_grad()
     def stages(self, rows: Tensor, grids: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
-        """Yield every stage of the tower: its name and its values.
+        """Yield the name and the values of every stage of the tower.
 
-        `rows` (N, 1176) in grid order, `grids` as (t, h, w). Stages: "patch_embed" (N, C) in grid
-        order; "block.0", ... (N, C) in window order; "merger" (N / 4, out), row-major cells.
+        `rows` are (N, 1176) in grid order, and `grids` are (t, h, w). The stages are "patch_embed",
+        (N, C) in grid order; "block.0", ..., (N, C) in window order; and "merger", (N / 4, out) in
+        row-major order.
         """
         plan = self.plan(grids)
         order = torch.tensor(plan.order, device=self.device)
@@ -104,11 +105,11 @@ class Oracle:
         yield "merger", self.row_major(x, order[::merge_unit])
 
     def trace(self, rows: Tensor, grids: Iterable[Any]) -> Trace:
-        """Every stage at once."""
+        """Return all stages by name."""
         return dict(self.stages(rows, grids))
 
     def plan(self, grids: Iterable[Any]) -> PatchOrder:
-        """Orders, positions and segments, patch by patch."""
+        """Compute orders, positions and segments, patch by patch."""
         merge = self.config.spatial_merge_size
         side = self.config.window_px // self.config.patch_px
         sizes = [(g.t, g.h, g.w) if hasattr(g, "t") else tuple(g) for g in grids]
@@ -136,36 +137,36 @@ class Oracle:
         )
 
     def segments(self, plan: PatchOrder, block: int) -> list[int]:
-        """Lengths of the runs of patches that attend to each other in a block."""
+        """Return the lengths of the segments in which patches attend to each other in a block."""
         return plan.frames if block in self.config.fullatt_block_indexes else plan.windows
 
     def weight(self, name: str) -> Tensor:
-        """A published tensor, in the oracle's precision."""
+        """Return a published tensor in the oracle's precision."""
         return self.tensors[name].to(device=self.device, dtype=self.dtype)
 
     def dense(self, x: Tensor, name: str) -> Tensor:
-        """A linear layer with its bias."""
+        """Apply a linear layer with its bias."""
         return linear(x, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"))
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm, all of it in x's own dtype."""
+        """Apply RMSNorm entirely in x's dtype."""
         return x / (x.square().mean(-1, keepdim=True) + RMS_NORM_EPS).sqrt() * weight
 
     def angles(self, positions: Tensor) -> Tensor:
-        """Rotary angles (N, R) in float64, R = D/2 pairs: [by the row | by the column]."""
+        """Return rotary angles (N, R) in float64, R = D/2 pairs: [by the row | by the column]."""
         pairs = self.head_dim // 2
         exponents = torch.arange(0, pairs, 2, dtype=torch.float64, device=positions.device)
         frequencies: Tensor = self.config.rope_theta ** (-exponents / pairs)
         return (positions[:, :, None] * frequencies).flatten(1)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turn the pairs (i, i + R) of each head of x (N, H, D) by the angles (N, R)."""
+        """Apply RoPE to the pairs (i, i + R) of each head of x (N, H, D), with angles (N, R)."""
         cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Softmax attention inside each segment: q, k, v (N, H, D) -> (N, H, D)."""
+        """Apply softmax attention inside each segment; q, k, v and the result are (N, H, D)."""
         out, start = torch.empty_like(q), 0
         for length in lengths:
             keys, values = (x[start : start + length].transpose(0, 1) for x in (k, v))
@@ -178,14 +179,14 @@ class Oracle:
         return out
 
     def softmax(self, q: Tensor, k: Tensor) -> Tensor:
-        """Attention weights of some queries (H, rows, D) over a segment's keys (H, length, D)."""
+        """Return attention weights of queries (H, rows, D) over a segment's keys (H, length, D)."""
         scores: Tensor = q @ k.mT * self.head_dim**-0.5
         return scores.softmax(-1)
 
     def gelu(self, x: Tensor) -> Tensor:
-        """The exact GELU, by the error function."""
+        """Apply the exact GELU, with the error function."""
         return gelu(x)
 
     def row_major(self, x: Tensor, order: Tensor) -> Tensor:
-        """Merged tokens in window order -> row-major; `order` holds each one's first patch."""
+        """Reorder merged tokens from window to row-major order; `order` gives their first patches."""
         return x[order.argsort()]

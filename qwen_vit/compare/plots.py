@@ -1,4 +1,4 @@
-"""The pictures of a report: windows, drift over depth, and the feature maps of some stages."""
+"""Draw a report's figures: windows, error over depth, and the feature maps of some stages."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,18 +26,18 @@ __all__ = [
     "windows_png",
 ]  # fmt: skip
 
-ORANGE, GREY, RED = "#d9730d", "#8a93a0", "#d64545"  # apart in lightness as well
+ORANGE, GREY, RED = "#d9730d", "#8a93a0", "#d64545"  # they also differ in lightness
 LIGHT_BLUE = "#62a8f5"
-COLUMN_IN, COLUMN_GAP_IN = 1.5, 0.08  # of a pair of frames
+COLUMN_IN, COLUMN_GAP_IN = 1.5, 0.08  # inches, for a pair of frames
 DRIFT_IN = (4.9, 3.3)
 ROW_IN, MAX_FEATURES_IN = 2.75, 16.0
-INK = {False: "#374151", True: "#c3c9d1"}  # of text, on a light and on a dark page
+INK = {False: "#374151", True: "#c3c9d1"}  # text colours on a light and on a dark page
 LINES = {False: "#e5e7eb", True: "#363d47"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageMaps:
-    """One stage's features as colours, ours and Hugging Face's, and how far apart each cell is."""
+    """Hold one stage's features as colours, ours and Hugging Face's, and each cell's error."""
 
     name: str
     ours: NDArray[np.float32]  # (rows, columns, 3)
@@ -48,16 +48,16 @@ class StageMaps:
     def of(
         cls, name: str, ours: Tensor, theirs: Tensor, colours: PrincipalColours | None = None
     ) -> "StageMaps":
-        """Colour both along the same axes: axes of their own would hide a rotation."""
+        """Colour both along the same axes, because separate axes would hide a rotation."""
         colours = PrincipalColours.fit([theirs]) if colours is None else colours
         distance = (ours.double() - theirs.double()).norm(dim=-1)
         error = (distance / theirs.double().norm(dim=-1).clamp_min(1e-300)).nan_to_num(0.0)
         return cls(name, colours.paint(ours), colours.paint(theirs), error.numpy())
 
     def draws(self, largest: float | None = None) -> dict[str, Callable[..., Any]]:
-        """A function of axes and a layout for each panel, by its title, that draws it.
+        """Return, by panel title, the functions of axes and a layout that draw the panels.
 
-        `largest` is the error at the end of the scale; that of the map, if not given.
+        `largest` is the error at the end of the scale. The default is the map's largest error.
         """
         largest = float(self.error.max()) if largest is None else largest
         return {
@@ -69,21 +69,21 @@ class StageMaps:
         }
 
     def panels(self, layout: StripLayout) -> dict[str, bytes]:
-        """Each panel as PNG, by its title."""
+        """Return each panel as PNG, by title."""
         return {
             title: panel_png(layout, partial(draw, layout)) for title, draw in self.draws().items()
         }
 
 
 def stage_maps(maps: FeatureMaps) -> list[StageMaps]:
-    """The feature maps of the stages that were kept."""
+    """Return the feature maps of the kept stages."""
     return [StageMaps.of(name, *pair) for name, pair in maps.stages.items()]
 
 
 def steps_png(maps: FeatureMaps, layout: StripLayout) -> list[bytes]:
-    """A column for each pair of frames that is drawn: picture, ours, Hugging Face's, error.
+    """Draw a column for each pair of frames: image, ours, Hugging Face's, error.
 
-    All columns have the same colours and one scale of errors, so that they compare.
+    All columns have the same colours and error scale, so that readers can compare them.
     """
     colours = PrincipalColours.fit([each.theirs for each in maps.steps])
     drawn = [StageMaps.of("merger", each.ours, each.theirs, colours) for each in maps.steps]
@@ -110,7 +110,7 @@ def _column(
 
 
 def stage_title(name: str, comparison: Comparison) -> str:
-    """A stage in words.
+    """Return a stage's title.
 
     >>> from qwen_vit.compare.result import Comparison
     >>> facts = {"vision_config": {"fullatt_block_indexes": [7]}}
@@ -123,7 +123,7 @@ def stage_title(name: str, comparison: Comparison) -> str:
 
 
 def windows_png(maps: FeatureMaps, layout: StripLayout, image: ImageComparison, side: int) -> bytes:
-    """What the tower sees: the picture with windows of `side` patches."""
+    """Draw the tower's input: the image with windows of `side` patches."""
 
     def draw(axes: Any) -> None:
         draw_array(axes, layout, maps.rgb.numpy(), interpolation="antialiased")
@@ -133,7 +133,7 @@ def windows_png(maps: FeatureMaps, layout: StripLayout, image: ImageComparison, 
 
 
 def drift_png(image: ImageComparison, comparison: Comparison, *, is_dark: bool | None) -> bytes:
-    """The relative error at each stage; transparent for a light or a dark page, or white."""
+    """Plot each stage's relative error; transparent for a light or a dark page, or white."""
     ink = INK[bool(is_dark)]
     style = {
         "axes.edgecolor": ink, "axes.labelcolor": ink, "text.color": ink, "xtick.color": ink,
@@ -147,7 +147,7 @@ def drift_png(image: ImageComparison, comparison: Comparison, *, is_dark: bool |
 
 
 def features_png(stages: list[StageMaps], layout: StripLayout, comparison: Comparison) -> bytes:
-    """The maps of every stage in one picture, a row each."""
+    """Draw the maps of all stages in one picture, with one row per stage."""
 
     def draw(figure: Any) -> None:
         grid = figure.subplots(len(stages), 3, squeeze=False)

@@ -1,7 +1,7 @@
-"""A comparison as one self-contained page: the verdict, maps, drift over depth, every figure.
+"""Write a comparison as one self-contained page with verdict, maps and all measurements.
 
-matplotlib draws the pictures and Jinja2 fills in the page, as for `qwen-vit show`: both are the
-`show` extra, imported only when a page is written.
+As for `qwen-vit show`, matplotlib draws the pictures and Jinja2 fills in the page. The extra `show`
+installs both. This module imports them only to write a page.
 """
 
 import os
@@ -32,12 +32,12 @@ from qwen_vit.show.strips import StripLayout
 __all__ = ["check_report", "write_report"]
 
 PAGE = "index.html"
-PICTURE = re.compile(r"\d{2,}-[A-Za-z0-9_-]{0,40}-(?:windows|drift|features)\.png")  # of a report
+PICTURE = re.compile(r"\d{2,}-[A-Za-z0-9_-]{0,40}-(?:windows|drift|features)\.png")  # a report's
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage's panels on the page, by title, and the largest error of a cell."""
+    """Hold a stage's panels on the page, by title, and the largest error of a cell."""
 
     title: str
     panels: dict[str, str]
@@ -46,7 +46,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A pair of frames of a video on the page."""
+    """Hold one pair of a video's frames for the page."""
 
     png: str
     title: str
@@ -55,7 +55,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One image on the page; pictures are addresses that hold them."""
+    """Hold one image's section of the page, with pictures as data URIs."""
 
     image: ImageComparison
     windows: str
@@ -64,7 +64,7 @@ class Section:
     drift: str
     drift_in_the_dark: str
     stages: list[Stage]
-    frames: list[str]  # of a video: lines on its frames
+    frames: list[str]  # for a video: lines about the frames
     columns: list[Column]
     files: dict[str, bytes]  # PNG to put beside the page, by name
 
@@ -98,11 +98,11 @@ def check_report(folder: Path, *, overwrite: bool) -> None:
 def write_report(
     folder: Path, comparison: Comparison, *, command: str = "", today: date | None = None
 ) -> Path:
-    """Write the page and its pictures into a folder, replacing an older report; return the page.
+    """Write the page and the pictures into a folder, replace an older report, and return the page.
 
-    The page holds its pictures, so it can be moved or sent alone. `command` is shown as the way to
-    make it again; the day is today's, if none is given. Raises ArgumentError for a comparison made
-    without `keep_maps`, and ExportError where the folder cannot be written.
+    The page contains all pictures, so that you can send it alone. The page shows `command` as the
+    command that creates it again. The default day is today. Raises ArgumentError for a comparison
+    without `keep_maps`, and ExportError if the folder cannot be written.
     """
     sections = []
     for number, image in enumerate(comparison.images, start=1):
@@ -136,7 +136,7 @@ def write_report(
                 file.write(png)
     with atomic_file(folder / PAGE) as file:
         file.write(page)
-    # pictures of an older report would look like pictures of this one
+    # an older report's pictures would look like this report's pictures
     new = {name for section in sections for name in section.files}
     for name in os.listdir(folder):
         if PICTURE.fullmatch(name) and name not in new:

@@ -1,4 +1,4 @@
-"""The result of a comparison with Hugging Face: by image and stage, with a verdict, as JSON."""
+"""Hold the result of a comparison with Hugging Face, per image and stage, and give it as JSON."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,70 +17,70 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """Our pixels against one of Hugging Face's processors.
+    """Hold the difference between our pixels and one Hugging Face processor's.
 
-    `values_differ` counts pixel values, of `values`, with a different grey level;
-    `largest_levels` is their largest distance, of 255. Both are None if the grids differ.
+    `values_differ` counts the pixel values, out of `values`, with a different grey level.
+    `largest_levels` is the largest difference, out of 255. Both are None if the grids differ.
     """
 
     processor: str
-    grid_thw: tuple[int, int, int]  # theirs
+    grid_thw: tuple[int, int, int]  # Hugging Face's grid
     same_grid: bool
     values: int
     values_differ: int | None
     largest_levels: int | None
-    relative: float | None  # of the normalised values
+    relative: float | None  # difference of the normalised values
 
     @property
     def passed(self) -> bool:
-        """Whether grids agree and normalised values are within 1e-5: one grey level is more."""
+        """Return whether grids agree and values differ by <= 1e-5, less than one grey level."""
         return self.same_grid and (self.relative or 0.0) <= RELATIVE_TOLERANCE
 
     @property
     def is_judged(self) -> bool:
-        """Whether a difference is a failure: torchvision's processor resizes in another way."""
+        """Return whether a difference is a failure; torchvision's processor resizes differently."""
         return self.processor == "pillow"
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage: ours against Hugging Face's, both against float64, and the verdict."""
+    """Hold one stage's errors (ours, Hugging Face's, both against float64) and the verdict."""
 
     name: str
     difference: Difference
-    ours: float  # relative error against float64
+    ours: float  # relative errors against float64
     theirs: float
     verdict: Verdict
 
     @property
     def ratio(self) -> float:
-        """Our error over theirs: below 1, ours is closer to float64."""
+        """Return our error over Hugging Face's: below 1, ours is closer to float64."""
         return ratio(self.ours, self.theirs)
 
 
 @dataclass(frozen=True, slots=True)
 class FrameChoice:
-    """The frames that a reference takes of a video.
+    """Hold the frames that a reference samples from a video.
 
-    `is_run` says whether the installed library chose them; without it,
-    the rule in `video.sampling` did. `is_judged` is True for the reference that `sampling` follows.
+    If `is_run`, the installed library chose the frames; otherwise the rule in `video.sampling` did.
+    `is_judged` is True for the reference that `sampling` follows.
     """
 
-    reference: str  # and its version
+    reference: str  # the library and its version
     is_run: bool
     is_judged: bool
-    indices: tuple[int, ...] | None  # None where it takes no frames of this video
-    differ: int  # of our frames, those that it does not take in the same place
+    indices: tuple[int, ...] | None  # None if the reference samples no frames of this video
+    differ: int  # number of our frames that differ from the reference's frame at the same position
 
     @property
     def passed(self) -> bool:
-        """Whether the frames are ours."""
+        """Return whether the frames equal our frames."""
         return self.indices is not None and not self.differ
 
 
 @dataclass(frozen=True, slots=True)
 class SampledFrames:
-    """The frames that were compared, as indices of the file's, and those of the references."""
+    """Hold our frames, as indices into the file's frames, and the references' frames."""
 
     sampling: str
     n_frames: int  # in the file
@@ -92,16 +92,16 @@ class SampledFrames:
 
 @dataclass(frozen=True, slots=True)
 class StepError:
-    """The relative errors of the merged tokens of one pair of frames."""
+    """Hold the relative errors of one frame pair's merged tokens."""
 
-    difference: float  # ours from Hugging Face's
-    ours: float  # from float64
+    difference: float  # ours against Hugging Face's
+    ours: float  # against float64
     theirs: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepMaps:
-    """A pair of frames of a video: its first picture, and its merged tokens."""
+    """Hold the first frame and the merged tokens of one frame pair of a video."""
 
     step: int
     rgb: Tensor  # (height, width, 3) uint8
@@ -111,9 +111,9 @@ class StepMaps:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureMaps:
-    """The pictures of a report: what the tower saw, and some stages in raster order.
+    """Hold the data of a report's pictures: the tower's input and some stages in raster order.
 
-    Of a video they show its first pair of frames, and `steps` some pairs of all its length.
+    For a video, they show the first pair of frames. `steps` has some pairs from the whole video.
     """
 
     rgb: Tensor  # (height, width, 3) uint8
@@ -123,22 +123,22 @@ class FeatureMaps:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageComparison:
-    """All results for one image."""
+    """Hold all results for one image."""
 
     id: str
     sha256: str
     size_px: tuple[int, int]  # height, width
     grid: Grid
-    tower_input: str  # what our tower was given
+    tower_input: str  # our tower's input
     preprocessing: tuple[Preprocessing, ...]
     stages: tuple[Stage, ...]
     maps: FeatureMaps | None
     frames: SampledFrames | None = None  # of a video
-    steps: tuple[StepError, ...] = ()  # of a video: each pair of frames
+    steps: tuple[StepError, ...] = ()  # for a video: each pair of frames
 
     @property
     def problems(self) -> list[str]:
-        """The failures of the numbers policy, in the order of computation."""
+        """Return the stages and pixels that exceed their tolerance, in the order of computation."""
         references = self.frames.references if self.frames else ()
         frames = [
             f"frames: {each.differ} differ from those of {each.reference}"
@@ -159,7 +159,7 @@ class ImageComparison:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """The results for all images; `passed` decides the exit code."""
+    """Hold the results for all images; `passed` decides the exit code."""
 
     facts: dict[str, Any]  # model, device, dtype, attention, processor, versions, golden, weights
     images: tuple[ImageComparison, ...]
@@ -167,12 +167,12 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether every stage of every image meets the numbers policy and none was skipped."""
+        """Return whether every stage of every image is within tolerance, without skipped images."""
         return not self.skipped and not any(image.problems for image in self.images)
 
     @property
     def has_same_weights(self) -> bool:
-        """Whether both towers have the same weights: a golden file may be of another model."""
+        """Return whether both towers have the same weights; a golden file's may differ."""
         golden = self.facts.get("golden")
         return not golden or golden["weights_sha256"] == self.facts["weights_sha256"]
 

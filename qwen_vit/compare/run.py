@@ -1,8 +1,9 @@
 """Compare our encoder with Hugging Face's, and both with float64, on a checkpoint and some images.
 
-For every image: the processors' pixels, then the tower stage by stage, ours against Hugging Face's
-and both against a float64 oracle. Hugging Face runs here, or a golden file has its results.
-Memory: one image at a time, with all stages of each tower in its own dtype and one of the oracle.
+For every image, this module compares the processors' pixels, then the towers stage by stage. It
+compares our stages with Hugging Face's, and both with a float64 oracle. Hugging Face's results come
+from a run on this machine or from a golden file. The memory covers one image at a time: all stages
+of each tower in the tower's dtype, and one stage of the oracle.
 """
 
 import os
@@ -44,7 +45,7 @@ __all__ = ["compare", "compare_checkpoint", "compare_with_golden"]
 
 
 class _Prepared(NamedTuple):
-    """An image or video before our tower runs: Hugging Face's results and both sides' pixels."""
+    """Hold an image or video before our tower runs: Hugging Face's results and both pixels."""
 
     case: Case
     pixels: Sequence[Preprocessing]
@@ -65,10 +66,10 @@ def compare_checkpoint(
     video: VideoOptions | None = None,
     **loading: Any,
 ) -> Comparison:
-    """Load a checkpoint and compare it, with a golden file or with Hugging Face: the command.
+    """Load a checkpoint and compare it with a golden file or Hugging Face, for `qwen-vit compare`.
 
-    `loading` goes to `VisionEncoder.from_pretrained`. Arguments and the golden file are checked
-    before the weights are read. Raises as `compare` and `compare_with_golden` do.
+    `loading` goes to `VisionEncoder.from_pretrained`. The function checks the arguments and the
+    golden file before it reads the weights. Raises as `compare` and `compare_with_golden` do.
     """
     if golden is not None and save_golden is not None:
         raise ArgumentError(
@@ -118,11 +119,12 @@ def compare(
     >>> compare(encoder, ["tests/photographs/chelsea.png"]).passed
     True
 
-    `processor` makes the pixels that both towers get; other installed processors are reported.
-    `save_golden` writes what Hugging Face computed. `keep_maps` keeps what a report draws. An image
-    that cannot be read is skipped and reported. Paths of video files are videos, sampled as `video`
-    says; the processor then gets their resized frames. Raises ArgumentError without a transformers
-    or for an attention that is not installed, and ComparisonError where no image is left to save.
+    `processor` makes the pixels for both towers. The result also reports other installed
+    processors. `save_golden` writes Hugging Face's results to a file. `keep_maps` keeps the data
+    for a report. The function skips and reports unreadable images. Paths of video files are videos.
+    `video` sets their sampling, and the processor gets the resized frames. Raises ArgumentError if
+    transformers or the attention is not installed. Raises ComparisonError if no image is left to
+    save.
     """
     check_transformers()
     config = encoder.config
@@ -164,7 +166,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _LiveReference:
-    """Hugging Face's tower and processors, which run beside an encoder."""
+    """Run Hugging Face's tower and processors beside an encoder."""
 
     encoder: VisionEncoder
     tower: Any
@@ -172,7 +174,7 @@ class _LiveReference:
     video: VideoOptions
 
     def case_of(self, name: str) -> _Prepared:
-        """What Hugging Face makes of an image or a video, with how far our pixels are."""
+        """Return Hugging Face's results for an image or video, and our pixels' difference."""
         if is_video_file(name):
             return self._case_of_video(name)
         config = self.encoder.image_config
@@ -221,15 +223,15 @@ def compare_with_golden(
     show_progress: bool = False,
     video: VideoOptions | None = None,
 ) -> Comparison:
-    """Compare our tower with Hugging Face's results in a golden file; needs no transformers.
+    """Compare our tower with Hugging Face's results in a golden file, without transformers.
 
-    With `images`, it compares only those, and our own pixels as well. Each must be one of the
-    golden's, by its sha256; a video is sampled as `video` says. Without, it compares every image of
-    the golden, from its pixel values. Weights that differ from the golden's are compared and named.
-    An image that cannot be read is skipped and reported.
+    With `images`, it compares only these images, and also our own pixels. The golden must have each
+    image, by SHA-256. `video` sets the sampling of videos. Without `images`, it compares every
+    image of the golden, from the stored pixel values. If weights differ from the golden's, it still
+    compares them and names them. It skips and reports unreadable images.
 
-    Raises ComparisonError for a golden with a different configuration, dtype or processor (or
-    attention, if one is given), and for an image that it does not hold.
+    Raises ComparisonError for a golden with a different configuration, dtype, processor or given
+    attention. Raises ComparisonError for an image that the golden does not contain.
     """
     golden.check_fits(encoder, processor=processor, attention=attention)
     chosen = _chosen(golden, images)
@@ -274,7 +276,7 @@ def _patches_of(name: str, encoder: VisionEncoder, video: VideoOptions) -> Patch
 
 
 def _with_errors(case: Case, result: ImageComparison) -> Case:
-    """Return the case with its errors, on the host, as a golden file stores it."""
+    """Return the case on the host, with the errors that a golden file stores."""
     trace = {name: values.cpu() for name, values in case.trace.items()}
     errors = {stage.name: stage.theirs for stage in result.stages}
     return Case(
@@ -339,7 +341,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _read(name: str) -> tuple[RgbImage, str]:
-    """Return an image, and the sha256 of the bytes that it was decoded from."""
+    """Return a decoded image, and the SHA-256 of the encoded bytes."""
     data = read_image_file(name, name, ImageLimits())
     return load_image(data, name=name), sha256(data).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Our tower stage by stage: "patch_embed", "block.0", ..., "merger"."""
+"""Run our tower stage by stage: "patch_embed", "block.0", ..., "merger"."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ def layout_for(
     dtype: torch.dtype,
     n_rows: int | None = None,
 ) -> Layout:
-    """Return a layout of `plan_layout`, moved to the device."""
+    """Return `plan_layout`'s layout on the device."""
     return plan_layout(grids, config, device, dtype, n_rows).to(device)
 
 
@@ -40,12 +40,13 @@ def layout_for(
 def trace_tower(tower: VisionTower, patches: Tensor, layout: Layout) -> Trace:
     """Run the tower and return its stages in the oracle's orders, without the padding rows.
 
-    "patch_embed" (N, C) in grid order; "block.0".. (N, C) in window order; "merger" row-major.
+    "patch_embed" is (N, C) in grid order. "block.0", ... are (N, C) in window order. "merger" is in
+    row-major order.
     """
     trace: Trace = {}
 
     def keep(name: str, output: Any) -> None:
-        if isinstance(output, ResidualStream):  # what a block returns
+        if isinstance(output, ResidualStream):  # a block's output
             output = output.values
         trace[name] = output[: layout.n_patches].clone()
 
@@ -58,9 +59,9 @@ def trace_tower(tower: VisionTower, patches: Tensor, layout: Layout) -> Trace:
 
 @contextmanager
 def record_stages(tower: Any, keep: Callable[[str, Any], None]) -> Iterator[None]:
-    """Call `keep(stage, output)` with what the patch embedding and each block return.
+    """Call `keep(stage, output)` with the outputs of the patch embedding and of each block.
 
-    For any tower that calls them `patch_embed` and `blocks`: ours and Hugging Face's.
+    The tower must have `patch_embed` and `blocks`, as our tower and Hugging Face's have.
     """
 
     def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:

@@ -1,4 +1,4 @@
-"""A comparison as tables for people."""
+"""Format a comparison as text tables."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ PIXEL_HEAD = ("processor", "grid (t, h, w)", "different levels", "largest", "")
 
 
 def as_text(comparison: Comparison, *, has_stages: bool = False) -> str:
-    """Return the verdict, a table of the images and, with `has_stages`, one of each's stages."""
+    """Return the verdict, a table of images and, with `has_stages`, each image's table of stages."""
     facts, closer = comparison.facts, closer_line(comparison)
     lines = [
         *verdict_lines(comparison),
@@ -48,7 +48,7 @@ def as_text(comparison: Comparison, *, has_stages: bool = False) -> str:
 
 
 def reference_line(facts: dict[str, Any]) -> str:
-    """Return how Hugging Face ran, here or when the golden was made."""
+    """Return how Hugging Face ran, here or for the golden."""
     reference, golden = facts["reference"], facts["golden"]
     versions = ", ".join(f"{name} {number}" for name, number in reference["versions"].items())
     where = f"golden {golden['path']}, made" if golden else "Hugging Face, run"
@@ -61,7 +61,7 @@ def reference_line(facts: dict[str, Any]) -> str:
 def closer_line(comparison: Comparison) -> str:
     """Return which tower is closer to float64, or an empty line if an error is not finite.
 
-    With other weights than the golden's the line is empty as well: they are two models.
+    The line is also empty if the weights differ from the golden's, because the models differ.
     """
     if not comparison.has_same_weights:
         return ""
@@ -124,7 +124,7 @@ def _image_row(image: ImageComparison) -> tuple[str, ...]:
 
 
 def _with_ratios(rows: Sequence[Sequence[str]], comparison: Comparison) -> list[Sequence[str]]:
-    """The rows of a table without the ratios, if they would be those of two models."""
+    """Return a table's rows, without ratios if the weights are of different models."""
     if comparison.has_same_weights:
         return [*rows]
     place = rows[0].index(RATIO)
@@ -163,7 +163,7 @@ def _image_lines(image: ImageComparison, comparison: Comparison) -> list[str]:
 
 
 def frame_lines(frames: SampledFrames) -> list[str]:
-    """Return which frames were taken, and how those of each reference differ.
+    """Return lines on the sampled frames, and on each reference's differences.
 
     >>> from qwen_vit.compare.result import FrameChoice
     >>> chosen = FrameChoice("qwen-vl-utils 0.0.14", True, True, (0, 20, 39, 59), 0)
@@ -210,7 +210,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     for row in rows:
         name, *values = row
         cells = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
-        if row[-1]:  # a remark is aligned left
+        if row[-1]:  # align a remark left
             cells[-1] = row[-1]
         lines.append("  " + "  ".join([name.ljust(widths[0]), *cells]).rstrip())
     return lines

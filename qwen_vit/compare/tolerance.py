@@ -1,7 +1,7 @@
-"""How much two results differ, and how much they may differ: the numbers policy.
+"""Measure how much two results differ, and compare the difference with a tolerance.
 
-No tolerance is chosen to pass: each follows from the error of Hugging Face's own result against a
-float64 oracle, and is printed beside the measured value.
+Each tolerance follows from the error of Hugging Face's own result against a float64 oracle. The
+command prints the tolerance beside the measured value.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from qwen_vit.errors import ArgumentError
 
 __all__ = ["Difference", "Verdict", "fp32_budget", "judge", "ratio", "relative_error"]
 
-RELATIVE_TOLERANCE = 1e-5  # 100 float32 roundings; two correct float32 towers differ by about 1e-6
-MAX_FP32_ERROR = 1e-4  # twice what 32 blocks of peaked attention were seen to reach
+RELATIVE_TOLERANCE = 1e-5  # 100 float32 roundings; correct float32 towers differ by about 1e-6
+MAX_FP32_ERROR = 1e-4  # twice the measured error of 32 blocks of peaked attention
 MAX_BF16_RATIO = 1.01
-MAX_GOLDEN_DRIFT = 1.01  # the same tensors and the same oracle: all that may differ is rounding
+MAX_GOLDEN_DRIFT = 1.01  # the same tensors and the same oracle differ only by rounding
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
@@ -42,10 +42,10 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One result against another, (rows, values) each; cosines are per row, that is per token."""
+    """Hold the difference of two results, (rows, values), with one cosine similarity per row."""
 
     relative: float
-    largest: float  # absolute
+    largest: float  # absolute error
     worst_cosine: float
     mean_cosine: float
 
@@ -59,7 +59,7 @@ class Difference:
         relative = relative_error(a, b)
         a, b = a.double(), b.to(a.device).double()
         norms = a.norm(dim=1) * b.norm(dim=1)
-        # a row of zeros has no direction: it agrees with another one, and with no other row
+        # a row of zeros has no direction: it agrees only with another row of zeros
         is_zero = norms == 0
         cosines = torch.where(
             is_zero, (a == b).all(1).double(), (a * b).sum(1) / norms.masked_fill(is_zero, 1)
@@ -76,7 +76,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The measured and the allowed value of a stage; `problem` is empty where it passed."""
+    """Hold the measured and the allowed value of a stage; `problem` is empty if it passed."""
 
     measured: float
     allowed: float
@@ -84,12 +84,12 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether the stage keeps the numbers policy."""
+        """Return whether the stage is within tolerance."""
         return not self.problem
 
 
 def fp32_budget(reference_error: float) -> float:
-    """Return the float32 distance allowed from Hugging Face: 1e-5, or twice its own error.
+    """Return the allowed float32 error against Hugging Face: 1e-5, or twice Hugging Face's error.
 
     >>> fp32_budget(1e-6), fp32_budget(2e-5)
     (1e-05, 4e-05)
@@ -105,18 +105,18 @@ def judge(
     theirs: float,
     recorded: float | None = None,
 ) -> Verdict:
-    """Apply the numbers policy to one stage.
+    """Compare one stage's errors with the tolerances.
 
     >>> judge(torch.float32, distance=2e-6, ours=1e-6, theirs=1e-6).passed
     True
     >>> judge(torch.bfloat16, distance=3e-3, ours=2.2e-3, theirs=2.0e-3).problem
     'ours is 1.1 times as far from float64 as Hugging Face, allowed 1.01'
 
-    `distance` is our relative distance from Hugging Face's result. `ours` and `theirs` are the two
-    errors against the float64 oracle. `recorded` is theirs as a golden file states it. The policy
-    of float32 bounds `distance`, and that of bfloat16 the ratio of ours to theirs. A reference too
-    far from the truth fails the stage. Its error is at most 1e-4 in float32, and that of all zeros
-    in bfloat16. A golden's error is at most that of its making.
+    `distance` is our relative error against Hugging Face's result. `ours` and `theirs` are the two
+    errors against the float64 oracle. `recorded` is Hugging Face's error in a golden file. In
+    float32 the tolerance bounds `distance`. In bfloat16 it bounds the ratio of `ours` to `theirs`.
+    A reference with too large an error fails the stage. The limit is 1e-4 in float32, and the error
+    of all zeros in bfloat16. For a golden, the limit is `recorded`, apart from rounding.
     """
     is_fp32 = dtype == torch.float32
     own_error = theirs if recorded is None else recorded
@@ -145,7 +145,7 @@ def judge(
 
 
 def ratio(ours: float, theirs: float) -> float:
-    """Return our error over theirs: below 1, ours is closer to float64.
+    """Return our error over Hugging Face's: below 1, ours is closer to float64.
 
     >>> ratio(1.0, 2.0), ratio(0.0, 0.0), ratio(1.0, 0.0)
     (0.5, 1.0, inf)

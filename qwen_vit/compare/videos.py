@@ -1,4 +1,4 @@
-"""A video in a comparison: its frames beside those of the references, and both sides' rows."""
+"""Compare a video's frames with the references' frames, and prepare both sides' rows."""
 
 from dataclasses import dataclass
 from hashlib import file_digest
@@ -23,7 +23,7 @@ __all__ = ["VideoRows", "compare_frames", "digest_of", "load_rows"]
 
 
 class VideoRows(NamedTuple):
-    """Our patches of a video, the rows of Hugging Face's processor, and the chosen frames."""
+    """Hold our patches of a video, Hugging Face's processor rows, and the sampled frames."""
 
     patches: Patches
     processed: Processed
@@ -34,7 +34,7 @@ class VideoRows(NamedTuple):
 def load_rows(name: str, options: VideoOptions, config: ImageConfig) -> VideoRows:
     """Load a video, and let Hugging Face's Pillow processor cut its resized frames.
 
-    Raises ImageError for one that cannot be read.
+    Raises ImageError for an unreadable video.
     """
     resized: dict[int, NDArray[np.uint8]] = {}
     loaded = load_video(Video.of(name, options, name), config, keep=resized)
@@ -48,7 +48,7 @@ def load_rows(name: str, options: VideoOptions, config: ImageConfig) -> VideoRow
 
 
 def digest_of(name: str) -> str:
-    """The sha256 of a video's file."""
+    """Return the SHA-256 of a video's file."""
     with open(name, "rb") as file:
         return file_digest(file, "sha256").hexdigest()
 
@@ -56,7 +56,7 @@ def digest_of(name: str) -> str:
 def compare_frames(
     timeline: Timeline, options: VideoOptions, seconds: tuple[float, ...], name: str
 ) -> SampledFrames:
-    """The frames of both references beside ours: from the libraries where they are installed."""
+    """Compare our frames with both references' frames, from the libraries if installed."""
     ours, _ = sample_frames(timeline, options, name)
     choices = []
     for reference in REFERENCES:
@@ -66,7 +66,9 @@ def compare_frames(
             same = sum(a == b for a, b in zip(ours, theirs, strict=False))
             differ = max(len(ours), len(theirs)) - same
         is_taken = timeline.n_frames > 1 and reference.takes(options)
-        is_judged = reference.rule == options.sampling and is_taken  # neither takes a single frame
+        is_judged = (
+            reference.rule == options.sampling and is_taken
+        )  # neither accepts a single frame
         indices = None if theirs is None else tuple(theirs)
         choices.append(FrameChoice(title, is_run, is_judged, indices, differ))
     return SampledFrames(
@@ -76,27 +78,27 @@ def compare_frames(
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """A library that samples frames, and the name of its rule in `video.sampling`."""
+    """Describe a library that samples frames, with the rule's name in `video.sampling`."""
 
     package: str
-    version: str  # whose rule it is
+    version: str  # the rule's library
     rule: Sampling
 
     def takes(self, options: VideoOptions) -> bool:
-        """Whether it has the options: transformers takes whole videos alone."""
+        """Return whether the library has these options; transformers accepts only whole videos."""
         return self.rule == "qwen" or not options.is_part
 
     def choose(
         self, timeline: Timeline, options: VideoOptions, name: str
     ) -> tuple[list[int] | None, str, bool]:
-        """Its frames or None, its name with its version, and whether the library itself ran."""
+        """Return the frames or None, the library's name and version, and whether it ran."""
         if self.takes(options):
             run = _run_qwen if self.rule == "qwen" else _run_transformers
             try:
                 return run(timeline, options), f"{self.package} {version(self.package)}", True
-            except (TypeError, ValueError):  # it refuses them
+            except (TypeError, ValueError):  # the library rejects them
                 return None, f"{self.package} {version(self.package)}", True
-            except (ImportError, RuntimeError, AttributeError):  # or its torchvision is missing
+            except (ImportError, RuntimeError, AttributeError):  # or torchvision is missing
                 pass
         return _by_rule(timeline, options, self, name), f"{self.package} {self.version}", False
 
