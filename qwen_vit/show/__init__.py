@@ -1,1 +1,1 @@
-"""Pictures of dense features: feature maps, similarity maps, window layouts."""
+"""Draw dense features: feature maps, similarity maps and window layouts."""

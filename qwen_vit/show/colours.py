@@ -1,4 +1,4 @@
-"""Dense features -> colours: three principal components, for one image or several together."""
+"""Convert dense features to colours by three principal components, for one or more images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ from torch import Tensor
 
 __all__ = ["PrincipalColours", "component_colours", "similarity_map"]
 
-MAX_FIT_ROWS = 16_384  # of 3,584 values: 235 MB in float32
-EXTRA_AXES = 13  # beyond three: the axes are then those of an exact decomposition to 1e-6
-TAILS = (0.01, 0.99)  # a few outliers would take the whole range of colours
+MAX_FIT_ROWS = 16_384  # rows of 3,584 values: 235 MB in float32
+EXTRA_AXES = 13  # extra components: the axes then match an exact decomposition to 1e-6
+TAILS = (0.01, 0.99)  # otherwise a few outliers would use the whole range of colours
 # OKLab: lightness, green to red, blue to yellow. Within these ranges few colours are clipped.
 LIGHTNESS, GREEN_RED, BLUE_YELLOW = (0.35, 0.90), (-0.12, 0.12), (-0.18, 0.18)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrincipalColours:
-    """Three principal components of features, and the colour that each cell gets from them.
+    """Hold three principal components of features, and convert cells to colours with them.
 
     >>> maps = [torch.randn(4, 6, 192), torch.randn(2, 3, 192)]
     >>> colours = PrincipalColours.fit(maps)
     >>> colours.paint(maps[1]).shape
     (2, 3, 3)
 
-    The first component is the lightness, the second goes from blue to yellow, the third from green
-    to red. As red, green and blue, which is more usual, colour-blind readers would lose more: red
-    and green are alike to most of them, and differ least here.
+    The first component sets the lightness, the second blue to yellow, and the third green to red.
+    The usual choice, red, green and blue, would lose more for colour-blind readers. Most of them
+    confuse red and green, so the third component, with the least variance, uses these colours.
 
     Attributes:
         explained: the share of the variance that each component explains.
@@ -39,16 +39,16 @@ class PrincipalColours:
 
     mean: Tensor  # (D,)
     axes: Tensor  # (D, 3 or fewer)
-    low: Tensor  # of each component, at the end of its colours
+    low: Tensor  # value of each component at the end of the colour range
     high: Tensor
     explained: tuple[float, ...]
 
     @classmethod
     def fit(cls, maps: Sequence[Tensor]) -> Self:
-        """Fit the components to maps (..., D) together, so that their colours compare.
+        """Fit the components to maps (..., D) together, so that colours are comparable across maps.
 
-        The same features give the same colours: the algorithm's random numbers have a fixed seed,
-        and each axis the direction in which its largest weight is positive, as in scikit-learn.
+        The same features give the same colours, because the algorithm's random numbers have a fixed
+        seed. Each axis has the sign that makes the largest weight positive, as in scikit-learn.
         """
         rows = _rows(maps)
         mean = rows.mean(0)
@@ -67,7 +67,7 @@ class PrincipalColours:
         return cls(mean, axes, low, high, tuple(shares))
 
     def paint(self, features: Tensor) -> NDArray[np.float32]:
-        """The colour of every cell of a map (..., D): sRGB from 0 to 1."""
+        """Return the colour of every cell of a map (..., D), in sRGB from 0 to 1."""
         along = (_float(features) - self.mean) @ self.axes
         span = self.high - self.low
         along = torch.where(span > 0, (along - self.low) / span, 0.5)
@@ -76,7 +76,7 @@ class PrincipalColours:
 
 
 def component_colours(count: int = 9) -> list[NDArray[np.float32]]:
-    """What each component looks like from its low end to its high one: (count, 3) sRGB.
+    """Return each component's colours from the low end to the high end: (count, 3) sRGB.
 
     >>> [ramp.shape for ramp in component_colours(5)]
     [(5, 3), (5, 3), (5, 3)]
@@ -88,7 +88,7 @@ def component_colours(count: int = 9) -> list[NDArray[np.float32]]:
 
 
 def similarity_map(features: Tensor, cell: Tensor) -> NDArray[np.float32]:
-    """The cosine similarity of every cell of a map (..., D) to one cell's features (D,).
+    """Return the cosine similarity of every cell of a map (..., D) to one cell's features (D,).
 
     >>> similarity_map(torch.eye(2), torch.tensor([2.0, 0.0])).tolist()
     [1.0, 0.0]
@@ -103,16 +103,16 @@ def _float(features: Tensor) -> Tensor:
 
 
 def _rows(maps: Sequence[Tensor]) -> Tensor:
-    """Every cell's features, or as many, evenly spread, as are needed for the components."""
+    """Return all cells' features, or an evenly spaced sample that is enough for the components."""
     counts = [each.numel() // each.shape[-1] for each in maps]
     step = -(-sum(counts) // MAX_FIT_ROWS)
     return torch.cat([_float(each.reshape(-1, each.shape[-1])[::step]) for each in maps])
 
 
 def _colours(components: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Components (..., 3) from 0 to 1 -> sRGB, clipped to what a screen shows.
+    """Convert components (..., 3) from 0 to 1 to sRGB, clipped to the sRGB range.
 
-    The matrices and the curve are OKLab's and sRGB's own.
+    OKLab and sRGB define the matrices and the curve.
     """
     low, high = np.array((LIGHTNESS, BLUE_YELLOW, GREEN_RED)).T
     lightness, blue_yellow, green_red = np.moveaxis(low + (high - low) * components, -1, 0)

@@ -1,4 +1,4 @@
-"""Views of features -> PNG, by matplotlib: single panels for a page, or one sheet for an image."""
+"""Draw views of features as PNG with matplotlib: page panels, or one sheet for an image."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ DOTS_PER_INCH = 150
 PANEL_IN = 4.8  # inches: the longer side
 TITLE_IN = 0.3
 BLUE = "#1668c7"
-HEAT_MAP = "cividis"  # looks the same to colour-blind readers
+HEAT_MAP = "cividis"  # readable for colour-blind readers
 STYLE: Any = {
     "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.titlelocation": "left", "axes.titlecolor": "#374151", "hatch.linewidth": 0.6,
@@ -39,7 +39,7 @@ STYLE: Any = {
 
 
 def check_packages(what: str, *packages: str) -> None:
-    """Raise ArgumentError if a package that draws is not installed.
+    """Raise ArgumentError if a drawing package is not installed.
 
     >>> check_packages("--report", "matplotlib", "jinja2")
     """
@@ -52,7 +52,7 @@ def check_packages(what: str, *packages: str) -> None:
 
 
 def draw_array(axes: Any, layout: StripLayout, array: NDArray[Any], **style: Any) -> Any:
-    """Draw an array over the whole picture, in patches; returns what a colour bar is made of."""
+    """Draw an array over the whole image, in patches, and return the input for a colour bar."""
     drawn = None
     for part, place in layout.crops(array):
         extent = (place.left, place.left + place.width, place.top + place.height, place.top)
@@ -65,7 +65,7 @@ def draw_array(axes: Any, layout: StripLayout, array: NDArray[Any], **style: Any
 
 
 def draw_windows(axes: Any, layout: StripLayout, h: int, w: int, window: int) -> None:
-    """Draw the attention windows of h x w patches; those that an edge cuts are tinted."""
+    """Draw the attention windows of h x w patches, and tint windows that an edge cuts."""
     from matplotlib.patches import Rectangle
 
     rows, columns = -(-h // window), -(-w // window)
@@ -83,7 +83,7 @@ def draw_windows(axes: Any, layout: StripLayout, h: int, w: int, window: int) ->
                         edgecolor="#ffffff59", hatch="//", linewidth=0,
                     )
                 )  # fmt: skip
-            for colour, line in (("#00000080", 2.2), ("#ffffff", 0.9)):  # seen on any picture
+            for colour, line in (("#00000080", 2.2), ("#ffffff", 0.9)):  # visible on any image
                 axes.add_patch(
                     Rectangle(
                         corner, place.width, place.height, facecolor="none", edgecolor=colour,
@@ -93,7 +93,7 @@ def draw_windows(axes: Any, layout: StripLayout, h: int, w: int, window: int) ->
 
 
 def draw_picture(axes: Any, layout: StripLayout, view: FeatureView, views: FeatureViews) -> None:
-    """Draw the picture with its windows; without the picture, the features' colours with them."""
+    """Draw the image with windows, or the features' colours with windows if there is no image."""
     if view.picture is None:
         draw_array(axes, layout, view.colours, interpolation="nearest")
     else:
@@ -129,7 +129,7 @@ def _draw_mark(axes: Any, layout: StripLayout, view: FeatureView) -> None:
 
 
 def figure_png(size_in: tuple[float, float], draw: Callable[[Any], None], **options: Any) -> bytes:
-    """A figure of a size in inches, filled by `draw(figure)`, as PNG: always the same bytes."""
+    """Draw `draw(figure)` on a figure of a size in inches, as PNG with reproducible bytes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -143,7 +143,7 @@ def figure_png(size_in: tuple[float, float], draw: Callable[[Any], None], **opti
 
 
 def panel_png(layout: StripLayout, draw: Callable[[Any], None]) -> bytes:
-    """One panel alone, without text or margins, transparent between its strips."""
+    """Draw one panel without text or margins, transparent between the strips."""
 
     def fill(figure: Any) -> None:
         draw(figure.add_axes((0, 0, 1, 1)))
@@ -152,7 +152,7 @@ def panel_png(layout: StripLayout, draw: Callable[[Any], None]) -> bytes:
 
 
 def sheet_png(view: FeatureView, views: FeatureViews, titles: Sequence[str]) -> bytes:
-    """An image's panels side by side, a wide image's below each other, each with its title."""
+    """Draw an image's panels with titles side by side; a wide image's panels stand in a column."""
     layout = StripLayout.of(view.h, view.w, views.window)
     draws: list[Callable[..., Any]] = [draw_picture, draw_colours]
     if view.similarity is not None:
@@ -175,7 +175,7 @@ def sheet_png(view: FeatureView, views: FeatureViews, titles: Sequence[str]) -> 
 
 
 def heat_colours(count: int = 9) -> list[str]:
-    """The colours of the heat map from its low end to its high one, for a page's colour bar."""
+    """Return the heat map's colours from the low end to the high end, for a page's colour bar."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 

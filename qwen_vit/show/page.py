@@ -1,4 +1,4 @@
-"""Views of features -> one self-contained page, readable on a phone and in dark mode."""
+"""Write views of features as one self-contained page, readable on a phone and in dark mode."""
 
 import base64
 import io
@@ -26,21 +26,21 @@ from qwen_vit.show.views import FeatureView, FeatureViews
 
 __all__ = ["PageText", "data_uri", "feature_page", "render_page"]
 
-WEBP_QUALITY = 90  # of photographs; maps are kept exactly, and small as PNG
+WEBP_QUALITY = 90  # JPEG quality of photographs; maps are lossless, and small as PNG
 
 
 @dataclass(frozen=True, slots=True)
 class PageText:
-    """What a page of features says besides the pictures.
+    """Hold the text of a feature page.
 
     Attributes:
         title: the heading.
-        facts: a line each, name and value: model, output, ...
-        notices: what a reader must know first, such as that weights are random.
-        cell: what a cell of the maps is: "merged token of 28 x 28 pixels", for example.
-        window_px: the side of a window: "112 x 112 pixels".
-        full_attention: a sentence on the blocks that see all of an image.
-        command: the command that makes the page again, if there is one.
+        facts: one name and value per line: model, output, ...
+        notices: warnings at the top, such as that weights are random.
+        cell: the name of a map's cell, for example "merged token of 28 x 28 pixels".
+        window_px: the size of a window: "112 x 112 pixels".
+        full_attention: a sentence on the blocks that attend over the whole image.
+        command: the command that creates the page again, if there is one.
     """
 
     title: str
@@ -53,7 +53,7 @@ class PageText:
 
 
 def feature_page(views: FeatureViews, text: PageText, *, today: date | None = None) -> bytes:
-    """The page of some images' features; it holds its pictures, and can be sent alone."""
+    """Return a page of images' features that contains all pictures, so that you can send it alone."""
     layouts = [StripLayout.of(view.h, view.w, views.window) for view in views.views]
     ramps = zip(component_colours(), views.explained, strict=False)
     return render_page(
@@ -83,16 +83,16 @@ def feature_page(views: FeatureViews, text: PageText, *, today: date | None = No
 
 
 def render_page(template: str, *, today: date | None = None, command: str, **values: Any) -> bytes:
-    """A page of a Jinja2 template that extends `base.html.jinja`, as UTF-8.
+    """Render a page from a Jinja2 template that extends `base.html.jinja`, as UTF-8.
 
-    `command` is shown as the way to make the page again; the day is today's, if none is given.
+    The page shows `command` as the command that creates it again. The default day is today.
     """
     from jinja2 import DictLoader, Environment, StrictUndefined
 
     base = {"base.html.jinja": _template("base.html.jinja")}
     environment = Environment(
         loader=DictLoader(base), autoescape=True, undefined=StrictUndefined
-    )  # escapes file names
+    )  # Jinja2 then escapes file names
     text = environment.from_string(template).render(
         date=(today or date.today()).isoformat(),
         version=version("qwen-vit"),
@@ -103,7 +103,7 @@ def render_page(template: str, *, today: date | None = None, command: str, **val
 
 
 def data_uri(picture: bytes, kind: str = "png") -> str:
-    """A picture inside a page."""
+    """Return a picture as a data URI for a page."""
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 

@@ -1,4 +1,4 @@
-"""Features of images -> a picture of each."""
+"""Draw one picture of each image's features."""
 
 import io
 from collections.abc import Iterable, Mapping
@@ -30,19 +30,19 @@ def show_features(
     >>> pictures[1].save("rocket-features.png")  # doctest: +SKIP
 
     Args:
-        features: of one encoder and of one output, "merged" or "patch". The components of their
-            feature maps are fitted together, so that colours compare.
-        pictures: the images by id, where the ids are not their paths.
-        point: (x, y) in pixels of the first image: its cell is compared with every cell.
+        features: features from one encoder with one output, "merged" or "patch". The function fits
+            the components of all feature maps together, so that colours are comparable.
+        pictures: the images by id, if the ids are not the images' paths.
+        point: (x, y) in pixels of the first image. The function compares this cell with every cell.
         layer: a block of `features.layers` to draw instead of the embeddings.
-        frame: which frame of a video.
+        frame: the frame of a video.
 
     Returns:
-        A picture of each, in order. A notebook shows it, and `save` writes it.
+        One picture per image, in order. A notebook displays a picture, and `save` writes it.
 
     Raises:
         ArgumentError: the extra `show` is not installed, or arguments do not fit.
-        ImageError: a picture that cannot be read.
+        ImageError: qwen_vit cannot read an image.
     """
     check_packages("show", "matplotlib")
     found = view_features(features, pictures, point=point, layer=layer, frame=frame)
@@ -53,7 +53,7 @@ def show_features(
 
 
 def panel_titles(view: FeatureView, views: FeatureViews) -> tuple[str, str, str]:
-    """The titles of an image's panels: windows, feature map, similarities."""
+    """Return the titles of an image's panels: windows, feature map, similarities."""
     rows, columns = view.colours.shape[:2]
     what = "image" if view.picture is not None else "features"
     return (

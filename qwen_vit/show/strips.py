@@ -1,4 +1,4 @@
-"""Long pictures cut into strips, as text into lines, so that every part of one can be seen."""
+"""Cut long pictures into strips, like text into lines, so that every part is visible."""
 
 import math
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 
 __all__ = ["Box", "StripLayout"]
 
-MAX_RATIO = 4.0  # of a picture that is drawn whole
-TARGET_RATIO = 1.6  # of the strips together
-GAP = 0.35  # between strips, of their short side
+MAX_RATIO = 4.0  # maximum aspect ratio of a picture without cuts
+TARGET_RATIO = 1.6  # aspect ratio of the strips together
+GAP = 0.35  # gap between strips, relative to the short side
 
 
 class Box(NamedTuple):
-    """A rectangle, in patches."""
+    """Define a rectangle, in patches."""
 
     left: float
     top: float
@@ -24,7 +24,7 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StripLayout:
-    """Where the parts of a picture of h x w patches are drawn: whole, or strip below strip.
+    """Define the positions of a picture's parts, h x w patches: whole, or strip below strip.
 
     >>> StripLayout.of(30, 46, 8).is_cut
     False
@@ -32,11 +32,11 @@ class StripLayout:
     >>> len(long.sources), long.sources[1], long.places[1].top
     (12, Box(left=72, top=0, width=72, height=4), 5.4)
 
-    Strips are cut between windows. Those of a high picture stand side by side.
+    Cuts run between windows. The strips of a high picture stand side by side.
 
     Attributes:
-        sources: each strip in the picture, in patches.
-        places: where each is drawn, in patches.
+        sources: each strip's rectangle in the picture, in patches.
+        places: each strip's rectangle in the drawing, in patches.
     """
 
     sources: tuple[Box, ...]
@@ -44,7 +44,7 @@ class StripLayout:
 
     @classmethod
     def of(cls, h: int, w: int, window: int) -> "StripLayout":
-        """Lay out a picture of h x w patches that is cut into windows of `window` patches."""
+        """Lay out a picture of h x w patches with attention windows of `window` patches."""
         long, short = max(h, w), min(h, w)
         count = 1
         if long > MAX_RATIO * short:
@@ -65,7 +65,7 @@ class StripLayout:
 
     @property
     def size(self) -> tuple[float, float]:
-        """Width and height of everything that is drawn, in patches."""
+        """Return the width and height of the drawing, in patches."""
         return (
             max(place.left + place.width for place in self.places),
             max(place.top + place.height for place in self.places),
@@ -73,13 +73,13 @@ class StripLayout:
 
     @property
     def is_cut(self) -> bool:
-        """Whether there is more than one strip."""
+        """Return whether there is more than one strip."""
         return len(self.sources) > 1
 
     def crops(self, array: NDArray[Any]) -> list[tuple[NDArray[Any], Box]]:
-        """Each strip's part of an array over the whole picture (rows, columns, ...), and its place.
+        """Return each strip's part and place of an array (rows, columns, ...) over the picture.
 
-        The array's sides are multiples or divisors of the picture's.
+        The array's sides must be multiples or divisors of the picture's sides.
         """
         last = self.sources[-1]
         per_row = array.shape[0] / (last.top + last.height)
@@ -95,7 +95,7 @@ class StripLayout:
         return found
 
     def move(self, box: Box) -> Box:
-        """Where a rectangle of the picture, which no cut goes through, is drawn."""
+        """Return where to draw a rectangle of the picture; no cut may cross the rectangle."""
         for source, place in zip(self.sources, self.places, strict=True):
             is_here = (
                 source.left <= box.left < source.left + source.width

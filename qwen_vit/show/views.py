@@ -1,4 +1,4 @@
-"""What is drawn of each image: its picture, its features as colours, similarities to one cell."""
+"""Prepare each image for drawing: pixels, features as colours, and similarities to one cell."""
 
 import math
 import os
@@ -17,50 +17,50 @@ from qwen_vit.show.colours import PrincipalColours, similarity_map
 
 __all__ = ["WINDOW_PATCHES", "DenseFeatures", "FeatureView", "FeatureViews", "view_features"]
 
-WINDOW_PATCHES = 8  # 112 px, in every published checkpoint
-MAX_SIDE_PX = 1_600  # of a picture that is drawn; its panel has 720
+WINDOW_PATCHES = 8  # patches: 112 px in every published checkpoint
+MAX_SIDE_PX = 1_600  # pixels of a drawn image; a panel has 720
 UNKNOWN_SIZE = (0, 0)
 
 Point = tuple[float, float]
 
 
 class DenseFeatures(Protocol):
-    """The parts of `ImageFeatures` that pictures need."""
+    """Define the attributes of `ImageFeatures` that drawing needs."""
 
     @property
     def id(self) -> str:
-        """The image's name."""
+        """Return the image's name."""
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
-        """Frames, rows and columns, in patches."""
+        """Return frames, rows and columns, in patches."""
 
     @property
     def size_px(self) -> tuple[int, int]:
-        """The original height and width; (0, 0) where they are not known."""
+        """Return the original height and width; (0, 0) if unknown."""
 
     @property
     def map(self) -> Tensor:
-        """(t, h, w, D): one cell a merged token, or a patch."""
+        """Return the features as (t, h, w, D), with one merged token or patch per cell."""
 
     @property
     def layers(self) -> Mapping[int, Tensor]:
-        """Block -> (n_patches, C), row-major."""
+        """Return each block's features by number, (n_patches, C), row-major."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureView:
-    """One image, ready to be drawn.
+    """Hold one image's data for drawing.
 
     Attributes:
-        id: as the features have it.
+        id: the id of the features.
         h: rows of the grid, in patches.
         w: columns of the grid, in patches.
-        size_px: the original height and width; (0, 0) where they are not known.
-        colours: (rows, columns, 3) sRGB from 0 to 1, a cell a token.
+        size_px: the original height and width; (0, 0) if unknown.
+        colours: (rows, columns, 3) sRGB from 0 to 1, with one cell per token.
         picture: (height, width, 3) uint8 over the same area, or None.
         similarity: (rows, columns) cosine similarities to the chosen cell, or None.
-        mark: in the image of the chosen cell, its centre as (x, y) in patches.
+        mark: the chosen cell's centre as (x, y) in patches, only in the image of that cell.
     """
 
     id: str
@@ -73,18 +73,18 @@ class FeatureView:
     mark: tuple[float, float] | None = None
 
     def n_windows(self, window: int) -> int:
-        """The attention windows of the image, cut ones included."""
+        """Return the number of attention windows, including windows that an edge cuts."""
         return math.ceil(self.h / window) * math.ceil(self.w / window)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureViews:
-    """Images whose colours and similarities compare with one another.
+    """Hold images with comparable colours and similarities.
 
     Attributes:
         window: the side of an attention window, in patches.
         explained: the share of the variance in each of the three components.
-        span: the least and the largest similarity that is drawn, or None.
+        span: the lowest and the highest similarity in the drawing, or None.
     """
 
     views: tuple[FeatureView, ...]
@@ -102,21 +102,21 @@ def view_features(
     frame: int = 0,
     window: int = WINDOW_PATCHES,
 ) -> FeatureViews:
-    """Prepare features for drawing: components fitted together, similarities to one cell.
+    """Prepare features for drawing: fit components together, and compute similarities to a cell.
 
     Args:
-        features: of one encoder and of one output, "merged" or "patch".
-        pictures: the images by id. An image that is not among them is read from the path that its
-            id is, if there is a file of its size; otherwise it is drawn without.
-        point: (x, y) in pixels of the first image: its cell is compared with every cell.
+        features: features from one encoder with one output, "merged" or "patch".
+        pictures: the images by id. For any other image, the function reads the path in its id, if
+            a file of its size exists. Otherwise the drawing has no image.
+        point: (x, y) in pixels of the first image. The function compares this cell with every cell.
         layer: a block of `features.layers` to draw instead of the embeddings.
-        frame: which frame of a video.
+        frame: the frame of a video.
         window: the side of an attention window, in patches.
 
     Raises:
-        ArgumentError: nothing to draw, a layer that is not there, features of different widths, a
-            point outside of the image, or a picture that is not the image of the features.
-        ImageError: a picture that cannot be read.
+        ArgumentError: there is nothing to draw, the layer does not exist, widths differ, the point
+            is outside the image, or an image does not fit the features.
+        ImageError: qwen_vit cannot read an image.
     """
     features = list(features)
     if not features:
@@ -198,11 +198,11 @@ def _picture_of(features: DenseFeatures, pictures: Mapping[str, ImageSource]) ->
 
 
 def _fits(picture: RgbImage, features: DenseFeatures) -> bool:
-    """Whether the features can be of this picture: by its size, or by its ratio alone."""
+    """Return whether the image fits the features, by size, or else by aspect ratio."""
     if features.size_px != UNKNOWN_SIZE:
         return (picture.height, picture.width) == features.size_px
     _, h, w = features.grid_thw
-    off = picture.height / picture.width * w / h  # sides are rounded to two patches
+    off = picture.height / picture.width * w / h  # the processor rounds sides to two patches
     return 1 / (1 + 2 / min(h, w)) <= off <= 1 + 2 / min(h, w)
 
 
@@ -229,7 +229,7 @@ def _cell_at(
 
 
 def _drawable(picture: RgbImage, grid_thw: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """The picture at a whole number of pixels a patch."""
+    """Return the image with a whole number of pixels per patch."""
     _, h, w = grid_thw
     px = max(2, min(14, MAX_SIDE_PX // max(h, w)))
-    return np.asarray(picture.picture.resize((w * px, h * px)))  # bicubic
+    return np.asarray(picture.picture.resize((w * px, h * px)))  # Pillow's default is bicubic
