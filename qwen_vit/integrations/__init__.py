@@ -1,1 +1,1 @@
-"""Features, and the encoder itself, in the forms of other software."""
+"""Pass features, and the encoder itself, to transformers, vLLM and SGLang."""

@@ -1,8 +1,8 @@
-"""The tower for an inference engine: an `nn.Module` that the engine's own loader fills.
+"""Provide the tower for inference engines, as an `nn.Module` that the engine's loader fills.
 
-vLLM and SGLang build a model, pass on weights while they read them, measure its memory, and call it
-with rows of patches from their processor. Each has a thin model class. This module is their shared
-part.
+vLLM and SGLang build a model, and pass weights to it while they read them. They measure the model's
+memory, and call the model with patch rows from their processors. Each engine has a thin model class
+in this package. This module is the shared part of these classes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ __all__ = ["EngineTower"]
 
 
 class EngineTower(nn.Module):
-    """The vision tower inside an inference engine, on one device.
+    """Run the vision tower inside an inference engine, on one device.
 
     >>> from qwen_vit import VisionEncoder
     >>> tiny = VisionEncoder.from_pretrained("tiny", device="cpu")
@@ -33,17 +33,18 @@ class EngineTower(nn.Module):
     >>> tower(torch.zeros(24, 1176), [[1, 4, 6]]).shape
     torch.Size([6, 192])
 
-    Its parameters are the tower's own format (padded, permuted, norms folded in), written in place
-    by `load_weights`, so the engine counts, offloads and restores them as it does any others.
+    The parameters have the tower's own format (padded, permuted, norms folded in). `load_weights`
+    writes them in place. Therefore the engine can count, offload and restore them like any other
+    parameters.
 
     Args:
         config: the tower's architecture.
-        image_config: the image settings; uint8 rows are normalised by its mean and std.
-        dtype: the engine's: bfloat16 or float32. On a CPU the tower computes in float32.
-        device: where the engine runs.
+        image_config: the image settings, with the mean and std that normalise uint8 rows.
+        dtype: the engine's dtype, bfloat16 or float32. On a CPU the tower computes in float32.
+        device: the engine's device.
 
     Raises:
-        ArgumentError: a dtype that the tower does not have, such as float16.
+        ArgumentError: the tower does not support the dtype, such as float16.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class EngineTower(nn.Module):
         self.spatial_merge_size = config.spatial_merge_size
         self.out_hidden_size = config.out_hidden_size
         self._out_dtype = dtype
-        choose_dtype(dtype, torch.device("cuda"))  # float16 is refused, with the reason
+        choose_dtype(dtype, torch.device("cuda"))  # this rejects float16, with the reason
         self._compute_dtype = torch.float32 if device.type == "cpu" else dtype
         check_fits(config, device)
         with torch.device("meta"):
@@ -72,7 +73,7 @@ class EngineTower(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The engine's dtype, and that of the embeddings."""
+        """Return the dtype of the engine and of the embeddings."""
         return self._out_dtype
 
     @property
@@ -80,23 +81,23 @@ class EngineTower(nn.Module):
         return self.tower.merger.fc1.weight.device
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Take published tensors, all or some, in any order, once or again.
+        """Load all or some published tensors, in any order and any number of times.
 
         Args:
             weights: names without the tower's prefix, such as "blocks.0.norm1.weight", and tensors
-                on any device; none of them is kept.
+                on any device. The tower keeps no reference to them.
 
         Returns:
-            The names of this module's parameters that were written.
+            The names of this module's parameters that the call wrote.
 
         Raises:
-            CheckpointError: another tower's, a quantised or a damaged tensor.
+            CheckpointError: a tensor is quantised or damaged, or belongs to a different tower.
         """
         return {f"tower.{name}" for name in self._updates.load(weights)}
 
     @contextmanager
     def reading_images(self) -> Iterator[None]:
-        """In this context both frames of uint8 rows are the same, and one of them is read."""
+        """Declare that both frames of uint8 rows are equal, so that the tower reads only one."""
         self._is_still = True
         try:
             yield
@@ -107,37 +108,37 @@ class EngineTower(nn.Module):
         """Compile the kernels and capture the CUDA graphs that requests will need.
 
         Args:
-            row_dtypes: of the rows that the tower will run on: uint8 for stills whose pixels the
-                engine hands over (of a video they become float32), else the engine's float.
-            largest: the most patches of one call.
+            row_dtypes: dtypes of the tower's input rows. uint8 means stills as pixels. For videos
+                as pixels, pass float32. For normalised rows, pass the engine's dtype.
+            largest: maximum number of patches in one call.
 
         Returns:
-            The bytes of GPU memory that the graphs keep for themselves beyond what torch counts as
-            allocated; 0 on a CPU, where there is nothing to prepare.
+            The GPU memory in bytes that the graphs reserve beyond torch's allocated memory. It is 0
+            on a CPU, which needs no preparation.
         """
         if self._graphs is None:
             return 0
         before = _kept_bytes(self.device)
         width = self.config.patch_dim
         for dtype in row_dtypes:
-            # of uint8 stills one frame is read
+            # the tower reads one frame of uint8 stills
             frames = self.config.temporal_patch_size if dtype == torch.uint8 else 1
             self._graphs.capture_buckets(dtype, width // frames, largest)
         return max(0, _kept_bytes(self.device) - before)
 
     def forward(self, rows: Tensor, grid_thw: Sequence[Sequence[int]] | Tensor) -> Tensor:
-        """Encode rows of patches as the engine's processor cut them.
+        """Encode patch rows from the engine's processor.
 
         Args:
             rows: (N, 1176) normalised floats or uint8 pixels, in the processor's order.
             grid_thw: (items, 3) in patches.
 
         Returns:
-            (M, out_hidden_size) in the engine's dtype: merged tokens, item after item, row-major.
+            (M, out_hidden_size) in the engine's dtype: each item's merged tokens, row-major.
 
         Raises:
-            ImageError: the two disagree (codes `patches`, `grid`).
-            CheckpointError: only a part of an update's weights has arrived.
+            ImageError: rows and grids disagree (codes `patches`, `grid`).
+            CheckpointError: the engine has loaded only a part of an update's weights.
         """
         if missing := self._updates.missing:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""transformers: features in place of pixels, prompts, and the encoder in place of its tower."""
+"""Pass features in place of pixels to transformers, and replace its vision tower."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["IMAGE_TOKEN_ID", "VIDEO_TOKEN_ID", "as_hf_tower", "expand_placeholders", "to_hf"]
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-IMAGE_TOKEN_ID, VIDEO_TOKEN_ID = 151_655, 151_656  # theirs in every published Qwen2.5-VL
+IMAGE_TOKEN_ID, VIDEO_TOKEN_ID = 151_655, 151_656  # the token ids in every published Qwen2.5-VL
 
 
 def to_hf(
@@ -38,7 +38,7 @@ def to_hf(
     video_token_id: int = VIDEO_TOKEN_ID,
     mm_token_type_ids: bool = True,
 ) -> dict[str, Any]:
-    """Return what transformers' Qwen2.5-VL and Qwen2.5-Omni (its thinker) take instead of pixels.
+    """Return arguments that replace pixels in transformers' Qwen2.5-VL and Qwen2.5-Omni thinker.
 
     >>> import torch; from qwen_vit import ImageFeatures
     >>> made = [ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))]
@@ -51,28 +51,28 @@ def to_hf(
     >>> sorted(to_hf(VideoFeatures("clip.mp4", torch.ones(12, 8), (2, 4, 6))))
     ['mm_encoder_outputs', 'second_per_grid_ts', 'video_grid_thw']
 
-    These are arguments of `generate` and `forward`. Needs transformers 5.18 or newer.
+    Pass them to `generate` or `forward`. They need transformers 5.18 or newer.
 
     Source: `mm_encoder_outputs` in transformers' models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 
     Args:
-        features: of pictures, in the prompts' order. VideoFeatures among them are videos, and come
-            before those of `videos`.
-        input_ids: the prompts' tokens (batch, sequence). They are checked against the features, and
-            `mm_token_type_ids` is made from them. Without those, Qwen2.5-VL silently numbers the
-            tokens of images and videos as if they were text.
+        features: features of images, in the prompts' order. VideoFeatures among them are videos,
+            and precede the features in `videos`.
+        input_ids: the prompts' tokens (batch, sequence). The function checks them against the
+            features, and computes `mm_token_type_ids` from them. Without `mm_token_type_ids`,
+            Qwen2.5-VL silently numbers the tokens of images and videos as text.
         videos: features of videos, in the prompts' order.
-        second_per_grid_ts: for each video, the seconds from one step of its grid to the next: 2 /
-            (frames per second), since a step is two frames. VideoFeatures have their own.
-        image_token_id: of `<|image_pad|>`.
-        video_token_id: of `<|video_pad|>`.
-        mm_token_type_ids: False for Qwen2.5-Omni, which finds images itself and refuses them. Its
-            name for the seconds is `video_second_per_grid`.
+        second_per_grid_ts: the seconds per time step of each video's grid: 2 / (frames per second),
+            since a time step is two frames. VideoFeatures have this value already.
+        image_token_id: the token id of `<|image_pad|>`.
+        video_token_id: the token id of `<|video_pad|>`.
+        mm_token_type_ids: False for Qwen2.5-Omni, which finds images itself and rejects this
+            argument. Qwen2.5-Omni names the seconds `video_second_per_grid`.
 
     Raises:
-        ArgumentError: a transformers that is missing or too old, tokens that do not fit the
-            features, nothing to send, a video among the pictures, or one without its seconds.
-        ExportError: features that are not merged tokens, and failed images.
+        ArgumentError: transformers is missing or too old, the tokens do not fit the features, there
+            are no features, a video is among the images, or a video has no seconds.
+        ExportError: features are not merged tokens, or an image failed.
     """
     require_transformers("to_hf")
     from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -118,7 +118,7 @@ def expand_placeholders(
     *,
     video_grids: Iterable[Iterable[int]] = (),
 ) -> str:
-    """Repeat a prompt's placeholders once per token of an image or video, as a processor does.
+    """Repeat each placeholder of a prompt once per image or video token, as a processor does.
 
     >>> expand_placeholders("<|vision_start|><|image_pad|><|vision_end|>What?", [(1, 4, 4)])
     '<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>What?'
@@ -126,14 +126,14 @@ def expand_placeholders(
     '<|video_pad|><|video_pad|>What?'
 
     Args:
-        text: with one `<|image_pad|>` for each image and one `<|video_pad|>` for each video.
-        grids: of the images, (t, h, w) in patches, in the prompt's order: rows of an
+        text: the prompt, with one `<|image_pad|>` per image and one `<|video_pad|>` per video.
+        grids: the images' grids, (t, h, w) in patches, in the prompt's order: rows of an
             `image_grid_thw`, or the `grid_thw` of features.
         merge_size: the side, in patches, of the square that becomes one token.
-        video_grids: those of the videos.
+        video_grids: the videos' grids, in the same format.
 
     Raises:
-        ArgumentError: the counts differ, or a grid is wrong.
+        ArgumentError: the counts differ, or a grid is invalid.
     """
     for kind, pad, of_kind in (("image", IMAGE_PAD, grids), ("video", VIDEO_PAD, video_grids)):
         counts = [count_tokens(whole_numbers(grid), merge_size) for grid in of_kind]
@@ -149,7 +149,7 @@ def expand_placeholders(
 
 
 def _repeated(text: str, pad: str, counts: list[int]) -> str:
-    """The text with each placeholder repeated by its count."""
+    """Return the text with each placeholder repeated by its count."""
     repeats = iter(counts)
     return re.sub(re.escape(pad), lambda _: pad * next(repeats), text)
 
@@ -164,33 +164,32 @@ def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
     >>> tower.state_dict()["merger.ln_q.weight"].shape
     torch.Size([160])
 
-    `model.set_encoder(as_hf_tower(encoder), modality="image")` replaces the tower alone, for images
-    and videos, wherever this version of transformers has it (Omni: of `model.thinker`). The
-    language model behind it can be trained.
+    `model.set_encoder(as_hf_tower(encoder), modality="image")` replaces only the tower, for images
+    and videos. For Omni, call `set_encoder` of `model.thinker`. You can train the language model.
 
     Args:
-        encoder: from_pretrained or from_tensors made it. The tower begins with this encoder, and
-            builds others when it moves or loads weights; yours stays what it is.
+        encoder: an encoder from `from_pretrained` or `from_tensors`. The tower starts with this
+            encoder, and builds another encoder when it moves or loads weights. Your encoder does
+            not change.
 
     Returns:
-        A module without parameters: no optimiser sees it, no weight decay changes it, and counts of
-        parameters go without it.
+        A module without parameters. Optimisers, weight decay and parameter counts ignore it.
 
-    What the module does:
+    Behaviour of the module:
 
-    - `state_dict` has the published names and values, as copies in host memory, whatever the
-      device and dtype: a saved model is one of transformers.
-    - `load_state_dict` takes other weights, all or some, and builds the encoder again.
-    - `to`, `cuda`, `cpu`, `float` and `bfloat16` build the encoder again where it is asked to
-      be. On a CPU float32 stands for bfloat16, with a warning. float16 is refused.
-    - `train` and `eval` change nothing: in training it warns once that the tower is frozen.
-      `requires_grad_()`, pixel rows that want gradients and PEFT's adapters are refused.
-    - torch.compile breaks its graph at the tower and goes on behind it.
-    - `pooler_output` of its result holds the merged rows; `last_hidden_state`, which
-      transformers does not read, is None.
+    - `state_dict` returns the published names and values, as copies in host memory, for every
+      device and dtype. Therefore transformers can load a saved model.
+    - `load_state_dict` loads all or some weights, and builds the encoder again.
+    - `to`, `cuda`, `cpu`, `float` and `bfloat16` build the encoder again on the new device. On a
+      CPU the tower uses float32 in place of bfloat16, with a warning. It rejects float16.
+    - `train` and `eval` have no effect. In training, the module warns once that the tower is
+      frozen. It rejects `requires_grad_()`, pixel rows that need gradients, and PEFT's adapters.
+    - torch.compile breaks the graph at the tower, and compiles the code before and after it.
+    - The result's `pooler_output` has the merged rows. `last_hidden_state` is None, because
+      transformers does not read it.
 
-    Needs transformers 5.18 or newer. Raises ArgumentError for a transformers that is missing or too
-    old, and for another encoder.
+    The module needs transformers 5.18 or newer. Raises ArgumentError if transformers is missing or
+    too old, and for an encoder from any other source.
     """
     if not callable(getattr(encoder, "encode_patches", None)):
         raise ArgumentError(
@@ -199,13 +198,13 @@ def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
             remedy="load one with VisionEncoder.from_pretrained",
         )
     require_transformers("as_hf_tower")
-    from qwen_vit.integrations.hf_tower import HFTower  # imports torch._dynamo: 1.5 s
+    from qwen_vit.integrations.hf_tower import HFTower  # importing torch._dynamo takes 1.5 s
 
     return HFTower(encoder)
 
 
 def _check_runs(kind: str, where: Tensor, counts: list[int], token_id: int) -> None:
-    """Raise ArgumentError unless each unbroken run of a kind's tokens is as long as its item."""
+    """Raise ArgumentError unless each run of equal placeholder tokens has its item's length."""
     runs = [len(list(run)) for row in where.tolist() for same, run in groupby(row) if same]
     if runs != counts:
         raise ArgumentError(

@@ -1,8 +1,8 @@
-"""A `VisionEncoder` as the vision tower of transformers' Qwen2.5-VL and Qwen2.5-Omni.
+"""Use a `VisionEncoder` as the vision tower of transformers' Qwen2.5-VL and Qwen2.5-Omni.
 
-The module has no parameters. The encoder's weights are folded, permuted and padded, and other code
-trains, casts or saves every parameter that it finds. `state_dict` reads the published tensors and
-`load_state_dict` converts them again. Modules with the published names refuse adapters and
+The module has no parameters. The encoder's weights are folded, permuted and padded. Other code
+would train, cast or save every parameter that it finds. `state_dict` reads the published tensors,
+and `load_state_dict` converts them again. Modules with the published names reject adapters and
 replacements.
 
 Import it late: torch.compiler.disable imports torch._dynamo, which takes 1.5 s.
@@ -25,7 +25,7 @@ __all__ = ["HFTower"]
 
 logger = logging.getLogger("qwen_vit")
 
-# PEFT's error for a module that it cannot adapt says what the module is, by its repr.
+# PEFT's error for a module that it cannot adapt contains the module's repr.
 NO_ADAPTERS = (
     "takes no adapters: pass exclude_modules=r'.*visual.*', or merge the adapter into the "
     "checkpoint and load the encoder from that"
@@ -34,7 +34,7 @@ TRAIN_THEIRS = "train transformers' own tower, and load an encoder from what it 
 
 
 class _Shown:
-    """The encoder that a tower and its parts share."""
+    """Hold the encoder that a tower and its parts share."""
 
     def __init__(self, encoder: VisionEncoder) -> None:
         self.encoder = encoder
@@ -42,13 +42,13 @@ class _Shown:
         for name, (size, *others) in expected_tensors(encoder.config).items():
             parts = encoder.checkpoint.tensors.stored_as(name)
             self.shapes |= dict.fromkeys(parts, torch.Size([size // len(parts), *others]))
-        self.dtype = encoder.dtype  # the requested dtype: a CPU computes in float32 instead
+        self.dtype = encoder.dtype  # the requested dtype; a CPU computes in float32 instead
         self.cuda_graphs = encoder.graphs is not None or encoder.device.type != "cuda"
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedWeight:
-    """A part's weight or bias as shown: no tensor, because a change to it would be lost."""
+    """Describe a part's weight or bias, without a tensor, because changes would have no effect."""
 
     name: str
     shape: torch.Size
@@ -57,7 +57,7 @@ class PublishedWeight:
 
 
 class _Frozen(nn.Module):
-    """A module without gradients whose parts cannot be replaced."""
+    """Define a module without gradients whose parts cannot be replaced."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module | nn.Parameter):
@@ -79,7 +79,7 @@ class _Frozen(nn.Module):
 
 
 class _Part(_Frozen):
-    """A published module of the tower, by name alone: the tower runs as a whole."""
+    """Stand for a published module of the tower by name only, because the tower runs as a whole."""
 
     def __init__(self, shown: _Shown, path: str) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class _Blocks(_Frozen, nn.ModuleList):
 
 
 class HFTower(_Frozen):
-    """A `VisionEncoder` with the interface of transformers' vision tower; made by as_hf_tower."""
+    """Give a `VisionEncoder` the interface of transformers' vision tower; see as_hf_tower."""
 
     def __init__(self, encoder: VisionEncoder) -> None:
         super().__init__()
@@ -131,21 +131,21 @@ class HFTower(_Frozen):
                     path = ".".join(steps[:depth])
                     module.add_module(step, _Blocks() if is_list else _Part(shown, path))
                 module = module.get_submodule(step)
-        self.eval()  # as in a loaded model
+        self.eval()  # a loaded model is also in eval mode
 
     @property
     def encoder(self) -> VisionEncoder:
-        """The encoder that computes, with the weights that were loaded last."""
+        """Return the current encoder, with the weights of the last load."""
         return self.shown.encoder
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the computation."""
+        """Return the dtype of the computation."""
         return self.encoder.dtype
 
     @property
     def device(self) -> torch.device:
-        """The device of the computation. Inputs may be on any device."""
+        """Return the device of the computation. Inputs may be on any device."""
         return self.encoder.device
 
     def __repr__(self) -> str:
@@ -153,9 +153,9 @@ class HFTower(_Frozen):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **options: Any) -> Any:
-        """Pixel rows (N, 1176) and grids (images, 3) to merged rows, as `pooler_output`.
+        """Encode pixel rows (N, 1176) with grids (images, 3) into merged rows, as `pooler_output`.
 
-        Raises ArgumentError for rows that want gradients, and what `encode_patches` raises.
+        Raises ArgumentError for rows that need gradients, and the errors of `encode_patches`.
         """
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -173,7 +173,7 @@ class HFTower(_Frozen):
         return output if options.get("return_dict") is not False else output.to_tuple()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What .to, .cuda, .half and the like do to parameters, seen on an empty tensor."""
+        """Apply .to, .cuda, .half and similar calls, after trying them on an empty tensor."""
         shown = self.shown
         moved = fn(torch.empty(0, dtype=shown.dtype, device=self.device))
         self._move(choose_device(moved.device), moved.dtype)
@@ -203,14 +203,14 @@ class HFTower(_Frozen):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         for name, tensor in self.encoder.checkpoint.tensors.as_stored():
-            # a copy: changes must not reach a file's map or the caller's tensor
+            # a copy, because changes must not affect a mapped file or the caller's tensor
             destination[prefix + name] = tensor.to("cpu", copy=True)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
         strict: bool, missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        """Take other weights, all of them or some: transformers loads a model shard by shard."""
+        """Load all or some weights, because transformers loads a model shard by shard."""
         names = self.shown.shapes
         missing_keys += [prefix + name for name in names if prefix + name not in state_dict]
         given = {
@@ -244,7 +244,7 @@ class HFTower(_Frozen):
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A copy on the host: the caller's model may continue to train its own."""
+    """Return a copy on the host, because the caller may continue to train the original."""
     return tensor if tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
 

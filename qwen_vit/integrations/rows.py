@@ -1,8 +1,8 @@
-"""Merged rows and grids, checked: the input of every language model.
+"""Check merged rows and grids, the input of every language model.
 
-transformers, vLLM and SGLang take merged rows (sum n, D), image after image in the prompt's order.
-The grid (t, h, w) of an image gives its number of rows, n = t * h * w / 4. None of them checks it
-well: vLLM's engine may crash on a wrong count. So this module checks it.
+transformers, vLLM and SGLang accept merged rows (sum n, D), in the prompt's order of images. An
+image's grid (t, h, w) gives the number of rows, n = t * h * w / 4. None of the three checks this
+number well. vLLM's engine may crash on a wrong count. Therefore this module checks it.
 """
 
 import math
@@ -36,18 +36,19 @@ MERGE_SIZE = 2
 AS_FEATURES = "pass the grid_thw of the features"
 
 Found = ImageFeatures | FailedImage
-Rows = tuple[list[Tensor], Tensor]  # each item's merged rows, and all grids (N, 3)
+Rows = tuple[list[Tensor], Tensor]  # merged rows per item, and all grids (N, 3)
 
 
 def rows_and_grids(features: AnyFeatures) -> tuple[list[Tensor], Tensor]:
-    """Each image's merged rows (n, D), and all grids (N, 3) int64.
+    """Return each image's merged rows (n, D), and all grids (N, 3) int64.
 
     >>> rows, grids = rows_and_grids([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])
     >>> [part.shape for part in rows], grids
     ([torch.Size([6, 8])], tensor([[1, 4, 6]]))
 
-    Raises ArgumentError for values that are not features. Raises ExportError for failed images and
-    for rows that are not merged tokens, not finite floats, or of several widths or types.
+    Raises ArgumentError for values that are not features. Raises ExportError for failed images, and
+    for rows that are not merged tokens or not finite floats. Raises ExportError if widths or dtypes
+    differ.
     """
     images = check_features(features)
     if not images:
@@ -71,7 +72,7 @@ def rows_and_grids(features: AnyFeatures) -> tuple[list[Tensor], Tensor]:
 def split_videos(
     features: AnyFeatures, videos: AnyFeatures, second_per_grid_ts: Sequence[float] = ()
 ) -> tuple[list[Found], list[Found], list[float]]:
-    """Pictures, videos, and the seconds of each video: its own, unless others are given.
+    """Split features into images, videos, and seconds per video: given ones, else the video's own.
 
     >>> clip = VideoFeatures("a.mp4", torch.ones(6, 8), (1, 4, 6), second_per_grid_t=0.5)
     >>> pictures, clips, seconds = split_videos([clip], [])
@@ -93,10 +94,10 @@ def check_modalities(
     second_per_grid_ts: Sequence[float],
     width: int | None = None,
 ) -> tuple[Rows | None, Rows | None]:
-    """The rows and grids of pictures and of videos, each None if there are none.
+    """Return the rows and grids of images and of videos, or None for an empty kind.
 
-    Raises ArgumentError and ExportError as `to_vllm` does: an engine that receives any of this
-    stops for everybody.
+    Raises ArgumentError and ExportError as `to_vllm` does, because such input stops an engine for
+    all users.
     """
     pictures, clips = check_features(features), check_features(videos)
     seconds = list(second_per_grid_ts)
@@ -161,7 +162,7 @@ def _merged_rows(image: ImageFeatures | FailedImage) -> Tensor:
 
 
 def whole_numbers(grid: Iterable[int]) -> tuple[int, ...]:
-    """A grid as integers, from a tuple, an array or a tensor.
+    """Convert a grid from a tuple, an array or a tensor to integers.
 
     >>> whole_numbers(torch.tensor([1, 4, 6]))
     (1, 4, 6)
@@ -179,12 +180,12 @@ def whole_numbers(grid: Iterable[int]) -> tuple[int, ...]:
 
 
 def count_tokens(grid: tuple[int, ...], merge_size: int) -> int:
-    """The merged tokens of an image.
+    """Count the merged tokens of an image.
 
     >>> count_tokens((1, 4, 6), merge_size=2)
     6
 
-    Raises ArgumentError for a grid that is not of whole merged cells.
+    Raises ArgumentError for a grid that does not divide into whole merged cells.
     """
     is_whole = len(grid) == 3 and min(grid) > 0 and not any(n % merge_size for n in grid[1:])
     if not is_whole:

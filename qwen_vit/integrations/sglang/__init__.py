@@ -1,8 +1,8 @@
-"""SGLang: features for its engine, and this package's vision tower in its Qwen2.5-VL.
+"""Provide features for SGLang's engine, and this package's vision tower in SGLang's Qwen2.5-VL.
 
 `SGLANG_EXTERNAL_MODEL_PACKAGE=qwen_vit.integrations.sglang` makes SGLang import every module of
-this package and take `model.EntryClass` in place of its own model. Nothing here does anything
-unless that variable names it.
+this package. SGLang then uses `model.EntryClass` in place of its own model. The package has no
+effect on SGLang unless that variable names it.
 """
 
 from qwen_vit.integrations.sglang.features import to_sglang

@@ -1,4 +1,4 @@
-"""SGLang: features for its engine."""
+"""Convert features to requests for SGLang's engine."""
 
 from typing import Any
 
@@ -19,13 +19,14 @@ def to_sglang(features: AnyFeatures) -> list[dict[str, Any]]:
     >>> item["format"], tuple(item["feature"].shape), item["image_grid_thw"].tolist()
     ('precomputed_embedding', (6, 8), [[1, 4, 6]])
 
-    `input_ids` go with it, from a prompt that `expand_placeholders` expanded. Source: SGLang's
-    docs/advanced_features/vlm_query.ipynb and srt/multimodal/processors/base_processor.py.
+    The request also needs `input_ids` of a prompt that `expand_placeholders` expanded. Source:
+    SGLang's docs/advanced_features/vlm_query.ipynb and
+    srt/multimodal/processors/base_processor.py.
 
     Raises:
-        ExportError: features that are not merged tokens, and failed images.
-        ArgumentError: features of a video. SGLang 0.5.23 runs its tower on a video's features as if
-            they were pixels, and its scheduler dies of it for every user.
+        ExportError: features are not merged tokens, or an image failed.
+        ArgumentError: features belong to a video. SGLang 0.5.23 passes a video's features to its
+            tower as pixels, and its scheduler then crashes for every user.
     """
     images = check_features(features)
     embeds, grids = rows_and_grids(images)

@@ -1,8 +1,8 @@
-"""Qwen2.5-VL in SGLang, with this package's vision tower in place of SGLang's.
+"""Run Qwen2.5-VL in SGLang with this package's vision tower in place of SGLang's.
 
-SGLang imports this module in each of its processes when SGLANG_EXTERNAL_MODEL_PACKAGE names the
-package around it, and builds `EntryClass` for checkpoints of that architecture. Everything but the
-tower is SGLang's own: processor, scheduler, caches, language model, data parallelism.
+If SGLANG_EXTERNAL_MODEL_PACKAGE names the parent package, SGLang imports this module in each of its
+processes. SGLang then builds `EntryClass` for checkpoints of that architecture. SGLang provides all
+other parts: processor, scheduler, caches, language model, data parallelism.
 """
 
 import logging
@@ -24,7 +24,7 @@ try:
 
     NEEDED = TheirModel.load_weights, mm_schedule.embedding_cache
 except (ImportError, AttributeError) as error:
-    # SGLang logs an ImportError as a warning, goes on, and runs its own model
+    # SGLang logs an ImportError as a warning, and then runs its own model
     fact = f"qwen_vit does not fit this SGLang, whose own vision tower runs: {error}"
     raise ImportError(fact) from error
 
@@ -32,9 +32,9 @@ __all__ = ["RUN_WITH", "Qwen2_5_VLForConditionalGeneration"]
 
 logger = logging.getLogger("sglang.qwen_vit")
 
-RUN_WITH = ("0.5.23",)  # versions of SGLang that tools/checks/engines has run
+RUN_WITH = ("0.5.23",)  # SGLang versions that tools/checks/engines has tested
 
-PREFIXES = ("visual.", "model.visual.")  # the Hub's files; transformers >= 4.52 in memory
+PREFIXES = ("visual.", "model.visual.")  # names in the Hub's files; names in transformers >= 4.52
 KEPT = "original_"
 WITHOUT = "start SGLang without SGLANG_EXTERNAL_MODEL_PACKAGE"
 
@@ -42,7 +42,7 @@ WITHOUT = "start SGLang without SGLANG_EXTERNAL_MODEL_PACKAGE"
 class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models by this name
     TheirModel  # type: ignore[misc]
 ):
-    """SGLang's Qwen2.5-VL whose `visual` is an `EngineTower`."""
+    """Define SGLang's Qwen2.5-VL with an `EngineTower` as `visual`."""
 
     visual: Any
 
@@ -51,7 +51,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
         dtype, device = self.visual.dtype, self.visual.device
         try:
             ours = VisionConfig.from_json(_as_published(config.vision_config), source="the config")
-            self.visual = None  # its memory is free before ours is taken
+            self.visual = None  # frees SGLang's tower before ours is allocated
             # SGLang's processor normalises, so the image settings do not matter
             self.visual = EngineTower(ours, ImageConfig.from_json({}), dtype, device)
         except CheckpointError as error:
@@ -70,9 +70,9 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
         logger.info("qwen_vit runs the vision tower, in %s on %s.", dtype, device)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        """Give the tower its own tensors and SGLang the others, as they are read.
+        """Load the tower's tensors into the tower, and pass the others to SGLang while reading.
 
-        SGLang calls it at the start with all weights, and for updates with any of them.
+        SGLang calls this method at the start with all weights, and for updates with some weights.
         """
         written: set[str] = set()
 
@@ -95,32 +95,32 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
                 remedy=f"use a whole Qwen2.5-VL checkpoint, or {WITHOUT}",
             )
         if written and mm_schedule.embedding_cache is not None:
-            # SGLang 0.5.23 keeps the embeddings of seen pictures with any tower, and would answer
-            # from the old weights
+            # SGLang 0.5.23 caches embeddings of earlier images with any tower, and would answer
+            # with embeddings of the old weights
             mm_schedule.embedding_cache.clear()
         self._prepare()
         return loaded
 
     def post_load_weights(self) -> None:
-        """SGLang calls it after it has filled all parameters itself, as for dummy weights."""
+        """Prepare after SGLang itself has filled all parameters, as for dummy weights."""
         self._unwritten.clear()
         self._prepare()
 
     def _prepare(self) -> None:
-        """Compile and capture, before SGLang gives the GPU's free memory to its caches."""
+        """Compile and capture graphs before SGLang assigns free GPU memory to its caches."""
         if self._is_prepared or get_server_args().enable_memory_saver:
-            # what is allocated while weights are loaded is lost when SGLang releases their memory,
-            # and graphs would read it: there they are captured at the first request
+            # SGLang's memory saver releases memory that is allocated while weights load, and graphs
+            # would read it. Therefore the first request captures the graphs.
             return
         self._is_prepared = True
         self.visual.prepare([self.visual.dtype], MAX_BUCKET)
 
 
 def _as_published(vision_config: Any) -> dict[str, Any]:
-    """The vision config without the padding that SGLang's own tower gets on a CPU.
+    """Return the vision config without the padding that SGLang applies on a CPU.
 
-    There SGLang writes larger numbers over `num_heads` and `intermediate_size`, and keeps the
-    checkpoint's as `original_num_heads` and `original_intermediate_size`.
+    On a CPU, SGLang replaces `num_heads` and `intermediate_size` by larger numbers. It keeps the
+    checkpoint's numbers as `original_num_heads` and `original_intermediate_size`.
     """
     vision: dict[str, Any] = vision_config.to_dict()
     kept = {name.removeprefix(KEPT): vision[name] for name in vision if name.startswith(KEPT)}

@@ -1,4 +1,4 @@
-"""vLLM: features for its engine, its server and its encoder cache."""
+"""Convert features for vLLM's engine, server and encoder cache."""
 
 from qwen_vit.integrations.vllm.cached import (
     CachedFeatures,

@@ -1,4 +1,4 @@
-"""Requests that name entries of vLLM's encoder cache: a grid and a uuid each, and no embeddings."""
+"""Build requests that name entries of vLLM's encoder cache by grid and uuid."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,14 +14,13 @@ __all__ = ["CachedFeatures", "to_vllm_cached", "to_vllm_cached_chat_part"]
 
 @dataclass(frozen=True, slots=True)
 class CachedFeatures:
-    """An entry of an encoder cache: what a request names instead of embeddings.
+    """Identify an entry of an encoder cache, which a request names instead of embeddings.
 
     Attributes:
-        id: the picture's or video's id, as `ImageFeatures.id`.
+        id: the image's or video's id, as `ImageFeatures.id`.
         uuid: the entry's name, for `multi_modal_uuids`.
         grid_thw: (frames, height, width) in patches.
-        second_per_grid_t: of a video, seconds from one step of its grid to the next; None of a
-            picture.
+        second_per_grid_t: seconds per time step of a video's grid; None for an image.
     """
 
     id: str
@@ -31,14 +30,14 @@ class CachedFeatures:
 
 
 def to_vllm_cached(entries: Iterable[CachedFeatures]) -> dict[str, Any]:
-    """Return `multi_modal_data` and `multi_modal_uuids` of a request, for entries of a cache.
+    """Return a request's `multi_modal_data` and `multi_modal_uuids` for entries of a cache.
 
     >>> request = to_vllm_cached([CachedFeatures("a.jpg", "5f-c0", (1, 4, 6))])
     >>> request["multi_modal_uuids"], request["multi_modal_data"]["image"]["image_grid_thw"]
     ({'image': ['5f-c0']}, tensor([[1, 4, 6]]))
 
-    The prompt has a `<|image_pad|>` or `<|video_pad|>` for each, in order. Raises ArgumentError for
-    other objects than entries, and for none.
+    The prompt must have one `<|image_pad|>` or `<|video_pad|>` per entry, in order. Raises
+    ArgumentError for objects that are not entries, and for an empty list.
     """
     data: dict[str, Any] = {}
     uuids: dict[str, list[str]] = {}
@@ -53,18 +52,18 @@ def to_vllm_cached(entries: Iterable[CachedFeatures]) -> dict[str, Any]:
 
 
 def to_vllm_cached_chat_part(entries: Iterable[CachedFeatures]) -> list[dict[str, Any]]:
-    """Return a part of a chat message for each entry of a cache: its grid and its uuid.
+    """Return one part of a chat message, with grid and uuid, for each entry of a cache.
 
     >>> to_vllm_cached_chat_part([CachedFeatures("a.jpg", "5f-c0", (1, 4, 6))])
     [{'type': 'image_embeds', 'image_embeds': {'image_grid_thw': [1, 4, 6]}, 'uuid': '5f-c0'}]
 
-    Parts of videos follow those of the pictures. Raises as `to_vllm_cached` does.
+    Video parts follow image parts. Raises as `to_vllm_cached` does.
     """
     parts = []
     for kind, some in _by_kind(entries).items():
         for entry in some:
             content: dict[str, Any] = {f"{kind}_grid_thw": list(entry.grid_thw)}
-            if entry.second_per_grid_t is not None:  # no JSON number: vLLM takes a tensor
+            if entry.second_per_grid_t is not None:  # vLLM needs a tensor; JSON has none
                 time = torch.tensor(entry.second_per_grid_t, device="cpu")
                 content["second_per_grid_ts"] = to_base64(time)
             parts.append({"type": f"{kind}_embeds", f"{kind}_embeds": content, "uuid": entry.uuid})

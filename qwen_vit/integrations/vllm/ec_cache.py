@@ -1,11 +1,11 @@
-"""vLLM's encoder cache as files: a request carries a grid and an id, and no embeddings.
+"""Write vLLM's encoder cache as files, so that requests contain a grid and an id.
 
 vLLM's `ECExampleConnector` reads an item's rows from FOLDER/UUID/encoder_cache.safetensors, one
-tensor `ec_cache` (tokens, width). It checks nothing: rows of another width or number stop the
-engine for everybody. So a folder is of one model, one setting of image sizes and one dtype, which
-its `qwen_vit.json` names. Each entry's uuid holds a digest of these and one of its rows. `index/`
-says which image has which entry, in one file for each call of `write_ec_cache`: any number of
-processes may write.
+tensor `ec_cache` (tokens, width). The connector checks nothing. Rows of a wrong width or number
+stop the engine for all users. Therefore a folder has one model, one image size setting and one
+dtype. Its `qwen_vit.json` names them. Each entry's uuid contains a digest of these settings and a
+digest of the rows. `index/` maps images to entries, with one file per call of `write_ec_cache`.
+Therefore any number of processes may write.
 """
 
 import json
@@ -41,13 +41,13 @@ __all__ = [
     "write_ec_cache",
 ]
 
-SETTINGS, INDEX, ENTRY = "qwen_vit.json", "index", "encoder_cache.safetensors"  # vLLM names ENTRY
+SETTINGS, INDEX, ENTRY = "qwen_vit.json", "index", "encoder_cache.safetensors"  # vLLM's name
 FORMAT = "qwen_vit encoder cache 1"
 STORED_AS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-FIELDS = ("id", "uuid", "grid_thw", "second_per_grid_t")  # of a line of the index
+FIELDS = ("id", "uuid", "grid_thw", "second_per_grid_t")  # keys of a line of the index
 UUID = re.compile("[0-9a-f]{16}-[0-9a-f]{40}")
 DIGESTS = ("weights_sha256", "config_sha256")
-SAME = (*DIGESTS, "dtype", "width")  # of all entries of a folder
+SAME = (*DIGESTS, "dtype", "width")  # settings of all entries of a folder
 WRITE_AGAIN = "write the entry again with write_ec_cache"
 OTHER_FOLDER = "pass another folder: an engine that serves another model must not read this one"
 
@@ -61,7 +61,7 @@ def write_ec_cache(
     second_per_grid_ts: Sequence[float] = (),
     index: str = "",
 ) -> list[CachedFeatures]:
-    """Write features into a folder from which vLLM reads them, also after a restart.
+    """Write features into a folder from which vLLM can read them, even after a restart.
 
     >>> import tempfile
     >>> made = [ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))]
@@ -72,25 +72,25 @@ def write_ec_cache(
     ['encoder_cache.safetensors']
 
     An engine started with `ec_transfer_config` of {"ec_connector": "ECExampleConnector", "ec_role":
-    "ec_consumer", "ec_connector_extra_config": {"shared_storage_path": FOLDER}} takes requests
-    made by `to_vllm_cached` or `to_vllm_cached_chat_part`. Source: vLLM's
+    "ec_consumer", "ec_connector_extra_config": {"shared_storage_path": FOLDER}} accepts requests
+    from `to_vllm_cached` or `to_vllm_cached_chat_part`. Source: vLLM's
     distributed/ec_transfer/ec_connector/example_connector.py.
 
     Args:
-        features: of pictures. All are checked before anything is written.
-        folder: a new or empty folder, or one that this function wrote for the same model.
+        features: features of images. The function checks all of them before it writes.
+        folder: a new or empty folder, or a folder that this function wrote for the same model.
         metadata: `encoder.metadata()`, or the `metadata` of `load_features(...)`.
         videos: as in `to_vllm`.
         second_per_grid_ts: as in `to_vllm`.
-        index: the name of the file that lists these entries; a digest of them by default.
+        index: the name of the file that lists these entries. The default is a digest of the list.
 
     Returns:
-        The data for a request: each picture, then each video, in order.
+        The entries for a request: images, then videos, in order.
 
     Raises:
-        ExportError: features that are not merged tokens or belong to another model than the
-            folder's entries, or a folder that cannot be written.
-        ArgumentError: arguments that make no sense.
+        ExportError: features are not merged tokens, the folder's entries belong to a different
+            model, or the folder cannot be written.
+        ArgumentError: an argument is invalid.
     """
     folder = Path(folder)
     check_utf8(folder)
@@ -119,14 +119,14 @@ def write_ec_cache(
 
 
 class EncoderCache(Mapping[str, CachedFeatures]):
-    """The entries of an encoder cache by their images' ids, each checked when it is taken.
+    """Map image ids to the entries of an encoder cache, and check each entry on access.
 
-    `read_ec_cache` opens one. `cache[id]` raises KeyError for an id that it does not list, and
-    ExportError for an entry whose file is gone or damaged: vLLM would stop.
+    `read_ec_cache` opens a cache. `cache[id]` raises KeyError for an unknown id. It raises
+    ExportError if the entry's file is missing or damaged, because vLLM would stop.
 
     Attributes:
-        folder: where it is.
-        settings: the model, image setting, dtype and width of its entries.
+        folder: the cache's folder.
+        settings: the model, image setting, dtype and width of the entries.
     """
 
     def __init__(
@@ -178,14 +178,16 @@ def read_ec_cache(
     >>> cache = read_ec_cache("cache")  # doctest: +SKIP
     >>> engine.generate({"prompt": text, **to_vllm_cached([cache["a.jpg"]])})  # doctest: +SKIP
 
-    An image that was written twice has its last entry.
+    If an image was written twice, its last entry counts.
 
     Args:
         folder: the cache.
-        metadata: of the encoder whose model the engine serves, to refuse a cache of another one.
+        metadata: the metadata of the encoder whose model the engine serves. The function rejects a
+            cache of a different model.
 
     Raises:
-        ExportError: the folder is not an encoder cache, is damaged, or is of another model.
+        ExportError: the folder is not an encoder cache, is damaged, or belongs to a different
+        model.
     """
     folder = Path(folder)
     settings = _read_settings(folder)
@@ -202,11 +204,11 @@ def read_ec_cache(
 def check_ec_folder(
     folder: str | os.PathLike[str], metadata: Mapping[str, Any], dtype: str
 ) -> None:
-    """Make a folder for `write_ec_cache`, or check it, before there are any features.
+    """Create or check a folder for `write_ec_cache`, before any features exist.
 
     >>> check_ec_folder("cache", encoder.metadata(), "bfloat16")  # doctest: +SKIP
 
-    Raises as `write_ec_cache` does, for the folder and for the metadata.
+    Raises as `write_ec_cache` does for the folder and the metadata.
     """
     folder = Path(folder)
     check_utf8(folder)
@@ -218,7 +220,7 @@ def check_ec_folder(
 
 
 def _settings(metadata: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """What all entries of a folder share, besides their width."""
+    """Return the settings that all entries of a folder share, except the width."""
     digests = {
         name: metadata.get(name) if isinstance(metadata, Mapping) else None for name in DIGESTS
     }
@@ -233,7 +235,7 @@ def _settings(metadata: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _uuid(settings: Mapping[str, Any], rows: Tensor, grid: Sequence[int]) -> str:
-    """Digests of the model with its settings, and of the rows with their grid."""
+    """Return digests of the model with settings, and of the rows with their grid."""
     model = sha256(json.dumps([settings[name] for name in SAME]).encode()).hexdigest()
     content = sha256(json.dumps(list(grid)).encode())
     content.update(_bytes_of(rows))
@@ -241,9 +243,9 @@ def _uuid(settings: Mapping[str, Any], rows: Tensor, grid: Sequence[int]) -> str
 
 
 def _names(folder: Path) -> list[str]:
-    """The content of the folder, which is made if it does not exist.
+    """Return the names in the folder, and create the folder if it does not exist.
 
-    Raises ExportError for one that cannot be made, and for one that holds anything but a cache.
+    Raises ExportError if the folder cannot be created, or if it contains anything but a cache.
     """
     try:
         if not folder.absolute().parent.is_dir():
@@ -266,7 +268,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _make_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder, or check that it is a cache of the same model."""
+    """Create the folder, or check that it is a cache of the same model."""
     if SETTINGS not in _names(folder):
         with atomic_file(folder / SETTINGS) as file:
             file.write(json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n")
@@ -313,7 +315,7 @@ def _check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, 
 
 
 def _write_entry(folder: Path, rows: Tensor) -> None:
-    """Write one entry, unless it is there: its name says what it holds."""
+    """Write one entry unless it exists, because its name identifies the content."""
     path, data = folder / ENTRY, _bytes_of(rows)
     info = TensorInfo(STORED_AS[rows.dtype], tuple(rows.shape), 0, data.nbytes)
     header = build_header({"ec_cache": info})
@@ -329,12 +331,12 @@ def _write_entry(folder: Path, rows: Tensor) -> None:
 
 
 def _bytes_of(rows: Tensor) -> Any:
-    """The memory of contiguous rows on the CPU; numpy has no bfloat16."""
+    """Return contiguous CPU rows' bytes as a uint8 array, because NumPy has no bfloat16."""
     return rows.reshape(-1).view(torch.uint8).numpy()
 
 
 def _write_index(folder: Path, entries: Sequence[CachedFeatures], name: str) -> None:
-    """Write which image has which entry. The newest of several files counts."""
+    """Write the map from images to entries. The newest of several files counts."""
     lines = [json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in entries]
     content = "".join(lines).encode()
     with atomic_file(index_file(folder, name or sha256(content).hexdigest()[:32])) as file:
@@ -342,12 +344,12 @@ def _write_index(folder: Path, entries: Sequence[CachedFeatures], name: str) -> 
 
 
 def index_file(folder: Path, name: str) -> Path:
-    """The list of the entries that one call of `write_ec_cache` wrote."""
+    """Return the path of the list of entries that one call of `write_ec_cache` wrote."""
     return folder / INDEX / f"{name}.jsonl"
 
 
 def _index_files(folder: Path) -> list[Path]:
-    """The files of the index, the oldest first."""
+    """Return the files of the index, oldest first."""
     try:
         files = [entry for entry in os.scandir(folder) if entry.name.endswith(".jsonl")]
         files.sort(key=lambda entry: (entry.stat().st_mtime_ns, entry.name))
@@ -370,7 +372,7 @@ def _parse_entry(line: bytes, source: str) -> CachedFeatures:
         found.keys() == set(FIELDS)
         and isinstance(name, str)
         and isinstance(uuid, str)
-        and UUID.fullmatch(uuid) is not None  # a path is made of it
+        and UUID.fullmatch(uuid) is not None  # the code builds a path from it
         and isinstance(grid, list)
         and len(grid) == 3
         and all(is_integer(n) and n > 0 for n in grid)

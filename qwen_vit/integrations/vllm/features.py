@@ -1,4 +1,4 @@
-"""Features of pictures and videos for vLLM's engine and for its server."""
+"""Convert features of images and videos for vLLM's engine and server."""
 
 import base64
 import io
@@ -32,22 +32,23 @@ def to_vllm(
     >>> sorted(to_vllm([clip])["video"])
     ['second_per_grid_ts', 'video_embeds', 'video_grid_thw']
 
-    The prompt has one `<|image_pad|>` for each picture and one `<|video_pad|>` for each video, in
-    any order: vLLM expands them itself. Source: vLLM's docs/features/multimodal_inputs.md.
+    The prompt must have one `<|image_pad|>` per image and one `<|video_pad|>` per video, in any
+    order. vLLM expands them itself. Source: vLLM's docs/features/multimodal_inputs.md.
 
     Args:
-        features: of pictures, in the prompt's order. VideoFeatures among them are videos, and come
-            before those of `videos`.
+        features: features of images, in the prompt's order. VideoFeatures among them are videos,
+            and precede the features in `videos`.
         videos: features of videos, in the prompt's order.
-        second_per_grid_ts: for each video, the seconds from one step of its grid to the next: 2 /
-            (frames per second), since a step is two frames. VideoFeatures have their own, and need
-            none. vLLM would take 1 s in its place.
-        width: the language model's, so that features of another model are refused here: they would
-            stop vLLM's engine. Not checked if None.
+        second_per_grid_ts: the seconds per time step of each video's grid: 2 / (frames per second),
+            since a time step is two frames. VideoFeatures have this value already. Without it, vLLM
+            would use 1 s.
+        width: the language model's width. The function rejects features of any other width, which
+            would stop vLLM's engine. None disables the check.
 
     Raises:
-        ExportError: features that are not merged tokens, and failed images.
-        ArgumentError: nothing to send, a video among the pictures, or a video without its seconds.
+        ExportError: features are not merged tokens, or an image failed.
+        ArgumentError: there are no features, a video is among the images, or a video has no
+            seconds.
     """
     found, of_videos, seconds = split_videos(features, videos, second_per_grid_ts)
     pictures, clips = check_modalities(found, of_videos, seconds, width)
@@ -72,18 +73,18 @@ def to_vllm_chat_part(
     second_per_grid_ts: Sequence[float] = (),
     width: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Return a part of a chat message for each picture, for `vllm serve --enable-mm-embeds`.
+    """Return one part of a chat message per image, for `vllm serve --enable-mm-embeds`.
 
     >>> from qwen_vit import ImageFeatures
     >>> parts = to_vllm_chat_part([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])
     >>> [(part["type"], sorted(part["image_embeds"])) for part in parts]
     [('image_embeds', ['image_embeds', 'image_grid_thw'])]
 
-    Each tensor, (n, D) and (3,), is what `torch.save` writes, in base64. A request may have several
-    such parts since vLLM's pull request 29988 (December 2025). Parts of videos follow those of the
-    pictures: put each where the prompt has it. Source: vLLM's docs/features/multimodal_inputs.md.
+    Each tensor, (n, D) and (3,), is the base64 of `torch.save`'s output. Since vLLM's pull request
+    29988 (December 2025), a request may have several such parts. Video parts follow image parts.
+    Put each part at its position in the prompt. Source: vLLM's docs/features/multimodal_inputs.md.
 
-    Args and errors are those of `to_vllm`.
+    `to_vllm` describes the arguments and errors.
     """
     found, of_videos, seconds_of = split_videos(features, videos, second_per_grid_ts)
     pictures, clips = check_modalities(found, of_videos, seconds_of, width)
@@ -108,7 +109,7 @@ def _joined(rows: list[Tensor]) -> Tensor:
 
 
 def to_base64(tensor: Tensor) -> str:
-    """As vLLM's tensor2base64. A clone, because `torch.save` writes the whole storage of a view."""
+    """Encode as vLLM's tensor2base64; clone first, because `torch.save` writes a view's storage."""
     buffer = io.BytesIO()
     torch.save(tensor.cpu().clone(), buffer)
     return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,7 +1,7 @@
-"""Qwen2.5-VL in vLLM, with this package's vision tower in place of vLLM's.
+"""Run Qwen2.5-VL in vLLM with this package's vision tower in place of vLLM's.
 
-vLLM imports this module when it builds a Qwen2.5-VL and `plugin.register` has named it. Everything
-but the tower is vLLM's own: processor, scheduler, caches, language model.
+After `plugin.register` registers this module, vLLM imports it to build a Qwen2.5-VL. vLLM provides
+all other parts: processor, scheduler, caches, language model.
 """
 
 import dataclasses
@@ -20,26 +20,26 @@ from qwen_vit.integrations.engine_tower import EngineTower
 
 __all__ = ["RUN_WITH", "Qwen2_5_VLForConditionalGeneration"]
 
-logger = logging.getLogger("vllm.qwen_vit")  # below vLLM's, so that its handlers print it
+logger = logging.getLogger("vllm.qwen_vit")  # below vLLM's logger, so that vLLM prints it
 
-RUN_WITH = ("0.25.1", "0.32.0")  # versions of vLLM that tools/checks/engines has run
+RUN_WITH = ("0.25.1", "0.32.0")  # vLLM versions that tools/checks/engines has tested
 
 
 class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by this name
     theirs.Qwen2_5_VLForConditionalGeneration  # type: ignore[misc]
 ):
-    """vLLM's Qwen2.5-VL whose `visual` is an `EngineTower`."""
+    """Define vLLM's Qwen2.5-VL with an `EngineTower` as `visual`."""
 
     visual: Any
 
-    # its weights are stored in another format, which vLLM's adapters do not know
+    # the tower stores weights in its own format, which vLLM's adapters do not support
     supports_tower_connector_lora = False
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         _refuse(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if not isinstance(self.visual, theirs.Qwen2_5_VisionTransformer):
-            return  # limits of 0 images and 0 videos: vLLM has put a placeholder there
+            return  # with limits of 0 images and 0 videos, vLLM uses a placeholder
         _refuse_quantised(self.visual)
         model_config = vllm_config.model_config
         dtype, device = model_config.dtype, self.visual.device
@@ -47,7 +47,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
             config = VisionConfig.from_json(model_config.hf_config.to_dict(), source="the config")
             settings = _image_settings(model_config)
             image_config = ImageConfig.from_json(settings, source="the image processor")
-            self.visual = None  # its memory is free before ours is taken
+            self.visual = None  # frees vLLM's tower before ours is allocated
             self.visual = EngineTower(config, image_config, dtype, device)
             if _puts_back_what_it_does_not_load():
                 for parameter in self.visual.parameters():
@@ -71,7 +71,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
             return super()._process_image_input(image_input)
 
     def _prepare(self, visual: EngineTower, inputs: tuple[Tensor, ...]) -> None:
-        """Compile and capture before the first call, which vLLM makes to measure its memory."""
+        """Compile and capture before vLLM's first call, which measures memory."""
         for hook in self._prepare_hooks:
             hook.remove()
         rows = inputs[0]
@@ -83,19 +83,19 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
             self._hold(kept, visual.device)
 
     def _profile_tower(self, *_: Any) -> None:
-        """Call the tower with as many rows as vLLM may bring, if vLLM itself has not.
+        """Call the tower with the maximum number of rows, if vLLM has not done so.
 
-        The second model runner of vLLM 0.25, which is its default, measures the language model
-        alone. Without this call the first request would compile the kernels, in 20 s.
+        The second model runner of vLLM 0.25, which is the default, measures only the language
+        model. Without this call the first request would compile the kernels, in 20 s.
         """
         if self.visual.device.type == "cpu":
-            return  # nothing is compiled there
+            return  # a CPU compiles nothing
 
         from vllm.multimodal import MULTIMODAL_REGISTRY
         from vllm.multimodal.encoder_budget import MultiModalBudget
 
         n_tokens = MultiModalBudget(self._vllm_config, MULTIMODAL_REGISTRY).get_encoder_budget()
-        side = 2 * math.isqrt(n_tokens)  # in patches: a square of at most this many tokens
+        side = 2 * math.isqrt(n_tokens)  # in patches: a square of at most this number of tokens
         as_pixels = getattr(self.multimodal_config, "mm_device_do_normalize", False)
         rows = torch.zeros(
             side * side, self.visual.config.patch_dim,
@@ -105,10 +105,10 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
             self.visual(rows, [[1, side, side]])
 
     def _hold(self, n_bytes: int, device: torch.device) -> None:
-        """Keep as much memory allocated as the graphs keep reserved, while vLLM measures.
+        """Allocate memory of the size that the graphs reserve, while vLLM measures.
 
-        vLLM 0.25 measures what torch has allocated, and a graph's memory is not. The language
-        model's first call belongs to the measurement, its second one does not.
+        vLLM 0.25 measures torch's allocated memory, which excludes the graphs' memory. The language
+        model's first call is part of the measurement, and the second call is not.
         """
         held = [torch.empty(n_bytes, dtype=torch.uint8, device=device)]
         calls = iter(range(2))
@@ -122,7 +122,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
 
 
 def _refuse(vllm_config: Any) -> None:
-    """Raise ArgumentError for options of vLLM that its own tower has and this one has not."""
+    """Raise ArgumentError for vLLM options that this tower does not support."""
     compilation, lora = vllm_config.compilation_config, vllm_config.lora_config
     for option, is_set, reason in (
         ("cudagraph_mm_encoder", getattr(compilation, "cudagraph_mm_encoder", False),
@@ -140,7 +140,7 @@ def _refuse(vllm_config: Any) -> None:
 
 
 def _refuse_quantised(tower: nn.Module) -> None:
-    """Raise ArgumentError if vLLM has made one of its tower's layers a quantised one."""
+    """Raise ArgumentError if vLLM has quantised one of its tower's layers."""
     for name, module in tower.named_modules():
         method = type(getattr(module, "quant_method", None)).__name__
         if method not in ("NoneType", "UnquantizedLinearMethod"):
@@ -153,7 +153,7 @@ def _refuse_quantised(tower: nn.Module) -> None:
 
 
 def _image_settings(model_config: Any) -> dict[str, Any]:
-    """How the engine's processor normalises; where the tower does it, its `do_` flags are off."""
+    """Return the processor's settings; if the tower normalises, their `do_` flags are off."""
     from vllm.transformers_utils.processor import cached_image_processor_from_config
 
     settings = cached_image_processor_from_config(model_config).to_dict()
@@ -162,7 +162,7 @@ def _image_settings(model_config: Any) -> dict[str, Any]:
 
 
 def _counts_reserved_memory() -> bool:
-    """Whether this vLLM measures what the GPU has free, which includes a graph's memory."""
+    """Return whether this vLLM measures free GPU memory, which accounts for the graphs' memory."""
     from vllm.utils.mem_utils import MemoryProfilingResult
 
     fields = {field.name for field in dataclasses.fields(MemoryProfilingResult)}
@@ -170,10 +170,10 @@ def _counts_reserved_memory() -> bool:
 
 
 def _puts_back_what_it_does_not_load() -> bool:
-    """Whether vLLM's reload takes `weight_loader_numel` of 0: it then loads nothing there itself.
+    """Return whether vLLM's reload accepts `weight_loader_numel` of 0 and then loads nothing.
 
-    The tower writes its parameters itself. Without this number vLLM does the same and warns
-    "Failed to load weights" for each of the tower's layers. The field marks such a vLLM.
+    The tower writes its parameters itself. Without this number vLLM also loads nothing, but warns
+    "Failed to load weights" for each of the tower's layers. A field name identifies such a vLLM.
     """
     try:
         from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
@@ -184,7 +184,7 @@ def _puts_back_what_it_does_not_load() -> bool:
 
 
 def _missing_names() -> list[str]:
-    """What this module touches in vLLM's model and this vLLM does not have."""
+    """Return the names in vLLM's model that this module needs and this vLLM does not have."""
     model = theirs.Qwen2_5_VLForConditionalGeneration
     return [
         f"{owner.__name__}.{name}"

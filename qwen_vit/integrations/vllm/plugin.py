@@ -1,8 +1,8 @@
-"""vLLM's entry point: replaces the vision tower of Qwen2.5-VL when it is asked to.
+"""Replace the vision tower of vLLM's Qwen2.5-VL if VLLM_PLUGINS names this plugin.
 
 vLLM loads every installed plugin of the group `vllm.general_plugins` in each of its processes,
-unless VLLM_PLUGINS names those to load. Installing this package must not change an engine, so
-`register` does nothing until VLLM_PLUGINS names it.
+unless VLLM_PLUGINS lists plugins. Installing this package must not change an engine. Therefore
+`register` has no effect until VLLM_PLUGINS names the plugin.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ import os
 
 __all__ = ["register"]
 
-logger = logging.getLogger("vllm.qwen_vit")  # below vLLM's, so that its handlers print it
+logger = logging.getLogger("vllm.qwen_vit")  # below vLLM's logger, so that vLLM prints it
 
 NAME = "qwen_vit"
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
@@ -22,11 +22,11 @@ OUR_MODULE = "qwen_vit.integrations.vllm.model"
 def register() -> None:
     """Make vLLM build Qwen2.5-VL with this package's vision tower, if VLLM_PLUGINS names it.
 
-    vLLM calls it in each process, more than once in some. `model` is imported where a Qwen2.5-VL
-    is built, and nowhere else.
+    vLLM calls it in each process, in some processes more than once. Only a process that builds a
+    Qwen2.5-VL imports `model`.
     """
     asked = [name.strip() for name in os.environ.get("VLLM_PLUGINS", "").split(",")]
-    # vLLM 0.32 loads plugins before it sets up its logging: Python prints warnings only
+    # vLLM 0.32 loads plugins before it configures logging, so Python prints only warnings
     level = logging.INFO if logger.isEnabledFor(logging.INFO) else logging.WARNING
     if NAME not in asked:
         logger.log(
