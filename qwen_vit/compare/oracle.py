@@ -188,5 +188,5 @@ class Oracle:
         return gelu(x)
 
     def row_major(self, x: Tensor, order: Tensor) -> Tensor:
-        """Reorder merged tokens from window to row-major order; `order` gives their first patches."""
+        """Reorder merged tokens from window to row-major order; `order` gives first patches."""
         return x[order.argsort()]

@@ -66,9 +66,7 @@ def compare_frames(
             same = sum(a == b for a, b in zip(ours, theirs, strict=False))
             differ = max(len(ours), len(theirs)) - same
         is_taken = timeline.n_frames > 1 and reference.takes(options)
-        is_judged = (
-            reference.rule == options.sampling and is_taken
-        )  # neither accepts a single frame
+        is_judged = reference.rule == options.sampling and is_taken  # neither accepts one frame
         indices = None if theirs is None else tuple(theirs)
         choices.append(FrameChoice(title, is_run, is_judged, indices, differ))
     return SampledFrames(

@@ -53,7 +53,7 @@ class PageText:
 
 
 def feature_page(views: FeatureViews, text: PageText, *, today: date | None = None) -> bytes:
-    """Return a page of images' features that contains all pictures, so that you can send it alone."""
+    """Return a page of images' features that contains all pictures, so that it works alone."""
     layouts = [StripLayout.of(view.h, view.w, views.window) for view in views.views]
     ramps = zip(component_colours(), views.explained, strict=False)
     return render_page(
