@@ -1,1 +1,1 @@
-"""Model name -> weights: the Hub, its cache, files, conversion, the GPU."""
+"""Find, download, check and convert a model's weights, and copy them to the GPU."""

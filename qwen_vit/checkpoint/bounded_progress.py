@@ -1,4 +1,4 @@
-"""Limits of size and pace for files that the Hub's client downloads by itself."""
+"""Limit the size and the duration of files that the Hub's client downloads itself."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ __all__ = ["bounded_progress"]
 
 
 def bounded_progress(name: str, limit: int | None) -> Any:
-    """A progress bar that ends a download which is larger than it may be, or too slow.
+    """Return a progress bar that stops a download if it is too large or too slow.
 
-    It is the one place that sees a body while the client writes it.
+    The client shows a body's bytes to no other code while it writes them.
     """
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 

@@ -1,8 +1,9 @@
-"""Our own folder of a downloaded tower: written once, complete or absent, with checksums.
+"""Store a downloaded tower in our own folder: written once, complete or absent, with checksums.
 
-`models--ORG--NAME/qwen_vit/COMMIT/` in the Hub's cache holds the config files, vision.safetensors
-and manifest.json, which records the size and sha256 of each. A folder is filled under another name
-and renamed when it is complete, so that no reader, crash or other process ever sees a partial one.
+`models--ORG--NAME/qwen_vit/COMMIT/` in the Hub's cache contains the config files,
+vision.safetensors and manifest.json. The manifest records the size and sha256 of each file. A
+writer fills a folder under another name and renames it when it is complete. No reader, crash or
+other process therefore sees a partial folder.
 """
 
 import errno
@@ -47,18 +48,18 @@ logger = logging.getLogger("qwen_vit")
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
-ABANDONED_S = 24 * 3600.0  # a partial download of another host
+ABANDONED_S = 24 * 3600.0  # for a partial download of another host
 UNKNOWN_SPACE = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The content of a folder, and its origin.
+    """Describe the content of a folder, and its origin.
 
-    `shards` says how each shard was read; `whole_bytes` is the size of all of the repository's
-    weights, where the Hub gives it. Recorded when the folder is complete: `files` maps each name to
-    its bytes and sha256, and `header_sha256` is that of the header of vision.safetensors, which
-    each load checks.
+    `shards` records how each shard was read. `whole_bytes` is the size of all of the repository's
+    weights, if the Hub gives it. The writer adds `files` and `header_sha256` when the folder is
+    complete. `files` maps each name to the file's bytes and sha256. `header_sha256` is the hash of
+    vision.safetensors' header, which each load checks.
     """
 
     repo: str
@@ -71,13 +72,13 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:
-        """The document with its own checksum."""
+        """Return the document with its own checksum."""
         document = asdict(self)
         return {**document, "checksum": _checksum(document)}
 
 
 def folder_of(cache: Path, repo: str, commit: str, subfolder: str | None = None) -> Path:
-    """The folder of a repository's tower at a commit, in a Hub cache.
+    """Return the folder of a repository's tower at a commit, in a Hub cache.
 
     >>> folder_of(Path("hub"), "Qwen/Qwen2.5-VL-7B-Instruct", "0" * 40).parent.as_posix()
     'hub/models--Qwen--Qwen2.5-VL-7B-Instruct/qwen_vit'
@@ -87,14 +88,14 @@ def folder_of(cache: Path, repo: str, commit: str, subfolder: str | None = None)
 
 
 def repository_folder(cache: Path, repo: str) -> Path:
-    """The folder in which huggingface_hub stores a repository."""
+    """Return the folder in which huggingface_hub stores a repository."""
     return cache / f"models--{repo.replace('/', '--')}"
 
 
 def find(folder: Path) -> Manifest | None:
-    """Return the manifest of a folder whose files have their sizes and their header, or None.
+    """Return a folder's manifest if the files' sizes and the header match; otherwise None.
 
-    Raises CheckpointError for a folder that was damaged since it was written.
+    Raises CheckpointError if the folder was damaged after it was written.
     """
     if not folder.is_dir():
         return None
@@ -121,15 +122,16 @@ def find(folder: Path) -> Manifest | None:
 
 
 def recorded_licence(folder: Path) -> str | None:
-    """The licence of the model card when our folder was written."""
+    """Return the licence of the model card at the time our folder was written."""
     return _read_manifest(folder).licence if (folder / MANIFEST_FILE).is_file() else None
 
 
 def check(folder: Path) -> dict[str, str] | None:
-    """Hash each file again. Returns the checks by name, or None if nothing is recorded.
+    """Hash each file again. Return the checks by name, or None if nothing is recorded.
 
-    A folder of ours has its manifest; a snapshot in the Hub's cache has links whose targets have
-    their sha256 (large files) or git's sha1 as names. Raises CheckpointError for any difference.
+    Our own folder has a manifest. A snapshot in the Hub's cache has links, and the names of their
+    targets are digests: sha256 for large files, git's sha1 for others. Raises CheckpointError for
+    any difference.
     """
     if (folder / MANIFEST_FILE).is_file():
         manifest = find(folder)
@@ -146,7 +148,7 @@ def check(folder: Path) -> dict[str, str] | None:
 
 
 def hub_digest(path: Path) -> str | None:
-    """The Hub's own digest of a cached file, sha256 or git's sha1 in hex; None if unknown."""
+    """Return the Hub's digest of a cached file, sha256 or git's sha1 in hex; None if unknown."""
     if not path.is_symlink():
         return None
     target = Path(os.readlink(path))
@@ -156,9 +158,9 @@ def hub_digest(path: Path) -> str | None:
 
 
 def check_digest(path: Path, digest: str) -> str:
-    """Hash a file and compare with a sha256, or with git's sha1; return which it was.
+    """Check a file against a sha256 or git's sha1. Return which one matched.
 
-    Raises CheckpointError if they differ.
+    Raises CheckpointError if the hashes differ.
     """
     if len(digest) == 64:
         _compare(path, _file_sha256(path), digest)
@@ -169,7 +171,7 @@ def check_digest(path: Path, digest: str) -> str:
 
 
 def was_checked(repository: Path, path: Path, digest: str) -> bool:
-    """Whether an unchanged file in the Hub's cache is known to have this digest."""
+    """Return whether an unchanged file in the Hub's cache was checked against this digest."""
     return _mark(repository, path, digest).exists()
 
 
@@ -190,8 +192,8 @@ def _mark(repository: Path, path: Path, digest: str) -> Path:
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Let one process fill `folder` while others wait.
 
-    It only saves bandwidth. If the file system's locks do nothing, processes download in
-    parallel, and the first to finish wins.
+    The lock only saves bandwidth. If the file system's locks do nothing, processes download in
+    parallel. The first one to finish wins.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("ab") as file:
@@ -202,14 +204,14 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             logger.info("%s cannot be locked (%s)", folder, error.strerror)
-        yield  # closing the file unlocks it, as does the end of the process
+        yield  # closing the file unlocks it, and so does the end of the process
 
 
 @contextmanager
 def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
-    """Yield a temporary folder to fill, then record it, sync it to the disk and rename it.
+    """Yield a temporary folder to fill. Then record it, sync it to the disk and rename it.
 
-    If another process was first, its folder stays and this one is removed.
+    If another process was first, it keeps that process's folder and removes this one.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{_owner()}.{uuid.uuid4().hex[:8]}")
@@ -223,8 +225,10 @@ def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove partial downloads beside `folder` that killed processes left. Those of other hosts go
-    after a day without a write."""
+    """Remove partial downloads beside `folder` that killed processes left.
+
+    Partial downloads of other hosts are removed after a day without a write.
+    """
     for path in folder.parent.glob(".*.*-*.*"):
         space, _, process = path.name.split(".")[2].rpartition("-")
         try:
@@ -232,16 +236,16 @@ def remove_abandoned(folder: Path) -> None:
                 is_abandoned = not _is_alive(int(process))
             else:
                 is_abandoned = time.time() - _last_change(path) > ABANDONED_S
-        except (OSError, OverflowError, ValueError):  # removed since, or not ours
+        except (OSError, OverflowError, ValueError):  # another process removed it, or not ours
             continue
         if is_abandoned:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder; for other processes it disappears at once."""
+    """Remove a folder. For other processes it disappears at once."""
     doomed = folder.with_name(f".{folder.name}.{_owner()}.{uuid.uuid4().hex[:8]}")
-    with suppress(FileNotFoundError):  # another process did
+    with suppress(FileNotFoundError):  # another process removed it
         folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
@@ -330,23 +334,23 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # the process belongs to another user
         return True
     return True
 
 
 def _last_change(folder: Path) -> float:
-    """The time of the last write in a folder. A download writes all the time."""
+    """Return the time of the last write in a folder. A running download writes constantly."""
     return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
 
 
 def _owner() -> str:
-    """A name that no other running process on any machine has."""
+    """Return a name that no other running process on any machine has."""
     return f"{_process_space()}-{os.getpid()}"
 
 
 def _process_space() -> str:
-    """The machine's boot and the container. Process ids are unique within both."""
+    """Return the machine's boot and the container. Process ids are unique within both."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]

@@ -1,8 +1,8 @@
-"""Published tensors -> the model's parameters: renamed, permuted, concatenated, padded, folded.
+"""Convert published tensors to the model's parameters: rename, permute, concatenate, pad, fold.
 
 Every published weight has one place in the model. The weights of a block's two norms are multiplied
-into the weights that follow them. The patch embedding is stored once as published (for float rows)
-and once folded (for uint8 pixels).
+into the weights that follow them. The patch embedding is stored twice: as published for float rows,
+and folded for uint8 pixels.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +32,7 @@ __all__ = [
 
 CPU = torch.device("cpu")
 
-# Published name -> the model's, for tensors that are copied unchanged.
+# Published name -> the model's name, for tensors that are copied unchanged.
 RENAMES = (
     ("merger.ln_q.weight", "merger.norm_weight"),
     ("merger.mlp.0.weight", "merger.fc1.weight"),
@@ -42,7 +42,7 @@ RENAMES = (
 )
 PATCH_WEIGHT = "patch_embed.proj.weight"
 PATCH_TENSORS = ("patch_embed.weight", "patch_embed.pixel_weight", "patch_embed.pixel_bias")
-# Block by block, (published, the model's).
+# For each block: (published name, the model's name).
 RENAMES_IN_BLOCKS = (
     ("attn.proj.weight", "attn.proj.weight"),
     ("attn.proj.bias", "attn.proj.bias"),
@@ -50,9 +50,9 @@ RENAMES_IN_BLOCKS = (
 )
 
 GATE_UP_TURN = (
-    8  # rows of gate, then of up: one thread of a matrix instruction holds both of a pair
+    8  # rows of gate, then of up: one thread of a matrix instruction has both values of a pair
 )
-ROWS_FOLDED_AT_ONCE = 64  # of the patch embedding
+ROWS_FOLDED_AT_ONCE = 64  # for the patch embedding
 
 
 def rotary_permutation(head_dim: int) -> Tensor:
@@ -75,9 +75,9 @@ def convert(
 ) -> dict[str, Tensor]:
     """Return the state of model.VisionTower, in bfloat16 or float32, from published tensors.
 
-    Each tensor is read when it is needed and converted on `device`. Only the patch embedding, small
-    and in float64, is converted on the CPU. The bits depend on neither device.
-    Raises CheckpointError for NaN or infinite weights, by name, or by what `locate` makes of it.
+    It reads each tensor on demand and converts it on `device`. It converts only the patch
+    embedding, small and in float64, on the CPU. The bits do not depend on the device. Raises
+    CheckpointError for NaN or infinite weights, with their names, or with the result of `locate`.
     """
     planned = list(recipes(config, image_config, dtype, device, locate=locate))
     sources = [name for recipe in planned for name in recipe.sources]
@@ -87,7 +87,8 @@ def convert(
     for recipe in planned:
         made = recipe.make(*islice(arriving, len(recipe.sources)))
         state |= zip(recipe.targets, made, strict=True)
-        # a product with NaN or infinity is not finite either, so it stands for its sources
+        # a product with NaN or infinity is not finite, so checking products also checks their
+        # sources
         limits += [extremes(tensor).float() for tensor in made]
     are_finite = iter(torch.stack(limits).isfinite().all(1).tolist())  # waits for the device, once
     for recipe in planned:
@@ -101,7 +102,7 @@ def convert(
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How some of the model's tensors, its `targets`, are made of published ones, its `sources`."""
+    """Make some of the model's tensors, the `targets`, from published tensors, the `sources`."""
 
     targets: tuple[str, ...]
     sources: tuple[str, ...]
@@ -116,7 +117,7 @@ def recipes(
     *,
     locate: Callable[[str], str] = str,
 ) -> Iterator[Recipe]:
-    """Yield how each of the model's tensors is made, in the order in which files hold the sources.
+    """Yield a recipe for each of the model's tensors, in the files' order of the sources.
 
     Every published tensor is a source of one recipe. A recipe takes its sources on `device`.
     """
@@ -124,7 +125,7 @@ def recipes(
     order = _rotary_order(config).to(device)
 
     def same(tensor: Tensor) -> tuple[Tensor]:
-        # a copy: the source may be a map of a file that is deleted later, or a caller's tensor
+        # copy it: the source may be a map of a file that is deleted later, or a caller's tensor
         return (tensor.to(dtype, copy=True),)
 
     def folded(weight: Tensor, gain: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ def recipes(
         return (_pad(down.to(dtype), 1, I_padded),)
 
     def patch_embedding(weight: Tensor) -> tuple[Tensor, ...]:
-        # small, and in float64: on the CPU, so that its bits do not depend on the device
+        # small, and in float64: convert it on the CPU, so that the bits do not depend on the device
         checked = check_finite(weight, locate(PATCH_WEIGHT)).cpu()
         exponent, width = pixel_weight_exponent(dtype), padded_pixel_size(config)
         parts = _patch_embedding(checked, image_config, exponent, width)
@@ -180,7 +181,7 @@ def _patch_embedding(
 
     def fold(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         w = rows.double()  # (rows, 3, frames, patch_px, patch_px)
-        # w * (pixel / 255 - mean) / std, split at pixel = 128, both frames being the same image
+        # w * (pixel / 255 - mean) / std, split at pixel = 128; both frames are the same image
         folded = (w / (255 * std)).sum(2).flatten(1) * 2.0**exponent
         bias = (w * ((PIXEL_ZERO / 255 - mean) / std)).flatten(1).sum(1)
         row_weight = (w * 2.0**exponent).flatten(1)  # bfloat16 fits float16 exactly
@@ -206,7 +207,7 @@ def _patch_embedding(
 
 
 def _rotary_order(config: VisionConfig) -> Tensor:
-    """The rows of q, k and v as the model stores them: rotary pairs of q and k are adjacent."""
+    """Return the stored row order of q, k and v: rotary pairs of q and k are adjacent."""
     D = config.head_dim
     rows = torch.arange(3 * config.hidden_size).view(3, config.num_heads, D)
     rows[:2] = rows[:2, :, rotary_permutation(D)]
@@ -214,7 +215,7 @@ def _rotary_order(config: VisionConfig) -> Tensor:
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """8 rows of gate, 8 of up, and so on. The zeros at the end give silu(0) * 0 = 0."""
+    """Interleave 8 rows of gate with 8 rows of up. The final zeros give silu(0) * 0 = 0."""
     turns = [half.view(-1, GATE_UP_TURN, *half.shape[1:]) for half in (gate, up)]
     return torch.stack(turns, 1).flatten(0, 2)
 

@@ -1,4 +1,4 @@
-"""Errors of the Hub's client, whichever its version, as ours: with the cause and the remedy."""
+"""Convert errors of any version of the Hub's client to ours, with the cause and the remedy."""
 
 import errno
 from pathlib import Path
@@ -15,9 +15,9 @@ NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 def explain(
     error: Exception, *, name: str, label: str, cache_dir: Path, local_files_only: bool
 ) -> HubError:
-    """Turn an error of any version of the client into one with the cause and the remedy.
+    """Convert an error of any version of the client to one with the cause and the remedy.
 
-    `name` is the repository's; `label` also has its revision.
+    `name` is the repository's name. `label` also gives the revision.
     """
     from huggingface_hub.errors import (
         EntryNotFoundError,

@@ -1,7 +1,7 @@
-"""Ranges of files over HTTP, through the Hub's client. An inexact answer is refused.
+"""Read ranges of files over HTTP with the Hub's client, and reject an inexact answer.
 
-The HTTP clients of huggingface_hub 1 and 2 differ; only shared names are used. It is imported
-inside functions only, because that import reads environment variables.
+The HTTP clients of huggingface_hub 1 and 2 differ, so this module uses only shared names. Functions
+import the client, because its import reads environment variables.
 """
 
 import json
@@ -29,7 +29,7 @@ def open_http_range(
 ) -> Iterator[RangeResponse]:
     """Request bytes `start` to `end` of a file; see `ranges.Opener`.
 
-    With the `version` of an earlier answer, a server sends the range of no other one (If-Range).
+    With the `version` of an earlier answer, a server sends no range of another version (If-Range).
 
     Raises RangesRefusedError, TransferError, or the client's own error for an answer that a retry
     would not change.
@@ -57,14 +57,14 @@ def open_http_range(
             yield RangeResponse(response.iter_raw(), file_bytes, found)
     except HTTPError as error:
         if getattr(error, "response", None) is not None:
-            raise  # an answer that a retry would not change: _check_range has raised for the others
+            raise  # a retry would not change this answer: _check_range has raised for the others
         raise TransferError(f"{type(error).__name__}: {error}") from error
 
 
 def fetch_json(url: str, token: str | bool | None, *, deadline_s: float) -> Any:
-    """A JSON document of at most MAX_JSON_BYTES, whole before the deadline.
+    """Return a JSON document of at most MAX_JSON_BYTES that arrives before the deadline.
 
-    Raises the client's own errors, and HubError for a body that is larger or slower.
+    Raises the client's own errors. Raises HubError for a larger or slower body.
     """
     from huggingface_hub import get_session, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """Find a checkpoint: the packaged one, a local folder, or a repository on the Hugging Face Hub.
 
-From a repository it fetches only the config files and the vision tensors: from shards in the Hub's
-cache, else as byte ranges of the shards, else from whole shards. The result is stored by commit and
-needs no network afterwards.
+From a repository it fetches only the config files and the vision tensors. It first reads shards in
+the Hub's cache, then byte ranges of the shards, and otherwise whole shards. It stores the result by
+commit, and later loads need no network.
 """
 
 import logging
@@ -42,7 +42,7 @@ SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """The name of a checkpoint. `commit` is None unless it is a repository."""
+    """Name a checkpoint. `commit` is None unless the checkpoint is a repository."""
 
     name: str
     commit: str | None = None
@@ -50,17 +50,17 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source(Origin):
-    """A checkpoint's origin, and the folder that holds its files."""
+    """Describe a checkpoint's origin and the folder with its files."""
 
     folder: Path
 
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """The bytes of a download: fetched over the network now, kept on the disk, saved.
+    """Count the bytes of a download: fetched now, kept on the disk, and saved.
 
-    `kept_bytes` are of weights. `saved_bytes` are those of the checkpoint's other weights, or None
-    if the Hub does not give the size of the whole. `licence` is that of the model card, if it was
+    `kept_bytes` counts weights. `saved_bytes` counts the checkpoint's other weights, or is None if
+    the Hub does not give the total size. `licence` is the model card's licence, if the card was
     read.
     """
 
@@ -85,9 +85,9 @@ def find_checkpoint(
     >>> find_checkpoint("tiny").name
     'tiny'
 
-    The config files and the vision tensors are downloaded once; `revision`, `token`, `cache_dir`
-    and `local_files_only` mean what they mean in huggingface_hub. Raises HubError, CheckpointError
-    or, for a `revision` of a local checkpoint, ArgumentError, each with what to do.
+    It downloads the config files and the vision tensors once. `revision`, `token`, `cache_dir` and
+    `local_files_only` have huggingface_hub's meaning. Raises HubError or CheckpointError. Raises
+    ArgumentError for a `revision` of a local checkpoint. Each error gives the remedy.
     """
     return download(
         model,
@@ -109,14 +109,14 @@ def download(
     full: bool = False,
     subfolder: str | None = None,
 ) -> Download:
-    """As `find_checkpoint`, with a report of the bytes.
+    """Find a checkpoint as `find_checkpoint` does, and report the bytes.
 
     >>> download("tiny").fetched_bytes
     0
 
-    A range has no checksum of its own. `full` takes the shards that hold vision tensors whole, and
-    compares them with the Hub's sha256. `subfolder` is where a folder or a
-    repository of several models has the checkpoint, such as "text_encoder".
+    A range has no checksum of its own. `full` downloads whole shards with vision tensors and checks
+    them against the Hub's sha256. `subfolder` names the checkpoint's folder in a folder or
+    repository of several models, such as "text_encoder".
     """
     name = os.fsdecode(model)
     is_folder = bool(name) and _is_folder(name)
@@ -193,7 +193,7 @@ def _check_subfolder(subfolder: str, name: str) -> None:
 def _is_folder(name: str) -> bool:
     try:
         return Path(name).is_dir()
-    except OSError as error:  # Python 3.11 raises where permissions forbid it
+    except OSError as error:  # Python 3.11 raises if permissions forbid it
         raise CheckpointError(
             f"cannot be read ({error.strerror})",
             name=name,
@@ -208,7 +208,7 @@ def _download(repository: Repository, full: bool) -> Download:
     snapshot = _resolve(repository)
     if not full and (kept := _kept(repository)) is not None:
         return kept
-    VisionConfig.from_json(snapshot / "config.json")  # refuses other models before any weights
+    VisionConfig.from_json(snapshot / "config.json")  # rejects other models before any weights
     _fetch_settings(repository)
     index, names = _find_weights(repository)
     if full:
@@ -228,11 +228,12 @@ def _download(repository: Repository, full: bool) -> Download:
     shards = Shards(local, set(names) - set(local), repository.open_range, repository.label)
     try:
         with cache.one_at_a_time(_folder(repository)):
-            # another process may have downloaded it while this one waited
+            # another process may have downloaded it during the wait
             return _kept(repository) or _vision_alone(repository, snapshot, index, shards)
     except (RangesRefusedError, TransferError) as error:
         if isinstance(error, TransferError) and error.cause is not None:
-            raise error.cause from None  # the server's answer: a whole shard would get the same
+            # the server's answer: a whole shard would get the same answer
+            raise error.cause from None
         logger.warning(
             "%s: cannot fetch the vision tensors alone (%s); taking whole files instead: %s",
             repository.label, error, ", ".join(names),
@@ -247,7 +248,7 @@ def _folder(repository: Repository) -> Path:
 
 
 def _kept(repository: Repository) -> Download | None:
-    """The result of an earlier download, if its sizes and its header are right."""
+    """Return the result of an earlier download if its sizes and header are right."""
     if repository.commit is None:
         return None
     folder = _folder(repository)
@@ -301,10 +302,10 @@ def _fetch_settings(repository: Repository) -> None:
 
 
 def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
-    """The index, if there is one, and the names of the files that hold vision tensors.
+    """Return the index if it exists, and the names of the files with vision tensors.
 
-    If a repository has a single file and an index, the file counts, as in a folder and in
-    transformers.
+    If a repository has a single file and an index, it uses the file, as for a folder and as
+    transformers does.
     """
     if repository.cached(WEIGHTS_FILE) is not None:
         return None, [WEIGHTS_FILE]
@@ -358,7 +359,7 @@ def _whole(repository: Repository, index: Path | None, files: list[Path]) -> Dow
 def _vision_alone(
     repository: Repository, snapshot: Path, index: Path | None, shards: Shards
 ) -> Download:
-    tower = find_tower(snapshot, shards.remote_files())  # refuses bad headers before any data
+    tower = find_tower(snapshot, shards.remote_files())  # rejects bad headers before any data
     manifest = cache.Manifest(
         repo=repository.name,
         commit=repository.commit or "",

@@ -1,4 +1,4 @@
-"""A checkpoint folder -> its config and tensors under their published names, strictly checked."""
+"""Load a checkpoint folder's config and tensors under their published names, with all checks."""
 
 import hashlib
 import json
@@ -30,9 +30,9 @@ logger = logging.getLogger("qwen_vit")
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """A vision tower in files: its configs, and the stored tensors of each published one.
+    """Describe a vision tower in files: its configs, and the stored parts of each published tensor.
 
-    `settings` are the config files that were read, `prefix` is what precedes the names.
+    `settings` are the config files that were read. `prefix` is the prefix of the tensor names.
     """
 
     config: VisionConfig
@@ -42,19 +42,19 @@ class Tower:
     prefix: str
 
     def stored(self) -> list[StoredTensor]:
-        """Every stored tensor: 390 at depth 32, or 518 if q, k and v are stored separately."""
+        """Return every stored tensor: 390 at depth 32, or 518 with q, k and v stored separately."""
         return [tensor for parts in self.sources.values() for tensor in parts]
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A tower's weights and configs, from `load_checkpoint` or `from_tensors`.
+    """Keep a tower's weights and configs, from `load_checkpoint` or `from_tensors`.
 
     `tensors` maps the 390 published names without prefix, such as "blocks.0.attn.qkv.weight", to
-    tensors as stored. `convert` refuses NaN. Files are read when a tensor is looked up. `files` are
-    all files that were read, `prefix` is what was removed from the names.
+    tensors as stored. `convert` rejects NaN. Looking up a tensor reads its file. `files` are all
+    files that were read. `prefix` is the text that was removed from the names.
 
-    It can be copied and pickled: tensors of files are then read from the same paths.
+    It can be copied and pickled. A copy reads the tensors of files from the same paths.
     """
 
     config: VisionConfig
@@ -71,7 +71,7 @@ class Checkpoint:
         config: VisionConfig | Mapping[str, Any],
         image_config: ImageConfig | Mapping[str, Any] | None = None,
     ) -> "Checkpoint":
-        """A checkpoint of loaded tensors on any device, with the checks of files.
+        """Return a checkpoint of loaded tensors on any device, with the checks for files.
 
         >>> from qwen_vit.checkpoint.published import packaged_weights
         >>> loaded = load_checkpoint(packaged_weights() / "tiny")
@@ -81,14 +81,14 @@ class Checkpoint:
         True
 
         Args:
-            tensors: published names, with any prefix or none, to tensors; those of a language model
-                may be among them. They are not copied: do not change them afterwards.
-            config: the tower's config, or what config.json says.
-            image_config: the image settings, or what preprocessor_config.json says; transformers'
-                defaults if None.
+            tensors: published names, with any prefix or none, to tensors. Tensors of a language
+                model may be among them. They are not copied: do not change them afterwards.
+            config: the tower's config, or the content of config.json.
+            image_config: the image settings, or the content of preprocessor_config.json; None:
+                transformers' defaults.
 
-        Raises CheckpointError as load_checkpoint does, and ArgumentError for a value that is not a
-        tensor.
+        Raises CheckpointError as load_checkpoint does. Raises ArgumentError for a value that is not
+        a tensor.
         """
         if not isinstance(config, VisionConfig):
             config = VisionConfig.from_json(_check_mapping(config, "config"), source="config")
@@ -117,15 +117,15 @@ class Checkpoint:
         )
 
     def on_host(self) -> "Checkpoint":
-        """The same checkpoint with no tensor on a GPU."""
+        """Return the same checkpoint without tensors on a GPU."""
         return replace(self, tensors=self.tensors.on_host())
 
     def weights_sha256(self) -> str:
-        """`weights_hash` of the tensors, computed once."""
+        """Return the tensors' `weights_hash`, computed once."""
         return self.tensors.sha256()
 
     def locate(self, name: str) -> str:
-        """Where a tensor is stored, for messages: its file, the file's size, its name there."""
+        """Return a tensor's file, the file's size, and the tensor's name there, for messages."""
         return self.tensors.locate(name)
 
 
@@ -137,8 +137,9 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     qwen_vit.errors.CheckpointError: no/such/folder: not a folder. Expected one with config.json \
 and safetensors weights.
 
-    The headers are checked at once (names, shapes, types), the values when they are converted.
-    Raises CheckpointError with the file for anything missing, damaged or of another model.
+    It checks the headers at once (names, shapes, types), and the values when it converts them.
+    Raises CheckpointError with the file if anything is missing, damaged or belongs to another
+    model.
     """
     tower = find_tower(Path(folder))
     stored = tower.stored()
@@ -153,10 +154,10 @@ and safetensors weights.
 
 
 def find_tower(folder: Path, remote: RemoteFiles | None = None) -> Tower:
-    """Find the vision tower in a folder and check names, shapes and types against config.json.
+    """Find the vision tower in a folder. Check names, shapes and types against config.json.
 
-    `remote` are weight files that are still on the Hub; only their headers are read. Raises
-    CheckpointError as load_checkpoint does.
+    `remote` are weight files on the Hub, of which it reads only the headers. Raises CheckpointError
+    as load_checkpoint does.
     """
     prefix = ""
 
@@ -191,7 +192,7 @@ def find_tower(folder: Path, remote: RemoteFiles | None = None) -> Tower:
 
 
 def config_hash(config: VisionConfig, image_config: ImageConfig) -> str:
-    """Return a sha256 of both configs' values. The spelling in their files does not matter."""
+    """Return a sha256 of both configs' values. The spelling in the files does not matter."""
     both = {"vision": config.to_json(), "image": image_config.to_json()}
     return hashlib.sha256(json.dumps(both, sort_keys=True).encode()).hexdigest()
 
@@ -221,7 +222,7 @@ def _check_given(tensor: object, name: str) -> Tensor:
 
 
 def _read_image_config(folder: Path) -> tuple[ImageConfig, Path | None]:
-    # As in transformers, the image settings of a whole processor come first.
+    # As in transformers, the image settings of a whole processor take precedence.
     processor, preprocessor = folder / "processor_config.json", folder / "preprocessor_config.json"
     if processor.exists():
         settings = read_json(processor)

@@ -1,4 +1,4 @@
-"""A vision tower's tensors in local and remote shards -> one vision.safetensors."""
+"""Write a vision tower's tensors from local and remote shards into one vision.safetensors."""
 
 import errno
 import os
@@ -33,9 +33,9 @@ CHUNK_BYTES = 2**20
 
 
 class Shards:
-    """The shards of one checkpoint: local files, and remote ones with range requests.
+    """Read the shards of one checkpoint: local files, and remote files with range requests.
 
-    Headers are read once. `label` names the repository in messages.
+    It reads each header once. `label` names the repository in messages.
     """
 
     def __init__(
@@ -50,17 +50,17 @@ class Shards:
         self.file_bytes: dict[str, int] = {}
 
     def remote_files(self) -> RemoteFiles:
-        """The shards that are on the Hub, for `find_tower`."""
+        """Return the shards that are on the Hub, for `find_tower`."""
         return RemoteFiles(self.remote, self.header_of)
 
     def origins(self) -> dict[str, str]:
-        """How each shard is read, for the manifest."""
+        """Return how each shard is read, for the manifest."""
         return dict.fromkeys(self.local, "whole, from the cache") | dict.fromkeys(
             self.remote, "ranges"
         )
 
     def header_of(self, name: str) -> dict[str, TensorInfo]:
-        """A shard's header, read once. Raises CheckpointError for a damaged one."""
+        """Return a shard's header, read once. Raises CheckpointError for a damaged shard."""
         if name not in self._headers:
             start, file_bytes = ranges.read(self.open_range, name, 0, START_BYTES)
             source = str(self.local.get(name, f"{self._label}: {name}"))
@@ -76,7 +76,7 @@ class Shards:
         return self._headers[name]
 
     def piece(self, tensor: StoredTensor, to: int) -> Piece:
-        """A tensor's bytes in its shard, and the place `to` where they go."""
+        """Return a tensor's bytes in its shard, and the place `to` to copy them to."""
         name = tensor.path.name
         self.header_of(name)
         start = self._data_starts[name] + tensor.info.start
@@ -84,7 +84,7 @@ class Shards:
 
     @contextmanager
     def open_range(self, name: str, start: int, end: int) -> Iterator[RangeResponse]:
-        """Bytes `start` to `end` of a shard, local or remote; see `ranges.Opener`."""
+        """Open bytes `start` to `end` of a local or remote shard; see `ranges.Opener`."""
         if name not in self.local:
             with self._open_remote(name, start, end) as opened:
                 yield opened
@@ -99,9 +99,9 @@ class Shards:
 def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
     """Write the tower's config files and its tensors, as stored, into an empty folder.
 
-    The result is then checked like any checkpoint: names, shapes, types, and no NaN. Raises
-    RangesRefusedError or TransferError if a shard cannot be read, and CheckpointError if the result
-    is damaged.
+    It then checks the result like any checkpoint: names, shapes, types, and no NaN. Raises
+    RangesRefusedError or TransferError if a shard cannot be read. Raises CheckpointError if the
+    result is damaged.
     """
     for path in tower.settings:
         shutil.copyfile(path, folder / path.name)
@@ -120,7 +120,7 @@ def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
 
 def plan_file(tower: Tower, shards: Shards) -> tuple[bytes, list[Piece]]:
     """Return the new file's header, and each tensor's bytes in a shard and place in that file."""
-    # As safetensors itself does: wide types first, so that every tensor begins aligned.
+    # Write wide types first, as safetensors does, so that every tensor begins aligned.
     tensors = sorted(
         tower.stored(),
         key=lambda tensor: (-DTYPE_BYTES[tensor.info.dtype], tensor.path.name, tensor.info.start),
@@ -138,7 +138,7 @@ def plan_file(tower: Tower, shards: Shards) -> tuple[bytes, list[Piece]]:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Allocate the disk space before anything is fetched."""
+    """Allocate the disk space before fetching anything."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
@@ -154,7 +154,7 @@ def verify_download(folder: Path, label: str) -> None:
         tensors = load_checkpoint(folder).tensors
         for at in tensors:
             check_finite(tensors[at], at)
-    except CheckpointError as error:  # its name may be in this folder, which is temporary
+    except CheckpointError as error:  # its name may be in this temporary folder
         raise CheckpointError.of(
             error,
             name=f"{label}: {at}",

@@ -1,4 +1,4 @@
-"""The published checkpoints, and suggestions for short or misspelt names."""
+"""List the published checkpoints, and suggest names for short or misspelt ones."""
 
 import difflib
 import os
@@ -19,12 +19,12 @@ __all__ = [
 ]
 
 PACKAGED = ("tiny",)
-MIN_PREFIX = 4  # letters of a name that others begin with
-MIN_LIKENESS = 0.7  # of two names, by difflib; "qwen2-vl-7b" is not taken for "Qwen2.5-VL-7B"
+MIN_PREFIX = 4  # common letters at the start of two names
+MIN_LIKENESS = 0.7  # of two names, by difflib; "qwen2-vl-7b" does not match "Qwen2.5-VL-7B"
 
 
 def packaged_weights() -> Path:
-    """`weights/` inside an installed package, or beside it in a checkout."""
+    """Return `weights/` inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent.parent
     inside = package / "weights"
     return inside if inside.is_dir() else package.parent / "weights"
@@ -32,7 +32,7 @@ def packaged_weights() -> Path:
 
 @cache
 def published_checkpoints() -> dict[str, dict[str, Any]]:
-    """What `published.toml` says of each repository.
+    """Return the entries of `published.toml` by repository.
 
     >>> published_checkpoints()["Qwen/Qwen2.5-VL-7B-Instruct"]["licence"]
     'Apache-2.0'
@@ -42,7 +42,7 @@ def published_checkpoints() -> dict[str, dict[str, Any]]:
 
 
 def closest_names(name: str) -> list[str]:
-    """The published checkpoints that a name may mean, the likeliest first.
+    """Return the published checkpoints that a name may mean, the likeliest first.
 
     >>> closest_names("7B"), closest_names("Qwen2.5-VL-7b-Instuct"), closest_names("tinny")
     (['Qwen/Qwen2.5-VL-7B-Instruct', 'Qwen/Qwen2.5-Omni-7B'], ['Qwen/Qwen2.5-VL-7B-Instruct'], \
@@ -50,7 +50,7 @@ def closest_names(name: str) -> list[str]:
     """
     wanted = name.lower().rstrip("/")
     known = [*([] if "/" in name else PACKAGED), *published_checkpoints()]
-    if re.fullmatch(r"\d+b", wanted):  # a size alone
+    if re.fullmatch(r"\d+b", wanted):  # only a size
         return [each for each in known if wanted in re.split("[/-]", each.lower())]
     spelt = {each.lower(): each for each in known}
     spelt |= {each.lower().rpartition("/")[2]: each for each in known}
@@ -64,7 +64,7 @@ def closest_names(name: str) -> list[str]:
 
 
 def did_you_mean(name: str) -> str:
-    """A question with the checkpoints that a name may mean; empty if there is none.
+    """Return a question with the checkpoints that a name may mean, or an empty text.
 
     >>> did_you_mean("Qwen2.5-VL-7B")
     'did you mean Qwen/Qwen2.5-VL-7B-Instruct?'
@@ -74,7 +74,7 @@ def did_you_mean(name: str) -> str:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name can only be a path: a repository's has one slash, and no dot in front.
+    """Return whether a name can only be a path. A repository has one slash and no leading dot.
 
     >>> is_path("./model"), is_path("models/qwen/7b"), is_path("Qwen/Qwen2.5-VL-7B-Instruct")
     (True, True, False)
@@ -83,9 +83,9 @@ def is_path(name: str) -> bool:
 
 
 def cached_repositories() -> list[str]:
-    """The repositories in the Hub's cache, by the names of its folders alone.
+    """Return the repositories in the Hub's cache, from the names of its folders.
 
-    For completion: importing the Hub's client takes longer than a key press.
+    It is for completion: importing the Hub's client takes longer than a key press.
     """
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     folder = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")

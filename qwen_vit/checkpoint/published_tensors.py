@@ -1,6 +1,6 @@
-"""A tower's tensors under their published names, from files at each look-up or from memory.
+"""Map published names to a tower's tensors, from files at each look-up or from memory.
 
-A published tensor may be stored as three (q, k and v of Qwen2.5-Omni); they are joined at look-up.
+A published tensor may be stored as three: q, k and v of Qwen2.5-Omni. A look-up joins them.
 """
 
 import hashlib
@@ -40,35 +40,35 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
-    """Published names -> tensors, each made of its parts when it is looked up."""
+    """Map published names to tensors, each made of its parts at look-up."""
 
     def __init__(self, parts: Mapping[str, tuple[Part, ...]]) -> None:
         self._parts = parts
         self._sha256: str | None = None
 
     def sha256(self) -> str:
-        """`weights_hash`, computed once."""
+        """Return `weights_hash`, computed once."""
         if self._sha256 is None:
             self._sha256 = weights_hash(self)
         return self._sha256
 
     def stored_as(self, name: str) -> tuple[str, ...]:
-        """The stored names of a tensor: its own, or those of q, k and v."""
+        """Return the stored names of a tensor: its own name, or the names of q, k and v."""
         return part_names(name, split=len(self._parts[name]) > 1)
 
     def as_stored(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors under their stored names."""
+        """Yield the tensors under their stored names."""
         for name in self:
             parts = self.stored_as(name)
             yield from zip(parts, self[name].chunk(len(parts)), strict=True)
 
     def on_host(self) -> "PublishedTensors[Any]":
-        """The same with no tensor on a GPU, whose memory is for weights that are computed with."""
+        """Return the same tensors in host memory: a GPU's memory is for converted weights."""
         return self
 
     @abstractmethod
     def locate(self, name: str) -> str:
-        """Where a published tensor is stored, for messages."""
+        """Return where a published tensor is stored, for messages."""
 
     @abstractmethod
     def _read(self, part: Part) -> Tensor: ...
@@ -87,10 +87,10 @@ class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
 
 
 class LazyTensors(PublishedTensors[StoredTensor]):
-    """Tensors of files, read at each look-up.
+    """Read tensors of files at each look-up.
 
-    Open files are maps: their content stays readable when the path is deleted or replaced. A pickle
-    holds paths and no open file. It opens the files again when it is loaded.
+    Open files are maps: their content remains readable after the path is deleted or replaced. A
+    pickle contains paths and no open file. Unpickling opens the files again.
     """
 
     def __init__(self, sources: Mapping[str, tuple[StoredTensor, ...]]) -> None:
@@ -98,7 +98,7 @@ class LazyTensors(PublishedTensors[StoredTensor]):
         self._open_files: dict[Path, tuple[Any, os.stat_result]] = {}
 
     def locate(self, name: str) -> str:
-        """Each part's file, the file's size, and the name there."""
+        """Return each part's file, the file's size, and the part's name there."""
         return " with ".join(
             f"{source.path} ({self._open(source)[1].st_size} bytes): {source.name}"
             for source in self._parts[name]
@@ -108,7 +108,7 @@ class LazyTensors(PublishedTensors[StoredTensor]):
         return {**self.__dict__, "_open_files": {}}  # safetensors' handles cannot be pickled
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # the content never changes, and the path may have another file by now
+        return self  # the content never changes, and the path may now name another file
 
     def _read(self, part: StoredTensor) -> Tensor:
         try:
@@ -133,33 +133,33 @@ class LazyTensors(PublishedTensors[StoredTensor]):
         opened = self._open_files.get(source.path)
         if opened is None:
             file = safe_open(source.path, framework="pt", device="cpu")
-            # If two threads open it at once, both use the first result. No lock: a process that is
-            # forked while another thread holds one would wait forever.
+            # If two threads open it at once, both use the first result. A lock would be wrong: a
+            # process that is forked while another thread has the lock would wait forever.
             opened = self._open_files.setdefault(source.path, (file, source.path.stat()))
         return opened
 
 
 def _is_overwritten(path: Path, opened: os.stat_result) -> bool:
-    """Whether the opened file itself was overwritten: its map then shows other bytes."""
+    """Return whether the opened file itself was overwritten. Its map then shows other bytes."""
     try:
         now = path.stat()
     except OSError:
-        return False  # the path is gone, and the map keeps the file
+        return False  # the path was deleted, and the map keeps the file
     same_file = (now.st_dev, now.st_ino) == (opened.st_dev, opened.st_ino)
     return same_file and (now.st_size, now.st_mtime_ns) != (opened.st_size, opened.st_mtime_ns)
 
 
 class GivenTensors(PublishedTensors[Tensor]):
-    """Tensors that the caller loaded, on any device."""
+    """Map names to tensors that the caller loaded, on any device."""
 
     def on_host(self) -> "GivenTensors":
-        """Tensors of a GPU as copies in host memory, the others unchanged."""
+        """Return copies of a GPU's tensors in host memory, and the other tensors unchanged."""
         return GivenTensors(
             {name: tuple(part.cpu() for part in parts) for name, parts in self._parts.items()}
         )
 
     def locate(self, name: str) -> str:
-        """The name: there is no file."""
+        """Return the name, because there is no file."""
         return name
 
     def _read(self, part: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Pieces of remote files -> one local file: merged, in parallel, with retries.
+"""Fetch pieces of remote files into one local file: merged, in parallel, with retries.
 
-Nothing here knows HTTP: a piece comes from a function that opens a range of a named file.
+This module does not use HTTP. A piece comes from a function that opens a range of a named file.
 """
 
 import logging
@@ -29,17 +29,17 @@ __all__ = [
 
 logger = logging.getLogger("qwen_vit")
 
-PART_BYTES = 64 * 2**20  # of one request
+PART_BYTES = 64 * 2**20  # for one request
 CONNECTIONS = 8
-ATTEMPTS = 6  # consecutive attempts that bring nothing
+ATTEMPTS = 6  # consecutive attempts without any bytes
 SLOW_ATTEMPTS = 3
 PATIENCE_S, MIN_BYTES_A_SECOND = 30.0, 1_000
-MAX_WAIT_S = 300.0  # in which the Hub counts requests
+MAX_WAIT_S = 300.0  # the period in which the Hub counts requests
 
 
 @dataclass(frozen=True, slots=True)
 class RangeResponse:
-    """An open range: its bytes in chunks, and the size and the version of the whole file."""
+    """Describe an open range: its bytes in chunks, and the whole file's size and version."""
 
     chunks: Iterable[bytes]
     file_bytes: int
@@ -51,13 +51,13 @@ Opener = Callable[[str, int, int], AbstractContextManager[RangeResponse]]
 
 
 class RangesRefusedError(Exception):
-    """The server has no range support for this file, or sent other bytes than requested."""
+    """Report that the server has no ranges for this file, or sent other bytes than requested."""
 
 
 class TransferError(Exception):
-    """A transfer broke off; a retry may start after `wait_s`.
+    """Report that a transfer broke off. A retry may start after `wait_s`.
 
-    `cause` is set if the reason is the server's answer, not the connection.
+    If the server's answer is the reason, `cause` contains it. A broken connection has none.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class TransferError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes `start` to `end` of `file`, and the place `to` where they go."""
+    """Describe bytes `start` to `end` of `file`, and the place `to` to copy them to."""
 
     file: str
     start: int
@@ -79,11 +79,11 @@ class Piece:
 
 
 class TooSlowError(HubError):
-    """A server sends, but so little that the transfer would take days."""
+    """Report that a server sends so slowly that the transfer would take days."""
 
 
 class Pace:
-    """Bytes over time: a timeout of each read alone never ends a byte every few seconds."""
+    """Check the average speed, because a read timeout allows a byte every few seconds."""
 
     def __init__(self, name: str) -> None:
         self._name, self._bytes, self._begin = name, 0, time.monotonic()
@@ -139,8 +139,8 @@ def fetch(
 ) -> None:
     """Write each piece to its place in an open file, in parallel.
 
-    Raises RangesRefusedError or TransferError for the first piece that fails, once the others have
-    stopped.
+    If a piece fails, it stops the others. Then it raises RangesRefusedError or TransferError for
+    the first failed piece.
     """
     stop, counting = threading.Event(), threading.Lock()
 
@@ -154,7 +154,7 @@ def fetch(
 
     def fetch_part(part: Piece) -> None:
         file_bytes = _fetch_piece(part, open_range, write, stop)
-        if file_bytes < part.end and not stop.is_set():  # missing bytes would stay zeros
+        if file_bytes < part.end and not stop.is_set():  # missing bytes would remain zeros
             raise RangesRefusedError(f"{part.file} ends after {file_bytes} bytes")
 
     with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="qwen-vit-download") as pool:
@@ -165,7 +165,7 @@ def fetch(
             done, _ = wait(parts, return_when=FIRST_EXCEPTION)
             for part in done:
                 part.result()
-        finally:  # also when the user interrupts: no thread finishes a whole part first
+        finally:  # also at an interrupt: no thread first finishes a whole part
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -184,7 +184,7 @@ def split_piece(piece: Piece) -> Iterator[Piece]:
 def _fetch_piece(
     piece: Piece, open_range: Opener, write: Callable[[bytes, int], None], stop: threading.Event
 ) -> int:
-    """Fetch a piece, resuming after each break; return the file's size."""
+    """Fetch a piece, resuming after each break. Return the file's size."""
     position, end, failures, file_bytes = piece.start, piece.end, 0, 0
     slow = 0  # attempts
     while position < end and not stop.is_set():
@@ -220,5 +220,5 @@ def _fetch_piece(
 
 
 def _rest(seconds: float, stop: threading.Event) -> None:
-    """Pause between two attempts, unless the others have stopped."""
+    """Pause between two attempts, unless the other threads have stopped."""
     stop.wait(seconds)

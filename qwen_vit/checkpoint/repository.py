@@ -1,7 +1,7 @@
-"""One repository of the Hugging Face Hub: cached files, remote files, errors.
+"""Access one repository of the Hugging Face Hub: cached files, remote files and errors.
 
-huggingface_hub is imported inside functions only, because that import reads environment variables.
-Only names that its versions 1 and 2 share are used.
+Functions import huggingface_hub, because its import reads environment variables. They use only
+names that versions 1 and 2 share.
 """
 
 import logging
@@ -39,13 +39,13 @@ LINK_ATTEMPTS, LINK_PAUSE_S = 5, 0.02
 
 
 class NotCachedError(HubError):
-    """A file is not in the Hub's cache, and the network is disabled or unreachable."""
+    """Report that a file is not in the Hub's cache, and the network is disabled or unreachable."""
 
 
 class Repository:
-    """A repository at one commit. `resolve` finds the commit of a branch or tag.
+    """Access a repository at one commit. `resolve` finds the commit of a branch or tag.
 
-    `fetched_bytes` counts what came over the network.
+    `fetched_bytes` counts the bytes received over the network.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Repository:
     ) -> None:
         from huggingface_hub import constants
 
-        # With telemetry the client reads a list from the endpoint first, whatever its size.
+        # With telemetry, the client first reads a list of any size from the endpoint.
         constants.HF_HUB_DISABLE_TELEMETRY = True
         self.name, self.subfolder = name, subfolder
         self.full_name = f"{name}/{subfolder}" if subfolder else name
@@ -69,28 +69,28 @@ class Repository:
         self.fetched_bytes = 0
         self._revision = revision
         self._token = token
-        # not every function of the client takes "~" for the home folder
+        # not every function of the client expands "~" to the home folder
         self._cache_dir = Path(cache_dir).expanduser() if cache_dir else None
         self._counting = threading.Lock()
         self._sizes: dict[str, int] = {}
-        self._versions: dict[str, str] = {}  # ETags of the files that were read in ranges
+        self._versions: dict[str, str] = {}  # ETags of the files that were read by ranges
         self._listing: dict[str, Any] | None = None
         self._found_address: bool | None = None
 
     def is_offline(self) -> bool:
-        """Whether the caller or HF_HUB_OFFLINE disabled the network, or it is unreachable."""
+        """Return whether the caller or HF_HUB_OFFLINE disabled the network, or it is down."""
         from huggingface_hub import is_offline_mode
 
         return self.local_files_only or is_offline_mode() or not self._has_address()
 
     def cache(self) -> Path:
-        """The Hub's cache: `cache_dir`, or the folder of HF_HUB_CACHE or HF_HOME."""
+        """Return the Hub's cache: `cache_dir`, or the folder of HF_HUB_CACHE or HF_HOME."""
         from huggingface_hub.constants import HF_HUB_CACHE
 
         return Path(self._cache_dir or HF_HUB_CACHE)
 
     def resolve(self, name: str) -> Path | None:
-        """Fetch a file and learn the commit from its path; None if there is no such file.
+        """Fetch a file and set the commit from its path. Return None if no such file exists.
 
         The other files come from the same commit, even if the branch moves.
         """
@@ -108,47 +108,47 @@ class Repository:
         return path
 
     def file(self, name: str) -> Path | None:
-        """A small file, from the cache or the network; None if there is no such file.
+        """Return a small file from the cache or the network; None if no such file exists.
 
-        Raises NotCachedError if that is unknown.
+        Raises NotCachedError if it cannot find out whether the file exists.
         """
         known = self._look_up(name)
-        # the cache also remembers which files a repository does not have
+        # the cache also records which files a repository lacks
         if known is not None and not isinstance(known, Path) and not self._is_listed(name):
             return None
         return self._fetch_if_there(name, self.commit or self._revision)
 
     def explain(self, error: Exception) -> HubError:
-        """An error of the client as ours, with the cause and the remedy."""
+        """Convert an error of the client to one of ours, with the cause and the remedy."""
         return explain(
             error, name=self.name, label=self.label, cache_dir=self.cache(),
             local_files_only=self.local_files_only,
         )  # fmt: skip
 
     def not_cached(self) -> NotCachedError:
-        """The error for weights that are not in the cache while the network is disabled."""
+        """Return the error for weights that are not in the cache while the network is disabled."""
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         return NotCachedError.of(self.explain(LocalEntryNotFoundError("")))
 
     def cached(self, name: str) -> Path | None:
-        """A file of the Hub's cache, or None."""
+        """Return a file of the Hub's cache, or None."""
         known = self._look_up(name)
         return known if isinstance(known, Path) else None
 
     def cached_weights(self) -> list[str]:
-        """The files of this commit in the Hub's cache that are weights, or an index of them."""
+        """Return the files of this commit in the Hub's cache that are weights or weight indexes."""
         if self.commit is None:
             return []
         folder = cache.repository_folder(self.cache(), self.name) / "snapshots" / self.commit
         return [path.name for path in folder.glob(self._inside("*.safetensors*"))]
 
     def _inside(self, name: str) -> str:
-        """The path of a file in the repository."""
+        """Return the path of a file in the repository."""
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
     def _look_up(self, name: str) -> Any:
-        """Its path in the cache, None, or a mark that the commit has no such file."""
+        """Return a file's path in the cache, None, or a mark that the commit has no such file."""
         from huggingface_hub import try_to_load_from_cache
 
         at = self.commit or self._revision
@@ -160,11 +160,11 @@ class Repository:
         return Path(known) if found and self.commit in (None, found[1]) else None
 
     def whole(self, name: str) -> Path:
-        """A whole file in the Hub's cache, checked against the Hub's hash; fetched if necessary."""
+        """Return a whole cached file, checked against the Hub's hash. Fetch it if necessary."""
         return self._fetch_sound(name, self.commit, partial(self.check, name, once=False))
 
     def _fetch_sound(self, name: str, revision: str | None, check: Callable[[Path], None]) -> Path:
-        """A file in the Hub's cache that `check` accepts. A damaged one is fetched again."""
+        """Return a file in the Hub's cache that `check` accepts. Fetch a damaged file again."""
         for _ in range(2):
             path = self._request_file(name, revision)
             try:
@@ -175,7 +175,7 @@ class Repository:
                 logger.warning("%s Doing so now.", error)
             else:
                 return path
-            # at once, so that no later call uses it if the next attempt fails
+            # delete it at once, so that no later call uses it if the next attempt fails
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         raise HubError(
@@ -185,7 +185,7 @@ class Repository:
         )
 
     def is_sound(self, name: str, path: Path) -> bool:
-        """Whether `check` accepts a file. Its error is logged."""
+        """Return whether `check` accepts a file, and log the error otherwise."""
         try:
             self.check(name, path)
         except CheckpointError as error:
@@ -194,10 +194,10 @@ class Repository:
         return True
 
     def check(self, name: str, path: Path, *, once: bool = True) -> None:
-        """Hash a cached file and compare with the Hub's checksum, if there is one.
+        """Hash a cached file and compare it with the Hub's checksum, if the Hub gives one.
 
-        huggingface_hub checks only sizes. A good file is recorded and not hashed again until it
-        changes, unless `once` is False. Raises CheckpointError for a difference.
+        huggingface_hub checks only sizes. This check records a good file and hashes it again only
+        after a change, or with `once=False`. Raises CheckpointError for a difference.
         """
         digest = cache.hub_digest(path) or self._remote_digest(name)
         if digest is None or len(digest) not in (40, 64):
@@ -210,17 +210,17 @@ class Repository:
         cache.remember_check(folder, path, digest)
 
     def names(self) -> list[str] | None:
-        """The files beside config.json; None if the Hub, or its mirror, does not list them."""
+        """Return the files beside config.json; None if the Hub or its mirror does not list them."""
         siblings = (self._info() or {}).get("siblings")
         if not isinstance(siblings, list):
             return None
         names = [str(each.get("rfilename")) for each in siblings if isinstance(each, dict)]
         start = self._inside("")
         names = [name.removeprefix(start) for name in names if name.startswith(start)]
-        return [name for name in names if "/" not in name]  # folders hold other models, or parts
+        return [name for name in names if "/" not in name]  # folders contain other models or parts
 
     def licence(self) -> str | None:
-        """The licence of the model card; None if the card is unavailable."""
+        """Return the licence of the model card; None if the card is unavailable."""
         card = (self._info() or {}).get("cardData")
         card = card if isinstance(card, dict) else {}
         licence = card.get("license_name") or card.get("license")
@@ -256,7 +256,7 @@ class Repository:
         except EntryNotFoundError:
             self.names()
             if self._listing is None or self._is_listed(name):
-                self._forget_absence(name)  # the cache must not remember one wrong answer
+                self._forget_absence(name)  # the cache must not record one wrong answer
             if self._is_listed(name):
                 raise HubError(
                     f"lists {name} but returned 404", name=self.label, remedy="try again"
@@ -264,7 +264,7 @@ class Repository:
             return None
 
     def _is_listed(self, name: str) -> bool:
-        """Whether the listing has it, if the listing was fetched already."""
+        """Return whether an already fetched listing has the file."""
         return self._listing is not None and name in (self.names() or ())
 
     def _forget_absence(self, name: str) -> None:
@@ -281,7 +281,7 @@ class Repository:
         return path
 
     def _download_file(self, name: str, revision: str | None) -> tuple[Path, int]:
-        """Retries while another process recreates the cache's link."""
+        """Retry while another process recreates the cache's link."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
@@ -302,7 +302,7 @@ class Repository:
                     )
                 )
                 return path, path.stat().st_size
-            except EntryNotFoundError:  # also a FileNotFoundError, but an answer
+            except EntryNotFoundError:  # also a FileNotFoundError, but an answer of the server
                 raise
             except FileNotFoundError:
                 attempt += 1
@@ -311,7 +311,7 @@ class Repository:
                 time.sleep(LINK_PAUSE_S * 2**attempt)
 
     def _has_address(self) -> bool:
-        """Whether the Hub's name resolves: without a network the client retries for 25 s."""
+        """Return whether the Hub's name resolves. Without a network the client retries for 25 s."""
         if self._found_address is None:
             from huggingface_hub.constants import ENDPOINT
 
@@ -325,7 +325,7 @@ class Repository:
         return self._found_address
 
     def _remote_digest(self, name: str) -> str | None:
-        """Asks the Hub: without links its cache does not record a file's digest."""
+        """Ask the Hub for a digest, because its cache records none without links."""
         if self.is_offline():
             return None
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -357,7 +357,7 @@ class Repository:
 
 
 def _check_small(path: Path) -> None:
-    """Hash a small file each time: a damaged one would answer every later call."""
+    """Hash a small file each time, because a damaged one would answer every later call."""
     digest = cache.hub_digest(path)
     if digest is not None:
         cache.check_digest(path, digest)

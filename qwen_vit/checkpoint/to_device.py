@@ -1,8 +1,8 @@
-"""Copies tensors to a GPU: threads read ahead, through a fixed amount of pinned memory.
+"""Copy tensors to a GPU: threads read ahead, through a fixed amount of pinned memory.
 
 A plain copy of a mapped tensor runs at the rate of one thread's page faults, while the GPU waits.
 Here the tensors are one stream of bytes, cut into pieces. Threads copy the next pieces into pinned
-slots while the GPU fetches the previous ones.
+slots while the GPU fetches the previous pieces.
 """
 
 import os
@@ -20,11 +20,11 @@ __all__ = ["to_device"]
 
 PIECE_BYTES = 4 * 2**20
 MAX_THREADS = 4
-SLOTS_PER_THREAD = 2  # one is filled while another is fetched
+SLOTS_PER_THREAD = 2  # one is filled while the GPU fetches the other
 
 
 class _Span(NamedTuple):
-    """Bytes of one tensor, source and target; its last ones come with the `whole` target tensor."""
+    """Keep the source and target of one tensor's bytes. The last bytes have the `whole` tensor."""
 
     source: Any  # uint8 array
     target: Tensor  # uint8, of the same length
@@ -32,12 +32,12 @@ class _Span(NamedTuple):
 
 
 def to_device(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Yield the tensors on a device in order, on a GPU's current stream. No copy if already there.
+    """Yield tensors on a device in order, on a GPU's current stream. Copy only if necessary.
 
     >>> [tensor.item() for tensor in to_device([torch.ones(())], torch.device("cpu"))]
     [1.0]
 
-    Tensors of the CPU are read at most 32 MiB ahead of those on the GPU.
+    CPU tensors are read at most 32 MiB ahead of the GPU.
     """
     threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     for on_cpu, run in groupby(tensors, lambda tensor: tensor.device.type == "cpu"):
@@ -58,11 +58,12 @@ def _through_slots(
 
     def fill(slot: int, spans: list[_Span]) -> None:
         if (event := fetched[slot]) is not None:
-            with torch.cuda.device(spans[0].target.device):  # or the first GPU is woken as well
+            # otherwise torch also creates a context on the first GPU
+            with torch.cuda.device(spans[0].target.device):
                 event.synchronize()
         at = 0
         for source, _, _ in spans:
-            # NumPy copies with one thread, and without the interpreter's lock
+            # NumPy copies with one thread and without the interpreter's lock
             np.copyto(memory[slot, at : at + len(source)], source)
             at += len(source)
 
@@ -90,7 +91,7 @@ def _through_slots(
 def _pieces(
     tensors: Iterable[Tensor], device: torch.device, piece_bytes: int
 ) -> Iterator[list[_Span]]:
-    """All bytes in order, one slot at a time: a part of a large tensor, or many small ones."""
+    """Yield all bytes in order, one slot at a time: part of a large tensor, or many small ones."""
     spans, room = [], piece_bytes
     for tensor in tensors:
         whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)

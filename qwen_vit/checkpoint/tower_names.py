@@ -1,4 +1,4 @@
-"""The names, shapes and types that a vision tower's tensors must have."""
+"""Define the names, shapes and types that a vision tower's tensors must have."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -23,9 +23,9 @@ __all__ = [
     "tower_prefixes",
 ]
 
-# What precedes a tower's names: "visual." (the Hub's files), "model.visual." (transformers >= 4.52
-# in memory), "thinker.visual." (Qwen2.5-Omni), nothing (a tower saved alone), or a longer path in a
-# larger model. All are found by the one name that every tower has once.
+# The prefixes of a tower's names: "visual." (the Hub's files), "model.visual." (transformers >=
+# 4.52 in memory), "thinker.visual." (Qwen2.5-Omni), nothing (a tower saved alone), or a longer path
+# in a larger model. One name that every tower has once identifies each prefix.
 ANCHOR_KEY = "patch_embed.proj.weight"
 
 # The types that a tower may have, by their names in safetensors headers.
@@ -39,12 +39,12 @@ OTHER_TOWERS = (
     (re.compile(r"\.mlp\.fc1\.|^merger\.ln_q\.bias$"), "Qwen2-VL"),
     (re.compile(r"^pos_embed\.|\.mlp\.linear_fc1\.|^deepstack_merger_list\."), "Qwen3-VL"),
 )
-# What wraps a module in memory, in the names of a state dict that was saved as it was.
+# Parts of names in a state dict that was saved from a wrapped module.
 WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\."
 )
 MERGE = "merge it first (peft's merge_and_unload) and save the result"
-# Names of state dicts that were saved while something else was apart: what it is, what helps.
+# Names in state dicts of training tools that contain no complete tower: what they are, the remedy.
 SAVED_BY_TOOLS = (
     (
         re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\."),
@@ -59,7 +59,7 @@ SAVED_BY_TOOLS = (
         "save a full state dict (StateDictType.FULL_STATE_DICT)",
     ),
 )
-# Names that quantisers store beside a weight or instead of it.
+# Names that quantisers store in addition to a weight, or instead of it.
 QUANTISED = re.compile(
     r"\.(weight_scale|weight_scale_inv|weight_zero_point|weight_packed|weight_shape|input_scale"
     r"|scales|qweight|qzeros|g_idx|SCB|weight_format|weight\.(absmax|quant_map|quant_state).*)$"
@@ -97,7 +97,7 @@ def expected_tensors(config: VisionConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tower_prefixes(names: Iterable[str]) -> list[str]:
-    """Return what precedes each vision tower's names, sorted; one for a usual checkpoint.
+    """Return the sorted prefixes of vision towers. A usual checkpoint has one.
 
     >>> tower_prefixes(["visual.patch_embed.proj.weight", "model.norm.weight"])
     ['visual.']
@@ -110,7 +110,7 @@ def tower_prefixes(names: Iterable[str]) -> list[str]:
 
 
 def find_prefix(names: Collection[str], source: str) -> str:
-    """Return what precedes the names of the one tower among `names`.
+    """Return the prefix of the one tower among `names`.
 
     >>> find_prefix(["visual.patch_embed.proj.weight", "model.norm.weight"], "folder")
     'visual.'
@@ -145,11 +145,11 @@ def check_tower(
     source: str,
     locate: Callable[[str], str],
 ) -> dict[str, tuple[str, ...]]:
-    """Return the stored tensors of each published one: itself, or q, k and v.
+    """Return the stored tensors of each published one: the tensor itself, or q, k and v.
 
-    `infos` has the names without prefix, and `locate` gives a tensor's place for the message.
-    Raises CheckpointError, about `source`, for a tower of another model, a quantised one, and any
-    name or shape that differs from `config`.
+    `infos` has the names without prefix. `locate` gives a tensor's place for the message. Raises
+    CheckpointError about `source` for another model's tower or a quantised tower. It also raises
+    CheckpointError for any name or shape that differs from `config`.
     """
     _refuse_other_towers(infos, source, locate)
     _refuse_as_tools_save({name: info.shape for name, info in infos.items()}, source)
@@ -175,7 +175,7 @@ def check_tower(
 
 
 def check_tensor(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless this is one tensor of a tower with `shapes`, by name.
+    """Raise CheckpointError unless `shapes` has this tensor's name and shape.
 
     >>> shapes = {"merger.ln_q.weight": (1280,)}
     >>> check_tensor("merger.ln_q.weight", torch.ones(80), shapes)
@@ -195,7 +195,7 @@ Expected [1280] from config.json. Use the config.json that belongs to the weight
 
 
 def tensor_info(tensor: Tensor) -> TensorInfo:
-    """A tensor's entry in a file's header."""
+    """Return a tensor's entry in a file's header."""
     dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
     return TensorInfo(dtype, tuple(tensor.shape), 0, tensor.nbytes)
 
@@ -211,7 +211,7 @@ def _check_shape(name: str, info: TensorInfo, shape: tuple[int, ...]) -> None:
 
 
 def joined_name(name: str) -> str:
-    """Return the published tensor that a stored one belongs to: itself, or that of q, k and v.
+    """Return a stored tensor's published name. For q, k and v, it is the joined tensor's name.
 
     >>> joined_name("blocks.0.attn.k.bias")
     'blocks.0.attn.qkv.bias'
@@ -220,7 +220,7 @@ def joined_name(name: str) -> str:
 
 
 def part_names(name: str, *, split: bool) -> tuple[str, ...]:
-    """Return the stored names of a published tensor: itself, or q, k and v.
+    """Return the stored names of a published tensor: its own name, or the names of q, k and v.
 
     >>> part_names("blocks.0.attn.qkv.bias", split=True)
     ('blocks.0.attn.q.bias', 'blocks.0.attn.k.bias', 'blocks.0.attn.v.bias')
@@ -245,7 +245,7 @@ def _refuse_other_towers(
 
 
 def _refuse_as_tools_save(shapes: Mapping[str, tuple[int, ...] | None], source: str) -> None:
-    """Raise CheckpointError for files of training and conversion tools that hold no tower."""
+    """Raise CheckpointError for files of training and conversion tools that contain no tower."""
     for pattern, what, remedy in SAVED_BY_TOOLS:
         found = [name for name in shapes if pattern.search(name)]
         if found:
@@ -276,7 +276,7 @@ def _refuse_as_tools_save(shapes: Mapping[str, tuple[int, ...] | None], source: 
 
 
 def plain_name(name: str) -> str:
-    """A name without what torch.compile, FSDP, DDP and checkpointing put into it.
+    """Return a name without the parts that torch.compile, FSDP, DDP and checkpointing add.
 
     >>> plain_name("module.visual._orig_mod.blocks.0._fsdp_wrapped_module.norm1.weight")
     'visual.blocks.0.norm1.weight'

@@ -1,7 +1,8 @@
-"""Published tensors, arriving in any order and in pieces, written into a tower's parameters.
+"""Write published tensors, in any order and in parts, into a tower's parameters.
 
-An inference engine loads weights itself and passes them on while it reads. A trainer sends new ones
-while the tower serves. The parameters keep their memory, so a captured CUDA graph stays valid.
+An inference engine loads weights itself and passes them on while it reads. A trainer sends new
+weights while the tower serves. The parameters keep their memory, so a captured CUDA graph remains
+valid.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,7 @@ __all__ = ["WeightUpdates"]
 
 
 class WeightUpdates:
-    """Writes each of a tower's parameters once all its published tensors have arrived.
+    """Write each of a tower's parameters once all its published tensors have arrived.
 
     >>> from qwen_vit import VisionEncoder
     >>> tiny = VisionEncoder.from_pretrained("tiny", device="cpu")
@@ -36,9 +37,9 @@ class WeightUpdates:
     ('blocks.0.attn.qkv.weight',)
 
     Args:
-        tower: the `VisionTower` whose parameters are written, in place.
+        tower: the `VisionTower` whose parameters are written in place.
         config: the tower's architecture.
-        image_config: the image settings; the weights for uint8 pixels depend on them.
+        image_config: the image settings, which decide the weights for uint8 pixels.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class WeightUpdates:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """The published names that received tensors wait for, sorted."""
+        """Return the sorted published names of missing tensors that received tensors need."""
         partners = {
             source
             for name in self._waiting
@@ -73,15 +74,15 @@ class WeightUpdates:
         """Write all complete parameters, and return their names.
 
         Args:
-            tensors: published names without prefix, such as "blocks.0.attn.qkv.weight", and
-                tensors on any device. Those that wait for others are copied: their memory is the
-                caller's again when this returns.
+            tensors: published names without prefix, such as "blocks.0.attn.qkv.weight", and tensors
+                on any device. Incomplete tensors are copied, so the caller may reuse all memory
+                when this returns.
 
         Raises:
-            CheckpointError: a name, shape or type that this tower does not have, NaN or infinity.
-                What was written before it stays: load all weights again.
+            CheckpointError: a name, shape or type that this tower lacks, or NaN or infinity. The
+                parameters written before the error keep their new values: load all weights again.
         """
-        # outside of a caller's inference mode: parameters made in it could not be written again
+        # leave a caller's inference mode: parameters made in it could not be written again
         with torch.inference_mode(False), torch.no_grad():
             written, arrived = self._write(tensors)
             for name in arrived & self._waiting.keys():
@@ -92,7 +93,7 @@ class WeightUpdates:
     def _write(
         self, tensors: Iterable[tuple[str, Tensor]]
     ) -> tuple[dict[str, tuple[Recipe, Tensor]], set[str]]:
-        """Each parameter that was written, with its recipe and extremes; and all names given."""
+        """Return each written parameter with its recipe and extremes, and all given names."""
         written: dict[str, tuple[Recipe, Tensor]] = {}
         arrived: set[str] = set()
         for name, tensor in tensors:
@@ -111,7 +112,7 @@ class WeightUpdates:
         return written, arrived
 
     def _join(self, name: str) -> str | None:
-        """The published name that is complete now; None if q, k or v is still missing."""
+        """Return the published name that is now complete; None if q, k or v is still missing."""
         joined = joined_name(name)
         if joined == name:
             return name
@@ -123,10 +124,10 @@ class WeightUpdates:
         return joined
 
     def _parameter(self, name: str) -> Tensor:
-        """The parameter that a value goes into.
+        """Return the parameter to write a value into.
 
-        While vLLM reloads weights, the tower holds stand-ins without memory (meta tensors), and
-        vLLM puts the parameters back in the end. A value that went into a stand-in would be lost.
+        While vLLM reloads weights, the tower contains meta tensors as placeholders. vLLM puts the
+        parameters back at the end. A value that is written into a placeholder would be lost.
         """
         found = self._tower.get_parameter(name)
         return self._parameters[name] if found.is_meta else found

@@ -1,4 +1,4 @@
-"""A checkpoint folder -> the file of each tensor. This module does not know the model."""
+"""Find the file of each tensor in a checkpoint folder, independent of the model."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", ADAPTER_CONFIG)
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file: the file, its name there, and its header entry."""
+    """Locate a tensor in a file: the file, its name there, and its header entry."""
 
     path: Path
     name: str
@@ -43,7 +43,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class RemoteFiles:
-    """Weight files of a folder that are still on the Hub: their names, and how to read a header."""
+    """List weight files of a folder that are still on the Hub, and read their headers."""
 
     names: frozenset[str]
     header_of: Callable[[str], dict[str, TensorInfo]]
@@ -54,8 +54,8 @@ def find_tensors(
 ) -> dict[str, StoredTensor]:
     """Return the tensors of a folder whose names `wanted` accepts.
 
-    The weights are model.safetensors, or the shards of an index, or vision.safetensors, or the
-    only other safetensors file. Shards without a wanted tensor may be absent.
+    The weights are model.safetensors, the shards of an index, vision.safetensors, or the only other
+    safetensors file. Shards without a wanted tensor may be absent.
     """
     remote_names = remote.names if remote is not None else frozenset()
 
@@ -110,7 +110,7 @@ def _weights_path(folder: Path, remote: Iterable[str]) -> Path:
 
 
 def _name_subfolder(folder: Path) -> None:
-    """Raise CheckpointError with the folders below that hold a checkpoint, if there are any."""
+    """Raise CheckpointError with the subfolders that contain a checkpoint, if there are any."""
     below = sorted(
         path.parent.name
         for path in folder.glob("*/config.json")
@@ -128,7 +128,7 @@ def _name_subfolder(folder: Path) -> None:
 def choose_weights(
     names: Iterable[str], source: str, adapter_config: Callable[[], Path | None]
 ) -> str:
-    """Return the file among `names` that holds the weights, or their index.
+    """Return the file among `names` that contains the weights, or the index.
 
     >>> choose_weights(["README.md", "model.safetensors"], "folder", Path)
     'model.safetensors'
@@ -227,7 +227,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def is_plain_basename(name: str) -> bool:
-    """Whether this is a safetensors file's name, and no path or address.
+    """Return whether this is a safetensors file's name, not a path or an address.
 
     >>> is_plain_basename("model-00001-of-00005.safetensors"), is_plain_basename("../a.safetensors")
     (True, False)
@@ -248,8 +248,8 @@ def _check_shard_path(path: Path, *, index: Path) -> None:
             name=str(index),
             remedy="download it (qwen-vit download MODEL)",
         )
-    # The links of a local folder are its owner's, and followed to any regular file. In the Hub's
-    # cache every file of snapshots/COMMIT is a link into blobs: no other link leaves.
+    # A local folder's links are its owner's, and may lead to any regular file. In the Hub's cache
+    # every file of snapshots/COMMIT is a link into blobs. No other link may leave the folder.
     target, home = path.resolve(), path.parent.resolve()
     cache = next((each.parent for each in (home, *home.parents) if each.name == "snapshots"), None)
     if cache is None or target.is_relative_to(home) or target.is_relative_to(cache / "blobs"):

@@ -1,1 +1,1 @@
-"""Small helpers that know nothing of images or models."""
+"""Provide small helpers that do not depend on images or models."""

@@ -1,4 +1,4 @@
-"""Files that appear under their name whole and flushed to the disk, or not at all."""
+"""Write files that appear complete and flushed to the disk, or not at all."""
 
 import errno
 import os
@@ -22,19 +22,19 @@ __all__ = [
 
 TEMPORARY_SUFFIX = ".tmp"
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # such as FAT
-NAME_CHARACTERS = 40  # of the file's own name: with the rest well below a name's 255 bytes
+NAME_CHARACTERS = 40  # of the file's own name: the hidden name must fit into 255 bytes
 
 
 class AtomicFile:
-    """A file that grows under a hidden name beside `path` and replaces it when committed.
+    """Write a hidden file beside `path` that replaces `path` when it is committed.
 
     >>> growing = AtomicFile(Path("notes.txt"))  # doctest: +SKIP
     >>> growing.file.write(b"whole or absent")  # doctest: +SKIP
     >>> growing.commit()  # doctest: +SKIP
 
-    The hidden name starts with the file's own and ends in TEMPORARY_SUFFIX. Only a killed process
-    leaves one. With `overwrite=False` it replaces no file. Raises ExportError if the system
-    refuses.
+    The hidden name starts with the file's own name and ends in TEMPORARY_SUFFIX. Only a killed
+    process leaves such a file. With `overwrite=False` it replaces no file. Raises ExportError if
+    the system does not allow writing.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = True) -> None:
@@ -49,7 +49,7 @@ class AtomicFile:
             raise cannot_write(path, error) from None
 
     def commit(self, path: Path | None = None) -> None:
-        """Flush the file to the disk and give it its name, or another one in the same folder."""
+        """Flush the file to the disk. Give it its name, or another name in the same folder."""
         self.path = path or self.path
         try:
             self.file.flush()
@@ -66,7 +66,7 @@ class AtomicFile:
             os.replace(self._temporary, self.path)
             return
         try:
-            os.link(self._temporary, self.path)  # which a rename would not refuse
+            os.link(self._temporary, self.path)  # a rename would replace an existing file
         except FileExistsError:
             raise ExportError(
                 "exists",
@@ -94,7 +94,7 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     >>> with atomic_file(Path("notes.txt")) as file:  # doctest: +SKIP
     ...     file.write(b"whole or absent")
 
-    As AtomicFile. The block should only write: any OSError in it counts as one of the file.
+    It works like AtomicFile. The block should only write: any OSError in it counts as the file's.
     """
     growing = AtomicFile(path, overwrite=overwrite)
     try:
@@ -102,7 +102,7 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
         growing.commit()
     except OSError as error:
         raise cannot_write(path, error) from None
-    finally:  # an interrupt included
+    finally:  # also after an interrupt
         growing.discard()
 
 
@@ -128,7 +128,7 @@ def refuse_link(path: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> ExportError:
-    """The error to raise if the system refuses to write `path`."""
+    """Return the error to raise if the system does not allow writing `path`."""
     return ExportError(
         f"could not be written ({error.strerror or error})",
         name=str(path),
@@ -137,7 +137,7 @@ def cannot_write(path: Path, error: OSError) -> ExportError:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder, so that new names in it survive a power cut where the file system can."""
+    """Flush a folder. Its new names then survive a power cut if the file system allows it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

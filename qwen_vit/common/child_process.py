@@ -1,7 +1,7 @@
-"""One request to a process of its own: C code that decodes may hang or crash.
+"""Send one request to a child process, because C code that decodes may hang or crash.
 
-The request is a line of JSON on the child's stdin, and bytes behind it; the answer is JSON on its
-stdout: {"value": ...} or {"error": ...}.
+The request is a line of JSON on the child's stdin, followed by bytes. The answer is JSON on the
+child's stdout: {"value": ...} or {"error": ...}.
 """
 
 import json
@@ -31,10 +31,10 @@ def ask_child(
     arguments: Sequence[str] = (),
     pass_fds: Sequence[int] = (),
 ) -> Any:
-    """Run `python -m MODULE`, which calls `answer_request`, and return its answer.
+    """Run `python -m MODULE`, which calls `answer_request`, and return the answer.
 
-    Raises the child's ImageError, `late` after `timeout_s`, and one with code "memory" about
-    `late.name` for a child that died.
+    Raises the child's ImageError. After `timeout_s` it raises `late`. If the child died, it raises
+    an ImageError with code "memory" about `late.name`.
     """
     path = os.pathsep.join([str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")])
     try:
@@ -66,8 +66,8 @@ def ask_child(
 
 
 def answer_request(answer: Callable[[dict[str, Any], BinaryIO], object]) -> None:
-    """Be the child: read one request, and write what `answer` gives, or its ImageError."""
-    with suppress(OSError):  # where memory ends, this process goes, and not its parent
+    """Act as the child: read one request, and write the result of `answer` or its ImageError."""
+    with suppress(OSError):  # if memory runs out, the system kills this process, not its parent
         Path("/proc/self/oom_score_adj").write_text("1000")
     request = json.loads(sys.stdin.buffer.readline())
     try:

@@ -1,4 +1,4 @@
-"""Loader threads that prefetch results in order, in bounded memory."""
+"""Prefetch results in order with loader threads, in bounded memory."""
 
 import os
 from collections import deque
@@ -28,19 +28,19 @@ Result = TypeVar("Result", bound=_Weighs)
 
 
 def core_count() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def thread_count(wanted: int | None, cores: int | None = None) -> int:
-    """The number of loader threads: `wanted`, or one for two cores, from 2 to 16.
+    """Return the number of loader threads: `wanted`, or one per two cores, from 2 to 16.
 
     >>> thread_count(3), thread_count(None, cores=16)
     (3, 8)
 
-    `cores` defaults to those of this process. More threads would slow the one that keeps the GPU
-    busy, because all share Python's lock. Raises ArgumentError unless `wanted` is a whole number
-    above 0.
+    `cores` defaults to the cores of this process. All threads share Python's lock. More threads
+    would therefore slow the thread that submits GPU work. Raises ArgumentError unless `wanted` is a
+    whole number above 0.
     """
     if wanted is None:
         cores = core_count() if cores is None else cores
@@ -55,11 +55,11 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Job(Generic[Result]):
-    """A call that makes one result, and the bytes that it holds until it has run.
+    """Describe a call that makes one result, and the bytes that it keeps until it has run.
 
-    `then` goes on in the same thread once the result is delivered: it gets the result, and a
-    function that says whether the caller takes no more. It must not raise. With one thread it is
-    left out: the caller does what is left itself.
+    After delivery, `then` continues in the same thread. It gets the result, and a function that
+    returns whether the caller has stopped taking results. It must not raise. With one thread it is
+    not called, and the caller does the remaining work.
     """
 
     run: Callable[[], Result]
@@ -74,12 +74,12 @@ def work_ahead(
     max_bytes: int = AHEAD_BYTES,
     max_jobs: int = AHEAD_JOBS,
 ) -> Generator[Result, None, None]:
-    """Yield the results of jobs in order, and let threads compute ahead of the caller.
+    """Yield the results of jobs in order, while threads compute ahead of the caller.
 
-    `jobs` is iterated in the caller's thread. At most `max_jobs` are in progress. While results of
-    `max_bytes` wait for the caller, only the job that it waits for may start. An exception of a
-    job, or of `jobs` itself, is raised after the results before it. Closing the generator ends the
-    threads: they finish running jobs and drop the others. With `threads=1` all jobs run in the
+    It iterates `jobs` in the caller's thread. At most `max_jobs` are in progress. While results of
+    `max_bytes` wait for the caller, only the job that the caller waits for may start. An exception
+    of a job, or of `jobs` itself, is raised after the earlier results. Closing the generator ends
+    the threads: they finish running jobs and drop the others. With `threads=1` all jobs run in the
     caller's thread.
     """
     if threads == 1:
@@ -114,10 +114,10 @@ def work_ahead(
 
 
 class Prefetcher(Generic[Result]):
-    """Threads that start jobs in order while their results fit.
+    """Start jobs in order in threads while their results fit.
 
-    Workers exit when the buffer is full and are restarted when space frees up. A thread that waited
-    for a caller which has stopped taking results would keep the process alive.
+    Workers exit when the buffer is full and are restarted when space frees up. A waiting thread
+    would keep the process alive after the caller stops taking results.
     """
 
     def __init__(self, threads: int, max_bytes: int) -> None:
@@ -127,11 +127,11 @@ class Prefetcher(Generic[Result]):
         self._queue: deque[tuple[Job[Result], Future[Result]]] = deque()
         self._workers = 0
         self._is_closed = False
-        self._lock = RLock()  # an abandoned generator is closed by any thread, a worker included
+        self._lock = RLock()  # any thread, even a worker, may close an abandoned generator
         self._pool = ThreadPoolExecutor(threads, THREAD_NAME)
 
     def has_room(self) -> bool:
-        """Whether another job fits beside the queued ones and their results."""
+        """Return whether another job fits beside the queued jobs and their results."""
         with self._lock:
             return self._job_bytes + self._result_bytes < self._max_bytes
 
@@ -160,7 +160,7 @@ class Prefetcher(Generic[Result]):
         self._pool.shutdown(wait=not is_worker, cancel_futures=True)
 
     def _may_start(self) -> bool:
-        # always True for the job that the caller waits for: all results before it are delivered
+        # always True for the job that the caller waits for: all earlier results are delivered
         return bool(self._queue) and self._result_bytes < self._max_bytes
 
     def _start_workers(self) -> None:
@@ -194,6 +194,6 @@ class Prefetcher(Generic[Result]):
             self._job_bytes -= job.n_bytes
             self._result_bytes += n_bytes
         deliver()
-        del future, deliver  # the traceback of an exception holds this frame
+        del future, deliver  # the traceback of an exception keeps this frame
         if then is not None:
             then()

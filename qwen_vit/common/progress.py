@@ -1,4 +1,4 @@
-"""Whether progress is shown: on a terminal, unless the package's warnings are off."""
+"""Decide whether to show progress: on a terminal, unless the package hides warnings."""
 
 import logging
 import sys
@@ -7,8 +7,8 @@ __all__ = ["shows_progress"]
 
 
 def shows_progress() -> bool:
-    """Whether a progress bar goes to stderr.
+    """Return whether a progress bar goes to stderr.
 
-    `-q` of the command line sets the level of the package's logger to ERROR.
+    `-q` on the command line sets the level of the package's logger to ERROR.
     """
     return sys.stderr.isatty() and logging.getLogger("qwen_vit").isEnabledFor(logging.WARNING)

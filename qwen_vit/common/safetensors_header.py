@@ -1,8 +1,9 @@
-"""The header of a safetensors file, read and checked before any library opens the file.
+"""Read and check the header of a safetensors file before any library opens the file.
 
-A file is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes, which
-must cover the rest without an overlap or a hole. The safetensors library accepts duplicate keys,
-and its errors never name the file. These name it, its size and the remedy.
+A file is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes. The
+tensors' bytes must cover the rest without an overlap or a hole. The safetensors library accepts
+duplicate keys, and its errors never name the file. Errors of this module name the file, its size
+and the remedy.
 """
 
 import json
@@ -40,7 +41,7 @@ IMPOSTORS = (
     (b"GGUF", "a GGUF file", "use the safetensors checkpoint it was made from"),
 )
 
-MAX_DIMENSIONS = 64  # as torch has it
+MAX_DIMENSIONS = 64  # torch's limit
 
 # The size of a tensor of any other type is not checked.
 DTYPE_BYTES = {
@@ -53,7 +54,7 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a file: safetensors' name for its type, its shape, its bytes in the data."""
+    """Describe one tensor of a file: safetensors' name for its type, its shape, and its bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -62,7 +63,7 @@ class TensorInfo:
 
 
 def read_header(path: AnyPath) -> dict[str, TensorInfo]:
-    """Return what a safetensors file holds, or raise CheckpointError with its path and size."""
+    """Return the tensors of a safetensors file. Raises CheckpointError with its path and size."""
     try:
         if not path.is_file():
             raise CheckpointError(
@@ -72,7 +73,7 @@ def read_header(path: AnyPath) -> dict[str, TensorInfo]:
                 remedy=DOWNLOAD_AGAIN,
             )
         size = path.stat().st_size
-        with path.open("rb", buffering=0) as file:  # of an object, only the header is read
+        with path.open("rb", buffering=0) as file:  # for an object, it reads only the header
             start = file.read(START_BYTES)
             length = header_length(start, file_bytes=size, source=str(path))
             file.seek(LENGTH_BYTES)
@@ -87,7 +88,7 @@ def read_header(path: AnyPath) -> dict[str, TensorInfo]:
 
 
 def header_length(start: bytes, *, file_bytes: int, source: str) -> int:
-    """Return the length of the JSON header, given the first bytes of a file of `file_bytes`.
+    """Return the length of the JSON header from the first bytes of a file of `file_bytes`.
 
     >>> header_length((2).to_bytes(8, "little") + b"{}", file_bytes=10, source="a.safetensors")
     2
@@ -135,7 +136,7 @@ def parse_header(raw: bytes, *, file_bytes: int, source: str) -> dict[str, Tenso
 
 
 def build_header(tensors: Mapping[str, TensorInfo]) -> bytes:
-    """Return the start of a file that holds these tensors: the length and the JSON header.
+    """Return the start of a file with these tensors: the length and the JSON header.
 
     >>> build_header({"a": TensorInfo("F32", (2,), 0, 8)})[8:].decode()
     '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}  '
@@ -145,7 +146,7 @@ def build_header(tensors: Mapping[str, TensorInfo]) -> bytes:
         for name, info in tensors.items()
     }
     header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # so that the data begin aligned
+    header += b" " * (-len(header) % 8)  # to align the data
     return len(header).to_bytes(LENGTH_BYTES, "little") + header
 
 

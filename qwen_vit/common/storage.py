@@ -1,7 +1,7 @@
-"""Object storage through fsspec: addresses, listings and byte ranges, with plain errors.
+"""Access object storage through fsspec: addresses, listings and byte ranges.
 
-`s3://` needs the extra `s3`; `gs://`, `az://` and `hf://` need gcsfs, adlfs and huggingface_hub.
-Only S3 is tested, on a server with injected faults.
+`s3://` needs the extra `s3`. `gs://` needs gcsfs, `az://` needs adlfs, and `hf://` needs
+huggingface_hub. Tests cover only S3, on a server with injected faults.
 """
 
 import errno
@@ -42,11 +42,11 @@ PACKAGES = {
 S3_SETTINGS = {
     "connect_timeout": 10, "read_timeout": 30, "retries": {"mode": "standard", "max_attempts": 5},
 }  # fmt: skip
-BLOCK_BYTES = 2**22  # read ahead of a file that is read in a stream
+BLOCK_BYTES = 2**22  # read ahead of a streamed file
 BUFFER_BYTES = 2**16
 
 
-NUMBERS: dict[type[OSError], int] = {  # errors without one
+NUMBERS: dict[type[OSError], int] = {  # for errors without a number
     FileNotFoundError: errno.ENOENT,
     FileExistsError: errno.EEXIST,
     PermissionError: errno.EACCES,
@@ -55,11 +55,11 @@ NUMBERS: dict[type[OSError], int] = {  # errors without one
 
 
 class ReplacedError(OSError):
-    """The object is not the one that was listed."""
+    """Report that the object is not the listed one."""
 
 
 class RemoteObject(NamedTuple):
-    """One object: its address, its bytes, and a version that changes with its content."""
+    """Describe one object: its address, its bytes, and a version that changes with its content."""
 
     address: str
     size: int
@@ -67,7 +67,7 @@ class RemoteObject(NamedTuple):
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is an address in object storage.
+    """Return whether a path is an address in object storage.
 
     >>> is_remote("s3://bucket/a.jpg"), is_remote("a.jpg"), is_remote("https://host/a.jpg")
     (True, False, False)
@@ -76,7 +76,7 @@ def is_remote(path: str) -> bool:
 
 
 def find_object(address: str) -> RemoteObject | None:
-    """The object of this address, or None for a folder. Raises OSError if there is neither."""
+    """Return the object of this address, or None for a folder. Raises OSError if neither exists."""
     files, path = files_of(address)
     with os_errors():
         info = _info(files, path)
@@ -84,9 +84,9 @@ def find_object(address: str) -> RemoteObject | None:
 
 
 def list_objects(folder: str) -> Iterator[RemoteObject]:
-    """The objects below a folder, to every depth, in the order of their names' bytes.
+    """Yield the objects below a folder, to every depth, in byte order of their names.
 
-    S3 is listed page by page, so that memory stays flat. Raises OSError.
+    It lists S3 page by page, so that memory is constant. Raises OSError.
     """
     files, path = files_of(folder)
     scheme = folder[: folder.index("://") + 3]
@@ -100,9 +100,9 @@ def list_objects(folder: str) -> Iterator[RemoteObject]:
 
 
 def list_names(folder: str) -> set[str]:
-    """The names directly in a folder: those of objects, and of folders with a slash behind.
+    """Return the names directly in a folder. A folder's name ends in a slash.
 
-    Raises OSError. A folder that does not exist has none.
+    Raises OSError. A missing folder has no names.
     """
     files, path = files_of(folder)
     with os_errors():
@@ -128,7 +128,7 @@ def list_names(folder: str) -> set[str]:
 
 
 def match_objects(pattern: str) -> Iterator[RemoteObject]:
-    """The objects that a pattern with `*`, `?`, `[...]` or `**` matches, in order."""
+    """Yield the objects that a pattern with `*`, `?`, `[...]` or `**` matches, in order."""
     from fsspec.utils import glob_translate  # type: ignore[import-untyped]
 
     magic = MAGIC.search(pattern)
@@ -142,7 +142,7 @@ def match_objects(pattern: str) -> Iterator[RemoteObject]:
 def open_object(
     address: str, block_bytes: int = BLOCK_BYTES, version: str | None = None
 ) -> BinaryIO:
-    """Open an object for reading, in blocks. S3 refuses one that is replaced in between.
+    """Open an object for reading, in blocks. If the object is replaced, S3 raises an error.
 
     Raises ReplacedError if the object has another version, and OSError otherwise.
     """
@@ -160,7 +160,7 @@ def open_object(
 
 
 def read_range(address: str, start: int, end: int, version: str | None = None) -> bytes:
-    """The bytes from `start` to `end`, in one request where the store is S3.
+    """Return the bytes from `start` to `end`. On S3 it sends one request.
 
     Raises ReplacedError if the object has another version, and OSError otherwise.
     """
@@ -180,9 +180,9 @@ def read_range(address: str, start: int, end: int, version: str | None = None) -
 
 
 def storage_errors(error: OSError, doing: str = "read") -> tuple[str, str, str]:
-    """The fact, the remedy and an image code for an error of this module.
+    """Return the fact, the remedy and an image code for an error of this module.
 
-    `doing` is what the store refuses: "read" or "written".
+    `doing` is the failed operation: "read" or "written".
 
     >>> storage_errors(FileNotFoundError())
     ('does not exist', 'check the address', 'missing')
@@ -208,7 +208,7 @@ def storage_errors(error: OSError, doing: str = "read") -> tuple[str, str, str]:
 
 
 class _ObjectFile(io.RawIOBase):
-    """An open object, whose errors are OSErrors with a number."""
+    """Read an open object, whose errors are OSErrors with a number."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -256,21 +256,22 @@ def _pages_of_s3(files: Any, path: str, **more: str) -> Iterator[Any]:
 
 
 def _range_of_s3(files: Any, path: str, start: int, end: int, version: str | None) -> bytes:
-    file = files.open(path, "rb", size=end, cache_type="none")  # asks nothing, as its size is given
+    # needs no request, because the size is given
+    file = files.open(path, "rb", size=end, cache_type="none")
     _only_version(file, path, end, version)
     data: bytes = file._fetch_range(start, end)
     return data
 
 
 def _only_version(file: Any, path: str, size: int, version: str | None) -> None:
-    """Let an open object of S3 read this version only, or any if it is None."""
+    """Make an open S3 object read only this version; None allows any."""
     file.details = {"name": path, "size": size, "ETag": version}
     if version is not None:
         file.read_kw = {**file.read_kw, "IfMatch": version}
 
 
 def _info(files: Any, path: str) -> Any:
-    """What a store says of an object. S3 gives a reason for a refusal only to a GET."""
+    """Return a store's information about an object. S3 gives reasons for errors only to a GET."""
     try:
         return files.info(path)
     except FileNotFoundError:
@@ -282,7 +283,7 @@ def _info(files: Any, path: str) -> Any:
 
 
 def files_of(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the address as that names it."""
+    """Return the file system of an address, and the address in that file system's form."""
     scheme, _, path = address.partition("://")
     files = _filesystem(scheme.lower())
     return files, path if is_s3(files) else files._strip_protocol(address)
@@ -294,7 +295,7 @@ def _filesystem(scheme: str) -> Any:
         import fsspec  # type: ignore[import-untyped]
 
         settings = {"config_kwargs": S3_SETTINGS} if scheme in ("s3", "s3a") else {}
-        # listings that are kept would hide what another process writes
+        # cached listings would hide another process's writes
         return fsspec.filesystem(scheme, use_listings_cache=False, **settings)
     except ImportError as error:
         raise ExportError(
@@ -304,7 +305,7 @@ def _filesystem(scheme: str) -> Any:
 
 
 def is_s3(files: Any) -> bool:
-    """Whether a file system is s3fs."""
+    """Return whether a file system is s3fs."""
     protocol = files.protocol
     return "s3" in ((protocol,) if isinstance(protocol, str) else protocol)
 
@@ -322,19 +323,19 @@ def _version(info: Any) -> str | None:
 
 @contextmanager
 def os_errors() -> Iterator[None]:
-    """Turn every error of a store's packages into an OSError."""
+    """Convert every error of a store's packages to an OSError."""
     try:
         yield
     except (ExportError, ReplacedError):
         raise
     except Exception as error:
         kind = type(error).__name__
-        if kind == "FileExpired":  # of s3fs
+        if kind == "FileExpired":  # from s3fs
             raise ReplacedError(errno.ESTALE, "replaced after it was listed") from error
-        if kind in ("NoCredentialsError", "PartialCredentialsError"):  # of botocore
+        if kind in ("NoCredentialsError", "PartialCredentialsError"):  # from botocore
             raise PermissionError(errno.EACCES, "no credentials were found") from error
         reason = str(error).strip().partition("\n")[0] or kind
-        if not isinstance(error, OSError):  # ValueError: of an address that is none
+        if not isinstance(error, OSError):  # ValueError: from an invalid address
             number = errno.EINVAL if isinstance(error, ValueError) else errno.EIO
             raise OSError(number, reason) from error
         if error.errno is not None:
@@ -346,7 +347,7 @@ def os_errors() -> Iterator[None]:
 
 
 def service_code(error: BaseException | None) -> str:
-    """The code that S3 gave for an error, or nothing."""
+    """Return the code that S3 gave for an error, or an empty text."""
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):

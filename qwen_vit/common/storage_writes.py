@@ -1,7 +1,7 @@
-"""Objects that are written whole or not at all, and only where nothing else was written.
+"""Write objects completely or not at all, and only if no other process wrote them.
 
-S3's conditional writes decide between several writers: `If-None-Match: *` for a new object, and
-`If-Match` for the next version of one.
+S3's conditional writes resolve conflicts between writers: `If-None-Match: *` for a new object, and
+`If-Match` for the next version of an object.
 """
 
 import errno
@@ -21,8 +21,9 @@ from qwen_vit.common.storage import (
 
 __all__ = ["PART_BYTES", "has_conditions", "put_bytes", "put_file", "remove_object", "written_s"]
 
-PART_BYTES = 2**24  # of a multipart upload, of which several are in memory
-RIVAL_PAUSES_S = (0.2, 1.0, 3.0)  # S3 refuses a condition while another writer's upload is open
+PART_BYTES = 2**24  # of a multipart upload; several parts are in memory
+# S3 rejects a conditional write while another writer's upload is open
+RIVAL_PAUSES_S = (0.2, 1.0, 3.0)
 
 AZURE = ("az://", "abfs://")
 REFUSED = ("PreconditionFailed", "ConditionalRequestConflict")
@@ -31,12 +32,13 @@ Value = TypeVar("Value")
 
 
 def put_file(address: str, path: Path, *, is_new: bool) -> None:
-    """Upload a file: its object appears whole, or not at all.
+    """Upload a file. The object appears complete or not at all.
 
-    With `is_new` it replaces no object. Raises FileExistsError then, and OSError otherwise.
+    With `is_new` it replaces no object, and raises FileExistsError if one exists. It raises OSError
+    for other errors.
     """
     files, place = files_of(address)
-    options: dict[str, Any] = {"mode": "create" if is_new else "overwrite"}  # of s3fs and gcsfs
+    options: dict[str, Any] = {"mode": "create" if is_new else "overwrite"}  # for s3fs and gcsfs
     if is_s3(files):
         options["chunksize"] = PART_BYTES
     elif address.lower().startswith(AZURE):
@@ -45,10 +47,10 @@ def put_file(address: str, path: Path, *, is_new: bool) -> None:
 
 
 def put_bytes(address: str, data: bytes, *, replaces: str | None = None) -> str | None:
-    """Write a small object in place of the version `replaces`, or a new one. Returns its version.
+    """Write a new small object, or replace the version `replaces`. Return the object's version.
 
-    Raises FileExistsError if the object has another version, and OSError otherwise. An answer that
-    was lost makes it FileExistsError as well: what was written is there then.
+    Raises FileExistsError if the object has another version, and OSError otherwise. It also raises
+    FileExistsError if the store wrote the object but its answer was lost.
     """
     files, place = files_of(address)
     _with_condition(lambda: _put(files, place, data, replaces))
@@ -57,7 +59,7 @@ def put_bytes(address: str, data: bytes, *, replaces: str | None = None) -> str 
 
 
 def remove_object(address: str) -> None:
-    """Delete an object, if there is one. Raises OSError."""
+    """Delete an object if it exists. Raises OSError."""
     files, place = files_of(address)
     with os_errors():
         try:
@@ -67,9 +69,9 @@ def remove_object(address: str) -> None:
 
 
 def has_conditions(address: str, data: bytes) -> bool:
-    """Whether the store refuses to write an existing object as a new one.
+    """Return whether the store refuses to write an existing object as a new one.
 
-    The object must hold `data`. Some servers ignore conditions. Raises OSError.
+    The object must contain `data`. Some servers ignore conditional writes. Raises OSError.
     """
     files, place = files_of(address)
     try:
@@ -80,14 +82,14 @@ def has_conditions(address: str, data: bytes) -> bool:
 
 
 def written_s(address: str) -> float:
-    """When an object was written, in seconds since 1970. Raises OSError."""
+    """Return when an object was written, in seconds since 1970. Raises OSError."""
     files, place = files_of(address)
     with os_errors():
         return float(files.modified(place).timestamp())
 
 
 def _put(files: Any, place: str, data: bytes, replaces: str | None) -> None:
-    if not is_s3(files):  # without a condition for the next version of an object
+    if not is_s3(files):  # it has no conditional write for an object's next version
         files.pipe_file(place, data, mode="overwrite" if replaces else "create")
         return
     bucket, _, key = place.partition("/")
@@ -96,7 +98,7 @@ def _put(files: Any, place: str, data: bytes, replaces: str | None) -> None:
 
 
 def _with_condition(put: Callable[[], Value]) -> Value:
-    """Run a conditional write. A condition that does not hold is a FileExistsError."""
+    """Run a conditional write. If the condition fails, raise FileExistsError."""
     pauses_s = iter(RIVAL_PAUSES_S)
     while True:
         try:

@@ -1,4 +1,4 @@
-"""An address in object storage with the part of pathlib's interface that reading files needs."""
+"""Wrap an address in object storage in the part of pathlib's interface for reading files."""
 
 import errno
 import io
@@ -28,12 +28,12 @@ class _Status(NamedTuple):
 
 @dataclass(frozen=True)
 class StorePath:
-    """An address that is used as a path. It keeps the answers of earlier requests.
+    """Use an address as a path. It keeps the answers of earlier requests.
 
     >>> StorePath("s3://bucket/export/") / "export.json"
     StorePath(address='s3://bucket/export/export.json')
 
-    Its errors are OSErrors, whose `strerror` is the fact for a message.
+    It raises OSErrors, whose `strerror` is the fact for a message.
     """
 
     address: str
@@ -47,60 +47,60 @@ class StorePath:
 
     @property
     def name(self) -> str:
-        """The last part of the address."""
+        """Return the last part of the address."""
         return self.address.rstrip("/").rpartition("/")[2]
 
     @property
     def parent(self) -> "StorePath":
-        """The address without its last part."""
+        """Return the address without its last part."""
         return StorePath(self.address.rstrip("/").rpartition("/")[0])
 
     def absolute(self) -> "StorePath":
-        """Itself: an address names one place everywhere."""
+        """Return itself, because an address names one place everywhere."""
         return self
 
     def names(self) -> set[str]:
-        """The names of the objects directly in this folder. Raises OSError."""
+        """Return the names of the objects directly in this folder. Raises OSError."""
         with _facts():
             return {name for name in list_names(self.address) if not name.endswith("/")}
 
     def is_file(self) -> bool:
-        """Whether it is an object. Raises OSError if the store does not say."""
+        """Return whether it is an object. Raises OSError if the store does not answer."""
         try:
             return self._object is not None
         except FileNotFoundError:
             return False
 
     def is_dir(self) -> bool:
-        """Whether it is a prefix of objects. Raises OSError if the store does not say."""
+        """Return whether it is a prefix of objects. Raises OSError if the store does not answer."""
         try:
             return self._object is None
         except FileNotFoundError:
             return False
 
     def exists(self) -> bool:
-        """Whether there is an object or a prefix."""
+        """Return whether an object or a prefix exists."""
         return self.is_file() or self.is_dir()
 
     def stat(self) -> _Status:
-        """The size of the object. Raises OSError."""
+        """Return the size of the object. Raises OSError."""
         return _Status(self._found().size)
 
     def content(self) -> tuple[str, int, str | None]:
-        """What changes when the object does. Raises OSError."""
+        """Return what changes with the object. Raises OSError."""
         found = self._found()
         return found.address, found.size, found.version
 
     def read_bytes(self) -> bytes:
-        """The whole object. Raises OSError."""
+        """Return the whole object's bytes. Raises OSError."""
         return self.read(0, self._found().size)
 
     def open(self, mode: str = "rb", buffering: int = -1) -> Any:
-        """Open the object: with `buffering=0` a read is a range; otherwise it is read whole."""
+        """Open the object. With `buffering=0` each read is a range; otherwise it is read whole."""
         return _Ranges(self) if buffering == 0 else io.BytesIO(self.read_bytes())
 
     def read(self, start: int, end: int) -> bytes:
-        """A range of the object, in one request. Raises OSError."""
+        """Return a range of the object with one request. Raises OSError."""
         found = self._found()
         with _facts():
             return read_range(found.address, start, min(end, found.size), found.version)
@@ -124,7 +124,7 @@ PathOrAddress: TypeAlias = str | os.PathLike[str] | StorePath
 
 
 def as_path(path: PathOrAddress) -> AnyPath:
-    """A path on this machine, or an address in object storage.
+    """Return a path on this machine, or an address in object storage.
 
     >>> as_path("s3://bucket/features")
     StorePath(address='s3://bucket/features')
@@ -135,7 +135,7 @@ def as_path(path: PathOrAddress) -> AnyPath:
 
 
 class _Ranges(io.RawIOBase):
-    """An object as a file, of which each read is one request."""
+    """Read an object as a file, with one request per read."""
 
     def __init__(self, path: StorePath) -> None:
         self._path, self._place = path, 0
@@ -163,7 +163,7 @@ class _Ranges(io.RawIOBase):
 
 @contextmanager
 def _facts() -> Iterator[None]:
-    """Give an OSError of a store the fact that its message states."""
+    """Give an OSError of a store the fact for its message."""
     try:
         yield
     except OSError as error:

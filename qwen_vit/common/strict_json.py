@@ -1,4 +1,4 @@
-"""JSON read strictly, and helpers for the messages about it."""
+"""Read JSON strictly, and format values for messages."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -23,7 +23,7 @@ MAX_JSON_BYTES = 64 * 2**20  # the index of the largest published model is under
 
 
 def read_json(path: AnyPath) -> dict[str, Any]:
-    """Read a small JSON file that holds one object; CheckpointError names the path."""
+    """Read a small JSON file with one object. Raises CheckpointError with the path."""
     try:
         if not path.is_file():
             raise CheckpointError(
@@ -95,7 +95,7 @@ def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
 
 
 def child_object(config: Mapping[str, Any], key: str, source: str) -> tuple[Mapping[str, Any], str]:
-    """Return the object under `key`, and what to call it in messages."""
+    """Return the object under `key`, and the object's name for messages."""
     value = config[key]
     if not isinstance(value, Mapping):
         raise CheckpointError(
@@ -116,12 +116,12 @@ def check_integer(value: object, name: str, maximum: int) -> None:
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Whether a value is an integer: True and 1.0 are not."""
+    """Return whether a value is an integer. True and 1.0 are not integers."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is an integer or a finite float of at most 1e12 in size."""
+    """Return whether a value is an integer or a finite float of at most 1e12 in size."""
     return (isinstance(value, float) or is_integer(value)) and -1e12 <= value <= 1e12
 
 
@@ -133,6 +133,6 @@ def short_repr(value: object) -> str:
     """
     try:
         text = repr(value)
-    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+    except ValueError:  # Python cannot print integers of more than 4,300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."

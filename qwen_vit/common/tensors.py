@@ -1,4 +1,4 @@
-"""Whether a tensor holds plain values, and whether every one of them is finite."""
+"""Check whether a tensor has plain values, and whether all values are finite."""
 
 import torch
 from torch import Tensor
@@ -9,19 +9,19 @@ __all__ = ["all_finite", "check_finite", "extremes", "odd_kind", "resolved"]
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; waits for its device.
+    """Return whether a tensor has neither NaN nor infinity. It waits for the tensor's device.
 
     >>> all_finite(torch.tensor([1.0, 2.0])), all_finite(torch.tensor([1.0, float("nan")]))
     (True, False)
 
-    It looks at the extremes: 0.5 ms for 8.8 million bfloat16 values on a CPU, where
+    It tests the extremes, which takes 0.5 ms for 8.8 million bfloat16 values on a CPU.
     `isfinite().all()` took 76 ms.
     """
     return tensor.numel() == 0 or bool(extremes(tensor).isfinite().all())
 
 
 def check_finite(tensor: Tensor, name: str) -> Tensor:
-    """Return the tensor, or raise CheckpointError with its name and its NaN and infinite values.
+    """Return the tensor. Raises CheckpointError with its name and its NaN and infinite values.
 
     >>> check_finite(torch.tensor([1.0, float("nan")]), "merger.ln_q.weight")
     Traceback (most recent call last):
@@ -40,12 +40,12 @@ Expected finite weights. Delete the file and download it again (qwen-vit downloa
 
 
 def odd_kind(tensor: Tensor) -> str:
-    """What keeps a tensor from having plain values in memory; empty for an ordinary one.
+    """Return why a tensor has no plain values in memory; an ordinary tensor gives an empty text.
 
     >>> odd_kind(torch.zeros(2)), odd_kind(torch.zeros(2).to_sparse())
     ('', 'sparse')
 
-    torch's own functions raise errors of many kinds for such tensors.
+    torch's own functions raise different kinds of errors for such tensors.
     """
     if tensor.is_nested:
         return "nested"
@@ -57,7 +57,7 @@ def odd_kind(tensor: Tensor) -> str:
 
 
 def resolved(tensor: Tensor) -> Tensor:
-    """The tensor with its signs in memory: kernels do not see torch's negative bit.
+    """Return the tensor with its signs in memory, because kernels ignore torch's negative bit.
 
     >>> resolved(torch.complex(*torch.ones(2, 1)).conj().imag)
     tensor([-1.])
@@ -66,7 +66,7 @@ def resolved(tensor: Tensor) -> Tensor:
 
 
 def extremes(tensor: Tensor) -> Tensor:
-    """The least and the largest value (2,), in one pass and on the tensor's device: NaN if one is.
+    """Return the minimum and maximum (2,) in one pass on the tensor's device. NaN gives NaN.
 
     >>> extremes(torch.tensor([3.0, 1.0, 2.0]))
     tensor([1., 3.])

@@ -1,4 +1,4 @@
-"""The versions of transformers that the package works with, in one place."""
+"""Define the versions of transformers that the package works with."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -8,15 +8,16 @@ from qwen_vit.errors import ArgumentError
 
 __all__ = ["MIN_TRANSFORMERS", "require_transformers"]
 
-# The first whose `generate` takes precomputed image features. Versions newer than the tested ones
-# are accepted: this package uses little of them.
+# The first version whose `generate` takes precomputed image features. Versions newer than the
+# tested ones are accepted, because this package uses little of transformers.
 MIN_TRANSFORMERS = "5.18"
 
 
 def require_transformers(purpose: str, *, alternative: str = "") -> None:
-    """Raise ArgumentError, with the version found, unless transformers is installed and new enough.
+    """Raise ArgumentError with the installed version unless transformers is new enough.
 
-    `purpose` names what needs it, for the message. `alternative` is another way, if one exists.
+    `purpose` names what needs transformers, for the message. `alternative` is another way, if one
+    exists.
     """
     try:
         found = version("transformers")
