@@ -1,18 +1,18 @@
-"""Images to the embeddings that Qwen2.5-VL's language model sees, and nothing else.
+"""Turn images into the embeddings that Qwen2.5-VL's language model reads.
 
 >>> from qwen_vit import VisionEncoder
 >>> VisionEncoder.from_pretrained("tiny").encode("tests/photographs/rocket.jpg").grid_thw
 (1, 30, 46)
 
-A public name is imported from its module when it is first used. So importing the package imports no
-torch, and Ctrl-C works while torch is imported.
+The first use of a public name imports its module. Importing the package therefore imports no torch,
+and Ctrl-C works during the import of torch.
 """
 
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# Type checkers read the first list, Python the second; a test compares them.
+# Type checkers read the first list, and Python reads the second. A test compares them.
 if TYPE_CHECKING:
     from qwen_vit.cosine import similarity as similarity
     from qwen_vit.encoder import VisionEncoder as VisionEncoder
@@ -78,7 +78,7 @@ else:
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-        globals()[name] = value  # so that Python does not call this again for it
+        globals()[name] = value  # so that Python does not call this function again for it
         return value
 
     def __dir__():

@@ -1,4 +1,4 @@
-"""`python -m qwen_vit` is `qwen-vit`."""
+"""Run `qwen-vit` as `python -m qwen_vit`."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Loaded images and videos -> batches of patches -> the features of each, in order.
+"""Pack loaded images and videos into batches of patches, and return their features in order.
 
-Loader threads prefetch images; the caller's thread packs what is loaded into batches and runs the
-encoder on them. An image's name travels with it from the input to its features or its error.
+Loader threads prefetch images. The caller's thread packs loaded images into batches and runs the
+encoder on them. An image's name accompanies it from the input to its features or its error.
 """
 
 import logging
@@ -31,19 +31,20 @@ logger = logging.getLogger("qwen_vit")
 
 Forward = Callable[[Tensor, tuple[Grid, ...], Output, LayerTaps | None], Tensor]
 
-# Patches in one forward pass. More gain nothing on a GPU; an image may be larger on its own.
+# Patches in one forward pass. More patches save no time on a GPU. A single image may be larger.
 TOKEN_BUDGET = {"cuda": MAX_BUCKET, "cpu": 4_096}
-# Batches that are packed together. On a CPU results may depend on the batch, and the same images
-# shall give the same ones: so one batch, in the order in which the images come.
+# The number of batches that are packed together. On a CPU results may depend on the batch, and the
+# same images must give the same results. A CPU therefore packs one batch, in the order of the
+# images.
 WINDOW = {"cuda": 4, "cpu": 1}
 BATCHES_AHEAD = 2  # of the GPU: queued batches wait in pinned memory
-IMAGES_IN_A_WINDOW = 1_024  # so that a long run of images that fail is reported as well
+IMAGES_IN_A_WINDOW = 1_024  # so that a long run of failed images is also reported
 
 
 class _Piece(NamedTuple):
-    """An image, or some steps of a video, on its way through the tower."""
+    """Track an image, or some steps of a video, on the way through the tower."""
 
-    place: int  # in its window
+    place: int  # the place in its window
     name: str
     patches: Patches
 
@@ -54,7 +55,7 @@ class _Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BatchEncoder:
-    """Packs loaded images into batches and runs `forward` on them, in flat memory."""
+    """Pack loaded images into batches and run `forward` on them, in constant memory."""
 
     forward: Forward
     device: torch.device
@@ -64,13 +65,13 @@ class BatchEncoder:
 
     @property
     def video_values(self) -> int:
-        """The values of a row of a video: of two frames."""
+        """Return the values of a video's row, which has two frames."""
         return self.config.patch_dim
 
     def encode(
         self, jobs: Iterator[Job[LoadedImage]], threads: int
     ) -> Iterator[ImageFeatures | FailedImage]:
-        """The features of every image, in order."""
+        """Yield the features of every image, in order."""
         limit = InFlightLimit(self.device)
         with closing(work_ahead(jobs, threads=threads)) as loaded:
             for window in self._windows(loaded):
@@ -80,7 +81,7 @@ class BatchEncoder:
                     yield from self._encode_window(window, limit)
 
     def _windows(self, loaded: Iterable[LoadedImage]) -> Iterator[list[LoadedImage]]:
-        """The images in order, in groups that are packed together; a stream is one by itself."""
+        """Yield the images in order, in groups to pack together. A stream is a separate group."""
         budget = WINDOW[self.device.type] * TOKEN_BUDGET[self.device.type]
         window: list[LoadedImage] = []
         n_patches = 0
@@ -98,10 +99,10 @@ class BatchEncoder:
                     continue
                 window.append(each)
                 n_patches += each.n_patches
-        except ExportError:  # an export was stopped: the earlier results are not needed
+        except ExportError:  # the export was stopped: it does not need the earlier results
             raise
         except Exception:
-            yield window  # the images before the failed one come first
+            yield window  # yield the images before the failed one first
             raise
         yield window
 
@@ -118,7 +119,7 @@ class BatchEncoder:
         pieces.clear()
         items = [(replace(each, patches=None), _grid_of(each)) for each in window]
         is_video = [_values(each) == self.video_values for each in window]
-        window.clear()  # the pixels are not needed any more
+        window.clear()  # the pixels are no longer needed
         for place, (item, grid_thw) in enumerate(items):
             rows = self._joined(done.pop(place, {}), is_video[place])
             outcome = item.error if rows is None else rows
@@ -130,7 +131,7 @@ class BatchEncoder:
     def _encode_stream(
         self, video: LoadedImage, stream: PieceStream, limit: "InFlightLimit"
     ) -> ImageFeatures | FailedImage:
-        """A long video: each piece is encoded while the next ones are decoded."""
+        """Encode a long video: encode each piece while threads decode the next pieces."""
         found: list[ImageRows] = []
         t = h = w = 0
         with closing(stream.pieces()) as pieces:
@@ -161,7 +162,7 @@ class BatchEncoder:
     def _joined(
         self, pieces: Mapping[int, ImageRows | ImageError], is_video: bool
     ) -> ImageRows | ImageError | None:
-        """The rows of an image, or of a video from those of its pieces."""
+        """Return the rows of an image, or join the rows of a video's pieces."""
         found = [pieces[index] for index in sorted(pieces)]
         error = next((each for each in found if isinstance(each, ImageError)), None)
         if error is not None or not found:
@@ -170,7 +171,7 @@ class BatchEncoder:
         return self.outputs.join(rows) if is_video else rows[0]
 
     def _pieces(self, window: Sequence[LoadedImage]) -> list[_Piece]:
-        """Images whole, videos in pieces of one pass. Failed ones have none."""
+        """Return whole images, and videos in pieces of one pass. Failed images have no piece."""
         most = TOKEN_BUDGET[self.device.type]
         return [
             _Piece(place, loaded.id, patches)
@@ -184,9 +185,9 @@ class BatchEncoder:
         ]
 
     def _batches(self, pieces: Sequence[_Piece]) -> list[list[int]]:
-        """Indices of the pieces of each pass: images by themselves, and videos by themselves.
+        """Return the indices of each pass's pieces. Images and videos have separate passes.
 
-        On a CPU a piece of a video is a pass, so that its rows do not depend on what else there is.
+        On a CPU, a piece of a video is a pass, so that its rows do not depend on other inputs.
         """
         is_video = [piece.patches.pixels.shape[1] == self.video_values for piece in pieces]
         stills = [index for index, video in enumerate(is_video) if not video]
@@ -201,14 +202,14 @@ class BatchEncoder:
         return batches
 
     def _encode_parts(self, pieces: Sequence[_Piece]) -> list[ImageRows | ImageError]:
-        """Each piece's rows. A batch that is too large for the GPU's memory is halved."""
+        """Return each piece's rows. Halve a batch that is too large for the GPU's memory."""
         parts = [(piece.name, piece.patches) for piece in pieces]
         pinned_rows = TOKEN_BUDGET["cuda"] if self.device.type == "cuda" else 0
         patches = Patches.cat((part for _, part in parts), pinned_rows=pinned_rows)
         outputs, taps = self.outputs, self.outputs.taps()
         sizes = [len(part.pixels) for _, part in parts]
         try:
-            # no reference to the batch's rows, so that their memory is free for the halves
+            # keep no reference to the batch's rows, so that their memory is free for the halves
             return list(
                 outputs.split(
                     self.forward(patches.pixels, patches.grids, outputs.tower_output, taps),
@@ -227,33 +228,34 @@ class BatchEncoder:
                 if self.on_error == "raise":
                     raise error from cause
                 return [error]
-        del taps  # and the rows that it holds
+        del taps  # and the rows in it
         half = len(parts) // 2
         logger.warning("out of memory on %s: a batch of %d is halved", self.device, len(parts))
         return [*self._encode_parts(pieces[:half]), *self._encode_parts(pieces[half:])]
 
 
 class InFlightLimit:
-    """Keeps the host at most a few batches ahead of a GPU."""
+    """Keep the host at most a few batches ahead of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._events: deque[torch.cuda.Event] = deque()
 
     def step(self) -> None:
-        """After each batch: wait for the one that is BATCHES_AHEAD before it."""
+        """Wait after each batch for the batch that is BATCHES_AHEAD before it."""
         if self._device.type != "cuda":
             return
         event = torch.cuda.Event(blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         self._events.append(event)
         if len(self._events) > BATCHES_AHEAD:
-            with torch.cuda.device(self._device):  # otherwise the first GPU gets a context as well
+            # otherwise torch also creates a context on the first GPU
+            with torch.cuda.device(self._device):
                 self._events.popleft().synchronize()
 
 
 def _values(loaded: LoadedImage) -> int:
-    """The values of a row of its patches."""
+    """Return the number of values in a row of an image's patches."""
     return 0 if loaded.patches is None else loaded.patches.pixels.shape[1]
 
 
@@ -270,7 +272,7 @@ def pack(sizes: Sequence[int], budget: int) -> list[list[int]]:
     >>> pack([3, 7, 5, 4, 12], 10)
     [[4], [1, 0], [2, 3]]
 
-    A size above the budget is a batch of its own.
+    A size above the budget is a separate batch.
     """
     batches: list[list[int]] = []
     room: list[int] = []

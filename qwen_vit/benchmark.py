@@ -1,9 +1,9 @@
-"""How fast the tower is on this GPU, and how close to the chip's roofline.
+"""Time the tower on this GPU, and compare the time with the GPU's roofline.
 
-The roofline is the time of all the tower's operations at the rate of a large GEMM interleaved with
-it. GPUs of one kind differ, and each slows down within a second at its power limit, the GEMM by a
-sixth. Interleaved, both run at the same clock, so ratios transfer between GPUs; milliseconds do
-not.
+The roofline is the time of all the tower's operations at the rate of a large GEMM. The benchmark
+interleaves that GEMM with the tower. GPUs of one kind differ. At its power limit, each slows down
+within a second, the GEMM by a sixth. Interleaved, both run at the same clock. Ratios therefore
+transfer between GPUs, but milliseconds do not.
 """
 
 import statistics
@@ -51,9 +51,9 @@ GEMM_FLOPS = 2 * GEMM_SIDE**3  # 2 per multiply-add
 
 
 def median_ms(run: Callable[[], Any], repeats: int = REPEATS, warm_ups: int = WARM_UPS) -> float:
-    """Return the median GPU time of `run`. Each call is queued before the previous one has ended.
+    """Return the median GPU time of `run`. Queue each call before the previous one ends.
 
-    The host's launch time therefore counts only while the GPU waits for it.
+    The host's launch time therefore counts only while the GPU waits for the host.
     """
     for _ in range(warm_ups):
         run()
@@ -78,9 +78,9 @@ def large_gemm(device: torch.device) -> Callable[[], Any]:
 def interleaved_with_gemm(
     run: Callable[[], Any], device: torch.device, seconds: float = 2.0
 ) -> tuple[float, float]:
-    """Return the median GPU milliseconds of `run`, and the FLOP/s of a GEMM interleaved with it.
+    """Return the median GPU milliseconds of `run`, and the FLOP/s of an interleaved GEMM.
 
-    Both take about the same time in each round, which holds at least one GEMM.
+    Both take about the same time in each round. A round has at least one GEMM.
     """
     gemm = large_gemm(device)
     run_once, gemm_once = (median_ms(each, 1, 1) for each in (run, gemm))
@@ -112,14 +112,14 @@ def tower_flops(config: VisionConfig, grids: Sequence[Grid]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StageWork:
-    """The operations and bytes of one stage, in all of its blocks together."""
+    """Count the operations and bytes of one stage in all its blocks together."""
 
     flops: int  # 2 per multiply-add of the published shapes
     bytes: int  # weights and rows read and written once, in 16 bits
-    count: int  # blocks that have it
+    count: int  # blocks with this stage
 
     def roofline_ms(self, gemm_rate: float, copy_rate: float) -> float:
-        """Return the longer of compute and memory time, at the rates that the chip reached."""
+        """Return the longer of compute and memory time, at the GPU's measured rates."""
         return 1e3 * max(self.flops / gemm_rate, self.bytes / copy_rate)
 
 
@@ -152,7 +152,7 @@ def stage_work(config: VisionConfig, grids: Sequence[Grid]) -> dict[str, StageWo
         ),
         "qkv": gemm(C, 3 * C, N * C + 3 * C * C + 3 * N * C),
         "window": StageWork(4 * C * windows * n_window, 2 * 4 * N * C * n_window, n_window),
-        # K is rotated beforehand: read, written, and read again
+        # RoPE is applied to K beforehand: read, written, and read again
         "full": StageWork(4 * C * frames * n_full, 2 * 6 * N * C * n_full, n_full),
         "proj": gemm(C, C, 3 * N * C + C * C),
         "gate-up": gemm(C, 2 * I, N * C + 2 * C * padded + N * padded),
@@ -166,12 +166,12 @@ def stage_work(config: VisionConfig, grids: Sequence[Grid]) -> dict[str, StageWo
 
 
 def _squared(length: int, window: int) -> int:
-    """Return the sum of squares of the pieces that windows cut a side into."""
+    """Return the sum of squared lengths of the pieces of a side, cut by windows."""
     return length // window * window**2 + (length % window) ** 2
 
 
 def in_batches(grids: Iterable[Grid], budget: int = MAX_BUCKET) -> list[tuple[Grid, ...]]:
-    """Split images, in order, into batches of at most `budget` patches; a larger one is alone.
+    """Split images, in order, into batches of at most `budget` patches. A larger image is alone.
 
     >>> [len(batch) for batch in in_batches([Grid(1, 8, 8)] * 5, budget=128)]
     [2, 2, 1]
@@ -188,7 +188,7 @@ def in_batches(grids: Iterable[Grid], budget: int = MAX_BUCKET) -> list[tuple[Gr
 
 
 class TimedTower:
-    """A tower with its inputs on the GPU, by graph like `encode` or kernel by kernel."""
+    """Run a tower with inputs on the GPU, by graph as `encode` does or kernel by kernel."""
 
     def __init__(self, tower: VisionTower, device: torch.device, dtype: torch.dtype) -> None:
         self.tower, self.device, self.dtype = tower, device, dtype
@@ -221,7 +221,7 @@ class TimedTower:
 
 
 def random_pixels(grids: Sequence[Grid], config: VisionConfig, device: torch.device) -> Tensor:
-    """Return uint8 pixels of stills, as `patchify` gives them: (N, P / 2), on the device."""
+    """Return uint8 pixels of stills as `patchify` returns them: (N, P / 2), on the device."""
     width = config.patch_dim // config.temporal_patch_size
     n_patches = sum(grid.n_patches for grid in grids)
     return torch.randint(0, 256, (n_patches, width), dtype=torch.uint8).to(device)
@@ -229,7 +229,7 @@ def random_pixels(grids: Sequence[Grid], config: VisionConfig, device: torch.dev
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One workload: GPU milliseconds, and ratios from them."""
+    """Describe one workload's GPU milliseconds, and derive ratios."""
 
     workload: str
     images: int
@@ -240,34 +240,34 @@ class Measured:
 
     @property
     def x_roofline(self) -> float:
-        """The time over the roofline's."""
+        """Return the time divided by the roofline's time."""
         return self.ms / self.roofline_ms
 
     @property
     def images_per_second(self) -> float:
-        """Images a second of GPU time."""
+        """Return the images per second of GPU time."""
         return 1000 * self.images / self.ms
 
 
 def check_device(device: str) -> None:
-    """Raise ArgumentError for a CPU, before any weights are fetched."""
+    """Raise ArgumentError for a CPU before fetching any weights."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         raise ArgumentError("a benchmark on the CPU would time the interpreter", remedy="use a GPU")
 
 
 def bench(encoder: VisionEncoder, workloads: Iterable[str] = tuple(WORKLOADS)) -> list[Measured]:
-    """Time an encoder's tower on random pixels: no decoding, no copies, GPU time.
+    """Time an encoder's tower on random pixels: GPU time, without decoding or copies.
 
     >>> bench(VisionEncoder.from_pretrained("tiny", device="cpu"))
     Traceback (most recent call last):
     qwen_vit.errors.ArgumentError: a benchmark on the CPU would time the interpreter. Use a \
 GPU.
 
-    Checks first that CUDA graphs and single kernels give the same, finite bits. Raises
-    CheckpointError where they do not, ArgumentError without a GPU or for an unknown workload.
+    It first checks that CUDA graphs and single kernels give the same, finite bits. Raises
+    CheckpointError if they do not. Raises ArgumentError without a GPU or for an unknown workload.
     """
     check_device(encoder.device.type)
-    with torch.cuda.device(encoder.device):  # events are recorded on the current one
+    with torch.cuda.device(encoder.device):  # torch records events on the current device
         timed = TimedTower(encoder.tower, encoder.device, encoder.dtype)
         return [_measured(timed, name) for name in workloads]
 

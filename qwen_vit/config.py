@@ -1,4 +1,4 @@
-"""The configuration of a checkpoint's tower and images, read from JSON and checked.
+"""Read and check the configuration of a checkpoint's tower and images.
 
 The dimension key, used in every file of the package:
 
@@ -7,7 +7,7 @@ The dimension key, used in every file of the package:
     S  segments             R  rotary pairs, D / 2        O  output size
     P  values per patch: channels x frames x patch_px x patch_px
 
-Units are in the names: `window_px` is in pixels, `Grid.h` and `Grid.w` are in patches.
+Names give the units: `window_px` is in pixels, `Grid.h` and `Grid.w` are in patches.
 """
 
 from collections.abc import Mapping
@@ -34,14 +34,14 @@ __all__ = [
     "check_consistent",
 ]
 
-RMS_NORM_EPS = 1e-6  # fixed in the published model, never stated in its config
+RMS_NORM_EPS = 1e-6  # fixed in the published model; its config does not give it
 
 MAX_PIXEL_LIMIT = 2**31
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """One image or video as patches: `t` frames of `h` rows and `w` columns.
+    """Describe one image or video as patches: `t` frames of `h` rows and `w` columns.
 
     >>> Grid(1, 32, 24).n_patches, Grid(1, 32, 24).n_tokens(merge_unit=4)
     (768, 192)
@@ -53,23 +53,23 @@ class Grid:
 
     @property
     def n_patches(self) -> int:
-        """The patches of all frames."""
+        """Return the number of patches of all frames."""
         return self.t * self.h * self.w
 
     def n_tokens(self, merge_unit: int) -> int:
-        """The merged tokens of all frames, `merge_unit` patches each."""
+        """Return the number of merged tokens of all frames, with `merge_unit` patches each."""
         return self.n_patches // merge_unit
 
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """The tower's architecture. Without defaults: every config states every number.
+    """Describe the tower's architecture. There are no defaults: every config gives every number.
 
     >>> config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
     >>> config.head_dim, config.patch_dim, config.window_units, config.factor_px
     (80, 1176, 4, 28)
 
-    A value that the tower cannot have raises CheckpointError with its rule. Key names follow
+    A value that the tower cannot have raises CheckpointError with the rule. Key names follow
     transformers' models/qwen2_5_vl/configuration_qwen2_5_vl.py.
     """
 
@@ -91,7 +91,7 @@ class VisionConfig:
             check_integer(getattr(self, field), names[0], maximum)
         window = f"window_size {self.window_px} px"
         unit = f"a merge unit of {self.factor_px} px"
-        rules = (  # condition, the fact if it is false, what was expected
+        rules = (  # condition, the fact if it is false, the expected value
             (self.in_channels == 3, f"in_channels is {self.in_channels}", "3 (RGB)"),
             (
                 self.temporal_patch_size == 2,
@@ -143,42 +143,42 @@ class VisionConfig:
 
     @property
     def head_dim(self) -> int:
-        """D."""
+        """Return D."""
         return self.hidden_size // self.num_heads
 
     @property
     def rotary_pairs(self) -> int:
-        """R: half of them turn with the row, half with the column."""
+        """Return R. Half of the pairs encode the row, and half encode the column."""
         return self.head_dim // 2
 
     @property
     def patch_dim(self) -> int:
-        """P: values in one of Hugging Face's pixel rows."""
+        """Return P, the values in one of Hugging Face's pixel rows."""
         return self.in_channels * self.temporal_patch_size * self.patch_px**2
 
     @property
     def merge_unit(self) -> int:
-        """Patches that become one merged token."""
+        """Return the number of patches per merged token."""
         return self.spatial_merge_size**2
 
     @property
     def window_units(self) -> int:
-        """A window's side in merge units."""
+        """Return a window's side in merge units."""
         return self.window_px // self.patch_px // self.spatial_merge_size
 
     @property
     def factor_px(self) -> int:
-        """A merge unit's side in pixels: image sides are multiples of it."""
+        """Return a merge unit's side in pixels. Image sides are multiples of it."""
         return self.patch_px * self.spatial_merge_size
 
     @classmethod
     def from_json(
         cls, config: Mapping[str, Any] | str | Path, *, source: str = "config.json"
     ) -> Self:
-        """Read a whole model's config.json, or the vision part of one, given parsed or as a path.
+        """Read a whole model's config.json, or its vision part, as parsed JSON or a path.
 
-        Keys that are missing take the published Qwen2.5-VL values, except out_hidden_size, which
-        differs between them. Raises CheckpointError, naming the file and the rule.
+        Missing keys have the published Qwen2.5-VL values, except out_hidden_size, which differs
+        between the models. Raises CheckpointError with the file and the rule.
         """
         config, source = _open(config, source)
         vision, where = find_vision_part(config, source)
@@ -202,12 +202,12 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
-    """How images become patches: the limits on their size, and the normalisation.
+    """Choose how images become patches: size limits and normalisation.
 
     >>> ImageConfig.from_json({"size": {"shortest_edge": 3136, "longest_edge": 50176}}).max_pixels
     50176
 
-    `min_pixels` and `max_pixels` bound height x width after resizing; mean and standard deviation
+    `min_pixels` and `max_pixels` limit height x width after resizing. Mean and standard deviation
     are per RGB channel, for values from 0 to 1. Key names follow transformers'
     models/qwen2_vl/image_processing_qwen2_vl.py.
     """
@@ -249,10 +249,10 @@ class ImageConfig:
     def from_json(
         cls, config: Mapping[str, Any] | str | Path, *, source: str = "preprocessor_config.json"
     ) -> Self:
-        """Read preprocessor_config.json, or processor_config.json, given parsed or as a path.
+        """Read preprocessor_config.json, or processor_config.json, as parsed JSON or a path.
 
-        Keys that are missing or null take transformers' defaults. Raises CheckpointError, naming
-        the file and the rule, for a step that this package does not do.
+        Missing or null keys have transformers' defaults. For a step that this package does not do,
+        raises CheckpointError with the file and the rule.
         """
         config, source = _open(config, source)
         if "image_processor" in config:
@@ -265,12 +265,12 @@ class ImageConfig:
             ) from None
 
     def bounded(self, min_pixels: int | None, max_pixels: int | None) -> "ImageConfig":
-        """The same with other bounds of height x width; None keeps one.
+        """Return a copy with other limits of height x width. None keeps a limit.
 
         >>> ImageConfig.from_json({}).bounded(None, 50_176).max_pixels
         50176
 
-        Raises ArgumentError for bounds that no size can meet.
+        Raises ArgumentError for limits that no size can meet.
         """
         try:
             return replace(
@@ -300,7 +300,7 @@ class ImageConfig:
 def check_consistent(
     vision: VisionConfig, image: ImageConfig, *, source: str = "preprocessor_config.json"
 ) -> None:
-    """Raise CheckpointError if images would be cut into other patches than the tower takes."""
+    """Raise CheckpointError if images are cut into other patches than the tower accepts."""
     for name, images_have, tower_has in (
         ("patch_size", image.patch_px, vision.patch_px),
         ("temporal_patch_size", image.temporal_patch_size, vision.temporal_patch_size),

@@ -1,4 +1,4 @@
-"""Hugging Face's config files -> the fields of VisionConfig and ImageConfig, by tables."""
+"""Map Hugging Face's config files to the fields of VisionConfig and ImageConfig, by tables."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ OUR_MODEL_TYPES = (
     "qwen2_5_omni_vision_encoder",
 )
 
-# Models that look similar: the start of model_type, the name, the software for it.
+# Models that look similar: the start of model_type, the name, and the software to use instead.
 OTHER_MODELS = (
     ("qwen2_vl", "Qwen2-VL", "transformers' Qwen2VLForConditionalGeneration"),
     ("qwen3_vl", "Qwen3-VL", "transformers' Qwen3VLForConditionalGeneration"),
@@ -28,8 +28,9 @@ QWEN2_VL_KEYS = ("embed_dim", "mlp_ratio")
 QWEN3_VL_KEYS = ("deepstack_visual_indexes", "num_position_embeddings")
 QWEN2_5_KEYS = ("out_hidden_size", "window_size", "fullatt_block_indexes")
 
-# field, its names in JSON (to_json writes the first), the published value, the largest accepted.
-# The 32B config leaves depth and num_heads out; no published config leaves out_hidden_size out.
+# Each row: field, its names in JSON (to_json writes the first), the published value, the largest
+# accepted value. The 32B config omits depth and num_heads. No published config omits
+# out_hidden_size.
 VISION_KEYS: tuple[tuple[str, tuple[str, ...], int | None, int], ...] = (
     ("depth", ("depth", "num_hidden_layers"), 32, 512),
     ("hidden_size", ("hidden_size",), 1280, 65_536),
@@ -45,20 +46,20 @@ VISION_KEYS: tuple[tuple[str, tuple[str, ...], int | None, int], ...] = (
 PUBLISHED_FULLATT_BLOCK_INDEXES = (7, 15, 23, 31)
 PUBLISHED_ROPE_THETA = 10_000.0
 
-# The limits' names at the top of the file and, from newer transformers, inside `size`; the first
-# that is set wins. Then transformers' defaults.
+# The limits' names at the top of the file and, in newer transformers, inside `size`. The first name
+# with a value wins. The last column has transformers' defaults.
 PIXEL_LIMITS = (
     ("min_pixels", ("shortest_edge", "min_pixels"), 3_136),
     ("max_pixels", ("longest_edge", "max_pixels"), 1_003_520),
 )
-MIN_AREA = 28 * 28  # of one token
+MIN_AREA = 28 * 28  # one token's
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PILLOW_BICUBIC = 3
 
 
 def find_vision_part(config: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], str]:
-    """Return the vision part of a config and its name in messages. Refuses other models by name."""
+    """Return a config's vision part and its name in messages. Reject other models by name."""
     _refuse_other_models(config, source)
     nested = [key for key in ("thinker_config", "vision_config") if key in config]
     if "model_type" not in config and not nested and not any(key in config for key in QWEN2_5_KEYS):
@@ -83,7 +84,7 @@ def _refuse_other_models(config: Mapping[str, Any], source: str) -> None:
             remedy="if this is a plain Qwen2.5-VL tower, remove auto_map from a copy of the file",
         )
     model_type = config.get("model_type")
-    # Qwen2.5-Omni's config also has an embed_dim, beside the keys that only Qwen2.5 has.
+    # Qwen2.5-Omni's config also has an embed_dim, in addition to keys that only Qwen2.5 has.
     if any(key in config for key in QWEN3_VL_KEYS):
         model_type = "qwen3_vl"
     elif any(key in config for key in QWEN2_VL_KEYS) and not any(
@@ -108,7 +109,7 @@ def _refuse_other_models(config: Mapping[str, Any], source: str) -> None:
 
 
 def vision_fields(vision: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of VisionConfig, which checks their types and ranges itself."""
+    """Return the fields of VisionConfig, which checks their types and ranges."""
     fields: dict[str, Any] = {}
     for field, names, published, _ in VISION_KEYS:
         stated = {name: vision[name] for name in names if name in vision}
@@ -136,7 +137,7 @@ def vision_fields(vision: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_rope(vision: Mapping[str, Any]) -> Any:
-    # Files older than transformers 5 have no entry: the tower had the same rotary embedding as now.
+    # Files older than transformers 5 have no entry, and their towers used the same RoPE.
     rope = vision.get("rope_parameters")
     if rope is None:
         return vision.get("rope_theta", PUBLISHED_ROPE_THETA)
@@ -158,7 +159,7 @@ def _read_rope(vision: Mapping[str, Any]) -> Any:
 
 
 def image_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of ImageConfig, which checks their types and ranges itself."""
+    """Return the fields of ImageConfig, which checks their types and ranges."""
     stated = {key: value for key, value in config.items() if value is not None}
     kind = stated.get("image_processor_type", "Qwen2VLImageProcessor")
     if not isinstance(kind, str) or not kind.startswith(("Qwen2VL", "Qwen2_5")):
@@ -211,5 +212,5 @@ def image_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_float(value: Any) -> Any:
-    # a value that is no number stays unchanged, for the rule that names it
+    # keep a value that is not a number, for the rule that names it
     return float(value) if is_number(value) else value

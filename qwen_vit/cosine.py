@@ -1,4 +1,4 @@
-"""`similarity`: how alike images, or the parts of two images, are."""
+"""Compute cosine similarities of images, or of parts of two images."""
 
 from typing import Any, TypeAlias
 
@@ -18,7 +18,7 @@ Rows: TypeAlias = AnyFeatures | Tensor | NDArray[Any]
 
 
 def similarity(a: Rows, b: Rows | None = None) -> Tensor:
-    """The cosine of every row of `a` with every row of `b`, or of `a` itself.
+    """Return the cosine similarity of every row of `a` to every row of `b`, or of `a` itself.
 
     >>> from qwen_vit import VisionEncoder
     >>> encoder = VisionEncoder.from_pretrained("tiny")
@@ -30,18 +30,18 @@ def similarity(a: Rows, b: Rows | None = None) -> Tensor:
     torch.Size([15, 23])
 
     Args:
-        a: features of one image; a list of images, or stored features, that have one row each
-            (`output="mean"`); or rows of your own (N, D), such as `features.layers[7]`.
-        b: what `a` is compared with, given in the same ways; `a` itself if None.
+        a: one image's features; a list of images or stored features with one row each
+            (`output="mean"`); or your own rows (N, D), such as `features.layers[7]`.
+        b: the features to compare `a` with, in the same forms; None: `a`.
 
     Returns:
         (rows of a, rows of b) float32 from -1 to 1, on the device of `a`. A row of zeros has the
-        cosine 0 with all others.
+        cosine similarity 0 with all others.
 
     Raises:
-        ArgumentError: rows that are not finite numbers, or of two widths; several images of many
-            rows each.
-        ExportError: a failed image among them.
+        ArgumentError: rows with NaN or infinity, or of two widths; several images with many rows
+            each.
+        ExportError: a failed image among the images.
     """
     left = _unit_rows("a", a)
     right = left if b is None else _unit_rows("b", b).to(left.device)

@@ -1,4 +1,4 @@
-"""Choose an encoder's device and data type, and check that the kernels support the tower there."""
+"""Choose an encoder's device and dtype, and check that the kernels support the tower there."""
 
 import logging
 from functools import lru_cache
@@ -19,9 +19,9 @@ USE_CPU = with_options("use {}", ("device", "cpu"))
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """The device of a name, with an index if it is a GPU. "auto" prefers a GPU.
+    """Return the device with this name, with an index for a GPU. "auto" prefers a GPU.
 
-    Raises ArgumentError for a missing device or one that the kernels do not support.
+    Raises ArgumentError for a missing device or a device that the kernels do not support.
     """
     if device == "auto":
         if not torch.cuda.is_available():
@@ -66,7 +66,7 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute in. "auto" is bfloat16 on a GPU and float32 on a CPU.
+    """Return the dtype to compute in. "auto" is bfloat16 on a GPU and float32 on a CPU.
 
     Raises ArgumentError for a dtype that the kernels do not support on this device.
     """
@@ -75,7 +75,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     chosen = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if not isinstance(chosen, torch.dtype):
         raise ArgumentError(f"dtype is {dtype!r}", expected="'auto', 'bfloat16' or 'float32'")
-    pixel_weight_exponent(chosen)  # refuses float16 and every other type, with the reason
+    pixel_weight_exponent(chosen)  # rejects float16 and other types with the reason
     if device.type == "cpu" and chosen != torch.float32:
         raise ArgumentError(
             f"dtype is {chosen} on a CPU",
@@ -86,7 +86,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def check_fits(config: VisionConfig, device: torch.device) -> None:
-    """Raise CheckpointError for a tower whose sizes the kernels of this device do not support."""
+    """Raise CheckpointError if the device's kernels do not support the tower's sizes."""
     fits = {kind: low <= config.head_dim <= high for kind, (low, high) in HEAD_DIMS.items()}
     if not fits[device.type]:
         low, high = HEAD_DIMS[device.type]

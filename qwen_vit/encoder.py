@@ -1,4 +1,4 @@
-"""`VisionEncoder`: images in, the embeddings that the language model sees out."""
+"""Define `VisionEncoder`, which turns images into the language model's embeddings."""
 
 import json
 import os
@@ -51,7 +51,7 @@ __all__ = ["VisionEncoder"]
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class VisionEncoder:
-    """The vision encoder of Qwen2.5-VL, without the language model.
+    """Encode images with Qwen2.5-VL's vision encoder, without the language model.
 
     >>> encoder = VisionEncoder.from_pretrained("tiny")
     >>> features = encoder.encode("tests/photographs/rocket.jpg")
@@ -59,7 +59,7 @@ class VisionEncoder:
     (torch.Size([345, 192]), (1, 30, 46))
 
     Build one with `from_pretrained` or `from_tensors`. It can be copied, pickled and sent to other
-    processes; a copy has weights of its own and gives the same bits.
+    processes. A copy has separate weights and gives the same bits.
 
     Source: "Qwen2.5-VL Technical Report" (arXiv:2502.13923).
     """
@@ -73,7 +73,7 @@ class VisionEncoder:
     graphs: GraphRunner | None
 
     def __new__(cls, *parts: Any, **named: Any) -> Self:
-        """Refuse VisionEncoder("tiny"); copies and unpickling pass nothing."""
+        """Reject VisionEncoder("tiny"). Copying and unpickling pass no arguments."""
         first = parts[0] if parts else named.get("tower", next(iter(named.values()), None))
         if first is not None and not isinstance(first, VisionTower):
             raise ArgumentError(
@@ -110,22 +110,22 @@ class VisionEncoder:
             revision: a branch, tag or commit of the repository.
             subfolder: the checkpoint's folder inside the repository or the folder, such as
                 "text_encoder".
-            device: "auto" is a GPU if there is one, else the CPU. On a CPU the source
-                of the same Triton kernel is interpreted: correct, but slow.
-            dtype: "auto" is bfloat16 on a GPU and float32 on a CPU; float32 on a GPU is IEEE,
-                never TF32.
+            device: "auto" is a GPU if there is one, else the CPU. A CPU interprets the same Triton
+                kernels: correctly, but slowly.
+            dtype: "auto" is bfloat16 on a GPU and float32 on a CPU. float32 on a GPU is IEEE, never
+                TF32.
             token: as in huggingface_hub.
             cache_dir: as in huggingface_hub.
             local_files_only: as in huggingface_hub.
-            min_pixels: the least height x width after resizing; the checkpoint's by default.
-            max_pixels: the largest height x width after resizing; the checkpoint's by default.
-            cuda_graphs: False launches every kernel by itself: slower for small batches, with the
-                same bits. Graphs serve merged output; output="patch" never uses one.
-            torch_dtype: transformers' name for `dtype`; refused.
-            device_map: transformers' name for `device`; refused.
+            min_pixels: the smallest height x width after resizing; None: the checkpoint's value.
+            max_pixels: the largest height x width after resizing; None: the checkpoint's value.
+            cuda_graphs: False launches every kernel separately. Small batches are then slower, with
+                the same bits. Only merged output uses graphs.
+            torch_dtype: transformers' name for `dtype`; raises ArgumentError.
+            device_map: transformers' name for `device`; raises ArgumentError.
 
         Raises:
-            HubError, CheckpointError, ArgumentError: each with what to do.
+            HubError, CheckpointError, ArgumentError: each gives the remedy.
         """
         for theirs, value, ours in (
             ("torch_dtype", torch_dtype, "dtype"), ("device_map", device_map, "device"),
@@ -160,7 +160,7 @@ class VisionEncoder:
         max_pixels: int | None = None,
         cuda_graphs: bool = True,
     ) -> Self:
-        """Build an encoder from loaded tensors, with the checks of files.
+        """Build an encoder from loaded tensors, with the checks for files.
 
         >>> tiny = VisionEncoder.from_pretrained("tiny").checkpoint
         >>> given = {f"model.visual.{name}": tensor for name, tensor in tiny.tensors.items()}
@@ -168,12 +168,12 @@ class VisionEncoder:
         VisionEncoder('mine', float32, on cpu)
 
         Args:
-            tensors: by published names with any prefix or none, on any device. Those of a language
-                model may be among them. The encoder keeps the tower's on the host: do not
-                change them.
+            tensors: tensors by published names with any prefix or none, on any device. Tensors of a
+                language model may be among them. The encoder keeps the tower's tensors on the host:
+                do not change them.
             config: the tower's config, or the content of config.json.
-            image_config: the image settings, or the content of preprocessor_config.json;
-                transformers' defaults if None.
+            image_config: the image settings, or the content of preprocessor_config.json; None:
+                transformers' defaults.
             name: the model's name in messages and feature files.
             device: as in `from_pretrained`.
             dtype: as in `from_pretrained`.
@@ -182,7 +182,7 @@ class VisionEncoder:
             cuda_graphs: as in `from_pretrained`.
 
         Raises:
-            CheckpointError, ArgumentError: each with what to do.
+            CheckpointError, ArgumentError: each gives the remedy.
         """
         chosen = choose_device(device)
         return cls.from_checkpoint(
@@ -195,7 +195,7 @@ class VisionEncoder:
         cls, checkpoint: Checkpoint, source: Origin, device: torch.device, dtype: torch.dtype,
         min_pixels: int | None, max_pixels: int | None, cuda_graphs: bool,
     ) -> Self:  # fmt: skip
-        """Build an encoder from an open checkpoint, on a checked device and in a checked dtype."""
+        """Build an encoder from an open checkpoint, with a checked device and dtype."""
         image_config = checkpoint.image_config.bounded(min_pixels, max_pixels)
         check_fits(checkpoint.config, device)
         with torch.device("meta"):
@@ -214,11 +214,11 @@ class VisionEncoder:
 
     @property
     def config(self) -> VisionConfig:
-        """The tower's architecture."""
+        """Return the tower's architecture."""
         return self.checkpoint.config
 
     def to(self, *_: object, **__: object) -> NoReturn:
-        """Raise ArgumentError: an encoder stays on its device."""
+        """Raise ArgumentError, because an encoder cannot move to another device."""
         remedy = "pass device= and dtype= to VisionEncoder.from_pretrained"
         raise ArgumentError("a VisionEncoder does not move", remedy=remedy)
 
@@ -232,7 +232,7 @@ class VisionEncoder:
         **options: Unpack[EncodeOptions],
     ) -> list[ImageFeatures | FailedImage]: ...
     @overload
-    def encode(  # type: ignore[overload-overlap]  # a str is an iterable as well
+    def encode(  # type: ignore[overload-overlap]  # a str is also an iterable
         self,
         images: OneImage,
         *,
@@ -294,7 +294,7 @@ class VisionEncoder:
     ) -> Any:
         """Encode one image or several: paths, bytes, PIL images, arrays or tensors, in any mix.
 
-        Videos may be among them: see `encode_video`.
+        Videos may be among the images: see `encode_video`.
 
         >>> import numpy as np
         >>> encoder = VisionEncoder.from_pretrained("tiny")
@@ -302,38 +302,39 @@ class VisionEncoder:
         torch.Size([6, 192])
 
         Args:
-            images: one image, or an iterable of them; an array or tensor of four axes is a stack.
-                A `Video`, the path of a video file such as .mp4, and the bytes of one give
+            images: one image, or an iterable of images. A 4D array or tensor is a stack of images.
+                A `Video`, a path such as clip.mp4, and the bytes of a video file give
                 VideoFeatures.
-            on_error: "raise" raises the first image's error; "skip" gives a FailedImage instead
-                and goes on with the others.
-            output: "merged", what the language model takes; "patch", un-merged; or "mean", one
-                vector an image: the mean of its merged rows, in float32.
+            on_error: "raise" raises the first image's error. "skip" returns a FailedImage instead,
+                and continues with the other images.
+            output: "merged" returns the language model's input. "patch" returns un-merged rows.
+                "mean" returns one vector per image: the float32 mean of its merged rows.
             normalize: divide each mean by its Euclidean length; only for output="mean".
-            layers: blocks, counted from 0, whose dense features are returned as well. They change
-                no bit of `embeds`. On a GPU they run without CUDA graphs.
+            layers: blocks, counted from 0, whose dense features it also returns. They do not change
+                `embeds`. On a GPU, it then uses no CUDA graphs.
             layout: "HWC" or "CHW" if an array's shape leaves its channel axis open.
-            exif: "apply" turns a picture as its EXIF orientation says; "ignore" does not, for
-                pictures that are upright already. A PIL image that was transposed keeps its tag.
-            limits: bounds of what is decoded; ImageLimits() by default.
-            video_limits: bounds of a video; VideoLimits() by default.
-            formats: formats that are decoded only on request: "PPM", "ICO", "TGA", "JPEG2000".
+            exif: "apply" rotates an image by its EXIF orientation. "ignore" does not rotate images
+                that are already upright. A transposed PIL image keeps its tag.
+            limits: limits of decoded images; None: ImageLimits().
+            video_limits: limits of a video; None: VideoLimits().
+            formats: formats that it decodes only on request: "PPM", "ICO", "TGA", "JPEG2000".
             frames: "first", or "all" for a list of every page of a TIFF and frame of an animation.
-                An image with several gives ids such as "scan.tif#page=2".
-            decode_threads: threads that read, decode and resize ahead of the encoder; by default
-                one for two cores, 2 to 16. The embeddings do not depend on it.
+                Each page of an image with several has an id such as "scan.tif#page=2".
+            decode_threads: threads that read, decode and resize ahead of the encoder; None: one per
+                two cores, 2 to 16. The embeddings do not depend on it.
 
         Returns:
-            ImageFeatures of one image, or a list of them, in order: `embeds` is
-            (n_tokens, out_hidden_size), row-major over merged cells of 28 x 28 pixels; with
-            output="patch" (n_patches, hidden_size), row-major over patches of 14 x 14 pixels; with
-            output="mean" (1, out_hidden_size). `layers[k]` is (n_patches, hidden_size), row-major:
-            the residual stream behind block k, before any norm; behind the last block it is what
-            output="patch" gives. An image's `id` is its path; others are "image 0", "image 1" ...
+            ImageFeatures of one image, or a list of them for several, in order. `embeds` is
+            (n_tokens, out_hidden_size), row-major over merged cells of 28 x 28 pixels. With
+            output="patch" it is (n_patches, hidden_size), row-major over patches of 14 x 14 pixels.
+            With output="mean" it is (1, out_hidden_size). `layers[k]` is (n_patches, hidden_size),
+            row-major: the residual stream after block k, before any norm. After the last block it
+            equals output="patch". An image's `id` is its path. Other images are "image 0", "image
+            1" ...
 
         Raises:
             ImageError: an image cannot be encoded.
-            ArgumentError: an option makes no sense.
+            ArgumentError: an option is invalid.
         """
         results = list(
             self.encode_iter(
@@ -379,16 +380,16 @@ class VisionEncoder:
         frames: Pages = "first",
         decode_threads: int | None = None,
     ) -> Any:
-        """As `encode`, one image after the other and in order, in flat memory.
+        """Encode as `encode` does, yielding images one by one in order, in constant memory.
 
         >>> encoder = VisionEncoder.from_pretrained("tiny")
         >>> for features in encoder.encode_iter(["tests/photographs/chelsea.png"]):
         ...     print(features.grid_thw)
         (1, 22, 32)
 
-        `images` is iterated in the caller's thread, ahead of the results. On a GPU images are
-        grouped by size, because there an image's bits do not depend on its batch. Raises
-        ArgumentError at once for an option that makes no sense.
+        It iterates `images` in the caller's thread, ahead of the results. On a GPU it groups images
+        by size, because there an image's bits do not depend on its batch. Raises ArgumentError at
+        once for an invalid option.
         """
         outputs = OutputOptions.checked(output, normalize, layers, self.config.depth)
         limits = ImageLimits() if limits is None else limits
@@ -431,26 +432,27 @@ class VisionEncoder:
 
         Args:
             videos: a path, the bytes of a file, frames (t, h, w, c), a list of PIL images or arrays
-                as frames, a `Video`; or an iterable of those. A `Video` has options of its own.
-            fps: frames taken per second; of frames that you pass, the rate they were taken at.
-            n_frames: this many frames instead of `fps`, rounded to an even number.
-            start: seconds from the first frame at which sampling begins.
-            end: seconds from the first frame at which sampling ends.
-            max_frames: the most frames that `fps` may give; 768 if None.
-            min_pixels: the least height x width of a frame after resizing; 100,352 if None.
-            max_pixels: the largest one; 602,112 if None, and less for a long video.
+                as frames, a `Video`; or an iterable of these. A `Video` has its own options.
+            fps: frames to sample per second. For frames that you pass, it is their rate.
+            n_frames: the number of frames instead of `fps`, rounded to an even number.
+            start: seconds from the first frame to the start of sampling.
+            end: seconds from the first frame to the end of sampling.
+            max_frames: the largest number of frames from `fps`; None: 768.
+            min_pixels: the smallest height x width of a frame after resizing; None: 100,352.
+            max_pixels: the largest height x width of a frame after resizing; None: 602,112, and
+                less for a long video.
             sampling: "qwen", as qwen-vl-utils 0.0.14, or "transformers".
             on_error: as in `encode`.
-            options: those of `encode`, such as `output`, `layers` and `video_limits`.
+            options: options of `encode`, such as `output`, `layers` and `video_limits`.
 
         Returns:
-            VideoFeatures, or a list of them for several: `embeds` is (n_tokens, out_hidden_size)
-            for a grid (t, h, w) of pairs of frames; `map` is (t, h / 2, w / 2, D). With
-            output="mean" a video has one row.
+            VideoFeatures, or a list of them for several videos. `embeds` is (n_tokens,
+            out_hidden_size) for a grid (t, h, w) of pairs of frames. `map` is (t, h / 2, w / 2, D).
+            With output="mean" a video has one row.
 
         Raises:
             ImageError: a video cannot be read, with a stable `code`; files need the extra `video`.
-            ArgumentError: an option makes no sense.
+            ArgumentError: an option is invalid.
         """
         chosen = VideoOptions(
             fps=fps, n_frames=n_frames, start=start, end=end, max_frames=max_frames,
@@ -474,14 +476,15 @@ class VisionEncoder:
             (M, out_hidden_size): merged tokens, image after image, each row-major.
 
         Raises:
-            ImageError: the two disagree (codes `patches`, `grid`); found before any kernel runs.
+            ImageError: rows and grids disagree (codes `patches`, `grid`); raised before any kernel
+                runs.
         """
         grids = as_grids(grid_thw)
         check_rows("pixel_values", pixel_values, grids, self.config.patch_dim, is_float=True)
         return self.forward(self._owned(pixel_values), grids, "merged")
 
     def encode_pixels(self, rows: Tensor, grid_thw: Tensor, *, still: bool = True) -> Tensor:
-        """Encode rows of pixels as a processor cuts them, before it normalises them.
+        """Encode rows of pixels as a processor cuts them, before normalisation.
 
         >>> encoder = VisionEncoder.from_pretrained("tiny")
         >>> rows = torch.zeros(24, 1176, dtype=torch.uint8)
@@ -491,15 +494,16 @@ class VisionEncoder:
         Args:
             rows: (N, 1176) uint8, each (channel, 2 frames, 14, 14), in the processor's order.
             grid_thw: (images, 3) integers in patches.
-            still: both frames of every row are the same picture, and the first is read: the bits
-                are those of `encode`. For videos pass False: they are those of `encode_patches` on
-                the normalised rows.
+            still: True if both frames of every row are the same image. It reads the first frame,
+                and gives the bits of `encode`. For videos pass False, which gives the bits of
+                `encode_patches` on the normalised rows.
 
         Returns:
             (M, out_hidden_size), as `encode_patches`.
 
         Raises:
-            ImageError: the two disagree (codes `patches`, `grid`); found before any kernel runs.
+            ImageError: rows and grids disagree (codes `patches`, `grid`); raised before any kernel
+                runs.
         """
         grids = as_grids(grid_thw)
         check_rows("rows", rows, grids, self.config.patch_dim, is_float=False)
@@ -511,12 +515,12 @@ class VisionEncoder:
     def _owned(self, rows: Tensor) -> Tensor:
         rows = resolved(rows)
         if self.device.type == "cuda" and rows.is_pinned():
-            # a copy: a loader may refill the rows after the return, and the GPU reads them later
+            # copy the rows: a loader may refill them after the return, and the GPU reads them later
             return torch.empty_like(rows, pin_memory=True).copy_(rows)
         return rows
 
     def metadata(self) -> dict[str, Any]:
-        """The origin that a feature file records: model, hashes, versions, image policy."""
+        """Return the origin that a feature file records: model, hashes, versions, image policy."""
         return origin_metadata(
             self.source, self.checkpoint, self.image_config, self.dtype, self.device
         )
@@ -525,9 +529,9 @@ class VisionEncoder:
         self, patches: Tensor, grids: tuple[Grid, ...], output: Output,
         taps: LayerTaps | None = None,
     ) -> Tensor:  # fmt: skip
-        """Run the tower on uint8 or float rows in grid order, by graph where one fits.
+        """Run the tower on uint8 or float rows in grid order, by graph if one fits.
 
-        uint8 rows of two frames are normalised here, where it is fast.
+        It normalises uint8 rows of two frames here, on the device, where it is fast.
         """
         if patches.dtype == torch.uint8 and patches.shape[1] == self.config.patch_dim:
             rows = patches.to(self.device, non_blocking=True)

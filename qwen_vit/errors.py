@@ -1,7 +1,7 @@
-"""The package's errors: each has a fact, what was expected, and a remedy.
+"""Define the package's errors: each has a fact, what was expected, and a remedy.
 
-They are data: `name`, `fact`, `expected`, `remedy`. The message is made here and nowhere else, and
-no code reads it.
+Each part is an attribute: `name`, `fact`, `expected`, `remedy`. Only this module makes the message,
+and no code parses it.
 """
 
 import logging
@@ -71,13 +71,13 @@ IMAGE_CODES = {
 
 
 class Wording(str):
-    """A text that names options: itself for Python, and `shell` for the command line.
+    """Keep a text that spells options for Python, and as `shell` for the command line.
 
     >>> words = "wait, or " + Wording("pass another folder", shell="pass another --out")
     >>> print(words, words.shell, sep="; ")
     wait, or pass another folder; wait, or pass another --out
 
-    `+` keeps both. Other operations of `str`, f-strings among them, keep Python's words alone.
+    `+` keeps both spellings. Other operations of `str`, such as f-strings, keep only Python's.
     """
 
     shell: str
@@ -95,7 +95,7 @@ class Wording(str):
 
     @classmethod
     def joined(cls, separator: str, texts: Sequence[str]) -> Self:
-        """Several texts as one; each may be a `Wording`.
+        """Join several texts. Each may be a `Wording`.
 
         >>> print(Wording.joined(" or ", ["wait", with_options("lower {}", "part")]).shell)
         wait or lower --part
@@ -111,7 +111,7 @@ def _in_shell(text: str) -> str:
 
 
 def with_options(text: str, *options: str | tuple[str, object], **values: object) -> Wording:
-    """A text with options in the place of each {}, as Python and as the command line spell them.
+    """Put options into each {} of a text, as Python and as the command line spell them.
 
     >>> words = with_options("lower {}, or use {}", "max_pixels", ("dtype", "float32"))
     >>> print(words, words.shell, sep="; ")
@@ -119,9 +119,9 @@ def with_options(text: str, *options: str | tuple[str, object], **values: object
 
     Args:
         text: as for `str.format`.
-        options: the name in Python of each option whose flag has the same name, or its name and
-            a value.
-        values: what the text names besides options.
+        options: the Python name of each option whose flag has the same name, or its name and a
+            value.
+        values: other values that the text names.
     """
     named = [(option, None) if isinstance(option, str) else option for option in options]
     return Wording(
@@ -143,7 +143,7 @@ def _as_flag(name: str, value: object) -> str:
 
 
 class QwenVitError(Exception):
-    """The base of every error that this package raises on purpose.
+    """Keep the parts and make the message of every error that this package raises on purpose.
 
     >>> error = ExportError("a file", name="out", expected="a folder", remedy="pass another --out")
     >>> print(error)
@@ -153,7 +153,7 @@ class QwenVitError(Exception):
 
     Args:
         fact: what is wrong, without a full stop.
-        name: the file, image or argument that the fact is about; odd characters are escaped.
+        name: the file, image or argument of the fact. Odd characters are escaped.
         expected: what was expected instead; empty if the fact implies it.
         remedy: what to do about it, as an instruction.
 
@@ -168,7 +168,7 @@ class QwenVitError(Exception):
         return self.text()
 
     def text(self, *, in_shell: bool = False) -> str:
-        """The message on one line; `in_shell` spells options as flags.
+        """Return the message on one line. `in_shell` spells options as flags.
 
         >>> remedy = with_options("lower {}", "max_pixels")
         >>> ImageError("too large", name="a.png", remedy=remedy).text(in_shell=True)
@@ -191,7 +191,7 @@ class QwenVitError(Exception):
 
     @classmethod
     def of(cls, error: "QwenVitError", **changes: str) -> Self:
-        """The facts of another error as an error of this class, with changes.
+        """Create an error of this class from another error, with changes.
 
         >>> damaged = CheckpointError("not JSON", name="export.json", remedy="fetch it again")
         >>> print(ExportError.of(damaged, remedy="pass another --out"))
@@ -215,7 +215,7 @@ def _sentence(text: str) -> str:
 
 
 class ImageError(QwenVitError, ValueError):
-    """An image, an array or a set of patches cannot be encoded.
+    """Report that an image, an array or a set of patches cannot be encoded.
 
     `code` is a stable, machine-readable reason such as `"truncated"`: a key of `IMAGE_CODES`.
 
@@ -237,32 +237,32 @@ class ImageError(QwenVitError, ValueError):
         self.code = code
 
     def without_frames(self) -> "ImageError":
-        """The same error without its traceback, whose frames hold the file's bytes or the array."""
+        """Return the error without its traceback: the frames keep the file's bytes or the array."""
         return ImageError.of(self, code=self.code)
 
 
 class ArgumentError(QwenVitError, ValueError):
-    """A device, a data type or an option does not fit this machine or this call."""
+    """Report that a device, a dtype or an option does not fit this machine or this call."""
 
 
 class CheckpointError(QwenVitError, ValueError):
-    """A checkpoint's weights or configuration are missing, damaged or of another model."""
+    """Report that a checkpoint is missing, damaged or belongs to another model."""
 
 
 class ComparisonError(QwenVitError):
-    """Two results cannot be compared: a golden file is damaged, or of another model or setting."""
+    """Report that results cannot be compared: a golden file is damaged or does not match."""
 
 
 class HubError(QwenVitError):
-    """The Hugging Face Hub or its cache could not provide something."""
+    """Report that the Hugging Face Hub or its cache could not provide something."""
 
 
 class ExportError(QwenVitError):
-    """Features could not be written, read or resumed."""
+    """Report that features could not be written, read or resumed."""
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Raise ArgumentError for a value that is none of the choices.
+    """Raise ArgumentError for a value outside the choices.
 
     >>> check_choice("output", "tokens", ("merged", "patch"))
     Traceback (most recent call last):
@@ -276,7 +276,7 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def display_name(name: str) -> str:
-    """A name that fits one line of any terminal: odd ones are escaped, long ones shortened.
+    """Return a name that fits on one line of any terminal: escaped and shortened if necessary.
 
     >>> display_name("cat.png"), display_name("a\\tb")
     ('cat.png', "'a\\\\tb'")
@@ -286,9 +286,9 @@ def display_name(name: str) -> str:
 
 
 def one_line(text: str) -> str:
-    r"""Escape what is not printable: text from outside may move a terminal's cursor.
+    r"""Escape unprintable characters, because text from outside may move a terminal's cursor.
 
-    Every error, log line and line of output goes through this.
+    Every error, log line and line of output uses this function.
 
     >>> print(one_line("a\tb\x1b[2J"))
     a\tb\x1b[2J
@@ -299,7 +299,7 @@ def one_line(text: str) -> str:
 
 
 def _escape_record(record: logging.LogRecord) -> bool:
-    """A filter that makes a log record one printable line."""
+    """Filter a log record: turn it into one printable line."""
     record.msg, record.args = one_line(record.getMessage()), ()
     return True
 
@@ -308,7 +308,7 @@ logging.getLogger("qwen_vit").addFilter(_escape_record)
 
 
 def plural(number: int, what: str) -> str:
-    """A number and its noun.
+    """Return a number and its noun.
 
     >>> plural(1, "shard"), plural(2, "shard")
     ('1 shard', '2 shards')

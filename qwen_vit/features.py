@@ -1,4 +1,4 @@
-"""The result for an image: its embeddings, or its error."""
+"""Define the result for an image: its embeddings, or its error."""
 
 import html
 import math
@@ -39,7 +39,7 @@ FeatureOutput = Literal["merged", "patch", "mean"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageFeatures:
-    """One image's embeddings.
+    """Keep one image's embeddings.
 
     >>> features = ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))
     >>> features.map.shape
@@ -48,14 +48,14 @@ class ImageFeatures:
     Attributes:
         id: the image's path, or another name from the caller.
         embeds: (n_tokens, out_hidden_size), row-major over the merged cells, on the encoder's
-            device and in its dtype. For output="patch" (n_patches, hidden_size), row-major over the
-            patches; for output="mean" (1, out_hidden_size) in float32.
+            device and in its dtype. For output="patch" it is (n_patches, hidden_size), row-major
+            over the patches. For output="mean" it is (1, out_hidden_size) in float32.
         grid_thw: (frames, height, width) in patches.
-        size_px: the original (height, width) in pixels; (0, 0) where only patches were given.
-        notes: what the image policy did, such as "EXIF orientation 6 applied".
+        size_px: the original (height, width) in pixels; (0, 0) if the caller passed only patches.
+        notes: the changes that the image policy made, such as "EXIF orientation 6 applied".
         layers: block -> (n_patches, hidden_size), row-major over the patches: the residual stream
             after that block, before any norm. `layers[7].view(*grid_thw, -1)` is its map.
-        output: which rows `embeds` holds.
+        output: the kind of rows in `embeds`.
         normalized: whether each row has unit length.
     """
 
@@ -88,14 +88,14 @@ class ImageFeatures:
 
     @property
     def error(self) -> None:
-        """None: an image that failed is a `FailedImage`, whose `error` says why."""
+        """Return None. A failed image is a `FailedImage`, whose `error` gives the reason."""
         return None
 
     @property
     def map(self) -> Tensor:
-        """`embeds` as a view (t, h, w, D): one cell a merged token, or a patch.
+        """Return `embeds` as a view (t, h, w, D), with one cell per merged token or patch.
 
-        Raises ArgumentError unless each row is a cell; with output="mean" none is.
+        Raises ArgumentError unless each row is a cell. With output="mean" no row is a cell.
         """
         (t, h, w), rows = self.grid_thw, len(self.embeds)
         side = math.isqrt(t * h * w // rows) if rows and self.output != "mean" else 0
@@ -126,16 +126,16 @@ class ImageFeatures:
         >>> features.show(point=(320, 240)).save("rocket-features.png")  # doctest: +SKIP
 
         Args:
-            picture: the image; if not given, the file that `id` names, where there is one.
-            point: (x, y) in pixels: its cell is compared with every cell.
+            picture: the image; None: the file that `id` names, if it exists.
+            point: (x, y) in pixels. Every cell is compared with the cell at this point.
             layer: a block of `layers` to draw instead of `embeds`.
 
         Returns:
-            A picture, which a notebook shows. `show_features` draws several images together.
+            A picture that a notebook shows. `show_features` draws several images together.
 
         Raises:
             ArgumentError: the extra `show` is not installed, or arguments do not fit.
-            ImageError: a picture that cannot be read.
+            ImageError: the image cannot be read.
         """
         from qwen_vit.show.sheets import show_features
 
@@ -143,7 +143,7 @@ class ImageFeatures:
         return show_features([self], pictures, point=point, layer=layer)[0]
 
     def numpy(self) -> NDArray[np.float32]:
-        """`embeds` as a float32 array on the host."""
+        """Return `embeds` as a float32 array on the host."""
         array: NDArray[np.float32] = self.embeds.detach().float().cpu().numpy()
         return array
 
@@ -158,19 +158,19 @@ class ImageFeatures:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class VideoFeatures(ImageFeatures):
-    """One video's embeddings: those of an image, and the moments of its frames.
+    """Keep one video's embeddings, with the times of its frames.
 
     >>> clip = VideoFeatures("clip.mp4", torch.ones(12, 8), (2, 4, 6), second_per_grid_t=1.0)
     >>> clip.map.shape, clip.step_seconds
     (torch.Size([2, 2, 3, 8]), (0.0, 1.0))
 
-    Step i of the grid's t is a pair of frames, which attend to nothing but each other: `map[i]` is
-    (h, w, D) of the pair i.
+    Step i of the grid's t is a pair of frames. A pair attends only to itself. `map[i]` is (h, w, D)
+    of pair i.
 
     Attributes:
-        second_per_grid_t: seconds from one step to the next, from the rate of sampling: what a
-            language model numbers its positions with.
-        frame_seconds: of each sampled frame, its moment in seconds from the video's first frame.
+        second_per_grid_t: seconds from one step to the next, from the sampling rate. A language
+            model computes its positions from this value.
+        frame_seconds: the time of each sampled frame, in seconds from the video's first frame.
     """
 
     second_per_grid_t: float = 1.0
@@ -178,7 +178,7 @@ class VideoFeatures(ImageFeatures):
 
     @classmethod
     def of(cls, features: ImageFeatures, timing: VideoTiming) -> "VideoFeatures":
-        """The features of a video's patches, with the moments of its frames."""
+        """Create the features of a video from its patches' features and its frame times."""
         facts = {each.name: getattr(features, each.name) for each in fields(ImageFeatures)}
         return cls(
             **facts, second_per_grid_t=timing.second_per_grid_t, frame_seconds=timing.frame_seconds
@@ -189,7 +189,7 @@ class VideoFeatures(ImageFeatures):
 
     @property
     def step_seconds(self) -> tuple[float, ...]:
-        """The moment of each step of the grid: that of the first frame of its pair."""
+        """Return the time of each step of the grid: the time of its pair's first frame."""
         if not self.frame_seconds:
             return tuple(step * self.second_per_grid_t for step in range(self.grid_thw[0]))
         return self.frame_seconds[::2]
@@ -197,12 +197,12 @@ class VideoFeatures(ImageFeatures):
 
 @dataclass(frozen=True, slots=True)
 class FailedImage:
-    """An image that could not be encoded, and why.
+    """Describe an image that could not be encoded, and the reason.
 
     Attributes:
         id: as `ImageFeatures.id`.
-        error: what is wrong with it, with a stable `error.code`.
-        stage: in an export, where it failed: "list", "read", "decode" or "encode".
+        error: the image's error, with a stable `error.code`.
+        stage: the stage of an export that failed: "list", "read", "decode" or "encode".
         size_px: the original (height, width) in pixels; (0, 0) if it is unknown.
     """
 
@@ -213,12 +213,12 @@ class FailedImage:
 
     @property
     def code(self) -> str:
-        """`error.code`: a key of `errors.IMAGE_CODES`."""
+        """Return `error.code`, a key of `errors.IMAGE_CODES`."""
         return self.error.code
 
     @property
     def message(self) -> str:
-        """The error's text."""
+        """Return the error's text."""
         return str(self.error)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
@@ -235,7 +235,7 @@ def _size_text(size_px: tuple[int, int]) -> str:
 
 
 def _html_table(name: str, facts: Mapping[str, str]) -> str:
-    """A small table for notebooks: a name, and below it the known facts."""
+    """Return a small table for notebooks: a name, and below it the known facts."""
     cells = [
         f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>"
         for key, value in facts.items()
@@ -249,7 +249,7 @@ AnyFeatures: TypeAlias = ImageFeatures | FailedImage | Iterable[ImageFeatures | 
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A type as files and options spell it.
+    """Return a dtype's name as files and options spell it.
 
     >>> dtype_name(torch.bfloat16)
     'bfloat16'
@@ -258,7 +258,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_features(features: AnyFeatures) -> list[ImageFeatures | FailedImage]:
-    """Features as a list, also of one image. Raises ArgumentError for anything else."""
+    """Return features as a list, also for one image. Raises ArgumentError for other values."""
     wanted = "ImageFeatures, as `encode` returns them"
     if isinstance(features, ImageFeatures | FailedImage):
         features = [features]
@@ -283,7 +283,7 @@ def check_features(features: AnyFeatures) -> list[ImageFeatures | FailedImage]:
 
 
 def not_finite(name: str) -> ImageError:
-    """The error of an image whose embeddings hold NaN or infinity."""
+    """Return the error for an image whose embeddings contain NaN or infinity."""
     return ImageError(
         "its embeddings hold NaN or infinity",
         name=name,

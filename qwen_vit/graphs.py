@@ -1,10 +1,10 @@
-"""CUDA graphs per bucket of patches: one replay instead of about 170 launches.
+"""Replay CUDA graphs per bucket of patches: one replay instead of about 170 launches.
 
-A graph is captured for a number of rows, not for a shape of image. Every call fills one buffer of
+A graph is captured for a number of rows, not for an image shape. Every call fills one buffer of
 indices before the replay. Padding rows attend to each other, and padding tiles are empty. One graph
 therefore serves every mix of images that fits its bucket. The model does not know about graphs. An
-image's embedding has the same bits as without them, because no row depends on other images' rows or
-on their number.
+image's embedding has the same bits with and without graphs. No row depends on other images' rows or
+on the number of rows.
 """
 
 import logging
@@ -27,21 +27,21 @@ __all__ = ["MAX_BUCKET", "MIN_STEP", "GraphRunner", "bucket_for", "run_tower"]
 
 logger = logging.getLogger("qwen_vit")
 
-MAX_BUCKET = 32_768  # patches; above it the launches are a small share of the time
+MAX_BUCKET = 32_768  # patches; above it the launches take a small share of the time
 MIN_STEP = 256  # patches
 CAPTURE_COST_ROWS = 16_384  # the GPU's work during a capture: about 40 ms on an H200
 TILE_HEADROOM = 2  # times the tiles of whole windows and frames; smaller pieces run without a graph
 
 
 def bucket_for(n_patches: int) -> int | None:
-    """The rows of the graph for this many patches, or None if none fits.
+    """Return the rows of the graph for this many patches, or None if no graph fits.
 
     >>> bucket_for(1000), bucket_for(4097), bucket_for(9216), bucket_for(40_000)
     (1024, 4352, 9216, None)
     """
     if not 0 < n_patches <= MAX_BUCKET:
         return None
-    # steps of a 16th of the power of two below, so 6 % padding at most above 4,096
+    # steps of a 16th of the power of two below: at most 6 % padding above 4,096
     step = max(MIN_STEP, 1 << max(0, (n_patches - 1).bit_length() - 5))
     return -(-n_patches // step) * step
 
@@ -49,38 +49,39 @@ def bucket_for(n_patches: int) -> int | None:
 @dataclass(frozen=True, slots=True, eq=False)
 class CapturedGraph:
     graph: torch.cuda.CUDAGraph
-    patches: Tensor  # (rows, P / 2) uint8 or (rows, P): the first rows of what all graphs read
-    indices: Tensor  # every integer of the layout, one after the other
-    angles: Any  # the rotary tables that the graph reads, kept while it may
-    merged: Tensor  # (rows / merge unit, O): the first rows of what all graphs write
+    patches: Tensor  # (rows, P / 2) uint8 or (rows, P): the first rows of the graphs' input
+    indices: Tensor  # every integer of the layout, in one buffer
+    angles: Any  # the rotary tables that the graph reads, kept while the graph may read them
+    merged: Tensor  # (rows / merge unit, O): the first rows of the graphs' output
 
 
 class GraphRunner:
-    """Runs a tower by graph where one fits; every graph of a tower shares one memory pool."""
+    """Run a tower by graph if one fits. All graphs of a tower share one memory pool."""
 
     def __init__(self, tower: VisionTower, device: torch.device) -> None:
         self._tower = tower
         self._device = device
         self._captured: dict[tuple[int, torch.dtype], CapturedGraph] = {}
-        # every graph reads the first rows of one buffer: one replay runs at a time
+        # every graph reads the first rows of one buffer, because one replay runs at a time
         self._patches: dict[torch.dtype, Tensor] = {}
-        self._merged_rows: Tensor | None = None  # and writes the first rows of another
+        self._merged_rows: Tensor | None = None  # and writes the first rows of another buffer
         self._pool: Any = None  # torch's handle of the pool
-        # one stream for every capture: the pool's memory is shared within a stream only
+        # one stream for every capture, because the pool shares memory only within a stream
         self._stream = torch.cuda.Stream(device)
         self._done = torch.cuda.Event()  # after a replay and the copy of its result
         self._lock = threading.Lock()
-        self._rows_saved: Counter[int] = Counter()  # rows saved by a graph of its own, by bucket
+        # rows that a separate graph would have saved, by bucket
+        self._rows_saved: Counter[int] = Counter()
 
-    def __reduce__(self) -> Any:  # a copy or another process captures its own graphs
+    def __reduce__(self) -> Any:  # a copy or another process captures new graphs
         return GraphRunner, (self._tower, self._device)
 
     def graph_bucket(self, patches: Tensor) -> int | None:
-        """The rows of the graph for these patches, captured or not, or None if none fits.
+        """Return the rows of the graph for these patches, captured or not, or None if none fits.
 
-        `bucket_for` gives them, unless a larger graph exists. The larger one serves until the rows
-        that a smaller one would have saved add up to the cost of its capture. Rare sizes, such as
-        the last batch of a packing, are not worth a graph of their own.
+        `bucket_for` gives the rows, unless a larger graph exists. The larger graph serves until a
+        smaller one would have saved as many rows as its capture costs. A graph for a rare size,
+        such as the last batch of a packing, is not worth its capture.
         """
         own = bucket_for(len(patches))
         with self._lock:
@@ -94,10 +95,10 @@ class GraphRunner:
             return larger if self._rows_saved[own] <= CAPTURE_COST_ROWS else own
 
     def run(self, patches: Tensor, layout: Layout) -> Tensor | None:
-        """The merged tokens (M, O) of `patches`, or None if no graph fits.
+        """Return the merged tokens (M, O) of `patches`, or None if no graph fits.
 
-        `layout` is on the host, padded to `graph_bucket(patches)` rows. Nothing waits for the GPU.
-        The first call of that many rows captures their graph.
+        `layout` is on the host, padded to `graph_bucket(patches)` rows. It does not wait for the
+        GPU. The first call with that many rows captures their graph.
         """
         static = pad_to_graph(layout)
         if static is None:
@@ -110,18 +111,20 @@ class GraphRunner:
             torch.no_grad(),
         ):
             current = torch.cuda.current_stream()
-            current.wait_event(self._done)  # the lock orders threads, this orders their streams
+            # the lock orders threads, and this event orders their streams
+            current.wait_event(self._done)
             if not self._has_room_for(patches):
                 return None
             try:
                 merged = self._replay_or_capture(static, indices, patches)
-                # the next replay overwrites it: the caller gets a copy
+                # the next replay overwrites the result, so the caller gets a copy
                 return merged[: len(layout.merged_order)].clone()
-            finally:  # after an error as well: the next call writes what this one may still read
+            # also after an error: the next call writes memory that this one may still read
+            finally:
                 self._done.record()
 
     def _replay_or_capture(self, static: Layout, indices: Tensor, patches: Tensor) -> Tensor:
-        """The result of a replay, in memory that the next one overwrites, or of the capture."""
+        """Return the result of a replay, which the next replay overwrites, or of a capture."""
         kind = static.n_rows, patches.dtype
         captured = self._captured.get(kind)
         if captured is not None:
@@ -140,7 +143,7 @@ class GraphRunner:
         return answer
 
     def _has_room_for(self, patches: Tensor) -> bool:
-        """Whether the buffer that all graphs of a dtype read exists or could be allocated."""
+        """Return whether the input buffer of a dtype's graphs exists or could be allocated."""
         if patches.dtype not in self._patches:
             shape = (MAX_BUCKET, patches.shape[1])
             try:
@@ -153,9 +156,10 @@ class GraphRunner:
     def _capture_and_run(
         self, static: Layout, indices: Tensor, patches: Tensor
     ) -> tuple[CapturedGraph | None, Tensor]:
-        """A graph, and the tower's result without it. That call compiles missing kernels.
+        """Return a graph, and the tower's result without it. That call compiles missing kernels.
 
-        The host captures while the GPU computes that result. There is no graph if memory is short.
+        The host captures while the GPU computes that result. If the GPU runs out of memory, it
+        returns None instead of a graph.
         """
         filled = self._patches[patches.dtype][: static.n_rows]
         filled[: len(patches)].copy_(patches, non_blocking=True)
@@ -167,7 +171,7 @@ class GraphRunner:
             with torch.cuda.stream(self._stream):
                 answer = self._tower(filled, layout)
                 merged = self._capture(graph, filled, layout, answer)
-        finally:  # after an error as well: the memory is freed then, and the GPU may still read it
+        finally:  # also after an error, which frees memory that the GPU may still read
             current.wait_stream(self._stream)
         answer.record_stream(current)
         if merged is None:
@@ -178,7 +182,7 @@ class GraphRunner:
     def _capture(
         self, graph: torch.cuda.CUDAGraph, pixels: Tensor, layout: Layout, like: Tensor
     ) -> Tensor | None:
-        """The graph's output buffer, of the shape of `like`, or None if memory is short."""
+        """Capture the tower. Return an output like `like`, or None if memory runs out."""
         if self._merged_rows is None:
             try:
                 n_rows = MAX_BUCKET * len(like) // layout.n_rows
@@ -186,32 +190,32 @@ class GraphRunner:
             except torch.cuda.OutOfMemoryError:
                 return None
         merged = self._merged_rows[: len(like)]
-        # Not torch.cuda.graph, which waits for the GPU and empties the allocator's cache.
+        # torch.cuda.graph would wait for the GPU and empty the allocator's cache.
         # thread_local: CUDA calls in other threads must not invalidate the capture
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
-            # a copy, 0.1 % of the time, so that each graph gives all its memory to the next one:
-            # outputs of their own took 1.3 GB for all buckets of the 7B tower
+            # this copy takes 0.1 % of the time, and gives all the graph's memory to the next graph:
+            # separate outputs took 1.3 GB for all buckets of the 7B tower
             return merged.copy_(self._tower(pixels, layout))
-        except torch.cuda.OutOfMemoryError:  # although memory sufficed for the result
+        except torch.cuda.OutOfMemoryError:  # although memory was enough for the result
             return None
         finally:
             graph.capture_end()
 
     def capture_buckets(self, dtype: torch.dtype, width: int, largest: int) -> None:
-        """Compile every kernel and capture the graph of every bucket, ahead of the first request.
+        """Compile every kernel and capture every bucket's graph before the first request.
 
         Args:
-            dtype: of the patches that `run` will get: uint8 or a float.
-            width: of a patch: P / 2 for uint8, P for a float.
-            largest: the most patches that a call will bring.
+            dtype: dtype of the patches that `run` will get: uint8 or a float.
+            width: values per patch: P / 2 for uint8, P for a float.
+            largest: the largest number of patches per call.
         """
         largest = bucket_for(min(largest, MAX_BUCKET)) or MIN_STEP
         buckets = [bucket_for(1) or MIN_STEP]
         while buckets[-1] < largest:
             buckets.append(bucket_for(buckets[-1] + 1) or largest)
         side = math.isqrt(MIN_STEP)
-        for rows in reversed(buckets):  # the largest first: its memory serves all others
+        for rows in reversed(buckets):  # the largest first, because all others reuse its memory
             grids = (Grid(rows // MIN_STEP, side, side),)
             patches = torch.zeros(rows, width, dtype=dtype, device=self._device)
             tower_dtype = self._tower.merger.fc1.weight.dtype
@@ -229,13 +233,13 @@ def run_tower(
     output: Output,
     taps: LayerTaps | None = None,
 ) -> Tensor:
-    """Run a tower on uint8 or float rows in grid order, by graph where one fits.
+    """Run a tower on uint8 or float rows in grid order, by graph if one fits.
 
-    Graphs serve merged output without taps; the bits are the same with and without.
+    Graphs serve merged output without taps. The bits are the same with and without graphs.
     """
     config = tower.config
     if device.type == "cuda" and patches.device.type == "cpu":
-        patches = patches.pin_memory()  # no copy if it is pinned already
+        patches = patches.pin_memory()  # makes no copy if it is already pinned
     has_whole_units = MIN_STEP % config.merge_unit == 0
     if graphs is not None and output == "merged" and taps is None and has_whole_units:
         n_rows = graphs.graph_bucket(patches)
@@ -254,9 +258,9 @@ _layout = lru_cache(maxsize=32)(plan_layout)
 
 
 def pad_to_graph(layout: Layout) -> Layout | None:
-    """The layout with tensors of its bucket's sizes, or None if one is larger.
+    """Return the layout with its bucket's tensor sizes, or None if a tensor is larger.
 
-    Padding tiles are rows of zeros. Padding tokens copy the first one and are never read.
+    Padding tiles are rows of zeros. Padding tokens copy the first token, and no code reads them.
     """
     rows, unit = layout.n_rows, layout.n_patches // len(layout.merged_order)
     window_tiles = _zero_padded(

@@ -1,18 +1,18 @@
-"""Where every patch goes: token orders, attention segments, positions and kernel tiles.
+"""Compute where every patch goes: token orders, attention segments, positions and kernel tiles.
 
-A layout is computed once, on the host, from integers alone (the grids, never pixels or weights),
-and holds every index that depends on the data. The model only executes it, so one code path serves
-a single image, any mix of images, several frames, and a fixed token budget.
+The host computes a layout once, only from the grids' integers and never from pixels or weights. The
+layout contains every index that depends on the data. The model only executes it. One code path
+therefore serves a single image, any mix of images, several frames, and a fixed token budget.
 
-Three token orders, and the names that carry them:
+There are three token orders, with these names:
 
     raster  patches row by row
     grid    the patches of a merge unit (2 x 2) together; units row by row: what processors emit
     window  merge units grouped by attention window: what the blocks compute on
 
 Source: transformers' `get_vision_window_index` and `get_vision_cu_seqlens`, which pad the unit grid
-to whole windows, permute, and drop the padding. Sorting the units by window gives the same order
-without padding anything.
+    to whole windows, permute, and drop the padding. Sorting the units by window gives the same
+    order without padding.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,25 +33,25 @@ Integers = npt.NDArray[np.int32]
 
 PADDING_ROWS = 64  # padding rows attend to each other in groups of this size
 ALIGNED_INTEGERS = 4  # 16 bytes of int32
-MAX_ROWS = 2**31 - 1  # rows are indexed in int32; the kernels widen to int64 before they multiply
+MAX_ROWS = 2**31 - 1  # rows are indexed in int32; kernels widen to int64 before multiplying
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentTiling:
-    """How a kernel cuts segments into tiles.
+    """Choose how a kernel cuts segments into tiles.
 
-    `rows` is the most query rows of one tile, which belong to one segment.
+    `rows` is the largest number of query rows of one tile. A tile's rows belong to one segment.
     """
 
     rows: int
 
 
 class _Frame(NamedTuple):
-    """One frame of a grid, in its own window order."""
+    """Describe one frame of a grid, in the frame's own window order."""
 
     unit_order: Integers  # [h * w / 4] grid-order merge unit at each window-order place
     window_rows: Integers  # [windows] patches in each window
-    row_and_column: Integers  # [h * w, 2] of each patch, in window order
+    row_and_column: Integers  # [h * w, 2] row and column of each patch, in window order
 
 
 @lru_cache(maxsize=256)
@@ -72,9 +72,9 @@ def _frame(h: int, w: int, merge: int, window_units: int) -> _Frame:
 
 
 def check_grids(grids: Iterable[Grid], config: VisionConfig, image: str = "") -> None:
-    """Refuse a grid that no image can have. Errors name `image`, if given.
+    """Reject a grid that no image can have. Errors name `image`, if given.
 
-    Raises ImageError (code `grid`) when a side is not positive or not a multiple of the merge size.
+    Raises ImageError (code `grid`) if a side is not positive or not a multiple of the merge size.
     """
     merge = config.spatial_merge_size
     for index, grid in enumerate(grids):
@@ -101,7 +101,7 @@ def tile_table(lengths: Integers, tiling: SegmentTiling) -> Integers:
            [ 64, 100,   0, 100],
            [100, 140, 100, 140]], dtype=int32)
 
-    Tiles with the longest key range come first, so that a GPU does not end on them.
+    Tiles with the longest key range come first, so that the GPU runs short tiles last.
     """
     ends = np.cumsum(lengths, dtype=np.int64)
     starts = ends - lengths
@@ -116,7 +116,7 @@ def tile_table(lengths: Integers, tiling: SegmentTiling) -> Integers:
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Runs of consecutive rows that attend to each other, and the tiles that cover them."""
+    """Describe runs of rows that attend to each other, and the tiles that cover the runs."""
 
     cu_seqlens: torch.Tensor  # (S + 1,) int32: segment s is rows cu_seqlens[s] : cu_seqlens[s + 1]
     tiles: torch.Tensor  # (tiles, 4) int32: q_start, q_end, k_start, k_end
@@ -124,14 +124,14 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Every data-dependent index of one forward pass; integers only, in one tensor per meaning.
+    """Keep every data-dependent index of one forward pass: integers, one tensor per meaning.
 
     >>> config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
     >>> layout = Layout.from_grids([Grid(1, 6, 10)], config)
     >>> layout.n_patches, layout.windows.cu_seqlens.tolist()
     (60, [0, 48, 60])
 
-    Shapes: N patches, `n_rows` >= N rows after filling up to a token budget, M merged tokens.
+    Shapes: N patches, `n_rows` >= N rows including padding to a token budget, M merged tokens.
     """
 
     grids: tuple[Grid, ...]
@@ -158,7 +158,7 @@ class Layout:
     ) -> "Layout":
         """Lay out images one after the other, with padding up to `n_rows` rows.
 
-        Raises ImageError (code `grid`) for a grid that no image can have, or too many patches.
+        Raises ImageError (code `grid`) for a grid that no image can have, or for too many patches.
         """
         check_grids(grids, config)
         merge, unit = config.spatial_merge_size, config.merge_unit
@@ -212,26 +212,26 @@ class Layout:
 
     @property
     def n_positions(self) -> int:
-        """One more than the largest row or column: the height of the rotary tables needed."""
+        """Return the largest row or column plus one: the height of the rotary tables."""
         return max((max(grid.h, grid.w) for grid in self.grids), default=1)
 
     def to(self, device: torch.device) -> "Layout":
-        """The same layout, from the host, on a device, moved in one copy.
+        """Move a host layout to a device in one copy.
 
-        The host's buffer is pinned on the way to a GPU, so that the copy does not wait for it.
+        For a GPU, it pins the host's buffer, so that the copy does not wait for the GPU.
         """
         flat = self.flat(pinned=device.type == "cuda")
         return self.viewing(flat.to(device, non_blocking=True))
 
     def flat(self, *, pinned: bool = False) -> torch.Tensor:
-        """Every tensor in one buffer, each beginning at a multiple of 16 bytes.
+        """Return every tensor in one buffer. Each begins at a multiple of 16 bytes.
 
-        Triton compiles a kernel anew for a pointer that does not.
+        Triton compiles a second kernel for pointers that are not 16-byte aligned.
         """
         tensors = self.tensors()
         lengths = [_aligned(tensor.numel()) for tensor in tensors]
         flat = torch.empty(sum(lengths), dtype=torch.int32, device="cpu", pin_memory=pinned)
-        # by NumPy: torch's threads would wait for cores that decode images
+        # use NumPy: torch's threads would wait for cores that decode images
         rest = flat.numpy()
         for tensor, length in zip(tensors, lengths, strict=True):
             part, rest = rest[:length], rest[length:]
@@ -239,7 +239,7 @@ class Layout:
         return flat
 
     def viewing(self, flat: torch.Tensor) -> "Layout":
-        """The same layout, its tensors views of a buffer that is laid out as `flat()`."""
+        """Return the same layout with tensors that are views of a buffer from `flat()`."""
         old = self.tensors()
         parts = flat.split([_aligned(tensor.numel()) for tensor in old])
         new = [
@@ -257,7 +257,7 @@ class Layout:
         )
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor of the layout, in a fixed order."""
+        """Return every tensor of the layout, in a fixed order."""
         orders = [self.grid_index, self.positions, self.merged_order, self.raster_order]
         segments = [
             tensor
@@ -283,7 +283,7 @@ def _check_budget(n_patches: int, total: int, unit: int) -> None:
 
 
 def _padding_rows(n_rows: int) -> Integers:
-    """Lengths of the segments of padding."""
+    """Return the lengths of the padding segments."""
     lengths = np.full(-(-n_rows // PADDING_ROWS), PADDING_ROWS, dtype=np.int32)
     if n_rows % PADDING_ROWS:
         lengths[-1] = n_rows % PADDING_ROWS
@@ -295,7 +295,8 @@ def _aligned(length: int) -> int:
 
 
 def _concatenate(arrays: list[Integers]) -> Integers:
-    # not by NumPy, which releases Python's lock after each one, to threads that decode images
+    # do not use NumPy here: it releases Python's lock after each call, to threads that decode
+    # images
     memories: list[Any] = list(arrays)
     return np.frombuffer(b"".join(memories), dtype=np.int32)
 

@@ -1,4 +1,4 @@
-"""Images and videos of any kind -> their patches, in loader threads and in order."""
+"""Turn images and videos of any kind into patches, in loader threads and in order."""
 
 import io
 import os
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 OnError = Literal["raise", "skip"]
-# What `encode` takes for one image, arrays aside: those of four axes are a stack of several.
+# What `encode` accepts for one image, except arrays: a 4D array is a stack of several images.
 OneImage: TypeAlias = (
     str
     | os.PathLike[str]
@@ -78,7 +78,7 @@ Videos: TypeAlias = VideoSource | Video | Iterable[VideoSource | Video]
 
 
 class EncodeOptions(TypedDict, total=False):
-    """The options of `encode` and `encode_iter` that do not decide the type of the result."""
+    """List the options of `encode` and `encode_iter` that do not decide the result's type."""
 
     output: FeatureOutput
     normalize: bool
@@ -92,7 +92,7 @@ class EncodeOptions(TypedDict, total=False):
 
 
 def is_one_image(images: object) -> bool:
-    """Whether this is one image, rather than an iterable or a stack of them.
+    """Return whether this is one image, not an iterable or a stack of images.
 
     >>> is_one_image("a.jpg"), is_one_image(["a.jpg"]), is_one_image(np.zeros((2, 28, 28, 3)))
     (True, False, False)
@@ -103,7 +103,7 @@ def is_one_image(images: object) -> bool:
 
 
 def as_images(images: Any) -> Iterator[Any]:
-    """The images of one image, a stack or an iterable. Raises ArgumentError for anything else."""
+    """Return the images of one image, a stack or an iterable. Raises ArgumentError otherwise."""
     try:
         return iter([images] if is_one_image(images) else images)
     except TypeError:
@@ -111,15 +111,15 @@ def as_images(images: Any) -> Iterator[Any]:
 
 
 def as_videos(videos: Any, options: VideoOptions) -> Video | Iterable[Video]:
-    """One video, or an iterable of several, with `options` for each that has none.
+    """Return one video, or an iterable of several. Videos without options get `options`.
 
     >>> as_videos("clip.mp4", VideoOptions(fps=1.0)).fps
     1.0
     >>> [each.name for each in as_videos(["a.mp4", "b.mp4"], VideoOptions())]
     ['a.mp4', 'b.mp4']
 
-    A list or tuple that begins with a picture is a list of frames. Raises ArgumentError for
-    anything else.
+    A list or tuple that begins with an image is a list of frames. Raises ArgumentError for other
+    values.
     """
     if isinstance(videos, Video):
         return videos
@@ -144,15 +144,15 @@ def _is_picture(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """One image or video on its way to the encoder: its patches, or the error that it met."""
+    """Describe an image or video on the way to the encoder: its patches or its error."""
 
     id: str
     size_px: tuple[int, int] = UNKNOWN_SIZE
     notes: tuple[str, ...] = ()
     patches: Patches | None = None
     error: ImageError | None = None
-    timing: VideoTiming | None = None  # of a video
-    stream: PieceStream | None = None  # of a long video, in place of its patches
+    timing: VideoTiming | None = None  # only for a video
+    stream: PieceStream | None = None  # for a long video, instead of patches
 
     @property
     def n_patches(self) -> int:
@@ -167,11 +167,12 @@ class LoadedImage:
 
 @dataclass(frozen=True, slots=True)
 class ImageLoader:
-    """Loads, resizes and patchifies any kind of image or video, in any thread.
+    """Load, resize and patchify any kind of image or video, in any thread.
 
-    `video` holds the options of videos that are bare files, `as_video` makes animations videos, and
-    `video_threads` decode one video. A video file of more than `piece_patches` comes in pieces, the
-    first ones while the later ones are decoded; without that number every video comes whole.
+    `video` contains the options of videos without their own. `as_video` makes animations videos.
+    `video_threads` is the number of threads that decode one video. A video file of more than
+    `piece_patches` comes in pieces, and the first pieces come while threads decode later ones. If
+    `piece_patches` is None, every video comes whole.
     """
 
     config: VisionConfig
@@ -200,7 +201,7 @@ class ImageLoader:
             )
 
     def jobs(self, images: Iterable[ImageInput], *, is_ahead: bool) -> Iterator[Job[LoadedImage]]:
-        """A job for each image. With `is_ahead` it may run after the next image was taken."""
+        """Yield a job for each image. With `is_ahead` it may run after the next image was taken."""
         for image, name in self._named(images):
             is_fixed = isinstance(image, (str, os.PathLike, bytes, Patches, ImagePage, ImageError))
             if isinstance(image, Video):
@@ -211,15 +212,16 @@ class ImageLoader:
                 n_bytes = len(image) if isinstance(image, bytes) else 0
                 load = partial(self.load, image, name, is_ahead=is_ahead)
                 yield Job(load, n_bytes, _decode_rest)
-            elif isinstance(image, Video):  # frames, which the caller may change
+            elif isinstance(image, Video):  # frames that the caller may change
                 yield Job(partial(self.load, self._load_frames(image, name), name))
-            else:  # the caller may change it after the next one is taken
+            else:  # the caller may change it after the loader takes the next image
                 loaded = self._load_eagerly(image, name)
                 n_bytes = 4 * loaded.height * loaded.width if isinstance(loaded, RgbImage) else 0
-                yield Job(partial(self.load, loaded, name), n_bytes)  # 4 bytes as Pillow holds them
+                # Pillow stores 4 bytes per pixel
+                yield Job(partial(self.load, loaded, name), n_bytes)
 
     def _named(self, images: Iterable[ImageInput]) -> Iterator[tuple[Any, str]]:
-        """The images, or the pages of each, with their names; an error in place of a bad one."""
+        """Yield the images or their pages, with names. An error replaces a bad image."""
         for index, image in enumerate(images):
             name = _name_of(image, index)
             source: Any = image
@@ -235,7 +237,7 @@ class ImageLoader:
                 elif isinstance(source, (bytearray, memoryview)):
                     source = bytes(source)
                 yield from split_pages(source, name, self.limits)
-            except ImageError as error:  # raised in order
+            except ImageError as error:  # raise it in order
                 yield error.without_frames(), name
 
     def load(
@@ -245,9 +247,9 @@ class ImageLoader:
         *,
         is_ahead: bool = False,
     ) -> LoadedImage:
-        """One image's patches; with on_error="skip" its error instead of an exception.
+        """Return one image's patches. With on_error="skip" return its error instead of raising it.
 
-        With `is_ahead` this thread decodes the rest of a long video by `_decode_rest`.
+        With `is_ahead`, this thread decodes the rest of a long video in `_decode_rest`.
         """
         try:
             if isinstance(image, LoadedImage):
@@ -267,7 +269,7 @@ class ImageLoader:
     def _load_frames(self, video: Video, name: str) -> LoadedImage | ImageError:
         try:
             return self.load_video(video, name)
-        except ImageError as error:  # raised in order
+        except ImageError as error:  # raise it in order
             return error.without_frames()
 
     def _load_eagerly(self, image: Any, name: str) -> RgbImage | ImageError:
@@ -275,7 +277,7 @@ class ImageLoader:
             return load_image(
                 image, name=name, layout=self.layout, limits=self.limits, exif=self.exif
             )
-        except ImageError as error:  # raised in order
+        except ImageError as error:  # raise it in order
             return error.without_frames()
 
     def _load_and_patchify(
@@ -299,7 +301,7 @@ class ImageLoader:
         return self.as_video and isinstance(image, bytes) and is_animated(image)
 
     def _load_pieces(self, video: Video, name: str, *, is_ahead: bool) -> LoadedImage:
-        """A video whole, or its first piece with a stream of the others. Raises ImageError."""
+        """Return a whole video, or the first piece and a stream of others. Raises ImageError."""
         pieces = load_pieces(
             video.named(name), self.image_config, most=self.piece_patches,
             limits=self.video_limits, image_limits=self.limits, layout=self.layout,
@@ -314,7 +316,7 @@ class ImageLoader:
         return replace(found, stream=stream)
 
     def load_video(self, video: Video, name: str, file: BinaryIO | None = None) -> LoadedImage:
-        """A video's patches; `file` is read in place of the video's source. Raises ImageError."""
+        """Return a video's patches. `file` replaces the video's source. Raises ImageError."""
         loaded = load_video(
             video.named(name), self.image_config, limits=self.video_limits,
             image_limits=self.limits, layout=self.layout, threads=self.video_threads, file=file,
@@ -322,7 +324,7 @@ class ImageLoader:
         return LoadedImage(name, loaded.size_px, loaded.notes, loaded.patches, timing=loaded.timing)
 
     def _accept_patches(self, patches: Patches, name: str) -> LoadedImage:
-        """One image that the caller patchified."""
+        """Return one image that the caller patchified."""
         if len(patches.grids) != 1:
             raise ImageError(
                 f"the patches of {len(patches.grids)} images",
@@ -332,7 +334,7 @@ class ImageLoader:
                 code="patches",
             )
         values = patches.pixels.shape[1]
-        expected = self.config.patch_dim // self.config.temporal_patch_size  # of one frame
+        expected = self.config.patch_dim // self.config.temporal_patch_size  # for one frame
         if values not in (expected, self.config.patch_dim):
             raise ImageError(
                 f"patches of {values} values",
@@ -365,7 +367,7 @@ def _name_of(image: ImageInput, index: int) -> str:
 
 
 def is_video_file(image: object) -> TypeGuard[str | os.PathLike[str] | bytes]:
-    """Whether a path or bytes are a video: a path by its suffix, bytes by their content.
+    """Return whether a path or bytes are a video, by a path's suffix or by the bytes' content.
 
     >>> is_video_file("clip.mp4"), is_video_file("animation.gif"), is_video_file(b"RIFF....AVI ")
     (True, False, True)

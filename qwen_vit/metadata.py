@@ -1,4 +1,4 @@
-"""The origin that a feature file records: model, hashes, versions, image policy."""
+"""Collect the origin that a feature file records: model, hashes, versions, image policy."""
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -24,7 +24,7 @@ def origin_metadata(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Everything that decides an embedding's values, as JSON; None if it does not apply."""
+    """Return everything that decides an embedding's values, as JSON. None means not applicable."""
     return {
         "model": origin.name,
         "commit": origin.commit,
@@ -48,7 +48,7 @@ def origin_metadata(
 
 
 def decoder_versions() -> dict[str, str | None]:
-    """The versions of the libraries that Pillow decodes with: they decide the pixels."""
+    """Return the versions of the libraries that Pillow decodes with, which decide the pixels."""
     return {name: pillow.version(theirs) for name, theirs in DECODERS.items()}
 
 

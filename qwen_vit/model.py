@@ -1,10 +1,10 @@
-"""The vision tower of Qwen2.5-VL, to be read from top to bottom.
+"""Define the vision tower of Qwen2.5-VL, to read from top to bottom.
 
     patch embedding -> window order -> blocks -> patch merger -> row-major order
 
-Two kinds of block differ only in what a patch attends to: its window of 8 x 8 patches, or its whole
-frame (`fullatt_block_indexes`). Every index that depends on the data comes from the layout, so the
-forward pass has no loop over images, no branch on values and no wait for the host.
+The two kinds of block differ only in what a patch attends to: its window of 8 x 8 patches, or its
+whole frame (`fullatt_block_indexes`). Every index that depends on the data comes from the layout.
+The forward pass therefore has no loop over images, no branch on values and no wait for the host.
 
 Sources: "Qwen2.5-VL Technical Report" (arXiv:2502.13923), section 2.1; transformers'
 models/qwen2_5_vl/modeling_qwen2_5_vl.py.
@@ -49,7 +49,7 @@ def plan_layout(
     dtype: torch.dtype,
     n_rows: int | None = None,
 ) -> Layout:
-    """The layout, on the host, with the tiles that the kernels of this device want.
+    """Return the layout on the host, with the tiles that this device's kernels need.
 
     >>> config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
     >>> layout = plan_layout([Grid(1, 32, 32)], config, torch.device("cpu"), torch.float32)
@@ -74,7 +74,7 @@ def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """A weight and a bias. The caller names the epilogue, which is fused into the GEMM."""
+    """Keep a weight and a bias. The caller names the epilogue, which is fused into the GEMM."""
 
     def __init__(self, n_in: int, n_out: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -86,21 +86,21 @@ class Linear(nn.Module):
 
 
 class NormedLinear(Linear):
-    """RMSNorm, then a GEMM: the loader has folded the norm's weight into the GEMM's."""
+    """Apply RMSNorm, then a GEMM. The loader folds the norm's weight into the GEMM's weight."""
 
     def forward(self, x: ResidualStream, epilogue: str = "plain") -> Tensor:  # type: ignore[override]
         return normed_linear(x, self.weight, self.bias, eps=RMS_NORM_EPS, epilogue=epilogue)
 
 
 class ResidualLinear(Linear):
-    """A GEMM whose result is added to the residual stream."""
+    """Apply a GEMM and add the result to the residual stream."""
 
     def forward(self, x: Tensor, stream: ResidualStream) -> ResidualStream:  # type: ignore[override]
         return linear_residual(stream, x, self.weight, self.bias)
 
 
 class PatchEmbed(nn.Module):
-    """A patch's pixels -> C values: a convolution whose kernel is its stride, so a GEMM."""
+    """Convert a patch's pixels to C values. The convolution is a GEMM: its kernel is its stride."""
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class PatchEmbed(nn.Module):
         self.pixel_bias = _parameter(C, dtype=torch.float32)
 
     def forward(self, patches: Tensor, grid_index: Tensor) -> Tensor:
-        """uint8 pixels or float rows in grid order -> (rows, C) in window order."""
+        """Convert uint8 pixels or float rows in grid order to (rows, C) in window order."""
         if patches.dtype != torch.uint8:
             rows = patches[grid_index].to(self.weight.dtype)
             return linear(rows, self.weight, out_scale=self.scale, out_dtype=self.out_dtype)
@@ -130,7 +130,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + proj(attention(qkv(norm(x))))."""
+    """Compute x + proj(attention(qkv(norm(x))))."""
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -149,9 +149,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """x + down(silu(gate(norm(x))) * up(norm(x))).
+    """Compute x + down(silu(gate(norm(x))) * up(norm(x))).
 
-    The loader has padded I with zeros, which changes no value, and interleaved gate and up.
+    The loader has padded I with zeros, which change no value, and interleaved gate and up.
     """
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
@@ -177,7 +177,7 @@ class Block(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """The 4 patches of a merge unit, normalised and side by side -> one merged token."""
+    """Turn the 4 normalised patches of a merge unit into one merged token."""
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class PatchMerger(nn.Module):
         self.fc2 = Linear(merged, config.out_hidden_size, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # each of the 4 has its own scale, so this norm is no row scale of the GEMM
+        # each of the 4 has its own scale, so this norm is not a row scale of the GEMM
         normed = rms_norm(x, self.norm_weight, RMS_NORM_EPS)
         merged = normed.view(-1, self.fc1.weight.shape[1])
         return self.fc2(self.fc1(merged, epilogue="gelu"))
@@ -195,23 +195,23 @@ class PatchMerger(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class LayerTaps:
-    """Collects the residual stream after chosen blocks: the input of the next block's norm.
+    """Collect the residual stream after chosen blocks: the input of the next block's norm.
 
-    `rows` maps a block to (N, C) in raster order, a copy in the tower's dtype. Behind the last
-    block it is what `output="patch"` gives.
+    `rows` maps a block to (N, C) in raster order, a copy in the tower's dtype. After the last
+    block, the rows equal `output="patch"`.
     """
 
     blocks: tuple[int, ...]
     rows: dict[int, Tensor] = field(default_factory=dict)
 
     def keep(self, block: int, stream: ResidualStream, layout: Layout) -> None:
-        """Copy the rows behind `block`, if it is one of those chosen."""
+        """Copy the rows after `block`, if it is a chosen block."""
         if block in self.blocks:
             self.rows[block] = stream.values[layout.raster_order]
 
 
 class VisionTower(nn.Module):
-    """Patches and their layout -> one embedding per merged token.
+    """Turn patches and their layout into one embedding per merged token.
 
     >>> from qwen_vit import VisionEncoder
     >>> encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
@@ -219,7 +219,7 @@ class VisionTower(nn.Module):
     >>> encoder.tower(torch.zeros(24, 588, dtype=torch.uint8), layout).shape
     torch.Size([6, 192])
 
-    Built without weights: construct it on the meta device and assign the result of
+    It is built without weights: construct it on the meta device and assign the result of
     `convert.convert`.
     """
 
@@ -239,10 +239,10 @@ class VisionTower(nn.Module):
         output: Output = "merged",
         taps: LayerTaps | None = None,
     ) -> Tensor:
-        """`patches` in grid order, (N, P / 2) uint8 or (N, P) float -> (M, O), or (N, C) un-merged.
+        """Encode `patches`, (N, P / 2) uint8 or (N, P) float, to (M, O), or un-merged to (N, C).
 
-        The rows of the result are in raster order of their cells, image after image. `taps` collect
-        the rows behind single blocks and change nothing.
+        `patches` are in grid order. The rows of the result are in raster order of their cells,
+        image after image. `taps` collect the rows after single blocks and change nothing.
         """
         cos, sin = self._rotary_angles(layout.n_positions)
         rotary = RotaryTable(cos, sin, layout.positions)
@@ -264,10 +264,10 @@ class VisionTower(nn.Module):
         return self.merger(x.values)[layout.merged_order]  # (M, O)
 
     def _rotary_angles(self, n_positions: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of every (position, frequency) of one axis: (positions, R / 2) float32.
+        """Return one axis's cosines and sines by position and frequency: (positions, R / 2).
 
-        Computed in float64 and rounded once for every dtype of the tower. Angles in bf16 are wrong
-        by up to 0.4 in their cosine at position 256.
+        The float32 tables are computed in float64 and rounded once for every dtype of the tower.
+        Angles in bf16 have errors of up to 0.4 in their cosine at position 256.
         """
         angles = self.angles
         if angles is None or len(angles[0]) < n_positions:
@@ -280,4 +280,4 @@ class VisionTower(nn.Module):
                 phases = torch.outer(torch.arange(size, dtype=torch.float64), inverse)
                 angles = (phases.cos().float().to(device), phases.sin().float().to(device))
             self.angles = angles
-        return angles  # not the attribute: another thread may put a shorter table there
+        return angles  # not the attribute: another thread may store a shorter table there

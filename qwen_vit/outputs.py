@@ -1,4 +1,4 @@
-"""The output of `encode` for an image: which rows, and the dense features of which blocks."""
+"""Choose the rows that `encode` returns for an image, and the blocks with dense features."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ __all__ = ["ImageRows", "OutputOptions", "check_layers", "check_normalize"]
 
 
 class ImageRows(NamedTuple):
-    """One image's rows in memory of their own, and its rows behind each chosen block."""
+    """Keep one image's rows in separate memory, with its rows after each chosen block."""
 
     embeds: Tensor
     layers: dict[int, Tensor]
@@ -25,7 +25,7 @@ class ImageRows(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """The rows that a caller asked for: `output`, `normalize` and `layers` of `encode`."""
+    """Describe the rows that a caller requested: `output`, `normalize` and `layers` of `encode`."""
 
     output: FeatureOutput = "merged"
     normalize: bool = False
@@ -33,22 +33,22 @@ class OutputOptions:
 
     @classmethod
     def checked(cls, output: Any, normalize: Any, layers: Any, depth: int) -> Self:
-        """The options. Raises ArgumentError for those that make no sense for a tower of `depth`."""
+        """Return valid options for a tower of `depth` blocks. Raises ArgumentError otherwise."""
         check_choice("output", output, get_args(FeatureOutput))
         check_normalize(output, normalize)
         return cls(output, normalize, check_layers(layers, depth))
 
     @property
     def tower_output(self) -> Literal["merged", "patch"]:
-        """The tower's own output: a mean needs merged rows."""
+        """Return the output that the tower computes. A mean needs merged rows."""
         return "patch" if self.output == "patch" else "merged"
 
     def taps(self) -> LayerTaps | None:
-        """The collector of the chosen blocks' rows in one batch, if any are chosen."""
+        """Return a collector of the chosen blocks' rows in one batch, or None for no blocks."""
         return LayerTaps(self.layers) if self.layers else None
 
     def join(self, pieces: Sequence[ImageRows]) -> ImageRows:
-        """The rows of one video from those of its pieces, which `split` did not pool."""
+        """Return the rows of one video from its pieces' rows, which `split` did not pool."""
         embeds = torch.cat([piece.embeds for piece in pieces])
         if self.output == "mean":
             embeds = segment_means(embeds, [len(embeds)])
@@ -65,15 +65,15 @@ class OutputOptions:
         *,
         pool: bool = True,
     ) -> list[ImageRows]:
-        """The rows of a batch by image; `patches` counts those of each image.
+        """Return the rows of a batch by image. `patches` gives each image's patch count.
 
-        With `pool=False` a mean is left to `join`.
+        With `pool=False`, `join` computes a mean later.
         """
         lengths = [n if self.output == "patch" else n // merge_unit for n in patches]
         if self.output == "mean" and pool:
             rows, lengths = segment_means(rows, lengths), [1] * len(lengths)
             rows = unit_rows(rows) if self.normalize else rows
-        # each image gets its own memory: keeping one must not keep its whole batch
+        # give each image separate memory: keeping one must not keep its whole batch
         copies: Any = torch.split_with_sizes_copy  # its stub says None
         tapped = {} if taps is None else taps.rows
         layers = {block: copies(found, list(patches)) for block, found in tapped.items()}
@@ -95,12 +95,12 @@ def check_normalize(output: str, normalize: object) -> None:
 
 
 def check_layers(layers: Iterable[Any], depth: int | None = None) -> tuple[int, ...]:
-    """Blocks in ascending order. Raises ArgumentError unless each is a block of the tower, once.
+    """Return blocks in ascending order. Raises ArgumentError for missing or repeated blocks.
 
     >>> check_layers([31, 7], depth=32)
     (7, 31)
 
-    Without a depth, any number from 0 on may be a block.
+    Without `depth`, it accepts any block number >= 0.
     """
     last = "" if depth is None else f" to {depth - 1}"
     expected = f"blocks from 0{last}, each once"

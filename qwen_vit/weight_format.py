@@ -1,4 +1,4 @@
-"""Padding and scales of stored weights: what the loader makes and the model expects."""
+"""Define padding and scales of stored weights, for the loader and the model."""
 
 import torch
 
@@ -7,21 +7,21 @@ from qwen_vit.errors import ArgumentError
 
 __all__ = ["PIXEL_ZERO", "padded_mlp_size", "padded_pixel_size", "pixel_weight_exponent"]
 
-MLP_MULTIPLE = 128  # one GEMM tile; 3420 alone, not aligned to 16 bytes, costs 3.5x
+MLP_MULTIPLE = 128  # one GEMM tile; 3420 alone is not aligned to 16 bytes and costs 3.5x
 PIXEL_MULTIPLE = 64
-PIXEL_ZERO = 128  # uint8 pixels enter as pixel - 128, so that fp16 holds every one exactly
+PIXEL_ZERO = 128  # uint8 pixels enter as pixel - 128, so that fp16 represents each exactly
 
 
 def pixel_weight_exponent(dtype: torch.dtype) -> int:
-    """Return e, where pixel_weight is stored times 2**e: 10 for bfloat16, 0 for float32.
+    """Return the exponent e of pixel_weight's scale 2**e: 10 for bfloat16, 0 for float32.
 
-    With bfloat16 the folded weights are float16, which has 3 more bits but a smaller range: the
+    With bfloat16 the folded weights are float16, which has 3 more bits but a smaller range. The
     factor keeps weights of about 1e-4 out of its subnormal numbers.
 
     >>> pixel_weight_exponent(torch.bfloat16)
     10
 
-    Raises ArgumentError for float16, which the published weights overflow, and other types.
+    Raises ArgumentError for float16, which the published weights overflow, and for other types.
     """
     exponents = {torch.bfloat16: 10, torch.float32: 0}
     if dtype == torch.float16:

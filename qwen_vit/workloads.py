@@ -1,4 +1,4 @@
-"""The workloads of the benchmark: named lists of grids. Imports no torch."""
+"""List the benchmark's workloads by name, as grids. It imports no torch."""
 
 import random
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ def _square(side_px: int, count: int = 1) -> tuple[Grid, ...]:
 
 
 def _stream(count: int) -> tuple[Grid, ...]:
-    """Images of 224 to 1344 px a side, in a random order that never changes."""
+    """Return images of 224 to 1344 px a side, in a fixed random order."""
     chance = random.Random(0)
     return tuple(
         Grid(1, 2 * chance.randint(8, 48), 2 * chance.randint(8, 48)) for _ in range(count)
