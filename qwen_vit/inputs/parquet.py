@@ -31,8 +31,8 @@ class ParquetColumns:
     ParquetColumns(image='image', id=None)
     >>> ParquetColumns.of(None, "key")
     Traceback (most recent call last):
-    qwen_vit.errors.ArgumentError: id_column is 'key', but no column of images is named. Pass \
---column as well (column= in Python).
+    qwen_vit.errors.ArgumentError: id_column="key" is given, but no column of images. Pass \
+column as well.
     """
 
     image: str
