@@ -1,1 +1,1 @@
-"""Commands for those who work on qwen_vit: `python -m tools.NAME --help` at the checkout's top."""
+"""Provide commands for qwen_vit's developers: `python -m tools.NAME --help` in the checkout."""

@@ -1,4 +1,4 @@
-"""What the tools share: the checkout, this machine, and rows of the ledger."""
+"""Provide the tools' shared functions: checkout, machine, and rows of the ledger."""
 
 import datetime as dt
 import json
@@ -18,7 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def head_commit() -> str:
-    """The checkout's commit, abbreviated; "unknown" outside a checkout."""
+    """Return the checkout's abbreviated commit; "unknown" outside a checkout."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(git, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
@@ -30,7 +30,7 @@ def ledger_options(command: Command) -> Command:
         "--ledger", type=click.Path(path_type=Path), help="Append the JSON line to this file."
     )
     commit = click.option(
-        "--commit", default=head_commit, help="What the ledger names.  [default: HEAD]"
+        "--commit", default=head_commit, help="Set the commit of the ledger row.  [default: HEAD]"
     )
     return ledger(commit(command))
 
@@ -47,14 +47,14 @@ def require_gpu(hint: str = "") -> torch.device:
 
 
 def default_device() -> torch.device:
-    """The first GPU, or the CPU where there is none."""
+    """Return the first GPU, or the CPU if there is no GPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def ledger_row(
     what: str, commit: str, device: torch.device | str, packages: tuple[str, ...], **figures: Any
 ) -> dict[str, Any]:
-    """One row: what was measured, when, of which commit, where and with what, then `figures`."""
+    """Return a row with benchmark, date, commit, machine and versions, then `figures`."""
     on_gpu = torch.device(device).type == "cuda"
     return {
         "what": what,
@@ -72,20 +72,20 @@ def ledger_row(
 
 
 def append_row(row: dict[str, Any], ledger: Path | None) -> None:
-    """Append a row to the ledger, if one was named."""
+    """Append a row to the ledger, if the caller names one."""
     if ledger is not None:
         with open(ledger, "a") as file:
             file.write(json.dumps(row) + "\n")
 
 
 def publish(row: dict[str, Any], ledger: Path | None) -> None:
-    """Print a row as one JSON line, and append it to the ledger, if one was named."""
+    """Print a row as one JSON line, and append it to the ledger, if the caller names one."""
     print(json.dumps(row), flush=True)
     append_row(row, ledger)
 
 
 def four_digits(value: float) -> float:
-    """A figure as rows hold it.
+    """Round a number as the ledger's rows do.
 
     >>> four_digits(3.14159)
     3.142

@@ -1,7 +1,7 @@
-"""An extension of Griffe for the documentation site: sessions in docstrings become code blocks.
+"""Extend Griffe for the documentation site: sessions in docstrings become code blocks.
 
-Griffe makes code of `>>>` lines below "Examples:" only. The docstrings here have their session
-behind the first sentence, where Markdown would read `>>>` as quotations.
+Griffe turns `>>>` lines into code only below "Examples:". The docstrings here have their session
+after the first sentence, where Markdown would read `>>>` as quotations.
 """
 
 import re

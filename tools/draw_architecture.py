@@ -1,8 +1,8 @@
 """Draw docs/architecture.svg: the package's wings and modules in their layers, from the imports.
 
-The layers are those of the import contract in pyproject.toml, the arrows what grimp finds in the
-source. An arrow that others imply is left out: where A imports B and C, and B imports C, A -> C is
-not drawn. All direct imports are in the picture's metadata, and in the tooltip of each box.
+The import contract in pyproject.toml gives the layers. grimp finds the imports in the source. The
+picture omits an arrow that other arrows imply. If A imports B and C, and B imports C, it omits
+A -> C. The picture's metadata and each box's tooltip list all direct imports.
 """
 
 import html

@@ -1,4 +1,4 @@
-"""Draw the charts of the docs from the ledger's rows: the same ones that the tables name.
+"""Draw the docs' charts from the ledger rows that the tables name.
 
 python -m tools.draw_charts
 """
@@ -43,7 +43,10 @@ def draw_all(folder: Path) -> list[Path]:
 
 @click.command(help=__doc__)
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=ROOT / "docs", help="[default: docs]"
+    "--out",
+    type=click.Path(path_type=Path),
+    default=ROOT / "docs",
+    help="Folder for the charts.  [default: docs]",
 )
 def main(out: Path) -> None:
     for path in draw_all(out):

@@ -152,8 +152,12 @@ def literal(node: ast.expr) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--count", default=100, show_default=True, help="How many sentences.")
-@click.option("--commit", default=head_commit, help="What draws them.  [default: HEAD]")
+@click.option("--count", default=100, show_default=True, help="Number of sentences.")
+@click.option(
+    "--commit",
+    default=head_commit,
+    help="Commit whose hash selects the sentences.  [default: HEAD]",
+)
 def main(count: int, commit: str) -> None:
     every = {
         *page_sentences(), *help_sentences(), *message_sentences(), *docstring_sentences()

@@ -1,4 +1,4 @@
-"""Record Hugging Face's fp32 stages for weights/tiny, or report how far they have drifted."""
+"""Record Hugging Face's fp32 stages for weights/tiny, or report their error."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,10 +225,12 @@ def check(images: Path) -> bool:
 
 
 @click.command()
-@click.option("--check", "only_check", is_flag=True, help="Recompute and report; write nothing.")
+@click.option(
+    "--check", "only_check", is_flag=True, help="Recompute and report without writing files."
+)
 @click.option("--images", type=click.Path(path_type=Path, exists=True), default=IMAGES)
 def main(only_check: bool, images: Path) -> None:
-    """Write tests/golden/*.safetensors; with --check exit 1 where a stage is over its budget."""
+    """Write tests/golden/*.safetensors; with --check, exit with 1 if a stage exceeds its budget."""
     if not only_check:
         record(images)
     elif not check(images):

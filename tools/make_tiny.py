@@ -1,10 +1,10 @@
 """Make weights/tiny: a small random tower in the published format, hard enough to show mistakes.
 
-Plain random weights leave softmax nearly uniform, and then a wrong rotary embedding changes
-nothing that a test can see. So the scale of q and k is searched, head by head and block by
-block, on photographs, until the largest softmax weight of a token is TARGET_PEAK on average
-(midway between the calmest and the most peaked photograph); and each branch adds a fixed share
-to the residual stream, so that no block drowns in it.
+Plain random weights leave softmax nearly uniform. Then tests cannot detect a wrong rotary
+embedding. Therefore this command searches the scale of q and k on photographs, per head and block.
+The largest softmax weight of a token must be TARGET_PEAK on average, midway between the least and
+the most peaked photograph. Each branch adds a fixed share to the residual stream, so that every
+block matters.
 """
 
 import json

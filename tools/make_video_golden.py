@@ -15,7 +15,7 @@ OURS = {"n_frames": "nframes", "start": "video_start", "end": "video_end"}  # ->
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=GOLDEN, help="File to write.")
+@click.option("--out", type=click.Path(path_type=Path), default=GOLDEN, help="Write this file.")
 def main(out: Path) -> None:
     """Record what qwen-vl-utils 0.0.14 does with the cases of tests/support/video_cases.py.
 
@@ -23,8 +23,8 @@ def main(out: Path) -> None:
     pip install --no-deps qwen-vl-utils==0.0.14 requests
     python -m tools.make_video_golden
 
-    The library's own functions run from the options to the size; only the decoder and the resize
-    are replaced, so that no video is needed.
+    The library's own functions compute everything from the options to the size. The command
+    replaces only the decoder and the resize, so that it needs no video.
     """
     library = _library()
     rows = [_answer(library, case) for case in sampling_cases()]

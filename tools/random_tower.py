@@ -1,4 +1,4 @@
-"""The 7B-shaped tower with random weights, which needs no download."""
+"""Create a 7B-shaped tower with random weights, without a download."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def random_weights(config: VisionConfig, seed: int, device: torch.device) -> dic
 
 
 def write_model(folder: Path, device: torch.device) -> None:
-    """The same in the published format: a folder that `from_pretrained` takes."""
+    """Write random weights in the published format, as a folder for `from_pretrained`."""
     config = VisionConfig.from_json(SHAPE)
     document = {"model_type": "qwen2_5_vl", "vision_config": config.to_json()}
     (folder / "config.json").write_text(json.dumps(document))

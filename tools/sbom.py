@@ -4,7 +4,7 @@
     python -m tools.sbom > sbom.json
     python -m tools.sbom --extra show --extra arrow --licences
 
-It lists what is installed in this environment: the package, its requirements and theirs.
+It lists the package and all direct and indirect requirements in this environment.
 """
 
 import json
@@ -21,8 +21,10 @@ LICENCE_CLASSIFIER = "License :: OSI Approved :: "
 
 
 @click.command(help=__doc__)
-@click.option("--extra", "extras", multiple=True, help="With the requirements of an extra.")
-@click.option("--licences", is_flag=True, help="Print a line for each package instead.")
+@click.option(
+    "--extra", "extras", multiple=True, help="Include the requirements of this extra. Repeatable."
+)
+@click.option("--licences", is_flag=True, help="Print one line per package instead.")
 def main(extras: tuple[str, ...], licences: bool) -> None:
     """Print the document, or the table."""
     needed = closure(PACKAGE, extras)

@@ -1,10 +1,10 @@
-"""Sweeps the tiles of the kernels' tables on this GPU, and proposes rows; changes no file.
+"""Sweep the tiles of the kernels' tables on this GPU, and propose rows without changing files.
 
-For every GEMM and attention of the 7B-shaped tower, at each number of patches, each candidate is
-compiled and run in a process of its own, which may fail or die; its result must have the bits of
-the present row's (where tiles may not change them), or be as near to float64. Those that pass are
-timed in turns, in CUDA graphs, with weights that are not in the cache. Prints a table and the rows
-to paste.
+It tests every GEMM and attention of the 7B-shaped tower at each number of patches. It compiles and
+runs each candidate in a child process, which may fail or crash. If tiles must not change bits, the
+result must have the bits of the current row. Otherwise its error against float64 must be as small.
+It times passing candidates in interleaved CUDA graphs, with weights outside the cache. It prints a
+table and the rows to paste.
 
 \b
     python -m tools.tune --list                             # what would be tried; needs no GPU
@@ -520,13 +520,21 @@ def numbers(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...
 
 
 @click.command(help=__doc__)
-@click.option("--only", multiple=True, type=click.Choice(list(KERNELS)), help="Repeatable.")
+@click.option(
+    "--only", multiple=True, type=click.Choice(list(KERNELS)), help="Tune this kernel. Repeatable."
+)
 @click.option("--rows", "patches", default="1024,2304,4096,9216,32768", callback=numbers,
-              show_default=True, help="Numbers of patches.")  # fmt: skip
-@click.option("--least-gain", default=0.02, show_default=True, help="Below it the present stays.")
-@click.option("--jobs", type=int, help="Candidates tried at once.  [default: a core each, 12]")
-@click.option("--seconds", default=120.0, show_default=True, help="For one candidate's trial.")
-@click.option("--list", "only_list", is_flag=True, help="Print what would be tried.")
+              show_default=True, help="Set the numbers of patches.")  # fmt: skip
+@click.option(
+    "--least-gain", default=0.02, show_default=True, help="Keep the current row below this gain."
+)
+@click.option(
+    "--jobs", type=int, help="Number of concurrent candidates.  [default: one per core, at most 12]"
+)
+@click.option(
+    "--seconds", default=120.0, show_default=True, help="Set the time limit of one candidate."
+)
+@click.option("--list", "only_list", is_flag=True, help="Print the candidates without a run.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(
     only: tuple[str, ...], patches: tuple[int, ...], least_gain: float, jobs: int | None,

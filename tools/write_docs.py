@@ -1,8 +1,8 @@
 """Write the generated parts of the documentation: tables from the ledger, the code and the help.
 
-A page marks such a part by `<!-- generated: NAME -->` and `<!-- end -->`. The text between the two
-marks comes from here, so a table has the figures of its ledger row and an error page has the codes
-of the code. A test fails where a page is stale.
+A page marks such a part by `<!-- generated: NAME -->` and `<!-- end -->`. This command writes the
+text between the marks. Therefore a table matches its ledger row, and an error page matches the
+codes in the code. A test fails if a page is stale.
 
 python -m tools.write_docs
 """
@@ -44,7 +44,7 @@ def rows(what: str, commit: str) -> list[dict[str, Any]]:
 
 
 def table(head: list[str], body: list[list[str]]) -> str:
-    """A Markdown table; columns after the first are aligned right."""
+    """Return a Markdown table that aligns columns after the first right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -224,7 +224,7 @@ TRUST_WORDS = (
 
 
 def in_plain_words(text: str) -> str:
-    """A name from an old row, in the words of these pages."""
+    """Convert a name from an old row to these pages' terms."""
     for old, new in TRUST_WORDS:
         text = text.replace(old, new)
     return text

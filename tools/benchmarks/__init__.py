@@ -1,1 +1,1 @@
-"""What is fast: the tower, exports, loading and the CPU; rows go to ledger.jsonl."""
+"""Measure the speed of the tower, exports, loading and the CPU; ledger.jsonl has the rows."""

@@ -1,11 +1,11 @@
-"""Our tower beside Hugging Face's on this CPU, in float32: `tiny` and the 7B shape.
+"""Time our tower and Hugging Face's on this CPU in float32, with `tiny` and the 7B shape.
 
-`tiny` encodes a picture of 640 x 427, the 7B shape (random weights) one of 448 x 448. Both towers
-run in one process, one after the other in each round, so that other work on the machine slows both.
-Figures are medians over the rounds: on the clock, and in CPU time, which other work hardly changes
-with OMP_NUM_THREADS=1. Prints a line for people and one JSON line for each case; with --ledger,
-appends that line to a file. Exits 1 above 2 times Hugging Face's time, or where the results differ
-by more than 1e-5.
+`tiny` encodes an image of 640 x 427. The 7B shape (random weights) encodes an image of 448 x 448.
+Each round runs both towers in one process, so that other work on the machine slows both. The
+results are medians over the rounds, as wall time and CPU time. With OMP_NUM_THREADS=1, other work
+hardly changes the CPU time. For each case, it prints a text line and a JSON line. With --ledger, it
+appends the JSON line to a file. It exits with 1 above 2 times Hugging Face's time, or if the
+results differ by more than 1e-5.
 
 \b
     python -m tools.benchmarks.cpu --case tiny
@@ -39,7 +39,7 @@ MAX_RATIO, MAX_DIFFERENCE = 2.0, 1e-5
 
 
 def checkpoint(case: str) -> tuple[Mapping[str, Tensor], VisionConfig, ImageConfig]:
-    """Weights under their published names, and what they are for."""
+    """Return weights by published name, and their purpose."""
     if case == "tiny":
         loaded = load_checkpoint(str(ROOT / "weights" / "tiny"))
         return loaded.tensors, loaded.config, loaded.image_config
@@ -48,14 +48,14 @@ def checkpoint(case: str) -> tuple[Mapping[str, Tensor], VisionConfig, ImageConf
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, float]:
-    """On the clock, and of this process on all cores: on one thread, whatever else runs."""
+    """Return wall time and this process's CPU time, which on one thread ignores other work."""
     start, cpu_start = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def comparison(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """Both medians, and the median of the rounds' ratios."""
+    """Return both medians, and the median of the rounds' ratios."""
     ratios = [our / their for our, their in zip(ours, theirs, strict=True)]
     medians = map(statistics.median, (ours, theirs, ratios))
     our, their, ratio = (round(median, 4) for median in medians)
@@ -64,7 +64,7 @@ def comparison(ours: list[float], theirs: list[float]) -> tuple[float, float, fl
 
 @torch.no_grad()
 def measure(case: str, rounds: int) -> dict[str, Any]:
-    """Seconds of both towers, the ratio of a round, and how far apart the results are."""
+    """Return both towers' seconds, the rounds' ratio, and the relative error of the results."""
     tensors, config, image_config = checkpoint(case)
     grid = CASES[case]
     pixels = torch.randint(0, 256, (grid.n_patches, 588)).byte()
@@ -97,7 +97,9 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
 
 @click.command(help=__doc__)
 @click.option("--case", "cases", type=click.Choice(list(CASES)), multiple=True, default=CASES)
-@click.option("--rounds", type=int, help="Of each case.  [default: 25 of tiny, 3 of 7b]")
+@click.option(
+    "--rounds", type=int, help="Number of rounds per case.  [default: 25 for tiny, 3 for 7b]"
+)
 @ledger_options
 def main(cases: tuple[str, ...], rounds: int | None, commit: str, ledger: Path | None) -> None:
     """Measure, print, and exit 1 above twice Hugging Face's time."""

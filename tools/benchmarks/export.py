@@ -1,7 +1,7 @@
-"""`qwen-vit export` from JPEGs to shards on disk: its speed, on several GPUs, and its memory.
+"""Measure the speed and memory of `qwen-vit export`, on one or several GPUs.
 
-JPEGs of 448 to 1344 px a side are made of tests/photographs, and a 7B-shaped tower in
-bf16 of random numbers, unless a model is named. Prints a table and one JSON line.
+It makes JPEGs with sides of 448 to 1344 px from tests/photographs. Without --model, it uses a
+7B-shaped tower in bf16 with random weights. It prints a table and one JSON line.
 
 \b
     speed     the export beside what bounds it, in one run: the encoder alone with pixels on the
@@ -118,7 +118,7 @@ def encoder_rate(encoder: VisionEncoder, grids: list[Grid]) -> float:
 
 
 def disk_rate(folder: Path) -> float:
-    """Bytes a second, written one after the other and synced."""
+    """Return bytes per second of sequential writes with a sync."""
     piece = os.urandom(PIECE_BYTES)
     path = folder / "sequential"
 
@@ -134,7 +134,7 @@ def disk_rate(folder: Path) -> float:
 
 
 def peer_rates(paths: list[Path], model: Path, encoder: VisionEncoder) -> dict[str, float]:
-    """Images a second, by each of Hugging Face's processors that is installed."""
+    """Return images per second for each installed Hugging Face processor."""
     tensors = {
         name.partition("visual.")[2] or name: tensor
         for name, tensor in encoder.checkpoint.tensors.items()
@@ -173,7 +173,7 @@ def reported(what: str) -> Iterator[None]:
 
 
 def differing(encoder: VisionEncoder, paths: list[Path], out: Path) -> int:
-    """How many images have other bytes than by the simple path: `encode` of each one alone."""
+    """Count the images whose bytes differ from the simple path, `encode` of each image alone."""
     stored = load_features(out)
     count = 0
     for path in paths:
@@ -247,7 +247,7 @@ def warm_up(encoder: VisionEncoder, paths: list[Path], grids: list[Grid], here: 
 
 
 def measure_gpus(here: Path, images: int, model: str, threads: int | None) -> dict[str, Any]:
-    """The rate of one process on the first GPU, and of one process on each, sharing the images."""
+    """Measure the rate of one process on one GPU, and of one process per GPU with shared images."""
     gpus = max(1, torch.cuda.device_count())
     cores = len(os.sched_getaffinity(0))
     threads = threads or thread_count(None) // gpus or 1
@@ -291,7 +291,7 @@ def measure_gpus(here: Path, images: int, model: str, threads: int | None) -> di
 
 
 def measure_memory(here: Path, images: int, model: str, threads: int | None) -> dict[str, Any]:
-    """Resident memory and the GPU's, sampled after each shard, over many images."""
+    """Measure resident memory and GPU memory after each shard, over many images."""
     files = sorted((here / "images").iterdir())
     with open(here / "many.jsonl", "w") as file:
         for number in range(images):
@@ -328,7 +328,7 @@ def measure_memory(here: Path, images: int, model: str, threads: int | None) -> 
 
 
 def draw(line: dict[str, Any], path: Path) -> None:
-    """Rates as bars, and what the export waited for."""
+    """Draw rates as bars, and the export's waiting times."""
     from matplotlib import pyplot as plt
 
     figure, (rates, waits) = plt.subplots(2, 1, figsize=(WIDTH_IN, 4.6), layout="constrained")
@@ -361,20 +361,30 @@ def draw(line: dict[str, Any], path: Path) -> None:
 
 @click.command(help=__doc__)
 @click.argument("what", type=click.Choice(["speed", "gpus", "memory"]), default="speed")
-@click.option("--images", type=int, help="[default: 2000; memory: 20000]")
-@click.option("--peer-images", default=100, show_default=True, help="That Hugging Face encodes.")
+@click.option("--images", type=int, help="Number of images.  [default: 2000; memory: 20000]")
 @click.option(
-    "--checked", default=200, show_default=True, help="Images that are also encoded alone."
+    "--peer-images", default=100, show_default=True, help="Number of images for Hugging Face."
 )
-@click.option("--sides", nargs=2, type=int, help="[default: 448 1344; memory: 224 448]")
-@click.option("--model", help="Instead of a 7B-shaped tower with random weights.")
-@click.option("--folder", type=click.Path(path_type=Path), help="A disk for images and shards.")
+@click.option(
+    "--checked",
+    default=200,
+    show_default=True,
+    help="Number of images to encode alone for the comparison.",
+)
+@click.option(
+    "--sides",
+    nargs=2,
+    type=int,
+    help="Smallest and largest side in pixels.  [default: 448 1344; memory: 224 448]",
+)
+@click.option("--model", help="Use this model instead of a 7B-shaped tower with random weights.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Folder for images and shards.")
 @click.option(
     "--shard-size", type=click.IntRange(min=1), default=ExportOptions().shard_size,
-    show_default=True, help="Of speed; gpus and memory choose their own.",
+    show_default=True, help="Set the shard size of `speed`; `gpus` and `memory` set their own.",
 )  # fmt: skip
 @click.option("--decode-threads", type=int)
-@click.option("--chart", type=click.Path(path_type=Path), help="Draw the speed as PNG.")
+@click.option("--chart", type=click.Path(path_type=Path), help="Draw a PNG of the speed.")
 @ledger_options
 def main(
     what: str, images: int | None, peer_images: int, checked: int, sides: tuple[int, int] | None,

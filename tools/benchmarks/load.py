@@ -1,9 +1,9 @@
-"""`VisionEncoder.from_pretrained` of a local file, beside plain copies of the same bytes.
+"""Time `VisionEncoder.from_pretrained` of a local file, and plain copies of the same bytes.
 
-The file is in the page cache. Its copy rate is that of one thread that reads all of it into memory
-that is there already. Beside it: other plain copies, each stage of a load on its own, and the host
-memory that a load adds in a fresh process. The 7B-shaped tower in bf16 with random weights, unless
-a model is named. Prints tables and one JSON line.
+The file is in the page cache. One thread that reads the whole file into allocated memory sets the
+copy rate. The command also measures other plain copies and each stage of a load alone. It measures
+the host memory that a load adds in a fresh process. Without --model, it uses a 7B-shaped tower in
+bf16 with random weights. It prints tables and one JSON line.
 
 \b
     python -m tools.benchmarks.load --ledger tools/benchmarks/ledger.jsonl
@@ -158,7 +158,7 @@ def plain_copies(folder: Path, device: torch.device) -> dict[str, Callable[[], A
 
 
 def stages(folder: Path, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """The parts of a load; on a GPU, reading, folding and the patch embedding overlap in it."""
+    """Time the parts of a load; on a GPU, a load overlaps reading, folding and patch embedding."""
     checkpoint = load_checkpoint(folder)
     config, image_config = checkpoint.config, ImageConfig.from_json({})
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -201,7 +201,7 @@ def stages(folder: Path, device: torch.device) -> dict[str, Callable[[], Any]]:
 
 
 def first_load(folder: str, device: str) -> dict[str, float]:
-    """In a fresh process that has loaded the tiny tower: seconds, and MB that the load adds."""
+    """Return a load's seconds and added MB, in a fresh process that has loaded the tiny tower."""
     VisionEncoder.from_pretrained("tiny", device=device)
     gc.collect()
     before = most = memory_mb(os.getpid())
@@ -245,10 +245,10 @@ def model_folder(model: str | None, folder: Path | None, device: torch.device) -
 
 
 @click.command(help=__doc__)
-@click.option("--model", help="Instead of a 7B-shaped tower with random weights.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Where that one is written.")
+@click.option("--model", help="Use this model instead of a 7B-shaped tower with random weights.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Folder for the random weights.")
 @click.option("--repeats", default=5, show_default=True)
-@click.option("--sweep", is_flag=True, help="Also: threads and sizes of pieces.")
+@click.option("--sweep", is_flag=True, help="Also measure numbers of threads and piece sizes.")
 @ledger_options
 def main(
     model: str | None, folder: Path | None, repeats: int, sweep: bool, ledger: Path | None,

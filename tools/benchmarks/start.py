@@ -1,4 +1,4 @@
-"""Seconds from a process's start to its first embedding."""
+"""Measure the seconds from a process's start to the first embedding."""
 
 import json
 import os
@@ -41,7 +41,7 @@ print(json.dumps(done))
 
 
 def start_once(folder: Path, device: str, cache: Path) -> dict[str, float]:
-    """Seconds from asking for a Python process until each of FIRST_LINES was done."""
+    """Return the seconds from starting a Python process until each of FIRST_LINES has run."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", FIRST_LINES, str(time.monotonic()), str(folder), device]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -51,7 +51,7 @@ def start_once(folder: Path, device: str, cache: Path) -> dict[str, float]:
 
 
 def starts(folder: Path, device: str) -> dict[str, dict[str, float]]:
-    """With an empty Triton cache, then with the one it left: the median of a few."""
+    """Measure starts with an empty and with a filled Triton cache, as medians."""
     for path in folder.iterdir():
         path.read_bytes()  # into the page cache
     runs = []

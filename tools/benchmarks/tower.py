@@ -1,10 +1,9 @@
-"""The whole tower, and the attention alone, beside what else a user could pick, in one run.
+"""Time the whole tower, and the attention alone, against the alternatives, in one run.
 
-The 7B-shaped tower in bf16 with random weights on one GPU; inputs on the GPU; median of GPU times.
-The roofline is all operations of the tower at the rate of an 8192^3 GEMM of random data interleaved
-with it, at the same clock. Correctness first: no speed is printed for a tower that
-disagrees with float64. Prints tables and one JSON line; --ledger appends that line to a file,
---chart draws it.
+It times the 7B-shaped tower in bf16 with random weights on one GPU, with inputs on the GPU. The
+results are medians of GPU times. The roofline divides the tower's operations by the rate of an
+interleaved 8192^3 GEMM of random data. It prints no speed for a tower that disagrees with float64.
+It prints tables and one JSON line. --ledger appends that line to a file, and --chart draws it.
 
 \b
     python -m tools.benchmarks.tower --ledger tools/benchmarks/ledger.jsonl --chart docs/speed.png
@@ -84,7 +83,7 @@ def check(
     ours: Tensor, theirs: Tensor, tensors: Any, config: VisionConfig, image_config: ImageConfig,
     pixels: Tensor, grids: Sequence[Grid],
 ) -> None:  # fmt: skip
-    """No speed for a tower that is farther from float64 than Hugging Face's bf16."""
+    """Raise an error if a tower's error against float64 exceeds that of Hugging Face's bf16."""
     values = Patches(pixels.cpu(), tuple(grids)).to_rows(image_config).to(pixels.device)
     truth = vision_oracle(tensors, config, values, list(grids), device=pixels.device)["merger"]
     error, reference = relative_error(ours, truth), relative_error(theirs, truth)
@@ -95,7 +94,7 @@ def check(
 
 
 def alone(grids: Sequence[Grid], config: VisionConfig, device: torch.device) -> dict[str, float]:
-    """Microseconds per layer of the attention with RoPE: ours, RoPE alone, FlashAttention-2."""
+    """Return microseconds per layer of attention with RoPE: ours, RoPE alone, FlashAttention-2."""
     H, D = config.num_heads, config.head_dim
     layout = layout_for(grids, config, device, torch.bfloat16)
     inverse = config.rope_theta ** -(torch.arange(0, D // 2, 2, dtype=torch.float64) / (D // 2))
@@ -126,14 +125,14 @@ def alone(grids: Sequence[Grid], config: VisionConfig, device: torch.device) -> 
 
 
 def graph_us(run: Callable[[], Any], calls: int = 10) -> float:
-    """Microseconds of one call inside a CUDA graph of several."""
+    """Return the microseconds of one call inside a CUDA graph of several calls."""
     return median_ms(graph_of(lambda: [run() for _ in range(calls)])) * 1e3 / calls
 
 
 def stages(
     timed: TimedTower, pixels: Tensor, grids: Sequence[Grid], copy: float
 ) -> dict[str, dict[str, float]]:
-    """Each stage alone, in all of its blocks: its time, and the least that the chip would need."""
+    """Time each stage alone, over all blocks, and return the roofline time."""
     layout = timed.layout(grids).to(timed.device)
     runs = stage_runs(timed.tower, pixels, layout)
     rows = {}
@@ -156,7 +155,7 @@ def run_all(runs: Iterable[Callable[[], Any]]) -> None:
 
 
 class Towers:
-    """Ours and its peers on one GPU, all with the same random weights."""
+    """Hold our tower and its alternatives on one GPU, with the same random weights."""
 
     def __init__(self, device: torch.device, with_fa2: bool) -> None:
         self.device = device
@@ -239,15 +238,15 @@ class Towers:
 
 
 @click.command(help=__doc__)
-@click.option("--chart", type=click.Path(path_type=Path), help="Draw the tower's table as PNG.")
+@click.option("--chart", type=click.Path(path_type=Path), help="Draw a PNG of the tower's table.")
 @ledger_options
 @click.option("--peers/--no-peers", default=True, help="Also time Hugging Face.")
 @click.option("--compile", "compile_for", multiple=True, type=click.Choice(SINGLE_BATCH),
-              help="Also under torch.compile: half a minute for each workload.")  # fmt: skip
+              help="Also time Hugging Face under torch.compile (30 s per workload).")  # fmt: skip
 @click.option("--workload", "workloads", multiple=True, type=click.Choice(list(WORKLOADS)),
-              help="Of the tower and its stages. Repeatable. Default: all.")  # fmt: skip
+              help="Choose a workload for tower and stages. Repeatable. Default: all.")  # fmt: skip
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS),
-              help="Repeatable. Default: all but `start`, which takes a minute more.")  # fmt: skip
+              help="Choose a part. Repeatable. Default: all but `start` (a minute).")  # fmt: skip
 def main(
     ledger: Path | None, chart: Path | None, commit: str, peers: bool, compile_for: tuple[str, ...],
     workloads: tuple[str, ...], parts: tuple[str, ...],

@@ -1,4 +1,4 @@
-"""Whom `tools.benchmarks.tower` times beside our tower: Hugging Face's, and ours unfused."""
+"""Define the towers that `tools.benchmarks.tower` compares: Hugging Face's, and ours unfused."""
 
 import sys
 import time
@@ -23,7 +23,7 @@ from tests.support.unfused_baseline import unfused_tower
 
 
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
-    """torch's own FlashAttention-2 for variable lengths: (N, H, D) each."""
+    """Run torch's own FlashAttention-2 for variable lengths: (N, H, D) each."""
     scale = q.shape[-1] ** -0.5
     out: Tensor = torch.ops.aten._flash_attention_forward(
         q, k, v, cu, cu, longest, longest, 0.0, False, False, scale=scale
@@ -46,7 +46,7 @@ def register_fa2() -> str:
 
 
 class Peer:
-    """Hugging Face's tower on the same pixels as float rows."""
+    """Run Hugging Face's tower on the same pixels as float rows."""
 
     def __init__(self, tower: Any, image_config: ImageConfig, device: torch.device) -> None:
         self.tower, self.image_config, self.device = tower, image_config, device
@@ -85,7 +85,7 @@ def their_layout(grid_thw: Tensor, config: Any) -> dict[str, Any]:
 
 
 class UnfusedAttention:
-    """Our tower with RoPE and FlashAttention-2 as kernels of their own, by graph."""
+    """Run our tower with separate kernels for RoPE and FlashAttention-2, in a graph."""
 
     def __init__(self, timed: TimedTower) -> None:
         self.timed = timed

@@ -1,4 +1,4 @@
-"""What `tools.benchmarks.tower` measured, as tables and as a chart."""
+"""Format the results of `tools.benchmarks.tower` as tables and as a chart."""
 
 import statistics
 from pathlib import Path
@@ -99,7 +99,7 @@ def starts_text(started: dict[str, dict[str, float]]) -> str:
 def draw(
     rows: dict[str, dict[str, float]], kernel: dict[str, dict[str, float]], title: str, path: Path
 ) -> None:
-    """The whole tower, and below it the attention alone; readable at the width of a telephone."""
+    """Draw the whole tower, and below it the attention alone, readable on a phone."""
     from matplotlib import pyplot as plt
 
     towers = {"ours": [row["ours_ms"] / row["roofline_ms"] for row in rows.values()]}

@@ -1,18 +1,18 @@
-"""Videos from the file to the features: clips a second, beside what bounds them.
+"""Measure clips per second from video files to features, and the rates that bound them.
 
-Makes clips of 720p by PyAV. Checks the frames against PyAV's own, the bits of a clip in pieces, and
-the features against transformers' tower. Then measures, in one run: the tower alone on patches in
-GPU memory; `encode_iter` from the files on; the decoding alone on all cores, by PyAV and by
-torchcodec; and transformers' video processor and tower. The share is that of the whole in the lower
-of the tower's rate and the better decoder's. Prints each figure as it is measured, and one JSON
-line.
+It makes 720p clips with PyAV. It checks the frames against PyAV's own frames, and the bits of a
+clip in pieces. It checks the features against transformers' tower. Then it measures these rates in
+one run: the tower alone on patches in GPU memory, and `encode_iter` on files; decoding alone on all
+cores, with PyAV and with torchcodec; and transformers' video processor and tower. The share divides
+the `encode_iter` rate by the lower of the tower's rate and the better decoder's. It prints each
+result immediately, and one JSON line.
 
 \b
     python -m tools.benchmarks.video --ledger tools/benchmarks/ledger.jsonl
     python -m tools.benchmarks.video --model tiny --clips 4 --seconds 4 --size 160x90   # anywhere
 
-torchcodec uses the FFmpeg of PyAV's wheel, so that no system library is needed; without torchcodec
-its column is empty. The 7B-shaped tower in bf16 with random weights, unless a model is named.
+torchcodec uses the FFmpeg of PyAV's wheel, and needs no system library. Without torchcodec the
+column is empty. Without --model, it uses a 7B-shaped tower in bf16 with random weights.
 """
 
 import gc
@@ -61,15 +61,30 @@ OPTIONAL = ("torchcodec", "transformers", "torchvision")
 
 
 @click.command(help=__doc__)
-@click.option("--model", help="A checkpoint instead of random weights.")
-@click.option("--clips", default=100, show_default=True, help="Files, links to --distinct ones.")
-@click.option("--distinct", default=8, show_default=True, help="Clips that are made.")
-@click.option("--seconds", default=60, show_default=True, help="Length of a clip.")
-@click.option("--size", default="1280x720", show_default=True, help="Width x height.")
-@click.option("--codec", default="libx264", show_default=True, help="PyAV's encoder.")
-@click.option("--decode-clips", default=48, show_default=True, help="For the decoders alone.")
-@click.option("--hf-clips", default=4, show_default=True, help="For transformers; 0: leave it out.")
-@click.option("--partial", type=click.Path(path_type=Path), help="JSON of the figures so far.")
+@click.option("--model", help="Use this checkpoint instead of random weights.")
+@click.option(
+    "--clips",
+    default=100,
+    show_default=True,
+    help="Number of files, which link to the --distinct clips.",
+)
+@click.option("--distinct", default=8, show_default=True, help="Number of clips to make.")
+@click.option(
+    "--seconds", default=60, show_default=True, help="Set the length of a clip, in seconds."
+)
+@click.option(
+    "--size", default="1280x720", show_default=True, help="Set width x height of a clip, in pixels."
+)
+@click.option("--codec", default="libx264", show_default=True, help="Choose PyAV's encoder.")
+@click.option(
+    "--decode-clips", default=48, show_default=True, help="Number of clips for decoding alone."
+)
+@click.option(
+    "--hf-clips", default=4, show_default=True, help="Number of clips for transformers; 0 skips it."
+)
+@click.option(
+    "--partial", type=click.Path(path_type=Path), help="Write the results so far to this JSON file."
+)
 @click.option("--chart", type=click.Path(path_type=Path), help="Draw the rates into this PNG.")
 @click.option("--only-torchcodec", type=click.Path(path_type=Path), hidden=True)
 @ledger_options

@@ -1,4 +1,4 @@
-"""What the videos' benchmark checks before it measures, how it reports, and its chart."""
+"""Check, report and draw the video benchmark."""
 
 import json
 import time

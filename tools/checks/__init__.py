@@ -1,1 +1,1 @@
-"""What is right: parity, thousands of random cases, long trials, and a sanitizer."""
+"""Check correctness with parity, thousands of random cases, long trials, and a sanitizer."""

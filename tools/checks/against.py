@@ -1,8 +1,8 @@
-"""Hold this checkout against another one: the same bits, and on a GPU the same speed.
+"""Compare this checkout with another one: the same bits, and on a GPU the same speed.
 
-A change that must alter no result is checked so: outputs over random layouts are hashed in both
-checkouts, and on a GPU each is timed in interleaved runs, with the other one twice (A/A), which
-shows what chance does. float32 is slow at the 7B shape: there it gets a fifth of the layouts.
+Use it for a change that must not alter results. It hashes outputs over random layouts in both
+checkouts. On a GPU, it times both checkouts in interleaved runs. It times the other checkout twice
+(A/A), to show the noise. At the 7B shape, float32 is slow and gets a fifth of the layouts.
 
     git worktree add ../before HEAD~1
     python -m tools.checks.against ../before
@@ -58,7 +58,7 @@ def kinds_of(layouts: int) -> dict[str, list[str]]:
 
 
 def same_bits(other: Path, model: str, layouts: int) -> dict[str, bool]:
-    """Whether both checkouts give the same bits, for each of `kinds_of`; all at once."""
+    """Return whether both checkouts give the same bits, for each of `kinds_of`; all at once."""
     kinds = kinds_of(layouts)
     with ThreadPoolExecutor(2 * len(kinds)) as pool:
         digests = {
@@ -86,9 +86,16 @@ def medians(other: Path, model: str, pairs: int) -> dict[str, dict[str, float]]:
 
 @click.command(help=__doc__)
 @click.argument("other", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--model", help="A folder, or 'tiny'.  [default: the 7B shape, random weights]")
+@click.option(
+    "--model", help="Use this folder, or 'tiny'.  [default: the 7B shape, random weights]"
+)
 @click.option("--layouts", default=200, show_default=True)
-@click.option("--pairs", default=5, show_default=True, help="Timed runs of each; 0: none.")
+@click.option(
+    "--pairs",
+    default=5,
+    show_default=True,
+    help="Number of timed runs per checkout; 0 skips timing.",
+)
 @ledger_options
 def main(
     other: Path, model: str | None, layouts: int, pairs: int, ledger: Path | None, commit: str

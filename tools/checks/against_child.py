@@ -1,4 +1,4 @@
-"""What `tools.checks.against` runs in each checkout: only the public API, so that old ones run it.
+"""Run in each checkout for `tools.checks.against`, with the public API only, for old checkouts.
 
 python against_child.py hash MODEL DTYPE LAYOUTS   sha256 of outputs over random layouts, as JSON
 python against_child.py speed MODEL                GPU milliseconds of some workloads, as JSON
@@ -19,7 +19,7 @@ WORKLOADS = ("1 x 448^2", "1 x 896^2", "1 x 1344^2", "32 x 448^2")
 
 @click.group(help=__doc__)
 def main() -> None:
-    """Run one of the two."""
+    """Run one of the two commands."""
 
 
 @main.command("hash")
@@ -28,7 +28,7 @@ def main() -> None:
 @click.argument("layouts", type=int)
 @click.option("--graphs", is_flag=True, help="Record CUDA graphs.")
 def hash_outputs(model: str, dtype: str, layouts: int, *, graphs: bool) -> None:
-    """Merged and un-merged outputs."""
+    """Hash merged and un-merged outputs."""
     half = 24 if torch.cuda.is_available() else 8  # half a side in patches: CPUs are slow
     encoder = VisionEncoder.from_pretrained(model, dtype=dtype, cuda_graphs=graphs)
     chance, digest = random.Random(0), hashlib.sha256()
@@ -57,7 +57,7 @@ def hash_outputs(model: str, dtype: str, layouts: int, *, graphs: bool) -> None:
 @main.command()
 @click.argument("model")
 def speed(model: str) -> None:
-    """Milliseconds by workload."""
+    """Measure milliseconds by workload."""
     from qwen_vit.benchmark import bench
 
     encoder = VisionEncoder.from_pretrained(model, device="cuda")

@@ -1,9 +1,9 @@
-"""The time that `qwen-vit export --dry-run` estimates, beside the time that the export takes.
+"""Compare the time estimate of `qwen-vit export --dry-run` with the time of the export.
 
-JPEGs are made of the photographs in tests/photographs, small and large, and a 7B-shaped tower in
-bf16 of random numbers, unless a model is named. Each workload is estimated and exported by commands
-in processes of their own, as a user types them. Prints a table and one JSON line. Exits with 1 if
-an estimate is more than 1.5 times off.
+It makes small and large JPEGs from tests/photographs. Without --model, it uses a 7B-shaped tower in
+bf16 with random weights. It runs a user's commands in child processes to estimate and export each
+workload. It prints a table and one JSON line. It exits with 1 if an estimate is off by more than a
+factor of 1.5.
 
 \b
     python -m tools.checks.dry_run --ledger tools/benchmarks/ledger.jsonl
@@ -66,7 +66,7 @@ def measure(here: Path, sides: tuple[int, int], count: int, model: str) -> dict[
 
 
 def is_close(workload: dict[str, Any]) -> bool:
-    """Whether a time was estimated within the factor.
+    """Return whether a time was estimated within the factor.
 
     >>> is_close({"estimate_over_export": 1.4}), is_close({"estimate_over_export": 0.6})
     (True, False)
@@ -76,10 +76,16 @@ def is_close(workload: dict[str, Any]) -> bool:
 
 
 @click.command(help=__doc__)
-@click.option("--images", type=click.IntRange(min=1), help="[default: 20,000 small, 3,000 large]")
-@click.option("--sides", nargs=2, type=int, help="One workload of these sides, in pixels.")
-@click.option("--model", help="Instead of a 7B-shaped tower with random weights.")
-@click.option("--folder", type=click.Path(path_type=Path), help="A disk for images and shards.")
+@click.option(
+    "--images",
+    type=click.IntRange(min=1),
+    help="Number of images.  [default: 20,000 small, 3,000 large]",
+)
+@click.option(
+    "--sides", nargs=2, type=int, help="Measure one workload with sides in this range, in pixels."
+)
+@click.option("--model", help="Use this model instead of a 7B-shaped tower with random weights.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Folder for images and shards.")
 @ledger_options
 def main(
     images: int | None, sides: tuple[int, int] | None, model: str | None, folder: Path | None,

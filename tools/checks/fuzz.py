@@ -1,13 +1,13 @@
-"""Fuzz a parser of bytes from outside, by atheris, from the corpus in tests/fuzz/.
+"""Fuzz a parser of untrusted bytes with atheris, starting with the corpus in tests/fuzz/.
 
 \b
     python -m tools.checks.fuzz images --seconds 600 --ledger tools/benchmarks/ledger.jsonl
     python -m tools.checks.fuzz all --seconds 10 --jobs 16
 
-Only the package's own errors may leave a target, each one printable line. An input may take 5 s of
-a CPU, and the process 2 GB; an input 10 times as long may take 30 times the time. A JPEG that is
-accepted without a note must not make libjpeg warn. A finding is written to --findings: minimise
-it, mend its kind, and add it to the corpus. Exits 1 at one.
+A target may raise only the package's own errors, each one printable line. An input may take 5 s of
+CPU time, and the process 2 GB. An input 10 times as long may take 30 times the time. A JPEG that a
+target accepts without a note must not make libjpeg warn. The command writes a finding to --findings
+and exits with 1. Minimise the finding, fix its cause, and add it to the corpus.
 """
 
 import os
@@ -35,7 +35,9 @@ FINDING = re.compile(r"Test unit written to (\S+)")
 @click.command(help=__doc__)
 @click.argument("target", type=click.Choice([*TARGETS, "all"]))
 @click.option("--seconds", type=click.IntRange(min=1), default=60, show_default=True)
-@click.option("--seed", type=int, default=0, help="libFuzzer's; 0 takes another each time.")
+@click.option(
+    "--seed", type=int, default=0, help="Set libFuzzer's seed; 0 chooses a new seed each time."
+)
 @click.option(
     "--findings",
     type=click.Path(path_type=Path, file_okay=False),
@@ -69,7 +71,7 @@ def main(
 
 
 class Run(NamedTuple):
-    """The inputs that were tried, CPU seconds, files of findings, and what atheris printed."""
+    """Hold the number of inputs, CPU seconds, files of findings, and atheris's output."""
 
     inputs: int
     cpu_s: float
@@ -79,7 +81,7 @@ class Run(NamedTuple):
 
 @dataclass
 class Runs:
-    """The runs of one target."""
+    """Hold the runs of one target."""
 
     inputs: int = 0
     cpu_s: float = 0.0
@@ -95,7 +97,7 @@ class Runs:
 
 
 def fuzz(name: str, seconds: int, seed: int, findings: Path) -> Run:
-    """One process of atheris, until its time is over or something is found."""
+    """Run one process of atheris until the time limit or a finding."""
     findings.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as grown:  # the corpus itself stays as it is
         process = subprocess.Popen(
@@ -123,7 +125,7 @@ def fuzz(name: str, seconds: int, seed: int, findings: Path) -> Run:
 
 
 def printed(process: subprocess.Popen[bytes]) -> str:
-    """All that a process prints until it ends."""
+    """Return a process's whole output."""
     assert process.stdout is not None
     with process.stdout as stream:
         return stream.read().decode(errors="replace")

@@ -1,4 +1,4 @@
-"""The process that `tools.checks.fuzz` starts: atheris, with mutators that repeat chunks."""
+"""Run atheris, with mutators that repeat chunks, as the child process of `tools.checks.fuzz`."""
 
 import random
 import re

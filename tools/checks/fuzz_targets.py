@@ -1,4 +1,4 @@
-"""What is fuzzed: parsers of bytes from outside, and what must hold for any input."""
+"""Define the fuzz targets, which parse untrusted bytes, and their rules for any input."""
 
 import io
 import json
@@ -36,32 +36,32 @@ MIN_COMPARED_S = 0.05  # shorter ones are too noisy to compare
 
 
 class WrongAcceptanceError(Exception):
-    """Input that must be refused, or noted, passed as good."""
+    """Report input that a target accepts but must reject or note."""
 
 
 class TooSlowError(Exception):
-    """An input took too long, alone or for its size."""
+    """Report an input that took too long, absolutely or for its size."""
 
 
 def header(data: bytes) -> None:
-    """The JSON header of a safetensors file."""
+    """Parse the JSON header of a safetensors file."""
     parse_header(data, file_bytes=8 + len(data) + 1_000, source="x.safetensors")
 
 
 def documents(data: bytes) -> None:
-    """config.json and preprocessor_config.json."""
+    """Parse config.json and preprocessor_config.json."""
     document = parse_json(data, source="config.json")
     for kind in (VisionConfig, ImageConfig):
         check(lambda kind=kind: kind.from_json(document))  # type: ignore[misc]
 
 
 def tars(data: bytes) -> None:
-    """A tar's members, found and read."""
+    """Find and read a tar's members."""
     _listed(data, "a.tar")
 
 
 def lists(data: bytes) -> None:
-    """A list of paths, and one of JSON objects."""
+    """Parse a list of paths and a list of JSON objects."""
     for name in ("a.txt", "a.jsonl"):
         check(lambda name=name: _listed(data, name))  # type: ignore[misc]
 
@@ -76,7 +76,7 @@ def _listed(data: bytes, name: str) -> None:
 
 
 def features(data: bytes) -> None:
-    """A feature file, with every row read."""
+    """Read every row of a feature file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "f.safetensors")
         path.write_bytes(data)
@@ -99,7 +99,7 @@ def images(data: bytes) -> None:
 
 
 def videos(data: bytes) -> None:
-    """A container, or an animation, of which four frames are decoded."""
+    """Decode four frames of a container or an animation."""
     video = Video(data, name="a.mp4", n_frames=4, min_pixels=784, max_pixels=50_176)
     loaded = load_video(video, ImageConfig.from_json({}), limits=VIDEO_LIMITS)
     if loaded.patches.grids[0].t != -(-len(loaded.timing.frame_seconds) // 2):

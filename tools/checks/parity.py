@@ -1,8 +1,9 @@
-"""The 7B-shaped tower in bf16 on a GPU: our error and Hugging Face's, against float64.
+"""Measure our bf16 error and Hugging Face's against float64, with the 7B-shaped tower on a GPU.
 
-Random weights (nothing is downloaded), eight seeds, four kinds of input, every stage. Prints a
-table and one JSON line; with --ledger, appends that line to a file. Exits 1 where a stage of ours
-is more than 1.01 times as far from the truth as Hugging Face's, or their geometric mean is above 1.
+It uses random weights without a download, eight seeds and four kinds of input, and measures every
+stage. It prints a table and one JSON line. With --ledger, it appends that line to a file. It exits
+with 1 if a stage's error is more than 1.01 times Hugging Face's. It also exits with 1 if the
+geometric mean of the ratios is above 1.
 
 \b
     python -m tools.checks.parity --ledger tools/benchmarks/ledger.jsonl
@@ -40,7 +41,7 @@ MAX_STAGE_RATIO, MAX_MEAN_RATIO = 1.01, 1.00
 
 
 def measure(seeds: int, device: torch.device) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """For each input and stage, (our error, Hugging Face's error) per seed."""
+    """Return (our error, Hugging Face's error) per seed for each input and stage."""
     config = VisionConfig.from_json(SHAPE)
     image_config = ImageConfig.from_json({})
     errors: dict[str, dict[str, list[tuple[float, float]]]] = {
@@ -72,7 +73,7 @@ def measure(seeds: int, device: torch.device) -> dict[str, dict[str, list[tuple[
 @click.option("--seeds", default=8, show_default=True)
 @ledger_options
 def main(seeds: int, ledger: Path | None, commit: str) -> None:
-    """Measure, print, and exit 1 where the numbers policy is broken."""
+    """Measure, print, and exit with 1 if a stage exceeds its tolerance."""
     device = require_gpu()
     errors = measure(seeds, device)
     print(f"{'input':<16}{'stage':<14}{'ours':>10}{'HF bf16':>10}{'ratio':>8}{'worst':>8}")

@@ -1,11 +1,12 @@
-"""Every kernel on a GPU under NVIDIA's compute-sanitizer, over many random layouts.
+"""Run every kernel on a GPU under NVIDIA's compute-sanitizer, over many random layouts.
 
-First without it: results lie between guard zones and begin as NaN; nothing beside them may change,
-every value must be written, and the bits must be those without guards. That also fills Triton's
-cache. Then under memcheck, initcheck and synccheck, with every allocation its own (no caching, so
-its bounds are true ones) and no CUDA graphs. Each layout is one attention, of each kind in turn,
-and one whole small tower: as wide as the published ones in bf16 (Hopper's own kernels), narrow in
-bf16 and in float32 (the plain ones). Prints a table; exits 1 where anything is wrong, or missing.
+The first run has no sanitizer. Results are between guard zones and start as NaN. Kernels must not
+change the guards, and must write every value. The bits must equal the bits without guards. This run
+also fills Triton's cache. The next runs use memcheck, initcheck and synccheck, without CUDA graphs.
+They disable caching, so that each allocation has exact bounds. Each layout runs one attention, of
+alternating kinds, and one whole small tower. In bf16, a tower of published width runs Hopper's own
+kernels. Narrow towers in bf16 and float32 run the plain kernels. It prints a table, and exits with
+1 if anything is wrong or missing.
 
 \b
     python -m tools.checks.sanitize --layouts 100
@@ -350,10 +351,21 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 @click.command(help=__doc__)
 @click.option("--tool", "tools", multiple=True, type=click.Choice(TOOLS), help="Default: all.")
 @click.option("--layouts", default=100, show_default=True)
-@click.option("--seconds", default=240.0, show_default=True, help="For the layouts of one tool.")
-@click.option("--device", type=click.Choice(["cuda", "cpu"]), help="On a CPU: guards alone.")
+@click.option(
+    "--seconds",
+    default=240.0,
+    show_default=True,
+    help="Set the time limit for the layouts of one tool.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cuda", "cpu"]),
+    help="Choose the device. A CPU runs only the guard checks.",
+)
 @click.option("--child", type=click.Choice(TOOLS), hidden=True)
-@click.option("--logs", type=click.Path(path_type=Path), help="Keep what the tools said here.")
+@click.option(
+    "--logs", type=click.Path(path_type=Path), help="Keep the tools' output in this folder."
+)
 @ledger_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(

@@ -1,11 +1,11 @@
-"""Full counts of what the tests try a few times: kills, full disks, memory, hostile input.
+"""Run the tests' trials with full counts: kills, full disks, memory and hostile input.
 
 \b
     python -m tools.checks.soak kills --ledger tools/benchmarks/ledger.jsonl
     python -m tools.checks.soak all --fraction 0.02
     python -m tools.checks.soak remote-kills --count images=2000 --count kills=5
 
-Prints one JSON line for each trial; exits 1 where a promise is broken. `full-disk` mounts small
+It prints one JSON line for each trial, and exits with 1 if a trial fails. `full-disk` mounts small
 file systems, which needs root.
 """
 
@@ -36,7 +36,7 @@ from tools.common import ledger_options, ledger_row, publish
 
 @dataclass(frozen=True)
 class Trial:
-    """What is run, and its full counts."""
+    """Define a trial and its full counts."""
 
     run: Callable[..., dict[str, Any]]
     counts: dict[str, int]
@@ -82,16 +82,18 @@ TRIALS = {
 
 @click.command(help=__doc__)
 @click.argument("name", type=click.Choice([*TRIALS, "all"]))
-@click.option("--fraction", type=float, default=1.0, help="Of the full counts.")
+@click.option("--fraction", type=float, default=1.0, help="Run this fraction of the full counts.")
 @click.option(
     "--count",
     "counts",
     multiple=True,
     metavar="NAME=N",
     callback=lambda _, __, texts: _counts(texts),
-    help="One count, such as kills=5, in place of the full one.",
+    help="Replace one full count, for example kills=5.",
 )
-@click.option("--seed", type=int, help="Of the random moments; another one each time if not given.")
+@click.option(
+    "--seed", type=int, help="Set the seed of the random moments.  [default: a new seed each time]"
+)
 @ledger_options
 def main(
     name: str, fraction: float, counts: dict[str, int], seed: int | None, ledger: Path | None,
@@ -121,7 +123,7 @@ def _counts(texts: Sequence[str]) -> dict[str, int]:
 def run(
     name: str, fraction: float, seed: int, chosen: Mapping[str, int] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """One trial's figures; `chosen` counts take the place of the full ones."""
+    """Run one trial and return the results; `chosen` counts replace the full counts."""
     trial = TRIALS[name]
     counts = {key: max(1, round(fraction * count)) for key, count in trial.counts.items()}
     if unknown := set(chosen) - set(counts):

@@ -1,13 +1,13 @@
-"""A quick part of the tests with older and newer versions of what the package is built on.
+"""Run a quick part of the tests with older and newer versions of the dependencies.
 
 \b
     python -m tools.checks.stacks --list
     python -m tools.checks.stacks --run newest --ledger tools/benchmarks/ledger.jsonl
 
-Each stack has an environment of its own (by default under build/stacks): the packages named here,
-over those of the environment that runs this. torch stays: it is 2 GB with CUDA, and its CPU builds
-are not on PyPI. Packages are installed without their dependencies, because torch pins Triton.
-Prints one JSON line; exits 1 if a test fails.
+Each stack has its own environment (by default under build/stacks). The environment adds the stack's
+packages to the packages of the current environment. It keeps torch, which has 2 GB with CUDA, and
+whose CPU builds are not on PyPI. It installs packages without their dependencies, because torch
+pins Triton. It prints one JSON line, and exits with 1 if a test fails.
 """
 
 import os
@@ -92,7 +92,7 @@ def versions(python: Path) -> dict[str, str]:
 
 @click.command(help=__doc__)
 @click.option("--list", "only_list", is_flag=True, help="Print the stacks and end.")
-@click.option("--run", "name", type=click.Choice(list(STACKS)), help="The stack to test.")
+@click.option("--run", "name", type=click.Choice(list(STACKS)), help="Test this stack.")
 @click.option("--folder", type=click.Path(path_type=Path), default=ROOT / "build" / "stacks")
 @click.argument("tests", nargs=-1)
 @ledger_options

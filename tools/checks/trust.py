@@ -1,7 +1,7 @@
-"""Whether to trust the numbers: thousands of random cases against Hugging Face and float64.
+"""Check thousands of random cases against Hugging Face and float64.
 
-Prints one table and one JSON line; exits 1 where anything fails. On a CPU the values are checked
-in float32, on a GPU in bf16 and float32, and bit for bit. `--fraction 0.02` runs a sample.
+It prints one table and one JSON line, and exits with 1 if a check fails. On a CPU it checks float32
+values. On a GPU it checks bf16 and float32 values, and bits. `--fraction 0.02` runs a sample.
 
 \b
     python -m tools.checks.trust --device cpu --ledger tools/benchmarks/ledger.jsonl
@@ -89,8 +89,10 @@ def row_of(check: Check, tally: CheckCounts, seconds: float) -> dict[str, Any]:
 
 @click.command(help=__doc__)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is one.")
-@click.option("--fraction", default=1.0, show_default=True, help="Of each check's cases.")
-@click.option("--only", multiple=True, help="Checks whose name holds this; may be repeated.")
+@click.option(
+    "--fraction", default=1.0, show_default=True, help="Run this fraction of each check's cases."
+)
+@click.option("--only", multiple=True, help="Run checks whose name contains this text. Repeatable.")
 @click.option("--seed", default=0, show_default=True)
 @ledger_options
 def main(

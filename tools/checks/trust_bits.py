@@ -1,4 +1,4 @@
-"""Checks of `tools.checks.trust` on a GPU: the same bits in any batch, and the kernel alone."""
+"""Check on a GPU, for `tools.checks.trust`, equal bits in any batch, and the kernel alone."""
 
 import random
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Checks of `tools.checks.trust`: values against Hugging Face and float64, stage by stage."""
+"""Check values against Hugging Face and float64, stage by stage, for `tools.checks.trust`."""
 
 import math
 import random

@@ -1,11 +1,12 @@
-"""False alarms: whole pictures of every encoder found must load, with Pillow's pixels.
+"""Check for false alarms: complete images of every installed encoder must load, as in Pillow.
 
 \b
     python -m tools.checks.whole_pictures --ledger tools/benchmarks/ledger.jsonl
     python -m tools.checks.whole_pictures /usr/share --no-encoders
 
-Encoders, as installed: Pillow, cjpeg, ImageMagick, libvips, FFmpeg, cwebp, mozjpeg, OpenCV.
-A JPEG of a folder counts as whole where `djpeg -strict` decodes it. Exits 1 at a false alarm.
+It uses these encoders if installed: Pillow, cjpeg, ImageMagick, libvips, FFmpeg, cwebp, mozjpeg,
+OpenCV. A JPEG of a folder counts as complete if `djpeg -strict` decodes it. It exits with 1 for a
+false alarm.
 """
 
 import io
@@ -41,7 +42,9 @@ SAMPLINGS = ("1x1", "2x1", "2x2", "1x2")
 
 @click.command(help=__doc__)
 @click.argument("folders", nargs=-1, type=click.Path(exists=True, path_type=Path))
-@click.option("--encoders/--no-encoders", default=True, help="Make pictures with encoders.")
+@click.option(
+    "--encoders/--no-encoders", default=True, help="Make images with the installed encoders."
+)
 @ledger_options
 def main(folders: tuple[Path, ...], encoders: bool, ledger: Path | None, commit: str) -> None:
     """Load them all, and print counts by encoder."""

@@ -1,1 +1,1 @@
-"""Towers and requests inside vLLM on a GPU: its own, as it comes and at its best, and ours."""
+"""Time vLLM's own tower and ours, and whole requests, inside vLLM on a GPU."""

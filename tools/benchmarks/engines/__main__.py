@@ -1,15 +1,15 @@
-"""Vision towers inside vLLM on a GPU: its own in three settings, and ours by plugin.
+"""Time vision towers inside vLLM on a GPU: vLLM's in three settings, and ours with the plugin.
 
 \b
     python -m tools.benchmarks.engines towers --folder /dev/shm/engines
     python -m tools.benchmarks.engines requests --folder /dev/shm/engines --ledger L
     python -m tools.benchmarks.engines chart docs/engines.png
 
-`towers` starts one engine for each setting: as it comes, with its encoder graphs at budgets that
-fit exactly, compiled and with graphs, ours by plugin. It first holds the answers of 128 requests
-against transformers in float64, then times the towers. `requests` asks vLLM's API server, whose
-processor runs beside the engine. The weights are random. Both need vLLM in this environment.
-`chart` draws the ledger's rows.
+`towers` starts one engine for each setting. The settings are vLLM's default, encoder graphs with
+exactly fitting budgets, compilation with graphs, and ours with the plugin. It first compares the
+answers of 128 requests with transformers in float64. Then it times the towers. `requests` sends
+requests to vLLM's API server, whose processor runs beside the engine. The weights are random. Both
+need vLLM in this environment. `chart` draws the ledger's rows.
 """
 
 import json
@@ -39,12 +39,12 @@ ENVIRONMENT = {
 }
 folder_option = click.option(
     "--folder", type=click.Path(file_okay=False, path_type=Path), required=True,
-    help="Where models, figures and logs go: 4 GB.",
+    help="Folder for models, results and logs (4 GB).",
 )  # fmt: skip
 
 
 def rounded(value: Any) -> Any:
-    """Figures as the ledger holds them, at any depth."""
+    """Round all numbers as the ledger does, at any depth."""
     if isinstance(value, dict):
         return {key: rounded(each) for key, each in value.items()}
     return four_digits(value) if isinstance(value, float) else value
@@ -63,15 +63,15 @@ def main() -> None:
     type=click.Choice(["1", "2"]),
     default="1",
     show_default=True,
-    help="vLLM's model runner: the first has encoder graphs, the second is vLLM 0.25's default.",
+    help="Set vLLM's model runner. The first has encoder graphs; vLLM 0.25 uses the second.",
 )
-@click.option("--answers-only", is_flag=True, help="Judge answers, and time no tower.")
+@click.option("--answers-only", is_flag=True, help="Check answers without timing a tower.")
 @ledger_options
 def towers(
     folder: Path, variant: tuple[str, ...], runner: str, ledger: Path | None, commit: str, *,
     answers_only: bool,
 ) -> None:  # fmt: skip
-    """Time the towers of four engines, answers first."""
+    """Check the answers of four engines, then time their towers."""
     device = require_gpu()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "small" / "model.safetensors").exists():
@@ -96,12 +96,12 @@ def towers(
 
 
 def squared_distances(answers: dict[str, Any], oracle: torch.Tensor) -> torch.Tensor:
-    """(requests,) mean square of what separates the log-probabilities from float64."""
+    """Return the mean squared error of each request's log-probabilities against float64."""
     return (torch.tensor(answers["logprobs"], dtype=torch.float64) - oracle).square().mean(1)
 
 
 def judge(answers: dict[str, Any], oracle: torch.Tensor) -> dict[str, float]:
-    """How far a tower's answers are from float64."""
+    """Return the error of a tower's answers against float64."""
     first = torch.tensor([tokens[0] for tokens in answers["tokens"]])
     return {
         "logprob_rms": float(squared_distances(answers, oracle).mean().sqrt()),
@@ -113,7 +113,7 @@ def judge(answers: dict[str, Any], oracle: torch.Tensor) -> dict[str, float]:
 def against_each_other(
     ours: dict[str, Any], theirs: dict[str, Any], oracle: torch.Tensor
 ) -> dict[str, Any]:
-    """Our tower's answers and vLLM's, request by request.
+    """Compare our tower's answers with vLLM's, request by request.
 
     `excess` is by how much our mean square exceeds vLLM's, as a share of vLLM's, with the standard
     error of the mean over the requests: within two of them the two are equally far from float64.
@@ -131,7 +131,7 @@ def against_each_other(
 
 
 def run_child(variant: str, folder: Path, runner: str, *options: str) -> dict[str, Any]:
-    """One engine in a process of its own; its figures."""
+    """Run one engine in a child process, and return its measurements."""
     started = time.perf_counter()
     plugin = "qwen_vit" if variant == "plugin" else ""
     environment = {
@@ -155,7 +155,7 @@ def run_child(variant: str, folder: Path, runner: str, *options: str) -> dict[st
 
 
 def print_towers(found: dict[str, dict[str, Any]]) -> None:
-    """A line for each workload: milliseconds, and vLLM's time over ours in the same process."""
+    """Print milliseconds per workload, and vLLM's time over ours in the same process."""
     names = next((list(each["towers"]) for each in found.values() if each["towers"]), [])
     click.echo(f"{'':12}" + "".join(f"{variant:>22}" for variant in found))
     for name in names:
@@ -174,7 +174,7 @@ def print_towers(found: dict[str, dict[str, Any]]) -> None:
 @click.option("--way", multiple=True, type=click.Choice(WAYS), default=WAYS)
 @ledger_options
 def requests(folder: Path, way: tuple[str, ...], ledger: Path | None, commit: str) -> None:
-    """Ask vLLM's API server: as it comes, with our tower, with our features."""
+    """Time vLLM's API server by default, with our tower, and with our features."""
     device = require_gpu()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "small" / "model.safetensors").exists():
@@ -192,7 +192,7 @@ def requests(folder: Path, way: tuple[str, ...], ledger: Path | None, commit: st
 @main.command()
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 def chart(out: Path) -> None:
-    """Draw vLLM's towers against ours, from the ledger, as a PNG."""
+    """Draw a PNG of vLLM's towers against ours, from the ledger."""
     lines = (ROOT / "tools" / "benchmarks" / "ledger.jsonl").read_text().splitlines()
     draw_towers(newest_towers(json.loads(line) for line in lines), out)
     click.echo(out)

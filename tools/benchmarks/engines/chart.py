@@ -1,4 +1,4 @@
-"""A chart of the towers inside vLLM, from the ledger's rows."""
+"""Draw a chart of the towers inside vLLM, from the ledger's rows."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +16,7 @@ LABELS = {
 
 
 def newest_towers(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The last row's figures of each of vLLM's settings, and of ours by plugin."""
+    """Return the last row of each vLLM setting, and of our tower with the plugin."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["what"] == "engines towers":
@@ -27,7 +27,7 @@ def newest_towers(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def draw_towers(towers: dict[str, dict[str, Any]], path: Path) -> None:
-    """Bars for each size: vLLM's tower as a multiple of ours, timed in the same process."""
+    """Draw bars for each size: vLLM's time as a multiple of ours, in the same process."""
     import matplotlib as mpl
 
     mpl.use("Agg")

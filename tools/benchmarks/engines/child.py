@@ -1,9 +1,9 @@
-"""What `tools.benchmarks.engines` runs, one engine a process: towers and answers inside vLLM.
+"""Run one vLLM engine per process for `tools.benchmarks.engines`: towers and answers.
 
 python -m tools.benchmarks.engines.child VARIANT FOLDER    its figures, to FOLDER/VARIANT.json
 
-In each engine but the one with the plugin, our tower with the same weights is timed in turns with
-the engine's, so that a ratio is of one process on one GPU at one temperature.
+Except in the engine with the plugin, it interleaves runs of the engine's tower and of ours with the
+same weights. Therefore a ratio compares times in one process on one GPU at one temperature.
 """
 
 import json
@@ -173,7 +173,7 @@ def first_requests(engine: Any) -> dict[str, Any]:
 
 
 def same_bits(engine: Any, folder: Path) -> dict[str, Any]:
-    """Whether what the engine's tower gave are the bits of `encode_patches` on its rows."""
+    """Return whether what the engine's tower gave are the bits of `encode_patches` on its rows."""
     seen: list[tuple[Tensor, Any, Tensor]] = []
 
     def keep(_: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
@@ -203,7 +203,7 @@ def memory(engine: Any) -> dict[str, float]:
 @click.command(help=__doc__)
 @click.argument("variant", type=click.Choice(["default", "graphs", "compiled", "plugin"]))
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--answers-only", is_flag=True, help="Time no tower.")
+@click.option("--answers-only", is_flag=True, help="Check answers without timing a tower.")
 def main(variant: str, folder: Path, *, answers_only: bool) -> None:
     """Start one engine, ask and time it."""
     started = time.perf_counter()

@@ -1,8 +1,8 @@
-"""A Qwen2.5-VL of the 7B's shape with random weights, which needs no download.
+"""Write a Qwen2.5-VL of the 7B shape with random weights, without a download.
 
-Two of them: `write_small` has the whole tower and two language layers with peaked weights, so that
-answers can be held against float64; `write_large` has all of the 7B's layers and no weights (for
-load_format="dummy"), so that requests take the time that they take.
+`write_small` writes the whole tower and two language layers with peaked weights, so that the
+benchmark can compare answers with float64. `write_large` writes all of the 7B's layers without
+weights (for load_format="dummy"), so that requests take realistic time.
 """
 
 import json
@@ -32,7 +32,7 @@ LARGE_MLP, LARGE_LAYERS = 18_944, 28
 
 
 def config_document(n_layers: int, mlp: int) -> dict[str, Any]:
-    """config.json of the 7B's shape, with a vocabulary of bytes."""
+    """Return a config.json of the 7B shape, with a vocabulary of bytes."""
     text = {
         "model_type": "qwen2_5_vl_text",
         "vocab_size": N_TOKENS,
@@ -76,7 +76,7 @@ def write_large(folder: Path) -> None:
 
 
 def write_small(folder: Path, device: torch.device) -> None:
-    """Write a model whose tower is whole and whose language model has two peaked layers."""
+    """Write a model with the whole tower and a language model of two peaked layers."""
     _write_common(folder, SMALL_LAYERS, SMALL_MLP)
     tower = random_weights(VisionConfig.from_json(SHAPE), 0, device)
     weights = {f"visual.{name}": tensor for name, tensor in tower.items()}

@@ -1,4 +1,4 @@
-"""First-token log-probabilities of the requests by transformers in float64, on the GPU."""
+"""Compute the requests' first-token log-probabilities by transformers in float64 on the GPU."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tools.benchmarks.engines.workloads import PROMPT, picture, request_sizes
 
 
 def oracle_logprobs(folder: Path, device: torch.device) -> Tensor:
-    """(requests, vocabulary) float64, of the small model in `folder`."""
+    """Return log-probabilities (requests, vocabulary) in float64 for the model in `folder`."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
         Qwen2VLImageProcessorPil,

@@ -1,4 +1,4 @@
-"""Whole requests against vLLM's API server: as it comes, with our tower, and with our features."""
+"""Time requests to vLLM's API server by default, with our tower, and with our features."""
 
 import base64
 import io
@@ -31,21 +31,21 @@ SIZES: dict[str, tuple[Size, ...]] = {
 
 
 def jpeg(size: Size, seed: int) -> bytes:
-    """A picture as a client has it: a JPEG file."""
+    """Return an image as a JPEG file, as clients send it."""
     file = io.BytesIO()
     picture(*size, seed).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
 def picture_parts(jpegs: Sequence[bytes]) -> list[Part]:
-    """Parts of messages with the pictures as data URLs."""
+    """Return message parts with the images as data URLs."""
     texts = [base64.b64encode(each).decode("ascii") for each in jpegs]
     urls = [{"url": f"data:image/jpeg;base64,{text}"} for text in texts]
     return [{"type": "image_url", "image_url": url} for url in urls]
 
 
 def body_of(part: Part) -> bytes:
-    """A request with one picture, or its features, that asks for one token."""
+    """Return a request with one image, or its features, that asks for one token."""
     content = [part, {"type": "text", "text": "What is it?"}]
     messages = [{"role": "user", "content": content}]
     body = {"model": MODEL, "max_tokens": 1, "temperature": 0, "messages": messages}
@@ -54,7 +54,7 @@ def body_of(part: Part) -> bytes:
 
 @contextmanager
 def server(folder: Path, log: Path, *, plugin: bool, embeds: bool) -> Iterator[Server]:
-    """vLLM's API server with the large model; a fifth of the GPU stays free for our encoder."""
+    """Run vLLM's API server with the large model, and keep a fifth of the GPU free."""
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model",
         str(folder / "large"), "--load-format", "dummy", "--dtype", "bfloat16",
@@ -69,7 +69,7 @@ def server(folder: Path, log: Path, *, plugin: bool, embeds: bool) -> Iterator[S
 
 
 def ask(address: str, body: bytes) -> float:
-    """Seconds until the one token of a request has come."""
+    """Return the seconds until a request's one token arrives."""
     request = Request(address, body, {"Content-Type": "application/json"})
     started = time.perf_counter()
     try:
@@ -83,7 +83,7 @@ def ask(address: str, body: bytes) -> float:
 def measure_sizes(
     address: str, sizes: Sequence[Size], to_parts: Callable[[Sequence[bytes]], list[Part]]
 ) -> dict[str, float]:
-    """Requests one after the other, then many at once, with pictures that never repeat."""
+    """Send requests one by one, then many at once, with images that never repeat."""
     seeds = iter(range(1_000_000))
 
     def bodies(n: int) -> tuple[list[bytes], float]:
@@ -111,9 +111,9 @@ def measure_sizes(
 
 
 def measure(folder: Path, way: str) -> dict[str, Any]:
-    """Time to the first token alone, and images a second under load, for each of SIZES.
+    """Measure time to first token, and images per second under load, for each of SIZES.
 
-    With features, "parts included" counts the encoding as well, which comes before the requests.
+    With features, "parts included" also counts the encoding, which precedes the requests.
     """
     log = folder / f"server-{way}.log"
     to_parts = picture_parts
@@ -137,7 +137,7 @@ def measure(folder: Path, way: str) -> dict[str, Any]:
 
 
 def as_table(results: dict[str, dict[str, Any]]) -> str:
-    """The figures of `measure`, one line for each way and size."""
+    """Format the results of `measure`, with one line per way and size."""
     lines = [f"{'way':10}{'pictures':13}{'alone ms':>9}{'images/s':>10}{'parts included':>16}"]
     lines += [
         f"{way:10}{name:13}{found[name]['alone_ms']:9.1f}{found[name]['images_per_s']:10.1f}"

@@ -1,4 +1,4 @@
-"""What the towers and the engines are given: grids, and pictures for whole requests."""
+"""Define the benchmarks' inputs: grids for towers, and images for whole requests."""
 
 import random
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ N_REQUESTS = 128
 
 
 def n_tokens(grids: tuple[Grid, ...]) -> int:
-    """Merged tokens of a workload."""
+    """Return the number of merged tokens of a workload."""
     return sum(grid.n_tokens(4) for grid in grids)
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
-    """A picture with edges and gradients; no two seeds give the same one."""
+    """Return an image with edges and gradients, different for each seed."""
     chance = np.random.default_rng(seed)
     coarse = chance.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -34,7 +34,7 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
 
 @cache
 def request_sizes() -> tuple[tuple[int, int], ...]:
-    """Widths and heights of the requests: multiples of 28, so that no processor resizes."""
+    """Return the requests' widths and heights: multiples of 28, so that no processor resizes."""
     chance = random.Random(7)
     return tuple(
         (28 * chance.randint(8, 36), 28 * chance.randint(8, 36)) for _ in range(N_REQUESTS)

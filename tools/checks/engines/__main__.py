@@ -1,4 +1,4 @@
-"""Run real engines beside our features and our tower, on a CPU, with a small random model.
+"""Check real engines with our features and our tower, on a CPU, with a small random model.
 
 \b
     python -m tools.checks.engines vllm
@@ -6,10 +6,10 @@
     python -m tools.checks.engines vllm --soak 1000
     python -m tools.checks.engines all --ledger tools/benchmarks/ledger.jsonl
 
-Builds the engine's pinned environment (minutes, 3 GB) or reuses it, and holds every answer against
-transformers in float64: greedy tokens equal, and log-probabilities of the whole vocabulary within
-1e-4. Controls must change the answer. The last line is JSON. Exits 1 where an answer is wrong, and
-3 where an environment cannot be built.
+It builds the engine's pinned environment (minutes, 3 GB) or reuses it. It compares every answer
+with transformers in float64. Greedy tokens must be equal, and log-probabilities of the whole
+vocabulary must be within 1e-4. Controls must change the answer. The last line is JSON. It exits
+with 1 if an answer is wrong, and with 3 if it cannot build an environment.
 """
 
 import json
@@ -62,20 +62,20 @@ def _run(name: str, scenario: Scenario, context: Context) -> list[Result]:
 
 @click.command(help=__doc__)
 @click.argument("engine", type=click.Choice([*ENGINES, "all"]))
-@click.option("--only", multiple=True, metavar="SCENARIO", help="Run these alone.")
+@click.option("--only", multiple=True, metavar="SCENARIO", help="Run only these scenarios.")
 @click.option(
     "--soak", "n_soak", type=click.IntRange(min=20), metavar="N",
-    help="Send N requests at once to vLLM's server instead, with our tower by plugin.",
+    help="Send N requests at once to vLLM's server instead, with our tower as plugin.",
 )  # fmt: skip
 @click.option(
     "--env", "env", type=click.Path(file_okay=False, path_type=Path),
-    help="The engine's environment.  [default: a folder in ~/.cache/qwen_vit/engines]",
+    help="Folder of the engine's environment.  [default: a folder in ~/.cache/qwen_vit/engines]",
 )  # fmt: skip
 @click.option(
     "--keep", type=click.Path(file_okay=False, path_type=Path),
     help="Keep the model, the answers and the engines' logs in this folder.",
 )  # fmt: skip
-@click.option("--json", "as_one_json", is_flag=True, help="Print the JSON line alone.")
+@click.option("--json", "as_one_json", is_flag=True, help="Print only the JSON line.")
 @ledger_options
 def main(
     engine: str, only: tuple[str, ...], n_soak: int | None, env: Path | None, keep: Path | None,

@@ -1,4 +1,4 @@
-"""Answers of an engine and of the reference, and how far they are apart."""
+"""Store an engine's and the reference's answers, and measure their difference."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ TOLERANCE = 1e-4  # of a log-probability, against float64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """The greedy tokens (n,), and the log-probabilities of the whole vocabulary (n, V)."""
+    """Hold greedy tokens (n,) and log-probabilities of the whole vocabulary (n, V)."""
 
     tokens: Tensor
     logprobs: Tensor
@@ -37,7 +37,7 @@ def save_answers(path: Path, answers: Mapping[str, Answer]) -> None:
 def child_command(
     doc: str | None, scenarios: Mapping[str, Callable[[Path], Found]]
 ) -> click.Command:
-    """The command of an engine's child: one scenario, whose answers and facts go into files."""
+    """Return a child command for one scenario, which writes answers and facts to files."""
 
     @click.command(help=doc)
     @click.argument("scenario", type=click.Choice(list(scenarios)))
@@ -61,7 +61,7 @@ def load_answers(path: Path) -> Answers:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One line of the table: what was compared, and whether it is as it must be.
+    """Hold one line of the table: the comparison and its result.
 
     Attributes:
         scenario: the way into the engine, such as "features, offline".
@@ -88,7 +88,7 @@ CONTROL_DISTANCE = 100 * TOLERANCE
 def compare(
     scenario: str, name: str, answer: Answer, reference: Answer, *, must_differ: bool = False
 ) -> Result:
-    """Hold an answer against the reference's, token by token while they are equal."""
+    """Compare an answer with the reference, token by token until they differ."""
     same = (answer.tokens == reference.tokens).long().cumprod(0)
     n_same, n = int(same.sum()), len(same)
     first = answer.logprobs[: n_same + 1] - reference.logprobs[: n_same + 1]
@@ -101,12 +101,12 @@ def compare(
 
 
 def plain(scenario: str, name: str, passed: bool, fact: str) -> Result:
-    """The line of a scenario that compares no answers."""
+    """Return the line of a scenario that compares no answers."""
     return Result(scenario, name, "", 0.0, False, fact, passed)
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results as text, a line each."""
+    """Format the results as text, one line each."""
     lines = [f"{'scenario':<34} {'case':<26} {'tokens':>6} {'distance':>9}  result"]
     for row in results:
         distance = f"{row.distance:9.1e}" if row.tokens else " " * 9
@@ -121,5 +121,5 @@ def table(results: Sequence[Result]) -> str:
 
 
 def as_json(results: Sequence[Result]) -> list[dict[str, object]]:
-    """The results as JSON."""
+    """Return the results as JSON."""
     return [asdict(row) for row in results]

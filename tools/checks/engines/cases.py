@@ -1,4 +1,4 @@
-"""The prompts that every engine answers: pictures and videos between texts.
+"""Define the prompts that every engine answers, with images and videos between texts.
 
 All sides are multiples of 28 px, so that no processor resizes and all of them agree.
 """
@@ -43,14 +43,14 @@ VIDEOS = {"clip": (4, 84, 112), "clip 2": (6, 84, 84)}
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture's place in a prompt."""
+    """Mark an image's position in a prompt."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """A video's place in a prompt."""
+    """Mark a video's position in a prompt."""
 
     name: str
 
@@ -60,26 +60,26 @@ Part = str | Picture | Video
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One prompt: its parts in order."""
+    """Hold the parts of one prompt in order."""
 
     name: str
     parts: tuple[Part, ...]
 
     @property
     def text(self) -> str:
-        """The prompt as the chat template renders it, one placeholder for each picture or video."""
+        """Return the chat template's prompt, with one placeholder for each image or video."""
         return f"<|im_start|>user\n{''.join(map(_placeholder, self.parts))}<|im_end|>\n" + (
             "<|im_start|>assistant\n"
         )
 
     @property
     def pictures(self) -> list[str]:
-        """The pictures' names, in the prompt's order."""
+        """Return the images' names, in the prompt's order."""
         return [part.name for part in self.parts if isinstance(part, Picture)]
 
     @property
     def videos(self) -> list[str]:
-        """The videos' names, in the prompt's order."""
+        """Return the videos' names, in the prompt's order."""
         return [part.name for part in self.parts if isinstance(part, Video)]
 
 
@@ -106,12 +106,12 @@ CASES = (
 
 
 def case(name: str) -> Case:
-    """A case by its name."""
+    """Return a case by name."""
     return next(each for each in CASES if each.name == name)
 
 
 def frames(name: str) -> Pixels:
-    """The frames (T, height, width, 3) of a picture (one frame) or a video: the same every time.
+    """Return reproducible frames (T, height, width, 3) of an image (one frame) or a video.
 
     A coarse pattern and noise: means differ between pictures, patches differ within them.
     """
@@ -126,7 +126,7 @@ def frames(name: str) -> Pixels:
 
 
 def grid(name: str) -> tuple[int, int, int]:
-    """(frames, height, width) in patches."""
+    """Return (frames, height, width) in patches."""
     steps, height, width, _ = frames(name).shape
     return -(-steps // FRAMES_A_PATCH), height // PATCH_PX, width // PATCH_PX
 

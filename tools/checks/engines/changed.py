@@ -1,4 +1,4 @@
-"""The small model with other weights, for updates and refusals, and the answers that are right."""
+"""Write the small model with different weights, and the correct answers, for update checks."""
 
 import json
 from collections.abc import Callable

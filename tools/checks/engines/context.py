@@ -1,4 +1,4 @@
-"""What a scenario is given: the environment, a folder to work in, and the right answers."""
+"""Provide a scenario's environment, working folder and correct answers."""
 
 import json
 import os
@@ -17,7 +17,7 @@ CHILD_S = 400.0  # an engine that lost a request waits for it for ever
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What every scenario of an engine shares."""
+    """Hold the data that all scenarios of an engine share."""
 
     environment: Environment
     work: Path  # model/, answers/, facts/, logs/
@@ -51,20 +51,20 @@ class Context:
             raise RuntimeError(f"{what}, see {log}:\n{tail(log)}")
 
     def log(self, name: str) -> Path:
-        """Where a process of this name logs."""
+        """Return the log path of a process of this name."""
         return self.work / "logs" / f"{name}.log"
 
     def facts(self, name: str) -> dict[str, Any]:
-        """What a child of this name found besides answers."""
+        """Return the facts that a child of this name wrote, besides answers."""
         found: dict[str, Any] = json.loads((self.work / "facts" / f"{name}.json").read_text())
         return found
 
     def answers(self, name: str, way: str) -> Answers:
-        """What a child of this name answered in one of its ways."""
+        """Return a child's answers in one of its ways."""
         return load_answers(self.work / "answers" / name / f"{way}.safetensors")
 
     def compare(self, name: str, label: Callable[[str], str] = str) -> list[Result]:
-        """Hold all answers of a child against the reference's; those of a control must differ."""
+        """Compare all answers of a child with the reference; a control's answers must differ."""
         results = []
         for path in sorted((self.work / "answers" / name).glob("*.safetensors")):
             for case, answer in load_answers(path).items():
@@ -94,5 +94,5 @@ def end_session(process: "subprocess.Popen[bytes]") -> None:
 
 
 def tail(log: Path, lines: int = 15) -> str:
-    """The end of a log."""
+    """Return the end of a log."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

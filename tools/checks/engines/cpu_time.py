@@ -1,4 +1,4 @@
-"""CPU seconds of the engines' processes: on a shared machine the clock says little."""
+"""Measure the engines' CPU seconds, because wall time varies on a shared machine."""
 
 import ctypes
 import os

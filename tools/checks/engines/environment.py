@@ -1,4 +1,4 @@
-"""An engine's own virtual environment, built from a lock with hashes and kept for the next run."""
+"""Build an engine's virtual environment from a lock with hashes, and keep it for later runs."""
 
 import hashlib
 import os
@@ -34,14 +34,14 @@ if find_spec("torch") and find_spec("torchvision"):
 
 
 class NoEnvironmentError(click.ClickException):
-    """An engine's environment cannot be built here."""
+    """Report that this machine cannot build an engine's environment."""
 
     exit_code = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What an engine's environment is made of.
+    """Define the contents of an engine's environment.
 
     Attributes:
         name: the engine, such as "vllm".
@@ -58,7 +58,7 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """Changes with everything that the environment is made of."""
+        """Return a digest of the environment's whole contents."""
         parts = (PYTHON, self.torch, SITECUSTOMIZE, self.lock.read_text())
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -89,13 +89,13 @@ def default_folder(recipe: Recipe) -> Path:
 
 
 def is_complete(folder: Path, recipe: Recipe) -> bool:
-    """Whether the environment in `folder` was built to its end from this very recipe."""
+    """Return whether the environment in `folder` was built to its end from this very recipe."""
     stamp = folder / STAMP
     return stamp.is_file() and stamp.read_text().strip() == recipe.digest
 
 
 def prepare(recipe: Recipe, folder: Path | None) -> Environment:
-    """Build an engine's environment, or find it complete.
+    """Build an engine's environment, or use a complete one.
 
     Raises:
         NoEnvironmentError: it cannot be built on this machine.

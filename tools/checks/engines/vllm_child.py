@@ -1,10 +1,10 @@
-"""What `tools.checks.engines.vllm_checks` runs inside vLLM's environment: one engine a process.
+"""Run one engine per process inside vLLM's environment, for `vllm_checks`.
 
 python -m tools.checks.engines.vllm_child SCENARIO NAME WORK
 
-Answers go to WORK/answers/NAME, what else was found to WORK/facts/NAME.json. Which tower answers
-pixels is decided by the process's environment: with VLLM_PLUGINS=qwen_vit it is ours, by the
-plugin, and with VLLM_PLUGINS empty vLLM's own.
+It writes answers to WORK/answers/NAME, and other results to WORK/facts/NAME.json. The environment
+variable VLLM_PLUGINS decides which tower encodes pixels: `qwen_vit` selects our tower, and an empty
+value selects vLLM's own.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""vLLM's engine with the small model, and what a case looks like as a request to it."""
+"""Run vLLM's engine with the small model, and convert cases to requests."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What is asked of vLLM with this package installed, and with its tower by plugin."""
+"""Define vLLM's scenarios with this package installed, and with our tower as plugin."""
 
 import tomllib
 

@@ -1,9 +1,9 @@
-"""Stands for SGLang's compiled kernels, which have no build for CPUs on the package index.
+"""Stand in for SGLang's compiled kernels, which have no CPU build on the package index.
 
-SGLang imports many of their names on a CPU and calls none of them for this model with the settings
-of `sglang_child`. A name is there for every import, and fails where it is called. Without the
-operator `convert_weight_packed` SGLang takes every CPU for one without AMX, whose plain PyTorch
-path it runs.
+On a CPU, SGLang imports many names of this package. With the settings of `sglang_child`, it calls
+none of them for this model. This module defines a name for every import, and each call fails.
+Without the operator `convert_weight_packed`, SGLang treats every CPU as a CPU without AMX, and runs
+its plain PyTorch path.
 """
 
 from collections.abc import Callable
