@@ -432,7 +432,8 @@ class VisionEncoder:
 
         Args:
             videos: a path, the bytes of a file, frames (t, h, w, c), a list of PIL images or arrays
-                as frames, a `Video`; or an iterable of these. A `Video` has its own options.
+                as frames, or a `Video`. An iterable of these gives several videos. A `Video` has
+                its own options.
             fps: frames to sample per second. For frames that you pass, it is their rate.
             n_frames: the number of frames instead of `fps`, rounded to an even number.
             start: seconds from the first frame to the start of sampling.

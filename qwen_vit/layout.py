@@ -1,8 +1,8 @@
 """Compute where every patch goes: token orders, attention segments, positions and kernel tiles.
 
 The host computes a layout once, only from the grids' integers and never from pixels or weights. The
-layout contains every index that depends on the data. The model only executes it. One code path
-therefore serves a single image, any mix of images, several frames, and a fixed token budget.
+layout contains every index that depends on the data. The model only executes the layout. One code
+path therefore serves a single image, any mix of images, several frames, and a fixed token budget.
 
 There are three token orders, with these names:
 

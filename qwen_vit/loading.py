@@ -171,7 +171,7 @@ class ImageLoader:
 
     `video` contains the options of videos without their own. `as_video` makes animations videos.
     `video_threads` is the number of threads that decode one video. A video file of more than
-    `piece_patches` comes in pieces, and the first pieces come while threads decode later ones. If
+    `piece_patches` comes in pieces. The first pieces come while threads decode later ones. If
     `piece_patches` is None, every video comes whole.
     """
 

@@ -129,9 +129,9 @@ def recorded_licence(folder: Path) -> str | None:
 def check(folder: Path) -> dict[str, str] | None:
     """Hash each file again. Return the checks by name, or None if nothing is recorded.
 
-    Our own folder has a manifest. A snapshot in the Hub's cache has links, and the names of their
-    targets are digests: sha256 for large files, git's sha1 for others. Raises CheckpointError for
-    any difference.
+    Our own folder has a manifest. A snapshot in the Hub's cache has links to files whose names are
+    digests. The digest is sha256 for large files and git's sha1 for others. Raises CheckpointError
+    for any difference.
     """
     if (folder / MANIFEST_FILE).is_file():
         manifest = find(folder)

@@ -304,8 +304,8 @@ def _fetch_settings(repository: Repository) -> None:
 def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
     """Return the index if it exists, and the names of the files with vision tensors.
 
-    If a repository has a single file and an index, it uses the file, as for a folder and as
-    transformers does.
+    If a repository has a single file and an index, it uses the file. Folders and transformers
+    follow the same rule.
     """
     if repository.cached(WEIGHTS_FILE) is not None:
         return None, [WEIGHTS_FILE]

@@ -82,7 +82,8 @@ class Checkpoint:
 
         Args:
             tensors: published names, with any prefix or none, to tensors. Tensors of a language
-                model may be among them. They are not copied: do not change them afterwards.
+                model may be among them. The checkpoint does not copy the tensors: do not change
+                them afterwards.
             config: the tower's config, or the content of config.json.
             image_config: the image settings, or the content of preprocessor_config.json; None:
                 transformers' defaults.

@@ -57,7 +57,7 @@ class RangesRefusedError(Exception):
 class TransferError(Exception):
     """Report that a transfer broke off. A retry may start after `wait_s`.
 
-    If the server's answer is the reason, `cause` contains it. A broken connection has none.
+    `cause` is set if the reason is the server's answer, not the connection.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ SLOTS_PER_THREAD = 2  # one is filled while the GPU fetches the other
 
 
 class _Span(NamedTuple):
-    """Keep the source and target of one tensor's bytes. The last bytes have the `whole` tensor."""
+    """Keep the source and target of one tensor's bytes. Only the last span has `whole`."""
 
     source: Any  # uint8 array
     target: Tensor  # uint8, of the same length

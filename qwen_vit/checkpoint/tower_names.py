@@ -97,7 +97,7 @@ def expected_tensors(config: VisionConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tower_prefixes(names: Iterable[str]) -> list[str]:
-    """Return the sorted prefixes of vision towers. A usual checkpoint has one.
+    """Return the sorted prefixes of vision towers. A usual checkpoint has one prefix.
 
     >>> tower_prefixes(["visual.patch_embed.proj.weight", "model.norm.weight"])
     ['visual.']
@@ -211,7 +211,7 @@ def _check_shape(name: str, info: TensorInfo, shape: tuple[int, ...]) -> None:
 
 
 def joined_name(name: str) -> str:
-    """Return a stored tensor's published name. For q, k and v, it is the joined tensor's name.
+    """Return a stored tensor's published name. For q, k and v, return the joined tensor's name.
 
     >>> joined_name("blocks.0.attn.k.bias")
     'blocks.0.attn.qkv.bias'

@@ -38,8 +38,8 @@ def bench(model: str, workloads: tuple[str, ...], as_json: bool, **loading: Any)
     qwen-vit bench --model Qwen/Qwen2.5-VL-7B-Instruct
     qwen-vit bench --model tiny --workload "1 x 448^2" --json
 
-    The roofline is the time of all operations at the rate of a large GEMM. qwen_vit interleaves
-    that GEMM with the workload.
+    The roofline is the time of all operations at the rate of a large GEMM. The benchmark
+    interleaves that GEMM with the workload.
     """
     with slow_imports():
         from qwen_vit import benchmark

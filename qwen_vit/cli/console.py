@@ -1,6 +1,7 @@
 """Write data to stdout and everything else to stderr.
 
-The level of the package's logger decides how much goes to stderr. -q sets ERROR and -v sets INFO.
+The level of the package's logger decides how much goes to stderr. The option -q sets ERROR, and -v
+sets INFO.
 """
 
 import logging
@@ -106,7 +107,7 @@ def print_error(text: str) -> None:
 
 
 def _write_log(text: str) -> None:
-    """Write a line to stderr. A failure to write it stops nothing."""
+    """Write a line to stderr. Ignore a failure to write it."""
     # without tqdm there is no progress bar, and importing tqdm is slow
     loaded = sys.modules.get("tqdm")
     above_bars = loaded.tqdm.external_write_mode(file=sys.stderr) if loaded else nullcontext()

@@ -25,8 +25,8 @@ def download(model: str, full: bool, as_json: bool, **finding: Any) -> None:
     qwen-vit download Qwen/Qwen2.5-VL-7B-Instruct
     qwen-vit download Qwen/Qwen2.5-VL-7B-Instruct --revision main --json
 
-    It fetches only the bytes of the vision tensors, into the Hub's cache. saved_bytes counts the
-    bytes of the other weights, which it does not fetch.
+    It fetches only the bytes of the vision tensors, into the Hub's cache. The output's saved_bytes
+    counts the weights that it does not fetch.
     """
     with slow_imports():
         from qwen_vit.checkpoint.hub import download as fetch

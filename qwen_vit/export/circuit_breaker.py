@@ -21,7 +21,7 @@ class CircuitBreaker:
     >>> breaker.failed
     0
 
-    A limit of 0 never stops it. The methods raise ExportError to stop the export.
+    A limit of 0 never stops the export. The methods raise ExportError to stop the export.
     """
 
     limit: int

@@ -72,7 +72,7 @@ def make_settings(
 ) -> dict[str, Any]:
     """Return the settings of an export as JSON values. It hashes the weights, which takes a moment.
 
-    The settings do not include the listing's.
+    The result does not include the listing's settings.
     """
     metadata = encoder.metadata()
     if has_videos or options.as_video:

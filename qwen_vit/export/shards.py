@@ -88,7 +88,7 @@ def export_shards(
     Args:
         breaker: stops the export after too many consecutive failures.
         on_image: a function that the writer thread calls for each image. The rows are valid until
-            it returns.
+            the function returns.
         decode_threads: loader threads. [default: one per two cores, 2 to 16]
         clock: measures what this thread waits for.
         is_stopped: a function that is called before each image. True ends the export as an

@@ -1,8 +1,8 @@
 """Read images at https:// addresses of allowed hosts, only over public networks.
 
-The author of a list must not reach this machine's own network through it. So it checks the address
-to which a connection really goes. A name that resolves differently the next time cannot bypass this
-check.
+The author of a list must not reach this machine's own network through the list. The connection
+therefore checks the address that it really goes to. A name that resolves differently the next time
+cannot bypass this check.
 """
 
 import errno
