@@ -36,7 +36,7 @@ def ledger_options(command: Command) -> Command:
 
 
 def require_gpu(hint: str = "") -> torch.device:
-    """The first GPU.
+    """Return the first GPU.
 
     Raises:
         click.ClickException: torch sees none; the message ends with `hint`.

@@ -46,7 +46,7 @@ class Imports:
 
     @property
     def drawn(self) -> tuple[Edge, ...]:
-        """The edges without those that a longer way implies."""
+        """Return the edges without edges that a longer path implies."""
         below = defaultdict[str, set[str]](set)
         for source, target in self.edges:
             below[source].add(target)
@@ -69,7 +69,7 @@ class Imports:
 
 
 def read_layers(pyproject: Path = ROOT / "pyproject.toml") -> list[list[str]]:
-    """The layers of the contract, from the top down, whether they are built yet or not."""
+    """Return the contract's layers from the top down, including planned layers."""
     contracts = tomllib.loads(pyproject.read_text())["tool"]["importlinter"]["contracts"]
     [layers] = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
     return [[name.strip(" ()") for name in re.split("[:|]", layer)] for layer in layers]
@@ -107,7 +107,7 @@ def read_imports() -> Imports:
 
 @dataclass(slots=True)
 class Node:
-    """A box, or a lane: the place where an arrow passes a row."""
+    """Hold a box, or a lane: the place where an arrow crosses a row."""
 
     name: str | None
     width: float
@@ -239,7 +239,7 @@ class Drawing:
         self.width = right + MARGIN + 20
 
     def svg(self) -> str:
-        """The picture as text: the same for the same imports."""
+        """Return the picture as SVG text, reproducible for the same imports."""
         width, height = math.ceil(self.width), math.ceil(self.height)
         facts = {
             "layers": self.imports.layers,

@@ -44,20 +44,20 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Sentence(NamedTuple):
-    """A sentence and where it is."""
+    """Hold a sentence and its place."""
 
     where: str
     text: str
 
     @property
     def words(self) -> int:
-        """How many words it has; code counts as one."""
+        """Return the number of words; code counts as one word."""
         plain = re.sub(r"`[^`]*`|\{[^}]*\}|https?:\S+", "code", self.text)
         return len(re.findall(r"[A-Za-z][\w'\u2019-]*", plain))
 
 
 def sentences_of(text: str) -> list[str]:
-    """The sentences of a paragraph.
+    """Split a paragraph into sentences.
 
     >>> sentences_of("It reads a file. The file is small, e.g. 3 KB.")
     ['It reads a file.', 'The file is small, e.g. 3 KB.']
@@ -81,7 +81,7 @@ def paragraphs(markdown: str) -> Iterator[str]:
 
 
 def page_sentences() -> Iterator[Sentence]:
-    """Of the README, the pages and the notebooks."""
+    """Yield the sentences of the README, the pages and the notebooks."""
     texts = [(page, page.read_text("utf-8")) for page in PAGES]
     for notebook in sorted((ROOT / "examples").glob("*.ipynb")):
         cells = json.loads(notebook.read_text("utf-8"))["cells"]
@@ -96,7 +96,7 @@ def page_sentences() -> Iterator[Sentence]:
 
 
 def help_sentences() -> Iterator[Sentence]:
-    """Of `qwen-vit --help` and of each command's."""
+    """Yield the sentences of `qwen-vit --help` and of each command's help."""
     context = click.Context(cli)
     for name in ("", *COMMANDS):
         command = cli.get_command(context, name) if name else cli
@@ -110,7 +110,7 @@ def help_sentences() -> Iterator[Sentence]:
 
 
 def message_sentences() -> Iterator[Sentence]:
-    """Of errors and of lines on a terminal: the text in calls that show it."""
+    """Yield the sentences of errors and terminal lines: the text in calls that show it."""
     for path in sorted((ROOT / "qwen_vit").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if not isinstance(node, ast.Call):
@@ -124,7 +124,7 @@ def message_sentences() -> Iterator[Sentence]:
 
 
 def docstring_sentences() -> Iterator[Sentence]:
-    """Of docstrings: their prose, and what they say of arguments, without sessions."""
+    """Yield the sentences of docstrings, without sessions."""
     for path in sorted((ROOT / "qwen_vit").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if not isinstance(node, DOCUMENTED):
@@ -140,7 +140,7 @@ def docstring_sentences() -> Iterator[Sentence]:
 
 
 def literal(node: ast.expr) -> str:
-    """A string as written; a value in an f-string is a word."""
+    """Return a string as written; a value in an f-string is one word."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else ""
     if isinstance(node, ast.JoinedStr):

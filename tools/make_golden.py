@@ -51,7 +51,7 @@ class Crop:
 
 @dataclass(frozen=True, slots=True)
 class Resized:
-    """A whole photograph, made small."""
+    """Resize a whole photograph to a small size."""
 
     image: str
     height: int
@@ -114,7 +114,7 @@ def two_frames(pixels: Tensor) -> Tensor:
 
 
 def check_against_processor(golden: Golden, parts: tuple[Part, ...], images: Path) -> float:
-    """The largest difference between our rows and those of Hugging Face's Pillow processor."""
+    """Return the largest difference between our rows and Hugging Face's Pillow processor's."""
     processor = Qwen2VLImageProcessorPil(do_resize=False)
     worst, start = 0.0, 0
     for part, (t, h, w) in zip(parts, golden.grids, strict=True):

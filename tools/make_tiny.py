@@ -88,7 +88,7 @@ def oracle_config(depth: int) -> SimpleNamespace:
 
 
 def random_tensors(seed: int) -> dict[str, Tensor]:
-    """Every tensor by its bare name, in float64, before any scale is searched."""
+    """Return every tensor by its bare name, in float64, before the search of scales."""
     generator = np.random.default_rng(seed)
     merged = HIDDEN * MERGE**2
     tensors = {}
@@ -133,7 +133,7 @@ def coarse(scale: float) -> float:
 
 
 class Calibration:
-    """The tensors on their way to weights/tiny, scaled in place, block by block."""
+    """Scale the tensors for weights/tiny in place, block by block."""
 
     def __init__(self, tensors: dict[str, Tensor], rows: Tensor, grids: list[GridTuple]) -> None:
         self.tensors, self.rows, self.grids = tensors, rows, grids
@@ -144,7 +144,7 @@ class Calibration:
                 self.tensors[f"{name}.{kind}"] *= coarse(factor)
 
     def run(self, depth: int, changed: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """The last stage before the merger, and the last block's largest softmax weights."""
+        """Return the last stage before the merger, and the last block's largest softmax weights."""
         # what is measured is what is shipped: rounded to bf16
         tensors = {k: v.bfloat16() for k, v in (self.tensors | (changed or {})).items()}
         peaks: list[Tensor] = [torch.empty(0)]

@@ -58,7 +58,7 @@ def _refuse(_: Any) -> Any:
 
 
 class _Decoder:
-    """What the library asks of torchcodec's decoder; the path names the case."""
+    """Stand in for torchcodec's decoder; the path names the case."""
 
     def __init__(self, path: str, **_: Any) -> None:
         n_frames, rate, self.height, self.width = json.loads(path)

@@ -67,7 +67,7 @@ def _requirements(name: str, extras: tuple[str, ...]) -> Iterator[Requirement]:
 
 
 def licence(name: str) -> str:
-    """A package's licence, by its own metadata; "unknown" where it has none."""
+    """Return a package's licence from its metadata; "unknown" if there is none."""
     metadata = distribution(name).metadata
     expression = _first(metadata.get_all("License-Expression"))
     classified = [
@@ -84,7 +84,7 @@ def _first(values: list[str] | None) -> str:
 
 
 def document(needed: dict[str, list[str]]) -> dict[str, Any]:
-    """The bill of materials of a package and what it needs."""
+    """Return the bill of materials of a package and its requirements."""
     components = {name: _component(name) for name in sorted(needed)}
     own = components.pop(PACKAGE)
     return {

@@ -66,7 +66,7 @@ Run = Callable[[HopperGemmTile, int], tuple[Tensor, ...]]  # with one of the wei
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One kernel whose tile a table holds."""
+    """Describe one kernel whose tile a table contains."""
 
     name: str
     table: str  # where its rows are
@@ -260,7 +260,7 @@ def attention_tiles(kind: str, bits: int) -> Iterator[AttentionTile]:
 
 
 def kernels() -> Iterator[Kernel]:
-    """Every kernel whose tile a table holds, as far as this Triton knows it."""
+    """Return every kernel whose tile a table contains, if this Triton supports it."""
     if IS_KNOWN_GLUON:
         for name, (K, _, kind, patches_per_row) in GEMMS.items():
             if kind == "pixels":
@@ -454,7 +454,7 @@ def listed(kernel: Kernel, patches: Sequence[int]) -> dict[str, Any]:
 def sweep(
     kernel: Kernel, patches: Sequence[int], jobs: int, seconds: float, least_gain: float
 ) -> dict[str, Any]:
-    """Everything about one kernel, as JSON."""
+    """Sweep one kernel, and return the results as JSON."""
     good, failed = sound(kernel, patches, jobs, seconds)
     print(f"{kernel.name}: {len(good)} sound, {sum(failed.values())} skipped", file=sys.stderr)
     measured = {n: timed(kernel, list(good), n) for n in patches}

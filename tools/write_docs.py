@@ -50,7 +50,7 @@ def table(head: list[str], body: list[list[str]]) -> str:
 
 
 def source(*refs: str, row: dict[str, Any], command: str) -> str:
-    """The line under a table: which weights, where, when, with what, and the ledger's rows."""
+    """Return the line under a table: weights, machine, date, versions and ledger rows."""
     named = " and ".join(f"`{ref}`" for ref in refs)
     versions = row["versions"]
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -319,7 +319,7 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """A page with its generated parts written anew.
+    """Return a page with new generated parts.
 
     >>> filled("no part"), "truncated" in filled("<!-- generated: image codes -->\\n<!-- end -->")
     ('no part', True)

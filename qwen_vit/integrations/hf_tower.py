@@ -106,12 +106,12 @@ class _Part(_Frozen):
         )
 
     def _load_from_state_dict(self, *_: object) -> None:
-        """The tower takes what is below it."""
+        """Do nothing, because the tower loads all weights."""
 
 
 class _Blocks(_Frozen, nn.ModuleList):
     def _load_from_state_dict(self, *_: object) -> None:
-        """The tower takes what is below it."""
+        """Do nothing, because the tower loads all weights."""
 
 
 class HFTower(_Frozen):

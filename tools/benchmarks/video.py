@@ -249,7 +249,7 @@ def _pyav_rate(paths: Sequence[Path], indices: list[int], cores: int) -> float:
 
 
 def _torchcodec_rate(paths: Sequence[Path]) -> float:
-    """The same by torchcodec."""
+    """Measure torchcodec's decoding rate."""
     from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found, unused-ignore]
 
     indices = _indices(str(paths[0]))

@@ -20,14 +20,14 @@ FRAMES_CHECKED = 8
 
 
 class Figures:
-    """The figures so far: printed with the time, and kept in a file that a stopped run leaves."""
+    """Collect the results: print each with the time, and keep them in a file."""
 
     def __init__(self, partial: Path | None) -> None:
         self.found: dict[str, Any] = {}
         self._partial, self._begin = partial, time.perf_counter()
 
     def add(self, **figures: Any) -> None:
-        """Some more."""
+        """Add results."""
         self.found.update(figures)
         for key, value in figures.items():
             spent = time.perf_counter() - self._begin
@@ -112,7 +112,7 @@ BARS = (
 
 
 def draw(row: dict[str, Any], path: Path) -> None:
-    """A bar for each rate of a row."""
+    """Draw a bar for each rate of a row."""
     from matplotlib.figure import Figure
 
     bars = [(title, row[key], colour) for title, key, colour in BARS if row.get(key)]

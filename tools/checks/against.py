@@ -30,7 +30,7 @@ CHILD = Path(__file__).with_name("against_child.py")
 
 
 def run_child(checkout: Path, *arguments: str) -> Any:
-    """What the child prints when `qwen_vit` is imported from `checkout`."""
+    """Return the child's output, with `qwen_vit` imported from `checkout`."""
     done = subprocess.run(
         [sys.executable, str(CHILD), *arguments],
         env={**os.environ, "PYTHONPATH": str(checkout)},
@@ -45,7 +45,7 @@ def run_child(checkout: Path, *arguments: str) -> Any:
 
 
 def kinds_of(layouts: int) -> dict[str, list[str]]:
-    """What is hashed -> the child's arguments after the model."""
+    """Return the child's arguments, after the model, for each kind of hash."""
     if not torch.cuda.is_available():
         return {"float32": ["float32", str(layouts)]}
     fewer = str(max(layouts // 5, 1))

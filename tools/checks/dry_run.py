@@ -33,7 +33,7 @@ WORKLOADS = (((224, 448), 20_000), ((448, 1344), 3_000))
 
 
 def export(images: Path, model: str, out: Path, *options: str) -> dict[str, Any]:
-    """What `qwen-vit export` prints as JSON."""
+    """Return the JSON that `qwen-vit export` prints."""
     command = [sys.executable, "-m", "qwen_vit", "export", str(images), "--model", model]
     done = subprocess.run(
         [*command, "--out", str(out), "--json", "--yes", "--quiet", *options],

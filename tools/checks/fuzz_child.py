@@ -36,7 +36,7 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
 
 
 def main() -> None:
-    """Arguments: the target, then libFuzzer's own."""
+    """Fuzz the target in the first argument; the others are libFuzzer's arguments."""
     import atheris
 
     target = sys.argv.pop(1)

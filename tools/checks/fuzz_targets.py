@@ -130,7 +130,7 @@ def check(call: Callable[[], object]) -> None:
 
 
 def run_target(name: str, data: bytes) -> None:
-    """One input to one target; raises whatever must not happen."""
+    """Run one input on one target; raise an error for a broken rule."""
     data = data[:MAX_BYTES]
     took = _cpu_seconds(name, data)
     if took > MAX_CPU_S:
@@ -160,7 +160,7 @@ def grown(data: bytes) -> bytes:
 
 
 def example_documents() -> dict[str, bytes]:
-    """The smallest good inputs of targets that are JSON."""
+    """Return the smallest valid inputs of the JSON targets."""
     entry = {"dtype": "F32", "shape": [10, 25], "data_offsets": [0, 1_000]}
     config = {"model_type": "qwen2_5_vl", "vision_config": {"out_hidden_size": 64}}
     return {"header": json.dumps({"x": entry}).encode(), "documents": json.dumps(config).encode()}

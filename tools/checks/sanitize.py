@@ -85,7 +85,7 @@ TOWERS = (
 
 
 def on(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """On a CPU the kernels compute in float32 alone."""
+    """Return the dtype; on a CPU the kernels compute only in float32."""
     return FP32 if device.type == "cpu" else dtype
 
 
@@ -96,7 +96,7 @@ def name_of(*parts: object) -> str:
 def random_attention(
     case: int, device: torch.device
 ) -> tuple[str, int, Callable[[], Tensor]]:  # fmt: skip
-    """(name, values that stay unwritten, a call) of one layout."""
+    """Return (name, values that stay unwritten, a call) of one layout."""
     what, head_dim, dtype = ATTENTIONS[case % len(ATTENTIONS)]
     dtype = on(device, dtype)
     generator = random.Random(case)
@@ -197,7 +197,7 @@ def counted_launches(seen: Counter[str]) -> Iterator[None]:
 def run_layouts(
     count: int, seconds: float, tool: str, device: torch.device
 ) -> dict[str, Any]:  # fmt: skip
-    """The layouts themselves, in this process, which a sanitizer may be watching."""
+    """Run the layouts in this process, possibly under a sanitizer."""
     start = time.monotonic()
     found = {"attentions": 0, "towers": 0}
     problems: list[str] = []
@@ -242,7 +242,7 @@ def run_layouts(
 
 
 def find_sanitizer() -> str | None:
-    """On the PATH, or where toolkits and NVIDIA's Python packages put it."""
+    """Find the sanitizer on the PATH, in toolkits, or in NVIDIA's Python packages."""
     found = shutil.which("compute-sanitizer")
     folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))]
     folders += sorted(Path("/usr/local").glob("cuda*"), reverse=True)
@@ -259,7 +259,7 @@ def find_sanitizer() -> str | None:
 def watched(
     tool: str, sanitizer: str | None, count: int, seconds: float, device: str, logs: Path | None
 ) -> dict[str, Any]:
-    """One row of the table: the layouts in a process of their own, under a tool or only guarded."""
+    """Run the layouts in a child process, under a tool or only guarded; return a row."""
     options = ["--child", tool, "--layouts", str(count), "--seconds", str(seconds)]
     command = [sys.executable, "-m", "tools.checks.sanitize", *options, "--device", device]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -292,7 +292,7 @@ def watched(
 
 
 def judged(row: dict[str, Any], output: str, complaint: str, log: str) -> dict[str, Any]:
-    """The row with what the child and the tool said; silence is a problem as well."""
+    """Add the child's and the tool's results to the row; no output is also a problem."""
     documents = [line for line in output.splitlines() if line.startswith('{"attentions"')]
     if documents:
         row |= json.loads(documents[-1])

@@ -50,7 +50,7 @@ TESTS = (
 
 
 def make_environment(folder: Path, packages: tuple[str, ...]) -> Path:
-    """Its Python, after installing what is not there yet."""
+    """Install missing packages, and return the environment's Python."""
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True, symlinks=True)

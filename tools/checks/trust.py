@@ -41,7 +41,7 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A row of the table: how many cases in full, the device it needs, and what runs them."""
+    """Define a row of the table: the number of cases, the device, and the check's function."""
 
     name: str
     device: str

@@ -31,7 +31,7 @@ KERNEL_LARGEST, KERNEL_MEAN = 1.25, 1.05
 
 @dataclass(frozen=True, slots=True)
 class Bitwise:
-    """A tower of the 7B shape and depth 2, one window and one full block, and images for it."""
+    """Hold a tower of the 7B shape with one window and one full block, and images for it."""
 
     tower: VisionTower
     graphs: GraphRunner
@@ -89,7 +89,7 @@ def batches(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> 
 
 
 def repeats(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> CheckCounts:
-    """The same batch again and again, launched one by one and by a graph in turn."""
+    """Repeat the same batch, alternating between separate launches and a graph."""
     tally, case = CheckCounts("values with other bits", "0"), Bitwise.make(seed, device, dtype)
     chosen = [1, 3, 2, 5]
     first = case.run(chosen, 0)
@@ -102,7 +102,7 @@ def repeats(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> 
 
 
 def kernel(count: int, seed: int, device: torch.device, kind: str) -> CheckCounts:
-    """The bf16 kernel and PyTorch's bf16 attention with fp32 RoPE, both against float64.
+    """Compare the bf16 kernel and PyTorch's bf16 attention with fp32 RoPE against float64.
 
     Bounded over all layouts together: the largest error anywhere, and the mean over all values.
     """

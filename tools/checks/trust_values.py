@@ -56,7 +56,7 @@ PUBLISHED = {  # intermediate and output size; the rest is the same
 
 @dataclass(slots=True)
 class CheckCounts:
-    """What a check has seen so far: how many cases, the worst figure, and what failed."""
+    """Hold a check's number of cases, worst value and failures so far."""
 
     unit: str  # of the figure
     allowed: str
@@ -272,7 +272,7 @@ def adversarial(count: int, seed: int, device: torch.device, dtype: torch.dtype)
 
 
 def photographs(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> CheckCounts:
-    """Every photograph of the project through `qwen-vit compare`, on weights/tiny."""
+    """Compare every photograph of the project with `qwen-vit compare`, on weights/tiny."""
     encoder = VisionEncoder.from_pretrained(TINY_FOLDER, device=device, dtype=dtype)
     tally = policy_counts(dtype)
     images = [str(IMAGES / name) for name in PHOTOGRAPHS[:count]]
@@ -286,7 +286,7 @@ def photographs(count: int, seed: int, device: torch.device, dtype: torch.dtype)
 
 
 def weight_faults(count: int, seed: int, device: torch.device) -> CheckCounts:
-    """A fault in any one tensor of weights/tiny: found, and its stage named, against a golden."""
+    """Check that a fault in any tensor of weights/tiny is found, with the right stage."""
     tally = CheckCounts("x the tolerance, at least", "1")
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=30_000)
     with tempfile.TemporaryDirectory() as folder:
@@ -310,7 +310,7 @@ def weight_faults(count: int, seed: int, device: torch.device) -> CheckCounts:
 def published_shapes(
     count: int, seed: int, device: torch.device, dtype: torch.dtype
 ) -> CheckCounts:
-    """Every published shape, random weights, ten odd sizes in one batch, every stage."""
+    """Check every stage of every published shape, with random weights and ten odd sizes."""
     tally, grids = policy_counts(dtype), INPUTS["ten odd sizes"]
     for name, (intermediate, out) in list(PUBLISHED.items())[:count]:
         config = VisionConfig.from_json(

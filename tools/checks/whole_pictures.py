@@ -103,7 +103,7 @@ def _check(data: bytes) -> None:
 
 
 def _seconds(call: Callable[[], Any], times: int = 15) -> float:
-    """The least CPU time of a call."""
+    """Return the lowest CPU time of a call."""
     least = math.inf
     for _ in range(times):
         begin = time.process_time()
@@ -113,7 +113,7 @@ def _seconds(call: Callable[[], Any], times: int = 15) -> float:
 
 
 def found(folder: Path) -> Iterator[tuple[str, str, bytes]]:
-    """The pictures of a folder that Pillow decodes, JPEGs only where djpeg has no warning."""
+    """Yield a folder's images that Pillow decodes, and JPEGs only without djpeg warnings."""
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES and path.is_file() and path.stat().st_size < 2**25:
             data = path.read_bytes()
@@ -150,7 +150,7 @@ def made() -> Iterator[tuple[str, str, bytes]]:
 
 
 def pictures() -> Iterator[tuple[str, Image.Image]]:
-    """The test photographs, noise and flat colour, at odd sizes."""
+    """Return the test photographs, noise and flat colour, at odd sizes."""
     photographs = [
         (path.name, Image.open(path).convert("RGB"))
         for path in sorted((ROOT / "tests" / "photographs").iterdir())

@@ -37,7 +37,7 @@ ENGINES = {"sglang": sglang_checks, "vllm": vllm_checks}
 
 
 def engine_versions(environment: Environment, packages: tuple[str, ...]) -> dict[str, str]:
-    """The versions in an engine's environment."""
+    """Return the versions in an engine's environment."""
     code = (
         "import json, sys; from importlib.metadata import version; "
         "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"

@@ -57,7 +57,7 @@ def write_unfit(work: Path) -> None:
 
 
 def pieces(work: Path) -> list[list[tuple[str, Tensor]]]:
-    """The changed model's vision tensors in pieces, in an order that separates partners."""
+    """Return the changed vision tensors in pieces, in an order that separates partners."""
     tensors = load_file(work / "changed" / "model.safetensors")
     vision = [(name, tensor) for name, tensor in tensors.items() if name.startswith("visual.")]
     Random(0).shuffle(vision)
@@ -66,7 +66,7 @@ def pieces(work: Path) -> list[list[tuple[str, Tensor]]]:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """The model and a copy with other vision weights, and the right answers of both."""
+    """Hold the model and a copy with different vision weights, with both correct answers."""
 
     before: Context
     after: Context

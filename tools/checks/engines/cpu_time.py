@@ -14,7 +14,7 @@ def adopt_orphans() -> None:
 
 
 def cpu_s() -> float:
-    """The user and system time of all processes that were started and have ended."""
+    """Return the user and system time of all child processes that have ended."""
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG) != (0, 0):
             pass

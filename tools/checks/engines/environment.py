@@ -65,7 +65,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """A complete environment: its folder, and the recipe that it was built from."""
+    """Hold a complete environment: the folder, and the recipe."""
 
     folder: Path
     recipe: Recipe
@@ -76,14 +76,14 @@ class Environment:
         return self.folder / "bin" / "python"
 
     def variables(self, **more: str | None) -> dict[str, str]:
-        """The variables of a process that runs in it and imports this checkout; None unsets one."""
+        """Return the variables of a process that imports this checkout; None unsets a variable."""
         own = {"PYTHONPATH": str(ROOT), "PATH": f"{self.python.parent}:{os.environ['PATH']}"}
         chosen = {**os.environ, **own, **self.recipe.variables, **more}
         return {name: value for name, value in chosen.items() if value is not None}
 
 
 def default_folder(recipe: Recipe) -> Path:
-    """Where an engine's environment is kept: one folder for each state of its lock."""
+    """Return the folder of an engine's environment, which depends on the lock."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return cache / "qwen_vit" / "engines" / f"{recipe.name}-{recipe.digest[:12]}"
 

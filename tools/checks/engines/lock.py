@@ -22,7 +22,7 @@ HEADER = """\
 
 
 def pins(text: str) -> list[str]:
-    """The requirements of a lock, without their hashes.
+    """Return the requirements of a lock, without hashes.
 
     >>> pins("# a comment\\nclick==8.5.1 --hash=sha256:00\\n")
     ['click==8.5.1']
@@ -33,7 +33,7 @@ def pins(text: str) -> list[str]:
 @click.command(help=__doc__)
 @click.argument("lock", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def main(lock: Path) -> None:
-    """Ask pip which files it would install, and write their hashes."""
+    """Ask pip for the files that it would install, and write their hashes."""
     with tempfile.TemporaryDirectory() as folder:
         wanted, report = Path(folder, "wanted.txt"), Path(folder, "report.json")
         wanted.write_text("\n".join(pins(lock.read_text())))

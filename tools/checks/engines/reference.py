@@ -23,7 +23,7 @@ MIN_GAP = 0.01  # between the two likeliest tokens: rounding must not decide
 
 
 def reference_answers(folder: Path, cases: Iterable[Case] = CASES) -> Answers:
-    """Answer cases greedily, from transformers' own tower.
+    """Answer cases greedily with transformers' own tower.
 
     Raises:
         ValueError: two tokens are nearly as likely; then the model needs another seed.

@@ -47,7 +47,7 @@ class Server:
     def post(
         self, body: dict[str, Any], timeout_s: float = ANSWER_S, path: str = CHAT
     ) -> tuple[int, Any]:
-        """The status and the JSON of a request; status 0 if nobody answers."""
+        """Return a request's status and JSON; the status is 0 without an answer."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             json.dumps(body).encode(), {"Content-Type": "application/json"},
@@ -177,7 +177,7 @@ def picture_part(name: str) -> dict[str, Any]:
 
 
 def content_of(each: Case, parts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A case as the content of a message, with a part of `parts` for each picture and video."""
+    """Convert a case to a message's content, with a part of `parts` per image and video."""
     return [
         parts[part.name] if isinstance(part, Picture | Video) else {"type": "text", "text": part}
         for part in each.parts

@@ -62,7 +62,7 @@ def which_tower(context: Context, name: str, *, ours: bool, ranks: int = 1) -> R
 def in_engine(
     context: Context, *, scenario: str, ours: bool = False, cached: bool = False, ranks: int = 1
 ) -> list[Result]:
-    """A scenario of `sglang_child`, whose tower is checked, and its cache if it must be used."""
+    """Run a scenario of `sglang_child`, and check its tower and, if needed, its cache."""
     more = {**(BY_PACKAGE if ours else {}), **(ONE_CORE_EACH if ranks > 1 else {})}
     context.run_child(CHILD, scenario, scenario, **more)
     label = OURS if ours else ""
@@ -105,7 +105,7 @@ def video_features(context: Context) -> list[Result]:
 
 
 def refusals(context: Context) -> list[Result]:
-    """What our tower cannot run is refused while the engine starts, with the reason."""
+    """Check that the engine's start fails, with the reason, if our tower cannot run."""
     write_unfit(context.work)
     results = []
     for scenario, expected in (
@@ -122,7 +122,7 @@ def refusals(context: Context) -> list[Result]:
 
 
 def _error_of(context: Context, scenario: str, **variables: str) -> str:
-    """The log of a child that must fail; "" if it did not."""
+    """Return the log of a child that must fail; "" if it did not fail."""
     try:
         context.run_child(CHILD, scenario, scenario, **variables)
     except RuntimeError:
@@ -151,7 +151,7 @@ def server(context: Context) -> list[Result]:
 
 
 def _generate(running: Server, each: Case) -> Any:
-    """The answer of SGLang's own interface to a case of pictures."""
+    """Answer a case of images over SGLang's own interface."""
     images = [picture_part(name)["image_url"]["url"] for name in each.pictures]
     body = {
         "text": each.text,
@@ -189,7 +189,7 @@ def _chat(context: Context, running: Server, each: Case) -> Result:
 
 
 def _many_clients(context: Context, running: Server, cases: list[Case]) -> Result:
-    """All cases from several clients at once, in another order each: none lost, none wrong."""
+    """Send all cases from several clients at once, in different orders, and check all answers."""
 
     def client(k: int) -> list[bool]:
         turned = [cases[(i + k) % len(cases)] for i in range(len(cases))]

@@ -80,7 +80,7 @@ class Engine:
         return cls(engine, tokenizer)
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answers of requests that the engine is given together."""
+        """Return the engine's answers to requests in one batch."""
         if any("text" in request for request in requests):
             prompts = {"prompt": [request["text"] for request in requests]}
         else:
@@ -93,7 +93,7 @@ class Engine:
         return [parse_answer(each) for each in made]
 
     def input_ids(self, each: Case) -> list[int]:
-        """A case's tokens, a placeholder for each row of embeddings."""
+        """Return a case's tokens, with one placeholder per row of embeddings."""
         text = expand_placeholders(
             each.text,
             [grid(name) for name in each.pictures],
@@ -113,7 +113,7 @@ class Engine:
 
 
 def parse_answer(document: Any) -> Answer:
-    """The answer in what SGLang's `generate` returns, in its engine and its server."""
+    """Parse the answer from the output of SGLang's `generate`, of the engine or the server."""
     facts = document["meta_info"]
     logprobs = torch.full((NEW_TOKENS, N_TOKENS), torch.nan, dtype=torch.float64)
     for i, step in enumerate(facts["output_top_logprobs"]):
@@ -124,13 +124,13 @@ def parse_answer(document: Any) -> Answer:
 
 
 def pixel_request(each: Case) -> Request:
-    """A case of pictures as pixels and text, for SGLang's own processor."""
+    """Convert a case of images to pixels and text, for SGLang's own processor."""
     images = [Image.fromarray(frames(name)[0]) for name in each.pictures]
     return {"text": each.text, **({"images": images} if images else {})}
 
 
 def row_request(work: Path, each: Case) -> Request:
-    """A case as a processor's rows, which SGLang gives to its tower.
+    """Convert a case to a processor's rows, which SGLang passes to its tower.
 
     SGLang 0.5.23 takes every video that its own processor cuts for one of 24 frames a second, so
     videos come with their seconds.
@@ -150,7 +150,7 @@ def row_request(work: Path, each: Case) -> Request:
 
 
 def feature_request(work: Path, each: Case) -> Request:
-    """A case of pictures as features."""
+    """Convert a case of images to features."""
     made = [features(work, name) for name in each.pictures]
     return {"case": each, **({"images": to_sglang(made)} if made else {})}
 
@@ -188,7 +188,7 @@ def own(work: Path, turns: Sequence[str] = TURNS, **options: Any) -> Found:
 
 
 def own_without_cache(work: Path) -> Found:
-    """The same without the radix cache."""
+    """Run `own` without the radix cache."""
     return own(work, (NO_CACHE,), disable_radix_cache=True)
 
 
@@ -208,7 +208,7 @@ def controls(engine: Engine, work: Path) -> dict[str, Answers]:
 
 
 def tower(work: Path, turns: Sequence[str] = TURNS, **options: Any) -> Found:
-    """Every case by our tower, as pixels, rows and features, twice."""
+    """Answer every case with our tower, as pixels, rows and features, twice."""
     engine = Engine.start(work, **options)
     found: dict[str, Answers] = {}
     hits = 0
@@ -222,7 +222,7 @@ def tower(work: Path, turns: Sequence[str] = TURNS, **options: Any) -> Found:
 
 
 def tower_without_cache(work: Path) -> Found:
-    """The same without the radix cache."""
+    """Run `tower` without the radix cache."""
     return tower(work, (NO_CACHE,), disable_radix_cache=True)
 
 
@@ -249,7 +249,7 @@ def updates(work: Path) -> Found:
 
 
 def parallel(work: Path) -> Found:
-    """Every case over two processes, each of which encodes a share of the pictures and videos."""
+    """Answer every case over two processes, each of which encodes a share of the items."""
     engine = Engine.start(work, tp_size=2, mm_enable_dp_encoder=True)
     return engine.answer("rows", lambda each: row_request(work, each)), {}
 

@@ -94,7 +94,7 @@ def _write_weights(folder: Path) -> None:
 
 
 def text_settings(hidden_size: int, **changes: Any) -> dict[str, Any]:
-    """The configuration of a small language model."""
+    """Return the configuration of a small language model."""
     return {
         "vocab_size": N_TOKENS,
         "hidden_size": hidden_size,
@@ -138,7 +138,7 @@ def randomise(part: nn.Module, generator: torch.Generator) -> None:
 
 
 def write_tokenizer(folder: Path, processor: str = "Qwen2_5_VLProcessor") -> None:
-    """One token a byte: tokenizers from the library, not Qwen's merges, which need a download."""
+    """Write a tokenizer of one token per byte, because Qwen's merges need a download."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -103,7 +103,7 @@ def malformed_bodies() -> dict[str, bytes]:
 
 @dataclass(slots=True)
 class Counts:
-    """What became of the requests."""
+    """Count the outcomes of the requests."""
 
     right: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -161,7 +161,7 @@ def _jobs(
     n_requests: int, bodies: dict[str, bytes], malformed: dict[str, bytes], server: Server,
     reference: Answers, tally: Counts,
 ) -> Iterator[Callable[[], None]]:  # fmt: skip
-    """The requests in a fixed order of good, cancelled and malformed ones."""
+    """Yield good, cancelled and malformed requests in a fixed order."""
     chance, kinds = random.Random(1), list(malformed)
     for i in range(n_requests):
         name, share = chance.choice(list(bodies)), chance.random()
@@ -175,7 +175,7 @@ def _jobs(
 
 
 def _work(jobs: Iterator[Callable[[], None]], tally: Counts, done: Callable[[int], None]) -> None:
-    """One client: the next request, until none is left."""
+    """Run one client, which sends requests until none remain."""
     while True:
         with tally.lock:
             job = next(jobs, None)
@@ -239,7 +239,7 @@ def _refuse(server: Server, kind: str, body: bytes, tally: Counts) -> None:
 
 
 def _resting_memory_mb(server: Server) -> dict[str, float]:
-    """What each of the server's processes holds of its own, when nothing runs."""
+    """Return each server process's own memory at rest, in MB."""
     give_up = time.monotonic() + 60
     while _unfinished(server) and time.monotonic() < give_up:
         time.sleep(0.5)

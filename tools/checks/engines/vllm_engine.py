@@ -48,7 +48,7 @@ class Engine:
         return cls(LLM(**{"model": str(work / "model"), **settings, **options}))
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answers of requests that the engine is given together."""
+        """Return the engine's answers to requests in one batch."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(
@@ -64,11 +64,11 @@ class Engine:
         return answers
 
     def tower(self) -> str:
-        """The class of the vision tower, in every process."""
+        """Return the class of the vision tower in every process."""
         return " and ".join(sorted(set(self.llm.apply_model(_tower_name))))
 
     def record_calls(self) -> list[Call]:
-        """From now on, what the engine hands to the vision tower and what it gets."""
+        """Start recording the vision tower's inputs and outputs."""
         calls: list[Call] = []
 
         def record(_: Any, given: tuple[Tensor], named: dict[str, Any], output: Tensor) -> None:
@@ -95,7 +95,7 @@ def _tower_name(model: Any) -> str:
 
 
 def pixel_request(each: Case) -> Request:
-    """A case as pixels, for the engine's own processor."""
+    """Convert a case to pixels, for the engine's own processor."""
     data: dict[str, Any] = {}
     if each.pictures:
         data["image"] = [Image.fromarray(frames(name)[0]) for name in each.pictures]
@@ -117,7 +117,7 @@ def _video_facts(name: str) -> dict[str, Any]:
 
 
 def feature_request(work: Path, each: Case) -> Request:
-    """A case as features."""
+    """Convert a case to features."""
     pictures, videos, seconds = of_case(work, each)
     if not pictures and not videos:
         return {"prompt": each.text}

@@ -56,7 +56,7 @@ def installed(context: Context) -> dict[str, str]:
 
 
 def by_plugin(context: Context) -> dict[str, str]:
-    """The variables of a process that runs our tower."""
+    """Return the variables of a process that runs our tower."""
     return {**installed(context), "VLLM_PLUGINS": "qwen_vit"}
 
 
@@ -74,7 +74,7 @@ def same_bits(name: str, unequal: dict[str, int], dtype: str) -> list[Result]:
 
 
 def passive(context: Context) -> list[Result]:
-    """Installed, and not asked for: vLLM's own tower, and one line that says how to ask."""
+    """Check that vLLM runs its own tower, and logs one line on the plugin, by default."""
     name = "passive"
     context.run_child(CHILD, "pixels", name, VLLM_PLUGINS=None, **IN_PROCESS, **installed(context))
     found = context.facts(name)["tower"]
@@ -88,7 +88,7 @@ def passive(context: Context) -> list[Result]:
 
 
 def producer(context: Context) -> list[Result]:
-    """An engine that runs our tower alone writes the bits of `encode` into the encoder cache."""
+    """Check that an encoder-only engine writes the bits of `encode` into the encoder cache."""
     context.run_child(CHILD, "ec-producer", "plugin-producer", **IN_PROCESS, **by_plugin(context))
     distances = context.facts("plugin-producer")["distances"]
     return [
@@ -156,7 +156,7 @@ def updates(context: Context) -> list[Result]:
 
 
 def refusals(context: Context) -> list[Result]:
-    """What our tower cannot run is refused while the engine starts, with the reason."""
+    """Check that the engine's start fails, with the reason, if our tower cannot run."""
     write_unfit(context.work)
     context.run_child(CHILD, "refusals", "plugin-refusals", **IN_PROCESS, **by_plugin(context))
     facts = context.facts("plugin-refusals")
