@@ -61,7 +61,11 @@ def tars(data: bytes) -> None:
 
 
 def lists(data: bytes) -> None:
-    """Parse a list of paths and a list of JSON objects."""
+    """Parse a list of paths and a list of JSON objects.
+
+    A line takes 6 us, and twice as long under atheris.
+    """
+    data = data[: MAX_BYTES // 4]
     for name in ("a.txt", "a.jsonl"):
         check(lambda name=name: _listed(data, name))  # type: ignore[misc]
 
