@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,15 @@ class Done(NamedTuple):
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(autouse=True)
+def own_log_level() -> Iterator[None]:
+    """Commands run in this process, and set the level."""
+    logger = logging.getLogger("qwen_vit")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture

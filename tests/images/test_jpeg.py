@@ -3,7 +3,6 @@
 import io
 import time
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,9 @@ from PIL import Image
 from qwen_vit.errors import ImageError
 from qwen_vit.images import jpeg as jpeg_module
 from qwen_vit.images.load import load_image
+from tests.support import IMAGES
 
-PICTURES = Path(__file__).parent
+PICTURES = IMAGES
 END = b"\xff\xd9"
 SCAN = b"\xff\xda"
 KINDS: dict[str, dict[str, Any]] = {

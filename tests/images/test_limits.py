@@ -27,8 +27,9 @@ from qwen_vit.images.memory import (
     decoding_memory,
     set_decoding_memory,
 )
+from tests.support import IMAGES
 
-PICTURES = Path(__file__).parent
+PICTURES = IMAGES
 
 
 def refused(data: bytes, limits: ImageLimits | None = None) -> ImageError:
