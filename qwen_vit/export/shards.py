@@ -1,7 +1,6 @@
 """Make a plan's shards one after the other. Each shard is complete or absent.
 
-Loader threads prefetch, and a writer thread drains results. The encoder is therefore the only stage
-that an export should wait for.
+Loader threads prefetch, and a writer thread drains results. An export waits for the encoder alone.
 """
 
 import logging
@@ -252,8 +251,7 @@ def _encode(
                 pending.append(image.place)
                 loaded, image.patches = image.patches, None
                 yield loaded
-                # if the encoder requests an image and has at most one, that one begins the next
-                # batch
+                # an encoder that requests an image and has at most one starts a batch with it
                 if len(pending) <= 1:
                     shard.batch_starts.append(pending[0] if pending else image.place + 1)
 
