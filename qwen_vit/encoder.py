@@ -108,7 +108,7 @@ class VisionEncoder:
         Args:
             model: a repository's name such as "Qwen/Qwen2.5-VL-7B-Instruct", a folder, or "tiny".
             revision: a branch, tag or commit of the repository.
-            subfolder: the checkpoint's folder inside the repository or the folder, such as
+            subfolder: the checkpoint's subfolder of `model`, such as
                 "text_encoder".
             device: "auto" is a GPU if there is one, else the CPU. A CPU interprets the same Triton
                 kernels: correctly, but slowly.

@@ -227,7 +227,7 @@ def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
 def remove_abandoned(folder: Path) -> None:
     """Remove partial downloads beside `folder` that killed processes left.
 
-    Partial downloads of other hosts are removed after a day without a write.
+    It removes partial downloads of other hosts after a day without a write.
     """
     for path in folder.parent.glob(".*.*-*.*"):
         space, _, process = path.name.split(".")[2].rpartition("-")

@@ -17,7 +17,7 @@ def explain(
 ) -> HubError:
     """Convert an error of any version of the client to one with the cause and the remedy.
 
-    `name` is the repository's name. `label` also gives the revision.
+    `name` is the repository's name. `label` is the name with the revision.
     """
     from huggingface_hub.errors import (
         EntryNotFoundError,

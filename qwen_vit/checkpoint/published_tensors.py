@@ -63,7 +63,7 @@ class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
             yield from zip(parts, self[name].chunk(len(parts)), strict=True)
 
     def on_host(self) -> "PublishedTensors[Any]":
-        """Return the same tensors in host memory: a GPU's memory is for converted weights."""
+        """Return the same tensors in host memory, because only converted weights go to the GPU."""
         return self
 
     @abstractmethod
@@ -140,7 +140,10 @@ class LazyTensors(PublishedTensors[StoredTensor]):
 
 
 def _is_overwritten(path: Path, opened: os.stat_result) -> bool:
-    """Return whether the opened file itself was overwritten. Its map then shows other bytes."""
+    """Return whether another process overwrote the open file in place.
+
+    The file's memory map then shows other bytes.
+    """
     try:
         now = path.stat()
     except OSError:

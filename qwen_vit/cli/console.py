@@ -107,7 +107,7 @@ def print_error(text: str) -> None:
 
 
 def _write_log(text: str) -> None:
-    """Write a line to stderr. Ignore a failure to write it."""
+    """Write a line to stderr. Ignore write errors."""
     # without tqdm there is no progress bar, and importing tqdm is slow
     loaded = sys.modules.get("tqdm")
     above_bars = loaded.tqdm.external_write_mode(file=sys.stderr) if loaded else nullcontext()

@@ -72,7 +72,8 @@ OF_START = (
 @click.option("--retry-failed", is_flag=True, help="Try failed images again.")
 @click.option(
     "--accept-versions", is_flag=True,
-    help="Resume with other versions or on another GPU. Each shard records its versions and GPU.",
+    help="Resume with different package versions or on a different GPU model. Each shard records "
+    "its versions and its GPU.",
 )  # fmt: skip
 @column_options
 @format_options

@@ -1,8 +1,9 @@
 """Run the `qwen-vit` command: its group of commands, and its exit codes for errors.
 
 Data goes to stdout. Progress and logs go to stderr. `exit_codes` lists the exit codes. Naming a
-command imports its module, and running its body imports torch. Help, the version and a typo
-therefore answer at once. So the modules of this folder import only click and light modules. Command
+command imports its module, and running its body imports torch. `--help`, `--version` and usage
+errors therefore respond without a delay. So the modules of this folder import only click and light
+modules. Command
 bodies import the exceptions, `text` and `describe`.
 """
 

@@ -41,7 +41,7 @@ def compare_case(
     *,
     frames: SampledFrames | None = None,
 ) -> ImageComparison:
-    """Run our tower on the case's input and measure every stage as the oracle reaches it.
+    """Run our tower on the case's input, and measure each stage when the oracle computes it.
 
     `pixels` are the results of `compare_pixels`. `patches` are our own pixels, or None. `frames`
     describes a video's frames.

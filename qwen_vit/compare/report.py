@@ -100,9 +100,9 @@ def write_report(
 ) -> Path:
     """Write the page and the pictures into a folder, replace an older report, and return the page.
 
-    The page contains all pictures, so that you can send it alone. The page shows `command` as the
-    command that creates it again. The default day is today. Raises ArgumentError for a comparison
-    without `keep_maps`, and ExportError if the folder cannot be written.
+    The page contains all pictures, so that you can send it alone. The page shows `command`, so
+    that readers can regenerate the page. The default day is today. Raises ArgumentError for a
+    comparison without `keep_maps`, and ExportError if the folder cannot be written.
     """
     sections = []
     for number, image in enumerate(comparison.images, start=1):

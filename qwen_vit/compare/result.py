@@ -172,7 +172,10 @@ class Comparison:
 
     @property
     def has_same_weights(self) -> bool:
-        """Return whether both towers have the same weights; a golden file's may differ."""
+        """Return whether both towers have the same weights.
+
+        A golden file may come from other weights.
+        """
         golden = self.facts.get("golden")
         return not golden or golden["weights_sha256"] == self.facts["weights_sha256"]
 

@@ -320,7 +320,7 @@ def _time_batch(
 
 
 def _rates(few: tuple[float, _Work], many: tuple[float, _Work]) -> tuple[float, float]:
-    """Return the seconds per batch and per patch from a small and a large timing."""
+    """Return the seconds per batch and per patch, from the timings of a small and a large run."""
     (t, one), (u, other) = few, many
     determinant = one.batches * other.patches - other.batches * one.patches
     if determinant:

@@ -1,4 +1,4 @@
-"""Combine the listings of an export: the first one, and one for each extension or retry.
+"""Combine an export's first listing with the listings of its extensions and retries.
 
 Each listing begins a new shard, so the shards of earlier listings keep their bytes. An image
 belongs to the last listing that has it. A later listing replaces images that failed or changed.

@@ -45,7 +45,9 @@ class ImageRecord:
 
 
 class ShardStart(NamedTuple):
-    """Precede a shard's images. An existing shard has `rows` and no images.
+    """Mark the start of a shard, before the records of its images.
+
+    An existing shard has `rows` and no images.
 
     `segments` contain images that an earlier run saved; these images do not follow. `firsts` has
     the first places of all segments, including damaged ones. `replaces` marks a shard that exists

@@ -71,7 +71,8 @@ def export_features(
 
     Raises:
         KeyboardInterrupt: the export was interrupted. It saved the encoded images for the next run.
-        ExportError: the folder, the inputs or the settings do not fit, or the disk is full.
+        ExportError: the folder holds another export, the inputs or settings differ from its
+            listing, or the disk is full.
         ImageError: an image failed, with on_error="raise".
         ArgumentError: an argument is invalid.
     """

@@ -92,7 +92,10 @@ class Features(ABC):
         image_token_id: int = IMAGE_TOKEN_ID,
         mm_token_type_ids: bool = True,
     ) -> dict[str, Any]:
-        """Return arguments of transformers' `generate` and `forward`: see `downstream.to_hf`."""
+        """Return the arguments for transformers' `generate` and `forward`.
+
+        `downstream.to_hf` describes the arguments.
+        """
         return to_hf(
             self,
             input_ids,

@@ -140,7 +140,10 @@ class FeatureFolder(Features):
         return self._shard(index).read_at(position)
 
     def open_shard(self, index: int) -> FeatureFile:
-        """Return a shard's file. Raises ExportError for a missing shard or another export's."""
+        """Return a shard's file.
+
+        Raises ExportError if the shard is missing or belongs to another export.
+        """
         return self._open(index)
 
     def is_current(self, index: int, name: str) -> bool:

@@ -41,7 +41,7 @@ class Verification:
 def verify_features(
     path: str | Path, *, on_image: Callable[[], Any] = lambda: None
 ) -> Verification:
-    """Read every row of a feature file or an export folder, and check it completely.
+    """Read and check every row of a feature file or an export folder.
 
     >>> verify_features("features.safetensors").problems  # doctest: +SKIP
     ()

@@ -1,4 +1,4 @@
-"""Write feature files completely or not at all, with the same bytes for the same features."""
+"""Write feature files atomically and deterministically."""
 
 import math
 from collections.abc import Mapping, Sequence

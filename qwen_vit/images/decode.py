@@ -117,7 +117,10 @@ def decode_pil(
 def _to_rgb(
     image: Image.Image, name: str, deep: bool, exif: ExifPolicy, turned: int | None
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """Run `to_rgb`, and first undo the orientation `turned` that Pillow applied to a TIFF."""
+    """Run `to_rgb`, and handle the orientation `turned` that Pillow already applied to a TIFF.
+
+    With `exif="ignore"` the function undoes the orientation. Otherwise it notes the orientation.
+    """
     picture, notes = to_rgb(image, name, deep, exif)
     if turned is None:
         return picture, notes

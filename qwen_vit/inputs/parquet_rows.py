@@ -145,7 +145,10 @@ class _Reader:
         return bisect_right(self._starts, row) - 1
 
     def _begin_at(self, group: int) -> None:
-        """Read from the start of a group, because pyarrow cannot start in its middle."""
+        """Start reading at a row group's first row.
+
+        pyarrow cannot start inside a row group.
+        """
         self._batches = self._parquet.iter_batches(
             self._batch_rows, row_groups=[group], columns=[self._column], use_threads=False
         )

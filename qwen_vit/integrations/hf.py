@@ -189,7 +189,7 @@ def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
       transformers does not read it.
 
     The module needs transformers 5.18 or newer. Raises ArgumentError if transformers is missing or
-    too old, and for an encoder from any other source.
+    too old, or if `encoder` is not a VisionEncoder.
     """
     if not callable(getattr(encoder, "encode_patches", None)):
         raise ArgumentError(

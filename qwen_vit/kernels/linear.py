@@ -296,7 +296,8 @@ def _rms_norm(x, weight, out, C: tl.constexpr, C_PADDED: tl.constexpr, EPS: tl.c
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return `x / rms(x)` cast to x's dtype, then times `weight`: (N, C) to (N, C).
 
-    The cast precedes the weight, as in transformers' Qwen2_5_VLRMSNorm. In bf16 this order changes
+    The function casts before it multiplies by the weight, as transformers' Qwen2_5_VLRMSNorm does.
+    In bf16 this order changes
     the result.
     """
     if x.device.type == "cpu":

@@ -348,7 +348,8 @@ def read_header(source: str | BinaryIO, name: str, limits: VideoLimits) -> Video
 def _turn_of(frame: Any) -> tuple[Image.Transpose | None, bool]:
     """Return the display matrix's operation, and whether the matrix needs an unsupported one.
 
-    The function reads the matrix from a small copy. PyAV's side data and frame refer to each other,
+    The function reads the matrix from a small copy of the frame. PyAV's side data and frame refer
+    to each other,
     and only Python's garbage collector would free the pair.
     """
     data = frame.reformat(width=16, height=16).side_data.get("DISPLAYMATRIX")

@@ -71,7 +71,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
             return super()._process_image_input(image_input)
 
     def _prepare(self, visual: EngineTower, inputs: tuple[Tensor, ...]) -> None:
-        """Compile and capture before vLLM's first call, which measures memory."""
+        """Compile kernels and capture CUDA graphs before vLLM measures memory in its first call."""
         for hook in self._prepare_hooks:
             hook.remove()
         rows = inputs[0]
