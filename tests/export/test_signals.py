@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,17 @@ from qwen_vit.export.segments import count_kept
 from qwen_vit.export.stop import StopSignals
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.interrupted_exports import segments
+
+
+@pytest.fixture(autouse=True)
+def default_handlers() -> Iterator[None]:
+    """Undo the handlers of libraries, such as Ray's for SIGTERM, which ends this process."""
+    before = {
+        number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_the_first_signal_is_a_question_and_the_second_an_interrupt() -> None:
