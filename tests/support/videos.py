@@ -1,6 +1,7 @@
 """Videos for tests, made by PyAV: each frame carries its own number, to be read after decoding."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ def number_in(frame: NDArray[np.uint8]) -> int:
     return total
 
 
+ATTEMPTS = 5  # to write one video
+
+
 def make_video(
     path: Path | str,
     n_frames: int = 60,
@@ -55,6 +59,32 @@ def make_video(
     format: str | None = None,
 ) -> str:
     """Write a video of numbered frames; `ticks` are their times in `time_base`."""
+    import av
+
+    arguments = dict(locals())
+    del arguments["av"]
+    for _ in range(ATTEMPTS):
+        with suppress(av.error.PatchWelcomeError):  # FFmpeg's muxer, now and then, with libx265
+            return _write_video(**arguments)
+    return _write_video(**arguments)
+
+
+def _write_video(
+    path: Path | str,
+    n_frames: int,
+    *,
+    rate: int | Fraction,
+    ticks: Sequence[int] | None,
+    time_base: Fraction | None,
+    size: tuple[int, int],
+    codec: str,
+    pix_fmt: str,
+    options: dict[str, str] | None,
+    rotation: int | None,
+    colour: dict[str, int] | None,
+    container_options: dict[str, str] | None,
+    format: str | None,
+) -> str:
     import av
 
     unit = time_base or Fraction(1) / Fraction(rate)
