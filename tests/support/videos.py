@@ -1,10 +1,11 @@
 """Videos for tests, made by PyAV: each frame carries its own number, to be read after decoding."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from fractions import Fraction
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +41,25 @@ def number_in(frame: NDArray[np.uint8]) -> int:
 
 
 ATTEMPTS = 5  # to write one video
+Arguments = ParamSpec("Arguments")
 
 
+def written_again(write: Callable[Arguments, str]) -> Callable[Arguments, str]:
+    """Write a video again if FFmpeg's muxer fails, as it does at random with libx265."""
+
+    @wraps(write)
+    def write_again(*args: Arguments.args, **kwargs: Arguments.kwargs) -> str:
+        import av
+
+        for _ in range(ATTEMPTS - 1):
+            with suppress(av.error.PatchWelcomeError):
+                return write(*args, **kwargs)
+        return write(*args, **kwargs)
+
+    return write_again
+
+
+@written_again
 def make_video(
     path: Path | str,
     n_frames: int = 60,
@@ -59,32 +77,6 @@ def make_video(
     format: str | None = None,
 ) -> str:
     """Write a video of numbered frames; `ticks` are their times in `time_base`."""
-    import av
-
-    arguments = dict(locals())
-    del arguments["av"]
-    for _ in range(ATTEMPTS):
-        with suppress(av.error.PatchWelcomeError):  # FFmpeg's muxer, now and then, with libx265
-            return _write_video(**arguments)
-    return _write_video(**arguments)
-
-
-def _write_video(
-    path: Path | str,
-    n_frames: int,
-    *,
-    rate: int | Fraction,
-    ticks: Sequence[int] | None,
-    time_base: Fraction | None,
-    size: tuple[int, int],
-    codec: str,
-    pix_fmt: str,
-    options: dict[str, str] | None,
-    rotation: int | None,
-    colour: dict[str, int] | None,
-    container_options: dict[str, str] | None,
-    format: str | None,
-) -> str:
     import av
 
     unit = time_base or Fraction(1) / Fraction(rate)
