@@ -10,6 +10,8 @@ import click
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tools.checks.engines.cases import Case
+
 TOLERANCE = 1e-4  # of a log-probability, against float64
 
 
@@ -23,6 +25,19 @@ class Answer:
 
 Answers = dict[str, Answer]  # by the case's name
 Found = tuple[dict[str, Answers], dict[str, Any]]  # answers by way, and facts
+
+
+def alone_and_batched(
+    ask: Callable[[list[Any]], list[Answer]],
+    name: str,
+    request: Callable[[Case], Any],
+    cases: Sequence[Case],
+) -> dict[str, Answers]:
+    """Ask an engine for the cases one by one, and for all of them together."""
+    alone = {each.name: ask([request(each)])[0] for each in cases}
+    answers = ask([request(each) for each in cases])
+    batched = {each.name: answer for each, answer in zip(cases, answers, strict=True)}
+    return {name: alone, f"{name}, batched": batched}
 
 
 def save_answers(path: Path, answers: Mapping[str, Answer]) -> None:

@@ -18,7 +18,13 @@ from PIL import Image
 from qwen_vit.errors import QwenVitError
 from qwen_vit.integrations.hf import expand_placeholders
 from qwen_vit.integrations.sglang import to_sglang
-from tools.checks.engines.answers import Answer, Answers, Found, child_command
+from tools.checks.engines.answers import (
+    Answer,
+    Answers,
+    Found,
+    alone_and_batched,
+    child_command,
+)
 from tools.checks.engines.cases import (
     CASES,
     NEW_TOKENS,
@@ -105,11 +111,8 @@ class Engine:
     def answer(
         self, name: str, request: Callable[[Case], Request], cases: Sequence[Case] = CASES
     ) -> dict[str, Answers]:
-        """Cases one by one, and all of them together."""
-        alone = {each.name: self.ask([request(each)])[0] for each in cases}
-        answers = self.ask([request(each) for each in cases])
-        batched = {each.name: answer for each, answer in zip(cases, answers, strict=True)}
-        return {name: alone, f"{name}, batched": batched}
+        """Answer the cases one by one, and all of them together."""
+        return alone_and_batched(self.ask, name, request, cases)
 
 
 def parse_answer(document: Any) -> Answer:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from qwen_vit.integrations.vllm import to_vllm
-from tools.checks.engines.answers import Answer, Answers
+from tools.checks.engines.answers import Answer, Answers, alone_and_batched
 from tools.checks.engines.cases import CASES, FPS, NEW_TOKENS, Case, frames
 from tools.checks.engines.features import of_case
 
@@ -83,11 +83,8 @@ class Engine:
     def answer(
         self, name: str, request: Callable[[Case], Request], cases: Sequence[Case] = CASES
     ) -> dict[str, Answers]:
-        """Cases one by one, and all of them together."""
-        alone = {each.name: self.ask([request(each)])[0] for each in cases}
-        answers = self.ask([request(each) for each in cases])
-        batched = {each.name: answer for each, answer in zip(cases, answers, strict=True)}
-        return {name: alone, f"{name}, batched": batched}
+        """Answer the cases one by one, and all of them together."""
+        return alone_and_batched(self.ask, name, request, cases)
 
 
 def _tower_name(model: Any) -> str:
