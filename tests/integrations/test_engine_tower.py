@@ -167,6 +167,30 @@ def test_what_was_prepared_is_not_captured_again_and_takes_no_more_memory() -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_the_tower_runs_on_the_stream_that_it_is_called_on(is_captured: bool) -> None:
+    """An engine's rows arrive late on that stream, and its next kernels read the result."""
+    encoder = on_gpu()
+    tower = engine_tower(encoder, torch.bfloat16)
+    rows = float_rows().cuda()
+    expected = encoder.encode_patches(rows, torch.tensor(GRIDS))
+    if is_captured:
+        tower(rows, GRIDS)
+    else:
+        tower._graphs = None
+    torch.cuda.synchronize()
+    made = []
+    for stream in [torch.cuda.Stream() for _ in range(3)]:
+        with torch.cuda.stream(stream):
+            late = torch.zeros_like(rows)
+            torch.cuda._sleep(100_000_000)  # cycles: the launch comes before the rows
+            late.copy_(rows)
+            made.append(tower(late, GRIDS) + 0)
+    torch.cuda.synchronize()
+    assert all(torch.equal(each, expected) for each in made)
+
+
+@pytest.mark.gpu
 def test_a_weight_update_reaches_captured_graphs() -> None:
     encoder = on_gpu()
     tower = engine_tower(encoder, torch.bfloat16)

@@ -116,7 +116,7 @@ def main(
         ratios = f"{ms['ours'] / ms['other']:.4f}   A/A {ms['again'] / ms['other']:.4f}"
         print(f"{workload:<24}{ms['ours']:>8.3f} / {ms['other']:.3f} ms = {ratios}")
     row = ledger_row(
-        "against", commit, default_device(), ("triton",), other=named or str(other),
+        "against", commit, default_device(), ("triton",), other=named or other.name,
         same_bits=all(same.values()),
         model=model or "7B shape, random weights", layouts=layouts, pairs=pairs, ms=times,
     )  # fmt: skip
