@@ -24,7 +24,7 @@ __all__ = ["bench"]
 @model_option
 @click.option(
     "--workload", "workloads", multiple=True, type=click.Choice(tuple(WORKLOADS)),
-    help="Time only this workload; may be repeated.  [default: all]",
+    help="Time only this workload. Repeat the option to time several.  [default: all]",
 )  # fmt: skip
 @device_option("Compute on cuda or cuda:1.")
 @dtype_option

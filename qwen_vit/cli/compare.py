@@ -65,11 +65,11 @@ def compare(
     qwen-vit compare clip.mp4 --model tiny --n-frames 4
     qwen-vit compare --model Qwen/Qwen2.5-VL-7B-Instruct --golden 7b.safetensors
 
-    The exit code is 0 if every stage keeps its tolerance. It is 1 if a stage exceeds its tolerance
-    or an image was skipped.
+    The exit code is 0 if every stage keeps its tolerance. The exit code is 1 if a stage exceeds its
+    tolerance, or if the command skipped an image.
 
     transformers computes the reference. --save-golden writes that reference to a golden file. With
-    --golden, IMAGES may be left out. -v lists every stage. --report needs an extra: pip install
+    --golden, you may omit IMAGES. -v lists every stage. --report needs an extra: pip install
     'qwen-vit[show]'.
     """
     video = take_video_options(options)["video"]

@@ -14,19 +14,19 @@ __all__ = ["download"]
 
 @click.command(short_help="Fetch a checkpoint's vision tower.")
 @model_argument
-@click.option("--full", is_flag=True, help="Fetch whole shards and check the Hub's sha256.")
+@click.option("--full", is_flag=True, help="Download whole shards and check the Hub's sha256.")
 @json_option
 @source_options
 @verbosity_options
 def download(model: str, full: bool, as_json: bool, **finding: Any) -> None:
-    """Fetch MODEL's vision tower and configs once, for later use without a network.
+    """Download MODEL's vision tower and configs once, for later use without a network.
 
     \b
     qwen-vit download Qwen/Qwen2.5-VL-7B-Instruct
     qwen-vit download Qwen/Qwen2.5-VL-7B-Instruct --revision main --json
 
-    It fetches only the bytes of the vision tensors, into the Hub's cache. The output's saved_bytes
-    counts the weights that it does not fetch.
+    The command downloads only the bytes of the vision tensors, into the Hub's cache. In the output,
+    saved_bytes counts the other weights, which the command does not download.
     """
     with slow_imports():
         from qwen_vit.checkpoint.hub import download as fetch

@@ -75,14 +75,14 @@ def encode(
     qwen-vit encode *.jpg --model tiny --out dense.safetensors --layers 1,3
     qwen-vit encode clip.mp4 --model tiny --out clip.safetensors --fps 1
 
-    IMAGES are images, videos, folders, quoted patterns, tars and lists. Folders are searched to
-    every depth. A .txt list has one path per line. Each line of a .jsonl list has an "id" and a
-    "path". The input - reads a list from standard input. Parquet files need --column.
+    IMAGES are images, videos, folders, quoted patterns, tars and lists. The command searches
+    folders to every depth. A .txt list has one path per line. Each line of a .jsonl list has an
+    "id" and a "path". The input - reads a list from standard input. Parquet files need --column.
 
     The file contains image_embeds, image_grid_thw and image_token_offsets. Each block of --layers
-    adds a layer_K. Read the file with qwen_vit.load_features. The command skips and reports an
-    image that cannot be encoded, and exits with 1. It writes the file once, at the end. For many
-    images use `qwen-vit export`, which saves finished shards.
+    adds a tensor layer_K. Read the file with qwen_vit.load_features. The command skips and reports
+    an image that it cannot encode, and exits with 1. The command writes the file once, at the end.
+    For many images use `qwen-vit export`, which saves finished shards.
     """
     check_output(out, overwrite)
     with slow_imports():

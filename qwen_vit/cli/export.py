@@ -69,7 +69,7 @@ OF_START = (
     help="Resume this export with its recorded inputs, model and options.",
 )  # fmt: skip
 @click.option("--extend", is_flag=True, help="Add new and changed images.")
-@click.option("--retry-failed", is_flag=True, help="Try failed images again.")
+@click.option("--retry-failed", is_flag=True, help="Encode failed images again.")
 @click.option(
     "--accept-versions", is_flag=True,
     help="Resume with different package versions or on a different GPU model. Each shard records "
@@ -84,7 +84,7 @@ OF_START = (
 @output_options
 @click.option(
     "--dtype", type=Dtype(["float32", "bfloat16"]),
-    help="Store features in this dtype. A GPU also computes in it.  [default: as computed]",
+    help="Store features in this dtype. A GPU also computes in this dtype.  [default: as computed]",
 )  # fmt: skip
 @device_option()
 @pixel_options
@@ -119,7 +119,7 @@ OF_START = (
 )  # fmt: skip
 @click.option(
     "--ec-cache", type=FILE, metavar="DIR",
-    help="Also write vLLM's encoder cache to DIR. It needs as many bytes again.",
+    help="Also write vLLM's encoder cache to DIR. The cache needs as many bytes as the export.",
 )  # fmt: skip
 @click.option("--profile", is_flag=True, help="Print the time spent waiting for each stage.")
 @click.option("--dry-run", is_flag=True, help="Count images, rows, bytes and hours. Write nothing.")
@@ -137,7 +137,9 @@ def export(
     id_column: str | None, formats: tuple[str, ...], pages: Any, exif: Any, allow_urls: str,
     **loading: Any,
 ) -> None:  # fmt: skip
-    """Export the images and videos of INPUTS into a folder of shards. Run it again to resume.
+    """Export the images and videos of INPUTS into a folder of shards.
+
+    Run the command again to resume.
 
     \b
     qwen-vit export photos/ --model tiny --out features --dry-run
@@ -149,15 +151,15 @@ def export(
     qwen-vit export --resume features --extend --retry-failed
     qwen-vit export 'data/*.parquet' --column image --model tiny --out features
 
-    INPUTS are images, videos, folders, quoted patterns, tars and lists. Folders are searched to
-    every depth. A .txt list has one path per line. Each line of a .jsonl list has an "id" and a
-    "path". Relative paths start at the list's folder. With --column, each row of a Parquet file is
-    an image.
+    INPUTS are images, videos, folders, quoted patterns, tars and lists. The command searches
+    folders to every depth. A .txt list has one path per line. Each line of a .jsonl list has an
+    "id" and a "path". Relative paths start at the list's folder. With --column, each row of a
+    Parquet file is an image.
 
     The input - reads a list from standard input, whose paths start at the current folder. Read the
-    output folder with qwen_vit.load_features. Its manifest has a row per image. The command skips
-    and reports images that cannot be encoded, and exits with 1. Ctrl-C saves the images encoded so
-    far.
+    output folder with qwen_vit.load_features. The manifest in that folder has a row for each image.
+    The command skips and reports images that it cannot encode, and exits with 1. Ctrl-C saves the
+    encoded images.
     """
     with slow_imports():
         from qwen_vit.export.options import ExportOptions

@@ -80,7 +80,7 @@ class Dtype(click.Choice[str]):
         """Return torch's name. Fail for float16 and give the reason."""
         if value in self.REFUSED:
             self.fail(
-                "float16 is refused: the published weights overflow it. Use bfloat16.", param, ctx
+                "The published weights overflow float16. Use bfloat16.", param, ctx
             )
         return super().convert(self.SHORT.get(value, value), param, ctx)
 
@@ -105,7 +105,7 @@ model_or_features_argument = click.argument(
     "model", metavar="MODEL|FEATURES", shell_complete=_complete_model_or_file
 )
 model_argument = click.argument("model", shell_complete=complete_model)
-MODEL_HELP = "Hub repository, local folder, or 'tiny'."
+MODEL_HELP = "Name a Hub repository, a local folder, or 'tiny'."
 model_option = click.option(
     "--model", required=True, shell_complete=complete_model, help=MODEL_HELP
 )
@@ -119,7 +119,7 @@ on_error_option = click.option(
     type=click.Choice(["skip", "raise"]),
     default="skip",
     show_default=True,
-    help="Skip an image that cannot be encoded, or stop at it.",
+    help="Skip a failed image, or stop at the first failed image.",
 )
 allow_failed_option = click.option(
     "--allow-failed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
@@ -139,13 +139,13 @@ def output_options(command: Command) -> Command:
         click.option(
             "--output", type=click.Choice(["merged", "patch", "mean"]), default="merged",
             show_default=True,
-            help="merged: language model tokens. patch: rows before the merger. mean: one vector "
-            "per image.",
+            help="Write the language model's tokens (merged), the rows before the merger (patch), "
+            "or one vector per image (mean).",
         ),
         click.option("--normalize", is_flag=True, help="Scale each mean vector to unit length."),
         click.option(
             "--layers", default="", metavar="K,K,...", callback=lambda _, __, text: _layers(text),
-            help="Add features of these blocks, counted from 0, before any norm.",
+            help="Add the features after these blocks, before any norm. The first block is 0.",
         ),
     )  # fmt: skip
     for option in reversed(options):
@@ -184,7 +184,7 @@ def format_options(command: Command) -> Command:
         ),
         click.option(
             "--pages", type=click.Choice(["first", "all"]), default="first", show_default=True,
-            help="Encode the first page or frame of a TIFF or animation, or all as images.",
+            help="Encode only the first page or frame, or each page and frame as an image.",
         ),
     )  # fmt: skip
     for option in reversed(options):
@@ -214,7 +214,7 @@ def pixel_options(command: Command) -> Command:
 
 exif_option = click.option(
     "--exif", type=click.Choice(["apply", "ignore"]), default="apply", show_default=True,
-    help="Apply or ignore EXIF orientation. Ignore it if the pixels are already upright.",
+    help="Apply the EXIF orientation, or ignore it for pixels that are already upright.",
 )  # fmt: skip
 
 
@@ -227,9 +227,11 @@ def video_options(command: Command) -> Command:
         ),
         click.option("--n-frames", type=int, help="Sample this many video frames, without --fps."),
         click.option(
-            "--start", type=float, metavar="SECONDS", help="Sample a video from here."
+            "--start", type=float, metavar="SECONDS", help="Sample a video from this time."
         ),
-        click.option("--end", type=float, metavar="SECONDS", help="Sample a video up to here."),
+        click.option(
+            "--end", type=float, metavar="SECONDS", help="Sample a video up to this time."
+        ),
         click.option(
             "--max-frames", type=int,
             help="Sample at most this many frames with --fps.  [default: 768]",
@@ -292,8 +294,8 @@ def verbosity_options(command: Command) -> Command:
         set_verbosity(value or 0)  # None in click 8.2
 
     for short, long, level, help in (
-        ("-v", "--verbose", 1, "Also details."),
-        ("-q", "--quiet", -1, "Only errors and results: no progress, no warnings."),
+        ("-v", "--verbose", 1, "Show more details."),
+        ("-q", "--quiet", -1, "Show only errors and results, without progress and warnings."),
     ):
         command = click.option(
             short, long, "verbosity", flag_value=level, default=0, type=int, expose_value=False,

@@ -63,11 +63,11 @@ class _Point(click.ParamType[tuple[float, float]]):
 )  # fmt: skip
 @click.option(
     "--layer", type=click.IntRange(min=0),
-    help="Draw the features after this block, counted from 0, instead of the output.",
+    help="Draw the features after this block instead of the output. The first block is 0.",
 )  # fmt: skip
 @click.option(
     "--images", "pictures", multiple=True, type=NAME,
-    help="Find the images of stored features here, for example in a folder.",
+    help="Find the images of stored features in this folder, pattern or list.",
 )  # fmt: skip
 @click.option("--id", "ids", multiple=True, help="Draw only this image of stored features.")
 @click.option(

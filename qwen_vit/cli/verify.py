@@ -31,9 +31,10 @@ def verify(model: str, as_json: bool, **finding: Any) -> None:
     qwen-vit verify Qwen/Qwen2.5-VL-7B-Instruct
     qwen-vit verify features/ --json
 
-    For a checkpoint, it hashes every file and compares the recorded hashes. For a local folder
-    without hashes, it reads the weights and looks for NaN. For features, it reads every row. It
-    checks the number of rows, NaN and the recorded digests. An export must have all its shards.
+    For a checkpoint, the command hashes every file and compares the recorded hashes. For a local
+    folder without hashes, the command reads the weights and searches for NaN. For features, the
+    command reads every row. It then checks the number of rows, NaN and the recorded digests. An
+    export must have all its shards.
     """
     with slow_imports():
         from qwen_vit.checkpoint.hub import find_checkpoint
