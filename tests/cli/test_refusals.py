@@ -121,7 +121,7 @@ BAD_USAGE = {
     "other dtype": (("encode", "a.png", *TO_FILE, "--dtype", "int8"), "not one of 'auto', 'bf"),
     "no command": (("tiny",), "No such command 'tiny'"),
     "unknown model": (("encode", "a.png", "--model", "tinny", "--out", "f"), "'tinny' is neither"),
-    "float16": (("encode", "a.png", *TO_FILE, "--dtype", "float16"), "float16 is refused"),
+    "float16": (("encode", "a.png", *TO_FILE, "--dtype", "float16"), "overflow float16"),
     "device": (("encode", "a.png", *TO_FILE, "--device", "tpu"), "device is 'tpu'"),
     "limits": (("encode", "a.png", *TO_FILE, "--max-pixels", "9"), "Pass other --min-pixels"),
     "bench on a CPU": (  # before any weights are looked for
