@@ -79,9 +79,7 @@ class Dtype(click.Choice[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return torch's name. Fail for float16 and give the reason."""
         if value in self.REFUSED:
-            self.fail(
-                "The published weights overflow float16. Use bfloat16.", param, ctx
-            )
+            self.fail("The published weights overflow float16. Use bfloat16.", param, ctx)
         return super().convert(self.SHORT.get(value, value), param, ctx)
 
 
