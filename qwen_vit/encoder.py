@@ -4,31 +4,23 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn, Self, Unpack, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_vit.batching import TOKEN_BUDGET, BatchEncoder
-from qwen_vit.checkpoint.convert import convert
 from qwen_vit.checkpoint.hub import Origin, find_checkpoint
 from qwen_vit.checkpoint.load import Checkpoint, load_checkpoint
 from qwen_vit.common.prefetch import core_count, thread_count
-from qwen_vit.common.tensors import resolved
-from qwen_vit.config import Grid, ImageConfig, VisionConfig
-from qwen_vit.device import check_fits, choose_device, choose_dtype
+from qwen_vit.config import ImageConfig, VisionConfig
+from qwen_vit.device import choose_device, choose_dtype
 from qwen_vit.errors import ArgumentError
-from qwen_vit.features import (
-    FailedImage,
-    FeatureOutput,
-    ImageFeatures,
-    dtype_name,
-)
-from qwen_vit.graphs import GraphRunner, run_tower
+from qwen_vit.features import FailedImage, FeatureOutput, ImageFeatures
 from qwen_vit.images.image import ArrayLayout, ExifPolicy, ImageLimits, check_formats
 from qwen_vit.images.pages import Pages
-from qwen_vit.images.rows import as_grids, check_rows, pixels_for_tower
+from qwen_vit.loaded_tower import LoadedTower
 from qwen_vit.loading import (
     EncodeOptions,
     ImageInput,
@@ -41,8 +33,7 @@ from qwen_vit.loading import (
     as_videos,
     is_one_image,
 )
-from qwen_vit.metadata import origin_metadata
-from qwen_vit.model import LayerTaps, Output, VisionTower
+from qwen_vit.model import VisionTower
 from qwen_vit.outputs import OutputOptions
 from qwen_vit.video.options import Sampling, VideoLimits, VideoOptions
 
@@ -50,7 +41,7 @@ __all__ = ["VisionEncoder"]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class VisionEncoder:
+class VisionEncoder(LoadedTower):
     """Encode images with Qwen2.5-VL's vision encoder, without the language model.
 
     >>> encoder = VisionEncoder.from_pretrained("tiny")
@@ -63,14 +54,6 @@ class VisionEncoder:
 
     Source: "Qwen2.5-VL Technical Report" (arXiv:2502.13923).
     """
-
-    tower: VisionTower
-    checkpoint: Checkpoint
-    image_config: ImageConfig
-    source: Origin
-    device: torch.device
-    dtype: torch.dtype
-    graphs: GraphRunner | None
 
     def __new__(cls, *parts: Any, **named: Any) -> Self:
         """Reject VisionEncoder("tiny"). Copying and unpickling pass no arguments."""
@@ -190,92 +173,36 @@ class VisionEncoder:
             choose_dtype(dtype, chosen), min_pixels, max_pixels, cuda_graphs,
         )  # fmt: skip
 
-    @classmethod
-    def from_checkpoint(
-        cls, checkpoint: Checkpoint, source: Origin, device: torch.device, dtype: torch.dtype,
-        min_pixels: int | None, max_pixels: int | None, cuda_graphs: bool,
-    ) -> Self:  # fmt: skip
-        """Build an encoder from an open checkpoint, with a checked device and dtype."""
-        image_config = checkpoint.image_config.bounded(min_pixels, max_pixels)
-        check_fits(checkpoint.config, device)
-        with torch.device("meta"):
-            tower = VisionTower(checkpoint.config, dtype)
-        with torch.device("cpu"):  # for any default device of the caller
-            state = convert(
-                checkpoint.tensors, checkpoint.config, image_config, dtype, device,
-                locate=checkpoint.locate,
-            )  # fmt: skip
-        tower.load_state_dict(state, strict=True, assign=True)
-        graphs = GraphRunner(tower, device) if cuda_graphs and device.type == "cuda" else None
-        return cls(tower, checkpoint.on_host(), image_config, source, device, dtype, graphs)
-
-    def __repr__(self) -> str:
-        return f"VisionEncoder({self.source.name!r}, {dtype_name(self.dtype)}, on {self.device})"
-
-    @property
-    def config(self) -> VisionConfig:
-        """Return the tower's architecture."""
-        return self.checkpoint.config
-
-    def to(self, *_: object, **__: object) -> NoReturn:
-        """Raise ArgumentError, because an encoder cannot move to another device."""
-        remedy = "pass device= and dtype= to VisionEncoder.from_pretrained"
-        raise ArgumentError("a VisionEncoder does not move", remedy=remedy)
-
     @overload
     def encode(
-        self,
-        images: Images,
-        *,
-        frames: Literal["all"],
-        on_error: OnError = "raise",
+        self, images: Images, *, frames: Literal["all"], on_error: OnError = "raise",
         **options: Unpack[EncodeOptions],
-    ) -> list[ImageFeatures | FailedImage]: ...
+    ) -> list[ImageFeatures | FailedImage]: ...  # fmt: skip
     @overload
     def encode(  # type: ignore[overload-overlap]  # a str is also an iterable
-        self,
-        images: OneImage,
-        *,
-        on_error: Literal["raise"] = "raise",
-        frames: Literal["first"] = "first",
-        **options: Unpack[EncodeOptions],
-    ) -> ImageFeatures: ...
+        self, images: OneImage, *, on_error: Literal["raise"] = "raise",
+        frames: Literal["first"] = "first", **options: Unpack[EncodeOptions],
+    ) -> ImageFeatures: ...  # fmt: skip
     @overload
     def encode(  # type: ignore[overload-overlap]
-        self,
-        images: OneImage,
-        *,
-        on_error: OnError,
-        frames: Literal["first"] = "first",
+        self, images: OneImage, *, on_error: OnError, frames: Literal["first"] = "first",
         **options: Unpack[EncodeOptions],
-    ) -> ImageFeatures | FailedImage: ...
+    ) -> ImageFeatures | FailedImage: ...  # fmt: skip
     @overload
     def encode(  # type: ignore[overload-overlap]
-        self,
-        images: NDArray[Any] | Tensor,
-        *,
-        on_error: Literal["raise"] = "raise",
-        frames: Literal["first"] = "first",
-        **options: Unpack[EncodeOptions],
-    ) -> ImageFeatures | list[ImageFeatures]: ...
+        self, images: NDArray[Any] | Tensor, *, on_error: Literal["raise"] = "raise",
+        frames: Literal["first"] = "first", **options: Unpack[EncodeOptions],
+    ) -> ImageFeatures | list[ImageFeatures]: ...  # fmt: skip
     @overload
     def encode(
-        self,
-        images: Iterable[ImageInput],
-        *,
-        on_error: Literal["raise"] = "raise",
-        frames: Literal["first"] = "first",
-        **options: Unpack[EncodeOptions],
-    ) -> list[ImageFeatures]: ...
+        self, images: Iterable[ImageInput], *, on_error: Literal["raise"] = "raise",
+        frames: Literal["first"] = "first", **options: Unpack[EncodeOptions],
+    ) -> list[ImageFeatures]: ...  # fmt: skip
     @overload
     def encode(
-        self,
-        images: Iterable[ImageInput],
-        *,
-        on_error: OnError,
-        frames: Literal["first"] = "first",
-        **options: Unpack[EncodeOptions],
-    ) -> list[ImageFeatures | FailedImage]: ...
+        self, images: Iterable[ImageInput], *, on_error: OnError,
+        frames: Literal["first"] = "first", **options: Unpack[EncodeOptions],
+    ) -> list[ImageFeatures | FailedImage]: ...  # fmt: skip
     def encode(
         self,
         images: Images,
@@ -348,22 +275,14 @@ class VisionEncoder:
 
     @overload
     def encode_iter(
-        self,
-        images: Images,
-        *,
-        on_error: Literal["raise"] = "raise",
-        frames: Pages = "first",
+        self, images: Images, *, on_error: Literal["raise"] = "raise", frames: Pages = "first",
         **options: Unpack[EncodeOptions],
-    ) -> Iterator[ImageFeatures]: ...
+    ) -> Iterator[ImageFeatures]: ...  # fmt: skip
     @overload
     def encode_iter(
-        self,
-        images: Images,
-        *,
-        on_error: OnError,
-        frames: Pages = "first",
+        self, images: Images, *, on_error: OnError, frames: Pages = "first",
         **options: Unpack[EncodeOptions],
-    ) -> Iterator[ImageFeatures | FailedImage]: ...
+    ) -> Iterator[ImageFeatures | FailedImage]: ...  # fmt: skip
     def encode_iter(
         self,
         images: Images,
@@ -461,84 +380,3 @@ class VisionEncoder:
         )  # fmt: skip
         found = as_videos(videos, chosen)
         return self.encode(found, on_error=on_error, **options)
-
-    def encode_patches(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """Encode what Hugging Face's processor returns, as its vision encoder does.
-
-        >>> encoder = VisionEncoder.from_pretrained("tiny")
-        >>> encoder.encode_patches(torch.zeros(24, 1176), torch.tensor([[1, 4, 6]])).shape
-        torch.Size([6, 192])
-
-        Args:
-            pixel_values: (N, 1176) floats, normalised, in the processor's order.
-            grid_thw: (images, 3) integers in patches, several frames allowed.
-
-        Returns:
-            (M, out_hidden_size): merged tokens, image after image, each row-major.
-
-        Raises:
-            ImageError: rows and grids disagree (codes `patches`, `grid`); raised before any kernel
-                runs.
-        """
-        grids = as_grids(grid_thw)
-        check_rows("pixel_values", pixel_values, grids, self.config.patch_dim, is_float=True)
-        return self.forward(self._owned(pixel_values), grids, "merged")
-
-    def encode_pixels(self, rows: Tensor, grid_thw: Tensor, *, still: bool = True) -> Tensor:
-        """Encode rows of pixels as a processor cuts them, before normalisation.
-
-        >>> encoder = VisionEncoder.from_pretrained("tiny")
-        >>> rows = torch.zeros(24, 1176, dtype=torch.uint8)
-        >>> encoder.encode_pixels(rows, torch.tensor([[1, 4, 6]])).shape
-        torch.Size([6, 192])
-
-        Args:
-            rows: (N, 1176) uint8, each (channel, 2 frames, 14, 14), in the processor's order.
-            grid_thw: (images, 3) integers in patches.
-            still: True if both frames of every row are the same image. It reads the first frame,
-                and gives the bits of `encode`. For videos pass False, which gives the bits of
-                `encode_patches` on the normalised rows.
-
-        Returns:
-            (M, out_hidden_size), as `encode_patches`.
-
-        Raises:
-            ImageError: rows and grids disagree (codes `patches`, `grid`); raised before any kernel
-                runs.
-        """
-        grids = as_grids(grid_thw)
-        check_rows("rows", rows, grids, self.config.patch_dim, is_float=False)
-        if not still:
-            return self.forward(self._owned(rows), grids, "merged")
-        pixels = pixels_for_tower(resolved(rows), self.config, self.image_config, still=True)
-        return self.forward(pixels, grids, "merged")
-
-    def _owned(self, rows: Tensor) -> Tensor:
-        rows = resolved(rows)
-        if self.device.type == "cuda" and rows.is_pinned():
-            # copy the rows: a loader may refill them after the return, and the GPU reads them later
-            return torch.empty_like(rows, pin_memory=True).copy_(rows)
-        return rows
-
-    def metadata(self) -> dict[str, Any]:
-        """Return the origin that a feature file records: model, hashes, versions, image policy."""
-        return origin_metadata(
-            self.source, self.checkpoint, self.image_config, self.dtype, self.device
-        )
-
-    def forward(
-        self, patches: Tensor, grids: tuple[Grid, ...], output: Output,
-        taps: LayerTaps | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Run the tower on uint8 or float rows in grid order, by graph if one fits.
-
-        It normalises uint8 rows of two frames here, on the device, where it is fast.
-        """
-        if patches.dtype == torch.uint8 and patches.shape[1] == self.config.patch_dim:
-            rows = patches.to(self.device, non_blocking=True)
-            patches = pixels_for_tower(rows, self.config, self.image_config, still=False)
-        with torch.autocast(self.device.type, enabled=False):  # the precision is fixed
-            return run_tower(
-                self.tower, self.graphs, patches, grids,
-                device=self.device, dtype=self.dtype, output=output, taps=taps,
-            )  # fmt: skip

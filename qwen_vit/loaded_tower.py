@@ -1,0 +1,157 @@
+"""Define `LoadedTower`: the vision tower on its device, run on rows of patches."""
+
+from dataclasses import dataclass
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor
+
+from qwen_vit.checkpoint.convert import convert
+from qwen_vit.checkpoint.hub import Origin
+from qwen_vit.checkpoint.load import Checkpoint
+from qwen_vit.common.tensors import resolved
+from qwen_vit.config import Grid, ImageConfig, VisionConfig
+from qwen_vit.device import check_fits
+from qwen_vit.errors import ArgumentError
+from qwen_vit.features import dtype_name
+from qwen_vit.graphs import GraphRunner, run_tower
+from qwen_vit.images.rows import as_grids, check_rows, pixels_for_tower
+from qwen_vit.metadata import origin_metadata
+from qwen_vit.model import LayerTaps, Output, VisionTower
+
+__all__ = ["LoadedTower"]
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class LoadedTower:
+    """Hold a checkpoint's tower on a device, and encode the rows that a processor cuts.
+
+    >>> from qwen_vit import VisionEncoder
+    >>> isinstance(VisionEncoder.from_pretrained("tiny"), LoadedTower)
+    True
+
+    `VisionEncoder` adds checkpoints by name, images and videos.
+    """
+
+    tower: VisionTower
+    checkpoint: Checkpoint
+    image_config: ImageConfig
+    source: Origin
+    device: torch.device
+    dtype: torch.dtype
+    graphs: GraphRunner | None
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, source: Origin, device: torch.device, dtype: torch.dtype,
+        min_pixels: int | None, max_pixels: int | None, cuda_graphs: bool,
+    ) -> Self:  # fmt: skip
+        """Build an encoder from an open checkpoint, with a checked device and dtype."""
+        image_config = checkpoint.image_config.bounded(min_pixels, max_pixels)
+        check_fits(checkpoint.config, device)
+        with torch.device("meta"):
+            tower = VisionTower(checkpoint.config, dtype)
+        with torch.device("cpu"):  # for any default device of the caller
+            state = convert(
+                checkpoint.tensors, checkpoint.config, image_config, dtype, device,
+                locate=checkpoint.locate,
+            )  # fmt: skip
+        tower.load_state_dict(state, strict=True, assign=True)
+        graphs = GraphRunner(tower, device) if cuda_graphs and device.type == "cuda" else None
+        return cls(tower, checkpoint.on_host(), image_config, source, device, dtype, graphs)
+
+    def __repr__(self) -> str:
+        return f"VisionEncoder({self.source.name!r}, {dtype_name(self.dtype)}, on {self.device})"
+
+    @property
+    def config(self) -> VisionConfig:
+        """Return the tower's architecture."""
+        return self.checkpoint.config
+
+    def to(self, *_: object, **__: object) -> NoReturn:
+        """Raise ArgumentError, because an encoder cannot move to another device."""
+        remedy = "pass device= and dtype= to VisionEncoder.from_pretrained"
+        raise ArgumentError("a VisionEncoder does not move", remedy=remedy)
+
+    def encode_patches(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """Encode what Hugging Face's processor returns, as its vision encoder does.
+
+        >>> from qwen_vit import VisionEncoder
+        >>> encoder = VisionEncoder.from_pretrained("tiny")
+        >>> encoder.encode_patches(torch.zeros(24, 1176), torch.tensor([[1, 4, 6]])).shape
+        torch.Size([6, 192])
+
+        Args:
+            pixel_values: (N, 1176) floats, normalised, in the processor's order.
+            grid_thw: (images, 3) integers in patches, several frames allowed.
+
+        Returns:
+            (M, out_hidden_size): merged tokens, image after image, each row-major.
+
+        Raises:
+            ImageError: rows and grids disagree (codes `patches`, `grid`); raised before any kernel
+                runs.
+        """
+        grids = as_grids(grid_thw)
+        check_rows("pixel_values", pixel_values, grids, self.config.patch_dim, is_float=True)
+        return self.forward(self._owned(pixel_values), grids, "merged")
+
+    def encode_pixels(self, rows: Tensor, grid_thw: Tensor, *, still: bool = True) -> Tensor:
+        """Encode rows of pixels as a processor cuts them, before normalisation.
+
+        >>> from qwen_vit import VisionEncoder
+        >>> encoder = VisionEncoder.from_pretrained("tiny")
+        >>> rows = torch.zeros(24, 1176, dtype=torch.uint8)
+        >>> encoder.encode_pixels(rows, torch.tensor([[1, 4, 6]])).shape
+        torch.Size([6, 192])
+
+        Args:
+            rows: (N, 1176) uint8, each (channel, 2 frames, 14, 14), in the processor's order.
+            grid_thw: (images, 3) integers in patches.
+            still: True if both frames of every row are the same image. It reads the first frame,
+                and gives the bits of `encode`. For videos pass False, which gives the bits of
+                `encode_patches` on the normalised rows.
+
+        Returns:
+            (M, out_hidden_size), as `encode_patches`.
+
+        Raises:
+            ImageError: rows and grids disagree (codes `patches`, `grid`); raised before any kernel
+                runs.
+        """
+        grids = as_grids(grid_thw)
+        check_rows("rows", rows, grids, self.config.patch_dim, is_float=False)
+        if not still:
+            return self.forward(self._owned(rows), grids, "merged")
+        pixels = pixels_for_tower(resolved(rows), self.config, self.image_config, still=True)
+        return self.forward(pixels, grids, "merged")
+
+    def _owned(self, rows: Tensor) -> Tensor:
+        rows = resolved(rows)
+        if self.device.type == "cuda" and rows.is_pinned():
+            # copy the rows: a loader may refill them after the return, and the GPU reads them later
+            return torch.empty_like(rows, pin_memory=True).copy_(rows)
+        return rows
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the origin that a feature file records: model, hashes, versions, image policy."""
+        return origin_metadata(
+            self.source, self.checkpoint, self.image_config, self.dtype, self.device
+        )
+
+    def forward(
+        self, patches: Tensor, grids: tuple[Grid, ...], output: Output,
+        taps: LayerTaps | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Run the tower on uint8 or float rows in grid order, by graph if one fits.
+
+        It normalises uint8 rows of two frames here, on the device, where it is fast.
+        """
+        if patches.dtype == torch.uint8 and patches.shape[1] == self.config.patch_dim:
+            rows = patches.to(self.device, non_blocking=True)
+            patches = pixels_for_tower(rows, self.config, self.image_config, still=False)
+        with torch.autocast(self.device.type, enabled=False):  # the precision is fixed
+            return run_tower(
+                self.tower, self.graphs, patches, grids,
+                device=self.device, dtype=self.dtype, output=output, taps=taps,
+            )  # fmt: skip
