@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import click
 
+from tests.support import checkout_first
 from tools.checks.fuzz_targets import MAX_BYTES, TARGETS
 from tools.common import ROOT, ledger_options, ledger_row, publish
 
@@ -109,7 +110,7 @@ def fuzz(name: str, seconds: int, seed: int, findings: Path) -> Run:
                 f"-artifact_prefix={findings}/{name}-",
             ],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": checkout_first(), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )

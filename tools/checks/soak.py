@@ -1,4 +1,4 @@
-"""Run the tests' trials with full counts: kills, full disks, memory and hostile input.
+"""Run the tests' trials with full counts: kills, full disks, outages, memory and hostile input.
 
 \b
     python -m tools.checks.soak kills --ledger tools/benchmarks/ledger.jsonl
@@ -14,69 +14,79 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import click
 
 from qwen_vit.errors import QwenVitError
-from tests.support import (
-    export_stress,
-    hub_fault_injection,
-    reading_stress,
-    remote_stress,
-    store_stress,
-    video_stress,
-)
-from tests.support.export_stress import on_an_export
 from tools.common import ledger_options, ledger_row, publish
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Define a trial and its full counts."""
+    """Define a trial and its full counts.
 
-    run: Callable[..., dict[str, Any]]
+    `run` is "MODULE.FUNCTION" in tests.support. It is imported late, because some trials need
+    packages that others do not. `setting` names the function that prepares what it runs on.
+    """
+
+    run: str
     counts: dict[str, int]
     fixed: dict[str, Any]
     has_seed: bool = True
+    setting: str = ""
+
+    def load(self) -> Callable[..., dict[str, Any]]:
+        """Return the function that takes a folder and the counts."""
+        trial = _in_support(self.run)
+        return _in_support(self.setting)(trial) if self.setting else trial
 
 
+def _in_support(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(".")
+    return getattr(import_module(f"tests.support.{module}"), function)  # type: ignore[no-any-return]
+
+
+EXPORT, HUB = "export_stress.on_an_export", "hub_fault_injection.on_a_hub"
 TRIALS = {
-    "kills": Trial(on_an_export(export_stress.kills), {"kills": 200}, {"images": 4_000}),
-    "full-disk": Trial(on_an_export(export_stress.full_disks), {"disks": 20}, {"images": 2_000}),
-    "interrupts": Trial(on_an_export(export_stress.interrupts), {"times": 40}, {"images": 2_000}),
-    "memory": Trial(export_stress.flat_memory, {"images": 100_000, "first": 5_000}, {}, False),
-    "ray": Trial(export_stress.cluster_kills, {"kills": 20, "images": 2_000}, {}),
-    "hub-kills": Trial(
-        hub_fault_injection.on_a_hub(hub_fault_injection.kill_at_random), {"times": 200}, {}
+    "kills": Trial("export_stress.kills", {"kills": 200}, {"images": 4_000}, setting=EXPORT),
+    "full-disk": Trial(
+        "export_stress.full_disks", {"disks": 20}, {"images": 2_000}, setting=EXPORT
     ),
-    "hub-crowd": Trial(
-        hub_fault_injection.on_a_hub(hub_fault_injection.crowd), {"times": 40}, {"processes": 16}
+    "outages": Trial("shortage_stress.outages", {"outages": 50}, {"images": 2_000}, setting=EXPORT),
+    "memory-edges": Trial("shortage_stress.memory_edges", {"runs": 30}, {"images": 60}),
+    "interrupts": Trial(
+        "export_stress.interrupts", {"times": 40}, {"images": 2_000}, setting=EXPORT
     ),
-    "hub-storm": Trial(hub_fault_injection.on_a_hub(hub_fault_injection.storm), {"times": 200}, {}),
-    "hub-headers": Trial(
-        hub_fault_injection.on_a_hub(hub_fault_injection.wrong_headers), {"times": 500}, {}
-    ),
-    "hub-versions": Trial(hub_fault_injection.hub_versions, {}, {}, False),
-    "mutated-weights": Trial(hub_fault_injection.mutated_weights, {"times": 100_000}, {}),
-    "mutated-documents": Trial(hub_fault_injection.mutated_documents, {"times": 10_000}, {}),
-    "reading": Trial(reading_stress.many_shards, {"shards": 10_000}, {}),
+    "memory": Trial("export_stress.flat_memory", {"images": 100_000, "first": 5_000}, {}, False),
+    "ray": Trial("export_stress.cluster_kills", {"kills": 20, "images": 2_000}, {}),
+    "hub-kills": Trial("hub_fault_injection.kill_at_random", {"times": 200}, {}, setting=HUB),
+    "hub-crowd": Trial("hub_fault_injection.crowd", {"times": 40}, {"processes": 16}, setting=HUB),
+    "hub-storm": Trial("hub_fault_injection.storm", {"times": 200}, {}, setting=HUB),
+    "hub-headers": Trial("hub_fault_injection.wrong_headers", {"times": 500}, {}, setting=HUB),
+    "hub-versions": Trial("hub_fault_injection.hub_versions", {}, {}, False),
+    "mutated-weights": Trial("hub_fault_injection.mutated_weights", {"times": 100_000}, {}),
+    "mutated-documents": Trial("hub_fault_injection.mutated_documents", {"times": 10_000}, {}),
+    "reading": Trial("reading_stress.many_shards", {"shards": 10_000}, {}),
     "parquet": Trial(
-        store_stress.flat_memory_of_parquet, {"images": 200_000, "first": 5_000}, {}, False
+        "store_stress.flat_memory_of_parquet", {"images": 200_000, "first": 5_000}, {}, False
     ),
-    "remote": Trial(store_stress.random_reads, {"images": 10_000, "chosen": 100}, {}),
+    "remote": Trial("store_stress.random_reads", {"images": 10_000, "chosen": 100}, {}),
     "remote-kills": Trial(
-        remote_stress.kills_of_nodes,
+        "remote_stress.kills_of_nodes",
         {"images": 200_000, "kills": 50, "first": 20_000},
         {"nodes": 3},
     ),
     "video": Trial(
-        video_stress.flat_memory_of_videos, {"clips": 1_000}, {"first": 200}, has_seed=False
+        "video_stress.flat_memory_of_videos", {"clips": 1_000}, {"first": 200}, has_seed=False
     ),
-    "hostile": Trial(export_stress.hostile, {"bad": 1_000, "good": 10_000}, {}),
+    "hostile": Trial("export_stress.hostile", {"bad": 1_000, "good": 10_000}, {}),
 }
 
 
@@ -94,19 +104,30 @@ TRIALS = {
 @click.option(
     "--seed", type=int, help="Set the seed of the random moments.  [default: a new seed each time]"
 )
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Run each trial this many times at once, each with the counts and a seed of its own.",
+)
 @ledger_options
 def main(
-    name: str, fraction: float, counts: dict[str, int], seed: int | None, ledger: Path | None,
-    commit: str,
+    name: str, fraction: float, counts: dict[str, int], seed: int | None, jobs: int,
+    ledger: Path | None, commit: str,
 ) -> None:  # fmt: skip
     """Run a trial, or all of them."""
     os.environ["OMP_NUM_THREADS"] = "1"
     failed = False
-    for each in TRIALS if name == "all" else (name,):
-        number = random.randrange(2**31) if seed is None else seed
-        figures = run(each, fraction, number, counts)
-        failed |= "failed" in figures
-        publish(ledger_row(f"soak {each}", commit, "cpu", (), seed=number, **figures), ledger)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for each in TRIALS if name == "all" else (name,):
+            first = random.randrange(2**31 - jobs) if seed is None else seed
+            seeds = range(first, first + jobs)
+            results = pool.map(partial(run, each, fraction, chosen=counts), seeds)
+            for number, figures in zip(seeds, results, strict=True):
+                failed |= "failed" in figures
+                row = ledger_row(f"soak {each}", commit, "cpu", (), seed=number, **figures)
+                publish(row, ledger)
     sys.exit(1 if failed else 0)
 
 
@@ -120,9 +141,7 @@ def _counts(texts: Sequence[str]) -> dict[str, int]:
     return counts
 
 
-def run(
-    name: str, fraction: float, seed: int, chosen: Mapping[str, int] = MappingProxyType({})
-) -> dict[str, Any]:
+def run(name: str, fraction: float, seed: int, chosen: Mapping[str, int]) -> dict[str, Any]:
     """Run one trial and return the results; `chosen` counts replace the full counts."""
     trial = TRIALS[name]
     counts = {key: max(1, round(fraction * count)) for key, count in trial.counts.items()}
@@ -132,7 +151,7 @@ def run(
     arguments = {**counts, **trial.fixed, **({"seed": seed} if trial.has_seed else {})}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return trial.run(Path(folder), **arguments)
+            return trial.load()(Path(folder), **arguments)
         except (AssertionError, QwenVitError) as error:
             return {"failed": f"{type(error).__name__}: {error}"[:2_000]}
 

@@ -1,0 +1,211 @@
+"""Run an export while its inputs are away or its memory is short, and then without the shortage.
+
+A trial raises AssertionError if a promise is broken, and returns its figures.
+"""
+
+import contextlib
+import random
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from qwen_vit.export.retry import TRANSIENT
+from qwen_vit.feature_files.file import FeatureFile
+from qwen_vit.feature_files.read import load_features
+from tests.support import kill_harness
+from tests.support.export_stress import SHARD_IMAGES, Exports, digests, shards_of, tiny_png
+
+# what is at the inputs' path during an outage
+OUTAGES: dict[str, Callable[[Path], None]] = {
+    "missing": lambda _: None,
+    "an empty folder": Path.mkdir,  # a mount point without its disk
+    "a file": Path.touch,
+    "a looped link": lambda path: path.symlink_to(path.name),
+}
+
+
+class Outage:
+    """Take a folder away after some seconds, and give it back after some more."""
+
+    def __init__(self, folder: Path, kind: str, begin_s: float, length_s: float) -> None:
+        self._folder, self._kind, self._waits = folder, kind, (begin_s, length_s)
+        self._ended = threading.Event()
+        self.began = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        begin_s, length_s = self._waits
+        if self._ended.wait(begin_s):
+            return
+        self.began = True
+        away = self._folder.with_name("away")
+        self._folder.rename(away)
+        OUTAGES[self._kind](self._folder)
+        self._ended.wait(length_s)
+        if self._folder.is_dir():
+            self._folder.rmdir()
+        self._folder.unlink(missing_ok=True)
+        away.rename(self._folder)
+
+    def end(self) -> None:
+        """Give the folder back now."""
+        self._ended.set()
+        self._thread.join()
+
+
+def outages(exports: Exports, *, outages: int, seed: int = 0) -> dict[str, Any]:
+    """Run an export through outages; afterwards its bytes are those of an unbroken export."""
+    chance, begin, count = random.Random(seed), time.monotonic(), Counter[str]()
+    kinds, failed_for_a_while = Counter[str](), 0
+    while count["outages"] < outages:
+        kind = chance.choice(list(OUTAGES))
+        outage = Outage(
+            exports.inputs,
+            kind,
+            chance.uniform(0, exports.seconds),
+            chance.uniform(0, 1) ** 3 * 2 * exports.seconds,
+        )
+        result = kill_harness.run(exports.command(), exports.folder / "log")
+        outage.end()
+        assert result.code in (0, 1, 2), result
+        assert "Traceback" not in result.errors, result.errors
+        if result.code == 2:
+            assert result.errors.splitlines()[-1].startswith("error: "), result.errors
+        if outage.began:
+            count["outages"] += 1
+            kinds[kind] += 1
+            count[f"exit code {result.code}"] += 1
+        failed_for_a_while += failures_for_a_while(exports)
+        if chance.random() < 0.5:  # otherwise the next outage meets what this one left
+            finish(exports)
+    finish(exports)
+    return {
+        "outages": count.pop("outages"),
+        "by_kind": dict(sorted(kinds.items())),
+        **{name.replace(" ", "_"): number for name, number in sorted(count.items())},
+        "failed_for_a_while": failed_for_a_while,
+        "images": exports.images,
+        "images_per_shard": SHARD_IMAGES,
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+
+
+def failures_for_a_while(exports: Exports) -> int:
+    """Count the good images that failed; each must have a code that the export tries again."""
+    if not exports.out.exists():
+        return 0
+    unbroken = load_features(exports.folder / "unbroken")
+    good, lasting = set(unbroken.ids), {error.id: error.code for error in unbroken.errors}
+    for_a_while = 0
+    for name, digest in shards_of(exports.out).items():
+        if exports.expected.get(name) == digest:
+            continue
+        shard = load_features(exports.out / name)
+        assert isinstance(shard, FeatureFile), f"{name} is torn"
+        assert len(set(shard.ids)) == len(shard.ids)
+        assert set(shard.ids) <= good, set(shard.ids) - good
+        for error in shard.errors:
+            is_lasting = lasting.get(error.id) == error.code
+            assert is_lasting or error.code in TRANSIENT, f"{error.id}: {error.message}"
+            for_a_while += not is_lasting
+        assert any(error.id in good for error in shard.errors), f"{name} has other bytes"
+    return for_a_while
+
+
+def finish(exports: Exports) -> None:
+    """Run the same command again without an outage, compare the bytes, and clear them away."""
+    result = kill_harness.run(exports.command(), exports.folder / "log")
+    assert result.code in (0, 1), result.errors  # 1 where an image failed in this very run
+    assert digests(exports.out) == exports.expected
+    names = {path.name for path in exports.out.iterdir()}
+    assert names == {*exports.expected, "manifest.parquet"}, names
+    shutil.rmtree(exports.out)
+
+
+MEGABYTE = 2**20
+LARGE_SIDE = 2_400  # of a picture that takes some 100 MB of memory
+
+
+def write_small_images(folder: Path, count: int) -> None:
+    """Write small pictures, of which a file each is in a folder."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        (folder / f"{number:06}.png").write_bytes(tiny_png(number))
+
+
+def write_some_large_images(folder: Path, count: int) -> None:
+    """Write small pictures, and in place of every tenth one a large one."""
+    write_small_images(folder, count)
+    for number in range(5, count, 10):
+        side = LARGE_SIDE - number
+        colour = (10 + number % 239, 80, 160)
+        Image.new("RGB", (side, side), colour).save(folder / f"{number:06}.png")
+
+
+def peak_mb(process_id: int, label: str) -> float:
+    """Return a high-water mark of /proc/PID/status, such as VmPeak; 0 after the process's end."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
+        line = next(line for line in lines if line.startswith(f"{label}:"))
+        return int(line.split()[1]) / 1_024
+    return 0.0
+
+
+def run_within(
+    command: Sequence[str], log: Path, *, address_mb: float = 0, resident_mb: float = 0
+) -> tuple[kill_harness.Run, dict[str, float]]:
+    """Run a command under a limit, and return its peaks of address space and resident memory.
+
+    The system refuses address space above `address_mb`. Above `resident_mb`, the command is
+    killed, as by a control group.
+    """
+    if address_mb:
+        command = ["prlimit", f"--as={int(address_mb * MEGABYTE)}", *command]
+    begin, peaks = time.monotonic(), {"VmPeak": 0.0, "VmHWM": 0.0}
+    process = kill_harness.start(command, log)
+    while process.poll() is None:
+        for label, most in peaks.items():
+            peaks[label] = max(most, peak_mb(process.pid, label))
+        if 0 < resident_mb < peaks["VmHWM"]:
+            kill_harness.end_group(process)
+        time.sleep(0.002)
+    errors = log.read_text("utf-8", "replace")
+    return kill_harness.Run(process.wait(), time.monotonic() - begin, errors), peaks
+
+
+def memory_edges(folder: Path, *, runs: int, images: int, seed: int = 0) -> dict[str, Any]:
+    """Run exports under limits between what small pictures and what all pictures need."""
+    chance, begin, count = random.Random(seed), time.monotonic(), Counter[str]()
+    small = Exports(folder / "small", images, write_small_images)
+    large = Exports(folder / "large", images, write_some_large_images)
+    _, lowest = run_within(small.command(), small.folder / "log")
+    _, highest = run_within(large.command(), large.folder / "log")
+    shutil.rmtree(large.out)
+    failed_for_a_while = 0
+    for number in range(runs):
+        name, label = (("address_mb", "VmPeak"), ("resident_mb", "VmHWM"))[number % 2]
+        limit = chance.uniform(lowest[label], highest[label])
+        result, _ = run_within(large.command(), large.folder / "log", **{name: limit})
+        codes = (0, 1, 2) if name == "address_mb" else (0, -signal.SIGKILL)
+        assert result.code in codes, (name, limit, result)
+        assert "Traceback" not in result.errors, (name, limit, result.errors)
+        count[f"{name.split('_')[0]} limit, exit code {result.code}"] += 1
+        failed_for_a_while += failures_for_a_while(large)
+        finish(large)
+    return {
+        "runs": runs,
+        **{name.replace(", ", "_").replace(" ", "_"): n for name, n in sorted(count.items())},
+        "failed_for_a_while": failed_for_a_while,
+        "address_mb": [round(lowest["VmPeak"]), round(highest["VmPeak"])],
+        "resident_mb": [round(lowest["VmHWM"]), round(highest["VmHWM"])],
+        "images": images,
+        "seconds": round(time.monotonic() - begin, 1),
+    }
