@@ -230,7 +230,9 @@ class BatchEncoder:
                 return [error]
         del taps  # and the rows in it
         half = len(parts) // 2
-        logger.warning("out of memory on %s: a batch of %d is halved", self.device, len(parts))
+        logger.warning(
+            "out of memory on %s: encoding a batch of %d in two halves", self.device, len(parts)
+        )
         return [*self._encode_parts(pieces[:half]), *self._encode_parts(pieces[half:])]
 
 

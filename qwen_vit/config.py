@@ -131,14 +131,14 @@ class VisionConfig:
         seen: set[int] = set()
         for index in self.fullatt_block_indexes:
             if not is_integer(index):
-                raise CheckpointError(f"{name} holds {short_repr(index)}", expected="integers")
+                raise CheckpointError(f"{name} contains {short_repr(index)}", expected="integers")
             if not 0 <= index < self.depth:
                 raise CheckpointError(
-                    f"{name} holds {short_repr(index)}",
+                    f"{name} contains {short_repr(index)}",
                     expected=f"0 to {self.depth - 1} (depth is {self.depth})",
                 )
             if index in seen:
-                raise CheckpointError(f"{name} holds {index} twice", expected="each block once")
+                raise CheckpointError(f"{name} contains {index} twice", expected="each block once")
             seen.add(index)
 
     @property
@@ -308,7 +308,7 @@ def check_consistent(
     ):
         if images_have != tower_has:
             raise CheckpointError(
-                f"{name} is {images_have}, but config.json says {tower_has}",
+                f"{name} is {images_have}, but config.json has {tower_has}",
                 name=source,
                 remedy="use the two files of one checkpoint",
             )

@@ -79,7 +79,7 @@ def find_vision_part(config: Mapping[str, Any], source: str) -> tuple[Mapping[st
 def _refuse_other_models(config: Mapping[str, Any], source: str) -> None:
     if config.get("auto_map"):
         raise CheckpointError(
-            "auto_map asks for remote code, and remote code is never imported",
+            "auto_map requests remote code, and qwen_vit never imports remote code",
             name=source,
             remedy="if this is a plain Qwen2.5-VL tower, remove auto_map from a copy of the file",
         )
@@ -122,8 +122,8 @@ def vision_fields(vision: Mapping[str, Any]) -> dict[str, Any]:
             )
         if not stated and published is None:
             raise CheckpointError(
-                f"{names[0]} is missing: it differs between the published models and is never "
-                "guessed"
+                f"{names[0]} is missing, and qwen_vit does not guess it, because the published "
+                "models differ"
             )
         fields[field] = values[0]
     indexes = vision.get("fullatt_block_indexes", PUBLISHED_FULLATT_BLOCK_INDEXES)
@@ -152,7 +152,7 @@ def _read_rope(vision: Mapping[str, Any]) -> Any:
     unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
     if unknown:
         raise CheckpointError(
-            f"rope_parameters holds {short_repr(unknown)}",
+            f"rope_parameters contains {short_repr(unknown)}",
             expected="rope_type and rope_theta only",
         )
     return rope.get("rope_theta", PUBLISHED_ROPE_THETA)
@@ -184,13 +184,13 @@ def image_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     known = {key for _, in_size, _ in PIXEL_LIMITS for key in in_size}
     if size.keys() - known:
         raise CheckpointError(
-            f"size holds {short_repr(sorted(size))}, as another model's processor has it",
+            f"size contains {short_repr(sorted(size))}, which belongs to another model's processor",
             expected="shortest_edge and longest_edge: height x width in pixels",
         )
     for key, value in size.items():
         if is_integer(value) and value < MIN_AREA:
             raise CheckpointError(
-                f"size has {key} {value}, which is a length as another model's processor has it",
+                f"size has {key} {value}, which is a side length of another model's processor",
                 expected="a number of pixels: height x width",
             )
     fields: dict[str, Any] = {

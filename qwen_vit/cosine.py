@@ -65,7 +65,7 @@ def _unit_rows(name: str, given: Rows) -> Tensor:
         )
     if not all_finite(rows):
         raise ArgumentError(
-            f"{name} holds NaN or infinity",
+            f"{name} contains NaN or infinity",
             expected="finite numbers",
             remedy=TRY_FLOAT32,
         )
@@ -81,17 +81,18 @@ def _rows(name: str, given: Rows) -> Tensor:
     for image in check_features(given):
         if isinstance(image, FailedImage):
             raise ExportError(
-                f"this image failed: {image.error.fact}", name=image.id, remedy="leave it out"
+                f"this image failed: {image.error.fact}", name=image.id, remedy="omit the image"
             )
         images.append(image.embeds)
     if not images:
-        raise ArgumentError(f"{name} holds no image", remedy="pass at least one")
+        raise ArgumentError(f"{name} contains no image", remedy="pass at least one")
     if len(images) == 1:
         return images[0]
     many = next((rows for rows in images if len(rows) != 1), None)
     if many is not None:
         raise ArgumentError(
-            f"{name} holds {plural(len(images), 'image')}, one of them with {len(many)} rows",
+            f"{name} contains {plural(len(images), 'image')}, and one of the images has "
+            f"{len(many)} rows",
             expected="one row an image, or one image",
             remedy=with_options(
                 "encode them with {}, or compare one image at a time", ("output", "mean")

@@ -43,7 +43,7 @@ def choose_device(device: str | torch.device) -> torch.device:
         raise ArgumentError(f"device is {device!r}", expected="an NVIDIA GPU ('cuda') or 'cpu'")
     if not torch.cuda.is_available():
         raise ArgumentError(
-            f"device is {device!r}, but torch {torch.__version__} sees no CUDA GPU",
+            f"device is {device!r}, but torch {torch.__version__} finds no CUDA GPU",
             remedy=with_options(
                 "install an NVIDIA driver and a CUDA build of torch, or use {}", ("device", "cpu")
             ),
@@ -92,13 +92,13 @@ def check_fits(config: VisionConfig, device: torch.device) -> None:
         low, high = HEAD_DIMS[device.type]
         raise CheckpointError(
             f"head_dim is {config.head_dim}",
-            expected=f"{low} to {high} on {device}, for which the attention kernel is made",
+            expected=f"{low} to {high} on {device}, which the attention kernel supports",
             remedy=USE_CPU if fits["cpu"] else "choose another checkpoint",
         )
     if device.type == "cuda" and config.patch_px % 2:
         raise CheckpointError(
             f"patch_size is {config.patch_px}",
-            expected="an even one on a GPU, which loads rows of patches by 16 bytes",
+            expected="an even number on a GPU, which loads rows of patches in pieces of 16 bytes",
             remedy=USE_CPU,
         )
 

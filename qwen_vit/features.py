@@ -150,9 +150,7 @@ class ImageFeatures:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         array = self.numpy()
         if copy is False and array.ctypes.data != self.embeds.data_ptr():
-            raise ValueError(
-                "float32 on the host needs a copy: leave out copy=False"
-            )  # NumPy's own
+            raise ValueError("float32 on the host needs a copy: omit copy=False")  # NumPy's own
         return np.array(array, dtype, copy=copy)
 
 
@@ -271,12 +269,12 @@ def check_features(features: AnyFeatures) -> list[ImageFeatures | FailedImage]:
         if isinstance(feature, FailedImage):
             continue
         if not isinstance(feature, ImageFeatures):
-            raise ArgumentError(f"features holds a {type(feature).__name__}", expected=wanted)
+            raise ArgumentError(f"features contains a {type(feature).__name__}", expected=wanted)
         grid = feature.grid_thw
         is_grid = isinstance(grid, tuple | list) and len(grid) == 3 and all(map(is_integer, grid))
         if not isinstance(feature.id, str) or not is_grid:
             raise ArgumentError(
-                f"features holds one with the id {feature.id!r} and the grid_thw {grid!r}",
+                f"features contains an item with the id {feature.id!r} and the grid_thw {grid!r}",
                 expected="text and three whole numbers, as `encode` returns them",
             )
     return features
@@ -285,7 +283,7 @@ def check_features(features: AnyFeatures) -> list[ImageFeatures | FailedImage]:
 def not_finite(name: str) -> ImageError:
     """Return the error for an image whose embeddings contain NaN or infinity."""
     return ImageError(
-        "its embeddings hold NaN or infinity",
+        "its embeddings contain NaN or infinity",
         name=name,
         remedy=TRY_FLOAT32,
         code="not-finite",

@@ -329,8 +329,8 @@ class ImageLoader:
             raise ImageError(
                 f"the patches of {len(patches.grids)} images",
                 name=name,
-                expected="those of one",
-                remedy="pass each image's patches by themselves",
+                expected="the patches of one image",
+                remedy="pass each image's patches separately",
                 code="patches",
             )
         values = patches.pixels.shape[1]

@@ -90,7 +90,7 @@ def check_normalize(output: str, normalize: object) -> None:
     if normalize and output != "mean":
         raise ArgumentError(
             with_options("{} is for {} alone", "normalize", ("output", "mean")),
-            remedy="leave it out; `similarity` gives the cosines of any rows",
+            remedy="omit this option; `similarity` returns the cosine similarities of any rows",
         )
 
 
@@ -116,11 +116,11 @@ def check_layers(layers: Iterable[Any], depth: int | None = None) -> tuple[int, 
             block = -1
         if block < 0 or (depth is not None and block >= depth):
             raise ArgumentError(
-                with_options("{} holds {each!r}", "layers", each=each), expected=expected
+                with_options("{} contains {each!r}", "layers", each=each), expected=expected
             )
         if block in blocks:
             raise ArgumentError(
-                with_options("{} holds {block} twice", "layers", block=block), expected=expected
+                with_options("{} contains {block} twice", "layers", block=block), expected=expected
             )
         blocks.append(block)
     return tuple(sorted(blocks))

@@ -26,7 +26,7 @@ def pixel_weight_exponent(dtype: torch.dtype) -> int:
     exponents = {torch.bfloat16: 10, torch.float32: 0}
     if dtype == torch.float16:
         raise ArgumentError(
-            "dtype float16 is refused: the published weights overflow it in the last block",
+            "dtype is float16, and the published weights overflow float16 in the last block",
             remedy="use bfloat16 or float32",
         )
     if dtype not in exponents:

@@ -119,11 +119,11 @@ def test_configs_are_frozen_and_checked_when_built_directly():
         ({"hidden_size": -1280}, "hidden_size is -1280"),
         ({"window_size": 14}, "window_size 14 px is smaller than a merge unit of 28 px"),
         ({"window_size": 100}, "window_size 100 px is not a multiple of a merge unit of 28 px"),
-        ({"fullatt_block_indexes": [7, 32]}, r"holds 32\. Expected 0 to 31"),
-        ({"fullatt_block_indexes": [-1]}, r"holds -1\. Expected 0 to 31"),
-        ({"fullatt_block_indexes": [7, 7]}, "holds 7 twice"),
-        ({"fullatt_block_indexes": [True]}, r"holds True\. Expected integers"),
-        ({"fullatt_block_indexes": [[1]]}, r"holds \[1\]\. Expected integers"),
+        ({"fullatt_block_indexes": [7, 32]}, r"contains 32\. Expected 0 to 31"),
+        ({"fullatt_block_indexes": [-1]}, r"contains -1\. Expected 0 to 31"),
+        ({"fullatt_block_indexes": [7, 7]}, "contains 7 twice"),
+        ({"fullatt_block_indexes": [True]}, r"contains True\. Expected integers"),
+        ({"fullatt_block_indexes": [[1]]}, r"contains \[1\]\. Expected integers"),
         ({"fullatt_block_indexes": 7}, r"fullatt_block_indexes is 7\. Expected a list"),
         ({"hidden_act": "quick_gelu"}, r"hidden_act is 'quick_gelu'\. Expected 'silu'"),
         ({"in_chans": 4}, r"in_channels is 4\. Expected 3"),
@@ -134,7 +134,7 @@ def test_configs_are_frozen_and_checked_when_built_directly():
         ({"rope_parameters": {"type": "linear"}}, r"type 'linear'\. Expected 'axial'"),
         ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0"),
         ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta is nan"),
-        ({"rope_parameters": {"factor": 2.0}}, r"holds \['factor'\]"),
+        ({"rope_parameters": {"factor": 2.0}}, r"contains \['factor'\]"),
         ({"rope_parameters": 1}, r"rope_parameters is 1\. Expected an object"),
     ],
 )
@@ -186,7 +186,7 @@ def test_theta_is_read_from_rope_parameters(rope):
         ({"hidden_size": 1280}, r"there is no model_type\. Expected one of qwen2_5_vl"),
         (
             {**VISION_7B, "auto_map": {"AutoModel": "code.Model"}},
-            r"remote code is never imported\. If .*remove auto_map",
+            r"qwen_vit never imports remote code\. If .*remove auto_map",
         ),
         ({"model_type": "qwen2_5_vl", "vision_config": 3}, r"vision_config is 3\. Expected an obj"),
         (
@@ -209,8 +209,8 @@ def test_other_models_are_refused_by_name(document, words):
         (b"[1]", r"the JSON is \[1\]\. Expected an object"),
         (b"null", r"the JSON is None\. Expected an object"),
         (b'{"depth": "\xff"}', "not UTF-8 at byte 11 of 14"),
-        (b'{"depth": NaN}', "holds NaN"),
-        (b'{"depth": -Infinity}', "holds -Infinity"),
+        (b'{"depth": NaN}', "contains NaN"),
+        (b'{"depth": -Infinity}', "contains -Infinity"),
         (b'{"depth": 1, "depth": 2}', "the key 'depth' appears twice"),
         (b'{"depth": ' + b"9" * 5000 + b"}", "not JSON"),
         (b'{"a": ' * 100_000, "nested too deeply"),
@@ -236,7 +236,7 @@ def test_a_damaged_file_is_named(tmp_path, raw, words):
     with pytest.raises(CheckpointError, match=words) as caught:
         VisionConfig.from_json(path)
     assert str(caught.value).startswith(f"{path}: ")
-    assert caught.value.remedy in ("download the file again", "correct that value")
+    assert caught.value.remedy in ("download the file again", "correct this value")
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
@@ -326,7 +326,7 @@ def test_image_settings_that_cannot_be_met_name_the_file_and_the_rule(document, 
 )
 def test_tower_and_images_must_agree(key, value, tower):
     check_consistent(SMALL, ImageConfig.from_json({}))
-    with pytest.raises(CheckpointError, match=rf"p\.json: {key} is {value}, .*says {tower}\. Use"):
+    with pytest.raises(CheckpointError, match=rf"p\.json: {key} is {value}, .*has {tower}\. Use"):
         check_consistent(SMALL, ImageConfig.from_json({key: value}), source="p.json")
 
 

@@ -202,7 +202,9 @@ def check(images: Path) -> bool:
     tensors, config = read_checkpoint(TINY_FOLDER)
     tower, within = hf_tower(tensors, config, attn=ATTENTION), True
     if golden_names() != sorted(CASES):
-        click.echo(f"tests/golden holds {golden_names()}, expected {sorted(CASES)}; record again")
+        click.echo(
+            f"tests/golden contains {golden_names()}, expected {sorted(CASES)}; record again"
+        )
         return False
     for name, parts in CASES.items():
         golden = load_golden(name)

@@ -513,7 +513,7 @@ def numbers(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...
     try:
         found = tuple(int(part) for part in value.split(","))
     except ValueError:
-        raise click.BadParameter(f"{value!r} holds no numbers, expected 1024,4096") from None
+        raise click.BadParameter(f"{value!r} contains no numbers, expected 1024,4096") from None
     if any(n < 4 or n % 4 for n in found):
         raise click.BadParameter(f"{value!r}: patches come in fours")
     return tuple(sorted(set(found)))

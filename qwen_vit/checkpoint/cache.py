@@ -113,7 +113,7 @@ def find(folder: Path) -> Manifest | None:
     header = _header_sha256(folder / VISION_FILE)
     if header != manifest.header_sha256:
         raise CheckpointError(
-            f"its header changed since it was written (sha256 {header[:12]}...)",
+            f"its header changed after it was written (sha256 {header[:12]}...)",
             name=str(folder / VISION_FILE),
             expected=f"{manifest.header_sha256[:12]}...",
             remedy=_remedy(folder),
@@ -291,7 +291,7 @@ def _read_manifest(folder: Path) -> Manifest:
     checksum = document.pop("checksum", None)
     if checksum != _checksum(document) or document.get("format") != FORMAT:
         raise CheckpointError(
-            "changed since it was written, or a newer version wrote it",
+            "changed after it was written, or a newer version of qwen_vit wrote it",
             name=str(path),
             remedy=_remedy(folder),
         )
@@ -304,7 +304,7 @@ def _compare(path: Path, found: str, expected: str) -> None:
             f"corrupt: its hash is {found[:16]}...",
             name=f"{path} ({path.stat().st_size} bytes)",
             expected=f"{expected[:16]}...",
-            remedy="delete it, and download it again (qwen-vit download MODEL)",
+            remedy="delete the file, and download it again (qwen-vit download MODEL)",
         )
 
 

@@ -80,7 +80,7 @@ def fetch_json(url: str, token: str | bool | None, *, deadline_s: float) -> Any:
             body += chunk
             if len(body) > MAX_JSON_BYTES or time.monotonic() > end:
                 raise HubError(
-                    f"{len(body)} bytes of JSON after {deadline_s:g} s at most",
+                    f"{len(body)} bytes of JSON arrived within {deadline_s:g} s",
                     name=url,
                     expected=f"a whole document of at most {MAX_JSON_BYTES}",
                 )
@@ -89,7 +89,7 @@ def fetch_json(url: str, token: str | bool | None, *, deadline_s: float) -> Any:
 
 def _changed(url: str) -> HubError:
     return HubError(
-        "changed on the server while it was downloaded",
+        "changed on the server during the download",
         name=url,
         expected="one version of the file",
         remedy="try again, or download whole files (qwen-vit download MODEL --full)",
@@ -120,7 +120,7 @@ def _check_range(response: Any, start: int, end: int) -> int:
         raise RangesRefusedError(f"the server encodes ranges as {headers['Content-Encoding']}")
     found = CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
     if found is None:
-        raise RangesRefusedError("the server does not say which range it sends")
+        raise RangesRefusedError("the server does not state which range it sends")
     first, last, file_bytes = map(int, found.groups())
     if (first, last) != (start, min(end, file_bytes) - 1):
         raise RangesRefusedError(

@@ -133,7 +133,7 @@ def download(
             "a file",
             name=name,
             expected="a checkpoint's folder",
-            remedy="pass the folder that holds it and its config.json",
+            remedy="pass the folder that contains this file and config.json",
         )
     if is_path(name):
         raise CheckpointError(
@@ -164,14 +164,15 @@ def _check_revision(revision: str | None, name: str, is_folder: bool) -> None:
         raise ArgumentError(
             "revision is empty",
             expected="a branch, a tag or a commit",
-            remedy="leave it out for the default branch",
+            remedy="omit the revision for the default branch",
         )
     if revision is not None and (is_folder or name in PACKAGED):
         what = "a local folder" if is_folder else "a checkpoint of this package"
         raise ArgumentError(
-            f"revision is {revision!r}, but {name} is {what}, of which there is one version",
+            f"revision is {revision!r}, but {name} is {what}, which has only one version",
             remedy=with_options(
-                "leave {} out, or name a repository on the Hub (a folder of its name hides it)",
+                "omit {}, or name a repository on the Hub (a local folder with this name hides "
+                "the repository)",
                 "revision",
             ),
         )
@@ -182,12 +183,10 @@ def _check_subfolder(subfolder: str, name: str) -> None:
     if not all(parts) or {".", ".."} & set(parts) or not subfolder.isprintable():
         raise ArgumentError(
             f"subfolder is {subfolder!r}",
-            expected="a folder below the checkpoint's, such as text_encoder",
+            expected="a folder below the checkpoint's folder, such as text_encoder",
         )
     if name in PACKAGED:
-        raise ArgumentError(
-            f"{name} has no subfolder", remedy=with_options("leave {} out", "subfolder")
-        )
+        raise ArgumentError(f"{name} has no subfolder", remedy=with_options("omit {}", "subfolder"))
 
 
 def _is_folder(name: str) -> bool:
@@ -235,7 +234,7 @@ def _download(repository: Repository, full: bool) -> Download:
             # the server's answer: a whole shard would get the same answer
             raise error.cause from None
         logger.warning(
-            "%s: cannot fetch the vision tensors alone (%s); taking whole files instead: %s",
+            "%s: cannot fetch the vision tensors alone (%s); downloading whole files instead: %s",
             repository.label, error, ", ".join(names),
         )  # fmt: skip
         return _fetch_whole(repository, index, names)
@@ -259,7 +258,7 @@ def _kept(repository: Repository) -> Download | None:
             return None
         if (manifest.repo, manifest.commit) != (repository.name, repository.commit):
             raise CheckpointError(
-                f"holds {manifest.repo} at {manifest.commit}",
+                f"contains {manifest.repo} at {manifest.commit}",
                 name=str(folder),
                 expected=f"{repository.name} at {repository.commit}",
                 remedy="delete it",
@@ -267,7 +266,7 @@ def _kept(repository: Repository) -> Download | None:
     except CheckpointError as error:
         if repository.is_offline():
             raise
-        logger.warning("%s Doing so now.", error)
+        logger.warning("%s qwen_vit does this now.", error)
         cache.discard(folder)
         return None
     source = Source(folder=folder, name=repository.full_name, commit=repository.commit)
@@ -372,7 +371,11 @@ def _vision_alone(
         write_tower(tower, shards, temporary, repository.label)
     kept = _kept(repository)
     if kept is None:
-        raise HubError("removed while it was written", name=str(folder), remedy="try again")
+        raise HubError(
+            "another process removed the folder during the download",
+            name=str(folder),
+            remedy="try again",
+        )
     return kept
 
 

@@ -174,7 +174,7 @@ def find_tower(folder: Path, remote: RemoteFiles | None = None) -> Tower:
             "not there",
             name=str(config_path),
             expected="the config of the weights",
-            remedy="copy it from the same checkpoint",
+            remedy="copy the file from the same checkpoint",
         )
     config = VisionConfig.from_json(config_path)
     image_config, image_path = _read_image_config(folder)
@@ -216,7 +216,7 @@ def _check_given(tensor: object, name: str) -> Tensor:
         raise ArgumentError(
             f"a tensor {what}",
             name=f"tensors[{name!r}]",
-            expected="one that holds its values",
+            expected="a tensor with values in memory",
             remedy="load the weights first",
         )
     return tensor.detach()

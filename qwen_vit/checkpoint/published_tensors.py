@@ -115,15 +115,16 @@ class LazyTensors(PublishedTensors[StoredTensor]):
             file, opened = self._open(part)
             if _is_overwritten(part.path, opened):
                 raise CheckpointError(
-                    "was overwritten after it had been opened",
+                    "was overwritten after qwen_vit opened it",
                     name=str(part.path),
                     expected="the weights that were loaded",
-                    remedy="load the model again; write a new file and rename it to replace one",
+                    remedy="load the model again. To replace a file, write a new file and rename "
+                    "it",
                 )
             tensor: Tensor = file.get_tensor(part.name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"changed or became unreadable while it was read ({error})",
+                f"changed or became unreadable during reading ({error})",
                 name=str(part.path),
                 remedy="check the disk, and download the file again",
             ) from None

@@ -100,7 +100,7 @@ class Repository:
         found = COMMIT_IN_CACHE.search(str(path))
         if found is None:
             raise HubError(
-                "in no snapshot of the Hub's cache",
+                "not in any snapshot of the Hub's cache",
                 name=str(path),
                 remedy=with_options("pass another {}", "cache_dir"),
             )
@@ -172,14 +172,14 @@ class Repository:
             except CheckpointError as error:
                 if self.is_offline():
                     raise
-                logger.warning("%s Doing so now.", error)
+                logger.warning("%s qwen_vit does this now.", error)
             else:
                 return path
             # delete it at once, so that no later call uses it if the next attempt fails
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         raise HubError(
-            f"{name} arrived damaged twice (its hash is not the Hub's)",
+            f"{name} arrived damaged twice (its hash differs from the Hub's hash)",
             name=self.label,
             remedy="check the network and any proxy, and try again",
         )
@@ -352,7 +352,7 @@ class Repository:
                 )
                 self._listing = found if isinstance(found, dict) else {}
             except Exception as error:  # noqa: BLE001 - a mirror may have files and no listing
-                logger.info("%s: no listing of its files (%s)", self.label, error)
+                logger.info("%s: the Hub gives no list of files (%s)", self.label, error)
         return self._listing
 
 

@@ -123,14 +123,14 @@ def find_prefix(names: Collection[str], source: str) -> str:
     if len(prefixes) > 1:
         listed = ", ".join(prefix or "no prefix" for prefix in prefixes[:5])
         raise CheckpointError(
-            f"holds {len(prefixes)} vision towers, under {listed}",
+            f"contains {len(prefixes)} vision towers, under {listed}",
             name=source,
             expected="one",
-            remedy="save the right one alone",
+            remedy="save the right tower alone",
         )
     if not prefixes:
         raise CheckpointError(
-            f"no vision tower: none of its {len(names)} tensors ({_some(names)}) is called "
+            f"no vision tower: none of its {len(names)} tensors ({_some(names)}) is named "
             f"{ANCHOR_KEY}",
             name=source,
             remedy="use a Qwen2.5-VL checkpoint",
@@ -162,7 +162,7 @@ def check_tower(
     if missing or extra:
         raise CheckpointError(
             f"{len(missing)} of {len(expected)} vision tensors are missing ({_some(missing)}) and "
-            f"{len(extra)} are not known ({_some(extra)})",
+            f"{len(extra)} are unknown ({_some(extra)})",
             name=source,
             remedy=f"{USE_ITS_CONFIG}, or download the weights again",
         )
@@ -237,10 +237,10 @@ def _refuse_other_towers(
         for name in sorted(infos):
             if pattern.search(name):
                 raise CheckpointError(
-                    f"holds the vision tower of {model} ({locate(name)})",
+                    f"contains the vision tower of {model} ({locate(name)})",
                     name=source,
                     expected="Qwen2.5-VL",
-                    remedy="use transformers for it",
+                    remedy="use transformers for this model",
                 )
 
 
@@ -250,7 +250,7 @@ def _refuse_as_tools_save(shapes: Mapping[str, tuple[int, ...] | None], source: 
         found = [name for name in shapes if pattern.search(name)]
         if found:
             raise CheckpointError(
-                f"holds {what} ({_some(found)})",
+                f"contains {what} ({_some(found)})",
                 name=source,
                 expected="a whole vision tower",
                 remedy=remedy,
@@ -259,8 +259,8 @@ def _refuse_as_tools_save(shapes: Mapping[str, tuple[int, ...] | None], source: 
     empty = [name for name, shape in known.items() if 0 in shape]
     if empty:
         raise CheckpointError(
-            f"{len(empty)} vision tensors are empty ({_some(empty)}), as DeepSpeed ZeRO-3 leaves "
-            "them where a state dict is saved without gathering it",
+            f"{len(empty)} vision tensors are empty ({_some(empty)}), because DeepSpeed ZeRO-3 "
+            "saved the state dict without gathering the tensors",
             name=source,
             remedy="run DeepSpeed's zero_to_fp32.py, or save with "
             "stage3_gather_16bit_weights_on_model_save",
@@ -268,10 +268,10 @@ def _refuse_as_tools_save(shapes: Mapping[str, tuple[int, ...] | None], source: 
     anchor = known.get(ANCHOR_KEY)
     if anchor is not None and len(anchor) == 5 and anchor[-1] == 3 != anchor[1]:
         raise CheckpointError(
-            f"stored in MLX's layout: {ANCHOR_KEY} has its channels last, {list(anchor)}",
+            f"stored in MLX's layout: {ANCHOR_KEY} has the channels last, {list(anchor)}",
             name=source,
             expected="the published layout",
-            remedy="use the safetensors checkpoint that it was converted from",
+            remedy="use the safetensors checkpoint from before the conversion",
         )
 
 
@@ -292,7 +292,7 @@ def _refuse_quantised(
     if quantised or other:
         first = min(other or quantised)
         raise CheckpointError(
-            f"{len(quantised | other)} vision tensors are quantised or of another type "
+            f"{len(quantised | other)} vision tensors are quantised or have another type "
             f"({_some(quantised | other)}; {locate(first)} is {infos[first].dtype})",
             name=source,
             expected=", ".join(STORED_DTYPES),

@@ -80,13 +80,13 @@ def find_tensors(
         listed = {name for name in names if shard_of[name] == shard}
         for odd in sorted(listed - set(header)):
             raise CheckpointError(
-                f"lists {short_repr(odd)} in {shard}, but {shard_path} does not hold it",
+                f"lists {short_repr(odd)} in {shard}, but {shard_path} does not contain it",
                 name=str(path),
                 remedy="download both files again",
             )
         for odd in sorted(wanted(set(header) | names) & set(header) - listed):
             raise CheckpointError(
-                f"holds {short_repr(odd)}, but {path} does not list it there",
+                f"contains {short_repr(odd)}, but {path} does not list it there",
                 name=str(shard_path),
                 remedy="download both files again",
             )
@@ -118,8 +118,7 @@ def _name_subfolder(folder: Path) -> None:
     )
     if below:
         raise CheckpointError(
-            f"no weights, but {_listing(below)} below it {'has' if len(below) == 1 else 'have'} "
-            "a config.json and weights",
+            f"no weights, but a config.json and weights in {_listing(below)}",
             name=str(folder),
             remedy=with_options("pass {}", ("subfolder", below[0])),
         )
@@ -148,23 +147,24 @@ def choose_weights(
             return found[0]
         if found:
             raise CheckpointError(
-                f"holds {len(found)} sets of weights ({_listing(found)})",
+                f"contains {len(found)} sets of weights ({_listing(found)})",
                 name=source,
                 expected=f"one or {INDEX_FILE}",
-                remedy="move the others away, or restore the index",
+                remedy="move the other sets away, or restore the index",
             )
     if any(name in names for name in ADAPTER_FILES):
         raise CheckpointError(
             f"a LoRA adapter for {_adapter_base(adapter_config())}",
             name=source,
             expected="a whole model",
-            remedy="merge it into its base model (peft's merge_and_unload) and save that",
+            remedy="merge the adapter into the base model (peft's merge_and_unload) and save the "
+            "result",
         )
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         raise CheckpointError(
-            f"no safetensors weights, only {_listing(pickles)}: pickles are never opened, since "
-            "opening one runs code",
+            f"no safetensors weights, only {_listing(pickles)}; qwen_vit never opens pickles, "
+            "because a pickle can run code",
             name=source,
             remedy="get the safetensors version of this checkpoint",
         )
@@ -173,13 +173,13 @@ def choose_weights(
         raise CheckpointError(
             f"no safetensors weights, only GGUF ({_listing(ggufs)})",
             name=source,
-            remedy="use the safetensors checkpoint that it was made from",
+            remedy="use the original safetensors checkpoint",
         )
     raise CheckpointError(
-        f"no weights (it holds {_listing(names)})",
+        f"no weights (the folder contains {_listing(names)})",
         name=source,
         expected=WEIGHTS_FILE,
-        remedy="download them (qwen-vit download MODEL)",
+        remedy="download the weights (qwen-vit download MODEL)",
     )
 
 
@@ -188,7 +188,7 @@ def _file_names(folder: Path) -> list[str]:
         raise CheckpointError(
             "not a folder",
             name=str(folder),
-            expected="one with config.json and safetensors weights",
+            expected="a folder with config.json and safetensors weights",
         )
     return sorted(path.name for path in folder.iterdir() if not path.is_dir())
 
@@ -213,7 +213,7 @@ def read_index(path: Path) -> dict[str, str]:
             f"weight_map is {short_repr(weight_map)}",
             name=str(path),
             expected="an object",
-            remedy="download it again",
+            remedy="download the index again",
         )
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not is_plain_basename(shard):
@@ -246,7 +246,7 @@ def _check_shard_path(path: Path, *, index: Path) -> None:
         raise CheckpointError(
             f"names the shard {path.name}, but {path} does not exist",
             name=str(index),
-            remedy="download it (qwen-vit download MODEL)",
+            remedy="download the shard (qwen-vit download MODEL)",
         )
     # A local folder's links are its owner's, and may lead to any regular file. In the Hub's cache
     # every file of snapshots/COMMIT is a link into blobs. No other link may leave the folder.
@@ -257,5 +257,5 @@ def _check_shard_path(path: Path, *, index: Path) -> None:
     raise CheckpointError(
         f"names the shard {path.name}, which is a link out of the Hub's cache to {target}",
         name=str(index),
-        remedy="delete it and download it again (qwen-vit download MODEL)",
+        remedy="delete the link and download the shard again (qwen-vit download MODEL)",
     )

@@ -29,7 +29,7 @@ def check_output(
         raise ExportError(
             f"its suffix is {out.suffix}",
             name=name,
-            expected=f"{suffix}, the format that is written",
+            expected=f"{suffix}",
             remedy=f"pass {option} {out.with_suffix(suffix)}",
         )
     try:
@@ -40,7 +40,7 @@ def check_output(
     if existing is not None and stat.S_ISDIR(existing.st_mode):
         raise ExportError("a folder", name=name, expected="a file to write", remedy=remedy)
     if parent is None or not stat.S_ISDIR(parent.st_mode):
-        raise ExportError("not a folder", name=str(out.parent), remedy="create it first")
+        raise ExportError("not a folder", name=str(out.parent), remedy="create the folder first")
     if not os.access(out.absolute().parent, os.W_OK):
         raise ExportError("not writable", name=str(out.parent), remedy="check its permissions")
     if existing is not None and not stat.S_ISREG(existing.st_mode):
@@ -63,7 +63,7 @@ def check_distinct(images: Sequence[str]) -> None:
     for name, count in Counter(images).most_common(1):
         if count > 1:
             raise ExportError(
-                "given twice", name=name, expected="each image once", remedy="leave one out"
+                "given twice", name=name, expected="each image once", remedy="omit one of the two"
             )
 
 

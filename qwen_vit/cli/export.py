@@ -188,7 +188,9 @@ def export(
         loading |= start.loading
         options = replace(start.options, **of_this_run)
     elif not inputs or model is None or out is None:
-        raise click.UsageError("INPUTS, --model and --out are needed, or --resume OUT alone")
+        raise click.UsageError(
+            "an argument is missing: pass INPUTS, --model and --out, or only --resume OUT"
+        )
     images = inputs or None
     if images is not None:
         check_inputs(images, options.columns)
@@ -245,7 +247,7 @@ def _refuse_start_options(ctx: click.Context) -> None:
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = f"--{name.replace('_', '-')}"
             raise click.UsageError(
-                f"{option} cannot be passed with --resume: the export has its own"
+                f"{option} does not work with --resume, because the export has recorded this option"
             )
 
 
@@ -270,11 +272,13 @@ def _hint_resume(out: "AnyPath") -> Iterator[None]:
 
         kept = count_kept(out) if isinstance(out, Path) and out.is_dir() else 0
         if not isinstance(out, Path):
-            print_log("encoded images are kept; run the same command again to resume")
+            print_log("the export saved the encoded images; run the same command again to resume")
         elif kept:
-            print_log(f"{plural(kept, 'image')} kept; run the same command again to resume")
+            print_log(
+                f"the export saved {plural(kept, 'image')}; run the same command again to resume"
+            )
         else:
-            print_log("no image was kept; run the same command again to start over")
+            print_log("the export saved no image; run the same command again to start over")
         raise
 
 

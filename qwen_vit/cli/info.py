@@ -48,7 +48,7 @@ def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: 
     is_stored = holds_features(model)
     if is_stored and image is not None:
         raise ArgumentError(
-            "--image is for checkpoints", name=model, remedy="leave it out for features"
+            "--image works only for checkpoints", name=model, remedy="omit --image for features"
         )
     source = None if is_stored else find_checkpoint(model, **finding)
     found = None

@@ -114,7 +114,8 @@ def show(
             raise ArgumentError("--model is missing", remedy="pass it to encode images")
         if pictures or ids:
             raise ArgumentError(
-                "--images and --id are for stored features", remedy="leave them out for images"
+                "--images and --id work only for stored features",
+                remedy="omit both options for images",
             )
         given = encode_images(inputs, model, output, layer, limit, **loading)
     shown = len(given.features) + len(given.failed)
@@ -138,10 +139,13 @@ def show(
 def _check_stored(inputs: tuple[str, ...], model: str | None) -> None:
     if len(inputs) > 1:
         raise ArgumentError(
-            "stored features are shown alone", expected="one feature file or export folder",
-            remedy="leave the other inputs out",
+            "`show` accepts no other input beside stored features",
+            expected="one feature file or export folder",
+            remedy="omit the other inputs",
         )  # fmt: skip
     if model is not None:
         raise ArgumentError(
-            "--model is for images", name=inputs[0], remedy="leave it out for stored features"
+            "--model works only for images",
+            name=inputs[0],
+            remedy="omit --model for stored features",
         )

@@ -92,7 +92,7 @@ def read_stored(path: str, ids: Sequence[str], limit: int, images: Sequence[str]
         raise ArgumentError(str(error.args[0]), remedy="pass one of its ids as --id") from None
     features = list(chosen)
     if not features:
-        raise ArgumentError("holds no features", name=path, remedy="pass another file or folder")
+        raise ArgumentError("contains no features", name=path, remedy="pass another file or folder")
     pictures = _find_pictures([each.id for each in features], images) if images else {}
     metadata = stored.metadata
     return ShowInput(
@@ -125,8 +125,8 @@ def _find_pictures(ids: Sequence[str], images: Sequence[str]) -> dict[str, Image
     missing = [name for name in ids if name not in good]
     if missing:
         print_log(
-            f"no picture for {plural(len(missing), 'image')}, first {display_name(missing[0])}: "
-            "--images holds none, or several, of its name"
+            f"no image for {plural(len(missing), 'image')}, first {display_name(missing[0])}: "
+            "--images contains no image, or several images, with this name"
         )
     return {name: _picture(item) for name, item in good.items()}
 

@@ -27,10 +27,10 @@ def check_target(out: Path, overwrite: bool) -> None:
         check_output(out / f"01{PICTURE}", overwrite=True, suffix=PICTURE)
         if any(out.iterdir()) and not overwrite:
             raise ExportError(
-                "it holds files already",
+                "the folder already contains files",
                 name=str(out),
                 expected="a new or empty folder",
-                remedy="pass --overwrite to write into it",
+                remedy="pass --overwrite to write into this folder",
             )
     elif suffix in ("", PAGE, PICTURE):
         check_output(out, overwrite and bool(suffix), suffix=suffix)
@@ -53,7 +53,7 @@ def write(
     elif suffix == PICTURE and not out.is_dir():
         if len(views.views) > 1:
             raise ArgumentError(
-                f"--out {out} is one picture, for {plural(len(views.views), 'image')}",
+                f"--out {out} names one picture, but there are {plural(len(views.views), 'image')}",
                 expected="a page (.html) or a folder",
                 remedy=f"pass --out {out.with_suffix(PAGE)}",
             )

@@ -72,7 +72,7 @@ class AtomicFile:
                 "exists",
                 name=str(self.path),
                 expected="a new name",
-                remedy="pass another, or overwrite it",
+                remedy="pass another name, or overwrite the file",
             ) from None
         except OSError as error:
             if error.errno not in NO_LINKS:
@@ -115,7 +115,7 @@ def check_utf8(path: Path) -> None:
             "not UTF-8",
             name=str(path),
             expected="a path that safetensors can open",
-            remedy="pass another one",
+            remedy="pass another path",
         ) from None
 
 

@@ -54,9 +54,9 @@ def ask_child(
         code = done.returncode
         what = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         raise ImageError(
-            f"the process that decoded it ended with {what}",
+            f"the process that decoded the file ended with {what}",
             name=late.name,
-            remedy="leave it out, or free some memory",
+            remedy="omit the file, or free some memory",
             code="memory",
         )
     answer = json.loads(done.stdout)

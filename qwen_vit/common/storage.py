@@ -150,7 +150,7 @@ def open_object(
     with os_errors():
         info = _info(files, path)
         if version is not None and _version(info) != version:
-            raise ReplacedError(errno.ESTALE, "replaced after it was listed")
+            raise ReplacedError(errno.ESTALE, "replaced after the listing")
         opened = files.open(
             path, "rb", block_size=block_bytes, cache_type="readahead", size=info["size"]
         )
@@ -173,7 +173,7 @@ def read_range(address: str, start: int, end: int, version: str | None = None) -
         else:
             data = files.cat_file(path, start=start, end=end)
             if version is not None and _version(files.info(path)) != version:
-                raise ReplacedError(errno.ESTALE, "replaced after it was listed")
+                raise ReplacedError(errno.ESTALE, "replaced after the listing")
     if len(data) != end - start:
         raise OSError(errno.EIO, f"it ends after {len(data)} of {end - start} bytes")
     return data
@@ -189,7 +189,7 @@ def storage_errors(error: OSError, doing: str = "read") -> tuple[str, str, str]:
     """
     code = service_code(error)
     if isinstance(error, ReplacedError):
-        return "was replaced after it was listed", "export it into a new folder", "changed"
+        return "was replaced after the listing", "export it into a new folder", "changed"
     if code == "NoSuchBucket":
         return "its bucket does not exist", "check the address", "missing"
     if isinstance(error, FileNotFoundError):
@@ -331,7 +331,7 @@ def os_errors() -> Iterator[None]:
     except Exception as error:
         kind = type(error).__name__
         if kind == "FileExpired":  # from s3fs
-            raise ReplacedError(errno.ESTALE, "replaced after it was listed") from error
+            raise ReplacedError(errno.ESTALE, "replaced after the listing") from error
         if kind in ("NoCredentialsError", "PartialCredentialsError"):  # from botocore
             raise PermissionError(errno.EACCES, "no credentials were found") from error
         reason = str(error).strip().partition("\n")[0] or kind

@@ -27,7 +27,7 @@ def read_json(path: AnyPath) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise CheckpointError(
-                "not a file", name=str(path), remedy="pass a folder that holds one"
+                "not a file", name=str(path), remedy="pass a folder that contains this file"
             )
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(
@@ -53,7 +53,7 @@ def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
 
     def refuse_constant(name: str) -> None:
         raise CheckpointError(
-            f"holds {name}, which is not JSON", name=source, remedy="correct that value"
+            f"contains {name}, which is not JSON", name=source, remedy="correct this value"
         )
 
     def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -113,10 +113,10 @@ class Golden:
                 remedy = (
                     f"pass {OPTIONS[name]} {there[name]}"
                     if name in OPTIONS
-                    else "compare with a golden of this model and these settings"
+                    else "compare with a golden file of this model and these settings"
                 )
                 raise ComparisonError(
-                    f"{name} is {there.get(name)!r} in the golden and {here.get(name)!r} here",
+                    f"{name} is {there.get(name)!r} in the golden file and {here.get(name)!r} here",
                     name=str(self.path),
                     expected="the same",
                     remedy=remedy,
@@ -229,23 +229,23 @@ written by `qwen-vit compare --save-golden`.
                     f"has golden schema {facts.get('schema_version')!r}",
                     name=name,
                     expected=f"schema {SCHEMA_VERSION}",
-                    remedy="make it again with this version of qwen_vit",
+                    remedy="make the file again with this version of qwen_vit",
                 )
             tensors = _Stored(file, names)
             expected = facts.get("content_sha256")
             if expected != _content_hash(facts, weights_hash(tensors)):
                 raise ComparisonError(
-                    "was changed after it was written: its sha256 is not the one it states",
+                    "was changed after it was written: its sha256 differs from the recorded sha256",
                     name=name,
-                    remedy="get it again, or make it again",
+                    remedy="get the file again, or make it again",
                 )
     except (CheckpointError, OSError, SafetensorError) as error:
         # only the fact, because the remedy is for a checkpoint
         reason = error.fact if isinstance(error, CheckpointError) else str(error)
         raise ComparisonError(
-            f"torn, or not a safetensors file ({size} bytes; {reason})",
+            f"incomplete, or not a safetensors file ({size} bytes; {reason})",
             name=name,
-            remedy="get it again",
+            remedy="get the file again",
         ) from None
     return Golden(path, facts)
 

@@ -123,9 +123,9 @@ def process(
         )
     except ValueError as error:
         raise ImageError(
-            f"Hugging Face's processor refuses the image ({error})",
+            f"Hugging Face's processor rejects the image ({error})",
             name=name,
-            remedy="leave it out",
+            remedy="omit the image",
             code="reference",
         ) from None
     [grid] = done["image_grid_thw"].tolist()

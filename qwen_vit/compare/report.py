@@ -108,7 +108,7 @@ def write_report(
     for number, image in enumerate(comparison.images, start=1):
         if image.maps is None:
             raise ArgumentError(
-                "the comparison holds no feature maps", remedy="make it with keep_maps=True"
+                "the comparison has no feature maps", remedy="compare with keep_maps=True"
             )
         sections.append(_section(number, image, image.maps, comparison))
     page = render_page(

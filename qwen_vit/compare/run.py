@@ -74,14 +74,14 @@ def compare_checkpoint(
     if golden is not None and save_golden is not None:
         raise ArgumentError(
             with_options("{} compares with a file and {} writes one", "golden", "save_golden"),
-            expected="one of them",
-            remedy="leave the other out",
+            expected="one of the two",
+            remedy="omit the other",
         )
     if not images and golden is None:
         raise ArgumentError(
             "images is empty",
             remedy=with_options(
-                "pass at least one image; only a file for {} brings its own", "golden"
+                "pass at least one image; only a file for {} contains images", "golden"
             ),
         )
     stored = None if golden is None else load_golden(golden)
@@ -303,7 +303,7 @@ def _chosen(
             raise ComparisonError(
                 f"not one of the images of {golden.path} ({known}): its sha256 is {digest[:16]}...",
                 name=name,
-                remedy="pass one of those, or no image to compare all of them",
+                remedy="pass one of these images, or no image to compare all of them",
             )
         chosen.append((index, name))
     return chosen

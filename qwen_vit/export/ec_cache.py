@@ -32,7 +32,7 @@ class CacheWriter:
             raise ArgumentError(
                 with_options("an encoder cache cannot hold {}", ("output", plan.options.output)),
                 expected=with_options("{}, which a language model takes", ("output", "merged")),
-                remedy="export merged rows, or leave the encoder cache out",
+                remedy="export merged rows, or omit the encoder cache",
             )
         check_ec_folder(folder, plan.settings, plan.settings["dtype"])
         self._plan, self._folder = plan, Path(folder)

@@ -163,7 +163,9 @@ class LocalFolder(ExportFolder):
         check_utf8(folder)
         try:
             if not folder.absolute().parent.is_dir():
-                raise ExportError("not a folder", name=str(folder.parent), remedy="create it first")
+                raise ExportError(
+                    "not a folder", name=str(folder.parent), remedy="create the folder first"
+                )
             if os.path.lexists(folder) and not folder.is_dir():
                 raise ExportError("not a folder", name=str(folder), remedy=OTHER_FOLDER)
             if make:
@@ -194,7 +196,8 @@ def refuse_strange(folder: ExportFolder, names: Sequence[str], settings: str) ->
     """Raise ExportError if the folder contains files that no export writes."""
     if names:
         raise ExportError(
-            f"it holds {display_name(sorted(names)[0])} ({len(names)} in all) and no {settings}",
+            f"the folder contains {display_name(sorted(names)[0])} ({len(names)} in all) and no "
+            f"{settings}",
             name=str(folder),
             expected="an export or an empty folder",
             remedy=OTHER_FOLDER,

@@ -150,14 +150,14 @@ def _held(owner: str, path: Path) -> _HeldError:
     return _HeldError(
         f"{owner} is writing to it" if owner else "other parts are writing to it",
         name=str(path.parent),
-        remedy="wait for it, or stop it, and run this again",
+        remedy="wait for the other process or stop it, and run the same command again",
     )
 
 
 @lru_cache
 def _warn_once(folder: Path, reason: str) -> None:
     logger.warning(
-        "%s cannot be locked (%s): make sure that nothing else writes there", folder, reason
+        "%s cannot be locked (%s): make sure that no other process writes there", folder, reason
     )
 
 
@@ -176,8 +176,8 @@ def _sign(descriptor: int, kind: int, path: Path, *, is_locked: bool) -> None:
         raise _held(_owner(descriptor), path)
     if before and before.get("host") != host:
         raise _HeldError(
-            f"{_owner(descriptor)} was writing to it, and this host ({host}) cannot see whether it "
-            "still is",
+            f"{_owner(descriptor)} was writing to it, and this host ({host}) cannot check whether "
+            "it still writes",
             name=str(path.parent),
             remedy=f"if that export has ended, delete {path}",
         )

@@ -209,10 +209,12 @@ def _find(
         except ExportError as error:
             if options.extend:
                 raise
-            logger.warning("the export goes on with the images it lists: %s", error)
+            logger.warning("the export continues with the images in its listing: %s", error)
             return None
     if options.extend:
-        raise ExportError(reason, name=str(folder), remedy="pass INPUTS as well, or run it there")
+        raise ExportError(
+            reason, name=str(folder), remedy="also pass INPUTS, or run the command in that folder"
+        )
     return None
 
 
@@ -248,7 +250,7 @@ def _begin_or_resume(
     stored = read_stored(folder, found, options)
     if stored is None:
         if found is None:  # another process removed its settings after the check
-            raise ExportError("no export to resume", name=str(folder), remedy="begin it again")
+            raise ExportError("no export to resume", name=str(folder), remedy="start a new export")
         stored = StoredExport.new(folder, settings, found, inputs)
         if scratch is None:
             stored.save()
@@ -260,7 +262,7 @@ def _begin_or_resume(
         stored.check(settings, None if paths is None else changes, options)
         if paths is None and changes is not None and not options.extend and changes.describe():
             logger.warning(
-                "its inputs changed: %s; the export goes on with the images it lists",
+                "its inputs changed: %s; the export continues with the images in its listing",
                 changes.describe(),
             )
         if options.extend and paths is not None:
@@ -304,7 +306,7 @@ def _check_heads(plan: ExportPlan) -> None:
             raise ExportError(
                 f"{n_images} images would need a header of up to {room} bytes",
                 name=str(plan.path(shard)),
-                expected=f"at most {MAX_HEADER_BYTES}, which is what safetensors reads",
+                expected=f"at most {MAX_HEADER_BYTES}, which is the limit of safetensors",
                 remedy=with_options("lower {}", "shard_size"),
             )
 
@@ -320,7 +322,7 @@ def _paths(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
     for each in inputs:
         if not isinstance(each, str | os.PathLike) or isinstance(os.fspath(each), bytes):
             raise ArgumentError(
-                f"inputs holds {each!r}",
+                f"inputs contains {each!r}",
                 expected="paths as str or Path",
                 remedy="decode bytes with os.fsdecode",
             )

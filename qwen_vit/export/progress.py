@@ -92,4 +92,7 @@ class Progress:
             if self.failed <= MAX_FAILURES_LOGGED:
                 logger.warning("skipped: %s", error)
             else:
-                logger.warning("skipped: more than %d; the manifest has them", MAX_FAILURES_LOGGED)
+                logger.warning(
+                    "skipped more than %d images; the manifest lists all of them",
+                    MAX_FAILURES_LOGGED,
+                )

@@ -116,7 +116,9 @@ def export_on_ray(
                         for row in done.rows[done.n_kept :]:
                             breaker.count_done(_failure(row))
             except KeyboardInterrupt:
-                logger.warning("interrupted: saving encoded images; once more to stop at once")
+                logger.warning(
+                    "interrupted: saving encoded images; interrupt again to stop at once"
+                )
                 workers.stop()
                 raise
             finally:  # also after an interrupt
@@ -203,7 +205,7 @@ class _Worker:
                 raise ExportError(
                     f"a worker has the {'GPU' if name == 'gpu' else name} {metadata[name]}",
                     name=str(plan.folder),
-                    expected=f"{expected}, as the first worker has",
+                    expected=f"{expected}, as on the first worker",
                     remedy="use nodes with one kind of GPU and the same packages",
                 )
         clock, plan = StageTimer(REST), plan.on_this_host()

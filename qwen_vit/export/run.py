@@ -132,7 +132,7 @@ def warn_of_idle(n_shards: int, n_workers: int, workers: str) -> None:
     """Log a warning if there are fewer shards than `workers`, such as "parts"."""
     if n_shards < n_workers:
         logger.warning(
-            "%s for %d %s: lower %s so that all have work",
+            "%s for %d %s: lower %s so that no process is idle",
             plural(n_shards, "shard"), n_workers, workers, with_options("{}", "shard_size"),
         )  # fmt: skip
 
@@ -148,15 +148,15 @@ def make_manifest(plan: ExportPlan) -> AnyPath:
     def shards() -> Iterator[list[ManifestRow]]:
         existing = plan.existing()
         for shard in plan.all_shards:
-            then = "the manifest omits it: run its part again"
+            then = "the manifest omits this shard: run its part again"
             rows = whole_shard(plan, shard, then) if shard in existing else None
             if rows is not None:
                 yield plan.listing.current.rows(shard, rows)
             elif shard in plan.shards:
                 raise ExportError(
-                    "it was whole, and cannot be read for the manifest",
+                    "it was complete, but cannot be read for the manifest",
                     name=str(plan.path(shard)),
-                    remedy="check its disk and run the same command again",
+                    remedy="check the disk and run the same command again",
                 )
 
     with short_lock(plan.folder.scratch):

@@ -206,7 +206,7 @@ class StoredExport:
         if not has_shards(self.folder):
             ways[-1] += f", or delete {self.folder / SETTINGS}: no shard exists yet"
         return ExportError(
-            f"it holds an export that differs: {'; '.join(differences)}",
+            f"the folder contains a different export: {'; '.join(differences)}",
             name=str(self.folder),
             remedy=Wording.joined("; ", ways),
         )
@@ -299,7 +299,7 @@ def read_stored(
     schema = description.get("schema_version")
     if schema in READABLE and schema != SCHEMA_VERSION:
         raise ExportError(
-            f"it holds an export of schema {schema}",
+            f"the folder contains an export of schema {schema}",
             name=str(folder),
             expected=f"schema {SCHEMA_VERSION}, which this version of qwen_vit writes",
             remedy="finish it with the version that began it, or "

@@ -180,7 +180,7 @@ class ShardWriter:
                     raise ExportError(
                         f"the rows of {image.id!r} changed after they were written",
                         name=str(segment.file.path),
-                        remedy="delete it, check the disk, and run the same command again",
+                        remedy="delete the shard, check the disk, and run the same command again",
                     )
             errors += segment.file.metadata["errors"]
         self._writer.save(self._facts(errors))

@@ -218,7 +218,7 @@ def _load(
         image.error = ImageError(
             "does not fit into memory",
             name=item.id,
-            remedy="free some memory, or leave the image out",
+            remedy="free some memory, or omit the image",
             code="memory",
         )
     return image
@@ -333,7 +333,7 @@ def _whole_again(plan: ExportPlan, shard: int) -> list[ManifestRow]:
         raise ExportError(
             "it disappeared or was damaged right after it was written",
             name=str(plan.path(shard)),
-            remedy="check its disk",
+            remedy="check the disk",
         )
     return rows
 
@@ -371,7 +371,7 @@ def _rows_in(plan: ExportPlan, shard: int, path: AnyPath, then: str) -> list[Man
     """Return the rows of a shard's file, or None if it is torn."""
     if isinstance(path, Path) and path.is_dir():
         raise ExportError(
-            "a folder", name=str(path), expected="a feature file", remedy="move it away"
+            "a folder", name=str(path), expected="a feature file", remedy="move the file away"
         )
     try:
         file = open_shard(path)
@@ -394,6 +394,6 @@ def _rows_in(plan: ExportPlan, shard: int, path: AnyPath, then: str) -> list[Man
             name=str(path),
             expected=f"the settings of {SETTINGS} and the images of {LISTING} from line "
             f"{first_line + 1}",
-            remedy="move it away",
+            remedy="move the file away",
         )
     return shard_rows(file, items, first_line)

@@ -141,7 +141,7 @@ class StoreFolder(ExportFolder):
             raise ExportError(
                 f"{scheme}:// stores {READ_ONLY[scheme]}",
                 name=str(self),
-                remedy="export into a local folder, and upload that with `hf upload`",
+                remedy="export into a local folder, and upload this folder with `hf upload`",
             )
         with self._plain_errors():
             if self.out.is_file():
@@ -176,7 +176,7 @@ class StoreFolder(ExportFolder):
             raise self._error(error, name, "written") from error
         if not is_safe:
             logger.warning(
-                "%s has no conditional writes: make sure that nothing else writes there", self
+                "%s has no conditional writes: make sure that no other process writes there", self
             )
 
     def _clean_up(self, part: tuple[int, int]) -> None:

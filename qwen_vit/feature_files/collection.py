@@ -184,7 +184,9 @@ class Features(ABC):
         if keys and all(isinstance(key, bool) for key in keys):
             if len(keys) != len(self):
                 images = plural(len(self), "image")
-                raise IndexError(f"a mask of {len(keys)} values for {self}, which holds {images}")
+                raise IndexError(
+                    f"a mask of {len(keys)} values for {self}, which contains {images}"
+                )
             return [index for index, is_chosen in enumerate(keys) if is_chosen]
         for key in keys:
             self.locate(key)
@@ -204,7 +206,7 @@ class Features(ABC):
                 "or a list or array of them."
             ) from None
         if not -count <= index < count:
-            raise IndexError(f"image {index} of {self}, which holds {plural(count, 'image')}")
+            raise IndexError(f"image {index} of {self}, which contains {plural(count, 'image')}")
         return index % count
 
 
@@ -233,7 +235,7 @@ class FeatureSubset(Features):
         if not isinstance(key, str):
             return self.source.locate(self.keys[self.position(key)])
         if key not in self.ids:
-            raise KeyError(f"{key!r} is not in {self}, which holds {plural(len(self), 'image')}")
+            raise KeyError(f"{key!r} is not in {self}, which contains {plural(len(self), 'image')}")
         return self.source.locate(key)
 
     def content(self) -> Any:

@@ -102,7 +102,7 @@ class FeatureFile(Features):
             reasons = {failed.id: f"{failed.code}: {failed.message}" for failed in self.errors}
             if key in reasons:
                 raise KeyError(f"{key!r} has no features in {self}: {reasons[key]}")
-            raise KeyError(f"{key!r} is not in {self}, which holds {plural(len(self), 'image')}")
+            raise KeyError(f"{key!r} is not in {self}, which contains {plural(len(self), 'image')}")
         return self._index[key]
 
     def content(self) -> Any:
@@ -145,7 +145,7 @@ class FeatureFile(Features):
                 f"has no digest of {what}",
                 name=name,
                 expected="a file of schema 2",
-                remedy="read it without verify",
+                remedy="read the file without verify",
             )
         if digests[tensor] != rows_sha256(rows):
             raise ExportError(

@@ -84,7 +84,7 @@ def _entries(description: Mapping[str, Any], path: AnyPath) -> list[Mapping[str,
     raise ExportError(
         f"its {LISTINGS} are {short_repr(more)}",
         name=str(path),
-        expected="n_images and listing_sha256 of each",
+        expected="n_images and listing_sha256 of each listing",
         remedy=EXPORT_ELSEWHERE,
     )
 

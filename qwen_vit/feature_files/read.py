@@ -64,7 +64,8 @@ class FeatureFolder(Features):
         self._shard = lru_cache(SHARDS_OPEN)(self._open)
         if not self.is_complete:
             logger.warning(
-                "%s is not complete: it has %d of %d shards, and only their images are read",
+                "%s is not complete: it has %d of %d shards; `load_features` reads only the "
+                "images in these shards",
                 path, len(self._present), self._shard_count,
             )  # fmt: skip
 
@@ -195,7 +196,7 @@ class FeatureFolder(Features):
                 "belongs to a different export",
                 name=str(path),
                 expected=f"the settings of export.json and the images of {lines}, or their errors",
-                remedy=f"move it away and {RESUME}",
+                remedy=f"move the shard away and {RESUME}",
             )
         return file
 

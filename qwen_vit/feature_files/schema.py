@@ -246,7 +246,7 @@ def parse_errors(value: Any, path: AnyPath, remedy: str) -> Sequence[FailedImage
         raise ExportError(
             f"its errors are {short_repr(value)}",
             name=str(path),
-            expected="id, stage, code and message of each",
+            expected="id, stage, code and message of each error",
             remedy=remedy,
         )
     return [
@@ -285,7 +285,7 @@ def parse_image_facts(value: Any, path: AnyPath, remedy: str) -> Sequence[Stored
     raise ExportError(
         f"its images are {short_repr(value)}",
         name=str(path),
-        expected="size_px and notes of each",
+        expected="size_px and notes of each image",
         remedy=remedy,
     )
 
@@ -343,7 +343,7 @@ def read_listing(path: AnyPath, n_images: int) -> list[str]:
         raise ExportError(
             f"corrupt in lines {len(ids) + 1} to {len(ids) + len(lines)}",
             name=str(path),
-            expected="an object with an id in each",
+            expected="an object with an id in each line",
             remedy=RESUME,
         ) from None
     distinct = {name for name in ids if isinstance(name, str)}
@@ -351,7 +351,7 @@ def read_listing(path: AnyPath, n_images: int) -> list[str]:
         raise ExportError(
             f"corrupt: {len(ids)} lines with {len(distinct)} different ids",
             name=str(path),
-            expected=f"{n_images} of each, as export.json says",
+            expected=f"{n_images} of each, as in export.json",
             remedy=RESUME,
         )
     return ids

@@ -47,7 +47,7 @@ def to_numpy(features: StoredImages) -> NDArray[np.float32]:
         n_rows += len(image.embeds)
         parts.append(image.embeds)  # a view of the file
     if not parts:
-        raise ExportError("holds no image", name=str(features), remedy=EMPTY)
+        raise ExportError("contains no image", name=str(features), remedy=EMPTY)
     rows = np.empty((n_rows, parts[0].shape[1]), np.float32)
     end = 0
     for part in parts:
@@ -88,7 +88,7 @@ def write_parquet(
     images = iter(features)
     first = next(images, None)
     if first is None:
-        raise ExportError("holds no image", name=str(features), remedy=EMPTY)
+        raise ExportError("contains no image", name=str(features), remedy=EMPTY)
     schema = _arrow_schema(features, first)
     # the lower half of a bfloat16's float32 is zero, and these bytes compress to almost nothing
     rows = [name for name in schema.names if name == EMBEDS_COLUMN or name.startswith("layer_")]
@@ -113,7 +113,7 @@ def to_datasets(features: StoredImages, *, cache_dir: str | os.PathLike[str] | N
         raise _missing("datasets", "datasets", error) from None
     first = next(iter(features), None)
     if first is None:
-        raise ExportError("holds no image", name=str(features), remedy=EMPTY)
+        raise ExportError("contains no image", name=str(features), remedy=EMPTY)
     schema = _arrow_schema(features, first)
     is_dense = first.output != "mean" or bool(first.layers)
     return datasets.Dataset.from_generator(

@@ -102,7 +102,7 @@ class _Check:
             digests = entry.get("rows_sha256") or {}  # schema 1 has no digests
             for tensor, rows in rows_by_tensor(features).items():
                 if not all_finite(rows):
-                    self.problems.append(f"{where}: {tensor} holds NaN or infinity")
+                    self.problems.append(f"{where}: {tensor} contains NaN or infinity")
                 if digests and digests.get(tensor) != rows_sha256(rows):
                     self.problems.append(
                         f"{where}: its rows of {tensor} changed after they were written"

@@ -267,7 +267,7 @@ def build_head(
         raise ExportError(
             f"its header would have {len(raw)} bytes",
             name=str(path),
-            expected=f"at most {MAX_HEADER_BYTES}, the most that safetensors reads",
+            expected=f"at most {MAX_HEADER_BYTES}, which is the limit of safetensors",
             remedy="put fewer images into a file",
         )
     raw = raw.ljust(at_least - 8 - len(integers))

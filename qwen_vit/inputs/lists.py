@@ -142,8 +142,8 @@ def _bounded_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
             raise ExportError(
                 f"line {number} has more than {MAX_LINE_BYTES} bytes",
                 name=name,
-                expected="a path or a JSON object a line",
-                remedy="check that it is a list",
+                expected="a path or a JSON object in each line",
+                remedy="check that the file is a list",
             )
         yield number, line
 

@@ -94,7 +94,7 @@ def needs_column(path: str) -> ExportError:
         columns = []
     found = ", ".join(map(display_name, columns))
     return ExportError(
-        "a Parquet file, and no column is named",
+        "a Parquet file without a named column",
         name=path,
         expected=f"the name of one of its columns of images: {found}" if found else
         "the name of its column of images",
@@ -112,7 +112,7 @@ def _items_with_ids(
                 missing = ImageError(
                     f"its id in column {id_column} is {'null' if value is None else 'empty'}",
                     name=f"{name}:{row}",
-                    remedy=with_options("fill that column, or leave out {}", "id_column"),
+                    remedy=with_options("fill that column, or omit {}", "id_column"),
                     code="null",
                 )
                 yield Item.failed(f"{name}:{row}", path, missing)
@@ -132,7 +132,7 @@ def _check_ids(schema: Any, column: str, name: str) -> None:
     )
     if not is_id:
         raise ExportError(
-            f"column {display_name(column)} holds {kind}",
+            f"column {display_name(column)} contains {kind}",
             name=name,
             expected="ids: text or whole numbers",
             remedy=with_options("pass another {}, or none", "id_column"),

@@ -46,7 +46,7 @@ def check_images(schema: Any, column: str, name: str) -> None:
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
         remedy = "write one image a row, for example with explode() of pandas"
     raise ExportError(
-        f"column {display_name(column)} holds {kind}",
+        f"column {display_name(column)} contains {kind}",
         name=name,
         expected="bytes of images, or structs {bytes, path}",
         remedy=remedy,
@@ -63,7 +63,7 @@ def type_of(schema: Any, column: str, name: str) -> Any:
         f"{'no' if not found else 'more than one'} column {display_name(column)}",
         name=name,
         expected=f"one of its columns: {held}",
-        remedy="pass one of these, and only files that have it",
+        remedy="pass one of these columns, and only files with this column",
     )
 
 
@@ -91,7 +91,7 @@ def cannot_read(name: str, error: Exception) -> ImageError:
             "encrypted",
             name=name,
             expected="a Parquet file without encryption",
-            remedy="write it again without",
+            remedy="write the file again without encryption",
             code="unreadable",
         )
     if not isinstance(error, OSError) or error.errno is None:  # pyarrow raised it for the content

@@ -43,14 +43,14 @@ def read_row(item: Item) -> bytes:
         raise ImageError(
             f"its file {display_name(item.source)} no longer has row {item.row}",
             name=item.id,
-            remedy="restore the file that was listed",
+            remedy="restore the listed file",
             code="missing",
         ) from None
     except FileNotFoundError:
         raise ImageError(
             f"its file {display_name(item.source)} does not exist",
             name=item.id,
-            remedy="put it back",
+            remedy="put the file back",
             code="missing",
         ) from None
     except ExportError as error:
@@ -68,11 +68,11 @@ def read_row(item: Item) -> bytes:
         return value
     only_path = f"; its path is {display_name(path)}" if isinstance(path, str) and path else ""
     raise ImageError(
-        f"the row has no bytes of an image (null){only_path}",
+        f"the row contains no image (null){only_path}",
         name=item.id,
         remedy="store the image's bytes in the column, or list the paths in a .txt file"
         if only_path
-        else "leave the row out, or store its image",
+        else "remove the row, or store its image",
         code="null",
     )
 

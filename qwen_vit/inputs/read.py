@@ -79,7 +79,7 @@ def _read_member(item: Item, offset: int, size: int, limits: ImageLimits) -> byt
         raise
     except FileNotFoundError:
         raise ImageError(
-            f"{tar} does not exist", name=item.id, remedy="put it back", code="missing"
+            f"{tar} does not exist", name=item.id, remedy="put the file back", code="missing"
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)

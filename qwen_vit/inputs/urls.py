@@ -65,7 +65,7 @@ def read_url(url: str, name: str, limits: ImageLimits) -> bytes:
                 if response.status not in REDIRECTS or target is None:
                     return _body(response, name, limits, end)
                 url = urljoin(url, target)
-        raise _RefusedError(f"more than {MAX_REDIRECTS} redirects", "list its address", "url")
+        raise _RefusedError(f"more than {MAX_REDIRECTS} redirects", "list the final address", "url")
     except _RefusedError as error:
         raise ImageError(error.fact, name=name, remedy=error.remedy, code=error.code) from None
     except ssl.SSLCertVerificationError as error:
@@ -120,13 +120,17 @@ def _checked(url: str, limits: ImageLimits) -> tuple[SplitResult, str, int]:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").lower().rstrip("."), parts.port or HTTPS_PORT
     except ValueError:
-        raise _RefusedError("no valid address", "write its odd characters as %XX", "url") from None
+        raise _RefusedError(
+            "not a valid address", "write its odd characters as %XX", "url"
+        ) from None
     if parts.scheme.lower() != "https":
         raise _RefusedError(
-            f"leads to {parts.scheme}://", "list an https:// address, or download it first", "url"
+            f"leads to {parts.scheme}://",
+            "list an https:// address, or download the image first",
+            "url",
         )
     if parts.username is not None or parts.password is not None:
-        raise _RefusedError("holds a user's name or password", "download it first", "url")
+        raise _RefusedError("contains a user's name or password", "download the image first", "url")
     if not is_allowed_host(host, port, limits.allow_urls):
         where = host if port == HTTPS_PORT else f"{host}:{port}"
         raise _RefusedError(
@@ -164,7 +168,7 @@ def _public_addresses(host: str, port: int) -> list[str]:
         if not _is_public(address):
             raise _RefusedError(
                 f"its host {host} is at {address}, which is not a public address",
-                "download it first",
+                "download the image first",
                 "url",
             )
     return addresses
@@ -198,7 +202,9 @@ def _body(response: http.client.HTTPResponse, name: str, limits: ImageLimits, en
     if status != 200:
         raise _RefusedError(f"cannot be fetched (HTTP {status})", "check the address", "unreadable")
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise _RefusedError("its server compresses it", "download it first", "unreadable")
+        raise _RefusedError(
+            "its server compresses the image", "download the image first", "unreadable"
+        )
     length = response.length
     if length is not None:
         check_file_bytes(length, name, limits)
@@ -223,7 +229,7 @@ def _seconds_to(end: float) -> float:
 
 def _too_slow() -> dict[str, str]:
     fact = f"was not fetched within {MAX_SECONDS:g} s"
-    return {"fact": fact, "remedy": "download it first", "code": "slow"}
+    return {"fact": fact, "remedy": "download the image first", "code": "slow"}
 
 
 @lru_cache

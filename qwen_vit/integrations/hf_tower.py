@@ -183,9 +183,10 @@ class HFTower(_Frozen):
         shown, encoder = self.shown, self.encoder
         if dtype == torch.float16:
             raise ArgumentError(
-                "float16 is refused: the published weights overflow it in the tower's last block",
+                "the published weights overflow float16 in the tower's last block",
                 expected="bfloat16 or float32",
-                remedy="convert the language model before the tower is put in its place, or alone",
+                remedy="convert the language model before you replace the tower, or convert only "
+                "the language model",
             )
         is_replaced = device.type == "cpu" and dtype == torch.bfloat16
         computed = choose_dtype(torch.float32 if is_replaced else dtype, device)

@@ -63,7 +63,7 @@ def rows_and_grids(features: AnyFeatures) -> tuple[list[Tensor], Tensor]:
         raise ExportError(
             f"{one!r} has rows of {first[0]} {first[1]} and {other!r} of {second[0]} {second[1]}",
             expected="the same",
-            remedy="take features of one model and data type",
+            remedy="pass features of one model and data type",
         )
     grids = [image.grid_thw for image in good]
     return embeds, torch.tensor(grids, dtype=torch.int64, device="cpu")
@@ -106,11 +106,13 @@ def check_modalities(
             f"second_per_grid_ts has {plural(len(seconds), 'value')} for "
             f"{plural(len(clips), 'video')}",
             expected="one for each video",
-            remedy="pass 2 / (frames per second) of each",
+            remedy="pass 2 / (frames per second) for each video",
         )
     for value in seconds:
         if not is_number(value) or value <= 0:
-            raise ArgumentError(f"second_per_grid_ts holds {value!r}", expected="seconds above 0")
+            raise ArgumentError(
+                f"second_per_grid_ts contains {value!r}", expected="seconds above 0"
+            )
     rows, grids = rows_and_grids([*pictures, *clips])
     if width is not None and rows[0].shape[1] != width:
         raise ExportError(
@@ -125,8 +127,8 @@ def check_modalities(
             raise ArgumentError(
                 f"its grid has {t} steps in time",
                 name=image.id,
-                expected="a picture, which has one",
-                remedy="pass a video by videos=, with its second_per_grid_ts=",
+                expected="an image, with one time step",
+                remedy="pass a video in videos=, and its seconds in second_per_grid_ts=",
             )
     return (
         (rows[:n], grids[:n]) if pictures else None,
@@ -137,7 +139,7 @@ def check_modalities(
 def _merged_rows(image: ImageFeatures | FailedImage) -> Tensor:
     if isinstance(image, FailedImage):
         raise ExportError(
-            f"this image failed: {image.error.fact}", name=image.id, remedy="leave it out"
+            f"this image failed: {image.error.fact}", name=image.id, remedy="omit the image"
         )
     expected = count_tokens(image.grid_thw, MERGE_SIZE)
     is_mean = image.output == "mean"

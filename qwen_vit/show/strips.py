@@ -104,4 +104,4 @@ class StripLayout:
             if is_here:
                 left, top = box.left - source.left + place.left, box.top - source.top + place.top
                 return Box(left, top, box.width, box.height)
-        raise IndexError(f"{box} is outside of the picture")
+        raise IndexError(f"{box} is outside the picture")

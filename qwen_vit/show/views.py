@@ -127,7 +127,7 @@ def view_features(
         raise ArgumentError(
             f"features have the widths {', '.join(map(str, widths))}",
             expected="features of one encoder and one output",
-            remedy="show them one by one",
+            remedy="show these images one by one",
         )
     found = [_picture_of(each, pictures or {}) for each in features]
     colours = PrincipalColours.fit(maps)
@@ -182,10 +182,10 @@ def _picture_of(features: DenseFeatures, pictures: Mapping[str, ImageSource]) ->
             height, width = features.size_px
             known = "an image of another shape" if (height, width) == UNKNOWN_SIZE else ""
             raise ArgumentError(
-                f"the picture is {picture.width} x {picture.height}, and the features are of "
+                f"the image is {picture.width} x {picture.height}, and the features are of "
                 f"{known or f'{width} x {height}'}",
                 name=features.id,
-                remedy="pass the image that was encoded",
+                remedy="pass the encoded image",
             )
         return picture
     if not os.path.isfile(features.id):
@@ -212,15 +212,15 @@ def _cell_at(
     size_px = features.size_px if picture is None else (picture.height, picture.width)
     if size_px == UNKNOWN_SIZE:
         raise ArgumentError(
-            "the size of the image is not known",
+            "the image's size is unknown",
             name=features.id,
-            expected="the picture that the point belongs to",
-            remedy="pass its picture as well",
+            expected="the image that the point belongs to",
+            remedy="also pass this image",
         )
     (x, y), (height, width) = point, size_px
     if not (0 <= x < width and 0 <= y < height):
         raise ArgumentError(
-            f"the point {x:g},{y:g} is outside of the image",
+            f"the point {x:g},{y:g} is outside the image",
             name=features.id,
             expected=f"x from 0 to {width - 1} and y from 0 to {height - 1}",
         )

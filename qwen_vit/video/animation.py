@@ -69,10 +69,10 @@ class AnimationFrames:
             milliseconds = list(self._durations())
         if len(milliseconds) < 2:
             raise ImageError(
-                f"a still picture ({kind}), not a video",
+                f"a still image ({kind}), not a video",
                 name=name,
                 expected="an animation or a video",
-                remedy="pass it to encode as an image",
+                remedy="pass the file to `encode`",
                 code="format",
             )
         ends = list(accumulate(milliseconds))

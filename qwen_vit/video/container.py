@@ -63,7 +63,7 @@ def check_structure(file: BinaryIO, size: int, name: str, limits: VideoLimits) -
     end = ends[container](file, size, name, limits) if container in ends else 0
     if end > size:
         raise ImageError(
-            f"truncated: it has {size} bytes, and its header promises {end} or more",
+            f"truncated: it has {size} bytes, and its header declares {end} or more",
             name=name,
             remedy="fetch it again",
             code="truncated",
@@ -75,10 +75,10 @@ def _no_video(head: bytes, name: str) -> ImageError:
     for pattern, what in PICTURES:
         if re.match(pattern, head, re.DOTALL):
             return ImageError(
-                f"a picture ({what}), not a video",
+                f"an image ({what}), not a video",
                 name=name,
                 expected=EXPECTED,
-                remedy="pass it to encode as an image, under a name that ends as its content does",
+                remedy="pass the file to `encode`, with a suffix that matches its content",
                 code="format",
             )
     start = head.lstrip().lower()
@@ -88,7 +88,7 @@ def _no_video(head: bytes, name: str) -> ImageError:
                 f"not a video ({what})", name=name, expected=EXPECTED, remedy=remedy, code=code
             )
     return ImageError(
-        f"not a video that is read here: it starts with {head[:16]!r}",
+        f"not a supported video: it starts with {head[:16]!r}",
         name=name,
         expected=EXPECTED,
         remedy="convert it, for example with ffmpeg -i",

@@ -226,9 +226,9 @@ def _from_frames(
     for option in ("n_frames", "start", "end", "max_frames"):
         if getattr(video, option) is not None:
             raise ArgumentError(
-                f"{option} is given for frames",
+                f"{option} does not apply to passed frames",
                 name=name,
-                expected="this option with a video file only; all passed frames are used",
+                expected="this option only with a video file",
                 remedy=with_options("select the frames yourself, and pass their rate as {}", "fps"),
             )
     frames = _frame_list(video.source, name)

@@ -96,7 +96,7 @@ class VideoOptions:
                     begin=self.start,
                     stop=self.end,
                 ),
-                expected="an end behind the start",
+                expected="an end after the start",
             )
 
     @property

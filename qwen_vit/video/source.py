@@ -153,7 +153,7 @@ def video_stream(container: Any, name: str) -> Any:
         raise ImageError(
             "it has no video, only sound or data",
             name=name,
-            remedy="leave it out",
+            remedy="omit the file",
             code="no-video",
         )
     stream = streams[0]
@@ -169,7 +169,7 @@ def check_bytes(size: int, name: str, limits: VideoLimits) -> None:
             f"{size} bytes",
             name=name,
             expected=f"at most {limits.max_file_bytes}",
-            remedy="cut it, or raise VideoLimits.max_file_bytes in Python",
+            remedy="cut the video, or raise VideoLimits.max_file_bytes in Python",
             code="file-too-large",
         )
 

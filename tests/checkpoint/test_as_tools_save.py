@@ -83,7 +83,7 @@ def channels_last() -> Weights:
         (lambda: lora_apart("patch_embed.proj"), "a LoRA", "merge_and_unload"),
         (modules_to_save, "modules_to_save", "merge_and_unload"),
         (emptied, "ZeRO-3", "zero_to_fp32"),
-        (channels_last, "MLX's layout", "converted from"),
+        (channels_last, "MLX's layout", "before the conversion"),
         (lambda: {"visual._flat_param": torch.zeros(9)}, "flat parameters", "FULL_STATE_DICT"),
     ],
     ids=["LoRA", "LoRA at the patches", "modules_to_save", "ZeRO-3", "MLX", "FSDP flat"],

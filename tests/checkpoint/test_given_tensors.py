@@ -86,7 +86,7 @@ def test_a_checkpoint_of_given_tensors_is_copied_and_pickled():
         (
             {"visual__blocks__9__norm1__weight": torch.zeros(32)},
             "tensors",
-            "0 of 42 vision tensors are missing (none) and 1 are not known (blocks.9.norm1.weight)",
+            "0 of 42 vision tensors are missing (none) and 1 are unknown (blocks.9.norm1.weight)",
             "",
         ),
         (
@@ -98,27 +98,27 @@ def test_a_checkpoint_of_given_tensors_is_copied_and_pickled():
         (
             {"visual__merger__ln_q__weight": torch.zeros(32, dtype=torch.float64)},
             "tensors",
-            "1 vision tensors are quantised or of another type (merger.ln_q.weight; "
+            "1 vision tensors are quantised or have another type (merger.ln_q.weight; "
             "visual.merger.ln_q.weight is torch.float64)",
             "F32, BF16, F16",
         ),
         (
             {"visual__blocks__0__attn__qkv__qweight": torch.zeros(4, dtype=torch.int32)},
             "tensors",
-            "1 vision tensors are quantised or of another type (blocks.0.attn.qkv.qweight; "
+            "1 vision tensors are quantised or have another type (blocks.0.attn.qkv.qweight; "
             "visual.blocks.0.attn.qkv.qweight is torch.int32)",
             "F32, BF16, F16",
         ),
         (
             {"visual__pos_embed__weight": torch.zeros(4)},
             "tensors",
-            "holds the vision tower of Qwen3-VL (visual.pos_embed.weight)",
+            "contains the vision tower of Qwen3-VL (visual.pos_embed.weight)",
             "Qwen2.5-VL",
         ),
         (
             {"patch_embed__proj__weight": torch.zeros(4)},
             "tensors",
-            "holds 2 vision towers, under no prefix, visual.",
+            "contains 2 vision towers, under no prefix, visual.",
             "one",
         ),
     ],
@@ -141,7 +141,7 @@ def test_a_given_tower_that_is_incomplete_or_of_another_config_is_refused():
     )
     assert str(rejection(given(), {"model_type": "llava"})).startswith("config: model_type is 'll")
     other_images = {"patch_size": 16}
-    assert "image_config: patch_size is 16, but config.json says 14" in str(
+    assert "image_config: patch_size is 16, but config.json has 14" in str(
         rejection(given(), SMALL, other_images)
     )
 

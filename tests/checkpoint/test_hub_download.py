@@ -151,7 +151,7 @@ def test_weights_in_a_folder_of_the_repository_are_not_its_own(
     shutil.rmtree(call["cache_dir"])
     (repo / "tower.safetensors").unlink()
     refused = worker("load", **call)
-    assert "org/tiny: no weights (it holds config.json" in refused["message"]
+    assert "org/tiny: no weights (the folder contains config.json" in refused["message"]
 
 
 def test_a_cache_in_the_home_folder_is_the_same_for_each_function_of_the_client(

@@ -63,7 +63,7 @@ def test_where_ranges_fail_whole_shards_come_with_a_warning(
     loaded = worker("load", **call)
     assert loaded.get("weights") == hash_of(repo), loaded
     assert "snapshots" in loaded["folder"]
-    assert any("taking whole files instead: model-00001" in line for line in loaded["log"])
+    assert any("downloading whole files instead: model-00001" in line for line in loaded["log"])
     assert not own_folder(call).exists()
     assert list(own_folder(call).parent.glob(".*")) == []  # nothing half-filled is left
 

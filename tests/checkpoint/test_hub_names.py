@@ -24,9 +24,7 @@ from tests.support.hub_worker import Worker
 @pytest.mark.parametrize("model", ["tiny", "folder"])
 def test_a_revision_of_what_is_here_is_refused(tmp_path: Path, model: str) -> None:
     name = str(tmp_path) if model == "folder" else model
-    with pytest.raises(
-        ArgumentError, match=r"revision is 'v2', but .*\. Leave revision out"
-    ) as caught:
+    with pytest.raises(ArgumentError, match=r"revision is 'v2', but .*\. Omit revision") as caught:
         find_checkpoint(name, revision="v2")
     assert name in str(caught.value)
     assert find_checkpoint(name, token="x", local_files_only=True).name == name
@@ -65,7 +63,7 @@ def test_a_file_is_not_a_checkpoint_and_its_folder_is_asked_for(tmp_path: Path) 
     write_checkpoint(tmp_path, SMALL)
     with pytest.raises(CheckpointError, match=r"a file\. Expected a checkpoint's folder") as caught:
         find_checkpoint(tmp_path / "model.safetensors")
-    assert "pass the folder that holds it" in caught.value.remedy
+    assert "pass the folder that contains this file" in caught.value.remedy
 
 
 @pytest.mark.parametrize(

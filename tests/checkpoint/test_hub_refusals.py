@@ -61,9 +61,9 @@ def cut_file(folder: Path, size: int) -> None:
 
 EIGHT_BITS = torch.zeros(96, 32).to(torch.float8_e4m3fn)
 REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "lora": (make_lora, ("LoRA adapter for 'Qwen/Qwen2.5-VL-7B-Instruct'", "Merge it")),
-    "pickles": (rename_weights("model.bin"), ("only model.bin: pickles are never opened",)),
-    "gguf": (rename_weights("a.gguf"), ("only GGUF (a.gguf)", "Use the safetensors checkpoint")),
+    "lora": (make_lora, ("LoRA adapter for 'Qwen/Qwen2.5-VL-7B-Instruct'", "Merge the adapter")),
+    "pickles": (rename_weights("model.bin"), ("only model.bin; qwen_vit never opens pickles",)),
+    "gguf": (rename_weights("a.gguf"), ("only GGUF (a.gguf)", "Use the original safetensors")),
     "no-weights": (
         rename_weights("notes.txt"),
         ("org/tiny: no weights", "Expected model.safetensors"),
@@ -86,15 +86,15 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "remote-code": (
         lambda folder: edit_config(folder, auto_map={"AutoModel": "modeling.Model"}),
-        ("auto_map asks for remote code, and remote code is never imported",),
+        ("auto_map requests remote code, and qwen_vit never imports remote code",),
     ),
     "qwen2-vl-tower": (
         lambda folder: edit_tensors(folder, blocks__0__mlp__fc1__weight=torch.zeros(4)),
-        ("holds the vision tower of Qwen2-VL",),
+        ("contains the vision tower of Qwen2-VL",),
     ),
     "qwen3-vl-tower": (
         lambda folder: edit_tensors(folder, pos_embed__weight=torch.zeros(4)),
-        ("holds the vision tower of Qwen3-VL",),
+        ("contains the vision tower of Qwen3-VL",),
     ),
     "fp8": (
         lambda folder: edit_tensors(folder, blocks__0__attn__qkv__weight=EIGHT_BITS),
@@ -102,7 +102,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "awq": (
         lambda folder: edit_tensors(folder, blocks__0__attn__qkv__qweight=torch.zeros(4)),
-        ("quantised or of another type (blocks.0.attn.qkv.qweight",),
+        ("quantised or have another type (blocks.0.attn.qkv.qweight",),
     ),
     "missing": (
         lambda folder: edit_config(folder, vision_config=replace(SMALL, depth=4).to_json()),

@@ -18,10 +18,12 @@ from tests.support.checkpoints import (
 
 
 def test_folders_without_weights_say_what_they_hold(tmp_path):
-    assert "nothing: not a folder. Expected one with" in refusal(tmp_path / "nothing")
-    assert "no weights (it holds nothing). Expected model.safetensors" in refusal(tmp_path)
+    assert "nothing: not a folder. Expected a folder with" in refusal(tmp_path / "nothing")
+    assert "no weights (the folder contains nothing). Expected model.safetensors" in refusal(
+        tmp_path
+    )
     (tmp_path / "notes.txt").touch()
-    assert "(it holds notes.txt)" in refusal(tmp_path)
+    assert "(the folder contains notes.txt)" in refusal(tmp_path)
     (tmp_path / "a.gguf").touch()
     assert "no safetensors weights, only GGUF (a.gguf)" in refusal(tmp_path)
     assert "a.gguf: not a folder" in refusal(tmp_path / "a.gguf")
@@ -36,9 +38,7 @@ def test_a_missing_config_is_named(tmp_path):
 def test_image_settings_of_another_model_are_refused(tmp_path):
     write_checkpoint(tmp_path, SMALL)
     (tmp_path / "preprocessor_config.json").write_text('{"patch_size": 16}')
-    assert "preprocessor_config.json: patch_size is 16, but config.json says 14" in refusal(
-        tmp_path
-    )
+    assert "preprocessor_config.json: patch_size is 16, but config.json has 14" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "tower.pth"])
@@ -51,7 +51,7 @@ def test_pickles_are_never_opened(tmp_path, name):
     (tmp_path / "model.safetensors").unlink()
     torch.save(Trap(), tmp_path / name)
     message = refusal(tmp_path)
-    assert f"no safetensors weights, only {name}: pickles are never opened" in message
+    assert f"no safetensors weights, only {name}; qwen_vit never opens pickles" in message
     assert "Get the safetensors version" in message
     shutil.move(tmp_path / name, tmp_path / "model.safetensors")
     assert ": a zip archive or a pickle" in refusal(tmp_path)
@@ -64,14 +64,14 @@ def test_a_lora_adapter_names_its_base_model(tmp_path):
     (tmp_path / "adapter_model.safetensors").touch()
     message = refusal(tmp_path)
     assert ": a LoRA adapter for 'Qwen/Qwen2.5-VL-7B-Instruct'" in message
-    assert "Merge it into its base model" in message
+    assert "Merge the adapter into the base model" in message
 
 
 def test_several_files_without_an_index_are_refused(tmp_path):
     write_checkpoint(tmp_path, SMALL, shards=2)
     (tmp_path / "model.safetensors.index.json").unlink()
     message = refusal(tmp_path)
-    assert "holds 2 sets of weights (model-00001-of-00002.safetensors, model-00002-of" in message
+    assert "contains 2 sets of weights (model-00001-of-00002.safetensors, model-00002-of" in message
     assert "or restore the index" in message
 
 
@@ -80,7 +80,7 @@ def test_a_missing_shard_is_named_with_its_index(tmp_path):
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     message = refusal(tmp_path)
     assert "model.safetensors.index.json: names the shard model-00002-of-00002" in message
-    assert "does not exist. Download it" in message
+    assert "does not exist. Download the shard" in message
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,9 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path):
     index = json.loads(path.read_text())
     shard = index["weight_map"].pop(f"visual.{QKV}")
     path.write_text(json.dumps(index))
-    assert f"{shard}: holds 'visual.{QKV}', but {path} does not list it there" in refusal(tmp_path)
+    assert f"{shard}: contains 'visual.{QKV}', but {path} does not list it there" in refusal(
+        tmp_path
+    )
     other = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"} - {shard}
     index["weight_map"][f"visual.{QKV}"] = other.pop()
     path.write_text(json.dumps(index))

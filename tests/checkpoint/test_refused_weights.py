@@ -40,7 +40,7 @@ def test_missing_and_extra_tensors_are_counted_and_named(tmp_path):
     edit_weights(tmp_path, edit)
     message = refusal(tmp_path)
     assert f"{tmp_path} (model.safetensors): 1 of 42 vision tensors are missing" in message
-    assert "(blocks.1.norm2.weight) and 1 are not known (blocks.9.norm1.weight)" in message
+    assert "(blocks.1.norm2.weight) and 1 are unknown (blocks.9.norm1.weight)" in message
     assert "Use the config.json that belongs to the weights, or download" in message
 
 
@@ -51,13 +51,13 @@ def test_at_most_five_missing_tensors_are_named(tmp_path):
     message = refusal(tmp_path)
     assert "12 of 54 vision tensors are missing" in message
     assert message.count("blocks.3.") == 5
-    assert "0 are not known (none)" in message
+    assert "0 are unknown (none)" in message
 
 
 def test_a_single_unknown_tensor_is_refused(tmp_path):
     write_checkpoint(tmp_path, SMALL)
     edit_weights(tmp_path, lambda tensors: tensors.update({"visual.extra": torch.zeros(1)}))
-    assert "0 of 42 vision tensors are missing (none) and 1 are not known (extra)" in refusal(
+    assert "0 of 42 vision tensors are missing (none) and 1 are unknown (extra)" in refusal(
         tmp_path
     )
 
@@ -126,8 +126,8 @@ def test_towers_of_other_models_are_refused_by_name(tmp_path, name, model):
     write_checkpoint(tmp_path, SMALL)
     edit_weights(tmp_path, lambda tensors: tensors.update({f"visual.{name}": torch.zeros(4)}))
     message = refusal(tmp_path)
-    assert f"holds the vision tower of {model} ({tmp_path / 'model.safetensors'}: " in message
-    assert f": visual.{name}). Expected Qwen2.5-VL. Use transformers for it." in message
+    assert f"contains the vision tower of {model} ({tmp_path / 'model.safetensors'}: " in message
+    assert f": visual.{name}). Expected Qwen2.5-VL. Use transformers for this model." in message
 
 
 def test_two_towers_and_none_are_refused(tmp_path):
@@ -136,7 +136,7 @@ def test_two_towers_and_none_are_refused(tmp_path):
         tmp_path,
         lambda tensors: tensors.update({"other.patch_embed.proj.weight": torch.zeros(1)}),
     )
-    assert "holds 2 vision towers, under other., visual. Expected one. Save" in refusal(tmp_path)
+    assert "contains 2 vision towers, under other., visual. Expected one. Save" in refusal(tmp_path)
     write_weights(tmp_path, {"lm_head.weight": torch.zeros(1)})
     assert f"{tmp_path}: no vision tower: none of its 1 tensors (lm_head.weight)" in refusal(
         tmp_path

@@ -112,8 +112,8 @@ def test_a_load_in_inference_mode_can_be_repeated_outside_of_it() -> None:
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("blocks.0.mlp.fc1.weight", torch.ones(2), "holds the vision tower of Qwen2-VL"),
-        ("pos_embed.weight", torch.ones(2), "holds the vision tower of Qwen3-VL"),
+        ("blocks.0.mlp.fc1.weight", torch.ones(2), "contains the vision tower of Qwen2-VL"),
+        ("pos_embed.weight", torch.ones(2), "contains the vision tower of Qwen3-VL"),
         ("blocks.0.attn.qkv.weight_scale", torch.ones(2), "quantised"),
         ("blocks.0.attn.qkv.weight", torch.ones(480, 160, dtype=torch.int8), "quantised"),
         ("blocks.99.norm1.weight", torch.ones(160), "not a tensor of this vision tower"),

@@ -60,7 +60,7 @@ def test_a_feature_file_is_described_and_verified(folder: Path, run: Any) -> Non
     broken = run("verify", "f.safetensors", "--json")
     document = json.loads(broken.out)
     assert broken.code == 1
-    assert "f.safetensors: b.jpg: image_embeds holds NaN or infinity" in document["problems"]
+    assert "f.safetensors: b.jpg: image_embeds contains NaN or infinity" in document["problems"]
     assert not any("a.png" in problem for problem in document["problems"])
     alias = run("info", "f.safetensors", "--verify")
     assert alias.code == 1
@@ -122,7 +122,7 @@ def test_each_fault_of_an_export_is_found_and_named(export_dir: Path, run: Any) 
         return str(done.out)
 
     poison(first)
-    assert "shard-00000000.safetensors: a.png: image_embeds holds NaN" in problems()
+    assert "shard-00000000.safetensors: a.png: image_embeds contains NaN" in problems()
     first.write_bytes(content[:-4])
     assert "shard-00000000.safetensors: truncated" in problems()
     first.write_bytes(last.read_bytes())
@@ -168,7 +168,7 @@ def test_what_is_not_there_is_an_error(folder: Path, run: Any) -> None:
         (("verify", "gone.safetensors"), "gone.safetensors: does not exist. Expected a feature"),
         (("verify", "./gone"), "./gone: does not exist. Expected a checkpoint's folder."),
         (("info", "7B"), "Did you mean Qwen/Qwen2.5-VL-7B-Instruct"),
-        (("info", "f.safetensors", "--image", "a.png"), "--image is for checkpoints"),
+        (("info", "f.safetensors", "--image", "a.png"), "--image works only for checkpoints"),
     ):
         done = run(*words)
         assert (done.code, done.out) == (2, "")

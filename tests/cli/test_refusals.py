@@ -24,15 +24,21 @@ REFUSED = {
         ("a.png", "--out", "old.safetensors"),
         ("old.safetensors: already exists. Pass --overwrite", "another --out."),
     ),
-    "no folder": (("a.png", "--out", "no/f.safetensors"), ("no: not a folder. Create it first.",)),
-    "folder is a file": (("a.png", "--out", "a.png/f"), ("a.png: not a folder. Create it first.",)),
+    "no folder": (
+        ("a.png", "--out", "no/f.safetensors"),
+        ("no: not a folder. Create the folder first.",),
+    ),
+    "folder is a file": (
+        ("a.png", "--out", "a.png/f"),
+        ("a.png: not a folder. Create the folder first.",),
+    ),
     "is a folder": (
         ("a.png", "--out", "sub", "--overwrite"),
         ("sub: a folder. Expected a file to write. Pass another --out.",),
     ),
     "twice": (
         ("a.png", "b.jpg", "a.png", "--out", "f"),
-        ("a.png: given twice. Expected each image once. Leave one",),
+        ("a.png: given twice. Expected each image once. Omit one of the two",),
     ),
     "long name": (("a.png", "--out", "f" * 300), ("could not be written (File name too long)",)),
     "long folder": (("a.png", "--out", "f" * 300 + "/f"), ("(File name too long)",)),
@@ -47,12 +53,12 @@ REFUSED = {
     ),
     "an image": (
         ("b.jpg", "./a.safetensors", "--out", "a.safetensors", "--overwrite"),
-        ("a.safetensors: one of the images. Pass another --out.",),
+        ("a.safetensors: one of the input images. Pass another --out.",),
     ),
     "twice by two names": (("a.png", "./a.png", "--out", "f"), ("a.png: given twice.",)),
     "another format": (
         ("a.png", "--out", "f.pt"),
-        ("f.pt: its suffix is .pt. Expected .safetensors,", "Pass --out f.safetensors."),
+        ("f.pt: its suffix is .pt. Expected .safetensors.", "Pass --out f.safetensors."),
     ),
     "no image": (("sub", "--out", "f"), ("no image found in sub. Expected",)),
 }

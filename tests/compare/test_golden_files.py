@@ -196,11 +196,14 @@ def test_a_torn_golden_is_refused(golden: Golden, tmp_path: Path, kept: int) -> 
     torn = tmp_path / "torn"
     torn.write_bytes(golden.path.read_bytes()[:kept])
     with pytest.raises(
-        ComparisonError, match=r"torn: torn, or not a safetensors file \(\d+ bytes; "
+        ComparisonError, match=r"torn: incomplete, or not a safetensors file \(\d+ bytes; "
     ) as caught:
         load_golden(torn)
     assert caught.value.name == str(torn)
-    assert (caught.value.expected, caught.value.remedy) == ("", "get it again")  # no checkpoint's
+    assert (caught.value.expected, caught.value.remedy) == (
+        "",
+        "get the file again",
+    )  # no checkpoint's
 
 
 def test_another_safetensors_file_is_no_golden() -> None:

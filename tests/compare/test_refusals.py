@@ -79,11 +79,11 @@ BAD_USAGE = {
     ),
     "report in no folder": (
         (CHELSEA, *SMALL, "--report", "no/page"),
-        "no: not a folder. Create it first.",
+        "no: not a folder. Create the folder first.",
     ),
     "same image twice": (
         (CHELSEA, CHELSEA, *SMALL, "--save-golden", "g"),
-        "chelsea.png: given twice. Expected each image once. Leave one out.",
+        "chelsea.png: given twice. Expected each image once. Omit one of the two.",
     ),
 }
 

@@ -93,8 +93,8 @@ def test_other_ways_to_build_or_move_one_name_the_right_way() -> None:
 
 
 REFUSED_ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "float16": ({"dtype": "float16"}, ("float16 is refused", "overflow", "bfloat16 or float32")),
-    "torch.float16": ({"dtype": torch.float16}, ("float16 is refused", "overflow")),
+    "float16": ({"dtype": "float16"}, ("overflow float16", "overflow", "bfloat16 or float32")),
+    "torch.float16": ({"dtype": torch.float16}, ("overflow float16", "overflow")),
     "bfloat16 on cpu": ({"dtype": "bfloat16"}, ("bfloat16", "CPU", "float32", "a GPU")),
     "float64": ({"dtype": torch.float64}, ("torch.float64", "Expected")),
     "unknown dtype": ({"dtype": "bf-16"}, ("'bf-16'", "'auto', 'bfloat16' or 'float32'")),
@@ -132,7 +132,7 @@ def pretend_gpus(
 
 def test_cuda_without_a_gpu_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch, 0)
-    with pytest.raises(ArgumentError, match=r"sees no CUDA GPU\. Install an NVIDIA driver"):
+    with pytest.raises(ArgumentError, match=r"finds no CUDA GPU\. Install an NVIDIA driver"):
         VisionEncoder.from_pretrained("tiny", device="cuda")
 
 

@@ -117,8 +117,8 @@ def test_an_interrupt_says_what_is_kept(
     monkeypatch.setattr(Progress, "count", count)
     code, _, err = run("p", "--out", "out", "--shard-size", "4")
     assert code == 130
-    kept = "4 images kept; run the same command again to resume"
-    assert (kept in err, "no image was kept" in err) == (is_any_whole, not is_any_whole)
+    kept = "the export saved 4 images; run the same command again to resume"
+    assert (kept in err, "the export saved no image" in err) == (is_any_whole, not is_any_whole)
 
 
 def test_its_json_is_one_document(export_dir: Path, run: Any) -> None:
@@ -149,7 +149,7 @@ def test_a_dry_run_refuses_what_the_export_would(export_dir: Path, run: Any) -> 
         (("p", "--out", "no/out"), "no: not a folder"),
         (("p", "--out", "p"), "no export.json"),
         (("p", "--out", "o" * 300), "File name too long"),
-        (("p/0.png", "--out", "out"), "holds an export that differs: its images: "),
+        (("p/0.png", "--out", "out"), "contains a different export: its images: "),
         (("p", "--out", "out", "--output", "mean"), "output was merged, is mean now"),
         (("p/0.png", "p/0.png", "--out", "fresh"), "p/0.png: two images have this id"),
         (("list.txt", "--out", "fresh"), "no image found in list.txt"),
@@ -307,7 +307,7 @@ BAD_USAGE = {
     "threads": (["p", "--decode-threads", "0"], "Invalid value for '--decode-threads'"),
     "missing": (["gone"], "gone: cannot be exported"),
     "address": (["https://x/y.jpg"], "https://x/y.jpg: an address"),
-    "foreign folder": (["p", "--out", "p"], "holds 0.png"),
+    "foreign folder": (["p", "--out", "p"], "contains 0.png"),
 }
 
 

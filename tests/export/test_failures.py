@@ -107,7 +107,7 @@ def test_an_image_that_does_not_fit_the_memory_is_a_row(
     assert errors["3.png"].message == "3.png: its 4 patches do not fit the memory of cpu"
     assert errors["3.png"].stage == "encode"
     assert errors["6.png"].message == (
-        "6.png: does not fit into memory. Free some memory, or leave the image out."
+        "6.png: does not fit into memory. Free some memory, or omit the image."
     )
 
 

@@ -27,8 +27,11 @@ from tests.support.fake_encoder import FakeEncoder
         ("p", r"inputs is one str\. Expected a list of paths\. Pass \[inputs\]"),
         (b"p", r"inputs is one bytes\. Expected a list"),
         (Path("p"), r"inputs is one .*Path\. Expected a list"),
-        ([b"p"], r"inputs holds b'p'\. Expected paths as str or Path\. Decode bytes with os.fsd"),
-        ([7], r"inputs holds 7\. Expected paths"),
+        (
+            [b"p"],
+            r"inputs contains b'p'\. Expected paths as str or Path\. Decode bytes with os.fsd",
+        ),
+        ([7], r"inputs contains 7\. Expected paths"),
         ([], r"inputs is empty\. Expected files, folders"),
     ],
 )

@@ -63,7 +63,7 @@ def test_other_settings_are_refused_with_the_difference(export_dir: Path, what: 
     if what == "model":
         metadata = {**encoder.metadata(), "weights_sha256": "2" * 64}
         encoder.metadata = lambda: metadata
-    with pytest.raises(ExportError, match="out: it holds an export that differs") as caught:
+    with pytest.raises(ExportError, match="out: the folder contains a different export") as caught:
         export(encoder=encoder, options=options)
     assert caught.value.name == "out"
     assert words in caught.value.fact
@@ -113,10 +113,10 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(export_dir: Path) ->
     Path("out/notes.txt").write_text("mine")
     Path("dangling").symlink_to("nowhere")
     for given, words in (
-        ("out", r"out: it holds notes.txt \(1 in all\) and no export.json"),
+        ("out", r"out: the folder contains notes.txt \(1 in all\) and no export.json"),
         ("p/x.png", r"p/x.png: not a folder\. Pass another folder"),
         ("dangling", r"dangling: not a folder\. Pass another folder"),
-        ("no/out", r"no: not a folder\. Create it first"),
+        ("no/out", r"no: not a folder\. Create the folder first"),
         ("n" * 300 + "/out", "File name too long|not a folder"),
         ("caf\udce9", r"caf\\udce9': not UTF-8\. Expected a path that safetensors can open"),
     ):

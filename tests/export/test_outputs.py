@@ -192,19 +192,21 @@ def test_hidden_files_of_a_killed_export_are_removed(export_dir: Path) -> None:
 def test_a_layer_that_the_tower_has_not_is_refused_before_a_folder_is_made(
     export_dir: Path,
 ) -> None:
-    with pytest.raises(ArgumentError, match=r"layers holds 4\. Expected blocks from 0 to 3, each"):
+    with pytest.raises(
+        ArgumentError, match=r"layers contains 4\. Expected blocks from 0 to 3, each"
+    ):
         export(options=ExportOptions(layers=(0, 4)))
     assert not Path("out").exists()
     worker = ray_cluster._Worker(FakeEncoder, 1)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="layers holds 4"):
+    with pytest.raises(ArgumentError, match="layers contains 4"):
         worker.describe(ExportOptions(layers=(0, 4)))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"layers": (-1,)}, "layers holds -1"),
-        ({"layers": (1, 1)}, "layers holds 1 twice"),
+        ({"layers": (-1,)}, "layers contains -1"),
+        ({"layers": (1, 1)}, "layers contains 1 twice"),
         ({"layers": "01"}, "layers is '01'"),
         ({"normalize": True}, "normalize is for output=.mean. alone"),
         ({"normalize": 1, "output": "mean"}, "normalize is 1"),

@@ -63,7 +63,7 @@ def test_resume_names_changed_inputs_and_extends_with_its_own(
     run(*START)
     write("p/x.png", tiny_png(42))
     assert run("--resume", "out")[0] == 0
-    assert "its inputs changed: 1 new, first x.png; the export goes on with" in caplog.text
+    assert "its inputs changed: 1 new, first x.png; the export continues with" in caplog.text
     write("p/7.png", tiny_png(7))
     code, out, _ = run("--resume", "out", "--extend", "--retry-failed", "--json", "-q")
     done = json.loads(out)
@@ -88,7 +88,10 @@ def test_resume_from_elsewhere(run: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         (("--resume", "none"), "none: no export to resume"),
         (("--resume", "out", "--output", "mean"), "--output cannot be passed with --resume"),
         (("--resume", "out", "--model", "tiny"), "--model cannot be passed with --resume"),
-        (("p", "--out", "out"), "INPUTS, --model and --out are needed, or --resume OUT alone"),
+        (
+            ("p", "--out", "out"),
+            "an argument is missing: pass INPUTS, --model and --out, or only --resume OUT",
+        ),
     ],
 )
 def test_bad_usage_of_resume(run: Any, words: tuple[str, ...], error: str) -> None:

@@ -69,8 +69,8 @@ def test_a_signal_ends_the_command_with_what_it_encoded(
     lines = [line for line in err.splitlines() if line and not line.startswith("skipped: ")]
     assert code == 130
     assert lines == [
-        "interrupted: saving encoded images; once more to stop at once",
-        "32 images kept; run the same command again to resume",
+        "interrupted: saving encoded images; interrupt again to stop at once",
+        "the export saved 32 images; run the same command again to resume",
         "interrupted",
     ]
     assert count_kept(Path("out")) == 32  # a batch

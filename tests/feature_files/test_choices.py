@@ -51,13 +51,13 @@ def test_a_choice_refuses_what_is_not_there(path: Path) -> None:
     features = load_features(path)
     with pytest.raises(KeyError, match="'z' is not in"):
         features[["a", "z"]]
-    with pytest.raises(IndexError, match=r"image 3 of .*, which holds 3 images"):
+    with pytest.raises(IndexError, match=r"image 3 of .*, which contains 3 images"):
         features[[0, 3]]
     with pytest.raises(KeyError, match=r"'c' is not in a subset of .*features.safetensors"):
         features[:2]["c"]
-    with pytest.raises(IndexError, match=r"image 2 of a subset of .*which holds 2 images"):
+    with pytest.raises(IndexError, match=r"image 2 of a subset of .*which contains 2 images"):
         features[:2][2]
-    with pytest.raises(IndexError, match=r"a mask of 2 values for .*, which holds 3 images"):
+    with pytest.raises(IndexError, match=r"a mask of 2 values for .*, which contains 3 images"):
         features[np.array([True, False])]
     odd: Any
     for odd in (None, 1.0, np.array([0.5]), np.zeros((1, 1), int), {"a"}):

@@ -33,7 +33,7 @@ def test_an_image_is_found_by_position_or_by_id(path: Path, key: int | str) -> N
 def test_one_that_is_not_there_is_named_with_the_file(path: Path) -> None:
     write_features(path, features_of("a", "b", "c"), METADATA)
     read = load_features(path)
-    with pytest.raises(KeyError, match=r"'z' is not in .*features.safetensors, which holds 3"):
+    with pytest.raises(KeyError, match=r"'z' is not in .*features.safetensors, which contains 3"):
         read["z"]
     for index in (3, -4):
         with pytest.raises(IndexError, match=rf"image {index} of .*features.safetensors.* 3"):

@@ -54,7 +54,7 @@ def test_failed_images_are_listed_with_their_reasons(folder: Folder) -> None:
     with pytest.raises(KeyError, match=r"'z' is not in .*export, which lists 7 images"):
         features["z"]
     for index in (3, -4):
-        with pytest.raises(IndexError, match=rf"image {index} of .*export, which holds 3"):
+        with pytest.raises(IndexError, match=rf"image {index} of .*export, which contains 3"):
             features[index]
 
 
@@ -147,7 +147,9 @@ def test_a_shard_of_another_export_is_refused(folder: Folder, change: str) -> No
 def test_shards_that_changed_places_are_refused(folder: Folder) -> None:
     folder.shard(0).replace(folder.shard(2))
     features = load_features(folder.path)
-    words = r"belongs to a different export\. .* lines 7 to 7 of listing\.jsonl.*\. Move it away"
+    words = (
+        r"belongs to a different export\. .* lines 7 to 7 of listing\.jsonl.*\. Move the shard away"
+    )
     with pytest.raises(ExportError, match=words):
         features["g"]
 

@@ -120,7 +120,7 @@ def test_rows_that_do_not_fit_their_grid_are_refused(tmp_path: Path) -> None:
     ("features", "metadata", "message"),
     [
         (None, {}, "features is one NoneType. Expected a list of ImageFeatures"),
-        ([torch.zeros(1, 4)], {}, "features holds a Tensor. Expected ImageFeatures"),
+        ([torch.zeros(1, 4)], {}, "features contains a Tensor. Expected ImageFeatures"),
         (torch.zeros(1, 4), {}, "features is one Tensor. Expected a list of ImageFeatures"),
         (
             [ImageFeatures(7, torch.zeros(1, 4), (1, 2, 2))],

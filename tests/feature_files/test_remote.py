@@ -140,7 +140,7 @@ def test_a_shard_that_was_replaced_is_not_mixed(server: S3Server, local: Path) -
     assert remote["03.png"].id == "03.png"
     name = "shard-00000000.safetensors"
     server.put(f"out/{name}", (local / name).read_bytes() + b"\0")
-    with pytest.raises(ExportError, match="was replaced after it was listed"):
+    with pytest.raises(ExportError, match="was replaced after the listing"):
         _ = remote["04.png"]
 
 

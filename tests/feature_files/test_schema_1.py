@@ -81,7 +81,8 @@ def test_an_export_of_schema_1_is_not_continued_and_not_touched(
     Path("out/shard-00000001.safetensors").unlink()
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     words = (
-        r"out: it holds an export of schema 1\. Expected schema 2, which this version .* writes\. "
+        r"out: the folder contains an export of schema 1\. Expected schema 2, which this version "
+        r".* writes\. "
         r"Finish it with the version that began it, or pass another folder; "
         r"load_features reads both"
     )

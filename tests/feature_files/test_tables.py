@@ -275,7 +275,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
 def test_no_image_is_no_table(stored: Features, tmp_path: Path) -> None:
     nothing = stored[:0]
     for call in (nothing.to_numpy, lambda: nothing.to_parquet(tmp_path / "t")):
-        with pytest.raises(ExportError, match=r"holds no image\. Choose at least one"):
+        with pytest.raises(ExportError, match=r"contains no image\. Choose at least one"):
             call()
     assert [each.name for each in tmp_path.iterdir()] == ["f"]
 

@@ -142,15 +142,15 @@ def test_columns_must_make_sense() -> None:
 @pytest.mark.parametrize(
     ("values", "fact", "remedy"),
     [
-        (pa.array(["a.png"]), "holds string", ".txt"),
-        (pa.array(["https://x/a.png"], pa.large_string()), "holds large_string", "download"),
-        (pa.nulls(1), "holds null", "has none"),
-        (pa.array([[b"x"]]), "holds list<", "one image a row"),
-        (pa.array([[{"bytes": b"x"}]]), "holds list<", "one image a row"),
-        (pa.array([1]), "holds int64", "column of bytes"),
-        (pa.array([{"url": "a", "w": 1}]), "holds struct<", "{bytes, path}"),
-        (pa.array([{"bytes": "text"}]), "holds struct<", "{bytes, path}"),
-        (pa.array([{"image": {"bytes": b"x"}}]), "holds struct<", "{bytes, path}"),
+        (pa.array(["a.png"]), "contains string", ".txt"),
+        (pa.array(["https://x/a.png"], pa.large_string()), "contains large_string", "download"),
+        (pa.nulls(1), "contains null", "has none"),
+        (pa.array([[b"x"]]), "contains list<", "one image a row"),
+        (pa.array([[{"bytes": b"x"}]]), "contains list<", "one image a row"),
+        (pa.array([1]), "contains int64", "column of bytes"),
+        (pa.array([{"url": "a", "w": 1}]), "contains struct<", "{bytes, path}"),
+        (pa.array([{"bytes": "text"}]), "contains struct<", "{bytes, path}"),
+        (pa.array([{"image": {"bytes": b"x"}}]), "contains struct<", "{bytes, path}"),
     ],
 )
 def test_a_column_that_holds_no_images_is_refused(
@@ -183,7 +183,7 @@ def test_files_of_different_schemas_are_one_error(parquet_dir: Path) -> None:
     pq.write_table(pa.table({"picture": [b"x"]}), "data/b.parquet")
     error = refused("data")
     assert error.name == "b.parquet"
-    assert "only files that have it" in error.remedy
+    assert "only files with this column" in error.remedy
     write_rows("data/b.parquet", [tiny_png(1)], pa.binary(), other=[1])  # bytes beside structs
     assert [read_item(item, LIMITS) for item in items("data")] == [tiny_png(0), tiny_png(1)]
 

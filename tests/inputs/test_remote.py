@@ -273,7 +273,7 @@ def test_an_object_replaced_after_the_listing_is_not_read(data: Path, server: S3
     for item in (file, tar[1], parquet[2]):
         error = failure(item)
         assert error.code == "changed"
-        assert "replaced after it was listed" in error.fact
+        assert "replaced after the listing" in error.fact
 
 
 def test_what_is_not_there_is_refused_before_any_work(data: Path, server: S3Server) -> None:

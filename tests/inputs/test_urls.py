@@ -119,12 +119,12 @@ def test_redirects_within_the_allowed_hosts_are_followed(site: Site) -> None:
     [
         ("/loop", "more than 5 redirects"),
         ("http://images.example.org/a.png", "leads to http://"),
-        ("https://user:pass@images.example.org/", "holds a user's name or password"),
+        ("https://user:pass@images.example.org/", "contains a user's name or password"),
         ("file:///etc/passwd", "leads to file://"),
         ("https://169.254.169.254/latest", "its host 169.254.169.254 is not allowed"),
         ("https://images.example.org:22/", "its host images.example.org:22 is not allowed"),
-        ("https://images.example.org:x/", "no valid address"),
-        ("/a b", "no valid address"),
+        ("https://images.example.org:x/", "not a valid address"),
+        ("/a b", "not a valid address"),
     ],
 )
 def test_redirects_elsewhere_are_refused(site: Site, target: str, fact: str) -> None:
@@ -178,7 +178,7 @@ def test_a_certificate_of_another_is_refused(site: Site, monkeypatch: pytest.Mon
         (body(b"", 403), "unreadable", "cannot be fetched (HTTP 403)"),
         (body(b"", 503), "unreadable", "cannot be fetched (HTTP 503)"),
         (body(b"x" * 2_000), "file-too-large", ""),
-        (body(b"x", Content_Encoding="gzip"), "unreadable", "its server compresses it"),
+        (body(b"x", Content_Encoding="gzip"), "unreadable", "its server compresses the image"),
         (body(b"x", Content_Length="5"), "unreadable", "ended after 1 of 5 bytes"),
     ],
 )

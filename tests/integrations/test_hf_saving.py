@@ -345,7 +345,7 @@ def nan_in_it(tensor: Tensor) -> Tensor:
 UNFIT = {
     "shape": (lambda tensor: tensor[:-1], "ln_q.weight: has the shape [31]. Expected [32] from"),
     "NaN": (nan_in_it, "ln_q.weight: 32 NaN and 0 infinite"),
-    "integers": (lambda tensor: tensor.int(), "are quantised or of another type"),
+    "integers": (lambda tensor: tensor.int(), "are quantised or have another type"),
     "meta": (lambda tensor: tensor.to("meta"), "a tensor on the meta device"),
 }
 

@@ -109,11 +109,11 @@ REFUSED = {
     "another type": (with_embeds(torch.ones(4, 8).half()), "8 torch.float32 .* 8 torch.float16"),
     "failed": (
         [*features_with_grids((1, 2, 2)), failed("ends early", "bad.jpg")],
-        "bad.jpg: this image failed: ends early. Leave it out.",
+        "bad.jpg: this image failed: ends early. Omit the image.",
     ),
     "failed in an export": (
         [failed("bad.jpg: ends early. Fetch it again.")],
-        "bad.jpg: this image failed: bad.jpg: ends early. Fetch it again. Leave it out.",
+        "bad.jpg: this image failed: bad.jpg: ends early. Fetch it again. Omit the image.",
     ),
     "odd grid": (
         with_embeds(torch.ones(4, 8), (1, 4, 5)),
@@ -126,7 +126,7 @@ REFUSED = {
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.__name__)
 @pytest.mark.parametrize("given", [torch.ones(4, 8), [torch.ones(4, 8)], None])
 def test_what_are_no_features_is_refused_by_every_adapter(adapter: Any, given: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"features (is one|holds a) .*\. Expected"):
+    with pytest.raises(ArgumentError, match=r"features (is one|contains a) .*\. Expected"):
         adapter(given)
 
 

@@ -214,12 +214,14 @@ def test_metadata_name_the_model(tmp_path: Path, metadata: Any) -> None:
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ExportError, match=r"it holds notes.txt \(1 in all\) and no qwen_vit.json"):
+    with pytest.raises(
+        ExportError, match=r"the folder contains notes.txt \(1 in all\) and no qwen_vit.json"
+    ):
         write_ec_cache(PICTURES, tmp_path, MODEL)
     assert content(tmp_path) == {"notes.txt": b"mine"}
     with pytest.raises(ExportError, match=r"notes.txt: not a folder"):
         write_ec_cache(PICTURES, tmp_path / "notes.txt", MODEL)
-    with pytest.raises(ExportError, match=r"no-such: not a folder. Create it first"):
+    with pytest.raises(ExportError, match=r"no-such: not a folder. Create the folder first"):
         write_ec_cache(PICTURES, tmp_path / "no-such" / "ec", MODEL)
     for name, words in (("notes.txt", "not a folder"), ("none", "not a folder"), ("", "without")):
         with pytest.raises(ExportError, match=rf"{words}.*Expected an encoder cache"):
@@ -380,5 +382,5 @@ def test_many_processes_write_one_folder(tmp_path: Path) -> None:
     "given", [[], PICTURES, CachedFeatures("a", "b", (1, 2, 2)), "a", {"a": 1}, None]
 )
 def test_what_are_no_entries_is_refused(adapter: Any, given: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"entries (is|holds)"):
+    with pytest.raises(ArgumentError, match=r"entries (is|contains)"):
         adapter(given)

@@ -62,12 +62,12 @@ def test_videos_alone_need_no_pictures() -> None:
         ([], "has 0 values for 2 videos. Expected one for each video. Pass 2 / "),
         ([0.5], "has 1 value for 2 videos"),
         ([0.5, 0.5, 0.5], "has 3 values for 2 videos"),
-        ([0.5, 0.0], "holds 0.0. Expected seconds above 0."),
-        ([0.5, -1.0], "holds -1.0"),
-        ([0.5, float("nan")], "holds nan"),
-        ([0.5, float("inf")], "holds inf"),
-        ([0.5, True], "holds True"),
-        (["1", 0.5], "holds '1'"),
+        ([0.5, 0.0], "contains 0.0. Expected seconds above 0."),
+        ([0.5, -1.0], "contains -1.0"),
+        ([0.5, float("nan")], "contains nan"),
+        ([0.5, float("inf")], "contains inf"),
+        ([0.5, True], "contains True"),
+        (["1", 0.5], "contains '1'"),
     ],
 )
 def test_each_video_has_its_seconds(adapter: Adapter, seconds: Any, words: str) -> None:

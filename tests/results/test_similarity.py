@@ -80,25 +80,30 @@ def test_a_row_of_zeros_is_like_none() -> None:
 MANY = features_of("a", "b")
 NAN = torch.tensor([[1.0, float("nan")]])
 REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
-    "dense images": (MANY, None, ArgumentError, r"a holds 2 images, one of them with 2 rows\. Exp"),
-    "dense b": (vectors(1), MANY, ArgumentError, r"b holds 2 images"),
-    "none": ([], None, ArgumentError, r"a holds no image\. Pass at least one"),
+    "dense images": (
+        MANY,
+        None,
+        ArgumentError,
+        r"a contains 2 images, and one of the images has 2 rows\. Exp",
+    ),
+    "dense b": (vectors(1), MANY, ArgumentError, r"b contains 2 images"),
+    "none": ([], None, ArgumentError, r"a contains no image\. Pass at least one"),
     "widths": (vectors(2), vectors(2, 5), ArgumentError, "a has rows of 6 values and b of 5"),
     "widths in a": ([*vectors(1), *vectors(1, 5)], None, ArgumentError, r"shapes \(5,\), \(6,\)"),
     "failed": (
         [*vectors(1), FailedImage("x.jpg", ImageError("ends early", name="x.jpg"))],
         None,
         ExportError,
-        r"x\.jpg: this image failed: ends early\. Leave it out",
+        r"x\.jpg: this image failed: ends early\. Omit the image",
     ),
-    "NaN": (NAN, None, ArgumentError, r"a holds NaN or infinity\. Expected finite"),
+    "NaN": (NAN, None, ArgumentError, r"a contains NaN or infinity\. Expected finite"),
     "infinity": (NAN.nan_to_num(nan=float("inf")), None, ArgumentError, "NaN or infinity"),
     "integers": (torch.ones(2, 2, dtype=torch.int64), None, ArgumentError, "a is torch.int64"),
     "a vector": (torch.ones(3), None, ArgumentError, r"shape \(3,\).* v as v\[None\]"),
     "a map": (torch.ones(1, 2, 2, 3), None, ArgumentError, r"shape \(1, 2, 2, 3\)"),
-    "a path": ("a.jpg", None, ArgumentError, r"features holds a str"),
+    "a path": ("a.jpg", None, ArgumentError, r"features contains a str"),
     "a number": (3, None, ArgumentError, "features is one int"),
-    "None in b": (vectors(1), [None], ArgumentError, "features holds a NoneType"),
+    "None in b": (vectors(1), [None], ArgumentError, "features contains a NoneType"),
 }
 
 

@@ -94,7 +94,7 @@ def test_a_folder_gets_the_page_and_a_picture_of_each(folder: Path, run: Any) ->
     first, second = report["images"]
     assert (first["id"], first["size_px"], first["windows"]) == ("a.png", [56, 56], 1)
     assert (second["grid_hw"], second["cells_hw"]) == ([4, 6], [4, 6])
-    assert "it holds files already" in run("p", *TINY, "--out", "out").err
+    assert "the folder already contains files" in run("p", *TINY, "--out", "out").err
     assert run("p", *TINY, "--out", "out", "--overwrite").code == 0
 
 
@@ -104,7 +104,7 @@ def test_a_layer_is_shown(folder: Path, run: Any) -> None:
     assert "the residual stream behind block 1" in Page("show.html").text
     done = run("p", *TINY, "--layer", "9", "--out", "n.html")
     assert (done.code, done.out) == (2, "")
-    assert "layers holds 9. Expected blocks from 0 to 4" in done.err
+    assert "layers contains 9. Expected blocks from 0 to 4" in done.err
 
 
 def test_one_image_becomes_one_picture(folder: Path, run: Any) -> None:
@@ -113,7 +113,7 @@ def test_one_image_becomes_one_picture(folder: Path, run: Any) -> None:
         assert picture.format == "PNG"
     done = run("p", *TINY, "--out", "both.png")
     assert done.code == 2
-    assert "--out both.png is one picture, for 2 images" in done.err
+    assert "--out both.png names one picture, but there are 2 images" in done.err
     assert not Path("both.png").exists()
 
 
@@ -151,7 +151,7 @@ def test_a_picture_is_matched_by_the_end_of_its_path(folder: Path, run: Any) -> 
         done = run("stored", *options, "--json", "--out", "c.html", "--overwrite")
         found = {each["id"] for each in json.loads(done.out)["images"] if each["has_picture"]}
         assert found == shown
-        assert ("no picture for" in done.err) == (len(shown) < 4)
+        assert ("no image for" in done.err) == (len(shown) < 4)
 
 
 def test_some_of_the_images_are_chosen(folder: Path, run: Any) -> None:
@@ -195,14 +195,14 @@ def test_odd_names_are_text_on_the_page_and_no_paths(folder: Path, run: Any) -> 
     ("arguments", "words"),
     [
         (("p",), "--model is missing. Pass it to encode images."),
-        (("p", *TINY, "--id", "a.png"), "--images and --id are for stored features"),
-        (("f.safetensors", "--model", "tiny"), "--model is for images. Leave it out"),
-        (("f.safetensors", "p"), "stored features are shown alone"),
+        (("p", *TINY, "--id", "a.png"), "--images and --id work only for stored features"),
+        (("f.safetensors", "--model", "tiny"), "--model works only for images. Omit --model"),
+        (("f.safetensors", "p"), "`show` accepts no other input beside stored features"),
         (("f.safetensors",), "f.safetensors: does not exist"),
         (("p", *TINY, "--out", "a.jpeg"), "Expected .html for a page, .png for a picture, or"),
-        (("p", *TINY, "--out", "no/a.html"), "no: not a folder. Create it first."),
+        (("p", *TINY, "--out", "no/a.html"), "no: not a folder. Create the folder first."),
         (("p", *TINY, "--point", "here"), "'here' is not a pixel. Expected X,Y such as 120,80."),
-        (("p/a.png", *TINY, "--point", "56,0"), "the point 56,0 is outside of the image."),
+        (("p/a.png", *TINY, "--point", "56,0"), "the point 56,0 is outside the image."),
     ],
 )
 def test_bad_usage_says_why(folder: Path, run: Any, arguments: tuple[str, ...], words: str) -> None:

@@ -55,13 +55,13 @@ def test_other_images_are_compared_with_the_first_ones_cell() -> None:
 
 @pytest.mark.parametrize("point", [(140, 0), (0, 80), (-1, 3), (1e9, 1e9)])
 def test_a_point_outside_is_refused(point: tuple[float, float]) -> None:
-    with pytest.raises(ArgumentError, match=r"outside of the image\. Expected x from 0 to 139 and"):
+    with pytest.raises(ArgumentError, match=r"outside the image\. Expected x from 0 to 139 and"):
         view_features([features()], point=point)
 
 
 def test_a_point_needs_the_size_of_the_image() -> None:
     unknown = features(size_px=(0, 0))
-    with pytest.raises(ArgumentError, match="the size of the image is not known"):
+    with pytest.raises(ArgumentError, match="the image's size is unknown"):
         view_features([unknown], point=(3, 3))
     picture = np.zeros((80, 140, 3), np.uint8)
     [view] = view_features([unknown], {"a": picture}, point=(139, 79)).views
@@ -84,7 +84,7 @@ def test_the_picture_covers_whole_patches() -> None:
 
 
 def test_a_picture_of_another_image_is_refused() -> None:
-    with pytest.raises(ArgumentError, match=r"a: the picture is 90 x 80, and .* 140 x 80\. Pass"):
+    with pytest.raises(ArgumentError, match=r"a: the image is 90 x 80, and .* 140 x 80\. Pass"):
         view_features([features()], {"a": np.zeros((80, 90, 3), np.uint8)})
     with pytest.raises(ArgumentError, match="an image of another shape"):
         view_features([features(size_px=(0, 0))], {"a": np.zeros((80, 90, 3), np.uint8)})

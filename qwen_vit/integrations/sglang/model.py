@@ -62,8 +62,8 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
             ) from error
         if version("sglang") not in RUN_WITH:
             logger.warning(
-                "qwen_vit was run with SGLang %s, not with %s; it finds its names "
-                "and continues.", " and ".join(RUN_WITH), version("sglang"),
+                "qwen_vit was tested with SGLang %s, not with %s. It finds the names that it "
+                "needs, and continues.", " and ".join(RUN_WITH), version("sglang"),
             )  # fmt: skip
         self._unwritten = {name for name, _ in self.visual.named_parameters()}
         self._is_prepared = False

@@ -79,7 +79,7 @@ def _by_kind(entries: Iterable[CachedFeatures]) -> dict[str, list[CachedFeatures
     found: dict[str, list[CachedFeatures]] = {}
     for entry in entries:
         if not isinstance(entry, CachedFeatures):
-            raise ArgumentError(f"entries holds a {type(entry).__name__}", expected=wanted)
+            raise ArgumentError(f"entries contains a {type(entry).__name__}", expected=wanted)
         kind = "image" if entry.second_per_grid_t is None else "video"
         found.setdefault(kind, []).append(entry)
     if not found:

@@ -163,7 +163,7 @@ class EncoderCache(Mapping[str, CachedFeatures]):
         shapes = {name: info.shape for name, info in found.items()}
         if shapes != {"ec_cache": wanted}:
             raise ExportError(
-                f"it holds {shapes}",
+                f"the file contains {shapes}",
                 name=str(path),
                 expected=f"ec_cache {wanted} for the grid {entry.grid_thw} of {entry.id!r}",
                 remedy=WRITE_AGAIN,
@@ -229,7 +229,8 @@ def _settings(metadata: Mapping[str, Any], dtype: str) -> dict[str, Any]:
             raise ArgumentError(
                 f"metadata has no {name}",
                 expected="encoder.metadata(), or the metadata of load_features(...)",
-                remedy="pass it, so that entries of different models stay apart",
+                remedy="pass the metadata, so that the entries of different models have different "
+                "names",
             )
     return {**digests, "dtype": dtype, "format": FORMAT}
 
@@ -249,9 +250,11 @@ def _names(folder: Path) -> list[str]:
     """
     try:
         if not folder.absolute().parent.is_dir():
-            raise ExportError("not a folder", name=str(folder.parent), remedy="create it first")
+            raise ExportError(
+                "not a folder", name=str(folder.parent), remedy="create the folder first"
+            )
         if os.path.lexists(folder) and not folder.is_dir():
-            raise ExportError("not a folder", name=str(folder), remedy="pass another one")
+            raise ExportError("not a folder", name=str(folder), remedy="pass another folder")
         folder.mkdir(exist_ok=True)
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -259,10 +262,11 @@ def _names(folder: Path) -> list[str]:
     strange = [name for name in names if not name.endswith(TEMPORARY_SUFFIX)]
     if strange and SETTINGS not in names:
         raise ExportError(
-            f"it holds {display_name(strange[0])} ({len(strange)} in all) and no {SETTINGS}",
+            f"the folder contains {display_name(strange[0])} ({len(strange)} in all) and no "
+            f"{SETTINGS}",
             name=str(folder),
             expected="an encoder cache that this package wrote, or an empty folder",
-            remedy="pass another one",
+            remedy="pass another folder",
         )
     return names
 

@@ -205,6 +205,7 @@ if names := _missing_names():
     Qwen2_5_VLForConditionalGeneration = theirs.Qwen2_5_VLForConditionalGeneration  # type: ignore[misc]
 elif vllm.__version__.split("+")[0] not in RUN_WITH:
     logger.warning(
-        "qwen_vit was run with vLLM %s, not with %s; it finds its names and continues.",
+        "qwen_vit was tested with vLLM %s, not with %s. It finds the names that it needs, and "
+        "continues.",
         " and ".join(RUN_WITH), vllm.__version__,
     )  # fmt: skip
