@@ -103,7 +103,8 @@ def test_a_scheduler_ends_it_as_ctrl_c_does(cluster: str, tmp_path: Path) -> Non
         time.sleep(0.1)
     running.send_signal(signal.SIGTERM)
     _, said = running.communicate(timeout=60)
-    assert "the export saved" in said and "; run the same command again to resume" in said
+    assert "the export saved" in said
+    assert "; run the same command again to resume" in said
     assert said.splitlines()[-1] == "interrupted"
     assert running.returncode == 130
     assert 0 < len(list(out.glob("shard-*"))) < 100
