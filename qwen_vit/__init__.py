@@ -5,7 +5,7 @@
 (1, 30, 46)
 
 The first use of a public name imports its module. Importing the package therefore imports no torch,
-and Ctrl-C works during the import of torch.
+and Ctrl-C works while torch is imported.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
 """Pack loaded images and videos into batches of patches, and return their features in order.
 
 Loader threads prefetch images. The caller's thread packs loaded images into batches and runs the
-encoder on them. An image's name accompanies it from the input to its features or its error.
+encoder on them. Each image keeps its name from the input to its features or its error.
 """
 
 import logging
@@ -42,7 +42,7 @@ IMAGES_IN_A_WINDOW = 1_024  # so that a long run of failed images is also report
 
 
 class _Piece(NamedTuple):
-    """Track an image, or some steps of a video, on the way through the tower."""
+    """Hold an image, or some steps of a video, and its state in the tower."""
 
     place: int  # the place in its window
     name: str
@@ -81,7 +81,8 @@ class BatchEncoder:
                     yield from self._encode_window(window, limit)
 
     def _windows(self, loaded: Iterable[LoadedImage]) -> Iterator[list[LoadedImage]]:
-        """Yield the images in order, in groups to pack together. A stream is a separate group."""
+        """Yield the images in order, in groups to pack together. A stream becomes a separate
+        group."""
         budget = WINDOW[self.device.type] * TOKEN_BUDGET[self.device.type]
         window: list[LoadedImage] = []
         n_patches = 0
@@ -131,7 +132,7 @@ class BatchEncoder:
     def _encode_stream(
         self, video: LoadedImage, stream: PieceStream, limit: "InFlightLimit"
     ) -> ImageFeatures | FailedImage:
-        """Encode a long video: encode each piece while threads decode the next pieces."""
+        """Encode each piece of a long video while threads decode the next pieces."""
         found: list[ImageRows] = []
         t = h = w = 0
         with closing(stream.pieces()) as pieces:
@@ -187,7 +188,8 @@ class BatchEncoder:
     def _batches(self, pieces: Sequence[_Piece]) -> list[list[int]]:
         """Return the indices of each pass's pieces. Images and videos have separate passes.
 
-        On a CPU, a piece of a video is a pass, so that its rows do not depend on other inputs.
+        On a CPU, each piece of a video has its own pass, so that its rows do not depend on other
+        inputs.
         """
         is_video = [piece.patches.pixels.shape[1] == self.video_values for piece in pieces]
         stills = [index for index, video in enumerate(is_video) if not video]
@@ -274,7 +276,7 @@ def pack(sizes: Sequence[int], budget: int) -> list[list[int]]:
     >>> pack([3, 7, 5, 4, 12], 10)
     [[4], [1, 0], [2, 3]]
 
-    A size above the budget is a separate batch.
+    A size above the budget becomes a separate batch.
     """
     batches: list[list[int]] = []
     room: list[int] = []

@@ -1,9 +1,9 @@
 """Time the tower on this GPU, and compare the time with the GPU's roofline.
 
 The roofline is the time of all the tower's operations at the rate of a large GEMM. The benchmark
-interleaves that GEMM with the tower. GPUs of one kind differ. At its power limit, each slows down
-within a second, the GEMM by a sixth. Interleaved, both run at the same clock. Ratios therefore
-transfer between GPUs, but milliseconds do not.
+interleaves that GEMM with the tower. Two GPUs of one model differ in speed. At the power limit, the
+clock falls within a second, and the GEMM becomes a sixth slower. An interleaved GEMM runs at the
+tower's clock. Ratios therefore transfer between GPUs, but milliseconds do not.
 """
 
 import statistics
@@ -68,7 +68,8 @@ def median_ms(run: Callable[[], Any], repeats: int = REPEATS, warm_ups: int = WA
 
 
 def large_gemm(device: torch.device) -> Callable[[], Any]:
-    """Return an 8192^3 bfloat16 GEMM of random data, of GEMM_FLOPS."""
+    """Return a call of an 8192^3 bfloat16 GEMM on random data, which takes GEMM_FLOPS
+    operations."""
     side = GEMM_SIDE
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     c = torch.empty_like(a)
@@ -80,7 +81,7 @@ def interleaved_with_gemm(
 ) -> tuple[float, float]:
     """Return the median GPU milliseconds of `run`, and the FLOP/s of an interleaved GEMM.
 
-    Both take about the same time in each round. A round has at least one GEMM.
+    `run` and the GEMMs take about the same time in each round. A round has at least one GEMM.
     """
     gemm = large_gemm(device)
     run_once, gemm_once = (median_ms(each, 1, 1) for each in (run, gemm))
@@ -171,7 +172,8 @@ def _squared(length: int, window: int) -> int:
 
 
 def in_batches(grids: Iterable[Grid], budget: int = MAX_BUCKET) -> list[tuple[Grid, ...]]:
-    """Split images, in order, into batches of at most `budget` patches. A larger image is alone.
+    """Split images, in order, into batches of at most `budget` patches. A larger image has a
+    separate batch.
 
     >>> [len(batch) for batch in in_batches([Grid(1, 8, 8)] * 5, budget=128)]
     [2, 2, 1]
@@ -188,7 +190,8 @@ def in_batches(grids: Iterable[Grid], budget: int = MAX_BUCKET) -> list[tuple[Gr
 
 
 class TimedTower:
-    """Run a tower with inputs on the GPU, by graph as `encode` does or kernel by kernel."""
+    """Run a tower with inputs on the GPU, either with a graph, like `encode`, or kernel by
+    kernel."""
 
     def __init__(self, tower: VisionTower, device: torch.device, dtype: torch.dtype) -> None:
         self.tower, self.device, self.dtype = tower, device, dtype
@@ -199,7 +202,7 @@ class TimedTower:
         return plan_layout(grids, self.tower.config, self.device, self.dtype, n_rows)
 
     def eager(self, pixels: Tensor, grids: Sequence[Grid]) -> Callable[[], Tensor]:
-        """Return a call that launches kernel by kernel."""
+        """Return a call that launches the kernels one by one."""
         layout = self.layout(grids).to(self.device)
 
         def run() -> Tensor:
@@ -256,7 +259,7 @@ def check_device(device: str) -> None:
 
 
 def bench(encoder: VisionEncoder, workloads: Iterable[str] = tuple(WORKLOADS)) -> list[Measured]:
-    """Time an encoder's tower on random pixels: GPU time, without decoding or copies.
+    """Measure the GPU time of an encoder's tower on random pixels, without decoding or copies.
 
     >>> bench(VisionEncoder.from_pretrained("tiny", device="cpu"))
     Traceback (most recent call last):
@@ -264,7 +267,8 @@ def bench(encoder: VisionEncoder, workloads: Iterable[str] = tuple(WORKLOADS)) -
 GPU.
 
     It first checks that CUDA graphs and single kernels give the same, finite bits. Raises
-    CheckpointError if they do not. Raises ArgumentError without a GPU or for an unknown workload.
+    CheckpointError if the bits differ or are not finite. Raises ArgumentError without a GPU or for
+    an unknown workload.
     """
     check_device(encoder.device.type)
     with torch.cuda.device(encoder.device):  # torch records events on the current device

@@ -7,7 +7,7 @@ The dimension key, used in every file of the package:
     S  segments             R  rotary pairs, D / 2        O  output size
     P  values per patch: channels x frames x patch_px x patch_px
 
-Names give the units: `window_px` is in pixels, `Grid.h` and `Grid.w` are in patches.
+Names give the units. `window_px` is in pixels, and `Grid.h` and `Grid.w` are in patches.
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,8 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """Describe the tower's architecture. There are no defaults: every config gives every number.
+    """Describe the tower's architecture. The fields have no defaults, because every config gives
+    every number.
 
     >>> config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
     >>> config.head_dim, config.patch_dim, config.window_units, config.factor_px
@@ -251,8 +252,8 @@ class ImageConfig:
     ) -> Self:
         """Read preprocessor_config.json, or processor_config.json, as parsed JSON or a path.
 
-        Missing or null keys have transformers' defaults. For a step that this package does not do,
-        raises CheckpointError with the file and the rule.
+        Missing or null keys have transformers' defaults. It raises CheckpointError with the file
+        and the rule for a step that this package lacks.
         """
         config, source = _open(config, source)
         if "image_processor" in config:
@@ -300,7 +301,7 @@ class ImageConfig:
 def check_consistent(
     vision: VisionConfig, image: ImageConfig, *, source: str = "preprocessor_config.json"
 ) -> None:
-    """Raise CheckpointError if images are cut into other patches than the tower accepts."""
+    """Raise CheckpointError if the image settings and the tower have different patches."""
     for name, images_have, tower_has in (
         ("patch_size", image.patch_px, vision.patch_px),
         ("temporal_patch_size", image.temporal_patch_size, vision.temporal_patch_size),

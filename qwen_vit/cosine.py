@@ -30,18 +30,18 @@ def similarity(a: Rows, b: Rows | None = None) -> Tensor:
     torch.Size([15, 23])
 
     Args:
-        a: one image's features; a list of images or stored features with one row each
-            (`output="mean"`); or your own rows (N, D), such as `features.layers[7]`.
-        b: the features to compare `a` with, in the same forms; None: `a`.
+        a: one image's features, a list of images or stored features with one row each
+            (`output="mean"`), or your own rows (N, D), such as `features.layers[7]`.
+        b: the features to compare `a` with, of the same kinds. None compares `a` with itself.
 
     Returns:
-        (rows of a, rows of b) float32 from -1 to 1, on the device of `a`. A row of zeros has the
-        cosine similarity 0 with all others.
+        A float32 tensor (rows of a, rows of b) from -1 to 1, on the device of `a`. A row of zeros
+        has the cosine similarity 0 with all others.
 
     Raises:
-        ArgumentError: rows with NaN or infinity, or of two widths; several images with many rows
+        ArgumentError: Rows contain NaN or infinity, widths differ, or several images have many rows
             each.
-        ExportError: a failed image among the images.
+        ExportError: One of the images failed.
     """
     left = _unit_rows("a", a)
     right = left if b is None else _unit_rows("b", b).to(left.device)

@@ -1,7 +1,7 @@
-"""Define the package's errors: each has a fact, what was expected, and a remedy.
+"""Define the package's errors. Each error has a fact, the expected value, and a remedy.
 
 Each part is an attribute: `name`, `fact`, `expected`, `remedy`. Only this module makes the message,
-and no code parses it.
+and no code parses messages.
 """
 
 import logging
@@ -71,13 +71,14 @@ IMAGE_CODES = {
 
 
 class Wording(str):
-    """Keep a text that spells options for Python, and as `shell` for the command line.
+    """Hold a text that spells options for Python, and in `shell` for the command line.
 
     >>> words = "wait, or " + Wording("pass another folder", shell="pass another --out")
     >>> print(words, words.shell, sep="; ")
     wait, or pass another folder; wait, or pass another --out
 
-    `+` keeps both spellings. Other operations of `str`, such as f-strings, keep only Python's.
+    `+` keeps both spellings. Other operations of `str`, such as f-strings, keep only Python's
+    spelling.
     """
 
     shell: str
@@ -111,14 +112,14 @@ def _in_shell(text: str) -> str:
 
 
 def with_options(text: str, *options: str | tuple[str, object], **values: object) -> Wording:
-    """Put options into each {} of a text, as Python and as the command line spell them.
+    """Put options into each {} of a text, in Python's and in the command line's spelling.
 
     >>> words = with_options("lower {}, or use {}", "max_pixels", ("dtype", "float32"))
     >>> print(words, words.shell, sep="; ")
     lower max_pixels, or use dtype="float32"; lower --max-pixels, or use --dtype float32
 
     Args:
-        text: as for `str.format`.
+        text: a template, as for `str.format`.
         options: the Python name of each option whose flag has the same name, or its name and a
             value.
         values: other values that the text names.
@@ -143,7 +144,7 @@ def _as_flag(name: str, value: object) -> str:
 
 
 class QwenVitError(Exception):
-    """Keep the parts and make the message of every error that this package raises on purpose.
+    """Hold the parts and make the message of every error that this package raises on purpose.
 
     >>> error = ExportError("a file", name="out", expected="a folder", remedy="pass another --out")
     >>> print(error)
@@ -152,12 +153,12 @@ class QwenVitError(Exception):
     ('out', 'a file', 'a folder', 'pass another --out')
 
     Args:
-        fact: what is wrong, without a full stop.
+        fact: the fault, without a full stop.
         name: the file, image or argument of the fact. Odd characters are escaped.
-        expected: what was expected instead; empty if the fact implies it.
-        remedy: what to do about it, as an instruction.
+        expected: the expected value, or an empty text if the fact implies the value.
+        remedy: an instruction for the user.
 
-    Any of them may be a `Wording`, which spells options for Python and for the command line.
+    Each part may be a `Wording`, which spells options for Python and for the command line.
     """
 
     def __init__(self, fact: str, *, name: str = "", expected: str = "", remedy: str = "") -> None:
@@ -215,9 +216,10 @@ def _sentence(text: str) -> str:
 
 
 class ImageError(QwenVitError, ValueError):
-    """Report that an image, an array or a set of patches cannot be encoded.
+    """Report that qwen_vit cannot encode an image, an array or a set of patches.
 
-    `code` is a stable, machine-readable reason such as `"truncated"`: a key of `IMAGE_CODES`.
+    `code` is a stable, machine-readable reason such as `"truncated"`, from the keys of
+    `IMAGE_CODES`.
 
     >>> raise ImageError("ratio of 333", name="a.png", expected="at most 200", code="ratio")
     Traceback (most recent call last):
@@ -237,7 +239,8 @@ class ImageError(QwenVitError, ValueError):
         self.code = code
 
     def without_frames(self) -> "ImageError":
-        """Return the error without its traceback: the frames keep the file's bytes or the array."""
+        """Return the error without its traceback, because the frames keep the file's bytes or the
+        array."""
         return ImageError.of(self, code=self.code)
 
 
@@ -250,15 +253,16 @@ class CheckpointError(QwenVitError, ValueError):
 
 
 class ComparisonError(QwenVitError):
-    """Report that results cannot be compared: a golden file is damaged or does not match."""
+    """Report that qwen_vit cannot compare results, because a golden file is damaged or does not
+    match."""
 
 
 class HubError(QwenVitError):
-    """Report that the Hugging Face Hub or its cache could not provide something."""
+    """Report that the Hugging Face Hub or its cache could not provide a file."""
 
 
 class ExportError(QwenVitError):
-    """Report that features could not be written, read or resumed."""
+    """Report that qwen_vit could not write, read or resume features."""
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
@@ -276,7 +280,8 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def display_name(name: str) -> str:
-    """Return a name that fits on one line of any terminal: escaped and shortened if necessary.
+    """Return a name that fits on one line of any terminal. Escape and shorten the name if
+    necessary.
 
     >>> display_name("cat.png"), display_name("a\\tb")
     ('cat.png', "'a\\\\tb'")
@@ -299,7 +304,7 @@ def one_line(text: str) -> str:
 
 
 def _escape_record(record: logging.LogRecord) -> bool:
-    """Filter a log record: turn it into one printable line."""
+    """Turn a log record into one printable line."""
     record.msg, record.args = one_line(record.getMessage()), ()
     return True
 

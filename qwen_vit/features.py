@@ -51,10 +51,12 @@ class ImageFeatures:
             device and in its dtype. For output="patch" it is (n_patches, hidden_size), row-major
             over the patches. For output="mean" it is (1, out_hidden_size) in float32.
         grid_thw: (frames, height, width) in patches.
-        size_px: the original (height, width) in pixels; (0, 0) if the caller passed only patches.
+        size_px: the original (height, width) in pixels, or (0, 0) if the caller passed only
+            patches.
         notes: the changes that the image policy made, such as "EXIF orientation 6 applied".
-        layers: block -> (n_patches, hidden_size), row-major over the patches: the residual stream
-            after that block, before any norm. `layers[7].view(*grid_thw, -1)` is its map.
+        layers: maps a block to the residual stream after that block, before any norm. The rows
+            (n_patches, hidden_size) are row-major over the patches. `layers[7].view(*grid_thw, -1)`
+            is the map of block 7.
         output: the kind of rows in `embeds`.
         normalized: whether each row has unit length.
     """
@@ -126,16 +128,16 @@ class ImageFeatures:
         >>> features.show(point=(320, 240)).save("rocket-features.png")  # doctest: +SKIP
 
         Args:
-            picture: the image; None: the file that `id` names, if it exists.
-            point: (x, y) in pixels. Every cell is compared with the cell at this point.
+            picture: the image. None selects the file that `id` names, if the file exists.
+            point: (x, y) in pixels. The method compares every cell with the cell at this point.
             layer: a block of `layers` to draw instead of `embeds`.
 
         Returns:
             A picture that a notebook shows. `show_features` draws several images together.
 
         Raises:
-            ArgumentError: the extra `show` is not installed, or arguments do not fit.
-            ImageError: the image cannot be read.
+            ArgumentError: The extra `show` is not installed, or the arguments do not fit.
+            ImageError: qwen_vit cannot read the image.
         """
         from qwen_vit.show.sheets import show_features
 
@@ -195,13 +197,13 @@ class VideoFeatures(ImageFeatures):
 
 @dataclass(frozen=True, slots=True)
 class FailedImage:
-    """Describe an image that could not be encoded, and the reason.
+    """Describe a failed image and the reason for the failure.
 
     Attributes:
         id: as `ImageFeatures.id`.
         error: the image's error, with a stable `error.code`.
         stage: the stage of an export that failed: "list", "read", "decode" or "encode".
-        size_px: the original (height, width) in pixels; (0, 0) if it is unknown.
+        size_px: the original (height, width) in pixels, or (0, 0) if the size is unknown.
     """
 
     id: str
@@ -233,7 +235,7 @@ def _size_text(size_px: tuple[int, int]) -> str:
 
 
 def _html_table(name: str, facts: Mapping[str, str]) -> str:
-    """Return a small table for notebooks: a name, and below it the known facts."""
+    """Return a small table for notebooks, with the name above the known facts."""
     cells = [
         f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>"
         for key, value in facts.items()
@@ -256,7 +258,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_features(features: AnyFeatures) -> list[ImageFeatures | FailedImage]:
-    """Return features as a list, also for one image. Raises ArgumentError for other values."""
+    """Return features as a list, even for a single image. Raises ArgumentError for other values."""
     wanted = "ImageFeatures, as `encode` returns them"
     if isinstance(features, ImageFeatures | FailedImage):
         features = [features]

@@ -1,7 +1,7 @@
-"""Replay CUDA graphs per bucket of patches: one replay instead of about 170 launches.
+"""Replay a CUDA graph per bucket of patches, with one launch instead of about 170 launches.
 
-A graph is captured for a number of rows, not for an image shape. Every call fills one buffer of
-indices before the replay. Padding rows attend to each other, and padding tiles are empty. One graph
+A graph belongs to a number of rows, not to an image shape. Every call fills one buffer of indices
+before the replay. Padding rows attend to each other, and padding tiles are empty. One graph
 therefore serves every mix of images that fits its bucket. The model does not know about graphs. An
 image's embedding has the same bits with and without graphs. No row depends on other images' rows or
 on the number of rows.
@@ -56,7 +56,7 @@ class CapturedGraph:
 
 
 class GraphRunner:
-    """Run a tower by graph if one fits. All graphs of a tower share one memory pool."""
+    """Run a tower with a graph if a graph fits. All graphs of a tower share one memory pool."""
 
     def __init__(self, tower: VisionTower, device: torch.device) -> None:
         self._tower = tower
@@ -77,10 +77,11 @@ class GraphRunner:
         return GraphRunner, (self._tower, self._device)
 
     def graph_bucket(self, patches: Tensor) -> int | None:
-        """Return the rows of the graph for these patches, captured or not, or None if none fits.
+        """Return the rows of the graph for these patches, captured or not, or None if no graph
+        fits.
 
-        `bucket_for` gives the rows, unless a larger graph exists. The larger graph serves until a
-        smaller one would have saved as many rows as its capture costs. A graph for a rare size,
+        `bucket_for` gives the rows, unless a larger graph exists. The larger graph runs until a
+        smaller graph would have saved as many rows as a capture costs. A graph for a rare size,
         such as the last batch of a packing, is not worth its capture.
         """
         own = bucket_for(len(patches))
@@ -182,7 +183,8 @@ class GraphRunner:
     def _capture(
         self, graph: torch.cuda.CUDAGraph, pixels: Tensor, layout: Layout, like: Tensor
     ) -> Tensor | None:
-        """Capture the tower. Return an output like `like`, or None if memory runs out."""
+        """Capture the tower. Return an output with the shape of `like`, or None if memory runs
+        out."""
         if self._merged_rows is None:
             try:
                 n_rows = MAX_BUCKET * len(like) // layout.n_rows
@@ -233,9 +235,10 @@ def run_tower(
     output: Output,
     taps: LayerTaps | None = None,
 ) -> Tensor:
-    """Run a tower on uint8 or float rows in grid order, by graph if one fits.
+    """Run a tower on uint8 or float rows in grid order, with a graph if a graph fits.
 
-    Graphs serve merged output without taps. The bits are the same with and without graphs.
+    Graphs are available for merged output without taps. The bits are the same with and without
+    graphs.
     """
     config = tower.config
     if device.type == "cuda" and patches.device.type == "cpu":

@@ -124,7 +124,7 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Keep every data-dependent index of one forward pass: integers, one tensor per meaning.
+    """Hold every data-dependent index of one forward pass, with one integer tensor per meaning.
 
     >>> config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
     >>> layout = Layout.from_grids([Grid(1, 6, 10)], config)
@@ -212,7 +212,7 @@ class Layout:
 
     @property
     def n_positions(self) -> int:
-        """Return the largest row or column plus one: the height of the rotary tables."""
+        """Return the largest row or column plus one, which is the height of the rotary tables."""
         return max((max(grid.h, grid.w) for grid in self.grids), default=1)
 
     def to(self, device: torch.device) -> "Layout":
@@ -224,7 +224,7 @@ class Layout:
         return self.viewing(flat.to(device, non_blocking=True))
 
     def flat(self, *, pinned: bool = False) -> torch.Tensor:
-        """Return every tensor in one buffer. Each begins at a multiple of 16 bytes.
+        """Return every tensor in one buffer. Each tensor begins at a multiple of 16 bytes.
 
         Triton compiles a second kernel for pointers that are not 16-byte aligned.
         """

@@ -111,7 +111,7 @@ def as_images(images: Any) -> Iterator[Any]:
 
 
 def as_videos(videos: Any, options: VideoOptions) -> Video | Iterable[Video]:
-    """Return one video, or an iterable of several. Videos without options get `options`.
+    """Return one video, or an iterable of several videos. Videos without options get `options`.
 
     >>> as_videos("clip.mp4", VideoOptions(fps=1.0)).fps
     1.0
@@ -144,7 +144,7 @@ def _is_picture(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """Describe an image or video on the way to the encoder: its patches or its error."""
+    """Hold the patches or the error of an image or video for the encoder."""
 
     id: str
     size_px: tuple[int, int] = UNKNOWN_SIZE
@@ -170,9 +170,9 @@ class ImageLoader:
     """Load, resize and patchify any kind of image or video, in any thread.
 
     `video` contains the options of videos without their own. `as_video` makes animations videos.
-    `video_threads` is the number of threads that decode one video. A video file of more than
-    `piece_patches` comes in pieces. The first pieces come while threads decode later ones. If
-    `piece_patches` is None, every video comes whole.
+    `video_threads` is the number of threads that decode one video. The loader cuts a video file of
+    more than `piece_patches` into pieces. It returns the first pieces while threads decode later
+    pieces. If `piece_patches` is None, the loader cuts no video.
     """
 
     config: VisionConfig
@@ -201,7 +201,8 @@ class ImageLoader:
             )
 
     def jobs(self, images: Iterable[ImageInput], *, is_ahead: bool) -> Iterator[Job[LoadedImage]]:
-        """Yield a job for each image. With `is_ahead` it may run after the next image was taken."""
+        """Yield a job for each image. With `is_ahead`, the job may run after the iteration has
+        reached the next image."""
         for image, name in self._named(images):
             is_fixed = isinstance(image, (str, os.PathLike, bytes, Patches, ImagePage, ImageError))
             if isinstance(image, Video):
@@ -301,7 +302,8 @@ class ImageLoader:
         return self.as_video and isinstance(image, bytes) and is_animated(image)
 
     def _load_pieces(self, video: Video, name: str, *, is_ahead: bool) -> LoadedImage:
-        """Return a whole video, or the first piece and a stream of others. Raises ImageError."""
+        """Return a whole video, or the first piece and a stream of the other pieces. Raises
+        ImageError."""
         pieces = load_pieces(
             video.named(name), self.image_config, most=self.piece_patches,
             limits=self.video_limits, image_limits=self.limits, layout=self.layout,

@@ -2,10 +2,10 @@
 
     patch embedding -> window order -> blocks -> patch merger -> row-major order
 
-The two kinds of block differ only in what a patch attends to. In a window block, a patch attends to
-its window of 8 x 8 patches. In the blocks of `fullatt_block_indexes`, it attends to its whole
-frame. Every index that depends on the data comes from the layout. The forward pass therefore has no
-loop over images, no branch on values and no wait for the host.
+The two kinds of block differ only in the patches that a patch attends to. In a window block, a
+patch attends to its window of 8 x 8 patches. In the blocks of `fullatt_block_indexes`, it attends
+to its whole frame. Every index that depends on the data comes from the layout. The forward pass
+therefore has no loop over images, no branch on values and no wait for the host.
 
 Sources: "Qwen2.5-VL Technical Report" (arXiv:2502.13923), section 2.1; transformers'
 models/qwen2_5_vl/modeling_qwen2_5_vl.py.
@@ -75,7 +75,7 @@ def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """Keep a weight and a bias. The caller names the epilogue, which is fused into the GEMM."""
+    """Hold a weight and a bias. The caller names the epilogue, which the GEMM includes."""
 
     def __init__(self, n_in: int, n_out: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -101,7 +101,8 @@ class ResidualLinear(Linear):
 
 
 class PatchEmbed(nn.Module):
-    """Convert a patch's pixels to C values. The convolution is a GEMM: its kernel is its stride."""
+    """Convert a patch's pixels to C values. The convolution is a GEMM, because the kernel size
+    equals the stride."""
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -196,7 +197,7 @@ class PatchMerger(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class LayerTaps:
-    """Collect the residual stream after chosen blocks: the input of the next block's norm.
+    """Collect the residual stream after chosen blocks, which is the input of the next block's norm.
 
     `rows` maps a block to (N, C) in raster order, a copy in the tower's dtype. After the last
     block, the rows equal `output="patch"`.
@@ -220,7 +221,7 @@ class VisionTower(nn.Module):
     >>> encoder.tower(torch.zeros(24, 588, dtype=torch.uint8), layout).shape
     torch.Size([6, 192])
 
-    It is built without weights: construct it on the meta device and assign the result of
+    Construct the tower on the meta device, without weights, and assign the result of
     `convert.convert`.
     """
 
@@ -267,8 +268,8 @@ class VisionTower(nn.Module):
     def _rotary_angles(self, n_positions: int) -> tuple[Tensor, Tensor]:
         """Return one axis's cosines and sines by position and frequency: (positions, R / 2).
 
-        The float32 tables are computed in float64 and rounded once for every dtype of the tower.
-        Angles in bf16 have errors of up to 0.4 in their cosine at position 256.
+        The function computes the float32 tables in float64, and rounds once for every dtype of the
+        tower. Angles in bf16 have errors of up to 0.4 in their cosine at position 256.
         """
         angles = self.angles
         if angles is None or len(angles[0]) < n_positions:

@@ -17,7 +17,7 @@ __all__ = ["ImageRows", "OutputOptions", "check_layers", "check_normalize"]
 
 
 class ImageRows(NamedTuple):
-    """Keep one image's rows in separate memory, with its rows after each chosen block."""
+    """Hold one image's rows in separate memory, and the image's rows after each chosen block."""
 
     embeds: Tensor
     layers: dict[int, Tensor]

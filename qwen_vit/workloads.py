@@ -1,4 +1,4 @@
-"""List the benchmark's workloads by name, as grids. It imports no torch."""
+"""List the benchmark's workloads by name, as grids, without importing torch."""
 
 import random
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Store a downloaded tower in our own folder: written once, complete or absent, with checksums.
+"""Store a downloaded tower in our own folder, completely or not at all, with checksums.
 
 `models--ORG--NAME/qwen_vit/COMMIT/` in the Hub's cache contains the config files,
 vision.safetensors and manifest.json. The manifest records the size and sha256 of each file. A
@@ -148,7 +148,8 @@ def check(folder: Path) -> dict[str, str] | None:
 
 
 def hub_digest(path: Path) -> str | None:
-    """Return the Hub's digest of a cached file, sha256 or git's sha1 in hex; None if unknown."""
+    """Return the Hub's digest of a cached file, sha256 or git's sha1 in hex, or None for an unknown
+    digest."""
     if not path.is_symlink():
         return None
     target = Path(os.readlink(path))
@@ -158,7 +159,7 @@ def hub_digest(path: Path) -> str | None:
 
 
 def check_digest(path: Path, digest: str) -> str:
-    """Check a file against a sha256 or git's sha1. Return which one matched.
+    """Check a file against a sha256 or git's sha1. Return the kind of hash that matched.
 
     Raises CheckpointError if the hashes differ.
     """
@@ -193,7 +194,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     """Let one process fill `folder` while others wait.
 
     The lock only saves bandwidth. If the file system's locks do nothing, processes download in
-    parallel. The first one to finish wins.
+    parallel. The first process to finish keeps its folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("ab") as file:
@@ -243,7 +244,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder. For other processes it disappears at once."""
+    """Remove a folder. For other processes, the folder disappears at once."""
     doomed = folder.with_name(f".{folder.name}.{_owner()}.{uuid.uuid4().hex[:8]}")
     with suppress(FileNotFoundError):  # another process removed it
         folder.rename(doomed)

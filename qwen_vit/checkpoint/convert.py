@@ -1,8 +1,8 @@
 """Convert published tensors to the model's parameters: rename, permute, concatenate, pad, fold.
 
-Every published weight has one place in the model. The weights of a block's two norms are multiplied
-into the weights that follow them. The patch embedding is stored twice: as published for float rows,
-and folded for uint8 pixels.
+Every published weight has one place in the model. The loader multiplies the weights of a block's
+two norms into the weights that follow. The model stores the patch embedding twice: the published
+weights for float rows, and folded weights for uint8 pixels.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -75,9 +75,10 @@ def convert(
 ) -> dict[str, Tensor]:
     """Return the state of model.VisionTower, in bfloat16 or float32, from published tensors.
 
-    It reads each tensor on demand and converts it on `device`. It converts only the patch
-    embedding, small and in float64, on the CPU. The bits do not depend on the device. Raises
-    CheckpointError for NaN or infinite weights, with their names, or with the result of `locate`.
+    It reads each tensor on demand and converts it on `device`. It converts only the patch embedding
+    on the CPU, in float64, because this tensor is small. The bits do not depend on the device.
+    Raises CheckpointError for NaN or infinite weights, with their names, or with the result of
+    `locate`.
     """
     planned = list(recipes(config, image_config, dtype, device, locate=locate))
     sources = [name for recipe in planned for name in recipe.sources]

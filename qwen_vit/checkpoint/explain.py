@@ -1,4 +1,5 @@
-"""Convert errors of any version of the Hub's client to ours, with the cause and the remedy."""
+"""Convert errors of any version of the Hub's client to our errors, with the cause and the
+remedy."""
 
 import errno
 from pathlib import Path
@@ -15,7 +16,7 @@ NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 def explain(
     error: Exception, *, name: str, label: str, cache_dir: Path, local_files_only: bool
 ) -> HubError:
-    """Convert an error of any version of the client to one with the cause and the remedy.
+    """Convert an error of any version of the client to our error, with the cause and the remedy.
 
     `name` is the repository's name. `label` is the name with the revision.
     """

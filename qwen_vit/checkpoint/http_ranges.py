@@ -27,7 +27,7 @@ NO_RANGES = (405, 416, 501)
 def open_http_range(
     url: str, start: int, end: int, token: str | bool | None, version: str | None = None
 ) -> Iterator[RangeResponse]:
-    """Request bytes `start` to `end` of a file; see `ranges.Opener`.
+    """Request bytes `start` to `end` of a file, as `ranges.Opener` defines.
 
     With the `version` of an earlier answer, a server sends no range of another version (If-Range).
 

@@ -32,7 +32,7 @@ logger = logging.getLogger("qwen_vit")
 class Tower:
     """Describe a vision tower in files: its configs, and the stored parts of each published tensor.
 
-    `settings` are the config files that were read. `prefix` is the prefix of the tensor names.
+    `settings` are the config files. `prefix` is the prefix of the tensor names.
     """
 
     config: VisionConfig
@@ -52,9 +52,9 @@ class Checkpoint:
 
     `tensors` maps the 390 published names without prefix, such as "blocks.0.attn.qkv.weight", to
     tensors as stored. `convert` rejects NaN. Looking up a tensor reads its file. `files` are all
-    files that were read. `prefix` is the text that was removed from the names.
+    files of the checkpoint that it reads. `prefix` is the text before the names in the files.
 
-    It can be copied and pickled. A copy reads the tensors of files from the same paths.
+    You can copy and pickle a checkpoint. A copy reads the tensors of files from the same paths.
     """
 
     config: VisionConfig
@@ -81,12 +81,12 @@ class Checkpoint:
         True
 
         Args:
-            tensors: published names, with any prefix or none, to tensors. Tensors of a language
-                model may be among them. The checkpoint does not copy the tensors: do not change
-                them afterwards.
+            tensors: maps published names, with any prefix or none, to tensors. The mapping may also
+                contain tensors of a language model. The checkpoint does not copy the tensors, so do
+                not change them afterwards.
             config: the tower's config, or the content of config.json.
-            image_config: the image settings, or the content of preprocessor_config.json; None:
-                transformers' defaults.
+            image_config: the image settings, or the content of preprocessor_config.json. None
+                selects transformers' defaults.
 
         Raises CheckpointError as load_checkpoint does. Raises ArgumentError for a value that is not
         a tensor.
@@ -157,8 +157,8 @@ and safetensors weights.
 def find_tower(folder: Path, remote: RemoteFiles | None = None) -> Tower:
     """Find the vision tower in a folder. Check names, shapes and types against config.json.
 
-    `remote` are weight files on the Hub, of which it reads only the headers. Raises CheckpointError
-    as load_checkpoint does.
+    `remote` are weight files on the Hub. The function reads only their headers. Raises
+    CheckpointError as load_checkpoint does.
     """
     prefix = ""
 

@@ -54,7 +54,7 @@ class Shards:
         return RemoteFiles(self.remote, self.header_of)
 
     def origins(self) -> dict[str, str]:
-        """Return how each shard is read, for the manifest."""
+        """Return the way in which the downloader reads each shard, for the manifest."""
         return dict.fromkeys(self.local, "whole, from the cache") | dict.fromkeys(
             self.remote, "ranges"
         )
@@ -84,7 +84,7 @@ class Shards:
 
     @contextmanager
     def open_range(self, name: str, start: int, end: int) -> Iterator[RangeResponse]:
-        """Open bytes `start` to `end` of a local or remote shard; see `ranges.Opener`."""
+        """Open bytes `start` to `end` of a local or remote shard, as `ranges.Opener` defines."""
         if name not in self.local:
             with self._open_remote(name, start, end) as opened:
                 yield opened

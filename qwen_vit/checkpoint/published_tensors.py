@@ -1,6 +1,7 @@
 """Map published names to a tower's tensors, from files at each look-up or from memory.
 
-A published tensor may be stored as three: q, k and v of Qwen2.5-Omni. A look-up joins them.
+A checkpoint may store a published tensor as three tensors, such as q, k and v of Qwen2.5-Omni. A
+look-up joins the three tensors.
 """
 
 import hashlib
@@ -40,7 +41,7 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
-    """Map published names to tensors, each made of its parts at look-up."""
+    """Map published names to tensors. A look-up joins a tensor's parts."""
 
     def __init__(self, parts: Mapping[str, tuple[Part, ...]]) -> None:
         self._parts = parts
@@ -68,7 +69,7 @@ class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
 
     @abstractmethod
     def locate(self, name: str) -> str:
-        """Return where a published tensor is stored, for messages."""
+        """Return the place of a published tensor, for messages."""
 
     @abstractmethod
     def _read(self, part: Part) -> Tensor: ...
@@ -89,8 +90,8 @@ class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
 class LazyTensors(PublishedTensors[StoredTensor]):
     """Read tensors of files at each look-up.
 
-    Open files are maps: their content remains readable after the path is deleted or replaced. A
-    pickle contains paths and no open file. Unpickling opens the files again.
+    Files are mapped into memory, so their content remains readable after another process deletes or
+    replaces the path. A pickle contains paths and no open file. Unpickling opens the files again.
     """
 
     def __init__(self, sources: Mapping[str, tuple[StoredTensor, ...]]) -> None:

@@ -57,7 +57,7 @@ class RangesRefusedError(Exception):
 class TransferError(Exception):
     """Report that a transfer broke off. A retry may start after `wait_s`.
 
-    `cause` is set if the reason is the server's answer, not the connection.
+    `cause` is the client's error if the server's answer is the reason, not the connection.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Pace:
         self._name, self._bytes, self._begin = name, 0, time.monotonic()
 
     def count(self, n_bytes: int) -> None:
-        """Count bytes that have arrived. Raises TooSlowError."""
+        """Count the received bytes. Raises TooSlowError."""
         self._bytes += n_bytes
         seconds = time.monotonic() - self._begin
         if seconds > PATIENCE_S and self._bytes < seconds * MIN_BYTES_A_SECOND:

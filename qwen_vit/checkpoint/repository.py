@@ -78,7 +78,8 @@ class Repository:
         self._found_address: bool | None = None
 
     def is_offline(self) -> bool:
-        """Return whether the caller or HF_HUB_OFFLINE disabled the network, or it is down."""
+        """Return whether the caller or HF_HUB_OFFLINE disabled the network, or whether the network
+        is down."""
         from huggingface_hub import is_offline_mode
 
         return self.local_files_only or is_offline_mode() or not self._has_address()
@@ -108,7 +109,7 @@ class Repository:
         return path
 
     def file(self, name: str) -> Path | None:
-        """Return a small file from the cache or the network; None if no such file exists.
+        """Return a small file from the cache or the network, or None if no such file exists.
 
         Raises NotCachedError if it cannot find out whether the file exists.
         """
@@ -119,7 +120,7 @@ class Repository:
         return self._fetch_if_there(name, self.commit or self._revision)
 
     def explain(self, error: Exception) -> HubError:
-        """Convert an error of the client to one of ours, with the cause and the remedy."""
+        """Convert an error of the client to one of our errors, with the cause and the remedy."""
         return explain(
             error, name=self.name, label=self.label, cache_dir=self.cache(),
             local_files_only=self.local_files_only,
@@ -210,7 +211,8 @@ class Repository:
         cache.remember_check(folder, path, digest)
 
     def names(self) -> list[str] | None:
-        """Return the files beside config.json; None if the Hub or its mirror does not list them."""
+        """Return the files beside config.json, or None if the Hub or its mirror does not list
+        files."""
         siblings = (self._info() or {}).get("siblings")
         if not isinstance(siblings, list):
             return None
@@ -220,7 +222,7 @@ class Repository:
         return [name for name in names if "/" not in name]  # folders contain other models or parts
 
     def licence(self) -> str | None:
-        """Return the licence of the model card; None if the card is unavailable."""
+        """Return the licence of the model card, or None if the card is unavailable."""
         card = (self._info() or {}).get("cardData")
         card = card if isinstance(card, dict) else {}
         licence = card.get("license_name") or card.get("license")
@@ -228,7 +230,7 @@ class Repository:
 
     @contextmanager
     def open_range(self, name: str, start: int, end: int) -> Iterator[RangeResponse]:
-        """Request bytes `start` to `end` of a file; see `ranges.Opener`."""
+        """Request bytes `start` to `end` of a file, as `ranges.Opener` defines."""
         from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self.name, self._inside(name), revision=self.commit)
@@ -264,7 +266,7 @@ class Repository:
             return None
 
     def _is_listed(self, name: str) -> bool:
-        """Return whether an already fetched listing has the file."""
+        """Return whether the file is in a listing that the client fetched before."""
         return self._listing is not None and name in (self.names() or ())
 
     def _forget_absence(self, name: str) -> None:
@@ -357,7 +359,7 @@ class Repository:
 
 
 def _check_small(path: Path) -> None:
-    """Hash a small file each time, because a damaged one would answer every later call."""
+    """Hash a small file each time, because every later call would use a damaged file."""
     digest = cache.hub_digest(path)
     if digest is not None:
         cache.check_digest(path, digest)

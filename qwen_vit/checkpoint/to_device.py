@@ -24,7 +24,8 @@ SLOTS_PER_THREAD = 2  # one is filled while the GPU fetches the other
 
 
 class _Span(NamedTuple):
-    """Keep the source and target of one tensor's bytes. Only the last span has `whole`."""
+    """Keep the source and target of one tensor's bytes. Only the last span of a tensor has
+    `whole`."""
 
     source: Any  # uint8 array
     target: Tensor  # uint8, of the same length
@@ -37,7 +38,7 @@ def to_device(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tenso
     >>> [tensor.item() for tensor in to_device([torch.ones(())], torch.device("cpu"))]
     [1.0]
 
-    CPU tensors are read at most 32 MiB ahead of the GPU.
+    Threads read CPU tensors at most 32 MiB ahead of the GPU.
     """
     threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     for on_cpu, run in groupby(tensors, lambda tensor: tensor.device.type == "cpu"):

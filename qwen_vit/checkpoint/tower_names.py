@@ -145,7 +145,7 @@ def check_tower(
     source: str,
     locate: Callable[[str], str],
 ) -> dict[str, tuple[str, ...]]:
-    """Return the stored tensors of each published one: the tensor itself, or q, k and v.
+    """Return the stored tensors of each published tensor: the tensor itself, or q, k and v.
 
     `infos` has the names without prefix. `locate` gives a tensor's place for the message. Raises
     CheckpointError about `source` for another model's tower or a quantised tower. It also raises

@@ -37,7 +37,7 @@ class WeightUpdates:
     ('blocks.0.attn.qkv.weight',)
 
     Args:
-        tower: the `VisionTower` whose parameters are written in place.
+        tower: the `VisionTower`, whose parameters this class writes in place.
         config: the tower's architecture.
         image_config: the image settings, which decide the weights for uint8 pixels.
     """
@@ -75,12 +75,13 @@ class WeightUpdates:
 
         Args:
             tensors: published names without prefix, such as "blocks.0.attn.qkv.weight", and tensors
-                on any device. Incomplete tensors are copied, so the caller may reuse all memory
-                when this returns.
+                on any device. The method copies incomplete tensors, so the caller may reuse all
+                memory afterwards.
 
         Raises:
-            CheckpointError: a name, shape or type that this tower lacks, or NaN or infinity. The
-                parameters written before the error keep their new values: load all weights again.
+            CheckpointError: A tensor has a name, shape or type that this tower lacks, or contains
+                NaN or infinity. The parameters written before the error keep their new values, so
+                load all weights again.
         """
         # leave a caller's inference mode: parameters made in it could not be written again
         with torch.inference_mode(False), torch.no_grad():
@@ -112,7 +113,7 @@ class WeightUpdates:
         return written, arrived
 
     def _join(self, name: str) -> str | None:
-        """Return the published name that is now complete; None if q, k or v is still missing."""
+        """Return the published name that is now complete, or None if q, k or v is still missing."""
         joined = joined_name(name)
         if joined == name:
             return name
@@ -127,7 +128,7 @@ class WeightUpdates:
         """Return the parameter to write a value into.
 
         While vLLM reloads weights, the tower contains meta tensors as placeholders. vLLM puts the
-        parameters back at the end. A value that is written into a placeholder would be lost.
+        parameters back at the end. vLLM would drop a value in a placeholder.
         """
         found = self._tower.get_parameter(name)
         return self._parameters[name] if found.is_meta else found

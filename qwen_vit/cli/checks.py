@@ -21,7 +21,7 @@ def check_output(
     Traceback (most recent call last):
     qwen_vit.errors.ExportError: no-such-folder: not a folder. Create it first.
 
-    It accepts a name without a suffix. Any suffix other than `suffix` names another format.
+    The function accepts a name without a suffix, because only another suffix names another format.
     """
     name, remedy = str(out), f"pass another {option}"
     check_utf8(out)
@@ -54,7 +54,7 @@ def check_output(
 
 
 def check_distinct(images: Sequence[str]) -> None:
-    """Raise ExportError if an image is given twice.
+    """Raise ExportError if the inputs name an image twice.
 
     >>> check_distinct(["a.png", "b.png", "a.png"])
     Traceback (most recent call last):

@@ -32,7 +32,7 @@ logger = logging.getLogger("qwen_vit")
 
 
 def _spell_flags(record: logging.LogRecord) -> bool:
-    """Filter a log line: spell its options as flags, in errors and in other wordings."""
+    """Spell the options in a log line as flags, in errors and in other wordings."""
     if isinstance(record.args, tuple):
         record.args = tuple(
             each.text(in_shell=True)

@@ -1,4 +1,4 @@
-"""Find the images that `encode` and `show` get, and encode them one by one."""
+"""Find the images that `encode` and `show` receive, and encode one image at a time."""
 
 import logging
 import os
@@ -42,7 +42,8 @@ def list_images(
 
     `column` names the image column of Parquet files. `pages="all"` lists every page and frame.
 
-    Raises ExportError if there are no images, if two have one id, or if `out` is one of them.
+    Raises ExportError if there are no images, if two images have the same id, or if `out` is one of
+    the images.
     """
     from qwen_vit.images.image import ImageLimits
     from qwen_vit.inputs.find import find_items, no_image_found, warn_of_skipped

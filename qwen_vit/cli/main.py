@@ -1,10 +1,9 @@
 """Run the `qwen-vit` command: its group of commands, and its exit codes for errors.
 
-Data goes to stdout. Progress and logs go to stderr. `exit_codes` lists the exit codes. Naming a
-command imports its module, and running its body imports torch. `--help`, `--version` and usage
-errors therefore respond without a delay. So the modules of this folder import only click and light
-modules. Command
-bodies import the exceptions, `text` and `describe`.
+Data goes to stdout. Progress and logs go to stderr. `exit_codes` lists the exit codes. The name of
+a command imports the command's module, and only the command's body imports torch. `--help`,
+`--version` and usage errors therefore respond without a delay. Therefore the modules of this folder
+import only click and light modules. Command bodies import the exceptions, `text` and `describe`.
 """
 
 import logging
@@ -94,7 +93,7 @@ def main() -> None:
 
 
 def _usage_text(error: click.ClickException) -> str:
-    """Return what is wrong with the arguments, and which command lists the valid ones."""
+    """Return the fault in the arguments, and the command that lists the valid arguments."""
     text = " ".join(error.format_message().split())
     if not isinstance(error, click.UsageError):
         return text

@@ -286,7 +286,7 @@ def source_options(command: Command) -> Command:
 
 
 def verbosity_options(command: Command) -> Command:
-    """Add -q and -v to a command. They set how much goes to stderr."""
+    """Add -q and -v to a command. Both options set the amount of output to stderr."""
 
     def apply(ctx: click.Context, param: click.Parameter, value: int) -> None:
         set_verbosity(value or 0)  # None in click 8.2

@@ -27,15 +27,15 @@ PATCH_PX = 14  # in every published checkpoint
 
 @dataclass(frozen=True, slots=True)
 class ShowInput:
-    """Keep the features to draw, and their images if available.
+    """Hold the features to draw, and the images if they are available.
 
     Attributes:
         pictures: images by id, except images whose ids are their paths.
         model: the checkpoint's name.
         source: the encoder of the features, such as "tiny, float32 on cpu".
         window: the side of an attention window, in patches.
-        full_attention: the blocks with attention over the full image; None if unknown.
-        failed: images that could not be encoded.
+        full_attention: the blocks with attention over the full image, or None if they are unknown.
+        failed: the failed images.
         total: the number of images before `limit` was applied.
     """
 
@@ -84,7 +84,7 @@ def encode_images(
 
 
 def read_stored(path: str, ids: Sequence[str], limit: int, images: Sequence[str] = ()) -> ShowInput:
-    """Read stored features of `ids`, or the first `limit`. Find their pictures in `images`."""
+    """Read stored features of `ids`, or the first `limit`. Find the original images in `images`."""
     stored = load_features(path)
     try:
         chosen: Features = stored[list(ids)] if ids else stored[:limit]

@@ -21,7 +21,7 @@ MAX_LISTED = 20
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """Keep the checks in words, and the problems."""
+    """Hold the checks in words, and the problems."""
 
     checked: str | dict[str, str]
     problems: tuple[str, ...]

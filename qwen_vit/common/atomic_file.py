@@ -94,7 +94,8 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     >>> with atomic_file(Path("notes.txt")) as file:  # doctest: +SKIP
     ...     file.write(b"whole or absent")
 
-    It works like AtomicFile. The block should only write: any OSError in it counts as the file's.
+    It works like AtomicFile. The block should only write, because the function reports every
+    OSError in the block as an error of the file.
     """
     growing = AtomicFile(path, overwrite=overwrite)
     try:

@@ -63,7 +63,8 @@ class TensorInfo:
 
 
 def read_header(path: AnyPath) -> dict[str, TensorInfo]:
-    """Return the tensors of a safetensors file. Raises CheckpointError with its path and size."""
+    """Return the tensors of a safetensors file. Raises CheckpointError with the file's path and
+    size."""
     try:
         if not path.is_file():
             raise CheckpointError(

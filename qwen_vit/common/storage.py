@@ -55,7 +55,7 @@ NUMBERS: dict[type[OSError], int] = {  # for errors without a number
 
 
 class ReplacedError(OSError):
-    """Report that the object is not the listed one."""
+    """Report that the object differs from the listed object."""
 
 
 class RemoteObject(NamedTuple):
@@ -264,7 +264,7 @@ def _range_of_s3(files: Any, path: str, start: int, end: int, version: str | Non
 
 
 def _only_version(file: Any, path: str, size: int, version: str | None) -> None:
-    """Make an open S3 object read only this version; None allows any."""
+    """Make an open S3 object read only this version. None allows any version."""
     file.details = {"name": path, "size": size, "ETag": version}
     if version is not None:
         file.read_kw = {**file.read_kw, "IfMatch": version}

@@ -50,7 +50,7 @@ def put_bytes(address: str, data: bytes, *, replaces: str | None = None) -> str 
     """Write a new small object, or replace the version `replaces`. Return the object's version.
 
     Raises FileExistsError if the object has another version, and OSError otherwise. It also raises
-    FileExistsError if the store wrote the object but its answer was lost.
+    FileExistsError if the store wrote the object but the network lost the answer.
     """
     files, place = files_of(address)
     _with_condition(lambda: _put(files, place, data, replaces))
@@ -69,7 +69,7 @@ def remove_object(address: str) -> None:
 
 
 def has_conditions(address: str, data: bytes) -> bool:
-    """Return whether the store refuses to write an existing object as a new one.
+    """Return whether the store rejects an existing object that a client writes as new.
 
     The object must contain `data`. Some servers ignore conditional writes. Raises OSError.
     """

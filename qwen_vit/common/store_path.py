@@ -28,7 +28,7 @@ class _Status(NamedTuple):
 
 @dataclass(frozen=True)
 class StorePath:
-    """Use an address as a path. It keeps the answers of earlier requests.
+    """Use an address as a path. The path caches the answers of earlier requests.
 
     >>> StorePath("s3://bucket/export/") / "export.json"
     StorePath(address='s3://bucket/export/export.json')
@@ -56,7 +56,7 @@ class StorePath:
         return StorePath(self.address.rstrip("/").rpartition("/")[0])
 
     def absolute(self) -> "StorePath":
-        """Return itself, because an address names one place everywhere."""
+        """Return this path, because an address has the same meaning on every machine."""
         return self
 
     def names(self) -> set[str]:
@@ -65,14 +65,16 @@ class StorePath:
             return {name for name in list_names(self.address) if not name.endswith("/")}
 
     def is_file(self) -> bool:
-        """Return whether it is an object. Raises OSError if the store does not answer."""
+        """Return whether the address names an object. Raises OSError if the store does not
+        answer."""
         try:
             return self._object is not None
         except FileNotFoundError:
             return False
 
     def is_dir(self) -> bool:
-        """Return whether it is a prefix of objects. Raises OSError if the store does not answer."""
+        """Return whether the address is a prefix of objects. Raises OSError if the store does not
+        answer."""
         try:
             return self._object is None
         except FileNotFoundError:
@@ -87,7 +89,7 @@ class StorePath:
         return _Status(self._found().size)
 
     def content(self) -> tuple[str, int, str | None]:
-        """Return what changes with the object. Raises OSError."""
+        """Return a value that changes with the object. Raises OSError."""
         found = self._found()
         return found.address, found.size, found.version
 
@@ -96,7 +98,8 @@ class StorePath:
         return self.read(0, self._found().size)
 
     def open(self, mode: str = "rb", buffering: int = -1) -> Any:
-        """Open the object. With `buffering=0` each read is a range; otherwise it is read whole."""
+        """Open the object. With `buffering=0`, each read requests a range. Otherwise one request
+        reads the whole object."""
         return _Ranges(self) if buffering == 0 else io.BytesIO(self.read_bytes())
 
     def read(self, start: int, end: int) -> bytes:

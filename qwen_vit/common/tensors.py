@@ -40,7 +40,8 @@ Expected finite weights. Delete the file and download it again (qwen-vit downloa
 
 
 def odd_kind(tensor: Tensor) -> str:
-    """Return why a tensor has no plain values in memory; an ordinary tensor gives an empty text.
+    """Return the reason why a tensor has no plain values in memory, or an empty text for an
+    ordinary tensor.
 
     >>> odd_kind(torch.zeros(2)), odd_kind(torch.zeros(2).to_sparse())
     ('', 'sparse')

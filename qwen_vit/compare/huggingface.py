@@ -217,7 +217,7 @@ def hf_tower(
 
 @torch.no_grad()
 def hf_trace(model: Any, rows: Tensor, grids: Iterable[Any]) -> Trace:
-    """Run Hugging Face's tower; return "patch_embed", "block.0".., "merger" (row-major)."""
+    """Run Hugging Face's tower. Return "patch_embed", "block.0".., "merger" (row-major)."""
     first = next(model.parameters())
     trace: Trace = {}
 

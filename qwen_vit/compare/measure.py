@@ -1,4 +1,4 @@
-"""Measure one image: our pixels and stages against Hugging Face's, and both against float64."""
+"""Compare our pixels and stages of one image with Hugging Face's, and both with float64."""
 
 from collections.abc import Sequence
 
@@ -95,7 +95,7 @@ def _step_errors(ours: Tensor, theirs: Tensor, truth: Tensor, t: int) -> tuple[S
 def compare_pixels(
     processor: str, patches: Patches, theirs: Processed, config: ImageConfig
 ) -> Preprocessing:
-    """Compare our pixels with those of a Hugging Face processor: grid first, then values."""
+    """Compare our grid and our pixels with the grid and the pixels of a Hugging Face processor."""
     [grid] = patches.grids
     grid_thw = (theirs.grid.t, theirs.grid.h, theirs.grid.w)
     if grid != theirs.grid:

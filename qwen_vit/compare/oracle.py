@@ -36,7 +36,7 @@ class PatchOrder:
 
 
 class Oracle:
-    """Compute the tower in float64; each step is a method, so that a test can break one step.
+    """Compute the tower in float64. Each step is a method, so that a test can break one step.
 
     >>> oracle = Oracle(checkpoint.tensors, checkpoint.config)  # doctest: +SKIP
     >>> for stage, values in oracle.stages(pixel_values, [(1, 32, 32)]):  # doctest: +SKIP
@@ -166,7 +166,7 @@ class Oracle:
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Apply softmax attention inside each segment; q, k, v and the result are (N, H, D)."""
+        """Apply softmax attention inside each segment. q, k, v and the result are (N, H, D)."""
         out, start = torch.empty_like(q), 0
         for length in lengths:
             keys, values = (x[start : start + length].transpose(0, 1) for x in (k, v))
@@ -188,5 +188,5 @@ class Oracle:
         return gelu(x)
 
     def row_major(self, x: Tensor, order: Tensor) -> Tensor:
-        """Reorder merged tokens from window to row-major order; `order` gives first patches."""
+        """Reorder merged tokens from window to row-major order. `order` gives first patches."""
         return x[order.argsort()]

@@ -133,7 +133,7 @@ def windows_png(maps: FeatureMaps, layout: StripLayout, image: ImageComparison, 
 
 
 def drift_png(image: ImageComparison, comparison: Comparison, *, is_dark: bool | None) -> bytes:
-    """Plot each stage's relative error; transparent for a light or a dark page, or white."""
+    """Plot each stage's relative error, on white or transparent for a light or a dark page."""
     ink = INK[bool(is_dark)]
     style = {
         "axes.edgecolor": ink, "axes.labelcolor": ink, "text.color": ink, "xtick.color": ink,

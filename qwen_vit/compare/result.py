@@ -38,7 +38,7 @@ class Preprocessing:
 
     @property
     def is_judged(self) -> bool:
-        """Return whether a difference is a failure; torchvision's processor resizes differently."""
+        """Return whether a difference is a failure. torchvision's processor resizes differently."""
         return self.processor == "pillow"
 
 
@@ -54,7 +54,8 @@ class Stage:
 
     @property
     def ratio(self) -> float:
-        """Return our error over Hugging Face's: below 1, ours is closer to float64."""
+        """Return our error divided by Hugging Face's error. Below 1, our result is closer to
+        float64."""
         return ratio(self.ours, self.theirs)
 
 
@@ -62,8 +63,8 @@ class Stage:
 class FrameChoice:
     """Hold the frames that a reference samples from a video.
 
-    If `is_run`, the installed library chose the frames; otherwise the rule in `video.sampling` did.
-    `is_judged` is True for the reference that `sampling` follows.
+    If `is_run`, the installed library chose the frames. Otherwise the rule in `video.sampling`
+    chose the frames. `is_judged` is True for the reference that `sampling` follows.
     """
 
     reference: str  # the library and its version
@@ -159,7 +160,7 @@ class ImageComparison:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """Hold the results for all images; `passed` decides the exit code."""
+    """Hold the results for all images. `passed` decides the exit code."""
 
     facts: dict[str, Any]  # model, device, dtype, attention, processor, versions, golden, weights
     images: tuple[ImageComparison, ...]
@@ -180,7 +181,7 @@ class Comparison:
         return not golden or golden["weights_sha256"] == self.facts["weights_sha256"]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the whole comparison as JSON values; NaN and infinity become null."""
+        """Return the whole comparison as JSON values. NaN and infinity become null."""
         document = {
             **self.facts,
             "agrees": self.passed,

@@ -2,8 +2,8 @@
 
 For every image, this module compares the processors' pixels, then the towers stage by stage. It
 compares our stages with Hugging Face's, and both with a float64 oracle. Hugging Face's results come
-from a run on this machine or from a golden file. The memory covers one image at a time: all stages
-of each tower in the tower's dtype, and one stage of the oracle.
+from a run on this machine or from a golden file. For one image at a time, memory contains all
+stages of each tower in the tower's dtype, and one stage of the oracle.
 """
 
 import os
@@ -227,11 +227,12 @@ def compare_with_golden(
 
     With `images`, it compares only these images, and also our own pixels. The golden must have each
     image, by SHA-256. `video` sets the sampling of videos. Without `images`, it compares every
-    image of the golden, from the stored pixel values. If weights differ from the golden's, it still
-    compares them and names them. It skips and reports unreadable images.
+    image of the golden, from the stored pixel values. If weights differ from the golden file's
+    weights, the function still compares, and names the weights. It skips and reports unreadable
+    images.
 
-    Raises ComparisonError for a golden with a different configuration, dtype, processor or given
-    attention. Raises ComparisonError for an image that the golden does not contain.
+    Raises ComparisonError for a golden file with another configuration, dtype, processor or
+    requested attention. Raises ComparisonError for an image that the golden does not contain.
     """
     golden.check_fits(encoder, processor=processor, attention=attention)
     chosen = _chosen(golden, images)

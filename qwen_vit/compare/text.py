@@ -48,7 +48,7 @@ def as_text(comparison: Comparison, *, has_stages: bool = False) -> str:
 
 
 def reference_line(facts: dict[str, Any]) -> str:
-    """Return how Hugging Face ran, here or for the golden."""
+    """Return the settings of Hugging Face's run, on this machine or for the golden file."""
     reference, golden = facts["reference"], facts["golden"]
     versions = ", ".join(f"{name} {number}" for name, number in reference["versions"].items())
     where = f"golden {golden['path']}, made" if golden else "Hugging Face, run"

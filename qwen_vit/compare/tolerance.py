@@ -21,7 +21,7 @@ MAX_GOLDEN_DRIFT = 1.01  # the same tensors and the same oracle differ only by r
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """Return ||a - b|| / ||b||, Frobenius, in float64; NaN anywhere gives infinity.
+    """Return ||a - b|| / ||b||, Frobenius, in float64. NaN gives infinity.
 
     >>> relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0]))
     0.2
@@ -76,7 +76,8 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Hold the measured and the allowed value of a stage; `problem` is empty if it passed."""
+    """Hold the measured and the allowed value of a stage. `problem` is empty if the stage
+    passed."""
 
     measured: float
     allowed: float
@@ -145,7 +146,7 @@ def judge(
 
 
 def ratio(ours: float, theirs: float) -> float:
-    """Return our error over Hugging Face's: below 1, ours is closer to float64.
+    """Return our error divided by Hugging Face's error. Below 1, our result is closer to float64.
 
     >>> ratio(1.0, 2.0), ratio(0.0, 0.0), ratio(1.0, 0.0)
     (0.5, 1.0, inf)

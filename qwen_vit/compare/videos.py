@@ -1,4 +1,5 @@
-"""Compare a video's frames with the references' frames, and prepare both sides' rows."""
+"""Compare a video's frames with the references' frames, and prepare our rows and Hugging Face's
+rows."""
 
 from dataclasses import dataclass
 from hashlib import file_digest
@@ -83,7 +84,7 @@ class _Reference:
     rule: Sampling
 
     def takes(self, options: VideoOptions) -> bool:
-        """Return whether the library has these options; transformers accepts only whole videos."""
+        """Return whether the library has these options. transformers accepts only whole videos."""
         return self.rule == "qwen" or not options.is_part
 
     def choose(

@@ -1,4 +1,4 @@
-"""Drain the encoder's results in a writer thread, and time what an export waits for."""
+"""Write the encoder's results in a writer thread, and measure the waiting time of an export."""
 
 import time
 from collections import defaultdict, deque

@@ -26,7 +26,7 @@ class InputChanges:
 
     Attributes:
         new: images that no listing of the export has.
-        moved: images whose place changed, each with its old place.
+        moved: images whose place changed, each with the old place.
         replaced: objects in a store whose version changed.
         gone: images of the export that the new listing lacks.
         same: images whose place is unchanged.
@@ -155,13 +155,13 @@ def open_if_whole(folder: ExportFolder, shard: int) -> FeatureFile | None:
 
 
 def _place(item: Item) -> Item:
-    """Return an image's place with only its error's code, because messages differ by version."""
+    """Return an image's place with only the error's code, because messages differ by version."""
     error = None if item.error is None else (item.error[0], "")
     return replace(item, error=error, version=None)
 
 
 def _time_ns(path: str) -> int:
-    """Return when a file was written or renamed, in ns; 0 if the file is not found."""
+    """Return the time of a file's last write or rename in ns, or 0 if the file does not exist."""
     try:
         status = os.stat(path)
     except OSError:

@@ -13,7 +13,8 @@ class TrippedError(ExportError):
 
 @dataclass(slots=True)
 class CircuitBreaker:
-    """Stop an export after `limit` consecutive failures, as from a lost disk or a broken model.
+    """Stop an export after `limit` consecutive failures, for example from a lost disk or a broken
+    model.
 
     >>> breaker = CircuitBreaker(2)
     >>> breaker.count_done(ImageError("does not exist", name="a.jpg"))
@@ -29,12 +30,12 @@ class CircuitBreaker:
     failed: int = 0  # consecutive failures after the encoder
 
     def count_read(self, error: ImageError | None) -> None:
-        """Count an image that was read, or its error."""
+        """Count an image after reading, or the error of a failed image."""
         self.unread = 0 if error is None else self.unread + 1
         self._check(self.unread, error)
 
     def count_done(self, error: ImageError | None) -> None:
-        """Count an image that was encoded, or its error."""
+        """Count an image after encoding, or the error of a failed image."""
         self.failed = 0 if error is None else self.failed + 1
         self._check(self.failed, error)
 

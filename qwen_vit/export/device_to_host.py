@@ -112,7 +112,7 @@ class PinnedRing:
     >>> ring.release()
 
     torch's allocator of pinned memory keeps a block of every requested size. Exports of images with
-    many sizes therefore grew by hundreds of megabytes. One thread allocates and another may
+    many sizes therefore grew by hundreds of megabytes. One thread allocates, and another thread may
     release.
     """
 

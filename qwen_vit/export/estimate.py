@@ -58,11 +58,11 @@ class Estimate:
     """Estimate what an export will need, from the images' headers.
 
     Attributes:
-        images: images of the whole export. An image that was encoded again counts once.
+        images: images of the whole export. An image that the export encoded again counts once.
         unreadable: images to do whose header is unreadable or gives too many pixels.
         rows: rows of the whole export.
         bytes: bytes of all files of the whole export.
-        seconds: encoder time for the images to do; None if no image was timed.
+        seconds: encoder time for the images to do, or None without a timed image.
         is_sample: whether the counts come from a sample of the images.
         done: images whose features are in existing shards.
         failed: images that failed earlier, from existing shards.
@@ -146,7 +146,7 @@ def estimate_plan(encoder: VisionEncoder, plan: ExportPlan) -> Estimate:
 
 
 def target_size(height: int, width: int, config: ImageConfig, name: str) -> tuple[int, int]:
-    """Return the height and width in pixels at which an image is encoded.
+    """Return the height and width in pixels to which `encode` resizes an image.
 
     >>> target_size(100, 200, ImageConfig.from_json({}), "a.jpg")
     (112, 196)
@@ -173,7 +173,7 @@ class _Work:
     _shard: int | None = None
 
     def add(self, n_patches: int, budget: int, shard: int = 0) -> None:
-        """Add an image as the encoder batches it: in order, and never across shards."""
+        """Add an image to the batches, in the encoder's order and never across shards."""
         if self._shard != shard or self._in_batch + n_patches > budget:
             self.batches += 1
             self._in_batch = 0
@@ -248,7 +248,8 @@ def _is_on_disk(source: str) -> bool:
 
 
 def _patches(item: Item, config: ImageConfig, options: ExportOptions) -> int | None:
-    """Return an image's or video's patch count from its header; None if it cannot be encoded."""
+    """Return an image's or video's patch count from its header, or None if `encode` would reject
+    it."""
     try:
         if item.is_video:
             return patches_by_header(item, options.video, options.video_limits, config)
@@ -264,12 +265,14 @@ def _patches(item: Item, config: ImageConfig, options: ExportOptions) -> int | N
 def _seconds(
     encoder: VisionEncoder, sample: Sequence[Item], work: _Work, options: ExportOptions
 ) -> float | None:
-    """Return the seconds for the work: the start, a time per batch and a time per patch.
+    """Return the seconds for the work, as the sum of the start, a time per batch and a time per
+    patch.
 
     The first timing loads kernels. Its time above the rates of the others is the start.
 
     On a CPU, a batch of one small image takes 10 times as long per patch as a full batch. Exports
-    have both. Each timing has more images than the previous one, until TIMING_S is used up.
+    have batches of both kinds. Each timing has more images than the previous one, until TIMING_S is
+    used up.
     """
     if not work.patches:
         return 0.0
@@ -332,7 +335,8 @@ def _rates(few: tuple[float, _Work], many: tuple[float, _Work]) -> tuple[float, 
 
 
 def _size_in_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
-    """Return height and width from the file's header, before any rotation: tokens are equal."""
+    """Return height and width from the file's header, before any rotation, which does not change
+    the tokens."""
     if item.size is not None and item.size > HEAD_BYTES:  # in a tar: it reads only the head
         size = _open_header(replace(item, size=HEAD_BYTES), limits)
         if size is not None:

@@ -23,7 +23,7 @@ OTHER_FOLDER = Wording("pass another folder", shell="pass another --out")
 
 
 class ChangedError(ExportError):
-    """Report that another process wrote the file after this one read it."""
+    """Report that another process wrote the file after this process read the file."""
 
 
 class ExportFolder(ABC):
@@ -31,7 +31,7 @@ class ExportFolder(ABC):
 
     Attributes:
         place: the folder's path or address.
-        scratch: the folder on this machine's disk where files are written.
+        scratch: the folder on this machine's disk in which the export writes files.
     """
 
     place: AnyPath
@@ -81,7 +81,7 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def fetch(self, name: str, sha256: str | None = None) -> Path | None:
-        """Return a finished file's path on this machine's disk; None if the file does not exist.
+        """Return a finished file's path on this machine's disk, or None if the file does not exist.
 
         It does not fetch a file whose copy in `scratch` has the hash. Without a hash, any copy is
         valid.
@@ -140,10 +140,10 @@ class LocalFolder(ExportFolder):
         return None
 
     def publish(self, name: str, *, replace: bool = False, keep: bool = False) -> None:
-        """Do nothing, because the file was written at its place."""
+        """Do nothing, because the writer wrote the file at its final place."""
 
     def publish_version(self, name: str, replaces: str | None) -> None:
-        """Do nothing, because the file was written at its place."""
+        """Do nothing, because the writer wrote the file at its final place."""
 
     def fetch(self, name: str, sha256: str | None = None) -> Path | None:
         return self / name if self.has(name) else None

@@ -1,9 +1,9 @@
 """Allow one writer for each part of a folder, with locks that name their owner.
 
-The locks use flock, so the kernel releases a killed process's lock. Some network disks do not show
-one host's locks to another host, and some have no locks. On such disks the owner's name in the lock
-file decides. The owner deletes the name when it releases the lock. On the owner's host, the named
-process must also still run.
+The locks use flock, so the kernel releases the lock of a killed process. Some network disks do not
+show one host's locks to another host, and some have no locks. On such disks the owner's name in the
+lock file decides. The owner deletes the name when it releases the lock. On the owner's host, the
+named process must also still run.
 """
 
 import fcntl
@@ -47,8 +47,8 @@ def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
     ...     write()
 
     Different parts of one N may be locked at the same time. Raises ExportError if another process
-    locks the folder, this part, or parts of another N. It also raises if an owner on another host
-    left its name. The error names the owner.
+    locks the folder, this part, or parts of another N. It also raises ExportError if an owner on
+    another host left a name. The error names the owner.
     """
     number, count = part
     with ExitStack() as locks:

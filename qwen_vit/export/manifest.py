@@ -1,6 +1,7 @@
 """Write an export's manifest: a row for every image, as Parquet or as JSON lines.
 
-The writer makes it from the shards' headers and the listing, and can make it again at any time.
+The writer makes the manifest from the shards' headers and the listing, and can repeat this at any
+time.
 """
 
 import json
@@ -27,7 +28,7 @@ PARQUET, JSON_LINES = "manifest.parquet", "manifest.jsonl"
 class ManifestRow:
     """Describe the outcome of one image, at line `index` of the listing.
 
-    `kind` is "image" or "video"; for a failed file, its name decides. `status` is "ok" or "error".
+    `kind` is "image" or "video". The name decides for a failed file. `status` is "ok" or "error".
     Rows `row_begin` to `row_end` of `shard` are the image's features. Sizes are in pixels and the
     grid is in patches. `sha256` is the hash of the image's own bytes.
     """
@@ -102,12 +103,12 @@ def write_manifest(
 ) -> AnyPath:
     """Write the rows of `shards`, in order. Use Parquet if pyarrow is installed.
 
-    If another machine writes the manifest at the same time, it writes the manifest again from all
-    shards that exist then.
+    If another machine writes the manifest at the same time, the function writes the manifest again
+    from all shards that exist then.
 
-    Parquet stores only Unicode. It escapes other bytes in an id or source, and `id_bytes` has the
-    whole id. JSON lines and the listing keep every name unchanged. Raises ExportError if the system
-    does not allow writing.
+    Parquet stores only Unicode. The function escapes other bytes in an id or source, and `id_bytes`
+    has the whole id. JSON lines and the listing keep every name unchanged. Raises ExportError if
+    the system does not allow writing.
     """
     has_arrow = load_arrow()
     name, other = (PARQUET, JSON_LINES) if has_arrow else (JSON_LINES, PARQUET)

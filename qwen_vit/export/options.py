@@ -25,7 +25,7 @@ STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """Choose how images are exported.
+    """Choose how an export encodes and stores images.
 
     >>> ExportOptions(output="mean", part=(2, 8)).shard_size
     512
@@ -33,32 +33,33 @@ class ExportOptions:
     Attributes:
         output: "merged" rows are the language model's input. "patch" rows are un-merged patches.
             "mean" is one row per image, the float32 mean of its merged rows.
-        dtype: dtype of stored rows; None: the encoder's dtype.
+        dtype: the dtype of stored rows. None selects the encoder's dtype.
         shard_size: images per shard.
-        on_error: "skip" records an image that fails and continues; "raise" stops there.
+        on_error: "skip" records a failed image and continues. "raise" stops the export.
         part: (I, N) takes shards I, I+N, I+2N and so on.
-        max_failures: consecutive failures that stop an export, because they suggest one cause; 0
-            never stops.
+        max_failures: the number of consecutive failures that stop an export, because they suggest
+            one cause. 0 never stops the export.
         limits: limits of decoded images.
-        exif: "apply" or "ignore" the orientation in an image's EXIF, as in `encode`.
-        shard_seconds: seconds between saves of an unfinished shard, the most that a killed export
-            loses; None: save only at an interrupt.
+        exif: "apply" rotates an image by its EXIF orientation, and "ignore" does not, as in
+            `encode`.
+        shard_seconds: seconds between saves of an unfinished shard. A killed export loses at most
+            this time. None saves only at an interrupt.
         extend: whether to add new and changed images of the inputs to an existing export.
-        retry_failed: whether to try failed images of an existing export again.
+        retry_failed: whether to encode failed images of an existing export again.
         accept_versions: whether to resume an export with other versions, or on another kind of GPU,
             than at its start. Each shard records its versions and GPU.
         normalize: whether to divide a mean by its length, as in `encode`.
-        layers: blocks whose dense features are also stored, as in `encode`.
-        column: the column of images in Parquet files; None: do not read Parquet files.
-        id_column: the column of ids in Parquet files; None: a row's id is `file:row`.
-        video: which frames of videos are encoded, and at which size.
+        layers: blocks whose dense features the export also stores, as in `encode`.
+        column: the column of images in Parquet files. With None, the export reads no Parquet files.
+        id_column: the column of ids in Parquet files. With None, a row's id is `file:row`.
+        video: the frames of videos to encode, and the size of the frames.
         video_limits: limits of a video.
         as_video: whether to encode an animated GIF, WebP or PNG as a video, not as its first frame.
         pages: "first", or "all" to export each page of a TIFF and frame of an animation as an
-            image. "all" reads every image to list it.
+            image. With "all", the listing reads every image.
 
     Raises:
-        ArgumentError: a value is invalid.
+        ArgumentError: A value is invalid.
     """
 
     output: FeatureOutput = "merged"

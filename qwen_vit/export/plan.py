@@ -68,8 +68,8 @@ LEFTOVER = re.compile(
 class ExportPlan:
     """Describe a running export: everything except the encoder that a worker needs for a shard.
 
-    It can be pickled. `settings` are the settings of export.json, which every shard repeats in its
-    metadata.
+    You can pickle a plan. `settings` are the settings of export.json, which every shard repeats in
+    its metadata.
     """
 
     folder: ExportFolder
@@ -295,7 +295,8 @@ def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) ->
 
 
 def _check_heads(plan: ExportPlan) -> None:
-    """Raise ExportError if shards have more images than a header can name, before making any."""
+    """Raise ExportError, before making shards, if a shard has more images than a header can
+    name."""
     for shard in plan.shards:
         n_images = plan.listing.shard_length(shard)
         # its names need less than 5,000 bytes
@@ -337,7 +338,7 @@ def plan_dry_run(
     encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]] | None,
     folder: ExportFolder | None, options: ExportOptions,
 ) -> Iterator[ExportPlan]:  # fmt: skip
-    """Return the plan of an export, for an estimate. Remove its files when the block ends.
+    """Return the plan of an export, for an estimate. Remove the plan's files when the block ends.
 
     For the inputs, it raises the errors of `open_export`. It also checks the folder, unless
     `folder` is None.

@@ -1,4 +1,4 @@
-"""Show the progress of an export: a progress bar on a terminal, lines in a log."""
+"""Show the progress of an export with a progress bar on a terminal, or with lines in a log."""
 
 import logging
 import sys
@@ -31,7 +31,7 @@ class _Lines:
             sys.stderr.write(f"{line}\n")
 
     def flush(self) -> None:
-        """Do nothing, because every line is already written."""
+        """Do nothing, because the log already contains every line."""
 
 
 class Progress:

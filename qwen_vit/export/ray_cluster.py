@@ -78,12 +78,12 @@ def export_on_ray(
         show_progress: as in `export_features`.
         decode_threads: as in `export_features`.
         ec_cache: as in `export_features`. This process writes the encoder cache.
-        address: the cluster's address; None: RAY_ADDRESS, or a cluster on this machine, which Ray
-            starts if necessary.
+        address: the cluster's address. None selects RAY_ADDRESS, or a cluster on this machine,
+            which Ray starts if necessary.
         device: "auto", "cuda" or "cpu".
 
     Raises:
-        ExportError: the cluster cannot be reached, or `export_features` would raise it.
+        ExportError: The cluster does not answer, or the export fails as in `export_features`.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ArgumentError(f"device is {device!r}", expected="'auto', 'cuda' or 'cpu' with Ray")
@@ -196,7 +196,7 @@ class _Worker:
     def export(self, plan: ExportPlan, shard: int) -> tuple[DoneShard, dict[str, float]] | None:
         """Write one shard. Return its rows of the manifest and its waits.
 
-        Returns None if `stop` was called before the shard was complete.
+        Returns None if a caller called `stop` before the shard was complete.
         """
         metadata = self._encoder.metadata()
         # the shard's bits may differ with other versions
@@ -222,7 +222,7 @@ class _Worker:
         return done._replace(n_kept=0), clock.seconds()
 
     def stop(self) -> None:
-        """End the shards in progress, and return when the encoded images are saved."""
+        """End the shards in progress, and return after saving the encoded images."""
         self._is_stopped = True
         with self._at_rest:
             self._at_rest.wait_for(lambda: self._running == 0, STOP_TIMEOUT_S)
@@ -319,7 +319,8 @@ class _Workers:
 
 
 def _threads_of_a_shard(wanted: int | None, resources: Mapping[str, float]) -> int:
-    """Return the loader threads of one shard: a GPU's share of the cores, divided by its shards.
+    """Return the number of loader threads of one shard: the cores for each GPU, divided by the
+    shards.
 
     An encoder on a CPU uses the cores itself.
     """

@@ -24,7 +24,7 @@ ROW_BYTES = 1_000  # of the manifest, in memory, at least
 
 @dataclass(slots=True)
 class ImageRecord:
-    """Describe one image on its way into a shard. Each stage adds its results."""
+    """Describe one image of a shard. Each stage of the export adds its results."""
 
     item: Item
     place: int = 0  # the image's place in its shard
@@ -40,7 +40,7 @@ class ImageRecord:
 
     @property
     def n_bytes(self) -> int:
-        """Return the image's bytes in memory until it is encoded."""
+        """Return the bytes that the image takes in memory before encoding."""
         return 0 if self.patches is None else self.patches.pixels.nbytes
 
 
@@ -49,9 +49,9 @@ class ShardStart(NamedTuple):
 
     An existing shard has `rows` and no images.
 
-    `segments` contain images that an earlier run saved; these images do not follow. `firsts` has
-    the first places of all segments, including damaged ones. `replaces` marks a shard that exists
-    and is made again.
+    `segments` contain images that an earlier run saved. These images do not follow. `firsts` has
+    the first places of all segments, including damaged ones. `replaces` marks an existing shard
+    that the export makes again.
     """
 
     shard: int
@@ -68,7 +68,7 @@ class ShardStart(NamedTuple):
 
 
 class DoneShard(NamedTuple):
-    """Describe a finished shard: its manifest rows, of which earlier runs made the first ones."""
+    """Describe a finished shard by its manifest rows. Earlier runs made the first rows."""
 
     shard: int
     rows: list[ManifestRow]

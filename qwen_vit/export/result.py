@@ -53,7 +53,7 @@ class ExportReport:
 
 @dataclass(slots=True)
 class ExportCounts:
-    """Count an export so far. Images that a later listing replaced do not count."""
+    """Count an unfinished export. Images that a later listing replaced do not count."""
 
     current: CurrentImages
 

@@ -1,4 +1,5 @@
-"""Read the model and options of an existing export, to resume it without naming them."""
+"""Read the model and options of an existing export, so that a user can resume without naming
+them."""
 
 import os
 from dataclasses import dataclass, fields
@@ -18,7 +19,7 @@ __all__ = ["StartOptions", "read_start_options"]
 
 @dataclass(frozen=True, slots=True)
 class StartOptions:
-    """Describe the model and options that an export was started with.
+    """Describe the model and options of an export's start.
 
     Attributes:
         model: a repository, a folder, or "tiny".

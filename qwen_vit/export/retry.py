@@ -23,8 +23,8 @@ TRANSIENT = ("missing", "unreadable", "memory", "out-of-memory")
 def may_work_now(plan: ExportPlan, shard: int, rows: Sequence[ManifestRow]) -> bool:
     """Return whether an image of a finished shard works now after a possibly temporary error.
 
-    It tries an image once that was missing, unreadable or too large for the memory. If the image
-    works, the export makes its shard again.
+    The export tries an image once more if the image was missing, unreadable or too large for the
+    memory. If the image works, the export makes its shard again.
     """
     current = plan.listing.current  # a later listing may have tried an image again
     failed = [

@@ -58,23 +58,24 @@ def export_features(
     `load_features`.
 
     Args:
-        inputs: paths of images, folders, patterns, tars and lists; None: resume with the images
-            that the export lists.
+        inputs: paths of images, folders, patterns, tars and lists. None resumes with the images in
+            the export's listing.
         folder: a new or empty folder, or an export to resume. It may be an address such as
             "s3://bucket/features".
         confirm: a function that gets an estimate before a new export begins, and may raise.
         show_progress: show a progress bar on a terminal, or a line per minute in a log.
         decode_threads: threads that read, decode and resize. [default: one per two cores, 2 to 16]
-        ec_cache: a folder for vLLM's encoder cache, which it also writes after each shard: see
-            `integrations.vllm.write_ec_cache`.
+        ec_cache: a folder for vLLM's encoder cache. The export also writes the cache after each
+            shard: see `integrations.vllm.write_ec_cache`.
         stop: signals that end the export after the batch in progress, as an interrupt does.
 
     Raises:
-        KeyboardInterrupt: the export was interrupted. It saved the encoded images for the next run.
-        ExportError: the folder holds another export, the inputs or settings differ from its
-            listing, or the disk is full.
-        ImageError: an image failed, with on_error="raise".
-        ArgumentError: an argument is invalid.
+        KeyboardInterrupt: An interrupt ended the export. The export saved the encoded images for
+            the next run.
+        ExportError: The folder contains another export, the inputs or settings differ from the
+            export, or the disk is full.
+        ImageError: An image failed, with on_error="raise".
+        ArgumentError: An argument is invalid.
     """
     if not hasattr(encoder, "image_config"):
         raise ArgumentError(

@@ -1,10 +1,9 @@
 """Save the encoded images of an unfinished shard in segments, for the next run.
 
-A segment is a feature file with consecutive images of one shard, including their errors. Its name
-gives the shard's number and the place of the segment's first image in the shard. On an interrupt,
-the writer writes a segment. With `shard_seconds`, the writer also writes a segment every
-`shard_seconds` seconds. The
-finished shard takes over all segments' rows and replaces the segments.
+A segment is a feature file with consecutive images of one shard, including their errors. The file
+name gives the shard's number and the place of the segment's first image in the shard. On an
+interrupt, the writer writes a segment. With `shard_seconds`, the writer also writes a segment every
+`shard_seconds` seconds. The finished shard takes over all segments' rows and replaces the segments.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Write an export's settings at its start, and compare them when it is resumed.
+"""Write the settings of a new export, and compare the settings of a resumed export.
 
 `export.json` contains everything that decides a shard's bytes: the model, its hashes, the options
 and the listing's hash. Every shard repeats these settings. `export.json` also names later listings,
@@ -70,7 +70,8 @@ class EncoderInfo(Protocol):
 def make_settings(
     encoder: EncoderInfo, options: ExportOptions, *, has_videos: bool
 ) -> dict[str, Any]:
-    """Return the settings of an export as JSON values. It hashes the weights, which takes a moment.
+    """Return the settings of an export as JSON values. The function hashes the weights, which takes
+    about a second.
 
     The result does not include the listing's settings.
     """
@@ -96,7 +97,7 @@ def make_settings(
 
 
 def _video_policy(options: ExportOptions) -> dict[str, Any]:
-    """Return how videos become patches. PyAV's version decides the pixels."""
+    """Return the settings that turn videos into patches. PyAV's version decides the pixels."""
     return {
         **asdict(options.video),
         "as_video": options.as_video,
@@ -134,7 +135,7 @@ class StoredExport:
 
     @property
     def accepted(self) -> Sequence[Mapping[str, Any]]:
-        """Return versions that were accepted after the export's start."""
+        """Return the versions that users accepted after the export's start."""
         found: list[Mapping[str, Any]] = self.description.get("accepted", [])
         return found
 
@@ -276,7 +277,7 @@ class StoredExport:
 def read_stored(
     folder: ExportFolder, found: Listing | None, options: ExportOptions
 ) -> StoredExport | None:
-    """Return the export in the folder, or None if no export was begun.
+    """Return the export in the folder, or None if the folder has no export.
 
     `found` is the listing of the inputs, if available. It replaces a first listing whose file is
     damaged, or whose only differences are error messages.
@@ -352,7 +353,7 @@ def has_shards(folder: ExportFolder) -> bool:
 
 
 def _log_of_growth(changes: InputChanges, changed: Sequence[Item]) -> None:
-    """Log what an extension adds besides new images, and what it cannot add."""
+    """Log the changed images that an extension adds, and the images that it cannot add."""
     gone = [item for item in changes.gone if item.error is None]
     for items, words in (
         (changed, "changed since the export, first %s: exported again"),

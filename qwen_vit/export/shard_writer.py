@@ -1,4 +1,4 @@
-"""Write a shard's file in the writer thread, and save what was written at an interrupt."""
+"""Write a shard's file in the writer thread. At an interrupt, save the written images."""
 
 import logging
 import time
@@ -85,7 +85,7 @@ class ShardWriter:
         return self._first + len(self._has_rows)
 
     def may_be_cut_before(self, place: int) -> bool:
-        """Return whether a segment may end before this image, which is written next."""
+        """Return whether a segment may end before the next image."""
         return not self._bits_depend_on_batch or place == self.batch_starts[-1]
 
     def add(self, images: Sequence[ImageRecord], copy: HostCopy) -> None:

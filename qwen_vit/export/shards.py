@@ -1,6 +1,7 @@
 """Make a plan's shards one after the other. Each shard is complete or absent.
 
-Loader threads prefetch, and a writer thread drains results. An export waits for the encoder alone.
+Loader threads prefetch images, and a writer thread writes results. An export waits only for the
+encoder.
 """
 
 import logging
@@ -79,24 +80,24 @@ def export_shards(
     >>> for done in export_shards(encoder, plan, plan.shards):
     ...     print(done.shard, len(done.rows))  # doctest: +SKIP
 
-    Loader threads prefetch images, including images of the next shard. A writer thread drains
+    Loader threads prefetch images, including images of the next shard. A writer thread writes
     results. A batch never crosses a shard, so the bytes do not depend on the threads. The encoder
     starts a shard only after the previous shard is complete. An interrupt saves the encoded images
     of the open shard: see `segments`.
 
     Args:
-        breaker: stops the export after too many consecutive failures.
+        breaker: an object that stops the export after too many consecutive failures.
         on_image: a function that the writer thread calls for each image. The rows are valid until
             the function returns.
         decode_threads: loader threads. [default: one per two cores, 2 to 16]
-        clock: measures what this thread waits for.
-        is_stopped: a function that is called before each image. True ends the export as an
-            interrupt does, without losing a batch.
+        clock: the timer for this thread's waits.
+        is_stopped: a function that the export calls before each image. True ends the export like an
+            interrupt, without losing a batch.
 
     Raises:
-        KeyboardInterrupt: the export was interrupted, or `is_stopped` returned True.
-        ExportError: a shard cannot be written, or `breaker` stops the export.
-        ImageError: an image failed, with on_error="raise".
+        KeyboardInterrupt: An interrupt ended the export, or `is_stopped` returned True.
+        ExportError: The disk rejects a shard, or `breaker` stops the export.
+        ImageError: An image failed, with on_error="raise".
     """
     breaker, clock = breaker or CircuitBreaker(plan.options.max_failures), clock or StageTimer(REST)
     form = RowFormat.of(encoder, plan.options)
@@ -189,7 +190,7 @@ def _jobs(
 def _load(
     item: Item, place: int, line: int, loader: ImageLoader, under_way: UnderWay
 ) -> ImageRecord:
-    """Return an image with its patches or its error. `line` is its place in the listing."""
+    """Return an image with its patches or its error. `line` is the image's line in the listing."""
     image = ImageRecord(item, place)
     try:
         image.stage = "read" if item.error is None else "list"

@@ -1,4 +1,5 @@
-"""Handle the signals that end an export: finish the batch after the first, stop at the second."""
+"""Handle the signals that end an export. Finish the batch after the first signal, and stop at the
+second signal."""
 
 import os
 import signal
@@ -20,8 +21,8 @@ class StopSignals:
     False
 
     Within `accepted`, the first signal sets `is_requested`. Any other signal raises
-    KeyboardInterrupt. A signal that was ignored before the block remains ignored: nohup ignores
-    SIGHUP, and shells ignore Ctrl-C for background jobs.
+    KeyboardInterrupt. The process still ignores signals that it ignored before the block. For
+    example, nohup ignores SIGHUP, and shells ignore Ctrl-C for background jobs.
     """
 
     def __init__(self) -> None:

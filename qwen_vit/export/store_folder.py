@@ -214,7 +214,8 @@ def as_folder(folder: PathOrAddress | ExportFolder) -> ExportFolder:
 
 
 def _scratch_of(address: str) -> Path:
-    """Return the scratch folder of an address, the same for every run of this user here."""
+    """Return the scratch folder of an address, which is the same for all runs of this user on this
+    machine."""
     digest = hashlib.sha256(address.encode("utf-8", "surrogateescape")).hexdigest()[:24]
     return Path(tempfile.gettempdir(), f"qwen-vit-{os.getuid()}", digest)
 

@@ -1,7 +1,7 @@
-"""Record which images are being decoded, in a file that survives a killed process.
+"""Record the images that a process is decoding, in a file that survives a killed process.
 
-An image can kill its process: the system ends the process for its memory, or a decoder crashes. A
-resumed export first decodes such images in a child process. The same image therefore cannot kill
+An image can kill the decoding process, because the system runs out of memory or a decoder crashes.
+A resumed export first decodes such images in a child process. The same image therefore cannot kill
 the export again.
 """
 
@@ -70,7 +70,7 @@ class UnderWay:
 
     @contextmanager
     def mark(self, line: int) -> Iterator[None]:
-        """Record that an image is being decoded while the block runs."""
+        """Record that this process decodes an image while the block runs."""
         with self._lock:
             slot = self._free.pop()
         SLOT.pack_into(self._map, slot * SLOT.size, line + 1)

@@ -32,10 +32,10 @@ ImageKeys: TypeAlias = (
 class Features(ABC):
     """Access images' features in order, reading rows on demand.
 
-    An index is a position or an id. A slice selects a subset, as does a sequence, array or tensor
-    of positions or ids. A mask with one truth value per image also selects a subset. A subset also
-    reads rows on demand. The rows are views of the file in memory: clone them before you write to
-    them.
+    An index is a position or an id. A slice, or a sequence, array or tensor of positions or ids,
+    selects a subset. A mask with one truth value per image also selects a subset. A subset also
+    reads rows on demand. The rows are views of the file in memory. Clone the rows before you write
+    to them.
     """
 
     metadata: dict[str, Any]
@@ -50,14 +50,14 @@ class Features(ABC):
 
     @abstractmethod
     def locate(self, key: int | str) -> Any:
-        """Return an image's place without reading its rows.
+        """Return an image's place, without reading rows.
 
         Raises KeyError for an unknown id and IndexError for a position that does not exist.
         """
 
     @abstractmethod
     def content(self) -> Any:
-        """Return what changes with the files: their paths, sizes and times."""
+        """Return the paths, sizes and times of the files, which change with the files."""
 
     @abstractmethod
     def read_at(self, place: Any) -> ImageFeatures:
@@ -104,7 +104,7 @@ class Features(ABC):
         )
 
     def to_vllm(self) -> dict[str, Any]:
-        """Return vLLM's `multi_modal_data`: see `downstream.to_vllm`."""
+        """Return vLLM's `multi_modal_data`, like `downstream.to_vllm`."""
         return to_vllm(self)
 
     def to_vllm_chat_part(self) -> list[dict[str, Any]]:
@@ -115,7 +115,7 @@ class Features(ABC):
         return to_vllm_chat_part(self)
 
     def to_sglang(self) -> list[dict[str, Any]]:
-        """Return SGLang's `image_data`: see `downstream.to_sglang`."""
+        """Return SGLang's `image_data`, like `downstream.to_sglang`."""
         return to_sglang(self)
 
     def show(
@@ -151,8 +151,8 @@ class Features(ABC):
         The columns are grid_t, grid_h, grid_w (patches), height, width (pixels) and notes. Unknown
         sizes are missing values. The column embeds has float32 arrays: (D,) for output="mean", else
         (n, D). Each column layer_K has float32 arrays (n_patches, C). The table is entirely in
-        memory. Failed images have no row: `errors` names them. Raises ArgumentError if pandas is
-        not installed.
+        memory. Failed images have no row. `errors` names these images. Raises ArgumentError if
+        pandas is not installed.
         """
         return tables.to_pandas(self)
 
@@ -162,9 +162,9 @@ class Features(ABC):
         >>> load_features("means").to_parquet("means.parquet")  # doctest: +SKIP
         PosixPath('means.parquet')
 
-        Arrays become lists, or lists of lists. If an id is not Unicode, its odd bytes are escaped
-        and `id_bytes` has the whole id. Raises ArgumentError if pyarrow is not installed. Raises
-        ExportError if there is no image or `path` cannot be written.
+        Arrays become lists, or lists of lists. If an id is not Unicode, the method escapes its odd
+        bytes, and `id_bytes` has the whole id. Raises ArgumentError if pyarrow is not installed.
+        Raises ExportError if there is no image or `path` cannot be written.
         """
         return tables.write_parquet(self, path, overwrite=overwrite)
 

@@ -1,6 +1,7 @@
 """Read a feature file one image's rows at a time, and check every part.
 
-The file is memory-mapped: using rows reads them from the disk. `schema` describes the content.
+The file is mapped into memory, so the disk delivers rows at their first use. `schema` describes the
+content.
 """
 
 from collections.abc import Sequence
@@ -40,14 +41,14 @@ class FeatureFile(Features):
     >>> features["cats/one.jpg"].embeds.shape, features[0].grid_thw  # doctest: +SKIP
     (torch.Size([256, 3584]), (1, 32, 32))
 
-    `load_features` opens one. Raises ExportError with the remedy if the file is damaged or not a
-    feature file.
+    `load_features` opens a feature file. Raises ExportError with the remedy if the file is damaged
+    or not a feature file.
 
     Attributes:
         path: the file.
         metadata: the values of `VisionEncoder.metadata()`, the other `schema.FILE_FACTS`, `ids` and
-            `images`. A file of schema 1 may lack some.
-        errors: a shard's failed images, each with its reason.
+            `images`. A file of schema 1 may lack some of these values.
+        errors: a shard's failed images, each with the reason.
         image_grid_thw: (N, 3) int64, each image's grid in patches.
     """
 
@@ -124,7 +125,7 @@ class FeatureFile(Features):
 
     @cached_property
     def _patches(self) -> list[int]:
-        """Return where each image's rows of a layer begin, and where the last image's rows end."""
+        """Return the first row of each image in a layer, and the end of the last image's rows."""
         return [0, *self.image_grid_thw.prod(1).cumsum(0).tolist()]
 
     def _read_rows(self, tensor: str, offsets: Sequence[int], place: int) -> Tensor:
@@ -190,5 +191,6 @@ def file_content(path: AnyPath) -> tuple[str, int, Any]:
 
 
 def open_shard(path: AnyPath, *, verify: bool = False) -> FeatureFile:
-    """Open one shard of an export. For a damaged shard, raise ExportError with how to resume."""
+    """Open one shard of an export. For a damaged shard, raise ExportError with the command that
+    resumes the export."""
     return FeatureFile(path, RESUME, verify=verify)

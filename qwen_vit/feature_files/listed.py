@@ -35,7 +35,7 @@ class ListingFacts(NamedTuple):
     withdrawn: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the listing's shards record of it."""
+        """Return the facts about this listing that the listing's shards record."""
         return {"n_images": self.n_images, "listing_sha256": self.sha256}
 
 
@@ -114,7 +114,7 @@ class ListedImages:
 
     @cached_property
     def shard_of(self) -> Mapping[str, int]:
-        """Return the shard of each image, in the order in which images were first listed."""
+        """Return the shard of each image, in the order of each image's first listing."""
         shards: dict[str, int] = {}
         for facts, ids in self._listings:
             for name in facts.withdrawn:
@@ -125,7 +125,7 @@ class ListedImages:
 
     @property
     def ids(self) -> Sequence[str]:
-        """Return each image once, in the order in which images were first listed."""
+        """Return each image once, in the order of each image's first listing."""
         return list(self.shard_of) if len(self._listings) > 1 else self._listings[0][1]
 
     def listing_of(self, shard: int) -> ListingFacts:

@@ -45,7 +45,7 @@ class RangedTensors:
         return self._read(info, 0, math.prod(info.shape)).view(info.shape)
 
     def get_slice(self, name: str) -> "_Rows":
-        """Return a tensor that reads its rows when it is sliced."""
+        """Return a tensor that reads rows only for a slice."""
         return _Rows(self, self._info(name))
 
     def _info(self, name: str) -> TensorInfo:

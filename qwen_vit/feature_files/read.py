@@ -1,7 +1,7 @@
 """Read feature files and export folders on demand, and check every part.
 
-A feature file is memory-mapped: using rows reads them from the disk. `schema` describes the content
-of a file and a folder.
+A feature file is mapped into memory, so the disk delivers rows at their first use. `schema`
+describes the content of a file and a folder.
 """
 
 import logging
@@ -40,12 +40,13 @@ class FeatureFolder(Features):
     >>> features.is_complete, len(features), len(features.errors)  # doctest: +SKIP
     (True, 999_998, 2)
 
-    It contains the images that were exported without an error, in the order of their shards. If a
-    later listing replaced an image, it reads only the last features. It opens shards on demand, at
-    most 64 at a time. It lists the folder once, at opening. Shards that do not exist then are left
-    out, and `is_complete` is False.
+    The folder contains the images that the export encoded without an error, in the order of the
+    shards. If a later listing replaced an image, it reads only the last features. It opens shards
+    on demand, at most 64 at a time. It lists the folder once, at opening. It omits shards that do
+    not exist then, and `is_complete` is False.
 
-    `load_features` opens one. Raises ExportError if the folder is damaged or has another schema.
+    `load_features` opens an export folder. Raises ExportError if the folder is damaged or has
+    another schema.
 
     Attributes:
         path: the folder.
@@ -82,12 +83,12 @@ class FeatureFolder(Features):
 
     @property
     def is_complete(self) -> bool:
-        """Return whether every shard existed when the folder was opened."""
+        """Return whether every shard existed when this object opened the folder."""
         return len(self._present) == self._shard_count
 
     @property
     def shards(self) -> Sequence[int]:
-        """Return the shards that existed when the folder was opened."""
+        """Return the shards that existed when this object opened the folder."""
         return self._present
 
     @cached_property
@@ -204,8 +205,8 @@ class FeatureFolder(Features):
 def load_features(path: str | AnyPath, *, verify: bool = False) -> FeatureFile | FeatureFolder:
     """Open a feature file, or a folder that `qwen-vit export` wrote.
 
-    It reads an address such as "s3://bucket/features" by ranges: first the headers, then the rows
-    of each image that is used.
+    From an address such as "s3://bucket/features", it reads ranges: first the headers, then the
+    rows of each requested image.
 
     >>> load_features("no-such-file.safetensors")
     Traceback (most recent call last):

@@ -90,7 +90,7 @@ FILE_FACTS = (
 
 @dataclass(frozen=True, slots=True)
 class ItemFacts:
-    """Describe one image or video in a file, without its rows. None means unknown.
+    """Describe one image or video in a file, without rows. None means an unknown value.
 
     Attributes:
         id: as in `ImageFeatures`.
@@ -99,9 +99,9 @@ class ItemFacts:
         size_px: the original (height, width).
         notes: the changes that the image policy made.
         sha256: the hash of the image's own bytes.
-        source: where an export read the image.
+        source: the place from which an export read the image.
         kind: "image" or "video".
-        exif: "apply" or "ignore": whether the EXIF orientation was applied.
+        exif: "apply" if the loader applied the EXIF orientation, or "ignore".
         second_per_grid_t: for a video, the seconds of one step of the grid's t.
         frame_seconds: for a video, the times of its frames, in seconds.
     """
@@ -303,7 +303,7 @@ def _is_right(facts: StoredFacts) -> bool:
 def read_description(path: AnyPath) -> dict[str, Any]:
     """Return an export's settings from its `export.json`.
 
-    Raises ExportError with the file's name if it is missing, corrupt or has another schema.
+    Raises ExportError with the file's name if the file is missing, corrupt or has another schema.
     """
     if not path.is_file():
         raise ExportError(

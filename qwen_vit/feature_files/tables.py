@@ -32,7 +32,7 @@ EMPTY = "choose at least one image that has features"
 
 
 class StoredImages(Protocol):
-    """Define what a table needs of `Features`, which the module above defines."""
+    """Define the part of `Features` that a table needs. A higher module defines `Features`."""
 
     metadata: dict[str, Any]
 

@@ -24,11 +24,12 @@ class Verification:
     """Report the checks of stored features and the problems found.
 
     Attributes:
-        images: images of the collection that were read.
-        rows: rows of these images.
-        digests: images whose rows match the sha256 that was recorded when they were written.
-        superseded: older features that were also read, of images that the export encoded again.
-        problems: one sentence per problem; empty if there is no problem.
+        images: the number of images that the check read.
+        rows: the number of rows of these images.
+        digests: the number of images whose rows match the recorded sha256.
+        superseded: the number of older features that the check also read, because the export
+            encoded the images again.
+        problems: one sentence per problem, or an empty list.
     """
 
     images: int

@@ -112,7 +112,7 @@ def write_features(
 def _good_features(
     path: Path, features: Sequence[ImageFeatures | FailedImage]
 ) -> list[ImageFeatures]:
-    """Return the features of images that did not fail: at least one, with different ids."""
+    """Return the features of at least one image without an error, with different ids."""
     if not features:
         raise ExportError("features is empty", name=str(path), remedy="pass at least one image")
     good = [feature for feature in features if isinstance(feature, ImageFeatures)]

@@ -71,7 +71,7 @@ class FeatureWriter:
     larger, the writer copies the rows after it. The writer appends each layer to its own hidden
     file. When the file is saved, it copies the layers after the embeddings. The file's bytes depend
     on `head_bytes`. The file gets its name only when it is complete. Without `save`, the writer
-    discards it when the block ends. Raises ExportError if the system does not allow writing.
+    discards the file when the block ends. Raises ExportError if the system does not allow writing.
     """
 
     def __init__(self, path: Path, tensors: Sequence[RowTensor], head_bytes: int) -> None:

@@ -63,15 +63,15 @@ def find_items(
     ['tests/photographs/astronaut.png', 'tests/photographs/chelsea.png']
 
     A file's id is the path that was passed. In a folder, the id is the path below the folder. In a
-    tar, it is the tar's name and the member's name. Parquet files are read only if `columns` are
-    named. A row's id is the file's name and the row, or the value in the id column.
+    tar, the id is the tar's name and the member's name. It reads Parquet files only with named
+    `columns`. A row's id is the file's name and the row, or the value in the id column.
 
     A .txt list has one path per line. A .jsonl list has one object per line, with "path" or
     "source", and "id". A .jsonl list gives the ids, and relative paths start at the list's folder.
     "-" reads a list of paths from standard input, which start at the current folder.
 
-    Folders are searched to every depth, through links, in byte order of the names. Files there
-    without an image extension are skipped and counted by extension in `left_out`. Neither folders
+    It searches folders to every depth, through links, in byte order of the names. It skips files
+    without an image extension, and counts these files by extension in `left_out`. Neither folders
     nor `**` in a pattern follow a link to a parent folder.
 
     Raises ExportError for an input that does not exist, an address, and a list that cannot be read.
@@ -319,7 +319,8 @@ def _folder_items(
 
 
 def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:
-    """Yield a folder's entries, each with whether it is a folder. Only links need a system call."""
+    """Yield a folder's entries, and whether each entry is a folder. Only links need a system
+    call."""
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: os.fsencode(entry.name))

@@ -26,9 +26,9 @@ class Item:
     """Describe one image of a listing: its id and its file.
 
     `source` is an absolute path. In a tar, the image is the `size` bytes at `offset`. In a Parquet
-    file, it is in `row`, counted from 0, of `column`. `page`, counted from 1, is one of several
-    pages of an image. In object storage, `source` is an address, and `version` is the ETag of the
-    listed object. `error` is the (code, message) of an ImageError during listing.
+    file, it is in `row`, counted from 0, of `column`. `page`, counted from 1, selects one of
+    several pages of an image. In object storage, `source` is an address, and `version` is the ETag
+    of the listed object. `error` is the (code, message) of an ImageError during listing.
 
     >>> gone = ImageError("does not exist", name="a.tar", code="missing")
     >>> item = Item.failed("a.tar", "/data/a.tar", gone)
@@ -55,7 +55,8 @@ class Item:
 
     @property
     def is_video(self) -> bool:
-        """Return whether the file's name is a video's. Only reading shows it for a row of Parquet.
+        """Return whether the file's name is a video's. For a row of a Parquet file, only reading
+        shows the kind.
 
         >>> Item("clip.mp4", "/data/clip.mp4").is_video, Item("a", "/data/a.jpg").is_video
         (True, False)
@@ -65,7 +66,7 @@ class Item:
 
     @classmethod
     def failed(cls, id: str, source: str, error: ImageError) -> Self:
-        """Create an item for an image that cannot be read. Exporting it reports this error."""
+        """Create an item for an unreadable image. An export of this item reports the error."""
         return cls(id, source, error=(error.code, str(error)))
 
     def to_json(self) -> str:
@@ -102,7 +103,8 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Describe a frozen listing: its file, its image count, and where each shard's lines begin.
+    """Describe a frozen listing by its file, its image count, and the first byte of each shard's
+    lines.
 
     `n_videos` counts images with a video's name.
     """
@@ -201,7 +203,8 @@ def _same_id(item: Item) -> ExportError:
 
 
 def _without_os_errors(items: Iterable[Item]) -> Iterator[Item]:
-    """Raise the inputs' OSErrors as ExportError, unlike errors of the file being written."""
+    """Raise the inputs' OSErrors as ExportError, to separate them from errors of the written
+    file."""
     try:
         yield from items
     except OSError as error:

@@ -26,13 +26,14 @@ CORRECT = "correct that line"
 
 
 def text_list_items(path: str) -> Iterator[Item]:
-    """Yield the images of a list with one path per line. Raises ExportError if it is unreadable."""
+    """Yield the images of a list with one path per line. Raises ExportError if the list is
+    unreadable."""
     for _, line in _lines(path):
         yield _listed(path, os.fsdecode(line), os.fsdecode(line))
 
 
 def stdin_items() -> Iterator[Item]:
-    """Yield the images of a list on standard input. Its paths start at the current folder."""
+    """Yield the images of a list on standard input. Relative paths start at the current folder."""
     for _, line in _bounded_lines(sys.stdin.buffer, "standard input"):
         if line.strip():
             path = os.fsdecode(line.rstrip(b"\r\n"))
@@ -164,7 +165,7 @@ def _listed(
 
 
 def _failure(error: object) -> tuple[str, str] | None:
-    """Return the error of an image in an export's own listing. Other lists' "error" is ignored."""
+    """Return the error of an image in an export's own listing. Ignore "error" in other lists."""
     if not isinstance(error, list) or len(error) != 2:
         return None
     code, message = error

@@ -47,7 +47,8 @@ def _count(item: Item, limits: ImageLimits) -> int:
 
 
 def _has_one_page(item: Item) -> bool:
-    """Return whether a file starts with a format without pages, so that it need not be read."""
+    """Return whether a file has a format without pages, so that the listing need not read the
+    file."""
     is_on_disk = not (is_remote(item.source) or is_https(item.source))
     if is_on_disk and not os.path.isfile(item.source):  # opening a FIFO would block
         return True

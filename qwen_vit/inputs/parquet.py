@@ -42,7 +42,7 @@ column as well.
     def of(cls, image: str | None, id: str | None) -> "ParquetColumns | None":
         """Return the named columns, or None. Raises ArgumentError for invalid names.
 
-        `image` may be given without `id`, but `id` needs `image`.
+        A caller may pass `image` without `id`, but `id` needs `image`.
         """
         for name, value in (("column", image), ("id_column", id)):
             if value is not None and (not isinstance(value, str) or not value):
@@ -60,7 +60,7 @@ def parquet_items(path: str, name: str, columns: ParquetColumns) -> Iterator[Ite
     """Yield the rows of a Parquet file, reading only the footer and the id column.
 
     An id is `name:row`, with rows counted from 0, or the value in the id column. Raises ExportError
-    if a column is missing or has another type. A problem of the file becomes an item.
+    if a column is missing or has another type. A problem of the file becomes an item with an error.
     """
     try:
         with open_parquet_file(path, name) as file:

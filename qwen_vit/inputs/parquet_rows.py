@@ -93,13 +93,13 @@ class _Reader:
         self._torn: dict[int, tuple[int, ImageError]] = {}  # group -> the first lost row
 
     def suits(self, row: int) -> bool:
-        """Return whether the row is kept, or follows in the row group that is being read."""
+        """Return whether the reader has the row, or will reach the row in the current row group."""
         return row in self.kept or (
             self.next_row <= row and self._group(row) == self._group(self.next_row)
         )
 
     def value(self, row: int) -> Any:
-        """Return the value of a row and forget it. The caller must have the lock."""
+        """Return the value of a row, and drop the value. The caller must have the lock."""
         if self._file is None:
             self._open()
         if not 0 <= row < self._starts[-1]:

@@ -38,7 +38,8 @@ SLASHES = re.compile(r"(?<=[^:/])/{2,}")
 
 
 def listed_objects(address: str) -> Iterator[tuple[str, RemoteObject, bool]]:
-    """Yield the objects of an address, each with its name and whether the address is its own.
+    """Yield the objects of an address, with each object's name, and whether the address names this
+    object.
 
     If the address names the object itself, the name is the address. Otherwise the name is the
     object's path below the address. Raises ExportError if the address does not exist or cannot be
@@ -125,7 +126,7 @@ def copy_object(item: Item, file: BinaryIO, check_size: Callable[[int], None]) -
 
 
 def _extent(item: Item) -> tuple[int, int, str | None]:
-    """Return where an item begins in its object, its size in bytes, and the object's version."""
+    """Return an item's offset in its object, the item's bytes, and the object's version."""
     if item.size is not None:
         return item.offset or 0, item.size, item.version
     found = find_object(item.source)  # a list gives no size

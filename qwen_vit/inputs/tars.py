@@ -38,10 +38,11 @@ DAMAGED_TAR = (
 
 
 def tar_items(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
-    """Yield the images in a tar without reading them. A problem of the tar becomes an item.
+    """Yield the images in a tar without reading them. A problem of the tar becomes an item with an
+    error.
 
-    A member's id is the tar's `name` and the member's name. Members without an image extension are
-    skipped and counted by extension in `left_out`.
+    A member's id is the tar's `name` and the member's name. It skips members without an image
+    extension, and counts these members by extension in `left_out`.
     """
     try:
         if name.lower().endswith(COMPRESSED_TARS):

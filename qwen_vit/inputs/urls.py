@@ -1,8 +1,7 @@
 """Read images at https:// addresses of allowed hosts, only over public networks.
 
-The author of a list must not reach this machine's own network through the list. The connection
-therefore checks the address that it really goes to. A name that resolves differently the next time
-cannot bypass this check.
+The author of a list must not gain access to this machine's own network. Each connection therefore
+checks its own IP address. A name that resolves differently the next time cannot bypass this check.
 """
 
 import errno
@@ -36,7 +35,7 @@ HEADERS = {"User-Agent": "qwen-vit", "Accept": "image/*", "Accept-Encoding": "id
 
 
 class _RefusedError(Exception):
-    """Report an answer or an address that no retry changes."""
+    """Report an answer or an address for which a retry is useless."""
 
     def __init__(self, fact: str, remedy: str, code: str) -> None:
         super().__init__(fact)
@@ -96,7 +95,7 @@ def _response(url: str, limits: ImageLimits, end: float) -> Iterator[http.client
 
 @contextmanager
 def _ends_at(connection: http.client.HTTPConnection, end: float) -> Iterator[None]:
-    """Close a connection at a given time, however slowly the other side sends."""
+    """Close a connection at a given time, even if the other side sends slowly."""
 
     def cut() -> None:
         if connection.sock is not None:

@@ -34,8 +34,8 @@ class EngineTower(nn.Module):
     torch.Size([6, 192])
 
     The parameters have the tower's own format (padded, permuted, norms folded in). `load_weights`
-    writes them in place. Therefore the engine can count, offload and restore them like any other
-    parameters.
+    writes them in place. Therefore the engine can count, offload and restore the parameters like
+    other parameters.
 
     Args:
         config: the tower's architecture.
@@ -44,7 +44,7 @@ class EngineTower(nn.Module):
         device: the engine's device.
 
     Raises:
-        ArgumentError: the tower does not support the dtype, such as float16.
+        ArgumentError: The tower does not support the dtype, such as float16.
     """
 
     def __init__(
@@ -84,20 +84,21 @@ class EngineTower(nn.Module):
         """Load all or some published tensors, in any order and any number of times.
 
         Args:
-            weights: names without the tower's prefix, such as "blocks.0.norm1.weight", and tensors
-                on any device. The tower keeps no reference to them.
+            weights: pairs of a name without the tower's prefix, such as "blocks.0.norm1.weight",
+                and a tensor on any device. The tower keeps no reference to the tensors.
 
         Returns:
             The names of this module's parameters that the call wrote.
 
         Raises:
-            CheckpointError: a tensor is quantised or damaged, or belongs to a different tower.
+            CheckpointError: A tensor is quantised or damaged, or belongs to a different tower.
         """
         return {f"tower.{name}" for name in self._updates.load(weights)}
 
     @contextmanager
     def reading_images(self) -> Iterator[None]:
-        """Declare that both frames of uint8 rows are equal, so that the tower reads only one."""
+        """Declare that both frames of uint8 rows are equal, so that the tower reads only one
+        frame."""
         self._is_still = True
         try:
             yield
@@ -113,8 +114,8 @@ class EngineTower(nn.Module):
             largest: maximum number of patches in one call.
 
         Returns:
-            The GPU memory in bytes that the graphs reserve beyond torch's allocated memory. It is 0
-            on a CPU, which needs no preparation.
+            The GPU memory in bytes that the graphs reserve beyond torch's allocated memory. The
+            value is 0 on a CPU, which needs no preparation.
         """
         if self._graphs is None:
             return 0
@@ -137,8 +138,8 @@ class EngineTower(nn.Module):
             (M, out_hidden_size) in the engine's dtype: each item's merged tokens, row-major.
 
         Raises:
-            ImageError: rows and grids disagree (codes `patches`, `grid`).
-            CheckpointError: the engine has loaded only a part of an update's weights.
+            ImageError: Rows and grids do not match (codes `patches`, `grid`).
+            CheckpointError: The engine has loaded only a part of an update's weights.
         """
         if missing := self._updates.missing:
             raise CheckpointError(

@@ -51,12 +51,12 @@ def to_hf(
     >>> sorted(to_hf(VideoFeatures("clip.mp4", torch.ones(12, 8), (2, 4, 6))))
     ['mm_encoder_outputs', 'second_per_grid_ts', 'video_grid_thw']
 
-    Pass them to `generate` or `forward`. They need transformers 5.18 or newer.
+    Pass the arguments to `generate` or `forward`. The arguments need transformers 5.18 or newer.
 
     Source: `mm_encoder_outputs` in transformers' models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 
     Args:
-        features: features of images, in the prompts' order. VideoFeatures among them are videos,
+        features: features of images, in the prompts' order. VideoFeatures in this list are videos,
             and precede the features in `videos`.
         input_ids: the prompts' tokens (batch, sequence). The function checks them against the
             features, and computes `mm_token_type_ids` from them. Without `mm_token_type_ids`,
@@ -72,7 +72,7 @@ def to_hf(
     Raises:
         ArgumentError: transformers is missing or too old, the tokens do not fit the features, there
             are no features, a video is among the images, or a video has no seconds.
-        ExportError: features are not merged tokens, or an image failed.
+        ExportError: The features are not merged tokens, or an image failed.
     """
     require_transformers("to_hf")
     from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -133,7 +133,7 @@ def expand_placeholders(
         video_grids: the videos' grids, in the same format.
 
     Raises:
-        ArgumentError: the counts differ, or a grid is invalid.
+        ArgumentError: The counts differ, or a grid is invalid.
     """
     for kind, pad, of_kind in (("image", IMAGE_PAD, grids), ("video", VIDEO_PAD, video_grids)):
         counts = [count_tokens(whole_numbers(grid), merge_size) for grid in of_kind]

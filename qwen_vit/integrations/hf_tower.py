@@ -5,7 +5,7 @@ would train, cast or save every parameter that it finds. `state_dict` reads the 
 and `load_state_dict` converts them again. Modules with the published names reject adapters and
 replacements.
 
-Import it late: torch.compiler.disable imports torch._dynamo, which takes 1.5 s.
+Import this module late, because torch.compiler.disable imports torch._dynamo, which takes 1.5 s.
 """
 
 import logging
@@ -57,7 +57,7 @@ class PublishedWeight:
 
 
 class _Frozen(nn.Module):
-    """Define a module without gradients whose parts cannot be replaced."""
+    """Define a module without gradients that rejects replacements of its parts."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module | nn.Parameter):
@@ -68,7 +68,7 @@ class _Frozen(nn.Module):
         super().__setattr__(name, value)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Accept False; raise ArgumentError for True."""
+        """Accept False, and raise ArgumentError for True."""
         if requires_grad:
             raise ArgumentError(
                 "qwen_vit's vision tower computes no gradients",
@@ -79,7 +79,7 @@ class _Frozen(nn.Module):
 
 
 class _Part(_Frozen):
-    """Stand for a published module of the tower by name only, because the tower runs as a whole."""
+    """Represent a published module of the tower by name only, because the tower runs as a whole."""
 
     def __init__(self, shown: _Shown, path: str) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class _Blocks(_Frozen, nn.ModuleList):
 
 
 class HFTower(_Frozen):
-    """Give a `VisionEncoder` the interface of transformers' vision tower; see as_hf_tower."""
+    """Give a `VisionEncoder` the interface of transformers' vision tower, as in as_hf_tower."""
 
     def __init__(self, encoder: VisionEncoder) -> None:
         super().__init__()

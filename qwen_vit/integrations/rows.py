@@ -1,8 +1,8 @@
 """Check merged rows and grids, the input of every language model.
 
 transformers, vLLM and SGLang accept merged rows (sum n, D), in the prompt's order of images. An
-image's grid (t, h, w) gives the number of rows, n = t * h * w / 4. None of the three checks this
-number well. vLLM's engine may crash on a wrong count. Therefore this module checks it.
+image's grid (t, h, w) gives the number of rows, n = t * h * w / 4. None of the three engines checks
+this number well. vLLM's engine may crash on a wrong count. Therefore this module checks the number.
 """
 
 import math
@@ -72,7 +72,8 @@ def rows_and_grids(features: AnyFeatures) -> tuple[list[Tensor], Tensor]:
 def split_videos(
     features: AnyFeatures, videos: AnyFeatures, second_per_grid_ts: Sequence[float] = ()
 ) -> tuple[list[Found], list[Found], list[float]]:
-    """Split features into images, videos, and seconds per video: given ones, else the video's own.
+    """Split features into images, videos, and seconds per video. Passed seconds precede the video's
+    own seconds.
 
     >>> clip = VideoFeatures("a.mp4", torch.ones(6, 8), (1, 4, 6), second_per_grid_t=0.5)
     >>> pictures, clips, seconds = split_videos([clip], [])

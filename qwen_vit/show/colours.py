@@ -28,8 +28,9 @@ class PrincipalColours:
     (2, 3, 3)
 
     The first component sets the lightness, the second blue to yellow, and the third green to red.
-    The usual choice, red, green and blue, would lose more for colour-blind readers. Most of them
-    confuse red and green, so the third component, with the least variance, uses these colours.
+    The usual choice of red, green and blue would lose more for colour-blind readers. Most
+    colour-blind readers confuse red and green, so the third component, with the least variance,
+    uses these colours.
 
     Attributes:
         explained: the share of the variance that each component explains.

@@ -1,4 +1,4 @@
-"""Draw views of features as PNG with matplotlib: page panels, or one sheet for an image."""
+"""Draw views of features as PNG with matplotlib, as page panels or as one sheet for an image."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -129,7 +129,8 @@ def _draw_mark(axes: Any, layout: StripLayout, view: FeatureView) -> None:
 
 
 def figure_png(size_in: tuple[float, float], draw: Callable[[Any], None], **options: Any) -> bytes:
-    """Draw `draw(figure)` on a figure of a size in inches, as PNG with reproducible bytes."""
+    """Call `draw` with a figure of this size in inches, and return a PNG with reproducible
+    bytes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -152,7 +153,7 @@ def panel_png(layout: StripLayout, draw: Callable[[Any], None]) -> bytes:
 
 
 def sheet_png(view: FeatureView, views: FeatureViews, titles: Sequence[str]) -> bytes:
-    """Draw an image's panels with titles side by side; a wide image's panels stand in a column."""
+    """Draw an image's panels with titles side by side, or in a column for a wide image."""
     layout = StripLayout.of(view.h, view.w, views.window)
     draws: list[Callable[..., Any]] = [draw_picture, draw_colours]
     if view.similarity is not None:

@@ -35,12 +35,12 @@ class PageText:
 
     Attributes:
         title: the heading.
-        facts: one name and value per line: model, output, ...
-        notices: warnings at the top, such as that weights are random.
+        facts: one name and value per line, such as the model and the output.
+        notices: warnings at the top of the page, for example that weights are random.
         cell: the name of a map's cell, for example "merged token of 28 x 28 pixels".
-        window_px: the size of a window: "112 x 112 pixels".
+        window_px: the size of a window, such as "112 x 112 pixels".
         full_attention: a sentence on the blocks that attend over the whole image.
-        command: the command that creates the page again, if there is one.
+        command: the command that creates the page again, or an empty text.
     """
 
     title: str
@@ -53,7 +53,7 @@ class PageText:
 
 
 def feature_page(views: FeatureViews, text: PageText, *, today: date | None = None) -> bytes:
-    """Return a page of images' features that contains all pictures, so that it works alone."""
+    """Return a self-contained page of images' features with all pictures."""
     layouts = [StripLayout.of(view.h, view.w, views.window) for view in views.views]
     ramps = zip(component_colours(), views.explained, strict=False)
     return render_page(
@@ -85,7 +85,7 @@ def feature_page(views: FeatureViews, text: PageText, *, today: date | None = No
 def render_page(template: str, *, today: date | None = None, command: str, **values: Any) -> bytes:
     """Render a page from a Jinja2 template that extends `base.html.jinja`, as UTF-8.
 
-    The page shows `command` as the command that creates it again. The default day is today.
+    The page shows `command` as the command that creates the page again. The default day is today.
     """
     from jinja2 import DictLoader, Environment, StrictUndefined
 

@@ -41,7 +41,7 @@ def show_features(
         One picture per image, in order. A notebook displays a picture, and `save` writes it.
 
     Raises:
-        ArgumentError: the extra `show` is not installed, or arguments do not fit.
+        ArgumentError: The extra `show` is not installed, or the arguments do not fit.
         ImageError: qwen_vit cannot read an image.
     """
     check_packages("show", "matplotlib")

@@ -24,7 +24,8 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StripLayout:
-    """Define the positions of a picture's parts, h x w patches: whole, or strip below strip.
+    """Define the positions of a picture's parts, for a whole picture or for strips below each
+    other.
 
     >>> StripLayout.of(30, 46, 8).is_cut
     False
@@ -32,7 +33,7 @@ class StripLayout:
     >>> len(long.sources), long.sources[1], long.places[1].top
     (12, Box(left=72, top=0, width=72, height=4), 5.4)
 
-    Cuts run between windows. The strips of a high picture stand side by side.
+    Cuts run between windows. The strips of a high picture are side by side.
 
     Attributes:
         sources: each strip's rectangle in the picture, in patches.
@@ -95,7 +96,7 @@ class StripLayout:
         return found
 
     def move(self, box: Box) -> Box:
-        """Return where to draw a rectangle of the picture; no cut may cross the rectangle."""
+        """Return the place in the drawing of a rectangle that no cut crosses."""
         for source, place in zip(self.sources, self.places, strict=True):
             is_here = (
                 source.left <= box.left < source.left + source.width

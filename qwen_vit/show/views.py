@@ -1,4 +1,4 @@
-"""Prepare each image for drawing: pixels, features as colours, and similarities to one cell."""
+"""Prepare each image's pixels, features as colours, and similarities to one cell for drawing."""
 
 import math
 import os
@@ -37,7 +37,7 @@ class DenseFeatures(Protocol):
 
     @property
     def size_px(self) -> tuple[int, int]:
-        """Return the original height and width; (0, 0) if unknown."""
+        """Return the original height and width, or (0, 0) if unknown."""
 
     @property
     def map(self) -> Tensor:
@@ -56,7 +56,7 @@ class FeatureView:
         id: the id of the features.
         h: rows of the grid, in patches.
         w: columns of the grid, in patches.
-        size_px: the original height and width; (0, 0) if unknown.
+        size_px: the original height and width, or (0, 0) if unknown.
         colours: (rows, columns, 3) sRGB from 0 to 1, with one cell per token.
         picture: (height, width, 3) uint8 over the same area, or None.
         similarity: (rows, columns) cosine similarities to the chosen cell, or None.
@@ -102,20 +102,20 @@ def view_features(
     frame: int = 0,
     window: int = WINDOW_PATCHES,
 ) -> FeatureViews:
-    """Prepare features for drawing: fit components together, and compute similarities to a cell.
+    """Fit components to all features together, and compute similarities to a cell, for drawing.
 
     Args:
         features: features from one encoder with one output, "merged" or "patch".
-        pictures: the images by id. For any other image, the function reads the path in its id, if
-            a file of its size exists. Otherwise the drawing has no image.
+        pictures: the images by id. For any other image, the function reads the path in the id, if
+            the path names an image of the same size. Otherwise the drawing shows no image.
         point: (x, y) in pixels of the first image. The function compares this cell with every cell.
         layer: a block of `features.layers` to draw instead of the embeddings.
         frame: the frame of a video.
         window: the side of an attention window, in patches.
 
     Raises:
-        ArgumentError: there is nothing to draw, the layer does not exist, widths differ, the point
-            is outside the image, or an image does not fit the features.
+        ArgumentError: There are no features, the layer does not exist, widths differ, the point is
+            outside the image, or an image does not fit the features.
         ImageError: qwen_vit cannot read an image.
     """
     features = list(features)

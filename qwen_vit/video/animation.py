@@ -35,7 +35,8 @@ def is_animation_format(head: bytes) -> bool:
 
 
 def is_animated(data: bytes) -> bool:
-    """Return whether the bytes are a GIF, WebP or PNG of several frames; False if damaged."""
+    """Return whether the bytes are a GIF, WebP or PNG of several frames, or False for damaged
+    bytes."""
     kind = _format_of(data[:12])
     if kind is None:
         return False
@@ -52,7 +53,7 @@ def _format_of(head: bytes) -> str | None:
 
 
 class AnimationFrames:
-    """Read the frames of an animated image; the attributes match `reader.FileFrames`.
+    """Read the frames of an animated image. The attributes match `reader.FileFrames`.
 
     Raises ImageError for a still image, too many frames, or a damaged file.
     """
@@ -81,7 +82,7 @@ class AnimationFrames:
         self.size_px = (height, width)
 
     def frames(self, places: Sequence[int]) -> Iterator[Image.Image]:
-        """Yield the frames at ascending indices; a repeated index yields its frame again."""
+        """Yield the frames at ascending indices. A repeated index yields its frame again."""
         for place in places:
             with self._errors():
                 self._check_clock()

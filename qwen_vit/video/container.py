@@ -1,7 +1,7 @@
 """Check a video file's container, end and claimed sizes before a decoder opens the file.
 
-FFmpeg fills in missing data and trusts the header. One box can make FFmpeg index 10^9 frames.
-Therefore this module checks the end of the file and the number of frames.
+FFmpeg fills in missing data and does not check the header. One box can make FFmpeg index 10^9
+frames. Therefore this module checks the end of the file and the number of frames.
 """
 
 import io
@@ -36,7 +36,7 @@ PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
 
 
 def container_of(head: bytes | bytearray | memoryview) -> str | None:
-    """Return FFmpeg's container name for a file's first bytes; None if the file is not a video.
+    """Return FFmpeg's container name for a file's first bytes, or None if the file is not a video.
 
     >>> container_of(b"\\x1a\\x45\\xdf\\xa3"), container_of(b"GIF89a")
     ('matroska', None)
@@ -103,7 +103,7 @@ class _Box(NamedTuple):
 
 
 def _boxes(file: BinaryIO, begin: int, end: int, size: int) -> Iterator[_Box]:
-    """Yield an MP4's boxes between two offsets; the last box may end after the file's `size`."""
+    """Yield an MP4's boxes between two offsets. The last box may end after the file's `size`."""
     for _ in range(MAX_BOXES):
         if begin + 8 > min(end, size):
             return
@@ -159,7 +159,8 @@ def too_many_frames(count: int, name: str, limits: VideoLimits) -> ImageError:
 
 
 def _matroska_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> int:
-    """Return the segment's end by its header; 0 if it is open-ended, as in a live recording."""
+    """Return the segment's end by its header, or 0 for an open-ended segment, as in a live
+    recording."""
     file.seek(4)
     header = _ebml_number(file)
     if header is None:
@@ -172,7 +173,7 @@ def _matroska_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> 
 
 
 def _ebml_number(file: BinaryIO) -> int | None:
-    """Read a variable-length size; return None if it is open-ended or missing."""
+    """Read a variable-length size. Return None if the size is open-ended or missing."""
     first = file.read(1)
     if not first or not first[0]:
         return None
@@ -182,7 +183,7 @@ def _ebml_number(file: BinaryIO) -> int | None:
 
 
 def _avi_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> int:
-    """Return the first RIFF chunk's end offset; 0 if the recorder never wrote the size."""
+    """Return the first RIFF chunk's end offset, or 0 if the recorder never wrote the size."""
     file.seek(4)
     length = int.from_bytes(file.read(4), "little")
     return 8 + length if 0 < length < 2**32 - 1 else 0

@@ -65,7 +65,7 @@ class LoadedVideo:
 
 
 class LoadOptions(TypedDict, total=False):
-    """Define the options of `load_video`; `load_pieces` describes them."""
+    """Define the options of `load_video`, which `load_pieces` describes."""
 
     limits: VideoLimits | None
     image_limits: ImageLimits | None
@@ -101,9 +101,9 @@ def load_pieces(
     file: BinaryIO | None = None,
     keep: dict[int, NDArray[np.uint8]] | None = None,
 ) -> Generator[LoadedVideo, None, None]:
-    """Yield a video's patches in pieces of whole time steps, once a piece's frames are decoded.
+    """Yield a video's patches in pieces of whole time steps, after decoding a piece's frames.
 
-    A piece has at most `most` patches if one time step fits. The pieces equal those of
+    A piece has at most `most` patches if one time step fits. The pieces equal the pieces of
     `Patches.split_steps`. Frames that a caller passes are one piece. Without `most`, every video is
     one piece.
 
@@ -147,7 +147,7 @@ def _source(source: VideoSource) -> Any:
 
 
 def _head(source: Any, name: str) -> bytes | None:
-    """Return a file's first bytes; None for frames."""
+    """Return a file's first bytes, or None for frames."""
     if isinstance(source, str):
         with open_file(source, name) as file:
             return file.read(HEAD_BYTES)
@@ -160,7 +160,7 @@ def _head(source: Any, name: str) -> bytes | None:
 
 
 def _whole(source: Any, name: str, limits: VideoLimits) -> bytes:
-    """Return an animation's bytes; the limit on file bytes bounds their size."""
+    """Return an animation's bytes. The limit on file bytes bounds their size."""
     if isinstance(source, bytes):
         return source
     with ExitStack() as stack:
@@ -190,7 +190,8 @@ class _Asked(NamedTuple):
 def _sampled(
     asked: _Asked, threads: int, keep: dict[int, NDArray[np.uint8]] | None, most: int | None
 ) -> Iterator[LoadedVideo]:
-    """Yield the pieces of a file's frames; each reserves decoding memory until it is complete."""
+    """Yield the pieces of a file's frames. Each piece reserves decoding memory until the piece is
+    complete."""
     opened, video, config, name = asked
     indices, rate = sample_frames(opened.timeline, video, name)
     places = shown_frames(indices, opened.seconds, opened.timeline)
@@ -281,7 +282,7 @@ def _frame_list(source: Any, name: str) -> Any:
 class _Rows:
     """Collect a video's patches, each in the order channel, frame of the pair, row, column.
 
-    They cover `n_frames` frames of `size_px`, starting with the sampled frame `first`.
+    The patches cover `n_frames` frames of `size_px`, starting with the sampled frame `first`.
     """
 
     def __init__(
@@ -343,7 +344,8 @@ def _resize_into(rows: _Rows, at: int, upright: Callable[[], Image.Image]) -> No
 def _workers(
     threads: int,
 ) -> Iterator[tuple[Callable[[Callable[[], None]], None], Callable[[], None]]]:
-    """Run calls in threads with a short queue, and wait for all. The caller's thread counts.
+    """Run calls in threads with a short queue, and wait for all calls. The caller's thread also
+    runs calls.
 
     Decoding continues while other threads resize earlier frames. Raises the first error of a call.
     """

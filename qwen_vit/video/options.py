@@ -50,15 +50,15 @@ class VideoOptions:
         n_frames: number of frames to sample instead of `fps`, rounded to an even number.
         start: start of sampling, in seconds from the first frame.
         end: end of sampling, in seconds from the first frame.
-        max_frames: maximum number of frames that `fps` may give; 768 if None.
-        min_pixels: minimum height x width of a frame after resizing; 100,352 if None.
-        max_pixels: maximum height x width of a frame after resizing; 602,112 if None. A long
+        max_frames: maximum number of frames with `fps`. None means 768.
+        min_pixels: minimum height x width of a frame after resizing. None means 100,352.
+        max_pixels: maximum height x width of a frame after resizing. None means 602,112. A long
             video may get smaller frames: see `sampling.pixel_limits`.
         sampling: "qwen" samples and resizes like qwen-vl-utils 0.0.14. "transformers" samples and
             resizes like transformers' Qwen2VLVideoProcessor.
 
     Raises:
-        ArgumentError: a value is invalid.
+        ArgumentError: A value is invalid.
     """
 
     fps: float = 2.0
@@ -114,10 +114,10 @@ class Video(VideoOptions):
 
     Attributes:
         source: a path, the bytes of a file, an array or tensor of frames (t, h, w, c), or a list
-            of images: PIL images, arrays, or image paths. Passed frames are not sampled: only
-            `fps` and the two pixel limits apply to them. A GIF, WebP or PNG gives the frames of
-            the animation.
-        name: identifies the video in messages, and becomes `VideoFeatures.id`.
+            of images: PIL images, arrays, or image paths. The loader uses all passed frames, and
+            only `fps` and the two pixel limits apply to passed frames. A GIF, WebP or PNG gives the
+            frames of the animation.
+        name: the video's name in messages, which becomes `VideoFeatures.id`.
     """
 
     source: VideoSource = field(kw_only=False)
@@ -156,7 +156,7 @@ class VideoLimits:
         max_decode_s: maximum time for reading and decoding, in seconds.
 
     Raises:
-        ArgumentError: a limit is not above 0.
+        ArgumentError: A limit is not above 0.
     """
 
     max_pixels: int = 8_192 * 8_192

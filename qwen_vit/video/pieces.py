@@ -30,7 +30,7 @@ class PieceStream:
         self._changed = threading.Condition()
 
     def decode(self, is_closed: Callable[[], bool]) -> None:
-        """Decode the remaining pieces; `pieces` raises the errors."""
+        """Decode the remaining pieces. `pieces` raises the errors."""
         try:
             while self._wait_for_room(is_closed) and (piece := next(self._rest, None)) is not None:
                 with self._changed:
@@ -46,7 +46,7 @@ class PieceStream:
                 self._changed.notify_all()
 
     def pieces(self) -> Generator[Patches, None, None]:
-        """Yield every piece, in order. Raises the decoder's error after the pieces before it."""
+        """Yield every piece, in order. Raises the decoder's error after the earlier pieces."""
         try:
             while True:
                 with self._changed:
@@ -76,7 +76,7 @@ class PieceStream:
             self._rest.close()
 
     def _wait_for_room(self, is_closed: Callable[[], bool]) -> bool:
-        """Wait until the thread may decode another piece; return False after `cancel`."""
+        """Wait until the thread may decode another piece. Return False after `cancel`."""
         with self._changed:
             while self._bytes >= MAX_AHEAD_BYTES and not (self._is_cancelled or is_closed()):
                 self._changed.wait(POLL_S)

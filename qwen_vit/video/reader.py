@@ -1,7 +1,7 @@
 """Read chosen frames of a video file by presentation time, with FFmpeg through PyAV.
 
 A pass over the packets, without decoding, finds every frame's time and the key frames. The reader
-decodes only the parts with wanted frames, each from the preceding key frame.
+decodes only the parts with requested frames, each part from the preceding key frame.
 """
 
 import time
@@ -100,15 +100,16 @@ class FileFrames:
 
     @property
     def size_px(self) -> tuple[int, int]:
-        """Return a frame's upright (height, width), from the header until a frame is decoded."""
+        """Return a frame's upright (height, width), which the header gives until the reader decodes
+        a frame."""
         if self._size is None:
             return self._codec.height, self._codec.width
         return self._size
 
     def frames(self, places: Sequence[int]) -> Iterator[Any]:
-        """Yield FFmpeg's frames at ascending indices; a repeated index yields its frame again.
+        """Yield FFmpeg's frames at ascending indices. A repeated index yields its frame again.
 
-        Raises ImageError for a frame that cannot be decoded completely.
+        Raises ImageError for an incomplete frame.
         """
         wanted = sorted(set(places))
         again = {place: places.count(place) for place in wanted}
@@ -119,7 +120,7 @@ class FileFrames:
                 yield frame
 
     def upright(self, frame: Any) -> Image.Image:
-        """Convert a decoded frame to an upright image of mode RGB or RGBX; thread-safe."""
+        """Convert a decoded frame to an upright image of mode RGB or RGBX, in any thread."""
         # four bytes a pixel, as in Pillow's memory: this avoids a copy under the GIL
         # swscale's threads write past row ends into each other's rows: 4 pixels were wrong
         plane = frame.reformat(format="rgb0", threads=1).planes[0]
@@ -173,7 +174,7 @@ class FileFrames:
         return _Index(ordered, np.sort(np.asarray(keys, np.int64)), end)
 
     def _scan_by_count(self, ticks: list[int]) -> _Index:
-        """Count frames by decoding, because packets do not identify them, and order the times."""
+        """Count frames by decoding, because packets do not identify frames, and sort the times."""
         count = sum(1 for _ in self._decoded(seek_to=None))
         if not count:
             raise self._damaged("none of its frames can be decoded")

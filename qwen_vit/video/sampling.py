@@ -54,8 +54,8 @@ def sample_frames(timeline: Timeline, options: VideoOptions, name: str) -> tuple
 
     If the number of indices is odd, the last frame counts twice. The function accepts a single
     frame, which qwen-vl-utils and transformers reject. Raises ImageError with code "video-range"
-    for a part with fewer than two frames. The code is "video-frames" if `n_frames` exceeds the
-    number of frames.
+    for a part with fewer than two frames. Raises ImageError with code "video-frames" if `n_frames`
+    exceeds the number of frames.
     """
     first, last = _frame_range(timeline, options, name)
     count = last - first + 1
@@ -77,14 +77,14 @@ def sample_frames(timeline: Timeline, options: VideoOptions, name: str) -> tuple
 def shown_frames(
     indices: Sequence[int], seconds: NDArray[np.float64], timeline: Timeline
 ) -> list[int]:
-    """Convert a sampler's indices to frame indices; `seconds` are the frames' times.
+    """Convert a sampler's indices to frame indices. `seconds` are the frames' times.
 
     >>> slides = np.array([0.0, 20.0, 21.0])  # three slides in 24 s
     >>> shown_frames([0, 1, 2], slides, Timeline(3, 3 / 24))
     [0, 0, 0]
 
     At a constant rate, even with jitter, the frame index equals the sampler's index. If the rate
-    varies, a sampler's index means a time. Its frame is the frame that is visible at that time.
+    varies, a sampler's index stands for a time, and the frame is the visible frame at that time.
     """
     moments = np.arange(timeline.n_frames) / timeline.rate
     if np.all(np.abs(seconds - moments) < 0.5 / timeline.rate):

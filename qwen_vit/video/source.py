@@ -30,7 +30,8 @@ open_file = partial(open_regular, expected="a video file", remedy="pass its file
 
 
 def require_av() -> Any:
-    """Import PyAV, whose wheels include FFmpeg. Raises ImageError (code "no-pyav") if missing."""
+    """Import PyAV, whose wheels include FFmpeg. Raises ImageError (code "no-pyav") if PyAV is
+    missing."""
     try:
         import av  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -80,7 +81,7 @@ class Window(io.RawIOBase):
 
 
 class Opener:
-    """Check a video, and open it as often as needed.
+    """Check a video, and open the video as often as necessary.
 
     Raises ImageError for a file that is not a readable video, and if PyAV is missing.
     """
@@ -100,7 +101,7 @@ class Opener:
             self._source, self._container = file, self._check(file, size)
 
     def open(self) -> Any:
-        """Open a new PyAV container; the caller closes it."""
+        """Open a new PyAV container, which the caller must close."""
         if not isinstance(self._source, str):
             self._source.seek(0)
         with plain_errors(self.name):

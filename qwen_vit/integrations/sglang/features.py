@@ -24,9 +24,9 @@ def to_sglang(features: AnyFeatures) -> list[dict[str, Any]]:
     srt/multimodal/processors/base_processor.py.
 
     Raises:
-        ExportError: features are not merged tokens, or an image failed.
-        ArgumentError: features belong to a video. SGLang 0.5.23 passes a video's features to its
-            tower as pixels, and its scheduler then crashes for every user.
+        ExportError: The features are not merged tokens, or an image failed.
+        ArgumentError: The features belong to a video. SGLang 0.5.23 passes a video's features to
+            its tower as pixels, and its scheduler then crashes for every user.
     """
     images = check_features(features)
     embeds, grids = rows_and_grids(images)

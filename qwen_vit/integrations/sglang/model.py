@@ -70,7 +70,8 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
         logger.info("qwen_vit runs the vision tower, in %s on %s.", dtype, device)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        """Load the tower's tensors into the tower, and pass the others to SGLang while reading.
+        """Load the tower's tensors into the tower, and pass the other tensors to SGLang while
+        reading.
 
         SGLang calls this method at the start with all weights, and for updates with some weights.
         """
@@ -102,7 +103,8 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
         return loaded
 
     def post_load_weights(self) -> None:
-        """Prepare after SGLang itself has filled all parameters, as for dummy weights."""
+        """Prepare the tower after SGLang itself has filled all parameters, for example with dummy
+        weights."""
         self._unwritten.clear()
         self._prepare()
 

@@ -20,7 +20,7 @@ class CachedFeatures:
         id: the image's or video's id, as `ImageFeatures.id`.
         uuid: the entry's name, for `multi_modal_uuids`.
         grid_thw: (frames, height, width) in patches.
-        second_per_grid_t: seconds per time step of a video's grid; None for an image.
+        second_per_grid_t: seconds per time step of a video's grid, or None for an image.
     """
 
     id: str

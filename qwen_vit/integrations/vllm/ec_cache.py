@@ -3,9 +3,9 @@
 vLLM's `ECExampleConnector` reads an item's rows from FOLDER/UUID/encoder_cache.safetensors, one
 tensor `ec_cache` (tokens, width). The connector checks nothing. Rows of a wrong width or number
 stop the engine for all users. Therefore a folder has one model, one image size setting and one
-dtype. Its `qwen_vit.json` names them. Each entry's uuid contains a digest of these settings and a
-digest of the rows. `index/` maps images to entries, with one file per call of `write_ec_cache`.
-Therefore any number of processes may write.
+dtype. `qwen_vit.json` in the folder names all three. Each entry's uuid contains a digest of these
+settings and a digest of the rows. `index/` maps images to entries, with one file per call of
+`write_ec_cache`. Therefore any number of processes may write.
 """
 
 import json
@@ -88,9 +88,9 @@ def write_ec_cache(
         The entries for a request: images, then videos, in order.
 
     Raises:
-        ExportError: features are not merged tokens, the folder's entries belong to a different
-            model, or the folder cannot be written.
-        ArgumentError: an argument is invalid.
+        ExportError: The features are not merged tokens, the folder's entries belong to a different
+            model, or the disk rejects the files.
+        ArgumentError: An argument is invalid.
     """
     folder = Path(folder)
     check_utf8(folder)
@@ -178,7 +178,7 @@ def read_ec_cache(
     >>> cache = read_ec_cache("cache")  # doctest: +SKIP
     >>> engine.generate({"prompt": text, **to_vllm_cached([cache["a.jpg"]])})  # doctest: +SKIP
 
-    If an image was written twice, its last entry counts.
+    If the folder has two entries for an image, the last entry counts.
 
     Args:
         folder: the cache.
@@ -186,8 +186,8 @@ def read_ec_cache(
             cache of a different model.
 
     Raises:
-        ExportError: the folder is not an encoder cache, is damaged, or belongs to a different
-        model.
+        ExportError: The folder is not an encoder cache, is damaged, or belongs to a different
+            model.
     """
     folder = Path(folder)
     settings = _read_settings(folder)

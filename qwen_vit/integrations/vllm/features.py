@@ -33,10 +33,10 @@ def to_vllm(
     ['second_per_grid_ts', 'video_embeds', 'video_grid_thw']
 
     The prompt must have one `<|image_pad|>` per image and one `<|video_pad|>` per video, in any
-    order. vLLM expands them itself. Source: vLLM's docs/features/multimodal_inputs.md.
+    order. vLLM expands the placeholders itself. Source: vLLM's docs/features/multimodal_inputs.md.
 
     Args:
-        features: features of images, in the prompt's order. VideoFeatures among them are videos,
+        features: features of images, in the prompt's order. VideoFeatures in this list are videos,
             and precede the features in `videos`.
         videos: features of videos, in the prompt's order.
         second_per_grid_ts: the seconds per time step of each video's grid: 2 / (frames per second),
@@ -46,8 +46,8 @@ def to_vllm(
             would stop vLLM's engine. None disables the check.
 
     Raises:
-        ExportError: features are not merged tokens, or an image failed.
-        ArgumentError: there are no features, a video is among the images, or a video has no
+        ExportError: The features are not merged tokens, or an image failed.
+        ArgumentError: There are no features, a video is among the images, or a video has no
             seconds.
     """
     found, of_videos, seconds = split_videos(features, videos, second_per_grid_ts)
@@ -109,7 +109,8 @@ def _joined(rows: list[Tensor]) -> Tensor:
 
 
 def to_base64(tensor: Tensor) -> str:
-    """Encode as vLLM's tensor2base64; clone first, because `torch.save` writes a view's storage."""
+    """Encode like vLLM's tensor2base64. Clone first, because `torch.save` writes a view's
+    storage."""
     buffer = io.BytesIO()
     torch.save(tensor.cpu().clone(), buffer)
     return base64.b64encode(buffer.getvalue()).decode("ascii")

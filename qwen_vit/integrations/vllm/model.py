@@ -153,7 +153,7 @@ def _refuse_quantised(tower: nn.Module) -> None:
 
 
 def _image_settings(model_config: Any) -> dict[str, Any]:
-    """Return the processor's settings; if the tower normalises, their `do_` flags are off."""
+    """Return the processor's settings. If the tower normalises, the `do_` flags are off."""
     from vllm.transformers_utils.processor import cached_image_processor_from_config
 
     settings = cached_image_processor_from_config(model_config).to_dict()
@@ -173,7 +173,8 @@ def _puts_back_what_it_does_not_load() -> bool:
     """Return whether vLLM's reload accepts `weight_loader_numel` of 0 and then loads nothing.
 
     The tower writes its parameters itself. Without this number vLLM also loads nothing, but warns
-    "Failed to load weights" for each of the tower's layers. A field name identifies such a vLLM.
+    "Failed to load weights" for each of the tower's layers. A field name identifies a vLLM version
+    with this rule.
     """
     try:
         from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
