@@ -49,8 +49,8 @@ class VisionEncoder(LoadedTower):
     >>> features.embeds.shape, features.grid_thw
     (torch.Size([345, 192]), (1, 30, 46))
 
-    Build one with `from_pretrained` or `from_tensors`. It can be copied, pickled and sent to other
-    processes. A copy has separate weights and gives the same bits.
+    Build an encoder with `from_pretrained` or `from_tensors`. You can copy and pickle an encoder,
+    and send it to other processes. A copy has separate weights and gives the same bits.
 
     Source: "Qwen2.5-VL Technical Report" (arXiv:2502.13923).
     """
@@ -91,24 +91,25 @@ class VisionEncoder(LoadedTower):
         Args:
             model: a repository's name such as "Qwen/Qwen2.5-VL-7B-Instruct", a folder, or "tiny".
             revision: a branch, tag or commit of the repository.
-            subfolder: the checkpoint's subfolder of `model`, such as
-                "text_encoder".
-            device: "auto" is a GPU if there is one, else the CPU. A CPU interprets the same Triton
-                kernels: correctly, but slowly.
-            dtype: "auto" is bfloat16 on a GPU and float32 on a CPU. float32 on a GPU is IEEE, never
-                TF32.
+            subfolder: the checkpoint's subfolder of `model`, such as "text_encoder".
+            device: "auto" selects a GPU if the machine has one, and the CPU otherwise. A CPU
+                interprets the same Triton kernels, correctly but slowly.
+            dtype: "auto" selects bfloat16 on a GPU and float32 on a CPU. float32 on a GPU is IEEE,
+                never TF32.
             token: as in huggingface_hub.
             cache_dir: as in huggingface_hub.
             local_files_only: as in huggingface_hub.
-            min_pixels: the smallest height x width after resizing; None: the checkpoint's value.
-            max_pixels: the largest height x width after resizing; None: the checkpoint's value.
-            cuda_graphs: False launches every kernel separately. Small batches are then slower, with
-                the same bits. Only merged output uses graphs.
-            torch_dtype: transformers' name for `dtype`; raises ArgumentError.
-            device_map: transformers' name for `device`; raises ArgumentError.
+            min_pixels: the smallest height x width after resizing. None selects the checkpoint's
+                value.
+            max_pixels: the largest height x width after resizing. None selects the checkpoint's
+                value.
+            cuda_graphs: False launches every kernel separately. Small batches are then slower, and
+                the bits are the same. Only merged output uses graphs.
+            torch_dtype: transformers' name for `dtype`, which raises ArgumentError.
+            device_map: transformers' name for `device`, which raises ArgumentError.
 
         Raises:
-            HubError, CheckpointError, ArgumentError: each gives the remedy.
+            HubError, CheckpointError, ArgumentError: Each error gives the remedy.
         """
         for theirs, value, ours in (
             ("torch_dtype", torch_dtype, "dtype"), ("device_map", device_map, "device"),
@@ -151,12 +152,12 @@ class VisionEncoder(LoadedTower):
         VisionEncoder('mine', float32, on cpu)
 
         Args:
-            tensors: tensors by published names with any prefix or none, on any device. Tensors of a
-                language model may be among them. The encoder keeps the tower's tensors on the host:
-                do not change them.
+            tensors: tensors by published names with any prefix or none, on any device. The mapping
+                may also contain tensors of a language model. The encoder keeps the tower's tensors
+                on the host, so do not change the tensors.
             config: the tower's config, or the content of config.json.
-            image_config: the image settings, or the content of preprocessor_config.json; None:
-                transformers' defaults.
+            image_config: the image settings, or the content of preprocessor_config.json. None
+                selects transformers' defaults.
             name: the model's name in messages and feature files.
             device: as in `from_pretrained`.
             dtype: as in `from_pretrained`.
@@ -165,7 +166,7 @@ class VisionEncoder(LoadedTower):
             cuda_graphs: as in `from_pretrained`.
 
         Raises:
-            CheckpointError, ArgumentError: each gives the remedy.
+            CheckpointError, ArgumentError: Each error gives the remedy.
         """
         chosen = choose_device(device)
         return cls.from_checkpoint(
@@ -219,9 +220,9 @@ class VisionEncoder(LoadedTower):
         frames: Pages = "first",
         decode_threads: int | None = None,
     ) -> Any:
-        """Encode one image or several: paths, bytes, PIL images, arrays or tensors, in any mix.
+        """Encode images from paths, bytes, PIL images, arrays or tensors, in any mix.
 
-        Videos may be among the images: see `encode_video`.
+        `images` may also contain videos, as in `encode_video`.
 
         >>> import numpy as np
         >>> encoder = VisionEncoder.from_pretrained("tiny")
@@ -235,33 +236,34 @@ class VisionEncoder(LoadedTower):
             on_error: "raise" raises the first image's error. "skip" returns a FailedImage instead,
                 and continues with the other images.
             output: "merged" returns the language model's input. "patch" returns un-merged rows.
-                "mean" returns one vector per image: the float32 mean of its merged rows.
-            normalize: divide each mean by its Euclidean length; only for output="mean".
-            layers: blocks, counted from 0, whose dense features it also returns. They do not change
-                `embeds`. On a GPU, it then uses no CUDA graphs.
+                "mean" returns one vector per image, which is the float32 mean of the merged rows.
+            normalize: True divides each mean by its Euclidean length. It needs output="mean".
+            layers: numbers of blocks whose dense features `encode` also returns. The first block is
+                0. Layers do not change `embeds`. On a GPU, `encode` then uses no CUDA graphs.
             layout: "HWC" or "CHW" if an array's shape leaves its channel axis open.
             exif: "apply" rotates an image by its EXIF orientation. "ignore" does not rotate images
                 that are already upright. A transposed PIL image keeps its tag.
-            limits: limits of decoded images; None: ImageLimits().
-            video_limits: limits of a video; None: VideoLimits().
-            formats: formats that it decodes only on request: "PPM", "ICO", "TGA", "JPEG2000".
+            limits: limits of decoded images. None selects ImageLimits().
+            video_limits: limits of a video. None selects VideoLimits().
+            formats: formats that `encode` decodes only on request: "PPM", "ICO", "TGA", "JPEG2000".
             frames: "first", or "all" for a list of every page of a TIFF and frame of an animation.
-                Each page of an image with several has an id such as "scan.tif#page=2".
-            decode_threads: threads that read, decode and resize ahead of the encoder; None: one per
-                two cores, 2 to 16. The embeddings do not depend on it.
+                Each page of an image with several pages has an id such as "scan.tif#page=2".
+            decode_threads: the number of threads that read, decode and resize ahead of the encoder.
+                None selects one thread per two cores, from 2 to 16. The embeddings do not depend on
+                this number.
 
         Returns:
-            ImageFeatures of one image, or a list of them for several, in order. `embeds` is
-            (n_tokens, out_hidden_size), row-major over merged cells of 28 x 28 pixels. With
-            output="patch" it is (n_patches, hidden_size), row-major over patches of 14 x 14 pixels.
-            With output="mean" it is (1, out_hidden_size). `layers[k]` is (n_patches, hidden_size),
-            row-major: the residual stream after block k, before any norm. After the last block it
-            equals output="patch". An image's `id` is its path. Other images are "image 0", "image
-            1" ...
+            The ImageFeatures of one image, or a list of ImageFeatures for several images, in order.
+            `embeds` has the shape (n_tokens, out_hidden_size), row-major over merged cells of 28 x
+            28 pixels. With output="patch" the shape is (n_patches, hidden_size), row-major over
+            patches of 14 x 14 pixels. With output="mean" the shape is (1, out_hidden_size).
+            `layers[k]` is the residual stream after block k, before any norm, with the shape
+            (n_patches, hidden_size), row-major. After the last block, this stream equals
+            output="patch". An image's `id` is its path. Other images are "image 0", "image 1" ...
 
         Raises:
-            ImageError: an image cannot be encoded.
-            ArgumentError: an option is invalid.
+            ImageError: `encode` cannot read or encode an image.
+            ArgumentError: An option is invalid.
         """
         results = list(
             self.encode_iter(
@@ -299,7 +301,7 @@ class VisionEncoder(LoadedTower):
         frames: Pages = "first",
         decode_threads: int | None = None,
     ) -> Any:
-        """Encode as `encode` does, yielding images one by one in order, in constant memory.
+        """Encode like `encode`, but yield images one by one in order, in constant memory.
 
         >>> encoder = VisionEncoder.from_pretrained("tiny")
         >>> for features in encoder.encode_iter(["tests/photographs/chelsea.png"]):
@@ -340,7 +342,7 @@ class VisionEncoder(LoadedTower):
         on_error: OnError = "raise",
         **options: Unpack[EncodeOptions],
     ) -> Any:
-        """Encode one video or several: files, their bytes, or frames.
+        """Encode one or several videos from files, bytes of files, or frames.
 
         >>> import numpy as np
         >>> encoder = VisionEncoder.from_pretrained("tiny")
@@ -351,28 +353,30 @@ class VisionEncoder(LoadedTower):
 
         Args:
             videos: a path, the bytes of a file, frames (t, h, w, c), a list of PIL images or arrays
-                as frames, or a `Video`. An iterable of these gives several videos. A `Video` has
-                its own options.
-            fps: frames to sample per second. For frames that you pass, it is their rate.
+                as frames, or a `Video`. An iterable of such values gives several videos. A `Video`
+                has its own options.
+            fps: the number of frames to sample per second. For frames that you pass, `fps` is the
+                rate of these frames.
             n_frames: the number of frames instead of `fps`, rounded to an even number.
             start: seconds from the first frame to the start of sampling.
             end: seconds from the first frame to the end of sampling.
-            max_frames: the largest number of frames from `fps`; None: 768.
-            min_pixels: the smallest height x width of a frame after resizing; None: 100,352.
-            max_pixels: the largest height x width of a frame after resizing; None: 602,112, and
+            max_frames: the largest number of frames with `fps`. None means 768.
+            min_pixels: the smallest height x width of a frame after resizing. None means 100,352.
+            max_pixels: the largest height x width of a frame after resizing. None means 602,112, or
                 less for a long video.
-            sampling: "qwen", as qwen-vl-utils 0.0.14, or "transformers".
+            sampling: "qwen" samples like qwen-vl-utils 0.0.14, and "transformers" samples like
+                transformers.
             on_error: as in `encode`.
             options: options of `encode`, such as `output`, `layers` and `video_limits`.
 
         Returns:
-            VideoFeatures, or a list of them for several videos. `embeds` is (n_tokens,
-            out_hidden_size) for a grid (t, h, w) of pairs of frames. `map` is (t, h / 2, w / 2, D).
-            With output="mean" a video has one row.
+            The VideoFeatures of one video, or a list of VideoFeatures for several videos. `embeds`
+            is (n_tokens, out_hidden_size) for a grid (t, h, w) of pairs of frames. `map` is (t, h /
+            2, w / 2, D). With output="mean" a video has one row.
 
         Raises:
-            ImageError: a video cannot be read, with a stable `code`; files need the extra `video`.
-            ArgumentError: an option is invalid.
+            ImageError: `encode_video` cannot read a video. Files need the extra `video`.
+            ArgumentError: An option is invalid.
         """
         chosen = VideoOptions(
             fps=fps, n_frames=n_frames, start=start, end=end, max_frames=max_frames,

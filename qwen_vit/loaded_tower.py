@@ -74,7 +74,7 @@ class LoadedTower:
         raise ArgumentError("a VisionEncoder does not move", remedy=remedy)
 
     def encode_patches(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """Encode what Hugging Face's processor returns, as its vision encoder does.
+        """Encode the output of Hugging Face's processor, like Hugging Face's vision encoder.
 
         >>> from qwen_vit import VisionEncoder
         >>> encoder = VisionEncoder.from_pretrained("tiny")
@@ -83,21 +83,21 @@ class LoadedTower:
 
         Args:
             pixel_values: (N, 1176) floats, normalised, in the processor's order.
-            grid_thw: (images, 3) integers in patches, several frames allowed.
+            grid_thw: (images, 3) integers in patches, with one or several frames.
 
         Returns:
-            (M, out_hidden_size): merged tokens, image after image, each row-major.
+            The merged tokens (M, out_hidden_size), image after image, each image row-major.
 
         Raises:
-            ImageError: rows and grids disagree (codes `patches`, `grid`); raised before any kernel
-                runs.
+            ImageError: Rows and grids do not match (codes `patches`, `grid`). The method raises
+                this error before it runs a kernel.
         """
         grids = as_grids(grid_thw)
         check_rows("pixel_values", pixel_values, grids, self.config.patch_dim, is_float=True)
         return self.forward(self._owned(pixel_values), grids, "merged")
 
     def encode_pixels(self, rows: Tensor, grid_thw: Tensor, *, still: bool = True) -> Tensor:
-        """Encode rows of pixels as a processor cuts them, before normalisation.
+        """Encode a processor's rows of pixels before normalisation.
 
         >>> from qwen_vit import VisionEncoder
         >>> encoder = VisionEncoder.from_pretrained("tiny")
@@ -108,16 +108,16 @@ class LoadedTower:
         Args:
             rows: (N, 1176) uint8, each (channel, 2 frames, 14, 14), in the processor's order.
             grid_thw: (images, 3) integers in patches.
-            still: True if both frames of every row are the same image. It reads the first frame,
-                and gives the bits of `encode`. For videos pass False, which gives the bits of
-                `encode_patches` on the normalised rows.
+            still: True if both frames of every row are the same image. The method then reads the
+                first frame, and gives the bits of `encode`. For videos pass False, which gives the
+                bits of `encode_patches` on the normalised rows.
 
         Returns:
-            (M, out_hidden_size), as `encode_patches`.
+            The merged tokens (M, out_hidden_size), as from `encode_patches`.
 
         Raises:
-            ImageError: rows and grids disagree (codes `patches`, `grid`); raised before any kernel
-                runs.
+            ImageError: Rows and grids do not match (codes `patches`, `grid`). The method raises
+                this error before it runs a kernel.
         """
         grids = as_grids(grid_thw)
         check_rows("rows", rows, grids, self.config.patch_dim, is_float=False)
@@ -143,9 +143,8 @@ class LoadedTower:
         self, patches: Tensor, grids: tuple[Grid, ...], output: Output,
         taps: LayerTaps | None = None,
     ) -> Tensor:  # fmt: skip
-        """Run the tower on uint8 or float rows in grid order, by graph if one fits.
-
-        It normalises uint8 rows of two frames here, on the device, where it is fast.
+        """Run the tower on uint8 or float rows in grid order, with a graph if a graph fits. It
+        normalises uint8 rows of two frames on the device, because the device is fast.
         """
         if patches.dtype == torch.uint8 and patches.shape[1] == self.config.patch_dim:
             rows = patches.to(self.device, non_blocking=True)

@@ -57,9 +57,9 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
 class Job(Generic[Result]):
     """Describe a call that makes one result, and the bytes that it keeps until it has run.
 
-    After delivery, `then` continues in the same thread. It gets the result, and a function that
-    returns whether the caller has stopped taking results. It must not raise. With one thread it is
-    not called, and the caller does the remaining work.
+    After delivery, `then` continues in the same thread. `then` receives the result, and a function
+    that returns whether the caller has stopped taking results. `then` must not raise. With one
+    thread, only the caller does the remaining work, without `then`.
     """
 
     run: Callable[[], Result]
@@ -76,11 +76,11 @@ def work_ahead(
 ) -> Generator[Result, None, None]:
     """Yield the results of jobs in order, while threads compute ahead of the caller.
 
-    It iterates `jobs` in the caller's thread. At most `max_jobs` are in progress. While results of
-    `max_bytes` wait for the caller, only the job that the caller waits for may start. An exception
-    of a job, or of `jobs` itself, is raised after the earlier results. Closing the generator ends
-    the threads: they finish running jobs and drop the others. With `threads=1` all jobs run in the
-    caller's thread.
+    It iterates `jobs` in the caller's thread. At most `max_jobs` jobs are in progress. While
+    results of `max_bytes` wait for the caller, only the job that the caller waits for may start. It
+    raises an exception of a job, or of `jobs` itself, after the earlier results. Closing the
+    generator ends the threads, which finish running jobs and drop the other jobs. With `threads=1`
+    all jobs run in the caller's thread.
     """
     if threads == 1:
         for job in jobs:
@@ -116,8 +116,8 @@ def work_ahead(
 class Prefetcher(Generic[Result]):
     """Start jobs in order in threads while their results fit.
 
-    Workers exit when the buffer is full and are restarted when space frees up. A waiting thread
-    would keep the process alive after the caller stops taking results.
+    A worker thread exits when the buffer is full. The prefetcher restarts the thread when space
+    frees up. A waiting thread would keep the process alive after the caller stops taking results.
     """
 
     def __init__(self, threads: int, max_bytes: int) -> None:
@@ -152,7 +152,7 @@ class Prefetcher(Generic[Result]):
             self._start_workers()
 
     def close(self) -> None:
-        """Drop the jobs that have not started, and wait for the others."""
+        """Drop the jobs that have not started, and wait for the running jobs."""
         self._is_closed = True
         with self._lock:
             self._queue.clear()

@@ -49,7 +49,7 @@ def decode_bytes(
     exif: ExifPolicy = "apply",
     page: int | None = None,
 ) -> RgbImage:
-    """Decode an encoded image, or page `page` of it, to RGB; pages count from 1.
+    """Decode an encoded image, or one page of the image, to RGB. The first page is 1.
 
     Raises ImageError for a damaged, truncated or too large file, and for a file in an unsupported
     format.
@@ -94,7 +94,8 @@ def decode_bytes(
 def decode_pil(
     image: Image.Image, name: str, limits: ImageLimits, exif: ExifPolicy = "apply"
 ) -> RgbImage:
-    """Convert a PIL image to RGB, and decode it if it is still lazy. Raises as `decode_bytes`."""
+    """Convert a PIL image to RGB, and decode the image if it is still lazy. Raises ImageError as
+    `decode_bytes` does."""
     file_format = str(image.format or "PIL image")
     with LOAD_LOCKS[id(image) // 16 % len(LOAD_LOCKS)]:
         if getattr(image, "tile", None) and getattr(image, "fp", image) is None:
@@ -211,7 +212,8 @@ def _closed(name: str) -> ImageError:
 
 
 class _Strictness:
-    """Store the number of decoding threads and LOAD_TRUNCATED_IMAGES from before the first one."""
+    """Store the number of decoding threads, and the value of LOAD_TRUNCATED_IMAGES before the first
+    thread."""
 
     lock = threading.Lock()
     threads = 0
@@ -234,7 +236,8 @@ os.register_at_fork(after_in_child=_forget_other_threads)
 def _strictly() -> Iterator[None]:
     """Decode with Pillow's LOAD_TRUNCATED_IMAGES at False, and restore it afterwards.
 
-    The flag is process-wide, and other libraries set it. It is False while any thread decodes here.
+    The flag is process-wide, and other libraries set it. The flag is False while any thread decodes
+    here.
     """
     with _Strictness.lock:
         if _Strictness.threads == 0:
@@ -298,10 +301,9 @@ def _check_icons(data: bytes, name: str, limits: ImageLimits) -> None:
 
 
 def _frame_notes(image: Image.Image) -> tuple[str, ...]:
-    """Return a note on the number of frames, if the header gives it. Call it last: it seeks.
-
-    A damaged later frame does not matter. Counting the frames of a GIF or TIFF would read the whole
-    file.
+    """Return a note on the number of frames, if the header gives it. Call this function last,
+    because it seeks. A damaged later frame does not matter. Counting the frames of a GIF or TIFF
+    would read the whole file.
     """
     try:
         with _strictly():

@@ -1,4 +1,4 @@
-"""Identify a file's format, and list the formats that are supported, optional or mistaken."""
+"""Identify a file's format, and list the supported, optional and commonly confused formats."""
 
 import re
 import struct
@@ -74,12 +74,13 @@ LOOKALIKES = (
 
 
 def identify(data: bytes, name: str, formats: Sequence[str] = ()) -> str:
-    """Return a file's format by its content; an optional format must be in `formats`.
+    """Return a file's format by its content. `formats` must contain an optional format.
 
     >>> identify(b"P6 1 1 255 abc", "a.ppm", ("PPM",))
     'PPM'
 
-    Raises ImageError with code "format" for an unsupported format, or "not-an-image".
+    Raises ImageError with code "format" for an unsupported format, and with code "not-an-image" for
+    other content.
     """
     if not data:
         raise ImageError(
@@ -138,7 +139,7 @@ def _is_hevc(data: bytes) -> bool:
 
 
 def _on_request(data: bytes, name: str, formats: Sequence[str]) -> str:
-    """Return the optional format of these bytes, or nothing."""
+    """Return the optional format of these bytes, or an empty text."""
     if re.match(rb"P[1-6fy]", data) and data[2:3].isspace():
         return "PPM"
     if data.startswith(b"\0\0\1\0"):

@@ -72,7 +72,8 @@ class ImagePage:
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Set limits on one image; all except `max_seconds` apply before pixels are decoded.
+    """Set limits on one image. All limits except `max_seconds` apply before the decoder decodes
+    pixels.
 
     >>> ImageLimits(max_pixels=50_000_000).max_file_bytes
     536870912
@@ -110,7 +111,8 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RgbImage:
-    """Hold a loaded image. `picture` is a decoded PIL image of mode RGB that is not shared.
+    """Hold a loaded image. `picture` is a decoded PIL image of mode RGB, which no other object
+    shares.
 
     `format` is the format of the content ("JPEG", ..., "PIL", "array", "tensor"). `name` identifies
     the image in messages. `notes` lists the changes, such as "EXIF orientation 6 applied".
@@ -143,7 +145,7 @@ def check_hosts(hosts: object) -> tuple[str, ...]:
     >>> check_hosts(["Images.example.org", "*.example.org:8443"])
     ('images.example.org', '*.example.org:8443')
 
-    Raises ArgumentError for anything else, such as a whole address.
+    Raises ArgumentError for any other value, such as a whole address.
     """
     given = [hosts] if isinstance(hosts, str) else hosts
     if not isinstance(given, list | tuple) or not all(

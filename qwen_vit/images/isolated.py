@@ -1,4 +1,5 @@
-"""Decode an image in a child process that can be killed, because C code cannot be interrupted.
+"""Decode an image in a child process, because Python can kill a process but cannot interrupt C
+code.
 
 The child process is `python -m qwen_vit.images.decode_child`.
 """
@@ -26,7 +27,7 @@ def decode_in_child(
     """Decode a file in a child process, and kill the child after `limits.max_seconds`.
 
     Raises ImageError as `decode_bytes` does. The code is "slow" if decoding took too long, and
-    "memory" if the child process was killed.
+    "memory" if the system killed the child process.
     """
     late = ImageError(
         f"not decoded after {limits.max_seconds:g} s",

@@ -1,4 +1,4 @@
-"""Check that a JPEG is complete: this module reads the scans, and libjpeg-turbo the blocks.
+"""Check that a JPEG is complete. This module reads the scans, and libjpeg-turbo reads the blocks.
 
 libjpeg fills missing blocks with grey and only warns. Pillow drops these warnings, but simplejpeg
 reports them. simplejpeg decodes at an eighth of the size, where entropy decoding takes most of the
@@ -117,7 +117,7 @@ def _without_costly_exif(data: bytes, exif: list[tuple[int, int]]) -> tuple[byte
 
 
 def check_blocks(jpeg: JpegFile, name: str) -> tuple[str, ...]:
-    """Raise ImageError for a JPEG that lacks blocks or scans; return notes on a complete one.
+    """Raise ImageError for a JPEG that lacks blocks or scans. Return notes on a complete JPEG.
 
     The check cannot find damage that keeps the number of blocks, such as one changed bit, because
     the format has no checksum. The code is "truncated" or "damaged".
@@ -143,7 +143,7 @@ def check_blocks(jpeg: JpegFile, name: str) -> tuple[str, ...]:
 
 
 def _judge(jpeg: JpegFile, warning: str, name: str) -> tuple[str, ...]:
-    """Turn libjpeg's first warning into an error, notes or nothing."""
+    """Turn libjpeg's first warning into an error, into notes, or into no notes."""
     if "remature end" in warning:
         raise truncated("JPEG", name, "blocks of its picture are missing")
     if extraneous := EXTRANEOUS.search(warning):
@@ -157,9 +157,11 @@ def _judge(jpeg: JpegFile, warning: str, name: str) -> tuple[str, ...]:
 
 
 def _is_padding(jpeg: JpegFile, count: int) -> bool:
-    """Return whether the bytes after the last block are one value, repeated only there.
+    """Return whether the bytes after the last block repeat one value, and the repetition starts
+    there.
 
-    If the run is longer, libjpeg decoded the last blocks from it. Then the file has a hole.
+    If the run of this value is longer, libjpeg decoded the last blocks from the run. Then the file
+    has a hole.
     """
     end = jpeg.entropy_end
     last = jpeg.pixel_part[end - 1 : end]

@@ -55,10 +55,10 @@ def load_image(
     ((20, 30, 3), ('grey to RGB',))
 
     Arrays and tensors are uint8, or floating point in [0, 1] (times 255, rounded half to even).
-    Their shape is (H, W), or has a channel axis of 1, 3 or 4. `layout` places that axis; "auto"
+    Their shape is (H, W), or has a channel axis of 1, 3 or 4. `layout` places that axis. "auto"
     raises an error if the axis is ambiguous. A PIL image gives its current frame. The loader may
     trigger Pillow's lazy loading, and does not change the image otherwise. Pass exif="ignore" for
-    images that are upright already, because `transpose` keeps the tag. `unwrap` describes rows.
+    images that are already upright, because `transpose` keeps the tag. `unwrap` describes rows.
     `name` identifies the image in messages. Many threads may call the function at once.
 
     Raises ImageError with a `code` of errors.IMAGE_CODES, and ArgumentError for an unknown `layout`
@@ -143,7 +143,7 @@ def unwrap(source: Mapping[str, Any], name: str) -> ImageSource:
 
 
 def _is_struct(value: Mapping[str, Any]) -> bool:
-    """Return whether these are an image's bytes and path; either may be missing or None."""
+    """Return whether these are an image's bytes and path. Either value may be missing or None."""
     return (
         not value.keys() - {"bytes", "path"}
         and bool(value)

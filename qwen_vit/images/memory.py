@@ -27,8 +27,8 @@ class DecodingMemory:
     ...     memory.held
     1000
 
-    The default total is half of the available memory when the first image is decoded. The machine,
-    the control group and the process's own limit bound the available memory.
+    The default total is half of the memory that is available before the first decoding. The
+    machine, the control group and the process's own limit bound the available memory.
     """
 
     def __init__(self, total: int | None = None) -> None:
@@ -45,14 +45,14 @@ class DecodingMemory:
         return self._total
 
     def set_total(self, n_bytes: int | None) -> None:
-        """Set the budget; None derives it when the next image is decoded."""
+        """Set the budget. None derives the budget before the next decoding."""
         with self._changed:
             self._total = n_bytes
             self._changed.notify_all()
 
     @contextmanager
     def hold(self, n_bytes: int) -> Iterator[None]:
-        """Wait until this number of bytes fits, and reserve them while the block runs.
+        """Wait until this number of bytes fits, and reserve these bytes while the block runs.
 
         A block must not reserve a second time, because it would wait for itself.
         """
@@ -95,13 +95,13 @@ def _give_back() -> None:
 
 
 def set_decoding_memory(n_bytes: int | None) -> None:
-    """Set the bytes that all threads together may use for decoding; None derives them again.
+    """Set the bytes that all threads together may use for decoding. None derives the bytes again.
 
     >>> set_decoding_memory(2**31)
     >>> set_decoding_memory(None)
 
-    If an image needs more, no other image is decoded at the same time. Raises ArgumentError for
-    anything but a whole number above 0.
+    If an image needs more, the threads decode no other image at the same time. Raises ArgumentError
+    for a value that is not a whole number above 0.
     """
     if n_bytes is not None and (
         isinstance(n_bytes, bool) or not isinstance(n_bytes, int) or n_bytes < 1

@@ -31,7 +31,7 @@ def page_id(name: str, page: int) -> str:
 
 
 def split_pages(source: Any, name: str, limits: ImageLimits) -> Iterator[tuple[Any, str]]:
-    """Return an image's pages with their names; an image with one page keeps its own name.
+    """Return an image's pages with names. An image with one page keeps its own name.
 
     `source` is bytes or a PIL image. Any other source counts as one page. Raises ImageError for an
     image with too many pages.
@@ -52,7 +52,7 @@ def split_pages(source: Any, name: str, limits: ImageLimits) -> Iterator[tuple[A
 
 
 def count_pages(data: bytes, name: str, limits: ImageLimits) -> int:
-    """Count a file's pages by its headers. A file that cannot be opened counts as one page.
+    """Count a file's pages by its headers. An unreadable file counts as one page.
 
     Raises ImageError with code "slow" for more than MAX_PAGES.
     """
@@ -86,7 +86,7 @@ def _count(image: ImageFile.ImageFile, data: bytes) -> int:
 
 
 def _gif_frames(data: bytes) -> int:
-    """Count a GIF's frames, up to MAX_PAGES + 1; Pillow's count would decode without a bound."""
+    """Count a GIF's frames, up to MAX_PAGES + 1. Pillow's count would decode without a bound."""
     at, count = 13 + _palette_bytes(data[10]), 0
     while at < len(data) and count <= MAX_PAGES:
         kind = data[at]

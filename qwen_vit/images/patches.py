@@ -102,7 +102,8 @@ class Patches:
         return cls(joined, grids)
 
     def split_steps(self, most: int) -> "list[Patches]":
-        """Split a video into pieces of whole time steps: at most `most` patches if one step fits.
+        """Split a video into pieces of whole time steps, with at most `most` patches if one step
+        fits.
 
         >>> video = Patches(torch.zeros(72, 1176, dtype=torch.uint8), (Grid(3, 4, 6),))
         >>> [piece.grids[0].t for piece in video.split_steps(50)]
@@ -220,8 +221,8 @@ def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patch
     'cat.png'
 
     `rgb` is a Pillow image of mode RGB, which saves a copy, or uint8 (height, width, 3). `name`
-    identifies the image in messages and becomes the patches' name. Raises as resize_image does.
-    Raises ImageError with code "memory" if the process runs out of memory.
+    identifies the image in messages and becomes the patches' name. Raises ImageError as
+    resize_image does. Raises ImageError with code "memory" if the process runs out of memory.
     """
     called = "the image" if name is None else name
     try:

@@ -17,7 +17,7 @@ __all__ = ["open_regular", "unreadable"]
 def open_regular(path: str, name: str, *, expected: str, remedy: str) -> Iterator[BinaryIO]:
     """Open a regular file for reading.
 
-    Raises ImageError with `name` for anything else; `expected` and `remedy` are for a directory.
+    Raises ImageError with `name` for any other path. `expected` and `remedy` apply to a directory.
     """
     if ADDRESS.match(path):
         raise ImageError(

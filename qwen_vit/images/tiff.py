@@ -100,7 +100,7 @@ def read_directory(data: bytes) -> Directory:
 
 
 def numbers(data: bytes, directory: Directory, tag: int) -> tuple[int, ...]:
-    """Return up to 16 whole numbers of a tag; empty if it is missing or has a different type.
+    """Return up to 16 whole numbers of a tag, or no numbers for a missing tag or another type.
 
     >>> tiff = b"II*\\0\\x08\\0\\0\\0\\x01\\0" + struct.pack("<HHIHH", 262, 3, 1, 2, 0)
     >>> numbers(tiff, read_directory(tiff), 262)

@@ -76,7 +76,8 @@ def check_exif(image: Image.Image) -> None:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Return whether Pillow will reduce 16-bit samples. Call it before the image is loaded."""
+    """Return whether Pillow will reduce 16-bit samples. Call this function before Pillow loads the
+    image."""
     tiles = getattr(image, "tile", ())
     raw_modes = (t[3][0] if isinstance(t[3], tuple) and t[3] else t[3] for t in tiles)
     return any(isinstance(mode, str) and ";16" in mode for mode in raw_modes)

@@ -1,6 +1,6 @@
-"""Check that a container has every byte, and a PNG every row, that the headers promise.
+"""Check that a container has every byte, and that a PNG has every row, that the headers declare.
 
-At the end of some truncated files, Pillow stops without an error and invents the missing pixels.
+At the end of some truncated files, Pillow stops without an error and fills in the missing pixels.
 """
 
 import struct
@@ -23,7 +23,7 @@ PNG_ADAM7 = (
 
 
 def ends_early(data: bytes, file_format: str) -> bool:
-    """Return whether the headers promise more bytes than the file has."""
+    """Return whether the headers declare more bytes than the file has."""
     try:
         return promised_bytes(data, file_format) > len(data)
     except struct.error:  # the header itself is incomplete

@@ -1,4 +1,4 @@
-"""Provide the Triton kernels; only this folder imports triton."""
+"""Provide the Triton kernels. Only this folder imports triton."""
 
 try:
     import triton as _triton

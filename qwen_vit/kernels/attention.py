@@ -9,8 +9,8 @@ each query tile would repeat that work. On Hopper, the assembler would also seri
 instructions there.
 
 The kernels read Q, K and V in place from the fused QKV projection. They cut the head dim into a
-main part and a tail, both powers of two (80 = 64 + 16). This spends no multiply-add on padding. On
-Hopper `attention_hopper` replaces both attention kernels for the published head dim.
+main part and a tail, both powers of two (80 = 64 + 16). This cut needs no multiply-add for padding.
+On Hopper `attention_hopper` replaces both attention kernels for the published head dim.
 
 The prefixes are `b_` for blocks, `p_` for pointers, `m_` for masks and `o_` for offsets. A comment
 gives each block's shape. These tuples group related values: rope = (cos, sin, axis_index),
@@ -42,9 +42,9 @@ LOG2_E = 1.4426950408889634  # exp(x) == exp2(x * LOG2_E), and the GPU has exp2
 class RotaryTable:
     """Store the RoPE cosines and sines, and each token's index into them.
 
-    An axial table has shape (positions, R / 2). A token's first R / 2 pairs read row
-    `index[token, 0]`, the patch row. The other pairs read row `index[token, 1]`, the patch column.
-    A table per token has shape (N, R), and `index` is None.
+    An axial table has shape (positions, R / 2). A token's first R / 2 pairs use the table row
+    `index[token, 0]`, which is the patch row. The other pairs use the table row `index[token, 1]`,
+    which is the patch column. A table per token has shape (N, R), and `index` is None.
     """
 
     cos: torch.Tensor
@@ -157,7 +157,7 @@ def _rotate_keys(
     H: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
     AXIAL: tl.constexpr, ADJACENT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Apply RoPE to K of every row and head, and round the result once: (N, H, D)."""
+    """Apply RoPE to K (N, H, D) of every row and head, and round the result once."""
     i_head = tl.program_id(0) % H
     row_begin = (tl.program_id(0) // H * BN).to(tl.int64)
     o_row = tl.arange(0, BN)  # [BN]
@@ -177,7 +177,7 @@ def _load(
     p_row, m_row,
     D_BEGIN: tl.constexpr, D_BLOCK: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Load dims D_BEGIN to D_BEGIN + D_BLOCK of the rows at `p_row` [ROWS, 1]; 0 where masked.
+    """Load dims D_BEGIN to D_BEGIN + D_BLOCK of the rows at `p_row` [ROWS, 1], with 0 where masked.
 
     The compiler chooses the masks. Whole rows and whole dims load without a mask.
     """
@@ -204,7 +204,7 @@ def _first_state(BM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 @triton.jit
 def _next_state(state, b_scores, v):
-    """Update the online softmax with one more key tile: its scores and its values `v`."""
+    """Update the online softmax with the scores and the values `v` of one more key tile."""
     m, l, acc0, acc1 = state
     m_new = tl.maximum(m, tl.reduce(b_scores, 1, tl.standard._elementwise_max))  # [BM]
     b_p = tl.exp2(b_scores - m_new[:, None])  # [BM, BN]
@@ -256,7 +256,7 @@ def _window_attention(
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     AXIAL: tl.constexpr, ADJACENT: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Compute softmax(rope(Q) rope(K)^T * scale) V for a tile's head; its keys are its query rows.
+    """Compute softmax(rope(Q) rope(K)^T * scale) V for a tile's head. The keys are the query rows.
 
     qkv (N, 3, H, D); tiles (T, 4); out (N, H, D). Q and K share their rows' angles.
     """
@@ -396,7 +396,7 @@ def attention(
 
     With `adjacent_pairs`, rotary pair j of Q and K is at dims (2j, 2j + 1) instead of (j, j + D /
     2). The kernel does not write rows that no tile covers. Benchmarks and GPU tests use `tiles` to
-    run the Triton kernel with a different tile. `segments` must then be cut for that tile.
+    run the Triton kernel with a different tile. The caller must then cut `segments` for that tile.
     """
     N, _, H, D = qkv.shape
     out = torch.empty((N, H, D), dtype=qkv.dtype, device=qkv.device)
@@ -445,7 +445,7 @@ def _attend_on_cpu(
     out: torch.Tensor,
     adjacent_pairs: bool,
 ) -> None:
-    """Run the kernels on a CPU: one launch for all tiles of a size, as blocks may have any size."""
+    """Run the kernels on a CPU, with one launch for all tiles of a size."""
     N, _, H, D = qkv.shape
     tables = _tables(rotary)
     options = {"H": H, "D": D, "AXIAL": False, "ADJACENT": adjacent_pairs}
@@ -474,7 +474,8 @@ def _attend_on_cpu(
 
 
 def _tables(rotary: RotaryTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the kernels' RoPE arguments; without an index, a pointer that they do not read."""
+    """Return the kernels' RoPE arguments. Without an index, a pointer that no kernel reads takes
+    its place."""
     return rotary.cos, rotary.sin, rotary.cos if rotary.index is None else rotary.index
 
 

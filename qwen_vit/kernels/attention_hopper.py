@@ -8,7 +8,8 @@ In the full kernel, a program has three partitions. The load partition, one warp
 and V into a ring of shared memory. `attention.rotated_keys` has applied RoPE to K beforehand. Each
 of two MMA partitions, a warpgroup, attends for 64 query rows. It applies RoPE to Q in registers
 while Q loads. An MMA partition multiplies Q with the next tile's keys before it needs the scores.
-The two MMA partitions alternate: one computes its softmax while the other uses the tensor cores.
+The two MMA partitions alternate. One partition computes its softmax while the other partition uses
+the tensor cores.
 
 Names follow Gluon's tutorials. `descs` are TMA descriptors. `buffers` are rings of shared memory
 with STAGES slots. `barriers` are mbarriers. The MMA partitions wait for a slot's data on its
@@ -96,7 +97,8 @@ def _load_partition(tiles, n_tiles, descs, buffers, barriers, H: gl.constexpr):
 
 @gluon.constexpr_function
 def _dims_layout(width):
-    """Return a layout for rows of `width` dims: 16 bytes per thread, with both dims of a pair."""
+    """Return a layout for rows of `width` dims, with 16 bytes and both dims of a pair in each
+    thread."""
     lanes = width // 8  # threads that share a row
     return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
 
@@ -160,7 +162,7 @@ def _rotated_queries(
 
 @gluon.jit
 def _clear_rows(rows, n_rows, D_BLOCK: gl.constexpr, ROWS: gl.constexpr):
-    """Set rows >= `n_rows` to zero: their values have weight 0, but 0 * NaN is NaN."""
+    """Set rows >= `n_rows` to zero, because their values have weight 0, but 0 * NaN is NaN."""
     DIMS: gl.constexpr = _dims_layout(D_BLOCK)
     m_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DIMS))[:, None] < n_rows  # [ROWS, 1]
     rows.store(gl.where(m_row, rows.load(DIMS), 0.0))
@@ -315,7 +317,7 @@ def _full_attention(
     H: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Attend for a query tile of one head; a head's tiles run together and share keys in L2."""
+    """Attend for a query tile of one head. A head's tiles run together and share keys in L2."""
     dtype: gl.constexpr = qkv.dtype.element_ty
     Q0: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D0], dtype)
     Q1: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D1], dtype)
@@ -450,7 +452,8 @@ def _window_attention(
 
 
 def supports(qkv: torch.Tensor, is_axial: bool, adjacent_pairs: bool) -> bool:
-    """Return whether this module supports the tower's call: bf16, head dim 80, Hopper."""
+    """Return whether this module supports the tower's call, which needs bf16, head dim 80 and
+    Hopper."""
     return (
         qkv.dtype == torch.bfloat16
         and qkv.shape[3] == MAIN + TAIL

@@ -128,7 +128,7 @@ class _Integers:
 
 
 def _range(start: Any, stop: Any, step: int) -> Iterator[_Integers]:
-    """Iterate as `range` for every lane at once; all lanes make the same number of steps."""
+    """Iterate as `range` for every lane at once. All lanes make the same number of steps."""
     steps = (stop - start + step - 1) // step
     for index in range(_same_in_all_lanes(steps.start)):
         yield start + index * step
@@ -227,7 +227,7 @@ class _Pointers:
         return _Pointers(self.memory, self.offsets + offsets)
 
     def view(self) -> Tensor | None:
-        """Return a view (places, ...), in which lane i reads at its start; None for a gather."""
+        """Return a view (places, ...), in which lane i reads at its start, or None for a gather."""
         at = self.offsets
         if not isinstance(at, _Integers):
             return None

@@ -190,7 +190,7 @@ def normed_linear(
     eps: float,
     epilogue: str = "plain",
 ) -> torch.Tensor:
-    """Return `epilogue(rms_norm(stream) @ weight.T + bias)`; `weight` includes the norm's weight.
+    """Return `epilogue(rms_norm(stream) @ weight.T + bias)`. `weight` includes the norm's weight.
 
     The epilogue `plain` maps (N, C) to (N, O). `swiglu`, silu(gate) * up, maps (N, C) to (N, I).
     For `swiglu`, groups of 8 rows of `weight` (2 I, C) alternate between gate and up.

@@ -2,9 +2,9 @@
 
 The load partition, one warp, fetches tiles of x and the weight into a ring of shared memory. Two or
 three MMA partitions, a warpgroup each, multiply the tiles. Each MMA partition has its own rows.
-While one stores its tile, another multiplies. Each multiprocessor runs one program, which loops
-over its tiles. The load partition fetches its first weights before the previous kernel has ended
-(programmatic dependent launch).
+While one partition stores its tile, another partition multiplies. Each multiprocessor runs one
+program, which loops over its tiles. The load partition fetches its first weights before the
+previous kernel has ended (programmatic dependent launch).
 
 Names follow Gluon's tutorials. `descs` are TMA descriptors. `buffers` are shared memory. `barriers`
 are mbarriers. Each stage of the ring has two barriers. The MMA partitions wait for the stage's data
@@ -307,7 +307,8 @@ def _hopper_gemm(
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether `gemm` supports this GEMM: bf16 on Hopper, and whole tiles along N and K."""
+    """Return whether `gemm` supports this GEMM, which needs bf16, Hopper, and whole tiles along N
+    and K."""
     N, K = weight.shape
     return (
         x.dtype == torch.bfloat16

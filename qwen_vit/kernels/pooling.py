@@ -21,7 +21,8 @@ MEAN_ROWS, MEAN_COLUMNS = 16, 128  # of one step of a program
 def _segment_mean(
     rows, offsets, out, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """Average a segment: lane i adds rows i, i + BM, i + 2 BM ...; then the lanes are added."""
+    """Average a segment. Lane i adds rows i, i + BM, i + 2 BM ..., and the kernel then adds the
+    lanes."""
     i_segment = tl.program_id(0)
     o_d = tl.program_id(1) * BN + tl.arange(0, BN)  # [BN]
     m_d = o_d < D
@@ -39,7 +40,7 @@ def _segment_mean(
 
 @triton.jit
 def _unit_row(x, out, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """Scale one row to unit length; dividing by the largest value first prevents overflow."""
+    """Scale one row to unit length. Dividing by the largest value first prevents overflow."""
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, D_PADDED)  # [D_PADDED]
     m_d = o_d < D
@@ -77,7 +78,7 @@ def segment_means(rows: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
 
 
 def unit_rows(x: torch.Tensor) -> torch.Tensor:
-    """Divide each row (N, D) float32 by its Euclidean length; rows of zeros do not change.
+    """Divide each row (N, D) float32 by its Euclidean length. Rows of zeros do not change.
 
     >>> unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     tensor([[0.6000, 0.8000],

@@ -29,14 +29,14 @@ def fused_rope_varlen_attention(
             GPU, 2 to 1,024 on a CPU.
         cos: (N, D / 2) float32. Pair j rotates dims j and j + D / 2.
         sin: (N, D / 2) float32, in the order of `cos`.
-        cu_seqlens: (S + 1,) int32 or int64, from 0 to N. On a GPU, qwen_vit never copies it to the
-            host. Wrong values there give wrong results instead of an error.
+        cu_seqlens: (S + 1,) int32 or int64, from 0 to N. On a GPU, qwen_vit never copies the
+            lengths to the host. Wrong values on a GPU give wrong results instead of an error.
 
     Returns:
         (N, H, D) in qkv's dtype. The kernel does not write rows at or after `cu_seqlens[-1]`.
 
     Raises:
-        ArgumentError: shapes, dtypes or devices do not fit together.
+        ArgumentError: Shapes, dtypes or devices do not fit together.
     """
     _check_arguments(qkv, cos, sin, cu_seqlens)
     cut = tiling(qkv.device, qkv.dtype, "full")
@@ -55,7 +55,7 @@ def fused_rope_varlen_attention(
 def _tile_table_on_device(
     cu_seqlens: torch.Tensor, n_rows: int, cut: SegmentTiling
 ) -> torch.Tensor:
-    """Compute `layout.tile_table` on the device; unknown lengths leave empty tiles at the end."""
+    """Compute `layout.tile_table` on the device. Unknown lengths leave empty tiles at the end."""
     cu_seqlens = cu_seqlens.clamp(0, n_rows)  # wrong values must not address rows outside qkv
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     tiles_before = ((ends - starts + cut.rows - 1) // cut.rows).cumsum(0)
