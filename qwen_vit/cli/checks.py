@@ -19,7 +19,7 @@ def check_output(
 
     >>> check_output(Path("no-such-folder/f.safetensors"), False)
     Traceback (most recent call last):
-    qwen_vit.errors.ExportError: no-such-folder: not a folder. Create it first.
+    qwen_vit.errors.ExportError: no-such-folder: not a folder. Create the folder first.
 
     The function accepts a name without a suffix, because only another suffix names another format.
     """

@@ -188,9 +188,7 @@ def export(
         loading |= start.loading
         options = replace(start.options, **of_this_run)
     elif not inputs or model is None or out is None:
-        raise click.UsageError(
-            "an argument is missing: pass INPUTS, --model and --out, or only --resume OUT"
-        )
+        raise click.UsageError("pass INPUTS, --model and --out, or only --resume OUT")
     images = inputs or None
     if images is not None:
         check_inputs(images, options.columns)

@@ -81,7 +81,9 @@ def check_report(folder: Path, *, overwrite: bool) -> None:
                 remedy=Wording("pass another folder", shell="pass another --report"),
             )
         if not folder.absolute().parent.is_dir():
-            raise ExportError("not a folder", name=str(folder.parent), remedy="create it first")
+            raise ExportError(
+                "not a folder", name=str(folder.parent), remedy="create the folder first"
+            )
         if (folder / PAGE).exists() and not overwrite:
             raise ExportError(
                 "already exists",

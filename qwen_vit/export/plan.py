@@ -295,8 +295,7 @@ def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) ->
 
 
 def _check_heads(plan: ExportPlan) -> None:
-    """Raise ExportError, before making shards, if a shard has more images than a header can
-    name."""
+    """Raise ExportError, before making shards, if a header cannot name all images of a shard."""
     for shard in plan.shards:
         n_images = plan.listing.shard_length(shard)
         # its names need less than 5,000 bytes

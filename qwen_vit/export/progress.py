@@ -93,6 +93,6 @@ class Progress:
                 logger.warning("skipped: %s", error)
             else:
                 logger.warning(
-                    "skipped more than %d images; the manifest lists all of them",
+                    "skipped: more than %d images; the manifest lists all of them",
                     MAX_FAILURES_LOGGED,
                 )

@@ -319,8 +319,7 @@ class _Workers:
 
 
 def _threads_of_a_shard(wanted: int | None, resources: Mapping[str, float]) -> int:
-    """Return the number of loader threads of one shard: the cores for each GPU, divided by the
-    shards.
+    """Return the loader threads of one shard: the cores for each GPU, divided by the shards.
 
     An encoder on a CPU uses the cores itself.
     """

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 __all__ = ["StopSignals"]
 
-MESSAGE = b"\ninterrupted: saving encoded images; once more to stop at once\n"
+MESSAGE = b"\ninterrupted: saving encoded images; interrupt again to stop at once\n"
 
 
 class StopSignals:

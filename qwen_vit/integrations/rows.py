@@ -128,7 +128,7 @@ def check_modalities(
             raise ArgumentError(
                 f"its grid has {t} steps in time",
                 name=image.id,
-                expected="an image, with one time step",
+                expected="an image with one time step",
                 remedy="pass a video in videos=, and its seconds in second_per_grid_ts=",
             )
     return (

@@ -122,9 +122,15 @@ def test_figures_are_printed_even_where_their_page_cannot_be_written(
 
 
 OTHERWISE = {
-    "max_pixels": (("--max-pixels", "40000"), "image_config.max_pixels is 30000 in the golden and"),
-    "processor": (("--processor", "torchvision"), "processor is 'pillow' in the golden and"),
-    "attention": (("--attention", "eager"), "attention is 'sdpa' in the golden and 'eager' here"),
+    "max_pixels": (
+        ("--max-pixels", "40000"),
+        "image_config.max_pixels is 30000 in the golden file and",
+    ),
+    "processor": (("--processor", "torchvision"), "processor is 'pillow' in the golden file and"),
+    "attention": (
+        ("--attention", "eager"),
+        "attention is 'sdpa' in the golden file and 'eager' here",
+    ),
 }
 
 
@@ -141,7 +147,9 @@ def test_another_setting_than_the_goldens_is_refused_by_name(
 
 
 def test_another_dtype_or_architecture_is_refused_by_name(golden: Golden) -> None:
-    with pytest.raises(ComparisonError, match="dtype is 'float32' in the golden and 'bfloat16' "):
+    with pytest.raises(
+        ComparisonError, match="dtype is 'float32' in the golden file and 'bfloat16' "
+    ):
         compare_with_golden(replace(encoder(), dtype=torch.bfloat16), golden)
     config = replace(encoder().config, window_px=56)
     other = replace(encoder(), checkpoint=replace(encoder().checkpoint, config=config))
@@ -178,7 +186,7 @@ def test_a_golden_edited_by_hand_is_refused(golden: Golden, tmp_path: Path, edit
     path = rewritten(golden.path, tmp_path / "edited", EDITS[edit])
     with pytest.raises(
         ComparisonError,
-        match=r"edited: was changed after it was written: .* Get it again, or make it",
+        match=r"edited: was changed after it was written: .* Get the file again, or make it",
     ):
         load_golden(path)
 
@@ -186,7 +194,7 @@ def test_a_golden_edited_by_hand_is_refused(golden: Golden, tmp_path: Path, edit
 def test_a_golden_of_another_schema_is_refused(golden: Golden, tmp_path: Path) -> None:
     path = rewritten(golden.path, tmp_path / "g", lambda facts, _: facts.update(schema_version=2))
     with pytest.raises(
-        ComparisonError, match=r"golden schema 2\. Expected schema 1\. Make it again"
+        ComparisonError, match=r"golden schema 2\. Expected schema 1\. Make the file again"
     ):
         load_golden(path)
 

@@ -61,7 +61,7 @@ BAD_USAGE = {
     "no images": (("--model", "tiny"), "images is empty. Pass at least one image"),
     "both goldens": (
         (CHELSEA, *SMALL, "--golden", "a", "--save-golden", "b"),
-        "--golden compares with a file and --save-golden writes one. Expected one of them. Leave",
+        "--golden compares with a file and --save-golden writes one. Expected one of the two. Omit",
     ),
     "no golden": ((*SMALL, "--golden", "none"), "none: not a file. Expected a golden file"),
     "golden is a folder": ((*SMALL, "--golden", "."), "Expected a golden file"),

@@ -34,7 +34,7 @@ from tests.support.towers import gpu
         ("cuda", {"hidden_size": 144, "num_heads": 1}, "head_dim is 144. Expected 16 to 128 on"),
         ("cuda", {"hidden_size": 32, "num_heads": 4}, "head_dim is 8. Expected 16 to 128 on cuda"),
         ("cpu", {"hidden_size": 1032, "num_heads": 1}, "head_dim is 1032. Expected 2 to 1024 on"),
-        ("cuda", {"patch_px": 13, "window_px": 104}, "patch_size is 13. Expected an even one"),
+        ("cuda", {"patch_px": 13, "window_px": 104}, "patch_size is 13. Expected an even number"),
         (
             "cuda",
             {"hidden_size": 2048, "num_heads": 1},

@@ -102,7 +102,7 @@ def test_a_part_says_what_of_the_folder_is_there(export_dir: Path, run: Any) -> 
     assert "a part: 1 of the folder's 3 shards exist" in out
     assert "a part: " not in run(*words, "--part", "1/2")[1]
     _, out, err = run("p", "--out", "one", "--part", "2/8")
-    assert "1 shard for 8 parts: lower --shard-size so that all have work" in err
+    assert "1 shard for 8 parts: lower --shard-size so that no process is idle" in err
     assert out.startswith("0 done, 0 to do: 0 rows")
 
 
@@ -284,7 +284,7 @@ def test_twenty_failures_are_told_and_the_rest_counted(export_dir: Path, run: An
     _, out, err = run("p", "--out", "out")
     assert "failed: 30 empty-file, 1 truncated" in out
     assert len(err.splitlines()) == 21
-    assert err.splitlines()[-1] == "skipped: more than 20; the manifest has them"
+    assert err.splitlines()[-1] == "skipped: more than 20 images; the manifest lists all of them"
 
 
 def test_the_command_says_what_it_waited_for_and_how_to_try_again(
@@ -299,7 +299,7 @@ def test_the_command_says_what_it_waited_for_and_how_to_try_again(
 
 
 BAD_USAGE = {
-    "no inputs": ([], "INPUTS, --model and --out are needed"),
+    "no inputs": ([], "pass INPUTS, --model and --out"),
     "part": (["p", "--part", "3"], "expected I/N"),
     "part range": (["p", "--part", "3/2"], "expected I/N such as 2/8, I from 1 to N"),
     "shard size": (["p", "--shard-size", "0"], "Invalid value for '--shard-size'"),

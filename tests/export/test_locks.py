@@ -59,7 +59,7 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(export_dir: Path) 
     owner = f"process {os.getpid()} on {socket.gethostname()} (since 20"
     assert str(caught.value).startswith(f"out: {owner}")
     assert str(caught.value).endswith(
-        "is writing to it. Wait for it, or stop it, and run this again."
+        "is writing to it. Wait for the other process or stop it, and run the same command again."
     )
     assert export().exported == 10
 

@@ -38,11 +38,11 @@ def test_a_shard_that_the_manifest_cannot_have_is_told(
         other.write_bytes(other.read_bytes()[:-8])
         make_manifest(plan)
         assert pq.read_table("out/manifest.parquet").num_rows == 7
-        assert "The manifest omits it: run its part again." in caplog.text
+        assert "The manifest omits this shard: run its part again." in caplog.text
         own = plan.path(2)
         own.write_bytes(own.read_bytes()[:-8])
         with pytest.raises(
-            ExportError, match=r"00002.safetensors: it was whole, and cannot be read"
+            ExportError, match=r"00002.safetensors: it was complete, but cannot be read"
         ):
             make_manifest(plan)
         assert pq.read_table("out/manifest.parquet").num_rows == 7
@@ -114,7 +114,7 @@ def test_patience_is_with_one_who_keeps_a_lock_and_not_with_a_queue(
         monkeypatch.setattr(lock_module, "SHORT_LOCK_TIMEOUT_S", 0.3)
         monkeypatch.setattr(lock_module, "_owner", owner)
         with (
-            pytest.raises(ExportError, match=r": part 15 is writing to it\. Wait for it"),
+            pytest.raises(ExportError, match=r": part 15 is writing to it\. Wait for the other"),
             short_lock(tmp_path),
         ):
             pass

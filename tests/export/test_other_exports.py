@@ -31,7 +31,7 @@ def test_a_shard_of_another_export_is_not_overwritten(export_dir: Path) -> None:
     write_features(path, [ImageFeatures("a", torch.ones(1, WIDTH), (1, 2, 2))], {})
     foreign = path.read_bytes()
     with pytest.raises(
-        ExportError, match=r"shard-00000001.*: it belongs to a different export.*Move it away"
+        ExportError, match=r"shard-00000001.*: it belongs to a different export.*Move the file away"
     ):
         export()
     assert path.read_bytes() == foreign

@@ -232,7 +232,7 @@ def test_frames_that_do_not_fit_together() -> None:
     assert caught.value.code == "size-changes"
     with pytest.raises(ImageError, match="no frames"):
         load_video(Video([], name="mine"), CONFIG)
-    with pytest.raises(ArgumentError, match="n_frames is given for frames"):
+    with pytest.raises(ArgumentError, match="n_frames does not apply to passed frames"):
         load_video(Video([small, small], n_frames=2), CONFIG)
 
 

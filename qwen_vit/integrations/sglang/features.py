@@ -36,7 +36,7 @@ def to_sglang(features: AnyFeatures) -> list[dict[str, Any]]:
                 f"its grid has {plural(t, 'step')} in time, and SGLang runs its tower on a "
                 "video's features",
                 name=image.id,
-                expected="an image, with one time step",
+                expected="an image with one time step",
                 remedy="send the video itself to SGLang",
             )
     rows = torch.cat([rows.cpu() for rows in embeds])
