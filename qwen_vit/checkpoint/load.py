@@ -135,7 +135,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 
     >>> load_checkpoint("no/such/folder")
     Traceback (most recent call last):
-    qwen_vit.errors.CheckpointError: no/such/folder: not a folder. Expected one with config.json \
+    qwen_vit.errors.CheckpointError: no/such/folder: not a folder. Expected a folder with config.json \
 and safetensors weights.
 
     It checks the headers at once (names, shapes, types), and the values when it converts them.

@@ -58,7 +58,7 @@ def check_distinct(images: Sequence[str]) -> None:
 
     >>> check_distinct(["a.png", "b.png", "a.png"])
     Traceback (most recent call last):
-    qwen_vit.errors.ExportError: a.png: given twice. Expected each image once. Leave one out.
+    qwen_vit.errors.ExportError: a.png: given twice. Expected each image once. Omit one of the two.
     """
     for name, count in Counter(images).most_common(1):
         if count > 1:
