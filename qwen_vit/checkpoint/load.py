@@ -135,8 +135,8 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 
     >>> load_checkpoint("no/such/folder")
     Traceback (most recent call last):
-    qwen_vit.errors.CheckpointError: no/such/folder: not a folder. Expected a folder with config.json \
-and safetensors weights.
+    qwen_vit.errors.CheckpointError: no/such/folder: not a folder. Expected a folder with \
+config.json and safetensors weights.
 
     It checks the headers at once (names, shapes, types), and the values when it converts them.
     Raises CheckpointError with the file if anything is missing, damaged or belongs to another
