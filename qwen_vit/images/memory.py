@@ -16,7 +16,7 @@ __all__ = ["DecodingMemory", "available_bytes", "decoding_memory", "set_decoding
 SHARE = 2  # half of the available memory: resized images and the encoder need the rest
 TRIM_BYTES = 2**27  # bytes of an image whose decoding takes 0.1 s or more
 UNKNOWN_BYTES = 2**32  # if the system does not report available memory
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class DecodingMemory:
@@ -116,7 +116,7 @@ def available_bytes() -> int:
     >>> available_bytes() > 0
     True
     """
-    left = [each for each in (_of_machine(), _of_process(), *_of_control_groups()) if each]
+    left = [each for each in (_of_machine(), *_of_process(), *_of_control_groups()) if each]
     return max(1, min(left)) if left else UNKNOWN_BYTES
 
 
@@ -124,31 +124,47 @@ def _of_machine() -> int | None:
     return _in_kilobytes(Path("/proc/meminfo"), "MemAvailable:")
 
 
-def _of_process() -> int | None:
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft == resource.RLIM_INFINITY:
-        return None
-    return max(1, soft - (_in_kilobytes(Path("/proc/self/status"), "VmSize:") or 0))
+def _of_process() -> Iterator[int]:
+    """Yield the memory that the process's own limits leave (`ulimit -v` and `ulimit -d`)."""
+    for limit, label in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
+        soft, _ = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY:
+            yield max(1, soft - (_in_kilobytes(Path("/proc/self/status"), label) or 0))
 
 
 def _in_kilobytes(path: Path, label: str) -> int | None:
-    with suppress(OSError, ValueError, StopIteration):
-        line = next(line for line in path.read_text().splitlines() if line.startswith(label))
-        return int(line.split()[1]) * 1024
+    kilobytes = _first_number(path, label)
+    return None if kilobytes is None else kilobytes * 1024
+
+
+def _first_number(path: Path, label: str) -> int | None:
+    with suppress(OSError, ValueError):
+        for line in path.read_text().splitlines():
+            if line.split()[:1] == [label]:
+                return int(line.split()[1])
     return None
 
 
 def _of_control_groups() -> Iterator[int]:
     """Yield the memory that the process's control group and its parents leave (cgroup v2 or v1)."""
     with suppress(OSError, ValueError):
-        group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().strip("/")
-        places = [CGROUPS / group, *(CGROUPS / group).parents]
-        for place in places[: places.index(CGROUPS) + 1]:
-            yield from _left(place / "memory.max", place / "memory.current")
-    v1 = CGROUPS / "memory"
-    yield from _left(v1 / "memory.limit_in_bytes", v1 / "memory.usage_in_bytes")
+        for line in OWN_GROUPS.read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers:
+                root, names = CGROUPS, ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                root = CGROUPS / "memory"
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            place = root / group.strip("/")
+            places = [place, *place.parents]  # in a container, the path may be the host's
+            for each in places[: places.index(root) + 1]:
+                yield from _left(each, *names)
 
 
-def _left(limit: Path, used: Path) -> Iterator[int]:
+def _left(group: Path, limit: str, used: str, cache: str) -> Iterator[int]:
+    """Yield what a group leaves. Its idle cache of files counts as free: the system drops it."""
     with suppress(OSError, ValueError):  # "max" is not a number
-        yield max(1, int(limit.read_text()) - int(used.read_text()))
+        left = int((group / limit).read_text()) - int((group / used).read_text())
+        yield max(1, left + (_first_number(group / "memory.stat", cache) or 0))

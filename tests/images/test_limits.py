@@ -1,6 +1,7 @@
 """Small files that ask for long hours or much memory are refused before the work, or ended."""
 
 import io
+import resource
 import struct
 import subprocess
 import sys
@@ -220,12 +221,47 @@ def test_the_budget_is_derived_and_can_be_set() -> None:
         set_decoding_memory(0)
 
 
-def test_a_control_group_limits_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("own", "root", "names"),
+    [
+        (
+            "5:cpu:/a\n4:memory:/a/b\n0::/\n",
+            "memory",
+            ("limit_in_bytes", "usage_in_bytes", "total_"),
+        ),
+        ("0::/a/b\n", ".", ("max", "current", "")),
+    ],
+    ids=["v1", "v2"],
+)
+@pytest.mark.parametrize("place", ["", "a", "a/b"])
+def test_a_control_group_limits_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, own: str, root: str,
+    names: tuple[str, str, str],
+) -> None:  # fmt: skip
+    """The group itself, and each group above it. A container mounts its own group as the root."""
     monkeypatch.setattr("qwen_vit.images.memory.CGROUPS", tmp_path)
-    (tmp_path / "memory").mkdir()
-    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("5000000\n")
-    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("1000000\n")
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr("qwen_vit.images.memory.OWN_GROUPS", tmp_path / "own")
+    group = tmp_path / root / place
+    group.mkdir(parents=True, exist_ok=True)
+    (group / f"memory.{names[0]}").write_text("5000000\n")
+    (group / f"memory.{names[1]}").write_text("1000000\n")
     assert available_bytes() == 4_000_000
+    (group / "memory.stat").write_text(
+        f"{names[2]}inactive_file_x 7\n{names[2]}inactive_file 900\n"
+    )
+    assert available_bytes() == 4_000_900  # the system drops a cache of files when it is needed
+
+
+@pytest.mark.parametrize("kind", [resource.RLIMIT_AS, resource.RLIMIT_DATA])
+def test_a_limit_of_the_process_limits_the_budget(kind: int) -> None:
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (2**33, hard))
+    try:
+        left = available_bytes()
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+    assert 0 < left < 2**33 - 2**20
 
 
 def test_decoding_holds_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,16 @@
 \b
     python -m tools.checks.whole_pictures --ledger tools/benchmarks/ledger.jsonl
     python -m tools.checks.whole_pictures /usr/share --no-encoders
+    python -m tools.checks.whole_pictures --no-encoders --sources FOLDER
 
 It uses these encoders if installed: Pillow, cjpeg, ImageMagick, libvips, FFmpeg, cwebp, mozjpeg,
 OpenCV. A JPEG of a folder counts as complete if `djpeg -strict` decodes it. It exits with 1 for a
 false alarm.
+
+`--sources` reads the test images in the source packages that tools/checks/picture_sources.py names.
+An image is a false alarm if Pillow, libvips and the tools of its format open it without a warning,
+and it is refused for another reason than a documented rule. An image with a warning must be refused
+or have a note.
 """
 
 import io
@@ -32,6 +38,8 @@ from qwen_vit.errors import ImageError
 from qwen_vit.images.jpeg import check_blocks, read_jpeg
 from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import patchify
+from tools.checks.picture_judges import judge
+from tools.checks.picture_sources import source_pictures
 from tools.common import ROOT, ledger_options, ledger_row, publish
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
@@ -45,9 +53,22 @@ SAMPLINGS = ("1x1", "2x1", "2x2", "1x2")
 @click.option(
     "--encoders/--no-encoders", default=True, help="Make images with the installed encoders."
 )
+@click.option(
+    "--sources",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Judge the images in this folder's source packages instead.",
+)
 @ledger_options
-def main(folders: tuple[Path, ...], encoders: bool, ledger: Path | None, commit: str) -> None:
+def main(
+    folders: tuple[Path, ...], encoders: bool, sources: Path | None, ledger: Path | None,
+    commit: str,
+) -> None:  # fmt: skip
     """Load them all, and print counts by encoder."""
+    if sources is not None:
+        verdicts = judge_sources(sources)
+        row = ledger_row("whole pictures sources", commit, "cpu", ("pillow", "simplejpeg"))
+        publish(row | verdicts, ledger)
+        sys.exit(1 if verdicts["false_alarms"] else 0)
     tried: Counter[str] = Counter()
     alarms = []
     pictures = itertools.chain(made() if encoders else (), *map(found, folders))
@@ -63,6 +84,46 @@ def main(folders: tuple[Path, ...], encoders: bool, ledger: Path | None, commit:
         ledger_row("whole pictures", commit, "cpu", ("pillow", "simplejpeg"), **figures), ledger
     )
     sys.exit(1 if alarms else 0)
+
+
+# codes of refusals that a rule in docs/errors.md gives for whole images
+BY_RULE = ("ratio", "too-many-pixels", "mode", "format", "zero-side")
+
+
+def judge_sources(folder: Path) -> dict[str, Any]:
+    """Compare what happens to each image of the source packages with what others warn of."""
+    packages: Counter[str] = Counter()
+    verdicts: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
+    for package, name, data in source_pictures(folder):
+        packages[package] += 1
+        warned = {tool: text for tool, text in judge(data).items() if text}
+        try:
+            notes, error = load_image(data).notes, None
+        except ImageError as caught:
+            notes, error = (), caught
+        verdict = verdict_of(bool(warned), notes, error)
+        verdicts[verdict] += 1
+        if error is not None and not warned:
+            refused[error.code] += 1
+        if verdict in ("false alarm", "refused by a rule", "not noted"):
+            print(f"{verdict}: {package} {name}: {error or warned}", file=sys.stderr)
+    return {
+        "pictures": packages.total(),
+        "false_alarms": verdicts["false alarm"],
+        "verdicts": dict(sorted(verdicts.items())),
+        "refused_without_a_warning": dict(sorted(refused.items())),
+        "packages": dict(sorted(packages.items())),
+    }
+
+
+def verdict_of(warned: bool, notes: tuple[str, ...], error: ImageError | None) -> str:
+    """Return in words whether an image that others warn of, or do not, is handled rightly."""
+    if warned:
+        return "refused with others" if error else "noted" if notes else "not noted"
+    if error is None:
+        return "loaded"
+    return "refused by a rule" if error.code in BY_RULE else "false alarm"
 
 
 def false_alarm(data: bytes) -> str:

@@ -1,0 +1,80 @@
+"""Open pictures with Pillow, libvips and their format's own tools, and collect the warnings."""
+
+import io
+import re
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pillow_heif
+from PIL import Image
+
+__all__ = ["judge"]
+
+OWN_TOOLS = {  # of each format's library
+    "JPEG": ["djpeg", "-strict", "-outfile", "/dev/null"],
+    "MPO": ["djpeg", "-strict", "-outfile", "/dev/null"],
+    "PNG": ["pngcheck", "-q"],
+    "WEBP": ["webpinfo", "-quiet", "-diag"],
+    "GIF": ["giftext"],
+    "BMP": ["bmptopnm", "-quiet"],
+    "TIFF": ["tiffinfo", "-D"],
+    "AVIF": ["avifdec", "--info"],
+    "HEIF": ["heif-info"],
+}
+# warnings about what is not the picture
+ASIDE = re.compile(
+    r"ignoring nclx profile|nknown field with tag|Wrong data type \d+ for .*tag ignored"
+)
+CANNOT_READ = "is not a known file format"  # libvips, built without the format
+
+
+def judge(data: bytes) -> dict[str, str]:
+    """Return the first line of what each judge warns of; "" where it warns of nothing.
+
+    The judges are Pillow, libvips and the tools of the format's own library, where installed.
+    """
+    file_format, warning = _by_pillow(data)
+    found = {"Pillow": warning}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"picture.{file_format.lower()}")
+        path.write_bytes(data)
+        for command in _commands(file_format, path, folder):
+            if shutil.which(command[0]) is None:
+                continue
+            done = subprocess.run(command, capture_output=True, check=False)
+            lines = done.stderr.decode(errors="replace").splitlines()
+            output = " ".join(line for line in lines if not ASIDE.search(line)).strip()
+            if CANNOT_READ in output:
+                continue
+            if done.returncode and not output:
+                output = done.stdout.decode(errors="replace").strip() or f"exit {done.returncode}"
+            found[command[0]] = " ".join(output.replace(str(path), "it").split())[:200]
+    return found
+
+
+def _by_pillow(data: bytes) -> tuple[str, str]:
+    file_format = ""
+    pillow_heif.register_heif_opener()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            image = Image.open(io.BytesIO(data))
+            file_format = image.format or ""
+            image.load()
+        except Exception as error:  # noqa: BLE001 - plug-ins raise anything
+            return file_format, f"{type(error).__name__}: {error}"[:200]
+    return file_format, str(caught[0].message)[:200] if caught else ""
+
+
+def _commands(file_format: str, path: Path, folder: str) -> Iterator[list[str]]:
+    yield ["vips", "avg", f"{path}[fail_on=warning]"]
+    if file_format in OWN_TOOLS:
+        yield [*OWN_TOOLS[file_format], str(path)]
+    if file_format == "WEBP":
+        yield ["dwebp", "-quiet", str(path), "-o", "/dev/null"]
+    if file_format == "TIFF":
+        yield ["tiffcp", "-c", "none", str(path), f"{folder}/out.tiff"]
