@@ -27,6 +27,7 @@ from qwen_vit.errors import ExportError, QwenVitError
 __all__ = ["cli", "main"]
 
 COMMANDS = ("bench", "compare", "download", "encode", "export", "info", "show", "verify")
+MORE_MEMORY = "free some memory, or raise its limit, and run the same command again"
 
 
 class _LazyGroup(click.Group):
@@ -84,6 +85,9 @@ def main() -> None:
         fact = f"cannot be used ({reason})" if name else reason
         remedy = "check its permissions and its disk" if name else "check the disk and the network"
         print_error(str(ExportError(fact, name=name, remedy=remedy)))
+        sys.exit(EXIT_ERROR)
+    except MemoryError:
+        print_error(str(QwenVitError("out of memory", remedy=MORE_MEMORY)))
         sys.exit(EXIT_ERROR)
     except Exception:  # Python's exit code would be 1, which means: finished, with inputs skipped
         logging.getLogger("qwen_vit").exception("error: this should not happen; please report it")

@@ -164,6 +164,21 @@ def test_what_the_system_refuses_unforeseen_is_one_line(
     )
 
 
+def test_a_full_memory_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asked for a report, because "this should not happen"."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(hub, "find_checkpoint", full)
+    done = run("info", "tiny")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        "error: out of memory. Free some memory, or raise its limit, and run the same command "
+        "again.\n"
+    )
+
+
 def test_an_interrupt_ends_with_130_and_leaves_no_file(
     folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

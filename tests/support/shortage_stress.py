@@ -5,18 +5,21 @@ A trial raises AssertionError if a promise is broken, and returns its figures.
 
 import contextlib
 import random
+import resource
 import shutil
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from qwen_vit.export.retry import TRANSIENT
+from qwen_vit.export.under_way import UNDER_WAY_NAME
 from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.feature_files.read import load_features
 from tests.support import kill_harness
@@ -131,7 +134,7 @@ def finish(exports: Exports) -> None:
 
 
 MEGABYTE = 2**20
-LARGE_SIDE = 2_400  # of a picture that takes some 100 MB of memory
+LARGE_SIDE = 3_000  # of a picture that takes some 100 MB of memory
 
 
 def write_small_images(folder: Path, count: int) -> None:
@@ -150,8 +153,8 @@ def write_some_large_images(folder: Path, count: int) -> None:
         Image.new("RGB", (side, side), colour).save(folder / f"{number:06}.png")
 
 
-def peak_mb(process_id: int, label: str) -> float:
-    """Return a high-water mark of /proc/PID/status, such as VmPeak; 0 after the process's end."""
+def status_mb(process_id: int, label: str) -> float:
+    """Return a line of /proc/PID/status, such as VmSize; 0 after the process's end."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
         line = next(line for line in lines if line.startswith(f"{label}:"))
@@ -159,53 +162,73 @@ def peak_mb(process_id: int, label: str) -> float:
     return 0.0
 
 
-def run_within(
-    command: Sequence[str], log: Path, *, address_mb: float = 0, resident_mb: float = 0
-) -> tuple[kill_harness.Run, dict[str, float]]:
-    """Run a command under a limit, and return its peaks of address space and resident memory.
+@dataclass
+class Watched:
+    """Run an export's command, and watch its memory once it works on images.
 
-    The system refuses address space above `address_mb`. Above `resident_mb`, the command is
-    killed, as by a control group.
+    Above `address_mb` more than at that moment, the system refuses memory. Above `resident_mb`
+    more, the command is killed, as by a control group.
     """
-    if address_mb:
-        command = ["prlimit", f"--as={int(address_mb * MEGABYTE)}", *command]
-    begin, peaks = time.monotonic(), {"VmPeak": 0.0, "VmHWM": 0.0}
-    process = kill_harness.start(command, log)
-    while process.poll() is None:
-        for label, most in peaks.items():
-            peaks[label] = max(most, peak_mb(process.pid, label))
-        if 0 < resident_mb < peaks["VmHWM"]:
-            kill_harness.end_group(process)
-        time.sleep(0.002)
-    errors = log.read_text("utf-8", "replace")
-    return kill_harness.Run(process.wait(), time.monotonic() - begin, errors), peaks
+
+    exports: Exports
+    address_mb: float | None = None
+    resident_mb: float | None = None
+    grown: dict[str, float] = field(default_factory=lambda: {"VmSize": 0.0, "VmRSS": 0.0})
+
+    def run(self) -> kill_harness.Run:
+        """Run it to its end."""
+        log, begin = self.exports.folder / "log", time.monotonic()
+        shutil.rmtree(self.exports.out, ignore_errors=True)
+        process = kill_harness.start(self.exports.command(), log)
+        while process.poll() is None and not self._works():
+            time.sleep(0.002)
+        first = {label: status_mb(process.pid, label) for label in self.grown}
+        if self.address_mb is not None:
+            most = int((first["VmSize"] + self.address_mb) * MEGABYTE)
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (most, most))
+        while process.poll() is None:
+            for label, grown in self.grown.items():
+                now = status_mb(process.pid, label)
+                self.grown[label] = max(grown, now - first[label])
+            if self.resident_mb is not None and self.grown["VmRSS"] > self.resident_mb:
+                kill_harness.end_group(process)
+            time.sleep(0.002)
+        errors = log.read_text("utf-8", "replace")
+        return kill_harness.Run(process.wait(), time.monotonic() - begin, errors)
+
+    def _works(self) -> bool:
+        """Return whether the command has written down which images it decodes."""
+        out = self.exports.out
+        return out.is_dir() and any(UNDER_WAY_NAME.fullmatch(path.name) for path in out.iterdir())
 
 
 def memory_edges(folder: Path, *, runs: int, images: int, seed: int = 0) -> dict[str, Any]:
-    """Run exports under limits between what small pictures and what all pictures need."""
+    """Run exports under limits between nothing more and what they take when they may."""
     chance, begin, count = random.Random(seed), time.monotonic(), Counter[str]()
-    small = Exports(folder / "small", images, write_small_images)
-    large = Exports(folder / "large", images, write_some_large_images)
-    _, lowest = run_within(small.command(), small.folder / "log")
-    _, highest = run_within(large.command(), large.folder / "log")
-    shutil.rmtree(large.out)
+    exports = Exports(folder, images, write_some_large_images)
+    free = Watched(exports)
+    free.run()
+    shutil.rmtree(exports.out)
     failed_for_a_while = 0
     for number in range(runs):
-        name, label = (("address_mb", "VmPeak"), ("resident_mb", "VmHWM"))[number % 2]
-        limit = chance.uniform(lowest[label], highest[label])
-        result, _ = run_within(large.command(), large.folder / "log", **{name: limit})
-        codes = (0, 1, 2) if name == "address_mb" else (0, -signal.SIGKILL)
-        assert result.code in codes, (name, limit, result)
-        assert "Traceback" not in result.errors, (name, limit, result.errors)
-        count[f"{name.split('_')[0]} limit, exit code {result.code}"] += 1
-        failed_for_a_while += failures_for_a_while(large)
-        finish(large)
+        codes: tuple[int, ...]
+        if number % 2:
+            kind, codes = "resident", (0, -signal.SIGKILL)
+            limited = Watched(exports, resident_mb=chance.uniform(0, free.grown["VmRSS"]))
+        else:
+            kind, codes = "address", (0, 1, 2)
+            limited = Watched(exports, address_mb=chance.uniform(0, free.grown["VmSize"]))
+        result = limited.run()
+        assert result.code in codes, (limited, result)
+        assert "Traceback" not in result.errors, (limited, result.errors)
+        count[f"{kind}_limit_exit_code_{result.code}"] += 1
+        failed_for_a_while += failures_for_a_while(exports)
+        finish(exports)
     return {
         "runs": runs,
-        **{name.replace(", ", "_").replace(" ", "_"): n for name, n in sorted(count.items())},
+        **dict(sorted(count.items())),
         "failed_for_a_while": failed_for_a_while,
-        "address_mb": [round(lowest["VmPeak"]), round(highest["VmPeak"])],
-        "resident_mb": [round(lowest["VmHWM"]), round(highest["VmHWM"])],
+        "grown_mb_without_a_limit": {label: round(mb) for label, mb in free.grown.items()},
         "images": images,
         "seconds": round(time.monotonic() - begin, 1),
     }

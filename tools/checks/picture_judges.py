@@ -29,31 +29,35 @@ OWN_TOOLS = {  # of each format's library
 ASIDE = re.compile(
     r"ignoring nclx profile|nknown field with tag|Wrong data type \d+ for .*tag ignored"
 )
+LIMITED = ["prlimit", "--cpu=20", f"--as={2**32}"]  # of a hostile image
 CANNOT_READ = "is not a known file format"  # libvips, built without the format
 
 
-def judge(data: bytes) -> dict[str, str]:
-    """Return the first line of what each judge warns of; "" where it warns of nothing.
+def judge(data: bytes) -> str:
+    """Return the first warning of a judge, after the judge's name; "" if none warns.
 
     The judges are Pillow, libvips and the tools of the format's own library, where installed.
     """
     file_format, warning = _by_pillow(data)
-    found = {"Pillow": warning}
+    if warning:
+        return f"Pillow: {warning}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"picture.{file_format.lower()}")
         path.write_bytes(data)
         for command in _commands(file_format, path, folder):
-            if shutil.which(command[0]) is None:
-                continue
-            done = subprocess.run(command, capture_output=True, check=False)
-            lines = done.stderr.decode(errors="replace").splitlines()
-            output = " ".join(line for line in lines if not ASIDE.search(line)).strip()
-            if CANNOT_READ in output:
-                continue
-            if done.returncode and not output:
-                output = done.stdout.decode(errors="replace").strip() or f"exit {done.returncode}"
-            found[command[0]] = " ".join(output.replace(str(path), "it").split())[:200]
-    return found
+            if shutil.which(command[0]) and (warning := _warning_of(command)):
+                return f"{command[0]}: {warning.replace(str(path), 'it')[:200]}"
+    return ""
+
+
+def _warning_of(command: list[str]) -> str:
+    done = subprocess.run([*LIMITED, *command], capture_output=True, check=False)
+    lines = done.stderr.decode(errors="replace").splitlines()
+    if any(CANNOT_READ in line for line in lines):
+        return ""
+    if done.returncode and not lines:
+        lines = done.stdout.decode(errors="replace").splitlines() or [f"exit {done.returncode}"]
+    return " ".join(line for line in lines if not ASIDE.search(line)).strip()
 
 
 def _by_pillow(data: bytes) -> tuple[str, str]:

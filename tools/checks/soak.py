@@ -60,7 +60,7 @@ TRIALS = {
         "export_stress.full_disks", {"disks": 20}, {"images": 2_000}, setting=EXPORT
     ),
     "outages": Trial("shortage_stress.outages", {"outages": 50}, {"images": 2_000}, setting=EXPORT),
-    "memory-edges": Trial("shortage_stress.memory_edges", {"runs": 30}, {"images": 60}),
+    "memory-edges": Trial("shortage_stress.memory_edges", {"runs": 30}, {"images": 40}),
     "interrupts": Trial(
         "export_stress.interrupts", {"times": 40}, {"images": 2_000}, setting=EXPORT
     ),

@@ -97,12 +97,12 @@ def judge_sources(folder: Path) -> dict[str, Any]:
     refused: Counter[str] = Counter()
     for package, name, data in source_pictures(folder):
         packages[package] += 1
-        warned = {tool: text for tool, text in judge(data).items() if text}
+        warned = judge(data)
         try:
             notes, error = load_image(data).notes, None
         except ImageError as caught:
             notes, error = (), caught
-        verdict = verdict_of(bool(warned), notes, error)
+        verdict = verdict_of(warned, notes, error)
         verdicts[verdict] += 1
         if error is not None and not warned:
             refused[error.code] += 1
@@ -117,7 +117,7 @@ def judge_sources(folder: Path) -> dict[str, Any]:
     }
 
 
-def verdict_of(warned: bool, notes: tuple[str, ...], error: ImageError | None) -> str:
+def verdict_of(warned: str, notes: tuple[str, ...], error: ImageError | None) -> str:
     """Return in words whether an image that others warn of, or do not, is handled rightly."""
     if warned:
         return "refused with others" if error else "noted" if notes else "not noted"
