@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.support import ROOT
-from tools import sbom
+from tools import audit, sbom
 
 PIN = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)", re.MULTILINE)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -79,3 +79,39 @@ def test_two_builds_give_the_same_bytes(tmp_path: Path) -> None:
         )
     assert digests[0] == digests[1]
     assert {Path(name).suffix for name in digests[0]} == {".whl", ".gz"}
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "words"),
+    [
+        ('{"dependencies": [{"name": "a", "version": "1", "vulns": []}]}', 0, "1 of 1 packages"),
+        (
+            '{"dependencies": [{"name": "a", "version": "1", "vulns": [{"id": "CVE-1"}]}]}',
+            1, "a 1: CVE-1",
+        ),
+        (
+            '{"dependencies": [{"name": "a", "skip_reason": "Dependency not found"}]}',
+            2, "Not checked, because the service did not know them: a.",
+        ),
+        ('{"dependencies": []}', 2, "0 of 0"),
+        ("", 2, "Nothing was checked"),
+    ],
+    ids=["clean", "vulnerable", "skipped", "empty", "no answer"],
+)  # fmt: skip
+def test_an_audit_that_checked_nothing_does_not_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, code: int, words: str
+) -> None:
+    """pip-audit itself skips each package without an answer of its service, and exits with 0."""
+    (tmp_path / "pip-audit").write_text(f"#!/bin/sh\ncat <<'END'\n{output}\nEND\n")
+    (tmp_path / "pip-audit").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    done = CliRunner().invoke(audit.main, [])
+    assert done.exit_code == code
+    assert words in done.output
+
+
+def test_an_audit_without_pip_audit_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    done = CliRunner().invoke(audit.main, [])
+    assert done.exit_code == 2
+    assert "pip install pip-audit" in done.output
