@@ -27,7 +27,7 @@ OWN_TOOLS = {  # of each format's library
 }
 # warnings about what is not the picture
 ASIDE = re.compile(
-    r"ignoring nclx profile|nknown field with tag|Wrong data type \d+ for .*tag ignored"
+    r"ignoring nclx profile|iCCP: |nknown field with tag|Wrong data type \d+ for .*tag ignored"
 )
 LIMITED = ["prlimit", "--cpu=20", f"--as={2**32}"]  # of a hostile image
 CANNOT_READ = "is not a known file format"  # libvips, built without the format
