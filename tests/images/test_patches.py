@@ -16,6 +16,7 @@ from qwen_vit.config import Grid, ImageConfig
 from qwen_vit.errors import ArgumentError, ImageError
 from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import Patches, patchify, resize_image, smart_resize
+from qwen_vit.images.rows import normalise
 from tests.support import IMAGES
 
 PHOTOGRAPHS = sorted(path for path in IMAGES.iterdir() if path.suffix in (".png", ".jpg"))
@@ -89,6 +90,14 @@ def test_every_grey_level_is_normalised_as_in_the_processor_to_the_bit() -> None
         images=[Image.fromarray(rgb)], return_tensors="pt"
     )["pixel_values"]
     assert torch.equal(patchify(rgb, config).to_rows(config), expected)
+
+
+@pytest.mark.gpu
+def test_every_grey_level_is_normalised_on_a_gpu_as_on_a_cpu_to_the_bit() -> None:
+    """A quotient by a Python number has other bits on a GPU, and float16 operands show them."""
+    levels = torch.arange(256, dtype=torch.uint8).view(256, 1, 1).expand(256, 3, 2)
+    config = image_config()
+    assert torch.equal(normalise(levels.cuda(), config).cpu(), normalise(levels, config))
 
 
 def test_rows_hold_merge_unit_channel_frame_row_column_in_that_order() -> None:
