@@ -24,8 +24,8 @@ import click
 import torch
 
 from tools.benchmarks.engines.chart import draw_towers, newest_towers
-from tools.benchmarks.engines.model import write_large, write_small
-from tools.benchmarks.engines.oracle import oracle_logprobs
+from tools.benchmarks.engines.judge import judge_answers
+from tools.benchmarks.engines.model import small_folder, write_large, write_small
 from tools.benchmarks.engines.requests import as_table, measure
 from tools.common import ROOT, append_row, four_digits, ledger_options, ledger_row, require_gpu
 
@@ -66,25 +66,22 @@ def main() -> None:
     help="Set vLLM's model runner. The first has encoder graphs; vLLM 0.25 uses the second.",
 )
 @click.option("--answers-only", is_flag=True, help="Check answers without timing a tower.")
+@click.option(
+    "--weights", default=1, show_default=True, help="Number of random models that answer."
+)
 @ledger_options
 def towers(
-    folder: Path, variant: tuple[str, ...], runner: str, ledger: Path | None, commit: str, *,
-    answers_only: bool,
+    folder: Path, variant: tuple[str, ...], runner: str, weights: int, ledger: Path | None,
+    commit: str, *, answers_only: bool,
 ) -> None:  # fmt: skip
     """Check the answers of four engines, then time their towers."""
     device = require_gpu()
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "small" / "model.safetensors").exists():
-        write_small(folder / "small", device)
-    asked = {"default", "plugin"} & set(variant)
-    oracle = oracle_logprobs(folder / "small", device) if asked else torch.empty(0)
-    torch.cuda.empty_cache()
-    options = ["--answers-only"] if answers_only else []
+    for seed in range(weights):
+        write_missing_small(folder, device, seed)
+    options = ["--weights", str(weights), *(["--answers-only"] if answers_only else [])]
     found = {name: run_child(name, folder, runner, *options) for name in variant}
     answers = {name: each.pop("answers") for name, each in found.items() if "answers" in each}
-    report: dict[str, Any] = {name: judge(each, oracle) for name, each in answers.items()}
-    if {"default", "plugin"} <= set(answers):
-        report |= against_each_other(answers["plugin"], answers["default"], oracle)
+    report = judge_answers(folder, answers, device) if answers else {}
     if not answers_only:
         print_towers(found)
     click.echo(json.dumps(rounded(report), indent=1))
@@ -95,39 +92,11 @@ def towers(
     print(json.dumps(rounded(row)))
 
 
-def squared_distances(answers: dict[str, Any], oracle: torch.Tensor) -> torch.Tensor:
-    """Return the mean squared error of each request's log-probabilities against float64."""
-    return (torch.tensor(answers["logprobs"], dtype=torch.float64) - oracle).square().mean(1)
-
-
-def judge(answers: dict[str, Any], oracle: torch.Tensor) -> dict[str, float]:
-    """Return the error of a tower's answers against float64."""
-    first = torch.tensor([tokens[0] for tokens in answers["tokens"]])
-    return {
-        "logprob_rms": float(squared_distances(answers, oracle).mean().sqrt()),
-        "first_tokens_of_float64": int((first == oracle.argmax(1)).sum()),
-        "images_per_s": answers["images_per_s"],
-    }
-
-
-def against_each_other(
-    ours: dict[str, Any], theirs: dict[str, Any], oracle: torch.Tensor
-) -> dict[str, Any]:
-    """Compare our tower's answers with vLLM's, request by request.
-
-    `excess` is by how much our mean square exceeds vLLM's, as a share of vLLM's, with the standard
-    error of the mean over the requests: within two of them the two are equally far from float64.
-    """
-    mine, other = (squared_distances(each, oracle) for each in (ours, theirs))
-    excess = (mine - other) / other.mean()
-    same = sum(a == b for a, b in zip(ours["tokens"], theirs["tokens"], strict=True))
-    return {
-        "requests": len(mine),
-        "same_tokens": same,
-        "ours_nearer": int((mine < other).sum()),
-        "excess": float(excess.mean()),
-        "standard_error": float(excess.std() / len(excess) ** 0.5),
-    }
+def write_missing_small(folder: Path, device: torch.device, seed: int = 0) -> None:
+    """Write the small model with these weights, unless it exists."""
+    if not (small_folder(folder, seed) / "model.safetensors").exists():
+        write_small(small_folder(folder, seed), device, seed)
+        torch.cuda.empty_cache()
 
 
 def run_child(variant: str, folder: Path, runner: str, *options: str) -> dict[str, Any]:
@@ -176,10 +145,7 @@ def print_towers(found: dict[str, dict[str, Any]]) -> None:
 def requests(folder: Path, way: tuple[str, ...], ledger: Path | None, commit: str) -> None:
     """Time vLLM's API server by default, with our tower, and with our features."""
     device = require_gpu()
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "small" / "model.safetensors").exists():
-        write_small(folder / "small", device)
-    torch.cuda.empty_cache()
+    write_missing_small(folder, device)
     write_large(folder / "large")
     os.environ.update(ENVIRONMENT)
     found = {name: measure(folder, name) for name in way}

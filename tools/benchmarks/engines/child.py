@@ -16,12 +16,14 @@ from typing import Any
 
 import click
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_vit import VisionEncoder
 from qwen_vit.checkpoint.load import load_checkpoint
 from qwen_vit.config import Grid
 from qwen_vit.integrations.engine_tower import EngineTower
+from tools.benchmarks.engines.model import embeddings_file, small_folder
 from tools.benchmarks.engines.workloads import (
     N_REQUESTS,
     NEW_TOKENS,
@@ -55,7 +57,7 @@ def start(folder: Path, variant: str) -> Any:
         compilation["encoder_cudagraph_max_vision_items_per_batch"] = 32
     if variant == "compiled":
         compilation |= {"compile_mm_encoder": True, "mode": 3, "cudagraph_mode": "PIECEWISE"}
-    return LLM(model=str(folder / "small"), compilation_config=compilation, **ENGINE)
+    return LLM(model=str(small_folder(folder, 0)), compilation_config=compilation, **ENGINE)
 
 
 def in_worker(engine: Any, function: Callable[[Any], Any]) -> Any:
@@ -125,7 +127,7 @@ def time_towers(engine: Any, folder: Path, variant: str) -> dict[str, Any]:
 
 def our_tower(folder: Path, device: torch.device) -> EngineTower:
     """Our tower with the small model's weights."""
-    checkpoint = load_checkpoint(folder / "small")
+    checkpoint = load_checkpoint(small_folder(folder, 0))
     tower = EngineTower(checkpoint.config, checkpoint.image_config, torch.bfloat16, device)
     tower.load_weights(checkpoint.tensors.items())
     return tower
@@ -159,6 +161,38 @@ def answers(engine: Any) -> dict[str, Any]:
     return {"tokens": tokens, "logprobs": logprobs, "images_per_s": N_REQUESTS / took}
 
 
+def answers_and_embeddings(engine: Any, file: Path) -> dict[str, Any]:
+    """Return `answers`, and write the tower's embeddings, in the order of the requests."""
+    seen: list[tuple[list[list[int]], Tensor]] = []
+
+    def keep(_: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        grids = named.get("grid_thw", inputs[1] if len(inputs) > 1 else None)
+        seen.append((torch.as_tensor(grids).tolist(), output.detach().cpu()))
+
+    def hook(worker: Any) -> Any:
+        visual = worker.model_runner.model.visual
+        return visual.register_forward_hook(keep, with_kwargs=True)
+
+    handle = in_worker(engine, hook)
+    found = answers(engine)
+    handle.remove()
+    grids = [grid for each, _ in seen for grid in each]
+    if grids != [[1, height // 14, width // 14] for width, height in request_sizes()]:
+        raise click.ClickException("the engine encoded other images, or in another order")
+    save_file({"embeddings": torch.cat([output for _, output in seen])}, file)
+    return found
+
+
+def take_weights(engine: Any, folder: Path) -> None:
+    """Give the engine's model the weights of another model of the same shape."""
+
+    def load(worker: Any) -> None:
+        tensors = load_file(folder / "model.safetensors", device="cuda")
+        worker.model_runner.model.load_weights(tensors.items())
+
+    in_worker(engine, load)
+
+
 def first_requests(engine: Any) -> dict[str, Any]:
     """Seconds of the first ten requests after the engine is ready, one after the other."""
     from vllm import SamplingParams
@@ -186,7 +220,7 @@ def same_bits(engine: Any, folder: Path) -> dict[str, Any]:
 
     in_worker(engine, hook)
     answers(engine)
-    encoder = VisionEncoder.from_pretrained(folder / "small", device="cuda")
+    encoder = VisionEncoder.from_pretrained(small_folder(folder, 0), device="cuda")
     equal = [
         torch.equal(encoder.encode_patches(rows, torch.tensor(grids)), output)
         for rows, grids, output in seen
@@ -204,14 +238,22 @@ def memory(engine: Any) -> dict[str, float]:
 @click.argument("variant", type=click.Choice(["default", "graphs", "compiled", "plugin"]))
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--answers-only", is_flag=True, help="Check answers without timing a tower.")
-def main(variant: str, folder: Path, *, answers_only: bool) -> None:
+@click.option("--weights", default=1, help="Answer with this number of random models.")
+def main(variant: str, folder: Path, weights: int, *, answers_only: bool) -> None:
     """Start one engine, ask and time it."""
     started = time.perf_counter()
     engine = start(folder, variant)
     found: dict[str, Any] = {"start_s": time.perf_counter() - started, "ready": memory(engine)}
     if variant in ("default", "plugin"):
         found["first_requests"] = first_requests(engine)
-        found["answers"] = answers(engine)
+        found["answers"] = []
+        for seed in range(weights):
+            if seed:
+                take_weights(engine, small_folder(folder, seed))
+            file = embeddings_file(folder, variant, seed)
+            found["answers"].append(answers_and_embeddings(engine, file))
+        if weights > 1:
+            take_weights(engine, small_folder(folder, 0))
     found["towers"] = {} if answers_only else time_towers(engine, folder, variant)
     if variant == "plugin" and not answers_only:
         found["bits"] = same_bits(engine, folder)

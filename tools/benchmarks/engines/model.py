@@ -31,6 +31,16 @@ SMALL_MLP, SMALL_LAYERS = 4096, 2
 LARGE_MLP, LARGE_LAYERS = 18_944, 28
 
 
+def small_folder(folder: Path, seed: int) -> Path:
+    """Return the folder of the small model with these weights."""
+    return folder / (f"small{seed}" if seed else "small")
+
+
+def embeddings_file(folder: Path, variant: str, seed: int) -> Path:
+    """Return the file of the embeddings that an engine's tower computed with these weights."""
+    return folder / f"{variant}{seed}.safetensors"
+
+
 def config_document(n_layers: int, mlp: int) -> dict[str, Any]:
     """Return a config.json of the 7B shape, with a vocabulary of bytes."""
     text = {
@@ -75,18 +85,18 @@ def write_large(folder: Path) -> None:
     _write_common(folder, LARGE_LAYERS, LARGE_MLP)
 
 
-def write_small(folder: Path, device: torch.device) -> None:
+def write_small(folder: Path, device: torch.device, seed: int = 0) -> None:
     """Write a model with the whole tower and a language model of two peaked layers."""
     _write_common(folder, SMALL_LAYERS, SMALL_MLP)
-    tower = random_weights(VisionConfig.from_json(SHAPE), 0, device)
+    tower = random_weights(VisionConfig.from_json(SHAPE), 2 * seed, device)
     weights = {f"visual.{name}": tensor for name, tensor in tower.items()}
-    weights |= _language_weights(device)
+    weights |= _language_weights(2 * seed + 1, device)
     stored = {name: tensor.bfloat16().cpu().contiguous() for name, tensor in weights.items()}
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
 
 
-def _language_weights(device: torch.device) -> dict[str, Tensor]:
-    generator = torch.Generator(device).manual_seed(1)
+def _language_weights(seed: int, device: torch.device) -> dict[str, Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, scale: float) -> Tensor:
         return torch.randn(shape, generator=generator, device=device) * scale

@@ -1,6 +1,9 @@
-"""Compute the requests' first-token log-probabilities by transformers in float64 on the GPU."""
+"""Compute the requests' embeddings and first-token log-probabilities in float64 on the GPU."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,31 +11,59 @@ from torch import Tensor
 from tools.benchmarks.engines.workloads import PROMPT, picture, request_sizes
 
 
-def oracle_logprobs(folder: Path, device: torch.device) -> Tensor:
-    """Return log-probabilities (requests, vocabulary) in float64 for the model in `folder`."""
-    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-        Qwen2VLImageProcessorPil,
-    )
+class Oracle:
+    """Hold the model in `folder` as transformers computes it in float64."""
 
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float64)
-    model = model.to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    image_id = model.config.image_token_id
-    rows = []
-    for seed, size in enumerate(request_sizes()):
-        made = processor(images=[picture(*size, seed)], return_tensors="pt").to(device)
-        tokens = int(made["image_grid_thw"].prod()) // 4
-        text = PROMPT.replace("<|image_pad|>", "<|image_pad|>" * tokens)
-        ids = tokenizer(text, return_tensors="pt")["input_ids"].to(device)
-        with torch.inference_mode():
-            output = model(
-                input_ids=ids,
-                pixel_values=made["pixel_values"].double(),
-                image_grid_thw=made["image_grid_thw"],
-                mm_token_type_ids=(ids == image_id).long(),
-                logits_to_keep=1,
-            )
-        rows.append(output.logits[0, -1].double().log_softmax(-1).cpu())
-    return torch.stack(rows)
+    def __init__(self, folder: Path, device: torch.device, n_requests: int | None = None) -> None:
+        from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil,
+        )
+
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float64)
+        self._model: Any = model.to(device).eval()
+        self._tower = self._model.model.visual
+        self._requests = []
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        for seed, size in enumerate(request_sizes()[:n_requests]):
+            made = processor(images=[picture(*size, seed)], return_tensors="pt").to(device)
+            tokens = int(made["image_grid_thw"].prod()) // 4
+            text = PROMPT.replace("<|image_pad|>", "<|image_pad|>" * tokens)
+            ids = tokenizer(text, return_tensors="pt")["input_ids"].to(device)
+            self._requests.append((ids, made["pixel_values"].double(), made["image_grid_thw"]))
+
+    @torch.inference_mode()
+    def embeddings(self) -> list[Tensor]:
+        """Return the tower's embeddings of every request, (tokens, D) each."""
+        return [self._tower(rows, grid_thw=grid).pooler_output for _, rows, grid in self._requests]
+
+    def logprobs(self, embeddings: Sequence[Tensor]) -> Tensor:
+        """Return (requests, vocabulary): the language model in float64 on a tower's embeddings."""
+        found = []
+        for (ids, rows, grid), given in zip(self._requests, embeddings, strict=True):
+            with torch.inference_mode(), self._tower_gives(given):
+                output = self._model(
+                    input_ids=ids,
+                    pixel_values=rows,
+                    image_grid_thw=grid,
+                    mm_token_type_ids=(ids == self._model.config.image_token_id).long(),
+                    logits_to_keep=1,
+                )
+            found.append(output.logits[0, -1].log_softmax(-1).cpu())
+        return torch.stack(found)
+
+    @contextmanager
+    def _tower_gives(self, embeddings: Tensor) -> Iterator[None]:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        given = embeddings.to(self._model.device, torch.float64)
+
+        def forward(*_: Any, **__: Any) -> Any:
+            return BaseModelOutputWithPooling(last_hidden_state=given, pooler_output=given)
+
+        self._tower.forward = forward
+        try:
+            yield
+        finally:
+            del self._tower.forward  # the class has the tower's own

@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 
 import click
 
+from tools.benchmarks.engines.model import small_folder
 from tools.benchmarks.engines.workloads import picture, request_sizes
 from tools.checks.engines.server import ANSWER_S, CHAT, MODEL, Server, serving
 from tools.common import ROOT
@@ -121,7 +122,7 @@ def measure(folder: Path, way: str) -> dict[str, Any]:
         from qwen_vit import VisionEncoder
         from qwen_vit.integrations.vllm import to_vllm_chat_part
 
-        encoder = VisionEncoder.from_pretrained(folder / "small")
+        encoder = VisionEncoder.from_pretrained(small_folder(folder, 0))
 
         def to_parts(jpegs: Sequence[bytes]) -> list[Part]:
             return to_vllm_chat_part(encoder.encode(list(jpegs)))
