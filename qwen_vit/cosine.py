@@ -36,7 +36,7 @@ def similarity(a: Rows, b: Rows | None = None) -> Tensor:
 
     Returns:
         A float32 tensor (rows of a, rows of b) from -1 to 1, on the device of `a`. A row of zeros
-        has the cosine similarity 0 with all others.
+        has the cosine similarity 0 with all other rows.
 
     Raises:
         ArgumentError: Rows contain NaN or infinity, widths differ, or several images have many rows

@@ -96,7 +96,7 @@ class Wording(str):
 
     @classmethod
     def joined(cls, separator: str, texts: Sequence[str]) -> Self:
-        """Join several texts. Each may be a `Wording`.
+        """Join several texts. Each text may be a `Wording`.
 
         >>> print(Wording.joined(" or ", ["wait", with_options("lower {}", "part")]).shell)
         wait or lower --part

@@ -156,7 +156,7 @@ class Layout:
         full_tiling: SegmentTiling = SegmentTiling(rows=128),
         n_rows: int | None = None,
     ) -> "Layout":
-        """Lay out images one after the other, with padding up to `n_rows` rows.
+        """Lay out images in order, with padding up to `n_rows` rows.
 
         Raises ImageError (code `grid`) for a grid that no image can have, or for too many patches.
         """

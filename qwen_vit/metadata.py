@@ -24,8 +24,9 @@ def origin_metadata(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Return everything that decides an embedding's values, as JSON. None marks a value that does
-    not apply."""
+    """Return all facts that decide an embedding's values, as JSON. None marks a value that does not
+    apply.
+    """
     return {
         "model": origin.name,
         "commit": origin.commit,

@@ -244,7 +244,7 @@ class VisionTower(nn.Module):
         """Encode `patches`, (N, P / 2) uint8 or (N, P) float, to (M, O), or un-merged to (N, C).
 
         `patches` are in grid order. The rows of the result are in raster order of their cells,
-        image after image. `taps` collect the rows after single blocks and change nothing.
+        image after image. `taps` collect the rows after single blocks and change no result.
         """
         cos, sin = self._rotary_angles(layout.n_positions)
         rotary = RotaryTable(cos, sin, layout.positions)

@@ -56,7 +56,7 @@ UNKNOWN_SPACE = "unknown"
 class Manifest:
     """Describe the content of a folder, and its origin.
 
-    `shards` records how each shard was read. `whole_bytes` is the size of all of the repository's
+    `shards` records the source of each shard. `whole_bytes` is the size of all of the repository's
     weights, if the Hub gives it. The writer adds `files` and `header_sha256` when the folder is
     complete. `files` maps each name to the file's bytes and sha256. `header_sha256` is the hash of
     vision.safetensors' header, which each load checks.
@@ -93,9 +93,9 @@ def repository_folder(cache: Path, repo: str) -> Path:
 
 
 def find(folder: Path) -> Manifest | None:
-    """Return a folder's manifest if the files' sizes and the header match; otherwise None.
+    """Return a folder's manifest if the files' sizes and the header match, or None otherwise.
 
-    Raises CheckpointError if the folder was damaged after it was written.
+    Raises CheckpointError for a folder that another program damaged after the download.
     """
     if not folder.is_dir():
         return None
@@ -122,12 +122,12 @@ def find(folder: Path) -> Manifest | None:
 
 
 def recorded_licence(folder: Path) -> str | None:
-    """Return the licence of the model card at the time our folder was written."""
+    """Return the licence in the model card at the time of the download."""
     return _read_manifest(folder).licence if (folder / MANIFEST_FILE).is_file() else None
 
 
 def check(folder: Path) -> dict[str, str] | None:
-    """Hash each file again. Return the checks by name, or None if nothing is recorded.
+    """Hash each file again. Return the checks by name, or None without a record.
 
     Our own folder has a manifest. A snapshot in the Hub's cache has links to files whose names are
     digests. The digest is sha256 for large files and git's sha1 for others. Raises CheckpointError
@@ -193,7 +193,7 @@ def _mark(repository: Path, path: Path, digest: str) -> Path:
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Let one process fill `folder` while others wait.
 
-    The lock only saves bandwidth. If the file system's locks do nothing, processes download in
+    The lock only saves bandwidth. On a file system without effective locks, processes download in
     parallel. The first process to finish keeps its folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
     """Yield a temporary folder to fill. Then record it, sync it to the disk and rename it.
 
-    If another process was first, it keeps that process's folder and removes this one.
+    If another process was first, it keeps that process's folder and removes this folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{_owner()}.{uuid.uuid4().hex[:8]}")

@@ -1,4 +1,4 @@
-"""Find a checkpoint: the packaged one, a local folder, or a repository on the Hugging Face Hub.
+"""Find a checkpoint in the package, in a local folder, or in a repository on the Hugging Face Hub.
 
 From a repository it fetches only the config files and the vision tensors. It first reads shards in
 the Hub's cache, then byte ranges of the shards, and otherwise whole shards. It stores the result by
@@ -60,8 +60,8 @@ class Download:
     """Count the bytes of a download: fetched now, kept on the disk, and saved.
 
     `kept_bytes` counts weights. `saved_bytes` counts the checkpoint's other weights, or is None if
-    the Hub does not give the total size. `licence` is the model card's licence, if the card was
-    read.
+    the Hub does not give the total size. `licence` is the licence in the model card, if qwen_vit
+    read the card.
     """
 
     source: Source
@@ -114,8 +114,8 @@ def download(
     >>> download("tiny").fetched_bytes
     0
 
-    A range has no checksum of its own. `full` downloads whole shards with vision tensors and checks
-    them against the Hub's sha256. `subfolder` names the checkpoint's folder in a folder or
+    The Hub gives no checksum for a range. `full` downloads whole shards with vision tensors and
+    checks them against the Hub's sha256. `subfolder` names the checkpoint's folder in a folder or
     repository of several models, such as "text_encoder".
     """
     name = os.fsdecode(model)

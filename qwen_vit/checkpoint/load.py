@@ -139,8 +139,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 config.json and safetensors weights.
 
     It checks the headers at once (names, shapes, types), and the values when it converts them.
-    Raises CheckpointError with the file if anything is missing, damaged or belongs to another
-    model.
+    Raises CheckpointError with the file if a part is missing, damaged or belongs to another model.
     """
     tower = find_tower(Path(folder))
     stored = tower.stored()

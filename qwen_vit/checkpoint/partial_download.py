@@ -138,7 +138,7 @@ def plan_file(tower: Tower, shards: Shards) -> tuple[bytes, list[Piece]]:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Allocate the disk space before fetching anything."""
+    """Allocate the disk space before the download."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:

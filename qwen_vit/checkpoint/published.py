@@ -1,4 +1,4 @@
-"""List the published checkpoints, and suggest names for short or misspelt ones."""
+"""List the published checkpoints, and suggest full names for short or misspelt names."""
 
 import difflib
 import os

@@ -139,8 +139,8 @@ def fetch(
 ) -> None:
     """Write each piece to its place in an open file, in parallel.
 
-    If a piece fails, it stops the others. Then it raises RangesRefusedError or TransferError for
-    the first failed piece.
+    If a piece fails, the function stops the other pieces. Then it raises RangesRefusedError or
+    TransferError for the first failed piece.
     """
     stop, counting = threading.Event(), threading.Lock()
 

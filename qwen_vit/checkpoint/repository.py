@@ -195,7 +195,8 @@ class Repository:
         return True
 
     def check(self, name: str, path: Path, *, once: bool = True) -> None:
-        """Hash a cached file and compare it with the Hub's checksum, if the Hub gives one.
+        """Hash a cached file and compare the hash with the Hub's checksum, if the Hub gives a
+        checksum.
 
         huggingface_hub checks only sizes. This check records a good file and hashes it again only
         after a change, or with `once=False`. Raises CheckpointError for a difference.

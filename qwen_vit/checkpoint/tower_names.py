@@ -115,7 +115,7 @@ def find_prefix(names: Collection[str], source: str) -> str:
     >>> find_prefix(["visual.patch_embed.proj.weight", "model.norm.weight"], "folder")
     'visual.'
 
-    Raises CheckpointError with `source` for no tower or more than one.
+    Raises CheckpointError with `source` for no tower or several towers.
     """
     prefixes = tower_prefixes(names)
     if not prefixes:

@@ -1,4 +1,4 @@
-"""Compare our encoder with Hugging Face's, stage by stage: `qwen-vit compare`."""
+"""Compare our encoder with Hugging Face's encoder, stage by stage: `qwen-vit compare`."""
 
 import json
 import shlex

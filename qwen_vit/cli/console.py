@@ -1,4 +1,4 @@
-"""Write data to stdout and everything else to stderr.
+"""Write data to stdout, and all other output to stderr.
 
 The level of the package's logger decides how much goes to stderr. The option -q sets ERROR, and -v
 sets INFO.

@@ -144,7 +144,7 @@ def _loader(
 
 
 def _load(item: "Item", loader: "ImageLoader") -> "LoadedImage":
-    """Return an image's or video's patches, or the error with the size measured before it."""
+    """Return the patches of an image or video, or the error and the size before the error."""
     from qwen_vit.inputs.pages import as_page
     from qwen_vit.inputs.read import read_item
     from qwen_vit.video.items import open_video_item, video_of_item

@@ -159,7 +159,7 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def column_options(command: Command) -> Command:
-    """Add the options that choose which columns of Parquet files are read."""
+    """Add the options that choose columns of Parquet files."""
     options = (
         click.option("--column", metavar="NAME", help="Read images from this Parquet column."),
         click.option(
@@ -269,7 +269,7 @@ def take_video_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def source_options(command: Command) -> Command:
-    """Add the options that choose a checkpoint, for every command that opens one."""
+    """Add the options that choose a checkpoint, for every command that opens a checkpoint."""
     options = (
         click.option("--revision", help="Use this branch, tag or commit of the Hub."),
         click.option("--subfolder", help="Use this folder inside MODEL."),

@@ -1,4 +1,4 @@
-"""Read what `show` draws: encode images, or read stored features."""
+"""Encode images or read stored features for `show`."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class ShowInput:
         window: the side of an attention window, in patches.
         full_attention: the blocks with attention over the full image, or None if they are unknown.
         failed: the failed images.
-        total: the number of images before `limit` was applied.
+        total: the number of images without `limit`.
     """
 
     features: list[ImageFeatures]

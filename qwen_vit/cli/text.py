@@ -1,4 +1,4 @@
-"""Format what the commands print: tables and lists for people, and the JSON of `encode`."""
+"""Format the output of the commands: tables and lists for people, and the JSON of `encode`."""
 
 import math
 import shutil

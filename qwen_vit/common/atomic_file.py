@@ -80,7 +80,7 @@ class AtomicFile:
             os.replace(self._temporary, self.path)
 
     def discard(self) -> None:
-        """Remove the file unless it was committed. A second call does nothing."""
+        """Remove the file unless it was committed. A second call has no effect."""
         with suppress(OSError):
             self.file.close()
         with suppress(OSError):
@@ -138,7 +138,8 @@ def cannot_write(path: Path, error: OSError) -> ExportError:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder. Its new names then survive a power cut if the file system allows it."""
+    """Flush a folder. New names in the folder then survive a power cut, if the file system supports
+    this."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -142,7 +142,8 @@ def match_objects(pattern: str) -> Iterator[RemoteObject]:
 def open_object(
     address: str, block_bytes: int = BLOCK_BYTES, version: str | None = None
 ) -> BinaryIO:
-    """Open an object for reading, in blocks. If the object is replaced, S3 raises an error.
+    """Open an object for reading, in blocks. If another process replaces the object, S3 raises an
+    error.
 
     Raises ReplacedError if the object has another version, and OSError otherwise.
     """

@@ -82,7 +82,7 @@ def has_conditions(address: str, data: bytes) -> bool:
 
 
 def written_s(address: str) -> float:
-    """Return when an object was written, in seconds since 1970. Raises OSError."""
+    """Return the time of an object's last write, in seconds since 1970. Raises OSError."""
     files, place = files_of(address)
     with os_errors():
         return float(files.modified(place).timestamp())

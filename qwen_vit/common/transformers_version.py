@@ -16,8 +16,8 @@ MIN_TRANSFORMERS = "5.18"
 def require_transformers(purpose: str, *, alternative: str = "") -> None:
     """Raise ArgumentError with the installed version unless transformers is new enough.
 
-    `purpose` names what needs transformers, for the message. `alternative` is another way, if one
-    exists.
+    `purpose` names the feature that needs transformers, for the message. `alternative` is another
+    way, if one exists.
     """
     try:
         found = version("transformers")

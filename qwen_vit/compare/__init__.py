@@ -1,1 +1,1 @@
-"""Compare our encoder with Hugging Face's and a float64 oracle, stage by stage."""
+"""Compare our encoder with Hugging Face's encoder and a float64 oracle, stage by stage."""

@@ -123,7 +123,7 @@ class Golden:
                 )
 
     def changed_weights(self, encoder: VisionEncoder) -> tuple[str, ...]:
-        """Return the published names of the weights that differ from the golden's."""
+        """Return the published names of the weights that differ from the golden file's weights."""
         theirs = self.facts["fingerprints"]
         here = fingerprints(encoder.checkpoint.tensors)
         return tuple(name for name in here if here[name] != theirs.get(name))

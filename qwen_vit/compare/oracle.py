@@ -65,9 +65,9 @@ class Oracle:
     def stages(self, rows: Tensor, grids: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the values of every stage of the tower.
 
-        `rows` are (N, 1176) in grid order, and `grids` are (t, h, w). The stages are "patch_embed",
-        (N, C) in grid order; "block.0", ..., (N, C) in window order; and "merger", (N / 4, out) in
-        row-major order.
+        `rows` are (N, 1176) in grid order, and `grids` are (t, h, w). The stage "patch_embed" is
+        (N, C) in grid order. The stages "block.0", ... are (N, C) in window order. The stage
+        "merger" is (N / 4, out) in row-major order.
         """
         plan = self.plan(grids)
         order = torch.tensor(plan.order, device=self.device)

@@ -37,7 +37,7 @@ LINES = {False: "#e5e7eb", True: "#363d47"}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageMaps:
-    """Hold one stage's features as colours, ours and Hugging Face's, and each cell's error."""
+    """Hold our and Hugging Face's features of one stage as colours, and each cell's error."""
 
     name: str
     ours: NDArray[np.float32]  # (rows, columns, 3)
@@ -81,7 +81,8 @@ def stage_maps(maps: FeatureMaps) -> list[StageMaps]:
 
 
 def steps_png(maps: FeatureMaps, layout: StripLayout) -> list[bytes]:
-    """Draw a column for each pair of frames: image, ours, Hugging Face's, error.
+    """Draw a column for each pair of frames, with the image, our map, Hugging Face's map and the
+    error.
 
     All columns have the same colours and error scale, so that readers can compare them.
     """

@@ -70,7 +70,7 @@ class Section:
 
 
 def check_report(folder: Path, *, overwrite: bool) -> None:
-    """Raise ArgumentError without the extra, ExportError if the folder cannot be written."""
+    """Raise ArgumentError without the extra, and ExportError if the disk rejects the folder."""
     check_packages("--report", "jinja2", "matplotlib")
     try:
         if folder.exists() and not folder.is_dir():

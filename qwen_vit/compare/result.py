@@ -20,7 +20,8 @@ class Preprocessing:
     """Hold the difference between our pixels and one Hugging Face processor's.
 
     `values_differ` counts the pixel values, out of `values`, with a different grey level.
-    `largest_levels` is the largest difference, out of 255. Both are None if the grids differ.
+    `largest_levels` is the largest difference, out of 255. Both numbers are None if the grids
+    differ.
     """
 
     processor: str
@@ -44,7 +45,7 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Hold one stage's errors (ours, Hugging Face's, both against float64) and the verdict."""
+    """Hold the verdict and the errors of one stage, between both towers and against float64."""
 
     name: str
     difference: Difference

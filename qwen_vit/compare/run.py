@@ -1,9 +1,9 @@
-"""Compare our encoder with Hugging Face's, and both with float64, on a checkpoint and some images.
+"""Compare our encoder, Hugging Face's encoder and float64 on a checkpoint and some images.
 
 For every image, this module compares the processors' pixels, then the towers stage by stage. It
-compares our stages with Hugging Face's, and both with a float64 oracle. Hugging Face's results come
-from a run on this machine or from a golden file. For one image at a time, memory contains all
-stages of each tower in the tower's dtype, and one stage of the oracle.
+compares our stages with Hugging Face's stages, and both with a float64 oracle. Hugging Face's
+results come from a run on this machine or from a golden file. For one image at a time, memory
+contains all stages of each tower in the tower's dtype, and one stage of the oracle.
 """
 
 import os
@@ -69,7 +69,8 @@ def compare_checkpoint(
     """Load a checkpoint and compare it with a golden file or Hugging Face, for `qwen-vit compare`.
 
     `loading` goes to `VisionEncoder.from_pretrained`. The function checks the arguments and the
-    golden file before it reads the weights. Raises as `compare` and `compare_with_golden` do.
+    golden file before it reads the weights. Raises the errors of `compare` and
+    `compare_with_golden`.
     """
     if golden is not None and save_golden is not None:
         raise ArgumentError(

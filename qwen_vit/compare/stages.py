@@ -61,7 +61,7 @@ def trace_tower(tower: VisionTower, patches: Tensor, layout: Layout) -> Trace:
 def record_stages(tower: Any, keep: Callable[[str, Any], None]) -> Iterator[None]:
     """Call `keep(stage, output)` with the outputs of the patch embedding and of each block.
 
-    The tower must have `patch_embed` and `blocks`, as our tower and Hugging Face's have.
+    The tower must have `patch_embed` and `blocks`, like our tower and Hugging Face's tower.
     """
 
     def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:

@@ -61,7 +61,8 @@ def reference_line(facts: dict[str, Any]) -> str:
 def closer_line(comparison: Comparison) -> str:
     """Return which tower is closer to float64, or an empty line if an error is not finite.
 
-    The line is also empty if the weights differ from the golden's, because the models differ.
+    The line is also empty if the weights differ from the golden file's weights, because the models
+    differ.
     """
     if not comparison.has_same_weights:
         return ""

@@ -134,7 +134,7 @@ def _changed_of_shard(
 
 
 def _digest(item: Item, limits: ImageLimits) -> str:
-    """Return the sha256 of an image's or a video's bytes, as a shard records it."""
+    """Return the sha256 of the bytes of an image or video, like the sha256 in a shard."""
     if item.is_video:
         with open_video_item(item, VideoLimits()) as (_, digest):
             return digest

@@ -55,7 +55,7 @@ NAME_BYTES = 300  # an image's id, source and share of the settings in a shard's
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Estimate what an export will need, from the images' headers.
+    """Estimate the size and duration of an export, from the images' headers.
 
     Attributes:
         images: images of the whole export. An image that the export encoded again counts once.
@@ -101,7 +101,7 @@ def estimate_export(
     >>> estimate_export(encoder, ["tests/photographs/rocket.jpg"]).rows
     345
 
-    Raises ExportError if an export would reject the inputs. If `folder` is given, it also raises
+    Raises ExportError if an export would reject the inputs. With `folder`, it also raises
     ExportError for a folder that an export could not write or resume.
     """
     options = options or ExportOptions()
@@ -248,8 +248,8 @@ def _is_on_disk(source: str) -> bool:
 
 
 def _patches(item: Item, config: ImageConfig, options: ExportOptions) -> int | None:
-    """Return an image's or video's patch count from its header, or None if `encode` would reject
-    it."""
+    """Return the patch count of an image or video from its header, or None if `encode` would reject
+    the file."""
     try:
         if item.is_video:
             return patches_by_header(item, options.video, options.video_limits, config)
@@ -268,7 +268,8 @@ def _seconds(
     """Return the seconds for the work, as the sum of the start, a time per batch and a time per
     patch.
 
-    The first timing loads kernels. Its time above the rates of the others is the start.
+    The first timing loads kernels. The time of the first timing above the rates of the other
+    timings is the start.
 
     On a CPU, a batch of one small image takes 10 times as long per patch as a full batch. Exports
     have batches of both kinds. Each timing has more images than the previous one, until TIMING_S is

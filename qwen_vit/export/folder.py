@@ -101,7 +101,8 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def check_conditions(self, name: str) -> None:
-        """Log a warning if nothing prevents writes by other machines. The file must exist."""
+        """Log a warning if the store cannot prevent writes by other machines. The file must
+        exist."""
 
     @abstractmethod
     def which_exist(self, names: Iterable[str]) -> set[str]:

@@ -77,7 +77,7 @@ class Listings:
         ][:count]
 
     def facts_of(self, shard: int) -> Mapping[str, Any]:
-        """Return what a shard records of its listing."""
+        """Return the facts about its listing that a shard records."""
         listing = self.of(shard)
         return {"n_images": listing.n_images, "listing_sha256": listing.sha256}
 

@@ -66,7 +66,8 @@ LEFTOVER = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """Describe a running export: everything except the encoder that a worker needs for a shard.
+    """Describe a running export with all values that a worker needs for a shard, except the
+    encoder.
 
     You can pickle a plan. `settings` are the settings of export.json, which every shard repeats in
     its metadata.
@@ -143,8 +144,9 @@ def open_export(
     ...     print(plan.n_images)  # doctest: +SKIP
 
     Raises ExportError, before it reads any image, if the folder is not an export or another process
-    writes to it. If inputs or settings differ from the export's, the error names the difference.
-    With inputs of None, it resumes with the inputs of the existing export and logs their changes.
+    writes to it. If the inputs or settings differ from the existing export, the error names the
+    difference. With inputs of None, it resumes with the inputs of the existing export and logs
+    their changes.
     """
     paths, folder = None if inputs is None else _paths(inputs), as_folder(folder)
     if paths is None:
@@ -191,7 +193,7 @@ def _find(
     """Return the listing of the inputs, frozen in `scratch`.
 
     Without paths, it lists the existing export's own inputs. It returns None if this machine cannot
-    list them.
+    list the inputs.
     """
     if paths is not None:
         return _list(paths, scratch, options)

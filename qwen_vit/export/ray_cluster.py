@@ -1,7 +1,8 @@
 """Run an export on a Ray cluster: workers make the shards, and this process counts them.
 
 Ray restarts dead workers, on another node if needed, and retries their tasks. A retry is safe,
-because a shard exists completely or not at all. Its bytes follow from the plan for every worker.
+because a shard exists completely or not at all. Every worker writes the same bytes, which follow
+from the plan.
 """
 
 import logging

@@ -3,7 +3,7 @@
 It freezes the listing first. Line i of the listing belongs to shard i // shard_size. A shard is a
 feature file whose bytes follow only from the listing and the settings. A shard exists completely or
 not at all. It has the features or the error of each image in the shard. The missing shards are
-therefore the remaining work. Any worker can make them, at any time, in any order.
+therefore the remaining work. Any worker can make the missing shards, at any time, in any order.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Write the settings of a new export, and compare the settings of a resumed export.
 
-`export.json` contains everything that decides a shard's bytes: the model, its hashes, the options
+`export.json` contains all settings that decide a shard's bytes: the model, its hashes, the options
 and the listing's hash. Every shard repeats these settings. `export.json` also names later listings,
 later accepted versions and the inputs, which no shard repeats.
 """
@@ -255,7 +255,7 @@ class StoredExport:
     def _append(
         self, kind: str, items: Sequence[Item], withdrawn: Sequence[str], scratch: Path | None
     ) -> None:
-        """Append a listing. Its file appears before the description names it."""
+        """Append a listing. The listing's file appears before the description names the file."""
         if not items and not withdrawn:
             return
         name = listing_name(len(self.listings.all))
@@ -348,7 +348,7 @@ def _read_listings(
 
 
 def has_shards(folder: ExportFolder) -> bool:
-    """Return whether a folder has a finished shard, or a segment of one."""
+    """Return whether a folder has a finished shard, or a segment of a shard."""
     return any(SHARD.fullmatch(name) for name in folder.names())
 
 

@@ -1,4 +1,4 @@
-"""Make a plan's shards one after the other. Each shard is complete or absent.
+"""Make a plan's shards in order. Each shard is complete or absent.
 
 Loader threads prefetch images, and a writer thread writes results. An export waits only for the
 encoder.
@@ -75,7 +75,7 @@ def export_shards(
     clock: StageTimer | None = None,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[DoneShard]:
-    """Make shards one after the other, and yield each shard after writing it to disk.
+    """Make shards in order, and yield each shard after writing it to disk.
 
     >>> for done in export_shards(encoder, plan, plan.shards):
     ...     print(done.shard, len(done.rows))  # doctest: +SKIP
@@ -292,8 +292,8 @@ def _in_groups(
 ) -> Iterator[tuple[list[ImageRecord], list[ImageFeatures]]]:
     """Yield images with their features, in groups that the GPU copies together.
 
-    Copying small images one by one would make the export wait for Python. A CPU copies nothing, so
-    every image is a separate group.
+    Copying small images one by one would make the export wait for Python. On a CPU there is no
+    copy, so every image is a separate group.
     """
     most = GROUP_IMAGES if device.type == "cuda" else 1
     images: list[ImageRecord] = []

@@ -21,7 +21,7 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float6
 
 
 def holds_features(path: str) -> bool:
-    """Return whether a path's name can only be a feature file's or an export folder's.
+    """Return whether a path's name can only be the name of a feature file or an export folder.
 
     >>> holds_features("tests/photographs"), holds_features("features.safetensors")
     (False, True)

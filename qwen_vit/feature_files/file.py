@@ -85,7 +85,7 @@ class FeatureFile(Features):
 
     @property
     def is_complete(self) -> bool:
-        """Return True, because a feature file is written completely or not at all."""
+        """Return True, because the writer writes a feature file completely or not at all."""
         return True
 
     @property

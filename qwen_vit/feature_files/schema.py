@@ -6,15 +6,15 @@ block k of `layers` adds `layer_k` (P, C), with t * h * w rows for each image's 
 metadata is a single key with sorted JSON. With several keys, safetensors would write them in random
 order. The same features must give the same bytes.
 
-Every file of schema 2 has the keys of `FILE_FACTS`. Its `images` has an object for each image with
-the keys of `ItemFacts.to_json`. A value that does not apply or is unknown is null. `rows_sha256`
-has a sha256 for each tensor of rows: the hash of the image's own stored rows.
+Every file of schema 2 has the keys of `FILE_FACTS`. The list `images` has an object for each image,
+with the keys of `ItemFacts.to_json`. A value that does not apply or is unknown is null.
+`rows_sha256` has a sha256 for each tensor of rows: the hash of the image's own stored rows.
 
 An export folder contains `export.json`, `listing.jsonl` (one id per line) and feature files called
 shards. There is one shard for every `shard_size` lines of the listing. A shard also names failed
 images, with the reasons. Extensions of an export add listings in `listing-0001.jsonl` and so on.
-Their shards follow the shards of the previous listing. An image belongs to the last listing that
-has it.
+The shards of a listing follow the shards of the previous listing. An image belongs to the last
+listing that has it.
 
 Schema 1 had no layers. Only shards described images, with `size_px`, `notes`, `sha256` and
 `source`. qwen_vit still reads schema 1.

@@ -170,7 +170,7 @@ class FeatureWriter:
             yield dict(zip(names, of_item, strict=True))
 
     def _check(self, tensor: RowTensor, rows: Tensor, items: Sequence[ItemFacts]) -> Tensor:
-        """Return the rows as they are stored."""
+        """Return the rows in the stored format."""
         n_rows = sum(item.rows_of(tensor.name) for item in items)
         if rows.shape != (n_rows, tensor.width):
             raise ExportError(

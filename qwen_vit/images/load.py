@@ -54,11 +54,11 @@ def load_image(
     >>> image.pixels.shape, image.notes
     ((20, 30, 3), ('grey to RGB',))
 
-    Arrays and tensors are uint8, or floating point in [0, 1] (times 255, rounded half to even).
-    Their shape is (H, W), or has a channel axis of 1, 3 or 4. `layout` places that axis. "auto"
-    raises an error if the axis is ambiguous. A PIL image gives its current frame. The loader may
-    trigger Pillow's lazy loading, and does not change the image otherwise. Pass exif="ignore" for
-    images that are already upright, because `transpose` keeps the tag. `unwrap` describes rows.
+    Arrays and tensors are uint8, or floating point in [0, 1] (times 255, rounded half to even). The
+    shape of an array is (H, W), or has a channel axis of 1, 3 or 4. `layout` places that axis.
+    "auto" raises an error if the axis is ambiguous. A PIL image gives its current frame. The loader
+    may trigger Pillow's lazy loading, and does not change the image otherwise. Pass exif="ignore"
+    for images that are already upright, because `transpose` keeps the tag. `unwrap` describes rows.
     `name` identifies the image in messages. Many threads may call the function at once.
 
     Raises ImageError with a `code` of errors.IMAGE_CODES, and ArgumentError for an unknown `layout`

@@ -247,7 +247,8 @@ def _path_items(
 
 
 def _matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
-    """Yield paths as `glob` finds them, including hidden ones. `**` skips links to parent folders.
+    """Yield the paths that `glob` finds, including hidden paths. `**` skips links to parent
+    folders.
 
     `unreadable` collects unreadable folders by path, because `glob` ignores them.
     """

@@ -50,7 +50,7 @@ class Item:
 
     @property
     def is_file(self) -> bool:
-        """Return whether the image is a whole file, not a part of one."""
+        """Return whether the image is a whole file, not a part of a file."""
         return self.offset is None and self.row is None
 
     @property

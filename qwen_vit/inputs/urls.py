@@ -161,7 +161,7 @@ class _Connection(http.client.HTTPSConnection):
 
 
 def _public_addresses(host: str, port: int) -> list[str]:
-    """Return a host's addresses. Raise an error if one of them is not public."""
+    """Return a host's addresses. Raise an error for an address that is not public."""
     addresses = _resolve(host, port)
     for address in addresses:
         if not _is_public(address):

@@ -34,8 +34,8 @@ class EngineTower(nn.Module):
     torch.Size([6, 192])
 
     The parameters have the tower's own format (padded, permuted, norms folded in). `load_weights`
-    writes them in place. Therefore the engine can count, offload and restore the parameters like
-    other parameters.
+    writes the parameters in place. Therefore the engine can count, offload and restore the
+    parameters like other parameters.
 
     Args:
         config: the tower's architecture.

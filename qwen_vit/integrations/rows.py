@@ -170,7 +170,7 @@ def whole_numbers(grid: Iterable[int]) -> tuple[int, ...]:
     >>> whole_numbers(torch.tensor([1, 4, 6]))
     (1, 4, 6)
 
-    Raises ArgumentError for anything else, such as 4.7.
+    Raises ArgumentError for other values, such as 4.7.
     """
     try:
         return tuple(map(index, grid))

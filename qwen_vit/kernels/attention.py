@@ -8,9 +8,9 @@ and keeps Q in registers. `_rotate_keys` applies RoPE to K once beforehand. Insi
 each query tile would repeat that work. On Hopper, the assembler would also serialise the matrix
 instructions there.
 
-The kernels read Q, K and V in place from the fused QKV projection. They cut the head dim into a
-main part and a tail, both powers of two (80 = 64 + 16). This cut needs no multiply-add for padding.
-On Hopper `attention_hopper` replaces both attention kernels for the published head dim.
+The kernels read Q, K and V in place from the fused QKV projection. The kernels cut the head dim
+into a main part and a tail, both powers of two (80 = 64 + 16). This cut needs no multiply-add for
+padding. On Hopper `attention_hopper` replaces both attention kernels for the published head dim.
 
 The prefixes are `b_` for blocks, `p_` for pointers, `m_` for masks and `o_` for offsets. A comment
 gives each block's shape. These tuples group related values: rope = (cos, sin, axis_index),

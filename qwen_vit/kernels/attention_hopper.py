@@ -1,8 +1,8 @@
 """Compute window and full attention on Hopper, and overlap the loads with computation.
 
 In the window kernel, the tensor memory accelerator (TMA) loads Q, K and V of a head while the
-angles load. The kernel applies RoPE to Q and K in registers. It writes them back to the same shared
-memory, where the tensor cores read them.
+angles load. The kernel applies RoPE to Q and K in registers. The kernel writes Q and K back to the
+same shared memory, where the tensor cores read Q and K.
 
 In the full kernel, a program has three partitions. The load partition, one warp, fetches tiles of K
 and V into a ring of shared memory. `attention.rotated_keys` has applied RoPE to K beforehand. Each
@@ -16,9 +16,9 @@ with STAGES slots. `barriers` are mbarriers. The MMA partitions wait for a slot'
 `ready` barrier. The load partition waits on its `empty` barrier until both MMA partitions have read
 the slot. Each pass over the ring flips a barrier's phase.
 
-Both kernels use programmatic dependent launch. They may start before the previous kernel has ended,
-and they let the next kernel start early. Each kernel waits for the previous kernel before it reads
-that kernel's output.
+Both kernels use programmatic dependent launch. Both kernels may start before the previous kernel
+has ended, and let the next kernel start early. Each kernel waits for the previous kernel before it
+reads that kernel's output.
 
 The kernels are in Gluon, Triton's lower level, because Triton cannot express that overlap. They
 support bf16 and head dim 80, which every published tower has. Otherwise the Triton kernels run.
@@ -371,7 +371,7 @@ def _window_attention(
     tiles, rows0, rows1, cos, sin, axis_index, out, scale_log2e,
     H: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Attend within one window of one head. Its keys are its query rows.
+    """Attend within one window of one head. The keys of a window are its query rows.
 
     Heads vary fastest, as in memory. Q, K and V load together while the angles load. The kernel
     writes Q and K back to the same shared memory after RoPE.

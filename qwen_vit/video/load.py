@@ -83,7 +83,7 @@ def load_video(video: Video, config: ImageConfig, **options: Unpack[LoadOptions]
     >>> loaded.patches.pixels.shape, loaded.timing.second_per_grid_t
     (torch.Size([48, 1176]), 1.0)
 
-    Raises as `load_pieces` does.
+    Raises the errors of `load_pieces`.
     """
     [loaded] = load_pieces(video, config, **options)
     return loaded

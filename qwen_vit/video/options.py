@@ -1,4 +1,5 @@
-"""Define what a caller may pass as a video, the sampling options, and limits on videos."""
+"""Define the values that a caller may pass as a video, the sampling options, and limits on
+videos."""
 
 import math
 import os

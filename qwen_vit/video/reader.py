@@ -63,7 +63,8 @@ class _Index:
     """Hold every frame's time, and the key frames where decoding can begin.
 
     `ticks` are the frames' timestamps in order. `keys` are the key frames' timestamps. `by_count`
-    is True if timestamps do not identify frames. The reader then counts frames from the first one.
+    is True if timestamps do not identify frames. The reader then counts frames from the first
+    frame.
     """
 
     ticks: NDArray[np.int64]
@@ -347,7 +348,7 @@ def read_header(source: str | BinaryIO, name: str, limits: VideoLimits) -> Video
 
 
 def _turn_of(frame: Any) -> tuple[Image.Transpose | None, bool]:
-    """Return the display matrix's operation, and whether the matrix needs an unsupported one.
+    """Return the display matrix's operation, and whether the matrix needs an unsupported operation.
 
     The function reads the matrix from a small copy of the frame. PyAV's side data and frame refer
     to each other,

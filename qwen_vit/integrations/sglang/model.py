@@ -1,4 +1,4 @@
-"""Run Qwen2.5-VL in SGLang with this package's vision tower in place of SGLang's.
+"""Run Qwen2.5-VL in SGLang with this package's vision tower in place of SGLang's tower.
 
 If SGLANG_EXTERNAL_MODEL_PACKAGE names the parent package, SGLang imports this module in each of its
 processes. SGLang then builds `EntryClass` for checkpoints of that architecture. SGLang provides all

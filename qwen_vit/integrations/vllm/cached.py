@@ -17,7 +17,7 @@ class CachedFeatures:
     """Identify an entry of an encoder cache, which a request names instead of embeddings.
 
     Attributes:
-        id: the image's or video's id, as `ImageFeatures.id`.
+        id: the id of the image or video, as in `ImageFeatures.id`.
         uuid: the entry's name, for `multi_modal_uuids`.
         grid_thw: (frames, height, width) in patches.
         second_per_grid_t: seconds per time step of a video's grid, or None for an image.
@@ -57,7 +57,7 @@ def to_vllm_cached_chat_part(entries: Iterable[CachedFeatures]) -> list[dict[str
     >>> to_vllm_cached_chat_part([CachedFeatures("a.jpg", "5f-c0", (1, 4, 6))])
     [{'type': 'image_embeds', 'image_embeds': {'image_grid_thw': [1, 4, 6]}, 'uuid': '5f-c0'}]
 
-    Video parts follow image parts. Raises as `to_vllm_cached` does.
+    Video parts follow image parts. Raises the errors of `to_vllm_cached`.
     """
     parts = []
     for kind, some in _by_kind(entries).items():

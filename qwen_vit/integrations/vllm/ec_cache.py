@@ -1,7 +1,7 @@
 """Write vLLM's encoder cache as files, so that requests contain a grid and an id.
 
 vLLM's `ECExampleConnector` reads an item's rows from FOLDER/UUID/encoder_cache.safetensors, one
-tensor `ec_cache` (tokens, width). The connector checks nothing. Rows of a wrong width or number
+tensor `ec_cache` (tokens, width). The connector checks no entry. Rows of a wrong width or number
 stop the engine for all users. Therefore a folder has one model, one image size setting and one
 dtype. `qwen_vit.json` in the folder names all three. Each entry's uuid contains a digest of these
 settings and a digest of the rows. `index/` maps images to entries, with one file per call of
@@ -77,7 +77,7 @@ def write_ec_cache(
     distributed/ec_transfer/ec_connector/example_connector.py.
 
     Args:
-        features: features of images. The function checks all of them before it writes.
+        features: features of images. The function checks all features before it writes.
         folder: a new or empty folder, or a folder that this function wrote for the same model.
         metadata: `encoder.metadata()`, or the `metadata` of `load_features(...)`.
         videos: as in `to_vllm`.
@@ -208,7 +208,7 @@ def check_ec_folder(
 
     >>> check_ec_folder("cache", encoder.metadata(), "bfloat16")  # doctest: +SKIP
 
-    Raises as `write_ec_cache` does for the folder and the metadata.
+    Raises the errors of `write_ec_cache` for the folder and the metadata.
     """
     folder = Path(folder)
     check_utf8(folder)
@@ -246,7 +246,8 @@ def _uuid(settings: Mapping[str, Any], rows: Tensor, grid: Sequence[int]) -> str
 def _names(folder: Path) -> list[str]:
     """Return the names in the folder, and create the folder if it does not exist.
 
-    Raises ExportError if the folder cannot be created, or if it contains anything but a cache.
+    Raises ExportError if the system cannot create the folder, or if the folder contains other
+    files.
     """
     try:
         if not folder.absolute().parent.is_dir():

@@ -1,4 +1,4 @@
-"""Run Qwen2.5-VL in vLLM with this package's vision tower in place of vLLM's.
+"""Run Qwen2.5-VL in vLLM with this package's vision tower in place of vLLM's tower.
 
 After `plugin.register` registers this module, vLLM imports it to build a Qwen2.5-VL. vLLM provides
 all other parts: processor, scheduler, caches, language model.
@@ -170,11 +170,11 @@ def _counts_reserved_memory() -> bool:
 
 
 def _puts_back_what_it_does_not_load() -> bool:
-    """Return whether vLLM's reload accepts `weight_loader_numel` of 0 and then loads nothing.
+    """Return whether vLLM's reload accepts `weight_loader_numel` of 0 and then loads no parameter.
 
-    The tower writes its parameters itself. Without this number vLLM also loads nothing, but warns
-    "Failed to load weights" for each of the tower's layers. A field name identifies a vLLM version
-    with this rule.
+    The tower writes its parameters itself. Without this number vLLM also loads no parameter, but
+    warns "Failed to load weights" for each of the tower's layers. A field name identifies a vLLM
+    version with this rule.
     """
     try:
         from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
