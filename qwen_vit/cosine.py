@@ -85,7 +85,7 @@ def _rows(name: str, given: Rows) -> Tensor:
             )
         images.append(image.embeds)
     if not images:
-        raise ArgumentError(f"{name} contains no image", remedy="pass at least one")
+        raise ArgumentError(f"{name} contains no image", remedy="pass at least one image")
     if len(images) == 1:
         return images[0]
     many = next((rows for rows in images if len(rows) != 1), None)
@@ -93,7 +93,7 @@ def _rows(name: str, given: Rows) -> Tensor:
         raise ArgumentError(
             f"{name} contains {plural(len(images), 'image')}, and one of the images has "
             f"{len(many)} rows",
-            expected="one row an image, or one image",
+            expected="one row per image, or a single image",
             remedy=with_options(
                 "encode them with {}, or compare one image at a time", ("output", "mean")
             ),
@@ -101,7 +101,7 @@ def _rows(name: str, given: Rows) -> Tensor:
     shapes = {tuple(rows.shape[1:]) for rows in images}
     if len(shapes) > 1:
         raise ArgumentError(
-            f"{name} holds rows of the shapes {', '.join(map(str, sorted(shapes)))}",
+            f"{name} contains rows of the shapes {', '.join(map(str, sorted(shapes)))}",
             expected="one",
             remedy="compare features of one model and output",
         )

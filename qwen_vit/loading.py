@@ -342,7 +342,7 @@ class ImageLoader:
                 f"patches of {values} values",
                 name=name,
                 expected=f"{expected}, or {self.config.patch_dim} of a video",
-                remedy="build them with this encoder's image_config",
+                remedy="build the patches with this encoder's image_config",
                 code="patches",
             )
         check_grids(patches.grids, self.config, name)

@@ -261,7 +261,7 @@ def _kept(repository: Repository) -> Download | None:
                 f"contains {manifest.repo} at {manifest.commit}",
                 name=str(folder),
                 expected=f"{repository.name} at {repository.commit}",
-                remedy="delete it",
+                remedy="delete the folder",
             )
     except CheckpointError as error:
         if repository.is_offline():
@@ -284,7 +284,7 @@ def _resolve(repository: Repository) -> Path:
             "no config.json",
             name=repository.label,
             expected="a Qwen2.5-VL checkpoint",
-            remedy="choose a repository that holds one",
+            remedy="choose a repository with a Qwen2.5-VL checkpoint",
         )
     return config.parent
 
@@ -327,7 +327,7 @@ def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
             f"names no {ANCHOR_KEY}",
             name=str(index),
             expected="a Qwen2.5-VL vision tower",
-            remedy="choose a repository that holds one",
+            remedy="choose a repository with a Qwen2.5-VL checkpoint",
         )
     names = sorted(
         {file for name, file in shard_of.items() if plain_name(name).startswith(prefixes[0])}

@@ -170,7 +170,7 @@ def find_tower(folder: Path, remote: RemoteFiles | None = None) -> Tower:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise CheckpointError(
-            "not there",
+            "does not exist",
             name=str(config_path),
             expected="the config of the weights",
             remedy="copy the file from the same checkpoint",

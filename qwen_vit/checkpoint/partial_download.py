@@ -159,5 +159,5 @@ def verify_download(folder: Path, label: str) -> None:
             error,
             name=f"{label}: {at}",
             fact=f"damaged in transfer: {error.fact}",
-            remedy="download it again",
+            remedy="download the checkpoint again",
         ) from None

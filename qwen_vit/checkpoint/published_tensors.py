@@ -118,7 +118,7 @@ class LazyTensors(PublishedTensors[StoredTensor]):
                 raise CheckpointError(
                     "was overwritten after qwen_vit opened it",
                     name=str(part.path),
-                    expected="the weights that were loaded",
+                    expected="the loaded weights",
                     remedy="load the model again. To replace a file, write a new file and rename "
                     "it",
                 )

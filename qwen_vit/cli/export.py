@@ -294,6 +294,6 @@ def _ask_if_large(estimate: "Estimate", folder: "AnyPath") -> None:
     if not click.confirm(f"{display_name(str(folder))}: {fact}. Go on?", err=True):
         raise ExportError(
             "export cancelled",
-            remedy="to make it smaller, pass fewer images, --max-pixels, --output mean or "
+            remedy="to make the export smaller, pass fewer images, --max-pixels, --output mean or "
             "--dtype bfloat16",
         )

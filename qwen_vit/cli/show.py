@@ -111,7 +111,7 @@ def show(
         given = read_stored(inputs[0], ids, limit, pictures)
     else:
         if model is None:
-            raise ArgumentError("--model is missing", remedy="pass it to encode images")
+            raise ArgumentError("--model is missing", remedy="pass --model to encode images")
         if pictures or ids:
             raise ArgumentError(
                 "--images and --id work only for stored features",

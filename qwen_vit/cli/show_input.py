@@ -89,7 +89,9 @@ def read_stored(path: str, ids: Sequence[str], limit: int, images: Sequence[str]
     try:
         chosen: Features = stored[list(ids)] if ids else stored[:limit]
     except KeyError as error:
-        raise ArgumentError(str(error.args[0]), remedy="pass one of its ids as --id") from None
+        raise ArgumentError(
+            str(error.args[0]), remedy="pass an id of the stored features as --id"
+        ) from None
     features = list(chosen)
     if not features:
         raise ArgumentError("contains no features", name=path, remedy="pass another file or folder")

@@ -31,7 +31,7 @@ __all__ = [
 LENGTH_BYTES = 8
 START_BYTES = 64  # enough for a header's length, or to recognise another kind of file
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-DOWNLOAD_AGAIN = "delete it and download it again (qwen-vit download MODEL)"
+DOWNLOAD_AGAIN = "delete the file and download it again (qwen-vit download MODEL)"
 
 # Files that often have the name of weights: how they start, what they are, what to do.
 IMPOSTORS = (

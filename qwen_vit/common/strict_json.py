@@ -34,7 +34,7 @@ def read_json(path: AnyPath) -> dict[str, Any]:
                 f"{path.stat().st_size} bytes",
                 name=str(path),
                 expected=f"at most {MAX_JSON_BYTES}",
-                remedy="download it again",
+                remedy="download the file again",
             )
         raw = path.read_bytes()
     except OSError as error:

@@ -222,7 +222,7 @@ written by `qwen-vit compare --save-golden`.
                 raise ComparisonError(
                     f"a safetensors file but not a golden file: its metadata has no {METADATA_KEY}",
                     name=name,
-                    remedy="make one with `qwen-vit compare --save-golden`",
+                    remedy="make a golden file with `qwen-vit compare --save-golden`",
                 )
             if facts.get("schema_version") != SCHEMA_VERSION:
                 raise ComparisonError(

@@ -66,8 +66,7 @@ LEFTOVER = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """Describe a running export with all values that a worker needs for a shard, except the
-    encoder.
+    """Hold the values of an export that a worker needs for a shard, without the encoder.
 
     You can pickle a plan. `settings` are the settings of export.json, which every shard repeats in
     its metadata.
@@ -144,9 +143,8 @@ def open_export(
     ...     print(plan.n_images)  # doctest: +SKIP
 
     Raises ExportError, before it reads any image, if the folder is not an export or another process
-    writes to it. If the inputs or settings differ from the existing export, the error names the
-    difference. With inputs of None, it resumes with the inputs of the existing export and logs
-    their changes.
+    writes to it. If the inputs or settings differ, the error names the difference. With inputs of
+    None, it resumes with the inputs of the existing export and logs their changes.
     """
     paths, folder = None if inputs is None else _paths(inputs), as_folder(folder)
     if paths is None:

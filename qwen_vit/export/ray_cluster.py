@@ -1,8 +1,7 @@
 """Run an export on a Ray cluster: workers make the shards, and this process counts them.
 
 Ray restarts dead workers, on another node if needed, and retries their tasks. A retry is safe,
-because a shard exists completely or not at all. Every worker writes the same bytes, which follow
-from the plan.
+because a shard exists completely or not at all. The plan decides the bytes for every worker.
 """
 
 import logging
@@ -153,7 +152,7 @@ def _size(plan: ExportPlan, shard: int) -> int:
         return plan.folder.size(shard_name(shard))
     except FileNotFoundError:
         raise ExportError(
-            "it does not exist here, although a worker wrote it",
+            "it does not exist on this machine, although a worker wrote it",
             name=str(plan.path(shard)),
             expected="a folder on a disk that all nodes of the cluster share",
             remedy=OTHER_FOLDER,

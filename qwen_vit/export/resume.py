@@ -75,7 +75,7 @@ def read_start_options(folder: AnyPath) -> StartOptions:
         raise ExportError(
             f"its settings cannot be read ({error})",
             name=str(folder / SETTINGS),
-            remedy="resume it with INPUTS and the options that it was started with",
+            remedy="resume the export with INPUTS and the original options",
         ) from None
     beside = os.path.join(str(inputs.get("folder", "")), model)
     return StartOptions(beside if os.path.isdir(beside) else model, loading, options)

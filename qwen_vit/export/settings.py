@@ -227,7 +227,7 @@ class StoredExport:
             self._append("extend", [*changes.new, *changed], withdrawn, scratch)
         if options.retry_failed and self._has_open_retry():
             logger.warning(
-                "an earlier %s is not finished: this run finishes it first",
+                "this run first finishes an earlier %s",
                 with_options("{}", "retry_failed"),
             )
         elif options.retry_failed:
@@ -235,7 +235,7 @@ class StoredExport:
             again = [item for item in failed if item.error is None]
             if len(again) < len(failed):
                 logger.warning(
-                    "%s while listing: %s lists them again",
+                    "%s while listing: %s lists these inputs again",
                     plural(len(failed) - len(again), "failure"),
                     with_options("{}", "extend"),
                 )

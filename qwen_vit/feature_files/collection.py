@@ -202,8 +202,8 @@ class Features(ABC):
             index = operator.index(key)  # type: ignore[arg-type]
         except TypeError:
             raise TypeError(
-                f"{key!r} does not select images of {self}. Expected a position or an id, a slice, "
-                "or a list or array of them."
+                f"{key!r} does not select images of {self}. Expected a position or an id, a "
+                "slice, or a list or array of positions or ids."
             ) from None
         if not -count <= index < count:
             raise IndexError(f"image {index} of {self}, which contains {plural(count, 'image')}")

@@ -75,7 +75,7 @@ def _compressed(name: str) -> ImageError:
     return ImageError(
         "a compressed tar; members cannot be read by offset",
         name=name,
-        remedy="unpack it",
+        remedy="unpack the tar",
         code="format",
     )
 
@@ -112,7 +112,7 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
             raise ImageError(
                 "has data after its end marker; those members were not exported",
                 name=name,
-                remedy="unpack it",
+                remedy="unpack the tar",
                 code="damaged",
             )
 

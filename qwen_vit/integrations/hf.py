@@ -195,7 +195,7 @@ def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
         raise ArgumentError(
             f"encoder is {encoder!r}",
             expected="a VisionEncoder",
-            remedy="load one with VisionEncoder.from_pretrained",
+            remedy="load an encoder with VisionEncoder.from_pretrained",
         )
     require_transformers("as_hf_tower")
     from qwen_vit.integrations.hf_tower import HFTower  # importing torch._dynamo takes 1.5 s

@@ -120,7 +120,7 @@ def check_modalities(
             f"its features are {rows[0].shape[1]} wide",
             name=[*pictures, *clips][0].id,
             expected=f"{width}, the language model's width",
-            remedy="encode it with the model that the engine serves",
+            remedy="encode the image with the model that the engine serves",
         )
     n = len(pictures)
     for image, (t, _, _) in zip(pictures, grids[:n].tolist(), strict=True):
@@ -150,7 +150,8 @@ def _merged_rows(image: ImageFeatures | FailedImage) -> Tensor:
             f"{' and are a mean' if is_mean else ''}",
             name=image.id,
             expected=f"{expected} merged rows for its grid of {image.grid_thw}",
-            remedy='encode or export it again with output="merged", neither "patch" nor "mean"',
+            remedy='encode or export the image again with output="merged", neither "patch" nor '
+            '"mean"',
         )
     is_float = image.embeds.is_floating_point()
     if not is_float or not all_finite(image.embeds):
@@ -159,7 +160,7 @@ def _merged_rows(image: ImageFeatures | FailedImage) -> Tensor:
             f"{fact} with NaN or infinity" if is_float else fact,
             name=image.id,
             expected="finite floating-point numbers",
-            remedy="encode or export it again",
+            remedy="encode or export the image again",
         )
     return image.embeds
 

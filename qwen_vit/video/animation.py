@@ -114,7 +114,7 @@ class AnimationFrames:
             raise ImageError(
                 f"decoding took more than {self._limits.max_decode_s:g} s",
                 name=self._name,
-                remedy="shorten it, or raise VideoLimits.max_decode_s in Python",
+                remedy="shorten the animation, or raise VideoLimits.max_decode_s in Python",
                 code="slow",
             )
 

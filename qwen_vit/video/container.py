@@ -91,7 +91,7 @@ def _no_video(head: bytes, name: str) -> ImageError:
         f"not a supported video: it starts with {head[:16]!r}",
         name=name,
         expected=EXPECTED,
-        remedy="convert it, for example with ffmpeg -i",
+        remedy="convert the file, for example with ffmpeg -i",
         code="not-an-image",
     )
 
@@ -153,7 +153,7 @@ def too_many_frames(count: int, name: str, limits: VideoLimits) -> ImageError:
         f"{count} frames",
         name=name,
         expected=f"at most {limits.max_frames}",
-        remedy="cut it into shorter videos, or raise VideoLimits.max_frames in Python",
+        remedy="cut the video into shorter videos, or raise VideoLimits.max_frames in Python",
         code="too-many-frames",
     )
 

@@ -172,7 +172,7 @@ def _whole(source: Any, name: str, limits: VideoLimits) -> bytes:
             f"an animation of more than {len(data) - 1} bytes",
             name=name,
             expected=f"at most {len(data) - 1}",
-            remedy="convert it to a video",
+            remedy="convert the animation to a video",
             code="file-too-large",
         )
     return data
@@ -248,7 +248,7 @@ def _from_frames(
                 f"frame {at} is {rgb.width}x{rgb.height}, and the first {size[1]}x{size[0]}",
                 name=name,
                 expected="frames of one size",
-                remedy="resize them, or pass them as images",
+                remedy="resize the frames, or pass the frames as images",
                 code="size-changes",
             )
         _resize_into(rows, at, partial(_picture, rgb))
@@ -274,7 +274,7 @@ def _frame_list(source: Any, name: str) -> Any:
         f"{what}, not a video",
         name=name,
         expected="a path, a file's bytes, an array (t, h, w, c), or a list of frames",
-        remedy="convert it to one of them",
+        remedy="convert the object to one of these types",
         code="source-type",
     )
 

@@ -145,7 +145,7 @@ class FileFrames:
                 raise self._damaged("its data ends early", "truncated")
             if count == 0 and packet.has_sidedata("encryption_info"):
                 raise ImageError(
-                    "encrypted", name=self._name, remedy="decrypt it first", code="encrypted"
+                    "encrypted", name=self._name, remedy="decrypt the video first", code="encrypted"
                 )
             tick = packet.pts if packet.pts is not None else packet.dts
             complete = complete and packet.pts is not None
@@ -162,7 +162,7 @@ class FileFrames:
             raise ImageError(
                 "it has a video stream without frames",
                 name=self._name,
-                remedy="record or fetch it again",
+                remedy="record or fetch the video again",
                 code="no-video",
             )
         is_guessed = self._container.format.name == "avi" and bool(self._codec.has_b_frames)

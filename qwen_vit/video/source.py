@@ -189,6 +189,6 @@ def check_size(width: int, height: int, name: str, limits: VideoLimits) -> None:
             f"its frames are {width}x{height} = {width * height} pixels",
             name=name,
             expected=f"at most {limits.max_pixels}",
-            remedy="make them smaller, or raise VideoLimits.max_pixels in Python",
+            remedy="make the frames smaller, or raise VideoLimits.max_pixels in Python",
             code="too-many-pixels",
         )

@@ -32,7 +32,7 @@ def test_folders_without_weights_say_what_they_hold(tmp_path):
 def test_a_missing_config_is_named(tmp_path):
     write_checkpoint(tmp_path, SMALL)
     (tmp_path / "config.json").unlink()
-    assert f"{tmp_path / 'config.json'}: not there" in refusal(tmp_path)
+    assert f"{tmp_path / 'config.json'}: does not exist" in refusal(tmp_path)
 
 
 def test_image_settings_of_another_model_are_refused(tmp_path):

@@ -228,7 +228,7 @@ def test_who_answers_no_is_told_that_nothing_was_exported(
     """It was called interrupted, with 130."""
     monkeypatch.setattr(export_command, "ASK_ABOVE_BYTES", 1_000)
     for answer, code, words in (
-        ("n\n", 2, "error: export cancelled. To make it smaller, pass fewer images"),
+        ("n\n", 2, "error: export cancelled. To make the export smaller, pass fewer images"),
         ("", 130, "interrupted"),  # Ctrl-D
     ):
         stdin = io.StringIO(answer)

@@ -219,7 +219,7 @@ def test_an_unfinished_retry_is_finished_before_another(
         with pytest.raises(OSError, match="as a kill"):
             export(RETRY)
     export(RETRY)
-    assert "an earlier retry_failed is not finished" in caplog.text
+    assert "this run first finishes an earlier retry_failed" in caplog.text
     assert listings() == ["listing-0001.jsonl", "listing.jsonl"]
 
 

@@ -200,7 +200,8 @@ def test_a_shard_on_a_disk_of_the_worker_alone_is_told(tmp_path: Path) -> None:
     with (
         open_export(FakeEncoder(), [str(tmp_path / "images")], tmp_path / "out", SMALL) as plan,
         pytest.raises(
-            ExportError, match=r"does not exist here, although a worker wrote it\. .* all nodes"
+            ExportError,
+            match=r"does not exist on this machine, although a worker wrote it\. .* all nodes",
         ),
     ):
         _size(plan, 0)

@@ -76,7 +76,7 @@ def test_a_tar_that_goes_on_after_its_end_is_reported(here: Path) -> None:
     assert (image.id, read_item(image, LIMITS)) == ("t.tar/1.jpg", b"one")
     assert rest.error == (
         "damaged",
-        "t.tar: has data after its end marker; those members were not exported. Unpack it.",
+        "t.tar: has data after its end marker; those members were not exported. Unpack the tar.",
     )
 
 

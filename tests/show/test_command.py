@@ -194,7 +194,7 @@ def test_odd_names_are_text_on_the_page_and_no_paths(folder: Path, run: Any) -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("p",), "--model is missing. Pass it to encode images."),
+        (("p",), "--model is missing. Pass --model to encode images."),
         (("p", *TINY, "--id", "a.png"), "--images and --id work only for stored features"),
         (("f.safetensors", "--model", "tiny"), "--model works only for images. Omit --model"),
         (("f.safetensors", "p"), "`show` accepts no other input beside stored features"),

@@ -102,7 +102,7 @@ def write_ec_cache(
         raise ExportError(
             f"the features are {dtype_name(rows[0].dtype)}",
             expected=" or ".join(map(dtype_name, STORED_AS)),
-            remedy="encode them again",
+            remedy="encode the images again",
         )
     settings = _settings(metadata, dtype_name(rows[0].dtype)) | {"width": rows[0].shape[1]}
     _make_folder(folder, settings)
