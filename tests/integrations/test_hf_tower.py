@@ -230,7 +230,7 @@ def test_features_in_place_of_pixels_work_for_both_models(
 
 @pytest.mark.parametrize("given", ["tiny", nn.Linear(2, 2), None])
 def test_what_is_no_encoder_is_refused(given: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"encoder is .*\. Expected a VisionEncoder\. Load an encoder"):
+    with pytest.raises(ArgumentError, match=r"encoder is .*\. .*Load an encoder"):
         as_hf_tower(given)
 
 
