@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,17 +75,19 @@ OMNI = {
     ],
     ids=["whole", "flat", "flat-typed", "32B", "32B-flat", "omni", "omni-thinker", "omni-flat"],
 )
-def test_every_published_form_of_the_config_is_read(document, expected):
+def test_every_published_form_of_the_config_is_read(
+    document: dict[str, Any], expected: VisionConfig
+) -> None:
     assert VisionConfig.from_json(document) == expected
 
 
-def test_derived_sizes_of_the_published_tower():
+def test_derived_sizes_of_the_published_tower() -> None:
     config = PUBLISHED_7B
     assert (config.head_dim, config.rotary_pairs, config.patch_dim) == (80, 40, 1176)
     assert (config.merge_unit, config.window_units, config.factor_px) == (4, 4, 28)
 
 
-def test_transformers_writes_a_config_that_is_read(tmp_path):
+def test_transformers_writes_a_config_that_is_read(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.Qwen2_5_VLConfig(vision_config=SMALL.to_json())
     theirs.save_pretrained(tmp_path)
@@ -91,13 +95,13 @@ def test_transformers_writes_a_config_that_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("config", [PUBLISHED_7B, SMALL, replace(SMALL, fullatt_block_indexes=())])
-def test_configs_survive_a_round_trip_through_a_file(tmp_path, config):
+def test_configs_survive_a_round_trip_through_a_file(tmp_path: Path, config: VisionConfig) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.to_json()))
     assert VisionConfig.from_json(path) == VisionConfig.from_json(str(path)) == config
 
 
-def test_configs_are_frozen_and_checked_when_built_directly():
+def test_configs_are_frozen_and_checked_when_built_directly() -> None:
     with pytest.raises(FrozenInstanceError):
         SMALL.depth = 4
     with pytest.raises(CheckpointError, match="num_heads 3 does not divide hidden_size 32"):
@@ -138,14 +142,16 @@ def test_configs_are_frozen_and_checked_when_built_directly():
         ({"rope_parameters": 1}, r"rope_parameters is 1\. Expected an object"),
     ],
 )
-def test_impossible_values_name_the_file_the_rule_and_the_remedy(change, rule):
+def test_impossible_values_name_the_file_the_rule_and_the_remedy(
+    change: dict[str, Any], rule: str
+) -> None:
     with pytest.raises(CheckpointError, match=rule) as caught:
         VisionConfig.from_json({**VISION_7B, **change}, source="a/config.json")
     assert str(caught.value).startswith("a/config.json: ")
     assert caught.value.remedy == "use the config.json that belongs to the weights"
 
 
-def test_the_output_size_is_never_guessed():
+def test_the_output_size_is_never_guessed() -> None:
     with pytest.raises(CheckpointError, match=r"c\.json: out_hidden_size is missing"):
         VisionConfig.from_json({"model_type": "qwen2_5_vl"}, source="c.json")
 
@@ -154,7 +160,7 @@ def test_the_output_size_is_never_guessed():
     "rope",
     [{}, {"rope_type": "default", "rope_theta": 5e4}, {"type": "axial", "rope_theta": 50000}],
 )
-def test_theta_is_read_from_rope_parameters(rope):
+def test_theta_is_read_from_rope_parameters(rope: dict[str, Any]) -> None:
     config = VisionConfig.from_json({**VISION_7B, "rope_parameters": rope})
     assert config.rope_theta == rope.get("rope_theta", 1e4)
     assert isinstance(config.rope_theta, float)
@@ -195,7 +201,7 @@ def test_theta_is_read_from_rope_parameters(rope):
         ),
     ],
 )
-def test_other_models_are_refused_by_name(document, words):
+def test_other_models_are_refused_by_name(document: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError, match=words) as caught:
         VisionConfig.from_json(document, source="c.json")
     assert str(caught.value).startswith("c.json")
@@ -230,7 +236,7 @@ def test_other_models_are_refused_by_name(document, words):
         "html",
     ],
 )
-def test_a_damaged_file_is_named(tmp_path, raw, words):
+def test_a_damaged_file_is_named(tmp_path: Path, raw: bytes, words: str) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(raw)
     with pytest.raises(CheckpointError, match=words) as caught:
@@ -239,14 +245,14 @@ def test_a_damaged_file_is_named(tmp_path, raw, words):
     assert caught.value.remedy in ("download the file again", "correct this value")
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "config.json", tmp_path):
         with pytest.raises(CheckpointError, match="not a file") as caught:
             VisionConfig.from_json(path)
         assert str(path) in str(caught.value)
 
 
-def test_an_enormous_file_is_not_read(tmp_path):
+def test_an_enormous_file_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     with path.open("wb") as file:
         file.truncate(2**30)
@@ -269,7 +275,9 @@ SIZE = {"shortest_edge": 6272, "longest_edge": 50_176}
         ({"image_processor": {"size": SIZE}, "processor_class": "x"}, (6272, 50_176)),
     ],
 )
-def test_pixel_limits_are_found_in_every_form(document, limits):
+def test_pixel_limits_are_found_in_every_form(
+    document: dict[str, Any], limits: tuple[int, int]
+) -> None:
     config = ImageConfig.from_json(document)
     assert (config.min_pixels, config.max_pixels) == limits
     assert (config.patch_px, config.temporal_patch_size, config.merge_size) == (14, 2, 2)
@@ -277,7 +285,7 @@ def test_pixel_limits_are_found_in_every_form(document, limits):
     assert config.image_std == (0.26862954, 0.26130258, 0.27577711)
 
 
-def test_transformers_writes_image_settings_that_are_read(tmp_path):
+def test_transformers_writes_image_settings_that_are_read(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.Qwen2VLImageProcessorPil(size=SIZE, image_mean=[0.1, 0.2, 0.3])
     theirs.save_pretrained(tmp_path)
@@ -314,7 +322,9 @@ def test_transformers_writes_image_settings_that_are_read(tmp_path):
         ({"image_processor_type": "CLIPImageProcessor"}, "Expected Qwen2VLImageProcessor"),
     ],
 )
-def test_image_settings_that_cannot_be_met_name_the_file_and_the_rule(document, rule):
+def test_image_settings_that_cannot_be_met_name_the_file_and_the_rule(
+    document: dict[str, Any], rule: str
+) -> None:
     with pytest.raises(CheckpointError, match=rule) as caught:
         ImageConfig.from_json(document, source="p.json")
     assert str(caught.value).startswith("p.json")
@@ -324,12 +334,12 @@ def test_image_settings_that_cannot_be_met_name_the_file_and_the_rule(document, 
     ("key", "value", "tower"),
     [("patch_size", 16, 14), ("temporal_patch_size", 1, 2), ("merge_size", 4, 2)],
 )
-def test_tower_and_images_must_agree(key, value, tower):
+def test_tower_and_images_must_agree(key: str, value: int, tower: int) -> None:
     check_consistent(SMALL, ImageConfig.from_json({}))
     with pytest.raises(CheckpointError, match=rf"p\.json: {key} is {value}, .*has {tower}\. Use"):
         check_consistent(SMALL, ImageConfig.from_json({key: value}), source="p.json")
 
 
-def test_grids_count_patches_and_tokens():
+def test_grids_count_patches_and_tokens() -> None:
     assert Grid(2, 4, 6).n_patches == 48
     assert Grid(2, 4, 6).n_tokens(4) == 12

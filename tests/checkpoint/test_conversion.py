@@ -1,9 +1,12 @@
 """Conversion: each weight lands once, padding is zero, norms and pixel scales are multiplied in."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from qwen_vit.checkpoint.convert import convert, rotary_permutation
 from qwen_vit.checkpoint.load import load_checkpoint
@@ -43,7 +46,7 @@ def marked_tensors(config: VisionConfig) -> tuple[dict[str, torch.Tensor], int]:
     return tensors, start - 1
 
 
-def test_every_published_weight_lands_exactly_once_and_all_padding_is_zero():
+def test_every_published_weight_lands_exactly_once_and_all_padding_is_zero() -> None:
     tensors, count = marked_tensors(SMALL)
     state = convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
     landed = torch.cat([v.flatten() for k, v in state.items() if "pixel" not in k])
@@ -53,7 +56,7 @@ def test_every_published_weight_lands_exactly_once_and_all_padding_is_zero():
     assert int((landed == 0).sum()) == padding
 
 
-def test_padding_lies_behind_gate_behind_up_and_behind_down():
+def test_padding_lies_behind_gate_behind_up_and_behind_down() -> None:
     tensors = random_tensors(SMALL, dtype=torch.float32)
     state = convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
     I, I_padded = 12, padded_mlp_size(SMALL)  # noqa: E741
@@ -75,7 +78,9 @@ def test_padding_lies_behind_gate_behind_up_and_behind_down():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_weights_of_a_blocks_norms_are_multiplied_in_with_one_rounding(dtype):
+def test_the_weights_of_a_blocks_norms_are_multiplied_in_with_one_rounding(
+    dtype: torch.dtype,
+) -> None:
     """W (g x) = (W g) x, so the norm that is left has no weight of its own."""
     tensors = random_tensors(SMALL, dtype=torch.bfloat16)
     tensors |= {
@@ -94,7 +99,7 @@ def test_the_weights_of_a_blocks_norms_are_multiplied_in_with_one_rounding(dtype
     assert torch.equal(gate[: len(expected)], expected)
 
 
-def test_weights_that_overflow_with_their_norm_are_named():
+def test_weights_that_overflow_with_their_norm_are_named() -> None:
     tensors = random_tensors(SMALL, dtype=torch.float32)
     tensors["blocks.0.norm1.weight"] = torch.full((32,), 1e30)
     tensors[QKV] = torch.full_like(tensors[QKV], 1e30)
@@ -104,7 +109,7 @@ def test_weights_that_overflow_with_their_norm_are_named():
         convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
 
 
-def test_weights_that_overflow_in_bfloat16_are_named():
+def test_weights_that_overflow_in_bfloat16_are_named() -> None:
     tensors = random_tensors(SMALL, dtype=torch.float32)
     tensors["merger.mlp.2.bias"][3] = torch.finfo(torch.float32).max
     with pytest.raises(
@@ -114,7 +119,7 @@ def test_weights_that_overflow_in_bfloat16_are_named():
     convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
 
 
-def test_the_permutation_makes_rotary_pairs_adjacent_and_keeps_attention_scores():
+def test_the_permutation_makes_rotary_pairs_adjacent_and_keeps_attention_scores() -> None:
     tensors = random_tensors(WIDE, dtype=torch.float32)
     tensors["blocks.0.norm1.weight"] = torch.ones(WIDE.hidden_size)
     state = convert(tensors, WIDE, IMAGE_CONFIG, torch.float32)
@@ -124,7 +129,7 @@ def test_the_permutation_makes_rotary_pairs_adjacent_and_keeps_attention_scores(
 
     x = torch.randn(5, WIDE.hidden_size, generator=torch.Generator().manual_seed(1)).double()
 
-    def project(source):
+    def project(source: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         weight, bias = source[QKV].double(), source["blocks.0.attn.qkv.bias"].double()
         return (x @ weight.T + bias).view(5, 3, H, D).unbind(1)
 
@@ -139,7 +144,7 @@ def test_the_permutation_makes_rotary_pairs_adjacent_and_keeps_attention_scores(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_uint8_pixels_give_what_published_float_rows_give(dtype):
+def test_uint8_pixels_give_what_published_float_rows_give(dtype: torch.dtype) -> None:
     """The folded weights equal the published ones to half a unit in their last place.
 
     Every product and sum below is in float64, so what differs is the rounding of pixel_weight
@@ -175,7 +180,7 @@ def test_uint8_pixels_give_what_published_float_rows_give(dtype):
     assert torch.equal(row_weight, tensors["patch_embed.proj.weight"].float().flatten(1))
 
 
-def test_the_state_has_the_types_that_the_model_expects():
+def test_the_state_has_the_types_that_the_model_expects() -> None:
     state = convert(random_tensors(SMALL), SMALL, IMAGE_CONFIG, torch.bfloat16)
     others = {
         "patch_embed.weight": torch.float16,
@@ -200,7 +205,7 @@ def test_the_state_has_the_types_that_the_model_expects():
     }  # fmt: skip
 
 
-def test_the_state_outlives_the_file(tmp_path):
+def test_the_state_outlives_the_file(tmp_path: Path) -> None:
     tensors = write_checkpoint(tmp_path, SMALL)
     state = convert(load_checkpoint(tmp_path).tensors, SMALL, IMAGE_CONFIG, torch.bfloat16)
     path = tmp_path / "model.safetensors"
@@ -217,14 +222,14 @@ def test_the_state_outlives_the_file(tmp_path):
         (torch.float64, r"dtype is torch.float64\. Expected torch.bfloat16 or torch.float32"),
     ],
 )
-def test_other_types_are_refused_with_the_reason(dtype, words):
+def test_other_types_are_refused_with_the_reason(dtype: torch.dtype, words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
         pixel_weight_exponent(dtype)
     with pytest.raises(ArgumentError, match=words):
         convert(random_tensors(SMALL), SMALL, IMAGE_CONFIG, dtype)
 
 
-def test_patch_weights_too_large_to_fold_into_float16_are_refused():
+def test_patch_weights_too_large_to_fold_into_float16_are_refused() -> None:
     tensors = random_tensors(SMALL)
     tensors["patch_embed.proj.weight"][0, 0, 0, 0, 0] = 1e5
     with pytest.raises(

@@ -6,8 +6,10 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +35,9 @@ print(checkpoint.weights_sha256(), len(checkpoint.tensors), tensor.float().sum()
 )
 @pytest.mark.parametrize("when", ["before reading", "after reading", "after hashing"])
 @pytest.mark.parametrize("prefix", ["visual.", "thinker.visual."])
-def test_a_copy_or_a_pickle_reads_the_same_tensors(tmp_path, prefix, when, duplicate):
+def test_a_copy_or_a_pickle_reads_the_same_tensors(
+    tmp_path: Path, prefix: str, when: str, duplicate: Callable[[Checkpoint], Checkpoint]
+) -> None:
     """Once it could not be copied once it was read: safetensors' open files cannot be."""
     tensors = write_checkpoint(tmp_path, SMALL, prefix=prefix, shards=2)
     checkpoint = load_checkpoint(tmp_path)
@@ -50,7 +54,9 @@ def test_a_copy_or_a_pickle_reads_the_same_tensors(tmp_path, prefix, when, dupli
     assert twin.weights_sha256() == weights_hash(tensors)
 
 
-def test_a_pickle_keeps_the_hash_that_was_computed(tmp_path, monkeypatch):
+def test_a_pickle_keeps_the_hash_that_was_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensors = write_checkpoint(tmp_path, SMALL)
     checkpoint = load_checkpoint(tmp_path)
     checkpoint.weights_sha256()
@@ -60,7 +66,7 @@ def test_a_pickle_keeps_the_hash_that_was_computed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_a_pickle_is_read_by_another_process(tmp_path, given):
+def test_a_pickle_is_read_by_another_process(tmp_path: Path, given: bool) -> None:
     tensors = write_checkpoint(tmp_path, SMALL)
     checkpoint = load_checkpoint(tmp_path)
     if given:
@@ -76,11 +82,13 @@ def test_a_pickle_is_read_by_another_process(tmp_path, given):
     assert done.stdout.decode().split() == [weights_hash(tensors), "42", str(sums)]
 
 
-def test_two_threads_may_open_the_same_file_at_once(tmp_path, monkeypatch):
+def test_two_threads_may_open_the_same_file_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensors = write_checkpoint(tmp_path, SMALL)
     both, open_file = threading.Barrier(2, timeout=60), published_tensors.safe_open
 
-    def open_together(*arguments, **options):
+    def open_together(*arguments: Any, **options: Any) -> Any:
         both.wait()
         return open_file(*arguments, **options)
 

@@ -4,9 +4,12 @@ import copy
 import json
 import pickle
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from qwen_vit.checkpoint.convert import convert
 from qwen_vit.checkpoint.load import Checkpoint, load_checkpoint
@@ -20,7 +23,7 @@ from tests.support.checkpoints import (
 )
 
 
-def rejection(*arguments) -> CheckpointError:
+def rejection(*arguments: Any) -> CheckpointError:
     """The error with which given tensors are refused."""
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.from_tensors(*arguments)
@@ -30,7 +33,9 @@ def rejection(*arguments) -> CheckpointError:
 @pytest.mark.parametrize(
     "prefix", ["visual.", "model.visual.", "thinker.visual.", "", "base_model.model.visual."]
 )
-def test_given_tensors_make_the_checkpoint_that_their_files_make(tmp_path, prefix):
+def test_given_tensors_make_the_checkpoint_that_their_files_make(
+    tmp_path: Path, prefix: str
+) -> None:
     tensors = write_checkpoint(tmp_path, SMALL, prefix=prefix)
     loaded = load_checkpoint(tmp_path)
     settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
@@ -49,13 +54,13 @@ def test_given_tensors_make_the_checkpoint_that_their_files_make(tmp_path, prefi
 
 
 @pytest.mark.parametrize("image_config", [None, {}, IMAGE_CONFIG])
-def test_configs_are_objects_or_what_their_files_say(image_config):
+def test_configs_are_objects_or_what_their_files_say(image_config: Any) -> None:
     for config in (SMALL, SMALL.to_json(), {"model_type": "qwen2_5_vl", **SMALL.to_json()}):
         checkpoint = Checkpoint.from_tensors(given(), config, image_config)
         assert (checkpoint.config, checkpoint.image_config) == (SMALL, IMAGE_CONFIG)
 
 
-def test_given_parameters_and_views_will_do_and_nothing_is_copied():
+def test_given_parameters_and_views_will_do_and_nothing_is_copied() -> None:
     tensors = random_tensors(SMALL, dtype=torch.float32)
     views = {
         name: torch.stack([tensor, tensor], 1)[:, 0]  # of every other value
@@ -73,7 +78,7 @@ def test_given_parameters_and_views_will_do_and_nothing_is_copied():
     assert ours.isdisjoint(tensor.data_ptr() for tensor in stored.values())
 
 
-def test_a_checkpoint_of_given_tensors_is_copied_and_pickled():
+def test_a_checkpoint_of_given_tensors_is_copied_and_pickled() -> None:
     checkpoint = Checkpoint.from_tensors(given("thinker.visual."), SMALL)
     for twin in (copy.deepcopy(checkpoint), pickle.loads(pickle.dumps(checkpoint))):
         assert_same_tensors(twin.tensors, checkpoint.tensors)
@@ -123,13 +128,15 @@ def test_a_checkpoint_of_given_tensors_is_copied_and_pickled():
         ),
     ],
 )
-def test_given_tensors_that_do_not_fit_are_named(changes, name, fact, expected):
+def test_given_tensors_that_do_not_fit_are_named(
+    changes: dict[str, Tensor], name: str, fact: str, expected: str
+) -> None:
     error = rejection(given(**changes), SMALL)
     assert (error.name, error.fact, error.expected) == (name, fact, expected)
     assert error.remedy
 
 
-def test_a_given_tower_that_is_incomplete_or_of_another_config_is_refused():
+def test_a_given_tower_that_is_incomplete_or_of_another_config_is_refused() -> None:
     incomplete = given()
     del incomplete["visual.blocks.1.norm2.weight"]
     assert "1 of 42 vision tensors are missing (blocks.1.norm2.weight)" in str(
@@ -167,6 +174,6 @@ def test_a_given_tower_that_is_incomplete_or_of_another_config_is_refused():
         ),
     ],
 )
-def test_what_is_no_tensor_or_no_config_is_refused(arguments, words):
+def test_what_is_no_tensor_or_no_config_is_refused(arguments: Any, words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
         Checkpoint.from_tensors(*arguments)

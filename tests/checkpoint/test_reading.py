@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.support.checkpoints import (
 # What is read
 
 
-def test_the_published_tower_has_390_tensors():
+def test_the_published_tower_has_390_tensors() -> None:
     published = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
     shapes = expected_tensors(published)
     assert len(shapes) == 390
@@ -28,7 +29,7 @@ def test_the_published_tower_has_390_tensors():
     assert shapes["merger.mlp.2.weight"] == (3584, 5120)
 
 
-def test_expected_tensors_are_those_of_transformers():
+def test_expected_tensors_are_those_of_transformers() -> None:
     modeling = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
     theirs_config = modeling.Qwen2_5_VLVisionConfig(**SMALL.to_json())
     with torch.device("meta"):
@@ -41,7 +42,9 @@ def test_expected_tensors_are_those_of_transformers():
 @pytest.mark.parametrize(
     "prefix", ["visual.", "model.visual.", "thinker.visual.", "", "base_model.model.visual."]
 )
-def test_every_key_layout_and_file_layout_reads_alike(tmp_path, prefix, shards):
+def test_every_key_layout_and_file_layout_reads_alike(
+    tmp_path: Path, prefix: str, shards: int
+) -> None:
     tensors = write_checkpoint(tmp_path, SMALL, prefix=prefix, shards=shards)
     checkpoint = load_checkpoint(tmp_path)
     assert_same_tensors(checkpoint.tensors, tensors)
@@ -52,19 +55,19 @@ def test_every_key_layout_and_file_layout_reads_alike(tmp_path, prefix, shards):
 
 
 @pytest.mark.parametrize("name", ["vision.safetensors", "tower.safetensors"])
-def test_a_single_file_of_another_name_is_read(tmp_path, name):
+def test_a_single_file_of_another_name_is_read(tmp_path: Path, name: str) -> None:
     tensors = write_checkpoint(tmp_path, SMALL)
     (tmp_path / "model.safetensors").rename(tmp_path / name)
     assert_same_tensors(load_checkpoint(str(tmp_path)).tensors, tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_stored_types_are_kept_until_conversion(tmp_path, dtype):
+def test_stored_types_are_kept_until_conversion(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = write_checkpoint(tmp_path, SMALL, dtype=dtype)
     assert_same_tensors(load_checkpoint(tmp_path).tensors, tensors)
 
 
-def test_image_settings_fall_back_to_the_processor_then_to_the_defaults(tmp_path):
+def test_image_settings_fall_back_to_the_processor_then_to_the_defaults(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SMALL)
     (tmp_path / "processor_config.json").write_text('{"processor_class": "x"}')
     assert load_checkpoint(tmp_path).image_config.max_pixels == 12_845_056
@@ -76,7 +79,7 @@ def test_image_settings_fall_back_to_the_processor_then_to_the_defaults(tmp_path
     assert load_checkpoint(tmp_path).image_config == ImageConfig.from_json({})
 
 
-def test_a_snapshot_of_the_hub_cache_is_read_through_its_links(tmp_path):
+def test_a_snapshot_of_the_hub_cache_is_read_through_its_links(tmp_path: Path) -> None:
     repo, snapshot = tmp_path / "models--x", tmp_path / "models--x/snapshots/abc"
     tensors = write_checkpoint(repo / "blobs", SMALL, shards=2)
     snapshot.mkdir(parents=True)
@@ -85,7 +88,7 @@ def test_a_snapshot_of_the_hub_cache_is_read_through_its_links(tmp_path):
     assert_same_tensors(load_checkpoint(snapshot).tensors, tensors)
 
 
-def test_shards_without_a_vision_tensor_need_not_be_there(tmp_path):
+def test_shards_without_a_vision_tensor_need_not_be_there(tmp_path: Path) -> None:
     tensors = write_checkpoint(tmp_path, SMALL, shards=2)
     index_path = tmp_path / "model.safetensors.index.json"
     index = json.loads(index_path.read_text())
@@ -97,7 +100,7 @@ def test_shards_without_a_vision_tensor_need_not_be_there(tmp_path):
 # Hashes
 
 
-def test_the_weights_hash_depends_on_name_type_shape_and_bytes_alone():
+def test_the_weights_hash_depends_on_name_type_shape_and_bytes_alone() -> None:
     base = {"a": torch.arange(4.0), "b": torch.ones(2)}
     same = {"b": torch.ones(4)[::2], "a": torch.arange(4.0)}
     assert weights_hash(base) == weights_hash(same)
@@ -111,7 +114,7 @@ def test_the_weights_hash_depends_on_name_type_shape_and_bytes_alone():
         assert weights_hash(other) != weights_hash(base)
 
 
-def test_the_config_hash_ignores_spelling_but_no_value():
+def test_the_config_hash_ignores_spelling_but_no_value() -> None:
     base = config_hash(SMALL, IMAGE_CONFIG)
     respelt = {**SMALL.to_json(), "in_chans": 3, "rope_parameters": {"rope_theta": 10_000}}
     assert config_hash(VisionConfig.from_json(respelt), ImageConfig.from_json({})) == base

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from tests.support.checkpoints import (
 )
 
 
-def test_folders_without_weights_say_what_they_hold(tmp_path):
+def test_folders_without_weights_say_what_they_hold(tmp_path: Path) -> None:
     assert "nothing: not a folder. Expected a folder with" in refusal(tmp_path / "nothing")
     assert "no weights (the folder contains nothing). Expected model.safetensors" in refusal(
         tmp_path
@@ -29,22 +31,22 @@ def test_folders_without_weights_say_what_they_hold(tmp_path):
     assert "a.gguf: not a folder" in refusal(tmp_path / "a.gguf")
 
 
-def test_a_missing_config_is_named(tmp_path):
+def test_a_missing_config_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SMALL)
     (tmp_path / "config.json").unlink()
     assert f"{tmp_path / 'config.json'}: does not exist" in refusal(tmp_path)
 
 
-def test_image_settings_of_another_model_are_refused(tmp_path):
+def test_image_settings_of_another_model_are_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SMALL)
     (tmp_path / "preprocessor_config.json").write_text('{"patch_size": 16}')
     assert "preprocessor_config.json: patch_size is 16, but config.json has 14" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "tower.pth"])
-def test_pickles_are_never_opened(tmp_path, name):
+def test_pickles_are_never_opened(tmp_path: Path, name: str) -> None:
     class Trap:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "sprung"),)
 
     write_checkpoint(tmp_path, SMALL)
@@ -58,7 +60,7 @@ def test_pickles_are_never_opened(tmp_path, name):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_lora_adapter_names_its_base_model(tmp_path):
+def test_a_lora_adapter_names_its_base_model(tmp_path: Path) -> None:
     base = {"base_model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(base))
     (tmp_path / "adapter_model.safetensors").touch()
@@ -67,7 +69,7 @@ def test_a_lora_adapter_names_its_base_model(tmp_path):
     assert "Merge the adapter into the base model" in message
 
 
-def test_several_files_without_an_index_are_refused(tmp_path):
+def test_several_files_without_an_index_are_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SMALL, shards=2)
     (tmp_path / "model.safetensors.index.json").unlink()
     message = refusal(tmp_path)
@@ -75,7 +77,7 @@ def test_several_files_without_an_index_are_refused(tmp_path):
     assert "or restore the index" in message
 
 
-def test_a_missing_shard_is_named_with_its_index(tmp_path):
+def test_a_missing_shard_is_named_with_its_index(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SMALL, shards=2)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     message = refusal(tmp_path)
@@ -89,7 +91,7 @@ def test_a_missing_shard_is_named_with_its_index(tmp_path):
      "C:x.safetensors", "", "..", ".safetensors", "x.bin", "x\0.safetensors", 3, None,
      "\ud800.safetensors", "x" * 250 + ".safetensors"],
 )  # fmt: skip
-def test_an_index_may_only_name_plain_basenames(tmp_path, shard):
+def test_an_index_may_only_name_plain_basenames(tmp_path: Path, shard: Any) -> None:
     write_checkpoint(tmp_path, SMALL, shards=2)
     path = tmp_path / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -100,7 +102,7 @@ def test_an_index_may_only_name_plain_basenames(tmp_path, shard):
     assert "Expected the plain name of a .safetensors file" in message
 
 
-def test_a_shard_may_be_a_link_of_the_folder_s_owner(tmp_path):
+def test_a_shard_may_be_a_link_of_the_folder_s_owner(tmp_path: Path) -> None:
     """People link 16 GB of weights to change config.json."""
     folder, shard = tmp_path / "folder", "model-00001-of-00002.safetensors"
     tensors = write_checkpoint(folder, SMALL, shards=2)
@@ -114,7 +116,7 @@ def test_a_shard_may_be_a_link_of_the_folder_s_owner(tmp_path):
 
 
 @pytest.mark.parametrize("below", ["", "text_encoder"])
-def test_a_link_out_of_the_hub_s_cache_is_refused(tmp_path, below):
+def test_a_link_out_of_the_hub_s_cache_is_refused(tmp_path: Path, below: str) -> None:
     snapshot = tmp_path / "models--x/snapshots/abc" / below
     shard = "model-00001-of-00002.safetensors"
     write_checkpoint(snapshot, SMALL, shards=2)
@@ -127,7 +129,7 @@ def test_a_link_out_of_the_hub_s_cache_is_refused(tmp_path, below):
     assert "qwen-vit download" in message
 
 
-def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path):
+def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SMALL, shards=2)
     path = tmp_path / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -192,7 +194,9 @@ def entry(start: int, end: int, *, dtype: str = "F32", shape: object = None) -> 
         *("hole", "truncated", "tail"),
     ],
 )
-def test_damaged_files_name_their_path_size_and_remedy(tmp_path, raw, words):
+def test_damaged_files_name_their_path_size_and_remedy(
+    tmp_path: Path, raw: bytes, words: str
+) -> None:
     write_checkpoint(tmp_path, SMALL)
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw)
@@ -202,7 +206,7 @@ def test_damaged_files_name_their_path_size_and_remedy(tmp_path, raw, words):
     assert any(x in message for x in ("download MODEL)", "git lfs pull", "Use the safetensors"))
 
 
-def test_a_header_length_that_spells_markup_is_no_impostor(tmp_path):
+def test_a_header_length_that_spells_markup_is_no_impostor(tmp_path: Path) -> None:
     """A length of 0x3C20 starts like a space and "<"."""
     write_checkpoint(tmp_path, SMALL, prefix="")
     path = tmp_path / "model.safetensors"
@@ -213,7 +217,7 @@ def test_a_header_length_that_spells_markup_is_no_impostor(tmp_path):
     assert len(load_checkpoint(tmp_path).tensors) == 42
 
 
-def test_a_file_cut_between_opening_and_reading_is_named(tmp_path):
+def test_a_file_cut_between_opening_and_reading_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SMALL)
     checkpoint = load_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"torn")

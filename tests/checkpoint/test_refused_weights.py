@@ -2,11 +2,14 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from qwen_vit.checkpoint.convert import convert
 from qwen_vit.checkpoint.load import load_checkpoint
@@ -20,7 +23,7 @@ from tests.support.checkpoints import (
 )
 
 
-def edit_weights(folder, edit) -> None:
+def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
     """Change the tensors of model.safetensors in place."""
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
@@ -30,10 +33,10 @@ def edit_weights(folder, edit) -> None:
 # What is refused: weights that do not fit
 
 
-def test_missing_and_extra_tensors_are_counted_and_named(tmp_path):
+def test_missing_and_extra_tensors_are_counted_and_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SMALL)
 
-    def edit(tensors):
+    def edit(tensors: dict[str, Tensor]) -> None:
         del tensors["visual.blocks.1.norm2.weight"]
         tensors["visual.blocks.9.norm1.weight"] = torch.zeros(32)
 
@@ -44,7 +47,7 @@ def test_missing_and_extra_tensors_are_counted_and_named(tmp_path):
     assert "Use the config.json that belongs to the weights, or download" in message
 
 
-def test_at_most_five_missing_tensors_are_named(tmp_path):
+def test_at_most_five_missing_tensors_are_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SMALL)
     document = {"model_type": "qwen2_5_vl", "vision_config": replace(SMALL, depth=4).to_json()}
     (tmp_path / "config.json").write_text(json.dumps(document))
@@ -54,7 +57,7 @@ def test_at_most_five_missing_tensors_are_named(tmp_path):
     assert "0 are unknown (none)" in message
 
 
-def test_a_single_unknown_tensor_is_refused(tmp_path):
+def test_a_single_unknown_tensor_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SMALL)
     edit_weights(tmp_path, lambda tensors: tensors.update({"visual.extra": torch.zeros(1)}))
     assert "0 of 42 vision tensors are missing (none) and 1 are unknown (extra)" in refusal(
@@ -63,10 +66,10 @@ def test_a_single_unknown_tensor_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["visual.", "thinker.visual."])
-def test_a_block_of_the_other_qkv_layout_is_refused(tmp_path, prefix):
+def test_a_block_of_the_other_qkv_layout_is_refused(tmp_path: Path, prefix: str) -> None:
     write_checkpoint(tmp_path, SMALL, prefix=prefix)
 
-    def edit(tensors):
+    def edit(tensors: dict[str, Tensor]) -> None:
         if prefix == "visual.":
             for part in ("weight", "bias"):
                 whole = tensors.pop(f"visual.blocks.2.attn.qkv.{part}")
@@ -79,7 +82,7 @@ def test_a_block_of_the_other_qkv_layout_is_refused(tmp_path, prefix):
     assert "blocks.2.attn.k.bias" in refusal(tmp_path)
 
 
-def test_a_wrong_shape_names_both_shapes_and_the_file(tmp_path):
+def test_a_wrong_shape_names_both_shapes_and_the_file(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SMALL)
     edit_weights(
         tmp_path, lambda tensors: tensors.update({"visual." + QKV: torch.zeros(96, 31).bfloat16()})
@@ -102,7 +105,9 @@ def test_a_wrong_shape_names_both_shapes_and_the_file(tmp_path):
         ("blocks.0.mlp.up_proj.weight.absmax", torch.float32, "F32"),
     ],
 )
-def test_quantised_towers_are_refused_by_name(tmp_path, name, dtype, shown):
+def test_quantised_towers_are_refused_by_name(
+    tmp_path: Path, name: str, dtype: torch.dtype, shown: str
+) -> None:
     write_checkpoint(tmp_path, SMALL)
     edit_weights(
         tmp_path, lambda tensors: tensors.update({f"visual.{name}": torch.zeros(96, 32).to(dtype)})
@@ -122,7 +127,7 @@ def test_quantised_towers_are_refused_by_name(tmp_path, name, dtype, shown):
         ("blocks.0.mlp.linear_fc1.weight", "Qwen3-VL"),
     ],
 )
-def test_towers_of_other_models_are_refused_by_name(tmp_path, name, model):
+def test_towers_of_other_models_are_refused_by_name(tmp_path: Path, name: str, model: str) -> None:
     write_checkpoint(tmp_path, SMALL)
     edit_weights(tmp_path, lambda tensors: tensors.update({f"visual.{name}": torch.zeros(4)}))
     message = refusal(tmp_path)
@@ -130,7 +135,7 @@ def test_towers_of_other_models_are_refused_by_name(tmp_path, name, model):
     assert f": visual.{name}). Expected Qwen2.5-VL. Use transformers for this model." in message
 
 
-def test_two_towers_and_none_are_refused(tmp_path):
+def test_two_towers_and_none_are_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SMALL)
     edit_weights(
         tmp_path,
@@ -144,7 +149,9 @@ def test_two_towers_and_none_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_weights_that_are_not_finite_are_counted_and_their_file_named(tmp_path, shards):
+def test_weights_that_are_not_finite_are_counted_and_their_file_named(
+    tmp_path: Path, shards: int
+) -> None:
     tensors = write_checkpoint(tmp_path, SMALL, prefix="", shards=shards)
     tensors[QKV][0, :3] = float("nan")
     tensors[QKV][1, 0] = -float("inf")
@@ -163,7 +170,9 @@ def test_weights_that_are_not_finite_are_counted_and_their_file_named(tmp_path, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_one_value_that_is_not_finite_is_found_in_every_tensor(value, dtype):
+def test_one_value_that_is_not_finite_is_found_in_every_tensor(
+    value: str, dtype: torch.dtype
+) -> None:
     """Only what the tensors became is looked at, so none may lose it on the way: not in a product
     with a norm's weight of zero, not in another type, not in a sum."""
     for name, tensor in random_tensors(SMALL).items():
@@ -177,7 +186,7 @@ def test_one_value_that_is_not_finite_is_found_in_every_tensor(value, dtype):
             convert(tensors, SMALL, IMAGE_CONFIG, dtype)
 
 
-def test_the_place_of_a_tensor_in_three_parts_names_each(tmp_path):
+def test_the_place_of_a_tensor_in_three_parts_names_each(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SMALL, prefix="thinker.visual.")
     size = (tmp_path / "model.safetensors").stat().st_size
     place = load_checkpoint(tmp_path).locate(QKV)

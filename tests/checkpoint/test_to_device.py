@@ -2,9 +2,12 @@
 
 import random
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from qwen_vit.checkpoint.convert import convert
 from qwen_vit.checkpoint.load import Checkpoint, load_checkpoint
@@ -36,7 +39,9 @@ def mixed_tensors(seed: int, n: int = 40) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("threads", "piece_bytes"), [(1, 1), (1, 64), (3, 7), (2, 100), (2, 4096)])
-def test_every_tensor_arrives_whole_and_in_order(device, threads, piece_bytes):
+def test_every_tensor_arrives_whole_and_in_order(
+    device: torch.device, threads: int, piece_bytes: int
+) -> None:
     for seed in range(5):
         tensors = mixed_tensors(seed)
         arrived = list(_through_slots(tensors, device, threads, piece_bytes))
@@ -48,16 +53,16 @@ def test_every_tensor_arrives_whole_and_in_order(device, threads, piece_bytes):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_arrived_stays_when_its_slot_is_used_again(device):
+def test_what_arrived_stays_when_its_slot_is_used_again(device: torch.device) -> None:
     tensors = [torch.full((50,), float(i)) for i in range(60)]
     arrived = list(_through_slots(tensors, device, 2, 40))
     assert [set(tensor.tolist()) for tensor in arrived] == [{float(i)} for i in range(60)]
 
 
-def test_tensors_are_asked_for_ahead_by_the_slots_and_no_more():
+def test_tensors_are_asked_for_ahead_by_the_slots_and_no_more() -> None:
     asked = []
 
-    def ask():
+    def ask() -> Iterator[Tensor]:
         for i in range(100):
             asked.append(i)
             yield torch.zeros(25)  # a piece each
@@ -68,8 +73,8 @@ def test_tensors_are_asked_for_ahead_by_the_slots_and_no_more():
     assert ahead[:90] == [6] * 90
 
 
-def test_an_error_of_the_source_comes_out_and_the_threads_end():
-    def ask():
+def test_an_error_of_the_source_comes_out_and_the_threads_end() -> None:
+    def ask() -> Iterator[Tensor]:
         yield torch.zeros(10)
         raise CheckpointError("gone")
 
@@ -83,7 +88,7 @@ def test_an_error_of_the_source_comes_out_and_the_threads_end():
     assert threading.active_count() == before
 
 
-def test_on_a_cpu_tensors_stay_what_they_are():
+def test_on_a_cpu_tensors_stay_what_they_are() -> None:
     tensors = mixed_tensors(0)
     assert all(a is b for a, b in zip(to_device(tensors, CPU), tensors, strict=True))
 
@@ -92,7 +97,9 @@ def test_on_a_cpu_tensors_stay_what_they_are():
 @pytest.mark.parametrize("prefix", ["visual.", "thinker.visual."])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_gpu_makes_the_same_bits_of_a_checkpoint_as_a_cpu(tmp_path, prefix, stored, dtype):
+def test_a_gpu_makes_the_same_bits_of_a_checkpoint_as_a_cpu(
+    tmp_path: Path, prefix: str, stored: torch.dtype, dtype: torch.dtype
+) -> None:
     write_checkpoint(tmp_path, WIDE, prefix=prefix, dtype=stored)
     tensors = load_checkpoint(tmp_path).tensors
     here, there = (
@@ -111,7 +118,9 @@ def test_a_gpu_makes_the_same_bits_of_a_checkpoint_as_a_cpu(tmp_path, prefix, st
 @gpu
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_tensors_that_are_on_a_gpu_already_give_the_same_bits(split, dtype):
+def test_tensors_that_are_on_a_gpu_already_give_the_same_bits(
+    split: bool, dtype: torch.dtype
+) -> None:
     """All of them, or every other one; for a tower there, and for one on the CPU."""
     image_config = ImageConfig.from_json({})
     tensors = random_tensors(WIDE)
@@ -133,7 +142,7 @@ def test_tensors_that_are_on_a_gpu_already_give_the_same_bits(split, dtype):
 
 
 @gpu
-def test_a_gpu_finds_weights_that_are_not_finite(tmp_path):
+def test_a_gpu_finds_weights_that_are_not_finite(tmp_path: Path) -> None:
     for name in ("blocks.1.norm2.weight", "merger.mlp.0.weight", "patch_embed.proj.weight"):
         tensors = random_tensors(WIDE)
         tensors[name].view(-1)[7] = float("nan")
@@ -142,7 +151,7 @@ def test_a_gpu_finds_weights_that_are_not_finite(tmp_path):
 
 
 @gpu
-def test_a_load_on_another_stream_is_ordered_on_it():
+def test_a_load_on_another_stream_is_ordered_on_it() -> None:
     """70 MB, so that every slot is used again, on a stream that has other work to do."""
     tensors = [torch.randint(0, 255, (1_000_003,), dtype=torch.uint8) for _ in range(70)]
     stream = torch.cuda.Stream()
