@@ -103,7 +103,7 @@ def test_configs_survive_a_round_trip_through_a_file(tmp_path: Path, config: Vis
 
 def test_configs_are_frozen_and_checked_when_built_directly() -> None:
     with pytest.raises(FrozenInstanceError):
-        SMALL.depth = 4
+        SMALL.depth = 4  # type: ignore[misc]
     with pytest.raises(CheckpointError, match="num_heads 3 does not divide hidden_size 32"):
         replace(SMALL, num_heads=3)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def test_a_batch_is_its_images_one_after_the_other() -> None:
 def test_filler_rows_attend_among_themselves_and_change_no_index(padding: int) -> None:
     grids = as_grids(in_patches([(1, 5, 9), (3, 2, 3)]))
     n, tiling = n_patches(grids), SegmentTiling(64)
-    tilings = {"window_tiling": tiling, "full_tiling": tiling}
+    tilings: dict[str, Any] = {"window_tiling": tiling, "full_tiling": tiling}
     plain = Layout.from_grids(grids, SMALL, **tilings)
     filled = Layout.from_grids(grids, SMALL, n_rows=n + padding, **tilings)
     assert (filled.n_patches, filled.n_rows) == (n, n + padding)

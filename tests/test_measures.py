@@ -39,13 +39,16 @@ def sources(*folders: str) -> Iterator[tuple[str, Path]]:
             yield path.relative_to(ROOT).as_posix(), path
 
 
+def n_lines_of(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
 def functions_of(source: str, path: str) -> Iterator[Function]:
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        first = node.body[0]
-        n_docstring = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0
-        n_lines = node.end_lineno - node.lineno + 1 - n_docstring
+        n_docstring = n_lines_of(node.body[0]) if ast.get_docstring(node) else 0
+        n_lines = n_lines_of(node) - n_docstring
         names = [each.arg for each in (*node.args.posonlyargs, *node.args.args)]
         n_parameters = len(names) - (names[:1] in (["self"], ["cls"]))
         is_jit = any("jit" in ast.unparse(each) for each in node.decorator_list)

@@ -10,6 +10,7 @@ import zipfile
 from email.parser import Parser
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -85,7 +86,7 @@ def test_the_wheel_declares_what_it_needs(wheel: Path) -> None:
     assert metadata["Name"] == "qwen-vit"
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
-    requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
     needed = {each.name: str(each.specifier) for each in requirements if each.marker is None}
     assert needed["torch"] == ">=2.11"
     assert needed["triton"] == ">=3.6"
@@ -127,12 +128,13 @@ def names_for_type_checkers() -> dict[str, str]:
 
 def test_type_checkers_and_python_see_the_same_public_names() -> None:
     listed = names_for_type_checkers()
-    assert sorted({"__version__", *listed}) == qwen_vit.__all__
+    package: Any = qwen_vit
+    assert sorted({"__version__", *listed}) == package.__all__
     for name, module in listed.items():
         assert getattr(qwen_vit, name) is getattr(import_module(module), name)
-    assert set(qwen_vit.__all__) <= set(dir(qwen_vit))
+    assert set(package.__all__) <= set(dir(qwen_vit))
     with pytest.raises(AttributeError, match="module 'qwen_vit' has no attribute 'Encoder'"):
-        qwen_vit.Encoder  # noqa: B018
+        package.Encoder  # noqa: B018
 
 
 PUBLIC = {

@@ -92,10 +92,11 @@ def test_what_is_not_a_whole_tower_is_named(
     tmp_path: Path, make: Callable[[], Weights], fact: str, remedy: str
 ) -> None:
     """Neither config.json nor the download is at fault."""
-    for load in (
+    loaders: list[Callable[[], Checkpoint]] = [
         lambda: load_checkpoint(written(tmp_path, make())),
         lambda: Checkpoint.from_tensors(make(), SMALL),
-    ):
+    ]
+    for load in loaders:
         with pytest.raises(CheckpointError, match=fact) as caught:
             load()
         assert remedy in caught.value.remedy

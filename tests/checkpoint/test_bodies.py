@@ -106,7 +106,7 @@ def test_a_file_larger_than_it_may_be_is_not_written(limit: int | None, total: i
 
 def test_a_pace_of_a_few_bytes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(ranges.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     slow, fast = Pace("slow"), Pace("fast")
     for _ in range(6):
         now[0] += 5

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from qwen_vit.checkpoint import published_tensors
 from qwen_vit.checkpoint.load import Checkpoint, load_checkpoint
@@ -86,7 +87,7 @@ def test_two_threads_may_open_the_same_file_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = write_checkpoint(tmp_path, SMALL)
-    both, open_file = threading.Barrier(2, timeout=60), published_tensors.safe_open
+    both, open_file = threading.Barrier(2, timeout=60), safe_open
 
     def open_together(*arguments: Any, **options: Any) -> Any:
         both.wait()

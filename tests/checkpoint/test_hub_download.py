@@ -27,7 +27,8 @@ def write_sharded(folder: Path, *, language: int = 9) -> int:
     vision = {f"visual.{name}": tensor for name, tensor in random_tensors(WIDE).items()}
     names = sorted(vision)
     vision_bytes = sum(tensor.nbytes for tensor in vision.values())
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for i in range(10):
         part = {name: vision[name] for name in names[i::3]} if i < 3 else {}
         rows = language * vision_bytes // 10 // 2 // 512

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_vit.checkpoint import convert as convert_module
 from qwen_vit.checkpoint.convert import convert
-from qwen_vit.checkpoint.hub import REPOSITORY, packaged_weights
+from qwen_vit.checkpoint.hub import REPOSITORY
 from qwen_vit.checkpoint.load import find_tower
+from qwen_vit.checkpoint.published import packaged_weights
 from qwen_vit.checkpoint.published_tensors import LazyTensors
 from qwen_vit.checkpoint.tower_names import expected_tensors
 from qwen_vit.checkpoint.weight_files import RemoteFiles, StoredTensor
@@ -78,7 +79,7 @@ class Watch(TorchDispatchMode):
     """Follows which published tensors each tensor is made of, through any operation."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.made_of: dict[int, frozenset[str]] = {}
         self.alive: list[Tensor] = []  # so that no id is used twice
 

@@ -146,12 +146,12 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path) -> N
     assert f"{path}: weight_map is []. Expected an object" in refusal(tmp_path)
 
 
-def safetensors_file(header: dict | bytes, data: bytes = b"") -> bytes:
+def safetensors_file(header: dict[str, Any] | bytes, data: bytes = b"") -> bytes:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(raw).to_bytes(8, "little") + raw + data
 
 
-def entry(start: int, end: int, *, dtype: str = "F32", shape: object = None) -> dict:
+def entry(start: int, end: int, *, dtype: str = "F32", shape: object = None) -> dict[str, Any]:
     shape = [(end - start) // 4] if shape is None else shape
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 

@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -82,6 +82,7 @@ def test_an_error_of_the_source_comes_out_and_the_threads_end() -> None:
     with pytest.raises(CheckpointError, match="gone"):
         list(_through_slots(ask(), CPU, 2, 8))
     arriving = _through_slots([torch.zeros(10)] * 50, CPU, 2, 8)
+    assert isinstance(arriving, Generator)
     next(arriving)
     assert threading.active_count() > before
     arriving.close()

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 
 from qwen_vit.checkpoint import hub
-from qwen_vit.cli import checks
-from qwen_vit.common import atomic_file as atomic_file_module
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.feature_files.read import load_features
 from tests.support.commands import TO_FILE
@@ -91,7 +89,7 @@ def test_a_folder_without_write_permission_is_refused_before_any_work(
     folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(VisionEncoder, "from_pretrained", no_model)
-    monkeypatch.setattr(checks.os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     done = run("encode", "a.png", "--model", "tiny", "--out", "f.safetensors")
     assert done.code == 2
     assert ".: not writable. Check its permissions." in done.err
@@ -103,7 +101,7 @@ def test_a_disk_that_fails_at_the_end_is_an_error_of_one_line(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic_file_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     before = sorted(os.listdir())
     done = run("encode", "a.png", *TO_FILE)
     assert (done.code, done.out) == (2, "")

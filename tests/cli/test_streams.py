@@ -40,7 +40,7 @@ def test_the_module_encodes_in_a_process_of_its_own(folder: Path) -> None:
     """Names as bytes that are no text, a dash in front, and a terminal that knows ASCII alone."""
     names = [b"caf\xe9\xff.png", b"-dash.png", "猫\n.png".encode()]
     for name in names:
-        shutil.copy("a.png", name)
+        shutil.copy(b"a.png", name)
     options = [each.encode() for each in TO_FILE]
     done = process("encode", *options, "--", *names, folder=folder, PYTHONUTF8="1")
     assert done.returncode == 0, done.stderr

@@ -7,14 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from qwen_vit import layout, model
 from qwen_vit.checkpoint import convert
+from qwen_vit.compare.tolerance import RELATIVE_TOLERANCE
 from qwen_vit.kernels import attention, linear
 from qwen_vit.layout import Layout, Segments
 from qwen_vit.model import VisionTower
 from tests.support.goldens import (
-    RELATIVE_TOLERANCE,
     TINY_FOLDER,
     Golden,
     assert_stages_close,
@@ -351,7 +352,7 @@ def norm_without_eps(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch
 
 # (where, name, replacement), each in force while a tower is built and run
 CODE_FAULTS = {
-    "tanh GELU": (linear.F, "gelu", tanh_gelu),
+    "tanh GELU": (F, "gelu", tanh_gelu),
     "no eps": (model, "rms_norm", norm_without_eps),
     "natural exponent for base 2": (attention, "LOG2_E", 1.0),
     "rotary pairs not permuted": (convert, "rotary_permutation", torch.arange),

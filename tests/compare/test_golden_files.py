@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from qwen_vit import VisionEncoder
 from qwen_vit.checkpoint.published_tensors import GivenTensors
-from qwen_vit.common import atomic_file as atomic_file_module
 from qwen_vit.common import transformers_version
 from qwen_vit.compare import huggingface as reference
 from qwen_vit.compare.golden import METADATA_KEY, Golden, load_golden
@@ -114,7 +113,7 @@ def test_figures_are_printed_even_where_their_page_cannot_be_written(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic_file_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     code, out, err = run(CHELSEA, *SMALL, "--report", tmp_path / "page")
     assert code == 2
     assert out.startswith("agrees: 1 of 1 image")
@@ -235,7 +234,7 @@ FAULTS = (
 def test_a_fault_in_one_tensor_of_a_checkpoint_is_found_and_its_stage_named(
     golden: Golden, tmp_path: Path, run: Any, tensor: str, fault: str
 ) -> None:
-    [fault] = [
+    [injected] = [
         each
         for each in every_fault(encoder().checkpoint.tensors)
         if (each.tensor, each.fault) == (tensor, fault)
@@ -253,7 +252,7 @@ def test_a_fault_in_one_tensor_of_a_checkpoint_is_found_and_its_stage_named(
     here, there = (VisionEncoder.from_pretrained(tmp_path / "tiny", device="cpu"), encoder())
     hashes = [each.checkpoint.weights_sha256()[:16] for each in (here, there)]
     assert f"({hashes[0]} here, {hashes[1]} in the golden): 1 tensor, {tensor}" in first[0]
-    assert first[1].startswith(f"differs: {CHELSEA}: first at {fault.stage}: the golden is ")
+    assert first[1].startswith(f"differs: {CHELSEA}: first at {injected.stage}: the golden is ")
     assert "other weights" in first[1]  # by its own error as it states it, not by ours of today
 
 

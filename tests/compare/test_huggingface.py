@@ -21,9 +21,10 @@ from qwen_vit.compare import huggingface as reference
 from qwen_vit.compare import measure
 from qwen_vit.compare import run as compare_module
 from qwen_vit.compare.golden import Golden
-from qwen_vit.compare.huggingface import Processed
+from qwen_vit.compare.huggingface import Processed, hf_tower
 from qwen_vit.compare.result import Comparison
 from qwen_vit.compare.run import compare, compare_with_golden
+from qwen_vit.compare.stages import trace_tower
 from qwen_vit.compare.text import as_text, closer_line
 from qwen_vit.compare.tolerance import fp32_budget
 from qwen_vit.images.patches import patchify
@@ -118,7 +119,6 @@ def test_a_mistake_of_ours_alone_is_found_at_its_stage(
 
 def test_a_mistake_of_hugging_face_is_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reference far from float64 would otherwise allow ours twice that distance."""
-    hf_tower = compare_module.hf_tower
 
     def broken(tensors: Any, *arguments: Any) -> Any:
         name = "blocks.3.mlp.down_proj.weight"
@@ -215,7 +215,7 @@ def test_an_image_that_cannot_be_read_is_skipped_and_ends_with_1(run: Any, tmp_p
 def test_an_image_too_large_for_the_gpus_memory_is_skipped(
     monkeypatch: pytest.MonkeyPatch, golden: Golden
 ) -> None:
-    trace_tower, calls = measure.trace_tower, itertools.count()
+    calls = itertools.count()
 
     def full(*arguments: Any) -> Any:
         if next(calls) % 2 == 0:
@@ -236,8 +236,6 @@ def test_an_image_too_large_for_the_gpus_memory_is_skipped(
 def test_values_that_are_not_finite_differ_and_stay_json(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trace_tower = measure.trace_tower
-
     def with_nan(*arguments: Any) -> Any:
         trace = trace_tower(*arguments)
         trace["block.4"][3, 3] = math.nan

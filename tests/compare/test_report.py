@@ -191,7 +191,7 @@ def test_the_error_map_shows_the_token_that_is_off() -> None:
     ours = theirs.clone()
     ours[3, 2] *= 1.5
     error = plots.StageMaps.of("merger", ours, theirs).error
-    assert np.unravel_index(error.argmax(), error.shape) == (3, 2)
+    assert tuple(map(int, np.unravel_index(error.argmax(), error.shape))) == (3, 2)
     assert error.max() == pytest.approx(0.5)
     assert np.count_nonzero(error) == 1
 

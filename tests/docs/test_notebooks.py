@@ -34,7 +34,7 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     shutil.copytree(ROOT / "tests" / "photographs", tmp_path / "tests" / "photographs")
     (tmp_path / "examples").mkdir()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    stored = nbformat.read(path, as_version=4)
+    stored = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     expected = printed(stored)
     client = NotebookClient(
         stored, timeout=250, resources={"metadata": {"path": tmp_path / "examples"}}

@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from qwen_vit.checkpoint.hub import REPOSITORY
 from qwen_vit.cli import main as cli_module

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import joblib
+import joblib  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import torch
@@ -87,8 +87,8 @@ def test_a_model_that_holds_the_tower_is_copied_with_it(how: str, device: str) -
 def test_the_averaged_copy_of_a_model_keeps_its_tower() -> None:
     """torch's own deepcopy of a model: exponential moving averages."""
     model = nn.Sequential(as_hf_tower(encoder()))
-    averaged = torch.optim.swa_utils.AveragedModel(model)
-    assert_same_bits(embeds_of(averaged.module[0].encoder))  # type: ignore[union-attr, arg-type]
+    averaged: Any = torch.optim.swa_utils.AveragedModel(model)
+    assert_same_bits(embeds_of(averaged.module[0].encoder))
 
 
 class Encoded(Dataset[Tensor]):

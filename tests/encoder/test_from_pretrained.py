@@ -16,6 +16,7 @@ from qwen_vit import device as device_module
 from qwen_vit.checkpoint import published_tensors
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, CheckpointError, HubError, QwenVitError
+from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.feature_files.write import write_features
 from qwen_vit.kernels.rope_varlen_attention import fused_rope_varlen_attention
@@ -43,7 +44,7 @@ from tests.support.towers import gpu
     ],
 )
 def test_an_architecture_that_a_device_cannot_compute_is_refused(
-    device: str, change: dict[str, int], told: str
+    device: str, change: dict[str, Any], told: str
 ) -> None:
     device_module.check_fits(SMALL, torch.device(device))
     with pytest.raises(CheckpointError, match=rf'{told}.*\. (Use device="cpu"|Choose another)'):
@@ -262,6 +263,7 @@ def test_a_default_device_of_the_caller_changes_nothing(tmp_path: Path) -> None:
         [features] = encoder.encode([np.zeros((56, 84, 3), np.uint8)])
         path = write_features(tmp_path / "f.safetensors", [features], encoder.metadata())
         stored = load_features(path)
+        assert isinstance(stored, FeatureFile)
         taken = stored.to_vllm()["image"]
         found = [features.embeds, stored[0].embeds, stored.image_grid_thw, *taken.values()]
         found.append(fused_rope_varlen_attention(qkv, angles.cos(), angles.sin(), cu_seqlens))

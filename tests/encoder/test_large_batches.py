@@ -15,7 +15,7 @@ GRID_LIMIT = 65_535  # programs along the second and third axis of a launch
 
 
 def assert_equals_its_halves(tower: VisionTower, grid: Grid, count: int) -> None:
-    device = tower.blocks[0].attn.qkv.weight.device
+    device = next(tower.parameters()).device
     shape = (count * grid.n_patches, 588)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     whole = embeddings(tower, pixels, [grid] * count)

@@ -76,7 +76,7 @@ def test_one_image_out_of_memory_is_named_and_skipped_or_raised(
 ) -> None:
     large = tmp_path / "large.png"
     large.write_bytes(png(picture(84, 112)))
-    images = [picture(56, 56), large, picture(56, 56, 1)]
+    images: list[Any] = [picture(56, 56), large, picture(56, 56, 1)]
     forget_above(16, monkeypatch)
     results = small().encode(images, on_error="skip")
     assert [type(each) for each in results] == [ImageFeatures, FailedImage, ImageFeatures]

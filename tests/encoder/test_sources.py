@@ -140,7 +140,7 @@ def test_a_failed_image_alone_is_told_by_its_type() -> None:
     assert isinstance(failed, FailedImage)
     assert (failed.id, failed.code, failed.error.name) == ("image 0", "not-an-image", "image 0")
     with pytest.raises(ImageError, match="image 0"):
-        tiny().encode(io.BytesIO(b"one"))  # type: ignore[call-overload]
+        tiny().encode(io.BytesIO(b"one"))
 
 
 def test_features_are_seen_as_a_map_and_as_numpy() -> None:
@@ -159,17 +159,17 @@ def test_features_are_seen_as_a_map_and_as_numpy() -> None:
 
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"on_error is 'ignore'\. Expected 'raise' or 'skip'"):
-        tiny().encode([], on_error="ignore")  # type: ignore[arg-type]
+        tiny().encode([], on_error="ignore")  # type: ignore[call-overload]
     with pytest.raises(ArgumentError, match=r"output is 'pooled'\. Expected 'merged', 'patch' or"):
-        tiny().encode_iter([], output="pooled")  # type: ignore[arg-type]  # before the first next()
+        tiny().encode_iter([], output="pooled")  # type: ignore[call-overload]  # before the first next()
     with pytest.raises(ArgumentError, match=r"layout is 'xx'\. Expected 'auto', 'HWC' or 'CHW'"):
-        tiny().encode([], layout="xx")  # type: ignore[arg-type]
+        tiny().encode([], layout="xx")  # type: ignore[call-overload]
     for limits in (0, 5):
         with pytest.raises(ArgumentError, match=rf"limits is {limits}\. Expected ImageLimits"):
-            tiny().encode([], limits=limits)  # type: ignore[arg-type]
+            tiny().encode([], limits=limits)  # type: ignore[call-overload]
     for images in (None, 5):
         with pytest.raises(ArgumentError, match=rf"images is {images}\. Expected an iterable"):
-            tiny().encode(images)  # type: ignore[arg-type]
+            tiny().encode(images)  # type: ignore[call-overload]
 
 
 # from_pretrained

@@ -45,6 +45,6 @@ def test_encode_iter_holds_no_image_it_has_encoded(monkeypatch: pytest.MonkeyPat
         largest = max(largest, len(alive))
         return joined
 
-    monkeypatch.setattr(batching.Patches, "cat", counting)
+    monkeypatch.setattr(Patches, "cat", counting)
     assert len(list(small().encode_iter(picture(84, 112, seed) for seed in range(20)))) == 20
     assert largest <= 2

@@ -79,7 +79,12 @@ def test_an_array_that_its_owner_uses_again_is_encoded_as_it_was() -> None:
 
 def test_the_first_image_that_fails_is_the_one_that_is_raised(tmp_path: Path) -> None:
     (tmp_path / "late.png").write_bytes(b"")
-    images = [IMAGES / "rocket.jpg", b"first", tmp_path / "late.png", np.zeros((2, 2, 5))]
+    images: list[Any] = [
+        IMAGES / "rocket.jpg",
+        b"first",
+        tmp_path / "late.png",
+        np.zeros((2, 2, 5)),
+    ]
     for threads in (1, 4):
         with pytest.raises(ImageError, match="image 1: not an image"):
             encoder().encode(images, decode_threads=threads)
@@ -135,8 +140,12 @@ def test_the_images_before_the_one_that_fails_are_given(threads: int) -> None:
         yield from three
         raise KeyError("mine")
 
-    for failing, error in (([*three, b"no image"], ImageError), (images(), KeyError)):
-        given = []
+    cases: list[tuple[Any, type[Exception]]] = [
+        ([*three, b"no image"], ImageError),
+        (images(), KeyError),
+    ]
+    for failing, error in cases:
+        given: list[Any] = []
         with pytest.raises(error):
             given.extend(encoder().encode_iter(failing, decode_threads=threads))
         assert len(given) == 3

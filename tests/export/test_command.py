@@ -25,6 +25,7 @@ from qwen_vit.feature_files.read import load_features
 from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.inputs.find import find_items
+from qwen_vit.inputs.read import read_item
 from tests.support.export_stress import tiny_png
 from tests.support.exports import export, shards
 from tests.support.fake_encoder import FakeEncoder
@@ -171,13 +172,13 @@ def test_of_a_large_image_in_a_tar_the_head_is_read(
 ) -> None:
     """A dry run read all of every tar. Where the head does not tell the size, the rest does."""
     values = np.random.default_rng(0).integers(0, 256, (400, 420, 3), np.uint8)
-    Image.fromarray(values).save(f"p/large.{suffix}", **({"lossless": True} if is_whole else {}))
+    Image.fromarray(values).save(f"p/large.{suffix}", lossless=is_whole)
     length = Path(f"p/large.{suffix}").stat().st_size
     assert length > estimate_module.HEAD_BYTES
     with tarfile.open("t.tar", "w") as tar:
         tar.add(f"p/large.{suffix}")
     sizes: list[Any] = []
-    real = estimate_module.read_item
+    real = read_item
 
     def read(item: Any, limits: Any) -> bytes:
         sizes.append(item.size)

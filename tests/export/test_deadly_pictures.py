@@ -45,7 +45,7 @@ def killed_by(name: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, image, called)
 
-    ImageLoader.load = load  # type: ignore[method-assign]
+    ImageLoader.load = load  # type: ignore[method-assign, assignment]
     export()
     sys.exit(0)
 

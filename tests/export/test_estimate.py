@@ -1,6 +1,7 @@
 """The estimate of size and time before an export."""
 
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from qwen_vit.batching import TOKEN_BUDGET
 from qwen_vit.errors import ImageError
 from qwen_vit.export import estimate as estimate_module
 from qwen_vit.export.estimate import estimate_export, estimate_plan
@@ -69,11 +71,11 @@ def test_the_time_has_a_part_for_each_batch_and_one_for_each_patch(
     class Timed(FakeEncoder):
         def encode(self, images: Any, **options: Any) -> Any:
             asked.append(len(images))
-            batches = -(-16 * len(images) // estimate_module.TOKEN_BUDGET["cpu"])
+            batches = -(-16 * len(images) // TOKEN_BUDGET["cpu"])
             clock[0] += 0.5 * batches + 0.001 * 16 * len(images) + 3.0 * (len(asked) == 1)
             return [ImageFeatures("a", torch.zeros(4, WIDTH), (1, 4, 4)) for _ in images]
 
-    monkeypatch.setattr(estimate_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     for given in ("p", "t.tar"):  # 10 images in 3 shards, each a batch
         asked.clear()
         options = replace(SMALL, shard_size=4)
@@ -91,7 +93,7 @@ def test_a_slow_image_is_timed_alone(export_dir: Path, monkeypatch: pytest.Monke
             clock[0] += 7.0 * len(images)
             return [ImageFeatures("a", torch.zeros(4, WIDTH), (1, 4, 4)) for _ in images]
 
-    monkeypatch.setattr(estimate_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     Path("p/x.png").unlink()
     assert estimate_export(Slow(), ["p"]).seconds == 70.0
     assert clock[0] == 7.0

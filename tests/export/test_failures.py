@@ -11,13 +11,14 @@ import torch
 
 from qwen_vit import loading
 from qwen_vit.errors import ExportError, ImageError
-from qwen_vit.export import shard_writer
 from qwen_vit.export import shards as shards_module
 from qwen_vit.export.circuit_breaker import CircuitBreaker
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.progress import Progress
 from qwen_vit.feature_files.read import load_features
+from qwen_vit.feature_files.writer import FeatureWriter
 from qwen_vit.features import FailedImage, ImageFeatures
+from qwen_vit.images.load import load_image
 from tests.support import export_stress
 from tests.support.export_stress import tiny_png, write_hostile
 from tests.support.exports import SMALL, export, files, make_shard, plan_of, shards
@@ -70,8 +71,7 @@ def test_images_that_come_from_a_gpu_together_are_written_as_one_by_one(
     seen: list[tuple[str, float, str]] = []
 
     def count(_: Any, features: ImageFeatures | FailedImage) -> None:
-        is_good = isinstance(features, ImageFeatures)
-        total = float(features.embeds.sum()) if is_good else 0.0
+        total = float(features.embeds.sum()) if isinstance(features, ImageFeatures) else 0.0
         seen.append((features.id, total, str(features.error)))
 
     monkeypatch.setattr(Progress, "count", count)
@@ -94,7 +94,7 @@ def test_an_image_that_does_not_fit_the_memory_is_a_row(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corrupt_image("3.png", "memory")
-    real = loading.load_image
+    real = load_image
 
     def load(data: bytes, **options: Any) -> Any:
         if options["name"] == "6.png":
@@ -208,7 +208,7 @@ def test_a_folder_in_a_shards_place_is_told(export_dir: Path) -> None:
 def test_a_shard_that_is_gone_right_after_it_was_written_is_told(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_writer.FeatureWriter, "save", lambda *_: None)
+    monkeypatch.setattr(FeatureWriter, "save", lambda *_: None)
     with (
         plan_of() as plan,
         pytest.raises(ExportError, match=r"disappeared or was damaged right after it"),
@@ -225,7 +225,7 @@ def test_a_disk_that_fills_up_is_an_error_and_whole_shards_stay(
     """Without a disk of its own: the third write of a shard is refused."""
     export(out="whole")
     written = 0
-    real = shard_writer.FeatureWriter.add
+    real = FeatureWriter.add
 
     def add(self: Any, *arguments: Any) -> None:
         nonlocal written
@@ -239,7 +239,7 @@ def test_a_disk_that_fills_up_is_an_error_and_whole_shards_stay(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer.FeatureWriter, "add", add)
+        patch.setattr(FeatureWriter, "add", add)
         with pytest.raises(ExportError, match=r"shard-00000001.* could not be written \(No space"):
             export()
     assert set(files()) == {"export.json", "listing.jsonl", "shard-00000000.safetensors"}

@@ -16,19 +16,19 @@ from qwen_vit.cli.text import estimate_text
 from qwen_vit.cli.verification import verify_stored
 from qwen_vit.errors import ExportError
 from qwen_vit.export import folder as folder_module
-from qwen_vit.export import settings as settings_module
 from qwen_vit.export.estimate import estimate_export
 from qwen_vit.export.progress import Progress
 from qwen_vit.feature_files.describe import describe_features
-from qwen_vit.feature_files.read import load_features
+from qwen_vit.feature_files.read import FeatureFolder, load_features
 from qwen_vit.feature_files.verify import verify_features
+from qwen_vit.inputs.listing import Listing
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.growing_exports import EXTEND, OPTIONS, RETRY, content, export, write
 
 
 def manifest(out: str = "out") -> dict[str, tuple[Any, ...]]:
-    import pyarrow.parquet as pq
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     names = ("status", "tokens", "sha256", "rows_sha256", "error_code")
     rows = pq.read_table(f"{out}/manifest.parquet").to_pylist()
@@ -151,7 +151,9 @@ def test_a_tar_that_was_torn_is_listed_again(growing_dir: Path) -> None:
     with tarfile.open("p/t.tar", "w") as tar:
         tar.add("p/0.png", "zero.png")
     equals_a_fresh_export(export(EXTEND))
-    assert "t.tar" not in load_features("out").listing
+    found = load_features("out")
+    assert isinstance(found, FeatureFolder)
+    assert "t.tar" not in found.listing
 
 
 def killed_at(name: str) -> Callable[[Any, Any], None]:
@@ -189,7 +191,7 @@ def test_a_kill_while_a_listing_is_appended_loses_nothing(
 
     with monkeypatch.context() as patch:
         if at == "listing":
-            patch.setattr(settings_module.Listing, "freeze", die)
+            patch.setattr(Listing, "freeze", die)
             patch.setattr("qwen_vit.export.plan._list", lambda *_: frozen())
         else:
             patch.setattr(folder_module, "atomic_file", die)
@@ -256,7 +258,7 @@ def test_a_dry_run_counts_what_would_be_added_and_writes_nothing(growing_dir: Pa
     export()
     write("p/x.png", tiny_png(41))
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
-    found = estimate_export(FakeEncoder(), ["p"], EXTEND, folder="out")  # type: ignore[arg-type]
+    found = estimate_export(FakeEncoder(), ["p"], EXTEND, folder="out")
     assert (found.done, found.failed, found.to_do) == (8, 2, 1)
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
@@ -268,7 +270,7 @@ def test_a_dry_run_names_what_is_missing_and_what_failed(growing_dir: Path) -> N
         Path(f"p/{name}.png").unlink()
     write("p/x.png", tiny_png(41))
     write("p/2.png", tiny_png(42))  # changed: its old features are superseded
-    found = estimate_export(FakeEncoder(), ["p"], EXTEND, folder="out")  # type: ignore[arg-type]
+    found = estimate_export(FakeEncoder(), ["p"], EXTEND, folder="out")
     counts = (found.images, found.done, found.to_do, found.failed)
     assert counts == (11, 7, 2, 2)
     assert (found.missing, found.unreadable) == (0, 0)
@@ -276,12 +278,12 @@ def test_a_dry_run_names_what_is_missing_and_what_failed(growing_dir: Path) -> N
     assert (done.images, done.rows) == (found.images, found.rows)
     text = estimate_text(found, Path("out"))
     assert text.startswith("images       7 done, 2 to do, 2 failed earlier\n")
-    again = estimate_export(FakeEncoder(), ["p"], EXTEND, folder="out")  # type: ignore[arg-type]
+    again = estimate_export(FakeEncoder(), ["p"], EXTEND, folder="out")
     assert (again.images, again.done, again.to_do, again.rows) == (11, 9, 0, found.rows)
     assert again.bytes == sum(path.stat().st_size for path in Path("out").glob("shard-*"))
     Path("list.txt").write_text("p/3.png\np/4.png\np/none.png\n")
     Path("p/3.png").write_bytes(b"no image")
-    fresh = estimate_export(FakeEncoder(), ["list.txt"], OPTIONS)  # type: ignore[arg-type]
+    fresh = estimate_export(FakeEncoder(), ["list.txt"], OPTIONS)
     assert (fresh.to_do, fresh.missing, fresh.unreadable) == (3, 1, 1)
     text = estimate_text(fresh, Path("out"))
     assert text.startswith("images       3 to do (1 missing, 1 unreadable or too large)\n")

@@ -20,6 +20,7 @@ from qwen_vit.export.plan import open_export
 from qwen_vit.export.progress import Progress
 from qwen_vit.export.run import export_features
 from qwen_vit.export.segments import count_kept, find_segments
+from qwen_vit.export.shard_writer import ShardWriter
 from qwen_vit.export.shards import export_shards
 from qwen_vit.feature_files.read import load_features
 from tests.support.fake_encoder import BatchedEncoder, FakeEncoder
@@ -132,7 +133,7 @@ def test_segments_are_saved_from_time_to_time_and_survive_a_kill(
 ) -> None:
     """On a GPU wherever a group ends, on a CPU between batches."""
     if is_gpu:
-        real = shards_module.ShardWriter
+        real = ShardWriter
         monkeypatch.setattr(shards_module, "GROUP_IMAGES", 7)
         groups = shards_module._in_groups
         monkeypatch.setattr(
@@ -309,7 +310,7 @@ def test_a_disk_that_is_full_does_not_hide_the_interrupt(
     def full(*_: Any) -> None:
         raise ExportError("could not be written (No space left on device)", name="segment")
 
-    monkeypatch.setattr(shards_module.ShardWriter, "close_segment", full)
+    monkeypatch.setattr(ShardWriter, "close_segment", full)
     interrupted_at(38)
     assert "segment: could not be written (No space left" in caplog.text
     assert segments() == []
@@ -326,6 +327,6 @@ def test_a_worker_of_a_cluster_goes_on_with_a_segment(hundred_images: Path) -> N
     interrupted_at(38)
     encoder = FakeEncoder()
     with open_export(encoder, ["p"], Path("out"), OPTIONS) as plan:
-        [done] = export_shards(encoder, plan, [0])  # type: ignore[arg-type]
+        [done] = export_shards(encoder, plan, [0])
     assert (done.n_kept, len(done.rows)) == (35, 40)
     assert files()["shard-00000000.safetensors"] == files("whole")["shard-00000000.safetensors"]

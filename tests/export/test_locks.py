@@ -217,11 +217,12 @@ def test_a_lock_file_that_its_owner_takes_away_in_between_is_no_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Opened, then unlinked by its owner, then locked: the next one would lock another file."""
-    real, gone = fcntl.flock, []
+    real, gone = fcntl.flock, [False]
 
     def flock(descriptor: int, kind: int) -> None:
-        if not gone:
-            gone.append((tmp_path / "lock").unlink())
+        if not gone[0]:
+            (tmp_path / "lock").unlink()
+            gone[0] = True
         real(descriptor, kind)
 
     monkeypatch.setattr(fcntl, "flock", flock)

@@ -1,5 +1,6 @@
 """The manifest has a row for every image, also where parts end together."""
 
+import hashlib
 import json
 import os
 import threading
@@ -7,9 +8,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +22,6 @@ from qwen_vit.export import manifest as manifest_module
 from qwen_vit.export.lock import short_lock
 from qwen_vit.export.run import make_manifest
 from qwen_vit.feature_files.read import load_features
-from tests.support import export_stress
 from tests.support.export_stress import tiny_png
 from tests.support.exports import SMALL, export, files, make_shard, plan_of
 from tests.support.fake_encoder import FakeEncoder
@@ -64,9 +65,7 @@ def test_the_manifest_has_a_row_for_every_image(export_dir: Path) -> None:
     }  # fmt: skip
     assert {name: rows[2][name] for name in expected} == expected
     assert rows[3]["row_begin"] == 18
-    assert (
-        rows[2]["sha256"] == export_stress.hashlib.sha256(Path("p/2.png").read_bytes()).hexdigest()
-    )
+    assert rows[2]["sha256"] == hashlib.sha256(Path("p/2.png").read_bytes()).hexdigest()
     bad = rows[-1]
     assert (bad["status"], bad["error_stage"], bad["error_code"], bad["tokens"]) == (
         "error", "decode", "truncated", None,
@@ -126,7 +125,7 @@ def test_rows_of_the_manifest_are_the_rows_of_the_shard(export_dir: Path) -> Non
     features = load_features("out")
     for row in pq.read_table("out/manifest.parquet").to_pylist():
         if row["status"] == "ok":
-            shard = load_features(f"out/{row['shard']}")
+            shard: Any = load_features(f"out/{row['shard']}")
             rows = shard._file.get_tensor("image_embeds")[row["row_begin"] : row["row_end"]]
             assert torch.equal(rows, features[row["id"]].embeds)
 

@@ -44,7 +44,8 @@ def test_inputs_that_are_no_list_of_paths_are_refused_before_a_folder_is_made(
 
 
 def test_paths_may_be_path_objects(export_dir: Path) -> None:
-    assert export_features(FakeEncoder(), iter([Path("p")]), "out", SMALL).exported == 10
+    paths: Any = iter([Path("p")])
+    assert export_features(FakeEncoder(), paths, "out", SMALL).exported == 10
 
 
 # Resuming

@@ -17,7 +17,7 @@ from qwen_vit.errors import ArgumentError, ExportError
 from qwen_vit.export import ray_cluster, shard_writer
 from qwen_vit.export import shards as shards_module
 from qwen_vit.export.estimate import estimate_export
-from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.options import ExportOptions, RowFormat
 from qwen_vit.export.plan import open_export, remove_leftovers
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files import writer as writer_module
@@ -142,9 +142,12 @@ def test_the_room_for_a_head_serves_any_layers_and_odd_names(
         Path("p", 60 * name + ".png").write_bytes(tiny_png(0))
     copies = []
     real = writer_module._copy
-    monkeypatch.setattr(
-        writer_module, "_copy", lambda *given: copies.append(given[1]) or real(*given)
-    )
+
+    def watched(*given: Any) -> Any:
+        copies.append(given[1])
+        return real(*given)
+
+    monkeypatch.setattr(writer_module, "_copy", watched)
     for size in (1, 20):
         export(out=f"of-{size}", options=ExportOptions(shard_size=size, layers=layers))
         assert set(copies) <= {0}  # layers are joined, no head was too large
@@ -180,8 +183,10 @@ def test_a_disk_that_fills_up_at_a_layer_leaves_whole_shards(
 def test_hidden_files_of_a_killed_export_are_removed(export_dir: Path) -> None:
     """A shard with two layers grows in three of them."""
     with open_export(FakeEncoder(), ["p"], Path("out"), LAYERS) as plan:
-        tensors = shards_module.RowFormat.of(FakeEncoder(), LAYERS).tensors  # type: ignore[arg-type]
-        writer = writer_module.FeatureWriter(plan.path(1), tensors, 4_096)
+        tensors = RowFormat.of(FakeEncoder(), LAYERS).tensors
+        shard = plan.path(1)
+        assert isinstance(shard, Path)
+        writer = writer_module.FeatureWriter(shard, tensors, 4_096)
         hidden = [name for name in os.listdir("out") if name.endswith(".tmp")]
         assert len(hidden) == 3
         remove_leftovers(plan)
@@ -197,7 +202,7 @@ def test_a_layer_that_the_tower_has_not_is_refused_before_a_folder_is_made(
     ):
         export(options=ExportOptions(layers=(0, 4)))
     assert not Path("out").exists()
-    worker = ray_cluster._Worker(FakeEncoder, 1)  # type: ignore[arg-type]
+    worker = ray_cluster._Worker(FakeEncoder, 1)
     with pytest.raises(ArgumentError, match="layers contains 4"):
         worker.describe(ExportOptions(layers=(0, 4)))
 
@@ -262,12 +267,13 @@ def test_a_worker_with_another_gpu_makes_no_shard(export_dir: Path) -> None:
             return {**super().metadata(), "gpu": "NVIDIA A100"}
 
     with open_export(FakeEncoder(), ["p"], Path("out"), LAYERS) as plan:
-        worker = ray_cluster._Worker(OtherMachine, 1)  # type: ignore[arg-type]
+        worker = ray_cluster._Worker(OtherMachine, 1)
         with pytest.raises(ExportError, match=r"a worker has the GPU NVIDIA A100\. Expected None"):
             worker.export(plan, 0)
         assert not plan.path(0).exists()
-        done, _ = ray_cluster._Worker(FakeEncoder, 1).export(plan, 0)  # type: ignore[arg-type]
-        assert len(done.rows) == 4
+        made = ray_cluster._Worker(FakeEncoder, 1).export(plan, 0)
+        assert made is not None
+        assert len(made[0].rows) == 4
 
 
 def test_an_estimate_counts_layers(export_dir: Path) -> None:
@@ -276,7 +282,7 @@ def test_an_estimate_counts_layers(export_dir: Path) -> None:
     sizes = {}
     for layers in ((), (0,), (0, 1, 3)):
         options = ExportOptions(shard_size=4, layers=layers)
-        estimate = estimate_export(FakeEncoder(), ["p"], options)  # type: ignore[arg-type]
+        estimate = estimate_export(FakeEncoder(), ["p"], options)
         done = export(out=f"of-{len(layers)}", options=options)
         assert abs(estimate.bytes - done.bytes) < 0.02 * done.bytes + 5_000
         sizes[len(layers)] = done.bytes

@@ -17,6 +17,7 @@ from qwen_vit.export.background import StageTimer
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.writer import FeatureWriter
+from qwen_vit.images.load import load_image
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.pipelines import encoder, load_threads, mixed, stand_in_export
 
@@ -55,12 +56,11 @@ def test_the_next_shards_images_are_loaded_while_one_is_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = threading.Event()  # an image of the second shard
-    real = loading.load_image
 
-    def load_image(data: Any, *, name: str, **more: Any) -> Any:
+    def watched_load(data: Any, *, name: str, **more: Any) -> Any:
         if name == "005.png":
             loaded.set()
-        return real(data, name=name, **more)
+        return load_image(data, name=name, **more)
 
     class Waiting(FakeEncoder):
         def encode_iter(self, images: Any, **options: Any) -> Any:
@@ -68,7 +68,7 @@ def test_the_next_shards_images_are_loaded_while_one_is_encoded(
                 assert loaded.wait(30)
                 yield features
 
-    monkeypatch.setattr(loading, "load_image", load_image)
+    monkeypatch.setattr(loading, "load_image", watched_load)
     assert stand_in_export(tmp_path, Waiting(), 3, decode_threads=2).exported == 12
 
 
@@ -78,7 +78,7 @@ def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
     """So that a kill costs the open shard at most; the next one's images are loaded meanwhile."""
     real, whole = FeatureWriter.save, FakeEncoder()
     loaded = threading.Event()
-    encoded, load_image = [], loading.load_image
+    encoded = []
 
     def watched_load(*arguments: Any, **options: Any) -> Any:
         if options["name"].endswith("5.png"):  # of the second shard

@@ -18,7 +18,8 @@ from qwen_vit.cli import main as cli
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.export.estimate import Estimate
-from qwen_vit.export.plan import ExportOptions, open_export
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.plan import open_export
 from qwen_vit.export.ray_cluster import _plain_errors, _size, _threads_of_a_shard, export_on_ray
 from qwen_vit.export.run import export_features
 from tests.support import ROOT, export_stress
@@ -93,7 +94,7 @@ def test_a_scheduler_ends_it_as_ctrl_c_does(cluster: str, tmp_path: Path) -> Non
     images.mkdir()
     for number in range(200):
         (images / f"{number}.png").write_bytes(tiny_png(number))
-    words = ["export", images, "--model", "tiny", "--out", out, "--shard-size", "2"]
+    words = ["export", str(images), "--model", "tiny", "--out", str(out), "--shard-size", "2"]
     running = subprocess.Popen(
         [sys.executable, "-m", "qwen_vit", *words, f"--ray={cluster}"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -136,7 +137,7 @@ def test_every_field_of_an_error_crosses_processes(cluster: str) -> None:
         "ratio of 333", name="a\tb.png", expected="at most 200", remedy="crop it", code="ratio"
     )
 
-    @ray.remote
+    @ray.remote  # type: ignore[untyped-decorator]
     def fail() -> None:
         raise error
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from botocore.retries.standard import ExponentialBackoff
+from botocore.retries.standard import ExponentialBackoff  # type: ignore[import-untyped]
 
 from qwen_vit.common import storage_writes
+from qwen_vit.common.storage_writes import put_file
 from qwen_vit.errors import ExportError
 from qwen_vit.export import store_folder
 from qwen_vit.export.options import ExportOptions
@@ -336,7 +337,7 @@ def test_a_rival_between_a_look_and_a_put(
     server: S3Server, export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both encode the same shard; the first that is there stays."""
-    put, rival = store_folder.put_file, FakeEncoder()
+    put, rival = put_file, FakeEncoder()
 
     def with_rival(address: str, path: Path, *, is_new: bool) -> None:
         if "shard-" in address and not rival.encoded:

@@ -43,7 +43,7 @@ def test_workers_without_a_shared_disk_give_the_bytes_of_one_process(
                 data = (tmp_path / "x.parquet").read_bytes()
                 server.put(f"data/{numbers.start:02}.parquet", data)
                 done = export_on_ray("stand-in", [INPUTS], OUT, how)
-                export_features(FakeEncoder(), [INPUTS], tmp_path / "single", how)  # type: ignore[arg-type]
+                export_features(FakeEncoder(), [INPUTS], tmp_path / "single", how)
                 single = {path.name: path.read_bytes() for path in (tmp_path / "single").iterdir()}
                 assert server.objects("out") == single
             assert (done.exported, done.shards, done.shards_missing) == (17, 5, 0)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from qwen_vit.errors import ExportError
-from qwen_vit.export import progress as progress_module
 from tests.support.exports import SMALL, NeverAsked, export, files, plan_of
 from tests.support.fake_encoder import FakeEncoder
 
@@ -149,9 +149,12 @@ def test_images_that_were_there_say_nothing_about_the_speed(
     export()
     Path("out/shard-00000001.safetensors").unlink()
     initial = []
-    close = progress_module.tqdm.close
-    monkeypatch.setattr(
-        progress_module.tqdm, "close", lambda bar: (initial.append(bar.initial), close(bar))
-    )
+    close = tqdm.close
+
+    def watched(bar: Any) -> None:
+        initial.append(bar.initial)
+        close(bar)
+
+    monkeypatch.setattr(tqdm, "close", watched)
     export(show_progress=True)
     assert initial[0] == 11 - 4

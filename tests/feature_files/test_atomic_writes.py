@@ -11,7 +11,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from qwen_vit.common import atomic_file as atomic_file_module
 from qwen_vit.errors import ExportError
 from qwen_vit.feature_files import write as write_module
 from qwen_vit.feature_files.read import load_features
@@ -56,7 +55,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
     if step == "save":
         monkeypatch.setattr(write_module, "bytes_of", half_then(error))
     else:
-        monkeypatch.setattr(atomic_file_module.os, step, fail)
+        monkeypatch.setattr(os, step, fail)
     expected = ExportError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected) as caught:
         write_features(path, features_of("new"), METADATA)

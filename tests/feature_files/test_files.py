@@ -165,7 +165,7 @@ def test_an_image_is_read_only_when_it_is_asked_for(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_features(path, features_of("a", "b", "c"), METADATA)
-    read = load_features(path)
+    read: Any = load_features(path)
     slices = []
 
     class Spy:

@@ -114,7 +114,7 @@ def edited(folder: Folder, index: int, **changes: Any) -> None:
     save_file(load_file(folder.shard(index)), folder.shard(index), metadata={METADATA_KEY: text})
 
 
-STRANGE = {
+STRANGE: dict[str, dict[str, Any]] = {
     "another listing": {"ids": ["a", "x"]},
     "another order": {"ids": ["b", "a"]},
     "an image too few": {"errors": []},
@@ -158,7 +158,7 @@ def rewrite(name: str, change: Callable[[str], str]) -> Callable[[Path], Any]:
     return lambda path: (path / name).write_text(change((path / name).read_text()))
 
 
-DAMAGED = {
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no settings": (lambda path: (path / "export.json").unlink(), "without export.json"),
     "settings cut": (rewrite("export.json", lambda text: text[:9]), "export.json: not JSON"),
     "settings a list": (rewrite("export.json", lambda _: "[]"), "Expected an object. Export into"),

@@ -18,7 +18,8 @@ from tests.support.features import METADATA, features_of
 
 NAN = ImageFeatures("bad.jpg", torch.tensor([[1.0, float("nan")]]), (1, 2, 2))
 INFINITE = ImageFeatures("bad.jpg", torch.tensor([[float("-inf"), 1.0]]), (1, 2, 2))
-REFUSED = {
+bad_features: Any = ImageFeatures  # with arguments of other types
+REFUSED: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "duplicate ids": (
         features_of("a", "b", "a"),
         METADATA,
@@ -123,21 +124,21 @@ def test_rows_that_do_not_fit_their_grid_are_refused(tmp_path: Path) -> None:
         ([torch.zeros(1, 4)], {}, "features contains a Tensor. Expected ImageFeatures"),
         (torch.zeros(1, 4), {}, "features is one Tensor. Expected a list of ImageFeatures"),
         (
-            [ImageFeatures(7, torch.zeros(1, 4), (1, 2, 2))],
+            [bad_features(7, torch.zeros(1, 4), (1, 2, 2))],
             {},
             "the id 7 and the grid_thw .1, 2, 2",
         ),
         (
-            [ImageFeatures("a", torch.zeros(1, 4), (2, 2))],
+            [bad_features("a", torch.zeros(1, 4), (2, 2))],
             {},
             "the grid_thw .2, 2.\\. Expected text",
         ),
         (
-            [ImageFeatures("a", torch.zeros(1, 4), torch.tensor([1, 2, 2]))],
+            [bad_features("a", torch.zeros(1, 4), torch.tensor([1, 2, 2]))],
             {},
             "the grid_thw tensor.* Expected text and three whole numbers",
         ),
-        ([ImageFeatures("a", torch.zeros(1, 4), None)], {}, "the grid_thw None. Expected text"),
+        ([bad_features("a", torch.zeros(1, 4), None)], {}, "the grid_thw None. Expected text"),
         (
             [ImageFeatures("a", torch.zeros(1, 4), (1, 2, 2))],
             None,

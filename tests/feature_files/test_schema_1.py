@@ -91,5 +91,5 @@ def test_an_export_of_schema_1_is_not_continued_and_not_touched(
         with pytest.raises(ExportError, match=words):
             export_features(FakeEncoder(), ["p"], "out", ExportOptions(shard_size=4, part=part))
     with pytest.raises(ExportError, match=words):
-        estimate_export(FakeEncoder(), ["p"], options, folder="out")  # type: ignore[arg-type]
+        estimate_export(FakeEncoder(), ["p"], options, folder="out")
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
 
@@ -20,7 +20,7 @@ from qwen_vit.feature_files import tables
 from qwen_vit.feature_files.collection import Features
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.feature_files.write import write_features
-from qwen_vit.features import ImageFeatures
+from qwen_vit.features import FeatureOutput, ImageFeatures
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.features import METADATA, ODD_IDS, features_of
@@ -30,7 +30,9 @@ IDS = list(ODD_IDS.values())
 NUMBERS = ("grid_t", "grid_h", "grid_w", "height", "width")
 
 
-def images(output: str = "merged", dtype: torch.dtype = torch.bfloat16) -> list[ImageFeatures]:
+def images(
+    output: FeatureOutput = "merged", dtype: torch.dtype = torch.bfloat16
+) -> list[ImageFeatures]:
     """Odd ids; every other one without a size; two layers."""
     made = torch.Generator().manual_seed(0)
     found = []
@@ -203,7 +205,7 @@ def test_a_manifest_keeps_its_whole_numbers_in_pandas(
     for number in range(3):
         Path(f"p/{number}.png").write_bytes(tiny_png(number))
     Path("p/x.png").write_bytes(b"")
-    done = export_features(FakeEncoder(), ["p"], "out", ExportOptions())  # type: ignore[arg-type]
+    done = export_features(FakeEncoder(), ["p"], "out", ExportOptions())
     table = pq.read_table(done.manifest)
     numbers = [field.name for field in table.schema if field.type == pa.int64()]
     assert {"index", "row_begin", "tokens", "grid_h", "height"} <= {*numbers}
@@ -295,7 +297,7 @@ def test_a_folder_with_failed_images_gives_the_good_ones(
     for number in range(5):
         Path(f"p/{number}.png").write_bytes(b"" if number == 1 else tiny_png(number))
     options = ExportOptions(output="mean", shard_size=2)
-    export_features(FakeEncoder(), ["p"], "out", options)  # type: ignore[arg-type]
+    export_features(FakeEncoder(), ["p"], "out", options)
     stored = load_features("out")
     assert stored.to_numpy().shape == (4, 16)
     table = pq.read_table(stored.to_parquet("t"))

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwen_vit.errors import ArgumentError, ExportError
+from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.feature_files.write import write_features
 from qwen_vit.features import UNKNOWN_SIZE, ImageFeatures
@@ -20,6 +21,7 @@ def test_what_is_written_is_read_back(path: Path, dtype: torch.dtype) -> None:
     written = features_of("a.jpg", "b/c.png", "d", dtype=dtype)
     assert write_features(path, written, METADATA) == path
     read = load_features(path)
+    assert isinstance(read, FeatureFile)
     assert len(read) == 3
     assert read.ids == ["a.jpg", "b/c.png", "d"]
     assert read.metadata["model"] == "tiny"

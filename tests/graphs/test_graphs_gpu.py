@@ -153,8 +153,8 @@ def test_graphs_serve_encode_and_leave_the_patch_output_alone() -> None:
     images = [generator.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((224, 336), (448, 140))]
     for output in ("merged", "patch"):
         for ours, other in zip(
-            by_graph.encode(images, output=output),  # type: ignore[arg-type]
-            eager.encode(images, output=output),  # type: ignore[arg-type]
+            by_graph.encode(images, output=output),
+            eager.encode(images, output=output),
             strict=True,
         ):
             assert ours.embeds is not None

@@ -1,6 +1,7 @@
 """Arrays and tensors as images: channel axes, types, values, memory order."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,7 @@ def test_values_out_of_range_are_counted_with_their_extremes() -> None:
 @pytest.mark.parametrize("view", ["negative", "step", "transposed", "read-only", "fortran"])
 def test_any_memory_order_works(view: str) -> None:
     array = noise(12, 10)
-    views = {
+    views: dict[str, Callable[[Any], Any]] = {
         "negative": lambda a: a[::-1, ::-1],
         "step": lambda a: a[::2, ::3],
         "transposed": lambda a: a.transpose(1, 0, 2),

@@ -19,7 +19,12 @@ from qwen_vit.images.load import load_image
 from tests.support.fake_encoder import FakeEncoder
 
 STORED = np.random.default_rng(0).integers(0, 256, (56, 84, 3), np.uint8)
-KINDS = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}, "JPEG": {"quality": 95}}
+KINDS: dict[str, dict[str, Any]] = {
+    "PNG": {},
+    "TIFF": {},
+    "WEBP": {"lossless": True},
+    "JPEG": {"quality": 95},
+}
 
 
 def turned(kind: str, orientation: int) -> bytes:

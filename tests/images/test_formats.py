@@ -124,7 +124,7 @@ def test_names_of_formats_are_checked() -> None:
 
 def test_encode_takes_formats() -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
-    expected = encoder.encode(PIXELS).embeds
+    [expected] = (each.embeds for each in encoder.encode([PIXELS]))
     with pytest.raises(ImageError, match='formats="ppm"'):
         encoder.encode(FILES["PPM"])
     assert encoder.encode(FILES["PPM"], formats=["ppm"]).embeds.equal(expected)

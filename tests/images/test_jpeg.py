@@ -203,9 +203,12 @@ def test_the_judge_is_asked_about_every_jpeg(monkeypatch: pytest.MonkeyPatch) ->
     """Another library judges; the pixels stay Pillow's."""
     asked = []
     real = jpeg_module.check_blocks
-    monkeypatch.setattr(
-        "qwen_vit.images.decode.check_blocks", lambda *args: asked.append(1) or real(*args)
-    )
+
+    def watched(*arguments: Any) -> None:
+        asked.append(1)
+        real(*arguments)
+
+    monkeypatch.setattr("qwen_vit.images.decode.check_blocks", watched)
     load_image(encode())
     load_image(Image.open(io.BytesIO(encode())))
     assert len(asked) == 2

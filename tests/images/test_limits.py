@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vit.common import child_process
 from qwen_vit.errors import ArgumentError, ImageError
 from qwen_vit.images import decode
 from qwen_vit.images.image import ImageLimits
@@ -162,7 +161,7 @@ def test_a_picture_that_takes_too_long_is_ended(children: list[str]) -> None:
 
 
 def test_a_picture_that_kills_its_process_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child_process.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ImageError, match="ended with exit code 1") as caught:
         decode_in_child(b"", "a.jpg", ImageLimits())
     assert caught.value.code == "memory"

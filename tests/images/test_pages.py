@@ -75,7 +75,9 @@ def test_a_damaged_page_costs_no_other() -> None:
         [offset] = image.tag_v2[273]  # type: ignore[attr-defined]
     torn = bytearray(data)
     torn[offset : offset + 40] = b"\xff" * 40
-    assert np.array_equal(load_image(ImagePage(bytes(torn), 3)).pixels[..., 0], frames[2])
+    assert np.array_equal(
+        load_image(ImagePage(bytes(torn), 3)).pixels[..., 0], np.asarray(frames[2])
+    )
     with pytest.raises(ImageError):
         load_image(ImagePage(bytes(torn), 2))
 

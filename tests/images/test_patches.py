@@ -21,7 +21,7 @@ from tests.support import IMAGES
 
 PHOTOGRAPHS = sorted(path for path in IMAGES.iterdir() if path.suffix in (".png", ".jpg"))
 LIMITS = [(3136, 12845056), (3136, 1003520), (784, 784), (3136, 50176), (400_000, 500_000)]
-PUBLISHED = {"factor": 28, "min_pixels": 3136, "max_pixels": 1003520}
+PUBLISHED: dict[str, Any] = {"factor": 28, "min_pixels": 3136, "max_pixels": 1003520}
 
 
 def image_config(min_pixels: int = 3136, max_pixels: int = 1003520) -> ImageConfig:
@@ -131,7 +131,7 @@ def test_smart_resize_is_transformers(
     height: int, width: int, factor: int, min_pixels: int, extra: int
 ) -> None:
     assume(max(height, width) <= 200 * min(height, width))
-    limits = {"factor": factor, "min_pixels": min_pixels}
+    limits: dict[str, Any] = {"factor": factor, "min_pixels": min_pixels}
     limits["max_pixels"] = max(min_pixels + extra, factor**2)
     ours = smart_resize(height, width, **limits)
     assert ours == reference.smart_resize(height, width, **limits)
@@ -153,7 +153,7 @@ def test_known_sizes(height: int, width: int, expected: tuple[int, int]) -> None
 
 
 def test_a_thin_image_never_gets_a_side_of_zero() -> None:
-    limits = {"factor": 28, "min_pixels": 784, "max_pixels": 3136}
+    limits: dict[str, Any] = {"factor": 28, "min_pixels": 784, "max_pixels": 3136}
     assert smart_resize(28, 5600, **limits) == (28, 784)
 
 

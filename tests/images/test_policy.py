@@ -3,6 +3,7 @@
 import io
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_the_result_is_rgb_uint8_contiguous_and_its_own() -> None:
 def test_path_bytes_pil_array_and_tensor_give_the_same_pixels() -> None:
     path = IMAGES / "astronaut.png"
     array = np.asarray(Image.open(path))
-    sources = [
+    sources: list[Any] = [
         path,
         path.read_bytes(),
         Image.open(path),

@@ -26,7 +26,7 @@ def test_a_bomb_is_refused_from_its_header_and_without_a_warning() -> None:
     )
     assert "ImageLimits.max_pixels" in message
     picture = Image.new("1", (1, 1))
-    picture._size = (60_000, 60_000)  # type: ignore[attr-defined]
+    picture._size = (60_000, 60_000)
     refusal("too-many-pixels", picture)
     refusal("too-many-pixels", np.broadcast_to(np.uint8(0), (60_000, 60_000, 3)))
 

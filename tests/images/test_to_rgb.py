@@ -30,7 +30,13 @@ def half_transparent() -> np.ndarray:
 def test_alpha_is_composited_on_white_from_every_source() -> None:
     rgba = half_transparent()
     picture = Image.fromarray(rgba)
-    sources = [rgba, rgba.transpose(2, 0, 1), rgba / 255, torch.from_numpy(rgba), picture]
+    sources: list[Any] = [
+        rgba,
+        rgba.transpose(2, 0, 1),
+        rgba / 255,
+        torch.from_numpy(rgba),
+        picture,
+    ]
     sources += [encode(picture, f, lossless=True) for f in ("PNG", "WEBP", "TIFF")]
     first = load_image(rgba).pixels
     assert np.abs(first - on_white(rgba)).max() <= 1  # integer compositing rounds once
@@ -81,8 +87,8 @@ def test_a_transparent_colour_of_a_png_becomes_white(mode: str) -> None:
         picture = Image.new(mode, (2, 1), 0 if mode != "RGB" else (0, 0, 0))
         if mode == "P":
             picture.putpalette([0, 0, 0, 200, 200, 200])
-        white = {"1": 1, "L": 200, "RGB": (200, 200, 200), "P": 1}[mode]
-        picture.putpixel((1, 0), white)
+        colours: dict[str, Any] = {"1": 1, "L": 200, "RGB": (200, 200, 200), "P": 1}
+        picture.putpixel((1, 0), colours[mode])
         data = encode(picture, transparency=(0, 0, 0) if mode == "RGB" else 0)
         expected = [[[255] * 3, [255 if mode == "1" else 200] * 3]]
     for source in (data, Image.open(io.BytesIO(data))):

@@ -144,7 +144,7 @@ def refuse_to_list(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             raise PermissionError(errno.EACCES, "Permission denied")
         return real(path)
 
-    monkeypatch.setattr(find_module.os, "scandir", scandir)
+    monkeypatch.setattr(os, "scandir", scandir)
 
 
 def test_patterns_that_meet_one_unreadable_folder_tell_it_once(

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
@@ -15,6 +15,7 @@ from qwen_vit.inputs import read as read_module
 from qwen_vit.inputs.find import check_inputs
 from qwen_vit.inputs.listing import Item, Listing
 from qwen_vit.inputs.parquet import ParquetColumns
+from qwen_vit.inputs.parquet_file import open_parquet_file
 from qwen_vit.inputs.read import read_item
 from tests.support.export_stress import tiny_png
 from tests.support.parquet_files import (
@@ -259,9 +260,12 @@ def test_a_torn_row_group_is_read_once(parquet_dir: Path, monkeypatch: pytest.Mo
     tear_rows(parquet_dir / "x.parquet", tiny_png(150))
     begun: list[int] = []
     begin = parquet_module._Reader._begin_at
-    monkeypatch.setattr(
-        parquet_module._Reader, "_begin_at", lambda self, g: (begun.append(g), begin(self, g))
-    )
+
+    def watched(self: Any, group: int) -> None:
+        begun.append(group)
+        begin(self, group)
+
+    monkeypatch.setattr(parquet_module._Reader, "_begin_at", watched)
     for item in items("x.parquet"):
         failure(item)
     assert begun == [0]
@@ -284,7 +288,8 @@ def test_a_transient_error_is_tried_again(
 ) -> None:
     write_rows("x.parquet", structs(range(3)))
     [first, *_] = items("x.parquet")
-    opened, calls = parquet_module.open_parquet_file, []
+    opened = open_parquet_file
+    calls: list[Any] = []
 
     class Flaky:
         def __init__(self, file: Any) -> None:
@@ -294,7 +299,7 @@ def test_a_transient_error_is_tried_again(
             if len(calls) == 1:
                 calls.append("failed")
                 raise OSError(5, "Input/output error")
-            return self.file.read(size)  # type: ignore[no-any-return]
+            return self.file.read(size)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self.file, name)

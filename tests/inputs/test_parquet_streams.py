@@ -6,10 +6,10 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
 from qwen_vit.inputs import parquet_file as file_module
@@ -53,9 +53,12 @@ def test_rows_in_order_read_each_group_once(
     write_rows("x.parquet", structs(range(600)), group=100)
     begun: list[int] = []
     begin = parquet_module._Reader._begin_at
-    monkeypatch.setattr(
-        parquet_module._Reader, "_begin_at", lambda self, g: (begun.append(g), begin(self, g))
-    )
+
+    def watched(self: Any, group: int) -> None:
+        begun.append(group)
+        begin(self, group)
+
+    monkeypatch.setattr(parquet_module._Reader, "_begin_at", watched)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda item: read_item(item, LIMITS), items("x.parquet")))
     assert begun == [*range(6)]
@@ -69,9 +72,9 @@ def test_only_pages_of_the_column_are_held(
     class Counted(io.FileIO):
         reads: ClassVar[list[int]] = []
 
-        def read(self, size: int | None = -1, /) -> bytes | None:
-            data = super().read(size)
-            self.reads.append(len(data or b""))
+        def read(self, size: int | None = -1, /) -> bytes:
+            data = super().read(size) or b""
+            self.reads.append(len(data))
             return data
 
     monkeypatch.setattr(parquet_module, "open_parquet_file", lambda path, *_: Counted(path))

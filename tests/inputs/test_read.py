@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qwen_vit.errors import ExportError, ImageError
+from qwen_vit.images.load import read_image_file
 from qwen_vit.inputs import read as read_module
 from qwen_vit.inputs.find import find_items
 from qwen_vit.inputs.listing import Item, Listing
@@ -47,7 +48,7 @@ def test_a_shards_images_are_found_by_its_number(here: Path) -> None:
 
 def failing(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> list[str]:
     calls: list[str] = []
-    real = read_module.read_image_file
+    real = read_image_file
 
     def read(path: str, *rest: Any) -> bytes:
         calls.append(path)

@@ -250,9 +250,9 @@ def test_a_lasting_fault_has_a_name_and_a_remedy(
         assert error.code in ("unreadable", "missing")
     if fault != "NoSuchKey":
         for given in (f"{ROOT}/p/*.png", f"{ROOT}/p/l.txt"):
-            error = refused(given)
-            assert fact in error.fact
-            assert remedy in error.remedy
+            refusal = refused(given)
+            assert fact in refusal.fact
+            assert remedy in refusal.remedy
 
 
 def test_a_server_that_stays_down_is_one_failure(data: Path, server: S3Server) -> None:

@@ -1,6 +1,8 @@
 """Images at https:// addresses: allowed hosts, public addresses, and limits."""
 
 import contextlib
+import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
@@ -149,7 +151,7 @@ def test_addresses_that_are_not_public_are_never_connected_to(
     connected: list[Any] = []
     monkeypatch.setattr(urls, "_is_public", IS_PUBLIC)
     monkeypatch.setattr(urls, "_resolve", lambda *_: ["93.184.215.14", address])
-    monkeypatch.setattr(urls.socket, "create_connection", lambda *each: connected.append(each))
+    monkeypatch.setattr(socket, "create_connection", lambda *each: connected.append(each))
     error = site.failure("/a.png")
     assert "which is not a public address" in error.fact
     assert (error.code, connected) == ("url", [])
@@ -167,7 +169,7 @@ def test_the_address_that_was_checked_is_connected_to(
 
 
 def test_a_certificate_of_another_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(urls, "_context", urls.ssl.create_default_context)
+    monkeypatch.setattr(urls, "_context", ssl.create_default_context)
     assert "no valid certificate" in site.failure("/a.png").fact
 
 

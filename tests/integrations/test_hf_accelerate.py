@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import accelerate
+import accelerate  # type: ignore[import-untyped]
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -135,7 +135,7 @@ def test_two_processes_train_one_model_and_keep_the_tower(
     """DistributedDataParallel over gloo; as one process does with the mean of both gradients."""
     model, swapped = copy.deepcopy(both)
     model.save_pretrained(tmp_path / "model")
-    mp.start_processes(ddp_worker, (tmp_path, family), nprocs=2, start_method="spawn")
+    start_processes(ddp_worker, (tmp_path, family), nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -178,7 +178,7 @@ def fsdp_worker(rank: int, folder: Path) -> None:
 def test_a_sharded_model_has_the_whole_tower_in_its_state(tmp_path: Path) -> None:
     """FSDP2, whose state looks every name up among the modules."""
     model, _ = make_model("qwen2_5_vl", tmp_path / "model")
-    mp.start_processes(fsdp_worker, (tmp_path,), nprocs=2, start_method="spawn")
+    start_processes(fsdp_worker, (tmp_path,), nprocs=2, start_method="spawn")
     state = torch.load(tmp_path / "state.pt")
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())

@@ -1,6 +1,7 @@
 """PEFT: adapters of the language model work; those of the tower are refused."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def test_adapters_of_the_language_model_train_save_load_and_merge(
     assert relative_error(logits_of(whole, family), expected) < ROUNDING
 
 
-AIMED = {
+AIMED: dict[str, dict[str, Any]] = {
     "list": {"target_modules": ["q_proj", "gate_proj"]},  # both towers and language models have it
     "tower alone": {"target_modules": r".*visual.*mlp.*"},
     "the whole tower": {"target_modules": r".*visual"},
@@ -76,7 +77,7 @@ def test_an_adapter_that_was_trained_with_the_tower_is_refused(
     """Without the tower's part the answers would be wrong."""
     model, swapped = trainable
     adapted(model, target_modules=["gate_proj"]).save_pretrained(tmp_path)
-    loaders = {
+    loaders: dict[str, Callable[[], object]] = {
         "PeftModel": lambda: peft.PeftModel.from_pretrained(swapped, tmp_path),
         "load_adapter": lambda: swapped.load_adapter(str(tmp_path)),
     }

@@ -26,7 +26,7 @@ def test_a_compiled_model_answers_the_same(trainable: tuple[Any, Any], family: s
     _, swapped = trainable
     expected = logits_of(swapped, family)
     torch._dynamo.reset()
-    compiled = torch.compile(swapped, backend="eager")
+    compiled: Any = torch.compile(swapped, backend="eager")
     assert relative_error(logits_of(compiled, family), expected) < ROUNDING
     names = {key.removeprefix("_orig_mod.") for key in compiled.state_dict()}
     assert names == set(swapped.state_dict())
@@ -37,7 +37,7 @@ def test_a_compiled_model_trains_the_same(trainable: tuple[Any, Any], family: st
     _, swapped = trainable
     expected = gradients(swapped, family)
     torch._dynamo.reset()
-    compiled = torch.compile(swapped, backend="aot_eager")
+    compiled: Any = torch.compile(swapped, backend="aot_eager")
     compiled.zero_grad()
     loss_of(compiled, family).backward()
     made = {n: p.grad for n, p in swapped.named_parameters() if p.grad is not None}
@@ -58,7 +58,7 @@ def test_inductor_compiles_what_is_around_the_tower(
 def test_a_compiled_tower_alone_is_the_tower(trainable: tuple[Any, Any]) -> None:
     tower = tower_of(trainable[1])
     torch._dynamo.reset()
-    compiled = torch.compile(tower, backend="eager")
+    compiled: Any = torch.compile(tower, backend="eager")
     with torch.no_grad():
         made = compiled(random_rows(104, 3), grid_thw=torch.tensor(GRIDS)).pooler_output
     assert torch.equal(made, merged_of(trainable[1]))
@@ -66,6 +66,6 @@ def test_a_compiled_tower_alone_is_the_tower(trainable: tuple[Any, Any]) -> None
 
 def test_a_whole_graph_is_refused_by_torch(trainable: tuple[Any, Any], family: str) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(tower_of(trainable[1]), backend="eager", fullgraph=True)
+    compiled: Any = torch.compile(tower_of(trainable[1]), backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
         compiled(random_rows(104, 3), grid_thw=torch.tensor(GRIDS))

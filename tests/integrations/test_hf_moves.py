@@ -195,16 +195,16 @@ def test_a_tower_moves_to_a_gpu_and_back(tmp_path: Path, caplog: pytest.LogCaptu
     assert tower.dtype == torch.float32
     assert relative_error(merged_of(tower).cpu(), expected) < FLOAT32
     tower.load_state_dict({name: tensor * 2 for name, tensor in state.items()})
-    loaded = merged_of(tower)
+    doubled = merged_of(tower)
     model.cpu()
-    assert relative_error(merged_of(tower), loaded.cpu()) < FLOAT32
+    assert relative_error(merged_of(tower), doubled.cpu()) < FLOAT32
 
 
 @gpu
 def test_graphs_stay_off_where_they_were_off(tmp_path: Path) -> None:
     make_model(FAMILY, tmp_path)
     encoder = VisionEncoder.from_pretrained(tmp_path, device="cuda", cuda_graphs=False)
-    tower = as_hf_tower(encoder)
+    tower: Any = as_hf_tower(encoder)
     tower.float()
     assert tower.encoder is not encoder
     assert tower.encoder.graphs is None

@@ -27,7 +27,7 @@ from tests.support.videos import make_video
 PICTURE, CLIPS = (1, 4, 6), ((3, 4, 6), (2, 8, 4))
 SECONDS = [0.5, 1.0]
 START, END = SPECIAL["<|vision_start|>"], SPECIAL["<|vision_end|>"]
-TOKEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+TOKEN_IDS: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 
 
 def n_tokens(grid: tuple[int, int, int]) -> int:
@@ -108,7 +108,8 @@ def decoded(path: str, indices: list[int], width: int, height: int) -> list[NDAr
     import av
 
     with av.open(path) as container:
-        pictures = [frame.to_image() for frame in container.decode(video=0)]
+        frames: list[Any] = list(container.decode(video=0))
+        pictures = [frame.to_image() for frame in frames]
     resized = [pictures[at].resize((width, height), Image.Resampling.BICUBIC) for at in indices]
     return [np.asarray(each) for each in resized]
 
@@ -153,7 +154,10 @@ def test_a_video_file_gives_the_answer_of_the_models_own_tower(family: str, tmp_
 @pytest.mark.parametrize("fault", ["rows backwards", "other seconds"])
 def test_the_comparison_sees_a_fault(asked: Asked, fault: str) -> None:
     clips = [replace(clip, embeds=clip.embeds.flip(0)) for clip in asked.clips]
-    changes = {"rows backwards": {"videos": clips}, "other seconds": {"second_per_grid_ts": [2, 1]}}
+    changes: dict[str, dict[str, Any]] = {
+        "rows backwards": {"videos": clips},
+        "other seconds": {"second_per_grid_ts": [2, 1]},
+    }
     logits = asked.logits(asked.features(**changes[fault]))
     assert relative_error(logits, asked.logits(asked.rows)) > 1e-2
 

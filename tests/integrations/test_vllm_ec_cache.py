@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_vit import VisionEncoder
-from qwen_vit.common import atomic_file as atomic_file_module
 from qwen_vit.errors import ArgumentError, ExportError, ImageError, QwenVitError
 from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.integrations.vllm import (
@@ -183,7 +182,7 @@ def test_a_folder_is_of_one_model(tmp_path: Path, other: str) -> None:
     assert content(tmp_path / "ec") == before
 
 
-BAD = {
+BAD: dict[str, ImageFeatures | FailedImage] = {
     "a row too few": replace(PICTURES[0], embeds=PICTURES[0].embeds[:-1]),
     "another grid": replace(PICTURES[0], grid_thw=(1, 4, 4)),
     "a grid in time": CLIP,
@@ -272,7 +271,7 @@ def test_a_full_disk_leaves_no_entry_half_written(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic_file_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ExportError, match=r"safetensors: could not be written \(No space left"):
         write_ec_cache(PICTURES[1:], tmp_path / "ec", MODEL)
     assert content(tmp_path / "ec") == before

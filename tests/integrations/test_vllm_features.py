@@ -39,7 +39,11 @@ def assert_rows(found: dict[str, Any], **expected: list[ImageFeatures]) -> None:
 
 def test_pictures_and_videos_go_together() -> None:
     """A video of two frames has one step in time, as a picture: the argument tells them apart."""
-    arguments = {"features": PICTURES, "videos": CLIPS, "second_per_grid_ts": [0.5, 1]}
+    arguments: dict[str, Any] = {
+        "features": PICTURES,
+        "videos": CLIPS,
+        "second_per_grid_ts": [0.5, 1],
+    }
     engine = FakeVllm(WIDTH)
     assert_rows(engine.generate(request(**arguments)), image=PICTURES, video=CLIPS)
     assert_rows(engine.chat(to_vllm_chat_part(**arguments)), image=PICTURES, video=CLIPS)
@@ -50,7 +54,7 @@ def test_pictures_and_videos_go_together() -> None:
 
 
 def test_videos_alone_need_no_pictures() -> None:
-    arguments = {"videos": CLIPS, "second_per_grid_ts": [0.5, 1.0]}
+    arguments: dict[str, Any] = {"videos": CLIPS, "second_per_grid_ts": [0.5, 1.0]}
     assert_rows(FakeVllm(WIDTH).generate(request(**arguments)), video=CLIPS)
     assert_rows(FakeVllm(WIDTH).chat(to_vllm_chat_part(**arguments)), video=CLIPS)
 

@@ -1,5 +1,7 @@
 """What the attention takes and refuses, and the tile table made on the device."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -87,7 +89,7 @@ ARGUMENTS = ("qkv", "cos", "sin", "cu_seqlens")
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(name: str, value: object, message: str) -> None:
-    good = dict(zip(ARGUMENTS, random_case([10], 80, 2), strict=True))
+    good: dict[str, Any] = dict(zip(ARGUMENTS, random_case([10], 80, 2), strict=True))
     with pytest.raises(ArgumentError, match=message):
         fused_rope_varlen_attention(**(good | {name: value}))
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_a_product_on_the_cpu_equals_float64(M: int, epilogue: str, with_bias: b
 
 def test_the_scale_comes_before_the_bias_and_the_epilogue() -> None:
     x, weight, bias = random_case(9, 64, 40)
-    options = {"epilogue": "gelu", "out_scale": 2.0**-3}
+    options: dict[str, Any] = {"epilogue": "gelu", "out_scale": 2.0**-3}
     ours = linear(x, weight, bias, **options)
     assert relative_error(ours, linear_oracle(x, weight, bias, **options)) < 1e-6
 

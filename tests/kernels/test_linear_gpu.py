@@ -1,5 +1,7 @@
 """GEMMs on a GPU: equal to float64, the same bits in any batch and tile."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -108,7 +110,7 @@ def test_a_small_product_on_a_gpu_equals_float64(K: int, N: int, epilogue: str) 
 def test_the_product_of_pixels_on_a_gpu_takes_fp16_and_gives_bf16() -> None:
     x, weight, _ = random_case(1000, 640, 1280, dtype=torch.float16, device=CUDA)
     bias = torch.randn(1280, device=CUDA)
-    options = {"out_scale": 2.0**-10}
+    options: dict[str, Any] = {"out_scale": 2.0**-10}
     ours = linear(x, weight, bias, out_dtype=torch.bfloat16, **options)
     assert ours.dtype == torch.bfloat16
     assert relative_error(ours, linear_oracle(x, weight, bias, **options)) < 2e-3
@@ -144,8 +146,8 @@ def test_all_tiles_agree_bit_for_bit(name: str, M: int, monkeypatch: pytest.Monk
         assert torch.equal(result, results[0])
     monkeypatch.setattr(kernels, "_is_for_hopper", lambda *_: False)
     tiles = {tile for rows in kernels.HOPPER_TILES.values() for _, tile in rows}
-    for tile in [*tiles, kernels.FALLBACK_TILES[16]]:
-        monkeypatch.setattr(kernels, "_gemm_tile", lambda *_, tile=tile: tile)
+    for simple in [*tiles, kernels.FALLBACK_TILES[16]]:
+        monkeypatch.setattr(kernels, "_gemm_tile", lambda *_, tile=simple: tile)
         assert torch.equal(case.run()[:, :N], results[0][:, :N])
 
 

@@ -143,5 +143,5 @@ def test_similarity_is_the_cosine() -> None:
     expected = cells.double() @ cells[2, 3].double()
     expected /= cells.double().norm(dim=-1) * cells[2, 3].double().norm()
     assert np.allclose(found, expected.numpy(), atol=1e-6)
-    assert np.unravel_index(found.argmax(), found.shape) == (2, 3)
+    assert tuple(map(int, np.unravel_index(found.argmax(), found.shape))) == (2, 3)
     assert similarity_map(torch.zeros(2, 3, 4), torch.ones(4)).tolist() == [[0.0] * 3] * 2

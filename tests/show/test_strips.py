@@ -15,8 +15,8 @@ def test_every_patch_is_drawn_once_and_in_its_place(h: int, w: int) -> None:
     layout = StripLayout.of(h, w, 8)
     seen = np.zeros((h, w), int)
     for source in layout.sources:
-        left, top, width, height = map(int, source)
-        seen[top : top + height, left : left + width] += 1
+        left, top, n_columns, n_rows = map(int, source)
+        seen[top : top + n_rows, left : left + n_columns] += 1
         assert left % 8 == 0
         assert top % 8 == 0
     assert (seen == 1).all()

@@ -29,7 +29,7 @@ def test_a_pixel_of_the_original_image_chooses_its_cell(
     """80 x 140 pixels in 6 x 10 patches: the image was resized, and points were not."""
     [view] = view_features([features()], point=point).views
     assert view.similarity is not None
-    assert np.unravel_index(view.similarity.argmax(), (6, 10)) == cell
+    assert tuple(map(int, np.unravel_index(view.similarity.argmax(), (6, 10)))) == cell
     assert view.mark == (cell[1] + 0.5, cell[0] + 0.5)
 
 
@@ -46,7 +46,7 @@ def test_other_images_are_compared_with_the_first_ones_cell() -> None:
     views = view_features([one, other], point=(3.5 * 14, 1.5 * 80 / 6))
     first, second = views.views
     assert second.similarity is not None
-    assert np.unravel_index(second.similarity.argmax(), (4, 4)) == (1, 1)
+    assert tuple(map(int, np.unravel_index(second.similarity.argmax(), (4, 4)))) == (1, 1)
     assert second.similarity.max() == pytest.approx(1)
     assert (first.mark is None, second.mark is None) == (False, True)
     assert views.span is not None

@@ -1,12 +1,14 @@
 """What the tests of compiled kernels share."""
 
+from typing import Any
+
 HEAD_DIMS = (64, 72, 80, 96, 128)
 TYPES = {16: "bf16", 32: "fp32"}
 # Who runs what: the tower permutes Q and K and reads axial tables; the public function does not.
 WINDOW = {"kind": "window", "adjacent": True, "axial": True}
 FRAME = {"kind": "full", "adjacent": True, "axial": True}
 PUBLIC = {"kind": "full", "adjacent": False, "axial": False}
-USES = {"window": WINDOW, "full": FRAME, "public": PUBLIC}
+USES: dict[str, dict[str, Any]] = {"window": WINDOW, "full": FRAME, "public": PUBLIC}
 SHARED_MEMORY = 232_448  # bytes that one program may take on Hopper
 # Programs of head dim 80 that share a multiprocessor, which each row was chosen for.
 ATTENTION_PROGRAMS = {("window", 16): 5, ("window", 32): 1, ("full", 16): 2, ("full", 32): 2}

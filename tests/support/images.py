@@ -15,7 +15,7 @@ from qwen_vit.errors import IMAGE_CODES, ImageError
 from qwen_vit.images.load import load_image
 from tests.support import IMAGES
 
-FORMATS = {
+FORMATS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95},
     "PNG": {},
     "WEBP": {"lossless": True},

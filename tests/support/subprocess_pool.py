@@ -2,7 +2,7 @@
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -36,7 +36,7 @@ def outcomes(
     *,
     at_once: int,
     seconds: float,
-) -> Iterator[tuple[int, Outcome]]:
+) -> Generator[tuple[int, Outcome]]:
     """(index, outcome) of `call(*arguments[index])`, as they finish, each within `seconds`."""
     waiting = list(enumerate(arguments))[::-1]
     running: dict[Connection, tuple[int, ForkServerProcess, float]] = {}

@@ -75,8 +75,13 @@ def test_the_stages_are_those_of_the_tower_each_in_all_of_its_blocks() -> None:
 def stock_varlen(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int) -> Tensor:
     """In PyTorch, segment by segment; `longest` must hold, as FlashAttention-2 trusts it."""
     assert longest >= int(edges.diff().max())
+
+    def segment_of(start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        q_part, k_part, v_part = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+        return q_part, k_part, v_part
+
     parts = [
-        scaled_dot_product_attention(*(x[start:end].transpose(0, 1)[None] for x in (q, k, v)))
+        scaled_dot_product_attention(*segment_of(start, end))
         for start, end in itertools.pairwise(edges.tolist())
     ]
     return torch.cat([part[0].transpose(0, 1) for part in parts])
@@ -143,7 +148,8 @@ def test_a_compiled_peer_is_given_its_layout_and_has_one_graph() -> None:
     layout = tower_peers.their_layout(grid_thw, tower.config)
     counter = CompileCounterWithBackend("eager")
     with torch.no_grad():
-        torch.compile(tower, backend=counter)(rows, grid_thw=grid_thw, **layout)
+        compiled: Any = torch.compile(tower, backend=counter)
+        compiled(rows, grid_thw=grid_thw, **layout)
         assert counter.frame_count == 1
         ALL_ATTENTION_FUNCTIONS.register("test_flash_attention_2", by_segment)
         given = tower(rows, grid_thw=grid_thw, **layout).pooler_output

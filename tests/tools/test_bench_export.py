@@ -17,13 +17,14 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def measured(*words: str, **changed: int) -> dict[str, Any]:
+def measured(*words: str, **changed: Any) -> dict[str, Any]:
     common = ["--model", "tiny", "--sides", "56", "84", "--commit", "abc1234"]
     # in threads: processes would be forked from this one, whose threads may hold locks
     with patch.multiple(export, **changed, ProcessPoolExecutor=ThreadPoolExecutor):
         done = CliRunner().invoke(export.main, [*words, *common], catch_exceptions=False)
     assert done.exit_code == 0
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
 @pytest.mark.slow

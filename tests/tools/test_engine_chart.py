@@ -1,13 +1,14 @@
 """The chart of towers inside vLLM: which row of the ledger a bar comes from."""
 
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from tools.benchmarks.engines.chart import draw_towers, newest_towers
 
 
-def row(commit: str, **settings: float) -> dict[str, object]:
+def row(commit: str, **settings: float) -> dict[str, Any]:
     engines = {
         name: {"towers": {"1 x 448^2": {"ms": 2 * ratio, "ratio": ratio}} if ratio else {}}
         for name, ratio in settings.items()

@@ -1,6 +1,8 @@
 """checks.sanitize, with a stand-in for compute-sanitizer: what it says is what is reported."""
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,7 +70,8 @@ def test_layouts_that_the_time_did_not_allow_are_missing(tmp_path: Path) -> None
 
 def test_initcheck_meets_zeros_where_the_tma_writes_and_nowhere_else() -> None:
     """It counted 814,916 reads of a GEMM's result as of memory that nobody wrote."""
-    from qwen_vit.kernels import attention, linear
+    linear: Any = import_module("qwen_vit.kernels.linear")
+    attention: Any = import_module("qwen_vit.kernels.attention")
 
     with zeros_under_tma_stores():
         assert torch.equal(

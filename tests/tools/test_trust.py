@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from qwen_vit.layout import Layout
+from tests.support.towers import layout_for, tower_trace
 from tools.checks import trust, trust_values
+from tools.checks.trust_values import CheckCounts
 
 CPU = torch.device("cpu")
 
@@ -36,8 +38,6 @@ def test_a_fiftieth_of_the_trust_suite_holds(tmp_path: Path) -> None:
 
 
 def test_a_layout_out_of_order_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout_for = trust_values.layout_for
-
     def swapped(*arguments: Any) -> Layout:
         layout: Layout = layout_for(*arguments)
         layout.positions[[0, -1]] = layout.positions[[-1, 0]]
@@ -63,8 +63,9 @@ def nudged(trace: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
 def test_values_out_of_bounds_fail(
     monkeypatch: pytest.MonkeyPatch, check: str, factor: float
 ) -> None:
-    trace_of = trust_values.trace_of
-    monkeypatch.setattr(trust_values, "trace_of", lambda *a, **k: nudged(trace_of(*a, **k), factor))
+    monkeypatch.setattr(
+        trust_values, "trace_of", lambda *a, **k: nudged(tower_trace(*a, **k), factor)
+    )
     run = getattr(trust_values, check)
     if check != "layouts":
         run = partial(run, dtype=torch.float32)
@@ -83,10 +84,10 @@ def test_a_fault_that_is_not_found_fails(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_check_that_dies_fails_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def dies(*_: Any) -> None:
+    def dies(*_: Any) -> CheckCounts:
         raise RuntimeError("no such thing")
 
-    good = trust.CheckCounts("relative", "1", runs=1)
+    good = CheckCounts("relative", "1", runs=1)
     rows = [trust.Check("one", "cpu", 1, dies), trust.Check("two", "cpu", 1, lambda *_: good)]
     monkeypatch.setattr(trust, "checks", lambda: rows)
     with pytest.raises(SystemExit) as stop:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
 from PIL import Image
@@ -23,6 +23,7 @@ from qwen_vit import (
 from qwen_vit.downstream import expand_placeholders, to_hf, to_sglang, to_vllm, to_vllm_chat_part
 from qwen_vit.errors import ArgumentError, ExportError
 from qwen_vit.export.estimate import estimate_export
+from qwen_vit.feature_files.read import FeatureFolder
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.videos import make_video, numbered
 
@@ -96,6 +97,7 @@ def test_an_export_takes_videos_in_folders_lists_and_tars(folder: Path) -> None:
     policy = stored.metadata["image_policy"]["video"]
     assert policy["decoder"].startswith("PyAV ")
     assert policy["fps"] == 2.0
+    assert isinstance(stored, FeatureFolder)
     facts = stored.open_shard(0).metadata["images"][0]
     assert (facts["kind"], facts["exif"], len(facts["sha256"])) == ("video", None, 64)
 

@@ -108,9 +108,12 @@ def hf_functions() -> Any:
     assert spec.origin is not None
     tree = ast.parse((Path(spec.origin).parent / HF_FILE).read_text())
     names = ("sample_frames", "smart_resize")
-    found = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in names]
-    for each in found:
-        each.args.kwarg, each.returns = each.args.kwarg, None
+    found: list[ast.stmt] = []
+    for each in ast.walk(tree):
+        if not isinstance(each, ast.FunctionDef) or each.name not in names:
+            continue
+        found.append(each)
+        each.returns = None
         for argument in each.args.args:
             argument.annotation = None
     space: dict[str, Any] = {"math": math, "torch": torch}

@@ -10,6 +10,7 @@ import torch
 
 from qwen_vit import FailedImage, Video, VideoFeatures, VisionEncoder, batching
 from qwen_vit.errors import ImageError
+from qwen_vit.features import ImageFeatures
 from qwen_vit.video import load, pieces
 from tests.support.videos import make_video
 
@@ -79,6 +80,7 @@ def test_a_stream_has_the_bits_of_the_whole(clip: Video, monkeypatch: pytest.Mon
     for each in streams:
         assert torch.equal(each.embeds, expected.embeds)
         assert torch.equal(each.layers[1], expected.layers[1])
+        assert isinstance(each, VideoFeatures)
         assert each.frame_seconds == whole.timing.frame_seconds
         assert each.notes == whole.notes
     many = [*encoder.encode_iter([clip, clip, clip], decode_threads=2)]
@@ -103,6 +105,7 @@ def test_an_error_in_a_later_piece_is_the_videos_own(
     bad, good = encoder.encode_iter([clip, clip], decode_threads=threads, on_error="skip")
     assert isinstance(bad, FailedImage)
     assert (bad.error.code, bad.size_px) == ("damaged", (64, 96))
+    assert isinstance(good, ImageFeatures)
     assert good.grid_thw == (FRAMES // 2, 4, 6)
     names.clear()
     with pytest.raises(ImageError, match=r"clip\.mp4: a frame is damaged"):
