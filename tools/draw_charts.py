@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tools.benchmarks import export, tower_report
+from tools.benchmarks import export_chart, tower_report
 from tools.benchmarks.engines.chart import draw_towers, newest_towers
 from tools.common import ROOT
 from tools.write_docs import EXPORT, SPEED, ledger, rows
@@ -36,7 +36,7 @@ def draw_all(folder: Path) -> list[Path]:
     title = f"{tower['device']}, {tower['date']}, {SPEED}, bf16, 7B shape"
     whole, attention = renamed(tower["rows"]), renamed(tower["attention_us_per_layer"])
     tower_report.draw(whole, attention, title, paths[0])
-    export.draw(rows("export", EXPORT)[0], paths[1])
+    export_chart.draw(rows("export", EXPORT)[0], paths[1])
     draw_towers(newest_towers(ledger()), paths[2])
     return paths
 

@@ -9,7 +9,10 @@ import pytest
 from qwen_vit.kernels.linear_hopper import HopperGemmTile
 from tests.support import ROOT
 from tests.support.towers import gpu
-from tools import tune
+from tools.tune import sweep as sweep_module
+from tools.tune.__main__ import as_table, chosen
+from tools.tune.kernels import GEMMS, KERNELS
+from tools.tune.sweep import proposed, sweep
 
 TUNE = [sys.executable, "-m", "tools.tune"]
 
@@ -30,14 +33,14 @@ def test_every_table_is_swept() -> None:
     expected |= {f"linear.FALLBACK_TILES[{bits}]" for bits in linear.FALLBACK_TILES}
     expected |= {f'attention.TILES["{kind}", {bits}]' for kind, bits in attention.TILES}
     expected |= {"attention_hopper.K_ROWS, NUM_STAGES"}
-    assert {kernel.table for kernel in tune.KERNELS.values()} == expected
+    assert {kernel.table for kernel in KERNELS.values()} == expected
 
 
 def test_each_kind_of_gpu_sweeps_the_kernels_that_it_runs() -> None:
-    other = [kernel.name for kernel in tune.chosen([], False)]
+    other = [kernel.name for kernel in chosen([], False)]
     assert other == ["window-triton", "full-triton", "gemms-triton"]
-    hopper = {kernel.name for kernel in tune.chosen([], True)}
-    assert hopper == {*tune.GEMMS, "full"}
+    hopper = {kernel.name for kernel in chosen([], True)}
+    assert hopper == {*GEMMS, "full"}
 
 
 @pytest.mark.slow
@@ -65,7 +68,7 @@ def test_what_candidates_are_forked_from_has_not_touched_a_gpu() -> None:
 import torch
 def looked(*_): raise SystemExit("looked for a GPU")
 torch._C._cuda_getDeviceCount = torch.cuda.is_available = torch.cuda.device_count = looked
-import tools.tune
+import tools.tune.__main__
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
@@ -78,39 +81,39 @@ WIDE, SQUARE, TALL = (
 
 
 def test_limits_lie_between_sizes_and_small_gains_change_nothing() -> None:
-    kernel = tune.KERNELS["down"]  # SQUARE, from 1,536 TALL, from 6,144 WIDE
+    kernel = KERNELS["down"]  # SQUARE, from 1,536 TALL, from 6,144 WIDE
     measured = {
         1024: {SQUARE: 10.0, TALL: 9.9, WIDE: 12.0},  # 1 %: stays
         4096: {SQUARE: 30.0, TALL: 30.0, WIDE: 25.0},
         9216: {SQUARE: 80.0, TALL: 90.0, WIDE: 70.0},
     }
-    assert tune.proposed(kernel, measured, 0.02) == {0: SQUARE, 2048: WIDE}
-    assert tune.proposed(kernel, measured, 0.0) == {0: TALL, 2048: WIDE}
-    merger = tune.KERNELS["merger-1"]  # SQUARE at these sizes; a row for 4 patches
-    assert tune.proposed(merger, measured, 0.02) == {0: SQUARE, 512: WIDE}
+    assert proposed(kernel, measured, 0.02) == {0: SQUARE, 2048: WIDE}
+    assert proposed(kernel, measured, 0.0) == {0: TALL, 2048: WIDE}
+    merger = KERNELS["merger-1"]  # SQUARE at these sizes; a row for 4 patches
+    assert proposed(merger, measured, 0.02) == {0: SQUARE, 512: WIDE}
 
 
 def test_a_table_of_one_row_takes_the_best_of_all_sizes_together() -> None:
-    kernel = tune.KERNELS["full"]
+    kernel = KERNELS["full"]
     present, other, third = kernel.present(1), *kernel.candidates[:2]
     measured = {
         1024: {present: 10.0, other: 12.0, third: 9.0},
         9216: {present: 100.0, other: 70.0},  # where the third did not run, it is none
     }
-    assert tune.proposed(kernel, measured, 0.02) == {0: other}
+    assert proposed(kernel, measured, 0.02) == {0: other}
     measured[1024][other] = 15.0
-    assert tune.proposed(kernel, measured, 0.02) == {0: present}
+    assert proposed(kernel, measured, 0.02) == {0: present}
 
 
 def test_what_was_swept_becomes_rows_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {1024: {SQUARE: 10.0, WIDE: 8.0}, 9216: {SQUARE: 80.0, WIDE: 70.0}}
     problems = {"OutOfResources": 2}
     monkeypatch.setattr(
-        tune, "sound", lambda *_: ({SQUARE: [True] * 2, WIDE: [True] * 2}, problems)
+        sweep_module, "sound", lambda *_: ({SQUARE: [True] * 2, WIDE: [True] * 2}, problems)
     )
-    monkeypatch.setattr(tune, "timed", lambda kernel, tiles, n: times[n])
-    swept = tune.sweep(tune.KERNELS["down"], (1024, 9216), 1, 1.0, 0.02)
-    text = tune.as_table([json.loads(json.dumps(swept))])
+    monkeypatch.setattr(sweep_module, "timed", lambda kernel, tiles, n: times[n])
+    swept = sweep(KERNELS["down"], (1024, 9216), 1, 1.0, 0.02)
+    text = as_table([json.loads(json.dumps(swept))])
     assert "down" in text
     assert "+25.0%" in text
     assert "2 skipped: OutOfResources" in text

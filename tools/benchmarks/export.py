@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -32,31 +32,26 @@ from typing import Any
 
 import click
 import torch
-import transformers
 from PIL import Image
 
-from qwen_vit.batching import TOKEN_BUDGET, pack
 from qwen_vit.common.prefetch import thread_count
 from qwen_vit.config import Grid
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.export.background import StageTimer
-from qwen_vit.export.estimate import target_size
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.plan import open_export
 from qwen_vit.export.records import REST
 from qwen_vit.export.run import export_features
 from qwen_vit.export.shards import export_shards
 from qwen_vit.feature_files.read import load_features
-from tests.support.huggingface import hf_tower
 from tests.support.process_memory import memory_mb
-from tools.benchmarks.tower_report import DPI, WIDTH_IN
+from tools.benchmarks.export_bounds import disk_rate, encoder_rate, grids_of, peer_rates
+from tools.benchmarks.export_chart import draw
 from tools.common import ROOT, default_device, four_digits, ledger_options, ledger_row, publish
 from tools.random_tower import write_model
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "rocket.jpg")
 QUALITY = 90
-WRITTEN_BYTES, PIECE_BYTES = 2**32, 2**24
-ENCODED_PATCHES = 2_500_000  # are enough to know the encoder's rate
 SMALL_SIDES = (224, 448)
 MEMORY_FILES = 2_000  # which the many images of `memory` are, again and again
 
@@ -72,97 +67,6 @@ def write_jpeg(folder: Path, sides: tuple[int, int], number: int) -> None:
         box = (left, top, left + 0.8 * photo.width, top + 0.8 * photo.height)
         image = photo.convert("RGB").resize(size, Image.Resampling.BICUBIC, box)
     image.save(folder / f"{number:06}.jpg", quality=QUALITY)
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    """Until the GPU is done as well."""
-    begin = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
-def grids_of(paths: list[Path], encoder: VisionEncoder) -> list[Grid]:
-    grids = []
-    for path in paths:
-        with Image.open(path) as image:
-            height, width = target_size(image.height, image.width, encoder.image_config, path.name)
-        grids.append(Grid(1, height // 14, width // 14))
-    return grids
-
-
-def encoder_rate(encoder: VisionEncoder, grids: list[Grid]) -> float:
-    """Patches a second, pixels on the device, in batches as `encode` packs them."""
-    sizes = [grid.n_patches for grid in grids]
-    batches = [
-        tuple(grids[index] for index in batch)
-        for batch in pack(sizes, TOKEN_BUDGET[encoder.device.type])
-    ]
-    random.Random(0).shuffle(batches)
-    most = max(sum(grid.n_patches for grid in batch) for batch in batches)
-    pixels = torch.randint(0, 256, (most, 588), dtype=torch.uint8).to(encoder.device)
-    total, chosen = 0, []
-    for batch in batches:
-        if total < ENCODED_PATCHES:
-            chosen.append(batch)
-            total += sum(grid.n_patches for grid in batch)
-
-    def run() -> None:
-        for batch in chosen:
-            n_patches = sum(grid.n_patches for grid in batch)
-            encoder.forward(pixels[:n_patches], batch, "merged")
-
-    seconds(run)  # compiles, and records graphs
-    return total / seconds(run)
-
-
-def disk_rate(folder: Path) -> float:
-    """Return bytes per second of sequential writes with a sync."""
-    piece = os.urandom(PIECE_BYTES)
-    path = folder / "sequential"
-
-    def run() -> None:
-        with open(path, "wb", buffering=0) as file:
-            for _ in range(WRITTEN_BYTES // PIECE_BYTES):
-                file.write(piece)
-            os.fsync(file.fileno())
-
-    taken = seconds(run)
-    path.unlink()
-    return WRITTEN_BYTES / taken
-
-
-def peer_rates(paths: list[Path], model: Path, encoder: VisionEncoder) -> dict[str, float]:
-    """Return images per second for each installed Hugging Face processor."""
-    tensors = {
-        name.partition("visual.")[2] or name: tensor
-        for name, tensor in encoder.checkpoint.tensors.items()
-    }
-    tower = hf_tower(tensors, encoder.config, encoder.dtype, encoder.device)
-    rates = {}
-    for label, name in (
-        ("Pillow", "Qwen2VLImageProcessorPil"),
-        ("default", "Qwen2VLImageProcessor"),
-    ):
-        try:
-            processor = getattr(transformers, name)()
-        except (ImportError, AttributeError):
-            continue
-
-        def run(chosen: list[Path], processor: Any = processor) -> None:
-            for path in chosen:
-                with Image.open(path) as image:
-                    done = processor(images=[image.convert("RGB")], return_tensors="pt")
-                with torch.no_grad():
-                    tower(
-                        done["pixel_values"].to(encoder.device, encoder.dtype),
-                        grid_thw=done["image_grid_thw"].to(encoder.device),
-                    ).pooler_output.cpu()
-
-        run(paths[:3])
-        rates[label] = len(paths) / seconds(partial(run, paths))
-    return rates
 
 
 @contextmanager
@@ -325,38 +229,6 @@ def measure_memory(here: Path, images: int, model: str, threads: int | None) -> 
         "gpu_mb": [round(settled[0][2]), round(max(each[2] for each in settled))],
         "grown_mb": [round(each, 1) for each in growth],
     }
-
-
-def draw(line: dict[str, Any], path: Path) -> None:
-    """Draw rates as bars, and the export's waiting times."""
-    from matplotlib import pyplot as plt
-
-    figure, (rates, waits) = plt.subplots(2, 1, figsize=(WIDTH_IN, 4.6), layout="constrained")
-    names = list(line["images_per_s"])
-    colours = ["#2563eb" if name == "export" else "#cbd5e1" for name in names]
-    bars = rates.barh(names, list(line["images_per_s"].values()), color=colours)
-    rates.bar_label(bars, fmt="%.0f", padding=3, fontsize=9)
-    rates.set_title(
-        f"Images per second: {line['images']:,} JPEGs of {line['sides_px'][0]} to "
-        f"{line['sides_px'][1]} px", fontsize=10, loc="left",
-    )  # fmt: skip
-    seconds = line["waits_s"]
-    bars = waits.barh(list(seconds), list(seconds.values()), color="#94a3b8")
-    waits.bar_label(bars, fmt="%.1f s", padding=3, fontsize=9)
-    waits.set_title(f"What its {line['seconds']:.1f} s waited for", fontsize=10, loc="left")
-    for axis in (rates, waits):
-        axis.invert_yaxis()
-        axis.margins(x=0.15)
-        axis.xaxis.set_visible(False)  # each bar has its value
-        axis.tick_params(labelsize=9, length=0)
-        axis.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.suptitle(
-        f"{line['device']}, {line['cpu_cores']} cores, {line['commit']}, {line['date']}",
-        fontsize=9, color="#64748b", x=0.01, ha="left",
-    )  # fmt: skip
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)
 
 
 @click.command(help=__doc__)
