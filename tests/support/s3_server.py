@@ -13,10 +13,7 @@ from typing import Any
 from unittest import mock
 
 import fsspec  # type: ignore[import-untyped]
-from moto.server import (  # type: ignore[attr-defined]
-    DomainDispatcherApplication,
-    create_backend_app,
-)
+from moto.server import create_backend_app  # type: ignore[attr-defined]
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from qwen_vit.common import storage
@@ -183,7 +180,7 @@ class _Quiet(WSGIRequestHandler):
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
     """A server with one empty bucket, which s3fs finds by its environment variables."""
-    moto, server = DomainDispatcherApplication(create_backend_app), S3Server()
+    moto, server = create_backend_app("s3"), S3Server()
     application: Any = lambda environ, start: server(moto, environ, start)  # noqa: E731
     listening = make_server("127.0.0.1", 0, application, threaded=True, request_handler=_Quiet)
     server.url = f"http://127.0.0.1:{listening.server_port}"
