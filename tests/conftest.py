@@ -1,5 +1,6 @@
 """Fixtures that more than one wing uses."""
 
+import io
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ import pytest
 from PIL import Image
 
 from qwen_vit.cli import main as cli_module
+from qwen_vit.compare import plots
+from qwen_vit.show import draw
 from tests.support.export_stress import tiny_png
 
 
@@ -50,6 +53,15 @@ def qwen_vit(
         return Done(code or 0, captured.out, captured.err)
 
     return command
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test of a page's text: every picture is one pixel."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    for module in (draw, plots):
+        monkeypatch.setattr(module, "figure_png", lambda *_, **__: file.getvalue())
 
 
 @pytest.fixture

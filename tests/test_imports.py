@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -155,9 +156,11 @@ def test_what_is_allowed_is_not_reported(copy: Path) -> None:
     assert code == 0, said
 
 
-def trees() -> Iterator[tuple[Path, ast.Module]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        yield path, ast.parse(path.read_bytes(), str(path))
+@cache
+def trees() -> list[tuple[Path, ast.Module]]:
+    return [
+        (path, ast.parse(path.read_bytes(), str(path))) for path in sorted(PACKAGE.rglob("*.py"))
+    ]
 
 
 def identifiers(node: ast.AST) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import click
@@ -151,6 +152,15 @@ def literal(node: ast.expr) -> str:
     return ""
 
 
+@cache
+def drawable() -> list[Sentence]:
+    """Return the sentences of four words and more, sorted."""
+    every = {
+        *page_sentences(), *help_sentences(), *message_sentences(), *docstring_sentences()
+    }  # fmt: skip
+    return sorted(sentence for sentence in every if sentence.words >= 4)
+
+
 @click.command(help=__doc__)
 @click.option("--count", default=100, show_default=True, help="Number of sentences.")
 @click.option(
@@ -159,11 +169,7 @@ def literal(node: ast.expr) -> str:
     help="Commit whose hash selects the sentences.  [default: HEAD]",
 )
 def main(count: int, commit: str) -> None:
-    every = {
-        *page_sentences(), *help_sentences(), *message_sentences(), *docstring_sentences()
-    }  # fmt: skip
-    long_enough = sorted(sentence for sentence in every if sentence.words >= 4)
-    for sentence in random.Random(commit).sample(long_enough, min(count, len(long_enough))):
+    for sentence in random.Random(commit).sample(drawable(), min(count, len(drawable()))):
         print(f"{sentence.where}: {sentence.text}")
 
 

@@ -5,6 +5,7 @@ import logging
 import pickle
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +31,38 @@ FLAG = re.compile(r"--[a-z][a-z-]*[a-z]")
 OPTION = re.compile(r"(?<![.\w])(?:[a-z]+_[a-z_]+|[a-z]+(?==))")
 SPELLED = ("with_options", "Wording", "_wrong")
 # these serve Python alone, or a shell alone
-ONE_READER = ("cli/", "integrations/", "benchmark.py", "encoder.py")
+ONE_READER = ("cli/", "integrations/", "benchmark.py", "encoder.py", "loaded_tower.py")
 KEYS = ("config.py", "export/settings.py")  # they name keys of JSON files
 
 
+@cache
+def nodes() -> list[tuple[str, ast.Call | ast.Assign]]:
+    """Every call and assignment of the package, with its place."""
+    return [
+        (f"{path.relative_to(ROOT / 'qwen_vit')}:{node.lineno}", node)
+        for path in sorted((ROOT / "qwen_vit").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call | ast.Assign)
+    ]
+
+
 def calls(name: str) -> Iterator[tuple[str, ast.Call]]:
-    for path in sorted((ROOT / "qwen_vit").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and re.fullmatch(
-                name, getattr(node.func, "id", getattr(node.func, "attr", ""))
-            ):
-                where = path.relative_to(ROOT / "qwen_vit")
-                yield f"{where}:{node.lineno}", node
+    for where, node in nodes():
+        if isinstance(node, ast.Call) and re.fullmatch(
+            name, getattr(node.func, "id", getattr(node.func, "attr", ""))
+        ):
+            yield where, node
 
 
 def assigned() -> Iterator[tuple[str, ast.Assign]]:
     """Texts that errors get by a name: `remedy = ...`, `USE_CPU = ...`."""
-    for path in sorted((ROOT / "qwen_vit").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Assign) and any(
-                re.fullmatch(r"fact|expected|remed\w+|ways|[A-Z_]+", getattr(name, "id", ""))
-                for target in node.targets
-                for name in ast.walk(target)
-            ):
-                yield f"{path.relative_to(ROOT / 'qwen_vit')}:{node.lineno}", node
+    for where, node in nodes():
+        if isinstance(node, ast.Assign) and any(
+            re.fullmatch(r"fact|expected|remed\w+|ways|[A-Z_]+", getattr(name, "id", ""))
+            for target in node.targets
+            for name in ast.walk(target)
+        ):
+            yield where, node
 
 
 def literals(node: ast.AST) -> Iterator[str]:

@@ -1,8 +1,6 @@
 """Text from outside, such as a name or a server's message, never moves a terminal's cursor."""
 
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +59,15 @@ def test_facts_of_a_model_card_stay_on_their_line() -> None:
 
 
 @pytest.mark.parametrize("command", ["encode", "export"])
-def test_a_file_name_with_escape_codes_is_shown_escaped(command: str, tmp_path: Path) -> None:
+def test_a_file_name_with_escape_codes_is_shown_escaped(
+    command: str, tmp_path: Path, qwen_vit: Any
+) -> None:
     path = tmp_path / "p" / "a\x1b]0;owned\x07\n\x1b[2Jerror: disk full.png"
     path.parent.mkdir()
     Image.new("RGB", (900, 2)).save(tmp_path / "a.png")
     (tmp_path / "a.png").rename(path)
-    arguments: list[Any] = [path.parent, "--model", "tiny", "--out", tmp_path / "out", "-v"]
-    done = subprocess.run(
-        [sys.executable, "-m", "qwen_vit", command, *arguments], capture_output=True, check=False
-    )
-    assert done.returncode in (1, 2)
-    assert b"ratio of 450" in done.stdout + done.stderr or command == "export"
-    assert b"\x1b" not in done.stdout + done.stderr
-    assert b"\x07" not in done.stdout + done.stderr
+    done = qwen_vit(command, path.parent, "--model", "tiny", "--out", tmp_path / "out", "-v")
+    assert done.code in (1, 2)
+    assert "ratio of 450" in done.out + done.err or command == "export"
+    assert "\x1b" not in done.out + done.err
+    assert "\x07" not in done.out + done.err

@@ -108,7 +108,7 @@ def test_without_an_image_no_page_is_written(run: Any, tmp_path: Path) -> None:
 
 
 def test_figures_are_printed_even_where_their_page_cannot_be_written(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undrawn: None, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -113,7 +113,7 @@ def test_the_same_comparison_gives_the_same_page(page: Path, tmp_path: Path) -> 
     assert again.read_bytes() == page.read_bytes()
 
 
-def test_a_difference_and_a_skipped_image_are_shown(tmp_path: Path) -> None:
+def test_a_difference_and_a_skipped_image_are_shown(undrawn: None, tmp_path: Path) -> None:
     [image] = comparison().images
     [*before, last] = image.stages
     verdict = replace(last.verdict, problem="0.5 from Hugging Face, allowed 1e-05")
@@ -231,7 +231,7 @@ def test_the_page_says_when_by_what_and_how_it_was_made(page: Path) -> None:
         assert word in text[text.index("What the stages and columns mean") :]
 
 
-def test_other_weights_than_the_goldens_have_no_ratio(tmp_path: Path) -> None:
+def test_other_weights_than_the_goldens_have_no_ratio(undrawn: None, tmp_path: Path) -> None:
     """Ours against float64 and the golden's against float64 are errors of two models."""
     golden = {"path": "g", "weights_sha256": "0" * 64, "changed_weights": ("merger.ln_q.weight",)}
     other = replace(comparison(), facts={**comparison().facts, "golden": golden})
@@ -249,7 +249,9 @@ def test_an_existing_page_stays_unless_asked(page: Path) -> None:
     report.check_report(page.parent, overwrite=True)
 
 
-def test_the_pictures_of_an_older_report_go_and_nothing_else_does(tmp_path: Path) -> None:
+def test_the_pictures_of_an_older_report_go_and_nothing_else_does(
+    undrawn: None, tmp_path: Path
+) -> None:
     folder = tmp_path / "page"
     folder.mkdir()
     left = {"notes.txt", "01-holiday.png", "cat-drift.png"}

@@ -21,6 +21,7 @@ from tests.support.hf_training import (
 from tests.support.towers import random_rows
 
 
+@pytest.mark.slow
 def test_a_compiled_model_answers_the_same(trainable: tuple[Any, Any], family: str) -> None:
     """The graph breaks at the tower, whose kernels are compiled already."""
     _, swapped = trainable

@@ -98,7 +98,7 @@ def test_a_folder_gets_the_page_and_a_picture_of_each(folder: Path, run: Any) ->
     assert run("p", *TINY, "--out", "out", "--overwrite").code == 0
 
 
-def test_a_layer_is_shown(folder: Path, run: Any) -> None:
+def test_a_layer_is_shown(undrawn: None, folder: Path, run: Any) -> None:
     report = json.loads(run("p", *TINY, "--layer", "1", "--json").out)
     assert report["layer"] == 1
     assert "the residual stream behind block 1" in Page("show.html").text
@@ -117,7 +117,9 @@ def test_one_image_becomes_one_picture(folder: Path, run: Any) -> None:
     assert not Path("both.png").exists()
 
 
-def test_stored_features_are_shown_with_their_pictures_or_without(folder: Path, run: Any) -> None:
+def test_stored_features_are_shown_with_their_pictures_or_without(
+    undrawn: None, folder: Path, run: Any
+) -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     export_features(encoder, ["p"], "stored", ExportOptions(output="patch", shard_size=1))
     shutil.move("p", "moved")
@@ -133,7 +135,7 @@ def test_stored_features_are_shown_with_their_pictures_or_without(folder: Path, 
     assert (first["marked_patch_xy"], second["marked_patch_xy"]) == ([3.5, 3.5], None)
 
 
-def test_a_picture_is_matched_by_the_end_of_its_path(folder: Path, run: Any) -> None:
+def test_a_picture_is_matched_by_the_end_of_its_path(undrawn: None, folder: Path, run: Any) -> None:
     """Two images of one name in two folders: neither gets the other's picture."""
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     for name in ("x", "y"):
@@ -180,7 +182,7 @@ def test_a_broken_image_is_skipped_and_the_others_are_shown(folder: Path, run: A
     assert "no image to show: all failed" in alone.err
 
 
-def test_odd_names_are_text_on_the_page_and_no_paths(folder: Path, run: Any) -> None:
+def test_odd_names_are_text_on_the_page_and_no_paths(undrawn: None, folder: Path, run: Any) -> None:
     for name in ('<img src=x onerror="a()">.png', "a\udcff猫\n.png"):
         shutil.copy("p/a.png", Path("p", name))
     done = run("p", *TINY, "--out", "out")

@@ -1,5 +1,6 @@
 """Compile the package's kernels for Hopper on any machine, and read the assembler's report."""
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -13,6 +14,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime.cache import get_cache_manager
 
 HOPPER = GPUTarget("cuda", 90, 32)
 REGISTERS, SHARED_MEMORY, MAX_WARPS = 65_536, 233_472, 64  # of a multiprocessor
@@ -75,7 +77,32 @@ def tma_block(block: list[int]) -> str:
 
 
 def _assemble(ptx: str) -> dict[str, Any]:
-    ptxas = Path(get_ptxas(HOPPER.arch).path)  # Triton 3.9 takes another one for Hopper
+    report, sass = _assembled(ptx)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
+    return {
+        "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
+        "spill_bytes": sum(map(int, spills)),
+        "serialised_wgmma": "C7515" in report or "serializ" in report,
+        "corrupt_descriptors": count_corrupt_descriptors(sass),
+        "unfenced_reads": count_unfenced_reads(sass),
+        **dict(zip(("barrier_arrays", "barriers_left"), count_barriers(ptx), strict=True)),
+    }
+
+
+def _assembled(ptx: str) -> tuple[str, str]:
+    """(ptxas' report, the disassembly), kept beside what Triton keeps of its compilations.
+
+    Both programs are deterministic. They take a second of a core, mostly for their own start.
+    """
+    assembler = get_ptxas(HOPPER.arch)  # Triton 3.9 takes another one for Hopper
+    ptxas, version = Path(assembler.path), assembler.version
+    tools = f"{triton.__version__} {ptxas} {version}"
+    key = hashlib.sha256(f"{tools}\n{ptx}".encode()).hexdigest()
+    kept = get_cache_manager(key)
+    paths = [kept.get_file(name) for name in ("report.txt", "disassembly.txt")]
+    if None not in paths:
+        report, sass = (Path(str(path)).read_text() for path in paths)
+        return report, sass
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
@@ -91,15 +118,9 @@ def _assemble(ptx: str) -> dict[str, Any]:
             text=True,
             check=True,
         ).stdout
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
-    return {
-        "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
-        "spill_bytes": sum(map(int, spills)),
-        "serialised_wgmma": "C7515" in report or "serializ" in report,
-        "corrupt_descriptors": count_corrupt_descriptors(sass),
-        "unfenced_reads": count_unfenced_reads(sass),
-        **dict(zip(("barrier_arrays", "barriers_left"), count_barriers(ptx), strict=True)),
-    }
+    kept.put(report, "report.txt", binary=False)
+    kept.put(sass, "disassembly.txt", binary=False)
+    return report, sass
 
 
 def count_barriers(ptx: str) -> tuple[int, int]:
