@@ -1,11 +1,13 @@
 """Fixtures that more than one wing uses."""
 
+from __future__ import annotations
+
 import io
 import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,7 +16,12 @@ from PIL import Image
 from qwen_vit.cli import main as cli_module
 from qwen_vit.compare import plots
 from qwen_vit.show import draw
+from tests.support.encoders import tiny
 from tests.support.export_stress import tiny_png
+
+if TYPE_CHECKING:
+    from qwen_vit.encoder import VisionEncoder
+    from tests.support.s3_server import S3Server
 
 
 class Done(NamedTuple):
@@ -53,6 +60,20 @@ def qwen_vit(
         return Done(code or 0, captured.out, captured.err)
 
     return command
+
+
+@pytest.fixture(scope="session")
+def encoder() -> VisionEncoder:
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[S3Server]:
+    """An S3 server on loopback."""
+    from tests.support.s3_server import s3_server  # loads moto, which few tests need
+
+    with s3_server() as server:
+        yield server
 
 
 @pytest.fixture

@@ -15,7 +15,14 @@ from qwen_vit.checkpoint.load import load_checkpoint
 from qwen_vit.config import VisionConfig
 from qwen_vit.model import VisionTower
 from tests.support.checkpoints import SMALL, peaked_tensors
-from tests.support.goldens import MEAN, STD, TINY_FOLDER, assert_stages_close, fp32_budget
+from tests.support.goldens import (
+    MEAN,
+    STD,
+    TINY_FOLDER,
+    assert_stages_close,
+    fp32_budget,
+    tiny_tower,
+)
 from tests.support.huggingface import hf_tower, hf_trace
 from tests.support.oracle import Trace, pixel_rows, read_checkpoint, relative_error, vision_oracle
 from tests.support.towers import (
@@ -37,11 +44,6 @@ from tests.support.towers import (
 @cache
 def tiny() -> tuple[dict[str, Tensor], VisionConfig]:
     return read_checkpoint(TINY_FOLDER)[0], load_checkpoint(TINY_FOLDER).config
-
-
-@cache
-def tiny_tower() -> VisionTower:
-    return build_tower(TINY_FOLDER)
 
 
 @cache

@@ -10,10 +10,7 @@ from qwen_vit import VisionEncoder
 from qwen_vit.checkpoint.update import WeightUpdates
 from qwen_vit.errors import CheckpointError
 from qwen_vit.model import VisionTower
-
-
-def tiny() -> VisionEncoder:
-    return VisionEncoder.from_pretrained("tiny", device="cpu")
+from tests.support.encoders import tiny
 
 
 def empty_tower(like: VisionEncoder) -> VisionTower:

@@ -1,7 +1,6 @@
 """`--output`, `--normalize` and `--layers` of the commands."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen_vit.cli import main as cli_module
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.feature_files.read import load_features
 
@@ -18,24 +16,13 @@ COMMON = ("--model", "tiny", "--device", "cpu", "--out", "out")
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qwen_vit: Any) -> Any:
     """`qwen-vit ARGUMENTS` in this process, in a folder with two images: code, stdout, stderr."""
     for name, width in (("a.png", 56), ("b.png", 84)):
         values = np.random.default_rng(width).integers(0, 256, (56, width, 3), np.uint8)
         Image.fromarray(values).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: str) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qwen-vit", *arguments])
-        code: Any = 0
-        try:
-            cli_module.main()
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
+    return qwen_vit
 
 
 @pytest.mark.parametrize("command", ["encode", "export"])

@@ -20,11 +20,6 @@ ODD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 GRID = torch.tensor([[1, 4, 6]])
 
 
-@pytest.fixture(scope="module")
-def encoder() -> VisionEncoder:
-    return VisionEncoder.from_pretrained("tiny", device="cpu")
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_tensors_are_refused_by_our_own_errors(

@@ -23,6 +23,7 @@ from tests.support.goldens import (
     golden_names,
     load_golden,
     sha256,
+    tiny_tower,
 )
 from tests.support.huggingface import hf_tower, hf_trace
 from tests.support.oracle import (
@@ -231,11 +232,6 @@ STILLS = ("photograph_22x16", "photograph_6x10", "smallest_2x2")  # their two fr
 
 
 @cache
-def own_tower() -> VisionTower:
-    return build_tower(TINY_FOLDER)
-
-
-@cache
 def budgets(name: str) -> dict[str, float]:
     oracle = oracle_trace(name)
     return {stage: fp32_budget(then, oracle[stage]) for stage, then in golden(name).trace.items()}
@@ -244,14 +240,14 @@ def budgets(name: str) -> dict[str, float]:
 @pytest.mark.parametrize("name", NAMES)
 def test_our_tower_agrees_with_every_golden(name: str) -> None:
     case = golden(name)
-    trace = tower_trace(own_tower(), case.rows, case.grids)
+    trace = tower_trace(tiny_tower(), case.rows, case.grids)
     assert_stages_close(trace, case, budgets(name))
 
 
 @pytest.mark.parametrize("name", STILLS)
 def test_our_tower_agrees_with_every_golden_from_uint8_pixels(name: str) -> None:
     case = golden(name)
-    trace = tower_trace(own_tower(), case.pixels, case.grids)
+    trace = tower_trace(tiny_tower(), case.pixels, case.grids)
     assert_stages_close(trace, case, budgets(name))
 
 
@@ -323,12 +319,12 @@ def largest_factor(tower: VisionTower, change: Callable[[Layout], Layout] = lamb
 
 
 def test_without_a_fault_no_golden_breaks() -> None:
-    assert largest_factor(own_tower()) <= 1
+    assert largest_factor(tiny_tower()) <= 1
 
 
 @pytest.mark.parametrize("fault", LAYOUT_FAULTS)
 def test_a_fault_in_our_layout_breaks_a_golden(fault: str) -> None:
-    assert largest_factor(own_tower(), LAYOUT_FAULTS[fault]) >= BITE
+    assert largest_factor(tiny_tower(), LAYOUT_FAULTS[fault]) >= BITE
 
 
 BIASES = ("attn.qkv.bias", "attn.proj.bias", "mlp.gate_up.bias", "mlp.down.bias")

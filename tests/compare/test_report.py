@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen_vit import VisionEncoder, __version__
+from qwen_vit import __version__
 from qwen_vit.compare import plots, report
 from qwen_vit.compare.result import Comparison
 from qwen_vit.compare.run import compare
@@ -22,15 +22,11 @@ from qwen_vit.images.patches import resize_image
 from qwen_vit.show import draw
 from qwen_vit.show.strips import StripLayout
 from tests.support import IMAGES
+from tests.support.comparisons import encoder
 
 CHELSEA = str(IMAGES / "chelsea.png")
 TODAY = date(2026, 1, 31)
 COMMAND = "qwen-vit compare 'a cat.png' --report page"
-
-
-@cache
-def encoder() -> VisionEncoder:
-    return VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=30_000)
 
 
 @cache

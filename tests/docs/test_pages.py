@@ -25,6 +25,7 @@ from qwen_vit.checkpoint.hub import REPOSITORY
 from qwen_vit.cli import main as cli_module
 from qwen_vit.encoder import VisionEncoder
 from tests.support import ROOT
+from tests.support.encoders import tiny
 from tests.support.fake_engines import install_stand_ins
 from tools.write_docs import LEDGER, PARTS, filled
 
@@ -73,11 +74,6 @@ def copy_data(folder: Path) -> None:
     shutil.copytree(ROOT / "tests" / "photographs", folder / "tests" / "photographs")
     shutil.copytree(ROOT / "tests" / "videos", folder / "tests" / "videos")
     shutil.copytree(ROOT / "weights", folder / "weights")
-
-
-@cache
-def tiny() -> VisionEncoder:
-    return VisionEncoder.from_pretrained("tiny", device="cpu")
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """An interrupted export keeps what it encoded, and resumes to the same bytes."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +22,17 @@ from qwen_vit.export.segments import count_kept, find_segments
 from qwen_vit.export.shard_writer import ShardWriter
 from qwen_vit.export.shards import export_shards
 from qwen_vit.feature_files.read import load_features
+from tests.support.exports import files
 from tests.support.fake_encoder import BatchedEncoder, FakeEncoder
-from tests.support.interrupted_exports import segments
+from tests.support.interrupted_exports import Stop, segments
 
 OPTIONS = ExportOptions(shard_size=40)
-
-
-class Stop:
-    """A signal that comes after so many questions."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def is_requested(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-    @contextmanager
-    def accepted(self) -> Iterator[None]:
-        yield
 
 
 def export(
     out: str = "out", *, encoder: Any = None, options: ExportOptions = OPTIONS, **more: Any
 ) -> Any:
     return export_features(encoder or FakeEncoder(), ["p"], out, options, **more)
-
-
-def files(folder: str = "out") -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 33, 40, 41, 42, 75, 100, 102])

@@ -24,6 +24,7 @@ from qwen_vit.feature_files import writer as writer_module
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.features import ImageFeatures
 from tests.support.export_stress import tiny_png, write_hostile
+from tests.support.exports import files
 from tests.support.fake_encoder import FakeEncoder
 
 LAYERS = ExportOptions(shard_size=4, layers=(3, 0))
@@ -37,10 +38,6 @@ def export(
     **more: Any,
 ) -> Any:
     return export_features(encoder or FakeEncoder(), inputs or ("p",), out, options, **more)
-
-
-def files(folder: str = "out") -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def write_pictures(*sizes: tuple[int, int]) -> list[str]:

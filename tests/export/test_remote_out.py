@@ -4,7 +4,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,10 @@ from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.read import load_features
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
-from tests.support.s3_server import BUCKET, Request, S3Server, s3_server
+from tests.support.interrupted_exports import Stop
+from tests.support.s3_server import BUCKET, Request, S3Server
 
 OUT = f"s3://{BUCKET}/out"
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[S3Server]:
-    with s3_server() as server:
-        yield server
 
 
 @pytest.fixture
@@ -71,20 +65,6 @@ def scratch() -> list[str]:
 
 def is_put(request: Request) -> bool:
     return request.method == "PUT" and "shard-" in request.path
-
-
-class Stop:
-    """A signal that comes after so many images."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def is_requested(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-    def accepted(self) -> Any:
-        return nullcontext()
 
 
 # The same as on a disk

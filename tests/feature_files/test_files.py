@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.feature_files.schema import METADATA_KEY
 from qwen_vit.feature_files.write import write_features
-from tests.support.feature_file_cases import refused
+from tests.support.feature_file_cases import refused, set_fact
 from tests.support.features import METADATA, features_of
 from tests.support.reading_stress import Folder
 
@@ -99,10 +99,6 @@ def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tens
     text = facts if isinstance(facts, str) else json.dumps(facts)
     save_file(tensors, path, metadata={METADATA_KEY: text})
     return refused(path)
-
-
-def set_fact(name: str, value: Any) -> Any:
-    return lambda facts, tensors: facts.__setitem__(name, value)
 
 
 def set_tensor(name: str, value: torch.Tensor) -> Any:

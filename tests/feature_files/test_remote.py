@@ -3,7 +3,7 @@
 import json
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,9 @@ from qwen_vit.feature_files.read import FeatureFolder, load_features
 from qwen_vit.feature_files.verify import verify_features
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
-from tests.support.s3_server import BUCKET, S3Server, s3_server
+from tests.support.s3_server import BUCKET, S3Server
 
 OUT = f"s3://{BUCKET}/out"
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[S3Server]:
-    with s3_server() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from qwen_vit.feature_files.read import load_features
 from qwen_vit.feature_files.schema import FILE_FACTS, METADATA_KEY
 from qwen_vit.feature_files.write import write_features
 from qwen_vit.features import FailedImage, ImageFeatures
+from tests.support.feature_file_cases import set_fact
 from tests.support.features import METADATA, features_of
 
 IMAGES = ["tests/photographs/chelsea.png", "tests/photographs/rocket.jpg"]
@@ -27,11 +28,6 @@ ITEM = {
     *("sha256", "size_px", "source"),
 }
 OF_AN_EXPORT = {"n_images", "listing_sha256", "shard_size", "limits", "errors"}
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "features.safetensors"
 
 
 def with_layers(
@@ -224,25 +220,24 @@ def test_one_image_alone_is_written(path: Path) -> None:
 # Corrupt files
 
 
-def fact(name: str, value: Any) -> Any:
-    return lambda facts, tensors: facts.__setitem__(name, value)
-
-
 EDITED: dict[str, tuple[Callable[..., Any], str]] = {
-    "output": (fact("output", "max"), "its output is 'max', its normalize False"),
-    "no output": (fact("output", None), "its output is None"),
-    "normalize": (fact("normalize", "yes"), "its normalize 'yes'"),
-    "layers no list": (fact("layers", "3"), "its layers are '3'"),
-    "layers no numbers": (fact("layers", ["3"]), "its layers are ['3']"),
-    "a layer below 0": (fact("layers", [-3]), "its layers are [-3]"),
-    "a layer too few": (fact("layers", [3]), "its tensors of rows are image_embeds, layer_15, lay"),
-    "a layer too many": (fact("layers", [1, 3, 7, 15]), "its layers are [1, 3, 7, 15]"),
-    "no layers": (fact("layers", None), "its layers are None"),
-    "no images": (fact("images", None), "0 images and 2 ids"),
+    "output": (set_fact("output", "max"), "its output is 'max', its normalize False"),
+    "no output": (set_fact("output", None), "its output is None"),
+    "normalize": (set_fact("normalize", "yes"), "its normalize 'yes'"),
+    "layers no list": (set_fact("layers", "3"), "its layers are '3'"),
+    "layers no numbers": (set_fact("layers", ["3"]), "its layers are ['3']"),
+    "a layer below 0": (set_fact("layers", [-3]), "its layers are [-3]"),
+    "a layer too few": (
+        set_fact("layers", [3]),
+        "its tensors of rows are image_embeds, layer_15, lay",
+    ),
+    "a layer too many": (set_fact("layers", [1, 3, 7, 15]), "its layers are [1, 3, 7, 15]"),
+    "no layers": (set_fact("layers", None), "its layers are None"),
+    "no images": (set_fact("images", None), "0 images and 2 ids"),
     "an image too few": (lambda facts, _: facts["images"].pop(), "1 images and 2 ids"),
     "no size": (lambda facts, _: facts["images"][0].pop("size_px"), "its images are"),
     "odd size": (lambda facts, _: facts["images"][0].update(size_px=[1]), "its images are"),
-    "errors": (fact("errors", "x"), "its errors are 'x'"),
+    "errors": (set_fact("errors", "x"), "its errors are 'x'"),
     "a short layer": (
         lambda _, tensors: tensors.update(layer_7=torch.ones(11, 5)),
         "corrupt (layer_7 has 11 rows for 12 patches)",

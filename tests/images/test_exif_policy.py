@@ -54,27 +54,20 @@ def test_a_picture_that_was_transposed_by_hand_is_not_turned_again() -> None:
     assert not np.array_equal(load_image(by_hand).pixels, np.rot90(STORED, -1))
 
 
-def test_encode_ignores_it_and_the_file_says_so(
-    tiny_encoder: VisionEncoder, tmp_path: Path
-) -> None:
+def test_encode_ignores_it_and_the_file_says_so(encoder: VisionEncoder, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(turned("PNG", 6))
-    stored = tiny_encoder.encode(STORED).embeds
-    features = [tiny_encoder.encode(path), tiny_encoder.encode(path, exif="ignore")]
+    stored = encoder.encode(STORED).embeds
+    features = [encoder.encode(path), encoder.encode(path, exif="ignore")]
     assert np.array_equal(features[1].numpy(), stored.numpy())
     assert not np.array_equal(features[0].numpy(), stored.numpy())
     out = tmp_path / "f.safetensors"
     features[1] = replace(features[1], id="b")
-    write_features(out, features, tiny_encoder.metadata())
+    write_features(out, features, encoder.metadata())
     images = load_features(out).metadata["images"]
     assert [image["exif"] for image in images] == ["apply", "ignore"]
     with pytest.raises(ArgumentError, match="exif is 'never'"):
-        tiny_encoder.encode(path, exif="never")  # type: ignore[call-overload]
-
-
-@pytest.fixture(scope="module")
-def tiny_encoder() -> VisionEncoder:
-    return VisionEncoder.from_pretrained("tiny", device="cpu")
+        encoder.encode(path, exif="never")  # type: ignore[call-overload]
 
 
 def test_an_export_ignores_it_records_it_and_does_not_mix(tmp_path: Path) -> None:

@@ -119,11 +119,6 @@ def test_pages_of_a_tiff_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 # encode
 
 
-@pytest.fixture(scope="module")
-def encoder() -> VisionEncoder:
-    return VisionEncoder.from_pretrained("tiny", device="cpu")
-
-
 def test_encode_gives_every_page(encoder: VisionEncoder, tmp_path: Path) -> None:
     path, still = tmp_path / "scan.tif", tmp_path / "still.png"
     path.write_bytes(FILES["TIFF"])

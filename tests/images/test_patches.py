@@ -18,6 +18,7 @@ from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import Patches, patchify, resize_image, smart_resize
 from qwen_vit.images.rows import normalise
 from tests.support import IMAGES
+from tests.support.images import noise
 
 PHOTOGRAPHS = sorted(path for path in IMAGES.iterdir() if path.suffix in (".png", ".jpg"))
 LIMITS = [(3136, 12845056), (3136, 1003520), (784, 784), (3136, 50176), (400_000, 500_000)]
@@ -34,11 +35,6 @@ def image_config(min_pixels: int = 3136, max_pixels: int = 1003520) -> ImageConf
         temporal_patch_size=2,
         merge_size=2,
     )
-
-
-def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Every pixel and channel differs from its neighbours: any swapped order shows."""
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def assert_equals_processor(rgb: np.ndarray, config: ImageConfig) -> None:
@@ -69,7 +65,7 @@ def test_any_size_has_the_processors_rows_and_grid(
     height: int, width: int, limits: tuple[int, int], seed: int
 ) -> None:
     assume(max(height, width) <= 200 * min(height, width))
-    assert_equals_processor(noise(height, width, seed), image_config(*limits))
+    assert_equals_processor(noise(height, width, seed=seed), image_config(*limits))
 
 
 @pytest.mark.parametrize(("height", "width"), [(56, 84), (28, 28), (28, 280), (280, 28)])
@@ -231,7 +227,7 @@ def test_a_read_only_image_is_cut_without_a_warning(recwarn: pytest.WarningsReco
 
 def test_joined_patches_keep_images_in_order() -> None:
     config = image_config()
-    parts = [patchify(noise(h, w, h), config) for h, w in [(56, 84), (112, 56), (56, 56)]]
+    parts = [patchify(noise(h, w, seed=h), config) for h, w in [(56, 84), (112, 56), (56, 56)]]
     joined = Patches.cat(iter(parts))
     assert joined.grids == (Grid(1, 4, 6), Grid(1, 8, 4), Grid(1, 4, 4))
     assert torch.equal(joined.pixels[24:56], parts[1].pixels)
@@ -240,7 +236,9 @@ def test_joined_patches_keep_images_in_order() -> None:
 
 def test_patches_are_joined_in_pinned_memory_as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their strides; this machine may have no memory to pin."""
-    parts = [patchify(noise(h, w, h), image_config()) for h, w in [(56, 84), (112, 56), (56, 56)]]
+    parts = [
+        patchify(noise(h, w, seed=h), image_config()) for h, w in [(56, 84), (112, 56), (56, 56)]
+    ]
     parts[1] = Patches(parts[1].pixels.T.contiguous().T, parts[1].grids)
     empty, asked = torch.empty, []
 

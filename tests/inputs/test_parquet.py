@@ -18,6 +18,7 @@ from qwen_vit.inputs.parquet import ParquetColumns
 from qwen_vit.inputs.parquet_file import open_parquet_file
 from qwen_vit.inputs.read import read_item
 from tests.support.export_stress import tiny_png
+from tests.support.inputs import failure
 from tests.support.parquet_files import (
     IMAGE,
     LIMITS,
@@ -25,6 +26,7 @@ from tests.support.parquet_files import (
     items,
     structs,
     tear_rows,
+    watch_row_groups,
     write_encrypted,
     write_rows,
 )
@@ -33,12 +35,6 @@ from tests.support.parquet_files import (
 def refused(*inputs: str, columns: ParquetColumns | None = IMAGE) -> ExportError:
     with pytest.raises(ExportError) as caught:
         items(*inputs, columns=columns)
-    return caught.value
-
-
-def failure(item: Item) -> ImageError:
-    with pytest.raises(ImageError) as caught:
-        read_item(item, LIMITS)
     return caught.value
 
 
@@ -258,14 +254,7 @@ def test_a_torn_row_group_is_read_once(parquet_dir: Path, monkeypatch: pytest.Mo
     """Each row of it read the whole group again."""
     write_rows("x.parquet", structs(range(200)), group=200)
     tear_rows(parquet_dir / "x.parquet", tiny_png(150))
-    begun: list[int] = []
-    begin = parquet_module._Reader._begin_at
-
-    def watched(self: Any, group: int) -> None:
-        begun.append(group)
-        begin(self, group)
-
-    monkeypatch.setattr(parquet_module._Reader, "_begin_at", watched)
+    begun = watch_row_groups(monkeypatch)
     for item in items("x.parquet"):
         failure(item)
     assert begun == [0]

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -20,6 +20,7 @@ from tests.support.parquet_files import (
     LIMITS,
     items,
     structs,
+    watch_row_groups,
     write_rows,
 )
 
@@ -51,14 +52,7 @@ def test_rows_in_order_read_each_group_once(
     parquet_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows("x.parquet", structs(range(600)), group=100)
-    begun: list[int] = []
-    begin = parquet_module._Reader._begin_at
-
-    def watched(self: Any, group: int) -> None:
-        begun.append(group)
-        begin(self, group)
-
-    monkeypatch.setattr(parquet_module._Reader, "_begin_at", watched)
+    begun = watch_row_groups(monkeypatch)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda item: read_item(item, LIMITS), items("x.parquet")))
     assert begun == [*range(6)]

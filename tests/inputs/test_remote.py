@@ -4,14 +4,14 @@ import io
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwen_vit.common import storage
-from qwen_vit.errors import ExportError, ImageError
+from qwen_vit.errors import ExportError
 from qwen_vit.export.estimate import estimate_export
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
@@ -25,16 +25,11 @@ from qwen_vit.inputs.parquet import ParquetColumns
 from qwen_vit.inputs.read import read_item
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
+from tests.support.inputs import failure
 from tests.support.parquet_files import structs, write_rows
-from tests.support.s3_server import BUCKET, Request, S3Server, s3_server
+from tests.support.s3_server import BUCKET, Request, S3Server
 
 LIMITS, ROOT = ImageLimits(), f"s3://{BUCKET}"
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[S3Server]:
-    with s3_server() as server:
-        yield server
 
 
 @pytest.fixture
@@ -68,12 +63,6 @@ def data(tmp_path: Path, server: S3Server) -> Path:
 
 def items(*inputs: str, column: str | None = None) -> list[Item]:
     return list(find_items(inputs, columns=ParquetColumns.of(column, None)))
-
-
-def failure(item: Item) -> ImageError:
-    with pytest.raises(ImageError) as caught:
-        read_item(item, LIMITS)
-    return caught.value
 
 
 def refused(*inputs: str) -> ExportError:

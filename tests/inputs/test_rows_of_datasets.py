@@ -16,11 +16,6 @@ from tests.support.export_stress import tiny_png
 from tests.support.parquet_files import structs
 
 
-@pytest.fixture(scope="module")
-def encoder() -> VisionEncoder:
-    return VisionEncoder.from_pretrained("tiny", device="cpu")
-
-
 def check_same(found: Any, expected: list[ImageFeatures]) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):

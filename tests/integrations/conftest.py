@@ -7,10 +7,10 @@ import pytest
 
 from tests.support.hf_models import (
     FAMILIES,
-    make_model,
+    make_both,
     tower_of,
-    with_our_tower,
 )
+from tests.support.hf_setting import Setting, make_setting
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -21,8 +21,7 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def both(family: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """A model with its own tower, and the same with ours."""
-    model, encoder = make_model(family, tmp_path_factory.mktemp("model"))
-    return model, with_our_tower(copy.deepcopy(model), encoder)
+    return make_both(family, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -33,3 +32,9 @@ def trainable(both: tuple[Any, Any]) -> tuple[Any, Any]:
         each.requires_grad_(True).train()
         tower_of(each).requires_grad_(False)
     return model, swapped
+
+
+@pytest.fixture(scope="session")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """Images, a prompt and the answer of a small model with its own tower."""
+    return make_setting(tmp_path_factory.mktemp("setting"))

@@ -11,13 +11,10 @@ from qwen_vit.errors import ArgumentError, CheckpointError, ImageError
 from qwen_vit.graphs import MAX_BUCKET, bucket_for
 from qwen_vit.images.rows import normalise
 from qwen_vit.integrations.engine_tower import EngineTower
+from tests.support.encoders import tiny
 
 CPU = torch.device("cpu")
 GRIDS = [[1, 4, 6], [2, 8, 4], [1, 10, 4]]
-
-
-def tiny() -> VisionEncoder:
-    return VisionEncoder.from_pretrained("tiny", device="cpu")
 
 
 def on_gpu(dtype: torch.dtype = torch.bfloat16) -> VisionEncoder:

@@ -27,13 +27,8 @@ from qwen_vit.features import ImageFeatures
 from tests.support import ROOT
 from tests.support.fake_engines import small_tokenizer
 from tests.support.features import features_with_grids
-from tests.support.hf_setting import IMAGE_TOKEN, NEW_TOKENS, ONE_IMAGE, Setting, make_setting
+from tests.support.hf_setting import IMAGE_TOKEN, NEW_TOKENS, ONE_IMAGE, Setting
 from tests.support.towers import assert_no_worse_than
-
-
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return make_setting(tmp_path_factory.mktemp("model"))
 
 
 def test_mm_encoder_outputs_give_the_answer_of_the_models_own_tower(setting: Setting) -> None:

@@ -27,6 +27,7 @@ from tests.support.hf_models import (
     vision_inputs,
     with_our_tower,
 )
+from tests.support.hf_training import merged_by
 from tests.support.towers import gpu, random_rows
 
 FAMILY = "qwen2_5_vl"
@@ -43,11 +44,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def model(original: Any) -> Any:
     return copy.deepcopy(original)
-
-
-def merged_of(tower: Any) -> Tensor:
-    with torch.no_grad():
-        return tower(random_rows(104, 3), grid_thw=torch.tensor(GRIDS)).pooler_output
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -120,7 +116,7 @@ def test_on_a_cpu_float32_stands_for_bfloat16_and_says_so(
 ) -> None:
     """The language model is in bfloat16; the tower is not rounded, and is saved as published."""
     tower = tower_of(model)
-    encoder, state, merged = tower.encoder, tower.state_dict(), merged_of(tower)
+    encoder, state, merged = tower.encoder, tower.state_dict(), merged_by(tower)
     model.bfloat16()
     model.to(torch.bfloat16)
     assert warnings_of(caplog) == [INSTEAD]
@@ -131,7 +127,7 @@ def test_on_a_cpu_float32_stands_for_bfloat16_and_says_so(
         assert torch.equal(tensor, state[name])
     model.float()
     assert warnings_of(caplog) == [INSTEAD]
-    assert torch.equal(merged_of(tower), merged)
+    assert torch.equal(merged_by(tower), merged)
 
 
 def test_a_move_builds_the_encoder_again_from_what_was_loaded_last(
@@ -140,7 +136,7 @@ def test_a_move_builds_the_encoder_again_from_what_was_loaded_last(
     """With its limits of pixels and its graphs; here a GPU is only named."""
     tower = tower_of(model)
     tower.load_state_dict({name: tensor * 2 for name, tensor in tower.state_dict().items()})
-    expected, image = merged_of(tower), tower.encoder.image_config
+    expected, image = merged_by(tower), tower.encoder.image_config
     build = VisionEncoder.from_checkpoint
     asked = []
 
@@ -152,7 +148,7 @@ def test_a_move_builds_the_encoder_again_from_what_was_loaded_last(
     gpu_named = torch.device("cuda", 0)
     tower._move(gpu_named, torch.bfloat16)
     assert asked == [(gpu_named, torch.bfloat16, image.min_pixels, image.max_pixels, True)]
-    assert torch.equal(merged_of(tower), expected)
+    assert torch.equal(merged_by(tower), expected)
 
 
 # On a GPU
@@ -173,31 +169,31 @@ def test_a_tower_moves_to_a_gpu_and_back(tmp_path: Path, caplog: pytest.LogCaptu
     """With the bits of an encoder that was loaded there; bfloat16 survives the way over a CPU."""
     model, on_cpu = make_model(FAMILY, tmp_path)
     with_our_tower(model, on_cpu)
-    tower, expected = tower_of(model), merged_of(tower_of(model))
+    tower, expected = tower_of(model), merged_by(tower_of(model))
     state = tower.state_dict()
     model.to(torch.bfloat16).cuda()
     assert (tower.device, tower.dtype) == (torch.device("cuda", 0), torch.bfloat16)
     assert tower.encoder.graphs is not None
     loaded = VisionEncoder.from_pretrained(tmp_path, device="cuda")
-    assert torch.equal(merged_of(tower), merged_of(as_hf_tower(loaded)))
-    assert relative_error(merged_of(tower).cpu().float(), expected) < 0.1
+    assert torch.equal(merged_by(tower), merged_by(as_hf_tower(loaded)))
+    assert relative_error(merged_by(tower).cpu().float(), expected) < 0.1
     assert logits_of(model).isfinite().all()
     for name, tensor in tower.state_dict().items():
         assert tensor.device.type == "cpu"
         assert torch.equal(tensor, state[name])
     model.cpu()
     assert (tower.device, tower.dtype) == (torch.device("cpu"), torch.float32)
-    assert torch.equal(merged_of(tower), expected)
+    assert torch.equal(merged_by(tower), expected)
     assert warnings_of(caplog) == [INSTEAD, INSTEAD]
     model.cuda()
     assert tower.dtype == torch.bfloat16
     model.float()
     assert tower.dtype == torch.float32
-    assert relative_error(merged_of(tower).cpu(), expected) < FLOAT32
+    assert relative_error(merged_by(tower).cpu(), expected) < FLOAT32
     tower.load_state_dict({name: tensor * 2 for name, tensor in state.items()})
-    doubled = merged_of(tower)
+    doubled = merged_by(tower)
     model.cpu()
-    assert relative_error(merged_of(tower), doubled.cpu()) < FLOAT32
+    assert relative_error(merged_by(tower), doubled.cpu()) < FLOAT32
 
 
 @gpu

@@ -27,20 +27,14 @@ from qwen_vit.errors import CheckpointError
 from tests.support.checkpoints import random_tensors, split_qkv, write_checkpoint
 from tests.support.hf_models import (
     FAMILIES,
-    GRIDS,
     VISION,
-    make_model,
+    make_both,
     tower_name,
     tower_of,
     vision_inputs,
     with_our_tower,
 )
-from tests.support.towers import random_rows
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+from tests.support.hf_training import merged_by
 
 
 @pytest.fixture
@@ -52,13 +46,7 @@ def origin(tmp_path: Path) -> Path:
 @pytest.fixture
 def both(family: str, origin: Path) -> tuple[Any, Any]:
     """A model with its own tower, and the same with ours."""
-    model, encoder = make_model(family, origin)
-    return model, with_our_tower(copy.deepcopy(model), encoder)
-
-
-def merged_of(tower: Any) -> Tensor:
-    with torch.no_grad():
-        return tower(random_rows(104, seed=3), grid_thw=torch.tensor(GRIDS)).pooler_output
+    return make_both(family, origin)
 
 
 def assert_same_state(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -117,7 +105,7 @@ def test_a_saved_model_loads_into_transformers_own_classes(
     assert type(tower_of(loaded)) is type(tower_of(model))
     assert_same_state(dict(loaded.state_dict()), dict(model.state_dict()))
     again = as_hf_tower(VisionEncoder.from_pretrained(tmp_path / "ours", device="cpu"))
-    assert torch.equal(merged_of(again), merged_of(tower_of(swapped)))
+    assert torch.equal(merged_by(again), merged_by(tower_of(swapped)))
 
 
 def test_a_model_is_saved_over_the_folder_that_it_came_from_and_again(
@@ -289,17 +277,17 @@ def test_other_weights_that_are_loaded_are_computed_with(
     """And the encoder that the tower began with stays what it was."""
     model, swapped = both
     tower, new = tower_of(swapped), other_tensors(family)
-    first, before = tower.encoder, merged_of(tower)
+    first, before = tower.encoder, merged_by(tower)
     state = model.state_dict() | prefixed(model, new)
     assert str(swapped.load_state_dict(state)) == "<All keys matched successfully>"
-    expected = merged_of(as_hf_tower(encoder_of(new)))
-    assert torch.equal(merged_of(tower), expected)
+    expected = merged_by(as_hf_tower(encoder_of(new)))
+    assert torch.equal(merged_by(tower), expected)
     assert not torch.equal(expected, before)
     assert_same_state(tower.state_dict(), new)
-    assert torch.equal(merged_of(as_hf_tower(first)), before)
+    assert torch.equal(merged_by(as_hf_tower(first)), before)
     for tensor in new.values():
         tensor.zero_()  # a model that goes on training its own
-    assert torch.equal(merged_of(tower), expected)
+    assert torch.equal(merged_by(tower), expected)
     assert tower.state_dict()["merger.ln_q.weight"].any()
 
 
@@ -323,8 +311,8 @@ def test_weights_in_pieces_are_joined(both: tuple[Any, Any], family: str, pieces
         assert not report.unexpected_keys
         assert set(report.missing_keys) == model.state_dict().keys() - part.keys()
     assert_same_state(tower_of(swapped).state_dict(), new)
-    expected = merged_of(as_hf_tower(encoder_of(new)))
-    assert torch.equal(merged_of(tower_of(swapped)), expected)
+    expected = merged_by(as_hf_tower(encoder_of(new)))
+    assert torch.equal(merged_by(tower_of(swapped)), expected)
 
 
 def test_missing_and_unknown_names_are_reported_as_torch_does(both: tuple[Any, Any]) -> None:
@@ -364,10 +352,10 @@ def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(
     visual = tower_name(model)
     name = f"{visual}.merger.ln_q.weight"
     state = model.state_dict() | {name: spoil(model.state_dict()[name])}
-    before = merged_of(tower_of(swapped))
+    before = merged_by(tower_of(swapped))
     with pytest.raises(RuntimeError, match=re.escape(visual) + ".*" + re.escape(words)):
         swapped.load_state_dict(state, strict=strict)
-    assert torch.equal(merged_of(tower_of(swapped)), before)
+    assert torch.equal(merged_by(tower_of(swapped)), before)
     assert_same_state(swapped.state_dict(), dict(model.state_dict()))
 
 

@@ -27,15 +27,10 @@ from tests.support.hf_models import (
     tower_of,
     vision_inputs,
 )
-from tests.support.hf_setting import Setting, greedy, make_setting
+from tests.support.hf_setting import Setting, greedy
 from tests.support.towers import assert_no_worse_than, random_rows
 
 MODALITIES = ("image", "video")
-
-
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return make_setting(tmp_path_factory.mktemp("model"))
 
 
 def logits_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:

@@ -20,13 +20,7 @@ from qwen_vit.feature_files.write import write_features
 from qwen_vit.features import FailedImage, ImageFeatures
 from tests.support.fake_engines import FakeVllm, chat_request, sglang_items
 from tests.support.features import features_with_grids
-from tests.support.hf_setting import IMAGE_TOKEN, Setting, make_setting
-
-
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return make_setting(tmp_path_factory.mktemp("model"))
-
+from tests.support.hf_setting import IMAGE_TOKEN, Setting
 
 # vLLM and SGLang
 

@@ -29,11 +29,6 @@ def sglang(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return fake_sglang.install(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def tiny() -> VisionEncoder:
-    return VisionEncoder.from_pretrained("tiny", device="cpu")
-
-
 def model_class() -> type:
     """What SGLang builds for the architecture."""
     warnings: list[str] = []
@@ -69,66 +64,66 @@ def test_sglang_finds_the_model_under_its_own_name() -> None:
 @pytest.mark.usefixtures("sglang")
 @pytest.mark.parametrize("prefix", ["visual.", "model.visual."])
 def test_pictures_and_videos_have_the_bits_of_encode_patches(
-    tiny: VisionEncoder, prefix: str
+    encoder: VisionEncoder, prefix: str
 ) -> None:
-    model = loaded(tiny, prefix)
+    model = loaded(encoder, prefix)
     assert isinstance(model.visual, EngineTower)
     rows = rows_of(GRIDS)
     made = model.get_image_feature(
         [item(rows[:24], GRIDS[:1], "image"), item(rows[24:], GRIDS[1:], "image")]
     )
-    assert torch.equal(made, tiny.encode_patches(rows, torch.tensor(GRIDS)))
+    assert torch.equal(made, encoder.encode_patches(rows, torch.tensor(GRIDS)))
     frames = rows_of(FRAMES)
     made = model.get_video_feature([item(frames, FRAMES, "video")])
-    assert torch.equal(made, tiny.encode_patches(frames, torch.tensor(FRAMES)))
+    assert torch.equal(made, encoder.encode_patches(frames, torch.tensor(FRAMES)))
 
 
 @pytest.mark.usefixtures("sglang")
-def test_a_bfloat16_engine_loads_the_same_tower(tiny: VisionEncoder) -> None:
+def test_a_bfloat16_engine_loads_the_same_tower(encoder: VisionEncoder) -> None:
     """SGLang builds and loads while bfloat16 is torch's default: no table may be rounded to it."""
-    model = loaded(tiny, dtype=torch.bfloat16)
+    model = loaded(encoder, dtype=torch.bfloat16)
     rows = rows_of(GRIDS).bfloat16()
     made = model.get_image_feature([item(rows, GRIDS, "image")])
     assert made.dtype == torch.bfloat16
-    assert torch.equal(made, tiny.encode_patches(rows, torch.tensor(GRIDS)).bfloat16())
+    assert torch.equal(made, encoder.encode_patches(rows, torch.tensor(GRIDS)).bfloat16())
 
 
 @pytest.mark.usefixtures("sglang")
-def test_sglang_loads_everything_but_the_tower(tiny: VisionEncoder) -> None:
-    model = loaded(tiny)
+def test_sglang_loads_everything_but_the_tower(encoder: VisionEncoder) -> None:
+    model = loaded(encoder)
     assert model.seen == ["lm_head.weight"]
     assert torch.equal(model.lm_head.weight, HEAD[1])
 
 
 @pytest.mark.usefixtures("sglang")
 @pytest.mark.parametrize("grids", [GRIDS, [*GRIDS, *FRAMES], GRIDS[:1]])
-def test_each_of_two_ranks_encodes_a_share(tiny: VisionEncoder, grids: list[list[int]]) -> None:
+def test_each_of_two_ranks_encodes_a_share(encoder: VisionEncoder, grids: list[list[int]]) -> None:
     """With one picture the second rank has none, and asks the tower for its width and device."""
-    model = loaded(tiny)
+    model = loaded(encoder)
     model.use_data_parallel, model.n_ranks = True, 2
     rows = rows_of(grids)
     made = model.get_image_feature([item(rows, grids, "image")])
     torch.testing.assert_close(
-        made, tiny.encode_patches(rows, torch.tensor(grids)), rtol=1e-5, atol=1e-5
+        made, encoder.encode_patches(rows, torch.tensor(grids)), rtol=1e-5, atol=1e-5
     )
 
 
 @pytest.mark.usefixtures("sglang")
-def test_the_padding_of_sglangs_own_tower_is_not_ours(tiny: VisionEncoder) -> None:
+def test_the_padding_of_sglangs_own_tower_is_not_ours(encoder: VisionEncoder) -> None:
     """On a CPU SGLang 0.5.23 rounds both numbers up in the config that it hands over."""
-    heads, width = tiny.config.num_heads, tiny.config.intermediate_size
+    heads, width = encoder.config.num_heads, encoder.config.intermediate_size
     config = fake_sglang.model_config(
-        tiny, num_heads=heads + 3, original_num_heads=heads,
+        encoder, num_heads=heads + 3, original_num_heads=heads,
         intermediate_size=width + 20, original_intermediate_size=width,
     )  # fmt: skip
-    model = fake_sglang.load(model_class(), config, published(tiny))
-    assert model.visual.config == tiny.config
+    model = fake_sglang.load(model_class(), config, published(encoder))
+    assert model.visual.config == encoder.config
 
 
 @pytest.mark.usefixtures("sglang")
-def test_a_checkpoint_without_some_vision_weights_is_refused(tiny: VisionEncoder) -> None:
-    weights = [pair for pair in published(tiny) if "merger.mlp.2.bias" not in pair[0]]
-    config = fake_sglang.model_config(tiny)
+def test_a_checkpoint_without_some_vision_weights_is_refused(encoder: VisionEncoder) -> None:
+    weights = [pair for pair in published(encoder) if "merger.mlp.2.bias" not in pair[0]]
+    config = fake_sglang.model_config(encoder)
     with pytest.raises(CheckpointError, match=r"1 of the \d+ tensors .* were not loaded"):
         fake_sglang.load(model_class(), config, weights)
     with pytest.raises(CheckpointError, match="were not loaded"):
@@ -136,80 +131,80 @@ def test_a_checkpoint_without_some_vision_weights_is_refused(tiny: VisionEncoder
 
 
 @pytest.mark.usefixtures("sglang")
-def test_a_quantised_tower_is_refused(tiny: VisionEncoder) -> None:
-    name, tensor = published(tiny)[0]
-    weights = [(name, tensor.to(torch.float8_e4m3fn)), *published(tiny)[1:]]
+def test_a_quantised_tower_is_refused(encoder: VisionEncoder) -> None:
+    name, tensor = published(encoder)[0]
+    weights = [(name, tensor.to(torch.float8_e4m3fn)), *published(encoder)[1:]]
     with pytest.raises(CheckpointError, match="quantised"):
-        fake_sglang.load(model_class(), fake_sglang.model_config(tiny), weights)
+        fake_sglang.load(model_class(), fake_sglang.model_config(encoder), weights)
 
 
 @pytest.mark.usefixtures("sglang")
-def test_float16_is_refused_with_the_reason(tiny: VisionEncoder) -> None:
+def test_float16_is_refused_with_the_reason(encoder: VisionEncoder) -> None:
     with pytest.raises(ArgumentError, match="float16"):
-        fake_sglang.build(model_class(), fake_sglang.model_config(tiny), torch.float16)
+        fake_sglang.build(model_class(), fake_sglang.model_config(encoder), torch.float16)
 
 
 @pytest.mark.usefixtures("sglang")
-def test_a_tower_that_we_do_not_have_is_refused_with_the_way_out(tiny: VisionEncoder) -> None:
-    config = fake_sglang.model_config(tiny, hidden_size=100, num_heads=3)
+def test_a_tower_that_we_do_not_have_is_refused_with_the_way_out(encoder: VisionEncoder) -> None:
+    config = fake_sglang.model_config(encoder, hidden_size=100, num_heads=3)
     with pytest.raises(ArgumentError, match="without SGLANG_EXTERNAL_MODEL_PACKAGE"):
         fake_sglang.build(model_class(), config, torch.float32)
 
 
 @pytest.mark.usefixtures("sglang")
-def test_updates_over_dummy_weights_may_come_in_pieces(tiny: VisionEncoder) -> None:
+def test_updates_over_dummy_weights_may_come_in_pieces(encoder: VisionEncoder) -> None:
     """Trainers start the engine with dummy weights, and send the language model's first."""
-    model = fake_sglang.load_dummy(model_class(), fake_sglang.model_config(tiny))
+    model = fake_sglang.load_dummy(model_class(), fake_sglang.model_config(encoder))
     rows = rows_of(GRIDS)
     dummy = model.get_image_feature([item(rows, GRIDS, "image")])
     assert dummy.isfinite().all()
     model.load_weights([HEAD])
-    for pair in published(tiny):
+    for pair in published(encoder):
         model.load_weights([pair])
     made = model.get_image_feature([item(rows, GRIDS, "image")])
-    assert torch.equal(made, tiny.encode_patches(rows, torch.tensor(GRIDS)))
+    assert torch.equal(made, encoder.encode_patches(rows, torch.tensor(GRIDS)))
 
 
 def test_an_update_of_the_tower_forgets_cached_embeddings(
-    sglang: SimpleNamespace, tiny: VisionEncoder
+    sglang: SimpleNamespace, encoder: VisionEncoder
 ) -> None:
     """SGLang 0.5.23 answered pictures that it had seen from the old weights."""
-    model = loaded(tiny)
+    model = loaded(encoder)
     cache = sglang.schedule.embedding_cache = fake_sglang.EmbeddingCache({1: torch.ones(1)})
     model.load_weights([HEAD])
     assert cache
-    model.load_weights(published(tiny)[:1])
+    model.load_weights(published(encoder)[:1])
     assert not cache
 
 
 def test_graphs_are_captured_once_after_the_weights_and_before_the_caches(
-    sglang: SimpleNamespace, tiny: VisionEncoder, monkeypatch: pytest.MonkeyPatch
+    sglang: SimpleNamespace, encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[list[torch.dtype], int]] = []
     monkeypatch.setattr(
         EngineTower, "prepare", lambda self, dtypes, largest: calls.append((dtypes, largest))
     )
-    model = loaded(tiny)
+    model = loaded(encoder)
     assert calls == [([torch.float32], MAX_BUCKET)]
-    model.load_weights(published(tiny))
+    model.load_weights(published(encoder))
     model.post_load_weights()
     assert len(calls) == 1
-    fake_sglang.load_dummy(model_class(), fake_sglang.model_config(tiny))
+    fake_sglang.load_dummy(model_class(), fake_sglang.model_config(encoder))
     assert len(calls) == 2
     sglang.settings.enable_memory_saver = True
-    loaded(tiny)
-    fake_sglang.load_dummy(model_class(), fake_sglang.model_config(tiny))
+    loaded(encoder)
+    fake_sglang.load_dummy(model_class(), fake_sglang.model_config(encoder))
     assert len(calls) == 2
 
 
 @pytest.mark.parametrize(("version", "n_warnings"), [("0.5.23", 0), ("0.6.1", 1)])
 def test_an_unknown_version_warns_and_goes_on(
-    version: str, n_warnings: int, tiny: VisionEncoder, monkeypatch: pytest.MonkeyPatch,
+    version: str, n_warnings: int, encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     fake_sglang.install(monkeypatch, version)
     with caplog.at_level(logging.INFO):
-        fake_sglang.build(model_class(), fake_sglang.model_config(tiny), torch.float32)
+        fake_sglang.build(model_class(), fake_sglang.model_config(encoder), torch.float32)
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == n_warnings
     assert all(version in record.getMessage() for record in warnings)

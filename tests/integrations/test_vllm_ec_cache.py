@@ -27,6 +27,7 @@ from qwen_vit.integrations.vllm import (
 )
 from qwen_vit.integrations.vllm.ec_cache import check_ec_folder
 from tests.support.fake_engines import EngineDeadError, FakeVllm, chat_request
+from tests.support.features import random_features
 
 WIDTH = 8
 MODEL = {"weights_sha256": "5f" * 32, "config_sha256": "c0" * 32, "model": "tiny"}
@@ -34,14 +35,8 @@ NOBODY = 65534
 ENTRY = "encoder_cache.safetensors"
 
 
-def features(name: str, grid: tuple[int, int, int], seed: int = 0) -> ImageFeatures:
-    t, h, w = grid
-    rows = torch.randn(t * h * w // 4, WIDTH, generator=torch.Generator().manual_seed(seed))
-    return ImageFeatures(name, rows, grid)
-
-
-PICTURES = [features("a/wide.jpg", (1, 4, 6)), features("tall", (1, 6, 4), seed=1)]
-CLIP = features("clip", (2, 4, 4), seed=2)
+PICTURES = [random_features("a/wide.jpg", (1, 4, 6)), random_features("tall", (1, 6, 4), seed=1)]
+CLIP = random_features("clip", (2, 4, 4), seed=2)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -359,7 +354,9 @@ def test_odd_ids_come_back(tmp_path: Path) -> None:
 
 
 def _write(folder: Path, number: int) -> None:
-    made = [features(f"{number}-{i}", (1, 2, 4), seed=100 * number + i) for i in range(10, 30)]
+    made = [
+        random_features(f"{number}-{i}", (1, 2, 4), seed=100 * number + i) for i in range(10, 30)
+    ]
     write_ec_cache([*made, *PICTURES], folder, MODEL)
 
 

@@ -21,11 +21,6 @@ from tests.support.fake_engines import FakeVllm
 TWO = ExportOptions(shard_size=2)
 
 
-@pytest.fixture(scope="module")
-def encoder() -> VisionEncoder:
-    return VisionEncoder.from_pretrained("tiny", device="cpu")
-
-
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Three pictures, and one that fails."""

@@ -11,19 +11,14 @@ from qwen_vit.errors import ArgumentError, ExportError, QwenVitError
 from qwen_vit.features import ImageFeatures
 from qwen_vit.integrations.vllm import to_vllm, to_vllm_chat_part
 from tests.support.fake_engines import EngineDeadError, FakeVllm, chat_request
+from tests.support.features import random_features
 
 WIDTH = 8
 Adapter = Callable[..., Any]
 
 
-def features(name: str, grid: tuple[int, int, int], seed: int = 0) -> ImageFeatures:
-    t, h, w = grid
-    rows = torch.randn(t * h * w // 4, WIDTH, generator=torch.Generator().manual_seed(seed))
-    return ImageFeatures(name, rows, grid)
-
-
-PICTURES = [features("wide", (1, 4, 6)), features("tall", (1, 6, 4), seed=1)]
-CLIPS = [features("clip", (2, 4, 4), seed=2), features("short", (1, 2, 2), seed=3)]
+PICTURES = [random_features("wide", (1, 4, 6)), random_features("tall", (1, 6, 4), seed=1)]
+CLIPS = [random_features("clip", (2, 4, 4), seed=2), random_features("short", (1, 2, 2), seed=3)]
 
 
 def request(**arguments: Any) -> dict[str, Any]:

@@ -21,11 +21,6 @@ from tests.support.fake_vllm import OUR_MODULE, AWQLinearMethod, Config, Limits,
 GRIDS = torch.tensor([[1, 4, 6], [1, 4, 4]])
 
 
-@pytest.fixture
-def encoder() -> VisionEncoder:
-    return VisionEncoder.from_pretrained("tiny", device="cpu")
-
-
 @pytest.fixture(autouse=True)
 def forget_our_model() -> Iterator[None]:
     yield

@@ -1,6 +1,5 @@
 """Dense features of chosen blocks: their place in the network, their order, and no other bits."""
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,19 +11,11 @@ from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError
 from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.images.patches import patchify
+from tests.support.encoders import picture, tiny
 from tests.support.oracle import relative_error
 from tests.support.towers import CPU, gpu, layout_for, tower_trace
 
 SIZES = ((56, 84), (140, 112), (28, 28), (252, 84))  # windows cut at either edge
-
-
-@cache
-def tiny() -> VisionEncoder:
-    return VisionEncoder.from_pretrained("tiny", device="cpu")
-
-
-def picture(height: int, width: int, seed: int = 0) -> Any:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def pictures() -> list[Any]:

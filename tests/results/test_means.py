@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,21 +18,13 @@ from qwen_vit.integrations.hf import to_hf
 from qwen_vit.kernels import pooling
 from qwen_vit.kernels.pooling import segment_means, unit_rows
 from tests.support import ROOT
+from tests.support.encoders import picture, tiny
 from tests.support.hopper_compile import compile_for_hopper
 from tests.support.means import oracle, random_rows
 from tests.support.oracle import relative_error
 from tests.support.towers import gpu
 
 WIDTHS = (1, 8, 192, 3_584)
-
-
-@cache
-def tiny() -> VisionEncoder:
-    return VisionEncoder.from_pretrained("tiny", device="cpu")
-
-
-def picture(height: int, width: int, seed: int = 0) -> Any:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,7 @@
 """Feature files that a test edits."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,3 +21,8 @@ def refused(path: Path) -> str:
     assert caught.value.name.startswith(str(path))
     assert message.startswith(caught.value.name)
     return message
+
+
+def set_fact(name: str, value: Any) -> Any:
+    """A change of a file's facts, for a function that edits facts and tensors."""
+    return lambda facts, tensors: facts.__setitem__(name, value)

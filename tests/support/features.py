@@ -40,3 +40,12 @@ def features_with_grids(
         ImageFeatures(str(i), torch.full((t * h * w // 4, 8), i + 0.5, dtype=dtype), (t, h, w))
         for i, (t, h, w) in enumerate(grids)
     ]
+
+
+def random_features(
+    name: str, grid: tuple[int, int, int], seed: int = 0, width: int = 8
+) -> ImageFeatures:
+    """An image or a video of a grid, merged, with values of its own."""
+    t, h, w = grid
+    rows = torch.randn(t * h * w // 4, width, generator=torch.Generator().manual_seed(seed))
+    return ImageFeatures(name, rows, grid)

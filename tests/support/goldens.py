@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from torch import Tensor
 from qwen_vit.compare import tolerance as differences
 from qwen_vit.compare.oracle import Trace
 from qwen_vit.compare.tolerance import MAX_FP32_ERROR, RELATIVE_TOLERANCE, relative_error
+from qwen_vit.model import VisionTower
 from tests.support import ROOT
 from tests.support.oracle import pixel_rows
-from tests.support.towers import GridTuple
+from tests.support.towers import GridTuple, build_tower
 
 GOLDEN_FOLDER = ROOT / "tests" / "golden"
 TINY_FOLDER = ROOT / "weights" / "tiny"
@@ -70,6 +72,12 @@ def save_golden(golden: Golden) -> Path:
     save_file(tensors, path, metadata={"golden": json.dumps(golden.facts, sort_keys=True)})
     path.chmod(0o644)  # safetensors makes files that only their owner can read
     return path
+
+
+@cache
+def tiny_tower() -> VisionTower:
+    """The package's own tower with the packaged weights."""
+    return build_tower(TINY_FOLDER)
 
 
 def sha256(data: bytes | Path) -> str:

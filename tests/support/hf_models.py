@@ -1,5 +1,6 @@
 """Small random models of transformers that hold the vision tower: Qwen2.5-VL and Omni's thinker."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -131,3 +132,9 @@ def vision_inputs(family: str, modality: str = "image", seed: int = 0) -> dict[s
     if FAMILIES[family].wants_token_types:
         inputs["mm_token_type_ids"] = (input_ids == token).long() * (1 if token == IMAGE else 2)
     return inputs
+
+
+def make_both(family: str, folder: Path) -> tuple[Any, Any]:
+    """A model with its own tower, and the same with ours."""
+    model, encoder = make_model(family, folder)
+    return model, with_our_tower(copy.deepcopy(model), encoder)

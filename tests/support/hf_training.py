@@ -39,6 +39,11 @@ def logits_of(model: Any, family: str) -> Tensor:
         return model(**vision_inputs(family), use_cache=False).logits
 
 
-def merged_of(model: Any) -> Tensor:
+def merged_by(tower: Any) -> Tensor:
+    """What a tower makes of the same two random images."""
     with torch.no_grad():
-        return tower_of(model)(random_rows(104, 3), grid_thw=torch.tensor(GRIDS)).pooler_output
+        return tower(random_rows(104, 3), grid_thw=torch.tensor(GRIDS)).pooler_output
+
+
+def merged_of(model: Any) -> Tensor:
+    return merged_by(tower_of(model))

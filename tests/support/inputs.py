@@ -5,8 +5,13 @@ import os
 import tarfile
 from typing import Any
 
+import pytest
+
+from qwen_vit.errors import ImageError
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.inputs.find import find_items
+from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.read import read_item
 
 LIMITS = ImageLimits()
 
@@ -29,3 +34,10 @@ def write_tar(path: str, members: dict[str, bytes], **options: Any) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+
+
+def failure(item: Item) -> ImageError:
+    """The error with which an item cannot be read."""
+    with pytest.raises(ImageError) as caught:
+        read_item(item, LIMITS)
+    return caught.value

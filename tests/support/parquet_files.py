@@ -8,8 +8,10 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pyarrow.parquet.encryption as pe  # type: ignore[import-untyped]
+import pytest
 
 from qwen_vit.images.image import ImageLimits
+from qwen_vit.inputs import parquet_rows as parquet_module
 from qwen_vit.inputs.find import find_items
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.parquet import ParquetColumns
@@ -69,3 +71,16 @@ IMAGE, LIMITS = ParquetColumns("image"), ImageLimits()
 
 def items(*inputs: str, columns: ParquetColumns | None = IMAGE) -> list[Item]:
     return list(find_items(inputs, columns=columns))
+
+
+def watch_row_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The row groups that readers begin to read, as they do."""
+    begun: list[int] = []
+    begin = parquet_module._Reader._begin_at
+
+    def watched(self: Any, group: int) -> None:
+        begun.append(group)
+        begin(self, group)
+
+    monkeypatch.setattr(parquet_module._Reader, "_begin_at", watched)
+    return begun

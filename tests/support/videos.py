@@ -128,3 +128,13 @@ def make_clip(path: Path | str, images: Path) -> None:
 
 if __name__ == "__main__":  # python -m tests.support.videos writes the clip of the pages
     make_clip("tests/videos/clip.mp4", Path("tests/photographs"))
+
+
+def patched(path: str | Path, box: bytes, offset: int, value: bytes) -> Path:
+    """The file with some bytes behind the last box of a kind replaced."""
+    path = Path(path)
+    data = bytearray(path.read_bytes())
+    at = data.rindex(box) + len(box) + offset
+    data[at : at + len(value)] = value
+    path.write_bytes(data)
+    return path

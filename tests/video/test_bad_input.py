@@ -18,7 +18,7 @@ from qwen_vit.video.isolated import load_in_child
 from qwen_vit.video.load import load_video
 from qwen_vit.video.options import Video, VideoLimits, VideoOptions
 from tests.support import ROOT
-from tests.support.videos import make_video, numbered
+from tests.support.videos import make_video, numbered, patched
 
 CONFIG = ImageConfig.from_json({})
 FAST_START = {"movflags": "faststart"}
@@ -80,15 +80,6 @@ def test_sound_alone(tmp_path: Path) -> None:
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     assert refused(path).code == "no-video"
-
-
-def patched(path: Path, box: bytes, offset: int, value: bytes) -> Path:
-    """The file with some bytes behind the last box of a kind replaced."""
-    data = bytearray(path.read_bytes())
-    at = data.rindex(box) + len(box) + offset
-    data[at : at + len(value)] = value
-    path.write_bytes(data)
-    return path
 
 
 def test_a_header_of_a_billion_frames_is_refused_before_they_are_indexed(tmp_path: Path) -> None:

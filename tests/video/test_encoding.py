@@ -1,6 +1,5 @@
 """Videos through the encoder: files, frames and animations, alone, mixed and in pieces."""
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,10 @@ from qwen_vit import FailedImage, ImageFeatures, Video, VideoFeatures, VisionEnc
 from qwen_vit.config import ImageConfig
 from qwen_vit.errors import ArgumentError, ImageError
 from qwen_vit.video.load import load_video
+from tests.support.encoders import tiny
 from tests.support.videos import make_video, number_in, numbered
 
 SMALL: dict[str, Any] = {"min_pixels": 784, "max_pixels": 56 * 84}
-
-
-@cache
-def tiny() -> VisionEncoder:
-    return VisionEncoder.from_pretrained("tiny", device="cpu")
 
 
 def frames(count: int, size: tuple[int, int] = (84, 56)) -> NDArray[np.uint8]:

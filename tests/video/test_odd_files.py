@@ -17,7 +17,7 @@ from qwen_vit.config import ImageConfig
 from qwen_vit.errors import ImageError
 from qwen_vit.video.load import LoadedVideo, load_video
 from qwen_vit.video.options import Video
-from tests.support.videos import make_video, number_in, numbered
+from tests.support.videos import make_video, number_in, numbered, patched
 
 CONFIG = ImageConfig.from_json({})
 SIZE = (96, 64)
@@ -100,14 +100,6 @@ def test_one_frame(name: str, tmp_path: Path) -> None:
     loaded = load_video(Video(make_video(tmp_path / name, 1)), CONFIG)
     assert loaded.patches.grids[0].t == 1
     assert loaded.timing.frame_seconds == (0.0,)
-
-
-def patched(path: str, box: bytes, offset: int, value: bytes) -> str:
-    data = bytearray(Path(path).read_bytes())
-    at = data.rindex(box) + len(box) + offset
-    data[at : at + len(value)] = value
-    Path(path).write_bytes(data)
-    return path
 
 
 @pytest.mark.parametrize(("box", "offset"), [(b"mdhd", 16), (b"stts", 12), (b"stts", 8)])
