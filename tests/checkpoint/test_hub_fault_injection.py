@@ -10,11 +10,10 @@ from tests.support.hub_fault_injection import (
     chaos,
     crowd,
     kill_at_random,
-    mutated_documents,
-    mutated_weights,
     storm,
     wrong_headers,
 )
+from tests.support.mutated_files import mutated_documents, mutated_weights
 
 
 @pytest.fixture(scope="module")

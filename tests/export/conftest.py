@@ -1,12 +1,19 @@
-"""Folders of images that a test exports."""
+"""Folders of images that a test exports, and a store to export into."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.export_stress import tiny_png
 from tests.support.growing_exports import write
 from tests.support.interrupted_exports import COUNT
+
+if TYPE_CHECKING:
+    from tests.support.s3_server import S3Server
 
 
 @pytest.fixture
@@ -27,3 +34,18 @@ def hundred_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         data = tiny_png(number)
         Path(f"p/{number:03}.png").write_bytes(data[:50] if number % 13 == 5 else data)
     return tmp_path
+
+
+@pytest.fixture
+def server(
+    running: S3Server, export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[S3Server]:
+    """The server, empty and without faults, and a scratch folder of this test."""
+    from tests.support.remote_exports import on_host  # loads moto, which few tests need
+
+    running.fault, running.hidden, running.ignores_conditions = lambda _: None, None, False
+    running.delete("out")
+    running.requests.clear()
+    on_host(monkeypatch, export_dir / "host")
+    yield running
+    running.fault, running.hidden = lambda _: None, None

@@ -22,7 +22,7 @@ from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.plan import open_export
 from qwen_vit.export.ray_cluster import _plain_errors, _size, _threads_of_a_shard, export_on_ray
 from qwen_vit.export.run import export_features
-from tests.support import ROOT, export_stress
+from tests.support import ROOT, cluster_stress
 from tests.support.export_stress import digests, tiny_png
 from tests.support.fake_encoder import FakeEncoder
 
@@ -55,7 +55,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_node_and_workers_that_are_killed_lose_and_double_nothing(tmp_path: Path) -> None:
-    figures = export_stress.cluster_kills(tmp_path, kills=1, images=300)
+    figures = cluster_stress.cluster_kills(tmp_path, kills=1, images=300)
     print(figures)
     assert figures["workers_started"] >= 4
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import export_stress
+from tests.support import disk_stress, export_stress
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,11 @@ def test_interrupts_end_with_130_and_leave_what_is_whole(exports: export_stress.
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not export_stress.may_mount(), reason="needs the right to mount")
+@pytest.mark.skipif(not disk_stress.may_mount(), reason="needs the right to mount")
 def test_a_full_disk_stops_with_2_and_the_rest_follows_when_there_is_room(
     exports: export_stress.Exports,
 ) -> None:
-    export_stress.full_disks(exports, disks=1)
+    disk_stress.full_disks(exports, disks=1)
 
 
 @pytest.mark.slow

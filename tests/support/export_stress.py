@@ -7,37 +7,28 @@ import contextlib
 import gc
 import hashlib
 import io
-import logging
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
-import tempfile
-import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from PIL import Image
 
 from qwen_vit.errors import ExportError
-from qwen_vit.export import ray_cluster
-from qwen_vit.export.options import ExportOptions
-from qwen_vit.export.run import export_features
 from qwen_vit.export.segments import count_kept
 from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.feature_files.read import load_features
-from tests.support import ROOT, checkout_first, kill_harness
-from tests.support.fake_encoder import HELD, POISON, TOO_LARGE, FakeEncoder, load_blocking_encoder
+from tests.support import checkout_first, kill_harness
+from tests.support.fake_encoder import POISON, TOO_LARGE
 from tests.support.process_memory import memory_mb, open_files
 
 SHARD_IMAGES = 50
@@ -181,55 +172,6 @@ def kills(exports: Exports, *, kills: int, seed: int = 0) -> dict[str, Any]:
         "unbroken_s": round(exports.seconds, 2),
         "seconds": round(done.seconds, 1),
     }
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A file system of so many bytes; needs the right to mount one."""
-    folder.mkdir(exist_ok=True)
-    options = ["-t", "tmpfs", "-o", f"size={size}"]
-    subprocess.run(["mount", *options, "tmpfs", folder], check=True, capture_output=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
-def full_disks(exports: Exports, *, disks: int, seed: int = 0) -> dict[str, Any]:
-    """A disk that is full at random sizes, then larger: the same command goes on."""
-    folder, whole = exports.folder, exports.out
-    size = sum(path.stat().st_size for path in (folder / "unbroken").iterdir())
-    page, sizes, begin = os.sysconf("SC_PAGE_SIZE"), random.Random(seed), time.monotonic()
-    refusals: Counter[str] = Counter()
-    with small_disk(folder / "disk", 2 * size + 100 * page) as disk:
-        for _ in range(disks):
-            exports.out = disk / "out"
-            small = page * sizes.randint(2, size // page)
-            resize(disk, small)
-            result = exports.run()
-            assert result.code == 2, (small, result)
-            last = result.errors.splitlines()[-1]
-            assert last.startswith("error: "), result.errors
-            assert "No space left on device" in last, last
-            assert "Traceback" not in result.errors
-            name = Path(last.split(" could not")[0].removeprefix("error: ")).name
-            refusals["a shard" if name.startswith("shard-") else name] += 1
-            exports.after_interruption()
-            resize(disk, 2 * size + 100 * page)
-            exports.after_end(exports.run())
-    exports.out = whole
-    return {
-        "disks": disks,
-        "images": exports.images,
-        "images_per_shard": SHARD_IMAGES,
-        "most_images_done_twice": exports.most_redone,
-        "full_while_writing": dict(refusals.most_common()),
-        "seconds": round(time.monotonic() - begin, 1),
-    }
-
-
-def resize(disk: Path, size: int) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True, capture_output=True)
 
 
 def image_folder(folder: Path, count: int) -> list[Path | str]:
@@ -407,87 +349,3 @@ def interrupts(exports: Exports, *, times: int, seed: int = 0) -> dict[str, Any]
         "longest_wait_s": round(max(waits), 2),
         "most_images_done_twice": exports.most_redone,
     }
-
-
-def cluster_kills(folder: Path, *, kills: int, images: int, seed: int = 0) -> dict[str, Any]:
-    """A Ray cluster of three nodes: one is killed in mid-run, and workers so many times."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    write_images(folder / "images", images)
-    (folder / "workers").mkdir()
-    (folder / "hold").touch()
-    # the last image waits until every kill has landed
-    Image.fromarray(np.full((28, 28, 3), HELD, np.uint8)).save(folder / "images" / "z.png")
-    inputs, options = [str(folder / "images")], ExportOptions(shard_size=SHARD_IMAGES)
-    encoder: Any = FakeEncoder()
-    single = export_features(encoder, inputs, folder / "single", options)
-    logger = logging.getLogger("ray")
-    logger.setLevel(logging.ERROR)
-    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # for its workers
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-        doomed, _ = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
-    killer = threading.Thread(target=kill_workers, args=(folder, cluster, doomed, kills, seed))
-    begin = time.monotonic()
-    try:
-        with mock.patch.object(
-            ray_cluster, "load_encoder", partial(load_blocking_encoder, held=folder)
-        ):
-            killer.start()
-            done = ray_cluster.export_on_ray(
-                "stand-in", inputs, folder / "out", options, address=cluster.address
-            )
-    finally:
-        (folder / "hold").unlink(missing_ok=True)
-        killer.join()
-        ray.shutdown()
-        cluster.shutdown()
-    assert digests(folder / "out") == digests(folder / "single")
-    names = {path.name for path in (folder / "out").iterdir()}
-    assert names == {path.name for path in (folder / "single").iterdir()}, names
-    assert (done.exported, done.failed, done.rows) == (
-        single.exported, single.failed, single.rows,
-    )  # fmt: skip
-    features = load_features(folder / "out")
-    assert len(features) + len(features.errors) == images + 1
-    started = len(list((folder / "workers").iterdir()))
-    assert started >= 3 + kills, started
-    return {
-        "nodes": 3,
-        "nodes_killed": 1,
-        "workers_killed": kills,
-        "workers_started": started,
-        "images": images + 1,
-        "images_per_shard": SHARD_IMAGES,
-        "images_encoded_again": journal_bytes(folder / "journal") - single.exported,
-        "seconds": round(time.monotonic() - begin, 1),
-    }
-
-
-def kill_workers(folder: Path, cluster: Any, node: Any, kills: int, seed: int) -> None:
-    """When the first shard is there, a node; then workers, at random moments; then all may end."""
-    moments, killed, gone = random.Random(seed), set[str](), set[str]()
-    while not shards_of(folder / "out") and (folder / "hold").exists():
-        time.sleep(0.02)
-    cluster.remove_node(node)
-    while len(killed) < kills and (folder / "hold").exists():
-        time.sleep(moments.uniform(0, 1))
-        for pid in set(os.listdir(folder / "workers")) - killed - gone:
-            try:
-                os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:  # with its node, or because it had nothing left to do
-                gone.add(pid)
-            else:
-                killed.add(pid)
-                break
-    (folder / "hold").unlink(missing_ok=True)
-
-
-def may_mount() -> bool:
-    """Whether a small disk can be had here."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            with small_disk(Path(folder, "disk"), 2**20):
-                return True
-        except (OSError, subprocess.CalledProcessError):
-            return False

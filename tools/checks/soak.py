@@ -56,23 +56,21 @@ def _in_support(name: str) -> Callable[..., Any]:
 EXPORT, HUB = "export_stress.on_an_export", "hub_fault_injection.on_a_hub"
 TRIALS = {
     "kills": Trial("export_stress.kills", {"kills": 200}, {"images": 4_000}, setting=EXPORT),
-    "full-disk": Trial(
-        "export_stress.full_disks", {"disks": 20}, {"images": 2_000}, setting=EXPORT
-    ),
+    "full-disk": Trial("disk_stress.full_disks", {"disks": 20}, {"images": 2_000}, setting=EXPORT),
     "outages": Trial("shortage_stress.outages", {"outages": 50}, {"images": 2_000}, setting=EXPORT),
     "memory-edges": Trial("shortage_stress.memory_edges", {"runs": 30}, {"images": 40}),
     "interrupts": Trial(
         "export_stress.interrupts", {"times": 40}, {"images": 2_000}, setting=EXPORT
     ),
     "memory": Trial("export_stress.flat_memory", {"images": 100_000, "first": 5_000}, {}, False),
-    "ray": Trial("export_stress.cluster_kills", {"kills": 20, "images": 2_000}, {}),
+    "ray": Trial("cluster_stress.cluster_kills", {"kills": 20, "images": 2_000}, {}),
     "hub-kills": Trial("hub_fault_injection.kill_at_random", {"times": 200}, {}, setting=HUB),
     "hub-crowd": Trial("hub_fault_injection.crowd", {"times": 40}, {"processes": 16}, setting=HUB),
     "hub-storm": Trial("hub_fault_injection.storm", {"times": 200}, {}, setting=HUB),
     "hub-headers": Trial("hub_fault_injection.wrong_headers", {"times": 500}, {}, setting=HUB),
     "hub-versions": Trial("hub_fault_injection.hub_versions", {}, {}, False),
-    "mutated-weights": Trial("hub_fault_injection.mutated_weights", {"times": 100_000}, {}),
-    "mutated-documents": Trial("hub_fault_injection.mutated_documents", {"times": 10_000}, {}),
+    "mutated-weights": Trial("mutated_files.mutated_weights", {"times": 100_000}, {}),
+    "mutated-documents": Trial("mutated_files.mutated_documents", {"times": 10_000}, {}),
     "reading": Trial("reading_stress.many_shards", {"shards": 10_000}, {}),
     "parquet": Trial(
         "store_stress.flat_memory_of_parquet", {"images": 200_000, "first": 5_000}, {}, False
