@@ -66,12 +66,12 @@ def test_the_time_has_a_part_for_each_batch_and_one_for_each_patch(
     Path("p/x.png").unlink()
     with tarfile.open("t.tar", "w") as tar:
         tar.add("p")
-    clock, asked = [0.0], []
+    clock, asked, budget = [0.0], [], dict(TOKEN_BUDGET)
 
     class Timed(FakeEncoder):
         def encode(self, images: Any, **options: Any) -> Any:
             asked.append(len(images))
-            batches = -(-16 * len(images) // TOKEN_BUDGET["cpu"])
+            batches = -(-16 * len(images) // budget["cpu"])
             clock[0] += 0.5 * batches + 0.001 * 16 * len(images) + 3.0 * (len(asked) == 1)
             return [ImageFeatures("a", torch.zeros(4, WIDTH), (1, 4, 4)) for _ in images]
 
@@ -81,7 +81,8 @@ def test_the_time_has_a_part_for_each_batch_and_one_for_each_patch(
         options = replace(SMALL, shard_size=4)
         assert estimate_export(Timed(), [given], options).seconds == pytest.approx(3 + 1.66)
         assert asked == [1, 1, 8]  # the first one starts what the export starts as well
-    monkeypatch.setattr(estimate_module, "TOKEN_BUDGET", {"cpu": 32})
+    budget["cpu"] = 32
+    monkeypatch.setattr(estimate_module, "TOKEN_BUDGET", budget)
     assert estimate_export(Timed(), ["p"], options).seconds == pytest.approx(5 * 0.5 + 0.16)
 
 

@@ -1,19 +1,22 @@
 """`qwen-vit export --resume DIR`: the recorded options, changed inputs, versions."""
 
 import json
-from functools import partial
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qwen_vit.cli import main as cli
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.growing_exports import content, write
 
 
 @pytest.fixture
-def run(growing_dir: Path, monkeypatch: pytest.MonkeyPatch, qwen_vit: Any) -> Any:
+def run(
+    growing_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Any:
     """`qwen-vit export ...` in this process: code, JSON, stderr."""
     loaded: list[dict[str, Any]] = []
 
@@ -23,8 +26,18 @@ def run(growing_dir: Path, monkeypatch: pytest.MonkeyPatch, qwen_vit: Any) -> An
 
     loader = type("Loader", (), {"from_pretrained": staticmethod(load)})
     monkeypatch.setattr("qwen_vit.export.run.VisionEncoder", loader)
-    command: Any = partial(qwen_vit, "export")
-    command.loaded = loaded
+
+    def command(*words: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qwen-vit", "export", *words])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capfd.readouterr()
+        return code or 0, captured.out, captured.err
+
+    command.loaded = loaded  # type: ignore[attr-defined]
     return command
 
 
