@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from tools.benchmarks.engines import model, oracle
 from tools.benchmarks.engines.judge import judge_answers
 from tools.benchmarks.engines.oracle import Oracle
+from tools.random_tower import SHAPE as PUBLISHED_SHAPE
 
 CPU = torch.device("cpu")
 SHAPE = {
-    **model.SHAPE, "out_hidden_size": 256, "depth": 2, "fullatt_block_indexes": [1],
+    **PUBLISHED_SHAPE, "out_hidden_size": 256, "depth": 2, "fullatt_block_indexes": [1],
     "hidden_size": 160, "intermediate_size": 64, "num_heads": 2,
 }  # fmt: skip
 
