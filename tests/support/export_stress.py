@@ -16,7 +16,7 @@ import tarfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.feature_files.read import load_features
 from tests.support import checkout_first, kill_harness
 from tests.support.fake_encoder import POISON, TOO_LARGE
+from tests.support.fake_encoder import main as fake_encoder_main
 from tests.support.process_memory import memory_mb, open_files
 
 SHARD_IMAGES = 50
@@ -46,6 +47,18 @@ def fake_encoder(journal: Path, *arguments: str | Path) -> list[str]:
     """The command that exports with the stand-in encoder."""
     words = [*FAKE_ENCODER, journal, "export", "--model", "stand-in"]
     return [str(word) for word in (*words, *arguments)]
+
+
+def start_forked(command: Sequence[str], log: Path) -> kill_harness.Process:
+    """Start such a command as a fork of this process, which has imported torch."""
+    words = [*command]
+    assert words[: len(FAKE_ENCODER)] == [*FAKE_ENCODER], words
+
+    def run() -> None:
+        sys.argv = ["fake_encoder", *words[len(FAKE_ENCODER) :]]
+        fake_encoder_main()
+
+    return kill_harness.Forked(run, log)
 
 
 def tiny_png(number: int) -> bytes:
@@ -96,9 +109,13 @@ class Exports:
     """One export that is interrupted in every way, beside one that was not."""
 
     def __init__(
-        self, folder: Path, images: int, write: Callable[[Path, int], None] = write_images
+        self,
+        folder: Path,
+        images: int,
+        write: Callable[[Path, int], None] = write_images,
+        start: kill_harness.Start = kill_harness.start,
     ) -> None:
-        self.folder = folder
+        self.folder, self.start = folder, start
         self.inputs, self.out, self.journal = folder / "images", folder / "out", folder / "journal"
         write(self.inputs, images)
         unbroken = folder / "unbroken"
@@ -115,8 +132,8 @@ class Exports:
         options = ("--out", out or self.out, "--shard-size", str(SHARD_IMAGES), "--yes")
         return fake_encoder(self.journal, self.inputs, *options)
 
-    def run(self, out: Path | None = None, **environment: str) -> kill_harness.Run:
-        return kill_harness.run(self.command(out), self.folder / "log", None, **environment)
+    def run(self, out: Path | None = None) -> kill_harness.Run:
+        return kill_harness.run(self.command(out), self.folder / "log", None, self.start)
 
     def after_interruption(self) -> None:
         """Whole shards only, equal to the unbroken ones; at most the open one was done in vain."""
@@ -149,7 +166,12 @@ class Exports:
 
 def on_an_export(trial: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """A trial of an export that is there, as one that makes it of some images in a folder."""
-    return lambda folder, *, images, **counts: trial(Exports(folder, images), **counts)
+
+    def run(folder: Path, *, images: int, forked: bool = False, **counts: Any) -> dict[str, Any]:
+        start = start_forked if forked else kill_harness.start
+        return trial(Exports(folder, images, start=start), **counts) | {"forked": forked}
+
+    return run
 
 
 def kills(exports: Exports, *, kills: int, seed: int = 0) -> dict[str, Any]:
@@ -162,6 +184,7 @@ def kills(exports: Exports, *, kills: int, seed: int = 0) -> dict[str, Any]:
         seed=seed,
         after_kill=lambda _: exports.after_interruption(),
         after_end=exports.after_end,
+        start=exports.start,
     )
     return {
         "kills": done.landed,
@@ -320,7 +343,7 @@ def interrupts(exports: Exports, *, times: int, seed: int = 0) -> dict[str, Any]
         if len(waits) == times:
             break
         number = signal.SIGTERM if len(waits) % 2 else signal.SIGINT
-        process = kill_harness.start(exports.command(), folder / "log")
+        process = exports.start(exports.command(), folder / "log")
         wanted = exports.encoded_before + moments.randint(1, exports.images // 3)
         while process.poll() is None and journal_bytes(exports.journal) < wanted:
             time.sleep(0.002)

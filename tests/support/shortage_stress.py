@@ -8,7 +8,6 @@ import random
 import resource
 import shutil
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +22,14 @@ from qwen_vit.export.under_way import UNDER_WAY_NAME
 from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.feature_files.read import load_features
 from tests.support import kill_harness
-from tests.support.export_stress import SHARD_IMAGES, Exports, digests, shards_of, tiny_png
+from tests.support.export_stress import (
+    SHARD_IMAGES,
+    Exports,
+    digests,
+    shards_of,
+    start_forked,
+    tiny_png,
+)  # fmt: skip
 
 # what is at the inputs' path during an outage
 OUTAGES: dict[str, Callable[[Path], None]] = {
@@ -34,34 +40,33 @@ OUTAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
-class Outage:
-    """Take a folder away after some seconds, and give it back after some more."""
+def run_through_outage(
+    exports: Exports, kind: str, begin_s: float, length_s: float
+) -> tuple[kill_harness.Run, bool]:
+    """Run an export without its inputs from `begin_s` on for `length_s`.
 
-    def __init__(self, folder: Path, kind: str, begin_s: float, length_s: float) -> None:
-        self._folder, self._kind, self._waits = folder, kind, (begin_s, length_s)
-        self._ended = threading.Event()
-        self.began = False
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
+    Returns the run, and whether the outage began before the run's end.
+    """
+    log, begin = exports.folder / "log", time.monotonic()
+    away = exports.inputs.with_name("away")
+    process = exports.start(exports.command(), log)
 
-    def _run(self) -> None:
-        begin_s, length_s = self._waits
-        if self._ended.wait(begin_s):
-            return
-        self.began = True
-        away = self._folder.with_name("away")
-        self._folder.rename(away)
-        OUTAGES[self._kind](self._folder)
-        self._ended.wait(length_s)
-        if self._folder.is_dir():
-            self._folder.rmdir()
-        self._folder.unlink(missing_ok=True)
-        away.rename(self._folder)
+    def works_until(seconds: float) -> bool:
+        while (left := seconds - (time.monotonic() - begin)) > 0 and process.poll() is None:
+            time.sleep(min(left, 0.002))
+        return process.poll() is None
 
-    def end(self) -> None:
-        """Give the folder back now."""
-        self._ended.set()
-        self._thread.join()
+    if began := works_until(begin_s):
+        exports.inputs.rename(away)
+        OUTAGES[kind](exports.inputs)
+        works_until(begin_s + length_s)
+        if exports.inputs.is_dir():
+            exports.inputs.rmdir()
+        exports.inputs.unlink(missing_ok=True)
+        away.rename(exports.inputs)
+    code = process.wait()
+    seconds = time.monotonic() - begin
+    return kill_harness.Run(code, seconds, log.read_text("utf-8", "replace")), began
 
 
 def outages(exports: Exports, *, outages: int, seed: int = 0) -> dict[str, Any]:
@@ -70,19 +75,14 @@ def outages(exports: Exports, *, outages: int, seed: int = 0) -> dict[str, Any]:
     kinds, failed_for_a_while = Counter[str](), 0
     while count["outages"] < outages:
         kind = chance.choice(list(OUTAGES))
-        outage = Outage(
-            exports.inputs,
-            kind,
-            chance.uniform(0, exports.seconds),
-            chance.uniform(0, 1) ** 3 * 2 * exports.seconds,
-        )
-        result = kill_harness.run(exports.command(), exports.folder / "log")
-        outage.end()
+        begin_s = chance.uniform(0, exports.seconds)
+        length_s = chance.uniform(0, 1) ** 3 * 2 * exports.seconds
+        result, began = run_through_outage(exports, kind, begin_s, length_s)
         assert result.code in (0, 1, 2), result
         assert "Traceback" not in result.errors, result.errors
         if result.code == 2:
             assert result.errors.splitlines()[-1].startswith("error: "), result.errors
-        if outage.began:
+        if began:
             count["outages"] += 1
             kinds[kind] += 1
             count[f"exit code {result.code}"] += 1
@@ -125,7 +125,7 @@ def failures_for_a_while(exports: Exports) -> int:
 
 def finish(exports: Exports) -> None:
     """Run the same command again without an outage, compare the bytes, and clear them away."""
-    result = kill_harness.run(exports.command(), exports.folder / "log")
+    result = exports.run()
     assert result.code in (0, 1), result.errors  # 1 where an image failed in this very run
     assert digests(exports.out) == exports.expected
     names = {path.name for path in exports.out.iterdir()}
@@ -179,7 +179,7 @@ class Watched:
         """Run it to its end."""
         log, begin = self.exports.folder / "log", time.monotonic()
         shutil.rmtree(self.exports.out, ignore_errors=True)
-        process = kill_harness.start(self.exports.command(), log)
+        process = self.exports.start(self.exports.command(), log)
         while process.poll() is None and not self._works():
             time.sleep(0.002)
         first = {label: status_mb(process.pid, label) for label in self.grown}
@@ -202,10 +202,13 @@ class Watched:
         return out.is_dir() and any(UNDER_WAY_NAME.fullmatch(path.name) for path in out.iterdir())
 
 
-def memory_edges(folder: Path, *, runs: int, images: int, seed: int = 0) -> dict[str, Any]:
+def memory_edges(
+    folder: Path, *, runs: int, images: int, seed: int = 0, forked: bool = False
+) -> dict[str, Any]:
     """Run exports under limits between nothing more and what they take when they may."""
     chance, begin, count = random.Random(seed), time.monotonic(), Counter[str]()
-    exports = Exports(folder, images, write_some_large_images)
+    start = start_forked if forked else kill_harness.start
+    exports = Exports(folder, images, write_some_large_images, start)
     free = Watched(exports)
     free.run()
     shutil.rmtree(exports.out)
@@ -230,5 +233,6 @@ def memory_edges(folder: Path, *, runs: int, images: int, seed: int = 0) -> dict
         "failed_for_a_while": failed_for_a_while,
         "grown_mb_without_a_limit": {label: round(mb) for label, mb in free.grown.items()},
         "images": images,
+        "forked": forked,
         "seconds": round(time.monotonic() - begin, 1),
     }

@@ -41,6 +41,12 @@ class Trial:
     fixed: dict[str, Any]
     has_seed: bool = True
     setting: str = ""
+    forks: bool = False
+
+    @property
+    def may_fork(self) -> bool:
+        """Return whether its exports may be forks of this process."""
+        return self.forks or self.setting == EXPORT
 
     def load(self) -> Callable[..., dict[str, Any]]:
         """Return the function that takes a folder and the counts."""
@@ -58,7 +64,7 @@ TRIALS = {
     "kills": Trial("export_stress.kills", {"kills": 200}, {"images": 4_000}, setting=EXPORT),
     "full-disk": Trial("disk_stress.full_disks", {"disks": 20}, {"images": 2_000}, setting=EXPORT),
     "outages": Trial("shortage_stress.outages", {"outages": 50}, {"images": 2_000}, setting=EXPORT),
-    "memory-edges": Trial("shortage_stress.memory_edges", {"runs": 30}, {"images": 40}),
+    "memory-edges": Trial("shortage_stress.memory_edges", {"runs": 30}, {"images": 40}, forks=True),
     "interrupts": Trial(
         "export_stress.interrupts", {"times": 40}, {"images": 2_000}, setting=EXPORT
     ),
@@ -109,9 +115,14 @@ TRIALS = {
     show_default=True,
     help="Run each trial this many times at once, each with the counts and a seed of its own.",
 )
+@click.option(
+    "--fork",
+    is_flag=True,
+    help="Fork a process that has imported torch for each export, which saves its seconds.",
+)
 @ledger_options
 def main(
-    name: str, fraction: float, counts: dict[str, int], seed: int | None, jobs: int,
+    name: str, fraction: float, counts: dict[str, int], seed: int | None, jobs: int, fork: bool,
     ledger: Path | None, commit: str,
 ) -> None:  # fmt: skip
     """Run a trial, or all of them."""
@@ -121,7 +132,7 @@ def main(
         for each in TRIALS if name == "all" else (name,):
             first = random.randrange(2**31 - jobs) if seed is None else seed
             seeds = range(first, first + jobs)
-            results = pool.map(partial(run, each, fraction, chosen=counts), seeds)
+            results = pool.map(partial(run, each, fraction, chosen=counts, fork=fork), seeds)
             for number, figures in zip(seeds, results, strict=True):
                 failed |= "failed" in figures
                 row = ledger_row(f"soak {each}", commit, "cpu", (), seed=number, **figures)
@@ -139,7 +150,9 @@ def _counts(texts: Sequence[str]) -> dict[str, int]:
     return counts
 
 
-def run(name: str, fraction: float, seed: int, chosen: Mapping[str, int]) -> dict[str, Any]:
+def run(
+    name: str, fraction: float, seed: int, chosen: Mapping[str, int], fork: bool = False
+) -> dict[str, Any]:
     """Run one trial and return the results; `chosen` counts replace the full counts."""
     trial = TRIALS[name]
     counts = {key: max(1, round(fraction * count)) for key, count in trial.counts.items()}
@@ -147,6 +160,10 @@ def run(name: str, fraction: float, seed: int, chosen: Mapping[str, int]) -> dic
         raise click.UsageError(f"{name} has no count {', '.join(sorted(unknown))}")
     counts |= chosen
     arguments = {**counts, **trial.fixed, **({"seed": seed} if trial.has_seed else {})}
+    if fork:
+        if not trial.may_fork:
+            raise click.UsageError(f"{name} cannot fork")
+        arguments["forked"] = True
     with tempfile.TemporaryDirectory() as folder:
         try:
             return trial.load()(Path(folder), **arguments)
