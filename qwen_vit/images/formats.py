@@ -3,6 +3,7 @@
 import re
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from PIL import (
@@ -174,6 +175,8 @@ def _refused(data: bytes, name: str, on_request: str) -> ImageError:
             what = "not an image" if is_other else "of an unsupported format"
             code, what, remedy = found_code, f"{what} ({found})", found_remedy
             break
+    if what == "not an image" and (kind := _known_to_pillow(data)):
+        code, what, remedy = "format", f"of an unsupported format ({kind})", "convert it to PNG"
     return ImageError(
         f"{what}: it starts with {data[:16]!r}",
         name=name,
@@ -181,3 +184,14 @@ def _refused(data: bytes, name: str, on_request: str) -> ImageError:
         remedy=remedy,
         code=code,
     )
+
+
+def _known_to_pillow(data: bytes) -> str:
+    """Return the name of the format whose signature Pillow finds, or an empty text."""
+    Image.init()
+    for file_format in sorted(set(Image.ID) - {*DECODERS, "CUR"}):  # a TGA may begin like a cursor
+        factory, accepts = Image.OPEN[file_format]
+        with suppress(struct.error):  # too few bytes for a signature
+            if accepts is not None and accepts(data[:16]) is True:
+                return str(getattr(factory, "format_description", file_format))
+    return ""

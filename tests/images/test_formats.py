@@ -179,3 +179,22 @@ def test_a_heic_above_the_limit_is_refused_by_its_header() -> None:
 
 def test_features_record_the_decoder_of_heic() -> None:
     assert "pillow-heif" in PACKAGES
+
+
+@pytest.mark.parametrize("file_format", ["DIB", "PCX", "DDS", "EPS", "ICNS", "MSP", "QOI", "SGI"])
+def test_a_format_that_only_pillow_reads_is_named(file_format: str) -> None:
+    """It was "not an image"."""
+    file = io.BytesIO()
+    Image.new("1" if file_format == "MSP" else "RGB", (20, 30)).save(file, file_format)
+    with pytest.raises(ImageError) as caught:
+        load_image(file.getvalue())
+    assert caught.value.code == "format"
+    assert "of an unsupported format (" in caught.value.fact
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("junk", [b"a", b"some words", bytes(40), b"\xff" * 40, b'{"a": 1}'])
+def test_bytes_without_a_signature_are_not_an_image(junk: bytes) -> None:
+    with pytest.raises(ImageError) as caught:
+        load_image(junk)
+    assert caught.value.code == "not-an-image"
