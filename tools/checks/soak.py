@@ -50,11 +50,12 @@ class Trial:
 
     def load(self) -> Callable[..., dict[str, Any]]:
         """Return the function that takes a folder and the counts."""
-        trial = _in_support(self.run)
-        return _in_support(self.setting)(trial) if self.setting else trial
+        trial = in_support(self.run)
+        return in_support(self.setting)(trial) if self.setting else trial
 
 
-def _in_support(name: str) -> Callable[..., Any]:
+def in_support(name: str) -> Callable[..., Any]:
+    """Return the "MODULE.FUNCTION" of tests.support."""
     module, _, function = name.partition(".")
     return getattr(import_module(f"tests.support.{module}"), function)  # type: ignore[no-any-return]
 
