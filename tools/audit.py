@@ -4,9 +4,9 @@
     pip install pip-audit
     python -m tools.audit
 
-It exits with 0 if each package was checked, and none is vulnerable, and with 1 for a vulnerable
-package. It exits with 2 if a package was not checked. Without an answer of its service, pip-audit
-skips the packages, finds nothing and exits with 0.
+It exits with 0 if it checked each package and found no vulnerability. It exits with 1 for a
+vulnerable package, and with 2 for an unchecked package. Without an answer of its service, pip-audit
+itself skips the packages and exits with 0.
 """
 
 import json
@@ -23,7 +23,7 @@ VULNERABLE, NOT_CHECKED = 1, 2
 
 @click.command(help=__doc__)
 def main() -> None:
-    """Run pip-audit, and print what it found and what it did not check."""
+    """Run pip-audit, and print the vulnerable and the unchecked packages."""
     command = shutil.which("pip-audit")
     if command is None:
         click.echo("Nothing was checked: pip-audit is missing. Run pip install pip-audit.")

@@ -18,7 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def head_commit() -> str:
-    """Return the checkout's abbreviated commit; "unknown" outside a checkout."""
+    """Return the checkout's abbreviated commit, or "unknown" outside a checkout."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(git, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
@@ -39,7 +39,7 @@ def require_gpu(hint: str = "") -> torch.device:
     """Return the first GPU.
 
     Raises:
-        click.ClickException: torch sees none; the message ends with `hint`.
+        click.ClickException: torch finds no GPU. The message ends with `hint`.
     """
     if not torch.cuda.is_available():
         raise click.ClickException(f"this needs an NVIDIA GPU: torch sees none{hint}")

@@ -1,4 +1,4 @@
-"""Extend Griffe for the documentation site: sessions in docstrings become code blocks.
+"""Extend Griffe for the documentation site, so that sessions in docstrings become code blocks.
 
 Griffe turns `>>>` lines into code only below "Examples:". The docstrings here have their session
 after the first sentence, where Markdown would read `>>>` as quotations.
@@ -32,7 +32,7 @@ def with_code_blocks(text: str) -> str:
 
 
 class Sessions(Extension):
-    """Fences the sessions of every docstring that Griffe has read."""
+    """Put the sessions of every docstring that Griffe has read in fences."""
 
     def on_object(self, *, obj: Object, loader: GriffeLoader, **_: Any) -> None:
         """Replace the object's docstring."""

@@ -38,7 +38,8 @@ Edge = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Imports:
-    """What is drawn: boxes by layer from the top down, what is in them, and who imports whom."""
+    """Hold the drawing: boxes by layer from the top down, the content of the boxes, and the
+    imports."""
 
     layers: tuple[tuple[str, ...], ...]
     inside: dict[str, tuple[str, ...]]  # a wing's modules
@@ -76,7 +77,8 @@ def read_layers(pyproject: Path = ROOT / "pyproject.toml") -> list[list[str]]:
 
 
 def read_imports() -> Imports:
-    """The package's imports, by wing and by top module; `__main__` only starts the command line."""
+    """Return the package's imports, by wing and by top module. `__main__` only starts the command
+    line."""
     graph = grimp.build_graph(PACKAGE)
     found = {name.removeprefix(f"{PACKAGE}."): name for name in graph.find_children(PACKAGE)}
     del found["__main__"]
@@ -107,7 +109,7 @@ def read_imports() -> Imports:
 
 @dataclass(slots=True)
 class Node:
-    """Hold a box, or a lane: the place where an arrow crosses a row."""
+    """Hold a box, or a lane, which is the place where an arrow crosses a row."""
 
     name: str | None
     width: float
@@ -121,7 +123,8 @@ class Node:
 
 
 def ranks(imports: Imports) -> tuple[dict[str, int], list[range]]:
-    """(the row of each box, the rows of each layer): neighbours that import one another stack."""
+    """Return the row of each box and the rows of each layer. Boxes of a layer that import each
+    other are in different rows."""
     row_of: dict[str, int] = {}
     bands, first = [], 0
     for layer in imports.layers:
@@ -152,7 +155,7 @@ def box(name: str, modules: Sequence[str]) -> Node:
 
 
 class Drawing:
-    """Rows of boxes and lanes, and for each arrow the nodes that it runs through."""
+    """Return rows of boxes and lanes, and the nodes of each arrow."""
 
     def __init__(self, imports: Imports) -> None:
         self.imports = imports
@@ -182,7 +185,8 @@ class Drawing:
         return above, below
 
     def order(self) -> None:
-        """Sort each row by where its neighbours are, from above and from below by turns."""
+        """Sort each row by the positions of its neighbours, alternately from above and from
+        below."""
         above, below = self.neighbours()
         position = {id(node): float(i) for row in self.rows for i, node in enumerate(row)}
         best, fewest = [list(row) for row in self.rows], self.crossings()
@@ -215,7 +219,7 @@ class Drawing:
         )
 
     def assign_places(self) -> None:
-        """Give each node its place: straight arrows where the boxes leave room for them."""
+        """Give each node a place, with straight arrows if the boxes have enough space."""
         above, below = self.neighbours()
         for row in self.rows:
             pack(row, [node.x for node in row])
@@ -271,7 +275,7 @@ class Drawing:
             )
 
     def arrow(self, edge: Edge) -> Iterable[str]:
-        """A curve through the lanes, and its head; a colour for each source."""
+        """Return a curve through the lanes with an arrow head, in one colour for each source."""
         names = list(self.boxes)
         colour = COLOURS[names.index(edge[0]) % len(COLOURS)]
         path = self.paths[edge]
@@ -312,14 +316,15 @@ def mean(values: Iterable[float], otherwise: float) -> float:
 
 
 def pulled(node: Node, neighbours: Sequence[Node]) -> float:
-    """Where its arrows pull a node: between two lanes the most, so that long ones are straight."""
+    """Return the preferred place of a node from its arrows. Lanes have the largest weight, so that
+    long arrows are straight."""
     pulls = [(STRAIGHT[node.is_box + other.is_box], other.x) for other in neighbours]
     total = sum(weight for weight, _ in pulls)
     return sum(weight * x for weight, x in pulls) / total if total else node.x
 
 
 def pack(row: Sequence[Node], wanted: Sequence[float]) -> None:
-    """Set x as near to `wanted` as order and gaps allow; a group that touches moves as one."""
+    """Set x as near to `wanted` as order and gaps allow. Nodes without a gap move together."""
     groups: list[tuple[list[tuple[Node, float]], float]] = []  # (node, offset) and the start
     for node, x in zip(row, wanted, strict=True):
         members, start = [(node, 0.0)], x
@@ -345,7 +350,7 @@ def gap(one: Node, other: Node) -> float:
 
 
 def port(node: Node, towards: Node, others: Sequence[Node]) -> float:
-    """Where on a box's edge one of its arrows begins or ends: side by side, in order."""
+    """Return the place on a box's edge where an arrow begins or ends, side by side in order."""
     ordered = sorted(others, key=lambda other: other.x)
     index = next(i for i, other in enumerate(ordered) if other is towards)
     step = min(14.0, (node.width - 16) / max(1, len(ordered)))

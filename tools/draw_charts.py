@@ -18,7 +18,7 @@ RENAMED = {"floor_ms": "roofline_ms", "frame ours": "full ours", "frame FA2": "f
 
 
 def renamed(figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Rename a row's table to today's names.
+    """Rename the keys of a row's table to the current names.
 
     >>> renamed({"1 x 448^2": {"floor_ms": 1.8}})
     {'1 x 448^2': {'roofline_ms': 1.8}}

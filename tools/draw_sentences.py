@@ -52,7 +52,7 @@ class Sentence(NamedTuple):
 
     @property
     def words(self) -> int:
-        """Return the number of words; code counts as one word."""
+        """Return the number of words. Code counts as one word."""
         plain = re.sub(r"`[^`]*`|\{[^}]*\}|https?:\S+", "code", self.text)
         return len(re.findall(r"[A-Za-z][\w'\u2019-]*", plain))
 
@@ -68,7 +68,8 @@ def sentences_of(text: str) -> list[str]:
 
 
 def paragraphs(markdown: str) -> Iterator[str]:
-    """Text between blank lines; each list item, heading and table cell by itself."""
+    """Yield the text between blank lines, with each list item, heading and table cell as a separate
+    paragraph."""
     text = CODE.sub("", GENERATED.sub("", markdown))
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)  # links: their words
     for block in re.split(r"\n\s*\n", text):
@@ -111,7 +112,7 @@ def help_sentences() -> Iterator[Sentence]:
 
 
 def message_sentences() -> Iterator[Sentence]:
-    """Yield the sentences of errors and terminal lines: the text in calls that show it."""
+    """Yield the sentences of errors and terminal lines, from the calls that show these texts."""
     for path in sorted((ROOT / "qwen_vit").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if not isinstance(node, ast.Call):
@@ -141,7 +142,7 @@ def docstring_sentences() -> Iterator[Sentence]:
 
 
 def literal(node: ast.expr) -> str:
-    """Return a string as written; a value in an f-string is one word."""
+    """Return a string as written. A value in an f-string is one word."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else ""
     if isinstance(node, ast.JoinedStr):

@@ -36,7 +36,8 @@ MAX_BYTES = 3_000_000
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """Pixels of a photograph as they are: no resize whose rounding could drift."""
+    """Return a photograph's pixels without a resize, because the rounding of a resize could
+    change."""
 
     image: str
     top: int
@@ -63,7 +64,7 @@ class Resized:
 
 @dataclass(frozen=True, slots=True)
 class RandomClip:
-    """Noise whose two frames in a patch differ, t x h x w patches."""
+    """Return noise of t x h x w patches, whose two frames in a patch differ."""
 
     seed: int
     t: int
@@ -93,7 +94,7 @@ CASES: dict[str, tuple[Part, ...]] = {
 
 
 def case_pixels(parts: tuple[Part, ...], images: Path) -> tuple[Tensor, tuple[GridTuple, ...]]:
-    """Pixels and grids; stills get their second frame where a clip is in the batch."""
+    """Return pixels and grids. If the batch has a clip, stills get a second frame."""
     pixels, grids = [], []
     for part in parts:
         if isinstance(part, RandomClip):
@@ -114,7 +115,8 @@ def two_frames(pixels: Tensor) -> Tensor:
 
 
 def check_against_processor(golden: Golden, parts: tuple[Part, ...], images: Path) -> float:
-    """Return the largest difference between our rows and Hugging Face's Pillow processor's."""
+    """Return the largest difference between our rows and the rows of Hugging Face's Pillow
+    processor."""
     processor = Qwen2VLImageProcessorPil(do_resize=False)
     worst, start = 0.0, 0
     for part, (t, h, w) in zip(parts, golden.grids, strict=True):
@@ -181,7 +183,7 @@ def record(images: Path) -> None:
 
 
 def stage_drift(now: Trace, golden: Golden, oracle: Trace) -> bool:
-    """Print each stage's drift beside its budget; true if all are within."""
+    """Print each stage's drift and budget. Return whether all stages are within the budget."""
     within = True
     for stage, then in golden.trace.items():
         drift = relative_error(now[stage], then)
@@ -198,7 +200,7 @@ def stage_drift(now: Trace, golden: Golden, oracle: Trace) -> bool:
 
 
 def check(images: Path) -> bool:
-    """Recompute every golden with what is installed; true if nothing drifted."""
+    """Recompute every golden file with the installed packages. Return whether no stage drifted."""
     tensors, config = read_checkpoint(TINY_FOLDER)
     tower, within = hf_tower(tensors, config, attn=ATTENTION), True
     if golden_names() != sorted(CASES):
@@ -232,7 +234,7 @@ def check(images: Path) -> bool:
 )
 @click.option("--images", type=click.Path(path_type=Path, exists=True), default=IMAGES)
 def main(only_check: bool, images: Path) -> None:
-    """Write tests/golden/*.safetensors; with --check, exit with 1 if a stage exceeds its budget."""
+    """Write tests/golden/*.safetensors. With --check, exit with 1 if a stage exceeds its budget."""
     if not only_check:
         record(images)
     elif not check(images):

@@ -1,8 +1,8 @@
-"""Make weights/tiny: a small random tower in the published format, hard enough to show mistakes.
+"""Make weights/tiny, a small random tower in the published format that makes mistakes visible.
 
 Plain random weights leave softmax nearly uniform. Then tests cannot detect a wrong rotary
 embedding. Therefore this command searches the scale of q and k on photographs, per head and block.
-The largest softmax weight of a token must be TARGET_PEAK on average, midway between the least and
+The average of a token's largest softmax weight must be TARGET_PEAK, midway between the least and
 the most peaked photograph. Each branch adds a fixed share to the residual stream, so that every
 block matters.
 """
@@ -123,12 +123,12 @@ def rms(x: Tensor) -> float:
 
 
 def peak_by_photograph(largest: Tensor, grids: list[GridTuple]) -> Tensor:
-    """Largest softmax weights (N, H) -> their mean by photograph and head."""
+    """Return the mean of the largest softmax weights (N, H) by photograph and head."""
     return torch.stack([x.mean(0) for x in largest.split([t * h * w for t, h, w in grids])])
 
 
 def coarse(scale: float) -> float:
-    """Three significant digits: the same bytes on machines whose sums differ in the last bit."""
+    """Round to three significant digits, because sums differ in the last bit between machines."""
     return float(f"{scale:.3g}")
 
 
@@ -160,7 +160,7 @@ class Calibration:
             self.calibrate_branch(i, f"{mlp}.down_proj", silent=())
 
     def calibrate_heads(self, i: int) -> None:
-        """Bisect the scale of q and k, each head's own, until its softmax has the target peak."""
+        """Bisect the scale of q and k of each head until the softmax has the target peak."""
         low, high = torch.full((HEADS,), 0.1), torch.full((HEADS,), 10.0)
         for _ in range(14):
             middle = (low * high).sqrt()
@@ -184,7 +184,7 @@ class Calibration:
         }
 
     def calibrate_branch(self, i: int, name: str, silent: tuple[str, ...]) -> None:
-        """Scale one output projection until what it adds is BRANCH_SHARE of the stream."""
+        """Scale one output projection until the branch adds BRANCH_SHARE of the stream."""
 
         def stream(*without: str) -> Tensor:
             zeros = {

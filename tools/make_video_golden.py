@@ -17,7 +17,7 @@ OURS = {"n_frames": "nframes", "start": "video_start", "end": "video_end"}  # ->
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=GOLDEN, help="Write this file.")
 def main(out: Path) -> None:
-    """Record what qwen-vl-utils 0.0.14 does with the cases of tests/support/video_cases.py.
+    """Record the results of qwen-vl-utils 0.0.14 for the cases of tests/support/video_cases.py.
 
     \b
     pip install --no-deps qwen-vl-utils==0.0.14 requests
@@ -35,7 +35,7 @@ def main(out: Path) -> None:
 
 
 def _library() -> Any:
-    """qwen_vl_utils.vision_process with a decoder and a resize that cost nothing."""
+    """Return qwen_vl_utils.vision_process with a fake decoder and a fake resize."""
     decoders: Any = ModuleType("torchcodec.decoders")
     decoders.VideoDecoder = _Decoder
     sys.modules["torchcodec"] = ModuleType("torchcodec")
@@ -58,7 +58,7 @@ def _refuse(_: Any) -> Any:
 
 
 class _Decoder:
-    """Stand in for torchcodec's decoder; the path names the case."""
+    """Replace torchcodec's decoder. The path names the case."""
 
     def __init__(self, path: str, **_: Any) -> None:
         n_frames, rate, self.height, self.width = json.loads(path)
@@ -70,7 +70,8 @@ class _Decoder:
 
 
 def _answer(library: Any, case: SamplingCase) -> list[Any] | None:
-    """Digest of the indices, rate, height and width; None where the library refuses."""
+    """Return a digest of the indices, rate, height and width, or None if the library rejects the
+    case."""
     path = json.dumps([case.n_frames, case.rate, case.height, case.width])
     request = {"video": path, **{OURS.get(k, k): v for k, v in case.options.items()}}
     if "nframes" in request:

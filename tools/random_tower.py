@@ -15,7 +15,7 @@ SHAPE = {"model_type": "qwen2_5_vl", "out_hidden_size": 3584}  # the rest is as 
 
 
 def random_weights(config: VisionConfig, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """Published names -> bf16 weights; queries and keys are scaled so that attention is peaked."""
+    """Return bf16 weights by published name, with scaled queries and keys for peaked attention."""
     generator = torch.Generator(device).manual_seed(seed)
     tensors = {}
     for name, shape in expected_tensors(config).items():

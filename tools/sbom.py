@@ -1,4 +1,4 @@
-"""Write a software bill of materials (CycloneDX 1.6): what the package needs, with licences.
+"""Write a software bill of materials (CycloneDX 1.6) with the package's requirements and licences.
 
 \b
     python -m tools.sbom > sbom.json
@@ -36,7 +36,7 @@ def main(extras: tuple[str, ...], licences: bool) -> None:
 
 
 def closure(package: str, extras: tuple[str, ...] = ()) -> dict[str, list[str]]:
-    """The installed packages that a package needs, itself included: the direct needs of each.
+    """Return the direct requirements of a package and of all installed packages that it needs.
 
     Raises click.ClickException for a requirement that is not installed.
     """
@@ -67,7 +67,7 @@ def _requirements(name: str, extras: tuple[str, ...]) -> Iterator[Requirement]:
 
 
 def licence(name: str) -> str:
-    """Return a package's licence from its metadata; "unknown" if there is none."""
+    """Return a package's licence from its metadata, or "unknown" without a licence."""
     metadata = distribution(name).metadata
     expression = _first(metadata.get_all("License-Expression"))
     classified = [

@@ -63,7 +63,7 @@ def source(*refs: str, row: dict[str, Any], command: str) -> str:
 
 
 def ms(value: float) -> str:
-    """Three digits, or all before the point.
+    """Return a number with three digits, or with all digits before the point.
 
     >>> ms(3.185), ms(75.0), ms(20220.0)
     ('3.19', '75.0', '20,220')
@@ -224,7 +224,7 @@ TRUST_WORDS = (
 
 
 def in_plain_words(text: str) -> str:
-    """Convert a name from an old row to these pages' terms."""
+    """Convert a name from an old row to the terms of these pages."""
     for old, new in TRUST_WORDS:
         text = text.replace(old, new)
     return text

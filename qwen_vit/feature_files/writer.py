@@ -160,7 +160,7 @@ class FeatureWriter:
     def _rows_of_each(
         self, stored: Sequence[Tensor], items: Sequence[ItemFacts]
     ) -> Iterator[dict[str, Tensor]]:
-        """Return the rows of each tensor for each image."""
+        """Yield the rows of each tensor for each image."""
         names = [tensor.name for tensor in self.tensors]
         parts = [
             rows.split([item.rows_of(name) for item in items])

@@ -31,7 +31,7 @@ def page_id(name: str, page: int) -> str:
 
 
 def split_pages(source: Any, name: str, limits: ImageLimits) -> Iterator[tuple[Any, str]]:
-    """Return an image's pages with names. An image with one page keeps its own name.
+    """Yield an image's pages with names. An image with one page keeps its own name.
 
     `source` is bytes or a PIL image. Any other source counts as one page. Raises ImageError for an
     image with too many pages.

@@ -1,4 +1,4 @@
-"""Time our tower and Hugging Face's on this CPU in float32, with `tiny` and the 7B shape.
+"""Time our tower and Hugging Face's tower on this CPU in float32, with `tiny` and the 7B shape.
 
 `tiny` encodes an image of 640 x 427. The 7B shape (random weights) encodes an image of 448 x 448.
 Each round runs both towers in one process, so that other work on the machine slows both. The

@@ -4,11 +4,11 @@ It makes JPEGs with sides of 448 to 1344 px from tests/photographs. Without --mo
 7B-shaped tower in bf16 with random weights. It prints a table and one JSON line.
 
 \b
-    speed     the export beside what bounds it, in one run: the encoder alone with pixels on the
-              GPU, the disk's sequential rate, what was waited for, and Hugging Face's processor
-              and encoder, image by image. Some images are encoded alone as well, and compared
-    gpus      one process on one GPU, then one on each, by `--part`: how the rate grows
-    memory    of the process and of the GPU over 20,000 small images
+    speed     the export and its limits, in one run: the encoder alone with pixels on the GPU,
+              the disk's sequential rate, the waiting times, and Hugging Face's processor and
+              encoder, image by image. It also encodes some images alone, and compares the results
+    gpus      the rate of one process on one GPU, and then of one process on each GPU (`--part`)
+    memory    the memory of the process and of the GPU over 20,000 small images
 
 \b
     python -m tools.benchmarks.export --ledger tools/benchmarks/ledger.jsonl --chart docs/export.png
@@ -57,7 +57,7 @@ MEMORY_FILES = 2_000  # which the many images of `memory` are, again and again
 
 
 def write_jpeg(folder: Path, sides: tuple[int, int], number: int) -> None:
-    """A photograph at a size of its own, and with a part of its own."""
+    """Write a photograph with a different size and a different part for each index."""
     chance = random.Random(number)
     size = chance.randint(*sides), chance.randint(*sides)
     with Image.open(
@@ -77,7 +77,7 @@ def reported(what: str) -> Iterator[None]:
 
 
 def differing(encoder: VisionEncoder, paths: list[Path], out: Path) -> int:
-    """Count the images whose bytes differ from the simple path, `encode` of each image alone."""
+    """Count the images whose bytes differ from the result of `encode` for each image alone."""
     stored = load_features(out)
     count = 0
     for path in paths:

@@ -23,7 +23,7 @@ ENCODED_PATCHES = 2_500_000  # are enough to know the encoder's rate
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Until the GPU is done as well."""
+    """Return the time after the GPU has finished."""
     begin = time.perf_counter()
     run()
     if torch.cuda.is_available():
@@ -41,7 +41,7 @@ def grids_of(paths: list[Path], encoder: VisionEncoder) -> list[Grid]:
 
 
 def encoder_rate(encoder: VisionEncoder, grids: list[Grid]) -> float:
-    """Patches a second, pixels on the device, in batches as `encode` packs them."""
+    """Return patches a second, with pixels on the device, in the batches that `encode` packs."""
     sizes = [grid.n_patches for grid in grids]
     batches = [
         tuple(grids[index] for index in batch)

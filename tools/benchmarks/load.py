@@ -53,7 +53,7 @@ SWEPT_THREADS, SWEPT_MIB = (1, 2, 4, 8, 16), (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of a file that hold tensors, all of them wanted, and their place among all."""
+    """Describe the bytes of tensors in a file, and the place of these bytes among all bytes."""
 
     path: Path
     start: int
@@ -81,7 +81,7 @@ def pieces_of(folder: Path, size: int) -> list[Piece]:
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Until the GPU is done as well; what comes out is given back after the clock has stopped."""
+    """Return the time until the GPU has finished. Free the result after the measurement."""
     gc.collect()
     begin = time.perf_counter()
     _result = run()
@@ -99,7 +99,7 @@ def opened(pieces: list[Piece]) -> Iterator[dict[Path, int]]:
 
 
 def read_piece(files: dict[Path, int], memory: memoryview, piece: Piece) -> None:
-    """To its place in memory that holds all, or over what was there before."""
+    """Copy to a separate place in memory, or over the previous bytes."""
     size = piece.end - piece.start
     at = piece.to if len(memory) > READ_BYTES else 0
     if os.preadv(files[piece.path], [memory[at : at + size]], piece.start) != size:
@@ -118,7 +118,7 @@ def read_all(pieces: list[Piece], memory: memoryview, threads: int = 1) -> None:
 
 
 def read_then_fetch(pieces: list[Piece], pinned: torch.Tensor, target: torch.Tensor) -> None:
-    """One thread: into pinned memory, to the GPU, and wait."""
+    """Copy with one thread into pinned memory and to the GPU, and wait."""
     memory = memoryview(pinned.numpy())  # type: ignore[arg-type]
     with opened(pieces) as files:
         for piece in pieces:
@@ -158,7 +158,7 @@ def plain_copies(folder: Path, device: torch.device) -> dict[str, Callable[[], A
 
 
 def stages(folder: Path, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """Time the parts of a load; on a GPU, a load overlaps reading, folding and patch embedding."""
+    """Time the parts of a load. On a GPU, a load overlaps reading, folding and patch embedding."""
     checkpoint = load_checkpoint(folder)
     config, image_config = checkpoint.config, ImageConfig.from_json({})
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -318,7 +318,7 @@ def print_table(
     stage_s: dict[str, float],
     swept: dict[str, float],
 ) -> None:
-    """GB/s of whole loads and copies, beside the load's; then of its stages and of the sweep."""
+    """Format the GB/s of whole loads and copies, then of the stages and of the sweep."""
     print(f"{'':<28}{'ms':>9}{'GB/s':>9}{'load is':>10}")
     for name, each in rates.items():
         print(f"{name:<28}{total / each / 1e6:>9.1f}{each:>9.2f}{rates['load'] / each:>9.2f}x")

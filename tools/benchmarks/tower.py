@@ -83,7 +83,8 @@ def check(
     ours: Tensor, theirs: Tensor, tensors: Any, config: VisionConfig, image_config: ImageConfig,
     pixels: Tensor, grids: Sequence[Grid],
 ) -> None:  # fmt: skip
-    """Raise an error if a tower's error against float64 exceeds that of Hugging Face's bf16."""
+    """Raise an error if a tower's error against float64 exceeds the error of Hugging Face's
+    bf16."""
     values = Patches(pixels.cpu(), tuple(grids)).to_rows(image_config).to(pixels.device)
     truth = vision_oracle(tensors, config, values, list(grids), device=pixels.device)["merger"]
     error, reference = relative_error(ours, truth), relative_error(theirs, truth)
@@ -94,7 +95,8 @@ def check(
 
 
 def alone(grids: Sequence[Grid], config: VisionConfig, device: torch.device) -> dict[str, float]:
-    """Return microseconds per layer of attention with RoPE: ours, RoPE alone, FlashAttention-2."""
+    """Return microseconds per layer of our attention with RoPE, of RoPE alone, and of
+    FlashAttention-2."""
     H, D = config.num_heads, config.head_dim
     layout = layout_for(grids, config, device, torch.bfloat16)
     inverse = config.rope_theta ** -(torch.arange(0, D // 2, 2, dtype=torch.float64) / (D // 2))
@@ -177,7 +179,8 @@ class Towers:
     def checked(
         self, name: str
     ) -> tuple[list[Tensor], list[tuple[Grid, ...]], list[Callable[[], Tensor]]]:
-        """(pixels, grids, our run) of each batch, once the first one has been held to float64."""
+        """Return (pixels, grids, our run) of each batch, after comparing the first batch with
+        float64."""
         batches = in_batches(WORKLOADS[name])
         pixels = [random_pixels(batch, self.config, self.device) for batch in batches]
         runs = [self.timed.by_graph(p, b) for p, b in zip(pixels, batches, strict=True)]
@@ -189,7 +192,8 @@ class Towers:
         return pixels, batches, runs
 
     def row(self, name: str, others: Mapping[str, Peer | UnfusedAttention]) -> dict[str, float]:
-        """Our milliseconds and megabytes on one workload, its roofline, and those of `others`."""
+        """Return milliseconds and megabytes of our tower and of `others` on one workload, and the
+        roofline."""
         pixels, batches, runs = self.checked(name)
 
         ours = partial(run_all, runs)
@@ -229,7 +233,7 @@ class Towers:
         return stages(self.timed, random_pixels(grids, self.config, self.device), grids, copy)
 
     def launched(self) -> dict[str, Counter[str]]:
-        """What one call of each starts on the GPU; whoever watches may slow down what follows."""
+        """Count the launches of one call of each tower. The profiler may slow down later calls."""
         grids = WORKLOADS[COUNTED]
         pixels = random_pixels(grids, self.config, self.device)
         eager = {"ours": self.timed.eager(pixels, grids)}

@@ -1,4 +1,5 @@
-"""Define the towers that `tools.benchmarks.tower` compares: Hugging Face's, and ours unfused."""
+"""Define the towers that `tools.benchmarks.tower` compares: Hugging Face's tower, and our tower
+without fusion."""
 
 import sys
 import time
@@ -32,7 +33,8 @@ def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int)
 
 
 def register_fa2() -> str:
-    """As an attention of transformers, under a name that makes it pass `cu_seqlens`."""
+    """Register an attention in transformers, under a name for which transformers passes
+    `cu_seqlens`."""
 
     def forward(
         module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, scaling: float,
@@ -69,7 +71,8 @@ class Peer:
 
 
 def their_layout(grid_thw: Tensor, config: Any) -> dict[str, Any]:
-    """What transformers works out anew on each call, in part on the host, unless it is given."""
+    """Return the values that transformers otherwise computes again on each call, in part on the
+    host."""
     window_index, cu_window_seqlens = vision_utils.get_vision_window_index(
         grid_thw, config.spatial_merge_size, config.window_size, config.patch_size
     )
@@ -97,9 +100,9 @@ class UnfusedAttention:
 
 
 def compiled(peer: Peer, pixels: Tensor, grids: Sequence[Grid]) -> dict[str, float]:
-    """FA2 under torch.compile with graphs, for this one shape, and the seconds that it took first.
-
-    Its best case: the layout is given, so that nothing breaks its graph. Empty where torch fails.
+    """Run FA2 under torch.compile with graphs for one shape, and return the seconds of compilation.
+    This is the best case, because the caller passes the layout and no call breaks the graph. The
+    result is empty if torch fails.
     """
     torch._dynamo.reset()  # else a second shape is compiled for all shapes, and a third not at all
     start = time.perf_counter()

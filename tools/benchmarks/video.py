@@ -4,8 +4,8 @@ It makes 720p clips with PyAV. It checks the frames against PyAV's own frames, a
 clip in pieces. It checks the features against transformers' tower. Then it measures these rates in
 one run: the tower alone on patches in GPU memory, and `encode_iter` on files; decoding alone on all
 cores, with PyAV and with torchcodec; and transformers' video processor and tower. The share divides
-the `encode_iter` rate by the lower of the tower's rate and the better decoder's. It prints each
-result immediately, and one JSON line.
+the `encode_iter` rate by the lower rate of the tower and the better decoder. It prints each result
+immediately, and one JSON line.
 
 \b
     python -m tools.benchmarks.video --ledger tools/benchmarks/ledger.jsonl
@@ -122,7 +122,7 @@ def main(
 def _measure(
     encoder: VisionEncoder, paths: list[Path], decode_clips: int, hf_clips: int, figures: Figures
 ) -> None:
-    """Checks first, then every rate; those that are needed most come early."""
+    """Run the checks first, and then measure every rate, the most important rates first."""
     cores = len(os.sched_getaffinity(0))
     indices = _indices(str(paths[0]))
     figures.add(frames_per_clip=len(indices))
@@ -153,7 +153,7 @@ def _measure(
 def _make_clips(
     folder: Path, clips: int, distinct: int, seconds: int, size: str, codec: str
 ) -> list[Path]:
-    """Distinct clips, made in processes, and links to them."""
+    """Make distinct clips in processes, and links to these clips."""
     match = re.fullmatch(r"(\d+)x(\d+)", size)
     if match is None:
         raise click.BadParameter(f"--size is {size!r}, expected WIDTHxHEIGHT")
@@ -168,7 +168,7 @@ def _make_clips(
 
 
 def _make_clip(folder: Path, seconds: int, width: int, height: int, codec: str, seed: int) -> Path:
-    """A camera that moves over a photograph, with some noise: motion and detail in every frame."""
+    """Write a clip of a camera that moves over a photograph, with some noise."""
     import av
 
     scale = 2 * max(width, height)
@@ -214,7 +214,7 @@ def _rate(count: int, run: Callable[[], Any], device: torch.device | None = None
 
 
 def _tower_rate(encoder: VisionEncoder, path: Path, repeats: int = 5) -> float:
-    """The tower on a clip's patches, which are on its device already, piece by piece."""
+    """Measure the tower on a clip's patches on the device, piece by piece."""
     patches = load_video(Video(str(path)), encoder.image_config).patches
     pieces = [
         (piece.pixels.to(encoder.device), piece.grids)
@@ -231,7 +231,8 @@ def _tower_rate(encoder: VisionEncoder, path: Path, repeats: int = 5) -> float:
 
 
 def _pyav_rate(paths: Sequence[Path], indices: list[int], cores: int) -> float:
-    """The sampled frames as RGB arrays: PyAV's own decoding, a thread a core, one clip each."""
+    """Measure PyAV's own decoding of the sampled frames to RGB arrays, with one thread per core and
+    one clip per thread."""
 
     def decode(path: Path) -> int:
         import av
@@ -263,7 +264,7 @@ def _torchcodec_rate(paths: Sequence[Path]) -> float:
 
 
 def _torchcodec_in_child(clips: Path, count: int) -> float | None:
-    """torchcodec's rate in a process whose linker finds the FFmpeg of PyAV's wheel."""
+    """Measure torchcodec's rate in a process whose linker finds the FFmpeg of PyAV's wheel."""
     if _version("torchcodec") is None:
         return None
     import av
@@ -289,7 +290,8 @@ def _torchcodec_in_child(clips: Path, count: int) -> float | None:
 
 
 def _whole_rate(encoder: VisionEncoder, paths: Sequence[Path]) -> tuple[float, list[int]]:
-    """From the files to the features, which are dropped; and the memory at each quarter."""
+    """Measure the rate from files to features, without keeping features, and the memory after each
+    quarter."""
     next(iter(encoder.encode_iter([Video(str(paths[0]))])))
     memory: list[int] = []
     marks = {len(paths) * quarter // 4 for quarter in (1, 2, 3, 4)}
@@ -305,7 +307,7 @@ def _whole_rate(encoder: VisionEncoder, paths: Sequence[Path]) -> tuple[float, l
 
 
 def _hf_rate(paths: Sequence[Path], encoder: VisionEncoder, tower: Any) -> float | None:
-    """transformers: its video processor and its tower in the same dtype, one clip after another."""
+    """Measure transformers' video processor and tower in the same dtype, one clip at a time."""
     try:
         from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
         from transformers.video_utils import load_video as hf_load_video

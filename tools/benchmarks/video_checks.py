@@ -20,7 +20,7 @@ FRAMES_CHECKED = 8
 
 
 class Figures:
-    """Collect the results: print each with the time, and keep them in a file."""
+    """Collect the results. Print each result with the time, and write all results to a file."""
 
     def __init__(self, partial: Path | None) -> None:
         self.found: dict[str, Any] = {}
@@ -37,9 +37,8 @@ class Figures:
 
 
 def check_clip(encoder: VisionEncoder, path: Path, indices: list[int]) -> dict[str, Any]:
-    """The reader's frames against a plain decode by PyAV, and a clip in pieces against its rows.
-
-    Raises ClickException where they differ.
+    """Compare the reader's frames with PyAV's plain frames, and a clip in pieces with the whole
+    clip. Raises ClickException for a difference.
     """
     import av
 
@@ -73,7 +72,8 @@ def check_clip(encoder: VisionEncoder, path: Path, indices: list[int]) -> dict[s
 
 
 def check_features(encoder: VisionEncoder, hf: Any, path: Path) -> dict[str, Any]:
-    """The first piece of a clip in both towers. Raises ClickException for another direction."""
+    """Compare the first piece of a clip in both towers. Raises ClickException if the directions
+    differ."""
     rows = load_video(Video(str(path)), encoder.image_config).patches
     piece = rows.split_steps(TOKEN_BUDGET[encoder.device.type] // 4)[0]
     values, grid = piece.to_rows(encoder.image_config).to(encoder.device), _grid_of(piece)
@@ -87,7 +87,7 @@ def check_features(encoder: VisionEncoder, hf: Any, path: Path) -> dict[str, Any
 
 
 def hf_tower_like(encoder: VisionEncoder) -> Any:
-    """transformers' tower with the encoder's weights, or None where it is not installed."""
+    """Return transformers' tower with the encoder's weights, or None without transformers."""
     try:
         from qwen_vit.compare.huggingface import hf_tower
 

@@ -1,4 +1,4 @@
-"""Compare this checkout with another one: the same bits, and on a GPU the same speed.
+"""Compare the bits, and on a GPU the speed, of this checkout and another checkout.
 
 Use it for a change that must not alter results. It hashes outputs over random layouts in both
 checkouts. On a GPU, it times both checkouts in interleaved runs. It times the other checkout twice
@@ -58,7 +58,7 @@ def kinds_of(layouts: int) -> dict[str, list[str]]:
 
 
 def same_bits(other: Path, model: str, layouts: int) -> dict[str, bool]:
-    """Return whether both checkouts give the same bits, for each of `kinds_of`; all at once."""
+    """Return whether both checkouts give the same bits, for each of `kinds_of`."""
     kinds = kinds_of(layouts)
     with ThreadPoolExecutor(2 * len(kinds)) as pool:
         digests = {
@@ -72,7 +72,8 @@ def same_bits(other: Path, model: str, layouts: int) -> dict[str, bool]:
 
 
 def medians(other: Path, model: str, pairs: int) -> dict[str, dict[str, float]]:
-    """Workload -> the median milliseconds of ours, the other's, and the other's again."""
+    """Map each workload to the median milliseconds of this checkout, of the other checkout, and of
+    the other checkout's second run."""
     times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for _ in range(pairs):
         for side, checkout in (("ours", ROOT), ("other", other), ("again", other)):
@@ -100,7 +101,7 @@ def medians(other: Path, model: str, pairs: int) -> dict[str, dict[str, float]]:
 def main(
     other: Path, model: str | None, layouts: int, pairs: int, ledger: Path | None, commit: str
 ) -> None:
-    """Hash, time, print, and exit 1 where a bit differs."""
+    """Hash, time and print. Exit with 1 if a bit differs."""
     other = other.resolve()
     git = ["git", "-C", str(other), "rev-parse", "--short", "HEAD"]
     named = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()

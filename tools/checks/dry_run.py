@@ -66,7 +66,7 @@ def measure(here: Path, sides: tuple[int, int], count: int, model: str) -> dict[
 
 
 def is_close(workload: dict[str, Any]) -> bool:
-    """Return whether a time was estimated within the factor.
+    """Return whether an estimate is within the factor.
 
     >>> is_close({"estimate_over_export": 1.4}), is_close({"estimate_over_export": 0.6})
     (True, False)

@@ -11,7 +11,7 @@ __all__ = ["main", "mutate"]
 
 
 def mutate(data: bytes, max_size: int, seed: int) -> bytes:
-    """Repeat, cut out, zero or swap chunks: what bombs and torn files are made of."""
+    """Repeat, cut out, zero or swap chunks, as in bombs and incomplete files."""
     rng = random.Random(seed)
     begin, end = sorted(rng.randrange(len(data) + 1) for _ in "ab")
     markers = [found.start() for found in MARKER.finditer(data)]
@@ -36,7 +36,7 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
 
 
 def main() -> None:
-    """Fuzz the target in the first argument; the others are libFuzzer's arguments."""
+    """Fuzz the target in the first argument. The other arguments are libFuzzer's arguments."""
     import atheris
 
     target = sys.argv.pop(1)

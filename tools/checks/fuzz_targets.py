@@ -89,7 +89,8 @@ def features(data: bytes) -> None:
 
 
 def images(data: bytes) -> None:
-    """An encoded image: refused, or its pixels, and then libjpeg has no warning without a note."""
+    """Decode an encoded image. If libjpeg warns about an accepted image, the result must have a
+    note."""
     image = load_image(data, limits=LIMITS)
     if image.picture.mode != "RGB" or not image.pixels.size:
         raise WrongAcceptanceError(f"a picture of mode {image.picture.mode}")
@@ -122,7 +123,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 
 def check(call: Callable[[], object]) -> None:
-    """Run a call that may raise our own errors alone, each one printable line with data."""
+    """Run a call that may raise only our own errors. Each error must be one printable line with
+    data."""
     try:
         call()
     except QwenVitError as error:
@@ -134,7 +136,7 @@ def check(call: Callable[[], object]) -> None:
 
 
 def run_target(name: str, data: bytes) -> None:
-    """Run one input on one target; raise an error for a broken rule."""
+    """Run one input on one target. Raise an error for a broken rule."""
     data = data[:MAX_BYTES]
     took = _cpu_seconds(name, data)
     if took > MAX_CPU_S:
@@ -148,14 +150,14 @@ def run_target(name: str, data: bytes) -> None:
 
 
 def _cpu_seconds(name: str, data: bytes) -> float:
-    """Not those of a busy machine's clock."""
+    """Return CPU seconds, because the clock of a busy machine varies."""
     begin = time.process_time()
     check(lambda: TARGETS[name](data))
     return time.process_time() - begin
 
 
 def grown(data: bytes) -> bytes:
-    """GROWTH times as long, by one of its chunks, repeated: the same each time."""
+    """Repeat one chunk until the input is GROWTH times as long, with the same result each time."""
     chance = random.Random(len(data))
     begin, end = sorted(chance.sample(range(len(data) + 1), 2))
     missing = (GROWTH - 1) * len(data)

@@ -1,8 +1,9 @@
-"""Measure our bf16 error and Hugging Face's against float64, with the 7B-shaped tower on a GPU.
+"""Measure our bf16 error and Hugging Face's error against float64, with the 7B-shaped tower on a
+GPU.
 
 It uses random weights without a download, eight seeds and four kinds of input, and measures every
 stage. It prints a table and one JSON line. With --ledger, it appends that line to a file. It exits
-with 1 if a stage's error is more than 1.01 times Hugging Face's. It also exits with 1 if the
+with 1 if a stage's error is more than 1.01 times Hugging Face's error. It also exits with 1 if the
 geometric mean of the ratios is above 1.
 
 \b

@@ -34,9 +34,8 @@ CANNOT_READ = "is not a known file format"  # libvips, built without the format
 
 
 def judge(data: bytes) -> str:
-    """Return the first warning of a judge, after the judge's name; "" if none warns.
-
-    The judges are Pillow, libvips and the tools of the format's own library, where installed.
+    """Return the first warning of a judge, after the judge's name, or "" without a warning. The
+    judges are Pillow, libvips and the installed tools of the format's own library.
     """
     file_format, warning = _by_pillow(data)
     if warning:

@@ -6,7 +6,7 @@ also fills Triton's cache. The next runs use memcheck, initcheck and synccheck, 
 They disable caching, so that each allocation has exact bounds. Each layout runs one attention, of
 alternating kinds, and one whole small tower. In bf16, a tower of published width runs Hopper's own
 kernels. Narrow towers in bf16 and float32 run the plain kernels. It prints a table, and exits with
-1 if anything is wrong or missing.
+1 if a result is wrong or missing.
 
 \b
     python -m tools.checks.sanitize --layouts 100
@@ -85,7 +85,7 @@ TOWERS = (
 
 
 def on(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype; on a CPU the kernels compute only in float32."""
+    """Return the dtype. On a CPU the kernels compute only in float32."""
     return FP32 if device.type == "cpu" else dtype
 
 
@@ -96,7 +96,7 @@ def name_of(*parts: object) -> str:
 def random_attention(
     case: int, device: torch.device
 ) -> tuple[str, int, Callable[[], Tensor]]:  # fmt: skip
-    """Return (name, values that stay unwritten, a call) of one layout."""
+    """Return (name, values that the call does not write, a call) of one layout."""
     what, head_dim, dtype = ATTENTIONS[case % len(ATTENTIONS)]
     dtype = on(device, dtype)
     generator = random.Random(case)
@@ -134,7 +134,8 @@ def tower_of(kind: int, device: torch.device) -> VisionTower:
 def random_tower(
     case: int, device: torch.device
 ) -> tuple[str, int, Callable[[], Tensor]]:  # fmt: skip
-    """As `random_attention`: pixels or float rows, stills or clips, filled up or not."""
+    """Return a random tower call, like `random_attention`, with pixels or float rows, stills or
+    clips, and with or without padding."""
     kind = case % len(TOWERS)
     name, config, dtype = TOWERS[kind]
     dtype = on(device, dtype)
@@ -157,7 +158,7 @@ def random_tower(
 
 
 class TorchWithZeros:
-    """torch, whose `empty` gives zeros."""
+    """Provide torch with an `empty` that returns zeros."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -167,9 +168,9 @@ class TorchWithZeros:
 
 @contextmanager
 def zeros_under_tma_stores() -> Iterator[None]:
-    """Results of GEMMs begin as zeros: initcheck does not see what the TMA writes.
-
-    So do their sums of squares. That every value of both is written, `guards` sees.
+    """Fill the results of GEMMs with zeros first, because initcheck does not detect stores of the
+    TMA. The sums of squares also start as zeros. `guards` checks that the kernels write every value
+    of both.
     """
     modules: list[Any] = [linear, *([linear_hopper] if IS_KNOWN_GLUON else [])]
     for module in modules:
@@ -259,7 +260,7 @@ def find_sanitizer() -> str | None:
 def watched(
     tool: str, sanitizer: str | None, count: int, seconds: float, device: str, logs: Path | None
 ) -> dict[str, Any]:
-    """Run the layouts in a child process, under a tool or only guarded; return a row."""
+    """Run the layouts in a child process, under a tool or only with guards. Return a row."""
     options = ["--child", tool, "--layouts", str(count), "--seconds", str(seconds)]
     command = [sys.executable, "-m", "tools.checks.sanitize", *options, "--device", device]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -292,7 +293,7 @@ def watched(
 
 
 def judged(row: dict[str, Any], output: str, complaint: str, log: str) -> dict[str, Any]:
-    """Add the child's and the tool's results to the row; no output is also a problem."""
+    """Add the child's and the tool's results to the row. A missing output is also a problem."""
     documents = [line for line in output.splitlines() if line.startswith('{"attentions"')]
     if documents:
         row |= json.loads(documents[-1])
@@ -314,7 +315,8 @@ def judged(row: dict[str, Any], output: str, complaint: str, log: str) -> dict[s
 
 
 def kinds_of_error(log: str) -> list[str]:
-    """`Invalid __global__ write of size 2 bytes, in _gemm: 12`, most frequent first."""
+    """Return lines such as `Invalid __global__ write of size 2 bytes, in _gemm: 12`, the most
+    frequent first."""
     kinds: Counter[str] = Counter()
     what = None
     for line in (raw.lstrip("= ").rstrip() for raw in log.splitlines()):

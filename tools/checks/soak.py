@@ -32,8 +32,8 @@ from tools.common import ledger_options, ledger_row, publish
 class Trial:
     """Define a trial and its full counts.
 
-    `run` is "MODULE.FUNCTION" in tests.support. It is imported late, because some trials need
-    packages that others do not. `setting` names the function that prepares what it runs on.
+    `run` is "MODULE.FUNCTION" in tests.support. The tool imports the function late, because only
+    some trials need certain packages. `setting` names the function that prepares the trial.
     """
 
     run: str
@@ -154,7 +154,7 @@ def _counts(texts: Sequence[str]) -> dict[str, int]:
 def run(
     name: str, fraction: float, seed: int, chosen: Mapping[str, int], fork: bool = False
 ) -> dict[str, Any]:
-    """Run one trial and return the results; `chosen` counts replace the full counts."""
+    """Run one trial and return the results. `chosen` counts replace the full counts."""
     trial = TRIALS[name]
     counts = {key: max(1, round(fraction * count)) for key, count in trial.counts.items()}
     if unknown := set(chosen) - set(counts):

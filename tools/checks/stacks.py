@@ -65,7 +65,7 @@ def make_environment(folder: Path, packages: tuple[str, ...]) -> Path:
 
 
 def run_tests(python: Path, tests: tuple[str, ...]) -> tuple[dict[str, int], float, list[str]]:
-    """Counts by outcome, seconds, and the names of what failed."""
+    """Return counts by outcome, seconds, and the names of failed tests."""
     command = [
         str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not slow",
         "-rfE", *tests,
@@ -100,7 +100,7 @@ def main(
     only_list: bool, name: str | None, folder: Path, tests: tuple[str, ...], commit: str,
     ledger: Path | None,
 ) -> None:  # fmt: skip
-    """Make the environment, test, print."""
+    """Make the environment, run the tests, and print the results."""
     if only_list or name is None:
         for stack, packages in STACKS.items():
             click.echo(f"{stack}: {' '.join(packages) or 'this environment'}")

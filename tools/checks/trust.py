@@ -99,7 +99,7 @@ def main(
     device: str | None, fraction: float, only: tuple[str, ...], seed: int, ledger: Path | None,
     commit: str,
 ) -> None:  # fmt: skip
-    """Run the checks of one device, print a table, and exit 1 where one of them fails."""
+    """Run the checks of one device, print a table, and exit with 1 if a check fails."""
     has_gpu = torch.cuda.is_available()
     chosen = device or ("cuda" if has_gpu else "cpu")
     if chosen == "cuda" and not has_gpu:

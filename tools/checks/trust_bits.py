@@ -55,7 +55,8 @@ class Bitwise:
         return cls(tower, GraphRunner(tower, device), device, dtype, grids, pixels)
 
     def run(self, chosen: list[int], padding: int | None) -> Tensor:
-        """Merged tokens of a batch: launched one by one with padding rows, or by a graph (None)."""
+        """Return the merged tokens of a batch, from separate launches with padding rows, or from a
+        graph (None)."""
         grids = as_grids(self.grids[i] for i in chosen)
         pixels = torch.cat([self.pixels[i] for i in chosen])
         n_rows = bucket_for(len(pixels)) if padding is None else len(pixels) + padding
@@ -69,7 +70,8 @@ class Bitwise:
 
 
 def batches(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> CheckCounts:
-    """Random batches, with padding rows or by a graph: each image has the bits it has alone."""
+    """Check random batches, with padding rows or by a graph. Each image must have the bits of the
+    image alone."""
     tally, case = CheckCounts("images with other bits", "0"), Bitwise.make(seed, device, dtype)
     alone = [case.run([i], 0) for i in range(len(case.grids))]
     generator = random.Random(seed)
@@ -104,7 +106,7 @@ def repeats(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> 
 def kernel(count: int, seed: int, device: torch.device, kind: str) -> CheckCounts:
     """Compare the bf16 kernel and PyTorch's bf16 attention with fp32 RoPE against float64.
 
-    Bounded over all layouts together: the largest error anywhere, and the mean over all values.
+    Over all layouts together, the check bounds the largest error and the mean over all values.
     """
     tally = CheckCounts("x torch's mean error", f"{KERNEL_MEAN}, largest {KERNEL_LARGEST}")
     largest, total = [0.0, 0.0], [0.0, 0.0]

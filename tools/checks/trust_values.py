@@ -79,9 +79,8 @@ def stage_by_stage(
     oracle: Callable[[], Trace],
     what: object,
 ) -> None:
-    """One case: every stage by the numbers policy. The figure is what the policy bounds.
-
-    The oracle is asked only where it decides: float32 within 1e-5 needs no allowance.
+    """Check every stage of one case with its tolerance. The result is the value that the tolerance
+    bounds. The oracle runs only if necessary, because float32 within 1e-5 needs no oracle.
     """
     if dtype == torch.float32:
         distance = {name: relative_error(ours[name], theirs[name]) for name in theirs}
@@ -113,7 +112,8 @@ def dtypes_of(device: torch.device) -> tuple[torch.dtype, ...]:
 
 
 def layouts(count: int, seed: int, device: torch.device) -> CheckCounts:
-    """Random layouts: orders and segments exact, values by the policy, on a small tower."""
+    """Check random layouts on a small tower, with exact orders and segments, and values within the
+    tolerance."""
     config = replace(
         SMALL, depth=2, num_heads=1, hidden_size=80, intermediate_size=37, out_hidden_size=8,
         fullatt_block_indexes=(1,),
@@ -144,7 +144,7 @@ def layouts(count: int, seed: int, device: torch.device) -> CheckCounts:
 
 
 def unpublished(count: int, seed: int) -> Iterator[VisionConfig]:
-    """Architectures that no checkpoint has; heads, head dims and windows each come round."""
+    """Yield architectures that no checkpoint has, with all heads, head dims and windows."""
     generator = random.Random(seed)
     pairs = [(heads, head_dim) for heads in HEADS for head_dim in HEAD_DIMS]
     generator.shuffle(pairs)
@@ -164,7 +164,7 @@ def unpublished(count: int, seed: int) -> Iterator[VisionConfig]:
 
 
 def configs(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> CheckCounts:
-    """Other heads, head dims, windows, MLP sizes and mixes of full and window blocks."""
+    """Check other heads, head dims, windows, MLP sizes and mixes of full and window blocks."""
     tally = policy_counts(dtype)
     for case, config in enumerate(unpublished(count, seed)):
         grids = random_grids(random.Random(f"{seed} {case}"), 300)
@@ -188,7 +188,7 @@ def tiny() -> tuple[dict[str, Tensor], VisionConfig]:
 
 
 def scaled(tensors: dict[str, Tensor], part: str, rows: slice, by: float) -> dict[str, Tensor]:
-    """The weights and biases whose name holds `part`, some of their rows multiplied."""
+    """Return the weights with some rows multiplied, in tensors whose name contains `part`."""
     changed = dict(tensors)
     for name, tensor in tensors.items():
         if part in name:
@@ -212,7 +212,7 @@ def adversarial_towers(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
 
 
 def adversarial_inputs() -> dict[str, Tensor]:
-    """uint8 pixels (N, 588) or float rows (N, 1176) of one image of 30 x 46 patches."""
+    """Return uint8 pixels (N, 588) or float rows (N, 1176) of one image of 30 x 46 patches."""
     n = 30 * 46
     bright = torch.zeros(n, 588, dtype=torch.uint8)
     bright[n // 2, 300] = 255
@@ -234,10 +234,10 @@ def adversarial_inputs() -> dict[str, Tensor]:
 
 
 def adversarial(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> CheckCounts:
-    """Constant, saturated and huge inputs on weights/tiny; on towers with odd weights as well.
-
-    A constant image is one token repeated: too few independent values for a ratio of two bf16
-    errors to mean much. So in bf16 the policy holds for each stage's geometric mean over all cases.
+    """Check constant, saturated and huge inputs on weights/tiny and on towers with odd weights. A
+    constant image repeats one token and has too few independent values for a useful ratio of two
+    bf16 errors. In bf16, the tolerance therefore applies to each stage's geometric mean over all
+    cases.
     """
     config, grids = tiny()[1], [(1, 30, 46)]
     tally, ratios = policy_counts(dtype), defaultdict[str, list[float]](list)
@@ -286,7 +286,7 @@ def photographs(count: int, seed: int, device: torch.device, dtype: torch.dtype)
 
 
 def weight_faults(count: int, seed: int, device: torch.device) -> CheckCounts:
-    """Check that a fault in any tensor of weights/tiny is found, with the right stage."""
+    """Check that the comparison finds a fault in any tensor of weights/tiny, at the right stage."""
     tally = CheckCounts("x the tolerance, at least", "1")
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=30_000)
     with tempfile.TemporaryDirectory() as folder:

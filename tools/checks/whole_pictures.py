@@ -11,8 +11,8 @@ false alarm.
 
 `--sources` reads the test images in the source packages that tools/checks/picture_sources.py names.
 An image is a false alarm if Pillow, libvips and the tools of its format open it without a warning,
-and it is refused for another reason than a documented rule. An image with a warning must be refused
-or have a note.
+but qwen_vit rejects it without a documented rule. qwen_vit must reject an image with a warning, or
+add a note.
 """
 
 import io
@@ -63,7 +63,7 @@ def main(
     folders: tuple[Path, ...], encoders: bool, sources: Path | None, ledger: Path | None,
     commit: str,
 ) -> None:  # fmt: skip
-    """Load them all, and print counts by encoder."""
+    """Load all images, and print counts by encoder."""
     packages = ("pillow", "simplejpeg")
     publish(ledger_row("jpeg check", commit, "cpu", packages, **judge_shares()), ledger)
     if sources is not None:
@@ -90,7 +90,8 @@ BY_RULE = ("ratio", "too-many-pixels", "mode", "format", "zero-side")
 
 
 def judge_sources(folder: Path) -> dict[str, Any]:
-    """Compare what happens to each image of the source packages with what others warn of."""
+    """Compare our result for each image of the source packages with the warnings of other
+    programs."""
     packages: Counter[str] = Counter()
     verdicts: Counter[str] = Counter()
     refused: Counter[str] = Counter()
@@ -117,7 +118,8 @@ def judge_sources(folder: Path) -> dict[str, Any]:
 
 
 def verdict_of(warned: str, notes: tuple[str, ...], error: ImageError | None) -> str:
-    """Return in words whether an image that others warn of, or do not, is handled rightly."""
+    """Return a judgement, in words, of our result for an image with or without other programs'
+    warnings."""
     if warned:
         return "refused with others" if error else "noted" if notes else "not noted"
     if error is None:
@@ -126,7 +128,8 @@ def verdict_of(warned: str, notes: tuple[str, ...], error: ImageError | None) ->
 
 
 def false_alarm(data: bytes) -> str:
-    """Why a whole picture is refused, or has other pixels than Pillow's; empty if neither."""
+    """Return the reason why qwen_vit rejects a complete image or gives other pixels than Pillow, or
+    an empty text."""
     try:
         pixels = load_image(data).pixels
     except ImageError as error:
@@ -203,7 +206,7 @@ def _djpeg_accepts(data: bytes) -> bool:
 
 
 def made() -> Iterator[tuple[str, str, bytes]]:
-    """Pictures of every installed encoder: maker, name, bytes."""
+    """Yield the images of every installed encoder: maker, name, bytes."""
     with tempfile.TemporaryDirectory() as folder:
         for picture_name, picture in pictures():
             source = Path(folder, "source.ppm")
@@ -236,7 +239,7 @@ def pictures() -> Iterator[tuple[str, Image.Image]]:
 
 
 def commands(source: str, folder: str) -> Iterator[tuple[str, str, str, list[str]]]:
-    """Commands of encoders: maker, options, the file that they write, the command."""
+    """Return the commands of encoders: maker, options, the written file, the command."""
     jpeg, webp, png = (f"{folder}/out.{suffix}" for suffix in ("jpg", "webp", "png"))
     kinds = (["-baseline"], ["-progressive"], ["-optimize"], ["-restart", "1"], ["-arithmetic"])
     for kind, sampling in itertools.product(kinds, SAMPLINGS):
@@ -262,7 +265,7 @@ def _ffmpeg(source: str, *rest: str) -> list[str]:
 
 
 def by_libraries(picture: Image.Image) -> Iterator[tuple[str, str, bytes]]:
-    """Pillow's own encoders, and mozjpeg's and OpenCV's where they are installed."""
+    """Yield images of Pillow's encoders, and of the installed encoders of mozjpeg and OpenCV."""
     for quality, progressive, sampling, restart in itertools.product(
         (20, 75, 100), (False, True), (0, 2), (0, 3)
     ):

@@ -7,7 +7,7 @@ It times passing candidates in interleaved CUDA graphs, with weights outside the
 table and the rows to paste.
 
 \b
-    python -m tools.tune --list                             # what would be tried; needs no GPU
+    python -m tools.tune --list                             # prints the candidates; needs no GPU
     python -m tools.tune --only down --only proj --rows 1024,4096
 """
 
@@ -26,7 +26,7 @@ from tools.tune.sweep import sweep
 
 
 def chosen(only: Iterable[str], on_hopper: bool) -> list[Kernel]:
-    """Those asked for, else what a GPU of this kind runs in bf16."""
+    """Return the requested kernels, or the kernels that a GPU of this kind runs in bf16."""
     place = OTHER if not on_hopper else GLUON if IS_KNOWN_GLUON else PLAIN
     names = list(only) or [
         kernel.name

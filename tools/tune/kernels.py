@@ -30,7 +30,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class KeyTile:
-    """How `attention_hopper` walks over the keys: K_ROWS and NUM_STAGES."""
+    """Hold K_ROWS and NUM_STAGES of the key loop in `attention_hopper`."""
 
     k_rows: int
     num_stages: int
@@ -117,7 +117,7 @@ def prepare_gemm(
 def prepare_gemms(
     dtype: torch.dtype, patches: int, device: torch.device
 ) -> tuple[int, Run]:  # fmt: skip
-    """A block's four, which other GPUs run with one tile."""
+    """Return a block's four GEMMs, which other GPUs run with one tile."""
     prepared = [
         prepare_gemm(name, linear._launch_gemm, dtype, patches, device)
         for name in ("qkv", "proj", "gate-up", "down")
@@ -130,7 +130,8 @@ def prepare_gemms(
 
 
 def hopper_tiles(kind: str) -> Iterator[HopperGemmTile]:
-    """What fits shared memory and registers; a warpgroup multiplies 64 or 128 rows."""
+    """Yield the tiles that fit into shared memory and registers. A warpgroup multiplies 64 or 128
+    rows."""
     shapes = ((128, 256, 2), (128, 128, 2), (128, 64, 2), (256, 128, 2), (192, 128, 3))
     for rows, columns, groups in shapes:
         if kind == "residual" and columns < linear_hopper.SQUARES_COLUMNS:
@@ -146,7 +147,8 @@ def hopper_tiles(kind: str) -> Iterator[HopperGemmTile]:
 
 
 def gemm_tiles(bits: int) -> Iterator[GemmTile]:
-    """Accumulators of 16 to 128 registers a thread; the compiler refuses what does not fit."""
+    """Yield tiles with accumulators of 16 to 128 registers a thread. The compiler rejects tiles
+    that do not fit."""
     depths, least_stages = ((64,), 3) if bits == 16 else ((32, 64), 2)
     shapes = itertools.product((64, 128), (64, 128, 256), depths, (4, 8), range(least_stages, 5))
     for rows, columns, depth, warps, stages in shapes:
@@ -171,7 +173,7 @@ def cut(lengths: Sequence[int], rows: int, device: torch.device) -> Segments:
 def attend(
     qkv: Tensor, rotary: RotaryTable, lengths: Sequence[int], kind: str
 ) -> Callable[[HopperGemmTile], Tensor]:
-    """The attention of one layer, by tile; for a KeyTile without K's rotation."""
+    """Return the attention of one layer by tile. A KeyTile excludes the rotation of K."""
     segments = cache(lambda rows: cut(lengths, rows, qkv.device))
     rotated = cache(lambda: attention.rotated_keys(qkv, rotary, adjacent_pairs=True))
 
@@ -230,7 +232,7 @@ def attention_tiles(kind: str, bits: int) -> Iterator[AttentionTile]:
 
 
 def kernels() -> Iterator[Kernel]:
-    """Return every kernel whose tile a table contains, if this Triton supports it."""
+    """Yield every kernel whose tile a table contains, if this Triton supports it."""
     if IS_KNOWN_GLUON:
         for name, (K, _, kind, patches_per_row) in GEMMS.items():
             if kind == "pixels":

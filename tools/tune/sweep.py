@@ -20,7 +20,8 @@ MORE_ERROR = 1.05  # than the present row's, for an attention that adds in anoth
 
 
 def try_out(name: str, tile: HopperGemmTile, patches: Sequence[int]) -> tuple[float, list[bool]]:
-    """(error, whether the bits are the present row's at each size); raises where it fails."""
+    """Return the error, and whether the bits equal the current row's bits at each size. Raises an
+    error if the run fails."""
     kernel, device = KERNELS[name], torch.device("cuda", 0)
     error = 0.0 if kernel.check is None else kernel.check(tile, device)
     same = []
@@ -36,7 +37,8 @@ def try_out(name: str, tile: HopperGemmTile, patches: Sequence[int]) -> tuple[fl
 def sound(
     kernel: Kernel, patches: Sequence[int], jobs: int, seconds: float
 ) -> tuple[dict[HopperGemmTile, list[bool]], Counter[str]]:
-    """Candidates that pass, with the sizes where their bits are the present row's; what failed."""
+    """Return the passing candidates with the sizes at which the bits equal the current row's bits,
+    and the failures."""
     present = list(dict.fromkeys(kernel.present(n) for n in patches))
     others = [tile for tile in kernel.candidates if tile not in present]
     good: dict[HopperGemmTile, list[bool]] = {}
@@ -67,7 +69,8 @@ def sound(
 def timed(
     kernel: Kernel, tiles: Sequence[HopperGemmTile], patches: int
 ) -> dict[HopperGemmTile, float]:
-    """Median microseconds of one call, all candidates in turns so that they share the clocks."""
+    """Return the median microseconds of one call, with interleaved candidates, so that all run at
+    the same clocks."""
     device = torch.device("cuda", 0)
     n_weights, run = kernel.prepare(patches, device)
     calls = max(n_weights, MIN_CALLS)
@@ -100,10 +103,9 @@ def timed(
 def proposed(
     kernel: Kernel, measured: Mapping[int, Mapping[HopperGemmTile, float]], least_gain: float
 ) -> dict[int, HopperGemmTile]:
-    """Rows for the table: another tile only where it gains enough over the present one.
-
-    Where a table has one row, its tile is the best over all sizes together. Limits lie between two
-    measured sizes, at their geometric mean.
+    """Return rows for the table. A new tile must be faster than the current tile by the required
+    gain. If a table has one row, its tile is the best over all sizes together. Limits are the
+    geometric means of two neighbouring measured sizes.
     """
     if not kernel.has_limits:
         return {0: best_for_all(kernel.rows[0], measured, least_gain)}

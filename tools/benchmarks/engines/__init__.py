@@ -1,1 +1,1 @@
-"""Time vLLM's own tower and ours, and whole requests, inside vLLM on a GPU."""
+"""Time vLLM's own tower, our tower and whole requests inside vLLM on a GPU."""

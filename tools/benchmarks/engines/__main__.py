@@ -1,4 +1,4 @@
-"""Time vision towers inside vLLM on a GPU: vLLM's in three settings, and ours with the plugin.
+"""Time vision towers inside vLLM on a GPU: vLLM's tower in three settings, and our tower.
 
 \b
     python -m tools.benchmarks.engines towers --folder /dev/shm/engines
@@ -6,8 +6,8 @@
     python -m tools.benchmarks.engines chart docs/engines.png
 
 `towers` starts one engine for each setting. The settings are vLLM's default, encoder graphs with
-exactly fitting budgets, compilation with graphs, and ours with the plugin. It first compares the
-answers of 128 requests with transformers in float64. Then it times the towers. `requests` sends
+exactly fitting budgets, compilation with graphs, and our tower with the plugin. It first compares
+the answers of 128 requests with transformers in float64. Then it times the towers. `requests` sends
 requests to vLLM's API server, whose processor runs beside the engine. The weights are random. Both
 need vLLM in this environment. `chart` draws the ledger's rows.
 """
@@ -100,7 +100,7 @@ def write_missing_small(folder: Path, device: torch.device, seed: int = 0) -> No
 
 
 def run_child(variant: str, folder: Path, runner: str, *options: str) -> dict[str, Any]:
-    """Run one engine in a child process, and return its measurements."""
+    """Run one engine in a child process, and return the measurements."""
     started = time.perf_counter()
     plugin = "qwen_vit" if variant == "plugin" else ""
     environment = {
@@ -124,7 +124,8 @@ def run_child(variant: str, folder: Path, runner: str, *options: str) -> dict[st
 
 
 def print_towers(found: dict[str, dict[str, Any]]) -> None:
-    """Print milliseconds per workload, and vLLM's time over ours in the same process."""
+    """Print milliseconds per workload, and the ratio of vLLM's time to our time in the same
+    process."""
     names = next((list(each["towers"]) for each in found.values() if each["towers"]), [])
     click.echo(f"{'':12}" + "".join(f"{variant:>22}" for variant in found))
     for name in names:
@@ -158,7 +159,7 @@ def requests(folder: Path, way: tuple[str, ...], ledger: Path | None, commit: st
 @main.command()
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 def chart(out: Path) -> None:
-    """Draw a PNG of vLLM's towers against ours, from the ledger."""
+    """Draw a PNG that compares vLLM's towers with our tower, from the ledger."""
     lines = (ROOT / "tools" / "benchmarks" / "ledger.jsonl").read_text().splitlines()
     draw_towers(newest_towers(json.loads(line) for line in lines), out)
     click.echo(out)

@@ -27,7 +27,8 @@ def newest_towers(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def draw_towers(towers: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw bars for each size: vLLM's time as a multiple of ours, in the same process."""
+    """Draw bars for each size. A bar is vLLM's time as a multiple of our time in the same
+    process."""
     import matplotlib as mpl
 
     mpl.use("Agg")

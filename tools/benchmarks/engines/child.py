@@ -2,8 +2,9 @@
 
 python -m tools.benchmarks.engines.child VARIANT FOLDER    its figures, to FOLDER/VARIANT.json
 
-Except in the engine with the plugin, it interleaves runs of the engine's tower and of ours with the
-same weights. Therefore a ratio compares times in one process on one GPU at one temperature.
+Except in the engine with the plugin, it interleaves runs of the engine's tower and of our tower
+with the same weights. Therefore a ratio compares times in one process on one GPU at one
+temperature.
 """
 
 import json
@@ -43,7 +44,8 @@ ENGINE = {
 
 
 def start(folder: Path, variant: str) -> Any:
-    """vLLM with the small model: as it comes, with its encoder graphs, compiled too, or ours."""
+    """Start vLLM with the small model, by default, with encoder graphs, compiled, or with our
+    tower."""
     from vllm import LLM
 
     # the language model is not what is measured: no compilation of it, and few graphs
@@ -67,7 +69,7 @@ def in_worker(engine: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def median_ms(calls: list[Callable[[], Any]]) -> list[float]:
-    """The median time of each call, the calls timed in turns."""
+    """Return the median time of each call, from interleaved runs."""
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         for _ in range(3):
@@ -86,7 +88,7 @@ def median_ms(calls: list[Callable[[], Any]]) -> list[float]:
 
 
 def time_towers(engine: Any, folder: Path, variant: str) -> dict[str, Any]:
-    """Milliseconds of the engine's tower as it calls it, and of ours beside it."""
+    """Return the milliseconds of the engine's tower in the engine's calls, and of our tower."""
 
     def run(worker: Any) -> dict[str, Any]:
         from vllm.forward_context import set_forward_context
@@ -126,7 +128,7 @@ def time_towers(engine: Any, folder: Path, variant: str) -> dict[str, Any]:
 
 
 def our_tower(folder: Path, device: torch.device) -> EngineTower:
-    """Our tower with the small model's weights."""
+    """Return our tower with the small model's weights."""
     checkpoint = load_checkpoint(small_folder(folder, 0))
     tower = EngineTower(checkpoint.config, checkpoint.image_config, torch.bfloat16, device)
     tower.load_weights(checkpoint.tensors.items())
@@ -144,7 +146,8 @@ def grid_tensor(grids: tuple[Grid, ...]) -> Tensor:
 
 
 def answers(engine: Any) -> dict[str, Any]:
-    """128 requests together: tokens, log-probabilities of the first one, and the time."""
+    """Send 128 requests together, and return tokens, the first token's log-probabilities, and the
+    time."""
     from vllm import SamplingParams
 
     requests = [
@@ -184,7 +187,7 @@ def answers_and_embeddings(engine: Any, file: Path) -> dict[str, Any]:
 
 
 def take_weights(engine: Any, folder: Path) -> None:
-    """Give the engine's model the weights of another model of the same shape."""
+    """Load the weights of another model of the same shape into the engine's model."""
 
     def load(worker: Any) -> None:
         tensors = load_file(folder / "model.safetensors", device="cuda")
@@ -194,7 +197,7 @@ def take_weights(engine: Any, folder: Path) -> None:
 
 
 def first_requests(engine: Any) -> dict[str, Any]:
-    """Seconds of the first ten requests after the engine is ready, one after the other."""
+    """Return the seconds of the first ten sequential requests after the engine is ready."""
     from vllm import SamplingParams
 
     times = []
@@ -207,7 +210,7 @@ def first_requests(engine: Any) -> dict[str, Any]:
 
 
 def same_bits(engine: Any, folder: Path) -> dict[str, Any]:
-    """Return whether what the engine's tower gave are the bits of `encode_patches` on its rows."""
+    """Return whether the engine's tower gave the bits of `encode_patches` on the same rows."""
     seen: list[tuple[Tensor, Any, Tensor]] = []
 
     def keep(_: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
@@ -229,7 +232,7 @@ def same_bits(engine: Any, folder: Path) -> dict[str, Any]:
 
 
 def memory(engine: Any) -> dict[str, float]:
-    """GPU memory that is free, in GB."""
+    """Return the free GPU memory in GB."""
     free, total = torch.cuda.mem_get_info()
     return {"free_gb": free / 1e9, "total_gb": total / 1e9}
 
@@ -240,7 +243,7 @@ def memory(engine: Any) -> dict[str, float]:
 @click.option("--answers-only", is_flag=True, help="Check answers without timing a tower.")
 @click.option("--weights", default=1, help="Answer with this number of random models.")
 def main(variant: str, folder: Path, weights: int, *, answers_only: bool) -> None:
-    """Start one engine, ask and time it."""
+    """Start one engine, send requests and measure times."""
     started = time.perf_counter()
     engine = start(folder, variant)
     found: dict[str, Any] = {"start_s": time.perf_counter() - started, "ready": memory(engine)}

@@ -1,4 +1,4 @@
-"""Judge the answers of vLLM with its own tower and with ours against float64."""
+"""Compare the answers of vLLM, with its own tower and with our tower, with float64."""
 
 import math
 from collections import defaultdict
@@ -17,12 +17,13 @@ from tools.benchmarks.engines.oracle import Oracle
 def judge_answers(
     folder: Path, answers: Mapping[str, Sequence[dict[str, Any]]], device: torch.device
 ) -> dict[str, Any]:
-    """Return each engine's errors, and how they compare.
+    """Return each engine's errors, and a comparison of the errors.
 
     `answers` has one entry per random model for each engine. `logprob_rms` is the error of the
     first token's log-probabilities, as the engine returns them. `tower_error` is the relative error
     of the embeddings. `logprob_rms_of_tower` is the error of the log-probabilities if the language
-    model computes in float64 on the engine's embeddings: the tower's share of the error.
+    model computes in float64 on the engine's embeddings. This value is the tower's share of the
+    error.
     """
     squares: dict[str, list[Tensor]] = defaultdict(list)
     shares: dict[str, list[Tensor]] = defaultdict(list)
@@ -61,10 +62,9 @@ def judge_answers(
 def _against_each_other(
     answers: Mapping[str, Sequence[dict[str, Any]]], squares: Mapping[str, Sequence[Tensor]]
 ) -> dict[str, Any]:
-    """Compare our tower's answers with vLLM's, request by request.
-
-    `excess` is by how much our mean square exceeds vLLM's, as a share of vLLM's. Its standard error
-    is over the requests. `excess_by_weights` has the excess for each random model.
+    """Compare our tower's answers with the answers of vLLM's tower, request by request. `excess` is
+    the relative difference between our mean square error and vLLM's mean square error. Its standard
+    error is over the requests. `excess_by_weights` has the excess for each random model.
     """
     mine, other = torch.cat(list(squares["plugin"])), torch.cat(list(squares["default"]))
     excess = (mine - other) / other.mean()

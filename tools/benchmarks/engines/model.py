@@ -2,7 +2,7 @@
 
 `write_small` writes the whole tower and two language layers with peaked weights, so that the
 benchmark can compare answers with float64. `write_large` writes all of the 7B's layers without
-weights (for load_format="dummy"), so that requests take realistic time.
+weights (for load_format="dummy"), so that requests take a realistic time.
 """
 
 import json

@@ -12,7 +12,7 @@ from tools.benchmarks.engines.workloads import PROMPT, picture, request_sizes
 
 
 class Oracle:
-    """Hold the model in `folder` as transformers computes it in float64."""
+    """Hold transformers' float64 model of `folder`."""
 
     def __init__(self, folder: Path, device: torch.device, n_requests: int | None = None) -> None:
         from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -39,7 +39,8 @@ class Oracle:
         return [self._tower(rows, grid_thw=grid).pooler_output for _, rows, grid in self._requests]
 
     def logprobs(self, embeddings: Sequence[Tensor]) -> Tensor:
-        """Return (requests, vocabulary): the language model in float64 on a tower's embeddings."""
+        """Return the language model's float64 outputs (requests, vocabulary) for a tower's
+        embeddings."""
         found = []
         for (ids, rows, grid), given in zip(self._requests, embeddings, strict=True):
             with torch.inference_mode(), self._tower_gives(given):

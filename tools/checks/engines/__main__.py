@@ -49,7 +49,7 @@ def engine_versions(environment: Environment, packages: tuple[str, ...]) -> dict
 
 
 def _run(name: str, scenario: Scenario, context: Context) -> list[Result]:
-    """Run a scenario; one that cannot run to its end is a line that failed."""
+    """Run a scenario. A scenario that stops early gives a failed line."""
     started = time.perf_counter()
     try:
         results = scenario(context)

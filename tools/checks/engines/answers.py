@@ -81,11 +81,12 @@ class Result:
     Attributes:
         scenario: the way into the engine, such as "features, offline".
         case: the prompt.
-        tokens: how many of how many greedy tokens are equal, from the first on.
-        distance: the largest difference of a log-probability, while tokens are equal.
-        must_differ: a control, which must be farther away than CONTROL_DISTANCE.
-        fact: what is wrong where it is not as it must be, or what else was plain.
-        passed: whether all is as it must be.
+        tokens: the number of equal greedy tokens from the first token, and the number of all
+            tokens.
+        distance: the largest difference of a log-probability, as long as tokens are equal.
+        must_differ: whether the case is a control, whose distance must exceed CONTROL_DISTANCE.
+        fact: the fault of a failed line, or another fact.
+        passed: whether the line passed.
     """
 
     scenario: str

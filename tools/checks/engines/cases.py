@@ -1,6 +1,6 @@
 """Define the prompts that every engine answers, with images and videos between texts.
 
-All sides are multiples of 28 px, so that no processor resizes and all of them agree.
+All sides are multiples of 28 px, so that no processor resizes and all processors agree.
 """
 
 from collections.abc import Sequence
@@ -113,7 +113,8 @@ def case(name: str) -> Case:
 def frames(name: str) -> Pixels:
     """Return reproducible frames (T, height, width, 3) of an image (one frame) or a video.
 
-    A coarse pattern and noise: means differ between pictures, patches differ within them.
+    A frame has a coarse pattern and noise, so that means differ between images, and patches differ
+    within an image.
     """
     sizes = {**PICTURES, **POOL}
     shape = VIDEOS[name] if name in VIDEOS else (1, *sizes[name])
@@ -132,7 +133,7 @@ def grid(name: str) -> tuple[int, int, int]:
 
 
 def rows(names: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The rows (N, 1176) in float64 that transformers' tower is given, from the formula.
+    """Compute the rows (N, 1176) in float64 for transformers' tower, from the formula.
 
     Source: transformers' models/qwen2_vl/image_processing_qwen2_vl.py.
     """

@@ -44,7 +44,7 @@ def write_model_with(work: Path, name: str, tensors: dict[str, Tensor]) -> None:
 
 
 def write_unfit(work: Path) -> None:
-    """Write copies that our tower refuses: WORK/quantised, WORK/compressed and WORK/incomplete."""
+    """Write copies that our tower rejects: WORK/quantised, WORK/compressed and WORK/incomplete."""
     tensors = load_file(work / "model" / "model.safetensors")
     weight = "visual.blocks.1.mlp.down_proj.weight"
     quantised = tensors[weight].clamp(-400, 400).to(torch.float8_e4m3fn)
@@ -83,7 +83,8 @@ class Changed:
         return cls(context, replace(context, reference=reference))
 
     def compare(self, name: str, label: Callable[[str], str]) -> list[Result]:
-        """Hold a child's answers against those of the weights that it had at the time."""
+        """Compare a child's answers with the answers for the weights that the child had at the
+        time."""
         return [
             *(row for row in self.before.compare(name, label) if IN_PIECES not in row.scenario),
             *(row for row in self.after.compare(name, label) if IN_PIECES in row.scenario),

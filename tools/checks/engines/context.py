@@ -26,11 +26,12 @@ class Context:
     def run_child(self, module: str, scenario: str, name: str, **variables: str | None) -> None:
         """Run `module SCENARIO NAME WORK` in the engine's environment.
 
-        It leaves its answers in answers/NAME/WAY.safetensors, and what else it found in
+        The child writes answers to answers/NAME/WAY.safetensors, and other facts to
         facts/NAME.json.
 
         Raises:
-            RuntimeError: it failed, or took longer than CHILD_S; with the end of its log.
+            RuntimeError: The child failed, or took longer than CHILD_S. The error has the end of
+                the log.
         """
         command = [str(self.environment.python), "-m", module, scenario, name, str(self.work)]
         log = self.log(name)
@@ -60,11 +61,11 @@ class Context:
         return found
 
     def answers(self, name: str, way: str) -> Answers:
-        """Return a child's answers in one of its ways."""
+        """Return a child's answers for one way into the engine."""
         return load_answers(self.work / "answers" / name / f"{way}.safetensors")
 
     def compare(self, name: str, label: Callable[[str], str] = str) -> list[Result]:
-        """Compare all answers of a child with the reference; a control's answers must differ."""
+        """Compare all answers of a child with the reference. A control's answers must differ."""
         results = []
         for path in sorted((self.work / "answers" / name).glob("*.safetensors")):
             for case, answer in load_answers(path).items():
@@ -78,7 +79,7 @@ Scenario = Callable[[Context], list[Result]]
 
 
 def end_session(process: "subprocess.Popen[bytes]") -> None:
-    """End a process that was started with a session of its own, and all that it started."""
+    """End a process with a separate session, and all child processes of this session."""
     try:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)

@@ -46,8 +46,8 @@ class Recipe:
     Attributes:
         name: the engine, such as "vllm".
         lock: requirements with hashes, installed with --no-deps.
-        torch: torch's version, installed first and without a hash: which build of it there is
-            (for CUDA, for CPUs) depends on the package index.
+        torch: torch's version. The tool installs torch first and without a hash, because the build
+            (for CUDA or for CPUs) depends on the package index.
         variables: environment variables of the engine's processes.
     """
 
@@ -89,7 +89,7 @@ def default_folder(recipe: Recipe) -> Path:
 
 
 def is_complete(folder: Path, recipe: Recipe) -> bool:
-    """Return whether the environment in `folder` was built to its end from this very recipe."""
+    """Return whether the environment in `folder` is complete and follows this recipe."""
     stamp = folder / STAMP
     return stamp.is_file() and stamp.read_text().strip() == recipe.digest
 
@@ -98,7 +98,7 @@ def prepare(recipe: Recipe, folder: Path | None) -> Environment:
     """Build an engine's environment, or use a complete one.
 
     Raises:
-        NoEnvironmentError: it cannot be built on this machine.
+        NoEnvironmentError: This machine cannot build the environment.
     """
     folder = (default_folder(recipe) if folder is None else folder).absolute()
     if is_complete(folder, recipe):

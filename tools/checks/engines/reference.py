@@ -26,7 +26,7 @@ def reference_answers(folder: Path, cases: Iterable[Case] = CASES) -> Answers:
     """Answer cases greedily with transformers' own tower.
 
     Raises:
-        ValueError: two tokens are nearly as likely; then the model needs another seed.
+        ValueError: Two tokens are almost equally likely, so the model needs another seed.
     """
     found = {}
     for each, answer, gap in _answer(folder, cases):
@@ -37,12 +37,13 @@ def reference_answers(folder: Path, cases: Iterable[Case] = CASES) -> Answers:
 
 
 def clear_answers(folder: Path, cases: Iterable[Case]) -> Answers:
-    """As `reference_answers`, without the cases in which two tokens are nearly as likely."""
+    """Return the result of `reference_answers`, without cases in which two tokens are almost
+    equally likely."""
     return {each.name: answer for each, answer, gap in _answer(folder, cases) if gap >= MIN_GAP}
 
 
 def _answer(folder: Path, cases: Iterable[Case]) -> Iterator[tuple[Case, Answer, float]]:
-    """Each case, its answer, and how far its two likeliest tokens are apart at the least."""
+    """Yield each case, its answer, and the smallest distance between the two likeliest tokens."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float64).eval()

@@ -35,7 +35,7 @@ class Server:
     log: Path
 
     def get(self, path: str) -> int:
-        """Return the status of a GET; 0 without an answer."""
+        """Return the status of a GET, or 0 without an answer."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as got:
                 return int(got.status)
@@ -47,7 +47,7 @@ class Server:
     def post(
         self, body: dict[str, Any], timeout_s: float = ANSWER_S, path: str = CHAT
     ) -> tuple[int, Any]:
-        """Return a request's status and JSON; the status is 0 without an answer."""
+        """Return a request's status and JSON. The status is 0 without an answer."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             json.dumps(body).encode(), {"Content-Type": "application/json"},
@@ -64,7 +64,7 @@ class Server:
         """Return the answer to a message.
 
         Raises:
-            RuntimeError: the server refuses it, or is gone.
+            RuntimeError: The server rejects the message, or has ended.
         """
         status, found = self.post(chat_body(content))
         if status != 200:
@@ -79,7 +79,7 @@ def running_server(
     """Start vLLM's server with the small model, wait until it answers, and stop it in the end.
 
     Raises:
-        RuntimeError: it ends, or does not answer within START_S.
+        RuntimeError: The server ends, or does not answer within START_S.
     """
     command = [
         "vllm.entrypoints.openai.api_server",
@@ -96,10 +96,11 @@ def running_server(
 def running_module(
     context: Context, name: str, command: Sequence[str], **variables: str | None
 ) -> Iterator[Server]:
-    """Start a server by `python -m COMMAND` on a free port; wait for it, and stop it in the end.
+    """Start a server by `python -m COMMAND` on a free port, wait until it answers, and stop it in
+    the end.
 
     Raises:
-        RuntimeError: it ends, or does not answer within START_S.
+        RuntimeError: The server ends, or does not answer within START_S.
     """
     whole = [str(context.environment.python), "-m", *command]
     with serving(
@@ -112,10 +113,11 @@ def running_module(
 def serving(
     command: Sequence[str], log: Path, variables: dict[str, str], folder: Path
 ) -> Iterator[Server]:
-    """Run a server's command on a free port of loopback; wait for it, and stop it in the end.
+    """Run a server's command on a free port of loopback, wait until it answers, and stop it in the
+    end.
 
     Raises:
-        RuntimeError: it ends, or does not answer within START_S.
+        RuntimeError: The server ends, or does not answer within START_S.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -53,7 +53,7 @@ CLIENTS, ROUNDS = 8, 12  # how many ask the server at once, and how often each a
 
 
 def which_tower(context: Context, name: str, *, ours: bool, ranks: int = 1) -> Result:
-    """Which tower ran, by what ours logs in each process that loads it."""
+    """Return the tower that ran, by the log line of our tower in each process."""
     n = context.log(name).read_text(errors="replace").count(IT_RUNS)
     wanted = ranks if ours else 0
     return plain(name, "which tower", n == wanted, f"ours in {n} of {ranks} processes")
@@ -79,7 +79,8 @@ def in_engine(
 
 
 def updates(context: Context) -> list[Result]:
-    """Weight updates reach the answers: those of changed weights must differ from the model's."""
+    """Check that answers follow weight updates. Changed weights must give other answers than the
+    model."""
     changed = Changed.write(context)
     context.run_child(CHILD, "updates", "updates", **BY_PACKAGE)
     facts = context.facts("updates")
@@ -93,7 +94,8 @@ def updates(context: Context) -> list[Result]:
 
 
 def video_features(context: Context) -> list[Result]:
-    """Features of videos: ours are refused, and SGLang's scheduler dies of them."""
+    """Check that our code rejects features of videos, and that SGLang's scheduler crashes on such
+    features."""
     died = _error_of(context, "video-features")
     path = context.work / "facts" / "refusal.json"
     refusal = json.loads(path.read_text()) if path.exists() else ""
@@ -122,7 +124,7 @@ def refusals(context: Context) -> list[Result]:
 
 
 def _error_of(context: Context, scenario: str, **variables: str) -> str:
-    """Return the log of a child that must fail; "" if it did not fail."""
+    """Return the log of a child that must fail, or "" if it did not fail."""
     try:
         context.run_child(CHILD, scenario, scenario, **variables)
     except RuntimeError:
@@ -131,7 +133,8 @@ def _error_of(context: Context, scenario: str, **variables: str) -> str:
 
 
 def server(context: Context) -> list[Result]:
-    """SGLang's server with our tower: its own interface, OpenAI's, and many clients at once."""
+    """Check SGLang's server with our tower, through its own interface, OpenAI's interface, and many
+    clients at once."""
     name = "server"
     options = {name: value for name, value in SETTINGS.items() if name != "log_level"}
     command = ["sglang.launch_server", "--model-path", str(context.work / "model")]
@@ -167,7 +170,8 @@ def _generate(running: Server, each: Case) -> Any:
 
 
 def _chat(context: Context, running: Server, each: Case) -> Result:
-    """Chosen tokens' log-probabilities over OpenAI's interface, which names tokens by text."""
+    """Check chosen tokens' log-probabilities over OpenAI's interface, which names tokens by
+    text."""
     parts = {name: picture_part(name) for name in PICTURES}
     body = {
         "model": MODEL,

@@ -62,12 +62,12 @@ SAMPLING = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
 
 @dataclass(slots=True)
 class Engine:
-    """SGLang's engine with the small model; its scheduler is a process of its own.
+    """Hold SGLang's engine with the small model. Its scheduler is a separate process.
 
     Attributes:
         engine: SGLang's `Engine`.
-        tokenizer: the model's.
-        cached_tokens: how many tokens of prompts came from the radix cache so far.
+        tokenizer: the model's tokenizer.
+        cached_tokens: the number of prompt tokens from the radix cache so far.
     """
 
     engine: Any
@@ -76,7 +76,7 @@ class Engine:
 
     @classmethod
     def start(cls, work: Path, **options: Any) -> "Engine":
-        """Start an engine; `options` are SGLang's."""
+        """Start an engine with SGLang's `options`."""
         import sglang
         from transformers import AutoTokenizer
 
@@ -135,8 +135,8 @@ def pixel_request(each: Case) -> Request:
 def row_request(work: Path, each: Case) -> Request:
     """Convert a case to a processor's rows, which SGLang passes to its tower.
 
-    SGLang 0.5.23 takes every video that its own processor cuts for one of 24 frames a second, so
-    videos come with their seconds.
+    SGLang 0.5.23 assumes 24 frames a second for every video that its own processor cuts, so this
+    function passes the seconds.
     """
     settings = encoder(work).image_config
     item: dict[str, Any] = {"format": "processor_output"}
@@ -159,7 +159,7 @@ def feature_request(work: Path, each: Case) -> Request:
 
 
 def has_no_video(each: Case) -> bool:
-    """Return whether a case is of pictures and text."""
+    """Return whether a case has only images and text."""
     return not each.videos
 
 
@@ -168,7 +168,8 @@ VIDEO_CASES = [each for each in CASES if each.videos]
 
 
 def own(work: Path, turns: Sequence[str] = TURNS, **options: Any) -> Found:
-    """SGLang's own tower and our features, twice: the second time prompts are cached."""
+    """Answer with SGLang's own tower and with our features, twice. The second time, prompts are
+    cached."""
     engine = Engine.start(work, **options)
     found: dict[str, Answers] = {}
     hits = 0
@@ -196,7 +197,7 @@ def own_without_cache(work: Path) -> Found:
 
 
 def controls(engine: Engine, work: Path) -> dict[str, Answers]:
-    """Features with faults, whose answers must be others."""
+    """Answer with faulty features, which must change the answers."""
     one, several = case("wide"), case("several")
     right = features(work, "wide")
     backwards = replace(right, embeds=right.embeds.flip(0))
@@ -230,7 +231,8 @@ def tower_without_cache(work: Path) -> Found:
 
 
 def updates(work: Path) -> Found:
-    """Dummy weights, then the model's, then other vision weights in pieces, then the model's."""
+    """Answer with dummy weights, with the model's weights, with other vision weights in pieces, and
+    again with the model's weights."""
     engine = Engine.start(work, load_format="dummy")
 
     def answers(name: str) -> dict[str, Answers]:
@@ -258,7 +260,7 @@ def parallel(work: Path) -> Found:
 
 
 def video_features(work: Path) -> Found:
-    """Our features of a video: refused by ours, and fatal to SGLang where they are sent anyway."""
+    """Check that our code rejects features of a video, and that unchecked features crash SGLang."""
     each = case("video")
     made = [features(work, name) for name in each.videos]
     refusal = ""
@@ -281,7 +283,7 @@ def video_features(work: Path) -> Found:
 
 
 def start(work: Path, **options: Any) -> Found:
-    """Start an engine, which must not succeed."""
+    """Start an engine that must fail."""
     Engine.start(work, **options)
     return {}, {}
 

@@ -56,7 +56,7 @@ TEXTS = ("What is this? ", "", "Compare ", "From here ", "Look: ", " and ", "Say
 
 
 def pool_cases() -> list[Case]:
-    """Prompts of one to three pictures each, every picture in one prompt."""
+    """Return prompts of one to three images, with every image in one prompt."""
     chance, names = random.Random(0), list(POOL)
     cases: list[Case] = []
     while names:
@@ -69,7 +69,7 @@ def pool_cases() -> list[Case]:
 
 
 def malformed_bodies() -> dict[str, bytes]:
-    """Requests that a server must refuse."""
+    """Return requests that a server must reject."""
     png = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
     Image.fromarray(noise).save(png, "png")
@@ -187,7 +187,7 @@ def _work(jobs: Iterator[Callable[[], None]], tally: Counts, done: Callable[[int
 
 
 def _send(server: Server, body: bytes) -> tuple[int, bytes]:
-    """Send a request and wait for its answer. Raises OSError or HTTPException where none comes."""
+    """Send a request and wait for the answer. Raises OSError or HTTPException without an answer."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_S)
     try:
         connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
@@ -259,7 +259,7 @@ def _is_of(server: Server, process: Path) -> bool:
 
 
 def _unfinished(server: Server) -> int:
-    """Requests that the engine still runs or holds back."""
+    """Return the number of requests that the engine still runs or queues."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_S)
     try:
         connection.request("GET", "/metrics")

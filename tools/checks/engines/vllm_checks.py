@@ -106,9 +106,9 @@ def in_process(
 
 
 def server(context: Context, *, plugin: bool = False) -> list[Result]:
-    """Pictures and features through the OpenAI server, several in a request.
+    """Send images and features through the OpenAI server, several in a request.
 
-    In the end each of the two servers gets another request that stops it.
+    In the end, each of the two servers gets a request that stops the server.
     """
     name, label = ("plugin-server", PLUGIN) if plugin else ("server", "")
     variables = by_plugin(context) if plugin else {}
@@ -146,7 +146,7 @@ def feature_part(context: Context, name: str) -> dict[str, Any]:
 
 
 def has_no_video(each: Case) -> bool:
-    """Return whether a case is of pictures and text."""
+    """Return whether a case has only images and text."""
     return not each.videos
 
 
@@ -199,7 +199,7 @@ def missing_entry(context: Context, server: Server, entry: CachedFeatures) -> li
 
 
 def refused(call: Callable[[], object]) -> str:
-    """The text of the error of ours that a call raises; "" where it raises none."""
+    """Return the text of our error that a call raises, or "" without an error."""
     try:
         call()
     except QwenVitError as error:
@@ -208,7 +208,7 @@ def refused(call: Callable[[], object]) -> str:
 
 
 def dies_of(server: Server, what: str, content: list[dict[str, Any]]) -> list[Result]:
-    """Send a request that bypasses our checks, and show that nobody is answered after it."""
+    """Send a request that bypasses our checks, and show that the server then answers no request."""
     good = [{"type": "text", "text": "No picture here."}]
     before, _ = server.post(chat_body(good))
     bad, _ = server.post(chat_body(content), timeout_s=60)
@@ -228,7 +228,8 @@ def wrong_count(context: Context) -> list[Result]:
 def stopped_by(
     running: Server, what: str, right: ImageFeatures, bad: ImageFeatures
 ) -> list[Result]:
-    """Features that we refuse, and that stop vLLM's engine in a request of somebody else's."""
+    """Check that our code rejects faulty features, and that another user's unchecked request stops
+    vLLM's engine."""
     refusal = refused(lambda: to_vllm_chat_part([bad], width=right.embeds.shape[1]))
     [part] = to_vllm_chat_part([right])
     part["image_embeds"] = {
@@ -242,7 +243,8 @@ def stopped_by(
 
 
 def nan(context: Context) -> list[Result]:
-    """NaN: ours is refused, and vLLM answers others with NaN after it."""
+    """Check that our code rejects NaN, and that vLLM answers other users with NaN after an
+    unchecked request."""
     context.run_child(CHILD, "nan", "nan", **IN_PROCESS)
     facts = context.facts("nan")
     spoilt, others, refusal = facts["spoilt"], facts["others"], facts["refusal"]
@@ -278,6 +280,7 @@ SCENARIOS: dict[str, Scenario] = {
 
 
 def run_soak(context: Context, n_requests: int) -> list[Result]:
-    """Many requests to the server, of every kind: by our tower unless VLLM_PLUGINS says other."""
+    """Send many requests of every kind to the server, with our tower unless VLLM_PLUGINS selects
+    another."""
     asked = os.environ.get("VLLM_PLUGINS", "qwen_vit")
     return soak(context, n_requests, {**installed(context), "VLLM_PLUGINS": asked})

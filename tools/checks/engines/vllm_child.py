@@ -4,7 +4,7 @@ python -m tools.checks.engines.vllm_child SCENARIO NAME WORK
 
 It writes answers to WORK/answers/NAME, and other results to WORK/facts/NAME.json. The environment
 variable VLLM_PLUGINS decides which tower encodes pixels: `qwen_vit` selects our tower, and an empty
-value selects vLLM's own.
+value selects vLLM's own tower.
 """
 
 import inspect
@@ -34,7 +34,8 @@ NEEDED_NAME = "_process_image_input"
 
 
 def _tower_layers(model: Any) -> list[str]:
-    """The names of the tower's classes, by which vLLM warns of layers that it cannot load."""
+    """Return the names of the tower's classes, which vLLM uses in warnings about layers that it
+    cannot load."""
     return sorted({type(module).__name__ for module in model.visual.modules()})
 
 
@@ -59,7 +60,8 @@ def float_rows(work: Path) -> Found:
 
 
 def unequal_values(work: Path, calls: Sequence[Call]) -> dict[str, int]:
-    """For each kind of rows, how many values of the tower are not the bits of the encoder's."""
+    """Return the number of values, for each kind of rows, with other bits than the encoder's
+    output."""
     ours = encoder(work)
     found: dict[str, int] = {}
     for rows, grids, output in calls:
@@ -75,7 +77,7 @@ def unequal_values(work: Path, calls: Sequence[Call]) -> dict[str, int]:
 
 
 def controls(engine: Engine, work: Path) -> dict[str, Answers]:
-    """Features with faults, whose answers must be others."""
+    """Answer with faulty features, which must change the answers."""
     one, several, video = case("wide"), case("several"), case("video")
     right, clip = features(work, "wide"), of_case(work, video)[1]
     backwards = replace(right, embeds=right.embeds.flip(0))
@@ -97,7 +99,7 @@ def controls(engine: Engine, work: Path) -> dict[str, Answers]:
 
 
 def prefix_cache(work: Path) -> Found:
-    """Answer twice with the prefix cache; the second time, prompts are cached."""
+    """Answer twice with the prefix cache. The second time, prompts are cached."""
     engine = Engine.start(work, enable_prefix_caching=True, block_size=32)  # the CPU's least
     found: dict[str, Answers] = {}
     hits = {}
@@ -131,7 +133,7 @@ def ec_consumer(work: Path) -> Found:
 
 
 def ec_producer(work: Path) -> Found:
-    """Pictures through an engine that runs its tower alone and writes the rows to files."""
+    """Send images through an engine that runs only the tower and writes the rows to files."""
     folder = work / "produced"
     engine = Engine.start(
         work, mm_encoder_only=True, enable_mm_embeds=False,
@@ -152,7 +154,7 @@ def ec_producer(work: Path) -> Found:
 
 
 def transfer(folder: Path, role: str) -> dict[str, Any]:
-    """vLLM's setting for an encoder cache in a folder."""
+    """Return vLLM's setting for an encoder cache in a folder."""
     return {
         "ec_connector": "ECExampleConnector",
         "ec_role": role,
@@ -161,7 +163,7 @@ def transfer(folder: Path, role: str) -> dict[str, Any]:
 
 
 def other_models(work: Path) -> Found:
-    """Pictures to models with other vision towers, each in an engine of its own."""
+    """Send images to models with other vision towers, each in a separate engine."""
     found: dict[str, Answers] = {}
     towers = {}
     for name in TOWERS:
@@ -173,7 +175,7 @@ def other_models(work: Path) -> Found:
 
 
 def variants(work: Path) -> Found:
-    """No pictures allowed, a vLLM of an unknown version, and one whose names are others."""
+    """Run an engine without images, a vLLM of an unknown version, and a vLLM with changed names."""
     none = {"image": 0, "video": 0}
     found: dict[str, Answers] = {}
     towers = {}
@@ -193,7 +195,7 @@ def variants(work: Path) -> Found:
 
 
 def unknown_version() -> None:
-    """Let this process's vLLM be of a version that the plugin was not run with."""
+    """Give this process's vLLM a version that the plugin does not know."""
     import vllm
 
     vllm.__version__ = UNKNOWN_VERSION
@@ -201,7 +203,7 @@ def unknown_version() -> None:
 
 
 def other_names() -> None:
-    """Let this process's vLLM have another name for a method that the plugin needs."""
+    """Rename a method of this process's vLLM that the plugin needs."""
     from vllm.model_executor.models import qwen2_5_vl
 
     source = inspect.getsource(qwen2_5_vl).replace(NEEDED_NAME, "_embed_images")
@@ -220,7 +222,8 @@ def forget_our_model() -> None:
 
 
 def updates(work: Path) -> Found:
-    """Dummy weights, the model's, other vision weights in pieces, the model's, pieces again."""
+    """Answer with dummy weights, the model's weights, other vision weights in pieces, the model's
+    weights, and pieces again."""
     engine = Engine.start(work, load_format="dummy", enable_mm_embeds=False)
     llm = engine.llm
 
@@ -286,15 +289,14 @@ def refusals(work: Path) -> Found:
 
 
 def causes(error: BaseException | None) -> list[BaseException]:
-    """An error and those that it was raised from, the first one last."""
+    """Return an error and its causes, the first cause last."""
     return [] if error is None else [error, *causes(error.__cause__ or error.__context__)]
 
 
 def nan(work: Path) -> Found:
-    """NaN in a request's features, and what shorter requests after it get.
-
-    Two blocks of 128 tokens serve one request at a time, so that the next ones take the same
-    blocks, whose ends still hold the NaN of the longer one.
+    """Send NaN in a request's features, and record the answers to shorter requests afterwards. Two
+    blocks of 128 tokens serve one request at a time. The next requests therefore use the same
+    blocks, whose ends still contain the NaN of the longer request.
     """
     engine = Engine.start(work, max_model_len=128, max_num_seqs=1, num_gpu_blocks_override=3)
     wide, others = case("wide"), [case(name) for name in ("text", "strip", "tall")]

@@ -20,11 +20,11 @@ Call = tuple[Tensor, Tensor, Tensor]  # the tower's rows and grids, and what it 
 
 @dataclass(slots=True)
 class Engine:
-    """vLLM's engine with the small model, in this process.
+    """Hold vLLM's engine with the small model, in this process.
 
     Attributes:
         llm: vLLM's `LLM`.
-        cached_tokens: how many tokens of prompts came from the prefix cache so far.
+        cached_tokens: the number of prompt tokens from the prefix cache so far.
     """
 
     llm: Any
@@ -32,7 +32,7 @@ class Engine:
 
     @classmethod
     def start(cls, work: Path, **options: Any) -> "Engine":
-        """Start one; `options` are vLLM's."""
+        """Start an engine with vLLM's `options`."""
         from vllm import LLM
 
         settings = {

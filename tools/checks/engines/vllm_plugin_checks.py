@@ -37,10 +37,9 @@ REFUSALS = {  # what an engine is started with, and what its error says
 
 
 def installed(context: Context) -> dict[str, str]:
-    """The variables of a process in which this package counts as installed, with its plugins.
-
-    Entry points are found by an installed package's metadata: a folder with the same two files
-    stands for it, so that the environment stays as its lock says.
+    """Return the variables of a process in which this package counts as installed, with its
+    plugins. Python finds entry points by an installed package's metadata. A folder with the same
+    two files replaces the metadata, so that the environment still matches its lock.
     """
     folder = context.work / "installed" / f"qwen_vit-{__version__}.dist-info"
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +60,7 @@ def by_plugin(context: Context) -> dict[str, str]:
 
 
 def same_bits(name: str, unequal: dict[str, int], dtype: str) -> list[Result]:
-    """Rows came in this dtype alone, and the tower made the encoder's bits of them."""
+    """Check that rows had only this dtype, and that the tower computed the encoder's bits."""
     wanted = [f"{kind} in {dtype}" for kind in ("images", "videos")]
     came = ", ".join(unequal) or "none"
     return [
@@ -99,7 +98,8 @@ def producer(context: Context) -> list[Result]:
 
 
 def other_models(context: Context) -> list[Result]:
-    """Models with other vision towers: vLLM's own run, one line says so, and no answer changes."""
+    """Check models with other vision towers. vLLM's own towers run, one line reports this, and no
+    answer changes."""
     write_other_models(context.work)
     without, name = "other-models", "plugin-other-models"
     context.run_child(CHILD, without, without, **IN_PROCESS)
@@ -124,7 +124,8 @@ def other_models(context: Context) -> list[Result]:
 
 
 def variants(context: Context) -> list[Result]:
-    """No pictures allowed, a vLLM of an unknown version, and one whose names are others."""
+    """Check an engine without images, a vLLM of an unknown version, and a vLLM with changed
+    names."""
     name = "plugin-variants"
     context.run_child(CHILD, "variants", name, **IN_PROCESS, **by_plugin(context))
     towers = context.facts(name)["towers"]
@@ -140,7 +141,8 @@ def variants(context: Context) -> list[Result]:
 
 
 def updates(context: Context) -> list[Result]:
-    """Weight updates reach the answers: those of changed weights must differ from the model's."""
+    """Check that answers follow weight updates. Changed weights must give other answers than the
+    model."""
     changed = Changed.write(context)
     name = "plugin-updates"
     context.run_child(CHILD, "updates", name, **IN_PROCESS, **by_plugin(context))

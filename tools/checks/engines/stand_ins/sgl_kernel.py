@@ -1,9 +1,9 @@
-"""Stand in for SGLang's compiled kernels, which have no CPU build on the package index.
+"""Replace SGLang's compiled kernels, which have no CPU build on the package index.
 
 On a CPU, SGLang imports many names of this package. With the settings of `sglang_child`, it calls
-none of them for this model. This module defines a name for every import, and each call fails.
-Without the operator `convert_weight_packed`, SGLang treats every CPU as a CPU without AMX, and runs
-its plain PyTorch path.
+no function of the package for this model. This module defines a name for every import, and each
+call fails. Without the operator `convert_weight_packed`, SGLang treats every CPU as a CPU without
+AMX, and runs its plain PyTorch path.
 """
 
 from collections.abc import Callable
