@@ -142,9 +142,9 @@ def false_alarm(data: bytes) -> str:
 
 
 def judge_shares() -> dict[str, dict[str, float]]:
-    """Return the CPU time of the check for missing blocks, as a share of the rest of an image's.
+    """Return the CPU time of the check for missing blocks, as a share of an image's other CPU time.
 
-    "entropy_share_at_least" is what entropy decoding alone takes at least, for a progressive image.
+    "entropy_share_at_least" is the minimum time of entropy decoding alone, for a progressive image.
     The check of the same image as a baseline JPEG does the same other work.
     """
     photograph = Image.open(ROOT / "tests" / "photographs" / "rocket.jpg").convert("RGB")
