@@ -169,7 +169,7 @@ class VisionConfig:
 
     @property
     def factor_px(self) -> int:
-        """Return a merge unit's side in pixels. Image sides are multiples of it."""
+        """Return a merge unit's side in pixels. Image sides are multiples of this side."""
         return self.patch_px * self.spatial_merge_size
 
     @classmethod

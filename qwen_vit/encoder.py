@@ -96,9 +96,9 @@ class VisionEncoder(LoadedTower):
                 interprets the same Triton kernels, correctly but slowly.
             dtype: "auto" selects bfloat16 on a GPU and float32 on a CPU. float32 on a GPU is IEEE,
                 never TF32.
-            token: as in huggingface_hub.
-            cache_dir: as in huggingface_hub.
-            local_files_only: as in huggingface_hub.
+            token: the access token, as in huggingface_hub.
+            cache_dir: the cache folder, as in huggingface_hub.
+            local_files_only: True uses no network, as in huggingface_hub.
             min_pixels: the smallest height x width after resizing. None selects the checkpoint's
                 value.
             max_pixels: the largest height x width after resizing. None selects the checkpoint's
@@ -243,9 +243,10 @@ class VisionEncoder(LoadedTower):
             layout: "HWC" or "CHW" if an array's shape leaves its channel axis open.
             exif: "apply" rotates an image by its EXIF orientation. "ignore" does not rotate images
                 that are already upright. A transposed PIL image keeps its tag.
-            limits: limits of decoded images. None selects ImageLimits().
-            video_limits: limits of a video. None selects VideoLimits().
-            formats: formats that `encode` decodes only on request: "PPM", "ICO", "TGA", "JPEG2000".
+            limits: the limits of decoded images. None selects ImageLimits().
+            video_limits: the limits of a video. None selects VideoLimits().
+            formats: the formats that `encode` decodes only on request: "PPM", "ICO", "TGA",
+                "JPEG2000".
             frames: "first", or "all" for a list of every page of a TIFF and frame of an animation.
                 Each page of an image with several pages has an id such as "scan.tif#page=2".
             decode_threads: the number of threads that read, decode and resize ahead of the encoder.
@@ -358,8 +359,8 @@ class VisionEncoder(LoadedTower):
             fps: the number of frames to sample per second. For frames that you pass, `fps` is the
                 rate of these frames.
             n_frames: the number of frames instead of `fps`, rounded to an even number.
-            start: seconds from the first frame to the start of sampling.
-            end: seconds from the first frame to the end of sampling.
+            start: the seconds from the first frame to the start of sampling.
+            end: the seconds from the first frame to the end of sampling.
             max_frames: the largest number of frames with `fps`. None means 768.
             min_pixels: the smallest height x width of a frame after resizing. None means 100,352.
             max_pixels: the largest height x width of a frame after resizing. None means 602,112, or

@@ -48,8 +48,9 @@ class ImageFeatures:
     Attributes:
         id: the image's path, or another name from the caller.
         embeds: (n_tokens, out_hidden_size), row-major over the merged cells, on the encoder's
-            device and in its dtype. For output="patch" it is (n_patches, hidden_size), row-major
-            over the patches. For output="mean" it is (1, out_hidden_size) in float32.
+            device and in its dtype. For output="patch" the shape is (n_patches, hidden_size),
+            row-major over the patches. For output="mean" the shape is (1, out_hidden_size), in
+            float32.
         grid_thw: (frames, height, width) in patches.
         size_px: the original (height, width) in pixels, or (0, 0) if the caller passed only
             patches.

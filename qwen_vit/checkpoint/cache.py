@@ -210,7 +210,8 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
-    """Yield a temporary folder to fill. Then record it, sync it to the disk and rename it.
+    """Yield a temporary folder to fill. Then record the content, sync the folder to the disk and
+    rename the folder.
 
     If another process was first, it keeps that process's folder and removes this folder.
     """

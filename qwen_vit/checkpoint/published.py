@@ -85,7 +85,7 @@ def is_path(name: str) -> bool:
 def cached_repositories() -> list[str]:
     """Return the repositories in the Hub's cache, from the names of its folders.
 
-    It is for completion: importing the Hub's client takes longer than a key press.
+    Shell completion uses this function, because the import of the Hub's client takes too long.
     """
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     folder = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")

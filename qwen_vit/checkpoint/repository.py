@@ -161,7 +161,8 @@ class Repository:
         return Path(known) if found and self.commit in (None, found[1]) else None
 
     def whole(self, name: str) -> Path:
-        """Return a whole cached file, checked against the Hub's hash. Fetch it if necessary."""
+        """Return a whole cached file, checked against the Hub's hash. Fetch the file if
+        necessary."""
         return self._fetch_sound(name, self.commit, partial(self.check, name, once=False))
 
     def _fetch_sound(self, name: str, revision: str | None, check: Callable[[Path], None]) -> Path:

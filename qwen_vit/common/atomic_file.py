@@ -49,7 +49,8 @@ class AtomicFile:
             raise cannot_write(path, error) from None
 
     def commit(self, path: Path | None = None) -> None:
-        """Flush the file to the disk. Give it its name, or another name in the same folder."""
+        """Flush the file to the disk. Give the file its name, or another name in the same
+        folder."""
         self.path = path or self.path
         try:
             self.file.flush()
@@ -80,7 +81,7 @@ class AtomicFile:
             os.replace(self._temporary, self.path)
 
     def discard(self) -> None:
-        """Remove the file unless it was committed. A second call has no effect."""
+        """Remove an uncommitted file. A second call has no effect."""
         with suppress(OSError):
             self.file.close()
         with suppress(OSError):

@@ -115,7 +115,8 @@ class StepMaps:
 class FeatureMaps:
     """Hold the data of a report's pictures: the tower's input and some stages in raster order.
 
-    For a video, they show the first pair of frames. `steps` has some pairs from the whole video.
+    For a video, the pictures show the first pair of frames. `steps` has some pairs from the whole
+    video.
     """
 
     rgb: Tensor  # (height, width, 3) uint8

@@ -58,15 +58,16 @@ class Estimate:
     """Estimate the size and duration of an export, from the images' headers.
 
     Attributes:
-        images: images of the whole export. An image that the export encoded again counts once.
-        unreadable: images to do whose header is unreadable or gives too many pixels.
-        rows: rows of the whole export.
-        bytes: bytes of all files of the whole export.
-        seconds: encoder time for the images to do, or None without a timed image.
+        images: the number of images in the whole export. An image that the export encoded again
+            counts once.
+        unreadable: the number of images to do with an unreadable header or too many pixels.
+        rows: the number of rows in the whole export.
+        bytes: the number of bytes in all files of the whole export.
+        seconds: the encoder time for the images to do, in seconds, or None without a timed image.
         is_sample: whether the counts come from a sample of the images.
-        done: images whose features are in existing shards.
-        failed: images that failed earlier, from existing shards.
-        missing: images to do whose file does not exist.
+        done: the number of images whose features are in existing shards.
+        failed: the number of images that failed earlier, from existing shards.
+        missing: the number of images to do whose file does not exist.
     """
 
     images: int

@@ -135,7 +135,8 @@ def _acquire(path: Path, kind: int) -> int:
 
 
 def _lock(descriptor: int, kind: int, path: Path) -> bool:
-    """Return whether the disk has locks. If it returns False, only the owner's name protects."""
+    """Return whether the disk has locks. If the function returns False, only the owner's name
+    protects the folder."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -90,7 +90,8 @@ def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[Man
 
 
 def load_arrow() -> bool:
-    """Return whether the manifest will be Parquet. Call it early, because pyarrow takes memory."""
+    """Return whether the manifest will be Parquet. Call this function early, because pyarrow takes
+    memory."""
     try:
         import pyarrow.parquet  # type: ignore[import-untyped]  # noqa: F401
     except ImportError:

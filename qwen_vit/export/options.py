@@ -34,12 +34,12 @@ class ExportOptions:
         output: "merged" rows are the language model's input. "patch" rows are un-merged patches.
             "mean" is one row per image, the float32 mean of its merged rows.
         dtype: the dtype of stored rows. None selects the encoder's dtype.
-        shard_size: images per shard.
+        shard_size: the number of images in a shard.
         on_error: "skip" records a failed image and continues. "raise" stops the export.
-        part: (I, N) takes shards I, I+N, I+2N and so on.
+        part: (I, N) selects the shards I, I+N, I+2N and so on.
         max_failures: the number of consecutive failures that stop an export, because they suggest
             one cause. 0 never stops the export.
-        limits: limits of decoded images.
+        limits: the limits of decoded images.
         exif: "apply" rotates an image by its EXIF orientation, and "ignore" does not, as in
             `encode`.
         shard_seconds: seconds between saves of an unfinished shard. A killed export loses at most
@@ -49,11 +49,11 @@ class ExportOptions:
         accept_versions: whether to resume an export with other versions, or on another kind of GPU,
             than at its start. Each shard records its versions and GPU.
         normalize: whether to divide a mean by its length, as in `encode`.
-        layers: blocks whose dense features the export also stores, as in `encode`.
+        layers: the blocks whose dense features the export also stores, as in `encode`.
         column: the column of images in Parquet files. With None, the export reads no Parquet files.
         id_column: the column of ids in Parquet files. With None, a row's id is `file:row`.
         video: the frames of videos to encode, and the size of the frames.
-        video_limits: limits of a video.
+        video_limits: the limits of a video.
         as_video: whether to encode an animated GIF, WebP or PNG as a video, not as its first frame.
         pages: "first", or "all" to export each page of a TIFF and frame of an animation as an
             image. With "all", the listing reads every image.

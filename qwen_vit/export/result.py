@@ -23,13 +23,14 @@ class ExportReport:
         exported: the number of these images with features.
         failed: the number of failed images, by error code.
         failed_earlier: the number of these images that failed before this run.
-        resumed: images that earlier runs exported or tried.
-        rows: rows of the part's shards.
-        bytes: bytes of the part's shards.
-        seconds: the duration of this run.
+        resumed: the number of images that earlier runs exported or tried.
+        rows: the number of rows in the part's shards.
+        bytes: the number of bytes in the part's shards.
+        seconds: the duration of this run, in seconds.
         waits: the seconds that this run waited for each stage.
-        shards: shards of the whole folder.
-        shards_missing: missing shards of the whole folder, which other parts may still make.
+        shards: the number of shards in the whole folder.
+        shards_missing: the number of missing shards in the whole folder, which other parts may
+            still make.
     """
 
     folder: AnyPath

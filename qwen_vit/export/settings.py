@@ -311,7 +311,8 @@ def read_stored(
 
 
 def read_description(folder: ExportFolder) -> dict[str, Any]:
-    """Return the content of a folder's `export.json`. Raises ExportError if it is not JSON."""
+    """Return the content of a folder's `export.json`. Raises ExportError if the file is not
+    JSON."""
     path = folder / SETTINGS
     try:
         return read_json(path)

@@ -3,8 +3,8 @@
 A feature file is one safetensors file. It contains `image_embeds` (T, D), `image_grid_thw` (N, 3)
 int64 and `image_token_offsets` (N + 1,) int64. Image i owns rows offsets[i] : offsets[i + 1]. Each
 block k of `layers` adds `layer_k` (P, C), with t * h * w rows for each image's patches. The
-metadata is a single key with sorted JSON. With several keys, safetensors would write them in random
-order. The same features must give the same bytes.
+metadata is a single key with sorted JSON. safetensors would write several keys in random order. The
+same features must give the same bytes.
 
 Every file of schema 2 has the keys of `FILE_FACTS`. The list `images` has an object for each image,
 with the keys of `ItemFacts.to_json`. A value that does not apply or is unknown is null.

@@ -120,7 +120,8 @@ def _to_rgb(
 ) -> tuple[Image.Image, tuple[str, ...]]:
     """Run `to_rgb`, and handle the orientation `turned` that Pillow already applied to a TIFF.
 
-    With `exif="ignore"` the function undoes the orientation. Otherwise it notes the orientation.
+    With `exif="ignore"` the function undoes the orientation. Otherwise the function adds a note on
+    the orientation.
     """
     picture, notes = to_rgb(image, name, deep, exif)
     if turned is None:

@@ -158,10 +158,10 @@ def smart_resize(
     >>> smart_resize(100, 200, factor=28, min_pixels=3136, max_pixels=1003520)
     (112, 196)
 
-    Sides are in pixels. The function rounds half to even, as Python does. Then it reduces the size
-    (floor) to at most `max_pixels`, or increases it (ceil) to at least `min_pixels`. A thin image
-    may exceed `max_pixels`, because no side is below `factor`. Raises ImageError with code
-    "zero-side" or "ratio" and with `name`, and ArgumentError for limits that no size can meet.
+    Sides are in pixels. The function rounds half to even, as Python does. Then the function reduces
+    the size (floor) to at most `max_pixels`, or increases the size (ceil) to at least `min_pixels`.
+    A thin image may exceed `max_pixels`, because no side is below `factor`. Raises ImageError with
+    code "zero-side" or "ratio" and with `name`, and ArgumentError for limits that no size can meet.
     """
     check_sides(height, width, name)
     _check_limits(factor, min_pixels, max_pixels)
@@ -181,7 +181,7 @@ def smart_resize(
 def resize_image(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> NDArray[np.uint8]:
     """Resize an image to smart_resize's size with Pillow's bicubic filter, on uint8.
 
-    `rgb` is a Pillow image of mode RGB, or uint8 (height, width, 3). The function returns it
+    `rgb` is a Pillow image of mode RGB, or uint8 (height, width, 3). The function returns the image
     unchanged if the size already fits. Raises ImageError as smart_resize does. Raises ImageError
     with code "patches" for any other mode, dtype or shape.
     """

@@ -58,8 +58,8 @@ def to_hf(
     Args:
         features: features of images, in the prompts' order. VideoFeatures in this list are videos,
             and precede the features in `videos`.
-        input_ids: the prompts' tokens (batch, sequence). The function checks them against the
-            features, and computes `mm_token_type_ids` from them. Without `mm_token_type_ids`,
+        input_ids: the prompts' tokens (batch, sequence). The function checks the tokens against the
+            features, and computes `mm_token_type_ids` from the tokens. Without `mm_token_type_ids`,
             Qwen2.5-VL silently numbers the tokens of images and videos as text.
         videos: features of videos, in the prompts' order.
         second_per_grid_ts: the seconds per time step of each video's grid: 2 / (frames per second),

@@ -20,7 +20,8 @@ __all__ = [
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Return whether the device has Hopper's own instructions. Newer GPUs lack them."""
+    """Return whether the device has Hopper's own instructions. Newer GPUs lack these
+    instructions."""
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 

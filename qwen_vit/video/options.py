@@ -46,14 +46,14 @@ class VideoOptions:
     'qwen'
 
     Attributes:
-        fps: frames to sample per second. For frames that a caller passes, the rate at which the
-            caller sampled the frames.
-        n_frames: number of frames to sample instead of `fps`, rounded to an even number.
-        start: start of sampling, in seconds from the first frame.
-        end: end of sampling, in seconds from the first frame.
-        max_frames: maximum number of frames with `fps`. None means 768.
-        min_pixels: minimum height x width of a frame after resizing. None means 100,352.
-        max_pixels: maximum height x width of a frame after resizing. None means 602,112. A long
+        fps: the number of frames to sample per second. For frames that a caller passes, the rate at
+            which the caller sampled the frames.
+        n_frames: the number of frames to sample instead of `fps`, rounded to an even number.
+        start: the start of sampling, in seconds from the first frame.
+        end: the end of sampling, in seconds from the first frame.
+        max_frames: the maximum number of frames with `fps`. None means 768.
+        min_pixels: the minimum height x width of a frame after resizing. None means 100,352.
+        max_pixels: the maximum height x width of a frame after resizing. None means 602,112. A long
             video may get smaller frames: see `sampling.pixel_limits`.
         sampling: "qwen" samples and resizes like qwen-vl-utils 0.0.14. "transformers" samples and
             resizes like transformers' Qwen2VLVideoProcessor.
@@ -151,10 +151,10 @@ class VideoLimits:
     10000000
 
     Attributes:
-        max_pixels: maximum height x width of a frame before resizing.
-        max_file_bytes: maximum size of the file in bytes.
-        max_frames: maximum number of frames in the file, sampled or not.
-        max_decode_s: maximum time for reading and decoding, in seconds.
+        max_pixels: the maximum height x width of a frame before resizing.
+        max_file_bytes: the maximum size of the file in bytes.
+        max_frames: the maximum number of frames in the file, including frames that are not sampled.
+        max_decode_s: the maximum time for reading and decoding, in seconds.
 
     Raises:
         ArgumentError: A limit is not above 0.

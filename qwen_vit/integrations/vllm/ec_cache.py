@@ -3,9 +3,9 @@
 vLLM's `ECExampleConnector` reads an item's rows from FOLDER/UUID/encoder_cache.safetensors, one
 tensor `ec_cache` (tokens, width). The connector checks no entry. Rows of a wrong width or number
 stop the engine for all users. Therefore a folder has one model, one image size setting and one
-dtype. `qwen_vit.json` in the folder names all three. Each entry's uuid contains a digest of these
-settings and a digest of the rows. `index/` maps images to entries, with one file per call of
-`write_ec_cache`. Therefore any number of processes may write.
+dtype. `qwen_vit.json` in the folder names the model, the setting and the dtype. Each entry's uuid
+contains a digest of these settings and a digest of the rows. `index/` maps images to entries, with
+one file per call of `write_ec_cache`. Therefore any number of processes may write.
 """
 
 import json

@@ -40,8 +40,8 @@ def to_vllm(
             and precede the features in `videos`.
         videos: features of videos, in the prompt's order.
         second_per_grid_ts: the seconds per time step of each video's grid: 2 / (frames per second),
-            since a time step is two frames. VideoFeatures have this value already. Without it, vLLM
-            would use 1 s.
+            since a time step is two frames. VideoFeatures have this value already. Without seconds,
+            vLLM would use 1 s.
         width: the language model's width. The function rejects features of any other width, which
             would stop vLLM's engine. None disables the check.
 

@@ -22,8 +22,8 @@ OUR_MODULE = "qwen_vit.integrations.vllm.model"
 def register() -> None:
     """Make vLLM build Qwen2.5-VL with this package's vision tower, if VLLM_PLUGINS names it.
 
-    vLLM calls it in each process, in some processes more than once. Only a process that builds a
-    Qwen2.5-VL imports `model`.
+    vLLM calls this function in each process, in some processes more than once. Only a process that
+    builds a Qwen2.5-VL imports `model`.
     """
     asked = [name.strip() for name in os.environ.get("VLLM_PLUGINS", "").split(",")]
     # vLLM 0.32 loads plugins before it configures logging, so Python prints only warnings
