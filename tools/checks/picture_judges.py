@@ -30,7 +30,7 @@ ASIDE = re.compile(
     r"ignoring nclx profile|iCCP: |nknown field with tag|Wrong data type \d+ for .*tag ignored"
 )
 LIMITED = ["prlimit", "--cpu=20", f"--as={2**32}"]  # of a hostile image
-CANNOT_READ = "is not a known file format"  # libvips, built without the format
+CANNOT_READ = re.compile(r"is not a known file format|images not supported")  # libvips
 
 
 def judge(data: bytes) -> str:
@@ -52,7 +52,7 @@ def judge(data: bytes) -> str:
 def _warning_of(command: list[str]) -> str:
     done = subprocess.run([*LIMITED, *command], capture_output=True, check=False)
     lines = done.stderr.decode(errors="replace").splitlines()
-    if any(CANNOT_READ in line for line in lines):
+    if any(map(CANNOT_READ.search, lines)):
         return ""
     if done.returncode and not lines:
         lines = done.stdout.decode(errors="replace").splitlines() or [f"exit {done.returncode}"]
@@ -70,7 +70,9 @@ def _by_pillow(data: bytes) -> tuple[str, str]:
             image.load()
         except Exception as error:  # noqa: BLE001 - plug-ins raise anything
             return file_format, f"{type(error).__name__}: {error}"[:200]
-    return file_format, str(caught[0].message)[:200] if caught else ""
+    texts = (str(each.message)[:200] for each in caught)
+    aside = re.compile("^$" if file_format == "TIFF" else "Skipping tag")  # of Exif
+    return file_format, next((text for text in texts if not aside.search(text)), "")
 
 
 def _commands(file_format: str, path: Path, folder: str) -> Iterator[list[str]]:

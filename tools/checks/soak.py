@@ -104,7 +104,7 @@ TRIALS = {
     multiple=True,
     metavar="NAME=N",
     callback=lambda _, __, texts: _counts(texts),
-    help="Replace one full count, for example kills=5.",
+    help="Replace one full count, for example kills=5 or images=800.",
 )
 @click.option(
     "--seed", type=int, help="Set the seed of the random moments.  [default: a new seed each time]"
@@ -157,10 +157,9 @@ def run(
     """Run one trial and return the results. `chosen` counts replace the full counts."""
     trial = TRIALS[name]
     counts = {key: max(1, round(fraction * count)) for key, count in trial.counts.items()}
-    if unknown := set(chosen) - set(counts):
+    if unknown := set(chosen) - set(counts) - set(trial.fixed):
         raise click.UsageError(f"{name} has no count {', '.join(sorted(unknown))}")
-    counts |= chosen
-    arguments = {**counts, **trial.fixed, **({"seed": seed} if trial.has_seed else {})}
+    arguments = {**counts, **trial.fixed, **chosen, **({"seed": seed} if trial.has_seed else {})}
     if fork:
         if not trial.may_fork:
             raise click.UsageError(f"{name} cannot fork")
