@@ -1,8 +1,9 @@
 """List the images of a Parquet file, one per row, with ids from a column or from row numbers."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from qwen_vit.common.storage import is_remote
 from qwen_vit.errors import ArgumentError, ExportError, ImageError, display_name, with_options
@@ -21,6 +22,7 @@ __all__ = ["PARQUET_SUFFIX", "ParquetColumns", "needs_column", "parquet_items"]
 
 PARQUET_SUFFIX = ".parquet"
 IDS_AT_ONCE = 4_096
+MANY_ROWS = 100_000  # a file of fewer bytes may have them: rows of nulls, or of one image
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ def parquet_items(path: str, name: str, columns: ParquetColumns) -> Iterator[Ite
             parquet = parquet_file(file)
             schema = parquet.schema_arrow
             check_images(schema, columns.image, name)
+            _check_rows(parquet.metadata, _size(file), name)
             if columns.id is not None:
                 _check_ids(schema, columns.id, name)
                 yield from _items_with_ids(parquet, path, name, columns.image, columns.id)
@@ -81,6 +84,31 @@ def parquet_items(path: str, name: str, columns: ParquetColumns) -> Iterator[Ite
         if is_remote(path) and isinstance(error, OSError) and error.errno is not None:
             raise refuse(path, error) from None
         yield Item.failed(name, path, cannot_read(name, error))
+
+
+def _size(file: BinaryIO) -> int:
+    position = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(position)
+    return size
+
+
+def _check_rows(metadata: Any, n_bytes: int, name: str) -> None:
+    """Raise ImageError for a number of rows that this size of file cannot hold as images.
+
+    The numbers are in the footer alone, so that a few bytes may claim any number of rows.
+    """
+    groups = (metadata.row_group(at).num_rows for at in range(metadata.num_row_groups))
+    if metadata.num_rows != sum(groups):
+        raise cannot_read(name, ValueError("its number of rows is not that of its row groups"))
+    if metadata.num_rows > max(MANY_ROWS, n_bytes):
+        raise ImageError(
+            f"a Parquet file of {metadata.num_rows:,} rows in {n_bytes:,} bytes",
+            name=name,
+            expected=f"at most one row a byte, or {MANY_ROWS:,} rows",
+            remedy="keep one row of each image",
+            code="slow",
+        )
 
 
 def needs_column(path: str) -> ExportError:

@@ -23,6 +23,7 @@ from tests.support.parquet_files import (
     IMAGE,
     LIMITS,
     STRUCT,
+    claim_rows,
     items,
     structs,
     tear_rows,
@@ -309,3 +310,18 @@ def test_a_large_row_is_refused_by_the_limit(parquet_dir: Path) -> None:
     with pytest.raises(ImageError) as caught:
         read_item(item, ImageLimits(max_file_bytes=999))
     assert caught.value.code == "file-too-large"
+
+
+@pytest.mark.parametrize("in_groups", [False, True])
+@pytest.mark.parametrize("columns", [IMAGE, ParquetColumns("image", "key")])
+def test_a_footer_that_claims_a_trillion_rows_is_refused(
+    tmp_path: Path, columns: ParquetColumns, in_groups: bool
+) -> None:
+    """1,600 bytes were listed without an end."""
+    path = tmp_path / "a.parquet"
+    write_rows(path, structs(range(3)), key=["a", "b", "c"])
+    claim_rows(path, 3, 10**12, in_groups=in_groups)
+    [item] = items(str(path), columns=columns)
+    assert item.error is not None
+    assert item.error[0] == ("slow" if in_groups else "damaged")
+    assert "rows" in item.error[1]

@@ -1,6 +1,7 @@
 """Small Parquet files of images, and damaged ones."""
 
 import base64
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,30 @@ def write_rows(
     """A file with a column `image` of so many rows a row group, and other columns."""
     table = pa.table({"image": pa.array(images, kind), **columns})
     pq.write_table(table, path, row_group_size=group, write_page_checksum=True, compression="none")
+
+
+def claim_rows(path: Path, rows: int, claimed: int, *, in_groups: bool) -> None:
+    """Let the footer of a file of `rows` claim others: in all, and if asked in its row groups.
+
+    Each number is a varint in zigzag code after the type of its field (Thrift's compact protocol).
+    """
+    data = path.read_bytes()
+    [length] = struct.unpack_from("<I", data, len(data) - 8)
+    body, footer = data[: -8 - length], data[-8 - length : -8]
+    places = [at for at in range(len(footer)) if footer.startswith(field_of(rows), at)]
+    whole, groups = places[0], places[-1]  # the last fields of the schema, and of the row group
+    for place in (groups, whole) if in_groups else (whole,):
+        footer = footer[:place] + field_of(claimed) + footer[place + len(field_of(rows)) :]
+    path.write_bytes(body + footer + struct.pack("<I", len(footer)) + b"PAR1")
+
+
+def field_of(number: int) -> bytes:
+    """Return a field of Thrift's 64-bit integers that follows the field before it."""
+    rest, digits = 2 * number, []
+    while rest > 127:
+        digits.append(rest & 127 | 128)
+        rest >>= 7
+    return bytes([0x16, *digits, rest])
 
 
 def tear_rows(path: Path, image: bytes) -> None:

@@ -19,6 +19,7 @@ from qwen_vit.feature_files.read import load_features
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.load import load_image
 from qwen_vit.inputs.find import find_items
+from qwen_vit.inputs.parquet import ParquetColumns
 from qwen_vit.inputs.read import read_item
 from qwen_vit.video.load import load_video
 from qwen_vit.video.options import Video, VideoLimits
@@ -70,13 +71,19 @@ def lists(data: bytes) -> None:
         check(lambda name=name: _listed(data, name))  # type: ignore[misc]
 
 
-def _listed(data: bytes, name: str) -> None:
+def _listed(data: bytes, name: str, columns: ParquetColumns | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         path.write_bytes(data)
-        for item in find_items([str(path)]):
-            if item.offset is not None:
+        for item in find_items([str(path)], columns=columns):
+            if item.offset is not None or item.row is not None:
                 check(lambda item=item: read_item(item, LIMITS))  # type: ignore[misc]
+
+
+def parquet(data: bytes) -> None:
+    """List and read a Parquet file's rows, with ids by row and from a column."""
+    for columns in (ParquetColumns("image"), ParquetColumns("image", "key")):
+        check(lambda columns=columns: _listed(data, "a.parquet", columns))  # type: ignore[misc]
 
 
 def features(data: bytes) -> None:
@@ -116,6 +123,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "documents": documents,
     "tars": tars,
     "lists": lists,
+    "parquet": parquet,
     "features": features,
     "images": images,
     "videos": videos,
