@@ -1,4 +1,4 @@
-"""Fixtures that more than one wing uses."""
+"""Provide the fixtures that several wings use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/architecture.md and its picture say what the source says."""
+"""Test that docs/architecture.md and its picture match the source."""
 
 import ast
 import html

@@ -1,4 +1,4 @@
-"""What config.json and preprocessor_config.json may say, and what each refusal tells the user."""
+"""Test the accepted values of config.json and preprocessor_config.json, and the errors."""
 
 import json
 from dataclasses import FrozenInstanceError, replace

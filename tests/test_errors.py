@@ -1,4 +1,4 @@
-"""Every code of an image error is in the table, and tested."""
+"""Test that the table contains every code of an image error, and that tests cover every code."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The import contracts bite, what is banned is found, and importing the package touches nothing."""
+"""Test that the import contracts find violations, and that importing the package has no effect."""
 
 import ast
 import json

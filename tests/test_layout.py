@@ -1,4 +1,4 @@
-"""Every index of a layout against transformers' own functions, and what the kernel tiles cover."""
+"""Compare every index of a layout with transformers' functions, and test the kernel tiles."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""How much a reader meets at once: lines of a file, lines and parameters of a function."""
+"""Test the limits on lines of files and functions, and on parameters of functions."""
 
 import ast
 from collections.abc import Iterator

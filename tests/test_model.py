@@ -1,4 +1,4 @@
-"""The package's tower against transformers' and the float64 oracle, stage by stage."""
+"""Compare the package's tower with transformers' tower and the float64 oracle, stage by stage."""
 
 import math
 import random

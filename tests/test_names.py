@@ -1,8 +1,8 @@
-"""One word for one thing, and the field's word: names that were given up are defined nowhere.
+"""Test that no module defines a retired name, so that one thing has one name, the field's name.
 
-A retired name hides what the field calls otherwise: `Tiling` is a `SegmentTiling`, `_Crew` a
-`Prefetcher`. Ordinary English words are retired as functions, classes or modules only: as local
-variables they say what they should.
+A retired name differs from the field's name: `Tiling` is a `SegmentTiling`, and `_Crew` is a
+`Prefetcher`. Ordinary English words are retired only as functions, classes or modules, not as local
+variables.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""The built wheel is whole, and works where there is no checkout; the pins fit what we declare."""
+"""Test that the built wheel is complete, works without a checkout, and that the pins fit."""
 
 import ast
 import json

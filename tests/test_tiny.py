@@ -1,4 +1,4 @@
-"""weights/tiny is small, in the published format, and hard enough that a mistake shows."""
+"""Test that weights/tiny is small, in the published format, and makes mistakes visible."""
 
 import json
 from functools import cache

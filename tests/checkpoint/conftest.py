@@ -1,4 +1,4 @@
-"""A Hub on loopback, a worker that downloads from it, and a repository to fill."""
+"""Provide a Hub on loopback, a worker that downloads, and a repository to fill."""
 
 from collections.abc import Iterator
 from pathlib import Path

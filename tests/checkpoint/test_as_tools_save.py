@@ -1,4 +1,4 @@
-"""Checkpoints as training and conversion tools save them: loaded, or named as what they are."""
+"""Test that checkpoints of training and conversion tools load, or that errors name their kind."""
 
 import json
 import logging

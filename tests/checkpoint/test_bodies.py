@@ -1,4 +1,4 @@
-"""Bodies of any size, at any pace, of another version: each ends with the cause, in time."""
+"""Test that large, slow or changed HTTP bodies end in time, with an error that gives the cause."""
 
 import threading
 import time

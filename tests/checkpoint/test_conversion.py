@@ -1,4 +1,4 @@
-"""Conversion: each weight lands once, padding is zero, norms and pixel scales are multiplied in."""
+"""Test the conversion of weights: places, zero padding, folded norms and pixel scales."""
 
 from collections.abc import Mapping
 from dataclasses import replace

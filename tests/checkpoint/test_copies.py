@@ -1,4 +1,4 @@
-"""Checkpoints are copied, pickled and opened by several threads."""
+"""Test that checkpoints can be copied, pickled and opened by several threads."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""Tensors that someone else loaded make the same checkpoint, or are refused by name."""
+"""Test that tensors from a caller make the same checkpoint, or raise an error with their names."""
 
 import copy
 import json

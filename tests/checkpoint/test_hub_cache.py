@@ -1,4 +1,4 @@
-"""What is kept of the Hub: checked, mended, shared with other processes and programs."""
+"""Test the cached files of the Hub: checks, repairs, and sharing with other processes."""
 
 import json
 import os

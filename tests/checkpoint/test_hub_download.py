@@ -1,4 +1,4 @@
-"""What is fetched from the Hub: the vision tensors alone, from any layout, checked."""
+"""Test that a download from the Hub fetches and checks only the vision tensors of any layout."""
 
 import json
 import shutil

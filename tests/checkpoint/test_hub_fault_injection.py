@@ -1,4 +1,4 @@
-"""A share of what checks.soak runs in full: whatever happens, no corrupt file gets its name."""
+"""Run a part of checks.soak, and test that no corrupt file gets its final name."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Faults of the Hub: those that pass are waited out, each that stays names cause and remedy."""
+"""Test that temporary faults of the Hub are retried, and that other errors give a remedy."""
 
 import shutil
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Names of models: folders, repositories, revisions, suggestions; no network."""
+"""Test model names without a network: folders, repositories, revisions and suggestions."""
 
 import errno
 import os

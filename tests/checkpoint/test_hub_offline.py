@@ -1,4 +1,4 @@
-"""Without a network: what serves, and what the environment means."""
+"""Test the cache and the environment variables without a network."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Repositories that are refused by name, before any weight is fetched."""
+"""Test that qwen_vit rejects unsupported repositories before it downloads weights."""
 
 import json
 import shutil

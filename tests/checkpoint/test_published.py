@@ -1,4 +1,4 @@
-"""weights/published.toml is consistent, says what is unconfirmed, and fits the model."""
+"""Test that weights/published.toml is consistent, names unconfirmed fields, and fits the model."""
 
 import json
 import math

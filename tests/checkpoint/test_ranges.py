@@ -1,4 +1,4 @@
-"""Pieces of files are merged, cut, fetched side by side and put where they belong."""
+"""Test that ranges of files are merged, cut, fetched in parallel and written to their places."""
 
 import os
 import threading

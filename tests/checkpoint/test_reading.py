@@ -1,4 +1,4 @@
-"""Checkpoints in every layout read alike, and hash alike."""
+"""Test that checkpoints in every layout give the same tensors and hashes."""
 
 import json
 import os

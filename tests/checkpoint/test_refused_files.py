@@ -1,4 +1,4 @@
-"""Folders and files that are no checkpoint are refused with what they hold."""
+"""Test that the error for a folder or file without a checkpoint names the content."""
 
 import json
 import os

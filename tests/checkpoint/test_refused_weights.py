@@ -1,4 +1,4 @@
-"""Weights that do not fit the tower are refused, counted and named."""
+"""Test that qwen_vit rejects, counts and names weights that do not fit the tower."""
 
 import json
 import re

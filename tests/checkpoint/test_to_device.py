@@ -1,4 +1,4 @@
-"""Tensors reach another device whole and in order, and not far ahead of what comes out."""
+"""Test that tensors reach another device completely, in order, and within the pinned memory."""
 
 import random
 import threading

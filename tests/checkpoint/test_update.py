@@ -1,4 +1,4 @@
-"""Published tensors that arrive in pieces give the parameters that a whole load gives."""
+"""Test that published tensors in pieces give the same parameters as a complete load."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The command line in this process."""
+"""Provide the command line in this process."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Tab completion: commands, options and the names of checkpoints, in the time of a key press."""
+"""Test that shell completion finds commands, options and checkpoint names in a short time."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What `qwen-vit encode` takes, and what it says of each image."""
+"""Test the inputs of `qwen-vit encode`, and its report on each image."""
 
 import io
 import json

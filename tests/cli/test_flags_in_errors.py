@@ -1,4 +1,4 @@
-"""Errors name options as their reader spells them: `max_pixels` in Python, `--max-pixels` here."""
+"""Test that errors spell options as `max_pixels` in Python and as `--max-pixels` in a shell."""
 
 import ast
 import logging

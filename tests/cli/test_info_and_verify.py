@@ -1,4 +1,4 @@
-"""`info` and `verify` of checkpoints, feature files and export folders."""
+"""Test `info` and `verify` with checkpoints, feature files and export folders."""
 
 import json
 import re

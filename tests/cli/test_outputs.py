@@ -1,4 +1,4 @@
-"""`--output`, `--normalize` and `--layers` of the commands."""
+"""Test `--output`, `--normalize` and `--layers` of the commands."""
 
 import json
 from pathlib import Path

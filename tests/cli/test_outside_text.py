@@ -1,4 +1,4 @@
-"""Text from outside, such as a name or a server's message, never moves a terminal's cursor."""
+"""Test that text from outside, such as a file name, never moves a terminal's cursor."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `encode` refuses before any work, and what ends it."""
+"""Test that `encode` rejects wrong arguments before any work."""
 
 import os
 import shutil

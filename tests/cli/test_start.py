@@ -1,4 +1,4 @@
-"""Starting: help and typos at once, imports, interrupts."""
+"""Test the start of the command: fast help and usage errors, imports, interrupts."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""The command in processes of its own: streams, pipes, terminals."""
+"""Test the command in separate processes, with streams, pipes and terminals."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""A safetensors header costs time in proportion to its length."""
+"""Test that parsing a safetensors header takes time in proportion to its length."""
 
 import json
 import time

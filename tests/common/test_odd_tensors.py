@@ -1,4 +1,4 @@
-"""Tensors without plain values: our own error at every public entrance, and signs that count."""
+"""Test that public functions raise our own errors for unusual tensors."""
 
 from collections.abc import Callable
 from pathlib import Path

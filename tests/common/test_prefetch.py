@@ -1,4 +1,4 @@
-"""Threads load ahead: results in order, in bounded memory, errors in their place."""
+"""Test that threads prefetch results in order, in bounded memory, with errors in their places."""
 
 import subprocess
 import sys

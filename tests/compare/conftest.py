@@ -1,4 +1,4 @@
-"""An encoder, a golden file and the command."""
+"""Provide an encoder, a golden file and the command."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""The oracle, Hugging Face's tower and the golden files agree; and a mistake would show."""
+"""Test that the oracle, Hugging Face's tower and the golden files agree, and that mistakes show."""
 
 from collections.abc import Callable
 from dataclasses import replace

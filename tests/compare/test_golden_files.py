@@ -1,4 +1,4 @@
-"""Against a golden file: the verdict without transformers; a changed file is refused."""
+"""Test comparisons with a golden file, without transformers, and the rejection of changed files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Against transformers: every stage agrees, and a mistake is found at its stage."""
+"""Test that every stage agrees with transformers, and that a mistake shows at its stage."""
 
 import itertools
 import json

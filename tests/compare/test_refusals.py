@@ -1,4 +1,4 @@
-"""What `compare` refuses, by name, before any work."""
+"""Test that `compare` rejects wrong arguments before any work."""
 
 import json
 import os

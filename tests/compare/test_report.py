@@ -1,4 +1,4 @@
-"""The page of `qwen-vit compare --report`: whole in itself, safe, drawn of what was measured."""
+"""Test that the page of `compare --report` is self-contained, safe and correct."""
 
 import base64
 import re

@@ -1,4 +1,4 @@
-"""The policy: which difference passes, and how it is measured."""
+"""Test the tolerances and the measured differences."""
 
 import math
 

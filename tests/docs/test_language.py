@@ -1,4 +1,4 @@
-"""The language of docs, help and messages: no banned word, no long sentence."""
+"""Test that docs, help and messages contain no banned word and no long sentence."""
 
 import re
 from functools import cache

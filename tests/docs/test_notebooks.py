@@ -1,4 +1,4 @@
-"""The notebooks in examples/ run in a kernel, and print what they show."""
+"""Test that the notebooks in examples/ run, and print the stored output."""
 
 import shutil
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""What the README and the pages show is what happens: blocks run, commands work, links lead on.
+"""Test that the blocks, commands and links of the README and the pages work.
 
 Each Python block runs by itself, in a copy of the checkout's data. Each `qwen-vit` line of a shell
-block runs too. With a model of the Hub, or with a trailing comment `# GPU`, it is only parsed.
+block runs too. For a model of the Hub, or with a trailing comment `# GPU`, the test only parses the
+line.
 """
 
 import ast

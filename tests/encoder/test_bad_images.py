@@ -1,4 +1,4 @@
-"""Images that cannot be encoded are skipped with their code, or raise."""
+"""Test that `encode` skips a bad image with its code, or raises the error."""
 
 import os
 from collections.abc import Iterator

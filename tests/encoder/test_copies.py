@@ -1,4 +1,4 @@
-"""An encoder inside other people's programs: copied, pickled, and sent to other processes."""
+"""Test copies and pickles of an encoder, and encoders in other processes."""
 
 import copy
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Building an encoder: devices, types, models, and what around it changes nothing."""
+"""Test the devices, dtypes and models of `from_pretrained`, and that global state has no effect."""
 
 import logging
 import os

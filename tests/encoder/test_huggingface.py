@@ -1,4 +1,4 @@
-"""Hugging Face's numbers, from the photograph on; an image's neighbours do not reach it."""
+"""Test that features equal Hugging Face's features, and do not depend on other images."""
 
 import pytest
 import torch

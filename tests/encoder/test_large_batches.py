@@ -1,4 +1,4 @@
-"""Batches beyond 2^31 values and 65,535 windows have the bits of their halves."""
+"""Test that batches of over 2^31 values and 65,535 windows have the bits of their halves."""
 
 import pytest
 import torch

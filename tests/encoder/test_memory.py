@@ -1,4 +1,4 @@
-"""Out of memory: a batch is halved to the same values, and one image is named."""
+"""Test that the encoder halves a batch if memory runs out, and names an image that is too large."""
 
 import weakref
 from pathlib import Path

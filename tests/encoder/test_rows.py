@@ -1,4 +1,4 @@
-"""Hugging Face's rows and pixels before normalisation, as an engine hands them over."""
+"""Test Hugging Face's rows and pixels before normalisation, as an engine passes them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""An encoder's bits while other processes have their turns on the same GPU."""
+"""Test that an encoder's bits do not change if other processes use the same GPU."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Every kind of image, one or many, gives one result each, in the order given."""
+"""Test that every kind of image, alone or in a list, gives one result in order."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""`encode_iter` takes images batch by batch and holds none that it has encoded."""
+"""Test that `encode_iter` reads images batch by batch, and keeps no encoded image."""
 
 import weakref
 from collections.abc import Iterator

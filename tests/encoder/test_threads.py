@@ -1,4 +1,4 @@
-"""An encoder with threads: batches within a budget, the same features, errors in their place."""
+"""Test an encoder with threads: batches within a budget, equal features, errors in their places."""
 
 import gc
 import re

@@ -1,4 +1,4 @@
-"""Folders of images that a test exports, and a store to export into."""
+"""Provide folders of images to export, and a store for exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One thread writes behind: jobs in order, all of them, and its errors reach the caller."""
+"""Test that one background thread runs all jobs in order, and passes errors to the caller."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""`qwen-vit export` in this process: output, progress, questions, bad usage."""
+"""Test the output, progress, questions and usage errors of `qwen-vit export`."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What an export writes: images in order, rows of `encode`, shards as safetensors writes them."""
+"""Test that an export writes the rows of `encode`, in order, as safetensors writes them."""
 
 import json
 from dataclasses import replace

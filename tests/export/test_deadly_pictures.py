@@ -1,4 +1,4 @@
-"""A picture that killed the process is found by the next one, and costs only itself."""
+"""Test that the next run finds an image that killed the process, and loses only this image."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Results on their way from the GPU have places of their own."""
+"""Test that results on their way from the GPU have separate memory."""
 
 from collections import deque
 

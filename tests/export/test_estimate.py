@@ -1,4 +1,4 @@
-"""The estimate of size and time before an export."""
+"""Test the estimate of size and time before an export."""
 
 import tarfile
 import time

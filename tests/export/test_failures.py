@@ -1,4 +1,4 @@
-"""Images and disks that fail: a row for each, no NaN written, and when an export stops."""
+"""Test exports with failing images and disks: rows for errors, no NaN, and the circuit breaker."""
 
 from collections.abc import Sequence
 from dataclasses import replace

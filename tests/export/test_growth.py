@@ -1,4 +1,4 @@
-"""An export that lives: it grows, repairs its failures, and equals a fresh one, image by image."""
+"""Test that an export grows, repairs its failures, and equals a new export of the same images."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""An interrupted export keeps what it encoded, and resumes to the same bytes."""
+"""Test that an interrupted export saves encoded images, and resumes to the same bytes."""
 
 import os
 from collections.abc import Callable

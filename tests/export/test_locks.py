@@ -1,4 +1,4 @@
-"""Parts beside one another, and the locks that keep writers apart."""
+"""Test that parts run side by side, and that locks exclude other writers."""
 
 import fcntl
 import json

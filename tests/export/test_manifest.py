@@ -1,4 +1,4 @@
-"""The manifest has a row for every image, also where parts end together."""
+"""Test that the manifest has a row for every image, even if parts end at the same time."""
 
 import hashlib
 import json

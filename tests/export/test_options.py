@@ -1,4 +1,4 @@
-"""Inputs and options that an export refuses before it begins."""
+"""Test that an export rejects wrong inputs and options before it begins."""
 
 import errno
 import os

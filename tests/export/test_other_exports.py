@@ -1,4 +1,4 @@
-"""A folder of another export, of other settings or images: refused with the difference."""
+"""Test that an export rejects a folder with another export, and names the difference."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Inputs that vanish for a while: no good image is an error for good."""
+"""Test that an image that is temporarily missing does not remain an error."""
 
 import os
 from pathlib import Path

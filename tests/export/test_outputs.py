@@ -1,4 +1,4 @@
-"""Exports of vectors and of layers: the rows of `encode`, whole shards, whatever fails."""
+"""Test that exports of vectors and layers contain the rows of `encode` in complete shards."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Loading, encoding and writing overlap in an export, and change none of its bytes."""
+"""Test that loading, encoding and writing overlap without changing a byte."""
 
 import threading
 import time

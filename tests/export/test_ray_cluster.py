@@ -1,4 +1,4 @@
-"""A Ray cluster gives what one process gives, whatever dies: real nodes, real kills."""
+"""Test that a Ray cluster writes the bytes of one process, with real nodes and real kills."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Kills, rivals and faults of an export into object storage: it has the bytes of a local one."""
+"""Test that an export to object storage survives kills, rivals and faults with the same bytes."""
 
 from collections.abc import Callable
 from pathlib import Path

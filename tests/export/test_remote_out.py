@@ -1,4 +1,4 @@
-"""An export into object storage: the bytes of a local one, and what is refused."""
+"""Test that an export to object storage has the bytes of a local export."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A Ray cluster exports Parquet from object storage into object storage, and lets it grow."""
+"""Test that a Ray cluster exports Parquet from and to object storage, and extends the export."""
 
 import logging
 import shutil

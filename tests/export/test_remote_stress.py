@@ -1,4 +1,4 @@
-"""A share of `python -m tools.checks.soak remote-kills`."""
+"""Run a part of `python -m tools.checks.soak remote-kills`."""
 
 from pathlib import Path
 

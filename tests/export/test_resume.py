@@ -1,4 +1,4 @@
-"""Resuming skips what is whole and repeats what is not."""
+"""Test that resuming skips complete shards and repeats other shards."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""`qwen-vit export --resume DIR`: the recorded options, changed inputs, versions."""
+"""Test `qwen-vit export --resume DIR`: recorded options, changed inputs, versions."""
 
 import json
 import sys

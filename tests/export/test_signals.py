@@ -1,4 +1,4 @@
-"""Signals and the command: what was encoded is kept, and how many failures are allowed."""
+"""Test signals to the command: saved images, and the number of allowed failures."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A few of the trials of `tools.checks.soak`, with the command in processes of its own."""
+"""Run a few trials of `tools.checks.soak` with the command in separate processes."""
 
 from pathlib import Path
 

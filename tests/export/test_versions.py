@@ -1,4 +1,4 @@
-"""Other versions of what decides bits are refused until they are accepted."""
+"""Test that an export rejects other versions until the user accepts them."""
 
 import json
 from dataclasses import replace

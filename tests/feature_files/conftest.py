@@ -1,4 +1,4 @@
-"""A file and a folder of features."""
+"""Provide a file and a folder of features."""
 
 from pathlib import Path
 

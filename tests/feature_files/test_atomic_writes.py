@@ -1,4 +1,4 @@
-"""A write that fails leaves the old file and no other."""
+"""Test that a failed write leaves the old file and no other file."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Slices and lists choose images, and travel to other processes."""
+"""Test that slices and lists select images, also in other processes."""
 
 import pickle
 from pathlib import Path

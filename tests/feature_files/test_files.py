@@ -1,4 +1,4 @@
-"""Feature files are read lazily, by position or by id, and every damage is named."""
+"""Test that readers read feature files on demand, by position or id, and report every damage."""
 
 import errno
 import json

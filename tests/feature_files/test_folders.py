@@ -1,4 +1,4 @@
-"""Folders of shards are read as one, as far as they go, and every damage is named."""
+"""Test that a folder of shards reads as one collection, and that errors name every damage."""
 
 import json
 import pickle

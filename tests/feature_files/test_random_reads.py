@@ -1,4 +1,4 @@
-"""What reading images of a remote export at random costs, on a server of its own."""
+"""Measure random reads of a remote export on a separate server."""
 
 from pathlib import Path
 

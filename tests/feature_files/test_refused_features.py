@@ -1,4 +1,4 @@
-"""Features that make no good file are refused before anything is written."""
+"""Test that writers reject invalid features before they write."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Features in object storage are read by ranges: headers first, then the rows asked for."""
+"""Test that readers fetch ranges from object storage: headers first, then the requested rows."""
 
 import json
 import pickle

@@ -1,7 +1,8 @@
-"""Files and folders of schema 1, which commit 219ded8 wrote, are read and left as they are.
+"""Test that qwen_vit reads files and folders of schema 1 from commit 219ded8, without changing
+them.
 
-`schema_1/` holds features.safetensors and means.safetensors, of `features_of`, and export/, of five
-images and a broken one by the stand-in encoder, in shards of four.
+`schema_1/` contains features.safetensors and means.safetensors from `features_of`. Its folder
+export/ has five images and a broken image from the fake encoder, in shards of four.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""Schema 2, whole: every key in every file, layers, and a digest of each image's rows."""
+"""Test schema 2: every key in every file, layers, and a digest of each image's rows."""
 
 import hashlib
 import json

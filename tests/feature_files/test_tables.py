@@ -1,4 +1,4 @@
-"""Stored features as NumPy, pandas, Parquet and datasets: every image, every id, flat memory."""
+"""Test stored features as NumPy, pandas, Parquet and datasets, in constant memory."""
 
 import builtins
 import json

@@ -1,4 +1,4 @@
-"""A wrong bit in a file's rows is found when they are read with verify=True."""
+"""Test that readers with verify=True find a wrong bit in a file's rows."""
 
 import pickle
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is written is read back: types, names, bytes."""
+"""Test that readers return the written types, names and bytes."""
 
 import os
 from pathlib import Path

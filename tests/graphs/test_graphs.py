@@ -1,4 +1,4 @@
-"""CUDA graphs without a GPU: buckets, layouts with padding, captures that fail."""
+"""Test CUDA graphs without a GPU: buckets, layouts with padding, failed captures."""
 
 import random
 from contextlib import nullcontext

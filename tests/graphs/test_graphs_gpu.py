@@ -1,4 +1,4 @@
-"""CUDA graphs on a GPU: the bits of the kernels, for every mix, with the padding aside."""
+"""Test that CUDA graphs on a GPU have the kernels' bits for every batch, without the padding."""
 
 import random
 from functools import cache

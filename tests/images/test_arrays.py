@@ -1,4 +1,4 @@
-"""Arrays and tensors as images: channel axes, types, values, memory order."""
+"""Test arrays and tensors as images: channel axes, types, values, memory order."""
 
 import warnings
 from collections.abc import Callable

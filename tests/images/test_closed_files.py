@@ -1,4 +1,4 @@
-"""A lazy PIL image whose file is closed: its file is at fault, not its content."""
+"""Test that the error for a lazy PIL image with a closed file blames the file, not the content."""
 
 import tarfile
 import zipfile

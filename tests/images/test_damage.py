@@ -1,4 +1,4 @@
-"""Files that are no whole image are refused by name, whatever the damage."""
+"""Test that qwen_vit rejects incomplete image files of every kind."""
 
 import io
 import struct

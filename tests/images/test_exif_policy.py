@@ -1,4 +1,4 @@
-"""exif="ignore": for pictures that a caller has turned already, everywhere and on record."""
+"""Test exif="ignore" for upright images, in every function and every record."""
 
 import io
 from dataclasses import replace

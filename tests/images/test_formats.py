@@ -1,4 +1,4 @@
-"""Formats beyond the usual ones: HEIC by an extra, others on request, the rest refused by name."""
+"""Test HEIC with an extra, formats on request, and the rejection of other formats."""
 
 import io
 import sys

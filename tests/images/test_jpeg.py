@@ -1,4 +1,4 @@
-"""A JPEG is whole, or refused: libjpeg fills missing blocks, and Pillow drops its warnings."""
+"""Test that qwen_vit rejects incomplete JPEGs, although libjpeg fills missing blocks."""
 
 import io
 import time

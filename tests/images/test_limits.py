@@ -1,4 +1,4 @@
-"""Small files that ask for long hours or much memory are refused before the work, or ended."""
+"""Test limits on small files that need much time or memory."""
 
 import io
 import resource

@@ -1,4 +1,4 @@
-"""Pages of a TIFF and frames of an animation, each as an image with an id of its own."""
+"""Test pages of a TIFF and frames of an animation as separate images with separate ids."""
 
 import io
 import time

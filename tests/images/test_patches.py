@@ -1,4 +1,4 @@
-"""Patches against transformers' Qwen2VLImageProcessorPil, and the refusals of smart_resize."""
+"""Compare patches with transformers' Qwen2VLImageProcessorPil, and test smart_resize's errors."""
 
 from pathlib import Path
 from typing import Any

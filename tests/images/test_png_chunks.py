@@ -1,4 +1,4 @@
-"""Ancillary chunks of a PNG never cost its picture, and critical ones still do."""
+"""Test that damaged ancillary chunks never make a PNG fail, and that critical chunks do."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""One policy for every source: content decides the format, EXIF turns, the first frame counts."""
+"""Test the image policy for every source: format by content, EXIF orientation, first frame."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""Size limits, paths and other sources: what is refused, and with which remedy."""
+"""Test size limits, paths and other sources, with the remedies of their errors."""
 
 import io
 import os

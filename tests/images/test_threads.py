@@ -1,4 +1,4 @@
-"""Threads that load images side by side: the same pixels, no lock and no flag left behind."""
+"""Test that threads that load images in parallel get the same pixels and leave no lock or flag."""
 
 import io
 import os

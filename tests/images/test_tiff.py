@@ -1,4 +1,4 @@
-"""A TIFF's tags count: its picture is decoded rightly, or refused by its kind."""
+"""Test that qwen_vit respects a TIFF's tags, or rejects the file and names its kind."""
 
 import io
 import struct

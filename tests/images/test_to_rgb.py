@@ -1,4 +1,4 @@
-"""Alpha, deep samples and every colour mode become RGB of 8 bits."""
+"""Test the conversion of alpha, deep samples and every colour mode to RGB of 8 bits."""
 
 import io
 import struct

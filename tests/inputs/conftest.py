@@ -1,4 +1,4 @@
-"""The current folder of a test of inputs."""
+"""Provide the current folder of a test of inputs."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files, folders and patterns are listed in one order; what cannot be listed is an item."""
+"""Test that files, folders and patterns give items in one order, including failed items."""
 
 import errno
 import glob

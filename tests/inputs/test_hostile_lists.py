@@ -1,4 +1,4 @@
-"""Tars and lists that ask for more than they hold: one error, at once, in little memory."""
+"""Test that hostile tars and lists raise one error at once, in little memory."""
 
 import json
 import tarfile

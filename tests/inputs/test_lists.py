@@ -1,4 +1,4 @@
-"""Lists of images as text and as JSON lines."""
+"""Test lists of images as text and as JSON lines."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""An export of every page: ids, resuming, and pages inside tars and Parquet files."""
+"""Test exports of every page: ids, resuming, and pages inside tars and Parquet files."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Parquet files are listed by row and read in a stream, and everything amiss has a name."""
+"""Test that readers list Parquet files by row, read them as a stream, and report every fault."""
 
 import json
 from pathlib import Path

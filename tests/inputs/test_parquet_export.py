@@ -1,4 +1,4 @@
-"""An export of Parquet files is that of their images as files, whatever interrupts it."""
+"""Test that an export of Parquet files equals an export of the same images as files."""
 
 import json
 from collections.abc import Callable

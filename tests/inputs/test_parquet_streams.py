@@ -1,4 +1,4 @@
-"""Threads read rows of Parquet in any order, with few readers and little memory."""
+"""Test that threads read Parquet rows in any order, with few readers and little memory."""
 
 import io
 import random

@@ -1,4 +1,4 @@
-"""A frozen listing is read by its numbers, and transient errors are retried."""
+"""Test that qwen_vit reads a frozen listing by position, and retries transient errors."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Inputs in object storage, on an S3 server with injected faults."""
+"""Test inputs in object storage, on an S3 server with injected faults."""
 
 import io
 import sys

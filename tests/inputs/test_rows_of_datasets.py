@@ -1,4 +1,4 @@
-"""`encode` takes image structs, rows and columns of Hugging Face's datasets."""
+"""Test `encode` with image structs, rows and columns of Hugging Face's datasets."""
 
 from pathlib import Path
 from typing import Any

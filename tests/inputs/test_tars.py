@@ -1,4 +1,4 @@
-"""Images in tars: listed, read again, and damage as items."""
+"""Test images in tars: listing, repeated reading, and damage as failed items."""
 
 import os
 import tarfile

@@ -1,4 +1,4 @@
-"""Images at https:// addresses: allowed hosts, public addresses, and limits."""
+"""Test images at https:// addresses: allowed hosts, public addresses, and limits."""
 
 import contextlib
 import socket

@@ -1,4 +1,4 @@
-"""Small models of each family, with their own tower and with ours."""
+"""Provide small models of each family, with their own tower and with our tower."""
 
 import copy
 from typing import Any

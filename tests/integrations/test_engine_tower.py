@@ -1,4 +1,4 @@
-"""The tower as vLLM and SGLang hold it has the bits of the encoder."""
+"""Test that the tower in vLLM and SGLang has the bits of the encoder."""
 
 from itertools import pairwise
 

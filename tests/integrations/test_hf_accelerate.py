@@ -1,4 +1,4 @@
-"""accelerate, DDP and FSDP around a model with our tower."""
+"""Test accelerate, DDP and FSDP with a model that has our tower."""
 
 import copy
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""PEFT: adapters of the language model work; those of the tower are refused."""
+"""Test that PEFT adapters of the language model work, and that the tower rejects adapters."""
 
 import copy
 from collections.abc import Callable

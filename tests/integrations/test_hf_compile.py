@@ -1,4 +1,4 @@
-"""torch.compile around a model with our tower."""
+"""Test torch.compile with a model that has our tower."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""transformers' own model answers the same from our features as from its own tower.
+"""Test that transformers' model gives the same answers with our features as with its own tower.
 
-Each comparison is shown to bite.
+Each comparison also detects an injected fault.
 """
 
 import re

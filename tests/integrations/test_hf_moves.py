@@ -1,6 +1,6 @@
-"""What .to, .cuda, .half and the like do to the tower: build it again where it is asked to be.
+"""Test that .to, .cuda, .half and similar calls rebuild the tower on the requested device.
 
-Or say why not. Nothing is silent, and the published tensors stay what they are.
+Otherwise they raise an error with the reason. The published tensors do not change.
 """
 
 import copy

@@ -1,7 +1,7 @@
-"""A model that holds our tower is saved and loaded as if it held transformers' own, bit for bit.
+"""Test that a model with our tower saves and loads like a model with transformers' own tower.
 
-By transformers, its Trainer, torch and safetensors; and other weights that are loaded are computed
-with, or refused: never silence.
+The tests use transformers, its Trainer, torch and safetensors. The tower computes with other loaded
+weights, or rejects these weights with an error.
 """
 
 import copy

@@ -1,6 +1,6 @@
-"""Our tower in transformers' models: the same answers as from theirs, in the forms that they read.
+"""Test that our tower gives the same answers in transformers' models as transformers' own tower.
 
-For Qwen2.5-VL and for Qwen2.5-Omni's thinker, images and videos.
+The tests cover Qwen2.5-VL and Qwen2.5-Omni's thinker, with images and videos.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The language model is trained behind our frozen tower as behind transformers' own, frozen."""
+"""Test that the language model trains with our frozen tower as with transformers' frozen tower."""
 
 import logging
 from typing import Any

@@ -1,4 +1,4 @@
-"""Features of videos in transformers: the answers that its models give to the videos' rows."""
+"""Test that features of videos give the same answers in transformers as the videos' rows."""
 
 import copy
 from dataclasses import replace

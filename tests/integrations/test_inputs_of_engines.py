@@ -1,4 +1,4 @@
-"""vLLM's and SGLang's inputs have their documented forms, and every adapter refuses alike."""
+"""Test the formats of vLLM's and SGLang's inputs, and the errors of every adapter."""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,8 @@
-"""The real engines, where an environment of the present lock exists already.
+"""Test the real engines, if an environment of the current lock exists.
 
-`python -m tools.checks.engines vllm` and `... sglang` build one (minutes, 3 GB) and run every
-scenario. These tests build nothing: each runs one scenario with our tower, or skips.
+`python -m tools.checks.engines vllm` and `... sglang` build an environment (minutes, 3 GB) and run
+every scenario. These tests build no environment. Each test runs one scenario with our tower, or
+skips.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Features for SGLang's engine: pictures in one item, and no videos."""
+"""Test features for SGLang's engine: images in one item, and no videos."""
 
 import pytest
 import torch

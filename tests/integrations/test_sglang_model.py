@@ -1,4 +1,4 @@
-"""Our tower in SGLang's model class: what SGLang loads, hands over and expects."""
+"""Test our tower in SGLang's model class."""
 
 import importlib
 import logging

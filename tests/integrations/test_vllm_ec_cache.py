@@ -1,4 +1,4 @@
-"""vLLM's encoder cache as files: whole, of one model, checked before a request names them."""
+"""Test vLLM's encoder cache as files: complete entries of one model, checked before use."""
 
 import json
 import os

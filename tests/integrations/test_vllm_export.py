@@ -1,4 +1,4 @@
-"""An export writes vLLM's encoder cache as well, and a resumed one what is missing of it."""
+"""Test that an export also writes vLLM's encoder cache, and completes the cache on resume."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Features of pictures and videos reach vLLM's engine, and bad ones never do."""
+"""Test that vLLM's engine gets features of images and videos, and never invalid features."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The plugin inside a vLLM that has its names and behaves as was measured; see fake_vllm."""
+"""Test the plugin inside a fake vLLM, whose behaviour follows the real vLLM."""
 
 import importlib
 import logging

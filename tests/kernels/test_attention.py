@@ -1,4 +1,4 @@
-"""The attention kernel against a float64 oracle: interpreted on the CPU, compiled on a GPU."""
+"""Compare the attention kernel, interpreted or compiled, with a float64 oracle."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""What the attention takes and refuses, and the tile table made on the device."""
+"""Test the arguments of the attention, and the tile table on the device."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The attention on a GPU: as exact as PyTorch, the same bits, large offsets."""
+"""Test the attention on a GPU: error against PyTorch, equal bits, large offsets."""
 
 import itertools
 from typing import Any

@@ -1,4 +1,4 @@
-"""The attention kernels compile for Hopper to sound code, without a GPU."""
+"""Test that the attention kernels compile to correct code for Hopper, without a GPU."""
 
 from functools import cache
 

@@ -1,4 +1,4 @@
-"""The checks of compiled code find what they look for."""
+"""Test that the checks of compiled code find injected faults."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The GEMMs and small kernels compile for Hopper to sound code, without a GPU."""
+"""Test that the GEMMs and small kernels compile to correct code for Hopper, without a GPU."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The interpreter of kernels against Triton's own, on a kernel that meets its corners."""
+"""Compare the interpreter of kernels with Triton's interpreter, on a kernel with edge cases."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Products with their epilogues, the RMSNorm and the pixel gather, against float64."""
+"""Compare GEMMs with epilogues, the RMSNorm and the pixel gather with float64."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""GEMMs on a GPU: equal to float64, the same bits in any batch and tile."""
+"""Compare GEMMs on a GPU with float64, and test equal bits in any batch and tile."""
 
 from typing import Any
 

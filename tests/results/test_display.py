@@ -1,4 +1,4 @@
-"""Features as arrays, as maps, and as a notebook shows them."""
+"""Test features as arrays, as maps, and in a notebook."""
 
 import sys
 from typing import Any

@@ -1,4 +1,4 @@
-"""Dense features of chosen blocks: their place in the network, their order, and no other bits."""
+"""Test dense features of chosen blocks: their block, their order, and unchanged other bits."""
 
 from typing import Any
 

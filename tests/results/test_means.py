@@ -1,4 +1,4 @@
-"""One vector an image: the mean of its merged rows, its bits, and its length."""
+"""Test the mean vector of an image's merged rows: values, bits, and length."""
 
 import json
 import os

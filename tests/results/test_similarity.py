@@ -1,4 +1,4 @@
-"""Cosines of images and of their parts."""
+"""Test cosine similarities of images and of their parts."""
 
 from pathlib import Path
 from typing import Any

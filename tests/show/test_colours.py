@@ -1,4 +1,4 @@
-"""Colours of features: deterministic, comparable, and told apart by colour-blind readers."""
+"""Test that colours of features are reproducible, comparable, and clear to colour-blind readers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""`qwen-vit show`: images or stored features, as a page, a picture or a folder."""
+"""Test `qwen-vit show` with images or stored features, as a page, a picture or a folder."""
 
 import json
 import os

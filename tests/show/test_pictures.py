@@ -1,4 +1,4 @@
-"""Sheets and panels: what is drawn where, always the same, and features.show()."""
+"""Test the drawn sheets and panels, and features.show()."""
 
 import io
 from functools import partial

@@ -1,4 +1,4 @@
-"""Long pictures in strips: every part once, cut between windows, on a page of a usual shape."""
+"""Test that strips of long pictures show every part once, cut between windows."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What is drawn of an image: its picture, its cells, and the cell that a pixel is in."""
+"""Test the views of an image: its picture, its cells, and the cell of a pixel."""
 
 from pathlib import Path
 

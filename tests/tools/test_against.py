@@ -1,4 +1,4 @@
-"""Two checkouts are held against each other: the same source agrees, another one does not."""
+"""Test that the comparison of two checkouts accepts equal sources and rejects different sources."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What benchmarks.tower counts, prints and draws; its times need a GPU, its arithmetic none."""
+"""Test the counts, the output and the charts of benchmarks.tower, without a GPU."""
 
 import itertools
 from pathlib import Path

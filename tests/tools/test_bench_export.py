@@ -1,4 +1,4 @@
-"""The command that measures exports runs where there is no GPU as well, and counts what it says."""
+"""Test that the export benchmark runs without a GPU, and counts correctly."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor

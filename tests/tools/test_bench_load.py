@@ -1,4 +1,4 @@
-"""The measuring command runs where there is no GPU as well, and adds its row to a ledger."""
+"""Test that the load benchmark runs without a GPU, and appends its row to a ledger."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""tools/demo and tools/install: what a newcomer sees in the first minutes."""
+"""Test the output of tools/demo and tools/install for a new user."""
 
 import os
 import pty

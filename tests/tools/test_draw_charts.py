@@ -1,4 +1,4 @@
-"""The charts of the docs are drawn from the rows that the tables name."""
+"""Test that the charts of the docs use the rows that the tables name."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The check of a dry run's time runs where there is no GPU as well."""
+"""Test that the check of a dry run's time runs without a GPU."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor

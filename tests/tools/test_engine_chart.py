@@ -1,4 +1,4 @@
-"""The chart of towers inside vLLM: which row of the ledger a bar comes from."""
+"""Test that each bar of the chart of towers inside vLLM uses the right ledger row."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The judge of vLLM's answers tells a nearer tower from a farther one."""
+"""Test that the judge of vLLM's answers detects the tower with the smaller error."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The engines' environments have what this package imports."""
+"""Test that the engines' environments contain the packages that qwen_vit imports."""
 
 import tomllib
 

@@ -1,4 +1,4 @@
-"""The fuzz corpus: each seed and each finding is handled as it must be, at once."""
+"""Test that the fuzz targets handle each seed and each finding correctly and quickly."""
 
 import importlib.util
 import time

@@ -1,4 +1,4 @@
-"""The guards of `guard_zones.py` see what is written beside a tensor, and what is not written."""
+"""Test that `guard_zones.py` detects writes beside a tensor, and missing writes."""
 
 import pytest
 import torch

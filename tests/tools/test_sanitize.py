@@ -1,4 +1,4 @@
-"""checks.sanitize, with a stand-in for compute-sanitizer: what it says is what is reported."""
+"""Test checks.sanitize with a fake compute-sanitizer, whose output must appear in the report."""
 
 from importlib import import_module
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Calls that raise, die or hang leave the others alone."""
+"""Test that a call that raises, dies or hangs does not affect other calls."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What the package is built from: pins with hashes, a bill of materials, the same bytes again."""
+"""Test the pins with hashes, the bill of materials, and reproducible builds."""
 
 import hashlib
 import json

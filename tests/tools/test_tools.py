@@ -1,4 +1,4 @@
-"""The tools are modules that explain themselves, and what they measure becomes a ledger row."""
+"""Test that every tool has help, and that measurements become ledger rows."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""tools.checks.trust: a sample of it holds, and each of its checks sees what it is there to see."""
+"""Run a sample of tools.checks.trust, and test that each check finds injected faults."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""tools.tune: what it would try, how it chooses, and one small sweep on a GPU."""
+"""Test the candidates and the choice of tools.tune, and one small sweep on a GPU."""
 
 import json
 import subprocess

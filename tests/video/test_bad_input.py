@@ -1,4 +1,4 @@
-"""Files that are no good video: one error each, with a code and a remedy."""
+"""Test that each invalid video raises one error with a code and a remedy."""
 
 import os
 import shutil

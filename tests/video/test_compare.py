@@ -1,4 +1,4 @@
-"""qwen-vit compare on a video: rows against Hugging Face's processor, stages against its tower."""
+"""Test qwen-vit compare on a video: rows of the processor, and stages of the tower."""
 
 from pathlib import Path
 from typing import Any

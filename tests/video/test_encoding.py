@@ -1,4 +1,4 @@
-"""Videos through the encoder: files, frames and animations, alone, mixed and in pieces."""
+"""Test videos in the encoder: files, frames and animations, alone, mixed and in pieces."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Videos on their way to disk and to engines: files, folders, tars, lists, commands."""
+"""Test videos in files, folders, tars, lists, commands and engine inputs."""
 
 import json
 import tarfile

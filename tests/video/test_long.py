@@ -1,4 +1,4 @@
-"""Long videos and many of them: time and memory stay with what is sampled."""
+"""Test that time and memory depend only on the sampled frames, for long and many videos."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Odd but readable files: the right frames, and a note on what is not applied."""
+"""Test that unusual but readable files give the right frames, and a note."""
 
 import os
 import shutil

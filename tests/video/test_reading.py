@@ -1,4 +1,4 @@
-"""Files of every kind: the right frames at the right moments, decoded as they should look."""
+"""Test that files of every kind give the right frames at the right times."""
 
 from fractions import Fraction
 from pathlib import Path

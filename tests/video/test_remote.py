@@ -1,4 +1,4 @@
-"""Videos in object storage are copied to a temporary file, and then read as any other."""
+"""Test that videos in object storage are copied to a temporary file and read like other videos."""
 
 import tarfile
 from collections.abc import Iterator

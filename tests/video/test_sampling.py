@@ -1,7 +1,7 @@
-"""Which frames are taken and how large they get: as qwen-vl-utils and transformers, case by case.
+"""Compare the sampled frames and sizes with qwen-vl-utils and transformers, case by case.
 
-tools/make_video_golden.py recorded the library's answers. transformers' own functions run here; the
-module that holds them cannot be imported without torchvision, so they are taken from its source.
+tools/make_video_golden.py recorded the library's answers. transformers' own functions run here.
+Their module needs torchvision, so the tests take the functions from its source.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""A long video in pieces: encoded while it is decoded, in bounded memory, with the same bits."""
+"""Test that a long video is encoded in pieces during decoding, with the same bits."""
 
 import threading
 import time
