@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from qwen_vit.kernels.pixels import gather_pixels
 from qwen_vit.weight_format import PIXEL_ZERO
@@ -67,6 +66,9 @@ def norm_case(dtype: torch.dtype, device: torch.device = CPU) -> tuple[Tensor, T
 
 
 def their_norm(x: Tensor, weight: Tensor) -> Tensor:
+    # takes seconds, and the child that interprets products does not need it
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+
     norm = Qwen2_5_VLRMSNorm(len(weight), eps=1e-6)
     norm.weight = torch.nn.Parameter(weight, requires_grad=False)
     return norm(x)
