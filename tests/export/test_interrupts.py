@@ -156,7 +156,6 @@ def interrupted_at(after: int) -> None:
 
 @pytest.mark.parametrize("times", [2, 5])
 def test_interrupts_of_one_shard_add_up(hundred_images: Path, times: int) -> None:
-    export("whole")
     encoder = FakeEncoder()
     for _ in range(times):
         with pytest.raises(KeyboardInterrupt):
