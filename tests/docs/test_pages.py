@@ -6,6 +6,7 @@ line.
 """
 
 import ast
+import io
 import json
 import os
 import re
@@ -21,11 +22,12 @@ from typing import Any
 import click
 import pytest
 import yaml  # type: ignore[import-untyped]
+from PIL import Image
 
 from qwen_vit.checkpoint.hub import REPOSITORY
 from qwen_vit.cli import main as cli_module
 from qwen_vit.encoder import VisionEncoder
-from tests.support import ROOT
+from tests.support import IMAGES, ROOT
 from tests.support.encoders import tiny
 from tests.support.fake_engines import install_stand_ins
 from tools.write_docs import LEDGER, PARTS, filled
@@ -71,8 +73,20 @@ def code_of(block: str) -> str:
     return re.sub(r"^(>>>|\.\.\.) ?", "", block, flags=re.MULTILINE) if ">>>" in block else block
 
 
+@cache
+def smaller(name: str) -> bytes:
+    """A photograph at three fifths of its size: the pages name pixels of it."""
+    with Image.open(IMAGES / name) as image:
+        file = io.BytesIO()
+        image.resize((image.width * 3 // 5, image.height * 3 // 5)).save(file, image.format)
+        return file.getvalue()
+
+
 def copy_data(folder: Path) -> None:
+    """The files that the pages name; photographs are smaller, so that a test takes less time."""
     shutil.copytree(ROOT / "tests" / "photographs", folder / "tests" / "photographs")
+    for path in (folder / "tests" / "photographs").glob("*.[pj][np]g"):
+        path.write_bytes(smaller(path.name))
     shutil.copytree(ROOT / "tests" / "videos", folder / "tests" / "videos")
     shutil.copytree(ROOT / "weights", folder / "weights")
 
