@@ -1,4 +1,4 @@
-"""What tests and tools share: fakes, oracles, servers, fault injection, random cases."""
+"""Provide code for tests and tools: fakes, oracles, servers, fault injection, random cases."""
 
 import os
 from pathlib import Path

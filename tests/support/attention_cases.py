@@ -1,4 +1,5 @@
-"""Random cases for the attention kernel, its float64 oracle, and what Hugging Face computes."""
+"""Provide random cases for the attention kernel, its float64 oracle, and Hugging Face's
+attention."""
 
 import itertools
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from tests.support.towers import CPU
 
 
 def attention_oracle(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """`fused_rope_varlen_attention` in float64, from the mathematics; rows in no segment are 0."""
+    """Compute `fused_rope_varlen_attention` in float64. Rows outside all segments are 0."""
     q, k, v = qkv.double().unbind(1)  # (N, H, D)
     c, s = cos.double()[:, None], sin.double()[:, None]
 
@@ -38,7 +39,8 @@ def attention_oracle(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) 
 
 
 def stock_attention(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """What Hugging Face computes: RoPE in fp32, cast back, PyTorch's attention per segment."""
+    """Compute attention like Hugging Face: RoPE in fp32, a cast back, and PyTorch's attention per
+    segment."""
     q, k, v = qkv.unbind(1)
     c, s = cos.repeat(1, 2)[:, None], sin.repeat(1, 2)[:, None]
 
@@ -67,7 +69,7 @@ def random_case(
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(qkv, cos, sin, cu_seqlens), Q and K large enough that the softmax is peaked."""
+    """Return (qkv, cos, sin, cu_seqlens) with large Q and K, so that the softmax is peaked."""
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(sum(lengths), 3, n_heads, head_dim, generator=generator) * 1.5
     angles = torch.rand(sum(lengths), head_dim // 2, generator=generator) * 100
@@ -87,7 +89,7 @@ def segments_of(
 
 
 def adjacent(qkv: Tensor) -> Tensor:
-    """The same qkv with rotary pair j of Q and K at dims (2j, 2j + 1), as the loader puts it."""
+    """Return the same qkv with rotary pair j of Q and K at dims (2j, 2j + 1), as in the loader."""
     qkv = qkv.clone()
     qkv[:, :2] = qkv[:, :2, :, rotary_permutation(qkv.shape[-1]).to(qkv.device)]
     return qkv
@@ -96,9 +98,8 @@ def adjacent(qkv: Tensor) -> Tensor:
 def tower_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int], kind: str = "full"
 ) -> Tensor:
-    """The call that the tower makes: pairs side by side, tiles from a layout, angles by axis.
-
-    Without the last, Hopper's own kernels would not take it. Each row has two places of its own.
+    """Return the tower's call, with adjacent pairs, tiles from a layout, and angles by axis.
+    Hopper's kernels need angles by axis. Each row has two separate table rows.
     """
     segments = segments_of(lengths, kernels.tiling(qkv.device, qkv.dtype, kind), qkv.device)
     places = torch.arange(2 * len(cos), dtype=torch.int32, device=cos.device).view(-1, 2)
@@ -107,7 +108,7 @@ def tower_attention(
 
 
 def axial_tables(n: int, head_dim: int, seed: int = 0) -> tuple[RotaryTable, Tensor, Tensor]:
-    """Random places in small tables, and the per-token angles that they mean: row, then column."""
+    """Return random rows of small tables, and the angles of each token: row, then column."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(0, 50, (n, 2), generator=generator, dtype=torch.int32)
     frequencies = 10000.0 ** -torch.linspace(0, 1, head_dim // 4)
@@ -133,7 +134,8 @@ LENGTHS = {
 def assert_device_table_equals_hosts(
     lengths: Sequence[int], rows: int, device: torch.device
 ) -> None:
-    """The same tiles: the host's begin with the longest segment, spare ones of a device are 0."""
+    """Check that both tables have the same tiles. The host's table begins with the longest segment,
+    and the device's spare tiles are 0."""
     cut = SegmentTiling(rows)
     table = _tile_table_on_device(offsets(lengths, device), sum(lengths), cut).cpu()
     used = table[table[:, 1] > table[:, 0]]

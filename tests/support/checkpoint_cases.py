@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share."""
+"""Provide helpers for the tests of checkpoints."""
 
 import re
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ def assert_same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tens
 
 
 def given(prefix: str = "visual.", **changes: Any) -> dict[str, Any]:
-    """The tensors of a tower under a prefix, beside one of a language model."""
+    """Return the tensors of a tower under a prefix, and a tensor of a language model."""
     tensors = random_tensors(SMALL)
     stored = split_qkv(tensors) if prefix == "thinker.visual." else tensors
     stored = {prefix + name: tensor for name, tensor in stored.items()}

@@ -1,4 +1,4 @@
-"""Small random checkpoints in the published format, in any key layout, for any test."""
+"""Make small random checkpoints in the published format, in any key layout."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ WIDE = replace(SMALL, hidden_size=160, intermediate_size=140)  # head_dim 80, as
 def random_tensors(
     config: VisionConfig, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
-    """Return normal values under the published names; weights that norms multiply lie near 1."""
+    """Return normal values under the published names. The weights of norms are near 1."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in expected_tensors(config).items():
@@ -65,7 +65,7 @@ def write_checkpoint(
     """Write a checkpoint and return its tensors under their bare published names.
 
     "thinker.visual." writes Qwen2.5-Omni's split q, k, v and its config, "" a bare tower with a
-    flat config. With a prefix, a tensor of a language model lies beside the tower.
+    flat config. With a prefix, the checkpoint also has a tensor of a language model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = random_tensors(config, seed=seed, dtype=dtype)
@@ -86,7 +86,7 @@ def write_checkpoint(
 
 
 def write_weights(folder: Path, stored: dict[str, Tensor], *, shards: int = 1) -> None:
-    """Write model.safetensors, or as many shards and their index."""
+    """Write model.safetensors, or this number of shards and their index."""
     if shards == 1:
         save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
         return
@@ -102,8 +102,9 @@ def write_weights(folder: Path, stored: dict[str, Tensor], *, shards: int = 1) -
 
 
 def peaked_tensors(config: VisionConfig, seed: int) -> dict[str, Tensor]:
-    """Random weights of an order that keeps activations near 1 and the softmax far from uniform:
-    with nearly equal weights a mistake in RoPE or in the segments would hardly show."""
+    """Return random weights that keep activations near 1 and the softmax far from uniform. With
+    nearly equal attention weights, a mistake in RoPE or in the segments would have little
+    effect."""
     tensors = random_tensors(config, seed=seed, dtype=torch.float32)
     for name, tensor in tensors.items():
         if tensor.ndim > 1:

@@ -1,4 +1,4 @@
-"""A Ray cluster that loses a node and workers in the middle of an export."""
+"""Run exports on a Ray cluster that loses a node and workers during the export."""
 
 import logging
 import os
@@ -30,7 +30,8 @@ from tests.support.fake_encoder import HELD, FakeEncoder, load_blocking_encoder
 
 
 def cluster_kills(folder: Path, *, kills: int, images: int, seed: int = 0) -> dict[str, Any]:
-    """A Ray cluster of three nodes: one is killed in mid-run, and workers so many times."""
+    """Export on a Ray cluster of three nodes, kill one node during the run, and kill workers
+    several times."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -85,7 +86,8 @@ def cluster_kills(folder: Path, *, kills: int, images: int, seed: int = 0) -> di
 
 
 def kill_workers(folder: Path, cluster: Any, node: Any, kills: int, seed: int) -> None:
-    """When the first shard is there, a node; then workers, at random moments; then all may end."""
+    """Kill a node after the first shard, then workers at random moments, and then let the export
+    end."""
     moments, killed, gone = random.Random(seed), set[str](), set[str]()
     while not shards_of(folder / "out") and (folder / "hold").exists():
         time.sleep(0.02)

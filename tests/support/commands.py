@@ -1,3 +1,3 @@
-"""Arguments of commands that many tests run."""
+"""Define the arguments of commands that many tests run."""
 
 TO_FILE = ("--model", "tiny", "--device", "cpu", "--out", "f.safetensors")

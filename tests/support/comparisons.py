@@ -1,4 +1,4 @@
-"""What the tests of compare share."""
+"""Provide helpers for the tests of compare."""
 
 from collections.abc import Callable
 from functools import cache

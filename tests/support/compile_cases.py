@@ -1,4 +1,4 @@
-"""What the tests of compiled kernels share."""
+"""Provide helpers for the tests of compiled kernels."""
 
 from typing import Any
 

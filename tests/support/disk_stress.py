@@ -1,4 +1,4 @@
-"""Disks that are full in the middle of an export."""
+"""Run exports on disks that become full during the export."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from tests.support.export_stress import SHARD_IMAGES, Exports
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A file system of so many bytes; needs the right to mount one."""
+    """Mount a file system of this number of bytes, which needs permission to mount."""
     folder.mkdir(exist_ok=True)
     options = ["-t", "tmpfs", "-o", f"size={size}"]
     subprocess.run(["mount", *options, "tmpfs", folder], check=True, capture_output=True)
@@ -27,7 +27,8 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 
 
 def full_disks(exports: Exports, *, disks: int, seed: int = 0) -> dict[str, Any]:
-    """A disk that is full at random sizes, then larger: the same command goes on."""
+    """Export to a disk of random sizes that becomes full, and resume on a larger disk with the same
+    command."""
     folder, whole = exports.folder, exports.out
     size = sum(path.stat().st_size for path in (folder / "unbroken").iterdir())
     page, sizes, begin = os.sysconf("SC_PAGE_SIZE"), random.Random(seed), time.monotonic()
@@ -64,7 +65,7 @@ def resize(disk: Path, size: int) -> None:
 
 
 def may_mount() -> bool:
-    """Whether a small disk can be had here."""
+    """Return whether this machine can mount a small disk."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             with small_disk(Path(folder, "disk"), 2**20):

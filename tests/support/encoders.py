@@ -1,4 +1,4 @@
-"""The smallest encoders and pictures that tests of the encoder share."""
+"""Provide the smallest encoders and images for the tests of the encoder."""
 
 import io
 from functools import cache
@@ -23,7 +23,7 @@ def tiny() -> VisionEncoder:
 
 @cache
 def small() -> VisionEncoder:
-    """The same, with images of at most twelve merged tokens."""
+    """Return the same encoder, with images of at most twelve merged tokens."""
     return VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=SMALL_PIXELS)
 
 
@@ -44,7 +44,7 @@ def embeds_of(features: Any) -> Tensor:
 
 
 def forget_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A GPU whose memory holds `limit` patches; the sizes it was asked for."""
+    """Simulate a GPU with memory for `limit` patches, and record the requested sizes."""
     sizes: list[int] = []
     forward = VisionTower.forward
 

@@ -1,6 +1,5 @@
-"""What an export must survive: each trial takes its counts, so that a test and a soak share it.
-
-A trial raises AssertionError if a promise is broken, and returns its figures.
+"""Provide trials of exports. Each trial takes counts, so that tests and soak runs share it. A trial
+raises AssertionError for a fault, and returns measurements.
 """
 
 import contextlib
@@ -44,7 +43,7 @@ FAKE_ENCODER = (
 
 
 def fake_encoder(journal: Path, *arguments: str | Path) -> list[str]:
-    """The command that exports with the stand-in encoder."""
+    """Return the command that exports with the fake encoder."""
     words = [*FAKE_ENCODER, journal, "export", "--model", "stand-in"]
     return [str(word) for word in (*words, *arguments)]
 
@@ -62,7 +61,7 @@ def start_forked(command: Sequence[str], log: Path) -> kill_harness.Process:
 
 
 def tiny_png(number: int) -> bytes:
-    """A picture of its own for each number, in about 100 bytes."""
+    """Return a different image for each number, in about 100 bytes."""
     pixels = np.empty((28, 28, 3), np.uint8)
     pixels[:] = (10 + number % 239, 10 + number // 239 % 239, 10 + number // 57_121 % 239)
     file = io.BytesIO()
@@ -71,7 +70,8 @@ def tiny_png(number: int) -> bytes:
 
 
 def write_images(folder: Path, count: int) -> None:
-    """Half of them as files in folders, half in a tar; every 97th file is broken."""
+    """Write half of the images as files in folders and half into a tar. Every 97th file is
+    broken."""
     for number in range(0, count, 2):
         path = folder / f"{number // 1000:03}" / f"{number:06}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,8 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """What must repeat, byte for byte: all but the locks and the manifest's own format."""
+    """Return the bytes that every run must repeat, without the locks and the manifest's own
+    format."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.glob("*"))
@@ -106,7 +107,7 @@ def shards_of(folder: Path) -> dict[str, str]:
 
 
 class Exports:
-    """One export that is interrupted in every way, beside one that was not."""
+    """Hold an export with interrupts of every kind, and an export without interrupts."""
 
     def __init__(
         self,
@@ -136,7 +137,8 @@ class Exports:
         return kill_harness.run(self.command(out), self.folder / "log", None, self.start)
 
     def after_interruption(self) -> None:
-        """Whole shards only, equal to the unbroken ones; at most the open one was done in vain."""
+        """Check that all shards are complete and equal to the reference, and that a kill lost at
+        most the open shard."""
         shards = shards_of(self.out) if self.out.exists() else {}
         wrong = [name for name, hash_ in shards.items() if self.expected.get(name) != hash_]
         assert wrong == [], wrong
@@ -165,7 +167,8 @@ class Exports:
 
 
 def on_an_export(trial: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """A trial of an export that is there, as one that makes it of some images in a folder."""
+    """Turn a trial of an existing export into a trial that first makes the export from images in a
+    folder."""
 
     def run(folder: Path, *, images: int, forked: bool = False, **counts: Any) -> dict[str, Any]:
         start = start_forked if forked else kill_harness.start
@@ -211,9 +214,9 @@ def flat_memory(
     write: Callable[[Path, int], list[Path | str]] = image_folder,
     address: str = "",
 ) -> dict[str, Any]:
-    """Memory and open files of an export into a folder or an address, sampled as it works.
-
-    Its own memory: mapped libraries as well, are resident, and CUDA's grow by 140 MB as it exits.
+    """Sample the memory and the open files of an export into a folder or an address. Only the
+    process's own memory counts, because mapped libraries are also resident, and CUDA's libraries
+    grow by 140 MB at exit.
     """
     out = address or folder / "out"
     inputs = write(folder / "images", images)
@@ -300,7 +303,7 @@ def write_hostile(path: Path, kind: str) -> None:
 
 
 def hostile(folder: Path, *, bad: int, good: int, seed: int = 0) -> dict[str, Any]:
-    """Every good image is exported, and every bad one has its reason in the ledger."""
+    """Check that the export has every good image, and a reason for every bad image."""
     inputs, out = folder / "images", folder / "out"
     inputs.mkdir()
     kinds = random.Random(seed)
@@ -335,7 +338,8 @@ def hostile(folder: Path, *, bad: int, good: int, seed: int = 0) -> dict[str, An
 
 
 def interrupts(exports: Exports, *, times: int, seed: int = 0) -> dict[str, Any]:
-    """SIGINT and SIGTERM in turn, at random moments of the work: exit code 130 within 5 s."""
+    """Send SIGINT and SIGTERM alternately at random moments, and check for exit code 130 within 5
+    s."""
     folder, moments = exports.folder, random.Random(seed)
     waits: list[float] = []
     exports.most_redone = 0  # a kill before may have lost what it had encoded

@@ -1,4 +1,4 @@
-"""Small exports with the fake encoder, and what they wrote."""
+"""Make small exports with the fake encoder, and read their files."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def shards(folder: str = "out") -> dict[str, bytes]:
 
 
 def parts(data: bytes) -> tuple[bytes, bytes]:
-    """A safetensors file's header and tensors."""
+    """Return a safetensors file's header and tensors."""
     start = 8 + int.from_bytes(data[:8], "little")
     return data[8:start], data[start:]
 

@@ -1,11 +1,10 @@
-"""An encoder that costs nothing, for tests of what surrounds it, and a command that uses it.
+"""Provide a fast fake encoder for tests of other parts, and a command that uses it.
 
     python -m tests.support.fake_encoder JOURNAL export INPUT... --out DIR
 
-runs as `qwen-vit export --model ...` does.
-
-Its rows are a plain function of the pixels, so that the same image gives the same bytes anywhere.
-JOURNAL grows by one byte for each image that it encodes, whatever happens to the process then.
+runs like `qwen-vit export --model ...`. The rows are a plain function of the pixels, so that the
+same image gives the same bytes on every machine. The encoder appends one byte to JOURNAL for each
+encoded image, which a later kill does not remove.
 """
 
 import os
@@ -42,7 +41,7 @@ VISION_ENCODER: Any = object  # for a type checker, so that a stand-in passes wh
 
 
 class FakeEncoder(VISION_ENCODER):  # type: ignore[misc]
-    """What the export asks of a VisionEncoder."""
+    """Implement the part of VisionEncoder that an export needs."""
 
     config = SimpleNamespace(hidden_size=WIDTH, out_hidden_size=WIDTH, merge_unit=4, depth=DEPTH)
     device = torch.device("cpu")
@@ -71,7 +70,7 @@ class FakeEncoder(VISION_ENCODER):  # type: ignore[misc]
     def encode_iter(
         self, images: Iterable[Any], **options: Any
     ) -> Iterator[ImageFeatures | FailedImage]:
-        """In batches, as the real one: it reads ahead of what it yields."""
+        """Encode in batches and read ahead, like the real encoder."""
         batch: list[Patches] = []
         for image in images:
             batch.append(image)
@@ -81,7 +80,7 @@ class FakeEncoder(VISION_ENCODER):  # type: ignore[misc]
         yield from self._encode(batch, options)
 
     def encode(self, images: Iterable[Any], **options: Any) -> list[ImageFeatures]:
-        """Paths, as the dry run gives them."""
+        """Encode paths, as in a dry run."""
         return [ImageFeatures(str(each), torch.zeros(1, WIDTH), (1, 2, 2)) for each in images]
 
     def _encode(
@@ -115,7 +114,7 @@ class FakeEncoder(VISION_ENCODER):  # type: ignore[misc]
 
 
 class BatchedEncoder(FakeEncoder):
-    """One that batches as the real encoder does on a CPU: its rows depend on the batch."""
+    """Encode in batches like the real encoder on a CPU, with rows that depend on the batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +135,7 @@ class BatchedEncoder(FakeEncoder):
 
 
 class BlockingEncoder(FakeEncoder):
-    """One that takes its time: a worker of a cluster, to be killed."""
+    """Encode slowly, so that tests can kill a worker of a cluster."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / "journal")
@@ -154,12 +153,12 @@ class BlockingEncoder(FakeEncoder):
 
 
 def load_blocking_encoder(*_: Any, held: Path, **__: Any) -> BlockingEncoder:
-    """In place of export.load_encoder."""
+    """Replace export.load_encoder."""
     return BlockingEncoder(held)
 
 
 def load_fake_encoder(*_: Any, **__: Any) -> FakeEncoder:
-    """In place of export.load_encoder, in a worker as well."""
+    """Replace export.load_encoder, also in a worker."""
     return FakeEncoder()
 
 

@@ -1,7 +1,6 @@
-"""Who takes features: transformers' own model, small and random; and what vLLM and SGLang check.
-
-vLLM and SGLang are not installed with the tests. The stand-ins here accept what their sources at
-the named files document, and do to the rest what tools/checks/engines measured.
+"""Provide a small random model of transformers, and fakes of vLLM's and SGLang's checks. The tests
+do not install vLLM and SGLang. The fakes accept the values that the named source files document,
+and handle other values as tools/checks/engines measured.
 """
 
 import base64
@@ -36,8 +35,8 @@ N_LETTERS = 256
 def small_model(
     vision: VisionConfig, *, seed: int = 0, image_token_id: int = 4, tie: bool = False
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """A whole Qwen2.5-VL in float32 whose random weights are peaked: an order or a position that
-    is wrong changes its logits by as much as their size."""
+    """Return a whole Qwen2.5-VL in float32 with peaked random weights. A wrong order or position
+    changes the logits by their own size."""
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": max(LETTERS + N_LETTERS, image_token_id + 2),
@@ -66,7 +65,7 @@ def small_model(
 
 
 def peaked(model: Any, seed: int) -> Any:
-    """The model with random weights that make its attention peaked, without gradients."""
+    """Return the model with random weights for a peaked attention, without gradients."""
     model = model.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
@@ -82,7 +81,7 @@ def peaked(model: Any, seed: int) -> Any:
 
 
 def small_tokenizer(image_token_id: int = 4) -> PreTrainedTokenizerFast:
-    """One token for each byte, and the special ones."""
+    """Provide one token for each byte, and the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = SPECIAL | {"<|image_pad|>": image_token_id}
     letters = {letter: LETTERS + i for i, letter in enumerate(alphabet)}
@@ -97,16 +96,15 @@ def small_tokenizer(image_token_id: int = 4) -> PreTrainedTokenizerFast:
 
 
 class EngineDeadError(RuntimeError):
-    """vLLM's engine has stopped: nobody's requests are answered any more."""
+    """Report that vLLM's engine has stopped and answers no more requests."""
 
 
 class FakeVllm:
-    """vLLM's engine as far as it takes features, with what it does to bad ones.
-
-    As vLLM 0.32.0 does (tools/checks/engines measured it): a count of rows, a width, a grid in time
-    or a missing cache file that is wrong stops the engine for everybody, and NaN spoils later
-    requests. Source of the forms: vllm/model_executor/models/qwen2_5_vl.py and qwen2_vl.py,
-    vllm/renderers/chat_utils.py and distributed/ec_transfer/ec_connector/example_connector.py.
+    """Imitate the part of vLLM's engine that takes features, and its faults. As in vLLM 0.32.0
+    (measured by tools/checks/engines), a wrong number of rows, width or time grid, or a missing
+    cache file, stops the engine for all users. NaN spoils later requests. Source of the forms:
+    vllm/model_executor/models/qwen2_5_vl.py and qwen2_vl.py, vllm/renderers/chat_utils.py and
+    distributed/ec_transfer/ec_connector/example_connector.py.
     """
 
     def __init__(self, width: int, cache: Path | None = None) -> None:
@@ -114,7 +112,7 @@ class FakeVllm:
         self.is_dead = self.is_spoilt = False
 
     def generate(self, request: dict[str, Any]) -> dict[str, list[Tensor]]:
-        """What the language model gets: for each modality, the rows of each item."""
+        """Return the language model's input: the rows of each item for each modality."""
         if self.is_dead:
             raise EngineDeadError("the engine has stopped")
         assert set(request) <= {"prompt", "multi_modal_data", "multi_modal_uuids"}
@@ -162,15 +160,14 @@ class FakeVllm:
         return load_file(path)["ec_cache"]
 
     def chat(self, parts: list[dict[str, Any]]) -> dict[str, list[Tensor]]:
-        """As `generate`, from the parts of a message to its server."""
+        """Answer like `generate`, from the parts of a message to the server."""
         return self.generate(chat_request(parts))
 
 
 def chat_request(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The request that vLLM's server makes of the parts of a message.
-
-    Each part is one picture or video; tensors are strict base64 of what `torch.load` reads without
-    pickled code, and grids may be JSON arrays. Grids are stacked, rows joined.
+    """Return the request that vLLM's server makes from the parts of a message. Each part is one
+    image or video. Tensors are strict base64 of data that `torch.load` reads without pickled code,
+    and grids may be JSON arrays. The function stacks grids and joins rows.
     """
     items: dict[str, list[dict[str, Tensor]]] = {}
     uuids: dict[str, list[str | None]] = {}
@@ -200,7 +197,7 @@ def chat_request(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def sglang_items(input_ids: list[int], image_data: list[Any], image_token_id: int) -> list[Tensor]:
-    """Each image's rows, as SGLang gives them to the runs of image tokens in `input_ids`.
+    """Return each image's rows, as SGLang assigns them to the runs of image tokens in `input_ids`.
 
     Source: SGLang, docs/advanced_features/vlm_query.ipynb ("precomputed_embedding", with
     `input_ids`) and python/sglang/srt/multimodal/processors/base_processor.py (validate_mm_data:
@@ -225,9 +222,8 @@ def sglang_items(input_ids: list[int], image_data: list[Any], image_token_id: in
 
 
 def install_stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For examples: "vllm", "sglang" and transformers' `from_pretrained`, at weights/tiny's width.
-
-    The engines of the former check what they are given; the latter gives a small random model.
+    """Provide "vllm", "sglang" and transformers' `from_pretrained` for examples, at weights/tiny's
+    width. The two engines check their inputs, and `from_pretrained` gives a small random model.
     """
     vision = replace(SMALL, out_hidden_size=192)
 

@@ -1,7 +1,6 @@
-"""SGLang's side of the model class, as measured and read in SGLang 0.5.23.
-
-The engine itself runs in tools/checks/engines. What stands here for it has the signatures, the
-order of calls and the side effects of the files that each part names.
+"""Imitate SGLang's side of the model class, as in SGLang 0.5.23. The engine itself runs in
+tools/checks/engines. Each fake has the signatures, the order of calls and the side effects of the
+file that it names.
 """
 
 import importlib
@@ -75,7 +74,7 @@ class Model(nn.Module):
         return made
 
     def load_weights(self, weights: Weights) -> None:
-        """Names that it does not know are left out in silence."""
+        """Skip unknown names silently."""
         parameters = dict(self.named_parameters())
         for name, tensor in weights:
             self.seen.append(name)
@@ -161,7 +160,7 @@ def import_model_classes(package: str, warn: Callable[[str], None]) -> dict[str,
 
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.23") -> SimpleNamespace:
-    """Put the fake in place of the package, and return what tests change in it."""
+    """Replace the package by the fake, and return the parts that tests change."""
     settings = SimpleNamespace(enable_memory_saver=False)
     parts: dict[str, dict[str, Any]] = {
         "sglang": {},
@@ -195,7 +194,8 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.23") -> SimpleN
 
 
 def model_config(encoder: VisionEncoder, **vision: Any) -> Any:
-    """The whole model's config around an encoder's tower; `vision` is set on its vision part."""
+    """Return the whole model's config for an encoder's tower, with the values of `vision` in its
+    vision part."""
     config = Qwen2_5_VLConfig(vision_config=encoder.config.to_json())
     for name, value in vision.items():
         setattr(config.vision_config, name, value)

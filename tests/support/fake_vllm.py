@@ -1,7 +1,7 @@
-"""A stand-in for vLLM with the names that the plugin touches, behaving as 0.25.1 and 0.32.0 did.
-
-`install` puts it into sys.modules. Its Qwen2.5-VL builds a tower, splits what the tower returns by
-item, and calls `load_weights` of its children with the names behind their own, in several pieces.
+"""Provide a fake vLLM with the names that the plugin uses, and the behaviour of 0.25.1 and 0.32.0.
+`install` puts the fake into sys.modules. Its Qwen2.5-VL builds a tower, splits the tower's result
+by item, and calls `load_weights` of its children with names without their prefix, in several
+pieces.
 """
 
 import sys
@@ -80,9 +80,9 @@ class TheirModel(nn.Module):
 
 
 def reload_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """vLLM's `reload_weights`: returns the layers of which it warns "Failed to load weights".
-
-    Until the end, tensors without memory stand in for all parameters but those named "bias".
+    """Imitate vLLM's `reload_weights`, and return the layers of the warning "Failed to load
+    weights". During the reload, tensors without memory replace all parameters except the parameters
+    named "bias".
     Source: vllm/model_executor/model_loader/reload/layerwise.py of 0.32.0.
     """
     kept = [
@@ -106,14 +106,14 @@ def reload_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> l
 
 @dataclass
 class LayerReloadingInfo:
-    """vLLM 0.32's, as far as the plugin looks at it."""
+    """Imitate the part of vLLM 0.32 that the plugin reads."""
 
     kernel_non_persistent_buffers: set[str] = field(default_factory=set)
 
 
 @dataclass
 class Limits:
-    """The engine's limits of images and videos in a prompt."""
+    """Hold the engine's limits of images and videos in a prompt."""
 
     image: int = 8
     video: int = 8
@@ -125,7 +125,7 @@ class Limits:
 
 @dataclass
 class Config:
-    """What a `VllmConfig` has of what the plugin reads."""
+    """Hold the values of `VllmConfig` that the plugin reads."""
 
     encoder: VisionEncoder
     dtype: torch.dtype = torch.float32
@@ -163,7 +163,7 @@ class Config:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *, version: str = "0.32.0", names: bool = True) -> Any:
-    """Put the stand-in into sys.modules; returns its registry's dict of registered models."""
+    """Put the fake into sys.modules, and return its dict of registered models."""
     registered: dict[str, str] = {}
     model = type("Qwen2_5_VLForConditionalGeneration", (TheirModel,), {})
     if not names:

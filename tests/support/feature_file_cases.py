@@ -1,4 +1,4 @@
-"""Feature files that a test edits."""
+"""Edit feature files for tests."""
 
 from pathlib import Path
 from typing import Any
@@ -24,5 +24,5 @@ def refused(path: Path) -> str:
 
 
 def set_fact(name: str, value: Any) -> Any:
-    """A change of a file's facts, for a function that edits facts and tensors."""
+    """Convert a change of a file's facts to a function that edits facts and tensors."""
     return lambda facts, tensors: facts.__setitem__(name, value)

@@ -1,4 +1,4 @@
-"""Features made by hand, for files that are written and read."""
+"""Make features by hand, for tests of files."""
 
 import os
 
@@ -24,7 +24,7 @@ ODD_IDS = {
 def features_of(
     *names: str, dtype: torch.dtype = torch.float32, width: int = 6
 ) -> list[ImageFeatures]:
-    """Images of 1, 2, 3, ... tokens, each with its own values."""
+    """Return images of 1, 2, 3, ... tokens, each with different values."""
     made = []
     for index, name in enumerate(names, start=1):
         values = torch.randn(index, width, generator=torch.Generator().manual_seed(index))
@@ -35,7 +35,7 @@ def features_of(
 def features_with_grids(
     *grids: tuple[int, int, int], dtype: torch.dtype = torch.float32
 ) -> list[ImageFeatures]:
-    """An image for each grid, merged: 8 values a token."""
+    """Return a merged image for each grid, with 8 values in a token."""
     return [
         ImageFeatures(str(i), torch.full((t * h * w // 4, 8), i + 0.5, dtype=dtype), (t, h, w))
         for i, (t, h, w) in enumerate(grids)
@@ -45,7 +45,7 @@ def features_with_grids(
 def random_features(
     name: str, grid: tuple[int, int, int], seed: int = 0, width: int = 8
 ) -> ImageFeatures:
-    """An image or a video of a grid, merged, with values of its own."""
+    """Return a merged image or video of a grid, with different values."""
     t, h, w = grid
     rows = torch.randn(t * h * w // 4, width, generator=torch.Generator().manual_seed(seed))
     return ImageFeatures(name, rows, grid)

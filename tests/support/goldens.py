@@ -1,4 +1,5 @@
-"""Golden files: Hugging Face's fp32 stages for fixed pixels, how they are read and compared with.
+"""Read golden files with Hugging Face's fp32 stages for fixed pixels, and compare results with
+them.
 
 A golden is one safetensors file: `pixels` (uint8, grid order: (N, 588) for stills, whose two
 frames are equal, or (N, 1176)), `grids` (S, 3), and the stages by the oracle's names. Its
@@ -48,7 +49,7 @@ class Golden:
 
     @property
     def rows(self) -> Tensor:
-        """The float rows (N, 1176) that Hugging Face's tower was given."""
+        """Return the float rows (N, 1176), which were the input of Hugging Face's tower."""
         return pixel_rows(self.pixels, MEAN, STD)
 
 
@@ -76,7 +77,7 @@ def save_golden(golden: Golden) -> Path:
 
 @cache
 def tiny_tower() -> VisionTower:
-    """The package's own tower with the packaged weights."""
+    """Return the package's own tower with the packaged weights."""
     return build_tower(TINY_FOLDER)
 
 
@@ -85,7 +86,8 @@ def sha256(data: bytes | Path) -> str:
 
 
 def patch_pixels(rgb: np.ndarray) -> tuple[Tensor, GridTuple]:
-    """RGB uint8 (height, width, 3), both multiples of 28 -> pixels (N, 588) and the grid."""
+    """Convert RGB uint8 (height, width, 3), with sides in multiples of 28, to pixels (N, 588) and
+    the grid."""
     height, width, _ = rgb.shape
     patches = rearrange(
         np.ascontiguousarray(rgb),
@@ -109,16 +111,15 @@ def resized(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def photograph(path: Path) -> np.ndarray:
-    """RGB uint8 at the size the tower sees it: each side at the nearest multiple of 28."""
+    """Return RGB uint8 with each side at the nearest multiple of 28."""
     rgb = read_rgb(path)
     height, width = (round(side / FACTOR_PX) * FACTOR_PX for side in rgb.shape[:2])
     return resized(rgb, height, width)
 
 
 def fp32_budget(reference: Tensor, oracle: Tensor) -> float:
-    """How far an fp32 tower may be from Hugging Face's, by the numbers policy.
-
-    An error beyond any rounding means that the reference is wrong, and must not excuse others.
+    """Return the tolerance of an fp32 tower against Hugging Face's tower. An error above all
+    rounding means that the reference is wrong, and must not raise the tolerance.
     """
     error = relative_error(reference, oracle)
     if not error <= MAX_FP32_ERROR:
@@ -134,7 +135,7 @@ def assert_stages_close(
     golden: Golden | Mapping[str, Tensor],
     tolerance: float | Mapping[str, float] = RELATIVE_TOLERANCE,
 ) -> None:
-    """Compare every stage the golden has; print error and tolerance of each, red or green.
+    """Compare every stage of the golden file, and print the error and the tolerance of each stage.
 
     >>> assert_stages_close({"merger": torch.ones(2, 3)}, {"merger": torch.ones(2, 3)})
     merger        0.00e+00 of 1.0e-05

@@ -1,4 +1,4 @@
-"""Layouts that fit a graph."""
+"""Provide layouts that fit a graph."""
 
 from functools import cache
 from typing import Any
@@ -19,7 +19,7 @@ def config() -> object:
 
 
 class Faulty:
-    """A tower that fails while it is captured, or before."""
+    """Provide a tower that fails during or before the capture."""
 
     def __init__(self, tower: Any, error: BaseException, fails_at: int) -> None:
         self.tower, self.error, self.fails_at, self.calls = tower, error, fails_at, 0

@@ -1,4 +1,4 @@
-"""A folder that grows and its exports."""
+"""Provide a growing folder and its exports."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ EXTEND, RETRY = replace(OPTIONS, extend=True), replace(OPTIONS, retry_failed=Tru
 
 
 def write(path: str, data: bytes) -> None:
-    """A file that is newer than every listing that was written before."""
+    """Write a file that is newer than every earlier listing."""
     Path(path).write_bytes(data)
 
 
@@ -24,7 +24,8 @@ def export(options: ExportOptions = OPTIONS, out: str = "out", **more: Any) -> A
 
 
 def content(out: str = "out") -> dict[str, Any]:
-    """Each image's rows, grid, size and notes, or its error, without the order of shards."""
+    """Return each image's rows, grid, size and notes, or its error, independent of the order of
+    shards."""
     features = load_features(out)
     good = {
         each.id: (each.grid_thw, each.size_px, each.notes, each.embeds.numpy().tobytes())

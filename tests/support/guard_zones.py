@@ -1,4 +1,4 @@
-"""Memory that tells who wrote beside it, and what was never written."""
+"""Detect writes beside a tensor, and values that no kernel wrote."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class _Buffer:
 
 
 class GuardedMemory(TorchFunctionMode):
-    """`torch.empty` and `torch.empty_like` give NaN, between guards of `guard` bytes.
+    """Make `torch.empty` and `torch.empty_like` return NaN, between guards of `guard` bytes.
 
     >>> with GuardedMemory() as memory:
     ...     out = torch.empty(3)
@@ -28,7 +28,8 @@ class GuardedMemory(TorchFunctionMode):
     >>> memory.unwritten(), memory.overruns()
     (1, 0)
 
-    With `guard=0` the memory is filled alone: its bounds are its own, for a tool that watches them.
+    With `guard=0`, the function only fills the memory, so that a tool can check the allocation's
+    exact bounds.
     """
 
     def __init__(self, guard: int = GUARD_BYTES) -> None:
@@ -50,11 +51,11 @@ class GuardedMemory(TorchFunctionMode):
         return own
 
     def unwritten(self) -> int:
-        """How many values are NaN still, or again."""
+        """Return the number of values that are NaN."""
         return sum(int(buffer.own.isnan().sum()) for buffer in self.buffers)
 
     def overruns(self) -> int:
-        """How many bytes of guards were written to."""
+        """Return the number of changed guard bytes."""
         return sum(
             int((part != FILL).sum())
             for buffer in self.buffers

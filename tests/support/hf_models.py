@@ -1,4 +1,4 @@
-"""Small random models of transformers that hold the vision tower: Qwen2.5-VL and Omni's thinker."""
+"""Make small random models of transformers with the vision tower: Qwen2.5-VL and Omni's thinker."""
 
 import copy
 from collections.abc import Callable
@@ -26,7 +26,7 @@ GRIDS = ((1, 4, 6), (1, 10, 8))
 
 
 class Family(NamedTuple):
-    """A class of model, how a small one is made, and whether it takes mm_token_type_ids."""
+    """Describe a model class, its small model, and whether the class takes mm_token_type_ids."""
 
     model_class: Any
     make: Callable[[int], Any]
@@ -34,7 +34,7 @@ class Family(NamedTuple):
 
 
 def small_thinker(seed: int = 0) -> Any:
-    """Qwen2.5-Omni's thinker, which stores q, k and v of its vision tower apart."""
+    """Make Qwen2.5-Omni's thinker, which stores q, k and v of its vision tower separately."""
     width = VISION.out_hidden_size
     config = Qwen2_5OmniThinkerConfig(
         text_config={
@@ -86,14 +86,14 @@ FAMILIES = {
 
 
 def make_model(family: str, folder: Path, seed: int = 0) -> tuple[Any, VisionEncoder]:
-    """A model, written to the folder, and the encoder of that folder."""
+    """Write a model to the folder, and return the model and the encoder of this folder."""
     model = FAMILIES[family].make(seed)
     model.save_pretrained(folder)
     return model, VisionEncoder.from_pretrained(folder, device="cpu")
 
 
 def with_our_tower(model: Any, encoder: VisionEncoder) -> Any:
-    """The model itself, with our tower in the place of its own."""
+    """Return the model with our tower in place of its own tower."""
     model.set_encoder(as_hf_tower(encoder), modality="image")
     return model
 
@@ -103,13 +103,14 @@ def tower_of(model: Any) -> Any:
 
 
 def tower_name(model: Any) -> str:
-    """Where the tower is: it moved between versions of transformers for Omni's thinker."""
+    """Return the place of the tower, which differs between versions of transformers for Omni's
+    thinker."""
     [name] = [name for name, module in model.named_modules() if module is tower_of(model)]
     return name
 
 
 def vision_inputs(family: str, modality: str = "image", seed: int = 0) -> dict[str, Tensor]:
-    """A prompt with two images, or with a video of two frames of the grid, and their pixels."""
+    """Return a prompt with two images, or with a video of two frames, and the pixels."""
     grids = GRIDS if modality == "image" else ((2, 4, 6),)
     token = IMAGE if modality == "image" else VIDEO
     ids = [20]
@@ -135,6 +136,6 @@ def vision_inputs(family: str, modality: str = "image", seed: int = 0) -> dict[s
 
 
 def make_both(family: str, folder: Path) -> tuple[Any, Any]:
-    """A model with its own tower, and the same with ours."""
+    """Return a model with its own tower, and the same model with our tower."""
     model, encoder = make_model(family, folder)
     return model, with_our_tower(copy.deepcopy(model), encoder)

@@ -1,4 +1,4 @@
-"""transformers' small model with a prompt of five images, and what our export has of them."""
+"""Provide transformers' small model with a prompt of five images, and our exported features."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -31,7 +31,8 @@ NEW_TOKENS = 16
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, a prompt with five images, its answer from pixels, and our exported features."""
+    """Hold a model, a prompt with five images, the answer from pixels, and our exported
+    features."""
 
     model: Any
     encoder: VisionEncoder
@@ -55,9 +56,9 @@ class Setting:
         return greedy(self.model, input_ids=self.ids, **arguments)
 
     def assert_same_answer(self, logits: Tensor, tokens: list[int]) -> None:
-        """Tokens to the last; logits no further from float64 than twice transformers' own float32.
-
-        Twice, because that is how far two float32 runs may be apart in the order of their sums.
+        """Check that all tokens are equal, and that the logits' error against float64 is at most
+        twice the error of transformers' own float32. The factor 2 allows for different orders of
+        sums in two float32 runs.
         """
         assert_no_worse_than(logits, self.logits, self.exact_logits, factor=2)
         assert tokens == self.tokens
@@ -71,9 +72,8 @@ def greedy(model: Any, **arguments: Any) -> list[int]:
 
 
 def make_setting(folder: Path) -> Setting:
-    """transformers writes its model; the encoder reads the tower from that folder, and exports.
-
-    The five images fill three shards, and a sixth one is broken.
+    """Write a model with transformers, read the tower from that folder, and export. The five images
+    fill three shards, and a sixth image is broken.
     """
     vision = replace(SMALL, hidden_size=32, out_hidden_size=48)
     model = small_model(vision, image_token_id=IMAGE_TOKEN)

@@ -1,4 +1,4 @@
-"""A loss and gradients of small models, and how near two of them are."""
+"""Compute the loss and gradients of small models, and compare two models."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def logits_of(model: Any, family: str) -> Tensor:
 
 
 def merged_by(tower: Any) -> Tensor:
-    """What a tower makes of the same two random images."""
+    """Return a tower's result for the same two random images."""
     with torch.no_grad():
         return tower(random_rows(104, 3), grid_thw=torch.tensor(GRIDS)).pooler_output
 
