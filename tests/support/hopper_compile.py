@@ -34,7 +34,8 @@ class Compiled:
     barriers_left: int  # held by nobody
 
     def programs_that_fit(self, num_warps: int) -> int:
-        """How many run on one multiprocessor at a time: by registers, shared memory and warps."""
+        """Return the number of programs on one multiprocessor, by registers, shared memory and
+        warps."""
         registers = -(-self.registers // 8) * 8 * 32 * num_warps
         return min(
             REGISTERS // registers,
@@ -46,7 +47,8 @@ class Compiled:
 def compile_for_hopper(
     kernel: Any, signature: dict[str, str], constants: dict[str, Any], **options: int
 ) -> Compiled:
-    """`signature` types the run-time arguments; pointers and sizes are taken as multiples of 16."""
+    """Compile a kernel. `signature` types the run-time arguments. Pointers and sizes count as
+    multiples of 16."""
     names = kernel.arg_names
     full = {name: "constexpr" if name in constants else signature[name] for name in names}
     attrs = {
@@ -71,7 +73,7 @@ def compile_for_hopper(
 
 
 def tma_block(block: list[int]) -> str:
-    """The type of a bfloat16 descriptor of a Gluon kernel, as `hopper.descriptor` makes it."""
+    """Return the type of a bfloat16 descriptor of a Gluon kernel, as from `hopper.descriptor`."""
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
     return f"tensordesc<bf16{block},{layout!r}>"
 
@@ -90,9 +92,8 @@ def _assemble(ptx: str) -> dict[str, Any]:
 
 
 def _assembled(ptx: str) -> tuple[str, str]:
-    """(ptxas' report, the disassembly), kept beside what Triton keeps of its compilations.
-
-    Both programs are deterministic. They take a second of a core, mostly for their own start.
+    """Return ptxas' report and the disassembly, and cache both beside Triton's own cache. Both
+    programs are deterministic. They take a second of one core, mostly for their start.
     """
     assembler = get_ptxas(HOPPER.arch)  # Triton 3.9 takes another one for Hopper
     ptxas, version = Path(assembler.path), assembler.version

@@ -1,4 +1,4 @@
-"""An https server on loopback, and the one way to admit it: a resolver and a rule of a test."""
+"""Run an https server on loopback, and admit it by a test's resolver and rule."""
 
 import datetime as dt
 import ipaddress
@@ -20,7 +20,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
 def write_certificate(path: Path) -> None:
-    """A certificate for HOSTS that signs itself, with its key."""
+    """Make a self-signed certificate for HOSTS, with its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
     now = dt.datetime.now(dt.UTC)
@@ -43,7 +43,7 @@ def write_certificate(path: Path) -> None:
 
 @contextmanager
 def https_server(certificate: Path, answers: dict[str, Answer]) -> Iterator[int]:
-    """A server that answers each path as `answers` says when it is asked. Gives its port."""
+    """Run a server that answers each path by the current `answers`. Yield the port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -68,10 +68,10 @@ def https_server(certificate: Path, answers: dict[str, Answer]) -> Iterator[int]
 
 
 def trusting(certificate: Path) -> ssl.SSLContext:
-    """What trusts that server."""
+    """Return an SSL context that trusts this server."""
     return ssl.create_default_context(cafile=certificate)
 
 
 def is_loopback_or(is_public: Callable[[str], bool]) -> Callable[[str], bool]:
-    """A rule that admits 127.0.0.1 as well."""
+    """Return a rule that also admits 127.0.0.1."""
     return lambda address: ipaddress.ip_address(address).is_loopback or is_public(address)

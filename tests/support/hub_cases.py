@@ -1,4 +1,4 @@
-"""Repositories as a test serves them, in forms that the Hub has."""
+"""Make repositories for a test's Hub, in the layouts of the real Hub."""
 
 from pathlib import Path
 from typing import Any

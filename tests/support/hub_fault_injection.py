@@ -1,7 +1,6 @@
-"""What must hold whatever happens: downloads that are killed, crowded, lied to.
-
-Each function runs as often as it is told and returns what it counted; it raises for the first thing
-that must not be. The suite runs a small share of what tools.checks.soak does.
+"""Test downloads under kills, parallel processes and wrong answers. Each function runs a given
+number of times and returns its counts. It raises an error for the first fault. The tests run a
+small part of the counts of tools.checks.soak.
 """
 
 import json
@@ -96,7 +95,7 @@ for line in sys.stdin:
 
 
 class ForkServer:
-    """Starts downloads as processes of their own, quickly, and says how they ended."""
+    """Start downloads quickly in separate processes, and report how they ended."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.process = process
@@ -114,7 +113,8 @@ class ForkServer:
             self.ended[pid] = tuple(rest)
 
     def wait(self, pid: int) -> tuple[int, str, str]:
-        """The exit code (negative: the signal), the error's class, and the message or the hash."""
+        """Return the exit code (negative for a signal), the error's class, and the message or the
+        hash."""
         while pid not in self.ended:
             other, _, *rest = self._read()
             self.ended[other] = tuple(rest)
@@ -130,7 +130,7 @@ class ForkServer:
 
 @dataclass(frozen=True)
 class Chaos:
-    """A hub with org/tiny in two shards, its clients' fork server, and its tower's hash."""
+    """Hold a Hub with org/tiny in two shards, its clients' fork server, and its tower's hash."""
 
     folder: Path
     hub: Hub
@@ -141,14 +141,14 @@ class Chaos:
         return self.fork_server.wait(self.fork_server.start(cache))
 
     def check_good(self, cache: Path) -> None:
-        """Once nothing is wrong any more, a download goes through whatever it finds."""
+        """Check that a download succeeds after the faults end, for any state of the cache."""
         self.hub.faults = []
         code, kind, result = self.download(cache)
         assert (code, result) == (0, self.truth), (code, kind, result)
 
 
 def on_a_hub(body: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """A function below as one of a folder."""
+    """Convert a function below to a function of a folder."""
 
     def run(folder: Path, **arguments: Any) -> dict[str, Any]:
         with chaos(folder) as running:
@@ -159,7 +159,7 @@ def on_a_hub(body: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any
 
 @contextmanager
 def chaos(folder: Path) -> Iterator[Chaos]:
-    """Everything that the functions below need, in `folder`."""
+    """Provide everything that the functions below need, in `folder`."""
     write_checkpoint(folder / "repo", WIDE, shards=2)
     truth = load_checkpoint(folder / "repo").weights_sha256()
     with serving({REPO: folder / "repo"}) as hub:
@@ -184,11 +184,10 @@ def chaos(folder: Path) -> Iterator[Chaos]:
 
 
 def check_names(cache: Path, truth: str, *, lies_and_kills: bool = False) -> str:
-    """Everything under a final name is whole; say which of ours and of the Hub's shards are there.
-
-    Raises AssertionError or CheckpointError for anything that is not. The Hub's own client gives a
-    shard its name before we can hash it: with `lies_and_kills`, one may be damaged, and must not be
-    used.
+    """Check that every file with a final name is complete, and return the existing shards of ours
+    and of the Hub. Raises AssertionError or CheckpointError for an incomplete file. The Hub's own
+    client gives a shard its name before we can hash it. With `lies_and_kills`, a shard may be
+    damaged, and no code may use it.
     """
     kept = whole = 0
     for folder in store.folder_of(cache, REPO, COMMIT).parent.glob("?" * 40):
@@ -211,7 +210,8 @@ def check_names(cache: Path, truth: str, *, lies_and_kills: bool = False) -> str
 
 
 def kill_at_random(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
-    """Kill a download at random moments; what is under a final name is whole, and it goes on."""
+    """Kill a download at random moments, check that files with final names are complete, and
+    resume."""
     rng = random.Random(seed)
     found: Counter[str] = Counter()
     cache = chaos.folder / "killed"
@@ -241,7 +241,7 @@ def kill_at_random(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
 
 
 def crowd(chaos: Chaos, times: int, processes: int = 16, seed: int = 0) -> dict[str, Any]:
-    """Many processes at once, some of them killed, with faults, with locks and without."""
+    """Run many processes at once, with kills and faults, with and without locks."""
     rng = random.Random(seed)
     found: Counter[str] = Counter()
     cache, most = chaos.folder / "crowd", 0.0
@@ -271,7 +271,7 @@ def crowd(chaos: Chaos, times: int, processes: int = 16, seed: int = 0) -> dict[
 
 
 def tally_of(times: int, found: Counter[str]) -> dict[str, Any]:
-    """A line of the ledger."""
+    """Return a line of the ledger."""
     versions = {name: version(name) for name in ("huggingface_hub", "safetensors", "torch")}
     return {"times": times, "found": dict(found), "versions": versions}
 
@@ -282,14 +282,14 @@ def cache_bytes(cache: Path) -> int:
 
 
 def move_branch(hub: Hub) -> None:
-    """A new commit with the same files, while somebody downloads the last one."""
+    """Add a new commit with the same files during a download of the last commit."""
     commit = f"{len(hub.commits):040x}"
     hub.commits[f"{REPO}@{commit}"] = hub.commits[f"{REPO}@{COMMIT}"]
     hub.branches[f"{REPO}@main"] = commit
 
 
 def random_faults(rng: random.Random, most: int = 6) -> list[Fault]:
-    """A few faults of any kind, each for some requests, in any order."""
+    """Return a few faults of any kind, each for some requests, in any order."""
     shards = "*.safetensors"
     kinds: list[Callable[[], Fault]] = [
         lambda: Fault(status=rng.choice((401, 403, 404, 408, 429, 500, 502, 503, 504))),
@@ -314,7 +314,7 @@ def random_faults(rng: random.Random, most: int = 6) -> list[Fault]:
 
 
 def storm(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
-    """One download after the other through faults in random order: all right, or our own error."""
+    """Run sequential downloads through random faults. Each must succeed or raise our own error."""
     rng = random.Random(seed)
     found: Counter[str] = Counter()
     cache = chaos.folder / "storm"
@@ -334,7 +334,8 @@ def storm(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
 
 
 def wrong_headers(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
-    """A wrong bit in a header on the wire: refused, or without any effect."""
+    """Change one bit of a header during the transfer. qwen_vit must reject it, or the bit must have
+    no effect."""
     rng = random.Random(seed)
     found: Counter[str] = Counter()
     shards = sorted((chaos.folder / "repo").glob("*.safetensors"))
@@ -352,9 +353,8 @@ def wrong_headers(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
 
 
 def hub_versions(folder: Path, seed: int = 0) -> dict[str, Any]:
-    """The tests of the Hub on the oldest and on the newest huggingface_hub that is allowed.
-
-    Each lies in a folder of its own, with what it needs, and is found before what is installed.
+    """Run the tests of the Hub with the oldest and the newest allowed huggingface_hub. Each version
+    is in a separate folder with its requirements, which precedes the installed packages.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     [allowed] = [

@@ -1,8 +1,7 @@
-"""A stand-in for the Hugging Face Hub on the loopback interface, with faults on demand.
-
-A real HTTP server that real client code talks to: resolve (HEAD, GET, ranges), the model API, and a
-second server, of another port, that large files may be redirected to as the Hub does. What was
-asked and sent is recorded. One class describes every fault.
+"""Run a fake Hugging Face Hub on the loopback interface, with faults on demand. The real client
+talks to a real HTTP server: resolve (HEAD, GET, ranges), the model API, and a second server on
+another port for redirects of large files, as on the Hub. The server records requests and answers.
+One class describes every fault.
 """
 
 import hashlib
@@ -63,7 +62,8 @@ class Fault:
 
 @dataclass(frozen=True)
 class Request:
-    """One request and its answer. `sent` counts the body's bytes; `cdn` is the second server."""
+    """Hold one request and its answer. `sent` counts the body's bytes. `cdn` is the second
+    server."""
 
     method: str
     file: str
@@ -77,7 +77,8 @@ class Request:
 
 @dataclass
 class Hub:
-    """What the servers hold, do wrong and were asked; tests change the first and read the last.
+    """Hold the servers' files, faults and requests. Tests change the files and faults, and read the
+    requests.
 
     `branches` maps "org/repo@main" to a commit; `commits` maps "org/repo@COMMIT" to a folder.
     """
@@ -103,7 +104,7 @@ class Hub:
         return any(name.startswith(f"{repo}@") for name in self.commits)
 
     def fault(self, file: str, method: str, is_range: bool) -> Fault:
-        """The first fault that is due for this request, or one that does nothing."""
+        """Return the first fault for this request, or a fault without effect."""
         with self.lock:
             for fault in self.faults:
                 if (
@@ -121,11 +122,11 @@ class Hub:
         return Fault()
 
     def fetched(self) -> list[str]:
-        """The files whose bytes were sent, each once, sorted."""
+        """Return the sorted files whose bytes the server sent, each once."""
         return sorted({r.file for r in self.requests if r.method == "GET" and r.sent and r.file})
 
     def sent_bytes(self) -> int:
-        """Of all bodies, whatever they were for."""
+        """Return the bytes of all bodies."""
         return sum(request.sent for request in self.requests)
 
 
@@ -137,7 +138,8 @@ def _digests(path: Path, size: int, mtime: int) -> tuple[str, str]:
 
 
 def etag_of(path: Path) -> str:
-    """What the Hub calls a file by: the sha256 of a large one, git's sha1 of a small one."""
+    """Return the Hub's digest of a file: the sha256 of a large file, and git's sha1 of a small
+    file."""
     status = path.stat()
     sha256, git = _digests(path, status.st_size, status.st_mtime_ns)
     return sha256 if path.name.endswith(LARGE) else git
@@ -284,7 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._start(status, headers)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Stay silent."""
+        """Log no requests."""
 
 
 class _Server(ThreadingHTTPServer):
@@ -292,12 +294,12 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that were killed are expected."""
+        """Ignore errors of killed clients."""
 
 
 @contextmanager
 def serving(repos: dict[str, Path]) -> Iterator[Hub]:
-    """A hub that runs while the block does; afterwards nothing listens at its endpoint."""
+    """Run a Hub while the block runs. Afterwards no server listens at its endpoint."""
     hub = Hub(
         commits={f"{repo}@{COMMIT}": folder for repo, folder in repos.items()},
         branches={f"{repo}@main": COMMIT for repo in repos},

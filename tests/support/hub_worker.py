@@ -1,7 +1,6 @@
-"""A process that uses the package against the stand-in Hub, one call after the other.
-
-huggingface_hub reads its environment when it is imported, so whoever wants another one needs
-another process; and what is killed must be one.
+"""Run a process that calls the package against the fake Hub, one call at a time. huggingface_hub
+reads its environment during its import, so another environment needs another process. Kills also
+need a separate process.
 """
 
 import json
@@ -75,14 +74,14 @@ for line in sys.stdin:
 
 
 class Worker:
-    """A running worker."""
+    """Hold a running worker."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.process = process
         self.version = self._read()["version"]
 
     def __call__(self, do: str, **call: Any) -> dict[str, Any]:
-        """What a call gave; a worker that died raises with what it said."""
+        """Return a call's result. If the worker died, raise an error with its output."""
         self.start(do, **call)
         return self._read()
 
@@ -108,7 +107,7 @@ class Worker:
 def running_worker(
     home: Path, endpoint: str, *, start: Sequence[str] = (), **variables: str
 ) -> Iterator[Worker]:
-    """A worker that knows no other hub, cache or token; `start` is a command that starts it."""
+    """Start a worker with only this Hub, cache and token. `start` is the command."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}

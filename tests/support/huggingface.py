@@ -1,4 +1,4 @@
-"""`qwen_vit.reference` for tests: transformers' own tower, from a folder as well."""
+"""Provide transformers' own tower for tests, also from a folder."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -32,5 +32,5 @@ def hf_tower(
 
 @cache
 def tiny_hf_tower() -> Any:
-    """Transformers' tower with the weights of tiny, in float32."""
+    """Return transformers' tower with the weights of tiny, in float32."""
     return hf_tower(TINY_FOLDER)

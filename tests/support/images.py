@@ -1,4 +1,4 @@
-"""Images and files made for a test, and the error that loading one must raise."""
+"""Make images and files for tests, and get the error that a loader must raise."""
 
 import io
 import re
@@ -41,7 +41,7 @@ def chelsea() -> Image.Image:
 
 
 def refusal(code: str, source: Any, **options: Any) -> str:
-    """The message of the ImageError with this code that loading the source must raise."""
+    """Return the message of the ImageError with this code that the loader must raise."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with pytest.raises(ImageError) as caught:

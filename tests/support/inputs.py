@@ -1,4 +1,4 @@
-"""Inputs of a test: files, tars, and their ids."""
+"""Make inputs of a test: files, tars, and their ids."""
 
 import io
 import os
@@ -37,7 +37,7 @@ def write_tar(path: str, members: dict[str, bytes], **options: Any) -> None:
 
 
 def failure(item: Item) -> ImageError:
-    """The error with which an item cannot be read."""
+    """Return the error of an unreadable item."""
     with pytest.raises(ImageError) as caught:
         read_item(item, LIMITS)
     return caught.value

@@ -1,4 +1,4 @@
-"""An export that is interrupted."""
+"""Interrupt an export."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +11,7 @@ def segments(folder: str = "out") -> list[str]:
 
 
 class Stop:
-    """A signal that comes after so many questions, one for each image."""
+    """Send a signal after this number of checks, one check for each image."""
 
     def __init__(self, after: int) -> None:
         self.left = after

@@ -1,6 +1,5 @@
-"""Kills a command, with all its children, at random moments, and asks each time what is left.
-
-For any command that can be started again: a download, an export, a cluster.
+"""Kill a command with all its children at random moments, and check the state each time. The
+command must be restartable, such as a download, an export or a cluster.
 """
 
 import os
@@ -19,15 +18,15 @@ from typing import Protocol
 
 
 class Process(Protocol):
-    """A started command, as `subprocess.Popen` shows it."""
+    """Define a started command with the interface of `subprocess.Popen`."""
 
     pid: int
 
     def poll(self) -> int | None:
-        """Return its exit code, or None while it works."""
+        """Return the exit code, or None for a running command."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end. Raises `subprocess.TimeoutExpired`."""
+        """Wait for the command's end. Raises `subprocess.TimeoutExpired`."""
 
 
 Start = Callable[[Sequence[str], Path], Process]
@@ -35,7 +34,8 @@ Start = Callable[[Sequence[str], Path], Process]
 
 @dataclass(frozen=True)
 class Run:
-    """One start of the command. `code` is negative for a signal; `seconds` from start to end."""
+    """Hold one run of the command. `code` is negative for a signal. `seconds` are from start to
+    end."""
 
     code: int
     seconds: float
@@ -44,7 +44,8 @@ class Run:
 
 @dataclass
 class Kills:
-    """`landed` kills met the command at work; `completed` times it ended by itself."""
+    """Count the kills that hit the running command (`landed`), and the runs that ended by
+    themselves (`completed`)."""
 
     landed: int = 0
     completed: int = 0
@@ -52,7 +53,7 @@ class Kills:
 
 
 def start(command: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
-    """Start a command in a process group of its own, its stderr in a file."""
+    """Start a command in a separate process group, with its stderr in a file."""
     with open(log, "wb") as errors:
         return subprocess.Popen(
             command,
@@ -65,15 +66,14 @@ def start(command: Sequence[str], log: Path, **environment: str) -> subprocess.P
 
 
 def _heed_interrupts() -> None:
-    """A shell's background job ignores Ctrl-C, and so would every process that it starts."""
+    """Restore the handler of Ctrl-C, because the processes of a shell's background job ignore
+    Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Forked:
-    """A fork of this process that runs a function in a process group of its own.
-
-    A start costs a few milliseconds instead of the seconds that importing torch takes. This process
-    must have one thread.
+    """Fork this process to run a function in a separate process group. A start takes a few
+    milliseconds instead of the seconds for torch's import. This process must have one thread.
     """
 
     def __init__(self, function: Callable[[], object], log: Path) -> None:
@@ -98,7 +98,7 @@ class Forked:
             os.setpgid(self.pid, self.pid)
 
     def poll(self) -> int | None:
-        """Return its exit code, or None while it works."""
+        """Return the exit code, or None for a running command."""
         if self._code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -106,7 +106,7 @@ class Forked:
         return self._code
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end. Raises `subprocess.TimeoutExpired`."""
+        """Wait for the command's end. Raises `subprocess.TimeoutExpired`."""
         end = None if timeout is None else time.monotonic() + timeout
         while (code := self.poll()) is None:
             if end is not None and time.monotonic() > end:
@@ -131,7 +131,7 @@ def _exit_code(function: Callable[[], object]) -> int:
 
 
 def end_group(process: Process, number: signal.Signals = signal.SIGKILL) -> int:
-    """Send a signal to the whole group and wait for the command; its exit code."""
+    """Send a signal to the whole group, wait for the command, and return its exit code."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
     return process.wait(timeout=60)
@@ -165,10 +165,9 @@ def kill_again_and_again(
     start: Start = start,
 ) -> Kills:
     """Kill the command at moments spread evenly from 0 to `longest_s`, until `kills` have landed.
-
-    `after_kill` looks at what a kill left; the next start must go on from there. `after_end` looks
-    at the result of a command that ended by itself, and clears it away, so that `command` begins
-    anew. The last start is left to end.
+    `after_kill` checks the state after a kill, from which the next start must continue. `after_end`
+    checks the result of a command that ended by itself, and removes the result, so that `command`
+    begins again. The last start may end by itself.
     """
     moments, done, begin = random.Random(seed), Kills(), time.monotonic()
     while True:

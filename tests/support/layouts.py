@@ -1,4 +1,4 @@
-"""A layout held to transformers' own functions."""
+"""Compare a layout with transformers' own functions."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Random cases for the linear kernels and the norm, and their float64 oracles."""
+"""Provide random cases for the linear kernels and the norm, and float64 oracles."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def linear_oracle(
     epilogue: str = "plain",
     out_scale: float = 1.0,
 ) -> Tensor:
-    """`linear` in float64; the exact GELU is 0.5 y (1 + erf(y / sqrt 2))."""
+    """Compute `linear` in float64. The exact GELU is 0.5 y (1 + erf(y / sqrt 2))."""
     y = x.double() @ weight.double().T * out_scale
     if bias is not None:
         y = y + bias.double()
@@ -28,7 +28,7 @@ def linear_oracle(
 
 
 def normed_oracle(x: Tensor, weight: Tensor, bias: Tensor, *, epilogue: str) -> Tensor:
-    """`normed_linear` in float64."""
+    """Compute `normed_linear` in float64."""
     x = x.double()
     y = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPS) @ weight.double().T + bias.double()
     if epilogue == "swiglu":
@@ -47,7 +47,7 @@ def random_case(
     device: torch.device = CPU,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, weight, bias), with results of the order of 1; the SwiGLU gives N columns."""
+    """Return (x, weight, bias) with results of about 1. The SwiGLU gives N columns."""
     generator = torch.Generator().manual_seed(seed)
     n_out = 2 * N if epilogue == "swiglu" else N
 

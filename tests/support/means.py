@@ -1,11 +1,11 @@
-"""Random rows of images and their means in float64."""
+"""Provide random rows of images and their means in float64."""
 
 import torch
 from torch import Tensor
 
 
 def random_rows(lengths: list[int], width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Each image's rows: of a mean that is small beside the values, as embeddings have it."""
+    """Return each image's rows, with a mean that is small against the values, as in embeddings."""
     made = torch.Generator().manual_seed(len(lengths) * width)
     return [(torch.randn(n, width, generator=made) + 0.1).to(dtype) for n in lengths]
 

@@ -1,4 +1,4 @@
-"""What must hold for mutated files: each is read as it is, or refused by name within a second."""
+"""Test mutated files. Readers must accept each file, or reject it with its name within a second."""
 
 import json
 import random
@@ -25,7 +25,7 @@ TOKENS = (
 
 
 def mutate_bytes(content: bytes, rng: random.Random, *, within: int | None = None) -> bytes:
-    """One to three edits of any kind, most of them within the first bytes."""
+    """Make one to three edits of any kind, mostly in the first bytes."""
     changed = bytearray(content)
     for _ in range(rng.randint(1, 3)):
         size = min(len(changed), within or len(changed)) if rng.random() < 0.9 else len(changed)
@@ -51,7 +51,7 @@ def mutate_bytes(content: bytes, rng: random.Random, *, within: int | None = Non
 
 
 def mutate_header(content: bytes, rng: random.Random) -> bytes:
-    """Edits of a safetensors file; half of them keep its length field right."""
+    """Edit a safetensors file. Half of the edits keep the length field correct."""
     length = int.from_bytes(content[:8], "little")
     header, data = content[8 : 8 + length], content[8 + length :]
     if rng.random() < 0.3:
@@ -120,13 +120,13 @@ def mutate_json(content: bytes, rng: random.Random) -> bytes:
 
 
 def mutated_weights(folder: Path, times: int, seed: int = 0) -> dict[str, Any]:
-    """Mutated safetensors files: read as they are, or refused by name within a second."""
+    """Test mutated safetensors files."""
     write_checkpoint(folder, replace(SMALL, depth=1, fullatt_block_indexes=(0,)))
     return _mutated(folder, ["model.safetensors"], mutate_header, times, seed)
 
 
 def mutated_documents(folder: Path, times: int, seed: int = 0) -> dict[str, Any]:
-    """Mutated indexes and configs: the same."""
+    """Test mutated indexes and configs."""
     write_checkpoint(folder, replace(SMALL, depth=1, fullatt_block_indexes=(0,)), shards=2)
     names = ["model.safetensors.index.json", "config.json", "preprocessor_config.json"]
 

@@ -1,5 +1,5 @@
-"""The package's float64 oracle for tests: as a function, with mistakes that can be made on purpose,
-and with readers of its own for what it is given.
+"""Provide the package's float64 oracle as a function, with deliberate mistakes and separate readers
+of its inputs.
 """
 
 import json
@@ -32,9 +32,8 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Mistakes an implementation can make; each true one is made on purpose.
-
-    Those marked (one block) are made in a single block, where they are hardest to see.
+    """Select deliberate mistakes of an implementation. Each True field makes its mistake. Mistakes
+    with the mark (one block) occur in a single block, where they are hardest to detect.
     """
 
     swap_row_and_column: bool = False  # rotary angles as [column | row]
@@ -68,7 +67,7 @@ NO_FAULTS = Faults()
 
 
 class FaultyOracle(Oracle):
-    """The oracle, each of its steps wrong where a fault says so."""
+    """Compute the oracle with the mistakes of the chosen faults."""
 
     def __init__(self, *arguments: Any, faults: Faults = NO_FAULTS, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -171,7 +170,7 @@ def vision_oracle(
     faults: Faults = NO_FAULTS,
     peaks: list[Tensor] | None = None,
 ) -> Trace:
-    """Run the tower and return every stage; see `qwen_vit.oracle` for their names and shapes.
+    """Run the tower and return every stage. `qwen_vit.compare.oracle` defines names and shapes.
 
     `peaks` collects for each block the largest softmax weight of every token and head, (N, H).
     """
@@ -186,26 +185,29 @@ def vision_oracle(
 
 
 def rms_norm_reference_casts(x: Tensor, weight: Tensor, eps: float = RMS_NORM_EPS) -> Tensor:
-    """RMSNorm as Hugging Face rounds it: float32, to x's dtype, and only then times the weight."""
+    """Compute RMSNorm with Hugging Face's rounding: float32, a cast to x's dtype, and then the
+    weight."""
     normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
 
 
 def rms_norm_wrong_casts(x: Tensor, weight: Tensor, eps: float = RMS_NORM_EPS) -> Tensor:
-    """RMSNorm with one rounding too few: the weight is multiplied in float32."""
+    """Compute RMSNorm with one missing rounding, because it multiplies by the weight in float32."""
     normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     return (weight.float() * normed).to(x.dtype)
 
 
 def pixel_rows(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 pixels (N, 588: one still frame, or N, 1176: two) -> float32 rows (N, 1176)."""
+    """Convert uint8 pixels (N, 588 for one still frame, or N, 1176 for two) to float32 rows (N,
+    1176)."""
     frames = pixels.double().view(len(pixels), len(mean), -1, 14 * 14)  # 1 or 2 frames
     centre, spread = (torch.tensor(x).double().view(-1, 1, 1) for x in (mean, std))
     return ((frames / 255 - centre) / spread).expand(-1, -1, 2, -1).flatten(1).float()
 
 
 def read_checkpoint(folder: Path | str) -> tuple[dict[str, Tensor], SimpleNamespace]:
-    """Tensors under their bare names and the vision config of a folder such as weights/tiny."""
+    """Return the tensors by their names without prefix, and the vision config, of a folder such as
+    weights/tiny."""
     vision = json.loads((Path(folder) / "config.json").read_text())["vision_config"]
     config = SimpleNamespace(
         depth=vision["depth"],

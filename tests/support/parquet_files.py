@@ -1,4 +1,4 @@
-"""Small Parquet files of images, and damaged ones."""
+"""Make small Parquet files of images, and damaged files."""
 
 import base64
 import struct
@@ -22,14 +22,14 @@ STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def structs(numbers: Sequence[int]) -> list[dict[str, Any]]:
-    """Image structs as `datasets` writes them, one picture for each number."""
+    """Return image structs like `datasets`, one image for each number."""
     return [{"bytes": tiny_png(number), "path": f"{number}.png"} for number in numbers]
 
 
 def write_rows(
     path: str | Path, images: Sequence[Any], kind: Any = STRUCT, *, group: int = 10, **columns: Any
 ) -> None:
-    """A file with a column `image` of so many rows a row group, and other columns."""
+    """Write a file with a column `image`, this number of rows in a row group, and other columns."""
     table = pa.table({"image": pa.array(images, kind), **columns})
     pq.write_table(table, path, row_group_size=group, write_page_checksum=True, compression="none")
 
@@ -66,7 +66,7 @@ def tear_rows(path: Path, image: bytes) -> None:
 
 
 class _Keys(pe.KmsClient):  # type: ignore[misc]  # pyarrow has no types
-    """Keys that anyone can unwrap."""
+    """Provide encryption keys without protection."""
 
     def __init__(self, _: Any) -> None:
         pe.KmsClient.__init__(self)
@@ -79,7 +79,7 @@ class _Keys(pe.KmsClient):  # type: ignore[misc]  # pyarrow has no types
 
 
 def write_encrypted(path: str | Path, images: Sequence[Any], *, plain_footer: bool) -> None:
-    """A file whose column of images is encrypted, and its footer unless it is plain."""
+    """Write a file with an encrypted column of images, and an encrypted footer unless `plain_footer`."""
     table = pa.table({"image": pa.array(images, STRUCT)})
     fields = ["image.bytes", "image.path"]
     settings = pe.EncryptionConfiguration(
@@ -99,7 +99,7 @@ def items(*inputs: str, columns: ParquetColumns | None = IMAGE) -> list[Item]:
 
 
 def watch_row_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The row groups that readers begin to read, as they do."""
+    """Record the row groups that readers begin to read."""
     begun: list[int] = []
     begin = parquet_module._Reader._begin_at
 

@@ -1,4 +1,4 @@
-"""What the tests of threads share: an encoder, mixed images, an export."""
+"""Provide an encoder, mixed images and an export for the tests of threads."""
 
 import threading
 from pathlib import Path
@@ -20,7 +20,7 @@ def load_threads() -> int:
 
 
 def stand_in_export(folder: Path, encoder: Any, shards: int, **more: Any) -> Any:
-    """4 images a shard."""
+    """Export with 4 images in a shard."""
     (folder / "p").mkdir()
     for number in range(4 * shards):
         (folder / f"p/{number:03}.png").write_bytes(tiny_png(number))
@@ -33,7 +33,8 @@ def encoder() -> VisionEncoder:
 
 
 def mixed(count: int) -> list[Any]:
-    """Arrays, PIL images, encoded bytes and paths of many sizes; every sixth is broken."""
+    """Return arrays, PIL images, encoded bytes and paths of many sizes. Every sixth image is
+    broken."""
     images: list[Any] = []
     for seed in range(count):
         random = np.random.default_rng(seed)

@@ -1,16 +1,16 @@
-"""What a process holds, as Linux counts it."""
+"""Measure the memory and open files of a process, as Linux counts them."""
 
 import os
 from pathlib import Path
 
 
 def memory_mb(pid: int) -> tuple[float, float]:
-    """What a process has in memory: its own, and mapped files."""
+    """Return the resident memory of a process, including mapped files."""
     _, resident, shared, *_ = map(int, Path(f"/proc/{pid}/statm").read_text().split())
     page_mb = os.sysconf("SC_PAGE_SIZE") / 2**20
     return (resident - shared) * page_mb, shared * page_mb
 
 
 def open_files(pid: int) -> int:
-    """How many descriptors it has open."""
+    """Return the number of open descriptors."""
     return len(os.listdir(f"/proc/{pid}/fd"))

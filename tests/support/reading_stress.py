@@ -1,4 +1,4 @@
-"""Export folders made by hand, and a trial of many shards: some in tests, all in checks.soak."""
+"""Make export folders by hand, and run a trial of many shards."""
 
 import json
 import os
@@ -23,7 +23,8 @@ SETTINGS = {"model": "tiny", "dtype": "float32", "output": "merged"}
 
 @dataclass
 class Folder:
-    """An export of seven images in shards of three; c and all of the second shard failed."""
+    """Make an export of seven images in shards of three, in which c and all of the second shard
+    failed."""
 
     path: Path
     names: tuple[str, ...] = tuple("abcdefg")
@@ -36,7 +37,7 @@ class Folder:
 
     @property
     def images(self) -> dict[str, ImageFeatures]:
-        """Images of 1, 2, 3, ... tokens in each shard."""
+        """Make images of 1, 2, 3, ... tokens in each shard."""
         starts = range(0, len(self.names), self.size)
         made = (features_of(*self.names[i : i + self.size]) for i in starts)
         return {image.id: image for images in made for image in images}
@@ -83,7 +84,7 @@ class Folder:
 
 
 def many_shards(folder: str | Path, *, shards: int, seed: int = 0) -> dict[str, Any]:
-    """Read one image of each shard, in order and then at random by id, and watch the process."""
+    """Read one image of each shard, in order and then at random by id, and measure the process."""
     names = tuple(f"{i:06}.jpg" for i in range(shards))
     path = Folder(Path(folder) / "many", names, failed=(), size=1).write().path
     begin = time.monotonic()
@@ -117,7 +118,7 @@ def many_shards(folder: str | Path, *, shards: int, seed: int = 0) -> dict[str, 
 
 
 def watch(path: Path) -> tuple[int, int, float]:
-    """This process: its open files, the shards that it has mapped, its resident MB."""
+    """Return this process's open files, mapped shards and resident MB."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     mapped = {line.split()[-1] for line in lines if line.endswith(".safetensors")}
     here = sum(1 for name in mapped if name.startswith(str(path)))

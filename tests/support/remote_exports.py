@@ -1,4 +1,4 @@
-"""Small exports into a bucket, and what they wrote."""
+"""Make small exports into a bucket, and read the written files."""
 
 import tempfile
 from pathlib import Path
@@ -15,7 +15,7 @@ OUT = f"s3://{BUCKET}/out"
 
 
 def on_host(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Go on as on another machine, which has a scratch folder of its own."""
+    """Continue as on another machine, which has a separate scratch folder."""
     folder.mkdir(exist_ok=True)
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
 
@@ -35,7 +35,7 @@ def local(folder: str = "local") -> dict[str, bytes]:
 
 
 def scratch() -> list[str]:
-    """What is left on this machine."""
+    """Return the files that remain on this machine."""
     return [path.name for path in Path(tempfile.gettempdir()).rglob("*") if path.is_file()]
 
 

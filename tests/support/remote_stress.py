@@ -1,4 +1,4 @@
-"""An export of Parquet into object storage by several nodes that are killed again and again."""
+"""Export Parquet into object storage from several nodes, with repeated kills."""
 
 import hashlib
 import random
@@ -21,7 +21,8 @@ MAX_PAUSE_S = 0.5  # from the image that a kill waits for to the kill
 
 
 class Nodes:
-    """Parts of one export: each a process with a scratch folder of its own, as on a machine."""
+    """Hold the parts of one export. Each part is a process with a separate scratch folder, as on a
+    machine."""
 
     def __init__(self, folder: Path, count: int, arguments: Sequence[str | Path]) -> None:
         self._folder, self._arguments = folder, arguments
@@ -32,7 +33,7 @@ class Nodes:
             self.start(node)
 
     def start(self, node: int) -> None:
-        """Start the part of a node, or resume it."""
+        """Start or resume the part of a node."""
         part = f"{node + 1}/{self.count}"
         command = fake_encoder(
             self._folder / f"journal-{node}", *self._arguments, "--out", OUT, "--part", part
@@ -42,11 +43,11 @@ class Nodes:
 
     @property
     def encoded(self) -> int:
-        """The images that all nodes have encoded, each time counted."""
+        """Return the number of encodings of all nodes, including repeated images."""
         return sum(journal_bytes(self._folder / f"journal-{n}") for n in range(self.count))
 
     def at_work(self) -> list[int]:
-        """The nodes that have not ended. Raises AssertionError for one that failed."""
+        """Return the running nodes. Raises AssertionError for a failed node."""
         for node, process in self._running.items():
             log = self._folder / f"log-{node}"
             assert process.poll() in (None, 0, 1), log.read_text("utf-8", "replace")[-2_000:]
@@ -57,7 +58,7 @@ class Nodes:
         kill_harness.end_group(self._running[node])
 
     def end(self) -> None:
-        """End what still runs."""
+        """End the running nodes."""
         for process in self._running.values():
             if process.poll() is None:
                 kill_harness.end_group(process)
@@ -66,9 +67,9 @@ class Nodes:
 def kills_of_nodes(
     folder: Path, *, images: int, kills: int, first: int, nodes: int, seed: int = 0
 ) -> dict[str, Any]:
-    """kill -9 of random nodes at random images. Then the bucket has the bytes of one local run.
-
-    A last run of one node without kills shows the memory, from the image `first` on.
+    """Kill random nodes at random images with SIGKILL. Afterwards the bucket must have the bytes of
+    one local run. A last run of one node without kills measures the memory, starting with the image
+    `first`.
     """
     shard_size = min(512, max(10, images // 60))
     inputs = parquet_folder(folder / "images", images)
@@ -111,7 +112,8 @@ def _kill(
     folder: Path, count: int, arguments: Sequence[str | Path], kills: int, images: int,
     expected: dict[str, bytes], seed: int,
 ) -> int:  # fmt: skip
-    """Kill nodes at random images, and let them end. Returns how many images were encoded."""
+    """Kill nodes at random images, and let the other runs end. Returns the number of encoded
+    images."""
     moments = random.Random(seed)
     targets = sorted(moments.uniform(0, images) for _ in range(kills))
     etags = {name: f'"{hashlib.md5(data).hexdigest()}"' for name, data in expected.items()}
@@ -140,7 +142,7 @@ def _kill(
 
 
 def _check_shards(etags: dict[str, str]) -> None:
-    """Whole shards only, with the bytes of the local run."""
+    """Check that the bucket has only complete shards, with the bytes of the local run."""
     for found in list_objects(OUT):
         name = found.address.rpartition("/")[2]
         if name.startswith("shard-"):

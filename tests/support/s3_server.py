@@ -1,4 +1,4 @@
-"""An S3 server on loopback: moto's, behind faults, which counts requests and bytes."""
+"""Run moto's S3 server on loopback, with injected faults and counters of requests and bytes."""
 
 import os
 import re
@@ -37,7 +37,7 @@ ENVIRONMENT = {
 
 @dataclass
 class Request:
-    """One request that the server answered."""
+    """Hold one request that the server answered."""
 
     method: str
     path: str
@@ -52,11 +52,10 @@ Fault = Callable[[Request], str | None]
 
 @dataclass
 class S3Server:
-    """A running server. `fault` names what a request meets: an error code, "cut" or "slow".
-
-    "cut-put" ends the connection in the middle of a request's body, and "lost" after the server has
-    done what was asked. Listings omit the keys in `hidden`. With `ignores_conditions`, writes have
-    none, as on some servers.
+    """Hold a running server. `fault` names the fault of a request: an error code, "cut" or "slow".
+    "cut-put" ends the connection in the middle of a request's body, and "lost" ends the connection
+    after the server has executed the request. Listings omit the keys in `hidden`. With
+    `ignores_conditions`, writes have none, as on some servers.
     """
 
     url: str = ""
@@ -67,7 +66,7 @@ class S3Server:
     ignores_conditions: bool = False
 
     def fail(self, code: str, times: int, where: Callable[[Request], bool] = bool) -> None:
-        """Meet the next requests that `where` chooses with a fault, so many times."""
+        """Inject a fault into the next requests that `where` selects, this number of times."""
         left = [times]
 
         def fault(request: Request) -> str | None:
@@ -80,11 +79,11 @@ class S3Server:
 
     @property
     def sent(self) -> int:
-        """Bytes of all bodies of objects."""
+        """Return the bytes of all bodies of objects."""
         return sum(each.sent for each in self.requests if each.method == "GET" and not each.query)
 
     def put(self, key: str, data: bytes) -> None:
-        """Write an object behind the server's counts."""
+        """Write an object without counting the request."""
         before, self.fault = self.fault, lambda _: None
         files = fsspec.filesystem("s3", use_listings_cache=False)
         files.pipe_file(f"{BUCKET}/{key}", data)
@@ -92,7 +91,8 @@ class S3Server:
         self.requests.clear()
 
     def objects(self, prefix: str) -> dict[str, bytes]:
-        """The objects below a prefix, by the rest of their names, behind the server's counts."""
+        """Return the objects below a prefix, by the rest of their names, without counting the
+        request."""
         before, self.fault = (self.fault, self.hidden), lambda _: None
         self.hidden = None
         files = fsspec.filesystem("s3", use_listings_cache=False)
@@ -145,7 +145,7 @@ class S3Server:
         return self._pieces(body, fault)
 
     def _without_hidden(self, app: Any, environ: dict[str, Any], start: Any) -> bytes:
-        """A listing without the newest keys, as of a store whose listings lag."""
+        """Return a listing without the newest keys, as from a store with stale listings."""
         answer: list[Any] = []
         text = b"".join(app(environ, lambda *parts: answer.extend(parts))).decode()
         for entry in re.findall("<Contents>.*?</Contents>", text, re.DOTALL):
@@ -179,7 +179,7 @@ class _Quiet(WSGIRequestHandler):
 
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """A server with one empty bucket, which s3fs finds by its environment variables."""
+    """Run a server with one empty bucket, which s3fs finds by environment variables."""
     moto, server = create_backend_app("s3"), S3Server()
     application: Any = lambda environ, start: server(moto, environ, start)  # noqa: E731
     listening = make_server("127.0.0.1", 0, application, threaded=True, request_handler=_Quiet)

@@ -1,6 +1,6 @@
 """Run an export while its inputs are away or its memory is short, and then without the shortage.
 
-A trial raises AssertionError if a promise is broken, and returns its figures.
+A trial raises AssertionError for a fault, and returns measurements.
 """
 
 import contextlib
@@ -176,7 +176,7 @@ class Watched:
     grown: dict[str, float] = field(default_factory=lambda: {"VmSize": 0.0, "VmRSS": 0.0})
 
     def run(self) -> kill_harness.Run:
-        """Run it to its end."""
+        """Run the command to its end."""
         log, begin = self.exports.folder / "log", time.monotonic()
         shutil.rmtree(self.exports.out, ignore_errors=True)
         process = self.exports.start(self.exports.command(), log)
@@ -197,7 +197,7 @@ class Watched:
         return kill_harness.Run(process.wait(), time.monotonic() - begin, errors)
 
     def _works(self) -> bool:
-        """Return whether the command has written down which images it decodes."""
+        """Return whether the command has recorded the images that it decodes."""
         out = self.exports.out
         return out.is_dir() and any(UNDER_WAY_NAME.fullmatch(path.name) for path in out.iterdir())
 
@@ -205,7 +205,7 @@ class Watched:
 def memory_edges(
     folder: Path, *, runs: int, images: int, seed: int = 0, forked: bool = False
 ) -> dict[str, Any]:
-    """Run exports under limits between nothing more and what they take when they may."""
+    """Run exports under memory limits between no extra memory and their usual memory."""
     chance, begin, count = random.Random(seed), time.monotonic(), Counter[str]()
     start = start_forked if forked else kill_harness.start
     exports = Exports(folder, images, write_some_large_images, start)

@@ -1,4 +1,4 @@
-"""What Parquet and object storage must bear: trials that a test and a soak share."""
+"""Provide trials of Parquet and object storage, for tests and soak runs."""
 
 import random
 from functools import partial
@@ -37,9 +37,8 @@ flat_memory_of_parquet = partial(export_stress.flat_memory, write=parquet_folder
 
 
 def random_reads(folder: Path, *, images: int, chosen: int, seed: int = 0) -> dict[str, Any]:
-    """Read images of a remote export at random; the server counts the bytes that it sends.
-
-    They are the rows, the headers of the shards, the listing and export.json.
+    """Read images of a remote export at random, while the server counts the sent bytes. Only the
+    rows, the headers of the shards, the listing and export.json may be sent.
     """
     inputs, out = folder / "images", folder / "out"
     inputs.mkdir()
@@ -77,7 +76,7 @@ def random_reads(folder: Path, *, images: int, chosen: int, seed: int = 0) -> di
 
 
 def header_bytes(path: Path) -> int:
-    """The bytes of a shard before its rows, and its grids and offsets."""
+    """Return the bytes of a shard before its rows, and its grids and offsets."""
     file = FeatureFile(path)
     with open(path, "rb") as raw:
         length = 8 + int.from_bytes(raw.read(8), "little")

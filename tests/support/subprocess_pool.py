@@ -1,4 +1,4 @@
-"""Calls in processes of their own, several at a time, which may raise, die or hang."""
+"""Run calls in separate processes, several at a time. A call may raise, die or hang."""
 
 import multiprocessing
 import time
@@ -14,7 +14,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a call returned, or why there is nothing."""
+    """Hold a call's result, or the reason for a missing result."""
 
     value: Any
     problem: str | None
@@ -37,7 +37,8 @@ def outcomes(
     at_once: int,
     seconds: float,
 ) -> Generator[tuple[int, Outcome]]:
-    """(index, outcome) of `call(*arguments[index])`, as they finish, each within `seconds`."""
+    """Yield (index, outcome) of `call(*arguments[index])` in the order of completion, each within
+    `seconds`."""
     waiting = list(enumerate(arguments))[::-1]
     running: dict[Connection, tuple[int, ForkServerProcess, float]] = {}
     try:

@@ -1,4 +1,4 @@
-"""What development times beside the package's own benchmark: stages, chip rates, launches."""
+"""Measure stages, chip rates and launches, in addition to the package's own benchmark."""
 
 import time
 from collections import Counter
@@ -20,16 +20,15 @@ COPIED_BYTES = 2**32
 
 
 def gemm_rate(device: torch.device) -> float:
-    """Operations per second of an 8192^3 bfloat16 GEMM of random data, 2 per multiply-add.
-
-    Of 21 GEMMs on a cool GPU: more than it can keep up.
+    """Return operations per second of an 8192^3 bfloat16 GEMM of random data, 2 per multiply-add.
+    The rate comes from 21 GEMMs on a cool GPU, which cannot sustain this rate.
     """
     return GEMM_FLOPS / (median_ms(large_gemm(device), 21) * 1e-3)
 
 
 def on_a_cool_gpu(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """(the median GPU milliseconds of `run`, the GEMM's rate), each by itself and for as long, on
-    a cool GPU: the clock of one image now and then.
+    """Return the median GPU milliseconds of `run` and the GEMM's rate, each measured alone for the
+    same time on a cool GPU.
     """
     gemm = large_gemm(device)
     run_once, gemm_once = (median_ms(each, 1, 1) for each in (run, gemm))
@@ -45,14 +44,15 @@ def on_a_cool_gpu(run: Callable[[], Any], device: torch.device) -> tuple[float, 
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes read and written per second by a copy of 4 GiB."""
+    """Return the bytes that a copy of 4 GiB reads and writes per second."""
     a = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device).random_()
     b = torch.empty_like(a)
     return 2 * COPIED_BYTES / (median_ms(lambda: b.copy_(a)) * 1e-3)
 
 
 def graph_of(run: Callable[[], Any]) -> Callable[[], None]:
-    """Replays a CUDA graph of what `run` launches, its memory kept: no launch takes host time."""
+    """Return a replay of a CUDA graph of `run`, with its memory, so that launches take no host
+    time."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -69,9 +69,8 @@ def graph_of(run: Callable[[], Any]) -> Callable[[], None]:
 
 
 def stage_runs(tower: VisionTower, pixels: Tensor, layout: Layout) -> dict[str, Callable[[], Any]]:
-    """For each stage, a call that runs it in all of its blocks, with each block's own weights.
-
-    What a stage reads is one block's, over and over; `layout` lies on the tower's device.
+    """Return a call for each stage that runs the stage in all its blocks, with each block's own
+    weights. A stage always reads one block's input. `layout` is on the tower's device.
     """
     blocks: list[Any] = list(tower.blocks)
     full = [blocks[i] for i in sorted(tower.config.fullatt_block_indexes)]
@@ -113,9 +112,8 @@ def stage_runs(tower: VisionTower, pixels: Tensor, layout: Layout) -> dict[str, 
 
 
 def launches(run: Callable[[], Any]) -> Counter[str]:
-    """What one call starts on the GPU, by name: kernels, and copies and fills as `Mem...`.
-
-    Empty where the driver lets nobody look (some virtual machines).
+    """Return the launches of one call on the GPU by name: kernels, and copies and fills as
+    `Mem...`. The result is empty if the driver forbids profiling, as on some virtual machines.
     """
     run()
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The package's own tower for tests: built, laid out, and traced under the oracle's stage names."""
+"""Build the package's own tower for tests, lay out grids, and trace the oracle's stages."""
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +25,8 @@ MIXED: list[GridTuple] = [(1, 10, 14), (1, 2, 2), (3, 6, 4), (1, 2, 30), (1, 16,
 
 
 def gpu(test: Callable[..., None]) -> Callable[..., None]:
-    """Mark a test that needs an NVIDIA GPU: `-m gpu` selects it, and without one it is skipped."""
+    """Mark a test that needs an NVIDIA GPU. `-m gpu` selects the test, and pytest skips it without
+    a GPU."""
     no_gpu = not torch.cuda.is_available()
     return pytest.mark.gpu(pytest.mark.skipif(no_gpu, reason="needs an NVIDIA GPU")(test))
 
@@ -41,7 +42,8 @@ def build_tower(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = CPU,
 ) -> VisionTower:
-    """The tower of a folder, or of tensors under their bare names; nothing is random."""
+    """Return the tower of a folder, or of tensors by their names without prefix, without random
+    values."""
     if isinstance(folder_or_tensors, Mapping):
         tensors = folder_or_tensors
         image_config = image_config or ImageConfig.from_json({})
@@ -64,7 +66,7 @@ def layout_for(
     dtype: torch.dtype = torch.float32,
     n_rows: int | None = None,
 ) -> Layout:
-    """`qwen_vit.trace.layout_for`, with defaults for a CPU and grids of any kind."""
+    """Return a layout, with defaults for a CPU and grids of any kind."""
     return trace.layout_for(as_grids(grids), config, torch.device(device), dtype, n_rows)
 
 
@@ -76,7 +78,7 @@ def tower_trace(
     n_rows: int | None = None,
     layout: Layout | None = None,
 ) -> Trace:
-    """Run the tower and return its stages as the oracle does, without the padding rows."""
+    """Run the tower and return its stages like the oracle, without the padding rows."""
     weight = tower.patch_embed.weight
     if layout is None:
         layout = layout_for(grids, tower.config, weight.device, weight.dtype, n_rows)
@@ -84,17 +86,16 @@ def tower_trace(
 
 
 def per_image(merged: Tensor, grids: Iterable[Any], merge_unit: int = 4) -> tuple[Tensor, ...]:
-    """A batch's merged tokens, image by image."""
+    """Return a batch's merged tokens, image by image."""
     return merged.split([grid.n_tokens(merge_unit) for grid in as_grids(grids)])
 
 
 def assert_no_worse_than(
     ours: Tensor, stock: Tensor, oracle: Tensor, *, factor: float, floor: float = 0.0
 ) -> None:
-    """Our relative error against the oracle is at most `factor` times that of a stock path.
-
-    `floor` is an error that is always allowed: where the stock path is exact by luck, no factor
-    would leave room for one rounding. Prints the figures, green or red.
+    """Check that our relative error against the oracle is at most `factor` times the error of a
+    stock path. `floor` is an error that is always allowed, because no factor allows one rounding if
+    the stock path is exact by chance. The function always prints the errors.
     """
     our_error, stock_error = relative_error(ours, oracle), relative_error(stock, oracle)
     allowed = max(factor * stock_error, floor)
@@ -118,7 +119,7 @@ def n_patches(grids: Sequence[Any]) -> int:
 
 
 def random_grids(generator: random.Random, patches: int, side: int = 11) -> list[GridTuple]:
-    """Stills and clips with merged sides of 1 to `side`, until `patches` are there."""
+    """Return stills and clips with merged sides of 1 to `side`, with at least `patches` patches."""
     grids: list[GridTuple] = []
     while n_patches(grids) < patches:
         t = generator.choice((1, 1, 1, 2, 3))

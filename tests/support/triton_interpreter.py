@@ -1,4 +1,4 @@
-"""Triton's own interpreter, the reference for `qwen_vit.kernels.interpret`.
+"""Run Triton's own interpreter, which is the reference for `qwen_vit.kernels.interpret`.
 
 `TRITON_INTERPRET=1` would turn it on for the whole process, and only if it is set before anything
 imports triton. Wrapping single functions needs no environment variable.
@@ -24,10 +24,9 @@ RUNS_HERE = Version(triton.__version__) >= Version("3.7.1") or np.__version__ < 
 
 
 def interpreted_by_triton(kernel: JITFunction) -> Callable[..., None]:
-    """A launcher `run(grid, *args, **kwargs)` of the kernel's source in Triton's interpreter.
-
-    Helpers that the kernel calls by a global name are interpreted as well. `tl.sum` and other
-    functions that triton.language itself compiles are not.
+    """Return a launcher `run(grid, *args, **kwargs)` of the kernel's source in Triton's
+    interpreter. It also interprets helpers that the kernel calls by a global name. `tl.sum` and
+    other functions that triton.language itself compiles are not.
     """
     function = InterpretedFunction(_plain_twin(kernel))
 
@@ -45,7 +44,8 @@ def interpreted_by_triton(kernel: JITFunction) -> Callable[..., None]:
 
 
 def _plain_twin(kernel: JITFunction) -> types.FunctionType:
-    """The kernel's function in a namespace of its own, in which its helpers are plain functions.
+    """Return the kernel's function in a separate namespace, in which its helpers are plain
+    functions.
 
     As an `InterpretedFunction` a helper would swap the functions of triton.language at each call.
     """

@@ -1,4 +1,5 @@
-"""Our tower with RoPE in a kernel of its own and a library's attention: what fusing them gains."""
+"""Provide our tower with a separate RoPE kernel and a library's attention, to measure the gain of
+fusion."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,7 @@ def _rotate_queries_and_keys(
     qkv, rotated, cos, sin, axis_index, n_rows,
     H: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Q and K of every row and head, rotated: (N, 2, H, D)."""
+    """Return the rotated Q and K of every row and head: (N, 2, H, D)."""
     i_head = tl.program_id(0) % (2 * H)
     row_begin = (tl.program_id(0) // (2 * H) * BN).to(tl.int64)
     o_row = tl.arange(0, BN)
@@ -44,7 +45,7 @@ def _rotate_queries_and_keys(
 
 
 def rotated(qkv: Tensor, rotary: RotaryTable) -> Tensor:
-    """Q and K of (N, 3, H, D), pairs side by side, by the fused kernel's own rotation."""
+    """Rotate Q and K of (N, 3, H, D) with adjacent pairs, by the fused kernel's own rotation."""
     N, _, H, D = qkv.shape
     out = torch.empty((N, 2, H, D), dtype=qkv.dtype, device=qkv.device)
     grid = (triton.cdiv(N, ROTATION_ROWS) * 2 * H,)
@@ -59,7 +60,7 @@ def rotated(qkv: Tensor, rotary: RotaryTable) -> Tensor:
 
 
 class UnfusedAttention(nn.Module):
-    """`model.Attention` with two kernels in place of one."""
+    """Replace `model.Attention` by two kernels."""
 
     def __init__(self, fused: Any, attend: VarlenAttention, longest: int) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ class UnfusedAttention(nn.Module):
 
 
 def unfused_tower(tower: VisionTower, attend: VarlenAttention, longest_frame: int) -> VisionTower:
-    """The same tower on the same weights, with `attend` for its attention."""
+    """Return the same tower on the same weights, with `attend` as its attention."""
     config, dtype = tower.config, tower.merger.norm_weight.dtype
     with torch.device("meta"):
         other = VisionTower(config, dtype)

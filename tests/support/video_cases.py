@@ -1,4 +1,5 @@
-"""Random (length, rate, size, option) cases for the samplers of videos, the same on any machine."""
+"""Provide random (length, rate, size, option) cases for the video samplers, equal on every
+machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ RATES = (30.0, 25.0, 24.0, 60.0, 30_000 / 1001, 24_000 / 1001, 60_000 / 1001, 1.
 
 @dataclass(frozen=True, slots=True)
 class SamplingCase:
-    """A video's frames, their rate and size, and options under this package's names."""
+    """Hold the number, rate and size of a video's frames, and options under this package's
+    names."""
 
     n_frames: int
     rate: float
@@ -26,7 +28,7 @@ class SamplingCase:
 
 
 def sampling_cases(count: int = CASES) -> list[SamplingCase]:
-    """The cases: short, usual and very long videos, every option, all shapes of frames."""
+    """Return the cases: short, usual and very long videos, every option, all shapes of frames."""
     random = Random(20_251_129)
     return [_case(random) for _ in range(count)]
 
@@ -63,7 +65,7 @@ def _case(random: Random) -> SamplingCase:
 
 
 def digest(indices: list[int]) -> list[int]:
-    """Indices in few numbers: how many, the ends, and a checksum of all in order."""
+    """Summarise indices by their number, their ends, and a checksum in order."""
     total = 0
     for index in indices:
         total = (total * 1_000_003 + index) % (2**31 - 1)

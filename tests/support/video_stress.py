@@ -1,4 +1,4 @@
-"""Thousands of videos through the loaders, with a tower that costs nothing: memory and files."""
+"""Load thousands of videos with a fake tower, and measure memory and open files."""
 
 import gc
 import os
@@ -32,7 +32,7 @@ MAX_GROWTH_MB, MAX_FILES = 30, 5
 
 
 def flat_memory_of_videos(folder: Path, *, clips: int, first: int) -> dict[str, Any]:
-    """Memory and open files over many clips, of which every tenth is torn."""
+    """Measure memory and open files over many clips, of which every tenth is incomplete."""
     paths = [make_video(folder / name, 12, size=(320, 240), **how) for name, how in KINDS.items()]
     torn = folder / "torn.mp4"
     torn.write_bytes(Path(paths[0]).read_bytes()[:900])

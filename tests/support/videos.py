@@ -1,4 +1,5 @@
-"""Videos for tests, made by PyAV: each frame carries its own number, to be read after decoding."""
+"""Make videos for tests with PyAV. Each frame contains its own number, which tests read after
+decoding."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ SIZE = (96, 64)  # width, height
 
 
 def numbered(number: int, size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:
-    """A frame (height, width, 3) whose upper half has the bits of a number as grey bars."""
+    """Return a frame (height, width, 3) whose upper half has the bits of a number as grey bars."""
     width, height = size
     frame = np.full((height, width, 3), 128, np.uint8)
     edges = np.linspace(0, width, BITS + 1).round().astype(int)
@@ -28,7 +29,7 @@ def numbered(number: int, size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:
 
 
 def number_in(frame: NDArray[np.uint8]) -> int:
-    """The number of a decoded frame."""
+    """Return the number of a decoded frame."""
     height, width = frame.shape[:2]
     edges = np.linspace(0, width, BITS + 1).round().astype(int)
     total = 0
@@ -45,7 +46,7 @@ Arguments = ParamSpec("Arguments")
 
 
 def written_again(write: Callable[Arguments, str]) -> Callable[Arguments, str]:
-    """Write a video again if FFmpeg's muxer fails, as it does at random with libx265."""
+    """Write a video again if FFmpeg's muxer fails, which happens at random with libx265."""
 
     @wraps(write)
     def write_again(*args: Arguments.args, **kwargs: Arguments.kwargs) -> str:
@@ -76,7 +77,7 @@ def make_video(
     container_options: dict[str, str] | None = None,
     format: str | None = None,
 ) -> str:
-    """Write a video of numbered frames; `ticks` are their times in `time_base`."""
+    """Write a video of numbered frames. `ticks` are their times in `time_base`."""
     import av
 
     unit = time_base or Fraction(1) / Fraction(rate)
@@ -105,7 +106,7 @@ def make_video(
 
 
 def make_clip(path: Path | str, images: Path) -> None:
-    """A clip of 6 s for the pages: 3 s over the rocket, 3 s over the cat."""
+    """Return a clip of 6 s for the pages, with 3 s of the rocket and 3 s of the cat."""
     import av
     from PIL import Image
 
@@ -131,7 +132,7 @@ if __name__ == "__main__":  # python -m tests.support.videos writes the clip of 
 
 
 def patched(path: str | Path, box: bytes, offset: int, value: bytes) -> Path:
-    """The file with some bytes behind the last box of a kind replaced."""
+    """Return the file with some bytes after the last box of a kind replaced."""
     path = Path(path)
     data = bytearray(path.read_bytes())
     at = data.rindex(box) + len(box) + offset

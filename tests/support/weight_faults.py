@@ -1,4 +1,4 @@
-"""Faults in one tensor of a checkpoint at a time, as a damaged download would have them."""
+"""Inject a fault into one tensor of a checkpoint at a time, as from a damaged download."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from tests.support.towers import build_tower
 
 @dataclass(frozen=True, slots=True)
 class WeightFault:
-    """One tensor, what was done to it, and the stage that computes with it first."""
+    """Hold one tensor, its fault, and the first stage that uses the tensor."""
 
     tensor: str
     fault: str
@@ -24,7 +24,8 @@ class WeightFault:
 
 
 def every_fault(tensors: Mapping[str, Tensor]) -> Iterator[WeightFault]:
-    """One row times 1.05 (weights), the bias dropped (biases), two rows swapped (all)."""
+    """Define the faults: one row times 1.05 (weights), a dropped bias (biases), two swapped rows
+    (all)."""
     for name in tensors:
         stage = f"block.{name.split('.')[1]}" if name.startswith("blocks.") else name.split(".")[0]
         first = "bias dropped" if name.endswith("bias") else "row scaled"
@@ -33,7 +34,7 @@ def every_fault(tensors: Mapping[str, Tensor]) -> Iterator[WeightFault]:
 
 
 def damaged(tensor: Tensor, fault: str, seed: int) -> Tensor:
-    """The tensor with the fault, in rows that a seed picks."""
+    """Return the tensor with the fault, in rows that a seed selects."""
     wrong = tensor.clone()
     first, second = torch.randperm(
         len(tensor), generator=torch.Generator().manual_seed(seed)
@@ -48,7 +49,7 @@ def damaged(tensor: Tensor, fault: str, seed: int) -> Tensor:
 
 
 def inject_fault(encoder: VisionEncoder, fault: WeightFault, seed: int = 0) -> VisionEncoder:
-    """The same encoder, its checkpoint damaged."""
+    """Return the same encoder with a damaged checkpoint."""
     tensors = dict(encoder.checkpoint.tensors)
     tensors[fault.tensor] = damaged(tensors[fault.tensor], fault.fault, seed)
     given = GivenTensors({name: (tensor,) for name, tensor in tensors.items()})

@@ -1,4 +1,4 @@
-"""A tower of two blocks as wide as the published ones, on a GPU."""
+"""Make a tower of two blocks with the published width, on a GPU."""
 
 from collections.abc import Sequence
 from functools import cache
