@@ -79,7 +79,7 @@ class _Keys(pe.KmsClient):  # type: ignore[misc]  # pyarrow has no types
 
 
 def write_encrypted(path: str | Path, images: Sequence[Any], *, plain_footer: bool) -> None:
-    """Write a file with an encrypted column of images, and an encrypted footer unless `plain_footer`."""
+    """Write a file with an encrypted column of images. `plain_footer` leaves the footer plain."""
     table = pa.table({"image": pa.array(images, STRUCT)})
     fields = ["image.bytes", "image.path"]
     settings = pe.EncryptionConfiguration(
