@@ -1,4 +1,4 @@
-"""Define `LoadedTower`: the vision tower on its device, run on rows of patches."""
+"""Define `LoadedTower`, which runs the vision tower on rows of patches on its device."""
 
 from dataclasses import dataclass
 from typing import Any, NoReturn, Self
@@ -24,7 +24,7 @@ __all__ = ["LoadedTower"]
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class LoadedTower:
-    """Hold a checkpoint's tower on a device, and encode the rows that a processor cuts.
+    """Hold a checkpoint's tower on a device, and encode a processor's rows.
 
     >>> from qwen_vit import VisionEncoder
     >>> isinstance(VisionEncoder.from_pretrained("tiny"), LoadedTower)

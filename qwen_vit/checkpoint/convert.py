@@ -208,7 +208,7 @@ def _patch_embedding(
 
 
 def _rotary_order(config: VisionConfig) -> Tensor:
-    """Return the stored row order of q, k and v: rotary pairs of q and k are adjacent."""
+    """Return the stored row order of q, k and v, in which rotary pairs of q and k are adjacent."""
     D = config.head_dim
     rows = torch.arange(3 * config.hidden_size).view(3, config.num_heads, D)
     rows[:2] = rows[:2, :, rotary_permutation(D)]

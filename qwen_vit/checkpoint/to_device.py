@@ -1,4 +1,4 @@
-"""Copy tensors to a GPU: threads read ahead, through a fixed amount of pinned memory.
+"""Copy tensors to a GPU through a fixed amount of pinned memory, while threads read ahead.
 
 A plain copy of a mapped tensor runs at the rate of one thread's page faults, while the GPU waits.
 Here the tensors are one stream of bytes, cut into pieces. Threads copy the next pieces into pinned

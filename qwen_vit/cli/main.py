@@ -1,7 +1,7 @@
 """Run the `qwen-vit` command: its group of commands, and its exit codes for errors.
 
-Data goes to stdout. Progress and logs go to stderr. `exit_codes` lists the exit codes. The name of
-a command imports the command's module, and only the command's body imports torch. `--help`,
+Data goes to stdout. Progress and logs go to stderr. `exit_codes` lists the exit codes. Python
+imports a command's module only for that command, and torch only for the command's body. `--help`,
 `--version` and usage errors therefore respond without a delay. Therefore the modules of this folder
 import only click and light modules. Command bodies import the exceptions, `text` and `describe`.
 """

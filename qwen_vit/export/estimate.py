@@ -184,7 +184,7 @@ class _Work:
 
 
 class _Counts:
-    """Count an export's images: images to do from headers, and other images from shards."""
+    """Count an export's images. Headers give the images to do, and shards give the other images."""
 
     def __init__(self, encoder: VisionEncoder, options: ExportOptions) -> None:
         self._encoder, self._options = encoder, options

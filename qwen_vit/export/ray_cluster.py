@@ -1,4 +1,4 @@
-"""Run an export on a Ray cluster: workers make the shards, and this process counts them.
+"""Run an export on a Ray cluster. Workers make the shards, and this process counts the shards.
 
 Ray restarts dead workers, on another node if needed, and retries their tasks. A retry is safe,
 because a shard exists completely or not at all. The plan decides the bytes for every worker.

@@ -1,4 +1,4 @@
-"""Export to object storage: upload whole shards, and write settings conditionally."""
+"""Export to object storage. Upload whole shards, and write settings conditionally."""
 
 import hashlib
 import logging

@@ -215,7 +215,8 @@ def _record_batch(images: Sequence[ImageFeatures], schema: Any) -> Any:
 def _list_array(arrays: Sequence[NDArray[np.float32]]) -> Any:
     """Convert 1D arrays to lists and 2D arrays to lists of lists, without Python objects.
 
-    Arrow counts a batch's values in int32, and `BATCH_BYTES` limits them to far less.
+    Arrow counts a batch's values in int32, and `BATCH_BYTES` limits their number to far fewer
+    values.
     """
     import pyarrow as pa
 

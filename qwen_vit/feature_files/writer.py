@@ -59,7 +59,7 @@ class RowTensor(NamedTuple):
 
 
 class FeatureWriter:
-    """Write a feature file of unknown length: append rows, then write the header at the end.
+    """Write a feature file of unknown length. Append rows, then write the header at the end.
 
     >>> tensors = [RowTensor("image_embeds", 192, torch.float32)]
     >>> with FeatureWriter(path, tensors, 2**16) as writer:  # doctest: +SKIP

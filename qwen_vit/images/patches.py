@@ -153,7 +153,7 @@ def smart_resize(
     max_pixels: float,
     name: str = "the image",
 ) -> tuple[int, int]:
-    """Return an image's target size: multiples of `factor` that roughly keep the aspect ratio.
+    """Return an image's target size in multiples of `factor` that roughly keep the aspect ratio.
 
     >>> smart_resize(100, 200, factor=28, min_pixels=3136, max_pixels=1003520)
     (112, 196)
