@@ -25,7 +25,7 @@ def worker(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worke
 
 @pytest.fixture
 def repo(hub: Hub, tmp_path: Path) -> Iterator[Path]:
-    """The folder of org/tiny, which each test fills; nothing is wrong with the hub yet."""
+    """Return the folder of org/tiny, which each test fills. The Hub has no faults at first."""
     folder = tmp_path / "repo"
     serve(hub, "org/tiny", folder)
     yield folder
@@ -36,5 +36,5 @@ def repo(hub: Hub, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def call(tmp_path: Path) -> dict[str, Any]:
-    """The arguments of a call, with a cache of its own."""
+    """Return the arguments of a call, with a separate cache."""
     return {"model": "org/tiny", "cache_dir": tmp_path / "cache"}

@@ -91,7 +91,7 @@ def channels_last() -> Weights:
 def test_what_is_not_a_whole_tower_is_named(
     tmp_path: Path, make: Callable[[], Weights], fact: str, remedy: str
 ) -> None:
-    """Neither config.json nor the download is at fault."""
+    """The error must blame neither config.json nor the download."""
     loaders: list[Callable[[], Checkpoint]] = [
         lambda: load_checkpoint(written(tmp_path, make())),
         lambda: Checkpoint.from_tensors(make(), SMALL),
@@ -166,7 +166,7 @@ def test_missing_image_settings_are_said_aloud(
     ],
 )
 def test_the_size_of_another_processor_is_refused(tmp_path: Path, size: dict[str, int]) -> None:
-    """CLIP's shortest_edge is a length; here it would be an area of 224 pixels."""
+    """CLIP's shortest_edge is a length. In our config it would be an area of 224 pixels."""
     write_checkpoint(tmp_path, SMALL)
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "size": size}))

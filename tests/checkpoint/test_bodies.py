@@ -21,7 +21,7 @@ from tests.support.hub_worker import running_worker
 
 
 def test_weights_that_change_between_two_ranges_are_not_mixed(tmp_path: Path) -> None:
-    """Same shapes, other values: the tower was put together from both, and kept."""
+    """A fault once joined values of two versions with equal shapes, and stored the result."""
     for name, seed in (("first", 0), ("second", 1)):
         write_checkpoint(tmp_path / name, SMALL, seed=seed)
     with serving({}) as hub:

@@ -24,15 +24,14 @@ from tests.support.checkpoints import (
 
 
 def gate_and_up(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Undo the loader's turns of 8 rows."""
+    """Undo the loader's interleaving of 8 rows."""
     gate, up = gate_up.view(-1, 2, 8, *gate_up.shape[1:]).unbind(1)
     return gate.flatten(0, 1), up.flatten(0, 1)
 
 
 def marked_tensors(config: VisionConfig) -> tuple[dict[str, torch.Tensor], int]:
-    """Return tensors whose every element is another whole number from 1 up, exact in float32.
-
-    The norms of the blocks are 1: they are folded into the weights that follow.
+    """Return tensors whose elements are different whole numbers from 1, exact in float32. The norms
+    of the blocks are 1, because the loader folds the norms into the weights that follow.
     """
     tensors, start = {}, 1
     for name, shape in expected_tensors(config).items():
@@ -81,7 +80,7 @@ def test_padding_lies_behind_gate_behind_up_and_behind_down() -> None:
 def test_the_weights_of_a_blocks_norms_are_multiplied_in_with_one_rounding(
     dtype: torch.dtype,
 ) -> None:
-    """W (g x) = (W g) x, so the norm that is left has no weight of its own."""
+    """W (g x) = (W g) x, so the remaining norm has no weight."""
     tensors = random_tensors(SMALL, dtype=torch.bfloat16)
     tensors |= {
         name: torch.rand(32, generator=torch.Generator().manual_seed(3)).bfloat16() * 4 - 1
@@ -145,11 +144,10 @@ def test_the_permutation_makes_rotary_pairs_adjacent_and_keeps_attention_scores(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_uint8_pixels_give_what_published_float_rows_give(dtype: torch.dtype) -> None:
-    """The folded weights equal the published ones to half a unit in their last place.
-
-    Every product and sum below is in float64, so what differs is the rounding of pixel_weight
-    (24 bits, or fp16's 11), each term's share being at most 2**-24 or 2**-11 of its size, and
-    fp16's subnormal step of 2**-25 / 2**10; plus the bias's rounding to float32.
+    """The folded weights equal the published weights to half a unit in the last place. Every
+    product and sum below is in float64. The differences are therefore the rounding of pixel_weight
+    and the rounding of the bias to float32. The rounding of pixel_weight (24 bits, or 11 bits in
+    fp16) is at most 2**-24 or 2**-11 of each term, plus fp16's subnormal step of 2**-25 / 2**10.
     """
     config = replace(SMALL, patch_px=14)
     tensors = random_tensors(config, dtype=torch.bfloat16)

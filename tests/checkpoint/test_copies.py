@@ -39,7 +39,8 @@ print(checkpoint.weights_sha256(), len(checkpoint.tensors), tensor.float().sum()
 def test_a_copy_or_a_pickle_reads_the_same_tensors(
     tmp_path: Path, prefix: str, when: str, duplicate: Callable[[Checkpoint], Checkpoint]
 ) -> None:
-    """Once it could not be copied once it was read: safetensors' open files cannot be."""
+    """After reading, a checkpoint could not be copied, because safetensors' open files cannot be
+    copied."""
     tensors = write_checkpoint(tmp_path, SMALL, prefix=prefix, shards=2)
     checkpoint = load_checkpoint(tmp_path)
     if when == "after reading":

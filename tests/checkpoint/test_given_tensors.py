@@ -23,7 +23,7 @@ from tests.support.checkpoints import (
 
 
 def rejection(*arguments: Any) -> CheckpointError:
-    """The error with which given tensors are refused."""
+    """Return the error for a caller's tensors."""
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.from_tensors(*arguments)
     return caught.value

@@ -122,7 +122,7 @@ def test_nan_on_the_wire_is_not_kept(worker: Worker, repo: Path, call: dict[str,
 def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(
     worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
-    """Once, a download that took longer than a day was removed under the hands of its process."""
+    """A cleanup once removed the files of a running download that took longer than a day."""
     write_checkpoint(repo, SMALL)
     parent = own_folder(call).parent
     here, elsewhere = f".{COMMIT}.{store._process_space()}", f".{COMMIT}.0123abcd"
@@ -175,7 +175,7 @@ def test_a_pinned_commit_needs_no_hub_cache_beside_our_folder(
 
 @pytest.mark.slow
 def test_a_full_disk_is_named_and_leaves_nothing(hub: Hub, repo: Path, tmp_path: Path) -> None:
-    """A file system of 1 MB of its own, in a namespace of its own."""
+    """Mount a separate file system of 1 MB, in a separate namespace."""
     mount = 'mount -t tmpfs -o size=1m none "$0" && exec "$@"'
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -18,7 +18,8 @@ from tests.support.hub_worker import Worker, running_worker
 
 
 def write_sharded(folder: Path, *, language: int = 9) -> int:
-    """Ten shards, three of them with vision tensors, and `language` times as many other bytes.
+    """Write ten shards, of which three have vision tensors, and `language` times as many other
+    bytes.
 
     Returns the bytes of the vision tensors.
     """
@@ -131,7 +132,7 @@ def test_a_single_file_of_another_name_is_found_in_the_listing(
 def test_weights_of_another_name_serve_offline_when_they_were_taken_whole(
     worker: Worker, repo: Path, call: dict[str, Any], shards: int
 ) -> None:
-    """Where nothing can be listed, the names in the cache are what there is to choose from."""
+    """Without a file listing, the loader chooses among the names in the cache."""
     write_checkpoint(repo, SMALL, shards=shards)
     for path in list(repo.glob("model.safetensors*")):
         path.rename(path.with_name(path.name.replace("model", "tower")))
@@ -265,7 +266,8 @@ def test_a_branch_that_moves_meanwhile_gives_one_commit_and_later_the_next(
 def test_a_wrong_ref_in_the_cache_does_not_mix_two_commits(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The Hub's client follows a ref that is called like a commit; one wrong answer writes it."""
+    """The Hub's client follows a ref whose name looks like a commit, and a wrong answer writes such
+    a ref."""
     write_checkpoint(repo, SMALL, shards=2)
     write_checkpoint(tmp_path / "next", SMALL, shards=2, seed=1)
     serve(hub, "org/tiny", tmp_path / "next", MOVED)

@@ -87,7 +87,8 @@ def test_wrong_bytes_of_a_whole_shard_are_found_and_fetched_once_more(
 def test_a_damaged_shard_does_not_stay_when_the_second_attempt_fails(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
-    """Once it did, under its final name, and the next call used it unchecked."""
+    """A damaged shard once kept its final name, and the next call used the shard without a
+    check."""
     write_checkpoint(repo, SMALL, shards=2)
     shard = "*-00002-*"
     hub.faults = [
@@ -103,7 +104,8 @@ def test_a_damaged_shard_does_not_stay_when_the_second_attempt_fails(
 def test_a_small_file_that_is_damaged_in_the_hubs_cache_is_mended(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any], name: str
 ) -> None:
-    """huggingface_hub takes what lies there, by name: the same wrong config for good."""
+    """huggingface_hub uses an existing file by its name, so it would always use the same wrong
+    config."""
     write_checkpoint(repo, SMALL, shards=2)
     full = ["download", "org/tiny", "--full", "--cache-dir", str(call["cache_dir"])]
     assert worker("command", arguments=full)["code"] == 0
@@ -126,7 +128,7 @@ def test_a_small_file_that_is_damaged_in_the_hubs_cache_is_mended(
 def test_a_cache_of_copies_instead_of_links_serves_without_a_network(
     hub: Hub, repo: Path, tmp_path: Path
 ) -> None:
-    """As `cp -rL` or a disk without links leaves it: nobody can be asked for checksums."""
+    """After `cp -rL`, or on a disk without links, the cache records no checksums."""
     write_checkpoint(repo, SMALL, shards=2)
     home = tmp_path / "home"
     with running_worker(home, hub.endpoint) as worker:
@@ -240,8 +242,8 @@ def test_each_failure_of_the_hub_has_its_cause_and_its_remedy(
 def test_one_wrong_answer_that_a_file_is_not_there_does_not_last(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
-    """The Hub's cache remembers such an answer, and once that made a sharded checkpoint unreadable
-    until the cache was cleared; settings would have been left out in silence."""
+    """The Hub's cache records such an answer. This once made a sharded checkpoint unreadable until
+    a user cleared the cache. Settings would have been missing without an error."""
     write_checkpoint(repo, SMALL, shards=2)
     for name in (SETTINGS, INDEX):
         for listing in (True, False):

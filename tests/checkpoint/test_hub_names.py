@@ -31,7 +31,8 @@ def test_a_revision_of_what_is_here_is_refused(tmp_path: Path, model: str) -> No
 
 
 def test_an_empty_revision_is_refused() -> None:
-    """As of a shell variable that is not set; the Hub would answer that there is no such file."""
+    """An unset shell variable gives an empty revision, for which the Hub would report a missing
+    file."""
     with pytest.raises(ArgumentError, match=r"revision is empty\. Expected a branch"):
         find_checkpoint("org/tiny", revision="")
 
@@ -53,7 +54,7 @@ def test_what_is_neither_a_folder_nor_a_repository_is_refused_without_the_networ
     "model", ["a/b/c", "../no/such", "/no/such/folder", "./model", "~/model", "model/"]
 )
 def test_a_path_to_nothing_does_not_exist(model: str) -> None:
-    """It was called neither a folder nor a repository."""
+    """The error once named neither a folder nor a repository."""
     with pytest.raises(CheckpointError) as caught:
         find_checkpoint(model)
     assert (caught.value.name, caught.value.fact) == (model, "does not exist")
@@ -84,7 +85,8 @@ def test_a_short_or_misspelt_name_gets_a_suggestion(name: str, meant: str) -> No
 
 
 def test_a_repository_that_is_not_found_gets_a_suggestion_too() -> None:
-    """Its name has the form of a repository's: only the Hub can say that it has none."""
+    """The name looks like a repository's name, so only the Hub can report that it does not
+    exist."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def remedy(name: str) -> str:
@@ -137,7 +139,8 @@ def test_a_folder_of_ours_is_a_local_checkpoint_too(
 def test_a_link_that_another_process_makes_anew_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sixteen processes at once: the client removes a link and makes it again, in every one."""
+    """Sixteen processes run at once, and the client in each process removes and recreates a
+    link."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -14,8 +14,8 @@ from tests.support.hub_worker import Worker, running_worker
 def test_offline_without_image_settings_is_refused_rather_than_guessed(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
-    """Once, settings that could not be fetched counted as absent: images were resized to other
-    limits than the checkpoint's, with no word about it."""
+    """Settings that the client could not fetch once counted as absent. Images then had other size
+    limits than the checkpoint's limits, without a warning."""
     write_checkpoint(repo, SMALL)
     cached = {"repo_id": "org/tiny", "cache_dir": call["cache_dir"]}
     for name in ("config.json", "model.safetensors"):  # as another program may have

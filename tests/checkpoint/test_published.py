@@ -40,7 +40,7 @@ def config_of(entry: Mapping[str, Any]) -> VisionConfig:
 
 
 def stored_shapes(entry: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The names and shapes that the entry says are in its files."""
+    """Return the names and shapes that the entry's files have."""
     with torch.device("meta"):
         tensors = {k: torch.empty(shape) for k, shape in expected_tensors(config_of(entry)).items()}
         if entry["prefix"] == "thinker.visual.":
@@ -76,7 +76,7 @@ def test_an_entry_says_what_it_knows_and_what_the_hub_should_confirm(entry: dict
 
 
 class Watch(TorchDispatchMode):
-    """Follows which published tensors each tensor is made of, through any operation."""
+    """Track the published tensors of each tensor through any operation."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -103,10 +103,9 @@ class Watch(TorchDispatchMode):
 def test_the_names_map_one_to_one_onto_the_model(
     entry: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the meta device: every stored tensor lands in one parameter, every parameter is made of
-    stored tensors, and only what belongs together shares one.
-
-    The patch embedding alone has several: as published, and folded for uint8 pixels.
+    """On the meta device, every stored tensor becomes part of one parameter, and every parameter
+    consists of stored tensors that belong together. Only the patch embedding has two parameters:
+    the published weights, and the folded weights for uint8 pixels.
     """
     config, image_config = config_of(entry), ImageConfig.from_json({})
     shapes = stored_shapes(entry)

@@ -28,7 +28,8 @@ FILES = {"a": os.urandom(5_000), "b": os.urandom(3_000)}
 
 
 class Source:
-    """Opens ranges of FILES in small chunks; each of `breaks` ends one after that many bytes."""
+    """Open ranges of FILES in small chunks. Each of `breaks` ends a range after this number of
+    bytes."""
 
     def __init__(self, breaks: list[int] | None = None) -> None:
         self.breaks = breaks or []
@@ -59,7 +60,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @st.composite
 def arrangements(draw: st.DrawFn) -> list[tuple[str, int, int]]:
-    """Spans of the two files, in any order, which are put one after the other."""
+    """Return spans of the two files in any order, with adjacent destinations."""
     spans = []
     for _ in range(draw(st.integers(1, 12))):
         name = draw(st.sampled_from(sorted(FILES)))

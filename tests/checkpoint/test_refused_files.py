@@ -103,7 +103,7 @@ def test_an_index_may_only_name_plain_basenames(tmp_path: Path, shard: Any) -> N
 
 
 def test_a_shard_may_be_a_link_of_the_folder_s_owner(tmp_path: Path) -> None:
-    """People link 16 GB of weights to change config.json."""
+    """Users link 16 GB of weights into a new folder to change config.json."""
     folder, shard = tmp_path / "folder", "model-00001-of-00002.safetensors"
     tensors = write_checkpoint(folder, SMALL, shards=2)
     (folder / shard).rename(tmp_path / "elsewhere")
@@ -207,7 +207,7 @@ def test_damaged_files_name_their_path_size_and_remedy(
 
 
 def test_a_header_length_that_spells_markup_is_no_impostor(tmp_path: Path) -> None:
-    """A length of 0x3C20 starts like a space and "<"."""
+    """The bytes of the length 0x3C20 are a space and "<"."""
     write_checkpoint(tmp_path, SMALL, prefix="")
     path = tmp_path / "model.safetensors"
     raw = path.read_bytes()

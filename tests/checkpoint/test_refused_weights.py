@@ -173,8 +173,8 @@ def test_weights_that_are_not_finite_are_counted_and_their_file_named(
 def test_one_value_that_is_not_finite_is_found_in_every_tensor(
     value: str, dtype: torch.dtype
 ) -> None:
-    """Only what the tensors became is looked at, so none may lose it on the way: not in a product
-    with a norm's weight of zero, not in another type, not in a sum."""
+    """The loader checks only the converted tensors, so a conversion must keep NaN and infinity: in
+    a product with a norm's weight of zero, in another type, and in a sum."""
     for name, tensor in random_tensors(SMALL).items():
         tensors = random_tensors(SMALL)
         for norm in filter(NORM_OF_A_BLOCK.fullmatch, tensors):

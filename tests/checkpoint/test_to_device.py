@@ -26,7 +26,7 @@ DEVICES = [CPU, pytest.param(CUDA, marks=[pytest.mark.gpu, NO_GPU])]
 
 
 def mixed_tensors(seed: int, n: int = 40) -> list[torch.Tensor]:
-    """Of 0 to 200 elements and of several types; some are views."""
+    """Return tensors of 0 to 200 elements and of several types, some of which are views."""
     chance = random.Random(seed)
     tensors = []
     for _ in range(n):
@@ -122,7 +122,8 @@ def test_a_gpu_makes_the_same_bits_of_a_checkpoint_as_a_cpu(
 def test_tensors_that_are_on_a_gpu_already_give_the_same_bits(
     split: bool, dtype: torch.dtype
 ) -> None:
-    """All of them, or every other one; for a tower there, and for one on the CPU."""
+    """Test all tensors or every second tensor, for a tower on the device and for a tower on the
+    CPU."""
     image_config = ImageConfig.from_json({})
     tensors = random_tensors(WIDE)
     expected = convert(tensors, WIDE, image_config, dtype)
@@ -153,7 +154,7 @@ def test_a_gpu_finds_weights_that_are_not_finite(tmp_path: Path) -> None:
 
 @gpu
 def test_a_load_on_another_stream_is_ordered_on_it() -> None:
-    """70 MB, so that every slot is used again, on a stream that has other work to do."""
+    """Copy 70 MB, so that the copy reuses every slot, on a stream with other work."""
     tensors = [torch.randint(0, 255, (1_000_003,), dtype=torch.uint8) for _ in range(70)]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -14,7 +14,7 @@ from tests.support.encoders import tiny
 
 
 def empty_tower(like: VisionEncoder) -> VisionTower:
-    """The tower of `like` with NaN everywhere, so that a value that is never written shows."""
+    """Return the tower of `like` with NaN everywhere, so that the test detects unwritten values."""
     with torch.device("meta"):
         tower = VisionTower(like.config, like.dtype)
     tower = tower.to_empty(device="cpu")
@@ -49,7 +49,7 @@ def test_any_order_and_any_pieces_give_the_parameters_of_a_whole_load(
 
 
 def test_pieces_are_copied_where_they_wait() -> None:
-    """A trainer sends its weights through one buffer, filled again after each call."""
+    """A trainer sends weights through one buffer, which it fills again after each call."""
     encoder = tiny()
     tower = empty_tower(encoder)
     updates = WeightUpdates(tower, encoder.config, encoder.image_config)

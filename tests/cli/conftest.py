@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture
 def run(qwen_vit: Any) -> Any:
-    """`qwen-vit ARGUMENTS`."""
+    """Run `qwen-vit ARGUMENTS`."""
     return qwen_vit

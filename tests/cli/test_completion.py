@@ -16,7 +16,7 @@ RUN = "import sys; sys.argv[0] = 'qwen-vit'; from qwen_vit.__main__ import main;
 
 
 def completed(words: str, **environment: str) -> tuple[list[str], float, str]:
-    """What a shell is answered for a line that ends in the middle of a word; its CPU seconds."""
+    """Return the completions for a line that ends in the middle of a word, and the CPU seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", RUN],

@@ -30,7 +30,7 @@ def stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 def test_every_form_of_input_is_read(
     folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Folders, quoted patterns, lists and tars were skipped as images that cannot be read."""
+    """The command once skipped folders, quoted patterns, lists and tars as unreadable images."""
     (folder / "p" / "q").mkdir(parents=True)
     shutil.copy("a.png", "p/q/c.png")
     shutil.copy("b.jpg", "p/d.jpg")
@@ -159,7 +159,7 @@ def test_a_broken_image_is_skipped_and_ends_with_1(folder: Path, run: Any) -> No
 def test_an_image_that_may_not_be_read_is_skipped_like_any_other(
     folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its name was refused as bad usage, and the good images with it."""
+    """A bad name once counted as bad usage, so the command also rejected the good images."""
     real, access = open, os.access
 
     def refused(path: Any, *arguments: Any, **options: Any) -> Any:

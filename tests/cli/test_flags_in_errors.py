@@ -37,7 +37,7 @@ KEYS = ("config.py", "export/settings.py")  # they name keys of JSON files
 
 @cache
 def nodes() -> list[tuple[str, ast.Call | ast.Assign]]:
-    """Every call and assignment of the package, with its place."""
+    """Yield every call and assignment of the package, with its place."""
     return [
         (f"{path.relative_to(ROOT / 'qwen_vit')}:{node.lineno}", node)
         for path in sorted((ROOT / "qwen_vit").rglob("*.py"))
@@ -55,7 +55,7 @@ def calls(name: str) -> Iterator[tuple[str, ast.Call]]:
 
 
 def assigned() -> Iterator[tuple[str, ast.Assign]]:
-    """Texts that errors get by a name: `remedy = ...`, `USE_CPU = ...`."""
+    """Return the texts that errors get by a name, such as `remedy = ...` and `USE_CPU = ...`."""
     for where, node in nodes():
         if isinstance(node, ast.Assign) and any(
             re.fullmatch(r"fact|expected|remed\w+|ways|[A-Z_]+", getattr(name, "id", ""))
@@ -66,7 +66,7 @@ def assigned() -> Iterator[tuple[str, ast.Assign]]:
 
 
 def literals(node: ast.AST) -> Iterator[str]:
-    """Strings in a node, but not in calls that spell options for both readers."""
+    """Yield the strings in a node, without calls that spell options for both readers."""
     if isinstance(node, ast.Call) and getattr(node.func, "id", "") in SPELLED:
         return
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -76,7 +76,7 @@ def literals(node: ast.AST) -> Iterator[str]:
 
 
 def unspelled(call: ast.Call) -> set[str]:
-    """The options that an error or a log line names for one reader alone."""
+    """Return the options that an error or a log line spells for only one reader."""
     shown = [*call.args, *(k.value for k in call.keywords if k.arg in ("expected", "remedy"))]
     texts = [text for node in shown for text in literals(node)]
     return {

@@ -24,7 +24,7 @@ TINY = ("--model", "tiny", "--device", "cpu")
 
 @pytest.fixture
 def export_dir(folder: Path) -> Path:
-    """An export of two images and a broken one, in two shards."""
+    """Make an export of two images and a broken image, in two shards."""
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     inputs = ["a.png", "b.jpg", "broken.png"]
     export_features(encoder, inputs, "out", ExportOptions(shard_size=2))
@@ -32,7 +32,7 @@ def export_dir(folder: Path) -> Path:
 
 
 def facts_of(text: str) -> dict[str, str]:
-    """A line's words by its first one."""
+    """Return each line's words by its first word."""
     return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in text.splitlines() if "  " in line)
 
 
@@ -69,7 +69,7 @@ def test_a_feature_file_is_described_and_verified(folder: Path, run: Any) -> Non
 
 @pytest.mark.parametrize("tensor", ["image_embeds", "layer_1"])
 def test_a_wrong_bit_is_found_by_the_digest(folder: Path, run: Any, tensor: str) -> None:
-    """Its value is finite and plausible: nothing else can tell."""
+    """The value is finite and plausible, so only the digest shows the change."""
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     encoded = encoder.encode(["a.png", "b.jpg"], layers=(1,))
     path = write_features("f.safetensors", encoded, encoder.metadata())
@@ -136,7 +136,8 @@ def test_each_fault_of_an_export_is_found_and_named(export_dir: Path, run: Any) 
 
 
 def test_a_row_too_few_is_found(folder: Path, run: Any) -> None:
-    """Offsets that fit the tensor, and a grid that does not: an image's rows moved to another."""
+    """The offsets fit the tensor, but a grid does not, because an image's rows belong to another
+    image."""
     run("encode", "a.png", "b.jpg", *TINY, "--out", "f.safetensors")
     with safe_open("f.safetensors", "pt") as opened:
         metadata = opened.metadata()

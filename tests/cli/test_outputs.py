@@ -17,7 +17,8 @@ COMMON = ("--model", "tiny", "--device", "cpu", "--out", "out")
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qwen_vit: Any) -> Any:
-    """`qwen-vit ARGUMENTS` in this process, in a folder with two images: code, stdout, stderr."""
+    """Run `qwen-vit ARGUMENTS` in this process, in a folder with two images. Return code, stdout,
+    stderr."""
     for name, width in (("a.png", 56), ("b.png", 84)):
         values = np.random.default_rng(width).integers(0, 256, (56, width, 3), np.uint8)
         Image.fromarray(values).save(tmp_path / name)

@@ -32,7 +32,7 @@ def test_escaping_keeps_what_is_printable_and_is_done_once(text: str) -> None:
 
 
 def test_every_log_line_is_escaped(caplog: pytest.LogCaptureFixture) -> None:
-    """The filter stands at the logger that all modules share."""
+    """The filter belongs to the logger that all modules share."""
     with caplog.at_level(logging.INFO, "qwen_vit"):
         logging.getLogger("qwen_vit").info("%s fetches 100%% of %r", ODD, 7)
         logging.getLogger("qwen_vit").warning(ODD)

@@ -66,7 +66,7 @@ REFUSED = {
 def test_what_could_not_be_written_is_refused_before_any_work(
     folder: Path, run: Any, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--overwrite put a file in the place of /dev/null, and of an image that was to be encoded."""
+    """--overwrite once replaced /dev/null, and an input image, by a feature file."""
     Path("old.safetensors").write_text("old")
     Path("sub").mkdir()
     os.mkfifo("device")
@@ -163,7 +163,7 @@ def test_what_the_system_refuses_unforeseen_is_one_line(
 
 
 def test_a_full_memory_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It asked for a report, because "this should not happen"."""
+    """The command once asked for a report, because "this should not happen"."""
 
     def full(*_: Any, **__: Any) -> None:
         raise MemoryError

@@ -22,7 +22,7 @@ from tests.support import ROOT
 
 
 def test_no_argument_at_all_is_a_request_for_help(run: Any) -> None:
-    """Newer versions of click raise it as an error, which was printed on one line."""
+    """Newer versions of click raise the help as an error, which the command printed on one line."""
     bare, asked = run(), run("--help")
     assert bare == asked
     assert bare.code == 0
@@ -43,7 +43,8 @@ sys.stderr.write(f"\\n{code or 0} {sorted(slow & set(sys.modules))}")
 
 
 def cpu_seconds(*arguments: str) -> tuple[float, str]:
-    """User and system time of a Python process, the least of three, and its stderr."""
+    """Return the user and system time of a Python process, as the minimum of three runs, and its
+    stderr."""
     least, said = float("inf"), ""
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -72,7 +73,7 @@ def cpu_seconds(*arguments: str) -> tuple[float, str]:
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",
 )
 def test_help_and_typos_answer_at_once(arguments: list[str], code: int) -> None:
-    """They took 1.8 s, nearly all of it to import torch."""
+    """Usage errors once took 1.8 s, almost all of it for the import of torch."""
     seconds, said = cpu_seconds("-c", STARTED, *arguments)
     print(f"{seconds:.3f} s")
     assert said.splitlines()[-1] == f"{code} []"
@@ -86,7 +87,7 @@ def test_importing_the_package_takes_no_time() -> None:
 
 
 def test_a_typo_is_answered_with_the_commands_that_are_alike(run: Any) -> None:
-    """Names of commands that have not been imported are known as well."""
+    """The group also knows the names of commands before their import."""
     done = run("encod")
     assert (done.code, done.out) == (2, "")
     assert "No such command 'encod'" in done.err
@@ -148,7 +149,7 @@ except BaseException:  # as numpy takes it for a part that is missing, and goes 
 
 @pytest.fixture
 def heeded_interrupts() -> Iterator[None]:
-    """Processes started by a shell's `&` ignore them, and so would their children."""
+    """Processes that a shell starts with `&` ignore interrupts, and so would their children."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

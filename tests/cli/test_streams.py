@@ -37,7 +37,8 @@ def process(
 
 
 def test_the_module_encodes_in_a_process_of_its_own(folder: Path) -> None:
-    """Names as bytes that are no text, a dash in front, and a terminal that knows ASCII alone."""
+    """Test names that are not Unicode, names with a dash in front, and a terminal with only
+    ASCII."""
     names = [b"caf\xe9\xff.png", b"-dash.png", "猫\n.png".encode()]
     for name in names:
         shutil.copy(b"a.png", name)
@@ -64,7 +65,7 @@ def test_json_goes_to_stdout_and_everything_else_to_stderr(folder: Path) -> None
 
 
 def piped(command: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
-    """A line of the shell in which `qwen-vit` is a process of this checkout."""
+    """Run a shell line in which `qwen-vit` is a process of this checkout."""
     shell = f'qwen-vit() {{ "{sys.executable}" -m qwen_vit "$@"; }}; {command}'
     return subprocess.run(
         ["bash", "-c", shell],
@@ -77,7 +78,7 @@ def piped(command: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
 
 
 def in_a_terminal(command: str, folder: Path) -> str:
-    """What a terminal is sent by a line of the shell."""
+    """Return the output of a shell line to a terminal."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     shell = f'qwen-vit() {{ "{sys.executable}" -m qwen_vit "$@"; }}; {command}'
@@ -99,7 +100,7 @@ def in_a_terminal(command: str, folder: Path) -> str:
 
 
 def test_a_reader_that_has_seen_enough_changes_nothing(folder: Path) -> None:
-    """`| head -0` ended in 1: finished, with images skipped."""
+    """`| head -0` once ended with exit code 1, which means skipped images."""
     done = piped("qwen-vit info tiny | exec 0<&-; echo ${PIPESTATUS[0]}", folder)
     assert (done.stdout, done.stderr) == (b"0\n", b"")
 
@@ -120,7 +121,7 @@ def test_output_that_cannot_be_written_is_an_error_and_logs_are_no_reason_to_sto
 
 
 def test_a_closed_stderr_is_as_good_as_any(folder: Path) -> None:
-    """Nothing was encoded, and nothing could say why."""
+    """The command once encoded no image and could not report the reason."""
     line = "qwen-vit encode a.png broken.png --model tiny --device cpu --out f"
     done = piped(f"{line} 2>&-", folder)
     assert (done.returncode, done.stdout.count(b"wrote f")) == (1, 1)

@@ -11,7 +11,7 @@ from qwen_vit.errors import CheckpointError
 
 @pytest.mark.parametrize("dimensions", [65, 100_000])
 def test_a_tensor_of_many_dimensions_is_refused_at_once(dimensions: int) -> None:
-    """100,000 sizes of 2^62 were multiplied for minutes."""
+    """The check once multiplied 100,000 sizes of 2^62 for minutes."""
     entry = {"dtype": "F32", "shape": [2**62] * dimensions, "data_offsets": [0, 0]}
     header = json.dumps({"x": entry}).encode()
     begin = time.process_time()

@@ -47,7 +47,7 @@ def test_odd_tensors_are_refused_by_our_own_errors(
 
 
 def negative(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor times -1, as torch keeps it: the same memory and a bit."""
+    """Return the tensor times -1, which torch stores as the same memory and a bit."""
     view = torch.complex(torch.zeros_like(tensor), tensor).conj().imag
     assert view.is_neg()
     return view

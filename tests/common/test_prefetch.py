@@ -95,7 +95,8 @@ def test_closing_drops_what_has_not_begun() -> None:
 
 
 def test_what_waits_is_bounded_in_bytes() -> None:
-    """Results of 10 bytes, of which 50 may wait: each thread may add one that it had begun."""
+    """Results have 10 bytes, and 50 bytes may wait. Each thread may add one running job's
+    result."""
     taken = waiting = most = 0
     changing = threading.Lock()
 
@@ -117,7 +118,7 @@ def test_what_waits_is_bounded_in_bytes() -> None:
 
 
 def test_what_jobs_hold_before_they_run_is_bounded_too() -> None:
-    """Encoded bytes that a caller gave: of 10 bytes, while the first job goes on, 50 may wait."""
+    """A caller's encoded bytes have 10 bytes each. While the first job runs, 50 bytes may wait."""
     asked, may_end = 0, threading.Event()
 
     def source() -> Iterator[Job[Sized]]:
@@ -209,7 +210,8 @@ sys.exit(int(sys.argv[1]))
 
 @pytest.mark.parametrize(("end", "code"), [("0", 0), ("3", 3), ("raise", 1)])
 def test_results_that_nobody_takes_do_not_keep_the_process(end: str, code: int) -> None:
-    """A name at a module's top level is there until the end, and before it Python joins threads."""
+    """A name at a module's top level exists until the end, and Python joins threads before the
+    end."""
     done = subprocess.run(
         [sys.executable, "-c", LEFT_BEHIND, end],
         capture_output=True, text=True, timeout=60, check=False,

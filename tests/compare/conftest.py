@@ -12,7 +12,7 @@ from tests.support.comparisons import CHELSEA, ROCKET, encoder
 
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
-    """Of two photographs, from Hugging Face."""
+    """Make a golden file of two photographs with Hugging Face's tower."""
     path = tmp_path_factory.mktemp("golden") / "golden.safetensors"
     assert compare(encoder(), [CHELSEA, ROCKET], save_golden=path).passed
     return load_golden(path)
@@ -20,5 +20,5 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
 
 @pytest.fixture
 def run(qwen_vit: Any) -> Any:
-    """`qwen-vit compare ARGUMENTS` in this process: exit code, stdout, stderr."""
+    """Run `qwen-vit compare ARGUMENTS` in this process. Return exit code, stdout, stderr."""
     return partial(qwen_vit, "compare")

@@ -59,7 +59,7 @@ def oracle_trace(name: str, faults: Faults | None = None) -> Trace:
 
 
 def random_checkpoint(seed: int, **changes: object) -> tuple[dict[str, torch.Tensor], object]:
-    """Random float32 tensors for another architecture than weights/tiny."""
+    """Return random float32 tensors for another architecture than weights/tiny."""
     config = SimpleNamespace(**{**vars(tiny()[1]), **changes})
     generator = torch.Generator().manual_seed(seed)
     hidden, mlp, out = config.hidden_size, config.intermediate_size, config.out_hidden_size
@@ -85,7 +85,8 @@ def random_checkpoint(seed: int, **changes: object) -> tuple[dict[str, torch.Ten
 
 
 def random_grids(seed: int, patches: int = 700) -> list[tuple[int, int, int]]:
-    """Grids whose merged sides are 1 to 13: 0, 1, 2 and 3 mod 4, until `patches` are there."""
+    """Return grids with merged sides of 1 to 13 (0, 1, 2 and 3 mod 4) and at least `patches`
+    patches."""
     generator = torch.Generator().manual_seed(seed)
     grids: list[tuple[int, int, int]] = []
     while sum(t * h * w for t, h, w in grids) < patches:
@@ -115,7 +116,7 @@ def test_the_oracle_agrees_with_every_golden(name: str) -> None:
 
 @pytest.mark.parametrize("fault", Faults.names())
 def test_each_injected_fault_breaks_a_golden(fault: str) -> None:
-    """Seen at the merger, the one stage that every user meets, whatever hid it before."""
+    """The merger, which every user uses, must show the mistake, even if earlier stages hide it."""
     factors = {}
     for name in NAMES:
         faulty, then = oracle_trace(name, Faults(**{fault: True})), golden(name).trace["merger"]
@@ -172,7 +173,8 @@ def test_the_float32_oracle_is_nearer_to_the_truth_than_the_budget() -> None:
 
 
 def test_rotary_frequencies_of_the_bf16_reference_stay_float32() -> None:
-    """A cast of the whole module also rounds its inv_freq buffer: a worse reference than real."""
+    """A cast of the whole module also rounds its inv_freq buffer, which makes the reference
+    worse."""
     tower = hf_tower(*tiny(), dtype=torch.bfloat16)
     assert tower.rotary_pos_emb.inv_freq.dtype == torch.float32
     assert {p.dtype for p in tower.parameters()} == {torch.bfloat16}
@@ -191,7 +193,8 @@ def test_rms_norm_in_bf16_rounds_before_the_weight_as_hugging_face_does() -> Non
 
 
 def test_rms_norm_with_the_wrong_cast_order_shows_in_bf16() -> None:
-    """float32 cannot see the order; in bf16 a sixth or more of the values move by one rounding."""
+    """float32 does not show the order. In bf16, at least a sixth of the values change by one
+    rounding."""
     x, weight = norm_case()
     theirs = hf_tower(*tiny(), dtype=torch.bfloat16).blocks[0].norm1(x)
     moved = (rms_norm_wrong_casts(x, weight) != theirs).float().mean()
@@ -201,7 +204,7 @@ def test_rms_norm_with_the_wrong_cast_order_shows_in_bf16() -> None:
 
 @pytest.mark.parametrize("moved", ["golden", "now", "neither"])
 def test_a_drift_shows_whichever_side_moved(moved: str) -> None:
-    """Once, a golden that was off by 3e-5 excused itself: its own error set the budget."""
+    """A golden file with an error of 3e-5 once passed, because its own error set the tolerance."""
     case, oracle = golden("smallest_2x2"), oracle_trace("smallest_2x2")
     off = {**case.trace, "block.4": case.trace["block.4"] * (1 + 3e-5)}
     then = replace(case, trace=off) if moved == "golden" else case
@@ -252,13 +255,13 @@ def test_our_tower_agrees_with_every_golden_from_uint8_pixels(name: str) -> None
 
 
 def other_segments(lengths: list[int]) -> Segments:
-    """Segments of other lengths over the same rows, for the interpreter."""
+    """Return segments of other lengths over the same rows, for the interpreter."""
     tiling = attention.tiling(torch.device("cpu"), torch.float32, "full")
     return layout._segments(torch.tensor(lengths, dtype=torch.int32).numpy(), tiling)
 
 
 def in_grid_order(right: Layout) -> Layout:
-    """Windows cut from grid order, each patch with its own position."""
+    """Return windows in grid order, each patch with its own position."""
     back = right.grid_index.long().argsort()
     units = torch.arange(len(right.merged_order), dtype=torch.int32)
     return replace(
@@ -306,7 +309,7 @@ LAYOUT_FAULTS: dict[str, Callable[[Layout], Layout]] = {
 
 
 def largest_factor(tower: VisionTower, change: Callable[[Layout], Layout] = lambda x: x) -> float:
-    """How many times its budget the merger is off, at the golden that sees most."""
+    """Return the largest ratio of the merger's error to its tolerance over all golden files."""
     factors = {}
     for name in ("smallest_2x2", "clip_3x6x10", "mixed"):
         case = golden(name)

@@ -157,7 +157,7 @@ def test_another_dtype_or_architecture_is_refused_by_name(golden: Golden) -> Non
 
 
 def rewritten(source: Path, target: Path, change: Callable[[dict[str, Any], Any], None]) -> Path:
-    """The golden with its tensors or metadata edited by hand."""
+    """Return the golden file with tensors or metadata edited by hand."""
     tensors = load_file(source)
     with safe_open(source, framework="pt") as file:
         facts = json.loads(file.metadata()[METADATA_KEY])
@@ -257,7 +257,7 @@ def test_a_fault_in_one_tensor_of_a_checkpoint_is_found_and_its_stage_named(
 
 
 def test_other_weights_that_give_the_same_numbers_agree_and_are_named(golden: Golden) -> None:
-    """The same values stored as float32: another hash, the same model."""
+    """The same values stored as float32 have another hash, but are the same model."""
     tensors = encoder().checkpoint.tensors
     given = GivenTensors({name: (tensor.float(),) for name, tensor in tensors.items()})
     other = replace(encoder(), checkpoint=replace(encoder().checkpoint, tensors=given))

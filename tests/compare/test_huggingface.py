@@ -70,7 +70,8 @@ def test_who_is_closer_to_float64_is_said_in_words() -> None:
     [image] = compare(encoder(), [CHELSEA]).images
 
     def line(*pairs: tuple[float, float]) -> str:
-        """For images of one stage, with these errors of ours and of Hugging Face's."""
+        """Return a comparison of images with one stage, with these errors of ours and of Hugging
+        Face."""
         stages = [replace(image.stages[-1], ours=ours, theirs=theirs) for ours, theirs in pairs]
         images = tuple(replace(image, stages=(stage,)) for stage in stages)
         return closer_line(Comparison({}, images, ()))
@@ -86,8 +87,8 @@ def test_who_is_closer_to_float64_is_said_in_words() -> None:
 
 @pytest.mark.slow
 def test_three_photographs_and_their_page_take_less_than_a_minute(tmp_path: Path) -> None:
-    """In a process of its own, as a user's. Processor time: on two cores the clock shows no more,
-    and what else the machine does meanwhile does not count."""
+    """Run the command in a separate process, like a user. The test measures processor time, because
+    other work on the machine then does not count."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "qwen_vit", "compare", "--model", "tiny", "--device", "cpu",
@@ -107,7 +108,8 @@ def test_three_photographs_and_their_page_take_less_than_a_minute(tmp_path: Path
 def test_a_mistake_of_ours_alone_is_found_at_its_stage(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checkpoint is right: Hugging Face and the oracle read it, and only our tower is off."""
+    """The checkpoint is correct. Hugging Face and the oracle read it, and only our tower is
+    wrong."""
     fault = WeightFault("blocks.2.attn.proj.bias", "bias dropped", "block.2")
     broken = replace(encoder(), tower=inject_fault(encoder(), fault).tower)
     monkeypatch.setattr(VisionEncoder, "from_pretrained", lambda *_, **__: broken)
@@ -118,7 +120,7 @@ def test_a_mistake_of_ours_alone_is_found_at_its_stage(
 
 
 def test_a_mistake_of_hugging_face_is_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reference far from float64 would otherwise allow ours twice that distance."""
+    """A reference with a large error would otherwise allow our tower twice this error."""
 
     def broken(tensors: Any, *arguments: Any) -> Any:
         name = "blocks.3.mlp.down_proj.weight"
@@ -132,7 +134,7 @@ def test_a_mistake_of_hugging_face_is_not_taken_for_ours(monkeypatch: pytest.Mon
 
 
 def shifted(pixels: Processed, levels: float, std: float = 0.26862954) -> Processed:
-    """Other grey levels in the first channel of the first patch."""
+    """Change grey levels in the first channel of the first patch."""
     values = pixels.pixel_values.clone()
     values[0, : values.shape[1] // 3] += levels / 255 / std
     return pixels._replace(pixel_values=values)
@@ -142,9 +144,8 @@ def shifted(pixels: Processed, levels: float, std: float = 0.26862954) -> Proces
 def test_processors_are_named_apart_and_only_the_pillow_one_is_judged(
     monkeypatch: pytest.MonkeyPatch, processor: str, passed: bool
 ) -> None:
-    """Both towers get the chosen processor's pixels: ours as well, where they are not our own.
-
-    Once, ours took its own pixels whenever they were the Pillow processor's, and differed.
+    """Both towers must get the chosen processor's pixels. Our tower once used its own pixels if
+    they equalled the Pillow processor's pixels, and therefore differed.
     """
     process = reference.process
 
@@ -171,7 +172,8 @@ def test_processors_are_named_apart_and_only_the_pillow_one_is_judged(
 
 @pytest.mark.parametrize("rows", [1, 3, 4])
 def test_an_image_of_a_few_rows_is_compared_as_what_it_is(rows: int) -> None:
-    """transformers took its rows for channels, and another grid for a mistake of ours."""
+    """transformers interpreted the image's rows as channels, and the comparison blamed our tower
+    for the other grid."""
     rgb = np.random.default_rng(rows).integers(0, 256, (rows, 5, 3), np.uint8)
     config = encoder().image_config
     theirs = reference.process(rgb, config, "pillow")

@@ -104,7 +104,7 @@ def test_bad_usage_ends_with_2_before_any_work(
 
 
 def test_what_is_no_yardstick_is_not_saved(run: Any, tmp_path: Path) -> None:
-    """Finite weights that overflow: all figures were lost in a raw error of the JSON writer."""
+    """With finite weights that overflow, a raw error of the JSON writer once lost all results."""
     tensors = write_checkpoint(tmp_path / "model", SMALL_TOWER, prefix="", dtype=torch.float32)
     for name in ("up", "down"):
         tensors[f"blocks.2.mlp.{name}_proj.weight"] *= 1e30

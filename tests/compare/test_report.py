@@ -41,7 +41,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Tags(HTMLParser):
-    """Every tag with its attributes, the text, and whether tags are closed as they were opened."""
+    """Collect every tag with its attributes and the text, and check that tags are closed
+    correctly."""
 
     VOID = ("meta", "img", "br", "link", "source")
 
@@ -139,7 +140,7 @@ def test_odd_file_names_are_text_on_the_page_and_no_paths(tmp_path: Path) -> Non
 
 
 def test_the_picture_is_what_the_tower_saw() -> None:
-    """Pixels from the processor's rows: back in their places, in the first frame."""
+    """The pixels from the processor's rows must return to their places in the first frame."""
     maps = comparison().images[0].maps
     assert maps is not None
     with Image.open(CHELSEA) as image:
@@ -148,8 +149,8 @@ def test_the_picture_is_what_the_tower_saw() -> None:
 
 
 def test_feature_maps_lie_as_the_patches_do() -> None:
-    """A patch's own brightness is in its embedding: the map must follow the picture, not an order
-    that the tower computes in."""
+    """A patch's embedding contains its brightness, so the map must follow the image and not the
+    tower's order."""
     maps = comparison().images[0].maps
     assert maps is not None
     patches = maps.rgb.double().unfold(0, 14, 14).unfold(1, 14, 14).flatten(2)  # (h, w, 588)
@@ -169,7 +170,7 @@ def test_feature_maps_lie_as_the_patches_do() -> None:
 
 
 def test_both_maps_are_seen_along_the_same_axes() -> None:
-    """Axes of their own would hide a rotation of all features."""
+    """Separate axes would hide a rotation of all features."""
     theirs = torch.randn(6, 8, 40, generator=torch.Generator().manual_seed(0))
     same = plots.StageMaps.of("merger", theirs.clone(), theirs)
     assert np.array_equal(same.ours, same.theirs)
@@ -193,7 +194,7 @@ def test_the_error_map_shows_the_token_that_is_off() -> None:
 
 
 def test_strips_of_an_error_map_have_one_scale() -> None:
-    """Each strip on a scale of its own would show its rounding as others show a fault."""
+    """With a separate scale for each strip, rounding would look like a fault."""
     from matplotlib.figure import Figure
 
     theirs = torch.ones(4, 400, 8)
@@ -208,7 +209,7 @@ def test_strips_of_an_error_map_have_one_scale() -> None:
 
 
 def test_a_long_picture_is_cut_into_strips_that_can_be_seen(tmp_path: Path) -> None:
-    """12000 x 60 became a line of 3 pixels, and its titles overlapped."""
+    """An image of 12000 x 60 once became a line of 3 pixels under overlapping titles."""
     Image.fromarray(np.zeros((60, 6000, 3), np.uint8)).save(tmp_path / "long.png")
     done = compare(encoder(), [tmp_path / "long.png"], keep_maps=True)
     page = report.write_report(tmp_path / "page", done)
@@ -228,7 +229,7 @@ def test_the_page_says_when_by_what_and_how_it_was_made(page: Path) -> None:
 
 
 def test_other_weights_than_the_goldens_have_no_ratio(undrawn: None, tmp_path: Path) -> None:
-    """Ours against float64 and the golden's against float64 are errors of two models."""
+    """Our error against float64 and the golden file's error belong to two models."""
     golden = {"path": "g", "weights_sha256": "0" * 64, "changed_weights": ("merger.ln_q.weight",)}
     other = replace(comparison(), facts={**comparison().facts, "golden": golden})
     page = report.write_report(tmp_path / "page", other).read_text("utf-8")

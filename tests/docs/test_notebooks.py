@@ -13,7 +13,7 @@ NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
 def printed(notebook: nbformat.NotebookNode) -> list[str]:
-    """What each code cell printed on stdout, with what else it showed by its type."""
+    """Return each code cell's output on stdout, and its other outputs by type."""
     shown = []
     for cell in notebook.cells:
         for output in cell.get("outputs", []):

@@ -45,7 +45,7 @@ def name_of(page: Path) -> str:
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
-    """The bodies of a page's fenced blocks in these languages."""
+    """Return the bodies of a page's fenced blocks in these languages."""
     text = page.read_text("utf-8")
     return [body for language, body in FENCE.findall(text) if language in languages]
 
@@ -69,13 +69,13 @@ QWEN_VIT = sorted({OURS.sub("qwen-vit", line, count=1) for _, line in COMMANDS i
 
 
 def code_of(block: str) -> str:
-    """A Python block without prompts."""
+    """Return a Python block without prompts."""
     return re.sub(r"^(>>>|\.\.\.) ?", "", block, flags=re.MULTILINE) if ">>>" in block else block
 
 
 @cache
 def smaller(name: str) -> bytes:
-    """A photograph at three fifths of its size: the pages name pixels of it."""
+    """Write a photograph at three fifths of its size, because the pages name its pixels."""
     with Image.open(IMAGES / name) as image:
         file = io.BytesIO()
         image.resize((image.width * 3 // 5, image.height * 3 // 5)).save(file, image.format)
@@ -102,9 +102,8 @@ def in_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_block_runs_by_itself(
     block: str, monkeypatch: pytest.MonkeyPatch, in_a_copy: Path
 ) -> None:
-    """Published models are stand-ins of tiny's width, so features and model belong together.
-
-    What a block prints is not compared: the comments show published shapes.
+    """Fakes of tiny's width replace the published models, so that features and model match. The
+    test does not compare printed output, because the comments show published shapes.
     """
     install_stand_ins(monkeypatch)
     real = VisionEncoder.from_pretrained
@@ -129,7 +128,7 @@ def test_no_block_hands_features_of_tiny_to_a_language_model() -> None:
 
 @pytest.mark.slow
 def test_the_blocks_pass_mypy_strict(tmp_path: Path) -> None:
-    """Each block as a module of its own, as a reader would paste it into a typed program."""
+    """Check each block as a separate module, as in a reader's typed program."""
     for page in PAGES:
         for number, block in enumerate(blocks(page, "python", "py")):
             name = re.sub(r"\W", "_", f"{name_of(page)}_{number}".lower())
@@ -152,7 +151,8 @@ def only_parsed(line: str) -> bool:
 
 
 def words_of(line: str) -> list[str]:
-    """The arguments, with file patterns expanded as a shell does, from the checkout's top."""
+    """Return the arguments, with file patterns expanded like in a shell in the root of the
+    checkout."""
     expanded = []
     for word in shlex.split(line, comments=True)[1:]:
         found = (
@@ -166,7 +166,7 @@ TINY_OUT = ("--model", "tiny", "--out", "features.safetensors")
 
 
 def with_marks(line: str) -> Any:
-    """Ray takes seconds to start, a comparison with its page or its golden as long."""
+    """Ray takes seconds to start, and a comparison with a page or a golden file takes as long."""
     is_slow = "--ray" in line or "--report" in line or "golden" in line
     return pytest.param(line, marks=pytest.mark.slow) if is_slow else line
 
@@ -292,7 +292,7 @@ def test_every_ledger_row_that_is_named_exists(page: Path) -> None:
     "page", [page for page in PAGES if "decisions" not in page.parts], ids=name_of
 )
 def test_every_measured_figure_names_its_row(page: Path) -> None:
-    """In its section: between two headings. A page of decisions says so once, for all of it."""
+    """A section is the text between two headings. A page of decisions names its setting once."""
     text = FENCE.sub("", page.read_text("utf-8"))
     starts = [0, *(match.start() for match in re.finditer(r"^#+ ", text, re.MULTILINE)), len(text)]
     bare = [

@@ -21,7 +21,7 @@ from tests.support.encoders import embeds_of, picture, small
 
 
 def bad_images(folder: Path) -> dict[str, Any]:
-    """The rows of what users get wrong, each by the code that says so."""
+    """Return the rows of common user mistakes, by error code."""
     photograph = (IMAGES / "chelsea.png").read_bytes()
     jpeg = (IMAGES / "rocket.jpg").read_bytes()
     os.mkfifo(folder / "fifo")
@@ -84,7 +84,7 @@ def test_a_bad_image_raises_unless_it_is_to_be_skipped(tmp_path: Path, code: str
 
 
 def test_the_error_of_a_skipped_image_does_not_hold_its_file(tmp_path: Path) -> None:
-    """An exception's traceback holds every frame's locals: here, the file's bytes."""
+    """An exception's traceback keeps every frame's locals, which include the file's bytes."""
     [features] = small().encode([b"not an image"], on_error="skip")
     assert isinstance(features, FailedImage)
     assert features.error.__traceback__ is None

@@ -37,7 +37,7 @@ def encoder(device: str = "cpu") -> VisionEncoder:
 
 
 def embeds_of(some: VisionEncoder) -> list[Tensor]:
-    """Each image alone: on a CPU the bits may depend on the batch."""
+    """Encode each image alone, because bits may depend on the batch on a CPU."""
     return [some.encode([image])[0].embeds.cpu() for image in IMAGES]
 
 
@@ -85,14 +85,14 @@ def test_a_model_that_holds_the_tower_is_copied_with_it(how: str, device: str) -
 
 
 def test_the_averaged_copy_of_a_model_keeps_its_tower() -> None:
-    """torch's own deepcopy of a model: exponential moving averages."""
+    """torch copies a model by deepcopy for exponential moving averages."""
     model = nn.Sequential(as_hf_tower(encoder()))
     averaged: Any = torch.optim.swa_utils.AveragedModel(model)
     assert_same_bits(embeds_of(averaged.module[0].encoder))
 
 
 class Encoded(Dataset[Tensor]):
-    """Images that are encoded in the workers of a data loader."""
+    """Encode images in the workers of a data loader."""
 
     def __init__(self, some: VisionEncoder) -> None:
         self.encoder = some
@@ -135,10 +135,9 @@ def test_joblib_sends_an_encoder_to_its_workers() -> None:
 
 
 def test_a_fork_while_another_thread_encodes_does_not_hang() -> None:
-    """A lock that was held at the fork would be held for ever in the child.
-
-    OpenMP's threads do not survive a fork either: torch hangs in the child unless it is told to
-    use one thread, as a DataLoader does in its workers.
+    """A lock that a thread holds at the fork would never be free in the child. OpenMP's threads do
+    not survive a fork either. torch therefore hangs in the child unless the child sets one thread,
+    as the workers of a DataLoader do.
     """
     stop = threading.Event()
 
@@ -158,7 +157,7 @@ def test_a_fork_while_another_thread_encodes_does_not_hang() -> None:
 
 
 def test_a_pickled_encoder_needs_its_files_for_the_weights_hash_alone(tmp_path: Path) -> None:
-    """A spawned worker on another machine has the weights that were sent, and no checkpoint."""
+    """A spawned worker on another machine has the sent weights, and no checkpoint."""
     file = tmp_path / "encoder.pickle"
     file.write_bytes(pickle.dumps(encoder()))
     code = f"""

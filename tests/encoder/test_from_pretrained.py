@@ -247,7 +247,7 @@ def test_without_triton_the_import_says_what_to_install(
 
 
 def test_autocast_around_a_call_changes_nothing() -> None:
-    """Autocast once reached into the products: 6e-3 off, silently."""
+    """Autocast once changed the GEMMs, with a silent error of 6e-3."""
     rows, grid_thw = torch.randn(24, 1176), torch.tensor([[1, 4, 6]])
     plain = tiny().encode_patches(rows, grid_thw)
     with torch.autocast("cpu", torch.bfloat16):

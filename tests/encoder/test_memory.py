@@ -48,7 +48,7 @@ def test_a_batch_out_of_memory_is_halved_to_the_same_values(
 def test_nothing_of_a_batch_is_kept_while_its_halves_are_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its result fitted the GPU's memory, and a second copy of it did not."""
+    """The result fitted into the GPU's memory, but a second copy did not."""
     results: list[weakref.ref[Tensor]] = []
     kept: list[bool] = []
     forward = VisionEncoder.forward

@@ -66,7 +66,7 @@ def test_rows_of_any_floating_type_are_taken(dtype: torch.dtype) -> None:
 
 
 def pixel_rows_of(image: Patches) -> Tensor:
-    """(N, 1176) uint8 rows as a processor cuts a still image: both frames the same."""
+    """Return (N, 1176) uint8 rows of a still image, with two equal frames."""
     pixels = image.pixels.view(len(image.pixels), 3, 1, 196)
     return pixels.expand(-1, -1, 2, -1).flatten(1)
 

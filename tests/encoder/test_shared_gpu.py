@@ -13,7 +13,8 @@ PROCESSES, SECONDS, IMAGES = 3, 5.0, 64
 
 
 def repeats() -> tuple[int, int]:
-    """(batches encoded after the first one, those of them with other bits)."""
+    """Return the number of batches after the first batch, and the number of batches with other
+    bits."""
     # large: a kernel must take longer than a process' turn
     grids = [Grid(1, 64, 64)] * IMAGES
     n_patches = sum(grid.n_patches for grid in grids)
@@ -30,10 +31,9 @@ def repeats() -> tuple[int, int]:
 
 @gpu
 def test_bits_stay_while_processes_take_turns_on_the_gpu() -> None:
-    """When a turn ends, the hardware saves its barriers, and writes them back for the next.
-
-    A product's bias once lay where two of them had been: half of these batches were wrong, and none
-    as long as a process had the GPU to itself.
+    """At the end of a process's turn, the hardware saves the barriers, and writes them back later.
+    A GEMM's bias once used the memory of two barriers. Half of these batches were then wrong, but
+    no batch was wrong with a single process on the GPU.
     """
     found = [
         each for _, each in outcomes(repeats, [()] * PROCESSES, at_once=PROCESSES, seconds=120)

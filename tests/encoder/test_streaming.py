@@ -14,7 +14,8 @@ from tests.support.encoders import embeds_of, picture, small
 
 
 def test_encode_iter_takes_images_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 images of 48 patches fit a budget of 200; the fifth is read to see that it does not."""
+    """4 images of 48 patches fit into a budget of 200. The encoder reads the fifth image to find
+    that it does not fit."""
     monkeypatch.setitem(batching.TOKEN_BUDGET, "cpu", 200)
     taken = 0
 

@@ -95,7 +95,8 @@ def test_the_first_image_that_fails_is_the_one_that_is_raised(tmp_path: Path) ->
 
 
 def test_an_array_that_fails_is_not_kept() -> None:
-    """Its error's traceback held it, in a circle that only the garbage collector ends."""
+    """The error's traceback once referred to the image in a cycle, which only the garbage collector
+    breaks."""
     gc.collect()
     gc.disable()
     try:
@@ -132,7 +133,7 @@ def test_an_export_that_is_stopped_encodes_no_more(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_the_images_before_the_one_that_fails_are_given(threads: int) -> None:
-    """They wait to be packed together with those that follow."""
+    """The images wait for the following images of the same batch."""
 
     three = [IMAGES / "chelsea.png"] * 3
 
@@ -176,7 +177,8 @@ def test_patches_of_two_images_are_no_image() -> None:
 
 
 def test_patches_that_are_not_this_encoders_fail_alone() -> None:
-    """Narrower ones were filled up with zeros and encoded; the others cost the whole batch."""
+    """The encoder once padded narrower patches with zeros, and wider patches failed the whole
+    batch."""
     from qwen_vit.config import Grid
     from qwen_vit.images.patches import Patches, patchify
 
@@ -209,7 +211,7 @@ def test_patches_that_are_not_this_encoders_fail_alone() -> None:
 def test_images_are_packed_largest_first_and_come_back_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What a GPU does, where an image's bits do not depend on its batch."""
+    """Encode like a GPU, where an image's bits do not depend on the batch."""
     whole = encoder()
     monkeypatch.setattr(batching, "TOKEN_BUDGET", {"cpu": 100})
     monkeypatch.setattr(batching, "WINDOW", {"cpu": 3})

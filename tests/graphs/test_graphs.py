@@ -56,7 +56,7 @@ def test_no_budget_serves_nothing_or_too_much(n: int) -> None:
 
 
 def gpu_layout(grids: list[GridTuple], dtype: torch.dtype = torch.bfloat16) -> Layout:
-    """As the encoder plans it for a GPU, on the host."""
+    """Return the encoder's layout for a GPU, on the host."""
     return Layout.from_grids(
         as_grids(grids),
         config(),  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ def test_room_is_added_after_what_is_there_and_holds_nothing(grids: list[GridTup
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_images_of_a_common_size_fit_their_graph(dtype: torch.dtype) -> None:
-    """In float32 none did: its frame tiles are smaller, and room was for a number of bfloat16's."""
+    """No layout fitted in float32, because the space was for the larger tiles of bfloat16."""
     generator = random.Random(0)
     for _ in range(200):
         sizes = [[2 * generator.randint(8, 48) for _ in range(2)] for _ in range(4)]
@@ -129,13 +129,14 @@ def test_a_mix_of_crumbs_does_not_fit_a_graph() -> None:
 
 
 def test_a_position_beyond_the_angle_table_does_not_fit_a_graph() -> None:
-    """The table would be made anew and larger, and the graph would read the old one."""
+    """A new, larger table would replace the old table, but the graph would still read the old
+    table."""
     assert pad_to_graph(gpu_layout([(1, 4, ROTARY_POSITIONS)])) is not None
     assert pad_to_graph(gpu_layout([(1, 4, ROTARY_POSITIONS + 2)])) is None
 
 
 def test_a_static_layout_comes_back_whole_from_one_buffer() -> None:
-    """What the graph reads is a view of the one buffer that each call fills."""
+    """The graph reads views of the one buffer that each call fills."""
     first, second = (pad_to_graph(gpu_layout(grids)) for grids in ([(1, 32, 32)], [(1, 30, 34)]))
     assert first is not None
     assert second is not None
@@ -151,7 +152,7 @@ def test_a_static_layout_comes_back_whole_from_one_buffer() -> None:
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the runner does with a GPU, done by nobody: the names of the calls."""
+    """Record the names of the runner's calls to a GPU, without a GPU."""
     did: list[str] = []
     cuda = Mock()
     cuda.OutOfMemoryError = torch.cuda.OutOfMemoryError
@@ -174,7 +175,8 @@ def answer_of(pixels: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def test_a_recording_that_runs_out_of_memory_costs_the_graph_alone(no_gpu: list[str]) -> None:
-    """The allocator gives nothing back meanwhile; batches were halved, and images left out."""
+    """The allocator returns no memory during a capture. The encoder once halved batches and skipped
+    images."""
     layout, pixels = gpu_layout([(1, 16, 16)]), random_pixels(256, 0)
     runner = GraphRunner(Faulty(answer_of, OUT_OF_MEMORY, 2), torch.device("cpu"))  # type: ignore[arg-type]
     for is_recorded in (False, True):
@@ -187,8 +189,8 @@ def test_a_recording_that_runs_out_of_memory_costs_the_graph_alone(no_gpu: list[
 
 
 def test_a_larger_graph_serves_until_its_spare_rows_cost_a_recording(no_gpu: list[str]) -> None:
-    """What is left over when images are packed has another size each time: 40 recordings, of which
-    each took as long as four full batches of small images."""
+    """The last batch of each packing has a different size. This once caused 40 captures, each as
+    slow as four full batches of small images."""
     runner = GraphRunner(answer_of, torch.device("cpu"))  # type: ignore[arg-type]
 
     def graph_bucket(n: int, dtype: torch.dtype = torch.uint8) -> int | None:
@@ -210,7 +212,7 @@ def test_a_larger_graph_serves_until_its_spare_rows_cost_a_recording(no_gpu: lis
 
 
 def test_a_graph_made_in_inference_mode_serves_everybody(no_gpu: list[str]) -> None:
-    """The buffer of all graphs was an inference tensor then, which nobody could fill again."""
+    """The buffer of all graphs was then an inference tensor, which no later call could fill."""
     layout, pixels = gpu_layout([(1, 16, 16)]), random_pixels(256, 0)
     never = Faulty(answer_of, OUT_OF_MEMORY, 0)
     runner = GraphRunner(never, torch.device("cpu"))  # type: ignore[arg-type]
@@ -234,7 +236,7 @@ def test_a_graph_made_in_inference_mode_serves_everybody(no_gpu: list[str]) -> N
 def test_whatever_stops_a_recording_its_end_is_waited_for(
     no_gpu: list[str], error: BaseException, fails_at: int, did: list[str]
 ) -> None:
-    """Its inputs go back to the allocator, and the GPU may still read them."""
+    """The inputs return to the allocator while the GPU may still read them."""
     layout, pixels = gpu_layout([(1, 16, 16)]), random_pixels(256, 0)
     runner = GraphRunner(Faulty(answer_of, error, fails_at), torch.device("cpu"))  # type: ignore[arg-type]
     with pytest.raises(type(error)):

@@ -37,7 +37,7 @@ def random_mix(generator: random.Random, patches: int) -> list[GridTuple]:
 
 @cache
 def encoders() -> tuple[VisionEncoder, VisionEncoder]:
-    """By graph, and kernel by kernel."""
+    """Return the results with a graph, and kernel by kernel."""
     by_graph = VisionEncoder.from_pretrained("tiny", device="cuda")
     return by_graph, VisionEncoder.from_pretrained("tiny", device="cuda", cuda_graphs=False)
 
@@ -179,7 +179,7 @@ def test_graphs_serve_rows_that_another_processor_prepared() -> None:
 
 @gpu
 def test_what_the_spare_rows_of_a_graph_hold_reaches_no_image() -> None:
-    """They are what an earlier call left there."""
+    """The padding contains values of an earlier call."""
     by_graph, eager = encoders()
     grids = torch.tensor([[1, 16, 18]])
     rows = torch.randn(288, 1176)
@@ -191,7 +191,7 @@ def test_what_the_spare_rows_of_a_graph_hold_reaches_no_image() -> None:
 
 @gpu
 def test_a_graphs_result_is_the_towers_own() -> None:
-    """Against the plain tower in float32, so that both ways cannot be wrong together."""
+    """Compare with the plain tower in float32, so that both ways cannot be wrong together."""
     by_graph, _ = encoders()
     exact = build_tower(TINY_FOLDER, device=CUDA)
     grids: list[GridTuple] = [(1, 22, 32), (1, 10, 14)]
@@ -221,10 +221,9 @@ def test_after_a_recording_without_memory_the_next_one_succeeds() -> None:
 
 @gpu
 def test_the_first_answer_of_every_recording_is_right() -> None:
-    """cuBLAS in a graph gave a wrong first replay to every encoder of a process but the first.
-
-    The replays after it were right, and in a fresh process, whose memory is all zeros, so was the
-    first. No product is cuBLAS's since.
+    """With cuBLAS in a graph, the first replay of every encoder except a process's first encoder
+    was wrong. Later replays were right. In a new process, whose memory is all zeros, the first
+    replay was also right. Since then, no GEMM uses cuBLAS.
     """
     config = VisionConfig.from_json(
         {"model_type": "qwen2_5_vl", "out_hidden_size": 3584, "depth": 2}
