@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import io
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vit.cli import main as cli_module
 from qwen_vit.compare import plots
 from qwen_vit.show import draw
+from tests.support.commands import Done, run_command
 from tests.support.encoders import tiny
 from tests.support.export_stress import tiny_png
 
 if TYPE_CHECKING:
     from qwen_vit.encoder import VisionEncoder
     from tests.support.s3_server import S3Server
-
-
-class Done(NamedTuple):
-    """A finished command."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(autouse=True)
@@ -48,16 +39,8 @@ def qwen_vit(
     """Run `qwen-vit ARGUMENTS` in this process."""
 
     def command(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["qwen-vit", *map(str, arguments)])
         monkeypatch.setattr(logging.getLogger(), "handlers", [])  # so that the command sets its own
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            cli_module.main()
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return Done(code or 0, captured.out, captured.err)
+        return run_command(monkeypatch, capsys, *arguments)
 
     return command
 

@@ -1,13 +1,13 @@
 """Test `qwen-vit export --resume DIR`: recorded options, changed inputs, versions."""
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qwen_vit.cli import main as cli
+from tests.support.commands import run_command
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.growing_exports import content, write
@@ -27,17 +27,8 @@ def run(
     loader = type("Loader", (), {"from_pretrained": staticmethod(load)})
     monkeypatch.setattr("qwen_vit.export.run.VisionEncoder", loader)
 
-    def command(*words: str) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qwen-vit", "export", *words])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        captured = capfd.readouterr()
-        return code or 0, captured.out, captured.err
-
-    command.loaded = loaded  # type: ignore[attr-defined]
+    command: Any = partial(run_command, monkeypatch, capfd, "export")
+    command.loaded = loaded
     return command
 
 

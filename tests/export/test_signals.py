@@ -3,16 +3,16 @@
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qwen_vit.cli import main as cli_module
 from qwen_vit.export.segments import count_kept
 from qwen_vit.export.stop import StopSignals
+from tests.support.commands import run_command
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.interrupted_exports import segments
 
@@ -88,18 +88,8 @@ def run(
     loader = type("Loader", (), {"from_pretrained": staticmethod(lambda *_, **__: FakeEncoder())})
     monkeypatch.setattr("qwen_vit.export.run.VisionEncoder", loader)
 
-    def command(*arguments: str) -> tuple[Any, str, str]:
-        words = ["export", "p", "--model", "stand-in", "--out", "out", *arguments]
-        monkeypatch.setattr(sys, "argv", ["qwen-vit", *words])
-        code: Any = 0
-        try:
-            cli_module.main()
-        except SystemExit as stop:
-            code = stop.code
-        captured = capfd.readouterr()
-        return code or 0, captured.out, captured.err
-
-    return command
+    words = ("export", "p", "--model", "stand-in", "--out", "out")
+    return partial(run_command, monkeypatch, capfd, *words)
 
 
 @pytest.mark.parametrize(("allowed", "code"), [((), 1), (("7",), 1), (("8",), 0), (("9",), 0)])

@@ -28,6 +28,7 @@ from qwen_vit.errors import CheckpointError
 from tests.support import ROOT
 from tests.support.checkpoints import WIDE, write_checkpoint
 from tests.support.hub_server import COMMIT, Fault, Hub, serving
+from tests.support.hub_worker import hub_environment
 
 REPO = "org/tiny"
 SLOW = Fault("*.safetensors", method="GET", drip=0.01)
@@ -163,11 +164,8 @@ def chaos(folder: Path) -> Iterator[Chaos]:
     write_checkpoint(folder / "repo", WIDE, shards=2)
     truth = load_checkpoint(folder / "repo").weights_sha256()
     with serving({REPO: folder / "repo"}) as hub:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-        environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "home")}
-        environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
-        environment |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
-        environment |= {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        environment = hub_environment(folder / "home", hub.endpoint)
+        environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         with subprocess.Popen(
             [sys.executable, "-c", FORK_SERVER],
             cwd=ROOT,

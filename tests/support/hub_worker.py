@@ -103,15 +103,20 @@ class Worker:
         return result
 
 
+def hub_environment(home: Path, endpoint: str) -> dict[str, str]:
+    """Return the environment of a process that knows only this Hub."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
+    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+    return environment | {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "OMP_NUM_THREADS": "1"}
+
+
 @contextmanager
 def running_worker(
     home: Path, endpoint: str, *, start: Sequence[str] = (), **variables: str
 ) -> Iterator[Worker]:
     """Start a worker with only this Hub, cache and token. `start` is the command."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
-    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "OMP_NUM_THREADS": "1", **variables}
+    environment = hub_environment(home, endpoint) | variables
     with subprocess.Popen(
         [*start, sys.executable, "-c", SCRIPT],
         cwd=ROOT,
