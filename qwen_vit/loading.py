@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, BinaryIO, Literal, TypeAlias, TypedDict, TypeGuard, get_args
+from typing import Any, BinaryIO, Literal, TypeAlias, TypedDict, TypeGuard, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,10 @@ from qwen_vit.images.image import (
 from qwen_vit.images.load import load_image, read_image_file, unwrap
 from qwen_vit.images.pages import Pages, split_pages
 from qwen_vit.images.patches import Patches, patchify
+from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.read import read_item
 from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, suffix_of
+from qwen_vit.inputs.urls import is_https
 from qwen_vit.layout import check_grids
 from qwen_vit.video.animation import is_animated
 from qwen_vit.video.container import HEAD_BYTES, container_of
@@ -74,6 +77,7 @@ ONE_IMAGE = (
     Mapping, ImagePage,
 )  # fmt: skip
 STACKED_AXES = 4
+Source = TypeVar("Source")
 Videos: TypeAlias = VideoSource | Video | Iterable[VideoSource | Video]
 
 
@@ -233,6 +237,7 @@ class ImageLoader:
                 if self.frames == "first" or isinstance(source, Video) or is_video_file(source):
                     yield source, name
                     continue
+                source = self._fetched(source, name)
                 if isinstance(source, (str, os.PathLike)):
                     source = read_image_file(os.fsdecode(source), name, self.limits)
                 elif isinstance(source, (bytearray, memoryview)):
@@ -286,7 +291,7 @@ class ImageLoader:
     ) -> LoadedImage:
         if isinstance(image, ImageError):
             raise image
-        rgb = image
+        rgb = self._fetched(image, name)
         if not isinstance(rgb, RgbImage):
             rgb = load_image(rgb, name=name, layout=self.layout, limits=self.limits, exif=self.exif)
         size_px = (rgb.height, rgb.width)
@@ -297,6 +302,12 @@ class ImageLoader:
                 raise
             return LoadedImage(name, size_px, error=error.without_frames())
         return LoadedImage(name, size_px, rgb.notes, patches)
+
+    def _fetched(self, image: Source, name: str) -> Source | bytes:
+        """Return the bytes at an address of an allowed host, or anything else unchanged."""
+        if isinstance(image, str) and self.limits.allow_urls and is_https(image):
+            return read_item(Item(name, image), self.limits)
+        return image
 
     def _is_animation(self, image: object) -> TypeGuard[bytes]:
         return self.as_video and isinstance(image, bytes) and is_animated(image)

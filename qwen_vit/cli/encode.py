@@ -16,6 +16,7 @@ from qwen_vit.cli.options import (
     FILE,
     NAME,
     allow_failed_option,
+    allow_urls_option,
     as_video_option,
     column_options,
     device_option,
@@ -47,6 +48,7 @@ __all__ = ["encode"]
 @click.option("--overwrite", is_flag=True, help="Replace an existing feature file.")
 @column_options
 @format_options
+@allow_urls_option
 @output_options
 @device_option()
 @dtype_option
@@ -63,7 +65,7 @@ def encode(
     *, images: tuple[str, ...], model: str, out: Path, overwrite: bool, output: Any,
     normalize: bool, layers: tuple[int, ...], on_error: "OnError", allow_failed: int,
     as_json: bool, column: str | None, id_column: str | None, formats: tuple[str, ...], pages: Any,
-    exif: Any, **loading: Any,
+    exif: Any, allow_urls: tuple[str, ...], **loading: Any,
 ) -> None:  # fmt: skip
     """Encode IMAGES or videos into one feature file.
 
@@ -77,7 +79,8 @@ def encode(
 
     IMAGES are images, videos, folders, quoted patterns, tars and lists. The command searches
     folders to every depth. A .txt list has one path per line. Each line of a .jsonl list has an
-    "id" and a "path". The input - reads a list from standard input. Parquet files need --column.
+    "id" and a "path". The input - reads a list from standard input. Parquet files need --column,
+    and https:// addresses need --allow-urls.
 
     The file contains image_embeds, image_grid_thw and image_token_offsets. Each block of --layers
     adds a tensor layer_K. Read the file with qwen_vit.load_features. The command skips and reports
@@ -88,16 +91,18 @@ def encode(
     with slow_imports():
         from qwen_vit import write_features
         from qwen_vit.cli.text import encoded_json, encoded_table
+        from qwen_vit.images.image import ImageLimits
         from qwen_vit.outputs import check_normalize
     check_normalize(output, normalize)
     videos = take_video_options(loading)
+    limits = ImageLimits(formats=formats, allow_urls=allow_urls)
     items = list_images(
-        images, out, column=column, id_column=id_column, formats=formats, pages=pages
+        images, out, column=column, id_column=id_column, limits=limits, pages=pages
     )
     encoder = load_encoder(model, **loading)
     rows = {"output": output, "normalize": normalize, "layers": layers}
     encoder.encode([], **rows)  # raises for a block that the tower lacks, before any image
-    decoding = {"exif": exif, "formats": formats, **videos}
+    decoding = {"exif": exif, "limits": limits, **videos}
     done = list(encode_one_by_one(encoder, items, on_error, **decoding, **rows))
     features, milliseconds = [each for each, _ in done], [ms for _, ms in done]
     write_features(out, features, encoder.metadata(), overwrite=overwrite)

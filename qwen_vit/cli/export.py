@@ -23,6 +23,7 @@ from qwen_vit.cli.options import (
     NAME,
     Dtype,
     allow_failed_option,
+    allow_urls_option,
     as_video_option,
     column_options,
     device_option,
@@ -77,10 +78,7 @@ OF_START = (
 )  # fmt: skip
 @column_options
 @format_options
-@click.option(
-    "--allow-urls", default="", metavar="HOST,HOST,...",
-    help="Fetch https:// addresses of these hosts from lists.",
-)  # fmt: skip
+@allow_urls_option
 @output_options
 @click.option(
     "--dtype", type=Dtype(["float32", "bfloat16"]),
@@ -134,7 +132,7 @@ def export(
     shard_size: int, part: tuple[int, int], on_error: Any, max_failures: int,
     allow_failed: int, shard_seconds: float | None, decode_threads: int | None,
     address: str | None, ec_cache: Path | None, profile: bool, column: str | None,
-    id_column: str | None, formats: tuple[str, ...], pages: Any, exif: Any, allow_urls: str,
+    id_column: str | None, formats: tuple[str, ...], pages: Any, exif: Any, allow_urls: tuple[str, ...],
     **loading: Any,
 ) -> None:  # fmt: skip
     """Export the images and videos of INPUTS into a folder of shards.
@@ -178,7 +176,7 @@ def export(
     options = ExportOptions(
         output, dtype, shard_size, normalize=normalize, layers=layers, column=column,
         id_column=id_column, exif=exif, pages=pages,
-        limits=ImageLimits(formats=formats, allow_urls=_hosts(allow_urls)), **of_this_run,
+        limits=ImageLimits(formats=formats, allow_urls=allow_urls), **of_this_run,
         **take_video_options(loading),
     )  # fmt: skip
     if resume is not None:
@@ -247,10 +245,6 @@ def _refuse_start_options(ctx: click.Context) -> None:
             raise click.UsageError(
                 f"{option} does not work with --resume, because the export has recorded this option"
             )
-
-
-def _hosts(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
 
 
 def _part(text: str) -> tuple[int, int]:

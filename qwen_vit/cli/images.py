@@ -18,7 +18,7 @@ from qwen_vit.errors import ExportError
 if TYPE_CHECKING:
     from qwen_vit.encoder import VisionEncoder
     from qwen_vit.features import FailedImage, ImageFeatures
-    from qwen_vit.images.image import ExifPolicy
+    from qwen_vit.images.image import ExifPolicy, ImageLimits
     from qwen_vit.inputs.listing import Item
     from qwen_vit.loading import ImageLoader, LoadedImage, OnError
     from qwen_vit.video.options import VideoOptions
@@ -35,7 +35,7 @@ def list_images(
     *,
     column: str | None = None,
     id_column: str | None = None,
-    formats: tuple[str, ...] = (),
+    limits: "ImageLimits | None" = None,
     pages: str = "first",
 ) -> "list[Item]":
     """Return the images of files, folders, patterns, tars, lists, and "-" for standard input.
@@ -53,7 +53,7 @@ def list_images(
     left_out: Counter[str] = Counter()
     columns = ParquetColumns.of(column, id_column)
     found = find_items(inputs, left_out, must_exist=False, columns=columns)
-    items = list(found if pages == "first" else page_items(found, ImageLimits(formats=formats)))
+    items = list(found if pages == "first" else page_items(found, limits or ImageLimits()))
     warn_of_skipped(left_out)
     if not items:
         raise no_image_found(inputs, left_out)
@@ -79,7 +79,7 @@ def encode_one_by_one(
     on_error: "OnError",
     exif: "ExifPolicy" = "apply",
     *,
-    formats: tuple[str, ...] = (),
+    limits: "ImageLimits | None" = None,
     video: "VideoOptions | None" = None,
     as_video: bool = False,
     **options: Any,
@@ -87,7 +87,7 @@ def encode_one_by_one(
     """Yield each image's features or error, and the milliseconds from its file to its features.
 
     Features are in CPU memory, because encoding needs the GPU's memory. On a terminal it shows a
-    progress bar and prints failed images above it. `exif` and `options` are arguments of
+    progress bar and prints failed images above it. `exif`, `limits` and `options` are arguments of
     `VisionEncoder.encode`. `video` contains the options for videos. With `as_video` it encodes an
     animation as a video.
     """
@@ -97,7 +97,7 @@ def encode_one_by_one(
     from qwen_vit.errors import ImageError
     from qwen_vit.features import FailedImage, VideoFeatures, not_finite
 
-    loader = _loader(encoder, exif, formats, video, as_video)
+    loader = _loader(encoder, exif, limits, video, as_video)
     for item in tqdm(items, unit="image", file=sys.stderr, disable=not shows_progress()):
         start = time.perf_counter()
         size_px = None
@@ -128,7 +128,7 @@ def encode_one_by_one(
 def _loader(
     encoder: "VisionEncoder",
     exif: "ExifPolicy",
-    formats: tuple[str, ...],
+    limits: "ImageLimits | None",
     video: "VideoOptions | None",
     as_video: bool,
 ) -> "ImageLoader":
@@ -138,7 +138,7 @@ def _loader(
     from qwen_vit.video.options import VideoLimits, VideoOptions
 
     return ImageLoader(
-        encoder.config, encoder.image_config, "auto", ImageLimits(formats=formats), "skip",
+        encoder.config, encoder.image_config, "auto", limits or ImageLimits(), "skip",
         VideoLimits(), exif, core_count(), video or VideoOptions(), as_video,
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ __all__ = [
     "NAME",
     "Dtype",
     "allow_failed_option",
+    "allow_urls_option",
     "as_video_option",
     "column_options",
     "complete_model",
@@ -122,6 +123,11 @@ on_error_option = click.option(
 allow_failed_option = click.option(
     "--allow-failed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
     help="Exit with 1 only if more than N images failed in this run.",
+)  # fmt: skip
+allow_urls_option = click.option(
+    "--allow-urls", default="", metavar="HOST,HOST,...",
+    callback=lambda _, __, text: tuple(filter(None, text.split(","))),
+    help="Fetch https:// addresses of these hosts.",
 )  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 

@@ -83,8 +83,8 @@ class ImageLimits:
 
     `formats` enables formats of OPTIONAL_FORMATS, in addition to the default formats.
 
-    `allow_urls` are hosts, such as "images.example.org" or "*.example.org:8443". An export fetches
-    https:// addresses of these hosts from lists. It never fetches any other address.
+    `allow_urls` are hosts, such as "images.example.org" or "*.example.org:8443". qwen_vit fetches
+    images at https:// addresses of these hosts, and never fetches any other address.
 
     The limits apply to one call. qwen_vit neither reads nor sets Pillow's process-wide
     MAX_IMAGE_PIXELS, but Pillow's WebP and GIF plug-ins read it. Raises ArgumentError for a limit

@@ -1,6 +1,6 @@
 """Build the errors that several checks of an encoded image raise."""
 
-from qwen_vit.errors import ImageError
+from qwen_vit.errors import ImageError, Wording
 
 __all__ = ["address_remedy", "damaged", "too_much_memory", "too_slow", "truncated"]
 
@@ -66,10 +66,14 @@ def address_remedy(address: str) -> str:
     """Return the remedy for an address that a caller passes in place of a path.
 
     >>> address_remedy("file:///data/a.png"), address_remedy("https://example.org/a.png")
-    ('pass the path that follows file://', 'download it first')
+    ('pass the path that follows file://', 'download it first, or pass limits with its allow_urls')
     """
     scheme = address.partition(":")[0].lower()
     return {
         "file": "pass the path that follows file://",
         "data": "pass its bytes: base64.b64decode(address.partition(',')[2])",
+        "https": Wording(
+            "download it first, or pass limits with its allow_urls",
+            shell="download it first, or pass its host to `qwen-vit encode --allow-urls`",
+        ),
     }.get(scheme, "download it first")

@@ -36,6 +36,7 @@ from qwen_vit.inputs.tars import (
     TAR_SUFFIX,
     tar_items,
 )
+from qwen_vit.inputs.urls import is_https
 
 __all__ = ["STDIN", "check_inputs", "find_items", "no_image_found", "warn_of_skipped"]
 
@@ -82,7 +83,8 @@ def find_items(
     _check_alone(inputs, columns)
     reported: set[str] = set()  # unreadable folders; several patterns may reach one
     for given in inputs:
-        is_path = not (glob.has_magic(given) or given == STDIN or is_remote(given))
+        is_pattern = glob.has_magic(given) and not is_https(given)  # a query starts with "?"
+        is_path = not (is_pattern or given == STDIN or is_remote(given))
         if is_path and not must_exist and not os.path.lexists(given):
             yield Item(given, given)
             continue
@@ -155,7 +157,10 @@ def _input_items(
         yield from _remote_items(given, left_out, columns)
         return
     if ADDRESS.match(given):
-        raise ExportError("an address, not a file", name=given[:80], remedy=address_remedy(given))
+        remedy = address_remedy(given)
+        if is_https(given):
+            remedy = with_options("list it in a .txt file, and name its host in {}", "allow_urls")
+        raise ExportError("an address, not a file", name=given[:80], remedy=remedy)
     if os.path.lexists(given) or not glob.has_magic(given):
         yield from _path_items(given, left_out, columns, may_be_list=True)
         return

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit import VisionEncoder
+from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.export.estimate import estimate_export
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.resume import read_start_options
@@ -253,3 +255,54 @@ def test_the_command_takes_hosts(
     done = qwen_vit(*words, "--out", tmp_path / "out", "--allow-urls", hosts)
     assert done.code == 0, done.err
     assert len(load_features(tmp_path / "out")) == 1
+
+
+def test_encode_fetches_allowed_addresses(site: Site, tmp_path: Path) -> None:
+    """The same checks as in an export: the host, the resolved address, and the limits."""
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    url, other = site.url("/a.png?size=1"), site.url("/a.png", OTHER)
+    site.answers["/a.png?size=1"] = body(tiny_png(1))
+    expected = encoder.encode(tiny_png(1))
+    [found, failed] = encoder.encode([url, other], limits=site.limits(), on_error="skip")
+    assert (found.id, found.size_px) == (url, (28, 28))
+    assert torch.equal(found.embeds, expected.embeds)
+    assert failed.error.code == "url"
+    assert f"its host {OTHER}:{site.port} is not allowed" in failed.error.fact
+    assert encoder.encode(url, limits=site.limits(), frames="all")[0].id == url
+    with pytest.raises(ImageError, match=r"an address, not a file.*allow_urls"):
+        encoder.encode(url)
+
+
+def test_encode_never_connects_to_a_private_address(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    monkeypatch.setattr(urls, "_is_public", IS_PUBLIC)
+    with pytest.raises(ImageError, match="which is not a public address"):
+        encoder.encode(site.url("/a.png"), limits=site.limits())
+
+
+def test_the_encode_command_takes_hosts(
+    site: Site, tmp_path: Path, qwen_vit: Callable[..., Any]
+) -> None:
+    """In a list and as an argument; a query is no pattern."""
+    site.answers["/b.png?size=[1]"] = body(tiny_png(2))
+    (tmp_path / "list.txt").write_text(site.url("/a.png"))
+    given, out = [tmp_path / "list.txt", site.url("/b.png?size=[1]")], tmp_path / "x.safetensors"
+    words = ("encode", *given, "--model", "tiny", "--device", "cpu", "--out", out)
+    refused = qwen_vit(*words)
+    assert refused.code == 2  # no image is left to write
+    assert refused.err.count("qwen-vit encode --allow-urls") == 2
+    done = qwen_vit(*words, "--allow-urls", f"{HOST}:{site.port}", "--overwrite")
+    assert done.code == 0, done.err
+    assert list(load_features(out).ids) == [site.url("/a.png"), site.url("/b.png?size=[1]")]
+    done = qwen_vit(*words, "--allow-urls", "https://no.host/", "--overwrite")
+    assert (done.code, "names of hosts" in done.err) == (2, True)
+
+
+def test_an_export_names_the_way_for_an_address(tmp_path: Path) -> None:
+    encoder: Any = FakeEncoder()
+    with pytest.raises(ExportError) as caught:
+        export_features(encoder, ["https://x.example.org/a.jpg?b"], tmp_path / "out")
+    assert "List it in a .txt file" in caught.value.text(in_shell=True)
+    assert "--allow-urls" in caught.value.text(in_shell=True)
