@@ -132,8 +132,8 @@ def export(
     shard_size: int, part: tuple[int, int], on_error: Any, max_failures: int,
     allow_failed: int, shard_seconds: float | None, decode_threads: int | None,
     address: str | None, ec_cache: Path | None, profile: bool, column: str | None,
-    id_column: str | None, formats: tuple[str, ...], pages: Any, exif: Any, allow_urls: tuple[str, ...],
-    **loading: Any,
+    id_column: str | None, formats: tuple[str, ...], pages: Any, exif: Any,
+    allow_urls: tuple[str, ...], **loading: Any,
 ) -> None:  # fmt: skip
     """Export the images and videos of INPUTS into a folder of shards.
 

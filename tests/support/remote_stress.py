@@ -1,10 +1,12 @@
 """Export Parquet into object storage from several nodes, with repeated kills."""
 
 import hashlib
+import os
 import random
 import subprocess
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,32 +69,31 @@ class Nodes:
 def kills_of_nodes(
     folder: Path, *, images: int, kills: int, first: int, nodes: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Kill random nodes at random images with SIGKILL. Afterwards the bucket must have the bytes of
-    one local run. A last run of one node without kills measures the memory, starting with the image
-    `first`.
+    """kill -9 of random nodes at random images. Then the bucket has the bytes of one local run.
+
+    Two runs work beside the nodes: the local one, and one of a node without kills into an address
+    of its own, which shows the memory from the image `first` on.
     """
     shard_size = min(512, max(10, images // 60))
     inputs = parquet_folder(folder / "images", images)
     arguments = [*inputs, "--shard-size", str(shard_size), "--yes"]
-    local = folder / "local"
-    done = kill_harness.run(
-        fake_encoder(folder / "journal", *arguments, "--out", local), folder / "log"
-    )
-    assert done.code == 1, done.errors  # some images are broken
-    expected = {path.name: path.read_bytes() for path in local.iterdir()}
-    once = journal_bytes(folder / "journal")
-    with s3_server() as server:
+    (folder / "flat").mkdir()
+    flat_out = f"s3://{BUCKET}/flat-{os.getpid()}"  # its scratch folder is this run's own
+    with s3_server() as server, ThreadPoolExecutor(2) as beside:
         begin = time.monotonic()
-        encoded = _kill(folder, nodes, arguments, kills, once, expected, seed)
-        seconds = time.monotonic() - begin
-        _check_whole(server, expected, images)
-        server.delete("out")
-        (folder / "flat").mkdir()
-        figures = export_stress.flat_memory(
-            folder / "flat", images=images, first=min(first, images // 2),
-            write=lambda *_: inputs, address=f"s3://{BUCKET}/flat",
+        local = beside.submit(_local_run, folder, arguments)
+        flat = beside.submit(
+            export_stress.flat_memory, folder / "flat", images=images,
+            first=min(first, images // 2), write=lambda *_: inputs, address=flat_out,
         )  # fmt: skip
-        requests = len(server.requests)
+        encoded, seen = _kill(folder, nodes, arguments, kills, images, seed)
+        seconds = time.monotonic() - begin
+        expected, once, local_seconds = local.result()
+        etags = {name: f'"{hashlib.md5(data).hexdigest()}"' for name, data in expected.items()}
+        assert seen <= {*etags.items()}, seen - {*etags.items()}
+        _check_whole(server, expected, images)
+        figures = flat.result()
+        requests = sum("flat" in each.path + each.query for each in server.requests)
     redone = encoded - once
     assert redone <= kills * shard_size, (redone, kills, shard_size)
     return {
@@ -103,21 +104,36 @@ def kills_of_nodes(
         "kills": kills,
         "images_encoded_again": redone,
         "seconds": round(seconds, 1),
-        "local_seconds": round(done.seconds, 1),
+        "local_seconds": round(local_seconds, 1),
+        "shards_checked_after_kills": len(seen),
         "requests_of_one_node": requests,
     }
 
 
+def _local_run(
+    folder: Path, arguments: Sequence[str | Path]
+) -> tuple[dict[str, bytes], int, float]:
+    """Export into a local folder. Returns its files, how many images it encoded, and seconds."""
+    local = folder / "local"
+    done = kill_harness.run(
+        fake_encoder(folder / "journal", *arguments, "--out", local), folder / "log"
+    )
+    assert done.code == 1, done.errors  # some images are broken
+    files = {path.name: path.read_bytes() for path in local.iterdir()}
+    return files, journal_bytes(folder / "journal"), done.seconds
+
+
 def _kill(
-    folder: Path, count: int, arguments: Sequence[str | Path], kills: int, images: int,
-    expected: dict[str, bytes], seed: int,
-) -> int:  # fmt: skip
-    """Kill nodes at random images, and let the other runs end. Returns the number of encoded
-    images."""
+    folder: Path, count: int, arguments: Sequence[str | Path], kills: int, images: int, seed: int
+) -> tuple[int, set[tuple[str, str | None]]]:
+    """Kill nodes at random images, and let them end.
+
+    Returns how many images were encoded, and the shards that existed after the kills, with ETags.
+    """
     moments = random.Random(seed)
-    targets = sorted(moments.uniform(0, images) for _ in range(kills))
-    etags = {name: f'"{hashlib.md5(data).hexdigest()}"' for name, data in expected.items()}
+    targets = sorted(moments.uniform(0, 0.98 * images) for _ in range(kills))  # some are broken
     nodes, landed = Nodes(folder, count, arguments), 0
+    seen: set[tuple[str, str | None]] = set()
     changed, encoded = time.monotonic(), 0
     try:
         while (working := nodes.at_work()) or landed < kills:
@@ -134,19 +150,17 @@ def _kill(
             if node in nodes.at_work():
                 nodes.kill(node)
                 landed += 1
-                _check_shards(etags)
+                seen |= _shards()
             nodes.start(node)
-        return nodes.encoded
+        return nodes.encoded, seen
     finally:
         nodes.end()
 
 
-def _check_shards(etags: dict[str, str]) -> None:
-    """Check that the bucket has only complete shards, with the bytes of the local run."""
-    for found in list_objects(OUT):
-        name = found.address.rpartition("/")[2]
-        if name.startswith("shard-"):
-            assert found.version == etags.get(name), name
+def _shards() -> set[tuple[str, str | None]]:
+    """The shards in the bucket, with their ETags. A torn or changed shard would have another."""
+    found = ((each.address.rpartition("/")[2], each.version) for each in list_objects(OUT))
+    return {(name, etag) for name, etag in found if name.startswith("shard-")}
 
 
 def _check_whole(server: S3Server, expected: dict[str, bytes], images: int) -> None:
