@@ -15,9 +15,9 @@ from qwen_vit.common.storage import (
     find_object,
     is_remote,
     list_names,
-    read_range,
     storage_errors,
 )
+from qwen_vit.common.store_cache import read_cached
 
 __all__ = ["AnyPath", "PathOrAddress", "StorePath", "as_path"]
 
@@ -30,6 +30,8 @@ class _Status(NamedTuple):
 class StorePath:
     """Use an address as a path. The path caches the answers of earlier requests.
 
+    `cache` is a folder on this machine that also keeps the bytes that it reads.
+
     >>> StorePath("s3://bucket/export/") / "export.json"
     StorePath(address='s3://bucket/export/export.json')
 
@@ -38,12 +40,13 @@ class StorePath:
 
     address: str
     listed: RemoteObject | None = field(default=None, repr=False, compare=False)
+    cache: Path | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return self.address
 
     def __truediv__(self, name: str) -> "StorePath":
-        return StorePath(f"{self.address.rstrip('/')}/{name}")
+        return StorePath(f"{self.address.rstrip('/')}/{name}", cache=self.cache)
 
     @property
     def name(self) -> str:
@@ -53,7 +56,7 @@ class StorePath:
     @property
     def parent(self) -> "StorePath":
         """Return the address without its last part."""
-        return StorePath(self.address.rstrip("/").rpartition("/")[0])
+        return StorePath(self.address.rstrip("/").rpartition("/")[0], cache=self.cache)
 
     def absolute(self) -> "StorePath":
         """Return this path, because an address has the same meaning on every machine."""
@@ -105,8 +108,9 @@ class StorePath:
     def read(self, start: int, end: int) -> bytes:
         """Return a range of the object with one request. Raises OSError."""
         found = self._found()
+        end = min(end, found.size)
         with _facts():
-            return read_range(found.address, start, min(end, found.size), found.version)
+            return read_cached(found.address, start, end, found.version, self.cache)
 
     def _found(self) -> RemoteObject:
         found = self._object

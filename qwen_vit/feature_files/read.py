@@ -8,11 +8,13 @@ import logging
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
 from qwen_vit.common.safetensors_header import read_header
+from qwen_vit.common.store_cache import cache_folder
 from qwen_vit.common.store_path import AnyPath, StorePath, as_path
 from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, plural
 from qwen_vit.feature_files.collection import Features
@@ -26,7 +28,7 @@ from qwen_vit.feature_files.schema import (
 )
 from qwen_vit.features import FailedImage, ImageFeatures
 
-__all__ = ["FeatureFolder", "load_features"]
+__all__ = ["FeatureFolder", "load_features", "open_features"]
 
 logger = logging.getLogger("qwen_vit")
 
@@ -202,7 +204,12 @@ class FeatureFolder(Features):
         return file
 
 
-def load_features(path: str | AnyPath, *, verify: bool = False) -> FeatureFile | FeatureFolder:
+def load_features(
+    path: str | AnyPath,
+    *,
+    verify: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> FeatureFile | FeatureFolder:
     """Open a feature file, or a folder that `qwen-vit export` wrote.
 
     From an address such as "s3://bucket/features", it reads ranges: first the headers, then the
@@ -216,6 +223,9 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`.
     With `verify`, each reading of an image's rows compares them with their recorded sha256. A wrong
     bit raises ExportError. `qwen-vit verify` checks every image of a file or export.
 
+    With `cache_dir`, that folder keeps all bytes that it reads from an address, and later reads
+    send no request for them. The environment variable QWEN_VIT_STORE_CACHE sets the default.
+
     Raises ExportError with the file's name if it is missing, truncated or has another schema.
     """
     if not isinstance(path, (str, os.PathLike, StorePath)):
@@ -223,6 +233,13 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`.
             f"path is a {type(path).__name__}", expected="the path of a file or folder"
         )
     path = as_path(path)
+    if isinstance(path, StorePath):
+        path = replace(path, cache=cache_folder(cache_dir))
+    return open_features(path, verify=verify)
+
+
+def open_features(path: AnyPath, *, verify: bool = False) -> FeatureFile | FeatureFolder:
+    """Open a feature file or an export folder as `load_features` does, without its cache."""
     try:
         if path.is_dir():
             return FeatureFolder(path, verify=verify)

@@ -8,11 +8,12 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
+from qwen_vit.common.store_path import as_path
 from qwen_vit.common.tensors import all_finite
 from qwen_vit.errors import ExportError, display_name, plural
 from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.feature_files.listed import listings_of
-from qwen_vit.feature_files.read import FeatureFolder, load_features
+from qwen_vit.feature_files.read import FeatureFolder, open_features
 from qwen_vit.feature_files.schema import RESUME, rows_by_tensor, shard_name
 from qwen_vit.feature_files.writer import rows_sha256
 
@@ -52,7 +53,7 @@ def verify_features(
     recorded hash of its listing, and have all shards. It calls `on_image` for each image. Raises
     ExportError if the path has no features or a feature file cannot be opened.
     """
-    features = load_features(path)
+    features = open_features(as_path(path))  # a cache would hide what the store has
     check = _Check(on_image)
     if isinstance(features, FeatureFolder):
         check.folder(features)

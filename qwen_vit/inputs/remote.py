@@ -16,9 +16,9 @@ from qwen_vit.common.storage import (
     list_objects,
     match_objects,
     open_object,
-    read_range,
     storage_errors,
 )
+from qwen_vit.common.store_cache import cache_folder, read_cached
 from qwen_vit.errors import ExportError, ImageError
 from qwen_vit.images.image import ImageLimits, check_file_bytes
 from qwen_vit.inputs.listing import Item
@@ -108,7 +108,7 @@ def read_object(item: Item, limits: ImageLimits) -> bytes:
     with _image_errors(item):
         start, size, version = _extent(item)
         check_file_bytes(size, item.id, limits)
-        return read_range(item.source, start, start + size, version)
+        return read_cached(item.source, start, start + size, version, cache_folder())
 
 
 def copy_object(item: Item, file: BinaryIO, check_size: Callable[[int], None]) -> None:
@@ -119,9 +119,10 @@ def copy_object(item: Item, file: BinaryIO, check_size: Callable[[int], None]) -
     with _image_errors(item):
         start, size, version = _extent(item)
         check_size(size)
+        folder = cache_folder()
         for begin in range(start, start + size, COPY_BYTES):
             end = min(begin + COPY_BYTES, start + size)
-            file.write(read_range(item.source, begin, end, version))
+            file.write(read_cached(item.source, begin, end, version, folder))
         file.seek(0)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from qwen_vit.common.store_cache import CACHE_VARIABLE
+from qwen_vit.common.store_path import StorePath
 from qwen_vit.errors import ArgumentError, ExportError
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
@@ -190,3 +192,82 @@ def test_commands_read_an_address(server: S3Server, qwen_vit: Callable[..., Any]
     done = qwen_vit("info", OUT, "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["images_done"] == 23
+
+
+# A cache on this machine's disk
+
+
+def objects_sent(server: S3Server) -> int:
+    """Requests for objects' bytes since the last call."""
+    count = sum(each.method == "GET" and not each.query for each in server.requests)
+    server.requests.clear()
+    return count
+
+
+def test_a_cache_answers_what_was_read_before(
+    server: S3Server, tmp_path: Path, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named by the argument or by the environment, also in another process."""
+    here, names = load_features(local), ("03.png", "20.png", "11.png")
+    for name in names:
+        check_same(load_features(OUT, cache_dir=tmp_path / "c")[name], here[name])
+    assert objects_sent(server) > 0
+    again = pickle.loads(pickle.dumps(load_features(OUT, cache_dir=tmp_path / "c")))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "c"))
+    for remote in (again, load_features(OUT)):
+        for name in names:
+            check_same(remote[name], here[name])
+    assert objects_sent(server) == 0
+    check_same(load_features(OUT)["04.png"], here["04.png"])
+    assert objects_sent(server) == 3  # its rows, and those of two layers
+
+
+def test_without_a_cache_nothing_is_kept(server: S3Server, tmp_path: Path) -> None:
+    for _ in range(2):
+        _ = load_features(OUT)["03.png"]
+        assert objects_sent(server) > 3
+
+
+def test_a_cache_never_gives_a_replaced_object(server: S3Server, tmp_path: Path) -> None:
+    """The ETag is a part of a range's name: a new object of the same size is read again."""
+    address, cache = f"s3://{BUCKET}/x.bin", tmp_path / "c"
+    for data in (b"one", b"two", b"one"):
+        server.put("x.bin", data)
+        assert StorePath(address, cache=cache).read_bytes() == data
+    before = StorePath(address, cache=cache)
+    assert before.read(0, 2) == b"on"
+    server.put("x.bin", b"six")
+    assert before.read(0, 2) == b"on"  # the version that it opened
+    with pytest.raises(OSError, match="was replaced"):
+        before.read(1, 3)
+    assert StorePath(address, cache=cache).read(0, 2) == b"si"
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(
+    server: S3Server, tmp_path: Path, local: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "c").write_text("no folder")
+    remote = load_features(OUT, cache_dir=tmp_path / "c")
+    for name in ("03.png", "04.png"):
+        check_same(remote[name], load_features(local)[name])
+    assert [each.levelname for each in caplog.records] == ["WARNING"]
+    assert "keeps nothing more: Not a directory; check its disk" in caplog.text
+
+
+def test_damage_in_a_cache_is_found(server: S3Server, tmp_path: Path, local: Path) -> None:
+    """A torn file is read again; a wrong bit is found on demand. `verify` reads the store."""
+    cache = tmp_path / "c"
+    expected = load_features(OUT, cache_dir=cache)["03.png"]
+    kept = [path for path in cache.rglob("*") if path.is_file()]
+    rows = [path for path in kept if path.read_bytes() == expected.embeds.numpy().tobytes()]
+    assert len(rows) == 1
+    data = rows[0].read_bytes()
+    rows[0].write_bytes(data[:-1])
+    check_same(load_features(OUT, cache_dir=cache)["03.png"], expected)
+    assert rows[0].read_bytes() == data
+    rows[0].write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(ExportError, match="changed after it was written"):
+        _ = load_features(OUT, cache_dir=cache, verify=True)["03.png"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(cache))
+        assert verify_features(OUT).problems == ()

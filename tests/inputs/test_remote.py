@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from qwen_vit.common import storage
+from qwen_vit.common.store_cache import CACHE_VARIABLE
 from qwen_vit.errors import ExportError
 from qwen_vit.export.estimate import estimate_export
 from qwen_vit.export.options import ExportOptions
@@ -139,6 +140,23 @@ def test_a_listing_is_read_page_by_page(server: S3Server) -> None:
     assert len(server.requests) == 1
     assert len(list(found)) == 6
     assert len(server.requests) == 4
+
+
+def test_a_cache_keeps_images_that_were_read(
+    data: Path, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Objects and members of tars. A new listing has the new version of a replaced object."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    found = items(f"{ROOT}/p/0.png") + items(f"{ROOT}/p/t.tar")
+    first = [read_item(item, LIMITS) for item in found]
+    server.requests.clear()
+    assert [read_item(item, LIMITS) for item in found] == first
+    assert server.requests == []
+    server.put("p/0.png", tiny_png(50))
+    assert read_item(found[0], LIMITS) == tiny_png(0)  # the version that was listed
+    assert read_item(items(f"{ROOT}/p/0.png")[0], LIMITS) == tiny_png(50)
+    monkeypatch.delenv(CACHE_VARIABLE)
+    assert failure(found[0]).code == "changed"
 
 
 # An export

@@ -1,0 +1,69 @@
+"""Keep ranges of objects in a folder on this machine. Reading a kept range sends no request.
+
+A range's file name is a hash of the address, the object's version and the range. A replaced object
+has another version, so it never gives the bytes of the earlier object.
+"""
+
+import logging
+import os
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+
+from qwen_vit.common.atomic_file import atomic_file
+from qwen_vit.common.storage import read_range
+from qwen_vit.errors import ExportError
+
+__all__ = ["CACHE_VARIABLE", "cache_folder", "read_cached"]
+
+logger = logging.getLogger("qwen_vit")
+
+CACHE_VARIABLE = "QWEN_VIT_STORE_CACHE"  # names the folder for a process and its children
+
+
+def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path | None:
+    """Return the folder of the cache, by default the folder that CACHE_VARIABLE names, or None.
+
+    >>> cache_folder("cache")
+    PosixPath('cache')
+    """
+    named = os.environ.get(CACHE_VARIABLE) if folder is None else folder
+    return Path(named) if named else None
+
+
+def read_cached(
+    address: str, start: int, end: int, version: str | None, folder: Path | None
+) -> bytes:
+    """Return a range as `read_range` does, and keep it in `folder`.
+
+    Without a folder or a version, it keeps nothing. It raises no error if the folder cannot be
+    written. Raises the errors of `read_range`.
+    """
+    if folder is None or version is None or end <= start:
+        return read_range(address, start, end, version)
+    key = f"{address}\0{version}\0{start}-{end}".encode("utf-8", "surrogateescape")
+    digest = sha256(key).hexdigest()
+    path = folder / digest[:2] / digest[2:]
+    try:
+        data = path.read_bytes()
+    except OSError:
+        data = b""
+    if len(data) != end - start:
+        data = read_range(address, start, end, version)
+        _keep(data, path, folder)
+    return data
+
+
+def _keep(data: bytes, path: Path, folder: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            file.write(data)
+    except (OSError, ExportError) as error:
+        _warn(folder, error.fact if isinstance(error, ExportError) else error.strerror)
+
+
+@lru_cache(1)
+def _warn(folder: Path, reason: str | None) -> None:
+    """Log a warning, but not the same one again."""
+    logger.warning("the cache %s keeps nothing more: %s; check its disk", folder, reason)
