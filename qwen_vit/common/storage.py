@@ -253,7 +253,10 @@ def _pages_of_s3(files: Any, path: str, **more: str) -> Iterator[Any]:
         yield page
         if not page.get("IsTruncated"):
             return
-        more["ContinuationToken"] = page["NextContinuationToken"]
+        token = page.get("NextContinuationToken")
+        if token in (None, more.get("ContinuationToken")):
+            raise OSError(errno.EIO, "its listing does not go on")
+        more["ContinuationToken"] = token
 
 
 def _range_of_s3(files: Any, path: str, start: int, end: int, version: str | None) -> bytes:

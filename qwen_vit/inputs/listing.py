@@ -7,6 +7,9 @@ needs no search. An image in a Parquet file has `row` and `column`.
 
 import hashlib
 import json
+import logging
+import time
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +17,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+import numpy as np
+
 from qwen_vit.common.atomic_file import atomic_file
-from qwen_vit.errors import ExportError, ImageError, display_name, with_options
+from qwen_vit.errors import ExportError, ImageError, display_name, plural, with_options
 from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, suffix_of
 
 __all__ = ["Item", "Listing", "read_listing"]
+
+logger = logging.getLogger("qwen_vit")
+
+IDS_KEPT = 100_000  # a repeated id among the first ones ends even an endless list
+LINE_EVERY_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,21 +128,23 @@ class Listing:
 
     @classmethod
     def freeze(cls, path: Path, items: Iterable[Item], shard_size: int) -> Self:
-        """Write the file completely or not at all. Raises ExportError if two images share an id."""
+        """Write the file completely or not at all. Raises ExportError if two images share an id.
+
+        It uses 8 bytes of memory for each image.
+        """
         digest, starts, position, count = hashlib.sha256(), [], 0, 0
-        ids: set[str] = set()
+        ids = _Ids()
         n_videos = 0
         with atomic_file(path) as file:
-            for count, item in enumerate(_without_os_errors(items), start=1):
-                if item.id in ids:
-                    raise _same_id(item)
-                ids.add(item.id)
+            for count, item in enumerate(_watched(items), start=1):
+                ids.add(item)
                 n_videos += item.is_video
                 if (count - 1) % shard_size == 0:
                     starts.append(position)
                 line = item.to_json().encode() + b"\n"
                 digest.update(line)
                 position += file.write(line)
+            ids.check(file)
         return cls(path, count, digest.hexdigest(), shard_size, tuple(starts), n_videos)
 
     @classmethod
@@ -185,6 +197,39 @@ def read_listing(path: Path) -> Iterator[Item]:
             yield Item.from_json(json.loads(line))
 
 
+class _Ids:
+    """Find an id that two items share: among the first items at once, otherwise at the end.
+
+    It keeps all ids as hashes only. The written listing confirms two equal hashes.
+    """
+
+    def __init__(self) -> None:
+        self._first: set[str] = set()
+        self._hashes = array("q")
+
+    def add(self, item: Item) -> None:
+        """Add an item, and raise ExportError if it has the id of one of the first items."""
+        if item.id in self._first:
+            raise _same_id(item)
+        if len(self._first) < IDS_KEPT:
+            self._first.add(item.id)
+        self._hashes.append(hash(item.id))
+
+    def check(self, listing: BinaryIO) -> None:
+        """Raise ExportError for the first item of a listing that has an earlier item's id."""
+        ordered = np.sort(np.frombuffer(self._hashes, np.int64))
+        twice = {*ordered[1:][ordered[1:] == ordered[:-1]].tolist()}
+        seen: set[str] = set()
+        if twice:
+            listing.seek(0)
+        for line in listing if twice else ():
+            item = Item.from_json(json.loads(line))
+            if item.id in seen:
+                raise _same_id(item)
+            if hash(item.id) in twice:
+                seen.add(item.id)
+
+
 def _same_id(item: Item) -> ExportError:
     """Return the error for the second of two images with one id."""
     where, row = "is" if item.is_file else "is in", ""
@@ -202,11 +247,18 @@ def _same_id(item: Item) -> ExportError:
     )
 
 
-def _without_os_errors(items: Iterable[Item]) -> Iterator[Item]:
-    """Raise the inputs' OSErrors as ExportError, to separate them from errors of the written
-    file."""
+def _watched(items: Iterable[Item]) -> Iterator[Item]:
+    """Log how many items there are, and raise the inputs' OSErrors as ExportError.
+
+    The writer's own OSErrors then remain distinct.
+    """
+    due = time.monotonic() + LINE_EVERY_S
     try:
-        yield from items
+        for count, item in enumerate(items):
+            if count % 1000 == 0 and time.monotonic() > due:
+                logger.warning("still listing: %s so far", plural(count, "image"))
+                due = time.monotonic() + LINE_EVERY_S
+            yield item
     except OSError as error:
         raise ExportError(
             f"cannot be listed ({error.strerror})",

@@ -11,6 +11,14 @@ def memory_mb(pid: int) -> tuple[float, float]:
     return (resident - shared) * page_mb, shared * page_mb
 
 
+def peak_mb(*, forget: bool = False) -> float:
+    """The most memory that this process has had in use, or since the last call with `forget`."""
+    if forget:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
 def open_files(pid: int) -> int:
     """Return the number of open descriptors."""
     return len(os.listdir(f"/proc/{pid}/fd"))

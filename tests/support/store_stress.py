@@ -1,21 +1,30 @@
 """Provide trials of Parquet and object storage, for tests and soak runs."""
 
 import random
+import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 from PIL import Image
 
+from qwen_vit.common import storage
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.feature_files.read import FeatureFolder, load_features
+from qwen_vit.inputs import remote
+from qwen_vit.inputs.find import find_items
+from qwen_vit.inputs.listing import Listing
 from tests.support import export_stress, fake_encoder
 from tests.support.export_stress import tiny_png
 from tests.support.parquet_files import write_rows
+from tests.support.process_memory import peak_mb
 from tests.support.s3_server import BUCKET, s3_server
 
 ROWS_A_FILE = 10_000
@@ -73,6 +82,53 @@ def random_reads(folder: Path, *, images: int, chosen: int, seed: int = 0) -> di
     }
     assert sent <= headers + 1.01 * rows, figures
     return figures
+
+
+def large_listing(folder: Path, *, objects: int, real: int) -> dict[str, Any]:
+    """Freeze the listing of a prefix: of a fake of S3's answers, and of moto's, which cost parsing.
+
+    The fake measures memory: moto keeps its objects in this process.
+    """
+    address, out = f"s3://{BUCKET}/photos/", folder / "listing.jsonl"
+    with s3_server():
+        backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+        for number in range(real):
+            backend.put_object(BUCKET, f"photos/{number:08}.jpg", b"")
+        begin = time.process_time()
+        assert Listing.freeze(out, find_items([address]), 512).n_images == real
+        real_seconds = time.process_time() - begin  # moto's as well
+    before = peak_mb(forget=True)
+    begin, wall = time.process_time(), time.monotonic()
+    with (
+        mock.patch.object(storage, "_pages_of_s3", return_value=_fake_pages(objects)),
+        mock.patch.object(storage, "is_s3", return_value=True),
+        mock.patch.object(storage, "files_of", lambda address: (None, address[5:])),
+        mock.patch.object(remote, "find_object", return_value=None),
+    ):
+        items = find_items([address])
+        listing = Listing.freeze(out, items, 512)
+    most = peak_mb()
+    assert listing.n_images == objects
+    figures = {
+        "objects": objects,
+        "cpu_seconds": round(time.process_time() - begin, 1),
+        "seconds": round(time.monotonic() - wall, 1),
+        "grown_mb": round(most - before, 1),
+        "listing_mb": round(out.stat().st_size / 1e6, 1),
+        "objects_of_moto": real,
+        "cpu_ms_per_page_with_moto": round(1e6 * real_seconds / real, 1),
+    }
+    assert figures["grown_mb"] <= 100 + 24e-6 * objects, figures
+    return figures
+
+
+def _fake_pages(objects: int) -> Iterator[dict[str, Any]]:
+    for first in range(0, objects, 1_000):
+        entries = [
+            {"Key": f"photos/{number:08}.jpg", "Size": 10**6, "ETag": f'"{number:032x}"'}
+            for number in range(first, min(first + 1_000, objects))
+        ]
+        yield {"Contents": entries, "IsTruncated": True}
 
 
 def header_bytes(path: Path) -> int:

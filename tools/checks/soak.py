@@ -82,6 +82,9 @@ TRIALS = {
     "parquet": Trial(
         "store_stress.flat_memory_of_parquet", {"images": 200_000, "first": 5_000}, {}, False
     ),
+    "listing": Trial(
+        "store_stress.large_listing", {"objects": 10_000_000, "real": 5_000}, {}, has_seed=False
+    ),
     "remote": Trial("store_stress.random_reads", {"images": 10_000, "chosen": 100}, {}),
     "remote-kills": Trial(
         "remote_stress.kills_of_nodes",
