@@ -19,6 +19,7 @@ from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.resume import read_start_options
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.read import load_features
+from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.inputs import read as read_module
 from qwen_vit.inputs import urls
@@ -264,6 +265,8 @@ def test_encode_fetches_allowed_addresses(site: Site, tmp_path: Path) -> None:
     site.answers["/a.png?size=1"] = body(tiny_png(1))
     expected = encoder.encode(tiny_png(1))
     [found, failed] = encoder.encode([url, other], limits=site.limits(), on_error="skip")
+    assert isinstance(found, ImageFeatures)
+    assert isinstance(failed, FailedImage)
     assert (found.id, found.size_px) == (url, (28, 28))
     assert torch.equal(found.embeds, expected.embeds)
     assert failed.error.code == "url"
