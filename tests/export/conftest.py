@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def growing_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Ten images in p; 3.png and 7.png are broken."""
+    """Make ten images in p, of which 3.png and 7.png are broken."""
     monkeypatch.chdir(tmp_path)
     Path("p").mkdir()
     for number in range(10):
@@ -40,7 +40,7 @@ def hundred_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def server(
     running: S3Server, export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[S3Server]:
-    """The server, empty and without faults, and a scratch folder of this test."""
+    """Return the empty server without faults, and set a scratch folder for this test."""
     from tests.support.remote_exports import on_host  # loads moto, which few tests need
 
     running.fault, running.hidden, running.ignores_conditions = lambda _: None, None, False

@@ -33,7 +33,7 @@ from tests.support.fake_encoder import FakeEncoder
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, qwen_vit: Any) -> Any:
-    """`qwen-vit export ARGUMENTS` in this process, with the stand-in encoder."""
+    """Run `qwen-vit export ARGUMENTS` in this process, with the fake encoder."""
     loader = SimpleNamespace(from_pretrained=lambda *_, **__: FakeEncoder())
     monkeypatch.setattr(export_module, "VisionEncoder", loader)
 
@@ -57,7 +57,7 @@ def test_the_command_exports_and_tells_what_was_skipped(export_dir: Path, run: A
 
 
 def test_a_resumed_export_counts_what_came_earlier(export_dir: Path, run: Any) -> None:
-    """It read "nothing was left to do: exported 10 of 11 images (11 tried before)"."""
+    """The report once read "nothing was left to do: exported 10 of 11 images (11 tried before)"."""
     run("p", "--out", "out", "--shard-size", "4")
     _, out, _ = run("p", "--out", "out", "--shard-size", "4")
     assert out.startswith("10 done, 0 to do, 1 failed earlier: 40 rows, 0.0 MB, ")
@@ -97,7 +97,7 @@ def test_a_list_on_standard_input_is_exported_and_resumed(
 
 
 def test_a_part_says_what_of_the_folder_is_there(export_dir: Path, run: Any) -> None:
-    """It read as if all were done."""
+    """The report once suggested that all shards were complete."""
     words = ("p", "--out", "out", "--shard-size", "4")
     out = run(*words, "--part", "2/2")[1]
     assert "a part: 1 of the folder's 3 shards exist" in out
@@ -140,7 +140,8 @@ def test_a_dry_run_writes_nothing(export_dir: Path, run: Any) -> None:
 
 
 def test_a_dry_run_refuses_what_the_export_would(export_dir: Path, run: Any) -> None:
-    """It counted images of one id, of an empty list, and for a folder that was not an export's."""
+    """A dry run once accepted images with one id, an empty list, and a folder that was not an
+    export."""
     Path("file").touch()
     Path("list.txt").touch()
     assert run("p", "--out", "out")[0] == 1
@@ -170,7 +171,8 @@ def test_a_dry_run_refuses_what_the_export_would(export_dir: Path, run: Any) -> 
 def test_of_a_large_image_in_a_tar_the_head_is_read(
     export_dir: Path, suffix: str, is_whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dry run read all of every tar. Where the head does not tell the size, the rest does."""
+    """A dry run once read every tar completely. It must read more than the start only if the start
+    has no size."""
     values = np.random.default_rng(0).integers(0, 256, (400, 420, 3), np.uint8)
     Image.fromarray(values).save(f"p/large.{suffix}", lossless=is_whole)
     length = Path(f"p/large.{suffix}").stat().st_size
@@ -226,7 +228,7 @@ def test_a_large_export_is_not_begun_without_a_yes(
 def test_who_answers_no_is_told_that_nothing_was_exported(
     export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was called interrupted, with 130."""
+    """The command once reported an interrupt, with exit code 130."""
     monkeypatch.setattr(export_command, "ASK_ABOVE_BYTES", 1_000)
     for answer, code, words in (
         ("n\n", 2, "error: export cancelled. To make the export smaller, pass fewer images"),

@@ -105,7 +105,7 @@ def test_a_head_larger_than_its_room_has_the_rows_behind_it(
 def test_the_room_for_a_head_serves_names_that_json_escapes(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch, shard_size: int
 ) -> None:
-    """The head is JSON within JSON: a quote takes four bytes there."""
+    """The header is JSON within JSON, where a quote takes four bytes."""
     rows, names = Path("p/0.png").read_bytes(), ('"', "\\", "\n", "é", "写")
     for name in names:
         Path("p", 60 * name + ".png").write_bytes(rows)

@@ -37,7 +37,7 @@ def export(**options: Any) -> Any:
 
 
 def killed_by(name: str) -> None:
-    """An export whose process is killed while it decodes a picture."""
+    """Run an export whose process is killed while it decodes an image."""
     real = ImageLoader.load
 
     def load(self: ImageLoader, image: Any, called: str) -> Any:

@@ -16,7 +16,7 @@ from qwen_vit.export.device_to_host import (
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=60))
 def test_places_of_the_ring_never_overlap(steps: list[tuple[int, int]]) -> None:
-    """Each step takes some bytes, and gives back a few of the oldest places."""
+    """Each step allocates some bytes, and releases a few of the oldest pieces."""
     memory = torch.zeros(16 * ALIGNED_BYTES, dtype=torch.uint8)
     ring, live = PinnedRing(memory), deque[tuple[int, torch.Tensor]]()
     for number, (size, given_back) in enumerate(steps, 1):
@@ -44,7 +44,7 @@ def test_the_ring_is_used_to_its_end_and_again() -> None:
 
 @given(st.lists(st.integers(1, 2**26 // ALIGNED_BYTES), min_size=20, max_size=60))
 def test_behind_a_slow_disk_the_ring_has_room_for_one_more_image(sizes: list[int]) -> None:
-    """Else memory is pinned beside it, of every size that was ever asked for."""
+    """Otherwise the allocator also pins memory of every requested size."""
     ring = PinnedRing(torch.empty(RING_BYTES, dtype=torch.uint8))
     waiting = deque[int]()
     for size in (each * ALIGNED_BYTES for each in sizes):

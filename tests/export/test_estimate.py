@@ -62,7 +62,8 @@ def test_a_sample_stands_for_the_whole(export_dir: Path, monkeypatch: pytest.Mon
 def test_the_time_has_a_part_for_each_batch_and_one_for_each_patch(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was 3 times too long for small images: 8 of them were timed, and filled no batch."""
+    """The estimate was once 3 times too long for small images, because 8 timed images filled no
+    batch."""
     Path("p/x.png").unlink()
     with tarfile.open("t.tar", "w") as tar:
         tar.add("p")

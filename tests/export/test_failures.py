@@ -65,7 +65,7 @@ def test_nan_is_never_written(export_dir: Path, output: Any, dtype: Any) -> None
 def test_images_that_come_from_a_gpu_together_are_written_as_one_by_one(
     export_dir: Path, broken: Sequence[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their rows are written at once, but for those of the images that failed."""
+    """The writer writes the rows at once, without the rows of failed images."""
     for number in broken:
         corrupt_image(f"{number}.png", "nan")
     seen: list[tuple[str, float, str]] = []
@@ -128,7 +128,7 @@ def test_on_error_raise_stops_at_the_first_failure_and_keeps_what_is_whole(
 
 @pytest.mark.parametrize("kind", ["gone", "nan", "memory"])
 def test_many_failures_in_a_row_stop_an_export(export_dir: Path, kind: str) -> None:
-    """A disk that is gone, a broken model: nobody wants a million rows that say so."""
+    """A lost disk or a broken model must not fill a million rows with errors."""
     for number in range(3, 9):
         corrupt_image(f"{number}.png", kind)
     limited = replace(SMALL, max_failures=6)
@@ -222,7 +222,7 @@ def test_a_shard_that_is_gone_right_after_it_was_written_is_told(
 def test_a_disk_that_fills_up_is_an_error_and_whole_shards_stay(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a disk of its own: the third write of a shard is refused."""
+    """The third write of a shard fails, without a separate disk."""
     export(out="whole")
     written = 0
     real = FeatureWriter.add

@@ -37,7 +37,8 @@ def manifest(out: str = "out") -> dict[str, tuple[Any, ...]]:
 
 
 def equals_a_fresh_export(done: Any) -> None:
-    """The collection, its manifest and its report are those of a new export of the same images."""
+    """The collection, the manifest and the report equal the results of a new export of the same
+    images."""
     shutil.rmtree("fresh", ignore_errors=True)
     fresh = export(replace(OPTIONS, shard_size=100), "fresh")
     assert content() == content(str(fresh.folder))
@@ -56,7 +57,7 @@ def listings() -> list[str]:
 def test_a_folder_that_grows_equals_a_fresh_export_each_time(
     growing_dir: Path, growths: int
 ) -> None:
-    """New images, changed ones, failures that are repaired and others that stay broken."""
+    """Return new images, changed images, repaired failures and remaining failures."""
     chance = random.Random(0)
     number, broken = 10, {"3.png", "7.png"}
     equals_a_fresh_export(export())
@@ -144,7 +145,7 @@ def test_moved_images_are_an_error(growing_dir: Path) -> None:
 
 
 def test_a_tar_that_was_torn_is_listed_again(growing_dir: Path) -> None:
-    """Its failure of listing is withdrawn: a fresh export has none."""
+    """The new listing withdraws the listing failure, because a new export has no such failure."""
     write("p/t.tar", b"x" * 600)
     done = export()
     assert done.failed == {"truncated": 3}
@@ -202,7 +203,7 @@ def test_a_kill_while_a_listing_is_appended_loses_nothing(
 
 
 def frozen() -> Any:
-    """The listing of p, which is made before `freeze` is patched."""
+    """Make the listing of p before the test patches `freeze`."""
     from qwen_vit.inputs.find import find_items
     from qwen_vit.inputs.listing import Listing
 
@@ -264,7 +265,8 @@ def test_a_dry_run_counts_what_would_be_added_and_writes_nothing(growing_dir: Pa
 
 
 def test_a_dry_run_names_what_is_missing_and_what_failed(growing_dir: Path) -> None:
-    """Images whose files went missing were "unreadable", though their features stay."""
+    """Images with missing files once counted as "unreadable", although the export keeps their
+    features."""
     export()
     for name in ("0", "1"):
         Path(f"p/{name}.png").unlink()
@@ -290,7 +292,7 @@ def test_a_dry_run_names_what_is_missing_and_what_failed(growing_dir: Path) -> N
 
 
 def test_a_change_is_found_without_a_new_image_and_after_a_resume(growing_dir: Path) -> None:
-    """The time of the listing was that of the last run: what changed before it was never read."""
+    """The listing once had the time of the last run, so the export never read earlier changes."""
     export()
     write("p/2.png", tiny_png(42))
     export()  # nothing is left to do
@@ -303,7 +305,7 @@ def test_a_change_is_found_without_a_new_image_and_after_a_resume(growing_dir: P
 def test_verify_and_info_count_the_collection_and_name_what_was_superseded(
     growing_dir: Path,
 ) -> None:
-    """Images that were encoded again counted twice."""
+    """Images that the export encoded again once counted twice."""
     export()
     write("p/2.png", tiny_png(42))
     write("p/3.png", tiny_png(43))

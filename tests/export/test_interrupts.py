@@ -65,7 +65,7 @@ def test_a_report_tells_what_failed_in_this_run(hundred_images: Path) -> None:
 
 
 def pictures() -> None:
-    """Of three sizes, so that batches of 60 patches hold one or two of them."""
+    """Make images of three sizes, so that batches of 60 patches contain one or two images."""
     for number, name in enumerate(sorted(os.listdir("p"))[:12]):
         size = ((56, 56), (56, 84), (84, 84))[number % 3]
         values = np.random.default_rng(number).integers(0, 256, (*size, 3), np.uint8)
@@ -79,7 +79,7 @@ def pictures() -> None:
 def test_on_a_cpu_whole_batches_are_kept_and_bits_repeat(
     hundred_images: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There bits depend on the batch: an interrupt in the middle of one must not divide it."""
+    """On a CPU, bits depend on the batch, so an interrupt must not divide a batch."""
     pictures()
     monkeypatch.setitem(batching.TOKEN_BUDGET, "cpu", 60)
     encoder, count = BatchedEncoder(), Progress.count
@@ -112,7 +112,7 @@ def test_on_a_cpu_whole_batches_are_kept_and_bits_repeat(
 def test_segments_are_saved_from_time_to_time_and_survive_a_kill(
     hundred_images: Path, is_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU wherever a group ends, on a CPU between batches."""
+    """On a GPU, a segment ends after any group. On a CPU, it ends between batches."""
     if is_gpu:
         real = ShardWriter
         monkeypatch.setattr(shards_module, "GROUP_IMAGES", 7)
@@ -129,7 +129,7 @@ def test_segments_are_saved_from_time_to_time_and_survive_a_kill(
     whole = export("whole")
 
     class Killed(BaseException):
-        """As SIGKILL: no handler of ours takes it."""
+        """Simulate SIGKILL, which no handler of ours receives."""
 
     def kill(self: Any, features: Any) -> None:
         if features.id == "033.png":
@@ -204,7 +204,7 @@ def test_segments_behind_a_gap_wait_for_it(
 
 
 def count_of(name: str) -> int:
-    """The images of the first segment, which every export of this folder keeps alike."""
+    """Return the images of the first segment, which every export of this folder keeps."""
     return int(name.removesuffix(".safetensors").rpartition("-")[2]) or 4
 
 

@@ -98,7 +98,8 @@ def die_holding(folder: Path) -> None:
 
 
 def test_a_lock_whose_owner_was_killed_is_taken_over(tmp_path: Path) -> None:
-    """The kernel drops it with the process; the name that is left on this host means nothing."""
+    """The kernel releases the lock with the process. A remaining name of this host has no
+    effect."""
     fork = multiprocessing.get_context("fork")
     owner = fork.Process(target=die_holding, args=(tmp_path,))
     owner.start()
@@ -133,7 +134,7 @@ def refuse_lock(*_: Any) -> None:
 def test_a_disk_without_locks_is_warned_of_once_and_names_alone_decide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A name that outlived its lock kept every other host out, for ever."""
+    """A name without a lock once blocked every other host forever."""
     monkeypatch.setattr("fcntl.flock", refuse_lock)
     for host in ("node-1", "node-2"):
         monkeypatch.setattr("socket.gethostname", lambda host=host: host)
@@ -152,7 +153,7 @@ def test_a_disk_without_locks_is_warned_of_once_and_names_alone_decide(
 def test_without_locks_a_running_owner_on_this_host_keeps_others_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: tuple[int, int]
 ) -> None:
-    """A second export took the name over, and removed the first one's temporary files."""
+    """A second export once took over the name, and removed the first export's temporary files."""
     monkeypatch.setattr("fcntl.flock", refuse_lock)
     fork = multiprocessing.get_context("fork")
     ready = fork.Event()
@@ -200,7 +201,7 @@ def test_without_locks_the_last_name_of_two_that_begin_at_once_decides(
 def test_a_moment_of_another_host_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parts that begin together on many hosts, where one does not see another's locks."""
+    """Start parts together on many hosts that do not see each other's locks."""
     name = tmp_path / "lock-moment"
     name.write_text(json.dumps({"host": "node-17", "pid": 4, "since": "2026-01-01"}))
     pauses = iter([lambda: None, name.unlink])
@@ -216,7 +217,8 @@ def test_a_moment_of_another_host_is_waited_for(
 def test_a_lock_file_that_its_owner_takes_away_in_between_is_no_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opened, then unlinked by its owner, then locked: the next one would lock another file."""
+    """A process opens the file, the owner unlinks the file, and the process locks it. The next
+    process would then lock another file."""
     real, gone = fcntl.flock, [False]
 
     def flock(descriptor: int, kind: int) -> None:

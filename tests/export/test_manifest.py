@@ -76,7 +76,7 @@ def test_the_manifest_has_a_row_for_every_image(export_dir: Path) -> None:
 def test_parts_that_end_together_write_the_manifest_one_after_the_other(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or the slower one could overwrite a complete manifest with what it saw before."""
+    """Otherwise the slower part could overwrite a complete manifest with an older state."""
     is_waiting, may_go_on = threading.Event(), threading.Event()
 
     def wait(seconds: float) -> None:
@@ -103,7 +103,7 @@ def test_parts_that_end_together_write_the_manifest_one_after_the_other(
 def test_patience_is_with_one_who_keeps_a_lock_and_not_with_a_queue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 32 parts that ended together, ten gave up while the others took their turns."""
+    """Of 32 parts that ended together, ten once gave up while the other parts held the lock."""
     polls = iter(range(1000))
 
     def owner(descriptor: int) -> str:

@@ -141,7 +141,7 @@ def test_a_listing_that_is_damaged_tells_nothing(export_dir: Path, line: str | N
 
 
 def reword_listing_errors(patch: pytest.MonkeyPatch, code: str | None = None) -> None:
-    """List as another version of the package does, with other words for what is wrong."""
+    """List like another version of the package, with other error messages."""
 
     def items(*arguments: Any, **named: Any) -> Any:
         for item in find_items(*arguments, **named):
@@ -152,7 +152,8 @@ def reword_listing_errors(patch: pytest.MonkeyPatch, code: str | None = None) ->
 
 
 def list_as_before(folder: Path) -> None:
-    """Word an export's listing as an older version did, as if that had begun the export."""
+    """Give an export's listing the messages of an older version, as if that version had begun the
+    export."""
     lines = [json.loads(line) for line in (folder / "listing.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines if "error" in line] == ["torn.tar"]
     for line in lines:
@@ -168,7 +169,7 @@ def list_as_before(folder: Path) -> None:
 def test_a_listing_that_differs_in_messages_alone_is_resumed(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each version words errors in its own way; the listing's hash is part of every shard."""
+    """Error messages differ between versions, and the listing's hash is part of every shard."""
     Path("p/torn.tar").write_bytes(b"x" * 600)
     with monkeypatch.context() as older:
         reword_listing_errors(older)
@@ -232,7 +233,7 @@ def test_a_damaged_description_is_refused(export_dir: Path) -> None:
 
 
 def test_what_was_settled_before_the_first_shard_may_be_changed(export_dir: Path) -> None:
-    """Who is told that an export is too large gives fewer images, or another output."""
+    """After the warning about a large export, a user passes fewer images or another output."""
 
     def too_large(estimate: Any) -> None:
         raise ExportError("too large")
@@ -264,7 +265,7 @@ def test_a_file_of_that_name_that_is_not_ours_is_left_alone(export_dir: Path) ->
 
 
 def test_only_what_the_user_changed_is_told(export_dir: Path) -> None:
-    """The hash of the configs changes with them, and says nothing to anybody."""
+    """The hash of the configs changes with the configs, and gives no information to a user."""
     export()
     encoder = FakeEncoder()
     metadata = encoder.metadata()

@@ -18,7 +18,7 @@ OPTIONS = ExportOptions(shard_size=4, max_failures=10)
 
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of 20 images; the current folder has the export."""
+    """Return the folder of 20 images. The current folder has the export."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "images"
     folder.mkdir()
@@ -33,7 +33,7 @@ def export(disk: Path, options: ExportOptions = OPTIONS, **more: Any) -> Any:
 
 
 def away(disk: Path) -> Any:
-    """What unmounts the disk once the images are listed."""
+    """Unmount the disk after the listing."""
 
     def unmount(_: object) -> None:
         disk.rename(disk.with_name("away"))

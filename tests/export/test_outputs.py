@@ -72,7 +72,7 @@ def test_rows_and_layers_are_those_of_encode(
 
 
 def test_a_mean_of_a_bfloat16_encoder_is_stored_in_float32_unrounded(export_dir: Path) -> None:
-    """encode gives it in float32: rounded to bfloat16 on the way it would lose 16 bits."""
+    """`encode` gives the mean in float32. An earlier rounding to bfloat16 would lose 16 bits."""
 
     class Half(FakeEncoder):
         dtype = torch.bfloat16
@@ -178,7 +178,7 @@ def test_a_disk_that_fills_up_at_a_layer_leaves_whole_shards(
 
 
 def test_hidden_files_of_a_killed_export_are_removed(export_dir: Path) -> None:
-    """A shard with two layers grows in three of them."""
+    """A shard with two layers grows in three hidden files."""
     with open_export(FakeEncoder(), ["p"], Path("out"), LAYERS) as plan:
         tensors = RowFormat.of(FakeEncoder(), LAYERS).tensors
         shard = plan.path(1)
@@ -244,7 +244,7 @@ def test_resuming_with_other_rows_is_an_error(
 def test_resuming_on_another_gpu_or_decoder_is_an_error(
     export_dir: Path, key: str, before: str
 ) -> None:
-    """Both decide bits."""
+    """Both values decide bits."""
 
     class OtherMachine(FakeEncoder):
         def metadata(self) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def test_the_next_shards_images_are_loaded_while_one_is_encoded(
 def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that a kill costs the open shard at most; the next one's images are loaded meanwhile."""
+    """A kill must lose at most the open shard, although threads already load the next shard's
+    images."""
     real, whole = FeatureWriter.save, FakeEncoder()
     loaded = threading.Event()
     encoded = []
@@ -127,7 +128,7 @@ def test_an_export_says_what_it_waited_for(tmp_path: Path) -> None:
 
 
 def test_no_more_of_a_wait_is_the_gpus_than_was_waited() -> None:
-    """The thread that writes waits for the GPU while nobody waits for it as well."""
+    """The writer thread waits for the GPU while no other thread waits for the writer."""
     clock, shard = StageTimer("rest"), Mock(waited_s=0.0)
     with clock.stage("write"):
         time.sleep(0.05)

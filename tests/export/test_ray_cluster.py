@@ -33,7 +33,7 @@ SMALL = ExportOptions(shard_size=2)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """One node of one CPU, for where nothing is killed."""
+    """Start one node with one CPU, for tests without kills."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # for its workers
@@ -44,7 +44,7 @@ def cluster() -> Iterator[str]:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Five good images and a broken one."""
+    """Make five good images and a broken image."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(5):
@@ -65,7 +65,7 @@ def test_workers_give_the_bytes_of_one_process_and_resume(
     cluster: str, tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The command, with the real encoder; a shard that is there is not made again."""
+    """Run the command with the real encoder. It must not make an existing shard again."""
     out = tmp_path / "out"
     torch.set_num_threads(1)
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
@@ -89,7 +89,8 @@ def test_workers_give_the_bytes_of_one_process_and_resume(
 
 @pytest.mark.slow
 def test_a_scheduler_ends_it_as_ctrl_c_does(cluster: str, tmp_path: Path) -> None:
-    """Ray had taken the signal: the exit code was 15, 1 or -6, and temporary files stayed."""
+    """Ray once handled the signal, so the exit code was 15, 1 or -6, and temporary files
+    remained."""
     images, out = tmp_path / "many", tmp_path / "out"
     images.mkdir()
     for number in range(200):
@@ -132,7 +133,7 @@ def fields(error: ImageError) -> tuple[str, ...]:
 
 
 def test_every_field_of_an_error_crosses_processes(cluster: str) -> None:
-    """Python's own pickling of exceptions keeps their first argument alone."""
+    """Python's own pickling of exceptions keeps only their first argument."""
     error = ImageError(
         "ratio of 333", name="a\tb.png", expected="at most 200", remedy="crop it", code="ratio"
     )
@@ -162,7 +163,7 @@ def test_every_field_of_an_error_crosses_processes(cluster: str) -> None:
 def test_workers_share_the_cores(
     wanted: int | None, resources: dict[str, float], threads: int
 ) -> None:
-    """Each took half of a machine's cores for each of its shards, on a machine of eight GPUs."""
+    """Each worker once took half of the cores for each shard, on a machine with eight GPUs."""
     assert _threads_of_a_shard(wanted, resources) == threads
 
 
@@ -234,7 +235,7 @@ def test_a_cluster_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_address_where_nobody_listens_is_told_at_once(
     monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
-    """Ray itself asks for minutes, and ends the process then."""
+    """Ray itself retries for minutes, and then ends the process."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -149,7 +149,7 @@ def test_listings_that_omit_the_newest_objects(server: S3Server) -> None:
 def test_rivals_on_two_machines_double_and_tear_nothing(
     server: S3Server, export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One begins and finishes while the other has seen an empty bucket."""
+    """One export begins and finishes after the other export has seen an empty bucket."""
     freeze = store_folder.StoreFolder.check
 
     def with_rival(self: Any, *arguments: Any, **options: Any) -> None:
@@ -168,7 +168,7 @@ def test_rivals_on_two_machines_double_and_tear_nothing(
 def test_a_rival_between_a_look_and_a_put(
     server: S3Server, export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both encode the same shard; the first that is there stays."""
+    """Both exports encode the same shard, and the bucket keeps the first shard."""
     put, rival = put_file, FakeEncoder()
 
     def with_rival(address: str, path: Path, *, is_new: bool) -> None:

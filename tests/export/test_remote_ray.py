@@ -26,7 +26,7 @@ INPUTS, OUT = f"s3://{BUCKET}/data", f"s3://{BUCKET}/out"
 def test_workers_without_a_shared_disk_give_the_bytes_of_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Workers have a scratch folder of their own, as on another machine."""
+    """Workers have a separate scratch folder, as on another machine."""
     monkeypatch.setattr(ray_cluster, "load_encoder", partial(load_fake_encoder))
     logging.getLogger("ray").setLevel(logging.ERROR)
     options = ExportOptions(shard_size=4, column="image")

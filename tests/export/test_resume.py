@@ -55,7 +55,8 @@ def test_a_shard_that_is_not_whole_is_made_again_and_no_other(
 
 
 def test_an_exports_own_listing_takes_it_up_again(export_dir: Path) -> None:
-    """Its folder has changed: what it was begun with is in its listing, what was broken as well."""
+    """The input folder has changed, but the listing has the original images and the original
+    failures."""
     Path("p/torn.tar").write_bytes(b"x" * 600)
     export()
     before = files()

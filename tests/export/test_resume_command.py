@@ -17,7 +17,7 @@ from tests.support.growing_exports import content, write
 def run(
     growing_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Any:
-    """`qwen-vit export ...` in this process: code, JSON, stderr."""
+    """Run `qwen-vit export ...` in this process. Return code, JSON, stderr."""
     loaded: list[dict[str, Any]] = []
 
     def load(model: str, **loading: Any) -> FakeEncoder:

@@ -42,7 +42,7 @@ def test_the_first_signal_is_a_question_and_the_second_an_interrupt() -> None:
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
-    """As nohup leaves SIGHUP."""
+    """Ignore the signal, as nohup ignores SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignals() as stop, stop.accepted():
@@ -84,7 +84,7 @@ def test_a_signal_ends_the_command_with_what_it_encoded(
 def run(
     hundred_images: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Any:
-    """`qwen-vit export p ... --out out` in this process: code, stdout, stderr."""
+    """Run `qwen-vit export p ... --out out` in this process. Return code, stdout, stderr."""
     loader = type("Loader", (), {"from_pretrained": staticmethod(lambda *_, **__: FakeEncoder())})
     monkeypatch.setattr("qwen_vit.export.run.VisionEncoder", loader)
 

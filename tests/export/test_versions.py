@@ -17,7 +17,7 @@ from tests.support.growing_exports import EXTEND, OPTIONS, export, write
 
 
 class Newer(FakeEncoder):
-    """The same encoder with another Pillow."""
+    """Return the same encoder with another Pillow version."""
 
     def metadata(self) -> dict[str, Any]:
         return {**super().metadata(), "versions": {"torch": "2", "pillow": "13"}}

@@ -22,11 +22,11 @@ from tests.support.features import METADATA, features_of
 
 
 class FaultError(Exception):
-    """Stands for what the package does not expect."""
+    """Represent an unexpected error."""
 
 
 def half_then(error: BaseException) -> Callable[[torch.Tensor], Any]:
-    """A head, and then an error where rows should come."""
+    """Write a header, and then raise an error instead of rows."""
 
     def bytes_of(tensor: torch.Tensor) -> Any:
         raise error
@@ -73,7 +73,7 @@ def small_writer(path: Path, head_bytes: int = 4096) -> FeatureWriter:
 
 
 def add(writer: FeatureWriter, rows: torch.Tensor, **n_rows: int) -> None:
-    """Append images of so many merged rows each, by their names."""
+    """Append images with these numbers of merged rows, by name."""
     items = [ItemFacts(name, (1, 2, 2 * count), count) for name, count in n_rows.items()]
     writer.add({"image_embeds": rows}, items)
 
@@ -82,7 +82,7 @@ def add(writer: FeatureWriter, rows: torch.Tensor, **n_rows: int) -> None:
 def test_rows_of_another_width_do_not_go_into_a_growing_file(
     path: Path, shape: tuple[int, ...]
 ) -> None:
-    """They were written, and the file's own header then promised other bytes."""
+    """A fault once wrote such rows, and the file's header declared other bytes."""
     with small_writer(path) as writer:
         add(writer, torch.ones(1, 6), a=1)
         with pytest.raises(ExportError, match=r"2 images from b on have .* Expected \(3, 6\)\."):
@@ -98,7 +98,7 @@ def test_rows_of_another_width_do_not_go_into_a_growing_file(
 def test_a_disk_that_fills_up_at_the_head_is_named(
     path: Path, head_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows may still be in a buffer then, which seeking writes."""
+    """Rows may still be in a buffer, which a seek writes."""
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -134,7 +134,7 @@ def test_two_threads_that_write_one_file_leave_one_whole_file(path: Path) -> Non
 
 
 def test_a_file_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
-    """Two commands looked whether it is there, and the second one's result replaced the first's."""
+    """Two commands once checked for the file, and the second result replaced the first result."""
     path, features = tmp_path / "a.safetensors", [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))]
     path.write_text("of another")
     with pytest.raises(ExportError, match=r"a.safetensors: exists\. Expected a new name"):

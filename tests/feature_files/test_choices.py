@@ -67,7 +67,7 @@ def test_a_choice_refuses_what_is_not_there(path: Path) -> None:
 
 
 def test_what_is_opened_says_in_a_line_what_it_is(path: Path, folder: Folder) -> None:
-    """As a notebook shows it."""
+    """The repr must be short, because notebooks show it."""
     write_features(path, features_of(*"abc"), METADATA)
     file, export = load_features(path), load_features(folder.path)
     assert repr(file) == f"FeatureFile({str(path)!r}: 3 images)"
@@ -81,7 +81,7 @@ def test_what_is_opened_says_in_a_line_what_it_is(path: Path, folder: Folder) ->
 
 
 def test_files_folders_and_choices_travel_to_other_processes(folder: Folder) -> None:
-    """As a data loader's workers need it."""
+    """A data loader's workers need a pickle."""
     features = load_features(folder.path)
     for each in (features, features[1:], features[["g", "a"]], load_features(folder.shard(0))):
         other = pickle.loads(pickle.dumps(each))

@@ -92,7 +92,7 @@ def test_other_safetensors_files_are_no_feature_files(path: Path) -> None:
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> str:
-    """A good file of two images after a change of its facts or tensors; how it is refused."""
+    """Change the facts or tensors of a good file with two images, and return the error."""
     write_features(path, features_of("a", "b"), METADATA)
     facts, tensors = load_features(path).metadata, load_file(path)
     change(facts, tensors)

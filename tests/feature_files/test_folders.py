@@ -61,7 +61,7 @@ def test_failed_images_are_listed_with_their_reasons(folder: Folder) -> None:
 def test_a_folder_in_progress_is_read_as_far_as_it_goes(
     folder: Folder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Parts of an export need not come in order: here the last shard came first."""
+    """Parts of an export may finish in any order. In this test, the last shard came first."""
     folder.shard(0).rename(folder.path / "later")
     folder.shard(1).unlink()
     features = load_features(folder.path)
@@ -108,7 +108,7 @@ def test_a_torn_shard_is_named_with_how_to_resume(folder: Folder, length: int) -
 
 
 def edited(folder: Folder, index: int, **changes: Any) -> None:
-    """A shard whose facts were changed."""
+    """Change the facts of a shard."""
     file = load_features(folder.shard(index))
     text = json.dumps(file.metadata | changes)
     save_file(load_file(folder.shard(index)), folder.shard(index), metadata={METADATA_KEY: text})
@@ -216,7 +216,7 @@ def test_few_shards_are_mapped_at_a_time_and_no_file_stays_open(tmp_path: Path) 
 def test_an_image_is_found_by_its_id_in_one_shard_alone(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And counting the images reads no more than the headers."""
+    """Counting the images reads only the headers."""
     opened: list[str] = []
     real = feature_files.FeatureFile.__init__
 
@@ -233,7 +233,7 @@ def test_an_image_is_found_by_its_id_in_one_shard_alone(
 
 
 def test_a_growing_folder_is_the_same_in_other_processes(folder: Folder) -> None:
-    """Positions would lead to other images there, once another shard has come."""
+    """Positions would name other images after another shard exists."""
     missing, content = folder.shard(0), folder.shard(0).read_bytes()
     missing.unlink()
     features = load_features(folder.path)

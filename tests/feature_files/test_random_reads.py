@@ -6,6 +6,6 @@ from tests.support import store_stress
 
 
 def test_random_reads_cost_their_rows_and_the_headers(tmp_path: Path) -> None:
-    """A share of `python -m tools.checks.soak remote`."""
+    """Run a part of `python -m tools.checks.soak remote`."""
     figures = store_stress.random_reads(tmp_path, images=60, chosen=10)
     assert figures["over_percent"] == 0

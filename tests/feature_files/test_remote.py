@@ -26,7 +26,7 @@ OUT = f"s3://{BUCKET}/out"
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of 23 good images and a broken one in shards of five, with layers."""
+    """Make an export of 23 good images and a broken image in shards of five, with layers."""
     folder = tmp_path_factory.mktemp("local")
     (folder / "p").mkdir()
     for number in range(24):
@@ -40,7 +40,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(running: S3Server, local: Path) -> S3Server:
-    """The server with the export in it, and without faults."""
+    """Return the server with the export and without faults."""
     running.fault = lambda _: None
     running.put_folder(local, "out")
     running.requests.clear()

@@ -73,7 +73,7 @@ def test_what_is_read_of_schema_1_is_written_as_schema_2(tmp_path: Path) -> None
 def test_an_export_of_schema_1_is_not_continued_and_not_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its missing shards would be of another schema than those there."""
+    """The missing shards would have another schema than the existing shards."""
     monkeypatch.chdir(tmp_path)
     Path("p").mkdir()
     for number in range(5):

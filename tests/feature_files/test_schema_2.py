@@ -33,7 +33,7 @@ OF_AN_EXPORT = {"n_images", "listing_sha256", "shard_size", "limits", "errors"}
 def with_layers(
     *names: str, blocks: tuple[int, ...] = (7, 15, 3), dtype: torch.dtype = torch.float32
 ) -> list[ImageFeatures]:
-    """Images of 1, 2, 3 ... tokens, whose layers are 5 wide."""
+    """Return images of 1, 2, 3 ... tokens with layers of width 5."""
     made = torch.Generator().manual_seed(0)
     return [
         replace(

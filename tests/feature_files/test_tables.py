@@ -33,7 +33,7 @@ NUMBERS = ("grid_t", "grid_h", "grid_w", "height", "width")
 def images(
     output: FeatureOutput = "merged", dtype: torch.dtype = torch.bfloat16
 ) -> list[ImageFeatures]:
-    """Odd ids; every other one without a size; two layers."""
+    """Make features with odd ids and two layers. Every second image has no size."""
     made = torch.Generator().manual_seed(0)
     found = []
     for place, each in enumerate(features_of(*IDS, dtype=dtype)):
@@ -67,7 +67,7 @@ def test_rows_are_one_array_image_after_image(stored: Features) -> None:
 
 
 def check_table(rows: list[dict[str, Any]], stored: Features) -> None:
-    """Rows of a table hold the images: values, grids, whole numbers or none."""
+    """Check that the rows of a table have the images' values, grids, and whole numbers or nulls."""
     assert len(rows) == len(stored)
     for row, image in zip(rows, stored, strict=True):
         assert (row["grid_t"], row["grid_h"], row["grid_w"]) == image.grid_thw
@@ -139,7 +139,8 @@ def test_a_table_appears_whole_or_not_at_all(
 
 
 def test_bfloat16_takes_about_its_own_size_in_parquet(tmp_path: Path) -> None:
-    """As float32 it has two bytes of zeros in four, which are stored one after the other."""
+    """A bfloat16 value as float32 has two zero bytes of four, and the file stores equal byte
+    positions together."""
     made = torch.Generator().manual_seed(0)
     rows = torch.randn(4_096, 64, generator=made).bfloat16()
     image = ImageFeatures("a", rows, (1, 128, 128))
@@ -150,7 +151,7 @@ def test_bfloat16_takes_about_its_own_size_in_parquet(tmp_path: Path) -> None:
 
 
 def test_memory_stays_flat_while_a_table_is_written(tmp_path: Path) -> None:
-    """256 MB of rows, 512 as float32, in batches of 32."""
+    """The table has 256 MB of rows, which are 512 MB as float32, in batches of 32 MB."""
     rows = torch.ones(2_048, 1_024, dtype=torch.bfloat16)
     grid = (1, 128, 64)
     file = write_features(
@@ -190,7 +191,7 @@ def test_a_data_frame_has_a_row_for_each_id(stored: Features) -> None:
 
 
 def test_whole_numbers_of_parquet_stay_whole_in_pandas(stored: Features, tmp_path: Path) -> None:
-    """pandas makes floats of a column that lacks a value, unless the file says otherwise."""
+    """pandas converts a column with a missing value to floats, unless the file has a note."""
     pandas = pytest.importorskip("pandas", reason="pip install 'qwen-vit[pandas]'")
     frame = pandas.read_parquet(stored.to_parquet(tmp_path / "t"))
     assert {str(frame.dtypes[name]) for name in NUMBERS} == {"Int64"}
@@ -225,7 +226,7 @@ def shard_images(folder: str) -> list[Any]:
 
 
 def test_a_dataset_has_the_images_and_follows_the_file(stored: Features, tmp_path: Path) -> None:
-    """datasets finds what it made before by the path alone, unless the content is part of it."""
+    """datasets finds an earlier result by the path alone, unless the content is part of the key."""
     pytest.importorskip("datasets", reason="pip install 'qwen-vit[datasets]'")
     cache = tmp_path / "cache"
     made = stored.to_datasets(cache_dir=cache)

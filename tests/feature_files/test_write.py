@@ -57,7 +57,8 @@ def test_the_file_has_the_three_documented_tensors(path: Path) -> None:
 
 
 def test_the_same_features_give_the_same_bytes(tmp_path: Path) -> None:
-    """safetensors writes several metadata keys in random order; one key of sorted JSON repeats."""
+    """safetensors writes several metadata keys in random order, but one key of sorted JSON has
+    fixed bytes."""
     texts = set()
     for attempt in range(4):
         shuffled = dict(sorted(METADATA.items(), reverse=attempt % 2 == 0))
@@ -84,7 +85,7 @@ def test_a_file_may_have_any_name_the_system_allows(tmp_path: Path, name: str) -
 
 
 def test_others_may_read_the_file_as_the_umask_says(path: Path) -> None:
-    """safetensors makes files that only their owner can read, whatever the umask."""
+    """safetensors makes files that only their owner can read, for every umask."""
     for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
         before = os.umask(umask)
         try:
@@ -98,7 +99,7 @@ def test_others_may_read_the_file_as_the_umask_says(path: Path) -> None:
 
 
 def test_a_choice_of_a_shard_takes_along_nothing_of_the_others(tmp_path: Path) -> None:
-    """The sizes of other images, by their places; or a file that could not be read again."""
+    """A fault once gave images the sizes of other images, or wrote an unreadable file."""
     images = [{"size_px": [number, 1], "notes": []} for number in range(3)]
     metadata = {**METADATA, "images": images, "errors": [{"id": "z"}], "ids": ["a", "b", "c"]}
     chosen = [ImageFeatures(name, torch.ones(1, 4), (1, 2, 2)) for name in ("c", "a")]

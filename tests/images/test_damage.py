@@ -30,7 +30,7 @@ WHOLE_FILES = [encode(chelsea().resize((9, 7)), f, **options) for f, options in 
 def test_arbitrary_damage_is_an_image_or_an_image_error(
     damage: bytes, data: bytes, at: int
 ) -> None:
-    """Whatever bytes come, no library's own error, warning about size, or address gets out."""
+    """For any bytes, no library's own error, size warning or memory address may appear."""
     outcome: RgbImage | ImageError
     try:
         with warnings.catch_warnings():
@@ -64,7 +64,7 @@ def test_a_truncated_file_is_refused_and_never_filled_up(
     someone_set_the_flag: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """LOAD_TRUNCATED_IMAGES, which other libraries set, must change nothing, and stay set."""
+    """LOAD_TRUNCATED_IMAGES, which other libraries set, must have no effect and remain set."""
     data = encode(chelsea(), file_format, **options)
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", someone_set_the_flag)
     for part in (0.001, 0.01, 0.1, 0.5, 0.9):
@@ -103,7 +103,8 @@ def test_a_whole_png_of_any_kind_is_accepted(mode: str, size: tuple[int, int]) -
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_an_interlaced_png_is_whole_only_with_all_seven_passes(missing: int) -> None:
-    """5 x 3 grey pixels: passes of 1x1, 1x1, -, 1x1, 3x1, 2x2 and 5x1 (width x height)."""
+    """The image of 5 x 3 grey pixels has passes of 1x1, 1x1, -, 1x1, 3x1, 2x2 and 5x1 (width x
+    height)."""
     passes = [(1, 1), (1, 1), (1, 1), (3, 1), (2, 2), (5, 1)]
     lines = b"".join((b"\0" + b"\7" * width) * height for width, height in passes)
     header = struct.pack(">IIBBBBB", 5, 3, 8, 0, 0, 0, 1)
@@ -126,7 +127,8 @@ def test_a_jpeg_that_really_ends_in_mid_grey_is_accepted(progressive: bool) -> N
 
 
 def test_a_tiff_with_unlisted_strips_is_refused() -> None:
-    """One strip of 400 rows is listed; the header is made to say that a strip has 100."""
+    """The file lists one strip of 400 rows, and the test changes the header to 100 rows in a
+    strip."""
     data = bytearray(encode(Image.fromarray(noise(400, 400)), "TIFF"))
     load_image(bytes(data))
     directory = struct.unpack_from("<I", data, 4)[0]
@@ -211,7 +213,7 @@ def test_running_out_of_memory_is_an_image_error(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_large_flat_png_holds_all_of_its_rows() -> None:
-    """One compressed chunk inflates to more than is looked at in one go."""
+    """One compressed chunk inflates to more bytes than one step checks."""
     picture = Image.new("RGB", (1500, 1000), (9, 8, 7))
     assert (load_image(encode(picture)).pixels == (9, 8, 7)).all()
 

@@ -48,7 +48,7 @@ def test_ignore_gives_the_pixels_as_they_are_stored(kind: str, orientation: int)
 
 
 def test_a_picture_that_was_transposed_by_hand_is_not_turned_again() -> None:
-    """Pillow leaves the old orientation on the new image."""
+    """Pillow keeps the old orientation tag on the new image."""
     by_hand = Image.open(io.BytesIO(turned("PNG", 6))).transpose(Image.Transpose.ROTATE_270)
     assert np.array_equal(load_image(by_hand, exif="ignore").pixels, np.rot90(STORED, -1))
     assert not np.array_equal(load_image(by_hand).pixels, np.rot90(STORED, -1))

@@ -101,7 +101,7 @@ def test_kinds_of_netpbm(data: bytes, code: str | None) -> None:
 
 
 def test_an_icon_may_not_hide_a_large_picture() -> None:
-    """Its directory says 32 x 32, and the PNG in it 20,000 x 20,000."""
+    """The icon's directory claims 32 x 32 pixels, but its PNG has 20,000 x 20,000 pixels."""
     data = bytearray(FILES["ICO"])
     at = data.rindex(b"IHDR") + 4  # of the larger picture
     data[at : at + 8] = (20_000).to_bytes(4, "big") * 2
@@ -183,7 +183,7 @@ def test_features_record_the_decoder_of_heic() -> None:
 
 @pytest.mark.parametrize("file_format", ["DIB", "PCX", "DDS", "EPS", "ICNS", "MSP", "QOI", "SGI"])
 def test_a_format_that_only_pillow_reads_is_named(file_format: str) -> None:
-    """It was "not an image"."""
+    """The error once was "not an image"."""
     file = io.BytesIO()
     Image.new("1" if file_format == "MSP" else "RGB", (20, 30)).save(file, file_format)
     with pytest.raises(ImageError) as caught:

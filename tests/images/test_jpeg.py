@@ -39,7 +39,7 @@ def encode(mode: str = "RGB", **options: Any) -> bytes:
 
 
 def scans(data: bytes) -> list[int]:
-    """Where the scans of a file begin."""
+    """Return the offsets of a file's scans."""
     begins, at = [], -1
     while (at := data.find(SCAN, at + 1)) >= 0:
         begins.append(at)
@@ -93,7 +93,7 @@ def test_a_picture_with_a_hole_of_zeros_is_refused(kind: str) -> None:
 
 
 def test_a_progressive_picture_cut_after_any_scan_is_refused() -> None:
-    """libjpeg warns of none of them: each scan that is left is whole."""
+    """libjpeg warns about no such file, because each remaining scan is complete."""
     data = encode(progressive=True)
     assert len(scans(data)) > 5
     for begin in scans(data)[1:]:
@@ -119,7 +119,8 @@ def test_a_picture_that_really_ends_in_mid_grey_is_accepted(progressive: bool, g
 
 @pytest.mark.parametrize("value", [0, 0xA5])
 def test_padding_after_a_whole_picture_is_noted(value: int) -> None:
-    """Some cameras write it. A hole of zeros is longer than what libjpeg leaves over."""
+    """Some cameras write such padding. A hole of zeros is longer than the rest that libjpeg
+    ignores."""
     data = encode()
     image = load_image(data[:-2] + bytes([value]) * 600 + END)
     assert np.array_equal(image.pixels, load_image(data).pixels)
@@ -129,12 +130,13 @@ def test_padding_after_a_whole_picture_is_noted(value: int) -> None:
 
 
 def test_a_picture_without_its_end_marker_is_refused() -> None:
-    """As Pillow does: what it lost beyond the marker cannot be known."""
+    """Pillow also rejects such a file, because the loss after the marker is unknown."""
     assert code(encode()[:-2]) == "truncated"
 
 
 def test_metadata_and_bytes_after_the_end_do_not_matter() -> None:
-    """A warning about metadata must not hide one about the picture: libjpeg gives the first."""
+    """A warning about metadata must not hide a warning about the image, because libjpeg reports
+    only the first warning."""
     data = encode()
     odd = data[:2] + b"\xff\xe0\0\x10JFIF\0\x09\x09\0\0\1\0\1\0\0" + data[2:] + b"more" * 100
     assert np.array_equal(load_image(odd).pixels, load_image(data).pixels)
@@ -145,7 +147,8 @@ def test_metadata_and_bytes_after_the_end_do_not_matter() -> None:
     ("what", "count"), [("scans", 2_000), ("exif", 5_000), ("comments", 20_000)]
 )
 def test_more_parts_than_any_encoder_writes_are_refused_at_once(what: str, count: int) -> None:
-    """2,000 more scans took 6 s for a 2000 x 2000 picture; Exif segments took quadratic time."""
+    """2,000 additional scans took 6 s for a 2000 x 2000 image, and Exif segments took quadratic
+    time."""
     data = encode("L", progressive=True)
     parts = {
         "scans": (len(data) - 2, data[scans(data)[-1] : -2]),
@@ -160,7 +163,7 @@ def test_more_parts_than_any_encoder_writes_are_refused_at_once(what: str, count
 
 
 def test_many_scans_that_each_add_something_are_refused() -> None:
-    """A sequential picture may give each of 255 components a scan of its own."""
+    """A sequential image may give each of 255 components a separate scan."""
     one = b"\xff\xda\0\x08\x01%c\0\0\x3f\0\x55"
     scan_list = b"".join(one.replace(b"%c", bytes([number])) for number in range(255))
     data = encode("L")
@@ -176,7 +179,7 @@ def test_many_scans_that_each_add_something_are_refused() -> None:
     ],
 )
 def test_a_kind_of_jpeg_that_is_not_read_is_named(marker: bytes, depth: int, kind: str) -> None:
-    """Not as damaged: to fetch it again would not help."""
+    """The error must not be "damaged", because another download would not help."""
     data = encode().replace(b"\xff\xc0\0\x11\x08", marker + b"\0\x11" + bytes([depth]), 1)
     with pytest.raises(ImageError, match=kind) as caught:
         load_image(data)
@@ -185,7 +188,7 @@ def test_a_kind_of_jpeg_that_is_not_read_is_named(marker: bytes, depth: int, kin
 
 
 def test_bytes_between_segments_are_noted() -> None:
-    """libjpeg warns of them; the picture is whole."""
+    """libjpeg warns about these bytes, but the image is complete."""
     data = encode()
     at = data.index(b"\xff\xdb")
     image = load_image(data[:at] + b"more" * 9 + data[at:])
@@ -200,7 +203,7 @@ def test_a_second_frame_header_is_damage() -> None:
 
 
 def test_the_judge_is_asked_about_every_jpeg(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another library judges; the pixels stay Pillow's."""
+    """Another library checks the file, but Pillow decodes the pixels."""
     asked = []
     real = jpeg_module.check_blocks
 

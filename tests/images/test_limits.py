@@ -73,7 +73,7 @@ def test_a_tiff_of_many_directories_is_not_counted() -> None:
 
 
 def tags_that_share(n_bytes: int, entries: int) -> bytes:
-    """A directory whose entries all refer to the same bytes."""
+    """Make a directory whose entries all refer to the same bytes."""
     body = b"".join(struct.pack("<HHII", 60_000 + i, 7, n_bytes, 0) for i in range(entries))
     data = b"II*\0\x08\0\0\0" + struct.pack("<H", entries) + body + bytes(4)
     return data + bytes(n_bytes - len(data))
@@ -82,7 +82,7 @@ def tags_that_share(n_bytes: int, entries: int) -> bytes:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_exif_whose_entries_share_their_bytes_is_ignored(kind: str) -> None:
-    """Pillow copied 64 KB for each of 4,000 entries: 250 MB for a file of 100 KB."""
+    """Pillow copied 64 KB for each of 4,000 entries, which takes 250 MB for a file of 100 KB."""
     exif = b"Exif\0\0" + tags_that_share(60_000, 4_000)
     data = saved(Image.open(PICTURES / "rocket.jpg"), kind, exif=exif)
     image = load_image(data)
@@ -110,7 +110,7 @@ def test_a_tiff_whose_tags_share_their_bytes_is_refused() -> None:
 
 
 def test_a_thin_picture_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A TIFF of 100 x 1,000,000 was refused after 6 s of decoding."""
+    """qwen_vit once rejected a TIFF of 100 x 1,000,000 only after 6 s of decoding."""
     monkeypatch.setattr(decode, "_load", lambda *_: pytest.fail("it was decoded"))
     for size in ((3, 900), (900, 3)):
         error = refused(saved(Image.new("L", size), "TIFF"))
@@ -119,13 +119,13 @@ def test_a_thin_picture_is_refused_before_it_is_decoded(monkeypatch: pytest.Monk
 
 
 def slow_picture() -> bytes:
-    """30 x 30 million pixels of AVIF or PNG would do; scans of a progressive JPEG are cheaper."""
+    """AVIF or PNG would need 30 x 30 million pixels. Scans of a progressive JPEG are cheaper."""
     return saved(Image.new("RGB", (3_000, 3_000)), "JPEG", progressive=True)
 
 
 @pytest.fixture
 def children(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that were decoded in a process of their own."""
+    """Return the names of the files that a separate process decoded."""
     names: list[str] = []
 
     def record(data: bytes, name: str, *policy: Any) -> object:
@@ -139,7 +139,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_picture_that_may_take_long_is_decoded_in_a_process_of_its_own(
     children: list[str],
 ) -> None:
-    """The estimate is that of a slow core, so most such pictures are then decoded in time."""
+    """The estimate assumes a slow core, so the decoder finishes most such images in time."""
     data = slow_picture()
     limits = ImageLimits(max_seconds=4.0)
     image = load_image(data, name="a.jpg", limits=limits)
@@ -237,7 +237,8 @@ def test_a_control_group_limits_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, own: str, root: str,
     names: tuple[str, str, str],
 ) -> None:  # fmt: skip
-    """The group itself, and each group above it. A container mounts its own group as the root."""
+    """The limits cover the group and each parent group. A container mounts its own group as the
+    root."""
     monkeypatch.setattr("qwen_vit.images.memory.CGROUPS", tmp_path)
     (tmp_path / "own").write_text(own)
     monkeypatch.setattr("qwen_vit.images.memory.OWN_GROUPS", tmp_path / "own")
@@ -279,7 +280,7 @@ def test_decoding_holds_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_transparent_pictures_take_few_copies() -> None:
-    """A picture of 13,377 x 13,377 took 4.3 GB: 24 bytes a pixel."""
+    """An image of 13,377 x 13,377 pixels once took 4.3 GB, or 24 bytes per pixel."""
     noise = np.random.default_rng(0).integers(0, 256, (1_500, 1_400, 4), np.uint8)
     picture = Image.fromarray(noise)
     got = load_image(picture).pixels
@@ -313,7 +314,7 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 
 @pytest.mark.slow
 def test_the_peak_of_memory_does_not_follow_the_threads() -> None:
-    """glibc kept in the arena of each thread what its pictures had taken: 30 bytes a pixel."""
+    """glibc once kept the memory of decoded images in each thread's arena, 30 bytes per pixel."""
 
     def peak(threads: int) -> int:
         command = [sys.executable, "-c", PEAK, str(threads)]

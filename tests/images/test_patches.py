@@ -77,7 +77,7 @@ def test_a_size_that_fits_is_not_resampled(height: int, width: int) -> None:
 
 
 def test_every_grey_level_is_normalised_as_in_the_processor_to_the_bit() -> None:
-    """256 levels x 3 channels are all the values there are, so equality is proven, not sampled."""
+    """256 levels x 3 channels are all possible values, so the test proves equality."""
     levels = (np.arange(28 * 28) % 256).astype(np.uint8).reshape(28, 28)
     rgb = np.stack([levels, levels + np.uint8(85), levels + np.uint8(170)], axis=2)
     assert all(len(np.unique(rgb[..., channel])) == 256 for channel in range(3))
@@ -90,14 +90,15 @@ def test_every_grey_level_is_normalised_as_in_the_processor_to_the_bit() -> None
 
 @pytest.mark.gpu
 def test_every_grey_level_is_normalised_on_a_gpu_as_on_a_cpu_to_the_bit() -> None:
-    """A quotient by a Python number has other bits on a GPU, and float16 operands show them."""
+    """A division by a Python number gives other bits on a GPU, and float16 operands show the
+    difference."""
     levels = torch.arange(256, dtype=torch.uint8).view(256, 1, 1).expand(256, 3, 2)
     config = image_config()
     assert torch.equal(normalise(levels.cuda(), config).cpu(), normalise(levels, config))
 
 
 def test_rows_hold_merge_unit_channel_frame_row_column_in_that_order() -> None:
-    """The order written out by hand, without einops and without transformers."""
+    """Compute the order by hand, without einops and without transformers."""
     config = image_config(min_pixels=784)
     rgb = noise(56, 84)
     patches = patchify(rgb, config)
@@ -235,7 +236,7 @@ def test_joined_patches_keep_images_in_order() -> None:
 
 
 def test_patches_are_joined_in_pinned_memory_as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever their strides; this machine may have no memory to pin."""
+    """Any strides work. This machine may be unable to pin memory."""
     parts = [
         patchify(noise(h, w, seed=h), image_config()) for h, w in [(56, 84), (112, 56), (56, 56)]
     ]

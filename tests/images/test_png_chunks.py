@@ -27,7 +27,7 @@ def png(image: Image.Image | None = None, **options: object) -> bytes:
 
 
 def before(extra: bytes, data: bytes | None = None) -> bytes:
-    """With chunks behind the header."""
+    """Return a PNG with chunks after the header."""
     data = png() if data is None else data
     return data[:33] + extra + data[33:]
 

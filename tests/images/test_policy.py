@@ -70,7 +70,7 @@ def upright_cases() -> list[tuple[int, str]]:
 def test_exif_orientation_is_applied_to_files_and_pil_images(
     orientation: int, file_format: str
 ) -> None:
-    """The picture as stored is the upright one under the inverse of what the tag asks for."""
+    """The stored image is the upright image under the inverse of the tag's operation."""
     upright = np.kron(np.arange(6).reshape(2, 3) * 40, np.ones((16, 16))).astype(np.uint8)
     undo = {
         1: lambda a: a,
@@ -123,7 +123,8 @@ def test_a_pil_animation_counts_with_the_frame_it_stands_on(file_format: str) ->
 
 
 def test_a_lazy_jpeg_in_draft_mode_keeps_its_reduced_size() -> None:
-    """It ends in mid-grey, so it is also checked for missing blocks, at its full size."""
+    """The image ends in mid-grey, so the loader also checks the image for missing blocks at full
+    size."""
     picture = Image.new("RGB", (320, 320), (128, 128, 128))
     picture.paste((200, 40, 40), (0, 0, 320, 100))
     lazy = Image.open(io.BytesIO(encode(picture, "JPEG")))
@@ -157,7 +158,7 @@ def test_the_callers_pil_image_is_unchanged(mode: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow says so of the later page
 def test_a_tiff_is_its_first_page_though_a_later_one_is_damaged() -> None:
-    """Counting its pages moves through the file, and stops at the page before the damage."""
+    """Counting the pages seeks through the file, and stops at the page before the damage."""
     pages = [Image.new("RGB", size, colour) for size, colour in (((28, 84), "red"), ((56, 56), 0))]
     data = bytearray(encode(pages[0], "TIFF", save_all=True, append_images=[pages[1], pages[1]]))
     start = 4

@@ -35,7 +35,8 @@ def test_a_bomb_is_refused_from_its_header_and_without_a_warning() -> None:
 def test_the_pixel_limit_holds_per_call_whatever_pillows_is(
     file_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With Pillow's limit below the size it would warn; ours alone decides, to the pixel."""
+    """Pillow would warn, because its limit is below the size. Only our limit decides, to the
+    pixel."""
     data = encode(chelsea().resize((40, 50)), file_format, **FORMATS[file_format])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_500)
     assert "40x50 = 2000 pixels" in refusal(
@@ -92,7 +93,7 @@ def test_paths_that_lead_to_no_file_are_refused(tmp_path: Path) -> None:
 def test_fifos_and_devices_are_never_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opening a FIFO that nobody writes to would hang for ever."""
+    """Opening a FIFO without a writer would hang forever."""
     fifo = tmp_path / "pipe.jpg"
     os.mkfifo(fifo)
 
@@ -107,7 +108,7 @@ def test_fifos_and_devices_are_never_opened(
 def test_permission_and_vanishing_are_told_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system's answers are simulated: a superuser is never refused."""
+    """The test simulates the system's answers, because a superuser has all permissions."""
     path = tmp_path / "cat.jpg"
     path.write_bytes(b"x")
     for error, code in ((PermissionError, "unreadable"), (FileNotFoundError, "missing")):

@@ -25,7 +25,7 @@ from tests.support.images import chelsea, encode
 def test_a_flag_that_another_thread_needs_is_not_put_back_before_it_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A cut file would be filled up with grey meanwhile."""
+    """During this time, Pillow would fill a truncated file with grey."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with image_module._strictly():
         with image_module._strictly():
@@ -38,7 +38,8 @@ def test_a_flag_that_another_thread_needs_is_not_put_back_before_it_has_ended(
 
 
 def test_many_threads_load_the_same_things_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files, cut files and one shared lazy PIL image; the process-wide flag comes back."""
+    """Threads load files, truncated files and one shared lazy PIL image. The process-wide flag is
+    restored."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     data = encode(chelsea(), "JPEG")
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
@@ -65,7 +66,7 @@ def test_many_threads_load_the_same_things_alike(monkeypatch: pytest.MonkeyPatch
 def test_threads_that_share_a_pil_image_all_turn_it_upright(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """While one thread parses the EXIF, Pillow tells another that there is none."""
+    """While one thread parses the EXIF data, Pillow reports no EXIF data to another thread."""
     parse = Image.Exif.load
 
     def parse_slowly(self: Image.Exif, data: bytes) -> None:
@@ -84,7 +85,7 @@ def test_threads_that_share_a_pil_image_all_turn_it_upright(
 
 
 def test_threads_that_share_a_lazy_pil_image_take_turns() -> None:
-    """Pillow's own loading, started twice at once, reads one file from two places."""
+    """Two simultaneous loads of Pillow read one file from two places."""
     expected = np.asarray(Image.open(IMAGES / "astronaut.png"))
     threads = 4
     with ThreadPoolExecutor(threads) as pool:

@@ -17,7 +17,7 @@ STRIPS, SAMPLES, ROWS, STRIP_BYTES, PLANES, FORMAT = 273, 277, 278, 279, 284, 33
 
 
 def tiff(data: bytes, order: str = "<", **changes: Any) -> bytes:
-    """A TIFF of one strip and its tags: a whole number, or several, for each."""
+    """Make a TIFF of one strip and its tags, with one or several whole numbers for each tag."""
     names = {
         "bits": BITS, "compression": COMPRESSION, "photometric": PHOTOMETRIC, "samples": SAMPLES,
         "planes": PLANES, "format": FORMAT, "inks": 332, "depth": 32997,
@@ -61,7 +61,7 @@ def test_white_is_zero_at_8_bits(order: str) -> None:
 
 @pytest.mark.parametrize("photometric", [0, 1])
 def test_white_is_zero_at_16_bits(photometric: int) -> None:
-    """Pillow inverts at 8 bits only: such X-rays came out as their negatives."""
+    """Pillow inverts only 8-bit samples, so such X-rays once became negatives."""
     data = tiff(sixteen(GREY), bits=16, photometric=photometric)
     expected = 255 - GREY if photometric == 0 else GREY
     assert np.array_equal(load_image(data).pixels[..., 0], expected)
@@ -70,7 +70,7 @@ def test_white_is_zero_at_16_bits(photometric: int) -> None:
 
 
 def test_12_bits_fill_the_range() -> None:
-    """Pillow keeps 0 to 4095, whose high byte is almost black."""
+    """Pillow keeps values from 0 to 4095, whose high byte is almost black."""
     values = (GREY.astype(np.uint16) * 16 + 7).reshape(-1, 2)
     first, second = values[:, 0], values[:, 1]
     packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1)
@@ -105,7 +105,7 @@ def test_12_bits_fill_the_range() -> None:
 )
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_a_kind_that_is_not_read_is_named(order: str, tags: dict[str, Any], data: bytes) -> None:
-    """As damaged it would be fetched again, for nothing."""
+    """With the code "damaged", a user would download the file again without effect."""
     assert code(tiff(data, order, **tags)) == "mode"
 
 

@@ -14,7 +14,7 @@ from tests.support.images import encode, noise, on_white, png, png_chunk, refusa
 
 
 def with_png_chunk(data: bytes, kind: bytes, content: bytes) -> bytes:
-    """Insert a chunk after the header, where tRNS of grey and RGB may stand."""
+    """Insert a chunk after the header, which is a valid place for tRNS of grey and RGB."""
     return data[:33] + png_chunk(kind, content) + data[33:]
 
 
@@ -73,7 +73,8 @@ def test_every_alpha_mode_is_composited_on_white(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "P", "I;16", "RGB 16-bit"])
 def test_a_transparent_colour_of_a_png_becomes_white(mode: str) -> None:
-    """The transparent colour is the darkest, so a loader that ignores it leaves it black."""
+    """The transparent colour is the darkest colour, so a loader that ignores transparency gives
+    black."""
     if mode == "RGB 16-bit":
         scanlines = b"\0" + struct.pack(">6H", 0x0102, 3, 4, 0x4002, 0x5003, 0x6004)
         data = png(1, 2, scanlines, depth=16)
@@ -160,7 +161,7 @@ def test_pixel_types_without_a_white_level_are_refused(mode: str) -> None:
 
 
 def test_a_deep_pil_image_is_the_same_when_it_is_loaded_already() -> None:
-    """Once loaded, Pillow no longer says that the samples had 16 bits: the clear colour does."""
+    """After loading, only the transparent colour shows that the samples had 16 bits."""
     clear = struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)
     lines = [b"\0" + b"\xff" * 48] * 4 + [b"\0" + clear * 8] * 4
     data = with_png_chunk(png(8, 8, b"".join(lines), depth=16), b"tRNS", clear)

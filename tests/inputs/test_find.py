@@ -59,7 +59,7 @@ def test_patterns_match_as_in_a_shell_and_in_order(here: Path) -> None:
 
 
 def test_a_name_that_no_file_can_have_fails_by_itself(here: Path) -> None:
-    """It ended the whole export with a raw ValueError."""
+    """Such a path once ended the whole export with a raw ValueError."""
     with pytest.raises(ExportError, match=r"cannot be exported .embedded null byte.\. Check the"):
         ids("a\0.jpg")
     Path("l.jsonl").write_text(json.dumps({"id": "x", "path": "t\0.tar", "offset": 0, "size": 5}))
@@ -83,7 +83,7 @@ def test_links_are_followed_and_loops_end(here: Path) -> None:
 
 
 def test_a_pattern_of_any_depth_ends_where_links_lead_back(here: Path) -> None:
-    """Python's own glob goes round and round: three links took it longer than anyone waits."""
+    """Python's own glob follows such links repeatedly, and three links took too long."""
     touch("p/a/1.jpg", "p/a/b/2.jpg", "other/3.jpg", "p/a/b/[x]/4.jpg")
     for name, target in {"up": "..", "self": ".", "again": "../a", "out": "../../other"}.items():
         (here / "p/a" / name).symlink_to(target)
@@ -116,7 +116,7 @@ def test_patterns_find_what_pythons_glob_finds(names: set[str], pattern: str) ->
 
 
 def test_folders_that_a_pattern_names_are_exported_with_what_is_in_them(here: Path) -> None:
-    """They were passed over without a word wherever the pattern had a `**`."""
+    """A pattern with `**` once skipped unreadable folders silently."""
     touch("p/x/train/1.jpg", "p/x/train/deep/2.jpg", "p/x/test/3.jpg")
     assert ids("p/**/train") == ["1.jpg", "deep/2.jpg"]
     assert ids("p/**/tr*") == ["1.jpg", "deep/2.jpg"]
@@ -125,7 +125,7 @@ def test_folders_that_a_pattern_names_are_exported_with_what_is_in_them(here: Pa
 
 
 def test_what_is_in_a_folder_that_matches_comes_once(here: Path) -> None:
-    """It matched by itself as well: each image was exported twice."""
+    """The folder itself also matched, so the export once had each image twice."""
     touch("q/cat/cat0.png", "q/cat.png", "q/dog/cat1.png", "q/cat/deep/cat2.png")
     assert ids("q/**/*cat*") == ["cat0.png", "deep/cat2.png", "q/cat.png", "q/dog/cat1.png"]
 
@@ -136,7 +136,7 @@ def test_what_a_folder_that_matches_would_leave_out_comes_by_its_own_name(here: 
 
 
 def refuse_to_list(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Folders of this name cannot be listed, as those of another user."""
+    """Make folders of this name unreadable, like another user's folders."""
     real = os.scandir
 
     def scandir(path: str) -> Any:
@@ -150,7 +150,7 @@ def refuse_to_list(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 def test_patterns_that_meet_one_unreadable_folder_tell_it_once(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its id came twice, and the whole export was refused."""
+    """The id once occurred twice, so the export rejected all inputs."""
     touch("a/1.jpg", "a/2.png", "no/3.jpg")
     refuse_to_list(monkeypatch, "no")
     assert ids("*/*.jpg", "*/*.png") == ["a/1.jpg", "no", "a/2.png"]
@@ -248,7 +248,7 @@ def test_odd_names_come_through_the_frozen_listing_without_loss(here: Path) -> N
 
 
 def test_fifos_are_listed_and_never_opened(here: Path) -> None:
-    """Opening one would wait for a writer for ever."""
+    """Opening a FIFO would wait for a writer forever."""
     Path("p").mkdir()
     for name in ("a.jpg", "b.tar", "c.jsonl", "d.txt"):
         os.mkfifo(f"p/{name}")

@@ -14,7 +14,7 @@ from qwen_vit.inputs.tars import MAX_HEADER_BYTES
 
 
 def header(name: str, size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A header whose size field holds any bytes."""
+    """Return a header with any bytes in its size field."""
     info = tarfile.TarInfo(name)
     info.type = kind
     block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
@@ -26,7 +26,8 @@ def header(name: str, size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
 
 @pytest.mark.parametrize("size", [-1, -512, -(2**40)])
 def test_a_member_of_negative_size_ends_the_tar(tmp_path: Path, size: int) -> None:
-    """It had everything after it read as its image, past every limit; -512 was an endless loop."""
+    """A negative size once made the reader read all following bytes as the image, above every
+    limit. The size -512 caused an endless loop."""
     field = (size & (2**96 - 1)).to_bytes(12, "big")
     path = tmp_path / "a.tar"
     path.write_bytes(header("good.png", b"%011o\0" % 0) + header("a.png", field) + bytes(5_000))
@@ -39,7 +40,7 @@ def test_a_member_of_negative_size_ends_the_tar(tmp_path: Path, size: int) -> No
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
 def test_a_giant_header_is_not_read(tmp_path: Path, kind: bytes) -> None:
-    """A sparse file of a few kB made listing take 3 GB."""
+    """A sparse file of a few kB once made the listing take 3 GB of memory."""
     path = tmp_path / "a.tar"
     with path.open("wb") as file:
         file.write(header("long", b"%011o\0" % (2**32), kind))

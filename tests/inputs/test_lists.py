@@ -28,7 +28,7 @@ def test_a_text_list_names_paths_beside_it(here: Path) -> None:
 
 
 def test_of_a_lists_image_that_is_missing_the_whole_path_is_told(here: Path) -> None:
-    """Paths count from the list's folder: `ls` of what the list says may find it elsewhere."""
+    """Paths start at the list's folder, so the same path in a shell may name another file."""
     touch("p/a.jpg", "sets/x")
     Path("sets/list.txt").write_text("p/a.jpg\n")
     [item] = find_items(["sets/list.txt"])

@@ -35,7 +35,7 @@ def scan(*numbers: int) -> bytes:
 
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with five images of ten pages in `p`, and one that is broken."""
+    """Return the current folder, with five images of ten pages in `p`, and a broken image."""
     monkeypatch.chdir(tmp_path)
     Path("p").mkdir()
     Path("p/a.png").write_bytes(tiny_png(1))

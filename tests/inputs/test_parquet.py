@@ -228,7 +228,8 @@ def test_a_file_that_is_no_parquet_becomes_one_failure(parquet_dir: Path) -> Non
 
 @pytest.mark.parametrize("plain_footer", [False, True])
 def test_encryption_is_named(parquet_dir: Path, plain_footer: bool) -> None:
-    """Asking pyarrow for an encrypted column's size ends the process without an exception."""
+    """A request for an encrypted column's size makes pyarrow end the process without an
+    exception."""
     write_encrypted("x.parquet", structs(range(3)), plain_footer=plain_footer)
     found = items("x.parquet")
     assert len(found) == (3 if plain_footer else 1)
@@ -252,7 +253,7 @@ def test_a_torn_row_group_costs_no_other(parquet_dir: Path) -> None:
 
 
 def test_a_torn_row_group_is_read_once(parquet_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each row of it read the whole group again."""
+    """Each row of such a group once read the whole group again."""
     write_rows("x.parquet", structs(range(200)), group=200)
     tear_rows(parquet_dir / "x.parquet", tiny_png(150))
     begun = watch_row_groups(monkeypatch)
@@ -317,7 +318,7 @@ def test_a_large_row_is_refused_by_the_limit(parquet_dir: Path) -> None:
 def test_a_footer_that_claims_a_trillion_rows_is_refused(
     tmp_path: Path, columns: ParquetColumns, in_groups: bool
 ) -> None:
-    """1,600 bytes were listed without an end."""
+    """A file of 1,600 bytes once gave an endless listing."""
     path = tmp_path / "a.parquet"
     write_rows(path, structs(range(3)), key=["a", "b", "c"])
     claim_rows(path, 3, 10**12, in_groups=in_groups)

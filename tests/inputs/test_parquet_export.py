@@ -22,7 +22,8 @@ OPTIONS = ExportOptions(shard_size=8, column="image")
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with two Parquet files of 20 rows in `data`, one row without an image."""
+    """Return the current folder, with two Parquet files of 20 rows in `data`, and one row without
+    an image."""
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     write_rows("data/a.parquet", structs(range(20)), group=6, key=[f"k{n}" for n in range(20)])
@@ -82,7 +83,7 @@ def test_another_column_of_ids_is_another_export(data: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_is_flat(tmp_path: Path) -> None:
-    """A share of `python -m tools.checks.soak parquet`."""
+    """Run a part of `python -m tools.checks.soak parquet`."""
     store_stress.flat_memory_of_parquet(tmp_path, images=1_500, first=500)
 
 

@@ -61,7 +61,7 @@ def test_rows_in_order_read_each_group_once(
 def test_only_pages_of_the_column_are_held(
     parquet_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a row group of 40 MB, and beside another column of as much."""
+    """The row group has 40 MB, and another column has the same size."""
 
     class Counted(io.FileIO):
         reads: ClassVar[list[int]] = []

@@ -27,7 +27,8 @@ def test_two_images_of_one_id_are_refused_by_name(here: Path) -> None:
 
 
 def test_a_name_that_a_tar_holds_twice_has_a_remedy_that_can_be_followed(here: Path) -> None:
-    """As after `tar --append`. Exporting the folder that holds both is no remedy for members."""
+    """The tar has this state after `tar --append`. An export of the folder with both files is no
+    remedy for members."""
     write_tar("a.tar", {"1.jpg": b"one"})
     with tarfile.open("a.tar", "a") as tar:
         tar.addfile(tarfile.TarInfo("1.jpg"))

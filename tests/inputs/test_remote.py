@@ -35,7 +35,7 @@ LIMITS, ROOT = ImageLimits(), f"s3://{BUCKET}"
 
 @pytest.fixture
 def server(running: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The server without faults; retries do not wait, and no reader is open."""
+    """Return the server without faults, with retries that do not wait, and without open readers."""
     monkeypatch.setattr(parquet_module, "_READERS", parquet_module._Readers())
     running.fault, running.page_keys = lambda _: None, 0
     running.requests.clear()
@@ -45,7 +45,7 @@ def server(running: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 
 @pytest.fixture
 def data(tmp_path: Path, server: S3Server) -> Path:
-    """A folder of images in files, a tar and a Parquet file, which the bucket has as well."""
+    """Make a folder of images in files, a tar and a Parquet file, and copy it to the bucket."""
     folder = tmp_path / "p"
     (folder / "a/b").mkdir(parents=True)
     for number, name in enumerate(("0.png", "a/1.png", "a/b/2.png", "z é+%.png")):

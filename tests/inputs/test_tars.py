@@ -29,7 +29,7 @@ def test_the_images_of_a_tar_are_found_and_read_again(here: Path) -> None:
 
 
 def test_listing_a_large_tar_takes_no_memory(here: Path) -> None:
-    """tarfile keeps every member that it passes, 1 kB each."""
+    """tarfile keeps every member that it reads, with 1 kB for each member."""
     write_tar("t.tar", {f"{number}.jpg": b"" for number in range(600)})
     tracemalloc.start()
     try:
@@ -68,7 +68,7 @@ def test_what_is_wrong_with_a_tar_is_an_item_and_the_images_before_it_count(here
 
 
 def test_a_tar_that_goes_on_after_its_end_is_reported(here: Path) -> None:
-    """Two tars joined by `cat`: the images of the second were passed over in silence."""
+    """After `cat` of two tars, the export once skipped the images of the second tar silently."""
     write_tar("t.tar", {"1.jpg": b"one"})
     write_tar("u.tar", {"2.jpg": b"two"})
     Path("t.tar").write_bytes(Path("t.tar").read_bytes() + Path("u.tar").read_bytes())

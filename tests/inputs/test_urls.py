@@ -34,7 +34,7 @@ IS_PUBLIC = urls._is_public
 
 
 class Site:
-    """A running server, and what its paths answer."""
+    """Hold a running server and the answers of its paths."""
 
     def __init__(self, port: int, answers: dict[str, Answer]) -> None:
         self.port, self.answers = port, answers
@@ -78,7 +78,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, Pa
 
 @pytest.fixture
 def site(running: tuple[Site, Path], monkeypatch: pytest.MonkeyPatch) -> Site:
-    """The server, whose hosts are at 127.0.0.1 here, which counts as public here."""
+    """Return the server, whose hosts have the address 127.0.0.1, which counts as public in these
+    tests."""
     found, certificate = running
     found.answers.clear()
     found.answers["/a.png"] = body(tiny_png(1))
@@ -150,7 +151,7 @@ def test_redirects_elsewhere_are_refused(site: Site, target: str, fact: str) -> 
 def test_addresses_that_are_not_public_are_never_connected_to(
     site: Site, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
-    """Also where a name has a public address besides, which rebinding needs."""
+    """The check also rejects a name with an additional public address, as in DNS rebinding."""
     connected: list[Any] = []
     monkeypatch.setattr(urls, "_is_public", IS_PUBLIC)
     monkeypatch.setattr(urls, "_resolve", lambda *_: ["93.184.215.14", address])
@@ -163,7 +164,7 @@ def test_addresses_that_are_not_public_are_never_connected_to(
 def test_the_address_that_was_checked_is_connected_to(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A name that resolves to another address the second time is resolved once."""
+    """The connection resolves a name once, because a second resolution may give another address."""
     answers = [["127.0.0.1"], ["10.0.0.1"]]
     monkeypatch.setattr(urls, "_resolve", lambda *_: answers.pop(0))
     url = site.url("/a.png")
