@@ -57,7 +57,7 @@ def listings() -> list[str]:
 def test_a_folder_that_grows_equals_a_fresh_export_each_time(
     growing_dir: Path, growths: int
 ) -> None:
-    """Return new images, changed images, repaired failures and remaining failures."""
+    """The folder gets new images, changed images, repaired images and images that remain broken."""
     chance = random.Random(0)
     number, broken = 10, {"3.png", "7.png"}
     equals_a_fresh_export(export())

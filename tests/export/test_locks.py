@@ -201,7 +201,7 @@ def test_without_locks_the_last_name_of_two_that_begin_at_once_decides(
 def test_a_moment_of_another_host_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Start parts together on many hosts that do not see each other's locks."""
+    """Parts begin together on many hosts that do not see each other's locks."""
     name = tmp_path / "lock-moment"
     name.write_text(json.dumps({"host": "node-17", "pid": 4, "since": "2026-01-01"}))
     pauses = iter([lambda: None, name.unlink])

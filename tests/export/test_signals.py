@@ -42,7 +42,7 @@ def test_the_first_signal_is_a_question_and_the_second_an_interrupt() -> None:
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
-    """Ignore the signal, as nohup ignores SIGHUP."""
+    """nohup also ignores SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignals() as stop, stop.accepted():
