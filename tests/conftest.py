@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def own_log_level() -> Iterator[None]:
-    """Commands run in this process, and set the level."""
+    """Restore the log level, because commands in this process set it."""
     logger = logging.getLogger("qwen_vit")
     level = logger.level
     yield
@@ -52,7 +52,7 @@ def encoder() -> VisionEncoder:
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[S3Server]:
-    """An S3 server on loopback."""
+    """Run an S3 server on loopback."""
     from tests.support.s3_server import s3_server  # loads moto, which few tests need
 
     with s3_server() as server:
@@ -61,7 +61,7 @@ def running() -> Iterator[S3Server]:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a test of a page's text: every picture is one pixel."""
+    """Draw every picture as one pixel, for a test of a page's text."""
     file = io.BytesIO()
     Image.new("L", (1, 1)).save(file, "PNG")
     for module in (draw, plots):
@@ -70,7 +70,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with two small images and a broken one."""
+    """Return the current folder, with two small images and a broken image."""
     for name, width in (("a.png", 56), ("b.jpg", 84)):
         values = np.random.default_rng(width).integers(0, 256, (56, width, 3), np.uint8)
         Image.fromarray(values).save(tmp_path / name)
@@ -81,7 +81,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def export_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with ten good images and a broken one, the eleventh."""
+    """Return the current folder, with ten good images and an eleventh, broken image."""
     monkeypatch.chdir(tmp_path)
     Path("p").mkdir()
     for number in range(10):

@@ -29,7 +29,7 @@ MAY_IMPORT_BY_NAME = {PACKAGE / "__init__.py", PACKAGE / "cli" / "main.py"}
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The package and its settings, to be spoilt."""
+    """Return a copy of the package and its settings, to inject faults."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "qwen_vit", ignore=ignored)
@@ -37,7 +37,8 @@ def copy(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *command: str) -> tuple[int, str]:
-    """(exit code, what it said) of a program of this environment, in lines of any length."""
+    """Return the exit code and the output of a program of this environment, with lines of any
+    length."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "1000"}
     done = subprocess.run(
         [str(PROGRAMS / command[0]), *command[1:]],
@@ -47,7 +48,7 @@ def run(folder: Path, *command: str) -> tuple[int, str]:
 
 
 def append(path: Path, text: str) -> int:
-    """Add lines to a file, which need not be there; the number of the first."""
+    """Add lines to a new or existing file, and return the number of the first line."""
     before = path.read_text().rstrip("\n") + "\n" if path.exists() else ""
     path.write_text(before + text + "\n")
     return len(before.splitlines()) + 1
@@ -164,7 +165,7 @@ def trees() -> list[tuple[Path, ast.Module]]:
 
 
 def identifiers(node: ast.AST) -> tuple[str, ...]:
-    """Names that a node uses or defines; a string counts where it is asked for by getattr."""
+    """Return the names that a node uses or defines, including the strings of getattr."""
     match node:
         case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name):
             return (name,)
@@ -205,7 +206,7 @@ def test_no_name_in_the_package_is_that_of_another_attention() -> None:
 
 
 def eager_imports(node: ast.AST) -> Iterator[str]:
-    """Top-level packages that are imported outside functions, in an `if` or a `try` as well."""
+    """Return the top-level packages of imports outside functions, also in an `if` or a `try`."""
     for child in ast.iter_child_nodes(node):
         match child:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
@@ -224,7 +225,7 @@ def test_an_import_in_a_branch_is_seen_and_one_in_a_function_is_not() -> None:
 
 
 def test_optional_packages_are_imported_in_functions_alone() -> None:
-    """Ruff's rule looks at a module's own statements, not into an `if` or a `try`."""
+    """Ruff's rule checks only a module's own statements, not the body of an `if` or a `try`."""
     ruff = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]
     optional = {*ruff["flake8-tidy-imports"]["banned-module-level-imports"]}
     assert {
@@ -233,7 +234,7 @@ def test_optional_packages_are_imported_in_functions_alone() -> None:
 
 
 def test_no_array_is_read_as_a_pickle() -> None:
-    """np.load opens pickles where `allow_pickle` is true, whatever a ban on imports says."""
+    """np.load opens pickles with `allow_pickle`, which a ban on imports does not prevent."""
     for path, tree in trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
@@ -316,7 +317,7 @@ print(encoder.encode([np.zeros((56, 84, 3), np.uint8)])[0].embeds.shape)
 
 
 def test_a_triton_whose_lower_level_is_unknown_serves_without_it() -> None:
-    """Gluon is experimental: a Triton to come may change it, or do without."""
+    """Gluon is experimental, so a later Triton may change or remove it."""
     done = subprocess.run(
         [sys.executable, "-c", UNKNOWN_TRITON],
         capture_output=True,

@@ -44,7 +44,8 @@ def in_patches(merged: Sequence[GridTuple], merge: int = 2) -> list[GridTuple]:
 
 
 def assert_undoes_itself(layout: Layout, grids: Sequence[GridTuple], merge: int = 2) -> None:
-    """Orders are permutations, merged_order undoes the window order, raster_order is raster."""
+    """Check that orders are permutations, that merged_order inverts the window order, and that
+    raster_order is raster."""
     unit = merge * merge
     assert torch.equal(layout.grid_index.long().sort().values, torch.arange(layout.n_patches))
     units = layout.grid_index[::unit].long() // unit  # grid-order unit of each window-order one
@@ -60,7 +61,8 @@ def assert_undoes_itself(layout: Layout, grids: Sequence[GridTuple], merge: int 
 
 
 def assert_tiles_cover(segments: Segments, tiling: SegmentTiling, n_rows: int) -> None:
-    """Every row once; a tile is a part of one segment, or whole segments where it may pack."""
+    """Check that tiles cover every row once. A tile is a part of one segment, or has whole segments
+    if it may pack."""
     cu = segments.cu_seqlens.numpy()
     q_start, q_end, k_start, k_end = segments.tiles.numpy().T
     assert cu[0] == 0
@@ -243,7 +245,7 @@ def test_more_rows_than_int32_can_index_are_refused() -> None:
 def test_too_many_patches_are_refused_before_anything_is_allocated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A grid of 2**20 x 2**20 patches asked for terabytes before its size was looked at."""
+    """A grid of 2**20 x 2**20 patches once requested terabytes before the check of its size."""
 
     def allocates(*_: int) -> None:
         raise MemoryError

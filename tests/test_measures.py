@@ -19,7 +19,7 @@ OVERRIDES = {
 
 
 class Function(NamedTuple):
-    """A function of a file, with what its reader meets."""
+    """Describe a function of a file: its lines and parameters."""
 
     path: str
     name: str

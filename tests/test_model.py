@@ -52,7 +52,7 @@ def tiny_theirs() -> torch.nn.Module:
 
 
 def new_seed() -> int:
-    """Another one in every run, printed where a test fails."""
+    """Return a new seed for every run, which pytest prints if a test fails."""
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
     return seed
@@ -74,7 +74,8 @@ def assert_agrees_with_transformers(
     rows: Tensor,
     pixels: Tensor | None = None,
 ) -> None:
-    """At every stage within 1e-5, or twice transformers' own fp32 error where that is larger."""
+    """Every stage must be within 1e-5, or within twice transformers' own fp32 error if that is
+    larger."""
     ours = tower_trace(tower, rows if pixels is None else pixels, grids)
     expected = hf_trace(theirs, rows, grids)
     oracle = vision_oracle(tensors, config, rows, grids)
@@ -130,7 +131,7 @@ def test_a_random_small_tower_agrees_with_transformers(name: str) -> None:
 
 
 def test_a_random_architecture_agrees_with_transformers() -> None:
-    """One that no test names."""
+    """Return a random case that no test names."""
     seed = new_seed()
     generator = random.Random(seed)
     heads, depth = generator.randint(1, 4), generator.randint(2, 4)
@@ -155,7 +156,8 @@ def test_a_random_architecture_agrees_with_transformers() -> None:
 
 @torch.no_grad()
 def test_an_embedding_alone_is_as_near_as_rounding_to_the_one_in_a_batch() -> None:
-    """No further than transformers' own fp32 error: the BLAS decides the order of its sums."""
+    """The error is at most transformers' own fp32 error, because the BLAS decides the order of
+    sums."""
     tower = tiny_tower()
     rows = random_rows(n_patches(MIXED), 0)
     oracle = vision_oracle(*tiny(), rows, MIXED)["merger"]
@@ -180,7 +182,7 @@ def test_filler_rows_change_nothing(padding: int) -> None:
 
 
 def raster_of(x: Tensor, grids: list[GridTuple]) -> Tensor:
-    """Grid order -> raster order, image by image."""
+    """Convert grid order to raster order, image by image."""
     images = []
     for part, (t, h, w) in zip(x.split([n_patches([g]) for g in grids]), grids, strict=True):
         cells = part.view(t, h // 2, w // 2, 2, 2, -1).transpose(2, 3)
@@ -277,7 +279,8 @@ def stage_errors(trace: Trace, oracle: Trace) -> dict[str, float]:
 @gpu
 @pytest.mark.parametrize("kind", ["rows", "pixels"])
 def test_bf16_on_a_gpu_is_as_near_to_the_truth_as_transformers(kind: str) -> None:
-    """Each stage within 1.01 of its error in every run, and no larger in the geometric mean."""
+    """Each stage must be within 1.01 times Hugging Face's error in every run, and not larger in the
+    geometric mean."""
     tensors, config = tiny()
     theirs = hf_tower(tensors, config, dtype=torch.bfloat16, device=CUDA)
     logs: dict[str, list[float]] = {}
@@ -316,7 +319,8 @@ def test_fp32_on_a_gpu_agrees_with_transformers() -> None:
 def test_an_embedding_on_a_gpu_has_the_same_bits_in_any_company(
     dtype: torch.dtype, output: Any
 ) -> None:
-    """Alone, in any batch, in any order, with padding rows: 50 random batches of each kind."""
+    """Test images alone, in any batch, in any order and with padding rows, with 50 random batches
+    of each kind."""
     tower = tiny_on_gpu(dtype)
     sizes: list[GridTuple] = [(1, 2, 2), (1, 32, 32), (1, 46, 74), (1, 96, 96), (3, 6, 10)]
     sizes += [(1, 2, 60), (1, 58, 2), (1, 14, 22), (1, 8, 8), (1, 30, 18)]

@@ -50,7 +50,7 @@ FILES = sorted(
 
 
 def definitions(tree: ast.Module) -> Iterator[tuple[str, int, bool]]:
-    """(name, line, whether it is a function or class) of everything that a file defines."""
+    """Yield (name, line, whether it is a function or class) for every definition of a file."""
     for node in ast.walk(tree):
         match node:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
@@ -66,7 +66,7 @@ def definitions(tree: ast.Module) -> Iterator[tuple[str, int, bool]]:
 
 
 def retired(path: Path, text: str) -> list[str]:
-    """What a file defines under a name that was given up, with its line."""
+    """Return a file's definitions with retired names, and their lines."""
     wrong = [f"{path}:1: {path.stem}"] if path.stem in RETIRED | RETIRED_MODULES else []
     return wrong + [
         f"{path}:{line}: {name}"

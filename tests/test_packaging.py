@@ -26,7 +26,7 @@ IMPORT_NAMES = {"pillow": "PIL"}  # where it is not the name with underscores
 
 
 def run(command: list[str], folder: Path, **environment: str) -> str:
-    """The command's output, run in `folder`; with what it said on stderr where it fails."""
+    """Run the command in `folder` and return its output. If it fails, show its stderr."""
     done = subprocess.run(
         command,
         cwd=folder,
@@ -51,7 +51,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the installed wheel and nothing else."""
+    """Return a folder that contains only the installed wheel."""
     folder = tmp_path_factory.mktemp("installed")
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-compile"]
     run([*pip, "--target", str(folder), str(wheel)], folder)
@@ -95,7 +95,7 @@ def test_the_wheel_declares_what_it_needs(wheel: Path) -> None:
 
 
 def test_everything_the_package_imports_is_declared() -> None:
-    """An undeclared one works wherever something else happens to bring it."""
+    """An undeclared dependency works only if another package installs it."""
     imported = set()
     for path in (ROOT / "qwen_vit").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -115,7 +115,8 @@ def test_everything_the_package_imports_is_declared() -> None:
 
 
 def names_for_type_checkers() -> dict[str, str]:
-    """The public names that the package imports under TYPE_CHECKING, each with its module."""
+    """Return the public names that the package imports under TYPE_CHECKING, each with its
+    module."""
     tree = ast.parse(Path(qwen_vit.__file__).read_text())
     [block] = [node for node in tree.body if isinstance(node, ast.If)]
     assert ast.unparse(block.test) == "TYPE_CHECKING"
@@ -220,7 +221,7 @@ def test_every_pin_satisfies_what_is_declared() -> None:
 
 
 def test_the_pins_fit_a_machine_with_a_gpu_and_one_without() -> None:
-    """A local version such as 2.13.0+cpu, or a CUDA package, would suit one of them only."""
+    """A local version such as 2.13.0+cpu, or a CUDA package, would fit only one kind of machine."""
     for name, requirement in constraints().items():
         (pin,) = requirement.specifier
         assert (pin.operator, "+" in pin.version) == ("==", False), name

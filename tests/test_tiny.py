@@ -24,7 +24,7 @@ VISION = CONFIG["vision_config"]
 
 @cache
 def peaks(image: str) -> list[torch.Tensor]:
-    """Largest softmax weight of every token and head (N, H), block by block."""
+    """Yield the largest softmax weight of every token and head (N, H), block by block."""
     tensors, config = read_checkpoint(TINY_FOLDER)
     pixels, grid = patch_pixels(photograph(IMAGES / image))
     collected: list[torch.Tensor] = []
@@ -74,7 +74,8 @@ def test_no_bias_or_norm_weight_is_trivial() -> None:
 @pytest.mark.parametrize("image", PHOTOGRAPHS)
 @pytest.mark.parametrize("block", range(VISION["depth"]))
 def test_attention_is_peaked_but_not_degenerate(block: int, image: str) -> None:
-    """Uniform softmax cannot see a rotary bug, and a hard one drifts between honest towers."""
+    """A uniform softmax does not show a RoPE fault, and a very peaked softmax differs between
+    correct towers."""
     largest = peaks(image)[block]
     print(f"block {block}, {image}: {largest.mean():.3f}, heads {largest.mean(0).tolist()}")
     assert 0.2 <= largest.mean() <= 0.4

@@ -20,13 +20,13 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def both(family: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """A model with its own tower, and the same with ours."""
+    """Return a model with its own tower, and the same model with our tower."""
     return make_both(family, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def trainable(both: tuple[Any, Any]) -> tuple[Any, Any]:
-    """The two models, for one test to train; their towers are frozen."""
+    """Return the two models with frozen towers, for a test that trains the models."""
     model, swapped = copy.deepcopy(both)
     for each in (model, swapped):
         each.requires_grad_(True).train()
@@ -36,5 +36,5 @@ def trainable(both: tuple[Any, Any]) -> tuple[Any, Any]:
 
 @pytest.fixture(scope="session")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """Images, a prompt and the answer of a small model with its own tower."""
+    """Return images, a prompt and the answer of a small model with its own tower."""
     return make_setting(tmp_path_factory.mktemp("setting"))

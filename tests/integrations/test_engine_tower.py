@@ -43,7 +43,7 @@ def pixel_rows(*, still: bool, grids: list[list[int]] = GRIDS) -> Tensor:
 
 
 def test_every_parameter_is_reported_as_loaded() -> None:
-    """vLLM refuses to start where a parameter is not among the names that load_weights returns."""
+    """vLLM does not start if a parameter is not among the names that load_weights returns."""
     encoder = tiny()
     tower = EngineTower(encoder.config, encoder.image_config, torch.float32, CPU)
     loaded = tower.load_weights(encoder.checkpoint.tensors.items())
@@ -67,7 +67,8 @@ def test_uint8_rows_of_images_have_the_bits_of_encode_pixels() -> None:
 
 
 def test_uint8_rows_of_videos_are_read_whole() -> None:
-    """The second frame counts: a tower that read the first alone would not see it change."""
+    """The second frame counts. A tower that reads only the first frame would not detect the
+    change."""
     rows, encoder = pixel_rows(still=False), tiny()
     tower = engine_tower(encoder)
     floats = normalise(rows.view(len(rows), 3, 2, 196), encoder.image_config).flatten(1)
@@ -166,7 +167,7 @@ def test_what_was_prepared_is_not_captured_again_and_takes_no_more_memory() -> N
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_captured", [True, False])
 def test_the_tower_runs_on_the_stream_that_it_is_called_on(is_captured: bool) -> None:
-    """An engine's rows arrive late on that stream, and its next kernels read the result."""
+    """An engine's rows arrive late on the caller's stream, and the next kernels read the result."""
     encoder = on_gpu()
     tower = engine_tower(encoder, torch.bfloat16)
     rows = float_rows().cuda()

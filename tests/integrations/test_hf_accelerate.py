@@ -34,7 +34,7 @@ from tests.support.hf_training import ROUNDING, logits_of, loss_of
 def test_a_dispatched_model_with_offloaded_layers_answers_the_same(
     trainable: tuple[Any, Any], family: str, tmp_path: Path
 ) -> None:
-    """The tower stays where it is, wherever the map puts it."""
+    """The tower does not move, for any device map."""
     _, swapped = trainable
     swapped.eval()
     expected, state = logits_of(swapped, family), dict(swapped.state_dict())
@@ -57,7 +57,7 @@ def test_a_dispatched_model_with_offloaded_layers_answers_the_same(
 
 
 def test_a_map_of_devices_is_inferred_and_checked(trainable: tuple[Any, Any]) -> None:
-    """The tower's state must be covered, and takes no memory of the budget."""
+    """The device map must cover the tower's state, which needs no memory of the budget."""
     _, swapped = trainable
     size = sum(p.nbytes for p in swapped.parameters())
     device_map = accelerate.infer_auto_device_map(swapped, max_memory={"cpu": size // 2, "disk": 0})
@@ -79,7 +79,8 @@ def test_hooks_on_the_tower_run_around_it(trainable: tuple[Any, Any], family: st
 
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps what the first Accelerator of a process was given, such as Trainer's."""
+    """accelerate keeps the settings of a process's first Accelerator, such as Trainer's
+    settings."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     yield
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -132,7 +133,8 @@ def ddp_worker(rank: int, folder: Path, family: str) -> None:
 def test_two_processes_train_one_model_and_keep_the_tower(
     family: str, both: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    """DistributedDataParallel over gloo; as one process does with the mean of both gradients."""
+    """Train with DistributedDataParallel over gloo, and compare with one process and the mean
+    gradient."""
     model, swapped = copy.deepcopy(both)
     model.save_pretrained(tmp_path / "model")
     start_processes(ddp_worker, (tmp_path, family), nprocs=2, start_method="spawn")
@@ -176,7 +178,7 @@ def fsdp_worker(rank: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_sharded_model_has_the_whole_tower_in_its_state(tmp_path: Path) -> None:
-    """FSDP2, whose state looks every name up among the modules."""
+    """Test FSDP2, which searches every name of the state among the modules."""
     model, _ = make_model("qwen2_5_vl", tmp_path / "model")
     start_processes(fsdp_worker, (tmp_path,), nprocs=2, start_method="spawn")
     state = torch.load(tmp_path / "state.pt")

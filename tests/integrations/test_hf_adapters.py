@@ -74,7 +74,7 @@ def test_all_linear_layers_are_those_of_the_language_model(trainable: tuple[Any,
 def test_an_adapter_that_was_trained_with_the_tower_is_refused(
     trainable: tuple[Any, Any], loader: str, tmp_path: Path
 ) -> None:
-    """Without the tower's part the answers would be wrong."""
+    """Without the tower's part of the adapter, the answers would be wrong."""
     model, swapped = trainable
     adapted(model, target_modules=["gate_proj"]).save_pretrained(tmp_path)
     loaders: dict[str, Callable[[], object]] = {

@@ -23,7 +23,7 @@ from tests.support.towers import random_rows
 
 @pytest.mark.slow
 def test_a_compiled_model_answers_the_same(trainable: tuple[Any, Any], family: str) -> None:
-    """The graph breaks at the tower, whose kernels are compiled already."""
+    """The graph breaks at the tower, because its kernels are already compiled."""
     _, swapped = trainable
     expected = logits_of(swapped, family)
     torch._dynamo.reset()

@@ -38,7 +38,8 @@ def test_mm_encoder_outputs_give_the_answer_of_the_models_own_tower(setting: Set
 
 
 def test_inputs_embeds_with_the_right_positions_give_the_same_answer(setting: Setting) -> None:
-    """Positions by transformers' own get_rope_index; one forward pass for each new token."""
+    """Generate with positions of transformers' own get_rope_index, with one forward pass for each
+    new token."""
     model, ids = setting.model, setting.ids
     rows = torch.cat([each.embeds for each in setting.features])
     text = model.get_input_embeddings()
@@ -59,7 +60,7 @@ def test_inputs_embeds_with_the_right_positions_give_the_same_answer(setting: Se
 def test_the_models_own_features_through_a_file_change_no_bit(
     setting: Setting, tmp_path: Path
 ) -> None:
-    """What is left when the towers' rounding is taken out: the way through the file is exact."""
+    """Without the towers' rounding, the way through the file is exact."""
     grids = setting.pixels["image_grid_thw"]
     with torch.no_grad():
         merged = setting.model.model.visual(setting.pixels["pixel_values"], grid_thw=grids)
@@ -74,7 +75,7 @@ def test_the_models_own_features_through_a_file_change_no_bit(
 
 
 def test_padded_batches_and_beams_work(setting: Setting) -> None:
-    """Two prompts of two and three images, and transformers' own copies of them for its beams."""
+    """Test two prompts of two and three images, and transformers' copies of both for its beams."""
     grids = [each.grid_thw for each in setting.features]
     tokenizer = small_tokenizer(IMAGE_TOKEN)
     texts = [
@@ -99,19 +100,19 @@ def test_padded_batches_and_beams_work(setting: Setting) -> None:
 
 
 def by_columns(image: ImageFeatures) -> ImageFeatures:
-    """Its rows in the order of the columns of its grid."""
+    """Put an image's rows in the order of its grid's columns."""
     _, h, w = image.grid_thw
     rows = image.embeds.unflatten(0, (h // 2, w // 2)).transpose(0, 1).flatten(0, 1)
     return replace(image, embeds=rows)
 
 
 def swapped(images: list[ImageFeatures]) -> list[ImageFeatures]:
-    """The wide and the tall image, of six tokens each, change places."""
+    """Exchange the wide and the tall image, which have six tokens each."""
     return [images[3], images[1], images[2], images[0], images[4]]
 
 
 def two_rows_swapped(images: list[ImageFeatures]) -> list[ImageFeatures]:
-    """The first two, of 45 in all."""
+    """Swap the first two of 45 rows."""
     return [replace(images[0], embeds=images[0].embeds[[1, 0, 2, 3, 4, 5]]), *images[1:]]
 
 
@@ -140,7 +141,7 @@ def test_the_comparison_sees_a_fault_in_the_features(setting: Setting, fault: st
 
 
 def test_the_comparison_sees_positions_in_a_row(setting: Setting) -> None:
-    """Without mm_token_type_ids transformers numbers image tokens as text, and says nothing."""
+    """Without mm_token_type_ids, transformers silently numbers image tokens as text."""
     arguments = setting.features.to_hf()
     logits = setting.logits_from(**arguments)
     with pytest.raises(AssertionError, match="ours"):
@@ -149,7 +150,7 @@ def test_the_comparison_sees_positions_in_a_row(setting: Setting) -> None:
 
 
 def test_image_tokens_that_do_not_fit_the_features_are_refused(setting: Setting) -> None:
-    """One token less, one image less, and the right number in the wrong order."""
+    """Test a missing token, a missing image, and the right number of tokens in the wrong order."""
     one_less = setting.ids.clone()
     one_less[0, (one_less[0] == IMAGE_TOKEN).nonzero()[0]] = 20
     others = setting.features[["1.png", "0.png", "2.png", "3.png", "4.png"]]
@@ -164,7 +165,7 @@ def test_image_tokens_that_do_not_fit_the_features_are_refused(setting: Setting)
 
 
 class OtherVersion:
-    """`importlib.metadata.version`, for a machine with another transformers."""
+    """Replace `importlib.metadata.version`, for a machine with another transformers."""
 
     def __init__(self, found: str | None) -> None:
         self.found = found
@@ -202,7 +203,8 @@ def test_a_transformers_of_the_range_or_newer_is_taken(
 
 
 def test_one_range_of_transformers_is_stated_everywhere() -> None:
-    """In pyproject.toml's extra, in the code, in the README and in docs/."""
+    """The version must be equal in pyproject.toml's extra, in the code, in the README and in
+    docs/."""
     minimum = transformers_version.MIN_TRANSFORMERS
     extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert extra["optional-dependencies"]["hf"] == [f"transformers>={minimum}"]

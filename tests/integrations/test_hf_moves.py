@@ -92,7 +92,7 @@ def test_float16_is_refused_with_the_reason_before_anything_moves(
 
 
 def test_a_float16_language_model_takes_the_tower_afterwards(model: Any) -> None:
-    """The way that the refusal names."""
+    """The error names this way."""
     expected, tower = logits_of(model), tower_of(model)
     model.model.language_model.half()
     model.lm_head.half()
@@ -114,7 +114,8 @@ def test_a_device_that_computes_nothing_is_refused(model: Any) -> None:
 def test_on_a_cpu_float32_stands_for_bfloat16_and_says_so(
     model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The language model is in bfloat16; the tower is not rounded, and is saved as published."""
+    """The language model is in bfloat16. The tower is not rounded, and saves the published
+    tensors."""
     tower = tower_of(model)
     encoder, state, merged = tower.encoder, tower.state_dict(), merged_by(tower)
     model.bfloat16()
@@ -133,7 +134,7 @@ def test_on_a_cpu_float32_stands_for_bfloat16_and_says_so(
 def test_a_move_builds_the_encoder_again_from_what_was_loaded_last(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With its limits of pixels and its graphs; here a GPU is only named."""
+    """The new encoder keeps the pixel limits and the graphs. This test only names a GPU."""
     tower = tower_of(model)
     tower.load_state_dict({name: tensor * 2 for name, tensor in tower.state_dict().items()})
     expected, image = merged_by(tower), tower.encoder.image_config
@@ -166,7 +167,8 @@ def gpu_bytes() -> int:
     reason="this pair of Triton and NumPy does not run on a CPU",
 )
 def test_a_tower_moves_to_a_gpu_and_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With the bits of an encoder that was loaded there; bfloat16 survives the way over a CPU."""
+    """The tower has the bits of an encoder loaded on this device, and returns to bfloat16 after a
+    CPU."""
     model, on_cpu = make_model(FAMILY, tmp_path)
     with_our_tower(model, on_cpu)
     tower, expected = tower_of(model), merged_by(tower_of(model))
@@ -210,7 +212,7 @@ def test_graphs_stay_off_where_they_were_off(tmp_path: Path) -> None:
 
 @gpu
 def test_a_gpu_holds_the_weights_once() -> None:
-    """Whether they were given on it, moved, or loaded again: as the encoder has them."""
+    """The tower has the encoder's tensors after a load on the device, a move, or another load."""
     tensors = random_tensors(WIDE)
     first = gpu_bytes()
     encoder = VisionEncoder.from_tensors(tensors, WIDE, device="cuda", cuda_graphs=False)
@@ -258,7 +260,7 @@ def test_a_compiled_model_answers_and_trains_the_same_on_a_gpu(
 
 @gpu
 def test_our_tower_answers_as_transformers_own_on_a_gpu(tmp_path: Path) -> None:
-    """float32, where both are near the truth; with pixels that are on the host as well."""
+    """Compare in float32, in which both errors are small, also with pixels on the host."""
     model, _ = make_model(FAMILY, tmp_path)
     model = model.cuda()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # of its patch embedding

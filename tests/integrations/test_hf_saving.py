@@ -39,18 +39,18 @@ from tests.support.hf_training import merged_by
 
 @pytest.fixture
 def origin(tmp_path: Path) -> Path:
-    """The folder from which the encoder was loaded."""
+    """Return the folder of the loaded encoder."""
     return tmp_path / "origin"
 
 
 @pytest.fixture
 def both(family: str, origin: Path) -> tuple[Any, Any]:
-    """A model with its own tower, and the same with ours."""
+    """Return a model with its own tower, and the same model with our tower."""
     return make_both(family, origin)
 
 
 def assert_same_state(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Names, types and bits."""
+    """Compare names, types and bits."""
     assert sorted(state) == sorted(expected)
     for name, tensor in expected.items():
         assert state[name].dtype == tensor.dtype, name
@@ -74,7 +74,8 @@ def test_the_state_has_the_names_and_values_of_transformers_own(both: tuple[Any,
 def test_the_state_is_what_was_published_whatever_the_tower_computes_in(
     tmp_path: Path, prefix: str, dtype: torch.dtype
 ) -> None:
-    """Without padding and permutation, in the type of the files; Omni's with q, k and v apart."""
+    """The tensors have no padding and no permutation, and the dtype of the files. Omni stores q, k
+    and v separately."""
     tensors = write_checkpoint(tmp_path, VISION, prefix=prefix, dtype=dtype)
     tower = as_hf_tower(VisionEncoder.from_pretrained(tmp_path, device="cpu"))
     assert tower.dtype == torch.float32
@@ -111,7 +112,7 @@ def test_a_saved_model_loads_into_transformers_own_classes(
 def test_a_model_is_saved_over_the_folder_that_it_came_from_and_again(
     both: tuple[Any, Any], origin: Path, tmp_path: Path
 ) -> None:
-    """The tensors are read from files, which the first save replaces; copies read them as well."""
+    """The first save replaces the files that the tower and its copies read."""
     model, swapped = both
     for folder in (origin, origin, tmp_path / "other"):
         swapped.save_pretrained(folder, max_shard_size="20KB")
@@ -121,7 +122,7 @@ def test_a_model_is_saved_over_the_folder_that_it_came_from_and_again(
 def test_a_file_that_another_one_replaces_changes_nothing(
     both: tuple[Any, Any], origin: Path
 ) -> None:
-    """Not even for a copy that is made afterwards."""
+    """A later copy also keeps no such memory."""
     model, swapped = both
     file = origin / "model.safetensors"
     other = {name: tensor + 1 for name, tensor in load_file(file).items()}
@@ -135,7 +136,8 @@ def test_a_file_that_another_one_replaces_changes_nothing(
 def test_a_file_that_was_written_over_in_place_is_refused(
     both: tuple[Any, Any], origin: Path
 ) -> None:
-    """safetensors renames; `cp` does not, and a map of the file shows the other weights."""
+    """safetensors renames files. `cp` overwrites a file, so a map of the file shows other
+    weights."""
     _, swapped = both
     file = origin / "model.safetensors"
     other = {name: tensor + 1 for name, tensor in load_file(file).items()}
@@ -183,7 +185,7 @@ def test_what_is_done_to_a_state_does_not_reach_the_tower(both: tuple[Any, Any])
 def test_safetensors_and_torchs_checkpoints_keep_the_tower(
     both: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    """`save_model` looks for shared memory; torch's own looks every name up among the modules."""
+    """`save_model` searches for shared memory, and torch searches every name among the modules."""
     model, swapped = both
     save_model(swapped, str(tmp_path / "m.safetensors"))
     assert_same_state(load_file(tmp_path / "m.safetensors"), dict(model.state_dict()))
@@ -201,7 +203,7 @@ def test_safetensors_and_torchs_checkpoints_keep_the_tower(
 
 
 class Prompts(Dataset):  # type: ignore[type-arg]
-    """A prompt with two images, some times."""
+    """Return a prompt with two images, repeated several times."""
 
     def __init__(self, family: str, n: int) -> None:
         self.inputs = vision_inputs(family)
@@ -227,10 +229,9 @@ def trainer(model: Any, family: str, folder: Path, steps: int) -> Trainer:
 def test_trainer_saves_the_tower_and_resumes_as_with_transformers_own(
     both: tuple[Any, Any], family: str, tmp_path: Path
 ) -> None:
-    """Its weight decay does not change the tower, and what it resumes with is computed with.
-
-    transformers 5.18 to 5.24 resume no Qwen2.5-VL, with either tower, and warn: the names in files
-    are not those in memory.
+    """Trainer's weight decay does not change the tower, and the tower computes with the resumed
+    weights. With either tower, transformers 5.18 to 5.24 do not resume a Qwen2.5-VL and warn,
+    because the names in files and in memory differ.
     """
     model, swapped = both
     before = dict(tower_of(model).state_dict())
@@ -274,7 +275,7 @@ def encoder_of(tensors: dict[str, Tensor]) -> VisionEncoder:
 def test_other_weights_that_are_loaded_are_computed_with(
     both: tuple[Any, Any], family: str
 ) -> None:
-    """And the encoder that the tower began with stays what it was."""
+    """The tower's first encoder does not change."""
     model, swapped = both
     tower, new = tower_of(swapped), other_tensors(family)
     first, before = tower.encoder, merged_by(tower)
@@ -301,7 +302,7 @@ def test_weights_that_are_there_already_change_nothing(both: tuple[Any, Any]) ->
 
 @pytest.mark.parametrize("pieces", [2, 5])
 def test_weights_in_pieces_are_joined(both: tuple[Any, Any], family: str, pieces: int) -> None:
-    """As a sharded checkpoint is loaded into a model that is there."""
+    """Load a sharded checkpoint into an existing model."""
     model, swapped = both
     new = other_tensors(family)
     names = sorted(new)
@@ -346,7 +347,7 @@ UNFIT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(
     both: tuple[Any, Any], fault: str, strict: bool
 ) -> None:
-    """As torch does, with its error, whether strict or not."""
+    """Raise the error of torch, with and without strict."""
     model, swapped = both
     spoil, words = UNFIT[fault]
     visual = tower_name(model)
@@ -360,7 +361,7 @@ def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(
 
 
 def test_an_encoder_of_given_tensors_saves_and_loads_them(family: str, tmp_path: Path) -> None:
-    """Such as those of the very tower that ours replaces."""
+    """The names include the names of the replaced tower."""
     model = FAMILIES[family].make(0)
     expected = dict(model.state_dict())
     encoder = VisionEncoder.from_tensors(tower_of(model).state_dict(), VISION, device="cpu")

@@ -59,7 +59,8 @@ def test_our_tower_gives_the_answer_of_the_models_own_to_a_prompt_of_five_images
 def test_both_models_answer_the_same_with_our_tower(
     both: tuple[Any, Any], family: str, modality: str
 ) -> None:
-    """Tokens to the last; logits within twice the distance of transformers' own from float64."""
+    """Check that all tokens are equal, and that our logits' error against float64 is at most twice
+    transformers' error."""
     model, swapped = both
     inputs = vision_inputs(family, modality)
     expected, logits = logits_of(model, inputs), logits_of(swapped, inputs)
@@ -87,7 +88,8 @@ def test_the_comparison_sees_rows_in_another_order(
 def test_features_are_read_from_our_tower_as_from_theirs(
     both: tuple[Any, Any], family: str, modality: str
 ) -> None:
-    """get_image_features and get_video_features: attributes, and a tuple where one is asked for."""
+    """Test get_image_features and get_video_features, with attributes or with a tuple on
+    request."""
     inputs = vision_inputs(family, modality)
     rows = inputs["pixel_values" if modality == "image" else "pixel_values_videos"]
     grid = inputs[f"{modality}_grid_thw"]
@@ -104,7 +106,7 @@ def test_features_are_read_from_our_tower_as_from_theirs(
 
 
 def test_a_call_gives_what_transformers_tower_gives(both: tuple[Any, Any]) -> None:
-    """An object, or a tuple; `last_hidden_state`, which no model reads, is None in ours."""
+    """Return an object or a tuple. Our `last_hidden_state`, which no model reads, is None."""
     theirs, ours = (tower_of(model) for model in both)
     rows, grids = random_rows(104, seed=1), torch.tensor(GRIDS)
     with torch.no_grad():
@@ -120,7 +122,8 @@ def test_a_call_gives_what_transformers_tower_gives(both: tuple[Any, Any]) -> No
 
 
 def test_the_whole_model_gives_all_that_is_asked_for(both: tuple[Any, Any], family: str) -> None:
-    """Hidden states and attentions are the language model's; a tuple has equally many parts."""
+    """Hidden states and attentions belong to the language model, and both tuples have equally many
+    parts."""
     inputs = vision_inputs(family)
     options = {"output_hidden_states": True, "output_attentions": True, "use_cache": False}
     parts = []
@@ -152,7 +155,7 @@ def test_batches_beams_and_chunked_prefill_work(
 
 
 class Pixels(Dataset):  # type: ignore[type-arg]
-    """A data set that runs a tower in the data loader's workers."""
+    """Run a tower in the data loader's workers."""
 
     def __init__(self, tower: nn.Module) -> None:
         self.tower = tower
@@ -166,7 +169,7 @@ class Pixels(Dataset):  # type: ignore[type-arg]
 
 
 def test_a_tower_copies_and_pickles_with_its_state(both: tuple[Any, Any]) -> None:
-    """Alone and inside a model."""
+    """Test the tower alone and inside a model."""
     tower = tower_of(both[1])
     through_pickle = pickle.loads(pickle.dumps(tower))
     for other in (copy.deepcopy(tower), through_pickle, tower_of(copy.deepcopy(both[1]))):
@@ -186,7 +189,7 @@ def test_a_tower_runs_in_workers(setting: Setting, start: str) -> None:
 
 
 def test_the_tower_shows_the_published_modules(both: tuple[Any, Any]) -> None:
-    """Their names, for those who look modules up; and weights as descriptions, not as tensors."""
+    """Other code finds modules by these names. Weights are descriptions, not tensors."""
     theirs, ours = (tower_of(model) for model in both)
     names = {name for name, _ in ours.named_modules()}
     assert names <= {name for name, _ in theirs.named_modules()}
@@ -205,7 +208,7 @@ def test_the_tower_shows_the_published_modules(both: tuple[Any, Any]) -> None:
 def test_features_in_place_of_pixels_work_for_both_models(
     both: tuple[Any, Any], family: str
 ) -> None:
-    """`to_hf` for Omni goes without the token types, which its `generate` refuses."""
+    """`to_hf` omits the token types for Omni, because Omni's `generate` rejects them."""
     model, swapped = both
     inputs = vision_inputs(family)
     with torch.no_grad():
@@ -232,7 +235,7 @@ def test_what_is_no_encoder_is_refused(given: Any) -> None:
 def test_a_model_saved_with_its_own_tower_is_read_from_where_it_was_saved(
     family: str, tmp_path: Path
 ) -> None:
-    """A thinker saved alone has the prefix "visual." and a config without `thinker_config`."""
+    """A separately saved thinker has the prefix "visual." and a config without `thinker_config`."""
     model, encoder = make_model(family, tmp_path)
     assert encoder.config.out_hidden_size == 48
     for name, tensor in tower_of(model).state_dict().items():

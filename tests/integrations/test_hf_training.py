@@ -39,7 +39,8 @@ def test_checkpointed_activations_give_the_same_gradients(
 def test_no_optimiser_sees_or_changes_the_tower(
     trainable: tuple[Any, Any], family: str, optimiser: str
 ) -> None:
-    """Not by weight decay either, which needs no gradient where a parameter has one of zeros."""
+    """Weight decay also changes no value, although it would change a parameter with zero
+    gradients."""
     model, swapped = trainable
     before, merged = tower_of(swapped).state_dict(), merged_of(swapped)
     first = float(loss_of(model, family))
@@ -60,7 +61,7 @@ def test_no_optimiser_sees_or_changes_the_tower(
 
 
 def test_the_tower_has_no_parameters_and_buffers(trainable: tuple[Any, Any]) -> None:
-    """So counts of parameters are those of the other parts."""
+    """Parameter counts therefore cover only the other parts."""
     model, swapped = trainable
     tower = tower_of(swapped)
     assert [*tower.parameters(), *tower.buffers()] == []
@@ -102,7 +103,7 @@ def test_gradients_of_the_tower_are_refused(trainable: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("put", [nn.Linear(2, 2), nn.Parameter(torch.ones(2))], ids=type)
 def test_parts_of_the_tower_cannot_be_replaced(trainable: tuple[Any, Any], put: Any) -> None:
-    """They are names: what is put there would not run, and not be saved."""
+    """The modules are only names, so the model would neither run nor save a replacement."""
     tower = tower_of(trainable[1])
     with pytest.raises(
         ArgumentError, match=r"merger of .* cannot be replaced by a .*\. Train tran"

@@ -36,7 +36,7 @@ def n_tokens(grid: tuple[int, int, int]) -> int:
 
 
 def prompt() -> Tensor:
-    """A video, a picture, a video."""
+    """Return a video, an image and a video."""
     ids = [20]
     for token, grid in ((VIDEO, CLIPS[0]), (IMAGE, PICTURE), (VIDEO, CLIPS[1])):
         ids += [START, *n_tokens(grid) * [token], END, 21]
@@ -48,7 +48,7 @@ def rows_of(*grids: tuple[int, int, int], seed: int) -> Tensor:
 
 
 class Asked:
-    """A model, its own answer to rows, and our features of the same rows."""
+    """Return a model, its own answer to rows, and our features of the same rows."""
 
     def __init__(self, family: str, folder: Any) -> None:
         self.model, encoder = make_model(family, folder)
@@ -93,7 +93,8 @@ def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_features_of_videos_give_the_answer_of_the_models_own_tower(asked: Asked) -> None:
-    """Tokens to the last; logits within twice the distance of transformers' own from float64."""
+    """Check that all tokens are equal, and that our logits' error against float64 is at most twice
+    transformers' error."""
     ours = asked.features()
     doubled = {k: v.double() if v.is_floating_point() else v for k, v in asked.rows.items()}
     exact = asked.logits(doubled, copy.deepcopy(asked.model).double())
@@ -104,7 +105,7 @@ def test_features_of_videos_give_the_answer_of_the_models_own_tower(asked: Asked
 
 
 def decoded(path: str, indices: list[int], width: int, height: int) -> list[NDArray[np.uint8]]:
-    """Chosen frames of a file, by PyAV and Pillow alone."""
+    """Return chosen frames of a file, with only PyAV and Pillow."""
     import av
 
     with av.open(path) as container:
@@ -116,7 +117,7 @@ def decoded(path: str, indices: list[int], width: int, height: int) -> list[NDAr
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_video_file_gives_the_answer_of_the_models_own_tower(family: str, tmp_path: Path) -> None:
-    """From the file on: 60 frames at 30 a second, of which 0, 20, 39 and 59 are sampled."""
+    """The file has 60 frames at 30 a second, and the sampler takes frames 0, 20, 39 and 59."""
     model, encoder = make_model(family, tmp_path / "model")
     path = make_video(tmp_path / "clip.mp4", 60)
     clip = encoder.encode_video(path, min_pixels=784, max_pixels=56 * 84)

@@ -51,7 +51,7 @@ def assert_same_rows(found: Sequence[Tensor], features: Iterable[ImageFeatures])
 
 
 def test_bfloat16_stays_bfloat16_everywhere() -> None:
-    """NumPy has no such type, so vLLM's other form, .npy, would have to widen it."""
+    """NumPy has no bfloat16, so vLLM's other format, .npy, would need a wider type."""
     made = features_with_grids((1, 4, 4), (1, 2, 6), dtype=torch.bfloat16)
     assert to_vllm(made)["image"]["image_embeds"].dtype == torch.bfloat16
     assert to_sglang(made)[0]["feature"].dtype == torch.bfloat16
@@ -60,7 +60,7 @@ def test_bfloat16_stays_bfloat16_everywhere() -> None:
 
 
 def test_a_chat_part_holds_its_own_image_and_not_the_file(tmp_path: Path) -> None:
-    """`torch.save` of a view writes everything that it looks into: here, all images."""
+    """`torch.save` of a view writes the whole storage, which contains all images."""
     made = features_with_grids((1, 2, 2), (1, 200, 200))
     stored = load_features(write_features(tmp_path / "f.safetensors", made, {}))
     small = stored.to_vllm_chat_part()[0]["image_embeds"]["image_embeds"]
@@ -152,7 +152,7 @@ def test_a_file_a_choice_and_a_list_give_the_same(setting: Setting) -> None:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two nests of dicts, lists and tensors are equal."""
+    """Return whether two nested structures of dicts, lists and tensors are equal."""
     if isinstance(one, Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -185,7 +185,8 @@ def test_an_export_of_other_outputs_is_read_but_no_language_model_gets_it(
 
 
 def test_an_export_in_bfloat16_stays_in_it(setting: Setting, tmp_path: Path) -> None:
-    """In the same shards, and so in the same batches, which decide the last bits on a CPU."""
+    """The images are in the same shards and batches, because batches decide the last bits on a
+    CPU."""
     features = exported(setting, tmp_path, dtype="bfloat16", shard_size=2)
     rounded = [replace(each, embeds=each.embeds.bfloat16()) for each in setting.features]
     assert same(features.to_vllm(), to_vllm(rounded))

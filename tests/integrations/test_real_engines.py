@@ -21,7 +21,7 @@ RUN_S = 280  # a scenario takes 25 to 60 s on two idle cores
 
 
 def environment_of(recipe: Recipe) -> Path:
-    """The folder of an engine's environment; skips the test where it is missing or outdated."""
+    """Return the folder of an engine's environment. Skip the test if it is missing or outdated."""
     folder = default_folder(recipe)
     if not is_complete(folder, recipe):
         pytest.skip(
@@ -41,7 +41,7 @@ def environment_of(recipe: Recipe) -> Path:
     ],
 )
 def test_an_engine_with_our_tower_answers_as_transformers(recipe: Recipe, scenario: str) -> None:
-    """In float64, and with the tower that the check names."""
+    """Compare in float64, with the tower that the check names."""
     folder = environment_of(recipe)
     command = [sys.executable, "-m", "tools.checks.engines", recipe.name, "--env", str(folder)]
     done = subprocess.run(
@@ -59,7 +59,7 @@ def test_an_engine_with_our_tower_answers_as_transformers(recipe: Recipe, scenar
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """A recipe whose environments are looked for in an empty folder."""
+    """Return a recipe whose environments belong into an empty folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     lock = tmp_path / "lock.txt"
     lock.write_text("click==8.5.1 --hash=sha256:00\n")

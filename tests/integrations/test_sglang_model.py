@@ -25,12 +25,12 @@ HEAD = ("lm_head.weight", torch.ones(2, 2))
 
 @pytest.fixture
 def sglang(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A fake SGLang."""
+    """Return a fake SGLang."""
     return fake_sglang.install(monkeypatch)
 
 
 def model_class() -> type:
-    """What SGLang builds for the architecture."""
+    """Return the model that SGLang builds for the architecture."""
     warnings: list[str] = []
     found = fake_sglang.import_model_classes(PACKAGE, warnings.append)
     assert not warnings
@@ -38,7 +38,7 @@ def model_class() -> type:
 
 
 def published(encoder: VisionEncoder, prefix: str = "visual.") -> list[tuple[str, Tensor]]:
-    """Every weight of a checkpoint, in another order than the tower's."""
+    """Return every weight of a checkpoint, in another order than the tower's order."""
     weights = [(prefix + name, tensor) for name, tensor in encoder.checkpoint.tensors.items()]
     Random(0).shuffle(weights)
     return [*weights[:5], HEAD, *weights[5:]]
@@ -80,7 +80,8 @@ def test_pictures_and_videos_have_the_bits_of_encode_patches(
 
 @pytest.mark.usefixtures("sglang")
 def test_a_bfloat16_engine_loads_the_same_tower(encoder: VisionEncoder) -> None:
-    """SGLang builds and loads while bfloat16 is torch's default: no table may be rounded to it."""
+    """SGLang builds and loads with bfloat16 as torch's default dtype, which must not round a
+    table."""
     model = loaded(encoder, dtype=torch.bfloat16)
     rows = rows_of(GRIDS).bfloat16()
     made = model.get_image_feature([item(rows, GRIDS, "image")])
@@ -98,7 +99,7 @@ def test_sglang_loads_everything_but_the_tower(encoder: VisionEncoder) -> None:
 @pytest.mark.usefixtures("sglang")
 @pytest.mark.parametrize("grids", [GRIDS, [*GRIDS, *FRAMES], GRIDS[:1]])
 def test_each_of_two_ranks_encodes_a_share(encoder: VisionEncoder, grids: list[list[int]]) -> None:
-    """With one picture the second rank has none, and asks the tower for its width and device."""
+    """With one image, the second rank has no image, and reads the tower's width and device."""
     model = loaded(encoder)
     model.use_data_parallel, model.n_ranks = True, 2
     rows = rows_of(grids)
@@ -110,7 +111,7 @@ def test_each_of_two_ranks_encodes_a_share(encoder: VisionEncoder, grids: list[l
 
 @pytest.mark.usefixtures("sglang")
 def test_the_padding_of_sglangs_own_tower_is_not_ours(encoder: VisionEncoder) -> None:
-    """On a CPU SGLang 0.5.23 rounds both numbers up in the config that it hands over."""
+    """On a CPU, SGLang 0.5.23 rounds both numbers up in the config that it passes."""
     heads, width = encoder.config.num_heads, encoder.config.intermediate_size
     config = fake_sglang.model_config(
         encoder, num_heads=heads + 3, original_num_heads=heads,
@@ -153,7 +154,7 @@ def test_a_tower_that_we_do_not_have_is_refused_with_the_way_out(encoder: Vision
 
 @pytest.mark.usefixtures("sglang")
 def test_updates_over_dummy_weights_may_come_in_pieces(encoder: VisionEncoder) -> None:
-    """Trainers start the engine with dummy weights, and send the language model's first."""
+    """Trainers start the engine with dummy weights, and send the language model's weights first."""
     model = fake_sglang.load_dummy(model_class(), fake_sglang.model_config(encoder))
     rows = rows_of(GRIDS)
     dummy = model.get_image_feature([item(rows, GRIDS, "image")])
@@ -168,7 +169,7 @@ def test_updates_over_dummy_weights_may_come_in_pieces(encoder: VisionEncoder) -
 def test_an_update_of_the_tower_forgets_cached_embeddings(
     sglang: SimpleNamespace, encoder: VisionEncoder
 ) -> None:
-    """SGLang 0.5.23 answered pictures that it had seen from the old weights."""
+    """SGLang 0.5.23 once answered repeated images with embeddings of the old weights."""
     model = loaded(encoder)
     cache = sglang.schedule.embedding_cache = fake_sglang.EmbeddingCache({1: torch.ones(1)})
     model.load_weights([HEAD])

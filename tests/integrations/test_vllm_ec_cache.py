@@ -49,7 +49,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that every user may enter; pytest's own are the user's alone."""
+    """Return a folder that every user may enter, because only one user may enter pytest's
+    folders."""
     with TemporaryDirectory() as name:
         os.chmod(name, 0o755)
         yield Path(name)
@@ -62,7 +63,7 @@ def make_read_only(folder: Path) -> None:
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """Be a user who may not write anywhere, where the tests are run by root."""
+    """Change to a user without write permission if root runs the tests."""
     was = os.getresuid()
     if was[0] == 0:
         os.setresuid(NOBODY, NOBODY, 0)
@@ -167,7 +168,8 @@ OTHERS: dict[str, tuple[dict[str, str], Any]] = {
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_folder_is_of_one_model(tmp_path: Path, other: str) -> None:
-    """An engine would stop at rows of another width, and answer wrongly from another model's."""
+    """An engine would stop at rows of another width, and give wrong answers for another model's
+    rows."""
     write_ec_cache(PICTURES, tmp_path / "ec", MODEL)
     before = content(tmp_path / "ec")
     changes, change = OTHERS[other]
@@ -223,7 +225,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_another_process_is_about_to_name_is_taken(tmp_path: Path) -> None:
-    """Between its temporary file and qwen_vit.json; a killed process leaves the former."""
+    """A killed process leaves the temporary file without qwen_vit.json."""
     (tmp_path / "ec").mkdir()
     (tmp_path / "ec" / ".qwen_vit.json.5f.tmp").touch()
     assert write_ec_cache(PICTURES, tmp_path / "ec", MODEL)
@@ -231,7 +233,7 @@ def test_a_folder_that_another_process_is_about_to_name_is_taken(tmp_path: Path)
 
 @pytest.mark.parametrize("state", ["new", "empty", "in use"])
 def test_a_folder_that_is_not_writable_is_named(open_folder: Path, state: str) -> None:
-    """By its permissions, as another user than root."""
+    """The folder's permissions forbid writing, for a user other than root."""
     folder = open_folder / "ec"
     if state == "in use":
         write_ec_cache(PICTURES[:1], folder, MODEL)
@@ -248,7 +250,7 @@ def test_a_folder_that_is_not_writable_is_named(open_folder: Path, state: str) -
 def test_a_folder_that_will_not_be_writable_is_refused_in_advance(
     open_folder: Path, is_there: bool
 ) -> None:
-    """Before an export encodes anything."""
+    """The check runs before an export encodes an image."""
     if is_there:
         (open_folder / "ec").mkdir()
     make_read_only(open_folder)
@@ -259,7 +261,7 @@ def test_a_folder_that_will_not_be_writable_is_refused_in_advance(
 def test_a_full_disk_leaves_no_entry_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM takes every file that it finds under the name: it is there whole, or not."""
+    """vLLM uses every file with the entry's name, so a file must be complete or absent."""
     write_ec_cache(PICTURES[:1], tmp_path / "ec", MODEL)
     before = content(tmp_path / "ec")
 
@@ -294,7 +296,7 @@ DAMAGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_entry_is_refused_before_a_request_names_it(tmp_path: Path, damage: str) -> None:
-    """vLLM's engine stops at each of them."""
+    """vLLM's engine stops at each such request."""
     [entry, other] = write_ec_cache(PICTURES, tmp_path / "ec", MODEL)
     DAMAGES[damage](tmp_path / "ec" / entry.uuid / ENTRY)
     cache = read_ec_cache(tmp_path / "ec")
@@ -310,7 +312,7 @@ def test_a_damaged_entry_is_refused_before_a_request_names_it(tmp_path: Path, da
 
 
 def test_the_last_entry_of_an_image_counts(tmp_path: Path) -> None:
-    """A picture that was changed and encoded again has another entry."""
+    """A changed image has another entry after encoding."""
     [old] = write_ec_cache([PICTURES[0]], tmp_path / "ec", MODEL)
     changed = replace(PICTURES[0], embeds=PICTURES[0].embeds + 1)
     [new] = write_ec_cache([changed], tmp_path / "ec", MODEL)

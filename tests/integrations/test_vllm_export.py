@@ -23,7 +23,7 @@ TWO = ExportOptions(shard_size=2)
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Three pictures, and one that fails."""
+    """Make three images, and an image that fails."""
     folder = tmp_path / "photos"
     folder.mkdir()
     numbers = np.random.default_rng(0)
@@ -55,7 +55,8 @@ def test_every_exported_image_has_an_entry(encoder: VisionEncoder, photos: Path)
 
 
 def test_a_resumed_export_writes_what_is_not_listed(encoder: VisionEncoder, photos: Path) -> None:
-    """Killed between a shard and its entries; and what is listed is not read again."""
+    """A kill ends the export between a shard and its entries. A later run does not read listed
+    shards again."""
     export(encoder, photos)
     before = entries(photos.parent)
     first, second = sorted((photos.parent / "ec" / "index").iterdir())

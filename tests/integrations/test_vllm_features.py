@@ -33,7 +33,8 @@ def assert_rows(found: dict[str, Any], **expected: list[ImageFeatures]) -> None:
 
 
 def test_pictures_and_videos_go_together() -> None:
-    """A video of two frames has one step in time, as a picture: the argument tells them apart."""
+    """A video of two frames has one time step, like an image, so only the argument separates the
+    two."""
     arguments: dict[str, Any] = {
         "features": PICTURES,
         "videos": CLIPS,
@@ -70,7 +71,7 @@ def test_videos_alone_need_no_pictures() -> None:
     ],
 )
 def test_each_video_has_its_seconds(adapter: Adapter, seconds: Any, words: str) -> None:
-    """Without them vLLM takes a second, in silence, and its answers are others."""
+    """Without seconds, vLLM silently assumes one second, and its answers differ."""
     with pytest.raises(ArgumentError) as caught:
         adapter(PICTURES, videos=CLIPS, second_per_grid_ts=seconds)
     assert words in str(caught.value)
@@ -78,7 +79,7 @@ def test_each_video_has_its_seconds(adapter: Adapter, seconds: Any, words: str) 
 
 @pytest.mark.parametrize("adapter", [to_vllm, to_vllm_chat_part])
 def test_a_video_among_the_pictures_is_refused(adapter: Adapter) -> None:
-    """vLLM stops at "Image must have 1 frame", for everybody."""
+    """vLLM stops with "Image must have 1 frame" for all users."""
     with pytest.raises(ArgumentError, match=r"clip: its grid has 2 steps .* in videos="):
         adapter([PICTURES[0], CLIPS[0]])
 
@@ -111,7 +112,7 @@ KILLERS = {
 
 @pytest.mark.parametrize("name", KILLERS)
 def test_what_stops_the_engine_never_reaches_it(name: str) -> None:
-    """The engine dies of the raw request, and answers nobody after it; ours is refused before."""
+    """The raw request stops the engine for all users. Our function rejects it earlier."""
     bad, engine = KILLERS[name], FakeVllm(WIDTH)
     raw = {"image_embeds": bad.embeds, "image_grid_thw": torch.tensor([bad.grid_thw])}
     with pytest.raises(EngineDeadError, match="stops at image"):
@@ -124,7 +125,7 @@ def test_what_stops_the_engine_never_reaches_it(name: str) -> None:
 
 
 def test_nan_never_reaches_the_engine() -> None:
-    """NaN stays in the key-value cache, and shorter requests in the same blocks read it."""
+    """NaN remains in the key-value cache, and shorter requests in the same blocks read NaN."""
     bad, engine = with_rows(lambda rows: rows * float("nan")), FakeVllm(WIDTH)
     raw = {"image_embeds": bad.embeds, "image_grid_thw": torch.tensor([bad.grid_thw])}
     engine.generate({"prompt": "", "multi_modal_data": {"image": raw}})

@@ -73,7 +73,7 @@ def test_nothing_changes_until_it_is_asked_for(
 def test_it_replaces_one_model_by_its_name_and_imports_nothing_yet(
     plugins: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Others, such as Qwen2-VL and Qwen3-VL, keep their towers, and one line says so."""
+    """Other models, such as Qwen2-VL and Qwen3-VL, keep their towers, and one line reports this."""
     registered = fake_vllm.install(monkeypatch)
     monkeypatch.setenv("VLLM_PLUGINS", plugins)
     with caplog.at_level(logging.INFO, "vllm.qwen_vit"):
@@ -206,9 +206,8 @@ def test_weights_of_another_tower_are_refused(
 def test_weights_that_vllm_reloads_are_written_and_not_warned_about(
     encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM puts tensors without memory in the parameters' place, and the parameters back.
-
-    What went into those tensors was lost without an error: the tower kept its old weights.
+    """vLLM replaces the parameters by tensors without memory, and later restores the parameters.
+    Values in those tensors were once lost without an error, and the tower kept its old weights.
     """
     fake_vllm.install(monkeypatch)
     model = loaded_model(Config(encoder))
@@ -231,7 +230,7 @@ def test_weights_that_vllm_reloads_are_written_and_not_warned_about(
 def test_the_tower_is_prepared_before_its_first_call_alone(
     encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM measures its memory by that call, so all that requests will need must exist then."""
+    """vLLM measures its memory in this call, so everything that requests need must exist then."""
     fake_vllm.install(monkeypatch)
     model = loaded_model(Config(encoder))
     seen: list[tuple[list[torch.dtype], int]] = []
@@ -252,7 +251,8 @@ def test_the_tower_is_prepared_before_its_first_call_alone(
 def test_the_tower_belongs_to_a_measurement_that_runs_the_language_model_alone(
     is_asked_first: bool, is_skipped: bool, encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As vLLM 0.25's second model runner: else the first request compiles, and has no memory."""
+    """vLLM 0.25's second model runner skips this call. Otherwise the first request would compile,
+    without enough memory."""
     fake_vllm.install(monkeypatch)
     model = loaded_model(Config(encoder, limits=fake_vllm.Limits(skip_mm_profiling=is_skipped)))
     called: list[torch.Size] = []

@@ -51,9 +51,8 @@ def compiled_attention_interpreted(
     *,
     by_triton: bool = False,
 ) -> Tensor:
-    """The configuration that GPUs run, step by step: head dims cut in two, tiles of one size,
-    angles behind an index, and K rotated beforehand or one key tile. Rows that nothing writes are
-    NaN."""
+    """Run the GPU configuration step by step: split head dims, tiles of one size, indexed angles,
+    and K rotated beforehand or one key tile. Unwritten rows are NaN."""
     N, _, H, D = qkv.shape
     run = interpreted_by_triton if by_triton else interpreted
     lanes = {} if by_triton else {"lanes": H}  # the heads of one tile take the same branches
@@ -142,7 +141,7 @@ def test_axial_tables_mean_the_row_then_the_column(head_dim: int, adjacent_pairs
 def test_the_configuration_that_gpus_run_is_right(
     head_dim: int, kind: str, adjacent_pairs: bool
 ) -> None:
-    """The key loop, its peeled last tile and the rotated K exist only there."""
+    """Only full attention has the key loop, its peeled last tile and the rotated K."""
     lengths = [64, 12, 4, 36, 64] if kind == "window" else [150, 4, 33, 64, 128, 1, 65]
     qkv, _, _, cu_seqlens = random_case(lengths, head_dim, 2)
     tables, cos, sin = axial_tables(len(qkv), head_dim)
@@ -205,7 +204,7 @@ NAN, INF = float("nan"), float("inf")
 def test_a_bad_value_in_one_segment_reaches_no_other(
     lengths: list[int], poisoned: int, part: str, poison: float
 ) -> None:
-    """Segments of one length run together, as lanes: none may read another's values."""
+    """Segments of one length run together as lanes, and no lane may read another lane's values."""
     qkv, cos, sin, cu_seqlens = random_case(lengths, 80, 2)
     before = fused_rope_varlen_attention(qkv, cos, sin, cu_seqlens)
     start, end = cu_seqlens[poisoned : poisoned + 2].tolist()
@@ -238,10 +237,9 @@ def test_scores_of_ten_thousand_do_not_overflow(length: int) -> None:
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_scores_that_are_all_huge_or_all_tiny_give_a_softmax(sign: float) -> None:
-    """Without the maximum taken off, 2**score is infinite or zero everywhere.
-
-    float32 rounds a score to score * 2**-24 and its dot product adds as much again, in an order
-    that depends on the machine; a weight is 2**score, so its relative error is that times ln 2.
+    """Without subtraction of the maximum, 2**score is infinite or zero everywhere. float32 rounds a
+    score to score * 2**-24, and the dot product adds an equal error, in an order that depends on
+    the machine. A weight is 2**score, so its relative error is this error times ln 2.
     """
     qkv, _, _, cu_seqlens = random_case([70, 9], 64, 1)
     qkv[:, 0], qkv[:, 1] = 4.0, sign * 4.0
@@ -254,8 +252,8 @@ def test_scores_that_are_all_huge_or_all_tiny_give_a_softmax(sign: float) -> Non
 
 
 def test_segments_with_identical_tokens_give_identical_results() -> None:
-    """Attention over the copies together would give the same softmax average; not with one copy
-    changed, so the middle one differs."""
+    """Attention over all copies together would give the same softmax average, unless one copy
+    differs. The middle copy therefore differs."""
     qkv, cos, sin, _ = random_case([50], 80, 2)
     other, *_ = random_case([50], 80, 2, seed=1)
     batch = torch.cat([qkv, other, qkv])

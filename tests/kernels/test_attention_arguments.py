@@ -40,7 +40,7 @@ def test_no_rows_give_no_rows() -> None:
 
 
 def test_rows_without_any_segment_are_taken() -> None:
-    """Once, the largest of no tiles was asked for: RuntimeError instead of unwritten rows."""
+    """The maximum of no tiles once raised RuntimeError instead of leaving rows unwritten."""
     qkv, cos, sin, _ = random_case([10], 40, 1)
     out = fused_rope_varlen_attention(qkv, cos, sin, torch.tensor([0, 0], dtype=torch.int32))
     assert out.shape == (10, 1, 40)
@@ -106,7 +106,8 @@ def test_the_tile_table_made_on_the_device_knows_empty_segments(lengths: list[in
 
 
 def test_edges_beyond_the_rows_lead_nowhere_on_a_gpu() -> None:
-    """Their values are never read back, and a tile past the last row would be written there."""
+    """The host never reads the lengths, and a tile after the last row would write outside the
+    result."""
     for wrong in ([0, 200], [0, 1 << 30, 7], [-5, 100], [50, 0, 100], [0, 90, 300, 100]):
         table = _tile_table_on_device(torch.tensor(wrong), 100, SegmentTiling(32))
         used = table[table[:, 1] > table[:, 0]]

@@ -48,7 +48,8 @@ GPU_CASES = [("full", name) for name in GPU_LENGTHS] + [("window", name) for nam
 def test_the_towers_call_reaches_hoppers_own_kernel(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once these tests asked for angles in another form, and met the Triton kernel alone."""
+    """These tests once passed angles in another format, and therefore tested only the Triton
+    kernel."""
     if torch.cuda.get_device_capability() != (9, 0) or not IS_KNOWN_GLUON:
         pytest.skip("not a Hopper, or a Triton whose Gluon is not known")
     from qwen_vit.kernels import attention_hopper
@@ -70,9 +71,9 @@ def test_the_towers_call_reaches_hoppers_own_kernel(
 @pytest.mark.parametrize("kind", ["full", "window"])
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 128])
 def test_bf16_on_a_gpu_is_as_exact_as_pytorch(head_dim: int, kind: str) -> None:
-    """Largest error at most 1.25 times, mean at most 1.05 times PyTorch's, over all the lengths.
-
-    The largest of one layout is a single draw: it is compared over all of them together.
+    """Over all lengths, the largest error is at most 1.25 times and the mean at most 1.05 times
+    PyTorch's error. The test compares the largest error over all layouts, because one layout gives
+    only one sample.
     """
     errors: dict[str, list[Tensor]] = {"tower": [], "stock": [], "public": []}
     for name in (name for its_kind, name in GPU_CASES if its_kind == kind):
@@ -97,7 +98,7 @@ def test_bf16_on_a_gpu_is_as_exact_as_pytorch(head_dim: int, kind: str) -> None:
 @pytest.mark.parametrize(("kind", "name"), GPU_CASES)
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_fp32_on_a_gpu_is_ieee(head_dim: int, kind: str, name: str) -> None:
-    """TF32 would be off by 1e-3."""
+    """TF32 would have an error of 1e-3."""
     lengths = GPU_LENGTHS[name]
     case = random_case(lengths, head_dim, 2, device=CUDA)
     oracle = attention_oracle(*case)
@@ -148,7 +149,8 @@ def on_gpu(tables: RotaryTable, rows: slice = slice(None)) -> RotaryTable:
 def test_a_neighbour_of_nan_reaches_no_other_segment_of_the_tower(
     kind: str, lengths: list[int], poisoned: int
 ) -> None:
-    """Tiles reach beyond their segment, and 0 * NaN is NaN. With axial tables, as in the tower."""
+    """Tiles extend beyond their segment, and 0 * NaN is NaN. The test uses axial tables, as in the
+    tower."""
     qkv = torch.randn(sum(lengths), 3, 16, 80, device=CUDA, dtype=torch.bfloat16)
     tables, _, _ = axial_tables(len(qkv), 80)
     edges = [0, *itertools.accumulate(lengths)]

@@ -101,7 +101,7 @@ def test_the_rotation_of_keys_hardly_spills(bits: int, adjacent: bool) -> None:
 
 
 def test_both_kernels_of_a_regime_take_the_same_plan() -> None:
-    """The layout cuts query tiles before it is known which of the two will run."""
+    """The layout cuts query tiles before the host chooses one of the two kernels."""
     assert attention.TILES["full", 16].q_rows == attention_hopper.Q_ROWS
     assert attention.TILES["window", 16].q_rows == attention_hopper.W_ROWS
 

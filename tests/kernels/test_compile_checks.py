@@ -11,7 +11,7 @@ from tests.support.hopper_compile import (
 
 
 def test_programs_that_fit_are_bound_by_the_scarcest() -> None:
-    """H100's tuning guide: 64 K registers, 228 KB of shared memory, 64 warps."""
+    """The H100 tuning guide gives 64 K registers, 228 KB of shared memory and 64 warps."""
     compiled = Compiled(64, 0, False, frozenset(), 1000, 0, 0, 0, 0)
     assert compiled.programs_that_fit(4) == 8  # 8 x 128 threads x 64 registers
     assert replace(compiled, registers=16).programs_that_fit(4) == 16
@@ -47,7 +47,7 @@ FENCE, BARRIER = "FENCE.VIEW.ASYNC.S", "BAR.SYNC.DEFER_BLOCKING 0x0"
 
 
 def test_a_matrix_instruction_after_a_store_wants_a_fence_and_then_a_barrier() -> None:
-    """The window kernel once had them the other way round."""
+    """The window kernel once had the fence and the barrier in the wrong order."""
     assert count_unfenced_reads(STORED_THEN_READ.format(FENCE, BARRIER)) == 0
     assert count_unfenced_reads(STORED_THEN_READ.format(BARRIER, FENCE)) == 1
     assert count_unfenced_reads(STORED_THEN_READ.format(BARRIER, BARRIER)) == 1
@@ -65,7 +65,7 @@ END = "	mbarrier.inval.shared::cta.b64 [{}];\n"
 
 
 def test_a_barrier_that_nothing_holds_to_the_end_is_found() -> None:
-    """A bias lay where two of them were, and became NaN when processes took turns on the GPU."""
+    """A bias once used the memory of two barriers, and became NaN when processes shared the GPU."""
     assert count_barriers(TWO_ARRAYS_OF_BARRIERS) == (0, 3)
     assert count_barriers(TWO_ARRAYS_OF_BARRIERS + END.format("%r1")) == (1, 1)
     assert count_barriers(TWO_ARRAYS_OF_BARRIERS + END.format("%r2")) == (1, 2)
@@ -76,7 +76,7 @@ def test_a_barrier_that_nothing_holds_to_the_end_is_found() -> None:
 
 
 def test_a_corrupt_descriptor_is_found_and_sound_ones_are_not() -> None:
-    """Once, a product of the last 16 dims read shared memory at a stride made of its address."""
+    """A GEMM of the last 16 dims once read shared memory with a stride from its address."""
     assert count_corrupt_descriptors(CORRUPT) == 1
     assert count_corrupt_descriptors(SOUND + CORRUPT + SOUND + CORRUPT) == 2
     for sound in (SOUND, OVERWRITTEN, ANOTHER_CARRY):

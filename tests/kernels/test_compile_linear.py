@@ -186,7 +186,7 @@ def test_the_product_of_pixels_and_fp16_weights_compiles_to_sound_code(
 
 
 def test_every_row_of_every_table_is_compiled() -> None:
-    """A row that is added to a table gets its checks without anybody's thinking of it."""
+    """Each new row of a table automatically gets its checks."""
     checked = {case.values[2] for case in gemm_cases()} | set(PIXEL_TILES)
     tables = [*linear.HOPPER_TILES.values(), linear.FALLBACK_TILES.items()]
     assert {tile for rows in tables for _, tile in rows} == checked
@@ -236,6 +236,7 @@ def test_the_small_kernels_compile_without_spills(bits: int) -> None:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_one_binary_serves_every_number_of_rows(kernel: Any, counts: set[str]) -> None:
-    """Triton compiles anew where a count is 1, or a multiple of 16, unless it is told not to."""
+    """Triton compiles another kernel for a count of 1 or a multiple of 16, unless the code forbids
+    this."""
     of_images = {each.name for each in kernel.params if each.do_not_specialize}
     assert of_images == counts

@@ -55,7 +55,8 @@ def test_the_scale_comes_before_the_bias_and_the_epilogue() -> None:
 
 
 def test_the_gelu_is_the_exact_one() -> None:
-    """The tanh form is off by 5e-4 at most, 2e-4 here: far beyond the bound."""
+    """The tanh form has errors of at most 5e-4, and 2e-4 in this test, which far exceeds the
+    bound."""
     x, weight, bias = random_case(64, 96, 40)
     tanh = F.gelu(linear_oracle(x, weight, bias), approximate="tanh")
     exact = linear_oracle(x, weight, bias, epilogue="gelu")
@@ -197,7 +198,7 @@ INTERPRETED_CASES = [
 
 @cache
 def interpreted_errors(*cases: tuple[Any, ...]) -> tuple[float, ...]:
-    """Errors of each case's product; without cases, of the norm and of the gather."""
+    """Return the errors of each case's GEMM, or of the norm and the gather without cases."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED, json.dumps(cases)],
@@ -219,7 +220,7 @@ def test_the_compiled_norm_and_gather_are_right_in_the_interpreter() -> None:
 
 @pytest.mark.parametrize("case", range(len(INTERPRETED_CASES)))
 def test_the_compiled_product_is_right_in_the_interpreter(case: int) -> None:
-    """Tile order, edges, SwiGLU halves, epilogues, scale: all of a product but the compiler."""
+    """Test tile order, edges, SwiGLU halves, epilogues and scale, without the compiler."""
     error = interpreted_errors(*INTERPRETED_CASES)[case]
     print(INTERPRETED_CASES[case], f"{error:.1e}")
     assert error < BOUNDS[torch.float32]
@@ -229,7 +230,7 @@ def test_the_compiled_product_is_right_in_the_interpreter(case: int) -> None:
 def test_sums_of_squares_are_by_one_chunk_whatever_the_rows(
     N: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of another chunk they round another way: an image's bits would hang on its batch."""
+    """Another chunk size would round differently, so an image's bits would depend on its batch."""
     monkeypatch.setattr(kernels, "_capability", lambda _: (9, 0))
     weight = torch.empty(N, 1280, dtype=torch.bfloat16, device="meta")
     rows = [
@@ -239,7 +240,7 @@ def test_sums_of_squares_are_by_one_chunk_whatever_the_rows(
 
 
 def test_every_product_for_hopper_has_a_tile_whatever_its_depth_and_rows() -> None:
-    """A tower wider than the published ones met a depth that the table does not name."""
+    """A tower wider than the published towers once used a depth that the table does not contain."""
     for epilogue in ("plain", "gelu", "swiglu", "residual"):
         for K in (640, 1280, 2560, 5120, 10_240):
             for M in (1, 1000, 2304, 9216, 100_000):

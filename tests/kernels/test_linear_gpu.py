@@ -46,7 +46,7 @@ ROW_COUNTS = (1, 4, 63, 65, 129, 191, 193, 768, 1535, 1537, 3073, 5000, 6145)
 
 
 class GemmCase:
-    """One of the tower's products on a GPU, on rows of one random input."""
+    """Run one of the tower's GEMMs on a GPU, on rows of one random input."""
 
     def __init__(
         self, K: int, N: int, epilogue: str, M: int, dtype: torch.dtype, seed: int = 0
@@ -101,7 +101,7 @@ def test_a_product_on_a_gpu_equals_float64(name: str, M: int, dtype: torch.dtype
 @pytest.mark.parametrize("epilogue", [*EPILOGUES, "normed", "swiglu", "residual"])
 @pytest.mark.parametrize(("K", "N"), [(16, 24), (40, 8), (160, 480), (72, 136)])
 def test_a_small_product_on_a_gpu_equals_float64(K: int, N: int, epilogue: str) -> None:
-    """Smaller than any tile, and edges in every direction."""
+    """The sizes are smaller than any tile, with edges in every direction."""
     for dtype in (torch.bfloat16, torch.float32):
         assert GemmCase(K, N, epilogue, 37, dtype).error() < BOUNDS[dtype]
 
@@ -123,10 +123,9 @@ SHARED_BYTES = 229_376  # of a program on Hopper, but for what barriers and exch
 @pytest.mark.parametrize("M", [1000, 6400])  # one tile for each multiprocessor, and several
 @pytest.mark.parametrize("name", PUBLISHED_PRODUCTS)
 def test_all_tiles_agree_bit_for_bit(name: str, M: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tile may be chosen by the number of rows only because of this; so do both kernels.
-
-    The sums of squares that leave a `residual` are by chunk, and the chunk is a kernel's own: there
-    the two kernels are compared in their values, and each kernel's tiles in everything.
+    """The number of rows may choose the tile only because all tiles give the same bits, in both
+    kernels. Each kernel has its own chunk size for the sums of squares of a `residual`. For these
+    sums, the test compares values between the kernels, and all bits between one kernel's tiles.
     """
     case = published(name, M, torch.bfloat16)
     N = case.before.shape[1]
@@ -183,7 +182,8 @@ def test_a_product_gives_the_same_bits_a_thousand_times() -> None:
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_norm_on_a_gpu_rounds_as_transformers_does(dtype: torch.dtype) -> None:
-    """The scale may differ by a rounding in fp32, so in bf16 few values land on another side."""
+    """The scale may differ by a rounding in fp32, so few bf16 values round in the other
+    direction."""
     x, weight = norm_case(dtype, CUDA)
     ours, theirs = rms_norm(x, weight, 1e-6), their_norm(x, weight)
     assert relative_error(ours, theirs) < (2e-7 if dtype == torch.float32 else 2e-4)

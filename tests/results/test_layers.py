@@ -23,7 +23,8 @@ def pictures() -> list[Any]:
 
 
 def traced(image: Any) -> tuple[Trace, torch.Tensor]:
-    """What a hook behind each block sees, in window order; and the row-major place of each row."""
+    """Return each block's output from a hook, in window order, and the row-major place of each
+    row."""
     patches = patchify(image, tiny().image_config)
     [grid] = patches.grids
     layout = layout_for([grid], tiny().config, CPU)

@@ -30,7 +30,8 @@ WIDTHS = (1, 8, 192, 3_584)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_means_are_those_of_float64(width: int, dtype: torch.dtype) -> None:
-    """A sum of n values is off by at most n roundings of 6e-8; 2,304 rows gave below 1e-6."""
+    """A sum of n values has an error of at most n roundings of 6e-8. 2,304 rows gave errors below
+    1e-6."""
     parts = random_rows([1, 15, 16, 17, 130, 2_304], width, dtype)
     means = segment_means(torch.cat(parts), [len(part) for part in parts])
     assert means.dtype == torch.float32
@@ -61,7 +62,7 @@ def test_no_image_has_no_mean() -> None:
 
 @pytest.mark.parametrize("size", [1.0, 1e-38, 1e30])
 def test_rows_of_any_size_get_unit_length(size: float) -> None:
-    """The squares of 1e30 are no float32, those of 1e-38 are 0."""
+    """The squares of 1e30 overflow float32, and the squares of 1e-38 are 0."""
     rows = torch.randn(7, 192, generator=torch.Generator().manual_seed(0)) * size
     ours = unit_rows(rows)
     expected = rows.double() / rows.double().norm(dim=1, keepdim=True)
@@ -157,7 +158,7 @@ def test_encode_gives_one_vector_an_image(normalize: bool) -> None:
 
 
 def test_a_mean_is_no_map_and_nothing_for_a_language_model() -> None:
-    """That of a single token has as many rows as its map would have cells."""
+    """The mean of a single token has as many rows as its map would have cells."""
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu", min_pixels=28 * 28)
     assert len(encoder.encode(picture(28, 28)).embeds) == 1
     for image in (picture(56, 84), picture(28, 28)):

@@ -8,7 +8,7 @@ from qwen_vit.show.colours import PrincipalColours, component_colours, similarit
 
 
 def features(rows: int, columns: int, width: int = 48, seed: int = 0) -> torch.Tensor:
-    """Maps whose first components differ in strength, as those of a tower do."""
+    """Return maps whose first components differ in strength, like a tower's maps."""
     generator = torch.Generator().manual_seed(seed)
     strength = torch.linspace(4.0, 0.1, width) ** 2
     turn = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(9)))[0]
@@ -39,14 +39,14 @@ def test_the_components_are_those_of_an_exact_decomposition() -> None:
 
 
 def test_an_axis_points_where_its_largest_weight_is_positive() -> None:
-    """A library that returns the opposite axis, as it may, would turn light into dark."""
+    """A library may return the opposite axis, which would exchange light and dark."""
     axes = PrincipalColours.fit([features(20, 20)]).axes
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
     assert (largest > 0).all()
 
 
 def test_images_are_coloured_together() -> None:
-    """Fitted alone, the same features would have another colour in each image."""
+    """With a separate fit, the same features would have another colour in each image."""
     one, other = features(6, 8), features(5, 5, seed=3) * 0.2 + 3.0
     other[2, 2] = one[1, 1]
     together = PrincipalColours.fit([one, other])
@@ -102,7 +102,8 @@ BLINDNESS = {
 
 
 def as_seen(srgb: np.ndarray, blindness: str) -> np.ndarray:
-    """Colours as a colour-blind reader sees them, in CIELAB, where distances are those seen."""
+    """Convert colours to a colour-blind reader's colours in CIELAB, where distances match
+    perception."""
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     linear = np.clip(linear @ np.array(BLINDNESS[blindness]).T, 0, 1)
     to_xyz = np.array(
@@ -121,7 +122,7 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("blindness", BLINDNESS)
 def test_colour_blind_readers_see_what_is_alike(blindness: str) -> None:
-    """As red, green and blue, two components of three are hard to tell apart."""
+    """As red, green and blue, two of the three components are hard to distinguish."""
     cells = features(40, 30).flatten(0, 1)
     colours = PrincipalColours.fit([cells])
     along = ((cells - colours.mean) @ colours.axes - colours.low) / (colours.high - colours.low)

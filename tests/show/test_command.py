@@ -22,13 +22,13 @@ TINY = ("--model", "tiny", "--device", "cpu")
 
 @pytest.fixture
 def run(qwen_vit: Any) -> Any:
-    """`qwen-vit show ARGUMENTS`."""
+    """Run `qwen-vit show ARGUMENTS`."""
     return partial(qwen_vit, "show")
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with photographs of 56 and 84 pixels and a broken one in p/."""
+    """Return the current folder, with photographs of 56 and 84 pixels and a broken image in p/."""
     monkeypatch.chdir(tmp_path)
     Path("p").mkdir()
     for name, width in (("a.png", 56), ("b.jpg", 84)):
@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Page(HTMLParser):
-    """A page's tags and its text."""
+    """Collect a page's tags and its text."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def test_stored_features_are_shown_with_their_pictures_or_without(
 
 
 def test_a_picture_is_matched_by_the_end_of_its_path(undrawn: None, folder: Path, run: Any) -> None:
-    """Two images of one name in two folders: neither gets the other's picture."""
+    """Two images have the same name in two folders, and neither may get the other image."""
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     for name in ("x", "y"):
         Path("q", name).mkdir(parents=True)

@@ -32,7 +32,7 @@ def features(h: int = 6, w: int = 10) -> ImageFeatures:
 
 
 def drawn(function: Any) -> Any:
-    """The axes that a function has drawn on."""
+    """Return the axes on which a function has drawn."""
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()

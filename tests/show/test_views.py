@@ -26,7 +26,7 @@ def features(
 def test_a_pixel_of_the_original_image_chooses_its_cell(
     point: tuple[float, float], cell: tuple[int, int]
 ) -> None:
-    """80 x 140 pixels in 6 x 10 patches: the image was resized, and points were not."""
+    """The image of 80 x 140 pixels has 6 x 10 patches, so it was resized, but points were not."""
     [view] = view_features([features()], point=point).views
     assert view.similarity is not None
     assert tuple(map(int, np.unravel_index(view.similarity.argmax(), (6, 10)))) == cell

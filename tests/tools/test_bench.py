@@ -27,7 +27,7 @@ GRIDS = [Grid(1, 18, 10), Grid(1, 4, 6)]
 
 
 def test_the_operations_of_one_image_are_what_its_layers_multiply() -> None:
-    """Counted by hand for 32 x 32 patches: 16 windows of 64, one frame of 1,024."""
+    """The test counts by hand for 32 x 32 patches, with 16 windows of 64 and one frame of 1,024."""
     C, I, N = 1280, 3420, 1024  # noqa: E741
     work = stage_work(SHAPE, WORKLOADS["1 x 448^2"])
     assert work["qkv"].flops == 2 * N * C * 3 * C * 32
@@ -39,7 +39,7 @@ def test_the_operations_of_one_image_are_what_its_layers_multiply() -> None:
 
 
 def test_a_window_block_moves_what_it_reads_and_writes_once() -> None:
-    """The byte roofline of one layer at 9,216 patches: 94 MB, 22 us at 4.25 TB/s."""
+    """The byte roofline of one layer at 9,216 patches is 94 MB, or 22 us at 4.25 TB/s."""
     work = stage_work(SHAPE, WORKLOADS["1 x 1344^2"])["window"]
     assert work.bytes / work.count == 9216 * 1280 * 4 * 2
     assert work.roofline_ms(1e18, 4.25e12) / work.count == pytest.approx(0.0222, rel=0.01)
@@ -73,7 +73,8 @@ def test_the_stages_are_those_of_the_tower_each_in_all_of_its_blocks() -> None:
 
 
 def stock_varlen(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int) -> Tensor:
-    """In PyTorch, segment by segment; `longest` must hold, as FlashAttention-2 trusts it."""
+    """Compute attention in PyTorch, segment by segment. `longest` must be correct, because
+    FlashAttention-2 does not check it."""
     assert longest >= int(edges.diff().max())
 
     def segment_of(start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +120,7 @@ def made_up() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]
 
 
 def test_a_compiled_peer_is_given_its_layout_and_has_one_graph() -> None:
-    """Without, torch cuts it into seven, and the host waits in between."""
+    """Otherwise torch cuts the graph into seven parts, and the host waits between the parts."""
     from torch._dynamo.testing import CompileCounterWithBackend
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as theirs

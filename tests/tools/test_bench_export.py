@@ -31,7 +31,8 @@ def measured(*words: str, **changed: Any) -> dict[str, Any]:
 def test_as_many_images_are_exported_as_the_rates_are_of(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rates of 5,000 images were 2.5 times too high: 2,000 were made, whatever was asked for."""
+    """Rates of 5,000 images were once 2.5 times too high, because the tool always made 2,000
+    images."""
     monkeypatch.setattr(export_bounds, "WRITTEN_BYTES", 2**24)
     line = measured(
         *("--images", "7", "--peer-images", "0", "--checked", "3", "--shard-size", "4"),

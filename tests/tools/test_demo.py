@@ -31,7 +31,7 @@ esac
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A checkout with tools/install and an environment that is no real one."""
+    """Make a checkout with tools/install and a fake environment."""
     for file in ("tools/install", "tools/demo", "tools/constraints.txt", "pyproject.toml"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, tmp_path / file)
@@ -50,7 +50,7 @@ def install(checkout: Path, *extra: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_installing_is_one_line_in_a_log(checkout: Path) -> None:
-    """It was 60 lines of pip."""
+    """The output once had 60 lines from pip."""
     done = install(checkout, "show")
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == "Installing into .venv; the first time takes a few minutes\n"

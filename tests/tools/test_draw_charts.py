@@ -9,7 +9,7 @@ from tools.draw_charts import draw_all
 
 
 def test_every_chart_of_the_docs_is_drawn_from_the_ledger(tmp_path: Path) -> None:
-    """speed.png showed names that the tables no longer had."""
+    """speed.png once showed names that the tables no longer had."""
     for path in draw_all(tmp_path):
         with Image.open(path) as drawn, Image.open(ROOT / "docs" / path.name) as shown:
             assert drawn.size == shown.size, f"{path.name}: run python -m tools.draw_charts"

@@ -22,7 +22,7 @@ SHAPE = {
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Two models of a small shape, and requests with three images."""
+    """Make two models of a small shape, and requests with three images."""
     changes = {"HIDDEN": 256, "HEADS": 2, "KEY_HEADS": 1, "SMALL_MLP": 128, "SHAPE": SHAPE}
     for name, value in changes.items():
         monkeypatch.setattr(model, name, value)

@@ -14,7 +14,8 @@ LOCKS = ("vllm", "sglang")
 
 @pytest.mark.parametrize("engine", LOCKS)
 def test_a_lock_has_every_dependency_of_the_package(engine: str) -> None:
-    """In a version that it takes. A new dependency that was missing stopped every scenario."""
+    """Each package must have an accepted version. A missing new dependency once stopped every
+    scenario."""
     text = (ROOT / "tools" / "checks" / "engines" / f"{engine}.txt").read_text("utf-8")
     locked = {Requirement(pin).name: Version(pin.split("==")[1]) for pin in pins(text)}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]

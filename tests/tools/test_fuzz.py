@@ -32,7 +32,7 @@ def test_the_corpus_is_handled_in_time(path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_seeds_reach_what_is_behind_the_checks() -> None:
-    """A corpus that everything refuses would fuzz the first check alone."""
+    """A corpus that every parser rejects would fuzz only the first check."""
     for name, target in TARGETS.items():
         accepted = []
         for path in (CORPUS / name).iterdir():

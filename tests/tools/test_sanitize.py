@@ -69,7 +69,7 @@ def test_layouts_that_the_time_did_not_allow_are_missing(tmp_path: Path) -> None
 
 
 def test_initcheck_meets_zeros_where_the_tma_writes_and_nowhere_else() -> None:
-    """It counted 814,916 reads of a GEMM's result as of memory that nobody wrote."""
+    """initcheck once counted 814,916 reads of a GEMM's result as reads of unwritten memory."""
     linear: Any = import_module("qwen_vit.kernels.linear")
     attention: Any = import_module("qwen_vit.kernels.attention")
 

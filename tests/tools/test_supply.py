@@ -59,7 +59,7 @@ def test_the_bill_of_materials_names_all_that_is_needed() -> None:
 
 @pytest.mark.slow
 def test_two_builds_give_the_same_bytes(tmp_path: Path) -> None:
-    """From copies in other folders, whose files have other times."""
+    """Build from copies in other folders, whose files have other times."""
     files = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True
     ).stdout.split(b"\0")

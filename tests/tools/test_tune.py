@@ -63,7 +63,7 @@ def test_a_sweep_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_candidates_are_forked_from_has_not_touched_a_gpu() -> None:
-    """CUDA cannot be used in a process that was forked after a look for GPUs."""
+    """A process cannot use CUDA if it was forked after a search for GPUs."""
     program = """
 import torch
 def looked(*_): raise SystemExit("looked for a GPU")

@@ -162,7 +162,7 @@ def test_a_picture_named_mp4(name: str, tmp_path: Path) -> None:
 
 
 def test_a_web_page_and_a_playlist(tmp_path: Path) -> None:
-    """A playlist could name other files and addresses: its demuxer is never chosen."""
+    """A playlist could name other files and addresses, so the reader never chooses its demuxer."""
     page, playlist = tmp_path / "a.mp4", tmp_path / "b.mp4"
     page.write_text("<!doctype html><html>not found</html>")
     playlist.write_text("#EXTM3U\n#EXTINF:1,\n/etc/passwd\n")
@@ -230,7 +230,7 @@ def test_frames_that_do_not_fit_together() -> None:
 def test_a_video_that_killed_its_process_is_read_in_another_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The child answers for a good file, a bad one, and one that ends it."""
+    """The child answers for a good file, for a bad file, and for a file that ends the child."""
     good, torn = make_video(tmp_path / "a.mp4", 8), tmp_path / "torn.mp4"
     torn.write_bytes(Path(good).read_bytes()[:500])
     asked = VideoOptions(min_pixels=784), VideoLimits(), CONFIG

@@ -25,7 +25,8 @@ def frames(count: int, size: tuple[int, int] = (84, 56)) -> NDArray[np.uint8]:
 
 
 def hf_rows(pictures: NDArray[np.uint8], config: ImageConfig) -> torch.Tensor:
-    """transformers' Qwen2VLVideoProcessor, from resized frames on, by its own formula."""
+    """Compute the rows of transformers' Qwen2VLVideoProcessor from resized frames, by its own
+    formula."""
     if len(pictures) % 2:
         pictures = np.concatenate([pictures, pictures[-1:]])
     mean, std = np.array(config.image_mean), np.array(config.image_std)
@@ -40,7 +41,7 @@ def hf_rows(pictures: NDArray[np.uint8], config: ImageConfig) -> torch.Tensor:
 
 @pytest.mark.parametrize("count", [1, 2, 5, 6])
 def test_rows_are_those_of_the_processor(count: int) -> None:
-    """An odd number of frames repeats the last one."""
+    """For an odd number of frames, the loader repeats the last frame."""
     config = tiny().image_config
     pictures = frames(count)
     loaded = load_video(Video(pictures, **SMALL), config)
@@ -70,9 +71,9 @@ def test_a_file_gives_the_features_of_its_rows_and_the_moments_of_its_frames(
 
 @pytest.mark.parametrize("output", ["merged", "mean"])
 def test_pieces_give_the_bits_of_the_whole(output: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full attention is within a pair of frames, so a long video can be cut between pairs.
-
-    On a CPU a GEMM may round rows by their number, so there the whole is compared closely.
+    """Full attention is within a pair of frames, so the encoder can cut a long video between pairs.
+    On a CPU, a GEMM's rounding may depend on the number of rows, so the test uses a small tolerance
+    there.
     """
     options = {**SMALL, "output": output, "layers": [0, 3]}
     whole = tiny().encode_video(frames(4), **options)
@@ -188,7 +189,7 @@ def test_what_is_no_video_is_refused_with_the_next_step() -> None:
 
 
 def test_only_the_sampled_frames_are_held(tmp_path: Path) -> None:
-    """Four frames of 600: what is loaded has their size, whatever the file holds."""
+    """The loader takes four of 600 frames, and its memory depends only on these frames."""
     path = make_video(tmp_path / "long.mkv", 600)
     loaded = load_video(Video(path, n_frames=4, **SMALL), tiny().image_config)
     assert loaded.patches.pixels.nbytes == 4 * 56 * 84 * 3

@@ -24,7 +24,7 @@ SIZE = {"min_pixels": 784, "max_pixels": 56 * 84}
 
 @pytest.mark.slow
 def test_four_hours_at_one_frame_a_second(tmp_path: Path) -> None:
-    """14,400 frames, of which 768 are taken: evenly, each the one that belongs to its moment."""
+    """The sampler takes 768 of 14,400 frames evenly, each frame at its own time."""
     path = make_video(tmp_path / "a.mkv", 14_400, rate=1, options={"g": "300"})
     with open_video(path, path, VideoLimits()) as video:
         assert (video.timeline.n_frames, video.timeline.rate) == (14_400, 1.0)
@@ -39,7 +39,8 @@ def test_four_hours_at_one_frame_a_second(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_is_flat_over_a_thousand_clips(tmp_path: Path) -> None:
-    """Each decoder, container and picture is freed: 800 clips after the first 200 add nothing."""
+    """The loader frees each decoder, container and frame, so 800 clips after the first 200 add no
+    memory."""
     path = make_video(tmp_path / "a.mp4", 12, size=(320, 240))
     config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
     loader = ImageLoader(

@@ -24,7 +24,7 @@ SIZE = (96, 64)
 
 
 def read(path: Path | str, n_frames: int = 4) -> tuple[list[int], LoadedVideo]:
-    """The numbers of the sampled frames."""
+    """Return the numbers of the sampled frames."""
     kept: dict[int, NDArray[np.uint8]] = {}
     video = Video(str(path), n_frames=n_frames, min_pixels=784, max_pixels=56 * 84)
     loaded = load_video(video, CONFIG, keep=kept)
@@ -32,7 +32,7 @@ def read(path: Path | str, n_frames: int = 4) -> tuple[list[int], LoadedVideo]:
 
 
 def write(path: Path, codec: str, pix_fmt: str, streams: int = 1) -> Path:
-    """20 frames, in one stream or several of other numbers."""
+    """Write 20 frames, in one stream or in several streams with other numbers."""
     import av
 
     with av.open(str(path), "w") as container:
@@ -106,7 +106,7 @@ def test_one_frame(name: str, tmp_path: Path) -> None:
 def test_a_header_of_zero_duration_gives_all_frames(
     box: bytes, offset: int, tmp_path: Path
 ) -> None:
-    """The duration of the track, that of each frame, and the number of those durations."""
+    """Change the duration of the track, the duration of each frame, and the number of durations."""
     path = make_video(tmp_path / "a.mp4", 20, options={"g": "10"})
     assert read(patched(path, box, offset, bytes(4)))[0] == [0, 6, 13, 19]
 
@@ -127,7 +127,7 @@ def test_without_an_index(tmp_path: Path) -> None:
 def test_a_stream_of_no_declared_length_that_ends_in_a_group(
     name: str, container: dict[str, str], tmp_path: Path
 ) -> None:
-    """Nothing says that more was there: its frames are the ones that came."""
+    """No header declares more frames, so the video has the existing frames."""
     path = make_video(tmp_path / name, 60, options={"g": "30"}, container_options=container)
     os.truncate(path, int(os.path.getsize(path) * 0.9))
     numbers, _ = read(path)

@@ -58,7 +58,8 @@ def test_every_frame_is_found_alone_and_in_order(kind: str, tmp_path: Path) -> N
 def test_a_frame_behind_a_seek_has_the_pixels_of_a_whole_decode(
     target: int, tmp_path: Path
 ) -> None:
-    """Frames that no other needs are not decoded on the way: the target must not show it."""
+    """The decoder skips frames that no other frame needs, and this must not change the target
+    frame."""
     import av
 
     _, settings = KINDS["h264-open-gop"]
@@ -71,7 +72,8 @@ def test_a_frame_behind_a_seek_has_the_pixels_of_a_whole_decode(
 
 
 def test_a_varying_rate_gives_the_frames_shown_at_even_moments(tmp_path: Path) -> None:
-    """30 frames in 0.5 s, then 10 of one second each: by time most samples fall into the slow."""
+    """The clip has 30 frames in 0.5 s, and then 10 frames of one second each. By time, most samples
+    are in the slow part."""
     ticks = [*(round(i * 1000 / 60) for i in range(30)), *(500 + 1000 * i for i in range(10))]
     path = make_video(tmp_path / "a.mkv", 40, ticks=ticks, time_base=Fraction(1, 1000))
     with open_video(path, path, VideoLimits()) as video:
@@ -89,7 +91,7 @@ def test_a_varying_rate_gives_the_frames_shown_at_even_moments(tmp_path: Path) -
 
 
 def test_moments_count_from_the_first_frame_that_an_edit_list_shows(tmp_path: Path) -> None:
-    """A cut without encoding leaves frames before the start in the file: they are hidden."""
+    """After a cut without encoding, the file contains hidden frames before the start."""
     import subprocess
 
     ffmpeg = pytest.importorskip("shutil").which("ffmpeg")
@@ -122,7 +124,7 @@ def test_rotation_is_applied(rotation: int, operation: Image.Transpose, tmp_path
 
 
 def test_the_matrix_and_the_range_that_the_file_names_are_used(tmp_path: Path) -> None:
-    """BT.709 decoded as BT.601 would move the red by 10 levels and more."""
+    """BT.709 decoded as BT.601 would change red by 10 or more levels."""
     path = make_video(tmp_path / "a.mp4", 2, colour={"colorspace": 1, "color_range": 1})
     import av
 

@@ -20,7 +20,8 @@ ADDRESS = f"s3://{BUCKET}/media"
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    """A bucket with a video in a file and one in a tar, which the folder `media` has as well."""
+    """Make a bucket with a video in a file and a video in a tar, which are also in the folder
+    `media`."""
     monkeypatch.chdir(tmp_path)
     Path("media").mkdir()
     make_video(Path("media/a.mp4"), n_frames=8)

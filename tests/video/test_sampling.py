@@ -36,7 +36,8 @@ def ours(case: SamplingCase, sampling: str = "qwen") -> list[Any] | None:
 
 
 def is_ours_alone(case: SamplingCase) -> bool:
-    """Cases that a library refuses and this package takes: one frame, or a side that became 0."""
+    """Return cases that a library rejects and this package accepts: one frame, or a side that
+    became 0."""
     return case.n_frames == 1 or max(case.height, case.width) > 20 * min(case.height, case.width)
 
 
@@ -56,7 +57,7 @@ def test_frames_and_sizes_are_those_of_qwen_vl_utils() -> None:
 
 
 def independent(case: SamplingCase) -> list[Any] | None:
-    """The authors' rules, written down a second time: NumPy in place of torch."""
+    """Compute the authors' rules a second time, with NumPy instead of torch."""
     options, first, last = case.options, 0, case.n_frames - 1
     if "start" in options:
         first = math.ceil(min(options["start"], case.n_frames / case.rate) * case.rate)
@@ -102,7 +103,7 @@ def test_frames_are_those_of_a_second_derivation() -> None:
 
 
 def hf_functions() -> Any:
-    """transformers' own sample_frames and smart_resize, from the installed source."""
+    """Return transformers' own sample_frames and smart_resize, from the installed source."""
     spec = find_spec("transformers")
     assert spec is not None
     assert spec.origin is not None
@@ -157,7 +158,7 @@ def test_frames_and_sizes_are_those_of_transformers() -> None:
 
 
 def test_a_varying_rate_takes_the_frame_that_is_shown() -> None:
-    """Slides at 0, 20 and 21 s of 24: the middle of the video shows the first of them."""
+    """The video shows slides at 0, 20 and 21 s of 24 s, so its middle shows the first slide."""
     slides = np.array([0.0, 20.0, 21.0])
     assert shown_frames([0, 1, 2], slides, Timeline(3, 3 / 24)) == [0, 0, 0]
 

@@ -21,7 +21,7 @@ FRAMES = 40
 
 @pytest.fixture
 def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Video:
-    """A video of 20 pieces; a loader may be two pieces ahead."""
+    """Make a video of 20 pieces. A loader may be two pieces ahead."""
     monkeypatch.setitem(batching.TOKEN_BUDGET, "cpu", STEP)
     monkeypatch.setattr(pieces, "MAX_AHEAD_BYTES", 2 * STEP * 1176)
     path = make_video(tmp_path / "clip.mp4", 60)
@@ -29,7 +29,7 @@ def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Video:
 
 
 class Counts:
-    """Counts decoded and encoded frames. The first forward pass waits for later frames."""
+    """Count decoded and encoded frames. The first forward pass waits for later frames."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.decoded = self.encoded = self.most = 0
