@@ -212,7 +212,7 @@ def test_graphs_stay_off_where_they_were_off(tmp_path: Path) -> None:
 
 @gpu
 def test_a_gpu_holds_the_weights_once() -> None:
-    """The tower has the encoder's tensors after a load on the device, a move, or another load."""
+    """The GPU has only the encoder's tensors after a load on the GPU, a move, or another load."""
     tensors = random_tensors(WIDE)
     first = gpu_bytes()
     encoder = VisionEncoder.from_tensors(tensors, WIDE, device="cuda", cuda_graphs=False)

@@ -122,7 +122,7 @@ def test_a_model_is_saved_over_the_folder_that_it_came_from_and_again(
 def test_a_file_that_another_one_replaces_changes_nothing(
     both: tuple[Any, Any], origin: Path
 ) -> None:
-    """A later copy also keeps no such memory."""
+    """A later copy of the encoder does not change either."""
     model, swapped = both
     file = origin / "model.safetensors"
     other = {name: tensor + 1 for name, tensor in load_file(file).items()}

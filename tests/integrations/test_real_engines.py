@@ -59,7 +59,7 @@ def test_an_engine_with_our_tower_answers_as_transformers(recipe: Recipe, scenar
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """Return a recipe whose environments belong into an empty folder."""
+    """Return a recipe that searches its environments in an empty folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     lock = tmp_path / "lock.txt"
     lock.write_text("click==8.5.1 --hash=sha256:00\n")

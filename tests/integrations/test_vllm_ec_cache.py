@@ -225,7 +225,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_another_process_is_about_to_name_is_taken(tmp_path: Path) -> None:
-    """A killed process leaves the temporary file without qwen_vit.json."""
+    """The other process has a temporary file and no qwen_vit.json. A killed process also leaves
+    such a file."""
     (tmp_path / "ec").mkdir()
     (tmp_path / "ec" / ".qwen_vit.json.5f.tmp").touch()
     assert write_ec_cache(PICTURES, tmp_path / "ec", MODEL)

@@ -141,7 +141,7 @@ def test_axial_tables_mean_the_row_then_the_column(head_dim: int, adjacent_pairs
 def test_the_configuration_that_gpus_run_is_right(
     head_dim: int, kind: str, adjacent_pairs: bool
 ) -> None:
-    """Only full attention has the key loop, its peeled last tile and the rotated K."""
+    """Only this configuration has the key loop, its peeled last tile and the rotated K."""
     lengths = [64, 12, 4, 36, 64] if kind == "window" else [150, 4, 33, 64, 128, 1, 65]
     qkv, _, _, cu_seqlens = random_case(lengths, head_dim, 2)
     tables, cos, sin = axial_tables(len(qkv), head_dim)
