@@ -352,7 +352,8 @@ def _owner() -> str:
 
 
 def _process_space() -> str:
-    """Return the machine's boot and the container. Process ids are unique within both."""
+    """Return the machine's boot and the container. Process ids are unique within one boot and one
+    container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]

@@ -1,7 +1,7 @@
 """Access one repository of the Hugging Face Hub: cached files, remote files and errors.
 
-Functions import huggingface_hub, because its import reads environment variables. They use only
-names that versions 1 and 2 share.
+Functions import huggingface_hub, because its import reads environment variables. These functions
+use only names that versions 1 and 2 share.
 """
 
 import logging

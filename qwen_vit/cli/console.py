@@ -1,7 +1,7 @@
 """Write data to stdout, and all other output to stderr.
 
-The level of the package's logger decides how much goes to stderr. The option -q sets ERROR, and -v
-sets INFO.
+The level of the package's logger sets the amount of output to stderr. The option -q sets ERROR, and
+-v sets INFO.
 """
 
 import logging

@@ -138,7 +138,7 @@ def device_option(help: str = "Compute on cuda, cuda:1 or cpu.") -> Callable[[Co
 
 
 def output_options(command: Command) -> Command:
-    """Add the options that choose which rows an image gets."""
+    """Add the options that choose the rows of an image."""
     options = (
         click.option(
             "--output", type=click.Choice(["merged", "patch", "mean"]), default="merged",

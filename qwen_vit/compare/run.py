@@ -68,8 +68,8 @@ def compare_checkpoint(
 ) -> Comparison:
     """Load a checkpoint and compare it with a golden file or Hugging Face, for `qwen-vit compare`.
 
-    `loading` goes to `VisionEncoder.from_pretrained`. The function checks the arguments and the
-    golden file before it reads the weights. Raises the errors of `compare` and
+    `loading` has further arguments of `VisionEncoder.from_pretrained`. The function checks the
+    arguments and the golden file before it reads the weights. Raises the errors of `compare` and
     `compare_with_golden`.
     """
     if golden is not None and save_golden is not None:

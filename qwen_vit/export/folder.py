@@ -2,7 +2,7 @@
 
 The writer appends to files on a disk. In a local folder, a file has its final folder from the
 start. For object storage, files are in a scratch folder of this machine until `publish` uploads
-each whole file. Every other part of an export is the same for both.
+each whole file. Every other part of an export is the same for both kinds of folders.
 """
 
 import os

@@ -122,7 +122,8 @@ def load_encoder(
     >>> load_encoder("tiny", ExportOptions(dtype="bfloat16"), device="cpu").dtype
     torch.float32
 
-    `VisionEncoder.from_pretrained` gets `loading`, and its errors pass through.
+    `loading` has further arguments of `VisionEncoder.from_pretrained`, which may raise its own
+    errors.
     """
     is_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     dtype = "auto" if is_cpu or options.dtype is None else options.dtype

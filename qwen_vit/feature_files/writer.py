@@ -123,7 +123,7 @@ class FeatureWriter:
         return self._digests[-1]
 
     def drop_behind(self, n_items: int) -> None:
-        """Forget all images except the first `n_items`."""
+        """Drop all images except the first `n_items`."""
         self.items, self._digests = self.items[:n_items], self._digests[:n_items]
         try:
             for growing, tensor in zip(self._growing, self.tensors, strict=True):
@@ -193,7 +193,7 @@ class _GrowingRows:
         self.atomic.file.seek(begin)
 
     def write(self, rows: Tensor) -> None:
-        """Append rows, and regularly ask the system to write them to the disk.
+        """Append rows, and regularly start their writing to the disk.
 
         This makes the final flush short.
         """

@@ -152,7 +152,8 @@ def check_tags(image: TiffImagePlugin.TiffImageFile, name: str) -> None:
 
 
 def grey_depth(image: TiffImagePlugin.TiffImageFile) -> tuple[int, bool]:
-    """Return a grey sample's bits above 8, and whether 0 is white, because Pillow ignores both."""
+    """Return a grey sample's bits above 8, and whether 0 is white, because Pillow ignores both
+    facts."""
     return max(_values(image.tag_v2, BITS)), image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
 
 

@@ -235,7 +235,7 @@ _READERS = _Readers()
 
 
 def _forget_readers() -> None:
-    """Forget all readers after a fork, because the child would share file positions."""
+    """Drop all readers after a fork, because the child would share file positions."""
     global _READERS
     _READERS = _Readers()
 

@@ -20,8 +20,9 @@ Both kernels use programmatic dependent launch. Both kernels may start before th
 has ended, and let the next kernel start early. Each kernel waits for the previous kernel before it
 reads that kernel's output.
 
-The kernels are in Gluon, Triton's lower level, because Triton cannot express that overlap. They
-support bf16 and head dim 80, which every published tower has. Otherwise the Triton kernels run.
+The kernels are in Gluon, Triton's lower level, because Triton cannot express that overlap. The
+kernels support bf16 and head dim 80, which every published tower has. Otherwise the Triton kernels
+run.
 """
 
 import torch
