@@ -304,7 +304,7 @@ class ImageLoader:
         return LoadedImage(name, size_px, rgb.notes, patches)
 
     def _fetched(self, image: Source, name: str) -> Source | bytes:
-        """Return the bytes at an address of an allowed host, or anything else unchanged."""
+        """Return the bytes at an address of an allowed host, and every other source unchanged."""
         if isinstance(image, str) and self.limits.allow_urls and is_https(image):
             return read_item(Item(name, image), self.limits)
         return image

@@ -1,7 +1,7 @@
-"""Keep ranges of objects in a folder on this machine. Reading a kept range sends no request.
+"""Cache ranges of objects in a folder on this machine. Reading a cached range sends no request.
 
 A range's file name is a hash of the address, the object's version and the range. A replaced object
-has another version, so it never gives the bytes of the earlier object.
+has another version, so the cache never gives the bytes of the earlier object.
 """
 
 import logging
@@ -34,10 +34,10 @@ def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path | None:
 def read_cached(
     address: str, start: int, end: int, version: str | None, folder: Path | None
 ) -> bytes:
-    """Return a range as `read_range` does, and keep it in `folder`.
+    """Return a range like `read_range`, and store the range in `folder`.
 
-    Without a folder or a version, it keeps nothing. It raises no error if the folder cannot be
-    written. Raises the errors of `read_range`.
+    Without a folder or a version, the function stores no range. It raises no error if the disk
+    rejects the file. Raises the errors of `read_range`.
     """
     if folder is None or version is None or end <= start:
         return read_range(address, start, end, version)
@@ -65,5 +65,5 @@ def _keep(data: bytes, path: Path, folder: Path) -> None:
 
 @lru_cache(1)
 def _warn(folder: Path, reason: str | None) -> None:
-    """Log a warning, but not the same one again."""
+    """Log a warning, but never the same warning twice."""
     logger.warning("the cache %s keeps nothing more: %s; check its disk", folder, reason)

@@ -30,7 +30,7 @@ class _Status(NamedTuple):
 class StorePath:
     """Use an address as a path. The path caches the answers of earlier requests.
 
-    `cache` is a folder on this machine that also keeps the bytes that it reads.
+    `cache` is a folder on this machine that also stores the bytes.
 
     >>> StorePath("s3://bucket/export/") / "export.json"
     StorePath(address='s3://bucket/export/export.json')

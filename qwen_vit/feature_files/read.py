@@ -223,8 +223,8 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`.
     With `verify`, each reading of an image's rows compares them with their recorded sha256. A wrong
     bit raises ExportError. `qwen-vit verify` checks every image of a file or export.
 
-    With `cache_dir`, that folder keeps all bytes that it reads from an address, and later reads
-    send no request for them. The environment variable QWEN_VIT_STORE_CACHE sets the default.
+    With `cache_dir`, this folder caches all bytes from an address, and later reads of the same
+    bytes send no request. The environment variable QWEN_VIT_STORE_CACHE sets the default.
 
     Raises ExportError with the file's name if it is missing, truncated or has another schema.
     """

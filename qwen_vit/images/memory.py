@@ -164,7 +164,8 @@ def _of_control_groups() -> Iterator[int]:
 
 
 def _left(group: Path, limit: str, used: str, cache: str) -> Iterator[int]:
-    """Yield what a group leaves. Its idle cache of files counts as free: the system drops it."""
+    """Yield the memory that a group leaves. The group's idle cache of files counts as free, because
+    the system drops it."""
     with suppress(OSError, ValueError):  # "max" is not a number
         left = int((group / limit).read_text()) - int((group / used).read_text())
         yield max(1, left + (_first_number(group / "memory.stat", cache) or 0))

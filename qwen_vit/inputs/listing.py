@@ -198,9 +198,11 @@ def read_listing(path: Path) -> Iterator[Item]:
 
 
 class _Ids:
-    """Find an id that two items share: among the first items at once, otherwise at the end.
+    """Find an id that two items share. The check of the first items is immediate, and the check of
+    later items is at the end.
 
-    It keeps all ids as hashes only. The written listing confirms two equal hashes.
+    It stores only hashes of the ids. For two equal hashes, it compares the ids in the written
+    listing.
     """
 
     def __init__(self) -> None:
@@ -248,7 +250,7 @@ def _same_id(item: Item) -> ExportError:
 
 
 def _watched(items: Iterable[Item]) -> Iterator[Item]:
-    """Log how many items there are, and raise the inputs' OSErrors as ExportError.
+    """Log the number of items, and raise the inputs' OSErrors as ExportError.
 
     The writer's own OSErrors then remain distinct.
     """

@@ -94,9 +94,9 @@ def _size(file: BinaryIO) -> int:
 
 
 def _check_rows(metadata: Any, n_bytes: int, name: str) -> None:
-    """Raise ImageError for a number of rows that this size of file cannot hold as images.
+    """Raise ImageError for a number of rows that a file of this size cannot contain as images.
 
-    The numbers are in the footer alone, so that a few bytes may claim any number of rows.
+    Only the footer has the numbers, so a few bytes may claim any number of rows.
     """
     groups = (metadata.row_group(at).num_rows for at in range(metadata.num_row_groups))
     if metadata.num_rows != sum(groups):
