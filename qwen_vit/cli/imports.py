@@ -1,4 +1,4 @@
-"""Import slow packages: handle Ctrl-C and missing packages while Python imports torch."""
+"""Import slow packages, and handle Ctrl-C and missing packages during the import of torch."""
 
 import os
 import signal

@@ -106,7 +106,7 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def which_exist(self, names: Iterable[str]) -> set[str]:
-        """Return which of the names exist, including the newest files."""
+        """Return the existing files among these names, including the newest files."""
 
 
 class LocalFolder(ExportFolder):

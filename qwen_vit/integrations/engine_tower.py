@@ -1,8 +1,8 @@
 """Provide the tower for inference engines, as an `nn.Module` that the engine's loader fills.
 
-vLLM and SGLang build a model, and pass weights to it while they read them. Both engines measure the
-model's memory, and call the model with patch rows from their processors. Each engine has a thin
-model class in this package. This module is the shared part of these classes.
+vLLM and SGLang build a model, and pass weights to the model while reading a checkpoint. Both
+engines measure the model's memory, and call the model with patch rows from their processors. Each
+engine has a thin model class in this package. This module is the shared part of these classes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
