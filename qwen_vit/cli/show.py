@@ -122,7 +122,9 @@ def show(
     if shown < given.total:
         print_log(f"showing the first {shown:,} of {plural(given.total, 'image')}: see --limit")
     if not given.features:
-        raise ArgumentError("no image to show, because all images failed", remedy="fix the causes named above")
+        raise ArgumentError(
+            "no image to show, because all images failed", remedy="fix the causes named above"
+        )
     views = view_features(
         given.features, given.pictures, point=point, layer=layer, window=given.window
     )
