@@ -179,7 +179,7 @@ def test_a_broken_image_is_skipped_and_the_others_are_shown(folder: Path, run: A
     assert [each["code"] for each in report["failed"]] == ["truncated"]
     alone = run("p/c.png", *TINY, "--out", "d.html")
     assert (alone.code, alone.out) == (2, "")
-    assert "no image to show: all failed" in alone.err
+    assert "no image to show, because all images failed" in alone.err
 
 
 def test_odd_names_are_text_on_the_page_and_no_paths(undrawn: None, folder: Path, run: Any) -> None:
