@@ -27,8 +27,8 @@ OWN_TOOLS = {  # of each format's library
 }
 # warnings about what is not the picture
 ASIDE = re.compile(
-    r"ignoring nclx profile|iCCP: |tEXt text contains|nknown field with tag|incorrect count for field"
-    r"|Wrong data type \d+ for .*tag ignored|tags are not sorted"
+    r"ignoring nclx profile|iCCP: |tEXt text contains|nknown field with tag"
+    r"|incorrect count for field|Wrong data type \d+ for .*tag ignored|tags are not sorted"
 )
 LIMITED = ["prlimit", "--cpu=20", f"--as={2**32}"]  # of a hostile image
 CANNOT_READ = re.compile(  # a limit of libvips or tiffinfo
