@@ -58,7 +58,8 @@ def run_through_outage(
 
     if began := works_until(begin_s):
         exports.inputs.rename(away)
-        OUTAGES[kind](exports.inputs)
+        if kind != "a file" or (exports.out / "export.json").exists():
+            OUTAGES[kind](exports.inputs)  # before the listing, a file would be the input
         works_until(begin_s + length_s)
         if exports.inputs.is_dir():
             exports.inputs.rmdir()
