@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import disk_stress, export_stress
+from tests.support import disk_stress, export_stress, shortage_stress
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +33,13 @@ def test_a_full_disk_stops_with_2_and_the_rest_follows_when_there_is_room(
 @pytest.mark.slow
 def test_memory_and_open_files_stay_flat(tmp_path: Path) -> None:
     export_stress.flat_memory(tmp_path, images=1_500, first=500)
+
+
+@pytest.mark.slow
+def test_an_outage_of_the_inputs_changes_no_byte(exports: export_stress.Exports) -> None:
+    assert shortage_stress.outages(exports, outages=2, seed=3)["outages"] == 2
+
+
+@pytest.mark.slow
+def test_too_little_memory_for_a_while_changes_no_byte(tmp_path: Path) -> None:
+    assert shortage_stress.memory_edges(tmp_path, runs=2, images=20)["runs"] == 2
