@@ -2,6 +2,7 @@
 
 import importlib.util
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,21 +63,37 @@ def test_the_oracles_bite(monkeypatch: pytest.MonkeyPatch) -> None:
     check(lambda: None)
 
 
-@pytest.mark.parametrize(("seconds", "of_ten"), [(6.0, 6.0), (0.1, 4.0)])
+def quadratic(size: int) -> float:
+    return size**2 / 100_000
+
+
+def costly_chunk(size: int) -> float:
+    """Of which the first 100 bytes have none: 36 times the time for 10 times the bytes."""
+    return 0.1 + 0.004 * (size - 100)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "found"), [(lambda _: 6.0, True), (quadratic, True), (costly_chunk, False)]
+)
 def test_slow_inputs_are_findings(
-    monkeypatch: pytest.MonkeyPatch, seconds: float, of_ten: float
+    monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], found: bool
 ) -> None:
     """Alone, and by more than in proportion to their size."""
     clock = [0.0]
 
     def target(data: bytes) -> None:
-        clock[0] += seconds if len(data) == 100 else of_ten
+        clock[0] += seconds(len(data))
 
     monkeypatch.setitem(TARGETS, "header", target)
     monkeypatch.setattr(time, "process_time", lambda: clock[0])
-    with pytest.raises(fuzz_targets.TooSlowError, match="100 bytes took"):
-        run_target("header", bytes(range(100)))
-    assert len(fuzz_targets.grown(bytes(range(100)))) == 1_000
+    data = bytes(range(100))
+    if found:
+        with pytest.raises(fuzz_targets.TooSlowError, match="100 bytes took"):
+            run_target("header", data)
+    else:
+        run_target("header", data)
+    assert len(fuzz_targets.grown(data)) == 1_000
+    assert len(fuzz_targets.grown(data, 5)) == 500
 
 
 def test_mutations_differ_and_keep_the_size() -> None:

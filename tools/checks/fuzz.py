@@ -15,8 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,22 +52,21 @@ def main(
 ) -> None:  # fmt: skip
     """Fuzz one target or all of them."""
     names = [*TARGETS] if target == "all" else [target]
-    runs = {name: Runs() for name in names}
-    with ThreadPoolExecutor(jobs) as pool:  # each target as often as there are jobs for it
-        asked = [names[i % len(names)] for i in range(max(jobs, len(names)))]
-        for name, run in zip(
-            asked, pool.map(lambda each: fuzz(each, seconds, seed, findings), asked), strict=True
-        ):
-            runs[name].add(run)
-    for name, each in runs.items():
-        row = ledger_row(
-            f"fuzz {name}", commit, "cpu", ("pillow", "atheris"), cpu_s=round(each.cpu_s),
-            inputs=each.inputs, findings=len(each.findings),
-        )  # fmt: skip
-        publish(row, ledger)
-        for said in each.failed:
-            click.echo(said[-4_000:], err=True)
-    sys.exit(any(each.failed for each in runs.values()))
+    asked = [names[i % len(names)] for i in range(max(jobs, len(names)))]  # as often as jobs do
+    failed = False
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = {pool.submit(fuzz, name, seconds, seed, findings): name for name in asked}
+        for done in as_completed(runs):  # a row for each, in case that the rest is cut off
+            run = done.result()
+            row = ledger_row(
+                f"fuzz {runs[done]}", commit, "cpu", ("pillow", "atheris"), cpu_s=round(run.cpu_s),
+                inputs=run.inputs, findings=len(run.findings),
+            )  # fmt: skip
+            publish(row, ledger)
+            if run.findings or not run.inputs:
+                failed = True
+                click.echo(run.said[-4_000:], err=True)
+    sys.exit(failed)
 
 
 class Run(NamedTuple):
@@ -78,23 +76,6 @@ class Run(NamedTuple):
     cpu_s: float
     findings: list[str]
     said: str
-
-
-@dataclass
-class Runs:
-    """Hold the runs of one target."""
-
-    inputs: int = 0
-    cpu_s: float = 0.0
-    findings: list[str] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)  # what atheris printed
-
-    def add(self, run: Run) -> None:
-        self.inputs += run.inputs
-        self.cpu_s += run.cpu_s
-        self.findings += run.findings
-        if run.findings or not run.inputs:
-            self.failed.append(run.said)
 
 
 def fuzz(name: str, seconds: int, seed: int, findings: Path) -> Run:

@@ -33,6 +33,7 @@ VIDEO_LIMITS = VideoLimits(
 )
 MAX_CPU_S = 5.0  # of one input
 GROWTH, MAX_TIMES = 10, 30  # an input that grows so much may take so many times the time
+MAX_TIMES_OF_HALF = 3  # of GROWTH / 2 times as long; 2 is linear, and 4 is quadratic
 MIN_COMPARED_S = 0.05  # shorter ones are too noisy to compare
 
 
@@ -144,7 +145,7 @@ def check(call: Callable[[], object]) -> None:
 
 
 def run_target(name: str, data: bytes) -> None:
-    """Run one input on one target. Raise an error for a broken rule."""
+    """Run one input on one target; raise an error for a broken rule."""
     data = data[:MAX_BYTES]
     took = _cpu_seconds(name, data)
     if took > MAX_CPU_S:
@@ -152,9 +153,12 @@ def run_target(name: str, data: bytes) -> None:
     if took > MIN_COMPARED_S / GROWTH and 8 <= len(data) <= MAX_BYTES // GROWTH:
         longer = _cpu_seconds(name, grown(data))
         if longer > max(MIN_COMPARED_S, MAX_TIMES * took):
-            raise TooSlowError(
-                f"{len(data):,} bytes took {took:.3f} s, and {GROWTH} times as many {longer:.3f} s"
-            )
+            half = _cpu_seconds(name, grown(data, GROWTH // 2))
+            if longer > MAX_TIMES_OF_HALF * half:  # or the chunk costs more a byte than the rest
+                raise TooSlowError(
+                    f"{len(data):,} bytes took {took:.3f} s, {GROWTH // 2} times as many "
+                    f"{half:.3f} s, and {GROWTH} times as many {longer:.3f} s"
+                )
 
 
 def _cpu_seconds(name: str, data: bytes) -> float:
@@ -164,11 +168,11 @@ def _cpu_seconds(name: str, data: bytes) -> float:
     return time.process_time() - begin
 
 
-def grown(data: bytes) -> bytes:
-    """Repeat one chunk until the input is GROWTH times as long, with the same result each time."""
+def grown(data: bytes, times: int = GROWTH) -> bytes:
+    """Return data so many times as long, by one of its chunks, repeated: the same each time."""
     chance = random.Random(len(data))
     begin, end = sorted(chance.sample(range(len(data) + 1), 2))
-    missing = (GROWTH - 1) * len(data)
+    missing = (times - 1) * len(data)
     chunk = data[begin:end] * -(-missing // (end - begin))
     return data[:end] + chunk[:missing] + data[end:]
 
