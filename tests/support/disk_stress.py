@@ -44,7 +44,7 @@ def full_disks(exports: Exports, *, disks: int, seed: int = 0) -> dict[str, Any]
             assert last.startswith("error: "), result.errors
             assert "No space left on device" in last, last
             assert "Traceback" not in result.errors
-            name = Path(last.split(" could not")[0].removeprefix("error: ")).name
+            name = Path(last.split(": could not")[0].removeprefix("error: ")).name
             refusals["a shard" if name.startswith("shard-") else name] += 1
             exports.after_interruption()
             resize(disk, 2 * size + 100 * page)
