@@ -22,7 +22,7 @@ from tests.support import ROOT
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 PHOTOGRAPH = ROOT / "tests" / "photographs" / "chelsea.png"
-IMPORT_NAMES = {"pillow": "PIL"}  # where it is not the name with underscores
+IMPORT_NAMES = {"pillow": "PIL", "azure-core": "azure"}  # where it is not the name with underscores
 
 
 def run(command: list[str], folder: Path, **environment: str) -> str:

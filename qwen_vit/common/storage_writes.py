@@ -1,20 +1,25 @@
 """Write objects completely or not at all, and only if no other process wrote them.
 
-S3's conditional writes resolve conflicts between writers: `If-None-Match: *` for a new object, and
-`If-Match` for the next version of an object.
+Conditional writes resolve conflicts between writers. S3 and Azure have `If-None-Match: *` for a new
+object, and `If-Match` for the next version of an object. GCS has `ifGenerationMatch` for both.
 """
 
 import errno
 import io
+import json
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from qwen_vit.common.storage import (
     files_of,
     find_object,
     is_s3,
+    is_store,
     os_errors,
     service_code,
 )
@@ -27,6 +32,7 @@ RIVAL_PAUSES_S = (0.2, 1.0, 3.0)
 
 AZURE = ("az://", "abfs://")
 REFUSED = ("PreconditionFailed", "ConditionalRequestConflict")
+UNMET = ("412", "404")  # 404: the object to replace is gone
 
 Value = TypeVar("Value")
 
@@ -89,12 +95,50 @@ def written_s(address: str) -> float:
 
 
 def _put(files: Any, place: str, data: bytes, replaces: str | None) -> None:
-    if not is_s3(files):  # it has no conditional write for an object's next version
-        files.pipe_file(place, data, mode="overwrite" if replaces else "create")
-        return
     bucket, _, key = place.partition("/")
-    condition = {"IfNoneMatch": "*"} if replaces is None else {"IfMatch": replaces}
-    files.call_s3("put_object", Bucket=bucket, Key=key, Body=io.BytesIO(data), **condition)
+    if is_s3(files):
+        condition = {"IfNoneMatch": "*"} if replaces is None else {"IfMatch": replaces}
+        files.call_s3("put_object", Bucket=bucket, Key=key, Body=io.BytesIO(data), **condition)
+    elif replaces is None:
+        files.pipe_file(place, data, mode="create")
+    elif is_store(files, "gs"):
+        with _unmet_conditions():
+            _replace_in_gcs(files, bucket, key, data, replaces)
+    elif is_store(files, "az"):
+        from azure.core import MatchConditions
+
+        with _unmet_conditions():
+            files.pipe_file(
+                place, data, etag=replaces, match_condition=MatchConditions.IfNotModified
+            )
+    else:
+        files.pipe_file(place, data, mode="overwrite")
+
+
+def _replace_in_gcs(files: Any, bucket: str, key: str, data: bytes, generation: str) -> None:
+    """Replace a generation of an object. gcsfs itself has a condition for new objects only."""
+    mark = secrets.token_hex(16)
+    facts = json.dumps({"name": key})
+    head = f"--{mark}\r\nContent-Type: application/json\r\n\r\n{facts}\r\n"
+    head += f"--{mark}\r\nContent-Type: application/octet-stream\r\n\r\n"
+    files.call(
+        "POST", f"{files._location}/upload/storage/v1/b/{quote(bucket)}/o",
+        uploadType="multipart", ifGenerationMatch=generation,
+        headers={"Content-Type": f'multipart/related; boundary="{mark}"'},
+        data=head.encode() + data + f"\r\n--{mark}--".encode(),
+    )  # fmt: skip
+
+
+@contextmanager
+def _unmet_conditions() -> Iterator[None]:
+    """Raise FileExistsError for the answer of GCS or Azure that a write's condition fails."""
+    try:
+        yield
+    except Exception as error:
+        status = getattr(error, "code", None) or getattr(error, "status_code", None)
+        if str(status) in UNMET:
+            raise FileExistsError(errno.EEXIST, "another process wrote it") from error
+        raise
 
 
 def _with_condition(put: Callable[[], Value]) -> Value:

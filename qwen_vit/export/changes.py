@@ -155,9 +155,13 @@ def open_if_whole(folder: ExportFolder, shard: int) -> FeatureFile | None:
 
 
 def _place(item: Item) -> Item:
-    """Return an image's place with only the error's code, because messages differ by version."""
+    """Return an image's place with only the error's code, because messages differ by version.
+
+    A replaced object may have another size. A whole object starts at 0, unlike a member of a tar.
+    """
     error = None if item.error is None else (item.error[0], "")
-    return replace(item, error=error, version=None)
+    is_object = item.version is not None and item.offset == 0
+    return replace(item, error=error, version=None, size=None if is_object else item.size)
 
 
 def _time_ns(path: str) -> int:

@@ -203,6 +203,18 @@ def test_resuming_after_an_object_was_replaced_names_it(
         export([f"{ROOT}/p"], tmp_path / "out")
 
 
+def test_an_object_of_another_size_is_no_other_place(
+    data: Path, server: S3Server, tmp_path: Path
+) -> None:
+    """`--extend` encodes it again. Because of its size, it was refused as in another place."""
+    export([f"{ROOT}/p"], tmp_path / "out")
+    image = tiny_png(2) + bytes(100)
+    server.put("p/a/1.png", image)
+    done = export([f"{ROOT}/p"], tmp_path / "out", extend=True)
+    assert done.exported == 12
+    assert rows(tmp_path / "out")["a/1.png"] == rows(tmp_path / "out")["a/b/2.png"]
+
+
 def test_an_estimate_reads_headers(data: Path, server: S3Server) -> None:
     encoder: Any = FakeEncoder()
     found = estimate_export(encoder, [f"{ROOT}/p"], ExportOptions(column="image"))
@@ -298,5 +310,6 @@ def test_a_store_whose_package_is_missing_names_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
     assert "qwen-vit[s3]" in refused("s3://bucket/a.png").remedy
-    assert "gcsfs" in refused("gs://bucket/a.png").remedy
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    assert "qwen-vit[gs]" in refused("gs://bucket/a.png").remedy
     storage._filesystem.cache_clear()
