@@ -21,7 +21,7 @@ from qwen_vit.errors import ImageError
 from qwen_vit.images.formats import decoder, identify
 from qwen_vit.images.image import ExifPolicy, ImageLimits, RgbImage, check_pixels, check_ratio
 from qwen_vit.images.isolated import decode_in_child
-from qwen_vit.images.jpeg import JpegFile, check_blocks, read_jpeg
+from qwen_vit.images.jpeg import JpegFile, check_blocks, check_strips, read_jpeg
 from qwen_vit.images.memory import decoding_memory
 from qwen_vit.images.png_chunks import without_needless_chunks
 from qwen_vit.images.refusals import damaged, too_much_memory, truncated
@@ -261,11 +261,12 @@ def _load(
 ) -> tuple[str, ...]:
     """Check the header, then decode. Returns notes on a complete file."""
     check_pixels(image.width, image.height, name, limits)
+    notes = check_blocks(jpeg, name) if jpeg is not None else ()
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         check_tags(image, name)
         if image.tile:
             _prepare_tiff(image, name, limits)
-    notes = check_blocks(jpeg, name) if jpeg is not None else ()
+            notes = check_strips(image, name)
     image.load()
     return notes
 

@@ -7,14 +7,16 @@ time.
 
 import re
 from dataclasses import dataclass, field
+from typing import IO
 
 import simplejpeg
+from PIL import TiffImagePlugin
 
 from qwen_vit.errors import ImageError
 from qwen_vit.images.refusals import damaged, too_slow, truncated
 from qwen_vit.images.tiff import check_directory
 
-__all__ = ["JpegFile", "check_blocks", "read_jpeg"]
+__all__ = ["JpegFile", "check_blocks", "check_strips", "read_jpeg"]
 
 # Encoders write 1 scan, or about 10 progressive ones, and one Exif segment.
 MAX_SCANS = 100
@@ -33,6 +35,13 @@ UNREAD_FRAMES = {
 MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # a marker that is neither stuffing nor a restart
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
 PREFETCHED_BYTES = 16  # libjpeg buffers up to 8 bytes that it does not count as extraneous
+COMPRESSION, JPEG_TABLES = 259, 347
+STRIP_OFFSETS, STRIP_BYTES, TILE_OFFSETS, TILE_BYTES = 273, 279, 324, 325
+JPEG_IN_TIFF = 7
+UNCHECKED_IN_TIFF = {
+    **dict.fromkeys((2, 3, 4), "CCITT fax"),
+    6: "old-style JPEG compression",
+}
 EXIF_START = b"Exif\0\0"
 COEFFICIENTS = 64
 UNSEEN = -1
@@ -140,6 +149,35 @@ def check_blocks(jpeg: JpegFile, name: str) -> tuple[str, ...]:
     except ValueError as error:
         return (*jpeg.notes, *_judge(jpeg, str(error), name))
     return jpeg.notes
+
+
+def check_strips(image: TiffImagePlugin.TiffImageFile, name: str) -> tuple[str, ...]:
+    """Check the JPEG of each strip or tile of a TIFF, because libtiff also only warns.
+
+    Returns notes. Raises ImageError as `read_jpeg` and `check_blocks` do. Fax codes and old-style
+    JPEG cannot be checked, and give a note.
+    """
+    tags = image.tag_v2
+    compression = tags.get(COMPRESSION, 1)
+    if compression != JPEG_IN_TIFF:
+        unchecked = UNCHECKED_IN_TIFF.get(compression)
+        return () if unchecked is None else (f"{unchecked}, not checked for damage",)
+    tables = bytes(tags.get(JPEG_TABLES, b"")).removesuffix(b"\xff\xd9")[2:]
+    offsets, counts = tags.get(TILE_OFFSETS), tags.get(TILE_BYTES)
+    if offsets is None or counts is None:
+        offsets, counts = tags.get(STRIP_OFFSETS, ()), tags.get(STRIP_BYTES, ())
+    notes = dict[str, None]()
+    file: IO[bytes] = image.fp  # type: ignore[assignment]  # it is open before the image is loaded
+    position = file.tell()
+    for offset, count in zip(offsets, counts, strict=False):
+        file.seek(offset)
+        strip = file.read(count)
+        if strip:  # a sparse file lacks tiles
+            jpeg = read_jpeg(strip[:2] + tables + strip[2:], name)
+            jpeg.has_end = True  # a strip may end without a marker, since its length is a tag
+            notes |= dict.fromkeys(check_blocks(jpeg, name))
+    file.seek(position)
+    return tuple(notes)
 
 
 def _judge(jpeg: JpegFile, warning: str, name: str) -> tuple[str, ...]:

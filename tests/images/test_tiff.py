@@ -10,6 +10,7 @@ from PIL import Image, TiffImagePlugin
 
 from qwen_vit.errors import ImageError
 from qwen_vit.images.load import load_image
+from tests.support import IMAGES
 
 GREY = np.add.outer(np.arange(40) * 3, np.arange(60) * 2).clip(0, 255).astype(np.uint8)
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 256, 257, 258, 259, 262
@@ -120,3 +121,40 @@ def test_what_pillow_writes_is_read(mode: str, compression: str) -> None:
     file = io.BytesIO()
     Image.new(mode, (30, 20)).save(file, "TIFF", compression=compression)
     assert load_image(file.getvalue()).pixels.shape == (20, 30, 3)
+
+
+def photograph_in_strips(mode: str, compression: str) -> tuple[bytes, int, int]:
+    """Return a TIFF of the test photograph, and the offset and bytes of a strip in its middle."""
+    file = io.BytesIO()
+    Image.open(IMAGES / "rocket.jpg").convert(mode).save(file, "TIFF", compression=compression)
+    tags = Image.open(io.BytesIO(file.getvalue())).tag_v2  # type: ignore[attr-defined]
+    middle = len(tags[STRIPS]) // 2
+    return file.getvalue(), tags[STRIPS][middle], tags[STRIP_BYTES][middle]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("damage", ["hole", "end", "marker"])
+def test_a_strip_of_jpeg_that_lost_a_part_is_refused(mode: str, damage: str) -> None:
+    """It was accepted with grey: libtiff only warns."""
+    data, begin, count = photograph_in_strips(mode, "jpeg")
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    whole = load_image(data)
+    assert np.array_equal(whole.pixels, expected)
+    assert not [note for note in whole.notes if "check" in note or "padding" in note]
+    half, end = begin + count // 2, begin + count
+    lost = {
+        "hole": bytes(count // 4) + data[half + count // 4 : end],
+        "end": bytes(end - half),
+        "marker": b"\xff\xd9" + data[half + 2 : end],
+    }[damage]
+    torn = data[:half] + lost + data[end:]
+    for source in (torn, Image.open(io.BytesIO(torn))):
+        with pytest.raises(ImageError) as caught:
+            load_image(source)
+        assert caught.value.code in ("truncated", "damaged")
+
+
+@pytest.mark.parametrize("compression", ["group3", "group4", "tiff_ccitt"])
+def test_a_fax_is_read_with_a_note_that_it_is_not_checked(compression: str) -> None:
+    data, _, _ = photograph_in_strips("1", compression)
+    assert "CCITT fax, not checked for damage" in load_image(data).notes
