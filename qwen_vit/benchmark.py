@@ -3,7 +3,7 @@
 The roofline is the time of all the tower's operations at the rate of a large GEMM. The benchmark
 interleaves that GEMM with the tower. Two GPUs of one model differ in speed. At the power limit, the
 clock falls within a second, and the GEMM becomes a sixth slower. An interleaved GEMM runs at the
-tower's clock. Ratios therefore transfer between GPUs, but milliseconds do not.
+tower's clock. Ratios therefore transfer between GPUs. Times in milliseconds differ.
 """
 
 import statistics

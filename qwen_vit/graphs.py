@@ -2,7 +2,7 @@
 
 A graph belongs to a number of rows, not to an image shape. Every call fills one buffer of indices
 before the replay. Padding rows attend to each other, and padding tiles are empty. One graph
-therefore serves every mix of images that fits its bucket. The model has no code for graphs. An
+therefore handles every mix of images that fits its bucket. The model has no code for graphs. An
 image's embedding has the same bits with and without graphs. No row depends on other images' rows or
 on the number of rows.
 """

@@ -2,7 +2,7 @@
 
 The host computes a layout once, only from the grids' integers and never from pixels or weights. The
 layout contains every index that depends on the data. The model only executes the layout. One code
-path therefore serves a single image, any mix of images, several frames, and a fixed token budget.
+path therefore handles a single image, any mix of images, several frames, and a fixed token budget.
 
 There are three token orders, with these names:
 

@@ -107,7 +107,10 @@ def is_one_image(images: object) -> bool:
 
 
 def as_images(images: Any) -> Iterator[Any]:
-    """Return the images of one image, a stack or an iterable. Raises ArgumentError otherwise."""
+    """Return an iterator over one image, a stack or an iterable of images.
+
+    Raises ArgumentError for another input.
+    """
     try:
         return iter([images] if is_one_image(images) else images)
     except TypeError:

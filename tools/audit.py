@@ -52,7 +52,7 @@ def main() -> None:
         f"{len(vulnerable)} vulnerable."
     )
     if skipped:
-        click.echo(f"Not checked, because the service did not know them: {', '.join(skipped)}.")
+        click.echo(f"Not checked, because the service has no data on them: {', '.join(skipped)}.")
     sys.exit(VULNERABLE if vulnerable else NOT_CHECKED if skipped or not packages else 0)
 
 

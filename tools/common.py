@@ -42,7 +42,7 @@ def require_gpu(hint: str = "") -> torch.device:
         click.ClickException: torch finds no GPU. The message ends with `hint`.
     """
     if not torch.cuda.is_available():
-        raise click.ClickException(f"this needs an NVIDIA GPU: torch sees none{hint}")
+        raise click.ClickException(f"this needs an NVIDIA GPU: torch finds none{hint}")
     return torch.device("cuda", 0)
 
 

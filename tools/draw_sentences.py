@@ -36,7 +36,9 @@ PAGES = (
 )
 GENERATED = re.compile(r"<!-- generated: .*?<!-- end -->", re.DOTALL)
 CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-END = re.compile(r"(?<=[.!?])[)\"*_]*\s+(?=[A-Z0-9(\"*_`])")
+# names that keep their lower case at the start of a sentence
+NAMES = "fsspec|glob|hashlib|libjpeg|mypy|pip|pyarrow|qwen|s3fs|safetensors|torch|transformers|vLLM"
+END = re.compile(rf"(?<=[.!?])[)\"*_]*\s+(?=[A-Z0-9(\"*_`]|(?:{NAMES})\b)")
 # the calls whose text a person reads: errors, and lines on a terminal
 READ = re.compile(r"\w*Error|print_log|print_data|warn|warning|info|fail|Failure|ClickException")
 

@@ -31,7 +31,7 @@ def main(out: Path) -> None:
     refused = sum(row is None for row in rows)
     facts = {"made_by": "qwen-vl-utils 0.0.14", "torch": torch.__version__, "rows": rows}
     out.write_text(json.dumps(facts, separators=(",", ":")) + "\n")
-    click.echo(f"wrote {CASES} cases, of which the library refuses {refused}")
+    click.echo(f"wrote {CASES} cases, of which the library rejects {refused}")
 
 
 def _library() -> Any:

@@ -151,13 +151,13 @@ def export(
 
     INPUTS are images, videos, folders, quoted patterns, tars and lists. The command searches
     folders to every depth. A .txt list has one path per line. Each line of a .jsonl list has an
-    "id" and a "path". Relative paths start at the list's folder. With --column, each row of a
+    "id" and a "path". Paths in a list are relative to its folder. With --column, each row of a
     Parquet file is an image.
 
-    The input - reads a list from standard input, whose paths start at the current folder. Read the
-    output folder with qwen_vit.load_features. The manifest in that folder has a row for each image.
-    The command skips and reports images that it cannot encode, and exits with 1. Ctrl-C saves the
-    encoded images.
+    The input - reads a list from standard input, whose paths are relative to the current folder.
+    Read the output folder with qwen_vit.load_features. The manifest in that folder has a row
+    for each image. The command skips and reports images that it cannot encode, and exits with 1.
+    Ctrl-C saves the encoded images.
     """
     with slow_imports():
         from qwen_vit.export.options import ExportOptions

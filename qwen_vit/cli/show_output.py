@@ -109,12 +109,12 @@ def _text(views: FeatureViews, given: ShowInput, command: str, layer: int | None
 
 def _full_attention(given: ShowInput) -> str:
     if given.full_attention is None:
-        return "A few blocks, those with full attention, see the whole image."
+        return "The few blocks with full attention attend to the whole image."
     if not given.full_attention:
-        return "No block sees the whole image."
+        return "No block attends to the whole image."
     blocks = ", ".join(map(str, given.full_attention))
     return (
-        f"Of {given.depth} blocks, {len(given.full_attention)} see the whole image, "
+        f"Of {given.depth} blocks, {len(given.full_attention)} attend to the whole image, "
         f"with full attention: {blocks} (counted from 0)."
     )
 

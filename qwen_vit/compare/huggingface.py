@@ -204,7 +204,7 @@ def hf_tower(
         reason = str(error).partition("\n")[0]
         raise ArgumentError(
             with_options(
-                "transformers refuses {} here ({reason})", ("attention", attention), reason=reason
+                "transformers rejects {} here ({reason})", ("attention", attention), reason=reason
             ),
             remedy="use sdpa or eager",
         ) from None

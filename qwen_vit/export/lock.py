@@ -1,9 +1,9 @@
 """Allow one writer for each part of a folder, with locks that name their owner.
 
 The locks use flock, so the kernel releases the lock of a killed process. Some network disks do not
-show one host's locks to another host, and some have no locks. On such disks the owner's name in the
-lock file decides. The owner deletes the name when it releases the lock. On the owner's host, the
-named process must also still run.
+show one host's locks to another host, and some have no locks. On such disks, the lock belongs to
+the owner that the lock file names. The owner deletes the name when it releases the lock. On the
+owner's host, the lock also ends with the named process.
 """
 
 import fcntl

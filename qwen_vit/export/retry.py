@@ -23,7 +23,7 @@ TRANSIENT = ("missing", "unreadable", "memory", "out-of-memory")
 def may_work_now(plan: ExportPlan, shard: int, rows: Sequence[ManifestRow]) -> bool:
     """Return whether an image of a finished shard works now after a possibly temporary error.
 
-    The export tries an image once more if the image was missing, unreadable or too large for the
+    The export retries an image once if the image was missing, unreadable or too large for the
     memory. If the image works, the export makes its shard again.
     """
     current = plan.listing.current  # a later listing may have tried an image again

@@ -242,7 +242,7 @@ class StoredExport:
             self._append("retry", again, [], scratch)
 
     def _has_open_retry(self) -> bool:
-        """Return whether a shard of images to try again is missing."""
+        """Return whether a shard of images to retry is missing."""
         facts = listings_of(self.description, self.folder / SETTINGS)[1:]
         entries = self.description.get(LISTINGS, [])
         return any(

@@ -221,7 +221,7 @@ def _copy(source: BinaryIO, begin: int, target: BinaryIO) -> None:
 
 
 def rows_sha256(rows: Tensor) -> str:
-    """Return the digest of an image's stored rows. hashlib reads the rows' own memory."""
+    """Return the digest of an image's stored rows. hashlib reads the rows without a copy."""
     return sha256(bytes_of(rows)).hexdigest()
 
 

@@ -68,8 +68,8 @@ def find_items(
     `columns`. A row's id is the file's name and the row, or the value in the id column.
 
     A .txt list has one path per line. A .jsonl list has one object per line, with "path" or
-    "source", and "id". A .jsonl list gives the ids, and relative paths start at the list's folder.
-    "-" reads a list of paths from standard input, which start at the current folder.
+    "source", and "id". A .jsonl list gives the ids, and paths are relative to the list's folder.
+    "-" reads a list of paths from standard input, which are relative to the current folder.
 
     It searches folders to every depth, through links, in byte order of the names. It skips files
     without an image extension, and counts these files by extension in `left_out`. Neither folders

@@ -33,7 +33,7 @@ def text_list_items(path: str) -> Iterator[Item]:
 
 
 def stdin_items() -> Iterator[Item]:
-    """Yield the images of a list on standard input. Relative paths start at the current folder."""
+    """Yield the images of a list on standard input. Paths are relative to the current folder."""
     for _, line in _bounded_lines(sys.stdin.buffer, "standard input"):
         if line.strip():
             path = os.fsdecode(line.rstrip(b"\r\n"))

@@ -53,7 +53,7 @@ def _format_of(head: bytes) -> str | None:
 
 
 class AnimationFrames:
-    """Read the frames of an animated image. The attributes match `reader.FileFrames`.
+    """Read the frames of an animated image. The attributes match those of `reader.FileFrames`.
 
     Raises ImageError for a still image, too many frames, or a damaged file.
     """

@@ -1,4 +1,4 @@
-"""Pass a video's pieces from a decoding thread to the encoding thread."""
+"""Pass a video's pieces from a loader thread to the caller's thread."""
 
 import threading
 from collections import deque

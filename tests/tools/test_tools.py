@@ -109,5 +109,5 @@ def test_the_commit_is_the_checkout_s(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_without_a_gpu_a_tool_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert common.default_device() == torch.device("cpu")
-    with pytest.raises(click.ClickException, match="NVIDIA GPU: torch sees none; try --list"):
+    with pytest.raises(click.ClickException, match="NVIDIA GPU: torch finds none; try --list"):
         common.require_gpu("; try --list")

@@ -59,7 +59,7 @@ def test_a_sweep_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = CliRunner().invoke(main, ["--only", "window-triton"])
     assert done.exit_code == 1
-    assert "needs an NVIDIA GPU: torch sees none; try --list" in done.stderr
+    assert "needs an NVIDIA GPU: torch finds none; try --list" in done.stderr
 
 
 def test_what_candidates_are_forked_from_has_not_touched_a_gpu() -> None:

@@ -265,7 +265,7 @@ def main(
 ) -> None:  # fmt: skip
     if model is None and not torch.cuda.is_available():
         raise click.ClickException(
-            "this needs an NVIDIA GPU: torch sees none; to try it out, add --model tiny"
+            "this needs an NVIDIA GPU: torch finds none; to try it out, add --model tiny"
         )
     images = images or (20_000 if what == "memory" else 2_000)
     sides = sides or (SMALL_SIDES if what == "memory" else (448, 1344))

@@ -93,7 +93,7 @@ def main(
 ) -> None:  # fmt: skip
     if model is None and not torch.cuda.is_available():
         raise click.ClickException(
-            "this needs an NVIDIA GPU: torch sees none; to try it out, add --model tiny"
+            "this needs an NVIDIA GPU: torch finds none; to try it out, add --model tiny"
         )
     workloads = WORKLOADS if sides is None else ((sides, WORKLOADS[1][1]),)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:

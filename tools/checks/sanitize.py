@@ -210,7 +210,7 @@ def run_layouts(
         for make, kind in ((random_attention, "attentions"), (random_tower, "towers")):
             name, left, call = make(case, device)
             plain = call() if tool == "guards" else None
-            # initcheck must see who reads what nobody wrote, so it gets plain memory
+            # initcheck must see reads of unwritten memory, so it gets plain memory
             memory = GuardedMemory(GUARD_BYTES if tool == "guards" else 0)
             with counted_launches(launches):
                 if tool == "initcheck":
@@ -380,7 +380,7 @@ def main(
         return
     if device == "cpu" and tools != ("guards",):
         raise click.ClickException(
-            "the sanitizer watches an NVIDIA GPU, and torch sees none; "
+            "the sanitizer needs an NVIDIA GPU, and torch finds none; "
             "`--tool guards --device cpu` interprets the kernels between guards"
         )
     sanitizer = find_sanitizer()

@@ -103,7 +103,7 @@ def main(
     has_gpu = torch.cuda.is_available()
     chosen = device or ("cuda" if has_gpu else "cpu")
     if chosen == "cuda" and not has_gpu:
-        raise click.ClickException("--device cuda needs an NVIDIA GPU: torch sees none")
+        raise click.ClickException("--device cuda needs an NVIDIA GPU: torch finds none")
     place = torch.device("cuda", 0) if chosen == "cuda" else CPU
     names = [check.name for check in checks() if check.device == chosen]
     for word in only:

@@ -113,7 +113,7 @@ def main(
                 print(f"{n:>12} patches: {kernel.present(n)}")
         return
     if not has_gpu:
-        raise click.ClickException("this needs an NVIDIA GPU: torch sees none; try --list")
+        raise click.ClickException("this needs an NVIDIA GPU: torch finds none; try --list")
     if not on_hopper and any(OTHER not in kernel.places for kernel in selected):
         raise click.ClickException("--only names a kernel for Hopper, which this GPU is not")
     jobs = jobs or min(12, os.cpu_count() or 1)

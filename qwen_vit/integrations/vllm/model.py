@@ -130,7 +130,7 @@ def _refuse(vllm_config: Any) -> None:
         ("compile_mm_encoder", getattr(compilation, "compile_mm_encoder", False),
          "it compiles vLLM's tower, and this one's kernels are compiled already"),
         ("enable_tower_connector_lora", getattr(lora, "enable_tower_connector_lora", False),
-         "this tower's weights are stored in a format that adapters do not know"),
+         "this tower's weights are stored in a format that adapters do not support"),
     ):  # fmt: skip
         if is_set:
             raise ArgumentError(

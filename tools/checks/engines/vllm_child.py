@@ -195,7 +195,7 @@ def variants(work: Path) -> Found:
 
 
 def unknown_version() -> None:
-    """Give this process's vLLM a version that the plugin does not know."""
+    """Give this process's vLLM a version that the plugin does not support."""
     import vllm
 
     vllm.__version__ = UNKNOWN_VERSION
@@ -229,7 +229,7 @@ def updates(work: Path) -> Found:
 
     def answers(name: str) -> dict[str, Answers]:
         llm.reset_mm_cache()
-        llm.llm_engine.reset_encoder_cache()  # as whoever updates weights must
+        llm.llm_engine.reset_encoder_cache()  # as every weight update requires
         requests = [pixel_request(case(each)) for each in UPDATED]
         return {name: dict(zip(UPDATED, engine.ask(requests), strict=True))}
 
