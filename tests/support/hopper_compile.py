@@ -95,6 +95,7 @@ def _assembled(ptx: str) -> tuple[str, str]:
     """Return ptxas' report and the disassembly, and cache both beside Triton's own cache. Both
     programs are deterministic. They take a second of one core, mostly for their start.
     """
+    ptx = without_places(ptx)
     assembler = get_ptxas(HOPPER.arch)  # Triton 3.9 takes another one for Hopper
     ptxas, version = Path(assembler.path), assembler.version
     tools = f"{triton.__version__} {ptxas} {version}"
@@ -122,6 +123,12 @@ def _assembled(ptx: str) -> tuple[str, str]:
     kept.put(report, "report.txt", binary=False)
     kept.put(sass, "disassembly.txt", binary=False)
     return report, sass
+
+
+def without_places(ptx: str) -> str:
+    """Remove lines and files of the source. They change with each edit, and the code does not."""
+    code = ptx.partition("\t.section\t.debug")[0]
+    return re.sub(r"^\s*\.(?:loc|file)\b.*\n", "", code, flags=re.MULTILINE)
 
 
 def count_barriers(ptx: str) -> tuple[int, int]:
