@@ -7,6 +7,7 @@ import only click and light modules. Command bodies import the exceptions, `text
 """
 
 import logging
+import re
 import sys
 from importlib import import_module
 
@@ -27,6 +28,8 @@ from qwen_vit.errors import ExportError, QwenVitError
 __all__ = ["cli", "main"]
 
 COMMANDS = ("bench", "compare", "download", "encode", "export", "info", "show", "verify")
+# how Python's threads, torch on a CPU, and C++ report a full memory
+FULL_MEMORY = re.compile(r"can't start new thread|can't allocate memory|bad_alloc")
 MORE_MEMORY = "free some memory, or raise its limit, and run the same command again"
 
 
@@ -86,10 +89,10 @@ def main() -> None:
         remedy = "check its permissions and its disk" if name else "check the disk and the network"
         print_error(str(ExportError(fact, name=name, remedy=remedy)))
         sys.exit(EXIT_ERROR)
-    except MemoryError:
-        print_error(str(QwenVitError("out of memory", remedy=MORE_MEMORY)))
-        sys.exit(EXIT_ERROR)
-    except Exception:  # Python's exit code would be 1, which means: finished, with inputs skipped
+    except Exception as error:  # Python's exit code would be 1: finished, with inputs skipped
+        if isinstance(error, MemoryError) or FULL_MEMORY.search(str(error)):
+            print_error(str(QwenVitError("out of memory", remedy=MORE_MEMORY)))
+            sys.exit(EXIT_ERROR)
         logging.getLogger("qwen_vit").exception("error: this should not happen; please report it")
         sys.exit(EXIT_ERROR)
     finally:

@@ -162,11 +162,22 @@ def test_what_the_system_refuses_unforeseen_is_one_line(
     )
 
 
-def test_a_full_memory_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("std::bad_alloc"),
+    ],
+)
+def test_a_full_memory_is_one_line(
+    run: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     """The command once asked for a report, because "this should not happen"."""
 
     def full(*_: Any, **__: Any) -> None:
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr(hub, "find_checkpoint", full)
     done = run("info", "tiny")
