@@ -127,7 +127,7 @@ class VisionEncoder(LoadedTower):
         )
         return cls.from_checkpoint(
             load_checkpoint(source.folder), source, chosen, choose_dtype(dtype, chosen),
-            min_pixels, max_pixels, cuda_graphs,
+            min_pixels=min_pixels, max_pixels=max_pixels, cuda_graphs=cuda_graphs,
         )  # fmt: skip
 
     @classmethod
@@ -171,7 +171,8 @@ class VisionEncoder(LoadedTower):
         chosen = choose_device(device)
         return cls.from_checkpoint(
             Checkpoint.from_tensors(tensors, config, image_config), Origin(name=name), chosen,
-            choose_dtype(dtype, chosen), min_pixels, max_pixels, cuda_graphs,
+            choose_dtype(dtype, chosen),
+            min_pixels=min_pixels, max_pixels=max_pixels, cuda_graphs=cuda_graphs,
         )  # fmt: skip
 
     @overload

@@ -44,7 +44,7 @@ class LoadedTower:
     @classmethod
     def from_checkpoint(
         cls, checkpoint: Checkpoint, source: Origin, device: torch.device, dtype: torch.dtype,
-        min_pixels: int | None, max_pixels: int | None, cuda_graphs: bool,
+        *, min_pixels: int | None, max_pixels: int | None, cuda_graphs: bool,
     ) -> Self:  # fmt: skip
         """Build an encoder from an open checkpoint, with a checked device and dtype."""
         image_config = checkpoint.image_config.bounded(min_pixels, max_pixels)

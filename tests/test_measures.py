@@ -14,7 +14,6 @@ MAX_PARAMETERS, MAX_KERNEL_PARAMETERS = 6, 12  # that may be given by position
 # torch's own signature, and one in work
 OVERRIDES = {
     ("qwen_vit/integrations/hf_tower.py", "_load_from_state_dict"),
-    ("qwen_vit/loaded_tower.py", "from_checkpoint"),
 }
 
 

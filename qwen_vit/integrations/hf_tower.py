@@ -196,7 +196,8 @@ class HFTower(_Frozen):
             image = encoder.image_config
             shown.encoder = VisionEncoder.from_checkpoint(
                 encoder.checkpoint, encoder.source, device, computed,
-                image.min_pixels, image.max_pixels, shown.cuda_graphs,
+                min_pixels=image.min_pixels, max_pixels=image.max_pixels,
+                cuda_graphs=shown.cuda_graphs,
             )  # fmt: skip
         shown.dtype = dtype
 

@@ -141,9 +141,11 @@ def test_a_move_builds_the_encoder_again_from_what_was_loaded_last(
     build = VisionEncoder.from_checkpoint
     asked = []
 
-    def build_on_cpu(checkpoint: Any, source: Any, *options: Any) -> VisionEncoder:
-        asked.append(options)
-        return build(checkpoint, source, torch.device("cpu"), torch.float32, *options[2:])
+    def build_on_cpu(
+        checkpoint: Any, source: Any, device: Any, dtype: Any, **options: Any
+    ) -> VisionEncoder:
+        asked.append((device, dtype, *options.values()))
+        return build(checkpoint, source, torch.device("cpu"), torch.float32, **options)
 
     monkeypatch.setattr(VisionEncoder, "from_checkpoint", build_on_cpu)
     gpu_named = torch.device("cuda", 0)
