@@ -19,7 +19,9 @@ from qwen_vit.config import Grid, VisionConfig
 from qwen_vit.errors import ExportError, ImageError, with_options
 from qwen_vit.features import FailedImage, ImageFeatures, VideoFeatures
 from qwen_vit.graphs import MAX_BUCKET
+from qwen_vit.images.on_gpu import patches_on_gpu
 from qwen_vit.images.patches import Patches
+from qwen_vit.images.picture import Picture
 from qwen_vit.loading import LoadedImage, OnError
 from qwen_vit.model import LayerTaps, Output
 from qwen_vit.outputs import ImageRows, OutputOptions
@@ -38,6 +40,7 @@ TOKEN_BUDGET = {"cuda": MAX_BUCKET, "cpu": 4_096}
 # images.
 WINDOW = {"cuda": 4, "cpu": 1}
 BATCHES_AHEAD = 2  # of the GPU: queued batches wait in pinned memory
+WINDOW_BYTES = 2**28  # of decoded pictures and patches
 IMAGES_IN_A_WINDOW = 1_024  # so that a long run of failed images is also reported
 
 
@@ -46,11 +49,11 @@ class _Piece(NamedTuple):
 
     place: int  # the place in its window
     name: str
-    patches: Patches
+    patches: Patches | Picture
 
     @property
     def n_patches(self) -> int:
-        return len(self.patches.pixels)
+        return self.patches.n_patches
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +84,33 @@ class BatchEncoder:
                     yield from self._encode_window(window, limit)
 
     def _windows(self, loaded: Iterable[LoadedImage]) -> Iterator[list[LoadedImage]]:
-        """Yield the images in order, in groups to pack together. A stream becomes a separate
-        group."""
-        budget = WINDOW[self.device.type] * TOKEN_BUDGET[self.device.type]
+        """Yield the images in order, in groups to pack together. A stream becomes a separate group.
+
+        The first group is one batch, so that a GPU starts early.
+        """
+        budget = TOKEN_BUDGET[self.device.type]
         window: list[LoadedImage] = []
-        n_patches = 0
+        n_patches = n_bytes = 0
         try:
             for each in loaded:
-                is_full = n_patches + each.n_patches > budget or len(window) == IMAGES_IN_A_WINDOW
+                is_full = (
+                    n_patches + each.n_patches > budget
+                    or n_bytes + each.n_bytes > WINDOW_BYTES
+                    or len(window) == IMAGES_IN_A_WINDOW
+                )
                 if window and is_full:
                     yield window
-                    window, n_patches = [], 0
+                    window, n_patches, n_bytes = [], 0, 0
+                    budget = WINDOW[self.device.type] * TOKEN_BUDGET[self.device.type]
                 if each.stream is not None:
                     if window:
                         yield window
                     yield [each]
-                    window, n_patches = [], 0
+                    window, n_patches, n_bytes = [], 0, 0
                     continue
                 window.append(each)
                 n_patches += each.n_patches
+                n_bytes += each.n_bytes
         except ExportError:  # the export was stopped: it does not need the earlier results
             raise
         except Exception:
@@ -180,7 +191,7 @@ class BatchEncoder:
             if loaded.patches is not None
             for patches in (
                 loaded.patches.split_steps(most)
-                if _values(loaded) == self.video_values
+                if isinstance(loaded.patches, Patches) and _values(loaded) == self.video_values
                 else [loaded.patches]
             )
         ]
@@ -191,7 +202,7 @@ class BatchEncoder:
         On a CPU, each piece of a video has its own pass, so that its rows do not depend on other
         inputs.
         """
-        is_video = [piece.patches.pixels.shape[1] == self.video_values for piece in pieces]
+        is_video = [piece.patches.n_values == self.video_values for piece in pieces]
         stills = [index for index, video in enumerate(is_video) if not video]
         videos = [index for index, video in enumerate(is_video) if video]
         if self.device.type == "cpu":
@@ -205,25 +216,23 @@ class BatchEncoder:
 
     def _encode_parts(self, pieces: Sequence[_Piece]) -> list[ImageRows | ImageError]:
         """Return each piece's rows. Halve a batch that is too large for the GPU's memory."""
-        parts = [(piece.name, piece.patches) for piece in pieces]
-        pinned_rows = TOKEN_BUDGET["cuda"] if self.device.type == "cuda" else 0
-        patches = Patches.cat((part for _, part in parts), pinned_rows=pinned_rows)
         outputs, taps = self.outputs, self.outputs.taps()
-        sizes = [len(part.pixels) for _, part in parts]
+        sizes = [piece.n_patches for piece in pieces]
         try:
+            patches = self._joined_patches(pieces)
             # keep no reference to the batch's rows, so that their memory is free for the halves
             return list(
                 outputs.split(
                     self.forward(patches.pixels, patches.grids, outputs.tower_output, taps),
                     taps, sizes, self.config.merge_unit,
-                    pool=patches.pixels.shape[1] != self.video_values,
+                    pool=patches.n_values != self.video_values,
                 )
             )  # fmt: skip
         except torch.cuda.OutOfMemoryError as cause:
-            if len(parts) == 1:
+            if len(pieces) == 1 and not isinstance(pieces[0].patches, Picture):
                 error = ImageError(
-                    f"its {len(patches.pixels)} patches do not fit the memory of {self.device}",
-                    name=parts[0][0],
+                    f"its {sizes[0]} patches do not fit the memory of {self.device}",
+                    name=pieces[0].name,
                     remedy=with_options("lower {}, or free memory there", "max_pixels"),
                     code="out-of-memory",
                 )
@@ -231,11 +240,32 @@ class BatchEncoder:
                     raise error from cause
                 return [error]
         del taps  # and the rows in it
-        half = len(parts) // 2
+        if len(pieces) == 1 and isinstance(pieces[0].patches, Picture):
+            # the decoded pixels may need more memory than the patches
+            logger.warning(
+                "out of memory on %s: %s is resized on the CPU", self.device, pieces[0].name
+            )
+            try:
+                patches = pieces[0].patches.patchify()
+            except ImageError as error:
+                if self.on_error == "raise":
+                    raise
+                return [error.without_frames()]
+            return self._encode_parts([pieces[0]._replace(patches=patches)])
+        half = len(pieces) // 2
         logger.warning(
-            "out of memory on %s: encoding a batch of %d in two halves", self.device, len(parts)
+            "out of memory on %s: encoding a batch of %d in two halves", self.device, len(pieces)
         )
         return [*self._encode_parts(pieces[:half]), *self._encode_parts(pieces[half:])]
+
+    def _joined_patches(self, pieces: Sequence[_Piece]) -> Patches:
+        """Return the patches of a batch: on the GPU if a picture is among them."""
+        parts = [piece.patches for piece in pieces]
+        ready = [part for part in parts if isinstance(part, Patches)]
+        pinned_rows = TOKEN_BUDGET["cuda"] if self.device.type == "cuda" else 0
+        if len(ready) < len(parts):
+            return patches_on_gpu(parts, self.device, pinned_rows=pinned_rows)
+        return Patches.cat(ready, pinned_rows=pinned_rows)
 
 
 class InFlightLimit:
@@ -260,7 +290,7 @@ class InFlightLimit:
 
 def _values(loaded: LoadedImage) -> int:
     """Return the number of values in a row of an image's patches."""
-    return 0 if loaded.patches is None else loaded.patches.pixels.shape[1]
+    return 0 if loaded.patches is None else loaded.patches.n_values
 
 
 def _grid_of(loaded: LoadedImage) -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ from qwen_vit.errors import ArgumentError
 from qwen_vit.features import FailedImage, FeatureOutput, ImageFeatures
 from qwen_vit.images.image import ArrayLayout, ExifPolicy, ImageLimits, check_formats
 from qwen_vit.images.pages import Pages
+from qwen_vit.images.picture import resizes_on
 from qwen_vit.loaded_tower import LoadedTower
 from qwen_vit.loading import (
     EncodeOptions,
@@ -32,6 +33,7 @@ from qwen_vit.loading import (
     as_images,
     as_videos,
     is_one_image,
+    is_single_still,
 )
 from qwen_vit.model import VisionTower
 from qwen_vit.outputs import OutputOptions
@@ -268,11 +270,11 @@ class VisionEncoder(LoadedTower):
             ArgumentError: An option is invalid.
         """
         results = list(
-            self.encode_iter(
-                images, on_error=on_error, output=output, normalize=normalize, layers=layers,
+            self._stream(
+                images, is_lent=is_one_image(images) or isinstance(images, list | tuple),
+                on_error=on_error, output=output, normalize=normalize, layers=layers,
                 layout=layout, exif=exif, limits=limits, formats=formats, frames=frames,
-                video_limits=video_limits,
-                decode_threads=decode_threads,
+                video_limits=video_limits, decode_threads=decode_threads,
             )
         )  # fmt: skip
         return results[0] if is_one_image(images) and frames == "first" else results
@@ -314,6 +316,19 @@ class VisionEncoder(LoadedTower):
         by size, because there an image's bits do not depend on its batch. Raises ArgumentError at
         once for an invalid option.
         """
+        return self._stream(
+            images, is_lent=False, on_error=on_error, output=output, normalize=normalize,
+            layers=layers, layout=layout, exif=exif, limits=limits, formats=formats, frames=frames,
+            video_limits=video_limits, decode_threads=decode_threads,
+        )  # fmt: skip
+
+    def _stream(
+        self, images: Images, *, is_lent: bool, on_error: OnError, output: FeatureOutput,
+        normalize: bool, layers: Iterable[int], layout: ArrayLayout, exif: ExifPolicy,
+        limits: ImageLimits | None, video_limits: VideoLimits | None, formats: Iterable[str],
+        frames: Pages, decode_threads: int | None,
+    ) -> Iterator[ImageFeatures | FailedImage]:  # fmt: skip
+        """Encode as `encode_iter` does. With `is_lent`, no PIL image changes before the end."""
         outputs = OutputOptions.checked(output, normalize, layers, self.config.depth)
         limits = ImageLimits() if limits is None else limits
         if formats:
@@ -321,10 +336,13 @@ class VisionEncoder(LoadedTower):
         video_limits = VideoLimits() if video_limits is None else video_limits
         threads, many = thread_count(decode_threads), as_images(images)
         in_parallel = 1 if is_one_image(images) else threads
+        if is_lent and frames == "first" and is_single_still(images):
+            threads = 1  # to start a thread would take longer than it saves
         loader = ImageLoader(
             self.config, self.image_config, layout, limits, on_error, video_limits,
             video_threads=max(1, core_count() // in_parallel), exif=exif, frames=frames,
-            piece_patches=TOKEN_BUDGET[self.device.type],
+            piece_patches=TOKEN_BUDGET[self.device.type], on_gpu=resizes_on(self.device),
+            is_lent=is_lent,
         )  # fmt: skip
         batches = BatchEncoder(self.forward, self.device, self.config, outputs, on_error)
         return batches.encode(loader.jobs(many, is_ahead=threads > 1), threads)

@@ -101,10 +101,10 @@ class GraphRunner:
         `layout` is on the host, padded to `graph_bucket(patches)` rows. It does not wait for the
         GPU. The first call with that many rows captures their graph.
         """
-        static = pad_to_graph(layout)
-        if static is None:
+        padded = _graph_indices(layout)
+        if padded is None:
             return None
-        indices = static.flat(pinned=True)
+        static, indices = padded
         with (
             self._lock,
             torch.cuda.device(self._device),
@@ -283,6 +283,13 @@ def pad_to_graph(layout: Layout) -> Layout | None:
         windows=replace(layout.windows, cu_seqlens=none, tiles=window_tiles),
         frames=replace(layout.frames, cu_seqlens=none, tiles=frame_tiles),
     )
+
+
+@lru_cache(maxsize=32)  # repeated sizes cost nothing; a layout is equal only to itself
+def _graph_indices(layout: Layout) -> tuple[Layout, Tensor] | None:
+    """Return the padded layout and its indices in pinned memory, which nothing may change."""
+    static = pad_to_graph(layout)
+    return None if static is None else (static, static.flat(pinned=True))
 
 
 def _zero_padded(tensor: Tensor, length: int) -> Tensor | None:

@@ -28,6 +28,7 @@ from qwen_vit.images.image import (
 from qwen_vit.images.load import load_image, read_image_file, unwrap
 from qwen_vit.images.pages import Pages, split_pages
 from qwen_vit.images.patches import Patches, patchify
+from qwen_vit.images.picture import Picture
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.read import read_item
 from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, suffix_of
@@ -40,19 +41,9 @@ from qwen_vit.video.options import Video, VideoLimits, VideoOptions, VideoSource
 from qwen_vit.video.pieces import PieceStream
 
 __all__ = [
-    "EncodeOptions",
-    "ImageInput",
-    "ImageLoader",
-    "Images",
-    "LoadedImage",
-    "OnError",
-    "OneImage",
-    "Videos",
-    "as_images",
-    "as_videos",
-    "is_one_image",
-    "is_video_file",
-]
+    "EncodeOptions", "ImageInput", "ImageLoader", "Images", "LoadedImage", "OnError", "OneImage",
+    "Videos", "as_images", "as_videos", "is_one_image", "is_single_still", "is_video_file",
+]  # fmt: skip
 
 OnError = Literal["raise", "skip"]
 # What `encode` accepts for one image, except arrays: a 4D array is a stack of several images.
@@ -65,6 +56,7 @@ OneImage: TypeAlias = (
     | memoryview
     | Image.Image
     | Patches
+    | Picture
     | Video
     | Mapping[str, Any]
     | ImagePage
@@ -73,9 +65,10 @@ ImageInput: TypeAlias = OneImage | NDArray[Any] | Tensor
 Images: TypeAlias = ImageInput | Iterable[ImageInput]
 # Iterating over one of these would give its characters, bytes or rows.
 ONE_IMAGE = (
-    str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Patches, Video, io.IOBase,
-    Mapping, ImagePage,
+    str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Patches, Picture, Video,
+    io.IOBase, Mapping, ImagePage,
 )  # fmt: skip
+FIXED = (str, os.PathLike, bytes, Patches, Picture, ImagePage, ImageError)  # cannot change
 STACKED_AXES = 4
 Source = TypeVar("Source")
 Videos: TypeAlias = VideoSource | Video | Iterable[VideoSource | Video]
@@ -104,6 +97,19 @@ def is_one_image(images: object) -> bool:
     if isinstance(images, (np.ndarray, Tensor)):
         return images.ndim != STACKED_AXES
     return isinstance(images, ONE_IMAGE)
+
+
+def is_single_still(images: Any) -> bool:
+    """Return whether this is one image, or a list of one, and no video.
+
+    >>> is_single_still("a.jpg"), is_single_still(["a.jpg", "b.jpg"]), is_single_still("a.mp4")
+    (True, False, False)
+    """
+    if not is_one_image(images):
+        if not isinstance(images, list | tuple) or len(images) != 1:
+            return False
+        [images] = images
+    return not isinstance(images, Video) and not is_video_file(images)
 
 
 def as_images(images: Any) -> Iterator[Any]:
@@ -151,31 +157,36 @@ def _is_picture(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """Hold the patches or the error of an image or video for the encoder."""
+    """Hold the patches or the error of an image or video for the encoder.
+
+    The GPU resizes and cuts a `Picture`.
+    """
 
     id: str
     size_px: tuple[int, int] = UNKNOWN_SIZE
     notes: tuple[str, ...] = ()
-    patches: Patches | None = None
+    patches: Patches | Picture | None = None
     error: ImageError | None = None
     timing: VideoTiming | None = None  # only for a video
     stream: PieceStream | None = None  # for a long video, instead of patches
 
     @property
     def n_patches(self) -> int:
-        return 0 if self.patches is None else len(self.patches.pixels)
+        return 0 if self.patches is None else self.patches.n_patches
 
     @property
     def n_bytes(self) -> int:
         if self.stream is not None:
             return self.stream.n_bytes
-        return 0 if self.patches is None else self.patches.pixels.nbytes
+        return 0 if self.patches is None else self.patches.n_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLoader:
     """Load, resize and patchify any kind of image or video, in any thread.
 
+    With `on_gpu`, images come as decoded pictures, which the GPU resizes and cuts. With
+    `is_lent`, the caller does not change its PIL images before their features arrive.
     `video` contains the options of videos without their own. `as_video` makes animations videos.
     `video_threads` is the number of threads that decode one video. The loader cuts a video file of
     more than `piece_patches` into pieces. It returns the first pieces while threads decode later
@@ -194,6 +205,8 @@ class ImageLoader:
     as_video: bool = False
     frames: Pages = "first"
     piece_patches: int | None = None
+    on_gpu: bool = False
+    is_lent: bool = False
 
     def __post_init__(self) -> None:
         check_choice("on_error", self.on_error, get_args(OnError))
@@ -211,7 +224,7 @@ class ImageLoader:
         """Yield a job for each image. With `is_ahead`, the job may run after the iteration has
         reached the next image."""
         for image, name in self._named(images):
-            is_fixed = isinstance(image, (str, os.PathLike, bytes, Patches, ImagePage, ImageError))
+            is_fixed = isinstance(image, FIXED) or (self.is_lent and isinstance(image, Image.Image))
             if isinstance(image, Video):
                 is_fixed = isinstance(image.source, (str, os.PathLike, bytes))
             elif isinstance(image, (bytearray, memoryview)) and container_of(image[:HEAD_BYTES]):
@@ -263,7 +276,7 @@ class ImageLoader:
         try:
             if isinstance(image, LoadedImage):
                 return image
-            if isinstance(image, Patches):
+            if isinstance(image, Patches | Picture):
                 return self._accept_patches(image, name)
             if isinstance(image, Video):
                 return self._load_pieces(image, name, is_ahead=is_ahead)
@@ -296,10 +309,14 @@ class ImageLoader:
             raise image
         rgb = self._fetched(image, name)
         if not isinstance(rgb, RgbImage):
-            rgb = load_image(rgb, name=name, layout=self.layout, limits=self.limits, exif=self.exif)
+            rgb = load_image(
+                rgb, name=name, layout=self.layout, limits=self.limits, exif=self.exif,
+                is_lent=self.is_lent,
+            )  # fmt: skip
         size_px = (rgb.height, rgb.width)
         try:
-            patches = patchify(rgb.picture, self.image_config, name=name)
+            make = Picture.of if self.on_gpu else patchify
+            patches = make(rgb.picture, self.image_config, name=name)
         except ImageError as error:
             if self.on_error == "raise":
                 raise
@@ -339,7 +356,7 @@ class ImageLoader:
         )  # fmt: skip
         return LoadedImage(name, loaded.size_px, loaded.notes, loaded.patches, timing=loaded.timing)
 
-    def _accept_patches(self, patches: Patches, name: str) -> LoadedImage:
+    def _accept_patches(self, patches: Patches | Picture, name: str) -> LoadedImage:
         """Return one image that the caller patchified."""
         if len(patches.grids) != 1:
             raise ImageError(
@@ -349,7 +366,7 @@ class ImageLoader:
                 remedy="pass each image's patches separately",
                 code="patches",
             )
-        values = patches.pixels.shape[1]
+        values = patches.n_values
         expected = self.config.patch_dim // self.config.temporal_patch_size  # for one frame
         if values not in (expected, self.config.patch_dim):
             raise ImageError(
@@ -377,7 +394,7 @@ def _decode_rest(loaded: LoadedImage, is_closed: Callable[[], bool]) -> None:
 def _name_of(image: ImageInput, index: int) -> str:
     if isinstance(image, (str, os.PathLike)):
         return os.fsdecode(image)
-    if isinstance(image, Patches | Video) and image.name is not None:
+    if isinstance(image, Patches | Picture | Video) and image.name is not None:
         return image.name
     return f"{'video' if isinstance(image, Video) else 'image'} {index}"
 

@@ -134,12 +134,14 @@ def _loader(
 ) -> "ImageLoader":
     from qwen_vit.common.prefetch import core_count
     from qwen_vit.images.image import ImageLimits
+    from qwen_vit.images.picture import resizes_on
     from qwen_vit.loading import ImageLoader
     from qwen_vit.video.options import VideoLimits, VideoOptions
 
     return ImageLoader(
         encoder.config, encoder.image_config, "auto", limits or ImageLimits(), "skip",
         VideoLimits(), exif, core_count(), video or VideoOptions(), as_video,
+        on_gpu=resizes_on(encoder.device),
     )  # fmt: skip
 
 

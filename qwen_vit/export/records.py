@@ -9,6 +9,7 @@ from qwen_vit.export.manifest import ManifestRow
 from qwen_vit.export.segments import Segment
 from qwen_vit.features import UNKNOWN_SIZE
 from qwen_vit.images.patches import Patches
+from qwen_vit.images.picture import Picture
 from qwen_vit.inputs.listing import Item
 from qwen_vit.video.load import VideoTiming
 
@@ -32,7 +33,7 @@ class ImageRecord:
     size_px: tuple[int, int] = UNKNOWN_SIZE
     notes: tuple[str, ...] = ()
     grid_thw: tuple[int, int, int] = (0, 0, 0)
-    patches: Patches | None = None  # exists between decoding and encoding
+    patches: Patches | Picture | None = None  # exists between decoding and encoding
     timing: VideoTiming | None = None  # only for a video
     n_rows: int = 0  # the number of its stored features
     stage: str = "read"
@@ -41,7 +42,7 @@ class ImageRecord:
     @property
     def n_bytes(self) -> int:
         """Return the bytes that the image takes in memory before encoding."""
-        return 0 if self.patches is None else self.patches.pixels.nbytes
+        return 0 if self.patches is None else self.patches.n_bytes
 
 
 class ShardStart(NamedTuple):

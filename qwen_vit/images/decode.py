@@ -92,10 +92,18 @@ def decode_bytes(
 
 
 def decode_pil(
-    image: Image.Image, name: str, limits: ImageLimits, exif: ExifPolicy = "apply"
+    image: Image.Image,
+    name: str,
+    limits: ImageLimits,
+    exif: ExifPolicy = "apply",
+    *,
+    is_lent: bool = False,
 ) -> RgbImage:
     """Convert a PIL image to RGB, and decode the image if it is still lazy. Raises ImageError as
-    `decode_bytes` does."""
+    `decode_bytes` does.
+
+    With `is_lent`, the result may share the image's pixels.
+    """
     file_format = str(image.format or "PIL image")
     with LOAD_LOCKS[id(image) // 16 % len(LOAD_LOCKS)]:
         if getattr(image, "tile", None) and getattr(image, "fp", image) is None:
@@ -110,8 +118,8 @@ def decode_pil(
             if data is not None and jpeg is None and misses_rows(data):
                 raise EOFError
             picture, notes = _to_rgb(image, name, deep, exif, turned)
-            if picture is image:  # the caller may change the image
-                picture = image.copy()
+            if picture is image:  # the caller may change the image, unless it is lent
+                picture = image._new(image.im) if is_lent else image.copy()
     return RgbImage(picture, "PIL", name, (*early_notes, *notes))
 
 

@@ -47,6 +47,7 @@ def load_image(
     layout: ArrayLayout = "auto",
     limits: ImageLimits | None = None,
     exif: ExifPolicy = "apply",
+    is_lent: bool = False,
 ) -> RgbImage:
     """Turn a path, encoded bytes, a PIL image, an array, a tensor or a row into RGB pixels.
 
@@ -58,7 +59,9 @@ def load_image(
     shape of an array is (H, W), or has a channel axis of 1, 3 or 4. `layout` places that axis.
     "auto" raises an error if the axis is ambiguous. A PIL image gives its current frame. The loader
     may trigger Pillow's lazy loading, and does not change the image otherwise. Pass exif="ignore"
-    for images that are already upright, because `transpose` keeps the tag. `unwrap` describes rows.
+    for images that are already upright, because `transpose` keeps the tag. With
+    `is_lent`, the result may share the pixels of a PIL image. The image then must not change.
+    `unwrap` describes rows.
     `name` identifies the image in messages. Many threads may call the function at once.
 
     Raises ImageError with a `code` of errors.IMAGE_CODES, and ArgumentError for an unknown `layout`
@@ -86,7 +89,7 @@ def load_image(
     if isinstance(source, Image.Image):
         if name is None:
             name = os.fsdecode(getattr(source, "filename", "") or "PIL image")
-        return decode_pil(source, name, limits, exif)
+        return decode_pil(source, name, limits, exif, is_lent=is_lent)
     if isinstance(source, torch.Tensor):
         name = "tensor" if name is None else name
         return from_array(tensor_to_array(source, name), "tensor", name, layout, limits)

@@ -4,7 +4,8 @@ Source: transformers, models/qwen2_vl/image_processing_pil_qwen2_vl.py.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
@@ -19,7 +20,10 @@ from qwen_vit.errors import ArgumentError, ImageError, with_options
 from qwen_vit.images.image import check_ratio
 from qwen_vit.images.rows import normalise
 
-__all__ = ["CHANNELS", "Patches", "check_sides", "patchify", "resize_image", "smart_resize"]
+__all__ = [
+    "CHANNELS", "Patches", "check_sides", "limited_memory", "patchify", "resize_image",
+    "smart_resize", "target_size",
+]  # fmt: skip
 
 Rgb: TypeAlias = NDArray[np.uint8] | Image.Image
 CHANNELS = 3
@@ -64,6 +68,21 @@ class Patches:
                 remedy="keep each image's pixels and grid together",
                 code="patches",
             )
+
+    @property
+    def n_patches(self) -> int:
+        """Return the number of rows."""
+        return len(self.pixels)
+
+    @property
+    def n_values(self) -> int:
+        """Return the number of values in a row: one frame's for an image, two for a video."""
+        return self.pixels.shape[1]
+
+    @property
+    def n_bytes(self) -> int:
+        """Return the bytes of the rows."""
+        return self.pixels.nbytes
 
     @classmethod
     def cat(cls, parts: Iterable[Self], *, pinned_rows: int = 0) -> Self:
@@ -178,12 +197,14 @@ def smart_resize(
     return rows * factor, columns * factor
 
 
-def resize_image(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> NDArray[np.uint8]:
-    """Resize an image to smart_resize's size with Pillow's bicubic filter, on uint8.
+def target_size(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> tuple[int, int]:
+    """Return the height and width that an RGB image will have.
 
-    `rgb` is a Pillow image of mode RGB, or uint8 (height, width, 3). The function returns the image
-    unchanged if the size already fits. Raises ImageError as smart_resize does. Raises ImageError
-    with code "patches" for any other mode, dtype or shape.
+    >>> target_size(Image.new("RGB", (200, 100)), ImageConfig.from_json({}))
+    (112, 196)
+
+    Sides are in pixels. Raises ImageError as smart_resize does. Raises ImageError with code
+    "patches" for any other mode than RGB, or another dtype or shape.
     """
     if isinstance(rgb, Image.Image):
         width, height = rgb.size
@@ -200,7 +221,7 @@ def resize_image(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> N
             remedy="pass it through load_image",
             code="patches",
         )
-    new_height, new_width = smart_resize(
+    return smart_resize(
         height,
         width,
         factor=config.patch_px * config.merge_size,
@@ -208,7 +229,18 @@ def resize_image(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> N
         max_pixels=config.max_pixels,
         name=name,
     )
-    if (new_height, new_width) == (height, width):
+
+
+def resize_image(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> NDArray[np.uint8]:
+    """Resize an image to smart_resize's size with Pillow's bicubic filter, on uint8.
+
+    `rgb` is a Pillow image of mode RGB, or uint8 (height, width, 3). The function returns it
+    unchanged if the size already fits. Raises ImageError as smart_resize does. Raises ImageError
+    with code "patches" for any other mode, dtype or shape.
+    """
+    new_height, new_width = target_size(rgb, config, name=name)
+    old = rgb.size[::-1] if isinstance(rgb, Image.Image) else rgb.shape[:2]
+    if (new_height, new_width) == old:
         return np.asarray(rgb)
     picture = rgb if isinstance(rgb, Image.Image) else Image.fromarray(rgb)
     return np.asarray(picture.resize((new_width, new_height), Image.Resampling.BICUBIC))
@@ -225,7 +257,7 @@ def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patch
     resize_image does. Raises ImageError with code "memory" if the process runs out of memory.
     """
     called = "the image" if name is None else name
-    try:
+    with limited_memory(called):
         resized = resize_image(rgb, config, name=called)
         pixels = rearrange(
             resized,
@@ -236,16 +268,23 @@ def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patch
             pw=config.patch_px,
         )
         pixels = np.ascontiguousarray(pixels)
-    except MemoryError:
-        raise ImageError(
-            "does not fit into memory when resized",
-            name=called,
-            remedy=with_options("make it smaller, or lower {}", "max_pixels"),
-            code="memory",
-        ) from None
     height, width, _ = resized.shape
     grid = Grid(1, height // config.patch_px, width // config.patch_px)
     return Patches(torch.from_numpy(pixels), (grid,), name)
+
+
+@contextmanager
+def limited_memory(name: str) -> Iterator[None]:
+    """Raise ImageError with code "memory" if the process runs out of memory."""
+    try:
+        yield
+    except MemoryError:
+        raise ImageError(
+            "does not fit into memory when resized",
+            name=name,
+            remedy=with_options("make it smaller, or lower {}", "max_pixels"),
+            code="memory",
+        ) from None
 
 
 def check_sides(height: int, width: int, name: str) -> None:

@@ -1,0 +1,71 @@
+"""Know in which order Pillow's bicubic resize changes the axes, by its version.
+
+Each pass rounds to uint8, so the order decides bits. A GPU copies the installed Pillow's order, and
+only for versions whose source was read and whose results were compared.
+
+Source: Pillow, src/libImaging/Resample.c and src/PIL/Image.py.
+"""
+
+import logging
+import platform
+from collections.abc import Callable
+from functools import cache
+from typing import Literal, TypeAlias
+
+import PIL
+
+__all__ = ["KNOWN_PILLOWS", "Axis", "Size", "knows_pillow", "passes"]
+
+logger = logging.getLogger("qwen_vit")
+
+Axis: TypeAlias = Literal["horizontal", "vertical"]
+Size: TypeAlias = tuple[int, int]  # width, height in pixels
+
+
+def _shrinks_height_more(old: Size, new: Size) -> bool:
+    """Return whether the height loses pixels, and over twice as many as the width."""
+    lost_width, lost_height = old[0] - new[0], old[1] - new[1]
+    return lost_height > 0 and lost_height > 2 * lost_width
+
+
+def _shrinks_a_strip(old: Size, new: Size) -> bool:
+    """Return whether a picture of over 100 times its width in height loses height."""
+    return old[1] > 100 * old[0] and new[1] < old[1]
+
+
+# version -> whether it resizes vertically first
+KNOWN_PILLOWS: dict[str, Callable[[Size, Size], bool]] = {
+    "12.3.0": _shrinks_a_strip,
+    "13.0.0": _shrinks_height_more,
+}
+# Elsewhere compilers may fuse a product and a sum of the weights, which rounds differently.
+MACHINES = ("x86_64", "AMD64")
+
+
+def passes(old: Size, new: Size, version: str = PIL.__version__) -> tuple[Axis, ...]:
+    """Return the axes in the order in which Pillow changes them; an equal side has no pass.
+
+    >>> passes((100, 200), (56, 84), "13.0.0"), passes((100, 200), (56, 84), "12.3.0")
+    (('vertical', 'horizontal'), ('horizontal', 'vertical'))
+    >>> passes((100, 56), (56, 56), "13.0.0")
+    ('horizontal',)
+    """
+    changed: list[Axis] = []
+    if old[0] != new[0]:
+        changed.append("horizontal")
+    if old[1] != new[1]:
+        changed.append("vertical")
+    return tuple(reversed(changed) if KNOWN_PILLOWS[version](old, new) else changed)
+
+
+@cache  # one warning per process
+def knows_pillow(version: str = PIL.__version__) -> bool:
+    """Return whether a GPU can resize with the bits of this Pillow; if not, log the reason once."""
+    machine = platform.machine()
+    if version in KNOWN_PILLOWS and machine in MACHINES:
+        return True
+    logger.warning(
+        "images are resized on the CPU: the GPU has the bits of Pillow %s on %s; this is %s on %s",
+        " and ".join(KNOWN_PILLOWS), MACHINES[0], version, machine,
+    )  # fmt: skip
+    return False

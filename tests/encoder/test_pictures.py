@@ -1,0 +1,142 @@
+"""Decoded pictures take the same way as patches, and a GPU without room leaves them to the CPU."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qwen_vit import batching
+from qwen_vit import encoder as encoder_module
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import ImageError
+from qwen_vit.features import FailedImage
+from qwen_vit.images.patches import Patches, patchify
+from qwen_vit.images.picture import Picture
+from tests.support.encoders import tiny
+from tests.support.images import noise
+from tests.support.towers import gpu
+
+SIZES = [(60, 100), (56, 84), (130, 40)]
+
+
+def resized_here(
+    parts: Sequence[Patches | Picture], device: torch.device, *, pinned_rows: int
+) -> Patches:
+    """What the GPU does, by the CPU path."""
+    return Patches.cat(part.patchify() if isinstance(part, Picture) else part for part in parts)
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The loader hands out pictures; the list gets the number of pictures in each batch."""
+    batches: list[int] = []
+
+    def resize(parts: Sequence[Any], *args: Any, **options: Any) -> Patches:
+        batches.append(sum(isinstance(part, Picture) for part in parts))
+        return resized_here(parts, *args, **options)
+
+    monkeypatch.setattr(encoder_module, "resizes_on", lambda device: True)
+    monkeypatch.setattr(batching, "patches_on_gpu", resize)
+    return batches
+
+
+def images() -> list[Image.Image]:
+    return [Image.fromarray(noise(h, w, seed=w)) for h, w in SIZES]
+
+
+def test_pictures_and_patches_have_the_same_features(as_on_gpu: list[int]) -> None:
+    mixed: list[Any] = images()
+    expected = tiny().encode([patchify(image, tiny().image_config) for image in mixed])
+    assert as_on_gpu == []  # nothing to resize
+    mixed[1] = patchify(mixed[1], tiny().image_config)
+    found = tiny().encode(mixed)
+    assert as_on_gpu == [2]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.embeds, theirs.embeds)
+    assert [each.size_px for each in found] == [SIZES[0], (0, 0), SIZES[2]]
+
+
+def test_a_list_lends_its_images_and_a_generator_does_not(as_on_gpu: list[int]) -> None:
+    """A generator may draw every image into one picture."""
+    expected = tiny().encode(images()[:2])
+    canvas = Image.new("RGB", SIZES[0][::-1])
+
+    def drawn() -> Iterator[Image.Image]:
+        for image in images():
+            canvas.paste(image.resize(canvas.size), (0, 0))
+            yield canvas
+
+    [first, *_] = tiny().encode(drawn())
+    assert torch.equal(first.embeds, expected[0].embeds)
+    given = images()
+    before = [np.asarray(each).copy() for each in given]
+    tiny().encode(given)
+    for image, pixels in zip(given, before, strict=True):
+        assert np.array_equal(np.asarray(image), pixels)
+
+
+def out_of_memory(*_: Any, **__: Any) -> Patches:
+    raise torch.cuda.OutOfMemoryError("no room")
+
+
+def test_a_picture_without_room_on_the_gpu_is_resized_on_the_cpu(
+    as_on_gpu: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = tiny().encode(images())
+    monkeypatch.setattr(batching, "patches_on_gpu", out_of_memory)
+    with caplog.at_level(logging.WARNING, "qwen_vit"):
+        found = tiny().encode(images())
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.embeds, theirs.embeds)  # other batches
+    assert sum("is resized on the CPU" in message for message in caplog.messages) == len(SIZES)
+
+
+def test_a_picture_without_room_anywhere_is_an_error(
+    as_on_gpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(picture: Picture) -> Patches:
+        raise ImageError("does not fit into memory when resized", name="x", code="memory")
+
+    monkeypatch.setattr(batching, "patches_on_gpu", out_of_memory)
+    monkeypatch.setattr(Picture, "patchify", no_memory)
+    [failed] = tiny().encode(images()[:1], on_error="skip")
+    assert isinstance(failed, FailedImage)
+    assert failed.code == "memory"
+    with pytest.raises(ImageError):
+        tiny().encode(images()[:1])
+
+
+def test_one_still_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a thread")
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    [image] = images()[:1]
+    for given in (image, [image], np.asarray(image), patchify(image, tiny().image_config)):
+        tiny().encode(given)
+    with pytest.raises(AssertionError, match="a thread"):
+        tiny().encode([image, image])
+
+
+@gpu
+def test_a_picture_larger_than_the_free_gpu_memory_is_encoded(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    encoder = VisionEncoder.from_pretrained("tiny", device="cuda", max_pixels=200_000)
+    image = Image.fromarray(np.tile(noise(500, 700), (20, 10, 1)))  # 280 MB
+    expected = encoder.encode(patchify(image, encoder.image_config))
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    room = torch.cuda.memory_reserved() + 200 * 2**20
+    torch.cuda.set_per_process_memory_fraction(room / total)
+    try:
+        with caplog.at_level(logging.WARNING, "qwen_vit"):
+            found = encoder.encode(image)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "is resized on the CPU" in caplog.text
+    assert torch.equal(found.embeds, expected.embeds)
