@@ -34,7 +34,8 @@ from qwen_vit.export.records import REST, STAGES, DoneShard
 from qwen_vit.export.result import ExportCounts, ExportReport
 from qwen_vit.export.retry import FailingRun, may_work_now
 from qwen_vit.export.run import load_encoder, make_manifest, warn_of_idle
-from qwen_vit.export.shards import export_shards, whole_shard
+from qwen_vit.export.shards import export_shards
+from qwen_vit.export.whole_shards import whole_shard
 from qwen_vit.feature_files.schema import shard_name
 
 __all__ = ["export_on_ray"]

@@ -28,8 +28,9 @@ from qwen_vit.export.progress import Progress
 from qwen_vit.export.records import REST
 from qwen_vit.export.result import ExportCounts, ExportReport
 from qwen_vit.export.retry import FailingRun
-from qwen_vit.export.shards import export_shards, whole_shard
+from qwen_vit.export.shards import export_shards
 from qwen_vit.export.stop import StopSignals
+from qwen_vit.export.whole_shards import whole_shard
 
 __all__ = ["export_features", "load_encoder", "make_manifest", "warn_of_idle"]
 

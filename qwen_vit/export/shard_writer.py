@@ -152,6 +152,7 @@ class ShardWriter:
             self._writer.save(self._facts([entry for _, entry in self._errors]))
         self._plan.folder.publish(shard_name(self.number), replace=self._replaces)
         remove_segments(self._plan.folder, self.number, self._firsts)
+        self._has_rows = []  # an interrupt has nothing more to keep
 
     def _keep(self) -> None:
         """After an interrupt, save as much as possible of the open file as a segment."""

@@ -8,24 +8,21 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from hashlib import sha256
-from itertools import islice
-from pathlib import Path
+from itertools import chain, islice
 from typing import TypeVar
 
 import torch
 
 from qwen_vit.common.prefetch import Job, core_count, thread_count, work_ahead
-from qwen_vit.common.store_path import AnyPath, StorePath
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ExportError, ImageError
+from qwen_vit.errors import ImageError
 from qwen_vit.export.background import BackgroundWriter, StageTimer
 from qwen_vit.export.circuit_breaker import CircuitBreaker
 from qwen_vit.export.device_to_host import MAX_UNWRITTEN_BYTES, HostCopier
-from qwen_vit.export.manifest import ManifestRow, shard_rows
 from qwen_vit.export.options import ExportOptions, RowFormat
 from qwen_vit.export.plan import ExportPlan
 from qwen_vit.export.records import (
@@ -40,14 +37,14 @@ from qwen_vit.export.records import (
 )
 from qwen_vit.export.retry import may_work_now
 from qwen_vit.export.segments import find_segments, open_segments
-from qwen_vit.export.settings import LISTING, SETTINGS
 from qwen_vit.export.shard_writer import ShardWriter
 from qwen_vit.export.under_way import UnderWay
-from qwen_vit.feature_files.file import open_shard
-from qwen_vit.feature_files.schema import rows_by_tensor, shard_name
+from qwen_vit.export.whole_shards import publish_unsent, rows_of_saved, whole_shard
+from qwen_vit.feature_files.schema import rows_by_tensor
 from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.images.isolated import decode_in_child
 from qwen_vit.images.patches import Patches
+from qwen_vit.images.picture import Picture, resizes_on
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.pages import as_page
 from qwen_vit.inputs.read import read_item
@@ -55,7 +52,7 @@ from qwen_vit.loading import ImageLoader
 from qwen_vit.video.isolated import load_in_child
 from qwen_vit.video.items import open_video_item, video_of_item
 
-__all__ = ["export_shards", "whole_shard"]
+__all__ = ["export_shards"]
 
 logger = logging.getLogger("qwen_vit")
 
@@ -82,8 +79,8 @@ def export_shards(
 
     Loader threads prefetch images, including images of the next shard. A writer thread writes
     results. A batch never crosses a shard, so the bytes do not depend on the threads. The encoder
-    starts a shard only after the previous shard is complete. An interrupt saves the encoded images
-    of the open shard: see `segments`.
+    starts the first batches of a shard while the writer thread saves the previous shard. An
+    interrupt saves the encoded images of the open shard: see `segments`.
 
     Args:
         breaker: an object that stops the export after too many consecutive failures.
@@ -108,61 +105,90 @@ def export_shards(
         closing(
             work_ahead(_jobs(loader, plan, shards, under_way), threads=thread_count(decode_threads))
         ) as loaded,
+        ExitStack() as unfinished,
     ):
+        previous: Iterator[DoneShard | None] = iter(())  # the shard that is being saved
         for start in loaded:
             if not isinstance(start, ShardStart):
                 raise TypeError(f"{type(start).__name__} between shards")
             if is_stopped():
+                yield from filter(None, previous)
                 raise KeyboardInterrupt
             if start.rows is not None:
+                yield from filter(None, previous)
                 yield DoneShard(start.shard, start.rows, len(start.rows))
                 continue
             copier = copier or HostCopier(encoder.device, form)
             next_images = islice(loaded, start.n_images)
             images = (image for image in next_images if isinstance(image, ImageRecord))
-            with (
-                ShardWriter(
-                    plan, start, form, breaker, on_image,
-                    bits_depend_on_batch=encoder.device.type == "cpu",
-                ) as shard,
-                BackgroundWriter(MAX_UNWRITTEN_BYTES) as writer,
-            ):  # fmt: skip
-                encoded = _encode(
-                    encoder, images, shard,
-                    options=plan.options, breaker=breaker, clock=clock, is_stopped=is_stopped,
-                )  # fmt: skip
+            shard = ShardWriter(
+                plan, start, form, breaker, on_image,
+                bits_depend_on_batch=encoder.device.type == "cpu",
+            )  # fmt: skip
+            encoded = _encode(
+                encoder, images, shard,
+                options=plan.options, breaker=breaker, clock=clock, is_stopped=is_stopped,
+            )  # fmt: skip
+            groups = _in_groups(encoded, encoder.device)
+            current = _write(plan, start, shard, groups, copier=copier, clock=clock)
+            unfinished.enter_context(closing(current))
+            try:
+                next(current)
+            finally:  # also after an error, which comes after earlier results
+                yield from filter(None, previous)
+            next(current)
+            previous = current
+        yield from filter(None, previous)
+
+
+def _write(
+    plan: ExportPlan,
+    start: ShardStart,
+    shard: ShardWriter,
+    groups: Iterator[tuple[list[ImageRecord], list[ImageFeatures]]],
+    *,
+    copier: HostCopier,
+    clock: StageTimer,
+) -> Generator[DoneShard | None, None, None]:
+    """Write a shard. Pause with None after its first batches began, and when its saving begins.
+
+    The caller finishes the previous shard at the first pause, because only one shard may copy
+    features. Closing the generator at the second pause waits until the shard is saved.
+    """
+    with shard, BackgroundWriter(MAX_UNWRITTEN_BYTES) as writer:
+        first = list(islice(groups, 1))
+        yield None
+        saved = time.monotonic()
+        for group, features in chain(first, groups):
+            is_due = time.monotonic() - saved > (plan.options.shard_seconds or math.inf)
+            if is_due and shard.may_be_cut_before(group[0].place):
+                writer.submit(shard.close_segment)
                 saved = time.monotonic()
-                for group, features in _in_groups(encoded, encoder.device):
-                    is_due = time.monotonic() - saved > (plan.options.shard_seconds or math.inf)
-                    if is_due and shard.may_be_cut_before(group[0].place):
-                        writer.submit(shard.close_segment)
-                        saved = time.monotonic()
-                    with clock.stage(COPY):
-                        copy = copier.copy(group, features)
-                    with _time_writer(shard, clock):
-                        writer.submit(partial(shard.add, group, copy), copy.n_bytes)
-                with _time_writer(shard, clock):
-                    writer.wait(writer.submit(shard.save))
-                    rows = _whole_again(plan, start.shard)
-            n_kept = start.segments[-1].end if start.segments else 0
-            yield DoneShard(start.shard, rows, n_kept)
+            with clock.stage(COPY):
+                copy = copier.copy(group, features)
+            with _time_writer(shard, clock):
+                writer.submit(partial(shard.add, group, copy), copy.n_bytes)
+        saving = writer.submit(shard.save)
+        yield None
+        with _time_writer(shard, clock):
+            writer.wait(saving)
+            rows = rows_of_saved(plan, start.shard)
+    yield DoneShard(start.shard, rows, start.segments[-1].end if start.segments else 0)
 
 
 def _image_loader(
     encoder: VisionEncoder, options: ExportOptions, decode_threads: int | None
 ) -> ImageLoader:
     return ImageLoader(
-        encoder.config,
-        encoder.image_config,
-        "auto",
-        options.limits,
+        encoder.config, encoder.image_config, "auto", options.limits,
         on_error="raise",
         video_limits=options.video_limits,
         exif=options.exif,
         video_threads=max(1, core_count() // thread_count(decode_threads)),
         video=options.video,
         as_video=options.as_video,
-    )
+        on_gpu=resizes_on(encoder.device),
+    )  # fmt: skip
 
 
 def _jobs(
@@ -170,7 +196,7 @@ def _jobs(
 ) -> Iterator[Job[ShardStart | ImageRecord]]:
     kept = find_segments(plan.folder)
     for shard in shards:
-        _publish_unsent(plan, shard)
+        publish_unsent(plan, shard)
         rows = whole_shard(plan, shard)
         if rows is not None and may_work_now(plan, shard, rows):
             rows = None
@@ -240,7 +266,7 @@ def _encode(
     place = 0  # after the last image
     pending: deque[int] = deque()  # places of images in the encoder without features yet
 
-    def patches() -> Iterator[Patches]:
+    def patches() -> Iterator[Patches | Picture]:
         nonlocal place
         for image in _timed(images, READ, clock):
             if is_stopped():
@@ -325,76 +351,3 @@ def _time_writer(shard: ShardWriter, clock: StageTimer) -> Iterator[None]:
     # the writer's own wait may have begun before ours
     waited_s = min(shard.waited_s - before, time.perf_counter() - begin)
     clock.move(waited_s, WRITE, COPY)
-
-
-def _whole_again(plan: ExportPlan, shard: int) -> list[ManifestRow]:
-    """Return the rows of a newly written shard from its file."""
-    rows = whole_shard(plan, shard)
-    if rows is None:
-        raise ExportError(
-            "it disappeared or was damaged right after it was written",
-            name=str(plan.path(shard)),
-            remedy="check the disk",
-        )
-    return rows
-
-
-def whole_shard(
-    plan: ExportPlan, shard: int, then: str = "it is made again"
-) -> list[ManifestRow] | None:
-    """Return a shard's rows of the manifest, or None if its file is missing or torn.
-
-    The file's size must equal the size in its header, and its settings must equal the plan's. Its
-    images and errors must add up to the images that the listing gives this shard. For a torn file,
-    it logs a line that names `then`, the next step. Raises ExportError for a file of a different
-    export.
-    """
-    if not plan.has(shard):
-        return None
-    return _rows_in(plan, shard, plan.path(shard), then)
-
-
-def _publish_unsent(plan: ExportPlan, shard: int) -> None:
-    """Upload a shard that an earlier run made here but could not upload."""
-    path = plan.folder.scratch / shard_name(shard)
-    if path == plan.path(shard) or not path.exists():
-        return
-    try:
-        is_ours = _rows_in(plan, shard, path, "it is made again") is not None
-    except ExportError:  # it belongs to an export that had this address before
-        is_ours = False
-    if is_ours:
-        plan.folder.publish(path.name)
-    path.unlink(missing_ok=True)
-
-
-def _rows_in(plan: ExportPlan, shard: int, path: AnyPath, then: str) -> list[ManifestRow] | None:
-    """Return the rows of a shard's file, or None if it is torn."""
-    if isinstance(path, Path) and path.is_dir():
-        raise ExportError(
-            "a folder", name=str(path), expected="a feature file", remedy="move the file away"
-        )
-    try:
-        file = open_shard(path)
-    except ExportError as error:
-        if isinstance(path, StorePath) and isinstance(error.__context__, OSError):
-            raise  # the store does not allow reading it
-        logger.warning("%s", ExportError.of(error, remedy=then))
-        return None
-    items = plan.listing.shard(shard)
-    failed = {error.id for error in file.errors}
-    good = [item.id for item in items if item.id not in failed]
-    first_line = plan.listing.first_line(shard)
-    if (
-        not plan.has_settings(shard, file.metadata)
-        or list(file.ids) != good
-        or len(good) + len(failed) != len(items)
-    ):
-        raise ExportError(
-            "it belongs to a different export",
-            name=str(path),
-            expected=f"the settings of {SETTINGS} and the images of {LISTING} from line "
-            f"{first_line + 1}",
-            remedy="move the file away",
-        )
-    return shard_rows(file, items, first_line)

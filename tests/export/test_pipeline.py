@@ -18,6 +18,7 @@ from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.writer import FeatureWriter
 from qwen_vit.images.load import load_image
+from tests.support import fake_encoder
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.pipelines import encoder, load_threads, mixed, stand_in_export
 
@@ -72,11 +73,12 @@ def test_the_next_shards_images_are_loaded_while_one_is_encoded(
     assert stand_in_export(tmp_path, Waiting(), 3, decode_threads=2).exported == 12
 
 
-def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
+def test_only_the_first_batch_is_encoded_before_the_shard_before_it_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill must lose at most the open shard, although threads already load the next shard's
-    images."""
+    """A kill must lose at most the open shard and one batch. The GPU still has work while the
+    writer saves a shard."""
+    monkeypatch.setattr(fake_encoder, "BATCH", 2)
     real, whole = FeatureWriter.save, FakeEncoder()
     loaded = threading.Event()
     encoded = []
@@ -88,13 +90,18 @@ def test_no_shard_is_encoded_before_the_one_before_it_is_whole(
 
     def save(self: FeatureWriter, facts: Any) -> None:
         assert loaded.wait(30)
+        ahead = 4 * len(encoded) + 5  # the first group of the next shard has one image
+        end = time.monotonic() + 30
+        while whole.encoded < min(12, ahead) and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.05)  # in which no more may follow
         encoded.append(whole.encoded)
         real(self, facts)
 
     monkeypatch.setattr(FeatureWriter, "save", save)
     monkeypatch.setattr(loading, "load_image", watched_load)
     assert stand_in_export(tmp_path, whole, 3, decode_threads=2).exported == 12
-    assert encoded == [4, 8, 12]
+    assert encoded == [5, 9, 12]
 
 
 def test_a_disk_that_fails_stops_the_encoder_soon(

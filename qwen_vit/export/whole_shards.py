@@ -1,0 +1,89 @@
+"""Recognise finished shards, and read their rows of the manifest."""
+
+import logging
+from pathlib import Path
+
+from qwen_vit.common.store_path import AnyPath, StorePath
+from qwen_vit.errors import ExportError
+from qwen_vit.export.manifest import ManifestRow, shard_rows
+from qwen_vit.export.plan import ExportPlan
+from qwen_vit.export.settings import LISTING, SETTINGS
+from qwen_vit.feature_files.file import open_shard
+from qwen_vit.feature_files.schema import shard_name
+
+__all__ = ["publish_unsent", "rows_of_saved", "whole_shard"]
+
+logger = logging.getLogger("qwen_vit")
+
+
+def rows_of_saved(plan: ExportPlan, shard: int) -> list[ManifestRow]:
+    """Return the rows of a newly written shard from its file."""
+    rows = whole_shard(plan, shard)
+    if rows is None:
+        raise ExportError(
+            "it disappeared or was damaged right after it was written",
+            name=str(plan.path(shard)),
+            remedy="check the disk",
+        )
+    return rows
+
+
+def whole_shard(
+    plan: ExportPlan, shard: int, then: str = "it is made again"
+) -> list[ManifestRow] | None:
+    """Return a shard's rows of the manifest, or None if its file is missing or torn.
+
+    The file's size must equal the size in its header, and its settings must equal the plan's. Its
+    images and errors must add up to the images that the listing gives this shard. For a torn file,
+    it logs a line that names `then`, the next step. Raises ExportError for a file of a different
+    export.
+    """
+    if not plan.has(shard):
+        return None
+    return _rows_in(plan, shard, plan.path(shard), then)
+
+
+def publish_unsent(plan: ExportPlan, shard: int) -> None:
+    """Upload a shard that an earlier run made here but could not upload."""
+    path = plan.folder.scratch / shard_name(shard)
+    if path == plan.path(shard) or not path.exists():
+        return
+    try:
+        is_ours = _rows_in(plan, shard, path, "it is made again") is not None
+    except ExportError:  # it belongs to an export that had this address before
+        is_ours = False
+    if is_ours:
+        plan.folder.publish(path.name)
+    path.unlink(missing_ok=True)
+
+
+def _rows_in(plan: ExportPlan, shard: int, path: AnyPath, then: str) -> list[ManifestRow] | None:
+    """Return the rows of a shard's file, or None if it is torn."""
+    if isinstance(path, Path) and path.is_dir():
+        raise ExportError(
+            "a folder", name=str(path), expected="a feature file", remedy="move the file away"
+        )
+    try:
+        file = open_shard(path)
+    except ExportError as error:
+        if isinstance(path, StorePath) and isinstance(error.__context__, OSError):
+            raise  # the store does not allow reading it
+        logger.warning("%s", ExportError.of(error, remedy=then))
+        return None
+    items = plan.listing.shard(shard)
+    failed = {error.id for error in file.errors}
+    good = [item.id for item in items if item.id not in failed]
+    first_line = plan.listing.first_line(shard)
+    if (
+        not plan.has_settings(shard, file.metadata)
+        or list(file.ids) != good
+        or len(good) + len(failed) != len(items)
+    ):
+        raise ExportError(
+            "it belongs to a different export",
+            name=str(path),
+            expected=f"the settings of {SETTINGS} and the images of {LISTING} from line "
+            f"{first_line + 1}",
+            remedy="move the file away",
+        )
+    return shard_rows(file, items, first_line)
