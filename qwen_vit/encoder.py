@@ -235,7 +235,7 @@ class VisionEncoder(LoadedTower):
         Args:
             images: one image, or an iterable of images. A 4D array or tensor is a stack of images.
                 A `Video`, a path such as clip.mp4, and the bytes of a video file give
-                VideoFeatures.
+                VideoFeatures. Do not change a PIL image in another thread during the call.
             on_error: "raise" raises the first image's error. "skip" returns a FailedImage instead,
                 and continues with the other images.
             output: "merged" returns the language model's input. "patch" returns un-merged rows.

@@ -61,8 +61,8 @@ def load_image(
     may trigger Pillow's lazy loading, and does not change the image otherwise. Pass exif="ignore"
     for images that are already upright, because `transpose` keeps the tag. With
     `is_lent`, the result may share the pixels of a PIL image. The image then must not change.
-    `unwrap` describes rows.
-    `name` identifies the image in messages. Many threads may call the function at once.
+    `unwrap` describes rows. `name` identifies the image in messages. Many threads may call the
+    function at once.
 
     Raises ImageError with a `code` of errors.IMAGE_CODES, and ArgumentError for an unknown `layout`
     or `exif`.

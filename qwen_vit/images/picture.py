@@ -6,6 +6,7 @@ px.
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from qwen_vit.config import Grid, ImageConfig
+from qwen_vit.images.memory import decoding_memory
 from qwen_vit.images.patches import Patches, limited_memory, patchify, target_size
 from qwen_vit.images.pillow_order import Axis, knows_pillow, passes
 
@@ -40,11 +42,13 @@ class Picture:
     >>> picture.grids, picture.n_patches, picture.n_bytes
     ((Grid(t=1, h=14, w=8),), 112, 80000)
 
-    `blocks` are the bytes of the pixels, row by row, in several pieces. They stay valid while this
-    object exists. `name` identifies the image in messages and ids.
+    `size` is the width and height before resizing, in pixels. `parts` are the picture, or bands of
+    its rows. `blocks` are the bytes of their pixels, row by row. They stay valid while this object
+    exists. `name` identifies the image in messages and ids.
     """
 
-    rgb: Image.Image
+    size: tuple[int, int]
+    parts: tuple[Image.Image, ...]
     config: ImageConfig
     grids: tuple[Grid]
     name: str | None
@@ -53,13 +57,18 @@ class Picture:
 
     @classmethod
     def of(cls, rgb: Image.Image, config: ImageConfig, *, name: str | None = None) -> Self:
-        """Describe a picture of mode RGB, which nobody may change. Raises as `patchify` does."""
-        height, width = target_size(rgb, config, name=name or "the image")
+        """Describe a picture of mode RGB. The caller must not change the picture afterwards.
+
+        Raises ImageError as `patchify` does.
+        """
+        called = "the image" if name is None else name
+        height, width = target_size(rgb, config, name=called)
         grid = Grid(1, height // config.patch_px, width // config.patch_px)
-        with limited_memory(name or "the image"):
-            found = [_memory_of(part) for part in _bands(rgb)]
+        with limited_memory(called):
+            parts = _parts(rgb)
+            found = [_memory_of(part) for part in parts]
         blocks, owners = tuple(block for block, _ in found), tuple(owner for _, owner in found)
-        return cls(rgb, config, (grid,), name, blocks, owners)
+        return cls(rgb.size, parts, config, (grid,), name, blocks, owners)
 
     @property
     def n_patches(self) -> int:
@@ -74,12 +83,7 @@ class Picture:
     @property
     def n_bytes(self) -> int:
         """Return the bytes of the decoded pixels."""
-        return PIXEL_BYTES * self.rgb.width * self.rgb.height
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Return the width and height before resizing, in pixels."""
-        return self.rgb.size
+        return PIXEL_BYTES * self.size[0] * self.size[1]
 
     @property
     def new_size(self) -> tuple[int, int]:
@@ -90,11 +94,13 @@ class Picture:
     @property
     def passes(self) -> tuple[Axis, ...]:
         """Return the axes to resize, in the order of the installed Pillow."""
-        return passes(self.rgb.size, self.new_size)
+        return passes(self.size, self.new_size)
 
     def patchify(self) -> Patches:
         """Resize and cut on the CPU, with the same bits."""
-        return patchify(self.rgb, self.config, name=self.name)
+        with limited_memory("the image" if self.name is None else self.name):
+            rgb = _joined(self.parts, self.size)
+        return patchify(rgb, self.config, name=self.name)
 
 
 def resizes_on(device: torch.device) -> bool:
@@ -102,15 +108,28 @@ def resizes_on(device: torch.device) -> bool:
     return device.type == "cuda" and knows_pillow()
 
 
-def _bands(rgb: Image.Image) -> list[Image.Image]:
+def _parts(rgb: Image.Image) -> tuple[Image.Image, ...]:
     """Return a picture, or copies of bands of rows that fit a block of memory each."""
-    if PIXEL_BYTES * rgb.width * rgb.height <= BLOCK_BYTES:
-        return [rgb]
+    n_bytes = PIXEL_BYTES * rgb.width * rgb.height
+    if n_bytes <= BLOCK_BYTES:
+        return (rgb,)
     rows = max(1, BLOCK_BYTES // (PIXEL_BYTES * rgb.width) - 1)  # Pillow reserves a little
-    return [
-        rgb.crop((0, top, rgb.width, min(top + rows, rgb.height)))
-        for top in range(0, rgb.height, rows)
-    ]
+    with decoding_memory.hold(2 * n_bytes):  # the loader drops the picture after this copy
+        return tuple(
+            rgb.crop((0, top, rgb.width, min(top + rows, rgb.height)))
+            for top in range(0, rgb.height, rows)
+        )
+
+
+def _joined(parts: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
+    """Return the picture of these bands of rows."""
+    if len(parts) == 1:
+        return parts[0]
+    whole, top = Image.new("RGB", size), 0
+    for part in parts:
+        whole.paste(part, (0, top))
+        top += part.height
+    return whole
 
 
 def _memory_of(rgb: Image.Image) -> tuple[memoryview, object]:

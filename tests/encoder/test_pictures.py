@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from qwen_vit import encoder as encoder_module
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ImageError
 from qwen_vit.features import FailedImage
+from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.images.picture import Picture
 from tests.support.encoders import tiny
@@ -77,6 +79,26 @@ def test_a_list_lends_its_images_and_a_generator_does_not(as_on_gpu: list[int]) 
     tiny().encode(given)
     for image, pixels in zip(given, before, strict=True):
         assert np.array_equal(np.asarray(image), pixels)
+
+
+def modes(folder: Path) -> list[Image.Image]:
+    """Return images that need a conversion or a turn, and one that Pillow has not loaded yet."""
+    image = Image.fromarray(noise(60, 100, seed=5))
+    turned = image.copy()
+    turned.getexif()[0x0112] = 6  # a quarter turn
+    image.save(folder / "lazy.png")
+    converted = [image.convert(mode) for mode in ("L", "LA", "RGBA", "P", "CMYK", "1")]
+    return [*converted, turned, Image.open(folder / "lazy.png")]
+
+
+def test_every_mode_takes_the_way_of_pictures(as_on_gpu: list[int], tmp_path: Path) -> None:
+    loaded = [load_image(image).picture for image in modes(tmp_path)]
+    expected = tiny().encode([patchify(each, tiny().image_config) for each in loaded])
+    found = tiny().encode(modes(tmp_path))
+    assert as_on_gpu == [len(found)]
+    assert found[6].size_px == (100, 60)  # turned
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.embeds, theirs.embeds)
 
 
 def out_of_memory(*_: Any, **__: Any) -> Patches:

@@ -81,7 +81,7 @@ def test_only_the_first_batch_is_encoded_before_the_shard_before_it_is_whole(
     monkeypatch.setattr(fake_encoder, "BATCH", 2)
     real, whole = FeatureWriter.save, FakeEncoder()
     loaded = threading.Event()
-    encoded = []
+    encoded: list[int] = []
 
     def watched_load(*arguments: Any, **options: Any) -> Any:
         if options["name"].endswith("5.png"):  # of the second shard

@@ -13,6 +13,7 @@ from PIL import Image
 from qwen_vit.config import ImageConfig
 from qwen_vit.errors import ImageError
 from qwen_vit.images import on_gpu, pillow_order
+from qwen_vit.images import picture as picture_module
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.images.picture import Picture, resizes_on
 from qwen_vit.kernels import resize
@@ -22,7 +23,7 @@ from tests.support.triton_interpreter import RUNS_HERE, interpreted_by_triton
 from tools.checks.resize import wrong_cases, wrong_embeddings, wrong_wholes
 from tools.checks.resize_cases import KINDS, ResizeCase, make_cases
 
-SMALL_AREA, MOST_TAPS = 3_000, 25  # the interpreter takes 0.3 ms for each operation of a tap
+SMALL_AREA, MAX_TAPS = 3_000, 25  # the interpreter takes 0.3 ms for each operation of a tap
 CONFIG = ImageConfig.from_json({"min_pixels": 784, "max_pixels": 2_500})
 needs_interpreter = pytest.mark.skipif(not RUNS_HERE, reason="Triton 3.6 with NumPy 2.4")
 
@@ -44,7 +45,7 @@ def small_cases(count: int) -> list[ResizeCase]:
     for case in make_cases(3, 200):
         area = max(case.old[0] * case.old[1], case.new[0] * case.new[1])
         taps = max(map(resize.n_taps, case.old, case.new))
-        if area <= SMALL_AREA and taps <= MOST_TAPS and len(found[case.kind]) < count:
+        if area <= SMALL_AREA and taps <= MAX_TAPS and len(found[case.kind]) < count:
             found[case.kind].append(case)
     return [case for each in found.values() for case in each]
 
@@ -97,6 +98,28 @@ def test_a_picture_in_foreign_memory_gives_its_pixels(monkeypatch: pytest.Monkey
     rgb = noise(20, 30)
     monkeypatch.setattr(Image.Image, "__arrow_c_array__", refuse)
     assert np.array_equal(pixels_of(Picture.of(Image.fromarray(rgb), CONFIG)), rgb)
+
+
+def test_the_cpu_path_joins_the_bands_of_a_large_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(picture_module, "BLOCK_BYTES", 2_000)
+    image = Image.fromarray(noise(70, 50))
+    picture = Picture.of(image, CONFIG)
+    assert len(picture.parts) == len(picture.blocks) > 2
+    assert np.array_equal(pixels_of(picture), np.asarray(image))
+    assert torch.equal(picture.patchify().pixels, patchify(image, CONFIG).pixels)
+
+
+@pytest.mark.parametrize("staged_bytes", [7, 100, 10_000])
+def test_an_upload_has_all_bytes_in_order(
+    staged_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_gpu, "STAGED_BYTES", staged_bytes)
+    blocks = [bytes(range(n)) for n in (0, 1, 6, 100, 255)]
+    buffer = torch.zeros(400, dtype=torch.uint8)
+    on_gpu._copy_staged(map(memoryview, blocks), buffer)
+    assert bytes(buffer.tolist()) == b"".join(blocks).ljust(400, b"\0")
 
 
 def test_the_bytes_of_a_picture_outlive_the_image() -> None:

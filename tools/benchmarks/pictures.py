@@ -41,7 +41,8 @@ from qwen_vit.images.load import load_image
 from qwen_vit.images.on_gpu import patches_on_gpu
 from qwen_vit.images.patches import Patches, patchify
 from qwen_vit.images.picture import Picture
-from tools.benchmarks.export import encoder_rate, grids_of, warm_up, write_jpeg
+from tools.benchmarks.export import warm_up, write_jpeg
+from tools.benchmarks.export_bounds import encoder_rate, grids_of
 from tools.common import four_digits, ledger_options, ledger_row, publish, require_gpu
 from tools.random_tower import write_model
 
