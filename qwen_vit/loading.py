@@ -38,7 +38,7 @@ from qwen_vit.video.animation import is_animated
 from qwen_vit.video.container import HEAD_BYTES, container_of
 from qwen_vit.video.load import LoadedVideo, VideoTiming, load_pieces, load_video
 from qwen_vit.video.options import Video, VideoLimits, VideoOptions, VideoSource
-from qwen_vit.video.pieces import PieceStream
+from qwen_vit.video.pieces import PieceMemory, PieceStream
 
 __all__ = [
     "EncodeOptions", "ImageInput", "ImageLoader", "Images", "LoadedImage", "OnError", "OneImage",
@@ -177,7 +177,7 @@ class LoadedImage:
     @property
     def n_bytes(self) -> int:
         if self.stream is not None:
-            return self.stream.n_bytes
+            return 0  # its PieceMemory counts them: a loader may start the next video
         return 0 if self.patches is None else self.patches.n_bytes
 
 
@@ -207,6 +207,7 @@ class ImageLoader:
     piece_patches: int | None = None
     on_gpu: bool = False
     is_lent: bool = False
+    _piece_memory: PieceMemory = field(default_factory=PieceMemory, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_choice("on_error", self.on_error, get_args(OnError))
@@ -345,7 +346,9 @@ class ImageLoader:
         if loaded.is_last:
             pieces.close()
             return replace(found, patches=loaded.patches)
-        stream = PieceStream(loaded.patches, _patches_of(pieces), is_ahead=is_ahead)
+        stream = PieceStream(
+            loaded.patches, _patches_of(pieces), is_ahead=is_ahead, memory=self._piece_memory
+        )
         return replace(found, stream=stream)
 
     def load_video(self, video: Video, name: str, file: BinaryIO | None = None) -> LoadedImage:

@@ -1,42 +1,63 @@
-"""Pass a video's pieces from a loader thread to the caller's thread."""
+"""Pass videos' pieces from loader threads to the caller's thread, in bounded memory."""
 
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
 
+from qwen_vit.images.memory import decoding_memory
 from qwen_vit.images.patches import Patches
 
-__all__ = ["PieceStream"]
+__all__ = ["PieceMemory", "PieceStream"]
 
 MAX_AHEAD_BYTES = 2**29  # decoded bytes of one video, about the authors' total pixel limit
+ALL_AHEAD_BYTES = 2**31  # decoded bytes of all videos: ten clips of 720p and 60 s
+SHARE = 2  # of the memory for decoding, at most half
 POLL_S = 0.1  # seconds between checks whether the caller has cancelled
+
+
+class PieceMemory:
+    """Count the decoded bytes of all videos that wait for the encoder, and wake its threads."""
+
+    def __init__(self) -> None:
+        self.n_bytes = 0
+        self.changed = threading.Condition()
+
+    def has_room(self) -> bool:
+        """Return whether another piece fits."""
+        return self.n_bytes < min(ALL_AHEAD_BYTES, decoding_memory.total // SHARE)
 
 
 class PieceStream:
     """Decode the pieces of one video in a thread while another thread encodes earlier pieces.
 
     The decoder is at most MAX_AHEAD_BYTES ahead, so memory does not depend on the video's length.
+    Videos that share a `memory` are together at most ALL_AHEAD_BYTES ahead. The video whose pieces
+    the encoder takes does not wait for the others. Every video may have one piece.
     With `is_ahead=False` there is no decoding thread. Then `pieces` decodes each piece on request.
     """
 
     def __init__(
-        self, first: Patches, rest: Generator[Patches, None, None], *, is_ahead: bool
+        self,
+        first: Patches,
+        rest: Generator[Patches, None, None],
+        *,
+        is_ahead: bool,
+        memory: PieceMemory | None = None,
     ) -> None:
         self._rest, self._is_ahead = rest, is_ahead
-        self._ready: deque[Patches] = deque([first])
-        self._bytes = self.n_bytes = first.pixels.nbytes
-        self._is_over = self._is_cancelled = False
+        self._memory = PieceMemory() if memory is None else memory
+        self._changed = self._memory.changed
+        self._ready: deque[Patches] = deque()
+        self._bytes = 0
+        self._is_taken = self._is_over = self._is_cancelled = False
         self._error: BaseException | None = None
-        self._changed = threading.Condition()
+        self._put(first)
 
     def decode(self, is_closed: Callable[[], bool]) -> None:
-        """Decode the remaining pieces. `pieces` raises the errors."""
+        """Decode the remaining pieces; `pieces` raises the errors."""
         try:
             while self._wait_for_room(is_closed) and (piece := next(self._rest, None)) is not None:
-                with self._changed:
-                    self._ready.append(piece)
-                    self._bytes += piece.pixels.nbytes
-                    self._changed.notify_all()
+                self._put(piece)
         except BaseException as error:  # noqa: BLE001 - raised where the pieces are taken
             self._error = error
         finally:
@@ -46,16 +67,16 @@ class PieceStream:
                 self._changed.notify_all()
 
     def pieces(self) -> Generator[Patches, None, None]:
-        """Yield every piece, in order. Raises the decoder's error after the earlier pieces."""
+        """Yield every piece, in order. Raises the decoder's error after the pieces before it."""
         try:
             while True:
                 with self._changed:
+                    self._is_taken = True
                     while not self._ready and self._is_ahead and not self._is_over:
                         self._changed.wait()
                     piece = self._ready.popleft() if self._ready else None
                     if piece is not None:
-                        self._bytes -= piece.pixels.nbytes
-                        self._changed.notify_all()
+                        self._count(-piece.pixels.nbytes)
                 if piece is None and self._error is not None:
                     raise self._error
                 if piece is None and not self._is_ahead:
@@ -71,13 +92,30 @@ class PieceStream:
         with self._changed:
             self._is_cancelled = True
             self._ready.clear()
-            self._changed.notify_all()
+            self._count(-self._bytes)
         if not self._is_ahead:
             self._rest.close()
 
-    def _wait_for_room(self, is_closed: Callable[[], bool]) -> bool:
-        """Wait until the thread may decode another piece. Return False after `cancel`."""
+    def _put(self, piece: Patches) -> None:
         with self._changed:
-            while self._bytes >= MAX_AHEAD_BYTES and not (self._is_cancelled or is_closed()):
+            if not self._is_cancelled:
+                self._ready.append(piece)
+                self._count(piece.pixels.nbytes)
+
+    def _count(self, n_bytes: int) -> None:
+        self._bytes += n_bytes
+        self._memory.n_bytes += n_bytes
+        self._changed.notify_all()
+
+    def _wait_for_room(self, is_closed: Callable[[], bool]) -> bool:
+        """Wait until the thread may decode another piece; return False after `cancel`."""
+        with self._changed:
+            while not (self._has_room() or self._is_cancelled or is_closed()):
                 self._changed.wait(POLL_S)
             return not (self._is_cancelled or is_closed())
+
+    def _has_room(self) -> bool:
+        # the encoder waits for this video's next piece: other videos must not stop it
+        if not self._ready:
+            return True
+        return self._bytes < MAX_AHEAD_BYTES and (self._is_taken or self._memory.has_room())

@@ -2,6 +2,9 @@
 
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +12,28 @@ import pytest
 import torch
 
 from qwen_vit import FailedImage, Video, VideoFeatures, VisionEncoder, batching
+from qwen_vit.common.prefetch import work_ahead
+from qwen_vit.config import Grid
 from qwen_vit.errors import ImageError
 from qwen_vit.features import ImageFeatures
+from qwen_vit.images.image import ImageLimits
+from qwen_vit.images.patches import Patches
+from qwen_vit.loading import ImageLoader, LoadedImage
 from qwen_vit.video import load, pieces
+from qwen_vit.video.pieces import PieceMemory, PieceStream
 from tests.support.videos import make_video
 
 SMALL: dict[str, Any] = {"min_pixels": 784, "max_pixels": 56 * 84}
 STEP = 24  # patches of a pair of frames
 FRAMES = 40
+PIECE_BYTES = STEP * 1176
 
 
 @pytest.fixture
 def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Video:
     """Make a video of 20 pieces. A loader may be two pieces ahead."""
     monkeypatch.setitem(batching.TOKEN_BUDGET, "cpu", STEP)
-    monkeypatch.setattr(pieces, "MAX_AHEAD_BYTES", 2 * STEP * 1176)
+    monkeypatch.setattr(pieces, "MAX_AHEAD_BYTES", 2 * PIECE_BYTES)
     path = make_video(tmp_path / "clip.mp4", 60)
     return Video(path, n_frames=FRAMES, **SMALL)
 
@@ -120,3 +130,84 @@ def test_an_abandoned_stream_ends_its_threads(clip: Video) -> None:
     results.close()  # type: ignore[attr-defined]
     assert time.monotonic() - begin < 20
     assert not [each for each in threading.enumerate() if each.name.startswith("qwen-vit")]
+
+
+def test_loaders_start_more_videos_while_decoded_ones_wait(
+    clip: Video, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waiting video counted as much as a batch of images, and 16 cores decoded five clips."""
+    monkeypatch.setattr(pieces, "MAX_AHEAD_BYTES", 2**29)
+    counts = Counts(monkeypatch)
+    with closing(
+        work_ahead(_loader().jobs([clip] * 4, is_ahead=True), threads=2, max_bytes=1)
+    ) as loaded:
+        assert next(loaded).stream is not None
+        _wait_until(lambda: counts.decoded == 4 * FRAMES)
+
+
+def test_all_videos_together_wait_in_bounded_memory(
+    clip: Video, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "MAX_AHEAD_BYTES", 2**29)
+    monkeypatch.setattr(pieces, "ALL_AHEAD_BYTES", 4 * PIECE_BYTES)
+    loader, threads = _loader(), 3
+    memory = loader._piece_memory
+    with closing(work_ahead(loader.jobs([clip] * 5, is_ahead=True), threads=threads)) as many:
+        first = next(many)
+        _wait_until(lambda: memory.n_bytes >= 4 * PIECE_BYTES)
+        time.sleep(0.5)  # enough for more, if nothing bounded them
+        assert memory.n_bytes < (4 + threads) * PIECE_BYTES
+        print(f"{memory.n_bytes // PIECE_BYTES} of {5 * FRAMES // 2} pieces wait")
+        taken = sum(1 for each in chain([first], many) for _ in _pieces_of(each))
+    assert taken == 5 * FRAMES // 2
+    assert memory.n_bytes == 0
+
+
+def test_the_video_that_is_encoded_does_not_wait_for_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pieces, "ALL_AHEAD_BYTES", 3 * PIECE_BYTES)
+    monkeypatch.setattr(pieces, "MAX_AHEAD_BYTES", 2 * PIECE_BYTES)
+    memory, decoded = PieceMemory(), [0]
+    memory.n_bytes = 3 * PIECE_BYTES  # of other videos
+
+    def rest() -> Iterator[Patches]:
+        for _ in range(9):
+            decoded[0] += 1
+            yield _piece()
+
+    stream = PieceStream(_piece(), rest(), is_ahead=True, memory=memory)  # type: ignore[arg-type]
+    thread = threading.Thread(target=stream.decode, args=(lambda: False,))
+    thread.start()
+    time.sleep(0.3)
+    assert decoded == [0]  # it has one piece, and there is no room for another
+    found = stream.pieces()
+    next(found)
+    _wait_until(lambda: decoded == [2])
+    assert sum(1 for _ in found) == 9
+    thread.join(20)
+    assert not thread.is_alive()
+    assert memory.n_bytes == 3 * PIECE_BYTES
+
+
+def _loader() -> ImageLoader:
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    return ImageLoader(
+        encoder.config, encoder.image_config, "auto", ImageLimits(), "raise", piece_patches=STEP
+    )
+
+
+def _pieces_of(loaded: LoadedImage) -> Iterator[Patches]:
+    assert loaded.stream is not None
+    return loaded.stream.pieces()
+
+
+def _piece() -> Patches:
+    return Patches(torch.zeros(STEP, 1176, dtype=torch.uint8), (Grid(1, 4, 6),))
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < end, "nothing is decoded"
+        time.sleep(0.01)
