@@ -1,14 +1,21 @@
 """Measure clips per second from video files to features, and the rates that bound them.
 
-It makes 720p clips with PyAV. It checks the frames against PyAV's own frames, and the bits of a
-clip in pieces. It checks the features against transformers' tower. Then it measures these rates in
-one run: the tower alone on patches in GPU memory, and `encode_iter` on files; decoding alone on all
-cores, with PyAV and with torchcodec; and transformers' video processor and tower. The share divides
-the `encode_iter` rate by the lower rate of the tower and the better decoder. It prints each result
-immediately, and one JSON line.
+It makes 720p clips with PyAV; each repeats its first ten seconds. Then it runs these parts:
+
+\b
+    checks        a clip's frames against PyAV's own frames, and the bits of the clip in pieces
+    tower         the tower alone, on patches in GPU memory
+    files         `encode_iter` on files
+    decode        decoding alone on all cores, with PyAV and with torchcodec
+    loading       the loader threads alone, without a tower
+    transformers  its tower's features against ours; the rate of its video processor and tower
+
+The share divides the `encode_iter` rate by the lower rate of the tower and the better decoder. It
+prints each result immediately, and one JSON line. --part runs some parts alone.
 
 \b
     python -m tools.benchmarks.video --ledger tools/benchmarks/ledger.jsonl
+    python -m tools.benchmarks.video --part loading --part files --clips 40
     python -m tools.benchmarks.video --model tiny --clips 4 --seconds 4 --size 160x90   # anywhere
 
 torchcodec uses the FFmpeg of PyAV's wheel, and needs no system library. Without torchcodec the
@@ -23,9 +30,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from fractions import Fraction
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,11 +41,13 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from PIL import Image
 
 from qwen_vit.batching import TOKEN_BUDGET
+from qwen_vit.common.prefetch import core_count, thread_count, work_ahead
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.features import VideoFeatures
+from qwen_vit.images.image import ImageLimits
+from qwen_vit.loading import ImageLoader
 from qwen_vit.video.load import load_video
 from qwen_vit.video.options import Video, VideoLimits, VideoOptions
 from qwen_vit.video.reader import open_video
@@ -51,11 +60,11 @@ from tools.benchmarks.video_checks import (
     draw,
     hf_tower_like,
 )
+from tools.benchmarks.video_clips import make_clips
 from tools.common import ROOT, default_device, four_digits, ledger_options, ledger_row, publish
 from tools.random_tower import write_model
 
-RATE = 30  # frames a second in the files
-PHOTOGRAPH = ROOT / "tests" / "photographs" / "astronaut.png"
+PARTS = ("checks", "tower", "files", "decode", "loading", "transformers")
 PACKAGES = ("av", "pillow", "triton")
 OPTIONAL = ("torchcodec", "transformers", "torchvision")
 
@@ -77,7 +86,13 @@ OPTIONAL = ("torchcodec", "transformers", "torchvision")
 )
 @click.option("--codec", default="libx264", show_default=True, help="Choose PyAV's encoder.")
 @click.option(
-    "--decode-clips", default=48, show_default=True, help="Number of clips for decoding alone."
+    "--part", "parts", multiple=True, type=click.Choice(PARTS), help="Run this part alone; repeat."
+)
+@click.option(
+    "--decode-threads", type=int, help="Set the loader threads; default: one per two cores."
+)
+@click.option(
+    "--decode-clips", default=32, show_default=True, help="Number of clips for decoding alone."
 )
 @click.option(
     "--hf-clips", default=4, show_default=True, help="Number of clips for transformers; 0 skips it."
@@ -90,8 +105,9 @@ OPTIONAL = ("torchcodec", "transformers", "torchvision")
 @ledger_options
 def main(
     model: str | None, clips: int, distinct: int, seconds: int, size: str, codec: str,
-    decode_clips: int, hf_clips: int, partial: Path | None, chart: Path | None,
-    only_torchcodec: Path | None, ledger: Path | None, commit: str,
+    parts: tuple[str, ...], decode_threads: int | None, decode_clips: int, hf_clips: int,
+    partial: Path | None, chart: Path | None, only_torchcodec: Path | None, ledger: Path | None,
+    commit: str,
 ) -> None:  # fmt: skip
     if only_torchcodec is not None:  # the child process, whose linker finds PyAV's libraries
         chosen = sorted(only_torchcodec.iterdir())[:decode_clips]
@@ -102,98 +118,61 @@ def main(
     with tempfile.TemporaryDirectory(prefix="qwen-vit-video-") as name:
         folder = Path(name)
         begin = time.perf_counter()
-        paths = _make_clips(folder / "clips", clips, min(distinct, clips), seconds, size, codec)
+        paths = make_clips(folder / "clips", clips, min(distinct, clips), seconds, size, codec)
         figures.add(clips_made_in_s=four_digits(time.perf_counter() - begin))
+        chosen_parts = set(parts or PARTS) - (set() if hf_clips else {"transformers"})
         if model is None:
             (folder / "model").mkdir()
             write_model(folder / "model", device)
         encoder = VisionEncoder.from_pretrained(model or str(folder / "model"), device=device)
-        _measure(encoder, paths, decode_clips, hf_clips, figures)
+        threads = thread_count(decode_threads)
+        _measure(encoder, paths, chosen_parts, threads, decode_clips, hf_clips, figures)
     row = ledger_row(
         "video", commit, device, PACKAGES, clips=clips, distinct=distinct, seconds=seconds,
         size=size, codec=codec, decode_clips=decode_clips, hf_clips=hf_clips,
+        decode_threads=threads,
+        parts=sorted(chosen_parts),
         optional=_optional_versions(), **figures.found,
     )  # fmt: skip
     publish(row, ledger)
-    if chart is not None:
+    if chart is not None and chosen_parts == set(PARTS):
         draw(row, chart)
 
 
 def _measure(
-    encoder: VisionEncoder, paths: list[Path], decode_clips: int, hf_clips: int, figures: Figures
-) -> None:
+    encoder: VisionEncoder, paths: list[Path], parts: set[str], threads: int, decode_clips: int,
+    hf_clips: int, figures: Figures,
+) -> None:  # fmt: skip
     """Run the checks first, and then measure every rate, the most important rates first."""
-    cores = len(os.sched_getaffinity(0))
     indices = _indices(str(paths[0]))
     figures.add(frames_per_clip=len(indices))
-    figures.add(**check_clip(encoder, paths[0], indices))
-    hf = hf_tower_like(encoder) if hf_clips else None
-    if hf is not None:
+    found = figures.found
+    if "checks" in parts:
+        figures.add(**check_clip(encoder, paths[0], indices))
+    if "tower" in parts:
+        figures.add(tower_clips_per_s=four_digits(_tower_rate(encoder, paths[0])))
+    if "files" in parts:
+        figures.add(**_whole_rate(encoder, paths, threads))
+    if "decode" in parts:
+        by_pyav = _pyav_rate(paths[:decode_clips], indices, core_count())
+        figures.add(pyav_clips_per_s=four_digits(by_pyav))
+        by_torchcodec = _torchcodec_in_child(paths[0].parent, decode_clips)
+        figures.add(torchcodec_clips_per_s=by_torchcodec and four_digits(by_torchcodec))
+    whole = found.get("whole_clips_per_s")
+    if parts >= {"tower", "files", "decode"}:
+        decoder = max(found["pyav_clips_per_s"], found["torchcodec_clips_per_s"] or 0.0)
+        bound = min(found["tower_clips_per_s"], decoder)
+        figures.add(share_of_the_lower=four_digits(whole / bound))
+    if "loading" in parts:
+        figures.add(**_loading_rate(encoder, paths, threads))
+    if "transformers" in parts:
+        hf = hf_tower_like(encoder)
         figures.add(**check_features(encoder, hf, paths[0]))
-    tower = _tower_rate(encoder, paths[0])
-    figures.add(tower_clips_per_s=four_digits(tower))
-    whole, memory = _whole_rate(encoder, paths)
-    figures.add(whole_clips_per_s=four_digits(whole), memory_mb_at_quarters=memory)
-    by_pyav = _pyav_rate(paths[:decode_clips], indices, cores)
-    figures.add(pyav_clips_per_s=four_digits(by_pyav))
-    by_torchcodec = _torchcodec_in_child(paths[0].parent, decode_clips)
-    figures.add(torchcodec_clips_per_s=by_torchcodec and four_digits(by_torchcodec))
-    bound = min(tower, max(by_pyav, by_torchcodec or 0.0))
-    figures.add(share_of_the_lower=four_digits(whole / bound))
-    theirs = None if hf is None else _hf_rate(paths[:hf_clips], encoder, hf)
-    figures.add(
-        transformers_clips_per_s=theirs and four_digits(theirs),
-        times_transformers=theirs and four_digits(whole / theirs),
-    )
-
-
-# the clips
-
-
-def _make_clips(
-    folder: Path, clips: int, distinct: int, seconds: int, size: str, codec: str
-) -> list[Path]:
-    """Make distinct clips in processes, and links to these clips."""
-    match = re.fullmatch(r"(\d+)x(\d+)", size)
-    if match is None:
-        raise click.BadParameter(f"--size is {size!r}, expected WIDTHxHEIGHT")
-    width, height = int(match[1]), int(match[2])
-    folder.mkdir()
-    make = partial(_make_clip, folder, seconds, width, height, codec)
-    with ProcessPoolExecutor(min(distinct, len(os.sched_getaffinity(0)))) as pool:
-        made = list(pool.map(make, range(distinct)))
-    for index in range(distinct, clips):
-        os.link(made[index % distinct], folder / f"{index:04}.mp4")
-    return sorted(folder.iterdir())
-
-
-def _make_clip(folder: Path, seconds: int, width: int, height: int, codec: str, seed: int) -> Path:
-    """Write a clip of a camera that moves over a photograph, with some noise."""
-    import av
-
-    scale = 2 * max(width, height)
-    picture = np.asarray(Image.open(PHOTOGRAPH).convert("RGB").resize((scale, scale)))
-    random = np.random.default_rng(seed)
-    noise = random.integers(0, 12, (height, width + 64, 3), np.uint8)
-    path = folder / f"{seed:04}.mp4"
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream(codec, rate=RATE)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"preset": "veryfast", "g": "250"} if codec == "libx264" else {}
-        stream.codec_context.thread_count = 1
-        for index in range(seconds * RATE):
-            phase = index / RATE / 7 + seed
-            top = int((scale - height) * (0.5 + 0.5 * np.sin(phase)))
-            left = int((scale - width) * (0.5 + 0.5 * np.cos(1.3 * phase)))
-            shift = index % 64
-            view = picture[top : top + height, left : left + width] // 2
-            frame = av.VideoFrame.from_ndarray(
-                np.ascontiguousarray(view + noise[:, shift : shift + width]), format="rgb24"
-            )
-            frame.pts, frame.time_base = index, Fraction(1, RATE)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
+        theirs = _hf_rate(paths[:hf_clips], encoder, hf)
+        figures.add(
+            transformers_clips_per_s=theirs and four_digits(theirs),
+            times_transformers=theirs and whole and four_digits(whole / theirs),
+        )
 
 
 def _indices(path: str) -> list[int]:
@@ -289,21 +268,49 @@ def _torchcodec_in_child(clips: Path, count: int) -> float | None:
     return float(done.stdout.strip().splitlines()[-1])
 
 
-def _whole_rate(encoder: VisionEncoder, paths: Sequence[Path]) -> tuple[float, list[int]]:
-    """Measure the rate from files to features, without keeping features, and the memory after each
-    quarter."""
+def _whole_rate(encoder: VisionEncoder, paths: Sequence[Path], threads: int) -> dict[str, Any]:
+    """Encode files and drop the features. Return the rate, and the memory at each quarter."""
     next(iter(encoder.encode_iter([Video(str(paths[0]))])))
     memory: list[int] = []
     marks = {len(paths) * quarter // 4 for quarter in (1, 2, 3, 4)}
 
     def run() -> None:
         videos = (Video(str(path)) for path in paths)
-        for count, clip in enumerate(encoder.encode_iter(videos), start=1):
+        clips = encoder.encode_iter(videos, decode_threads=threads)
+        for count, clip in enumerate(clips, start=1):
             assert isinstance(clip, VideoFeatures)
             if count in marks:
                 memory.append(round(memory_mb(os.getpid())[0]))
 
-    return _rate(len(paths), run, encoder.device), memory
+    begin = time.process_time()
+    rate = _rate(len(paths), run, encoder.device)
+    return {
+        "whole_clips_per_s": four_digits(rate),
+        "whole_cpu_s_per_clip": four_digits((time.process_time() - begin) / len(paths)),
+        "memory_mb_at_quarters": memory,
+    }
+
+
+def _loading_rate(encoder: VisionEncoder, paths: Sequence[Path], threads: int) -> dict[str, Any]:
+    """Load files as `encode_iter` does, and drop the patches."""
+    loader = ImageLoader(
+        encoder.config, encoder.image_config, "auto", ImageLimits(), "raise",
+        video_threads=max(1, core_count() // threads),
+        piece_patches=TOKEN_BUDGET[encoder.device.type],
+    )  # fmt: skip
+
+    def run() -> None:
+        jobs = loader.jobs((Video(str(path)) for path in paths), is_ahead=threads > 1)
+        for loaded in work_ahead(jobs, threads=threads):
+            if loaded.stream is not None:
+                deque(loaded.stream.pieces(), maxlen=0)
+
+    begin = time.process_time()
+    rate = _rate(len(paths), run)
+    return {
+        "loading_clips_per_s": four_digits(rate),
+        "loading_cpu_s_per_clip": four_digits((time.process_time() - begin) / len(paths)),
+    }
 
 
 def _hf_rate(paths: Sequence[Path], encoder: VisionEncoder, tower: Any) -> float | None:
