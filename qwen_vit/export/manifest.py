@@ -6,7 +6,7 @@ time.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from typing import Any, BinaryIO
@@ -22,15 +22,16 @@ from qwen_vit.inputs.listing import Item
 __all__ = ["ManifestRow", "load_arrow", "shard_rows", "write_manifest"]
 
 PARQUET, JSON_LINES = "manifest.parquet", "manifest.jsonl"
+ROWS_IN_A_GROUP = 8_192  # of Parquet: about 10 MB while they are written
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestRow:
     """Describe the outcome of one image, at line `index` of the listing.
 
-    `kind` is "image" or "video". The name decides for a failed file. `status` is "ok" or "error".
-    Rows `row_begin` to `row_end` of `shard` are the image's features. Sizes are in pixels and the
-    grid is in patches. `sha256` is the hash of the image's own bytes.
+    `kind` is "image" or "video". A failed file's kind follows from its name. `status` is "ok" or
+    "error". Rows `row_begin` to `row_end` of `shard` are the image's features. Sizes are in pixels
+    and the grid is in patches. `sha256` is the hash of the image's own bytes.
     """
 
     index: int
@@ -141,8 +142,20 @@ def _write_parquet(file: BinaryIO, shards: Iterable[Sequence[ManifestRow]]) -> N
     }
     schema = whole_numbers_in_pandas(pa.schema([*columns.items(), ("id_bytes", pa.binary())]))
     with pq.ParquetWriter(file, schema) as writer:
-        for rows in shards:
+        for rows in _row_groups(shards):
             writer.write_table(pa.Table.from_pylist([_as_unicode(row) for row in rows], schema))
+
+
+def _row_groups(shards: Iterable[Sequence[ManifestRow]]) -> Iterator[list[ManifestRow]]:
+    """Join the rows of small shards, because the writer keeps the description of every group."""
+    rows: list[ManifestRow] = []
+    for shard in shards:
+        rows += shard
+        if len(rows) >= ROWS_IN_A_GROUP:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
 
 
 def _as_unicode(row: ManifestRow) -> dict[str, Any]:
