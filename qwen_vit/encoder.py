@@ -290,21 +290,12 @@ class VisionEncoder(LoadedTower):
         **options: Unpack[EncodeOptions],
     ) -> Iterator[ImageFeatures | FailedImage]: ...  # fmt: skip
     def encode_iter(
-        self,
-        images: Images,
-        *,
-        on_error: OnError = "raise",
-        output: FeatureOutput = "merged",
-        normalize: bool = False,
-        layers: Iterable[int] = (),
-        layout: ArrayLayout = "auto",
-        exif: ExifPolicy = "apply",
-        limits: ImageLimits | None = None,
-        video_limits: VideoLimits | None = None,
-        formats: Iterable[str] = (),
-        frames: Pages = "first",
-        decode_threads: int | None = None,
-    ) -> Any:
+        self, images: Images, *, on_error: OnError = "raise", output: FeatureOutput = "merged",
+        normalize: bool = False, layers: Iterable[int] = (), layout: ArrayLayout = "auto",
+        exif: ExifPolicy = "apply", limits: ImageLimits | None = None,
+        video_limits: VideoLimits | None = None, formats: Iterable[str] = (),
+        frames: Pages = "first", decode_threads: int | None = None,
+    ) -> Any:  # fmt: skip
         """Encode like `encode`, but yield images one by one in order, in constant memory.
 
         >>> encoder = VisionEncoder.from_pretrained("tiny")

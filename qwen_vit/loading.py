@@ -48,19 +48,9 @@ __all__ = [
 OnError = Literal["raise", "skip"]
 # What `encode` accepts for one image, except arrays: a 4D array is a stack of several images.
 OneImage: TypeAlias = (
-    str
-    | os.PathLike[str]
-    | os.PathLike[bytes]
-    | bytes
-    | bytearray
-    | memoryview
-    | Image.Image
-    | Patches
-    | Picture
-    | Video
-    | Mapping[str, Any]
-    | ImagePage
-)
+    str | os.PathLike[str] | os.PathLike[bytes] | bytes | bytearray | memoryview | Image.Image
+    | Patches | Picture | Video | Mapping[str, Any] | ImagePage
+)  # fmt: skip
 ImageInput: TypeAlias = OneImage | NDArray[Any] | Tensor
 Images: TypeAlias = ImageInput | Iterable[ImageInput]
 # Iterating over one of these would give its characters, bytes or rows.
@@ -105,11 +95,9 @@ def is_single_still(images: Any) -> bool:
     >>> is_single_still("a.jpg"), is_single_still(["a.jpg", "b.jpg"]), is_single_still("a.mp4")
     (True, False, False)
     """
-    if not is_one_image(images):
-        if not isinstance(images, list | tuple) or len(images) != 1:
-            return False
+    if isinstance(images, list | tuple) and len(images) == 1:
         [images] = images
-    return not isinstance(images, Video) and not is_video_file(images)
+    return is_one_image(images) and not isinstance(images, Video) and not is_video_file(images)
 
 
 def as_images(images: Any) -> Iterator[Any]:
@@ -157,10 +145,7 @@ def _is_picture(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """Hold the patches or the error of an image or video for the encoder.
-
-    The GPU resizes and cuts a `Picture`.
-    """
+    """Hold the patches, the picture for the GPU or the error of an image or video."""
 
     id: str
     size_px: tuple[int, int] = UNKNOWN_SIZE

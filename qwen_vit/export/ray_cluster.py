@@ -218,8 +218,7 @@ class _Worker:
                 )  # fmt: skip
             except KeyboardInterrupt:  # from `stop`: Ray would treat it as a cancelled task
                 return None
-        # count it as new even if it exists: its worker died after writing it, and Ray retried the
-        # task
+        # count an existing shard as new: a worker died after writing it, and Ray retried the task
         return done._replace(n_kept=0), clock.seconds()
 
     def stop(self) -> None:
