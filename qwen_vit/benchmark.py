@@ -8,6 +8,7 @@ tower's clock. Ratios therefore transfer between GPUs. Times in milliseconds dif
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,6 +22,7 @@ from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, CheckpointError
 from qwen_vit.features import dtype_name
 from qwen_vit.graphs import MAX_BUCKET, GraphRunner, bucket_for
+from qwen_vit.kernels import plain_kernels
 from qwen_vit.layout import Layout
 from qwen_vit.model import VisionTower, plan_layout
 from qwen_vit.weight_format import padded_mlp_size, padded_pixel_size
@@ -258,7 +260,9 @@ def check_device(device: str) -> None:
         raise ArgumentError("a benchmark on the CPU would time the interpreter", remedy="use a GPU")
 
 
-def bench(encoder: VisionEncoder, workloads: Iterable[str] = tuple(WORKLOADS)) -> list[Measured]:
+def bench(
+    encoder: VisionEncoder, workloads: Iterable[str] = tuple(WORKLOADS), *, plain: bool = False
+) -> list[Measured]:
     """Measure the GPU time of an encoder's tower on random pixels, without decoding or copies.
 
     >>> bench(VisionEncoder.from_pretrained("tiny", device="cpu"))
@@ -266,12 +270,15 @@ def bench(encoder: VisionEncoder, workloads: Iterable[str] = tuple(WORKLOADS)) -
     qwen_vit.errors.ArgumentError: a benchmark on the CPU would time the interpreter. Use a \
 GPU.
 
+    With `plain`, a Hopper GPU runs the plain Triton kernels, as other GPUs do.
+
     It first checks that CUDA graphs and single kernels give the same, finite bits. Raises
     CheckpointError if the bits differ or are not finite. Raises ArgumentError without a GPU or for
     an unknown workload.
     """
     check_device(encoder.device.type)
-    with torch.cuda.device(encoder.device):  # torch records events on the current device
+    kernels = plain_kernels() if plain else nullcontext()
+    with torch.cuda.device(encoder.device), kernels:  # torch records events on the current device
         timed = TimedTower(encoder.tower, encoder.device, encoder.dtype)
         return [_measured(timed, name) for name in workloads]
 

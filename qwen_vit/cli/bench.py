@@ -26,12 +26,15 @@ __all__ = ["bench"]
     "--workload", "workloads", multiple=True, type=click.Choice(tuple(WORKLOADS)),
     help="Time only this workload. Repeat the option to time several.  [default: all]",
 )  # fmt: skip
+@click.option("--plain", is_flag=True, help="Run the plain Triton kernels on a Hopper GPU as well.")
 @device_option("Compute on cuda or cuda:1.")
 @dtype_option
 @json_option
 @source_options
 @verbosity_options
-def bench(model: str, workloads: tuple[str, ...], as_json: bool, **loading: Any) -> None:
+def bench(
+    model: str, workloads: tuple[str, ...], plain: bool, as_json: bool, **loading: Any
+) -> None:
     """Time the tower on this GPU with random pixels and compare it with the GPU's roofline.
 
     \b
@@ -39,14 +42,15 @@ def bench(model: str, workloads: tuple[str, ...], as_json: bool, **loading: Any)
     qwen-vit bench --model tiny --workload "1 x 448^2" --json
 
     The roofline is the time of all operations at the rate of a large GEMM. The benchmark
-    interleaves that GEMM with the workload.
+    interleaves that GEMM with the workload. A Hopper GPU has its own kernels. --plain times the
+    kernels that other GPUs run.
     """
     with slow_imports():
         from qwen_vit import benchmark
         from qwen_vit.encoder import VisionEncoder
     benchmark.check_device(loading["device"])
     encoder = VisionEncoder.from_pretrained(model, **loading)
-    rows = benchmark.bench(encoder, workloads or tuple(WORKLOADS))
+    rows = benchmark.bench(encoder, workloads or tuple(WORKLOADS), plain=plain)
     if as_json:
         print_data(json.dumps(benchmark.speed_report(encoder, rows), indent=2))
     else:

@@ -1,5 +1,9 @@
 """Provide the Triton kernels. Only this folder imports triton."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 try:
     import triton as _triton
 except ImportError as error:
@@ -8,8 +12,30 @@ except ImportError as error:
         "pip install 'triton>=3.6'"
     ) from error
 
-__all__ = ["IS_KNOWN_GLUON"]
+__all__ = ["IS_KNOWN_GLUON", "TRITON_VERSION", "plain_kernels", "uses_hopper_kernels"]
+
+TRITON_VERSION = tuple(int(part) for part in _triton.__version__.split(".")[:2])
 
 # True if the Hopper kernels were tested with this Triton's Gluon. Gluon may change with each
 # version. For an untested version, qwen_vit does not import Gluon and runs the plain kernels.
-IS_KNOWN_GLUON = _triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
+IS_KNOWN_GLUON = (3, 6) <= TRITON_VERSION <= (3, 7)
+
+_is_plain = ContextVar("is_plain", default=False)
+
+
+def uses_hopper_kernels() -> bool:
+    """Return whether a Hopper GPU runs the Hopper kernels, and not the plain kernels."""
+    return IS_KNOWN_GLUON and not _is_plain.get()
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Run the plain Triton kernels, as on other GPUs, inside this `with` block.
+
+    Only benchmarks and tests use this. A CUDA graph keeps the kernels that it captured.
+    """
+    token = _is_plain.set(True)
+    try:
+        yield
+    finally:
+        _is_plain.reset(token)

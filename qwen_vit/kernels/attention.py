@@ -26,8 +26,9 @@ import torch
 import triton
 import triton.language as tl
 
-from qwen_vit.kernels import IS_KNOWN_GLUON
+from qwen_vit.kernels import IS_KNOWN_GLUON, TRITON_VERSION, uses_hopper_kernels
 from qwen_vit.kernels.interpret import interpreted
+from qwen_vit.kernels.launch import LAUNCH
 from qwen_vit.layout import Segments, SegmentTiling
 
 if IS_KNOWN_GLUON:
@@ -67,13 +68,18 @@ class AttentionTile:
     k_rows: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # of a thread
 
+
+# 128 query rows on 4 warps fill every register. The code of Triton 3.8 and newer needs more: the
+# assembler spills up to 376 bytes, or serialises the matrix instructions (C7512).
+FULL_WARPS = 4 if TRITON_VERSION < (3, 8) else 8
 
 # (kind, bits per element) -> tile. Measured on an H200; see docs/decisions.
 TILES = {
     ("window", 16): AttentionTile(q_rows=64, k_rows=64, num_warps=4, num_stages=1),
     ("window", 32): AttentionTile(q_rows=64, k_rows=64, num_warps=8, num_stages=1),
-    ("full", 16): AttentionTile(q_rows=128, k_rows=64, num_warps=4, num_stages=3),
+    ("full", 16): AttentionTile(q_rows=128, k_rows=64, num_warps=FULL_WARPS, num_stages=3),
     ("full", 32): AttentionTile(q_rows=32, k_rows=32, num_warps=4, num_stages=1),
 }
 ROTATION_ROWS = 64
@@ -412,7 +418,7 @@ def attention(
         k_rotated = (rotated_keys(qkv, rotary, adjacent_pairs=adjacent_pairs),)
     is_axial = rotary.index is not None
     if (
-        IS_KNOWN_GLUON
+        uses_hopper_kernels()
         and tiles is None
         and attention_hopper.supports(qkv, is_axial, adjacent_pairs)
     ):
@@ -430,10 +436,12 @@ def attention(
     }  # fmt: skip
     if kind == "full":
         options["BN"] = used.k_rows
+    if used.max_registers is not None:
+        options["maxnreg"] = used.max_registers
     kernel = _full_attention if kind == "full" else _window_attention
     with torch.cuda.device(qkv.device):
         kernel[(len(segments.tiles) * H,)](
-            qkv, *k_rotated, *tables, segments.tiles, out, scale_log2e, **options
+            qkv, *k_rotated, *tables, segments.tiles, out, scale_log2e, **options, **LAUNCH
         )
     return out
 
@@ -487,6 +495,7 @@ def rotated_keys(qkv: torch.Tensor, rotary: RotaryTable, *, adjacent_pairs: bool
         _rotate_keys[(triton.cdiv(N, ROTATION_ROWS) * H,)](
             qkv, k_rotated, *_tables(rotary), N, H=H, D=D, D_PADDED=triton.next_power_of_2(D),
             AXIAL=rotary.index is not None, ADJACENT=adjacent_pairs, BN=ROTATION_ROWS,
+            **LAUNCH,
         )  # fmt: skip
     return k_rotated
 

@@ -30,13 +30,19 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwen_vit.kernels.hopper import descriptor, fence_for_wgmma, hold_barriers, is_hopper
+from qwen_vit.kernels.hopper import (
+    copy_to_shared,
+    descriptor,
+    fence_for_wgmma,
+    hold_barriers,
+    is_hopper,
+)
+from qwen_vit.kernels.launch import LAUNCH
 
 __all__ = ["Q_ROWS", "W_ROWS", "full_attention", "supports", "window_attention"]
 
@@ -79,21 +85,13 @@ def _load_partition(tiles, n_tiles, descs, buffers, barriers, H: gl.constexpr):
         # until both MMA partitions have read the K that this slot held
         mbarrier.wait(k_empty.index(stage), phase)
         mbarrier.expect(k_ready.index(stage), BN * D * 2)
-        tma.async_copy_global_to_shared(
-            k0_desc, [row, k_column], k_ready.index(stage), k0_ring.index(stage)
-        )
-        tma.async_copy_global_to_shared(
-            k1_desc, [row, k_column + D0], k_ready.index(stage), k1_ring.index(stage)
-        )
+        copy_to_shared(k0_desc, [row, k_column], k_ready.index(stage), k0_ring.index(stage))
+        copy_to_shared(k1_desc, [row, k_column + D0], k_ready.index(stage), k1_ring.index(stage))
         # until both MMA partitions have read the V that this slot held
         mbarrier.wait(v_empty.index(stage), phase)
         mbarrier.expect(v_ready.index(stage), BN * D * 2)
-        tma.async_copy_global_to_shared(
-            v0_desc, [row, v_column], v_ready.index(stage), v0_ring.index(stage)
-        )
-        tma.async_copy_global_to_shared(
-            v1_desc, [row, v_column + D0], v_ready.index(stage), v1_ring.index(stage)
-        )
+        copy_to_shared(v0_desc, [row, v_column], v_ready.index(stage), v0_ring.index(stage))
+        copy_to_shared(v1_desc, [row, v_column + D0], v_ready.index(stage), v1_ring.index(stage))
 
 
 @gluon.constexpr_function
@@ -404,10 +402,8 @@ def _window_attention(
         for i in gl.static_range(3):
             mbarrier.expect(ready.index(i), ROWS * D * 2)
             column = (i * H + i_head) * D
-            tma.async_copy_global_to_shared(rows0, [q_begin, column], ready.index(i), main.index(i))
-            tma.async_copy_global_to_shared(
-                rows1, [q_begin, column + D0], ready.index(i), tail.index(i)
-            )
+            copy_to_shared(rows0, [q_begin, column], ready.index(i), main.index(i))
+            copy_to_shared(rows1, [q_begin, column + D0], ready.index(i), tail.index(i))
         q0, k0, v0 = main.index(0), main.index(1), main.index(2)  # [ROWS, D0] each
         q1, k1, v1 = tail.index(0), tail.index(1), tail.index(2)  # [ROWS, D1] each
         mbarrier.wait(ready.index(0), 0)  # until Q has arrived
@@ -488,6 +484,7 @@ def full_attention(
             descriptor(keys, [k_rows, TAIL]), descriptor(values, [k_rows, MAIN]),
             descriptor(values, [k_rows, TAIL]), out, scale_log2e, H=H, D0=MAIN, D1=TAIL,
             BN=k_rows, STAGES=num_stages, ROWS=Q_ROWS // 2, num_warps=4, launch_pdl=True,
+            **LAUNCH,
         )  # fmt: skip
 
 
@@ -511,5 +508,5 @@ def window_attention(
         _window_attention[(len(tiles) * H,)](
             tiles, descriptor(rows, [W_ROWS, MAIN]), descriptor(rows, [W_ROWS, TAIL]), cos, sin,
             axis_index, out, scale_log2e, H=H, D=D, D0=MAIN, D1=TAIL, ROWS=W_ROWS, num_warps=4,
-            launch_pdl=True,
+            launch_pdl=True, **LAUNCH,
         )  # fmt: skip

@@ -5,17 +5,26 @@ from functools import cache
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language import debug_barrier
 
 __all__ = [
+    "copy_to_global",
+    "copy_to_shared",
     "descriptor",
     "fence_for_wgmma",
     "hold_barriers",
     "is_hopper",
     "multiprocessors",
 ]
+
+# Triton 3.8 renamed the two copies of the tensor memory accelerator.
+if hasattr(tma, "async_load"):
+    copy_to_shared, copy_to_global = tma.async_load, tma.async_store
+else:
+    copy_to_shared = tma.async_copy_global_to_shared
+    copy_to_global = tma.async_copy_shared_to_global
 
 
 @cache

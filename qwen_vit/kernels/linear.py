@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qwen_vit.kernels import IS_KNOWN_GLUON
+from qwen_vit.kernels import IS_KNOWN_GLUON, uses_hopper_kernels
 from qwen_vit.kernels.activations import gelu, swiglu
+from qwen_vit.kernels.launch import LAUNCH
 
 if IS_KNOWN_GLUON:
     from qwen_vit.kernels import linear_hopper
@@ -55,7 +56,7 @@ class ResidualStream:
             with torch.cuda.device(x.device):
                 _row_squares[(triton.cdiv(N, SQUARED_ROWS),)](
                     x, squares, N, C=C, C_PADDED=triton.next_power_of_2(C), BM=SQUARED_ROWS,
-                    num_warps=4,
+                    num_warps=4, **LAUNCH,
                 )  # fmt: skip
         return cls(x, squares)
 
@@ -94,17 +95,59 @@ GROUPED_ROW_TILES = 8  # tiles of this many row blocks run together and share we
 SQUARED_ROWS = 4  # rows of one program that sums squares
 
 
+@triton.jit
+def _load_tile(
+    matrix, i_row, i_column, n_rows, n_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Load a tile of a matrix (n_rows, n_columns); 0 beyond the edges.
+
+    With TMA, `matrix` is a tensor descriptor, otherwise a pointer. GPUs without TMA would load a
+    descriptor's tiles without a pipeline. WHOLE says that tiles fill every row.
+    """
+    if TMA:
+        b_tile = matrix.load([i_row, i_column])  # [ROWS, COLUMNS]
+    else:
+        o_row = i_row + tl.arange(0, ROWS)  # [ROWS]
+        o_column = i_column + tl.arange(0, COLUMNS)  # [COLUMNS]
+        m_tile = (o_row < n_rows)[:, None]  # [ROWS, 1]
+        if not WHOLE:
+            m_tile = m_tile & (o_column < n_columns)[None, :]  # [ROWS, COLUMNS]
+        p_row = matrix + o_row[:, None].to(tl.int64) * n_columns  # [ROWS, 1]
+        b_tile = tl.load(p_row + o_column[None, :], mask=m_tile, other=0.0)  # [ROWS, COLUMNS]
+    return b_tile
+
+
+@triton.jit
+def _store_tile(
+    matrix, b_tile, i_row, i_column, n_rows, n_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Round a tile to the matrix's type and store it; return the rounded tile."""
+    if TMA:
+        b_tile = b_tile.to(matrix.dtype)
+        matrix.store([i_row, i_column], b_tile)
+    else:
+        b_tile = b_tile.to(matrix.dtype.element_ty)
+        o_row = i_row + tl.arange(0, ROWS)  # [ROWS]
+        o_column = i_column + tl.arange(0, COLUMNS)  # [COLUMNS]
+        m_tile = (o_row < n_rows)[:, None] & (o_column < n_columns)[None, :]  # [ROWS, COLUMNS]
+        p_row = matrix + o_row[:, None].to(tl.int64) * n_columns  # [ROWS, 1]
+        tl.store(p_row + o_column[None, :], b_tile, mask=m_tile)
+    return b_tile
+
+
 # one binary for every number of rows: otherwise Triton would compile during a user's call
 @triton.jit(do_not_specialize=["M"])
 def _gemm(
     x, weight, bias, residual, squares, out, squares_out, M, N, out_scale, eps,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, SQUARES: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, TMA: tl.constexpr = True,
 ):  # fmt: skip
     """Compute out (M, N) = epilogue(x (M, K) @ weight (N, K)^T * scale + bias).
 
-    `x`, `weight`, `residual` and `out` are tensor descriptors, which cut tiles at the edges. The
+    `x`, `weight`, `residual` and `out` are tensor descriptors with TMA, otherwise pointers. The
     scale is `out_scale`. With SQUARES chunks of sums of squares, it is a row's 1 / rms. For SwiGLU,
     groups of 8 columns alternate between gate and up, and `out` is half as wide. With a residual,
     `out` is the sum. `squares_out` (N / BN, M) then receives the sums of squares of `out`.
@@ -120,8 +163,8 @@ def _gemm(
 
     acc = tl.zeros([BM, BN], tl.float32)  # [BM, BN]
     for i_k in range(0, K, BK):
-        b_x = x.load([i_m, i_k])  # [BM, BK]
-        b_weight = weight.load([i_n, i_k])  # [BN, BK]
+        b_x = _load_tile(x, i_m, i_k, M, K, BM, BK, K % BK == 0, TMA)  # [BM, BK]
+        b_weight = _load_tile(weight, i_n, i_k, N, K, BN, BK, K % BK == 0, TMA)  # [BN, BK]
         acc = tl.dot(b_x, b_weight.T, acc, input_precision=PRECISION)
 
     o_m = i_m + tl.arange(0, BM)  # [BM]
@@ -142,13 +185,12 @@ def _gemm(
         b_pairs = tl.permute(tl.reshape(acc, (BM, BN // 16, 2, 8)), (0, 1, 3, 2))
         b_gate, b_up = tl.split(b_pairs)  # [BM, BN / 16, 8] each
         b_out = tl.reshape(swiglu(b_gate, b_up), (BM, BN // 2))  # [BM, BN / 2]
-        out.store([i_m, i_n // 2], b_out.to(out.dtype))
+        _store_tile(out, b_out, i_m, i_n // 2, M, N // 2, BM, BN // 2, TMA)
     else:
         if EPILOGUE == "residual":
-            b_residual = residual.load([i_m, i_n])  # [BM, BN]
+            b_residual = _load_tile(residual, i_m, i_n, M, N, BM, BN, False, TMA)  # [BM, BN]
             acc += b_residual.to(tl.float32)
-        b_out = acc.to(out.dtype)
-        out.store([i_m, i_n], b_out)
+        b_out = _store_tile(out, acc, i_m, i_n, M, N, BM, BN, TMA)  # [BM, BN]
         if EPILOGUE == "residual":  # of what was stored: rounded; 0 beyond the edges
             b_rounded = tl.where((o_n < N)[None, :], b_out.to(tl.float32), 0.0)  # [BM, BN]
             p_squares = squares_out + i_n // BN * M + o_m  # [BM]
@@ -219,7 +261,7 @@ def linear_residual(
 
 
 def _is_for_hopper(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return IS_KNOWN_GLUON and linear_hopper.supports(x, weight)
+    return uses_hopper_kernels() and linear_hopper.supports(x, weight)
 
 
 def _launch_gemm(
@@ -251,18 +293,17 @@ def _launch_gemm(
     if M == 0:
         return out, squares_out
     out_block = [tile.rows, tile.columns // 2 if epilogue == "swiglu" else tile.columns]
-    out_descriptor = residual_descriptor = TensorDescriptor.from_tensor(out, out_block)
-    if residual is not None:
-        residual_descriptor = TensorDescriptor.from_tensor(residual, out_block)
+    has_tma = _capability(x.device) >= (9, 0)
+    matrix = TensorDescriptor.from_tensor if has_tma else lambda rows, block: rows
+    out_matrix = matrix(out, out_block)
     with torch.cuda.device(x.device):
         _gemm[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
-            TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
-            TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]), bias,
-            residual_descriptor, squares, out_descriptor, squares_out, M, N, out_scale, eps, K=K,
-            HAS_BIAS=bias is not None, EPILOGUE=epilogue,
+            matrix(x, [tile.rows, tile.depth]), matrix(weight, [tile.columns, tile.depth]), bias,
+            out_matrix if residual is None else matrix(residual, out_block), squares, out_matrix,
+            squares_out, M, N, out_scale, eps, K=K, HAS_BIAS=bias is not None, EPILOGUE=epilogue,
             SQUARES=0 if squares is None else len(squares), PRECISION="ieee", BM=tile.rows,
-            BN=tile.columns, BK=tile.depth, GROUP=GROUPED_ROW_TILES, num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            BN=tile.columns, BK=tile.depth, GROUP=GROUPED_ROW_TILES, TMA=has_tma,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH,
         )  # fmt: skip
     return out, squares_out
 
@@ -308,8 +349,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if N:
         with torch.cuda.device(x.device):
             _rms_norm[(N,)](
-                x, weight, out, C=C, C_PADDED=triton.next_power_of_2(C), EPS=eps, num_warps=4
-            )
+                x, weight, out, C=C, C_PADDED=triton.next_power_of_2(C), EPS=eps, num_warps=4,
+                **LAUNCH,
+            )  # fmt: skip
     return out
 
 

@@ -31,7 +31,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qwen_vit.kernels.activations import gelu, swiglu
-from qwen_vit.kernels.hopper import descriptor, hold_barriers, is_hopper, multiprocessors
+from qwen_vit.kernels.hopper import (
+    copy_to_global,
+    copy_to_shared,
+    descriptor,
+    hold_barriers,
+    is_hopper,
+    multiprocessors,
+)
+from qwen_vit.kernels.launch import LAUNCH
 
 __all__ = ["SQUARES_COLUMNS", "gemm", "supports"]
 
@@ -102,7 +110,7 @@ def _load_partition(
     i_m, i_n = _row_and_column_tile(gl.program_id(0), n_row_tiles, n_column_tiles, GROUP)
     for early in gl.static_range(STAGES):
         mbarrier.expect(ready.index(early), (BM + BN) * BK * 2)
-        tma.async_copy_global_to_shared(
+        copy_to_shared(
             weight_desc, [i_n * BN, early * BK], ready.index(early), weight_ring.index(early)
         )
     gdc_wait()  # wait for the previous kernel, which writes x and the residual
@@ -117,11 +125,9 @@ def _load_partition(
                 # until every MMA partition has read what this stage held
                 mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
                 mbarrier.expect(bar, (BM + BN) * BK * 2)
-                tma.async_copy_global_to_shared(
-                    weight_desc, [i_n * BN, i_k], bar, weight_ring.index(stage)
-                )
+                copy_to_shared(weight_desc, [i_n * BN, i_k], bar, weight_ring.index(stage))
             for group in gl.static_range(GROUPS):
-                tma.async_copy_global_to_shared(
+                copy_to_shared(
                     x_desc, [i_m * BM + group * ROWS, i_k], bar,
                     x_ring.index(stage * GROUPS + group),
                 )  # fmt: skip
@@ -131,7 +137,7 @@ def _load_partition(
             mbarrier.wait(result_is_free.index(0), turn & 1)
             mbarrier.expect(residual_is_there.index(0), BM * BN * 2)
             for group in gl.static_range(GROUPS):
-                tma.async_copy_global_to_shared(
+                copy_to_shared(
                     residual_desc, [i_m * BM + group * ROWS, i_n * BN], residual_is_there.index(0),
                     results.index(group),
                 )  # fmt: skip
@@ -238,7 +244,7 @@ def _mma_partition(
         b_out = acc.to(out_desc.dtype)
         results.index(I_GROUP).store(b_out)
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [i_row, i_column], results.index(I_GROUP))
+        copy_to_global(out_desc, [i_row, i_column], results.index(I_GROUP))
 
         if EPILOGUE == "residual":  # of what was stored: rounded
             o_m = i_row + gl.arange(0, ROWS, layout=MMA_ROWS)  # [ROWS]
@@ -358,7 +364,7 @@ def gemm(
             n_row_tiles, n_column_tiles, K=K, BM=tile.rows, BN=tile.columns,
             STAGES=tile.num_stages, GROUPS=tile.num_groups, GROUP=GROUPED_ROW_TILES,
             EPILOGUE=epilogue, SQUARES=0 if squares is None else len(squares),
-            FIRST=FIRST_STEPS, num_warps=4, launch_pdl=True,
+            FIRST=FIRST_STEPS, num_warps=4, launch_pdl=True, **LAUNCH,
         )  # fmt: skip
     return out, squares_out
 

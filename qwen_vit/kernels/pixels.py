@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qwen_vit.kernels.launch import LAUNCH
+
 __all__ = ["gather_pixels"]
 
 GATHERED_ROWS = 8
@@ -45,6 +47,6 @@ def gather_pixels(
         with torch.cuda.device(pixels.device):
             _gather_pixels[(triton.cdiv(n_rows, GATHERED_ROWS),)](
                 pixels, index, out, n_rows, P=P, P_OUT=width,
-                P_BLOCK=triton.next_power_of_2(width), ZERO=zero, BM=GATHERED_ROWS,
+                P_BLOCK=triton.next_power_of_2(width), ZERO=zero, BM=GATHERED_ROWS, **LAUNCH,
             )  # fmt: skip
     return out

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qwen_vit.kernels.launch import LAUNCH
+
 __all__ = ["segment_means", "unit_rows"]
 
 MEAN_ROWS, MEAN_COLUMNS = 16, 128  # of one step of a program
@@ -72,7 +74,7 @@ def segment_means(rows: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         with torch.cuda.device(rows.device):
             _segment_mean[(len(lengths), triton.cdiv(D, MEAN_COLUMNS))](
                 rows.contiguous(), offsets.to(rows.device, non_blocking=True), out, D=D,
-                BM=MEAN_ROWS, BN=MEAN_COLUMNS, num_warps=4,
+                BM=MEAN_ROWS, BN=MEAN_COLUMNS, num_warps=4, **LAUNCH,
             )  # fmt: skip
     return out
 
@@ -94,6 +96,6 @@ def unit_rows(x: torch.Tensor) -> torch.Tensor:
     if N:
         with torch.cuda.device(x.device):
             _unit_row[(N,)](
-                x.contiguous(), out, D=D, D_PADDED=triton.next_power_of_2(D), num_warps=8
+                x.contiguous(), out, D=D, D_PADDED=triton.next_power_of_2(D), num_warps=8, **LAUNCH
             )
     return out

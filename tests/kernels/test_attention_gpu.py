@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qwen_vit.errors import ArgumentError
-from qwen_vit.kernels import IS_KNOWN_GLUON
+from qwen_vit.kernels import IS_KNOWN_GLUON, plain_kernels
 from qwen_vit.kernels import attention as kernels
 from qwen_vit.kernels.attention import RotaryTable, attention
 from qwen_vit.kernels.rope_varlen_attention import (
@@ -63,6 +63,9 @@ def test_the_towers_call_reaches_hoppers_own_kernel(
 
     monkeypatch.setattr(attention_hopper, name, watched)
     case = random_case([64, 12], 80, 16, device=CUDA, dtype=torch.bfloat16)
+    with plain_kernels():
+        tower_attention(*case[:3], [64, 12], kind)
+    assert not met
     tower_attention(*case[:3], [64, 12], kind)
     assert met
 

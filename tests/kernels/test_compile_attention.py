@@ -8,14 +8,16 @@ import triton
 from qwen_vit.kernels import attention, attention_hopper
 from tests.support.compile_cases import (
     ATTENTION_CASES,
-    ATTENTION_PROGRAMS,
+    ATTENTION_WARPS,
     SHARED_MEMORY,
     TYPES,
     USES,
 )
 from tests.support.hopper_compile import (
+    HOPPER,
     REGISTERS,
     Compiled,
+    compile_for,
     compile_for_hopper,
     tma_block,
 )
@@ -24,7 +26,9 @@ HEADS = 16
 
 
 @cache
-def compile_attention(head_dim: int, bits: int, use_name: str) -> Compiled:
+def compile_attention(
+    head_dim: int, bits: int, use_name: str, capability: int = HOPPER
+) -> Compiled:
     use = USES[use_name]
     tiles = attention.TILES[use["kind"], bits]
     d_main = 1 << (head_dim.bit_length() - 1)
@@ -45,7 +49,8 @@ def compile_attention(head_dim: int, bits: int, use_name: str) -> Compiled:
     if use["kind"] == "full":
         kernel = attention._full_attention
         constants["BN"] = tiles.k_rows
-    return compile_for_hopper(
+    return compile_for(
+        capability,
         kernel,
         pointers | {"scale_log2e": "fp32"},
         constants,
@@ -56,7 +61,6 @@ def compile_attention(head_dim: int, bits: int, use_name: str) -> Compiled:
 
 # Bytes that a program may spill. 128 query rows on 4 warps fill every register of the frame kind
 # and spill parts of Q, outside the key loop: 8 to 15 % faster all the same (docs/decisions).
-# The assemblers of Triton 3.8 and 3.9 spill more, 136 and 376 bytes: these tests fail with them.
 ATTENTION_SPILLS = {"window": 0, "full": 128}
 
 
@@ -69,8 +73,8 @@ def test_attention_compiles_to_sound_code(head_dim: int, bits: int, use: str) ->
     assert compiled.shared_bytes <= SHARED_MEMORY
     if head_dim == 80:
         row = USES[use]["kind"], bits
-        programs = compiled.programs_that_fit(attention.TILES[row].num_warps)
-        assert programs >= ATTENTION_PROGRAMS[row]
+        warps = attention.TILES[row].num_warps
+        assert compiled.programs_that_fit(warps) * warps >= ATTENTION_WARPS[row]
     if bits == 16 and head_dim <= 80:  # the tiles were chosen for 80, which published towers have
         assert not compiled.serialised_wgmma
         assert compiled.spill_bytes <= ATTENTION_SPILLS[USES[use]["kind"]]

@@ -129,7 +129,7 @@ from tests.support import linear_cases as t
 from tests.support.oracle import relative_error
 from tests.support.towers import random_pixels
 
-def gemm(M, K, N, epilogue, with_bias, rows, columns, depth, group, scale):
+def gemm(M, K, N, epilogue, with_bias, rows, columns, depth, group, scale, has_tma=True):
     x, weight, bias = t.random_case(M, K, N, epilogue)
     squares_in, residual = None, torch.randn(M, N)
     if epilogue in ("swiglu", "normed"):
@@ -138,14 +138,14 @@ def gemm(M, K, N, epilogue, with_bias, rows, columns, depth, group, scale):
     column_tiles = -(-weight.shape[0] // columns)
     squares = torch.full((column_tiles, M), float("nan"))
     block = [rows, columns // 2 if epilogue == "swiglu" else columns]
-    descriptor = TensorDescriptor.from_tensor
+    matrix = TensorDescriptor.from_tensor if has_tma else lambda rows, block: rows
     kernels._gemm[(-(-M // rows) * column_tiles,)](
-        descriptor(x, [rows, depth]), descriptor(weight, [columns, depth]), bias,
-        descriptor(residual, block) if epilogue == "residual" else None, squares_in,
-        descriptor(out, block), squares, M, weight.shape[0], scale, t.EPS, K=K,
+        matrix(x, [rows, depth]), matrix(weight, [columns, depth]), bias,
+        matrix(residual, block) if epilogue == "residual" else None, squares_in,
+        matrix(out, block), squares, M, weight.shape[0], scale, t.EPS, K=K,
         HAS_BIAS=with_bias, EPILOGUE="plain" if epilogue == "normed" else epilogue,
         SQUARES=0 if squares_in is None else 4, PRECISION="ieee", BM=rows, BN=columns, BK=depth,
-        GROUP=group,
+        GROUP=group, TMA=has_tma,
     )
     if squares_in is not None:
         kind = "plain" if epilogue == "normed" else epilogue
@@ -181,7 +181,7 @@ def gather():
 cases = json.loads(sys.argv[1])
 print(json.dumps([gemm(*case) for case in cases] if cases else [norm(), gather()]))
 """
-# M, K, N, epilogue, bias; rows, columns and depth of a tile, row tiles of a group; scale
+# M, K, N, epilogue, bias; rows, columns and depth of a tile, row tiles of a group; scale; TMA
 INTERPRETED_CASES = [
     (33, 96, 48, "plain", True, 16, 32, 32, 8, 0.5),
     (33, 64, 48, "plain", False, 16, 16, 64, 2, 1.0),  # three row tiles in groups of two
@@ -193,6 +193,9 @@ INTERPRETED_CASES = [
     (50, 64, 40, "swiglu", True, 32, 16, 64, 2, 1.0),
     (33, 96, 48, "residual", True, 16, 32, 32, 8, 1.0),  # N ends inside a tile
     (70, 64, 48, "residual", True, 32, 16, 64, 2, 1.0),
+    (70, 80, 48, "gelu", True, 32, 32, 32, 1, 0.5, False),  # as GPUs without TMA
+    (50, 72, 40, "swiglu", True, 32, 16, 64, 2, 1.0, False),
+    (33, 96, 40, "residual", True, 16, 32, 32, 8, 1.0, False),
 ]
 
 

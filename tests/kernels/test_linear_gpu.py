@@ -148,6 +148,8 @@ def test_all_tiles_agree_bit_for_bit(name: str, M: int, monkeypatch: pytest.Monk
     for simple in [*tiles, kernels.FALLBACK_TILES[16]]:
         monkeypatch.setattr(kernels, "_gemm_tile", lambda *_, tile=simple: tile)
         assert torch.equal(case.run()[:, :N], results[0][:, :N])
+    monkeypatch.setattr(kernels, "_capability", lambda _: (8, 0))  # without tensor descriptors
+    assert torch.equal(case.run()[:, :N], results[0][:, :N])
 
 
 @gpu

@@ -10,7 +10,7 @@ FRAME = {"kind": "full", "adjacent": True, "axial": True}
 PUBLIC = {"kind": "full", "adjacent": False, "axial": False}
 USES: dict[str, dict[str, Any]] = {"window": WINDOW, "full": FRAME, "public": PUBLIC}
 SHARED_MEMORY = 232_448  # bytes that one program may take on Hopper
-# Programs of head dim 80 that share a multiprocessor, which each row was chosen for.
-ATTENTION_PROGRAMS = {("window", 16): 5, ("window", 32): 1, ("full", 16): 2, ("full", 32): 2}
+# Warps of head dim 80 that share a multiprocessor, which each row was chosen for.
+ATTENTION_WARPS = {("window", 16): 20, ("window", 32): 8, ("full", 16): 8, ("full", 32): 8}
 # float32 has no matrix instruction to go wrong, and takes the compiler seconds per case
 ATTENTION_CASES = [(head_dim, 16) for head_dim in HEAD_DIMS] + [(80, 32)]

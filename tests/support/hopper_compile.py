@@ -1,4 +1,4 @@
-"""Compile the package's kernels for Hopper on any machine, and read the assembler's report."""
+"""Compile the package's kernels for a GPU on any machine, and read the assembler's report."""
 
 import hashlib
 import re
@@ -16,8 +16,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.cache import get_cache_manager
 
-HOPPER = GPUTarget("cuda", 90, 32)
-REGISTERS, SHARED_MEMORY, MAX_WARPS = 65_536, 233_472, 64  # of a multiprocessor
+from qwen_vit.kernels.launch import LAUNCH
+
+HOPPER = 90  # compute capability, as Triton's targets name it
+REGISTERS = 65_536  # of a multiprocessor
+# bytes of shared memory of a multiprocessor: CUDA's programming guide, compute capabilities
+SHARED_MEMORY = {80: 167_936, 89: 102_400, HOPPER: 233_472, 100: 233_472, 120: 102_400}
 SHARED_BYTES_OF_THE_SYSTEM = 1024  # in each program
 
 
@@ -32,29 +36,42 @@ class Compiled:
     unfenced_reads: int
     barrier_arrays: int  # held to the end
     barriers_left: int  # held by nobody
+    has_async_copies: bool = True  # into shared memory: else loads and products take turns
+    capability: int = HOPPER
 
     def programs_that_fit(self, num_warps: int) -> int:
         """Return the number of programs on one multiprocessor, by registers, shared memory and
         warps."""
         registers = -(-self.registers // 8) * 8 * 32 * num_warps
+        max_warps = 48 if self.capability in (89, 120) else 64
         return min(
             REGISTERS // registers,
-            SHARED_MEMORY // (self.shared_bytes + SHARED_BYTES_OF_THE_SYSTEM),
-            MAX_WARPS // num_warps,
+            SHARED_MEMORY[self.capability] // (self.shared_bytes + SHARED_BYTES_OF_THE_SYSTEM),
+            max_warps // num_warps,
         )
 
 
 def compile_for_hopper(
     kernel: Any, signature: dict[str, str], constants: dict[str, Any], **options: int
 ) -> Compiled:
-    """Compile a kernel. `signature` types the run-time arguments. Pointers and sizes count as
-    multiples of 16."""
+    return compile_for(HOPPER, kernel, signature, constants, **options)
+
+
+def compile_for(
+    capability: int, kernel: Any, signature: dict[str, str], constants: dict[str, Any],
+    **options: int,
+) -> Compiled:  # fmt: skip
+    """Compile a kernel. `signature` types the run-time arguments. Pointers and N count as multiples
+    of 16.
+    """
     names = kernel.arg_names
+    defaults = {param.name: param.default for param in kernel.params if param.has_default}
+    constants = defaults | constants
     full = {name: "constexpr" if name in constants else signature[name] for name in names}
     attrs = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if full[name].startswith("*")
+        if full[name].startswith("*") or name == "N"
     }
     source_type = GluonASTSource if kernel.is_gluon() else ASTSource
     source = source_type(
@@ -63,12 +80,15 @@ def compile_for_hopper(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=attrs,
     )
-    compiled = triton.compile(source, target=HOPPER, options=options)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options=options | LAUNCH)
     ptx = compiled.asm["ptx"]
     return Compiled(
-        **_assemble(ptx),
+        **_assemble(ptx, capability),
         wgmma_shapes=frozenset(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)", ptx)),
         shared_bytes=compiled.metadata.shared,
+        has_async_copies="cp.async" in ptx,
+        capability=capability,
     )
 
 
@@ -78,8 +98,8 @@ def tma_block(block: list[int]) -> str:
     return f"tensordesc<bf16{block},{layout!r}>"
 
 
-def _assemble(ptx: str) -> dict[str, Any]:
-    report, sass = _assembled(ptx)
+def _assemble(ptx: str, capability: int) -> dict[str, Any]:
+    report, sass = _assembled(ptx, capability)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
     return {
         "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
@@ -91,12 +111,12 @@ def _assemble(ptx: str) -> dict[str, Any]:
     }
 
 
-def _assembled(ptx: str) -> tuple[str, str]:
+def _assembled(ptx: str, capability: int) -> tuple[str, str]:
     """Return ptxas' report and the disassembly, and cache both beside Triton's own cache. Both
     programs are deterministic. They take a second of one core, mostly for their start.
     """
     ptx = without_places(ptx)
-    assembler = get_ptxas(HOPPER.arch)  # Triton 3.9 takes another one for Hopper
+    assembler = get_ptxas(capability)  # the one that this Triton itself uses
     ptxas, version = Path(assembler.path), assembler.version
     tools = f"{triton.__version__} {ptxas} {version}"
     key = hashlib.sha256(f"{tools}\n{ptx}".encode()).hexdigest()
@@ -105,11 +125,12 @@ def _assembled(ptx: str) -> tuple[str, str]:
     if None not in paths:
         report, sass = (Path(str(path)).read_text() for path in paths)
         return report, sass
+    arch = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)[0]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         report = subprocess.run(
-            [ptxas, "-v", "-arch=sm_90a", source, "-o", Path(folder, "kernel.cubin")],
+            [ptxas, "-v", f"-arch={arch}", source, "-o", Path(folder, "kernel.cubin")],
             capture_output=True,
             text=True,
             check=True,

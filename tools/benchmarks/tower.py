@@ -36,6 +36,7 @@ from qwen_vit.benchmark import (
 )
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.images.patches import Patches
+from qwen_vit.kernels import plain_kernels, uses_hopper_kernels
 from qwen_vit.kernels.attention import RotaryTable, attention
 from qwen_vit.layout import Segments
 from tests.support.huggingface import hf_tower
@@ -167,6 +168,7 @@ class Towers:
         on_host = {name: tensor.cpu() for name, tensor in self.tensors.items()}
         ours = build_tower(on_host, self.config, self.image_config, torch.bfloat16, device)
         self.timed = TimedTower(ours, device, torch.bfloat16)
+        self.plain = TimedTower(ours, device, torch.bfloat16)  # has graphs of the plain kernels
         self.hf = {"HF sdpa": self.peer()}
         if with_fa2:
             self.hf["HF FA2 varlen"] = self.peer()
@@ -204,6 +206,8 @@ class Towers:
             "roofline_ms": flops / beside * 1e3, "ours_ms": ours_ms, "gemm_tflops": beside / 1e12,
             "cool_roofline_ms": flops / cool * 1e3, "cool_ms": cool_ms,
         }  # fmt: skip
+        if uses_hopper_kernels() and torch.cuda.get_device_capability(self.device) == (9, 0):
+            row |= self.plain_row(name, pixels, batches)
         if name in SINGLE_BATCH:
             row["eager_ms"] = median_ms(self.timed.eager(pixels[0], batches[0]))
         torch.cuda.reset_peak_memory_stats()
@@ -222,6 +226,21 @@ class Towers:
             share = sum(len(p) for p, _ in some) / sum(len(p) for p in pixels)
             row[f"{label}_ms"] = ms / share  # of the stream, its first batches stand for all
         return row
+
+    def plain_row(
+        self, name: str, pixels: Sequence[Tensor], batches: Sequence[tuple[Grid, ...]]
+    ) -> dict[str, float]:
+        """Our milliseconds with the kernels that other GPUs run, and the roofline then."""
+        with plain_kernels():
+            runs = [self.plain.by_graph(p, b) for p, b in zip(pixels, batches, strict=True)]
+            theirs = self.hf["HF sdpa"].on(pixels[0], batches[0])
+            check(
+                runs[0](), theirs(), self.tensors, self.config, self.image_config, pixels[0],
+                batches[0],
+            )  # fmt: skip
+            ms, beside = interleaved_with_gemm(partial(run_all, runs), self.device)
+        roofline_ms = tower_flops(self.config, WORKLOADS[name]) / beside * 1e3
+        return {"plain_ms": ms, "plain_roofline_ms": roofline_ms}
 
     def compiled(self, name: str) -> dict[str, float]:
         grids = WORKLOADS[name]

@@ -24,12 +24,19 @@ def tower_text(rows: dict[str, dict[str, float]]) -> str:
     title = (
         f"{'images':<12}{'ours':>9}{'roofline':>9}{'at TF/s':>9}{'x roofline':>12}{'cool':>9}{head}"
     )
-    lines = ["Whole tower, ms; cool: x roofline, each by itself on a cool GPU", title]
+    note = "Whole tower, ms; cool: x roofline, each by itself on a cool GPU"
+    if all("plain_ms" in row for row in rows.values()):
+        note += "; plain: ms with the plain Triton kernels, and x roofline"
+        title += f"{'plain':>11}{'x':>6}"
+    lines = [note, title]
     for name, row in rows.items():
         against = "".join(
             f"{row[label + '_ms']:>15.1f}{row[label + '_ms'] / row['ours_ms']:>8.1f}x"
             for label in labels
         )
+        if "plain_ms" in row:
+            x_roofline = row["plain_ms"] / row["plain_roofline_ms"]
+            against += f"{row['plain_ms']:>11.2f}{x_roofline:>6.2f}"
         if "compiled_ms" in row:
             against += f"  compiled {row['compiled_ms']:.2f} after {row['compile_s']:.0f} s"
         lines.append(

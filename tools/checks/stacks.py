@@ -36,12 +36,17 @@ STACKS = {
     "newest": ("triton==3.9.0", "transformers==5.24.0"),
 }  # fmt: skip
 NAMED = ("triton", "transformers", "huggingface_hub", "pillow", "numpy", "safetensors")
-COMPILE = "tests/kernels/test_compile_attention.py::test_attention_"
+ATTENTION = "tests/kernels/test_compile_attention.py::test_"
 TESTS = (
     "tests/kernels/test_interpret.py",
-    f"{COMPILE}compiles_to_sound_code[80-16-window]",
-    f"{COMPILE}compiles_to_sound_code[80-16-full]",
-    f"{COMPILE}in_bf16_spends_no_multiplication_on_padding",
+    f"{ATTENTION}attention_compiles_to_sound_code[80-16-window]",
+    f"{ATTENTION}attention_compiles_to_sound_code[80-16-full]",
+    f"{ATTENTION}attention_in_bf16_spends_no_multiplication_on_padding",
+    f"{ATTENTION}the_attention_in_windows_on_hopper_compiles_to_sound_code",
+    f"{ATTENTION}the_specialised_attention_compiles_to_sound_code",
+    "tests/kernels/test_compile_linear.py::test_a_specialised_product_compiles_to_sound_code",
+    "tests/kernels/test_compile_gpus.py",
+    "tests/kernels/test_launch.py",
     "tests/test_tiny.py",
     "tests/compare/test_huggingface.py",
     "tests/checkpoint/test_ranges.py",

@@ -1,0 +1,66 @@
+"""The plain kernels compile for the GPUs that are no Hopper, without such a GPU.
+
+Nobody has measured their speed there.
+"""
+
+from typing import Any
+
+import pytest
+
+from qwen_vit.kernels import attention, linear
+from tests.kernels.test_compile_attention import compile_attention
+from tests.kernels.test_compile_linear import compile_gemm
+from tests.support.compile_cases import USES
+
+# A100; RTX 4090 and L40S; B200; RTX 5090
+GPUS = (80, 89, 100, 120)
+# Bytes that a program may spill. 128 query rows on 4 warps fill every register where accumulators
+# are registers; sm_100 has its own memory for accumulators.
+WINDOW_SPILLS = 8  # with Triton 3.9 on sm_80; 0 elsewhere
+SPILLS = {80: 224, 89: 320, 100: 0, 120: 224}
+EPILOGUES = ("plain", "gelu", "normed", "swiglu", "residual")
+UNMARKED = {(80, "full"), (80, "residual"), (120, "residual")}
+
+
+def cases(names: tuple[str, ...]) -> list[Any]:
+    """Each GPU with each name; a few of them run in the quick tests."""
+    pairs = [(gpu, name) for gpu in GPUS for name in names]
+    slow = pytest.mark.slow
+    return [pytest.param(*pair, marks=() if pair in UNMARKED else slow) for pair in pairs]
+
+
+@pytest.mark.parametrize(("capability", "use"), cases(("window", "full", "public")))
+def test_attention_compiles_within_the_limits(capability: int, use: str) -> None:
+    compiled = compile_attention(80, 16, use, capability)
+    print(compiled)
+    assert compiled.spill_bytes <= (WINDOW_SPILLS if use == "window" else SPILLS[capability])
+    warps = attention.TILES[USES[use]["kind"], 16].num_warps
+    assert compiled.programs_that_fit(warps) * warps >= 8
+    if use != "window":  # which has one tile of keys
+        assert compiled.has_async_copies
+
+
+@pytest.mark.parametrize(("capability", "epilogue"), cases(EPILOGUES))
+def test_a_product_compiles_within_the_limits(capability: int, epilogue: str) -> None:
+    """With tensor descriptors, sm_80 took 255 registers and made no asynchronous copy."""
+    tile = linear.FALLBACK_TILES[16]
+    compiled = compile_gemm(16, epilogue, tile, capability=capability)
+    print(compiled)
+    assert compiled.spill_bytes == 0
+    assert compiled.registers <= 168
+    assert compiled.programs_that_fit(tile.num_warps) >= 3
+    assert compiled.has_async_copies
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", GPUS)
+def test_float32_compiles_within_the_limits(capability: int) -> None:
+    tile = linear.FALLBACK_TILES[32]
+    for epilogue in ("plain", "residual"):
+        product = compile_gemm(32, epilogue, tile, capability=capability)
+        print(product)
+        assert product.programs_that_fit(tile.num_warps) >= 1
+    for use in ("window", "full"):
+        compiled = compile_attention(80, 32, use, capability)
+        print(compiled)
+        assert compiled.programs_that_fit(8) >= 1
