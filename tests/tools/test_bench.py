@@ -172,6 +172,8 @@ def test_both_tables_give_times_speedups_and_their_average() -> None:
     ours = {key: value for key, value in rows["1 x 448^2"].items() if " " not in key}
     alone = tower_report.tower_text({"1 x 448^2": ours})
     assert "HF" not in alone
+    plain = ours | {"plain_ms": 4.0, "plain_roofline_ms": 2.5}
+    assert "       4.00  1.60\n" in tower_report.tower_text({"1 x 448^2": plain})
 
 
 def test_stages_and_starts_have_their_tables() -> None:
