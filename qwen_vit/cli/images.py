@@ -46,13 +46,15 @@ def list_images(
     the images.
     """
     from qwen_vit.images.image import ImageLimits
-    from qwen_vit.inputs.find import find_items, no_image_found, warn_of_skipped
+    from qwen_vit.inputs.find import find_items, is_missing, no_image_found, warn_of_skipped
     from qwen_vit.inputs.pages import page_items
     from qwen_vit.inputs.parquet import ParquetColumns
 
     left_out: Counter[str] = Counter()
     columns = ParquetColumns.of(column, id_column)
-    found = find_items(inputs, left_out, must_exist=False, columns=columns)
+    # one mistyped path is an error before a model is loaded; among others it is a skipped image
+    must_exist = all(map(is_missing, inputs))
+    found = find_items(inputs, left_out, must_exist=must_exist, columns=columns)
     items = list(found if pages == "first" else page_items(found, limits or ImageLimits()))
     warn_of_skipped(left_out)
     if not items:

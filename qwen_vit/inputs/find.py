@@ -38,7 +38,9 @@ from qwen_vit.inputs.tars import (
 )
 from qwen_vit.inputs.urls import is_https
 
-__all__ = ["STDIN", "check_inputs", "find_items", "no_image_found", "warn_of_skipped"]
+__all__ = [
+    "STDIN", "check_inputs", "find_items", "is_missing", "no_image_found", "warn_of_skipped",
+]  # fmt: skip
 
 logger = logging.getLogger("qwen_vit")
 
@@ -83,9 +85,7 @@ def find_items(
     _check_alone(inputs, columns)
     reported: set[str] = set()  # unreadable folders; several patterns may reach one
     for given in inputs:
-        is_pattern = glob.has_magic(given) and not is_https(given)  # a query starts with "?"
-        is_path = not (is_pattern or given == STDIN or is_remote(given))
-        if is_path and not must_exist and not os.path.lexists(given):
+        if not must_exist and is_missing(given):
             yield Item(given, given)
             continue
         for item in _input_items(given, left_out, columns):
@@ -94,6 +94,13 @@ def find_items(
                     continue
                 reported.add(item.source)
             yield item
+
+
+def is_missing(given: str) -> bool:
+    """Return whether an input is the path of nothing: no pattern, address or standard input."""
+    is_pattern = glob.has_magic(given) and not is_https(given)  # a query starts with "?"
+    is_path = not (is_pattern or given == STDIN or is_remote(given))
+    return is_path and not os.path.lexists(given)
 
 
 def check_inputs(inputs: Sequence[str], columns: ParquetColumns | None = None) -> None:

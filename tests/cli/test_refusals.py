@@ -213,3 +213,12 @@ def test_a_folder_without_weights_is_no_download(folder: Path, run: Any) -> None
     done = run("download", ".")
     assert (done.code, done.out) == (2, "")
     assert "no weights" in done.err
+
+
+def test_a_mistyped_path_is_refused_before_a_model_is_loaded(qwen_vit: Any) -> None:
+    """The error named the model, which is not in the cache, and not the path."""
+    model = "Qwen/Qwen2.5-VL-7B-Instruct"
+    done = qwen_vit("encode", "no-such-folder", "--model", model, "--out", "f.safetensors")
+    assert done.code == 2
+    assert "no-such-folder" in done.err
+    assert "Qwen" not in done.err

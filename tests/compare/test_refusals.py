@@ -41,7 +41,7 @@ def test_without_a_transformers_to_use_the_range_and_the_find_are_named(
 def test_an_attention_that_is_not_installed_is_refused_with_the_others() -> None:
     checkpoint = encoder().checkpoint
     with pytest.raises(
-        ArgumentError, match=r"refuses attention=.flash_attention_2. .* Use sdpa or eager\."
+        ArgumentError, match=r"rejects attention=.flash_attention_2. .* Use sdpa or eager\."
     ):
         reference.hf_tower(
             checkpoint.tensors, checkpoint.config, torch.bfloat16, attention="flash_attention_2"
