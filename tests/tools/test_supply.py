@@ -91,7 +91,7 @@ def test_two_builds_give_the_same_bytes(tmp_path: Path) -> None:
         ),
         (
             '{"dependencies": [{"name": "a", "skip_reason": "Dependency not found"}]}',
-            2, "Not checked, because the service did not know them: a.",
+            2, "Not checked, because the service has no data on them: a.",
         ),
         ('{"dependencies": []}', 2, "0 of 0"),
         ("", 2, "Nothing was checked"),
