@@ -68,7 +68,6 @@ class AttentionTile:
     k_rows: int
     num_warps: int
     num_stages: int
-    max_registers: int | None = None  # of a thread
 
 
 # 128 query rows on 4 warps fill every register. The code of Triton 3.8 and newer needs more: the
@@ -436,8 +435,6 @@ def attention(
     }  # fmt: skip
     if kind == "full":
         options["BN"] = used.k_rows
-    if used.max_registers is not None:
-        options["maxnreg"] = used.max_registers
     kernel = _full_attention if kind == "full" else _window_attention
     with torch.cuda.device(qkv.device):
         kernel[(len(segments.tiles) * H,)](
