@@ -45,6 +45,7 @@ TURNED = {
     Image.Transpose.TRANSVERSE,
 }  # fmt: skip
 HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics
+WHOLE_WIDTH = 16  # pixels that swscale converts at a time
 SEEK_WORTH = 32  # unwanted frames to decode before a seek is cheaper
 CHECK_EVERY = 1_024  # packets between checks of the clock
 
@@ -122,11 +123,14 @@ class FileFrames:
 
     def upright(self, frame: Any) -> Image.Image:
         """Convert a decoded frame to an upright image of mode RGB or RGBX, in any thread."""
-        # four bytes a pixel, as in Pillow's memory: this avoids a copy under the GIL
-        # swscale's threads write past row ends into each other's rows: 4 pixels were wrong
-        plane = frame.reformat(format="rgb0", threads=1).planes[0]
         size = (frame.width, frame.height)
-        picture = Image.frombuffer("RGBX", size, plane, "raw", "RGBX", plane.line_size, 1)
+        # swscale's threads write past row ends into each other's rows: 4 pixels were wrong
+        if frame.width % WHOLE_WIDTH:  # to 4 bytes a pixel, the last columns may be random
+            plane = frame.reformat(format="rgb24", threads=1).planes[0]
+            picture = Image.frombuffer("RGB", size, plane, "raw", "RGB", plane.line_size, 1)
+        else:  # 4 bytes a pixel, as in Pillow's memory: this avoids a copy under the GIL
+            plane = frame.reformat(format="rgb0", threads=1).planes[0]
+            picture = Image.frombuffer("RGBX", size, plane, "raw", "RGBX", plane.line_size, 1)
         return picture if self._turn is None else picture.transpose(self._turn)
 
     # -- the pass over the packets

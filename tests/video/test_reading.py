@@ -151,6 +151,17 @@ def test_a_frame_has_the_same_pixels_every_time(tmp_path: Path) -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("width", [98, 100, 852])
+def test_the_last_columns_are_those_of_the_frame(width: int, tmp_path: Path) -> None:
+    """swscale wrote random bytes into the last 2 or 4 columns of such widths, such as 852x480."""
+    path = make_video(tmp_path / "a.mp4", 3, size=(width, 66))
+    with open_video(path, path, VideoLimits()) as video:
+        for frame in video.frames([0, 1, 2]):
+            expected = frame.reformat(format="rgb24", threads=1).to_ndarray()
+            for _ in range(3):
+                assert np.array_equal(np.asarray(video.upright(frame)), expected)
+
+
 def test_hdr_is_named_and_not_tone_mapped(tmp_path: Path) -> None:
     path = make_video(
         tmp_path / "a.mp4", 2, codec="libx265", pix_fmt="yuv420p10le",
