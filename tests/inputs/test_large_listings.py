@@ -99,5 +99,5 @@ def test_ctrl_c_ends_a_listing(tmp_path: Path) -> None:
         begin = time.monotonic()
         assert kill_harness.end_group(process, signal.SIGINT) == 130
         assert time.monotonic() - begin < 20
-    assert "no image was kept; run the same command again" in (tmp_path / "log").read_text()
+    assert "the export saved no image; run the same command again" in (tmp_path / "log").read_text()
     assert LocalFolder(out).names() <= {"lock"}

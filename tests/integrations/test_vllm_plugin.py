@@ -176,7 +176,7 @@ class QuantisedTower(TheirTower):
     [
         ({"compilation": {"cudagraph_mm_encoder": True}}, "cudagraph_mm_encoder"),
         ({"compilation": {"compile_mm_encoder": True}}, "compile_mm_encoder"),
-        ({"lora": {"enable_tower_connector_lora": True}}, "adapters do not know"),
+        ({"lora": {"enable_tower_connector_lora": True}}, "adapters do not support"),
         ({"tower": QuantisedTower}, r"quantised \(visual\.proj: AWQLinearMethod\)"),
         ({"dtype": torch.float16}, "float16"),
         ({"hf_config": {"model_type": "qwen2_vl"}}, "cannot run this vision tower"),

@@ -1,9 +1,6 @@
 """Test that the attention kernels compile to correct code for Hopper, without a GPU."""
 
-from functools import cache
-
 import pytest
-import triton
 
 from qwen_vit.kernels import attention, attention_hopper
 from tests.support.compile_cases import (
@@ -13,51 +10,12 @@ from tests.support.compile_cases import (
     TYPES,
     USES,
 )
+from tests.support.compile_kernels import HEADS, compile_attention
 from tests.support.hopper_compile import (
-    HOPPER,
     REGISTERS,
-    Compiled,
-    compile_for,
     compile_for_hopper,
     tma_block,
 )
-
-HEADS = 16
-
-
-@cache
-def compile_attention(
-    head_dim: int, bits: int, use_name: str, capability: int = HOPPER
-) -> Compiled:
-    use = USES[use_name]
-    tiles = attention.TILES[use["kind"], bits]
-    d_main = 1 << (head_dim.bit_length() - 1)
-    tail = head_dim - d_main
-    pointers = dict.fromkeys(("qkv", "k_rotated", "out"), f"*{TYPES[bits]}")
-    pointers |= dict.fromkeys(("cos", "sin"), "*fp32")
-    pointers |= dict.fromkeys(("axis_index", "tiles"), "*i32")
-    constants = {
-        "H": HEADS,
-        "D": head_dim,
-        "D0": d_main,
-        "D1": max(16, triton.next_power_of_2(tail)) if tail else 0,
-        "AXIAL": use["axial"],
-        "ADJACENT": use["adjacent"],
-        "BM": tiles.q_rows,
-    }
-    kernel = attention._window_attention
-    if use["kind"] == "full":
-        kernel = attention._full_attention
-        constants["BN"] = tiles.k_rows
-    return compile_for(
-        capability,
-        kernel,
-        pointers | {"scale_log2e": "fp32"},
-        constants,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
-
 
 # Bytes that a program may spill. 128 query rows on 4 warps fill every register of the frame kind
 # and spill parts of Q, outside the key loop: 8 to 15 % faster all the same (docs/decisions).

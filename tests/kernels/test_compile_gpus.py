@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from qwen_vit.kernels import attention, linear
-from tests.kernels.test_compile_attention import compile_attention
-from tests.kernels.test_compile_linear import compile_gemm
 from tests.support.compile_cases import USES
+from tests.support.compile_kernels import compile_attention, compile_gemm
 
 # A100; RTX 4090 and L40S; B200; RTX 5090
 GPUS = (80, 89, 100, 120)

@@ -1,6 +1,5 @@
 """Test that the GEMMs and small kernels compile to correct code for Hopper, without a GPU."""
 
-import re
 from typing import Any
 
 import pytest
@@ -13,11 +12,9 @@ from tests.support.compile_cases import (
     TYPES,
     USES,
 )
+from tests.support.compile_kernels import compile_gemm
 from tests.support.hopper_compile import (
-    HOPPER,
     REGISTERS,
-    Compiled,
-    compile_for,
     compile_for_hopper,
     tma_block,
 )
@@ -50,58 +47,6 @@ def gemm_cases() -> list[Any]:
         for bits, epilogue, tile in [case]
     }
     return [pytest.param(*named[name], id=name) for name in sorted(named)]
-
-
-def compile_gemm(
-    bits: int,
-    epilogue: str,
-    tile: linear.GemmTile,
-    operand: str | None = None,
-    n_in: int | None = None,
-    has_bias: bool = True,
-    capability: int = HOPPER,
-) -> Compiled:
-    dtype = TYPES[bits]
-    operand = operand or dtype
-    n_out = tile.columns // 2 if epilogue == "swiglu" else tile.columns
-    out_block = f"tensordesc<{dtype}[{tile.rows},{n_out}]>"
-    signature = {
-        "x": f"tensordesc<{operand}[{tile.rows},{tile.depth}]>",
-        "weight": f"tensordesc<{operand}[{tile.columns},{tile.depth}]>",
-        "bias": "*fp32" if operand == "fp16" else f"*{dtype}",
-        "residual": out_block,
-        "squares": "*fp32",
-        "out": out_block,
-        "squares_out": "*fp32",
-        "M": "i32",
-        "N": "i32",
-        "out_scale": "fp32",
-        "eps": "fp32",
-    }
-    constants = {
-        "K": n_in or (5120 if epilogue == "gelu" else 1280),
-        "HAS_BIAS": has_bias,
-        "EPILOGUE": "plain" if epilogue == "normed" else epilogue,
-        "SQUARES": 20 if epilogue in ("normed", "swiglu") else 0,
-        "PRECISION": "ieee",
-        "BM": tile.rows,
-        "BN": tile.columns,
-        "BK": tile.depth,
-        "GROUP": linear.GROUPED_ROW_TILES,
-    }
-    if capability < HOPPER:  # the launch passes pointers
-        constants["TMA"] = False
-        signature = {
-            name: re.sub(r"tensordesc<(\w+)\[.*", r"*\1", each) for name, each in signature.items()
-        }
-    return compile_for(
-        capability,
-        linear._gemm,
-        signature,
-        constants,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
 
 
 @pytest.mark.parametrize(("bits", "epilogue", "tile"), gemm_cases())
