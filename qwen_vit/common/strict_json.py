@@ -1,6 +1,7 @@
 """Read JSON strictly, and format values for messages."""
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
@@ -25,7 +26,7 @@ MAX_JSON_BYTES = 64 * 2**20  # the index of the largest published model is under
 def read_json(path: AnyPath) -> dict[str, Any]:
     """Read a small JSON file with one object. Raises CheckpointError with the path."""
     try:
-        if not path.is_file():
+        if not _is_file(path):
             raise CheckpointError(
                 "not a file", name=str(path), remedy="pass a folder that contains this file"
             )
@@ -42,6 +43,18 @@ def read_json(path: AnyPath) -> dict[str, Any]:
             f"cannot be read ({error.strerror})", name=str(path), remedy="check its permissions"
         ) from error
     return parse_json(raw, source=str(path))
+
+
+def _is_file(path: AnyPath) -> bool:
+    """Return whether the path is a file. Wait shortly for a file in a snapshot of the Hub's cache.
+
+    On a disk without locks, huggingface_hub removes a link just before it makes the link again.
+    """
+    for _ in range(5 if "snapshots" in str(path) else 0):
+        if path.is_file():
+            break
+        time.sleep(0.02)
+    return path.is_file()
 
 
 def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
