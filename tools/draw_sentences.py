@@ -37,7 +37,10 @@ PAGES = (
 GENERATED = re.compile(r"<!-- generated: .*?<!-- end -->", re.DOTALL)
 CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 # names that keep their lower case at the start of a sentence
-NAMES = "fsspec|glob|hashlib|libjpeg|mypy|pip|pyarrow|qwen|s3fs|safetensors|torch|transformers|vLLM"
+NAMES = (
+    "botocore|filelock|flock|fsspec|glob|hashlib|import-linter|libjpeg|libtiff|mypy|pip|ptxas|pyarrow|"
+    "qwen|qwen_vit|s3fs|safetensors|tabulate|tarfile|torch|transformers|vLLM|webdataset"
+)
 END = re.compile(rf"(?<=[.!?])[)\"*_]*\s+(?=[A-Z0-9(\"*_`]|(?:{NAMES})\b)")
 # the calls whose text a person reads: errors, and lines on a terminal
 READ = re.compile(r"\w*Error|print_log|print_data|warn|warning|info|fail|Failure|ClickException")
