@@ -10,7 +10,7 @@ from qwen_vit.errors import ArgumentError, CheckpointError, with_options
 from qwen_vit.kernels.attention import HEAD_DIMS
 from qwen_vit.weight_format import pixel_weight_exponent
 
-__all__ = ["check_fits", "choose_device", "choose_dtype"]
+__all__ = ["check_fits", "choose_device", "choose_dtype", "warn_without_gpu"]
 
 logger = logging.getLogger("qwen_vit")
 
@@ -25,10 +25,6 @@ def choose_device(device: str | torch.device) -> torch.device:
     """
     if device == "auto":
         if not torch.cuda.is_available():
-            _warn_once(
-                "no CUDA GPU: computing on the CPU in float32, with the attention kernel "
-                "interpreted (correct, but slow)"
-            )
             return torch.device("cpu")
         device = "cuda"
     try:
@@ -63,6 +59,15 @@ def choose_device(device: str | torch.device) -> torch.device:
         )
     index = torch.cuda.current_device() if chosen.index is None else chosen.index
     return torch.device("cuda", index)
+
+
+def warn_without_gpu(device: str | torch.device) -> None:
+    """Log once if "auto" chooses a CPU. Call this after all refusals, because none needs a GPU."""
+    if device == "auto" and not torch.cuda.is_available():
+        _warn_once(
+            "no CUDA GPU: computing on the CPU in float32, with the attention kernel "
+            "interpreted (correct, but slow)"
+        )
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

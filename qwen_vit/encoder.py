@@ -15,7 +15,7 @@ from qwen_vit.checkpoint.hub import Origin, find_checkpoint
 from qwen_vit.checkpoint.load import Checkpoint, load_checkpoint
 from qwen_vit.common.prefetch import core_count, thread_count
 from qwen_vit.config import ImageConfig, VisionConfig
-from qwen_vit.device import choose_device, choose_dtype
+from qwen_vit.device import choose_device, choose_dtype, warn_without_gpu
 from qwen_vit.errors import ArgumentError
 from qwen_vit.features import FailedImage, FeatureOutput, ImageFeatures
 from qwen_vit.images.image import ArrayLayout, ExifPolicy, ImageLimits, check_formats
@@ -120,17 +120,16 @@ class VisionEncoder(LoadedTower):
                 raise ArgumentError(f"{theirs} is transformers' name", remedy=f"pass {ours}=")
         chosen = choose_device(device)
         source = find_checkpoint(
-            model,
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
+            model, revision=revision, subfolder=subfolder, token=token,
             cache_dir=None if cache_dir is None else os.fspath(cache_dir),
             local_files_only=local_files_only,
-        )
-        return cls.from_checkpoint(
+        )  # fmt: skip
+        encoder = cls.from_checkpoint(
             load_checkpoint(source.folder), source, chosen, choose_dtype(dtype, chosen),
             min_pixels=min_pixels, max_pixels=max_pixels, cuda_graphs=cuda_graphs,
         )  # fmt: skip
+        warn_without_gpu(device)
+        return encoder
 
     @classmethod
     def from_tensors(
@@ -171,11 +170,13 @@ class VisionEncoder(LoadedTower):
             CheckpointError, ArgumentError: Each error gives the remedy.
         """
         chosen = choose_device(device)
-        return cls.from_checkpoint(
+        encoder = cls.from_checkpoint(
             Checkpoint.from_tensors(tensors, config, image_config), Origin(name=name), chosen,
             choose_dtype(dtype, chosen),
             min_pixels=min_pixels, max_pixels=max_pixels, cuda_graphs=cuda_graphs,
         )  # fmt: skip
+        warn_without_gpu(device)
+        return encoder
 
     @overload
     def encode(

@@ -150,20 +150,21 @@ class QwenVitError(Exception):
     >>> print(error)
     out: a file. Expected a folder. Pass another --out.
     >>> error.name, error.fact, error.expected, error.remedy
-    ('out', 'a file', 'a folder', 'pass another --out')
+    ('out', 'a file', 'a folder', 'Pass another --out.')
 
     Args:
         fact: the fault, without a full stop.
         name: the file, image or argument of the fact. Odd characters are escaped.
         expected: the expected value, or an empty text if the fact implies the value.
-        remedy: an instruction for the user.
+        remedy: an instruction for the user. The attribute is a sentence.
 
     Each part may be a `Wording`, which spells options for Python and for the command line.
     """
 
     def __init__(self, fact: str, *, name: str = "", expected: str = "", remedy: str = "") -> None:
         super().__init__(fact)
-        self.fact, self.name, self.expected, self.remedy = fact, name, expected, remedy
+        self.fact, self.name, self.expected = fact, name, expected
+        self.remedy = _as_sentence(remedy)
 
     def __str__(self) -> str:
         return self.text()
@@ -180,8 +181,7 @@ class QwenVitError(Exception):
         fact = f"{display_name(self.name)}: {fact}" if self.name else fact
         if expected or remedy:
             expected = f"Expected {expected}" if expected else ""
-            remedy = remedy[:1].upper() + remedy[1:]
-            fact = " ".join(_sentence(part) for part in (fact, expected, remedy) if part)
+            fact = " ".join(_with_stop(part) for part in (fact, expected, remedy) if part)
         return one_line(fact)
 
     def __repr__(self) -> str:
@@ -211,8 +211,17 @@ def _same_error(
     return error
 
 
-def _sentence(text: str) -> str:
+def _with_stop(text: str) -> str:
     return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def _as_sentence(text: str) -> str:
+    """Return a text with a capital letter and a full stop, in both spellings of a `Wording`."""
+    if not text:
+        return ""
+    if isinstance(text, Wording):
+        return Wording(_as_sentence(str(text)), shell=_as_sentence(text.shell))
+    return _with_stop(text[:1].upper() + text[1:])
 
 
 class ImageError(QwenVitError, ValueError):

@@ -148,7 +148,7 @@ def test_impossible_values_name_the_file_the_rule_and_the_remedy(
     with pytest.raises(CheckpointError, match=rule) as caught:
         VisionConfig.from_json({**VISION_7B, **change}, source="a/config.json")
     assert str(caught.value).startswith("a/config.json: ")
-    assert caught.value.remedy == "use the config.json that belongs to the weights"
+    assert caught.value.remedy == "Use the config.json that belongs to the weights."
 
 
 def test_the_output_size_is_never_guessed() -> None:
@@ -242,7 +242,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, raw: bytes, words: str) -> None
     with pytest.raises(CheckpointError, match=words) as caught:
         VisionConfig.from_json(path)
     assert str(caught.value).startswith(f"{path}: ")
-    assert caught.value.remedy in ("download the file again", "correct this value")
+    assert caught.value.remedy in ("Download the file again.", "Correct this value.")
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:

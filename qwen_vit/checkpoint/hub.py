@@ -144,9 +144,10 @@ def download(
         )
     if not REPOSITORY.fullmatch(name):
         raise HubError(
-            f"{name!r} is neither a folder nor a Hub repository",
-            expected="a local folder, 'organisation/repository', or 'tiny'",
-            remedy=did_you_mean(name),
+            "does not exist",
+            name=name or repr(name),
+            expected="a local folder, 'organisation/repository' on the Hub, or 'tiny'",
+            remedy=did_you_mean(name) or "check the name",
         )
     repository = Repository(name, revision, token, cache_dir, local_files_only, subfolder)
     try:

@@ -47,6 +47,8 @@ def closest_names(name: str) -> list[str]:
     >>> closest_names("7B"), closest_names("Qwen2.5-VL-7b-Instuct"), closest_names("tinny")
     (['Qwen/Qwen2.5-VL-7B-Instruct', 'Qwen/Qwen2.5-Omni-7B'], ['Qwen/Qwen2.5-VL-7B-Instruct'], \
 ['tiny'])
+    >>> closest_names("tyni")  # the same letters in another order
+    ['tiny']
     """
     wanted = name.lower().rstrip("/")
     known = [*([] if "/" in name else PACKAGED), *published_checkpoints()]
@@ -60,7 +62,9 @@ def closest_names(name: str) -> list[str]:
     longer = dict.fromkeys(each for key, each in spelt.items() if key.startswith(wanted))
     if longer and len(wanted) >= MIN_PREFIX:
         return list(longer)[:3]
-    return [spelt[each] for each in difflib.get_close_matches(wanted, spelt, 1, MIN_LIKENESS)]
+    swapped = [each for each in spelt if sorted(each) == sorted(wanted)]
+    close = swapped or difflib.get_close_matches(wanted, spelt, 1, MIN_LIKENESS)
+    return [spelt[each] for each in close]
 
 
 def did_you_mean(name: str) -> str:

@@ -1,15 +1,21 @@
-"""Check an output file before any work."""
+"""Check inputs and output files before any work."""
 
 import os
+import shlex
 import stat
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 from qwen_vit.common.atomic_file import cannot_write, check_utf8, refuse_link
-from qwen_vit.errors import ExportError
+from qwen_vit.errors import ArgumentError, ExportError
 
-__all__ = ["check_distinct", "check_output"]
+__all__ = ["check_distinct", "check_model_or_features", "check_output", "check_paths"]
+
+MAX_SPACES = 8  # in a path that the shell may have split
+MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def check_output(
@@ -64,6 +70,59 @@ def check_distinct(images: Sequence[str]) -> None:
         if count > 1:
             raise ExportError(
                 "given twice", name=name, expected="each image once", remedy="omit one of the two"
+            )
+
+
+def check_paths(inputs: Sequence[str], *, must_exist: bool = False) -> None:
+    """Raise ArgumentError if the shell split a path at its spaces.
+
+    With `must_exist`, also raise ExportError if no input exists.
+
+    >>> check_paths(["gone.png"], must_exist=True)
+    Traceback (most recent call last):
+    qwen_vit.errors.ExportError: gone.png: does not exist. Check the path.
+    """
+    from qwen_vit.images.image import ADDRESS
+    from qwen_vit.inputs.find import check_inputs, is_missing
+
+    missing = [
+        index
+        for index, given in enumerate(inputs)
+        if is_missing(given) and not ADDRESS.match(given)
+    ]
+    for index, before, after in product(missing, range(MAX_SPACES), range(MAX_SPACES)):
+        path = " ".join(inputs[max(0, index - before) : index + after + 1])
+        if path != inputs[index] and os.path.lexists(path):
+            raise ArgumentError(
+                "the shell split this path at its spaces",
+                name=path,
+                remedy=f"put the path in quotes: {shlex.quote(path)}",
+            )
+    if must_exist and missing and len(missing) == len(inputs):
+        check_inputs(inputs[:1])
+
+
+def check_model_or_features(path: str, subfolder: str | None = None) -> None:
+    """Raise ArgumentError for a folder with neither a checkpoint nor an export.
+
+    >>> check_model_or_features("tests/photographs")
+    Traceback (most recent call last):
+    qwen_vit.errors.ArgumentError: tests/photographs: a folder with neither a checkpoint nor an \
+export. Expected config.json and model.safetensors, or export.json of `qwen-vit export`. Pass \
+another folder.
+    """
+    folder = Path(path, subfolder or "")
+    with suppress(OSError):  # the caller's functions report these errors
+        if folder.is_dir() and not any(
+            each.name.endswith(MODEL_SUFFIXES)
+            for pattern in ("*", "*/config.json")
+            for each in folder.glob(pattern)
+        ):
+            raise ArgumentError(
+                "a folder with neither a checkpoint nor an export",
+                name=str(folder),
+                expected="config.json and model.safetensors, or export.json of `qwen-vit export`",
+                remedy="pass another folder",
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qwen_vit.cli.checks import check_distinct, check_output
+from qwen_vit.cli.checks import check_distinct, check_output, check_paths
 from qwen_vit.cli.console import is_verbose, print_data, print_log
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
@@ -82,6 +82,7 @@ def compare(
         from qwen_vit.compare.text import as_text
     if report is not None:
         check_report(report, overwrite=overwrite)
+    check_paths(images, must_exist=True)
     comparison = compare_checkpoint(
         images, save_golden=save_golden, keep_maps=report is not None, video=video,
         show_progress=shows_progress(), **options,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from qwen_vit.cli.checks import check_paths
 from qwen_vit.cli.console import is_quiet, is_verbose, print_data, print_log
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
@@ -189,6 +190,7 @@ def export(
         raise click.UsageError("pass INPUTS, --model and --out, or only --resume OUT")
     images = inputs or None
     if images is not None:
+        check_paths(images)
         check_inputs(images, options.columns)
     check_folder(out, make=False)
     if dry_run:

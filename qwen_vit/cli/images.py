@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_vit.cli.checks import check_distinct
+from qwen_vit.cli.checks import check_distinct, check_paths
 from qwen_vit.cli.console import print_log
 from qwen_vit.common.progress import shows_progress
 from qwen_vit.errors import ExportError
@@ -50,6 +50,7 @@ def list_images(
     from qwen_vit.inputs.pages import page_items
     from qwen_vit.inputs.parquet import ParquetColumns
 
+    check_paths(inputs)
     left_out: Counter[str] = Counter()
     columns = ParquetColumns.of(column, id_column)
     # one mistyped path is an error before a model is loaded; among others it is a skipped image

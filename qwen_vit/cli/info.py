@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from qwen_vit.cli.checks import check_model_or_features
 from qwen_vit.cli.console import print_data
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
@@ -46,6 +47,8 @@ def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: 
         from qwen_vit.cli.verification import verify_checkpoint, verify_stored
         from qwen_vit.feature_files.describe import describe_features, holds_features
     is_stored = holds_features(model)
+    if not is_stored:
+        check_model_or_features(model, finding["subfolder"])
     if is_stored and image is not None:
         raise ArgumentError(
             "--image works only for checkpoints", name=model, remedy="omit --image for features"

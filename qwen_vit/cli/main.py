@@ -101,7 +101,10 @@ def main() -> None:
 
 def _usage_text(error: click.ClickException) -> str:
     """Return the fault in the arguments, and the command that lists the valid arguments."""
-    text = " ".join(error.format_message().split())
+    text = error.format_message()
+    if close := getattr(error, "possibilities", None):  # click prints them in alphabetical order
+        text = f"{error.message.removesuffix('.')}. Did you mean {close[0]}?"
+    text = " ".join(text.split())
     if not isinstance(error, click.UsageError):
         return text
     path = "qwen-vit" if error.ctx is None else error.ctx.command_path

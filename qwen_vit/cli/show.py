@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen_vit.cli.checks import check_paths
 from qwen_vit.cli.console import print_data, print_log
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
@@ -106,6 +107,7 @@ def show(
         from qwen_vit.show.views import view_features
     check_packages("qwen-vit show", "jinja2", "matplotlib")
     check_target(out, overwrite)
+    check_paths(inputs)
     if any(map(holds_features, inputs)):
         _check_stored(inputs, model)
         given = read_stored(inputs[0], ids, limit, pictures)

@@ -25,6 +25,7 @@ __all__ = [
     "waits_text",
 ]
 
+COUNTS = {"parameters", "patches", "tensors", "tokens"}  # printed as 1,000,000
 ROWS_OF = {"merged": "tokens", "patch": "patches", "mean": "rows"}
 
 
@@ -229,4 +230,4 @@ def _value_text(name: str, value: Any) -> str:
         return f"{width} x {height}"
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return f"{value:,}" if name.endswith("_bytes") else one_line(str(value))
+    return f"{value:,}" if name in COUNTS or name.endswith("_bytes") else one_line(str(value))

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from qwen_vit.cli.checks import check_model_or_features
 from qwen_vit.cli.console import print_data
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
@@ -43,6 +44,7 @@ def verify(model: str, as_json: bool, **finding: Any) -> None:
     if holds_features(model):
         found = verify_stored(model)
     else:
+        check_model_or_features(model, finding["subfolder"])
         found = verify_checkpoint(find_checkpoint(model, **finding))
     document = {"path": model, **found.to_json()}
     print_data(json.dumps(document, indent=2) if as_json else found.text())

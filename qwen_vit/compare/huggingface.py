@@ -19,7 +19,7 @@ from qwen_vit.compare.choices import Processor
 from qwen_vit.compare.oracle import Trace
 from qwen_vit.compare.stages import record_stages
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
-from qwen_vit.errors import ArgumentError, ImageError, with_options
+from qwen_vit.errors import ArgumentError, ImageError, Wording, with_options
 from qwen_vit.metadata import decoder_versions
 
 __all__ = [
@@ -56,7 +56,10 @@ def check_transformers() -> None:
     """Raise ArgumentError with both versions if transformers is missing or too old."""
     require_transformers(
         "a comparison with Hugging Face",
-        alternative=with_options("pass a golden file that someone else made by {}", "golden"),
+        alternative=Wording(
+            "compare with a saved golden file by compare_with_golden",
+            shell="compare with a saved golden file by --golden",
+        ),
     )
 
 

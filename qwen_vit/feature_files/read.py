@@ -218,7 +218,7 @@ def load_features(
     >>> load_features("no-such-file.safetensors")
     Traceback (most recent call last):
     qwen_vit.errors.ExportError: no-such-file.safetensors: does not exist. Expected a feature \
-file of `qwen-vit encode` or a folder of `qwen-vit export`.
+file of `qwen-vit encode` or a folder of `qwen-vit export`. Check the path.
 
     With `verify`, each reading of an image's rows compares them with their recorded sha256. A wrong
     bit raises ExportError. `qwen-vit verify` checks every image of a file or export.
@@ -252,6 +252,7 @@ def open_features(path: AnyPath, *, verify: bool = False) -> FeatureFile | Featu
         fact,
         name=str(path),
         expected="a feature file of `qwen-vit encode` or a folder of `qwen-vit export`",
+        remedy="check the path",
     )
 
 

@@ -120,7 +120,9 @@ def _good_features(
         raise ExportError(
             f"no image to write: {plural(len(features), 'image')} failed",
             name=str(path),
-            remedy="fix the causes that their errors name",
+            remedy="fix the cause that its error gives"
+            if len(features) == 1
+            else "fix the causes that their errors give",
         )
     ids = [feature.id for feature in good]
     if len(set(ids)) < len(ids):

@@ -1,4 +1,4 @@
-"""Identify a file's format, and list the supported, optional and commonly confused formats."""
+"""Identify a file's format, and list the supported and optional formats."""
 
 import re
 import struct
@@ -23,8 +23,9 @@ from PIL import (
 )
 
 from qwen_vit.errors import ImageError, with_options
+from qwen_vit.images.lookalikes import find_lookalike
 
-__all__ = ["DECODERS", "IDENTIFY_BYTES", "LOOKALIKES", "decoder", "identify"]
+__all__ = ["DECODERS", "IDENTIFY_BYTES", "decoder", "identify"]
 
 IDENTIFY_BYTES = 1024  # bytes from the start of a file
 
@@ -56,22 +57,6 @@ TGA_KINDS, TGA_DEPTHS = (1, 2, 3, 9, 10, 11), (8, 15, 16, 24, 32)
 TGA_FOOTER = b"TRUEVISION-XFILE.\0"
 
 ALLOWED = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
-
-# Files that users pass by mistake: first bytes (lower case, white space stripped), code,
-# description, next step.
-LOOKALIKES = (
-    (rb"version https://git-lfs", "not-an-image", "a git-lfs pointer", "run `git lfs pull`"),
-    (rb"<svg|<\?xml.*<svg", "not-an-image", "an SVG drawing", "render it to PNG first"),
-    (rb"<!doctype html|<html|<\?xml", "not-an-image", "a web page", "download the image itself"),
-    (rb"....jxl |\xff\x0a", "format", "JPEG XL", "convert it to PNG"),
-    (rb"%pdf|%!ps", "format", "a document", "render the page to PNG first"),
-    (rb"8bps", "format", "Photoshop", "export it as PNG"),
-    (rb"\x00\x00\x02\x00[\x01-\x20]\x00", "format", "a cursor", "convert it to PNG"),
-    (rb"p7\s", "format", "Netpbm's PAM", "convert it to PNG"),
-    (rb"par1", "format", "a Parquet file", "pass it to `qwen-vit export --column NAME`"),
-    (rb"\x93numpy", "format", "a numpy file", "pass numpy.load(...) instead"),
-    (rb"pk\x03\x04|\x1f\x8b", "format", "an archive", "unpack it first"),
-)
 
 
 def identify(data: bytes, name: str, formats: Sequence[str] = ()) -> str:
@@ -163,27 +148,18 @@ def _may_be_tga(data: bytes) -> bool:
 
 
 def _refused(data: bytes, name: str, on_request: str) -> ImageError:
-    start = data[:IDENTIFY_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    code, what, remedy = "not-an-image", "not an image", ""
+    code, fact, remedy = "not-an-image", f"not an image: it starts with {data[:16]!r}", ""
+    known = find_lookalike(data)
     if on_request:
-        code, what = "format", f"of a format that is read only on request ({on_request})"
+        code, fact = "format", f"of a format that is read only on request ({on_request})"
         remedy = with_options("pass {}, or convert it to PNG", ("formats", on_request.lower()))
-    head = data[:IDENTIFY_BYTES].lower()
-    for pattern, found_code, found, found_remedy in () if on_request else LOOKALIKES:
-        is_other = found_code == "not-an-image"
-        if re.match(pattern, start if is_other else head, re.DOTALL):
-            what = "not an image" if is_other else "of an unsupported format"
-            code, what, remedy = found_code, f"{what} ({found})", found_remedy
-            break
-    if what == "not an image" and (kind := _known_to_pillow(data)):
-        code, what, remedy = "format", f"of an unsupported format ({kind})", "convert it to PNG"
-    return ImageError(
-        f"{what}: it starts with {data[:16]!r}",
-        name=name,
-        expected=ALLOWED,
-        remedy=remedy,
-        code=code,
-    )
+    elif known is not None and not known.start:
+        code, fact, remedy = known.code, known.fact("an image"), known.remedy
+    elif kind := _known_to_pillow(data):
+        code, fact, remedy = "format", f"of an unsupported format ({kind})", "convert it to PNG"
+    elif known is not None:  # after Pillow's formats, because some of them are text
+        code, fact, remedy = known.code, known.fact("an image"), known.remedy
+    return ImageError(fact, name=name, expected=ALLOWED, remedy=remedy, code=code)
 
 
 def _known_to_pillow(data: bytes) -> str:

@@ -29,7 +29,7 @@ from qwen_vit.inputs.parquet import (
     parquet_items,
 )
 from qwen_vit.inputs.remote import listed_objects, remote_item
-from qwen_vit.inputs.suffixes import suffix_of
+from qwen_vit.inputs.suffixes import count_left_out, suffix_of
 from qwen_vit.inputs.tars import (
     COMPRESSED_TARS,
     MEDIA_SUFFIXES,
@@ -208,7 +208,7 @@ def _remote_items(
         elif is_named or suffix_of(address) in MEDIA_SUFFIXES:
             yield remote_item(name, found)
         else:
-            left_out[suffix_of(address)] += 1
+            count_left_out(left_out, address)
 
 
 def _versioned(items: Iterator[Item], found: RemoteObject) -> Iterator[Item]:
@@ -223,9 +223,10 @@ def _path_items(
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         if may_be_list:  # the path was named: probably a typing error, not a lost image
+            is_gone = isinstance(error, FileNotFoundError)
             reason = getattr(error, "strerror", error)
             raise ExportError(
-                f"cannot be exported ({reason})",
+                "does not exist" if is_gone else f"cannot be read ({reason})",
                 name=path or repr(path),  # show an empty path in quotes
                 remedy="check the path",
             ) from None
@@ -328,7 +329,7 @@ def _folder_items(
         elif suffix_of(item.id) in MEDIA_SUFFIXES:
             yield item
         else:
-            left_out[suffix_of(item.id)] += 1
+            count_left_out(left_out, item.id)
 
 
 def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:

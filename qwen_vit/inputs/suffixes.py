@@ -1,8 +1,9 @@
 """Derive a file's kind from its name."""
 
 import os
+from collections import Counter
 
-__all__ = ["VIDEO_SUFFIXES", "suffix_of"]
+__all__ = ["VIDEO_SUFFIXES", "count_left_out", "suffix_of"]
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
@@ -14,3 +15,16 @@ def suffix_of(name: str) -> str:
     ('.jpg', '')
     """
     return os.path.splitext(name)[1].lower()
+
+
+def count_left_out(left_out: Counter[str], name: str) -> None:
+    """Count a skipped file by its extension, except a README or a licence of the images.
+
+    >>> counts = Counter()
+    >>> for name in ("a/README.md", "LICENSE", "a/notes.md"):
+    ...     count_left_out(counts, name)
+    >>> counts
+    Counter({'.md': 1})
+    """
+    if not os.path.basename(name).lower().startswith(("readme", "license", "licence")):
+        left_out[suffix_of(name)] += 1

@@ -10,7 +10,7 @@ from qwen_vit.common.storage import is_remote, storage_errors
 from qwen_vit.errors import ImageError
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.remote import open_input
-from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, suffix_of
+from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, count_left_out, suffix_of
 
 __all__ = [
     "COMPRESSED_TARS", "IMAGE_SUFFIXES", "MEDIA_SUFFIXES", "TAR_SUFFIX", "tar_items",
@@ -91,7 +91,7 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
             if member.isdir():
                 continue
             if suffix_of(member.name) not in MEDIA_SUFFIXES:
-                left_out[suffix_of(member.name)] += 1
+                count_left_out(left_out, member.name)
                 continue
             inside = f"{name}/{member.name}"
             if member.isreg() and not member.issparse():

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from qwen_vit.errors import ImageError
-from qwen_vit.images.formats import LOOKALIKES
+from qwen_vit.images.lookalikes import find_lookalike
 from qwen_vit.video.options import VideoLimits
 
 __all__ = ["HEAD_BYTES", "check_structure", "container_of"]
@@ -81,12 +81,15 @@ def _no_video(head: bytes, name: str) -> ImageError:
                 remedy="pass the file to `encode`, with a suffix that matches its content",
                 code="format",
             )
-    start = head.lstrip().lower()
-    for pattern, code, what, remedy in LOOKALIKES:
-        if re.match(pattern, start if code == "not-an-image" else head.lower(), re.DOTALL):
-            return ImageError(
-                f"not a video ({what})", name=name, expected=EXPECTED, remedy=remedy, code=code
-            )
+    known = find_lookalike(head)
+    if known is not None:
+        return ImageError(
+            known.fact("a video"),
+            name=name,
+            expected=EXPECTED,
+            remedy=known.remedy,
+            code=known.code,
+        )
     return ImageError(
         f"not a supported video: it starts with {head[:16]!r}",
         name=name,

@@ -44,10 +44,10 @@ def test_an_empty_revision_is_refused() -> None:
 def test_what_is_neither_a_folder_nor_a_repository_is_refused_without_the_network(
     model: str,
 ) -> None:
-    with pytest.raises(HubError, match="neither a folder nor a Hub repository") as caught:
+    with pytest.raises(HubError, match="does not exist") as caught:
         find_checkpoint(model)
-    assert repr(model) in str(caught.value)
-    assert caught.value.remedy == ""
+    assert str(caught.value).startswith(f"{model or repr(model)}: does not exist. Expected a local")
+    assert caught.value.remedy == "Check the name."
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_file_is_not_a_checkpoint_and_its_folder_is_asked_for(tmp_path: Path) 
     write_checkpoint(tmp_path, SMALL)
     with pytest.raises(CheckpointError, match=r"a file\. Expected a checkpoint's folder") as caught:
         find_checkpoint(tmp_path / "model.safetensors")
-    assert "pass the folder that contains this file" in caught.value.remedy
+    assert "Pass the folder that contains this file" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_repository_that_is_not_found_gets_a_suggestion_too() -> None:
         return Repository(name, None, None, None, True).explain(missing).remedy
 
     known = "Qwen/Qwen2.5-VL-7B-Instruct"
-    assert remedy("qwen/Qwen2.5-VL-7B-instruct").startswith(f"did you mean {known}? Otherwise ")
+    assert remedy("qwen/Qwen2.5-VL-7B-instruct").startswith(f"Did you mean {known}? Otherwise ")
     assert "did you mean" not in remedy(known)
     assert "did you mean" not in remedy("someone/else")
     assert "did you mean" not in remedy("someone/tiny")  # theirs, whatever ours is called

@@ -124,7 +124,10 @@ BAD_USAGE = {
     "other choice": (("encode", "a.png", *TO_FILE, "--on-error", "stop"), "--on-error"),
     "other dtype": (("encode", "a.png", *TO_FILE, "--dtype", "int8"), "not one of 'auto', 'bf"),
     "no command": (("tiny",), "No such command 'tiny'"),
-    "unknown model": (("encode", "a.png", "--model", "tinny", "--out", "f"), "'tinny' is neither"),
+    "unknown model": (
+        ("encode", "a.png", "--model", "tinny", "--out", "f"),
+        "tinny: does not exist",
+    ),
     "float16": (("encode", "a.png", *TO_FILE, "--dtype", "float16"), "overflow float16"),
     "device": (("encode", "a.png", *TO_FILE, "--device", "tpu"), "device is 'tpu'"),
     "limits": (("encode", "a.png", *TO_FILE, "--max-pixels", "9"), "Pass other --min-pixels"),
@@ -222,3 +225,95 @@ def test_a_mistyped_path_is_refused_before_a_model_is_loaded(qwen_vit: Any) -> N
     assert done.code == 2
     assert "no-such-folder" in done.err
     assert "Qwen" not in done.err
+
+
+def test_a_path_that_the_shell_split_is_named_whole(
+    folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three errors once named three parts of the path."""
+    monkeypatch.setattr(VisionEncoder, "from_pretrained", no_model)
+    Path("my photos").mkdir()
+    shutil.copy("b.jpg", "my photos/the cat.jpg")
+    split = ("my", "photos/the", "cat.jpg")
+    expected = (
+        "error: my photos/the cat.jpg: the shell split this path at its spaces. "
+        "Put the path in quotes: 'my photos/the cat.jpg'.\n"
+    )
+    for command in (
+        ("encode", *split, *TO_FILE),
+        ("encode", "a.png", *split, *TO_FILE),
+        ("export", *split, "a.png", "--model", "tiny", "--out", "e"),
+        ("show", *split, "--model", "tiny"),
+        ("compare", "b.jpg", *split, "--model", "tiny"),
+    ):
+        done = run(*command)
+        assert (done.code, done.out, done.err) == (2, "", expected), command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("encode", "gone", *TO_FILE), ""),
+        (("export", "gone", "--model", "tiny", "--out", "e"), ""),
+        (("show", "gone", "--model", "tiny"), ""),
+        (("compare", "gone", "--model", "tiny"), ""),
+        (("show", "gone.safetensors"), "a feature file of `qwen-vit encode` or a folder"),
+        (("info", "gone.safetensors"), "a feature file of `qwen-vit encode` or a folder"),
+        (("verify", "gone.safetensors"), "a feature file of `qwen-vit encode` or a folder"),
+        (("info", "gone"), "a local folder, 'organisation/repository' on the Hub, or 'tiny'"),
+        (("verify", "gone"), "a local folder, 'organisation/repository' on the Hub, or 'tiny'"),
+        (("info", "./gone"), "a checkpoint's folder"),
+    ],
+)
+def test_a_missing_path_has_one_wording(
+    folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...],
+    expected: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(VisionEncoder, "from_pretrained", no_model)
+    done = run(*arguments)
+    assert (done.code, done.out) == (2, "")
+    expectation = f" Expected {expected}" if expected else " Check the path."
+    given = arguments[1]
+    assert done.err.startswith(f"error: {given}: does not exist.{expectation}")
+    assert done.err.endswith(("Check the path.\n", "Check the name.\n"))
+
+
+def test_a_misspelt_model_is_refused_without_a_warning(folder: Path, run: Any) -> None:
+    """The warning about the missing GPU once came first, and no name was suggested."""
+    done = run("encode", "a.png", "--model", "tyni", "--out", "f")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: tyni: does not exist.")
+    assert done.err.endswith("Did you mean tiny?\n")
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_a_folder_without_a_model_or_features_names_both(
+    folder: Path, run: Any, command: str
+) -> None:
+    Path("photos").mkdir()
+    shutil.copy("b.jpg", "photos")
+    done = run(command, "photos")
+    assert (done.code, done.out) == (2, "")
+    assert "photos: a folder with neither a checkpoint nor an export" in done.err
+    assert "model.safetensors, or export.json" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [(("encode", "a.png", "--mdel", "tiny"), "--model"), (("encod",), "encode")],
+)
+def test_the_closest_option_or_command_is_suggested(
+    run: Any, arguments: tuple[str, ...], meant: str
+) -> None:
+    """The suggestions once were in alphabetical order: --dtype, --help and --model."""
+    done = run(*arguments)
+    assert done.code == 2
+    assert f". Did you mean {meant}? See `qwen-vit" in done.err
+
+
+def test_one_failed_image_has_one_cause(folder: Path, run: Any) -> None:
+    Path("t.jpg").write_text("404 Not Found")
+    done = run("encode", "t.jpg", *TO_FILE)
+    assert done.code == 2
+    assert "t.jpg: a text file, not an image: it starts with '404 Not Found'." in done.err
+    assert "1 image failed. Fix the cause that its error gives." in done.err

@@ -101,10 +101,12 @@ def test_a_golden_that_the_system_refuses_is_named(tmp_path: Path) -> None:
 
 
 def test_without_an_image_no_page_is_written(run: Any, tmp_path: Path) -> None:
-    code, out, err = run(tmp_path / "gone.png", *SMALL, "--report", tmp_path / "page")
-    assert (code, "gone.png: does not exist" in out) == (1, True)
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(b"")
+    code, out, err = run(torn, *SMALL, "--report", tmp_path / "page")
+    assert (code, "torn.png: not an image: it is empty" in out) == (1, True)
     assert f"wrote nothing to {tmp_path / 'page'}: no image was compared" in err
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [torn]
 
 
 def test_figures_are_printed_even_where_their_page_cannot_be_written(
@@ -209,7 +211,7 @@ def test_a_torn_golden_is_refused(golden: Golden, tmp_path: Path, kept: int) -> 
     assert caught.value.name == str(torn)
     assert (caught.value.expected, caught.value.remedy) == (
         "",
-        "get the file again",
+        "Get the file again.",
     )  # no checkpoint's
 
 

@@ -34,7 +34,7 @@ def test_without_a_transformers_to_use_the_range_and_the_find_are_named(
     assert (code, out) == (2, "")
     assert words in err
     assert "Run pip install 'qwen-vit[hf]'" in err
-    assert "pass a golden file that someone else made by --golden" in err
+    assert "compare with a saved golden file by --golden" in err
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="FlashAttention is installed")

@@ -182,7 +182,7 @@ def test_computing_on_the_cpu_is_said_once(
 @pytest.mark.parametrize(
     ("model", "kind", "words"),
     [
-        ("tinny", HubError, ("'tinny'", "neither a folder", "'tiny'")),
+        ("tinny", HubError, ("tinny: does not exist", "or 'tiny'. Did you mean tiny?")),
         ("no/such/folder", CheckpointError, ("no/such/folder: does not exist", "Check the path")),
         ("{tmp}", CheckpointError, ("{tmp}", "Expected model.safetensors")),
         ("{tmp}/config", CheckpointError, ("{tmp}/config", "Expected model.safetensors")),

@@ -272,7 +272,7 @@ def test_a_log_is_told_now_and_then_in_whole_lines(
 
 
 def test_what_is_no_image_by_its_name_is_counted(export_dir: Path, run: Any) -> None:
-    for name in ("a.txt", "b.txt", "README", *(f"c.{i}" for i in range(9))):
+    for name in ("a.txt", "b.txt", "NOTES", "README.md", "LICENSE", *(f"c.{i}" for i in range(9))):
         Path("p", name).write_text("")
     _, _, err = run("p", "--out", "out")
     assert err.splitlines()[0] == (
@@ -308,7 +308,7 @@ BAD_USAGE = {
     "shard size": (["p", "--shard-size", "0"], "Invalid value for '--shard-size'"),
     "failures": (["p", "--max-failures", "-1"], "Invalid value for '--max-failures'"),
     "threads": (["p", "--decode-threads", "0"], "Invalid value for '--decode-threads'"),
-    "missing": (["gone"], "gone: cannot be exported"),
+    "missing": (["gone"], "gone: does not exist"),
     "address": (["https://x/y.jpg"], "https://x/y.jpg: an address"),
     "foreign folder": (["p", "--out", "p"], "contains 0.png"),
 }

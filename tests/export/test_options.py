@@ -172,7 +172,7 @@ def test_a_folder_given_by_name_that_cannot_be_listed_begins_nothing(
 
 def test_a_broken_link_with_a_patterns_name_is_itself(export_dir: Path) -> None:
     Path("a[1].jpg").symlink_to("nothing")
-    with pytest.raises(ExportError, match=r"a\[1\].jpg: cannot be exported \(No such file"):
+    with pytest.raises(ExportError, match=r"a\[1\].jpg: does not exist"):
         export("a[1].jpg")
 
 

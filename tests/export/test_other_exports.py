@@ -68,8 +68,8 @@ def test_other_settings_are_refused_with_the_difference(export_dir: Path, what: 
     assert caught.value.name == "out"
     assert words in caught.value.fact
     assert caught.value.remedy == (
-        "to continue, pass the inputs and settings that it was started with; to start a new "
-        "export, pass another folder"
+        "To continue, pass the inputs and settings that it was started with; to start a new "
+        "export, pass another folder."
     )
     assert files() == before
 

@@ -130,13 +130,13 @@ def test_an_image_that_works_now_replaces_its_shard(server: S3Server) -> None:
 @pytest.mark.parametrize(
     ("out", "fact", "remedy"),
     [
-        ("s3://no-such-bucket/out", "its bucket does not exist", "check the address"),
+        ("s3://no-such-bucket/out", "its bucket does not exist", "Check the address"),
         (
             f"s3://{BUCKET}/strange",
             "the folder contains notes.txt (1 in all) and no export.json",
             "another",
         ),
-        (f"s3://{BUCKET}/strange/notes.txt", "not a folder", "pass another folder"),
+        (f"s3://{BUCKET}/strange/notes.txt", "not a folder", "Pass another folder"),
         ("hf://datasets/a/b", "git commits", "hf upload"),
     ],
 )

@@ -184,7 +184,7 @@ def test_a_kind_of_jpeg_that_is_not_read_is_named(marker: bytes, depth: int, kin
     with pytest.raises(ImageError, match=kind) as caught:
         load_image(data)
     assert caught.value.code == "format"
-    assert "convert it" in caught.value.remedy
+    assert "Convert it" in caught.value.remedy
 
 
 def test_bytes_between_segments_are_noted() -> None:

@@ -33,7 +33,7 @@ def test_a_folder_is_listed_to_every_depth_in_the_order_of_its_names(here: Path)
 
 
 def test_what_has_no_images_suffix_is_left_out_and_counted(here: Path) -> None:
-    touch("p/a.jpg", "p/a.txt", "p/b.txt", "p/c.json", "p/README")
+    touch("p/a.jpg", "p/a.txt", "p/b.txt", "p/c.json", "p/Makefile", "p/README.md")
     left_out: Counter[str] = Counter()
     assert [item.id for item in find_items(["p"], left_out)] == ["a.jpg"]
     assert left_out == {".txt": 2, ".json": 1, "": 1}
@@ -60,7 +60,7 @@ def test_patterns_match_as_in_a_shell_and_in_order(here: Path) -> None:
 
 def test_a_name_that_no_file_can_have_fails_by_itself(here: Path) -> None:
     """Such a path once ended the whole export with a raw ValueError."""
-    with pytest.raises(ExportError, match=r"cannot be exported .embedded null byte.\. Check the"):
+    with pytest.raises(ExportError, match=r"cannot be read .embedded null byte.\. Check the"):
         ids("a\0.jpg")
     Path("l.jsonl").write_text(json.dumps({"id": "x", "path": "t\0.tar", "offset": 0, "size": 5}))
     [item] = find_items(["l.jsonl"])
@@ -187,8 +187,8 @@ def test_a_folder_that_a_pattern_cannot_look_into_is_an_item(
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("gone.jpg", "gone.jpg: cannot be exported (No such file"),
-        ("", "'': cannot be exported (No such file"),
+        ("gone.jpg", "gone.jpg: does not exist. Check the path."),
+        ("", "'': does not exist. Check the path."),
         ("gone/*.jpg", "no file matches"),
         ("https://example.org/a.jpg", "an address"),
         ("hf://datasets/a.jpg", "is no valid address"),

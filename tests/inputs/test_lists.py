@@ -86,4 +86,4 @@ def test_a_bad_line_of_a_list_is_named(here: Path, line: str, words: str) -> Non
     assert words in str(caught.value)
     assert "l.jsonl, line 2" in str(caught.value)
     assert "Correct that line" in str(caught.value)
-    assert caught.value.remedy == "correct that line"
+    assert caught.value.remedy == "Correct that line."

@@ -119,7 +119,7 @@ def test_without_a_column_its_columns_of_images_are_named(parquet_dir: Path) -> 
     for given in ("data/x.parquet", "data/*.parquet"):
         error = refused(given, columns=None)
         assert "columns of images: image, mask" in error.expected
-        assert error.remedy == 'pass column="image"'
+        assert error.remedy == 'Pass column="image".'
         with pytest.raises(ExportError, match="Pass column"):
             check_inputs([given])
     Path("a.png").write_bytes(tiny_png(1))

@@ -50,7 +50,7 @@ def data(tmp_path: Path, server: S3Server) -> Path:
     (folder / "a/b").mkdir(parents=True)
     for number, name in enumerate(("0.png", "a/1.png", "a/b/2.png", "z é+%.png")):
         (folder / name).write_bytes(tiny_png(number))
-    (folder / "a/readme.md").write_text("no image")
+    (folder / "a/notes.md").write_text("no image")
     (folder / "broken.png").write_bytes(tiny_png(9)[:50])
     with tarfile.open(folder / "t.tar", "w") as tar:
         for number in (4, 5, 6):
@@ -251,10 +251,10 @@ def test_a_passing_fault_costs_nothing(data: Path, server: S3Server, fault: str)
     ("fault", "fact", "remedy"),
     [
         ("AccessDenied", "access is denied", "credentials and the bucket's policy"),
-        ("ExpiredToken", "the credentials have expired", "renew them"),
+        ("ExpiredToken", "the credentials have expired", "Renew them"),
         ("InvalidAccessKeyId", "access is denied", "credentials"),
-        ("NoSuchBucket", "its bucket does not exist", "check the address"),
-        ("NoSuchKey", "does not exist", "check the address"),
+        ("NoSuchBucket", "its bucket does not exist", "Check the address"),
+        ("NoSuchKey", "does not exist", "Check the address"),
     ],
 )
 def test_a_lasting_fault_has_a_name_and_a_remedy(
@@ -279,7 +279,7 @@ def test_a_server_that_stays_down_is_one_failure(data: Path, server: S3Server) -
     server.fail("cut", 1_000)
     error = failure(item)
     assert error.code == "unreadable"
-    assert error.remedy == "try again later"
+    assert error.remedy == "Try again later."
 
 
 def test_an_object_replaced_after_the_listing_is_not_read(data: Path, server: S3Server) -> None:
