@@ -242,9 +242,7 @@ class BatchEncoder:
         del taps  # and the rows in it
         if len(pieces) == 1 and isinstance(pieces[0].patches, Picture):
             # the decoded pixels may need more memory than the patches
-            logger.warning(
-                "out of memory on %s: %s is resized on the CPU", self.device, pieces[0].name
-            )
+            logger.warning("out of memory on %s: the CPU resizes %s", self.device, pieces[0].name)
             try:
                 patches = pieces[0].patches.patchify()
             except ImageError as error:

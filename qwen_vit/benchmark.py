@@ -272,7 +272,7 @@ GPU.
 
     With `plain`, a Hopper GPU runs the plain Triton kernels, as other GPUs do.
 
-    It first checks that CUDA graphs and single kernels give the same, finite bits. Raises
+    The function first checks that CUDA graphs and single kernels give the same, finite bits. Raises
     CheckpointError if the bits differ or are not finite. Raises ArgumentError without a GPU or for
     an unknown workload.
     """

@@ -191,7 +191,7 @@ class VisionConfig:
             ) from None
 
     def to_json(self) -> dict[str, Any]:
-        """Return Hugging Face's vision config, which from_json reads back to an equal object."""
+        """Return Hugging Face's vision config, from which from_json makes an equal object."""
         return {
             "model_type": "qwen2_5_vl_vision",
             **{names[0]: getattr(self, field) for field, names, _, _ in VISION_KEYS},
@@ -252,8 +252,8 @@ class ImageConfig:
     ) -> Self:
         """Read preprocessor_config.json, or processor_config.json, as parsed JSON or a path.
 
-        Missing or null keys have transformers' defaults. It raises CheckpointError with the file
-        and the rule for a step that this package lacks.
+        Missing or null keys have transformers' defaults. Raises CheckpointError with the file and
+        the rule for a step that this package lacks.
         """
         config, source = _open(config, source)
         if "image_processor" in config:
@@ -285,7 +285,7 @@ class ImageConfig:
             ) from None
 
     def to_json(self) -> dict[str, Any]:
-        """Return Hugging Face's preprocessor_config, which from_json reads back as equal."""
+        """Return Hugging Face's preprocessor_config, from which from_json makes an equal object."""
         return {
             "image_processor_type": "Qwen2VLImageProcessor",
             "min_pixels": self.min_pixels,

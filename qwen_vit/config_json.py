@@ -122,7 +122,7 @@ def vision_fields(vision: Mapping[str, Any]) -> dict[str, Any]:
             )
         if not stated and published is None:
             raise CheckpointError(
-                f"{names[0]} is missing, and qwen_vit does not guess it, because the published "
+                f"{names[0]} is missing, and qwen_vit assumes no value, because the published "
                 "models differ"
             )
         fields[field] = values[0]

@@ -304,9 +304,9 @@ class VisionEncoder(LoadedTower):
         ...     print(features.grid_thw)
         (1, 22, 32)
 
-        It iterates `images` in the caller's thread, ahead of the results. On a GPU it groups images
-        by size, because there an image's bits do not depend on its batch. Raises ArgumentError at
-        once for an invalid option.
+        The method iterates over `images` in the caller's thread, ahead of the results. On a GPU,
+        the method groups images by size, because an image's bits do not depend on its batch. Raises
+        ArgumentError at once for an invalid option.
         """
         return self._stream(
             images, is_lent=False, on_error=on_error, output=output, normalize=normalize,

@@ -98,8 +98,8 @@ class GraphRunner:
     def run(self, patches: Tensor, layout: Layout) -> Tensor | None:
         """Return the merged tokens (M, O) of `patches`, or None if no graph fits.
 
-        `layout` is on the host, padded to `graph_bucket(patches)` rows. It does not wait for the
-        GPU. The first call with that many rows captures their graph.
+        `layout` is on the host, padded to `graph_bucket(patches)` rows. The call does not wait for
+        the GPU. The first call with that many rows captures the graph.
         """
         padded = _graph_indices(layout)
         if padded is None:
@@ -157,10 +157,9 @@ class GraphRunner:
     def _capture_and_run(
         self, static: Layout, indices: Tensor, patches: Tensor
     ) -> tuple[CapturedGraph | None, Tensor]:
-        """Return a graph, and the tower's result without it. That call compiles missing kernels.
-
-        The host captures while the GPU computes that result. If the GPU runs out of memory, it
-        returns None instead of a graph.
+        """Return a graph, and the tower's result without it. Computing that result compiles missing
+        kernels. The host captures the graph while the GPU computes the result. If the GPU runs out
+        of memory, the method returns None instead of a graph.
         """
         filled = self._patches[patches.dtype][: static.n_rows]
         filled[: len(patches)].copy_(patches, non_blocking=True)

@@ -1,10 +1,10 @@
-"""Compute where every patch goes: token orders, attention segments, positions and kernel tiles.
+"""Compute the layout of a batch: token orders, attention segments, positions and kernel tiles.
 
 The host computes a layout once, only from the grids' integers and never from pixels or weights. The
 layout contains every index that depends on the data. The model only executes the layout. One code
 path therefore handles a single image, any mix of images, several frames, and a fixed token budget.
 
-There are three token orders, with these names:
+The package uses three token orders:
 
     raster  patches row by row
     grid    the patches of a merge unit (2 x 2) together; units row by row: what processors emit
@@ -218,7 +218,7 @@ class Layout:
     def to(self, device: torch.device) -> "Layout":
         """Move a host layout to a device in one copy.
 
-        For a GPU, it pins the host's buffer, so that the copy does not wait for the GPU.
+        For a GPU, the method pins the host's buffer, so that the copy does not wait for the GPU.
         """
         flat = self.flat(pinned=device.type == "cuda")
         return self.viewing(flat.to(device, non_blocking=True))

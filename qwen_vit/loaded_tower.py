@@ -143,8 +143,8 @@ class LoadedTower:
         self, patches: Tensor, grids: tuple[Grid, ...], output: Output,
         taps: LayerTaps | None = None,
     ) -> Tensor:  # fmt: skip
-        """Run the tower on uint8 or float rows in grid order, with a graph if a graph fits. It
-        normalises uint8 rows of two frames on the device, because the device is fast.
+        """Run the tower on uint8 or float rows in grid order, with a graph if a graph fits. The
+        method normalises uint8 rows of two frames on the device, because the device is fast.
         """
         if patches.dtype == torch.uint8 and patches.shape[1] == self.config.patch_dim:
             rows = patches.to(self.device, non_blocking=True)

@@ -174,8 +174,8 @@ class ImageLoader:
     `is_lent`, the caller does not change its PIL images before their features arrive.
     `video` contains the options of videos without their own. `as_video` makes animations videos.
     `video_threads` is the number of threads that decode one video. The loader cuts a video file of
-    more than `piece_patches` into pieces. It returns the first pieces while threads decode later
-    pieces. If `piece_patches` is None, the loader cuts no video.
+    more than `piece_patches` into pieces. The loader returns the first pieces while threads decode
+    later pieces. If `piece_patches` is None, the loader cuts no video.
     """
 
     config: VisionConfig

@@ -3,9 +3,9 @@
     patch embedding -> window order -> blocks -> patch merger -> row-major order
 
 The two kinds of block differ only in the patches that a patch attends to. In a window block, a
-patch attends to its window of 8 x 8 patches. In the blocks of `fullatt_block_indexes`, it attends
-to its whole frame. Every index that depends on the data comes from the layout. The forward pass
-therefore has no loop over images, no branch on values and no wait for the host.
+patch attends to its window of 8 x 8 patches. In the blocks of `fullatt_block_indexes`, a patch
+attends to its whole frame. Every index that depends on the data comes from the layout. The forward
+pass therefore has no loop over images, no branch on values and no wait for the host.
 
 Sources: "Qwen2.5-VL Technical Report" (arXiv:2502.13923), section 2.1; transformers'
 models/qwen2_5_vl/modeling_qwen2_5_vl.py.

@@ -100,7 +100,7 @@ def check_layers(layers: Iterable[Any], depth: int | None = None) -> tuple[int, 
     >>> check_layers([31, 7], depth=32)
     (7, 31)
 
-    Without `depth`, it accepts any block number >= 0.
+    Without `depth`, the function accepts any block number >= 0.
     """
     last = "" if depth is None else f" to {depth - 1}"
     expected = f"blocks from 0{last}, each once"

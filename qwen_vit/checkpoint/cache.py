@@ -2,7 +2,7 @@
 
 `models--ORG--NAME/qwen_vit/COMMIT/` in the Hub's cache contains the config files,
 vision.safetensors and manifest.json. The manifest records the size and sha256 of each file. A
-writer fills a folder under another name and renames it when it is complete. No reader, crash or
+writer fills a folder under another name, and then renames the complete folder. No reader, crash or
 other process therefore sees a partial folder.
 """
 
@@ -122,7 +122,7 @@ def find(folder: Path) -> Manifest | None:
 
 
 def recorded_licence(folder: Path) -> str | None:
-    """Return the licence in the model card at the time of the download."""
+    """Return the licence that the model card named at the time of the download."""
     return _read_manifest(folder).licence if (folder / MANIFEST_FILE).is_file() else None
 
 
@@ -210,10 +210,8 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
-    """Yield a temporary folder to fill. Then record the content, sync the folder to the disk and
-    rename the folder.
-
-    If another process was first, it keeps that process's folder and removes this folder.
+    """Yield a temporary folder to fill. After the block, record the content, sync the folder to the
+    disk and rename the folder. If another process has renamed its folder first, remove this folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{_owner()}.{uuid.uuid4().hex[:8]}")
@@ -229,7 +227,7 @@ def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
 def remove_abandoned(folder: Path) -> None:
     """Remove partial downloads beside `folder` that killed processes left.
 
-    It removes partial downloads of other hosts after a day without a write.
+    The function removes partial downloads of other hosts after a day without a write.
     """
     for path in folder.parent.glob(".*.*-*.*"):
         space, _, process = path.name.split(".")[2].rpartition("-")

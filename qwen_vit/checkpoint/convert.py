@@ -75,10 +75,10 @@ def convert(
 ) -> dict[str, Tensor]:
     """Return the state of model.VisionTower, in bfloat16 or float32, from published tensors.
 
-    It reads each tensor on demand and converts it on `device`. It converts only the patch embedding
-    on the CPU, in float64, because this tensor is small. The bits do not depend on the device.
-    Raises CheckpointError for NaN or infinite weights, with their names, or with the result of
-    `locate`.
+    The function reads each tensor on demand and converts the tensor on `device`. It converts only
+    the patch embedding on the CPU, in float64, because this tensor is small. The bits do not depend
+    on the device. Raises CheckpointError for NaN or infinite weights, with their names, or with the
+    result of `locate`.
     """
     planned = list(recipes(config, image_config, dtype, device, locate=locate))
     sources = [name for recipe in planned for name in recipe.sources]

@@ -58,7 +58,7 @@ def explain(
         fact = "not in the local cache, and the Hub could not be reached"
         remedy = "check the network, or HF_HUB_OFFLINE, or pass a local folder"
     elif isinstance(error, EntryNotFoundError):
-        fact = "no config.json or no safetensors weights; pickles (.bin, .pt) are never opened"
+        fact = "no config.json or no safetensors weights; qwen_vit never opens pickles (.bin, .pt)"
         remedy = "choose a repository with safetensors"
     elif number in NO_SPACE:
         fact = f"does not fit on the disk ({cache_dir})"

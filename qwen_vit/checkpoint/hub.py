@@ -1,8 +1,8 @@
 """Find a checkpoint in the package, in a local folder, or in a repository on the Hugging Face Hub.
 
-From a repository it fetches only the config files and the vision tensors. It first reads shards in
-the Hub's cache, then byte ranges of the shards, and otherwise whole shards. It stores the result by
-commit, and later loads need no network.
+From a repository, this module fetches only the config files and the vision tensors. The module
+first reads shards in the Hub's cache, then byte ranges of the shards, and otherwise whole shards.
+The module stores the result by commit, so later loads need no network.
 """
 
 import logging
@@ -85,9 +85,10 @@ def find_checkpoint(
     >>> find_checkpoint("tiny").name
     'tiny'
 
-    It downloads the config files and the vision tensors once. `revision`, `token`, `cache_dir` and
-    `local_files_only` have huggingface_hub's meaning. Raises HubError or CheckpointError. Raises
-    ArgumentError for a `revision` of a local checkpoint. Each error gives the remedy.
+    The function downloads the config files and the vision tensors once. `revision`, `token`,
+    `cache_dir` and `local_files_only` have huggingface_hub's meaning. Raises HubError or
+    CheckpointError. Raises ArgumentError for a `revision` of a local checkpoint. Each error gives
+    the remedy.
     """
     return download(
         model,
@@ -248,7 +249,7 @@ def _folder(repository: Repository) -> Path:
 
 
 def _kept(repository: Repository) -> Download | None:
-    """Return the result of an earlier download if its sizes and header are right."""
+    """Return the result of an earlier download if its sizes and its header match."""
     if repository.commit is None:
         return None
     folder = _folder(repository)
@@ -304,8 +305,8 @@ def _fetch_settings(repository: Repository) -> None:
 def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
     """Return the index if it exists, and the names of the files with vision tensors.
 
-    If a repository has a single file and an index, it uses the file. Folders and transformers
-    follow the same rule.
+    If a repository has a single file and an index, the function uses the file. Folders and
+    transformers follow the same rule.
     """
     if repository.cached(WEIGHTS_FILE) is not None:
         return None, [WEIGHTS_FILE]

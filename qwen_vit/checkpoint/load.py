@@ -52,7 +52,7 @@ class Checkpoint:
 
     `tensors` maps the 390 published names without prefix, such as "blocks.0.attn.qkv.weight", to
     tensors as stored. `convert` rejects NaN. Looking up a tensor reads its file. `files` are all
-    files of the checkpoint that it reads. `prefix` is the text before the names in the files.
+    files that the checkpoint reads. `prefix` is the text before the names in the files.
 
     You can copy and pickle a checkpoint. A copy reads the tensors of files from the same paths.
     """
@@ -138,8 +138,9 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     qwen_vit.errors.CheckpointError: no/such/folder: not a folder. Expected a folder with \
 config.json and safetensors weights.
 
-    It checks the headers at once (names, shapes, types), and the values when it converts them.
-    Raises CheckpointError with the file if a part is missing, damaged or belongs to another model.
+    The function checks the headers at once (names, shapes, types). The conversion checks the
+    values. Raises CheckpointError with the file if a part is missing, damaged or belongs to another
+    model.
     """
     tower = find_tower(Path(folder))
     stored = tower.stored()

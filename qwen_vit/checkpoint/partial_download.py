@@ -35,7 +35,7 @@ CHUNK_BYTES = 2**20
 class Shards:
     """Read the shards of one checkpoint: local files, and remote files with range requests.
 
-    It reads each header once. `label` names the repository in messages.
+    The object reads each header once. `label` names the repository in messages.
     """
 
     def __init__(
@@ -99,9 +99,9 @@ class Shards:
 def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
     """Write the tower's config files and its tensors, as stored, into an empty folder.
 
-    It then checks the result like any checkpoint: names, shapes, types, and no NaN. Raises
-    RangesRefusedError or TransferError if a shard cannot be read. Raises CheckpointError if the
-    result is damaged.
+    The function then checks the result like any checkpoint: names, shapes, types, and no NaN.
+    Raises RangesRefusedError or TransferError if a shard cannot be read. Raises CheckpointError if
+    the result is damaged.
     """
     for path in tower.settings:
         shutil.copyfile(path, folder / path.name)
@@ -119,7 +119,8 @@ def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
 
 
 def plan_file(tower: Tower, shards: Shards) -> tuple[bytes, list[Piece]]:
-    """Return the new file's header, and each tensor's bytes in a shard and place in that file."""
+    """Return the new file's header. For each tensor, also return its bytes in a shard and its place
+    in the new file."""
     # Write wide types first, as safetensors does, so that every tensor begins aligned.
     tensors = sorted(
         tower.stored(),

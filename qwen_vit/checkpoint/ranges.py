@@ -57,7 +57,7 @@ class RangesRefusedError(Exception):
 class TransferError(Exception):
     """Report that a transfer broke off. A retry may start after `wait_s`.
 
-    `cause` is the client's error if the server's answer is the reason, not the connection.
+    `cause` is the client's error if the reason is the server's answer, not the connection.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ def fetch(
 ) -> None:
     """Write each piece to its place in an open file, in parallel.
 
-    If a piece fails, the function stops the other pieces. Then it raises RangesRefusedError or
+    If a piece fails, the function stops the other pieces, and raises RangesRefusedError or
     TransferError for the first failed piece.
     """
     stop, counting = threading.Event(), threading.Lock()

@@ -39,7 +39,8 @@ LINK_ATTEMPTS, LINK_PAUSE_S = 5, 0.02
 
 
 class NotCachedError(HubError):
-    """Report that a file is not in the Hub's cache, and the network is disabled or unreachable."""
+    """Report that a file is not in the Hub's cache and that the network is disabled or
+    unreachable."""
 
 
 class Repository:
@@ -111,7 +112,7 @@ class Repository:
     def file(self, name: str) -> Path | None:
         """Return a small file from the cache or the network, or None if no such file exists.
 
-        Raises NotCachedError if it cannot find out whether the file exists.
+        Raises NotCachedError if no answer shows whether the file exists.
         """
         known = self._look_up(name)
         # the cache also records which files a repository lacks
@@ -149,7 +150,8 @@ class Repository:
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
     def _look_up(self, name: str) -> Any:
-        """Return a file's path in the cache, None, or a mark that the commit has no such file."""
+        """Return a file's path in the cache, None for an unknown file, or a mark that the commit
+        has no such file."""
         from huggingface_hub import try_to_load_from_cache
 
         at = self.commit or self._revision
@@ -199,8 +201,8 @@ class Repository:
         """Hash a cached file and compare the hash with the Hub's checksum, if the Hub gives a
         checksum.
 
-        huggingface_hub checks only sizes. This check records a good file and hashes it again only
-        after a change, or with `once=False`. Raises CheckpointError for a difference.
+        huggingface_hub checks only sizes. The function records a good file. It hashes the file
+        again only after a change, or with `once=False`. Raises CheckpointError for a difference.
         """
         digest = cache.hub_digest(path) or self._remote_digest(name)
         if digest is None or len(digest) not in (40, 64):
@@ -329,7 +331,7 @@ class Repository:
         return self._found_address
 
     def _remote_digest(self, name: str) -> str | None:
-        """Ask the Hub for a digest, because its cache records none without links."""
+        """Request a digest from the Hub, because a cache without links records no digests."""
         if self.is_offline():
             return None
         from huggingface_hub import get_hf_file_metadata, hf_hub_url

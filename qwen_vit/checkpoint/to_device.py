@@ -1,8 +1,8 @@
 """Copy tensors to a GPU through a fixed amount of pinned memory, while threads read ahead.
 
 A plain copy of a mapped tensor runs at the rate of one thread's page faults, while the GPU waits.
-Here the tensors are one stream of bytes, cut into pieces. Threads copy the next pieces into pinned
-slots while the GPU fetches the previous pieces.
+This module copies the tensors as one stream of bytes, cut into pieces. Threads copy the next pieces
+into pinned slots while the GPU fetches the previous pieces.
 """
 
 import os
@@ -92,8 +92,8 @@ def _through_slots(
 def _pieces(
     tensors: Iterable[Tensor], device: torch.device, piece_bytes: int
 ) -> Iterator[list[_Span]]:
-    """Yield all bytes in order, one slot at a time. A slot has a part of a large tensor, or many
-    small tensors."""
+    """Yield all bytes in order, one slot at a time. A slot contains a part of a large tensor, or
+    many small tensors."""
     spans, room = [], piece_bytes
     for tensor in tensors:
         whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)

@@ -148,7 +148,7 @@ def check_tower(
     """Return the stored tensors of each published tensor: the tensor itself, or q, k and v.
 
     `infos` has the names without prefix. `locate` gives a tensor's place for the message. Raises
-    CheckpointError about `source` for another model's tower or a quantised tower. It also raises
+    CheckpointError about `source` for another model's tower or a quantised tower. Also raises
     CheckpointError for any name or shape that differs from `config`.
     """
     _refuse_other_towers(infos, source, locate)

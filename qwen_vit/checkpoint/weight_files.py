@@ -206,7 +206,8 @@ def _adapter_base(path: Path | None) -> str:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Return the shard of each tensor. Raises CheckpointError unless all are plain file names."""
+    """Return the shard of each tensor. Raises CheckpointError unless all shards are plain file
+    names."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(

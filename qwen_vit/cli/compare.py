@@ -45,7 +45,7 @@ __all__ = ["compare"]
 )  # fmt: skip
 @click.option(
     "--processor", type=click.Choice(PROCESSORS), default="pillow", show_default=True,
-    help="Choose whose preprocessing makes the pixels for both towers.",
+    help="Choose the processor that makes the pixels for both towers.",
 )  # fmt: skip
 @device_option()
 @dtype_option

@@ -89,10 +89,10 @@ def encode_one_by_one(
 ) -> "Iterator[tuple[ImageFeatures | FailedImage, float]]":
     """Yield each image's features or error, and the milliseconds from its file to its features.
 
-    Features are in CPU memory, because encoding needs the GPU's memory. On a terminal it shows a
-    progress bar and prints failed images above it. `exif`, `limits` and `options` are arguments of
-    `VisionEncoder.encode`. `video` contains the options for videos. With `as_video` it encodes an
-    animation as a video.
+    Features are in CPU memory, because encoding needs the GPU's memory. On a terminal, the function
+    shows a progress bar and prints failed images above the bar. `exif`, `limits` and `options` are
+    arguments of `VisionEncoder.encode`. `video` contains the options for videos. With `as_video`,
+    the function encodes an animation as a video.
     """
     from tqdm import tqdm
 

@@ -139,7 +139,7 @@ def table(rows: Sequence[Sequence[str]], left: Sequence[str]) -> str:
     -  --
     x  10
 
-    It omits a column that has only a heading.
+    The function omits a column that has only a heading.
     """
     heading, *rest = rows
     columns = [i for i in range(len(heading)) if any(row[i] for row in rest)]

@@ -34,8 +34,8 @@ def verify(model: str, as_json: bool, **finding: Any) -> None:
 
     For a checkpoint, the command hashes every file and compares the recorded hashes. For a local
     folder without hashes, the command reads the weights and searches for NaN. For features, the
-    command reads every row. It then checks the number of rows, NaN and the recorded digests. An
-    export must have all its shards.
+    command reads every row. The command then checks the number of rows, NaN and the recorded
+    digests. An export must have all its shards.
     """
     with slow_imports():
         from qwen_vit.checkpoint.hub import find_checkpoint

@@ -26,15 +26,15 @@ NAME_CHARACTERS = 40  # of the file's own name: the hidden name must fit into 25
 
 
 class AtomicFile:
-    """Write a hidden file beside `path` that replaces `path` when it is committed.
+    """Write a hidden file beside `path`, and replace `path` with the file on commit.
 
     >>> growing = AtomicFile(Path("notes.txt"))  # doctest: +SKIP
     >>> growing.file.write(b"whole or absent")  # doctest: +SKIP
     >>> growing.commit()  # doctest: +SKIP
 
     The hidden name starts with the file's own name and ends in TEMPORARY_SUFFIX. Only a killed
-    process leaves such a file. With `overwrite=False` it replaces no file. Raises ExportError if
-    the system does not allow writing.
+    process leaves such a file. With `overwrite=False`, the class replaces no file. Raises
+    ExportError if the system does not allow writing.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = True) -> None:
@@ -95,7 +95,7 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     >>> with atomic_file(Path("notes.txt")) as file:  # doctest: +SKIP
     ...     file.write(b"whole or absent")
 
-    It works like AtomicFile. The block should only write, because the function reports every
+    The function uses AtomicFile. The block should only write, because the function reports every
     OSError in the block as an error of the file.
     """
     growing = AtomicFile(path, overwrite=overwrite)

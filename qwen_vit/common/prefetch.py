@@ -38,9 +38,9 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
     >>> thread_count(3), thread_count(None, cores=16)
     (3, 8)
 
-    `cores` defaults to the cores of this process. All threads share Python's lock. More threads
-    would therefore slow the thread that submits GPU work. Raises ArgumentError unless `wanted` is a
-    whole number above 0.
+    `cores` defaults to the cores of this process. All threads share the GIL. More threads would
+    therefore slow the thread that submits GPU work. Raises ArgumentError unless `wanted` is a whole
+    number above 0.
     """
     if wanted is None:
         cores = core_count() if cores is None else cores
@@ -55,7 +55,7 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Job(Generic[Result]):
-    """Describe a call that makes one result, and the bytes that it keeps until it has run.
+    """Describe a call that makes one result, and the bytes that the call keeps until its end.
 
     After delivery, `then` continues in the same thread. `then` receives the result, and a function
     that returns whether the caller has stopped taking results. `then` must not raise. With one
@@ -76,11 +76,11 @@ def work_ahead(
 ) -> Generator[Result, None, None]:
     """Yield the results of jobs in order, while threads compute ahead of the caller.
 
-    It iterates `jobs` in the caller's thread. At most `max_jobs` jobs are in progress. While
-    results of `max_bytes` wait for the caller, only the job that the caller waits for may start. It
-    raises an exception of a job, or of `jobs` itself, after the earlier results. Closing the
-    generator ends the threads, which finish running jobs and drop the other jobs. With `threads=1`
-    all jobs run in the caller's thread.
+    The function iterates over `jobs` in the caller's thread. At most `max_jobs` jobs are in
+    progress. While results of `max_bytes` wait for the caller, only the job that the caller waits
+    for may start. The function raises an exception of a job, or of `jobs` itself, after the earlier
+    results. Closing the generator ends the threads, which finish running jobs and drop the other
+    jobs. With `threads=1` all jobs run in the caller's thread.
     """
     if threads == 1:
         for job in jobs:

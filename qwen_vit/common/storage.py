@@ -89,7 +89,7 @@ def find_object(address: str) -> RemoteObject | None:
 def list_objects(folder: str) -> Iterator[RemoteObject]:
     """Yield the objects below a folder, to every depth, in byte order of their names.
 
-    It lists S3 page by page, so that memory is constant. Raises OSError.
+    The function lists S3 page by page, so that memory is constant. Raises OSError.
     """
     files, path = files_of(folder)
     scheme = folder[: folder.index("://") + 3]
@@ -164,7 +164,7 @@ def open_object(
 
 
 def read_range(address: str, start: int, end: int, version: str | None = None) -> bytes:
-    """Return the bytes from `start` to `end`. On S3 it sends one request.
+    """Return the bytes from `start` to `end`. On S3, the function sends one request.
 
     Raises ReplacedError if the object has another version, and OSError otherwise.
     """
@@ -258,7 +258,7 @@ def _pages_of_s3(files: Any, path: str, **more: str) -> Iterator[Any]:
             return
         token = page.get("NextContinuationToken")
         if token in (None, more.get("ContinuationToken")):
-            raise OSError(errno.EIO, "its listing does not go on")
+            raise OSError(errno.EIO, "the store sends no next page of its listing")
         more["ContinuationToken"] = token
 
 

@@ -40,8 +40,8 @@ Value = TypeVar("Value")
 def put_file(address: str, path: Path, *, is_new: bool) -> None:
     """Upload a file. The object appears complete or not at all.
 
-    With `is_new` it replaces no object, and raises FileExistsError if one exists. It raises OSError
-    for other errors.
+    With `is_new`, the function replaces no object, and raises FileExistsError if the object exists.
+    Raises OSError for other errors.
     """
     files, place = files_of(address)
     options: dict[str, Any] = {"mode": "create" if is_new else "overwrite"}  # for s3fs and gcsfs
@@ -55,7 +55,7 @@ def put_file(address: str, path: Path, *, is_new: bool) -> None:
 def put_bytes(address: str, data: bytes, *, replaces: str | None = None) -> str | None:
     """Write a new small object, or replace the version `replaces`. Return the object's version.
 
-    Raises FileExistsError if the object has another version, and OSError otherwise. It also raises
+    Raises FileExistsError if the object has another version, and OSError otherwise. Also raises
     FileExistsError if the store wrote the object but the network lost the answer.
     """
     files, place = files_of(address)
@@ -131,7 +131,7 @@ def _replace_in_gcs(files: Any, bucket: str, key: str, data: bytes, generation: 
 
 @contextmanager
 def _unmet_conditions() -> Iterator[None]:
-    """Raise FileExistsError for the answer of GCS or Azure that a write's condition fails."""
+    """Raise FileExistsError if GCS or Azure answers that a write's condition fails."""
     try:
         yield
     except Exception as error:

@@ -36,8 +36,8 @@ def read_cached(
 ) -> bytes:
     """Return a range like `read_range`, and store the range in `folder`.
 
-    Without a folder or a version, the function stores no range. It raises no error if the disk
-    rejects the file. Raises the errors of `read_range`.
+    Without a folder or a version, the function stores no range. If the disk rejects the file, the
+    function raises no error. Raises the errors of `read_range`.
     """
     if folder is None or version is None or end <= start:
         return read_range(address, start, end, version)
@@ -66,4 +66,4 @@ def _keep(data: bytes, path: Path, folder: Path) -> None:
 @lru_cache(1)
 def _warn(folder: Path, reason: str | None) -> None:
     """Log a warning, but never the same warning twice."""
-    logger.warning("the cache %s keeps nothing more: %s; check its disk", folder, reason)
+    logger.warning("the cache %s stores no more bytes: %s; check the disk", folder, reason)

@@ -1,4 +1,4 @@
-"""Wrap an address in object storage in the part of pathlib's interface for reading files."""
+"""Give an address in object storage pathlib's methods for reading files."""
 
 import errno
 import io
@@ -35,7 +35,7 @@ class StorePath:
     >>> StorePath("s3://bucket/export/") / "export.json"
     StorePath(address='s3://bucket/export/export.json')
 
-    It raises OSErrors, whose `strerror` is the fact for a message.
+    The path raises OSErrors, whose `strerror` is the fact for a message.
     """
 
     address: str
@@ -170,7 +170,7 @@ class _Ranges(io.RawIOBase):
 
 @contextmanager
 def _facts() -> Iterator[None]:
-    """Give an OSError of a store the fact for its message."""
+    """Set the fact for the message of a store's OSError."""
     try:
         yield
     except OSError as error:

@@ -1,12 +1,12 @@
 """Read and write a golden file: Hugging Face's results for comparisons without transformers.
 
-A golden file is one safetensors file. For image i it contains `i.pixel_values` (N, P) float32, the
-processor's rows in grid order. It contains each stage of the tower as `i.STAGE`, in the dtype of
-the run. The metadata is one key of sorted JSON, because safetensors writes several keys in random
-order. The JSON has the schema version, package versions, processor, attention, dtype and both
-configs. It also has the model with its commit, and the fingerprint of every weight. For each image,
-it has the id, SHA-256, size, grid, and each stage's error against the float64 oracle. A SHA-256
-over metadata and tensors detects an incomplete or edited file.
+A golden file is one safetensors file. For image i, the file contains `i.pixel_values` (N, P)
+float32, the processor's rows in grid order. The file contains each stage of the tower as `i.STAGE`,
+in the dtype of the run. The metadata is one key of sorted JSON, because safetensors writes several
+keys in random order. The JSON has the schema version, package versions, processor, attention, dtype
+and both configs. The JSON also has the model with its commit, and the fingerprint of every weight.
+For each image, the JSON has the id, SHA-256, size, grid, and each stage's error against the float64
+oracle. A SHA-256 over metadata and tensors detects an incomplete or edited file.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ OPTIONS = {  # settings that the command line can change
 class Case:
     """Hold one image with Hugging Face's results.
 
-    `size_px` is the image's (height, width). `errors` is the golden's error of each stage against
+    `size_px` is the image's (height, width). `errors` is the error of Hugging Face's stages against
     the float64 oracle, or None before the measurement.
     """
 
@@ -237,7 +237,7 @@ written by `qwen-vit compare --save-golden`.
                 raise ComparisonError(
                     "was changed after it was written: its sha256 differs from the recorded sha256",
                     name=name,
-                    remedy="get the file again, or make it again",
+                    remedy="get the file again, or make the file again",
                 )
     except (CheckpointError, OSError, SafetensorError) as error:
         # only the fact, because the remedy is for a checkpoint

@@ -184,9 +184,9 @@ def hf_tower(
 ) -> Any:
     """Build Hugging Face's tower from tensors by published name, without random weights.
 
-    The function casts parameters to `dtype`. It keeps the rotary frequencies in float32, because a
-    cast of the whole module would change them. Raises ArgumentError for an attention that is not
-    installed.
+    The function casts parameters to `dtype`. The rotary frequencies stay in float32, because a cast
+    of the whole module would change the frequencies. Raises ArgumentError for an attention that is
+    not installed.
     """
     check_transformers()
     if "flash" in attention and dtype == torch.float32:

@@ -1,9 +1,10 @@
 """Compute the vision tower in plain float64, as the reference for every faster path.
 
-Read this file for the plain mathematics. It uses neither the package's network nor transformers, so
-it cannot share an error with them. In float64 (the default) every step is in float64, including
-RMSNorm statistics, rotary angles and softmax. The oracle converts one weight at a time and computes
-one stage at a time. A large tower therefore needs little more memory than its activations.
+Read this file for the plain mathematics. The oracle uses neither the package's network nor
+transformers, so it shares no error with either. In float64 (the default) every step is in float64,
+including RMSNorm statistics, rotary angles and softmax. The oracle converts one weight at a time
+and computes one stage at a time. A large tower therefore needs little more memory than its
+activations.
 
 C channels, H heads, D head dim, N patches.
 """

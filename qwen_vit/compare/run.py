@@ -1,9 +1,9 @@
 """Compare our encoder, Hugging Face's encoder and float64 on a checkpoint and some images.
 
-For every image, this module compares the processors' pixels, then the towers stage by stage. It
-compares our stages with Hugging Face's stages, and both with a float64 oracle. Hugging Face's
-results come from a run on this machine or from a golden file. For one image at a time, memory
-contains all stages of each tower in the tower's dtype, and one stage of the oracle.
+For every image, this module compares the processors' pixels, then the towers stage by stage. The
+module compares our stages with Hugging Face's stages, and both with a float64 oracle. Hugging
+Face's results come from a run on this machine or from a golden file. For one image at a time,
+memory contains all stages of each tower in the tower's dtype, and one stage of the oracle.
 """
 
 import os
@@ -226,14 +226,14 @@ def compare_with_golden(
 ) -> Comparison:
     """Compare our tower with Hugging Face's results in a golden file, without transformers.
 
-    With `images`, it compares only these images, and also our own pixels. The golden must have each
-    image, by SHA-256. `video` sets the sampling of videos. Without `images`, it compares every
-    image of the golden, from the stored pixel values. If weights differ from the golden file's
-    weights, the function still compares, and names the weights. It skips and reports unreadable
-    images.
+    With `images`, the function compares only these images, and also our own pixels. The golden file
+    must have each image, by SHA-256. `video` sets the sampling of videos. Without `images`, the
+    function compares every image of the golden file, from the stored pixel values. If weights
+    differ from the golden file's weights, the function still compares, and names the weights. The
+    function skips and reports unreadable images.
 
     Raises ComparisonError for a golden file with another configuration, dtype, processor or
-    requested attention. Raises ComparisonError for an image that the golden does not contain.
+    requested attention. Raises ComparisonError for an image that the golden file does not contain.
     """
     golden.check_fits(encoder, processor=processor, attention=attention)
     chosen = _chosen(golden, images)
@@ -289,7 +289,7 @@ def _with_errors(case: Case, result: ImageComparison) -> Case:
 def _chosen(
     golden: Golden, images: Sequence[str | os.PathLike[str]]
 ) -> list[tuple[int | ImageError, str | None]]:
-    """Return the golden's cases to compare, each with its image file or None."""
+    """Return the golden file's cases to compare, each with its image file or None."""
     if not images:
         return [(index, None) for index in range(len(golden))]
     chosen: list[tuple[int | ImageError, str | None]] = []

@@ -87,7 +87,7 @@ class InputChanges:
     def changed(self, folder: ExportFolder, listings: Listings, limits: ImageLimits) -> list[Item]:
         """Return the images whose content changed after they were exported.
 
-        It reads again only files that are newer than the listing. It returns each newer file of a
+        The method reads only files that are newer than the listing. It returns each newer file of a
         failed image without a comparison, because the shard has no digest of that image.
         """
         listed_ns = [os.stat(listing.path).st_mtime_ns for listing in listings.all]

@@ -13,8 +13,8 @@ class TrippedError(ExportError):
 
 @dataclass(slots=True)
 class CircuitBreaker:
-    """Stop an export after `limit` consecutive failures, for example from a lost disk or a broken
-    model.
+    """Stop an export after `limit` consecutive failures, for example because of a lost disk or a
+    damaged model.
 
     >>> breaker = CircuitBreaker(2)
     >>> breaker.count_done(ImageError("does not exist", name="a.jpg"))

@@ -20,7 +20,7 @@ class CacheWriter:
     >>> cache = CacheWriter(plan, "cache")  # doctest: +SKIP
     >>> cache.add(done)  # doctest: +SKIP
 
-    It checks the folder when it is created. It reads a shard of an earlier run again unless the
+    The constructor checks the folder. The object reads a shard of an earlier run again unless the
     cache lists the shard's entries. The name of that list follows from the export and the shard.
 
     Raises ExportError if the folder cannot be written or belongs to another model. Raises

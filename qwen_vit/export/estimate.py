@@ -60,7 +60,7 @@ class Estimate:
     Attributes:
         images: the number of images in the whole export. An image that the export encoded again
             counts once.
-        unreadable: the number of images to do with an unreadable header or too many pixels.
+        unreadable: the number of unfinished images with an unreadable header or too many pixels.
         rows: the number of rows in the whole export.
         bytes: the number of bytes in all files of the whole export.
         seconds: the encoder time for the images to do, in seconds, or None without a timed image.
@@ -96,14 +96,14 @@ def estimate_export(
 ) -> Estimate:
     """Count images, rows and bytes, and time a few images. Write nothing.
 
-    It counts images to do from their headers, and other images from their shards.
+    The function counts images to do from their headers, and other images from their shards.
 
     >>> encoder = VisionEncoder.from_pretrained("tiny")
     >>> estimate_export(encoder, ["tests/photographs/rocket.jpg"]).rows
     345
 
-    Raises ExportError if an export would reject the inputs. With `folder`, it also raises
-    ExportError for a folder that an export could not write or resume.
+    Raises ExportError if an export would reject the inputs. With `folder`, also raises ExportError
+    for a folder that an export could not write or resume.
     """
     options = options or ExportOptions()
     where = None if folder is None else as_folder(folder)
@@ -127,7 +127,7 @@ def estimate_export(
 
 
 def estimate_plan(encoder: VisionEncoder, plan: ExportPlan) -> Estimate:
-    """Estimate a plan from a sample of its images, without the time."""
+    """Estimate a plan from a sample of its images, except the encoder time."""
     sample = plan.listing.spread(SAMPLE)
     if any(item.row is not None for item in sample):
         sample = plan.listing.spread(SAMPLE_OF_ROWS)
@@ -223,7 +223,7 @@ class _Counts:
         self._bytes += os.stat(str(file.path)).st_size
 
     def estimate(self) -> Estimate:
-        """Return the estimate without its time."""
+        """Return the estimate, except the encoder time."""
         return Estimate(
             self._images, self._unreadable, self._rows, self._bytes, None, done=self._done,
             failed=self._failed, missing=self._missing,

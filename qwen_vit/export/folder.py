@@ -63,7 +63,7 @@ class ExportFolder(ABC):
     def write(self, name: str, data: bytes, replaces: str | None) -> str | None:
         """Write a small file, and return its version.
 
-        It replaces the version `replaces`. With None, it writes a new file. Raises ChangedError if
+        The file replaces the version `replaces`. With None, the file is new. Raises ChangedError if
         another process changed the file.
         """
 
@@ -83,8 +83,8 @@ class ExportFolder(ABC):
     def fetch(self, name: str, sha256: str | None = None) -> Path | None:
         """Return a finished file's path on this machine's disk, or None if the file does not exist.
 
-        It does not fetch a file whose copy in `scratch` has the hash. Without a hash, any copy is
-        valid.
+        The method does not fetch a file whose copy in `scratch` has the hash. Without a hash, any
+        copy is valid.
         """
 
     @abstractmethod

@@ -1,7 +1,8 @@
 """Combine an export's first listing with the listings of its extensions and retries.
 
 Each listing begins a new shard, so the shards of earlier listings keep their bytes. An image
-belongs to the last listing that has it. A later listing replaces images that failed or changed.
+belongs to the last listing that contains the image. A later listing replaces images that failed or
+changed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ __all__ = ["CurrentImages", "Listings"]
 class Listings:
     """Combine listings in order, with the ids that each listing withdraws.
 
-    A withdrawn id named a failure to list an input, such as a folder that was unreadable then.
+    A withdrawn id named a failure to list an input, such as a temporarily unreadable folder.
     """
 
     all: tuple[Listing, ...]

@@ -47,7 +47,7 @@ def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
     ...     write()
 
     Different parts of one N may be locked at the same time. Raises ExportError if another process
-    locks the folder, this part, or parts of another N. It also raises ExportError if an owner on
+    locks the folder, this part, or parts of another N. Also raises ExportError if an owner on
     another host left a name. The error names the owner.
     """
     number, count = part
@@ -170,7 +170,8 @@ def _is_file_of(descriptor: int, path: Path) -> bool:
 
 
 def _sign(descriptor: int, kind: int, path: Path, *, is_locked: bool) -> None:
-    """Write our name. An owner on this host is dead if we have its lock or its process is gone."""
+    """Write our name. An owner on this host is dead if this process has its lock, or if its process
+    has ended."""
     before = _read_owner(descriptor)
     host = socket.gethostname()
     if before and before.get("host") == host and not is_locked and _is_running(before.get("pid")):

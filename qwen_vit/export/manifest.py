@@ -1,6 +1,6 @@
 """Write an export's manifest: a row for every image, as Parquet or as JSON lines.
 
-The writer makes the manifest from the shards' headers and the listing, and can repeat this at any
+The writer makes the manifest from the shards' headers and the listing, and can make it again at any
 time.
 """
 

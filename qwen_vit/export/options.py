@@ -40,8 +40,8 @@ class ExportOptions:
         max_failures: the number of consecutive failures that stop an export, because they suggest
             one cause. 0 never stops the export.
         limits: the limits of decoded images.
-        exif: "apply" rotates an image by its EXIF orientation, and "ignore" does not, as in
-            `encode`.
+        exif: "apply" rotates an image by its EXIF orientation, and "ignore" does not rotate images,
+            as in `encode`.
         shard_seconds: seconds between saves of an unfinished shard. A killed export loses at most
             this time. None saves only at an interrupt.
         extend: whether to add new and changed images of the inputs to an existing export.

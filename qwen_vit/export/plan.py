@@ -144,7 +144,7 @@ def open_export(
 
     Raises ExportError, before it reads any image, if the folder is not an export or another process
     writes to it. If the inputs or settings differ, the error names the difference. With inputs of
-    None, it resumes with the inputs of the existing export and logs their changes.
+    None, the function resumes with the inputs of the existing export and logs their changes.
     """
     paths, folder = None if inputs is None else _paths(inputs), as_folder(folder)
     if paths is None:
@@ -190,8 +190,8 @@ def _find(
 ) -> Listing | None:
     """Return the listing of the inputs, frozen in `scratch`.
 
-    Without paths, it lists the existing export's own inputs. It returns None if this machine cannot
-    list the inputs.
+    Without paths, the function lists the existing export's own inputs. It returns None if this
+    machine cannot list the inputs.
     """
     if paths is not None:
         return _list(paths, scratch, options)
@@ -339,8 +339,8 @@ def plan_dry_run(
 ) -> Iterator[ExportPlan]:  # fmt: skip
     """Return the plan of an export, for an estimate. Remove the plan's files when the block ends.
 
-    For the inputs, it raises the errors of `open_export`. It also checks the folder, unless
-    `folder` is None.
+    For the inputs, the function raises the errors of `open_export`. The function also checks the
+    folder, unless `folder` is None.
     """
     paths = None if inputs is None else _paths(inputs)
     if folder is not None:

@@ -50,9 +50,9 @@ class ShardStart(NamedTuple):
 
     An existing shard has `rows` and no images.
 
-    `segments` contain images that an earlier run saved. These images do not follow. `firsts` has
-    the first places of all segments, including damaged segments. `replaces` marks an existing shard
-    that the export makes again.
+    `segments` contain images that an earlier run saved. Records of these images do not follow.
+    `firsts` has the first places of all segments, including damaged segments. `replaces` marks an
+    existing shard that the export makes again.
     """
 
     shard: int

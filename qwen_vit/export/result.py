@@ -54,7 +54,7 @@ class ExportReport:
 
 @dataclass(slots=True)
 class ExportCounts:
-    """Count an unfinished export. Images that a later listing replaced do not count."""
+    """Count an unfinished export. The counts exclude images that a later listing replaced."""
 
     current: CurrentImages
 

@@ -21,10 +21,11 @@ TRANSIENT = ("missing", "unreadable", "memory", "out-of-memory")
 
 
 def may_work_now(plan: ExportPlan, shard: int, rows: Sequence[ManifestRow]) -> bool:
-    """Return whether an image of a finished shard works now after a possibly temporary error.
+    """Return whether a failed image of a finished shard is now readable, after a possibly temporary
+    error.
 
     The export retries an image once if the image was missing, unreadable or too large for the
-    memory. If the image works, the export makes its shard again.
+    memory. If the image is readable, the export makes its shard again.
     """
     current = plan.listing.current  # a later listing may have tried an image again
     failed = [

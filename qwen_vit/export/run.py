@@ -1,9 +1,9 @@
 """Export images to shards of features, in a folder that a later run can resume.
 
-It freezes the listing first. Line i of the listing belongs to shard i // shard_size. A shard is a
-feature file whose bytes follow only from the listing and the settings. A shard exists completely or
-not at all. It has the features or the error of each image in the shard. The missing shards are
-therefore the remaining work. Any worker can make the missing shards, at any time, in any order.
+An export first freezes the listing. Line i of the listing belongs to shard i // shard_size. A shard
+is a feature file whose bytes depend only on the listing and the settings. A shard exists completely
+or not at all. A shard contains the features or the error of each of its images. The missing shards
+are therefore the remaining work. Any worker can make the missing shards, at any time, in any order.
 """
 
 import logging
@@ -61,7 +61,7 @@ def export_features(
     Args:
         inputs: paths of images, folders, patterns, tars and lists. None resumes with the images in
             the export's listing.
-        folder: a new or empty folder, or an export to resume. It may be an address such as
+        folder: a new or empty folder, or an export to resume. The folder may be an address such as
             "s3://bucket/features".
         confirm: a function that gets an estimate before a new export begins, and may raise.
         show_progress: show a progress bar on a terminal, or a line per minute in a log.

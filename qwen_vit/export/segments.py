@@ -70,7 +70,7 @@ def open_segments(
 ) -> list[Segment]:  # fmt: skip
     """Return the consecutive segments from the shard's first image. `names` are the shard's ids.
 
-    It stops before a segment that is damaged or has other settings, and logs the reason.
+    The function stops before a segment that is damaged or has other settings, and logs the reason.
     """
     segments, end = list[Segment](), 0
     for first in firsts:

@@ -122,7 +122,7 @@ class StoredExport:
     ) -> Self:  # fmt: skip
         """Create an export of one listing, whose file is still in another folder.
 
-        It replaces the description of an export that made no shard.
+        The new description replaces the description of an export that made no shard.
         """
         facts = {"n_images": listing.n_images, "listing_sha256": listing.sha256}
         description = {**settings, **facts, "inputs": dict(inputs)}
@@ -149,7 +149,8 @@ class StoredExport:
         self.place_listing()
 
     def place_listing(self) -> None:
-        """Move the first listing to its place. An existing file there has the same bytes."""
+        """Move the first listing to its place. An existing file at that place has the same
+        bytes."""
         first, *later = self.listings.all
         path = self.folder.scratch / LISTING
         if first.path != path:
@@ -167,7 +168,8 @@ class StoredExport:
     ) -> None:
         """Raise ExportError that names each difference from the current settings and inputs.
 
-        With `options.accept_versions`, it adds other versions to the accepted versions instead.
+        With `options.accept_versions`, the method adds other versions to the accepted versions
+        instead.
         """
         made_by = {name: settings.get(name) for name in MADE_BY}
         known = [{name: self.description.get(name) for name in MADE_BY}, *self.accepted]
@@ -217,7 +219,8 @@ class StoredExport:
     ) -> None:
         """Append listings of new, changed and failed images, according to the options.
 
-        With `scratch`, it writes listings there and does not save the description.
+        With `scratch`, the method writes listings into that folder and does not save the
+        description.
         """
         if options.extend and changes is not None:
             changed = changes.changed(self.folder, self.listings, options.limits)
@@ -279,8 +282,8 @@ def read_stored(
 ) -> StoredExport | None:
     """Return the export in the folder, or None if the folder has no export.
 
-    `found` is the listing of the inputs, if available. It replaces a first listing whose file is
-    damaged, or whose only differences are error messages.
+    `found` is the listing of the inputs, if available. `found` replaces a first listing whose file
+    is damaged, or whose only differences are error messages.
     """
     path = folder / SETTINGS
     if not folder.has(SETTINGS):

@@ -150,7 +150,8 @@ def _write(
     copier: HostCopier,
     clock: StageTimer,
 ) -> Generator[DoneShard | None, None, None]:
-    """Write a shard. Pause with None after its first batches began, and when its saving begins.
+    """Write a shard. Yield None as a pause after the first batches start, and before the writer
+    saves the shard.
 
     The caller finishes the previous shard at the first pause, because only one shard may copy
     features. Closing the generator at the second pause waits until the shard is saved.

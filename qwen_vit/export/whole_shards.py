@@ -21,7 +21,7 @@ def rows_of_saved(plan: ExportPlan, shard: int) -> list[ManifestRow]:
     rows = whole_shard(plan, shard)
     if rows is None:
         raise ExportError(
-            "it disappeared or was damaged right after it was written",
+            "the shard disappeared or changed right after the export wrote it",
             name=str(plan.path(shard)),
             remedy="check the disk",
         )
@@ -35,8 +35,8 @@ def whole_shard(
 
     The file's size must equal the size in its header, and its settings must equal the plan's. Its
     images and errors must add up to the images that the listing gives this shard. For a torn file,
-    it logs a line that names `then`, the next step. Raises ExportError for a file of a different
-    export.
+    the function logs a line that names `then`, the next step. Raises ExportError for a file of a
+    different export.
     """
     if not plan.has(shard):
         return None
@@ -44,7 +44,7 @@ def whole_shard(
 
 
 def publish_unsent(plan: ExportPlan, shard: int) -> None:
-    """Upload a shard that an earlier run made here but could not upload."""
+    """Upload a shard that an earlier run made on this machine but could not upload."""
     path = plan.folder.scratch / shard_name(shard)
     if path == plan.path(shard) or not path.exists():
         return
@@ -58,7 +58,7 @@ def publish_unsent(plan: ExportPlan, shard: int) -> None:
 
 
 def _rows_in(plan: ExportPlan, shard: int, path: AnyPath, then: str) -> list[ManifestRow] | None:
-    """Return the rows of a shard's file, or None if it is torn."""
+    """Return the rows of a shard's file, or None if the file is torn."""
     if isinstance(path, Path) and path.is_dir():
         raise ExportError(
             "a folder", name=str(path), expected="a feature file", remedy="move the file away"

@@ -97,7 +97,8 @@ def _is_entry(entry: Any) -> bool:
 
 
 class ListedImages:
-    """Find the images of an export's listings. An image belongs to the last listing that has it."""
+    """Find the images of an export's listings. An image belongs to the last listing that contains
+    the image."""
 
     def __init__(self, folder: AnyPath, description: Mapping[str, Any]) -> None:
         self._description = description

@@ -43,9 +43,10 @@ class FeatureFolder(Features):
     (True, 999_998, 2)
 
     The folder contains the images that the export encoded without an error, in the order of the
-    shards. If a later listing replaced an image, it reads only the last features. It opens shards
-    on demand, at most 64 at a time. It lists the folder once, at opening. It omits shards that do
-    not exist then, and `is_complete` is False.
+    shards. If a later listing replaced an image, the object reads only the last features. The
+    object opens shards on demand, at most 64 at a time. The object lists the folder once, at
+    opening. If a shard does not exist at that time, the object omits the shard, and `is_complete`
+    is False.
 
     `load_features` opens an export folder. Raises ExportError if the folder is damaged or has
     another schema.
@@ -95,7 +96,7 @@ class FeatureFolder(Features):
 
     @cached_property
     def errors(self) -> Sequence[FailedImage]:
-        """Return the failed images, in order. It reads the header of every shard."""
+        """Return the failed images, in order. The method reads the header of every shard."""
         return [
             failed
             for index in self._present
@@ -105,7 +106,8 @@ class FeatureFolder(Features):
 
     @cached_property
     def ids(self) -> Sequence[str]:
-        """Return the ids of the images of all shards, in order. It reads every shard's header."""
+        """Return the ids of the images of all shards, in order. The property reads every shard's
+        header."""
         return [self._shard(i).ids[place] for i in self._present for place in self._places(i)]
 
     @cached_property
@@ -212,8 +214,8 @@ def load_features(
 ) -> FeatureFile | FeatureFolder:
     """Open a feature file, or a folder that `qwen-vit export` wrote.
 
-    From an address such as "s3://bucket/features", it reads ranges: first the headers, then the
-    rows of each requested image.
+    From an address such as "s3://bucket/features", the function reads ranges: first the headers,
+    then the rows of each requested image.
 
     >>> load_features("no-such-file.safetensors")
     Traceback (most recent call last):
@@ -226,7 +228,8 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`. Check the path.
     With `cache_dir`, this folder caches all bytes from an address, and later reads of the same
     bytes send no request. The environment variable QWEN_VIT_STORE_CACHE sets the default.
 
-    Raises ExportError with the file's name if it is missing, truncated or has another schema.
+    Raises ExportError with the file's name if the file is missing, is truncated or has another
+    schema.
     """
     if not isinstance(path, (str, os.PathLike, StorePath)):
         raise ArgumentError(

@@ -1,20 +1,20 @@
 """Define the format of feature files and export folders, and check their content.
 
-A feature file is one safetensors file. It contains `image_embeds` (T, D), `image_grid_thw` (N, 3)
-int64 and `image_token_offsets` (N + 1,) int64. Image i owns rows offsets[i] : offsets[i + 1]. Each
-block k of `layers` adds `layer_k` (P, C), with t * h * w rows for each image's patches. The
-metadata is a single key with sorted JSON. safetensors would write several keys in random order. The
-same features must give the same bytes.
+A feature file is one safetensors file. The file contains `image_embeds` (T, D), `image_grid_thw`
+(N, 3) int64 and `image_token_offsets` (N + 1,) int64. Image i has the rows offsets[i] : offsets[i +
+1]. Each block k of `layers` adds `layer_k` (P, C), with t * h * w rows for each image's patches.
+The metadata is a single key with sorted JSON. safetensors would write several keys in random order.
+The same features must give the same bytes.
 
 Every file of schema 2 has the keys of `FILE_FACTS`. The list `images` has an object for each image,
 with the keys of `ItemFacts.to_json`. A value that does not apply or is unknown is null.
 `rows_sha256` has a sha256 for each tensor of rows: the hash of the image's own stored rows.
 
 An export folder contains `export.json`, `listing.jsonl` (one id per line) and feature files called
-shards. There is one shard for every `shard_size` lines of the listing. A shard also names failed
-images, with the reasons. Extensions of an export add listings in `listing-0001.jsonl` and so on.
-The shards of a listing follow the shards of the previous listing. An image belongs to the last
-listing that has it.
+shards. Each shard covers `shard_size` lines of the listing. A shard also names failed images, with
+the reasons. Extensions of an export add listings in `listing-0001.jsonl` and so on. The shards of a
+listing follow the shards of the previous listing. An image belongs to the last listing that
+contains the image.
 
 Schema 1 had no layers. Only shards described images, with `size_px`, `notes`, `sha256` and
 `source`. qwen_vit still reads schema 1.
@@ -324,7 +324,7 @@ def read_description(path: AnyPath) -> dict[str, Any]:
 def read_listing(path: AnyPath, n_images: int) -> list[str]:
     """Return the ids of all images of an export, in order, from its `listing.jsonl`.
 
-    Raises ExportError with the line numbers unless it has `n_images` different ids.
+    Raises ExportError with the line numbers unless the listing has `n_images` different ids.
     """
     ids: list[str] = []
     lines: list[bytes] = []

@@ -1,7 +1,8 @@
 """Convert stored features for NumPy, pandas, Parquet and datasets, with a row per image.
 
-It reads images in order, so a table on disk needs memory for only one batch of rows. A table's rows
-are float32, because neither Arrow nor NumPy has bfloat16. Every bfloat16 value is a float32 value.
+The module reads images in order, so a table on disk needs memory for only one batch of rows. A
+table's rows are float32, because neither Arrow nor NumPy has bfloat16. Every bfloat16 value is a
+float32 value.
 """
 
 import json

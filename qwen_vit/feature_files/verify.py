@@ -48,10 +48,10 @@ def verify_features(
     >>> verify_features("features.safetensors").problems  # doctest: +SKIP
     ()
 
-    In a file, it checks headers, ids and offsets. Each image must have the number of rows of its
-    grid. The rows must be finite and match the recorded digests. An export must also match the
-    recorded hash of its listing, and have all shards. It calls `on_image` for each image. Raises
-    ExportError if the path has no features or a feature file cannot be opened.
+    In a file, the function checks headers, ids and offsets. Each image must have the number of rows
+    of its grid. The rows must be finite and match the recorded digests. An export must also match
+    the recorded hash of its listing, and have all shards. The function calls `on_image` for each
+    image. Raises ExportError if the path has no features or a feature file cannot be opened.
     """
     features = open_features(as_path(path))  # a cache would hide what the store has
     check = _Check(on_image)

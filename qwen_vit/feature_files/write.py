@@ -47,7 +47,7 @@ def write_features(
     *,
     overwrite: bool = True,
 ) -> Path:
-    """Write a feature file completely or not at all. Leave out failed images.
+    """Write a feature file completely or not at all. Omit failed images.
 
     >>> import tempfile
     >>> from qwen_vit import VisionEncoder, load_features
@@ -60,8 +60,8 @@ def write_features(
 
     `metadata` is the result of `VisionEncoder.metadata()`. The bytes depend only on the arguments.
     Raises ExportError for an existing file with `overwrite=False`, and for a folder that cannot be
-    written. It also raises ExportError for two images with one id, for rows with NaN or infinity,
-    and for no images.
+    written. Also raises ExportError for two images with one id, for rows with NaN or infinity, and
+    for no images.
     """
     path = Path(path)
     check_utf8(path)

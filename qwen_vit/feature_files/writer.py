@@ -68,10 +68,11 @@ class FeatureWriter:
     ...     writer.save(encoder.metadata())
 
     The header gives all lengths, so the writer reserves `head_bytes` for it. If the header is
-    larger, the writer copies the rows after it. The writer appends each layer to its own hidden
-    file. When the file is saved, it copies the layers after the embeddings. The file's bytes depend
-    on `head_bytes`. The file gets its name only when it is complete. Without `save`, the writer
-    discards the file when the block ends. Raises ExportError if the system does not allow writing.
+    larger, the writer copies the rows to a place after the header. The writer appends each layer to
+    its own hidden file. On `save`, the writer copies the layers after the embeddings. The file's
+    bytes depend on `head_bytes`. The file gets its name only when it is complete. Without `save`,
+    the writer discards the file when the block ends. Raises ExportError if the system does not
+    allow writing.
     """
 
     def __init__(self, path: Path, tensors: Sequence[RowTensor], head_bytes: int) -> None:
@@ -195,7 +196,7 @@ class _GrowingRows:
     def write(self, rows: Tensor) -> None:
         """Append rows, and regularly start their writing to the disk.
 
-        This makes the final flush short.
+        Early writing makes the final flush short.
         """
         self._end += self.atomic.file.write(bytes_of(rows))
         if self._end - self._flushed < FLUSH_BYTES:

@@ -104,18 +104,18 @@ def _float_to_uint8(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
         nan = int(np.isnan(array).sum())
         infinite = int(array.size - finite.sum()) - nan
         raise ImageError(
-            f"holds {nan} NaN and {infinite} infinite of {array.size} values",
+            f"contains {nan} NaN and {infinite} infinite of {array.size} values",
             name=name,
-            remedy="replace them, for example with numpy.nan_to_num",
+            remedy="replace these values, for example with numpy.nan_to_num",
             code="array-not-finite",
         )
     outside = int(((array < 0) | (array > 1)).sum())
     if outside:
         raise ImageError(
-            f"holds {outside} of {array.size} values outside [0, 1] (smallest "
+            f"contains {outside} of {array.size} values outside [0, 1] (smallest "
             f"{float(array.min()):g}, largest {float(array.max()):g})",
             name=name,
-            remedy="clip it, or cast 0..255 to uint8",
+            remedy="clip the values, or cast 0..255 to uint8",
             code="array-range",
         )
     # in float64, k / 255 converts back to k from every floating-point type

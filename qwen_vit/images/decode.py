@@ -186,7 +186,7 @@ def _decoding(
         raise ImageError(
             "has more pixels than Pillow decodes (Image.MAX_IMAGE_PIXELS)",
             name=name,
-            remedy="make it smaller",
+            remedy="make the image smaller",
             code="too-many-pixels",
         ) from None
     except Exception as error:  # noqa: BLE001 - plug-ins raise SyntaxError, struct.error, ...
@@ -213,9 +213,9 @@ def _decoding(
 
 def _closed(name: str) -> ImageError:
     return ImageError(
-        "a PIL image whose file was closed before it was loaded",
+        "a PIL image whose file was closed before Pillow loaded the image",
         name=name,
-        remedy="call its load() first, or pass the path",
+        remedy="call the image's load() first, or pass the path",
         code="unreadable",
     )
 
@@ -300,7 +300,7 @@ def _check_icons(data: bytes, name: str, limits: ImageLimits) -> None:
     """
     [count] = struct.unpack_from("<H", data, 4)
     if count > MAX_ICONS:
-        raise ValueError(f"{count} pictures in an icon")
+        raise ValueError(f"an icon with {count} images")
     for entry in range(count):
         [offset] = struct.unpack_from("<I", data, 6 + 16 * entry + 12)
         if data.startswith(b"\x89PNG", offset):

@@ -73,7 +73,7 @@ def identify(data: bytes, name: str, formats: Sequence[str] = ()) -> str:
             "not an image: it is empty",
             name=name,
             expected=ALLOWED,
-            remedy="fetch it again",
+            remedy="download the file again",
             code="empty-file",
         )
     if _is_hevc(data):

@@ -79,7 +79,8 @@ class ImageLimits:
     536870912
 
     If a file's header shows that a slow core might exceed `max_seconds`, a child process decodes
-    the file. qwen_vit kills the child at that limit. It always decodes a PIL image in this process.
+    the file. qwen_vit kills the child at that limit. qwen_vit always decodes a PIL image in this
+    process.
 
     `formats` enables formats of OPTIONAL_FORMATS, in addition to the default formats.
 
@@ -203,7 +204,7 @@ def check_file_bytes(size: int, name: str, limits: ImageLimits) -> None:
             f"{size} bytes",
             name=name,
             expected=f"at most {limits.max_file_bytes}",
-            remedy="make it smaller, or raise ImageLimits.max_file_bytes in Python",
+            remedy="make the image smaller, or raise ImageLimits.max_file_bytes in Python",
             code="file-too-large",
         )
 
@@ -223,7 +224,7 @@ def check_pixels(width: int, height: int, name: str, limits: ImageLimits) -> Non
             f"{width}x{height} = {width * height} pixels",
             name=name,
             expected=f"at most {limits.max_pixels}",
-            remedy="make it smaller, or raise ImageLimits.max_pixels in Python",
+            remedy="make the image smaller, or raise ImageLimits.max_pixels in Python",
             code="too-many-pixels",
         )
 
@@ -236,6 +237,6 @@ def check_ratio(width: int, height: int, name: str) -> None:
             f"{width}x{height} (width x height), a ratio of {ratio:.6g}",
             name=name,
             expected=f"at most {MAX_RATIO}",
-            remedy="crop or pad it",
+            remedy="crop or pad the image",
             code="ratio",
         )

@@ -33,7 +33,7 @@ def decode_in_child(
         f"not decoded after {limits.max_seconds:g} s",
         name=name,
         expected="at most ImageLimits.max_seconds",
-        remedy="make it smaller, or raise ImageLimits.max_seconds in Python",
+        remedy="make the image smaller, or raise ImageLimits.max_seconds in Python",
         code="slow",
     )
     request = {"name": name, "limits": asdict(limits), "exif": exif, "page": page}

@@ -154,8 +154,8 @@ def check_blocks(jpeg: JpegFile, name: str) -> tuple[str, ...]:
 def check_strips(image: TiffImagePlugin.TiffImageFile, name: str) -> tuple[str, ...]:
     """Check the JPEG of each strip or tile of a TIFF, because libtiff also only warns.
 
-    Returns notes. Raises ImageError as `read_jpeg` and `check_blocks` do. Fax codes and old-style
-    JPEG cannot be checked, and give a note.
+    Returns notes. Raises ImageError as `read_jpeg` and `check_blocks` do. qwen_vit cannot check fax
+    codes and old-style JPEG, and returns a note.
     """
     tags = image.tag_v2
     compression = tags.get(COMPRESSION, 1)
@@ -198,7 +198,7 @@ def _is_padding(jpeg: JpegFile, count: int) -> bool:
     """Return whether the bytes after the last block repeat one value, and the repetition starts
     there.
 
-    If the run of this value is longer, libjpeg decoded the last blocks from the run. Then the file
+    If the run of this value is longer, libjpeg decoded the last blocks from the run, so the file
     has a hole.
     """
     end = jpeg.entropy_end
@@ -213,7 +213,7 @@ def _read_frame(jpeg: JpegFile, marker: int, body: bytes, name: str) -> None:
     if marker in UNREAD_FRAMES:
         raise _unread(UNREAD_FRAMES[marker], name)
     if body[0] != 8:
-        raise _unread(f"JPEG of {body[0]} bits a sample", name)
+        raise _unread(f"JPEG of {body[0]} bits per sample", name)
     jpeg.components = body[5]
     jpeg.progressive, jpeg.arithmetic = marker in PROGRESSIVE, marker in ARITHMETIC
 
@@ -250,7 +250,7 @@ def _unread(kind: str, name: str) -> ImageError:
     return ImageError(
         f"of an unsupported format ({kind})",
         name=name,
-        expected="JPEG of 8 bits a sample, baseline or progressive",
+        expected="JPEG of 8 bits per sample, baseline or progressive",
         remedy="convert it to PNG or to an 8-bit JPEG",
         code="format",
     )

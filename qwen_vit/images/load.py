@@ -2,8 +2,8 @@
 
 The rules are the same for a path, bytes, a PIL image and an array. The content alone decides the
 format. An animation gives its first frame. The loader applies EXIF orientation, composites
-transparency on white, and keeps the high byte of 16-bit samples. It converts all colour modes to
-RGB. It ignores embedded ICC profiles, as the reference processor does.
+transparency on white, and keeps the high byte of 16-bit samples. The loader converts all colour
+modes to RGB. The loader ignores embedded ICC profiles, as the reference processor does.
 """
 
 import io
@@ -121,9 +121,9 @@ def unwrap(source: Mapping[str, Any], name: str) -> ImageSource:
             if part is not None:
                 return part  # type: ignore[no-any-return]
         raise ImageError(
-            "a struct {bytes, path} of which both are None",
+            "a struct {bytes, path} in which both values are None",
             name=name,
-            remedy="leave it out",
+            remedy="omit this struct",
             code="source-type",
         )
     keys = [

@@ -89,7 +89,7 @@ os.register_at_fork(after_in_child=decoding_memory.forget_other_threads)
 
 
 def _give_back() -> None:
-    """Return freed memory to the system, because glibc keeps it in per-thread arenas."""
+    """Return freed memory to the system, because glibc keeps freed memory in per-thread arenas."""
     with suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -164,8 +164,8 @@ def _of_control_groups() -> Iterator[int]:
 
 
 def _left(group: Path, limit: str, used: str, cache: str) -> Iterator[int]:
-    """Yield the memory that a group leaves. The group's idle cache of files counts as free, because
-    the system drops it."""
+    """Yield the memory that a group leaves. The group's inactive page cache counts as free, because
+    the system drops this cache."""
     with suppress(OSError, ValueError):  # "max" is not a number
         left = int((group / limit).read_text()) - int((group / used).read_text())
         yield max(1, left + (_first_number(group / "memory.stat", cache) or 0))

@@ -45,7 +45,7 @@ def patches_on_gpu(
 
 
 class _Sized(Protocol):
-    """Describe a picture by its sizes: width, height in pixels."""
+    """Describe a picture by its sizes, each a width and height in pixels."""
 
     @property
     def size(self) -> tuple[int, int]: ...
@@ -101,7 +101,7 @@ def plan_passes(pictures: Sequence[_Sized]) -> Passes:
 def upload(
     plan: ResizePlan, blocks: Iterable[memoryview], n_pixels: int, device: torch.device
 ) -> Uploaded:
-    """Copy a plan's table and the pictures' bytes to a GPU, with room for `n_pixels`."""
+    """Copy a plan's table and the pictures' bytes to a GPU, into a buffer for `n_pixels`."""
     table: Any = plan.table
     begin = table.nbytes + -table.nbytes % ALIGNED_BYTES
     buffer = torch.empty(begin + PIXEL_BYTES * n_pixels, dtype=torch.uint8, device=device)
@@ -130,9 +130,9 @@ def _resize_and_cut(pictures: Sequence[Picture], device: torch.device) -> torch.
 def _copy_staged(blocks: Iterable[memoryview], buffer: torch.Tensor) -> None:
     """Copy bytes to the start of a GPU buffer through pinned memory of one size.
 
-    torch reuses the pinned memory after the GPU has read it. It keeps memory of every size, so this
-    function always asks for the same size. A memoryview keeps Python's lock while it copies: to
-    wait for the lock again would take longer than a small copy. After STAGES copies, the function
+    torch reuses the pinned memory after the GPU has read it. torch keeps memory of every size, so
+    this function always requests the same size. A memoryview keeps the GIL while it copies, because
+    waiting for the GIL again would take longer than a small copy. After STAGES copies, the function
     waits for the oldest copy.
     """
     done = filled = 0
@@ -164,7 +164,7 @@ def _copy_staged(blocks: Iterable[memoryview], buffer: torch.Tensor) -> None:
 
 
 def _event_after(buffer: torch.Tensor) -> torch.cuda.Event:
-    """Return an event after the work that a GPU's stream has now."""
+    """Return an event after the current work of a GPU's stream."""
     event = torch.cuda.Event(blocking=True)
     event.record(torch.cuda.current_stream(buffer.device))
     return event

@@ -39,10 +39,10 @@ class Patches:
     >>> patches.pixels.shape, patches.grids
     (torch.Size([24, 588]), (Grid(t=1, h=4, w=6),))
 
-    For images, `pixels` has shape (N, 588): channel, row, column of one frame. It stores a still
-    image's two equal frames once. For videos, `pixels` has shape (N, 1176): channel, frame of the
-    pair, row, column. In grid order, merge units are in raster order, and a unit's 4 patches are
-    adjacent. `name` identifies the image in messages and ids. Patches of several images have no
+    For images, `pixels` has shape (N, 588): channel, row, column of one frame. The object stores a
+    still image's two equal frames once. For videos, `pixels` has shape (N, 1176): channel, frame of
+    the pair, row, column. In grid order, merge units are in raster order, and a unit's 4 patches
+    are adjacent. `name` identifies the image in messages and ids. Patches of several images have no
     name. Raises ImageError with code "patches" if pixels and grids disagree.
     """
 
@@ -56,13 +56,13 @@ class Patches:
                 f"pixels are {self.pixels.dtype} of shape {tuple(self.pixels.shape)}",
                 name=self.name or "",
                 expected="uint8 of shape (patches, values)",
-                remedy="build them with patchify",
+                remedy="build the pixels with patchify",
                 code="patches",
             )
         promised = sum(grid.n_patches for grid in self.grids)
         if len(self.pixels) != promised:
             raise ImageError(
-                f"pixels hold {len(self.pixels)} patches and the grids {promised}",
+                f"pixels contain {len(self.pixels)} patches, and the grids have {promised}",
                 name=self.name or "",
                 expected="the same number",
                 remedy="keep each image's pixels and grid together",
@@ -100,7 +100,7 @@ class Patches:
             raise ImageError(
                 f"patches of {widths} values cannot be joined",
                 expected="one width",
-                remedy="build all of them with the same ImageConfig",
+                remedy="build all patches with the same ImageConfig",
                 code="patches",
             )
         pixels = [part.pixels for part in parts]
@@ -152,9 +152,9 @@ class Patches:
         is_video = self.pixels.shape[1] == expected * config.temporal_patch_size
         if self.pixels.shape[1] != expected and not is_video:
             raise ImageError(
-                f"patches hold {self.pixels.shape[1]} values, the configuration's hold {expected}",
+                f"patches have {self.pixels.shape[1]} values, but the configuration has {expected}",
                 name=self.name or "",
-                remedy="use the ImageConfig that built them",
+                remedy="use the ImageConfig that built the patches",
                 code="patches",
             )
         values = normalise(rearrange(self.pixels, "n (c p) -> n c p", c=CHANNELS), config)
@@ -177,7 +177,7 @@ def smart_resize(
     >>> smart_resize(100, 200, factor=28, min_pixels=3136, max_pixels=1003520)
     (112, 196)
 
-    Sides are in pixels. The function rounds half to even, as Python does. Then the function reduces
+    Sides are in pixels. The function rounds half to even, as Python does. The function then reduces
     the size (floor) to at most `max_pixels`, or increases the size (ceil) to at least `min_pixels`.
     A thin image may exceed `max_pixels`, because no side is below `factor`. Raises ImageError with
     code "zero-side" or "ratio" and with `name`, and ArgumentError for limits that no size can meet.
@@ -218,7 +218,7 @@ def target_size(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> tu
             what,
             name=name,
             expected="uint8 of shape (height, width, 3)",
-            remedy="pass it through load_image",
+            remedy="load the image with load_image",
             code="patches",
         )
     return smart_resize(
@@ -234,8 +234,8 @@ def target_size(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> tu
 def resize_image(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> NDArray[np.uint8]:
     """Resize an image to smart_resize's size with Pillow's bicubic filter, on uint8.
 
-    `rgb` is a Pillow image of mode RGB, or uint8 (height, width, 3). The function returns it
-    unchanged if the size already fits. Raises ImageError as smart_resize does. Raises ImageError
+    `rgb` is a Pillow image of mode RGB, or uint8 (height, width, 3). If the size already fits, the
+    function returns the image unchanged. Raises ImageError as smart_resize does. Raises ImageError
     with code "patches" for any other mode, dtype or shape.
     """
     new_height, new_width = target_size(rgb, config, name=name)
@@ -282,7 +282,7 @@ def limited_memory(name: str) -> Iterator[None]:
         raise ImageError(
             "does not fit into memory when resized",
             name=name,
-            remedy=with_options("make it smaller, or lower {}", "max_pixels"),
+            remedy=with_options("make the image smaller, or lower {}", "max_pixels"),
             code="memory",
         ) from None
 
@@ -316,7 +316,7 @@ def _check_limits(factor: int, min_pixels: int, max_pixels: float) -> None:
                 most=max_pixels,
                 factor=factor,
             ),
-            remedy=f"raise it to at least {factor**2}",
+            remedy=f"raise this limit to at least {factor**2}",
         )
     if min_pixels > max_pixels:
         raise ArgumentError(
@@ -327,7 +327,7 @@ def _check_limits(factor: int, min_pixels: int, max_pixels: float) -> None:
                 least=min_pixels,
                 most=max_pixels,
             ),
-            remedy="lower the one or raise the other",
+            remedy=with_options("lower {} or raise {}", "min_pixels", "max_pixels"),
         )
 
 

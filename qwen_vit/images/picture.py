@@ -1,7 +1,7 @@
 """Hand a decoded RGB picture to the GPU, which resizes it and cuts it into patches.
 
-Pillow stores 4 bytes per pixel: red, green, blue and one unused byte. Its Arrow interface gives the
-address of these bytes. np.asarray would copy them through Python objects, which took 6 ms at 1344
+Pillow stores 4 bytes per pixel: red, green, blue and one unused byte. Pillow's Arrow interface
+gives the address of these bytes. With `np.asarray`, a copy through Python objects took 6 ms at 1344
 px.
 """
 
@@ -43,8 +43,8 @@ class Picture:
     ((Grid(t=1, h=14, w=8),), 112, 80000)
 
     `size` is the width and height before resizing, in pixels. `parts` are the picture, or bands of
-    its rows. `blocks` are the bytes of their pixels, row by row. They stay valid while this object
-    exists. `name` identifies the image in messages and ids.
+    its rows. `blocks` are the bytes of their pixels, row by row. The blocks stay valid while this
+    object exists. `name` identifies the image in messages and ids.
     """
 
     size: tuple[int, int]
@@ -104,7 +104,8 @@ class Picture:
 
 
 def resizes_on(device: torch.device) -> bool:
-    """Return whether this device resizes pictures: a GPU that knows the installed Pillow's bits."""
+    """Return whether this device is a GPU that resizes pictures with the installed Pillow's
+    bits."""
     return device.type == "cuda" and knows_pillow()
 
 

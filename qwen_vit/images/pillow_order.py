@@ -1,7 +1,7 @@
-"""Know in which order Pillow's bicubic resize changes the axes, by its version.
+"""Define the order in which each version of Pillow resizes the axes with its bicubic filter.
 
-Each pass rounds to uint8, so the order decides bits. A GPU copies the installed Pillow's order, and
-only for versions whose source was read and whose results were compared.
+Each pass rounds to uint8, so the order decides bits. A GPU uses the order of the installed Pillow.
+It supports only versions whose source we read and whose results we compared.
 
 Source: Pillow, src/libImaging/Resample.c and src/PIL/Image.py.
 """
@@ -23,13 +23,13 @@ Size: TypeAlias = tuple[int, int]  # width, height in pixels
 
 
 def _shrinks_height_more(old: Size, new: Size) -> bool:
-    """Return whether the height loses pixels, and over twice as many as the width."""
+    """Return whether the height loses pixels, and more than twice as many as the width."""
     lost_width, lost_height = old[0] - new[0], old[1] - new[1]
     return lost_height > 0 and lost_height > 2 * lost_width
 
 
 def _shrinks_a_strip(old: Size, new: Size) -> bool:
-    """Return whether a picture of over 100 times its width in height loses height."""
+    """Return whether a picture loses height and is more than 100 times as high as wide."""
     return old[1] > 100 * old[0] and new[1] < old[1]
 
 
@@ -43,7 +43,7 @@ MACHINES = ("x86_64", "AMD64")
 
 
 def passes(old: Size, new: Size, version: str = PIL.__version__) -> tuple[Axis, ...]:
-    """Return the axes in the order in which Pillow changes them; an equal side has no pass.
+    """Return the axes in Pillow's order of resizing, without sides that keep their length.
 
     >>> passes((100, 200), (56, 84), "13.0.0"), passes((100, 200), (56, 84), "12.3.0")
     (('vertical', 'horizontal'), ('horizontal', 'vertical'))
@@ -60,12 +60,13 @@ def passes(old: Size, new: Size, version: str = PIL.__version__) -> tuple[Axis, 
 
 @cache  # one warning per process
 def knows_pillow(version: str = PIL.__version__) -> bool:
-    """Return whether a GPU can resize with the bits of this Pillow; if not, log the reason once."""
+    """Return whether a GPU can resize with the bits of this Pillow, and log a negative answer
+    once."""
     machine = platform.machine()
     if version in KNOWN_PILLOWS and machine in MACHINES:
         return True
     logger.warning(
-        "images are resized on the CPU: the GPU has the bits of Pillow %s on %s; this is %s on %s",
+        "the CPU resizes images: the GPU matches Pillow %s on %s, but this is Pillow %s on %s",
         " and ".join(KNOWN_PILLOWS), MACHINES[0], version, machine,
     )  # fmt: skip
     return False

@@ -1,7 +1,7 @@
 """Remove large, faulty or unused PNG chunks that could make Pillow reject the file.
 
 The PNG specification lets a decoder skip ancillary chunks. Pillow rejects a whole file if one such
-chunk is damaged. It also rejects text or a colour profile that inflates to more than 1 MiB.
+chunk is damaged. Pillow also rejects text or a colour profile that inflates to more than 1 MiB.
 """
 
 import struct

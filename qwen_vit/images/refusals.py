@@ -14,7 +14,7 @@ def truncated(file_format: str, name: str, what: str = "it ends early") -> Image
     return ImageError(
         f"a truncated {file_format}: {what}",
         name=name,
-        remedy="fetch it again",
+        remedy="download the file again",
         code="truncated",
     )
 
@@ -28,7 +28,7 @@ def damaged(file_format: str, name: str, reason: str) -> ImageError:
     return ImageError(
         f"a damaged {file_format} ({reason})",
         name=name,
-        remedy="fetch it again, or open and save it in an image editor",
+        remedy="download the file again, or open and save the file in an image editor",
         code="damaged",
     )
 
@@ -43,7 +43,7 @@ def too_slow(fact: str, name: str, expected: str) -> ImageError:
         fact,
         name=name,
         expected=expected,
-        remedy="open and save it in an image editor",
+        remedy="open and save the file in an image editor",
         code="slow",
     )
 
@@ -57,7 +57,7 @@ def too_much_memory(name: str) -> ImageError:
     return ImageError(
         "does not fit into memory when decoded",
         name=name,
-        remedy="make it smaller",
+        remedy="make the image smaller",
         code="memory",
     )
 

@@ -31,7 +31,7 @@ def open_regular(path: str, name: str, *, expected: str, remedy: str) -> Iterato
             )
         if not stat.S_ISREG(mode):  # a FIFO would block, a device might not end
             raise ImageError(
-                "a FIFO, socket or device, which is never opened",
+                "a FIFO, socket or device, which qwen_vit never opens",
                 name=name,
                 expected="a regular file",
                 remedy="copy its content to a file",

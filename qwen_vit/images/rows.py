@@ -60,8 +60,8 @@ def check_rows(
     if odd_kind(rows) or tuple(rows.shape) != expected or not is_kind:
         raise ImageError(
             f"{name} is {_shape_text(rows)}",
-            expected=f"{kind} rows of shape {expected}, as grid_thw promises",
-            remedy="pass both as one call of the processor returned them",
+            expected=f"{kind} rows of shape {expected}, as grid_thw requires",
+            remedy="pass the rows and the grids of one call of the processor",
             code="patches",
         )
 
@@ -85,8 +85,8 @@ def normalise(values: Tensor, config: ImageConfig) -> Tensor:
 def _constants(config: ImageConfig, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return 255 and the channels' mean and deviation, as float32 tensors on a device.
 
-    On a GPU, torch divides by a Python number by a product with its reciprocal. 3 of the 768
-    values of a published model's pixels would have other bits in float16.
+    On a GPU, torch replaces a division by a Python number by a product with the reciprocal. 3 of
+    the 768 values of a published model's pixels would then have other bits in float16.
     """
     with torch.inference_mode(False):  # the tensors outlive the caller's mode
         numbers = 255.0, config.image_mean, config.image_std

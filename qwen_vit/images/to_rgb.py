@@ -37,8 +37,8 @@ def to_rgb(
 ) -> tuple[Image.Image, tuple[str, ...]]:
     """Convert a copy of a decoded image to upright RGB, and list the changes.
 
-    `deep` is the result of `is_deep` before decoding. With exif="ignore" the function does not turn
-    the image. Raises ImageError with code "mode".
+    `deep` is the result of `is_deep` before decoding. With exif="ignore", the function does not
+    rotate the image. Raises ImageError with code "mode".
     """
     notes: list[str] = []
     try:

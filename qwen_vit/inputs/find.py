@@ -65,17 +65,18 @@ def find_items(
     >>> [item.id for item in find_items(["tests/photographs/*.png"])]
     ['tests/photographs/astronaut.png', 'tests/photographs/chelsea.png']
 
-    A file's id is the path that was passed. In a folder, the id is the path below the folder. In a
-    tar, the id is the tar's name and the member's name. It reads Parquet files only with named
-    `columns`. A row's id is the file's name and the row, or the value in the id column.
+    A file's id is its path as the caller passed it. In a folder, the id is the path below the
+    folder. In a tar, the id is the tar's name and the member's name. The function reads Parquet
+    files only with named `columns`. A row's id is the file's name and the row, or the value in the
+    id column.
 
     A .txt list has one path per line. A .jsonl list has one object per line, with "path" or
     "source", and "id". A .jsonl list gives the ids, and paths are relative to the list's folder.
     "-" reads a list of paths from standard input, which are relative to the current folder.
 
-    It searches folders to every depth, through links, in byte order of the names. It skips files
-    without an image extension, and counts these files by extension in `left_out`. Neither folders
-    nor `**` in a pattern follow a link to a parent folder.
+    The function searches folders to every depth, through links, in byte order of the names. It
+    skips files without an image extension, and counts these files by extension in `left_out`.
+    Neither folders nor `**` in a pattern follow a link to a parent folder.
 
     Raises ExportError for an input that does not exist, an address, and a list that cannot be read.
     With `must_exist=False`, reading the item reports the first two errors. A problem below an
@@ -97,7 +98,8 @@ def find_items(
 
 
 def is_missing(given: str) -> bool:
-    """Return whether an input is the path of nothing: no pattern, address or standard input."""
+    """Return whether an input is a path that does not exist, and not a pattern, an address or
+    standard input."""
     is_pattern = glob.has_magic(given) and not is_https(given)  # a query starts with "?"
     is_path = not (is_pattern or given == STDIN or is_remote(given))
     return is_path and not os.path.lexists(given)
@@ -149,8 +151,8 @@ def _check_alone(inputs: Sequence[str], columns: ParquetColumns | None) -> None:
             "not an image",
             name=inputs[0],
             expected="images, folders, tars or lists",
-            remedy="pass a list as .txt with a path a line, or as .jsonl with an "
-            '"id" and a "path" a line',
+            remedy="pass a list as .txt with one path per line, or as .jsonl with "
+            'an "id" and a "path" per line',
         )
 
 
@@ -307,7 +309,8 @@ def _plain_matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
 def _folder_items(
     folder: str, left_out: Counter[str], columns: ParquetColumns | None
 ) -> Iterator[Item]:
-    """Yield items depth first, without recursion. It follows no link to a parent folder."""
+    """Yield items depth first, without recursion. The function follows no link to a parent
+    folder."""
     above = [_identity(folder)]
     stack = [_entries(folder, "")]
     while stack:

@@ -1,4 +1,4 @@
-"""List the images to export in one order. Each has an id and a source.
+"""List the images to export in one order. Each image has an id and a source.
 
 A listing has one JSON object per line, and an export freezes it in its folder: `{"id": ...,
 "source": ...}`. An image inside a tar also has `offset` and `size` in bytes, so reading it again
@@ -36,7 +36,7 @@ class Item:
     """Describe one image of a listing: its id and its file.
 
     `source` is an absolute path. In a tar, the image is the `size` bytes at `offset`. In a Parquet
-    file, it is in `row`, counted from 0, of `column`. `page`, counted from 1, selects one of
+    file, the image is in `row`, counted from 0, of `column`. `page`, counted from 1, selects one of
     several pages of an image. In object storage, `source` is an address, and `version` is the ETag
     of the listed object. `error` is the (code, message) of an ImageError during listing.
 
@@ -130,7 +130,7 @@ class Listing:
     def freeze(cls, path: Path, items: Iterable[Item], shard_size: int) -> Self:
         """Write the file completely or not at all. Raises ExportError if two images share an id.
 
-        It uses 8 bytes of memory for each image.
+        The method uses 8 bytes of memory for each image.
         """
         digest, starts, position, count = hashlib.sha256(), [], 0, 0
         ids = _Ids()
@@ -201,8 +201,8 @@ class _Ids:
     """Find an id that two items share. The check of the first items is immediate, and the check of
     later items is at the end.
 
-    It stores only hashes of the ids. For two equal hashes, it compares the ids in the written
-    listing.
+    The object stores only hashes of the ids. For two equal hashes, it compares the ids in the
+    written listing.
     """
 
     def __init__(self) -> None:
@@ -235,8 +235,8 @@ class _Ids:
 def _same_id(item: Item) -> ExportError:
     """Return the error for the second of two images with one id."""
     where, row = "is" if item.is_file else "is in", ""
-    remedy = "pass each image once, export the folder that holds both, or give a .jsonl list with "
-    remedy += 'an "id" for each'
+    remedy = "pass each image once, export the folder that contains both images, or pass a "
+    remedy += '.jsonl list with an "id" for each'
     if not item.is_file:
         remedy = "rename one in its tar, pass each tar once, or extract them and export the folder"
     if item.row is not None:

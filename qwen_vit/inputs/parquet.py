@@ -100,19 +100,22 @@ def _check_rows(metadata: Any, n_bytes: int, name: str) -> None:
     """
     groups = (metadata.row_group(at).num_rows for at in range(metadata.num_row_groups))
     if metadata.num_rows != sum(groups):
-        raise cannot_read(name, ValueError("its number of rows is not that of its row groups"))
+        raise cannot_read(
+            name, ValueError("its number of rows differs from the sum of its row groups")
+        )
     if metadata.num_rows > max(MANY_ROWS, n_bytes):
         raise ImageError(
             f"a Parquet file of {metadata.num_rows:,} rows in {n_bytes:,} bytes",
             name=name,
-            expected=f"at most one row a byte, or {MANY_ROWS:,} rows",
+            expected=f"at most one row per byte, or {MANY_ROWS:,} rows",
             remedy="keep one row of each image",
             code="slow",
         )
 
 
 def needs_column(path: str) -> ExportError:
-    """Return the error for a Parquet file without a named column. It lists the image columns."""
+    """Return the error for a Parquet file without a named column. The error lists the image
+    columns."""
     columns: list[str] = []
     try:
         with open_parquet_file(path, path) as file:

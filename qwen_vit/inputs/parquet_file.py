@@ -97,7 +97,10 @@ def cannot_read(name: str, error: Exception) -> ImageError:
     if not isinstance(error, OSError) or error.errno is None:  # pyarrow raised it for the content
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         return ImageError(
-            f"damaged Parquet ({reason})", name=name, remedy="fetch the file again", code="damaged"
+            f"damaged Parquet ({reason})",
+            name=name,
+            remedy="download the file again",
+            code="damaged",
         )
     return ImageError(
         f"its Parquet file cannot be read ({error.strerror})",

@@ -1,7 +1,8 @@
 """Read rows of Parquet files as a stream.
 
-It reads row groups forward, page by page, and only the pages of one column. Loader threads request
-rows in about the order of the listing. A few readers per process therefore serve all threads.
+The reader reads row groups forward, page by page, and only the pages of one column. Loader threads
+request rows in about the order of the listing. A few readers per process therefore serve all
+threads.
 """
 
 import os
@@ -50,7 +51,7 @@ def read_row(item: Item) -> bytes:
         raise ImageError(
             f"its file {display_name(item.source)} does not exist",
             name=item.id,
-            remedy="put the file back",
+            remedy="restore the file",
             code="missing",
         ) from None
     except ExportError as error:

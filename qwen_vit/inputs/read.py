@@ -69,7 +69,7 @@ def _read_member(item: Item, offset: int, size: int, limits: ImageLimits) -> byt
             raise ImageError(
                 f"{tar} is not a regular file any more",
                 name=item.id,
-                remedy="put the tar back",
+                remedy="restore the tar",
                 code="not-a-file",
             )
         with open(item.source, "rb") as file:
@@ -79,7 +79,7 @@ def _read_member(item: Item, offset: int, size: int, limits: ImageLimits) -> byt
         raise
     except FileNotFoundError:
         raise ImageError(
-            f"{tar} does not exist", name=item.id, remedy="put the file back", code="missing"
+            f"{tar} does not exist", name=item.id, remedy="restore the file", code="missing"
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
@@ -93,7 +93,7 @@ def _read_member(item: Item, offset: int, size: int, limits: ImageLimits) -> byt
         raise ImageError(
             f"{tar} ends after {len(data)} of the image's {size} bytes",
             name=item.id,
-            remedy="fetch the tar again",
+            remedy="download the tar again",
             code="truncated",
         )
     return data

@@ -41,8 +41,8 @@ def tar_items(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
     """Yield the images in a tar without reading them. A problem of the tar becomes an item with an
     error.
 
-    A member's id is the tar's `name` and the member's name. It skips members without an image
-    extension, and counts these members by extension in `left_out`.
+    A member's id is the tar's `name` and the member's name. The function skips members without an
+    image extension, and counts these members by extension in `left_out`.
     """
     try:
         if name.lower().endswith(COMPRESSED_TARS):
@@ -65,7 +65,7 @@ def tar_items(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
         yield Item.failed(name, path, unreadable)
     except DAMAGED_TAR as error:
         damaged = ImageError(
-            f"a damaged tar ({error})", name=name, remedy="fetch it again", code="truncated"
+            f"a damaged tar ({error})", name=name, remedy="download the tar again", code="truncated"
         )
         is_compressed = _begins_with(path, COMPRESSED)
         yield Item.failed(name, path, _compressed(name) if is_compressed else damaged)

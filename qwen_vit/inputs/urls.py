@@ -120,7 +120,7 @@ def _checked(url: str, limits: ImageLimits) -> tuple[SplitResult, str, int]:
         host, port = (parts.hostname or "").lower().rstrip("."), parts.port or HTTPS_PORT
     except ValueError:
         raise _RefusedError(
-            "not a valid address", "write its odd characters as %XX", "url"
+            "not a valid address", "write special characters as %XX", "url"
         ) from None
     if parts.scheme.lower() != "https":
         raise _RefusedError(

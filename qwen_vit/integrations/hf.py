@@ -173,7 +173,8 @@ def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
             not change.
 
     Returns:
-        A module without parameters. Optimisers, weight decay and parameter counts ignore it.
+        A module without parameters. Optimisers, weight decay and parameter counts ignore the
+        module.
 
     Behaviour of the module:
 
@@ -181,9 +182,10 @@ def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
       device and dtype. Therefore transformers can load a saved model.
     - `load_state_dict` loads all or some weights, and builds the encoder again.
     - `to`, `cuda`, `cpu`, `float` and `bfloat16` build the encoder again on the new device. On a
-      CPU the tower uses float32 in place of bfloat16, with a warning. It rejects float16.
+      CPU the tower uses float32 in place of bfloat16, with a warning. The tower rejects float16.
     - `train` and `eval` have no effect. In training, the module warns once that the tower is
-      frozen. It rejects `requires_grad_()`, pixel rows that need gradients, and PEFT's adapters.
+      frozen. The module rejects `requires_grad_()`, pixel rows that need gradients, and PEFT's
+      adapters.
     - torch.compile breaks the graph at the tower, and compiles the code before and after it.
     - The result's `pooler_output` has the merged rows. `last_hidden_state` is None, because
       transformers does not read it.

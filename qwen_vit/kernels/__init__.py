@@ -32,7 +32,7 @@ def uses_hopper_kernels() -> bool:
 def plain_kernels() -> Iterator[None]:
     """Run the plain Triton kernels, as on other GPUs, inside this `with` block.
 
-    Only benchmarks and tests use this. A CUDA graph keeps the kernels that it captured.
+    Only benchmarks and tests use this block. A CUDA graph keeps the kernels that it captured.
     """
     token = _is_plain.set(True)
     try:

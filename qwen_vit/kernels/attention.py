@@ -1,12 +1,12 @@
 """Compute variable-length flash attention with 2D RoPE in registers, with three Triton kernels.
 
-`_window_attention` handles segments whose keys fit one tile. The keys are the query rows. It
-applies RoPE to Q and K with the same angles while it loads them.
+`_window_attention` handles segments whose keys fit one tile. The keys are the query rows. The
+kernel applies RoPE to Q and K with the same angles while it loads Q and K.
 
-`_full_attention` handles segments with several key tiles. It applies RoPE to Q while it loads Q,
-and keeps Q in registers. `_rotate_keys` applies RoPE to K once beforehand. Inside the key loop,
-each query tile would repeat that work. On Hopper, the assembler would also serialise the matrix
-instructions there.
+`_full_attention` handles segments with several key tiles. The kernel applies RoPE to Q while it
+loads Q, and keeps Q in registers. `_rotate_keys` applies RoPE to K once beforehand. Inside the key
+loop, each query tile would repeat that work. On Hopper, the assembler would also serialise the
+matrix instructions in the loop.
 
 The kernels read Q, K and V in place from the fused QKV projection. The kernels cut the head dim
 into a main part and a tail, both powers of two (80 = 64 + 16). This cut needs no multiply-add for
@@ -382,8 +382,8 @@ def tiling(device: torch.device, dtype: torch.dtype, kind: str) -> SegmentTiling
 def kind_of(segment_rows: int) -> str:
     """Return `window` if every segment fits one key tile, else `full`.
 
-    Only the configuration decides. If segment lengths decided, an image's bits would depend on the
-    other images in its batch.
+    The choice depends only on the configuration. If it depended on segment lengths, an image's bits
+    would depend on the other images in its batch.
     """
     return "window" if segment_rows <= TILES["window", 16].k_rows else "full"
 

@@ -6,10 +6,10 @@ same shared memory, where the tensor cores read Q and K.
 
 In the full kernel, a program has three partitions. The load partition, one warp, fetches tiles of K
 and V into a ring of shared memory. `attention.rotated_keys` has applied RoPE to K beforehand. Each
-of two MMA partitions, a warpgroup, attends for 64 query rows. It applies RoPE to Q in registers
-while Q loads. An MMA partition multiplies Q with the next tile's keys before it needs the scores.
-The two MMA partitions alternate. One partition computes its softmax while the other partition uses
-the tensor cores.
+of two MMA partitions, a warpgroup, attends for 64 query rows. An MMA partition applies RoPE to Q in
+registers while Q loads. An MMA partition multiplies Q with the next tile's keys before it needs the
+scores. The two MMA partitions alternate. One partition computes its softmax while the other
+partition uses the tensor cores.
 
 Names follow Gluon's tutorials. `descs` are TMA descriptors. `buffers` are rings of shared memory
 with STAGES slots. `barriers` are mbarriers. The MMA partitions wait for a slot's data on its
@@ -20,7 +20,7 @@ Both kernels use programmatic dependent launch. Both kernels may start before th
 has ended, and let the next kernel start early. Each kernel waits for the previous kernel before it
 reads that kernel's output.
 
-The kernels are in Gluon, Triton's lower level, because Triton cannot express that overlap. The
+The kernels are in Gluon, Triton's lower level, because Triton cannot express this overlap. The
 kernels support bf16 and head dim 80, which every published tower has. Otherwise the Triton kernels
 run.
 """

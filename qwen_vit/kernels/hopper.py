@@ -62,8 +62,8 @@ def hold_barriers(barriers):
 
     The compiler reuses shared memory after the last use in the code. If a kernel variant never
     waits for a barrier, the last use is the barrier's creation. The hardware keeps a barrier until
-    an invalidation or the program's end. It also writes the barrier back after another process has
-    used the GPU. Invalidating one barrier of each array here keeps the array allocated.
+    an invalidation or the program's end. The hardware also writes the barrier back after another
+    process has used the GPU. Invalidating one barrier of each array here keeps the array allocated.
     Invalidating all barriers adds 1 % to a small image's time.
     """
     for i in gl.static_range(len(barriers)):

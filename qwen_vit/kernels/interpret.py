@@ -2,11 +2,12 @@
 
 All programs of a launch run at once, as lanes. A block is a tensor whose first axis is the lane.
 This module calls the kernel's function with its own `tl`. Each operation on a block becomes one
-PyTorch operation for all programs. PyTorch uses its threads and vector instructions for it.
+PyTorch operation for all programs. PyTorch uses its threads and vector instructions for this
+operation.
 
 Triton's own interpreter runs one program at a time with NumPy, and takes 35 us of Python for each
-operation. Tests compare the two. This module implements only the names of triton.language that the
-kernels need. Any other name raises AttributeError.
+operation. Tests compare the two interpreters. This module implements only the names of
+triton.language that the kernels need. Any other name raises AttributeError.
 """
 
 import operator
@@ -137,7 +138,7 @@ def _range(start: Any, stop: Any, step: int) -> Iterator[_Integers]:
 def _same_in_all_lanes(values: Tensor) -> int:
     first = values[0]
     if not bool((values == first).all()):
-        raise NotImplementedError("programs that take different branches: run them apart")
+        raise NotImplementedError("programs take different branches: run them separately")
     return int(first)
 
 

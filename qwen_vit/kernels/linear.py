@@ -7,7 +7,7 @@ new sums.
 
 On a GPU each output row depends only on its own input row. Every tile sums over K in the same
 order. Therefore an image's embedding has the same bits alone and in any batch. On Hopper
-`linear_hopper` computes the tower's large GEMMs. On a CPU PyTorch computes all GEMMs.
+`linear_hopper` computes the tower's large GEMMs. On a CPU, PyTorch computes all GEMMs.
 """
 
 from dataclasses import dataclass

@@ -11,9 +11,9 @@ are mbarriers. Each stage of the ring has two barriers. The MMA partitions wait 
 on `ready`. The load partition waits on `empty` until all MMA partitions have read the stage. Each
 pass over the ring flips a barrier's phase.
 
-The kernel is in Gluon, Triton's lower level, because Triton cannot express this overlap. It sums
-over K in the same order as `linear._gemm`, so both kernels give the same bits. `linear` uses this
-kernel for every GEMM that `supports` accepts.
+The kernel is in Gluon, Triton's lower level, because Triton cannot express this overlap. The kernel
+sums over K in the same order as `linear._gemm`, so both kernels give the same bits. `linear` uses
+this kernel for every GEMM that `supports` accepts.
 """
 
 from dataclasses import dataclass

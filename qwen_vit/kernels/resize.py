@@ -4,7 +4,7 @@ Pillow's bicubic filter on uint8 is integer arithmetic. Each axis that changes t
 each output pixel, Pillow computes the filter's weights in float64 and rounds them to integers of 22
 fractional bits. The pass sums pixel x weight in int32, rounds, clips to 0..255 and stores uint8.
 Sums of integers do not depend on their order. IEEE additions, products and quotients in float64
-have one result, so the GPU computes the same weights. It must not fuse a product and a sum.
+have one result, so the GPU computes the same weights. The GPU must not fuse a product and a sum.
 
 Source: Pillow, src/libImaging/Resample.c, `precompute_coeffs` and `normalize_coeffs_8bpc`.
 """
@@ -80,8 +80,8 @@ class _Launch(NamedTuple):
 class ResizePlan:
     """Hold the integers of all launches in one table, for one copy to the GPU.
 
-    Each launch has a row per picture: a `Pass` or `Cut`, and the number of its first program. After
-    the rows follows the row number of each program.
+    Each launch has a row per picture: a `Pass` or `Cut`, and the number of its first program. The
+    row number of each program follows after the rows.
     """
 
     table: Integers
@@ -93,7 +93,8 @@ class ResizePlan:
 
     @classmethod
     def of(cls, rounds: Sequence[Sequence[Pass]], cuts: Sequence[Cut]) -> Self:
-        """Plan the launches of pictures: a round of passes reads the results of the one before."""
+        """Plan the launches of pictures. A round of passes reads the results of the previous
+        round."""
         parts: list[Integers] = []
         weights = [
             _launch(parts, each, [-(-row.n_out // OUTPUTS) for row in each]) for each in rounds
@@ -248,7 +249,7 @@ def _cut_patches(
 
 
 def resize(plan: ResizePlan, table: torch.Tensor, pixels: torch.Tensor) -> None:
-    """Run a plan's passes on int32 `pixels`, which have room for the results.
+    """Run a plan's passes on int32 `pixels`, a buffer that also has space for the results.
 
     `table` is the plan's table on the device of `pixels`. The call does not wait for the GPU.
     """
@@ -272,7 +273,7 @@ def cut(
 ) -> torch.Tensor:
     """Gather the patches of a plan's cuts: uint8 (N, 3 x side x side), in grid order.
 
-    `side` is a patch's, in pixels. `merge` is the side of a merge unit, in patches.
+    `side` is the side of a patch, in pixels. `merge` is the side of a merge unit, in patches.
     """
     shape = (plan.n_rows, 3 * side**2)
     out = torch.empty(shape, dtype=torch.uint8, device=pixels.device)

@@ -81,12 +81,12 @@ def _check_arguments(
         if kind := odd_kind(value):
             raise ArgumentError(
                 f"{name} is a {kind} tensor",
-                expected="a dense one on a CUDA GPU or the CPU",
-                remedy="convert or move it first",
+                expected="a dense tensor on a CUDA GPU or the CPU",
+                remedy="convert or move the tensor first",
             )
     if qkv.device.type not in ("cpu", "cuda"):
         raise ArgumentError(
-            f"qkv is on {qkv.device}", expected="a CUDA GPU or the CPU", remedy="move it"
+            f"qkv is on {qkv.device}", expected="a CUDA GPU or the CPU", remedy="move the tensor"
         )
     minimum, maximum = HEAD_DIMS[qkv.device.type]
     is_fused = qkv.dim() == 4 and qkv.shape[1] == 3 and qkv.shape[2] > 0

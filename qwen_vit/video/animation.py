@@ -53,7 +53,7 @@ def _format_of(head: bytes) -> str | None:
 
 
 class AnimationFrames:
-    """Read the frames of an animated image. The attributes match those of `reader.FileFrames`.
+    """Read the frames of an animated image. The class has the attributes of `reader.FileFrames`.
 
     Raises ImageError for a still image, too many frames, or a damaged file.
     """
@@ -128,6 +128,6 @@ class AnimationFrames:
             raise ImageError(
                 f"a damaged animation ({type(error).__name__})",
                 name=self._name,
-                remedy="fetch it again",
+                remedy="download the file again",
                 code="damaged",
             ) from None

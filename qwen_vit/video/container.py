@@ -55,7 +55,9 @@ def check_structure(file: BinaryIO, size: int, name: str, limits: VideoLimits) -
     """
     head = file.read(HEAD_BYTES)
     if not head:
-        raise ImageError("it is empty", name=name, remedy="fetch it again", code="empty-file")
+        raise ImageError(
+            "it is empty", name=name, remedy="download the file again", code="empty-file"
+        )
     container = container_of(head)
     if container is None:
         raise _no_video(head, name)
@@ -65,7 +67,7 @@ def check_structure(file: BinaryIO, size: int, name: str, limits: VideoLimits) -
         raise ImageError(
             f"truncated: it has {size} bytes, and its header declares {end} or more",
             name=name,
-            remedy="fetch it again",
+            remedy="download the file again",
             code="truncated",
         )
     return container

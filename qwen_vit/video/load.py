@@ -255,7 +255,9 @@ def _from_frames(
     moments = tuple(round(at / video.fps, 6) for at in range(len(frames)))
     timing = VideoTiming(config.temporal_patch_size / video.fps, moments)
     if rows is None:
-        raise ImageError("no frames", name=name, remedy="pass at least one", code="video-frames")
+        raise ImageError(
+            "no frames", name=name, remedy="pass at least one frame", code="video-frames"
+        )
     return LoadedVideo(rows.patches(), size, timing, notes)
 
 

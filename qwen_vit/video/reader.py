@@ -166,7 +166,7 @@ class FileFrames:
             raise ImageError(
                 "it has a video stream without frames",
                 name=self._name,
-                remedy="record or fetch the video again",
+                remedy="record or download the video again",
                 code="no-video",
             )
         is_guessed = self._container.format.name == "avi" and bool(self._codec.has_b_frames)
@@ -312,7 +312,9 @@ class FileFrames:
             )
 
     def _damaged(self, fact: str, code: str = "damaged") -> ImageError:
-        return ImageError(fact, name=self._name, remedy=f"fetch it again, or {CONVERT}", code=code)
+        return ImageError(
+            fact, name=self._name, remedy=f"download the file again, or {CONVERT}", code=code
+        )
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -42,7 +42,7 @@ class Timeline:
     def __post_init__(self) -> None:
         if self.n_frames < 1 or not (math.isfinite(self.rate) and self.rate > 0):
             raise ArgumentError(
-                f"{self.n_frames} frames at {self.rate} a second", expected="numbers above 0"
+                f"{self.n_frames} frames at {self.rate} per second", expected="numbers above 0"
             )
 
 
@@ -106,8 +106,8 @@ def _frame_range(timeline: Timeline, options: VideoOptions, name: str) -> tuple[
         last = min(math.floor(max(0.0, min(options.end, duration)) * timeline.rate), last)
     if first >= last:
         raise ImageError(
-            f"from {options.start or 0} s to {'its end' if options.end is None else options.end} "
-            f"there are fewer than two of its {timeline.n_frames} frames ({duration:.6g} s)",
+            f"fewer than two of its {timeline.n_frames} frames ({duration:.6g} s) are between "
+            f"{options.start or 0} s and {'its end' if options.end is None else options.end}",
             name=name,
             expected="a part of at least two frames",
             remedy=with_options("pass another {} or {}", "start", "end"),
@@ -175,7 +175,7 @@ def pixel_limits(n_frames: int, options: VideoOptions, factor: int) -> tuple[int
                 shell=f"--min-frame-pixels is {least} and --max-frame-pixels {largest:g} for "
                 f"{n_frames} frames",
             ),
-            expected=f"the largest not below the smallest and {token}, one token",
+            expected=f"a maximum of at least the minimum, and of at least {token} (one token)",
             remedy=Wording(
                 "lower min_pixels, or raise max_pixels",
                 shell="lower --min-frame-pixels, or raise --max-frame-pixels",

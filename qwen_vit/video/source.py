@@ -44,7 +44,7 @@ def require_av() -> Any:
 
 
 def decoder_name() -> str | None:
-    """Return PyAV's name and version, or None if it is not installed."""
+    """Return PyAV's name and version, or None if PyAV is not installed."""
     try:
         return f"PyAV {version('av')}"
     except PackageNotFoundError:
@@ -81,7 +81,7 @@ class Window(io.RawIOBase):
 
 
 class Opener:
-    """Check a video, and open the video as often as necessary.
+    """Check a video, and open it as often as necessary.
 
     Raises ImageError for a file that is not a readable video, and if PyAV is missing.
     """
@@ -129,7 +129,7 @@ def plain_errors(name: str) -> Iterator[None]:
         raise ImageError(
             f"a damaged video ({reason})",
             name=name,
-            remedy=f"fetch it again, or {CONVERT}",
+            remedy=f"download the file again, or {CONVERT}",
             code="damaged",
         ) from None
 
@@ -181,7 +181,7 @@ def check_size(width: int, height: int, name: str, limits: VideoLimits) -> None:
             f"its frames are {width}x{height} (width x height)",
             name=name,
             expected="sides above 0",
-            remedy=f"fetch it again, or {CONVERT}",
+            remedy=f"download the file again, or {CONVERT}",
             code="zero-side",
         )
     if width * height > limits.max_pixels:

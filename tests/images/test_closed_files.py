@@ -45,7 +45,7 @@ def from_path(picture: Path) -> Image.Image:
 
 @pytest.mark.parametrize("opened", [from_tar, from_zip, from_file, from_path])
 def test_a_closed_file_is_named_and_not_called_damaged(opened: object, picture: Path) -> None:
-    with pytest.raises(ImageError, match="closed before it was loaded") as caught:
+    with pytest.raises(ImageError, match="closed before Pillow loaded the image") as caught:
         load_image(opened(picture))  # type: ignore[operator]
     assert caught.value.code == "unreadable"
     assert "load() first" in caught.value.remedy

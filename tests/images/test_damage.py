@@ -71,7 +71,7 @@ def test_a_truncated_file_is_refused_and_never_filled_up(
         cut = data[: max(16, int(len(data) * part))]
         message = refusal("truncated", cut, name="holiday")
         assert message.startswith(f"holiday: a truncated {file_format}: it ends early")
-        assert f" {len(cut)} bytes. Fetch it again." in message
+        assert f" {len(cut)} bytes. Download the file again." in message
         assert someone_set_the_flag is ImageFile.LOAD_TRUNCATED_IMAGES
 
 
@@ -82,7 +82,7 @@ def test_a_truncated_lazy_pil_image_is_refused(
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     data = encode(chelsea(), file_format)
     picture = Image.open(io.BytesIO(data[: len(data) // 2]))
-    assert "Fetch it again" in refusal("truncated", picture)
+    assert "Download the file again" in refusal("truncated", picture)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 10, 19])
@@ -213,7 +213,7 @@ def test_running_out_of_memory_is_an_image_error(monkeypatch: pytest.MonkeyPatch
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, fail)
-            assert "Make it smaller" in refusal("memory", data)
+            assert "Make the image smaller" in refusal("memory", data)
 
 
 # Paths and other sources

@@ -173,7 +173,7 @@ def test_many_scans_that_each_add_something_are_refused() -> None:
 @pytest.mark.parametrize(
     ("marker", "depth", "kind"),
     [
-        (b"\xff\xc1", 12, "12 bits a sample"),
+        (b"\xff\xc1", 12, "12 bits per sample"),
         (b"\xff\xc3", 8, "lossless JPEG"),
         (b"\xff\xc5", 8, "hierarchical"),
     ],

@@ -115,7 +115,7 @@ def test_a_thin_picture_is_refused_before_it_is_decoded(monkeypatch: pytest.Monk
     for size in ((3, 900), (900, 3)):
         error = refused(saved(Image.new("L", size), "TIFF"))
         assert error.code == "ratio"
-        assert "Crop or pad it" in str(error)
+        assert "Crop or pad the image" in str(error)
 
 
 def slow_picture() -> bytes:

@@ -50,7 +50,7 @@ def code(data: bytes) -> str:
     with pytest.raises(ImageError) as caught:
         load_image(data, name="a.tif")
     assert "Convert it to PNG" in str(caught.value)
-    assert "fetch" not in str(caught.value).lower()
+    assert "download" not in str(caught.value).lower()
     return caught.value.code
 
 

@@ -78,7 +78,7 @@ def test_a_store_whose_listing_never_ends_is_named(
 
     monkeypatch.setattr(storage, "files_of", lambda address: (Files(), address[5:]))
     monkeypatch.setattr("qwen_vit.inputs.remote.find_object", lambda _: None)
-    with pytest.raises(ExportError, match="its listing does not go on"):
+    with pytest.raises(ExportError, match="the store sends no next page of its listing"):
         list(find_items(["s3://bucket/photos/"]))
 
 

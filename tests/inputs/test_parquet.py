@@ -223,7 +223,7 @@ def test_a_file_that_is_no_parquet_becomes_one_failure(parquet_dir: Path) -> Non
         [item] = items("x.parquet")
         error = failure(item)
         assert (item.id, error.code) == ("x.parquet", "damaged"), content
-        assert error.remedy == "" or "fetch the file again" in str(error).lower()
+        assert error.remedy == "" or "download the file again" in str(error).lower()
 
 
 @pytest.mark.parametrize("plain_footer", [False, True])

@@ -46,7 +46,7 @@ def test_a_path_counts_where_there_are_no_bytes(encoder: VisionEncoder, tmp_path
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        ({"bytes": None, "path": None}, "both are None"),
+        ({"bytes": None, "path": None}, "both values are None"),
         ({}, "0 images; its keys are none"),
         ({"label": 3, "text": "x"}, "'label', 'text'"),
         ({"a": {"bytes": b"x"}, "b": {"path": "y"}}, "2 images"),

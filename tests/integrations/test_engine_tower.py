@@ -119,7 +119,7 @@ def test_half_of_an_update_is_refused_before_the_next_request() -> None:
 
 
 def test_grids_that_do_not_match_the_rows_are_refused() -> None:
-    with pytest.raises(ImageError, match="as grid_thw promises"):
+    with pytest.raises(ImageError, match="as grid_thw requires"):
         engine_tower(tiny())(float_rows()[:-4], GRIDS)
 
 

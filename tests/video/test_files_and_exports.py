@@ -158,7 +158,7 @@ def test_sglang_refuses_a_video_of_one_step_as_well() -> None:
     pair = VideoFeatures("pair.mp4", torch.ones(6, 8), (1, 4, 6))
     for clip in (pair, CLIP):
         with pytest.raises(
-            ArgumentError, match=r"\.mp4: its grid has . steps? in time, and SGLang"
+            ArgumentError, match=r"\.mp4: its grid has . time steps?, and SGLang"
         ):
             to_sglang([clip])
 

@@ -33,7 +33,7 @@ def to_sglang(features: AnyFeatures) -> list[dict[str, Any]]:
     for image, (t, _, _) in zip(images, grids.tolist(), strict=True):
         if t != 1 or isinstance(image, VideoFeatures):
             raise ArgumentError(
-                f"its grid has {plural(t, 'step')} in time, and SGLang runs its tower on a "
+                f"its grid has {plural(t, 'time step')}, and SGLang runs its tower on a "
                 "video's features",
                 name=image.id,
                 expected="an image with one time step",

@@ -62,8 +62,9 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
             ) from error
         if version("sglang") not in RUN_WITH:
             logger.warning(
-                "qwen_vit was tested with SGLang %s, not with %s. It finds the names that it "
-                "needs, and continues.", " and ".join(RUN_WITH), version("sglang"),
+                "qwen_vit was tested with SGLang %s, not with %s. This version has the "
+                "names that qwen_vit needs, so qwen_vit continues.",
+                " and ".join(RUN_WITH), version("sglang"),
             )  # fmt: skip
         self._unwritten = {name for name, _ in self.visual.named_parameters()}
         self._is_prepared = False
@@ -121,8 +122,8 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
 def _as_published(vision_config: Any) -> dict[str, Any]:
     """Return the vision config without the padding that SGLang applies on a CPU.
 
-    On a CPU, SGLang replaces `num_heads` and `intermediate_size` by larger numbers. It keeps the
-    checkpoint's numbers as `original_num_heads` and `original_intermediate_size`.
+    On a CPU, SGLang replaces `num_heads` and `intermediate_size` by larger numbers. SGLang keeps
+    the checkpoint's numbers as `original_num_heads` and `original_intermediate_size`.
     """
     vision: dict[str, Any] = vision_config.to_dict()
     kept = {name.removeprefix(KEPT): vision[name] for name in vision if name.startswith(KEPT)}

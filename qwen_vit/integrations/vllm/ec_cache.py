@@ -121,7 +121,7 @@ def write_ec_cache(
 class EncoderCache(Mapping[str, CachedFeatures]):
     """Map image ids to the entries of an encoder cache, and check each entry on access.
 
-    `read_ec_cache` opens a cache. `cache[id]` raises KeyError for an unknown id. It raises
+    `read_ec_cache` opens a cache. `cache[id]` raises KeyError for an unknown id. `cache[id]` raises
     ExportError if the entry's file is missing or damaged, because vLLM would stop.
 
     Attributes:

@@ -107,8 +107,8 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
     def _hold(self, n_bytes: int, device: torch.device) -> None:
         """Allocate memory of the size that the graphs reserve, while vLLM measures.
 
-        vLLM 0.25 measures torch's allocated memory, which excludes the graphs' memory. The language
-        model's first call is part of the measurement, and the second call is not.
+        vLLM 0.25 measures torch's allocated memory, which excludes the graphs' memory. The
+        measurement includes the language model's first call, and excludes the second call.
         """
         held = [torch.empty(n_bytes, dtype=torch.uint8, device=device)]
         calls = iter(range(2))
@@ -173,8 +173,8 @@ def _puts_back_what_it_does_not_load() -> bool:
     """Return whether vLLM's reload accepts `weight_loader_numel` of 0 and then loads no parameter.
 
     The tower writes its parameters itself. Without this number vLLM also loads no parameter, but
-    warns "Failed to load weights" for each of the tower's layers. A field name identifies a vLLM
-    version with this rule.
+    warns "Failed to load weights" for each of the tower's layers. A field's name identifies vLLM
+    versions with this rule.
     """
     try:
         from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
@@ -206,7 +206,7 @@ if names := _missing_names():
     Qwen2_5_VLForConditionalGeneration = theirs.Qwen2_5_VLForConditionalGeneration  # type: ignore[misc]
 elif vllm.__version__.split("+")[0] not in RUN_WITH:
     logger.warning(
-        "qwen_vit was tested with vLLM %s, not with %s. It finds the names that it needs, and "
-        "continues.",
+        "qwen_vit was tested with vLLM %s, not with %s. This version has the names that "
+        "qwen_vit needs, so qwen_vit continues.",
         " and ".join(RUN_WITH), vllm.__version__,
     )  # fmt: skip
