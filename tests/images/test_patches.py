@@ -263,7 +263,7 @@ def test_no_patches_are_an_empty_set_of_the_right_shape() -> None:
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        (torch.zeros(15, 588, dtype=torch.uint8), "15 patches and the grids 16"),
+        (torch.zeros(15, 588, dtype=torch.uint8), "15 patches, and the grids have 16"),
         (torch.zeros(16, 588), "torch.float32"),
         (torch.zeros(16 * 588, dtype=torch.uint8), r"\(9408,\)"),
     ],
