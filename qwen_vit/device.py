@@ -1,4 +1,4 @@
-"""Choose an encoder's device and dtype, and check that the kernels support the tower there."""
+"""Choose an encoder's device and dtype, and check that the device's kernels support the tower."""
 
 import logging
 from functools import lru_cache

@@ -65,7 +65,7 @@ Videos: TypeAlias = VideoSource | Video | Iterable[VideoSource | Video]
 
 
 class EncodeOptions(TypedDict, total=False):
-    """List the options of `encode` and `encode_iter` that do not decide the result's type."""
+    """List the options of `encode` and `encode_iter` that do not change the result's type."""
 
     output: FeatureOutput
     normalize: bool
@@ -79,7 +79,7 @@ class EncodeOptions(TypedDict, total=False):
 
 
 def is_one_image(images: object) -> bool:
-    """Return whether this is one image, not an iterable or a stack of images.
+    """Return whether `images` is one image, not an iterable or a stack of images.
 
     >>> is_one_image("a.jpg"), is_one_image(["a.jpg"]), is_one_image(np.zeros((2, 28, 28, 3)))
     (True, False, False)
@@ -90,7 +90,7 @@ def is_one_image(images: object) -> bool:
 
 
 def is_single_still(images: Any) -> bool:
-    """Return whether this is one image, or a list of one, and no video.
+    """Return whether `images` is one image, or a list of one image, and no video.
 
     >>> is_single_still("a.jpg"), is_single_still(["a.jpg", "b.jpg"]), is_single_still("a.mp4")
     (True, False, False)
@@ -172,10 +172,10 @@ class ImageLoader:
 
     With `on_gpu`, images come as decoded pictures, which the GPU resizes and cuts. With
     `is_lent`, the caller does not change its PIL images before their features arrive.
-    `video` contains the options of videos without their own. `as_video` makes animations videos.
-    `video_threads` is the number of threads that decode one video. The loader cuts a video file of
-    more than `piece_patches` into pieces. The loader returns the first pieces while threads decode
-    later pieces. If `piece_patches` is None, the loader cuts no video.
+    `video` contains the options for videos that have no options. `as_video` makes animations
+    videos. `video_threads` is the number of threads that decode one video. The loader cuts a video
+    file of more than `piece_patches` into pieces. The loader returns the first pieces while threads
+    decode later pieces. If `piece_patches` is None, the loader cuts no video.
     """
 
     config: VisionConfig

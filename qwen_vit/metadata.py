@@ -24,8 +24,8 @@ def origin_metadata(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Return all facts that decide an embedding's values, as JSON. None marks a value that does not
-    apply.
+    """Return all facts that determine an embedding's values, as JSON. None marks a value that does
+    not apply.
     """
     return {
         "model": origin.name,
@@ -50,7 +50,7 @@ def origin_metadata(
 
 
 def decoder_versions() -> dict[str, str | None]:
-    """Return the versions of the libraries that Pillow decodes with, which decide the pixels."""
+    """Return the versions of Pillow's decoding libraries, because the pixels depend on them."""
     return {name: pillow.version(theirs) for name, theirs in DECODERS.items()}
 
 

@@ -2,8 +2,8 @@
 
 `models--ORG--NAME/qwen_vit/COMMIT/` in the Hub's cache contains the config files,
 vision.safetensors and manifest.json. The manifest records the size and sha256 of each file. A
-writer fills a folder under another name, and then renames the complete folder. No reader, crash or
-other process therefore sees a partial folder.
+writer fills a folder under another name, and then renames the complete folder. A reader, also after
+a crash, therefore finds no partial folder.
 """
 
 import errno
@@ -130,8 +130,8 @@ def check(folder: Path) -> dict[str, str] | None:
     """Hash each file again. Return the checks by name, or None without a record.
 
     Our own folder has a manifest. A snapshot in the Hub's cache has links to files whose names are
-    digests. The digest is sha256 for large files and git's sha1 for others. Raises CheckpointError
-    for any difference.
+    digests. The digest is sha256 for large files and git's sha1 for other files. Raises
+    CheckpointError for any difference.
     """
     if (folder / MANIFEST_FILE).is_file():
         manifest = find(folder)

@@ -126,7 +126,8 @@ class Checkpoint:
         return self.tensors.sha256()
 
     def locate(self, name: str) -> str:
-        """Return a tensor's file, the file's size, and the tensor's name there, for messages."""
+        """Return a tensor's file, the file's size, and the tensor's name in the file, for
+        messages."""
         return self.tensors.locate(name)
 
 

@@ -99,7 +99,7 @@ class LazyTensors(PublishedTensors[StoredTensor]):
         self._open_files: dict[Path, tuple[Any, os.stat_result]] = {}
 
     def locate(self, name: str) -> str:
-        """Return each part's file, the file's size, and the part's name there."""
+        """Return each part's file, the file's size, and the part's name in the file."""
         return " with ".join(
             f"{source.path} ({self._open(source)[1].st_size} bytes): {source.name}"
             for source in self._parts[name]

@@ -1,8 +1,8 @@
 """Write published tensors, in any order and in parts, into a tower's parameters.
 
 An inference engine loads weights itself and passes them on while it reads. A trainer sends new
-weights while the tower serves. The parameters keep their memory, so a captured CUDA graph remains
-valid.
+weights while the tower is in use. The parameters keep their memory, so a captured CUDA graph
+remains valid.
 """
 
 from collections.abc import Iterable, Mapping
@@ -39,7 +39,7 @@ class WeightUpdates:
     Args:
         tower: the `VisionTower`, whose parameters this class writes in place.
         config: the tower's architecture.
-        image_config: the image settings, which decide the weights for uint8 pixels.
+        image_config: the image settings, on which the weights for uint8 pixels depend.
     """
 
     def __init__(
@@ -127,8 +127,8 @@ class WeightUpdates:
     def _parameter(self, name: str) -> Tensor:
         """Return the parameter to write a value into.
 
-        While vLLM reloads weights, the tower contains meta tensors as placeholders. vLLM puts the
-        parameters back at the end. vLLM would drop a value in a placeholder.
+        While vLLM reloads weights, the tower contains meta tensors as placeholders. vLLM restores
+        the parameters at the end, and would lose a value in a placeholder.
         """
         found = self._tower.get_parameter(name)
         return self._parameters[name] if found.is_meta else found

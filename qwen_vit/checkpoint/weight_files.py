@@ -34,7 +34,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", ADAPTER_CONFIG)
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Locate a tensor in a file: the file, its name there, and its header entry."""
+    """Locate a tensor in a file: the file, the tensor's name in the file, and its header entry."""
 
     path: Path
     name: str
@@ -228,7 +228,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def is_plain_basename(name: str) -> bool:
-    """Return whether this is a safetensors file's name, not a path or an address.
+    """Return whether `name` is a safetensors file's name, not a path or an address.
 
     >>> is_plain_basename("model-00001-of-00005.safetensors"), is_plain_basename("../a.safetensors")
     (True, False)

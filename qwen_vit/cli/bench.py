@@ -35,7 +35,7 @@ __all__ = ["bench"]
 def bench(
     model: str, workloads: tuple[str, ...], plain: bool, as_json: bool, **loading: Any
 ) -> None:
-    """Time the tower on this GPU with random pixels and compare it with the GPU's roofline.
+    """Time the tower on this GPU with random pixels, and compare the time with the GPU's roofline.
 
     \b
     qwen-vit bench --model Qwen/Qwen2.5-VL-7B-Instruct

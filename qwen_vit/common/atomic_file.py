@@ -139,8 +139,8 @@ def cannot_write(path: Path, error: OSError) -> ExportError:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder. New names in the folder then survive a power cut, if the file system supports
-    this."""
+    """Flush a folder. After a power cut, the folder then still has its new names, if the file
+    system supports such a flush."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,7 +17,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """Hold the difference between our pixels and one Hugging Face processor's.
+    """Hold the difference between our pixels and the pixels of one Hugging Face processor.
 
     `values_differ` counts the pixel values, out of `values`, with a different grey level.
     `largest_levels` is the largest difference, out of 255. Both numbers are None if the grids
@@ -162,7 +162,7 @@ class ImageComparison:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """Hold the results for all images. `passed` decides the exit code."""
+    """Hold the results for all images. `passed` determines the exit code."""
 
     facts: dict[str, Any]  # model, device, dtype, attention, processor, versions, golden, weights
     images: tuple[ImageComparison, ...]

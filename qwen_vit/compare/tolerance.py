@@ -1,6 +1,6 @@
 """Measure how much two results differ, and compare the difference with a tolerance.
 
-Each tolerance follows from the error of Hugging Face's own result against a float64 oracle. The
+Each tolerance depends on the error of Hugging Face's own result against a float64 oracle. The
 command prints the tolerance beside the measured value.
 """
 

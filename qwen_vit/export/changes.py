@@ -30,8 +30,8 @@ class InputChanges:
         replaced: objects in a store whose version changed.
         gone: images of the export that the new listing lacks.
         same: images whose place is unchanged.
-        is_reordered: whether the same images have a new order, which decides a first listing's
-            shards.
+        is_reordered: whether the same images have a new order, on which a first listing's shards
+            depend.
     """
 
     new: list[Item] = field(default_factory=list)

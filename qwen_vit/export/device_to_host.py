@@ -36,7 +36,7 @@ class HostCopy(NamedTuple):
 
 
 class HostCopier:
-    """Copy embeddings to the CPU in the stored dtype, on a separate stream from the encoder's."""
+    """Copy embeddings to the CPU in the stored dtype, on a stream that the encoder does not use."""
 
     def __init__(self, device: torch.device, form: RowFormat) -> None:
         self._form = form

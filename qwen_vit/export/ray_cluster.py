@@ -1,7 +1,8 @@
 """Run an export on a Ray cluster. Workers make the shards, and this process counts the shards.
 
 Ray restarts dead workers, on another node if needed, and retries their tasks. A retry is safe,
-because a shard exists completely or not at all. The plan decides the bytes for every worker.
+because a shard exists completely or not at all. For every worker, the bytes depend only on the
+plan.
 """
 
 import logging

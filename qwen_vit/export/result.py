@@ -23,7 +23,7 @@ class ExportReport:
         exported: the number of these images with features.
         failed: the number of failed images, by error code.
         failed_earlier: the number of these images that failed before this run.
-        resumed: the number of images that earlier runs exported or tried.
+        resumed: the number of images that earlier runs exported or failed to export.
         rows: the number of rows in the part's shards.
         bytes: the number of bytes in the part's shards.
         seconds: the duration of this run, in seconds.

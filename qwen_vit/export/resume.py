@@ -24,7 +24,7 @@ class StartOptions:
     Attributes:
         model: a repository, a folder, or "tiny".
         loading: other arguments of `VisionEncoder.from_pretrained`.
-        options: the options that decide the shards' content.
+        options: the options that determine the shards' content.
     """
 
     model: str

@@ -1,8 +1,8 @@
 """Write the settings of a new export, and compare the settings of a resumed export.
 
-`export.json` contains all settings that decide a shard's bytes: the model, its hashes, the options
-and the listing's hash. Every shard repeats these settings. `export.json` also names later listings,
-later accepted versions and the inputs, which no shard repeats.
+`export.json` contains all settings that determine a shard's bytes: the model, its hashes, the
+options and the listing's hash. Every shard repeats these settings. `export.json` also names later
+listings, later accepted versions and the inputs, which no shard repeats.
 """
 
 import json
@@ -97,7 +97,7 @@ def make_settings(
 
 
 def _video_policy(options: ExportOptions) -> dict[str, Any]:
-    """Return the settings that turn videos into patches. PyAV's version decides the pixels."""
+    """Return the settings that turn videos into patches. The pixels depend on PyAV's version."""
     return {
         **asdict(options.video),
         "as_video": options.as_video,

@@ -1,8 +1,8 @@
-"""Record the images that a process is decoding, in a file that survives a killed process.
+"""Record the images that a process is decoding, in a file that remains if the process is killed.
 
-An image can kill the decoding process, because the system runs out of memory or a decoder crashes.
-A resumed export first decodes such images in a child process. The same image therefore cannot kill
-the export again.
+An image can end the decoding process, because the system runs out of memory or a decoder crashes. A
+resumed export first decodes such images in a child process. The same image therefore cannot end the
+export again.
 """
 
 import fcntl

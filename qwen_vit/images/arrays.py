@@ -104,7 +104,7 @@ def _float_to_uint8(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
         nan = int(np.isnan(array).sum())
         infinite = int(array.size - finite.sum()) - nan
         raise ImageError(
-            f"contains {nan} NaN and {infinite} infinite of {array.size} values",
+            f"contains {nan} NaN and {infinite} infinite values, of {array.size}",
             name=name,
             remedy="replace these values, for example with numpy.nan_to_num",
             code="array-not-finite",

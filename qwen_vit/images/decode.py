@@ -246,7 +246,7 @@ def _strictly() -> Iterator[None]:
     """Decode with Pillow's LOAD_TRUNCATED_IMAGES at False, and restore it afterwards.
 
     The flag is process-wide, and other libraries set it. The flag is False while any thread decodes
-    here.
+    in this block.
     """
     with _Strictness.lock:
         if _Strictness.threads == 0:
@@ -282,7 +282,7 @@ def _load(
 def _prepare_tiff(image: TiffImagePlugin.TiffImageFile, name: str, limits: ImageLimits) -> None:
     """Check the strips, and allocate the image first, because Pillow warns above its own limit.
 
-    Pillow would leave the area of strips that the file does not list black.
+    If the file does not list a strip, Pillow would leave the strip's area black.
     """
     width, height = image._tile_size
     check_pixels(width, height, name, limits)
@@ -312,8 +312,8 @@ def _check_icons(data: bytes, name: str, limits: ImageLimits) -> None:
 
 def _frame_notes(image: Image.Image) -> tuple[str, ...]:
     """Return a note on the number of frames, if the header gives it. Call this function last,
-    because it seeks. A damaged later frame does not matter. Counting the frames of a GIF or TIFF
-    would read the whole file.
+    because it changes the file's position. A damaged later frame does not matter. Counting the
+    frames of a GIF or TIFF would read the whole file.
     """
     try:
         with _strictly():

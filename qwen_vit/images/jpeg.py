@@ -196,7 +196,7 @@ def _judge(jpeg: JpegFile, warning: str, name: str) -> tuple[str, ...]:
 
 def _is_padding(jpeg: JpegFile, count: int) -> bool:
     """Return whether the bytes after the last block repeat one value, and the repetition starts
-    there.
+    after that block.
 
     If the run of this value is longer, libjpeg decoded the last blocks from the run, so the file
     has a hole.

@@ -1,7 +1,7 @@
 """Load any kind of image as RGB uint8, with the same rules for every source.
 
-The rules are the same for a path, bytes, a PIL image and an array. The content alone decides the
-format. An animation gives its first frame. The loader applies EXIF orientation, composites
+The rules are the same for a path, bytes, a PIL image and an array. The format depends only on the
+content. An animation gives its first frame. The loader applies EXIF orientation, composites
 transparency on white, and keeps the high byte of 16-bit samples. The loader converts all colour
 modes to RGB. The loader ignores embedded ICC profiles, as the reference processor does.
 """

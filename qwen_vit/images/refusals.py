@@ -9,7 +9,7 @@ def truncated(file_format: str, name: str, what: str = "it ends early") -> Image
     """Return the error for a file that lacks a part of its pixels.
 
     >>> print(truncated("PNG", "a.png"))
-    a.png: a truncated PNG: it ends early. Fetch it again.
+    a.png: a truncated PNG: it ends early. Download the file again.
     """
     return ImageError(
         f"a truncated {file_format}: {what}",
@@ -37,7 +37,7 @@ def too_slow(fact: str, name: str, expected: str) -> ImageError:
     """Return the error for a file that needs far more decoding work than other images of its size.
 
     >>> print(too_slow("a JPEG of 5,000 scans", "a.jpg", "at most 100"))
-    a.jpg: a JPEG of 5,000 scans. Expected at most 100. Open and save it in an image editor.
+    a.jpg: a JPEG of 5,000 scans. Expected at most 100. Open and save the file in an image editor.
     """
     return ImageError(
         fact,
@@ -52,7 +52,7 @@ def too_much_memory(name: str) -> ImageError:
     """Return the error for a file whose decoding runs out of memory.
 
     >>> print(too_much_memory("a.png"))
-    a.png: does not fit into memory when decoded. Make it smaller.
+    a.png: does not fit into memory when decoded. Make the image smaller.
     """
     return ImageError(
         "does not fit into memory when decoded",

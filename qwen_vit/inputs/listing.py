@@ -65,7 +65,7 @@ class Item:
 
     @property
     def is_video(self) -> bool:
-        """Return whether the file's name is a video's. For a row of a Parquet file, only reading
+        """Return whether the file has a video's name. For a row of a Parquet file, only reading
         shows the kind.
 
         >>> Item("clip.mp4", "/data/clip.mp4").is_video, Item("a", "/data/a.jpg").is_video

@@ -1,8 +1,8 @@
 """Read rows of Parquet files as a stream.
 
 The reader reads row groups forward, page by page, and only the pages of one column. Loader threads
-request rows in about the order of the listing. A few readers per process therefore serve all
-threads.
+request rows in about the order of the listing. All threads of a process therefore share a few
+readers.
 """
 
 import os

@@ -72,8 +72,8 @@ def rows_and_grids(features: AnyFeatures) -> tuple[list[Tensor], Tensor]:
 def split_videos(
     features: AnyFeatures, videos: AnyFeatures, second_per_grid_ts: Sequence[float] = ()
 ) -> tuple[list[Found], list[Found], list[float]]:
-    """Split features into images, videos, and seconds per video. Passed seconds precede the video's
-    own seconds.
+    """Split features into images, videos, and seconds per video. Seconds that the caller passes
+    replace a video's own seconds.
 
     >>> clip = VideoFeatures("a.mp4", torch.ones(6, 8), (1, 4, 6), second_per_grid_t=0.5)
     >>> pictures, clips, seconds = split_videos([clip], [])

@@ -29,7 +29,7 @@ else:
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Return whether the device has Hopper's own instructions. Newer GPUs lack these
+    """Return whether the device has the instructions that only Hopper has. Newer GPUs lack these
     instructions."""
     return torch.cuda.get_device_capability(device) == (9, 0)
 
@@ -63,8 +63,8 @@ def hold_barriers(barriers):
     The compiler reuses shared memory after the last use in the code. If a kernel variant never
     waits for a barrier, the last use is the barrier's creation. The hardware keeps a barrier until
     an invalidation or the program's end. The hardware also writes the barrier back after another
-    process has used the GPU. Invalidating one barrier of each array here keeps the array allocated.
-    Invalidating all barriers adds 1 % to a small image's time.
+    process has used the GPU. This function invalidates one barrier of each array, which keeps the
+    array allocated. Invalidating all barriers adds 1 % to a small image's time.
     """
     for i in gl.static_range(len(barriers)):
         mbarrier.invalidate(barriers[i].index(0))

@@ -80,7 +80,7 @@ class _Integers:
         return sum((length - 1) * step for length, step in lengths)
 
     def to(self, dtype: torch.dtype) -> "_Integers":
-        """Return the integers unchanged, because every integer here has 64 bits."""
+        """Return the integers unchanged, because every integer in this interpreter has 64 bits."""
         return self
 
     def __getitem__(self, key: Any) -> "_Integers":

@@ -103,7 +103,7 @@ def _load_tile(
     """Load a tile of a matrix (n_rows, n_columns); 0 beyond the edges.
 
     With TMA, `matrix` is a tensor descriptor, otherwise a pointer. GPUs without TMA would load a
-    descriptor's tiles without a pipeline. WHOLE says that tiles fill every row.
+    descriptor's tiles without a pipeline. If WHOLE is set, tiles fill every row.
     """
     if TMA:
         b_tile = matrix.load([i_row, i_column])  # [ROWS, COLUMNS]
@@ -123,7 +123,7 @@ def _store_tile(
     matrix, b_tile, i_row, i_column, n_rows, n_columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Round a tile to the matrix's type and store it; return the rounded tile."""
+    """Round a tile to the matrix's type, store the rounded tile and return it."""
     if TMA:
         b_tile = b_tile.to(matrix.dtype)
         matrix.store([i_row, i_column], b_tile)

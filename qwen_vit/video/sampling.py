@@ -2,9 +2,9 @@
 
 Sources: qwen-vl-utils 0.0.14, vision_process.py (smart_nframes, calculate_video_frame_range,
 fetch_video); transformers 5.23, models/qwen2_vl/video_processing_qwen2_vl.py (sample_frames,
-resize). Every expression keeps the sources' order of operations, because a rounded float decides
-which frame to sample. Like both libraries, this module computes the positions in float32 with
-torch.
+resize). Every expression keeps the sources' order of operations, because the sampled frame may
+depend on the last bit of a float. Like both libraries, this module computes the positions in
+float32 with torch.
 """
 
 import math
@@ -84,7 +84,8 @@ def shown_frames(
     [0, 0, 0]
 
     At a constant rate, even with jitter, the frame index equals the sampler's index. If the rate
-    varies, a sampler's index stands for a time, and the frame is the visible frame at that time.
+    varies, the function converts a sampler's index to a time, and takes the visible frame at that
+    time.
     """
     moments = np.arange(timeline.n_frames) / timeline.rate
     if np.all(np.abs(seconds - moments) < 0.5 / timeline.rate):

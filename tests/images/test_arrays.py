@@ -127,7 +127,7 @@ def test_nan_and_infinity_are_counted() -> None:
     array = np.zeros((8, 8, 3), np.float32)
     array[0, 0], array[1, 0, 0] = np.nan, np.inf
     message = refusal("array-not-finite", array)
-    assert "3 NaN and 1 infinite of 192 values" in message
+    assert "3 NaN and 1 infinite values, of 192" in message
     assert "nan_to_num" in message
 
 

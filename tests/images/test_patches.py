@@ -278,7 +278,7 @@ def test_patches_of_another_size_are_refused() -> None:
     small = Patches(torch.zeros(4, 192, dtype=torch.uint8), (Grid(1, 2, 2),))
     with pytest.raises(ImageError, match=r"\[192, 588\] values"):
         Patches.cat([patchify(noise(56, 56), image_config()), small])
-    with pytest.raises(ImageError, match="hold 192 values, the configuration's hold 588"):
+    with pytest.raises(ImageError, match="have 192 values, but the configuration has 588"):
         small.to_rows(image_config())
 
 

@@ -179,7 +179,7 @@ def test_a_closed_or_empty_pil_image_is_refused() -> None:
             pass
         message = refusal("unreadable", picture)
         assert name in message
-        assert "Call its load() first, or pass the path" in message
+        assert "Call the image's load() first, or pass the path" in message
     with Image.open(IMAGES / "rocket.jpg") as loaded:
         loaded.load()
     assert load_image(loaded).pixels.shape == (427, 640, 3)

@@ -190,7 +190,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None
 
 
 def test_a_part_without_frames_and_too_many_frames_are_errors_with_codes() -> None:
-    with pytest.raises(ImageError, match=r"a\.mp4: from 60") as outside:
+    with pytest.raises(ImageError, match=r"a\.mp4: fewer than two of its 300 frames") as outside:
         sample_frames(Timeline(300, 30.0), VideoOptions(start=60.0), "a.mp4")
     assert outside.value.code == "video-range"
     with pytest.raises(ImageError, match="400 of 300") as many:
