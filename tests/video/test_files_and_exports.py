@@ -157,9 +157,7 @@ def test_vllm_takes_videos_with_their_own_seconds() -> None:
 def test_sglang_refuses_a_video_of_one_step_as_well() -> None:
     pair = VideoFeatures("pair.mp4", torch.ones(6, 8), (1, 4, 6))
     for clip in (pair, CLIP):
-        with pytest.raises(
-            ArgumentError, match=r"\.mp4: its grid has . time steps?, and SGLang"
-        ):
+        with pytest.raises(ArgumentError, match=r"\.mp4: its grid has . time steps?, and SGLang"):
             to_sglang([clip])
 
 
