@@ -1,8 +1,7 @@
 """Run an export on a Ray cluster. Workers make the shards, and this process counts the shards.
 
 Ray restarts dead workers, on another node if needed, and retries their tasks. A retry is safe,
-because a shard exists completely or not at all. For every worker, the bytes depend only on the
-plan.
+because a shard exists completely or not at all. The bytes depend only on the plan.
 """
 
 import logging
