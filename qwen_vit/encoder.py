@@ -320,7 +320,8 @@ class VisionEncoder(LoadedTower):
         limits: ImageLimits | None, video_limits: VideoLimits | None, formats: Iterable[str],
         frames: Pages, decode_threads: int | None,
     ) -> Iterator[ImageFeatures | FailedImage]:  # fmt: skip
-        """Encode as `encode_iter` does. With `is_lent`, no PIL image changes before the end."""
+        """Encode as `encode_iter` does. With `is_lent`, the caller changes no PIL image before the
+        end."""
         outputs = OutputOptions.checked(output, normalize, layers, self.config.depth)
         limits = ImageLimits() if limits is None else limits
         if formats:

@@ -191,7 +191,7 @@ def _mark(repository: Path, path: Path, digest: str) -> Path:
 
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let one process fill `folder` while others wait.
+    """Let one process fill `folder` while other processes wait.
 
     The lock only saves bandwidth. On a file system without effective locks, processes download in
     parallel. The first process to finish keeps its folder.
@@ -350,8 +350,8 @@ def _owner() -> str:
 
 
 def _process_space() -> str:
-    """Return the machine's boot and the container. Process ids are unique within one boot and one
-    container."""
+    """Return an id of the machine's boot and of the container. Process ids are unique within one
+    boot and one container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]

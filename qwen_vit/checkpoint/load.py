@@ -194,7 +194,8 @@ def find_tower(folder: Path, remote: RemoteFiles | None = None) -> Tower:
 
 
 def config_hash(config: VisionConfig, image_config: ImageConfig) -> str:
-    """Return a sha256 of both configs' values. The spelling in the files does not matter."""
+    """Return a sha256 of both configs' values. The hash does not depend on the spelling in the
+    files."""
     both = {"vision": config.to_json(), "image": image_config.to_json()}
     return hashlib.sha256(json.dumps(both, sort_keys=True).encode()).hexdigest()
 

@@ -26,7 +26,8 @@ Part = TypeVar("Part")
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Return a sha256 of the names, types, shapes and bytes. Files and device do not matter.
+    """Return a sha256 of the names, types, shapes and bytes. The hash does not depend on the files
+    and the device.
 
     >>> weights_hash({"a": torch.zeros(2)}) == weights_hash({"a": torch.zeros(2)})
     True

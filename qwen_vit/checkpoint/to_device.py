@@ -33,7 +33,8 @@ class _Span(NamedTuple):
 
 
 def to_device(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Yield tensors on a device in order, on a GPU's current stream. Copy only if necessary.
+    """Yield tensors on a device in order, on a GPU's current stream. Copy a tensor only if
+    necessary.
 
     >>> [tensor.item() for tensor in to_device([torch.ones(())], torch.device("cpu"))]
     [1.0]

@@ -250,7 +250,7 @@ def video_options(command: Command) -> Command:
         ),
         click.option(
             "--sampling", type=click.Choice(["qwen", "transformers"]), default="qwen",
-            show_default=True, help="Follow this library's video frames and sizes.",
+            show_default=True, help="Sample and resize videos like this library.",
         ),
     )  # fmt: skip
     for option in reversed(options):

@@ -60,7 +60,7 @@ class _Point(click.ParamType[tuple[float, float]]):
 )
 @click.option(
     "--output", type=click.Choice(["patch", "merged"]), default="patch", show_default=True,
-    help="Draw a cell for 14 pixels, or for the 28 pixels of a language model's token.",
+    help="Draw one cell per 14 pixels, or per 28 pixels, the side of a language model's token.",
 )  # fmt: skip
 @click.option(
     "--layer", type=click.IntRange(min=0),

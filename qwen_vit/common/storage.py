@@ -271,7 +271,7 @@ def _range_of_s3(files: Any, path: str, start: int, end: int, version: str | Non
 
 
 def _only_version(file: Any, path: str, size: int, version: str | None) -> None:
-    """Make an open S3 object read only this version. None allows any version."""
+    """Limit an open S3 object to this version. None allows any version."""
     file.details = {"name": path, "size": size, "ETag": version}
     if version is not None:
         file.read_kw = {**file.read_kw, "IfMatch": version}

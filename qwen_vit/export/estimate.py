@@ -63,11 +63,12 @@ class Estimate:
         unreadable: the number of unfinished images with an unreadable header or too many pixels.
         rows: the number of rows in the whole export.
         bytes: the number of bytes in all files of the whole export.
-        seconds: the encoder time for the images to do, in seconds, or None without a timed image.
+        seconds: the encoder time for the unfinished images, in seconds, or None without a timed
+            image.
         is_sample: whether the counts come from a sample of the images.
         done: the number of images whose features are in existing shards.
         failed: the number of images that failed earlier, from existing shards.
-        missing: the number of images to do whose file does not exist.
+        missing: the number of unfinished images whose file does not exist.
     """
 
     images: int
@@ -96,7 +97,7 @@ def estimate_export(
 ) -> Estimate:
     """Count images, rows and bytes, and time a few images. Write nothing.
 
-    The function counts images to do from their headers, and other images from their shards.
+    The function counts unfinished images from their headers, and other images from their shards.
 
     >>> encoder = VisionEncoder.from_pretrained("tiny")
     >>> estimate_export(encoder, ["tests/photographs/rocket.jpg"]).rows
@@ -184,7 +185,8 @@ class _Work:
 
 
 class _Counts:
-    """Count an export's images. Headers give the images to do, and shards give the other images."""
+    """Count an export's images. Headers describe the unfinished images, and shards describe the
+    other images."""
 
     def __init__(self, encoder: VisionEncoder, options: ExportOptions) -> None:
         self._encoder, self._options = encoder, options
@@ -196,7 +198,8 @@ class _Counts:
         self._missing = self._unreadable = self._rows = self._bytes = 0
 
     def add(self, item: Item, shard: int = 0, is_current: bool = True) -> None:
-        """Count an image to do. An image that a later shard replaces still costs time and bytes."""
+        """Count an unfinished image. An image that a later shard replaces still costs time and
+        bytes."""
         self._images += is_current
         self._take_for_sample(item)
         n_patches = _patches(item, self._encoder.image_config, self._options)
@@ -269,8 +272,8 @@ def _seconds(
     """Return the seconds for the work, as the sum of the start, a time per batch and a time per
     patch.
 
-    The first timing loads kernels. The time of the first timing above the rates of the other
-    timings is the start.
+    The first timing loads kernels. The start is the part of the first timing that exceeds the rates
+    of the other timings.
 
     On a CPU, a batch of one small image takes 10 times as long per patch as a full batch. Exports
     have batches of both kinds. Each timing has more images than the previous one, until TIMING_S is

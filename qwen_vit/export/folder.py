@@ -1,7 +1,7 @@
 """Write an export to a folder on a disk or in object storage.
 
-The writer appends to files on a disk. In a local folder, a file has its final folder from the
-start. For object storage, files are in a scratch folder of this machine until `publish` uploads
+The writer appends to files on a disk. In a local folder, the writer creates each file in its final
+folder. For object storage, files are in a scratch folder of this machine until `publish` uploads
 each whole file. Every other part of an export is the same for both kinds of folders.
 """
 

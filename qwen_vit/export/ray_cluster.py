@@ -195,7 +195,7 @@ class _Worker:
         return estimate_plan(self._encoder, plan)
 
     def export(self, plan: ExportPlan, shard: int) -> tuple[DoneShard, dict[str, float]] | None:
-        """Write one shard. Return its rows of the manifest and its waits.
+        """Write one shard. Return the shard's rows of the manifest and the waits.
 
         Returns None if a caller called `stop` before the shard was complete.
         """

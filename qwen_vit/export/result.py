@@ -20,9 +20,9 @@ class ExportReport:
 
     Attributes:
         images: the number of images in the part.
-        exported: the number of these images with features.
+        exported: the number of images with features.
         failed: the number of failed images, by error code.
-        failed_earlier: the number of these images that failed before this run.
+        failed_earlier: the number of images that failed before this run.
         resumed: the number of images that earlier runs exported or failed to export.
         rows: the number of rows in the part's shards.
         bytes: the number of bytes in the part's shards.

@@ -249,7 +249,8 @@ def whole_numbers_in_pandas(schema: Any) -> Any:
 
 
 def unicode_text(text: str) -> str:
-    r"""Return text as Unicode, which Arrow requires, by escaping a name's odd bytes.
+    r"""Return text as Unicode, which Arrow requires. The function escapes bytes that are not
+    Unicode.
 
     >>> print(unicode_text(os.fsdecode(b"caf\xe9.jpg")))
     caf\udce9.jpg

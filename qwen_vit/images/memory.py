@@ -111,7 +111,8 @@ def set_decoding_memory(n_bytes: int | None) -> None:
 
 
 def available_bytes() -> int:
-    """Return the memory that the machine, control group and process limit leave, in bytes.
+    """Return the available memory within the limits of machine, control group and process, in
+    bytes.
 
     >>> available_bytes() > 0
     True
@@ -125,7 +126,8 @@ def _of_machine() -> int | None:
 
 
 def _of_process() -> Iterator[int]:
-    """Yield the memory that the process's own limits leave (`ulimit -v` and `ulimit -d`)."""
+    """Yield the memory that the process's own limits leave available (`ulimit -v` and `ulimit
+    -d`)."""
     for limit, label in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
         soft, _ = resource.getrlimit(limit)
         if soft != resource.RLIM_INFINITY:
@@ -146,7 +148,8 @@ def _first_number(path: Path, label: str) -> int | None:
 
 
 def _of_control_groups() -> Iterator[int]:
-    """Yield the memory that the process's control group and its parents leave (cgroup v2 or v1)."""
+    """Yield the memory that the process's control group and its parents leave available (cgroup v2
+    or v1)."""
     with suppress(OSError, ValueError):
         for line in OWN_GROUPS.read_text().splitlines():
             _, controllers, group = line.split(":", 2)
@@ -164,8 +167,8 @@ def _of_control_groups() -> Iterator[int]:
 
 
 def _left(group: Path, limit: str, used: str, cache: str) -> Iterator[int]:
-    """Yield the memory that a group leaves. The group's inactive page cache counts as free, because
-    the system drops this cache."""
+    """Yield the memory that a group leaves available. The group's inactive page cache counts as
+    free, because the system drops this cache."""
     with suppress(OSError, ValueError):  # "max" is not a number
         left = int((group / limit).read_text()) - int((group / used).read_text())
         yield max(1, left + (_first_number(group / "memory.stat", cache) or 0))

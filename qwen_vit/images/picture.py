@@ -110,7 +110,7 @@ def resizes_on(device: torch.device) -> bool:
 
 
 def _parts(rgb: Image.Image) -> tuple[Image.Image, ...]:
-    """Return a picture, or copies of bands of rows that fit a block of memory each."""
+    """Return a picture, or copies of its bands of rows. Each band fits a block of memory."""
     n_bytes = PIXEL_BYTES * rgb.width * rgb.height
     if n_bytes <= BLOCK_BYTES:
         return (rgb,)

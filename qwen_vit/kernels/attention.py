@@ -1,7 +1,7 @@
 """Compute variable-length flash attention with 2D RoPE in registers, with three Triton kernels.
 
-`_window_attention` handles segments whose keys fit one tile. The keys are the query rows. The
-kernel applies RoPE to Q and K with the same angles while it loads Q and K.
+`_window_attention` handles segments whose keys fit one tile. In this kernel, the keys are the query
+rows. The kernel applies RoPE to Q and K with the same angles while it loads Q and K.
 
 `_full_attention` handles segments with several key tiles. The kernel applies RoPE to Q while it
 loads Q, and keeps Q in registers. `_rotate_keys` applies RoPE to K once beforehand. Inside the key
@@ -244,8 +244,8 @@ def _store(
 def _ranges_of_program(tiles, H: tl.constexpr):
     """Return the first and last query row and key row of a program. A padding tile has no rows.
 
-    Each (tile, head) has one program. Heads vary fastest, so that neighbours share a row's cache
-    lines. A tile's start is in int64, and rows inside the tile are in int32.
+    Each (tile, head) has one program. Heads vary fastest, so that neighbouring programs share a
+    row's cache lines. A tile's start is in int64, and rows inside the tile are in int32.
     """
     p_tile = tiles + (tl.program_id(0) // H).to(tl.int64) * 4
     q_begin = tl.load(p_tile).to(tl.int64)

@@ -28,7 +28,7 @@ class PrincipalColours:
     (2, 3, 3)
 
     The first component sets the lightness, the second blue to yellow, and the third green to red.
-    The usual choice of red, green and blue would lose more for colour-blind readers. Most
+    With the usual red, green and blue, colour-blind readers would distinguish fewer colours. Most
     colour-blind readers confuse red and green, so the third component, with the least variance,
     uses these colours.
 
@@ -104,7 +104,7 @@ def _float(features: Tensor) -> Tensor:
 
 
 def _rows(maps: Sequence[Tensor]) -> Tensor:
-    """Return all cells' features, or an evenly spaced sample that is enough for the components."""
+    """Return all cells' features, or an evenly spaced sample from which to fit the components."""
     counts = [each.numel() // each.shape[-1] for each in maps]
     step = -(-sum(counts) // MAX_FIT_ROWS)
     return torch.cat([_float(each.reshape(-1, each.shape[-1])[::step]) for each in maps])

@@ -39,7 +39,7 @@ class PageText:
         notices: warnings at the top of the page, for example that weights are random.
         cell: the name of a map's cell, for example "merged token of 28 x 28 pixels".
         window_px: the size of a window, such as "112 x 112 pixels".
-        full_attention: a sentence on the blocks that attend over the whole image.
+        full_attention: a sentence on the blocks that attend to the whole image.
         command: the command that creates the page again, or an empty text.
     """
 

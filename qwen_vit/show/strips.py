@@ -1,4 +1,4 @@
-"""Cut long pictures into strips, like text into lines, so that every part is visible."""
+"""Cut long pictures into strips, as text is broken into lines, so that every part is visible."""
 
 import math
 from dataclasses import dataclass
@@ -24,8 +24,7 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StripLayout:
-    """Define the positions of a picture's parts, for a whole picture or for strips below each
-    other.
+    """Define the positions of a picture's parts, for a whole picture or for strips.
 
     >>> StripLayout.of(30, 46, 8).is_cut
     False
