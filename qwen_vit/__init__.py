@@ -78,7 +78,7 @@ else:
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-        globals()[name] = value  # so that Python does not call this function again for it
+        globals()[name] = value  # so that Python does not call this function again for this name
         return value
 
     def __dir__():

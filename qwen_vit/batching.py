@@ -231,7 +231,7 @@ class BatchEncoder:
         except torch.cuda.OutOfMemoryError as cause:
             if len(pieces) == 1 and not isinstance(pieces[0].patches, Picture):
                 error = ImageError(
-                    f"its {sizes[0]} patches do not fit the memory of {self.device}",
+                    f"its {sizes[0]} patches do not fit into the memory of {self.device}",
                     name=pieces[0].name,
                     remedy=with_options("lower {}, or free memory there", "max_pixels"),
                     code="out-of-memory",

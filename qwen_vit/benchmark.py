@@ -169,7 +169,7 @@ def stage_work(config: VisionConfig, grids: Sequence[Grid]) -> dict[str, StageWo
 
 
 def _squared(length: int, window: int) -> int:
-    """Return the sum of squared lengths of the pieces of a side, cut by windows."""
+    """Return the sum of the pieces' squared lengths, for a side that windows cut into pieces."""
     return length // window * window**2 + (length % window) ** 2
 
 
@@ -234,7 +234,7 @@ def random_pixels(grids: Sequence[Grid], config: VisionConfig, device: torch.dev
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Describe one workload's GPU milliseconds, and derive ratios."""
+    """Describe one workload's GPU time in milliseconds, and derive ratios."""
 
     workload: str
     images: int

@@ -57,7 +57,7 @@ class Grid:
         return self.t * self.h * self.w
 
     def n_tokens(self, merge_unit: int) -> int:
-        """Return the number of merged tokens of all frames, with `merge_unit` patches each."""
+        """Return the number of merged tokens of all frames. Each token has `merge_unit` patches."""
         return self.n_patches // merge_unit
 
 

@@ -154,7 +154,7 @@ class QwenVitError(Exception):
 
     Args:
         fact: the fault, without a full stop.
-        name: the file, image or argument of the fact. Odd characters are escaped.
+        name: the file, image or argument of the fact. The error escapes unprintable characters.
         expected: the expected value, or an empty text if the fact implies the value.
         remedy: an instruction for the user. The attribute is a sentence.
 

@@ -295,8 +295,7 @@ def _aligned(length: int) -> int:
 
 
 def _concatenate(arrays: list[Integers]) -> Integers:
-    # do not use NumPy here: it releases Python's lock after each call, to threads that decode
-    # images
+    # do not use NumPy: after each call it releases the GIL to threads that decode images
     memories: list[Any] = list(arrays)
     return np.frombuffer(b"".join(memories), dtype=np.int32)
 

@@ -172,7 +172,8 @@ def check_digest(path: Path, digest: str) -> str:
 
 
 def was_checked(repository: Path, path: Path, digest: str) -> bool:
-    """Return whether an unchanged file in the Hub's cache was checked against this digest."""
+    """Return whether an earlier check of this digest accepted the file, and the file has not
+    changed since."""
     return _mark(repository, path, digest).exists()
 
 

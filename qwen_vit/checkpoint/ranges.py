@@ -83,7 +83,8 @@ class TooSlowError(HubError):
 
 
 class Pace:
-    """Check the average speed, because a read timeout allows a byte every few seconds."""
+    """Check the average speed, because a read timeout allows a server that sends a byte every few
+    seconds."""
 
     def __init__(self, name: str) -> None:
         self._name, self._bytes, self._begin = name, 0, time.monotonic()
@@ -171,7 +172,7 @@ def fetch(
 
 
 def split_piece(piece: Piece) -> Iterator[Piece]:
-    """Cut a piece into parts of at most PART_BYTES, one request each.
+    """Cut a piece into parts of at most PART_BYTES, with one request for each part.
 
     >>> [part.to for part in split_piece(Piece("a", 0, PART_BYTES + 1, 100))]
     [100, 67108964]

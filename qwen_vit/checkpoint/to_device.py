@@ -65,7 +65,7 @@ def _through_slots(
                 event.synchronize()
         at = 0
         for source, _, _ in spans:
-            # NumPy copies with one thread and without the interpreter's lock
+            # NumPy copies with one thread and without the GIL
             np.copyto(memory[slot, at : at + len(source)], source)
             at += len(source)
 

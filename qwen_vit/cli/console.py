@@ -96,7 +96,7 @@ def print_data(text: str) -> None:
 
 
 def print_log(text: str) -> None:
-    """Write a line to stderr above any progress bar, unless only errors are logged."""
+    """Write a line to stderr above any progress bar, unless the commands log only errors."""
     if not is_quiet():
         _write_log(text)
 

@@ -258,7 +258,7 @@ def _part(text: str) -> tuple[int, int]:
 
 @contextmanager
 def _hint_resume(out: "AnyPath") -> Iterator[None]:
-    """Print how to resume the export if the block is interrupted."""
+    """Print how to resume the export if an interrupt ends the block."""
     try:
         yield
     except KeyboardInterrupt:

@@ -132,7 +132,7 @@ def encoded_table(
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[str]) -> str:
-    """Return rows under their heading. Columns named in `left` are aligned left.
+    """Return rows under their heading. The function aligns the columns in `left` to the left.
 
     >>> print(table([("a", "b"), ("x", "10")], left=["a"]))
     a   b

@@ -48,7 +48,8 @@ class Findings:
 
 
 def verify_checkpoint(source: Source) -> Findings:
-    """Hash a checkpoint's files if hashes are recorded. Otherwise read every weight."""
+    """Hash a checkpoint's files if the checkpoint has recorded hashes. Otherwise read every
+    weight."""
     try:
         checked = cache.check(source.folder)
         if checked is not None:

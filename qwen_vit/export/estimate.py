@@ -276,8 +276,8 @@ def _seconds(
     of the other timings.
 
     On a CPU, a batch of one small image takes 10 times as long per patch as a full batch. Exports
-    have batches of both kinds. Each timing has more images than the previous one, until TIMING_S is
-    used up.
+    have batches of both kinds. Each timing has more images than the previous timing, until the
+    timings have taken TIMING_S.
     """
     if not work.patches:
         return 0.0

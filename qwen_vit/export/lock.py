@@ -46,7 +46,7 @@ def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
     >>> with hold_folder(Path("export")):  # doctest: +SKIP
     ...     write()
 
-    Different parts of one N may be locked at the same time. Raises ExportError if another process
+    Different parts of one N may have locks at the same time. Raises ExportError if another process
     locks the folder, this part, or parts of another N. Also raises ExportError if an owner on
     another host left a name. The error names the owner.
     """

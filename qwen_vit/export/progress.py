@@ -35,7 +35,8 @@ class _Lines:
 
 
 class Progress:
-    """Show a progress bar on a terminal or a line a minute in a log, and log the first failures."""
+    """Show a progress bar on a terminal, or one line per minute in a log, and log the first
+    failures."""
 
     def __init__(self, plan: ExportPlan, is_shown: bool) -> None:
         how: dict[str, Any] = {"file": sys.stderr}

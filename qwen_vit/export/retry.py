@@ -27,7 +27,7 @@ def may_work_now(plan: ExportPlan, shard: int, rows: Sequence[ManifestRow]) -> b
     The export retries an image once if the image was missing, unreadable or too large for the
     memory. If the image is readable, the export makes its shard again.
     """
-    current = plan.listing.current  # a later listing may have tried an image again
+    current = plan.listing.current  # a later listing may have retried an image
     failed = [
         at
         for at, row in enumerate(rows)

@@ -52,7 +52,7 @@ __all__ = [
 logger = logging.getLogger("qwen_vit")
 
 SETTINGS, LISTING = "export.json", listing_name(0)
-# Hashes decide whether weights are equal. Equal weights may have another name.
+# Hashes show whether weights are equal. Equal weights may have another name.
 NAMES_ALONE = {"model", "commit"}
 NOT_OF_PIXELS = {"max_seconds", "allow_urls"}  # these may change when resuming
 OF_LISTING = {"n_images", "listing_sha256"}
@@ -159,7 +159,7 @@ class StoredExport:
             except OSError as error:
                 raise cannot_write(path, error) from None
             self.listings = replace(self.listings, all=(replace(first, path=path), *later))
-        # an earlier run may have died before this
+        # an earlier run may have ended before this
         if first.path != path or not self.folder.has(LISTING):
             self.folder.publish(LISTING, replace=True, keep=True)
 

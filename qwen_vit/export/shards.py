@@ -154,7 +154,7 @@ def _write(
     saves the shard.
 
     The caller finishes the previous shard at the first pause, because only one shard may copy
-    features. Closing the generator at the second pause waits until the shard is saved.
+    features. Closing the generator at the second pause waits until the writer has saved the shard.
     """
     with shard, BackgroundWriter(MAX_UNWRITTEN_BYTES) as writer:
         first = list(islice(groups, 1))

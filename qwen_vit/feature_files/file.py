@@ -1,4 +1,4 @@
-"""Read a feature file one image's rows at a time, and check every part.
+"""Read a feature file, one image at a time, and check every part.
 
 The file is mapped into memory, so the disk delivers rows at their first use. `schema` describes the
 content.

@@ -267,7 +267,7 @@ def _strictly() -> Iterator[None]:
 def _load(
     image: Image.Image, name: str, limits: ImageLimits, jpeg: JpegFile | None
 ) -> tuple[str, ...]:
-    """Check the header, then decode. Returns notes on a complete file."""
+    """Check the header, then decode the image. Returns notes on a complete file."""
     check_pixels(image.width, image.height, name, limits)
     notes = check_blocks(jpeg, name) if jpeg is not None else ()
     if isinstance(image, TiffImagePlugin.TiffImageFile):

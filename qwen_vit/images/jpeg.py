@@ -223,7 +223,7 @@ def _read_scan(jpeg: JpegFile, body: bytes, name: str) -> None:
     jpeg.scans += 1
     count = body[0] if body else 0
     if len(body) < 4 + 2 * count:
-        return  # libjpeg refuses it
+        return  # libjpeg rejects it
     first, last, approximation = body[1 + 2 * count : 4 + 2 * count]
     previous, now = approximation >> 4, approximation & 15
     if not jpeg.progressive:

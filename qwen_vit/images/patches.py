@@ -76,7 +76,8 @@ class Patches:
 
     @property
     def n_values(self) -> int:
-        """Return the number of values in a row: one frame's for an image, two for a video."""
+        """Return the number of values in a row, which has one frame of an image or two frames of a
+        video."""
         return self.pixels.shape[1]
 
     @property

@@ -11,7 +11,7 @@ __all__ = ["without_needless_chunks"]
 
 SIGNATURE_BYTES, FRAME_BYTES = 8, 12  # a chunk's length, kind and checksum
 ANIMATION = (b"acTL", b"fcTL", b"fdAT")
-TEXT = (b"tEXt", b"zTXt", b"iTXt")  # may hold the orientation, as Exif or XMP
+TEXT = (b"tEXt", b"zTXt", b"iTXt")  # may contain the orientation, as Exif or XMP
 NEEDED = (b"tRNS", b"eXIf", *TEXT, *ANIMATION)
 MAX_BYTES, MAX_TEXT_BYTES = 2**20, 2**22  # bytes of one inflated chunk; of all text
 

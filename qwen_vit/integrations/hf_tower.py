@@ -1,8 +1,8 @@
 """Use a `VisionEncoder` as the vision tower of transformers' Qwen2.5-VL and Qwen2.5-Omni.
 
-The module has no parameters. The encoder's weights are folded, permuted and padded. Other code
-would train, cast or save every parameter that it finds. `state_dict` reads the published tensors,
-and `load_state_dict` converts them again. Modules with the published names reject adapters and
+The module has no parameters. The encoder folds, permutes and pads its weights. Other code would
+train, cast or save every parameter that it finds. `state_dict` reads the published tensors, and
+`load_state_dict` converts them again. Modules with the published names reject adapters and
 replacements.
 
 Import this module late, because torch.compiler.disable imports torch._dynamo, which takes 1.5 s.

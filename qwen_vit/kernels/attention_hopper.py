@@ -234,9 +234,9 @@ def _mma_partition(
             stage = i % STAGES
             stage_before = (i - 1) % STAGES
             # The products for this tile's scores and the previous tile's values run at the same
-            # time. The partitions take turns: one multiplies while the other computes its softmax.
-            # This waits until the other has started its matrix instructions; the first partition
-            # begins without.
+            # time. The partitions alternate: one multiplies while the other computes its softmax.
+            # This wait ends when the other has started its matrix instructions. The first partition
+            # begins without this wait.
             mbarrier.wait(turns.index(I_GROUP), (i - 1 & 1) ^ (1 - I_GROUP))
             b_scores = warpgroup_mma(
                 q0, k0_ring.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
@@ -263,13 +263,13 @@ def _mma_partition(
             rescale = gl.exp2(m - m_new)  # [ROWS]
             l = l * rescale + gl.sum(b_p_new, 1)
             m = m_new
-            # Until the next tile of K has arrived, if there is one. The wait stands here because it
-            # keeps the assembler from moving the next one up, before the softmax.
+            # Until the next tile of K has arrived, if there is one. At this place, the wait keeps
+            # the assembler from moving the next wait before the softmax.
             mbarrier.wait(
                 k_ready.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < n_key_tiles
             )
-            # until the products with V have ended; P as well: its registers are read until then and
-            # must not be reused before
+            # until the products with V have ended. They read P's registers, which must not be
+            # reused before that
             acc0, acc1, b_p0, b_p1 = warpgroup_mma_wait(
                 num_outstanding=0, deps=(acc0, acc1, b_p0, b_p1)
             )

@@ -80,9 +80,9 @@ WIDE = GemmTile(128, 256, 64, 8, 3)
 
 # Tiles for the GEMMs that `linear_hopper` does not support: the patch embedding (narrow), and with
 # an untested Gluon all others (wide: N > 2048). Measured on an H200 with the patch embedding and
-# the merger (docs/decisions). An entry gives the minimum number of rows for its tile. The row count
-# may choose the tile, because all tiles agree bit for bit (tested). All narrow tiles sum squares
-# per 128 columns, so they work for every GEMM that writes such sums.
+# the merger (docs/decisions). An entry gives the minimum number of rows for its tile. The tile may
+# depend on the row count, because all tiles agree bit for bit (tested). All narrow tiles sum
+# squares per 128 columns, so they work for every GEMM that writes such sums.
 HOPPER_TILES: dict[bool, tuple[tuple[int, GemmTile], ...]] = {
     True: ((0, SMALL), (768, DEEP), (1536, WIDE)),
     False: ((0, SQUARE), (1536, SMALL), (6144, SQUARE)),
@@ -148,9 +148,10 @@ def _gemm(
     """Compute out (M, N) = epilogue(x (M, K) @ weight (N, K)^T * scale + bias).
 
     `x`, `weight`, `residual` and `out` are tensor descriptors with TMA, otherwise pointers. The
-    scale is `out_scale`. With SQUARES chunks of sums of squares, it is a row's 1 / rms. For SwiGLU,
-    groups of 8 columns alternate between gate and up, and `out` is half as wide. With a residual,
-    `out` is the sum. `squares_out` (N / BN, M) then receives the sums of squares of `out`.
+    scale is `out_scale`. With SQUARES chunks of sums of squares, the scale is a row's 1 / rms. For
+    SwiGLU, groups of 8 columns alternate between gate and up, and `out` is half as wide. With a
+    residual, `out` is the sum. `squares_out` (N / BN, M) then receives the sums of squares of
+    `out`.
     """
     i_program = tl.program_id(0)
     n_row_tiles = tl.cdiv(M, BM)

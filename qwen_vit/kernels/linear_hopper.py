@@ -69,7 +69,8 @@ SQUARE = HopperGemmTile(128, 128, 6, 2)
 NARROW = HopperGemmTile(128, 64, 7, 2)
 
 # (epilogue, K > 2048): each tile's minimum number of rows, measured on an H200 at 1,024 to 32,768
-# patches (docs/decisions). Rows may choose, because all tiles agree bit for bit (tested).
+# patches (docs/decisions). The tile may depend on the rows, because all tiles agree bit for bit
+# (tested).
 TILES: dict[tuple[str, bool], tuple[tuple[int, HopperGemmTile], ...]] = {
     ("plain", False): ((0, WIDE), (1536, TALL), (16384, WIDE)),  # qkv
     # the merger's, with a row per 4 patches
@@ -231,7 +232,7 @@ def _mma_partition(
         i_column = i_n * BN
         if EPILOGUE == "gelu":
             acc = gelu(acc)
-        if EPILOGUE == "swiglu":  # 8 columns of the gate, 8 of up: a thread holds both of a pair
+        if EPILOGUE == "swiglu":  # 8 columns of the gate, 8 of up: a thread has both of a pair
             b_pairs = acc.reshape((ROWS, BN // 16, 2, 8)).permute((0, 1, 3, 2))
             b_gate, b_up = b_pairs.split()  # [ROWS, BN / 16, 8] each
             acc = swiglu(b_gate, b_up).reshape((ROWS, BN // 2))  # [ROWS, BN / 2]

@@ -1,4 +1,4 @@
-"""Cut long pictures into strips, as text is broken into lines, so that every part is visible."""
+"""Cut long pictures into strips, like the lines of a text, so that every part is visible."""
 
 import math
 from dataclasses import dataclass

@@ -153,7 +153,7 @@ class VideoLimits:
     Attributes:
         max_pixels: the maximum height x width of a frame before resizing.
         max_file_bytes: the maximum size of the file in bytes.
-        max_frames: the maximum number of frames in the file, including frames that are not sampled.
+        max_frames: the maximum number of frames in the file, with or without sampling.
         max_decode_s: the maximum time for reading and decoding, in seconds.
 
     Raises:

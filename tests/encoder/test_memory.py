@@ -86,6 +86,6 @@ def test_one_image_out_of_memory_is_named_and_skipped_or_raised(
     assert (failed.size_px, error.code) == ((84, 112), "out-of-memory")
     for word in (str(large), "48 patches", "cpu", "Lower max_pixels"):
         assert word in str(error)
-    with pytest.raises(ImageError, match="do not fit the memory") as caught:
+    with pytest.raises(ImageError, match="do not fit into the memory") as caught:
         small().encode(images)
     assert caught.value.code == "out-of-memory"

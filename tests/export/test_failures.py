@@ -104,7 +104,7 @@ def test_an_image_that_does_not_fit_the_memory_is_a_row(
     monkeypatch.setattr(loading, "load_image", load)
     assert export().failed == {"out-of-memory": 1, "memory": 1, "truncated": 1}
     errors = {error.id: error for error in load_features("out").errors}
-    assert errors["3.png"].message == "3.png: its 4 patches do not fit the memory of cpu"
+    assert errors["3.png"].message == "3.png: its 4 patches do not fit into the memory of cpu"
     assert errors["3.png"].stage == "encode"
     assert errors["6.png"].message == (
         "6.png: does not fit into memory. Free some memory, or omit the image."

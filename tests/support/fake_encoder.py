@@ -32,7 +32,7 @@ from qwen_vit.loading import LoadedImage
 from qwen_vit.outputs import OutputOptions
 
 WIDTH, DEPTH = 16, 4
-POISON, TOO_LARGE = 7, 9  # images of this value alone give NaN, or do not fit the memory
+POISON, TOO_LARGE = 7, 9  # images of this value alone give NaN, or do not fit into the memory
 HELD = 5  # an image of this value alone waits until a file is gone
 BATCH = 32
 
@@ -104,7 +104,7 @@ class FakeEncoder(VISION_ENCODER):  # type: ignore[misc]
             if options.get("normalize"):
                 rows = rows / rows.norm(dim=1, keepdim=True)
             if (patches.pixels == TOO_LARGE).all():
-                fact = f"its {len(rows)} patches do not fit the memory of cpu"
+                fact = f"its {len(rows)} patches do not fit into the memory of cpu"
                 yield FailedImage(name, ImageError(fact, name=name, code="out-of-memory"))
             else:
                 yield ImageFeatures(

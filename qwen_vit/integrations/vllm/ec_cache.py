@@ -349,7 +349,7 @@ def _write_index(folder: Path, entries: Sequence[CachedFeatures], name: str) -> 
 
 
 def index_file(folder: Path, name: str) -> Path:
-    """Return the path of the list of entries that one call of `write_ec_cache` wrote."""
+    """Return the path of the list in which one call of `write_ec_cache` records its entries."""
     return folder / INDEX / f"{name}.jsonl"
 
 
