@@ -69,8 +69,10 @@ def compare(
     tolerance, or if the command skipped an image.
 
     transformers computes the reference. --save-golden writes that reference to a golden file. With
-    --golden, you may omit IMAGES. -v lists every stage. --report needs an extra: pip install
-    'qwen-vit[show]'.
+    --golden, you may omit IMAGES. -v lists every stage.
+
+    transformers needs the extra `hf`, and --report needs `show`. In a checkout:
+    pip install -e '.[hf,show]'.
     """
     video = take_video_options(options)["video"]
     if save_golden is not None:

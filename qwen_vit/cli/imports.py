@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from qwen_vit.cli.exit_codes import EXIT_INTERRUPTED
+from qwen_vit.common.installation import install_command
 from qwen_vit.errors import ArgumentError
 
 __all__ = ["slow_imports"]
@@ -33,7 +34,7 @@ def slow_imports() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ArgumentError(
-            str(error), remedy="install the package into this Python: pip install -e ."
+            str(error), remedy=f"install the package into this Python: {install_command()}"
         ) from None
     except ImportError as error:  # the error's text contains the remedy
         raise ArgumentError(str(error)) from None

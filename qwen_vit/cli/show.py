@@ -97,7 +97,7 @@ def show(
     `qwen-vit encode` accepts. A feature map shows three principal components as colours. `show`
     fits the components to all images together, so the same colour means similar features.
 
-    Drawing needs an extra: pip install 'qwen-vit[show]'.
+    Drawing needs the extra `show`. In a checkout: pip install -e '.[show]'.
     """
     with slow_imports():
         from qwen_vit.cli.show_input import encode_images, read_stored

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
 
+from qwen_vit.common.installation import install_command
 from qwen_vit.errors import ExportError
 
 __all__ = [
@@ -37,11 +38,7 @@ __all__ = [
 
 REMOTE = re.compile(r"(s3|s3a|gs|gcs|az|abfs|hf)://", re.IGNORECASE)
 MAGIC = re.compile(r"[*?[]")
-PACKAGES = {
-    "s3": "'qwen-vit[s3]'", "s3a": "'qwen-vit[s3]'", "gs": "'qwen-vit[gs]'",
-    "gcs": "'qwen-vit[gs]'", "az": "'qwen-vit[az]'", "abfs": "'qwen-vit[az]'",
-    "hf": "huggingface_hub",
-}  # fmt: skip
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az"}
 S3_SETTINGS = {
     "connect_timeout": 10, "read_timeout": 30, "retries": {"mode": "standard", "max_attempts": 5},
 }  # fmt: skip
@@ -305,9 +302,10 @@ def _filesystem(scheme: str) -> Any:
         # cached listings would hide another process's writes
         return fsspec.filesystem(scheme, use_listings_cache=False, **settings)
     except ImportError as error:
+        command = install_command(EXTRAS[scheme]) if scheme in EXTRAS else "pip install fsspec"
         raise ExportError(
             f"{scheme}:// needs a package that is not installed ({error})",
-            remedy=f"run pip install {PACKAGES[scheme]}",
+            remedy=f"run {command}",
         ) from None
 
 

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
+from qwen_vit.common.installation import install_command
 from qwen_vit.errors import ArgumentError
 
 __all__ = ["MIN_TRANSFORMERS", "require_transformers"]
@@ -27,7 +28,7 @@ def require_transformers(purpose: str, *, alternative: str = "") -> None:
         if Version(found).release >= Version(MIN_TRANSFORMERS).release:
             return
         fact = f"transformers {found} is too old"
-    remedy = "run pip install 'qwen-vit[hf]'"
+    remedy = f"run {install_command('hf')}"
     raise ArgumentError(
         fact,
         expected=f"{MIN_TRANSFORMERS} or newer, which {purpose} needs",

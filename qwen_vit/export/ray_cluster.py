@@ -17,6 +17,7 @@ from functools import partial
 from threading import Condition, Lock, current_thread, main_thread
 from typing import Any
 
+from qwen_vit.common.installation import install_command
 from qwen_vit.common.prefetch import thread_count
 from qwen_vit.common.store_path import PathOrAddress, as_path
 from qwen_vit.encoder import VisionEncoder
@@ -338,9 +339,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     try:
         import ray
     except ImportError:
-        raise ExportError(
-            "Ray is not installed", remedy="run pip install 'qwen-vit[ray]'"
-        ) from None
+        raise ExportError("Ray is not installed", remedy=f"run {install_command('ray')}") from None
     if ray.is_initialized():  # our caller connected
         yield
         return

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_vit.common.atomic_file import atomic_file, check_utf8, refuse_link
+from qwen_vit.common.installation import install_command
 from qwen_vit.errors import ArgumentError, ExportError
 from qwen_vit.feature_files.schema import EMBEDS, METADATA_KEY, rows_by_tensor
 from qwen_vit.features import UNKNOWN_SIZE, ImageFeatures
@@ -271,5 +272,5 @@ def id_bytes(name: str) -> bytes | None:
 def _missing(package: str, extra: str, error: ImportError) -> ArgumentError:
     return ArgumentError(
         f"{package} cannot be imported ({error})",
-        remedy=f"run pip install 'qwen-vit[{extra}]'",
+        remedy=f"run {install_command(extra)}",
     )

@@ -2,6 +2,7 @@
 
 from typing import Any, BinaryIO
 
+from qwen_vit.common.installation import install_command
 from qwen_vit.errors import ExportError, ImageError, display_name
 from qwen_vit.inputs.remote import open_input
 
@@ -24,7 +25,7 @@ def parquet_file(file: BinaryIO) -> Any:
     except ImportError:
         raise ExportError(
             "Parquet needs pyarrow, which is not installed",
-            remedy="run pip install 'qwen-vit[arrow]'",
+            remedy=f"run {install_command('arrow')}",
         ) from None
     return pq.ParquetFile(
         file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True

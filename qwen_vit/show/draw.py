@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_vit.common.installation import install_command
 from qwen_vit.errors import ArgumentError
 from qwen_vit.show.strips import Box, StripLayout
 from qwen_vit.show.views import FeatureView, FeatureViews
@@ -47,7 +48,7 @@ def check_packages(what: str, *packages: str) -> None:
     if missing:
         raise ArgumentError(
             f"{what} needs packages that are not installed: {', '.join(missing)}",
-            remedy="run pip install 'qwen-vit[show]'",
+            remedy=f"run {install_command('show')}",
         )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qwen_vit.common import transformers_version
+from qwen_vit.common.installation import install_command
 from qwen_vit.compare import huggingface as reference
 from qwen_vit.errors import ArgumentError
 from tests.support.checkpoints import SMALL as SMALL_TOWER
@@ -33,7 +34,7 @@ def test_without_a_transformers_to_use_the_range_and_the_find_are_named(
     code, out, err = run(CHELSEA, *SMALL)
     assert (code, out) == (2, "")
     assert words in err
-    assert "Run pip install 'qwen-vit[hf]'" in err
+    assert f"Run {install_command('hf')}" in err
     assert "compare with a saved golden file by --golden" in err
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from qwen_vit.cli import main as cli
+from qwen_vit.common.installation import install_command
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.export.estimate import Estimate
@@ -26,7 +28,7 @@ from tests.support import ROOT, cluster_stress
 from tests.support.export_stress import digests, tiny_png
 from tests.support.fake_encoder import FakeEncoder
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'qwen-vit[ray]'")
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
 SMALL = ExportOptions(shard_size=2)
 
@@ -217,7 +219,7 @@ def test_a_worker_that_dies_too_often_is_told_with_what_to_do() -> None:
 
 def test_without_ray_one_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ExportError, match=r"Run pip install 'qwen-vit\[ray\]'"):
+    with pytest.raises(ExportError, match=re.escape(f"Run {install_command('ray')}")):
         export_on_ray("tiny", ["x"], "out")
 
 

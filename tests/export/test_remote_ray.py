@@ -17,7 +17,7 @@ from tests.support.fake_encoder import FakeEncoder, load_fake_encoder
 from tests.support.parquet_files import structs, write_rows
 from tests.support.s3_server import BUCKET, s3_server
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'qwen-vit[ray]'")
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
 INPUTS, OUT = f"s3://{BUCKET}/data", f"s3://{BUCKET}/out"
 

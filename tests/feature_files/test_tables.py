@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
 
+from qwen_vit.common.installation import install_command
 from qwen_vit.errors import ArgumentError, ExportError
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
@@ -179,7 +181,7 @@ def test_memory_stays_flat_while_a_table_is_written(tmp_path: Path) -> None:
 
 
 def test_a_data_frame_has_a_row_for_each_id(stored: Features) -> None:
-    pandas = pytest.importorskip("pandas", reason="pip install 'qwen-vit[pandas]'")
+    pandas = pytest.importorskip("pandas", reason="pip install -e '.[pandas]'")
     frame = stored.to_pandas()
     assert list(frame.index) == list(stored.ids)
     assert {str(frame.dtypes[name]) for name in NUMBERS} == {"Int64"}
@@ -192,7 +194,7 @@ def test_a_data_frame_has_a_row_for_each_id(stored: Features) -> None:
 
 def test_whole_numbers_of_parquet_stay_whole_in_pandas(stored: Features, tmp_path: Path) -> None:
     """pandas converts a column with a missing value to floats, unless the file has a note."""
-    pandas = pytest.importorskip("pandas", reason="pip install 'qwen-vit[pandas]'")
+    pandas = pytest.importorskip("pandas", reason="pip install -e '.[pandas]'")
     frame = pandas.read_parquet(stored.to_parquet(tmp_path / "t"))
     assert {str(frame.dtypes[name]) for name in NUMBERS} == {"Int64"}
     assert frame["height"].isna().tolist() == [place % 2 == 0 for place in range(len(IDS))]
@@ -214,7 +216,7 @@ def test_a_manifest_keeps_its_whole_numbers_in_pandas(
     assert all(isinstance(value, int | None) for value in table["row_end"].to_pylist())
     digests = [image["rows_sha256"]["image_embeds"] for image in shard_images("out")]
     assert table["rows_sha256"].to_pylist() == [*digests, None]
-    pandas = pytest.importorskip("pandas", reason="pip install 'qwen-vit[pandas]'")
+    pandas = pytest.importorskip("pandas", reason="pip install -e '.[pandas]'")
     frame = pandas.read_parquet(done.manifest)
     assert {str(frame.dtypes[name]) for name in numbers} == {"Int64"}
     assert frame["tokens"].tolist()[:3] == [4, 4, 4]
@@ -227,7 +229,7 @@ def shard_images(folder: str) -> list[Any]:
 
 def test_a_dataset_has_the_images_and_follows_the_file(stored: Features, tmp_path: Path) -> None:
     """datasets finds an earlier result by the path alone, unless the content is part of the key."""
-    pytest.importorskip("datasets", reason="pip install 'qwen-vit[datasets]'")
+    pytest.importorskip("datasets", reason="pip install -e '.[datasets]'")
     cache = tmp_path / "cache"
     made = stored.to_datasets(cache_dir=cache)
     check_table(
@@ -269,7 +271,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
 
     monkeypatch.setattr(builtins, "__import__", without)
     arguments = (tmp_path / "t",) if call == "to_parquet" else ()
-    words = rf"{package} cannot be imported .*\. Run pip install 'qwen-vit\[{extra}\]'"
+    words = rf"{package} cannot be imported .*\. Run {re.escape(install_command(extra))}"
     with pytest.raises(ArgumentError, match=words):
         getattr(stored, call)(*arguments)
     assert [each.name for each in tmp_path.iterdir()] == ["f"]
@@ -284,7 +286,7 @@ def test_no_image_is_no_table(stored: Features, tmp_path: Path) -> None:
 
 
 def test_a_frame_of_no_image_has_the_columns(stored: Features) -> None:
-    pytest.importorskip("pandas", reason="pip install 'qwen-vit[pandas]'")
+    pytest.importorskip("pandas", reason="pip install -e '.[pandas]'")
     frame = stored[:0].to_pandas()
     assert (len(frame), frame.index.name) == (0, "id")
     assert list(frame.columns) == [*NUMBERS, "notes", "embeds"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from qwen_vit.common import storage
+from qwen_vit.common.installation import install_command
 from qwen_vit.common.store_cache import CACHE_VARIABLE
 from qwen_vit.errors import ExportError
 from qwen_vit.export.estimate import estimate_export
@@ -309,7 +310,7 @@ def test_a_store_whose_package_is_missing_names_it(monkeypatch: pytest.MonkeyPat
     storage._filesystem.cache_clear()
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    assert "qwen-vit[s3]" in refused("s3://bucket/a.png").remedy
+    assert install_command("s3") in refused("s3://bucket/a.png").remedy
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    assert "qwen-vit[gs]" in refused("gs://bucket/a.png").remedy
+    assert install_command("gs") in refused("gs://bucket/a.png").remedy
     storage._filesystem.cache_clear()

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from transformers import Qwen2_5_VLProcessor
 
 from qwen_vit.common import transformers_version
+from qwen_vit.common.installation import install_command
 from qwen_vit.downstream import as_hf_tower, expand_placeholders, to_hf
 from qwen_vit.errors import ArgumentError
 from qwen_vit.feature_files.read import load_features
@@ -182,7 +183,7 @@ class OtherVersion:
     [
         (None, "transformers is not installed. Expected 5.18 or newer, which {} needs."),
         ("4.57.6", "transformers 4.57.6 is too old. Expected 5.18 or newer"),
-        ("5.17.0", "5.18 or newer, which {} needs. Run pip install 'qwen-vit[hf]'."),
+        ("5.17.0", "5.18 or newer, which {} needs. Run {}."),
     ],
 )
 def test_a_transformers_that_is_missing_or_too_old_is_named(
@@ -190,7 +191,8 @@ def test_a_transformers_that_is_missing_or_too_old_is_named(
 ) -> None:
     monkeypatch.setattr(transformers_version, "version", OtherVersion(found))
     given = setting.encoder if made is as_hf_tower else features_with_grids((1, 4, 4))
-    with pytest.raises(ArgumentError, match=re.escape(words.format(made.__name__))):
+    expected = words.format(made.__name__, install_command("hf"))
+    with pytest.raises(ArgumentError, match=re.escape(expected)):
         made(given)
 
 

@@ -1,6 +1,7 @@
 """Test that each invalid video raises one error with a code and a remedy."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen_vit.common.installation import install_command
 from qwen_vit.config import ImageConfig
 from qwen_vit.errors import IMAGE_CODES, ArgumentError, ImageError
 from qwen_vit.inputs.listing import Item
@@ -58,7 +60,7 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
     error = refused(tmp_path / "a.mp4")
     assert error.code == "no-pyav"
-    assert "pip install 'qwen-vit[video]'" in error.remedy
+    assert install_command("video") in error.remedy
 
 
 def test_an_empty_file(tmp_path: Path) -> None:
@@ -212,7 +214,7 @@ def test_the_extra_is_named_where_it_is_missing(
 ) -> None:
     path = make_video(tmp_path / "a.mp4", 4)
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImageError, match=r"pip install 'qwen-vit\[video\]'"):
+    with pytest.raises(ImageError, match=re.escape(install_command("video"))):
         load_video(Video(path), CONFIG)
 
 

@@ -1,0 +1,65 @@
+"""Give the pip command that installs the package's extras, for the remedies of errors."""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, distribution, requires
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+__all__ = ["install_command"]
+
+NAME = "qwen-vit"
+CHECKOUT = Path(__file__).resolve().parents[2]  # site-packages for an installed wheel
+
+
+def install_command(extra: str = "") -> str:
+    """Return the command that installs this package, or one of its extras, into this Python.
+
+    >>> install_command("hf")  # doctest: +SKIP
+    "pip install -e '.[hf]'"
+
+    The command names the source of this installation, because no index has the package: a
+    checkout, a repository or a wheel. Without the wheel's file, it names the extra's packages.
+    """
+    extras = f"[{extra}]" if extra else ""
+    if (CHECKOUT / "pyproject.toml").is_file():
+        folder = "." if Path.cwd() == CHECKOUT else str(CHECKOUT)
+        return _pip("-e", folder + extras)
+    try:
+        source = json.loads(distribution(NAME).read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        source = {}
+    address = source.get("url", "")
+    parts = urlsplit(address)
+    if parts.scheme == "file" and not os.path.exists(unquote(parts.path)):
+        return _pip(*_packages_of(extra))
+    if "vcs_info" in source:
+        repository = source["vcs_info"]
+        address = f"{repository['vcs']}+{address}@{repository['commit_id']}"
+    return _pip(f"{NAME}{extras} @ {address}" if address else NAME + extras)
+
+
+def _pip(*arguments: str) -> str:
+    """Return a command of this Python's pip. The shell may find another Python's `pip` first."""
+    found, python = shutil.which("pip"), Path(sys.executable)
+    is_ours = found is not None and Path(found).absolute().parent == python.parent
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    pip = ["pip"] if is_ours else [str(python), "-m", "pip"]
+    return shlex.join([*pip, "install", *arguments])
+
+
+def _packages_of(extra: str) -> list[str]:
+    """Return the requirements that an extra adds, such as "transformers>=5.18"."""
+    from packaging.requirements import Requirement
+
+    found = []
+    for text in requires(NAME) or ():
+        requirement = Requirement(text)
+        marker, requirement.marker = requirement.marker, None
+        if marker is not None and marker.evaluate({"extra": extra}):
+            found.append(str(requirement))
+    return found or [NAME]
