@@ -60,7 +60,7 @@ def cli() -> None:
     \b
     Tab completes commands, options and models. For bash, add this line to ~/.bashrc:
       eval "$(_QWEN_VIT_COMPLETE=bash_source qwen-vit)"
-    For zsh, add it to ~/.zshrc with zsh_source. For fish, add to its config:
+    For zsh, add the line to ~/.zshrc with zsh_source. For fish, add to ~/.config/fish/config.fish:
       _QWEN_VIT_COMPLETE=fish_source qwen-vit | source
     """
 

@@ -59,4 +59,10 @@ def test_commands_and_options_are_completed() -> None:
 
 
 def test_help_says_how_to_turn_it_on(run: Any) -> None:
-    assert "_QWEN_VIT_COMPLETE=bash_source qwen-vit" in run("--help").out
+    words, page = run("--help").out, (ROOT / "docs" / "install.md").read_text("utf-8")
+    for line in (
+        'eval "$(_QWEN_VIT_COMPLETE=bash_source qwen-vit)"',
+        "_QWEN_VIT_COMPLETE=fish_source qwen-vit | source",
+    ):
+        assert line in words
+        assert line in page  # once `source <(...)`

@@ -36,7 +36,7 @@ DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-KNOWN = {"cd", "git", "pip", "python", "python3", "source", "zensical"}
+KNOWN = {"cd", "eval", "export", "git", "pip", "python", "python3", "source", "zensical"}
 OURS = re.compile(r"(\.venv/bin/)?(qwen-vit|python -m qwen_vit)\b")
 
 

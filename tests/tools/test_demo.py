@@ -58,6 +58,18 @@ def test_installing_is_one_line_in_a_log(checkout: Path) -> None:
     assert "Collecting torch" in (checkout / ".venv" / "install.log").read_text()
 
 
+def test_a_log_sees_that_pip_still_works(checkout: Path) -> None:
+    """It once saw nothing for minutes."""
+    script = checkout / "tools" / "install"
+    script.write_text(script.read_text().replace("every=10", "every=1"))
+    pip = checkout / ".venv" / "bin" / "python"
+    pip.write_text(PYTHON.replace("sleep 0.3", "sleep 0.6"))
+    first, *lines = install(checkout).stderr.splitlines()
+    assert first.startswith("Installing into .venv")
+    assert lines
+    assert all(re.fullmatch(r" +\d s: \d packages, downloading \w+", line) for line in lines)
+
+
 def test_a_terminal_sees_what_is_downloaded_on_one_line(checkout: Path) -> None:
     ours, theirs = pty.openpty()
     child = subprocess.Popen(["./tools/install"], cwd=checkout, stderr=theirs, stdout=theirs)
@@ -71,7 +83,7 @@ def test_a_terminal_sees_what_is_downloaded_on_one_line(checkout: Path) -> None:
     os.close(ours)
     assert child.wait(60) == 0
     assert seen.count(b"\n") == 1
-    assert re.search(rb"\r\x1b\[K +\d s  Downloading (triton|numpy)\r", seen)
+    assert re.search(rb"\r\x1b\[K +\d s: 2 packages, downloading triton\r", seen)
     assert seen.endswith(b"\r\x1b[K")  # what follows begins on an empty line
 
 
