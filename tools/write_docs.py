@@ -169,12 +169,8 @@ def engine_towers(*, full: bool = True) -> str:
         body.append([*cells, ms(article) if article else ""])
     used = {f"engines towers {towers[name]['commit']}": None for name in (*settings, "plugin")}
     [*_, row] = [row for row in ledger() if row["what"] == "engines towers"]
-    head = [
-        "images",
-        "qwen_vit plugin",
-        *(LABELS[name] for name in settings),
-        "article, not measured here",
-    ]
+    named = [LABELS[name] for name in settings]
+    head = ["images", "qwen_vit plugin", *named, "article, not measured here"]
     command = "python -m tools.benchmarks.engines towers"
     return table(head, body) + source(*used, row=row, command=command)
 

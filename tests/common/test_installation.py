@@ -1,6 +1,7 @@
 """Test the pip command in the remedies of errors."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Pretend that the package is installed from an address, with pip beside this Python."""
     monkeypatch.setattr(installation, "CHECKOUT", tmp_path)
     monkeypatch.setattr(installation, "requires", lambda name: REQUIRES)
-    monkeypatch.setattr(
-        installation.shutil, "which", lambda _: f"{Path(sys.executable).parent}/pip"
-    )
+    monkeypatch.setattr(shutil, "which", lambda _: f"{Path(sys.executable).parent}/pip")
 
     class Installed:
         def __init__(self, source: dict[str, Any] | None) -> None:
@@ -76,7 +75,7 @@ def test_the_pip_of_another_python_is_not_named(
 ) -> None:
     """tools/demo runs .venv/bin/qwen-vit, and `pip` was the system's pip."""
     installed(None)
-    monkeypatch.setattr(installation.shutil, "which", lambda _: "/usr/bin/pip")
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/pip")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
     assert install_command("hf") == ".venv/bin/python -m pip install 'qwen-vit[hf]'"
