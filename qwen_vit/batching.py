@@ -233,7 +233,7 @@ class BatchEncoder:
                 error = ImageError(
                     f"its {sizes[0]} patches do not fit into the memory of {self.device}",
                     name=pieces[0].name,
-                    remedy=with_options("lower {}, or free memory there", "max_pixels"),
+                    remedy=with_options("lower {}, or free memory on this device", "max_pixels"),
                     code="out-of-memory",
                 )
                 if self.on_error == "raise":

@@ -352,7 +352,7 @@ def _out_of_memory(name: str, encoder: VisionEncoder) -> ImageError:
     return ImageError(
         f"two towers and a float64 oracle do not fit into the memory of {encoder.device}",
         name=name,
-        remedy=with_options("lower {}, or free memory there", "max_pixels"),
+        remedy=with_options("lower {}, or free memory on this device", "max_pixels"),
         code="out-of-memory",
     )
 

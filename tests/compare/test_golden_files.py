@@ -187,7 +187,7 @@ def test_a_golden_edited_by_hand_is_refused(golden: Golden, tmp_path: Path, edit
     path = rewritten(golden.path, tmp_path / "edited", EDITS[edit])
     with pytest.raises(
         ComparisonError,
-        match=r"edited: was changed after it was written: .* Get the file again, or make it",
+        match=r"edited: was changed after it was written: .* Get the file again, or make the file",
     ):
         load_golden(path)
 

@@ -211,7 +211,7 @@ def test_a_shard_that_is_gone_right_after_it_was_written_is_told(
     monkeypatch.setattr(FeatureWriter, "save", lambda *_: None)
     with (
         plan_of() as plan,
-        pytest.raises(ExportError, match=r"disappeared or was damaged right after it"),
+        pytest.raises(ExportError, match=r"disappeared or changed right after the export"),
     ):
         make_shard(FakeEncoder(), plan, 0)
 
