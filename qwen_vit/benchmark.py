@@ -81,7 +81,7 @@ def large_gemm(device: torch.device) -> Callable[[], Any]:
 def interleaved_with_gemm(
     run: Callable[[], Any], device: torch.device, seconds: float = 2.0
 ) -> tuple[float, float]:
-    """Return the median GPU milliseconds of `run`, and the FLOP/s of an interleaved GEMM.
+    """Return the median GPU time of `run` in milliseconds, and the FLOP/s of an interleaved GEMM.
 
     `run` and the GEMMs take about the same time in each round. A round has at least one GEMM.
     """

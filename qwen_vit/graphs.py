@@ -80,9 +80,9 @@ class GraphRunner:
         """Return the rows of the graph for these patches, captured or not, or None if no graph
         fits.
 
-        `bucket_for` gives the rows, unless a larger graph exists. The larger graph runs until a
-        smaller graph would have saved as many rows as a capture costs. A graph for a rare size,
-        such as the last batch of a packing, is not worth its capture.
+        `bucket_for` gives the rows, unless a larger graph exists. The larger graph runs until the
+        rows that a smaller graph would have saved equal the cost of a capture. A graph for a rare
+        size, such as the last batch of a packing, is not worth its capture.
         """
         own = bucket_for(len(patches))
         with self._lock:

@@ -1,4 +1,4 @@
-"""Draw docs/architecture.svg: the package's wings and modules in their layers, from the imports.
+"""Draw docs/architecture.svg: the package's subpackages and modules in layers, from the imports.
 
 The import contract in pyproject.toml gives the layers. grimp finds the imports in the source. The
 picture omits an arrow that other arrows imply. If A imports B and C, and B imports C, it omits

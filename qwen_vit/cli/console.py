@@ -56,7 +56,7 @@ def flags_in_logs() -> Iterator[None]:
 
 
 def set_verbosity(verbosity: int) -> None:
-    """Set the log level: -1 for errors, 0 for warnings and errors, 1 for everything."""
+    """Set the log level: -1 for errors, 0 for warnings and errors, 1 for all messages."""
     logger.setLevel(LEVELS[verbosity])
     if verbosity < 0:  # the Hub's client reads the variable when Python imports it
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -142,7 +142,7 @@ def _digest(item: Item, limits: ImageLimits) -> str:
 
 
 def open_if_whole(folder: ExportFolder, shard: int) -> FeatureFile | None:
-    """Return a shard, or None if the file is missing or torn and the export must write it again.
+    """Return a shard, or None if the file is missing or damaged and the export must write it again.
 
     >>> open_if_whole(as_folder("no-such-folder"), 0) is None  # doctest: +SKIP
     True

@@ -198,7 +198,7 @@ class _Counts:
         self._missing = self._unreadable = self._rows = self._bytes = 0
 
     def add(self, item: Item, shard: int = 0, is_current: bool = True) -> None:
-        """Count an unfinished image. An image that a later shard replaces still costs time and
+        """Count an unfinished image. An image that a later shard replaces still takes time and
         bytes."""
         self._images += is_current
         self._take_for_sample(item)

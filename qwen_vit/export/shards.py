@@ -78,9 +78,9 @@ def export_shards(
     ...     print(done.shard, len(done.rows))  # doctest: +SKIP
 
     Loader threads prefetch images, including images of the next shard. A writer thread writes
-    results. A batch never crosses a shard, so the bytes do not depend on the threads. The encoder
-    starts the first batches of a shard while the writer thread saves the previous shard. An
-    interrupt saves the encoded images of the open shard: see `segments`.
+    results. All images of a batch belong to one shard, so the bytes do not depend on the threads.
+    The encoder starts the first batches of a shard while the writer thread saves the previous
+    shard. An interrupt saves the encoded images of the open shard: see `segments`.
 
     Args:
         breaker: an object that stops the export after too many consecutive failures.

@@ -31,12 +31,12 @@ def rows_of_saved(plan: ExportPlan, shard: int) -> list[ManifestRow]:
 def whole_shard(
     plan: ExportPlan, shard: int, then: str = "it is made again"
 ) -> list[ManifestRow] | None:
-    """Return a shard's rows of the manifest, or None if its file is missing or torn.
+    """Return a shard's rows of the manifest, or None if its file is missing or damaged.
 
     The file's size must equal the size in its header, and its settings must equal the plan's
     settings. Its images and errors must add up to the images that the listing gives this shard. For
-    a torn file, the function logs a line that names `then`, the next step. Raises ExportError for a
-    file of a different export.
+    a damaged file, the function logs a line that names `then`, the next step. Raises ExportError
+    for a file of a different export.
     """
     if not plan.has(shard):
         return None
@@ -58,7 +58,7 @@ def publish_unsent(plan: ExportPlan, shard: int) -> None:
 
 
 def _rows_in(plan: ExportPlan, shard: int, path: AnyPath, then: str) -> list[ManifestRow] | None:
-    """Return the rows of a shard's file, or None if the file is torn."""
+    """Return the rows of a shard's file, or None if the file is damaged."""
     if isinstance(path, Path) and path.is_dir():
         raise ExportError(
             "a folder", name=str(path), expected="a feature file", remedy="move the file away"

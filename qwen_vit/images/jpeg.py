@@ -199,7 +199,7 @@ def _is_padding(jpeg: JpegFile, count: int) -> bool:
     after that block.
 
     If the run of this value is longer, libjpeg decoded the last blocks from the run, so the file
-    has a hole.
+    lost data.
     """
     end = jpeg.entropy_end
     last = jpeg.pixel_part[end - 1 : end]

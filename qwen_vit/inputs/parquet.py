@@ -80,7 +80,7 @@ def parquet_items(path: str, name: str, columns: ParquetColumns) -> Iterator[Ite
         yield Item.failed(name, path, error)
     except (ExportError, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001 - pyarrow raises many kinds for a torn file
+    except Exception as error:  # noqa: BLE001 - pyarrow raises many kinds for a damaged file
         if is_remote(path) and isinstance(error, OSError) and error.errno is not None:
             raise refuse(path, error) from None
         yield Item.failed(name, path, cannot_read(name, error))
@@ -121,7 +121,7 @@ def needs_column(path: str) -> ExportError:
         with open_parquet_file(path, path) as file:
             schema = parquet_file(file).schema_arrow
             columns = [field.name for field in schema if holds_images(field.type)]
-    except Exception:  # noqa: BLE001 - a torn file is reported once its column is named
+    except Exception:  # noqa: BLE001 - a damaged file is reported once its column is named
         columns = []
     found = ", ".join(map(display_name, columns))
     return ExportError(

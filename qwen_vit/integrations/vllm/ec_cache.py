@@ -341,7 +341,7 @@ def _bytes_of(rows: Tensor) -> Any:
 
 
 def _write_index(folder: Path, entries: Sequence[CachedFeatures], name: str) -> None:
-    """Write the map from images to entries. The newest of several files counts."""
+    """Write the map from images to entries. The reader uses the newest of several files."""
     lines = [json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in entries]
     content = "".join(lines).encode()
     with atomic_file(index_file(folder, name or sha256(content).hexdigest()[:32])) as file:
