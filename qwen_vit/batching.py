@@ -19,6 +19,7 @@ from qwen_vit.config import Grid, VisionConfig
 from qwen_vit.errors import ExportError, ImageError, with_options
 from qwen_vit.features import FailedImage, ImageFeatures, VideoFeatures
 from qwen_vit.graphs import MAX_BUCKET
+from qwen_vit.images.frames import Frames
 from qwen_vit.images.on_gpu import patches_on_gpu
 from qwen_vit.images.patches import Patches
 from qwen_vit.images.picture import Picture
@@ -49,7 +50,7 @@ class _Piece(NamedTuple):
 
     place: int  # the place in its window
     name: str
-    patches: Patches | Picture
+    patches: Patches | Picture | Frames
 
     @property
     def n_patches(self) -> int:
@@ -229,7 +230,7 @@ class BatchEncoder:
                 )
             )  # fmt: skip
         except torch.cuda.OutOfMemoryError as cause:
-            if len(pieces) == 1 and not isinstance(pieces[0].patches, Picture):
+            if len(pieces) == 1 and isinstance(pieces[0].patches, Patches):
                 error = ImageError(
                     f"its {sizes[0]} patches do not fit into the memory of {self.device}",
                     name=pieces[0].name,
@@ -240,7 +241,7 @@ class BatchEncoder:
                     raise error from cause
                 return [error]
         del taps  # and the rows in it
-        if len(pieces) == 1 and isinstance(pieces[0].patches, Picture):
+        if len(pieces) == 1 and not isinstance(pieces[0].patches, Patches):
             # the decoded pixels may need more memory than the patches
             logger.warning("out of memory on %s: the CPU resizes %s", self.device, pieces[0].name)
             try:
@@ -257,7 +258,7 @@ class BatchEncoder:
         return [*self._encode_parts(pieces[:half]), *self._encode_parts(pieces[half:])]
 
     def _joined_patches(self, pieces: Sequence[_Piece]) -> Patches:
-        """Return the patches of a batch: on the GPU if a picture is among them."""
+        """Return the patches of a batch: on the GPU if a picture or frames are among them."""
         parts = [piece.patches for piece in pieces]
         ready = [part for part in parts if isinstance(part, Patches)]
         pinned_rows = TOKEN_BUDGET["cuda"] if self.device.type == "cuda" else 0

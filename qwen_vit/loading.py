@@ -17,6 +17,7 @@ from qwen_vit.common.prefetch import Job
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, ImageError, check_choice
 from qwen_vit.features import UNKNOWN_SIZE, FeatureOutput
+from qwen_vit.images.frames import Decoded, Frames
 from qwen_vit.images.image import (
     ArrayLayout,
     ExifPolicy,
@@ -49,16 +50,16 @@ OnError = Literal["raise", "skip"]
 # What `encode` accepts for one image, except arrays: a 4D array is a stack of several images.
 OneImage: TypeAlias = (
     str | os.PathLike[str] | os.PathLike[bytes] | bytes | bytearray | memoryview | Image.Image
-    | Patches | Picture | Video | Mapping[str, Any] | ImagePage
+    | Patches | Picture | Frames | Video | Mapping[str, Any] | ImagePage
 )  # fmt: skip
 ImageInput: TypeAlias = OneImage | NDArray[Any] | Tensor
 Images: TypeAlias = ImageInput | Iterable[ImageInput]
 # Iterating over one of these would give its characters, bytes or rows.
 ONE_IMAGE = (
-    str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Patches, Picture, Video,
+    str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Patches, Picture, Frames, Video,
     io.IOBase, Mapping, ImagePage,
 )  # fmt: skip
-FIXED = (str, os.PathLike, bytes, Patches, Picture, ImagePage, ImageError)  # cannot change
+FIXED = (str, os.PathLike, bytes, Patches, Picture, Frames, ImagePage, ImageError)  # cannot change
 STACKED_AXES = 4
 Source = TypeVar("Source")
 Videos: TypeAlias = VideoSource | Video | Iterable[VideoSource | Video]
@@ -150,7 +151,7 @@ class LoadedImage:
     id: str
     size_px: tuple[int, int] = UNKNOWN_SIZE
     notes: tuple[str, ...] = ()
-    patches: Patches | Picture | None = None
+    patches: Patches | Picture | Frames | None = None
     error: ImageError | None = None
     timing: VideoTiming | None = None  # only for a video
     stream: PieceStream | None = None  # for a long video, instead of patches
@@ -161,8 +162,7 @@ class LoadedImage:
 
     @property
     def n_bytes(self) -> int:
-        if self.stream is not None:
-            return 0  # its PieceMemory counts them: a loader may start the next video
+        # PieceMemory counts the bytes of a stream: a loader may start the next video
         return 0 if self.patches is None else self.patches.n_bytes
 
 
@@ -170,7 +170,7 @@ class LoadedImage:
 class ImageLoader:
     """Load, resize and patchify any kind of image or video, in any thread.
 
-    With `on_gpu`, images come as decoded pictures, which the GPU resizes and cuts. With
+    With `on_gpu`, images and videos come as decoded pixels, which the GPU resizes and cuts. With
     `is_lent`, the caller does not change its PIL images before their features arrive.
     `video` contains the options for videos that have no options. `as_video` makes animations
     videos. `video_threads` is the number of threads that decode one video. The loader cuts a video
@@ -262,7 +262,7 @@ class ImageLoader:
         try:
             if isinstance(image, LoadedImage):
                 return image
-            if isinstance(image, Patches | Picture):
+            if isinstance(image, Patches | Picture | Frames):
                 return self._accept_patches(image, name)
             if isinstance(image, Video):
                 return self._load_pieces(image, name, is_ahead=is_ahead)
@@ -324,15 +324,15 @@ class ImageLoader:
         pieces = load_pieces(
             video.named(name), self.image_config, most=self.piece_patches,
             limits=self.video_limits, image_limits=self.limits, layout=self.layout,
-            threads=self.video_threads,
+            threads=self.video_threads, on_gpu=self.on_gpu,
         )  # fmt: skip
         loaded = next(pieces)
         found = LoadedImage(name, loaded.size_px, loaded.notes, timing=loaded.timing)
         if loaded.is_last:
             pieces.close()
-            return replace(found, patches=loaded.patches)
+            return replace(found, patches=loaded.decoded)
         stream = PieceStream(
-            loaded.patches, _patches_of(pieces), is_ahead=is_ahead, memory=self._piece_memory
+            loaded.decoded, _rest_of(pieces), is_ahead=is_ahead, memory=self._piece_memory
         )
         return replace(found, stream=stream)
 
@@ -344,7 +344,7 @@ class ImageLoader:
         )  # fmt: skip
         return LoadedImage(name, loaded.size_px, loaded.notes, loaded.patches, timing=loaded.timing)
 
-    def _accept_patches(self, patches: Patches | Picture, name: str) -> LoadedImage:
+    def _accept_patches(self, patches: Patches | Picture | Frames, name: str) -> LoadedImage:
         """Return one image that the caller patchified."""
         if len(patches.grids) != 1:
             raise ImageError(
@@ -368,10 +368,10 @@ class ImageLoader:
         return LoadedImage(name, patches=patches)
 
 
-def _patches_of(pieces: Generator[LoadedVideo, None, None]) -> Generator[Patches, None, None]:
+def _rest_of(pieces: Generator[LoadedVideo, None, None]) -> Generator[Decoded, None, None]:
     with closing(pieces):
         for piece in pieces:
-            yield piece.patches
+            yield piece.decoded
 
 
 def _decode_rest(loaded: LoadedImage, is_closed: Callable[[], bool]) -> None:
@@ -382,7 +382,7 @@ def _decode_rest(loaded: LoadedImage, is_closed: Callable[[], bool]) -> None:
 def _name_of(image: ImageInput, index: int) -> str:
     if isinstance(image, (str, os.PathLike)):
         return os.fsdecode(image)
-    if isinstance(image, Patches | Picture | Video) and image.name is not None:
+    if isinstance(image, Patches | Picture | Frames | Video) and image.name is not None:
         return image.name
     return f"{'video' if isinstance(image, Video) else 'image'} {index}"
 

@@ -8,6 +8,7 @@ from qwen_vit.errors import ImageError
 from qwen_vit.export.manifest import ManifestRow
 from qwen_vit.export.segments import Segment
 from qwen_vit.features import UNKNOWN_SIZE
+from qwen_vit.images.frames import Frames
 from qwen_vit.images.patches import Patches
 from qwen_vit.images.picture import Picture
 from qwen_vit.inputs.listing import Item
@@ -33,7 +34,7 @@ class ImageRecord:
     size_px: tuple[int, int] = UNKNOWN_SIZE
     notes: tuple[str, ...] = ()
     grid_thw: tuple[int, int, int] = (0, 0, 0)
-    patches: Patches | Picture | None = None  # exists between decoding and encoding
+    patches: Patches | Picture | Frames | None = None  # exists between decoding and encoding
     timing: VideoTiming | None = None  # only for a video
     n_rows: int = 0  # the number of its stored features
     stage: str = "read"

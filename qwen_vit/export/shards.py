@@ -42,6 +42,7 @@ from qwen_vit.export.under_way import UnderWay
 from qwen_vit.export.whole_shards import publish_unsent, rows_of_saved, whole_shard
 from qwen_vit.feature_files.schema import rows_by_tensor
 from qwen_vit.features import FailedImage, ImageFeatures
+from qwen_vit.images.frames import Frames
 from qwen_vit.images.isolated import decode_in_child
 from qwen_vit.images.patches import Patches
 from qwen_vit.images.picture import Picture, resizes_on
@@ -267,7 +268,7 @@ def _encode(
     place = 0  # after the last image
     pending: deque[int] = deque()  # places of images in the encoder without features yet
 
-    def patches() -> Iterator[Patches | Picture]:
+    def patches() -> Iterator[Patches | Picture | Frames]:
         nonlocal place
         for image in _timed(images, READ, clock):
             if is_stopped():

@@ -1,13 +1,15 @@
-"""Turn a batch of pictures and patches into patches on a GPU, with one copy of the pixels."""
+"""Turn a batch of pictures, frames and patches into patches on a GPU, with one pixel copy."""
 
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
-from qwen_vit.images.patches import Patches
+from qwen_vit.images.frames import FRAMES_IN_A_STEP, Frames
+from qwen_vit.images.patches import LARGE_BYTES, Patches
 from qwen_vit.images.picture import PIXEL_BYTES, Picture
 from qwen_vit.images.pillow_order import Axis
 from qwen_vit.kernels.resize import Cut, Pass, ResizePlan, cut, n_taps, resize
@@ -15,31 +17,38 @@ from qwen_vit.kernels.resize import Cut, Pass, ResizePlan, cut, n_taps, resize
 __all__ = ["Passes", "Uploaded", "patches_on_gpu", "plan_passes", "upload"]
 
 STAGED_BYTES = 2**25  # of pinned memory at a time: a full batch of pictures that keep their size
+FRAME_BYTES = 2**27  # of the decoded frames that are on the GPU at a time, at least one step
 STAGES = 8  # in one call: a picture of 179 million pixels would otherwise pin 0.7 GB for good
 ALIGNED_BYTES = 16
 
 
 def patches_on_gpu(
-    parts: Sequence[Patches | Picture], device: torch.device, *, pinned_rows: int
+    parts: Sequence[Patches | Picture | Frames], device: torch.device, *, pinned_rows: int
 ) -> Patches:
-    """Join patches in order, after resizing and cutting the pictures among them on the GPU.
+    """Join patches in order, after resizing and cutting the pictures and frames on the GPU.
 
     The call does not wait for the GPU. Raises torch.cuda.OutOfMemoryError.
     """
     pictures = [part for part in parts if isinstance(part, Picture)]
-    cut_rows = _resize_and_cut(pictures, device)
+    frames = [part for part in parts if isinstance(part, Frames)]
+    patches = [part for part in parts if isinstance(part, Patches)]
+    made: dict[type, torch.Tensor] = {}
+    if pictures:
+        made[Picture] = _resize_and_cut(pictures, device)
+    if frames:
+        made[Frames] = _resize_and_cut_frames(frames, device)
+    if patches:
+        joined = Patches.cat(patches, pinned_rows=pinned_rows)
+        made[Patches] = joined.pixels.to(device, non_blocking=True)
     grids = tuple(grid for part in parts for grid in part.grids)
-    if len(pictures) == len(parts):
-        return Patches(cut_rows, grids)
-    ready = Patches.cat(
-        (part for part in parts if isinstance(part, Patches)), pinned_rows=pinned_rows
-    ).pixels.to(device, non_blocking=True)
-    begins = {Picture: 0, Patches: 0}
+    if len(made) == 1:
+        [pixels] = made.values()
+        return Patches(pixels, grids)
+    begins = dict.fromkeys(made, 0)
     rows = []
     for part in parts:
         begin = begins[type(part)]
-        source = cut_rows if isinstance(part, Picture) else ready
-        rows.append(source[begin : begin + part.n_patches])
+        rows.append(made[type(part)][begin : begin + part.n_patches])
         begins[type(part)] += part.n_patches
     return Patches(torch.cat(rows), grids)
 
@@ -76,24 +85,25 @@ def plan_passes(pictures: Sequence[_Sized]) -> Passes:
     places: list[int] = []
     ends = list(accumulate(picture.size[0] * picture.size[1] for picture in pictures))
     room, n_weights = ends[-1], 0
+    shared: dict[tuple[int, int, int], int] = {}  # the place of each round's weights, by sizes
     for picture, end in zip(pictures, ends, strict=True):
         (width, height), new = picture.size, picture.new_size
         source = end - width * height
-        for axis, found in zip(picture.passes, rounds, strict=False):
+        for turn, axis in enumerate(picture.passes):
             is_vertical = axis == "vertical"
             old_width, n_in = width, height if is_vertical else width
             n_out = new[is_vertical]
             width, height = (width, n_out) if is_vertical else (n_out, height)
             taps = n_taps(n_in, n_out)
-            found.append(
-                Pass(
-                    source, room, old_width, width, height, n_in, n_out, is_vertical, taps,
-                    n_weights,
-                )
-            )  # fmt: skip
+            place = shared.setdefault((turn, n_in, n_out), n_weights)
+            found = Pass(
+                source, room, old_width, width, height, n_in, n_out, is_vertical, taps, place
+            )
+            rounds[turn].append(found)
             source = room
             room += width * height
-            n_weights += found[-1].n_integers
+            if place == n_weights:
+                n_weights += found.n_integers
         places.append(source)
     return Passes(tuple(each for each in rounds if each), places, room)
 
@@ -127,12 +137,41 @@ def _resize_and_cut(pictures: Sequence[Picture], device: torch.device) -> torch.
     return cut(plan, table, pixels, side=config.patch_px, merge=config.merge_size)
 
 
+def _resize_and_cut_frames(videos: Sequence[Frames], device: torch.device) -> torch.Tensor:
+    """Return the rows of two frames of several videos, in groups of whole time steps."""
+    config = videos[0].config
+    n_rows = sum(video.n_patches for video in videos)
+    out = torch.empty((n_rows, videos[0].n_values), dtype=torch.uint8, device=device)
+    begin = 0
+    for video in videos:
+        width, height = video.size
+        most = max(1, FRAME_BYTES // (PIXEL_BYTES * width * height * FRAMES_IN_A_STEP))
+        for group in video.groups(most):
+            passes = plan_passes([group] * len(group.blocks))
+            places = passes.places + passes.places[-1:]  # an odd count repeats the last frame
+            in_step = group.grids[0].h * group.grids[0].w
+            cuts = [
+                Cut(places[at], group.new_size[0], in_step, step * in_step, places[at + 1])
+                for step, at in enumerate(range(0, len(group.blocks), FRAMES_IN_A_STEP))
+            ]
+            plan = ResizePlan.of(passes.rounds, cuts)
+            table, pixels = upload(plan, group.blocks, passes.n_pixels, device)
+            resize(plan, table, pixels)
+            cut(
+                plan, table, pixels, side=config.patch_px, merge=config.merge_size,
+                frames=FRAMES_IN_A_STEP, out=out[begin : begin + group.n_patches],
+            )  # fmt: skip
+            begin += group.n_patches
+    return out
+
+
 def _copy_staged(blocks: Iterable[memoryview], buffer: torch.Tensor) -> None:
     """Copy bytes to the start of a GPU buffer through pinned memory of one size.
 
     torch reuses the pinned memory after the GPU has read it. torch keeps memory of every size, so
     this function always requests the same size. A memoryview keeps the GIL while it copies, because
-    waiting for the GIL again would take longer than a small copy. After STAGES copies, the function
+    waiting for the GIL again would take longer than a small copy. NumPy
+    releases the GIL, so threads decode while it copies a frame. After STAGES copies, the function
     waits for the oldest copy.
     """
     done = filled = 0
@@ -147,7 +186,10 @@ def _copy_staged(blocks: Iterable[memoryview], buffer: torch.Tensor) -> None:
                 flat: Any = staged.numpy()
                 room = memoryview(flat)
             part = block[: STAGED_BYTES - filled]
-            room[filled : filled + len(part)] = part
+            if len(part) < LARGE_BYTES:
+                room[filled : filled + len(part)] = part
+            else:
+                flat[filled : filled + len(part)] = np.frombuffer(part, np.uint8)
             filled += len(part)
             block = block[len(part) :]
             if filled == STAGED_BYTES:

@@ -21,12 +21,13 @@ from qwen_vit.images.image import check_ratio
 from qwen_vit.images.rows import normalise
 
 __all__ = [
-    "CHANNELS", "Patches", "check_sides", "limited_memory", "patchify", "resize_image",
-    "smart_resize", "target_size",
+    "CHANNELS", "LARGE_BYTES", "Patches", "check_sides", "limited_memory", "patchify",
+    "resize_image", "smart_resize", "target_size",
 ]  # fmt: skip
 
 Rgb: TypeAlias = NDArray[np.uint8] | Image.Image
 CHANNELS = 3
+LARGE_BYTES = 2**22  # to copy more keeps the GIL for over 1 ms, and stops the decoding threads
 PUBLISHED_PATCH_VALUES = CHANNELS * 14 * 14  # one frame's: an empty set's width
 
 
@@ -114,10 +115,14 @@ class Patches:
         joined = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)[:rows]
         # torch's threads would wait for cores that decode images. NumPy releases the GIL
         # after each image and waits for it again. A memoryview keeps the GIL.
-        room, begin = _memory(joined), 0
+        flat, begin = joined.numpy().reshape(-1), 0
+        room = _memory(joined)
         for each in pixels:
             end = begin + each.numel()
-            room[begin:end] = _memory(each)
+            if each.numel() < LARGE_BYTES:
+                room[begin:end] = _memory(each)
+            else:
+                flat[begin:end] = each.numpy().reshape(-1)
             begin = end
         return cls(joined, grids)
 

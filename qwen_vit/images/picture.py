@@ -18,7 +18,7 @@ from qwen_vit.images.memory import decoding_memory
 from qwen_vit.images.patches import Patches, limited_memory, patchify, target_size
 from qwen_vit.images.pillow_order import Axis, knows_pillow, passes
 
-__all__ = ["PIXEL_BYTES", "Picture", "resizes_on"]
+__all__ = ["PIXEL_BYTES", "Picture", "memory_of", "resizes_on"]
 
 PIXEL_BYTES = 4
 BLOCK_BYTES = 2**24  # Pillow splits larger pictures into several blocks of memory
@@ -66,7 +66,7 @@ class Picture:
         grid = Grid(1, height // config.patch_px, width // config.patch_px)
         with limited_memory(called):
             parts = _parts(rgb)
-            found = [_memory_of(part) for part in parts]
+            found = [memory_of(part) for part in parts]
         blocks, owners = tuple(block for block, _ in found), tuple(owner for _, owner in found)
         return cls(rgb.size, parts, config, (grid,), name, blocks, owners)
 
@@ -133,11 +133,11 @@ def _joined(parts: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
     return whole
 
 
-def _memory_of(rgb: Image.Image) -> tuple[memoryview, object]:
+def memory_of(rgb: Image.Image) -> tuple[memoryview, object]:
     """Return the bytes of a picture's pixels, and the object that keeps them."""
     try:
         _, array = rgb.__arrow_c_array__()
-    except ValueError:  # rows are not adjacent, such as in memory of another library
+    except (ValueError, AttributeError):  # memory of another library, or an older Pillow
         data = rgb.tobytes("raw", "RGBX")
         return memoryview(data), data
     arrow = _ArrowArray.from_address(_address(array, b"arrow_array"))

@@ -66,6 +66,7 @@ class Cut(NamedTuple):
     width: int
     n_patches: int
     first_row: int  # of the result
+    second: int = 0  # the source of the other frame, in rows of two frames
 
 
 class _Launch(NamedTuple):
@@ -96,8 +97,10 @@ class ResizePlan:
         """Plan the launches of pictures. A round of passes reads the results of the previous
         round."""
         parts: list[Integers] = []
+        # passes that share weights name the same place
+        unique = [list({row.first_weight: row for row in each}.values()) for each in rounds]
         weights = [
-            _launch(parts, each, [-(-row.n_out // OUTPUTS) for row in each]) for each in rounds
+            _launch(parts, each, [-(-row.n_out // OUTPUTS) for row in each]) for each in unique
         ]
         passes = [
             _launch(
@@ -108,7 +111,7 @@ class ResizePlan:
         last = _launch(parts, cuts, [-(-row.n_patches // PATCHES) for row in cuts])
         return cls(
             np.concatenate(parts), tuple(weights), tuple(passes), last,
-            sum(row.n_integers for each in rounds for row in each),
+            sum(row.n_integers for each in unique for row in each),
             cuts[-1].first_row + cuts[-1].n_patches if cuts else 0,
         )  # fmt: skip
 
@@ -221,31 +224,37 @@ def _to_byte(x):
 @triton.jit(do_not_specialize=["rows", "owners"])
 def _cut_patches(
     pixels, table, rows, owners, out,
-    FIELDS: tl.constexpr, SIDE: tl.constexpr, MERGE: tl.constexpr,
+    FIELDS: tl.constexpr, SIDE: tl.constexpr, MERGE: tl.constexpr, FRAMES: tl.constexpr,
     BM: tl.constexpr, P_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gather BM patches in grid order: out (N, 3 x SIDE x SIDE), channel, row, column."""
+    """Gather BM patches in grid order: out (N, 3 x FRAMES x SIDE x SIDE).
+
+    A row has the order channel, frame, row, column. FRAMES is 1 or 2.
+    """
     i_program = tl.program_id(0)
     p_row = table + rows + tl.load(table + owners + i_program) * FIELDS
     source, width = tl.load(p_row), tl.load(p_row + 1).to(tl.int32)
     n_patches, first_row = tl.load(p_row + 2).to(tl.int32), tl.load(p_row + 3)
-    i_first = (i_program - tl.load(p_row + 4).to(tl.int32)) * BM
+    i_first = (i_program - tl.load(p_row + 5).to(tl.int32)) * BM
     o_patch = i_first + tl.arange(0, BM)[:, None]  # [BM, 1]
     o_p = tl.arange(0, P_BLOCK)[None, :]  # [1, P_BLOCK]
-    m_out = (o_patch < n_patches) & (o_p < 3 * SIDE * SIDE)  # [BM, P_BLOCK]
+    m_out = (o_patch < n_patches) & (o_p < 3 * FRAMES * SIDE * SIDE)  # [BM, P_BLOCK]
 
     # a merge unit's patches are adjacent; units are in raster order
     i_unit, i_inner = o_patch // (MERGE * MERGE), o_patch % (MERGE * MERGE)  # [BM, 1]
     n_units = width // (SIDE * MERGE)
     i_patch_row = (i_unit // n_units) * MERGE + i_inner // MERGE  # [BM, 1]
     i_patch_column = (i_unit % n_units) * MERGE + i_inner % MERGE  # [BM, 1]
-    i_channel, i_within = o_p // (SIDE * SIDE), o_p % (SIDE * SIDE)  # [1, P_BLOCK]
+    i_channel, i_within = o_p // (FRAMES * SIDE * SIDE), o_p % (SIDE * SIDE)  # [1, P_BLOCK]
+    if FRAMES == 2:
+        is_second = (o_p // (SIDE * SIDE)) % 2 != 0  # [1, P_BLOCK]
+        source = tl.where(is_second, tl.load(p_row + 4), source)  # [1, P_BLOCK]
     o_y = i_patch_row * SIDE + i_within // SIDE  # [BM, P_BLOCK]
     o_x = i_patch_column * SIDE + i_within % SIDE  # [BM, P_BLOCK]
     b_x = tl.load(pixels + source + o_y.to(tl.int64) * width + o_x, mask=m_out, other=0)
     b_x = ((b_x >> (i_channel * 8)) & 255).to(tl.uint8)  # [BM, P_BLOCK]
     o_row = first_row + o_patch.to(tl.int64)  # [BM, 1]
-    tl.store(out + o_row * (3 * SIDE * SIDE) + o_p, b_x, mask=m_out)
+    tl.store(out + o_row * (3 * FRAMES * SIDE * SIDE) + o_p, b_x, mask=m_out)
 
 
 def resize(plan: ResizePlan, table: torch.Tensor, pixels: torch.Tensor) -> None:
@@ -269,19 +278,22 @@ def resize(plan: ResizePlan, table: torch.Tensor, pixels: torch.Tensor) -> None:
 
 
 def cut(
-    plan: ResizePlan, table: torch.Tensor, pixels: torch.Tensor, *, side: int, merge: int
-) -> torch.Tensor:
-    """Gather the patches of a plan's cuts: uint8 (N, 3 x side x side), in grid order.
+    plan: ResizePlan, table: torch.Tensor, pixels: torch.Tensor, *, side: int, merge: int,
+    frames: int = 1, out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Gather the patches of a plan's cuts: uint8 (N, 3 x frames x side x side), in grid order.
 
     `side` is the side of a patch, in pixels. `merge` is the side of a merge unit, in patches.
+    `frames` is 2 for the rows of videos. `out` receives the rows, if given.
     """
-    shape = (plan.n_rows, 3 * side**2)
-    out = torch.empty(shape, dtype=torch.uint8, device=pixels.device)
+    shape = (plan.n_rows, 3 * frames * side**2)
+    if out is None:
+        out = torch.empty(shape, dtype=torch.uint8, device=pixels.device)
     with torch.cuda.device_of(pixels):
         _run(
             _cut_patches, plan.cuts.n_programs,
             pixels, table, plan.cuts.rows, plan.cuts.owners, out,
-            FIELDS=len(Cut._fields) + 1, SIDE=side, MERGE=merge,
+            FIELDS=len(Cut._fields) + 1, SIDE=side, MERGE=merge, FRAMES=frames,
             BM=PATCHES, P_BLOCK=triton.next_power_of_2(shape[1]),
         )  # fmt: skip
     return out

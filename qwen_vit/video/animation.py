@@ -13,6 +13,8 @@ from PIL import Image
 
 from qwen_vit.errors import ImageError
 from qwen_vit.images.formats import DECODERS
+from qwen_vit.images.frames import FrameMemory
+from qwen_vit.images.picture import memory_of
 from qwen_vit.images.to_rgb import on_white
 from qwen_vit.video.container import too_many_frames
 from qwen_vit.video.options import VideoLimits
@@ -93,6 +95,10 @@ class AnimationFrames:
     def upright(self, frame: Image.Image) -> Image.Image:
         """Return the frame unchanged, because an animation has no orientation."""
         return frame
+
+    def memory(self, frame: Image.Image) -> FrameMemory:
+        """Return the bytes of a frame: 4 per pixel, row by row."""
+        return memory_of(frame)
 
     def _durations(self) -> Iterator[float]:
         place = 0

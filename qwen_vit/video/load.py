@@ -13,32 +13,30 @@ from functools import partial
 from typing import Any, BinaryIO, NamedTuple, TypedDict, Unpack
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from qwen_vit.config import Grid, ImageConfig
+from qwen_vit.config import ImageConfig
 from qwen_vit.errors import ArgumentError, ImageError, Wording, with_options
+from qwen_vit.images.frames import FRAMES_IN_A_STEP, Decoded, FrameMemory, FrameRows, FramesForGpu
 from qwen_vit.images.image import ArrayLayout, ImageLimits, RgbImage
 from qwen_vit.images.load import load_image
 from qwen_vit.images.memory import decoding_memory
-from qwen_vit.images.patches import CHANNELS, Patches
+from qwen_vit.images.patches import Patches
+from qwen_vit.images.picture import PIXEL_BYTES
 from qwen_vit.video.animation import AnimationFrames, is_animation_format
 from qwen_vit.video.container import HEAD_BYTES
 from qwen_vit.video.options import Video, VideoLimits, VideoSource
 from qwen_vit.video.reader import FileFrames, open_video
-from qwen_vit.video.sampling import (
-    FRAMES_IN_A_STEP,
-    frame_size,
-    sample_frames,
-    shown_frames,
-)
+from qwen_vit.video.sampling import frame_size, sample_frames, shown_frames
 from qwen_vit.video.source import open_file
 
 __all__ = ["LoadedVideo", "VideoTiming", "load_pieces", "load_video"]
 
 RESIZES_AHEAD = 2  # frames for each thread
+GPU_BYTES = 2**28  # of the decoded frames of a piece: a GPU gets 22 frames of 1080p
+SHARE = 8  # of the memory for decoding: the same limit for a small machine
 STACKED_AXES = 4
 
 
@@ -57,11 +55,16 @@ class LoadedVideo:
     For a piece, `patches` has the piece's patches. The other fields describe the whole video.
     """
 
-    patches: Patches
+    decoded: Decoded
     size_px: tuple[int, int]
     timing: VideoTiming
     notes: tuple[str, ...] = ()
     is_last: bool = True  # among the video's pieces
+
+    @property
+    def patches(self) -> Patches:
+        """Return the patches. Decoded frames are resized and cut here."""
+        return self.decoded if isinstance(self.decoded, Patches) else self.decoded.patchify()
 
 
 class LoadOptions(TypedDict, total=False):
@@ -100,6 +103,7 @@ def load_pieces(
     threads: int = 1,
     file: BinaryIO | None = None,
     keep: dict[int, NDArray[np.uint8]] | None = None,
+    on_gpu: bool = False,
 ) -> Generator[LoadedVideo, None, None]:
     """Yield a video's patches in pieces of whole time steps, after decoding a piece's frames.
 
@@ -108,7 +112,8 @@ def load_pieces(
     one piece.
 
     The function reads `file` in place of `video.source`. `threads` decode and resize. `keep`
-    collects the resized frames, (height, width, 3), by index among the sampled frames. Raises
+    collects the resized frames, (height, width, 3), by index among the sampled frames. With
+    `on_gpu`, pieces of moderate size are decoded frames, which a GPU resizes and cuts. Raises
     ImageError with a `code` of errors.IMAGE_CODES, and ArgumentError for options that do not fit.
     """
     limits = VideoLimits() if limits is None else limits
@@ -122,10 +127,14 @@ def load_pieces(
                 return
             if is_animation_format(head):
                 frames = AnimationFrames(_whole(source, name, limits), name, limits)
-                yield from _sampled(_Asked(frames, video, config, name), 1, keep, most)
+                yield from _sampled(
+                    _Asked(frames, video, config, name), 1, keep, most, on_gpu=on_gpu
+                )
                 return
             opened = stack.enter_context(open_video(source, name, limits, threads=threads))
-            yield from _sampled(_Asked(opened, video, config, name), threads, keep, most)
+            yield from _sampled(
+                _Asked(opened, video, config, name), threads, keep, most, on_gpu=on_gpu
+            )
         except MemoryError:
             raise ImageError(
                 "its sampled frames do not fit into memory",
@@ -188,7 +197,12 @@ class _Asked(NamedTuple):
 
 
 def _sampled(
-    asked: _Asked, threads: int, keep: dict[int, NDArray[np.uint8]] | None, most: int | None
+    asked: _Asked,
+    threads: int,
+    keep: dict[int, NDArray[np.uint8]] | None,
+    most: int | None,
+    *,
+    on_gpu: bool = False,
 ) -> Iterator[LoadedVideo]:
     """Yield the pieces of a file's frames. Each piece reserves decoding memory until the piece is
     complete."""
@@ -210,14 +224,32 @@ def _sampled(
                 in_step = size[0] * size[1] // config.patch_px**2
                 steps = left if most is None else max(1, most // in_step)
             n_frames = min(left, steps * FRAMES_IN_A_STEP)
-            rows = _Rows(n_frames, size, config, name, keep, len(places) - left)
-            with decoding_memory.hold(rows.n_bytes):
+            collected: FrameRows | FramesForGpu
+            if on_gpu and _fits_on_gpu(opened.size_px, n_frames):
+                collected = FramesForGpu(n_frames, opened.size_px, size, config, name)
+            else:
+                collected = FrameRows(n_frames, size, config, name, keep, len(places) - left)
+            with decoding_memory.hold(collected.n_bytes):
                 for at in range(n_frames):
                     frame = next(frames) if at else frame
-                    submit(partial(_resize_into, rows, at, partial(opened.upright, frame)))
+                    submit(_collect(collected, at, opened, frame))
                 wait()
             left -= n_frames
-            yield LoadedVideo(rows.patches(), opened.size_px, timing, opened.notes, not left)
+            yield LoadedVideo(collected.done(), opened.size_px, timing, opened.notes, not left)
+
+
+def _fits_on_gpu(size_px: tuple[int, int], n_frames: int) -> bool:
+    n_bytes = PIXEL_BYTES * size_px[0] * size_px[1] * n_frames
+    return n_bytes <= min(GPU_BYTES, decoding_memory.total // SHARE)
+
+
+def _collect(
+    collected: FrameRows | FramesForGpu, at: int, opened: FileFrames | AnimationFrames, frame: Any
+) -> Callable[[], None]:
+    """Return the work on a decoded frame, for any thread."""
+    if isinstance(collected, FrameRows):
+        return partial(_resize_into, collected, at, partial(opened.upright, frame))
+    return partial(_keep, collected, at, partial(opened.memory, frame))
 
 
 def _from_frames(
@@ -233,7 +265,7 @@ def _from_frames(
                 remedy=with_options("select the frames yourself, and pass their rate as {}", "fps"),
             )
     frames = _frame_list(video.source, name)
-    rows: _Rows | None = None
+    rows: FrameRows | None = None
     size: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = ()
     for at, frame in enumerate(frames):
@@ -242,7 +274,7 @@ def _from_frames(
             size, notes = (rgb.height, rgb.width), rgb.notes
             factor = config.patch_px * config.merge_size
             resized = frame_size(*size, len(frames), video, factor, name)
-            rows = _Rows(len(frames), resized, config, name)
+            rows = FrameRows(len(frames), resized, config, name)
         if (rgb.height, rgb.width) != size:
             raise ImageError(
                 f"frame {at} is {rgb.width}x{rgb.height}, and the first {size[1]}x{size[0]}",
@@ -258,7 +290,7 @@ def _from_frames(
         raise ImageError(
             "no frames", name=name, remedy="pass at least one frame", code="video-frames"
         )
-    return LoadedVideo(rows.patches(), size, timing, notes)
+    return LoadedVideo(rows.done(), size, timing, notes)
 
 
 def _picture(rgb: RgbImage) -> Image.Image:
@@ -281,65 +313,12 @@ def _frame_list(source: Any, name: str) -> Any:
     )
 
 
-class _Rows:
-    """Collect a video's patches, each in the order channel, frame of the pair, row, column.
-
-    The patches cover `n_frames` frames of `size_px`, starting with the sampled frame `first`.
-    """
-
-    def __init__(
-        self,
-        n_frames: int,
-        size_px: tuple[int, int],
-        config: ImageConfig,
-        name: str,
-        keep: dict[int, NDArray[np.uint8]] | None = None,
-        first: int = 0,
-    ) -> None:
-        self._keep, self._first = keep, first
-        px, merge = config.patch_px, config.merge_size
-        factor = px * merge
-        self.height, self.width = size_px
-        self._name, self._config = name, config
-        self._n_frames = n_frames
-        t = -(-n_frames // FRAMES_IN_A_STEP)
-        h, w = self.height // factor, self.width // factor
-        self._grid = Grid(t, h * merge, w * merge)
-        self._values = np.empty(
-            (t, h, w, merge, merge, CHANNELS, FRAMES_IN_A_STEP, px, px), np.uint8
-        )
-
-    @property
-    def n_bytes(self) -> int:
-        """Return the size of the sampled frames in bytes."""
-        return self._values.nbytes
-
-    def put(self, at: int, pixels: NDArray[np.uint8]) -> None:
-        """Cut a frame of this size, (height, width, >= 3 channels), into its patches."""
-        if self._keep is not None:
-            self._keep[self._first + at] = pixels[..., :CHANNELS].copy()
-        px, merge = self._config.patch_px, self._config.merge_size
-        _, h, w = self._values.shape[:3]
-        cut = pixels[..., :CHANNELS].reshape(h, merge, px, w, merge, px, CHANNELS)
-        # (h, mh, ph, w, mw, pw, c) -> grid order, each patch by channel, row, column
-        in_order = cut.transpose(0, 3, 1, 4, 6, 2, 5)
-        step, which = divmod(at, FRAMES_IN_A_STEP)
-        self._values[step, ..., which, :, :] = in_order
-        if at == self._n_frames - 1 and which == 0:  # an odd count repeats the last frame
-            self._values[step, ..., 1, :, :] = in_order
-
-    def patches(self) -> Patches:
-        """Return all patches."""
-        values = self._values.reshape(self._grid.n_patches, -1)
-        return Patches(torch.from_numpy(values), (self._grid,), self._name)
+def _resize_into(rows: FrameRows, at: int, upright: Callable[[], Image.Image]) -> None:
+    rows.resize(at, upright())
 
 
-def _resize_into(rows: _Rows, at: int, upright: Callable[[], Image.Image]) -> None:
-    picture = upright()
-    size = (rows.width, rows.height)
-    if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
-    rows.put(at, np.asarray(picture))
+def _keep(frames: FramesForGpu, at: int, memory: Callable[[], FrameMemory]) -> None:
+    frames.put(at, memory())
 
 
 @contextmanager

@@ -4,8 +4,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator
 
+from qwen_vit.images.frames import Decoded
 from qwen_vit.images.memory import decoding_memory
-from qwen_vit.images.patches import Patches
 
 __all__ = ["PieceMemory", "PieceStream"]
 
@@ -39,8 +39,8 @@ class PieceStream:
 
     def __init__(
         self,
-        first: Patches,
-        rest: Generator[Patches, None, None],
+        first: Decoded,
+        rest: Generator[Decoded, None, None],
         *,
         is_ahead: bool,
         memory: PieceMemory | None = None,
@@ -48,7 +48,7 @@ class PieceStream:
         self._rest, self._is_ahead = rest, is_ahead
         self._memory = PieceMemory() if memory is None else memory
         self._changed = self._memory.changed
-        self._ready: deque[Patches] = deque()
+        self._ready: deque[Decoded] = deque()
         self._bytes = 0
         self._is_taken = self._is_over = self._is_cancelled = False
         self._error: BaseException | None = None
@@ -67,7 +67,7 @@ class PieceStream:
                 self._is_over = True
                 self._changed.notify_all()
 
-    def pieces(self) -> Generator[Patches, None, None]:
+    def pieces(self) -> Generator[Decoded, None, None]:
         """Yield every piece, in order. Raises the decoder's error after the pieces before it."""
         try:
             while True:
@@ -77,7 +77,7 @@ class PieceStream:
                         self._changed.wait()
                     piece = self._ready.popleft() if self._ready else None
                     if piece is not None:
-                        self._count(-piece.pixels.nbytes)
+                        self._count(-piece.n_bytes)
                 if piece is None and self._error is not None:
                     raise self._error
                 if piece is None and not self._is_ahead:
@@ -97,11 +97,11 @@ class PieceStream:
         if not self._is_ahead:
             self._rest.close()
 
-    def _put(self, piece: Patches) -> None:
+    def _put(self, piece: Decoded) -> None:
         with self._changed:
             if not self._is_cancelled:
                 self._ready.append(piece)
-                self._count(piece.pixels.nbytes)
+                self._count(piece.n_bytes)
 
     def _count(self, n_bytes: int) -> None:
         self._bytes += n_bytes

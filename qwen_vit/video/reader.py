@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qwen_vit.errors import ImageError
+from qwen_vit.images.frames import FrameMemory
+from qwen_vit.images.picture import PIXEL_BYTES, memory_of
 from qwen_vit.video.container import too_many_frames
 from qwen_vit.video.options import VideoLimits
 from qwen_vit.video.sampling import Timeline
@@ -132,6 +134,15 @@ class FileFrames:
             plane = frame.reformat(format="rgb0", threads=1).planes[0]
             picture = Image.frombuffer("RGBX", size, plane, "raw", "RGBX", plane.line_size, 1)
         return picture if self._turn is None else picture.transpose(self._turn)
+
+    def memory(self, frame: Any) -> FrameMemory:
+        """Return the bytes of a decoded, upright frame: 4 per pixel, row by row; thread-safe."""
+        if self._turn is not None or frame.width % WHOLE_WIDTH:
+            return memory_of(self.upright(frame))
+        plane = frame.reformat(format="rgb0", threads=1).planes[0]
+        if plane.line_size != PIXEL_BYTES * frame.width:
+            return memory_of(self.upright(frame))
+        return memoryview(plane)[: plane.line_size * frame.height], plane
 
     # -- the pass over the packets
 

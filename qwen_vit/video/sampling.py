@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from qwen_vit.errors import ArgumentError, ImageError, Wording, with_options
+from qwen_vit.images.frames import FRAMES_IN_A_STEP
 from qwen_vit.images.patches import check_sides, smart_resize
 from qwen_vit.video.options import VideoOptions
 
@@ -24,7 +25,6 @@ __all__ = [
     "shown_frames",
 ]  # fmt: skip
 
-FRAMES_IN_A_STEP = 2  # temporal_patch_size: one step of the grid's t
 MIN_FRAMES, MAX_FRAMES = 4, 768
 MIN_TOKENS, MAX_TOKENS = 128, 768  # frames of a step
 TOTAL_TOKENS = 128_000 * 0.9  # tokens of a video

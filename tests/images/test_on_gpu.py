@@ -111,10 +111,12 @@ def test_the_cpu_path_joins_the_bands_of_a_large_picture(
     assert torch.equal(picture.patchify().pixels, patchify(image, CONFIG).pixels)
 
 
+@pytest.mark.parametrize("large_bytes", [1, 50, 10_000])  # which NumPy copies
 @pytest.mark.parametrize("staged_bytes", [7, 100, 10_000])
 def test_an_upload_has_all_bytes_in_order(
-    staged_bytes: int, monkeypatch: pytest.MonkeyPatch
+    staged_bytes: int, large_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(on_gpu, "LARGE_BYTES", large_bytes)
     monkeypatch.setattr(on_gpu, "STAGED_BYTES", staged_bytes)
     blocks = [bytes(range(n)) for n in (0, 1, 6, 100, 255)]
     buffer = torch.zeros(400, dtype=torch.uint8)

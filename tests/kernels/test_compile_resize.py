@@ -27,7 +27,25 @@ KERNELS: dict[str, tuple[Any, dict[str, int]]] = {
     ),
     "cut": (
         resize._cut_patches,
-        {"FIELDS": CUT_FIELDS, "SIDE": 14, "MERGE": 2, "BM": resize.PATCHES, "P_BLOCK": 1024},
+        {
+            "FIELDS": CUT_FIELDS,
+            "SIDE": 14,
+            "MERGE": 2,
+            "FRAMES": 1,
+            "BM": resize.PATCHES,
+            "P_BLOCK": 1024,
+        },
+    ),
+    "cut pairs": (
+        resize._cut_patches,
+        {
+            "FIELDS": CUT_FIELDS,
+            "SIDE": 14,
+            "MERGE": 2,
+            "FRAMES": 2,
+            "BM": resize.PATCHES,
+            "P_BLOCK": 2048,
+        },
     ),
 }
 

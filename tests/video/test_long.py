@@ -38,7 +38,8 @@ def test_four_hours_at_one_frame_a_second(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_a_thousand_clips(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_memory_is_flat_over_a_thousand_clips(on_gpu: bool, tmp_path: Path) -> None:
     """The loader frees each decoder, container and frame, so 800 clips after the first 200 add no
     memory."""
     path = make_video(tmp_path / "a.mp4", 12, size=(320, 240))
@@ -50,6 +51,7 @@ def test_memory_is_flat_over_a_thousand_clips(tmp_path: Path) -> None:
         ImageLimits(),
         "raise",
         video=VideoOptions(n_frames=4, **SIZE),  # type: ignore[arg-type]
+        on_gpu=on_gpu,
     )
 
     def jobs() -> Iterator[str]:

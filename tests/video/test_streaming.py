@@ -16,6 +16,7 @@ from qwen_vit.common.prefetch import work_ahead
 from qwen_vit.config import Grid
 from qwen_vit.errors import ImageError
 from qwen_vit.features import ImageFeatures
+from qwen_vit.images.frames import Frames
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.patches import Patches
 from qwen_vit.loading import ImageLoader, LoadedImage
@@ -197,7 +198,7 @@ def _loader() -> ImageLoader:
     )
 
 
-def _pieces_of(loaded: LoadedImage) -> Iterator[Patches]:
+def _pieces_of(loaded: LoadedImage) -> Iterator[Patches | Frames]:
     assert loaded.stream is not None
     return loaded.stream.pieces()
 

@@ -47,6 +47,7 @@ from qwen_vit.common.prefetch import core_count, thread_count, work_ahead
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.features import VideoFeatures
 from qwen_vit.images.image import ImageLimits
+from qwen_vit.images.picture import resizes_on
 from qwen_vit.loading import ImageLoader
 from qwen_vit.video.load import load_video
 from qwen_vit.video.options import Video, VideoLimits, VideoOptions
@@ -296,7 +297,7 @@ def _loading_rate(encoder: VisionEncoder, paths: Sequence[Path], threads: int) -
     loader = ImageLoader(
         encoder.config, encoder.image_config, "auto", ImageLimits(), "raise",
         video_threads=max(1, core_count() // threads),
-        piece_patches=TOKEN_BUDGET[encoder.device.type],
+        piece_patches=TOKEN_BUDGET[encoder.device.type], on_gpu=resizes_on(encoder.device),
     )  # fmt: skip
 
     def run() -> None:
