@@ -188,8 +188,7 @@ def export(
         options = replace(start.options, **of_this_run)
     elif not inputs or model is None or out is None:
         raise click.UsageError("pass INPUTS, --model and --out, or only --resume OUT")
-    images = inputs or None
-    if images is not None:
+    if images := inputs or None:
         check_paths(images)
         check_inputs(images, options.columns)
     check_folder(out, make=False)
