@@ -9,11 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["PrincipalColours", "component_colours", "similarity_map"]
+__all__ = ["COMPONENTS", "PrincipalColours", "component_colours", "similarity_map"]
 
 MAX_FIT_ROWS = 16_384  # rows of 3,584 values: 235 MB in float32
 EXTRA_AXES = 13  # extra components: the axes then match an exact decomposition to 1e-6
 TAILS = (0.01, 0.99)  # otherwise a few outliers would use the whole range of colours
+COMPONENTS = ("lightness", "blue to yellow", "green to red")  # what each component sets
 # OKLab: lightness, green to red, blue to yellow. Within these ranges few colours are clipped.
 LIGHTNESS, GREEN_RED, BLUE_YELLOW = (0.35, 0.90), (-0.12, 0.12), (-0.18, 0.18)
 

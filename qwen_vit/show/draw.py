@@ -1,6 +1,7 @@
 """Draw views of features as PNG with matplotlib, as page panels or as one sheet for an image."""
 
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = [
 DOTS_PER_INCH = 150
 PANEL_IN = 4.8  # inches: the longer side
 TITLE_IN = 0.3
+LETTERS_PER_IN, MIN_TITLE = 14, 24  # of a title, which is wrapped above a narrow panel
 BLUE = "#1668c7"
 HEAT_MAP = "cividis"  # readable for colour-blind readers
 STYLE: Any = {
@@ -166,7 +168,8 @@ def sheet_png(view: FeatureView, views: FeatureViews, titles: Sequence[str]) -> 
         grid = figure.subplots(*((len(draws), 1) if is_column else (1, len(draws))), squeeze=False)
         for axes, draw, title in zip(grid.flat, draws, titles, strict=False):
             drawn = draw(axes, layout, view, views)
-            axes.set_title(title[:1].upper() + title[1:])
+            title = title[:1].upper() + title[1:]
+            axes.set_title(textwrap.fill(title, max(MIN_TITLE, int(LETTERS_PER_IN * width))))
             if draw is draw_similarity:
                 bar = figure.colorbar(drawn, cax=axes.inset_axes((1.02, 0, 0.03, 1)))
                 bar.outline.set_visible(False)

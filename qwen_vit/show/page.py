@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from qwen_vit.show.colours import component_colours
+from qwen_vit.show.colours import COMPONENTS, component_colours
 from qwen_vit.show.draw import (
     draw_colours,
     draw_picture,
@@ -55,7 +55,7 @@ class PageText:
 def feature_page(views: FeatureViews, text: PageText, *, today: date | None = None) -> bytes:
     """Return a self-contained page of images' features with all pictures."""
     layouts = [StripLayout.of(view.h, view.w, views.window) for view in views.views]
-    ramps = zip(component_colours(), views.explained, strict=False)
+    ramps = zip(COMPONENTS, component_colours(), views.explained, strict=False)
     return render_page(
         _template("page.html.jinja"),
         today=today,
@@ -71,8 +71,8 @@ def feature_page(views: FeatureViews, text: PageText, *, today: date | None = No
         window_px=text.window_px,
         full_attention=text.full_attention,
         components=[
-            {"colours": ", ".join(map(_hex, ramp)), "share": f"{share:.0%}"}
-            for ramp, share in ramps
+            {"name": name, "colours": ", ".join(map(_hex, ramp)), "share": f"{share:.0%}"}
+            for name, ramp, share in ramps
         ],
         heat=None if views.span is None else {
             "colours": ", ".join(heat_colours()),

@@ -2,15 +2,18 @@
 
 import io
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 
 from PIL import Image
 
-from qwen_vit.errors import plural
+from qwen_vit.errors import display_name, plural
 from qwen_vit.images.image import ImageSource
 from qwen_vit.show.draw import check_packages, sheet_png
 from qwen_vit.show.views import DenseFeatures, FeatureView, FeatureViews, Point, view_features
 
 __all__ = ["panel_titles", "show_features"]
+
+MAX_NAME = 30  # characters of an image's name in a title
 
 
 def show_features(
@@ -56,8 +59,15 @@ def panel_titles(view: FeatureView, views: FeatureViews) -> tuple[str, str, str]
     """Return the titles of an image's panels: windows, feature map, similarities."""
     rows, columns = view.colours.shape[:2]
     what = "image" if view.picture is not None else "features"
+    is_cut = view.h % views.window or view.w % views.window
+    marked = _shorten(display_name(PurePath(views.views[0].id).name))
     return (
-        f"{what} and {plural(view.n_windows(views.window), 'attention window')}",
-        f"feature map, {columns} x {rows} cells",
-        "similarity to the marked cell" if view.mark else "similarity to the first image's cell",
+        f"{what} and {plural(view.n_windows(views.window), 'attention window')}"
+        + ", striped where the edge cuts them" * bool(is_cut),
+        f"feature map, {columns} x {rows} cells: equal colours mark similar features",
+        "similarity to the marked cell" + f" of {marked}" * (view.mark is None),
     )
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 3]}..."

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from qwen_vit import __version__
+from qwen_vit.common.installation import install_command
 from qwen_vit.compare import plots, report
 from qwen_vit.compare.result import Comparison
 from qwen_vit.compare.run import compare
@@ -265,7 +266,8 @@ def test_without_the_extra_the_package_to_install_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(draw, "find_spec", lambda name: None if name == "matplotlib" else name)
-    with pytest.raises(ArgumentError, match=r"installed: matplotlib\. .*'qwen-vit\[show\]'"):
+    command = re.escape(install_command("show"))
+    with pytest.raises(ArgumentError, match=rf"installed: matplotlib\. Run {command}"):
         report.check_report(tmp_path / "page", overwrite=False)
 
 

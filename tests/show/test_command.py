@@ -133,6 +133,11 @@ def test_stored_features_are_shown_with_their_pictures_or_without(
     assert first["has_picture"]
     assert second["has_picture"]
     assert (first["marked_patch_xy"], second["marked_patch_xy"]) == ([3.5, 3.5], None)
+    text = " ".join(Page("b.html").text.split())
+    assert re.search(r"Similarity to the marked cell: -?\d\.\d\d 1\.00", text)
+    assert re.search(r"Similarity to the marked cell of a\.png: -?\d\.\d\d 1\.00", text)
+    for words in ("1, lightness:", "2, blue to yellow:", "3, green to red:"):
+        assert f"component {words}" in text
 
 
 def test_a_picture_is_matched_by_the_end_of_its_path(undrawn: None, folder: Path, run: Any) -> None:

@@ -1,6 +1,8 @@
 """Test the drawn sheets and panels, and features.show()."""
 
 import io
+import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from qwen_vit import (
     show_features,
     write_features,
 )
+from qwen_vit.common.installation import install_command
 from qwen_vit.errors import ArgumentError
 from qwen_vit.show import draw
+from qwen_vit.show.sheets import panel_titles
 from qwen_vit.show.strips import StripLayout
 from qwen_vit.show.views import view_features
 from tests.support import IMAGES
@@ -94,6 +98,19 @@ def test_panels_stand_beside_each_other_or_below() -> None:
     assert point.height > 1.3 * show_features([features()])[0].height
 
 
+def test_titles_explain_the_stripes_and_name_the_marked_image() -> None:
+    """A title once was "similarity to the first image's cell"."""
+    first = replace(features(8, 8), id="p/" + "a" * 40 + ".png")
+    second = replace(features(6, 10), id="p/b.png")
+    views = view_features([first, second], point=(20, 20))
+    whole, cut = (panel_titles(view, views) for view in views.views)
+    assert "striped" not in whole[0]
+    assert cut[0] == "features and 2 attention windows, striped where the edge cuts them"
+    assert cut[1] == "feature map, 10 x 6 cells: equal colours mark similar features"
+    assert whole[2] == "similarity to the marked cell"
+    assert cut[2] == f"similarity to the marked cell of {'a' * 27}..."
+
+
 def test_without_the_picture_windows_lie_over_the_features() -> None:
     views = view_features([features()])
     [view] = views.views
@@ -131,5 +148,6 @@ def test_without_the_extra_the_package_to_install_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(draw, "find_spec", lambda name: None)
-    with pytest.raises(ArgumentError, match=r"show needs .*: matplotlib\. .*'qwen-vit\[show\]'"):
+    command = re.escape(install_command("show"))
+    with pytest.raises(ArgumentError, match=rf"show needs .*: matplotlib\. Run {command}"):
         features().show()
