@@ -258,7 +258,7 @@ class BatchEncoder:
         return [*self._encode_parts(pieces[:half]), *self._encode_parts(pieces[half:])]
 
     def _joined_patches(self, pieces: Sequence[_Piece]) -> Patches:
-        """Return the patches of a batch: on the GPU if a picture or frames are among them."""
+        """Return the patches of a batch, on the GPU if the batch contains pictures or frames."""
         parts = [piece.patches for piece in pieces]
         ready = [part for part in parts if isinstance(part, Patches)]
         pinned_rows = TOKEN_BUDGET["cuda"] if self.device.type == "cuda" else 0
@@ -275,7 +275,7 @@ class InFlightLimit:
         self._events: deque[torch.cuda.Event] = deque()
 
     def step(self) -> None:
-        """Wait after each batch for the batch that is BATCHES_AHEAD before it."""
+        """After each batch, wait for the batch that came BATCHES_AHEAD batches earlier."""
         if self._device.type != "cuda":
             return
         event = torch.cuda.Event(blocking=True)

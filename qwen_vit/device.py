@@ -62,7 +62,8 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def warn_without_gpu(device: str | torch.device) -> None:
-    """Log once if "auto" chooses a CPU. Call this after all refusals, because none needs a GPU."""
+    """Log once if "auto" chooses a CPU. Call this function after all checks, because no check needs
+    a GPU."""
     if device == "auto" and not torch.cuda.is_available():
         _warn_once(
             "no CUDA GPU: computing on the CPU in float32, with the attention kernel "

@@ -241,7 +241,8 @@ class VisionEncoder(LoadedTower):
                 and continues with the other images.
             output: "merged" returns the language model's input. "patch" returns un-merged rows.
                 "mean" returns one vector per image, which is the float32 mean of the merged rows.
-            normalize: True divides each mean by its Euclidean length. It needs output="mean".
+            normalize: True divides each mean by its Euclidean length. This option needs
+                output="mean".
             layers: numbers of blocks whose dense features `encode` also returns. The first block is
                 0. Layers do not change `embeds`. On a GPU, `encode` then uses no CUDA graphs.
             layout: "HWC" or "CHW" if an array's shape leaves its channel axis open.

@@ -118,7 +118,7 @@ def recipes(
     *,
     locate: Callable[[str], str] = str,
 ) -> Iterator[Recipe]:
-    """Yield a recipe for each of the model's tensors, in the files' order of the sources.
+    """Yield a recipe for each of the model's tensors, in the order of the sources in the files.
 
     Every published tensor is a source of one recipe. A recipe takes its sources on `device`.
     """

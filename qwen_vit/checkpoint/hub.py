@@ -86,9 +86,9 @@ def find_checkpoint(
     'tiny'
 
     The function downloads the config files and the vision tensors once. `revision`, `token`,
-    `cache_dir` and `local_files_only` have huggingface_hub's meaning. Raises HubError or
-    CheckpointError. Raises ArgumentError for a `revision` of a local checkpoint. Each error gives
-    the remedy.
+    `cache_dir` and `local_files_only` have the same meaning as in huggingface_hub. Raises HubError
+    or CheckpointError. Raises ArgumentError for a `revision` of a local checkpoint. Each error
+    gives the remedy.
     """
     return download(
         model,
@@ -305,8 +305,8 @@ def _fetch_settings(repository: Repository) -> None:
 def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
     """Return the index if it exists, and the names of the files with vision tensors.
 
-    If a repository has a single file and an index, the function uses the file. Folders and
-    transformers follow the same rule.
+    If a repository has a single file and an index, the function uses the file. For local folders,
+    qwen_vit and transformers follow the same rule.
     """
     if repository.cached(WEIGHTS_FILE) is not None:
         return None, [WEIGHTS_FILE]

@@ -55,7 +55,7 @@ class RangesRefusedError(Exception):
 
 
 class TransferError(Exception):
-    """Report that a transfer broke off. A retry may start after `wait_s`.
+    """Report that a transfer ended early. A retry may start after `wait_s`.
 
     `cause` is the client's error if the reason is the server's answer, not the connection.
     """
@@ -185,7 +185,7 @@ def split_piece(piece: Piece) -> Iterator[Piece]:
 def _fetch_piece(
     piece: Piece, open_range: Opener, write: Callable[[bytes, int], None], stop: threading.Event
 ) -> int:
-    """Fetch a piece, resuming after each break. Return the file's size."""
+    """Fetch a piece, and resume after each interruption. Return the file's size."""
     position, end, failures, file_bytes = piece.start, piece.end, 0, 0
     slow = 0  # attempts
     while position < end and not stop.is_set():

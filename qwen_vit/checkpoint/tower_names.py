@@ -97,7 +97,7 @@ def expected_tensors(config: VisionConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tower_prefixes(names: Iterable[str]) -> list[str]:
-    """Return the sorted prefixes of vision towers. A usual checkpoint has one prefix.
+    """Return the sorted prefixes of vision towers. Usually, a checkpoint has one prefix.
 
     >>> tower_prefixes(["visual.patch_embed.proj.weight", "model.norm.weight"])
     ['visual.']

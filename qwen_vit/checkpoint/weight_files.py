@@ -132,7 +132,7 @@ def choose_weights(
     >>> choose_weights(["README.md", "model.safetensors"], "folder", Path)
     'model.safetensors'
 
-    Raises CheckpointError that names the content of `source`: an adapter (of the base model in
+    Raises a CheckpointError that names the content of `source`: an adapter (of the base model in
     `adapter_config`), pickles, GGUF, several sets of weights, or nothing.
     """
     names = sorted(names)

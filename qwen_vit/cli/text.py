@@ -105,7 +105,7 @@ def export_text(done: ExportReport) -> str:
 
 
 def waits_text(done: ExportReport) -> str:
-    """Return the share of an export's time that it waited for each stage."""
+    """Return the share of the time for which an export waited for each stage."""
     total = sum(done.waits.values()) or 1.0
     shares = (f"{stage} {seconds / total:.0%}" for stage, seconds in done.waits.items())
     return f"waited for: {', '.join(shares)}"

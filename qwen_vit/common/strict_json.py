@@ -46,7 +46,7 @@ def read_json(path: AnyPath) -> dict[str, Any]:
 
 
 def _is_file(path: AnyPath) -> bool:
-    """Return whether the path is a file. Wait shortly for a file in a snapshot of the Hub's cache.
+    """Return whether the path is a file. Wait briefly for a file in a snapshot of the Hub's cache.
 
     On a disk without locks, huggingface_hub removes a link just before it makes the link again.
     """

@@ -9,7 +9,7 @@ __all__ = ["all_finite", "check_finite", "extremes", "odd_kind", "resolved"]
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor has neither NaN nor infinity. It waits for the tensor's device.
+    """Return whether a tensor has neither NaN nor infinity. The call waits for the device.
 
     >>> all_finite(torch.tensor([1.0, 2.0])), all_finite(torch.tensor([1.0, float("nan")]))
     (True, False)
@@ -21,7 +21,8 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def check_finite(tensor: Tensor, name: str) -> Tensor:
-    """Return the tensor. Raises CheckpointError with its name and its NaN and infinite values.
+    """Return the tensor. Raises CheckpointError with the name and the numbers of NaN and infinite
+    values.
 
     >>> check_finite(torch.tensor([1.0, float("nan")]), "merger.ln_q.weight")
     Traceback (most recent call last):

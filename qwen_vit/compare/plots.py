@@ -48,7 +48,7 @@ class StageMaps:
     def of(
         cls, name: str, ours: Tensor, theirs: Tensor, colours: PrincipalColours | None = None
     ) -> "StageMaps":
-        """Colour both along the same axes, because separate axes would hide a rotation."""
+        """Colour both maps along the same axes, because separate axes would hide a rotation."""
         colours = PrincipalColours.fit([theirs]) if colours is None else colours
         distance = (ours.double() - theirs.double()).norm(dim=-1)
         error = (distance / theirs.double().norm(dim=-1).clamp_min(1e-300)).nan_to_num(0.0)

@@ -45,7 +45,8 @@ __all__ = ["compare", "compare_checkpoint", "compare_with_golden"]
 
 
 class _Prepared(NamedTuple):
-    """Hold an image or video before our tower runs: Hugging Face's results and both pixels."""
+    """Hold an image or video before our tower runs: Hugging Face's results and the pixels of
+    both."""
 
     case: Case
     pixels: Sequence[Preprocessing]
@@ -175,7 +176,7 @@ class _LiveReference:
     video: VideoOptions
 
     def case_of(self, name: str) -> _Prepared:
-        """Return Hugging Face's results for an image or video, and our pixels' difference."""
+        """Return Hugging Face's results for an image or video, and the difference of our pixels."""
         if is_video_file(name):
             return self._case_of_video(name)
         config = self.encoder.image_config

@@ -90,7 +90,8 @@ class _Reference:
     def choose(
         self, timeline: Timeline, options: VideoOptions, name: str
     ) -> tuple[list[int] | None, str, bool]:
-        """Return the frames or None, the library's name and version, and whether it ran."""
+        """Return the frames or None, the library's name and version, and whether the library
+        ran."""
         if self.takes(options):
             run = _run_qwen if self.rule == "qwen" else _run_transformers
             try:

@@ -108,9 +108,9 @@ def write_manifest(
     If another machine writes the manifest at the same time, the function writes the manifest again
     from all shards that exist then.
 
-    Parquet stores only Unicode. The function escapes other bytes in an id or source, and `id_bytes`
-    has the whole id. JSON lines and the listing keep every name unchanged. Raises ExportError if
-    the system does not allow writing.
+    Parquet stores only Unicode. The function escapes invalid bytes in an id or source, and
+    `id_bytes` has the original id. JSON lines and the listing keep every name unchanged. Raises
+    ExportError if the system does not allow writing.
     """
     has_arrow = load_arrow()
     name, other = (PARQUET, JSON_LINES) if has_arrow else (JSON_LINES, PARQUET)

@@ -63,7 +63,8 @@ def export_features(
             the export's listing.
         folder: a new or empty folder, or an export to resume. The folder may be an address such as
             "s3://bucket/features".
-        confirm: a function that gets an estimate before a new export begins, and may raise.
+        confirm: a function that receives an estimate before a new export begins, and may raise an
+            error.
         show_progress: show a progress bar on a terminal, or a line per minute in a log.
         decode_threads: threads that read, decode and resize. [default: one per two cores, 2 to 16]
         ec_cache: a folder for vLLM's encoder cache. The export also writes the cache after each

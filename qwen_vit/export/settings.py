@@ -166,7 +166,7 @@ class StoredExport:
     def check(
         self, settings: Mapping[str, Any], changes: InputChanges | None, options: ExportOptions
     ) -> None:
-        """Raise ExportError that names each difference from the current settings and inputs.
+        """Raise an ExportError that names each difference from the current settings and inputs.
 
         With `options.accept_versions`, the method adds other versions to the accepted versions
         instead.

@@ -162,8 +162,8 @@ class Features(ABC):
         >>> load_features("means").to_parquet("means.parquet")  # doctest: +SKIP
         PosixPath('means.parquet')
 
-        Arrays become lists, or lists of lists. If an id is not Unicode, the method escapes the
-        other bytes, and `id_bytes` has the whole id. Raises ArgumentError if pyarrow is not
+        Arrays become lists, or lists of lists. If an id is not Unicode, the method escapes its
+        invalid bytes, and `id_bytes` has the original id. Raises ArgumentError if pyarrow is not
         installed. Raises ExportError if there is no image or `path` cannot be written.
         """
         return tables.write_parquet(self, path, overwrite=overwrite)

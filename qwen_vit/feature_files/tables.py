@@ -250,8 +250,7 @@ def whole_numbers_in_pandas(schema: Any) -> Any:
 
 
 def unicode_text(text: str) -> str:
-    r"""Return text as Unicode, which Arrow requires. The function escapes bytes that are not
-    Unicode.
+    r"""Return text as Unicode, which Arrow requires. The function escapes invalid bytes.
 
     >>> print(unicode_text(os.fsdecode(b"caf\xe9.jpg")))
     caf\udce9.jpg
