@@ -1,7 +1,7 @@
 """Compute the layout of a batch: token orders, attention segments, positions and kernel tiles.
 
 The host computes a layout once, only from the grids' integers and never from pixels or weights. The
-layout contains every index that depends on the data. The model only executes the layout. One code
+layout contains every index that depends on the data. The model only applies the layout. One code
 path therefore handles a single image, any mix of images, several frames, and a fixed token budget.
 
 The package uses three token orders:

@@ -113,7 +113,7 @@ def as_images(images: Any) -> Iterator[Any]:
 
 
 def as_videos(videos: Any, options: VideoOptions) -> Video | Iterable[Video]:
-    """Return one video, or an iterable of several videos. Videos without options get `options`.
+    """Return one video, or an iterable of several videos. Videos without options receive `options`.
 
     >>> as_videos("clip.mp4", VideoOptions(fps=1.0)).fps
     1.0
@@ -172,7 +172,7 @@ class ImageLoader:
 
     With `on_gpu`, images and videos come as decoded pixels, which the GPU resizes and cuts. With
     `is_lent`, the caller does not change its PIL images before their features arrive.
-    `video` contains the options for videos that have no options. `as_video` makes animations
+    `video` contains the options for videos that have no options. With `as_video`, animations are
     videos. `video_threads` is the number of threads that decode one video. The loader cuts a video
     file of more than `piece_patches` into pieces. The loader returns the first pieces while threads
     decode later pieces. If `piece_patches` is None, the loader cuts no video.

@@ -222,11 +222,11 @@ def load_features(
     qwen_vit.errors.ExportError: no-such-file.safetensors: does not exist. Expected a feature \
 file of `qwen-vit encode` or a folder of `qwen-vit export`. Check the path.
 
-    With `verify`, each reading of an image's rows compares them with their recorded sha256. A wrong
+    With `verify`, each read of an image's rows compares the rows with the recorded sha256. A wrong
     bit raises ExportError. `qwen-vit verify` checks every image of a file or export.
 
-    With `cache_dir`, this folder caches all bytes from an address, and later reads of the same
-    bytes send no request. The environment variable QWEN_VIT_STORE_CACHE sets the default.
+    The folder `cache_dir` caches all bytes from an address, so that later reads of the same bytes
+    send no request. The environment variable QWEN_VIT_STORE_CACHE sets the default.
 
     Raises ExportError with the file's name if the file is missing, is truncated or has another
     schema.

@@ -31,8 +31,8 @@ class Frames:
     ((Grid(t=2, h=4, w=6),), 48, 1176, 64800)
 
     `size` and `new_size` are the width and height in pixels, before and after resizing. `blocks`
-    are the bytes of each frame's pixels, row by row. They stay valid while this object exists. An
-    odd number of frames repeats the last frame. `name` identifies the video in messages.
+    are the bytes of each frame's pixels, row by row. The blocks stay valid while this object
+    exists. An odd number of frames repeats the last frame. `name` identifies the video in messages.
     """
 
     blocks: tuple[memoryview, ...]
@@ -48,7 +48,7 @@ class Frames:
         cls, frames: list[FrameMemory], size: tuple[int, int], new_size: tuple[int, int],
         config: ImageConfig, name: str | None = None,
     ) -> "Frames":  # fmt: skip
-        """Describe frames of one size. The caller must not change them afterwards."""
+        """Describe frames of one size. The caller must not change the frames afterwards."""
         blocks, owners = tuple(block for block, _ in frames), tuple(owner for _, owner in frames)
         t, px = -(-len(frames) // FRAMES_IN_A_STEP), config.patch_px
         grid = Grid(t, new_size[1] // px, new_size[0] // px)

@@ -88,8 +88,8 @@ class ImageLimits:
     images at https:// addresses of these hosts, and never fetches any other address.
 
     The limits apply to one call. qwen_vit neither reads nor sets Pillow's process-wide
-    MAX_IMAGE_PIXELS, but Pillow's WebP and GIF plug-ins read it. Raises ArgumentError for a limit
-    below 1.
+    MAX_IMAGE_PIXELS, but Pillow's WebP and GIF plug-ins read this limit. Raises ArgumentError for a
+    limit below 1.
     """
 
     max_pixels: int = 178_956_970

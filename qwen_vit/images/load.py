@@ -62,7 +62,7 @@ def load_image(
     for images that are already upright, because `transpose` keeps the tag. With
     `is_lent`, the result may share the pixels of a PIL image. The image then must not change.
     `unwrap` describes rows. `name` identifies the image in messages. Many threads may call the
-    function at once.
+    function at the same time.
 
     Raises ImageError with a `code` of errors.IMAGE_CODES, and ArgumentError for an unknown `layout`
     or `exif`.

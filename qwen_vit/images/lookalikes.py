@@ -1,4 +1,4 @@
-"""Name the files that users pass as images by mistake, by their first bytes."""
+"""Identify files that users pass as images by mistake, from the first bytes."""
 
 import re
 from typing import NamedTuple

@@ -45,7 +45,7 @@ class DecodingMemory:
         return self._total
 
     def set_total(self, n_bytes: int | None) -> None:
-        """Set the budget. None derives the budget before the next decoding."""
+        """Set the budget. With None, the next decoding computes the budget."""
         with self._changed:
             self._total = n_bytes
             self._changed.notify_all()
@@ -95,7 +95,8 @@ def _give_back() -> None:
 
 
 def set_decoding_memory(n_bytes: int | None) -> None:
-    """Set the bytes that all threads together may use for decoding. None derives the bytes again.
+    """Set the bytes that all threads together may use for decoding. With None, the function
+    computes the bytes again.
 
     >>> set_decoding_memory(2**31)
     >>> set_decoding_memory(None)

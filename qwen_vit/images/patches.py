@@ -88,7 +88,8 @@ class Patches:
 
     @classmethod
     def cat(cls, parts: Iterable[Self], *, pinned_rows: int = 0) -> Self:
-        """Join the patches of several images in order. Zero images give an empty (0, 588).
+        """Join the patches of several images in order. For no images, the result has the shape (0,
+        588).
 
         The result is on the device of the first patches. With `pinned_rows`, CPU patches go into
         pinned memory of at least that number of rows, so that one size fits every batch. Raises

@@ -1,7 +1,7 @@
 """Define the order in which each version of Pillow resizes the axes with its bicubic filter.
 
 Each pass rounds to uint8, so the bits depend on the order. A GPU uses the order of the installed
-Pillow. It supports only versions whose source we read and whose results we compared.
+Pillow. The code supports only versions whose source we read and whose results we compared.
 
 Source: Pillow, src/libImaging/Resample.c and src/PIL/Image.py.
 """

@@ -72,7 +72,7 @@ def find_items(
 
     A .txt list has one path per line. A .jsonl list has one object per line, with "path" or
     "source", and "id". A .jsonl list gives the ids, and paths are relative to the list's folder.
-    "-" reads a list of paths from standard input, which are relative to the current folder.
+    "-" reads a list from standard input, whose paths are relative to the current folder.
 
     The function searches folders to every depth, through links, in byte order of the names. It
     skips files without an image extension, and counts these files by extension in `left_out`.

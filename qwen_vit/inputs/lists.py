@@ -41,7 +41,7 @@ def stdin_items() -> Iterator[Item]:
 
 
 def json_list_items(path: str) -> Iterator[Item]:
-    """Yield the images of a list of JSON objects. Raises ExportError that names the line."""
+    """Yield the images of a list of JSON objects. Raises an ExportError that names the line."""
     for number, line in _lines(path):
         where = f"{path}, line {number}"
         try:

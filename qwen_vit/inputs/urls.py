@@ -52,7 +52,8 @@ def is_https(source: str) -> bool:
 
 
 def read_url(url: str, name: str, limits: ImageLimits) -> bytes:
-    """Return the bytes at an address. `limits.allow_urls` must name its host and redirect hosts.
+    """Return the bytes at an address. `limits.allow_urls` must name the address's host and the
+    hosts of redirects.
 
     Raises ImageError with `name`. If a retry may help, the error's context is an OSError.
     """

@@ -155,7 +155,7 @@ def _repeated(text: str, pad: str, counts: list[int]) -> str:
 
 
 def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
-    """Return a drop-in for the vision tower of transformers' Qwen2.5-VL and Qwen2.5-Omni.
+    """Return a replacement for the vision tower of transformers' Qwen2.5-VL and Qwen2.5-Omni.
 
     >>> from qwen_vit import VisionEncoder
     >>> tower = as_hf_tower(VisionEncoder.from_pretrained("tiny"))

@@ -2,7 +2,8 @@
 
 transformers, vLLM and SGLang accept merged rows (sum n, D), in the prompt's order of images. An
 image's grid (t, h, w) gives the number of rows, n = t * h * w / 4. None of the three engines checks
-this number well. vLLM's engine may crash on a wrong count. Therefore this module checks the number.
+this number completely. vLLM's engine may crash on a wrong count. Therefore this module checks the
+number.
 """
 
 import math

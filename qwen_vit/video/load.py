@@ -63,7 +63,7 @@ class LoadedVideo:
 
     @property
     def patches(self) -> Patches:
-        """Return the patches. Decoded frames are resized and cut here."""
+        """Return the patches. These threads resize and cut decoded frames."""
         return self.decoded if isinstance(self.decoded, Patches) else self.decoded.patchify()
 
 

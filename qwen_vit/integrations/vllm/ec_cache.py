@@ -178,7 +178,7 @@ def read_ec_cache(
     >>> cache = read_ec_cache("cache")  # doctest: +SKIP
     >>> engine.generate({"prompt": text, **to_vllm_cached([cache["a.jpg"]])})  # doctest: +SKIP
 
-    If the folder has two entries for an image, the last entry counts.
+    If the folder has two entries for an image, the mapping contains the last entry.
 
     Args:
         folder: the cache.

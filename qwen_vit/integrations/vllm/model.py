@@ -153,7 +153,7 @@ def _refuse_quantised(tower: nn.Module) -> None:
 
 
 def _image_settings(model_config: Any) -> dict[str, Any]:
-    """Return the processor's settings. If the tower normalises, the `do_` flags are off."""
+    """Return the processor's settings. If the tower normalises, the `do_` flags are False."""
     from vllm.transformers_utils.processor import cached_image_processor_from_config
 
     settings = cached_image_processor_from_config(model_config).to_dict()
