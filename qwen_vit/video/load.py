@@ -63,7 +63,7 @@ class LoadedVideo:
 
     @property
     def patches(self) -> Patches:
-        """Return the patches. These threads resize and cut decoded frames."""
+        """Return the patches. The property resizes and cuts decoded frames."""
         return self.decoded if isinstance(self.decoded, Patches) else self.decoded.patchify()
 
 
