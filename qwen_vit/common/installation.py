@@ -22,7 +22,8 @@ def install_command(extra: str = "") -> str:
     "pip install -e '.[hf]'"
 
     The command names the source of this installation, because no index has the package: a
-    checkout, a repository or a wheel. Without the wheel's file, it names the extra's packages.
+    checkout, a repository or a wheel. Without the wheel's file, the command names the extra's
+    packages.
     """
     extras = f"[{extra}]" if extra else ""
     if (CHECKOUT / "pyproject.toml").is_file():

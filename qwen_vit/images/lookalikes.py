@@ -37,7 +37,7 @@ OTHERS = (
 
 
 class Lookalike(NamedTuple):
-    """Describe a file that is no supported image.
+    """Describe a file that is not a supported image.
 
     Attributes:
         code: the error's code, "not-an-image" for text and "format" for other files.
