@@ -1,5 +1,7 @@
 """Define `VisionEncoder`, which turns images into the language model's embeddings."""
 
+from __future__ import annotations  # help() then prints the names of type aliases
+
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -225,8 +227,6 @@ class VisionEncoder(LoadedTower):
         decode_threads: int | None = None,
     ) -> Any:
         """Encode images from paths, bytes, PIL images, arrays or tensors, in any mix.
-
-        `images` may also contain videos, as in `encode_video`.
 
         >>> import numpy as np
         >>> encoder = VisionEncoder.from_pretrained("tiny")
