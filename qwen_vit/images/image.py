@@ -31,20 +31,6 @@ __all__ = [
     "check_ratio",
 ]
 
-# Union, because a quoted type name does not support `|`
-ImageSource: TypeAlias = Union[
-    str,
-    os.PathLike[str],
-    os.PathLike[bytes],
-    bytes,
-    bytearray,
-    memoryview,
-    Image.Image,
-    NDArray[Any],
-    "torch.Tensor",
-    Mapping[str, Any],
-    "ImagePage",
-]
 ArrayLayout: TypeAlias = Literal["auto", "HWC", "CHW"]
 ExifPolicy: TypeAlias = Literal["apply", "ignore"]
 
@@ -68,6 +54,22 @@ class ImagePage:
 
     data: bytes
     page: int
+
+
+# Union, because a quoted type name does not support `|`
+ImageSource: TypeAlias = Union[
+    str,
+    os.PathLike[str],
+    os.PathLike[bytes],
+    bytes,
+    bytearray,
+    memoryview,
+    Image.Image,
+    NDArray[Any],
+    "torch.Tensor",
+    Mapping[str, Any],
+    ImagePage,
+]
 
 
 @dataclass(frozen=True, slots=True)
