@@ -9,7 +9,9 @@ from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["install_command"]
+from qwen_vit.errors import Wording
+
+__all__ = ["install_command", "install_remedy"]
 
 NAME = "qwen-vit"
 CHECKOUT = Path(__file__).resolve().parents[2]  # site-packages for an installed wheel
@@ -41,6 +43,21 @@ def install_command(extra: str = "") -> str:
         repository = source["vcs_info"]
         address = f"{repository['vcs']}+{address}@{repository['commit_id']}"
     return _pip(f"{NAME}{extras} @ {address}" if address else NAME + extras)
+
+
+def install_remedy(extra: str) -> Wording:
+    """Return the remedy for an error that an export may record.
+
+    >>> print(install_remedy("heif"))
+    install the extra heif: pip install -e '.[heif]' in a checkout
+
+    Files record Python's spelling, which must not depend on the machine. The command line's
+    spelling has this installation's command.
+    """
+    return Wording(
+        f"install the extra {extra}: pip install -e '.[{extra}]' in a checkout",
+        shell=f"run {install_command(extra)}",
+    )
 
 
 def _pip(*arguments: str) -> str:

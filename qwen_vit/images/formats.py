@@ -22,7 +22,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from qwen_vit.common.installation import install_command
+from qwen_vit.common.installation import install_remedy
 from qwen_vit.errors import ImageError, with_options
 from qwen_vit.images.lookalikes import find_lookalike
 
@@ -107,7 +107,7 @@ def decoder(file_format: str, name: str) -> Decoder:
         raise ImageError(
             "HEIC, which needs pillow-heif",
             name=name,
-            remedy=f"run {install_command('heif')}, or convert it to JPEG or PNG",
+            remedy=install_remedy("heif") + ", or convert it to JPEG or PNG",
             code="format",
         ) from None
     opened: Decoder = HeifImageFile

@@ -8,7 +8,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, BinaryIO
 
-from qwen_vit.common.installation import install_command
+from qwen_vit.common.installation import install_remedy
 from qwen_vit.errors import ImageError, Wording
 from qwen_vit.images.refusals import too_much_memory
 from qwen_vit.images.regular_file import open_regular
@@ -38,7 +38,7 @@ def require_av() -> Any:
     except ImportError:
         raise ImageError(
             "a video file needs PyAV, which is not installed",
-            remedy=f"run {install_command('video')}",
+            remedy=install_remedy("video"),
             code="no-pyav",
         ) from None
     return av

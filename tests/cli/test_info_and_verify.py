@@ -204,6 +204,7 @@ def test_info_describes_tiny(run: Any) -> None:
                  if re.search(r"\S\s{2,}\S", line))  # fmt: skip
     assert lines["licence"] == "Apache-2.0"
     assert lines["out_hidden_size"] == "192"
+    assert lines["parameters"] == f"{facts['parameters']:,}"
     assert "commit" not in lines  # a folder has none
     assert "None" not in listed.out
 

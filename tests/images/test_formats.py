@@ -157,7 +157,10 @@ def test_heic_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     error = refused(data, "a.heic")
     assert error.code == "format"
     assert "HEIC" in error.fact
-    assert f"Run {install_command('heif')}, or convert" in error.remedy
+    assert error.remedy.startswith(
+        "Install the extra heif: pip install -e '.[heif]' in a checkout, or"
+    )
+    assert f"Run {install_command('heif')}, or convert it" in error.text(in_shell=True)
 
 
 def test_brands_tell_heic_from_avif() -> None:
