@@ -18,7 +18,7 @@ TRITON_VERSION = tuple(int(part) for part in _triton.__version__.split(".")[:2])
 
 # True if the Hopper kernels were tested with this Triton's Gluon. Gluon may change with each
 # version. For an untested version, qwen_vit does not import Gluon and runs the plain kernels.
-IS_KNOWN_GLUON = (3, 6) <= TRITON_VERSION <= (3, 7)
+IS_KNOWN_GLUON = (3, 6) <= TRITON_VERSION <= (3, 9)
 
 _is_plain = ContextVar("is_plain", default=False)
 
