@@ -31,7 +31,7 @@ PART = re.compile(r"(?<=<!-- generated: )([a-z ]+) -->\n(.*?)(?=<!-- end -->)", 
 
 SPEED, PARITY = "0ce6c52", "13a31d6"  # the commits whose rows the first tables show
 EXPORT, TRUST_CPU = "de66996", "f4dddd1"
-TRUST_GPU = ("13a31d6", "0ce6c52", "53f6a3c")
+TRUST_GPU = ("13a31d6", "0ce6c52", "53f6a3c", "af8cac3")
 
 
 @cache
@@ -205,12 +205,15 @@ def engine_answers() -> str:
         [
             name,
             f"{answers[key]['logprob_rms']:.4f}",
+            f"{answers[key]['logprob_rms_of_tower']:.4f}",
+            f"{answers[key]['tower_error']:.4f}",
             str(answers[key]["first_tokens_of_float64"]),
         ]
         for name, key in (("vLLM's tower", "default"), ("our tower, plugin", "plugin"))
     ]
-    head = ["tower", "error against float64 (RMS)", "first tokens equal to float64, of 128"]
-    command = "python -m tools.benchmarks.engines towers"
+    head = ["tower", "error against float64 (RMS)", "of it, the tower's", "error of the embeddings"]
+    head += [f"first tokens equal to float64, of {answers['requests']}"]
+    command = "python -m tools.benchmarks.engines towers --answers-only --weights 3"
     return table(head, body) + source(f"engines towers {row['commit']}", row=row, command=command)
 
 
