@@ -96,6 +96,20 @@ def test_slow_inputs_are_findings(
     assert len(fuzz_targets.grown(data, 5)) == 500
 
 
+def test_a_collection_of_all_objects_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every second call, Python searches all objects, which takes longer than the input."""
+    clock, calls = [0.0], [0]
+
+    def target(data: bytes) -> None:
+        calls[0] += 1
+        clock[0] += len(data) * 6e-5 + (0.2 if calls[0] % 2 == 0 else 0)
+
+    monkeypatch.setitem(TARGETS, "header", target)
+    monkeypatch.setattr(time, "process_time", lambda: clock[0])
+    run_target("header", bytes(range(100)))
+    assert calls[0] > 2
+
+
 def test_mutations_differ_and_keep_the_size() -> None:
     data = (CORPUS / "images" / "progressive.jpg").read_bytes()
     mutated = {mutate(data, 20_000, seed) for seed in range(200)}
