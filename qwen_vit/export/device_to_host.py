@@ -22,7 +22,8 @@ MAX_UNWRITTEN_BYTES = RING_BYTES // 4 * 3  # of copies, so that the ring has roo
 
 
 class HostCopy(NamedTuple):
-    """Keep rows that the GPU copies to the CPU, for several images. `event` completes the copy."""
+    """Keep rows that the GPU copies to the CPU, for several images. `event` marks the end of the
+    copy."""
 
     rows: dict[str, Tensor]  # by tensor, in the order of the images
     is_finite: Tensor  # each row of image_embeds: a NaN in a layer reaches image_embeds

@@ -305,7 +305,7 @@ def _encode(
 
 
 def _timed(values: Iterator[Value], stage: str, clock: StageTimer) -> Iterator[Value]:
-    """Yield the values, and count the time of each for the stage."""
+    """Yield the values, and add the time of each value to the stage."""
     while True:
         with clock.stage(stage):
             try:

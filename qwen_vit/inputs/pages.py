@@ -33,7 +33,7 @@ def page_items(items: Iterable[Item], limits: ImageLimits) -> Iterator[Item]:
 
 
 def as_page(data: bytes, item: Item) -> bytes | ImagePage:
-    """Return the bytes of an item's image, or the item's page of the image."""
+    """Return the bytes of an item's image, or the page of the image that the item selects."""
     return data if item.page is None else ImagePage(data, item.page)
 
 
