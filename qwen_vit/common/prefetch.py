@@ -58,8 +58,8 @@ class Job(Generic[Result]):
     """Describe a call that makes one result, and the bytes that the call keeps until its end.
 
     After delivery, `then` continues in the same thread. `then` receives the result, and a function
-    that returns whether the caller has stopped taking results. `then` must not raise. With one
-    thread, only the caller does the remaining work, without `then`.
+    that returns whether the caller has stopped taking results. `then` must not raise an error. With
+    one thread, only the caller does the remaining work, without `then`.
     """
 
     run: Callable[[], Result]

@@ -146,7 +146,8 @@ def unwrap(source: Mapping[str, Any], name: str) -> ImageSource:
 
 
 def _is_struct(value: Mapping[str, Any]) -> bool:
-    """Return whether these are an image's bytes and path. Either value may be missing or None."""
+    """Return whether `value` is a struct of an image's bytes and path. Either part may be missing
+    or None."""
     return (
         not value.keys() - {"bytes", "path"}
         and bool(value)

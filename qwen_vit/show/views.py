@@ -182,8 +182,8 @@ def _picture_of(features: DenseFeatures, pictures: Mapping[str, ImageSource]) ->
             height, width = features.size_px
             known = "an image of another shape" if (height, width) == UNKNOWN_SIZE else ""
             raise ArgumentError(
-                f"the image is {picture.width} x {picture.height}, and the features are of "
-                f"{known or f'{width} x {height}'}",
+                f"the image is {picture.width} x {picture.height}, but the features come from "
+                f"{known or f'{width} x {height} pixels'}",
                 name=features.id,
                 remedy="pass the encoded image",
             )
