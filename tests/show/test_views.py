@@ -84,7 +84,9 @@ def test_the_picture_covers_whole_patches() -> None:
 
 
 def test_a_picture_of_another_image_is_refused() -> None:
-    with pytest.raises(ArgumentError, match=r"a: the image is 90 x 80, but .* 140 x 80 pixels\. Pass"):
+    with pytest.raises(
+        ArgumentError, match=r"a: the image is 90 x 80, but .* 140 x 80 pixels\. Pass"
+    ):
         view_features([features()], {"a": np.zeros((80, 90, 3), np.uint8)})
     with pytest.raises(ArgumentError, match="an image of another shape"):
         view_features([features(size_px=(0, 0))], {"a": np.zeros((80, 90, 3), np.uint8)})
