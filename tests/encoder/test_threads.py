@@ -86,7 +86,7 @@ def test_the_first_image_that_fails_is_the_one_that_is_raised(tmp_path: Path) ->
         np.zeros((2, 2, 5)),
     ]
     for threads in (1, 4):
-        with pytest.raises(ImageError, match="image 1: not an image"):
+        with pytest.raises(ImageError, match="image 1: a text file, not an image"):
             encoder().encode(images, decode_threads=threads)
     for threads in (1, 4):
         with pytest.raises(ImageError, match=r"image 0: its shape is \(2, 2, 5\)"):

@@ -188,4 +188,4 @@ def test_a_closed_or_empty_pil_image_is_refused() -> None:
 
 def test_a_long_name_is_shortened_in_messages() -> None:
     message = refusal("not-an-image", b"text", name="n" * 900 + ".png")
-    assert message.startswith("n" * 200 + "..." + "n" * 96 + ".png: not an image")
+    assert message.startswith("n" * 200 + "..." + "n" * 96 + ".png: a text file, not an image")

@@ -21,5 +21,5 @@ def test_pictures_of_a_request_are_one_item() -> None:
 
 def test_a_video_is_refused_by_its_name() -> None:
     """SGLang 0.5.23 passes a video's features to its tower, and its scheduler crashes."""
-    with pytest.raises(ArgumentError, match=r"clip\.mp4: its grid has 3 steps in time"):
+    with pytest.raises(ArgumentError, match=r"clip\.mp4: its grid has 3 time steps"):
         to_sglang([made(1, "a.jpg"), made(3, "clip.mp4")])
