@@ -24,7 +24,7 @@ __all__ = ["bench"]
 @model_option
 @click.option(
     "--workload", "workloads", multiple=True, type=click.Choice(tuple(WORKLOADS)),
-    help="Time only this workload. Repeat the option to time several.  [default: all]",
+    help="Time only this workload. Repeat the option for several workloads.  [default: all]",
 )  # fmt: skip
 @click.option("--plain", is_flag=True, help="Run the plain Triton kernels on a Hopper GPU as well.")
 @device_option("Compute on cuda or cuda:1.")
