@@ -57,7 +57,8 @@ def digest_of(name: str) -> str:
 def compare_frames(
     timeline: Timeline, options: VideoOptions, seconds: tuple[float, ...], name: str
 ) -> SampledFrames:
-    """Compare our frames with both references' frames, from the libraries if installed."""
+    """Compare our frames with both references' frames. Installed libraries choose their frames
+    themselves."""
     ours, _ = sample_frames(timeline, options, name)
     choices = []
     for reference in REFERENCES:

@@ -246,7 +246,7 @@ def _fits_on_gpu(size_px: tuple[int, int], n_frames: int) -> bool:
 def _collect(
     collected: FrameRows | FramesForGpu, at: int, opened: FileFrames | AnimationFrames, frame: Any
 ) -> Callable[[], None]:
-    """Return the work on a decoded frame, for any thread."""
+    """Return a function that processes a decoded frame, in any thread."""
     if isinstance(collected, FrameRows):
         return partial(_resize_into, collected, at, partial(opened.upright, frame))
     return partial(_keep, collected, at, partial(opened.memory, frame))
