@@ -1,7 +1,8 @@
 """Remove large, faulty or unused PNG chunks that could make Pillow reject the file.
 
-The PNG specification lets a decoder skip ancillary chunks. Pillow rejects a whole file if one such
-chunk is damaged. Pillow also rejects text or a colour profile that inflates to more than 1 MiB.
+The PNG specification allows a decoder to skip ancillary chunks. Pillow rejects a whole file if one
+such chunk is damaged. Pillow also rejects text or a colour profile that inflates to more than 1
+MiB.
 """
 
 import struct
