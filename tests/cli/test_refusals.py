@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from qwen_vit import device
 from qwen_vit.checkpoint import hub
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.feature_files.read import load_features
@@ -280,6 +281,7 @@ def test_a_missing_path_has_one_wording(
 
 def test_a_misspelt_model_is_refused_without_a_warning(folder: Path, run: Any) -> None:
     """The warning about the missing GPU once came first, and no name was suggested."""
+    device._warn_once.cache_clear()  # it warns once per process
     done = run("encode", "a.png", "--model", "tyni", "--out", "f")
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("error: tyni: does not exist.")
