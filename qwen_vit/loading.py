@@ -316,7 +316,7 @@ class ImageLoader:
         return image
 
     def _is_animation(self, image: object) -> TypeGuard[bytes]:
-        return self.as_video and isinstance(image, bytes) and is_animated(image)
+        return self.as_video and isinstance(image, bytes) and is_animated(image, self.limits)
 
     def _load_pieces(self, video: Video, name: str, *, is_ahead: bool) -> LoadedImage:
         """Return a whole video, or the first piece and a stream of the other pieces. Raises

@@ -363,7 +363,7 @@ def _open_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
             warnings.simplefilter("ignore")  # ignore a decoder's warning about a doubtful header
             file_format = identify(file.read(IDENTIFY_BYTES), item.id, limits.formats)
             file.seek(0)
-            image = stack.enter_context(decoder(file_format, item.id)(file, ""))
+            image = stack.enter_context(decoder(file_format, item.id, limits)(file, ""))
             if item.page is not None:
                 image.seek(item.page - 1)
             is_allowed = image.height * image.width <= limits.max_pixels

@@ -55,7 +55,7 @@ def decode_bytes(
     format.
     """
     file_format = identify(data, name, limits.formats)
-    open_image = decoder(file_format, name)
+    open_image = decoder(file_format, name, limits)
     jpeg = read_jpeg(data, name) if file_format == "JPEG" else None
     readable = data if jpeg is None else jpeg.readable
     early_notes: tuple[str, ...] = ()

@@ -4,6 +4,7 @@ import re
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from PIL import (
@@ -24,6 +25,8 @@ from PIL import (
 
 from qwen_vit.common.installation import install_remedy
 from qwen_vit.errors import ImageError, with_options
+from qwen_vit.images.gif import GifFile
+from qwen_vit.images.image import ImageLimits, check_pixels
 from qwen_vit.images.lookalikes import find_lookalike
 
 __all__ = ["DECODERS", "IDENTIFY_BYTES", "decoder", "identify"]
@@ -97,8 +100,10 @@ def identify(data: bytes, name: str, formats: Sequence[str] = ()) -> str:
     raise _refused(data, name, found)
 
 
-def decoder(file_format: str, name: str) -> Decoder:
+def decoder(file_format: str, name: str, limits: ImageLimits) -> Decoder:
     """Return the function that opens this format. Raises ImageError if a package is missing."""
+    if file_format == "GIF":
+        return partial(GifFile, check=partial(check_pixels, name=name, limits=limits))
     if file_format != HEIF:
         return (DECODERS | ON_REQUEST)[file_format]
     try:

@@ -10,7 +10,7 @@ from PIL import GifImagePlugin, Image, ImageFile, TiffImagePlugin
 
 from qwen_vit.errors import ImageError
 from qwen_vit.images.formats import decoder, identify
-from qwen_vit.images.image import ImageLimits, ImagePage
+from qwen_vit.images.image import ImageLimits, ImagePage, check_pixels
 
 __all__ = ["HEAD_BYTES", "MAX_PAGES", "Pages", "count_pages", "page_id", "split_pages"]
 
@@ -44,6 +44,7 @@ def split_pages(source: Any, name: str, limits: ImageLimits) -> Iterator[tuple[A
         try:
             for page in range(1, count + 1):
                 source.seek(page - 1)
+                check_pixels(*source.size, page_id(name, page), limits)
                 yield source.copy(), page_id(name, page)
         finally:
             source.seek(before)
@@ -62,7 +63,7 @@ def count_pages(data: bytes, name: str, limits: ImageLimits) -> int:
             return 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # decoding it warns
-            image = decoder(file_format, name)(io.BytesIO(data), "")
+            image = decoder(file_format, name, limits)(io.BytesIO(data), "")
             return _bounded(_count(image, data), name)
     except ImageError as error:
         if error.code == "slow":

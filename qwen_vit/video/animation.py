@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qwen_vit.errors import ImageError
-from qwen_vit.images.formats import DECODERS
+from qwen_vit.images.formats import DECODERS, decoder
 from qwen_vit.images.frames import FrameMemory
+from qwen_vit.images.gif import GifFile
+from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.picture import memory_of
 from qwen_vit.images.to_rgb import on_white
 from qwen_vit.video.container import too_many_frames
@@ -36,14 +38,14 @@ def is_animation_format(head: bytes) -> bool:
     return _format_of(head) is not None
 
 
-def is_animated(data: bytes) -> bool:
+def is_animated(data: bytes, limits: ImageLimits) -> bool:
     """Return whether the bytes are a GIF, WebP or PNG of several frames, or False for damaged
     bytes."""
     kind = _format_of(data[:12])
     if kind is None:
         return False
     try:
-        return bool(getattr(DECODERS[kind](io.BytesIO(data), ""), "is_animated", False))
+        return bool(getattr(decoder(kind, "", limits)(io.BytesIO(data), ""), "is_animated", False))
     except Exception:  # noqa: BLE001 - plug-ins raise anything; decoding it reports the error
         return False
 
@@ -66,9 +68,8 @@ class AnimationFrames:
         self.notes: tuple[str, ...] = ("transparency composited on white",)
         with self._errors():
             kind = _format_of(data[:12]) or ""
-            self._image: Any = DECODERS[kind](io.BytesIO(data), "")
-            width, height = self._image.size
-            check_size(width, height, name, limits)
+            self._image: Any = self._opened(kind, data)
+            self._check_size(*self._image.size)
             milliseconds = list(self._durations())
         if len(milliseconds) < 2:
             raise ImageError(
@@ -81,7 +82,16 @@ class AnimationFrames:
         ends = list(accumulate(milliseconds))
         self.seconds: NDArray[np.float64] = np.array([0.0, *ends[:-1]]) / 1000
         self.timeline = Timeline(len(ends), len(ends) * 1000 / ends[-1])
+        width, height = self._image.size  # of the whole canvas, which a later frame may enlarge
         self.size_px = (height, width)
+
+    def _opened(self, kind: str, data: bytes) -> Any:
+        if kind == "GIF":
+            return GifFile(io.BytesIO(data), "", self._check_size)
+        return DECODERS[kind](io.BytesIO(data), "")
+
+    def _check_size(self, width: int, height: int) -> None:
+        check_size(width, height, self._name, self._limits)
 
     def frames(self, places: Sequence[int]) -> Iterator[Image.Image]:
         """Yield the frames at ascending indices. A repeated index yields its frame again."""

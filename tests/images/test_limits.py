@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qwen_vit.config import ImageConfig
 from qwen_vit.errors import ArgumentError, ImageError
 from qwen_vit.images import decode
-from qwen_vit.images.image import ImageLimits
+from qwen_vit.images.image import ImageLimits, ImagePage
 from qwen_vit.images.isolated import decode_in_child
 from qwen_vit.images.load import load_image
 from qwen_vit.images.memory import (
@@ -27,12 +28,15 @@ from qwen_vit.images.memory import (
     decoding_memory,
     set_decoding_memory,
 )
+from qwen_vit.images.pages import split_pages
+from qwen_vit.video.load import load_video
+from qwen_vit.video.options import Video, VideoLimits
 from tests.support import IMAGES
 
 PICTURES = IMAGES
 
 
-def refused(data: bytes, limits: ImageLimits | None = None) -> ImageError:
+def refused(data: bytes | ImagePage, limits: ImageLimits | None = None) -> ImageError:
     with pytest.raises(ImageError) as caught:
         load_image(data, name="a", limits=limits)
     assert str(caught.value).isprintable()
@@ -57,6 +61,43 @@ def test_a_gif_of_many_frames_is_not_counted() -> None:
     data = first[:-1] + frame * 300_000 + b";"
     assert "first of several frames" in load_image(data).notes
     assert seconds(lambda: load_image(data)) < 1
+
+
+def gif_frame(width: int, height: int) -> bytes:
+    """A frame of one colour that the next frame removes, with pixels of its first row only."""
+    control = b"!\xf9\4" + bytes([2 << 2, 1, 0, 0]) + b"\0"
+    return control + b"," + struct.pack("<4HB", 0, 0, width, height, 0) + b"\2\2\x44\1\0"
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_frame_cannot_enlarge_the_canvas_of_a_gif_beyond_the_limit(
+    place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow allows 178,956,970 pixels, whatever the first frame and the limits."""
+    allocated = [0]
+
+    def fill(mode: str, size: tuple[int, int], *colour: object) -> object:
+        allocated.append(size[0] * size[1])
+        return real(mode, size, *colour)
+
+    real = Image.core.fill
+    monkeypatch.setattr(Image.core, "fill", fill)
+    frames = [gif_frame(1, 1) for _ in range(4)]
+    frames[place] = gif_frame(200, 200)
+    data = saved(Image.new("P", (1, 1)), "GIF")[:13] + b"".join(frames) + b";"
+    limits = ImageLimits(max_pixels=1_000)
+    for source in (data, ImagePage(data, 4)) if place == 0 else (ImagePage(data, 4),):
+        assert refused(source, limits).code == "too-many-pixels"
+    with pytest.raises(ImageError) as caught:
+        load_video(
+            Video(data, name="a.gif"),
+            ImageConfig.from_json({}),
+            limits=VideoLimits(max_pixels=1_000),
+        )
+    assert caught.value.code == "too-many-pixels"
+    assert max(allocated) <= 1_000
+    with Image.open(io.BytesIO(data)) as image, pytest.raises(ImageError, match="200x200"):
+        list(split_pages(image, "a", limits))
 
 
 def test_a_tiff_of_many_directories_is_not_counted() -> None:
