@@ -80,8 +80,9 @@ def test_a_frame_cannot_enlarge_the_canvas_of_a_gif_beyond_the_limit(
         allocated.append(size[0] * size[1])
         return real(mode, size, *colour)
 
-    real = Image.core.fill
-    monkeypatch.setattr(Image.core, "fill", fill)
+    core: Any = vars(Image)["core"]
+    real = core.fill
+    monkeypatch.setattr(core, "fill", fill)
     frames = [gif_frame(1, 1) for _ in range(4)]
     frames[place] = gif_frame(200, 200)
     data = saved(Image.new("P", (1, 1)), "GIF")[:13] + b"".join(frames) + b";"
