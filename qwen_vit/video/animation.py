@@ -83,7 +83,7 @@ class AnimationFrames:
         self.seconds: NDArray[np.float64] = np.array([0.0, *ends[:-1]]) / 1000
         self.timeline = Timeline(len(ends), len(ends) * 1000 / ends[-1])
         width, height = self._image.size  # of the whole canvas, which a later frame may enlarge
-        self.size_px = (height, width)
+        self.size_px: tuple[int, int] = (height, width)
 
     def _opened(self, kind: str, data: bytes) -> Any:
         if kind == "GIF":
