@@ -217,6 +217,28 @@ def engine_answers() -> str:
     return table(head, body) + source(f"engines towers {row['commit']}", row=row, command=command)
 
 
+def newest_videos() -> dict[str, Any]:
+    """Return the newest row with every part of the video benchmark."""
+    return [row for row in ledger() if row["what"] == "video" and "times_transformers" in row][-1]
+
+
+def video_speed() -> str:
+    row = newest_videos()
+    body = [
+        [label, f"{row[key]:.2f}", f"{row[key] / row['tower_clips_per_s']:.2f}"]
+        for label, key in (
+            ("`encode_iter`, from files to features", "whole_clips_per_s"),
+            ("the tower alone", "tower_clips_per_s"),
+            ("PyAV alone, on all cores", "pyav_clips_per_s"),
+            ("torchcodec alone, on all cores", "torchcodec_clips_per_s"),
+            ("transformers, processor and tower", "transformers_clips_per_s"),
+        )
+    ]
+    head = ["program", "clips/s", "x tower alone"]
+    command = "python -m tools.benchmarks.video"
+    return table(head, body) + source(f"video {row['commit']}", row=row, command=command)
+
+
 TRUST_WORDS = (
     ("planted faults found", "injected faults found"),
     ("kernel against oracle", "attention against float64"),
@@ -318,6 +340,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "speed": speed,
     "stacks": stacks,
     "trust on a cpu": lambda: trust("a CPU, in float32", TRUST_CPU),
+    "video speed": video_speed,
     "trust on a gpu": lambda: trust("one NVIDIA H200", *TRUST_GPU),
 }
 
