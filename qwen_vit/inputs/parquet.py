@@ -16,12 +16,14 @@ from qwen_vit.inputs.parquet_file import (
     parquet_file,
     type_of,
 )
+from qwen_vit.inputs.parquet_pages import CheckedPages
 from qwen_vit.inputs.remote import refuse
 
 __all__ = ["PARQUET_SUFFIX", "ParquetColumns", "needs_column", "parquet_items"]
 
 PARQUET_SUFFIX = ".parquet"
-IDS_AT_ONCE = 4_096
+IDS_AT_ONCE = 8  # rows may repeat one long id, and pyarrow copies it for each
+MAX_ID_PAGE_BYTES = 2**26
 MANY_ROWS = 100_000  # a file of fewer bytes may have them: rows of nulls, or of one image
 
 
@@ -66,18 +68,21 @@ def parquet_items(path: str, name: str, columns: ParquetColumns) -> Iterator[Ite
     """
     try:
         with open_parquet_file(path, name) as file:
-            parquet = parquet_file(file)
+            pages = CheckedPages(file)
+            parquet = parquet_file(pages)
             schema = parquet.schema_arrow
             check_images(schema, columns.image, name)
             _check_rows(parquet.metadata, _size(file), name)
             if columns.id is not None:
                 _check_ids(schema, columns.id, name)
-                yield from _items_with_ids(parquet, path, name, columns.image, columns.id)
+                ids = _ids(parquet, pages, columns.id)
+                yield from _items_with_ids(ids, path, name, columns.image, columns.id)
                 return
             for row in range(parquet.metadata.num_rows):
                 yield Item(f"{name}:{row}", path, row=row, column=columns.image)
     except ImageError as error:
-        yield Item.failed(name, path, error)
+        named = error if error.name else ImageError.of(error, name=name, code=error.code)
+        yield Item.failed(name, path, named)
     except (ExportError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - pyarrow raises many kinds for a damaged file
@@ -133,23 +138,30 @@ def needs_column(path: str) -> ExportError:
     )  # fmt: skip
 
 
+def _ids(parquet: Any, pages: CheckedPages, column: str) -> Iterator[Any]:
+    """Yield the values of the id column, row by row."""
+    for group in range(parquet.metadata.num_row_groups):
+        pages.expect(parquet, group, column, MAX_ID_PAGE_BYTES)
+        for batch in parquet.iter_batches(
+            IDS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False
+        ):
+            yield from batch.column(column).to_pylist()
+
+
 def _items_with_ids(
-    parquet: Any, path: str, name: str, column: str, id_column: str
+    ids: Iterator[Any], path: str, name: str, column: str, id_column: str
 ) -> Iterator[Item]:
-    row = 0
-    for batch in parquet.iter_batches(IDS_AT_ONCE, columns=[id_column], use_threads=False):
-        for value in batch.column(id_column).to_pylist():
-            if value is None or value == "":
-                missing = ImageError(
-                    f"its id in column {id_column} is {'null' if value is None else 'empty'}",
-                    name=f"{name}:{row}",
-                    remedy=with_options("fill that column, or omit {}", "id_column"),
-                    code="null",
-                )
-                yield Item.failed(f"{name}:{row}", path, missing)
-            else:
-                yield Item(str(value), path, row=row, column=column)
-            row += 1
+    for row, value in enumerate(ids):
+        if value is None or value == "":
+            missing = ImageError(
+                f"its id in column {id_column} is {'null' if value is None else 'empty'}",
+                name=f"{name}:{row}",
+                remedy=with_options("fill that column, or omit {}", "id_column"),
+                code="null",
+            )
+            yield Item.failed(f"{name}:{row}", path, missing)
+        else:
+            yield Item(str(value), path, row=row, column=column)
 
 
 def _check_ids(schema: Any, column: str, name: str) -> None:

@@ -10,6 +10,7 @@ __all__ = [
     "cannot_read", "check_images", "holds_images", "open_parquet_file", "parquet_file", "type_of",
 ]  # fmt: skip
 
+MAX_LISTED = 100_000  # row groups or columns in a footer, each of which takes up to 1 kB
 BUFFER_BYTES = 2**20  # of one column, read ahead; without it pyarrow reads whole row groups
 
 
@@ -18,7 +19,7 @@ def open_parquet_file(path: str, name: str, version: str | None = None) -> Binar
     return open_input(path, name, "a Parquet file", version=version)
 
 
-def parquet_file(file: BinaryIO) -> Any:
+def parquet_file(file: Any) -> Any:
     """Open a file in pyarrow as a stream with checksums. Raises ExportError without pyarrow."""
     try:
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -28,8 +29,9 @@ def parquet_file(file: BinaryIO) -> Any:
             remedy=f"run {install_command('arrow')}",
         ) from None
     return pq.ParquetFile(
-        file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
-    )
+        file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True,
+        thrift_container_size_limit=MAX_LISTED,
+    )  # fmt: skip
 
 
 def check_images(schema: Any, column: str, name: str) -> None:

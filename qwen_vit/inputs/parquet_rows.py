@@ -21,10 +21,11 @@ from qwen_vit.inputs.parquet_file import (
     open_parquet_file,
     parquet_file,
 )
+from qwen_vit.inputs.parquet_pages import CheckedPages
 
 __all__ = ["read_row"]
 
-BATCH_BYTES, MAX_BATCH_ROWS = 2**22, 256
+ROWS_AT_ONCE = 1  # a batch of rows that repeat one image in a few bytes would need each row's bytes
 MAX_READERS = 4  # a Ray worker reads two shards at a time
 KEPT_BYTES, KEPT_ROWS = 2**26, 256  # before the newest row, for threads that request a row late
 
@@ -130,7 +131,8 @@ class _Reader:
 
     def _open(self) -> None:
         self._file = open_parquet_file(self._path, self._path, self._version)
-        self._parquet = parquet_file(self._file)
+        self._pages = CheckedPages(self._file)
+        self._parquet = parquet_file(self._pages)
         check_images(self._parquet.schema_arrow, self._column, self._path)
         metadata = self._parquet.metadata
         groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
@@ -138,9 +140,6 @@ class _Reader:
         for group in groups:
             starts.append(starts[-1] + group.num_rows)
         self._starts = starts
-        # the size of all columns, because an encrypted column does not give its own
-        average = sum(group.total_byte_size for group in groups) // max(1, starts[-1])
-        self._batch_rows = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // max(1, average)))
 
     def _group(self, row: int) -> int:
         return bisect_right(self._starts, row) - 1
@@ -150,8 +149,9 @@ class _Reader:
 
         pyarrow cannot start inside a row group.
         """
+        self._pages.expect(self._parquet, group, self._column)
         self._batches = self._parquet.iter_batches(
-            self._batch_rows, row_groups=[group], columns=[self._column], use_threads=False
+            ROWS_AT_ONCE, row_groups=[group], columns=[self._column], use_threads=False
         )
         self.next_row, self._reading = self._starts[group], group
 
@@ -169,7 +169,7 @@ class _Reader:
             # the error is the file's, not Arrow's
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            torn = cannot_read("", error)
+            torn = error if isinstance(error, ImageError) else cannot_read("", error)
             self._torn[self._reading] = (self.next_row, torn)
             self._reading = -1
             raise torn.without_frames() from None

@@ -16,6 +16,7 @@ from qwen_vit.inputs import parquet_rows as parquet_module
 from qwen_vit.inputs.find import find_items
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.parquet import ParquetColumns
+from qwen_vit.inputs.parquet_pages import page_header
 from tests.support.export_stress import tiny_png
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -51,11 +52,33 @@ def claim_rows(path: Path, rows: int, claimed: int, *, in_groups: bool) -> None:
 
 def field_of(number: int) -> bytes:
     """Return a field of Thrift's 64-bit integers that follows the field before it."""
+    return b"\x16" + varint(number)
+
+
+def varint(number: int) -> bytes:
+    """Return an integer from 0 in Thrift's zigzag code."""
     rest, digits = 2 * number, []
     while rest > 127:
         digits.append(rest & 127 | 128)
         rest >>= 7
-    return bytes([0x16, *digits, rest])
+    return bytes([*digits, rest])
+
+
+def claim_page(
+    path: str, column: int, *, uncompressed: int | None = None, compressed: int | None = None
+) -> None:
+    """Let the first page of a column claim other sizes, which need as many bytes as its own."""
+    facts = pq.ParquetFile(path).metadata.row_group(0).column(column)
+    start = facts.dictionary_page_offset if facts.has_dictionary_page else facts.data_page_offset
+    data = Path(path).read_bytes()
+    found = page_header(data[start : start + 1_000])
+    assert found is not None
+    own = b"\x15" + varint(found[1]) + b"\x15" + varint(found[2])
+    claimed = b"\x15" + varint(uncompressed or found[1]) + b"\x15" + varint(compressed or found[2])
+    assert len(claimed) == len(own)
+    at = data.index(own, start)
+    assert at < start + 4
+    Path(path).write_bytes(data[:at] + claimed + data[at + len(own) :])
 
 
 def tear_rows(path: Path, image: bytes) -> None:

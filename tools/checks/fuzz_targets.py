@@ -18,6 +18,7 @@ from qwen_vit.errors import ImageError, QwenVitError
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.load import load_image
+from qwen_vit.images.memory import set_decoding_memory
 from qwen_vit.inputs.find import find_items
 from qwen_vit.inputs.parquet import ParquetColumns
 from qwen_vit.inputs.read import read_item
@@ -31,6 +32,7 @@ LIMITS = ImageLimits(max_pixels=4_000_000, max_file_bytes=MAX_BYTES)
 VIDEO_LIMITS = VideoLimits(
     max_pixels=1_000_000, max_file_bytes=MAX_BYTES, max_frames=2_000, max_decode_s=3
 )
+DECODING_BYTES = 2**28  # also of a Parquet page
 MAX_CPU_S = 5.0  # of one input
 GROWTH, MAX_TIMES = 10, 30  # an input that grows so much may take so many times the time
 MAX_TIMES_OF_HALF = 3  # of GROWTH / 2 times as long; 2 is linear, and 4 is quadratic
@@ -84,8 +86,12 @@ def _listed(data: bytes, name: str, columns: ParquetColumns | None = None) -> No
 
 def parquet(data: bytes) -> None:
     """List and read a Parquet file's rows, with ids by row and from a column."""
-    for columns in (ParquetColumns("image"), ParquetColumns("image", "key")):
-        check(lambda columns=columns: _listed(data, "a.parquet", columns))  # type: ignore[misc]
+    set_decoding_memory(DECODING_BYTES)
+    try:
+        for columns in (ParquetColumns("image"), ParquetColumns("image", "key")):
+            check(lambda columns=columns: _listed(data, "a.parquet", columns))  # type: ignore[misc]
+    finally:
+        set_decoding_memory(None)
 
 
 def features(data: bytes) -> None:
