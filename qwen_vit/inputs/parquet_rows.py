@@ -9,6 +9,7 @@ import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from threading import Lock
 from typing import Any, BinaryIO, TypeAlias
 
@@ -25,7 +26,7 @@ from qwen_vit.inputs.parquet_pages import CheckedPages
 
 __all__ = ["read_row"]
 
-ROWS_AT_ONCE = 1  # a batch of rows that repeat one image in a few bytes would need each row's bytes
+AHEAD_BYTES, AHEAD_ROWS = 2**22, 256  # read in one go
 MAX_READERS = 4  # a Ray worker reads two shards at a time
 KEPT_BYTES, KEPT_ROWS = 2**26, 256  # before the newest row, for threads that request a row late
 
@@ -111,12 +112,13 @@ class _Reader:
             self._refuse_torn(group, row)
             rest = self._starts[group] - self.next_row
             if group == self._reading + 1 and 0 < rest <= KEPT_ROWS:  # a thread may request it late
-                while self.next_row < self._starts[group]:
-                    self._read_batch(row)
+                with suppress(ImageError):  # of the rest alone
+                    while self.next_row < self._starts[group]:
+                        self._read_ahead(row)
             if row < self.next_row or group != self._reading:
                 self._begin_at(group)
             while self.next_row <= row:
-                self._read_batch(row)
+                self._read_ahead(row)
         value = self.kept.pop(row)
         self._kept_bytes -= _n_bytes(value)
         return value
@@ -147,11 +149,12 @@ class _Reader:
     def _begin_at(self, group: int) -> None:
         """Start reading at a row group's first row.
 
-        pyarrow cannot start inside a row group.
+        pyarrow cannot start inside a row group. A batch has one row, because rows can repeat one
+        image in a few bytes, and a batch would have the image's bytes for each.
         """
         self._pages.expect(self._parquet, group, self._column)
         self._batches = self._parquet.iter_batches(
-            ROWS_AT_ONCE, row_groups=[group], columns=[self._column], use_threads=False
+            1, row_groups=[group], columns=[self._column], use_threads=False
         )
         self.next_row, self._reading = self._starts[group], group
 
@@ -160,9 +163,32 @@ class _Reader:
         if error is not None and row >= first:
             raise error.without_frames()
 
-    def _read_batch(self, wanted: int) -> None:
+    def _read_ahead(self, wanted: int) -> None:
+        """Read rows of the group up to a number of rows or bytes."""
+        end = min(self.next_row + AHEAD_ROWS, self._starts[self._reading + 1])
+        n_bytes = 0
+        while self.next_row < end and n_bytes < AHEAD_BYTES:
+            try:
+                batch = self._next_batch()
+            except ImageError:
+                if self.next_row > wanted:  # a later request reports the error
+                    break
+                raise
+            if self.next_row >= wanted - KEPT_ROWS:
+                [value] = batch.column(self._column).to_pylist()
+                self.kept[self.next_row] = value
+                n_bytes += _n_bytes(value)
+                self._kept_bytes += _n_bytes(value)
+            self.next_row += 1  # last, because another thread looks for a kept row below it
+        while self._kept_bytes > KEPT_BYTES or len(self.kept) > KEPT_ROWS + AHEAD_ROWS:
+            row = next(iter(self.kept))
+            if row >= wanted:
+                break
+            self._kept_bytes -= _n_bytes(self.kept.pop(row))
+
+    def _next_batch(self) -> Any:
         try:
-            batch = next(self._batches)
+            return next(self._batches)
         except MemoryError:
             raise
         except Exception as error:
@@ -173,17 +199,6 @@ class _Reader:
             self._torn[self._reading] = (self.next_row, torn)
             self._reading = -1
             raise torn.without_frames() from None
-        first = max(self.next_row, wanted - KEPT_ROWS)  # rows before it are not converted
-        values = batch.column(self._column).slice(first - self.next_row).to_pylist()
-        self.next_row += batch.num_rows
-        for row, value in enumerate(values, start=first):
-            self.kept[row] = value
-            self._kept_bytes += _n_bytes(value)
-        while self._kept_bytes > KEPT_BYTES or len(self.kept) > KEPT_ROWS + batch.num_rows:
-            row = next(iter(self.kept))
-            if row >= wanted:
-                break
-            self._kept_bytes -= _n_bytes(self.kept.pop(row))
 
 
 _Key: TypeAlias = tuple[str, str, str | None]  # the file, the column, an object's version

@@ -262,6 +262,28 @@ def test_a_torn_row_group_is_read_once(parquet_dir: Path, monkeypatch: pytest.Mo
     assert begun == [0]
 
 
+def test_a_torn_page_costs_no_row_before_it(
+    parquet_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader meets the page while it reads ahead, or before a row of the next group."""
+    images = [tiny_png(row) for row in range(12)]
+    pq.write_table(
+        pa.table({"image": images}), "x.parquet", row_group_size=8, write_page_checksum=True,
+        compression="none", use_dictionary=False, data_page_size=1, write_batch_size=1,
+        write_statistics=False,
+    )  # fmt: skip
+    tear_rows(parquet_dir / "x.parquet", tiny_png(6))
+    for row, item in enumerate(items("x.parquet")):
+        if row in (6, 7):
+            assert failure(item).code == "damaged"
+        else:
+            assert read_item(item, LIMITS) == images[row]
+    monkeypatch.setattr(parquet_module, "AHEAD_ROWS", 1)
+    reader = parquet_module._Reader("x.parquet", "image", None)
+    assert [reader.value(row) for row in (4, 5, 8, 9)] == [images[row] for row in (4, 5, 8, 9)]
+    reader.close()
+
+
 def test_a_file_that_changed_after_the_listing(parquet_dir: Path) -> None:
     write_rows("x.parquet", structs(range(3)))
     *_, last = items("x.parquet")

@@ -37,6 +37,7 @@ def order(name: str, rows: int) -> Sequence[int]:
 def test_threads_get_their_rows_in_any_order(
     parquet_dir: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(parquet_module, "AHEAD_BYTES", 500)
     monkeypatch.setattr(parquet_module, "KEPT_ROWS", 5)
     for name, start in (("a", 0), ("b", 100)):
         write_rows(f"{name}.parquet", structs(range(start, start + 100)), group=13)
