@@ -339,6 +339,7 @@ def speed_report(encoder: VisionEncoder, rows: Sequence[Measured]) -> dict[str, 
         "commit": encoder.source.commit,
         "device": torch.cuda.get_device_name(encoder.device),
         "dtype": dtype_name(encoder.dtype),
+        "quantization": encoder.quantization,
         "versions": encoder.metadata()["versions"],
         "rows": [asdict(row) | {"x_roofline": row.x_roofline} for row in rows],
     }

@@ -2,19 +2,29 @@
 
 import logging
 from functools import lru_cache
+from typing import get_args
 
 import torch
 
 from qwen_vit.config import VisionConfig
-from qwen_vit.errors import ArgumentError, CheckpointError, with_options
+from qwen_vit.errors import ArgumentError, CheckpointError, check_choice, with_options
 from qwen_vit.kernels.attention import HEAD_DIMS
-from qwen_vit.weight_format import pixel_weight_exponent
+from qwen_vit.weight_format import SCALE_COLUMNS, Quantization, pixel_weight_exponent
 
-__all__ = ["check_fits", "choose_device", "choose_dtype", "warn_without_gpu"]
+__all__ = [
+    "check_fits",
+    "choose_device",
+    "choose_dtype",
+    "choose_quantization",
+    "warn_of_error",
+    "warn_without_gpu",
+]
 
 logger = logging.getLogger("qwen_vit")
 
 MIN_CAPABILITY = (8, 0)
+FP8_CAPABILITY = (8, 9)  # Ada: the first with matrix instructions for e4m3
+WITHOUT_FP8 = with_options("leave {} out", "quantization")
 USE_CPU = with_options("use {}", ("device", "cpu"))
 
 
@@ -91,8 +101,64 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return chosen
 
 
-def check_fits(config: VisionConfig, device: torch.device) -> None:
+def choose_quantization(
+    quantization: str | None, device: torch.device, dtype: torch.dtype
+) -> Quantization | None:
+    """Return the quantization, if the kernels support it with this dtype on this device.
+
+    >>> choose_quantization("int4", torch.device("cpu"), torch.float32)
+    Traceback (most recent call last):
+    qwen_vit.errors.ArgumentError: quantization is 'int4'. Expected None or 'fp8'.
+
+    Raises ArgumentError otherwise.
+    """
+    check_choice("quantization", quantization, (None, *get_args(Quantization)))
+    if quantization is None:
+        return None
+    if device.type == "cpu":
+        raise ArgumentError(
+            "quantization is 'fp8' on a CPU, where it is less accurate and not faster",
+            expected="an NVIDIA GPU of compute capability 8.9 (Ada) or newer",
+            remedy=WITHOUT_FP8,
+        )
+    if dtype != torch.bfloat16:
+        raise ArgumentError(
+            f"quantization is 'fp8' with dtype {dtype}, which is for exact results",
+            expected="bfloat16",
+            remedy=with_options("use {}, or leave {} out", ("dtype", "bfloat16"), "quantization"),
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        raise ArgumentError(
+            f"quantization is 'fp8', and {torch.cuda.get_device_name(device)} (compute capability "
+            f"{capability[0]}.{capability[1]}) has no matrix instructions for 8-bit floats",
+            expected="8.9 (Ada) or newer",
+            remedy=WITHOUT_FP8,
+        )
+    return "fp8"
+
+
+def warn_of_error(quantization: Quantization | None) -> None:
+    """Log once how far "fp8" missed its tolerance. Call this after all refusals."""
+    if quantization == "fp8":  # ledger row `fp8 error ccd5d40`
+        _warn_once(
+            "quantization 'fp8' is experimental: its error was 4.1 to 5.1 times Hugging Face's in "
+            "bf16 at the worst block of random towers, tolerance 1.5; run qwen-vit compare with "
+            "--quantization fp8 on your weights and images first"
+        )
+
+
+def check_fits(
+    config: VisionConfig, device: torch.device, quantization: Quantization | None = None
+) -> None:
     """Raise CheckpointError if the device's kernels do not support the tower's sizes."""
+    if quantization == "fp8" and config.hidden_size % SCALE_COLUMNS:
+        raise CheckpointError(
+            f"hidden_size is {config.hidden_size}",
+            expected=f"a multiple of {SCALE_COLUMNS} for quantization 'fp8', whose scales apply "
+            f"to {SCALE_COLUMNS} columns",
+            remedy=WITHOUT_FP8,
+        )
     fits = {kind: low <= config.head_dim <= high for kind, (low, high) in HEAD_DIMS.items()}
     if not fits[device.type]:
         low, high = HEAD_DIMS[device.type]

@@ -1,5 +1,6 @@
 """Define `LoadedTower`, which runs the vision tower on rows of patches on its device."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
@@ -11,13 +12,21 @@ from qwen_vit.checkpoint.hub import Origin
 from qwen_vit.checkpoint.load import Checkpoint
 from qwen_vit.common.tensors import resolved
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
-from qwen_vit.device import check_fits
+from qwen_vit.device import (
+    check_fits,
+    choose_device,
+    choose_dtype,
+    choose_quantization,
+    warn_of_error,
+    warn_without_gpu,
+)
 from qwen_vit.errors import ArgumentError
 from qwen_vit.features import dtype_name
 from qwen_vit.graphs import GraphRunner, run_tower
 from qwen_vit.images.rows import as_grids, check_rows, pixels_for_tower
 from qwen_vit.metadata import origin_metadata
 from qwen_vit.model import LayerTaps, Output, VisionTower
+from qwen_vit.weight_format import Quantization
 
 __all__ = ["LoadedTower"]
 
@@ -42,31 +51,57 @@ class LoadedTower:
     graphs: GraphRunner | None
 
     @classmethod
+    def _load(
+        cls, opened: Callable[[], tuple[Checkpoint, Origin]], device: str | torch.device,
+        dtype: str | torch.dtype, quantization: str | None, *, min_pixels: int | None,
+        max_pixels: int | None, cuda_graphs: bool,
+    ) -> Self:  # fmt: skip
+        """Choose device, dtype and quantization. Then open a checkpoint and build an encoder."""
+        chosen = choose_device(device)
+        computed = choose_dtype(dtype, chosen)
+        quantized = choose_quantization(quantization, chosen, computed)
+        checkpoint, source = opened()
+        encoder = cls.from_checkpoint(
+            checkpoint, source, chosen, computed, quantization=quantized,
+            min_pixels=min_pixels, max_pixels=max_pixels, cuda_graphs=cuda_graphs,
+        )  # fmt: skip
+        warn_without_gpu(device)
+        return encoder
+
+    @classmethod
     def from_checkpoint(
         cls, checkpoint: Checkpoint, source: Origin, device: torch.device, dtype: torch.dtype,
-        *, min_pixels: int | None, max_pixels: int | None, cuda_graphs: bool,
+        *, quantization: Quantization | None = None, min_pixels: int | None,
+        max_pixels: int | None, cuda_graphs: bool,
     ) -> Self:  # fmt: skip
-        """Build an encoder from an open checkpoint, with a checked device and dtype."""
+        """Build an encoder from an open checkpoint, with checked device, dtype and quantization."""
         image_config = checkpoint.image_config.bounded(min_pixels, max_pixels)
-        check_fits(checkpoint.config, device)
+        check_fits(checkpoint.config, device, quantization)
         with torch.device("meta"):
-            tower = VisionTower(checkpoint.config, dtype)
+            tower = VisionTower(checkpoint.config, dtype, quantization)
         with torch.device("cpu"):  # for any default device of the caller
             state = convert(
                 checkpoint.tensors, checkpoint.config, image_config, dtype, device,
-                locate=checkpoint.locate,
+                quantization=quantization, locate=checkpoint.locate,
             )  # fmt: skip
         tower.load_state_dict(state, strict=True, assign=True)
+        warn_of_error(quantization)
         graphs = GraphRunner(tower, device) if cuda_graphs and device.type == "cuda" else None
         return cls(tower, checkpoint.on_host(), image_config, source, device, dtype, graphs)
 
     def __repr__(self) -> str:
-        return f"VisionEncoder({self.source.name!r}, {dtype_name(self.dtype)}, on {self.device})"
+        kind = ", ".join(filter(None, (dtype_name(self.dtype), self.quantization)))
+        return f"VisionEncoder({self.source.name!r}, {kind}, on {self.device})"
 
     @property
     def config(self) -> VisionConfig:
         """Return the tower's architecture."""
         return self.checkpoint.config
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """Return the quantization of the MLP's GEMMs, or None."""
+        return self.tower.quantization
 
     def to(self, *_: object, **__: object) -> NoReturn:
         """Raise ArgumentError, because an encoder cannot move to another device."""
@@ -136,8 +171,9 @@ class LoadedTower:
     def metadata(self) -> dict[str, Any]:
         """Return the origin that a feature file records: model, hashes, versions, image policy."""
         return origin_metadata(
-            self.source, self.checkpoint, self.image_config, self.dtype, self.device
-        )
+            self.source, self.checkpoint, self.image_config, self.dtype, self.device,
+            self.quantization,
+        )  # fmt: skip
 
     def forward(
         self, patches: Tensor, grids: tuple[Grid, ...], output: Output,

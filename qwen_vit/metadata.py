@@ -23,6 +23,7 @@ def origin_metadata(
     image_config: ImageConfig,
     dtype: torch.dtype,
     device: torch.device,
+    quantization: str | None,
 ) -> dict[str, Any]:
     """Return all facts that determine an embedding's values, as JSON. None marks a value that does
     not apply.
@@ -39,7 +40,7 @@ def origin_metadata(
         "device": device.type,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "dtype": dtype_name(dtype),
-        "quantization": None,
+        "quantization": quantization,
         "image_policy": {
             **image_config.to_json(),
             "resample": "Pillow bicubic on uint8",

@@ -27,10 +27,13 @@ from qwen_vit.kernels.linear import (
     normed_linear,
     rms_norm,
 )
+from qwen_vit.kernels.linear_fp8 import gated_rows, linear_residual_fp8
 from qwen_vit.kernels.pixels import gather_pixels
 from qwen_vit.layout import Layout, Segments
 from qwen_vit.weight_format import (
+    FP8,
     PIXEL_ZERO,
+    Quantization,
     padded_mlp_size,
     padded_pixel_size,
     pixel_weight_exponent,
@@ -94,10 +97,12 @@ class NormedLinear(Linear):
 
 
 class ResidualLinear(Linear):
-    """Apply a GEMM and add the result to the residual stream."""
+    """Apply a GEMM and add the result to the residual stream, for an e4m3 MLP also in e4m3."""
 
-    def forward(self, x: Tensor, stream: ResidualStream) -> ResidualStream:  # type: ignore[override]
-        return linear_residual(stream, x, self.weight, self.bias)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, stream: ResidualStream, *, quantized: bool = False
+    ) -> ResidualStream:
+        return linear_residual(stream, x, self.weight, self.bias, quantized=quantized)
 
 
 class PatchEmbed(nn.Module):
@@ -134,9 +139,12 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Compute x + proj(attention(qkv(norm(x))))."""
 
-    def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: VisionConfig, dtype: torch.dtype, quantization: Quantization | None
+    ) -> None:
         super().__init__()
         self.n_heads = config.num_heads
+        self.quantized = quantization == "fp8"  # the MLP that follows takes e4m3
         self.qkv = NormedLinear(config.hidden_size, 3 * config.hidden_size, dtype)
         self.proj = ResidualLinear(config.hidden_size, config.hidden_size, dtype)
 
@@ -147,7 +155,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(N, 3, self.n_heads, C // self.n_heads)
         # the loader has made each rotary pair of Q and K adjacent
         out = attention(qkv, rotary, segments, kind=kind, adjacent_pairs=True)
-        return self.proj(out.view(N, C), x)
+        return self.proj(out.view(N, C), x, quantized=self.quantized)
 
 
 class MLP(nn.Module):
@@ -166,11 +174,43 @@ class MLP(nn.Module):
         return self.down(self.gate_up(x, epilogue="swiglu"), x)
 
 
-class Block(nn.Module):
+class QuantizedLinear(nn.Module):
+    """Keep an e4m3 weight with a scale per output column, and a bias."""
+
+    def __init__(self, n_in: int, n_out: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = _parameter(n_out, n_in, dtype=FP8)
+        self.weight_scale = _parameter(n_out, dtype=torch.float32)
+        self.bias = _parameter(n_out, dtype=dtype)
+
+
+class QuantizedMLP(nn.Module):
+    """Compute what `MLP` computes from e4m3 rows and weights, with sums in float32.
+
+    The kernels that write the stream and the hidden rows also quantise them.
+    """
+
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.attn = Attention(config, dtype)
-        self.mlp = MLP(config, dtype)
+        C, I = config.hidden_size, padded_mlp_size(config)  # noqa: E741
+        self.gate_up = QuantizedLinear(C, 2 * I, dtype)
+        self.down = QuantizedLinear(I, C, dtype)
+
+    def forward(self, x: ResidualStream) -> ResidualStream:
+        gate_up, down = self.gate_up, self.down
+        hidden = gated_rows(
+            x, (gate_up.weight, gate_up.weight_scale), gate_up.bias, eps=RMS_NORM_EPS
+        )
+        return linear_residual_fp8(x, hidden, (down.weight, down.weight_scale), down.bias)
+
+
+class Block(nn.Module):
+    def __init__(
+        self, config: VisionConfig, dtype: torch.dtype, quantization: Quantization | None
+    ) -> None:
+        super().__init__()
+        self.attn = Attention(config, dtype, quantization)
+        self.mlp = MLP(config, dtype) if quantization is None else QuantizedMLP(config, dtype)
 
     def forward(
         self, x: ResidualStream, rotary: RotaryTable, segments: Segments, kind: str
@@ -225,11 +265,16 @@ class VisionTower(nn.Module):
     `convert.convert`.
     """
 
-    def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: VisionConfig, dtype: torch.dtype, quantization: Quantization | None = None
+    ) -> None:
         super().__init__()
         self.config = config
+        self.quantization = quantization
         self.patch_embed = PatchEmbed(config, dtype)
-        self.blocks = nn.ModuleList([Block(config, dtype) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList(
+            [Block(config, dtype, quantization) for _ in range(config.depth)]
+        )
         self.merger = PatchMerger(config, dtype)
         self.window_kind = _window_kind(config)
         self.angles: tuple[Tensor, Tensor] | None = None  # of every position so far

@@ -1,15 +1,32 @@
-"""Define padding and scales of stored weights, for the loader and the model."""
+"""Define padding, order, scales and 8-bit floats of stored weights, for loader and model."""
+
+from dataclasses import dataclass
+from typing import Literal, Self
 
 import torch
+from torch import Tensor
 
 from qwen_vit.config import VisionConfig
 from qwen_vit.errors import ArgumentError
 
-__all__ = ["PIXEL_ZERO", "padded_mlp_size", "padded_pixel_size", "pixel_weight_exponent"]
+__all__ = [
+    "FP8", "PIXEL_ZERO", "SCALE_COLUMNS", "Quantization", "QuantizedRows", "fp8_column_order",
+    "interleave_fp8", "padded_mlp_size", "padded_pixel_size", "pixel_weight_exponent", "quantize",
+    "split_gate_and_up",
+]  # fmt: skip
+
+Quantization = Literal["fp8"]
 
 MLP_MULTIPLE = 128  # one GEMM tile; 3420 alone is not aligned to 16 bytes and costs 3.5x
 PIXEL_MULTIPLE = 64
 PIXEL_ZERO = 128  # uint8 pixels enter as pixel - 128, so that fp16 represents each exactly
+
+FP8 = torch.float8_e4m3fn
+SCALE_COLUMNS = 128  # of a row that share a scale, and of one step of a GEMM over K
+# The largest e4m3 is 448 = 1.75 * 2^8. A row's largest value becomes 224 to 448.
+MAX_EXPONENT = 8
+MIN_EXPONENT = 16  # biased: values below 2^-128 become 0, and a scale's inverse stays finite
+UP_TO_448 = 0x1FFFFF  # carries into the exponent for a mantissa above 1.75
 
 
 def pixel_weight_exponent(dtype: torch.dtype) -> int:
@@ -46,3 +63,75 @@ def padded_pixel_size(config: VisionConfig) -> int:
 
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """Hold rows of e4m3 `values` (N, C), and `scales` (C / 128, N) float32."""
+
+    values: Tensor
+    scales: Tensor
+
+    @classmethod
+    def empty(cls, n_rows: int, n_columns: int, device: torch.device) -> Self:
+        """Return rows without values, for a kernel to fill."""
+        scales = torch.empty(n_columns // SCALE_COLUMNS, n_rows, dtype=torch.float32, device=device)
+        return cls(torch.empty(n_rows, n_columns, dtype=FP8, device=device), scales)
+
+    def dequantized(self) -> Tensor:
+        """Return the rows in float32: (N, C)."""
+        blocks: Tensor = self.values.float().unflatten(1, (len(self.scales), -1))
+        return (blocks * self.scales.T.unsqueeze(2)).flatten(1)
+
+
+def quantize(rows: Tensor, columns: int = SCALE_COLUMNS) -> QuantizedRows:
+    """Quantise rows to e4m3, with a scale per row and `columns` columns.
+
+    >>> quantized = quantize(torch.tensor([[448.0, 3.0] + [0.0] * 126]))
+    >>> quantized.scales, quantized.values[0, :2].float()
+    (tensor([[1.]]), tensor([448.,   3.]))
+
+    The kernels give the same bits. A scale is a power of two, so multiplying by it is exact, and
+    the only rounding is that to e4m3. An infinite value makes its scale NaN, and NaN stays NaN.
+    Therefore a value that e4m3 cannot hold never becomes a finite value.
+
+    Source: "FP8 Formats for Deep Learning" (arXiv:2209.05433).
+    """
+    blocks = rows.float().unflatten(1, (-1, columns))
+    largest = blocks.abs().nan_to_num(0.0, float("inf")).amax(2)  # NaN stays in its own place
+    exponent = ((largest.view(torch.int32) + UP_TO_448) >> 23).clamp(min=MIN_EXPONENT)
+    inverse = ((254 + MAX_EXPONENT - exponent) << 23).view(torch.float32)
+    scales = ((exponent - MAX_EXPONENT) << 23).view(torch.float32)
+    scales = scales.masked_fill(largest.isinf(), float("nan"))
+    values = (blocks * inverse.unsqueeze(2)).flatten(1)
+    return QuantizedRows(values.to(FP8), scales.T.contiguous())
+
+
+# A matrix instruction gives a thread 2 adjacent columns of each 8, and 4 threads share a row. These
+# two orders let a thread store whole 16 bytes of e4m3. Columns of K may have any order, if x and
+# the weight have the same.
+
+
+def fp8_column_order(n_columns: int) -> Tensor:
+    """Return the order of the e4m3 stream's columns: a thread's 32 of each 128 are adjacent.
+
+    >>> fp8_column_order(128)[:6].tolist()
+    [0, 1, 8, 9, 16, 17]
+    """
+    return torch.arange(n_columns).view(-1, 16, 4, 2).transpose(1, 2).flatten()
+
+
+def interleave_fp8(gate: Tensor, up: Tensor) -> Tensor:
+    """Interleave the rows of gate and up, 64 of each, for the e4m3 GEMM with SwiGLU.
+
+    The GEMM's 128 columns are 8 groups of 8 gates and 8 ups. Each of the 4 threads of a row has 2
+    of every 8, and its 16 results are adjacent columns of the 64.
+    """
+    halves = [half.unflatten(0, (-1, 4, 8, 2)) for half in (gate, up)]  # (64s, thread, group, 2)
+    return torch.stack(halves, 1).movedim(3, 1).flatten(0, 4)  # (64s, group, half, thread, 2)
+
+
+def split_gate_and_up(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return gate and up (N, I) of the columns (N, 2 I) of a GEMM by `interleave_fp8`'s weight."""
+    parts = columns.unflatten(1, (-1, 8, 2, 4, 2)).permute(3, 0, 1, 4, 2, 5).flatten(2)
+    return parts[0], parts[1]

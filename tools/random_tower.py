@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -30,6 +31,38 @@ def random_weights(config: VisionConfig, seed: int, device: torch.device) -> dic
             values[: 2 * config.hidden_size] *= 1.6
         tensors[name] = values.bfloat16()
     return tensors
+
+
+def heavy_rows(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Multiply each row of every linear weight by a log-normal factor, exp(0.5 N(0, 1))."""
+    generator = torch.Generator().manual_seed(seed)
+    changed = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith("weight") and tensor.dim() == 2:
+            factors = torch.exp(0.5 * torch.randn(len(tensor), 1, generator=generator))
+            changed[name] = (tensor.float() * factors.to(tensor.device)).to(tensor.dtype)
+    return changed
+
+
+def outlier_channels(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Multiply 4 channels of what every block adds to the residual stream by 30."""
+    generator = torch.Generator().manual_seed(seed)
+    changed, channels = dict(tensors), None
+    for name, tensor in tensors.items():
+        if name.endswith(("attn.proj.weight", "down_proj.weight")):
+            if channels is None:
+                channels = torch.randperm(len(tensor), generator=generator)[:4]
+            changed[name] = tensor.clone()
+            changed[name][channels.to(tensor.device)] *= 30
+    return changed
+
+
+# Random weights by kind, from a seed: their differences decide how much 8-bit floats lose.
+FAMILIES: dict[str, Callable[[Mapping[str, Tensor], int], Mapping[str, Tensor]]] = {
+    "plain": lambda tensors, seed: tensors,
+    "heavy-tailed rows": heavy_rows,
+    "outlier channels": outlier_channels,
+}
 
 
 def write_model(folder: Path, device: torch.device) -> None:

@@ -18,9 +18,13 @@ from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.errors import CheckpointError, with_options
 from qwen_vit.weight_format import (
     PIXEL_ZERO,
+    Quantization,
+    fp8_column_order,
+    interleave_fp8,
     padded_mlp_size,
     padded_pixel_size,
     pixel_weight_exponent,
+    quantize,
 )
 
 __all__ = [
@@ -71,16 +75,21 @@ def convert(
     dtype: torch.dtype,
     device: torch.device = CPU,
     *,
+    quantization: Quantization | None = None,
     locate: Callable[[str], str] = str,
 ) -> dict[str, Tensor]:
     """Return the state of model.VisionTower, in bfloat16 or float32, from published tensors.
+
+    With `quantization`, the MLP's weights are e4m3 with scales.
 
     The function reads each tensor on demand and converts the tensor on `device`. It converts only
     the patch embedding on the CPU, in float64, because this tensor is small. The bits do not depend
     on the device. Raises CheckpointError for NaN or infinite weights, with their names, or with the
     result of `locate`.
     """
-    planned = list(recipes(config, image_config, dtype, device, locate=locate))
+    planned = list(
+        recipes(config, image_config, dtype, device, quantization=quantization, locate=locate)
+    )
     sources = [name for recipe in planned for name in recipe.sources]
     arriving = to_device((tensors[name] for name in sources), device)
     state: dict[str, Tensor] = {}
@@ -116,37 +125,24 @@ def recipes(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    quantization: Quantization | None = None,
     locate: Callable[[str], str] = str,
 ) -> Iterator[Recipe]:
     """Yield a recipe for each of the model's tensors, in the order of the sources in the files.
 
     Every published tensor is a source of one recipe. A recipe takes its sources on `device`.
     """
-    I_padded = padded_mlp_size(config)
     order = _rotary_order(config).to(device)
 
     def same(tensor: Tensor) -> tuple[Tensor]:
         # copy it: the source may be a map of a file that is deleted later, or a caller's tensor
         return (tensor.to(dtype, copy=True),)
 
-    def folded(weight: Tensor, gain: Tensor) -> Tensor:
-        # W (g * x) = (W g) x, and the product of two bfloat16 numbers is exact in float32
-        return (weight.float() * gain.float()).to(dtype)
-
     def qkv_weight(weight: Tensor, gain: Tensor) -> tuple[Tensor]:
-        return (folded(weight, gain)[order],)
+        return (_folded(weight, gain).to(dtype)[order],)
 
     def qkv_bias(bias: Tensor) -> tuple[Tensor]:
         return (bias.to(dtype)[order],)
-
-    def gate_up_weight(gate: Tensor, up: Tensor, gain: Tensor) -> tuple[Tensor]:
-        return (interleave(*(_pad(folded(half, gain), 0, I_padded) for half in (gate, up))),)
-
-    def gate_up_bias(gate: Tensor, up: Tensor) -> tuple[Tensor]:
-        return (interleave(*(_pad(half.to(dtype), 0, I_padded) for half in (gate, up))),)
-
-    def down_weight(down: Tensor) -> tuple[Tensor]:
-        return (_pad(down.to(dtype), 1, I_padded),)
 
     def patch_embedding(weight: Tensor) -> tuple[Tensor, ...]:
         # small, and in float64: convert it on the CPU, so that the bits do not depend on the device
@@ -160,17 +156,55 @@ def recipes(
     for i in range(config.depth):
         block = f"blocks.{i}."
         norm1, norm2 = f"{block}norm1.weight", f"{block}norm2.weight"
-        qkv, gate_up, down = f"{block}attn.qkv", f"{block}mlp.gate_up", f"{block}mlp.down"
-        gate, up = f"{block}mlp.gate_proj", f"{block}mlp.up_proj"
+        qkv = f"{block}attn.qkv"
         for published, ours in RENAMES_IN_BLOCKS:
             yield Recipe((block + ours,), (block + published,), same)
         yield Recipe((f"{qkv}.weight",), (f"{qkv}.weight", norm1), qkv_weight)
         yield Recipe((f"{qkv}.bias",), (f"{qkv}.bias",), qkv_bias)
-        sources = (f"{gate}.weight", f"{up}.weight", norm2)
-        yield Recipe((f"{gate_up}.weight",), sources, gate_up_weight)
-        yield Recipe((f"{gate_up}.bias",), (f"{gate}.bias", f"{up}.bias"), gate_up_bias)
-        yield Recipe((f"{down}.weight",), (f"{down}_proj.weight",), down_weight)
+        yield from _mlp_recipes(f"{block}mlp", norm2, config, dtype, quantization)
     yield Recipe(PATCH_TENSORS, (PATCH_WEIGHT,), patch_embedding)
+
+
+def _mlp_recipes(
+    mlp: str, gain: str, config: VisionConfig, dtype: torch.dtype, quantization: Quantization | None
+) -> Iterator[Recipe]:
+    """Yield the recipes of a block's MLP. With `quantization`, weights are e4m3 with scales."""
+    I_padded = padded_mlp_size(config)
+    woven = interleave if quantization is None else interleave_fp8
+    parts = ("weight",) if quantization is None else ("weight", "weight_scale")
+    columns = None if quantization is None else fp8_column_order(config.hidden_size)
+
+    def stored(weight: Tensor) -> tuple[Tensor, ...]:
+        if quantization is None:
+            return (weight.to(dtype),)
+        # rounded once, with a scale per output column; NaN and infinity stay
+        quantized = quantize(weight, weight.shape[1])
+        return quantized.values, quantized.scales[0]
+
+    def gate_up_weight(gate: Tensor, up: Tensor, gain: Tensor) -> tuple[Tensor, ...]:
+        weight = woven(*(_pad(_folded(half, gain), 0, I_padded) for half in (gate, up)))
+        if columns is not None:
+            weight = weight[:, columns.to(weight.device)]
+        return stored(weight)
+
+    def gate_up_bias(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+        return (woven(*(_pad(half.to(dtype), 0, I_padded) for half in (gate, up))),)
+
+    def down_weight(down: Tensor) -> tuple[Tensor, ...]:
+        return stored(_pad(down.float(), 1, I_padded))
+
+    halves = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
+    weights, biases = ([f"{half}.{part}" for half in halves] for part in ("weight", "bias"))
+    targets = tuple(f"{mlp}.gate_up.{part}" for part in parts)
+    yield Recipe(targets, (*weights, gain), gate_up_weight)
+    yield Recipe((f"{mlp}.gate_up.bias",), (*biases,), gate_up_bias)
+    targets = tuple(f"{mlp}.down.{part}" for part in parts)
+    yield Recipe(targets, (f"{mlp}.down_proj.weight",), down_weight)
+
+
+def _folded(weight: Tensor, gain: Tensor) -> Tensor:
+    # W (g * x) = (W g) x, and the product of two bfloat16 numbers is exact in float32
+    return weight.float() * gain.float()
 
 
 def _patch_embedding(

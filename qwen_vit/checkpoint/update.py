@@ -19,6 +19,7 @@ from qwen_vit.checkpoint.tower_names import (
 )
 from qwen_vit.common.tensors import check_finite, extremes
 from qwen_vit.config import ImageConfig, VisionConfig
+from qwen_vit.weight_format import Quantization
 
 __all__ = ["WeightUpdates"]
 
@@ -40,6 +41,7 @@ class WeightUpdates:
         tower: the `VisionTower`, whose parameters this class writes in place.
         config: the tower's architecture.
         image_config: the image settings, on which the weights for uint8 pixels depend.
+        quantization: the tower's quantization.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class WeightUpdates:
         tower: nn.Module,
         config: VisionConfig,
         image_config: ImageConfig,
+        quantization: Quantization | None = None,
     ) -> None:
         self._tower = tower
         self._parameters = dict(tower.named_parameters())
@@ -54,7 +57,9 @@ class WeightUpdates:
         weight = tower.get_parameter("merger.fc1.weight")
         self._device, self._dtype = weight.device, weight.dtype
         with torch.device("cpu"):
-            planned = list(recipes(config, image_config, self._dtype, self._device))
+            planned = list(
+                recipes(config, image_config, self._dtype, self._device, quantization=quantization)
+            )
         self._recipe_of: dict[str, Recipe] = {
             source: recipe for recipe in planned for source in recipe.sources
         }

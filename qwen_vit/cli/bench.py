@@ -12,6 +12,7 @@ from qwen_vit.cli.options import (
     dtype_option,
     json_option,
     model_option,
+    quantization_option,
     source_options,
     verbosity_options,
 )
@@ -29,6 +30,7 @@ __all__ = ["bench"]
 @click.option("--plain", is_flag=True, help="Run the plain Triton kernels on a Hopper GPU as well.")
 @device_option("Compute on cuda or cuda:1.")
 @dtype_option
+@quantization_option
 @json_option
 @source_options
 @verbosity_options

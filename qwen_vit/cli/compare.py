@@ -20,6 +20,7 @@ from qwen_vit.cli.options import (
     json_option,
     model_option,
     pixel_options,
+    quantization_option,
     source_options,
     take_video_options,
     verbosity_options,
@@ -49,6 +50,7 @@ __all__ = ["compare"]
 )  # fmt: skip
 @device_option()
 @dtype_option
+@quantization_option
 @pixel_options
 @video_options
 @json_option

@@ -28,6 +28,7 @@ from qwen_vit.cli.options import (
     on_error_option,
     output_options,
     pixel_options,
+    quantization_option,
     source_options,
     take_video_options,
     verbosity_options,
@@ -52,6 +53,7 @@ __all__ = ["encode"]
 @output_options
 @device_option()
 @dtype_option
+@quantization_option
 @pixel_options
 @exif_option
 @video_options

@@ -35,6 +35,7 @@ from qwen_vit.cli.options import (
     on_error_option,
     output_options,
     pixel_options,
+    quantization_option,
     source_options,
     take_video_options,
     verbosity_options,
@@ -56,7 +57,7 @@ ASK_ABOVE_BYTES = 100 * 10**9
 OF_START = (
     "model", "out", "revision", "device", "dtype", "output", "normalize", "layers", "shard_size",
     "min_pixels", "max_pixels", "exif", "column", "id_column", "formats", "pages", "allow_urls",
-    "subfolder", "as_video",
+    "subfolder", "as_video", "quantization",
     "fps", "n_frames", "start", "end", "max_frames", "max_frame_pixels", "min_frame_pixels",
     "sampling",
 )  # fmt: skip
@@ -85,6 +86,7 @@ OF_START = (
     "--dtype", type=Dtype(["float32", "bfloat16"]),
     help="Store features in this dtype. A GPU also computes in this dtype.  [default: as computed]",
 )  # fmt: skip
+@quantization_option
 @device_option()
 @pixel_options
 @exif_option

@@ -36,6 +36,7 @@ __all__ = [
     "on_error_option",
     "output_options",
     "pixel_options",
+    "quantization_option",
     "source_options",
     "take_video_options",
     "verbosity_options",
@@ -112,6 +113,10 @@ model_name_option = click.option("--model", shell_complete=complete_model, help=
 dtype_option = click.option(
     "--dtype", type=Dtype(["auto", "bfloat16", "float32"]), default="auto", show_default=True,
     help="Compute in this dtype. bf16 and fp32 are short names.",
+)  # fmt: skip
+quantization_option = click.option(
+    "--quantization", type=click.Choice(["fp8"]),
+    help="Experimental: compute the MLP from 8-bit floats, less accurately. Needs Ada or newer.",
 )  # fmt: skip
 on_error_option = click.option(
     "--on-error",

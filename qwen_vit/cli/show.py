@@ -21,6 +21,7 @@ from qwen_vit.cli.options import (
     dtype_option,
     json_option,
     pixel_options,
+    quantization_option,
     source_options,
     verbosity_options,
 )
@@ -77,6 +78,7 @@ class _Point(click.ParamType[tuple[float, float]]):
 )  # fmt: skip
 @device_option()
 @dtype_option
+@quantization_option
 @pixel_options
 @json_option
 @source_options

@@ -73,4 +73,6 @@ def extremes(tensor: Tensor) -> Tensor:
     >>> extremes(torch.tensor([3.0, 1.0, 2.0]))
     tensor([1., 3.])
     """
+    if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
+        tensor = tensor.float()  # torch has no extremes of 8-bit floats
     return torch.stack(torch.aminmax(tensor))

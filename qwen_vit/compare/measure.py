@@ -71,6 +71,7 @@ def compare_case(
             ours=our_error,
             theirs=their_error,
             recorded=None if case.errors is None else case.errors[name],
+            quantization=encoder.quantization,
         )
         stages.append(Stage(name, difference, our_error, their_error, verdict))
         if name == "merger" and case.grid.t > 1:

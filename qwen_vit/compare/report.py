@@ -23,7 +23,14 @@ from qwen_vit.compare.plots import (
     windows_png,
 )
 from qwen_vit.compare.result import Comparison, FeatureMaps, ImageComparison
-from qwen_vit.compare.text import closer_line, frame_lines, reference_line, verdict_lines
+from qwen_vit.compare.text import (
+    closer_line,
+    computed_in,
+    frame_lines,
+    reference_line,
+    verdict_lines,
+)
+from qwen_vit.compare.tolerance import max_ratio
 from qwen_vit.errors import ArgumentError, ExportError, Wording, plural, with_options
 from qwen_vit.show.draw import check_packages, heat_colours
 from qwen_vit.show.page import data_uri, render_page
@@ -119,12 +126,14 @@ def write_report(
         command=command,
         comparison=comparison,
         facts=comparison.facts,
+        computed_in=computed_in(comparison.facts),
         reference=reference_line(comparison.facts),
         verdicts=verdict_lines(comparison),
         closer=closer_line(comparison),
         sections=sections,
         heat=", ".join(heat_colours()),
         is_fp32=comparison.facts["dtype"] == "float32",
+        max_ratio=max_ratio(comparison.facts["quantization"]),
         has_ratios=comparison.has_same_weights,
         has_strips=any(section.is_wide for section in sections),
     )

@@ -332,7 +332,10 @@ def _collected(
 def _facts_of(encoder: VisionEncoder) -> dict[str, Any]:
     metadata = encoder.metadata()
     return {
-        **{key: metadata[key] for key in ("model", "commit", "weights_sha256", "dtype")},
+        **{
+            key: metadata[key]
+            for key in ("model", "commit", "weights_sha256", "dtype", "quantization")
+        },
         "device": _device_name(encoder.device),
         "versions": metadata["versions"],
         "vision_config": encoder.config.to_json(),

@@ -12,7 +12,14 @@ from qwen_vit.compare.result import (
 )
 from qwen_vit.errors import display_name, plural
 
-__all__ = ["as_text", "closer_line", "frame_lines", "reference_line", "verdict_lines"]
+__all__ = [
+    "as_text",
+    "closer_line",
+    "computed_in",
+    "frame_lines",
+    "reference_line",
+    "verdict_lines",
+]
 
 STAGE_HEAD = (
     "stage", "ours - HF", "largest", "worst cos", "mean cos", "ours - f64", "HF - f64", "ratio",
@@ -31,8 +38,8 @@ def as_text(comparison: Comparison, *, has_stages: bool = False) -> str:
         *verdict_lines(comparison),
         *([closer] if closer else []),
         "",
-        f"model      {facts['model']}, weights {facts['weights_sha256'][:16]}, {facts['dtype']} "
-        f"on {facts['device']}",
+        f"model      {facts['model']}, weights {facts['weights_sha256'][:16]}, "
+        + computed_in(facts),
         f"reference  {reference_line(facts)}",
         "columns    a - b: |a - b| / |b|; f64: the same model in float64"
         + "; ratio: of ours - f64 to HF - f64, below 1 ours is closer"
@@ -45,6 +52,13 @@ def as_text(comparison: Comparison, *, has_stages: bool = False) -> str:
     for image in comparison.images if has_stages else ():
         lines += ["", *_image_lines(image, comparison)]
     return "\n".join(lines)
+
+
+def computed_in(facts: dict[str, Any]) -> str:
+    """Return our tower's dtype, quantization and device."""
+    quantization = facts["quantization"]
+    mlp = f", the MLP in {quantization}," if quantization else ""
+    return f"{facts['dtype']}{mlp} on {facts['device']}"
 
 
 def reference_line(facts: dict[str, Any]) -> str:
@@ -97,12 +111,13 @@ def verdict_lines(comparison: Comparison) -> list[str]:
     lines += [f"skipped: {error}" for _, error in comparison.skipped]
     for image in comparison.images:
         if image.problems:
-            more = f" (and {len(image.problems) - 1} more)" if len(image.problems) > 1 else ""
-            lines.append(f"differs: {display_name(image.id)}: first at {image.problems[0]}{more}")
+            lines.append(
+                f"differs: {display_name(image.id)}: first at {image.problems[0]}{_others(image)}"
+            )
     agreeing = [image for image in comparison.images if not image.problems]
     if agreeing:
         stages = [(stage, image) for image in agreeing for stage in image.stages]
-        worst, image = max(stages, key=lambda s: s[0].verdict.measured / s[0].verdict.allowed)
+        worst, image = max(stages, key=lambda s: s[0].verdict.excess)
         is_fp32 = comparison.facts["dtype"] == "float32"
         unit = " relative" if is_fp32 else " times Hugging Face's error"
         lines.append(
@@ -113,6 +128,15 @@ def verdict_lines(comparison: Comparison) -> list[str]:
     if not comparison.images:
         lines.append("nothing was compared: every image was skipped")
     return lines
+
+
+def _others(image: ImageComparison) -> str:
+    """Return the number of other problems, and the stage that misses its tolerance most."""
+    if len(image.problems) == 1:
+        return ""
+    worst = max(image.stages, key=lambda stage: stage.verdict.excess)
+    most = f"; the worst is {worst.name}, at {worst.verdict.excess:.3g} times its tolerance"
+    return f" (and {len(image.problems) - 1} more{most if worst.verdict.excess > 1 else ''})"
 
 
 def _image_row(image: ImageComparison) -> tuple[str, ...]:

@@ -67,6 +67,7 @@ def read_start_options(folder: AnyPath) -> StartOptions:
         loading = {
             "revision": stored["commit"],
             "device": stored["device"],
+            "quantization": stored.get("quantization"),
             "min_pixels": policy["min_pixels"],
             "max_pixels": policy["max_pixels"],
         }

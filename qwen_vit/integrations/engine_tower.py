@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qwen_vit.checkpoint.update import WeightUpdates
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
-from qwen_vit.device import check_fits, choose_dtype
+from qwen_vit.device import check_fits, choose_dtype, choose_quantization, warn_of_error
 from qwen_vit.errors import CheckpointError
 from qwen_vit.graphs import GraphRunner, run_tower
 from qwen_vit.images.rows import as_grids, check_rows, pixels_for_tower
@@ -42,9 +42,10 @@ class EngineTower(nn.Module):
         image_config: the image settings, with the mean and std that normalise uint8 rows.
         dtype: the engine's dtype, bfloat16 or float32. On a CPU the tower computes in float32.
         device: the engine's device.
+        quantization: "fp8" or None, as in `VisionEncoder.from_pretrained`.
 
     Raises:
-        ArgumentError: The tower does not support the dtype, such as float16.
+        ArgumentError: The tower does not support the dtype, such as float16, or the quantization.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class EngineTower(nn.Module):
         image_config: ImageConfig,
         dtype: torch.dtype,
         device: torch.device,
+        quantization: str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -62,11 +64,13 @@ class EngineTower(nn.Module):
         self._out_dtype = dtype
         choose_dtype(dtype, torch.device("cuda"))  # this rejects float16, with the reason
         self._compute_dtype = torch.float32 if device.type == "cpu" else dtype
-        check_fits(config, device)
+        quantized = choose_quantization(quantization, device, self._compute_dtype)
+        check_fits(config, device, quantized)
         with torch.device("meta"):
-            tower = VisionTower(config, self._compute_dtype)
+            tower = VisionTower(config, self._compute_dtype, quantized)
         self.tower = tower.to_empty(device=device)
-        self._updates = WeightUpdates(self.tower, config, image_config)
+        warn_of_error(quantized)
+        self._updates = WeightUpdates(self.tower, config, image_config, quantized)
         on_gpu = device.type == "cuda"
         self._graphs = GraphRunner(self.tower, device) if on_gpu else None
         self._is_still = False

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vit.checkpoint.tower_names import expected_tensors
-from qwen_vit.device import choose_device, choose_dtype
+from qwen_vit.device import choose_device, choose_dtype, choose_quantization
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, QwenVitError
 
@@ -196,6 +196,7 @@ class HFTower(_Frozen):
             image = encoder.image_config
             shown.encoder = VisionEncoder.from_checkpoint(
                 encoder.checkpoint, encoder.source, device, computed,
+                quantization=choose_quantization(encoder.quantization, device, computed),
                 min_pixels=image.min_pixels, max_pixels=image.max_pixels,
                 cuda_graphs=shown.cuda_graphs,
             )  # fmt: skip
@@ -241,6 +242,7 @@ class HFTower(_Frozen):
             name=encoder.source.name,
             device=encoder.device,
             dtype=encoder.dtype,
+            quantization=encoder.quantization,
             cuda_graphs=self.shown.cuda_graphs,
         )
 

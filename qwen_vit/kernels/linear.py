@@ -10,7 +10,7 @@ order. Therefore an image's embedding has the same bits alone and in any batch. 
 `linear_hopper` computes the tower's large GEMMs. On a CPU, PyTorch computes all GEMMs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -21,17 +21,28 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qwen_vit.kernels import IS_KNOWN_GLUON, uses_hopper_kernels
 from qwen_vit.kernels.activations import gelu, swiglu
+from qwen_vit.kernels.fp8 import inverse_scale, scale_for
 from qwen_vit.kernels.launch import LAUNCH
+from qwen_vit.weight_format import QuantizedRows, fp8_column_order, quantize
 
 if IS_KNOWN_GLUON:
     from qwen_vit.kernels import linear_hopper
 
 __all__ = [
+    "GROUPED_ROW_TILES",
+    "GemmTile",
     "ResidualStream",
+    "first_row_and_column",
+    "has_tma",
     "linear",
     "linear_residual",
+    "load_tile",
+    "matrix",
     "normed_linear",
     "rms_norm",
+    "row_scale",
+    "store_squares",
+    "store_tile",
 ]
 
 
@@ -39,11 +50,13 @@ __all__ = [
 class ResidualStream:
     """Hold the rows between two layers: `values` (N, C), and `squares` (chunks, N) float32.
 
-    The sum of `squares` over its first axis is the sum of a row's squared values.
+    The sum of `squares` over its first axis is the sum of a row's squared values. `quantized` are
+    the values in e4m3, if the next GEMM takes them.
     """
 
     values: torch.Tensor
     squares: torch.Tensor
+    quantized: QuantizedRows | None = None
 
     @classmethod
     def from_values(cls, x: torch.Tensor) -> "ResidualStream":
@@ -91,12 +104,13 @@ FALLBACK_TILES = {
     16: GemmTile(128, 64, 32, 4, 3),
     32: GemmTile(64, 64, 32, 8, 2),
 }
+QUANTIZING = GemmTile(128, 128, 64, 8, 3)  # a scale's 128 columns are a tile's
 GROUPED_ROW_TILES = 8  # tiles of this many row blocks run together and share weights in L2
 SQUARED_ROWS = 4  # rows of one program that sums squares
 
 
 @triton.jit
-def _load_tile(
+def load_tile(
     matrix, i_row, i_column, n_rows, n_columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +133,7 @@ def _load_tile(
 
 
 @triton.jit
-def _store_tile(
+def store_tile(
     matrix, b_tile, i_row, i_column, n_rows, n_columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -137,22 +151,9 @@ def _store_tile(
     return b_tile
 
 
-# one binary for every number of rows: otherwise Triton would compile during a user's call
-@triton.jit(do_not_specialize=["M"])
-def _gemm(
-    x, weight, bias, residual, squares, out, squares_out, M, N, out_scale, eps,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, SQUARES: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, TMA: tl.constexpr = True,
-):  # fmt: skip
-    """Compute out (M, N) = epilogue(x (M, K) @ weight (N, K)^T * scale + bias).
-
-    `x`, `weight`, `residual` and `out` are tensor descriptors with TMA, otherwise pointers. The
-    scale is `out_scale`. With SQUARES chunks of sums of squares, the scale is a row's 1 / rms. For
-    SwiGLU, groups of 8 columns alternate between gate and up, and `out` is half as wide. With a
-    residual, `out` is the sum. `squares_out` (N / BN, M) then receives the sums of squares of
-    `out`.
-    """
+@triton.jit
+def first_row_and_column(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Return the place of this program's tile. Tiles that run together share weights."""
     i_program = tl.program_id(0)
     n_row_tiles = tl.cdiv(M, BM)
     n_column_tiles = tl.cdiv(N, BN)
@@ -161,20 +162,56 @@ def _gemm(
     group_rows = min(n_row_tiles - first_row_tile, GROUP)
     i_m = (first_row_tile + i_program % group_size % group_rows) * BM
     i_n = i_program % group_size // group_rows * BN
+    return i_m, i_n
 
+
+@triton.jit
+def row_scale(squares, o_m, M, eps, K: tl.constexpr, SQUARES: tl.constexpr):
+    """Return each row's 1 / rms, from SQUARES chunks of its sum of squares."""
+    total = tl.load(squares + o_m, mask=o_m < M, other=0.0)  # [BM]
+    for chunk in range(1, SQUARES):
+        total += tl.load(squares + chunk * M + o_m, mask=o_m < M, other=0.0)
+    return tl.rsqrt(total / K + eps)
+
+
+@triton.jit
+def store_squares(squares_out, b_out, chunk, o_m, o_n, M, N):
+    """Store each row's sum of squares of a stored tile. Return the tile in float32, with 0 beyond
+    the edges.
+    """
+    b_rounded = tl.where((o_n < N)[None, :], b_out.to(tl.float32), 0.0)  # [BM, BN]
+    tl.store(squares_out + chunk * M + o_m, tl.sum(b_rounded * b_rounded, 1), mask=o_m < M)
+    return b_rounded
+
+
+# one binary for every number of rows: otherwise Triton would compile during a user's call
+@triton.jit(do_not_specialize=["M"])
+def _gemm(
+    x, weight, bias, residual, squares, out, squares_out, rows_out, scales_out, M, N, out_scale,
+    eps, K: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, SQUARES: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, TMA: tl.constexpr = True,
+):  # fmt: skip
+    """Compute out (M, N) = epilogue(x (M, K) @ weight (N, K)^T * scale + bias).
+
+    `x`, `weight`, `residual`, `out` and `rows_out` are tensor descriptors with TMA, otherwise
+    pointers. The scale is `out_scale`. With SQUARES chunks of sums of squares, the scale is a row's
+    1 / rms. For SwiGLU, groups of 8 columns alternate between gate and up, and `out` is half as
+    wide. With a residual, `out` is the sum. `squares_out` (N / BN, M) then receives the sums of
+    squares of `out`. `rows_out`, if given, receives `out` in e4m3, with `scales_out` for each 128
+    columns.
+    """
+    i_m, i_n = first_row_and_column(M, N, BM, BN, GROUP)
     acc = tl.zeros([BM, BN], tl.float32)  # [BM, BN]
     for i_k in range(0, K, BK):
-        b_x = _load_tile(x, i_m, i_k, M, K, BM, BK, K % BK == 0, TMA)  # [BM, BK]
-        b_weight = _load_tile(weight, i_n, i_k, N, K, BN, BK, K % BK == 0, TMA)  # [BN, BK]
+        b_x = load_tile(x, i_m, i_k, M, K, BM, BK, K % BK == 0, TMA)  # [BM, BK]
+        b_weight = load_tile(weight, i_n, i_k, N, K, BN, BK, K % BK == 0, TMA)  # [BN, BK]
         acc = tl.dot(b_x, b_weight.T, acc, input_precision=PRECISION)
 
     o_m = i_m + tl.arange(0, BM)  # [BM]
     o_n = i_n + tl.arange(0, BN)  # [BN]
     if SQUARES > 0:
-        total = tl.load(squares + o_m, mask=o_m < M, other=0.0)  # [BM]
-        for chunk in range(1, SQUARES):
-            total += tl.load(squares + chunk * M + o_m, mask=o_m < M, other=0.0)
-        acc = acc * tl.rsqrt(total / K + eps)[:, None]
+        acc = acc * row_scale(squares, o_m, M, eps, K, SQUARES)[:, None]
     else:
         acc = acc * out_scale
     if HAS_BIAS:
@@ -186,16 +223,22 @@ def _gemm(
         b_pairs = tl.permute(tl.reshape(acc, (BM, BN // 16, 2, 8)), (0, 1, 3, 2))
         b_gate, b_up = tl.split(b_pairs)  # [BM, BN / 16, 8] each
         b_out = tl.reshape(swiglu(b_gate, b_up), (BM, BN // 2))  # [BM, BN / 2]
-        _store_tile(out, b_out, i_m, i_n // 2, M, N // 2, BM, BN // 2, TMA)
+        store_tile(out, b_out, i_m, i_n // 2, M, N // 2, BM, BN // 2, TMA)
     else:
         if EPILOGUE == "residual":
-            b_residual = _load_tile(residual, i_m, i_n, M, N, BM, BN, False, TMA)  # [BM, BN]
+            b_residual = load_tile(residual, i_m, i_n, M, N, BM, BN, False, TMA)  # [BM, BN]
             acc += b_residual.to(tl.float32)
-        b_out = _store_tile(out, acc, i_m, i_n, M, N, BM, BN, TMA)  # [BM, BN]
-        if EPILOGUE == "residual":  # of what was stored: rounded; 0 beyond the edges
-            b_rounded = tl.where((o_n < N)[None, :], b_out.to(tl.float32), 0.0)  # [BM, BN]
-            p_squares = squares_out + i_n // BN * M + o_m  # [BM]
-            tl.store(p_squares, tl.sum(b_rounded * b_rounded, 1), mask=o_m < M)
+        b_out = store_tile(out, acc, i_m, i_n, M, N, BM, BN, TMA)  # [BM, BN]
+        if EPILOGUE == "residual":
+            b_rounded = store_squares(squares_out, b_out, i_n // BN, o_m, o_n, M, N)  # [BM, BN]
+            if rows_out is not None:  # the stream in e4m3 as well, for the next GEMM
+                b_largest = tl.max(tl.abs(b_rounded), 1)  # [BM]
+                b_values = b_rounded * inverse_scale(b_largest)[:, None]  # [BM, BN]
+                # see weight_format.fp8_column_order
+                b_values = tl.permute(tl.reshape(b_values, (BM, 16, 4, 2)), (0, 2, 1, 3))
+                b_values = tl.reshape(b_values, (BM, BN))  # [BM, BN]
+                store_tile(rows_out, b_values, i_m, i_n, M, N, BM, BN, TMA)
+                tl.store(scales_out + i_n // BN * M + o_m, scale_for(b_largest), mask=o_m < M)
 
 
 def linear(
@@ -252,13 +295,31 @@ def normed_linear(
 
 
 def linear_residual(
-    stream: ResidualStream, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    stream: ResidualStream,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    quantized: bool = False,
 ) -> ResidualStream:
-    """Return `stream + x @ weight.T + bias`, rounded once, with the new sums of squares."""
+    """Return `stream + x @ weight.T + bias`, rounded once, with the new sums of squares.
+
+    With `quantized`, the new stream also has its values in e4m3, in the order of
+    `weight_format.fp8_column_order`.
+    """
     if x.device.type == "cpu":
-        return ResidualStream.from_values(stream.values + F.linear(x, weight, bias))
+        summed = ResidualStream.from_values(stream.values + F.linear(x, weight, bias))
+        if not quantized:
+            return summed
+        ordered = summed.values[:, fp8_column_order(summed.values.shape[1])]
+        return replace(summed, quantized=quantize(ordered))
     run = linear_hopper.gemm if _is_for_hopper(x, weight) else _launch_gemm
-    return ResidualStream(*run(x, weight, bias, epilogue="residual", residual=stream.values))
+    N, C = stream.values.shape
+    rows = QuantizedRows.empty(N, C, x.device) if quantized else None
+    values, squares = run(
+        x, weight, bias, epilogue="residual", residual=stream.values, quantized=rows
+    )
+    return ResidualStream(values, squares, rows)
 
 
 def _is_for_hopper(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -277,14 +338,17 @@ def _launch_gemm(
     out_scale: float = 1.0,
     out_dtype: torch.dtype | None = None,
     tile: GemmTile | None = None,
+    quantized: QuantizedRows | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the GEMM and return the result and, for `residual`, the result's sums of squares.
+
+    It fills `quantized` with the result of `residual` in e4m3, if given.
 
     Benchmarks and tests use `tile` to replace the table's tile.
     """
     M, K = x.shape
     N = weight.shape[0]
-    tile = tile or _gemm_tile(x, weight, epilogue)
+    tile = tile or (_gemm_tile(x, weight, epilogue) if quantized is None else QUANTIZING)
     n_out = N // 2 if epilogue == "swiglu" else N
     out = torch.empty((M, n_out), dtype=out_dtype or x.dtype, device=x.device)
     squares_out = out
@@ -294,19 +358,31 @@ def _launch_gemm(
     if M == 0:
         return out, squares_out
     out_block = [tile.rows, tile.columns // 2 if epilogue == "swiglu" else tile.columns]
-    has_tma = _capability(x.device) >= (9, 0)
-    matrix = TensorDescriptor.from_tensor if has_tma else lambda rows, block: rows
     out_matrix = matrix(out, out_block)
+    rows_out = scales_out = None
+    if quantized is not None:
+        rows_out, scales_out = matrix(quantized.values, out_block), quantized.scales
     with torch.cuda.device(x.device):
         _gemm[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
             matrix(x, [tile.rows, tile.depth]), matrix(weight, [tile.columns, tile.depth]), bias,
             out_matrix if residual is None else matrix(residual, out_block), squares, out_matrix,
-            squares_out, M, N, out_scale, eps, K=K, HAS_BIAS=bias is not None, EPILOGUE=epilogue,
+            squares_out, rows_out, scales_out, M, N, out_scale, eps, K=K,
+            HAS_BIAS=bias is not None, EPILOGUE=epilogue,
             SQUARES=0 if squares is None else len(squares), PRECISION="ieee", BM=tile.rows,
-            BN=tile.columns, BK=tile.depth, GROUP=GROUPED_ROW_TILES, TMA=has_tma,
+            BN=tile.columns, BK=tile.depth, GROUP=GROUPED_ROW_TILES, TMA=has_tma(x.device),
             num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH,
         )  # fmt: skip
     return out, squares_out
+
+
+def has_tma(device: torch.device) -> bool:
+    """Return whether the GPU loads tiles through tensor descriptors."""
+    return _capability(device) >= (9, 0)
+
+
+def matrix(rows: torch.Tensor, block: list[int]) -> torch.Tensor | TensorDescriptor:
+    """Return a matrix as `load_tile` and `store_tile` take it on its GPU."""
+    return TensorDescriptor.from_tensor(rows, block) if has_tma(rows.device) else rows
 
 
 def _gemm_tile(x: torch.Tensor, weight: torch.Tensor, epilogue: str) -> GemmTile:

@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qwen_vit.kernels.activations import gelu, swiglu
+from qwen_vit.kernels.fp8 import inverse_scale, scale_for
 from qwen_vit.kernels.hopper import (
     copy_to_global,
     copy_to_shared,
@@ -40,8 +41,20 @@ from qwen_vit.kernels.hopper import (
     multiprocessors,
 )
 from qwen_vit.kernels.launch import LAUNCH
+from qwen_vit.weight_format import QuantizedRows
 
-__all__ = ["SQUARES_COLUMNS", "gemm", "supports"]
+__all__ = [
+    "FIRST_STEPS",
+    "GROUPED_ROW_TILES",
+    "SQUARES_COLUMNS",
+    "HopperGemmTile",
+    "gemm",
+    "load_partition",
+    "make_barriers",
+    "make_buffers",
+    "row_and_column_tile",
+    "supports",
+]
 
 SQUARES_COLUMNS = 128  # every tile writes sums of squares per chunk of this number of columns
 BK = 64  # columns of x and the weight in a stage: one swizzled line of 128 bytes
@@ -83,7 +96,7 @@ TILES: dict[tuple[str, bool], tuple[tuple[int, HopperGemmTile], ...]] = {
 
 
 @gluon.jit
-def _row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP: gl.constexpr):
+def row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP: gl.constexpr):
     """Return a tile's row and column, ordered so that tiles that run together share weights."""
     group_size = GROUP * n_column_tiles
     first_row_tile = i_tile // group_size * GROUP
@@ -92,41 +105,54 @@ def _row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP: gl.constexp
 
 
 @gluon.jit
-def _load_partition(
+def load_partition(
     descs, buffers, barriers, sizes, K: gl.constexpr, GROUP: gl.constexpr, EPILOGUE: gl.constexpr,
 ):  # fmt: skip
-    """Load the stages of x and the weight, and each tile's residual rows, with one warp."""
+    """Load the stages of x and the weight, and each tile's residual rows, with one warp.
+
+    A stage's weight may consist of parts with the same number of columns.
+    """
     x_desc, weight_desc, residual_desc = descs
-    x_ring, weight_ring, results = buffers  # [STAGES * GROUPS, ROWS, BK], [STAGES, BN, BK]
+    # [STAGES * GROUPS, ROWS, BK], [STAGES * PARTS, COLUMNS, BK]
+    x_ring, weight_ring, results = buffers
     empty, ready, result_is_free, residual_is_there = barriers
     _, n_row_tiles, n_column_tiles = sizes
-    GROUPS: gl.constexpr = results.shape[0]
+    STAGES: gl.constexpr = ready.shape[0]
+    GROUPS: gl.constexpr = x_ring.shape[0] // STAGES
     ROWS: gl.constexpr = x_ring.shape[1]
     BK: gl.constexpr = x_ring.shape[2]
-    STAGES: gl.constexpr = weight_ring.shape[0]
-    BN: gl.constexpr = weight_ring.shape[1]
+    PARTS: gl.constexpr = weight_ring.shape[0] // STAGES
+    COLUMNS: gl.constexpr = weight_ring.shape[1]
     BM: gl.constexpr = ROWS * GROUPS
+    BN: gl.constexpr = COLUMNS * PARTS
+    STAGE_BYTES: gl.constexpr = (BM + BN) * BK * (x_ring.dtype.primitive_bitwidth // 8)
     n_tiles = n_row_tiles * n_column_tiles
     # weights do not depend on the previous kernel: the first ring of them is already loading
-    i_m, i_n = _row_and_column_tile(gl.program_id(0), n_row_tiles, n_column_tiles, GROUP)
+    i_m, i_n = row_and_column_tile(gl.program_id(0), n_row_tiles, n_column_tiles, GROUP)
     for early in gl.static_range(STAGES):
-        mbarrier.expect(ready.index(early), (BM + BN) * BK * 2)
-        copy_to_shared(
-            weight_desc, [i_n * BN, early * BK], ready.index(early), weight_ring.index(early)
-        )
+        mbarrier.expect(ready.index(early), STAGE_BYTES)
+        for part in gl.static_range(PARTS):
+            copy_to_shared(
+                weight_desc, [i_n * BN + part * COLUMNS, early * BK], ready.index(early),
+                weight_ring.index(early * PARTS + part),
+            )  # fmt: skip
     gdc_wait()  # wait for the previous kernel, which writes x and the residual
     step = 0
     turn = 0
     for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        i_m, i_n = _row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP)
+        i_m, i_n = row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP)
         for i_k in range(0, K, BK):
             stage = step % STAGES
             bar = ready.index(stage)
             if step >= STAGES:
                 # until every MMA partition has read what this stage held
                 mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-                mbarrier.expect(bar, (BM + BN) * BK * 2)
-                copy_to_shared(weight_desc, [i_n * BN, i_k], bar, weight_ring.index(stage))
+                mbarrier.expect(bar, STAGE_BYTES)
+                for part in gl.static_range(PARTS):
+                    copy_to_shared(
+                        weight_desc, [i_n * BN + part * COLUMNS, i_k], bar,
+                        weight_ring.index(stage * PARTS + part),
+                    )  # fmt: skip
             for group in gl.static_range(GROUPS):
                 copy_to_shared(
                     x_desc, [i_m * BM + group * ROWS, i_k], bar,
@@ -172,13 +198,39 @@ def _accumulate(
 
 
 @gluon.jit
+def _store_quantized(
+    b_out, rows_out, scales_out, i_row, i_chunk, M, N, MMA_ROWS: gl.constexpr
+):  # fmt: skip
+    """Store 128 columns of the stream in e4m3, and their scale for each row."""
+    ROWS: gl.constexpr = b_out.shape[0]
+    # a thread's 32 columns of a row are adjacent in memory: see weight_format.fp8_column_order
+    BYTES: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [8, 0]],
+        lane_bases=[[0, 32], [0, 64], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[ROWS, 128],
+    )  # fmt: skip
+    b_values = b_out.to(gl.float32)  # [ROWS, 128]
+    b_largest = gl.max(gl.abs(b_values), 1)  # [ROWS]
+    b_values = (b_values * inverse_scale(b_largest)[:, None]).to(gl.float8e4nv)
+    b_values = b_values.reshape((ROWS, 16, 4, 2)).permute((0, 2, 1, 3)).reshape((ROWS, 128))
+    b_values = gl.convert_layout(b_values, BYTES, assert_trivial=True)
+    o_row = i_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, BYTES))  # [ROWS]
+    o_column = i_chunk * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, BYTES))  # [128]
+    p_rows = rows_out + o_row.to(gl.int64)[:, None] * N + o_column[None, :]
+    gl.store(p_rows, b_values, mask=(o_row < M)[:, None])
+    o_m = i_row + gl.arange(0, ROWS, layout=MMA_ROWS)  # [ROWS]
+    b_scale = gl.convert_layout(scale_for(b_largest), MMA_ROWS)
+    gl.store(scales_out + i_chunk * M + o_m, b_scale, mask=o_m < M)
+
+
+@gluon.jit
 def _mma_partition(
     operands, outs, buffers, barriers, sizes, K: gl.constexpr, GROUP: gl.constexpr,
     EPILOGUE: gl.constexpr, SQUARES: gl.constexpr, FIRST: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
     """Multiply one warpgroup's rows of every tile, and apply the epilogue."""
     bias, squares, eps = operands  # of the epilogue
-    out_desc, squares_out = outs
+    out_desc, squares_out, rows_out, scales_out = outs
     x_ring, weight_ring, results = buffers
     _, _, result_is_free, residual_is_there = barriers
     M, n_row_tiles, n_column_tiles = sizes
@@ -201,7 +253,7 @@ def _mma_partition(
     step = 0
     turn = 0
     for i_tile in range(gl.program_id(0), n_row_tiles * n_column_tiles, gl.num_programs(0)):
-        i_m, i_n = _row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP)
+        i_m, i_n = row_and_column_tile(i_tile, n_row_tiles, n_column_tiles, GROUP)
         i_row = i_m * BM + I_GROUP * ROWS
         # the epilogue's operands arrive while the GEMM runs
         b_bias = gl.load(bias + i_n * BN + o_column)  # [BN]
@@ -260,22 +312,29 @@ def _mma_partition(
                 gl.store(squares_out + (2 * i_n + 1) * M + o_m, b_right, mask=o_m < M)
             else:
                 gl.store(squares_out + i_n * M + o_m, gl.sum(b_squared, 1), mask=o_m < M)
+            if rows_out is not None:  # the stream in e4m3 as well, for the next GEMM
+                N = n_column_tiles * BN
+                _store_quantized(b_out, rows_out, scales_out, i_row, i_n, M, N, MMA_ROWS)
         turn += 1
     tma.store_wait(0)  # until the last result is stored
 
 
-@gluon.jit(do_not_specialize=["M", "n_row_tiles"])
-def _hopper_gemm(
-    x, weight, bias, residual, squares, out, squares_out, eps, M, n_row_tiles, n_column_tiles,
-    K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, EPILOGUE: gl.constexpr, SQUARES: gl.constexpr,
-    FIRST: gl.constexpr,
-):  # fmt: skip
-    """Compute out (M, N) = epilogue(row scale * x (M, K) @ weight (N, K)^T + bias)."""
-    BK: gl.constexpr = x.block_type.shape[1]
-    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * GROUPS, BM // GROUPS, BK], x.layout)
-    weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, BN, BK], weight.layout)
-    results = gl.allocate_shared_memory(out.dtype, [GROUPS] + out.block_type.shape, out.layout)
+@gluon.jit
+def make_buffers(x, weight, out, BN: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr):
+    """Allocate the rings of x and the weight, and the results of the MMA partitions."""
+    X: gl.constexpr = x.block_type.shape
+    WEIGHT: gl.constexpr = weight.block_type.shape
+    OUT: gl.constexpr = out.block_type.shape
+    PARTS: gl.constexpr = BN // WEIGHT[0]
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * GROUPS] + X, x.layout)
+    weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES * PARTS] + WEIGHT, weight.layout)
+    results = gl.allocate_shared_memory(out.dtype, [GROUPS * PARTS] + OUT, out.layout)
+    return x_ring, weight_ring, results
+
+
+@gluon.jit
+def make_barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr):
+    """Allocate the barriers of the ring, and those of the results that the residual shares."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -286,11 +345,25 @@ def _hopper_gemm(
         mbarrier.init(ready.index(stage), count=1)  # the load partition arrives, with bytes
     mbarrier.init(result_is_free.index(0), count=GROUPS)
     mbarrier.init(residual_is_there.index(0), count=1)
+    return empty, ready, result_is_free, residual_is_there
+
+
+@gluon.jit(do_not_specialize=["M", "n_row_tiles"])
+def _hopper_gemm(
+    x, weight, bias, residual, squares, out, squares_out, rows_out, scales_out, eps, M,
+    n_row_tiles, n_column_tiles, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr, GROUPS: gl.constexpr, GROUP: gl.constexpr, EPILOGUE: gl.constexpr,
+    SQUARES: gl.constexpr, FIRST: gl.constexpr,
+):  # fmt: skip
+    """Compute out (M, N) = epilogue(row scale * x (M, K) @ weight (N, K)^T + bias).
+
+    With `rows_out`, a residual's result is stored in e4m3 as well, with its scales.
+    """
     descs = (x, weight, residual)
     operands = (bias, squares, eps)
-    outs = (out, squares_out)
-    buffers = (x_ring, weight_ring, results)
-    barriers = (empty, ready, result_is_free, residual_is_there)
+    outs = (out, squares_out, rows_out, scales_out)
+    buffers = make_buffers(x, weight, out, BN, STAGES, GROUPS)
+    barriers = make_barriers(STAGES, GROUPS)
     sizes = (M, n_row_tiles, n_column_tiles)
     if GROUPS == 2:
         gl.warp_specialize([
@@ -298,7 +371,7 @@ def _hopper_gemm(
                               SQUARES, FIRST, 0)),
             (_mma_partition, (operands, outs, buffers, barriers, sizes, K, GROUP, EPILOGUE,
                               SQUARES, FIRST, 1)),
-            (_load_partition, (descs, buffers, barriers, sizes, K, GROUP, EPILOGUE)),
+            (load_partition, (descs, buffers, barriers, sizes, K, GROUP, EPILOGUE)),
         ], [4, 1], [232, 40])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -308,7 +381,7 @@ def _hopper_gemm(
                               SQUARES, FIRST, 1)),
             (_mma_partition, (operands, outs, buffers, barriers, sizes, K, GROUP, EPILOGUE,
                               SQUARES, FIRST, 2)),
-            (_load_partition, (descs, buffers, barriers, sizes, K, GROUP, EPILOGUE)),
+            (load_partition, (descs, buffers, barriers, sizes, K, GROUP, EPILOGUE)),
         ], [4, 4, 1], [160, 160, 32])  # fmt: skip
     hold_barriers(barriers)
 
@@ -336,8 +409,12 @@ def gemm(
     residual: torch.Tensor | None = None,
     eps: float = 0.0,
     tile: HopperGemmTile | None = None,
+    quantized: QuantizedRows | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the GEMM on Hopper and return the result and, for `residual`, its sums of squares.
+
+    It fills `quantized` with the result of `residual` in e4m3, if given. Then a tile has 128
+    columns.
 
     The previous kernel must not write `weight`, because this kernel reads `weight` before the
     previous kernel has ended. Benchmarks and tests use `tile` to replace the table's tile.
@@ -361,7 +438,9 @@ def gemm(
         _hopper_gemm[(min(n_row_tiles * n_column_tiles, multiprocessors(x.device)),)](
             descriptor(x, x_block), descriptor(weight, weight_block), bias,
             out_descriptor if residual is None else descriptor(residual, out_block),
-            out if squares is None else squares, out_descriptor, squares_out, eps, M,
+            out if squares is None else squares, out_descriptor, squares_out,
+            None if quantized is None else quantized.values,
+            None if quantized is None else quantized.scales, eps, M,
             n_row_tiles, n_column_tiles, K=K, BM=tile.rows, BN=tile.columns,
             STAGES=tile.num_stages, GROUPS=tile.num_groups, GROUP=GROUPED_ROW_TILES,
             EPILOGUE=epilogue, SQUARES=0 if squares is None else len(squares),

@@ -134,7 +134,7 @@ def test_on_a_cpu_float32_stands_for_bfloat16_and_says_so(
 def test_a_move_builds_the_encoder_again_from_what_was_loaded_last(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The new encoder keeps the pixel limits and the graphs. This test only names a GPU."""
+    """The new encoder keeps quantization, pixel limits and graphs. This test only names a GPU."""
     tower = tower_of(model)
     tower.load_state_dict({name: tensor * 2 for name, tensor in tower.state_dict().items()})
     expected, image = merged_by(tower), tower.encoder.image_config
@@ -150,7 +150,7 @@ def test_a_move_builds_the_encoder_again_from_what_was_loaded_last(
     monkeypatch.setattr(VisionEncoder, "from_checkpoint", build_on_cpu)
     gpu_named = torch.device("cuda", 0)
     tower._move(gpu_named, torch.bfloat16)
-    assert asked == [(gpu_named, torch.bfloat16, image.min_pixels, image.max_pixels, True)]
+    assert asked == [(gpu_named, torch.bfloat16, None, image.min_pixels, image.max_pixels, True)]
     assert torch.equal(merged_by(tower), expected)
 
 

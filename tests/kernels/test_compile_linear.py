@@ -100,6 +100,8 @@ def test_a_specialised_product_compiles_to_sound_code(
     }
     constants = {
         "K": K,
+        "rows_out": None,
+        "scales_out": None,
         "BM": tile.rows,
         "BN": tile.columns,
         "STAGES": tile.num_stages,

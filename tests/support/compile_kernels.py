@@ -2,10 +2,11 @@
 
 import re
 from functools import cache
+from typing import Any
 
 import triton
 
-from qwen_vit.kernels import attention, linear
+from qwen_vit.kernels import attention, linear, linear_fp8
 from tests.support.compile_cases import TYPES, USES
 from tests.support.hopper_compile import HOPPER, Compiled, compile_for
 
@@ -55,6 +56,7 @@ def compile_gemm(
     n_in: int | None = None,
     has_bias: bool = True,
     capability: int = HOPPER,
+    is_quantizing: bool = False,
 ) -> Compiled:
     """Compile the GEMM with one epilogue and one tile."""
     dtype = TYPES[bits]
@@ -74,7 +76,7 @@ def compile_gemm(
         "out_scale": "fp32",
         "eps": "fp32",
     }
-    constants = {
+    constants: dict[str, Any] = {
         "K": n_in or (5120 if epilogue == "gelu" else 1280),
         "HAS_BIAS": has_bias,
         "EPILOGUE": "plain" if epilogue == "normed" else epilogue,
@@ -85,6 +87,46 @@ def compile_gemm(
         "BK": tile.depth,
         "GROUP": linear.GROUPED_ROW_TILES,
     }
+    if is_quantizing:
+        rows_out = f"tensordesc<fp8e4nv[{tile.rows},{n_out}]>"
+        signature |= {"rows_out": rows_out, "scales_out": "*fp32"}
+    else:
+        constants |= {"rows_out": None, "scales_out": None}
+    return _compile_plain(capability, linear._gemm, signature, constants, tile)
+
+
+def compile_fp8_gemm(
+    epilogue: str, tile: linear.GemmTile, K: int, chunks: int, capability: int = HOPPER
+) -> Compiled:
+    """Compile the plain e4m3 GEMM with one epilogue and one tile."""
+    is_gated = epilogue == "swiglu"
+    columns = tile.columns // 2 if is_gated else tile.columns
+    signature = {
+        "x": f"tensordesc<fp8e4nv[{tile.rows},128]>",
+        "weight": f"tensordesc<fp8e4nv[{tile.columns},128]>",
+        "out": f"tensordesc<{'fp8e4nv' if is_gated else 'bf16'}[{tile.rows},{columns}]>",
+        "residual": f"tensordesc<bf16[{tile.rows},{columns}]>",
+        "bias": "*bf16",
+        **dict.fromkeys(("x_scales", "weight_scale", "squares", "beside"), "*fp32"),
+        "eps": "fp32",
+        **dict.fromkeys(("M", "N"), "i32"),
+    }
+    constants = {
+        "residual" if is_gated else "squares": None,
+        "K": K,
+        "EPILOGUE": epilogue,
+        "SQUARES": chunks,
+        "BM": tile.rows,
+        "BN": tile.columns,
+        "GROUP": linear.GROUPED_ROW_TILES,
+    }
+    return _compile_plain(capability, linear_fp8._fp8_gemm, signature, constants, tile)
+
+
+def _compile_plain(
+    capability: int, kernel: Any, signature: dict[str, str], constants: dict[str, Any],
+    tile: linear.GemmTile,
+) -> Compiled:  # fmt: skip
     if capability < HOPPER:  # the launch passes pointers
         constants["TMA"] = False
         signature = {
@@ -92,7 +134,7 @@ def compile_gemm(
         }
     return compile_for(
         capability,
-        linear._gemm,
+        kernel,
         signature,
         constants,
         num_warps=tile.num_warps,

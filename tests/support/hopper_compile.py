@@ -38,6 +38,7 @@ class Compiled:
     barriers_left: int  # held by nobody
     has_async_copies: bool = True  # into shared memory: else loads and products take turns
     capability: int = HOPPER
+    spills_in_loops: int = 0  # loads and stores of spilled registers between matrix instructions
 
     def programs_that_fit(self, num_warps: int) -> int:
         """Return the number of programs on one multiprocessor, by registers, shared memory and
@@ -92,10 +93,10 @@ def compile_for(
     )
 
 
-def tma_block(block: list[int]) -> str:
-    """Return the type of a bfloat16 descriptor of a Gluon kernel, as from `hopper.descriptor`."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-    return f"tensordesc<bf16{block},{layout!r}>"
+def tma_block(block: list[int], dtype: Any = gl.bfloat16) -> str:
+    """Return the type of a descriptor of a Gluon kernel, as from `hopper.descriptor`."""
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return f"tensordesc<{dtype}{block},{layout!r}>"
 
 
 def _assemble(ptx: str, capability: int) -> dict[str, Any]:
@@ -104,6 +105,7 @@ def _assemble(ptx: str, capability: int) -> dict[str, Any]:
     return {
         "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
         "spill_bytes": sum(map(int, spills)),
+        "spills_in_loops": count_spills_in_loops(sass),
         "serialised_wgmma": "C7515" in report or "serializ" in report,
         "corrupt_descriptors": count_corrupt_descriptors(sass),
         "unfenced_reads": count_unfenced_reads(sass),
@@ -180,6 +182,19 @@ def count_barriers(ptx: str) -> tuple[int, int]:
     return arrays, left
 
 
+def count_spills_in_loops(sass: str) -> int:
+    """Loads and stores of spilled registers from a loop's matrix instruction to the loop's end."""
+    in_loop, found = False, 0
+    for line in sass.splitlines():
+        if re.search(r"\b[HQI]GMMA\b", line):
+            in_loop = True
+        elif re.search(r"\bBRA\b", line):
+            in_loop = False
+        elif in_loop and re.search(r"\b(?:LDL|STL)\b", line):
+            found += 1
+    return found
+
+
 def count_unfenced_reads(sass: str) -> int:
     """Matrix instructions and bulk stores where a store to shared memory may not have arrived.
 
@@ -189,7 +204,7 @@ def count_unfenced_reads(sass: str) -> int:
     """
     order = re.compile(
         r"\*/ +(?:@!?U?P\w+ +)?"
-        r"(STS\.128|STSM[.\w]*\.4|FENCE\.VIEW\.ASYNC|BAR\.SYNC|HGMMA|UTMASTG|EXIT)\b"
+        r"(STS\.128|STSM[.\w]*\.4|FENCE\.VIEW\.ASYNC|BAR\.SYNC|[HQ]GMMA|UTMASTG|EXIT)\b"
     )
     state, unfenced = "shown", 0
     for line in sass.splitlines():

@@ -17,6 +17,7 @@ from qwen_vit.compare.tolerance import relative_error
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.layout import Layout
 from qwen_vit.model import VisionTower
+from qwen_vit.weight_format import Quantization
 
 CPU = torch.device("cpu")
 GridTuple = tuple[int, int, int]  # (t, h, w) in patches
@@ -41,6 +42,7 @@ def build_tower(
     image_config: ImageConfig | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = CPU,
+    quantization: Quantization | None = None,
 ) -> VisionTower:
     """Return the tower of a folder, or of tensors by their names without prefix, without random
     values."""
@@ -52,9 +54,9 @@ def build_tower(
         tensors = checkpoint.tensors
         config, image_config = checkpoint.config, checkpoint.image_config
     assert config is not None
-    state = convert(tensors, config, image_config, dtype)
+    state = convert(tensors, config, image_config, dtype, quantization=quantization)
     with torch.device("meta"):
-        tower = VisionTower(config, dtype)
+        tower = VisionTower(config, dtype, quantization)
     tower.load_state_dict(state, strict=True, assign=True)
     return tower.to(device).eval()
 

@@ -68,6 +68,11 @@ def checks() -> Iterable[Check]:
             ("unpublished configs", n_configs, configs),
         ):
             yield Check(f"{what}, {name}", "cuda", count, partial(run, dtype=dtype))
+    for what, run in (("batch equals alone", batches), ("repeats", repeats)):
+        yield Check(
+            f"{what}, bitwise, fp8", "cuda", 2_000,
+            partial(run, dtype=torch.bfloat16, quantization="fp8"),
+        )  # fmt: skip
     for kind in ("window", "full", "alone"):
         yield Check(
             f"kernel against oracle, {kind}, bf16", "cuda", 1_000,

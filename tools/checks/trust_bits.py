@@ -10,6 +10,7 @@ from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.graphs import GraphRunner, bucket_for
 from qwen_vit.kernels.rope_varlen_attention import fused_rope_varlen_attention
 from qwen_vit.model import VisionTower, plan_layout
+from qwen_vit.weight_format import Quantization
 from tests.support.attention_cases import (
     attention_oracle,
     random_case,
@@ -41,11 +42,14 @@ class Bitwise:
     pixels: list[Tensor]
 
     @classmethod
-    def make(cls, seed: int, device: torch.device, dtype: torch.dtype) -> "Bitwise":
+    def make(
+        cls, seed: int, device: torch.device, dtype: torch.dtype,
+        quantization: Quantization | None,
+    ) -> "Bitwise":  # fmt: skip
         config = VisionConfig.from_json({**SHAPE, "depth": 2, "fullatt_block_indexes": [1]})
         tensors = random_weights(config, seed, device)
         on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
-        tower = build_tower(on_host, config, ImageConfig.from_json({}), dtype, device)
+        tower = build_tower(on_host, config, ImageConfig.from_json({}), dtype, device, quantization)
         generator = random.Random(seed)
         grids = [(1, 2, 2), (1, 32, 32), (1, 46, 74), (1, 2, 60), (1, 58, 2), (1, 8, 8)]
         grids += [
@@ -69,10 +73,14 @@ class Bitwise:
         return tokens
 
 
-def batches(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> CheckCounts:
+def batches(
+    count: int, seed: int, device: torch.device, dtype: torch.dtype,
+    quantization: Quantization | None = None,
+) -> CheckCounts:  # fmt: skip
     """Check random batches, with padding rows or by a graph. Each image must have the bits of the
     image alone."""
-    tally, case = CheckCounts("images with other bits", "0"), Bitwise.make(seed, device, dtype)
+    tally = CheckCounts("images with other bits", "0")
+    case = Bitwise.make(seed, device, dtype, quantization)
     alone = [case.run([i], 0) for i in range(len(case.grids))]
     generator = random.Random(seed)
     wrong = torch.zeros(count, dtype=torch.int32, device=device)  # read once, at the end
@@ -90,9 +98,13 @@ def batches(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> 
     return tally
 
 
-def repeats(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> CheckCounts:
+def repeats(
+    count: int, seed: int, device: torch.device, dtype: torch.dtype,
+    quantization: Quantization | None = None,
+) -> CheckCounts:  # fmt: skip
     """Repeat the same batch, alternating between separate launches and a graph."""
-    tally, case = CheckCounts("values with other bits", "0"), Bitwise.make(seed, device, dtype)
+    tally = CheckCounts("values with other bits", "0")
+    case = Bitwise.make(seed, device, dtype, quantization)
     chosen = [1, 3, 2, 5]
     first = case.run(chosen, 0)
     wrong = torch.zeros(count, dtype=torch.int64, device=device)

@@ -7,6 +7,7 @@ all other parts: processor, scheduler, caches, language model.
 import dataclasses
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,7 +49,9 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
             settings = _image_settings(model_config)
             image_config = ImageConfig.from_json(settings, source="the image processor")
             self.visual = None  # frees vLLM's tower before ours is allocated
-            self.visual = EngineTower(config, image_config, dtype, device)
+            self.visual = EngineTower(
+                config, image_config, dtype, device, _quantization(vllm_config)
+            )
             if _puts_back_what_it_does_not_load():
                 for parameter in self.visual.parameters():
                     parameter.weight_loader_numel = 0
@@ -62,7 +65,10 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
         self._prepare_hooks = [self.visual.register_forward_pre_hook(self._prepare)]
         if not self.multimodal_config.skip_mm_profiling:
             self._prepare_hooks.append(self.register_forward_pre_hook(self._profile_tower))
-        logger.info("qwen_vit runs the vision tower, in %s on %s.", dtype, device)
+        logger.info(
+            "qwen_vit runs the vision tower, in %s on %s.",
+            self.visual.tower.quantization or dtype, device,
+        )  # fmt: skip
 
     def _process_image_input(self, image_input: Any) -> Any:
         if not isinstance(self.visual, EngineTower):
@@ -119,6 +125,21 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
                 held.clear()
 
         handle = self.register_forward_hook(release)
+
+
+def _quantization(vllm_config: Any) -> Any:
+    """Return "quantization" of `--additional-config '{"qwen_vit": {...}}'`.
+
+    Raises ArgumentError for other options, because vLLM ignores them.
+    """
+    given = getattr(vllm_config, "additional_config", None)
+    ours = given.get("qwen_vit", {}) if isinstance(given, Mapping) else {}
+    if not isinstance(ours, Mapping) or ours.keys() - {"quantization"}:
+        raise ArgumentError(
+            f"additional_config has {ours!r} for qwen_vit",
+            expected='{"qwen_vit": {"quantization": "fp8"}}, or nothing for qwen_vit',
+        )
+    return ours.get("quantization")
 
 
 def _refuse(vllm_config: Any) -> None:

@@ -1,0 +1,45 @@
+"""Compute the scales of e4m3 rows inside kernels, with the bits of `weight_format.quantize`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwen_vit.weight_format import SCALE_COLUMNS, QuantizedRows
+
+__all__ = ["QuantizedWeight", "empty_results", "inverse_scale", "scale_for"]
+
+QuantizedWeight = tuple[Tensor, Tensor]  # e4m3 (N, K), and a scale per row of it (N,), float32
+
+
+def empty_results(
+    rows: QuantizedRows, weight: QuantizedWeight, epilogue: str
+) -> tuple[Tensor, Tensor]:
+    """Return tensors for a GEMM's results: (M, N / 2) in e4m3 and scales for `swiglu`, otherwise
+    (M, N) in bf16 and sums of squares. Scales and sums are (columns / 128, M).
+    """
+    device, M, N = rows.values.device, len(rows.values), len(weight[0])
+    if epilogue == "swiglu":
+        gated = QuantizedRows.empty(M, N // 2, device)
+        return gated.values, gated.scales
+    out = torch.empty((M, N), dtype=torch.bfloat16, device=device)
+    return out, rows.scales.new_empty(N // SCALE_COLUMNS, M)
+
+
+@triton.jit
+def scale_for(largest):
+    """Return the power of two that divides `largest`, a magnitude, to at most 448; NaN for inf."""
+    scale = ((_exponent(largest) - 8) << 23).to(tl.float32, bitcast=True)
+    return tl.where(largest < float("inf"), scale, float("nan"))
+
+
+@triton.jit
+def inverse_scale(largest):
+    """Return 1 / scale, exactly."""
+    return ((262 - _exponent(largest)) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _exponent(largest):
+    bits = largest.to(tl.int32, bitcast=True)
+    return tl.maximum((bits + 0x1FFFFF) >> 23, 16)
