@@ -142,7 +142,7 @@ def gemm(M, K, N, epilogue, with_bias, rows, columns, depth, group, scale, has_t
     kernels._gemm[(-(-M // rows) * column_tiles,)](
         matrix(x, [rows, depth]), matrix(weight, [columns, depth]), bias,
         matrix(residual, block) if epilogue == "residual" else None, squares_in,
-        matrix(out, block), squares, M, weight.shape[0], scale, t.EPS, K=K,
+        matrix(out, block), squares, None, None, M, weight.shape[0], scale, t.EPS, K=K,
         HAS_BIAS=with_bias, EPILOGUE="plain" if epilogue == "normed" else epilogue,
         SQUARES=0 if squares_in is None else 4, PRECISION="ieee", BM=rows, BN=columns, BK=depth,
         GROUP=group, TMA=has_tma,
