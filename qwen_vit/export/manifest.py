@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any, BinaryIO
 
 from qwen_vit.common.atomic_file import atomic_file
@@ -144,7 +145,7 @@ def _write_parquet(file: BinaryIO, shards: Iterable[Sequence[ManifestRow]]) -> N
     schema = whole_numbers_in_pandas(pa.schema([*columns.items(), ("id_bytes", pa.binary())]))
     with pq.ParquetWriter(file, schema) as writer:
         for rows in _row_groups(shards):
-            writer.write_table(pa.Table.from_pylist([_as_unicode(row) for row in rows], schema))
+            writer.write_table(pa.Table.from_pydict(_as_columns(rows), schema))
 
 
 def _row_groups(shards: Iterable[Sequence[ManifestRow]]) -> Iterator[list[ManifestRow]]:
@@ -159,9 +160,12 @@ def _row_groups(shards: Iterable[Sequence[ManifestRow]]) -> Iterator[list[Manife
         yield rows
 
 
-def _as_unicode(row: ManifestRow) -> dict[str, Any]:
-    facts = {
-        name: unicode_text(value) if isinstance(value, str) else value
-        for name, value in asdict(row).items()
+def _as_columns(rows: Sequence[ManifestRow]) -> dict[str, list[Any]]:
+    columns = {
+        field.name: [
+            unicode_text(value) if isinstance(value, str) else value
+            for value in map(attrgetter(field.name), rows)
+        ]
+        for field in fields(ManifestRow)
     }
-    return {**facts, "id_bytes": id_bytes(row.id)}
+    return {**columns, "id_bytes": [id_bytes(row.id) for row in rows]}

@@ -264,8 +264,11 @@ def id_bytes(name: str) -> bytes | None:
     >>> id_bytes("café.jpg"), id_bytes(os.fsdecode(b"caf\\xe9.jpg"))
     (None, b'caf\\xe9.jpg')
     """
-    is_unicode = all(not 0xD800 <= ord(character) <= 0xDFFF for character in name)
-    return None if is_unicode else name.encode("utf-8", "surrogateescape")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "surrogateescape")
+    return None
 
 
 def _missing(package: str, extra: str, error: ImportError) -> ArgumentError:
