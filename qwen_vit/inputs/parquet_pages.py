@@ -90,6 +90,8 @@ class _Chunk:
         end = at + len(data)
         if self._start <= at < self._end < end:  # by pyarrow for files that were written in 2013
             raise cannot_read("", ValueError("its column is longer than its size"))
+        if at >= self._end:  # of a later column, because pyarrow reads a struct's columns by turns
+            return
         while (place := self._page + len(self._head)) < min(end, self._end):
             if place < at:
                 raise cannot_read("", ValueError("its columns overlap"))

@@ -176,9 +176,10 @@ class _Reader:
                 raise
             if self.next_row >= wanted - KEPT_ROWS:
                 [value] = batch.column(self._column).to_pylist()
+                # after a damaged page, the reader reads kept rows again
+                self._kept_bytes += _n_bytes(value) - _n_bytes(self.kept.get(self.next_row))
                 self.kept[self.next_row] = value
                 n_bytes += _n_bytes(value)
-                self._kept_bytes += _n_bytes(value)
             self.next_row += 1  # last, because another thread looks for a kept row below it
         while self._kept_bytes > KEPT_BYTES or len(self.kept) > KEPT_ROWS + AHEAD_ROWS:
             row = next(iter(self.kept))

@@ -284,6 +284,18 @@ def test_a_torn_page_costs_no_row_before_it(
     reader.close()
 
 
+def test_a_row_that_is_read_again_counts_once(parquet_dir: Path) -> None:
+    """A count that grows would end with no row to drop, and then with StopIteration."""
+    write_rows("x.parquet", structs(range(8)))
+    reader = parquet_module._Reader("x.parquet", "image", None)
+    reader.value(4)
+    reader._begin_at(0)
+    reader._read_ahead(7)
+    assert len(reader.kept) == 8
+    assert reader._kept_bytes == sum(map(parquet_module._n_bytes, reader.kept.values()))
+    reader.close()
+
+
 def test_a_file_that_changed_after_the_listing(parquet_dir: Path) -> None:
     write_rows("x.parquet", structs(range(3)))
     *_, last = items("x.parquet")

@@ -1,5 +1,6 @@
 """Test that the memory of a Parquet file does not follow what its page headers claim."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,18 @@ def test_whole_files_of_every_kind_are_read(
             assert failure(item).code == "null"
         else:
             assert read_item(item, LIMITS) == value["bytes"]
+
+
+def test_images_beyond_one_read_of_their_column_are_read(parquet_dir: Path) -> None:
+    """pyarrow reads the columns of bytes and paths by turns, as soon as one read ends."""
+    values = [{"bytes": os.urandom(700_000), "path": f"{n}.png"} for n in range(4)]
+    pq.write_table(
+        pa.table({"image": pa.array(values, STRUCT)}), "x.parquet", data_page_size=1,
+        write_batch_size=1, use_dictionary=False,
+    )  # fmt: skip
+    assert [read_item(item, LIMITS) for item in items("x.parquet")] == [
+        value["bytes"] for value in values
+    ]
 
 
 @pytest.mark.parametrize("column", [0, 1])
