@@ -66,6 +66,7 @@ def describe_features(path: str | Path) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in files),
         "output": features[0].output if len(features) else metadata.get("output"),
         "layers": metadata.get("layers") or [],
+        "quantization": metadata.get("quantization"),
         "model": metadata.get("model"),
         "commit": metadata.get("commit"),
         "weights_sha256": metadata.get("weights_sha256"),

@@ -98,8 +98,9 @@ def _as_text(data: bytes) -> str:
     try:
         text = data[: len(data) & ~1].decode("utf-16") if is_wide else data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        if error.start < len(data) - 3:  # otherwise the end of `data` cuts a character
+        rest = error.object  # `data`, without the byte order mark of UTF-8
+        if error.start < len(rest) - 3:  # otherwise the end of `data` cuts a character
             return ""
-        text = data[: error.start].decode("utf-16" if is_wide else "utf-8-sig")
+        text = rest[: error.start].decode("utf-16" if is_wide else "utf-8-sig")
     is_text = all(character.isprintable() or character.isspace() for character in text)
     return text.strip() if is_text else ""

@@ -421,7 +421,7 @@ def gemm(
     """
     M, K = x.shape
     N = weight.shape[0]
-    tile = tile or _tile(epilogue, K, M)
+    tile = tile or _tile(epilogue, K, M, is_quantizing=quantized is not None)
     out = torch.empty((M, N // 2 if epilogue == "swiglu" else N), dtype=x.dtype, device=x.device)
     squares_out = out
     if epilogue == "residual":
@@ -449,7 +449,8 @@ def gemm(
     return out, squares_out
 
 
-def _tile(epilogue: str, K: int, M: int) -> HopperGemmTile:
+def _tile(epilogue: str, K: int, M: int, *, is_quantizing: bool = False) -> HopperGemmTile:
+    is_deep = K > 2048 and not is_quantizing  # a scale needs 128 columns, as the others have
     # no K was measured for towers of unpublished width
-    rows = TILES.get((epilogue, K > 2048)) or TILES[epilogue, K <= 2048]
+    rows = TILES.get((epilogue, is_deep)) or TILES[epilogue, not is_deep]
     return next(tile for least_rows, tile in reversed(rows) if least_rows <= M)

@@ -18,6 +18,7 @@ from qwen_vit.feature_files.write import write_features
 from tests.support import IMAGES
 from tests.support.checkpoints import SMALL, write_checkpoint, write_weights
 from tests.support.commands import TO_FILE
+from tests.support.features import random_features
 
 TINY = ("--model", "tiny", "--device", "cpu")
 
@@ -84,6 +85,16 @@ def test_a_wrong_bit_is_found_by_the_digest(folder: Path, run: Any, tensor: str)
     assert f"f.safetensors: b.jpg: its rows of {tensor} changed after they were" in done.out
     assert "a.png" not in done.out
     assert json.loads(run("info", path, "--json").out)["layers"] == [1]
+
+
+def test_info_names_the_quantization_of_features(folder: Path, run: Any) -> None:
+    metadata = VisionEncoder.from_pretrained("tiny", device="cpu").metadata()
+    for quantization in (None, "fp8"):
+        facts = {**metadata, "quantization": quantization}
+        path = write_features(
+            f"{quantization}.safetensors", [random_features("a", (1, 4, 6))], facts
+        )
+        assert ("quantization" in run("info", path).out) == (quantization == "fp8")
 
 
 def test_a_file_of_schema_1_is_verified_without_digests(folder: Path, run: Any) -> None:

@@ -44,6 +44,7 @@ def test_a_shard_of_another_export_is_not_overwritten(export_dir: Path) -> None:
 
 DIFFERENT: dict[str, tuple[Any, ExportOptions, str]] = {
     "model": (FakeEncoder(), SMALL, "weights_sha256 was 0000"),
+    "quantization": (FakeEncoder(), SMALL, "quantization was None, is fp8 now"),
     "policy": (FakeEncoder(max_pixels=50176), SMALL, "image_policy.max_pixels was "),
     "output": (FakeEncoder(), replace(SMALL, output="mean"), "output was merged, is mean now"),
     "dtype": (
@@ -60,9 +61,9 @@ def test_other_settings_are_refused_with_the_difference(export_dir: Path, what: 
     export()
     before = files()
     encoder, options, words = DIFFERENT[what]
-    if what == "model":
-        metadata = {**encoder.metadata(), "weights_sha256": "2" * 64}
-        encoder.metadata = lambda: metadata
+    changed = {"model": {"weights_sha256": "2" * 64}, "quantization": {"quantization": "fp8"}}
+    metadata = encoder.metadata() | changed.get(what, {})
+    encoder.metadata = lambda: metadata
     with pytest.raises(ExportError, match="out: the folder contains a different export") as caught:
         export(encoder=encoder, options=options)
     assert caught.value.name == "out"

@@ -150,6 +150,8 @@ def test_a_tiff_with_unlisted_strips_is_refused() -> None:
         (b"just some text", "not-an-image", "a text file, not an image: it starts with 'just"),
         ("naïve \u20ac".encode() + b"x" * 2000, "not-an-image", "a text file"),
         ("\u20ac".encode() * 1000, "not-an-image", "a text file"),  # byte 1024 cuts a character
+        (b"\xef\xbb\xbf" + "\u20ac".encode() * 1000, "not-an-image", "a text file"),
+        (b"\xff\xfe" + "\U0001f600".encode("utf-16-le") * 300, "not-an-image", "a text file"),
         ("404".encode("utf-16"), "not-an-image", "starts with '404'"),
         (b' {"error": "no access"}', "not-an-image", "a JSON file"),
         (b"text\x1b[2J", "not-an-image", "starts with b'text"),

@@ -138,12 +138,26 @@ def test_an_id_holds_model_setting_dtype_grid_and_rows(tmp_path: Path) -> None:
         uuid("dtype", replace(one, embeds=one.embeds.bfloat16())),
         uuid("weights", one, weights_sha256="00"),
         uuid("config", one, config_sha256="00"),
+        uuid("quantization", one, quantization="fp8"),
     ]
     assert len(set(uuids)) == len(uuids)
     assert uuid("again", replace(one, id="another name"), model="another name") == uuids[0]
     models = [each.split("-")[0] for each in uuids]
     assert models[0] == models[1] == models[2]
-    assert len(set(models)) == 4
+    assert len(set(models)) == 5
+
+
+def test_a_folder_without_a_quantization_is_of_an_exact_model(tmp_path: Path) -> None:
+    """An earlier version wrote the folder."""
+    [before, _] = write_ec_cache(PICTURES, tmp_path / "ec", MODEL)
+    path = tmp_path / "ec" / "qwen_vit.json"
+    settings = json.loads(path.read_text())
+    del settings["quantization"]
+    path.write_text(json.dumps(settings))
+    [after, _] = write_ec_cache(PICTURES, tmp_path / "ec", {**MODEL, "quantization": None})
+    assert after.uuid == before.uuid
+    with pytest.raises(ExportError, match=r"its quantization is None, that of the features fp8"):
+        write_ec_cache(PICTURES, tmp_path / "ec", {**MODEL, "quantization": "fp8"})
 
 
 def test_an_encoder_of_ours_names_its_own_model(tmp_path: Path) -> None:
@@ -162,6 +176,7 @@ OTHERS: dict[str, tuple[dict[str, str], Any]] = {
     "weights": ({"weights_sha256": "00"}, lambda rows: rows),
     "setting": ({"config_sha256": "00"}, lambda rows: rows),
     "dtype": ({}, lambda rows: rows.bfloat16()),
+    "quantization": ({"quantization": "fp8"}, lambda rows: rows),
     "width": ({}, lambda rows: rows[:, :4]),
 }
 

@@ -20,6 +20,7 @@ from qwen_vit.kernels.linear import (
     normed_linear,
     rms_norm,
 )
+from qwen_vit.weight_format import SCALE_COLUMNS
 from tests.support import ROOT
 from tests.support.linear_cases import (
     BOUNDS,
@@ -250,3 +251,11 @@ def test_every_product_for_hopper_has_a_tile_whatever_its_depth_and_rows() -> No
                 tile = linear_hopper._tile(epilogue, K, M)
                 first = linear_hopper.FIRST_STEPS if epilogue == "residual" else 0
                 assert first + tile.num_stages <= 10, "of 64 columns each"
+
+
+def test_a_tile_that_quantises_has_the_columns_of_a_scale_at_any_width() -> None:
+    for K in (1280, 2560, 5120):
+        tiles = [
+            linear_hopper._tile("residual", K, M, is_quantizing=True) for M in (1, 1536, 6144, 9216)
+        ]
+        assert {tile.columns for tile in tiles} == {SCALE_COLUMNS}

@@ -2,9 +2,9 @@
 
 vLLM's `ECExampleConnector` reads an item's rows from FOLDER/UUID/encoder_cache.safetensors, one
 tensor `ec_cache` (tokens, width). The connector checks no entry. Rows of a wrong width or number
-stop the engine for all users. Therefore a folder has one model, one image size setting and one
-dtype. `qwen_vit.json` in the folder names the model, the setting and the dtype. Each entry's uuid
-contains a digest of these settings and a digest of the rows. `index/` maps images to entries, with
+stop the engine for all users. Therefore a folder has one model, one image size setting, one
+dtype and one quantization. `qwen_vit.json` in the folder names these settings. Each entry's uuid
+contains a digest of the settings and a digest of the rows. `index/` maps images to entries, with
 one file per call of `write_ec_cache`. Therefore any number of processes may write.
 """
 
@@ -47,7 +47,7 @@ STORED_AS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 FIELDS = ("id", "uuid", "grid_thw", "second_per_grid_t")  # keys of a line of the index
 UUID = re.compile("[0-9a-f]{16}-[0-9a-f]{40}")
 DIGESTS = ("weights_sha256", "config_sha256")
-SAME = (*DIGESTS, "dtype", "width")  # settings of all entries of a folder
+SAME = (*DIGESTS, "dtype", "quantization", "width")  # settings of all entries of a folder
 WRITE_AGAIN = "write the entry again with write_ec_cache"
 OTHER_FOLDER = "pass another folder: an engine that serves another model must not read this one"
 
@@ -232,12 +232,15 @@ def _settings(metadata: Mapping[str, Any], dtype: str) -> dict[str, Any]:
                 remedy="pass the metadata, so that the entries of different models have different "
                 "names",
             )
-    return {**digests, "dtype": dtype, "format": FORMAT}
+    quantization = metadata.get("quantization")
+    return {**digests, "dtype": dtype, "quantization": quantization, "format": FORMAT}
 
 
 def _uuid(settings: Mapping[str, Any], rows: Tensor, grid: Sequence[int]) -> str:
     """Return digests of the model with settings, and of the rows with their grid."""
-    model = sha256(json.dumps([settings[name] for name in SAME]).encode()).hexdigest()
+    # without a quantization, a uuid is as before this setting existed
+    values = [settings[name] for name in SAME if settings[name] is not None]
+    model = sha256(json.dumps(values).encode()).hexdigest()
     content = sha256(json.dumps(list(grid)).encode())
     content.update(_bytes_of(rows))
     return f"{model[:16]}-{content.hexdigest()[:40]}"
