@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -29,7 +30,7 @@ def install_command(extra: str = "") -> str:
     """
     extras = f"[{extra}]" if extra else ""
     if (CHECKOUT / "pyproject.toml").is_file():
-        folder = "." if Path.cwd() == CHECKOUT else str(CHECKOUT)
+        folder = "." if _from_here(CHECKOUT) == Path() else str(CHECKOUT)
         return _pip("-e", folder + extras)
     try:
         source = json.loads(distribution(NAME).read_text("direct_url.json") or "{}")
@@ -64,10 +65,15 @@ def _pip(*arguments: str) -> str:
     """Return a command of this Python's pip. The shell may find another Python's `pip` first."""
     found, python = shutil.which("pip"), Path(sys.executable)
     is_ours = found is not None and Path(found).absolute().parent == python.parent
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
-    pip = ["pip"] if is_ours else [str(python), "-m", "pip"]
+    pip = ["pip"] if is_ours else [str(_from_here(python)), "-m", "pip"]
     return shlex.join([*pip, "install", *arguments])
+
+
+def _from_here(path: Path) -> Path:
+    """Return a path below the current folder as a relative path, and any other path unchanged."""
+    with suppress(OSError, ValueError):  # the current folder may be deleted: raise no other error
+        return path.relative_to(Path.cwd())
+    return path
 
 
 def _packages_of(extra: str) -> list[str]:

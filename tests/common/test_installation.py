@@ -49,6 +49,18 @@ def test_a_checkout_is_installed_from_its_folder(
     assert install_command("hf") == f"pip install -e '{tmp_path}[hf]'"
 
 
+def test_a_deleted_current_folder_does_not_replace_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: Any
+) -> None:
+    """An export would stop at the first HEIF image, in place of one failure."""
+    installed(None)
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert install_command("heif") == "pip install 'qwen-vit[heif]'"
+    monkeypatch.setattr(installation, "CHECKOUT", ROOT)
+    assert install_command("heif") == f"pip install -e '{ROOT}[heif]'"
+
+
 def test_another_source_is_named_by_its_address(tmp_path: Path, installed: Any) -> None:
     wheel = tmp_path / "a b.whl"
     wheel.touch()
