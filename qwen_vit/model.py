@@ -13,7 +13,7 @@ models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +182,17 @@ class QuantizedLinear(nn.Module):
         self.weight = _parameter(n_out, n_in, dtype=FP8)
         self.weight_scale = _parameter(n_out, dtype=torch.float32)
         self.bias = _parameter(n_out, dtype=dtype)
+
+    def __getstate__(self) -> dict[str, Any]:  # pickle fails for torch's 8-bit floats
+        return {**self.__dict__, "_parameters": self._with_weight_in(torch.uint8)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._parameters = self._with_weight_in(FP8)
+
+    def _with_weight_in(self, dtype: torch.dtype) -> dict[str, nn.Parameter | None]:
+        weight = nn.Parameter(self.weight.data.view(dtype), requires_grad=False)
+        return {**self._parameters, "weight": weight}
 
 
 class QuantizedMLP(nn.Module):

@@ -1,6 +1,9 @@
 """What `quantization` refuses, and that a checkpoint's tower can be quantised at all."""
 
+import copy
+import pickle
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +114,22 @@ def test_updates_write_the_same_quantised_weights_as_loading() -> None:
         assert value.dtype == expected[name].dtype
         assert torch.equal(value.float(), expected[name].float()), name
     assert tower.state_dict()["blocks.0.mlp.down.weight"].dtype == FP8
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=("copy", "pickle")
+)
+def test_a_quantised_encoder_is_copied_and_pickled(
+    copied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaded_tower, "choose_quantization", lambda name, *_: name)
+    tensors = random_tensors(WIDE)
+    encoder = VisionEncoder.from_tensors(tensors, WIDE, device="cpu", quantization="fp8")
+    picture = torch.randint(0, 256, (56, 84, 3), dtype=torch.uint8).numpy()
+    again = copied(encoder)
+    assert again.tower.state_dict()["blocks.0.mlp.down.weight"].dtype == FP8
+    assert again.metadata() == encoder.metadata()
+    assert torch.equal(again.encode(picture).embeds, encoder.encode(picture).embeds)
 
 
 def compared(ratios: dict[str, float]) -> Comparison:
