@@ -27,6 +27,7 @@ from qwen_vit.inputs.parquet_pages import CheckedPages
 __all__ = ["read_row"]
 
 AHEAD_BYTES, AHEAD_ROWS = 2**22, 256  # read in one go
+FIELDS = ("bytes", "path")  # of a struct, which may have other large fields
 MAX_READERS = 4  # a Ray worker reads two shards at a time
 KEPT_BYTES, KEPT_ROWS = 2**26, 256  # before the newest row, for threads that request a row late
 
@@ -176,6 +177,8 @@ class _Reader:
                 raise
             if self.next_row >= wanted - KEPT_ROWS:
                 [value] = batch.column(self._column).to_pylist()
+                if isinstance(value, dict):
+                    value = {field: value.get(field) for field in FIELDS}
                 # after a damaged page, the reader reads kept rows again
                 self._kept_bytes += _n_bytes(value) - _n_bytes(self.kept.get(self.next_row))
                 self.kept[self.next_row] = value
@@ -261,5 +264,5 @@ os.register_at_fork(after_in_child=_forget_readers)
 
 
 def _n_bytes(value: Any) -> int:
-    data = value.get("bytes") if isinstance(value, dict) else value
-    return len(data) if isinstance(data, bytes) else 0
+    parts = value.values() if isinstance(value, dict) else [value]
+    return sum(len(part) for part in parts if isinstance(part, bytes | str))

@@ -296,6 +296,19 @@ def test_a_row_that_is_read_again_counts_once(parquet_dir: Path) -> None:
     reader.close()
 
 
+def test_all_fields_of_a_row_count_and_unused_fields_are_dropped(
+    parquet_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_module, "AHEAD_BYTES", 5_000)
+    rows = [{"bytes": tiny_png(0), "path": "p" * 2_000, "mask": b"m" * 9_000}] * 8
+    kind = pa.struct([*STRUCT, ("mask", pa.binary())])
+    write_rows("x.parquet", rows, kind)
+    reader = parquet_module._Reader("x.parquet", "image", None)
+    assert reader.value(0) == {"bytes": tiny_png(0), "path": "p" * 2_000}
+    assert len(reader.kept) == 2
+    reader.close()
+
+
 def test_a_file_that_changed_after_the_listing(parquet_dir: Path) -> None:
     write_rows("x.parquet", structs(range(3)))
     *_, last = items("x.parquet")
