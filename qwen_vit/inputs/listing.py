@@ -23,10 +23,11 @@ from qwen_vit.common.atomic_file import atomic_file
 from qwen_vit.errors import ExportError, ImageError, display_name, plural, with_options
 from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, suffix_of
 
-__all__ = ["Item", "Listing", "read_listing"]
+__all__ = ["MAX_NAME_BYTES", "Item", "Listing", "read_listing"]
 
 logger = logging.getLogger("qwen_vit")
 
+MAX_NAME_BYTES = 2**20  # of a list's line, a tar member's header or an id, as in Go's archive/tar
 IDS_KEPT = 100_000  # a repeated id among the first ones ends even an endless list
 LINE_EVERY_S = 30.0
 

@@ -13,7 +13,7 @@ from qwen_vit.common.storage import is_remote
 from qwen_vit.common.strict_json import is_integer, parse_json, short_repr
 from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError, ImageError
 from qwen_vit.images.image import ADDRESS
-from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.listing import MAX_NAME_BYTES, Item
 from qwen_vit.inputs.remote import below, open_input, refuse
 
 __all__ = ["JSON_SUFFIX", "LIST_SUFFIXES", "json_list_items", "stdin_items", "text_list_items"]
@@ -21,7 +21,6 @@ __all__ = ["JSON_SUFFIX", "LIST_SUFFIXES", "json_list_items", "stdin_items", "te
 LIST_SUFFIXES = (".txt", ".lst")
 JSON_SUFFIX = ".jsonl"
 MAX_FILE = 2**63 - 1  # bytes
-MAX_LINE_BYTES = 2**20
 CORRECT = "correct that line"
 
 
@@ -136,12 +135,12 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
 def _bounded_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
     """Yield the lines, numbered from 1. Raises ExportError for a line that is too long."""
     for number in count(1):
-        line = file.readline(MAX_LINE_BYTES + 1)
+        line = file.readline(MAX_NAME_BYTES + 1)
         if not line:
             return
-        if len(line) > MAX_LINE_BYTES:
+        if len(line) > MAX_NAME_BYTES:
             raise ExportError(
-                f"line {number} has more than {MAX_LINE_BYTES} bytes",
+                f"line {number} has more than {MAX_NAME_BYTES} bytes",
                 name=name,
                 expected="a path or a JSON object in each line",
                 remedy="check that the file is a list",

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 from qwen_vit.common.storage import is_remote
 from qwen_vit.errors import ArgumentError, ExportError, ImageError, display_name, with_options
-from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.listing import MAX_NAME_BYTES, Item
 from qwen_vit.inputs.parquet_file import (
     cannot_read,
     check_images,
@@ -22,8 +22,8 @@ from qwen_vit.inputs.remote import refuse
 __all__ = ["PARQUET_SUFFIX", "ParquetColumns", "needs_column", "parquet_items"]
 
 PARQUET_SUFFIX = ".parquet"
-IDS_AT_ONCE = 8  # rows may repeat one long id, and pyarrow copies it for each
 MAX_ID_PAGE_BYTES = 2**26
+MANY_ID_BYTES = 2**28  # of all ids, which can share long beginnings; a larger file may have more
 MANY_ROWS = 100_000  # a file of fewer bytes may have them: rows of nulls, or of one image
 
 
@@ -72,11 +72,13 @@ def parquet_items(path: str, name: str, columns: ParquetColumns) -> Iterator[Ite
             parquet = parquet_file(pages)
             schema = parquet.schema_arrow
             check_images(schema, columns.image, name)
-            _check_rows(parquet.metadata, _size(file), name)
+            n_bytes = _size(file)
+            _check_rows(parquet.metadata, n_bytes, name)
             if columns.id is not None:
                 _check_ids(schema, columns.id, name)
                 ids = _ids(parquet, pages, columns.id)
-                yield from _items_with_ids(ids, path, name, columns.image, columns.id)
+                most = max(MANY_ID_BYTES, n_bytes)
+                yield from _items_with_ids(ids, path, name, columns.image, columns.id, most)
                 return
             for row in range(parquet.metadata.num_rows):
                 yield Item(f"{name}:{row}", path, row=row, column=columns.image)
@@ -139,18 +141,22 @@ def needs_column(path: str) -> ExportError:
 
 
 def _ids(parquet: Any, pages: CheckedPages, column: str) -> Iterator[Any]:
-    """Yield the values of the id column, row by row."""
+    """Yield the values of the id column, row by row.
+
+    A batch has one row, because rows can repeat one long id, and pyarrow copies it for each.
+    """
     for group in range(parquet.metadata.num_row_groups):
         pages.expect(parquet, group, column, MAX_ID_PAGE_BYTES)
         for batch in parquet.iter_batches(
-            IDS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False
+            1, row_groups=[group], columns=[column], use_threads=False
         ):
             yield from batch.column(column).to_pylist()
 
 
 def _items_with_ids(
-    ids: Iterator[Any], path: str, name: str, column: str, id_column: str
+    ids: Iterator[Any], path: str, name: str, column: str, id_column: str, most: int
 ) -> Iterator[Item]:
+    left = most
     for row, value in enumerate(ids):
         if value is None or value == "":
             missing = ImageError(
@@ -160,6 +166,22 @@ def _items_with_ids(
                 code="null",
             )
             yield Item.failed(f"{name}:{row}", path, missing)
+        elif (n_bytes := len(str(value).encode())) > MAX_NAME_BYTES:
+            too_long = ImageError(
+                f"its id in column {id_column} has {n_bytes:,} bytes",
+                name=f"{name}:{row}",
+                expected=f"at most {MAX_NAME_BYTES:,}",
+                remedy=with_options("shorten it, or omit {}", "id_column"),
+                code="damaged",
+            )
+            yield Item.failed(f"{name}:{row}", path, too_long)
+        elif (left := left - n_bytes) < 0:
+            raise ImageError(
+                f"its first {row + 1:,} ids in column {id_column} have {most - left:,} bytes",
+                expected=f"at most {most:,}",
+                remedy=with_options("shorten them, or omit {}", "id_column"),
+                code="slow",
+            )
         else:
             yield Item(str(value), path, row=row, column=column)
 

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from qwen_vit.common.storage import is_remote, storage_errors
 from qwen_vit.errors import ImageError
-from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.listing import MAX_NAME_BYTES, Item
 from qwen_vit.inputs.remote import open_input
 from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, count_left_out, suffix_of
 
@@ -30,7 +30,6 @@ COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 TAR_BLOCK = 512
 TAR_READ_AHEAD = 2**16  # for a remote tar, whose members are skipped
 END_OF_TAR = bytes(TAR_BLOCK)
-MAX_HEADER_BYTES = 2**20  # for one member: long names and pax records, as in Go's archive/tar
 # Exceptions of tarfile for a damaged tar. A chain of pax headers causes a recursion.
 DAMAGED_TAR = (
     tarfile.TarError, ValueError, EOFError, OverflowError, MemoryError, RecursionError,
@@ -118,7 +117,10 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
 
 
 class _Headers:
-    """Read a tar's headers up to a size limit, because tarfile has no limit."""
+    """Read a tar's headers up to a size limit, because tarfile has no limit.
+
+    One member has a long name and pax records.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.n_bytes = 0  # of the next member
@@ -128,8 +130,8 @@ class _Headers:
     def read(self, size: int) -> bytes:
         """Return bytes of a header."""
         self.n_bytes += size
-        if self.n_bytes > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of more than {MAX_HEADER_BYTES} bytes")
+        if self.n_bytes > MAX_NAME_BYTES:
+            raise tarfile.ReadError(f"a header of more than {MAX_NAME_BYTES} bytes")
         return self._read(size)
 
 

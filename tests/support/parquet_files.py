@@ -57,11 +57,7 @@ def field_of(number: int) -> bytes:
 
 def varint(number: int) -> bytes:
     """Return an integer from 0 in Thrift's zigzag code."""
-    rest, digits = 2 * number, []
-    while rest > 127:
-        digits.append(rest & 127 | 128)
-        rest >>= 7
-    return bytes([*digits, rest])
+    return unsigned(2 * number)
 
 
 def claim_page(
@@ -79,6 +75,34 @@ def claim_page(
     at = data.index(own, start)
     assert at < start + 4
     Path(path).write_bytes(data[:at] + claimed + data[at + len(own) :])
+
+
+def unsigned(number: int) -> bytes:
+    """Return an integer from 0 as a varint without zigzag code."""
+    rest, digits = number, []
+    while rest > 127:
+        digits.append(rest & 127 | 128)
+        rest >>= 7
+    return bytes([*digits, rest])
+
+
+def equal_lengths(number: int, length: int = 0, *, per_block: int = 2**20) -> bytes:
+    """Return this number of equal lengths in DELTA_BINARY_PACKED: a block has two bytes."""
+    blocks = -(-(number - 1) // per_block)
+    header = unsigned(per_block) + b"\x01" + unsigned(number) + varint(length)
+    return header + bytes(2 * blocks)
+
+
+def change_values(path: str, column: int, values: bytes) -> None:
+    """Change the first values of the first data page in a column without compression."""
+    facts = pq.ParquetFile(path).metadata.row_group(0).column(column)
+    data = bytearray(Path(path).read_bytes())
+    found = page_header(data[facts.data_page_offset :])
+    assert found is not None
+    at = facts.data_page_offset + found.n_bytes
+    at += 4 + int.from_bytes(data[at : at + 4], "little")  # the levels
+    data[at : at + len(values)] = values
+    Path(path).write_bytes(data)
 
 
 def tear_rows(path: Path, image: bytes) -> None:
